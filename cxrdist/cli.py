@@ -1,0 +1,150 @@
+"""The command `cxrdist`: options in, exit code out."""
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cxrdist import __version__
+from cxrdist.errors import CxrdistError, RunFailedError
+
+
+class Command(NamedTuple):
+    """Where a command's entry function and options are, and which options stand without a name."""
+
+    entry: str
+    config: str
+    help: str
+    positional: str | None = None
+
+
+COMMANDS = {
+    "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
+    "check": Command("data.index:check", "CheckConfig", "are the shards still whole?", "shards"),
+    "train": Command("train.loop:train", "TrainConfig", "shards + recipe -> trained model"),
+    "evaluate": Command(
+        "evaluate.predictions:evaluate", "EvaluateConfig", "predictions and metrics of a split"
+    ),
+    "explain": Command("explain.export:explain", "ExplainConfig", "LRP relevance and heat maps"),
+    "predict": Command("predict:predict", "PredictConfig", "image files -> CSV", "images"),
+    "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
+    "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
+    "bench": Command("bench:bench", "BenchConfig", "measure this machine side by side"),
+}
+
+USAGE = """usage: cxrdist COMMAND [options]
+
+Chest X-ray classifiers, from folders of images to a report. Not a medical device.
+
+{commands}
+
+`cxrdist COMMAND --help` lists a command's options. On several GPUs or nodes:
+`accelerate launch --config_file FILE -m cxrdist COMMAND ...`
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0 done; 1 the run failed; 2 wrong usage or bad input; 130 interrupted.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    lines = [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    usage = USAGE.format(commands="\n".join(lines))
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage, end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"cxrdist {__version__}")
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            raise CxrdistError(
+                f"no command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}"
+            )
+        command = COMMANDS[arguments[0]]
+        config = parse(command, arguments[0], arguments[1:])
+        _entry(command)(config)
+    except CxrdistError as error:
+        print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except RunFailedError as error:
+        print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cxrdist: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(command: Command, name: str, arguments: list[str]) -> Any:
+    """Read options and recipe into the command's config.
+
+    Raises:
+        CxrdistError: an option or a recipe field is unknown, missing, or of the wrong type.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    config = getattr(import_module("cxrdist.config"), command.config)
+    parser = ArgumentParser(prog=f"cxrdist {name}", exit_on_error=False)
+    if name == "train":
+        parser.add_argument(
+            "--config",
+            action="config",
+            help="Recipe: a YAML file, or the name of one that comes with cxrdist.",
+        )
+    if command.positional == "images":
+        parser.add_argument("images", nargs="+", type=Path, help="PNG or JPEG files, or folders.")
+    elif command.positional:
+        parser.add_argument(command.positional, type=Path, help="Directory of shards.")
+    parser.add_class_arguments(config, None, skip={command.positional} - {None})
+    flags = {f.name for f in fields(config) if f.type in (bool, "bool")}
+    try:
+        parsed = parser.instantiate(parser.parse_args(_normalise(arguments, flags)))
+    except ArgumentError as error:
+        raise CxrdistError(f"{name}: {_readable(str(error))}; see cxrdist {name} --help") from error
+    return config(**{f.name: parsed[f.name] for f in fields(config)})
+
+
+def recipe_path(name: str) -> str:
+    """The file of a recipe that comes with the package; any other name is a path already."""
+    packaged = files("cxrdist") / "recipes" / f"{name}.yaml"
+    return str(packaged) if not Path(name).exists() and packaged.is_file() else name
+
+
+def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
+    """Accept --skip-bad for skip_bad, a bare flag for true, and a recipe's name for its file."""
+    result = []
+    for i, argument in enumerate(arguments):
+        after = arguments[i + 1] if i + 1 < len(arguments) else "--"
+        if match := re.fullmatch(r"--([a-z][a-z-]*)(=.*)?", argument, re.DOTALL):
+            option, value = match.group(1).replace("-", "_"), match.group(2) or ""
+            if option in flags and not value and after not in ("true", "false"):
+                value = "=true"
+            argument = f"--{option}{value}"
+        elif i and arguments[i - 1] == "--config":
+            argument = recipe_path(argument)
+        result.append(argument)
+    return result
+
+
+def _readable(message: str) -> str:
+    message = re.sub(r"Problem with given class_path '[\w.]+\.(\w+)':", r"in \1:", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    return message.replace("Parser key", "option")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _entry(command: Command) -> Callable[[Any], Any]:
+    module, function = command.entry.split(":")
+    entry: Callable[[Any], Any] = getattr(import_module(f"cxrdist.{module}"), function)
+    return entry

@@ -1,0 +1,210 @@
+"""Every option of every command. A recipe is a YAML file of the fields of `TrainConfig`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """Pack raw chest X-rays into WebDataset shards, split by patient."""
+
+    source: Literal["folder", "csv"]
+    """folder: one sub-folder per class. csv: a table with columns path and label, and optionally
+    patient, split and source; paths are relative to the table."""
+    input: Path
+    """The folder, or the CSV file."""
+    out: Path
+    """The directory of shards to make; it must not exist yet."""
+    size: int = 224
+    """Side of the packed squares, in pixels."""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """How an image becomes square. pad and stretch let the border's shape or the heart's width tell
+    the source of an image, crop (centre) does not."""
+    split: str = "paper"
+    """paper: 60 images of each class for test, the rest 80/20 train/val. Or fractions of
+    train/val/test, such as 0.7/0.1/0.2. A csv column `split` takes precedence."""
+    patient_pattern: str | None = None
+    """Regular expression whose first group, found in the file name, is the patient."""
+    seed: int = 0
+    """Seed of the splits and of the order inside the shards."""
+    shard_size: int = 1000
+    """Samples per shard."""
+    workers: int | None = None
+    """Processes that decode; all cores if not given. The bytes do not depend on it."""
+    skip_bad: bool = False
+    """List unreadable images in rejected.csv instead of stopping."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Check that shards are what their index says."""
+
+    shards: Path
+    """Directory of shards."""
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges of the random affine warp; the defaults are the paper's (section 2.3)."""
+
+    degrees: float = 40.0
+    """Rotation, drawn from -degrees to degrees."""
+    shift_x: float = 40 / 224
+    """Shift to the left or right, at most this fraction of the width (40 of 224 px)."""
+    shift_y: float = 28 / 224
+    """Shift up or down, at most this fraction of the height (28 of 224 px)."""
+    flip: bool = True
+    """Mirror every second copy of an image."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training; the blocks that `lr` does not name are frozen."""
+
+    lr: dict[str, float]
+    """Learning rate of each block that is trained: stem, denseblock1 to denseblock4, head."""
+    epochs: int
+    """Passes over the plan, at most."""
+    patience: int
+    """Epochs without a better validation loss before the stage ends early."""
+    weight_decay: float = 0.0
+    """L2 penalty (SGD), decoupled decay (AdamW)."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Shape of the DenseNet; the default is DenseNet121 (Huang et al. 2016, Table 1)."""
+
+    growth_rate: int = 32
+    """Channels that each dense layer adds."""
+    block_config: tuple[int, int, int, int] = (6, 12, 24, 16)
+    """Dense layers of each block."""
+    num_init_features: int = 64
+    """Channels of the first convolution."""
+    dropout: float = 0.5
+    """Probability before the output layer (paper, section 3.2)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train a DenseNet in stages; the same command in the same run directory goes on."""
+
+    shards: Path
+    """Directory of shards."""
+    run: Path
+    """Run directory."""
+    stages: dict[str, Stage]
+    """Stages by name, in their order. Each starts from the best weights of the one before."""
+    init: str = "imagenet"
+    """imagenet (downloaded), none (random), or a checkpoint file (.safetensors, .pth, .pt, .tar)."""
+    copies: dict[str, int] = field(default_factory=dict)
+    """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
+    global_batch_size: int = 9
+    """Images in an optimiser step over all ranks."""
+    max_images_per_rank: int | None = None
+    """Images of one forward pass on a rank; a larger slice is taken in equal micro-batches."""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    """Ranges of the random warp."""
+    network: Network = field(default_factory=Network)
+    """Shape of the DenseNet."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd has momentum 0.9 (paper, section 3.3)."""
+    seed: int = 0
+    """Seed of the new layers, the plan and the dropout."""
+    cache: Path | None = None
+    """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
+    track: list[str] = field(default_factory=list)
+    """Accelerate trackers by name, such as tensorboard; their files go to RUN/tracking."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Predict each sample of a split once, on any number of ranks, and print the metrics."""
+
+    run: Path
+    """Run directory of a finished training."""
+    shards: Path
+    """Directory of shards."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split to evaluate."""
+    batch_size: int = 32
+    """Images of one forward pass."""
+    cache: Path | None = None
+    """Directory of decoded images; ~/.cache/cxrdist if not given."""
+
+
+@dataclass(frozen=True)
+class ExplainConfig:
+    """Explain predictions with LRP: relevance arrays, their ledger, and heat maps."""
+
+    run: Path
+    """Run directory of a finished training."""
+    shards: Path
+    """Directory of shards."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split to explain."""
+    classes: str = "all"
+    """all, or class names with commas between them."""
+    limit: int | None = None
+    """Explain this many samples, the classes in turn; all if not given."""
+    flat: bool = True
+    """Flat rule in the first layer; without it the z+ rule."""
+    batch_size: int = 4
+    """Images of one forward pass."""
+    cache: Path | None = None
+    """Directory of decoded images; ~/.cache/cxrdist if not given."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Probabilities of image files, as a CSV."""
+
+    run: Path
+    """Run directory of a finished training."""
+    images: list[Path]
+    """PNG or JPEG files, or folders of them."""
+    out: Path
+    """CSV to write: path, prob_CLASS..., predicted."""
+    explain: bool = False
+    """Also write heat maps, into a folder beside the CSV."""
+    fit: Literal["crop", "pad", "stretch"] | None = None
+    """How an image becomes square; as the training images if not given."""
+    batch_size: int = 16
+    """Images of one forward pass."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one self-contained HTML page about a run."""
+
+    run: Path
+    """Run directory."""
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The whole way on synthetic X-rays: pack, train, evaluate, explain, report."""
+
+    out: Path = Path("demo")
+    """Directory for the images, the shards and the run; it must not exist yet."""
+    source: Literal["phantom", "folder"] = "phantom"
+    """phantom: synthetic X-rays made on the spot. folder: your own, one sub-folder per class."""
+    input: Path | None = None
+    """The folder, with --source folder."""
+    patient_pattern: str | None = None
+    """Regular expression whose first group, found in the file name, is the patient."""
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure this machine side by side: packing, reading, warping, training, explaining."""
+
+    only: list[str] = field(default_factory=list)
+    """Names of the measurements to run; all if none is named."""
+    input: Path | None = None
+    """Folder of original images for the packing rows; synthetic 1024 px ones if not given."""
+    size: int = 224
+    """Side of the images, in pixels."""
+    repeats: int = 5
+    """Rounds; each runs all contenders of a row in turn, the table shows medians."""

@@ -1,0 +1,158 @@
+"""The decoded cache: all samples as one memory-mapped uint8 array on local disk."""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxrdist.data.images import decode_png
+from cxrdist.data.index import Index, Sample, ShardEntry, verify_shard
+from cxrdist.distributed import local_ranks, together
+from cxrdist.errors import CxrdistError
+from cxrdist.terminal import progress
+
+Images = NDArray[np.uint8]
+
+
+def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -> Images:
+    """Map all images of the shards, decoding them first where no run on this node has done so.
+
+    The shards are compared with their index every time, and each decoded sample with its hash.
+
+    Args:
+        index: the shards.
+        directory: on local disk; ``~/.cache/cxrdist`` if None.
+        accelerator: its ranks share the work of their node.
+
+    Returns:
+        uint8 [samples, size, size], read-only, in the order of the index.
+
+    Raises:
+        CxrdistError: a shard or a sample is not what the index says.
+    """
+    path = (directory or default_cache()) / f"{index.sha256[:32]}.npy"
+    partial = path.with_suffix(".partial")
+    part, num_parts = local_ranks(accelerator)
+    show = accelerator.is_main_process
+    together(accelerator, lambda: _verify(index, part, num_parts))
+    with _held(path.with_suffix(".lock"), hold=part == 0):
+        accelerator.wait_for_everyone()
+        missing = together(accelerator, lambda: _reserve(index, path, partial, create=part == 0))
+        if missing:
+            together(accelerator, lambda: _fill(index, partial, part, num_parts, show))
+            if part == 0:
+                os.replace(partial, path)
+        accelerator.wait_for_everyone()
+    images: Images = np.load(path, mmap_mode="r")
+    return images
+
+
+def default_cache() -> Path:
+    """~/.cache/cxrdist, or where XDG_CACHE_HOME points."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cxrdist"
+
+
+@contextmanager
+def _held(lock: Path, *, hold: bool) -> Iterator[None]:
+    """Let one run of a node decode at a time; the system frees the lock of a killed one."""
+    if not hold:
+        yield
+        return
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _verify(index: Index, part: int, num_parts: int) -> None:
+    for shard in index.shards[part::num_parts]:
+        verify_shard(index.directory, shard)
+
+
+def _reserve(index: Index, path: Path, partial: Path, *, create: bool) -> bool:
+    """Whether images must be decoded; if so, the first rank of the node reserves the space."""
+    if path.is_file():
+        return False
+    if create:
+        shape = (len(index.samples), index.image_size_px, index.image_size_px)
+        np.lib.format.open_memmap(partial, "w+", np.uint8, shape).flush()
+        with open(partial, "r+b") as file:
+            # A full disk is an error here, not a bus error in the middle of the decoding.
+            os.posix_fallocate(file.fileno(), 0, partial.stat().st_size)
+    return True
+
+
+def _fill(index: Index, partial: Path, part: int, num_parts: int, show: bool) -> None:
+    rows = np.lib.format.open_memmap(partial, "r+")
+    starts = np.cumsum([0, *(shard.samples for shard in index.shards)])
+    mine = range(part, len(index.shards), num_parts)
+    total = sum(index.shards[i].samples for i in mine)
+    with progress(total, "decoding", "images", show=show) as bar:
+        for i in mine:
+            shard, start = index.shards[i], int(starts[i])
+            expected = index.samples[start : start + shard.samples]
+            for offset, pixels in enumerate(read_shard(index, shard, expected)):
+                rows[start + offset] = pixels
+                bar.update()
+    rows.flush()
+
+
+def read_shard(index: Index, shard: ShardEntry, expected: Sequence[Sample]) -> Iterator[Images]:
+    """Decode a verified shard with the webdataset library, comparing each sample with the index.
+
+    Yields:
+        uint8 [size, size], in the order of ``expected``.
+
+    Raises:
+        CxrdistError: the shard holds other samples than expected.
+    """
+    path = index.directory / shard.name
+    found = iter(
+        webdataset.DataPipeline(
+            webdataset.SimpleShardList([str(path)]), webdataset.tarfile_to_samples()
+        )
+    )
+    for sample in expected:
+        member = next(found, None)
+        if member is None or member["__key__"] != sample.key:
+            raise CxrdistError(
+                f"{path}: expected the sample {sample.key} of samples.csv, found "
+                f"{member['__key__'] if member else 'the end'}; pack the shards again"
+            )
+        pixels = decode_png(member["png"])
+        if hashlib.sha256(pixels.tobytes()).hexdigest() != sample.sha256:
+            raise CxrdistError(
+                f"{path}: the pixels of {sample.key} differ from samples.csv; pack the shards again"
+            )
+        if json.loads(member["json"])["label"] != sample.label:
+            raise CxrdistError(
+                f"{path}: the label of {sample.key} differs from samples.csv; pack the shards again"
+            )
+        yield pixels
+
+
+def read_rows(images: Images, numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+    """Bring some images to the device.
+
+    Args:
+        images: uint8 [samples, size, size], as `open_cache` gives.
+        numbers: int64 [B], sample numbers.
+        device: where they are needed; a copy to a GPU does not wait.
+
+    Returns:
+        uint8 [B, 1, size, size].
+    """
+    rows = torch.from_numpy(images[numbers]).unsqueeze(1)
+    if device.type == "cuda":
+        return rows.pin_memory().to(device, non_blocking=True)
+    return rows

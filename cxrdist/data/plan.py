@@ -1,0 +1,123 @@
+"""The plan: the order and the draws of an epoch, a pure function of (seed, stage, epoch)."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.config import Augmentation
+from cxrdist.errors import CxrdistError
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Parameters of the warp of n images.
+
+    Attributes:
+        degrees: float32 [n], counter-clockwise.
+        shift_x: float32 [n], fraction of the width, to the right.
+        shift_y: float32 [n], fraction of the height, downwards.
+        flip: bool [n], mirrored left to right.
+    """
+
+    degrees: NDArray[np.float32]
+    shift_x: NDArray[np.float32]
+    shift_y: NDArray[np.float32]
+    flip: NDArray[np.bool_]
+
+    def rows(self, rows: slice) -> "Draws":
+        """The draws of some of the images."""
+        return Draws(self.degrees[rows], self.shift_x[rows], self.shift_y[rows], self.flip[rows])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One epoch: which sample is taken when, how it is warped, and where steps begin.
+
+    Attributes:
+        samples: int64 [n], sample numbers, each as often as its class has copies.
+        draws: the warps of the n images.
+        bounds: int64 [steps + 1]; step i takes rows bounds[i] to bounds[i + 1]. Sizes differ by
+            one at the most, so that no step has a tiny rest.
+    """
+
+    samples: NDArray[np.int64]
+    draws: Draws
+    bounds: NDArray[np.int64]
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the epoch."""
+        return len(self.bounds) - 1
+
+    def step_size(self, step: int) -> int:
+        """Images of a step over all ranks."""
+        return int(self.bounds[step + 1] - self.bounds[step])
+
+    def rank_rows(self, step: int, rank: int, world_size: int) -> slice:
+        """The rows of a step that a rank takes; slices differ by one image at the most."""
+        start, size = int(self.bounds[step]), self.step_size(step)
+        return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
+
+
+def plan_epoch(
+    samples: NDArray[np.int64],
+    copies: NDArray[np.int64],
+    augmentation: Augmentation,
+    batch_size: int,
+    key: tuple[int, str, int],
+) -> Plan:
+    """Plan an epoch.
+
+    Every second copy of an image is mirrored, so that 8 copies are 4 pairs as in the paper
+    (section 2.3); each copy has a rotation and a shift of its own.
+
+    Args:
+        samples: int64 [m], sample numbers of the split.
+        copies: int64 [m], how often each is taken.
+        augmentation: ranges of the draws.
+        batch_size: images of a step over all ranks, at most.
+        key: seed, name of the stage, epoch.
+    """
+    random = np.random.Generator(np.random.Philox(key=_philox_key(key)))
+    rows = np.repeat(samples, copies)
+    copy = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
+    order = random.permutation(len(rows))
+    draws = Draws(
+        degrees=_uniform(random, augmentation.degrees, len(rows)),
+        shift_x=_uniform(random, augmentation.shift_x, len(rows)),
+        shift_y=_uniform(random, augmentation.shift_y, len(rows)),
+        flip=(copy[order] % 2 == 1) & augmentation.flip,
+    )
+    num_steps = -(-len(rows) // batch_size)
+    bounds = np.arange(num_steps + 1, dtype=np.int64) * len(rows) // num_steps
+    return Plan(rows[order], draws, bounds)
+
+
+def copies_of(
+    labels: NDArray[np.int64], classes: list[str], copies: dict[str, int]
+) -> NDArray[np.int64]:
+    """Copies of each sample from the copies of each class; 1 where a class is not named.
+
+    Raises:
+        CxrdistError: a class is unknown, or a number is below 1.
+    """
+    for name, number in copies.items():
+        if name not in classes:
+            raise CxrdistError(
+                f"copies: no class {name!r} in the shards; they have {', '.join(classes)}"
+            )
+        if number < 1:
+            raise CxrdistError(f"copies: {name} has {number}, expected at least 1")
+    by_class = np.array([copies.get(name, 1) for name in classes], dtype=np.int64)
+    return by_class[labels]
+
+
+def _philox_key(key: tuple[int, str, int]) -> NDArray[np.uint64]:
+    digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
+    return np.frombuffer(digest[:16], dtype=np.uint64)
+
+
+def _uniform(random: np.random.Generator, limit: float, count: int) -> NDArray[np.float32]:
+    return random.uniform(-limit, limit, count).astype(np.float32)

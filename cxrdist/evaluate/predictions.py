@@ -1,0 +1,164 @@
+"""Predictions: each sample of a split once, on any number of ranks."""
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from cxrdist.config import EvaluateConfig
+from cxrdist.data.cache import Images, open_cache, read_rows
+from cxrdist.data.index import Index, read_index
+from cxrdist.distributed import gather, start, together
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.metrics import compute_metrics, correct_of, metrics_table
+from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.run import RunDirectory, atomic_file, write_json
+from cxrdist.terminal import progress
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model and the shards that it is used on, on this rank.
+
+    Attributes:
+        accelerator: of this rank.
+        run: the run directory of the model.
+        model: in evaluation mode, on the device.
+        index: the shards.
+        images: uint8 [samples, size, size].
+    """
+
+    accelerator: Accelerator
+    run: RunDirectory
+    model: Classifier
+    index: Index
+    images: Images
+
+
+def open_subject(run: Path, shards: Path, cache: Path | None) -> Subject:
+    """Load a model and the images to use it on.
+
+    Raises:
+        CxrdistError: there is no model, the shards are not whole, or their classes or image size
+            are not the model's.
+    """
+    accelerator = start()
+    model = together(accelerator, lambda: load_model(run))
+    index = together(accelerator, lambda: _matching_index(shards, model))
+    images = open_cache(index, cache, accelerator)
+    return Subject(accelerator, RunDirectory(run), model.to(accelerator.device), index, images)
+
+
+def _matching_index(shards: Path, model: Classifier) -> Index:
+    index = read_index(shards)
+    if index.classes != model.classes:
+        raise CxrdistError(
+            f"--shards {shards}: have the classes {', '.join(index.classes)}, the model "
+            f"{', '.join(model.classes)}; give shards of the model's classes"
+        )
+    if index.image_size_px != model.image_size_px:
+        raise CxrdistError(
+            f"--shards {shards}: have images of {index.image_size_px} px, the model was trained "
+            f"at {model.image_size_px} px; pack with --size {model.image_size_px}"
+        )
+    return index
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Predict a split, write predictions.csv and metrics.json, and print the paper's Table 2.
+
+    Raises:
+        CxrdistError: run, shards or split cannot be used.
+    """
+    if config.batch_size < 1:
+        raise CxrdistError(f"batch_size: is {config.batch_size}, expected at least 1")
+    subject = open_subject(config.run, config.shards, config.cache)
+    numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
+    rows = predict_split(subject, numbers, config.batch_size)
+    accelerator = subject.accelerator
+    if accelerator.is_main_process:
+        probabilities = _in_order(rows, numbers)
+        write_predictions(subject, config.split, numbers, probabilities)
+        labels = torch.tensor(subject.index.labels())[torch.from_numpy(numbers)]
+        metrics = compute_metrics(torch.from_numpy(probabilities), labels, subject.index.classes)
+        metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
+        write_json(subject.run.metrics(config.split), metrics)
+        print(metrics_table(metrics))
+        print(
+            f"{config.split}: accuracy {metrics['accuracy']:.3f} "
+            f"({correct_of(metrics)} of {metrics['samples']})"
+        )
+    accelerator.wait_for_everyone()
+
+
+def rank_batches(
+    numbers: NDArray[np.int64], batch_size: int, accelerator: Accelerator
+) -> Iterator[NDArray[np.int64]]:
+    """Cut batches before ranks are known, and give each rank whole ones.
+
+    So each batch, and with it each result, is the same for any number of ranks; a rank may get
+    fewer or none.
+    """
+    starts = range(0, len(numbers), batch_size)
+    for begin in starts[accelerator.process_index :: accelerator.num_processes]:
+        yield numbers[begin : begin + batch_size]
+
+
+@torch.inference_mode()
+def predict_split(
+    subject: Subject, numbers: NDArray[np.int64], batch_size: int
+) -> list[tuple[int, NDArray[np.float32]]]:
+    """Probabilities of some samples, gathered from all ranks; in float32 for any launch.
+
+    Returns:
+        (sample number, float32 [classes]) of each, in no promised order, on every rank.
+    """
+    accelerator, mine = subject.accelerator, []
+    batches = list(rank_batches(numbers, batch_size, accelerator))
+    total = sum(map(len, batches))
+    with progress(total, "predicting", "images", show=accelerator.is_main_process) as bar:
+        for batch in batches:
+            images = read_rows(subject.images, batch, accelerator.device)
+            probabilities = torch.sigmoid(subject.model(images)).cpu().numpy()
+            mine += list(zip(batch.tolist(), probabilities, strict=True))
+            bar.update(len(batch))
+    return gather(accelerator, mine)
+
+
+def _in_order(
+    rows: list[tuple[int, NDArray[np.float32]]], numbers: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Probabilities in the order of the samples; each must be there once.
+
+    Raises:
+        CxrdistError: a sample is missing or was predicted twice.
+    """
+    by_number = dict(rows)
+    if len(rows) != len(by_number) or by_number.keys() != set(numbers.tolist()):
+        raise CxrdistError(
+            f"predicted {len(rows)} rows of {len(by_number)} samples, the split has "
+            f"{len(numbers)}; launch all ranks with the same shards"
+        )
+    return np.stack([by_number[number] for number in numbers.tolist()])
+
+
+def write_predictions(
+    subject: Subject, split: str, numbers: NDArray[np.int64], probabilities: NDArray[np.float32]
+) -> None:
+    """Write predictions.csv: key, patient, label, prob_CLASS... with nine digits, so exactly."""
+    columns = ["key", "patient", "label", *(f"prob_{name}" for name in subject.index.classes)]
+    with (
+        atomic_file(subject.run.predictions(split)) as path,
+        open(path, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        for number, row in zip(numbers, probabilities, strict=True):
+            sample = subject.index.samples[number]
+            digits = [f"{value:.9g}" for value in row]
+            writer.writerow([sample.key, sample.patient, sample.label, *digits])

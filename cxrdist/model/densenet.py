@@ -1,0 +1,151 @@
+"""DenseNet121 on grey X-rays: the network, its blocks, and the model as it is saved for use."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models.densenet import DenseNet
+from torch import Tensor, nn
+
+from cxrdist.config import Network
+from cxrdist.errors import CxrdistError
+from cxrdist.run import open_run
+
+MODEL_FORMAT = "cxrdist-model-1"
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation of grey values scaled to 0..1.
+
+    The number of values is the number of input channels. The default is ImageNet's, in the layout
+    of torchvision, timm and the published CheXNet copies.
+    """
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+class Classifier(nn.Module):
+    """A DenseNet that takes uint8 X-rays and gives one logit per class; owns its normalisation.
+
+    Attributes:
+        network: timm's DenseNet, key names as in torchvision.
+        classes: class names in the order of the logits.
+        image_size_px: side of the square images that it was made for.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        network: Network,
+        classes: list[str],
+        image_size_px: int,
+        normalisation: Normalisation | None = None,
+    ) -> None:
+        super().__init__()
+        self.shape = network
+        self.classes = list(classes)
+        self.image_size_px = image_size_px
+        self.normalisation = normalisation or Normalisation()
+        self.network = DenseNet(
+            growth_rate=network.growth_rate,
+            block_config=tuple(network.block_config),
+            num_classes=len(classes),
+            in_chans=len(self.normalisation.mean),
+            drop_rate=network.dropout,
+        )
+        self.register_buffer("mean", _per_channel(self.normalisation.mean), persistent=False)
+        self.register_buffer("std", _per_channel(self.normalisation.std), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Spread grey values 0..255, uint8 or float [B, 1, H, W], to float [B, C, H, W]."""
+        return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of grey images, uint8 or float [B, 1, H, W] with values 0..255."""
+        return self.network(self.normalise(images))
+
+
+def _per_channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).reshape(1, -1, 1, 1)
+
+
+def block_names(network: nn.Module) -> list[str]:
+    """Blocks in the order of the data: stem, denseblock1 ..., head."""
+    features = network.get_submodule("features")
+    return ["stem", *(n for n, _ in features.named_children() if n.startswith("dense")), "head"]
+
+
+def block_of(name: str, num_blocks: int = 4) -> str:
+    """The block that a parameter or module of the network belongs to.
+
+    A transition belongs to the block before it, norm5 to the last dense block (design.md, Words).
+
+    Args:
+        name: as in ``network.named_parameters()``, such as ``features.denseblock1.denselayer1...``.
+        num_blocks: how many dense blocks the network has.
+    """
+    top, *rest = name.split(".")
+    if top == "classifier":
+        return "head"
+    child = rest[0]
+    if child.startswith("denseblock"):
+        return child
+    if child.startswith("transition"):
+        return child.replace("transition", "denseblock")
+    return f"denseblock{num_blocks}" if child == "norm5" else "stem"
+
+
+def save_model(model: Classifier, directory: Path) -> None:
+    """Write model.safetensors and model.json: all that is needed to use the model."""
+    weights = {name: tensor.contiguous().cpu() for name, tensor in network_state(model).items()}
+    save_file(weights, directory / "model.safetensors")
+    description = {
+        "format": MODEL_FORMAT,
+        "architecture": asdict(model.shape),
+        "classes": model.classes,
+        "normalisation": asdict(model.normalisation),
+        "image_size_px": model.image_size_px,
+    }
+    (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def network_state(model: Classifier) -> dict[str, Tensor]:
+    """Parameters and BatchNorm statistics of the network by name."""
+    return model.network.state_dict()
+
+
+def load_model(run: str | Path) -> Classifier:
+    """Load the trained model of a run directory, in evaluation mode, on the CPU.
+
+    Args:
+        run: a run directory.
+
+    Raises:
+        CxrdistError: there is no model, or its files do not belong together.
+    """
+    directory = open_run(Path(run)).model
+    try:
+        description: dict[str, Any] = json.loads((directory / "model.json").read_text())
+        if description["format"] != MODEL_FORMAT:
+            raise ValueError(f"format {description['format']!r}, expected {MODEL_FORMAT!r}")
+        model = Classifier(
+            Network(**description["architecture"]),
+            description["classes"],
+            description["image_size_px"],
+            Normalisation(**{k: tuple(v) for k, v in description["normalisation"].items()}),
+        )
+        model.network.load_state_dict(load_file(directory / "model.safetensors"))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CxrdistError(
+            f"{directory}: model.json and model.safetensors do not make a model ({reason}); "
+            "copy the run directory again or train anew"
+        ) from error
+    return model.eval()

@@ -1,0 +1,210 @@
+"""The run directory: where each file stands, and how it is written."""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cxrdist.errors import CxrdistError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names of the files of one run (design.md, Contracts)."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe, YAML; can be passed back with --config."""
+        return self.root / "recipe.yaml"
+
+    @property
+    def info(self) -> Path:
+        """What was run: versions, world, precision, git revision, shard index hash, weights."""
+        return self.root / "run.json"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a line."""
+        return self.root / "log.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable states."""
+        return self.root / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The weights for use, with model.json."""
+        return self.root / "model"
+
+    @property
+    def report(self) -> Path:
+        """The self-contained report."""
+        return self.root / "report.html"
+
+    def predictions(self, split: str) -> Path:
+        """One row a sample of the split."""
+        return self.root / split / "predictions.csv"
+
+    def metrics(self, split: str) -> Path:
+        """Metrics of the split."""
+        return self.root / split / "metrics.json"
+
+    def heatmaps(self, split: str) -> Path:
+        """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
+        return self.root / split / "heatmaps"
+
+    def relevance(self, split: str) -> Path:
+        """Signed relevance, one KEY.npz a sample."""
+        return self.root / split / "relevance"
+
+    def relevance_table(self, split: str) -> Path:
+        """One row a sample and class: the ledger of the logit."""
+        return self.root / split / "relevance.csv"
+
+
+def open_run(root: Path) -> RunDirectory:
+    """Name the files of a finished run.
+
+    Raises:
+        CxrdistError: there is no trained model in ``root``.
+    """
+    run = RunDirectory(root)
+    if not (run.model / "model.json").is_file():
+        raise CxrdistError(
+            f"--run {root}: holds no trained model (model/model.json); "
+            "give the directory of a finished `cxrdist train`"
+        )
+    return run
+
+
+@contextmanager
+def locked(root: Path) -> Iterator[None]:
+    """Hold the run directory for one process group; a second one is refused.
+
+    The lock is the operating system's, so a killed run leaves none behind.
+
+    Raises:
+        CxrdistError: another process holds it.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CxrdistError(
+                f"--run {root}: another cxrdist process is writing here; wait for it or end it"
+            ) from None
+        yield
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; the file appears under its own name when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        _sync(partial)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory to fill; it appears under its own name when it is complete.
+
+    A directory of that name that stands already is replaced.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        for file in sorted(partial.rglob("*")):
+            _sync(file)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or a directory's entries to the disk, so that a power cut leaves it whole."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; a NaN is refused, what is undefined is null."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of the run.
+
+    Raises:
+        CxrdistError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CxrdistError(f"{path}: no readable JSON ({error}); copy the run again") from error
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, and the git revision when cxrdist runs from a checkout."""
+    names = ("cxrdist", "torch", "accelerate", "timm", "kornia", "webdataset", "torchmetrics")
+    versions = {name: version(name) for name in (*names, "zennit", "numpy", "pillow")}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "git_revision": _git_revision(Path(__file__).parent.parent),
+    }
+
+
+def _git_revision(checkout: Path) -> str | None:
+    """HEAD of the checkout that the package lies in, with + where it was changed; else None."""
+    if not (checkout / ".git").exists() or not shutil.which("git"):
+        return None
+    git = ["git", "-C", str(checkout)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    if head.returncode:
+        return None
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def append_log(path: Path, row: dict[str, Any]) -> None:
+    """Append one object to a JSON-lines log."""
+    with open(path, "a", encoding="utf-8") as log:
+        log.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Read a JSON-lines log."""
+    with open(path, encoding="utf-8") as log:
+        return [json.loads(line) for line in log]

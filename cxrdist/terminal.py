@@ -1,0 +1,28 @@
+"""What a user sees while and after a command runs: progress bars and tables."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+
+def progress(total: int, title: str, unit: str, *, show: bool = True, done: int = 0) -> tqdm:
+    """Open a bar with rate and time left on stderr; in a log file it moves every ten seconds."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=title,
+        unit=f" {unit}",
+        disable=not show,
+        mininterval=interval,
+        maxinterval=interval,
+        dynamic_ncols=True,
+    )
+
+
+def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
+    """Format rows for the terminal; numbers keep the text that they were given."""
+    return tabulate(rows, headers=list(headers), disable_numparse=True, missingval="-")

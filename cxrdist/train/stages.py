@@ -1,0 +1,129 @@
+"""Stages: which blocks are trained at which rates, and when a stage ends."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cxrdist.config import Stage
+from cxrdist.errors import CxrdistError
+from cxrdist.model.densenet import Classifier, block_names, block_of
+
+MOMENTUM = 0.9  # paper, section 3.3
+
+
+def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
+    """Refuse a stage that cannot be meant.
+
+    Raises:
+        CxrdistError: there is no stage, or one names an unknown block, trains nothing, or has a
+            rate or a number that is not above 0.
+    """
+    if not stages:
+        raise CxrdistError("stages: the recipe has none; see recipes/bassi2020.yaml for four")
+    for name, stage in stages.items():
+        for block, lr in stage.lr.items():
+            if block not in blocks:
+                raise CxrdistError(
+                    f"stages.{name}.lr: no block {block!r}; expected {', '.join(blocks)}"
+                )
+            if not lr > 0:
+                raise CxrdistError(
+                    f"stages.{name}.lr.{block}: is {lr}, expected a rate above 0; "
+                    "leave the block out to freeze it"
+                )
+        if not stage.lr:
+            raise CxrdistError(f"stages.{name}: trains nothing; name the blocks to train under lr")
+        for field, value in (("epochs", stage.epochs), ("patience", stage.patience)):
+            if value < 1:
+                raise CxrdistError(f"stages.{name}.{field}: is {value}, expected at least 1")
+
+
+def freeze(model: Classifier, trained: set[str]) -> None:
+    """Let gradients reach the trained blocks only; before the optimiser and DDP are made."""
+    num_blocks = len(model.shape.block_config)
+    for name, parameter in model.network.named_parameters():
+        parameter.requires_grad_(block_of(name, num_blocks) in trained)
+
+
+def set_modes(model: Classifier, trained: set[str]) -> None:
+    """Put trained blocks in training mode, frozen ones with their BatchNorm in evaluation mode.
+
+    Every later ``train()`` or ``eval()`` of the model undoes this.
+    """
+    num_blocks = len(model.shape.block_config)
+    model.eval()
+    for name, module in model.network.features.named_children():
+        module.train(block_of(f"features.{name}", num_blocks) in trained)
+    model.network.head_drop.train("head" in trained)
+
+
+def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
+    """One optimiser group for each trained block, in the order of the data.
+
+    Returns:
+        dicts with name, params, lr and weight_decay.
+    """
+    members: dict[str, list[nn.Parameter]] = {block: [] for block in block_names(model.network)}
+    num_blocks = len(model.shape.block_config)
+    for name, parameter in model.network.named_parameters():
+        members[block_of(name, num_blocks)].append(parameter)
+    return [
+        {
+            "name": block,
+            "params": parameters,
+            "lr": stage.lr[block],
+            "weight_decay": stage.weight_decay,
+        }
+        for block, parameters in members.items()
+        if block in stage.lr
+    ]
+
+
+def describe_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is in each group, for run.json and the printed table."""
+    return [
+        {
+            "block": group["name"],
+            "lr": group["lr"],
+            "weight_decay": group["weight_decay"],
+            "tensors": len(group["params"]),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+        }
+        for group in groups
+    ]
+
+
+def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or AdamW, over named groups; one fused kernel a step."""
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True)
+    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, fused=True)
+
+
+@dataclass
+class EarlyStopping:
+    """Remembers the best epoch of a stage by validation loss."""
+
+    patience: int
+    best_loss: float = float("inf")
+    best_epoch: int = 0
+    epoch: int = 0
+
+    def update(self, loss: float) -> bool:
+        """Count an epoch; whether it is the best so far."""
+        self.epoch += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_epoch = loss, self.epoch
+            return True
+        return False
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `patience` epochs have passed since the best."""
+        return self.epoch - self.best_epoch >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on."""
+        return asdict(self)

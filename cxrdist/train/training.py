@@ -1,0 +1,194 @@
+"""What a training run stands on: run directory, images, plans, network."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from cxrdist.config import TrainConfig
+from cxrdist.data.cache import open_cache
+from cxrdist.data.index import Index
+from cxrdist.data.plan import Plan, copies_of, plan_epoch
+from cxrdist.distributed import together
+from cxrdist.errors import CxrdistError
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
+from cxrdist.run import RunDirectory, environment, read_json, write_json, write_text
+from cxrdist.train.step import Material
+
+RUN_FORMAT = "cxrdist-run-1"
+NOT_SCIENCE = ("shards", "run", "cache", "track")  # paths and outputs stay out of the recipe
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all epochs of a run share.
+
+    Attributes:
+        accelerator: of this rank.
+        run: the run directory; written by the main rank only.
+        recipe: the whole recipe.
+        model: the network that is trained.
+        material: images and labels.
+        samples: int64 [m], sample numbers of the training split.
+        copies: int64 [m], copies of each in an epoch.
+        val_plan: the expanded validation split, the same in every epoch.
+    """
+
+    accelerator: Accelerator
+    run: RunDirectory
+    recipe: TrainConfig
+    model: Classifier
+    material: Material
+    samples: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    val_plan: Plan
+
+    @property
+    def num_images(self) -> int:
+        """Images of an epoch, each copy counted."""
+        return int(self.copies.sum())
+
+    def plan(self, stage: str, epoch: int) -> Plan:
+        """The plan of an epoch, the same for any number of ranks."""
+        recipe = self.recipe
+        return plan_epoch(
+            self.samples,
+            self.copies,
+            recipe.augmentation,
+            recipe.global_batch_size,
+            (recipe.seed, stage, epoch),
+        )
+
+
+def recipe_yaml(config: TrainConfig) -> str:
+    """The resolved recipe, without paths and outputs; can be passed back with --config."""
+    fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
+    fields["network"]["block_config"] = list(config.network.block_config)
+    return yaml.safe_dump(fields, sort_keys=False)
+
+
+def open_run_directory(
+    run: RunDirectory, config: TrainConfig, index: Index, *, create: bool
+) -> None:
+    """Begin a run directory, or refuse one of another recipe or other shards.
+
+    Raises:
+        CxrdistError: it holds another run.
+    """
+    recipe = recipe_yaml(config)
+    if run.recipe.is_file():
+        if run.recipe.read_text(encoding="utf-8") != recipe:
+            raise CxrdistError(
+                f"--run {run.root}: holds a run of another recipe ({_difference(run, recipe)}); "
+                "give the same recipe to go on, or a new directory"
+            )
+        if read_json(run.info)["shards"]["index_sha256"] != index.sha256:
+            raise CxrdistError(
+                f"--run {run.root}: was begun with other shards than {index.directory}; "
+                "give the same shards to go on, or a new directory"
+            )
+    elif create:
+        write_json(run.info, {"format": RUN_FORMAT, "shards": _describe_shards(index)})
+        write_text(run.recipe, recipe)
+
+
+def _difference(run: RunDirectory, recipe: str) -> str:
+    """The first field in which two recipes differ."""
+    old, new = yaml.safe_load(run.recipe.read_text(encoding="utf-8")), yaml.safe_load(recipe)
+    for name in new:
+        if old.get(name) != new[name]:
+            return f"{name} was {old.get(name)}, is {new[name]}"
+    return "the order of its stages"
+
+
+def _describe_shards(index: Index) -> dict[str, Any]:
+    return {
+        "path": str(index.directory),
+        "index_sha256": index.sha256,
+        "image_size_px": index.image_size_px,
+        "fit": index.fit,
+        "split": index.split,
+        "classes": index.classes,
+        "counts": index.counts(),
+    }
+
+
+def build_training(
+    accelerator: Accelerator, run: RunDirectory, config: TrainConfig, index: Index
+) -> Training:
+    """Read weights and images, and note in run.json where all of it comes from.
+
+    Raises:
+        CxrdistError: copies, weights or shards cannot be used.
+    """
+    labels = np.array(index.labels())
+    train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
+    copies = copies_of(labels, index.classes, config.copies)
+    with accelerator.local_main_process_first():  # one download a node
+        read = _attempt(config.init)
+    weights = together(accelerator, read)
+    model = _build_model(config, index, weights)
+    num_copied = apply_weights(weights, model)
+    images = open_cache(index, config.cache, accelerator)
+    if accelerator.is_main_process:
+        _note_start(run, accelerator, weights, num_copied)
+        print(f"weights: {weights.source}, {num_copied} tensors")
+    model.to(accelerator.device)
+    if accelerator.device.type == "cuda":
+        model.to(memory_format=torch.channels_last)
+    # One fixed draw of the expanded validation split, so that epochs can be compared.
+    val_plan = plan_epoch(val, copies[val], config.augmentation, 1, (config.seed, "validation", 0))
+    material = Material(images, labels, len(index.classes))
+    return Training(accelerator, run, config, model, material, train, copies[train], val_plan)
+
+
+def _attempt(init: str) -> Callable[[], InitialWeights]:
+    """Read the weights now; an error waits for the moment when all ranks can stop together."""
+    try:
+        weights = read_weights(init)
+    except CxrdistError as error:
+        reason = error
+
+        def fail() -> InitialWeights:
+            raise reason
+
+        return fail
+    return lambda: weights
+
+
+def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> Classifier:
+    torch.manual_seed(config.seed)
+    return Classifier(config.network, index.classes, index.image_size_px, weights.normalisation)
+
+
+def _note_start(
+    run: RunDirectory, accelerator: Accelerator, weights: InitialWeights, num_copied: int
+) -> None:
+    device = accelerator.device
+    cuda = device.type == "cuda"
+    before = read_json(run.info)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    about = {
+        **before,
+        **environment(),
+        "started": before.get("started", now),
+        "finished": None,
+        "world_size": accelerator.num_processes,
+        "device": f"cuda: {torch.cuda.get_device_name(device)}" if cuda else device.type,
+        "mixed_precision": accelerator.mixed_precision,
+        "weights": {
+            "source": weights.source,
+            "sha256": weights.sha256,
+            "tensors": num_copied,
+            "normalisation": asdict(weights.normalisation),
+        },
+        "stages": before.get("stages", {}),
+    }
+    write_json(run.info, about)
