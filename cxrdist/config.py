@@ -97,7 +97,7 @@ class TrainConfig:
     stages: dict[str, Stage]
     """Stages by name, in their order. Each starts from the best weights of the one before."""
     init: str = "imagenet"
-    """imagenet (downloaded), none (random), or a checkpoint file (.safetensors, .pth, .pt, .tar)."""
+    """imagenet (downloaded), none (random), or a checkpoint file (safetensors or torch.save)."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
     global_batch_size: int = 9

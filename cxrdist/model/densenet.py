@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models.densenet import DenseNet
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ class Classifier(nn.Module):
         network: timm's DenseNet, key names as in torchvision.
         classes: class names in the order of the logits.
         image_size_px: side of the square images that it was made for.
+        fit: how those images became square: crop, pad or stretch.
     """
 
     mean: Tensor
@@ -47,11 +49,13 @@ class Classifier(nn.Module):
         classes: list[str],
         image_size_px: int,
         normalisation: Normalisation | None = None,
+        fit: str = "crop",
     ) -> None:
         super().__init__()
         self.shape = network
         self.classes = list(classes)
         self.image_size_px = image_size_px
+        self.fit = fit
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
             growth_rate=network.growth_rate,
@@ -112,6 +116,7 @@ def save_model(model: Classifier, directory: Path) -> None:
         "classes": model.classes,
         "normalisation": asdict(model.normalisation),
         "image_size_px": model.image_size_px,
+        "fit": model.fit,
     }
     (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -140,9 +145,10 @@ def load_model(run: str | Path) -> Classifier:
             description["classes"],
             description["image_size_px"],
             Normalisation(**{k: tuple(v) for k, v in description["normalisation"].items()}),
+            description["fit"],
         )
         model.network.load_state_dict(load_file(directory / "model.safetensors"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CxrdistError(
             f"{directory}: model.json and model.safetensors do not make a model ({reason}); "

@@ -49,11 +49,7 @@ def train(config: TrainConfig) -> None:
     """
     _refuse_bad_recipe(config)
     accelerator = start(config.track, str(config.run / "tracking"))
-    if accelerator.num_processes > config.global_batch_size:
-        raise CxrdistError(
-            f"global_batch_size: {config.global_batch_size} images for "
-            f"{accelerator.num_processes} ranks; launch at most as many ranks as images in a step"
-        )
+    together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
     main = accelerator.is_main_process
     index = together(accelerator, lambda: read_index(config.shards))
     run = RunDirectory(config.run)
@@ -83,6 +79,14 @@ def _refuse_bad_recipe(config: TrainConfig) -> None:
     if not 0 <= config.network.dropout < 1:
         raise CxrdistError(
             f"network.dropout: is {config.network.dropout}, expected at least 0 and below 1"
+        )
+
+
+def _refuse_large_world(config: TrainConfig, world_size: int) -> None:
+    if world_size > config.global_batch_size:
+        raise CxrdistError(
+            f"global_batch_size: {config.global_batch_size} images for {world_size} ranks; "
+            "launch at most as many ranks as images in a step"
         )
 
 
@@ -159,7 +163,18 @@ class StageRun:
         return checkpoint
 
     def _run_epoch(self, bar: tqdm) -> dict[str, Any]:
-        """Take all steps of the next epoch and validate; the epoch's row of the log."""
+        """Train an epoch and validate; the epoch's row of the log."""
+        training, accelerator = self.training, self.training.accelerator
+        began = time.perf_counter()
+        row = self.train_epoch(bar)
+        average_buffers(accelerator, training.model.network)
+        model = accelerator.unwrap_model(self.model)
+        val_loss, val_accuracy = validate(accelerator, model, training.material, training.val_plan)
+        seconds = round(time.perf_counter() - began, 3)
+        return {**row, "val_loss": val_loss, "val_accuracy": val_accuracy, "seconds": seconds}
+
+    def train_epoch(self, bar: tqdm) -> dict[str, Any]:
+        """Take all steps of the next epoch; the count of steps, mean loss and rate."""
         training, accelerator = self.training, self.training.accelerator
         epoch = self.stopping.epoch + 1
         plan = training.plan(self.name, epoch)
@@ -184,16 +199,7 @@ class StageRun:
                 rate = num_images / (time.perf_counter() - began)
                 self._log("step", {"step": self.steps_done, **self._loss(recent, rate)})
         rate = num_images / (time.perf_counter() - began)
-        average_buffers(accelerator, training.model.network)
-        model = accelerator.unwrap_model(self.model)
-        val_loss, val_accuracy = validate(accelerator, model, training.material, training.val_plan)
-        return {
-            "step": self.steps_done,
-            **self._loss(losses, rate),
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-            "seconds": round(time.perf_counter() - began, 3),
-        }
+        return {"step": self.steps_done, **self._loss(losses, rate)}
 
     def _loss(self, losses: torch.Tensor, rate: float) -> dict[str, float]:
         """Mean loss of some steps over all ranks, and images a second."""

@@ -84,9 +84,10 @@ def open_run_directory(
     """
     recipe = recipe_yaml(config)
     if run.recipe.is_file():
-        if run.recipe.read_text(encoding="utf-8") != recipe:
+        difference = _difference(run.recipe.read_text(encoding="utf-8"), recipe)
+        if difference:
             raise CxrdistError(
-                f"--run {run.root}: holds a run of another recipe ({_difference(run, recipe)}); "
+                f"--run {run.root}: holds a run of another recipe ({difference}); "
                 "give the same recipe to go on, or a new directory"
             )
         if read_json(run.info)["shards"]["index_sha256"] != index.sha256:
@@ -99,13 +100,14 @@ def open_run_directory(
         write_text(run.recipe, recipe)
 
 
-def _difference(run: RunDirectory, recipe: str) -> str:
-    """The first field in which two recipes differ."""
-    old, new = yaml.safe_load(run.recipe.read_text(encoding="utf-8")), yaml.safe_load(recipe)
+def _difference(old_text: str, new_text: str) -> str | None:
+    """The first field in which two recipes differ; the order of the stages counts."""
+    old, new = yaml.safe_load(old_text), yaml.safe_load(new_text)
     for name in new:
         if old.get(name) != new[name]:
             return f"{name} was {old.get(name)}, is {new[name]}"
-    return "the order of its stages"
+    same_order = list(old["stages"]) == list(new["stages"])
+    return None if same_order else "its stages were in another order"
 
 
 def _describe_shards(index: Index) -> dict[str, Any]:
@@ -165,7 +167,9 @@ def _attempt(init: str) -> Callable[[], InitialWeights]:
 
 def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> Classifier:
     torch.manual_seed(config.seed)
-    return Classifier(config.network, index.classes, index.image_size_px, weights.normalisation)
+    return Classifier(
+        config.network, index.classes, index.image_size_px, weights.normalisation, index.fit
+    )
 
 
 def _note_start(

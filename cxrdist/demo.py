@@ -1,0 +1,138 @@
+"""Demo: the whole way, from images to a report, on synthetic X-rays or on a folder of yours."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxrdist.config import (
+    DemoConfig,
+    EvaluateConfig,
+    ExplainConfig,
+    PackConfig,
+    ReportConfig,
+)
+from cxrdist.data.index import read_index
+from cxrdist.data.pack import pack
+from cxrdist.data.phantom import PATIENT_PATTERN, write_phantoms
+from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.evaluate.predictions import evaluate
+from cxrdist.explain.export import explain
+from cxrdist.report.html import report
+
+PATIENTS_PER_CLASS = 100
+IMAGE_SIZE_PX = 64
+EXPLAINED_IMAGES = 24
+
+
+def demo(config: DemoConfig) -> None:
+    """Pack, train on all ranks that the machine offers, evaluate, explain and report.
+
+    Raises:
+        CxrdistError: bad options, or the folder cannot be packed.
+        RunFailedError: the training failed.
+    """
+    _refuse_bad_options(config)
+    images, pattern = config.input, config.patient_pattern
+    if images is None:
+        print(f"making synthetic X-rays of {3 * PATIENTS_PER_CLASS} patients")
+        images, pattern = config.out / "images", PATIENT_PATTERN
+        write_phantoms(images, PATIENTS_PER_CLASS, image_size_px=2 * IMAGE_SIZE_PX)
+    shards, run, cache = (config.out / name for name in ("shards", "run", "cache"))
+    pack(
+        PackConfig(
+            "folder",
+            images,
+            shards,
+            size=IMAGE_SIZE_PX,
+            split="0.6/0.15/0.25",
+            patient_pattern=pattern,
+        )
+    )
+    _train_on_all_ranks(shards, run, cache)
+    evaluate(EvaluateConfig(run, shards, cache=cache))
+    explain(ExplainConfig(run, shards, cache=cache, limit=EXPLAINED_IMAGES))
+    if config.source == "phantom":
+        _print_relevance_in_opacities(images, shards, run)
+    report(ReportConfig(run))
+    print(f"the report: {run / 'report.html'}")
+
+
+def _refuse_bad_options(config: DemoConfig) -> None:
+    if config.out.exists():
+        raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
+    if (config.source == "folder") != (config.input is not None):
+        raise CxrdistError(
+            "demo: --source folder and --input DIR go together; give both, or none for phantoms"
+        )
+
+
+def _train_on_all_ranks(shards: Path, run: Path, cache: Path) -> None:
+    """Launch the training as a user would: a rank per GPU, or two CPU ranks."""
+    num_gpus = torch.cuda.device_count()
+    ranks = num_gpus or 2
+    environment = dict(os.environ)
+    if not num_gpus:
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        environment |= {"ACCELERATE_USE_CPU": "yes", "OMP_NUM_THREADS": str(threads)}
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--num_machines", "1", "--num_processes", str(ranks), "--dynamo_backend", "no"),
+        *("--mixed_precision", "bf16" if num_gpus else "no", "--main_process_port", "0"),
+        *(["--multi_gpu"] if ranks > 1 else []),
+        *("-m", "cxrdist", "train", "--config", "demo"),
+        *("--shards", str(shards), "--run", str(run), "--cache", str(cache)),
+    ]
+    print(f"training on {ranks} {'GPU' if num_gpus else 'CPU'} ranks", flush=True)
+    code = subprocess.run(command, env=environment).returncode
+    if code:
+        raise RunFailedError(f"the training ended with exit code {code}; its message stands above")
+
+
+def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None:
+    """How much of the positive relevance for the true class lies where the opacities are."""
+    boxes = _opacity_boxes(images / "opacities.csv")
+    shares, areas = [], []
+    for sample in read_index(shards).samples:
+        file = run / "test" / "relevance" / f"{sample.key}.npz"
+        if sample.path not in boxes or not file.is_file():
+            continue
+        with np.load(file) as data:
+            relevance = data["relevance"][data["classes"].tolist().index(sample.label)]
+        inside = _inside(boxes[sample.path], len(relevance))
+        positive = np.clip(relevance, 0, None)
+        shares.append(positive[inside].sum() / positive.sum())
+        areas.append(inside.mean())
+    share, area = float(np.mean(shares)), float(np.mean(areas))
+    print(
+        f"positive relevance in the planted opacities: {share:.1%}, by chance {area:.1%} "
+        f"(their area): {share / area:.2f} times chance, mean of {len(shares)} test images"
+    )
+
+
+def _opacity_boxes(table: Path) -> dict[str, list[NDArray[np.float64]]]:
+    """x, y, width, height of the opacities of each image, in fractions of its side."""
+    boxes = defaultdict(list)
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["kind"] == "opacity":
+                box = [float(row[name]) for name in ("x", "y", "width", "height")]
+                boxes[row["path"]].append(np.array(box))
+    return boxes
+
+
+def _inside(boxes: list[NDArray[np.float64]], size_px: int) -> NDArray[np.bool_]:
+    """Pixels in any of the boxes, bool [size_px, size_px]."""
+    centres = (np.arange(size_px) + 0.5) / size_px
+    inside = np.zeros((size_px, size_px), dtype=bool)
+    for x, y, width, height in boxes:
+        columns = (centres >= x) & (centres <= x + width)
+        rows = (centres >= y) & (centres <= y + height)
+        inside |= rows[:, None] & columns[None, :]
+    return inside

@@ -1,0 +1,210 @@
+"""The canonical network: equal to a DenseNet, of convolutions, ReLU, pools and a linear layer.
+
+LRP's rules are defined for a linear layer followed by ReLU. A DenseNet has the opposite order
+(BatchNorm, ReLU, convolution) and lets many BatchNorms read one convolution, so rules applied to it
+as it stands give a map that conserves relevance and is nevertheless wrong. Here every BatchNorm
+disappears into the convolution before it, with one copy of that convolution for each BatchNorm
+that reads it.
+
+Words: a producer is a convolution whose output is concatenated (a block's entry or a conv2), a
+consumer is a BatchNorm that reads the concatenation (a later norm1, the transition's norm, norm5).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from timm.models.densenet import DenseBlock, DenseNet
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cxrdist.errors import CxrdistError
+
+_KNOWN_LAYERS = (
+    nn.Conv2d,
+    _BatchNorm,
+    nn.ReLU,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Flatten,
+    nn.Dropout,
+    nn.Linear,
+    nn.Identity,
+)
+
+
+@torch.inference_mode(False)
+def untangle(network: DenseNet) -> nn.Sequential:
+    """Build the canonical network, which gives the same logits; the original is left as it is.
+
+    Nothing is left but Conv2d, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten and Linear.
+    The inputs of all convolutions but the first are non-negative. A transition pools before its
+    1x1 convolution (the two commute): behind the convolution the pool's rule would divide signed
+    sums by almost zero. DenseNet121 becomes 36 million weights (146 MB in float32), none of them
+    shared with the original, none requiring a gradient.
+
+    Args:
+        network: timm's DenseNet in evaluation mode, with any block_config, growth_rate, in_chans.
+
+    Returns:
+        A network in evaluation mode on the device and in the dtype of the original, that takes
+        normalised images [B, C, H, W] and gives logits [B, classes].
+
+    Raises:
+        CxrdistError: the network is in training mode, or has a layer that is not known here.
+    """
+    _check(network)
+    features = network.features
+    blocks = [child for name, child in features.named_children() if name.startswith("denseblock")]
+    transitions = [c for name, c in features.named_children() if name.startswith("transition")]
+    entry = _identity_like(features.conv0)
+    pool = features.pool0
+    layers: list[nn.Module] = [
+        _fold(features.conv0, [features.norm0]),
+        nn.ReLU(),
+        nn.MaxPool2d(pool.kernel_size, pool.stride, pool.padding),
+    ]
+    for block, transition in zip(blocks, transitions, strict=False):
+        pool = transition.pool
+        layers.append(_untangle_block(entry, block, transition.norm))
+        layers.append(nn.AvgPool2d(pool.kernel_size, pool.stride))
+        entry = transition.conv
+    layers += [_untangle_block(entry, blocks[-1], features.norm5), nn.AdaptiveAvgPool2d(1)]
+    layers += [nn.Flatten(), _copy_linear(network.classifier)]
+    return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+class Producer(nn.Module):
+    """A producer that puts out one copy for each consumer, behind its BatchNorm and ReLU."""
+
+    def __init__(self, conv: nn.Conv2d, num_consumers: int) -> None:
+        super().__init__()
+        self.conv = conv
+        self.relu = nn.ReLU()
+        self.num_consumers = num_consumers
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """From [B, in, H, W] to num_consumers tensors [B, out, H, W], the first consumer first."""
+        copies = self.relu(self.conv(x))
+        return copies.unflatten(1, (-1, self.num_consumers)).unbind(2)
+
+
+class Block(nn.Module):
+    """A dense block from its entry to the input of what follows it.
+
+    ``layers`` are Sequential(conv1, ReLU, Producer). The consumers are the layers and, as the last
+    one, what follows the block; each takes the next copy of every producer that precedes it.
+    """
+
+    def __init__(self, entry: Producer, layers: list[nn.Sequential]) -> None:
+        super().__init__()
+        self.entry = entry
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From the input of the entry [B, in, H, W] to the last consumer's [B, out, H, W]."""
+        copies = [iter(self.entry(x))]
+        for layer in self.layers:
+            copies.append(iter(layer(torch.cat([next(copy) for copy in copies], 1))))
+        return torch.cat([next(copy) for copy in copies], 1)
+
+
+def _untangle_block(entry: nn.Conv2d, block: DenseBlock, exit_norm: _BatchNorm) -> Block:
+    """Fold a dense block; ``exit_norm`` is the BatchNorm that reads its whole output."""
+    dense_layers = list(block.children())
+    consumers = [*(layer.norm1 for layer in dense_layers), exit_norm]
+    producers = []
+    start = 0
+    for index, conv in enumerate([entry, *(layer.conv2 for layer in dense_layers)]):
+        readers = consumers[index:]
+        producers.append(Producer(_fold(conv, readers, start), len(readers)))
+        start += conv.out_channels
+    layers = [
+        nn.Sequential(_fold(layer.conv1, [layer.norm2]), nn.ReLU(), producer)
+        for layer, producer in zip(dense_layers, producers[1:], strict=True)
+    ]
+    return Block(producers[0], layers)
+
+
+def _fold(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> nn.Conv2d:
+    """One convolution that does the work of ``conv`` followed by each of ``norms``.
+
+    Args:
+        conv: a square convolution without bias, with any number of groups.
+        norms: the BatchNorms that read it.
+        start: position of the convolution's first channel in their input.
+
+    Returns:
+        A convolution of ``out_channels * len(norms)`` channels; channel ``c * len(norms) + n`` is
+        channel c behind norm n.
+    """
+    channels = slice(start, start + conv.out_channels)
+    affine = [_affine(norm) for norm in norms]
+    scale = torch.stack([scale[channels] for scale, _ in affine], 1)
+    shift = torch.stack([shift[channels] for _, shift in affine], 1)
+    weight = conv.weight.detach().double().unsqueeze(1) * scale[..., None, None, None]
+    folded = nn.Conv2d(
+        conv.in_channels,
+        conv.out_channels * len(norms),
+        conv.kernel_size[0],
+        conv.stride[0],
+        int(conv.padding[0]),
+        groups=conv.groups,
+        device="meta",
+    )
+    folded.weight = nn.Parameter(weight.flatten(0, 1).to(conv.weight.dtype))
+    folded.bias = nn.Parameter(shift.flatten().to(conv.weight.dtype))
+    return folded
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift, float64 [channels], of a BatchNorm that uses its running statistics."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise CxrdistError(
+            "cannot explain a network whose BatchNorm keeps no running statistics; "
+            "build it as cxrdist's Classifier does"
+        )
+    scale = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
+
+
+def _identity_like(conv: nn.Conv2d) -> nn.Conv2d:
+    """A 1x1 convolution that hands on each channel of ``conv``: the entry of the first block."""
+    channels = conv.out_channels
+    identity = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, device="meta")
+    identity.weight = nn.Parameter(conv.weight.new_ones(channels, 1, 1, 1))
+    return identity
+
+
+def _copy_linear(linear: nn.Linear) -> nn.Linear:
+    copy = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    copy.weight = nn.Parameter(linear.weight.detach().clone())
+    copy.bias = nn.Parameter(linear.bias.detach().clone())
+    return copy
+
+
+def _check(network: nn.Module) -> None:
+    """Refuse what cannot be folded, with a CxrdistError."""
+    if type(network) is not DenseNet:
+        raise CxrdistError(
+            f"cannot explain a {type(network).__name__}: expected timm's DenseNet; "
+            "pass the network of a Classifier"
+        )
+    if any(module.training for module in network.modules()):
+        raise CxrdistError(
+            "cannot explain a network in training mode: its BatchNorms must use their running "
+            "statistics; call model.eval() first"
+        )
+    for name, module in network.named_modules():
+        is_leaf = not any(module.children())
+        if is_leaf and not isinstance(module, _KNOWN_LAYERS):
+            raise CxrdistError(
+                f"cannot explain layer {name} ({type(module).__name__}): expected a DenseNet of "
+                "BatchNorm, ReLU, convolutions, average pools and one linear layer; build it as "
+                "cxrdist's Classifier does"
+            )
+    if hasattr(network.features, "conv1"):
+        raise CxrdistError(
+            "cannot explain a DenseNet with a deep stem: expected one 7x7 convolution; "
+            "build it as cxrdist's Classifier does"
+        )

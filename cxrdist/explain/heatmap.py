@@ -1,0 +1,98 @@
+"""Pictures of relevance over the X-ray: red for the class, blue against it."""
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.errors import CxrdistError
+
+RED = (225.0, 15.0, 25.0)
+BLUE = (20.0, 70.0, 255.0)
+"""Colours (R, G, B) in 0..255, far from both black and white, so that they show on either."""
+
+MAX_OPACITY = 0.85
+"""Opacity of the colour at the limit of the scale; the X-ray always shows through."""
+
+LIMIT_PERCENTILE = 99.0
+"""Percentage of the pixels that the default colour scale does not clip."""
+
+
+def overlay(
+    image: NDArray[np.uint8], relevance: NDArray[np.floating], limit: float | None = None
+) -> Image.Image:
+    """Draw relevance over an X-ray on a colour scale symmetric around zero.
+
+    The X-ray is grey; the opacity of the colour is proportional to the relevance, after smoothing.
+    A map of zeros gives the plain X-ray.
+
+    Args:
+        image: uint8 [H, W].
+        relevance: signed floats [H, W].
+        limit: relevance of the strongest colour, per pixel in units of the logit. Pictures with
+            the same limit can be compared; None takes ``colour_limit(relevance)``.
+
+    Returns:
+        An RGB picture of the image's size.
+
+    Raises:
+        CxrdistError: shapes differ, relevance is not finite, or the limit is not positive.
+    """
+    if image.ndim != 2 or image.shape != relevance.shape:
+        raise CxrdistError(
+            f"cannot draw relevance of shape {relevance.shape} over an image of shape "
+            f"{image.shape}: expected [H, W] for both"
+        )
+    if limit is None:
+        limit = colour_limit(relevance)
+    if not 0 < limit < np.inf:
+        raise CxrdistError(f"limit: is {limit}, expected a positive number; leave it out")
+    strength = np.clip(smooth(relevance) / limit, -1, 1)[..., None]
+    grey = image[..., None].astype(np.float64)
+    colour = np.where(strength > 0, RED, BLUE)
+    picture = grey + MAX_OPACITY * np.abs(strength) * (colour - grey)
+    return Image.fromarray(np.rint(picture).astype(np.uint8))
+
+
+def colour_limit(relevance: NDArray[np.floating]) -> float:
+    """Limit of the colour scale that shows most of a map and lets no few pixels dim the rest.
+
+    Args:
+        relevance: signed floats [H, W].
+
+    Returns:
+        The LIMIT_PERCENTILE of the smoothed map's absolute values. Its maximum, if it is zero
+        nearly everywhere, and 1 if it is zero everywhere.
+
+    Raises:
+        CxrdistError: relevance is not finite.
+    """
+    size = np.abs(smooth(relevance))
+    return float(np.percentile(size, LIMIT_PERCENTILE)) or float(size.max()) or 1.0
+
+
+def smooth(relevance: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Take out the grid that the first layers print; for display only.
+
+    The flat rule of a 7x7 convolution with stride 2 gives even and odd pixels different shares,
+    and the max pool behind it prints a grid of 4 px. The weights 1 2 2 2 1 along both axes (a mean
+    of 2 and one of 4) remove both, and shift nothing.
+
+    Args:
+        relevance: signed floats [H, W].
+
+    Returns:
+        [H, W]; pixels at the border are repeated outwards.
+
+    Raises:
+        CxrdistError: relevance is not finite.
+    """
+    if not np.isfinite(relevance).all():
+        raise CxrdistError("cannot draw relevance that is not finite; look at the model's weights")
+    smoothed = relevance.astype(np.float64)
+    for axis in (0, 1):
+        padding = [(2, 2) if a == axis else (0, 0) for a in (0, 1)]
+        windows = np.lib.stride_tricks.sliding_window_view(
+            np.pad(smoothed, padding, mode="edge"), 5, axis=axis
+        )
+        smoothed = windows @ np.array([1, 2, 2, 2, 1]) / 8
+    return smoothed

@@ -1,0 +1,99 @@
+"""Predict image files with a trained model."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxrdist.config import PredictConfig
+from cxrdist.data.images import read_square
+from cxrdist.data.pack import sample_key
+from cxrdist.data.records import IMAGE_SUFFIXES
+from cxrdist.errors import CxrdistError
+from cxrdist.explain.export import write_pictures
+from cxrdist.explain.relevance import Explainer
+from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.run import atomic_file
+from cxrdist.terminal import progress
+
+
+def predict(config: PredictConfig) -> None:
+    """Write a CSV of probabilities, and with ``explain`` heat maps into a folder beside it.
+
+    Raises:
+        CxrdistError: run, images or options cannot be used; nothing is written then.
+    """
+    if config.batch_size < 1:
+        raise CxrdistError(f"batch_size: is {config.batch_size}, expected at least 1")
+    model = load_model(config.run)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    files = find_images(config.images)
+    explainer = Explainer(model) if config.explain else None
+    heatmaps = config.out.with_name(f"{config.out.stem}-heatmaps")
+    probabilities = []
+    with progress(len(files), "predicting", "images") as bar:
+        for start in range(0, len(files), config.batch_size):
+            batch = files[start : start + config.batch_size]
+            fit = config.fit or model.fit
+            squares = np.stack([read_square(f, model.image_size_px, fit) for f in batch])
+            probabilities.append(_probabilities(model, squares))
+            if explainer is not None:
+                _write_heatmaps(explainer, model, heatmaps, batch, squares)
+            bar.update(len(batch))
+    _write_table(config.out, files, np.concatenate(probabilities), model.classes)
+    print(f"predicted {len(files)} images: {config.out}")
+    if config.explain:
+        print(f"heat maps: {heatmaps}")
+
+
+def find_images(paths: list[Path]) -> list[Path]:
+    """All PNG and JPEG files of files and folders, in the given order, folders sorted.
+
+    Raises:
+        CxrdistError: a path does not exist or a folder has no image.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            if not inside:
+                raise CxrdistError(f"{path}: has no PNG or JPEG file; name a folder that has some")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise CxrdistError(f"{path}: no such file or folder; name PNG or JPEG files")
+    return files
+
+
+@torch.inference_mode()
+def _probabilities(model: Classifier, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
+    images = torch.from_numpy(squares).unsqueeze(1).to(model.mean.device)
+    probabilities: NDArray[np.float32] = torch.sigmoid(model(images)).cpu().numpy()
+    return probabilities
+
+
+def _write_heatmaps(
+    explainer: Explainer,
+    model: Classifier,
+    directory: Path,
+    files: list[Path],
+    squares: NDArray[np.uint8],
+) -> None:
+    images = torch.from_numpy(squares).unsqueeze(1).to(model.mean.device)
+    relevance = explainer.attribute(images).relevance.float().cpu().numpy()
+    for file, square, values in zip(files, squares, relevance, strict=True):
+        write_pictures(directory, sample_key(str(file)), square, values, model.classes)
+
+
+def _write_table(
+    out: Path, files: list[Path], probabilities: NDArray[np.float32], classes: list[str]
+) -> None:
+    with atomic_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", *(f"prob_{name}" for name in classes), "predicted"])
+        for path, row in zip(files, probabilities, strict=True):
+            digits = [f"{value:.9g}" for value in row]
+            writer.writerow([path, *digits, classes[int(row.argmax())]])

@@ -1,0 +1,229 @@
+"""What the report shows as a picture: charts as inline SVG, images as data URIs."""
+
+import base64
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from cxrdist.errors import CxrdistError
+
+# Colours that stand for the page's own while matplotlib draws: the page knows whether it is dark.
+INK, FIRST, SECOND = "#010203", "#010204", "#010205"
+_PAGE_COLOURS = {
+    INK: "currentColor",
+    FIRST: "var(--chart-first)",
+    SECOND: "var(--chart-second)",
+}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
+_LARGEST_PX = 512
+_JPEG_QUALITY = 88
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image that stands in the page itself."""
+
+    uri: str
+    """``data:`` URI."""
+    width: int
+    """In px."""
+    height: int
+    """In px."""
+
+
+def embed(path: Path) -> Picture:
+    """Encode an image file for the page: JPEG with full colour resolution, at most 512 px wide.
+
+    Raises:
+        CxrdistError: the file is no image.
+    """
+    try:
+        with Image.open(path) as file:
+            image = file.convert("L" if file.mode in {"1", "L"} else "RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CxrdistError(
+            f"{path}: expected a picture ({error}); write it anew with `cxrdist explain`"
+        ) from error
+    image.thumbnail((_LARGEST_PX, _LARGEST_PX))
+    encoded = io.BytesIO()
+    # Heat maps are red and blue edge to edge: halved colour resolution would smear them.
+    image.save(encoded, "JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
+    code = base64.b64encode(encoded.getvalue()).decode("ascii")
+    return Picture(f"data:image/jpeg;base64,{code}", image.width, image.height)
+
+
+def loss_chart(
+    name: str,
+    epochs: Sequence[int],
+    train: Sequence[float],
+    validation: Sequence[float],
+    best_epoch: int | None,
+) -> str:
+    """Draw the training and the validation loss over the epochs.
+
+    Args:
+        name: unique in the page; letters, digits and hyphens.
+        epochs: from 1.
+        train: mean training loss of each epoch; NaN where undefined.
+        validation: validation loss after each epoch; NaN where undefined.
+        best_epoch: the epoch that gets a mark.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.plot(epochs, train, color=SECOND, marker="s", linestyle="--", label="training")
+        axes.plot(epochs, validation, color=FIRST, marker="o", label="validation")
+        _mark_best(axes, epochs, validation, best_epoch)
+        axes.set_ylabel("loss")
+
+    return _chart(name, f"Loss over {len(epochs)} epochs", _over_epochs(draw, epochs), (4.6, 2.9))
+
+
+def accuracy_chart(
+    name: str, epochs: Sequence[int], validation: Sequence[float], best_epoch: int | None
+) -> str:
+    """Draw the validation accuracy (0 to 1) over the epochs; arguments as in `loss_chart`."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot(epochs, validation, color=FIRST, marker="o", label="validation")
+        _mark_best(axes, epochs, validation, best_epoch)
+        axes.set_ylabel("accuracy")
+
+    label = f"Validation accuracy over {len(epochs)} epochs"
+    return _chart(name, label, _over_epochs(draw, epochs), (4.6, 2.9))
+
+
+def roc_points(is_class: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the receiver operating characteristic of one class against the rest.
+
+    Equal scores are one threshold, so that the area under the points counts a tie as one half.
+
+    Args:
+        is_class: bool [N], with at least one True and one False.
+        score: float [N], higher speaks for the class.
+
+    Returns:
+        False and true positive rate, float [T] each, both rising from 0 to 1.
+    """
+    order = np.argsort(-score, kind="stable")
+    last_of_ties = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
+    true_positives = np.cumsum(is_class[order])[last_of_ties]
+    false_positives = 1 + last_of_ties - true_positives
+    return (
+        np.append(0, false_positives) / false_positives[-1],
+        np.append(0, true_positives) / true_positives[-1],
+    )
+
+
+def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> str:
+    """Draw the ROC curve of one class against the rest; arguments as in `roc_points`."""
+    false_rate, true_rate = roc_points(is_class, score)
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=":", linewidth=1.2)
+        axes.plot(false_rate, true_rate, color=FIRST, clip_on=False)
+        axes.fill_between(false_rate, true_rate, color=FIRST, alpha=0.12, linewidth=0)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1)
+        axes.set_aspect("equal")
+        axes.set_xlabel("false positive rate")
+        axes.set_ylabel("true positive rate")
+
+    return _chart(name, "ROC curve, one class against the rest", draw, (3.3, 3.2))
+
+
+def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callable[[Axes], None]:
+    """Add what every chart over epochs has: whole numbers below, the legend above."""
+
+    def draw_all(axes: Axes) -> None:
+        draw(axes)
+        axes.set_xlabel("epoch")
+        margin = min(0.9, max(0.5, 0.015 * len(epochs)))  # less than 1: there is no epoch 0
+        axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.legend(
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            borderaxespad=0.2,
+            ncols=3,
+            handlelength=1.6,
+            columnspacing=1.2,
+        )
+
+    return draw_all
+
+
+def _mark_best(
+    axes: Axes, epochs: Sequence[int], values: Sequence[float], best_epoch: int | None
+) -> None:
+    """Mark the epoch whose weights were kept, by a line and a ring that need no colour."""
+    if best_epoch is None or best_epoch not in epochs:
+        return
+    axes.axvline(best_epoch, color=INK, alpha=0.5, linestyle=":", linewidth=1.2)
+    axes.plot(
+        [best_epoch],
+        [values[epochs.index(best_epoch)]],
+        linestyle="none",
+        marker="o",
+        markersize=10,
+        markerfacecolor="none",
+        markeredgecolor=INK,
+        label="best epoch",
+    )
+
+
+def _chart(
+    name: str, label: str, draw: Callable[[Axes], None], size_inches: tuple[float, float]
+) -> str:
+    """Draw one chart as an ``<svg>`` that takes its colours and its font from the page.
+
+    The user's own matplotlib settings are left out, so that a run always gives the same bytes.
+    """
+    with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
+        figure = Figure(figsize=size_inches, layout="constrained")
+        draw(figure.add_subplot())
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True)
+    return _inline(text.getvalue(), name, label)
+
+
+def _inline(svg: str, name: str, label: str) -> str:
+    """Turn matplotlib's SVG file into an element that can stand with others in one page."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s*<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
+    for stand_in, colour in _PAGE_COLOURS.items():
+        svg = svg.replace(stand_in, colour)
+    size = r'width="[\d.]+pt" height="[\d.]+pt"'
+    return re.sub(size, f'role="img" aria-label="{label}"', svg, count=1)

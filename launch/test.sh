@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Install cxrdist with its development tools into .venv; run the linters and all tests.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+install "[dev]"
+ruff check .
+ruff format --check .
+mypy
+exec pytest "$@"

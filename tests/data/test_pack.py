@@ -1,0 +1,147 @@
+import csv
+import hashlib
+import io
+import json
+
+import pytest
+import webdataset
+from conftest import make_images, make_shards
+from PIL import Image
+
+from cxrdist.config import CheckConfig, PackConfig
+from cxrdist.data.images import read_square
+from cxrdist.data.index import check, read_index
+from cxrdist.data.pack import pack
+from cxrdist.errors import CxrdistError
+
+COUNTS = {"a": 12, "b c": 12}
+
+
+def contents(directory):
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in directory.iterdir()}
+
+
+def test_shards_are_read_by_webdataset_sample_for_sample(tmp_path):
+    """Any WebDataset client sees exactly the samples of samples.csv, with the source's pixels."""
+    shards = make_shards(tmp_path, COUNTS, shard_size=5)
+    index = read_index(shards)
+    urls = [str(shards / shard.name) for shard in index.shards]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert [sample["__key__"] for sample in found] == [sample.key for sample in index.samples]
+    for sample, expected in zip(found, index.samples, strict=True):
+        pixels = Image.open(io.BytesIO(sample["png"]))
+        assert hashlib.sha256(pixels.tobytes()).hexdigest() == expected.sha256
+        original = read_square(tmp_path / "images" / expected.path, 32, "crop")
+        assert pixels.tobytes() == original.tobytes()
+        assert json.loads(sample["json"])["label"] == expected.label
+    assert len(found) == 24
+
+
+def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
+    """One and two processes, now and later, write the same bytes."""
+    source = make_images(tmp_path / "images", COUNTS)
+    for name, workers in (("one", 1), ("two", 2), ("again", 2)):
+        pack(
+            PackConfig(
+                *("folder", source, tmp_path / name),
+                **{"size": 32, "split": "0.5/0.25/0.25", "workers": workers, "shard_size": 5},
+            )
+        )
+    assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
+
+
+def test_the_index_counts_what_is_there(tmp_path):
+    """index.json, samples.csv and the shards agree in number, size, hash and class."""
+    shards = make_shards(tmp_path, COUNTS, shard_size=5)
+    about = json.loads((shards / "index.json").read_text())
+    with open(shards / "samples.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert sum(split["samples"] for split in about["splits"].values()) == len(rows) == 24
+    for split, said in about["splits"].items():
+        labels = [row["label"] for row in rows if row["split"] == split]
+        assert said["classes"] == {name: labels.count(name) for name in COUNTS}
+        for shard in said["shards"]:
+            data = (shards / shard["name"]).read_bytes()
+            assert shard["bytes"] == len(data)
+            assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+    patients = {(row["patient"], row["split"]) for row in rows}
+    assert len(patients) == len({patient for patient, _ in patients})
+
+
+def test_an_unreadable_image_stops_the_pack_and_leaves_nothing(tmp_path):
+    """A truncated PNG is named, and no half directory stands."""
+    source = make_images(tmp_path / "images", COUNTS)
+    bad = source / "a" / "a000_0.png"
+    bad.write_bytes(bad.read_bytes()[:500])
+    for workers in (1, 2):
+        with pytest.raises(CxrdistError, match=r"a000_0\.png: no readable PNG"):
+            pack(
+                PackConfig(
+                    *("folder", source, tmp_path / "out"),
+                    **{"size": 32, "split": "0.5/0.25/0.25", "workers": workers},
+                )
+            )
+        assert [f.name for f in tmp_path.iterdir()] == ["images"]
+
+
+def test_skipped_images_are_listed(tmp_path, capsys):
+    """With --skip-bad the rest is packed and the bad one is in rejected.csv with the reason."""
+    source = make_images(tmp_path / "images", COUNTS)
+    (source / "a" / "a000_0.png").write_text("no image")
+    out = tmp_path / "out"
+    pack(PackConfig("folder", source, out, size=32, split="0.5/0.25/0.25", skip_bad=True))
+    with open(out / "rejected.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == ["a/a000_0.png"]
+    assert "no readable PNG" in rows[0]["reason"]
+    assert len(read_index(out).samples) == 23
+    assert "1 unreadable images are listed" in capsys.readouterr().out
+
+
+def test_names_with_dots_keep_their_own_keys(tmp_path):
+    """WebDataset cuts names at the first dot; images that differ behind it stay two samples."""
+    source = make_images(tmp_path / "images", COUNTS)
+    pixels = (source / "a" / "a000_0.png").read_bytes()
+    for uid in ("1.2.840.1", "1.2.840.2"):
+        (source / "a" / f"{uid}.png").write_bytes(pixels)
+    pack(PackConfig("folder", source, tmp_path / "out", size=32, split="0.5/0.25/0.25"))
+    index = read_index(tmp_path / "out")
+    found = webdataset.WebDataset(
+        [str(tmp_path / "out" / s.name) for s in index.shards], shardshuffle=False
+    )
+    assert sorted(s["__key__"] for s in found) == sorted({s.key for s in index.samples})
+    assert len(index.samples) == 26
+
+
+def test_an_existing_directory_is_not_touched(tmp_path):
+    """Packing into a directory that has something in it is refused."""
+    source = make_images(tmp_path / "images", COUNTS)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(CxrdistError, match="stands already"):
+        pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "samples", "index"])
+def test_shards_that_do_not_match_their_index_are_named(tmp_path, damage):
+    """A flipped bit, a cut or missing shard, and edited tables are each found and named."""
+    shards = make_shards(tmp_path, COUNTS)
+    shard = shards / "train-000000.tar"
+    data = bytearray(shard.read_bytes())
+    expected = "train-000000.tar"
+    if damage == "flip":
+        data[len(data) // 2] ^= 1
+        shard.write_bytes(data)
+    elif damage == "cut":
+        shard.write_bytes(data[: len(data) // 2])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "samples":
+        expected = "samples.csv"
+        table = shards / expected
+        table.write_text(table.read_text().replace(",train,", ",test,", 1))
+    else:
+        expected = "index.json"
+        (shards / expected).write_text("{}")
+    with pytest.raises(CxrdistError, match=expected):
+        check(CheckConfig(shards))

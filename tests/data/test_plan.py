@@ -1,0 +1,69 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from cxrdist.config import Augmentation
+from cxrdist.data.plan import copies_of, plan_epoch
+from cxrdist.errors import CxrdistError
+
+
+def plan(num_samples=20, copies=3, batch=9, key=(0, "head", 1)):
+    samples = np.arange(100, 100 + num_samples)
+    return plan_epoch(samples, np.full(num_samples, copies), Augmentation(), batch, key)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+@pytest.mark.parametrize(("samples", "copies"), [(20, 3), (7, 1), (9, 8), (1, 1)])
+def test_the_slices_of_the_ranks_cover_an_epoch_exactly(world, samples, copies):
+    """Each image of the plan is taken by one rank in one step, whatever the number of ranks."""
+    epoch = plan(samples, copies)
+    rows = [
+        np.arange(len(epoch.samples))[epoch.rank_rows(step, rank, world)]
+        for step in range(epoch.num_steps)
+        for rank in range(world)
+    ]
+    assert np.array_equal(np.concatenate(rows), np.arange(samples * copies))
+    for step in range(epoch.num_steps):
+        sizes = [
+            len(range(*epoch.rank_rows(step, rank, world).indices(10**6))) for rank in range(world)
+        ]
+        assert sum(sizes) == epoch.step_size(step) <= 9
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_each_sample_is_taken_as_often_as_it_has_copies():
+    """8/8/72 copies as in the paper, half of each sample's copies mirrored."""
+    copies = np.array([8, 8, 72])
+    epoch = plan_epoch(np.array([4, 5, 6]), copies, Augmentation(), 9, (0, "head", 1))
+    assert Counter(epoch.samples.tolist()) == {4: 8, 5: 8, 6: 72}
+    mirrored = Counter(epoch.samples[epoch.draws.flip].tolist())
+    assert mirrored == {4: 4, 5: 4, 6: 36}
+
+
+def test_draws_fill_the_papers_ranges():
+    """Rotation within 40 degrees, shifts within 40 and 28 of 224 px, and not all alike."""
+    draws = plan(2000, 8).draws
+    for values, limit in ((draws.degrees, 40), (draws.shift_x, 40 / 224), (draws.shift_y, 1 / 8)):
+        assert np.abs(values).max() <= limit * (1 + 1e-6)
+        assert np.abs(values).max() > 0.99 * limit
+        assert abs(values.mean()) < 0.03 * limit
+
+
+def test_a_plan_is_a_function_of_seed_stage_and_epoch():
+    """The same key gives the same plan; each part of the key changes it."""
+    first, again = plan(), plan()
+    assert np.array_equal(first.samples, again.samples)
+    assert np.array_equal(first.draws.degrees, again.draws.degrees)
+    for key in ((1, "head", 1), (0, "all", 1), (0, "head", 2)):
+        assert not np.array_equal(first.draws.degrees, plan(key=key).draws.degrees)
+
+
+def test_copies_of_an_unknown_class_are_refused():
+    """A misspelt class would silently not be balanced."""
+    labels = np.array([0, 1, 1])
+    assert copies_of(labels, ["a", "b"], {"b": 4}).tolist() == [1, 4, 4]
+    with pytest.raises(CxrdistError, match="no class 'c'"):
+        copies_of(labels, ["a", "b"], {"c": 4})
+    with pytest.raises(CxrdistError, match="at least 1"):
+        copies_of(labels, ["a", "b"], {"a": 0})

@@ -1,0 +1,63 @@
+"""The house rules of the code, checked on the code itself."""
+
+import ast
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import yaml
+
+import cxrdist.config
+from cxrdist.cli import COMMANDS
+
+PACKAGE = Path(__file__).parents[1] / "cxrdist"
+# Imports go down only: each layer may import from those before it.
+LAYERS = [
+    ["errors", "terminal", "config"],
+    ["distributed", "run"],
+    ["data"],
+    ["model"],
+    ["evaluate"],
+    ["train"],
+    ["explain"],
+    ["report"],
+    ["predict", "demo", "bench"],
+    ["cli"],
+    ["__init__", "__main__"],
+]
+GOLDEN = Path(__file__).parent / "golden" / "options.yaml"
+
+
+def layer(module: str) -> int:
+    """The layer of a dotted name such as cxrdist.data.plan."""
+    top = module.split(".")[1] if "." in module else "__init__"
+    return next(i for i, names in enumerate(LAYERS) if top in names)
+
+
+def test_imports_go_down_only():
+    """No module imports from a layer above its own."""
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(("cxrdist", *file.relative_to(PACKAGE).with_suffix("").parts))
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cxrdist."):
+                assert layer(node.module) <= layer(name), f"{name} imports {node.module}"
+
+
+def test_the_options_are_those_that_were_agreed_on():
+    """A new option is a visible change of tests/golden/options.yaml."""
+    options = {
+        name: sorted(field.name for field in fields(value))
+        for name, value in vars(cxrdist.config).items()
+        if is_dataclass(value)
+    }
+    assert options == yaml.safe_load(GOLDEN.read_text())
+    assert {command.config for command in COMMANDS.values()} <= options.keys()
+
+
+def test_import_and_help_are_instant():
+    """`import cxrdist` and `cxrdist --help` load no PyTorch."""
+    for code in ("import cxrdist", "from cxrdist.cli import main; main(['--help'])"):
+        script = f"{code}; import sys; sys.exit('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,120 @@
+"""Run on each rank of a test: train stages for ten steps, or take one gradient; report the state.
+
+usage: ranks.py stages SHARDS RUN OUT
+       ranks.py gradient SHARDS RUN OUT BATCH[:IMAGES_PER_PASS]...
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cxrdist.config import Augmentation, Network, Stage, TrainConfig
+from cxrdist.data.index import read_index
+from cxrdist.distributed import start
+from cxrdist.run import RunDirectory
+from cxrdist.terminal import progress
+from cxrdist.train.loop import StageRun
+from cxrdist.train.stages import set_modes
+from cxrdist.train.step import backward, read_slice
+from cxrdist.train.training import Training, build_training, open_run_directory
+
+SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8, dropout=0.0)
+BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
+# The paper's stages in small: head only, then all with growing rates, then late blocks again.
+STAGES = {
+    "head": Stage({"head": 0.02}, epochs=1, patience=1),
+    "all": Stage({b: 0.001 * 2**i for i, b in enumerate(BLOCKS)}, epochs=1, patience=1),
+    "late": Stage({"denseblock4": 0.01, "head": 0.1}, epochs=1, patience=1),
+}
+
+
+def build(shards: Path, run: Path) -> Training:
+    config = TrainConfig(
+        shards,
+        run,
+        STAGES,
+        init="none",
+        copies={"a": 3, "b": 2},
+        global_batch_size=5,
+        augmentation=Augmentation(degrees=10),
+        network=SMALL,
+        cache=run.parent / "cache",
+    )
+    accelerator = start()
+    index = read_index(shards)
+    directory = RunDirectory(run)
+    open_run_directory(directory, config, index, create=accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    return build_training(accelerator, directory, config, index)
+
+
+def state(training: Training) -> dict[str, torch.Tensor]:
+    return {k: v.clone() for k, v in training.model.network.state_dict().items()}
+
+
+def run_stages(training: Training) -> dict:
+    """Ten steps of five images in each stage; the state before and after, and the last gradient."""
+    found = {}
+    for name, stage in STAGES.items():
+        before = state(training)
+        under_way = StageRun(training, name, None)
+        gradients = {}
+        step = under_way.optimizer.step
+
+        def keep_gradients(gradients=gradients, step=step):
+            for key, parameter in training.model.network.named_parameters():
+                if parameter.grad is not None:
+                    gradients[key] = parameter.grad.clone()
+            step()
+
+        under_way.optimizer.step = keep_gradients
+        with progress(0, "", "images", show=False) as bar:
+            under_way.train_epoch(bar)
+        training.accelerator.unwrap_model(under_way.model, keep_fp32_wrapper=False)
+        training.accelerator.free_memory()
+        found[name] = {
+            "trained": list(stage.lr),
+            "steps": under_way.steps_done,
+            "before": before,
+            "after": state(training),
+            "gradients": gradients,
+        }
+    return found
+
+
+def take_gradients(training: Training, batches: list[str]) -> dict:
+    """The synchronised gradient of the first step of an epoch, BatchNorm frozen, for each batch."""
+    found = {}
+    stage = StageRun(training, "all", None)
+    set_modes(training.model, set())
+    for batch in batches:
+        size, _, per_pass = batch.partition(":")
+        recipe = replace(training.recipe, global_batch_size=int(size))
+        plan = replace(training, recipe=recipe).plan("all", 1)
+        part = read_slice(training.material, plan, 0, training.accelerator)
+        loss = backward(
+            training.accelerator, stage.model, part, int(per_pass) if per_pass else None
+        )
+        found[batch] = {
+            "loss": loss,
+            "images": len(part.images) * part.weight,
+            "gradients": {k: p.grad.clone() for k, p in training.model.network.named_parameters()},
+        }
+        stage.optimizer.zero_grad()
+    return found
+
+
+def main() -> None:
+    job, shards, run, out = sys.argv[1], *map(Path, sys.argv[2:5])
+    training = build(shards, run)
+    found = run_stages(training) if job == "stages" else take_gradients(training, sys.argv[5:])
+    out.mkdir(exist_ok=True)
+    torch.save(found, out / f"rank{training.accelerator.process_index}.pt")
+    training.accelerator.wait_for_everyone()
+    training.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

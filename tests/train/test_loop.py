@@ -1,0 +1,174 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import run_command, run_ranks
+from safetensors.torch import load_file
+
+from cxrdist.config import Augmentation, Network, Stage, TrainConfig
+from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.run import locked, read_log
+from cxrdist.train import loop
+from cxrdist.train.loop import train
+
+BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
+
+
+def recipe(shards: Path, run: Path, **changes: object) -> TrainConfig:
+    """Two stages of two epochs of a small network, with dropout."""
+    settings = {
+        "init": "none",
+        "global_batch_size": 6,
+        "max_images_per_rank": 4,
+        "augmentation": Augmentation(degrees=5),
+        "network": Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8),
+        "cache": run.parent / "cache",
+        **changes,
+    }
+    stages = {
+        "all": Stage(dict.fromkeys(BLOCKS, 0.05), epochs=2, patience=2),
+        "late": Stage({"denseblock4": 0.01, "head": 0.01}, epochs=2, patience=2),
+    }
+    return TrainConfig(shards, run, settings.pop("stages", stages), **settings)
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
+    """Killed after each epoch and started again, a run ends in the weights of an unbroken one."""
+    train(recipe(shards, tmp_path / "whole"))
+    save = loop.save_checkpoint
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
+    for _ in range(4):
+        with pytest.raises(Killed):
+            train(recipe(shards, tmp_path / "broken"))
+    monkeypatch.undo()
+    train(recipe(shards, tmp_path / "broken"))
+    whole, broken = (
+        (tmp_path / name / "model" / "model.safetensors").read_bytes()
+        for name in ("whole", "broken")
+    )
+    assert whole == broken
+    rows = [read_log(tmp_path / name / "log.jsonl") for name in ("whole", "broken")]
+    for one, other in zip(*rows, strict=True):
+        for name in ("stage", "epoch", "step", "loss", "val_loss", "val_accuracy"):
+            assert one[name] == other[name]
+
+
+def test_rows_of_an_epoch_that_was_lost_are_not_logged_twice(shards, tmp_path, monkeypatch):
+    """A run that dies between the log and the checkpoint takes the epoch again, once."""
+
+    def die(*arguments):
+        raise Killed
+
+    monkeypatch.setattr(loop, "save_checkpoint", die)
+    with pytest.raises(Killed):
+        train(recipe(shards, tmp_path / "run"))
+    monkeypatch.undo()
+    train(recipe(shards, tmp_path / "run"))
+    rows = [row for row in read_log(tmp_path / "run" / "log.jsonl") if row["kind"] == "epoch"]
+    assert [(row["stage"], row["epoch"]) for row in rows] == [
+        ("all", 1),
+        ("all", 2),
+        ("late", 1),
+        ("late", 2),
+    ]
+
+
+def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch):
+    """A worse last epoch does not become the model, and the next stage starts from the best."""
+    losses = iter([0.5, 0.9, 0.4, 0.7])
+    states = []
+
+    def validate(accelerator, model, *_):
+        states.append({k: v.clone() for k, v in model.network.state_dict().items()})
+        return next(losses), 0.5
+
+    monkeypatch.setattr(loop, "validate", validate)
+    train(recipe(shards, tmp_path / "run"))
+    model = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(model[k], v) for k, v in states[2].items())
+    frozen = "features.conv0.weight"
+    assert torch.equal(states[2][frozen], states[0][frozen])
+    assert not torch.equal(states[1][frozen], states[0][frozen])
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert [info["stages"][s]["best_epoch"] for s in ("all", "late")] == [1, 1]
+    assert info["finished"]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(shards, tmp_path, monkeypatch):
+    """A NaN names stage, epoch and step, changes no weight and publishes nothing."""
+    stage = {"all": Stage(dict.fromkeys(BLOCKS, 1e30), epochs=1, patience=1)}
+    config = recipe(shards, tmp_path / "run", stages=stage)
+    with pytest.raises(RunFailedError, match=r"stage all, epoch 1, step \d+: .* not finite"):
+        train(config)
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_saved_recipe_can_be_passed_back(shards, tmp_path):
+    """RUN/recipe.yaml with --config goes on in the same run; a changed one is refused."""
+    train(recipe(shards, tmp_path / "run"))
+    saved = tmp_path / "run" / "recipe.yaml"
+    again = ("train", "--config", saved, "--shards", shards, "--run", tmp_path / "run")
+    done = run_command(*again, "--cache", tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    assert "is trained already" in done.stdout
+    changed = run_command(*again, "--global-batch-size", 5)
+    assert changed.returncode == 2
+    assert "global_batch_size was 6, is 5" in changed.stderr
+    assert "Traceback" not in changed.stderr
+    assert len(changed.stderr.strip().splitlines()) == 1
+
+
+def test_a_run_directory_of_other_shards_is_refused(shards, tmp_path):
+    """Going on with other images would mix two trainings."""
+    train(recipe(shards, tmp_path / "run"))
+    other = shutil.copytree(shards, tmp_path / "other")
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps({**index, "seed": 99}))
+    with pytest.raises(CxrdistError, match="begun with other shards"):
+        train(recipe(other, tmp_path / "run"))
+
+
+def test_a_run_directory_has_one_writer(shards, tmp_path):
+    """A second process in the same run directory is refused while the first one lives."""
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(CxrdistError, match="another cxrdist process"),
+    ):
+        train(recipe(shards, tmp_path / "run"))
+
+
+def test_a_world_larger_than_the_batch_is_refused(shards, tmp_path):
+    """Three ranks cannot share a step of two images; the message is one line."""
+    stage = {"head": {"lr": {"head": 0.1}, "epochs": 1, "patience": 1}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"stages": stage, "init": "none"}))
+    done = run_ranks(
+        *(3, "-m", "cxrdist", "train", "--config", tmp_path / "recipe.yaml"),
+        *("--shards", shards, "--run", tmp_path / "run", "--global-batch-size", "2"),
+    )
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("cxrdist:")] == [
+        "cxrdist: global_batch_size: 2 images for 3 ranks; "
+        "launch at most as many ranks as images in a step"
+    ]
+
+
+def test_trackers_are_accelerates(shards, tmp_path):
+    """--track tensorboard writes event files into RUN/tracking; an unknown name is refused."""
+    pytest.importorskip("tensorboard")
+    train(recipe(shards, tmp_path / "run", track=["tensorboard"]))
+    assert list((tmp_path / "run" / "tracking").rglob("events*"))
+    with pytest.raises(CxrdistError, match="track"):
+        train(recipe(shards, tmp_path / "other", track=["tensorbord"]))

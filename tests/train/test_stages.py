@@ -1,0 +1,97 @@
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from cxrdist.cli import COMMANDS, parse
+from cxrdist.config import Network, Stage
+from cxrdist.errors import CxrdistError
+from cxrdist.model.densenet import Classifier
+from cxrdist.train.stages import (
+    EarlyStopping,
+    check_stages,
+    describe_groups,
+    freeze,
+    parameter_groups,
+    set_modes,
+)
+
+BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
+SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8)
+GOLDEN = Path(__file__).parents[1] / "golden" / "bassi2020_parameter_groups.json"
+
+
+def bassi2020():
+    arguments = ["--config", "bassi2020", "--shards", "s", "--run", "r"]
+    return parse(COMMANDS["train"], "train", arguments)
+
+
+def test_the_papers_stages_have_the_papers_parameter_groups():
+    """Section 3.3: blocks, rates, decay, and how many of DenseNet121's tensors in each."""
+    config = bassi2020()
+    model = Classifier(config.network, ["COVID-19", "NORMAL", "Viral Pneumonia"], 224)
+    found = {
+        name: describe_groups(parameter_groups(model, stage))
+        for name, stage in config.stages.items()
+    }
+    assert found == json.loads(GOLDEN.read_text())
+
+
+def test_the_papers_rates_fall_by_3_to_10_from_block_to_block():
+    """Section 3.3: head 1e-5, each block 3 to 10 times smaller, then all a tenth, then all 1e-5."""
+    config = bassi2020()
+    assert list(config.stages["head"].lr.items()) == [("head", 1e-3)]
+    rates = [config.stages["unfreeze"].lr[block] for block in BLOCKS]
+    assert rates[-1] == 1e-5
+    for lower, higher in pairwise(rates):
+        assert 3 * (1 - 1e-9) <= higher / lower <= 10
+    tenth = [config.stages["no_decay"].lr[block] for block in BLOCKS]
+    assert tenth == pytest.approx([rate / 10 for rate in rates])
+    assert set(config.stages["all_equal"].lr.values()) == {1e-5}
+    assert config.copies == {"COVID-19": 72, "NORMAL": 8, "Viral Pneumonia": 8}
+    assert config.global_batch_size == 9
+
+
+def test_frozen_blocks_have_no_gradient_and_their_batchnorm_is_in_evaluation_mode():
+    """A frozen block with BatchNorm in training mode would still move its statistics."""
+    model = Classifier(SMALL, ["a", "b"], 32).train()
+    trained = {"denseblock4", "head"}
+    freeze(model, trained)
+    set_modes(model, trained)
+    features = model.network.features
+    assert not features.denseblock1.denselayer1.norm1.training
+    assert not features.transition3.norm.training
+    assert features.denseblock4.denselayer2.norm2.training
+    assert features.norm5.training
+    assert model.network.head_drop.training
+    assert not features.conv0.weight.requires_grad
+    assert features.norm5.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({}, "has none"),
+        ({"one": Stage({}, 1, 1)}, r"stages\.one: trains nothing"),
+        ({"one": Stage({"haed": 1e-3}, 1, 1)}, r"no block 'haed'; expected stem, .*, head"),
+        ({"one": Stage({"head": 0.0}, 1, 1)}, r"stages\.one\.lr\.head: is 0\.0"),
+        ({"one": Stage({"head": float("nan")}, 1, 1)}, r"stages\.one\.lr\.head: is nan"),
+        ({"one": Stage({"head": 1e-3}, 0, 1)}, r"stages\.one\.epochs: is 0"),
+        ({"one": Stage({"head": 1e-3}, 1, 0)}, r"stages\.one\.patience: is 0"),
+    ],
+)
+def test_stages_that_cannot_be_meant_are_refused(stages, message):
+    """A stage that trains nothing, or a misspelt block, is an error and not a silent freeze."""
+    with pytest.raises(CxrdistError, match=message):
+        check_stages(stages, BLOCKS)
+
+
+def test_early_stopping_waits_for_its_patience():
+    """A stage ends when `patience` epochs were not better than the best."""
+    stopping = EarlyStopping(patience=2)
+    assert [stopping.update(loss) for loss in (1.0, 0.5, 0.6)] == [True, True, False]
+    assert not stopping.exhausted
+    assert not stopping.update(0.5)
+    assert stopping.exhausted
+    assert (stopping.best_epoch, stopping.best_loss) == (2, 0.5)
