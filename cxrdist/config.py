@@ -77,11 +77,9 @@ class Network:
     """Shape of the DenseNet; the default is DenseNet121 (Huang et al. 2016, Table 1)."""
 
     growth_rate: int = 32
-    """Channels that each dense layer adds."""
+    """Channels that each dense layer adds; the first convolution has twice as many."""
     block_config: tuple[int, int, int, int] = (6, 12, 24, 16)
     """Dense layers of each block."""
-    num_init_features: int = 64
-    """Channels of the first convolution."""
     dropout: float = 0.5
     """Probability before the output layer (paper, section 3.2)."""
 

@@ -26,9 +26,9 @@ from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
 from cxrdist.report.html import report
 
-PATIENTS_PER_CLASS = 100
+PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
-EXPLAINED_IMAGES = 24
+EXPLAINED_IMAGES = 12
 
 
 def demo(config: DemoConfig) -> None:
@@ -61,7 +61,6 @@ def demo(config: DemoConfig) -> None:
     if config.source == "phantom":
         _print_relevance_in_opacities(images, shards, run)
     report(ReportConfig(run))
-    print(f"the report: {run / 'report.html'}")
 
 
 def _refuse_bad_options(config: DemoConfig) -> None:

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
+from cxrdist.explain import heatmap
 from cxrdist.report import pictures
 from cxrdist.run import RunDirectory, write_text
 
@@ -102,8 +103,10 @@ def report(config: ReportConfig) -> Path:
         splits=splits,
         headline=next((split for split in splits if split["metrics"]), None),
         measures=MEASURES,
+        heatmap=heatmap,
     )
     write_text(run.report, page)
+    print(f"the report: {run.report}")
     return run.report
 
 
@@ -117,7 +120,13 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        number=number, percent=percent, count=count, rate=rate, share=share, moment=moment
+        colour=colour,
+        number=number,
+        percent=percent,
+        count=count,
+        rate=rate,
+        share=share,
+        moment=moment,
     )
     return environment.get_template("report.html.jinja")
 
@@ -150,6 +159,12 @@ def rate(value: float) -> str:
 def share(part: float, whole: float) -> float | None:
     """Divide; nothing of nothing is undefined."""
     return part / whole if whole else None
+
+
+def colour(rgb: Sequence[float], opacity: float) -> str:
+    """Write a colour (0 to 255 each) with its opacity (0 to 1) for CSS."""
+    red, green, blue = rgb
+    return f"rgb({red:.0f} {green:.0f} {blue:.0f} / {opacity:g})"
 
 
 def moment(value: str | None) -> str:
@@ -535,7 +550,7 @@ def _undefined(metrics: Mapping[str, Any]) -> list[str]:
         why = {
             "recall": f"it needs an image of this class, and there are {num_true}",
             "precision": f"it needs an image predicted as this, and there are {num_predicted}",
-            "f1": "it needs recall and precision",
+            "f1": "it needs an image of this class or one predicted as it, and there is none",
             "auroc": f"it needs images of this class and of others, and there are {num_true} "
             f"and {samples - num_true}",
         }

@@ -11,7 +11,7 @@ from cxrdist.model.densenet import Classifier, save_model
 
 CLASSES = ["a", "b c", "d"]
 ALONE = {"split": "0.6/0.2/0.2", "patient_pattern": None}
-SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8)
+SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2))
 
 
 def make_run(path, classes=CLASSES, size=32):

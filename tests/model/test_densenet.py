@@ -7,7 +7,7 @@ from cxrdist.config import Network
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, block_names, block_of, load_model, save_model
 
-SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8)
+SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2))
 
 
 def test_it_is_torchvisions_densenet121_with_a_head_of_its_own():

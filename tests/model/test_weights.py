@@ -12,7 +12,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, Normalisation
 from cxrdist.model.weights import ONE_CHANNEL, apply_weights, download, read_weights
 
-SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8)
+SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2))
 
 
 def donor(channels: int = 3, num_classes: int = 14) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from cxrdist.train.stages import set_modes
 from cxrdist.train.step import backward, read_slice
 from cxrdist.train.training import Training, build_training, open_run_directory
 
-SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8, dropout=0.0)
+SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
 # The paper's stages in small: head only, then all with growing rates, then late blocks again.
 STAGES = {

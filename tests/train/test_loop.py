@@ -24,7 +24,7 @@ def recipe(shards: Path, run: Path, **changes: object) -> TrainConfig:
         "global_batch_size": 6,
         "max_images_per_rank": 4,
         "augmentation": Augmentation(degrees=5),
-        "network": Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8),
+        "network": Network(growth_rate=4, block_config=(2, 2, 2, 2)),
         "cache": run.parent / "cache",
         **changes,
     }

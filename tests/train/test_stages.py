@@ -18,7 +18,7 @@ from cxrdist.train.stages import (
 )
 
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
-SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), num_init_features=8)
+SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2))
 GOLDEN = Path(__file__).parents[1] / "golden" / "bassi2020_parameter_groups.json"
 
 

@@ -1,0 +1,465 @@
+import csv
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+from cxrdist.config import ReportConfig
+from cxrdist.errors import CxrdistError
+from cxrdist.report import pictures
+from cxrdist.report.html import MOST_MISTAKES, Sample, number, percent, report, worst_mistakes
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+DASH = "\N{EM DASH}"
+
+
+class Text(HTMLParser):
+    """The words of a page, without scripts and styles, and the names of its elements."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.words: list[str] = []
+        self.elements: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.words += data.split()
+
+    def __str__(self) -> str:
+        return " ".join(self.words)
+
+
+def write(run: Path) -> str:
+    """Write the report and give back its text."""
+    return report(ReportConfig(run=run)).read_text(encoding="utf-8")
+
+
+def change_json(path: Path, change: Any) -> None:
+    """Let a function change what a JSON file holds."""
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+# Without a browser.
+
+
+def test_same_run_directory_gives_the_same_bytes(run: Path) -> None:
+    """Two reports of one run are the same bytes, and later than the first is no difference."""
+    first = report(ReportConfig(run=run)).read_bytes()
+    assert report(ReportConfig(run=run)).read_bytes() == first
+
+
+def test_ids_are_unique(run: Path) -> None:
+    """No two elements of the page share an id, though matplotlib names them alike."""
+    ids = re.findall(r'\sid="([^"]*)"', write(run))
+    assert len(ids) == len(set(ids)) > 100
+    assert set(re.findall(r'(?:url\(|href=")#([^)"]*)', write(run))) <= set(ids)
+
+
+def test_names_from_files_are_escaped(run: Path, made: SimpleNamespace) -> None:
+    """A class named like an HTML tag, a hostile stage and a hostile key are shown as text."""
+    hostile = '<script>alert("1")</script><img src=x onerror=alert(1)>'
+    log, table = run / "log.jsonl", run / "test" / "predictions.csv"
+    log.write_text(log.read_text().replace('"unfreeze"', json.dumps(hostile)))
+    with open(table, newline="", encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    wrong = worst_mistakes([sample(row, header) for row in rows])[0].key
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        changed = [[hostile if value == wrong else value for value in row] for row in rows]
+        csv.writer(file).writerows([header, *changed])
+    with pytest.raises(CxrdistError, match="is not the name of a file"):
+        write(run)  # the key has a slash in it: no picture may be read from elsewhere
+    table.write_text(table.read_text().replace("/script", "script"))
+    page = write(run)
+    text = Text(page)
+    assert made.ODD_CLASS not in page
+    assert made.ODD_CLASS in str(text)
+    assert hostile in str(text)
+    assert "script" not in text.elements
+    assert "onerror" not in {
+        name for tag in re.findall(r"<img[^>]*>", page) for name in tag.split()
+    }
+
+
+def sample(row: list[str], header: list[str]) -> Sample:
+    """Read a row of predictions.csv."""
+    names = [name.removeprefix("prob_") for name in header[3:]]
+    return Sample(row[0], row[2], dict(zip(names, map(float, row[3:]), strict=True)))
+
+
+def test_worst_mistakes_come_first() -> None:
+    """Only wrong predictions, the surest first, ties by key, and not more than fit."""
+    certain = [Sample(f"{n:02d}", "a", {"a": 0.1, "b": 0.5 + n / 100}) for n in range(20)]
+    tie = Sample("00-tie", "a", {"a": 0.1, "b": 0.69})
+    right = Sample("right", "b", {"a": 0.0, "b": 1.0})
+    found = worst_mistakes([right, *certain, tie])
+    assert [item.key for item in found[:4]] == ["00-tie", "19", "18", "17"]
+    assert len(found) == MOST_MISTAKES
+
+
+def test_worst_mistakes_in_the_page_are_those_of_the_table(
+    run: Path, made: SimpleNamespace
+) -> None:
+    """The page lists the wrong rows of predictions.csv in falling order of confidence."""
+    with open(run / "test" / "predictions.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))[1:]
+    wrong = []
+    for row in rows:
+        scores = np.array(row[3:], dtype=float)
+        if made.CLASSES[scores.argmax()] != row[2]:
+            wrong.append((-scores.max(), row[0]))
+    text = str(Text(write(run)))
+    section = text[text.index("Worst mistakes") : text.index("Gallery")]
+    places = [section.index(f" {key} Truth") for _, key in sorted(wrong)]
+    assert len(places) == len(wrong) > 2
+    assert places == sorted(places)
+
+
+def test_undefined_numbers_are_dashes_with_a_reason(run: Path) -> None:
+    """A null is shown as a dash, and the page says which number and why."""
+
+    def undefine(metrics: dict[str, Any]) -> None:
+        metrics["classes"]["COVID-19"].update(precision=None, f1=None)
+        metrics["macro"].update(precision=None)
+
+    assert "not defined" not in write(run)
+    change_json(run / "test" / "metrics.json", undefine)
+    text = str(Text(write(run)))
+    recall, auroc = (
+        number(json.loads((run / "test" / "metrics.json").read_text())["classes"]["COVID-19"][name])
+        for name in ("recall", "auroc")
+    )
+    assert f"COVID-19 {recall} {DASH} {DASH} {auroc}" in text
+    assert "Precision of COVID-19: it needs an image predicted as this" in text
+    assert "Mean Precision: it needs the number of every class" in text
+    assert "Recall of" not in text
+
+
+@pytest.mark.filterwarnings("ignore:No positive samples")
+def test_class_without_images_has_no_curve(run: Path, made: SimpleNamespace) -> None:
+    """A class that the split lacks gets a sentence where its ROC curve would be."""
+    rows = [row for row in made.make_predictions() if row["label"] != "COVID-19"]
+    made.write_evaluation(run / "test", rows)
+    change_json(
+        run / "test" / "metrics.json",
+        lambda metrics: metrics["classes"]["COVID-19"].update(auroc=None, recall=None),
+    )
+    page = write(run)
+    assert page.count("No curve: it needs images of this") == 1
+    reason = f"of this class and of others, and there are 0 and {len(rows)}"
+    assert f"AUROC of COVID-19: it needs images {reason}" in page
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "times"),
+    [
+        ("test", "cxrdist evaluate --run RUN --shards SHARDS --split test", 1),
+        ("test/relevance.csv", "cxrdist explain --run RUN --shards SHARDS --split test", 3),
+        ("test/predictions.csv", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
+        ("test/metrics.json", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
+        ("log.jsonl", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 2),
+        ("recipe.yaml", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 1),
+    ],
+)
+def test_absent_files_leave_a_line_with_the_command(
+    run: Path, missing: str, command: str, times: int
+) -> None:
+    """What was not made yet is replaced by the command that makes it; the rest stands."""
+    path = run / missing
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    text = str(Text(write(run)))
+    assert text.count(command) == times
+    assert "How it was split" in text
+
+
+def test_run_that_is_not_finished(run: Path) -> None:
+    """A run in its first stage has a report; a row cut off by a kill is no obstacle."""
+
+    def back(info: dict[str, Any]) -> None:
+        info.update(finished=None)
+        del info["stages"]["unfreeze"]
+
+    change_json(run / "run.json", back)
+    lines = (run / "log.jsonl").read_text().splitlines()
+    (run / "log.jsonl").write_text("\n".join(lines[:6]) + '\n{"kind": "epo')
+    text = str(Text(write(run)))
+    assert "Duration not finished" in text
+    assert "Stage 2: unfreeze This stage is not done." in text
+
+
+def test_epochs_done_again_count_once(run: Path) -> None:
+    """Of an epoch that was logged twice, by a run that was resumed, the last one is shown."""
+    log = run / "log.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    again = next(row for row in rows if row["kind"] == "epoch" and row["epoch"] == 2)
+    log.write_text(log.read_text() + json.dumps({**again, "loss": 0.987654}) + "\n")
+    page = write(run)
+    assert f"<td>{number(again['loss'])}</td><td>{number(again['val_loss'])}</td>" not in page
+    assert page.count("<td>0.988</td><td>") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "mend"),
+    [
+        ("run.json", None, "give the directory of a `cxrdist train`"),
+        ("run.json", "{", "run `cxrdist train` again"),
+        ("run.json", '{"format": "cxrdist-run-2"}', "run `cxrdist train` again"),
+        ("run.json", '{"format": "cxrdist-run-1"}', "misses 'shards'"),
+        ("recipe.yaml", "a: [", "run `cxrdist train` again"),
+        ("log.jsonl", "not json\n", "run `cxrdist train` again"),
+        ("log.jsonl", '{"kind": "epoch", "stage": "head", "epoch": 1}\n', "misses 'loss'"),
+        ("test/metrics.json", "[]", "run `cxrdist evaluate` again"),
+        ("test/predictions.csv", "key,label\n1,2\n", "no column prob_CLASS"),
+        ("test/predictions.csv", "key,patient,label,prob_a\nk,p,b,0.5\n", "no probability of 'b'"),
+        ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,nan\n", "not within 0 and 1"),
+        ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "matrices differ"),
+        ("test/relevance.csv", "key,class\nk,a\n", "misses 'logit'"),
+        (
+            "test/relevance.csv",
+            "key,class,logit,relevance_sum,bias_share,epsilon_share,picture\nk,a,1,1,0,0,../p\n",
+            "'../p' is not the name of a file",
+        ),
+    ],
+)
+def test_broken_files_are_named_in_one_line(
+    run: Path, file: str, content: str | None, mend: str
+) -> None:
+    """A broken file gives one line with its name and the mend, and no half-written report."""
+    if content is None:
+        (run / file).unlink()
+    else:
+        (run / file).write_text(content)
+    with pytest.raises(CxrdistError) as caught:
+        write(run)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert mend in message
+    assert Path(file).name in message
+    assert not list(run.glob("*report.html*"))
+
+
+def test_broken_picture_is_named(run: Path) -> None:
+    """A heat map that is no image gives one line with its name."""
+    picture = next(iter(sorted((run / "test" / "heatmaps").glob("*.class-0.png"))))
+    picture.write_bytes(b"no image")
+    with pytest.raises(CxrdistError, match=re.escape(picture.name)):
+        write(run)
+
+
+def test_metrics_of_another_evaluation_are_refused(run: Path) -> None:
+    """Predictions and metrics that do not belong together make no report."""
+
+    def swap(metrics: dict[str, Any]) -> None:
+        metrics["confusion_matrix"][0][0] -= 1
+        metrics["confusion_matrix"][0][1] += 1
+
+    change_json(run / "test" / "metrics.json", swap)
+    with pytest.raises(CxrdistError, match="confusion matrices differ"):
+        write(run)
+
+
+def test_other_shards_are_pointed_out(run: Path) -> None:
+    """An evaluation on other shards than the training's is marked as one."""
+    path = run / "test" / "metrics.json"
+    own = json.loads((run / "run.json").read_text())["shards"]["index_sha256"]
+    change_json(path, lambda metrics: metrics.update(index_sha256=own))
+    assert "other shards" not in write(run)
+    change_json(path, lambda metrics: metrics.update(index_sha256="f" * 64))
+    text = str(Text(write(run)))
+    assert f"other shards than those of the training: sha256 of the index {'f' * 64}" in text
+
+
+def test_area_under_the_curve_is_the_auroc(run: Path) -> None:
+    """The drawn curve has the area that torchmetrics computes, ties included."""
+    random = np.random.default_rng(0)
+    is_class = random.random(300) < 0.3
+    score = np.round(random.normal(is_class * 1.0), 1)  # many ties
+    false_rate, true_rate = pictures.roc_points(is_class, score)
+    above = score[is_class][:, None] - score[~is_class][None]
+    assert np.trapezoid(true_rate, false_rate) == pytest.approx(
+        np.mean((above > 0) + 0.5 * (above == 0)), abs=1e-12
+    )
+    assert (false_rate[0], true_rate[0], false_rate[-1], true_rate[-1]) == (0, 0, 1, 1)
+
+
+def test_percent_agrees_with_three_decimals() -> None:
+    """A share reads the same in percent and with three decimals, whatever its binary value."""
+    for thousandths in range(0, 20001):
+        value = thousandths / 20000
+        assert float(percent(value)[:-2]) == pytest.approx(float(number(value)) * 100, abs=1e-9)
+    assert percent(None) == number(None) == number(float("nan")) == DASH
+
+
+def test_charts_do_not_depend_on_the_users_settings() -> None:
+    """The user's matplotlib settings change nothing and are left as they were."""
+    import matplotlib as mpl
+
+    before = pictures.accuracy_chart("a", [1, 2], [0.5, 0.6], 2)
+    with mpl.rc_context({"axes.linewidth": 9, "font.size": 33}):
+        assert pictures.accuracy_chart("a", [1, 2], [0.5, 0.6], 2) == before
+        assert mpl.rcParams["font.size"] == 33
+    assert "currentColor" in before
+    assert pictures.INK not in before
+    assert "DejaVu" not in before
+
+
+# In a browser.
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    if not (CHROMIUM and DRIVER):
+        pytest.skip("needs chromium and chromedriver on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path_factory.mktemp('browser')}",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def whole_page(whole_run: Path) -> Path:
+    return report(ReportConfig(run=whole_run))
+
+
+def show(browser: webdriver.Chrome, page: Path, width: int, theme: str) -> None:
+    """Open a page at a width (px) in a theme (light, dark), with the logs emptied before."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 600},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": theme}]},
+    )
+    for log in ("browser", "performance"):
+        browser.get_log(log)
+    browser.get(page.as_uri())
+
+
+def requests(browser: webdriver.Chrome) -> list[str]:
+    """The addresses that the page asked for since the log was read last."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [event for event in events if event["method"] == "Network.requestWillBeSent"]
+    return [event["params"]["request"]["url"] for event in sent]
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 375, 360])
+def test_page_opens_whole(
+    browser: webdriver.Chrome, whole_page: Path, width: int, theme: str, made: SimpleNamespace
+) -> None:
+    """Every picture is drawn, nothing is fetched, nothing complains, nothing is wider."""
+    show(browser, whole_page, width, theme)
+    images = browser.find_elements(By.TAG_NAME, "img")
+    assert len(images) > 40
+    assert all(image.get_property("naturalWidth") == 224 for image in images)
+    assert all(image.get_attribute("alt") for image in images)
+    assert browser.get_log("browser") == []
+    assert [url for url in requests(browser) if not url.startswith("data:")] == [
+        whole_page.as_uri()
+    ]
+    wide = "return [document.documentElement.scrollWidth, window.innerWidth]"
+    scroll, inner = browser.execute_script(wide)
+    assert inner == width
+    assert scroll <= width
+    ink, paper = browser.execute_script(
+        "const s = getComputedStyle(document.body); return [s.color, s.backgroundColor]"
+    )
+    assert (brightness(ink) < brightness(paper)) == (theme == "light")
+    charts = browser.find_elements(By.CSS_SELECTOR, ".charts svg")
+    assert len(charts) == 2 * 2 + len(made.CLASSES)
+    label = charts[0].find_element(By.CSS_SELECTOR, "text").value_of_css_property("fill")
+    assert label == ink
+    assert all(chart.get_attribute("aria-label") for chart in charts)
+
+
+def brightness(colour: str) -> int:
+    """Sum of the channels of rgb(r, g, b)."""
+    return sum(map(int, re.findall(r"\d+", colour)[:3]))
+
+
+def test_numbers_are_those_of_the_metrics(browser: webdriver.Chrome, whole_page: Path) -> None:
+    """The tables in the browser hold the numbers of metrics.json, and the headline agrees."""
+    show(browser, whole_page, 1280, "light")
+    metrics = json.loads((whole_page.parent / "test" / "metrics.json").read_text())
+    measures = ["recall", "precision", "f1", "auroc"]
+    rows = [
+        [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")]
+        for row in browser.find_elements(By.CSS_SELECTOR, ".metrics tbody tr")
+    ]
+    named = {**metrics["classes"], "All classes mean": metrics["macro"]}
+    assert rows == [[k, *(f"{v[name]:.3f}" for name in measures)] for k, v in named.items()]
+    cells = browser.find_elements(By.CSS_SELECTOR, ".confusion td:not(.total)")
+    counts = [int(cell.text.split()[0]) for cell in cells]
+    assert counts == np.array(metrics["confusion_matrix"]).ravel().tolist()
+    shares = [float(cell.text.split()[1]) for cell in cells]
+    confusion = np.array(metrics["confusion_matrix"])
+    expected = 100 * confusion / confusion.sum(axis=1, keepdims=True)
+    assert shares == pytest.approx(expected.ravel().tolist(), abs=0.05001)
+    tiles = [tile.text for tile in browser.find_elements(By.CSS_SELECTOR, ".tiles li")]
+    assert f"{metrics['accuracy']:.1%}" in tiles[0].replace(" ", "")
+    assert f"{np.trace(confusion)} of {metrics['samples']} images" in tiles[0]
+    assert [tile.splitlines()[1] for tile in tiles[1:]] == rows[-1][1:]
+
+
+def test_headings_step_by_one(browser: webdriver.Chrome, whole_page: Path) -> None:
+    """No heading skips a level, and every table says what its rows and columns are."""
+    show(browser, whole_page, 1280, "light")
+    levels = [
+        int(heading.tag_name[1])
+        for heading in browser.find_elements(By.CSS_SELECTOR, "h1, h2, h3, h4, h5, h6")
+    ]
+    assert levels[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    assert not browser.find_elements(By.CSS_SELECTOR, "th:not([scope])")
+
+
+def test_page_without_results_opens(browser: webdriver.Chrome, run: Path) -> None:
+    """A run that was only trained has a page that fits the phone and says what comes next."""
+    shutil.rmtree(run / "test")
+    show(browser, report(ReportConfig(run=run)), 360, "dark")
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+    assert "cxrdist evaluate" in browser.find_element(By.TAG_NAME, "main").text
+
+
+def test_long_names_do_not_widen_the_page(browser: webdriver.Chrome, run: Path) -> None:
+    """A class name of 150 letters without a space stays inside the phone's width."""
+    for file in ("run.json", "test/metrics.json", "test/predictions.csv", "test/relevance.csv"):
+        path = run / file
+        path.write_text(path.read_text().replace("COVID-19", "pneumonoultra" * 12))
+    show(browser, report(ReportConfig(run=run)), 360, "light")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
