@@ -21,7 +21,7 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig, Stage, TrainConfig
-from cxrdist.data.cache import read_rows
+from cxrdist.data.cache import map_images, read_rows
 from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
@@ -40,6 +40,7 @@ from cxrdist.train.training import Training
 
 CLASSES = ["COVID-19", "Normal", "Viral Pneumonia"]
 BATCH = 9  # the paper's
+MIN_ORIGINALS = 200
 
 
 class Contender(NamedTuple):
@@ -141,9 +142,17 @@ def _peak_mib() -> float:
 
 
 def _originals(config: BenchConfig, scratch: Path) -> Path:
-    if config.input is not None:
-        return config.input
-    write_phantoms(scratch / "originals", 8, image_size_px=1024)
+    """Class folders of at least 200 originals, links to few taken in turn."""
+    folder = config.input
+    if folder is None:
+        folder = scratch / "phantoms"
+        write_phantoms(folder, 8, image_size_px=1024)
+    records = read_records("folder", folder, None)
+    for turn in range(-(-MIN_ORIGINALS // len(records))):
+        for record in records:
+            link = scratch / "originals" / record.label / f"{turn}-{record.file.name}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(record.file.resolve())
     return scratch / "originals"
 
 
@@ -196,12 +205,12 @@ def _pack_workers(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Shuffled batches of 64 from the memory map, against what else reads images."""
-    count, size = 2048, config.size
+    """Shuffled batches of the paper's size from the memory map, against what else reads images."""
+    count, size = 227 * BATCH, config.size
     random = np.random.Generator(np.random.Philox(0))
     np.save(scratch / "rows.npy", random.integers(0, 256, (count, size, size), dtype=np.uint8))
-    images = np.load(scratch / "rows.npy", mmap_mode="r")
-    order = random.permutation(count).reshape(-1, 64)
+    images = map_images(scratch / "rows.npy")
+    order = random.permutation(count).reshape(-1, BATCH)
     cpu = torch.device("cpu")
     folder = scratch / "folder"
     for i in range(64):
@@ -216,8 +225,8 @@ def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
         return count
 
     def copy() -> int:
-        for first in range(0, count, 64):
-            images[first : first + 64].copy()
+        for first in range(0, count, BATCH):
+            images[first : first + BATCH].copy()
         return count
 
     def image_folder() -> int:

@@ -28,7 +28,7 @@ from cxrdist.report.html import report
 
 PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
-EXPLAINED_IMAGES = 12
+EXPLAINED_IMAGES = 18
 
 
 def demo(config: DemoConfig) -> None:

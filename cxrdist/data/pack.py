@@ -115,7 +115,7 @@ def _reason_unreadable(size_px: int, fit: str, file: Path) -> str | None:
 
 
 def _map(function: Any, files: list[Path], pool: ProcessPoolExecutor | None) -> Iterator[Any]:
-    return map(function, files) if pool is None else pool.map(function, files, chunksize=8)
+    return map(function, files) if pool is None else pool.map(function, files, chunksize=4)
 
 
 def _separate_bad(
