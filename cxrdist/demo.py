@@ -104,10 +104,14 @@ def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None
             continue
         with np.load(file) as data:
             relevance = data["relevance"][data["classes"].tolist().index(sample.label)]
-        inside = _inside(boxes[sample.path], len(relevance))
         positive = np.clip(relevance, 0, None)
-        shares.append(positive[inside].sum() / positive.sum())
-        areas.append(inside.mean())
+        if positive.any():
+            inside = _inside(boxes[sample.path], len(relevance))
+            shares.append(positive[inside].sum() / positive.sum())
+            areas.append(inside.mean())
+    if not shares:
+        print("no explained image with opacities has positive relevance for its class")
+        return
     share, area = float(np.mean(shares)), float(np.mean(areas))
     print(
         f"positive relevance in the planted opacities: {share:.1%}, by chance {area:.1%} "

@@ -1,0 +1,45 @@
+import json
+
+import numpy as np
+import pytest
+
+from cxrdist import demo as module
+from cxrdist.config import DemoConfig
+from cxrdist.demo import _inside, demo
+from cxrdist.errors import CxrdistError
+
+
+def test_the_demo_goes_the_whole_way(tmp_path, monkeypatch, capfd):
+    """On a few phantoms two CPU ranks train DenseNet121; the figure and the report come out."""
+    monkeypatch.setattr(module, "PATIENTS_PER_CLASS", 6)
+    monkeypatch.setattr(module, "EXPLAINED_IMAGES", 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    demo(DemoConfig(tmp_path / "demo"))
+    said = capfd.readouterr().out
+    assert "training on 2 CPU ranks" in said
+    assert "positive relevance" in said
+    assert said.strip().endswith(f"the report: {tmp_path / 'demo' / 'run' / 'report.html'}")
+    info = json.loads((tmp_path / "demo" / "run" / "run.json").read_text())
+    assert info["world_size"] == 2
+    assert list(info["stages"]) == ["all", "fine"]
+
+
+@pytest.mark.parametrize("options", [{"source": "folder"}, {"input": "somewhere"}])
+def test_source_and_input_go_together(tmp_path, options):
+    """A folder that would be ignored, or one that is missing, is refused."""
+    with pytest.raises(CxrdistError, match="go together"):
+        demo(DemoConfig(tmp_path / "demo", **options))
+
+
+def test_an_existing_directory_is_not_touched(tmp_path):
+    """The demo never writes into what stands."""
+    with pytest.raises(CxrdistError, match="stands already"):
+        demo(DemoConfig(tmp_path))
+
+
+def test_chance_is_the_area_of_the_opacities():
+    """Overlapping boxes are counted once; relevance spread evenly has exactly their share."""
+    boxes = [np.array([0.0, 0.0, 0.5, 0.5]), np.array([0.25, 0.0, 0.5, 0.5])]
+    inside = _inside(boxes, 64)
+    assert inside.mean() == pytest.approx(0.75 * 0.5)
+    assert np.ones((64, 64))[inside].sum() / 64**2 == inside.mean()
