@@ -114,6 +114,7 @@ def accuracy_chart(
     def draw(axes: Axes) -> None:
         axes.plot(epochs, validation, color=FIRST, marker="o", label="validation")
         _mark_best(axes, epochs, validation, best_epoch)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
         axes.set_ylabel("accuracy")
 
     label = f"Validation accuracy over {len(epochs)} epochs"
