@@ -73,13 +73,14 @@ def bench(config: BenchConfig) -> None:
         "frozen": _frozen,
         "lrp": _lrp,
     }
-    for name in config.only:
+    chosen = config.only.split(",") if config.only else list(jobs)
+    for name in chosen:
         if name not in jobs:
             raise CxrdistError(f"--only: no measurement {name!r}; expected {', '.join(jobs)}")
     if config.repeats < 1:
         raise CxrdistError(f"--repeats {config.repeats}: expected at least 1")
     rows = []
-    for name in config.only or jobs:
+    for name in chosen:
         with tempfile.TemporaryDirectory(prefix="cxrdist-bench-") as scratch:
             contenders = jobs[name](config, Path(scratch))
             rows += _rows(name, contenders, _measure(name, contenders, config.repeats))

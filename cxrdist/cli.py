@@ -115,7 +115,7 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
 def recipe_path(name: str) -> str:
     """The file of a recipe that comes with the package; any other name is a path already."""
     packaged = files("cxrdist") / "recipes" / f"{name}.yaml"
-    return str(packaged) if not Path(name).exists() and packaged.is_file() else name
+    return str(packaged) if not Path(name).is_file() and packaged.is_file() else name
 
 
 def _normalise(arguments: list[str], flags: set[str]) -> list[str]:

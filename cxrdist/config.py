@@ -112,8 +112,8 @@ class TrainConfig:
     """Seed of the new layers, the plan and the dropout."""
     cache: Path | None = None
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
-    track: list[str] = field(default_factory=list)
-    """Accelerate trackers by name, such as tensorboard; their files go to RUN/tracking."""
+    track: str | None = None
+    """Accelerate trackers, names with commas between them; their files go to RUN/tracking."""
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ class DemoConfig:
 class BenchConfig:
     """Measure this machine side by side: packing, reading, warping, training, explaining."""
 
-    only: list[str] = field(default_factory=list)
-    """Names of the measurements to run; all if none is named."""
+    only: str | None = None
+    """Measurements to run, names with commas between them; all if not given."""
     input: Path | None = None
     """Folder of original images for the packing rows; synthetic 1024 px ones if not given."""
     size: int = 224

@@ -1,8 +1,10 @@
 """The ranks: start them, refuse a world that is not the one launched, agree, gather."""
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +20,7 @@ from cxrdist.errors import CxrdistError
 T = TypeVar("T")
 
 
-def start(tracking: list[str] | None = None, tracking_dir: str | None = None) -> Accelerator:
+def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -> Accelerator:
     """Build the Accelerator of this process: the launched ranks, GPU or CPU, mixed precision.
 
     Args:
@@ -29,13 +31,15 @@ def start(tracking: list[str] | None = None, tracking_dir: str | None = None) ->
         CxrdistError: a tracker is unknown or not installed, or the process was launched as one of
             several ranks and stands alone.
     """
+    # torch 2.14 wants another spelling that accelerate has not got yet.
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
             # Without this the launched CPU ranks stay single processes (accelerate 1.15).
             cpu=not torch.cuda.is_available(),
             log_with=tracking or None,
-            project_dir=tracking_dir,
+            project_dir=str(tracking_dir) if tracking else None,
             kwargs_handlers=[
                 # Buffers are averaged by the loop; sending those of rank 0 would lose the others'.
                 DistributedDataParallelKwargs(
@@ -89,17 +93,19 @@ def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
     return gathered
 
 
-def average_buffers(accelerator: Accelerator, module: torch.nn.Module) -> None:
-    """Give all ranks the mean of their floating-point buffers, in place.
+def average_buffers(accelerator: Accelerator, modules: list[torch.nn.Module]) -> None:
+    """Give all ranks the mean of the modules' floating-point buffers, in place.
 
     Each rank's BatchNorm statistics saw its own slices; since the running mean is linear, their
-    mean is the running mean over all slices.
+    mean is the running mean over all slices. Frozen modules must not be given: the mean of three
+    equal numbers may differ from them in the last bit.
     """
     if accelerator.num_processes == 1:
         return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+    for module in modules:
+        for buffer in module.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
 
 
 def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@ import pytest
 import yaml
 from conftest import make_images
 
-from cxrdist.cli import COMMANDS, main
+from cxrdist.cli import COMMANDS, main, parse
 
 STAGES = {"one": {"lr": {"head": 0.1}, "epochs": 1, "patience": 1}}
 
@@ -106,8 +106,6 @@ def test_an_override_of_an_unknown_stage_is_refused(capsys, tmp_path, shards):
 
 def test_flags_take_dashes_and_need_no_value():
     """--skip-bad is --skip_bad true, and a pattern may start with anything."""
-    from cxrdist.cli import parse
-
     config = parse(
         COMMANDS["pack"],
         "pack",
@@ -115,3 +113,16 @@ def test_flags_take_dashes_and_need_no_value():
     )
     assert config.skip_bad
     assert config.patient_pattern == r"^(\d+)_"
+
+
+def test_a_recipes_name_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    """`--config demo` is the packaged recipe, also where a folder ./demo stands."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()
+    paths = ["--shards", "s", "--run", "r"]
+    config = parse(COMMANDS["train"], "train", ["--config", "demo", *paths])
+    assert list(config.stages) == ["all", "fine"]
+    tracked = parse(
+        COMMANDS["train"], "train", ["--config", "demo", *paths, "--track", "tensorboard"]
+    )
+    assert tracked.track == "tensorboard"

@@ -31,6 +31,7 @@ from cxrdist.train.stages import (
     describe_groups,
     freeze,
     parameter_groups,
+    trained_modules,
 )
 from cxrdist.train.step import backward, prepare_modes, read_slice, update, validate
 from cxrdist.train.training import Training, build_training, open_run_directory
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> None:
         RunFailedError: a loss or gradient was not finite; nothing is published.
     """
     _refuse_bad_recipe(config)
-    accelerator = start(config.track, str(config.run / "tracking"))
+    accelerator = start(config.track.split(",") if config.track else [], config.run / "tracking")
     together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
     main = accelerator.is_main_process
     index = together(accelerator, lambda: read_index(config.shards))
@@ -151,7 +152,7 @@ class StageRun:
         show = training.accelerator.is_main_process
         with progress(total, self.name, "images", show=show, done=done) as bar:
             while True:
-                row = self._run_epoch(bar)
+                row = self.train_and_validate(bar)
                 is_best = self.stopping.update(row["val_loss"])
                 if is_best:
                     self.best = _on_cpu(network_state(training.model))
@@ -162,12 +163,12 @@ class StageRun:
         training.accelerator.free_memory()
         return checkpoint
 
-    def _run_epoch(self, bar: tqdm) -> dict[str, Any]:
+    def train_and_validate(self, bar: tqdm) -> dict[str, Any]:
         """Train an epoch and validate; the epoch's row of the log."""
         training, accelerator = self.training, self.training.accelerator
         began = time.perf_counter()
         row = self.train_epoch(bar)
-        average_buffers(accelerator, training.model.network)
+        average_buffers(accelerator, trained_modules(training.model, self.trained))
         model = accelerator.unwrap_model(self.model)
         val_loss, val_accuracy = validate(accelerator, model, training.material, training.val_plan)
         seconds = round(time.perf_counter() - began, 3)

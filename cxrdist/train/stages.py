@@ -52,11 +52,20 @@ def set_modes(model: Classifier, trained: set[str]) -> None:
 
     Every later ``train()`` or ``eval()`` of the model undoes this.
     """
-    num_blocks = len(model.shape.block_config)
     model.eval()
-    for name, module in model.network.features.named_children():
-        module.train(block_of(f"features.{name}", num_blocks) in trained)
+    for module in trained_modules(model, trained):
+        module.train()
     model.network.head_drop.train("head" in trained)
+
+
+def trained_modules(model: Classifier, trained: set[str]) -> list[nn.Module]:
+    """The parts of the trunk that belong to trained blocks."""
+    num_blocks = len(model.shape.block_config)
+    return [
+        module
+        for name, module in model.network.features.named_children()
+        if block_of(f"features.{name}", num_blocks) in trained
+    ]
 
 
 def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:

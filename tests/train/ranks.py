@@ -1,4 +1,4 @@
-"""Run on each rank of a test: train stages for ten steps, or take one gradient; report the state.
+"""Run on each rank of a test: train an epoch of each stage, or take one gradient.
 
 usage: ranks.py stages SHARDS RUN OUT
        ranks.py gradient SHARDS RUN OUT BATCH[:IMAGES_PER_PASS]...
@@ -36,8 +36,8 @@ def build(shards: Path, run: Path) -> Training:
         run,
         STAGES,
         init="none",
-        copies={"a": 3, "b": 2},
-        global_batch_size=5,
+        copies={"a": 3, "b": 5},
+        global_batch_size=9,
         augmentation=Augmentation(degrees=10),
         network=SMALL,
         cache=run.parent / "cache",
@@ -55,7 +55,7 @@ def state(training: Training) -> dict[str, torch.Tensor]:
 
 
 def run_stages(training: Training) -> dict:
-    """Ten steps of five images in each stage; the state before and after, and the last gradient."""
+    """An epoch of each stage: the state before and after, and the last gradient."""
     found = {}
     for name, stage in STAGES.items():
         before = state(training)
@@ -71,7 +71,7 @@ def run_stages(training: Training) -> dict:
 
         under_way.optimizer.step = keep_gradients
         with progress(0, "", "images", show=False) as bar:
-            under_way.train_epoch(bar)
+            under_way.train_and_validate(bar)
         training.accelerator.unwrap_model(under_way.model, keep_fp32_wrapper=False)
         training.accelerator.free_memory()
         found[name] = {

@@ -168,7 +168,7 @@ def test_a_world_larger_than_the_batch_is_refused(shards, tmp_path):
 def test_trackers_are_accelerates(shards, tmp_path):
     """--track tensorboard writes event files into RUN/tracking; an unknown name is refused."""
     pytest.importorskip("tensorboard")
-    train(recipe(shards, tmp_path / "run", track=["tensorboard"]))
+    train(recipe(shards, tmp_path / "run", track="tensorboard"))
     assert list((tmp_path / "run" / "tracking").rglob("events*"))
     with pytest.raises(CxrdistError, match="track"):
-        train(recipe(shards, tmp_path / "other", track=["tensorbord"]))
+        train(recipe(shards, tmp_path / "other", track="tensorbord"))
