@@ -35,10 +35,12 @@ def test_the_slices_of_the_ranks_cover_an_epoch_exactly(world, samples, copies):
 def test_each_sample_is_taken_as_often_as_it_has_copies():
     """8/8/72 copies as in the paper, half of each sample's copies mirrored."""
     copies = np.array([8, 8, 72])
-    epoch = plan_epoch(np.array([4, 5, 6]), copies, Augmentation(), 9, (0, "head", 1))
-    assert Counter(epoch.samples.tolist()) == {4: 8, 5: 8, 6: 72}
-    mirrored = Counter(epoch.samples[epoch.draws.flip].tolist())
-    assert mirrored == {4: 4, 5: 4, 6: 36}
+    for number in range(5):
+        key = (0, "head", number)
+        epoch = plan_epoch(np.array([4, 5, 6]), copies, Augmentation(), 9, key)
+        assert Counter(epoch.samples.tolist()) == {4: 8, 5: 8, 6: 72}
+        mirrored = Counter(epoch.samples[epoch.draws.flip].tolist())
+        assert mirrored == {4: 4, 5: 4, 6: 36}
 
 
 def test_draws_fill_the_papers_ranges():
