@@ -1,6 +1,7 @@
 """Train: stages of epochs of steps, each epoch ending in a checkpoint."""
 
 import hashlib
+import math
 import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
@@ -12,7 +13,7 @@ from tqdm import tqdm
 from cxrdist.config import TrainConfig
 from cxrdist.data.index import read_index
 from cxrdist.distributed import average_buffers, start, sum_over_ranks, together
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.model.densenet import block_names, network_state, save_model
 from cxrdist.run import (
     RunDirectory,
@@ -171,6 +172,11 @@ class StageRun:
         average_buffers(accelerator, trained_modules(training.model, self.trained))
         model = accelerator.unwrap_model(self.model)
         val_loss, val_accuracy = validate(accelerator, model, training.material, training.val_plan)
+        if not math.isfinite(val_loss):
+            raise RunFailedError(
+                f"stage {self.name}, epoch {self.stopping.epoch + 1}: the validation loss is not "
+                "finite; nothing was saved or published. Lower the stage's learning rates"
+            )
         seconds = round(time.perf_counter() - began, 3)
         return {**row, "val_loss": val_loss, "val_accuracy": val_accuracy, "seconds": seconds}
 
@@ -297,9 +303,9 @@ def _seed(seed: int, where: str, rank: int) -> None:
 
 
 def _publish(training: Training) -> None:
-    """Write the model for use; run.json says when."""
+    """Say in run.json when the run was finished; then, as its last act, write the model."""
     run = training.run
-    with atomic_directory(run.model) as directory:
-        save_model(training.model, directory)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(run.info, {**read_json(run.info), "finished": finished})
+    with atomic_directory(run.model) as directory:
+        save_model(training.model, directory)

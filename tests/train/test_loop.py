@@ -116,6 +116,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(shards, tmp_path, mon
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_validation_loss_that_is_not_finite_stops_the_run(shards, tmp_path, monkeypatch):
+    """An epoch that cannot be judged is neither saved nor published."""
+    monkeypatch.setattr(loop, "validate", lambda *_: (float("nan"), 0.5))
+    with pytest.raises(RunFailedError, match=r"stage all, epoch 1: the validation loss"):
+        train(recipe(shards, tmp_path / "run"))
+    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_the_saved_recipe_can_be_passed_back(shards, tmp_path):
     """RUN/recipe.yaml with --config goes on in the same run; a changed one is refused."""
     train(recipe(shards, tmp_path / "run"))
