@@ -1,20 +1,12 @@
-"""Fixtures: small X-rays, shards, and real ranks."""
+"""Fixtures: shards, and real X-rays where they are."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from support import make_shards
 
-from cxrdist.config import PackConfig
-from cxrdist.data.pack import pack
-
-SHARED = Path(__file__).parents[2] / "shared"
-REAL_DATA = SHARED / "data"
-LAUNCH = Path(__file__).parents[1] / "launch"
+REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CXRDIST_TEST_GPUS", "")
 
@@ -27,59 +19,7 @@ def real_data() -> Path:
     return REAL_DATA
 
 
-def make_images(folder: Path, counts: dict[str, int], size: int = 48, seed: int = 0) -> Path:
-    """Class folders of noise; the brighter half tells the class. Two images a patient."""
-    random = np.random.default_rng(seed)
-    for place, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = random.integers(0, 128, (size, size + 8), dtype=np.uint8)
-            third = size // len(counts)
-            pixels[place * third : (place + 1) * third] += 100
-            patient = f"{name[:2]}{i // 2:03d}"
-            Image.fromarray(pixels).save(folder / name / f"{patient}_{i % 2}.png")
-    return folder
-
-
-def make_shards(folder: Path, counts: dict[str, int], **options: object) -> Path:
-    """Pack `make_images` at 32 px."""
-    source = make_images(folder / "images", counts)
-    settings = {
-        "size": 32,
-        "split": "0.5/0.2/0.3",
-        "patient_pattern": r"^(\w+)_",
-        "workers": 1,
-        **options,
-    }
-    pack(PackConfig("folder", source, folder / "shards", **settings))
-    return folder / "shards"
-
-
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> Path:
     """Shards of three classes, 20 images of each, two a patient."""
     return make_shards(tmp_path_factory.mktemp("shards"), {"a": 20, "b c": 20, "d": 20})
-
-
-def run_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
-    """Run `python ARGUMENTS` (a script or -m MODULE) as a group of gloo ranks."""
-    launch = [
-        *("-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "cpu.yaml")),
-        *("--num_processes", str(world), "--main_process_port", "0"),
-    ]
-    return _run([sys.executable, *(launch if world > 1 else []), *map(str, arguments)], threads)
-
-
-def run_command(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
-    """Run `cxrdist ARGUMENTS` in a process of its own."""
-    return _run([sys.executable, "-m", "cxrdist", *map(str, arguments)], threads)
-
-
-def _run(command: list[str], threads: int) -> subprocess.CompletedProcess:
-    environment = {
-        **os.environ,
-        "ACCELERATE_USE_CPU": "yes",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": str(threads),
-    }
-    return subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,6 +1,6 @@
 import pytest
 import yaml
-from conftest import make_images
+from support import make_images
 
 from cxrdist.cli import COMMANDS, main, parse
 

@@ -3,8 +3,8 @@ import csv
 import numpy as np
 import pytest
 import torch
-from conftest import make_images
 from PIL import Image
+from support import make_images
 
 from cxrdist.config import Network, PredictConfig
 from cxrdist.data.images import read_square

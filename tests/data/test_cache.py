@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_shards
+from support import make_shards
 
 from cxrdist.data.cache import open_cache, read_rows
 from cxrdist.data.index import read_index

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import webdataset
-from conftest import make_images, make_shards
 from PIL import Image
+from support import make_images, make_shards
 
 from cxrdist.config import CheckConfig, PackConfig
 from cxrdist.data.images import read_square

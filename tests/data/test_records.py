@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from conftest import make_images
+from support import make_images
 
 from cxrdist.data.records import count_unmatched, read_records
 from cxrdist.errors import CxrdistError

@@ -2,7 +2,7 @@ import csv
 import json
 
 import pytest
-from conftest import make_shards, run_ranks
+from support import make_shards, run_ranks
 
 from cxrdist.config import EvaluateConfig, Network
 from cxrdist.errors import CxrdistError

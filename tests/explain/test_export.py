@@ -3,8 +3,8 @@ import csv
 import numpy as np
 import pytest
 import torch
-from conftest import run_ranks
 from PIL import Image
+from support import run_ranks
 
 from cxrdist.config import ExplainConfig, Network
 from cxrdist.data.index import read_index

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import run_command, run_ranks
 from safetensors.torch import load_file
+from support import run_command, run_ranks
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_shards, run_ranks
+from support import make_shards, run_ranks
 
 from cxrdist.model.densenet import block_of
 

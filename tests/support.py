@@ -1,0 +1,66 @@
+"""What tests share: small X-rays, shards, and processes that are real."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cxrdist.config import PackConfig
+from cxrdist.data.pack import pack
+
+LAUNCH = Path(__file__).parents[1] / "launch"
+
+
+def make_images(folder: Path, counts: dict[str, int], size: int = 48, seed: int = 0) -> Path:
+    """Class folders of noise; the brighter half tells the class. Two images a patient."""
+    random = np.random.default_rng(seed)
+    for place, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = random.integers(0, 128, (size, size + 8), dtype=np.uint8)
+            third = size // len(counts)
+            pixels[place * third : (place + 1) * third] += 100
+            patient = f"{name[:2]}{i // 2:03d}"
+            Image.fromarray(pixels).save(folder / name / f"{patient}_{i % 2}.png")
+    return folder
+
+
+def make_shards(folder: Path, counts: dict[str, int], **options: object) -> Path:
+    """Pack `make_images` at 32 px."""
+    source = make_images(folder / "images", counts)
+    settings = {
+        "size": 32,
+        "split": "0.5/0.2/0.3",
+        "patient_pattern": r"^(\w+)_",
+        "workers": 1,
+        **options,
+    }
+    pack(PackConfig("folder", source, folder / "shards", **settings))
+    return folder / "shards"
+
+
+def run_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
+    """Run `python ARGUMENTS` (a script or -m MODULE) as a group of gloo ranks."""
+    launch = [
+        *("-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "cpu.yaml")),
+        *("--num_processes", str(world), "--main_process_port", "0"),
+    ]
+    return _run([sys.executable, *(launch if world > 1 else []), *map(str, arguments)], threads)
+
+
+def run_command(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
+    """Run `cxrdist ARGUMENTS` in a process of its own."""
+    return _run([sys.executable, "-m", "cxrdist", *map(str, arguments)], threads)
+
+
+def _run(command: list[str], threads: int) -> subprocess.CompletedProcess:
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "yes",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(threads),
+    }
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
