@@ -1,0 +1,62 @@
+"""The same results on a GPU. Run with CXRDIST_TEST_GPUS=0 (the visible devices)."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from cxrdist.cli import main
+from cxrdist.config import Augmentation, Network
+from cxrdist.data.cache import read_rows
+from cxrdist.data.plan import plan_epoch
+from cxrdist.explain.relevance import attribute
+from cxrdist.model.augment import warp
+from cxrdist.model.densenet import Classifier
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible"),
+]
+
+
+def test_rows_and_warp_are_those_of_the_cpu():
+    """Pinned copies bring the same bytes, and the warp differs by rounding only."""
+    images = np.random.default_rng(0).integers(0, 256, (16, 64, 64), dtype=np.uint8)
+    numbers = np.arange(16)[::-1].copy()
+    plan = plan_epoch(numbers, np.ones(16, np.int64), Augmentation(), 16, (0, "gpu", 0))
+    there = read_rows(images, numbers, torch.device("cuda"))
+    here = read_rows(images, numbers, torch.device("cpu"))
+    assert torch.equal(there.cpu(), here)
+    assert torch.allclose(warp(there, plan.draws).cpu(), warp(here, plan.draws), atol=0.05)
+
+
+def test_relevance_is_that_of_the_cpu():
+    """Maps of the two devices agree to 1e-3 of the maximum."""
+    torch.manual_seed(0)
+    model = Classifier(Network(), ["a", "b", "c"], 64)
+    model(torch.randint(0, 256, (8, 1, 64, 64), dtype=torch.uint8))
+    model.eval()
+    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    here = attribute(model, images).relevance
+    there = attribute(model.cuda(), images.cuda()).relevance.cpu()
+    assert float((here - there).abs().max()) <= 1e-3 * float(here.abs().max())
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_runs_in_mixed_precision(shards, tmp_path, monkeypatch, precision):
+    """A head stage and a full stage train on the GPU and publish a model."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    block = {"denseblock4": 1e-3, "head": 1e-3}
+    stages = {
+        "head": {"lr": {"head": 1e-3}, "epochs": 1, "patience": 1},
+        "late": {"lr": block, "epochs": 1, "patience": 1},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"stages": stages, "init": "none"}))
+    arguments = ("train", "--config", tmp_path / "recipe.yaml", "--shards", shards)
+    where = ("--run", tmp_path / "run", "--cache", tmp_path / "cache")
+    assert main([str(argument) for argument in (*arguments, *where)]) == 0
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["device"].startswith("cuda")
+    assert info["mixed_precision"] == precision
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
