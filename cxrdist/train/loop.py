@@ -35,7 +35,7 @@ from cxrdist.train.stages import (
     trained_modules,
 )
 from cxrdist.train.step import backward, prepare_modes, read_slice, update, validate
-from cxrdist.train.training import Training, build_training, open_run_directory
+from cxrdist.train.training import Training, build_training, refuse_other_run
 
 STEPS_PER_LOG_ROW = 50
 
@@ -56,7 +56,7 @@ def train(config: TrainConfig) -> None:
     index = together(accelerator, lambda: read_index(config.shards))
     run = RunDirectory(config.run)
     with together(accelerator, lambda: locked(config.run) if main else nullcontext()):
-        together(accelerator, lambda: open_run_directory(run, config, index, create=main))
+        together(accelerator, lambda: refuse_other_run(run, config, index))
         if (run.model / "model.json").is_file():
             accelerator.print(f"{run.root}: is trained already; the model is in {run.model}")
             return

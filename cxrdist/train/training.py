@@ -74,30 +74,25 @@ def recipe_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(fields, sort_keys=False)
 
 
-def open_run_directory(
-    run: RunDirectory, config: TrainConfig, index: Index, *, create: bool
-) -> None:
-    """Begin a run directory, or refuse one of another recipe or other shards.
+def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
+    """Make sure that a run directory holds no run, or the one of this recipe and these shards.
 
     Raises:
         CxrdistError: it holds another run.
     """
-    recipe = recipe_yaml(config)
-    if run.recipe.is_file():
-        difference = _difference(run.recipe.read_text(encoding="utf-8"), recipe)
-        if difference:
-            raise CxrdistError(
-                f"--run {run.root}: holds a run of another recipe ({difference}); "
-                "give the same recipe to go on, or a new directory"
-            )
-        if read_json(run.info)["shards"]["index_sha256"] != index.sha256:
-            raise CxrdistError(
-                f"--run {run.root}: was begun with other shards than {index.directory}; "
-                "give the same shards to go on, or a new directory"
-            )
-    elif create:
-        write_json(run.info, {"format": RUN_FORMAT, "shards": _describe_shards(index)})
-        write_text(run.recipe, recipe)
+    if not run.recipe.is_file():
+        return
+    difference = _difference(run.recipe.read_text(encoding="utf-8"), recipe_yaml(config))
+    if difference:
+        raise CxrdistError(
+            f"--run {run.root}: holds a run of another recipe ({difference}); "
+            "give the same recipe to go on, or a new directory"
+        )
+    if read_json(run.info)["shards"]["index_sha256"] != index.sha256:
+        raise CxrdistError(
+            f"--run {run.root}: was begun with other shards than {index.directory}; "
+            "give the same shards to go on, or a new directory"
+        )
 
 
 def _difference(old_text: str, new_text: str) -> str | None:
@@ -125,7 +120,7 @@ def _describe_shards(index: Index) -> dict[str, Any]:
 def build_training(
     accelerator: Accelerator, run: RunDirectory, config: TrainConfig, index: Index
 ) -> Training:
-    """Read weights and images, and note in run.json where all of it comes from.
+    """Read weights and images; only then begin the run directory, or go on in it.
 
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
@@ -140,7 +135,11 @@ def build_training(
     num_copied = apply_weights(weights, model)
     images = open_cache(index, config.cache, accelerator)
     if accelerator.is_main_process:
-        _note_start(run, accelerator, weights, num_copied)
+        before = read_json(run.info) if run.recipe.is_file() else {}
+        about = _describe_start(accelerator, weights, num_copied)
+        shards = {"format": RUN_FORMAT, "shards": _describe_shards(index)}
+        write_json(run.info, {"started": _now(), "stages": {}, **before, **shards, **about})
+        write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
     model.to(accelerator.device)
     if accelerator.device.type == "cuda":
@@ -172,17 +171,14 @@ def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> 
     )
 
 
-def _note_start(
-    run: RunDirectory, accelerator: Accelerator, weights: InitialWeights, num_copied: int
-) -> None:
+def _describe_start(
+    accelerator: Accelerator, weights: InitialWeights, num_copied: int
+) -> dict[str, Any]:
+    """What computes in this launch, and what it starts from, for run.json."""
     device = accelerator.device
     cuda = device.type == "cuda"
-    before = read_json(run.info)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    about = {
-        **before,
+    return {
         **environment(),
-        "started": before.get("started", now),
         "finished": None,
         "world_size": accelerator.num_processes,
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if cuda else device.type,
@@ -193,6 +189,8 @@ def _note_start(
             "tensors": num_copied,
             "normalisation": asdict(weights.normalisation),
         },
-        "stages": before.get("stages", {}),
     }
-    write_json(run.info, about)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -18,7 +18,7 @@ from cxrdist.terminal import progress
 from cxrdist.train.loop import StageRun
 from cxrdist.train.stages import set_modes
 from cxrdist.train.step import backward, read_slice
-from cxrdist.train.training import Training, build_training, open_run_directory
+from cxrdist.train.training import Training, build_training
 
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
@@ -44,10 +44,7 @@ def build(shards: Path, run: Path) -> Training:
     )
     accelerator = start()
     index = read_index(shards)
-    directory = RunDirectory(run)
-    open_run_directory(directory, config, index, create=accelerator.is_main_process)
-    accelerator.wait_for_everyone()
-    return build_training(accelerator, directory, config, index)
+    return build_training(accelerator, RunDirectory(run), config, index)
 
 
 def state(training: Training) -> dict[str, torch.Tensor]:
