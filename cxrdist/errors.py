@@ -4,3 +4,15 @@ class CxrdistError(ValueError):
 
 class RunFailedError(RuntimeError):
     """A run that started well and could not go on, such as a loss that is not finite (exit 1)."""
+
+
+def refuse_below_one(options: object, *names: str) -> None:
+    """Make sure that numbers among the options are 1 or more; None is left alone.
+
+    Raises:
+        CxrdistError: one is less.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise CxrdistError(f"{name}: is {value}, expected at least 1")

@@ -1,6 +1,5 @@
 """Predict image files with a trained model."""
 
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,12 @@ from numpy.typing import NDArray
 from cxrdist.config import PredictConfig
 from cxrdist.data.images import read_square
 from cxrdist.data.pack import sample_key
-from cxrdist.data.records import IMAGE_SUFFIXES
-from cxrdist.errors import CxrdistError
+from cxrdist.data.records import images_in
+from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.explain.export import write_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, load_model
-from cxrdist.run import atomic_file
+from cxrdist.run import write_table
 from cxrdist.terminal import progress
 
 
@@ -25,8 +24,7 @@ def predict(config: PredictConfig) -> None:
     Raises:
         CxrdistError: run, images or options cannot be used; nothing is written then.
     """
-    if config.batch_size < 1:
-        raise CxrdistError(f"batch_size: is {config.batch_size}, expected at least 1")
+    refuse_below_one(config, "batch_size")
     model = load_model(config.run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     files = find_images(config.images)
@@ -57,7 +55,7 @@ def find_images(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            inside = images_in(path)
             if not inside:
                 raise CxrdistError(f"{path}: has no PNG or JPEG file; name a folder that has some")
             files += inside
@@ -91,9 +89,9 @@ def _write_heatmaps(
 def _write_table(
     out: Path, files: list[Path], probabilities: NDArray[np.float32], classes: list[str]
 ) -> None:
-    with atomic_file(out) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["path", *(f"prob_{name}" for name in classes), "predicted"])
-        for path, row in zip(files, probabilities, strict=True):
-            digits = [f"{value:.9g}" for value in row]
-            writer.writerow([path, *digits, classes[int(row.argmax())]])
+    columns = ["path", *(f"prob_{name}" for name in classes), "predicted"]
+    rows = [
+        [path, *(f"{value:.9g}" for value in row), classes[int(row.argmax())]]
+        for path, row in zip(files, probabilities, strict=True)
+    ]
+    write_table(out, columns, rows)

@@ -1,19 +1,23 @@
 """The run directory: where each file stands, and how it is written."""
 
+import csv
 import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cxrdist.errors import CxrdistError
+
+RUN_FORMAT = "cxrdist-run-1"
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,17 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically, lines ending in a line feed."""
+    with (
+        atomic_file(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; a NaN is refused, what is undefined is null."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
@@ -174,6 +189,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CxrdistError(f"{path}: no readable JSON ({error}); copy the run again") from error
+
+
+def now() -> str:
+    """The time for run.json: ISO, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def environment() -> dict[str, Any]:

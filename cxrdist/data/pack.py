@@ -1,6 +1,5 @@
 """Pack: raw images -> WebDataset shards with an index."""
 
-import csv
 import hashlib
 import io
 import json
@@ -24,7 +23,7 @@ from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, read_index
 from cxrdist.data.records import SPLITS, Record, count_unmatched, read_records
 from cxrdist.data.splits import assign_splits
 from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_directory
+from cxrdist.run import atomic_directory, write_table
 from cxrdist.terminal import progress, table
 
 
@@ -67,10 +66,10 @@ def pack(config: PackConfig) -> None:
         shards = _plan_shards(records, config)
         with atomic_directory(config.out) as directory:
             samples, rows = _write_shards(shards, directory, config, pool)
-            _write_table(directory / "samples.csv", SAMPLE_COLUMNS, samples)
+            write_table(directory / "samples.csv", SAMPLE_COLUMNS, samples)
             if rejected:
                 bad = [(record.path, reason) for record, reason in rejected]
-                _write_table(directory / "rejected.csv", ("path", "reason"), bad)
+                write_table(directory / "rejected.csv", ("path", "reason"), bad)
             index = _describe(config, shards, rows, directory / "samples.csv")
             (directory / "index.json").write_text(json.dumps(index, indent=2) + "\n")
     _print_summary(config, records, len(rejected))
@@ -227,13 +226,6 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)  # time, owner and group 0: the same bytes every time
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
-
-
-def _write_table(path: Path, columns: tuple[str, ...], rows: list[Any]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
 
 
 def _describe(

@@ -56,6 +56,11 @@ def read_records(source: str, path: Path, patient_pattern: str | None) -> list[R
     return records
 
 
+def images_in(folder: Path) -> list[Path]:
+    """All PNG and JPEG files of a folder and the folders in it, by their names, sorted."""
+    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def count_unmatched(records: list[Record]) -> int:
     """How many images are a patient of their own for want of a name that tells the patient."""
     return sum(record.patient == _own_patient(record.path) for record in records)
@@ -94,7 +99,7 @@ def _folder(folder: Path, pattern: re.Pattern[str] | None) -> list[Record]:
     for child in sorted(folder.iterdir()):
         if not child.is_dir() or child.name.startswith("."):
             continue
-        files = sorted(f for f in child.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        files = images_in(child)
         if not files:
             raise CxrdistError(
                 f"{child}: the class has no PNG or JPEG image; add some or remove the folder"

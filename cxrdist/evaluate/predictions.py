@@ -1,6 +1,5 @@
 """Predictions: each sample of a split once, on any number of ranks."""
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ from cxrdist.config import EvaluateConfig
 from cxrdist.data.cache import Images, open_cache, read_rows
 from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import gather, start, together
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.metrics import compute_metrics, correct_of, metrics_table
 from cxrdist.model.densenet import Classifier, load_model
-from cxrdist.run import RunDirectory, atomic_file, write_json
+from cxrdist.run import RunDirectory, write_json, write_table
 from cxrdist.terminal import progress
 
 
@@ -75,8 +74,7 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         CxrdistError: run, shards or split cannot be used.
     """
-    if config.batch_size < 1:
-        raise CxrdistError(f"batch_size: is {config.batch_size}, expected at least 1")
+    refuse_below_one(config, "batch_size")
     subject = open_subject(config.run, config.shards, config.cache)
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(subject, numbers, config.batch_size)
@@ -152,13 +150,9 @@ def write_predictions(
 ) -> None:
     """Write predictions.csv: key, patient, label, prob_CLASS... with nine digits, so exactly."""
     columns = ["key", "patient", "label", *(f"prob_{name}" for name in subject.index.classes)]
-    with (
-        atomic_file(subject.run.predictions(split)) as path,
-        open(path, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for number, row in zip(numbers, probabilities, strict=True):
-            sample = subject.index.samples[number]
-            digits = [f"{value:.9g}" for value in row]
-            writer.writerow([sample.key, sample.patient, sample.label, *digits])
+    rows = []
+    for number, row in zip(numbers, probabilities, strict=True):
+        sample = subject.index.samples[number]
+        digits = [f"{value:.9g}" for value in row]
+        rows.append([sample.key, sample.patient, sample.label, *digits])
+    write_table(subject.run.predictions(split), columns, rows)

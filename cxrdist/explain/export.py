@@ -1,6 +1,5 @@
 """Explain a split: relevance arrays, their ledger, and heat maps, on any number of ranks."""
 
-import csv
 import io
 import re
 from itertools import zip_longest
@@ -15,12 +14,12 @@ from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import read_rows
 from cxrdist.data.index import Index
 from cxrdist.distributed import gather, together
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Attribution, Explainer
 from cxrdist.model.densenet import Classifier
-from cxrdist.run import atomic_file
+from cxrdist.run import atomic_file, write_table
 from cxrdist.terminal import progress
 
 LEDGER_COLUMNS = (
@@ -44,10 +43,7 @@ def explain(config: ExplainConfig) -> None:
     Raises:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
-    for name in ("limit", "batch_size"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise CxrdistError(f"{name}: is {value}, expected at least 1")
+    refuse_below_one(config, "limit", "batch_size")
     subject = open_subject(config.run, config.shards, config.cache)
     accelerator = subject.accelerator
     classes = together(accelerator, lambda: choose_classes(config.classes, subject.model))
@@ -64,7 +60,8 @@ def explain(config: ExplainConfig) -> None:
             bar.update(len(batch))
     rows = sorted(gather(accelerator, rows))
     if accelerator.is_main_process:
-        _write_ledger(subject.run.relevance_table(config.split), rows)
+        table = subject.run.relevance_table(config.split)
+        write_table(table, LEDGER_COLUMNS, [row for _, _, row in rows])
         print(
             f"explained {len(numbers)} images for {', '.join(classes)}; "
             f"heat maps are in {subject.run.heatmaps(config.split)}"
@@ -173,13 +170,3 @@ def write_pictures(
 def _save(path: Path, picture: Image.Image) -> None:
     with atomic_file(path) as partial:
         picture.save(partial, "PNG")
-
-
-def _write_ledger(path: Path, rows: list[Row]) -> None:
-    with (
-        atomic_file(path) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(LEDGER_COLUMNS)
-        writer.writerows(row for _, _, row in rows)

@@ -20,7 +20,7 @@ from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.explain import heatmap
 from cxrdist.report import pictures
-from cxrdist.run import RunDirectory, write_text
+from cxrdist.run import RUN_FORMAT, RunDirectory, write_text
 
 MEASURES = {"recall": "Recall", "precision": "Precision", "f1": "F1 score", "auroc": "AUROC"}
 MOST_MISTAKES = 12
@@ -210,8 +210,8 @@ def _read_info(run: RunDirectory) -> dict[str, Any]:
         )
     with _reading(run.info, "train"):
         info = json.loads(run.info.read_text(encoding="utf-8"))
-        if info["format"] != "cxrdist-run-1":
-            raise ValueError(f"format is {info['format']!r} and not 'cxrdist-run-1'")
+        if info["format"] != RUN_FORMAT:
+            raise ValueError(f"format is {info['format']!r} and not {RUN_FORMAT!r}")
         shards = info["shards"]
         for name in ("index_sha256", "image_size_px", "classes", "split"):
             shards[name]

@@ -4,7 +4,6 @@ import hashlib
 import math
 import time
 from contextlib import nullcontext
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
@@ -13,13 +12,14 @@ from tqdm import tqdm
 from cxrdist.config import TrainConfig
 from cxrdist.data.index import read_index
 from cxrdist.distributed import average_buffers, start, sum_over_ranks, together
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
 from cxrdist.model.densenet import block_names, network_state, save_model
 from cxrdist.run import (
     RunDirectory,
     append_log,
     atomic_directory,
     locked,
+    now,
     read_json,
     write_json,
 )
@@ -74,10 +74,7 @@ def train(config: TrainConfig) -> None:
 def _refuse_bad_recipe(config: TrainConfig) -> None:
     blocks = [f"denseblock{i + 1}" for i in range(len(config.network.block_config))]
     check_stages(config.stages, ["stem", *blocks, "head"])
-    for name in ("global_batch_size", "max_images_per_rank"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise CxrdistError(f"{name}: is {value}, expected at least 1")
+    refuse_below_one(config, "global_batch_size", "max_images_per_rank")
     if not 0 <= config.network.dropout < 1:
         raise CxrdistError(
             f"network.dropout: is {config.network.dropout}, expected at least 0 and below 1"
@@ -305,7 +302,6 @@ def _seed(seed: int, where: str, rank: int) -> None:
 def _publish(training: Training) -> None:
     """Say in run.json when the run was finished; then, as its last act, write the model."""
     run = training.run
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(run.info, {**read_json(run.info), "finished": finished})
+    write_json(run.info, {**read_json(run.info), "finished": now()})
     with atomic_directory(run.model) as directory:
         save_model(training.model, directory)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,17 @@ from cxrdist.distributed import together
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
-from cxrdist.run import RunDirectory, environment, read_json, write_json, write_text
+from cxrdist.run import (
+    RUN_FORMAT,
+    RunDirectory,
+    environment,
+    now,
+    read_json,
+    write_json,
+    write_text,
+)
 from cxrdist.train.step import Material
 
-RUN_FORMAT = "cxrdist-run-1"
 NOT_SCIENCE = ("shards", "run", "cache", "track")  # paths and outputs stay out of the recipe
 
 
@@ -138,7 +144,7 @@ def build_training(
         before = read_json(run.info) if run.recipe.is_file() else {}
         about = _describe_start(accelerator, weights, num_copied)
         shards = {"format": RUN_FORMAT, "shards": _describe_shards(index)}
-        write_json(run.info, {"started": _now(), "stages": {}, **before, **shards, **about})
+        write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
     model.to(accelerator.device)
@@ -190,7 +196,3 @@ def _describe_start(
             "normalisation": asdict(weights.normalisation),
         },
     }
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
