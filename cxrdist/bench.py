@@ -26,7 +26,7 @@ from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
-from cxrdist.data.records import read_records
+from cxrdist.data.records import read_folder
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.relevance import Explainer
@@ -148,7 +148,7 @@ def _originals(config: BenchConfig, scratch: Path) -> Path:
     if folder is None:
         folder = scratch / "phantoms"
         write_phantoms(folder, 8, image_size_px=1024)
-    records = read_records("folder", folder, None)
+    records = read_folder(folder).records
     for turn in range(-(-MIN_ORIGINALS // len(records))):
         for record in records:
             link = scratch / "originals" / record.label / f"{turn}-{record.file.name}"
@@ -158,7 +158,7 @@ def _originals(config: BenchConfig, scratch: Path) -> Path:
 
 
 def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Callable[[], int]:
-    count = len(read_records("folder", folder, None))
+    count = len(read_folder(folder).records)
     options = PackConfig(
         "folder", folder, out, size=config.size, split="0.6/0.2/0.2", workers=workers
     )
@@ -174,7 +174,7 @@ def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Call
 def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
     """Packing on one core against its unavoidable part, and against a plain script."""
     folder = _originals(config, scratch)
-    records = read_records("folder", folder, None)
+    records = read_folder(folder).records
 
     def alone() -> int:
         for record in records:

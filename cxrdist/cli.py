@@ -90,19 +90,27 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
     """
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+    from jsonargparse.typing import register_type
+    from upath import UPath
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    register_type(UPath, str, UPath, uniqueness_key="upath")
     config = getattr(import_module("cxrdist.config"), command.config)
     parser = ArgumentParser(prog=f"cxrdist {name}", exit_on_error=False)
-    if name == "train":
+    if name in ("pack", "train"):
         parser.add_argument(
             "--config",
             action="config",
             help="Recipe: a YAML file, or the name of one that comes with cxrdist.",
         )
     if command.positional == "images":
-        parser.add_argument("images", nargs="+", type=Path, help="PNG or JPEG files, or folders.")
+        parser.add_argument(
+            "images", nargs="+", type=Path, help="PNG, JPEG or DICOM files, or folders."
+        )
     elif command.positional:
-        parser.add_argument(command.positional, type=Path, help="Directory of shards.")
+        parser.add_argument(
+            command.positional, type=UPath, help="Directory of shards, a path or an fsspec URL."
+        )
     parser.add_class_arguments(config, None, skip={command.positional} - {None})
     flags = {f.name for f in fields(config) if f.type in (bool, "bool")}
     try:

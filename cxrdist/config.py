@@ -4,28 +4,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from upath import UPath
+
 
 @dataclass(frozen=True)
 class PackConfig:
     """Pack raw chest X-rays into WebDataset shards, split by patient."""
 
-    source: Literal["folder", "csv"]
-    """folder: one sub-folder per class. csv: a table with columns path and label, and optionally
-    patient, split and source; paths are relative to the table."""
-    input: Path
-    """The folder, or the CSV file."""
-    out: Path
-    """The directory of shards to make; it must not exist yet."""
+    source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
+    """folder: one sub-folder per class. csv: a table with the column path, and label (one class an
+    image) or labels (several, with | between them, or none), optionally patient, split, source and
+    view; paths are relative to the table. The others are public data sets, as they are unpacked."""
+    input: UPath
+    """The folder, or the CSV file; a path or an fsspec URL such as s3://bucket/folder."""
+    out: UPath
+    """The directory of shards to make, a path or an fsspec URL; it must not exist yet."""
     size: int = 224
     """Side of the packed squares, in pixels."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """How an image becomes square. pad and stretch let the border's shape or the heart's width tell
     the source of an image, crop (centre) does not."""
-    split: str = "paper"
+    split: str | None = None
     """paper: 60 images of each class for test, the rest 80/20 train/val. Or fractions of
-    train/val/test, such as 0.7/0.1/0.2. A csv column `split` takes precedence."""
+    train/val/test, such as 0.7/0.1/0.2. Splits that the source fixes (a csv column `split`,
+    ChestX-ray14's official lists) take precedence. If not given: paper, for several labels an image
+    0.7/0.1/0.2."""
     patient_pattern: str | None = None
     """Regular expression whose first group, found in the file name, is the patient."""
+    against_rest: str | None = None
+    """chestxray14: this label against all other images, instead of the 14 labels."""
+    drop_unusable: bool = False
+    """covid19-radiography: leave out the images that COVID-Net lists as unusable (first release)."""
+    duplicates: Literal["join", "drop", "report"] = "join"
+    """Images that are the same: join their patients before splitting, drop all but one (all where
+    their labels differ), or only report them."""
+    expect: dict[str, int] = field(default_factory=dict)
+    """Images that each class should have; what differs is said. For recipes of public data sets."""
     seed: int = 0
     """Seed of the splits and of the order inside the shards."""
     shard_size: int = 1000
@@ -34,14 +48,22 @@ class PackConfig:
     """Processes that decode; all cores if not given. The bytes do not depend on it."""
     skip_bad: bool = False
     """List unreadable images in rejected.csv instead of stopping."""
+    task: int | None = None
+    """Decode only this part of the images, 0 to num_tasks - 1: one task of a SLURM array."""
+    num_tasks: int | None = None
+    """Parts that the images are decoded in."""
+    merge: bool = False
+    """Make the shards of what the tasks have decoded."""
 
 
 @dataclass(frozen=True)
 class CheckConfig:
     """Check that shards are what their index says."""
 
-    shards: Path
-    """Directory of shards."""
+    shards: UPath
+    """Directory of shards, a path or an fsspec URL."""
+    audit: bool = False
+    """Also look for duplicates, shared patients and shortcuts; writes audit.json into the shards."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +110,8 @@ class Network:
 class TrainConfig:
     """Train a DenseNet in stages; the same command in the same run directory goes on."""
 
-    shards: Path
-    """Directory of shards."""
+    shards: UPath
+    """Directory of shards, a path or an fsspec URL."""
     run: Path
     """Run directory."""
     stages: dict[str, Stage]
@@ -122,8 +144,8 @@ class EvaluateConfig:
 
     run: Path
     """Run directory of a finished training."""
-    shards: Path
-    """Directory of shards."""
+    shards: UPath
+    """Directory of shards, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to evaluate."""
     batch_size: int = 32
@@ -138,8 +160,8 @@ class ExplainConfig:
 
     run: Path
     """Run directory of a finished training."""
-    shards: Path
-    """Directory of shards."""
+    shards: UPath
+    """Directory of shards, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to explain."""
     classes: str = "all"
@@ -161,7 +183,7 @@ class PredictConfig:
     run: Path
     """Run directory of a finished training."""
     images: list[Path]
-    """PNG or JPEG files, or folders of them."""
+    """PNG, JPEG or DICOM files, or folders of them."""
     out: Path
     """CSV to write: path, prob_CLASS..., predicted."""
     explain: bool = False

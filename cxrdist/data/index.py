@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cxrdist.config import CheckConfig
-from cxrdist.data.records import SPLITS
+from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.errors import CxrdistError
 from cxrdist.terminal import progress
 
@@ -44,8 +47,9 @@ class Index:
     """A directory of shards as index.json and samples.csv describe it.
 
     Attributes:
-        directory: where the shards are.
+        directory: where the shards are, local or an fsspec path.
         sha256: of index.json; since that holds the hashes of all else, it names the whole content.
+        task: multiclass (each sample has one label) or multilabel (any number).
         classes: class names; their order is the order of labels and logits.
         image_size_px: side of the squares.
         fit: how the images became square.
@@ -56,6 +60,7 @@ class Index:
 
     directory: Path
     sha256: str
+    task: str
     classes: list[str]
     image_size_px: int
     fit: str
@@ -67,18 +72,19 @@ class Index:
         """Sample numbers of a split, ascending."""
         return [i for i, sample in enumerate(self.samples) if sample.split == split]
 
-    def labels(self) -> list[int]:
-        """Label of each sample as a place in `classes`."""
+    def targets(self) -> NDArray[np.uint8]:
+        """The truth: uint8 [samples, classes], 1 where a sample has the label."""
         place = {name: i for i, name in enumerate(self.classes)}
-        return [place[sample.label] for sample in self.samples]
+        targets = np.zeros((len(self.samples), len(self.classes)), np.uint8)
+        for row, sample in zip(targets, self.samples, strict=True):
+            row[[place[name] for name in labels_of(sample.label)]] = 1
+        return targets
 
     def counts(self) -> dict[str, dict[str, dict[str, int]]]:
-        """Images and patients by split and class."""
-        images = Counter((s.split, s.label) for s in self.samples)
-        patients = Counter(
-            (split, label)
-            for split, label, _ in {(s.split, s.label, s.patient) for s in self.samples}
-        )
+        """Images and patients by split and class; an image of two labels counts for both."""
+        rows = [(s.split, label, s.patient) for s in self.samples for label in labels_of(s.label)]
+        images = Counter((split, label) for split, label, _ in rows)
+        patients = Counter((split, label) for split, label, _ in set(rows))
         return {
             split: {
                 name: {"images": images[split, name], "patients": patients[split, name]}
@@ -108,6 +114,7 @@ def read_index(directory: Path) -> Index:
         index = Index(
             directory=directory,
             sha256=hashlib.sha256(data).hexdigest(),
+            task=str(about["task"]),
             classes=list(about["classes"]),
             image_size_px=int(about["image_size_px"]),
             fit=str(about["fit"]),

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import numpy as np
 from cxrdist.config import PackConfig
 from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, read_index
-from cxrdist.data.records import SPLITS, Record, count_unmatched, read_records
+from cxrdist.data.records import SPLITS, Record, Source, count_unmatched, labels_of, read_source
 from cxrdist.data.splits import assign_splits
 from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_directory, write_table
@@ -58,19 +58,21 @@ def pack(config: PackConfig) -> None:
         CxrdistError: bad options or source, or an unreadable image without ``skip_bad``.
     """
     _refuse_bad_options(config)
-    records = read_records(config.source, config.input, config.patient_pattern)
+    source = read_source(config)
+    records = source.records
     with _pool(config.workers) as pool:
         rejected: list[tuple[Record, str]] = []
         if config.skip_bad:
             records, rejected = _separate_bad(records, config, pool)
-        shards = _plan_shards(records, config)
+        source = replace(source, records=records)
+        shards = _plan_shards(source, config)
         with atomic_directory(config.out) as directory:
             samples, rows = _write_shards(shards, directory, config, pool)
             write_table(directory / "samples.csv", SAMPLE_COLUMNS, samples)
             if rejected:
                 bad = [(record.path, reason) for record, reason in rejected]
                 write_table(directory / "rejected.csv", ("path", "reason"), bad)
-            index = _describe(config, shards, rows, directory / "samples.csv")
+            index = _describe(config, source, shards, rows, directory / "samples.csv")
             (directory / "index.json").write_text(json.dumps(index, indent=2) + "\n")
     _print_summary(config, records, len(rejected))
 
@@ -140,8 +142,9 @@ def _separate_bad(
     return good, bad
 
 
-def _plan_shards(records: list[Record], config: PackConfig) -> list[Shard]:
-    splits = assign_splits(records, config.split, config.seed)
+def _plan_shards(source: Source, config: PackConfig) -> list[Shard]:
+    records = source.records
+    splits = assign_splits(source, config.split, config.seed)
     shards = []
     for split in SPLITS:
         members = [r for r, s in zip(records, splits, strict=True) if s == split]
@@ -229,26 +232,32 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _describe(
-    config: PackConfig, shards: list[Shard], entries: list[dict[str, Any]], samples: Path
+    config: PackConfig,
+    source: Source,
+    shards: list[Shard],
+    entries: list[dict[str, Any]],
+    samples: Path,
 ) -> dict[str, Any]:
-    classes = sorted({record.label for shard in shards for record in shard.records})
+    classes = source.classes
     splits = {}
     for split in SPLITS:
         own = [(s, e) for s, e in zip(shards, entries, strict=True) if s.split == split]
-        labels = Counter(record.label for shard, _ in own for record in shard.records)
+        labels = Counter(
+            name for shard, _ in own for record in shard.records for name in labels_of(record.label)
+        )
         splits[split] = {
-            "samples": sum(labels.values()),
+            "samples": sum(len(shard.records) for shard, _ in own),
             "classes": {name: labels[name] for name in classes},
             "shards": [entry for _, entry in own],
         }
     given = shards[0].records[0].split is not None
     return {
         "format": FORMAT,
-        "task": "multiclass",
+        "task": source.task,
         "classes": classes,
         "image_size_px": config.size,
         "fit": config.fit,
-        "split": "given by the table" if given else config.split,
+        "split": "given by the source" if given else config.split or "default",
         "seed": config.seed,
         "samples_sha256": hashlib.sha256(samples.read_bytes()).hexdigest(),
         "splits": splits,

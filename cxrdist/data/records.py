@@ -1,15 +1,28 @@
-"""Records: one row about a raw image, from class folders or a CSV table."""
+"""Records: one row about a raw image, and the sources that are read into them."""
 
 import csv
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from cxrdist.config import PackConfig
 from cxrdist.errors import CxrdistError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg"}
+DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", *DICOM_SUFFIXES}
 SPLITS = ("train", "val", "test")
+DEVELOPMENT = "train+val"  # a given split of which validation is still to be drawn
+SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
+
+# File names that tell where an image comes from.
+KNOWN_NAMES = {
+    "ChestX-ray14": re.compile(r"^\d{8}_\d{3}\."),
+    "Kermany": re.compile(r"^person\d+_(virus|bacteria)_\d+\.|^(NORMAL2-)?IM-\d{4}-\d{4}"),
+}
+NO_PATIENT = "image:"
 
 
 @dataclass(frozen=True)
@@ -17,12 +30,14 @@ class Record:
     """One raw image.
 
     Attributes:
-        file: where to read it.
+        file: where to read it, local or an fsspec path.
         path: its name relative to the source, with slashes; stable between machines.
-        label: class name.
+        label: class name; of several labels with ``|`` between them, or empty for none.
         patient: who was X-rayed; all images of a patient stay in one split.
         source: where the image comes from, for audits.
-        split: train, val or test where the source fixes it.
+        split: train, val or test where the source fixes it; ``train+val`` where it leaves open
+            which of the two.
+        view: PA, AP, LATERAL ... where the source tells it, else empty.
     """
 
     file: Path
@@ -31,39 +46,104 @@ class Record:
     patient: str
     source: str
     split: str | None = None
+    view: str = ""
 
 
-def read_records(source: str, path: Path, patient_pattern: str | None) -> list[Record]:
+@dataclass(frozen=True)
+class Source:
+    """All records of a source.
+
+    Attributes:
+        records: sorted by path within the source.
+        task: multiclass (each image has one label) or multilabel (any number).
+        classes: names in the order of the network's outputs.
+        name: what was read, such as a data set and its release.
+    """
+
+    records: list[Record]
+    task: Literal["multiclass", "multilabel"]
+    classes: list[str]
+    name: str
+
+
+def labels_of(label: str) -> list[str]:
+    """The labels that a record's or sample's label holds."""
+    return label.split(SEPARATOR) if label else []
+
+
+def read_source(config: PackConfig) -> Source:
     """Read all records of a source.
-
-    Args:
-        source: ``folder`` or ``csv``.
-        path: the folder or the table.
-        patient_pattern: regular expression; the first group that matches in the file name is the
-            patient. Without it, or where it does not match, an image is a patient of its own.
 
     Raises:
         CxrdistError: the source is missing, malformed, or has fewer than two classes.
     """
-    pattern = _compile(patient_pattern)
-    records = _folder(path, pattern) if source == "folder" else _table(path, pattern)
-    classes = sorted({record.label for record in records})
-    if len(classes) < 2:
+    for option, only in (
+        ("against_rest", "chestxray14"),
+        ("drop_unusable", "covid19-radiography"),
+    ):
+        if getattr(config, option) and config.source != only:
+            raise CxrdistError(f"--{option.replace('_', '-')}: is for --source {only} only")
+    if config.source == "csv":
+        source = read_table(config.input, config.patient_pattern)
+    else:
+        source = read_folder(config.input, config.patient_pattern)
+    _refuse_bad_classes(config.input, source)
+    return source
+
+
+def _refuse_bad_classes(path: Path, source: Source) -> None:
+    least = 1 if source.task == "multilabel" else 2
+    if len(source.classes) < least:
         raise CxrdistError(
-            f"--input {path}: found {len(classes)} class{'' if len(classes) == 1 else 'es'} "
-            f"({', '.join(classes) or 'none'}), expected at least two"
+            f"--input {path}: found {len(source.classes)} class"
+            f"{'' if len(source.classes) == 1 else 'es'} "
+            f"({', '.join(source.classes) or 'none'}), expected at least {least}"
         )
-    return records
+    bad = next((name for name in source.classes if not name or SEPARATOR in name), None)
+    if bad is not None:
+        raise CxrdistError(
+            f"--input {path}: class {bad!r}: a name needs letters and no {SEPARATOR!r}"
+        )
 
 
 def images_in(folder: Path) -> list[Path]:
-    """All PNG and JPEG files of a folder and the folders in it, by their names, sorted."""
-    return sorted(f for f in folder.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    """All PNG, JPEG and DICOM files of a folder and the folders in it, sorted by name.
+
+    DICOM files without a suffix are found by their preamble (DICOM PS3.10, section 7.1).
+    """
+    return sorted(
+        (
+            file
+            for file in folder.rglob("*")
+            if file.suffix.lower() in IMAGE_SUFFIXES or _is_bare_dicom(file)
+        ),
+        key=str,
+    )
+
+
+def _is_bare_dicom(file: Path) -> bool:
+    """Whether a file without a suffix, or named by a UID, is DICOM."""
+    if file.suffix and not re.fullmatch(r"[\d.]+", file.name):
+        return False
+    if file.name.startswith(".") or not file.is_file():
+        return False
+    with file.open("rb") as content:
+        return content.read(132)[128:] == b"DICM"
 
 
 def count_unmatched(records: list[Record]) -> int:
     """How many images are a patient of their own for want of a name that tells the patient."""
-    return sum(record.patient == _own_patient(record.path) for record in records)
+    return sum(record.patient.startswith(NO_PATIENT) for record in records)
+
+
+def known_source(name: str, otherwise: str) -> str:
+    """The data set whose file names look like this one, or what else the source is called."""
+    return next((known for known, form in KNOWN_NAMES.items() if form.search(name)), otherwise)
+
+
+def own_patient(path: str) -> str:
+    """Stands for the patient of an image of which nothing tells the patient."""
+    return f"{NO_PATIENT}{path}"
 
 
 def _compile(pattern: str | None) -> re.Pattern[str] | None:
@@ -85,43 +165,63 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
 def _patient(path: str, pattern: re.Pattern[str] | None) -> str:
     match = pattern.search(path.rsplit("/", 1)[-1]) if pattern else None
     named = next((group for group in match.groups() if group), None) if match else None
-    return named or _own_patient(path)
+    return named or own_patient(path)
 
 
-def _own_patient(path: str) -> str:
-    return f"image:{path}"
+def read_folder(folder: Path, patient_pattern: str | None = None) -> Source:
+    """Read the images of class folders.
 
+    Args:
+        folder: holds a folder of images for each class.
+        patient_pattern: regular expression; the first group that matches in the file name is the
+            patient. Without it, or where it does not match, an image is a patient of its own.
 
-def _folder(folder: Path, pattern: re.Pattern[str] | None) -> list[Record]:
+    Raises:
+        CxrdistError: there is no such folder, or a class has no image.
+    """
+    pattern = _compile(patient_pattern)
     if not folder.is_dir():
         raise CxrdistError(f"--input {folder}: no such folder; expected one sub-folder per class")
     records = []
-    for child in sorted(folder.iterdir()):
+    for child in sorted(folder.iterdir(), key=str):
         if not child.is_dir() or child.name.startswith("."):
             continue
         files = images_in(child)
         if not files:
             raise CxrdistError(
-                f"{child}: the class has no PNG or JPEG image; add some or remove the folder"
+                f"{child}: the class has no PNG, JPEG or DICOM image; add some or remove the folder"
             )
         for file in files:
             path = file.relative_to(folder).as_posix()
-            records.append(Record(file, path, child.name, _patient(path, pattern), folder.name))
-    return records
+            source = known_source(file.name, folder.name)
+            records.append(Record(file, path, child.name, _patient(path, pattern), source))
+    return Source(records, "multiclass", sorted({r.label for r in records}), folder.name)
 
 
-def _table(table: Path, pattern: re.Pattern[str] | None) -> list[Record]:
+def read_table(table: Path, patient_pattern: str | None = None) -> Source:
+    """Read the images that a CSV file lists.
+
+    Args:
+        table: has the columns path, and label or labels; optionally patient, split, source, view.
+        patient_pattern: as for `read_folder`, for rows without a patient.
+
+    Raises:
+        CxrdistError: the table or a row of it is malformed, or a file is missing.
+    """
+    pattern = _compile(patient_pattern)
     if not table.is_file():
         raise CxrdistError(f"--input {table}: no such file; expected a CSV with path and label")
-    with open(table, newline="", encoding="utf-8-sig") as file:
+    with table.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
-        missing = {"path", "label"} - set(rows.fieldnames or ())
+        names = rows.fieldnames or ()
+        column = "labels" if "labels" in names else "label"
+        missing = {"path", column} - set(names)
         if missing:
             raise CxrdistError(
-                f"{table}: has no column {' and '.join(sorted(missing))}; expected path and label, "
-                f"found {', '.join(rows.fieldnames or ()) or 'no header'}"
+                f"{table}: has no column {' and '.join(sorted(missing))}; expected path and label "
+                f"(or labels), found {', '.join(names) or 'no header'}"
             )
-        records = [_row(table, number, row, pattern) for number, row in enumerate(rows, start=2)]
+        records = list(_rows(table, rows, column, pattern))
     for path, times in Counter(record.path for record in records).items():
         if times > 1:
             raise CxrdistError(f"{table}: {path} stands in {times} rows; keep one of them")
@@ -130,24 +230,40 @@ def _table(table: Path, pattern: re.Pattern[str] | None) -> list[Record]:
         raise CxrdistError(
             f"{table} row {bare}: has no split while other rows have one; fill all or none"
         )
-    return records
+    classes = sorted({label for record in records for label in labels_of(record.label)})
+    task: Literal["multiclass", "multilabel"] = "multilabel" if column == "labels" else "multiclass"
+    return Source(records, task, classes, table.name)
 
 
-def _row(table: Path, number: int, row: dict[str, str], pattern: re.Pattern[str] | None) -> Record:
-    """One row; a row number counts lines as a spreadsheet does, the header is row 1."""
-    cells = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)}
-    if len(cells) < len(row):
-        raise CxrdistError(f"{table} row {number}: more cells than columns; quote the commas")
-    for name in ("path", "label"):
-        if not cells[name]:
-            raise CxrdistError(f"{table} row {number}: {name} is empty; fill it or drop the row")
-    split = cells.get("split") or None
-    if split not in (None, *SPLITS):
-        raise CxrdistError(f"{table} row {number}: split is {split!r}, expected train, val or test")
-    file = table.parent / cells["path"]
-    if not file.is_file():
-        raise CxrdistError(f"{table} row {number}: no file {file}; paths are relative to the table")
-    path = Path(cells["path"]).as_posix()
-    patient = cells.get("patient") or _patient(path, pattern)
-    source = cells.get("source") or table.stem
-    return Record(file, path, cells["label"], patient, source, split)
+def _rows(
+    table: Path, rows: "csv.DictReader[str]", column: str, pattern: re.Pattern[str] | None
+) -> Iterator[Record]:
+    """Rows as records; a row number counts lines as a spreadsheet does, the header is row 1."""
+    for number, row in enumerate(rows, start=2):
+        where = f"{table} row {number}"
+        cells = {name: (text or "").strip() for name, text in row.items() if isinstance(name, str)}
+        if len(cells) < len(row):
+            raise CxrdistError(f"{where}: more cells than columns; quote the commas")
+        for name in ("path", "label"):
+            if name in cells and not cells[name]:
+                raise CxrdistError(f"{where}: {name} is empty; fill it or drop the row")
+        split = cells.get("split") or None
+        if split not in (None, *SPLITS):
+            raise CxrdistError(f"{where}: split is {split!r}, expected train, val or test")
+        if SEPARATOR in cells.get("label", ""):
+            raise CxrdistError(
+                f"{where}: label {cells['label']!r} holds several; call the column labels"
+            )
+        file = table.parent / cells["path"]
+        if not file.is_file():
+            raise CxrdistError(f"{where}: no file {file}; paths are relative to the table")
+        path = Path(cells["path"]).as_posix()
+        yield Record(
+            file,
+            path,
+            SEPARATOR.join(sorted({x.strip() for x in cells[column].split(SEPARATOR)} - {""})),
+            cells.get("patient") or _patient(path, pattern),
+            cells.get("source") or known_source(Path(path).name, table.stem),
+            split,
+            cells.get("view", ""),
+        )

@@ -1,27 +1,33 @@
 """Splits of train, val and test: by patient, stratified by class."""
 
-from collections import defaultdict
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.data.records import SPLITS, Record
+from cxrdist.data.records import DEVELOPMENT, SPLITS, Record, Source, labels_of
 from cxrdist.errors import CxrdistError
 
 PAPER_TEST_IMAGES = 60  # of each class (paper, section 2.2)
 PAPER_VAL_FRACTION = 0.2  # of what is left (paper, section 2.2)
+DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # of several labels an image (CheXNet's, Rajpurkar et al. 2017)
 
 
-def assign_splits(records: list[Record], split: str, seed: int) -> list[str]:
+def assign_splits(
+    source: Source, split: str | None, seed: int, groups: Sequence[int] | None = None
+) -> list[str]:
     """Choose the split of each record so that no patient stands in two.
 
-    Patients are taken in random order as long as no class exceeds its target, so a class misses
-    its target only if its last patients have too many images.
+    Groups are taken in random order as long as no class exceeds its target, so a class misses its
+    target only if its last groups have too many images.
 
     Args:
-        records: all records; a split given by their source is kept.
-        split: ``paper`` or fractions of train/val/test such as ``0.7/0.1/0.2``.
-        seed: seed of the order of patients.
+        source: all records; a split given by them is kept, and what they leave open is drawn.
+        split: ``paper``, fractions of train/val/test such as ``0.7/0.1/0.2``, or None for what
+            suits the task.
+        seed: seed of the order of groups.
+        groups: a number for each record; records of the same number stay together. By patient if
+            not given.
 
     Returns:
         ``train``, ``val`` or ``test`` for each record.
@@ -29,42 +35,61 @@ def assign_splits(records: list[Record], split: str, seed: int) -> list[str]:
     Raises:
         CxrdistError: a given split has a patient twice, or a split would lack a class.
     """
-    if records[0].split is not None:
-        splits = [str(record.split) for record in records]
-    else:
-        splits = _draw(records, split, seed)
+    records = source.records
+    if groups is None:
+        groups = group_by_patient(records)
+    if split is None:
+        split = "paper" if source.task == "multiclass" else DEFAULT_FRACTIONS
+    splits = [str(record.split) for record in records]
+    if records[0].split is None:
+        splits = _draw(source, split, seed, np.asarray(groups))
+    elif DEVELOPMENT in splits:
+        splits = _draw_val(source, split, seed, np.asarray(groups))
     _refuse_shared_patients(records, splits)
-    _refuse_missing_classes(records, splits)
+    _refuse_missing_classes(source, splits)
     return splits
 
 
-def _draw(records: list[Record], split: str, seed: int) -> list[str]:
-    classes = sorted({record.label for record in records})
-    patients, counts = _images_by_patient(records, classes)
+def group_by_patient(records: Sequence[Record]) -> list[int]:
+    """A number for each record, the same for all images of a patient."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(record.patient, len(numbers)) for record in records]
+
+
+def _draw(source: Source, split: str, seed: int, groups: NDArray[np.int64]) -> list[str]:
+    counts = _images_by_group(source, groups)
     total = counts.sum(axis=0)
-    random = np.random.Generator(np.random.Philox(seed))
-    order = random.permutation(len(patients))
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
     if split == "paper":
-        test_target = np.full(len(classes), PAPER_TEST_IMAGES)
-        small = [c for c, n in zip(classes, total, strict=True) if n < PAPER_TEST_IMAGES + 2]
-        if small:
-            raise CxrdistError(
-                f"--split paper: takes {PAPER_TEST_IMAGES} test images of each class, but class "
-                f"{small[0]!r} has {total[classes.index(small[0])]}; "
-                "use fractions, such as --split 0.7/0.1/0.2"
-            )
+        _refuse_small_classes(source, total)
+        test_target = np.full_like(total, PAPER_TEST_IMAGES)
+        test = _take(order, counts, test_target)
+        val_target = np.rint(PAPER_VAL_FRACTION * (total - counts[test].sum(axis=0)))
     else:
-        fractions = parse_fractions(split)
-        test_target = np.rint(fractions[2] * total).astype(int)
-    test = _take(order, counts, test_target)
-    rest = order[~np.isin(order, test)]
-    if split == "paper":
-        val_target = np.rint(PAPER_VAL_FRACTION * (total - counts[test].sum(axis=0))).astype(int)
-    else:
-        val_target = np.rint(fractions[1] * total).astype(int)
-    val = _take(rest, counts, val_target)
-    chosen = {patients[i]: "test" for i in test} | {patients[i]: "val" for i in val}
-    return [chosen.get(record.patient, "train") for record in records]
+        _, val_fraction, test_fraction = parse_fractions(split)
+        test = _take(order, counts, np.rint(test_fraction * total))
+        val_target = np.rint(val_fraction * total)
+    val = _take(order[~np.isin(order, test)], counts, val_target)
+    return _names(groups, val, test)
+
+
+def _draw_val(source: Source, split: str, seed: int, groups: NDArray[np.int64]) -> list[str]:
+    """Draw val from what the source gives for train and val together; the rest is as given."""
+    given = [str(record.split) for record in source.records]
+    train, val_fraction, _ = parse_fractions(DEFAULT_FRACTIONS if split == "paper" else split)
+    counts = _images_by_group(source, groups)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
+    closed = {group for group, name in zip(groups, given, strict=True) if name != DEVELOPMENT}
+    order = order[~np.isin(order, list(closed))]
+    target = np.rint(val_fraction / (train + val_fraction) * counts[order].sum(axis=0))
+    drawn = _names(groups, _take(order, counts, target), np.array([], np.int64))
+    return [new if old == DEVELOPMENT else old for old, new in zip(given, drawn, strict=True)]
+
+
+def _names(groups: NDArray[np.int64], val: NDArray[np.int64], test: NDArray[np.int64]) -> list[str]:
+    places = np.zeros(groups.max() + 1, np.int64)
+    places[val], places[test] = 1, 2
+    return [SPLITS[place] for place in places[groups]]
 
 
 def parse_fractions(split: str) -> tuple[float, float, float]:
@@ -85,27 +110,37 @@ def parse_fractions(split: str) -> tuple[float, float, float]:
     return train, val, test
 
 
-def _images_by_patient(
-    records: list[Record], classes: list[str]
-) -> tuple[list[str], NDArray[np.int64]]:
-    """Patients in sorted order and their images per class, int64 [patients, classes]."""
-    counts: dict[str, NDArray[np.int64]] = defaultdict(lambda: np.zeros(len(classes), np.int64))
-    number = {name: i for i, name in enumerate(classes)}
-    for record in records:
-        counts[record.patient][number[record.label]] += 1
-    patients = sorted(counts)
-    return patients, np.stack([counts[patient] for patient in patients])
+def _images_by_group(source: Source, groups: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Images of each class in each group, and in a last column those without any label.
+
+    Returns:
+        int64 [groups, classes + 1].
+    """
+    place = {name: i for i, name in enumerate(source.classes)}
+    counts = np.zeros((groups.max() + 1, len(place) + 1), np.int64)
+    for group, record in zip(groups, source.records, strict=True):
+        counts[group, [place[name] for name in labels_of(record.label)] or [-1]] += 1
+    return counts
 
 
 def _take(
-    order: NDArray[np.int64], counts: NDArray[np.int64], target: NDArray[np.int64]
+    order: NDArray[np.int64], counts: NDArray[np.int64], target: NDArray[np.float64]
 ) -> NDArray[np.int64]:
     taken, filled = [], np.zeros_like(target)
-    for patient in order:
-        if np.all(filled + counts[patient] <= target):
-            taken.append(patient)
-            filled += counts[patient]
+    for group in order:
+        if np.all(filled + counts[group] <= target):
+            taken.append(group)
+            filled += counts[group]
     return np.array(taken, dtype=np.int64)
+
+
+def _refuse_small_classes(source: Source, total: NDArray[np.int64]) -> None:
+    for name, images in zip(source.classes, total, strict=False):
+        if images < PAPER_TEST_IMAGES + 2:
+            raise CxrdistError(
+                f"--split paper: takes {PAPER_TEST_IMAGES} test images of each class, but class "
+                f"{name!r} has {images}; use fractions, such as --split 0.7/0.1/0.2"
+            )
 
 
 def _refuse_shared_patients(records: list[Record], splits: list[str]) -> None:
@@ -119,9 +154,17 @@ def _refuse_shared_patients(records: list[Record], splits: list[str]) -> None:
             )
 
 
-def _refuse_missing_classes(records: list[Record], splits: list[str]) -> None:
-    there = {(record.label, split) for record, split in zip(records, splits, strict=True)}
-    for label in sorted({record.label for record in records}):
+def _refuse_missing_classes(source: Source, splits: list[str]) -> None:
+    """Each split needs images; of one label an image, also of each class."""
+    lacking = [split for split in SPLITS if split not in splits]
+    if lacking:
+        raise CxrdistError(
+            f"no image is in {lacking[0]}; add images or patients, or change --split"
+        )
+    if source.task == "multilabel":
+        return
+    there = {(r.label, split) for r, split in zip(source.records, splits, strict=True)}
+    for label in source.classes:
         for split in SPLITS:
             if (label, split) not in there:
                 raise CxrdistError(

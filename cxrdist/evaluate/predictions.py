@@ -82,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> None:
     if accelerator.is_main_process:
         probabilities = _in_order(rows, numbers)
         write_predictions(subject, config.split, numbers, probabilities)
-        labels = torch.tensor(subject.index.labels())[torch.from_numpy(numbers)]
+        labels = torch.from_numpy(subject.index.targets()[numbers].argmax(1))
         metrics = compute_metrics(torch.from_numpy(probabilities), labels, subject.index.classes)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         write_json(subject.run.metrics(config.split), metrics)

@@ -91,7 +91,7 @@ def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.in
         int64 [n], ascending.
     """
     numbers = index.numbers(split)
-    labels = index.labels()
+    labels = index.targets().argmax(1)
     by_class = [[n for n in numbers if labels[n] == c] for c in range(len(index.classes))]
     in_turn = [n for turn in zip_longest(*by_class) for n in turn if n is not None]
     return np.array(sorted(in_turn[:limit]), dtype=np.int64)

@@ -131,7 +131,7 @@ def build_training(
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
     """
-    labels = np.array(index.labels())
+    labels = index.targets().argmax(1)
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
     copies = copies_of(labels, index.classes, config.copies)
     with accelerator.local_main_process_first():  # one download a node
