@@ -7,7 +7,7 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from cxrdist import __version__
 from cxrdist.errors import CxrdistError, RunFailedError
@@ -89,12 +89,10 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
         CxrdistError: an option or a recipe field is unknown, missing, or of the wrong type.
     """
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-
     from jsonargparse.typing import register_type
-    from upath import UPath
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    register_type(UPath, str, UPath, uniqueness_key="upath")
+    register_type(Path, str, _location, type_check=lambda value, _: hasattr(value, "joinpath"))
     config = getattr(import_module("cxrdist.config"), command.config)
     parser = ArgumentParser(prog=f"cxrdist {name}", exit_on_error=False)
     if name in ("pack", "train"):
@@ -104,12 +102,10 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             help="Recipe: a YAML file, or the name of one that comes with cxrdist.",
         )
     if command.positional == "images":
-        parser.add_argument(
-            "images", nargs="+", type=Path, help="PNG, JPEG or DICOM files, or folders."
-        )
+        parser.add_argument("images", nargs="+", type=Path, help="Image files, or folders.")
     elif command.positional:
         parser.add_argument(
-            command.positional, type=UPath, help="Directory of shards, a path or an fsspec URL."
+            command.positional, type=Path, help="Directory of shards, a path or an fsspec URL."
         )
     parser.add_class_arguments(config, None, skip={command.positional} - {None})
     flags = {f.name for f in fields(config) if f.type in (bool, "bool")}
@@ -117,7 +113,29 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
         parsed = parser.instantiate(parser.parse_args(_normalise(arguments, flags)))
     except ArgumentError as error:
         raise CxrdistError(f"{name}: {_readable(str(error))}; see cxrdist {name} --help") from error
-    return config(**{f.name: parsed[f.name] for f in fields(config)})
+    values = {f.name: parsed[f.name] for f in fields(config)}
+    _refuse_urls(name, values)
+    return config(**values)
+
+
+def _location(text: str) -> Path:
+    """A path, or for an fsspec URL such as s3://bucket/folder its counterpart."""
+    if "://" not in text:
+        return Path(text)
+    from upath import UPath
+
+    try:
+        return cast(Path, UPath(text))  # not a Path in name, but in what it does
+    except (ValueError, ImportError) as error:
+        raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
+
+
+def _refuse_urls(command: str, values: dict[str, Any]) -> None:
+    """Make sure that an option which needs a path on this machine has none elsewhere."""
+    allowed = {"shards", "input", "out"} if command == "pack" else {"shards"}
+    for name, value in values.items():
+        if name not in allowed and hasattr(value, "protocol"):
+            raise CxrdistError(f"--{name} {value}: expected a path on this machine, no URL")
 
 
 def recipe_path(name: str) -> str:

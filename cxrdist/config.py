@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from upath import UPath
-
 
 @dataclass(frozen=True)
 class PackConfig:
@@ -15,9 +13,9 @@ class PackConfig:
     """folder: one sub-folder per class. csv: a table with the column path, and label (one class an
     image) or labels (several, with | between them, or none), optionally patient, split, source and
     view; paths are relative to the table. The others are public data sets, as they are unpacked."""
-    input: UPath
+    input: Path
     """The folder, or the CSV file; a path or an fsspec URL such as s3://bucket/folder."""
-    out: UPath
+    out: Path
     """The directory of shards to make, a path or an fsspec URL; it must not exist yet."""
     size: int = 224
     """Side of the packed squares, in pixels."""
@@ -34,7 +32,7 @@ class PackConfig:
     against_rest: str | None = None
     """chestxray14: this label against all other images, instead of the 14 labels."""
     drop_unusable: bool = False
-    """covid19-radiography: leave out the images that COVID-Net lists as unusable (first release)."""
+    """covid19-radiography, first release: leave out what COVID-Net lists as unusable."""
     duplicates: Literal["join", "drop", "report"] = "join"
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
@@ -60,10 +58,10 @@ class PackConfig:
 class CheckConfig:
     """Check that shards are what their index says."""
 
-    shards: UPath
+    shards: Path
     """Directory of shards, a path or an fsspec URL."""
     audit: bool = False
-    """Also look for duplicates, shared patients and shortcuts; writes audit.json into the shards."""
+    """Also look for duplicates, shared patients and shortcuts; writes SHARDS/audit.json."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ class Network:
 class TrainConfig:
     """Train a DenseNet in stages; the same command in the same run directory goes on."""
 
-    shards: UPath
+    shards: Path
     """Directory of shards, a path or an fsspec URL."""
     run: Path
     """Run directory."""
@@ -144,7 +142,7 @@ class EvaluateConfig:
 
     run: Path
     """Run directory of a finished training."""
-    shards: UPath
+    shards: Path
     """Directory of shards, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to evaluate."""
@@ -160,7 +158,7 @@ class ExplainConfig:
 
     run: Path
     """Run directory of a finished training."""
-    shards: UPath
+    shards: Path
     """Directory of shards, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to explain."""

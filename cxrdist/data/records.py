@@ -101,9 +101,7 @@ def _refuse_bad_classes(path: Path, source: Source) -> None:
         )
     bad = next((name for name in source.classes if not name or SEPARATOR in name), None)
     if bad is not None:
-        raise CxrdistError(
-            f"--input {path}: class {bad!r}: a name needs letters and no {SEPARATOR!r}"
-        )
+        raise CxrdistError(f"--input {path}: class {bad!r}: expected a name without {SEPARATOR!r}")
 
 
 def images_in(folder: Path) -> list[Path]:

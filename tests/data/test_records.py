@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 from support import make_images
 
@@ -44,7 +42,7 @@ def test_the_first_group_that_matches_is_the_patient(tmp_path):
     [
         (
             "file,label\na.png,x\n",
-            "has no column path; expected path and label (or labels), found file, label",
+            "has no column path; expected path and label (or labels), found file",
         ),
         ("path,label\na.png,\n", "row 2: label is empty"),
         ("path,label\na.png,x\nlost.png,y\n", "row 3: no file"),
