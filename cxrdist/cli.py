@@ -24,7 +24,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
-    "check": Command("data.index:check", "CheckConfig", "are the shards still whole?", "shards"),
+    "check": Command("data.check:check", "CheckConfig", "are the shards still whole?", "shards"),
     "train": Command("train.loop:train", "TrainConfig", "shards + recipe -> trained model"),
     "evaluate": Command(
         "evaluate.predictions:evaluate", "EvaluateConfig", "predictions and metrics of a split"

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from cxrdist.config import PredictConfig
 from cxrdist.data.images import read_square
-from cxrdist.data.pack import sample_key
 from cxrdist.data.records import images_in
+from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.explain.export import write_pictures
 from cxrdist.explain.relevance import Explainer

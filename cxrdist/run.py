@@ -1,12 +1,14 @@
 """The run directory: where each file stands, and how it is written."""
 
 import csv
+import errno
 import fcntl
 import json
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, RunFailedError
 
 RUN_FORMAT = "cxrdist-run-1"
 
@@ -93,10 +95,14 @@ def open_run(root: Path) -> RunDirectory:
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Hold the run directory for one process group; a second one is refused.
+def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a directory for one process group; a second one is refused.
 
-    The lock is the operating system's, so a killed run leaves none behind.
+    The lock is the operating system's, so a killed process leaves none behind.
+
+    Args:
+        root: the directory; made if it is missing.
+        shared: hold it together with others that share it.
 
     Raises:
         CxrdistError: another process holds it.
@@ -104,26 +110,49 @@ def locked(root: Path) -> Iterator[None]:
     root.mkdir(parents=True, exist_ok=True)
     with open(root / ".lock", "w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
             raise CxrdistError(
-                f"--run {root}: another cxrdist process is writing here; wait for it or end it"
+                f"{root}: another cxrdist process is writing here; wait for it or end it"
             ) from None
         yield
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; the file appears under its own name when it is complete."""
+    """Yield a path to write to; the file appears under its own name when it is complete.
+
+    Raises:
+        RunFailedError: the disk is full.
+    """
+    if not isinstance(path, Path):  # an object store shows a file when it is whole
+        with tempfile.TemporaryDirectory(prefix="cxrdist-") as here:
+            yield Path(here) / path.name
+            path.fs.put_file(f"{here}/{path.name}", path.path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield partial
-        _sync(partial)
+        with _room(path):
+            yield partial
+            _sync(partial)
         os.replace(partial, path)
         _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _room(path: Path) -> Iterator[None]:
+    """Turn a full disk into one line for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFailedError(
+            f"{path}: {error.strerror}; make room, then run the same command again"
+        ) from error
 
 
 @contextmanager
@@ -146,6 +175,30 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish(made: Path, path: Path) -> None:
+    """Give a complete directory its name; in an object store its index.json comes last.
+
+    Args:
+        made: on this machine; all files in it are complete.
+        path: where it is to stand, local or an fsspec path; an empty directory may be there.
+    """
+    if isinstance(path, Path):
+        _sync(made)
+        os.replace(made, path)
+        _sync(path.parent)
+        return
+    for file in sorted(made.iterdir(), key=lambda file: file.name == "index.json"):
+        path.fs.put_file(str(file), f"{path.path}/{file.name}")
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, local or an fsspec path, as far as it is there."""
+    if isinstance(directory, Path):
+        shutil.rmtree(directory, ignore_errors=True)
+    elif directory.exists():
+        directory.fs.rm(directory.path, recursive=True)
 
 
 def _sync(path: Path) -> None:

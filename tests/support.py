@@ -1,5 +1,6 @@
 """What tests share: small X-rays, shards, and processes that are real."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -40,6 +41,12 @@ def make_shards(folder: Path, counts: dict[str, int], **options: object) -> Path
     }
     pack(PackConfig("folder", source, folder / "shards", **settings))
     return folder / "shards"
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Hashes of the files of a directory by name."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file())
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def run_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.CompletedProcess:

@@ -1,24 +1,20 @@
 """The decoded cache: all samples as one memory-mapped uint8 array on local disk."""
 
 import fcntl
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-import webdataset
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxrdist.data.images import decode_png
-from cxrdist.data.index import Index, Sample, ShardEntry, verify_shard
+from cxrdist.data.index import Index
+from cxrdist.data.shards import local_copy, read_shard, verify_shard
 from cxrdist.distributed import local_ranks, together
-from cxrdist.errors import CxrdistError
 from cxrdist.terminal import progress
 
 Images = NDArray[np.uint8]
@@ -79,8 +75,11 @@ def _held(lock: Path, *, hold: bool) -> Iterator[None]:
 
 
 def _verify(index: Index, part: int, num_parts: int) -> None:
+    """Compare this rank's shards with the index; remote ones when they are fetched."""
     for shard in index.shards[part::num_parts]:
-        verify_shard(index.directory, shard)
+        path = index.directory / shard.name
+        if isinstance(path, Path):
+            verify_shard(path, shard, path)
 
 
 def _reserve(index: Index, path: Path, partial: Path, *, create: bool) -> bool:
@@ -105,44 +104,14 @@ def _fill(index: Index, partial: Path, part: int, num_parts: int, show: bool) ->
         for i in mine:
             shard, start = index.shards[i], int(starts[i])
             expected = index.samples[start : start + shard.samples]
-            for offset, pixels in enumerate(read_shard(index, shard, expected)):
-                rows[start + offset] = pixels
-                bar.update()
+            path = index.directory / shard.name
+            with local_copy(path) as here:
+                if here is not path:
+                    verify_shard(here, shard, path)
+                for offset, (pixels, _) in enumerate(read_shard(here, expected, path)):
+                    rows[start + offset] = pixels
+                    bar.update()
     rows.flush()
-
-
-def read_shard(index: Index, shard: ShardEntry, expected: Sequence[Sample]) -> Iterator[Images]:
-    """Decode a verified shard with the webdataset library, comparing each sample with the index.
-
-    Yields:
-        uint8 [size, size], in the order of ``expected``.
-
-    Raises:
-        CxrdistError: the shard holds other samples than expected.
-    """
-    path = index.directory / shard.name
-    found = iter(
-        webdataset.DataPipeline(
-            webdataset.SimpleShardList([str(path)]), webdataset.tarfile_to_samples()
-        )
-    )
-    for sample in expected:
-        member = next(found, None)
-        if member is None or member["__key__"] != sample.key:
-            raise CxrdistError(
-                f"{path}: expected the sample {sample.key} of samples.csv, found "
-                f"{member['__key__'] if member else 'the end'}; pack the shards again"
-            )
-        pixels = decode_png(member["png"])
-        if hashlib.sha256(pixels.tobytes()).hexdigest() != sample.sha256:
-            raise CxrdistError(
-                f"{path}: the pixels of {sample.key} differ from samples.csv; pack the shards again"
-            )
-        if json.loads(member["json"])["label"] != sample.label:
-            raise CxrdistError(
-                f"{path}: the label of {sample.key} differs from samples.csv; pack the shards again"
-            )
-        yield pixels
 
 
 def read_rows(images: Images, numbers: NDArray[np.int64], device: torch.device) -> Tensor:

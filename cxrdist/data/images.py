@@ -4,41 +4,68 @@ import io
 import struct
 import warnings
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cxrdist.errors import CxrdistError
 
 FORMATS = ("PNG", "JPEG")
+MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
+MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
+DICOM_PREAMBLE = 128  # bytes before the mark (DICOM PS3.10, section 7.1)
+DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
 
 
-def read_square(file: Path, size_px: int, fit: str) -> NDArray[np.uint8]:
-    """Decode a PNG or JPEG to a grey square, uint8 [size_px, size_px].
+@dataclass(frozen=True)
+class Decoded:
+    """A raw image as a square, and what its file tells.
 
-    Colour becomes luma (ITU-R 601), transparency black, an EXIF turn is applied. 16-bit values are
-    scaled by the bit depth that they use (the smallest of 8, 10, 12, 14, 16 that holds the
+    Attributes:
+        pixels: uint8 [S, S].
+        width_px: of the original.
+        height_px: of the original.
+        patient: the DICOM's PatientID, or empty.
+        view: the DICOM's ViewPosition, or empty.
+    """
+
+    pixels: NDArray[np.uint8]
+    width_px: int
+    height_px: int
+    patient: str = ""
+    view: str = ""
+
+
+def decode(file: Path, size_px: int, fit: str) -> Decoded:
+    """Decode a PNG, JPEG or DICOM to a grey square.
+
+    Colour becomes luma (ITU-R 601), transparency black, an EXIF turn is applied. 16-bit PNG values
+    are scaled by the bit depth that they use (the smallest of 8, 10, 12, 14, 16 that holds the
     maximum), since 12-bit detectors are common. The filter is anti-aliased.
 
     Args:
-        file: the image.
+        file: the image, local or an fsspec path; a DICOM is known by its content.
         size_px: side of the square.
         fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
 
     Raises:
-        CxrdistError: the file is no readable PNG or JPEG.
+        CxrdistError: the file is no readable X-ray.
     """
+    data = _read(file)
+    if is_dicom(data) or file.suffix.lower() in DICOM_SUFFIXES:
+        from cxrdist.data.dicom import read_dicom  # pydicom costs most of a second
+
+        dicom = read_dicom(data, file)
+        height, width = dicom.pixels.shape
+        square = np.asarray(_square(Image.fromarray(dicom.pixels), size_px, fit))
+        return Decoded(square, width, height, dicom.patient, dicom.view)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                # A JPEG can be decoded at a fraction of its size, straight to grey: several times
-                # faster, and still at least twice as fine as the square.
-                image.draft("L", (2 * size_px, 2 * size_px))
-                grey = _grey(ImageOps.exif_transpose(image))
-                return np.asarray(_square(grey, size_px, fit))
+        return _decode_picture(data, size_px, fit)
+    except UnidentifiedImageError:
+        raise CxrdistError(f"{file}: no readable PNG, JPEG or DICOM (unknown format)") from None
     except (
         OSError,
         SyntaxError,
@@ -50,7 +77,44 @@ def read_square(file: Path, size_px: int, fit: str) -> NDArray[np.uint8]:
         Image.DecompressionBombWarning,
     ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CxrdistError(f"{file}: no readable PNG or JPEG ({reason})") from error
+        raise CxrdistError(f"{file}: no readable PNG, JPEG or DICOM ({reason})") from error
+
+
+def read_square(file: Path, size_px: int, fit: str) -> NDArray[np.uint8]:
+    """The square alone of `decode`, uint8 [size_px, size_px]."""
+    return decode(file, size_px, fit).pixels
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file's beginning is a DICOM's."""
+    return data[DICOM_PREAMBLE : DICOM_PREAMBLE + 4] == b"DICM"
+
+
+def _read(file: Path) -> bytes:
+    try:
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise CxrdistError(
+                f"{file}: has {size >> 20} MiB, expected one X-ray of at most {MOST_BYTES >> 20}"
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def _decode_picture(data: bytes, size_px: int, fit: str) -> Decoded:
+    """Decode a PNG or JPEG."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise ValueError(f"{width} x {height} pixels are no X-ray's")
+            # A JPEG can be decoded at a fraction of its size, straight to grey: several times
+            # faster, and still at least twice as fine as the square.
+            image.draft("L", (2 * size_px, 2 * size_px))
+            grey = _grey(ImageOps.exif_transpose(image))
+            return Decoded(np.asarray(_square(grey, size_px, fit)), width, height)
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

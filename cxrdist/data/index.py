@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.config import CheckConfig
 from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.errors import CxrdistError
-from cxrdist.terminal import progress
 
 FORMAT = "cxrdist-shards-1"
 SAMPLE_COLUMNS = ("key", "split", "shard", "label", "patient", "source", "path", "sha256")
@@ -95,18 +93,32 @@ class Index:
 
 
 def read_index(directory: Path) -> Index:
-    """Read index.json and samples.csv and check that they agree with each other.
+    """Read index.json and samples.csv and make sure that they agree with each other.
 
     Raises:
         CxrdistError: a file is missing or malformed, the two disagree, or a patient is in two
             splits.
     """
-    path = directory / "index.json"
+    index, faults = inspect_index(directory)
+    if faults:
+        raise CxrdistError(faults[0])
+    return index
+
+
+def inspect_index(directory: Path) -> tuple[Index, list[str]]:
+    """Read index.json and samples.csv and list all in which they disagree.
+
+    Raises:
+        CxrdistError: a file is missing or malformed.
+    """
+    path, table = directory / "index.json", directory / "samples.csv"
     if not path.is_file():
         raise CxrdistError(
             f"--shards {directory}: has no index.json; give a directory that `cxrdist pack` made"
         )
-    data = path.read_bytes()
+    if not table.is_file():
+        raise CxrdistError(f"{table}: is missing; copy it again or pack the shards again")
+    data, rows = path.read_bytes(), table.read_bytes()
     try:
         about: dict[str, Any] = json.loads(data)
         if about["format"] != FORMAT:
@@ -120,81 +132,49 @@ def read_index(directory: Path) -> Index:
             fit=str(about["fit"]),
             split=str(about["split"]),
             shards=[ShardEntry(**e) for split in SPLITS for e in about["splits"][split]["shards"]],
-            samples=_read_samples(directory / "samples.csv", about["samples_sha256"]),
+            samples=[Sample(*row) for row in csv.reader(rows.decode("utf-8").splitlines())][1:],
         )
+        return index, [*_changes(table, rows, about), *_disagreements(index, about)]
     except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, CxrdistError):
-            raise
         raise CxrdistError(
             f"{path}: no index of this version ({error!r:.120}); pack the shards again"
         ) from error
-    _refuse_disagreement(index)
-    return index
 
 
-def _read_samples(path: Path, expected_sha256: str) -> list[Sample]:
-    if not path.is_file():
-        raise CxrdistError(f"{path}: is missing; copy it again or pack the shards again")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != expected_sha256:
-        raise CxrdistError(
-            f"{path}: was changed after packing (sha256 differs from index.json); "
-            "copy it again or pack the shards again"
-        )
-    rows = csv.reader(data.decode("utf-8").splitlines())
-    next(rows)
-    return [Sample(*row) for row in rows]
+def _changes(table: Path, rows: bytes, about: dict[str, Any]) -> list[str]:
+    if hashlib.sha256(rows).hexdigest() == about["samples_sha256"]:
+        return []
+    return [
+        f"{table}: was changed after packing (sha256 differs from index.json); "
+        "copy it again or pack the shards again"
+    ]
 
 
-def _refuse_disagreement(index: Index) -> None:
-    held = Counter(sample.shard for sample in index.samples)
-    for shard in index.shards:
-        if held[shard.name] != shard.samples:
-            raise CxrdistError(
-                f"{index.directory / 'samples.csv'}: lists {held[shard.name]} samples of "
-                f"{shard.name}, index.json {shard.samples}; pack the shards again"
-            )
+def _disagreements(index: Index, about: dict[str, Any]) -> list[str]:
+    """In what samples.csv and index.json differ, and patients and keys that stand twice."""
+    faults = []
+    table = index.directory / "samples.csv"
+    held = [sample.shard for sample in index.samples]
+    expected = [shard.name for shard in index.shards for _ in range(shard.samples)]
+    if held != expected:
+        said, there = Counter(expected), Counter(held)
+        names = [name for name in {**said, **there} if said[name] != there[name]] or ["a shard"]
+        faults += [
+            f"{table}: lists {there[name]} samples of {name}, index.json {said[name]}, or in "
+            "another order; pack the shards again"
+            for name in names
+        ]
+    unknown = sorted({x for s in index.samples for x in labels_of(s.label)} - {*index.classes})
+    faults += [f"{table}: label {x!r} is no class of index.json" for x in unknown]
+    counts = index.counts()
+    for split, name in ((split, name) for split in SPLITS for name in index.classes):
+        number, images = about["splits"][split]["classes"][name], counts[split][name]["images"]
+        if number != images:
+            faults.append(f"{table}: has {images} images of {name} in {split}, index.json {number}")
+    keys = Counter(sample.key for sample in index.samples)
+    faults += [f"{table}: key {key} stands in {n} rows" for key, n in keys.items() if n > 1]
     home: dict[str, str] = {}
     for sample in index.samples:
         if home.setdefault(sample.patient, sample.split) != sample.split:
-            raise CxrdistError(
-                f"{index.directory}: patient {sample.patient} is in two splits; pack again"
-            )
-
-
-def verify_shard(directory: Path, shard: ShardEntry) -> None:
-    """Compare a shard's size and sha256 with the index.
-
-    Raises:
-        CxrdistError: it is missing or differs.
-    """
-    path = directory / shard.name
-    if not path.is_file():
-        raise CxrdistError(f"{path}: the shard is missing; copy it again or pack the shards again")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise CxrdistError(
-            f"{path}: the shard has {size} bytes, the index says {shard.bytes}; "
-            "copy it again or pack the shards again"
-        )
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != shard.sha256:
-        raise CxrdistError(
-            f"{path}: the shard's content differs from the index (sha256); "
-            "copy it again or pack the shards again"
-        )
-
-
-def check(config: CheckConfig) -> None:
-    """Check each shard of a directory against its index.
-
-    Raises:
-        CxrdistError: something differs.
-    """
-    index = read_index(config.shards)
-    with progress(len(index.shards), "checking", "shards") as bar:
-        for shard in index.shards:
-            verify_shard(index.directory, shard)
-            bar.update()
-    print(f"{config.shards}: {len(index.samples)} samples in {len(index.shards)} shards are whole")
+            faults.append(f"{table}: patient {sample.patient} is in two splits; pack again")
+    return list(dict.fromkeys(faults))

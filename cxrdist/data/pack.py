@@ -1,46 +1,67 @@
-"""Pack: raw images -> WebDataset shards with an index."""
+"""Pack: raw images -> WebDataset shards with an index and an audit."""
 
 import hashlib
-import io
 import json
-import os
-import re
-import tarfile
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cxrdist.config import PackConfig
-from cxrdist.data.images import encode_png, read_square
-from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, read_index
-from cxrdist.data.records import SPLITS, Record, Source, count_unmatched, labels_of, read_source
-from cxrdist.data.splits import assign_splits
-from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_directory, write_table
+from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
+from cxrdist.data.images import decode_png
+from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Index, Sample, ShardEntry, read_index
+from cxrdist.data.records import (
+    NO_PATIENT,
+    SPLITS,
+    Record,
+    Source,
+    count_unmatched,
+    differences,
+    labels_of,
+    read_source,
+)
+from cxrdist.data.shards import describe_shard, sample_key, write_shard
+from cxrdist.data.splits import assign_splits, group_by_patient
+from cxrdist.data.squares import (
+    Part,
+    Pngs,
+    Square,
+    locate_pngs,
+    make_squares,
+    plan_parts,
+    read_part,
+)
+from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.run import locked, publish, read_json, remove, write_json, write_table
 from cxrdist.terminal import progress, table
 
+# What may differ between two calls that make the same shards.
+NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect")
 
-class Packed(NamedTuple):
-    """A square as it goes into a shard: its PNG bytes and the sha256 of its pixels."""
 
-    png: bytes
-    sha256: str
+class Item(NamedTuple):
+    """A record whose image was read, and the place of its PNG."""
+
+    record: Record
+    square: Square
+    place: int
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to be written: its split, its place among the split's shards, its records."""
+    """A shard to be written: its split, its place among the split's shards, its items."""
 
     split: str
     number: int
-    records: list[Record]
+    items: list[Item]
 
     @property
     def name(self) -> str:
@@ -49,212 +70,341 @@ class Shard:
 
 
 def pack(config: PackConfig) -> None:
-    """Pack a source into a new directory of shards and print the class x split table.
+    """Pack a source into a new directory of shards and print what is in it.
 
-    The bytes depend on the source, the options and the seed, not on the number of workers. The
-    directory appears by rename when everything in it is complete.
+    The bytes depend on the source, the options and the seed, not on the number of workers or tasks.
+    Until the directory appears, what is done stands in a hidden one beside it; after a kill the
+    same command goes on with it.
 
     Raises:
-        CxrdistError: bad options or source, or an unreadable image without ``skip_bad``.
+        CxrdistError: bad options or source, an unreadable image without ``skip_bad``, or a source
+            that was changed since the pack was begun.
+        RunFailedError: the disk is full.
     """
     _refuse_bad_options(config)
     source = read_source(config)
-    records = source.records
-    with _pool(config.workers) as pool:
-        rejected: list[tuple[Record, str]] = []
-        if config.skip_bad:
-            records, rejected = _separate_bad(records, config, pool)
-        source = replace(source, records=records)
-        shards = _plan_shards(source, config)
-        with atomic_directory(config.out) as directory:
-            samples, rows = _write_shards(shards, directory, config, pool)
-            write_table(directory / "samples.csv", SAMPLE_COLUMNS, samples)
-            if rejected:
-                bad = [(record.path, reason) for record, reason in rejected]
-                write_table(directory / "rejected.csv", ("path", "reason"), bad)
-            index = _describe(config, source, shards, rows, directory / "samples.csv")
-            (directory / "index.json").write_text(json.dumps(index, indent=2) + "\n")
-    _print_summary(config, records, len(rejected))
+    content = _content(config, source)
+    work = config.out.with_name(f".{config.out.name}.partial")
+    if _is_packed(config.out, work, content):
+        return
+    with _held(work, shared=config.task is not None):
+        _begin(work, content)
+        parts = plan_parts(source.records)
+        if not config.merge:
+            _decode(parts, work / "squares", config)
+        if config.task is None:
+            with _on_this_machine(work) as here:
+                items, pngs, rejected = _read_items(parts, here, config)
+                _assemble(config, source, items, pngs, here, rejected, content)
+                publish(here / "shards", config.out)
+            remove(work)
+            print(f"packed {len(items)} images into {config.out}")
 
 
 def _refuse_bad_options(config: PackConfig) -> None:
-    for name, value in (("size", config.size), ("shard-size", config.shard_size)):
-        if value < 1:
-            raise CxrdistError(f"--{name} {value}: expected a number above 0")
-    if config.workers is not None and config.workers < 1:
-        raise CxrdistError(f"--workers {config.workers}: expected a number above 0")
-    if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
+    refuse_below_one(config, "size", "shard_size", "workers", "num_tasks")
+    if (config.task is None) != (config.num_tasks is None):
+        raise CxrdistError("--task and --num-tasks: go together, such as --task 0 --num-tasks 4")
+    if config.task is not None and config.num_tasks is not None:
+        if config.merge:
+            raise CxrdistError("--merge: comes after the tasks, without --task")
+        if not 0 <= config.task < config.num_tasks:
+            raise CxrdistError(f"--task {config.task}: expected 0 to {config.num_tasks - 1}")
+    if not config.out.name:
+        raise CxrdistError(f"--out {config.out}: expected the name of a directory to make")
+
+
+def _content(config: PackConfig, source: Source) -> dict[str, Any]:
+    """All that decides the bytes of the shards but the images themselves."""
+    options = {name: v for name, v in asdict(config).items() if name not in NOT_CONTENT}
+    digest = hashlib.sha256()
+    for record in source.records:
+        columns = (record.path, record.label, record.patient, record.source)
+        digest.update("\0".join((*columns, str(record.split), record.view, "\n")).encode())
+    return {**options, "input": str(config.input), "records_sha256": digest.hexdigest()}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
+    """Whether the shards stand already; a kill may have left the work directory.
+
+    Raises:
+        CxrdistError: something else stands there.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return False
+    index = out / "index.json"
+    made_of = read_json(index).get("content_sha256") if index.is_file() else None
+    if made_of is None and not isinstance(out, Path) and work.exists():
+        return False  # an object store: killed while the shards were copied to their place
+    if made_of != _digest(content):
+        raise CxrdistError(f"--out {out}: stands already; remove it or choose another name")
+    remove(work)
+    print(f"{out}: is packed already")
+    return True
+
+
+def _held(work: Path, *, shared: bool) -> Any:
+    """Keep others out while shards are put together; object stores have no locks."""
+    return locked(work, shared=shared) if isinstance(work, Path) else nullcontext()
+
+
+def _begin(work: Path, content: dict[str, Any]) -> None:
+    """Begin a pack, or make sure that it is this one that goes on.
+
+    Raises:
+        CxrdistError: another was begun here.
+    """
+    path = work / "pack.json"
+    if not path.is_file():
+        write_json(path, content)
+        return
+    before = read_json(path)
+    for name, value in content.items():
+        if before.get(name) != value:
+            what = (
+                "the list of images or what is said of them has changed since"
+                if name == "records_sha256"
+                else f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
+            )
+            raise CxrdistError(
+                f"{work}: holds an unfinished pack of another kind ({what}); pack as before, or "
+                "remove it to begin anew"
+            )
+
+
+def _decode(parts: list[Part], squares: Path, config: PackConfig) -> None:
+    """Decode the parts of this task that are not there yet."""
+    mine = parts[config.task or 0 :: config.num_tasks or 1]
+    missing = [part for part in mine if read_part(squares, part, redo_bad=True) is None]
+    total = sum(len(part.records) for part in mine)
+    done = total - sum(len(part.records) for part in missing)
+    with progress(total, "decoding", "images", done=done) as bar:
+        for count in make_squares(missing, squares, config.size, config.fit, config.workers):
+            bar.update(count)
+    if config.task is not None:
+        print(f"task {config.task} of {config.num_tasks}: {total} images are decoded")
 
 
 @contextmanager
-def _pool(workers: int | None) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes to decode with; None stands for this process alone."""
-    count = workers or len(os.sched_getaffinity(0))
-    if count == 1:
-        yield None
+def _on_this_machine(work: Path) -> Iterator[Path]:
+    """Yield the work directory, or a local copy of a remote one."""
+    if isinstance(work, Path):
+        yield work
         return
-    with ProcessPoolExecutor(count) as pool:
-        try:
-            yield pool
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with tempfile.TemporaryDirectory(prefix="cxrdist-") as here:
+        work.fs.get(f"{work.path}/squares", f"{here}/squares", recursive=True)
+        yield Path(here)
 
 
-def _square(size_px: int, fit: str, file: Path) -> Packed:
-    pixels = read_square(file, size_px, fit)
-    return Packed(encode_png(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())
+def _read_items(
+    parts: list[Part], work: Path, config: PackConfig
+) -> tuple[list[Item], Pngs, list[Square]]:
+    """What the workers found: the items, where their PNGs are, and what could not be read.
 
-
-def _reason_unreadable(size_px: int, fit: str, file: Path) -> str | None:
-    try:
-        read_square(file, size_px, fit)
-    except CxrdistError as error:
-        return str(error)
-    return None
-
-
-def _map(function: Any, files: list[Path], pool: ProcessPoolExecutor | None) -> Iterator[Any]:
-    return map(function, files) if pool is None else pool.map(function, files, chunksize=4)
-
-
-def _separate_bad(
-    records: list[Record], config: PackConfig, pool: ProcessPoolExecutor | None
-) -> tuple[list[Record], list[tuple[Record, str]]]:
-    """Find unreadable images before the splits are drawn, so that the splits keep their sizes."""
-    function = partial(_reason_unreadable, config.size, config.fit)
-    good, bad = [], []
-    with progress(len(records), "checking", "images") as bar:
-        reasons = _map(function, [record.file for record in records], pool)
-        for record, reason in zip(records, reasons, strict=True):
-            if reason is None:
-                good.append(record)
-            else:
-                bad.append((record, reason))
-            bar.update()
-    lost = {record.label for record in records} - {record.label for record in good}
-    if lost:
+    Raises:
+        CxrdistError: images are not decoded yet, or cannot be read and ``skip_bad`` is not set.
+    """
+    found = [read_part(work / "squares", part, redo_bad=False) for part in parts]
+    missing = sum(len(p.records) for p, f in zip(parts, found, strict=True) if f is None)
+    if missing:
+        total = sum(len(part.records) for part in parts)
         raise CxrdistError(
-            f"--input {config.input}: class {sorted(lost)[0]!r} has no readable image; "
-            f"the first is {next(reason for r, reason in bad if r.label == sorted(lost)[0])}"
+            f"{work}: {missing} of {total} images are not decoded yet; run all tasks before --merge"
         )
-    return good, bad
+    squares = [square for part in found for square in part or ()]
+    records = [record for part in parts for record in part.records]
+    rejected = [square for square in squares if square.reason]
+    if rejected and not config.skip_bad:
+        _write_rejected(work / "rejected.csv", rejected)
+        more = f" ({len(rejected)} such images, all in {work / 'rejected.csv'})"
+        raise CxrdistError(
+            f"{rejected[0].reason}{more if len(rejected) > 1 else ''}; "
+            "mend or remove it, or leave it out with --skip-bad; what is decoded is kept"
+        )
+    known = _with_tags(records, squares)
+    pairs = zip(known, squares, strict=True)
+    items = [Item(r, square, i) for i, (r, square) in enumerate(pairs) if not square.reason]
+    return items, locate_pngs(work / "squares", [part or [] for part in found]), rejected
 
 
-def _plan_shards(source: Source, config: PackConfig) -> list[Shard]:
-    records = source.records
-    splits = assign_splits(source, config.split, config.seed)
+def _write_rejected(path: Path, rejected: list[Square]) -> None:
+    write_table(path, ("path", "reason"), [(square.path, square.reason) for square in rejected])
+
+
+def _with_tags(records: Sequence[Record], squares: Sequence[Square]) -> list[Record]:
+    """Add what DICOM tags tell. A patient there becomes a number: the tag names a person."""
+    numbers: dict[str, int] = {}
+    known = []
+    for record, square in zip(records, squares, strict=True):
+        if square.patient and record.patient.startswith(NO_PATIENT):
+            number = numbers.setdefault(square.patient, len(numbers) + 1)
+            record = replace(record, patient=f"dicom-{number:06d}")
+        known.append(replace(record, view=record.view or square.view))
+    return known
+
+
+def _assemble(
+    config: PackConfig,
+    source: Source,
+    items: list[Item],
+    pngs: Pngs,
+    work: Path,
+    rejected: list[Square],
+    content: dict[str, Any],
+) -> None:
+    """Find duplicates, draw splits, write shards, index and audit into ``work/shards``."""
+    directory = work / "shards"
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.iterdir():  # of a killed pack; whole shards and their list stay
+        if leftover.name.startswith(".") or not (
+            leftover.suffix == ".tar" or leftover.name == "samples.csv"
+        ):
+            leftover.unlink()
+    if rejected:
+        _write_rejected(directory / "rejected.csv", rejected)
+    _refuse_lost_classes(source, items, rejected)
+
+    def pixels(place: int) -> NDArray[np.uint8]:
+        return decode_png(pngs[items[place].place])
+
+    duplicates = find_duplicates([_fingerprint(item) for item in items], pixels)
+    if config.duplicates == "drop":
+        items, duplicates = _drop(items, duplicates, directory / "dropped.csv")
+    joined = config.duplicates == "join"
+    shards, splits = _plan_shards(config, source, items, duplicates if joined else None)
+    _write_samples([_sample(shard, item) for shard in shards for item in shard.items], directory)
+    entries = _write_shards(shards, pngs, directory)
+    found = audit(_entries(items, splits), duplicates, pixels, source.classes, source.task)
+    write_json(directory / "audit.json", found)
+    index = _describe(config, source, shards, entries, directory / "samples.csv")
+    write_json(directory / "index.json", {**index, "content_sha256": _digest(content)})
+    _print_summary(config, source, items, directory, len(rejected))
+    print(summary(found))
+
+
+def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Square]) -> None:
+    there = {label for item in items for label in labels_of(item.record.label)}
+    lost = [name for name in source.classes if name not in there]
+    if lost and rejected:
+        raise CxrdistError(
+            f"class {lost[0]!r} has no readable image; the first unreadable one is "
+            f"{rejected[0].reason}"
+        )
+
+
+def _plan_shards(
+    config: PackConfig, source: Source, items: list[Item], joined: Duplicates | None
+) -> tuple[list[Shard], list[str]]:
+    """Choose the split of each item and the order of the samples in the shards."""
+    records = [item.record for item in items]
+    groups = group_by_patient(records)
+    if joined is not None:
+        groups = join_groups(groups, joined.pairs)
+    splits = assign_splits(replace(source, records=records), config.split, config.seed, groups)
     shards = []
     for split in SPLITS:
-        members = [r for r, s in zip(records, splits, strict=True) if s == split]
+        members = [item for item, name in zip(items, splits, strict=True) if name == split]
         random = np.random.Generator(np.random.Philox([config.seed, SPLITS.index(split)]))
         members = [members[i] for i in random.permutation(len(members))]
         shards += [
             Shard(split, number, members[start : start + config.shard_size])
             for number, start in enumerate(range(0, len(members), config.shard_size))
         ]
-    return shards
+    return shards, splits
 
 
-def sample_key(path: str) -> str:
-    """Stable key of a sample from its path in the source.
-
-    WebDataset cuts a name at its first dot, so a key has none; the hash keeps keys apart that look
-    alike once cleaned.
-    """
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", Path(path).stem)[:40].strip("-")
-    return f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:10]}"
-
-
-def _write_shards(
-    shards: list[Shard], directory: Path, config: PackConfig, pool: ProcessPoolExecutor | None
-) -> tuple[list[tuple[str, ...]], list[dict[str, Any]]]:
-    """Write all shards; give the rows of samples.csv and the shards' entries in the index."""
-    samples: list[tuple[str, ...]] = []
-    entries: list[dict[str, Any]] = []
-    files = [record.file for shard in shards for record in shard.records]
-    squares = _map(partial(_square, config.size, config.fit), files, pool)
-    with progress(len(files), "packing", "images") as bar:
-        for shard in shards:
-            path = directory / shard.name
-            with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-                for record in shard.records:
-                    square: Packed = next(squares)
-                    samples.append(_write_sample(tar, shard, record, square))
-                    bar.update()
-            data = path.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            entries.append(
-                {
-                    "name": shard.name,
-                    "samples": len(shard.records),
-                    "bytes": len(data),
-                    "sha256": digest,
-                }
-            )
-    keys = Counter(row[0] for row in samples)
+def _write_samples(samples: list[Sample], directory: Path) -> None:
+    """Write samples.csv before the shards: shards of other samples, if any, are removed."""
+    keys = Counter(sample.key for sample in samples)
     clash = next((key for key, times in keys.items() if times > 1), None)
     if clash:
         raise CxrdistError(f"two images have the key {clash}; rename one of them")
-    return samples, entries
+    path = directory / "samples.csv"
+    before = path.read_bytes() if path.is_file() else b""
+    write_table(path, SAMPLE_COLUMNS, samples)
+    if path.read_bytes() != before:
+        for shard in directory.glob("*.tar"):
+            shard.unlink()
 
 
-def _write_sample(
-    tar: tarfile.TarFile, shard: Shard, record: Record, square: Packed
-) -> tuple[str, ...]:
-    key = sample_key(record.path)
-    about = {
-        "key": key,
+def _write_shards(shards: list[Shard], pngs: Pngs, directory: Path) -> list[ShardEntry]:
+    """Write the shards that are not there yet; their entries in the index."""
+    entries = []
+    total = sum(len(shard.items) for shard in shards)
+    with progress(total, "writing", "images") as bar:
+        for shard in shards:
+            path = directory / shard.name
+            if not path.is_file():
+                write_shard(path, ((_about(item), pngs[item.place]) for item in shard.items))
+            entries.append(describe_shard(path, len(shard.items)))
+            bar.update(len(shard.items))
+    return entries
+
+
+def _about(item: Item) -> dict[str, Any]:
+    """What a sample's KEY.json says."""
+    record, square = item.record, item.square
+    return {
+        "key": sample_key(record.path),
         "label": record.label,
         "patient": record.patient,
         "source": record.source,
         "path": record.path,
+        "view": record.view,
+        "width_px": square.width_px,
+        "height_px": square.height_px,
     }
-    _add(tar, f"{key}.json", json.dumps(about, sort_keys=True).encode())
-    _add(tar, f"{key}.png", square.png)
-    return (
-        key,
-        shard.split,
-        shard.name,
-        record.label,
-        record.patient,
-        record.source,
-        record.path,
-        square.sha256,
+
+
+def _fingerprint(item: Item) -> Any:
+    return item.square.fingerprint
+
+
+def _sample(shard: Shard, item: Item) -> Sample:
+    record = item.record
+    return Sample(
+        key=sample_key(record.path),
+        split=shard.split,
+        shard=shard.name,
+        label=record.label,
+        patient=record.patient,
+        source=record.source,
+        path=record.path,
+        sha256=_fingerprint(item).sha256,
     )
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)  # time, owner and group 0: the same bytes every time
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 def _describe(
     config: PackConfig,
     source: Source,
     shards: list[Shard],
-    entries: list[dict[str, Any]],
+    entries: list[ShardEntry],
     samples: Path,
 ) -> dict[str, Any]:
-    classes = source.classes
+    """The content of index.json."""
     splits = {}
     for split in SPLITS:
         own = [(s, e) for s, e in zip(shards, entries, strict=True) if s.split == split]
         labels = Counter(
-            name for shard, _ in own for record in shard.records for name in labels_of(record.label)
+            name
+            for shard, _ in own
+            for item in shard.items
+            for name in labels_of(item.record.label)
         )
         splits[split] = {
-            "samples": sum(len(shard.records) for shard, _ in own),
-            "classes": {name: labels[name] for name in classes},
-            "shards": [entry for _, entry in own],
+            "samples": sum(len(shard.items) for shard, _ in own),
+            "classes": {name: labels[name] for name in source.classes},
+            "shards": [entry._asdict() for _, entry in own],
         }
-    given = shards[0].records[0].split is not None
+    given = source.records[0].split is not None
     return {
         "format": FORMAT,
         "task": source.task,
-        "classes": classes,
+        "classes": source.classes,
         "image_size_px": config.size,
         "fit": config.fit,
         "split": "given by the source" if given else config.split or "default",
@@ -264,9 +414,55 @@ def _describe(
     }
 
 
-def _print_summary(config: PackConfig, records: list[Record], num_rejected: int) -> None:
-    index = read_index(config.out)
-    print(table(class_by_split(index.counts()), ("class", *SPLITS, "all", "patients")))
+def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list[Item], Duplicates]:
+    """Keep one image of those that are the same, none where their labels differ.
+
+    Of an image that stands in several splits given by the source the test image stays.
+    """
+    rank = {"test": 0, "val": 1}
+    groups = join_groups(range(len(items)), duplicates.pairs)
+    members: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    dropped: dict[int, tuple[str, str]] = {}
+    for places in members.values():
+        places.sort(key=lambda place: rank.get(str(items[place].record.split), 2))
+        first = items[places[0]].record
+        agree = len({items[place].record.label for place in places}) == 1
+        reason = "is the same image" if agree else "is the same image with another label"
+        for place in places[1:] if agree else places if len(places) > 1 else ():
+            dropped[place] = first.path, reason
+    rows = [(items[place].record.path, *dropped[place]) for place in sorted(dropped)]
+    write_table(listed, ("path", "as", "reason"), rows)
+    print(f"{len(rows)} images are left out, since they stand in the source more than once")
+    kept = [item for place, item in enumerate(items) if place not in dropped]
+    return kept, Duplicates([], [])
+
+
+def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
+    """What the audit needs to know of each item."""
+    return [
+        Entry(
+            key=sample_key(item.record.path),
+            path=item.record.path,
+            split=split,
+            label=item.record.label,
+            patient=item.record.patient,
+            source=item.record.source,
+            view=item.record.view,
+            width_px=item.square.width_px,
+            height_px=item.square.height_px,
+            fingerprint=_fingerprint(item),
+        )
+        for item, split in zip(items, splits, strict=True)
+    ]
+
+
+def _print_summary(
+    config: PackConfig, source: Source, items: list[Item], directory: Path, num_rejected: int
+) -> None:
+    records = [item.record for item in items]
+    print(table(class_by_split(read_index(directory)), ("class", *SPLITS, "all", "patients")))
     print(f"images of {len({record.patient for record in records})} patients, none in two splits")
     unmatched = count_unmatched(records)
     if unmatched:
@@ -276,19 +472,18 @@ def _print_summary(config: PackConfig, records: list[Record], num_rejected: int)
         )
     if num_rejected:
         print(f"{num_rejected} unreadable images are listed in {config.out / 'rejected.csv'}")
-    print(f"packed {len(records)} images into {config.out}")
+    for line in differences(source, config.expect):
+        print(f"not as expected of {source.name}: {line}")
 
 
-def class_by_split(counts: dict[str, dict[str, dict[str, int]]]) -> list[list[str]]:
-    """Rows of the class x split table: images, with the patients of the class at the end.
-
-    Args:
-        counts: images and patients by split and class, as `Index.counts` gives.
-    """
+def class_by_split(index: Index) -> list[list[str]]:
+    """Rows of the class x split table: images, with the patients of the class at the end."""
+    counts = index.counts()
     rows = []
-    for name in counts[SPLITS[0]]:
+    for name in index.classes:
         images = [counts[split][name]["images"] for split in SPLITS]
         patients = sum(counts[split][name]["patients"] for split in SPLITS)
         rows.append([name, *map(str, images), str(sum(images)), str(patients)])
-    totals = [sum(int(row[column]) for row in rows) for column in range(1, 5)]
-    return [*rows, ["all", *map(str, totals), ""]]
+    held = Counter(sample.split for sample in index.samples)
+    totals = [*(held[split] for split in SPLITS), len(index.samples)]
+    return [*rows, ["all", *map(str, totals), str(len({s.patient for s in index.samples}))]]

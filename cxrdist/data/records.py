@@ -3,8 +3,8 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +54,7 @@ class Source:
     """All records of a source.
 
     Attributes:
-        records: sorted by path within the source.
+        records: one for each image.
         task: multiclass (each image has one label) or multilabel (any number).
         classes: names in the order of the network's outputs.
         name: what was read, such as a data set and its release.
@@ -72,7 +72,7 @@ def labels_of(label: str) -> list[str]:
 
 
 def read_source(config: PackConfig) -> Source:
-    """Read all records of a source.
+    """Read all records of a source, sorted by path: the order of a table's rows tells nothing.
 
     Raises:
         CxrdistError: the source is missing, malformed, or has fewer than two classes.
@@ -88,7 +88,7 @@ def read_source(config: PackConfig) -> Source:
     else:
         source = read_folder(config.input, config.patient_pattern)
     _refuse_bad_classes(config.input, source)
-    return source
+    return replace(source, records=sorted(source.records, key=lambda record: record.path))
 
 
 def _refuse_bad_classes(path: Path, source: Source) -> None:
@@ -265,3 +265,13 @@ def _rows(
             split,
             cells.get("view", ""),
         )
+
+
+def differences(source: Source, expect: Mapping[str, int]) -> list[str]:
+    """In what the number of images of each class is not as expected, a line each."""
+    found = Counter(label for record in source.records for label in labels_of(record.label))
+    return [
+        f"{name} has {found[name]} images, expected {number}"
+        for name, number in expect.items()
+        if found[name] != number
+    ]

@@ -105,5 +105,5 @@ def test_unreadable_files_are_named(tmp_path, damage):
         image.save(file, "BMP")
     else:
         Image.new("1", (12_000, 12_000)).save(file)
-    with pytest.raises(CxrdistError, match=r"bad\.png: no readable PNG or JPEG"):
+    with pytest.raises(CxrdistError, match=r"bad\.png: no readable PNG, JPEG or DICOM"):
         read_square(file, 32, "crop")

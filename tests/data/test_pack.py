@@ -6,19 +6,15 @@ import json
 import pytest
 import webdataset
 from PIL import Image
-from support import make_images, make_shards
+from support import contents, make_images, make_shards
 
-from cxrdist.config import CheckConfig, PackConfig
+from cxrdist.config import PackConfig
 from cxrdist.data.images import read_square
-from cxrdist.data.index import check, read_index
+from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.errors import CxrdistError
 
 COUNTS = {"a": 12, "b c": 12}
-
-
-def contents(directory):
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in directory.iterdir()}
 
 
 def test_shards_are_read_by_webdataset_sample_for_sample(tmp_path):
@@ -68,22 +64,6 @@ def test_the_index_counts_what_is_there(tmp_path):
     assert len(patients) == len({patient for patient, _ in patients})
 
 
-def test_an_unreadable_image_stops_the_pack_and_leaves_nothing(tmp_path):
-    """A truncated PNG is named, and no half directory stands."""
-    source = make_images(tmp_path / "images", COUNTS)
-    bad = source / "a" / "a000_0.png"
-    bad.write_bytes(bad.read_bytes()[:500])
-    for workers in (1, 2):
-        with pytest.raises(CxrdistError, match=r"a000_0\.png: no readable PNG"):
-            pack(
-                PackConfig(
-                    *("folder", source, tmp_path / "out"),
-                    **{"size": 32, "split": "0.5/0.25/0.25", "workers": workers},
-                )
-            )
-        assert [f.name for f in tmp_path.iterdir()] == ["images"]
-
-
 def test_skipped_images_are_listed(tmp_path, capsys):
     """With --skip-bad the rest is packed and the bad one is in rejected.csv with the reason."""
     source = make_images(tmp_path / "images", COUNTS)
@@ -93,7 +73,7 @@ def test_skipped_images_are_listed(tmp_path, capsys):
     with open(out / "rejected.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == ["a/a000_0.png"]
-    assert "no readable PNG" in rows[0]["reason"]
+    assert "no readable PNG, JPEG or DICOM" in rows[0]["reason"]
     assert len(read_index(out).samples) == 23
     assert "1 unreadable images are listed" in capsys.readouterr().out
 
@@ -120,28 +100,3 @@ def test_an_existing_directory_is_not_touched(tmp_path):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(CxrdistError, match="stands already"):
         pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
-
-
-@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "samples", "index"])
-def test_shards_that_do_not_match_their_index_are_named(tmp_path, damage):
-    """A flipped bit, a cut or missing shard, and edited tables are each found and named."""
-    shards = make_shards(tmp_path, COUNTS)
-    shard = shards / "train-000000.tar"
-    data = bytearray(shard.read_bytes())
-    expected = "train-000000.tar"
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-        shard.write_bytes(data)
-    elif damage == "cut":
-        shard.write_bytes(data[: len(data) // 2])
-    elif damage == "missing":
-        shard.unlink()
-    elif damage == "samples":
-        expected = "samples.csv"
-        table = shards / expected
-        table.write_text(table.read_text().replace(",train,", ",test,", 1))
-    else:
-        expected = "index.json"
-        (shards / expected).write_text("{}")
-    with pytest.raises(CxrdistError, match=expected):
-        check(CheckConfig(shards))

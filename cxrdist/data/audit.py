@@ -1,0 +1,333 @@
+"""Audit: what makes a data set's numbers untrue, found before the training starts."""
+
+import base64
+import io
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.stats.contingency import association
+
+from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
+from cxrdist.data.fingerprint import Fingerprint
+from cxrdist.data.records import KNOWN_NAMES, SPLITS, labels_of
+from cxrdist.data.shortcut import measure_shortcut
+
+FORMAT = "cxrdist-audit-1"
+# RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
+PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
+SAME_THING = 0.5  # of a class's images: then the class and its sources are taken for each other
+THUMBNAIL_PX = 96
+MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
+SHOWN = ("key", "path", "split", "label", "patient")  # of an image of a pair
+MOST_LISTED = 10  # in a line of the summary
+UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the audit needs to know of an image.
+
+    Attributes:
+        key: of the sample.
+        path: relative to the source.
+        split: train, val or test.
+        label: one or several with ``|`` between them.
+        patient: whose X-ray it is.
+        source: where it comes from.
+        view: PA, AP ... or empty.
+        width_px: of the original.
+        height_px: of the original.
+        fingerprint: of the square.
+    """
+
+    key: str
+    path: str
+    split: str
+    label: str
+    patient: str
+    source: str
+    view: str
+    width_px: int
+    height_px: int
+    fingerprint: Fingerprint
+
+
+def audit(
+    entries: Sequence[Entry],
+    duplicates: Duplicates,
+    pixels: Pixels,
+    classes: Sequence[str],
+    task: str,
+) -> dict[str, Any]:
+    """Look for what makes a class known without its disease, or a test image without a test.
+
+    Args:
+        entries: all images.
+        duplicates: by the places of the images in ``entries``.
+        pixels: the square of an image by its place, for thumbnails.
+        classes: names of the classes.
+        task: multiclass or multilabel; only of one label an image is a patient in two classes odd.
+
+    Returns:
+        The content of audit.json (shards/README.md).
+    """
+    pairs = _pairs(entries, duplicates)
+    features = [_features(entry) for entry in entries]
+    targets = _targets(entries, classes)
+    patients: dict[str, int] = {}
+    groups = [patients.setdefault(entry.patient, len(patients)) for entry in entries]
+    found = {
+        "format": FORMAT,
+        "task": task,
+        "classes": list(classes),
+        "images": len(entries),
+        "patients": len(patients),
+        "duplicates": _count_pairs(pairs) | {"pairs": [about for _, about in pairs]},
+        "patients_in_several_splits": shared_patients(entries, lambda entry: [entry.split]),
+        "patients_in_several_classes": (
+            shared_patients(entries, lambda entry: labels_of(entry.label))
+            if task == "multiclass"
+            else []
+        ),
+        "sources": _cross_table([entry.source for entry in entries], targets, classes),
+        "views": _cross_table([entry.view or UNKNOWN for entry in entries], targets, classes),
+        "statistics": _statistics(features, targets, classes),
+        "shortcut": measure_shortcut(
+            features, targets, join_groups(groups, duplicates.pairs), classes
+        ),
+        "in_pre_training": _in_pre_training(entries, targets, classes),
+        "thumbnails": _thumbnails(entries, pairs, pixels),
+    }
+    return found | {"warnings": _warnings(found)}
+
+
+def shared_patients(
+    entries: Sequence[Entry], places_of: Callable[[Entry], list[str]]
+) -> list[dict[str, Any]]:
+    """Patients with images in several places, with the number of images in each."""
+    seen: dict[str, Counter[str]] = {}
+    for entry in entries:
+        seen.setdefault(entry.patient, Counter()).update(places_of(entry))
+    return [
+        {"patient": patient, "images": dict(sorted(counts.items()))}
+        for patient, counts in sorted(seen.items())
+        if len(counts) > 1
+    ]
+
+
+def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> NDArray[np.uint8]:
+    place = {name: i for i, name in enumerate(classes)}
+    targets = np.zeros((len(entries), len(classes)), np.uint8)
+    for row, entry in zip(targets, entries, strict=True):
+        row[[place[name] for name in labels_of(entry.label)]] = 1
+    return targets
+
+
+Pair = tuple[tuple[int, int], dict[str, Any]]
+
+
+def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[Pair]:
+    """All pairs as audit.json tells them; what lies in two splits or classes stands first."""
+    exact = [(pair, {"kind": "exact", "bits": 0, "correlation": 1.0}) for pair in duplicates.exact]
+    near = [
+        ((p.first, p.second), {"kind": "near", "bits": p.bits, "correlation": p.correlation})
+        for p in duplicates.near
+    ]
+    pairs = []
+    for places, about in [*near, *exact]:
+        one, other = (entries[place] for place in places)
+        about |= {
+            "two_splits": one.split != other.split,
+            "two_classes": one.label != other.label,
+            "images": [{name: getattr(entry, name) for name in SHOWN} for entry in (one, other)],
+        }
+        pairs.append((places, about))
+    return sorted(pairs, key=lambda pair: (-pair[1]["two_splits"], -pair[1]["two_classes"]))
+
+
+def _count_pairs(pairs: Sequence[Pair]) -> dict[str, int]:
+    abouts = [about for _, about in pairs]
+    return {
+        "exact": sum(about["kind"] == "exact" for about in abouts),
+        "near": sum(about["kind"] == "near" for about in abouts),
+        "in_two_splits": sum(about["two_splits"] for about in abouts),
+        "in_two_classes": sum(about["two_classes"] for about in abouts),
+    }
+
+
+def _cross_table(
+    names: Sequence[str], targets: NDArray[np.uint8], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Images by name and class, and how far a class and where it comes from are the same thing.
+
+    Returns:
+        counts: images of each class, and all, by name; association: Cramér's V of each class
+        against the rest, 0 (none) to 1, None where there is nothing to compare; own: the part of
+        each class's images that have a name which no image outside of the class has.
+    """
+    known = sorted(set(names))
+    place = {name: i for i, name in enumerate(known)}
+    rows = np.array([place[name] for name in names])
+    inside = np.stack([np.bincount(rows[t == 1], minlength=len(known)) for t in targets.T])
+    total = np.bincount(rows, minlength=len(known))
+    result: dict[str, Any] = {"counts": {}, "association": {}, "own": {}}
+    for name, i in place.items():
+        by_class = dict(zip(classes, inside[:, i].tolist(), strict=True))
+        result["counts"][name] = {**by_class, "all": int(total[i])}
+    for label, counts in zip(classes, inside, strict=True):
+        both = np.stack([counts, total - counts])
+        comparable = len(known) > 1 and both.sum(axis=1).all()
+        v = round(float(association(both, "cramer")), 4) if comparable else None
+        own = counts[(counts == total) & (np.array(known) != UNKNOWN)].sum()
+        result["association"][label] = v
+        result["own"][label] = round(int(own) / max(1, int(counts.sum())), 4) if comparable else 0.0
+    return result
+
+
+def _features(entry: Entry) -> dict[str, float]:
+    """Size, border and brightness."""
+    return {
+        "width_px": entry.width_px,
+        "height_px": entry.height_px,
+        "width_by_height": entry.width_px / max(1, entry.height_px),
+        **entry.fingerprint.statistics,
+    }
+
+
+def _statistics(
+    features: Sequence[dict[str, float]], targets: NDArray[np.uint8], classes: Sequence[str]
+) -> dict[str, dict[str, dict[str, float] | None]]:
+    """Mean and standard deviation of each feature by class, None for a class without images."""
+    values = np.array([list(row.values()) for row in features])
+    result: dict[str, dict[str, dict[str, float] | None]] = {}
+    for column, name in enumerate(features[0]):
+        chosen = [values[target == 1, column] for target in targets.T]
+        result[name] = {
+            label: {"mean": round(float(v.mean()), 4), "spread": round(float(v.std()), 4)}
+            if len(v)
+            else None
+            for label, v in zip(classes, chosen, strict=True)
+        }
+    return result
+
+
+def _in_pre_training(
+    entries: Sequence[Entry], targets: NDArray[np.uint8], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Images of ChestX-ray14, by split and class: a CheXNet has seen most of them."""
+    form = KNOWN_NAMES["ChestX-ray14"]
+    seen = np.array(
+        [
+            entry.source in PRE_TRAINING_SOURCES or bool(form.search(Path(entry.path).name))
+            for entry in entries
+        ]
+    )
+    splits = np.array([entry.split for entry in entries])
+    return {
+        "data_set": "ChestX-ray14",
+        "splits": {
+            split: {
+                "all": int((seen & (splits == split)).sum()),
+                **{
+                    name: int(target[seen & (splits == split)].sum())
+                    for name, target in zip(classes, targets.T, strict=True)
+                },
+            }
+            for split in SPLITS
+        },
+    }
+
+
+def _thumbnails(entries: Sequence[Entry], pairs: Sequence[Pair], pixels: Pixels) -> dict[str, str]:
+    """Small JPEGs of the images of the first pairs, base64 by key; of equal images the first."""
+    shown = [places[:1] if about["kind"] == "exact" else places for places, about in pairs]
+    chosen = dict.fromkeys(place for places in shown[:MOST_PICTURED] for place in places)
+    return {entries[place].key: _thumbnail(pixels(place)) for place in chosen}
+
+
+def _thumbnail(pixels: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    small = Image.fromarray(pixels).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BILINEAR)
+    small.save(buffer, "JPEG", quality=75)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _warnings(found: dict[str, Any]) -> list[str]:
+    """What a reader of the run's numbers must know, a line each."""
+    return [
+        *_leaks(found),
+        *_confounded(found["sources"], "sources"),
+        *_confounded(found["views"], "views"),
+        *_shortcuts(found["shortcut"]),
+        *_seen_before(found["in_pre_training"]),
+    ]
+
+
+def _leaks(found: dict[str, Any]) -> list[str]:
+    duplicates, lines = found["duplicates"], []
+    for number, what in (
+        (len(found["patients_in_several_splits"]), "patients have images in two splits"),
+        (duplicates["in_two_splits"], "pairs of the same image lie in two splits"),
+        (duplicates["in_two_classes"], "pairs of the same image have different labels"),
+    ):
+        if number:
+            lines.append(f"{number} {what}")
+    names = [about["patient"] for about in found["patients_in_several_classes"]]
+    if names:
+        lines.append(f"{len(names)} patients have images in two classes: {_few(names)}")
+    return lines
+
+
+def _confounded(table: dict[str, Any], what: str) -> list[str]:
+    """Classes that are known by their source or view."""
+    return [
+        f"{own:.0%} of the images of {name} have {what} that no other image has: "
+        f"whoever knows the {what[:-1]} knows the class"
+        for name, own in table["own"].items()
+        if own >= SAME_THING
+    ]
+
+
+def _shortcuts(shortcut: dict[str, Any] | None) -> list[str]:
+    scores = {name: s for name, s in (shortcut or {"auroc": {}})["auroc"].items() if s}
+    above = sorted((n for n in scores if scores[n]["low"] > 0.5), key=lambda n: -scores[n]["value"])
+    if not above:
+        return []
+    told = [f"{name} {scores[name]['value']:.2f}" for name in above]
+    return [
+        "size, border and brightness alone tell classes from the rest, AUROC (chance 0.5): "
+        f"{_few(told)}"
+    ]
+
+
+def _seen_before(table: dict[str, Any]) -> list[str]:
+    seen = {split: counts["all"] for split, counts in table["splits"].items()}
+    if not any(seen.values()):
+        return []
+    return [
+        f"{sum(seen.values())} images ({seen['test']} of test) are of {table['data_set']}: a "
+        "network that starts from CheXNet may have seen them in its pre-training"
+    ]
+
+
+def _few(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(names[:MOST_LISTED]) + more
+
+
+def summary(found: dict[str, Any]) -> str:
+    """The audit for the terminal."""
+    duplicates = found["duplicates"]
+    return "\n".join(
+        [
+            f"audit: pairs of equal images: {duplicates['exact']}, "
+            f"of altered copies: {duplicates['near']}",
+            *(f"audit warning: {line}" for line in found["warnings"]),
+        ]
+    )

@@ -1,0 +1,180 @@
+"""Check: are the shards still what their index says?"""
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.config import CheckConfig
+from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.duplicates import find_duplicates
+from cxrdist.data.fingerprint import fingerprint
+from cxrdist.data.index import Index, Sample, ShardEntry, inspect_index
+from cxrdist.data.shards import decode_sample, local_copy, members, verify_shard
+from cxrdist.errors import CxrdistError
+from cxrdist.run import write_json
+from cxrdist.terminal import progress
+
+
+class Work(NamedTuple):
+    """A shard to be checked, in a process of its own.
+
+    Attributes:
+        path: of the shard.
+        shard: its entry in the index.
+        samples: its samples in samples.csv.
+        first: number of the first of them.
+        squares: a file of uint8 [samples, size, size] to keep the pixels in, or None.
+    """
+
+    path: Path
+    shard: ShardEntry
+    samples: Sequence[Sample]
+    first: int
+    squares: Path | None
+
+
+class Inspected(NamedTuple):
+    """What was found in a shard: its faults, and for an audit its entries."""
+
+    faults: list[str]
+    entries: list[Entry]
+    num_samples: int
+
+
+def check(config: CheckConfig) -> None:
+    """Compare all that shards hold with their index, and print all that is wrong.
+
+    Compared are sizes and hashes of the shards, each sample's pixels, label, patient, source and
+    path, the counts of index.json and samples.csv, and shards that the index does not know. With
+    ``audit`` SHARDS/audit.json is written.
+
+    Raises:
+        CxrdistError: something differs.
+    """
+    index, faults = inspect_index(config.shards)
+    with tempfile.TemporaryDirectory(prefix="cxrdist-") as scratch:
+        squares = _reserve(index, Path(scratch)) if config.audit else None
+        found = _inspect_all(index, squares)
+        faults += [fault for shard in found for fault in shard.faults]
+        faults += _strangers(index)
+        _refuse(config.shards, faults)
+        samples, shards = len(index.samples), len(index.shards)
+        print(f"{config.shards}: {samples} samples in {shards} shards are whole")
+        if squares is not None:
+            _audit(index, [entry for shard in found for entry in shard.entries], squares)
+
+
+def _refuse(shards: Path, faults: list[str]) -> None:
+    if len(faults) == 1:
+        raise CxrdistError(faults[0])
+    if faults:
+        print(*faults, sep="\n")
+        raise CxrdistError(f"{shards}: {len(faults)} faults, the first is {faults[0]}")
+
+
+def _reserve(index: Index, scratch: Path) -> Path:
+    """A file for the pixels of all samples."""
+    shape = (len(index.samples), index.image_size_px, index.image_size_px)
+    np.lib.format.open_memmap(scratch / "squares.npy", "w+", np.uint8, shape)
+    return scratch / "squares.npy"
+
+
+def _inspect_all(index: Index, squares: Path | None) -> list[Inspected]:
+    starts = np.cumsum([0, *(shard.samples for shard in index.shards)]).tolist()
+    work = [
+        Work(
+            index.directory / shard.name,
+            shard,
+            index.samples[start : start + shard.samples],
+            start,
+            squares,
+        )
+        for shard, start in zip(index.shards, starts, strict=False)
+    ]
+    context = multiprocessing.get_context("forkserver")
+    found = []
+    with (
+        ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool,
+        progress(len(index.samples), "checking", "images") as bar,
+    ):
+        for shard in pool.map(_inspect, work):
+            found.append(shard)
+            bar.update(shard.num_samples)
+    return found
+
+
+def _inspect(work: Work) -> Inspected:
+    """Verify a shard, then decode each of its samples."""
+    count = work.shard.samples
+    try:
+        with local_copy(work.path) as here:
+            verify_shard(here, work.shard, work.path)
+            return _inspect_samples(work, here)
+    except (CxrdistError, FileNotFoundError) as error:
+        return Inspected([str(error)], [], count)
+
+
+def _inspect_samples(work: Work, here: Path) -> Inspected:
+    faults, entries = [], []
+    squares = np.load(work.squares, mmap_mode="r+") if work.squares else None
+    for i, (sample, member) in enumerate(zip_longest(work.samples, members(here))):
+        if sample is None:
+            key = member["__key__"]
+            faults.append(f"{work.path}: holds {key}, which samples.csv does not list")
+            continue
+        try:
+            pixels, about = decode_sample(member or {}, sample, work.path)
+        except CxrdistError as error:
+            faults.append(str(error))
+            continue
+        if squares is not None:
+            squares[work.first + i] = pixels
+            entries.append(entry_of(sample, about, pixels))
+    return Inspected(faults, entries, work.shard.samples)
+
+
+def entry_of(sample: Sample, about: dict[str, Any], pixels: NDArray[np.uint8]) -> Entry:
+    """What the audit needs to know of a sample."""
+    return Entry(
+        key=sample.key,
+        path=sample.path,
+        split=sample.split,
+        label=sample.label,
+        patient=sample.patient,
+        source=sample.source,
+        view=str(about.get("view", "")),
+        width_px=int(about.get("width_px", 0)),
+        height_px=int(about.get("height_px", 0)),
+        fingerprint=fingerprint(pixels),
+    )
+
+
+def _strangers(index: Index) -> Iterator[str]:
+    known = {shard.name for shard in index.shards}
+    for path in sorted(index.directory.glob("*.tar"), key=str):
+        if path.name not in known:
+            yield f"{path}: is no shard of index.json; remove it"
+
+
+def _audit(index: Index, entries: list[Entry], squares: Path) -> None:
+    """Audit the samples in the order in which pack does."""
+    rows = np.load(squares, mmap_mode="r")
+    order = sorted(range(len(entries)), key=lambda place: entries[place].path)
+    entries = [entries[place] for place in order]
+
+    def pixels(place: int) -> NDArray[np.uint8]:
+        return np.asarray(rows[order[place]])
+
+    duplicates = find_duplicates([entry.fingerprint for entry in entries], pixels)
+    found = audit(entries, duplicates, pixels, index.classes, index.task)
+    write_json(index.directory / "audit.json", found)
+    print(summary(found))
+    print(f"the audit is in {index.directory / 'audit.json'}")

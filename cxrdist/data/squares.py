@@ -1,0 +1,237 @@
+"""Squares: decoded and encoded images on their way into shards, kept until the shards are there.
+
+A pack decodes its records in parts of `PART_SIZE`. Each part is two files, NNNNNN.bin with the PNGs
+one after the other and NNNNNN.json with what is known of each; the second appears last, so a part
+is there whole or not at all. A killed pack goes on with the parts that are missing, and the tasks
+of a SLURM array make parts side by side.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import TimeoutError
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from cxrdist.data.fingerprint import Fingerprint, fingerprint
+from cxrdist.data.images import decode, encode_png
+from cxrdist.data.records import Record
+from cxrdist.errors import CxrdistError
+from cxrdist.run import atomic_file
+
+PART_SIZE = 128
+SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; what takes longer is made to
+Pending = tuple[tuple[int, int], ProcessFuture]
+PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
+
+
+@dataclass(frozen=True)
+class Square:
+    """What is known of a record once its image was read.
+
+    Attributes:
+        path: of the record.
+        bytes: size of the file when it was read.
+        modified: time of its last change then, in nanoseconds.
+        reason: why it cannot be used, or empty; then all below is known.
+        png_bytes: length of its PNG in the part's .bin file.
+        fingerprint: of the pixels.
+        width_px: of the original.
+        height_px: of the original.
+        patient: a hash of the DICOM patient, or empty.
+        view: of the DICOM, or empty.
+    """
+
+    path: str
+    bytes: int
+    modified: int
+    reason: str = ""
+    png_bytes: int = 0
+    fingerprint: Fingerprint | None = None
+    width_px: int = 0
+    height_px: int = 0
+    patient: str = ""
+    view: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some records that are decoded together; `number` names the files."""
+
+    number: int
+    records: Sequence[Record]
+
+
+def plan_parts(records: Sequence[Record]) -> list[Part]:
+    """Cut records into parts; the same records give the same parts."""
+    starts = range(0, len(records), PART_SIZE)
+    return [Part(i, records[start : start + PART_SIZE]) for i, start in enumerate(starts)]
+
+
+def make_squares(
+    parts: Sequence[Part], directory: Path, size_px: int, fit: str, workers: int | None
+) -> Iterator[int]:
+    """Decode the parts in processes of their own; what crashes, hangs or is unreadable is noted.
+
+    Args:
+        parts: what to decode.
+        directory: where the parts' files go, local or an fsspec path.
+        size_px: side of the squares.
+        fit: how an image becomes square.
+        workers: number of processes; one for each core if None.
+
+    Yields:
+        The number of images of each part when it is written.
+    """
+    with _pool(workers) as pool:
+        waiting: deque[tuple[Part, list[Pending]]] = deque()
+        for part in parts:
+            waiting.append((part, _submit(pool, part, size_px, fit)))
+            if len(waiting) > PARTS_AHEAD:
+                yield _write_part(directory, *waiting.popleft())
+        while waiting:
+            yield _write_part(directory, *waiting.popleft())
+
+
+@contextmanager
+def _pool(workers: int | None) -> Iterator[ProcessPool]:
+    """Processes that start from a small clean one, not from a copy of this with its threads."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPool(workers or len(os.sched_getaffinity(0)), context=context)
+    try:
+        yield pool
+        pool.close()
+    except BaseException:
+        pool.stop()
+        raise
+    finally:
+        pool.join()
+
+
+def _submit(pool: ProcessPool, part: Part, size_px: int, fit: str) -> list[Pending]:
+    """Let the workers begin with a part; the state of a file is noted before it is read."""
+    function = partial(_make_square, size_px, fit)
+    return [
+        (_state(record), pool.schedule(function, args=(record.file,), timeout=SECONDS_PER_IMAGE))
+        for record in part.records
+    ]
+
+
+def _make_square(size_px: int, fit: str, file: Path) -> tuple[dict[str, Any], bytes]:
+    """Decode and encode one image: the fields of its square, and the PNG."""
+    try:
+        decoded = decode(file, size_px, fit)
+    except CxrdistError as error:
+        return {"reason": str(error)}, b""
+    png = encode_png(decoded.pixels)
+    return {
+        "png_bytes": len(png),
+        "fingerprint": fingerprint(decoded.pixels),
+        "width_px": decoded.width_px,
+        "height_px": decoded.height_px,
+        "patient": hashlib.sha256(decoded.patient.encode()).hexdigest() if decoded.patient else "",
+        "view": decoded.view,
+    }, png
+
+
+def _collect(file: Path, future: ProcessFuture) -> tuple[dict[str, Any], bytes]:
+    """Wait for one image; a worker that died or was ended says so."""
+    try:
+        result: tuple[dict[str, Any], bytes] = future.result()
+        return result
+    except TimeoutError:
+        return {"reason": f"{file}: was not read within {SECONDS_PER_IMAGE} s"}, b""
+    except ProcessExpired as error:
+        return {"reason": f"{file}: crashed its decoder (exit code {error.exitcode})"}, b""
+
+
+def _write_part(directory: Path, part: Part, pending: list[Pending]) -> int:
+    """Write the files of a part when all its images are done; how many these are."""
+    squares, pngs = [], []
+    for record, (state, future) in zip(part.records, pending, strict=True):
+        fields, png = _collect(record.file, future)
+        squares.append(Square(record.path, *state, **fields))
+        pngs.append(png)
+    rows = json.dumps([asdict(square) for square in squares], default=bytes.hex).encode()
+    for suffix, data in (("bin", b"".join(pngs)), ("json", rows)):
+        with atomic_file(directory / f"{part.number:06d}.{suffix}") as file:
+            file.write_bytes(data)
+    return len(squares)
+
+
+def _state(record: Record) -> tuple[int, int]:
+    """Size and time of change of a record's file; that it is missing will be said by its reader."""
+    try:
+        status = record.file.stat()
+    except FileNotFoundError:
+        return -1, -1
+    return status.st_size, getattr(status, "st_mtime_ns", int(status.st_mtime * 1e9))
+
+
+def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | None:
+    """What is known of a part's records; None if the part must still be made.
+
+    Args:
+        directory: of the parts' files.
+        part: the records.
+        redo_bad: make a part again of which an unreadable file was changed.
+
+    Raises:
+        CxrdistError: a file was changed since it was read.
+    """
+    path = directory / f"{part.number:06d}.json"
+    if not path.is_file():
+        return None
+    squares = [_square(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    for record, square in zip(part.records, squares, strict=True):
+        if _state(record) != (square.bytes, square.modified):
+            if square.reason and redo_bad:
+                return None
+            raise CxrdistError(
+                f"{record.file}: was changed since this pack was begun; restore it, or remove "
+                f"{directory.parent} to begin anew"
+            )
+    return squares
+
+
+def _square(row: dict[str, Any]) -> Square:
+    found = row.pop("fingerprint")
+    if found is not None:
+        hashes = {name: bytes.fromhex(found[name]) for name in ("phash", "inner_phash")}
+        found = Fingerprint(**{**found, **hashes})
+    return Square(**row, fingerprint=found)
+
+
+@dataclass(frozen=True)
+class Pngs:
+    """The PNGs of squares by the place of their records, in files on this machine."""
+
+    directory: Path
+    places: Sequence[tuple[int, int, int]]  # part, first byte, length
+
+    def __getitem__(self, place: int) -> bytes:
+        """The PNG of a record's square."""
+        part, start, length = self.places[place]
+        with open(self.directory / f"{part:06d}.bin", "rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+
+def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
+    """Find the PNGs of all parts, in the order of their records."""
+    places = []
+    for number, squares in enumerate(parts):
+        start = 0
+        for square in squares:
+            places.append((number, start, square.png_bytes))
+            start += square.png_bytes
+    return Pngs(directory, places)

@@ -1,0 +1,167 @@
+import csv
+import json
+from collections import Counter, defaultdict
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+from support import contents, run_command
+
+from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.duplicates import Duplicates, Near
+from cxrdist.data.fingerprint import fingerprint
+
+BLACK = np.zeros((16, 16), np.uint8)
+
+
+def entry(number: int, label: str, **known: object) -> Entry:
+    """An image whose statistics tell nothing."""
+    pixels = np.random.default_rng(number).integers(0, 256, (16, 16), dtype=np.uint8)
+    about = Entry(
+        key=f"k{number}",
+        path=f"{label}/{number}.png",
+        split="train",
+        label=label,
+        patient=f"p{number}",
+        source="s",
+        view="",
+        width_px=100,
+        height_px=100,
+        fingerprint=fingerprint(pixels),
+    )
+    return replace(about, **known)
+
+
+def audited(entries: list[Entry], duplicates: Duplicates | None = None, task="multiclass"):
+    classes = sorted({name for e in entries for name in e.label.split("|") if name})
+    return audit(entries, duplicates or Duplicates([], []), lambda place: BLACK, classes, task)
+
+
+def test_patients_in_two_classes_and_splits_are_listed():
+    """A patient with images in two classes, and one in two splits, stand in the lists."""
+    entries = [
+        entry(0, "a", patient="x"),
+        entry(1, "b", patient="x"),
+        entry(2, "b", patient="y"),
+        entry(3, "b", patient="y", split="test"),
+    ]
+    found = audited(entries)
+    assert found["patients_in_several_classes"] == [{"patient": "x", "images": {"a": 1, "b": 1}}]
+    assert found["patients_in_several_splits"] == [
+        {"patient": "y", "images": {"test": 1, "train": 1}}
+    ]
+    assert "1 patients have images in two splits" in summary(found)
+    assert "1 patients have images in two classes: x" in summary(found)
+
+
+def test_several_labels_of_a_patient_are_no_fault():
+    """Where an image may have several labels, so may a patient."""
+    found = audited([entry(0, "a|b", patient="x"), entry(1, "", patient="x")], task="multilabel")
+    assert found["patients_in_several_classes"] == []
+
+
+def test_pairs_tell_where_they_lie_and_have_thumbnails():
+    """Pairs in two splits come first; of an equal pair one thumbnail is enough."""
+    entries = [entry(0, "a"), entry(1, "a"), entry(2, "b"), entry(3, "b", split="test")]
+    found = audited(entries, Duplicates([(0, 1)], [Near(2, 3, 14, 0.914)]))
+    first, second = found["duplicates"].pop("pairs")
+    assert found["duplicates"] == {"exact": 1, "near": 1, "in_two_splits": 1, "in_two_classes": 0}
+    assert [image["key"] for image in first["images"]] == ["k2", "k3"]
+    assert (first["kind"], first["bits"], first["correlation"]) == ("near", 14, 0.914)
+    assert first["two_splits"]
+    assert second["kind"] == "exact"
+    assert set(found["thumbnails"]) == {"k0", "k2", "k3"}
+
+
+def test_a_class_with_sources_of_its_own_is_warned_of():
+    """Where source and class are the same thing Cramér's V is 1 and the own part is all."""
+    entries = [
+        entry(i, "ab"[i % 2], source="hospital" if i % 2 else "atlas", view="PA") for i in range(20)
+    ]
+    found = audited(entries)
+    assert found["sources"]["counts"]["atlas"] == {"a": 10, "b": 0, "all": 10}
+    assert found["sources"]["association"]["a"] == 1
+    assert found["sources"]["own"] == {"a": 1, "b": 1}
+    assert "100% of the images of a have sources that no other image has" in summary(found)
+    assert found["views"]["association"] == {"a": None, "b": None}
+    mixed = audited([entry(i, "ab"[i % 2], source="st"[i // 2 % 2]) for i in range(20)])
+    assert mixed["sources"]["association"]["a"] == 0
+    assert mixed["sources"]["own"] == {"a": 0, "b": 0}
+
+
+def test_a_class_told_by_the_image_size_is_a_shortcut_and_noise_is_none():
+    """The cross-validated AUROC is 1 for a class of larger originals and about 0.5 for noise."""
+    labels = np.random.default_rng(0).permutation(["a", "b"] * 60)
+    told = [entry(i, x, width_px=900 if x == "a" else 800) for i, x in enumerate(labels)]
+    assert audited(told)["shortcut"]["auroc"]["a"]["value"] == 1
+    noise = audited([entry(i, x) for i, x in enumerate(labels)])["shortcut"]["auroc"]["a"]
+    assert noise["low"] < 0.5 < noise["high"] + 0.1
+
+
+def test_the_shortcut_is_measured_on_other_patients():
+    """Each patient has a size of its own: of other patients it tells nothing."""
+    random = np.random.default_rng(0)
+    sizes = random.integers(500, 1500, 40)
+    labels = random.permutation(["a", "b"] * 20)
+    entries = [
+        entry(i, labels[i % 40], patient=f"p{i % 40}", width_px=int(sizes[i % 40]))
+        for i in range(400)
+    ]
+    score = audited(entries)["shortcut"]["auroc"]["a"]["value"]
+    naive = roc_auc_score([e.label == "a" for e in entries], [e.width_px for e in entries])
+    assert abs(score - 0.5) < 0.25
+    assert 0.2 < naive < 0.8
+
+
+def test_chestxray14_images_are_told_by_name_and_source():
+    """A CheXNet may have seen them; they are counted by split."""
+    entries = [
+        entry(0, "a", path="a/00000061_012.jpg", split="test"),
+        entry(1, "b", source="RSNA"),
+        entry(2, "b"),
+    ]
+    found = audited(entries)
+    assert found["in_pre_training"]["splits"]["test"] == {"all": 1, "a": 1, "b": 0}
+    assert found["in_pre_training"]["splits"]["train"]["all"] == 1
+    assert "2 images (1 of test) are of ChestX-ray14" in summary(found)
+
+
+def test_real_covid3_is_packed_with_its_leaks_found(real_data, tmp_path):
+    """Patients in two classes are listed, none is in two splits, class and source are one."""
+    done = run_command(
+        *("pack", "--source", "folder", "--input", real_data / "covid3", "--size", 64),
+        *("--split", "0.7/0.1/0.2", "--patient-pattern", r"^(\d{8})_", "--out", tmp_path / "s"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "s" / "audit.json").read_text())
+    classes, splits = defaultdict(Counter), defaultdict(set)
+    with open(tmp_path / "s" / "samples.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            classes[row["patient"]][row["label"]] += 1
+            splits[row["patient"]].add(row["split"])
+    expected = {patient: dict(c) for patient, c in classes.items() if len(c) > 1}
+    listed = {x["patient"]: x["images"] for x in found["patients_in_several_classes"]}
+    assert listed == expected
+    assert len(listed) == 20
+    assert all(len(names) == 1 for names in splits.values())
+    assert found["sources"]["own"]["COVID-19"] == 1
+    assert found["sources"]["counts"]["ChestX-ray14"]["COVID-19"] == 0
+    assert found["shortcut"]["auroc"]["COVID-19"]["low"] > 0.8
+    assert "audit warning: 20 patients have images in two classes" in done.stdout
+
+
+def test_check_makes_the_same_audit_from_the_shards(shards, tmp_path):
+    """`check --audit` on shards alone writes what pack wrote."""
+    before = contents(shards)
+    done = run_command("check", "--audit", shards)
+    assert done.returncode == 0, done.stderr
+    assert contents(shards) == before
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_the_audit_of_a_few_images_is_made_of_numbers(task):
+    """Two images give no NaN and no interval where none can be had."""
+    found = audited([entry(0, "a"), entry(1, "b", split="test")], task=task)
+    assert found["shortcut"] is None
+    json.dumps(found, allow_nan=False)

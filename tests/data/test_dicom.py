@@ -1,0 +1,196 @@
+import json
+import re
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+from dicoms import NAME, SYNTAXES, write_dicom
+from PIL import Image
+from pydicom.dataset import Dataset
+from pydicom.pixels import apply_voi_lut, apply_windowing
+from support import run_command
+
+from cxrdist.data.dicom import read_dicom
+from cxrdist.data.images import decode
+from cxrdist.data.phantom import write_phantoms
+from cxrdist.errors import CxrdistError
+
+REAL = Path(__file__).parents[3] / "shared" / "data" / "originals"
+
+
+@pytest.fixture(scope="module")
+def xrays(tmp_path_factory) -> list[np.ndarray]:
+    """Grey images: real ones where they are, else synthetic ones; with sides that are odd."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    if not REAL.is_dir():
+        write_phantoms(folder, 2, image_size_px=256)
+    files = sorted((REAL if REAL.is_dir() else folder).glob("*/*.[pj][np]g"))[::7][:4]
+    images = [Image.open(file).convert("L") for file in files]
+    for image in images:
+        image.thumbnail((301, 399))
+    return [np.asarray(image) for image in images]
+
+
+def pixels_of(file: Path) -> np.ndarray:
+    return read_dicom(file.read_bytes(), file).pixels
+
+
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("syntax", SYNTAXES)
+def test_a_dicom_is_equal_to_the_image_it_was_made_of(xrays, tmp_path, syntax, bits, photometric):
+    """In every transfer syntax, to one grey level; by lossy JPEG to a few."""
+    if {"jpeg": 8, "jpeg 12 bit": 12}.get(syntax, bits) != bits:
+        pytest.skip("baseline JPEG has 8 bits, extended JPEG 12")
+    for number, image in enumerate(xrays):
+        seen = 255 - image if photometric == "MONOCHROME1" else image
+        values = np.rint(seen / 255 * (2**bits - 1)).astype(np.uint16)
+        file = tmp_path / f"{number}.dcm"
+        write_dicom(file, values, bits, syntax, PhotometricInterpretation=photometric)
+        difference = np.abs(pixels_of(file).astype(int) - image)
+        if syntax in ("jpeg", "jpeg 12 bit"):
+            assert difference.mean() < 1
+            assert difference.max() < 10
+        else:
+            assert difference.max() <= 1
+
+
+@pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
+@pytest.mark.parametrize("signed", [False, True])
+def test_rescale_and_windows_are_pydicoms(tmp_path, function, signed):
+    """The first of several windows, after the rescale, for stored values with and without sign."""
+    values = np.arange(-2048, 2048) if signed else np.arange(4096)
+    values = values.reshape(64, 64)
+    tags = {
+        "RescaleSlope": 1.5,
+        "RescaleIntercept": -300,
+        "WindowCenter": [700, 900],
+        "WindowWidth": [1200, 50],
+        "VOILUTFunction": function,
+    }
+    file = write_dicom(tmp_path / "x.dcm", values, 12, **tags)
+    dataset = pydicom.dcmread(file)
+    windowed = apply_windowing(values * 1.5 - 300, dataset)
+    low = -300 - 2048 * 1.5 * signed  # pydicom gives the window the range of the stored values
+    expected = (windowed - low) / (4095 * 1.5) * 255
+    assert np.abs(pixels_of(file) - expected).max() <= 1
+
+
+def test_a_voi_lut_is_pydicoms_and_goes_before_a_window(tmp_path):
+    """A table of 10 bits from the value 100 on."""
+    table = Dataset()
+    table.LUTDescriptor = [256, 100, 10]
+    table.LUTData = np.rint(1023 * (np.arange(256) / 255) ** 2).astype("<u2").tobytes()
+    values = np.arange(400).reshape(20, 20)
+    tags = {"VOILUTSequence": [table], "WindowCenter": 1, "WindowWidth": 5}
+    file = write_dicom(tmp_path / "x.dcm", values, 12, **tags)
+    expected = apply_voi_lut(values, pydicom.dcmread(file)) / 1023 * 255
+    assert np.abs(pixels_of(file) - expected).max() <= 1
+
+
+def test_padding_is_black_also_where_black_is_white(tmp_path):
+    """Of a MONOCHROME1 image the padding 0 would be white."""
+    values = np.array([[0, 0, 100], [0, 200, 255]])
+    tags = {"PhotometricInterpretation": "MONOCHROME1", "PixelPaddingValue": 0}
+    file = write_dicom(tmp_path / "x.dcm", values, 8, **tags)
+    assert pixels_of(file).tolist() == [[0, 0, 155], [0, 55, 0]]
+
+
+def test_old_dicoms_without_a_preamble_are_read_by_their_suffix(tmp_path):
+    """A bare data set of implicit VR."""
+    values = np.arange(64).reshape(8, 8)
+    file = write_dicom(tmp_path / "new.dcm", values, syntax="implicit")
+    dataset = pydicom.dcmread(file)
+    bare = Dataset()
+    bare.update(dataset)
+    bare.save_as(tmp_path / "old.dcm", implicit_vr=True, little_endian=True)
+    assert (tmp_path / "old.dcm").read_bytes()[128:132] != b"DICM"
+    assert np.array_equal(pixels_of(tmp_path / "old.dcm"), values)
+    assert decode(tmp_path / "old.dcm", 8, "crop").view == "PA"
+
+
+@pytest.mark.parametrize(
+    ("tags", "reason"),
+    [
+        ({"NumberOfFrames": 3}, "several frames"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "in colour"),
+        ({"Modality": "CT"}, "no radiography"),
+        ({"Rows": 0}, "rows and columns"),
+        ({"Rows": 60_000, "Columns": 60_000}, "rows and columns"),
+        ({"Rows": 4000}, "no readable DICOM"),
+        ({"BitsStored": 12}, "bits are not 2 to 16"),
+        ({"BitsAllocated": 32}, "bits are not 2 to 16"),
+        ({"HighBit": 5}, "not in the low bits"),
+        ({"WindowCenter": 1, "WindowWidth": 0}, "no width"),
+        ({"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "X"}, "no known function"),
+        ({"RescaleSlope": "nan", "RescaleIntercept": 0}, "no number"),
+        ({"PixelRepresentation": None}, "no readable DICOM"),
+    ],
+)
+def test_what_is_no_radiograph_is_refused_with_its_name(tmp_path, tags, reason):
+    """One line that names the file and what is wrong, and no tag of the patient."""
+    file = write_dicom(tmp_path / "x.dcm", np.arange(64).reshape(8, 8), **tags)
+    with pytest.raises(CxrdistError, match=rf"x\.dcm.*{reason}") as refused:
+        decode(file, 8, "crop")
+    assert "Muster" not in str(refused.value)
+
+
+def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path):
+    """The library inflates without a bound."""
+    file = Path(pydicom.data.get_testdata_file("image_dfl.dcm"))
+    with pytest.raises(CxrdistError, match="deflated; store it uncompressed"):
+        decode(file, 8, "crop")
+
+
+def test_pydicoms_own_files_are_read_or_refused(capsys):
+    """None crashes, prints or takes long."""
+    folder = Path(pydicom.data.__file__).parent
+    files = sorted(file for file in folder.rglob("*.*") if file.is_file())
+    read, reasons = 0, []
+    for file in files:
+        start = time.perf_counter()
+        try:
+            read += decode(file, 64, "crop").pixels.shape == (64, 64)
+        except CxrdistError as error:
+            reasons.append((file, str(error)))
+        assert time.perf_counter() - start < 10
+    assert len(files) > 100
+    assert read > 10
+    assert all(reason.startswith(f"{file}: no ") for file, reason in reasons)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_folder_of_dicoms_is_packed_without_a_name(tmp_path):
+    """Named by UIDs: keys are unique, a patient is in one split, and nothing tells who it is."""
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(12):
+            values = random.integers(0, 4096, (40, 40))
+            file = tmp_path / "in" / name / f"1.2.840.1.{i}"
+            write_dicom(file, values, 12, PatientID=f"{name}-{i // 3}-4711", ViewPosition="AP")
+    done = run_command(
+        *("pack", "--source", "folder", "--input", tmp_path / "in", "--out", tmp_path / "out"),
+        *("--size", 32, "--split", "0.5/0.25/0.25"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "images of 8 patients, none in two splits" in done.stdout
+    written = b"".join(file.read_bytes() for file in (tmp_path / "out").iterdir())
+    for secret in (NAME, "Muster", "4711", "19640812"):
+        assert secret not in done.stdout + done.stderr
+        assert secret.encode() not in written
+    keys = set()
+    for shard in (tmp_path / "out").glob("*.tar"):
+        with tarfile.open(shard) as tar:
+            for member in tar.getmembers():
+                if member.name.endswith(".json"):
+                    about = json.load(tar.extractfile(member))
+                    keys.add(about["key"])
+                    assert about["view"] == "AP"
+                    assert about["width_px"] == 40
+                    assert re.fullmatch(r"dicom-\d{6}", about["patient"])
+    assert len(keys) == 24
+    assert all("." not in key for key in keys)

@@ -1,0 +1,209 @@
+"""A pack that is killed, divided among tasks, or meets a changed source or a full disk."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support import contents, make_images, run_command
+
+from cxrdist.config import PackConfig
+from cxrdist.data import pack as packing
+from cxrdist.data.index import read_index
+from cxrdist.data.pack import pack
+from cxrdist.errors import CxrdistError, RunFailedError
+
+KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "4"))
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch) -> PackConfig:
+    """A pack of 60 images in parts of 8 and shards of 7."""
+    monkeypatch.setattr("cxrdist.data.squares.PART_SIZE", 8)
+    source = make_images(tmp_path / "images", {"a": 30, "b c": 30})
+    return PackConfig(
+        "folder", source, tmp_path / "out", size=32, split="0.5/0.25/0.25", shard_size=7
+    )
+
+
+def with_(config: PackConfig, **changes: object) -> PackConfig:
+    return PackConfig(**{**vars(config), **changes})
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """What tells whether a file was written anew."""
+    return {f.name: f.stat().st_ino for f in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory) -> Path:
+    """Enough images that packing them takes a second or two."""
+    return make_images(tmp_path_factory.mktemp("many"), {"a": 320, "b": 320}, size=160)
+
+
+@pytest.mark.parametrize("whole_group", [True, False], ids=["job", "main process"])
+def test_a_killed_pack_goes_on_to_the_same_bytes(tmp_path, many_images, whole_group):
+    """SIGKILL at random moments, the same command again: the bytes of an undisturbed pack."""
+
+    def command(out: str) -> subprocess.Popen:
+        options = ("--size", "96", "--split", "0.5/0.25/0.25", "--shard-size", "50")
+        arguments = ("pack", "--source", "folder", "--input", many_images, "--out", tmp_path / out)
+        return subprocess.Popen(
+            [sys.executable, "-m", "cxrdist", *map(str, (*arguments, *options))],
+            **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
+            start_new_session=True,
+        )
+
+    began = time.monotonic()
+    assert command("whole").wait() == 0
+    seconds, moments, killed = time.monotonic() - began, random.Random(whole_group), 0
+    for attempt in range(KILLS):
+        process = command(f"out{attempt}")
+        try:
+            process.wait(moments.uniform(0.25, 0.9) * seconds)
+            seconds *= 0.9  # the machine became faster
+        except subprocess.TimeoutExpired:
+            killed += 1
+            if whole_group:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.wait()
+        half = [f for f in tmp_path.glob("out*") if not (f / "index.json").is_file()]
+        assert not half, "something half-made is visible"
+        assert command(f"out{attempt}").wait() == 0
+        assert contents(tmp_path / f"out{attempt}") == contents(tmp_path / "whole")
+        assert not list(tmp_path.glob(".out*"))
+    assert killed >= KILLS / 2
+
+
+def test_tasks_and_a_merge_give_the_bytes_of_one_pack(config, tmp_path):
+    """Four tasks in any order and a merge; a task that runs twice does nothing again."""
+    pack(config)
+    parts = with_(config, out=tmp_path / "parts", num_tasks=4)
+    for task in (2, 0, 3):
+        pack(with_(parts, task=task))
+    merge = with_(parts, num_tasks=None, merge=True)
+    with pytest.raises(CxrdistError, match="16 of 60 images are not decoded yet; run all tasks"):
+        pack(merge)
+    pack(with_(parts, task=1))
+    before = stamps(tmp_path / ".parts.partial" / "squares")
+    pack(with_(parts, task=1))
+    assert stamps(tmp_path / ".parts.partial" / "squares") == before
+    pack(merge)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "out")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["images", "out", "parts"]
+
+
+def test_finished_shards_are_not_written_again(config, tmp_path, monkeypatch):
+    """A pack that ends before the last step leaves its shards for the next."""
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(config)
+    shards = {n: i for n, i in stamps(tmp_path / ".out.partial" / "shards").items() if ".tar" in n}
+    pack(config)
+    after = stamps(config.out)
+    assert len(shards) > 6
+    assert {name: after[name] for name in shards} == shards
+
+
+def test_the_same_command_after_the_end_does_nothing(config, capsys):
+    """A finished pack is told from another directory of that name."""
+    pack(config)
+    before = stamps(config.out)
+    pack(config)
+    assert "is packed already" in capsys.readouterr().out
+    assert stamps(config.out) == before
+    with pytest.raises(CxrdistError, match="stands already"):
+        pack(with_(config, seed=1))
+
+
+def test_another_pack_does_not_mix_with_an_unfinished_one(config):
+    """Other options, a changed list of images and a changed image are each refused by name."""
+    pack(with_(config, task=0, num_tasks=1))
+    with pytest.raises(CxrdistError, match="--size was 32, is 48"):
+        pack(with_(config, size=48))
+    image = config.input / "a" / "a000_0.png"
+    data, status = image.read_bytes(), image.stat()
+    image.write_bytes(data + b" ")
+    with pytest.raises(CxrdistError, match=r"a000_0\.png: was changed since this pack was begun"):
+        pack(config)
+    image.write_bytes(data)
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    image.rename(image.with_name("new.png"))
+    with pytest.raises(CxrdistError, match="the list of images or what is said of them"):
+        pack(config)
+    image.with_name("new.png").rename(image)
+    pack(config)
+
+
+def test_a_mended_image_is_read_again(config, tmp_path):
+    """An unreadable image stops the pack; mended, only its part is decoded again."""
+    bad = config.input / "a" / "a000_0.png"
+    data = bad.read_bytes()
+    bad.write_bytes(data[:100])
+    (config.input / "b c" / "b 000_0.png").write_text("no image")
+    with pytest.raises(CxrdistError, match=r"a000_0\.png: .* \(2 such images, all in .*rejected"):
+        pack(config)
+    assert not config.out.exists()
+    squares = tmp_path / ".out.partial" / "squares"
+    before = stamps(squares)
+    bad.write_bytes(data)
+    with pytest.raises(CxrdistError, match=r"b 000_0\.png: no readable"):
+        pack(config)
+    changed = {name for name, inode in stamps(squares).items() if before[name] != inode}
+    assert changed == {"000000.bin", "000000.json"}
+    pack(with_(config, skip_bad=True))
+    with open(config.out / "rejected.csv") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == ["b c/b 000_0.png"]
+    assert len(read_index(config.out).samples) == 59
+
+
+def test_two_packs_of_one_directory_do_not_meet(config, tmp_path):
+    """A second process that would write to the same shards stops at once."""
+    with packing.locked(tmp_path / ".out.partial"):
+        done = run_command(
+            *("pack", "--source", "folder", "--input", config.input, "--out", config.out),
+            *("--size", 32, "--split", "0.5/0.25/0.25"),
+        )
+    assert done.returncode == 2
+    assert "another cxrdist process is writing here" in done.stderr
+
+
+def test_a_full_disk_is_one_line_and_the_pack_goes_on_after_it(config, tmp_path):
+    """No room: nothing visible stands; with room again the same command ends it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount")
+    small = with_(config, out=disk / "out")
+    try:
+        with pytest.raises(RunFailedError, match="No space left on device; make room"):
+            pack(small)
+        assert not small.out.exists()
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        pack(small)
+        pack(config)
+        assert contents(small.out) == contents(config.out)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": 4, "num_tasks": 4}, "--task 4: expected 0 to 3"),
+        ({"task": 1}, "--task and --num-tasks: go together"),
+        ({"task": 1, "num_tasks": 2, "merge": True}, "--merge: comes after the tasks"),
+    ],
+)
+def test_tasks_that_make_no_sense_are_refused(config, changes, message):
+    """A wrong task number would leave images out."""
+    with pytest.raises(CxrdistError, match=message):
+        pack(with_(config, **changes))
