@@ -26,7 +26,7 @@ from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
-from cxrdist.data.records import read_folder
+from cxrdist.data.sources import read_folder
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.relevance import Explainer

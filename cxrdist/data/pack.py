@@ -26,9 +26,9 @@ from cxrdist.data.records import (
     count_unmatched,
     differences,
     labels_of,
-    read_source,
 )
 from cxrdist.data.shards import describe_shard, sample_key, write_shard
+from cxrdist.data.sources import read_source
 from cxrdist.data.splits import assign_splits, group_by_patient
 from cxrdist.data.squares import (
     Part,
@@ -472,6 +472,8 @@ def _print_summary(
         )
     if num_rejected:
         print(f"{num_rejected} unreadable images are listed in {config.out / 'rejected.csv'}")
+    for line in source.notes:
+        print(f"{source.name}: {line}")
     for line in differences(source, config.expect):
         print(f"not as expected of {source.name}: {line}")
 

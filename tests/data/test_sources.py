@@ -2,7 +2,8 @@ import pytest
 from support import make_images
 
 from cxrdist.config import PackConfig
-from cxrdist.data.records import count_unmatched, read_folder, read_source, read_table
+from cxrdist.data.records import count_unmatched
+from cxrdist.data.sources import read_folder, read_source, read_table
 from cxrdist.errors import CxrdistError
 
 

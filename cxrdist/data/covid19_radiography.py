@@ -1,0 +1,163 @@
+"""The COVID-19 Radiography Database (Chowdhury et al. 2020, Rahman et al. 2021) as it is unpacked.
+
+Kaggle: tawsifurrahman/covid19-radiography-database. The paper used the first release.
+"""
+
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+from zipfile import BadZipFile
+
+from cxrdist.data.records import IMAGE_SUFFIXES, Record, Source, own_patient
+from cxrdist.errors import CxrdistError
+
+NAME = "COVID-19 Radiography Database"
+# COVID-19 images of the first release that COVID-Net leaves out (its create_COVIDx notebooks).
+UNUSABLE = {*range(100, 106), *range(110, 114), *range(122, 127), 217}
+# What a workbook's URL tells of an image's source.
+SOURCES = {
+    "rsna": "RSNA",
+    "paultimothymooney": "Kermany",
+    "bimcv": "BIMCV",
+    "sirm": "SIRM",
+    "eurorad": "Eurorad",
+    "ieee8023": "covid-chestxray-dataset",
+    "ml-workgroup": "Hannover",
+    "armiro": "COVID-CXNet",
+    "figshare": "Figshare",
+}
+
+
+@dataclass(frozen=True)
+class Release:
+    """One of the three layouts.
+
+    Attributes:
+        name: first, middle or current release.
+        classes: folder of each class, and the source of images of which no workbook tells; the
+            children's images are Kermany's (2018), the opacities RSNA's (2018).
+        images: folder within a class's folder, or empty.
+    """
+
+    name: str
+    classes: dict[str, str]
+    images: str
+
+
+RELEASES = (
+    Release(
+        "current release",
+        {"COVID": NAME, "Lung_Opacity": "RSNA", "Normal": NAME, "Viral Pneumonia": "Kermany"},
+        "images",
+    ),
+    Release(
+        "middle release",
+        {"COVID": NAME, "NORMAL": "Kermany", "Viral Pneumonia": "Kermany"},
+        "",
+    ),
+    Release(
+        "first release",
+        {"COVID-19": NAME, "NORMAL": "Kermany", "Viral Pneumonia": "Kermany"},
+        "",
+    ),
+)
+
+
+def read_covid19_radiography(folder: Path, *, drop_unusable: bool) -> Source:
+    """Read one of the three releases, told by its folders; the lung masks are left alone.
+
+    The label is the folder's name. No patient is known. The source is that of the URL in the
+    metadata workbooks, where there is none that of the class (`Release`).
+
+    Args:
+        folder: the release's, or the one that holds it.
+        drop_unusable: leave out what COVID-Net lists as unusable.
+
+    Raises:
+        CxrdistError: the folder holds no release, a class has no image, a workbook cannot be read,
+            or ``drop_unusable`` is set for another release than the first.
+    """
+    root, release = _recognise(folder)
+    if drop_unusable and release.name != "first release":
+        raise CxrdistError(
+            f"--drop-unusable: is for the first release, {root} is the {release.name}"
+        )
+    records: list[Record] = []
+    for name, otherwise in release.classes.items():
+        urls = _read_workbook(root, name)
+        found = [
+            file
+            for file in (root / name / release.images).iterdir()
+            if file.suffix.lower() in IMAGE_SUFFIXES
+        ]
+        if not found:
+            raise CxrdistError(f"{root / name}: the class has no image; unpack the release again")
+        for file in found:
+            number = _number(file.name)
+            if drop_unusable and name == "COVID-19" and number in UNUSABLE:
+                continue
+            path = file.relative_to(root).as_posix()
+            source = source_of(urls[number]) if number in urls else otherwise
+            records.append(Record(file, path, name, own_patient(path), source))
+    return Source(records, "multiclass", sorted(release.classes), f"{NAME}, {release.name}")
+
+
+def _recognise(folder: Path) -> tuple[Path, Release]:
+    """The release's folder, and which release it is."""
+    if not folder.is_dir():
+        raise CxrdistError(f"--input {folder}: no such folder; expected an unpacked {NAME}")
+    for root in (folder, *(child for child in folder.iterdir() if child.is_dir())):
+        for release in RELEASES:
+            if all((root / name / release.images).is_dir() for name in release.classes):
+                return root, release
+    expected = "; ".join(", ".join(release.classes) for release in RELEASES)
+    raise CxrdistError(
+        f"--input {folder}: is no release of the {NAME}; expected the folders of one: {expected}"
+    )
+
+
+def _read_workbook(root: Path, name: str) -> dict[int, str]:
+    """URLs of a class's images by their numbers; empty where the release has no workbook.
+
+    Names in the workbooks are written in several ways, such as COVID-19(1) for ``COVID-19 (1)`` and
+    NORMAL-1 for ``Normal-1``: only the number tells the image.
+    """
+    books = [
+        file for file in root.glob("*.xlsx") if file.name.split(".")[0].lower() == name.lower()
+    ]
+    if not books:
+        return {}
+    from openpyxl import load_workbook
+    from openpyxl.utils.exceptions import InvalidFileException
+
+    try:
+        content = io.BytesIO(books[0].read_bytes())
+        sheet = load_workbook(content, read_only=True, data_only=True).worksheets[0]
+        rows = list(sheet.iter_rows(values_only=True))
+    except (BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
+        raise CxrdistError(
+            f"{books[0]}: no readable workbook ({type(error).__name__}); unpack the release again"
+        ) from error
+    header = [str(cell or "").strip().upper() for cell in rows[0]] if rows else []
+    if not {"FILE NAME", "URL"} <= set(header):
+        raise CxrdistError(f"{books[0]}: has no columns FILE NAME and URL; unpack it again")
+    name_at, url_at = header.index("FILE NAME"), header.index("URL")
+    return {
+        number: str(row[url_at])
+        for row in rows[1:]
+        if row[url_at] and (number := _number(str(row[name_at] or ""))) is not None
+    }
+
+
+def _number(name: str) -> int | None:
+    """The last number in an image's name, its suffix left away: 7 of ``COVID-19 (7).png``."""
+    match = re.search(r"(\d+)\)?$", re.sub(r"\.\w+$", "", name.strip()))
+    return int(match.group(1)) if match else None
+
+
+def source_of(url: str) -> str:
+    """The name of the collection that a URL belongs to, else its host."""
+    known = next((name for part, name in SOURCES.items() if part in url.lower()), None)
+    return known or urlparse(url).netloc.removeprefix("www.") or NAME
