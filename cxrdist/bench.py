@@ -292,7 +292,7 @@ def _stage_run(
         run=run,
         recipe=recipe,
         model=model,
-        material=Material(images, everyone % 3, 3),
+        material=Material(images, np.eye(3, dtype=np.uint8)[everyone % 3], "multiclass"),
         samples=everyone,
         copies=ones,
         val_plan=plan_epoch(everyone[:1], ones[:1], recipe.augmentation, 1, (0, "val", 0)),

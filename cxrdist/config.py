@@ -183,7 +183,7 @@ class PredictConfig:
     images: list[Path]
     """PNG, JPEG or DICOM files, or folders of them."""
     out: Path
-    """CSV to write: path, prob_CLASS..., predicted."""
+    """CSV to write: path, prob_CLASS..., predicted (of several labels all from 0.5 on)."""
     explain: bool = False
     """Also write heat maps, into a folder beside the CSV."""
     fit: Literal["crop", "pad", "stretch"] | None = None

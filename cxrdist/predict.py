@@ -8,9 +8,10 @@ from numpy.typing import NDArray
 
 from cxrdist.config import PredictConfig
 from cxrdist.data.images import read_square
-from cxrdist.data.records import images_in
+from cxrdist.data.records import SEPARATOR, images_in
 from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.metrics import THRESHOLD
 from cxrdist.explain.export import write_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, load_model
@@ -40,14 +41,14 @@ def predict(config: PredictConfig) -> None:
             if explainer is not None:
                 _write_heatmaps(explainer, model, heatmaps, batch, squares)
             bar.update(len(batch))
-    _write_table(config.out, files, np.concatenate(probabilities), model.classes)
+    _write_table(config.out, files, np.concatenate(probabilities), model)
     print(f"predicted {len(files)} images: {config.out}")
     if config.explain:
         print(f"heat maps: {heatmaps}")
 
 
 def find_images(paths: list[Path]) -> list[Path]:
-    """All PNG and JPEG files of files and folders, in the given order, folders sorted.
+    """All PNG, JPEG and DICOM files of files and folders, in the given order, folders sorted.
 
     Raises:
         CxrdistError: a path does not exist or a folder has no image.
@@ -57,12 +58,14 @@ def find_images(paths: list[Path]) -> list[Path]:
         if path.is_dir():
             inside = images_in(path)
             if not inside:
-                raise CxrdistError(f"{path}: has no PNG or JPEG file; name a folder that has some")
+                raise CxrdistError(
+                    f"{path}: has no PNG, JPEG or DICOM file; name a folder that has some"
+                )
             files += inside
         elif path.is_file():
             files.append(path)
         else:
-            raise CxrdistError(f"{path}: no such file or folder; name PNG or JPEG files")
+            raise CxrdistError(f"{path}: no such file or folder; name PNG, JPEG or DICOM files")
     return files
 
 
@@ -87,11 +90,19 @@ def _write_heatmaps(
 
 
 def _write_table(
-    out: Path, files: list[Path], probabilities: NDArray[np.float32], classes: list[str]
+    out: Path, files: list[Path], probabilities: NDArray[np.float32], model: Classifier
 ) -> None:
-    columns = ["path", *(f"prob_{name}" for name in classes), "predicted"]
+    columns = ["path", *(f"prob_{name}" for name in model.classes), "predicted"]
     rows = [
-        [path, *(f"{value:.9g}" for value in row), classes[int(row.argmax())]]
+        [path, *(f"{value:.9g}" for value in row), predicted(row.tolist(), model)]
         for path, row in zip(files, probabilities, strict=True)
     ]
     write_table(out, columns, rows)
+
+
+def predicted(probabilities: list[float], model: Classifier) -> str:
+    """The likeliest class; of a multilabel model all labels from the threshold on, or none."""
+    if model.task == "multiclass":
+        return model.classes[probabilities.index(max(probabilities))]
+    found = zip(model.classes, probabilities, strict=True)
+    return SEPARATOR.join(name for name, value in found if value >= THRESHOLD)

@@ -1,5 +1,6 @@
 """Metrics of one split from all its predictions, by torchmetrics."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torchmetrics.functional import accuracy, confusion_matrix
 from torchmetrics.functional.classification import (
     binary_auroc,
+    binary_average_precision,
     binary_f1_score,
     binary_precision,
     binary_recall,
@@ -15,6 +17,8 @@ from torchmetrics.functional.classification import (
 from cxrdist.terminal import table
 
 SCORES = ("recall", "precision", "f1", "auroc")
+LABEL_SCORES = ("auroc", "average_precision", "f1", "recall", "precision")
+THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
 
 
 def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
@@ -30,7 +34,8 @@ def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -
         classes: names in the order of the columns.
 
     Returns:
-        samples, accuracy, confusion_matrix (rows: truth, columns: prediction), classes, macro.
+        samples, task, accuracy, confusion_matrix (rows: truth, columns: prediction), classes,
+        macro.
     """
     predicted = probabilities.argmax(dim=1)
     task: dict[str, Any] = {"task": "multiclass", "num_classes": len(classes)}
@@ -40,11 +45,62 @@ def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -
     }
     return {
         "samples": len(labels),
+        "task": "multiclass",
         "accuracy": _digits(accuracy(predicted, labels, average="micro", **task)),
         "confusion_matrix": confusion_matrix(predicted, labels, **task).tolist(),
         "classes": by_class,
         "macro": {score: _mean([by_class[name][score] for name in classes]) for score in SCORES},
     }
+
+
+def compute_label_metrics(
+    probabilities: Tensor, targets: Tensor, classes: list[str]
+) -> dict[str, Any]:
+    """The scores of each label of images that may have several.
+
+    A label is predicted where its probability is at least `THRESHOLD`. What is undefined is None,
+    as in `compute_metrics`; a label without positives has no AUROC and no average precision. The
+    macro mean is over the labels for which a score is defined, and says of how many.
+
+    Args:
+        probabilities: float [N, classes], each 0..1.
+        targets: [N, classes], 1 where an image has the label.
+        classes: names in the order of the columns.
+
+    Returns:
+        samples, task, threshold, classes (with ``positives``), macro, and macro_labels: the number
+        of labels that each mean is over.
+    """
+    by_class: dict[str, dict[str, float | int | None]] = {}
+    for i, name in enumerate(classes):
+        truth = targets[:, i] == 1
+        probability = probabilities[:, i]
+        scores = _one_against_rest(probability, probability >= THRESHOLD, truth)
+        average = binary_average_precision(probability, truth.long()) if truth.any() else None
+        by_class[name] = {
+            "positives": int(truth.sum()),
+            **scores,
+            "average_precision": None if average is None else _digits(average),
+        }
+    defined = {
+        score: [float(v) for c in by_class.values() if (v := c[score]) is not None]
+        for score in LABEL_SCORES
+    }
+    return {
+        "samples": len(targets),
+        "task": "multilabel",
+        "threshold": THRESHOLD,
+        "classes": by_class,
+        "macro": {score: _mean(list(values)) for score, values in defined.items()},
+        "macro_labels": {score: len(values) for score, values in defined.items()},
+    }
+
+
+def mean_auroc(probabilities: Tensor, targets: Tensor) -> float | None:
+    """The mean AUROC of the labels for which it is defined, None if there is none."""
+    both = [i for i in range(targets.shape[1]) if len(targets[:, i].unique()) == 2]
+    values = [binary_auroc(probabilities[:, i], targets[:, i].long()) for i in both]
+    return float(torch.stack(values).mean()) if values else None
 
 
 def _one_against_rest(
@@ -68,18 +124,44 @@ def _digits(value: Tensor) -> float:
 
 def _mean(scores: list[float | None]) -> float | None:
     defined = [score for score in scores if score is not None]
-    return round(sum(defined) / len(defined), 6) if len(defined) == len(scores) else None
+    return round(sum(defined) / len(defined), 6) if 0 < len(defined) == len(scores) else None
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
-    """The paper's Table 2 for the terminal, with AUROC."""
+    """The paper's Table 2 for the terminal, with AUROC; of several labels their own table."""
+    if metrics["task"] == "multilabel":
+        return _label_table(metrics)
     rows = [[name, *_cells(scores)] for name, scores in metrics["classes"].items()]
     rows.append(["All classes mean", *_cells(metrics["macro"])])
     return table(rows, ("Class", "Recall", "Precision", "F1 score", "AUROC"))
 
 
-def _cells(scores: dict[str, float | None]) -> list[str]:
-    values = [scores[name] for name in SCORES]
+def _label_table(metrics: dict[str, Any]) -> str:
+    rows = [
+        [name, str(scores["positives"]), *_cells(scores, LABEL_SCORES)]
+        for name, scores in metrics["classes"].items()
+    ]
+    rows.append(["Mean", "", *_cells(metrics["macro"], LABEL_SCORES)])
+    rows.append(["of labels", "", *(str(metrics["macro_labels"][s]) for s in LABEL_SCORES)])
+    headers = ("Label", "Images", "AUROC", "Average precision", "F1 score", "Recall", "Precision")
+    return table(rows, headers)
+
+
+def headline(metrics: dict[str, Any]) -> str:
+    """The metrics in one line."""
+    if metrics["task"] == "multiclass":
+        right = f"{correct_of(metrics)} of {metrics['samples']}"
+        return f"accuracy {metrics['accuracy']:.3f} ({right})"
+    value, labels = metrics["macro"]["auroc"], metrics["macro_labels"]["auroc"]
+    shown = "-" if value is None else f"{value:.3f}"
+    return (
+        f"mean AUROC {shown} over {labels} of {len(metrics['classes'])} labels "
+        f"({metrics['samples']} images)"
+    )
+
+
+def _cells(scores: dict[str, float | None], names: Sequence[str] = SCORES) -> list[str]:
+    values = [scores[name] for name in names]
     return ["-" if value is None else f"{value:.3f}" for value in values]
 
 

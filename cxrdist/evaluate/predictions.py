@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,12 @@ from cxrdist.data.cache import Images, open_cache, read_rows
 from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.evaluate.metrics import compute_metrics, correct_of, metrics_table
+from cxrdist.evaluate.metrics import (
+    compute_label_metrics,
+    compute_metrics,
+    headline,
+    metrics_table,
+)
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.run import RunDirectory, write_json, write_table
 from cxrdist.terminal import progress
@@ -43,8 +49,8 @@ def open_subject(run: Path, shards: Path, cache: Path | None) -> Subject:
     """Load a model and the images to use it on.
 
     Raises:
-        CxrdistError: there is no model, the shards are not whole, or their classes or image size
-            are not the model's.
+        CxrdistError: there is no model, the shards are not whole, or their task, classes or image
+            size are not the model's.
     """
     accelerator = start()
     model = together(accelerator, lambda: load_model(run))
@@ -59,6 +65,11 @@ def _matching_index(shards: Path, model: Classifier) -> Index:
         raise CxrdistError(
             f"--shards {shards}: have the classes {', '.join(index.classes)}, the model "
             f"{', '.join(model.classes)}; give shards of the model's classes"
+        )
+    if index.task != model.task:
+        raise CxrdistError(
+            f"--shards {shards}: are {index.task}, the model is {model.task}; give shards like "
+            "those that it was trained on"
         )
     if index.image_size_px != model.image_size_px:
         raise CxrdistError(
@@ -82,16 +93,21 @@ def evaluate(config: EvaluateConfig) -> None:
     if accelerator.is_main_process:
         probabilities = _in_order(rows, numbers)
         write_predictions(subject, config.split, numbers, probabilities)
-        labels = torch.from_numpy(subject.index.targets()[numbers].argmax(1))
-        metrics = compute_metrics(torch.from_numpy(probabilities), labels, subject.index.classes)
+        metrics = _measure(subject.index, numbers, probabilities)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         write_json(subject.run.metrics(config.split), metrics)
         print(metrics_table(metrics))
-        print(
-            f"{config.split}: accuracy {metrics['accuracy']:.3f} "
-            f"({correct_of(metrics)} of {metrics['samples']})"
-        )
+        print(f"{config.split}: {headline(metrics)}")
     accelerator.wait_for_everyone()
+
+
+def _measure(
+    index: Index, numbers: NDArray[np.int64], probabilities: NDArray[np.float32]
+) -> dict[str, Any]:
+    targets, found = torch.from_numpy(index.targets()[numbers]), torch.from_numpy(probabilities)
+    if index.task == "multilabel":
+        return compute_label_metrics(found, targets, index.classes)
+    return compute_metrics(found, targets.long().argmax(1), index.classes)
 
 
 def rank_batches(

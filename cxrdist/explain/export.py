@@ -85,16 +85,16 @@ def choose_classes(classes: str, model: Classifier) -> list[str]:
 
 
 def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.int64]:
-    """Sample numbers to explain; with a limit the classes take turns.
+    """Sample numbers to explain; with a limit the classes take turns, and images without label.
 
     Returns:
         int64 [n], ascending.
     """
     numbers = index.numbers(split)
-    labels = index.targets().argmax(1)
-    by_class = [[n for n in numbers if labels[n] == c] for c in range(len(index.classes))]
-    in_turn = [n for turn in zip_longest(*by_class) for n in turn if n is not None]
-    return np.array(sorted(in_turn[:limit]), dtype=np.int64)
+    targets = index.targets()
+    by_class = [[n for n in numbers if has[n]] for has in (*targets.T, ~targets.any(axis=1))]
+    in_turn = dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)
+    return np.array(sorted(list(in_turn)[:limit]), dtype=np.int64)
 
 
 def picture_name(key: str, name: str) -> str:

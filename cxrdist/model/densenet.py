@@ -38,6 +38,7 @@ class Classifier(nn.Module):
         classes: class names in the order of the logits.
         image_size_px: side of the square images that it was made for.
         fit: how those images became square: crop, pad or stretch.
+        task: multiclass (an image has one of the classes) or multilabel (any number of them).
     """
 
     mean: Tensor
@@ -50,12 +51,14 @@ class Classifier(nn.Module):
         image_size_px: int,
         normalisation: Normalisation | None = None,
         fit: str = "crop",
+        task: str = "multiclass",
     ) -> None:
         super().__init__()
         self.shape = network
         self.classes = list(classes)
         self.image_size_px = image_size_px
         self.fit = fit
+        self.task = task
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
             growth_rate=network.growth_rate,
@@ -113,6 +116,7 @@ def save_model(model: Classifier, directory: Path) -> None:
     description = {
         "format": MODEL_FORMAT,
         "architecture": asdict(model.shape),
+        "task": model.task,
         "classes": model.classes,
         "normalisation": asdict(model.normalisation),
         "image_size_px": model.image_size_px,
@@ -146,6 +150,7 @@ def load_model(run: str | Path) -> Classifier:
             description["image_size_px"],
             Normalisation(**{k: tuple(v) for k, v in description["normalisation"].items()}),
             description["fit"],
+            description["task"],
         )
         model.network.load_state_dict(load_file(directory / "model.safetensors"))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:

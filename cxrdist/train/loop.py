@@ -168,14 +168,14 @@ class StageRun:
         row = self.train_epoch(bar)
         average_buffers(accelerator, trained_modules(training.model, self.trained))
         model = accelerator.unwrap_model(self.model)
-        val_loss, val_accuracy = validate(accelerator, model, training.material, training.val_plan)
-        if not math.isfinite(val_loss):
+        found = validate(accelerator, model, training.material, training.val_plan)
+        if not math.isfinite(found["val_loss"]):
             raise RunFailedError(
                 f"stage {self.name}, epoch {self.stopping.epoch + 1}: the validation loss is not "
                 "finite; nothing was saved or published. Lower the stage's learning rates"
             )
         seconds = round(time.perf_counter() - began, 3)
-        return {**row, "val_loss": val_loss, "val_accuracy": val_accuracy, "seconds": seconds}
+        return {**row, **found, "seconds": seconds}
 
     def train_epoch(self, bar: tqdm) -> dict[str, Any]:
         """Take all steps of the next epoch; the count of steps, mean loss and rate."""
@@ -231,7 +231,7 @@ class StageRun:
             bar.write(
                 f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
                 f"loss {row['loss']:.4f}, val loss {row['val_loss']:.4f}, "
-                f"val accuracy {row['val_accuracy']:.4f}, "
+                f"{_score(row)}, "
                 f"{row['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
             )
             self._note_stage()
@@ -283,6 +283,13 @@ class StageRun:
         scaler = self.training.accelerator.scaler
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
+
+
+def _score(row: dict[str, Any]) -> str:
+    """The validation score of an epoch for the terminal."""
+    if "val_accuracy" in row:
+        return f"val accuracy {row['val_accuracy']:.4f}"
+    return "val AUROC -" if row["val_auroc"] is None else f"val AUROC {row['val_auroc']:.4f}"
 
 
 def _blocks(training: Training) -> list[str]:

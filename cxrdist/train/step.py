@@ -2,18 +2,20 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.plan import Draws, Plan
-from cxrdist.distributed import sum_over_ranks
+from cxrdist.distributed import gather, sum_over_ranks
 from cxrdist.errors import RunFailedError
+from cxrdist.evaluate.metrics import mean_auroc
 from cxrdist.model.augment import warp
 from cxrdist.model.densenet import Classifier
 from cxrdist.train.stages import set_modes
@@ -27,13 +29,13 @@ class Material:
 
     Attributes:
         images: uint8 [samples, size, size].
-        labels: int64 [samples], places in `classes`.
-        num_classes: number of classes.
+        targets: uint8 [samples, classes], 1 where a sample has the label.
+        task: multiclass or multilabel.
     """
 
     images: Images
-    labels: NDArray[np.int64]
-    num_classes: int
+    targets: NDArray[np.uint8]
+    task: str
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Slice:
 
     Attributes:
         images: uint8 [B, 1, H, W], B is at least 1.
-        targets: float32 [B, classes], one-hot.
+        targets: float32 [B, classes], 1 where an image has the label.
         draws: warps of the B images.
         step_size: images of the step over all ranks.
         weight: 1, or 0 on a rank for which the step has no image; it still takes part.
@@ -70,8 +72,7 @@ def _read(
     material: Material, plan: Plan, rows: slice, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     numbers = plan.samples[rows]
-    labels = torch.from_numpy(material.labels[numbers])
-    targets = one_hot(labels, material.num_classes).float().to(device, non_blocking=True)
+    targets = torch.from_numpy(material.targets[numbers]).float().to(device, non_blocking=True)
     return read_rows(material.images, numbers, device), targets
 
 
@@ -148,21 +149,23 @@ def prepare_modes(model: Classifier, trained: set[str], part: Slice) -> None:
 @torch.no_grad()
 def validate(
     accelerator: Accelerator, model: nn.Module, material: Material, plan: Plan
-) -> tuple[float, float]:
-    """Mean loss and accuracy over a plan of the validation split, each row once.
+) -> dict[str, Any]:
+    """Mean loss and score over a plan of the validation split, each row once.
 
     Args:
         accelerator: of this rank.
         model: unwrapped: DDP would wait for ranks that have no batch.
-        material: images and labels.
+        material: images and targets.
         plan: the expanded validation split, the same in every epoch.
 
     Returns:
-        Mean binary cross-entropy over rows and classes, and the share of rows whose largest logit
-        is the label's.
+        val_loss: mean binary cross-entropy over rows and classes. With it val_accuracy: the share
+        of rows whose largest logit is the label's; or, of several labels an image, val_auroc: the
+        mean over the labels that some rows have and some have not, None if there is no such one.
     """
     model.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    rows_seen = []
     starts = range(0, len(plan.samples), VAL_IMAGES_PER_PASS)
     for start in starts[accelerator.process_index :: accelerator.num_processes]:
         rows = slice(start, min(start + VAL_IMAGES_PER_PASS, len(plan.samples)))
@@ -171,6 +174,16 @@ def validate(
         loss = binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums += torch.stack([loss.double(), correct.double()])
+        if material.task == "multilabel":
+            rows_seen.append((start, logits.cpu(), targets.cpu()))
     loss_sum, num_correct = sum_over_ranks(accelerator, sums).tolist()
-    num_rows = len(plan.samples)
-    return loss_sum / (num_rows * material.num_classes), num_correct / num_rows
+    num_rows, num_classes = len(plan.samples), material.targets.shape[1]
+    val_loss = loss_sum / (num_rows * num_classes)
+    if material.task == "multiclass":
+        return {"val_loss": val_loss, "val_accuracy": num_correct / num_rows}
+    rows_of_all = sorted(gather(accelerator, rows_seen), key=lambda row: row[0])
+    _, all_logits, all_targets = zip(*rows_of_all, strict=True)
+    return {
+        "val_loss": val_loss,
+        "val_auroc": mean_auroc(torch.sigmoid(torch.cat(all_logits)), torch.cat(all_targets)),
+    }

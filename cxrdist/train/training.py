@@ -118,6 +118,7 @@ def _describe_shards(index: Index) -> dict[str, Any]:
         "image_size_px": index.image_size_px,
         "fit": index.fit,
         "split": index.split,
+        "task": index.task,
         "classes": index.classes,
         "counts": index.counts(),
     }
@@ -131,9 +132,9 @@ def build_training(
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
     """
-    labels = index.targets().argmax(1)
+    targets = index.targets()
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
-    copies = copies_of(labels, index.classes, config.copies)
+    copies = copies_of(targets, index.classes, config.copies)
     with accelerator.local_main_process_first():  # one download a node
         read = _attempt(config.init)
     weights = together(accelerator, read)
@@ -152,7 +153,7 @@ def build_training(
         model.to(memory_format=torch.channels_last)
     # One fixed draw of the expanded validation split, so that epochs can be compared.
     val_plan = plan_epoch(val, copies[val], config.augmentation, 1, (config.seed, "validation", 0))
-    material = Material(images, labels, len(index.classes))
+    material = Material(images, targets, index.task)
     return Training(accelerator, run, config, model, material, train, copies[train], val_plan)
 
 
@@ -173,7 +174,12 @@ def _attempt(init: str) -> Callable[[], InitialWeights]:
 def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> Classifier:
     torch.manual_seed(config.seed)
     return Classifier(
-        config.network, index.classes, index.image_size_px, weights.normalisation, index.fit
+        config.network,
+        index.classes,
+        index.image_size_px,
+        weights.normalisation,
+        index.fit,
+        index.task,
     )
 
 

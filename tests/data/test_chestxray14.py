@@ -111,11 +111,11 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(CxrdistError, match=r"row 12: 00000004_001\.png is in neither"):
         read(folder)
     (folder / "test_list.txt").unlink()
-    with pytest.raises(CxrdistError, match="has train_val_list.txt alone"):
+    with pytest.raises(CxrdistError, match=r"has train_val_list\.txt alone"):
         read(folder)
     (folder / "train_val_list.txt").unlink()
     (folder / "images" / "00000099_000.png").touch()
-    with pytest.raises(CxrdistError, match="00000099_000.png: stands in no row"):
+    with pytest.raises(CxrdistError, match=r"00000099_000\.png: stands in no row"):
         read(folder)
     table = folder / "Data_Entry_2017_v2020.csv"
     table.write_text(table.read_text().replace("Hernia", "Cold"))

@@ -63,9 +63,15 @@ def test_a_plan_is_a_function_of_seed_stage_and_epoch():
 
 def test_copies_of_an_unknown_class_are_refused():
     """A misspelt class would silently not be balanced."""
-    labels = np.array([0, 1, 1])
-    assert copies_of(labels, ["a", "b"], {"b": 4}).tolist() == [1, 4, 4]
+    targets = np.array([[1, 0], [0, 1], [0, 1]], np.uint8)
+    assert copies_of(targets, ["a", "b"], {"b": 4}).tolist() == [1, 4, 4]
     with pytest.raises(CxrdistError, match="no class 'c'"):
-        copies_of(labels, ["a", "b"], {"c": 4})
+        copies_of(targets, ["a", "b"], {"c": 4})
     with pytest.raises(CxrdistError, match="at least 1"):
-        copies_of(labels, ["a", "b"], {"a": 0})
+        copies_of(targets, ["a", "b"], {"a": 0})
+
+
+def test_of_several_labels_the_one_of_most_copies_counts():
+    """An image without a label, or with one of a single copy, is taken once."""
+    targets = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1]], np.uint8)
+    assert copies_of(targets, ["a", "b", "c"], {"a": 2, "b": 5}).tolist() == [5, 1, 1, 2]

@@ -92,7 +92,7 @@ def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypat
 
     def validate(accelerator, model, *_):
         states.append({k: v.clone() for k, v in model.network.state_dict().items()})
-        return next(losses), 0.5
+        return {"val_loss": next(losses), "val_accuracy": 0.5}
 
     monkeypatch.setattr(loop, "validate", validate)
     train(recipe(shards, tmp_path / "run"))
@@ -118,7 +118,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(shards, tmp_path, mon
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(shards, tmp_path, monkeypatch):
     """An epoch that cannot be judged is neither saved nor published."""
-    monkeypatch.setattr(loop, "validate", lambda *_: (float("nan"), 0.5))
+    monkeypatch.setattr(
+        loop, "validate", lambda *_: {"val_loss": float("nan"), "val_accuracy": 0.5}
+    )
     with pytest.raises(RunFailedError, match=r"stage all, epoch 1: the validation loss"):
         train(recipe(shards, tmp_path / "run"))
     assert not (tmp_path / "run" / "model").exists()
