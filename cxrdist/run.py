@@ -54,6 +54,11 @@ class RunDirectory:
         return self.root / "model"
 
     @property
+    def audit(self) -> Path:
+        """The audit of the shards, as it was when the training began."""
+        return self.root / "audit.json"
+
+    @property
     def report(self) -> Path:
         """The self-contained report."""
         return self.root / "report.html"

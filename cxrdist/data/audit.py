@@ -272,15 +272,15 @@ def _warnings(found: dict[str, Any]) -> list[str]:
 def _leaks(found: dict[str, Any]) -> list[str]:
     duplicates, lines = found["duplicates"], []
     for number, what in (
-        (len(found["patients_in_several_splits"]), "patients have images in two splits"),
-        (duplicates["in_two_splits"], "pairs of the same image lie in two splits"),
-        (duplicates["in_two_classes"], "pairs of the same image have different labels"),
+        (len(found["patients_in_several_splits"]), "patients with images in several splits"),
+        (duplicates["in_two_splits"], "pairs of the same image in two splits"),
+        (duplicates["in_two_classes"], "pairs of the same image with different labels"),
     ):
         if number:
-            lines.append(f"{number} {what}")
+            lines.append(f"{what}: {number}")
     names = [about["patient"] for about in found["patients_in_several_classes"]]
     if names:
-        lines.append(f"{len(names)} patients have images in two classes: {_few(names)}")
+        lines.append(f"patients with images in several classes: {len(names)} ({_few(names)})")
     return lines
 
 

@@ -91,6 +91,12 @@ class Index:
             for split in SPLITS
         }
 
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Images and patients by split, those without a label too."""
+        images = Counter(s.split for s in self.samples)
+        patients = Counter(split for split, _ in {(s.split, s.patient) for s in self.samples})
+        return {split: {"images": images[split], "patients": patients[split]} for split in SPLITS}
+
 
 def read_index(directory: Path) -> Index:
     """Read index.json and samples.csv and make sure that they agree with each other.

@@ -106,18 +106,22 @@ def loss_chart(
     return _chart(name, f"Loss over {len(epochs)} epochs", _over_epochs(draw, epochs), (4.6, 2.9))
 
 
-def accuracy_chart(
-    name: str, epochs: Sequence[int], validation: Sequence[float], best_epoch: int | None
+def score_chart(
+    name: str,
+    epochs: Sequence[int],
+    validation: Sequence[float],
+    best_epoch: int | None,
+    score: str,
 ) -> str:
-    """Draw the validation accuracy (0 to 1) over the epochs; arguments as in `loss_chart`."""
+    """Draw a validation score (0 to 1) by its name over the epochs; else as `loss_chart`."""
 
     def draw(axes: Axes) -> None:
         axes.plot(epochs, validation, color=FIRST, marker="o", label="validation")
         _mark_best(axes, epochs, validation, best_epoch)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
-        axes.set_ylabel("accuracy")
+        axes.set_ylabel(score)
 
-    label = f"Validation accuracy over {len(epochs)} epochs"
+    label = f"Validation {score} over {len(epochs)} epochs"
     return _chart(name, label, _over_epochs(draw, epochs), (4.6, 2.9))
 
 

@@ -247,7 +247,7 @@ class StageRun:
             epoch = self.stopping.epoch + (kind == "step")
             append_log(training.run.log, {**where, "epoch": epoch, **row})
         if training.recipe.track:
-            values = {f"{kind}/{k}": v for k, v in row.items() if k != "step"}
+            values = {f"{kind}/{k}": v for k, v in row.items() if k != "step" and v is not None}
             training.accelerator.log(values, step=row["step"])
 
     def _note_stage(self) -> None:

@@ -121,6 +121,7 @@ def _describe_shards(index: Index) -> dict[str, Any]:
         "task": index.task,
         "classes": index.classes,
         "counts": index.counts(),
+        "totals": index.totals(),
     }
 
 
@@ -146,6 +147,9 @@ def build_training(
         about = _describe_start(accelerator, weights, num_copied)
         shards = {"format": RUN_FORMAT, "shards": _describe_shards(index)}
         write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
+        audit = index.directory / "audit.json"
+        if audit.is_file():
+            write_text(run.audit, audit.read_text(encoding="utf-8"))
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
     model.to(accelerator.device)

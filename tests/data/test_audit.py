@@ -51,8 +51,8 @@ def test_patients_in_two_classes_and_splits_are_listed():
     assert found["patients_in_several_splits"] == [
         {"patient": "y", "images": {"test": 1, "train": 1}}
     ]
-    assert "1 patients have images in two splits" in summary(found)
-    assert "1 patients have images in two classes: x" in summary(found)
+    assert "patients with images in several splits: 1" in summary(found)
+    assert "patients with images in several classes: 1 (x)" in summary(found)
 
 
 def test_several_labels_of_a_patient_are_no_fault():
@@ -148,7 +148,7 @@ def test_real_covid3_is_packed_with_its_leaks_found(real_data, tmp_path):
     assert found["sources"]["own"]["COVID-19"] == 1
     assert found["sources"]["counts"]["ChestX-ray14"]["COVID-19"] == 0
     assert found["shortcut"]["auroc"]["COVID-19"]["low"] > 0.8
-    assert "audit warning: 20 patients have images in two classes" in done.stdout
+    assert "audit warning: patients with images in several classes: 20 (" in done.stdout
 
 
 def test_check_makes_the_same_audit_from_the_shards(shards, tmp_path):

@@ -12,10 +12,15 @@ import torch
 import torchmetrics
 import yaml
 from PIL import Image
+from support import make_images
+
+from cxrdist.config import PackConfig
+from cxrdist.data.pack import pack
 
 ODD_CLASS = '<b>&"'
 CLASSES = ["NORMAL", "COVID-19", ODD_CLASS]
 SPLIT = "test"
+PARTS = ("images", "patients")
 EXPLAINED = 30
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
 
@@ -26,6 +31,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "bassi run #1"
     run.mkdir()
     write_training(run)
+    shutil.copy(make_audit(tmp_path_factory.mktemp("audit")), run / "audit.json")
     rows = make_predictions()
     write_evaluation(run / SPLIT, rows)
     write_explanation(run / SPLIT, rows)
@@ -47,6 +53,17 @@ def made() -> SimpleNamespace:
 def run(whole_run: Path, tmp_path: Path) -> Path:
     """A copy of the whole run that a test may change."""
     return Path(shutil.copytree(whole_run, tmp_path / "run"))
+
+
+def make_audit(folder: Path) -> Path:
+    """Pack shards in which an image stands in two classes and one has an altered copy."""
+    images = make_images(folder / "images", dict.fromkeys(CLASSES, 20), 64)
+    shutil.copy(images / "NORMAL" / "NO000_0.png", images / "COVID-19" / "NO000_1.png")
+    with Image.open(images / "COVID-19" / "CO001_0.png") as image:
+        image.save(images / "COVID-19" / "CO001_7.jpg", quality=80)
+    settings = {"size": 64, "split": "0.5/0.2/0.3", "patient_pattern": r"^(\w+)_", "workers": 1}
+    pack(PackConfig("folder", images, folder / "shards", **settings))
+    return folder / "shards" / "audit.json"
 
 
 def write_training(run: Path) -> None:
@@ -132,7 +149,12 @@ def run_info(stages: dict) -> dict:
             "index_sha256": "9b74c9897bac770ffc029102a200c5de11aa46ea2f1d4f1cf1ed86b8f8e2a5c7",
             "image_size_px": 224,
             "path": "shards & more",
+            "task": "multiclass",
             "classes": CLASSES,
+            "totals": {
+                split: {name: sum(pair[i] for pair in numbers) for i, name in enumerate(PARTS)}
+                for split, numbers in counts.items()
+            },
             "counts": {
                 split: {
                     name: {"images": images, "patients": patients}
@@ -193,6 +215,7 @@ def evaluate(scores: torch.Tensor, truth: torch.Tensor) -> dict:
     confusion = classification.multiclass_confusion_matrix(scores, truth, len(CLASSES))
     return {
         "split": SPLIT,
+        "task": "multiclass",
         "samples": len(truth),
         "accuracy": float((scores.argmax(1) == truth).double().mean()),
         "confusion_matrix": confusion.tolist(),

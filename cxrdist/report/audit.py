@@ -1,0 +1,150 @@
+"""The audit of the shards as the report shows it."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cxrdist.data.audit import FORMAT
+from cxrdist.report.files import reading
+from cxrdist.report.values import count, number
+
+MOST_PATIENTS = 50
+MOST_IN_SIGHT = 10  # pairs that need no click
+
+
+def audit_view(path: Path) -> dict[str, Any] | None:
+    """Gather what the page shows of an audit; None if there was none when the training began.
+
+    Raises:
+        CxrdistError: the file is not what the audit writes.
+    """
+    if not path.is_file():
+        return None
+    with reading(path, "check --audit"):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ValueError(f"format is {found['format']!r} and not {FORMAT!r}")
+        pairs = _pictured(found["duplicates"]["pairs"], found["thumbnails"])
+        return {
+            "images": count(found["images"]),
+            "patients": count(found["patients"]),
+            "warnings": [str(line) for line in found["warnings"]],
+            "classes": [str(name) for name in found["classes"]],
+            "duplicates": {
+                name: int(found["duplicates"][name])
+                for name in ("exact", "near", "in_two_splits", "in_two_classes")
+            },
+            "pairs": [pairs[:MOST_IN_SIGHT], pairs[MOST_IN_SIGHT:]],
+            "num_unpictured": len(found["duplicates"]["pairs"]) - len(pairs),
+            "shared": [
+                (what, len(found[f"patients_in_several_{what}"]), _patients(found, what))
+                for what in ("splits", "classes")
+            ],
+            "origins": [(what, _origin(found[f"{what}s"])) for what in ("source", "view")],
+            "statistics": _statistics(found["statistics"], found["classes"]),
+            "shortcut": _shortcut(found["shortcut"], found["classes"]),
+            "seen": _seen(found["in_pre_training"]),
+        }
+
+
+def _pictured(
+    pairs: Sequence[Mapping[str, Any]], thumbnails: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """The pairs that have pictures, as the page shows them; equal images have one in common."""
+    shown = []
+    for about in pairs:
+        images = [
+            {name: str(image[name]) for name in ("key", "path", "split", "label", "patient")}
+            for image in about["images"]
+        ]
+        pictures = [thumbnails[image["key"]] for image in images if image["key"] in thumbnails]
+        if not pictures:
+            continue
+        for code in pictures:
+            base64.b64decode(code, validate=True)
+        shown.append(
+            {
+                "exact": about["kind"] == "exact",
+                "correlation": number(about["correlation"]),
+                "bits": count(about["bits"]),
+                "two_splits": bool(about["two_splits"]),
+                "two_classes": bool(about["two_classes"]),
+                "images": images,
+                "pictures": pictures[:1] if about["kind"] == "exact" else pictures,
+            }
+        )
+    return shown
+
+
+def _patients(found: Mapping[str, Any], what: str) -> list[tuple[str, str]]:
+    """The first patients with images in several places: who, and how many where."""
+    return [
+        (
+            str(about["patient"]),
+            ", ".join(f"{name} {count(images)}" for name, images in about["images"].items()),
+        )
+        for about in found[f"patients_in_several_{what}"][:MOST_PATIENTS]
+    ]
+
+
+def _origin(table: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for each class: its images by where they come from, and how far both are the same."""
+    names = list(table["counts"])
+    return {
+        "names": names,
+        "rows": [
+            (
+                label,
+                [int(table["counts"][name][label]) for name in names],
+                float(table["own"][label]),
+                number(association),
+            )
+            for label, association in table["association"].items()
+        ],
+        "all": [int(table["counts"][name]["all"]) for name in names],
+    }
+
+
+def _statistics(table: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """A row for each class: mean and spread of each number; empty where it has no images."""
+    return {
+        "names": [name.replace("_", " ") for name in table],
+        "rows": [
+            (
+                label,
+                [
+                    (_short(values[label]["mean"]), _short(values[label]["spread"]))
+                    if values[label]
+                    else None
+                    for values in table.values()
+                ],
+            )
+            for label in classes
+        ],
+    }
+
+
+def _short(value: float) -> str:
+    return number(value) if abs(value) < 10 else f"{value:,.0f}"
+
+
+def _shortcut(found: Mapping[str, Any] | None, classes: Sequence[str]) -> dict[str, Any] | None:
+    """AUROC and interval of each class, None where too few images."""
+    if found is None:
+        return None
+    rows = []
+    for label in classes:
+        score = found["auroc"][label]
+        shown = [number(score[name]) for name in ("value", "low", "high")] if score else None
+        rows.append((label, shown, bool(score) and score["low"] > 0.5))
+    return {"folds": count(found["folds"]), "rows": rows}
+
+
+def _seen(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Images of the pre-training's data set by split."""
+    return {
+        "data_set": str(found["data_set"]),
+        "splits": {split: int(counts["all"]) for split, counts in found["splits"].items()},
+    }

@@ -1,0 +1,264 @@
+"""The files of a run as the report reads them: each is checked whole, so that the page is sound."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from cxrdist.data.records import SPLITS, labels_of
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.metrics import THRESHOLD
+from cxrdist.report.values import MEASURES, count, moment, number
+from cxrdist.run import RUN_FORMAT, RunDirectory
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of predictions.csv."""
+
+    key: str
+    label: str
+    """The truth; of several labels with ``|`` between them, empty for none."""
+    probabilities: dict[str, float]
+    """By class, 0 to 1."""
+    task: str = "multiclass"
+    """multiclass or multilabel."""
+
+    @property
+    def labels(self) -> list[str]:
+        """The truth as a list."""
+        return labels_of(self.label)
+
+    @property
+    def predicted(self) -> list[str]:
+        """The likeliest class, the first one of equal ones; of labels all from `THRESHOLD` on."""
+        if self.task == "multilabel":
+            return [name for name, value in self.probabilities.items() if value >= THRESHOLD]
+        return [max(self.probabilities, key=self.probabilities.__getitem__)]
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the predicted class is the truth."""
+        return self.predicted == self.labels
+
+    @property
+    def confidence(self) -> float:
+        """The largest probability."""
+        return max(self.probabilities.values())
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One row of relevance.csv: ``logit = pixels + bias + epsilon``, all in logit units."""
+
+    key: str
+    target: str
+    """The class that is explained."""
+    logit: float
+    pixels: float
+    bias: float
+    epsilon: float
+    picture: Path | None
+    """The heat map; None where none was written."""
+
+
+@contextmanager
+def reading(path: Path, command: str) -> Iterator[None]:
+    """Turn whatever is wrong with a file into one line with the command that writes it.
+
+    Raises:
+        CxrdistError: the file cannot be read or does not hold what the command writes.
+    """
+    try:
+        yield
+    except CxrdistError:
+        raise
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+        problem = f"misses {error}" if isinstance(error, KeyError) else str(error)
+        problem = " ".join(problem.split())
+        raise CxrdistError(
+            f"{path}: expected what `cxrdist {command}` writes, but: {problem}; "
+            f"run `cxrdist {command}` again"
+        ) from error
+
+
+def read_info(run: RunDirectory) -> dict[str, Any]:
+    """Read run.json.
+
+    Raises:
+        CxrdistError: there is none, or it is not one of this format.
+    """
+    if not run.info.is_file():
+        raise CxrdistError(
+            f"--run {run.root}: holds no run.json; give the directory of a `cxrdist train`"
+        )
+    with reading(run.info, "train"):
+        info = json.loads(run.info.read_text(encoding="utf-8"))
+        if info["format"] != RUN_FORMAT:
+            raise ValueError(f"format is {info['format']!r} and not {RUN_FORMAT!r}")
+        shards = info["shards"]
+        for name in ("index_sha256", "image_size_px", "split"):
+            shards[name]
+        MEASURES[shards["task"]]
+        for classes in shards["counts"].values():
+            for name in shards["classes"]:
+                count(classes[name]["images"]), count(classes[name]["patients"])
+        for total in shards["totals"].values():
+            count(total["images"]), count(total["patients"])
+        for name in ("world_size", "device", "mixed_precision", "git_revision"):
+            info[name]
+        dict(info["versions"]), info["weights"]["source"], dict(info["stages"])
+        moment(info["started"]), moment(info["finished"])
+    return dict(info)
+
+
+def read_recipe(path: Path) -> tuple[str, list[str]] | None:
+    """Read the resolved recipe.
+
+    Returns:
+        The text as it stands and the names of the stages in order; None if there is no recipe.
+    """
+    if not path.is_file():
+        return None
+    with reading(path, "train"):
+        text = path.read_text(encoding="utf-8")
+        return text, [str(name) for name in yaml.safe_load(text).get("stages") or {}]
+
+
+def read_epochs(path: Path, task: str) -> dict[str, list[dict[str, Any]]]:
+    """Read the epochs of each stage from the log, those that were done twice as done last.
+
+    A last line without an end was cut off when the run was killed; it is left out. ``val_score``
+    is the validation score of the task.
+    """
+    if not path.is_file():
+        return {}
+    epochs: dict[str, dict[int, dict[str, Any]]] = {}
+    with reading(path, "train"):
+        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
+            row = json.loads(line)
+            if row.get("kind") != "epoch":
+                continue
+            row["val_score"] = row["val_auroc" if task == "multilabel" else "val_accuracy"]
+            for name in ("loss", "val_loss", "val_score", "images_per_second", "seconds"):
+                row[name] = math.nan if row[name] is None else float(row[name])
+            epochs.setdefault(row["stage"], {})[int(row["epoch"])] = row
+    return {stage: [rows[epoch] for epoch in sorted(rows)] for stage, rows in epochs.items()}
+
+
+def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
+    """Read the metrics of a split; None if it was not evaluated."""
+    if not path.is_file():
+        return None
+    with reading(path, "evaluate"):
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+        if metrics["task"] != task:
+            raise ValueError(f"they are {metrics['task']}, the run is {task}")
+        scores = MEASURES[task]
+        for values in (*metrics["classes"].values(), metrics["macro"]):
+            for score in scores:
+                number(values[score])
+        if task == "multilabel":
+            number(metrics["threshold"])
+            for values in metrics["classes"].values():
+                count(values["positives"])
+            for score in scores:
+                count(metrics["macro_labels"][score])
+        else:
+            number(metrics["accuracy"])
+            _check_confusion(metrics)
+    return dict(metrics)
+
+
+def _check_confusion(metrics: dict[str, Any]) -> None:
+    confusion = np.array(metrics["confusion_matrix"], dtype=np.int64)
+    side = len(metrics["classes"])
+    if confusion.shape != (side, side) or confusion.sum() != metrics["samples"]:
+        raise ValueError(
+            f"the confusion matrix does not hold {metrics['samples']} samples of {side} classes"
+        )
+
+
+def read_predictions(path: Path, task: str) -> list[Sample] | None:
+    """Read the predictions of a split; None if it was not evaluated."""
+    if not path.is_file():
+        return None
+    samples = []
+    with reading(path, "evaluate"), open(path, encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file, strict=True)
+        columns = [name for name in table.fieldnames or [] if name.startswith("prob_")]
+        if not columns:
+            raise ValueError("there is no column prob_CLASS")
+        for row in table:
+            probabilities = {name.removeprefix("prob_"): float(row[name]) for name in columns}
+            sample = Sample(row["key"], row["label"], probabilities, task)
+            if task == "multiclass" and len(sample.labels) != 1:
+                raise ValueError(f"line {table.line_num}: {row['label']!r} is not one label")
+            if unknown := [label for label in sample.labels if label not in probabilities]:
+                raise ValueError(f"line {table.line_num}: no probability of {unknown[0]!r}")
+            if not all(0 <= value <= 1 for value in probabilities.values()):
+                raise ValueError(f"line {table.line_num}: a probability is not within 0 and 1")
+            samples.append(sample)
+    return samples
+
+
+def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]] | None:
+    """Read the ledger of a split by key, in the order of the file; None if not explained."""
+    path = run.relevance_table(split)
+    if not path.is_file():
+        return None
+    found: dict[str, list[Explanation]] = {}
+    with reading(path, "explain"), open(path, encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file, strict=True)
+        for row in table:
+            logit, pixels, bias, epsilon = (
+                _finite(row[name])
+                for name in ("logit", "relevance_sum", "bias_share", "epsilon_share")
+            )
+            picture = within(run.heatmaps(split), row["picture"]) if row["picture"] else None
+            explanation = Explanation(
+                row["key"], row["class"], logit, pixels, bias, epsilon, picture
+            )
+            found.setdefault(row["key"], []).append(explanation)
+    return found
+
+
+def _finite(text: str) -> float:
+    """Read a number.
+
+    Raises:
+        ValueError: it is none, or not a finite one.
+    """
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value
+
+
+def within(directory: Path, name: str) -> Path:
+    """Name a file of a directory.
+
+    Raises:
+        ValueError: the name leads elsewhere.
+    """
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} is not the name of a file in {directory.name}/")
+    return directory / name
+
+
+def known_splits(root: Path) -> list[str]:
+    """List the splits that were evaluated or explained, test first."""
+    found = {
+        file.parent.name
+        for name in ("metrics.json", "relevance.csv")
+        for file in root.glob(f"*/{name}")
+    }
+    rank = {split: place for place, split in enumerate(reversed(SPLITS))}
+    return sorted(found, key=lambda split: (rank.get(split, len(rank)), split))

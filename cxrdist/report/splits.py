@@ -1,0 +1,159 @@
+"""What the report shows of one split: scores, mistakes, heat maps, ledger."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cxrdist.report import pictures
+from cxrdist.report.files import (
+    Explanation,
+    Sample,
+    read_metrics,
+    read_predictions,
+    read_relevance,
+    reading,
+    within,
+)
+from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
+from cxrdist.report.values import share
+from cxrdist.run import RunDirectory
+
+MOST_MISTAKES = 12
+MOST_OF_A_CLASS = 4
+MOST_IN_GALLERY = 24
+MOST_MAPS_OF_A_SAMPLE = 4
+
+
+@dataclass(frozen=True)
+class Card:
+    """One sample as the page shows it."""
+
+    key: str
+    sample: Sample | None
+    """None where the split was explained and not evaluated."""
+    xray: pictures.Picture | None
+    maps: list[tuple[Explanation, pictures.Picture]]
+
+
+def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[str, Any]:
+    """Gather all that is shown of one split; what was not made is None.
+
+    Args:
+        run: the run directory.
+        split: the split.
+        element: begins the ids of its elements in the page; unique.
+        task: multiclass or multilabel.
+
+    Raises:
+        CxrdistError: a file is broken, or predictions and metrics are of different evaluations.
+    """
+    metrics = read_metrics(run.metrics(split), task)
+    samples = read_predictions(run.predictions(split), task)
+    relevance = read_relevance(run, split)
+    if metrics and samples is not None:
+        check_same_evaluation(run, split, metrics, samples)
+    by_key = {sample.key: sample for sample in samples or []}
+    mistakes = worst_mistakes(samples or []) if task == "multiclass" else []
+    shown = _gallery(relevance or {}, by_key)
+    return {
+        "name": split,
+        "element": element,
+        "metrics": metrics,
+        "scores": score_view(metrics) if metrics else None,
+        "samples": samples,
+        "roc": roc_charts(element, samples, metrics) if samples and metrics else None,
+        "num_mistakes": sum(not sample.is_right for sample in samples or []),
+        "mistakes": [_card(run, split, sample.key, by_key, relevance) for sample in mistakes],
+        "explained": relevance is not None,
+        "ledger": _ledger(relevance or {}),
+        "gallery": [
+            (label, [_card(run, split, key, by_key, relevance) for key in keys])
+            for label, keys in shown.items()
+        ],
+    }
+
+
+def worst_mistakes(samples: Sequence[Sample]) -> list[Sample]:
+    """Pick the wrong predictions that the network was surest of, the surest first."""
+    wrong = [sample for sample in samples if not sample.is_right]
+    return sorted(wrong, key=lambda sample: (-sample.confidence, sample.key))[:MOST_MISTAKES]
+
+
+def _gallery(
+    relevance: Mapping[str, list[Explanation]], samples: Mapping[str, Sample]
+) -> dict[str | None, list[str]]:
+    """Pick a few samples of each class that have heat maps, the first ones by the file's order.
+
+    They are not picked by how well the network did, so that they show how it usually looks. A
+    sample of several labels stands with its first one, one without any under an empty name.
+    """
+    classes = next(iter(samples.values())).probabilities if samples else {}
+    keys: dict[str | None, list[str]] = {name: [] for name in classes}
+    for key, explanations in relevance.items():
+        if any(explanation.picture for explanation in explanations):
+            label = next(iter(samples[key].labels), "") if key in samples else None
+            keys.setdefault(label, []).append(key)
+    most = max(1, min(MOST_OF_A_CLASS, MOST_IN_GALLERY // max(1, len(keys))))
+    return {label: found[:most] for label, found in keys.items() if found}
+
+
+def _card(
+    run: RunDirectory,
+    split: str,
+    key: str,
+    samples: Mapping[str, Sample],
+    relevance: Mapping[str, list[Explanation]] | None,
+) -> Card:
+    """Gather the X-ray and the heat maps of one sample, as far as they were written.
+
+    Of many heat maps those of the truth, of the prediction and of the likeliest classes stay.
+    """
+    sample = samples.get(key)
+
+    def interest(explanation: Explanation) -> tuple[bool, float]:
+        if sample is None:
+            return True, 0.0
+        target = explanation.target
+        return target not in sample.labels + sample.predicted, -sample.probabilities.get(target, 0)
+
+    with reading(run.relevance_table(split), "explain"):
+        xray = within(run.heatmaps(split), f"{key}.png")
+    drawn = [item for item in (relevance or {}).get(key, []) if item.picture]
+    drawn = sorted(drawn, key=interest)[:MOST_MAPS_OF_A_SAMPLE]
+    return Card(
+        key,
+        sample,
+        pictures.embed(xray) if xray.is_file() else None,
+        [(item, pictures.embed(item.picture)) for item in drawn if item.picture],
+    )
+
+
+def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
+    """Average the ledger over the heat maps of each explained class.
+
+    Shares are of the absolute amounts, since parts of opposite sign make no share of their sum.
+    """
+    by_class: dict[str, list[Explanation]] = {}
+    for explanations in relevance.values():
+        for explanation in explanations:
+            by_class.setdefault(explanation.target, []).append(explanation)
+    rows = []
+    for name, found in by_class.items():
+        parts = np.array([[item.pixels, item.bias, item.epsilon] for item in found])
+        logits = np.array([item.logit for item in found])
+        amount = np.abs(parts).sum(axis=0)
+        rows.append(
+            {
+                "name": name,
+                "num_maps": len(found),
+                "logit": float(logits.mean()),
+                "parts": [
+                    (float(mean), share(float(part), float(amount.sum())))
+                    for mean, part in zip(parts.mean(axis=0), amount, strict=True)
+                ],
+                "gap": float(np.abs(logits - parts.sum(axis=1)).max()),
+            }
+        )
+    return rows

@@ -1,0 +1,65 @@
+"""How the report calls and writes a value."""
+
+import math
+from collections.abc import Sequence
+from datetime import datetime
+from decimal import Decimal
+
+DASH = "\N{EM DASH}"
+# The scores of metrics.json by task, in the order of the page.
+MEASURES = {
+    "multiclass": {
+        "recall": "Recall",
+        "precision": "Precision",
+        "f1": "F1 score",
+        "auroc": "AUROC",
+    },
+    "multilabel": {
+        "auroc": "AUROC",
+        "average_precision": "Average precision",
+        "f1": "F1 score",
+        "recall": "Recall",
+        "precision": "Precision",
+    },
+}
+
+
+def number(value: float | None) -> str:
+    """Write a value with three decimals; what is undefined is a dash."""
+    return DASH if value is None or math.isnan(value) else f"{value:.3f}".replace("-", "\u2212")
+
+
+def percent(value: float | None) -> str:
+    """Write a share (0 to 1) in percent, from the three decimals that `number` shows."""
+    if value is None or math.isnan(value):
+        return DASH
+    return f"{Decimal(f'{value:.3f}') * 100:.1f} %".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def count(value: int | None) -> str:
+    """Write a whole number with its thousands apart."""
+    return DASH if value is None else f"{value:,}"
+
+
+def rate(value: float) -> str:
+    """Write a value of any magnitude with three digits, such as a learning rate."""
+    return f"{value:.3g}"
+
+
+def share(part: float, whole: float) -> float | None:
+    """Divide; nothing of nothing is undefined."""
+    return part / whole if whole else None
+
+
+def colour(rgb: Sequence[float], opacity: float) -> str:
+    """Write a colour (0 to 255 each) with its opacity (0 to 1) for CSS."""
+    red, green, blue = rgb
+    return f"rgb({red:.0f} {green:.0f} {blue:.0f} / {opacity:g})"
+
+
+def moment(value: str | None) -> str:
+    """Write an ISO time for people, to the minute, with its zone."""
+    if value is None:
+        return DASH
+    time = datetime.fromisoformat(value)
+    return f"{time:%Y-%m-%d %H:%M} {time.tzname() or ''}".rstrip()
