@@ -1,7 +1,8 @@
 # Sourced by demo.sh and test.sh: make the virtual environment in the checkout and install into it.
+# shellcheck shell=bash
 # usage: install EXTRAS, such as "" or "[dev]"
 install() {
-    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "cxrdist needs Python 3.11 or newer, found $(python3 --version)" >&2
         exit 2

@@ -1,7 +1,6 @@
 """Pack: raw images -> WebDataset shards with an index and an audit."""
 
 import hashlib
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from cxrdist.data.records import (
 )
 from cxrdist.data.shards import describe_shard, sample_key, write_shard
 from cxrdist.data.sources import read_source
-from cxrdist.data.splits import assign_splits, group_by_patient
+from cxrdist.data.splits import assign_splits, describe_split, group_by_patient
 from cxrdist.data.squares import (
     Part,
     Pngs,
@@ -124,10 +123,6 @@ def _content(config: PackConfig, source: Source) -> dict[str, Any]:
     return {**options, "input": str(config.input), "records_sha256": digest.hexdigest()}
 
 
-def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
     """Whether the shards stand already; a kill may have left the work directory.
 
@@ -136,11 +131,10 @@ def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
-    index = out / "index.json"
-    made_of = read_json(index).get("content_sha256") if index.is_file() else None
-    if made_of is None and not isinstance(out, Path) and work.exists():
+    index, options = out / "index.json", out / "pack.json"
+    if not index.is_file() and not isinstance(out, Path) and work.exists():
         return False  # an object store: killed while the shards were copied to their place
-    if made_of != _digest(content):
+    if not index.is_file() or not options.is_file() or read_json(options) != content:
         raise CxrdistError(f"--out {out}: stands already; remove it or choose another name")
     remove(work)
     print(f"{out}: is packed already")
@@ -281,7 +275,8 @@ def _assemble(
     found = audit(_entries(items, splits), duplicates, pixels, source.classes, source.task)
     write_json(directory / "audit.json", found)
     index = _describe(config, source, shards, entries, directory / "samples.csv")
-    write_json(directory / "index.json", {**index, "content_sha256": _digest(content)})
+    write_json(directory / "pack.json", content)
+    write_json(directory / "index.json", index)
     _print_summary(config, source, items, directory, len(rejected))
     print(summary(found))
 
@@ -400,14 +395,13 @@ def _describe(
             "classes": {name: labels[name] for name in source.classes},
             "shards": [entry._asdict() for _, entry in own],
         }
-    given = source.records[0].split is not None
     return {
         "format": FORMAT,
         "task": source.task,
         "classes": source.classes,
         "image_size_px": config.size,
         "fit": config.fit,
-        "split": "given by the source" if given else config.split or "default",
+        "split": describe_split(source, config.split),
         "seed": config.seed,
         "samples_sha256": hashlib.sha256(samples.read_bytes()).hexdigest(),
         "splits": splits,

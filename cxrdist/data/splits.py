@@ -38,8 +38,7 @@ def assign_splits(
     records = source.records
     if groups is None:
         groups = group_by_patient(records)
-    if split is None:
-        split = "paper" if source.task == "multiclass" else DEFAULT_FRACTIONS
+    split = split or default_split(source.task)
     splits = [str(record.split) for record in records]
     if records[0].split is None:
         splits = _draw(source, split, seed, np.asarray(groups))
@@ -48,6 +47,24 @@ def assign_splits(
     _refuse_shared_patients(records, splits)
     _refuse_missing_classes(source, splits)
     return splits
+
+
+def default_split(task: str) -> str:
+    """How splits are drawn if nobody says it."""
+    return "paper" if task == "multiclass" else DEFAULT_FRACTIONS
+
+
+def describe_split(source: Source, split: str | None) -> str:
+    """What index.json says of how the splits came about; arguments as of `assign_splits`."""
+    split = split or default_split(source.task)
+    given = {record.split for record in source.records}
+    if given == {None}:
+        return split
+    return (
+        f"given by the source, val drawn ({split})"
+        if DEVELOPMENT in given
+        else "given by the source"
+    )
 
 
 def group_by_patient(records: Sequence[Record]) -> list[int]:
