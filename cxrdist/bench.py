@@ -21,7 +21,10 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig, Stage, TrainConfig
+from cxrdist.data.audit import Entry, audit
 from cxrdist.data.cache import map_images, read_rows
+from cxrdist.data.duplicates import find_duplicates
+from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
@@ -172,13 +175,30 @@ def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Call
 
 
 def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Packing on one core against its unavoidable part, and against a plain script."""
+    """Packing on one core against its unavoidable part, its audit, and a plain script."""
     folder = _originals(config, scratch)
     records = read_folder(folder).records
+    squares = [read_square(record.file, config.size, "crop") for record in records]
 
     def alone() -> int:
         for record in records:
             encode_png(read_square(record.file, config.size, "crop"))
+        return len(records)
+
+    def audit_alone() -> int:
+        prints = [fingerprint(square) for square in squares]
+        duplicates = find_duplicates(prints, squares.__getitem__)
+        entries = [
+            Entry(str(i), r.path, "train", r.label, r.patient, r.source, r.view, 1, 1, found)
+            for i, (r, found) in enumerate(zip(records, prints, strict=True))
+        ]
+        audit(
+            entries,
+            duplicates,
+            squares.__getitem__,
+            sorted({r.label for r in records}),
+            "multiclass",
+        )
         return len(records)
 
     def plain() -> int:
@@ -193,6 +213,7 @@ def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
     return [
         Contender("cxrdist pack --workers 1", _packing(config, folder, scratch / "one", 1), 1),
         Contender("decode + resize + encode alone", alone, 1),
+        Contender("the audit alone", audit_alone, 1),
         Contender("Pillow + webdataset.ShardWriter", plain, 1),
     ]
 

@@ -1,0 +1,74 @@
+"""ChestX-ray14 as a whole, but for its pixels: 112,120 images of 30,805 patients."""
+
+import json
+import subprocess
+import sys
+
+WHOLE = """
+import json, resource, sys, time
+from pathlib import Path
+import numpy as np
+from cxrdist.config import Augmentation, PackConfig
+from cxrdist.data import pack as packing
+from cxrdist.data.audit import shared_patients
+from cxrdist.data.chestxray14 import LABELS
+from cxrdist.data.fingerprint import Fingerprint
+from cxrdist.data.index import ShardEntry, read_index
+from cxrdist.data.plan import copies_of, plan_epoch
+from cxrdist.data.records import Record, Source
+from cxrdist.data.splits import assign_splits
+from cxrdist.data.squares import Square
+from cxrdist.run import write_json
+
+random, out = np.random.default_rng(0), Path(sys.argv[1])
+patients = random.integers(0, 30_805, 112_120)
+has = random.random((112_120, len(LABELS))) < 0.05
+records = [
+    Record(
+        file=out / f"{i}.png", path=f"images/{i}.png", patient=f"{patient:08d}", source="synthetic",
+        label="|".join(name for name, value in zip(LABELS, row, strict=True) if value),
+    )
+    for i, (patient, row) in enumerate(zip(patients, has, strict=True))
+]
+source = Source(records, "multilabel", list(LABELS), "synthetic")
+prints = Fingerprint("0" * 64, bytes(32), bytes(32), {})
+items = [packing.Item(r, Square(r.path, 0, 0, "", 0, prints), i) for i, r in enumerate(records)]
+config = PackConfig("csv", out / "in.csv", out / "shards")
+
+start = time.perf_counter()
+shards, splits = packing._plan_shards(config, source, items, None)
+samples = [packing._sample(shard, item) for shard in shards for item in shard.items]
+packing._write_samples(samples, out)
+entries = [ShardEntry(shard.name, len(shard.items), 0, "") for shard in shards]
+described = packing._describe(config, source, shards, entries, out / "samples.csv")
+write_json(out / "index.json", described)
+shared = shared_patients(samples, lambda sample: [sample.split])
+index = read_index(out)
+train, targets = np.array(index.numbers("train")), index.targets()
+copies = copies_of(targets, index.classes, {"Hernia": 8})
+plan = plan_epoch(train, copies[train], Augmentation(), 64, (0, "head", 0))
+seconds = time.perf_counter() - start
+print(json.dumps({
+    "seconds": seconds,
+    "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "samples": len(index.samples),
+    "shared": len(shared),
+    "planned": np.array_equal(np.bincount(plan.samples, minlength=112_120)[train], copies[train]),
+    "fractions": [len(index.numbers(split)) / 112_120 for split in ("train", "val", "test")],
+}))
+"""
+
+
+def test_the_whole_of_chestxray14_is_split_audited_loaded_and_planned(tmp_path):
+    """In seconds and less than 1 GiB; no patient in two splits, each copy planned once."""
+    command = [sys.executable, "-c", WHOLE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["samples"] == 112_120
+    assert result["shared"] == 0
+    assert result["planned"]
+    for found, expected in zip(result["fractions"], (0.7, 0.1, 0.2), strict=True):
+        assert abs(found - expected) < 0.01
+    assert result["mib"] < 1024
+    assert result["seconds"] < 10
