@@ -5,20 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional import accuracy, confusion_matrix
-from torchmetrics.functional.classification import (
-    binary_auroc,
-    binary_average_precision,
-    binary_f1_score,
-    binary_precision,
-    binary_recall,
-)
 
 from cxrdist.terminal import table
 
 SCORES = ("recall", "precision", "f1", "auroc")
 LABEL_SCORES = ("auroc", "average_precision", "f1", "recall", "precision")
 THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
+
+
+def _functional() -> Any:
+    """Import torchmetrics on first use: it loads SciPy and matplotlib, a third of a start."""
+    from torchmetrics import functional
+
+    return functional
 
 
 def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
@@ -37,6 +36,7 @@ def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -
         samples, task, accuracy, confusion_matrix (rows: truth, columns: prediction), classes,
         macro.
     """
+    functional = _functional()
     predicted = probabilities.argmax(dim=1)
     task: dict[str, Any] = {"task": "multiclass", "num_classes": len(classes)}
     by_class = {
@@ -46,8 +46,8 @@ def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -
     return {
         "samples": len(labels),
         "task": "multiclass",
-        "accuracy": _digits(accuracy(predicted, labels, average="micro", **task)),
-        "confusion_matrix": confusion_matrix(predicted, labels, **task).tolist(),
+        "accuracy": _digits(functional.accuracy(predicted, labels, average="micro", **task)),
+        "confusion_matrix": functional.confusion_matrix(predicted, labels, **task).tolist(),
         "classes": by_class,
         "macro": {score: _mean([by_class[name][score] for name in classes]) for score in SCORES},
     }
@@ -71,12 +71,13 @@ def compute_label_metrics(
         samples, task, threshold, classes (with ``positives``), macro, and macro_labels: the number
         of labels that each mean is over.
     """
+    average_precision = _functional().classification.binary_average_precision
     by_class: dict[str, dict[str, float | int | None]] = {}
     for i, name in enumerate(classes):
         truth = targets[:, i] == 1
         probability = probabilities[:, i]
         scores = _one_against_rest(probability, probability >= THRESHOLD, truth)
-        average = binary_average_precision(probability, truth.long()) if truth.any() else None
+        average = average_precision(probability, truth.long()) if truth.any() else None
         by_class[name] = {
             "positives": int(truth.sum()),
             **scores,
@@ -99,21 +100,25 @@ def compute_label_metrics(
 def mean_auroc(probabilities: Tensor, targets: Tensor) -> float | None:
     """The mean AUROC of the labels for which it is defined, None if there is none."""
     both = [i for i in range(targets.shape[1]) if len(targets[:, i].unique()) == 2]
-    values = [binary_auroc(probabilities[:, i], targets[:, i].long()) for i in both]
+    auroc = _functional().classification.binary_auroc
+    values = [auroc(probabilities[:, i], targets[:, i].long()) for i in both]
     return float(torch.stack(values).mean()) if values else None
 
 
 def _one_against_rest(
     probability: Tensor, predicted: Tensor, truth: Tensor
 ) -> dict[str, float | None]:
+    scores = _functional().classification
     has_truth, has_prediction = bool(truth.any()), bool(predicted.any())
     has_both = has_truth and not bool(truth.all())
     guess, target = predicted.long(), truth.long()
     return {
-        "recall": _digits(binary_recall(guess, target)) if has_truth else None,
-        "precision": _digits(binary_precision(guess, target)) if has_prediction else None,
-        "f1": _digits(binary_f1_score(guess, target)) if has_truth or has_prediction else None,
-        "auroc": _digits(binary_auroc(probability, target)) if has_both else None,
+        "recall": _digits(scores.binary_recall(guess, target)) if has_truth else None,
+        "precision": _digits(scores.binary_precision(guess, target)) if has_prediction else None,
+        "f1": _digits(scores.binary_f1_score(guess, target))
+        if has_truth or has_prediction
+        else None,
+        "auroc": _digits(scores.binary_auroc(probability, target)) if has_both else None,
     }
 
 
