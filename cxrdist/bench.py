@@ -43,7 +43,7 @@ from cxrdist.train.training import Training
 
 CLASSES = ["COVID-19", "Normal", "Viral Pneumonia"]
 BATCH = 9  # the paper's
-MIN_ORIGINALS = 200
+MIN_ORIGINALS = 500
 
 
 class Contender(NamedTuple):
@@ -146,7 +146,7 @@ def _peak_mib() -> float:
 
 
 def _originals(config: BenchConfig, scratch: Path) -> Path:
-    """Class folders of at least 200 originals, links to few taken in turn."""
+    """Class folders of at least 500 originals, links to few taken in turn."""
     folder = config.input
     if folder is None:
         folder = scratch / "phantoms"

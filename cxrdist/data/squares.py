@@ -11,10 +11,10 @@ import json
 import multiprocessing
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,11 @@ from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file
 
 PART_SIZE = 128
+CHUNK = 16  # images that a worker is given at once
 SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; what takes longer is made to
-Pending = tuple[tuple[int, int], ProcessFuture]
+State = tuple[int, int]  # size and time of change of a file
+Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNG
+Pending = tuple[list[State], ProcessFuture]
 PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
 
 
@@ -92,13 +95,14 @@ def make_squares(
         The number of images of each part when it is written.
     """
     with _pool(workers) as pool:
+        redo = partial(_schedule, pool, size_px=size_px, fit=fit)
         waiting: deque[tuple[Part, list[Pending]]] = deque()
         for part in parts:
             waiting.append((part, _submit(pool, part, size_px, fit)))
             if len(waiting) > PARTS_AHEAD:
-                yield _write_part(directory, *waiting.popleft())
+                yield _write_part(directory, *waiting.popleft(), redo)
         while waiting:
-            yield _write_part(directory, *waiting.popleft())
+            yield _write_part(directory, *waiting.popleft(), redo)
 
 
 @contextmanager
@@ -119,14 +123,25 @@ def _pool(workers: int | None) -> Iterator[ProcessPool]:
 
 def _submit(pool: ProcessPool, part: Part, size_px: int, fit: str) -> list[Pending]:
     """Let the workers begin with a part; the state of a file is noted before it is read."""
-    function = partial(_make_square, size_px, fit)
+    chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
     return [
-        (_state(record), pool.schedule(function, args=(record.file,), timeout=SECONDS_PER_IMAGE))
-        for record in part.records
+        (
+            [_state(record) for record in chunk],
+            _schedule(pool, [record.file for record in chunk], size_px, fit),
+        )
+        for chunk in chunks
     ]
 
 
-def _make_square(size_px: int, fit: str, file: Path) -> tuple[dict[str, Any], bytes]:
+def _schedule(pool: ProcessPool, files: list[Path], size_px: int, fit: str) -> ProcessFuture:
+    return pool.schedule(_make_squares, args=(files, size_px, fit), timeout=SECONDS_PER_IMAGE)
+
+
+def _make_squares(files: list[Path], size_px: int, fit: str) -> list[Made]:
+    return [_make_square(file, size_px, fit) for file in files]
+
+
+def _make_square(file: Path, size_px: int, fit: str) -> Made:
     """Decode and encode one image: the fields of its square, and the PNG."""
     try:
         decoded = decode(file, size_px, fit)
@@ -143,32 +158,56 @@ def _make_square(size_px: int, fit: str, file: Path) -> tuple[dict[str, Any], by
     }, png
 
 
-def _collect(file: Path, future: ProcessFuture) -> tuple[dict[str, Any], bytes]:
-    """Wait for one image; a worker that died or was ended says so."""
+def _collect(
+    files: list[Path], future: ProcessFuture, redo: Callable[[list[Path]], ProcessFuture]
+) -> list[Made]:
+    """Wait for some images; if their worker died or was too slow, take them one by one."""
     try:
-        result: tuple[dict[str, Any], bytes] = future.result()
+        result: list[Made] = future.result()
         return result
-    except TimeoutError:
-        return {"reason": f"{file}: was not read within {SECONDS_PER_IMAGE} s"}, b""
-    except ProcessExpired as error:
-        return {"reason": f"{file}: crashed its decoder (exit code {error.exitcode})"}, b""
+    except (TimeoutError, ProcessExpired) as error:
+        if len(files) > 1:
+            return [made for file in files for made in _collect([file], redo([file]), redo)]
+        reason = (
+            f"crashed its decoder (exit code {error.exitcode})"
+            if isinstance(error, ProcessExpired)
+            else f"was not read within {SECONDS_PER_IMAGE} s"
+        )
+        return [({"reason": f"{files[0]}: {reason}"}, b"")]
 
 
-def _write_part(directory: Path, part: Part, pending: list[Pending]) -> int:
+def _write_part(
+    directory: Path,
+    part: Part,
+    pending: list[Pending],
+    redo: Callable[[list[Path]], ProcessFuture],
+) -> int:
     """Write the files of a part when all its images are done; how many these are."""
-    squares, pngs = [], []
-    for record, (state, future) in zip(part.records, pending, strict=True):
-        fields, png = _collect(record.file, future)
-        squares.append(Square(record.path, *state, **fields))
-        pngs.append(png)
-    rows = json.dumps([asdict(square) for square in squares], default=bytes.hex).encode()
-    for suffix, data in (("bin", b"".join(pngs)), ("json", rows)):
+    files = [record.file for record in part.records]
+    states = [state for known, _ in pending for state in known]
+    made = [
+        found
+        for i, (_, future) in enumerate(pending)
+        for found in _collect(files[i * CHUNK : (i + 1) * CHUNK], future, redo)
+    ]
+    squares = [
+        Square(record.path, *state, **fields)
+        for record, state, (fields, _) in zip(part.records, states, made, strict=True)
+    ]
+    rows = json.dumps([_row(square) for square in squares], default=bytes.hex).encode()
+    for suffix, data in (("bin", b"".join(png for _, png in made)), ("json", rows)):
         with atomic_file(directory / f"{part.number:06d}.{suffix}") as file:
             file.write_bytes(data)
     return len(squares)
 
 
-def _state(record: Record) -> tuple[int, int]:
+def _row(square: Square) -> dict[str, Any]:
+    """A square as JSON tells it; `dataclasses.asdict` copies deeply, at a tenth of the work."""
+    found = square.fingerprint
+    return {**vars(square), "fingerprint": found and vars(found)}
+
+
+def _state(record: Record) -> State:
     """Size and time of change of a record's file; that it is missing will be said by its reader."""
     try:
         status = record.file.stat()
