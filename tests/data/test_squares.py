@@ -1,11 +1,13 @@
 """A pack that is killed, divided among tasks, or meets a changed source or a full disk."""
 
+import contextlib
 import csv
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from support import contents, make_images, run_command
 
 from cxrdist.config import PackConfig
 from cxrdist.data import pack as packing
+from cxrdist.data import squares
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.errors import CxrdistError, RunFailedError
@@ -207,3 +210,40 @@ def test_tasks_that_make_no_sense_are_refused(config, changes, message):
     """A wrong task number would leave images out."""
     with pytest.raises(CxrdistError, match=message):
         pack(with_(config, **changes))
+
+
+def readers_of(fifo: Path) -> list[int]:
+    """The other processes that have a FIFO open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(link) == str(fifo):
+                found.add(int(link.parts[2]))
+    return sorted(found - {os.getpid()})
+
+
+@pytest.mark.parametrize("kills", [False, True], ids=["hangs", "dies"])
+def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypatch, kills):
+    """The file is named; the images that its worker was given with it are read by another."""
+    monkeypatch.setattr(squares, "SECONDS_PER_IMAGE", 30 if kills else 2)
+    fifo = config.input / "a" / "a000_9.png"  # who reads it waits for what is never written
+    os.mkfifo(fifo)
+    writer, ended = os.open(fifo, os.O_RDWR), threading.Event()
+
+    def kill_readers() -> None:
+        while not ended.wait(0.05):
+            for pid in readers_of(fifo):
+                os.kill(pid, signal.SIGKILL)
+
+    if kills:
+        threading.Thread(target=kill_readers, daemon=True).start()
+    try:
+        pack(with_(config, skip_bad=True, workers=1))
+    finally:
+        ended.set()
+        os.close(writer)
+    with open(config.out / "rejected.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert row["path"] == "a/a000_9.png"
+    assert ("crashed its decoder" if kills else "was not read within 2 s") in row["reason"]
+    assert len(read_index(config.out).samples) == 60
