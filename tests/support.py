@@ -4,7 +4,9 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -13,6 +15,25 @@ from cxrdist.config import PackConfig
 from cxrdist.data.pack import pack
 
 LAUNCH = Path(__file__).parents[1] / "launch"
+# ru_maxrss would not do: that of a child starts with the peak of its parent, here pytest's.
+PRINT_PEAK = """
+import atexit
+from pathlib import Path
+status = Path("/proc/self/status")
+atexit.register(lambda: print(status.read_text().split("VmHWM:")[1].split()[0]))
+"""
+RUN_CXRDIST = "import runpy; runpy.run_module('cxrdist', run_name='__main__')"
+
+
+class Measured(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+    seconds: float
+    mib: float
+    """Its peak resident memory."""
 
 
 def make_images(folder: Path, counts: dict[str, int], size: int = 48, seed: int = 0) -> Path:
@@ -61,6 +82,15 @@ def run_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.Co
 def run_command(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
     """Run `cxrdist ARGUMENTS` in a process of its own."""
     return _run([sys.executable, "-m", "cxrdist", *map(str, arguments)], threads)
+
+
+def run_measured(script: str, *arguments: object) -> Measured:
+    """Run a script, such as `RUN_CXRDIST`, in a process of its own and watch what it takes."""
+    began = time.monotonic()
+    done = _run([sys.executable, "-c", PRINT_PEAK + script, *map(str, arguments)], threads=1)
+    *lines, peak = done.stdout.splitlines()
+    seconds = time.monotonic() - began
+    return Measured(done.returncode, "\n".join(lines), done.stderr, seconds, int(peak) / 1024)
 
 
 def _run(command: list[str], threads: int) -> subprocess.CompletedProcess:

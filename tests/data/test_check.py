@@ -3,18 +3,12 @@
 import csv
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
-import tempfile
-import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from support import make_shards
+from support import RUN_CXRDIST, make_shards, run_measured
 
 from cxrdist.config import CheckConfig
 from cxrdist.data.check import check
@@ -113,34 +107,11 @@ def edited_samples(shards: Path) -> None:
     table.write_text(table.read_text().replace(",a,", ",b c,", 1))
 
 
-class Ended(NamedTuple):
-    """How a process ended."""
-
-    code: int
-    stderr: str
-    seconds: float
-    mib: float
-    """Its peak resident memory."""
-
-
-def run_measured(*arguments: object) -> Ended:
-    """Run cxrdist as a process of its own."""
-    began = time.monotonic()
-    command = [sys.executable, "-m", "cxrdist", *map(str, arguments)]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        errors.seek(0)
-        seconds = time.monotonic() - began
-        return Ended(process.returncode, errors.read(), seconds, usage.ru_maxrss / 1024)
-
-
 @pytest.mark.parametrize("damage", [*DAMAGES, edited_samples], ids=lambda damage: damage.__name__)
 def test_check_names_the_damaged_file(shards, damage):
     """Exit code 2, one line on stderr, in seconds and little memory."""
     damage(shards)
-    done = run_measured("check", shards)
+    done = run_measured(RUN_CXRDIST, "check", shards)
     assert done.code == 2, done.stderr
     line = done.stderr.splitlines()[-1]
     assert line.startswith("cxrdist: ")
@@ -163,6 +134,20 @@ def test_training_does_not_begin_on_damaged_shards(shards, damage, tmp_path):
         open_cache(read_index(shards), tmp_path, Accelerator(cpu=True))
 
 
+@pytest.mark.parametrize("damage", [huge_size, sparse_member, edited_samples])
+def test_train_names_the_damaged_file(shards, damage, tmp_path):
+    """The command itself: exit code 2, one line on stderr, in seconds and little memory."""
+    damage(shards)
+    paths = ("--shards", shards, "--run", tmp_path / "run", "--cache", tmp_path / "cache")
+    done = run_measured(RUN_CXRDIST, "train", "--config", "demo", "--init", "none", *paths)
+    assert done.code == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert ("samples.csv" if damage is edited_samples else SHARD) in line
+    assert "Traceback" not in done.stderr
+    assert done.seconds < 10
+    assert done.mib < 1024
+
+
 @pytest.mark.parametrize("damage", [huge_size, sparse_member, cut_in_data, cut_at_member])
 def test_a_right_hash_does_not_make_a_bad_tar_safe(shards, damage):
     """An index that was made for a damaged shard is no licence to read it."""
@@ -173,7 +158,7 @@ def test_a_right_hash_does_not_make_a_bad_tar_safe(shards, damage):
     entries = about["splits"]["train"]["shards"]
     entries[0] = describe_shard(shards / SHARD, entries[0]["samples"])._asdict()
     (shards / "index.json").write_text(json.dumps(about))
-    done = run_measured("check", shards)
+    done = run_measured(RUN_CXRDIST, "check", shards)
     assert done.code == 2
     assert SHARD in done.stderr
     assert done.seconds < 10
