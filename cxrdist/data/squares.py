@@ -109,7 +109,8 @@ def make_squares(
 def _pool(workers: int | None) -> Iterator[ProcessPool]:
     """Processes that start from a small clean one, not from a copy of this with its threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
+    context.set_forkserver_preload([__name__, "scipy.fftpack"])
     pool = ProcessPool(workers or len(os.sched_getaffinity(0)), context=context)
     try:
         yield pool
