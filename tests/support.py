@@ -4,7 +4,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +30,6 @@ class Measured(NamedTuple):
     code: int
     stdout: str
     stderr: str
-    seconds: float
     mib: float
     """Its peak resident memory."""
 
@@ -85,19 +83,20 @@ def run_command(*arguments: object, threads: int = 1) -> subprocess.CompletedPro
 
 
 def run_measured(script: str, *arguments: object) -> Measured:
-    """Run a script, such as `RUN_CXRDIST`, in a process of its own and watch what it takes."""
-    began = time.monotonic()
-    done = _run([sys.executable, "-c", PRINT_PEAK + script, *map(str, arguments)], threads=1)
+    """Run a script, such as `RUN_CXRDIST`, in a process of its own; one that hangs fails."""
+    command = [sys.executable, "-c", PRINT_PEAK + script, *map(str, arguments)]
+    done = _run(command, threads=1, timeout=120)
     *lines, peak = done.stdout.splitlines()
-    seconds = time.monotonic() - began
-    return Measured(done.returncode, "\n".join(lines), done.stderr, seconds, int(peak) / 1024)
+    return Measured(done.returncode, "\n".join(lines), done.stderr, int(peak) / 1024)
 
 
-def _run(command: list[str], threads: int) -> subprocess.CompletedProcess:
+def _run(
+    command: list[str], threads: int, timeout: float | None = None
+) -> subprocess.CompletedProcess:
     environment = {
         **os.environ,
         "ACCELERATE_USE_CPU": "yes",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads),
     }
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)

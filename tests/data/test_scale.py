@@ -69,4 +69,4 @@ def test_the_whole_of_chestxray14_is_split_audited_loaded_and_planned(tmp_path):
     for found, expected in zip(result["fractions"], (0.7, 0.1, 0.2), strict=True):
         assert abs(found - expected) < 0.01
     assert done.mib < 1024
-    assert result["seconds"] < 10
+    assert result["seconds"] < 60  # 3.4 on the machine it was written on; a double loop takes hours
