@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats.contingency import association
 
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
@@ -171,6 +170,8 @@ def _cross_table(
         against the rest, 0 (none) to 1, None where there is nothing to compare; own: the part of
         each class's images that have a name which no image outside of the class has.
     """
+    from scipy.stats.contingency import association  # takes longer than all else of `check`
+
     known = sorted(set(names))
     place = {name: i for i, name in enumerate(known)}
     rows = np.array([place[name] for name in names])
