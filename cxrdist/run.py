@@ -79,6 +79,14 @@ class RunDirectory:
         """Signed relevance, one KEY.npz a sample."""
         return self.root / split / "relevance"
 
+    def text(self, split: str) -> Path:
+        """What the probe for words on the images found."""
+        return self.root / split / "text.json"
+
+    def text_pictures(self, split: str) -> Path:
+        """Pictures of that probe."""
+        return self.root / split / "text"
+
     def relevance_table(self, split: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
         return self.root / split / "relevance.csv"
