@@ -23,7 +23,7 @@ from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.run import read_json, remove, write_json
 from cxrdist.terminal import progress
 
-# Chosen on 60 images of COVID-19 patients and of ChestX-ray14 with 57 marks: one size alone finds 33
+# Chosen on 60 images of COVID-19 patients and ChestX-ray14 with 57 marks: one size alone finds 33
 # to 43 of them, these three 50. Letters are found best when they are small; above 1000 px ribs,
 # clips and wires are taken for text.
 SIDES_PX = (384, 576, 960)
