@@ -34,10 +34,21 @@ from cxrdist.evaluate.predictions import (
 )
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
-from cxrdist.run import atomic_file, write_json
+from cxrdist.run import TEXT_FORMAT, atomic_file, write_json
 from cxrdist.terminal import progress, table
 
-FORMAT = "cxrdist-text-1"
+PAPER = {
+    "covering": "\u201cA DNN with about 94% test accuracy had its accuracy increased in almost 1% "
+    "and our best network had its accuracy decreased from 97.8% to 97.3%\u201d when the words were "
+    "not covered (section 4.1; they were covered in the test images only, section 2.2).",
+    "paste": "\u201cSEDUTO\u201d on one normal image that was classified correctly: Normal "
+    "\u201cjust changed from 98.51% to 98.45%, and for COVID-19 increased from 0.4471% to "
+    "0.4595%\u201d (section 4.1). Viral pneumonia and other images: no figure.",
+    "relevance": "no figure. Of the heat map of one COVID-19 image with \u201cSEDUTO\u201d: "
+    "\u201cIt becomes clear, by the dark red color on the map, that the network learned to "
+    "associate this word with the COVID-19 class\u201d (section 4.1, figure 2).",
+}
+"""What Bassi & Attux (2020) found."""
 PLACES = {
     "upper-left": (0.03, 0.03, "lt"),
     "upper-right": (0.97, 0.03, "rt"),
@@ -90,7 +101,7 @@ def probe_text(config: ProbeTextConfig) -> None:
     relevance = _relevance_in_boxes(config, subject, boxes, dict(zip(numbers, plain, strict=True)))
     if accelerator.is_main_process:
         found = {
-            "format": FORMAT,
+            "format": TEXT_FORMAT,
             "split": config.split,
             "task": subject.index.task,
             "classes": subject.index.classes,
@@ -99,6 +110,7 @@ def probe_text(config: ProbeTextConfig) -> None:
             "covering": _describe_covering(config, subject.index, numbers, plain, covered),
             "paste": _describe_paste(config, subject.index, numbers, plain, pasted),
             "relevance": _describe_relevance(subject.index, relevance),
+            "paper": PAPER,
             "pictures": _write_pictures(config, subject, boxes, numbers, plain, pasted),
         }
         write_json(subject.run.text(config.split), found)

@@ -20,6 +20,7 @@ from typing import Any
 from cxrdist.errors import CxrdistError, RunFailedError
 
 RUN_FORMAT = "cxrdist-run-1"
+TEXT_FORMAT = "cxrdist-text-1"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,11 @@ def percent(value: float | None) -> str:
     return f"{Decimal(f'{value:.3f}') * 100:.1f} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
+def fine(value: float) -> str:
+    """Write a probability (0 to 1) in percent with two decimals, as the paper does."""
+    return f"{value:.2%}".replace("%", "\N{NO-BREAK SPACE}%")
+
+
 def count(value: int | None) -> str:
     """Write a whole number with its thousands apart."""
     return DASH if value is None else f"{value:,}"
