@@ -58,6 +58,7 @@ PLACES = {
 """Where a word's corner stands, in fractions of the side, and which corner (Pillow's anchors)."""
 LARGEST_HEIGHT = 0.5
 OUTLINE = (255, 210, 0)
+DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
 PICTURED = 2  # images with text of each class
 Boxes = Mapping[int, Sequence[Box]]  # of a sample's square, by sample number; only where some are
 Edit = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
@@ -98,7 +99,10 @@ def probe_text(config: ProbeTextConfig) -> None:
     plain = predict()
     covered = predict(lambda n, pixels: cover(pixels, boxes.get(n, ()), config.cover))
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
-    relevance = _relevance_in_boxes(config, subject, boxes, dict(zip(numbers, plain, strict=True)))
+    explainer = Explainer(subject.model)
+    shares = _relevance_in_boxes(
+        config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
+    )
     if accelerator.is_main_process:
         found = {
             "format": TEXT_FORMAT,
@@ -109,9 +113,11 @@ def probe_text(config: ProbeTextConfig) -> None:
             "text": _describe_text(config, subject.index, numbers, boxes),
             "covering": _describe_covering(config, subject.index, numbers, plain, covered),
             "paste": _describe_paste(config, subject.index, numbers, plain, pasted),
-            "relevance": _describe_relevance(subject.index, relevance),
+            "relevance": _describe_relevance(subject.index, shares),
             "paper": PAPER,
-            "pictures": _write_pictures(config, subject, boxes, numbers, plain, pasted),
+            "pictures": _write_pictures(
+                config, subject, explainer, boxes, numbers, (plain, pasted)
+            ),
         }
         write_json(subject.run.text(config.split), found)
         print(summary(found))
@@ -214,6 +220,7 @@ def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[n
 def _relevance_in_boxes(
     config: ProbeTextConfig,
     subject: Subject,
+    explainer: Explainer,
     boxes: Boxes,
     probabilities: Mapping[int, NDArray[np.float32]],
 ) -> list[tuple[int, float, float]]:
@@ -224,7 +231,7 @@ def _relevance_in_boxes(
     """
     chosen = np.array(sorted(boxes)[: config.limit], dtype=np.int64)
     likeliest = np.array([int(probabilities[n].argmax()) for n in chosen], dtype=np.int64)
-    explainer, accelerator = Explainer(subject.model), subject.accelerator
+    accelerator = subject.accelerator
     batches = [
         (target, batch)
         for target in range(len(subject.index.classes))
@@ -310,7 +317,9 @@ def _describe_paste(
     for i, name in enumerate(index.classes):
         own = targets[:, i]
         means = [
-            [round(float(v), 6) for v in p[own].mean(0, dtype=np.float64)] if own.any() else None
+            [round(float(v), DIGITS) for v in p[own].mean(0, dtype=np.float64)]
+            if own.any()
+            else None
             for p in (plain, pasted)
         ]
         changed = plain[own].argmax(1) != pasted[own].argmax(1)
@@ -344,8 +353,8 @@ def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) 
             {
                 "class": name,
                 "images": len(own),
-                "share": round(float(share), 6) if own else None,
-                "area": round(float(area), 6) if own else None,
+                "share": round(float(share), DIGITS) if own else None,
+                "area": round(float(area), DIGITS) if own else None,
                 "times_chance": round(float(share / area), 3) if own and area else None,
             }
         )
@@ -355,24 +364,19 @@ def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) 
 def _write_pictures(
     config: ProbeTextConfig,
     subject: Subject,
+    explainer: Explainer,
     boxes: Boxes,
     numbers: NDArray[np.int64],
-    plain: NDArray[np.float32],
-    pasted: NDArray[np.float32],
+    probabilities: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> list[dict[str, Any]]:
-    """Draw images with text, and of each class one that is right with the word pasted on it."""
-    index, explainer = subject.index, Explainer(subject.model)
-    place = {int(n): i for i, n in enumerate(numbers)}
-    chosen: list[tuple[str, int, int]] = []
-    for target, name in enumerate(index.classes):
-        own = [int(n) for n in numbers if name in labels_of(index.samples[n].label)]
-        right = [n for n in own if plain[place[n]].argmax() == target]
-        chosen += [("found", n, int(plain[place[n]].argmax())) for n in own if n in boxes][
-            :PICTURED
-        ]
-        chosen += [("pasted", n, target) for n in right[:1]]
+    """Draw images with text, and of each class one that is right with the word pasted on it.
+
+    The two probabilities, [N, classes] each, are those before and after pasting.
+    """
+    index, (plain, pasted) = subject.index, probabilities
     drawn = []
-    for kind, number, target in chosen:
+    for kind, place, target in _choose_pictures(index, boxes, numbers, plain):
+        number = int(numbers[place])
         pixels, shown = np.asarray(subject.images[number]), boxes.get(number, ())
         if kind == "pasted":
             pixels, box = paste(pixels, config)
@@ -380,29 +384,42 @@ def _write_pictures(
         images = read_rows(pixels[None], np.array([0]), subject.accelerator.device)
         relevance = explainer.attribute(images, [target]).relevance[0, 0].float().cpu().numpy()
         share, area = share_inside(relevance, shown)
-        key = index.samples[number].key
-        files = [f"{key}.{kind}.{what}.png" for what in ("xray", "map")]
-        for file, picture in zip(
-            files, (Image.fromarray(pixels), overlay(pixels, relevance)), strict=True
-        ):
-            with atomic_file(subject.run.text_pictures(config.split) / file) as partial:
+        sample = index.samples[number]
+        pictures = {"xray": Image.fromarray(pixels), "map": overlay(pixels, relevance)}
+        names = {what: f"{sample.key}.{kind}.{what}.png" for what in pictures}
+        for what, picture in pictures.items():
+            with atomic_file(subject.run.text_pictures(config.split) / names[what]) as partial:
                 _outlined(picture, shown).save(partial, "PNG")
         drawn.append(
             {
                 "kind": kind,
-                "key": key,
-                "label": index.samples[number].label,
+                "key": sample.key,
+                "label": sample.label,
                 "explained": index.classes[target],
-                "share": round(share, 6),
-                "area": round(area, 6),
-                "relevance_inside": round(float(relevance[inside(shown, *pixels.shape)].sum()), 6),
-                "before": [round(float(value), 6) for value in plain[place[number]]],
-                "after": [round(float(value), 6) for value in pasted[place[number]]],
-                "xray": files[0],
-                "map": files[1],
+                "share": round(share, DIGITS),
+                "area": round(area, DIGITS),
+                "relevance_inside": float(f"{relevance[inside(shown, *pixels.shape)].sum():.6g}"),
+                "before": [round(float(value), DIGITS) for value in plain[place]],
+                "after": [round(float(value), DIGITS) for value in pasted[place]],
+                **names,
             }
         )
     return drawn
+
+
+def _choose_pictures(
+    index: Index, boxes: Boxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
+) -> list[tuple[str, int, int]]:
+    """Kind of picture, place among the numbers, and class to explain; no picture twice."""
+    likeliest = plain.argmax(1).tolist()
+    chosen: list[tuple[str, int, int]] = []
+    for target, name in enumerate(index.classes):
+        own = [i for i, n in enumerate(numbers) if name in labels_of(index.samples[n].label)]
+        with_text = [i for i in own if int(numbers[i]) in boxes]
+        right = [i for i in own if likeliest[i] == target]
+        chosen += [("found", i, likeliest[i]) for i in with_text[:PICTURED]]
+        chosen += [("pasted", i, target) for i in right[:1]]
+    return list({(kind, place): (kind, place, target) for kind, place, target in chosen}.values())
 
 
 def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:

@@ -109,15 +109,16 @@ def _paste(about: Mapping[str, Any]) -> dict[str, Any]:
 
 def _relevance(about: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Share of |relevance| and of the area in the boxes, a row for each class and one for all."""
+    named = [*((str(row["class"]), row) for row in about["classes"]), ("All images", about["all"])]
     return [
         (
-            str(row["class"]),
+            name,
             count(row["images"]),
             percent(row["share"]),
             percent(row["area"]),
             number(row["times_chance"]),
         )
-        for row in (*about["classes"], about["all"])
+        for name, row in named
     ]
 
 

@@ -37,8 +37,12 @@ def percent(value: float | None) -> str:
 
 
 def fine(value: float) -> str:
-    """Write a probability (0 to 1) in percent with two decimals, as the paper does."""
-    return f"{value:.2%}".replace("%", "\N{NO-BREAK SPACE}%")
+    """Write a probability (0 to 1) in percent with two decimals, below 1 % with four.
+
+    As the paper does (Bassi & Attux 2020, section 4.1).
+    """
+    shown = f"{value:.4%}" if value < 0.01 else f"{value:.2%}"
+    return shown.replace("%", "\N{NO-BREAK SPACE}%")
 
 
 def count(value: int | None) -> str:
