@@ -49,7 +49,8 @@ class PackConfig:
     text_boxes: Path | None = None
     """Cover burned-in text in the boxes of this CSV, which cxrdist find-text makes."""
     cover: Literal["black", "fill"] = "black"
-    """How: with black rectangles (paper, section 2.2), or filled from the surroundings."""
+    """How: with black rectangles (paper, section 2.2), or filled smoothly from the surroundings. A
+    network may take a black rectangle for the word below it; cxrdist probe-text measures both."""
     cover_split: Literal["train", "val", "test", "all"] = "all"
     """Where: the paper covered the test images only."""
     task: int | None = None
@@ -207,8 +208,6 @@ class ProbeTextConfig:
     """Split to probe."""
     boxes: Path | None = None
     """CSV of cxrdist find-text; if not given, text is looked for in the packed squares."""
-    cover: Literal["black", "fill"] = "black"
-    """How the boxes are covered: with black, or filled from the surroundings."""
     word: str = "SEDUTO"
     """Word to paste on the images (paper, section 4.1)."""
     place: Literal["upper-left", "upper-right", "lower-left", "lower-right"] = "upper-left"

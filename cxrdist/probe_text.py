@@ -7,6 +7,7 @@ without covering, the word of one class pasted on an image of another, and where
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cxrdist.config import ProbeTextConfig
-from cxrdist.data.boxes import Box, cover, import_extra, in_square, inside, read_boxes, scaled
+from cxrdist.data.boxes import Box, cover, in_square, inside, read_boxes, scaled
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.index import Index
 from cxrdist.data.phantom import Finding, burn_text
 from cxrdist.data.records import labels_of
 from cxrdist.data.shards import local_copy, members
+from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.metrics import headline
@@ -57,6 +59,7 @@ PLACES = {
 }
 """Where a word's corner stands, in fractions of the side, and which corner (Pillow's anchors)."""
 LARGEST_HEIGHT = 0.5
+COVERS = ("black", "fill")
 OUTLINE = (255, 210, 0)
 DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
 PICTURED = 2  # images with text of each class
@@ -97,7 +100,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         return in_order(rows, numbers)
 
     plain = predict()
-    covered = predict(lambda n, pixels: cover(pixels, boxes.get(n, ()), config.cover))
+    covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
     explainer = Explainer(subject.model)
     shares = _relevance_in_boxes(
@@ -111,7 +114,7 @@ def probe_text(config: ProbeTextConfig) -> None:
             "classes": subject.index.classes,
             "index_sha256": subject.index.sha256,
             "text": _describe_text(config, subject.index, numbers, boxes),
-            "covering": _describe_covering(config, subject.index, numbers, plain, covered),
+            "covering": _describe_covering(subject.index, numbers, plain, covered),
             "paste": _describe_paste(config, subject.index, numbers, plain, pasted),
             "relevance": _describe_relevance(subject.index, shares),
             "paper": PAPER,
@@ -125,6 +128,10 @@ def probe_text(config: ProbeTextConfig) -> None:
     accelerator.wait_for_everyone()
 
 
+def _cover(boxes: Boxes, how: str, number: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return cover(pixels, boxes[number], how) if number in boxes else pixels
+
+
 def _refuse_bad_options(config: ProbeTextConfig) -> None:
     refuse_below_one(config, "limit", "batch_size")
     if not config.word.strip():
@@ -134,11 +141,8 @@ def _refuse_bad_options(config: ProbeTextConfig) -> None:
             f"--height {config.height:g}: expected a fraction of the side, above 0 and at most "
             f"{LARGEST_HEIGHT}"
         )
-    if config.cover == "fill":
-        import_extra("cv2")
     if config.boxes is None:
-        import_extra("rapidocr")
-        import_extra("onnxruntime")
+        require_extra()
 
 
 def _refuse_covered(index: Index, split: str) -> None:
@@ -157,8 +161,6 @@ def _boxes_by_number(
     if config.boxes is not None:
         file = config.boxes
         return together(accelerator, lambda: boxes_in_squares(index, config.split, file))
-    from cxrdist.data.text import find_boxes
-
     mine: list[tuple[int, list[Box]]] = []
     batches = list(rank_batches(numbers, config.batch_size, accelerator))
     total = sum(map(len, batches))
@@ -289,18 +291,19 @@ def _describe_text(
 
 
 def _describe_covering(
-    config: ProbeTextConfig,
     index: Index,
     numbers: NDArray[np.int64],
     plain: NDArray[np.float32],
-    covered: NDArray[np.float32],
+    covered: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Any]:
-    """The metrics of the split with and without its text."""
+    """The metrics of the split as it is, and with its text covered in each way."""
+    likeliest = plain.argmax(1)
     return {
-        "how": config.cover,
         "as_it_is": measure(index, numbers, plain),
-        "covered": measure(index, numbers, covered),
-        "predicted_otherwise": int((plain.argmax(1) != covered.argmax(1)).sum()),
+        **{how: measure(index, numbers, covered[how]) for how in COVERS},
+        "predicted_otherwise": {
+            how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS
+        },
     }
 
 
@@ -443,11 +446,11 @@ def summary(found: Mapping[str, Any]) -> str:
             row["class"],
             str(row["images"]),
             str(row["with_text"]),
-            *(_three(covering[c]["classes"][row["class"]][score]) for c in ("as_it_is", "covered")),
+            *(_three(covering[c]["classes"][row["class"]][score]) for c in ("as_it_is", *COVERS)),
         ]
         for row in text["classes"]
     ]
-    headers = ["Class", "Images", "With text", f"{score} as it is", f"{score} covered"]
+    headers = ["Class", "Images", "With text", f"{score} as it is", "black", "filled"]
     relevance = found["relevance"]["all"]
     where = (
         f"|relevance| in the boxes: {relevance['share']:.1%}, their area {relevance['area']:.1%}: "
@@ -471,7 +474,8 @@ def summary(found: Mapping[str, Any]) -> str:
         [
             table(rows, headers),
             f"as it is: {headline(covering['as_it_is'])}",
-            f"text covered ({covering['how']}): {headline(covering['covered'])}",
+            f"text covered with black: {headline(covering['black'])}",
+            f"text filled from its surroundings: {headline(covering['fill'])}",
             where,
             f"{word['word']!r} pasted ({word['place']}): mean probability of each class",
             table(changes, titles),

@@ -4,9 +4,8 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +15,6 @@ from cxrdist.run import write_table
 
 COLUMNS = ("path", "x", "y", "width", "height", "text", "score")
 NEEDED = COLUMNS[:5]
-FILL_RADIUS_PX = 3  # of cv2.inpaint: how far it looks for the surroundings of a pixel
 
 
 class Box(NamedTuple):
@@ -120,31 +118,50 @@ def cover(pixels: NDArray[np.uint8], boxes: Sequence[Box], how: str) -> NDArray[
     Args:
         pixels: uint8 [H, W].
         boxes: in its px.
-        how: ``black`` (Bassi & Attux 2020, section 2.2), or ``fill`` from the surroundings
-            (Telea 2004, Journal of Graphics Tools 9(1), as OpenCV computes it).
-
-    Raises:
-        CxrdistError: OpenCV is needed and not installed.
+        how: ``black`` (Bassi & Attux 2020, section 2.2), or ``fill`` from the surroundings, as
+            `fill` does.
     """
     mask = inside(boxes, *pixels.shape)
     if how == "fill":
-        cv2 = import_extra("cv2")
-        filled: NDArray[np.uint8] = cv2.inpaint(
-            np.ascontiguousarray(pixels), mask.astype(np.uint8), FILL_RADIUS_PX, cv2.INPAINT_TELEA
-        )
-        return filled
+        return fill(pixels, mask)
     covered = pixels.copy()
     covered[mask] = 0
     return covered
 
 
-def import_extra(name: str) -> Any:
-    """Import a module that comes with the extra ``text``, on first use.
+def fill(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Fill part of an image with the smoothest continuation of what surrounds it.
 
-    Raises:
-        CxrdistError: it is not installed.
+    Each filled pixel is the mean of its neighbours above, below, left and right (Laplace's
+    equation), so that no edge tells of what was there. An image without surroundings gets black.
+
+    Args:
+        pixels: uint8 [H, W].
+        mask: bool [H, W], the pixels to fill.
     """
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise CxrdistError(f'{error}; pip install "cxrdist[text]"') from error
+    from scipy.sparse import coo_matrix, diags
+    from scipy.sparse.linalg import spsolve
+
+    filled = pixels.copy()
+    if mask.all() or not mask.any():
+        filled[mask] = 0
+        return filled
+    y, x = np.nonzero(mask)
+    place = np.full(mask.shape, -1)
+    place[mask] = np.arange(len(y))
+    degree, known = np.zeros(len(y)), np.zeros(len(y))
+    pairs = []
+    for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        rows, columns = y + down, x + right
+        there = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
+        own, rows, columns = np.flatnonzero(there), rows[there], columns[there]
+        degree[own] += 1
+        other = place[rows, columns]
+        outer = other < 0
+        known[own[outer]] += pixels[rows[outer], columns[outer]]
+        pairs.append(np.stack([own[~outer], other[~outer]]))
+    both = np.concatenate(pairs, axis=1)
+    neighbours = coo_matrix((np.ones(both.shape[1]), both), shape=(len(y), len(y)))
+    laplacian = (diags(degree) - neighbours).tocsc()
+    filled[mask] = np.rint(spsolve(laplacian, known, permc_spec="MMD_AT_PLUS_A"))
+    return filled

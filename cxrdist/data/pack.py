@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import PackConfig
 from cxrdist.data.audit import Entry, audit, summary
-from cxrdist.data.boxes import import_extra, read_boxes
+from cxrdist.data.boxes import read_boxes
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.images import decode_png
 from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Index, Sample, ShardEntry, read_index
@@ -121,8 +121,6 @@ def _refuse_bad_options(config: PackConfig) -> None:
             raise CxrdistError(f"--task {config.task}: expected 0 to {config.num_tasks - 1}")
     if not config.text_boxes and (config.cover, config.cover_split) != ("black", "all"):
         raise CxrdistError("--cover, --cover-split: need --text-boxes, see cxrdist find-text")
-    if config.text_boxes and config.cover == "fill":
-        import_extra("cv2")
     if not config.out.name:
         raise CxrdistError(f"--out {config.out}: expected the name of a directory to make")
 

@@ -133,6 +133,7 @@ def write_phantoms(
     num_patients_per_class: int,
     image_size_px: int = 256,
     seed: int = 0,
+    opacities: bool = True,
     word_share: float = WORD_SHARE,
 ) -> Path:
     """Write a folder data set of synthetic X-rays and the table of what was planted in them.
@@ -146,6 +147,7 @@ def write_phantoms(
         num_patients_per_class: Patients in each of the three classes.
         image_size_px: Side of the square images in pixels.
         seed: Any number from 0 on; equal seeds give equal bytes.
+        opacities: Whether to plant them; without them nothing but the word tells a class.
         word_share: Share of the COVID-19 images that carry the word.
 
     Returns:
@@ -167,7 +169,7 @@ def write_phantoms(
         for member in range(num_patients_per_class):
             number = member * len(CLASSES) + class_number
             patient = f"p{number:04d}"
-            phantoms = draw_patient(label, number, image_size_px, seed, word_share=word_share)
+            phantoms = draw_patient(label, number, image_size_px, seed, opacities, word_share)
             for image, phantom in enumerate(phantoms, 1):
                 path = f"{label}/{patient}_{image:02d}.png"
                 Image.fromarray(phantom.pixels).save(out / path, compress_level=1)
@@ -184,7 +186,7 @@ def draw_patient(
     number: int,
     image_size_px: int,
     seed: int,
-    plant: bool = True,
+    opacities: bool = True,
     word_share: float = WORD_SHARE,
 ) -> Iterator[Phantom]:
     """Yield the 1 to 3 images of one patient: one anatomy and disease, each image posed anew.
@@ -194,7 +196,7 @@ def draw_patient(
         number: The patient's number; with the seed it decides every draw.
         image_size_px: Side of the square images in pixels.
         seed: Seed of the data set.
-        plant: Whether to plant opacities and the word. Without them all else stays the same.
+        opacities: Whether to plant them. Without them all else stays the same.
         word_share: Share of the COVID-19 images that carry the word.
 
     Yields:
@@ -214,8 +216,8 @@ def draw_patient(
     lungs = _draw_lungs(_generator(seed, number, 0))
     body, air = _render_anatomy(lungs, image_size_px, _generator(seed, number, 1))
     findings_rng = _generator(seed, number, 2)
-    opacities = _draw_opacities(label, lungs, findings_rng) if plant else []
-    body = body + air * _render_opacities(opacities, len(body), findings_rng)
+    planted = _draw_opacities(label, lungs, findings_rng) if opacities else []
+    body = body + air * _render_opacities(planted, len(body), findings_rng)
     num_images = int(_generator(seed, number, 3).integers(1, MAX_IMAGES_PER_PATIENT + 1))
     for image in range(1, num_images + 1):
         rng = _generator(seed, number, 3 + image)
@@ -223,9 +225,9 @@ def draw_patient(
         posed = _apply_pose(body, pose, image_size_px)
         pixels = Image.fromarray(_expose(posed, rng))
         _burn_side_marker(pixels, rng)
-        findings = [_find_box(opacity, pose) for opacity in opacities]
+        findings = [_find_box(opacity, pose) for opacity in planted]
         carries_word = rng.random() < word_share
-        if plant and label == COVID and carries_word:
+        if label == COVID and carries_word:
             findings.append(_burn_word(pixels, rng))
         yield Phantom(np.asarray(pixels), tuple(findings))
 

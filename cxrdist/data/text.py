@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.config import FindTextConfig, PackConfig
-from cxrdist.data.boxes import Box, import_extra, scaled, write_boxes
+from cxrdist.data.boxes import Box, scaled, write_boxes
 from cxrdist.data.images import read_grey
 from cxrdist.data.records import Record
 from cxrdist.data.sources import read_source
@@ -51,8 +52,7 @@ def find_text(config: FindTextConfig) -> None:
     refuse_below_one(config, "workers")
     if config.out.exists():
         raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
-    import_extra("rapidocr")
-    import_extra("onnxruntime")
+    require_extra()
     records = read_source(PackConfig(config.source, config.input, config.out)).records
     work = config.out.with_name(f".{config.out.name}.partial")
     boxes: dict[str, list[Box]] = {}
@@ -132,10 +132,24 @@ def find_boxes(pixels: NDArray[np.uint8]) -> list[Box]:
     return [_read(image, box) for box in merge(found)]
 
 
+def require_extra() -> None:
+    """Make sure that what the finder needs is installed.
+
+    Raises:
+        CxrdistError: it is not.
+    """
+    try:
+        for name in ("rapidocr", "onnxruntime"):
+            import_module(name)
+    except ImportError as error:
+        raise CxrdistError(f'{error}; pip install "cxrdist[text]"') from error
+
+
 @cache
 def _engine() -> Any:
     """RapidOCR with one thread; made once in each process."""
-    return import_extra("rapidocr").RapidOCR(
+    require_extra()
+    return import_module("rapidocr").RapidOCR(
         params={
             "Global.log_level": "error",
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,

@@ -10,7 +10,7 @@ from cxrdist.report.files import reading, within
 from cxrdist.report.values import count, fine, number, percent
 from cxrdist.run import TEXT_FORMAT, RunDirectory
 
-CONDITIONS = ("as_it_is", "covered")
+CONDITIONS = ("as_it_is", "black", "fill")
 
 
 def text_views(run: RunDirectory) -> list[dict[str, Any]]:
@@ -67,23 +67,22 @@ def _text(about: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _covering(about: Mapping[str, Any], classes: list[str], task: str) -> dict[str, Any]:
-    """The scores as it is and covered: recall and accuracy, of several labels AUROC."""
-    both = [about[name] for name in CONDITIONS]
+    """The scores in each condition: recall and accuracy, of several labels AUROC."""
+    all_metrics = [about[name] for name in CONDITIONS]
     if task == "multilabel":
-        score, total = "AUROC", [number(metrics["macro"]["auroc"]) for metrics in both]
+        score, total = "AUROC", [number(metrics["macro"]["auroc"]) for metrics in all_metrics]
     else:
-        score, total = "Recall", [percent(metrics["accuracy"]) for metrics in both]
+        score, total = "Recall", [percent(metrics["accuracy"]) for metrics in all_metrics]
     return {
-        "how": {"black": "black rectangles", "fill": "a filling from the surroundings"}[
-            about["how"]
-        ],
         "score": score,
         "rows": [
-            (name, [number(metrics["classes"][name][score.lower()]) for metrics in both])
+            (name, [number(metrics["classes"][name][score.lower()]) for metrics in all_metrics])
             for name in classes
         ],
         "total": total,
-        "predicted_otherwise": count(about["predicted_otherwise"]),
+        "predicted_otherwise": [
+            count(about["predicted_otherwise"][name]) for name in CONDITIONS[1:]
+        ],
     }
 
 
