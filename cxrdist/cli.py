@@ -24,9 +24,6 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
-    "find-text": Command(
-        "data.text:find_text", "FindTextConfig", "burned-in text -> CSV of boxes, to be covered"
-    ),
     "check": Command("data.check:check", "CheckConfig", "are the shards still whole?", "shards"),
     "train": Command("train.loop:train", "TrainConfig", "shards + recipe -> trained model"),
     "evaluate": Command(
@@ -34,6 +31,9 @@ COMMANDS = {
     ),
     "explain": Command("explain.export:explain", "ExplainConfig", "LRP relevance and heat maps"),
     "predict": Command("predict:predict", "PredictConfig", "image files -> CSV", "images"),
+    "find-text": Command(
+        "data.text:find_text", "FindTextConfig", "burned-in text -> CSV of boxes, to be covered"
+    ),
     "probe-text": Command(
         "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
     ),
