@@ -16,7 +16,7 @@ def smooth(height, width):
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (256, 256)])
 def test_a_box_lies_in_the_square_where_its_pixels_do(tmp_path, fit, size):
-    """White written into a box of the original is white in the box of the square, and only there."""
+    """White written into a box of the original is white in the square's box, and only there."""
     width, height = size
     box = Box(width * 0.45, height * 0.4, 40, 30)
     pixels = smooth(height, width)
