@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import contents, run_command, run_ranks
+from support import contents, run_ranks
 
 from cxrdist.config import (
     Augmentation,
+    EvaluateConfig,
     Network,
     PackConfig,
     ProbeTextConfig,
@@ -23,6 +24,7 @@ from cxrdist.data.pack import pack
 from cxrdist.data.phantom import COVID, NORMAL, PATIENT_PATTERN, write_phantoms
 from cxrdist.demo import write_word_boxes
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.predictions import evaluate
 from cxrdist.probe_text import PAPER, boxes_in_squares, paste, probe_text, share_inside
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
@@ -100,8 +102,7 @@ def test_covered_squares_are_those_of_covered_shards(trained, found, tmp_path):
     covered = tmp_path / "covered"
     boxes = trained / "boxes.csv"
     pack_images(trained, covered, text_boxes=boxes, cover="fill", cover_split="test")
-    arguments = ("--run", trained / "run", "--shards", covered, "--cache", tmp_path)
-    run_command("evaluate", *arguments)
+    evaluate(EvaluateConfig(trained / "run", covered, cache=tmp_path))
     metrics = json.loads((trained / "run" / "test" / "metrics.json").read_text())
     assert metrics["confusion_matrix"] == found["covering"]["fill"]["confusion_matrix"]
     assert metrics["index_sha256"] != found["index_sha256"]
@@ -149,7 +150,7 @@ def test_the_paper_is_quoted_word_for_word():
 
 def test_without_a_table_the_squares_are_searched(trained, tmp_path):
     """The finder runs on the packed squares themselves, and the result says so."""
-    write_phantoms(tmp_path / "images", 2, SIZE_PX, word_share=1.0)
+    write_phantoms(tmp_path / "images", 5, SIZE_PX, word_share=1.0)
     pack_images(tmp_path, tmp_path / "shards")
     found = probe(trained, shards=tmp_path / "shards", boxes=None)
     assert found["text"]["found_in"] == "squares"
