@@ -91,8 +91,8 @@ def images(tmp_path):
     for name, word in (("a", "R"), ("b", None)):
         (tmp_path / "in" / name).mkdir(parents=True)
         pixels, _ = phantom(3, *([(word, 0.1, 0.1, 0.08)] if word else []))
-        whole = Image.fromarray(pixels).resize((1024, 1024))
-        whole.save(tmp_path / "in" / name / "x.png")
+        whole = Image.fromarray(pixels).resize((2048, 2048))  # read at half its size
+        whole.save(tmp_path / "in" / name / "x.jpg")
     return tmp_path / "in"
 
 
@@ -101,9 +101,9 @@ def test_the_table_has_the_px_of_the_original(images, tmp_path, capsys):
     (images / "b" / "bad.png").write_text("text")
     find_text(FindTextConfig("folder", images, tmp_path / "boxes.csv", workers=1))
     boxes = read_boxes(tmp_path / "boxes.csv")
-    assert list(boxes) == ["a/x.png"]
-    (box,) = boxes["a/x.png"]
-    assert covered_share(Box(110, 110, 50, 60), [box]) > 0.9
+    assert list(boxes) == ["a/x.jpg"]
+    (box,) = boxes["a/x.jpg"]
+    assert covered_share(Box(220, 220, 100, 120), [box]) > 0.9
     assert box.text == "R"
     assert all(value == round(value) for value in box[:4])
     said = capsys.readouterr().out
@@ -126,10 +126,10 @@ def test_a_killed_search_goes_on(images, tmp_path, monkeypatch):
             find_text(FindTextConfig("folder", images, out, workers=1))
     (part,) = (tmp_path / ".boxes.csv.partial").iterdir()
     part.write_text(
-        json.dumps([["a/x.png", [[7, 7, 7, 7, "was there", 1]], ""], ["b/x.png", [], ""]])
+        json.dumps([["a/x.jpg", [[7, 7, 7, 7, "was there", 1]], ""], ["b/x.jpg", [], ""]])
     )
     find_text(FindTextConfig("folder", images, out, workers=1))
-    assert read_boxes(out)["a/x.png"][0].text == "was there"
+    assert read_boxes(out)["a/x.jpg"][0].text == "was there"
     with pytest.raises(CxrdistError, match="stands already"):
         find_text(FindTextConfig("folder", images, out, workers=1))
 
