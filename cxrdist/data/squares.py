@@ -144,7 +144,7 @@ def _pool(workers: int | None) -> Iterator[ProcessPool]:
 def _submit(part: Part, schedule: Schedule) -> list[Pending]:
     """Let the workers begin with a part; the state of a file is noted before it is read."""
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
-    return [([_state(record) for record in chunk], schedule(chunk)) for chunk in chunks]
+    return [([file_state(record) for record in chunk], schedule(chunk)) for chunk in chunks]
 
 
 def _make_squares(
@@ -213,7 +213,7 @@ def _row(square: Square) -> dict[str, Any]:
     return {name: vars(v) if isinstance(v, Fingerprint) else v for name, v in vars(square).items()}
 
 
-def _state(record: Record) -> State:
+def file_state(record: Record) -> State:
     """Size and time of change of a record's file; that it is missing will be said by its reader."""
     try:
         status = record.file.stat()
@@ -238,7 +238,7 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
         return None
     squares = [_square(row) for row in json.loads(path.read_text(encoding="utf-8"))]
     for record, square in zip(part.records, squares, strict=True):
-        if _state(record) != (square.bytes, square.modified):
+        if file_state(record) != (square.bytes, square.modified):
             if square.reason and redo_bad:
                 return None
             raise CxrdistError(

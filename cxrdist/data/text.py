@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,8 @@ from cxrdist.data.boxes import Box, scaled, write_boxes
 from cxrdist.data.images import read_grey
 from cxrdist.data.records import Record
 from cxrdist.data.sources import read_source
-from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.data.squares import file_state
+from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
 from cxrdist.run import read_json, remove, write_json
 from cxrdist.terminal import progress
 
@@ -81,6 +83,11 @@ def _find_parts(
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=context) as pool:
         try:
             yield from pool.map(_find_part, parts, [work] * len(parts))
+        except BrokenProcessPool as error:
+            raise RunFailedError(
+                f"a process that looked for text died; what was found is in {work}: run the same "
+                "command again, with fewer --workers if memory was short"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -88,7 +95,7 @@ def _find_parts(
 
 def _find_part(records: Sequence[Record], work: Path) -> list[list[Any]]:
     """Look through a part, or take what was found before in the same unchanged files."""
-    known = [(r.path, r.file.stat().st_size, r.file.stat().st_mtime) for r in records]
+    known = [(record.path, file_state(record)) for record in records]
     place = work / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()}.json"
     if not place.is_file():
         write_json(place, [_find_in_file(record) for record in records])

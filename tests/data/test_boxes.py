@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrdist.data.boxes import Box, cover, fill, in_square, inside, read_boxes, write_boxes
+from cxrdist.data.boxes import (
+    MOST_SOLVED,
+    Box,
+    _solve_laplace,
+    cover,
+    fill,
+    in_square,
+    inside,
+    read_boxes,
+    write_boxes,
+)
 from cxrdist.data.images import decode
 from cxrdist.errors import CxrdistError
 
@@ -78,6 +88,18 @@ def test_a_filling_leaves_no_edge():
     filled = fill(np.where(corner, 255, plane).astype(np.uint8), corner)
     assert filled[corner].max() <= plane[:9, :9].max()
     assert (fill(plane, np.ones_like(mask)) == 0).all()
+
+
+def test_a_large_filling_is_as_smooth():
+    """A part that is too large to be solved at once is continued within two grey levels."""
+    y, x = np.mgrid[:301, :403]
+    ramp = (20 + x / 4 + y / 3).astype(np.uint8)
+    mask = inside([Box(0, 30, 350, 201)], 301, 403)
+    assert mask.sum() > MOST_SOLVED
+    filled = fill(np.where(mask, 255, ramp).astype(np.uint8), mask)
+    assert (filled[~mask] == ramp[~mask]).all()
+    exact = np.rint(_solve_laplace(ramp, mask))
+    assert np.abs(filled[mask] - exact).max() <= 2
 
 
 def test_the_table_can_be_edited(tmp_path):
