@@ -215,7 +215,7 @@ class ProbeTextConfig:
     height: float = 0.06
     """Height of its letters, as a fraction of the image's side."""
     limit: int | None = None
-    """Explain this many images with text, the classes in turn; all if not given."""
+    """Explain this many images with text, the first in the shards; all if not given."""
     batch_size: int = 16
     """Images of one forward pass."""
     cache: Path | None = None

@@ -82,7 +82,8 @@ class Edited:
 def probe_text(config: ProbeTextConfig) -> None:
     """Measure what text on the images does, write RUN/SPLIT/text.json and pictures, and print it.
 
-    Exact for any number of ranks: each of them predicts, finds and explains whole batches.
+    Exact for any number of ranks: each of them predicts, finds and explains whole batches. Boxes
+    are covered in the squares that the network sees; `pack` covers them in the originals.
 
     Raises:
         CxrdistError: run, shards, boxes or options cannot be used.

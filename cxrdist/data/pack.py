@@ -48,7 +48,7 @@ NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expe
 
 
 class Item(NamedTuple):
-    """A record whose image was read, and the place of its PNG (of the PNGs that it has)."""
+    """A record whose image was read, and the place of the PNG that is packed of it."""
 
     record: Record
     square: Square
@@ -135,7 +135,7 @@ def _with_boxes(source: Source, file: Path) -> Source:
             f"{file}: {len(strangers)} of its {len(boxes)} images are none of the source, the "
             f"first is {strangers[0]}"
         )
-    if len(strangers) == len(boxes):
+    if boxes and len(strangers) == len(boxes):
         raise CxrdistError(
             f"--text-boxes {file}: has no image of the source; make it with cxrdist find-text of "
             "the same --source and --input"
