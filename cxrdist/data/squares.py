@@ -51,13 +51,13 @@ class Square:
         modified: time of its last change then, in nanoseconds.
         reason: why it cannot be used, or empty; then all below is known.
         png_bytes: length of its PNG in the part's .bin file.
-        covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
         fingerprint: of the pixels.
-        covered_fingerprint: of those with burned-in text covered.
         width_px: of the original.
         height_px: of the original.
         patient: a hash of the DICOM patient, or empty.
         view: of the DICOM, or empty.
+        covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
+        covered_fingerprint: of the pixels with burned-in text covered.
     """
 
     path: str
@@ -65,13 +65,13 @@ class Square:
     modified: int
     reason: str = ""
     png_bytes: int = 0
-    covered_bytes: int = 0
     fingerprint: Fingerprint | None = None
-    covered_fingerprint: Fingerprint | None = None
     width_px: int = 0
     height_px: int = 0
     patient: str = ""
     view: str = ""
+    covered_bytes: int = 0
+    covered_fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True)
