@@ -40,7 +40,7 @@ MARGIN = 0.15
 """Of the letters' height is added to a box on each side, for their soft edge."""
 READ_FROM = 0.5
 """Least certainty of the reader; below it the text stays empty."""
-PART_SIZE = 32  # images of one piece of work, which is done again when it was killed
+PART_SIZE = 16  # images of one piece of work, which is done again when it was killed
 
 
 def find_text(config: FindTextConfig) -> None:
