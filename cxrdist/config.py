@@ -213,7 +213,8 @@ class ProbeTextConfig:
     place: Literal["upper-left", "upper-right", "lower-left", "lower-right"] = "upper-left"
     """Corner to paste it into."""
     height: float = 0.06
-    """Height of its letters, as a fraction of the image's side."""
+    """Size of its font as a fraction of the image's side, at least 6 px; capital letters are about
+    three quarters as high."""
     limit: int | None = None
     """Explain this many images with text, the first in the shards; all if not given."""
     batch_size: int = 16

@@ -336,10 +336,12 @@ def _describe_paste(
                 "predicted_otherwise": int(changed.sum()),
             }
         )
+    _, box = paste(np.zeros((index.image_size_px, index.image_size_px), np.uint8), config)
     return {
         "word": config.word,
         "place": config.place,
-        "height": config.height,
+        "letters_px": round(box.height),
+        "image_size_px": index.image_size_px,
         "classes": rows,
     }
 

@@ -535,7 +535,7 @@ def burn_text(
         pixels: grey; changed in place.
         text: what to write.
         place: x and y of the anchor, in fractions of the side.
-        height: of the letters, in fractions of the side; at least 6 px are taken.
+        height: size of the font, in fractions of the side; at least 6 px are taken.
         anchor: the point of the text that stands at the place, as Pillow names them: lt is left
             top, rb right bottom.
 

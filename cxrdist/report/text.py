@@ -91,7 +91,8 @@ def _paste(about: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "word": str(about["word"]),
         "place": str(about["place"]).replace("-", " "),
-        "height": percent(about["height"]),
+        "letters_px": count(about["letters_px"]),
+        "image_size_px": count(about["image_size_px"]),
         "rows": [
             (
                 str(row["class"]),

@@ -288,7 +288,8 @@ def write_text_probe(directory: Path, rows: list[dict]) -> None:
         "paste": {
             "word": "<SEDUTO>",
             "place": "upper-left",
-            "height": 0.06,
+            "letters_px": 10,
+            "image_size_px": 224,
             "classes": [
                 {"class": name, "images": 60, "predicted_otherwise": 2}
                 | {"before": [0.9851, 0.1, 0.004471], "after": [0.9845, 0.1, 0.004595]}

@@ -332,6 +332,7 @@ def test_the_probe_for_words_stands_after_the_results(run: Path, made: SimpleNam
         "NORMAL 60 98.51 % \u2192 98.45 % 10.00 % \u2192 10.00 % 0.4471 % \u2192 0.4595 % 2"
         in section
     )
+    assert "its letters 10 of 224 px high" in section
     assert f"{made.ODD_CLASS} 0 {DASH} {DASH} {DASH} 0" in section
     assert f"{made.ODD_CLASS} 7 21.4 % 2.1 % 10.190" in section
     assert f"COVID-19 0 {DASH} {DASH} {DASH}" in section
