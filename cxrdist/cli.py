@@ -31,6 +31,12 @@ COMMANDS = {
     ),
     "explain": Command("explain.export:explain", "ExplainConfig", "LRP relevance and heat maps"),
     "predict": Command("predict:predict", "PredictConfig", "image files -> CSV", "images"),
+    "find-text": Command(
+        "data.text:find_text", "FindTextConfig", "burned-in text -> CSV of boxes, to be covered"
+    ),
+    "probe-text": Command(
+        "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
+    ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
     "bench": Command("bench:bench", "BenchConfig", "measure this machine side by side"),
@@ -54,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         0 done; 1 the run failed; 2 wrong usage or bad input; 130 interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    lines = [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<12}{command.help}" for name, command in COMMANDS.items()]
     usage = USAGE.format(commands="\n".join(lines))
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage, end="")
@@ -132,7 +138,7 @@ def _location(text: str) -> Path:
 
 def _refuse_urls(command: str, values: dict[str, Any]) -> None:
     """Make sure that an option which needs a path on this machine has none elsewhere."""
-    allowed = {"shards", "input", "out"} if command == "pack" else {"shards"}
+    allowed = {"pack": {"input", "out"}, "find-text": {"input"}}.get(command, {"shards"})
     for name, value in values.items():
         if name not in allowed and hasattr(value, "protocol"):
             raise CxrdistError(f"--{name} {value}: expected a path on this machine, no URL")

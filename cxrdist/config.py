@@ -46,12 +46,34 @@ class PackConfig:
     """Processes that decode; all cores if not given. The bytes do not depend on it."""
     skip_bad: bool = False
     """List unreadable images in rejected.csv instead of stopping."""
+    text_boxes: Path | None = None
+    """Cover burned-in text in the boxes of this CSV, which cxrdist find-text makes."""
+    cover: Literal["black", "fill"] = "black"
+    """How: with black rectangles (paper, section 2.2), or filled smoothly from the surroundings. A
+    network may take a black rectangle for the word below it; cxrdist probe-text measures both."""
+    cover_split: Literal["train", "val", "test", "all"] = "all"
+    """Where: the paper covered the test images only."""
     task: int | None = None
     """Decode only this part of the images, 0 to num_tasks - 1: one task of a SLURM array."""
     num_tasks: int | None = None
     """Parts that the images are decoded in."""
     merge: bool = False
     """Make the shards of what the tasks have decoded."""
+
+
+@dataclass(frozen=True)
+class FindTextConfig:
+    """Find burned-in text and markers; what is found is a CSV that a person can edit."""
+
+    source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
+    """As in cxrdist pack."""
+    input: Path
+    """As in cxrdist pack."""
+    out: Path
+    """The CSV to write: path (relative to the source), x, y, width, height (in px of the original
+    as it is shown), text, score."""
+    workers: int | None = None
+    """Processes that look; all cores if not given."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +191,33 @@ class ExplainConfig:
     flat: bool = True
     """Flat rule in the first layer; without it the z+ rule."""
     batch_size: int = 4
+    """Images of one forward pass."""
+    cache: Path | None = None
+    """Directory of decoded images; ~/.cache/cxrdist if not given."""
+
+
+@dataclass(frozen=True)
+class ProbeTextConfig:
+    """Measure whether a network reads the words on the images."""
+
+    run: Path
+    """Run directory of a finished training."""
+    shards: Path
+    """Directory of shards with the text uncovered, a path or an fsspec URL."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split to probe."""
+    boxes: Path | None = None
+    """CSV of cxrdist find-text; if not given, text is looked for in the packed squares."""
+    word: str = "SEDUTO"
+    """Word to paste on the images (paper, section 4.1)."""
+    place: Literal["upper-left", "upper-right", "lower-left", "lower-right"] = "upper-left"
+    """Corner to paste it into."""
+    height: float = 0.06
+    """Size of its font as a fraction of the image's side, at least 6 px; capital letters are about
+    three quarters as high."""
+    limit: int | None = None
+    """Explain this many images with text, the first in the shards; all if not given."""
+    batch_size: int = 16
     """Images of one forward pass."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""

@@ -20,6 +20,7 @@ from typing import Any
 from cxrdist.errors import CxrdistError, RunFailedError
 
 RUN_FORMAT = "cxrdist-run-1"
+TEXT_FORMAT = "cxrdist-text-1"
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ class RunDirectory:
     def relevance(self, split: str) -> Path:
         """Signed relevance, one KEY.npz a sample."""
         return self.root / split / "relevance"
+
+    def text(self, split: str) -> Path:
+        """What the probe for words on the images found."""
+        return self.root / split / "text.json"
+
+    def text_pictures(self, split: str) -> Path:
+        """Pictures of that probe."""
+        return self.root / split / "text"
 
     def relevance_table(self, split: str) -> Path:
         """One row a sample and class: the ledger of the logit."""

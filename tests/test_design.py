@@ -22,7 +22,7 @@ LAYERS = [
     ["train"],
     ["explain"],
     ["report"],
-    ["predict", "demo", "bench"],
+    ["predict", "probe_text", "demo", "bench"],
     ["cli"],
     ["__init__", "__main__"],
 ]

@@ -14,6 +14,7 @@ from cxrdist.report.audit import audit_view
 from cxrdist.report.files import known_splits, read_info, read_recipe, reading
 from cxrdist.report.splits import split_view
 from cxrdist.report.stages import stage_views
+from cxrdist.report.text import text_views
 from cxrdist.run import RunDirectory, write_text
 
 
@@ -41,6 +42,7 @@ def report(config: ReportConfig) -> Path:
         audit=audit_view(run.audit),
         stages=stage_views(run, info, recipe),
         splits=splits,
+        texts=text_views(run),
         headline=next((split for split in splits if split["metrics"]), None),
         heatmap=heatmap,
     )

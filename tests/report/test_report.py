@@ -176,6 +176,7 @@ def test_class_without_images_has_no_curve(run: Path, made: SimpleNamespace) -> 
         ("test/predictions.csv", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
         ("test/metrics.json", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
         ("log.jsonl", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 2),
+        ("test/text.json", "cxrdist probe-text --run RUN --shards SHARDS --split test", 1),
         ("audit.json", "cxrdist check --audit SHARDS", 1),
         ("recipe.yaml", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 1),
     ],
@@ -238,6 +239,9 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,nan\n", "not within 0 and 1"),
         ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "matrices differ"),
         ("test/relevance.csv", "key,class\nk,a\n", "misses 'logit'"),
+        ("test/text.json", "{", "run `cxrdist probe-text` again"),
+        ("test/text.json", '{"format": "cxrdist-text-1"}', "misses 'classes'"),
+        ("test/text.json", '{"format": "cxrdist-text-9"}', "run `cxrdist probe-text` again"),
         (
             "test/relevance.csv",
             "key,class,logit,relevance_sum,bias_share,epsilon_share,picture\nk,a,1,1,0,0,../p\n",
@@ -312,6 +316,29 @@ def test_hostile_audits_are_refused_or_escaped(run: Path) -> None:
     key = next(iter(json.loads(path.read_text())["thumbnails"]))
     change_json(path, lambda found: found["thumbnails"].update({key: 'x" onerror="alert(1)'}))
     with pytest.raises(CxrdistError, match=r"audit\.json"):
+        write(run)
+
+
+def test_the_probe_for_words_stands_after_the_results(run: Path, made: SimpleNamespace) -> None:
+    """Its numbers are shown as they are, hostile names as text, what is undefined as a dash."""
+    page = write(run)
+    text = str(Text(page))
+    section = text[text.index("Does the network read the words? X-rays") :]
+    assert text.index("Worst mistakes") < text.index("Does the network read the words? X-rays")
+    assert "7 of 180 images have text, in 9 boxes. They stand in <i>boxes & more.csv" in section
+    assert f"{made.ODD_CLASS} 60 7 <b>R (4), AP (1)" in section
+    assert "Likeliest class changes \N{EM DASH} 3 5" in section
+    assert (
+        "NORMAL 60 98.51 % \u2192 98.45 % 10.00 % \u2192 10.00 % 0.4471 % \u2192 0.4595 % 2"
+        in section
+    )
+    assert "its letters 10 of 224 px high" in section
+    assert f"{made.ODD_CLASS} 0 {DASH} {DASH} {DASH} 0" in section
+    assert f"{made.ODD_CLASS} 7 21.4 % 2.1 % 10.190" in section
+    assert f"COVID-19 0 {DASH} {DASH} {DASH}" in section
+    assert section.count("said <nothing>") == 3
+    change_json(run / "test" / "text.json", lambda found: found["pictures"][0].update(map="../x"))
+    with pytest.raises(CxrdistError, match="is not the name of a file"):
         write(run)
 
 
