@@ -123,7 +123,6 @@ def opcodes(touch: str) -> dict[str, bytes]:
         "persistent id, text": b"Pos.system\n",
         "persistent id, module": b"(" + text("module") + command + b"tQ",
         "memo": b"Nr\xff\xff\xff\x7f",
-        "depth": b"(" * 5000 + b"l" * 5000,
     }
 
 
