@@ -19,7 +19,7 @@ from cxrdist.model.layout import ONE_CHANNEL
 from cxrdist.model.weights import read_weights
 
 SHAPE = ("--network.growth_rate", 4, "--network.block_config", "[2, 2, 2, 2]")
-CLASSES = {"COVID-19": 6, "NORMAL": 6, "Viral Pneumonia": 6}
+CLASSES = {"COVID-19": 12, "NORMAL": 12, "Viral Pneumonia": 12}
 
 
 def run(*arguments: object) -> None:
