@@ -90,6 +90,10 @@ def recognise(file: TensorFile, where: str) -> Layout:
     normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
     if known:
         normalisation = Normalisation(*(tuple(map(float, known[k])) for k in ("mean", "std")))
+    if {len(normalisation.mean), len(normalisation.std)} != {channels}:
+        raise CxrdistError(
+            f"{where}: its normalisation is not of {channels} channels; convert the file again"
+        )
     return Layout(name, renamed, head, labels, normalisation)
 
 
@@ -124,9 +128,11 @@ def _identify(
     if any(name.endswith("classifier.0.weight") for name in names):
         whose = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
         return f"CheXNet, as in {whose}", CHEXNET_LABELS
-    if thresholds is not None or channels == 1:
+    if channels == 1:
         default = TORCHXRAYVISION_LABELS if num_outputs == len(TORCHXRAYVISION_LABELS) else None
-        return "torchxrayvision", file.labels or default
+        labels = file.labels or default
+        known = thresholds is not None or labels is not None
+        return "torchxrayvision" if known else "one channel, taken for torchxrayvision's", labels
     if num_outputs == IMAGENET_CLASSES:
         old = any(_OLD_DENSE_LAYER.search(name) for name in names)
         return f"ImageNet, as in torchvision{'' if old else ' and timm'}", None

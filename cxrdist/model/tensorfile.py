@@ -122,7 +122,8 @@ def _read_safetensors(file: Path) -> TensorFile:
         names = list(content.keys())
         tensors = {name: content.get_tensor(name) for name in names}
         metadata = json.loads((content.metadata() or {}).get(METADATA, "{}"))
-    if not isinstance(metadata, dict):
+    expected = {"layout", "labels", "normalisation", "started_from"}
+    if not isinstance(metadata, dict) or (metadata and metadata.keys() != expected):
         raise ValueError("the metadata of cxrdist are damaged")
     return TensorFile(tensors, "safetensors", "tensors by name", metadata=metadata)
 

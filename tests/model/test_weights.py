@@ -373,3 +373,20 @@ def test_show_says_what_a_file_is(tmp_path, capsys):
     torch.save(damaged("missing tensor"), tmp_path / "w.pt")
     assert main(["weights", "show", str(tmp_path / "w.pt")]) == 2
     assert "the file lacks features.norm5.weight" in capsys.readouterr().err
+
+
+def test_one_channel_of_unknown_origin_is_said_to_be_a_guess(tmp_path):
+    """Nothing tells the scale of such a network; the layout's name says what was assumed."""
+    network = timm.models.densenet.DenseNet(4, (2, 2, 2, 2), num_classes=5, in_chans=1)
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    weights = read_weights(str(tmp_path / "w.pt"))
+    assert weights.record["layout"] == "one channel, taken for torchxrayvision's"
+    assert weights.labels is None
+
+
+@pytest.mark.parametrize("note", ["[]", "{", '{"layout": "x"}'])
+def test_a_damaged_note_of_convert_is_refused(tmp_path, note):
+    """Half of what convert noted would be a wrong normalisation."""
+    save_file(torchvision_network().state_dict(), tmp_path / "w.safetensors", {"cxrdist": note})
+    with pytest.raises(CxrdistError, match="no readable checkpoint"):
+        read_weights(str(tmp_path / "w.safetensors"))
