@@ -97,7 +97,7 @@ class Augmentation:
     shift_y: float = 28 / 224
     """Shift up or down, at most this fraction of the height (28 of 224 px)."""
     flip: bool = True
-    """Mirror every second copy of an image."""
+    """Mirror every second copy of an image, and one without a partner by chance."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,8 @@ class TrainConfig:
     stages: dict[str, Stage]
     """Stages by name, in their order. Each starts from the best weights of the one before."""
     init: str = "imagenet"
-    """imagenet (downloaded), none (random), or a checkpoint file (safetensors or torch.save)."""
+    """chexnet or imagenet (downloaded), none (random), a checkpoint file (safetensors or
+    torch.save), its URL (#sha256=DIGITS behind it is checked), or a run directory."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
     global_batch_size: int = 9
@@ -156,6 +157,24 @@ class TrainConfig:
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
     track: str | None = None
     """Accelerate trackers, names with commas between them; their files go to RUN/tracking."""
+
+
+@dataclass(frozen=True)
+class WeightsShowConfig:
+    """Show what a checkpoint holds; it must be a whole DenseNet. Fetches what has to be fetched."""
+
+    file: str
+    """A checkpoint file, or whatever else --init takes."""
+
+
+@dataclass(frozen=True)
+class WeightsConvertConfig:
+    """Write a checkpoint as safetensors, under torchvision's names, with its labels and source."""
+
+    file: str
+    """A checkpoint file, or whatever else --init takes."""
+    out: Path
+    """File to write, NAME.safetensors; it must not exist yet."""
 
 
 @dataclass(frozen=True)

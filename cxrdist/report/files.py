@@ -119,6 +119,27 @@ def read_info(run: RunDirectory) -> dict[str, Any]:
     return dict(info)
 
 
+def weights_chain(path: Path, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """List what a run's weights were made from, the first one first.
+
+    Args:
+        path: run.json, for the error line.
+        info: what it holds.
+
+    Returns:
+        For each: source, sha256, layout, labels, tensors, trained_on; None for what is not known.
+    """
+    names = ("source", "sha256", "layout", "labels", "tensors", "trained_on")
+    chain = []
+    with reading(path, "train"):
+        link = info["weights"]
+        while link:
+            chain.append({name: link.get(name) for name in names})
+            list(chain[-1]["labels"] or []), dict(chain[-1]["trained_on"] or {})
+            link = link.get("started_from")
+    return chain[::-1]
+
+
 def read_recipe(path: Path) -> tuple[str, list[str]] | None:
     """Read the resolved recipe.
 

@@ -11,7 +11,13 @@ from cxrdist.config import ReportConfig
 from cxrdist.explain import heatmap
 from cxrdist.report import values
 from cxrdist.report.audit import audit_view
-from cxrdist.report.files import known_splits, read_info, read_recipe, reading
+from cxrdist.report.files import (
+    known_splits,
+    read_info,
+    read_recipe,
+    reading,
+    weights_chain,
+)
 from cxrdist.report.splits import split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
@@ -37,6 +43,7 @@ def report(config: ReportConfig) -> Path:
     page = _template().render(
         name=run.root.resolve().name,
         info=info,
+        weights=weights_chain(run.info, info),
         duration=_duration(run.info, info),
         recipe=recipe,
         audit=audit_view(run.audit),

@@ -139,6 +139,7 @@ def build_training(
     with accelerator.local_main_process_first():  # one download a node
         read = _attempt(config.init)
     weights = together(accelerator, read)
+    together(accelerator, lambda: _refuse_other_weights(run, weights))
     model = _build_model(config, index, weights)
     num_copied = apply_weights(weights, model)
     images = open_cache(index, config.cache, accelerator)
@@ -175,6 +176,18 @@ def _attempt(init: str) -> Callable[[], InitialWeights]:
     return lambda: weights
 
 
+def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
+    """Make sure that a run goes on from the weights that it began with."""
+    if not run.recipe.is_file():
+        return
+    began = read_json(run.info)["weights"]["sha256"]
+    if began != weights.record["sha256"]:
+        raise CxrdistError(
+            f"--init {weights.source}: has the sha256 {weights.record['sha256']}, but the run "
+            f"began with {began}; put the file back, or train in a new directory"
+        )
+
+
 def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> Classifier:
     torch.manual_seed(config.seed)
     return Classifier(
@@ -199,10 +212,5 @@ def _describe_start(
         "world_size": accelerator.num_processes,
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if cuda else device.type,
         "mixed_precision": accelerator.mixed_precision,
-        "weights": {
-            "source": weights.source,
-            "sha256": weights.sha256,
-            "tensors": num_copied,
-            "normalisation": asdict(weights.normalisation),
-        },
+        "weights": weights.describe(num_copied),
     }
