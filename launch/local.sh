@@ -13,10 +13,11 @@ else
     export ACCELERATE_USE_CPU=yes
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(nproc) > ranks ? $(nproc) / ranks : 1))}
 fi
+here=$(dirname "${BASH_SOURCE[0]}")
 nodes=${SLURM_STEP_NUM_NODES:-1}
 if [ "$nodes" -gt 1 ]; then
     first=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
-    exec accelerate launch --config_file "$(dirname "${BASH_SOURCE[0]}")/multi_node.yaml" \
+    exec python "$here/ranks.py" --config_file "$here/multi_node.yaml" \
         --num_machines "$nodes" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$first" \
         --main_process_port "${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}" \
@@ -26,5 +27,5 @@ if [ "$ranks" -eq 1 ]; then
     # A launcher of one process passes no signal on.
     ACCELERATE_MIXED_PRECISION=$precision exec python -m cxrdist "$@"
 fi
-exec accelerate launch --config_file "$(dirname "${BASH_SOURCE[0]}")/cpu.yaml" \
+exec python "$here/ranks.py" --config_file "$here/cpu.yaml" \
     --num_processes "$ranks" --mixed_precision "$precision" --main_process_port 0 -m cxrdist "$@"
