@@ -167,7 +167,8 @@ class Cluster:
 
     def log(self, number: int) -> str:
         """What a job, or all tasks of an array, have printed."""
-        return "".join(file.read_text() for file in sorted(self.state.glob(f"*-{number}*.log")))
+        files = sorted(self.state.glob(f"*-{number}*.log"))
+        return "".join(file.read_text(errors="replace") for file in files)
 
     def node_states(self) -> list[str]:
         """The states of n1 and n2, such as idle, alloc, mix, down."""

@@ -54,20 +54,43 @@ def assert_same(run: Path, undisturbed: Path) -> None:
     assert contents(run / "model") == contents(undisturbed / "model")
 
 
+def wait_for_epochs(cluster: Cluster, job: int, run: Path) -> None:
+    """Wait until a job has come further since it was started or restarted."""
+    before = len(epochs(run))
+    cluster.wait(lambda: len(epochs(run)) > before, f"more epochs of job {job}")
+
+
 def test_a_requeued_job_that_loses_a_node_ends_as_if_nothing_had_happened(
     cluster, train, undisturbed, tmp_path
 ):
     """Requeued by hand, then bereft of its second node: the bytes of two ranks without Slurm."""
     run = tmp_path / "run"
     job = submit(cluster, train(run))
-    cluster.wait(lambda: len(epochs(run)) >= 2, "two epochs")
+    wait_for_epochs(cluster, job, run)
     cluster.run("scontrol", "requeue", job)
     cluster.wait(lambda: cluster.job(job)[:2] == ("RUNNING", 1), "job that runs again")
-    before = len(epochs(run))
-    cluster.wait(lambda: len(epochs(run)) > before, "more epochs")
+    wait_for_epochs(cluster, job, run)
     cluster.lose_node("n2")
     cluster.wait(lambda: cluster.job(job).state == "PENDING", "job that waits for its node")
     cluster.restore_node("n2")
     ended = cluster.wait_for_end(job)
     assert (ended.state, ended.restarts) == ("COMPLETED", 2), cluster.log(job)
+    assert_same(run, undisturbed)
+
+
+def test_a_job_that_is_told_to_stop_saves_and_requeues_itself(
+    cluster, train, undisturbed, tmp_path
+):
+    """The batch script is told, as before a time limit: all ranks end with 75, nothing is lost."""
+    run = tmp_path / "run"
+    job = submit(cluster, train(run))
+    for restarts, name in enumerate(("USR1", "TERM"), start=1):
+        wait_for_epochs(cluster, job, run)
+        cluster.run("scancel", "--batch", f"--signal={name}", job)
+        cluster.wait(lambda n=restarts: cluster.job(job)[:2] == ("RUNNING", n), "requeued job")
+    ended = cluster.wait_for_end(job)
+    log = cluster.log(job)
+    assert (ended.state, ended.restarts) == ("COMPLETED", 2), log
+    assert log.count("Exited with exit code 75") == 2 * 2
+    assert log.count("stopped and saved") == 2
     assert_same(run, undisturbed)
