@@ -384,8 +384,7 @@ def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
 def _lrp(negative: float, config: BenchConfig, scratch: Path) -> list[Contender]:
     """Relevance maps in gradients with respect to the input, by the engine and by zennit.
 
-    Args:
-        negative: share of the BatchNorms' scales that are negative.
+    A share of the BatchNorms' scales is negative, which costs the engine a second convolution.
     """
     threads = torch.get_num_threads()
     model = Classifier(Network(), CLASSES, config.size)

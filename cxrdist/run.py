@@ -76,8 +76,12 @@ class RunDirectory:
         return self.root / split / "heatmaps"
 
     def relevance(self, split: str) -> Path:
-        """Signed relevance, one KEY.npz a sample."""
+        """Signed relevance, one KEY.npz a sample or tars of them."""
         return self.root / split / "relevance"
+
+    def relevance_info(self, split: str) -> Path:
+        """How the relevance of the split was made, and whether it stands up to a test."""
+        return self.root / split / "relevance.json"
 
     def relevance_table(self, split: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
