@@ -207,8 +207,20 @@ class ExplainConfig:
     """all, or class names with commas between them."""
     limit: int | None = None
     """Explain this many samples, the classes in turn; all if not given."""
+    contrast: str | None = None
+    """Two class names with a comma between them: also a map of the first minus the second."""
+    preset: Literal["canonical", "innvestigate"] = "canonical"
+    """canonical: right for a DenseNet. innvestigate: what the paper's program gives."""
+    composite: str | None = None
+    """Name of a zennit composite to use instead, on the canonical network; has no ledger."""
     flat: bool = True
     """Flat rule in the first layer; without it the z+ rule."""
+    biases: bool = True
+    """Biases absorb their share of the relevance; without, denominators have none."""
+    format: Literal["npz", "webdataset"] = "npz"
+    """npz: a float32 file per image. webdataset: tars of float16 maps, half the space."""
+    pictures: bool = True
+    """Write heat maps as well."""
     batch_size: int = 4
     """Images of one forward pass."""
     cache: Path | None = None

@@ -77,7 +77,7 @@ class RunDirectory:
         return self.root / split / "heatmaps"
 
     def relevance(self, split: str) -> Path:
-        """Signed relevance, one KEY.npz a sample."""
+        """Signed relevance, one KEY.npz a sample or tars of them."""
         return self.root / split / "relevance"
 
     def text(self, split: str) -> Path:
@@ -87,6 +87,10 @@ class RunDirectory:
     def text_pictures(self, split: str) -> Path:
         """Pictures of that probe."""
         return self.root / split / "text"
+
+    def relevance_info(self, split: str) -> Path:
+        """How the relevance of the split was made, and whether it stands up to a test."""
+        return self.root / split / "relevance.json"
 
     def relevance_table(self, split: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
