@@ -32,7 +32,7 @@ from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
 from cxrdist.data.sources import read_folder
-from cxrdist.distributed import start
+from cxrdist.distributed import StopVote, start
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.augment import warp
@@ -322,6 +322,7 @@ def _stage_run(
         samples=everyone,
         copies=ones,
         val_plan=plan_epoch(everyone[:1], ones[:1], recipe.augmentation, 1, (0, "val", 0)),
+        vote=StopVote(accelerator),
     )
     with _quiet():
         return StageRun(training, "bench", None)
@@ -329,6 +330,7 @@ def _stage_run(
 
 def _loop(stage: StageRun) -> Callable[[], int]:
     def work() -> int:
+        stage.epoch = None
         with progress(0, "", "images", show=False) as bar:
             stage.train_epoch(bar)
         return stage.training.num_images

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from cxrdist import __version__
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, Stopped
+from cxrdist.signals import STOP_CODE, stopping_at_once
 
 
 class Command(NamedTuple):
@@ -72,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done; 1 the run failed; 2 wrong usage or bad input; 130 interrupted.
+        0 done; 1 the run failed; 2 wrong usage or bad input; 75 stopped on request.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     lines = [f"  {name:<17}{command.help}" for name, command in COMMANDS.items()]
@@ -87,17 +88,19 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         name, rest = _command(arguments)
         command = COMMANDS[name]
-        config = parse(command, name, rest)
-        _entry(command)(config)
+        with stopping_at_once():
+            config = parse(command, name, rest)
+            _entry(command)(config)
     except CxrdistError as error:
         print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
         return 2
     except RunFailedError as error:
         print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("cxrdist: interrupted", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        if str(stop):
+            print(f"cxrdist: {stop}", file=sys.stderr)
+        return STOP_CODE
     return 0
 
 

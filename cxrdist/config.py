@@ -155,6 +155,8 @@ class TrainConfig:
     """Seed of the new layers, the plan and the dropout."""
     cache: Path | None = None
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
+    save_steps: int = 1000
+    """Optimiser steps between two saves within an epoch; each epoch ends with one in any case."""
     track: str | None = None
     """Accelerate trackers, names with commas between them; their files go to RUN/tracking."""
 

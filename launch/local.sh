@@ -17,15 +17,15 @@ here=$(dirname "${BASH_SOURCE[0]}")
 nodes=${SLURM_STEP_NUM_NODES:-1}
 if [ "$nodes" -gt 1 ]; then
     first=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
-    exec python "$here/ranks.py" --config_file "$here/multi_node.yaml" \
+    exec python -m cxrdist.launch --config_file "$here/multi_node.yaml" \
         --num_machines "$nodes" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$first" \
         --main_process_port "${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}" \
         --num_processes "$((nodes * ranks))" --mixed_precision "$precision" -m cxrdist "$@"
 fi
 if [ "$ranks" -eq 1 ]; then
-    # A launcher of one process passes no signal on.
-    ACCELERATE_MIXED_PRECISION=$precision exec python -m cxrdist "$@"
+    exec python -m cxrdist.launch --num_machines 1 --num_processes 1 --dynamo_backend no \
+        --mixed_precision "$precision" -m cxrdist "$@"
 fi
-exec python "$here/ranks.py" --config_file "$here/cpu.yaml" \
+exec python -m cxrdist.launch --config_file "$here/cpu.yaml" \
     --num_processes "$ranks" --mixed_precision "$precision" --main_process_port 0 -m cxrdist "$@"

@@ -60,6 +60,20 @@ class Plan:
         start, size = int(self.bounds[step]), self.step_size(step)
         return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 
+    def digest(self, rows: slice) -> int:
+        """Sum of a hash of (row, sample) over some rows, modulo 2^64.
+
+        Whichever rank took which rows, the sum over all ranks is that of the whole plan only if
+        each row was taken once, with its sample.
+        """
+        first = np.uint64(rows.start)
+        places = first + np.arange(rows.stop - rows.start, dtype=np.uint64) + np.uint64(1)
+        mixed = places * np.uint64(0x9E3779B97F4A7C15) + self.samples[rows].astype(np.uint64)
+        # The finaliser of SplitMix64 (Steele et al. 2014, figure 17).
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64))
+
 
 def plan_epoch(
     samples: NDArray[np.int64],

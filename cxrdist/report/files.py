@@ -165,8 +165,13 @@ def read_epochs(path: Path, task: str) -> dict[str, list[dict[str, Any]]]:
     with reading(path, "train"):
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             row = json.loads(line)
+            if row.get("kind") == "speed":
+                epochs[row["stage"]][int(row["epoch"])] |= {
+                    name: float(row[name]) for name in ("images_per_second", "seconds")
+                }
             if row.get("kind") != "epoch":
                 continue
+            row = {"images_per_second": None, "seconds": None, **row}
             row["val_score"] = row["val_auroc" if task == "multilabel" else "val_accuracy"]
             for name in ("loss", "val_loss", "val_score", "images_per_second", "seconds"):
                 row[name] = math.nan if row[name] is None else float(row[name])

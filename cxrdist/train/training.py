@@ -14,7 +14,7 @@ from cxrdist.config import TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.plan import Plan, copies_of, plan_epoch
-from cxrdist.distributed import together
+from cxrdist.distributed import StopVote, together
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
@@ -29,7 +29,13 @@ from cxrdist.run import (
 )
 from cxrdist.train.step import Material
 
-NOT_SCIENCE = ("shards", "run", "cache", "track")  # paths and outputs stay out of the recipe
+NOT_SCIENCE = (
+    "shards",
+    "run",
+    "cache",
+    "save_steps",
+    "track",
+)  # paths and outputs stay out of the recipe
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Training:
         samples: int64 [m], sample numbers of the training split.
         copies: int64 [m], copies of each in an epoch.
         val_plan: the expanded validation split, the same in every epoch.
+        vote: on stopping.
     """
 
     accelerator: Accelerator
@@ -55,6 +62,7 @@ class Training:
     samples: NDArray[np.int64]
     copies: NDArray[np.int64]
     val_plan: Plan
+    vote: StopVote
 
     @property
     def num_images(self) -> int:
@@ -86,8 +94,9 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
     Raises:
         CxrdistError: it holds another run.
     """
-    if not run.recipe.is_file():
-        return
+    begun = run.checkpoints.is_dir() and any(run.checkpoints.glob("[!.]*"))
+    if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
+        return  # without a checkpoint there is nothing to mix up: a mended recipe may start
     difference = _difference(run.recipe.read_text(encoding="utf-8"), recipe_yaml(config))
     if difference:
         raise CxrdistError(
@@ -159,7 +168,17 @@ def build_training(
     # One fixed draw of the expanded validation split, so that epochs can be compared.
     val_plan = plan_epoch(val, copies[val], config.augmentation, 1, (config.seed, "validation", 0))
     material = Material(images, targets, index.task)
-    return Training(accelerator, run, config, model, material, train, copies[train], val_plan)
+    return Training(
+        accelerator,
+        run,
+        config,
+        model,
+        material,
+        train,
+        copies[train],
+        val_plan,
+        StopVote(accelerator),
+    )
 
 
 def _attempt(init: str) -> Callable[[], InitialWeights]:
