@@ -15,7 +15,7 @@ import yaml
 from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.metrics import THRESHOLD
-from cxrdist.report.values import MEASURES, count, moment, number
+from cxrdist.report.values import MEASURES, count, moment, number, rate
 from cxrdist.run import RUN_FORMAT, RunDirectory
 
 
@@ -56,15 +56,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row of relevance.csv: ``logit = pixels + bias + epsilon``, all in logit units."""
+    """One row of relevance.csv: ``logit = pixels + bias + epsilon``, all in logit units.
+
+    Rules that keep no ledger leave the two shares empty.
+    """
 
     key: str
     target: str
     """The class that is explained."""
     logit: float
     pixels: float
-    bias: float
-    epsilon: float
+    bias: float | None
+    epsilon: float | None
     picture: Path | None
     """The heat map; None where none was written."""
 
@@ -244,16 +247,42 @@ def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]
     with reading(path, "explain"), open(path, encoding="utf-8", newline="") as file:
         table = csv.DictReader(file, strict=True)
         for row in table:
-            logit, pixels, bias, epsilon = (
-                _finite(row[name])
-                for name in ("logit", "relevance_sum", "bias_share", "epsilon_share")
-            )
+            logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
+            shares = [row[name] for name in ("bias_share", "epsilon_share")]
+            bias, epsilon = (_finite(text) if any(shares) else None for text in shares)
             picture = within(run.heatmaps(split), row["picture"]) if row["picture"] else None
             explanation = Explanation(
                 row["key"], row["class"], logit, pixels, bias, epsilon, picture
             )
             found.setdefault(row["key"], []).append(explanation)
     return found
+
+
+def read_sanity(run: RunDirectory, split: str) -> dict[str, Any] | None:
+    """Read how the relevance of a split was made and tested; None if that is not known.
+
+    Returns:
+        relevance.json with ``sanity``: ledger_residual (or None) and pixel_flipping.
+    """
+    path = run.relevance_info(split)
+    if not path.is_file():
+        return None
+    with reading(path, "explain"):
+        info = json.loads(path.read_text(encoding="utf-8"))
+        how, sanity = dict(info["how"]), info["sanity"]
+        for name in ("preset", "composite", "flat", "biases"):
+            how[name]
+        if sanity is None:
+            return None
+        rate(sanity["ledger_residual"] or 0)
+        flipping = sanity["pixel_flipping"]
+        count(flipping["images"]), number(flipping["covered_share"])
+        curves = [flipping["relevant_first"], flipping["random_order"]]
+        if np.shape(curves) != (2, len(curves[0])) or not np.isfinite(curves).all():
+            raise ValueError("the curves of pixel_flipping are not two rows of numbers")
+        for name in ("area_over_relevant_first", "area_over_random_order"):
+            number(flipping[name])
+    return dict(info)
 
 
 def _finite(text: str) -> float:

