@@ -92,6 +92,11 @@ def run_command(*arguments: object, threads: int = 1) -> subprocess.CompletedPro
     return _run([sys.executable, "-m", "cxrdist", *map(str, arguments)], threads)
 
 
+def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a Python program in a process of its own."""
+    return _run([sys.executable, "-c", script, *map(str, arguments)], threads=1)
+
+
 def run_measured(script: str, *arguments: object) -> Measured:
     """Run a script, such as `RUN_CXRDIST`, in a process of its own; one that hangs fails."""
     command = [sys.executable, "-c", PRINT_PEAK + script, *map(str, arguments)]

@@ -12,11 +12,12 @@ import psutil
 import pytest
 import yaml
 from faults import Launched
-from support import run_command, run_ranks
+from support import run_command, run_ranks, run_script
 
 from cxrdist.run import locked, read_log
 
 KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "4"))
+NUM_OPERATIONS = 40  # file operations of two saves
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
 
 
@@ -79,6 +80,50 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(command, wh
         assert job.process.returncode == 1
     assert run_ranks(2, "-m", "cxrdist", *command, "--run", run).returncode == 0
     assert_steps_were_taken(run, whole)
+
+
+DIE = """
+import os, runpy, sys
+from pathlib import Path
+
+count, last = 0, int(sys.argv.pop(1))
+
+
+def hook(owner, name):
+    function = getattr(owner, name)
+
+    def hooked(*arguments, **named):
+        global count
+        count += (Path(sys.argv[-1]) / "checkpoints").is_dir()
+        if count == last:
+            os._exit(137)
+        return function(*arguments, **named)
+
+    setattr(owner, name, hooked)
+
+
+for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
+    hook(os, name)
+for name in ("write_bytes", "write_text"):
+    hook(Path, name)
+runpy.run_module("cxrdist", run_name="__main__")
+"""
+
+
+def test_a_save_may_end_at_any_of_its_file_operations(command, tmp_path):
+    """The newest whole checkpoint is read, and what the dead process left is swept."""
+    runs = [tmp_path / "whole", tmp_path / "run"]
+    assert run_command(*command, "--run", runs[0]).returncode == 0
+    every = range(1, NUM_OPERATIONS)
+    for number in every if KILLS >= 30 else random.Random(0).sample(every, KILLS):
+        died = run_script(DIE, number, *command, "--run", runs[1])
+        assert died.returncode == 137, died.stderr
+        assert "damaged" not in died.stderr
+    done = run_command(*command, "--run", runs[1])
+    assert done.returncode == 0, done.stderr
+    assert "damaged" not in done.stderr
+    assert_steps_were_taken(*runs[::-1])
+    assert not [*runs[1].rglob(".*.partial")]
 
 
 def assert_steps_were_taken(run: Path, whole: Path) -> None:
