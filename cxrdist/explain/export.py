@@ -18,7 +18,7 @@ from PIL import Image
 from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import read_rows
 from cxrdist.distributed import gather, local_ranks, together
-from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.errors import refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.maps import BATCHES_A_SHARD, Map, encode, read_ledgers, write_maps
@@ -81,9 +81,9 @@ def explain(config: ExplainConfig) -> None:
     accelerator = subject.accelerator
     targets = together(accelerator, lambda: choose_targets(config, subject.model))
     explainer = together(accelerator, lambda: _explainer(config, subject.model))
-    numbers = choose_samples(subject.index, config.split, config.limit)
-    if not len(numbers):
-        raise CxrdistError(f"--split {config.split}: has no images; choose another split")
+    numbers = together(
+        accelerator, lambda: choose_samples(subject.index, config.split, config.limit)
+    )
     is_compact = config.format == "webdataset"
     work = _Work(subject, config.split, targets, explainer, is_compact, config.pictures)
     with ExitStack() as stack:
@@ -101,6 +101,8 @@ def explain(config: ExplainConfig) -> None:
             _finish(work, [row for _, _, row in rows], sorted(flippings, key=lambda pair: pair[0]))
             print(_said(work, len(numbers)))
         accelerator.wait_for_everyone()
+    # A rank that exits with its connections open may be aborted by their threads (seen once).
+    accelerator.end_training()
 
 
 def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
