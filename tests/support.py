@@ -63,8 +63,8 @@ def make_shards(folder: Path, counts: dict[str, int], **options: object) -> Path
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Hashes of the files of a directory by name."""
-    files = sorted(f for f in directory.rglob("*") if f.is_file())
+    """Hashes of the files of a directory by name, but of the lock, which says who wrote last."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name != ".lock")
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
