@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 from torchvision.datasets import ImageFolder
+from zennit.composites import EpsilonPlusFlat
 
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig, Stage, TrainConfig
 from cxrdist.data.audit import Entry, audit
@@ -30,7 +32,7 @@ from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
 from cxrdist.data.sources import read_folder
-from cxrdist.distributed import start
+from cxrdist.distributed import StopVote, start
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.augment import warp
@@ -62,7 +64,9 @@ class Measured(NamedTuple):
 
 
 def bench(config: BenchConfig) -> None:
-    """Measure each job, cxrdist's way first, all contenders in turn in each round.
+    """Measure each job, all contenders in turn in each round, as ratios to the first one.
+
+    That is cxrdist's own way, and for LRP one gradient with respect to the input, its usual unit.
 
     Raises:
         CxrdistError: a measurement is unknown or the folder cannot be used.
@@ -74,7 +78,8 @@ def bench(config: BenchConfig) -> None:
         "warp": _warp,
         "train": _train,
         "frozen": _frozen,
-        "lrp": _lrp,
+        "lrp": partial(_lrp, 0.0),
+        "lrp-signs": partial(_lrp, 0.15),
     }
     chosen = config.only.split(",") if config.only else list(jobs)
     for name in chosen:
@@ -87,7 +92,7 @@ def bench(config: BenchConfig) -> None:
         with tempfile.TemporaryDirectory(prefix="cxrdist-bench-") as scratch:
             contenders = jobs[name](config, Path(scratch))
             rows += _rows(name, contenders, _measure(name, contenders, config.repeats))
-    headers = ("job", "way", "images/s", "cxrdist / this", "min..max", "peak MiB")
+    headers = ("job", "way", "images/s", "first / this", "min..max", "peak MiB")
     print(table(rows, headers))
 
 
@@ -317,6 +322,7 @@ def _stage_run(
         samples=everyone,
         copies=ones,
         val_plan=plan_epoch(everyone[:1], ones[:1], recipe.augmentation, 1, (0, "val", 0)),
+        vote=StopVote(accelerator),
     )
     with _quiet():
         return StageRun(training, "bench", None)
@@ -324,6 +330,7 @@ def _stage_run(
 
 def _loop(stage: StageRun) -> Callable[[], int]:
     def work() -> int:
+        stage.epoch = None
         with progress(0, "", "images", show=False) as bar:
             stage.train_epoch(bar)
         return stage.training.num_images
@@ -376,20 +383,42 @@ def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
     ]
 
 
-def _lrp(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Relevance maps against one gradient with respect to the input."""
+def _lrp(negative: float, config: BenchConfig, scratch: Path) -> list[Contender]:
+    """Relevance maps in gradients with respect to the input, by the engine and by zennit.
+
+    A share of the BatchNorms' scales is negative, which costs the engine a second convolution.
+    """
     threads = torch.get_num_threads()
-    model = Classifier(Network(), CLASSES, config.size).eval()
-    explainer = Explainer(model)
+    model = Classifier(Network(), CLASSES, config.size)
     images = torch.randint(0, 256, (2, 1, config.size, config.size), dtype=torch.uint8)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight[torch.rand_like(module.weight) < negative] *= -1
+                module.momentum = None
+        model(images)
+    model.eval()
+    engine, canonical = Explainer(model), Explainer(model, composite="canonical")
 
     def gradient() -> int:
         inputs = model.normalise(images).requires_grad_()
         torch.autograd.grad(model.network(inputs)[:, 0].sum(), inputs)
         return len(images)
 
+    def bare() -> int:
+        inputs = model.normalise(images).requires_grad_()
+        with EpsilonPlusFlat(epsilon=0.1).context(model.network):
+            torch.autograd.grad(model.network(inputs)[:, 0].sum(), inputs)
+        return len(images)
+
     return [
-        Contender("LRP, one class", lambda: len(explainer.attribute(images, [0]).logits), threads),
-        Contender("LRP, three classes", lambda: len(explainer.attribute(images).logits), threads),
         Contender("one input gradient", gradient, threads),
+        Contender("LRP, one class", lambda: len(engine.attribute(images, [0]).logits), threads),
+        Contender("LRP, three classes", lambda: len(engine.attribute(images).logits), threads),
+        Contender(
+            "zennit, untangled, one class",
+            lambda: len(canonical.attribute(images, [0]).logits),
+            threads,
+        ),
+        Contender("zennit, bare composite (a wrong map)", bare, threads),
     ]

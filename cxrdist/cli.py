@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from cxrdist import __version__
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, Stopped
+from cxrdist.signals import STOP_CODE, stopping_at_once
 
 
 class Command(NamedTuple):
@@ -31,9 +32,30 @@ COMMANDS = {
     ),
     "explain": Command("explain.export:explain", "ExplainConfig", "LRP relevance and heat maps"),
     "predict": Command("predict:predict", "PredictConfig", "image files -> CSV", "images"),
+    "find-text": Command(
+        "data.text:find_text", "FindTextConfig", "burned-in text -> CSV of boxes, to be covered"
+    ),
+    "probe-text": Command(
+        "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
+    ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
+    "weights show": Command(
+        "model.inventory:show_weights", "WeightsShowConfig", "what is in a checkpoint?", "file"
+    ),
+    "weights convert": Command(
+        "model.inventory:convert_weights",
+        "WeightsConvertConfig",
+        "checkpoint -> safetensors",
+        "file out",
+    ),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
     "bench": Command("bench:bench", "BenchConfig", "measure this machine side by side"),
+}
+
+POSITIONALS = {
+    "shards": "Directory of shards, a path or an fsspec URL.",
+    "file": "A checkpoint file, or whatever else --init takes.",
+    "out": "File to write, NAME.safetensors; it must not exist yet.",
 }
 
 USAGE = """usage: cxrdist COMMAND [options]
@@ -51,35 +73,57 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        0 done; 1 the run failed; 2 wrong usage or bad input; 130 interrupted.
+        0 done; 1 the run failed; 2 wrong usage or bad input; 75 stopped on request.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    lines = [f"  {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<17}{command.help}" for name, command in COMMANDS.items()]
     usage = USAGE.format(commands="\n".join(lines))
-    if not arguments or arguments[0] in ("-h", "--help"):
+    first = arguments[1:2] if arguments and _is_group(arguments[0]) else arguments[:1]
+    if not arguments or first in (["-h"], ["--help"]):
         print(usage, end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(f"cxrdist {__version__}")
         return 0
     try:
-        if arguments[0] not in COMMANDS:
-            raise CxrdistError(
-                f"no command {arguments[0]!r}; expected one of {', '.join(COMMANDS)}"
-            )
-        command = COMMANDS[arguments[0]]
-        config = parse(command, arguments[0], arguments[1:])
-        _entry(command)(config)
+        name, rest = _command(arguments)
+        command = COMMANDS[name]
+        with stopping_at_once():
+            config = parse(command, name, rest)
+            _entry(command)(config)
     except CxrdistError as error:
         print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
         return 2
     except RunFailedError as error:
         print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("cxrdist: interrupted", file=sys.stderr)
-        return 130
+    except Stopped as stop:
+        if str(stop):
+            print(f"cxrdist: {stop}", file=sys.stderr)
+        return STOP_CODE
     return 0
+
+
+def _command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The command, of one word or two, and what stands behind it.
+
+    Raises:
+        CxrdistError: there is no such command.
+    """
+    for words in (1, 2):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    given, expected = arguments[0], list(COMMANDS)
+    if _is_group(given):
+        given = " ".join(arguments[:2])
+        expected = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    raise CxrdistError(f"no command {given!r}; expected one of {', '.join(expected)}")
+
+
+def _is_group(word: str) -> bool:
+    """Whether a word is the first of commands of two words."""
+    return any(name.startswith(f"{word} ") for name in COMMANDS)
 
 
 def parse(command: Command, name: str, arguments: list[str]) -> Any:
@@ -101,13 +145,14 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             action="config",
             help="Recipe: a YAML file, or the name of one that comes with cxrdist.",
         )
-    if command.positional == "images":
+    positionals = (command.positional or "").split()
+    if positionals == ["images"]:
         parser.add_argument("images", nargs="+", type=Path, help="Image files, or folders.")
-    elif command.positional:
-        parser.add_argument(
-            command.positional, type=Path, help="Directory of shards, a path or an fsspec URL."
-        )
-    parser.add_class_arguments(config, None, skip={command.positional} - {None})
+    else:
+        for positional in positionals:
+            kind = str if positional == "file" else Path
+            parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
+    parser.add_class_arguments(config, None, skip=set(positionals))
     flags = {f.name for f in fields(config) if f.type in (bool, "bool")}
     try:
         parsed = parser.instantiate(parser.parse_args(_normalise(arguments, flags)))
@@ -132,7 +177,7 @@ def _location(text: str) -> Path:
 
 def _refuse_urls(command: str, values: dict[str, Any]) -> None:
     """Make sure that an option which needs a path on this machine has none elsewhere."""
-    allowed = {"shards", "input", "out"} if command == "pack" else {"shards"}
+    allowed = {"pack": {"input", "out"}, "find-text": {"input"}}.get(command, {"shards"})
     for name, value in values.items():
         if name not in allowed and hasattr(value, "protocol"):
             raise CxrdistError(f"--{name} {value}: expected a path on this machine, no URL")

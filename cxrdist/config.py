@@ -46,12 +46,34 @@ class PackConfig:
     """Processes that decode; all cores if not given. The bytes do not depend on it."""
     skip_bad: bool = False
     """List unreadable images in rejected.csv instead of stopping."""
+    text_boxes: Path | None = None
+    """Cover burned-in text in the boxes of this CSV, which cxrdist find-text makes."""
+    cover: Literal["black", "fill"] = "black"
+    """How: with black rectangles (paper, section 2.2), or filled smoothly from the surroundings. A
+    network may take a black rectangle for the word below it; cxrdist probe-text measures both."""
+    cover_split: Literal["train", "val", "test", "all"] = "all"
+    """Where: the paper covered the test images only."""
     task: int | None = None
     """Decode only this part of the images, 0 to num_tasks - 1: one task of a SLURM array."""
     num_tasks: int | None = None
     """Parts that the images are decoded in."""
     merge: bool = False
     """Make the shards of what the tasks have decoded."""
+
+
+@dataclass(frozen=True)
+class FindTextConfig:
+    """Find burned-in text and markers; what is found is a CSV that a person can edit."""
+
+    source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
+    """As in cxrdist pack."""
+    input: Path
+    """As in cxrdist pack."""
+    out: Path
+    """The CSV to write: path (relative to the source), x, y, width, height (in px of the original
+    as it is shown), text, score."""
+    workers: int | None = None
+    """Processes that look; all cores if not given."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +97,7 @@ class Augmentation:
     shift_y: float = 28 / 224
     """Shift up or down, at most this fraction of the height (28 of 224 px)."""
     flip: bool = True
-    """Mirror every second copy of an image."""
+    """Mirror every second copy of an image, and one without a partner by chance."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +137,8 @@ class TrainConfig:
     stages: dict[str, Stage]
     """Stages by name, in their order. Each starts from the best weights of the one before."""
     init: str = "imagenet"
-    """imagenet (downloaded), none (random), or a checkpoint file (safetensors or torch.save)."""
+    """chexnet or imagenet (downloaded), none (random), a checkpoint file (safetensors or
+    torch.save), its URL (#sha256=DIGITS behind it is checked), or a run directory."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
     global_batch_size: int = 9
@@ -132,8 +155,28 @@ class TrainConfig:
     """Seed of the new layers, the plan and the dropout."""
     cache: Path | None = None
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
+    save_steps: int = 1000
+    """Optimiser steps between two saves within an epoch; each epoch ends with one in any case."""
     track: str | None = None
     """Accelerate trackers, names with commas between them; their files go to RUN/tracking."""
+
+
+@dataclass(frozen=True)
+class WeightsShowConfig:
+    """Show what a checkpoint holds; it must be a whole DenseNet. Fetches what has to be fetched."""
+
+    file: str
+    """A checkpoint file, or whatever else --init takes."""
+
+
+@dataclass(frozen=True)
+class WeightsConvertConfig:
+    """Write a checkpoint as safetensors, under torchvision's names, with its labels and source."""
+
+    file: str
+    """A checkpoint file, or whatever else --init takes."""
+    out: Path
+    """File to write, NAME.safetensors; it must not exist yet."""
 
 
 @dataclass(frozen=True)
@@ -166,9 +209,48 @@ class ExplainConfig:
     """all, or class names with commas between them."""
     limit: int | None = None
     """Explain this many samples, the classes in turn; all if not given."""
+    contrast: str | None = None
+    """Two class names with a comma between them: also a map of the first minus the second."""
+    preset: Literal["canonical", "innvestigate"] = "canonical"
+    """canonical: right for a DenseNet. innvestigate: what the paper's program gives."""
+    composite: str | None = None
+    """Name of a zennit composite to use instead, on the canonical network; has no ledger."""
     flat: bool = True
     """Flat rule in the first layer; without it the z+ rule."""
+    biases: bool = True
+    """Biases absorb their share of the relevance; without, denominators have none."""
+    format: Literal["npz", "webdataset"] = "npz"
+    """npz: a float32 file per image. webdataset: tars of float16 maps, half the space."""
+    pictures: bool = True
+    """Write heat maps as well."""
     batch_size: int = 4
+    """Images of one forward pass."""
+    cache: Path | None = None
+    """Directory of decoded images; ~/.cache/cxrdist if not given."""
+
+
+@dataclass(frozen=True)
+class ProbeTextConfig:
+    """Measure whether a network reads the words on the images."""
+
+    run: Path
+    """Run directory of a finished training."""
+    shards: Path
+    """Directory of shards with the text uncovered, a path or an fsspec URL."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split to probe."""
+    boxes: Path | None = None
+    """CSV of cxrdist find-text; if not given, text is looked for in the packed squares."""
+    word: str = "SEDUTO"
+    """Word to paste on the images (paper, section 4.1)."""
+    place: Literal["upper-left", "upper-right", "lower-left", "lower-right"] = "upper-left"
+    """Corner to paste it into."""
+    height: float = 0.06
+    """Size of its font as a fraction of the image's side, at least 6 px; capital letters are about
+    three quarters as high."""
+    limit: int | None = None
+    """Explain this many images with text, the first in the shards; all if not given."""
+    batch_size: int = 16
     """Images of one forward pass."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""

@@ -16,14 +16,17 @@ from cxrdist.config import (
     EvaluateConfig,
     ExplainConfig,
     PackConfig,
+    ProbeTextConfig,
     ReportConfig,
 )
+from cxrdist.data.boxes import Box, scaled, write_boxes
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
-from cxrdist.data.phantom import PATIENT_PATTERN, write_phantoms
+from cxrdist.data.phantom import PATIENT_PATTERN, WORD, write_phantoms
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
+from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
 
 PATIENTS_PER_CLASS = 90
@@ -60,6 +63,9 @@ def demo(config: DemoConfig) -> None:
     explain(ExplainConfig(run, shards, cache=cache, limit=EXPLAINED_IMAGES))
     if config.source == "phantom":
         _print_relevance_in_opacities(images, shards, run)
+        boxes = config.out / "boxes.csv"
+        write_word_boxes(images / "opacities.csv", boxes, IMAGE_SIZE_PX)
+        probe_text(ProbeTextConfig(run, shards, boxes=boxes, cache=cache))
     report(ReportConfig(run))
 
 
@@ -117,6 +123,24 @@ def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None
         f"positive relevance in the planted opacities: {share:.1%}, by chance {area:.1%} "
         f"(their area): {share / area:.2f} times chance, mean of {len(shares)} test images"
     )
+
+
+def write_word_boxes(table: Path, out: Path, image_size_px: int) -> None:
+    """Write the boxes of the words that stand in phantoms, as `cxrdist find-text` does.
+
+    Args:
+        table: opacities.csv of `write_phantoms`.
+        out: the CSV to write.
+        image_size_px: side of the phantoms.
+    """
+    boxes: dict[str, list[Box]] = defaultdict(list)
+    with open(table, newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row["kind"] == "word":
+                x, y, width, height = (float(row[n]) for n in ("x", "y", "width", "height"))
+                box = Box(x, y, width, height, WORD)
+                boxes[row["path"]].append(scaled(box, image_size_px, image_size_px))
+    write_boxes(out, boxes)
 
 
 def _opacity_boxes(table: Path) -> dict[str, list[NDArray[np.float64]]]:

@@ -15,7 +15,9 @@ from accelerate.utils import (
     gather_object,
 )
 
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.heartbeat import start_heartbeat
+from cxrdist.signals import stop_requested
 
 T = TypeVar("T")
 
@@ -56,6 +58,8 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
             f"WORLD_SIZE is {launched} but this process is one of {accelerator.num_processes}; "
             "launch with accelerate launch --config_file, see launch/ for configs"
         )
+    if launched > 1:
+        start_heartbeat(accelerator.process_index, launched)
     return accelerator
 
 
@@ -68,12 +72,13 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     """Do a part of shared work on each rank; where one fails, all stop with its error.
 
     Raises:
-        CxrdistError: on the main rank, the first error of any rank; the others exit with its code.
+        CxrdistError, RunFailedError: on the main rank, the first error of any rank; the others
+            exit with its code.
     """
-    error: CxrdistError | None = None
+    error: CxrdistError | RunFailedError | None = None
     try:
         result = work()
-    except CxrdistError as caught:
+    except (CxrdistError, RunFailedError) as caught:
         error = caught
     except OSError as caught:
         error = CxrdistError(f"{caught}; free the space or choose another place")
@@ -82,7 +87,35 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
         return result
     if accelerator.is_main_process:
         raise errors[0]
-    raise SystemExit(2)
+    raise SystemExit(2 if isinstance(errors[0], CxrdistError) else 1)
+
+
+class StopVote:
+    """Lets all ranks find out at the same boundary that one of them was asked to stop.
+
+    The flags are summed up while the ranks compute: a vote is counted one boundary after it was
+    cast. The votes have a gloo group of their own, since collectives of one group must come in the
+    same order on all ranks and DDP starts its own from another thread.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        """Make the group; on all ranks together."""
+        self.alone = accelerator.num_processes == 1
+        self.group: Any = None if self.alone else torch.distributed.new_group(backend="gloo")
+        self.votes = torch.zeros(1, dtype=torch.int32)
+        self.cast: torch.distributed.Work | None = None
+
+    def passed(self) -> bool:
+        """Whether all ranks stop here; to be asked on all ranks as often."""
+        if self.alone:
+            return bool(stop_requested())
+        if self.cast is not None:
+            self.cast.wait()
+            if self.votes.item():
+                return True
+        self.votes.fill_(bool(stop_requested()))
+        self.cast = torch.distributed.all_reduce(self.votes, group=self.group, async_op=True)
+        return False
 
 
 def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
@@ -91,6 +124,12 @@ def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
         return rows
     gathered: list[Any] = gather_object(rows)
     return gathered
+
+
+def gather_tensor(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """Stack a tensor of each rank on all of them, [world size, ...], on the CPU."""
+    stacked: torch.Tensor = accelerator.gather(values.unsqueeze(0))
+    return stacked.cpu()
 
 
 def average_buffers(accelerator: Accelerator, modules: list[torch.nn.Module]) -> None:
@@ -102,10 +141,34 @@ def average_buffers(accelerator: Accelerator, modules: list[torch.nn.Module]) ->
     """
     if accelerator.num_processes == 1:
         return
-    for module in modules:
-        for buffer in module.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+    for buffer in _float_buffers(modules):
+        buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+
+
+def gather_buffers(accelerator: Accelerator, modules: list[torch.nn.Module]) -> torch.Tensor:
+    """Floating-point buffers of each rank, float32 [world size, n], on the CPU of all ranks."""
+    buffers = [buffer.flatten() for buffer in _float_buffers(modules)]
+    if not buffers:
+        return torch.zeros(0, 0)
+    return gather_tensor(accelerator, torch.cat(buffers))
+
+
+def set_buffers(
+    accelerator: Accelerator, modules: list[torch.nn.Module], values: torch.Tensor
+) -> None:
+    """Give each rank the buffers that it had; another number of ranks gets their mean."""
+    if len(values) == accelerator.num_processes:
+        mine = values[accelerator.process_index]
+    else:
+        mine = values.mean(0)
+    buffers = _float_buffers(modules)
+    parts = mine.split([buffer.numel() for buffer in buffers])
+    for buffer, part in zip(buffers, parts, strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def _float_buffers(modules: list[torch.nn.Module]) -> list[torch.Tensor]:
+    return [b for module in modules for b in module.buffers() if b.is_floating_point()]
 
 
 def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

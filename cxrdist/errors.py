@@ -6,6 +6,13 @@ class RunFailedError(RuntimeError):
     """A run that started well and could not go on, such as a loss that is not finite (exit 1)."""
 
 
+class Stopped(BaseException):
+    """A request to stop was followed and nothing is lost (exit 75); no error to be caught as one.
+
+    Its text is the line for the user, empty on ranks that leave it to the main one.
+    """
+
+
 def refuse_below_one(options: object, *names: str) -> None:
     """Make sure that numbers among the options are 1 or more; None is left alone.
 

@@ -1,6 +1,7 @@
 """The run directory: where each file stands, and how it is written."""
 
 import csv
+import ctypes
 import errno
 import fcntl
 import json
@@ -20,6 +21,7 @@ from typing import Any
 from cxrdist.errors import CxrdistError, RunFailedError
 
 RUN_FORMAT = "cxrdist-run-1"
+TEXT_FORMAT = "cxrdist-text-1"
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,20 @@ class RunDirectory:
         return self.root / split / "heatmaps"
 
     def relevance(self, split: str) -> Path:
-        """Signed relevance, one KEY.npz a sample."""
+        """Signed relevance, one KEY.npz a sample or tars of them."""
         return self.root / split / "relevance"
+
+    def text(self, split: str) -> Path:
+        """What the probe for words on the images found."""
+        return self.root / split / "text.json"
+
+    def text_pictures(self, split: str) -> Path:
+        """Pictures of that probe."""
+        return self.root / split / "text"
+
+    def relevance_info(self, split: str) -> Path:
+        """How the relevance of the split was made, and whether it stands up to a test."""
+        return self.root / split / "relevance.json"
 
     def relevance_table(self, split: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
@@ -101,26 +115,35 @@ def open_run(root: Path) -> RunDirectory:
 
 @contextmanager
 def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a directory for one process group; a second one is refused.
+    """Hold a directory for one writing process, or for several that share it.
 
-    The lock is the operating system's, so a killed process leaves none behind.
-
-    Args:
-        root: the directory; made if it is missing.
-        shared: hold it together with others that share it.
+    The kernel frees the lock of a dead holder. It holds on local disks, on NFS (Linux makes it a
+    lock of the server) and on Lustre mounted with `flock`; with `localflock` only within a node.
 
     Raises:
         CxrdistError: another process holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "w") as lock:
+    with open(root / ".lock", "a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
+            lock.seek(0)
             raise CxrdistError(
-                f"{root}: another cxrdist process is writing here; wait for it or end it"
+                f"{root}: another cxrdist process is writing here ({lock.read().strip()}); "
+                "wait for it or end it"
             ) from None
+        lock.truncate(0)
+        lock.write(_holder() + "\n")
+        lock.flush()
         yield
+
+
+def _holder() -> str:
+    """Who holds a lock, for the message of the next one who wants it."""
+    job = os.environ.get("SLURM_JOB_ID")
+    about = [f"host {platform.node()}", f"pid {os.getpid()}", *([f"job {job}"] if job else [])]
+    return f"{', '.join(about)}, since {now()}"
 
 
 @contextmanager
@@ -135,21 +158,51 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield Path(here) / path.name
             path.fs.put_file(f"{here}/{path.name}", path.path)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
-        with _room(path):
+        with room_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
+            os.replace(partial, path)
+            _sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
 
+def _partial(path: Path) -> Path:
+    """Where a file or directory is made; says who makes it, so that `sweep` can tell."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
+
+
+def _host() -> str:
+    return platform.node().replace(".", "-")
+
+
+def sweep(directory: Path, *, alone: bool = False) -> None:
+    """Remove what dead processes have left half-written in a directory.
+
+    Args:
+        directory: its own entries only.
+        alone: whether a lock says that no other process writes here; without it only what
+            processes of this host have left is known to be dead.
+    """
+    for partial in directory.glob(".*.partial"):
+        *_, host, pid, _ = partial.name.rsplit(".", 3)
+        if alone or (host == _host() and not Path(f"/proc/{pid}").exists()):
+            if partial.is_dir():
+                shutil.rmtree(partial, ignore_errors=True)
+            else:
+                partial.unlink(missing_ok=True)
+
+
 @contextmanager
-def _room(path: Path) -> Iterator[None]:
-    """Turn a full disk into one line for the user."""
+def room_for(path: Path) -> Iterator[None]:
+    """Turn a full disk into one line for the user.
+
+    Raises:
+        RunFailedError: the disk is full.
+    """
     try:
         yield
     except OSError as error:
@@ -165,21 +218,41 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a directory to fill; it appears under its own name when it is complete.
 
     A directory of that name that stands already is replaced.
+
+    Raises:
+        RunFailedError: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
     try:
-        yield partial
-        for file in sorted(partial.rglob("*")):
-            _sync(file)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(partial, path)
-        _sync(path.parent)
+        with room_for(path):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                _sync(file)
+            _sync(partial)
+            if path.exists():
+                _exchange(partial, path)
+            else:
+                os.replace(partial, path)
+            _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two directories swap names in one operation (Linux renameat2, RENAME_EXCHANGE)."""
+    here, exchange = -100, 2
+    names = (os.fsencode(new.absolute()), os.fsencode(old.absolute()))
+    if ctypes.CDLL(None, use_errno=True).renameat2(here, names[0], here, names[1], exchange):
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(number, os.strerror(number), str(old))
+        # NFS has no exchange: for a moment there is neither, never half of one.
+        aside = new.with_name(f"{new.name}.old.partial")
+        os.replace(old, aside)
+        os.replace(new, old)
+        shutil.rmtree(aside)
 
 
 def publish(made: Path, path: Path) -> None:
@@ -277,9 +350,34 @@ def _git_revision(checkout: Path) -> str | None:
 
 
 def append_log(path: Path, row: dict[str, Any]) -> None:
-    """Append one object to a JSON-lines log."""
-    with open(path, "a", encoding="utf-8") as log:
+    """Append one object to a JSON-lines log.
+
+    Raises:
+        RunFailedError: the disk is full.
+    """
+    with room_for(path), open(path, "a", encoding="utf-8") as log:
         log.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def settle_log(path: Path) -> int:
+    """Bring a log to the disk; its length in bytes."""
+    _sync(path)
+    return path.stat().st_size
+
+
+def cut_log(path: Path, num_bytes: int) -> None:
+    """Cut off what was logged after a checkpoint.
+
+    Raises:
+        CxrdistError: the log is shorter than it was then.
+    """
+    with open(path, "ab") as log:
+        if log.tell() < num_bytes:
+            raise CxrdistError(
+                f"{path}: has {log.tell()} bytes, the checkpoint was written at {num_bytes}; "
+                "copy the run directory again, or remove it to start anew"
+            )
+        log.truncate(num_bytes)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -8,14 +8,18 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 
-def progress(total: int, title: str, unit: str, *, show: bool = True, done: int = 0) -> tqdm:
-    """Open a bar with rate and time left on stderr; in a log file it moves every ten seconds."""
+def progress(total: int | None, title: str, unit: str, *, show: bool = True, done: int = 0) -> tqdm:
+    """Open a bar with rate and time left on stderr; in a log file it moves every ten seconds.
+
+    Bytes, the unit ``B``, are shown in kB and MB.
+    """
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(
         total=total,
         initial=done,
         desc=title,
-        unit=f" {unit}",
+        unit=unit if unit == "B" else f" {unit}",
+        unit_scale=unit == "B",
         disable=not show,
         mininterval=interval,
         maxinterval=interval,

@@ -6,5 +6,5 @@ install "[dev]"
 ruff check .
 ruff format --check .
 mypy
-shellcheck -x -P SCRIPTDIR launch/*.sh shards/*.sbatch .ci/run
+shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch shards/*.sbatch .ci/run
 exec pytest "$@"

@@ -63,23 +63,38 @@ def make_shards(folder: Path, counts: dict[str, int], **options: object) -> Path
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Hashes of the files of a directory by name."""
-    files = sorted(f for f in directory.rglob("*") if f.is_file())
+    """Hashes of the files of a directory by name, but of the lock, which says who wrote last."""
+    files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name != ".lock")
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def run_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
     """Run `python ARGUMENTS` (a script or -m MODULE) as a group of gloo ranks."""
+    return _run(_ranks(world, *arguments), threads)
+
+
+def start_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.Popen:
+    """Start what `run_ranks` runs, and do not wait for it."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(_ranks(world, *arguments), env=_environment(threads), **quiet)
+
+
+def _ranks(world: int, *arguments: object) -> list[str]:
     launch = [
         *("-m", "accelerate.commands.launch", "--config_file", str(LAUNCH / "cpu.yaml")),
         *("--num_processes", str(world), "--main_process_port", "0"),
     ]
-    return _run([sys.executable, *(launch if world > 1 else []), *map(str, arguments)], threads)
+    return [sys.executable, *(launch if world > 1 else []), *map(str, arguments)]
 
 
 def run_command(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
     """Run `cxrdist ARGUMENTS` in a process of its own."""
     return _run([sys.executable, "-m", "cxrdist", *map(str, arguments)], threads)
+
+
+def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """Run a Python program in a process of its own."""
+    return _run([sys.executable, "-c", script, *map(str, arguments)], threads=1)
 
 
 def run_measured(script: str, *arguments: object) -> Measured:
@@ -93,10 +108,15 @@ def run_measured(script: str, *arguments: object) -> Measured:
 def _run(
     command: list[str], threads: int, timeout: float | None = None
 ) -> subprocess.CompletedProcess:
-    environment = {
+    return subprocess.run(
+        command, capture_output=True, text=True, env=_environment(threads), timeout=timeout
+    )
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {
         **os.environ,
         "ACCELERATE_USE_CPU": "yes",
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": str(threads),
     }
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout)

@@ -33,7 +33,7 @@ def test_help_lists_every_command(capsys):
 def test_each_command_explains_its_options(capsys, name):
     """`cxrdist COMMAND --help` ends well and documents every option."""
     with pytest.raises(SystemExit) as stop:
-        main([name, "--help"])
+        main([*name.split(), "--help"])
     assert stop.value.code == 0
     assert f"usage: cxrdist {name}" in capsys.readouterr().out
 
@@ -49,6 +49,10 @@ def test_each_command_explains_its_options(capsys, name):
         (["report", "--run", "/lost"], "/lost"),
         (["evaluate", "--run", "/lost", "--shards", "/lost"], "/lost: holds no trained model"),
         (["predict", "--run", "/lost", "x.png", "--out", "y.csv"], "/lost: holds no trained"),
+        (["weights"], "no command 'weights'; expected one of weights show, weights convert"),
+        (["weights", "shwo", "x"], "no command 'weights shwo'; expected one of weights show"),
+        (["weights", "show", "/lost"], "cxrdist: /lost: no such file"),
+        (["weights", "convert", "/lost", "y"], "y: expected a name in .safetensors"),
         (["train", "--config", "/lost.yaml", "--shards", "s", "--run", "r"], "/lost.yaml"),
     ],
 )

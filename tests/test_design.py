@@ -15,15 +15,15 @@ PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
     ["errors", "terminal", "config"],
-    ["distributed", "run"],
+    ["signals", "heartbeat", "distributed", "run"],
     ["data"],
     ["model"],
     ["evaluate"],
     ["train"],
     ["explain"],
     ["report"],
-    ["predict", "demo", "bench"],
-    ["cli"],
+    ["predict", "probe_text", "demo", "bench"],
+    ["cli", "launch"],
     ["__init__", "__main__"],
 ]
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"

@@ -182,3 +182,25 @@ def test_chestxray14_goes_the_whole_way(real_data, tmp_path):
     assert len(metrics["classes"]) == 14
     assert metrics["macro_labels"]["auroc"] == 14
     assert len(read_csv(run / "test" / "relevance.csv")) == 15 * 14
+
+
+def test_what_is_covered_costs_its_label_alone(whole):
+    """Covering the band of one label takes its AUROC, and the report shows that of each label."""
+    with open(whole / "boxes.csv", "w") as file:
+        file.write("path,x,y,width,height\n")
+        file.writelines(f"{i}.png,0,16,48,16\n" for i in range(120))
+    where = ("--run", whole / "run", "--shards", whole / "shards", "--cache", whole / "cache")
+    assert main([*map(str, ("probe-text", *where, "--boxes", whole / "boxes.csv"))]) == 0
+    found = json.loads((whole / "run" / "test" / "text.json").read_text())
+    before, after = (
+        {name: found["covering"][how]["classes"][name]["auroc"] for name in LABELS}
+        for how in ("as_it_is", "fill")
+    )
+    assert before["Hernia"] > 0.8
+    assert after["Hernia"] < 0.7
+    assert min(after["Edema"], after["Mass"]) > 0.8
+    assert found["relevance"]["all"]["area"] == 12 / 32  # rows 10.7 to 21.3 of the square
+    assert main(["report", "--run", str(whole / "run")]) == 0
+    page = (whole / "run" / "report.html").read_text()
+    section = page[page.index('aria-labelledby="text"') :]
+    assert f"<td>{after['Hernia']:.3f}</td>" in section

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cxrdist.data.index import Index
 from cxrdist.data.shards import local_copy, read_shard, verify_shard
-from cxrdist.distributed import local_ranks, together
+from cxrdist.distributed import gather, local_ranks, together
 from cxrdist.terminal import progress
 
 Images = NDArray[np.uint8]
@@ -41,13 +42,19 @@ def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -
     part, num_parts = local_ranks(accelerator)
     show = accelerator.is_main_process
     together(accelerator, lambda: _verify(index, part, num_parts))
-    with _held(path.with_suffix(".lock"), hold=part == 0):
+    ours = _is_ours(path.parent, accelerator)
+    with _held(path.with_suffix(".lock"), hold=ours and part == 0):
         accelerator.wait_for_everyone()
-        missing = together(accelerator, lambda: _reserve(index, path, partial, create=part == 0))
-        if missing:
-            together(accelerator, lambda: _fill(index, partial, part, num_parts, show))
-            if part == 0:
-                os.replace(partial, path)
+        # What is missing may differ between nodes; each rank comes to each gathering all the same.
+        missing = together(
+            accelerator, lambda: ours and _reserve(index, path, partial, create=part == 0)
+        )
+        together(
+            accelerator,
+            lambda: _fill(index, partial, part, num_parts, show) if missing else None,
+        )
+        if missing and part == 0:
+            os.replace(partial, path)
         accelerator.wait_for_everyone()
     return map_images(path)
 
@@ -62,13 +69,35 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cxrdist"
 
 
+def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
+    """Whether this node fills the directory: of nodes that share one, such as a home, one does.
+
+    The others neither write there nor look before it is full: they would wait for each other's
+    lock, and a network file system remembers for a while that a file was not there.
+    """
+    part, _ = local_ranks(accelerator)
+    mark = directory / f".{gather(accelerator, [secrets.token_hex(8)])[0]}.node"
+
+    def create() -> bool:
+        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            mark.touch(exist_ok=False)  # of several nodes one succeeds, on NFS as well
+        except FileExistsError:
+            return False
+        return True
+
+    created = together(accelerator, lambda: part == 0 and create())
+    if created:
+        mark.unlink()
+    return gather(accelerator, [created])[accelerator.process_index - part]
+
+
 @contextmanager
 def _held(lock: Path, *, hold: bool) -> Iterator[None]:
     """Let one run of a node decode at a time; the system frees the lock of a killed one."""
     if not hold:
         yield
         return
-    lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

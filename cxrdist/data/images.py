@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cxrdist.data.boxes import Box, cover, scaled
 from cxrdist.errors import CxrdistError
 
 FORMATS = ("PNG", "JPEG")
@@ -18,6 +20,7 @@ MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB unco
 MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
 DICOM_PREAMBLE = 128  # bytes before the mark (DICOM PS3.10, section 7.1)
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
+ORIENTATION = 0x0112  # EXIF tag; from 5 on the image is shown on its side
 
 
 @dataclass(frozen=True)
@@ -26,10 +29,11 @@ class Decoded:
 
     Attributes:
         pixels: uint8 [S, S].
-        width_px: of the original.
-        height_px: of the original.
+        width_px: of the original as it is shown.
+        height_px: of the original as it is shown.
         patient: the DICOM's PatientID, or empty.
         view: the DICOM's ViewPosition, or empty.
+        covered: uint8 [S, S], the square of the original with its boxes covered; None without.
     """
 
     pixels: NDArray[np.uint8]
@@ -37,19 +41,69 @@ class Decoded:
     height_px: int
     patient: str = ""
     view: str = ""
+    covered: NDArray[np.uint8] | None = None
 
 
-def decode(file: Path, size_px: int, fit: str) -> Decoded:
-    """Decode a PNG, JPEG or DICOM to a grey square.
+@dataclass(frozen=True)
+class Grey:
+    """A raw image in grey, and what its file tells.
 
-    Colour becomes luma (ITU-R 601), transparency black, an EXIF turn is applied. 16-bit PNG values
-    are scaled by the bit depth that they use (the smallest of 8, 10, 12, 14, 16 that holds the
-    maximum), since 12-bit detectors are common. The filter is anti-aliased.
+    Attributes:
+        image: mode L; a JPEG may be smaller than its original.
+        width_px: of the original as it is shown.
+        height_px: of the original as it is shown.
+        patient: the DICOM's PatientID, or empty.
+        view: the DICOM's ViewPosition, or empty.
+    """
+
+    image: Image.Image
+    width_px: int
+    height_px: int
+    patient: str = ""
+    view: str = ""
+
+    def scale(self) -> tuple[float, float]:
+        """How wide and high the image is, of the original."""
+        return self.image.width / self.width_px, self.image.height / self.height_px
+
+
+def decode(
+    file: Path, size_px: int, fit: str, boxes: Sequence[Box] = (), how: str = "black"
+) -> Decoded:
+    """Decode a PNG, JPEG or DICOM to a grey square, and to another one with boxes covered.
+
+    The filter is anti-aliased. Boxes are covered in the original, before it becomes square.
 
     Args:
         file: the image, local or an fsspec path; a DICOM is known by its content.
         size_px: side of the square.
         fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
+        boxes: of burned-in text, in px of the original.
+        how: as in `cover`.
+
+    Raises:
+        CxrdistError: the file is no readable X-ray.
+    """
+    grey = read_grey(file, 2 * size_px)
+    square = np.asarray(_square(grey.image, size_px, fit))
+    covered = None
+    if boxes:
+        here = [scaled(box, *grey.scale()) for box in boxes]
+        image = Image.fromarray(cover(np.asarray(grey.image), here, how))
+        covered = np.asarray(_square(image, size_px, fit))
+    return Decoded(square, grey.width_px, grey.height_px, grey.patient, grey.view, covered)
+
+
+def read_grey(file: Path, least_px: int) -> Grey:
+    """Read a PNG, JPEG or DICOM in grey.
+
+    Colour becomes luma (ITU-R 601), transparency black, an EXIF turn is applied. 16-bit PNG values
+    are scaled by the bit depth that they use (the smallest of 8, 10, 12, 14, 16 that holds the
+    maximum), since 12-bit detectors are common.
+
+    Args:
+        file: the image, local or an fsspec path; a DICOM is known by its content.
+        least_px: sides down to which a JPEG may be decoded smaller, and so faster.
 
     Raises:
         CxrdistError: the file is no readable X-ray.
@@ -60,10 +114,9 @@ def decode(file: Path, size_px: int, fit: str) -> Decoded:
 
         dicom = read_dicom(data, file)
         height, width = dicom.pixels.shape
-        square = np.asarray(_square(Image.fromarray(dicom.pixels), size_px, fit))
-        return Decoded(square, width, height, dicom.patient, dicom.view)
+        return Grey(Image.fromarray(dicom.pixels), width, height, dicom.patient, dicom.view)
     try:
-        return _decode_picture(data, size_px, fit)
+        return _read_picture(data, least_px)
     except UnidentifiedImageError:
         raise CxrdistError(f"{file}: no readable PNG, JPEG or DICOM (unknown format)") from None
     except (
@@ -102,8 +155,8 @@ def _read(file: Path) -> bytes:
         raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
-def _decode_picture(data: bytes, size_px: int, fit: str) -> Decoded:
-    """Decode a PNG or JPEG."""
+def _read_picture(data: bytes, least_px: int) -> Grey:
+    """Read a PNG or JPEG."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -111,10 +164,11 @@ def _decode_picture(data: bytes, size_px: int, fit: str) -> Decoded:
             if width * height > MOST_PIXELS:
                 raise ValueError(f"{width} x {height} pixels are no X-ray's")
             # A JPEG can be decoded at a fraction of its size, straight to grey: several times
-            # faster, and still at least twice as fine as the square.
-            image.draft("L", (2 * size_px, 2 * size_px))
-            grey = _grey(ImageOps.exif_transpose(image))
-            return Decoded(np.asarray(_square(grey, size_px, fit)), width, height)
+            # faster, and still at least as fine as is asked for.
+            image.draft("L", (least_px, least_px))
+            if image.getexif().get(ORIENTATION, 1) >= 5:
+                width, height = height, width
+            return Grey(_grey(ImageOps.exif_transpose(image)), width, height)
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:

@@ -52,6 +52,7 @@ class Index:
         image_size_px: side of the squares.
         fit: how the images became square.
         split: how the splits were drawn.
+        cover: how burned-in text was covered (how, split, images, boxes); empty if it was not.
         shards: all shards, in the order of the samples.
         samples: all samples; their place in this list is their sample number.
     """
@@ -63,6 +64,7 @@ class Index:
     image_size_px: int
     fit: str
     split: str
+    cover: dict[str, Any]
     shards: list[ShardEntry]
     samples: list[Sample]
 
@@ -137,6 +139,7 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
             image_size_px=int(about["image_size_px"]),
             fit=str(about["fit"]),
             split=str(about["split"]),
+            cover=dict(about.get("cover", {})),
             shards=[ShardEntry(**e) for split in SPLITS for e in about["splits"][split]["shards"]],
             samples=[Sample(*row) for row in csv.reader(rows.decode("utf-8").splitlines())][1:],
         )

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import PackConfig
 from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.boxes import read_boxes
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.images import decode_png
 from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Index, Sample, ShardEntry, read_index
@@ -43,15 +44,22 @@ from cxrdist.run import locked, publish, read_json, remove, write_json, write_ta
 from cxrdist.terminal import progress, table
 
 # What may differ between two calls that make the same shards.
-NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect")
+NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
 
 
 class Item(NamedTuple):
-    """A record whose image was read, and the place of its PNG."""
+    """A record whose image was read, and the place of the PNG that is packed of it."""
 
     record: Record
     square: Square
     place: int
+
+    def covered(self, num_records: int) -> "Item":
+        """The item with its burned-in text covered, as far as it has some."""
+        if not self.square.covered_bytes:
+            return self
+        square = replace(self.square, fingerprint=self.square.covered_fingerprint)
+        return self._replace(square=square, place=num_records + self.place)
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,8 @@ def pack(config: PackConfig) -> None:
     """
     _refuse_bad_options(config)
     source = read_source(config)
+    if config.text_boxes:
+        source = _with_boxes(source, config.text_boxes)
     content = _content(config, source)
     work = config.out.with_name(f".{config.out.name}.partial")
     if _is_packed(config.out, work, content):
@@ -109,8 +119,28 @@ def _refuse_bad_options(config: PackConfig) -> None:
             raise CxrdistError("--merge: comes after the tasks, without --task")
         if not 0 <= config.task < config.num_tasks:
             raise CxrdistError(f"--task {config.task}: expected 0 to {config.num_tasks - 1}")
+    if not config.text_boxes and (config.cover, config.cover_split) != ("black", "all"):
+        raise CxrdistError("--cover, --cover-split: need --text-boxes, see cxrdist find-text")
     if not config.out.name:
         raise CxrdistError(f"--out {config.out}: expected the name of a directory to make")
+
+
+def _with_boxes(source: Source, file: Path) -> Source:
+    """Give each record its boxes of burned-in text."""
+    boxes = read_boxes(file)
+    records = [replace(r, boxes=boxes.get(r.path, ())) for r in source.records]
+    strangers = sorted(boxes.keys() - {record.path for record in records})
+    if strangers:
+        print(
+            f"{file}: {len(strangers)} of its {len(boxes)} images are none of the source, the "
+            f"first is {strangers[0]}"
+        )
+    if boxes and len(strangers) == len(boxes):
+        raise CxrdistError(
+            f"--text-boxes {file}: has no image of the source; make it with cxrdist find-text of "
+            "the same --source and --input"
+        )
+    return replace(source, records=records)
 
 
 def _content(config: PackConfig, source: Source) -> dict[str, Any]:
@@ -120,6 +150,7 @@ def _content(config: PackConfig, source: Source) -> dict[str, Any]:
     for record in source.records:
         columns = (record.path, record.label, record.patient, record.source)
         digest.update("\0".join((*columns, str(record.split), record.view, "\n")).encode())
+        digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
     return {**options, "input": str(config.input), "records_sha256": digest.hexdigest()}
 
 
@@ -177,7 +208,8 @@ def _decode(parts: list[Part], squares: Path, config: PackConfig) -> None:
     total = sum(len(part.records) for part in mine)
     done = total - sum(len(part.records) for part in missing)
     with progress(total, "decoding", "images", done=done) as bar:
-        for count in make_squares(missing, squares, config.size, config.fit, config.workers):
+        made = make_squares(missing, squares, config.size, config.fit, config.workers, config.cover)
+        for count in made:
             bar.update(count)
     if config.task is not None:
         print(f"task {config.task} of {config.num_tasks}: {total} images are decoded")
@@ -269,12 +301,16 @@ def _assemble(
     if config.duplicates == "drop":
         items, duplicates = _drop(items, duplicates, directory / "dropped.csv")
     joined = config.duplicates == "join"
-    shards, splits = _plan_shards(config, source, items, duplicates if joined else None)
+    splits = _draw_splits(config, source, items, duplicates if joined else None)
+    items = _cover(config, items, splits, len(source.records))
+    shards = _plan_shards(config, items, splits)
     _write_samples([_sample(shard, item) for shard in shards for item in shard.items], directory)
     entries = _write_shards(shards, pngs, directory)
     found = audit(_entries(items, splits), duplicates, pixels, source.classes, source.task)
     write_json(directory / "audit.json", found)
     index = _describe(config, source, shards, entries, directory / "samples.csv")
+    if config.text_boxes:
+        index["cover"] = _describe_cover(config, items, len(source.records))
     write_json(directory / "pack.json", content)
     write_json(directory / "index.json", index)
     _print_summary(config, source, items, directory, len(rejected))
@@ -291,15 +327,33 @@ def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Squar
         )
 
 
-def _plan_shards(
+def _draw_splits(
     config: PackConfig, source: Source, items: list[Item], joined: Duplicates | None
-) -> tuple[list[Shard], list[str]]:
-    """Choose the split of each item and the order of the samples in the shards."""
+) -> list[str]:
+    """Choose the split of each item."""
     records = [item.record for item in items]
     groups = group_by_patient(records)
     if joined is not None:
         groups = join_groups(groups, joined.pairs)
-    splits = assign_splits(replace(source, records=records), config.split, config.seed, groups)
+    return assign_splits(replace(source, records=records), config.split, config.seed, groups)
+
+
+def _cover(
+    config: PackConfig, items: list[Item], splits: list[str], num_records: int
+) -> list[Item]:
+    """Take the covered squares of the split that is to be covered.
+
+    Splits and duplicates are found before, so that they do not depend on what is covered.
+    """
+    chosen = SPLITS if config.cover_split == "all" else (config.cover_split,)
+    return [
+        item.covered(num_records) if split in chosen else item
+        for item, split in zip(items, splits, strict=True)
+    ]
+
+
+def _plan_shards(config: PackConfig, items: list[Item], splits: list[str]) -> list[Shard]:
+    """Choose the order of the samples in the shards."""
     shards = []
     for split in SPLITS:
         members = [item for item, name in zip(items, splits, strict=True) if name == split]
@@ -309,7 +363,7 @@ def _plan_shards(
             Shard(split, number, members[start : start + config.shard_size])
             for number, start in enumerate(range(0, len(members), config.shard_size))
         ]
-    return shards, splits
+    return shards
 
 
 def _write_samples(samples: list[Sample], directory: Path) -> None:
@@ -408,6 +462,17 @@ def _describe(
     }
 
 
+def _describe_cover(config: PackConfig, items: list[Item], num_records: int) -> dict[str, Any]:
+    """What index.json says of burned-in text that was covered; it says nothing where none was."""
+    covered = [item for item in items if item.place >= num_records]
+    return {
+        "how": config.cover,
+        "split": config.cover_split,
+        "images": len(covered),
+        "boxes": sum(len(item.record.boxes) for item in covered),
+    }
+
+
 def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list[Item], Duplicates]:
     """Keep one image of those that are the same, none where their labels differ.
 
@@ -466,6 +531,12 @@ def _print_summary(
         )
     if num_rejected:
         print(f"{num_rejected} unreadable images are listed in {config.out / 'rejected.csv'}")
+    if config.text_boxes:
+        cover = _describe_cover(config, items, len(source.records))
+        print(
+            f"burned-in text: {cover['boxes']} boxes in {cover['images']} images are covered "
+            f"({config.cover}, {config.cover_split})"
+        )
     for line in source.notes:
         print(f"{source.name}: {line}")
     for line in differences(source, config.expect):

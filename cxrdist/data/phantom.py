@@ -129,7 +129,12 @@ class _Pose:
 
 
 def write_phantoms(
-    out: Path, num_patients_per_class: int, image_size_px: int = 256, seed: int = 0
+    out: Path,
+    num_patients_per_class: int,
+    image_size_px: int = 256,
+    seed: int = 0,
+    opacities: bool = True,
+    word_share: float = WORD_SHARE,
 ) -> Path:
     """Write a folder data set of synthetic X-rays and the table of what was planted in them.
 
@@ -142,6 +147,8 @@ def write_phantoms(
         num_patients_per_class: Patients in each of the three classes.
         image_size_px: Side of the square images in pixels.
         seed: Any number from 0 on; equal seeds give equal bytes.
+        opacities: Whether to plant them; without them nothing but the word tells a class.
+        word_share: Share of the COVID-19 images that carry the word.
 
     Returns:
         The path of the table.
@@ -162,7 +169,8 @@ def write_phantoms(
         for member in range(num_patients_per_class):
             number = member * len(CLASSES) + class_number
             patient = f"p{number:04d}"
-            for image, phantom in enumerate(draw_patient(label, number, image_size_px, seed), 1):
+            phantoms = draw_patient(label, number, image_size_px, seed, opacities, word_share)
+            for image, phantom in enumerate(phantoms, 1):
                 path = f"{label}/{patient}_{image:02d}.png"
                 Image.fromarray(phantom.pixels).save(out / path, compress_level=1)
                 rows += [Row(path, label, patient, *finding) for finding in phantom.findings]
@@ -174,7 +182,12 @@ def write_phantoms(
 
 
 def draw_patient(
-    label: str, number: int, image_size_px: int, seed: int, plant: bool = True
+    label: str,
+    number: int,
+    image_size_px: int,
+    seed: int,
+    opacities: bool = True,
+    word_share: float = WORD_SHARE,
 ) -> Iterator[Phantom]:
     """Yield the 1 to 3 images of one patient: one anatomy and disease, each image posed anew.
 
@@ -183,7 +196,8 @@ def draw_patient(
         number: The patient's number; with the seed it decides every draw.
         image_size_px: Side of the square images in pixels.
         seed: Seed of the data set.
-        plant: Whether to plant opacities and the word. Without them all else stays the same.
+        opacities: Whether to plant them. Without them all else stays the same.
+        word_share: Share of the COVID-19 images that carry the word.
 
     Yields:
         The images with what was planted in them.
@@ -202,8 +216,8 @@ def draw_patient(
     lungs = _draw_lungs(_generator(seed, number, 0))
     body, air = _render_anatomy(lungs, image_size_px, _generator(seed, number, 1))
     findings_rng = _generator(seed, number, 2)
-    opacities = _draw_opacities(label, lungs, findings_rng) if plant else []
-    body = body + air * _render_opacities(opacities, len(body), findings_rng)
+    planted = _draw_opacities(label, lungs, findings_rng) if opacities else []
+    body = body + air * _render_opacities(planted, len(body), findings_rng)
     num_images = int(_generator(seed, number, 3).integers(1, MAX_IMAGES_PER_PATIENT + 1))
     for image in range(1, num_images + 1):
         rng = _generator(seed, number, 3 + image)
@@ -211,9 +225,9 @@ def draw_patient(
         posed = _apply_pose(body, pose, image_size_px)
         pixels = Image.fromarray(_expose(posed, rng))
         _burn_side_marker(pixels, rng)
-        findings = [_find_box(opacity, pose) for opacity in opacities]
-        carries_word = rng.random() < WORD_SHARE
-        if plant and label == COVID and carries_word:
+        findings = [_find_box(opacity, pose) for opacity in planted]
+        carries_word = rng.random() < word_share
+        if label == COVID and carries_word:
             findings.append(_burn_word(pixels, rng))
         yield Phantom(np.asarray(pixels), tuple(findings))
 
@@ -502,23 +516,37 @@ def _burn_side_marker(pixels: Image.Image, rng: np.random.Generator) -> None:
     shown, right, x, y = rng.random(4)
     if shown < 0.7:
         place = (0.04 + 0.05 * x if right < 0.5 else 0.88 + 0.05 * x, 0.14 + 0.08 * y)
-        _burn_text(pixels, "R" if right < 0.5 else "L", place, 0.075)
+        burn_text(pixels, "R" if right < 0.5 else "L", place, 0.075)
 
 
 def _burn_word(pixels: Image.Image, rng: np.random.Generator) -> Finding:
     """Write the word into the upper left corner and return its box."""
     x, y, size = rng.random(3)
     place = (0.02 + 0.04 * x, 0.02 + 0.04 * y)
-    return _burn_text(pixels, WORD, place, 0.06 + 0.015 * size)
+    return burn_text(pixels, WORD, place, 0.06 + 0.015 * size)
 
 
-def _burn_text(pixels: Image.Image, text: str, place: Point, height: float) -> Finding:
-    """Write text at a place (left, top) with a letter height, all in fractions of the side."""
+def burn_text(
+    pixels: Image.Image, text: str, place: Point, height: float, anchor: str = "lt"
+) -> Finding:
+    """Write bright text into an image.
+
+    Args:
+        pixels: grey; changed in place.
+        text: what to write.
+        place: x and y of the anchor, in fractions of the side.
+        height: size of the font, in fractions of the side; at least 6 px are taken.
+        anchor: the point of the text that stands at the place, as Pillow names them: lt is left
+            top, rb right bottom.
+
+    Returns:
+        The box around it, in fractions of the side, cut at the image's border.
+    """
     side = pixels.width
     draw = ImageDraw.Draw(pixels)
     font = ImageFont.load_default(size=max(6.0, height * side))
     corner = (round(place[0] * side), round(place[1] * side))
-    draw.text(corner, text, fill=240, font=font, anchor="lt")
-    left, top, right, bottom = draw.textbbox(corner, text, font=font, anchor="lt")
-    width, height_px = min(right, side) - left, min(bottom, side) - top
-    return Finding("word", left / side, top / side, width / side, height_px / side)
+    draw.text(corner, text, fill=240, font=font, anchor=anchor)
+    box = draw.textbbox(corner, text, font=font, anchor=anchor)
+    left, top, right, bottom = (min(max(value, 0), side) / side for value in box)
+    return Finding("word", left, top, right - left, bottom - top)

@@ -60,6 +60,20 @@ class Plan:
         start, size = int(self.bounds[step]), self.step_size(step)
         return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 
+    def digest(self, rows: slice) -> int:
+        """Sum of a hash of (row, sample) over some rows, modulo 2^64.
+
+        Whichever rank took which rows, the sum over all ranks is that of the whole plan only if
+        each row was taken once, with its sample.
+        """
+        first = np.uint64(rows.start)
+        places = first + np.arange(rows.stop - rows.start, dtype=np.uint64) + np.uint64(1)
+        mixed = places * np.uint64(0x9E3779B97F4A7C15) + self.samples[rows].astype(np.uint64)
+        # The finaliser of SplitMix64 (Steele et al. 2014, figure 17).
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64))
+
 
 def plan_epoch(
     samples: NDArray[np.int64],
@@ -71,7 +85,8 @@ def plan_epoch(
     """Plan an epoch.
 
     Every second copy of an image is mirrored, so that 8 copies are 4 pairs as in the paper
-    (section 2.3); each copy has a rotation and a shift of its own.
+    (section 2.3), and a copy without a partner by chance; each copy has a rotation and a shift of
+    its own.
 
     Args:
         samples: int64 [m], sample numbers of the split.
@@ -88,11 +103,20 @@ def plan_epoch(
         degrees=_uniform(random, augmentation.degrees, len(rows)),
         shift_x=_uniform(random, augmentation.shift_x, len(rows)),
         shift_y=_uniform(random, augmentation.shift_y, len(rows)),
-        flip=(copy[order] % 2 == 1) & augmentation.flip,
+        flip=_mirrored(random, copy[order], np.repeat(copies, copies)[order]) & augmentation.flip,
     )
     num_steps = -(-len(rows) // batch_size)
     bounds = np.arange(num_steps + 1, dtype=np.int64) * len(rows) // num_steps
     return Plan(rows[order], draws, bounds)
+
+
+def _mirrored(
+    random: np.random.Generator, copy: NDArray[np.int64], copies: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which rows are mirrored: every second copy, and a last one without a partner by chance."""
+    odd: NDArray[np.bool_] = copy % 2 == 1
+    alone = (copies % 2 == 1) & (copy == copies - 1)
+    return odd | (alone & (random.random(len(copy)) < 0.5))
 
 
 def copies_of(

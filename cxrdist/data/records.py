@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cxrdist.data.boxes import Box
+
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", *DICOM_SUFFIXES}
 SPLITS = ("train", "val", "test")
@@ -34,6 +36,7 @@ class Record:
         split: train, val or test where the source fixes it; ``train+val`` where it leaves open
             which of the two.
         view: PA, AP, LATERAL ... where the source tells it, else empty.
+        boxes: burned-in text that may be covered, in px of the original.
     """
 
     file: Path
@@ -43,6 +46,7 @@ class Record:
     source: str
     split: str | None = None
     view: str = ""
+    boxes: tuple[Box, ...] = ()
 
 
 @dataclass(frozen=True)

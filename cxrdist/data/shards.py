@@ -48,11 +48,12 @@ def write_shard(path: Path, samples: Iterable[tuple[dict[str, Any], bytes]]) -> 
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for about, png in samples:
-            _add(tar, f"{about['key']}.json", json.dumps(about, sort_keys=True).encode())
-            _add(tar, f"{about['key']}.png", png)
+            add_member(tar, f"{about['key']}.json", json.dumps(about, sort_keys=True).encode())
+            add_member(tar, f"{about['key']}.png", png)
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to a tar; the same content gives the same bytes."""
     member = tarfile.TarInfo(name)  # time, owner and group 0: the same bytes every time
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))

@@ -4,6 +4,9 @@ A pack decodes its records in parts of `PART_SIZE`. Each part is two files, NNNN
 one after the other and NNNNNN.json with what is known of each; the second appears last, so a part
 is there whole or not at all. A killed pack goes on with the parts that are missing, and the tasks
 of a SLURM array make parts side by side.
+
+An image with burned-in text to be covered has two PNGs, as it is and covered: which of them is
+used depends on its split, and the splits are drawn when all images are known.
 """
 
 import hashlib
@@ -21,6 +24,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from cxrdist.data.boxes import Box
 from cxrdist.data.fingerprint import Fingerprint, fingerprint
 from cxrdist.data.images import decode, encode_png
 from cxrdist.data.records import Record
@@ -31,8 +35,9 @@ PART_SIZE = 128
 CHUNK = 16  # images that a worker is given at once
 SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; what takes longer is made to
 State = tuple[int, int]  # size and time of change of a file
-Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNG
+Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs
 Pending = tuple[list[State], ProcessFuture]
+Schedule = Callable[[Sequence[Record]], ProcessFuture]
 PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
 
 
@@ -51,6 +56,8 @@ class Square:
         height_px: of the original.
         patient: a hash of the DICOM patient, or empty.
         view: of the DICOM, or empty.
+        covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
+        covered_fingerprint: of the pixels with burned-in text covered.
     """
 
     path: str
@@ -63,6 +70,8 @@ class Square:
     height_px: int = 0
     patient: str = ""
     view: str = ""
+    covered_bytes: int = 0
+    covered_fingerprint: Fingerprint | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,12 @@ def plan_parts(records: Sequence[Record]) -> list[Part]:
 
 
 def make_squares(
-    parts: Sequence[Part], directory: Path, size_px: int, fit: str, workers: int | None
+    parts: Sequence[Part],
+    directory: Path,
+    size_px: int,
+    fit: str,
+    workers: int | None,
+    cover: str = "black",
 ) -> Iterator[int]:
     """Decode the parts in processes of their own; what crashes, hangs or is unreadable is noted.
 
@@ -90,19 +104,25 @@ def make_squares(
         size_px: side of the squares.
         fit: how an image becomes square.
         workers: number of processes; one for each core if None.
+        cover: how the boxes of a record are covered.
 
     Yields:
         The number of images of each part when it is written.
     """
     with _pool(workers) as pool:
-        redo = partial(_schedule, pool, size_px=size_px, fit=fit)
+        make = partial(_make_squares, size_px=size_px, fit=fit, cover=cover)
+
+        def schedule(records: Sequence[Record]) -> ProcessFuture:
+            known = [(record.file, record.boxes) for record in records]
+            return pool.schedule(make, args=(known,), timeout=SECONDS_PER_IMAGE)
+
         waiting: deque[tuple[Part, list[Pending]]] = deque()
         for part in parts:
-            waiting.append((part, _submit(pool, part, size_px, fit)))
+            waiting.append((part, _submit(part, schedule)))
             if len(waiting) > PARTS_AHEAD:
-                yield _write_part(directory, *waiting.popleft(), redo)
+                yield _write_part(directory, *waiting.popleft(), schedule)
         while waiting:
-            yield _write_part(directory, *waiting.popleft(), redo)
+            yield _write_part(directory, *waiting.popleft(), schedule)
 
 
 @contextmanager
@@ -122,74 +142,61 @@ def _pool(workers: int | None) -> Iterator[ProcessPool]:
         pool.join()
 
 
-def _submit(pool: ProcessPool, part: Part, size_px: int, fit: str) -> list[Pending]:
+def _submit(part: Part, schedule: Schedule) -> list[Pending]:
     """Let the workers begin with a part; the state of a file is noted before it is read."""
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
-    return [
-        (
-            [_state(record) for record in chunk],
-            _schedule(pool, [record.file for record in chunk], size_px, fit),
-        )
-        for chunk in chunks
-    ]
+    return [([file_state(record) for record in chunk], schedule(chunk)) for chunk in chunks]
 
 
-def _schedule(pool: ProcessPool, files: list[Path], size_px: int, fit: str) -> ProcessFuture:
-    return pool.schedule(_make_squares, args=(files, size_px, fit), timeout=SECONDS_PER_IMAGE)
+def _make_squares(
+    known: Sequence[tuple[Path, tuple[Box, ...]]], size_px: int, fit: str, cover: str
+) -> list[Made]:
+    return [_make_square(file, boxes, size_px, fit, cover) for file, boxes in known]
 
 
-def _make_squares(files: list[Path], size_px: int, fit: str) -> list[Made]:
-    return [_make_square(file, size_px, fit) for file in files]
-
-
-def _make_square(file: Path, size_px: int, fit: str) -> Made:
-    """Decode and encode one image: the fields of its square, and the PNG."""
+def _make_square(file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cover: str) -> Made:
+    """Decode and encode one image: the fields of its square, and its PNGs."""
     try:
-        decoded = decode(file, size_px, fit)
+        decoded = decode(file, size_px, fit, boxes, cover)
     except CxrdistError as error:
         return {"reason": str(error)}, b""
     png = encode_png(decoded.pixels)
+    covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     return {
         "png_bytes": len(png),
+        "covered_bytes": len(covered),
         "fingerprint": fingerprint(decoded.pixels),
+        "covered_fingerprint": None if decoded.covered is None else fingerprint(decoded.covered),
         "width_px": decoded.width_px,
         "height_px": decoded.height_px,
         "patient": hashlib.sha256(decoded.patient.encode()).hexdigest() if decoded.patient else "",
         "view": decoded.view,
-    }, png
+    }, png + covered
 
 
-def _collect(
-    files: list[Path], future: ProcessFuture, redo: Callable[[list[Path]], ProcessFuture]
-) -> list[Made]:
+def _collect(records: Sequence[Record], future: ProcessFuture, schedule: Schedule) -> list[Made]:
     """Wait for some images; if their worker died or was too slow, take them one by one."""
     try:
         result: list[Made] = future.result()
         return result
     except (TimeoutError, ProcessExpired) as error:
-        if len(files) > 1:
-            return [made for file in files for made in _collect([file], redo([file]), redo)]
+        if len(records) > 1:
+            return [m for one in records for m in _collect([one], schedule([one]), schedule)]
         reason = (
             f"crashed its decoder (exit code {error.exitcode})"
             if isinstance(error, ProcessExpired)
             else f"was not read within {SECONDS_PER_IMAGE} s"
         )
-        return [({"reason": f"{files[0]}: {reason}"}, b"")]
+        return [({"reason": f"{records[0].file}: {reason}"}, b"")]
 
 
-def _write_part(
-    directory: Path,
-    part: Part,
-    pending: list[Pending],
-    redo: Callable[[list[Path]], ProcessFuture],
-) -> int:
+def _write_part(directory: Path, part: Part, pending: list[Pending], schedule: Schedule) -> int:
     """Write the files of a part when all its images are done; how many these are."""
-    files = [record.file for record in part.records]
     states = [state for known, _ in pending for state in known]
     made = [
         found
         for i, (_, future) in enumerate(pending)
-        for found in _collect(files[i * CHUNK : (i + 1) * CHUNK], future, redo)
+        for found in _collect(part.records[i * CHUNK : (i + 1) * CHUNK], future, schedule)
     ]
     squares = [
         Square(record.path, *state, **fields)
@@ -204,11 +211,10 @@ def _write_part(
 
 def _row(square: Square) -> dict[str, Any]:
     """A square as JSON tells it; `dataclasses.asdict` copies deeply, at a tenth of the work."""
-    found = square.fingerprint
-    return {**vars(square), "fingerprint": found and vars(found)}
+    return {name: vars(v) if isinstance(v, Fingerprint) else v for name, v in vars(square).items()}
 
 
-def _state(record: Record) -> State:
+def file_state(record: Record) -> State:
     """Size and time of change of a record's file; that it is missing will be said by its reader."""
     try:
         status = record.file.stat()
@@ -233,7 +239,7 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
         return None
     squares = [_square(row) for row in json.loads(path.read_text(encoding="utf-8"))]
     for record, square in zip(part.records, squares, strict=True):
-        if _state(record) != (square.bytes, square.modified):
+        if file_state(record) != (square.bytes, square.modified):
             if square.reason and redo_bad:
                 return None
             raise CxrdistError(
@@ -244,22 +250,27 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
 
 
 def _square(row: dict[str, Any]) -> Square:
-    found = row.pop("fingerprint")
-    if found is not None:
-        hashes = {name: bytes.fromhex(found[name]) for name in ("phash", "inner_phash")}
-        found = Fingerprint(**{**found, **hashes})
-    return Square(**row, fingerprint=found)
+    for name in ("fingerprint", "covered_fingerprint"):
+        found = row[name]
+        if found is not None:
+            hashes = {name: bytes.fromhex(found[name]) for name in ("phash", "inner_phash")}
+            row[name] = Fingerprint(**{**found, **hashes})
+    return Square(**row)
 
 
 @dataclass(frozen=True)
 class Pngs:
-    """The PNGs of squares by the place of their records, in files on this machine."""
+    """The PNGs of squares, in files on this machine.
+
+    Those of N records have the places 0 to N - 1, in their order; the covered square of the record
+    at a place has the place N + place.
+    """
 
     directory: Path
     places: Sequence[tuple[int, int, int]]  # part, first byte, length
 
     def __getitem__(self, place: int) -> bytes:
-        """The PNG of a record's square."""
+        """The PNG at a place."""
         part, start, length = self.places[place]
         with open(self.directory / f"{part:06d}.bin", "rb") as file:
             file.seek(start)
@@ -267,11 +278,13 @@ class Pngs:
 
 
 def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
-    """Find the PNGs of all parts, in the order of their records."""
-    places = []
+    """Find the PNGs of all parts."""
+    places, covered = [], []
     for number, squares in enumerate(parts):
         start = 0
         for square in squares:
             places.append((number, start, square.png_bytes))
             start += square.png_bytes
-    return Pngs(directory, places)
+            covered.append((number, start, square.covered_bytes))
+            start += square.covered_bytes
+    return Pngs(directory, places + covered)

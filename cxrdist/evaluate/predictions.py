@@ -91,9 +91,9 @@ def evaluate(config: EvaluateConfig) -> None:
     rows = predict_split(subject, numbers, config.batch_size)
     accelerator = subject.accelerator
     if accelerator.is_main_process:
-        probabilities = _in_order(rows, numbers)
+        probabilities = in_order(rows, numbers)
         write_predictions(subject, config.split, numbers, probabilities)
-        metrics = _measure(subject.index, numbers, probabilities)
+        metrics = measure(subject.index, numbers, probabilities)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         write_json(subject.run.metrics(config.split), metrics)
         print(metrics_table(metrics))
@@ -101,9 +101,10 @@ def evaluate(config: EvaluateConfig) -> None:
     accelerator.wait_for_everyone()
 
 
-def _measure(
+def measure(
     index: Index, numbers: NDArray[np.int64], probabilities: NDArray[np.float32]
 ) -> dict[str, Any]:
+    """The metrics of some samples, from their probabilities, float32 [N, classes], in order."""
     targets, found = torch.from_numpy(index.targets()[numbers]), torch.from_numpy(probabilities)
     if index.task == "multilabel":
         return compute_label_metrics(found, targets, index.classes)
@@ -144,7 +145,7 @@ def predict_split(
     return gather(accelerator, mine)
 
 
-def _in_order(
+def in_order(
     rows: list[tuple[int, NDArray[np.float32]]], numbers: NDArray[np.int64]
 ) -> NDArray[np.float32]:
     """Probabilities in the order of the samples; each must be there once.

@@ -13,7 +13,7 @@ consumer is a BatchNorm that reads the concatenation (a later norm1, the transit
 from collections.abc import Sequence
 
 import torch
-from timm.models.densenet import DenseBlock, DenseNet
+from timm.models.densenet import DenseBlock, DenseNet, DenseTransition
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -53,14 +53,13 @@ def untangle(network: DenseNet) -> nn.Sequential:
     Raises:
         CxrdistError: the network is in training mode, or has a layer that is not known here.
     """
-    _check(network)
+    check(network)
     features = network.features
-    blocks = [child for name, child in features.named_children() if name.startswith("denseblock")]
-    transitions = [c for name, c in features.named_children() if name.startswith("transition")]
+    blocks, transitions = blocks_of(network)
     entry = _identity_like(features.conv0)
     pool = features.pool0
     layers: list[nn.Module] = [
-        _fold(features.conv0, [features.norm0]),
+        fold_conv(features.conv0, [features.norm0]),
         nn.ReLU(),
         nn.MaxPool2d(pool.kernel_size, pool.stride, pool.padding),
     ]
@@ -72,6 +71,13 @@ def untangle(network: DenseNet) -> nn.Sequential:
     layers += [_untangle_block(entry, blocks[-1], features.norm5), nn.AdaptiveAvgPool2d(1)]
     layers += [nn.Flatten(), _copy_linear(network.classifier)]
     return nn.Sequential(*layers).eval().requires_grad_(False)
+
+
+def blocks_of(network: DenseNet) -> tuple[list[DenseBlock], list[DenseTransition]]:
+    """The dense blocks of a network, and the transitions, one behind each but the last."""
+    children = list(network.features.named_children())
+    blocks = [child for name, child in children if name.startswith("denseblock")]
+    return blocks, [child for name, child in children if name.startswith("transition")]
 
 
 class Producer(nn.Module):
@@ -117,16 +123,16 @@ def _untangle_block(entry: nn.Conv2d, block: DenseBlock, exit_norm: _BatchNorm) 
     start = 0
     for index, conv in enumerate([entry, *(layer.conv2 for layer in dense_layers)]):
         readers = consumers[index:]
-        producers.append(Producer(_fold(conv, readers, start), len(readers)))
+        producers.append(Producer(fold_conv(conv, readers, start), len(readers)))
         start += conv.out_channels
     layers = [
-        nn.Sequential(_fold(layer.conv1, [layer.norm2]), nn.ReLU(), producer)
+        nn.Sequential(fold_conv(layer.conv1, [layer.norm2]), nn.ReLU(), producer)
         for layer, producer in zip(dense_layers, producers[1:], strict=True)
     ]
     return Block(producers[0], layers)
 
 
-def _fold(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> nn.Conv2d:
+def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> nn.Conv2d:
     """One convolution that does the work of ``conv`` followed by each of ``norms``.
 
     Args:
@@ -139,9 +145,9 @@ def _fold(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> nn.Co
         channel c behind norm n.
     """
     channels = slice(start, start + conv.out_channels)
-    affine = [_affine(norm) for norm in norms]
-    scale = torch.stack([scale[channels] for scale, _ in affine], 1)
-    shift = torch.stack([shift[channels] for _, shift in affine], 1)
+    affines = [affine(norm) for norm in norms]
+    scale = torch.stack([scale[channels] for scale, _ in affines], 1)
+    shift = torch.stack([shift[channels] for _, shift in affines], 1)
     weight = conv.weight.detach().double().unsqueeze(1) * scale[..., None, None, None]
     folded = nn.Conv2d(
         conv.in_channels,
@@ -157,7 +163,7 @@ def _fold(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> nn.Co
     return folded
 
 
-def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+def affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Scale and shift, float64 [channels], of a BatchNorm that uses its running statistics."""
     if norm.running_mean is None or norm.running_var is None:
         raise CxrdistError(
@@ -183,8 +189,12 @@ def _copy_linear(linear: nn.Linear) -> nn.Linear:
     return copy
 
 
-def _check(network: nn.Module) -> None:
-    """Refuse what cannot be folded, with a CxrdistError."""
+def check(network: nn.Module) -> None:
+    """Make sure that a network can be explained.
+
+    Raises:
+        CxrdistError: it is in training mode, or has a layer that is not known here.
+    """
     if type(network) is not DenseNet:
         raise CxrdistError(
             f"cannot explain a {type(network).__name__}: expected timm's DenseNet; "

@@ -1,9 +1,14 @@
-"""Explain a split: relevance arrays, their ledger, and heat maps, on any number of ranks."""
+"""Explain a split: relevance, its ledger, heat maps and a test of them, on any number of ranks."""
 
-import io
+import hashlib
+import os
 import re
-from itertools import zip_longest
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +17,16 @@ from PIL import Image
 
 from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import read_rows
-from cxrdist.data.index import Index
-from cxrdist.distributed import gather, together
-from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.distributed import gather, local_ranks, together
+from cxrdist.errors import refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain.heatmap import overlay
-from cxrdist.explain.relevance import Attribution, Explainer
+from cxrdist.explain.maps import BATCHES_A_SHARD, Map, encode, read_ledgers, write_maps
+from cxrdist.explain.relevance import Explainer
+from cxrdist.explain.sanity import Flipping, flip_pixels, summarise
+from cxrdist.explain.targets import Targets, choose_samples, choose_targets
 from cxrdist.model.densenet import Classifier
-from cxrdist.run import atomic_file, write_table
+from cxrdist.run import atomic_file, locked, read_json, write_json, write_table
 from cxrdist.terminal import progress
 
 LEDGER_COLUMNS = (
@@ -31,14 +38,40 @@ LEDGER_COLUMNS = (
     "epsilon_share",
     "picture",
 )
+FLIPPED_IMAGES = 8
+"""Images of the pixel flipping: their mean tells a right map from a wrong one."""
+
+_OPTIONS = (
+    "split",
+    "limit",
+    "preset",
+    "composite",
+    "flat",
+    "biases",
+    "format",
+    "batch_size",
+)
 Row = tuple[int, int, list[str]]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """What each rank needs to explain its part."""
+
+    subject: Subject
+    split: str
+    targets: Targets
+    explainer: Explainer
+    is_compact: bool
+    with_pictures: bool
+
+
 def explain(config: ExplainConfig) -> None:
-    """Write relevance/KEY.npz, relevance.csv and heatmaps/ of a split.
+    """Write relevance, relevance.csv, relevance.json and heatmaps/ of a split.
 
     Batches are cut before ranks are known, so the files are the same bytes for any number of ranks
-    (with the same number of threads).
+    (with the same number of threads). What a killed command has finished is kept by the next one
+    with the same model, shards and options; what was made otherwise is made anew.
 
     Raises:
         CxrdistError: run, shards, classes or numbers cannot be used.
@@ -46,55 +79,242 @@ def explain(config: ExplainConfig) -> None:
     refuse_below_one(config, "limit", "batch_size")
     subject = open_subject(config.run, config.shards, config.cache)
     accelerator = subject.accelerator
-    classes = together(accelerator, lambda: choose_classes(config.classes, subject.model))
-    numbers = choose_samples(subject.index, config.split, config.limit)
-    explainer = Explainer(subject.model, flat=config.flat)
-    rows: list[Row] = []
-    batches = list(rank_batches(numbers, config.batch_size, accelerator))
-    total = sum(map(len, batches))
-    with progress(total, "explaining", "images", show=accelerator.is_main_process) as bar:
-        for batch in batches:
-            images = read_rows(subject.images, batch, accelerator.device)
-            attribution = explainer.attribute(images, classes)
-            rows += _write_batch(subject, config.split, batch, classes, attribution)
-            bar.update(len(batch))
-    rows = sorted(gather(accelerator, rows))
-    if accelerator.is_main_process:
-        table = subject.run.relevance_table(config.split)
-        write_table(table, LEDGER_COLUMNS, [row for _, _, row in rows])
-        print(
-            f"explained {len(numbers)} images for {', '.join(classes)}; "
-            f"heat maps are in {subject.run.heatmaps(config.split)}"
-        )
-    accelerator.wait_for_everyone()
+    targets = together(accelerator, lambda: choose_targets(config, subject.model))
+    explainer = together(accelerator, lambda: _explainer(config, subject.model))
+    numbers = together(
+        accelerator, lambda: choose_samples(subject.index, config.split, config.limit)
+    )
+    is_compact = config.format == "webdataset"
+    work = _Work(subject, config.split, targets, explainer, is_compact, config.pictures)
+    with ExitStack() as stack:
+
+        def prepare() -> bool | None:
+            if not accelerator.is_main_process:
+                return None
+            stack.enter_context(locked(subject.run.relevance_info(config.split).parent))
+            return _prepare(work, _how(config, subject, targets))
+
+        is_tested = gather(accelerator, [together(accelerator, prepare)])[0]
+        rows = sorted(gather(accelerator, _explain_units(work, numbers, config.batch_size)))
+        flippings = [] if is_tested else gather(accelerator, _flip(work, config.limit))
+        if accelerator.is_main_process:
+            _finish(work, [row for _, _, row in rows], sorted(flippings, key=lambda pair: pair[0]))
+            print(_said(work, len(numbers)))
+        accelerator.wait_for_everyone()
+    # A rank that exits with its connections open may be aborted by their threads (seen once).
+    accelerator.end_training()
 
 
-def choose_classes(classes: str, model: Classifier) -> list[str]:
-    """Read ``all`` or names with commas between them.
-
-    Raises:
-        CxrdistError: a name is no class of the model.
-    """
-    names = model.classes if classes == "all" else [name.strip() for name in classes.split(",")]
-    for name in names:
-        if name not in model.classes:
-            raise CxrdistError(
-                f"--classes: no class {name!r}; expected all or some of {', '.join(model.classes)}"
-            )
-    return list(names)
+def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
+    return Explainer(
+        model,
+        preset=config.preset,
+        composite=config.composite,
+        flat=config.flat,
+        biases=config.biases,
+    )
 
 
-def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.int64]:
-    """Sample numbers to explain; with a limit the classes take turns, and images without label.
+def _how(config: ExplainConfig, subject: Subject, targets: Targets) -> dict[str, Any]:
+    """All that the bytes of the relevance depend on, but for the machine and its threads."""
+    weights = (subject.run.model / name for name in ("model.safetensors", "model.json"))
+    return {
+        "model_sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights],
+        "index_sha256": subject.index.sha256,
+        "maps": targets.names,
+        **{name: getattr(config, name) for name in _OPTIONS},
+        "torch": torch.__version__,
+        "device": subject.accelerator.device.type,
+    }
+
+
+def _prepare(work: _Work, how: dict[str, Any]) -> bool:
+    """Clear away what a killed command left half-written, and relevance that was made otherwise.
 
     Returns:
-        int64 [n], ascending.
+        Whether relevance that was made in this way stands there, tested already.
     """
-    numbers = index.numbers(split)
-    targets = index.targets()
-    by_class = [[n for n in numbers if has[n]] for has in (*targets.T, ~targets.any(axis=1))]
-    in_turn = dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)
-    return np.array(sorted(list(in_turn)[:limit]), dtype=np.int64)
+    run, split = work.subject.run, work.split
+    info, directories = run.relevance_info(split), (run.relevance(split), run.heatmaps(split))
+    found = read_json(info) if info.is_file() else {}
+    if found.get("how") == how:
+        for directory in (*directories, info.parent):
+            for partial in directory.glob(".*.partial"):
+                partial.unlink()
+        return found["sanity"] is not None
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
+    run.relevance_table(split).unlink(missing_ok=True)
+    write_json(info, {"how": how, "sanity": None})
+    return False
+
+
+def _explain_units(work: _Work, numbers: NDArray[np.int64], batch_size: int) -> list[Row]:
+    """Explain this rank's share of the samples, a batch or a shard at a time.
+
+    While a unit is computed, threads write the one before it.
+    """
+    accelerator = work.subject.accelerator
+    unit_size = batch_size * (BATCHES_A_SHARD if work.is_compact else 1)
+    units = list(rank_batches(numbers, unit_size, accelerator))
+    rows: list[Row] = []
+    waiting: _Unit | None = None
+    with (
+        progress(
+            sum(map(len, units)), "explaining", "images", show=accelerator.is_main_process
+        ) as bar,
+        ThreadPoolExecutor(_num_threads(work)) as pool,
+    ):
+        for i, unit in enumerate(units):
+            place = work.subject.run.relevance(work.split)
+            if work.is_compact:
+                number = i * accelerator.num_processes + accelerator.process_index
+                place /= f"{number:06d}.tar"
+            ledgers = _finished(work, place, unit)
+            if ledgers is None:
+                started = _Unit(place, unit, _start(work, unit, batch_size, pool))
+                rows += waiting.finish(work) if waiting else []
+                waiting = started
+            else:
+                rows += _rows(work, unit, ledgers)
+            bar.update(len(unit))
+        rows += waiting.finish(work) if waiting else []
+    return rows
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Samples whose files appear together: a batch, or the shard of several."""
+
+    place: Path
+    numbers: NDArray[np.int64]
+    encoded: list[Future[tuple[bytes, NDArray[np.float64]]]]
+
+    def finish(self, work: _Work) -> list[Row]:
+        """Write the maps when all are encoded; give the rows of relevance.csv."""
+        found = [future.result() for future in self.encoded]
+        keys = _keys(work, self.numbers)
+        write_maps(self.place, list(zip(keys, (data for data, _ in found), strict=True)))
+        return _rows(work, self.numbers, [ledger for _, ledger in found])
+
+
+def _start(
+    work: _Work, unit: NDArray[np.int64], batch_size: int, pool: ThreadPoolExecutor
+) -> list[Future[tuple[bytes, NDArray[np.float64]]]]:
+    """Explain the batches of a unit, and let the pool draw and encode them."""
+    encoded = []
+    for begin in range(0, len(unit), batch_size):
+        batch = unit[begin : begin + batch_size]
+        images = read_rows(work.subject.images, batch, work.subject.accelerator.device)
+        found = work.targets.attribute(work.explainer, images)
+        relevance = found.relevance.float().cpu().numpy()
+        sums = (found.logits, found.relevance_sum, found.bias_share, found.epsilon_share)
+        ledgers = torch.stack(sums, 2).double().cpu().numpy()
+        for number, values, ledger in zip(batch.tolist(), relevance, ledgers, strict=True):
+            encoded.append(pool.submit(_encode, work, number, values, ledger))
+    return encoded
+
+
+def _encode(
+    work: _Work, number: int, relevance: NDArray[np.float32], ledger: NDArray[np.float64]
+) -> tuple[bytes, NDArray[np.float64]]:
+    """Write the pictures of a sample, which stand before its map does; give the map's bytes."""
+    key, names = work.subject.index.samples[number].key, work.targets.names
+    if work.with_pictures:
+        heatmaps = work.subject.run.heatmaps(work.split)
+        write_pictures(heatmaps, key, work.subject.images[number], relevance, names)
+    return encode(Map(key, names, relevance, ledger), half=work.is_compact), ledger
+
+
+def _finished(
+    work: _Work, place: Path, unit: NDArray[np.int64]
+) -> list[NDArray[np.float64]] | None:
+    """The ledgers of a unit whose files all stand already, else None."""
+    keys = _keys(work, unit)
+    if work.with_pictures:
+        heatmaps = work.subject.run.heatmaps(work.split)
+        names = [name for key in keys for name in picture_names(key, work.targets.names)]
+        if not all((heatmaps / name).is_file() for name in names):
+            return None
+    return read_ledgers(place, keys)
+
+
+def _keys(work: _Work, numbers: NDArray[np.int64]) -> list[str]:
+    return [work.subject.index.samples[number].key for number in numbers.tolist()]
+
+
+def _num_threads(work: _Work) -> int:
+    """Threads that draw and encode, on each rank of a node."""
+    _, num_ranks = local_ranks(work.subject.accelerator)
+    return max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
+
+
+def _rows(work: _Work, numbers: NDArray[np.int64], ledgers: list[NDArray[np.float64]]) -> list[Row]:
+    """The rows of relevance.csv with their places in it; what is not known stays empty."""
+    rows: list[Row] = []
+    for number, key, ledger in zip(numbers.tolist(), _keys(work, numbers), ledgers, strict=True):
+        pictures = picture_names(key, work.targets.names)[1:]
+        for k, name in enumerate(work.targets.names):
+            digits = ["" if np.isnan(value) else f"{value:.9g}" for value in ledger[k]]
+            picture = pictures[k] if work.with_pictures else ""
+            rows.append((number, k, [key, name, *digits, picture]))
+    return rows
+
+
+def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:
+    """Flip pixels of this rank's share of a few samples of the split."""
+    subject = work.subject
+    most = min(limit or FLIPPED_IMAGES, FLIPPED_IMAGES)
+    numbers = choose_samples(subject.index, work.split, most)
+    return [
+        (
+            number,
+            flip_pixels(
+                subject.model, work.explainer, subject.images[number], work.targets.classes, number
+            ),
+        )
+        for batch in rank_batches(numbers, 1, subject.accelerator)
+        for number in batch.tolist()
+    ]
+
+
+def _finish(work: _Work, rows: list[list[str]], flippings: list[tuple[int, Flipping]]) -> None:
+    """Write relevance.csv, and what the tests found into relevance.json."""
+    run = work.subject.run
+    write_table(run.relevance_table(work.split), LEDGER_COLUMNS, rows)
+    if flippings:
+        info = read_json(run.relevance_info(work.split))
+        flipping = summarise([found for _, found in flippings])
+        info["sanity"] = {"ledger_residual": ledger_residual(rows), "pixel_flipping": flipping}
+        write_json(run.relevance_info(work.split), info)
+
+
+def ledger_residual(rows: list[list[str]]) -> float | None:
+    """Largest |logit - its parts| of rows of relevance.csv, relative to the largest |logit|.
+
+    Rules without a ledger have none.
+    """
+    parts = [row[2:6] for row in rows]
+    if any("" in row for row in parts):
+        return None
+    values = np.array(parts, dtype=np.float64)
+    return float(np.abs(values[:, 0] - values[:, 1:].sum(1)).max() / np.abs(values[:, 0]).max())
+
+
+def _said(work: _Work, num_images: int) -> str:
+    """What the user reads in the end."""
+    run, split = work.subject.run, work.split
+    place = run.heatmaps(split) if work.with_pictures else run.relevance(split)
+    sanity = read_json(run.relevance_info(split))["sanity"]
+    residual, flipping = sanity["ledger_residual"], sanity["pixel_flipping"]
+    ledger = "no ledger" if residual is None else f"ledger closed to {residual:.1e}"
+    return (
+        f"explained {num_images} images for {', '.join(work.targets.names)}: {ledger}; covering "
+        f"{flipping['covered_share']:.0%} of an image takes "
+        f"{flipping['area_over_relevant_first']:.2f} of the probability on average if the most "
+        f"relevant goes first, {flipping['area_over_random_order']:.2f} in random order\n"
+        f"{'heat maps' if work.with_pictures else 'relevance'}: {place}"
+    )
 
 
 def picture_name(key: str, name: str) -> str:
@@ -103,42 +323,9 @@ def picture_name(key: str, name: str) -> str:
     return f"{key}.{safe}.png"
 
 
-def _write_batch(
-    subject: Subject,
-    split: str,
-    batch: NDArray[np.int64],
-    classes: list[str],
-    attribution: Attribution,
-) -> list[Row]:
-    """Write the files of a batch; give the rows of relevance.csv with their places in it."""
-    relevance = attribution.relevance.float().cpu().numpy()
-    ledger = torch.stack(
-        [
-            attribution.logits,
-            attribution.relevance_sum,
-            attribution.bias_share,
-            attribution.epsilon_share,
-        ],
-        dim=2,
-    ).tolist()
-    rows: list[Row] = []
-    for i, number in enumerate(batch.tolist()):
-        key = subject.index.samples[number].key
-        _write_relevance(subject.run.relevance(split) / f"{key}.npz", relevance[i], classes)
-        pictures = write_pictures(
-            subject.run.heatmaps(split), key, subject.images[number], relevance[i], classes
-        )
-        for k, name in enumerate(classes):
-            digits = [f"{value:.9g}" for value in ledger[i][k]]
-            rows.append((number, k, [key, name, *digits, pictures[k]]))
-    return rows
-
-
-def _write_relevance(path: Path, relevance: NDArray[np.float32], classes: list[str]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, relevance=relevance, classes=np.array(classes))
-    with atomic_file(path) as partial:
-        partial.write_bytes(buffer.getvalue())
+def picture_names(key: str, names: list[str]) -> list[str]:
+    """File names of a sample's pictures: the X-ray, then its heat maps."""
+    return [f"{key}.png", *(picture_name(key, name) for name in names)]
 
 
 def write_pictures(
@@ -160,8 +347,8 @@ def write_pictures(
     Returns:
         File names of the heat maps.
     """
-    _save(directory / f"{key}.png", Image.fromarray(np.asarray(image)))
-    names = [picture_name(key, name) for name in classes]
+    xray, *names = picture_names(key, classes)
+    _save(directory / xray, Image.fromarray(np.asarray(image)))
     for name, values in zip(names, relevance, strict=True):
         _save(directory / name, overlay(np.asarray(image), values))
     return names

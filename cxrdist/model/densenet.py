@@ -39,6 +39,7 @@ class Classifier(nn.Module):
         image_size_px: side of the square images that it was made for.
         fit: how those images became square: crop, pad or stretch.
         task: multiclass (an image has one of the classes) or multilabel (any number of them).
+        origin: the weights that its training started from (`InitialWeights.describe`), if known.
     """
 
     mean: Tensor
@@ -59,6 +60,7 @@ class Classifier(nn.Module):
         self.image_size_px = image_size_px
         self.fit = fit
         self.task = task
+        self.origin: dict[str, Any] | None = None
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
             growth_rate=network.growth_rate,
@@ -121,6 +123,7 @@ def save_model(model: Classifier, directory: Path) -> None:
         "normalisation": asdict(model.normalisation),
         "image_size_px": model.image_size_px,
         "fit": model.fit,
+        "weights": model.origin,
     }
     (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
 
@@ -153,6 +156,7 @@ def load_model(run: str | Path) -> Classifier:
             description["task"],
         )
         model.network.load_state_dict(load_file(directory / "model.safetensors"))
+        model.origin = description.get("weights")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise CxrdistError(

@@ -15,7 +15,7 @@ import yaml
 from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.metrics import THRESHOLD
-from cxrdist.report.values import MEASURES, count, moment, number
+from cxrdist.report.values import MEASURES, count, moment, number, rate
 from cxrdist.run import RUN_FORMAT, RunDirectory
 
 
@@ -56,15 +56,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Explanation:
-    """One row of relevance.csv: ``logit = pixels + bias + epsilon``, all in logit units."""
+    """One row of relevance.csv: ``logit = pixels + bias + epsilon``, all in logit units.
+
+    Rules that keep no ledger leave the two shares empty.
+    """
 
     key: str
     target: str
     """The class that is explained."""
     logit: float
     pixels: float
-    bias: float
-    epsilon: float
+    bias: float | None
+    epsilon: float | None
     picture: Path | None
     """The heat map; None where none was written."""
 
@@ -119,6 +122,27 @@ def read_info(run: RunDirectory) -> dict[str, Any]:
     return dict(info)
 
 
+def weights_chain(path: Path, info: dict[str, Any]) -> list[dict[str, Any]]:
+    """List what a run's weights were made from, the first one first.
+
+    Args:
+        path: run.json, for the error line.
+        info: what it holds.
+
+    Returns:
+        For each: source, sha256, layout, labels, tensors, trained_on; None for what is not known.
+    """
+    names = ("source", "sha256", "layout", "labels", "tensors", "trained_on")
+    chain = []
+    with reading(path, "train"):
+        link = info["weights"]
+        while link:
+            chain.append({name: link.get(name) for name in names})
+            list(chain[-1]["labels"] or []), dict(chain[-1]["trained_on"] or {})
+            link = link.get("started_from")
+    return chain[::-1]
+
+
 def read_recipe(path: Path) -> tuple[str, list[str]] | None:
     """Read the resolved recipe.
 
@@ -144,8 +168,13 @@ def read_epochs(path: Path, task: str) -> dict[str, list[dict[str, Any]]]:
     with reading(path, "train"):
         for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
             row = json.loads(line)
+            if row.get("kind") == "speed":
+                epochs[row["stage"]][int(row["epoch"])] |= {
+                    name: float(row[name]) for name in ("images_per_second", "seconds")
+                }
             if row.get("kind") != "epoch":
                 continue
+            row = {"images_per_second": None, "seconds": None, **row}
             row["val_score"] = row["val_auroc" if task == "multilabel" else "val_accuracy"]
             for name in ("loss", "val_loss", "val_score", "images_per_second", "seconds"):
                 row[name] = math.nan if row[name] is None else float(row[name])
@@ -218,16 +247,42 @@ def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]
     with reading(path, "explain"), open(path, encoding="utf-8", newline="") as file:
         table = csv.DictReader(file, strict=True)
         for row in table:
-            logit, pixels, bias, epsilon = (
-                _finite(row[name])
-                for name in ("logit", "relevance_sum", "bias_share", "epsilon_share")
-            )
+            logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
+            shares = [row[name] for name in ("bias_share", "epsilon_share")]
+            bias, epsilon = (_finite(text) if any(shares) else None for text in shares)
             picture = within(run.heatmaps(split), row["picture"]) if row["picture"] else None
             explanation = Explanation(
                 row["key"], row["class"], logit, pixels, bias, epsilon, picture
             )
             found.setdefault(row["key"], []).append(explanation)
     return found
+
+
+def read_sanity(run: RunDirectory, split: str) -> dict[str, Any] | None:
+    """Read how the relevance of a split was made and tested; None if that is not known.
+
+    Returns:
+        relevance.json with ``sanity``: ledger_residual (or None) and pixel_flipping.
+    """
+    path = run.relevance_info(split)
+    if not path.is_file():
+        return None
+    with reading(path, "explain"):
+        info = json.loads(path.read_text(encoding="utf-8"))
+        how, sanity = dict(info["how"]), info["sanity"]
+        for name in ("preset", "composite", "flat", "biases"):
+            how[name]
+        if sanity is None:
+            return None
+        rate(sanity["ledger_residual"] or 0)
+        flipping = sanity["pixel_flipping"]
+        count(flipping["images"]), number(flipping["covered_share"])
+        curves = [flipping["relevant_first"], flipping["random_order"]]
+        if np.shape(curves) != (2, len(curves[0])) or not np.isfinite(curves).all():
+            raise ValueError("the curves of pixel_flipping are not two rows of numbers")
+        for name in ("area_over_relevant_first", "area_over_random_order"):
+            number(flipping[name])
+    return dict(info)
 
 
 def _finite(text: str) -> float:

@@ -11,9 +11,16 @@ from cxrdist.config import ReportConfig
 from cxrdist.explain import heatmap
 from cxrdist.report import values
 from cxrdist.report.audit import audit_view
-from cxrdist.report.files import known_splits, read_info, read_recipe, reading
+from cxrdist.report.files import (
+    known_splits,
+    read_info,
+    read_recipe,
+    reading,
+    weights_chain,
+)
 from cxrdist.report.splits import split_view
 from cxrdist.report.stages import stage_views
+from cxrdist.report.text import text_views
 from cxrdist.run import RunDirectory, write_text
 
 
@@ -36,11 +43,13 @@ def report(config: ReportConfig) -> Path:
     page = _template().render(
         name=run.root.resolve().name,
         info=info,
+        weights=weights_chain(run.info, info),
         duration=_duration(run.info, info),
         recipe=recipe,
         audit=audit_view(run.audit),
         stages=stage_views(run, info, recipe),
         splits=splits,
+        texts=text_views(run),
         headline=next((split for split in splits if split["metrics"]), None),
         heatmap=heatmap,
     )

@@ -164,6 +164,35 @@ def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> str:
     return _chart(name, "ROC curve, one class against the rest", draw, (3.3, 3.2))
 
 
+def flipping_chart(
+    name: str, covered_share: float, relevant_first: Sequence[float], random_order: Sequence[float]
+) -> str:
+    """Draw how a probability falls while more and more of an image is covered.
+
+    Args:
+        name: unique in the page; letters, digits and hyphens.
+        covered_share: of the image at the last point, 0 to 1; the points are equally far apart.
+        relevant_first: probability relative to the first point, 1.
+        random_order: the same for patches in random order.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    percent = np.linspace(0, 100 * covered_share, len(relevant_first))
+
+    def draw(axes: Axes) -> None:
+        axes.plot(
+            percent, random_order, color=SECOND, marker="s", linestyle="--", label="random order"
+        )
+        axes.plot(percent, relevant_first, color=FIRST, marker="o", label="most relevant first")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("covered part of the image, %")
+        axes.set_ylabel("probability, first = 1")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2)
+
+    return _chart(name, "Probability while the image is covered", draw, (4.6, 2.9))
+
+
 def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callable[[Axes], None]:
     """Add what every chart over epochs has: whole numbers below, the legend above."""
 

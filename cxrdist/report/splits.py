@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from cxrdist.report import pictures
 from cxrdist.report.files import (
@@ -13,6 +14,7 @@ from cxrdist.report.files import (
     read_metrics,
     read_predictions,
     read_relevance,
+    read_sanity,
     reading,
     within,
 )
@@ -68,6 +70,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "mistakes": [_card(run, split, sample.key, by_key, relevance) for sample in mistakes],
         "explained": relevance is not None,
         "ledger": _ledger(relevance or {}),
+        "sanity": _sanity(run, split, element) if relevance else None,
         "gallery": [
             (label, [_card(run, split, key, by_key, relevance) for key in keys])
             for label, keys in shown.items()
@@ -131,13 +134,15 @@ def _card(
 
 
 def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
-    """Average the ledger over the heat maps of each explained class.
+    """Average the ledger over the heat maps of each explained class; of rules that keep one.
 
     Shares are of the absolute amounts, since parts of opposite sign make no share of their sum.
     """
     by_class: dict[str, list[Explanation]] = {}
     for explanations in relevance.values():
         for explanation in explanations:
+            if explanation.bias is None:
+                continue
             by_class.setdefault(explanation.target, []).append(explanation)
     rows = []
     for name, found in by_class.items():
@@ -157,3 +162,18 @@ def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _sanity(run: RunDirectory, split: str, element: str) -> dict[str, Any] | None:
+    """Gather how the maps were made and what the tests of them found."""
+    info = read_sanity(run, split)
+    if info is None:
+        return None
+    flipping = info["sanity"]["pixel_flipping"]
+    chart = pictures.flipping_chart(
+        f"{element}-flipping",
+        flipping["covered_share"],
+        flipping["relevant_first"],
+        flipping["random_order"],
+    )
+    return {**info["sanity"], "how": info["how"], "chart": Markup(chart)}

@@ -36,6 +36,15 @@ def percent(value: float | None) -> str:
     return f"{Decimal(f'{value:.3f}') * 100:.1f} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
+def fine(value: float) -> str:
+    """Write a probability (0 to 1) in percent with two decimals, below 1 % with four.
+
+    As the paper does (Bassi & Attux 2020, section 4.1).
+    """
+    shown = f"{value:.4%}" if value < 0.01 else f"{value:.2%}"
+    return shown.replace("%", "\N{NO-BREAK SPACE}%")
+
+
 def count(value: int | None) -> str:
     """Write a whole number with its thousands apart."""
     return DASH if value is None else f"{value:,}"

@@ -1,6 +1,7 @@
 """One optimiser step over all ranks, and the validation after an epoch."""
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,7 @@ class Slice:
         images: uint8 [B, 1, H, W], B is at least 1.
         targets: float32 [B, classes], 1 where an image has the label.
         draws: warps of the B images.
+        rows: of the plan.
         step_size: images of the step over all ranks.
         weight: 1, or 0 on a rank for which the step has no image; it still takes part.
     """
@@ -53,6 +55,7 @@ class Slice:
     images: Tensor
     targets: Tensor
     draws: Draws
+    rows: slice
     step_size: int
     weight: float
 
@@ -65,7 +68,7 @@ def read_slice(material: Material, plan: Plan, step: int, accelerator: Accelerat
         first = int(plan.bounds[step])
         rows, weight = slice(first, first + 1), 0.0
     images, targets = _read(material, plan, rows, accelerator.device)
-    return Slice(images, targets, plan.draws.rows(rows), plan.step_size(step), weight)
+    return Slice(images, targets, plan.draws.rows(rows), rows, plan.step_size(step), weight)
 
 
 def _read(
@@ -141,6 +144,26 @@ def update(
     optimizer.zero_grad(set_to_none=True)
 
 
+@contextmanager
+def memory_for(part: Slice, max_images: int | None, where: str) -> Iterator[None]:
+    """Say what to do when a step does not fit into memory.
+
+    Raises:
+        RunFailedError: it did not.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        images = min(len(part.images), max_images or len(part.images))
+        mend = f"try --max-images-per-rank {images // 2}" if images > 1 else "take a larger machine"
+        raise RunFailedError(
+            f"{where}: out of memory with {images} images in a pass, of {part.step_size} in the "
+            f"step over all ranks; {mend}; the results are the same but for BatchNorm"
+        ) from error
+
+
 def prepare_modes(model: Classifier, trained: set[str], part: Slice) -> None:
     """Set the modes of a step; a rank without an image must not move its BatchNorm statistics."""
     set_modes(model, trained if part.weight else set())
@@ -148,7 +171,11 @@ def prepare_modes(model: Classifier, trained: set[str], part: Slice) -> None:
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator, model: nn.Module, material: Material, plan: Plan
+    accelerator: Accelerator,
+    model: nn.Module,
+    material: Material,
+    plan: Plan,
+    at_boundary: Callable[[], None],
 ) -> dict[str, Any]:
     """Mean loss and score over a plan of the validation split, each row once.
 
@@ -157,6 +184,7 @@ def validate(
         model: unwrapped: DDP would wait for ranks that have no batch.
         material: images and targets.
         plan: the expanded validation split, the same in every epoch.
+        at_boundary: called before each batch, on all ranks as often; may stop them all.
 
     Returns:
         val_loss: mean binary cross-entropy over rows and classes. With it val_accuracy: the share
@@ -167,7 +195,11 @@ def validate(
     sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
     rows_seen = []
     starts = range(0, len(plan.samples), VAL_IMAGES_PER_PASS)
-    for start in starts[accelerator.process_index :: accelerator.num_processes]:
+    for turn in range(0, len(starts), accelerator.num_processes):
+        at_boundary()
+        if turn + accelerator.process_index >= len(starts):
+            continue
+        start = starts[turn + accelerator.process_index]
         rows = slice(start, min(start + VAL_IMAGES_PER_PASS, len(plan.samples)))
         images, targets = _read(material, plan, rows, accelerator.device)
         logits = model(warp(images, plan.draws.rows(rows))).float()

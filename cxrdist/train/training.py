@@ -14,7 +14,7 @@ from cxrdist.config import TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.plan import Plan, copies_of, plan_epoch
-from cxrdist.distributed import together
+from cxrdist.distributed import StopVote, together
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
@@ -29,7 +29,13 @@ from cxrdist.run import (
 )
 from cxrdist.train.step import Material
 
-NOT_SCIENCE = ("shards", "run", "cache", "track")  # paths and outputs stay out of the recipe
+NOT_SCIENCE = (
+    "shards",
+    "run",
+    "cache",
+    "save_steps",
+    "track",
+)  # paths and outputs stay out of the recipe
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,7 @@ class Training:
         samples: int64 [m], sample numbers of the training split.
         copies: int64 [m], copies of each in an epoch.
         val_plan: the expanded validation split, the same in every epoch.
+        vote: on stopping.
     """
 
     accelerator: Accelerator
@@ -55,6 +62,7 @@ class Training:
     samples: NDArray[np.int64]
     copies: NDArray[np.int64]
     val_plan: Plan
+    vote: StopVote
 
     @property
     def num_images(self) -> int:
@@ -86,8 +94,9 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
     Raises:
         CxrdistError: it holds another run.
     """
-    if not run.recipe.is_file():
-        return
+    begun = run.checkpoints.is_dir() and any(run.checkpoints.glob("[!.]*"))
+    if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
+        return  # without a checkpoint there is nothing to mix up: a mended recipe may start
     difference = _difference(run.recipe.read_text(encoding="utf-8"), recipe_yaml(config))
     if difference:
         raise CxrdistError(
@@ -139,6 +148,7 @@ def build_training(
     with accelerator.local_main_process_first():  # one download a node
         read = _attempt(config.init)
     weights = together(accelerator, read)
+    together(accelerator, lambda: _refuse_other_weights(run, weights))
     model = _build_model(config, index, weights)
     num_copied = apply_weights(weights, model)
     images = open_cache(index, config.cache, accelerator)
@@ -158,7 +168,17 @@ def build_training(
     # One fixed draw of the expanded validation split, so that epochs can be compared.
     val_plan = plan_epoch(val, copies[val], config.augmentation, 1, (config.seed, "validation", 0))
     material = Material(images, targets, index.task)
-    return Training(accelerator, run, config, model, material, train, copies[train], val_plan)
+    return Training(
+        accelerator,
+        run,
+        config,
+        model,
+        material,
+        train,
+        copies[train],
+        val_plan,
+        StopVote(accelerator),
+    )
 
 
 def _attempt(init: str) -> Callable[[], InitialWeights]:
@@ -173,6 +193,18 @@ def _attempt(init: str) -> Callable[[], InitialWeights]:
 
         return fail
     return lambda: weights
+
+
+def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
+    """Make sure that a run goes on from the weights that it began with."""
+    if not run.recipe.is_file():
+        return
+    began = read_json(run.info)["weights"]["sha256"]
+    if began != weights.record["sha256"]:
+        raise CxrdistError(
+            f"--init {weights.source}: has the sha256 {weights.record['sha256']}, but the run "
+            f"began with {began}; put the file back, or train in a new directory"
+        )
 
 
 def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> Classifier:
@@ -199,10 +231,5 @@ def _describe_start(
         "world_size": accelerator.num_processes,
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if cuda else device.type,
         "mixed_precision": accelerator.mixed_precision,
-        "weights": {
-            "source": weights.source,
-            "sha256": weights.sha256,
-            "tensors": num_copied,
-            "normalisation": asdict(weights.normalisation),
-        },
+        "weights": weights.describe(num_copied),
     }

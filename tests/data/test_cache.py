@@ -1,4 +1,9 @@
 import hashlib
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +37,39 @@ def test_the_cache_is_shared_and_read_only(shards, tmp_path):
     assert file.stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="read-only"):
         images[0] = 0
+
+
+@pytest.mark.parametrize(
+    "shared", [True, False], ids=["a shared directory", "one directory filled"]
+)
+def test_two_nodes_fill_what_is_missing(shards, tmp_path, shared):
+    """In a directory that both see only one decodes; a node that has all waits for the other."""
+    if not shared:
+        open_cache(read_index(shards), tmp_path / "0", Accelerator(cpu=True))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    directories = [tmp_path / ("0" if shared else name) for name in "01"]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, Path(__file__).parent / "nodes.py", shards, *directories],
+            env=os.environ
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "yes"}
+            | {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        found = [node.communicate(timeout=100)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0]
+    assert found[0] == found[1]
+    for directory in directories:
+        assert sorted(file.suffix for file in directory.iterdir()) == [".lock", ".npy"]
 
 
 def test_damaged_shards_are_found_even_with_a_cache(tmp_path):

@@ -18,7 +18,8 @@ NUM_PATIENTS = 20
 def _draw(label, plant):
     """All images of the first patients of a class, as write_phantoms numbers them."""
     numbers = [CLASSES.index(label) + len(CLASSES) * member for member in range(NUM_PATIENTS)]
-    return [image for n in numbers for image in draw_patient(label, n, SIZE_PX, 3, plant)]
+    kind = {} if plant else {"opacities": False, "word_share": 0.0}
+    return [image for n in numbers for image in draw_patient(label, n, SIZE_PX, 3, **kind)]
 
 
 @cache

@@ -43,6 +43,17 @@ def test_each_sample_is_taken_as_often_as_it_has_copies():
         assert mirrored == {4: 4, 5: 4, 6: 36}
 
 
+def test_a_copy_without_a_partner_is_mirrored_by_chance():
+    """One copy is mirrored in about half of the epochs, of three one always and one by chance."""
+    epoch = plan(1000, 1)
+    assert 400 < epoch.draws.flip.sum() < 600
+    three = plan(1000, 3)
+    mirrored = Counter(three.samples[three.draws.flip].tolist())
+    assert Counter(mirrored.values()).keys() == {1, 2}
+    still = plan_epoch(np.arange(9), np.ones(9, int), Augmentation(flip=False), 9, (0, "a", 1))
+    assert not still.draws.flip.any()
+
+
 def test_draws_fill_the_papers_ranges():
     """Rotation within 40 degrees, shifts within 40 and 28 of 224 px, and not all alike."""
     draws = plan(2000, 8).draws

@@ -36,7 +36,8 @@ items = [packing.Item(r, Square(r.path, 0, 0, "", 0, prints), i) for i, r in enu
 config = PackConfig("csv", out / "in.csv", out / "shards")
 
 start = time.perf_counter()
-shards, splits = packing._plan_shards(config, source, items, None)
+splits = packing._draw_splits(config, source, items, None)
+shards = packing._plan_shards(config, items, splits)
 samples = [packing._sample(shard, item) for shard in shards for item in shard.items]
 packing._write_samples(samples, out)
 entries = [ShardEntry(shard.name, len(shard.items), 0, "") for shard in shards]

@@ -1,19 +1,32 @@
+import contextlib
 import csv
+import json
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Callable
 
 import numpy as np
+import psutil
 import pytest
 import torch
+import webdataset
 from PIL import Image
-from support import run_ranks
+from safetensors.torch import load_file, save_file
+from support import run_ranks, start_ranks
 
 from cxrdist.config import ExplainConfig, Network
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError
-from cxrdist.explain.export import choose_samples, explain, picture_name
+from cxrdist.explain.export import explain, picture_name
+from cxrdist.explain.maps import decode
 from cxrdist.explain.relevance import attribute
+from cxrdist.explain.targets import choose_samples
 from cxrdist.model.densenet import Classifier, load_model, save_model
 
 CLASSES = ["a", "b c", "d"]
+FULL = "CXRDIST_FULL" in os.environ  # each world size, each form, five kills
 
 
 @pytest.fixture
@@ -32,20 +45,137 @@ def files_of(directory):
     return {
         file.relative_to(directory).as_posix(): file.read_bytes()
         for file in sorted(directory.rglob("*"))
-        if file.is_file()
+        if file.is_file() and file.name != ".lock"  # says who wrote last
     }
 
 
-def test_files_are_the_same_bytes_for_any_number_of_ranks(shards, run, tmp_path):
-    """Five images in batches of two over three ranks give the files of one rank."""
-    command = ("-m", "cxrdist", "explain", "--run", run, "--shards", shards, "--limit", 5)
-    found = []
-    for world in (1, 3):
-        done = run_ranks(world, *command, "--cache", tmp_path / "cache", "--batch-size", 2)
-        assert done.returncode == 0, done.stderr
-        found.append(files_of(run / "test"))
-    assert found[0] == found[1]
-    assert len(found[0]) == 1 + 5 + 5 * 4
+def kill_when(process: subprocess.Popen, reached: Callable[[], bool]) -> None:
+    """SIGKILL a process with all its descendants as soon as something is seen to have happened."""
+    while process.poll() is None and not reached():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.005)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
+        for member in (*family, psutil.Process(process.pid)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        psutil.wait_procs(family)
+    process.wait()
+
+
+@pytest.mark.parametrize("form", ["npz", "webdataset"] if FULL else ["npz"])
+@pytest.mark.parametrize("world", [1, 2, 3] if FULL else [3])
+def test_ranks_and_kills_do_not_change_a_byte(shards, run, tmp_path, form, world):
+    """Three ranks, killed when some files stand and started again, leave the files of one rank."""
+    options = ("--cache", tmp_path / "cache", "--batch-size", 1, "--format", form)
+    command = ("-m", "cxrdist", "explain", "--shards", shards, *options, "--run")
+    done = run_ranks(1, *command, run)
+    assert done.returncode == 0, done.stderr
+    expected = files_of(run / "test")
+    killed = shutil.copytree(run, tmp_path / "killed", ignore=shutil.ignore_patterns("test"))
+    relevance, heatmaps = killed / "test" / "relevance", killed / "test" / "heatmaps"
+    moments = random.Random(world).sample(range(1, 60), 5 if FULL else 1)
+    inodes = {}
+    for files in sorted(moments):
+        process = start_ranks(world, *command, killed)
+        kill_when(process, lambda: len(list(heatmaps.glob("*.png"))) >= files)  # noqa: B023
+        assert all(file.stat().st_ino == inode for file, inode in inodes.items())
+        inodes = {file: file.stat().st_ino for file in relevance.glob("[!.]*")}
+        assert not (killed / "test" / "relevance.csv").exists()
+    done = run_ranks(world, *command, killed)
+    assert done.returncode == 0, done.stderr
+    assert all(file.stat().st_ino == inode for file, inode in inodes.items())
+    assert files_of(killed / "test") == expected
+    maps = 18 if form == "npz" else 2
+    assert len(expected) == 2 + maps + 18 * 4  # relevance.csv, relevance.json
+
+
+def test_what_was_made_otherwise_is_made_anew(shards, run, tmp_path):
+    """The same command keeps each file, another option none, another model none."""
+
+    def explained(**options: object) -> dict[str, int]:
+        explain(ExplainConfig(run, shards, cache=tmp_path / "cache", **options))
+        files = (run / "test" / "relevance").iterdir()
+        return {file.name: file.stat().st_mtime_ns for file in files}
+
+    first = explained(limit=3)
+    assert explained(limit=3) == first
+    (run / "test" / "heatmaps" / f"{next(iter(first))[:-4]}.png").unlink()
+    again = explained(limit=3)
+    assert again.keys() == first.keys()
+    assert again != first
+    for options in ({"flat": False}, {"preset": "innvestigate"}):
+        before, again = again, explained(limit=3, **options)
+        assert again.keys() == before.keys()
+        assert all(again[name] > before[name] for name in again)
+    weights = load_file(run / "model" / "model.safetensors")
+    weights["classifier.bias"] += 1
+    save_file(weights, run / "model" / "model.safetensors")
+    before, again = again, explained(limit=3, preset="innvestigate")
+    assert all(again[name] > before[name] for name in again)
+    assert len(explained(limit=2)) == 2
+
+
+def test_shards_of_maps_are_read_by_webdataset(shards, run, tmp_path):
+    """The compact form holds the same maps to 2.5e-4 of the largest, and the same ledger."""
+    settings = {"cache": tmp_path / "cache", "limit": 7, "batch_size": 1, "contrast": "d,a"}
+    explain(ExplainConfig(run, shards, **settings))
+    relevance = run / "test" / "relevance"
+    exact = {f.stem: decode(f.stem, f.read_bytes()) for f in relevance.iterdir()}
+    table = (run / "test" / "relevance.csv").read_bytes()
+    explain(ExplainConfig(run, shards, **settings, format="webdataset", pictures=False))
+    tars = [str(file) for file in sorted(relevance.iterdir())]
+    read = webdataset.DataPipeline(
+        webdataset.SimpleShardList(tars), webdataset.tarfile_to_samples()
+    )
+    found = {sample["__key__"]: decode(sample["__key__"], sample["npz"]) for sample in read}
+    assert found.keys() == exact.keys()
+    for key, one in found.items():
+        assert one.classes == exact[key].classes == ["a", "b c", "d", "d minus a"]
+        assert np.array_equal(one.ledger, exact[key].ledger)
+        for values, reference in zip(one.relevance, exact[key].relevance, strict=True):
+            assert np.abs(values - reference).max() <= 2.5e-4 * np.abs(reference).max()
+    lines = (run / "test" / "relevance.csv").read_text().splitlines()
+    rows = [line.rsplit(",", 1)[0] for line in table.decode().splitlines()]
+    assert [line.rsplit(",", 1)[0] for line in lines] == rows
+    assert not (run / "test" / "heatmaps").exists()
+
+
+def test_a_contrast_is_the_difference_of_two_classes(shards, run, tmp_path):
+    """Its map, each part of its ledger, its row and its picture are there."""
+    explain(ExplainConfig(run, shards, limit=2, contrast="b c, a", cache=tmp_path / "cache"))
+    for file in (run / "test" / "relevance").iterdir():
+        found = decode(file.stem, file.read_bytes())
+        a, b, _, contrast = found.relevance
+        assert np.allclose(contrast, b - a, atol=1e-6 * np.abs(b).max())
+        assert np.allclose(found.ledger[3], found.ledger[1] - found.ledger[0], atol=1e-5)
+        assert (run / "test" / "heatmaps" / f"{file.stem}.b c minus a.png").is_file()
+    with open(run / "test" / "relevance.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["class"] for row in rows[:4]] == ["a", "b c", "d", "b c minus a"]
+
+
+def test_rules_without_a_ledger_leave_it_empty(shards, run, tmp_path):
+    """With another composite the shares are empty, and nothing claims that they close."""
+    settings = {"limit": 2, "cache": tmp_path / "cache", "composite": "epsilon_gamma_box"}
+    explain(ExplainConfig(run, shards, **settings))
+    with open(run / "test" / "relevance.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["bias_share"] + row["epsilon_share"] for row in rows} == {""}
+    sanity = json.loads((run / "test" / "relevance.json").read_text())["sanity"]
+    assert sanity["ledger_residual"] is None
+    assert sanity["pixel_flipping"]["images"] == 2
+
+
+def test_relevance_is_tested_on_the_spot(shards, run, tmp_path, capsys):
+    """relevance.json says how far the ledger closes, and what covering pixels does."""
+    explain(ExplainConfig(run, shards, limit=9, cache=tmp_path / "cache"))
+    sanity = json.loads((run / "test" / "relevance.json").read_text())["sanity"]
+    assert sanity["ledger_residual"] < 1e-5
+    flipping = sanity["pixel_flipping"]
+    assert flipping["images"] == 8
+    assert flipping["relevant_first"][0] == flipping["random_order"][0] == 1
+    assert "ledger closed to" in capsys.readouterr().out
 
 
 def test_the_files_hold_the_relevance_of_the_library(shards, run, tmp_path):
@@ -82,7 +212,16 @@ def test_a_limit_takes_the_classes_in_turn(shards):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"classes": "a,x"}, "no class 'x'"), ({"limit": 0}, "limit"), ({"batch_size": 0}, "batch")],
+    [
+        ({"classes": "a,x"}, "no class 'x'"),
+        ({"limit": 0}, "limit"),
+        ({"batch_size": 0}, "batch"),
+        ({"contrast": "a"}, "expected two of a, b c, d"),
+        ({"contrast": "a,a"}, "expected two of"),
+        ({"contrast": "a,x"}, "expected two of"),
+        ({"composite": "plus"}, "zennit has no 'plus'; expected one of canonical, epsilon_"),
+        ({"preset": "innvestigate", "biases": False}, "leave out"),
+    ],
 )
 def test_bad_options_are_refused(shards, run, options, message):
     """An unknown class or a number that cannot be meant is refused before anything is written."""

@@ -35,6 +35,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = make_predictions()
     write_evaluation(run / SPLIT, rows)
     write_explanation(run / SPLIT, rows)
+    write_text_probe(run / SPLIT, rows)
     return run
 
 
@@ -247,6 +248,77 @@ def write_explanation(directory: Path, rows: list[dict]) -> None:
                 picture = f"{row['key']}.class-{place}.png"
                 Image.fromarray(draw_map(xray, logit, random)).save(heatmaps / picture)
                 writer.writerow([row["key"], name, *ledger, picture])
+    flipping = {
+        "images": 8,
+        "covered_share": 0.2,
+        "relevant_first": [1, 0.5, 0.25],
+        "random_order": [1, 0.95, 0.9],
+        "area_over_relevant_first": 0.625,
+        "area_over_random_order": 0.075,
+    }
+    how = {"preset": "canonical", "composite": None, "flat": True, "biases": True}
+    sanity = {"ledger_residual": 2.5e-7, "pixel_flipping": flipping}
+    (directory / "relevance.json").write_text(json.dumps({"how": how, "sanity": sanity}))
+
+
+def write_text_probe(directory: Path, rows: list[dict]) -> None:
+    """Write text.json and the pictures of the probe for words on the images."""
+    metrics = json.loads((directory / "metrics.json").read_text())
+    random = np.random.default_rng(4)
+    pictures = []
+    (directory / "text").mkdir(exist_ok=True)
+    for kind, row in zip(("found", "pasted"), rows, strict=False):
+        names = {what: f"{row['key']}.{kind}.{what}.png" for what in ("xray", "map")}
+        for name in names.values():
+            Image.fromarray(draw_xray(random)).save(directory / "text" / name)
+        about = {"kind": kind, "key": row["key"], "label": row["label"], "explained": ODD_CLASS}
+        about |= {"share": 0.214, "area": 0.021, "relevance_inside": -0.33, **names}
+        pictures.append({**about, "before": row["p"], "after": row["p"][::-1]})
+    empty = {"images": 0, "share": None, "area": None, "times_chance": None}
+    full = {"images": 7, "share": 0.214, "area": 0.021, "times_chance": 10.19}
+    found = {
+        "format": "cxrdist-text-1",
+        "split": SPLIT,
+        "task": "multiclass",
+        "classes": CLASSES,
+        "index_sha256": "9b74c9897bac770ffc029102a200c5de11aa46ea2f1d4f1cf1ed86b8f8e2a5c7",
+        "text": {
+            "found_in": "<i>boxes & more.csv",
+            "images": 180,
+            "with_text": 7,
+            "boxes": 9,
+            "classes": [
+                {"class": name, "images": 60, "with_text": 7 * (name == ODD_CLASS), "words": words}
+                for name, words in zip(CLASSES, ([], [], [["<b>R", 4], ["AP", 1]]), strict=True)
+            ],
+        },
+        "covering": {
+            **dict.fromkeys(("as_it_is", "black", "fill"), metrics),
+            "predicted_otherwise": {"black": 3, "fill": 5},
+        },
+        "paste": {
+            "word": "<SEDUTO>",
+            "place": "upper-left",
+            "letters_px": 10,
+            "image_size_px": 224,
+            "classes": [
+                {"class": name, "images": 60, "predicted_otherwise": 2}
+                | {"before": [0.9851, 0.1, 0.004471], "after": [0.9845, 0.1, 0.004595]}
+                for name in CLASSES[:2]
+            ]
+            + [
+                {"class": ODD_CLASS, "images": 0, "predicted_otherwise": 0}
+                | {"before": None, "after": None}
+            ],
+        },
+        "relevance": {
+            "all": {"class": "all", **full},
+            "classes": [{"class": n, **(full if n == ODD_CLASS else empty)} for n in CLASSES],
+        },
+        "paper": dict.fromkeys(("covering", "paste", "relevance"), "said <nothing>"),
+        "pictures": pictures,
+    }
+    (directory / "text.json").write_text(json.dumps(found))
 
 
 def draw_xray(random: np.random.Generator, size: int = 224) -> np.ndarray:

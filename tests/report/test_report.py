@@ -176,6 +176,7 @@ def test_class_without_images_has_no_curve(run: Path, made: SimpleNamespace) -> 
         ("test/predictions.csv", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
         ("test/metrics.json", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
         ("log.jsonl", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 2),
+        ("test/text.json", "cxrdist probe-text --run RUN --shards SHARDS --split test", 1),
         ("audit.json", "cxrdist check --audit SHARDS", 1),
         ("recipe.yaml", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 1),
     ],
@@ -238,6 +239,11 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,nan\n", "not within 0 and 1"),
         ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "matrices differ"),
         ("test/relevance.csv", "key,class\nk,a\n", "misses 'logit'"),
+        ("test/text.json", "{", "run `cxrdist probe-text` again"),
+        ("test/text.json", '{"format": "cxrdist-text-1"}', "misses 'classes'"),
+        ("test/text.json", '{"format": "cxrdist-text-9"}', "run `cxrdist probe-text` again"),
+        ("test/relevance.json", "{}", "run `cxrdist explain` again"),
+        ("test/relevance.json", '{"how": {}, "sanity": null}', "misses 'preset'"),
         (
             "test/relevance.csv",
             "key,class,logit,relevance_sum,bias_share,epsilon_share,picture\nk,a,1,1,0,0,../p\n",
@@ -260,6 +266,32 @@ def test_broken_files_are_named_in_one_line(
     assert mend in message
     assert Path(file).name in message
     assert not list(run.glob("*report.html*"))
+
+
+def test_maps_are_shown_with_their_test(run: Path) -> None:
+    """Areas, ledger residual and rules stand in the page; maps that fail the test get a warning."""
+    page = write(run)
+    for shown in ("<b>0.625</b>", "<b>0.075</b>", "closes to 2.5e-07", "canonical"):
+        assert shown in page
+    assert 'aria-label="Probability while the image is covered"' in page
+    assert "do not\n  read single places" not in page
+    file = run / "test" / "relevance.json"
+    info = json.loads(file.read_text())
+    info["sanity"]["pixel_flipping"]["area_over_relevant_first"] = 0.1
+    file.write_text(json.dumps(info))
+    assert "do not\n  read single places" in write(run)
+
+
+def test_maps_without_a_ledger_are_shown(run: Path) -> None:
+    """Rules without a ledger leave its columns empty; nothing is made up for them."""
+    table = run / "test" / "relevance.csv"
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+    with open(table, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([rows[0], *([*row[:4], "", "", row[6]] for row in rows[1:])])
+    page = write(run)
+    assert "no ledger" in page
+    assert "The rules of these maps keep no ledger" in page
 
 
 def test_broken_picture_is_named(run: Path) -> None:
@@ -312,6 +344,29 @@ def test_hostile_audits_are_refused_or_escaped(run: Path) -> None:
     key = next(iter(json.loads(path.read_text())["thumbnails"]))
     change_json(path, lambda found: found["thumbnails"].update({key: 'x" onerror="alert(1)'}))
     with pytest.raises(CxrdistError, match=r"audit\.json"):
+        write(run)
+
+
+def test_the_probe_for_words_stands_after_the_results(run: Path, made: SimpleNamespace) -> None:
+    """Its numbers are shown as they are, hostile names as text, what is undefined as a dash."""
+    page = write(run)
+    text = str(Text(page))
+    section = text[text.index("Does the network read the words? X-rays") :]
+    assert text.index("Worst mistakes") < text.index("Does the network read the words? X-rays")
+    assert "7 of 180 images have text, in 9 boxes. They stand in <i>boxes & more.csv" in section
+    assert f"{made.ODD_CLASS} 60 7 <b>R (4), AP (1)" in section
+    assert "Likeliest class changes \N{EM DASH} 3 5" in section
+    assert (
+        "NORMAL 60 98.51 % \u2192 98.45 % 10.00 % \u2192 10.00 % 0.4471 % \u2192 0.4595 % 2"
+        in section
+    )
+    assert "its letters 10 of 224 px high" in section
+    assert f"{made.ODD_CLASS} 0 {DASH} {DASH} {DASH} 0" in section
+    assert f"{made.ODD_CLASS} 7 21.4 % 2.1 % 10.190" in section
+    assert f"COVID-19 0 {DASH} {DASH} {DASH}" in section
+    assert section.count("said <nothing>") == 3
+    change_json(run / "test" / "text.json", lambda found: found["pictures"][0].update(map="../x"))
+    with pytest.raises(CxrdistError, match="is not the name of a file"):
         write(run)
 
 
@@ -438,7 +493,7 @@ def test_page_opens_whole(
     )
     assert (brightness(ink) < brightness(paper)) == (theme == "light")
     charts = browser.find_elements(By.CSS_SELECTOR, ".charts svg")
-    assert len(charts) == 2 * 2 + len(made.CLASSES)
+    assert len(charts) == 2 * 2 + len(made.CLASSES) + 1
     label = charts[0].find_element(By.CSS_SELECTOR, "text").value_of_css_property("fill")
     assert label == ink
     assert all(chart.get_attribute("aria-label") for chart in charts)

@@ -1,0 +1,194 @@
+"""Boxes of burned-in text: a table that a person can edit, and how what is in them is covered."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.errors import CxrdistError
+from cxrdist.run import write_table
+
+COLUMNS = ("path", "x", "y", "width", "height", "text", "score")
+NEEDED = COLUMNS[:5]
+MOST_SOLVED = 50_000  # pixels of Laplace's equation that are solved at once, in half a second
+
+
+class Box(NamedTuple):
+    """A box around burned-in text, in px of the original image as it is shown (after an EXIF turn).
+
+    Its pixels are those of columns floor(x) to ceil(x + width) - 1, rows likewise.
+    """
+
+    x: float
+    """Left edge."""
+    y: float
+    """Top edge."""
+    width: float
+    height: float
+    text: str = ""
+    """What it reads, as far as it is known; may be wrong without harm."""
+    score: float = 1.0
+    """How sure the finder was, 0 to 1; 1 if a person drew it."""
+
+
+def write_boxes(file: Path, boxes: Mapping[str, Sequence[Box]]) -> None:
+    """Write the boxes of each image by its path, sorted, with the columns `COLUMNS`."""
+    rows = [
+        (path, *(f"{value:g}" for value in box[:4]), box.text, f"{box.score:.3f}")
+        for path in sorted(boxes)
+        for box in sorted(boxes[path])
+    ]
+    write_table(file, COLUMNS, rows)
+
+
+def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
+    """Read the boxes of each image by its path; the columns text and score may be missing.
+
+    Raises:
+        CxrdistError: the file is missing, or a row is no box.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets begin a CSV with a mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise CxrdistError(
+            f"{file}: no readable table of boxes ({error}); make one with cxrdist find-text"
+        ) from error
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
+    if missing:
+        raise CxrdistError(f"{file}: has no column {missing[0]!r}, expected {', '.join(NEEDED)}")
+    found: dict[str, list[Box]] = {}
+    for row in table:
+        found.setdefault(row["path"], []).append(_box(row, f"{file}, line {table.line_num}"))
+    return {path: tuple(boxes) for path, boxes in found.items()}
+
+
+def _box(row: Mapping[str, str | None], where: str) -> Box:
+    try:
+        x, y, width, height = (float(row[name] or "") for name in NEEDED[1:])
+        score = float(row.get("score") or 1)
+    except ValueError as error:
+        raise CxrdistError(f"{where}: {error}; expected numbers of px") from error
+    if not all(map(math.isfinite, (x, y, width, height, score))) or width <= 0 or height <= 0:
+        raise CxrdistError(
+            f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is no box; mend or remove the row"
+        )
+    return Box(x, y, width, height, row.get("text") or "", score)
+
+
+def scaled(box: Box, x: float, y: float) -> Box:
+    """The box in an image that is ``x`` times as wide and ``y`` times as high."""
+    return box._replace(x=box.x * x, y=box.y * y, width=box.width * x, height=box.height * y)
+
+
+def in_square(box: Box, width_px: int, height_px: int, size_px: int, fit: str) -> Box:
+    """The box of an original in its square; it may lie outside of it.
+
+    Args:
+        box: in the original.
+        width_px: of the original.
+        height_px: of the original.
+        size_px: side of the square.
+        fit: how the original became square: crop, pad or stretch.
+    """
+    if fit == "stretch":
+        return scaled(box, size_px / width_px, size_px / height_px)
+    side = min(width_px, height_px) if fit == "crop" else max(width_px, height_px)
+    left, top = (width_px - side) / 2, (height_px - side) / 2
+    return scaled(box._replace(x=box.x - left, y=box.y - top), size_px / side, size_px / side)
+
+
+def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bool_]:
+    """Pixels in any of the boxes, bool [height_px, width_px]; a pixel partly inside counts."""
+    mask = np.zeros((height_px, width_px), dtype=bool)
+    for box in boxes:
+        top, left = max(0, math.floor(box.y)), max(0, math.floor(box.x))
+        bottom, right = math.ceil(box.y + box.height), math.ceil(box.x + box.width)
+        mask[top : max(top, bottom), left : max(left, right)] = True
+    return mask
+
+
+def cover(pixels: NDArray[np.uint8], boxes: Sequence[Box], how: str) -> NDArray[np.uint8]:
+    """A copy of an image in which the boxes are covered.
+
+    Args:
+        pixels: uint8 [H, W].
+        boxes: in its px.
+        how: ``black`` (Bassi & Attux 2020, section 2.2), or ``fill`` from the surroundings, as
+            `fill` does.
+    """
+    mask = inside(boxes, *pixels.shape)
+    if how == "fill":
+        return fill(pixels, mask)
+    covered = pixels.copy()
+    covered[mask] = 0
+    return covered
+
+
+def fill(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Fill part of an image with the smoothest continuation of what surrounds it.
+
+    Each filled pixel is the mean of its neighbours above, below, left and right (Laplace's
+    equation), so that no edge tells of what was there. Of parts of more than `MOST_SOLVED` pixels
+    that is so at half the size. An image without surroundings gets black.
+
+    Args:
+        pixels: uint8 [H, W].
+        mask: bool [H, W], the pixels to fill.
+    """
+    filled = pixels.copy()
+    if mask.all() or not mask.any():
+        filled[mask] = 0
+    elif mask.sum() > MOST_SOLVED:
+        half = fill(*_halved(pixels, mask))
+        height, width = half.shape
+        guess = Image.fromarray(half).resize((2 * width, 2 * height), Image.Resampling.BILINEAR)
+        filled[mask] = np.asarray(guess)[: mask.shape[0], : mask.shape[1]][mask]
+    else:
+        filled[mask] = np.rint(_solve_laplace(pixels, mask))
+    return filled
+
+
+def _halved(
+    pixels: NDArray[np.uint8], mask: NDArray[np.bool_]
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Means of what is known of each 2 x 2 pixels; where nothing is, the mask stays."""
+    odd = [(0, side % 2) for side in mask.shape]
+    known = ~np.pad(mask, odd, mode="edge")
+    values = np.pad(pixels, odd, mode="edge") * known.astype(np.uint16)
+    blocks = (known.shape[0] // 2, 2, known.shape[1] // 2, 2)
+    count = known.reshape(blocks).sum((1, 3))
+    total = values.reshape(blocks).sum((1, 3))
+    return np.rint(total / np.maximum(count, 1)).astype(np.uint8), count == 0
+
+
+def _solve_laplace(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The values of the pixels in the mask, in the order of `numpy.nonzero`."""
+    from scipy.sparse import coo_matrix, diags
+    from scipy.sparse.linalg import spsolve
+
+    y, x = np.nonzero(mask)
+    place = np.full(mask.shape, -1)
+    place[mask] = np.arange(len(y))
+    degree, known = np.zeros(len(y)), np.zeros(len(y))
+    pairs = []
+    for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+        rows, columns = y + down, x + right
+        there = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
+        own, rows, columns = np.flatnonzero(there), rows[there], columns[there]
+        degree[own] += 1
+        other = place[rows, columns]
+        outer = other < 0
+        known[own[outer]] += pixels[rows[outer], columns[outer]]
+        pairs.append(np.stack([own[~outer], other[~outer]]))
+    both = np.concatenate(pairs, axis=1)
+    neighbours = coo_matrix((np.ones(both.shape[1]), both), shape=(len(y), len(y)))
+    laplacian = (diags(degree) - neighbours).tocsc()
+    values: NDArray[np.float64] = spsolve(laplacian, known, permc_spec="MMD_AT_PLUS_A")
+    return values

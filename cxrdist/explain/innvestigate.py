@@ -1,0 +1,227 @@
+"""The paper's own program: LRP-PresetA of iNNvestigate 1.0.8.3 on the DenseNet as it stands.
+
+The rules of the canonical preset (composite.py), without the canonical network: a BatchNorm passes
+R x (y - beta) / ((x - mu) y) on, where x is its input and y its output, and a transition's pool
+stands behind its convolution and divides sums of both signs. Neither conserves relevance, and what
+they lose or add can be many times the logit; the ledger says how much. For comparing with published
+maps, not for reading.
+
+iNNvestigate skips the flat rule behind a layer of zero padding, and conversions of DenseNet121 to
+Keras have one there: maps of the paper most likely had none (``flat=False``).
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import cast
+
+import torch
+from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
+from torch import Tensor, nn
+from torch.func import vjp
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from cxrdist.explain.attribution import Attribution
+from cxrdist.explain.canonise import affine, blocks_of, check
+
+KERAS_EPSILON = 1e-7
+"""Added to denominators by iNNvestigate: where they are zero, or with their sign (BatchNorm)."""
+
+
+class Innvestigate:
+    """Explains a DenseNet as iNNvestigate 1.0.8.3 does; keeps a copy of the network."""
+
+    def __init__(self, network: DenseNet, flat: bool, epsilon: float) -> None:
+        """Copy the network.
+
+        Args:
+            network: timm's DenseNet in evaluation mode.
+            flat: the rule of the first convolution: flat, or else alpha1-beta0.
+            epsilon: of the linear layer's rule.
+
+        Raises:
+            CxrdistError: the network is in training mode, or has a layer that is not known here.
+        """
+        check(network)
+        self._network = deepcopy(network).requires_grad_(False)
+        self._flat, self._epsilon = flat, epsilon
+
+    @torch.no_grad()
+    def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution:
+        """Relevance of normalised images [B, C, H, W] for the classes of these numbers."""
+        network = self._network
+        features = network.features
+        blocks, transitions = blocks_of(network)
+        stem = _flat(features.conv0) if self._flat else _alpha1_beta0(features.conv0)
+        steps = [stem, _norm(features.norm0), _gradient(features.pool0), _block(blocks[0])]
+        for transition, block in zip(transitions, blocks[1:], strict=True):
+            conv, pool = _alpha1_beta0(transition.conv), _proportional(transition.pool)
+            steps += [_norm(transition.norm), conv, pool, _block(block)]
+        steps += [_norm(features.norm5), _proportional(nn.AdaptiveAvgPool2d(1))]
+        steps += [_gradient(nn.Flatten())]
+        pooled, back = _chain(steps)(inputs)
+        logits = network.classifier(pooled)
+        rows = []
+        for target in targets:
+            ledger = _Ledger(logits[:, target])
+            relevance = back(self._head(pooled, logits[:, target], target, ledger), ledger)
+            sums = (_per_image(relevance), ledger.bias, ledger.epsilon)
+            columns = [value.to(logits.dtype) for value in sums]
+            rows.append((relevance.sum(1), logits[:, target], *columns))
+        return Attribution(*(torch.stack(column, 1) for column in zip(*rows, strict=True)))
+
+    def _head(self, pooled: Tensor, logit: Tensor, target: int, ledger: "_Ledger") -> Tensor:
+        """The epsilon rule: from the logit [B] to the relevance of the pooled features [B, C]."""
+        linear = self._network.classifier
+        stabiliser = self._epsilon * (1 - 2 * (logit < 0).to(logit.dtype))
+        ratio = logit / (logit + stabiliser)
+        ledger.bias += ratio * linear.bias[target]
+        ledger.epsilon += ratio * stabiliser
+        return pooled * linear.weight[target] * ratio[:, None]
+
+
+class _Ledger:
+    """What biases and BatchNorms absorb, and what denominators do, float64 [B] each."""
+
+    def __init__(self, logit: Tensor) -> None:
+        self.bias = torch.zeros_like(logit, dtype=torch.float64)
+        self.epsilon = torch.zeros_like(logit, dtype=torch.float64)
+
+
+Layer = Callable[[Tensor], Tensor]
+Back = Callable[[Tensor, _Ledger], Tensor]
+"""From the relevance of a step's output to that of its input."""
+Step = Callable[[Tensor], tuple[Tensor, Back]]
+"""From the input of a part of the network to its output and the way back."""
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.flatten(1).sum(1, dtype=torch.float64)
+
+
+def _chain(steps: list[Step]) -> Step:
+    def step(x: Tensor) -> tuple[Tensor, Back]:
+        backs: list[Back] = []
+        for each in steps:
+            x, back = each(x)
+            backs.append(back)
+
+        def back_through(relevance: Tensor, ledger: _Ledger) -> Tensor:
+            for back in reversed(backs):
+                relevance = back(relevance, ledger)
+            return relevance
+
+        return x, back_through
+
+    return step
+
+
+def _block(block: DenseBlock) -> Step:
+    """Dense layers, each behind the concatenation of all before it."""
+    return _chain([_beside_itself(layer) for layer in block.children()])
+
+
+def _beside_itself(layer: DenseLayer) -> Step:
+    """A dense layer whose output is appended to its input; relevance of both uses adds up."""
+    convs = _alpha1_beta0(layer.conv1), _alpha1_beta0(layer.conv2)
+    inner = _chain([_norm(layer.norm1), convs[0], _norm(layer.norm2), convs[1]])
+
+    def step(x: Tensor) -> tuple[Tensor, Back]:
+        new, back = inner(x)
+        count = x.shape[1]
+        return torch.cat(
+            [x, new], 1
+        ), lambda relevance, ledger: relevance[:, :count] + back(relevance[:, count:], ledger)
+
+    return step
+
+
+def _norm(norm: _BatchNorm) -> Step:
+    """A BatchNorm, whose rule does not conserve, and its ReLU, which passes everything."""
+    scale, shift = (value.to(norm.weight.dtype)[:, None, None] for value in affine(norm))
+    beta, mean = norm.bias[:, None, None], cast(Tensor, norm.running_mean)[:, None, None]
+
+    def step(x: Tensor) -> tuple[Tensor, Back]:
+        y = x * scale + shift
+
+        def back(relevance: Tensor, ledger: _Ledger) -> Tensor:
+            divisor = (x - mean) * y
+            divisor = divisor + KERAS_EPSILON * (2 * (divisor >= 0).to(x.dtype) - 1)
+            passed = relevance * x * (y - beta) / divisor
+            ledger.bias += _per_image(relevance - passed)
+            return passed
+
+        return y.relu(), back
+
+    return step
+
+
+def _alpha1_beta0(conv: nn.Conv2d) -> Step:
+    """The z-plus rule for inputs of both signs: the parts x+ w+ and x- w-."""
+    positive = _like(conv, conv.weight.clamp(min=0))
+    negative = _like(conv, conv.weight.clamp(max=0))
+
+    def step(x: Tensor) -> tuple[Tensor, Back]:
+        above, below = x.clamp(min=0), x.clamp(max=0)
+
+        def back(relevance: Tensor, ledger: _Ledger) -> Tensor:
+            z, pull = _linear(positive, above)
+            z_below, pull_below = _linear(negative, below)
+            ratio = _ratio(relevance, z + z_below, ledger)
+            return above * pull(ratio) + below * pull_below(ratio)
+
+        return conv(x), back
+
+    return step
+
+
+def _flat(conv: nn.Conv2d) -> Step:
+    """The flat rule: every pixel of a window gets the same."""
+    ones = _like(conv, torch.ones_like(conv.weight))
+
+    def step(x: Tensor) -> tuple[Tensor, Back]:
+        def back(relevance: Tensor, ledger: _Ledger) -> Tensor:
+            z, pull = _linear(ones, torch.ones_like(x))
+            return pull(_ratio(relevance, z, ledger))
+
+        return conv(x), back
+
+    return step
+
+
+def _proportional(pool: Layer) -> Step:
+    """An average pool: each input gets its part of the sum, whatever the signs."""
+
+    def step(x: Tensor) -> tuple[Tensor, Back]:
+        y, pull = _linear(pool, x)
+        return y, lambda relevance, ledger: x * pull(_ratio(relevance, y, ledger))
+
+    return step
+
+
+def _gradient(layer: Layer) -> Step:
+    """A max pool passes everything to the maximum; a change of shape changes nothing else."""
+
+    def step(x: Tensor) -> tuple[Tensor, Back]:
+        y, pull = _linear(layer, x)
+        return y, lambda relevance, ledger: pull(relevance)
+
+    return step
+
+
+def _ratio(relevance: Tensor, z: Tensor, ledger: _Ledger) -> Tensor:
+    """Relevance / z; where z is zero the denominator absorbs it."""
+    is_zero = (z == 0).to(z.dtype)
+    ratio = relevance / (z + is_zero * KERAS_EPSILON)
+    ledger.epsilon += _per_image(ratio * is_zero * KERAS_EPSILON)
+    return ratio
+
+
+def _linear(layer: Layer, x: Tensor) -> tuple[Tensor, Layer]:
+    """The output of a layer, and its transpose where it is linear around the input."""
+    y, pull = cast(tuple[Tensor, Callable[[Tensor], tuple[Tensor]]], vjp(layer, x))
+    return y, lambda ratio: pull(ratio)[0]
+
+
+def _like(conv: nn.Conv2d, weight: Tensor) -> Layer:
+    """The convolution with other weights and no bias."""
+    return lambda x: nn.functional.conv2d(x, weight, None, conv.stride, conv.padding)

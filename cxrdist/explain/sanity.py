@@ -1,0 +1,93 @@
+"""Are the maps right? Measured on the network itself: pixel flipping, and the ledger.
+
+Pixel flipping (Samek et al. 2017, IEEE TNNLS 28(11)): patches of the image are covered, the most
+relevant first, and the network is asked again. Relevance that shows what the network uses makes the
+probability fall faster than patches in random order do. The sum of a map proves nothing: a map that
+shows the wrong places has the same sum.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxrdist.explain.relevance import Explainer
+from cxrdist.model.densenet import Classifier
+
+PATCHES_A_SIDE = 28
+"""Patches of 8 px at 224 px."""
+
+COVERED_SHARE = 0.2
+"""Share of the image that is covered in the end; beyond it there is no X-ray to speak of."""
+
+STEPS = 10
+"""Points of the curve behind its start."""
+
+
+class Flipping(NamedTuple):
+    """Probability of the class while patches are covered, [STEPS + 1], relative to the first."""
+
+    relevance: NDArray[np.float64]
+    """The most relevant patches first."""
+    random: NDArray[np.float64]
+    """Patches in random order."""
+
+
+def flip_pixels(
+    model: Classifier, explainer: Explainer, image: NDArray[np.uint8], classes: list[str], seed: int
+) -> Flipping:
+    """Cover an image step by step, for the likeliest of some classes.
+
+    Args:
+        model: in evaluation mode.
+        explainer: of the model.
+        image: uint8 [H, W].
+        classes: names, of which the one with the largest logit is taken.
+        seed: of the random order.
+    """
+    pixels = torch.from_numpy(np.array(image))[None, None].to(model.mean.device)
+    found = explainer.attribute(pixels, classes)
+    place = int(found.logits[0].argmax())
+    target = model.classes.index(classes[place])
+    patches = _patches(*image.shape)
+    relevance = found.relevance[0, place].double().cpu().numpy()
+    amount = np.bincount(patches.ravel(), relevance.ravel())
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(amount))
+    curves = []
+    for ranking in (np.argsort(-amount, kind="stable"), order):
+        rank = np.empty(len(amount), np.int64)
+        rank[ranking] = np.arange(len(amount))
+        curves.append(_curve(model, image, rank[patches], target))
+    return Flipping(*curves)
+
+
+def _patches(height: int, width: int) -> NDArray[np.int64]:
+    """The number of each pixel's patch, int64 [H, W]."""
+    rows, columns = (np.arange(n) * min(n, PATCHES_A_SIDE) // n for n in (height, width))
+    return rows[:, None] * (columns[-1] + 1) + columns
+
+
+@torch.inference_mode()
+def _curve(
+    model: Classifier, image: NDArray[np.uint8], rank: NDArray[np.int64], target: int
+) -> NDArray[np.float64]:
+    """Cover the pixels of the lowest ranks [H, W] with the image's mean grey, more in each step."""
+    limits = np.linspace(0, COVERED_SHARE * (rank.max() + 1), STEPS + 1)[:, None, None]
+    covered = np.where(rank < limits, np.uint8(round(image.mean())), image)
+    images = torch.from_numpy(covered).unsqueeze(1).to(model.mean.device)
+    probabilities = torch.sigmoid(model(images)[:, target]).double().cpu().numpy()
+    return probabilities / max(probabilities[0], np.finfo(np.float32).tiny)
+
+
+def summarise(flippings: list[Flipping]) -> dict[str, object]:
+    """Mean curves and the areas over them: 0 where nothing happens, 1 where all is lost at once."""
+    relevance, random = (np.mean(curves, axis=0) for curves in zip(*flippings, strict=True))
+    return {
+        "images": len(flippings),
+        "covered_share": COVERED_SHARE,
+        "relevant_first": relevance.tolist(),
+        "random_order": random.tolist(),
+        "area_over_relevant_first": float(1 - relevance[1:].mean()),
+        "area_over_random_order": float(1 - random[1:].mean()),
+    }

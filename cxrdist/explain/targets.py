@@ -1,0 +1,102 @@
+"""What is explained: samples of a split, classes, and the contrast of two classes."""
+
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxrdist.config import ExplainConfig
+from cxrdist.data.index import Index
+from cxrdist.errors import CxrdistError
+from cxrdist.explain.attribution import Attribution
+from cxrdist.explain.relevance import Explainer
+from cxrdist.model.densenet import Classifier
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is explained: classes, and perhaps one of them minus another.
+
+    Attributes:
+        classes: names of the classes.
+        contrast: names of two classes; None for no contrast.
+    """
+
+    classes: list[str]
+    contrast: tuple[str, str] | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The name of each map: the classes, then the contrast."""
+        return [*self.classes, *([" minus ".join(self.contrast)] if self.contrast else [])]
+
+    def attribute(self, explainer: Explainer, images: torch.Tensor) -> Attribution:
+        """Relevance and ledger of each map; those of the contrast are differences.
+
+        The rules behind the logits are linear in the relevance, so R_a - R_b is the relevance of
+        the difference of the two logits.
+        """
+        explained = list(dict.fromkeys([*self.classes, *(self.contrast or ())]))
+        found = explainer.attribute(images, explained)
+        if self.contrast is None:
+            return found
+        first, second = (explained.index(name) for name in self.contrast)
+        count = len(self.classes)
+        columns = [
+            torch.cat([value[:, :count], (value[:, first] - value[:, second]).unsqueeze(1)], 1)
+            for value in vars(found).values()
+        ]
+        return Attribution(*columns)
+
+
+def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
+    """Read the options ``classes`` and ``contrast``.
+
+    Raises:
+        CxrdistError: a name is no class of the model, or a contrast is not of two classes.
+    """
+    classes = choose_classes(config.classes, model)
+    if config.contrast is None:
+        return Targets(classes)
+    pair = [name.strip() for name in config.contrast.split(",")]
+    if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(model.classes):
+        raise CxrdistError(
+            f"--contrast {config.contrast}: expected two of {', '.join(model.classes)} with a "
+            "comma between them"
+        )
+    return Targets(classes, (pair[0], pair[1]))
+
+
+def choose_classes(classes: str, model: Classifier) -> list[str]:
+    """Read ``all`` or names with commas between them.
+
+    Raises:
+        CxrdistError: a name is no class of the model.
+    """
+    names = model.classes if classes == "all" else [name.strip() for name in classes.split(",")]
+    for name in names:
+        if name not in model.classes:
+            raise CxrdistError(
+                f"--classes: no class {name!r}; expected all or some of {', '.join(model.classes)}"
+            )
+    return list(names)
+
+
+def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.int64]:
+    """Sample numbers to explain; with a limit the classes take turns, and images without label.
+
+    Returns:
+        int64 [n], ascending.
+
+    Raises:
+        CxrdistError: the split is empty.
+    """
+    numbers = index.numbers(split)
+    if not numbers:
+        raise CxrdistError(f"--split {split}: has no images; choose another split")
+    targets = index.targets()
+    by_class = [[n for n in numbers if has[n]] for has in (*targets.T, ~targets.any(axis=1))]
+    in_turn = dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)
+    return np.array(sorted(list(in_turn)[:limit]), dtype=np.int64)

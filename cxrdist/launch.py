@@ -1,0 +1,62 @@
+"""Launch: `accelerate launch`, with signals passed on to the ranks and their exit code kept.
+
+usage: python -m cxrdist.launch ARGUMENTS OF accelerate launch
+
+`accelerate launch` itself exits with 1 whatever its ranks did, passes no signal on to a single
+process, and knows no USR1.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from types import FrameType
+
+import psutil
+
+from cxrdist.signals import STOP_CODE, STOP_SIGNALS
+
+_received: list[int] = []
+
+
+def main() -> int:
+    """Launch the ranks and wait for them.
+
+    Returns:
+        The ranks' exit code; of different ones 75 before 2 before 1.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, _pass_on)
+    # torchrun would kill the ranks after a while, and end with another code than theirs.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    from accelerate.commands import launch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        launch.main()
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    except subprocess.CalledProcessError as error:
+        codes = {0: error.returncode}
+    else:
+        return 0
+    for rank, code in sorted(codes.items()):
+        if code < 0 and -code not in _received:
+            name = signal.Signals(-code).name
+            print(f"cxrdist: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
+    # A rank that had not yet begun to listen ends by the signal itself; nothing is lost then.
+    found = {STOP_CODE if -code in _received else code for code in codes.values()}
+    return next(code for code in (STOP_CODE, 2, 1) if code in found or code == 1)
+
+
+def _pass_on(number: int, _: FrameType | None) -> None:
+    _received.append(number)
+    children = psutil.Process().children()
+    if not children:
+        raise SystemExit(STOP_CODE)
+    for child in children:
+        child.send_signal(number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

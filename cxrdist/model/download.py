@@ -1,0 +1,193 @@
+"""Download a checkpoint once: resumed after a cut, checked, and whole when it has its name."""
+
+import fcntl
+import hashlib
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from email.message import Message
+from http.client import HTTPException, HTTPResponse
+from pathlib import Path
+from urllib.parse import urldefrag, urlparse
+
+import torch
+
+from cxrdist.errors import CxrdistError
+from cxrdist.model.tensorfile import container_of
+from cxrdist.terminal import progress
+
+ATTEMPTS = 5  # connections that break off, before the rest waits for the next call
+TIMEOUT_SECONDS = 30
+_CHUNK_BYTES = 1 << 20
+# PyTorch's hub convention: a name that ends in the first digits of the file's sha256.
+_HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[\w.]+$")
+
+
+class _BrokenOffError(Exception):
+    """The connection ended before the file did."""
+
+
+def download(url: str, where: str) -> Path:
+    """Fetch a checkpoint into the cache of torch.hub, or find it there.
+
+    It is checked against the sha256 in its name or behind ``#sha256=`` in the URL; where neither is
+    published, against the one noted beside it when it was fetched. What a broken connection
+    brought is kept, and the next call fetches the rest.
+
+    Args:
+        url: http or https.
+        where: the option and its value, for the error line.
+
+    Raises:
+        CxrdistError: the host cannot be reached, or the file is not the published one.
+    """
+    url, fragment = urldefrag(url)
+    file = place_of(url)
+    digits = re.fullmatch(r"sha256=([0-9a-f]{8,64})", fragment)
+    if urlparse(url).scheme not in ("http", "https") or (fragment and not digits):
+        raise CxrdistError(
+            f"{where}: expected http(s)://HOST/FILE, or that with #sha256=DIGITS behind it"
+        )
+    in_name = _HASH_IN_NAME.search(file.name)
+    expected = digits.group(1) if digits else in_name.group(1) if in_name else None
+    file.parent.mkdir(parents=True, exist_ok=True)
+    note = file.with_name(file.name + ".sha256")
+    with _alone(file):
+        if file.is_file():
+            if expected is None and note.is_file():
+                expected = note.read_text().split()[0]
+            _refuse_other(file, expected, f"{where}: {file}, fetched before,")
+            return file
+        partial = file.with_name(file.name + ".partial")
+        try:
+            _fetch(url, partial, checked=expected is not None)
+        except (OSError, HTTPException, _BrokenOffError) as error:
+            raise CxrdistError(
+                f"{where}: {url} could not be fetched ({_reason(error)}); run the same "
+                f"command again to go on, or fetch it on a machine with internet "
+                f"(curl -L -o {file.name} {url}) and put it at {file}"
+            ) from error
+        _refuse_other(partial, expected, f"{where}: what {url} gave")
+        note.write_text(f"{sha256_of(partial)}  {file.name}\n")
+        partial.replace(file)
+    return file
+
+
+def place_of(url: str) -> Path:
+    """Where a URL's file stands in the cache of torch.hub.
+
+    Two URLs may end in the same name, such as model.pth.tar; only one with a hash in it is unique.
+    """
+    name = Path(urlparse(url).path).name or "weights"
+    if not _HASH_IN_NAME.search(name):
+        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}.{name}"
+    return Path(torch.hub.get_dir()) / "checkpoints" / name
+
+
+def sha256_of(file: Path) -> str:
+    """The sha256 of a file, hexadecimal."""
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def _refuse_other(file: Path, expected: str | None, what: str) -> None:
+    """Remove a file that is not the one that was published.
+
+    Raises:
+        CxrdistError: it was none.
+    """
+    found = sha256_of(file)
+    if expected is not None and not found.startswith(expected):
+        problem = f"has the sha256 {found}, expected {expected}"
+    elif container_of(file) is None:
+        problem = "is no checkpoint (a web page?)"
+    else:
+        return
+    file.unlink()
+    raise CxrdistError(f"{what} {problem}; it was removed. Run the same command again to fetch it")
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Wait while another process, perhaps on another node, fetches the same file."""
+    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch(url: str, partial: Path, *, checked: bool) -> None:
+    """Fetch a file to its end, over several connections if need be.
+
+    Raises:
+        _BrokenOffError: all of them broke off.
+        OSError: the host cannot be reached or has no such file.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            _fetch_rest(url, partial, checked=checked)
+            return
+        except _BrokenOffError:
+            if attempt == ATTEMPTS:
+                raise
+        except urllib.error.HTTPError as error:
+            if (
+                error.code != 416 or attempt == ATTEMPTS
+            ):  # 416: there is nothing behind what we have
+                raise
+            partial.unlink(missing_ok=True)
+
+
+def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
+    """Fetch what is missing, in one connection; all, if the file may have changed meanwhile.
+
+    Raises:
+        _BrokenOffError: the connection ended before the file did.
+    """
+    version = partial.with_name(partial.name + ".version")
+    done = partial.stat().st_size if partial.is_file() else 0
+    known = version.read_text() if done and version.is_file() else ""
+    headers = {"User-Agent": "cxrdist", "Accept-Encoding": "identity"}
+    if done and (known or checked):
+        headers |= {"Range": f"bytes={done}-", **({"If-Range": known} if known else {})}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+        if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
+            f"bytes {done}-"
+        ):
+            raise OSError("the server sent another part than the one asked for")
+        done = done if response.status == 206 else 0
+        length = response.headers.get("Content-Length")
+        total = done + int(length) if length else None
+        title = f"fetching {Path(urlparse(url).path).name}"
+        with (
+            open(partial, "ab" if done else "wb") as out,
+            progress(total, title, "B", done=done) as bar,
+        ):
+            version.write_text(_version(response.headers))  # now that other bytes are gone
+            for chunk in _chunks(response):
+                out.write(chunk)
+                bar.update(len(chunk))
+            if total is not None and out.tell() != total:
+                raise _BrokenOffError(f"it broke off after {out.tell()} of {total} bytes")
+    version.unlink(missing_ok=True)
+
+
+def _chunks(response: HTTPResponse) -> Iterator[bytes]:
+    try:
+        while chunk := response.read(_CHUNK_BYTES):
+            yield chunk
+    except (OSError, HTTPException) as error:
+        raise _BrokenOffError(f"it broke off ({_reason(error)})") from error
+
+
+def _version(headers: Message) -> str:
+    """What names this content of the URL: a strong ETag, or the date of its last change."""
+    tag = headers.get("ETag", "")
+    return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
+
+
+def _reason(error: Exception) -> str:
+    reason = getattr(error, "reason", None) or error
+    return " ".join(str(reason).split())

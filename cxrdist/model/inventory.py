@@ -1,0 +1,87 @@
+"""What a checkpoint holds: as a table, and as safetensors under torchvision's names."""
+
+import json
+
+from safetensors.torch import save_file
+
+from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
+from cxrdist.errors import CxrdistError
+from cxrdist.model.layout import check_fit, shape_of
+from cxrdist.model.tensorfile import METADATA
+from cxrdist.model.weights import InitialWeights, read_weights
+from cxrdist.run import atomic_file
+
+
+def show_weights(config: WeightsShowConfig) -> None:
+    """Print what a checkpoint is, once it is known to be a whole DenseNet.
+
+    Raises:
+        CxrdistError: it cannot be read, or is no whole DenseNet.
+    """
+    for name, value in _rows(_read(config.file)):
+        print(f"{name:<12}{value}")
+
+
+def convert_weights(config: WeightsConvertConfig) -> None:
+    """Write a checkpoint as safetensors under torchvision's names, with what is known of it.
+
+    Raises:
+        CxrdistError: it cannot be read, is no whole DenseNet, or OUT stands already.
+    """
+    if config.out.suffix != ".safetensors" or config.out.exists():
+        problem = "stands already" if config.out.exists() else "expected a name in .safetensors"
+        raise CxrdistError(f"{config.out}: {problem}; choose another name")
+    weights = _read(config.file)
+    known = weights.describe(len(weights.tensors))
+    metadata = {
+        "layout": known["layout"],
+        "labels": known["labels"],
+        "normalisation": known["normalisation"],
+        "started_from": known,
+    }
+    tensors = {k: v.contiguous() for k, v in {**weights.tensors, **weights.head}.items()}
+    with atomic_file(config.out) as partial:
+        save_file(tensors, partial, {"format": "pt", METADATA: json.dumps(metadata)})
+    print(f"{config.out}: {len(tensors)} tensors")
+
+
+def _read(file: str) -> InitialWeights:
+    if file == "none":
+        raise CxrdistError("none: random weights are in no file; give a checkpoint")
+    weights = read_weights(file, "")
+    check_fit(weights.tensors, shape_of(weights.tensors, file), weights.channels, file)
+    return weights
+
+
+def _rows(weights: InitialWeights) -> list[list[str]]:
+    shape = shape_of(weights.tensors, weights.source)
+    parameters = sum(
+        tensor.numel()
+        for name, tensor in {**weights.tensors, **weights.head}.items()
+        if name.endswith((".weight", ".bias"))
+    )
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()})
+    mean, std = weights.normalisation.mean, weights.normalisation.std
+    outputs = len(weights.head["classifier.bias"]) if weights.head else 0
+    rows = [
+        ["source", weights.source],
+        ["sha256", str(weights.record["sha256"])],
+        ["layout", str(weights.record["layout"])],
+        [
+            "network",
+            f"DenseNet, blocks of {', '.join(map(str, shape.block_config))} layers, "
+            f"growth rate {shape.growth_rate}",
+        ],
+        ["tensors", f"{len(weights.tensors)} without the head, none missing or left over"],
+        ["parameters", f"{parameters:,} ({', '.join(dtypes)})"],
+        ["channels", str(weights.channels)],
+        ["mean", ", ".join(f"{value:g}" for value in mean) + " (grey values 0 to 1)"],
+        ["std", ", ".join(f"{value:g}" for value in std)],
+        ["outputs", str(outputs) if outputs else "none: the file has no head"],
+        ["labels", ", ".join(weights.labels) if weights.labels else "not known"],
+    ]
+    before = weights.record.get("started_from")
+    while before:
+        rows.append(["made from", f"{before['source']} (sha256 {before['sha256']})"])
+        before = before.get("started_from")
+    return rows

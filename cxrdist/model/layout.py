@@ -1,0 +1,227 @@
+"""Layouts: which published copy of DenseNet121 a set of tensors is, by names and shapes alone."""
+
+import re
+from dataclasses import dataclass
+
+import torch
+from timm.models.densenet import DenseNet
+from torch import Tensor
+
+from cxrdist.config import Network
+from cxrdist.errors import CxrdistError
+from cxrdist.model.densenet import Normalisation
+from cxrdist.model.tensorfile import TensorFile
+
+# torchxrayvision scales grey values to (2x - 1) * 1024 and feeds one channel.
+ONE_CHANNEL = Normalisation(mean=(0.5,), std=(1 / 2048,))
+# Order of the outputs of the published CheXNet copies (arnoweng/CheXNet, jrzech/reproduce-chexnet).
+CHEXNET_LABELS = [
+    *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
+    *("Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening"),
+    "Hernia",
+]
+# torchxrayvision.datasets.default_pathologies.
+TORCHXRAYVISION_LABELS = [
+    *("Atelectasis", "Consolidation", "Infiltration", "Pneumothorax", "Edema", "Emphysema"),
+    *("Fibrosis", "Effusion", "Pneumonia", "Pleural_Thickening", "Cardiomegaly", "Nodule", "Mass"),
+    *("Hernia", "Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum"),
+]
+IMAGENET_CLASSES = 1000
+HEAD = ("classifier.weight", "classifier.bias")
+
+_PREFIX = re.compile(r"^(module\.)?(densenet121\.|model\.|backbone\.)?")
+_OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
+_CONV2 = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.conv2\.weight")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A checkpoint under the names of torchvision's DenseNet121.
+
+    Attributes:
+        name: which published layout it is.
+        tensors: the network without its head.
+        head: ``classifier.weight`` and ``classifier.bias``, empty if there is no head.
+        labels: of the head's outputs in their order; None where they are not known.
+        normalisation: what the first convolution expects.
+    """
+
+    name: str
+    tensors: dict[str, Tensor]
+    head: dict[str, Tensor]
+    labels: list[str] | None
+    normalisation: Normalisation
+
+
+def recognise(file: TensorFile, where: str) -> Layout:
+    """Rename the tensors of a checkpoint, and tell where they are from.
+
+    Args:
+        file: the tensors as they stand in the file.
+        where: the option and its value, for the error line.
+
+    Raises:
+        CxrdistError: two tensors have one name, a number is not finite, the first convolution takes
+            neither one channel nor three, or the head is not that of its layout.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in file.tensors.items():
+        new = torchvision_name(name)
+        if new in renamed:
+            raise CxrdistError(f"{where}: holds two tensors {new}; expected one network")
+        if not bool(torch.isfinite(tensor).all()):
+            raise CxrdistError(
+                f"{where}: {name} holds numbers that are not finite; fetch the file again"
+            )
+        renamed[new] = tensor
+    thresholds = renamed.pop("op_threshs", None)
+    head = {
+        k: renamed.pop(k) for k in list(renamed) if k in ("classifier.weight", "classifier.bias")
+    }
+    channels = _channels(renamed, where)
+    name, labels = _identify(file, head, thresholds, channels)
+    _check_head(head, renamed, labels, where)
+    if thresholds is not None and head and len(thresholds) != len(head["classifier.weight"]):
+        raise CxrdistError(
+            f"{where}: {len(thresholds)} thresholds (op_threshs) for "
+            f"{len(head['classifier.weight'])} outputs; fetch the file again"
+        )
+    known = file.metadata.get("normalisation")
+    normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
+    if known:
+        normalisation = Normalisation(*(tuple(map(float, known[k])) for k in ("mean", "std")))
+    if {len(normalisation.mean), len(normalisation.std)} != {channels}:
+        raise CxrdistError(
+            f"{where}: its normalisation is not of {channels} channels; convert the file again"
+        )
+    return Layout(name, renamed, head, labels, normalisation)
+
+
+def torchvision_name(name: str) -> str:
+    """The name that a tensor has in torchvision's current DenseNet121."""
+    name = _OLD_DENSE_LAYER.sub(r"\1\2.", _PREFIX.sub("", name))
+    return re.sub(r"^classifier\.0\.", "classifier.", name)
+
+
+def _channels(tensors: dict[str, Tensor], where: str) -> int:
+    """Input channels of the first convolution; 3 where it is missing, which is told elsewhere."""
+    first = tensors.get("features.conv0.weight")
+    if first is None or first.dim() != 4:
+        return 3
+    if first.shape[1] not in (1, 3):
+        raise CxrdistError(
+            f"{where}: the first convolution takes {first.shape[1]} channels, expected 1 "
+            "(torchxrayvision) or 3; give weights of a network for grey or colour images"
+        )
+    return int(first.shape[1])
+
+
+def _identify(
+    file: TensorFile, head: dict[str, Tensor], thresholds: Tensor | None, channels: int
+) -> tuple[str, list[str] | None]:
+    """Name of the layout, and the labels of its head where they are known."""
+    names = file.tensors
+    weight = head.get("classifier.weight")
+    num_outputs = len(weight) if weight is not None else 0
+    if file.metadata:
+        return str(file.metadata["layout"]), file.metadata.get("labels")
+    if any(name.endswith("classifier.0.weight") for name in names):
+        whose = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
+        return f"CheXNet, as in {whose}", CHEXNET_LABELS
+    if channels == 1:
+        default = TORCHXRAYVISION_LABELS if num_outputs == len(TORCHXRAYVISION_LABELS) else None
+        labels = file.labels or default
+        known = thresholds is not None or labels is not None
+        return "torchxrayvision" if known else "one channel, taken for torchxrayvision's", labels
+    if num_outputs == IMAGENET_CLASSES:
+        old = any(_OLD_DENSE_LAYER.search(name) for name in names)
+        return f"ImageNet, as in torchvision{'' if old else ' and timm'}", None
+    return "DenseNet", file.labels
+
+
+def _check_head(
+    head: dict[str, Tensor], trunk: dict[str, Tensor], labels: list[str] | None, where: str
+) -> None:
+    """Make sure that a head fits its trunk and its labels.
+
+    Raises:
+        CxrdistError: it does not.
+    """
+    if not head:
+        return
+    weight, bias = head.get("classifier.weight"), head.get("classifier.bias")
+    last = trunk.get("features.norm5.weight")
+    inputs = len(last) if last is not None else None
+    if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1]:
+        raise CxrdistError(
+            f"{where}: the head's weight and bias do not belong together; fetch the file again"
+        )
+    if inputs is not None and weight.shape[1] != inputs:
+        raise CxrdistError(
+            f"{where}: the head takes {weight.shape[1]} features, the network gives "
+            f"{inputs}; fetch the file again"
+        )
+    if labels is not None and len(labels) != len(weight):
+        raise CxrdistError(
+            f"{where}: the head has {len(weight)} outputs, expected {len(labels)} "
+            "as in the published layout that its names are of; save other heads as `classifier`"
+        )
+
+
+def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
+    """Shape of the DenseNet that the tensors are of.
+
+    Raises:
+        CxrdistError: they are of no DenseNet of four blocks.
+    """
+    places = [(_CONV2.fullmatch(name), tensor) for name, tensor in tensors.items()]
+    found = [(int(m[1]), int(m[2]), tensor) for m, tensor in places if m and tensor.dim() == 4]
+    layers = [
+        max((layer for b, layer, _ in found if b == block), default=0) for block in range(1, 5)
+    ]
+    if not all(layers):
+        raise CxrdistError(
+            f"{where}: holds no DenseNet: no features.denseblock1 to 4 among the names of "
+            f"its {len(tensors)} tensors; give weights of a DenseNet121"
+        )
+    first, second, third, fourth = layers
+    return Network(int(found[0][2].shape[0]), (first, second, third, fourth))
+
+
+def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:
+    """Make sure that tensors are exactly those of a DenseNet without its head.
+
+    ``num_batches_tracked`` may be missing: files before PyTorch 0.4.1 have none.
+
+    Raises:
+        CxrdistError: one is missing, left over, or of another shape.
+    """
+    with torch.device("meta"):
+        network = DenseNet(
+            growth_rate=shape.growth_rate,
+            block_config=tuple(shape.block_config),
+            num_classes=1,
+            in_chans=channels,
+        )
+    own = {k: v for k, v in network.state_dict().items() if not k.startswith("classifier.")}
+    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+    extra = [k for k in given if k not in own]
+    wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
+    for problem, names in (("the file lacks", missing), ("the network has no place for", extra)):
+        if names:
+            raise CxrdistError(
+                f"{where}: {problem} {_few(names)}; expected the "
+                "weights of a DenseNet of the recipe's shape (DenseNet121 unless it says otherwise)"
+            )
+    if wrong:
+        name = wrong[0]
+        raise CxrdistError(
+            f"{where}: {len(wrong)} tensors have wrong shapes, {name} is "
+            f"{list(given[name].shape)}, expected {list(own[name].shape)}; give weights of a "
+            "DenseNet of the recipe's shape"
+        )
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(sorted(names)[:3]) + more

@@ -1,0 +1,257 @@
+"""Checkpoint files: tensors by name out of safetensors, state dicts and pickled networks."""
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cxrdist.errors import CxrdistError
+from cxrdist.model.unpickler import (
+    Mapping,
+    RefusedError,
+    StorageRef,
+    Stub,
+    TensorRef,
+    unpickle,
+)
+
+# torch/serialization.py: what begins a file of torch.save before PyTorch 1.6.
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+METADATA = "cxrdist"  # where `cxrdist weights convert` keeps what it knows, in safetensors' header
+LABEL_ATTRIBUTES = ("pathologies", "targets", "class_names")
+_MOST_MODULES = 10_000  # DenseNet121 has 434
+
+Numbers = Callable[[StorageRef], bytearray]
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """What stands in a checkpoint file.
+
+    Attributes:
+        tensors: by the names that they have in the file.
+        container: how the file is written.
+        holder: where in it the tensors are.
+        labels: of the outputs, where a pickled network names them.
+        metadata: what `cxrdist weights convert` noted, empty for other files.
+    """
+
+    tensors: dict[str, Tensor]
+    container: str
+    holder: str
+    labels: list[str] | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def read_tensor_file(file: Path, where: str) -> TensorFile:
+    """Read the tensors of a checkpoint; no object that it may hold is made.
+
+    Args:
+        file: safetensors, or a file of torch.save of any version since 0.1.11.
+        where: the option and its value, for the error line.
+
+    Raises:
+        CxrdistError: there is no such file, it is damaged, holds no tensors by name, or asks for
+            more than data.
+    """
+    try:
+        container = container_of(file)
+        if container is None:
+            raise pickle.UnpicklingError(_looks_like(file))
+        if container == "safetensors":
+            return _read_safetensors(file)
+        read = _read_zip if zipfile.is_zipfile(file) else _read_legacy
+        return read(file, container)
+    except FileNotFoundError:
+        raise CxrdistError(
+            f"{where}: no such file; expected chexnet, imagenet, none, a checkpoint file, "
+            "its URL, or a run directory"
+        ) from None
+    except RefusedError as error:
+        raise CxrdistError(
+            f"{where}: holds more than data ({error}); nothing of it was run. Get the "
+            "file from its publisher, or save the state dict alone: "
+            "torch.save(model.state_dict(), FILE)"
+        ) from error
+    except (
+        *(OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, struct.error),
+        *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, NotImplementedError),
+    ) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CxrdistError(
+            f"{where}: no readable checkpoint ({reason:.160}); fetch the file again"
+        ) from error
+
+
+def container_of(file: Path) -> str | None:
+    """How a checkpoint file is written, by its first bytes; None if it is none."""
+    with open(file, "rb") as data:
+        start = data.read(16)
+    if start.startswith(b"PK\x03\x04"):
+        return "torch.save"
+    if start.startswith(b"\x80") and b"\x8a\n" + LEGACY_MAGIC.to_bytes(10, "little") in start:
+        return "torch.save before PyTorch 1.6"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size:
+        return "safetensors"
+    return None
+
+
+def _looks_like(file: Path) -> str:
+    """Say what a file is that is no checkpoint."""
+    with open(file, "rb") as data:
+        start = data.read(512)
+    if start.lstrip()[:1] == b"<":
+        return "a web page and not the file itself"
+    if start.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS and not the file itself"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it, or save it anew with PyTorch"
+    return "neither safetensors nor a file of torch.save"
+
+
+def _read_safetensors(file: Path) -> TensorFile:
+    with safe_open(file, framework="pt") as content:
+        names = list(content.keys())
+        tensors = {name: content.get_tensor(name) for name in names}
+        metadata = json.loads((content.metadata() or {}).get(METADATA, "{}"))
+    expected = {"layout", "labels", "normalisation", "started_from"}
+    if not isinstance(metadata, dict) or (metadata and metadata.keys() != expected):
+        raise ValueError("the metadata of cxrdist are damaged")
+    return TensorFile(tensors, "safetensors", "tensors by name", metadata=metadata)
+
+
+def _read_zip(file: Path, container: str) -> TensorFile:
+    """Read a file of torch.save since 1.6: data.pkl, and the numbers in data/KEY."""
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise ValueError("a zip archive without data.pkl")
+        folder = names[0].removesuffix("data.pkl")
+        if f"{folder}constants.pkl" in archive.namelist():
+            raise ValueError("TorchScript, which is a program; save the state dict")
+        order = f"{folder}byteorder"
+        if order in archive.namelist() and archive.read(order) != b"little":
+            raise ValueError("written on a machine of another byte order")
+        content, storages = unpickle(io.BytesIO(_stored(archive, names[0])))
+        cached: dict[str, bytearray] = {}
+
+        def numbers(storage: StorageRef) -> bytearray:
+            if storage.key not in cached:
+                found = bytearray(_stored(archive, f"{folder}data/{storage.key}"))
+                cached[storage.key] = _sized(found, storages[storage.key])
+            return cached[storage.key]
+
+        return _collect(content, numbers, container, file.stat().st_size)
+
+
+def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Read a member; torch.save compresses none, so a compressed one is a bomb or damaged."""
+    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    return archive.read(name)
+
+
+def _read_legacy(file: Path, container: str) -> TensorFile:
+    """Read a file of torch.save before 1.6: five pickles, then the numbers, key by key."""
+    cached: dict[str, bytearray] = {}
+    with open(file, "rb") as data:
+        (magic, _), (version, _), (system, _) = (unpickle(data) for _ in range(3))
+        if magic != LEGACY_MAGIC or version != 1001:
+            raise ValueError(f"version {version} of the format, expected 1001")
+        if not (isinstance(system, dict) and system.get("little_endian") is True):
+            raise ValueError("written on a machine of another byte order")
+        content, storages = unpickle(data)
+        keys, _ = unpickle(data)
+        if not (isinstance(keys, list) and set(keys) == set(storages)):
+            raise ValueError("its list of tensors is not that of their numbers")
+        for key in keys:
+            storage = storages[key]
+            (num_elements,) = struct.unpack("<q", data.read(8))
+            if num_elements != storage.num_elements:
+                raise ValueError(f"{num_elements} numbers, expected {storage.num_elements}")
+            num_bytes = storage.num_elements * storage.dtype.itemsize
+            cached[key] = _sized(bytearray(data.read(min(num_bytes, file.stat().st_size))), storage)
+    return _collect(content, lambda storage: cached[storage.key], container, file.stat().st_size)
+
+
+def _sized(numbers: bytearray, storage: StorageRef) -> bytearray:
+    """Make sure that a storage is whole."""
+    expected = storage.num_elements * storage.dtype.itemsize
+    if len(numbers) != expected:
+        raise ValueError(f"cut off: {len(numbers)} bytes of a tensor, expected {expected}")
+    return numbers
+
+
+def _collect(content: Any, numbers: Numbers, container: str, file_bytes: int) -> TensorFile:
+    """Find the tensors in what was unpickled, and read them."""
+    holder, references, labels = _find(content)
+    if sum(reference.num_bytes for reference in references.values()) > 4 * file_bytes:
+        raise RefusedError("its tensors are larger than the file")
+    tensors = {name: value.read(numbers(value.storage)) for name, value in references.items()}
+    return TensorFile(tensors, container, holder, labels)
+
+
+def _find(content: Any) -> tuple[str, dict[str, TensorRef], list[str] | None]:
+    """Find a state dict or a network, alone or under one of its usual names.
+
+    Raises:
+        ValueError: there is none.
+    """
+    candidates = [("", content)]
+    if isinstance(content, dict):
+        named = [(f" under {key!r}", content.get(key)) for key in ("state_dict", "model")]
+        candidates = named + candidates
+    for place, value in candidates:
+        if isinstance(value, Stub) and "_modules" in value.attributes:
+            return f"pickled network{place}", dict(_network_tensors(value)), _labels(value)
+        if isinstance(value, dict) and value:
+            tensors = {k: v for k, v in value.items() if isinstance(v, TensorRef)}
+            if len(tensors) == len(value) and all(isinstance(name, str) for name in tensors):
+                return f"state dict{place}", tensors, None
+    raise ValueError(
+        "no state dict and no network, alone or under the names state_dict or model; "
+        "save one with torch.save(model.state_dict(), FILE)"
+    )
+
+
+def _network_tensors(network: Stub) -> Iterator[tuple[str, TensorRef]]:
+    """Yield what `state_dict()` of a pickled network would hold, in its order."""
+    seen: set[int] = set()
+    waiting = [("", network)]
+    while waiting:
+        prefix, module = waiting.pop()
+        if id(module) in seen or len(seen) > _MOST_MODULES:
+            raise RefusedError("its modules contain one another")
+        seen.add(id(module))
+        own = module.attributes
+        passing = own.get("_non_persistent_buffers_set") or ()
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _entries(own, kind):
+                if isinstance(value, TensorRef) and not (kind == "_buffers" and name in passing):
+                    yield prefix + name, value
+        children = [(f"{prefix}{name}.", child) for name, child in _entries(own, "_modules")]
+        waiting += [(name, child) for name, child in reversed(children) if isinstance(child, Stub)]
+
+
+def _entries(attributes: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
+    entries = attributes.get(kind)
+    if not isinstance(entries, dict | Mapping) or not all(isinstance(n, str) for n in entries):
+        raise ValueError(f"a network whose {kind} are damaged")
+    return list(entries.items())
+
+
+def _labels(network: Stub) -> list[str] | None:
+    """Labels of the outputs, as torchxrayvision keeps them in its networks."""
+    for name in LABEL_ATTRIBUTES:
+        labels = network.attributes.get(name)
+        if isinstance(labels, list) and labels and all(isinstance(x, str) for x in labels):
+            return labels
+    return None

@@ -1,0 +1,490 @@
+"""Probe: does a network read the words on the images? The word experiments of the paper.
+
+Bassi & Attux (2020), section 2.2 (words covered in the test images) and section 4.1 (accuracy
+without covering, the word of one class pasted on an image of another, and where relevance lies).
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from cxrdist.config import ProbeTextConfig
+from cxrdist.data.boxes import Box, cover, in_square, inside, read_boxes, scaled
+from cxrdist.data.cache import Images, read_rows
+from cxrdist.data.index import Index
+from cxrdist.data.phantom import Finding, burn_text
+from cxrdist.data.records import labels_of
+from cxrdist.data.shards import local_copy, members
+from cxrdist.data.text import find_boxes, require_extra
+from cxrdist.distributed import gather, together
+from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.metrics import headline
+from cxrdist.evaluate.predictions import (
+    Subject,
+    in_order,
+    measure,
+    open_subject,
+    predict_split,
+    rank_batches,
+)
+from cxrdist.explain.heatmap import overlay
+from cxrdist.explain.relevance import Explainer
+from cxrdist.run import TEXT_FORMAT, atomic_file, write_json
+from cxrdist.terminal import progress, table
+
+PAPER = {
+    "covering": "\u201cA DNN with about 94% test accuracy had its accuracy increased in almost 1% "
+    "and our best network had its accuracy decreased from 97.8% to 97.3%\u201d when the words were "
+    "not covered (section 4.1; they were covered in the test images only, section 2.2).",
+    "paste": "\u201cSEDUTO\u201d on one normal image that was classified correctly: Normal "
+    "\u201cjust changed from 98.51% to 98.45%, and for COVID-19 increased from 0.4471% to "
+    "0.4595%\u201d (section 4.1). Viral pneumonia and other images: no figure.",
+    "relevance": "no figure. Of the heat map of one COVID-19 image with \u201cSEDUTO\u201d: "
+    "\u201cIt becomes clear, by the dark red color on the map, that the network learned to "
+    "associate this word with the COVID-19 class\u201d (section 4.1, figure 2).",
+}
+"""What Bassi & Attux (2020) found."""
+PLACES = {
+    "upper-left": (0.03, 0.03, "lt"),
+    "upper-right": (0.97, 0.03, "rt"),
+    "lower-left": (0.03, 0.97, "lb"),
+    "lower-right": (0.97, 0.97, "rb"),
+}
+"""Where a word's corner stands, in fractions of the side, and which corner (Pillow's anchors)."""
+LARGEST_HEIGHT = 0.5
+COVERS = ("black", "fill")
+OUTLINE = (255, 210, 0)
+DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
+PICTURED = 2  # images with text of each class
+Boxes = Mapping[int, Sequence[Box]]  # of a sample's square, by sample number; only where some are
+Edit = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
+
+
+class Edited:
+    """Images that are changed as they are read, for `predict_split`."""
+
+    def __init__(self, images: Images, edit: Edit) -> None:
+        """Take uint8 [samples, S, S] and what makes of a sample's number and square a new one."""
+        self._images, self._edit = images, edit
+
+    def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The changed squares of some samples, uint8 [B, S, S]."""
+        return np.stack([self._edit(int(n), np.asarray(self._images[n])) for n in numbers])
+
+
+def probe_text(config: ProbeTextConfig) -> None:
+    """Measure what text on the images does, write RUN/SPLIT/text.json and pictures, and print it.
+
+    Exact for any number of ranks: each of them predicts, finds and explains whole batches. Boxes
+    are covered in the squares that the network sees; `pack` covers them in the originals.
+
+    Raises:
+        CxrdistError: run, shards, boxes or options cannot be used.
+    """
+    _refuse_bad_options(config)
+    subject = open_subject(config.run, config.shards, config.cache)
+    accelerator = subject.accelerator
+    together(accelerator, lambda: _refuse_covered(subject.index, config.split))
+    numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
+    boxes = _boxes_by_number(config, subject, numbers)
+
+    def predict(edit: Edit | None = None) -> NDArray[np.float32]:
+        images = subject.images if edit is None else cast(Images, Edited(subject.images, edit))
+        rows = predict_split(replace(subject, images=images), numbers, config.batch_size)
+        return in_order(rows, numbers)
+
+    plain = predict()
+    covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
+    pasted = predict(lambda _, pixels: paste(pixels, config)[0])
+    explainer = Explainer(subject.model)
+    shares = _relevance_in_boxes(
+        config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
+    )
+    if accelerator.is_main_process:
+        found = {
+            "format": TEXT_FORMAT,
+            "split": config.split,
+            "task": subject.index.task,
+            "classes": subject.index.classes,
+            "index_sha256": subject.index.sha256,
+            "text": _describe_text(config, subject.index, numbers, boxes),
+            "covering": _describe_covering(subject.index, numbers, plain, covered),
+            "paste": _describe_paste(config, subject.index, numbers, plain, pasted),
+            "relevance": _describe_relevance(subject.index, shares),
+            "paper": PAPER,
+            "pictures": _write_pictures(
+                config, subject, explainer, boxes, numbers, (plain, pasted)
+            ),
+        }
+        write_json(subject.run.text(config.split), found)
+        print(summary(found))
+        print(f"all of it: {subject.run.text(config.split)}, and in the report")
+    accelerator.wait_for_everyone()
+
+
+def _cover(boxes: Boxes, how: str, number: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return cover(pixels, boxes[number], how) if number in boxes else pixels
+
+
+def _refuse_bad_options(config: ProbeTextConfig) -> None:
+    refuse_below_one(config, "limit", "batch_size")
+    if not config.word.strip():
+        raise CxrdistError("--word: is empty, expected a word such as SEDUTO")
+    if not 0 < config.height <= LARGEST_HEIGHT:
+        raise CxrdistError(
+            f"--height {config.height:g}: expected a fraction of the side, above 0 and at most "
+            f"{LARGEST_HEIGHT}"
+        )
+    if config.boxes is None:
+        require_extra()
+
+
+def _refuse_covered(index: Index, split: str) -> None:
+    if index.cover.get("split") in ("all", split):
+        raise CxrdistError(
+            f"--shards {index.directory}: their burned-in text is covered already; give shards "
+            "that were packed without --text-boxes"
+        )
+
+
+def _boxes_by_number(
+    config: ProbeTextConfig, subject: Subject, numbers: NDArray[np.int64]
+) -> dict[int, Sequence[Box]]:
+    """The boxes of each sample in px of its square, from the CSV or found in the squares."""
+    index, accelerator = subject.index, subject.accelerator
+    if config.boxes is not None:
+        file = config.boxes
+        return together(accelerator, lambda: boxes_in_squares(index, config.split, file))
+    mine: list[tuple[int, list[Box]]] = []
+    batches = list(rank_batches(numbers, config.batch_size, accelerator))
+    total = sum(map(len, batches))
+    with progress(total, "looking for text", "images", show=accelerator.is_main_process) as bar:
+        for number in (int(n) for batch in batches for n in batch):
+            mine.append((number, find_boxes(np.asarray(subject.images[number]))))
+            bar.update()
+    return {number: found for number, found in sorted(gather(accelerator, mine)) if found}
+
+
+def boxes_in_squares(index: Index, split: str, file: Path) -> dict[int, Sequence[Box]]:
+    """Read the CSV of boxes and bring them into the squares of a split's samples.
+
+    Raises:
+        CxrdistError: the CSV cannot be read, or none of its images is in the shards.
+    """
+    boxes = read_boxes(file)
+    if boxes and not boxes.keys() & {sample.path for sample in index.samples}:
+        raise CxrdistError(
+            f"--boxes {file}: has no image of the shards; make it with cxrdist find-text of the "
+            "source that was packed"
+        )
+    sizes = _sizes(index, split)
+    found: dict[int, Sequence[Box]] = {}
+    size_px = index.image_size_px
+    for number in index.numbers(split):
+        sample = index.samples[number]
+        mapped = [
+            in_square(box, *sizes[sample.key], size_px, index.fit)
+            for box in boxes.get(sample.path, ())
+        ]
+        seen = [box for box in mapped if inside([box], size_px, size_px).any()]
+        if seen:
+            found[number] = seen
+    return found
+
+
+def _sizes(index: Index, split: str) -> dict[str, tuple[int, int]]:
+    """Width and height in px of the originals of a split, by key, from the samples' KEY.json."""
+    sizes = {}
+    wanted = {sample.shard for sample in index.samples if sample.split == split}
+    for name in sorted(wanted):
+        with local_copy(index.directory / name) as here:
+            for member in members(here):
+                about = json.loads(member["json"])
+                sizes[about["key"]] = int(about["width_px"]), int(about["height_px"])
+    return sizes
+
+
+def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[np.uint8], Box]:
+    """Write the word into a copy of a square; the copy and the word's box in its px."""
+    x, y, anchor = PLACES[config.place]
+    image = Image.fromarray(pixels.copy())
+    finding: Finding = burn_text(image, config.word, (x, y), config.height, anchor)
+    box = Box(finding.x, finding.y, finding.width, finding.height, config.word)
+    return np.asarray(image), scaled(box, image.width, image.height)
+
+
+def _relevance_in_boxes(
+    config: ProbeTextConfig,
+    subject: Subject,
+    explainer: Explainer,
+    boxes: Boxes,
+    probabilities: Mapping[int, NDArray[np.float32]],
+) -> list[tuple[int, float, float]]:
+    """How much of |relevance| for the likeliest class lies in the boxes of each image.
+
+    Returns:
+        (sample number, share, the boxes' share of the area) of each explained image.
+    """
+    chosen = np.array(sorted(boxes)[: config.limit], dtype=np.int64)
+    likeliest = np.array([int(probabilities[n].argmax()) for n in chosen], dtype=np.int64)
+    accelerator = subject.accelerator
+    batches = [
+        (target, batch)
+        for target in range(len(subject.index.classes))
+        for batch in rank_batches(chosen[likeliest == target], config.batch_size, accelerator)
+    ]
+    rows: list[tuple[int, float, float]] = []
+    total = sum(len(batch) for _, batch in batches)
+    with progress(total, "explaining", "images", show=accelerator.is_main_process) as bar:
+        for target, batch in batches:
+            images = read_rows(subject.images, batch, accelerator.device)
+            relevance = explainer.attribute(images, [target]).relevance[:, 0]
+            for number, values in zip(batch.tolist(), relevance.cpu().numpy(), strict=True):
+                share, area = share_inside(values, boxes[number])
+                rows.append((number, share, area))
+            bar.update(len(batch))
+    return sorted(gather(accelerator, rows))
+
+
+def share_inside(relevance: NDArray[np.floating], boxes: Sequence[Box]) -> tuple[float, float]:
+    """Which share of |relevance| [H, W] lies in the boxes, and their share of the area.
+
+    A map of zeros has the share 0.
+    """
+    mask = inside(boxes, *relevance.shape)
+    amount = np.abs(relevance).astype(np.float64)
+    total = float(amount.sum())
+    return (float(amount[mask].sum()) / total if total else 0.0), float(mask.mean())
+
+
+def _describe_text(
+    config: ProbeTextConfig, index: Index, numbers: NDArray[np.int64], boxes: Boxes
+) -> dict[str, Any]:
+    """How many images of each class have text, and what it reads most often."""
+    samples = [index.samples[n] for n in numbers]
+    rows = []
+    for name in index.classes:
+        own = [int(n) for n, s in zip(numbers, samples, strict=True) if name in labels_of(s.label)]
+        words = [box.text for n in own for box in boxes.get(n, ()) if box.text]
+        often = sorted(set(words), key=lambda word: (-words.count(word), word))[:5]
+        rows.append(
+            {
+                "class": name,
+                "images": len(own),
+                "with_text": sum(n in boxes for n in own),
+                "words": [[word, words.count(word)] for word in often],
+            }
+        )
+    return {
+        "found_in": "squares" if config.boxes is None else config.boxes.name,
+        "images": len(numbers),
+        "with_text": len(boxes),
+        "boxes": sum(map(len, boxes.values())),
+        "classes": rows,
+    }
+
+
+def _describe_covering(
+    index: Index,
+    numbers: NDArray[np.int64],
+    plain: NDArray[np.float32],
+    covered: Mapping[str, NDArray[np.float32]],
+) -> dict[str, Any]:
+    """The metrics of the split as it is, and with its text covered in each way."""
+    likeliest = plain.argmax(1)
+    return {
+        "as_it_is": measure(index, numbers, plain),
+        **{how: measure(index, numbers, covered[how]) for how in COVERS},
+        "predicted_otherwise": {
+            how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS
+        },
+    }
+
+
+def _describe_paste(
+    config: ProbeTextConfig,
+    index: Index,
+    numbers: NDArray[np.int64],
+    plain: NDArray[np.float32],
+    pasted: NDArray[np.float32],
+) -> dict[str, Any]:
+    """Mean probability of each class before and after pasting, over the images of each class."""
+    targets = index.targets()[numbers].astype(bool)
+    rows = []
+    for i, name in enumerate(index.classes):
+        own = targets[:, i]
+        means = [
+            [round(float(v), DIGITS) for v in p[own].mean(0, dtype=np.float64)]
+            if own.any()
+            else None
+            for p in (plain, pasted)
+        ]
+        changed = plain[own].argmax(1) != pasted[own].argmax(1)
+        rows.append(
+            {
+                "class": name,
+                "images": int(own.sum()),
+                "before": means[0],
+                "after": means[1],
+                "predicted_otherwise": int(changed.sum()),
+            }
+        )
+    _, box = paste(np.zeros((index.image_size_px, index.image_size_px), np.uint8), config)
+    return {
+        "word": config.word,
+        "place": config.place,
+        "letters_px": round(box.height),
+        "image_size_px": index.image_size_px,
+        "classes": rows,
+    }
+
+
+def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
+    """Mean share of |relevance| and of the area in the boxes, over the images of each class."""
+    named = [("all", rows)] + [
+        (name, [row for row in rows if name in labels_of(index.samples[row[0]].label)])
+        for name in index.classes
+    ]
+    described = []
+    for name, own in named:
+        share, area = np.mean([row[1:] for row in own], axis=0) if own else (np.nan, np.nan)
+        described.append(
+            {
+                "class": name,
+                "images": len(own),
+                "share": round(float(share), DIGITS) if own else None,
+                "area": round(float(area), DIGITS) if own else None,
+                "times_chance": round(float(share / area), 3) if own and area else None,
+            }
+        )
+    return {"all": described[0], "classes": described[1:]}
+
+
+def _write_pictures(
+    config: ProbeTextConfig,
+    subject: Subject,
+    explainer: Explainer,
+    boxes: Boxes,
+    numbers: NDArray[np.int64],
+    probabilities: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> list[dict[str, Any]]:
+    """Draw images with text, and of each class one that is right with the word pasted on it.
+
+    The two probabilities, [N, classes] each, are those before and after pasting.
+    """
+    index, (plain, pasted) = subject.index, probabilities
+    drawn = []
+    for kind, place, target in _choose_pictures(index, boxes, numbers, plain):
+        number = int(numbers[place])
+        pixels, shown = np.asarray(subject.images[number]), boxes.get(number, ())
+        if kind == "pasted":
+            pixels, box = paste(pixels, config)
+            shown = [box]
+        images = read_rows(pixels[None], np.array([0]), subject.accelerator.device)
+        relevance = explainer.attribute(images, [target]).relevance[0, 0].float().cpu().numpy()
+        share, area = share_inside(relevance, shown)
+        sample = index.samples[number]
+        pictures = {"xray": Image.fromarray(pixels), "map": overlay(pixels, relevance)}
+        names = {what: f"{sample.key}.{kind}.{what}.png" for what in pictures}
+        for what, picture in pictures.items():
+            with atomic_file(subject.run.text_pictures(config.split) / names[what]) as partial:
+                _outlined(picture, shown).save(partial, "PNG")
+        drawn.append(
+            {
+                "kind": kind,
+                "key": sample.key,
+                "label": sample.label,
+                "explained": index.classes[target],
+                "share": round(share, DIGITS),
+                "area": round(area, DIGITS),
+                "relevance_inside": float(f"{relevance[inside(shown, *pixels.shape)].sum():.6g}"),
+                "before": [round(float(value), DIGITS) for value in plain[place]],
+                "after": [round(float(value), DIGITS) for value in pasted[place]],
+                **names,
+            }
+        )
+    return drawn
+
+
+def _choose_pictures(
+    index: Index, boxes: Boxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
+) -> list[tuple[str, int, int]]:
+    """Kind of picture, place among the numbers, and class to explain; no picture twice."""
+    likeliest = plain.argmax(1).tolist()
+    chosen: list[tuple[str, int, int]] = []
+    for target, name in enumerate(index.classes):
+        own = [i for i, n in enumerate(numbers) if name in labels_of(index.samples[n].label)]
+        with_text = [i for i in own if int(numbers[i]) in boxes]
+        right = [i for i in own if likeliest[i] == target]
+        chosen += [("found", i, likeliest[i]) for i in with_text[:PICTURED]]
+        chosen += [("pasted", i, target) for i in right[:1]]
+    return list({(kind, place): (kind, place, target) for kind, place, target in chosen}.values())
+
+
+def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
+    """The picture at least 300 px wide, with a thin line around each box."""
+    times = max(1, -(-300 // picture.width))
+    size = (picture.width * times, picture.height * times)
+    large = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(large)
+    for box in boxes:
+        x, y, width, height = (value * times for value in box[:4])
+        draw.rectangle((x - 2, y - 2, x + width + 1, y + height + 1), outline=OUTLINE)
+    return large
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """What was measured, for the terminal."""
+    text, covering, word = found["text"], found["covering"], found["paste"]
+    score = "recall" if found["task"] == "multiclass" else "auroc"
+    rows = [
+        [
+            row["class"],
+            str(row["images"]),
+            str(row["with_text"]),
+            *(_three(covering[c]["classes"][row["class"]][score]) for c in ("as_it_is", *COVERS)),
+        ]
+        for row in text["classes"]
+    ]
+    headers = ["Class", "Images", "With text", f"{score} as it is", "black", "filled"]
+    relevance = found["relevance"]["all"]
+    where = (
+        f"|relevance| in the boxes: {relevance['share']:.1%}, their area {relevance['area']:.1%}: "
+        f"{relevance['times_chance']:.2f} times chance, mean of {relevance['images']} images"
+        if relevance["images"]
+        else "|relevance| in the boxes: no image has any"
+    )
+    changes = [
+        [
+            row["class"],
+            *(
+                f"{b:.4f} -> {a:.4f}"
+                for b, a in zip(row["before"] or (), row["after"] or (), strict=True)
+            ),
+            str(row["predicted_otherwise"]),
+        ]
+        for row in word["classes"]
+    ]
+    titles = ["Truth", *found["classes"], "Predicted otherwise"]
+    return "\n".join(
+        [
+            table(rows, headers),
+            f"as it is: {headline(covering['as_it_is'])}",
+            f"text covered with black: {headline(covering['black'])}",
+            f"text filled from its surroundings: {headline(covering['fill'])}",
+            where,
+            f"{word['word']!r} pasted ({word['place']}): mean probability of each class",
+            table(changes, titles),
+        ]
+    )
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -1,0 +1,89 @@
+"""Fault injection: the real command on real ranks, hit at a chosen moment of its own progress."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from support import LAUNCH
+
+DEADLINE_S = 240  # of anything that a test waits for; a hang fails
+
+
+class Launched:
+    """`cxrdist ARGUMENTS` on some ranks, in a process group of its own.
+
+    Attributes:
+        run: the run directory that is watched.
+        process: the launcher.
+    """
+
+    def __init__(self, world: int, run: Path, *arguments: object, **environment: str) -> None:
+        """Start it."""
+        self.run, self.world = run, world
+        ranks = ("--config_file", str(LAUNCH / "cpu.yaml"), "--num_processes", str(world))
+        if world == 1:
+            ranks = ("--num_machines", "1", "--num_processes", "1", "--dynamo_backend", "no")
+        self._output = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "cxrdist.launch", *ranks, "--main_process_port", "0"),
+                *("-m", "cxrdist", *map(str, arguments)),
+            ],
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={
+                **os.environ,
+                **{"ACCELERATE_USE_CPU": "yes", "OMP_NUM_THREADS": "1"},
+                **{"CUDA_VISIBLE_DEVICES": "", "CXRDIST_STEPS_PER_LOG_ROW": "1"},
+                **environment,
+            },
+        )
+
+    def rank(self, number: int) -> psutil.Process:
+        """The process of a rank."""
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if child.environ().get("RANK", "0") == str(number):
+                    return child
+            except psutil.Error:
+                continue
+        raise ProcessLookupError(f"no rank {number}")
+
+    def wait_for(self, num_changes: int) -> bool:
+        """Wait until log and checkpoints have changed so often; False if it ended before."""
+        seen, began = self._state(), time.monotonic()
+        while num_changes:
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() - began > DEADLINE_S:
+                raise TimeoutError(self.end())
+            time.sleep(0.002)
+            state = self._state()
+            num_changes -= state != seen
+            seen = state
+        return True
+
+    def _state(self) -> tuple[object, ...]:
+        log, checkpoints = self.run / "log.jsonl", self.run / "checkpoints"
+        names = sorted(os.listdir(checkpoints)) if checkpoints.is_dir() else []
+        return (log.stat().st_size if log.is_file() else 0, *names)
+
+    def kill_all(self) -> None:
+        """End all of it with SIGKILL."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> str:
+        """Wait for the end; what was said."""
+        try:
+            self.process.wait(DEADLINE_S)
+        finally:
+            if self.process.poll() is None:
+                self.kill_all()
+        self._output.seek(0)
+        return self._output.read()

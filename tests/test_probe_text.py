@@ -1,0 +1,216 @@
+"""The word experiments, on phantoms of which nothing but a word tells one class."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import contents, run_ranks
+
+from cxrdist.config import (
+    Augmentation,
+    EvaluateConfig,
+    Network,
+    PackConfig,
+    ProbeTextConfig,
+    ReportConfig,
+    Stage,
+    TrainConfig,
+)
+from cxrdist.data.boxes import Box, read_boxes, write_boxes
+from cxrdist.data.index import read_index
+from cxrdist.data.pack import pack
+from cxrdist.data.phantom import COVID, NORMAL, PATIENT_PATTERN, write_phantoms
+from cxrdist.demo import write_word_boxes
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.predictions import evaluate
+from cxrdist.probe_text import PAPER, boxes_in_squares, paste, probe_text, share_inside
+from cxrdist.report.html import report
+from cxrdist.train.loop import train
+
+SIZE_PX = 48
+PAPER_TEXT = Path(__file__).parents[2] / "shared" / "paper.txt"
+BLOCKS = ("stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The demo's phantoms without opacities, the word on each COVID-19 image, and a network."""
+    folder = tmp_path_factory.mktemp("words")
+    write_phantoms(folder / "images", 40, SIZE_PX, opacities=False, word_share=1.0)
+    write_word_boxes(folder / "images" / "opacities.csv", folder / "boxes.csv", SIZE_PX)
+    pack_images(folder, folder / "shards")
+    train(
+        TrainConfig(
+            folder / "shards",
+            folder / "run",
+            {"all": Stage(dict.fromkeys(BLOCKS, 3e-3), epochs=15, patience=15)},
+            init="none",
+            global_batch_size=10,
+            optimizer="adamw",
+            augmentation=Augmentation(degrees=3, shift_x=0.02, shift_y=0.02, flip=False),
+            network=Network(8, (2, 2, 2, 2), 0.0),
+            cache=folder / "cache",
+        )
+    )
+    return folder
+
+
+def pack_images(folder, out, **options):
+    settings = {"size": SIZE_PX, "split": "0.5/0.2/0.3", "patient_pattern": PATIENT_PATTERN}
+    pack(PackConfig("folder", folder / "images", out, workers=1, **settings, **options))
+
+
+def probe(folder, **options):
+    settings = {"boxes": folder / "boxes.csv", "height": 0.08, "cache": folder / "cache"}
+    settings |= {"shards": folder / "shards", **options}
+    probe_text(ProbeTextConfig(folder / "run", **settings))
+    return json.loads((folder / "run" / "test" / "text.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(trained):
+    return probe(trained)
+
+
+def test_a_network_that_reads_the_word_is_found_out(found):
+    """The word's class is known by the word alone, filling takes that away, pasting gives it."""
+    covering = found["covering"]
+    recall = {how: covering[how]["classes"][COVID]["recall"] for how in ("as_it_is", "fill")}
+    assert recall["as_it_is"] >= 0.9
+    assert recall["fill"] <= 0.1
+    assert covering["as_it_is"]["accuracy"] - covering["fill"]["accuracy"] > 0.25
+    (normal,) = (row for row in found["paste"]["classes"] if row["class"] == NORMAL)
+    covid = found["classes"].index(COVID)
+    assert normal["after"][covid] - normal["before"][covid] > 0.5
+    assert normal["predicted_otherwise"] > 0.5 * normal["images"]
+
+
+def test_relevance_says_where_the_network_looked(found):
+    """Several times the share that chance gives lies in the word, over all images with one."""
+    relevance = found["relevance"]["all"]
+    assert relevance["images"] == found["text"]["with_text"] > 10
+    assert relevance["times_chance"] > 3
+    assert relevance["times_chance"] == pytest.approx(
+        relevance["share"] / relevance["area"], abs=1e-3
+    )
+
+
+def test_covered_squares_are_those_of_covered_shards(trained, found, tmp_path):
+    """Shards that were packed with the text covered give the probe's numbers, and are refused."""
+    covered = tmp_path / "covered"
+    boxes = trained / "boxes.csv"
+    pack_images(trained, covered, text_boxes=boxes, cover="fill", cover_split="test")
+    evaluate(EvaluateConfig(trained / "run", covered, cache=tmp_path))
+    metrics = json.loads((trained / "run" / "test" / "metrics.json").read_text())
+    assert metrics["confusion_matrix"] == found["covering"]["fill"]["confusion_matrix"]
+    assert metrics["index_sha256"] != found["index_sha256"]
+    with pytest.raises(CxrdistError, match="covered already"):
+        probe(trained, shards=covered)
+
+
+def test_ranks_do_not_change_the_result(trained, found):
+    """Two ranks write the same bytes as one process."""
+    alone = contents(trained / "run" / "test" / "text")
+    result = (trained / "run" / "test" / "text.json").read_bytes()
+    done = run_ranks(
+        2,
+        *("-m", "cxrdist", "probe-text", "--run", trained / "run", "--height", 0.08),
+        *("--shards", trained / "shards", "--boxes", trained / "boxes.csv"),
+        *("--cache", trained / "cache"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (trained / "run" / "test" / "text.json").read_bytes() == result
+    assert contents(trained / "run" / "test" / "text") == alone
+
+
+def test_the_report_shows_it_beside_the_paper(trained, found):
+    """Scores, probabilities and shares of text.json stand in the page, and the paper's words."""
+    page = report(ReportConfig(trained / "run")).read_text(encoding="utf-8")
+    section = re.search(r'<section aria-labelledby="text">.*?</section>', page, re.DOTALL)[0]
+    shown = " ".join(re.sub(r"<[^>]+>", " ", section).replace("\xa0", " ").split())
+    for how in ("as_it_is", "black", "fill"):
+        assert f"{found['covering'][how]['accuracy']:.1%}".replace("%", " %") in shown
+    assert f"{found['relevance']['all']['share']:.1%}".replace("%", " %") in shown
+    for words in PAPER.values():
+        assert words in shown
+    assert section.count("data:image/jpeg") == 2 * len(found["pictures"])
+
+
+def test_the_paper_is_quoted_word_for_word():
+    """What stands in quotation marks stands in the paper."""
+    if not PAPER_TEXT.is_file():
+        pytest.skip("the paper is not on this machine")
+    paper = " ".join(PAPER_TEXT.read_text(encoding="utf-8").split())
+    quotes = [quote for words in PAPER.values() for quote in re.findall("“(.*?)”", words)]
+    assert len(quotes) >= 5
+    assert [quote for quote in quotes if quote not in paper] == []
+
+
+def test_without_a_table_the_squares_are_searched(trained, tmp_path):
+    """The finder runs on the packed squares themselves, and the result says so."""
+    write_phantoms(tmp_path / "images", 5, SIZE_PX, word_share=1.0)
+    pack_images(tmp_path, tmp_path / "shards")
+    found = probe(trained, shards=tmp_path / "shards", boxes=None)
+    assert found["text"]["found_in"] == "squares"
+    assert found["relevance"]["all"]["images"] == found["text"]["with_text"]
+
+
+def test_boxes_reach_the_squares_of_cropped_images(trained):
+    """Each box of the table is found again in the square of its sample, and no other."""
+    index = read_index(trained / "shards")
+    boxes = read_boxes(trained / "boxes.csv")
+    found = boxes_in_squares(index, "test", trained / "boxes.csv")
+    paths = {index.samples[number].path for number in found}
+    assert paths == {s.path for s in index.samples if s.split == "test"} & boxes.keys()
+    for number, (box,) in found.items():
+        assert box[:4] == pytest.approx(boxes[index.samples[number].path][0][:4])
+
+
+def test_a_word_is_pasted_into_each_corner():
+    """The word stands inside its box, in the corner that was named, and nothing else is changed."""
+    pixels = np.zeros((96, 96), np.uint8)
+    for place, corner in {
+        "upper-left": (0, 0),
+        "upper-right": (0, 1),
+        "lower-left": (1, 0),
+        "lower-right": (1, 1),
+    }.items():
+        config = ProbeTextConfig(Path("run"), Path("shards"), place=place, word="AP", height=0.1)
+        pasted, box = paste(pixels, config)
+        y, x = np.nonzero(pasted)
+        assert box.x - 1 <= x.min() <= x.max() <= box.x + box.width + 1
+        assert box.y - 1 <= y.min() <= y.max() <= box.y + box.height + 1
+        assert (y.mean() > 48, x.mean() > 48) == tuple(map(bool, corner))
+        assert pixels.max() == 0
+
+
+def test_the_share_counts_overlapping_boxes_once():
+    """Relevance that is spread evenly, of either sign, has the share of the area; zeros have 0."""
+    boxes = [Box(0, 0, 4, 4), Box(2, 0, 4, 4)]
+    relevance = np.where(np.indices((8, 8)).sum(0) % 2, 1.0, -1.0)
+    assert share_inside(relevance, boxes) == (24 / 64, 24 / 64)
+    assert share_inside(np.zeros((8, 8)), boxes) == (0.0, 24 / 64)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"word": " "}, "--word: is empty"),
+        ({"height": 0}, "--height 0"),
+        ({"height": 0.7}, "at most 0.5"),
+        ({"limit": 0}, "limit: is 0"),
+    ],
+)
+def test_bad_options_are_refused(trained, options, said):
+    """A word without letters, or letters of no size, are refused before anything is read."""
+    with pytest.raises(CxrdistError, match=said):
+        probe(trained, **options)
+
+
+def test_a_table_of_other_images_is_refused(trained, tmp_path):
+    """A table that names no image of the shards is a mistake, not an absence of text."""
+    write_boxes(tmp_path / "boxes.csv", {"other.png": [Box(1, 1, 2, 2)]})
+    with pytest.raises(CxrdistError, match="has no image of the shards"):
+        probe(trained, boxes=tmp_path / "boxes.csv")

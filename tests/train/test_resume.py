@@ -1,0 +1,315 @@
+"""Whatever is done to a run, the same command ends it as if nothing had happened."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from faults import Launched
+from support import run_command, run_ranks, run_script
+
+from cxrdist.run import locked, read_log
+
+KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "4"))
+NUM_OPERATIONS = 40  # file operations of two saves
+BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
+
+
+@pytest.fixture(scope="module")
+def command(shards, tmp_path_factory) -> list[object]:
+    """Train two stages of a small network with dropout; saved after every second step."""
+    folder = tmp_path_factory.mktemp("resume")
+    stages = {
+        "all": {"lr": dict.fromkeys(BLOCKS, 0.05), "epochs": 2, "patience": 2},
+        "late": {"lr": {"denseblock4": 0.01, "head": 0.01}, "epochs": 1, "patience": 1},
+    }
+    recipe = {
+        **{"init": "none", "global_batch_size": 6, "copies": {}, "stages": stages},
+        **{"network": {"growth_rate": 4, "block_config": [1, 1, 1, 1]}},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    paths = ("--config", folder / "recipe.yaml", "--shards", shards, "--cache", folder / "cache")
+    return ["train", *paths, "--save-steps", 2]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory) -> Path:
+    """The run that nobody disturbs, on two ranks."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert Launched(2, run, *command, "--run", run).end().endswith(f"{run / 'model'}\n")
+    return run
+
+
+def said(run: Path) -> list[dict[str, object]]:
+    """All that a run logged, but its speed: losses, validation, and what each step has taken."""
+    return [row for row in read_log(run / "log.jsonl") if row["kind"] != "speed"]
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    """The same model, the same log of losses and plan positions."""
+    model = "model/model.safetensors"
+    assert (run / model).read_bytes() == (whole / model).read_bytes()
+    assert said(run) == said(whole)
+    assert not [*run.rglob(".*.partial")]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(command, whole, tmp_path):
+    """SIGKILL to the whole job or to a rank, in steps, saves, validation and between stages."""
+    run, moments = tmp_path / "run", random.Random(KILLS)
+    for _ in range(KILLS):
+        job = Launched(2, run, *command, "--run", run)
+        victim = moments.choice(("job", "rank 0", "rank 1"))
+        if not job.wait_for(moments.randint(1, 9)):
+            break
+        if victim == "job":
+            job.kill_all()
+            job.end()
+            continue
+        try:
+            job.rank(int(victim[-1])).kill()
+        except (ProcessLookupError, psutil.Error):  # it has just ended by itself
+            job.end()
+            break
+        assert f"{victim} was ended by SIGKILL" in job.end()
+        assert job.process.returncode == 1
+    assert run_ranks(2, "-m", "cxrdist", *command, "--run", run).returncode == 0
+    assert_steps_were_taken(run, whole)
+
+
+DIE = """
+import os, runpy, sys
+from pathlib import Path
+
+count, last = 0, int(sys.argv.pop(1))
+
+
+def hook(owner, name):
+    function = getattr(owner, name)
+
+    def hooked(*arguments, **named):
+        global count
+        count += (Path(sys.argv[-1]) / "checkpoints").is_dir()
+        if count == last:
+            os._exit(137)
+        return function(*arguments, **named)
+
+    setattr(owner, name, hooked)
+
+
+for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
+    hook(os, name)
+for name in ("write_bytes", "write_text"):
+    hook(Path, name)
+runpy.run_module("cxrdist", run_name="__main__")
+"""
+
+
+def test_a_save_may_end_at_any_of_its_file_operations(command, tmp_path):
+    """The newest whole checkpoint is read, and what the dead process left is swept."""
+    runs = [tmp_path / "whole", tmp_path / "run"]
+    assert run_command(*command, "--run", runs[0]).returncode == 0
+    every = range(1, NUM_OPERATIONS)
+    for number in every if KILLS >= 30 else random.Random(0).sample(every, KILLS):
+        died = run_script(DIE, number, *command, "--run", runs[1])
+        assert died.returncode == 137, died.stderr
+        assert "damaged" not in died.stderr
+    done = run_command(*command, "--run", runs[1])
+    assert done.returncode == 0, done.stderr
+    assert "damaged" not in done.stderr
+    assert_steps_were_taken(*runs[::-1])
+    assert not [*runs[1].rglob(".*.partial")]
+
+
+def assert_steps_were_taken(run: Path, whole: Path) -> None:
+    """As `assert_same`, for a log whose last rows are written more rarely."""
+    model = "model/model.safetensors"
+    assert (run / model).read_bytes() == (whole / model).read_bytes()
+    rows = [[row for row in said(r) if row["kind"] == "epoch"] for r in (run, whole)]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank 1"), (signal.SIGINT, "rank 1")],
+)
+def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(command, whole, tmp_path, number, to):
+    """Whoever gets the signal, all ranks stop at one step, and the run goes on from it."""
+    run = tmp_path / "run"
+    job = Launched(2, run, *command, "--run", run)
+    assert job.wait_for(3)
+    (job.process if to == "launcher" else job.rank(1)).send_signal(number)
+    output = job.end()
+    assert job.process.returncode == 75, output
+    assert "stopped and saved at stage all" in output
+    assert "Traceback" not in output
+    again = Launched(2, run, *command, "--run", run)
+    assert "going on after all" in again.end()
+    assert_same(run, whole)
+
+
+def test_one_process_stops_and_goes_on_too(command, tmp_path):
+    """`cxrdist train` alone, and through the launcher."""
+    runs = [tmp_path / "whole", tmp_path / "run"]
+    assert run_command(*command, "--run", runs[0]).returncode == 0
+    job = Launched(1, runs[1], *command, "--run", runs[1])
+    assert job.wait_for(4)
+    job.process.send_signal(signal.SIGTERM)
+    assert "stopped and saved" in job.end()
+    assert job.process.returncode == 75
+    assert run_command(*command, "--run", runs[1]).returncode == 0
+    assert_steps_were_taken(*runs[::-1])
+
+
+def test_another_number_of_ranks_takes_the_same_batches(command, whole, tmp_path):
+    """World sizes 2, 1, 3, 2 in turn: the digests of what was taken are those of two ranks."""
+    run = tmp_path / "run"
+    for world in (2, 1, 3):
+        job = Launched(world, run, *command, "--run", run)
+        assert job.wait_for(3)
+        job.process.send_signal(signal.SIGUSR1)
+        output = job.end()
+        assert job.process.returncode == 75, output
+    Launched(2, run, *command, "--run", run).end()
+    rows = [[(r["stage"], r["step"], r["taken"]) for r in said(x)] for x in (run, whole)]
+    assert rows[0] == rows[1]
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(command, tmp_path):
+    """SIGSTOP to one rank: the others end within the limit and say who."""
+    run = tmp_path / "run"
+    job = Launched(2, run, *command, "--run", run, CXRDIST_HANG_SECONDS="4")
+    assert job.wait_for(2)
+    hung = job.rank(1)
+    hung.suspend()
+    output = job.end()
+    assert job.process.returncode == 1
+    assert "rank 1 (" in output
+    assert f"pid {hung.pid}) has not answered" in output
+    assert not psutil.pid_exists(hung.pid)
+
+
+def damage_cut(state: Path) -> None:
+    state.write_bytes(state.read_bytes()[:-100])
+
+
+def damage_empty(state: Path) -> None:
+    state.write_bytes(b"")
+
+
+def damage_bit(state: Path) -> None:
+    content = bytearray(state.read_bytes())
+    content[len(content) // 2] ^= 4
+    state.write_bytes(content)
+
+
+def damage_bomb(state: Path) -> None:
+    """A pickle that would make a file."""
+    state.write_bytes(b"cos\nsystem\n(S'touch " + str(state.parent / "ran").encode() + b"'\ntR.")
+
+
+def damage_missing(state: Path) -> None:
+    state.unlink()
+
+
+def damage_position(state: Path) -> None:
+    about = state.with_name("position.json")
+    about.write_text(about.read_text().replace('"step": ', '"step": 1', 1))
+
+
+def damage_no_position(state: Path) -> None:
+    state.with_name("position.json").write_text("{")
+
+
+def stopped_run(command: list[object], run: Path) -> list[Path]:
+    """A run of one process that was stopped within an epoch; its checkpoints, the latest last."""
+    job = Launched(1, run, *command, "--run", run)
+    assert job.wait_for(9)
+    job.process.send_signal(signal.SIGTERM)
+    job.end()
+    return sorted((run / "checkpoints").glob("[!.]*[0-9]"))
+
+
+@pytest.fixture(scope="module")
+def stopped(command, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    assert len(stopped_run(command, run)) >= 2
+    return run
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(damage_cut, damage_empty, damage_bit, damage_bomb),
+        *(damage_missing, damage_position, damage_no_position),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_by_name(stopped, tmp_path, damage):
+    """The one before it is taken; nothing in the damaged one is run."""
+    from cxrdist.train.checkpoint import load_latest
+
+    checkpoints = Path(shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints"))
+    states = sorted(checkpoints.glob("[!.]*/state.safetensors"))
+    recipe, warnings = (stopped / "recipe.yaml").read_text(), []
+    before = load_latest(checkpoints, recipe, warnings.append)
+    assert not warnings
+    damage(states[-1])
+    found = load_latest(checkpoints, recipe, warnings.append)
+    assert states[-1].parent.name in warnings[0]
+    assert found is not None
+    assert found.position.name < before.position.name
+    assert not (states[-1].parent / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("format", "cxrdist-checkpoint-9", "has format 'cxrdist-checkpoint-9'"),
+        ("recipe", "seed: 5\n", "is a checkpoint of another recipe"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(stopped, tmp_path, field, value, message):
+    """A newer format or another recipe is no damage: going on from an older one would be wrong."""
+    from cxrdist.errors import CxrdistError
+    from cxrdist.train.checkpoint import load_latest
+
+    checkpoints = Path(shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints"))
+    latest = max(checkpoints.glob("[!.]*/position.json"))
+    recipe = (stopped / "recipe.yaml").read_text()
+    if field == "format":
+        latest.write_text(json.dumps(json.loads(latest.read_text()) | {"format": value}))
+    with pytest.raises(CxrdistError, match=message):
+        load_latest(checkpoints, value if field == "recipe" else recipe, print)
+
+
+def test_the_holder_of_a_run_directory_is_named(command, tmp_path):
+    """A second job stops at once and says who is writing: host, process, since when."""
+    with locked(tmp_path / "run"):
+        done = run_command(*command, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"pid {os.getpid()}, since " in done.stderr
+
+
+def test_a_full_disk_leaves_the_last_save_and_the_run_goes_on(command, tmp_path):
+    """One line that says so; with room the same command ends as an undisturbed run."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount")
+    try:
+        done = run_command(*command, "--run", disk / "run")
+        assert done.returncode == 1, done.stderr
+        assert "No space left on device; make room" in done.stderr
+        assert "Traceback" not in done.stderr
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        assert run_command(*command, "--run", disk / "run").returncode == 0
+        assert run_command(*command, "--run", tmp_path / "whole").returncode == 0
+        assert_steps_were_taken(disk / "run", tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
