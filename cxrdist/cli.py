@@ -1,5 +1,6 @@
 """The command `cxrdist`: options in, exit code out."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -97,11 +98,26 @@ def main(arguments: list[str] | None = None) -> int:
     except RunFailedError as error:
         print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        print(
+            f"cxrdist: rank {os.environ['RANK']}: the connection to another rank was lost; that "
+            "one's own message, or its launcher's, says why",
+            file=sys.stderr,
+        )
+        return 1
     except Stopped as stop:
         if str(stop):
             print(f"cxrdist: {stop}", file=sys.stderr)
         return STOP_CODE
     return 0
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended; gloo and NCCL say so."""
+    text = str(error)
+    return "RANK" in os.environ and ("gloo/transport" in text or "NCCL" in text)
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:

@@ -1,12 +1,14 @@
 """The heartbeat of the ranks: one that is stopped or cut off ends the job, and is named."""
 
 import atexit
+import contextlib
 import os
 import platform
 import sys
 import threading
 import time
 
+import psutil
 import torch.distributed
 
 HANG_SECONDS = 120.0
@@ -18,63 +20,95 @@ def start_heartbeat(rank: int, world_size: int) -> None:
 
     The thread beats through long work of the main thread (decoding, downloads, writing), but not
     in a process that is stopped, swapped out or cut off from the network. The main rank watches
-    all others, and they watch the main rank. CXRDIST_HANG_SECONDS changes the limit of 120 s.
+    all others, and they watch the main rank. The beats go through the store of the first node's
+    launcher; where that one does not answer, a second thread ends this process.
+    CXRDIST_HANG_SECONDS changes the limit of 120 s.
     """
     limit = float(os.environ.get("CXRDIST_HANG_SECONDS", HANG_SECONDS))
-    store = torch.distributed.distributed_c10d._get_default_store().clone()
-    others = list(range(1, world_size)) if rank == 0 else [0]
-    ending = threading.Event()
-    heart = threading.Thread(
-        target=_beat, args=(store, rank, others, limit, ending), name="heartbeat", daemon=True
-    )
+    heart = _Heart(rank, list(range(1, world_size)) if rank == 0 else [0], limit)
     heart.start()
-
-    def end() -> None:
-        ending.set()
-        heart.join()
-
-    atexit.register(end)
+    atexit.register(heart.end)
 
 
-def _beat(
-    store: torch.distributed.Store,
-    rank: int,
-    others: list[int],
-    limit: float,
-    ending: threading.Event,
-) -> None:
-    """Beat and watch, ten times in the limit."""
-    period = limit / 10
-    about = f"{platform.node()}, pid {os.getpid()}"
-    seen = {other: (b"", time.monotonic()) for other in others}
-    count, before = 0, time.monotonic()
-    try:
-        store.set(f"about/{rank}", about)
-        while not ending.wait(period):
-            count += 1
-            store.set(f"beat/{rank}", str(count))
+class _Heart:
+    """Beats and watches, ten times in the limit."""
+
+    def __init__(self, rank: int, others: list[int], limit: float) -> None:
+        self.rank, self.others, self.limit = rank, others, limit
+        self.store = torch.distributed.distributed_c10d._get_default_store().clone()
+        self.beaten = time.monotonic()  # when the store last took a beat
+        self.ending = threading.Event()
+        self.beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        self.beating.start()
+        threading.Thread(target=self._watch_the_store, name="heartbeat watch", daemon=True).start()
+
+    def end(self) -> None:
+        """Say that this rank is done; waits for the store, as long as the limit."""
+        self.ending.set()
+        self.beating.join()
+
+    def _beat(self) -> None:
+        store, period = self.store, self.limit / 10
+        seen = {other: (b"", time.monotonic()) for other in self.others}
+        try:
+            store.set(f"about/{self.rank}", f"{platform.node()}, pid {os.getpid()}")
+            count = 0
+            while not self.ending.wait(period):
+                count += 1
+                store.set(f"beat/{self.rank}", str(count))
+                now, before = time.monotonic(), self.beaten
+                if now - before > 3 * period:  # this process was stopped itself, perhaps all were
+                    seen = {other: (beat, now) for other, (beat, _) in seen.items()}
+                self.beaten = now
+                for other in self.others:
+                    beat = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
+                    if beat != seen[other][0] or beat == _DONE.encode():
+                        seen[other] = (beat, now)
+                    elif now - seen[other][1] > self.limit:
+                        self._end_job(other, now - seen[other][1])
+            store.set(f"beat/{self.rank}", _DONE)
+        except RuntimeError:
+            # The store's process has ended; its launcher or the next collective says so.
+            return
+
+    def _watch_the_store(self) -> None:
+        period = self.limit / 10
+        before = time.monotonic()
+        while self.beating.is_alive():
+            time.sleep(period)
             now = time.monotonic()
-            if now - before > 3 * period:  # this process was stopped itself, perhaps all were
-                seen = {other: (beat, now) for other, (beat, _) in seen.items()}
+            if now - before > 3 * period:  # this process was stopped itself
+                self.beaten = now
             before = now
-            for other in others:
-                beat = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
-                if beat != seen[other][0] or beat == _DONE.encode():
-                    seen[other] = (beat, now)
-                elif now - seen[other][1] > limit:
-                    _end_job(store, other, now - seen[other][1])
-        store.set(f"beat/{rank}", _DONE)
-    except RuntimeError:
-        # The store's process has ended; its launcher or the next collective says so.
-        return
+            if now - self.beaten > self.limit:
+                _end_process(
+                    f"rank {self.rank}: the launcher of the first node has not answered for "
+                    f"{now - self.beaten:.0f} s"
+                )
+
+    def _end_job(self, rank: int, seconds: float) -> None:
+        known = self.store.check([f"about/{rank}"])
+        about = self.store.get(f"about/{rank}").decode() if known else "it never began"
+        _kill_neighbour(rank, about)
+        _end_process(f"rank {rank} ({about}) has not answered for {seconds:.0f} s")
 
 
-def _end_job(store: torch.distributed.Store, rank: int, seconds: float) -> None:
-    known = store.check([f"about/{rank}"])
-    about = store.get(f"about/{rank}").decode() if known else "it never began"
+def _kill_neighbour(rank: int, about: str) -> None:
+    """Kill a rank that hangs on this node; its launcher would first wait 30 s for it."""
+    host, _, pid = about.partition(", pid ")
+    if host == platform.node():
+        with contextlib.suppress(psutil.Error, ValueError):
+            neighbour = psutil.Process(int(pid))
+            if neighbour.environ().get("RANK") == str(rank):
+                neighbour.kill()
+
+
+def _end_process(reason: str) -> None:
+    """End this process at once, and with it the job, whatever its other threads wait for."""
     print(
-        f"cxrdist: rank {rank} ({about}) has not answered for {seconds:.0f} s; the job ends. "
-        "See to that machine, then run the same command again",
+        f"cxrdist: {reason}; the job ends. See to that machine, then run the same command again",
         file=sys.stderr,
         flush=True,
     )

@@ -10,13 +10,21 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import FrameType
+from typing import NamedTuple
 
 import psutil
 
-from cxrdist.signals import STOP_CODE, STOP_SIGNALS
+from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS
 
-_received: list[int] = []
+
+class _Received(NamedTuple):
+    number: int
+    came: float
+
+
+_received: list[_Received] = []
 
 
 def main() -> int:
@@ -40,22 +48,25 @@ def main() -> int:
         codes = {0: error.returncode}
     else:
         return 0
+    passed_on = {received.number for received in _received}
     for rank, code in sorted(codes.items()):
-        if code < 0 and -code not in _received:
+        if code < 0 and -code not in passed_on:
             name = signal.Signals(-code).name
             print(f"cxrdist: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
     # A rank that had not yet begun to listen ends by the signal itself; nothing is lost then.
-    found = {STOP_CODE if -code in _received else code for code in codes.values()}
+    found = {STOP_CODE if -code in passed_on else code for code in codes.values()}
     return next(code for code in (STOP_CODE, 2, 1) if code in found or code == 1)
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:
-    _received.append(number)
+    """Pass a signal on; a second request kills, since a rank that hangs listens to nothing else."""
+    second = bool(_received) and time.monotonic() - _received[0].came > SAME_REQUEST_SECONDS
+    _received.append(_Received(number, time.monotonic()))
     children = psutil.Process().children()
     if not children:
         raise SystemExit(STOP_CODE)
     for child in children:
-        child.send_signal(number)
+        child.send_signal(signal.SIGKILL if second else number)
 
 
 if __name__ == "__main__":

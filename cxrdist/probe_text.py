@@ -36,7 +36,7 @@ from cxrdist.evaluate.predictions import (
 )
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
-from cxrdist.run import TEXT_FORMAT, atomic_file, write_json
+from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 
 PAPER = {
@@ -108,6 +108,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )
     if accelerator.is_main_process:
+        sweep(subject.run.text(config.split).parent)
         found = {
             "format": TEXT_FORMAT,
             "split": config.split,
@@ -127,6 +128,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         print(summary(found))
         print(f"all of it: {subject.run.text(config.split)}, and in the report")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def _cover(boxes: Boxes, how: str, number: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

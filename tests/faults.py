@@ -55,8 +55,12 @@ class Launched:
                 continue
         raise ProcessLookupError(f"no rank {number}")
 
-    def wait_for(self, num_changes: int) -> bool:
-        """Wait until log and checkpoints have changed so often; False if it ended before."""
+    def wait_for(self, num_changes: int, seconds: float = 0.0) -> bool:
+        """Wait until log and checkpoints have changed so often, and for a moment between changes.
+
+        Returns:
+            Whether it still runs.
+        """
         seen, began = self._state(), time.monotonic()
         while num_changes:
             if self.process.poll() is not None:
@@ -67,16 +71,27 @@ class Launched:
             state = self._state()
             num_changes -= state != seen
             seen = state
-        return True
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
 
     def _state(self) -> tuple[object, ...]:
         log, checkpoints = self.run / "log.jsonl", self.run / "checkpoints"
         names = sorted(os.listdir(checkpoints)) if checkpoints.is_dir() else []
         return (log.stat().st_size if log.is_file() else 0, *names)
 
-    def kill_all(self) -> None:
-        """End all of it with SIGKILL."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+    def kill(self, victim: str) -> bool:
+        """End the whole job or a rank ("job", "rank 1") with SIGKILL; False if it was over."""
+        if victim == "job":
+            os.killpg(self.process.pid, signal.SIGKILL)
+            return True
+        try:
+            self.rank(int(victim.removeprefix("rank "))).kill()
+        except (ProcessLookupError, psutil.Error):
+            return False
+        return True
 
     def end(self) -> str:
         """Wait for the end; what was said."""
@@ -84,6 +99,6 @@ class Launched:
             self.process.wait(DEADLINE_S)
         finally:
             if self.process.poll() is None:
-                self.kill_all()
+                self.kill("job")
         self._output.seek(0)
         return self._output.read()

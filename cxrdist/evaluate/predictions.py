@@ -22,7 +22,7 @@ from cxrdist.evaluate.metrics import (
     metrics_table,
 )
 from cxrdist.model.densenet import Classifier, load_model
-from cxrdist.run import RunDirectory, write_json, write_table
+from cxrdist.run import RunDirectory, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
 
@@ -92,6 +92,7 @@ def evaluate(config: EvaluateConfig) -> None:
     accelerator = subject.accelerator
     if accelerator.is_main_process:
         probabilities = in_order(rows, numbers)
+        sweep(subject.run.metrics(config.split).parent)
         write_predictions(subject, config.split, numbers, probabilities)
         metrics = measure(subject.index, numbers, probabilities)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
@@ -99,6 +100,7 @@ def evaluate(config: EvaluateConfig) -> None:
         print(metrics_table(metrics))
         print(f"{config.split}: {headline(metrics)}")
     accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 def measure(

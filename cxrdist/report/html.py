@@ -21,7 +21,7 @@ from cxrdist.report.files import (
 from cxrdist.report.splits import split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
-from cxrdist.run import RunDirectory, write_text
+from cxrdist.run import RunDirectory, sweep, write_text
 
 
 def report(config: ReportConfig) -> Path:
@@ -34,6 +34,7 @@ def report(config: ReportConfig) -> Path:
         CxrdistError: there is no run, or one of its files is not what its command writes.
     """
     run = RunDirectory(config.run)
+    sweep(run.root)
     info = read_info(run)
     recipe = read_recipe(run.recipe)
     splits = [

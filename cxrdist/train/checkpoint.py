@@ -163,13 +163,13 @@ def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Che
 
 def _load(path: Path, recipe: str) -> Checkpoint:
     about = json.loads((path / _POSITION).read_text())
+    if about.pop("sha256") != _sha256_of(about):
+        raise ValueError(f"{_POSITION} is not what was written")
     if about["format"] != CHECKPOINT_FORMAT:
         raise CxrdistError(
             f"{path}: has format {about['format']!r}, expected {CHECKPOINT_FORMAT!r}; go on with "
             "the version of cxrdist that wrote it, or remove it"
         )
-    if about.pop("sha256") != _sha256_of(about):
-        raise ValueError(f"{_POSITION} is not what was written")
     if about["recipe_sha256"] != _sha256(recipe.encode()):
         raise CxrdistError(
             f"{path}: is a checkpoint of another recipe; remove it, or give the recipe that it "

@@ -60,7 +60,7 @@ from cxrdist.train.stages import (
     trained_modules,
 )
 from cxrdist.train.step import backward, memory_for, prepare_modes, read_slice, update, validate
-from cxrdist.train.training import Training, build_training, recipe_yaml, refuse_other_run
+from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
 
 # More rows show the plan positions step by step, when a run has to be traced.
 STEPS_PER_LOG_ROW = int(os.environ.get("CXRDIST_STEPS_PER_LOG_ROW", "50"))
@@ -144,7 +144,7 @@ def _resume(training: Training) -> Checkpoint | None:
     """
     accelerator, run = training.accelerator, training.run
     warn = partial(tqdm.write, file=sys.stderr) if accelerator.is_main_process else lambda _: None
-    recipe = recipe_yaml(training.recipe)
+    recipe = fixed_recipe(training.recipe)
     checkpoint = together(accelerator, lambda: load_latest(run.checkpoints, recipe, warn))
     seen = set(gather(accelerator, [checkpoint.position.name if checkpoint else "none"]))
     if len(seen) > 1:
@@ -378,7 +378,7 @@ class StageRun:
         return checkpoint
 
     def _write(self, checkpoint: Checkpoint) -> None:
-        run, recipe = self.training.run, recipe_yaml(self.training.recipe)
+        run, recipe = self.training.run, fixed_recipe(self.training.recipe)
         save_checkpoint(run.checkpoints, checkpoint, recipe, self.saved)
         self.saved = checkpoint.position.name
 

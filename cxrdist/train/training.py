@@ -1,7 +1,7 @@
 """What a training run stands on: run directory, images, plans, network."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,11 @@ def recipe_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(fields, sort_keys=False)
 
 
+def fixed_recipe(config: TrainConfig) -> str:
+    """The recipe without what may change when a run goes on: images in memory at a time."""
+    return recipe_yaml(replace(config, max_images_per_rank=None))
+
+
 def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
     """Make sure that a run directory holds no run, or the one of this recipe and these shards.
 
@@ -97,7 +102,7 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
     begun = run.checkpoints.is_dir() and any(run.checkpoints.glob("[!.]*"))
     if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
         return  # without a checkpoint there is nothing to mix up: a mended recipe may start
-    difference = _difference(run.recipe.read_text(encoding="utf-8"), recipe_yaml(config))
+    difference = _difference(run.recipe.read_text(encoding="utf-8"), fixed_recipe(config))
     if difference:
         raise CxrdistError(
             f"--run {run.root}: holds a run of another recipe ({difference}); "
@@ -114,7 +119,7 @@ def _difference(old_text: str, new_text: str) -> str | None:
     """The first field in which two recipes differ; the order of the stages counts."""
     old, new = yaml.safe_load(old_text), yaml.safe_load(new_text)
     for name in new:
-        if old.get(name) != new[name]:
+        if name != "max_images_per_rank" and old.get(name) != new[name]:
             return f"{name} was {old.get(name)}, is {new[name]}"
     same_order = list(old["stages"]) == list(new["stages"])
     return None if same_order else "its stages were in another order"

@@ -1,20 +1,25 @@
 """Whatever is done to a run, the same command ends it as if nothing had happened."""
 
+import contextlib
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
-from faults import Launched
-from support import run_command, run_ranks, run_script
+from faults import DEADLINE_S, Launched
+from support import run_command, run_script
 
+from cxrdist.errors import CxrdistError
 from cxrdist.run import locked, read_log
+from cxrdist.train.checkpoint import CHECKPOINT_FORMAT, load_latest
 
 KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "4"))
 NUM_OPERATIONS = 40  # file operations of two saves
@@ -61,25 +66,22 @@ def assert_same(run: Path, whole: Path) -> None:
 
 def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bytes(command, whole, tmp_path):
     """SIGKILL to the whole job or to a rank, in steps, saves, validation and between stages."""
-    run, moments = tmp_path / "run", random.Random(KILLS)
-    for _ in range(KILLS):
+    run, moments, num_kills = tmp_path / "run", random.Random(KILLS), 0
+    while num_kills < KILLS:
         job = Launched(2, run, *command, "--run", run)
         victim = moments.choice(("job", "rank 0", "rank 1"))
-        if not job.wait_for(moments.randint(1, 9)):
-            break
-        if victim == "job":
-            job.kill_all()
-            job.end()
-            continue
-        try:
-            job.rank(int(victim[-1])).kill()
-        except (ProcessLookupError, psutil.Error):  # it has just ended by itself
-            job.end()
-            break
-        assert f"{victim} was ended by SIGKILL" in job.end()
-        assert job.process.returncode == 1
-    assert run_ranks(2, "-m", "cxrdist", *command, "--run", run).returncode == 0
-    assert_steps_were_taken(run, whole)
+        killed = job.wait_for(moments.randint(1, 9), moments.uniform(0, 0.1)) and job.kill(victim)
+        output = job.end()
+        num_kills += killed
+        if not killed:  # it has come to its end; another one takes the other kills
+            assert_same(run, whole)
+            shutil.rmtree(run)
+        elif victim != "job":
+            assert f"{victim} was ended by SIGKILL" in output
+            assert "Traceback" not in output
+            assert job.process.returncode == 1
+    Launched(2, run, *command, "--run", run).end()
+    assert_same(run, whole)
 
 
 DIE = """
@@ -136,14 +138,17 @@ def assert_steps_were_taken(run: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "to"),
-    [(signal.SIGTERM, "launcher"), (signal.SIGUSR1, "rank 1"), (signal.SIGINT, "rank 1")],
+    [
+        *((signal.SIGTERM, "launcher"), (signal.SIGTERM, "rank 0"), (signal.SIGINT, "rank 1")),
+        *((signal.SIGUSR1, "launcher"), (signal.SIGUSR1, "rank 1")),
+    ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(command, whole, tmp_path, number, to):
     """Whoever gets the signal, all ranks stop at one step, and the run goes on from it."""
     run = tmp_path / "run"
     job = Launched(2, run, *command, "--run", run)
     assert job.wait_for(3)
-    (job.process if to == "launcher" else job.rank(1)).send_signal(number)
+    (job.process if to == "launcher" else job.rank(int(to[-1]))).send_signal(number)
     output = job.end()
     assert job.process.returncode == 75, output
     assert "stopped and saved at stage all" in output
@@ -168,7 +173,28 @@ def test_one_process_stops_and_goes_on_too(command, tmp_path):
 
 def test_another_number_of_ranks_takes_the_same_batches(command, whole, tmp_path):
     """World sizes 2, 1, 3, 2 in turn: the digests of what was taken are those of two ranks."""
-    run = tmp_path / "run"
+    rows = taken_and_losses(run_on_changing_worlds(command, tmp_path / "run"))
+    assert rows.keys() == taken_and_losses(whole).keys()
+
+
+def test_with_frozen_batchnorm_another_number_of_ranks_has_the_same_losses(command, tmp_path):
+    """Without BatchNorm's statistics and dropout only the order of the sums differs."""
+    recipe = tmp_path / "head.yaml"
+    stages = {"head": {"lr": {"head": 0.05}, "epochs": 3, "patience": 3}}
+    network = {"growth_rate": 4, "block_config": [1, 1, 1, 1], "dropout": 0.0}
+    old = yaml.safe_load(command[command.index("--config") + 1].read_text())
+    recipe.write_text(yaml.safe_dump(old | {"network": network, "stages": stages}))
+    command = [*command, "--config", recipe]
+    whole = tmp_path / "whole"
+    Launched(2, whole, *command, "--run", whole).end()
+    expected = taken_and_losses(whole)
+    found = taken_and_losses(run_on_changing_worlds(command, tmp_path / "run"))
+    assert found == pytest.approx(expected, rel=0, abs=1e-5)
+    assert len({round(loss, 3) for loss in expected.values()}) > 3  # they are not all the same
+
+
+def run_on_changing_worlds(command: list[object], run: Path) -> Path:
+    """Stop a run after some steps and go on with it on other numbers of ranks."""
     for world in (2, 1, 3):
         job = Launched(world, run, *command, "--run", run)
         assert job.wait_for(3)
@@ -176,8 +202,12 @@ def test_another_number_of_ranks_takes_the_same_batches(command, whole, tmp_path
         output = job.end()
         assert job.process.returncode == 75, output
     Launched(2, run, *command, "--run", run).end()
-    rows = [[(r["stage"], r["step"], r["taken"]) for r in said(x)] for x in (run, whole)]
-    assert rows[0] == rows[1]
+    return run
+
+
+def taken_and_losses(run: Path) -> dict[tuple[object, ...], float]:
+    """Losses by stage, step and digest of the images that were taken."""
+    return {(r["kind"], r["stage"], r["step"], r["taken"]): r["loss"] for r in said(run)}
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(command, tmp_path):
@@ -191,7 +221,44 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(command, tmp_path):
     assert job.process.returncode == 1
     assert "rank 1 (" in output
     assert f"pid {hung.pid}) has not answered" in output
+    assert "Traceback" not in output
     assert not psutil.pid_exists(hung.pid)
+
+
+def test_a_launcher_that_hangs_ends_the_ranks(command, tmp_path):
+    """SIGSTOP to the launcher, as on a frozen first node: the ranks hold no GPU for ever."""
+    run = tmp_path / "run"
+    job = Launched(2, run, *command, "--run", run, CXRDIST_HANG_SECONDS="4")
+    assert job.wait_for(2)
+    ranks, launcher = [job.rank(0), job.rank(1)], psutil.Process(job.process.pid)
+    launcher.suspend()
+    began = time.monotonic()
+    while any(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+        assert time.monotonic() - began < DEADLINE_S
+        time.sleep(0.05)
+    launcher.resume()
+    assert "the launcher of the first node has not answered" in job.end()
+    assert job.process.returncode == 1
+
+
+@pytest.mark.parametrize("to", ["launcher", "rank 0"])
+def test_a_second_signal_ends_what_waits_for_a_rank_that_hangs(command, tmp_path, to):
+    """The first one waits for the end of the step, which would never come."""
+    run = tmp_path / "run"
+    job = Launched(2, run, *command, "--run", run)
+    assert job.wait_for(2)
+    waiting, hung = job.rank(0), job.rank(1)
+    hung.suspend()
+    began = time.monotonic()
+    while waiting.is_running() and waiting.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() - began < DEADLINE_S
+        with contextlib.suppress(psutil.NoSuchProcess):
+            (job.process if to == "launcher" else waiting).terminate()
+        time.sleep(0.05)
+    if to == "rank 0":
+        hung.kill()
+    assert "Traceback" not in job.end()
+    assert job.process.returncode == 1
 
 
 def damage_cut(state: Path) -> None:
@@ -226,6 +293,12 @@ def damage_no_position(state: Path) -> None:
     state.with_name("position.json").write_text("{")
 
 
+def damage_format(state: Path) -> None:
+    """A flipped bit in the name of the format: no other version of cxrdist."""
+    about = state.with_name("position.json")
+    about.write_text(about.read_text().replace(CHECKPOINT_FORMAT, CHECKPOINT_FORMAT[:-1] + "3"))
+
+
 def stopped_run(command: list[object], run: Path) -> list[Path]:
     """A run of one process that was stopped within an epoch; its checkpoints, the latest last."""
     job = Launched(1, run, *command, "--run", run)
@@ -246,13 +319,11 @@ def stopped(command, tmp_path_factory) -> Path:
     "damage",
     [
         *(damage_cut, damage_empty, damage_bit, damage_bomb),
-        *(damage_missing, damage_position, damage_no_position),
+        *(damage_missing, damage_position, damage_no_position, damage_format),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over_by_name(stopped, tmp_path, damage):
     """The one before it is taken; nothing in the damaged one is run."""
-    from cxrdist.train.checkpoint import load_latest
-
     checkpoints = Path(shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints"))
     states = sorted(checkpoints.glob("[!.]*/state.safetensors"))
     recipe, warnings = (stopped / "recipe.yaml").read_text(), []
@@ -275,14 +346,14 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(stopped, tmp_path, damage):
 )
 def test_a_checkpoint_of_another_kind_is_refused(stopped, tmp_path, field, value, message):
     """A newer format or another recipe is no damage: going on from an older one would be wrong."""
-    from cxrdist.errors import CxrdistError
-    from cxrdist.train.checkpoint import load_latest
-
     checkpoints = Path(shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints"))
     latest = max(checkpoints.glob("[!.]*/position.json"))
     recipe = (stopped / "recipe.yaml").read_text()
     if field == "format":
-        latest.write_text(json.dumps(json.loads(latest.read_text()) | {"format": value}))
+        about = json.loads(latest.read_text()) | {"format": value}
+        del about["sha256"]  # of all else, with sorted keys, whatever the format
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        latest.write_text(json.dumps(about | {"sha256": digest}))
     with pytest.raises(CxrdistError, match=message):
         load_latest(checkpoints, value if field == "recipe" else recipe, print)
 
