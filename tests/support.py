@@ -4,10 +4,13 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from cxrdist.config import PackConfig
@@ -66,6 +69,20 @@ def contents(directory: Path) -> dict[str, str]:
     """Hashes of the files of a directory by name, but of the lock, which says who wrote last."""
     files = sorted(f for f in directory.rglob("*") if f.is_file() and f.name != ".lock")
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Callable[[], None]]:
+    """Mount a disk of a size on a new folder; a call of what it gives makes room."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount")
+    more = ["mount", "-o", "remount,size=50m", str(folder)]
+    try:
+        yield lambda: subprocess.run(more, check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def run_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.CompletedProcess:

@@ -14,11 +14,11 @@ import torch
 import webdataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from support import run_ranks, start_ranks
+from support import run_ranks, small_disk, start_ranks
 
 from cxrdist.config import ExplainConfig, Network
 from cxrdist.data.index import read_index
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.explain.export import explain, picture_name
 from cxrdist.explain.maps import decode
 from cxrdist.explain.relevance import attribute
@@ -88,6 +88,24 @@ def test_ranks_and_kills_do_not_change_a_byte(shards, run, tmp_path, form, world
     assert files_of(killed / "test") == expected
     maps = 18 if form == "npz" else 2
     assert len(expected) == 2 + maps + 18 * 4  # relevance.csv, relevance.json
+
+
+@pytest.mark.parametrize("form", ["npz", "webdataset"])
+def test_a_full_disk_is_one_line_and_the_maps_go_on_after_it(shards, run, tmp_path, form):
+    """What was finished before stays; with room again the same command makes the rest."""
+    options = {"shards": shards, "cache": tmp_path / "cache", "batch_size": 1, "format": form}
+    explain(ExplainConfig(run, **options))
+    with small_disk(tmp_path / "disk", "400k") as make_room:
+        small = shutil.copytree(run, tmp_path / "disk" / "run", ignore=lambda *_: {"test"})
+        with pytest.raises(RunFailedError, match="No space left on device; make room"):
+            explain(ExplainConfig(small, **options))
+        assert not [*small.rglob(".*.partial")]
+        finished = {f: f.stat().st_ino for f in (small / "test" / "relevance").glob("*")}
+        assert finished or form == "webdataset"
+        make_room()
+        explain(ExplainConfig(small, **options))
+        assert all(file.stat().st_ino == inode for file, inode in finished.items())
+        assert files_of(small / "test") == files_of(run / "test")
 
 
 def test_what_was_made_otherwise_is_made_anew(shards, run, tmp_path):

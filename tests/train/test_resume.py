@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from faults import DEADLINE_S, Launched
-from support import run_command, run_script
+from support import RUN_CXRDIST, run_command, run_script, small_disk
 
 from cxrdist.errors import CxrdistError
 from cxrdist.run import locked, read_log
@@ -368,19 +367,45 @@ def test_the_holder_of_a_run_directory_is_named(command, tmp_path):
 
 def test_a_full_disk_leaves_the_last_save_and_the_run_goes_on(command, tmp_path):
     """One line that says so; with room the same command ends as an undisturbed run."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small disk needs the right to mount")
-    try:
-        done = run_command(*command, "--run", disk / "run")
+    run, whole = tmp_path / "disk" / "run", tmp_path / "whole"
+    with small_disk(tmp_path / "disk", "200k") as make_room:
+        done = run_command(*command, "--run", run)
         assert done.returncode == 1, done.stderr
         assert "No space left on device; make room" in done.stderr
         assert "Traceback" not in done.stderr
-        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        assert run_command(*command, "--run", disk / "run").returncode == 0
-        assert run_command(*command, "--run", tmp_path / "whole").returncode == 0
-        assert_steps_were_taken(disk / "run", tmp_path / "whole")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        make_room()
+        assert run_command(*command, "--run", run).returncode == 0
+        assert run_command(*command, "--run", whole).returncode == 0
+        assert_steps_were_taken(run, whole)
+
+
+LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+import cxrdist.train.loop
+data = int(Path("/proc/self/status").read_text().split("VmData:")[1].split()[0]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (data + (250 << 20),) * 2)
+"""
+
+
+def test_a_step_that_does_not_fit_into_memory_says_what_to_do(command, shards, tmp_path):
+    """The line names the batch and a smaller pass, with which the run goes on after its save."""
+    stages = {
+        name: {"lr": dict.fromkeys(blocks, 0.01), "epochs": 1, "patience": 1}
+        for name, blocks in (("head", ["head"]), ("all", BLOCKS))
+    }
+    recipe = {
+        **{"init": "none", "global_batch_size": 600, "stages": stages},
+        **{"copies": dict.fromkeys(("a", "b c", "d"), 20)},
+        **{"network": {"growth_rate": 16, "block_config": [2, 2, 2, 2]}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    command = [*command, "--config", tmp_path / "recipe.yaml", "--run", tmp_path / "run"]
+    failed = run_script(LITTLE_MEMORY + RUN_CXRDIST, *command)
+    assert failed.returncode == 1, failed.stderr
+    last = failed.stderr.splitlines()[-1]
+    assert "stage all, epoch 1, step 1: out of memory with 600 images in a pass" in last
+    assert "try --max-images-per-rank 300" in last
+    done = run_script(LITTLE_MEMORY + RUN_CXRDIST, *command, "--max-images-per-rank", 20)
+    assert done.returncode == 0, done.stderr
+    assert "going on after head" in done.stdout
