@@ -87,7 +87,7 @@ def _train_on_all_ranks(shards: Path, run: Path, cache: Path) -> None:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment |= {"ACCELERATE_USE_CPU": "yes", "OMP_NUM_THREADS": str(threads)}
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *(sys.executable, "-m", "cxrdist.launch"),
         *("--num_machines", "1", "--num_processes", str(ranks), "--dynamo_backend", "no"),
         *("--mixed_precision", "bf16" if num_gpus else "no", "--main_process_port", "0"),
         *(["--multi_gpu"] if ranks > 1 else []),

@@ -13,6 +13,8 @@ patient, correlate at most 0.63.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import faiss
 import numpy as np
@@ -32,6 +34,7 @@ SIDE_PX = 128  # at which pixels are compared
 SHIFT_PX = 8  # at most, of SIDE_PX: a sixteenth of the side
 BLUR_PX = 2.0  # what varies more slowly is brightness and the outline of a chest, alike in all
 ZOOMS = np.linspace(1, INNER, 5)[1:].round(3)  # centre of one image that may be all of the other
+KEPT_IMAGES = 128  # whose views are kept, 0.7 MB each: one image is often in several candidates
 QUERIES = 512  # at a time, so that no result of a search is large
 Pixels = Callable[[int], NDArray[np.uint8]]
 
@@ -51,6 +54,18 @@ class Near:
     second: int
     bits: int
     correlation: float
+
+
+class View(NamedTuple):
+    """What `compare` needs of the fine structure of an X-ray, or of the centre of one."""
+
+    spectrum: NDArray[np.complex64]
+    """Of the whole, complex64 [SIDE_PX, SIDE_PX // 2 + 1]."""
+    energies: NDArray[np.float64]
+    """Of the places where an inside may lie, float64 [2 SHIFT_PX + 1, 2 SHIFT_PX + 1]."""
+    inside_spectrum: NDArray[np.complex64]
+    """Of its inside, conjugated."""
+    inside_energy: np.float32
 
 
 @dataclass(frozen=True)
@@ -84,11 +99,12 @@ def find_duplicates(fingerprints: Sequence[Fingerprint], pixels: Pixels) -> Dupl
     distinct = np.array(list(first.values()), dtype=np.int64)
     hashes, inner = (_stack(fingerprints, distinct, name) for name in ("phash", "inner_phash"))
     candidates = find_candidates(hashes, inner)
+    views_of = lru_cache(KEPT_IMAGES)(lambda number: views(pixels(number)))
     near = []
     with progress(len(candidates), "comparing", "pairs", show=len(candidates) > 1000) as bar:
         for (one, other), bits in sorted(candidates.items()):
             pair = int(distinct[one]), int(distinct[other])
-            correlation = compare(pixels(pair[0]), pixels(pair[1]))
+            correlation = compare(views_of(pair[0]), views_of(pair[1]))
             if correlation >= SAME:
                 near.append(Near(*pair, bits, round(correlation, 3)))
             bar.update()
@@ -137,26 +153,29 @@ def _within(
         yield from zip(numbers.tolist(), others.tolist(), bits.astype(int).tolist(), strict=True)
 
 
-def compare(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+def compare(one: Sequence[View], other: Sequence[View]) -> float:
     """The correlation of two X-rays' fine structure, laid over each other as well as may be.
 
     Args:
-        one: uint8 [S, S].
-        other: uint8 [S, S].
+        one: views of an X-ray.
+        other: views of another.
 
     Returns:
         -1..1, the best over shifts up to a sixteenth of the side and zooms of either image by up to
         6 %; 0 where an image has no structure.
     """
-    whole = _detail(one), _detail(other)
-    best = _correlate(*whole)
-    for zoom in ZOOMS:
-        zoomed = _detail(one, zoom), _detail(other, zoom)
-        best = max(best, _correlate(zoomed[0], whole[1]), _correlate(zoomed[1], whole[0]))
+    best = _correlate(one[0], other[0])
+    for i in range(1, len(one)):
+        best = max(best, _correlate(one[i], other[0]), _correlate(other[i], one[0]))
     return best
 
 
-def _detail(pixels: NDArray[np.uint8], zoom: float = 1.0) -> NDArray[np.float32]:
+def views(pixels: NDArray[np.uint8]) -> list[View]:
+    """The fine structure of a square, uint8 [S, S], and of its ever smaller centres."""
+    return [_view(_detail(pixels, zoom)) for zoom in (1.0, *ZOOMS)]
+
+
+def _detail(pixels: NDArray[np.uint8], zoom: float) -> NDArray[np.float32]:
     """The fine structure of a square's centre at `SIDE_PX`, float32 [SIDE_PX, SIDE_PX]."""
     side = len(pixels)
     cut = (1 - zoom) / 2 * side
@@ -167,19 +186,28 @@ def _detail(pixels: NDArray[np.uint8], zoom: float = 1.0) -> NDArray[np.float32]
     return values - gaussian_filter(values, BLUR_PX)
 
 
-def _correlate(image: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+def _view(detail: NDArray[np.float32]) -> View:
+    inside = detail[SHIFT_PX:-SHIFT_PX, SHIFT_PX:-SHIFT_PX]
+    inside = inside - inside.mean()
+    sums, squares = (_window_sums(values, len(inside)) for values in (detail, detail**2))
+    return View(
+        fft.rfft2(detail),
+        squares - sums**2 / inside.size,
+        np.conj(fft.rfft2(inside, detail.shape)),
+        (inside**2).sum(),
+    )
+
+
+def _correlate(image: View, other: View) -> float:
     """The best normalised cross-correlation of the inside of `other` with places in `image`.
 
     As `skimage.feature.match_template` computes it (Lewis 1995, Fast Normalized Cross-Correlation),
     for the few shifts that matter.
     """
-    inside = other[SHIFT_PX:-SHIFT_PX, SHIFT_PX:-SHIFT_PX]
-    inside = inside - inside.mean()
-    spectrum = fft.rfft2(image) * np.conj(fft.rfft2(inside, image.shape))
-    products = fft.irfft2(spectrum, image.shape)[: 2 * SHIFT_PX + 1, : 2 * SHIFT_PX + 1]
-    sums, squares = (_window_sums(values, len(inside)) for values in (image, image**2))
-    energy = (squares - sums**2 / inside.size) * (inside**2).sum()
-    return float((products / np.sqrt(np.maximum(energy, 1e-6))).max())
+    num_shifts = 2 * SHIFT_PX + 1
+    products = fft.irfft2(image.spectrum * other.inside_spectrum, (SIDE_PX, SIDE_PX))
+    energy = image.energies * other.inside_energy
+    return float((products[:num_shifts, :num_shifts] / np.sqrt(np.maximum(energy, 1e-6))).max())
 
 
 def _window_sums(values: NDArray[np.float32], side: int) -> NDArray[np.float64]:

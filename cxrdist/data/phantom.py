@@ -22,8 +22,8 @@ COVID, NORMAL, PNEUMONIA = "COVID-19", "Normal", "Viral Pneumonia"
 CLASSES = (COVID, NORMAL, PNEUMONIA)
 PATIENT_PATTERN = r"^(p\d+)_"
 WORD = "SEDUTO"
-WORD_SHARE = 0.3
-"""Share of the COVID-19 images that carry the word."""
+WORD_SHARE = 0.4
+"""Share of the COVID-19 patients who have the word and no opacity: it alone tells their class."""
 MAX_IMAGES_PER_PATIENT = 3
 MIN_IMAGE_SIZE_PX = 32
 
@@ -148,7 +148,7 @@ def write_phantoms(
         image_size_px: Side of the square images in pixels.
         seed: Any number from 0 on; equal seeds give equal bytes.
         opacities: Whether to plant them; without them nothing but the word tells a class.
-        word_share: Share of the COVID-19 images that carry the word.
+        word_share: Share of the COVID-19 patients who have the word, and no opacities.
 
     Returns:
         The path of the table.
@@ -197,7 +197,7 @@ def draw_patient(
         image_size_px: Side of the square images in pixels.
         seed: Seed of the data set.
         opacities: Whether to plant them. Without them all else stays the same.
-        word_share: Share of the COVID-19 images that carry the word.
+        word_share: Share of the COVID-19 patients who have the word, and no opacities.
 
     Yields:
         The images with what was planted in them.
@@ -215,10 +215,11 @@ def draw_patient(
         raise CxrdistError(f"seed must be 0 or larger, not {seed}")
     lungs = _draw_lungs(_generator(seed, number, 0))
     body, air = _render_anatomy(lungs, image_size_px, _generator(seed, number, 1))
-    findings_rng = _generator(seed, number, 2)
-    planted = _draw_opacities(label, lungs, findings_rng) if opacities else []
+    patient_rng, findings_rng = _generator(seed, number, 3), _generator(seed, number, 2)
+    num_images = int(patient_rng.integers(1, MAX_IMAGES_PER_PATIENT + 1))
+    has_word = label == COVID and patient_rng.random() < word_share
+    planted = _draw_opacities(label, lungs, findings_rng) if opacities and not has_word else []
     body = body + air * _render_opacities(planted, len(body), findings_rng)
-    num_images = int(_generator(seed, number, 3).integers(1, MAX_IMAGES_PER_PATIENT + 1))
     for image in range(1, num_images + 1):
         rng = _generator(seed, number, 3 + image)
         pose = _draw_pose(rng)
@@ -226,8 +227,7 @@ def draw_patient(
         pixels = Image.fromarray(_expose(posed, rng))
         _burn_side_marker(pixels, rng)
         findings = [_find_box(opacity, pose) for opacity in planted]
-        carries_word = rng.random() < word_share
-        if label == COVID and carries_word:
+        if has_word:
             findings.append(_burn_word(pixels, rng))
         yield Phantom(np.asarray(pixels), tuple(findings))
 

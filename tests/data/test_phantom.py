@@ -141,6 +141,8 @@ def test_boxes_are_tight(label):
     """Together the boxes of the opacities are hardly larger than what they changed."""
     for planted, bare in _planted_and_bare(label):
         opacities = [f for f in planted.findings if f.kind == "opacity"]
+        if not opacities:  # the word tells the class
+            continue
         box = _mask(opacities)
         change = np.abs(planted.pixels.astype(int) - bare.pixels) * box > 0
         assert change.sum() > 0.5 * box.sum()
@@ -163,6 +165,8 @@ def test_signs_of_the_classes():
                 for f in image.findings
                 if f.kind == "opacity"
             ]
+            if not places:  # the word tells the class
+                continue
             sides = {x > 0.5 for x, _ in places}
             assert len(sides) == (2 if label == COVID else 1)
             distance[label].append(np.mean([(abs(x - 0.5), y) for x, y in places], axis=0))
@@ -171,15 +175,18 @@ def test_signs_of_the_classes():
     assert covid_y > focus_y + 0.1
 
 
-def test_word_stands_on_a_part_of_the_covid_images():
-    """About 30 % of the COVID-19 images carry the word, upper left, and no other image does."""
+def test_word_stands_on_covid_images_without_opacities():
+    """About 40 % of the COVID-19 images, upper left; no other image carries it."""
     words = {
         label: [[f for f in image.findings if f.kind == "word"] for image, _ in pairs]
         for label, pairs in ((label, _planted_and_bare(label)) for label in CLASSES)
     }
     assert not any(words[NORMAL])
     assert not any(words[PNEUMONIA])
-    assert 0.15 < np.mean([len(found) for found in words[COVID]]) < 0.45
+    assert 0.25 < np.mean([len(found) for found in words[COVID]]) < 0.55
+    for image, _ in _planted_and_bare(COVID):
+        kinds = {finding.kind for finding in image.findings}
+        assert kinds in ({"word"}, {"opacity"})
     for word in (word for found in words[COVID] for word in found):
         assert word.x + word.width < 0.5
         assert word.y + word.height < 0.2
