@@ -31,6 +31,7 @@ from cxrdist.report.html import report
 
 PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
+ORIGINAL_SIZE_PX = 2 * IMAGE_SIZE_PX
 EXPLAINED_IMAGES = 18
 
 
@@ -46,7 +47,7 @@ def demo(config: DemoConfig) -> None:
     if images is None:
         print(f"making synthetic X-rays of {3 * PATIENTS_PER_CLASS} patients")
         images, pattern = config.out / "images", PATIENT_PATTERN
-        write_phantoms(images, PATIENTS_PER_CLASS, image_size_px=2 * IMAGE_SIZE_PX)
+        write_phantoms(images, PATIENTS_PER_CLASS, image_size_px=ORIGINAL_SIZE_PX)
     shards, run, cache = (config.out / name for name in ("shards", "run", "cache"))
     pack(
         PackConfig(
@@ -64,7 +65,7 @@ def demo(config: DemoConfig) -> None:
     if config.source == "phantom":
         _print_relevance_in_opacities(images, shards, run)
         boxes = config.out / "boxes.csv"
-        write_word_boxes(images / "opacities.csv", boxes, IMAGE_SIZE_PX)
+        write_word_boxes(images / "opacities.csv", boxes, ORIGINAL_SIZE_PX)
         probe_text(ProbeTextConfig(run, shards, boxes=boxes, cache=cache))
     report(ReportConfig(run))
 

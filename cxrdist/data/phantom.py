@@ -22,7 +22,7 @@ COVID, NORMAL, PNEUMONIA = "COVID-19", "Normal", "Viral Pneumonia"
 CLASSES = (COVID, NORMAL, PNEUMONIA)
 PATIENT_PATTERN = r"^(p\d+)_"
 WORD = "SEDUTO"
-WORD_SHARE = 0.4
+WORD_SHARE = 0.5
 """Share of the COVID-19 patients who have the word and no opacity: it alone tells their class."""
 MAX_IMAGES_PER_PATIENT = 3
 MIN_IMAGE_SIZE_PX = 32
@@ -523,7 +523,7 @@ def _burn_word(pixels: Image.Image, rng: np.random.Generator) -> Finding:
     """Write the word into the upper left corner and return its box."""
     x, y, size = rng.random(3)
     place = (0.02 + 0.04 * x, 0.02 + 0.04 * y)
-    return burn_text(pixels, WORD, place, 0.06 + 0.015 * size)
+    return burn_text(pixels, WORD, place, 0.09 + 0.015 * size)
 
 
 def burn_text(
