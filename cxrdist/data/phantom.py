@@ -515,15 +515,15 @@ def _burn_side_marker(pixels: Image.Image, rng: np.random.Generator) -> None:
     """Write R or L on its side of the image, on most images of every class."""
     shown, right, x, y = rng.random(4)
     if shown < 0.7:
-        place = (0.04 + 0.05 * x if right < 0.5 else 0.88 + 0.05 * x, 0.14 + 0.08 * y)
+        place = (0.04 + 0.05 * x if right < 0.5 else 0.88 + 0.05 * x, 0.2 + 0.08 * y)
         burn_text(pixels, "R" if right < 0.5 else "L", place, 0.075)
 
 
 def _burn_word(pixels: Image.Image, rng: np.random.Generator) -> Finding:
     """Write the word into the upper left corner and return its box."""
     x, y, size = rng.random(3)
-    place = (0.02 + 0.04 * x, 0.02 + 0.04 * y)
-    return burn_text(pixels, WORD, place, 0.09 + 0.015 * size)
+    place = (0.06 + 0.03 * x, 0.05 + 0.03 * y)
+    return burn_text(pixels, WORD, place, 0.1 + 0.015 * size)
 
 
 def burn_text(

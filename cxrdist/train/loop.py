@@ -293,7 +293,7 @@ class StageRun:
             if not epoch.done:
                 self._stop_if_asked()
                 if epoch.step % training.recipe.save_steps == 0:
-                    self._save(epoch)
+                    self.save(epoch)
 
     def _log_steps(self, epoch: Epoch) -> None:
         """Log the steps since the last such row: their mean loss, and proof of what was taken."""
@@ -309,7 +309,7 @@ class StageRun:
             Stopped: on all ranks together, with the line for the user on the main one.
         """
         if self.training.vote.passed() and self.epoch is not None:
-            self._save(self.epoch)
+            self.save(self.epoch)
             where = f"stage {self.name}, epoch {self.stopping.epoch + 1}, step {self.epoch.step}"
             line = f"stopped and saved at {where}; run the same command again to go on"
             raise Stopped(line if self.training.accelerator.is_main_process else "")
@@ -336,7 +336,7 @@ class StageRun:
             )
         together(training.accelerator, lambda: self._note_stage() if main else None)
         self.epoch = None
-        return self._save(None)
+        return self.save(None)
 
     def _save_best(self) -> tuple[str, str]:
         """Write the stage's best weights; a new directory, since older checkpoints need theirs."""
@@ -344,7 +344,7 @@ class StageRun:
             return "", ""
         return save_best(self.training.run.checkpoints, self.epochs_done, self.best)
 
-    def _save(self, epoch: Epoch | None) -> Checkpoint:
+    def save(self, epoch: Epoch | None) -> Checkpoint:
         """Write a checkpoint of an epoch under way, or of the end of one; on all ranks together."""
         training, accelerator = self.training, self.training.accelerator
         main, stopping = accelerator.is_main_process, self.stopping
