@@ -176,14 +176,14 @@ def test_signs_of_the_classes():
 
 
 def test_word_stands_on_covid_images_without_opacities():
-    """About 40 % of the COVID-19 images, upper left; no other image carries it."""
+    """About half of the COVID-19 images, upper left; no other image carries it."""
     words = {
         label: [[f for f in image.findings if f.kind == "word"] for image, _ in pairs]
         for label, pairs in ((label, _planted_and_bare(label)) for label in CLASSES)
     }
     assert not any(words[NORMAL])
     assert not any(words[PNEUMONIA])
-    assert 0.25 < np.mean([len(found) for found in words[COVID]]) < 0.55
+    assert 0.3 < np.mean([len(found) for found in words[COVID]]) < 0.7
     for image, _ in _planted_and_bare(COVID):
         kinds = {finding.kind for finding in image.findings}
         assert kinds in ({"word"}, {"opacity"})
