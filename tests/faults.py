@@ -1,5 +1,6 @@
 """Fault injection: the real command on real ranks, hit at a chosen moment of its own progress."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,13 @@ import psutil
 from support import LAUNCH
 
 DEADLINE_S = 240  # of anything that a test waits for; a hang fails
+
+
+def is_over(process: psutil.Process) -> bool:
+    """Whether a process has ended, also if nobody has asked for its exit code yet."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 class Launched:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from faults import DEADLINE_S, Launched
+from faults import DEADLINE_S, Launched, is_over
 from support import RUN_CXRDIST, run_command, run_script, small_disk
 
 from cxrdist.errors import CxrdistError
@@ -232,7 +232,7 @@ def test_a_launcher_that_hangs_ends_the_ranks(command, tmp_path):
     ranks, launcher = [job.rank(0), job.rank(1)], psutil.Process(job.process.pid)
     launcher.suspend()
     began = time.monotonic()
-    while any(rank.status() != psutil.STATUS_ZOMBIE for rank in ranks):
+    while not all(map(is_over, ranks)):
         assert time.monotonic() - began < DEADLINE_S
         time.sleep(0.05)
     launcher.resume()
@@ -249,7 +249,7 @@ def test_a_second_signal_ends_what_waits_for_a_rank_that_hangs(command, tmp_path
     waiting, hung = job.rank(0), job.rank(1)
     hung.suspend()
     began = time.monotonic()
-    while waiting.is_running() and waiting.status() != psutil.STATUS_ZOMBIE:
+    while not is_over(waiting):
         assert time.monotonic() - began < DEADLINE_S
         with contextlib.suppress(psutil.NoSuchProcess):
             (job.process if to == "launcher" else waiting).terminate()
