@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import contents, run_ranks
 
 from cxrdist.config import (
@@ -111,7 +112,7 @@ def test_covered_squares_are_those_of_covered_shards(trained, found, tmp_path):
 
 
 def test_ranks_do_not_change_the_result(trained, found):
-    """Two ranks write the same bytes as one process."""
+    """Two ranks write the same bytes as one process with as many threads."""
     alone = contents(trained / "run" / "test" / "text")
     result = (trained / "run" / "test" / "text.json").read_bytes()
     done = run_ranks(
@@ -119,6 +120,7 @@ def test_ranks_do_not_change_the_result(trained, found):
         *("-m", "cxrdist", "probe-text", "--run", trained / "run", "--height", 0.08),
         *("--shards", trained / "shards", "--boxes", trained / "boxes.csv"),
         *("--cache", trained / "cache"),
+        threads=torch.get_num_threads(),
     )
     assert done.returncode == 0, done.stderr
     assert (trained / "run" / "test" / "text.json").read_bytes() == result
