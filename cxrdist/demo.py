@@ -103,7 +103,7 @@ def _train_on_all_ranks(shards: Path, run: Path, cache: Path) -> None:
 
 def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None:
     """How much of the positive relevance for the true class lies where the opacities are."""
-    boxes = _opacity_boxes(images / "opacities.csv")
+    boxes = _planted_boxes(images / "opacities.csv", "opacity")
     shares, areas = [], []
     for sample in read_index(shards).samples:
         file = run / "test" / "relevance" / f"{sample.key}.npz"
@@ -134,22 +134,19 @@ def write_word_boxes(table: Path, out: Path, image_size_px: int) -> None:
         out: the CSV to write.
         image_size_px: side of the phantoms.
     """
-    boxes: dict[str, list[Box]] = defaultdict(list)
-    with open(table, newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            if row["kind"] == "word":
-                x, y, width, height = (float(row[n]) for n in ("x", "y", "width", "height"))
-                box = Box(x, y, width, height, WORD)
-                boxes[row["path"]].append(scaled(box, image_size_px, image_size_px))
+    boxes = {
+        path: [scaled(Box(x, y, w, h, WORD), image_size_px, image_size_px) for x, y, w, h in found]
+        for path, found in _planted_boxes(table, "word").items()
+    }
     write_boxes(out, boxes)
 
 
-def _opacity_boxes(table: Path) -> dict[str, list[NDArray[np.float64]]]:
-    """x, y, width, height of the opacities of each image, in fractions of its side."""
+def _planted_boxes(table: Path, kind: str) -> dict[str, list[NDArray[np.float64]]]:
+    """x, y, width, height of an image's opacities or words, in fractions of its side."""
     boxes = defaultdict(list)
     with open(table, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if row["kind"] == "opacity":
+            if row["kind"] == kind:
                 box = [float(row[name]) for name in ("x", "y", "width", "height")]
                 boxes[row["path"]].append(np.array(box))
     return boxes

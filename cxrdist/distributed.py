@@ -63,6 +63,12 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
     return accelerator
 
 
+def finish(accelerator: Accelerator) -> None:
+    """Wait for all ranks and close their connections, whose threads may abort a rank that exits."""
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
 def local_ranks(accelerator: Accelerator) -> tuple[int, int]:
     """This process's place on its node, and how many there are."""
     return accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

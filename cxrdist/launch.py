@@ -12,19 +12,13 @@ import subprocess
 import sys
 import time
 from types import FrameType
-from typing import NamedTuple
 
 import psutil
 
 from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS
 
-
-class _Received(NamedTuple):
-    number: int
-    came: float
-
-
-_received: list[_Received] = []
+_received: dict[int, float] = {}
+"""When each signal first came."""
 
 
 def main() -> int:
@@ -48,20 +42,20 @@ def main() -> int:
         codes = {0: error.returncode}
     else:
         return 0
-    passed_on = {received.number for received in _received}
     for rank, code in sorted(codes.items()):
-        if code < 0 and -code not in passed_on:
+        if code < 0 and -code not in _received:
             name = signal.Signals(-code).name
             print(f"cxrdist: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
     # A rank that had not yet begun to listen ends by the signal itself; nothing is lost then.
-    found = {STOP_CODE if -code in passed_on else code for code in codes.values()}
+    found = {STOP_CODE if -code in _received else code for code in codes.values()}
     return next(code for code in (STOP_CODE, 2, 1) if code in found or code == 1)
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:
     """Pass a signal on; a second request kills, since a rank that hangs listens to nothing else."""
-    second = bool(_received) and time.monotonic() - _received[0].came > SAME_REQUEST_SECONDS
-    _received.append(_Received(number, time.monotonic()))
+    now = time.monotonic()
+    second = any(now - came > SAME_REQUEST_SECONDS for came in _received.values())
+    _received.setdefault(number, now)
     children = psutil.Process().children()
     if not children:
         raise SystemExit(STOP_CODE)

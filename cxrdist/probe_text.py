@@ -23,7 +23,7 @@ from cxrdist.data.phantom import Finding, burn_text
 from cxrdist.data.records import labels_of
 from cxrdist.data.shards import local_copy, members
 from cxrdist.data.text import find_boxes, require_extra
-from cxrdist.distributed import gather, together
+from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.metrics import headline
 from cxrdist.evaluate.predictions import (
@@ -127,8 +127,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         write_json(subject.run.text(config.split), found)
         print(summary(found))
         print(f"all of it: {subject.run.text(config.split)}, and in the report")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def _cover(boxes: Boxes, how: str, number: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -22,7 +22,6 @@ class _Request:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.name = ""
-        self.came = 0.0
         self.waits = False
 
     def receive(self, number: int, _: FrameType | None) -> None:
@@ -30,7 +29,7 @@ class _Request:
         if os.getpid() != self.pid:  # a worker process that was forked from this one
             _die(number)
         if not self.name:
-            self.name, self.came = signal.Signals(number).name, time.monotonic()
+            self.name = signal.Signals(number).name
             if not self.waits:
                 raise Stopped(f"stopped on {self.name}; run the same command again")
 

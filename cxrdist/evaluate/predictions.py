@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cxrdist.config import EvaluateConfig
 from cxrdist.data.cache import Images, open_cache, read_rows
 from cxrdist.data.index import Index, read_index
-from cxrdist.distributed import gather, start, together
+from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.metrics import (
     compute_label_metrics,
@@ -99,8 +99,7 @@ def evaluate(config: EvaluateConfig) -> None:
         write_json(subject.run.metrics(config.split), metrics)
         print(metrics_table(metrics))
         print(f"{config.split}: {headline(metrics)}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def measure(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import read_rows
-from cxrdist.distributed import gather, local_ranks, together
+from cxrdist.distributed import finish, gather, local_ranks, together
 from cxrdist.errors import refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain.heatmap import overlay
@@ -26,7 +26,7 @@ from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.sanity import Flipping, flip_pixels, summarise
 from cxrdist.explain.targets import Targets, choose_samples, choose_targets
 from cxrdist.model.densenet import Classifier
-from cxrdist.run import atomic_file, locked, read_json, write_json, write_table
+from cxrdist.run import atomic_file, locked, read_json, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
 LEDGER_COLUMNS = (
@@ -100,9 +100,7 @@ def explain(config: ExplainConfig) -> None:
         if accelerator.is_main_process:
             _finish(work, [row for _, _, row in rows], sorted(flippings, key=lambda pair: pair[0]))
             print(_said(work, len(numbers)))
-        accelerator.wait_for_everyone()
-    # A rank that exits with its connections open may be aborted by their threads (seen once).
-    accelerator.end_training()
+        finish(accelerator)
 
 
 def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
@@ -139,8 +137,7 @@ def _prepare(work: _Work, how: dict[str, Any]) -> bool:
     found = read_json(info) if info.is_file() else {}
     if found.get("how") == how:
         for directory in (*directories, info.parent):
-            for partial in directory.glob(".*.partial"):
-                partial.unlink()
+            sweep(directory, alone=True)
         return found["sanity"] is not None
     for directory in directories:
         shutil.rmtree(directory, ignore_errors=True)

@@ -90,7 +90,7 @@ def save_best(directory: Path, epochs_done: int, network: State) -> tuple[str, s
     content = save(network)
     with atomic_directory(directory / name) as partial:
         (partial / "network.safetensors").write_bytes(content)
-    return name, hashlib.sha256(content).hexdigest()
+    return name, _sha256(content)
 
 
 def save_checkpoint(
