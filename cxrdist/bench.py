@@ -35,12 +35,12 @@ from cxrdist.data.sources import read_folder
 from cxrdist.distributed import StopVote, start
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.relevance import Explainer
-from cxrdist.model.augment import warp
+from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.model.densenet import Classifier, block_names
 from cxrdist.run import RunDirectory, write_json
 from cxrdist.terminal import progress, table
-from cxrdist.train.loop import StageRun
-from cxrdist.train.step import Material
+from cxrdist.train.stage import StageRun
+from cxrdist.train.step import Batches, Material
 from cxrdist.train.training import Training
 
 CLASSES = ["COVID-19", "Normal", "Viral Pneumonia"]
@@ -289,8 +289,10 @@ def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
         data_keys=["input"],
     )
 
+    matrices = sampling_matrices(plan.draws, config.size, images.device)
+
     def ours() -> int:
-        return len(warp(images, plan.draws))
+        return len(warp(images, matrices))
 
     return [
         Contender("cxrdist warp", ours, 1),
@@ -315,15 +317,17 @@ def _stage_run(
     run = RunDirectory(scratch / "run")
     write_json(run.info, {"stages": {}})
     run.log.touch()
+    material = Material(images, np.eye(3, dtype=np.uint8)[everyone % 3], "multiclass")
+    val_plan = plan_epoch(everyone[:1], ones[:1], recipe.augmentation, 1, (0, "val", 0))
     training = Training(
         accelerator=accelerator,
         run=run,
         recipe=recipe,
         model=model,
-        material=Material(images, np.eye(3, dtype=np.uint8)[everyone % 3], "multiclass"),
+        material=material,
         samples=everyone,
         copies=ones,
-        val_plan=plan_epoch(everyone[:1], ones[:1], recipe.augmentation, 1, (0, "val", 0)),
+        validation=Batches(material, val_plan, accelerator.device),
         vote=StopVote(accelerator),
     )
     with _quiet():

@@ -112,6 +112,10 @@ class Stage:
     """Epochs without a better validation loss before the stage ends early."""
     weight_decay: float = 0.0
     """L2 penalty (SGD), decoupled decay (AdamW)."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """cosine: the rates fall to 0 over the stage's epochs, along half a cosine."""
+    warmup_epochs: int = 0
+    """Epochs in which the rates rise linearly from near 0."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +148,25 @@ class TrainConfig:
     global_batch_size: int = 9
     """Images in an optimiser step over all ranks."""
     max_images_per_rank: int | None = None
-    """Images of one forward pass on a rank; a larger slice is taken in equal micro-batches."""
+    """Images of one forward pass on a rank; a larger slice is taken in equal micro-batches, and
+    trained BatchNorm sees one micro-batch of each rank at a time."""
+    batch_norm: Literal["synchronised", "per_rank"] = "synchronised"
+    """synchronised: where a stage trains BatchNorm, its statistics are those of all ranks, and any
+    number of ranks trains the same network. per_rank: no communication in the layers; but the
+    gradient is not that of the whole batch, and more ranks train another, often worse network."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Ranges of the random warp."""
     network: Network = field(default_factory=Network)
     """Shape of the DenseNet."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9 (paper, section 3.3)."""
+    max_gradient_norm: float | None = None
+    """The gradient of all parameters together is shortened to this norm; as it is if not given."""
+    average: float | None = None
+    """Decay per step of an exponential moving average of the weights, such as 0.999. It is what is
+    validated and published; the weights as they are if not given."""
+    compile: bool = False
+    """Compile warp, network and loss into one graph; worth it on a GPU only."""
     seed: int = 0
     """Seed of the new layers, the plan and the dropout."""
     cache: Path | None = None

@@ -33,8 +33,9 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
         CxrdistError: a tracker is unknown or not installed, or the process was launched as one of
             several ranks and stands alone.
     """
-    # torch 2.14 wants another spelling that accelerate has not got yet.
+    # torch 2.14 wants other spellings, which accelerate and torch 2.10 have not got.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    warnings.filterwarnings("ignore", ".*all_gather_into_tensor` is deprecated", FutureWarning)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
@@ -43,7 +44,7 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
             log_with=tracking or None,
             project_dir=str(tracking_dir) if tracking else None,
             kwargs_handlers=[
-                # Buffers are averaged by the loop; sending those of rank 0 would lose the others'.
+                # The statistics of all ranks are kept equal by train/statistics.
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False, gradient_as_bucket_view=True
                 ),
@@ -138,43 +139,31 @@ def gather_tensor(accelerator: Accelerator, values: torch.Tensor) -> torch.Tenso
     return stacked.cpu()
 
 
-def average_buffers(accelerator: Accelerator, modules: list[torch.nn.Module]) -> None:
-    """Give all ranks the mean of the modules' floating-point buffers, in place.
-
-    Each rank's BatchNorm statistics saw its own slices; since the running mean is linear, their
-    mean is the running mean over all slices. Frozen modules must not be given: the mean of three
-    equal numbers may differ from them in the last bit.
-    """
-    if accelerator.num_processes == 1:
-        return
-    for buffer in _float_buffers(modules):
-        buffer.copy_(accelerator.reduce(buffer, reduction="mean"))
+# Operators of their own, which torch.compile takes as they are, into the one graph of a step.
+@torch.library.custom_op("cxrdist::stack_over_ranks", mutates_args=())
+def stack_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Stack a tensor of each rank on all of them, [world size, ...], on the device."""
+    stacked = values.new_empty(torch.distributed.get_world_size(), *values.shape)
+    torch.distributed.all_gather_into_tensor(stacked.flatten(), values.flatten())
+    return stacked
 
 
-def gather_buffers(accelerator: Accelerator, modules: list[torch.nn.Module]) -> torch.Tensor:
-    """Floating-point buffers of each rank, float32 [world size, n], on the CPU of all ranks."""
-    buffers = [buffer.flatten() for buffer in _float_buffers(modules)]
-    if not buffers:
-        return torch.zeros(0, 0)
-    return gather_tensor(accelerator, torch.cat(buffers))
+@stack_over_ranks.register_fake
+def _(values: torch.Tensor) -> torch.Tensor:
+    return values.new_empty(torch.distributed.get_world_size(), *values.shape)
 
 
-def set_buffers(
-    accelerator: Accelerator, modules: list[torch.nn.Module], values: torch.Tensor
-) -> None:
-    """Give each rank the buffers that it had; another number of ranks gets their mean."""
-    if len(values) == accelerator.num_processes:
-        mine = values[accelerator.process_index]
-    else:
-        mine = values.mean(0)
-    buffers = _float_buffers(modules)
-    parts = mine.split([buffer.numel() for buffer in buffers])
-    for buffer, part in zip(buffers, parts, strict=True):
-        buffer.copy_(part.view_as(buffer))
+@torch.library.custom_op("cxrdist::add_over_ranks", mutates_args=())
+def add_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all ranks, on the device."""
+    total = values.clone()
+    torch.distributed.all_reduce(total)
+    return total
 
 
-def _float_buffers(modules: list[torch.nn.Module]) -> list[torch.Tensor]:
-    return [b for module in modules for b in module.buffers() if b.is_floating_point()]
+@add_over_ranks.register_fake
+def _(values: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(values)
 
 
 def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:

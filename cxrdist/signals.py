@@ -73,8 +73,10 @@ def stopping_at_a_boundary() -> Iterator[None]:
     _request.waits = True
     try:
         yield
-    finally:
+        # After an error, such as a lost rank, a signal that comes while it is reported changes
+        # neither the message nor the exit code: the launcher ends the ranks that are left by one.
         _request.waits = False
+    finally:
         signal.set_wakeup_fd(before)
         os.close(sending)
 

@@ -3,47 +3,62 @@
 import math
 
 import torch
-from kornia.geometry.transform import warp_affine
+from kornia.geometry.conversions import convert_affinematrix_to_homography, normalize_homography
+from kornia.geometry.transform import invert_affine_transform
 from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample
 
 from cxrdist.data.plan import Draws
 
 
-def warp(images: Tensor, draws: Draws) -> Tensor:
+def warp(images: Tensor, matrices: Tensor) -> Tensor:
     """Flip, rotate about the centre and shift, in one bilinear resampling; outside is black.
 
     Always computed in float32, also under autocast: half precision moves pixels.
 
     Args:
         images: uint8 or float [B, 1, H, W], grey values 0..255.
-        draws: parameters of the B images.
+        matrices: float32 [B, 2, 3], rows of `sampling_matrices`.
 
     Returns:
         float32 [B, 1, H, W], grey values 0..255.
     """
-    size = (images.shape[2], images.shape[3])
     with torch.autocast(images.device.type, enabled=False):
-        matrices = affine_matrices(draws, size).to(images.device, non_blocking=True)
-        warped: Tensor = warp_affine(images.float(), matrices, size, align_corners=True)
-        return warped
+        grid = affine_grid(matrices, list(images.shape), align_corners=True)
+        return grid_sample(images.float(), grid, align_corners=True)
 
 
-def affine_matrices(draws: Draws, size: tuple[int, int]) -> Tensor:
-    """Matrices that take a pixel of the image to its place in the warped one, float32 [B, 2, 3].
+def sampling_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor:
+    """Matrices that take a place in the warped image to its place in the image, on the device.
+
+    They are made for a whole epoch at once, so that a step only slices them. Both places count
+    from -1 to 1, the centres of the outermost pixels.
 
     Args:
-        draws: parameters of B images.
-        size: height and width in pixels.
+        draws: parameters of n images.
+        size_px: side of the images in pixels.
+        device: where the images are warped.
+
+    Returns:
+        float32 [n, 2, 3].
     """
-    height, width = size
-    centre_x, centre_y = (width - 1) / 2, (height - 1) / 2
-    angle = torch.from_numpy(draws.degrees) * (math.pi / 180)
-    mirror = 1 - 2 * torch.from_numpy(draws.flip).float()
+    size = (size_px, size_px)
+    with torch.autocast(device.type, enabled=False):
+        back = invert_affine_transform(_affine_matrices(draws, size_px, device))
+        homographies = normalize_homography(convert_affinematrix_to_homography(back), size, size)
+    return homographies[:, :2].contiguous()
+
+
+def _affine_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor:
+    """Matrices that take a pixel of the image to its place in the warped one, float32 [n, 2, 3]."""
+    centre = (size_px - 1) / 2
+    numbers = (draws.degrees, draws.shift_x, draws.shift_y, draws.flip)
+    degrees, shift_x, shift_y, flip = (torch.from_numpy(n).to(device) for n in numbers)
+    angle = degrees * (math.pi / 180)
+    mirror = 1 - 2 * flip.float()
     cos, sin = torch.cos(angle), torch.sin(angle)
     x_to_x, y_to_x, x_to_y, y_to_y = cos * mirror, sin, -sin * mirror, cos
-    to_x = centre_x - x_to_x * centre_x - y_to_x * centre_y
-    to_y = centre_y - x_to_y * centre_x - y_to_y * centre_y
-    to_x = to_x + torch.from_numpy(draws.shift_x) * width
-    to_y = to_y + torch.from_numpy(draws.shift_y) * height
+    to_x = centre - x_to_x * centre - y_to_x * centre + shift_x * size_px
+    to_y = centre - x_to_y * centre - y_to_y * centre + shift_y * size_px
     rows = torch.stack([x_to_x, y_to_x, to_x, x_to_y, y_to_y, to_y], dim=1)
     return rows.reshape(-1, 2, 3)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models.densenet import DenseNet
+from timm.models.densenet import DenseBlock, DenseNet
 from torch import Tensor, nn
 
 from cxrdist.config import Network
 from cxrdist.errors import CxrdistError
+from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.run import open_run
 
 MODEL_FORMAT = "cxrdist-model-1"
@@ -30,11 +31,28 @@ class Normalisation:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
 
+class GrowingBlock(DenseBlock):
+    """A dense block whose features grow by one concatenation per layer.
+
+    timm concatenates all earlier features anew in each layer. The forward pass moves as many bytes
+    either way; but the backward pass of that has a slice and a sum for each pair of layers, a third
+    of all operations of a step, and of this one for each layer.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        """All features [B, C + layers * growth rate, H, W] of the first ones, [B, C, H, W]."""
+        for layer in self.values():
+            squeezed = layer.conv1(layer.norm1(features))
+            features = torch.cat([features, layer.conv2(layer.norm2(squeezed))], 1)
+        return features
+
+
 class Classifier(nn.Module):
     """A DenseNet that takes uint8 X-rays and gives one logit per class; owns its normalisation.
 
     Attributes:
         network: timm's DenseNet, key names as in torchvision.
+        norms: its BatchNorms.
         classes: class names in the order of the logits.
         image_size_px: side of the square images that it was made for.
         fit: how those images became square: crop, pad or stretch.
@@ -68,7 +86,12 @@ class Classifier(nn.Module):
             num_classes=len(classes),
             in_chans=len(self.normalisation.mean),
             drop_rate=network.dropout,
+            norm_layer=lambda *sizes, **options: BatchNorm(*sizes, **options),
         )
+        for module in self.network.features.children():
+            if isinstance(module, DenseBlock):
+                module.__class__ = GrowingBlock
+        self.norms = [m for m in self.network.modules() if isinstance(m, BatchNorm)]
         self.register_buffer("mean", _per_channel(self.normalisation.mean), persistent=False)
         self.register_buffer("std", _per_channel(self.normalisation.std), persistent=False)
 
@@ -78,6 +101,9 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of grey images, uint8 or float [B, 1, H, W] with values 0..255."""
+        counters = [norm.num_batches_tracked for norm in self.norms if norm.training]
+        if counters:
+            torch._foreach_add_(counters, 1)
         return self.network(self.normalise(images))
 
 

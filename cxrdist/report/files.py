@@ -174,7 +174,8 @@ def read_epochs(path: Path, task: str) -> dict[str, list[dict[str, Any]]]:
                 }
             if row.get("kind") != "epoch":
                 continue
-            row = {"images_per_second": None, "seconds": None, **row}
+            # What a stage begins with is its epoch 0, which has trained nothing.
+            row = {"loss": None, "images_per_second": None, "seconds": None, **row}
             row["val_score"] = row["val_auroc" if task == "multilabel" else "val_accuracy"]
             for name in ("loss", "val_loss", "val_score", "images_per_second", "seconds"):
                 row[name] = math.nan if row[name] is None else float(row[name])

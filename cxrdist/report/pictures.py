@@ -88,8 +88,8 @@ def loss_chart(
 
     Args:
         name: unique in the page; letters, digits and hyphens.
-        epochs: from 1.
-        train: mean training loss of each epoch; NaN where undefined.
+        epochs: from 0, what the stage begins with.
+        train: mean training loss of each epoch; NaN where undefined, as in epoch 0.
         validation: validation loss after each epoch; NaN where undefined.
         best_epoch: the epoch that gets a mark.
 
@@ -103,7 +103,7 @@ def loss_chart(
         _mark_best(axes, epochs, validation, best_epoch)
         axes.set_ylabel("loss")
 
-    return _chart(name, f"Loss over {len(epochs)} epochs", _over_epochs(draw, epochs), (4.6, 2.9))
+    return _chart(name, f"Loss over {epochs[-1]} epochs", _over_epochs(draw, epochs), (4.6, 2.9))
 
 
 def score_chart(
@@ -121,7 +121,7 @@ def score_chart(
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
         axes.set_ylabel(score)
 
-    label = f"Validation {score} over {len(epochs)} epochs"
+    label = f"Validation {score} over {epochs[-1]} epochs"
     return _chart(name, label, _over_epochs(draw, epochs), (4.6, 2.9))
 
 
@@ -199,7 +199,9 @@ def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callabl
     def draw_all(axes: Axes) -> None:
         draw(axes)
         axes.set_xlabel("epoch")
-        margin = min(0.9, max(0.5, 0.015 * len(epochs)))  # less than 1: there is no epoch 0
+        margin = min(
+            0.9, max(0.5, 0.015 * len(epochs))
+        )  # less than 1, or it names an epoch that is none
         axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend(

@@ -17,7 +17,7 @@ from torch import Tensor
 from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_directory
 
-CHECKPOINT_FORMAT = "cxrdist-checkpoint-2"
+CHECKPOINT_FORMAT = "cxrdist-checkpoint-3"
 _NAME = re.compile(r"^\d{5}-\d{7}$")
 _STATE, _POSITION = "state.safetensors", "position.json"
 
@@ -37,6 +37,7 @@ class Position:
         log_bytes: length of log.jsonl; what a killed run wrote after it is cut off on resuming.
         logged_step: the step of the epoch up to which the log has a row.
         taken: digest of the images that the epoch has taken (Plan.digest).
+        skipped: steps in a row that the gradient scaler has skipped last.
         stopping: state of the early stopping.
         finished: whether the stage is over.
         bests: of each stage, the directory and sha256 of its best weights.
@@ -51,6 +52,7 @@ class Position:
     log_bytes: int
     logged_step: int
     taken: int
+    skipped: int
     stopping: dict[str, Any]
     finished: bool
     bests: dict[str, tuple[str, str]]
@@ -70,8 +72,7 @@ class Checkpoint:
         position: how far the run has come.
         network: the weights.
         optimizer: tensors of the optimiser's state, named PLACE.NAME.
-        buffers: float32 [world size, n], within an epoch the BatchNorm statistics of the trained
-            blocks on each rank, which are averaged when it ends; else [0, 0].
+        average: the moving average of the weights; empty where the recipe has none.
         losses: float64 [step], mean loss of each step of the epoch under way.
         best: weights of the stage's best epoch; empty before there is one.
     """
@@ -79,7 +80,7 @@ class Checkpoint:
     position: Position
     network: State
     optimizer: State
-    buffers: Tensor
+    average: State
     losses: Tensor
     best: State = field(default_factory=dict)
 
@@ -107,7 +108,8 @@ def save_checkpoint(
     position = checkpoint.position
     tensors = {f"network.{k}": v for k, v in checkpoint.network.items()}
     tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
-    content = save(tensors | {"buffers": checkpoint.buffers, "losses": checkpoint.losses})
+    tensors |= {f"average.{k}": v for k, v in checkpoint.average.items()}
+    content = save(tensors | {"losses": checkpoint.losses})
     about = {
         "format": CHECKPOINT_FORMAT,
         "recipe_sha256": _sha256(recipe.encode()),
@@ -133,6 +135,11 @@ def _bests_of(checkpoint: Path) -> set[str]:
     except FileNotFoundError:
         return set()
     return {name for name, _ in bests.values()}
+
+
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a checkpoint was written, whole or damaged by now."""
+    return directory.is_dir() and any(_NAME.match(path.name) for path in directory.iterdir())
 
 
 def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Checkpoint | None:
@@ -187,7 +194,7 @@ def _load(path: Path, recipe: str) -> Checkpoint:
         position,
         _with_prefix(tensors, "network."),
         _with_prefix(tensors, "optimizer."),
-        tensors["buffers"],
+        _with_prefix(tensors, "average."),
         tensors["losses"],
         best,
     )
@@ -224,12 +231,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> None:
-    """Give a new optimiser the state that `optimizer_tensors` took."""
-    state: dict[int, State] = {}
+    """Give a new optimiser the state that `optimizer_tensors` took.
+
+    Each tensor gets the memory layout of its parameter: fused kernels read both element by element,
+    and on a GPU parameters are channels_last.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for key, value in tensors.items():
         place, name = key.split(".", 1)
-        state.setdefault(int(place), {})[name] = value
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        parameter = parameters[int(place)]
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][name] = value.to(parameter.device)
 
 
 def on_cpu(tensor: Tensor) -> Tensor:

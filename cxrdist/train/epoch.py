@@ -1,35 +1,40 @@
-"""The epoch under way: its plan, its step, its losses, and proof of what it has taken."""
+"""The epoch under way: its steps, their losses and gradients, and proof of what it has taken."""
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cxrdist.data.plan import Plan
 from cxrdist.distributed import gather_tensor
 from cxrdist.errors import RunFailedError
-from cxrdist.train.step import Slice
+from cxrdist.train.step import Batches, Slice
+from cxrdist.train.update import LEAST_SCALE, MOST_SKIPS, Updater
 
 
 class Epoch:
     """Counts steps on each rank; `settle` brings the ranks' counts together.
 
     Attributes:
+        where: stage and epoch, for messages.
+        batches: of the epoch's plan.
         plan: of the epoch.
         step: steps done.
         settled: steps whose losses are brought together.
         losses: float64 [steps], mean loss of each settled step over its images.
         logged_step: steps that have a row in the log.
+        skipped: the last settled steps that the scaler has skipped, in a row; counts over epochs.
     """
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
+    def __init__(self, where: str, batches: Batches, skipped: int) -> None:
         """Begin an epoch."""
-        self.plan = plan
+        self.where, self.batches, self.plan = where, batches, batches.plan
         self.step = self.settled = self.logged_step = 0
-        self.losses = torch.zeros(plan.num_steps, dtype=torch.float64)
-        self._shares = torch.zeros(plan.num_steps, device=device)
+        self.skipped = skipped
+        self.losses = torch.zeros(self.plan.num_steps, dtype=torch.float64)
+        # Of each step the share of its loss, and the norm of its gradients.
+        self._numbers = torch.zeros(self.plan.num_steps, 2, device=batches.targets.device)
         self._taken_before = self._taken = 0
 
-    def go_on(self, step: int, logged_step: int, losses: Tensor, taken: int) -> None:
+    def resume(self, step: int, logged_step: int, losses: Tensor, taken: int) -> None:
         """Continue from a checkpoint, on any number of ranks."""
         self.step = self.settled = step
         self.logged_step = logged_step
@@ -41,41 +46,66 @@ class Epoch:
         """Whether all steps are taken."""
         return self.step == self.plan.num_steps
 
-    def count(self, share: Tensor, part: Slice) -> None:
-        """Count a step of this rank.
+    def count(self, share: Tensor, norm: Tensor, part: Slice) -> None:
+        """Count a step of this rank; nothing is read from the device.
 
         Args:
             share: its share of the loss, float32 [].
+            norm: of the gradients of all ranks, float32 [].
             part: what it took.
         """
-        self._shares[self.step] = share
-        if part.weight:
-            self._taken += self.plan.digest(part.rows)
+        torch.stack([share, norm], out=self._numbers[self.step])
+        self._taken += self.plan.digest(part.rows)
         self.step += 1
 
-    def settle(self, accelerator: Accelerator) -> int:
-        """Sum the losses up over all ranks, in their order, and check what all have taken.
+    def settle(self, accelerator: Accelerator, updater: Updater) -> int:
+        """Sum the losses up over all ranks, in their order, and check what all have done.
 
         Returns:
             The digest of what was taken so far.
 
         Raises:
-            RunFailedError: the ranks did not take each planned image once.
+            RunFailedError: the ranks did not take each planned image once; or a step was not
+                finite. Its update was withheld then, and what later steps have done is not kept.
         """
         new = slice(self.settled, self.step)
         if new.start < new.stop:
-            shares = gather_tensor(accelerator, self._shares[new])
-            self.losses[new] = shares.double().sum(0)
+            of_ranks = gather_tensor(accelerator, self._numbers[new]).double()
+            self.losses[new] = of_ranks[:, :, 0].sum(0)
+            self._check_steps(of_ranks[0, :, 1], updater.scale)
             self.settled = self.step
         mine = torch.tensor(_signed(self._taken), device=accelerator.device)
-        of_ranks = gather_tensor(accelerator, mine).tolist()
-        taken = (self._taken_before + sum(of_ranks)) % 2**64
+        taken = (self._taken_before + sum(gather_tensor(accelerator, mine).tolist())) % 2**64
         if taken != self.plan.digest(slice(0, int(self.plan.bounds[self.step]))):
             raise RunFailedError(
                 f"the ranks have not taken each image of {self.step} steps once; "
                 "start all of them with the same cxrdist, recipe and shards"
             )
         return taken
+
+    def _check_steps(self, norms: Tensor, scale: float | None) -> None:
+        """Make sure that the new steps are finite; with a scaler, that some of them are taken."""
+        losses = torch.isfinite(self.losses[self.settled : self.step]).tolist()
+        gradients = torch.isfinite(norms).tolist()
+        for i, (loss, gradient) in enumerate(zip(losses, gradients, strict=True)):
+            where = f"{self.where}, step {self.settled + i + 1}"
+            if not loss or (scale is None and not gradient):
+                raise RunFailedError(
+                    f"{where}: the loss or a gradient is not finite; its update was withheld and "
+                    "nothing was published. Lower the stage's learning rates, or train without "
+                    "mixed precision"
+                )
+            self.skipped = 0 if gradient else self.skipped + 1
+            if self.skipped > MOST_SKIPS:
+                raise RunFailedError(
+                    f"{where}: the gradients of {self.skipped} steps in a row do not fit into "
+                    "fp16; nothing was published. Train with mixed precision bf16, or without"
+                )
+        if scale is not None and scale < LEAST_SCALE:
+            raise RunFailedError(
+                f"{self.where}, step {self.step}: the gradient scaler has fallen to {scale:g}; "
+                "nothing was published. Train with mixed precision bf16, or without"
+            )
 
     def mean_loss(self, first: int = 0) -> float:
         """Mean loss of the settled steps from one on."""

@@ -1,69 +1,33 @@
 """Train: stages of epochs of steps, saved within and at the end of each epoch."""
 
-import hashlib
-import math
-import os
 import sys
-import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
 from cxrdist.data.index import read_index
-from cxrdist.distributed import (
-    average_buffers,
-    gather,
-    gather_buffers,
-    set_buffers,
-    start,
-    together,
-)
-from cxrdist.errors import CxrdistError, RunFailedError, Stopped, refuse_below_one
-from cxrdist.model.densenet import block_names, network_state, save_model
+from cxrdist.distributed import gather, start, together
+from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.model.densenet import save_model
 from cxrdist.run import (
     RunDirectory,
-    append_log,
     atomic_directory,
     cut_log,
     locked,
     now,
     read_json,
-    settle_log,
     sweep,
     write_json,
 )
 from cxrdist.signals import stopping_at_a_boundary
-from cxrdist.terminal import progress, table
-from cxrdist.train.checkpoint import (
-    Checkpoint,
-    Position,
-    State,
-    load_latest,
-    load_optimizer_tensors,
-    on_cpu,
-    optimizer_tensors,
-    save_best,
-    save_checkpoint,
-)
-from cxrdist.train.epoch import Epoch
-from cxrdist.train.stages import (
-    EarlyStopping,
-    build_optimizer,
-    check_stages,
-    describe_groups,
-    freeze,
-    parameter_groups,
-    trained_modules,
-)
-from cxrdist.train.step import backward, memory_for, prepare_modes, read_slice, update, validate
+from cxrdist.train.checkpoint import Checkpoint, load_latest
+from cxrdist.train.stage import StageRun
+from cxrdist.train.stages import check_stages
 from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
 
-# More rows show the plan positions step by step, when a run has to be traced.
-STEPS_PER_LOG_ROW = int(os.environ.get("CXRDIST_STEPS_PER_LOG_ROW", "50"))
+LEAST_IMAGES_PER_RANK = 4
 
 
 def train(config: TrainConfig) -> None:
@@ -91,6 +55,8 @@ def train(config: TrainConfig) -> None:
             sweep(run.root, alone=True)
             sweep(run.checkpoints, alone=True)
         training = build_training(accelerator, run, config, index)
+        together(accelerator, lambda: _refuse_single_values(training))
+        accelerator.print(_advice(config, accelerator.num_processes), end="")
         if config.track:
             accelerator.init_trackers("cxrdist")
         with stopping_at_a_boundary():
@@ -116,6 +82,45 @@ def _refuse_large_world(config: TrainConfig, world_size: int) -> None:
             f"global_batch_size: {config.global_batch_size} images for {world_size} ranks; "
             "launch at most as many ranks as images in a step"
         )
+
+
+def _refuse_single_values(training: Training) -> None:
+    """Make sure that no BatchNorm has to find the variance of one value.
+
+    That of the last dense block does where its features are of 1 x 1 px, in a step of one image.
+    """
+    recipe, world_size = training.recipe, training.accelerator.num_processes
+    size_px = training.model.image_size_px
+    trained = [name for name, stage in recipe.stages.items() if "denseblock4" in stage.lr]
+    smallest = training.num_images // -(-training.num_images // recipe.global_batch_size)
+    if recipe.batch_norm == "per_rank":
+        smallest = max(1, smallest // world_size)
+    if recipe.max_images_per_rank:
+        smallest = min(smallest, recipe.max_images_per_rank)
+    if trained and smallest == 1 and size_px < 64:
+        raise CxrdistError(
+            f"global_batch_size: {recipe.global_batch_size} images leave BatchNorm with one image "
+            f"of {size_px} px, which has no variance in stage {trained[0]}; take a larger batch, "
+            "larger images, or batch_norm: synchronised"
+        )
+
+
+def _advice(config: TrainConfig, world_size: int) -> str:
+    """Lines on a launch that works, but not as well as it could."""
+    lines, batch, most = [], config.global_batch_size, config.max_images_per_rank
+    if world_size > 1 and batch < LEAST_IMAGES_PER_RANK * world_size:
+        good = max(1, batch // LEAST_IMAGES_PER_RANK)
+        lines.append(
+            f"{batch} images per step on {world_size} ranks: most of the time goes into "
+            f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
+        )
+    trains_norms = any(set(stage.lr) - {"head"} for stage in config.stages.values())
+    if most is not None and trains_norms and -(-batch // world_size) > most:
+        lines.append(
+            f"micro-batches of {most} images per rank: trained BatchNorm sees one at a time, not "
+            "the whole step"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _run_stages(training: Training) -> None:
@@ -156,280 +161,6 @@ def _resume(training: Training) -> Checkpoint | None:
     main = accelerator.is_main_process
     together(accelerator, lambda: cut_log(run.log, log_bytes) if main else None)
     return checkpoint
-
-
-class StageRun:
-    """A stage under way: freeze -> optimiser -> DDP, in this order, anew for every stage."""
-
-    def __init__(self, training: Training, name: str, before: Checkpoint | None) -> None:
-        """Set up the stage.
-
-        Args:
-            training: the run.
-            name: the stage.
-            before: the latest checkpoint: of this stage to go on with it, of the one before, or
-                None at the start of the run.
-        """
-        self.training, self.name = training, name
-        self.stage = training.recipe.stages[name]
-        self.trained = set(self.stage.lr)
-        self.stopping = EarlyStopping(self.stage.patience)
-        self.epoch: Epoch | None = None
-        self.best: State = {}
-        self.bests = dict(before.position.bests) if before else {}
-        self.epochs_done = before.position.epochs_done if before else 0
-        self.steps_done = before.position.steps_done if before else 0
-        self.saved = before.position.name if before else None
-        resumed = before if before and before.position.stage == name else None
-        if resumed:
-            training.model.network.load_state_dict(resumed.network)
-        freeze(training.model, self.trained)
-        groups = parameter_groups(training.model, self.stage)
-        self.groups = describe_groups(groups)
-        self.model, self.optimizer = training.accelerator.prepare(
-            training.model, build_optimizer(training.recipe.optimizer, groups)
-        )
-        if resumed:
-            self._go_on(resumed)
-        elif training.accelerator.is_main_process:
-            self._print_groups()
-
-    def _go_on(self, resumed: Checkpoint) -> None:
-        """Take over the rest of a checkpoint of this stage, written by any number of ranks."""
-        position, accelerator = resumed.position, self.training.accelerator
-        self.stopping = EarlyStopping(**position.stopping)
-        self.best = resumed.best
-        load_optimizer_tensors(self.optimizer, resumed.optimizer)
-        if accelerator.scaler and position.scaler:
-            accelerator.scaler.load_state_dict(position.scaler)
-        if len(resumed.buffers):
-            modules = trained_modules(self.training.model, self.trained)
-            set_buffers(accelerator, modules, resumed.buffers)
-        if position.step:
-            self.epoch = self._next_epoch()
-            self.epoch.go_on(position.step, position.logged_step, resumed.losses, position.taken)
-
-    def _next_epoch(self) -> Epoch:
-        plan = self.training.plan(self.name, self.stopping.epoch + 1)
-        return Epoch(plan, self.training.accelerator.device)
-
-    def run(self) -> Checkpoint:
-        """Train until the epochs or the patience are used up; the last epoch's checkpoint.
-
-        Raises:
-            Stopped: a rank was asked to stop; all is saved.
-        """
-        training = self.training
-        total = self.stage.epochs * training.num_images
-        done = self.stopping.epoch * training.num_images
-        if self.epoch is not None:
-            done += int(self.epoch.plan.bounds[self.epoch.step])
-        show = training.accelerator.is_main_process
-        with progress(total, self.name, "images", show=show, done=done) as bar:
-            while True:
-                row, speed = self.train_and_validate(bar)
-                is_best = self.stopping.update(row["val_loss"])
-                checkpoint = self._end_epoch(row, speed, is_best, bar)
-                if checkpoint.position.finished:
-                    break
-        training.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        training.accelerator.free_memory()
-        return checkpoint
-
-    def train_and_validate(self, bar: tqdm) -> tuple[dict[str, Any], dict[str, float]]:
-        """Train the epoch or what is left of it, and validate.
-
-        Returns:
-            The epoch's row of the log, a function of recipe and shards, and its speed.
-        """
-        training, accelerator = self.training, self.training.accelerator
-        began = time.perf_counter()
-        row, rate = self.train_epoch(bar)
-        model = accelerator.unwrap_model(self.model)
-        found = validate(
-            accelerator, model, training.material, training.val_plan, self._stop_if_asked
-        )
-        if not math.isfinite(found["val_loss"]):
-            raise RunFailedError(
-                f"stage {self.name}, epoch {self.stopping.epoch + 1}: the validation loss is not "
-                "finite; nothing was saved or published. Lower the stage's learning rates"
-            )
-        seconds = round(time.perf_counter() - began, 3)
-        return {**row, **found}, {"images_per_second": rate, "seconds": seconds}
-
-    def train_epoch(self, bar: tqdm) -> tuple[dict[str, Any], float]:
-        """Take the steps of the epoch that are left; its row of the log, and images a second."""
-        accelerator = self.training.accelerator
-        self.epoch = epoch = self.epoch or self._next_epoch()
-        began, first = time.perf_counter(), epoch.step
-        if not epoch.done:
-            self._take_steps(epoch, bar)
-            average_buffers(accelerator, trained_modules(self.training.model, self.trained))
-        taken = epoch.settle(accelerator)
-        num_images = int(epoch.plan.bounds[-1] - epoch.plan.bounds[first])
-        rate = round(num_images / (time.perf_counter() - began), 2)
-        row = {"step": self.steps_done, "loss": epoch.mean_loss(), "taken": f"{taken:016x}"}
-        return row, rate
-
-    def _take_steps(self, epoch: Epoch, bar: tqdm) -> None:
-        training, accelerator, plan = self.training, self.training.accelerator, epoch.plan
-        max_images = training.recipe.max_images_per_rank
-        part = read_slice(training.material, plan, epoch.step, accelerator)
-        for step in range(epoch.step, plan.num_steps):
-            where = f"stage {self.name}, epoch {self.stopping.epoch + 1}, step {step + 1}"
-            _seed(training.recipe.seed, where, accelerator.process_index)
-            prepare_modes(training.model, self.trained, part)
-            with memory_for(part, max_images, where):
-                share = backward(accelerator, self.model, part, max_images)
-            taken = part
-            if step + 1 < plan.num_steps:  # read while a GPU is still busy with this step
-                part = read_slice(training.material, plan, step + 1, accelerator)
-            update(accelerator, self.optimizer, share, where)
-            epoch.count(share, taken)
-            self.steps_done += 1
-            bar.update(plan.step_size(step))
-            if epoch.step % STEPS_PER_LOG_ROW == 0:
-                self._log_steps(epoch)
-            if not epoch.done:
-                self._stop_if_asked()
-                if epoch.step % training.recipe.save_steps == 0:
-                    self.save(epoch)
-
-    def _log_steps(self, epoch: Epoch) -> None:
-        """Log the steps since the last such row: their mean loss, and proof of what was taken."""
-        taken = epoch.settle(self.training.accelerator)
-        loss = epoch.mean_loss(epoch.logged_step)
-        epoch.logged_step = epoch.step
-        self._log("step", {"step": self.steps_done, "loss": loss, "taken": f"{taken:016x}"})
-
-    def _stop_if_asked(self) -> None:
-        """At a boundary of steps or of validation batches: save and stop if a rank was asked to.
-
-        Raises:
-            Stopped: on all ranks together, with the line for the user on the main one.
-        """
-        if self.training.vote.passed() and self.epoch is not None:
-            self.save(self.epoch)
-            where = f"stage {self.name}, epoch {self.stopping.epoch + 1}, step {self.epoch.step}"
-            line = f"stopped and saved at {where}; run the same command again to go on"
-            raise Stopped(line if self.training.accelerator.is_main_process else "")
-
-    def _end_epoch(
-        self, row: dict[str, Any], speed: dict[str, float], is_best: bool, bar: tqdm
-    ) -> Checkpoint:
-        """Log the epoch, then make it last: a checkpoint is written when all else stands."""
-        training, stopping = self.training, self.stopping
-        main = training.accelerator.is_main_process
-        self.epochs_done += 1
-        self._log("epoch", row)
-        self._log("speed", {"step": self.steps_done, **speed})
-        if is_best:
-            self.best = {k: on_cpu(v) for k, v in network_state(training.model).items()}
-            kept = together(training.accelerator, self._save_best)
-            self.bests[self.name] = kept
-        if main:
-            bar.write(
-                f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
-                f"loss {row['loss']:.4f}, val loss {row['val_loss']:.4f}, "
-                f"{_score(row)}, "
-                f"{speed['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
-            )
-        together(training.accelerator, lambda: self._note_stage() if main else None)
-        self.epoch = None
-        return self.save(None)
-
-    def _save_best(self) -> tuple[str, str]:
-        """Write the stage's best weights; a new directory, since older checkpoints need theirs."""
-        if not self.training.accelerator.is_main_process:
-            return "", ""
-        return save_best(self.training.run.checkpoints, self.epochs_done, self.best)
-
-    def save(self, epoch: Epoch | None) -> Checkpoint:
-        """Write a checkpoint of an epoch under way, or of the end of one; on all ranks together."""
-        training, accelerator = self.training, self.training.accelerator
-        main, stopping = accelerator.is_main_process, self.stopping
-        taken = epoch.settle(accelerator) if epoch else 0
-        buffers = torch.zeros(0, 0)
-        if epoch and not epoch.done:
-            buffers = gather_buffers(accelerator, trained_modules(training.model, self.trained))
-        position = Position(
-            stage=self.name,
-            epoch=stopping.epoch,
-            step=epoch.step if epoch else 0,
-            epochs_done=self.epochs_done,
-            steps_done=self.steps_done,
-            log_bytes=settle_log(training.run.log) if main else 0,
-            logged_step=epoch.logged_step if epoch else 0,
-            taken=taken,
-            stopping=stopping.state(),
-            finished=not epoch and (stopping.epoch >= self.stage.epochs or stopping.exhausted),
-            bests=self.bests,
-            scaler=accelerator.scaler.state_dict() if accelerator.scaler else {},
-        )
-        checkpoint = Checkpoint(
-            position,
-            {k: on_cpu(v) for k, v in network_state(training.model).items()} if main else {},
-            optimizer_tensors(self.optimizer) if main else {},
-            buffers,
-            epoch.losses[: epoch.step] if epoch else torch.zeros(0, dtype=torch.float64),
-            self.best,
-        )
-        together(accelerator, lambda: self._write(checkpoint) if main else None)
-        return checkpoint
-
-    def _write(self, checkpoint: Checkpoint) -> None:
-        run, recipe = self.training.run, fixed_recipe(self.training.recipe)
-        save_checkpoint(run.checkpoints, checkpoint, recipe, self.saved)
-        self.saved = checkpoint.position.name
-
-    def _log(self, kind: str, row: dict[str, Any]) -> None:
-        """Add a row to log.jsonl and give its numbers to the trackers."""
-        training = self.training
-        if training.accelerator.is_main_process:
-            where = {"kind": kind, "stage": self.name}
-            epoch = self.stopping.epoch + (kind == "step")
-            append_log(training.run.log, {**where, "epoch": epoch, **row})
-        if training.recipe.track:
-            values = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, float)}
-            training.accelerator.log(values, step=row["step"])
-
-    def _note_stage(self) -> None:
-        """Bring run.json up to date with this stage."""
-        run, stopping = self.training.run, self.stopping
-        info = read_json(run.info)
-        frozen = [b for b in _blocks(self.training) if b not in self.trained]
-        info["stages"][self.name] = {
-            "parameter_groups": self.groups,
-            "frozen": frozen,
-            "epochs": stopping.epoch,
-            "steps": self.steps_done,
-            "best_epoch": stopping.best_epoch,
-            "best_val_loss": stopping.best_loss,
-        }
-        write_json(run.info, info)
-
-    def _print_groups(self) -> None:
-        rows = [list(map(str, group.values())) for group in self.groups]
-        frozen = [[b, "frozen"] for b in _blocks(self.training) if b not in self.trained]
-        print(f"\nstage {self.name}: up to {self.stage.epochs} epochs")
-        print(table(frozen + rows, list(self.groups[0])))
-
-
-def _score(row: dict[str, Any]) -> str:
-    """The validation score of an epoch for the terminal."""
-    if "val_accuracy" in row:
-        return f"val accuracy {row['val_accuracy']:.4f}"
-    return "val AUROC -" if row["val_auroc"] is None else f"val AUROC {row['val_auroc']:.4f}"
-
-
-def _blocks(training: Training) -> list[str]:
-    return block_names(training.model.network)
-
-
-def _seed(seed: int, where: str, rank: int) -> None:
-    """Seed the dropout of a step, so that a resumed run draws what the unbroken one would."""
-    digest = hashlib.sha256(f"{seed}, {where}, rank {rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _publish(training: Training) -> None:

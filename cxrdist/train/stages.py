@@ -1,5 +1,6 @@
 """Stages: which blocks are trained at which rates, and when a stage ends."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import nn
 
 from cxrdist.config import Stage
 from cxrdist.errors import CxrdistError
+from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.densenet import Classifier, block_names, block_of
 
 MOMENTUM = 0.9  # paper, section 3.3
@@ -38,6 +40,30 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
         for field, value in (("epochs", stage.epochs), ("patience", stage.patience)):
             if value < 1:
                 raise CxrdistError(f"stages.{name}.{field}: is {value}, expected at least 1")
+        if not 0 <= stage.warmup_epochs < stage.epochs:
+            raise CxrdistError(
+                f"stages.{name}.warmup_epochs: is {stage.warmup_epochs}, expected at least 0 and "
+                f"fewer than the stage's {stage.epochs} epochs"
+            )
+
+
+def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
+    """What the stage's learning rates are multiplied by in a step; a function of its place alone.
+
+    Args:
+        stage: with its schedule: a linear warm-up (Goyal et al. 2017, section 2.2), then constant
+            or half a cosine (Loshchilov & Hutter 2017, equation 5, without restarts).
+        epoch: epochs done in the stage.
+        step: steps done in the epoch.
+        num_steps: of the epoch.
+    """
+    done = epoch + step / num_steps
+    if done < stage.warmup_epochs:
+        return (done + 1 / num_steps) / stage.warmup_epochs
+    if stage.schedule == "constant":
+        return 1.0
+    share = (done - stage.warmup_epochs) / (stage.epochs - stage.warmup_epochs)
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 def freeze(model: Classifier, trained: set[str]) -> None:
@@ -66,6 +92,12 @@ def trained_modules(model: Classifier, trained: set[str]) -> list[nn.Module]:
         for name, module in model.network.features.named_children()
         if block_of(f"features.{name}", num_blocks) in trained
     ]
+
+
+def trained_norms(model: Classifier, trained: set[str]) -> list[BatchNorm]:
+    """The BatchNorms of trained blocks."""
+    modules = trained_modules(model, trained)
+    return [norm for m in modules for norm in m.modules() if isinstance(norm, BatchNorm)]
 
 
 def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
@@ -105,20 +137,28 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW, over named groups; one fused kernel a step."""
+    """SGD with momentum 0.9, or AdamW, over named groups; one fused kernel per step."""
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
-    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, fused=True)
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, fused=True)
+    for parameter in (p for group in groups for p in group["params"]):
+        # A first step that is withheld would leave PyTorch's own momentum as unwritten memory.
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 @dataclass
 class EarlyStopping:
-    """Remembers the best epoch of a stage by validation loss."""
+    """Remembers the best epoch of a stage by validation loss; epoch 0 is what it begins with."""
 
     patience: int
     best_loss: float = float("inf")
     best_epoch: int = 0
     epoch: int = 0
+
+    def begin(self, loss: float) -> None:
+        """Let the weights that the stage begins with compete."""
+        self.best_loss = loss
 
     def update(self, loss: float) -> bool:
         """Count an epoch; whether it is the best so far."""

@@ -1,7 +1,7 @@
-"""One optimiser step over all ranks, and the validation after an epoch."""
+"""One step over all ranks: read a slice, add its gradients; and the validation after an epoch."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrdist.data.cache import Images, read_rows
-from cxrdist.data.plan import Draws, Plan
+from cxrdist.data.plan import Plan
 from cxrdist.distributed import gather, sum_over_ranks
-from cxrdist.errors import RunFailedError
 from cxrdist.evaluate.metrics import mean_auroc
-from cxrdist.model.augment import warp
-from cxrdist.model.densenet import Classifier
-from cxrdist.train.stages import set_modes
+from cxrdist.model.augment import sampling_matrices, warp
+from cxrdist.train.update import Updater
 
 VAL_IMAGES_PER_PASS = 64
 
@@ -39,48 +37,145 @@ class Material:
     task: str
 
 
+class Batches:
+    """A plan with all that its steps need on the device but the images, which are staged.
+
+    Attributes:
+        plan: which rows a step takes.
+        matrices: float32 [n, 2, 3], how each row is warped.
+        targets: float32 [n, classes], 1 where a row's image has the label.
+    """
+
+    def __init__(self, material: Material, plan: Plan, device: torch.device) -> None:
+        """Bring the plan's draws and targets to the device."""
+        self.plan = plan
+        self.matrices = sampling_matrices(plan.draws, material.images.shape[1], device)
+        targets = torch.from_numpy(material.targets[plan.samples])
+        self.targets = targets.float().to(device)
+
+
+class Staging:
+    """Two host buffers, made once, that images pass through in turn on their way to the device.
+
+    While the device still copies from one, the other is filled.
+    """
+
+    def __init__(self, images: Images, most: int, device: torch.device) -> None:
+        """Make the buffers.
+
+        Args:
+            images: uint8 [samples, size, size], all images.
+            most: images that are read at once, at most.
+            device: where they are needed.
+        """
+        self._images, self._device, self._turn = images, device, 0
+        self._pinned = device.type == "cuda"
+        shape = (2, most, 1, *images.shape[1:])
+        self._buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
+        self._copied: list[torch.cuda.Event | None] = [None, None]
+
+    def read(self, numbers: NDArray[np.int64]) -> Tensor:
+        """Bring images to the device.
+
+        Args:
+            numbers: int64 [B], sample numbers.
+
+        Returns:
+            uint8 [B, 1, size, size]; on a CPU the buffer itself, good until the read after next.
+        """
+        turn, self._turn = self._turn, 1 - self._turn
+        copied = self._copied[turn]
+        if copied is not None:
+            copied.synchronize()
+        here = self._buffers[turn, : len(numbers)]
+        # Numbers are in range; other modes than raise gather into the buffer without another one.
+        np.take(self._images, numbers, axis=0, out=here[:, 0].numpy(), mode="clip")
+        if not self._pinned:
+            return here
+        there = here.to(self._device, non_blocking=True)
+        self._copied[turn] = copied = torch.cuda.Event()
+        copied.record()
+        return there
+
+
 @dataclass(frozen=True)
 class Slice:
     """A rank's part of a step, on its device.
 
     Attributes:
         images: uint8 [B, 1, H, W], B is at least 1.
+        matrices: float32 [B, 2, 3], their warps.
         targets: float32 [B, classes], 1 where an image has the label.
-        draws: warps of the B images.
-        rows: of the plan.
-        step_size: images of the step over all ranks.
-        weight: 1, or 0 on a rank for which the step has no image; it still takes part.
+        rows: of the plan that are this rank's; none where the step has no image for it. It takes
+            part all the same, with one image that counts for nothing.
+        sizes: images of each rank.
     """
 
     images: Tensor
+    matrices: Tensor
     targets: Tensor
-    draws: Draws
     rows: slice
-    step_size: int
-    weight: float
+    sizes: tuple[int, ...]
+
+    @property
+    def num_images(self) -> int:
+        """Images that count, 0 to B."""
+        return self.rows.stop - self.rows.start
 
 
-def read_slice(material: Material, plan: Plan, step: int, accelerator: Accelerator) -> Slice:
+def read_slice(batches: Batches, staging: Staging, step: int, accelerator: Accelerator) -> Slice:
     """Read this rank's part of a step."""
-    rows = plan.rank_rows(step, accelerator.process_index, accelerator.num_processes)
-    weight = 1.0
-    if rows.start == rows.stop:
-        first = int(plan.bounds[step])
-        rows, weight = slice(first, first + 1), 0.0
-    images, targets = _read(material, plan, rows, accelerator.device)
-    return Slice(images, targets, plan.draws.rows(rows), rows, plan.step_size(step), weight)
+    plan, world_size = batches.plan, accelerator.num_processes
+    all_rows = [plan.rank_rows(step, rank, world_size) for rank in range(world_size)]
+    rows = all_rows[accelerator.process_index]
+    taken = rows if rows.start < rows.stop else slice(rows.start, rows.start + 1)
+    if taken.stop > len(plan.samples):
+        taken = slice(rows.start - 1, rows.start)
+    return Slice(
+        staging.read(plan.samples[taken]),
+        batches.matrices[taken],
+        batches.targets[taken],
+        rows,
+        tuple(r.stop - r.start for r in all_rows),
+    )
 
 
-def _read(
-    material: Material, plan: Plan, rows: slice, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    numbers = plan.samples[rows]
-    targets = torch.from_numpy(material.targets[numbers]).float().to(device, non_blocking=True)
-    return read_rows(material.images, numbers, device), targets
+@dataclass(frozen=True)
+class Pass:
+    """Part of a slice that goes through the network at once.
+
+    Attributes:
+        rows: of the slice, at least one.
+        weight: 1, or 0 where they only stand in for none.
+        sizes: images of each rank that count.
+    """
+
+    rows: slice
+    weight: float
+    sizes: tuple[int, ...]
+
+
+def passes_of(part: Slice, rank: int, max_images: int | None) -> Iterator[Pass]:
+    """Cut a slice into equal passes, as many on each rank: BatchNorm waits for all in each one."""
+    num_passes = -(-max(part.sizes) // max_images) if max_images else 1
+    for i in range(num_passes):
+        starts = [size * i // num_passes for size in part.sizes]
+        stops = [size * (i + 1) // num_passes for size in part.sizes]
+        sizes = tuple(b - a for a, b in zip(starts, stops, strict=True))
+        rows = slice(starts[rank], stops[rank])
+        if sizes[rank]:
+            yield Pass(rows, 1.0, sizes)
+        else:
+            yield Pass(slice(0, 1), 0.0, sizes)
 
 
 def backward(
-    accelerator: Accelerator, model: nn.Module, part: Slice, max_images: int | None
+    accelerator: Accelerator,
+    model: nn.Module,
+    updater: Updater,
+    part: Slice,
+    max_images: int | None,
+    before_pass: Callable[[tuple[int, ...]], None],
 ) -> Tensor:
     """Add the gradients of a step; DDP's mean over ranks is then the mean over the step's images.
 
@@ -89,84 +184,28 @@ def backward(
 
     Args:
         accelerator: of this rank.
-        model: as `accelerator.prepare` gave it.
+        model: a `Learner` as `accelerator.prepare` gave it.
+        updater: scales the loss.
         part: this rank's slice.
         max_images: images of one forward pass; None for all.
+        before_pass: is told the images of each rank, before each pass.
 
     Returns:
         This rank's share of the loss, float32 []; the shares of all ranks add up to the mean
-        binary cross-entropy over images and classes (paper, section 3.3), on logits.
+        binary cross-entropy over images and classes (paper, section 3.3).
     """
-    num_images = len(part.images)
-    num_passes = -(-num_images // max_images) if max_images else 1
-    bounds = [num_images * i // num_passes for i in range(num_passes + 1)]
+    per_image = 1 / (sum(part.sizes) * part.targets.shape[1])
     total = torch.zeros((), device=accelerator.device)
-    for i in range(num_passes):
-        rows = slice(bounds[i], bounds[i + 1])
-        last = i == num_passes - 1
-        with nullcontext() if last else accelerator.no_sync(model):
-            logits = model(warp(part.images[rows], part.draws.rows(rows)))
-            loss = binary_cross_entropy_with_logits(
-                logits.float(), part.targets[rows], reduction="sum"
-            )
-            share = loss * (part.weight / (part.step_size * part.targets.shape[1]))
-            accelerator.backward(share * accelerator.num_processes)
+    passes = list(passes_of(part, accelerator.process_index, max_images))
+    for one in passes:
+        before_pass(one.sizes)
+        with nullcontext() if one is passes[-1] else accelerator.no_sync(model):
+            rows = one.rows
+            loss = model(part.images[rows], part.matrices[rows], part.targets[rows])
+            share = loss * (one.weight * per_image)
+            updater.backward(share * accelerator.num_processes)
         total += share.detach()
     return total
-
-
-def update(
-    accelerator: Accelerator, optimizer: torch.optim.Optimizer, share: Tensor, where: str
-) -> None:
-    """Take the optimiser step if all is finite.
-
-    Args:
-        accelerator: of this rank.
-        optimizer: as `accelerator.prepare` gave it.
-        share: this rank's share of the loss.
-        where: the step's name for the message.
-
-    Raises:
-        RunFailedError: a gradient, or with fp16's scaled gradients the loss, is not finite. After
-            DDP a NaN of one rank is in the gradients of all, so all stop together.
-    """
-    if accelerator.scaler is None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        watched = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-    else:
-        watched = sum_over_ranks(accelerator, share)
-    if not bool(torch.isfinite(watched)):
-        raise RunFailedError(
-            f"{where}: the loss or a gradient is not finite; nothing was updated or published. "
-            "Lower the stage's learning rates, or train without mixed precision"
-        )
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def memory_for(part: Slice, max_images: int | None, where: str) -> Iterator[None]:
-    """Say what to do when a step does not fit into memory.
-
-    Raises:
-        RunFailedError: it did not.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise
-        images = min(len(part.images), max_images or len(part.images))
-        mend = f"try --max-images-per-rank {images // 2}" if images > 1 else "take a larger machine"
-        raise RunFailedError(
-            f"{where}: out of memory with {images} images in a pass, of {part.step_size} in the "
-            f"step over all ranks; {mend}; the results are the same but for BatchNorm"
-        ) from error
-
-
-def prepare_modes(model: Classifier, trained: set[str], part: Slice) -> None:
-    """Set the modes of a step; a rank without an image must not move its BatchNorm statistics."""
-    set_modes(model, trained if part.weight else set())
 
 
 @torch.no_grad()
@@ -174,16 +213,16 @@ def validate(
     accelerator: Accelerator,
     model: nn.Module,
     material: Material,
-    plan: Plan,
+    batches: Batches,
     at_boundary: Callable[[], None],
 ) -> dict[str, Any]:
-    """Mean loss and score over a plan of the validation split, each row once.
+    """Mean loss and score over a plan of the validation split, each row once; in float32.
 
     Args:
         accelerator: of this rank.
-        model: unwrapped: DDP would wait for ranks that have no batch.
+        model: the network itself: DDP would wait for ranks that have no batch.
         material: images and targets.
-        plan: the expanded validation split, the same in every epoch.
+        batches: the expanded validation split, the same in every epoch.
         at_boundary: called before each batch, on all ranks as often; may stop them all.
 
     Returns:
@@ -192,8 +231,9 @@ def validate(
         mean over the labels that some rows have and some have not, None if there is no such one.
     """
     model.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-    rows_seen = []
+    plan, device = batches.plan, accelerator.device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    mine = []
     starts = range(0, len(plan.samples), VAL_IMAGES_PER_PASS)
     for turn in range(0, len(starts), accelerator.num_processes):
         at_boundary()
@@ -201,21 +241,18 @@ def validate(
             continue
         start = starts[turn + accelerator.process_index]
         rows = slice(start, min(start + VAL_IMAGES_PER_PASS, len(plan.samples)))
-        images, targets = _read(material, plan, rows, accelerator.device)
-        logits = model(warp(images, plan.draws.rows(rows))).float()
+        images = read_rows(material.images, plan.samples[rows], device)
+        targets = batches.targets[rows]
+        logits = model(warp(images, batches.matrices[rows])).float()
         loss = binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums += torch.stack([loss.double(), correct.double()])
-        if material.task == "multilabel":
-            rows_seen.append((start, logits.cpu(), targets.cpu()))
+        mine.append((start, logits))
     loss_sum, num_correct = sum_over_ranks(accelerator, sums).tolist()
-    num_rows, num_classes = len(plan.samples), material.targets.shape[1]
+    num_rows, num_classes = batches.targets.shape
     val_loss = loss_sum / (num_rows * num_classes)
     if material.task == "multiclass":
         return {"val_loss": val_loss, "val_accuracy": num_correct / num_rows}
-    rows_of_all = sorted(gather(accelerator, rows_seen), key=lambda row: row[0])
-    _, all_logits, all_targets = zip(*rows_of_all, strict=True)
-    return {
-        "val_loss": val_loss,
-        "val_auroc": mean_auroc(torch.sigmoid(torch.cat(all_logits)), torch.cat(all_targets)),
-    }
+    of_all = gather(accelerator, [(start, logits.cpu()) for start, logits in mine])
+    logits = torch.cat([logits for _, logits in sorted(of_all, key=lambda row: row[0])])
+    return {"val_loss": val_loss, "val_auroc": mean_auroc(logits, batches.targets.cpu())}

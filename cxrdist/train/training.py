@@ -27,7 +27,8 @@ from cxrdist.run import (
     write_json,
     write_text,
 )
-from cxrdist.train.step import Material
+from cxrdist.train.checkpoint import has_checkpoint
+from cxrdist.train.step import Batches, Material
 
 NOT_SCIENCE = (
     "shards",
@@ -50,7 +51,7 @@ class Training:
         material: images and labels.
         samples: int64 [m], sample numbers of the training split.
         copies: int64 [m], copies of each in an epoch.
-        val_plan: the expanded validation split, the same in every epoch.
+        validation: the expanded validation split, the same in every epoch.
         vote: on stopping.
     """
 
@@ -61,7 +62,7 @@ class Training:
     material: Material
     samples: NDArray[np.int64]
     copies: NDArray[np.int64]
-    val_plan: Plan
+    validation: Batches
     vote: StopVote
 
     @property
@@ -99,7 +100,7 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
     Raises:
         CxrdistError: it holds another run.
     """
-    begun = run.checkpoints.is_dir() and any(run.checkpoints.glob("[!.]*"))
+    begun = has_checkpoint(run.checkpoints)
     if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
         return  # without a checkpoint there is nothing to mix up: a mended recipe may start
     difference = _difference(run.recipe.read_text(encoding="utf-8"), fixed_recipe(config))
@@ -168,8 +169,7 @@ def build_training(
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
     model.to(accelerator.device)
-    if accelerator.device.type == "cuda":
-        model.to(memory_format=torch.channels_last)
+    model.to(memory_format=memory_format(accelerator.device))
     # One fixed draw of the expanded validation split, so that epochs can be compared.
     val_plan = plan_epoch(val, copies[val], config.augmentation, 1, (config.seed, "validation", 0))
     material = Material(images, targets, index.task)
@@ -181,9 +181,14 @@ def build_training(
         material,
         train,
         copies[train],
-        val_plan,
+        Batches(material, val_plan, accelerator.device),
         StopVote(accelerator),
     )
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How parameters and features lie in memory; channels_last is faster on a GPU only."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def _attempt(init: str) -> Callable[[], InitialWeights]:

@@ -46,7 +46,7 @@ def epochs(run: Path) -> list[dict]:
     log = run / "log.jsonl"
     lines = log.read_text().splitlines() if log.is_file() else []
     rows = [row for row in map(json.loads, lines) if row["kind"] == "epoch"]
-    return [{k: row[k] for k in ("stage", "epoch", "step", "loss", "val_loss")} for row in rows]
+    return [{k: row.get(k) for k in ("stage", "epoch", "step", "loss", "val_loss")} for row in rows]
 
 
 def assert_same(run: Path, undisturbed: Path) -> None:

@@ -1,7 +1,7 @@
 """Run on each rank of a test: train an epoch of each stage, or take one gradient.
 
 usage: ranks.py stages SHARDS RUN OUT
-       ranks.py gradient SHARDS RUN OUT BATCH[:IMAGES_PER_PASS]...
+       ranks.py frozen|trained SHARDS RUN OUT BATCH[:IMAGES_PER_PASS]...
 """
 
 import sys
@@ -15,9 +15,9 @@ from cxrdist.data.index import read_index
 from cxrdist.distributed import start
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
-from cxrdist.train.loop import StageRun
+from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import set_modes
-from cxrdist.train.step import backward, read_slice
+from cxrdist.train.step import Batches, Staging, backward, read_slice
 from cxrdist.train.training import Training, build_training
 
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
@@ -58,7 +58,7 @@ def run_stages(training: Training) -> dict:
         before = state(training)
         under_way = StageRun(training, name, None)
         gradients = {}
-        step = under_way.optimizer.step
+        step = under_way.updater.optimizer.step
 
         def keep_gradients(gradients=gradients, step=step):
             for key, parameter in training.model.network.named_parameters():
@@ -66,10 +66,9 @@ def run_stages(training: Training) -> dict:
                     gradients[key] = parameter.grad.clone()
             step()
 
-        under_way.optimizer.step = keep_gradients
+        under_way.updater.optimizer.step = keep_gradients
         with progress(0, "", "images", show=False) as bar:
             under_way.train_and_validate(bar)
-        training.accelerator.unwrap_model(under_way.model, keep_fp32_wrapper=False)
         training.accelerator.free_memory()
         found[name] = {
             "trained": list(stage.lr),
@@ -81,32 +80,48 @@ def run_stages(training: Training) -> dict:
     return found
 
 
-def take_gradients(training: Training, batches: list[str]) -> dict:
-    """The synchronised gradient of the first step of an epoch, BatchNorm frozen, for each batch."""
+def take_gradients(training: Training, trained: set[str], batches: list[str]) -> dict:
+    """The synchronised gradient in float64 of the first step of an epoch, for each batch.
+
+    Args:
+        training: the run.
+        trained: blocks whose BatchNorm is trained.
+        batches: images of the step, and of a pass.
+    """
     found = {}
-    stage = StageRun(training, "all", None)
-    set_modes(training.model, set())
+    training.model.double()
+    under_way = StageRun(training, "all", None)
+    set_modes(training.model, trained)
     for batch in batches:
         size, _, per_pass = batch.partition(":")
         recipe = replace(training.recipe, global_batch_size=int(size))
         plan = replace(training, recipe=recipe).plan("all", 1)
-        part = read_slice(training.material, plan, 0, training.accelerator)
+        staging = Staging(training.material.images, int(size), training.accelerator.device)
+        epoch = Batches(training.material, plan, training.accelerator.device)
+        epoch.targets = epoch.targets.double()
+        part = read_slice(epoch, staging, 0, training.accelerator)
         loss = backward(
-            training.accelerator, stage.model, part, int(per_pass) if per_pass else None
+            *(training.accelerator, under_way.model, under_way.updater, part),
+            *(int(per_pass) if per_pass else None, under_way.statistics.before_pass),
         )
         found[batch] = {
             "loss": loss,
-            "images": len(part.images) * part.weight,
+            "images": part.num_images,
             "gradients": {k: p.grad.clone() for k, p in training.model.network.named_parameters()},
+            "statistics": {k: b.clone() for k, b in training.model.network.named_buffers()},
         }
-        stage.optimizer.zero_grad()
+        under_way.updater.optimizer.zero_grad()
     return found
 
 
 def main() -> None:
     job, shards, run, out = sys.argv[1], *map(Path, sys.argv[2:5])
     training = build(shards, run)
-    found = run_stages(training) if job == "stages" else take_gradients(training, sys.argv[5:])
+    if job == "stages":
+        found = run_stages(training)
+    else:
+        trained = set(BLOCKS) if job == "trained" else set()
+        found = take_gradients(training, trained, sys.argv[5:])
     out.mkdir(exist_ok=True)
     torch.save(found, out / f"rank{training.accelerator.process_index}.pt")
     training.accelerator.wait_for_everyone()

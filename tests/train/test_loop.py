@@ -11,7 +11,8 @@ from support import run_command, run_ranks
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.run import locked, read_log
-from cxrdist.train import loop
+from cxrdist.train import stage
+from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.loop import train
 
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
@@ -42,13 +43,13 @@ class Killed(BaseException):
 def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
     """Killed after each epoch and started again, a run ends in the weights of an unbroken one."""
     train(recipe(shards, tmp_path / "whole"))
-    save = loop.save_checkpoint
+    save = stage.save_checkpoint
 
     def save_and_die(*arguments):
         save(*arguments)
         raise Killed
 
-    monkeypatch.setattr(loop, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(stage, "save_checkpoint", save_and_die)
     for _ in range(4):
         with pytest.raises(Killed):
             train(recipe(shards, tmp_path / "broken"))
@@ -72,39 +73,67 @@ def test_rows_of_an_epoch_that_was_lost_are_not_logged_twice(shards, tmp_path, m
     def die(*arguments):
         raise Killed
 
-    monkeypatch.setattr(loop, "save_checkpoint", die)
+    monkeypatch.setattr(stage, "save_checkpoint", die)
     with pytest.raises(Killed):
         train(recipe(shards, tmp_path / "run"))
     monkeypatch.undo()
     train(recipe(shards, tmp_path / "run"))
     rows = [row for row in read_log(tmp_path / "run" / "log.jsonl") if row["kind"] == "epoch"]
     assert [(row["stage"], row["epoch"]) for row in rows] == [
-        ("all", 1),
-        ("all", 2),
-        ("late", 1),
-        ("late", 2),
+        *(("all", epoch) for epoch in (0, 1, 2)),
+        *(("late", epoch) for epoch in (0, 1, 2)),
     ]
 
 
 def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch):
     """A worse last epoch does not become the model, and the next stage starts from the best."""
-    losses = iter([0.9, 0.5, 0.4, 0.7])
+    losses = iter([1.0, 0.9, 0.5, 0.5, 0.4, 0.7])
     states = []
 
     def validate(accelerator, model, *_):
         states.append({k: v.clone() for k, v in model.network.state_dict().items()})
         return {"val_loss": next(losses), "val_accuracy": 0.5}
 
-    monkeypatch.setattr(loop, "validate", validate)
+    monkeypatch.setattr(stage, "validate", validate)
     train(recipe(shards, tmp_path / "run"))
     model = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert all(torch.equal(model[k], v) for k, v in states[2].items())
+    assert all(torch.equal(model[k], v) for k, v in states[4].items())
     frozen = "features.conv0.weight"
-    assert torch.equal(states[2][frozen], states[1][frozen])
-    assert not torch.equal(states[1][frozen], states[0][frozen])
+    assert torch.equal(states[4][frozen], states[2][frozen])
+    assert not torch.equal(states[2][frozen], states[1][frozen])
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [info["stages"][s]["best_epoch"] for s in ("all", "late")] == [2, 1]
     assert info["finished"]
+
+
+def test_a_stage_that_only_gets_worse_publishes_what_it_began_with(shards, tmp_path, monkeypatch):
+    """The weights of a stage's start compete as its epoch 0, also against a killed run's memory."""
+    losses = [0.9, 0.5, 0.6, 0.5, 0.7, 2.1]  # start, two epochs; start, two epochs
+    states = []
+
+    def validate(accelerator, model, *_):
+        states.append({k: v.clone() for k, v in model.network.state_dict().items()})
+        return {"val_loss": losses[len(states) - 1], "val_accuracy": 0.5}
+
+    save = stage.save_checkpoint
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        raise Killed
+
+    monkeypatch.setattr(stage, "validate", validate)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "save_checkpoint", save_and_die)
+        for _ in range(4):
+            with pytest.raises(Killed):
+                train(recipe(shards, tmp_path / "run"))
+    train(recipe(shards, tmp_path / "run"))
+    model = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert len(states) == len(losses)
+    assert all(torch.equal(model[k], v) for k, v in states[1].items())
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    late = info["stages"]["late"]
+    assert (late["best_epoch"], late["best_val_loss"], late["epochs"]) == (0, 0.5, 2)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update(shards, tmp_path, monkeypatch):
@@ -114,18 +143,19 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(shards, tmp_path, mon
     with pytest.raises(RunFailedError, match=r"stage all, epoch 1, step \d+: .* not finite"):
         train(config)
     assert not (tmp_path / "run" / "model").exists()
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not has_checkpoint(tmp_path / "run" / "checkpoints")
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(shards, tmp_path, monkeypatch):
     """An epoch that cannot be judged is neither saved nor published."""
+    losses = iter([0.7, float("nan")])
     monkeypatch.setattr(
-        loop, "validate", lambda *_: {"val_loss": float("nan"), "val_accuracy": 0.5}
+        stage, "validate", lambda *_: {"val_loss": next(losses), "val_accuracy": 0.5}
     )
     with pytest.raises(RunFailedError, match=r"stage all, epoch 1: the validation loss"):
         train(recipe(shards, tmp_path / "run"))
     assert not (tmp_path / "run" / "model").exists()
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not has_checkpoint(tmp_path / "run" / "checkpoints")
 
 
 def test_the_saved_recipe_can_be_passed_back(shards, tmp_path):

@@ -1,0 +1,98 @@
+"""The learner: warp, network and loss of one pass, as one graph that can be compiled."""
+
+import copy
+from typing import Any
+
+import torch
+from timm.models.densenet import DenseLayer
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from cxrdist.model.augment import warp
+from cxrdist.model.densenet import Classifier
+
+COMPILE_BACKEND = "inductor"
+
+
+class Learner(nn.Module):
+    """Gives the loss of images as they stand in the cache.
+
+    Attributes:
+        model: the network that is trained.
+        trunk: where all blocks but the head are frozen, its features with folded BatchNorms.
+    """
+
+    def __init__(
+        self, model: Classifier, trained: set[str], precision: torch.dtype, *, compiled: bool
+    ) -> None:
+        """Set up the passes of a stage.
+
+        Args:
+            model: the network; what is frozen is known to it already.
+            trained: blocks that the stage trains.
+            precision: of the convolutions, as in autocast.
+            compiled: make one graph of warp, network and loss. Shapes are fixed: slices differ by
+                one image at the most, so a stage has two.
+        """
+        super().__init__()
+        self.model = model
+        # In a list, so that it is no part of what DDP and optimisers see.
+        self._trunk = [folded(model.network.features, precision)] if trained == {"head"} else []
+        self._loss = self.loss
+        if compiled:
+            torch.compiler.reset()  # PyTorch counts the graphs of all stages together
+            self._loss = torch.compile(
+                self.loss, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND
+            )
+
+    def forward(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
+        """Sum of the binary cross-entropy over images and classes, float32 []."""
+        loss: Tensor = self._loss(images, matrices, targets)
+        return loss
+
+    def loss(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
+        """The loss (paper, section 3.3), on logits; that of `forward`, not compiled.
+
+        Args:
+            images: uint8 [B, 1, H, W].
+            matrices: float32 [B, 2, 3], how they are warped.
+            targets: float32 [B, classes], 1 where an image has the label.
+        """
+        logits = self.logits(warp(images, matrices))
+        return binary_cross_entropy_with_logits(logits.to(targets.dtype), targets, reduction="sum")
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of warped images, float [B, 1, H, W]."""
+        if not self._trunk:
+            logits: Tensor = self.model(images)
+            return logits
+        with torch.no_grad():
+            features = self._trunk[0](self.model.normalise(images))
+        logits = self.model.network.forward_head(features)
+        return logits
+
+
+def folded(features: nn.Module, precision: torch.dtype) -> nn.Module:
+    """Copy a frozen trunk with each BatchNorm that follows a convolution folded into it.
+
+    That is norm0 and each norm2; the others read concatenations. Weights of convolutions are in the
+    precision of autocast, which would otherwise cast those of a frozen network anew in each step.
+    """
+    trunk = copy.deepcopy(features).eval().requires_grad_(False)
+    _fold(trunk, "conv0", "norm0")
+    for layer in trunk.modules():
+        if isinstance(layer, DenseLayer):
+            _fold(layer, "conv1", "norm2")
+    for module in trunk.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(precision)
+    return trunk
+
+
+def _fold(module: nn.Module, conv: str, norm: str) -> None:
+    """Fold a BatchNorm into the convolution before it; its ReLU takes its place."""
+    folded_into: Any = module.get_submodule(conv)
+    folding: Any = module.get_submodule(norm)
+    setattr(module, conv, fuse_conv_bn_eval(folded_into, folding))
+    setattr(module, norm, folding.act)

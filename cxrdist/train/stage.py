@@ -1,0 +1,383 @@
+"""A stage under way: its epochs of steps, saved within and at the end of each epoch."""
+
+import hashlib
+import math
+import os
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cxrdist.distributed import together
+from cxrdist.errors import RunFailedError, Stopped
+from cxrdist.model.densenet import block_names, network_state
+from cxrdist.run import append_log, read_json, settle_log, write_json
+from cxrdist.terminal import progress, table
+from cxrdist.train.checkpoint import (
+    Checkpoint,
+    Position,
+    State,
+    load_optimizer_tensors,
+    on_cpu,
+    optimizer_tensors,
+    save_best,
+    save_checkpoint,
+)
+from cxrdist.train.epoch import Epoch
+from cxrdist.train.learner import Learner
+from cxrdist.train.memory import memory_for
+from cxrdist.train.stages import (
+    EarlyStopping,
+    build_optimizer,
+    describe_groups,
+    freeze,
+    parameter_groups,
+    rate_factor,
+    set_modes,
+    trained_norms,
+)
+from cxrdist.train.statistics import Statistics
+from cxrdist.train.step import Batches, Staging, backward, read_slice, validate
+from cxrdist.train.training import Training, fixed_recipe
+from cxrdist.train.update import Average, Updater, gradient_scaler
+
+# More rows show the plan positions step by step, when a run has to be traced.
+STEPS_PER_LOG_ROW = int(os.environ.get("CXRDIST_STEPS_PER_LOG_ROW", "50"))
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class StageRun:
+    """A stage under way: freeze -> optimiser -> DDP, in this order, anew for every stage."""
+
+    def __init__(self, training: Training, name: str, before: Checkpoint | None) -> None:
+        """Set up the stage.
+
+        Args:
+            training: the run.
+            name: the stage.
+            before: the latest checkpoint: of this stage to resume it, of the one before, or None at
+                the start of the run.
+        """
+        self.training, self.name, self.before = training, name, before
+        self.recipe = training.recipe
+        self.stage = self.recipe.stages[name]
+        self.trained = set(self.stage.lr)
+        self.stopping = EarlyStopping(self.stage.patience)
+        self.epoch: Epoch | None = None
+        self.best: State = {}
+        self.bests = dict(before.position.bests) if before else {}
+        self.epochs_done = before.position.epochs_done if before else 0
+        self.steps_done = before.position.steps_done if before else 0
+        self.skipped = 0
+        self.saved = before.position.name if before else None
+        resumed = before if before and before.position.stage == name else None
+        if resumed:
+            training.model.network.load_state_dict(resumed.network)
+        self._set_up()
+        if resumed:
+            self._resume(resumed)
+        elif training.accelerator.is_main_process:
+            self._print_groups()
+
+    def _set_up(self) -> None:
+        """Freeze, then make the optimiser, then what DDP wraps."""
+        training, accelerator, recipe = self.training, self.training.accelerator, self.recipe
+        freeze(training.model, self.trained)
+        groups = parameter_groups(training.model, self.stage)
+        self.groups = describe_groups(groups)
+        network = training.model.network
+        self.updater = Updater(
+            build_optimizer(recipe.optimizer, groups),
+            gradient_scaler(accelerator),
+            recipe.max_gradient_norm,
+            Average(network, recipe.average) if recipe.average is not None else None,
+        )
+        self.statistics = Statistics(
+            accelerator,
+            trained_norms(training.model, self.trained),
+            synchronised=recipe.batch_norm == "synchronised",
+        )
+        precision = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
+        self.model = accelerator.prepare(
+            Learner(training.model, self.trained, precision, compiled=recipe.compile)
+        )
+        most = -(-recipe.global_batch_size // accelerator.num_processes)
+        self.staging = Staging(training.material.images, most, accelerator.device)
+
+    def _resume(self, resumed: Checkpoint) -> None:
+        """Take over the rest of a checkpoint of this stage, written by any number of ranks."""
+        position, updater = resumed.position, self.updater
+        self.stopping = EarlyStopping(**position.stopping)
+        self.best, self.skipped = resumed.best, position.skipped
+        load_optimizer_tensors(updater.optimizer, resumed.optimizer)
+        if updater.scaler and position.scaler:
+            updater.scaler.load_state_dict(position.scaler)
+        if updater.average:
+            updater.average.load(resumed.average)
+        if position.step:
+            self.epoch = self._next_epoch()
+            self.epoch.resume(position.step, position.logged_step, resumed.losses, position.taken)
+
+    def _next_epoch(self) -> Epoch:
+        training, number = self.training, self.stopping.epoch + 1
+        plan = training.plan(self.name, number)
+        batches = Batches(training.material, plan, training.accelerator.device)
+        return Epoch(f"stage {self.name}, epoch {number}", batches, self.skipped)
+
+    def run(self) -> Checkpoint:
+        """Train until the epochs or the patience are used up; the last epoch's checkpoint.
+
+        Raises:
+            Stopped: a rank was asked to stop; all is saved.
+        """
+        training = self.training
+        total = self.stage.epochs * training.num_images
+        done = self.stopping.epoch * training.num_images
+        if self.epoch is not None:
+            done += int(self.epoch.plan.bounds[self.epoch.step])
+        show = training.accelerator.is_main_process
+        with progress(total, self.name, "images", show=show, done=done) as bar:
+            if not self.best:
+                self._begin(bar)
+            while True:
+                checkpoint = self._end_epoch(*self.train_and_validate(bar), bar)
+                if checkpoint.position.finished:
+                    break
+        self.statistics.close()
+        training.accelerator.free_memory()
+        return checkpoint
+
+    def _begin(self, bar: tqdm) -> None:
+        """Validate what the stage begins with, as its epoch 0: no epoch may do worse unnoticed."""
+        row = self._validate()
+        self.stopping.begin(row["val_loss"])
+        if self.before:
+            self.best = self.before.best
+            self.bests[self.name] = self.bests[self.before.position.stage]
+        else:
+            self._keep_best()
+        self._log("epoch", {"step": self.steps_done, **row})
+        if self.training.accelerator.is_main_process:
+            bar.write(f"{self.name} begins: val loss {row['val_loss']:.4f}, {_score(row)}")
+
+    def train_and_validate(self, bar: tqdm) -> tuple[dict[str, Any], dict[str, float], bool]:
+        """Train the epoch or what is left of it, and validate.
+
+        Returns:
+            The epoch's row of the log, a function of recipe and shards; its speed; and whether it
+            is the best of the stage.
+        """
+        began = time.perf_counter()
+        row, rate = self.train_epoch(bar)
+        average = self.updater.average
+        with average.in_network() if average else nullcontext():
+            row |= self._validate()
+            is_best = self.stopping.update(row["val_loss"])
+            if is_best:
+                self._keep_best()
+        seconds = round(time.perf_counter() - began, 3)
+        return row, {"images_per_second": rate, "seconds": seconds}, is_best
+
+    def _validate(self) -> dict[str, Any]:
+        training = self.training
+        scores = validate(
+            training.accelerator,
+            training.model,
+            training.material,
+            training.validation,
+            self._stop_if_asked,
+        )
+        if not math.isfinite(scores["val_loss"]):
+            where = self.epoch.where if self.epoch else f"stage {self.name}, before its first epoch"
+            raise RunFailedError(
+                f"{where}: the validation loss is not finite; nothing was saved or published. "
+                "Lower the stage's learning rates"
+            )
+        return scores
+
+    def train_epoch(self, bar: tqdm) -> tuple[dict[str, Any], float]:
+        """Take the steps of the epoch that are left; its row of the log, and images per second."""
+        accelerator = self.training.accelerator
+        self.epoch = epoch = self.epoch or self._next_epoch()
+        began, first = time.perf_counter(), epoch.step
+        if not epoch.done:
+            self._take_steps(epoch, bar)
+        taken = epoch.settle(accelerator, self.updater)
+        self.skipped = epoch.skipped
+        num_images = int(epoch.plan.bounds[-1] - epoch.plan.bounds[first])
+        rate = round(num_images / (time.perf_counter() - began), 2)
+        row = {"step": self.steps_done, "loss": epoch.mean_loss(), "taken": f"{taken:016x}"}
+        return row, rate
+
+    def _take_steps(self, epoch: Epoch, bar: tqdm) -> None:
+        training, accelerator, plan = self.training, self.training.accelerator, epoch.plan
+        set_modes(training.model, self.trained)  # validation has undone it
+        part = read_slice(epoch.batches, self.staging, epoch.step, accelerator)
+        for step in range(epoch.step, plan.num_steps):
+            where = f"{epoch.where}, step {step + 1}"
+            _seed(self.recipe.seed, where, accelerator.process_index)
+            with memory_for(part, self.recipe.max_images_per_rank, where):
+                share = backward(
+                    *(accelerator, self.model, self.updater, part),
+                    *(self.recipe.max_images_per_rank, self.statistics.before_pass),
+                )
+            taken = part
+            if step + 1 < plan.num_steps:  # read while a GPU is still busy with this step
+                part = read_slice(epoch.batches, self.staging, step + 1, accelerator)
+            factor = rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps)
+            norm = self.updater.step(factor)
+            self.statistics.after_step(taken.sizes)
+            epoch.count(share, norm, taken)
+            self.steps_done += 1
+            bar.update(plan.step_size(step))
+            if epoch.step % STEPS_PER_LOG_ROW == 0:
+                self._log_steps(epoch)
+            if not epoch.done:
+                self._stop_if_asked()
+                if epoch.step % self.recipe.save_steps == 0:
+                    self.save(epoch)
+
+    def _log_steps(self, epoch: Epoch) -> None:
+        """Log the steps since the last such row: their mean loss, and proof of what was taken."""
+        taken = epoch.settle(self.training.accelerator, self.updater)
+        loss = epoch.mean_loss(epoch.logged_step)
+        epoch.logged_step = epoch.step
+        self._log("step", {"step": self.steps_done, "loss": loss, "taken": f"{taken:016x}"})
+
+    def _stop_if_asked(self) -> None:
+        """At a boundary of steps or of validation batches: save and stop if a rank was asked to.
+
+        Raises:
+            Stopped: on all ranks together, with the line for the user on the main one.
+        """
+        if not self.training.vote.passed():
+            return
+        where = f"stage {self.name}, before its first epoch"
+        if self.epoch is not None:
+            self.save(self.epoch)
+            where = f"{self.epoch.where}, step {self.epoch.step}"
+        line = f"stopped and saved at {where}; run the same command again to go on"
+        raise Stopped(line if self.training.accelerator.is_main_process else "")
+
+    def _end_epoch(
+        self, row: dict[str, Any], speed: dict[str, float], is_best: bool, bar: tqdm
+    ) -> Checkpoint:
+        """Log the epoch, then make it last: a checkpoint is written when all else stands."""
+        training, stopping = self.training, self.stopping
+        main = training.accelerator.is_main_process
+        self.epochs_done += 1
+        self._log("epoch", row)
+        self._log("speed", {"step": self.steps_done, **speed})
+        if main:
+            bar.write(
+                f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
+                f"loss {row['loss']:.4f}, val loss {row['val_loss']:.4f}, "
+                f"{_score(row)}, "
+                f"{speed['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
+            )
+        together(training.accelerator, lambda: self._note_stage() if main else None)
+        self.epoch = None
+        return self.save(None)
+
+    def _keep_best(self) -> None:
+        """Write the weights that the network has as the stage's best, on the main rank.
+
+        In a new directory, since older checkpoints need theirs.
+        """
+        training = self.training
+        self.best = {k: on_cpu(v) for k, v in network_state(training.model).items()}
+
+        def write() -> tuple[str, str]:
+            if not training.accelerator.is_main_process:
+                return "", ""
+            return save_best(training.run.checkpoints, self.epochs_done, self.best)
+
+        self.bests[self.name] = together(training.accelerator, write)
+
+    def save(self, epoch: Epoch | None) -> Checkpoint:
+        """Write a checkpoint of an epoch under way, or of the end of one; on all ranks together."""
+        training, accelerator, updater = self.training, self.training.accelerator, self.updater
+        main, stopping = accelerator.is_main_process, self.stopping
+        taken = epoch.settle(accelerator, updater) if epoch else 0
+        position = Position(
+            stage=self.name,
+            epoch=stopping.epoch,
+            step=epoch.step if epoch else 0,
+            epochs_done=self.epochs_done,
+            steps_done=self.steps_done,
+            log_bytes=settle_log(training.run.log) if main else 0,
+            logged_step=epoch.logged_step if epoch else 0,
+            taken=taken,
+            skipped=epoch.skipped if epoch else self.skipped,
+            stopping=stopping.state(),
+            finished=not epoch and (stopping.epoch >= self.stage.epochs or stopping.exhausted),
+            bests=self.bests,
+            scaler=updater.scaler.state_dict() if updater.scaler else {},
+        )
+        average = updater.average.state if updater.average else {}
+        checkpoint = Checkpoint(
+            position,
+            {k: on_cpu(v) for k, v in network_state(training.model).items()} if main else {},
+            optimizer_tensors(updater.optimizer) if main else {},
+            {k: on_cpu(v) for k, v in average.items()} if main else {},
+            epoch.losses[: epoch.step] if epoch else torch.zeros(0, dtype=torch.float64),
+            self.best,
+        )
+        together(accelerator, lambda: self._write(checkpoint) if main else None)
+        return checkpoint
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        run, recipe = self.training.run, fixed_recipe(self.recipe)
+        save_checkpoint(run.checkpoints, checkpoint, recipe, self.saved)
+        self.saved = checkpoint.position.name
+
+    def _log(self, kind: str, row: dict[str, Any]) -> None:
+        """Add a row to log.jsonl and give its numbers to the trackers."""
+        training = self.training
+        if training.accelerator.is_main_process:
+            where = {"kind": kind, "stage": self.name}
+            epoch = self.stopping.epoch + (kind == "step")
+            append_log(training.run.log, {**where, "epoch": epoch, **row})
+        if training.recipe.track:
+            values = {f"{kind}/{k}": v for k, v in row.items() if isinstance(v, float)}
+            training.accelerator.log(values, step=row["step"])
+
+    def _note_stage(self) -> None:
+        """Bring run.json up to date with this stage."""
+        run, stopping = self.training.run, self.stopping
+        info = read_json(run.info)
+        frozen = [b for b in self._blocks if b not in self.trained]
+        info["stages"][self.name] = {
+            "parameter_groups": self.groups,
+            "frozen": frozen,
+            "epochs": stopping.epoch,
+            "steps": self.steps_done,
+            "best_epoch": stopping.best_epoch,
+            "best_val_loss": stopping.best_loss,
+        }
+        write_json(run.info, info)
+
+    @property
+    def _blocks(self) -> list[str]:
+        return block_names(self.training.model.network)
+
+    def _print_groups(self) -> None:
+        rows = [list(map(str, group.values())) for group in self.groups]
+        frozen = [[b, "frozen"] for b in self._blocks if b not in self.trained]
+        print(f"\nstage {self.name}: up to {self.stage.epochs} epochs")
+        print(table(frozen + rows, list(self.groups[0])))
+
+
+def _score(row: dict[str, Any]) -> str:
+    """The validation score of an epoch for the terminal."""
+    if "val_accuracy" in row:
+        return f"val accuracy {row['val_accuracy']:.4f}"
+    return "val AUROC -" if row["val_auroc"] is None else f"val AUROC {row['val_auroc']:.4f}"
+
+
+def _seed(seed: int, where: str, rank: int) -> None:
+    """Seed the dropout of a step, so that a resumed run draws what the unbroken one would."""
+    digest = hashlib.sha256(f"{seed}, {where}, rank {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,124 @@
+"""The optimiser step: what is not finite is withheld on the device, and read late."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+MOST_SKIPS = 15
+"""Steps in a row that the scaler may skip; from its first scale, 2^16, that many halve it to 2."""
+LEAST_SCALE = 1.0
+"""Below it the loss is made smaller, not larger: half precision has gradients it cannot hold."""
+
+
+def gradient_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
+    """Make the scaler of a stage where Accelerate has one, which is with fp16; else None."""
+    if accelerator.scaler is None:
+        return None
+    return torch.amp.GradScaler(accelerator.device.type)
+
+
+class Updater:
+    """Takes optimiser steps without a read by the host.
+
+    A step whose gradients are not finite changes no weight and no state of the optimiser: fused
+    optimisers look at `found_inf` on the device, as with a gradient scaler. With a scaler such a
+    step is an overflow, which lowers the scale. What the host makes of it, see `Epoch.settle`.
+
+    Attributes:
+        optimizer: a fused one, all of whose state is defined (`build_optimizer`).
+        scaler: for fp16, else None.
+        average: of the weights, if asked for.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
+        max_norm: float | None,
+        average: "Average | None",
+    ) -> None:
+        """Set up the updates of a stage.
+
+        Args:
+            optimizer: of the stage.
+            scaler: made for this stage, or None.
+            max_norm: longer gradients, over all parameters, are shortened to it; None for none.
+            average: moves with each step, or None.
+        """
+        self.optimizer, self.scaler, self.average = optimizer, scaler, average
+        self._max_norm = max_norm
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss, scaled if there is a scaler."""
+        scaled = self.scaler.scale(loss) if self.scaler else loss
+        scaled.backward()
+
+    def step(self, rate_factor: float) -> Tensor:
+        """Take a step with all learning rates multiplied by a factor.
+
+        Returns:
+            Norm of the gradients of all parameters, before it is shortened, float32 [].
+        """
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * rate_factor
+        if self.scaler:
+            self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self._max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self._parameters, self._max_norm, norm, foreach=True
+            )
+        self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update()
+        return norm
+
+    @property
+    def scale(self) -> float | None:
+        """The scaler's scale, None without one; waits for the device."""
+        return self.scaler.get_scale() if self.scaler else None
+
+
+class Average:
+    """Exponential moving average of weights and BatchNorm statistics (Polyak & Juditsky 1992)."""
+
+    def __init__(self, network: torch.nn.Module, decay: float) -> None:
+        """Start from the weights as they are.
+
+        Args:
+            network: that is trained.
+            decay: share that the average keeps in a step, such as 0.999.
+        """
+        live = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
+        self.state = {name: tensor.clone() for name, tensor in live.items()}
+        self._live, self._average = list(live.values()), list(self.state.values())
+        self._weight = 1 - decay
+
+    def update(self) -> None:
+        """Move towards the weights."""
+        torch._foreach_lerp_(self._average, self._live, self._weight)
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take over the average of a checkpoint."""
+        for name, tensor in self.state.items():
+            tensor.copy_(state[name])
+
+    @contextmanager
+    def in_network(self) -> Iterator[None]:
+        """Let the network have the averaged weights for a while."""
+        trained = [tensor.clone() for tensor in self._live]
+        torch._foreach_copy_(self._live, self._average)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._live, trained)
