@@ -1,0 +1,145 @@
+"""The optimiser step, with what only a GPU uses forced on the CPU."""
+
+import pytest
+import torch
+from torch import nn
+
+from cxrdist.config import Stage
+from cxrdist.train.stages import MOMENTUM, build_optimizer, rate_factor
+from cxrdist.train.update import Average, Updater
+
+RATE, DECAY = 0.1, 0.01
+
+
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def updater(module: nn.Module, name: str = "sgd", **changes: object) -> Updater:
+    group = {"name": "head", "params": list(module.parameters()), "lr": RATE, "weight_decay": DECAY}
+    settings = {"scaler": None, "max_norm": None, "average": None, **changes}
+    return Updater(build_optimizer(name, [group]), **settings)
+
+
+def weights(module: nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def inputs(step: int) -> torch.Tensor:
+    return torch.randn(4, 3, generator=torch.Generator().manual_seed(step))
+
+
+def test_sgd_is_the_papers():
+    """Momentum 0.9 (section 3.3) and L2 decay, by the formula v = 0.9 v + g + decay w; w -= lr v."""
+    module = linear()
+    ours = updater(module)
+    by_hand = module.weight.detach().double().clone()
+    velocity = torch.zeros_like(by_hand)
+    for step in range(3):
+        x = inputs(step)
+        ours.backward(module(x).sum())
+        gradient = x.double().sum(0).expand(2, 3)
+        velocity = 0.9 * velocity + gradient + DECAY * by_hand
+        by_hand = by_hand - RATE * velocity
+        norm = ours.step(1.0)
+        expected = (gradient.square().sum() + 2 * 4**2).sqrt()  # the bias has 4 for each output
+        assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+    assert MOMENTUM == 0.9
+    assert torch.allclose(module.weight.double(), by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("at", [0, 2])
+def test_a_step_that_is_not_finite_changes_nothing(name, bad, at):
+    """Neither weights nor the optimiser's state, also where it is the first; the next ones count.
+
+    The other run never meets it.
+    """
+    modules = [linear(), linear()]
+    updaters = [updater(module, name) for module in modules]
+    for step in range(5):
+        if step == at:
+            before = weights(modules[0])
+            updaters[0].backward(modules[0](inputs(step)).sum() * bad)
+            assert not torch.isfinite(updaters[0].step(1.0))
+            assert all(map(torch.equal, weights(modules[0]), before))
+        for module, one in zip(modules, updaters, strict=True):
+            one.backward(module(inputs(step)).square().sum())
+            one.step(1.0)
+    assert all(map(torch.equal, *map(weights, modules)))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_scaler_whose_first_steps_overflow_leaves_the_weights_of_float32(name):
+    """It halves its scale until gradients fit; what it skips is as if it had not been there."""
+    modules = [linear(), linear()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    scaled, plain = updater(modules[0], name, scaler=scaler), updater(modules[1], name)
+    num_skipped = 0
+    for step in range(20):
+        x = inputs(step)
+        scaled.backward(4 * modules[0](x).square().mean())
+        overflowed = not torch.isfinite(scaled.step(1.0))
+        num_skipped += overflowed
+        if not overflowed:
+            plain.backward(4 * modules[1](x).square().mean())
+            plain.step(1.0)
+    assert 1 <= num_skipped <= 5
+    assert scaled.scale == 2.0 ** (127 - num_skipped)
+    for found, expected in zip(*map(weights, modules), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_long_gradients_are_shortened_and_short_ones_are_not():
+    """To a norm over all parameters; the norm that is returned is that before."""
+    module = linear()
+    before = weights(module)
+    ours = updater(module, max_norm=0.5)
+    ours.optimizer.param_groups[0]["weight_decay"] = 0.0
+    x = inputs(0)
+    ours.backward(module(x).sum())
+    norm = float(ours.step(1.0))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, weights(module), strict=True)])
+    assert norm > 0.5
+    assert float(moved.norm()) == pytest.approx(RATE * 0.5, rel=1e-4)
+    short = linear()
+    ours = updater(short, max_norm=2 * norm)
+    ours.optimizer.param_groups[0]["weight_decay"] = 0.0
+    ours.backward(short(x).sum())
+    ours.step(1.0)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, weights(short), strict=True)])
+    assert float(moved.norm()) == pytest.approx(RATE * norm, rel=1e-4)
+
+
+def test_the_average_is_the_exponential_one_and_can_stand_in():
+    """a = d a + (1 - d) w after each step; in the network for a while, then the weights again."""
+    module = linear()
+    average = Average(module, 0.75)
+    ours = updater(module, average=average)
+    by_hand = module.weight.detach().clone()
+    for step in range(3):
+        ours.backward(module(inputs(step)).sum())
+        ours.step(1.0)
+        by_hand = 0.75 * by_hand + 0.25 * module.weight.detach()
+    trained = weights(module)
+    with average.in_network():
+        assert torch.allclose(module.weight, by_hand, atol=1e-6)
+    assert all(map(torch.equal, weights(module), trained))
+    again = Average(linear(), 0.75)
+    again.load(average.state)
+    assert torch.equal(again.state["weight"], average.state["weight"])
+
+
+def test_the_schedule_warms_up_and_falls_along_a_cosine():
+    """Two of ten epochs of warm-up, then half a cosine: 1 at its start, 1/2 in its middle."""
+    stage = Stage({"head": 1.0}, epochs=10, patience=1, schedule="cosine", warmup_epochs=2)
+    factors = [rate_factor(stage, epoch, step, 4) for epoch in range(10) for step in range(4)]
+    assert factors[:8] == pytest.approx([i / 8 for i in range(1, 9)])
+    assert factors[8] == 1.0
+    assert factors[8 + 16] == pytest.approx(0.5)
+    assert all(a > b for a, b in zip(factors[8:], factors[9:], strict=False))
+    assert 0 < factors[-1] < 0.01
+    constant = Stage({"head": 1.0}, epochs=10, patience=1)
+    assert {rate_factor(constant, epoch, 0, 4) for epoch in range(10)} == {1.0}
