@@ -3,9 +3,33 @@
 #   bash launch/local.sh train --config bassi2020 --shards SHARDS --run RUN
 # In a SLURM step of one task a node, the ranks of all its nodes are one group (launch/train.sbatch).
 # Environment: RANKS (ranks of a node), PRECISION (no, bf16, fp16; bf16 on GPUs if not given),
-# MASTER_ADDR and MASTER_PORT (where the ranks of several nodes meet).
+# MASTER_ADDR and MASTER_PORT (where the ranks of several nodes meet), CUDA_VISIBLE_DEVICES (GPUs
+# that this run may use; empty for CPU ranks).
 set -euo pipefail
-gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true)}
+
+# Print how many GPUs the ranks will see. Like CUDA, take CUDA_VISIBLE_DEVICES up to the first entry
+# that is no GPU of this node; without nvidia-smi (some containers) trust what SLURM wrote there.
+count_gpus() {
+    local listed pattern id count=0 ids=()
+    listed=$(nvidia-smi --list-gpus 2>/dev/null || true)
+    if [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        echo "${SLURM_GPUS_ON_NODE:-$(grep -c '^GPU' <<<"$listed" || true)}"
+        return
+    fi
+    IFS=', ' read -ra ids <<<"$CUDA_VISIBLE_DEVICES"
+    for id in ${ids[@]+"${ids[@]}"}; do
+        case $id in
+            GPU-* | MIG-*) pattern="(UUID: $id" ;;
+            '' | *[!0-9]*) break ;;
+            *) pattern="GPU $id: " ;;
+        esac
+        [[ $listed == *"$pattern"* || (-z $listed && -n ${SLURM_GPUS_ON_NODE:-}) ]] || break
+        count=$((count + 1))
+    done
+    echo "$count"
+}
+
+gpus=$(count_gpus)
 if [ "$gpus" -gt 0 ]; then
     ranks=${RANKS:-$gpus} precision=${PRECISION:-bf16}
 else
