@@ -1,0 +1,85 @@
+"""Capture: a whole step as one CUDA graph, for batches too small to keep a GPU busy otherwise."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Tensors = tuple[Tensor, ...]
+Step = Callable[..., Tensors]
+
+MOST_IMAGES = 64
+"""Images of a step up to which launching its kernels takes longer than running them; not measured
+on a GPU: `cxrdist bench --only gpu` does."""
+WARM_UP_STEPS = 3
+
+
+class Graph(Protocol):
+    """A step as it was recorded."""
+
+    def replay(self) -> None:
+        """Do it again, on the same memory."""
+
+
+class CapturedStep:
+    """Takes steps by replaying a graph; one for each number of images, of which a stage has two.
+
+    The first steps of each number are taken as they are, on a stream of their own: kernels choose
+    their algorithms and libraries allocate in them. Recording computes nothing, so all steps count.
+    """
+
+    def __init__(self, step: Step, record: Callable[[Step, Tensors], tuple[Graph, Tensors]]) -> None:
+        """Wrap a step.
+
+        Args:
+            step: takes tensors on the device, changes the network, and returns tensors; without a
+                read by the host.
+            record: records a step on given inputs, see `record_cuda_graph`.
+        """
+        self._step, self._record = step, record
+        self._taken: dict[int, int] = {}
+        self._graphs: dict[int, tuple[Tensors, Graph, Tensors]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensors:
+        """Take a step; what it returns is good until the next one of as many images."""
+        count = len(inputs[0])
+        if count not in self._graphs:
+            taken = self._taken[count] = self._taken.get(count, 0) + 1
+            if taken <= WARM_UP_STEPS:
+                return on_side_stream(self._step, inputs)
+            static = tuple(tensor.clone() for tensor in inputs)
+            self._graphs[count] = (static, *self._record(self._step, static))
+        static, graph, outputs = self._graphs[count]
+        for own, tensor in zip(static, inputs, strict=True):
+            own.copy_(tensor)
+        graph.replay()
+        return outputs
+
+
+def on_side_stream(step: Step, inputs: Tensors) -> Tensors:
+    """Take a step on another stream than the default one, which cannot be recorded."""
+    if inputs[0].device.type != "cuda":
+        return step(*inputs)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        outputs = step(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    return outputs
+
+
+def record_cuda_graph(step: Step, static: Tensors) -> tuple[Graph, Tensors]:
+    """Record a step on the GPU.
+
+    Args:
+        step: as of `CapturedStep`.
+        static: the memory that it will read in each replay.
+
+    Returns:
+        The graph, and the memory that it will write its results to.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step(*static)
+    return graph, outputs
