@@ -145,6 +145,7 @@ def run_info(stages: dict) -> dict:
         "world_size": 2,
         "device": "cuda: NVIDIA <H100>",
         "mixed_precision": "bf16",
+        "tf32": False,
         "git_revision": "3f2a9c1d5e7b8a6f4c2d1e0b9a8f7c6d5e4b3a21",
         "shards": {
             "index_sha256": "9b74c9897bac770ffc029102a200c5de11aa46ea2f1d4f1cf1ed86b8f8e2a5c7",

@@ -268,6 +268,17 @@ def test_broken_files_are_named_in_one_line(
     assert not list(run.glob("*report.html*"))
 
 
+@pytest.mark.parametrize(("tf32", "shown"), [(False, "off"), (True, "allowed"), (None, "not rec")])
+def test_the_precision_of_the_training_is_shown(run: Path, tf32: bool | None, shown: str) -> None:
+    """TensorFloat-32 is said beside mixed precision; older runs did not record it."""
+    info = json.loads((run / "run.json").read_text())
+    info |= {"mixed_precision": "no", "tf32": tf32}
+    if tf32 is None:
+        del info["tf32"]
+    (run / "run.json").write_text(json.dumps(info))
+    assert f"fp32; TensorFloat-32 {shown}" in " ".join(write(run).split())
+
+
 def test_maps_are_shown_with_their_test(run: Path) -> None:
     """Areas, ledger residual and rules stand in the page; maps that fail the test get a warning."""
     page = write(run)
