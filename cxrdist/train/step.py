@@ -217,5 +217,5 @@ def validate(
     _, all_logits, all_targets = zip(*rows_of_all, strict=True)
     return {
         "val_loss": val_loss,
-        "val_auroc": mean_auroc(torch.sigmoid(torch.cat(all_logits)), torch.cat(all_targets)),
+        "val_auroc": mean_auroc(torch.cat(all_logits), torch.cat(all_targets)),
     }
