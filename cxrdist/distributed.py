@@ -17,6 +17,7 @@ from accelerate.utils import (
 
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.heartbeat import start_heartbeat
+from cxrdist.precision import use_full_float32
 from cxrdist.signals import stop_requested
 
 T = TypeVar("T")
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -> Accelerator:
     """Build the Accelerator of this process: the launched ranks, GPU or CPU, mixed precision.
+
+    What mixed precision leaves in float32 is computed in full float32, without TensorFloat-32.
 
     Args:
         tracking: Accelerate trackers by name.
@@ -59,6 +62,7 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
             f"WORLD_SIZE is {launched} but this process is one of {accelerator.num_processes}; "
             "launch with accelerate launch --config_file, see launch/ for configs"
         )
+    use_full_float32()  # after Accelerate, which with torch.compile switches TensorFloat-32 on
     if launched > 1:
         start_heartbeat(accelerator.process_index, launched)
     return accelerator

@@ -11,10 +11,11 @@ from cxrdist.data.images import read_square
 from cxrdist.data.records import SEPARATOR, images_in
 from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.evaluate.metrics import THRESHOLD
+from cxrdist.evaluate.metrics import predicted_classes, to_probabilities
 from cxrdist.explain.export import write_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.precision import use_full_float32
 from cxrdist.run import write_table
 from cxrdist.terminal import progress
 
@@ -26,22 +27,23 @@ def predict(config: PredictConfig) -> None:
         CxrdistError: run, images or options cannot be used; nothing is written then.
     """
     refuse_below_one(config, "batch_size")
+    use_full_float32()
     model = load_model(config.run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     files = find_images(config.images)
     explainer = Explainer(model) if config.explain else None
     heatmaps = config.out.with_name(f"{config.out.stem}-heatmaps")
-    probabilities = []
+    logits = []
     with progress(len(files), "predicting", "images") as bar:
         for start in range(0, len(files), config.batch_size):
             batch = files[start : start + config.batch_size]
             fit = config.fit or model.fit
             squares = np.stack([read_square(f, model.image_size_px, fit) for f in batch])
-            probabilities.append(_probabilities(model, squares))
+            logits.append(_logits(model, squares))
             if explainer is not None:
                 _write_heatmaps(explainer, model, heatmaps, batch, squares)
             bar.update(len(batch))
-    _write_table(config.out, files, np.concatenate(probabilities), model)
+    _write_table(config.out, files, np.concatenate(logits), model)
     print(f"predicted {len(files)} images: {config.out}")
     if config.explain:
         print(f"heat maps: {heatmaps}")
@@ -70,10 +72,10 @@ def find_images(paths: list[Path]) -> list[Path]:
 
 
 @torch.inference_mode()
-def _probabilities(model: Classifier, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _logits(model: Classifier, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
     images = torch.from_numpy(squares).unsqueeze(1).to(model.mean.device)
-    probabilities: NDArray[np.float32] = torch.sigmoid(model(images)).cpu().numpy()
-    return probabilities
+    logits: NDArray[np.float32] = model(images).cpu().numpy()
+    return logits
 
 
 def _write_heatmaps(
@@ -90,19 +92,16 @@ def _write_heatmaps(
 
 
 def _write_table(
-    out: Path, files: list[Path], probabilities: NDArray[np.float32], model: Classifier
+    out: Path, files: list[Path], logits: NDArray[np.float32], model: Classifier
 ) -> None:
+    """Write path, prob_CLASS..., predicted; the class is that of the logits, as in `evaluate`."""
     columns = ["path", *(f"prob_{name}" for name in model.classes), "predicted"]
     rows = [
-        [path, *(f"{value:.9g}" for value in row), predicted(row.tolist(), model)]
-        for path, row in zip(files, probabilities, strict=True)
+        [
+            path,
+            *(f"{value:.9g}" for value in probabilities),
+            SEPARATOR.join(predicted_classes(row.tolist(), model.classes, model.task)),
+        ]
+        for path, probabilities, row in zip(files, to_probabilities(logits), logits, strict=True)
     ]
     write_table(out, columns, rows)
-
-
-def predicted(probabilities: list[float], model: Classifier) -> str:
-    """The likeliest class; of a multilabel model all labels from the threshold on, or none."""
-    if model.task == "multiclass":
-        return model.classes[probabilities.index(max(probabilities))]
-    found = zip(model.classes, probabilities, strict=True)
-    return SEPARATOR.join(name for name, value in found if value >= THRESHOLD)

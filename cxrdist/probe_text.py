@@ -25,7 +25,7 @@ from cxrdist.data.shards import local_copy, members
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.evaluate.metrics import headline
+from cxrdist.evaluate.metrics import headline, to_probabilities
 from cxrdist.evaluate.predictions import (
     Subject,
     in_order,
@@ -226,7 +226,7 @@ def _relevance_in_boxes(
     subject: Subject,
     explainer: Explainer,
     boxes: Boxes,
-    probabilities: Mapping[int, NDArray[np.float32]],
+    logits: Mapping[int, NDArray[np.float32]],
 ) -> list[tuple[int, float, float]]:
     """How much of |relevance| for the likeliest class lies in the boxes of each image.
 
@@ -234,7 +234,7 @@ def _relevance_in_boxes(
         (sample number, share, the boxes' share of the area) of each explained image.
     """
     chosen = np.array(sorted(boxes)[: config.limit], dtype=np.int64)
-    likeliest = np.array([int(probabilities[n].argmax()) for n in chosen], dtype=np.int64)
+    likeliest = np.array([int(logits[n].argmax()) for n in chosen], dtype=np.int64)
     accelerator = subject.accelerator
     batches = [
         (target, batch)
@@ -316,16 +316,19 @@ def _describe_paste(
     plain: NDArray[np.float32],
     pasted: NDArray[np.float32],
 ) -> dict[str, Any]:
-    """Mean probability of each class before and after pasting, over the images of each class."""
+    """Mean probability of each class before and after pasting, over the images of each class.
+
+    The two logits are float32 [N, classes] each.
+    """
     targets = index.targets()[numbers].astype(bool)
     rows = []
     for i, name in enumerate(index.classes):
         own = targets[:, i]
         means = [
-            [round(float(v), DIGITS) for v in p[own].mean(0, dtype=np.float64)]
+            [round(float(v), DIGITS) for v in to_probabilities(logits[own]).mean(0)]
             if own.any()
             else None
-            for p in (plain, pasted)
+            for logits in (plain, pasted)
         ]
         changed = plain[own].argmax(1) != pasted[own].argmax(1)
         rows.append(
@@ -374,13 +377,14 @@ def _write_pictures(
     explainer: Explainer,
     boxes: Boxes,
     numbers: NDArray[np.int64],
-    probabilities: tuple[NDArray[np.float32], NDArray[np.float32]],
+    logits: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> list[dict[str, Any]]:
     """Draw images with text, and of each class one that is right with the word pasted on it.
 
-    The two probabilities, [N, classes] each, are those before and after pasting.
+    The two logits, [N, classes] each, are those before and after pasting.
     """
-    index, (plain, pasted) = subject.index, probabilities
+    index, (plain, _) = subject.index, logits
+    before, after = map(to_probabilities, logits)
     drawn = []
     for kind, place, target in _choose_pictures(index, boxes, numbers, plain):
         number = int(numbers[place])
@@ -406,8 +410,8 @@ def _write_pictures(
                 "share": round(share, DIGITS),
                 "area": round(area, DIGITS),
                 "relevance_inside": float(f"{relevance[inside(shown, *pixels.shape)].sum():.6g}"),
-                "before": [round(float(value), DIGITS) for value in plain[place]],
-                "after": [round(float(value), DIGITS) for value in pasted[place]],
+                "before": [round(float(value), DIGITS) for value in before[place]],
+                "after": [round(float(value), DIGITS) for value in after[place]],
                 **names,
             }
         )

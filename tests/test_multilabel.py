@@ -11,8 +11,13 @@ import yaml
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
 from support import contents, run_command, run_ranks
+from torch import nn
 
 from cxrdist.cli import main
+from cxrdist.config import Augmentation
+from cxrdist.data.plan import plan_epoch
+from cxrdist.distributed import start
+from cxrdist.train.step import Material, validate
 
 LABELS = ["Edema", "Hernia", "Mass"]
 
@@ -80,16 +85,33 @@ def test_scores_are_scikit_learns(whole):
     assert "" in {row["label"] for row in rows}
     for name in LABELS:
         truth = np.array([name in row["label"].split("|") for row in rows])
-        score = np.array([float(row[f"prob_{name}"]) for row in rows])
+        score = np.array([float(row[f"logit_{name}"]) for row in rows])
         found = metrics["classes"][name]
         assert found["positives"] == truth.sum()
         assert found["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-6)
         assert found["auroc"] > 0.8  # labels in another order would be guessed
         average = average_precision_score(truth, score)
         assert found["average_precision"] == pytest.approx(average, abs=1e-6)
-        assert found["f1"] == pytest.approx(f1_score(truth, score >= 0.5), abs=1e-6)
+        assert found["f1"] == pytest.approx(f1_score(truth, score >= 0), abs=1e-6)
     means = [scores["auroc"] for scores in metrics["classes"].values()]
     assert metrics["macro"]["auroc"] == pytest.approx(np.mean(means), abs=1e-6)
+
+
+class Brightness(nn.Module):
+    """A network whose only logit is the mean grey value."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def test_validation_tells_sure_predictions_apart():
+    """Logits 18 without and 25 with the label: the AUROC of early stopping is 1 and no tie."""
+    images = np.stack([np.full((8, 8), value, np.uint8) for value in (18, 25)])
+    still = Augmentation(degrees=0, shift_x=0, shift_y=0, flip=False)
+    plan = plan_epoch(np.arange(2), np.ones(2, np.int64), still, 1, (0, "validation", 0))
+    material = Material(images, np.array([[0], [1]], np.uint8), "multilabel")
+    scores = validate(start(), Brightness(), material, plan, lambda: None)
+    assert scores["val_auroc"] == 1
 
 
 def test_one_rank_gives_the_bytes_of_two(whole, tmp_path):

@@ -39,6 +39,20 @@ def test_probabilities_are_those_of_the_loaded_model(run, tmp_path):
         assert row["predicted"] == ["a", "b c"][int(expected.argmax())]
 
 
+def test_the_class_is_that_of_the_larger_logit(run, tmp_path):
+    """Logits 18 and 25: the second class, although float32 gives both the probability 1."""
+    model = load_model(run)
+    torch.nn.init.zeros_(model.network.classifier.weight)
+    model.network.classifier.bias.data = torch.tensor([18.0, 25.0])
+    save_model(model, run / "model")
+    folder = make_images(tmp_path / "in", {"x": 2})
+    predict(PredictConfig(run, [folder], tmp_path / "out.csv"))
+    with open(tmp_path / "out.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["predicted"] for row in rows] == ["b c"] * 2
+    assert list(rows[0]) == ["path", "prob_a", "prob_b c", "predicted"]
+
+
 def test_explain_writes_heat_maps_beside_the_table(run, tmp_path):
     """--explain gives the X-ray and a map for each class."""
     folder = make_images(tmp_path / "in", {"x": 2})

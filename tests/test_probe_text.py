@@ -26,6 +26,7 @@ from cxrdist.data.phantom import COVID, NORMAL, PATIENT_PATTERN, write_phantoms
 from cxrdist.demo import write_word_boxes
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import evaluate
+from cxrdist.model.densenet import load_model, save_model
 from cxrdist.probe_text import PAPER, boxes_in_squares, paste, probe_text, share_inside
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
@@ -86,6 +87,22 @@ def test_a_network_that_reads_the_word_is_found_out(found):
     covid = found["classes"].index(COVID)
     assert normal["after"][covid] - normal["before"][covid] > 0.5
     assert normal["predicted_otherwise"] > 0.5 * normal["images"]
+
+
+def test_sure_predictions_are_told_apart(trained, found, tmp_path):
+    """With 60 more on each logit all probabilities are 1, and every class and score stays."""
+    model = load_model(trained / "run")
+    model.network.classifier.bias.data += 60
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    save_model(model, tmp_path / "run" / "model")
+    places = {name: trained / name for name in ("shards", "cache")}
+    sure = probe(tmp_path, boxes=trained / "boxes.csv", **places)
+    assert sure["covering"] == found["covering"]
+    for before, after in zip(found["paste"]["classes"], sure["paste"]["classes"], strict=True):
+        assert after["before"] == after["after"] == [1, 1, 1]
+        assert after["predicted_otherwise"] == before["predicted_otherwise"]
+    explained = [[p["explained"] for p in probed["pictures"]] for probed in (found, sure)]
+    assert explained[0] == explained[1]
 
 
 def test_relevance_says_where_the_network_looked(found):

@@ -1,9 +1,16 @@
-"""Metrics of one split from all its predictions, by torchmetrics."""
+"""Metrics of one split from all its logits, by torchmetrics.
 
+Classes are chosen and images ranked by logits and never by probabilities, which run together: in
+float32 the sigmoid of 18 and that of 25 are both 1.
+"""
+
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.terminal import table
@@ -11,6 +18,7 @@ from cxrdist.terminal import table
 SCORES = ("recall", "precision", "f1", "auroc")
 LABEL_SCORES = ("auroc", "average_precision", "f1", "recall", "precision")
 THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
+THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit with this probability: 0
 
 
 def _functional() -> Any:
@@ -20,15 +28,40 @@ def _functional() -> Any:
     return functional
 
 
-def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
-    """Accuracy, confusion matrix, and each class against the rest, as in the paper's Table 2.
+def to_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the sigmoid of logits of any shape, in float64."""
+    probabilities: NDArray[np.float64] = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
+    return probabilities
 
-    The predicted class is the one with the largest probability. What is undefined is None: recall
-    of a class without samples, precision of a class that was never predicted, AUROC where one side
-    is empty. The macro mean of a score is None where one class has none.
+
+def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str) -> list[str]:
+    """Name the classes that the logits of one image predict.
 
     Args:
-        probabilities: float [N, classes], each 0..1.
+        logits: one for each class.
+        classes: names in the order of the logits.
+        task: multiclass or multilabel.
+
+    Returns:
+        The class of the largest logit, the first one of equal ones; of several labels all whose
+        probability is at least `THRESHOLD`, or none.
+    """
+    if task == "multilabel":
+        pairs = zip(classes, logits, strict=True)
+        return [name for name, logit in pairs if logit >= THRESHOLD_LOGIT]
+    return [classes[logits.index(max(logits))]]
+
+
+def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
+    """Accuracy, confusion matrix, and each class against the rest, as in the paper's Table 2.
+
+    The predicted class is the one with the largest logit, the first one of equal ones. What is
+    undefined is None: recall of a class without samples, precision of a class that was never
+    predicted, AUROC where one side is empty. The macro mean of a score is None where one class has
+    none.
+
+    Args:
+        logits: float [N, classes].
         labels: int64 [N].
         classes: names in the order of the columns.
 
@@ -37,10 +70,10 @@ def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -
         macro.
     """
     functional = _functional()
-    predicted = probabilities.argmax(dim=1)
+    predicted = logits.argmax(dim=1)
     task: dict[str, Any] = {"task": "multiclass", "num_classes": len(classes)}
     by_class = {
-        name: _one_against_rest(probabilities[:, i], predicted == i, labels == i)
+        name: _one_against_rest(_ranks(logits[:, i]), predicted == i, labels == i)
         for i, name in enumerate(classes)
     }
     return {
@@ -53,17 +86,16 @@ def compute_metrics(probabilities: Tensor, labels: Tensor, classes: list[str]) -
     }
 
 
-def compute_label_metrics(
-    probabilities: Tensor, targets: Tensor, classes: list[str]
-) -> dict[str, Any]:
+def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dict[str, Any]:
     """The scores of each label of images that may have several.
 
-    A label is predicted where its probability is at least `THRESHOLD`. What is undefined is None,
-    as in `compute_metrics`; a label without positives has no AUROC and no average precision. The
-    macro mean is over the labels for which a score is defined, and says of how many.
+    A label is predicted where its logit is at least that of the probability `THRESHOLD`. What is
+    undefined is None, as in `compute_metrics`; a label without positives has no AUROC and no
+    average precision. The macro mean is over the labels for which a score is defined, and says of
+    how many.
 
     Args:
-        probabilities: float [N, classes], each 0..1.
+        logits: float [N, classes].
         targets: [N, classes], 1 where an image has the label.
         classes: names in the order of the columns.
 
@@ -75,9 +107,9 @@ def compute_label_metrics(
     by_class: dict[str, dict[str, float | int | None]] = {}
     for i, name in enumerate(classes):
         truth = targets[:, i] == 1
-        probability = probabilities[:, i]
-        scores = _one_against_rest(probability, probability >= THRESHOLD, truth)
-        average = average_precision(probability, truth.long()) if truth.any() else None
+        ranks = _ranks(logits[:, i])
+        scores = _one_against_rest(ranks, logits[:, i] >= THRESHOLD_LOGIT, truth)
+        average = average_precision(ranks, truth.long()) if truth.any() else None
         by_class[name] = {
             "positives": int(truth.sum()),
             **scores,
@@ -97,17 +129,30 @@ def compute_label_metrics(
     }
 
 
-def mean_auroc(probabilities: Tensor, targets: Tensor) -> float | None:
-    """The mean AUROC of the labels for which it is defined, None if there is none."""
+def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
+    """The mean AUROC of the labels for which it is defined, None if there is none.
+
+    Args:
+        logits: float [N, classes].
+        targets: [N, classes], 1 where an image has the label.
+    """
     both = [i for i in range(targets.shape[1]) if len(targets[:, i].unique()) == 2]
     auroc = _functional().classification.binary_auroc
-    values = [auroc(probabilities[:, i], targets[:, i].long()) for i in both]
+    values = [auroc(_ranks(logits[:, i]), targets[:, i].long()) for i in both]
     return float(torch.stack(values).mean()) if values else None
 
 
-def _one_against_rest(
-    probability: Tensor, predicted: Tensor, truth: Tensor
-) -> dict[str, float | None]:
+def _ranks(logits: Tensor) -> Tensor:
+    """Replace logits [N] by their places in order: float64 between 0 and 1, equal for equal ones.
+
+    Scores of a ranking stay as they are. torchmetrics would take the float32 sigmoid of values
+    that are not within 0 and 1 (`normalize_logits_if_needed`) and tie the largest logits.
+    """
+    places = torch.unique(logits, return_inverse=True)[1]
+    return (places.double() + 1) / (len(logits) + 1)
+
+
+def _one_against_rest(ranks: Tensor, predicted: Tensor, truth: Tensor) -> dict[str, float | None]:
     scores = _functional().classification
     has_truth, has_prediction = bool(truth.any()), bool(predicted.any())
     has_both = has_truth and not bool(truth.all())
@@ -118,7 +163,7 @@ def _one_against_rest(
         "f1": _digits(scores.binary_f1_score(guess, target))
         if has_truth or has_prediction
         else None,
-        "auroc": _digits(scores.binary_auroc(probability, target)) if has_both else None,
+        "auroc": _digits(scores.binary_auroc(ranks, target)) if has_both else None,
     }
 
 

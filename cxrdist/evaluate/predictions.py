@@ -20,6 +20,7 @@ from cxrdist.evaluate.metrics import (
     compute_metrics,
     headline,
     metrics_table,
+    to_probabilities,
 )
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.run import RunDirectory, sweep, write_json, write_table
@@ -91,10 +92,10 @@ def evaluate(config: EvaluateConfig) -> None:
     rows = predict_split(subject, numbers, config.batch_size)
     accelerator = subject.accelerator
     if accelerator.is_main_process:
-        probabilities = in_order(rows, numbers)
+        logits = in_order(rows, numbers)
         sweep(subject.run.metrics(config.split).parent)
-        write_predictions(subject, config.split, numbers, probabilities)
-        metrics = measure(subject.index, numbers, probabilities)
+        write_predictions(subject, config.split, numbers, logits)
+        metrics = measure(subject.index, numbers, logits)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         write_json(subject.run.metrics(config.split), metrics)
         print(metrics_table(metrics))
@@ -103,13 +104,13 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def measure(
-    index: Index, numbers: NDArray[np.int64], probabilities: NDArray[np.float32]
+    index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]
 ) -> dict[str, Any]:
-    """The metrics of some samples, from their probabilities, float32 [N, classes], in order."""
-    targets, found = torch.from_numpy(index.targets()[numbers]), torch.from_numpy(probabilities)
+    """The metrics of some samples, from their logits, float32 [N, classes], in order."""
+    targets, scores = torch.from_numpy(index.targets()[numbers]), torch.from_numpy(logits)
     if index.task == "multilabel":
-        return compute_label_metrics(found, targets, index.classes)
-    return compute_metrics(found, targets.long().argmax(1), index.classes)
+        return compute_label_metrics(scores, targets, index.classes)
+    return compute_metrics(scores, targets.long().argmax(1), index.classes)
 
 
 def rank_batches(
@@ -129,7 +130,7 @@ def rank_batches(
 def predict_split(
     subject: Subject, numbers: NDArray[np.int64], batch_size: int
 ) -> list[tuple[int, NDArray[np.float32]]]:
-    """Probabilities of some samples, gathered from all ranks; in float32 for any launch.
+    """Logits of some samples, gathered from all ranks; in float32 for any launch.
 
     Returns:
         (sample number, float32 [classes]) of each, in no promised order, on every rank.
@@ -140,8 +141,8 @@ def predict_split(
     with progress(total, "predicting", "images", show=accelerator.is_main_process) as bar:
         for batch in batches:
             images = read_rows(subject.images, batch, accelerator.device)
-            probabilities = torch.sigmoid(subject.model(images)).cpu().numpy()
-            mine += list(zip(batch.tolist(), probabilities, strict=True))
+            logits = subject.model(images).cpu().numpy()
+            mine += list(zip(batch.tolist(), logits, strict=True))
             bar.update(len(batch))
     return gather(accelerator, mine)
 
@@ -149,7 +150,7 @@ def predict_split(
 def in_order(
     rows: list[tuple[int, NDArray[np.float32]]], numbers: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Probabilities in the order of the samples; each must be there once.
+    """Logits in the order of the samples; each must be there once.
 
     Raises:
         CxrdistError: a sample is missing or was predicted twice.
@@ -164,13 +165,17 @@ def in_order(
 
 
 def write_predictions(
-    subject: Subject, split: str, numbers: NDArray[np.int64], probabilities: NDArray[np.float32]
+    subject: Subject, split: str, numbers: NDArray[np.int64], logits: NDArray[np.float32]
 ) -> None:
-    """Write predictions.csv: key, patient, label, prob_CLASS... with nine digits, so exactly."""
-    columns = ["key", "patient", "label", *(f"prob_{name}" for name in subject.index.classes)]
+    """Write predictions.csv: key, patient, label, prob_CLASS..., logit_CLASS...
+
+    Nine significant digits each: a logit, float32, is read back exactly.
+    """
+    names = [f"{what}_{name}" for what in ("prob", "logit") for name in subject.index.classes]
+    columns = ["key", "patient", "label", *names]
     rows = []
-    for number, row in zip(numbers, probabilities, strict=True):
+    for number, values in zip(numbers, np.hstack([to_probabilities(logits), logits]), strict=True):
         sample = subject.index.samples[number]
-        digits = [f"{value:.9g}" for value in row]
+        digits = [f"{value:.9g}" for value in values]
         rows.append([sample.key, sample.patient, sample.label, *digits])
     write_table(subject.run.predictions(split), columns, rows)

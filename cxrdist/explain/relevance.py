@@ -16,6 +16,7 @@ from cxrdist.explain.composite import ByZennit
 from cxrdist.explain.engine import Engine
 from cxrdist.explain.innvestigate import Innvestigate
 from cxrdist.model.densenet import Classifier
+from cxrdist.precision import full_float32
 
 Preset = Literal["canonical", "innvestigate"]
 
@@ -116,19 +117,15 @@ def attribute(
 def _exact(device: torch.device) -> Iterator[None]:
     """Full precision with deterministic kernels, whatever the caller has switched on.
 
-    TensorFloat-32, which cuDNN uses unless told not to, would unbalance the ledger by 1e-3.
+    TensorFloat-32 would unbalance the ledger by 1e-3.
     """
-    matmul = torch.get_float32_matmul_precision()
     with (
         torch.inference_mode(False),
         torch.autocast(device.type, enabled=False),
+        full_float32(),
         torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
     ):
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(matmul)
+        yield
 
 
 def _check_images(images: Tensor) -> None:

@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ import yaml
 
 from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.metrics import THRESHOLD
+from cxrdist.evaluate.metrics import predicted_classes
 from cxrdist.report.values import MEASURES, count, moment, number, rate
 from cxrdist.run import RUN_FORMAT, RunDirectory
 
@@ -27,7 +27,9 @@ class Sample:
     label: str
     """The truth; of several labels with ``|`` between them, empty for none."""
     probabilities: dict[str, float]
-    """By class, 0 to 1."""
+    """By class, 0 to 1; for display only."""
+    logits: dict[str, float]
+    """By class; what is predicted, and how surely, is read from these."""
     task: str = "multiclass"
     """multiclass or multilabel."""
 
@@ -38,10 +40,8 @@ class Sample:
 
     @property
     def predicted(self) -> list[str]:
-        """The likeliest class, the first one of equal ones; of labels all from `THRESHOLD` on."""
-        if self.task == "multilabel":
-            return [name for name, value in self.probabilities.items() if value >= THRESHOLD]
-        return [max(self.probabilities, key=self.probabilities.__getitem__)]
+        """The predicted class, or all predicted labels, by the rule of `evaluate`."""
+        return predicted_classes(list(self.logits.values()), list(self.logits), self.task)
 
     @property
     def is_right(self) -> bool:
@@ -50,8 +50,8 @@ class Sample:
 
     @property
     def confidence(self) -> float:
-        """The largest probability."""
-        return max(self.probabilities.values())
+        """The largest logit."""
+        return max(self.logits.values())
 
 
 @dataclass(frozen=True)
@@ -217,26 +217,49 @@ def _check_confusion(metrics: dict[str, Any]) -> None:
 
 
 def read_predictions(path: Path, task: str) -> list[Sample] | None:
-    """Read the predictions of a split; None if it was not evaluated."""
+    """Read the predictions of a split; None if it was not evaluated.
+
+    Raises:
+        CxrdistError: it is broken, or an older version wrote it, without logits.
+    """
     if not path.is_file():
         return None
     samples = []
     with reading(path, "evaluate"), open(path, encoding="utf-8", newline="") as file:
         table = csv.DictReader(file, strict=True)
-        columns = [name for name in table.fieldnames or [] if name.startswith("prob_")]
-        if not columns:
+        columns = table.fieldnames or []
+        classes = [name.removeprefix("prob_") for name in columns if name.startswith("prob_")]
+        if not classes:
             raise ValueError("there is no column prob_CLASS")
+        # Probabilities cannot stand in for logits: those of sure predictions are equal.
+        if missing := [name for name in classes if f"logit_{name}" not in columns]:
+            raise ValueError(
+                f"there is no column logit_{missing[0]}, which an older cxrdist did not write"
+            )
         for row in table:
-            probabilities = {name.removeprefix("prob_"): float(row[name]) for name in columns}
-            sample = Sample(row["key"], row["label"], probabilities, task)
-            if task == "multiclass" and len(sample.labels) != 1:
-                raise ValueError(f"line {table.line_num}: {row['label']!r} is not one label")
-            if unknown := [label for label in sample.labels if label not in probabilities]:
-                raise ValueError(f"line {table.line_num}: no probability of {unknown[0]!r}")
-            if not all(0 <= value <= 1 for value in probabilities.values()):
-                raise ValueError(f"line {table.line_num}: a probability is not within 0 and 1")
-            samples.append(sample)
+            try:
+                samples.append(_read_sample(row, classes, task))
+            except ValueError as error:
+                raise ValueError(f"line {table.line_num}: {error}") from error
     return samples
+
+
+def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> Sample:
+    """Read a row of predictions.csv.
+
+    Raises:
+        ValueError: it names no class of the table, or holds an impossible number.
+    """
+    probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
+    logits = {name: _finite(row[f"logit_{name}"]) for name in classes}
+    sample = Sample(row["key"], row["label"], probabilities, logits, task)
+    if task == "multiclass" and len(sample.labels) != 1:
+        raise ValueError(f"{row['label']!r} is not one label")
+    if unknown := [label for label in sample.labels if label not in probabilities]:
+        raise ValueError(f"no probability of {unknown[0]!r}")
+    if not all(0 <= value <= 1 for value in probabilities.values()):
+        raise ValueError("a probability is not within 0 and 1")
+    return sample
 
 
 def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]] | None:

@@ -143,7 +143,7 @@ def roc_charts(
     charts = []
     for place, name in enumerate(metrics["classes"]):
         is_class = np.array([name in sample.labels for sample in samples])
-        score = np.array([sample.probabilities[name] for sample in samples])
+        score = np.array([sample.logits[name] for sample in samples])
         num_images = int(is_class.sum())
         chart = None
         if 0 < num_images < len(samples):

@@ -1,5 +1,6 @@
 """What the report shows of one split: scores, mistakes, heat maps, ledger."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,7 @@ def _card(
         if sample is None:
             return True, 0.0
         target = explanation.target
-        return target not in sample.labels + sample.predicted, -sample.probabilities.get(target, 0)
+        return target not in sample.labels + sample.predicted, -sample.logits.get(target, -math.inf)
 
     with reading(run.relevance_table(split), "explain"):
         xray = within(run.heatmaps(split), f"{key}.png")

@@ -18,6 +18,7 @@ from cxrdist.distributed import StopVote, together
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
+from cxrdist.precision import uses_tf32
 from cxrdist.run import (
     RUN_FORMAT,
     RunDirectory,
@@ -241,5 +242,6 @@ def _describe_start(
         "world_size": accelerator.num_processes,
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if cuda else device.type,
         "mixed_precision": accelerator.mixed_precision,
+        "tf32": uses_tf32(),
         "weights": weights.describe(num_copied),
     }

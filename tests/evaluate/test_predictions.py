@@ -1,24 +1,38 @@
 import csv
 import json
 
+import numpy as np
 import pytest
+import torch
 from support import make_shards, run_ranks
 
 from cxrdist.config import EvaluateConfig, Network
+from cxrdist.data.cache import open_cache
+from cxrdist.data.index import read_index
+from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import evaluate
-from cxrdist.model.densenet import Classifier, save_model
+from cxrdist.model.densenet import Classifier, load_model, save_model
 
 CLASSES = ["a", "b c", "d"]
 ALONE = {"split": "0.6/0.2/0.2", "patient_pattern": None}
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2))
 
 
-def make_run(path, classes=CLASSES, size=32):
-    """A run directory with a random model, enough to evaluate."""
+def make_run(path, classes=CLASSES, size=32, logits=None):
+    """A run directory with a random model, enough to evaluate; or one that always gives logits."""
     (path / "model").mkdir(parents=True)
-    save_model(Classifier(SMALL, list(classes), size), path / "model")
+    model = Classifier(SMALL, list(classes), size)
+    if logits is not None:
+        torch.nn.init.zeros_(model.network.classifier.weight)
+        model.network.classifier.bias.data = torch.tensor(logits)
+    save_model(model, path / "model")
     return path
+
+
+def read_rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize("world", [3])
@@ -53,12 +67,40 @@ def test_predictions_and_metrics_agree(shards, tmp_path, capsys):
     metrics = json.loads((run / "test" / "metrics.json").read_text())
     matrix = [[0] * 3 for _ in CLASSES]
     for row in rows:
-        predicted = max(CLASSES, key=lambda name: float(row[f"prob_{name}"]))
+        predicted = max(CLASSES, key=lambda name: float(row[f"logit_{name}"]))
         matrix[CLASSES.index(row["label"])][CLASSES.index(predicted)] += 1
     assert metrics["confusion_matrix"] == matrix
     correct = sum(matrix[i][i] for i in range(3))
     assert metrics["accuracy"] == pytest.approx(correct / len(rows), abs=1e-6)
     assert f"({correct} of {len(rows)})" in capsys.readouterr().out
+
+
+def test_sure_predictions_are_told_apart(shards, tmp_path):
+    """Of the logits 18, 25 and -40 the second is the class, of every image, and all are written."""
+    run = make_run(tmp_path / "run", logits=[18.0, 25.0, -40.0])
+    evaluate(EvaluateConfig(run, shards, cache=tmp_path / "cache"))
+    metrics = json.loads((run / "test" / "metrics.json").read_text())
+    assert [row[1] for row in metrics["confusion_matrix"]] == [6, 6, 6]
+    for row in read_rows(run / "test" / "predictions.csv"):
+        names = [f"{what}_{name}" for what in ("prob", "logit") for name in CLASSES]
+        assert list(row) == ["key", "patient", "label", *names]
+        assert [row[f"logit_{name}"] for name in CLASSES] == ["18", "25", "-40"]
+        # 1 / (1 + exp(-18)), ... to nine significant digits
+        assert [row[f"prob_{n}"] for n in CLASSES] == ["0.999999985", "1", "4.24835426e-18"]
+
+
+def test_logits_are_read_back_exactly(shards, tmp_path):
+    """Nine significant digits hold a float32: predictions.csv gives the network's very numbers."""
+    run = make_run(tmp_path / "run")
+    evaluate(EvaluateConfig(run, shards, cache=tmp_path / "cache"))
+    index, model = read_index(shards), load_model(run)
+    numbers = np.array(index.numbers("test"))
+    images = torch.from_numpy(open_cache(index, tmp_path / "cache", start())[numbers].copy())
+    with torch.inference_mode():
+        expected = model(images[:, None]).numpy()
+    rows = read_rows(run / "test" / "predictions.csv")
+    found = np.array([[row[f"logit_{name}"] for name in CLASSES] for row in rows], np.float32)
+    assert np.array_equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,6 +47,7 @@ def made() -> SimpleNamespace:
         CLASSES=CLASSES,
         ODD_CLASS=ODD_CLASS,
         make_predictions=make_predictions,
+        with_logits=with_logits,
         write_evaluation=write_evaluation,
     )
 
@@ -146,6 +148,7 @@ def run_info(stages: dict) -> dict:
         "world_size": 2,
         "device": "cuda: NVIDIA <H100>",
         "mixed_precision": "bf16",
+        "tf32": False,
         "git_revision": "3f2a9c1d5e7b8a6f4c2d1e0b9a8f7c6d5e4b3a21",
         "shards": {
             "index_sha256": "9b74c9897bac770ffc029102a200c5de11aa46ea2f1d4f1cf1ed86b8f8e2a5c7",
@@ -180,9 +183,15 @@ def make_predictions() -> list[dict]:
             logits = random.normal(-2, 1.3, len(CLASSES))
             logits[place] += 4.2
             key = f"{number:03d} 50% #{place}?é'" if number % 5 == 0 else f"{place}-{number:03d}"
-            probabilities = (1 / (1 + np.exp(-logits))).tolist()
-            rows.append({"key": key, "patient": f"p{number}", "label": label, "p": probabilities})
+            row = {"key": key, "patient": f"p{number}", "label": label}
+            rows.append(row | with_logits(logits))
     return sorted(rows, key=lambda row: row["key"])
+
+
+def with_logits(logits: Sequence[float]) -> dict[str, list[float]]:
+    """Give logits with their probabilities, in float32, where 18 and 25 are both 1."""
+    probabilities = 1 / (1 + np.exp(-np.array(logits, np.float32)))
+    return {"logits": [float(v) for v in logits], "p": [float(v) for v in probabilities]}
 
 
 def write_evaluation(directory: Path, rows: list[dict]) -> None:
@@ -190,10 +199,12 @@ def write_evaluation(directory: Path, rows: list[dict]) -> None:
     directory.mkdir(exist_ok=True)
     with open(directory / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["key", "patient", "label", *(f"prob_{name}" for name in CLASSES)])
+        names = [f"{what}_{name}" for what in ("prob", "logit") for name in CLASSES]
+        writer.writerow(["key", "patient", "label", *names])
         for row in rows:
-            writer.writerow([row["key"], row["patient"], row["label"], *map(repr, row["p"])])
-    scores = torch.tensor([row["p"] for row in rows], dtype=torch.float64)
+            numbers = map(repr, row["p"] + row["logits"])
+            writer.writerow([row["key"], row["patient"], row["label"], *numbers])
+    scores = torch.tensor([row["logits"] for row in rows], dtype=torch.float64)
     truth = torch.tensor([CLASSES.index(row["label"]) for row in rows])
     metrics = evaluate(scores, truth)
     (directory / "metrics.json").write_text(json.dumps(metrics))
@@ -244,7 +255,7 @@ def write_explanation(directory: Path, rows: list[dict]) -> None:
             xray = draw_xray(random)
             Image.fromarray(xray).save(heatmaps / f"{row['key']}.png")
             for place, name in enumerate(CLASSES):
-                logit = float(np.log(row["p"][place] / (1 - row["p"][place])))
+                logit = row["logits"][place]
                 ledger = [logit, 0.4 * logit, 0.59 * logit, 0.01 * logit]
                 picture = f"{row['key']}.class-{place}.png"
                 Image.fromarray(draw_map(xray, logit, random)).save(heatmaps / picture)

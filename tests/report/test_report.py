@@ -18,14 +18,16 @@ from selenium.webdriver.common.by import By
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.report import pictures
-from cxrdist.report.files import Sample
+from cxrdist.report.files import Sample, read_predictions
 from cxrdist.report.html import report
+from cxrdist.report.scores import roc_charts
 from cxrdist.report.splits import MOST_MISTAKES, worst_mistakes
 from cxrdist.report.values import number, percent
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 DASH = "\N{EM DASH}"
+PREDICTED = "key,patient,label,prob_a,logit_a\n"
 
 
 class Text(HTMLParser):
@@ -82,7 +84,7 @@ def test_names_from_files_are_escaped(run: Path, made: SimpleNamespace) -> None:
     log.write_text(log.read_text().replace('"unfreeze"', json.dumps(hostile)))
     with open(table, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    wrong = worst_mistakes([sample(row, header) for row in rows])[0].key
+    wrong = worst_mistakes(read_predictions(table, "multiclass") or [])[0].key
     with open(table, "w", newline="", encoding="utf-8") as file:
         changed = [[hostile if value == wrong else value for value in row] for row in rows]
         csv.writer(file).writerows([header, *changed])
@@ -100,17 +102,12 @@ def test_names_from_files_are_escaped(run: Path, made: SimpleNamespace) -> None:
     }
 
 
-def sample(row: list[str], header: list[str]) -> Sample:
-    """Read a row of predictions.csv."""
-    names = [name.removeprefix("prob_") for name in header[3:]]
-    return Sample(row[0], row[2], dict(zip(names, map(float, row[3:]), strict=True)))
-
-
 def test_worst_mistakes_come_first() -> None:
-    """Only wrong predictions, the surest first, ties by key, and not more than fit."""
-    certain = [Sample(f"{n:02d}", "a", {"a": 0.1, "b": 0.5 + n / 100}) for n in range(20)]
-    tie = Sample("00-tie", "a", {"a": 0.1, "b": 0.69})
-    right = Sample("right", "b", {"a": 0.0, "b": 1.0})
+    """Only wrong predictions, the surest by logit first, ties by key, and not more than fit."""
+    sure = {"a": 0.0, "b": 1.0}
+    certain = [Sample(f"{n:02d}", "a", sure, {"a": -9.0, "b": 18.0 + n}) for n in range(20)]
+    tie = Sample("00-tie", "a", sure, {"a": -9.0, "b": 37.0})
+    right = Sample("right", "b", sure, {"a": -9.0, "b": 50.0})
     found = worst_mistakes([right, *certain, tie])
     assert [item.key for item in found[:4]] == ["00-tie", "19", "18", "17"]
     assert len(found) == MOST_MISTAKES
@@ -124,7 +121,7 @@ def test_worst_mistakes_in_the_page_are_those_of_the_table(
         rows = list(csv.reader(file))[1:]
     wrong = []
     for row in rows:
-        scores = np.array(row[3:], dtype=float)
+        scores = np.array(row[3 + len(made.CLASSES) :], dtype=float)
         if made.CLASSES[scores.argmax()] != row[2]:
             wrong.append((-scores.max(), row[0]))
     text = str(Text(write(run)))
@@ -132,6 +129,29 @@ def test_worst_mistakes_in_the_page_are_those_of_the_table(
     places = [section.index(f" {key} Truth") for _, key in sorted(wrong)]
     assert len(places) == len(wrong) > 2
     assert places == sorted(places)
+
+
+def test_sure_predictions_are_those_of_their_logits(run: Path, made: SimpleNamespace) -> None:
+    """Of logits 18 and 25 the second class is predicted, as in metrics.json, and no mistake."""
+    rows = made.make_predictions()
+    row = next(row for row in rows if row["label"] == "COVID-19")
+    row |= {"key": "sure"} | made.with_logits([18, 25, -40])
+    assert row["p"][:2] == [1, 1]
+    made.write_evaluation(run / "test", rows)
+    text = str(Text(write(run)))
+    assert " sure Truth" not in text[text.index("Worst mistakes") : text.index("Gallery")]
+
+
+def test_the_curve_ranks_by_logits(run: Path, made: SimpleNamespace) -> None:
+    """Of images that all have the probability 1 in float32 the ROC curve still has its corners."""
+    logits = {"k0": 18, "k1": 19, "k2": 25, "k3": 26}
+    samples = [
+        Sample(key, label, {"a": 1.0}, {"a": logit}, "multilabel")
+        for (key, logit), label in zip(logits.items(), ("", "", "a", "a"), strict=True)
+    ]
+    ((_, _, chart),) = roc_charts("x", samples, {"classes": {"a": {}}})
+    sharp = pictures.roc_chart("x-roc0", np.array([0, 0, 1, 1], bool), np.array([0, 1, 2, 3]))
+    assert chart == sharp
 
 
 def test_undefined_numbers_are_dashes_with_a_reason(run: Path) -> None:
@@ -235,9 +255,12 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("log.jsonl", '{"kind": "epoch", "stage": "head", "epoch": 1}\n', "misses 'val_accuracy'"),
         ("test/metrics.json", "[]", "run `cxrdist evaluate` again"),
         ("test/predictions.csv", "key,label\n1,2\n", "no column prob_CLASS"),
-        ("test/predictions.csv", "key,patient,label,prob_a\nk,p,b,0.5\n", "no probability of 'b'"),
-        ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,nan\n", "not within 0 and 1"),
-        ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "matrices differ"),
+        ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "no column logit_a"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,b,0.5,0\n", "line 2: no probability of 'b'"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,a,nan,0\n", "not within 0 and 1"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,nan\n", "nan is not a finite number"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5\n", "run `cxrdist evaluate` again"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,0\n", "matrices differ"),
         ("test/relevance.csv", "key,class\nk,a\n", "misses 'logit'"),
         ("test/text.json", "{", "run `cxrdist probe-text` again"),
         ("test/text.json", '{"format": "cxrdist-text-1"}', "misses 'classes'"),
@@ -266,6 +289,17 @@ def test_broken_files_are_named_in_one_line(
     assert mend in message
     assert Path(file).name in message
     assert not list(run.glob("*report.html*"))
+
+
+@pytest.mark.parametrize(("tf32", "shown"), [(False, "off"), (True, "allowed"), (None, "not rec")])
+def test_the_precision_of_the_training_is_shown(run: Path, tf32: bool | None, shown: str) -> None:
+    """TensorFloat-32 is said beside mixed precision; older runs did not record it."""
+    info = json.loads((run / "run.json").read_text())
+    info |= {"mixed_precision": "no", "tf32": tf32}
+    if tf32 is None:
+        del info["tf32"]
+    (run / "run.json").write_text(json.dumps(info))
+    assert f"fp32; TensorFloat-32 {shown}" in " ".join(write(run).split())
 
 
 def test_maps_are_shown_with_their_test(run: Path) -> None:
