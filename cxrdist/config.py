@@ -166,7 +166,8 @@ class TrainConfig:
     """Decay per step of an exponential moving average of the weights, such as 0.999. It is what is
     validated and published; the weights as they are if not given."""
     compile: bool = False
-    """Compile warp, network and loss into one graph; worth it on a GPU only."""
+    """Compile warp, network and loss into one graph; on one GPU, with small batches, capture the
+    whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
     seed: int = 0
     """Seed of the new layers, the plan and the dropout."""
     cache: Path | None = None

@@ -22,6 +22,20 @@ class Graph(Protocol):
         """Do it again, on the same memory."""
 
 
+Recorder = Callable[[Step, Tensors], tuple[Graph, Tensors]]
+
+
+def can_capture(device: torch.device, world_size: int, num_images: int) -> bool:
+    """Whether a stage's steps are captured: on one GPU, where DDP has no part in them.
+
+    Args:
+        device: of this rank.
+        world_size: number of ranks.
+        num_images: of a step.
+    """
+    return device.type == "cuda" and world_size == 1 and num_images <= MOST_IMAGES
+
+
 class CapturedStep:
     """Takes steps by replaying a graph; one for each number of images, of which a stage has two.
 
@@ -29,7 +43,7 @@ class CapturedStep:
     their algorithms and libraries allocate in them. Recording computes nothing, so all steps count.
     """
 
-    def __init__(self, step: Step, record: Callable[[Step, Tensors], tuple[Graph, Tensors]]) -> None:
+    def __init__(self, step: Step, record: Recorder) -> None:
         """Wrap a step.
 
         Args:

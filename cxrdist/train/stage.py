@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.distributed import together
@@ -15,6 +16,7 @@ from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.model.densenet import block_names, network_state
 from cxrdist.run import append_log, read_json, settle_log, write_json
 from cxrdist.terminal import progress, table
+from cxrdist.train.capture import CapturedStep, can_capture, record_cuda_graph
 from cxrdist.train.checkpoint import (
     Checkpoint,
     Position,
@@ -39,7 +41,7 @@ from cxrdist.train.stages import (
     trained_norms,
 )
 from cxrdist.train.statistics import Statistics
-from cxrdist.train.step import Batches, Staging, backward, read_slice, validate
+from cxrdist.train.step import Batches, Slice, Staging, backward, read_slice, validate
 from cxrdist.train.training import Training, fixed_recipe
 from cxrdist.train.update import Average, Updater, gradient_scaler
 
@@ -103,8 +105,14 @@ class StageRun:
         self.model = accelerator.prepare(
             Learner(training.model, self.trained, precision, compiled=recipe.compile)
         )
-        most = -(-recipe.global_batch_size // accelerator.num_processes)
-        self.staging = Staging(training.material.images, most, accelerator.device)
+        device, world_size = accelerator.device, accelerator.num_processes
+        most = -(-recipe.global_batch_size // world_size)
+        self.staging = Staging(training.material.images, most, device)
+        self.captured: CapturedStep | None = None
+        one_pass = recipe.max_images_per_rank is None or recipe.max_images_per_rank >= most
+        if recipe.compile and one_pass and can_capture(device, world_size, most):
+            self.updater.keep_rates_on(device)
+            self.captured = CapturedStep(self._one_pass, record_cuda_graph)
 
     def _resume(self, resumed: Checkpoint) -> None:
         """Take over the rest of a checkpoint of this stage, written by any number of ranks."""
@@ -218,18 +226,14 @@ class StageRun:
         for step in range(epoch.step, plan.num_steps):
             where = f"{epoch.where}, step {step + 1}"
             _seed(self.recipe.seed, where, accelerator.process_index)
+            self.updater.set_rates(
+                rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps)
+            )
             with memory_for(part, self.recipe.max_images_per_rank, where):
-                share = backward(
-                    *(accelerator, self.model, self.updater, part),
-                    *(self.recipe.max_images_per_rank, self.statistics.before_pass),
-                )
-            taken = part
+                share, norm = self._take_step(part)
+            epoch.count(share, norm, part)
             if step + 1 < plan.num_steps:  # read while a GPU is still busy with this step
                 part = read_slice(epoch.batches, self.staging, step + 1, accelerator)
-            factor = rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps)
-            norm = self.updater.step(factor)
-            self.statistics.after_step(taken.sizes)
-            epoch.count(share, norm, taken)
             self.steps_done += 1
             bar.update(plan.step_size(step))
             if epoch.step % STEPS_PER_LOG_ROW == 0:
@@ -238,6 +242,25 @@ class StageRun:
                 self._stop_if_asked()
                 if epoch.step % self.recipe.save_steps == 0:
                     self.save(epoch)
+
+    def _take_step(self, part: Slice) -> tuple[Tensor, Tensor]:
+        """Take a step; this rank's share of the loss, and the norm of all gradients."""
+        if self.captured is not None:
+            share, norm = self.captured(part.images, part.matrices, part.targets)
+            return share, norm
+        share = backward(
+            *(self.training.accelerator, self.model, self.updater, part),
+            *(self.recipe.max_images_per_rank, self.statistics.before_pass),
+        )
+        norm = self.updater.step()
+        self.statistics.after_step(part.sizes)
+        return share, norm
+
+    def _one_pass(self, images: Tensor, matrices: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What `_take_step` does on one rank in one pass, on tensors alone."""
+        loss = self.model(images, matrices, targets) / targets.numel()
+        self.updater.backward(loss)
+        return loss.detach(), self.updater.step()
 
     def _log_steps(self, epoch: Epoch) -> None:
         """Log the steps since the last such row: their mean loss, and proof of what was taken."""

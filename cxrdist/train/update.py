@@ -58,14 +58,25 @@ class Updater:
         scaled = self.scaler.scale(loss) if self.scaler else loss
         scaled.backward()
 
-    def step(self, rate_factor: float) -> Tensor:
-        """Take a step with all learning rates multiplied by a factor.
+    def keep_rates_on(self, device: torch.device) -> None:
+        """Let the learning rates be memory on the device, which a captured step reads."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = torch.tensor(group["lr"], device=device)
+
+    def set_rates(self, factor: float) -> None:
+        """Multiply the stage's learning rates by a factor, for the next step."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
+
+    def step(self) -> Tensor:
+        """Take a step.
 
         Returns:
             Norm of the gradients of all parameters, before it is shortened, float32 [].
         """
-        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * rate_factor
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]

@@ -63,11 +63,11 @@ def test_a_step_of_densenet121_dispatches_a_third_fewer_operations_than_timms():
     Of 1,684 operations and 1,278 views of the whole step it leaves no more than 65 %.
     """
     model = model_of(Network(), BLOCKS)
-    ours, updater = Learner(model, set(BLOCKS), torch.float32, compiled=False), None
+    ours = Learner(model, set(BLOCKS), torch.float32, compiled=False)
     updater = updater_of(model, BLOCKS)
     with Dispatched() as counted:
         updater.backward(ours(*batch(2)))
-        updater.step(1.0)
+        updater.step()
     assert sum(counted.operations.values()) <= 0.65 * 1684
     assert sum((counted.operations + counted.views).values()) <= 0.65 * (1684 + 1278)
     assert counted.operations["aten.add.Tensor"] <= 60
@@ -86,7 +86,7 @@ def test_a_step_reads_nothing(name, trained):
         with torch.autocast("cpu", torch.bfloat16):
             loss = ours(images, torch.empty(4, 2, 3), torch.empty(4, 3))
         updater.backward(loss)
-        norm = updater.step(0.5)
+        norm = updater.step()
         with pytest.raises(RuntimeError):  # the control: such a read does raise
             bool(norm > 0)
 
@@ -107,7 +107,7 @@ def test_the_compiled_step_is_one_graph_with_the_losses_of_the_eager_one(monkeyp
             updater.backward(loss)
             losses[compiled].append(float(loss.detach()))
             gradients[compiled] = [p.grad for p in model.parameters() if p.grad is not None]
-            updater.step(1.0)
+            updater.step()
     assert losses[True] == pytest.approx(losses[False], abs=1e-5)
     for found, expected in zip(gradients[True], gradients[False], strict=True):
         assert torch.allclose(found, expected, atol=1e-5)

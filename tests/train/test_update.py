@@ -1,5 +1,7 @@
 """The optimiser step, with what only a GPU uses forced on the CPU."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -31,7 +33,7 @@ def inputs(step: int) -> torch.Tensor:
 
 
 def test_sgd_is_the_papers():
-    """Momentum 0.9 (section 3.3) and L2 decay, by the formula v = 0.9 v + g + decay w; w -= lr v."""
+    """Momentum 0.9 (section 3.3) and L2 decay: v = 0.9 v + g + decay w; w -= rate v."""
     module = linear()
     ours = updater(module)
     by_hand = module.weight.detach().double().clone()
@@ -42,7 +44,7 @@ def test_sgd_is_the_papers():
         gradient = x.double().sum(0).expand(2, 3)
         velocity = 0.9 * velocity + gradient + DECAY * by_hand
         by_hand = by_hand - RATE * velocity
-        norm = ours.step(1.0)
+        norm = ours.step()
         expected = (gradient.square().sum() + 2 * 4**2).sqrt()  # the bias has 4 for each output
         assert float(norm) == pytest.approx(float(expected), rel=1e-6)
     assert MOMENTUM == 0.9
@@ -63,11 +65,11 @@ def test_a_step_that_is_not_finite_changes_nothing(name, bad, at):
         if step == at:
             before = weights(modules[0])
             updaters[0].backward(modules[0](inputs(step)).sum() * bad)
-            assert not torch.isfinite(updaters[0].step(1.0))
+            assert not torch.isfinite(updaters[0].step())
             assert all(map(torch.equal, weights(modules[0]), before))
         for module, one in zip(modules, updaters, strict=True):
             one.backward(module(inputs(step)).square().sum())
-            one.step(1.0)
+            one.step()
     assert all(map(torch.equal, *map(weights, modules)))
 
 
@@ -81,11 +83,11 @@ def test_a_scaler_whose_first_steps_overflow_leaves_the_weights_of_float32(name)
     for step in range(20):
         x = inputs(step)
         scaled.backward(4 * modules[0](x).square().mean())
-        overflowed = not torch.isfinite(scaled.step(1.0))
+        overflowed = not torch.isfinite(scaled.step())
         num_skipped += overflowed
         if not overflowed:
             plain.backward(4 * modules[1](x).square().mean())
-            plain.step(1.0)
+            plain.step()
     assert 1 <= num_skipped <= 5
     assert scaled.scale == 2.0 ** (127 - num_skipped)
     for found, expected in zip(*map(weights, modules), strict=True):
@@ -100,7 +102,7 @@ def test_long_gradients_are_shortened_and_short_ones_are_not():
     ours.optimizer.param_groups[0]["weight_decay"] = 0.0
     x = inputs(0)
     ours.backward(module(x).sum())
-    norm = float(ours.step(1.0))
+    norm = float(ours.step())
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, weights(module), strict=True)])
     assert norm > 0.5
     assert float(moved.norm()) == pytest.approx(RATE * 0.5, rel=1e-4)
@@ -108,20 +110,20 @@ def test_long_gradients_are_shortened_and_short_ones_are_not():
     ours = updater(short, max_norm=2 * norm)
     ours.optimizer.param_groups[0]["weight_decay"] = 0.0
     ours.backward(short(x).sum())
-    ours.step(1.0)
+    ours.step()
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, weights(short), strict=True)])
     assert float(moved.norm()) == pytest.approx(RATE * norm, rel=1e-4)
 
 
 def test_the_average_is_the_exponential_one_and_can_stand_in():
-    """a = d a + (1 - d) w after each step; in the network for a while, then the weights again."""
+    """After each step a = d a + (1 - d) w; in the network for a while, then the weights again."""
     module = linear()
     average = Average(module, 0.75)
     ours = updater(module, average=average)
     by_hand = module.weight.detach().clone()
     for step in range(3):
         ours.backward(module(inputs(step)).sum())
-        ours.step(1.0)
+        ours.step()
         by_hand = 0.75 * by_hand + 0.25 * module.weight.detach()
     trained = weights(module)
     with average.in_network():
@@ -139,7 +141,7 @@ def test_the_schedule_warms_up_and_falls_along_a_cosine():
     assert factors[:8] == pytest.approx([i / 8 for i in range(1, 9)])
     assert factors[8] == 1.0
     assert factors[8 + 16] == pytest.approx(0.5)
-    assert all(a > b for a, b in zip(factors[8:], factors[9:], strict=False))
+    assert all(a > b for a, b in pairwise(factors[8:]))
     assert 0 < factors[-1] < 0.01
     constant = Stage({"head": 1.0}, epochs=10, patience=1)
     assert {rate_factor(constant, epoch, 0, 4) for epoch in range(10)} == {1.0}
