@@ -339,12 +339,14 @@ class StageRun:
             bests=self.bests,
             scaler=updater.scaler.state_dict() if updater.scaler else {},
         )
-        average = updater.average.state if updater.average else {}
+        network, average = network_state(training.model), updater.average
+        if average:  # a stop in the validation finds the average in the network
+            network |= average.set_aside
         checkpoint = Checkpoint(
             position,
-            {k: on_cpu(v) for k, v in network_state(training.model).items()} if main else {},
+            {k: on_cpu(v) for k, v in network.items()} if main else {},
             optimizer_tensors(updater.optimizer) if main else {},
-            {k: on_cpu(v) for k, v in average.items()} if main else {},
+            {k: on_cpu(v) for k, v in average.state.items()} if main and average else {},
             epoch.losses[: epoch.step] if epoch else torch.zeros(0, dtype=torch.float64),
             self.best,
         )

@@ -101,7 +101,12 @@ class Updater:
 
 
 class Average:
-    """Exponential moving average of weights and BatchNorm statistics (Polyak & Juditsky 1992)."""
+    """Exponential moving average of weights and BatchNorm statistics (Polyak & Juditsky 1992).
+
+    Attributes:
+        state: the averages, by the names of the network's state.
+        set_aside: while the network has the average, the weights that are trained; else empty.
+    """
 
     def __init__(self, network: torch.nn.Module, decay: float) -> None:
         """Start from the weights as they are.
@@ -112,6 +117,7 @@ class Average:
         """
         live = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
         self.state = {name: tensor.clone() for name, tensor in live.items()}
+        self.set_aside: dict[str, Tensor] = {}
         self._live, self._average = list(live.values()), list(self.state.values())
         self._weight = 1 - decay
 
@@ -128,8 +134,10 @@ class Average:
     def in_network(self) -> Iterator[None]:
         """Let the network have the averaged weights for a while."""
         trained = [tensor.clone() for tensor in self._live]
+        self.set_aside = dict(zip(self.state, trained, strict=True))
         torch._foreach_copy_(self._live, self._average)
         try:
             yield
         finally:
             torch._foreach_copy_(self._live, trained)
+            self.set_aside = {}

@@ -176,19 +176,18 @@ def test_another_number_of_ranks_takes_the_same_batches(command, whole, tmp_path
     assert rows.keys() == taken_and_losses(whole).keys()
 
 
-def test_with_frozen_batchnorm_another_number_of_ranks_has_the_same_losses(command, tmp_path):
-    """Without BatchNorm's statistics and dropout only the order of the sums differs."""
-    recipe = tmp_path / "head.yaml"
-    stages = {"head": {"lr": {"head": 0.05}, "epochs": 3, "patience": 3}}
+def test_without_dropout_another_number_of_ranks_has_the_same_losses(command, tmp_path):
+    """Only the order of the sums differs, in a stage that trains all BatchNorms as well."""
+    recipe = tmp_path / "recipe.yaml"
     network = {"growth_rate": 4, "block_config": [1, 1, 1, 1], "dropout": 0.0}
     old = yaml.safe_load(command[command.index("--config") + 1].read_text())
-    recipe.write_text(yaml.safe_dump(old | {"network": network, "stages": stages}))
+    recipe.write_text(yaml.safe_dump(old | {"network": network}, sort_keys=False))
     command = [*command, "--config", recipe]
     whole = tmp_path / "whole"
     Launched(2, whole, *command, "--run", whole).end()
     expected = taken_and_losses(whole)
     found = taken_and_losses(run_on_changing_worlds(command, tmp_path / "run"))
-    assert found == pytest.approx(expected, rel=0, abs=1e-5)
+    assert found == pytest.approx(expected, rel=0, abs=1e-4)
     assert len({round(loss, 3) for loss in expected.values()}) > 3  # they are not all the same
 
 
@@ -206,7 +205,8 @@ def run_on_changing_worlds(command: list[object], run: Path) -> Path:
 
 def taken_and_losses(run: Path) -> dict[tuple[object, ...], float]:
     """Losses by stage, step and digest of the images that were taken."""
-    return {(r["kind"], r["stage"], r["step"], r["taken"]): r["loss"] for r in said(run)}
+    rows = [row for row in said(run) if "taken" in row]  # a stage begins with having taken none
+    return {(r["kind"], r["stage"], r["step"], r["taken"]): r["loss"] for r in rows}
 
 
 def test_a_rank_that_hangs_ends_the_job_and_is_named(command, tmp_path):
@@ -295,7 +295,7 @@ def damage_no_position(state: Path) -> None:
 def damage_format(state: Path) -> None:
     """A flipped bit in the name of the format: no other version of cxrdist."""
     about = state.with_name("position.json")
-    about.write_text(about.read_text().replace(CHECKPOINT_FORMAT, CHECKPOINT_FORMAT[:-1] + "3"))
+    about.write_text(about.read_text().replace(CHECKPOINT_FORMAT, CHECKPOINT_FORMAT[:-1] + "7"))
 
 
 def stopped_run(command: list[object], run: Path) -> list[Path]:

@@ -1,0 +1,102 @@
+"""Captured steps, with a stand-in for the GPU's recorder: replaying is doing the step again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cxrdist.config import Augmentation, Network, Stage, TrainConfig
+from cxrdist.train import learner, stage
+from cxrdist.train.capture import WARM_UP_STEPS, CapturedStep, Step, Tensors, can_capture
+from cxrdist.train.loop import train
+
+BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
+
+
+class Again:
+    """Like a CUDA graph it computes nothing when recorded, and has fixed inputs and outputs."""
+
+    def __init__(self, step: Step, static: Tensors) -> None:
+        self.step, self.static = step, static
+        self.outputs = torch.zeros(()), torch.zeros(())
+
+    def replay(self) -> None:
+        for own, result in zip(self.outputs, self.step(*self.static), strict=True):
+            own.copy_(result)
+
+
+def record_again(step: Step, static: Tensors) -> tuple[Again, Tensors]:
+    graph = Again(step, static)
+    return graph, graph.outputs
+
+
+def test_each_size_is_recorded_once_and_every_step_counts():
+    """Warm-up steps, the recording and replays change the state as plain steps do, once each."""
+    total = torch.zeros(())
+
+    def step(numbers: torch.Tensor) -> Tensors:
+        total.add_(numbers.sum())
+        return numbers.max(), total.clone()
+
+    recorded = []
+
+    def record(step: Step, static: Tensors) -> tuple[Again, Tensors]:
+        recorded.append(len(static[0]))
+        return record_again(step, static)
+
+    captured, expected = CapturedStep(step, record), 0.0
+    for turn in range(2 * WARM_UP_STEPS + 4):
+        numbers = torch.arange(4 + turn % 2) + float(turn)
+        expected += float(numbers.sum())
+        largest, found = captured(numbers)
+        assert float(largest) == float(numbers.max())
+        assert float(found) == expected
+    assert recorded == [4, 5]
+
+
+def test_only_small_steps_of_one_gpu_are_captured():
+    """DDP's collectives are not in the graph, and large batches gain nothing."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert can_capture(gpu, 1, 9)
+    assert not can_capture(gpu, 2, 9)
+    assert not can_capture(gpu, 1, 256)
+    assert not can_capture(cpu, 1, 9)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_captured_training_ends_in_the_bytes_of_a_plain_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+):
+    """With rates that rise and fall, an average and a limit of the norm, over two stages.
+
+    The rates are such that float32, which they have on the device, holds them.
+    """
+    stages = {
+        name: Stage(dict.fromkeys(blocks, 0.0625), epochs=2, patience=2)
+        for name, blocks in (("all", BLOCKS), ("head", ["head"]))
+    }
+    monkeypatch.setattr(learner, "COMPILE_BACKEND", "eager")
+    for name, captured in (("plain", False), ("captured", True)):
+        monkeypatch.setattr(stage, "can_capture", lambda *_, captured=captured: captured)
+        monkeypatch.setattr(stage, "record_cuda_graph", record_again)
+        train(
+            TrainConfig(
+                shards,
+                tmp_path / name,
+                stages,
+                init="none",
+                global_batch_size=7,
+                augmentation=Augmentation(degrees=5),
+                network=Network(growth_rate=4, block_config=(1, 1, 1, 1)),
+                optimizer=optimizer,
+                max_gradient_norm=1.0,
+                average=0.9,
+                compile=True,
+                cache=tmp_path / "cache",
+            )
+        )
+    plain, captured = (
+        (tmp_path / name / "model" / "model.safetensors").read_bytes()
+        for name in ("plain", "captured")
+    )
+    assert plain == captured
