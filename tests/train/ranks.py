@@ -1,7 +1,9 @@
-"""Run on each rank of a test: train an epoch of each stage, or take one gradient.
+"""Run on each rank of a test: train an epoch of each stage, and take gradients.
 
-usage: ranks.py stages SHARDS RUN OUT
-       ranks.py frozen|trained SHARDS RUN OUT BATCH[:IMAGES_PER_PASS]...
+usage: ranks.py SHARDS RUN OUT JOB...
+
+A job is `stages`, or MODE/BATCH[:IMAGES_PER_PASS] for the gradient of a step. The mode is `frozen`
+or `trained`, which BatchNorm is then, or `compiled`, which is `trained` in one compiled graph.
 """
 
 import sys
@@ -15,9 +17,10 @@ from cxrdist.data.index import read_index
 from cxrdist.distributed import start
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
+from cxrdist.train import learner
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import set_modes
-from cxrdist.train.step import Batches, Staging, backward, read_slice
+from cxrdist.train.step import Batches, backward, read_slice
 from cxrdist.train.training import Training, build_training
 
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
@@ -80,48 +83,43 @@ def run_stages(training: Training) -> dict:
     return found
 
 
-def take_gradients(training: Training, trained: set[str], batches: list[str]) -> dict:
-    """The synchronised gradient in float64 of the first step of an epoch, for each batch.
-
-    Args:
-        training: the run.
-        trained: blocks whose BatchNorm is trained.
-        batches: images of the step, and of a pass.
-    """
-    found = {}
+def take_gradient(training: Training, mode: str, batch: str) -> dict:
+    """The synchronised gradient of the first step of an epoch, in float64."""
+    size, _, per_pass = batch.partition(":")
+    recipe = replace(training.recipe, global_batch_size=int(size), compile=mode == "compiled")
+    training = replace(training, recipe=recipe)
     training.model.double()
     under_way = StageRun(training, "all", None)
-    set_modes(training.model, trained)
-    for batch in batches:
-        size, _, per_pass = batch.partition(":")
-        recipe = replace(training.recipe, global_batch_size=int(size))
-        plan = replace(training, recipe=recipe).plan("all", 1)
-        staging = Staging(training.material.images, int(size), training.accelerator.device)
-        epoch = Batches(training.material, plan, training.accelerator.device)
-        epoch.targets = epoch.targets.double()
-        part = read_slice(epoch, staging, 0, training.accelerator)
-        loss = backward(
-            *(training.accelerator, under_way.model, under_way.updater, part),
-            *(int(per_pass) if per_pass else None, under_way.statistics.before_pass),
-        )
-        found[batch] = {
-            "loss": loss,
-            "images": part.num_images,
-            "gradients": {k: p.grad.clone() for k, p in training.model.network.named_parameters()},
-            "statistics": {k: b.clone() for k, b in training.model.network.named_buffers()},
-        }
-        under_way.updater.optimizer.zero_grad()
-    return found
+    set_modes(training.model, set() if mode == "frozen" else set(BLOCKS))
+    epoch = Batches(training.material, training.plan("all", 1), training.accelerator.device)
+    epoch.targets = epoch.targets.double()
+    part = read_slice(epoch, under_way.staging, 0, training.accelerator)
+    loss = backward(
+        *(training.accelerator, under_way.model, under_way.updater, part),
+        *(int(per_pass) if per_pass else None, under_way.statistics.before_pass),
+    )
+    gradients = {k: p.grad.clone() for k, p in training.model.network.named_parameters()}
+    under_way.updater.optimizer.zero_grad()
+    training.accelerator.free_memory()
+    return {
+        "loss": loss,
+        "images": part.num_images,
+        "gradients": gradients,
+        "statistics": state(training),
+    }
 
 
 def main() -> None:
-    job, shards, run, out = sys.argv[1], *map(Path, sys.argv[2:5])
+    shards, run, out = map(Path, sys.argv[1:4])
+    learner.COMPILE_BACKEND = "aot_eager"
     training = build(shards, run)
-    if job == "stages":
-        found = run_stages(training)
-    else:
-        trained = set(BLOCKS) if job == "trained" else set()
-        found = take_gradients(training, trained, sys.argv[5:])
+    before, found = state(training), {}
+    for job in sys.argv[4:]:
+        training.model.float().network.load_state_dict(before)
+        mode, _, batch = job.partition("/")
+        found[job] = (
+            run_stages(training) if mode == "stages" else take_gradient(training, mode, batch)
+        )
     out.mkdir(exist_ok=True)
     torch.save(found, out / f"rank{training.accelerator.process_index}.pt")
     training.accelerator.wait_for_everyone()

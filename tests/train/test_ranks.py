@@ -22,22 +22,36 @@ def balanced(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("balanced"), counts, split="0.5/0.25/0.25")
 
 
-def outcome(tmp_path: Path, world: int, job: str, shards: Path, *batches: str) -> list[dict]:
-    """What each rank reports of a job."""
-    out = tmp_path / f"out{world}"
-    done = run_ranks(world, SCRIPT, job, shards, tmp_path / f"run{world}", out, *batches)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(out / f"rank{r}.pt", weights_only=True) for r in range(world)]
+TRAINED = ("trained/9", "trained/16", "trained/2")
+JOBS = {
+    1: ("frozen/9", "frozen/2", *TRAINED),
+    2: ("stages", "frozen/9", "frozen/9:2", *TRAINED, "trained/9:1", "trained/9:3", "compiled/9"),
+    3: ("stages", "frozen/9", "frozen/2", *TRAINED),
+    4: TRAINED,
+    8: TRAINED,
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory, balanced) -> dict[int, list[dict]]:
+    """What each rank reports of its jobs, by the number of ranks; each number is started once."""
+    folder, found = tmp_path_factory.mktemp("outcomes"), {}
+    for world, jobs in JOBS.items():
+        out = folder / f"out{world}"
+        done = run_ranks(world, SCRIPT, balanced, folder / f"run{world}", out, *jobs)
+        assert done.returncode == 0, done.stderr
+        found[world] = [torch.load(out / f"rank{r}.pt", weights_only=True) for r in range(world)]
+    return found
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_every_stage_keeps_ranks_equal_and_frozen_blocks_untouched(tmp_path, balanced, world):
+def test_every_stage_keeps_ranks_equal_and_frozen_blocks_untouched(outcomes, world):
     """After an epoch of twelve steps the trained are equal on all ranks, the frozen as they were.
 
     Every trained tensor, gradient and BatchNorm statistic is equal on the first and the last rank,
     every trained tensor has moved, and every frozen tensor and statistic is bitwise what it was.
     """
-    first, *_, last = outcome(tmp_path, world, "stages", balanced)
+    first, *_, last = (rank["stages"] for rank in outcomes[world])
     for stage, one in first.items():
         two, trained = last[stage], set(one["trained"])
         assert one["steps"] >= 10
@@ -59,52 +73,39 @@ def relative_difference(found: dict, expected: dict) -> float:
     return (difference / sum(float(v.double().square().sum()) for v in expected.values())) ** 0.5
 
 
-def test_frozen_batchnorm_gives_the_gradient_of_the_whole_batch(tmp_path, balanced):
-    """Nine images over one, two and three ranks, in micro-batches or not, have one gradient.
-
-    So has a step of two images on three ranks: the idle rank adds nothing and does not hang.
-    """
-    (alone,) = outcome(tmp_path, 1, "frozen", balanced, "9", "2")
-    assert (alone["9"]["images"], alone["2"]["images"]) == (9, 2)
-    for world, batches in ((2, ("9", "9:2")), (3, ("9", "2"))):
-        ranks = outcome(tmp_path, world, "frozen", balanced, *batches)
-        for batch in batches:
-            expected = alone[batch.partition(":")[0]]
-            parts = [rank[batch] for rank in ranks]
-            assert sum(part["images"] for part in parts) == expected["images"]
-            assert float(sum(p["loss"] for p in parts)) == pytest.approx(float(expected["loss"]))
-            for part in parts:
-                assert relative_difference(part["gradients"], expected["gradients"]) < 1e-10
-
-
-@pytest.mark.parametrize("world", [2, 3, 4, 8])
-def test_trained_batchnorm_gives_the_gradient_of_the_whole_batch(tmp_path, balanced, world):
+@pytest.mark.parametrize(
+    ("world", "job"),
+    [(2, "frozen/9"), (2, "frozen/9:2"), (3, "frozen/9"), (3, "frozen/2"), (2, "compiled/9")]
+    + [(world, job) for world in (2, 3, 4, 8) for job in TRAINED],
+)
+def test_the_gradient_is_that_of_the_whole_batch_for_any_world(outcomes, world, job):
     """Slices of unequal size, of one image and of none change neither gradient nor statistics.
 
-    At 32 px the last features have one pixel: one image alone would have no variance.
+    Nor do micro-batches where BatchNorm is frozen, nor does compiling. At 32 px the last features
+    have one pixel: one image alone would have no variance.
     """
-    batches = ("9", "16", "2")
-    (alone,) = outcome(tmp_path, 1, "trained", balanced, *batches)
-    ranks = outcome(tmp_path, world, "trained", balanced, *batches)
-    for batch in batches:
-        expected = alone[batch]
-        assert sum(rank[batch]["images"] for rank in ranks) == expected["images"]
-        for rank in ranks:
-            for part in ("gradients", "statistics"):
-                assert relative_difference(rank[batch][part], expected[part]) < 1e-10, part
+    mode, batch = job.split("/")
+    alone = f"{mode.replace('compiled', 'trained')}/{batch.partition(':')[0]}"
+    (expected,) = (rank[alone] for rank in outcomes[1])
+    parts = [rank[job] for rank in outcomes[world]]
+    assert sum(part["images"] for part in parts) == expected["images"]
+    assert float(sum(p["loss"] for p in parts)) == pytest.approx(float(expected["loss"]))
+    for part in parts:
+        for what in ("gradients", "statistics"):
+            assert relative_difference(part[what], expected[what]) < 1e-10, what
 
 
-def test_micro_batches_with_trained_batchnorm_pass_as_often_on_each_rank(tmp_path, balanced):
+def test_micro_batches_with_trained_batchnorm_pass_as_often_on_each_rank(outcomes):
     """Nine images on two ranks in passes of one: five each, the last of one rank without image.
 
-    BatchNorm sees two images at a time then, of both ranks: so does one process in passes of two,
-    of which the sums differ; what must hold is that ranks end, and agree.
+    BatchNorm sees a pass at a time, so the gradient is another one; all ranks end, and agree.
     """
-    first, second = outcome(tmp_path, 2, "trained", balanced, "9:1", "9:3")
-    for batch in ("9:1", "9:3"):
-        for part in ("gradients", "statistics"):
-            assert relative_difference(first[batch][part], second[batch][part]) == 0
-        assert float(first[batch]["loss"]) > 0
+    first, second = outcomes[2]
+    for job in ("trained/9:1", "trained/9:3"):
+        for what in ("gradients", "statistics"):
+            assert relative_difference(first[job][what], second[job][what]) == 0
+        whole = first["trained/9"]["gradients"]
+        assert 0.01 < relative_difference(first[job]["gradients"], whole) < 10
 
 
 def three_stages(shards: Path, folder: Path, world: int, **changes: object) -> Path:

@@ -13,7 +13,7 @@ from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.distributed import StopVote
 from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.run import read_log
-from cxrdist.train import stage, training
+from cxrdist.train import learner, stage, training
 from cxrdist.train.loop import train
 
 NUM_STOPS = 10
@@ -44,6 +44,10 @@ def recipe(shards: Path, run: Path, **changes: object) -> TrainConfig:
 
 def model_of(run: Path) -> bytes:
     return (run / "model" / "model.safetensors").read_bytes()
+
+
+def epoch_rows(run: Path) -> list[dict]:
+    return [row for row in read_log(run / "log.jsonl") if row["kind"] == "epoch"]
 
 
 def run_with_stops(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, num_stops: int) -> int:
@@ -86,10 +90,7 @@ def test_a_run_that_stops_within_its_stages_ends_in_the_same_bytes(
     assert run_with_stops(config, monkeypatch, NUM_STOPS) == NUM_STOPS
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     assert model_of(whole) == model_of(broken)
-    rows = [
-        [r for r in read_log(run / "log.jsonl") if r["kind"] == "epoch"] for run in (whole, broken)
-    ]
-    assert rows[0] == rows[1]
+    assert epoch_rows(whole) == epoch_rows(broken)
     weights = load_file(whole / "model" / "model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
@@ -123,3 +124,24 @@ def test_a_scaler_that_falls_to_its_least_scale_stops_the_run(shards, tmp_path, 
     monkeypatch.setattr(stage, "gradient_scaler", lambda _: torch.amp.GradScaler("cpu", **options))
     with pytest.raises(RunFailedError, match=r"stage head, epoch 1.* has fallen to 0\.75"):
         train(recipe(shards, tmp_path / "run"))
+
+
+def test_a_compiled_run_resumes_with_the_losses_of_an_eager_one(shards, tmp_path, monkeypatch):
+    """Stopped and resumed it has the bytes of the unbroken compiled run."""
+    monkeypatch.setattr(learner, "COMPILE_BACKEND", "aot_eager")
+    stages = {"all": Stage(dict.fromkeys(BLOCKS, 0.01), epochs=2, patience=2)}
+    plain = replace(recipe(shards, tmp_path / "plain"), stages=stages)
+    train(plain)
+    config = replace(plain, run=tmp_path / "whole", compile=True)
+    assert run_with_stops(config, monkeypatch, 1) == 1
+    assert model_of(tmp_path / "whole") == model_of(tmp_path / "broken")
+    losses = [
+        [
+            row[name]
+            for row in epoch_rows(tmp_path / run)
+            for name in ("loss", "val_loss")
+            if name in row
+        ]
+        for run in ("plain", "whole")
+    ]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
