@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> None:
         CxrdistError: the recipe, shards, weights or run directory cannot be used.
         RunFailedError: a loss or gradient was not finite; nothing is published.
     """
-    _refuse_bad_recipe(config)
+    refuse_bad_recipe(config)
     accelerator = start(config.track.split(",") if config.track else [], config.run / "tracking")
     together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
     main = accelerator.is_main_process
@@ -66,13 +66,28 @@ def train(config: TrainConfig) -> None:
     accelerator.end_training()
 
 
-def _refuse_bad_recipe(config: TrainConfig) -> None:
+def refuse_bad_recipe(config: TrainConfig) -> None:
+    """Make sure that a recipe can be trained, as far as that is known without its shards.
+
+    Raises:
+        CxrdistError: a field has an invalid value.
+    """
     blocks = [f"denseblock{i + 1}" for i in range(len(config.network.block_config))]
     check_stages(config.stages, ["stem", *blocks, "head"])
     refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
     if not 0 <= config.network.dropout < 1:
         raise CxrdistError(
             f"network.dropout: is {config.network.dropout}, expected at least 0 and below 1"
+        )
+    if config.average is not None and not 0 < config.average < 1:
+        raise CxrdistError(
+            f"average: is {config.average}, expected a decay between 0 and 1, such as 0.999; "
+            "leave it out for the weights as they are"
+        )
+    if config.max_gradient_norm is not None and not config.max_gradient_norm > 0:
+        raise CxrdistError(
+            f"max_gradient_norm: is {config.max_gradient_norm}, expected a norm above 0; leave it "
+            "out for gradients as they are"
         )
 
 

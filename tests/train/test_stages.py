@@ -1,13 +1,16 @@
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
+import cxrdist
 from cxrdist.cli import COMMANDS, parse
 from cxrdist.config import Network, Stage
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
+from cxrdist.train.loop import refuse_bad_recipe
 from cxrdist.train.stages import (
     EarlyStopping,
     check_stages,
@@ -79,6 +82,10 @@ def test_frozen_blocks_have_no_gradient_and_their_batchnorm_is_in_evaluation_mod
         ({"one": Stage({"head": float("nan")}, 1, 1)}, r"stages\.one\.lr\.head: is nan"),
         ({"one": Stage({"head": 1e-3}, 0, 1)}, r"stages\.one\.epochs: is 0"),
         ({"one": Stage({"head": 1e-3}, 1, 0)}, r"stages\.one\.patience: is 0"),
+        (
+            {"one": Stage({"head": 1e-3}, 2, 1, warmup_epochs=2)},
+            r"stages\.one\.warmup_epochs: is 2",
+        ),
     ],
 )
 def test_stages_that_cannot_be_meant_are_refused(stages, message):
@@ -95,3 +102,20 @@ def test_early_stopping_waits_for_its_patience():
     assert not stopping.update(0.5)
     assert stopping.exhausted
     assert (stopping.best_epoch, stopping.best_loss) == (2, 0.5)
+
+
+@pytest.mark.parametrize("name", ["bassi2020", "chexnet", "chexnet-fast", "demo"])
+def test_the_recipes_that_come_with_cxrdist_are_valid(name):
+    """Each is read by its name; a field out of its range is refused by name."""
+    arguments = ["--config", name, "--shards", "s", "--run", "r"]
+    config = parse(COMMANDS["train"], "train", arguments)
+    refuse_bad_recipe(config)
+    for field, value in (("average", 1.0), ("max_gradient_norm", 0.0), ("max_gradient_norm", -1.0)):
+        with pytest.raises(CxrdistError, match=f"{field}: is {value}"):
+            refuse_bad_recipe(replace(config, **{field: value}))
+
+
+def test_every_packaged_recipe_is_tested():
+    """A new recipe is added to the test above."""
+    names = {file.stem for file in (Path(cxrdist.__file__).parent / "recipes").glob("*.yaml")}
+    assert names == {"bassi2020", "chexnet", "chexnet-fast", "demo"}
