@@ -3,7 +3,8 @@
 usage: ranks.py SHARDS RUN OUT JOB...
 
 A job is `stages`, or MODE/BATCH[:IMAGES_PER_PASS] for the gradient of a step. The mode is `frozen`
-or `trained`, which BatchNorm is then, or `compiled`, which is `trained` in one compiled graph.
+or `trained`, which BatchNorm is then, `compiled`, which is `trained` in one compiled graph, or
+`bf16`, which is `trained` under autocast.
 """
 
 import sys
@@ -84,20 +85,22 @@ def run_stages(training: Training) -> dict:
 
 
 def take_gradient(training: Training, mode: str, batch: str) -> dict:
-    """The synchronised gradient of the first step of an epoch, in float64."""
+    """The synchronised gradient of the first step of an epoch, in float64 but under autocast."""
     size, _, per_pass = batch.partition(":")
     recipe = replace(training.recipe, global_batch_size=int(size), compile=mode == "compiled")
     training = replace(training, recipe=recipe)
-    training.model.double()
+    half = mode == "bf16"
+    training.model.to(torch.float32 if half else torch.float64)
     under_way = StageRun(training, "all", None)
     set_modes(training.model, set() if mode == "frozen" else set(BLOCKS))
     epoch = Batches(training.material, training.plan("all", 1), training.accelerator.device)
-    epoch.targets = epoch.targets.double()
+    epoch.targets = epoch.targets.to(training.model.mean.dtype)
     part = read_slice(epoch, under_way.staging, 0, training.accelerator)
-    loss = backward(
-        *(training.accelerator, under_way.model, under_way.updater, part),
-        *(int(per_pass) if per_pass else None, under_way.statistics.before_pass),
-    )
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        loss = backward(
+            *(training.accelerator, under_way.model, under_way.updater, part),
+            *(int(per_pass) if per_pass else None, under_way.statistics.before_pass),
+        )
     gradients = {k: p.grad.clone() for k, p in training.model.network.named_parameters()}
     under_way.updater.optimizer.zero_grad()
     training.accelerator.free_memory()

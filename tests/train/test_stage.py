@@ -1,0 +1,44 @@
+"""A stage under way."""
+
+from pathlib import Path
+
+from test_learner import Dispatched
+
+from cxrdist.config import Augmentation, Network, Stage, TrainConfig
+from cxrdist.data.index import read_index
+from cxrdist.distributed import start
+from cxrdist.run import RunDirectory
+from cxrdist.terminal import progress
+from cxrdist.train.stage import StageRun
+from cxrdist.train.training import build_training
+
+BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
+
+
+def test_nothing_is_read_from_the_device_between_two_log_rows(shards: Path, tmp_path: Path):
+    """The whole loop of an epoch: slices, warps, gradients, update, average, counts, votes."""
+    config = TrainConfig(
+        shards,
+        tmp_path / "run",
+        {"all": Stage(dict.fromkeys(BLOCKS, 0.01), epochs=1, patience=1)},
+        init="none",
+        global_batch_size=7,
+        augmentation=Augmentation(degrees=5),
+        network=Network(growth_rate=4, block_config=(1, 1, 1, 1)),
+        average=0.9,
+        max_gradient_norm=1.0,
+        cache=tmp_path / "cache",
+    )
+    training = build_training(start(), RunDirectory(config.run), config, read_index(shards))
+    under_way = StageRun(training, "all", None)
+    epoch = under_way._next_epoch()
+    with progress(0, "", "images", show=False) as bar, Dispatched() as counted:
+        under_way._take_steps(epoch, bar)
+    assert epoch.step == epoch.plan.num_steps == 5
+    assert counted.operations["aten.convolution.default"] == 5 * (2 * 4 + 4)
+    reads = ("local_scalar", "item", "nonzero", "equal.default", "masked_select", "unique")
+    assert not [name for name in counted.operations if any(read in name for read in reads)]
+    with Dispatched() as control:
+        epoch.settle(training.accelerator, under_way.updater)
+        float(epoch.losses[0])
+    assert [name for name in control.operations if "local_scalar" in name]
