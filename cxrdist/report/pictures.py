@@ -199,9 +199,8 @@ def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callabl
     def draw_all(axes: Axes) -> None:
         draw(axes)
         axes.set_xlabel("epoch")
-        margin = min(
-            0.9, max(0.5, 0.015 * len(epochs))
-        )  # less than 1, or it names an epoch that is none
+        # Less than 1, or the axis names an epoch that does not exist.
+        margin = min(0.9, max(0.5, 0.015 * len(epochs)))
         axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.legend(
