@@ -3,8 +3,8 @@
 usage: ranks.py SHARDS RUN OUT JOB...
 
 A job is `stages`, or MODE/BATCH[:IMAGES_PER_PASS] for the gradient of a step. The mode is `frozen`
-or `trained`, which BatchNorm is then, `compiled`, which is `trained` in one compiled graph, or
-`bf16`, which is `trained` under autocast.
+or `trained`, which BatchNorm is then, `compiled`, which is `trained` in one compiled graph,
+`bf16`, which is `trained` under autocast, or `per_rank`, which is `trained` on its own slice.
 """
 
 import sys
@@ -87,7 +87,12 @@ def run_stages(training: Training) -> dict:
 def take_gradient(training: Training, mode: str, batch: str) -> dict:
     """The synchronised gradient of the first step of an epoch, in float64 but under autocast."""
     size, _, per_pass = batch.partition(":")
-    recipe = replace(training.recipe, global_batch_size=int(size), compile=mode == "compiled")
+    recipe = replace(
+        training.recipe,
+        global_batch_size=int(size),
+        compile=mode == "compiled",
+        batch_norm="per_rank" if mode == "per_rank" else "synchronised",
+    )
     training = replace(training, recipe=recipe)
     half = mode == "bf16"
     training.model.to(torch.float32 if half else torch.float64)
@@ -101,6 +106,7 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
             *(training.accelerator, under_way.model, under_way.updater, part),
             *(int(per_pass) if per_pass else None, under_way.statistics.before_pass),
         )
+    under_way.statistics.after_step(part.sizes)
     gradients = {k: p.grad.clone() for k, p in training.model.network.named_parameters()}
     under_way.updater.optimizer.zero_grad()
     training.accelerator.free_memory()
