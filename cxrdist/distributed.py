@@ -17,6 +17,7 @@ from accelerate.utils import (
 
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.heartbeat import start_heartbeat
+from cxrdist.lifetime import joined
 from cxrdist.signals import stop_requested
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CxrdistError(f"accelerate could not start: {reason}; see --track") from error
+    joined()
     if accelerator.num_processes != launched:
         raise CxrdistError(
             f"WORLD_SIZE is {launched} but this process is one of {accelerator.num_processes}; "

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
     ["errors", "terminal", "config"],
-    ["signals", "heartbeat", "distributed", "run"],
+    ["lifetime", "signals", "heartbeat", "distributed", "run"],
     ["data"],
     ["model"],
     ["evaluate"],
