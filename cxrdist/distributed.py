@@ -15,6 +15,7 @@ from accelerate.utils import (
     gather_object,
 )
 
+from cxrdist.environment import PRECISION, refuse_settings
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.heartbeat import start_heartbeat
 from cxrdist.lifetime import joined
@@ -31,9 +32,10 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
         tracking_dir: where they write.
 
     Raises:
-        CxrdistError: a tracker is unknown or not installed, or the process was launched as one of
-            several ranks and stands alone.
+        CxrdistError: a tracker is unknown or not installed, the process was launched as one of
+            several ranks and stands alone, or the environment would change the mathematics.
     """
+    refuse_settings(gpu=torch.cuda.is_available())
     # torch 2.14 wants another spelling that accelerate has not got yet.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -60,9 +62,34 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
             f"WORLD_SIZE is {launched} but this process is one of {accelerator.num_processes}; "
             "launch with accelerate launch --config_file, see launch/ for configs"
         )
+    refuse_other_mathematics(accelerator)
     if launched > 1:
         start_heartbeat(accelerator.process_index, launched)
     return accelerator
+
+
+def refuse_other_mathematics(accelerator: Accelerator) -> None:
+    """Make sure that accelerate does what it was asked for and nothing else.
+
+    `refuse_settings` reads the variables; this sees what a version of accelerate made of them.
+
+    Raises:
+        CxrdistError: it would accumulate gradients, compile, shard, or compute in another
+            precision.
+    """
+    state = accelerator.state
+    built = {
+        "gradient_accumulation_steps": (str(accelerator.gradient_accumulation_steps), ["1"]),
+        "mixed_precision": (accelerator.mixed_precision, [os.environ.get(PRECISION, "no")]),
+        "distributed_type": (state.distributed_type.value, ["NO", "MULTI_GPU", "MULTI_CPU"]),
+        "dynamo_backend": (state.dynamo_plugin.backend.value, ["NO"]),
+    }
+    for name, (value, expected) in built.items():
+        if value not in expected:
+            raise CxrdistError(
+                f"accelerate has {name} {value}, expected {' or '.join(expected)}; take it out of "
+                "the accelerate config and the environment"
+            )
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
     ["errors", "terminal", "config"],
-    ["lifetime", "signals", "heartbeat", "distributed", "run"],
+    ["environment", "lifetime", "signals", "heartbeat", "distributed", "run"],
     ["data"],
     ["model"],
     ["evaluate"],
