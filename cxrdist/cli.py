@@ -12,7 +12,8 @@ from typing import Any, NamedTuple, cast
 
 from cxrdist import __version__
 from cxrdist.errors import CxrdistError, RunFailedError, Stopped
-from cxrdist.signals import STOP_CODE, stopping_at_once
+from cxrdist.lifetime import end_with_launcher
+from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
 
 
 class Command(NamedTuple):
@@ -76,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0 done; 1 the run failed; 2 wrong usage or bad input; 75 stopped on request.
     """
+    end_with_launcher()
     arguments = sys.argv[1:] if arguments is None else arguments
     lines = [f"  {name:<17}{command.help}" for name, command in COMMANDS.items()]
     usage = USAGE.format(commands="\n".join(lines))
@@ -90,8 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
         name, rest = _command(arguments)
         command = COMMANDS[name]
         with stopping_at_once():
-            config = parse(command, name, rest)
-            _entry(command)(config)
+            with ending_at_once():
+                config, entry = parse(command, name, rest), _entry(command)
+            entry(config)
     except CxrdistError as error:
         print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
         return 2

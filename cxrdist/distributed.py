@@ -15,8 +15,10 @@ from accelerate.utils import (
     gather_object,
 )
 
+from cxrdist.environment import PRECISION, refuse_settings
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.heartbeat import start_heartbeat
+from cxrdist.lifetime import joined
 from cxrdist.precision import use_full_float32
 from cxrdist.signals import stop_requested
 
@@ -33,9 +35,10 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
         tracking_dir: where they write.
 
     Raises:
-        CxrdistError: a tracker is unknown or not installed, or the process was launched as one of
-            several ranks and stands alone.
+        CxrdistError: a tracker is unknown or not installed, the process was launched as one of
+            several ranks and stands alone, or the environment would change the mathematics.
     """
+    refuse_settings(gpu=torch.cuda.is_available())
     # torch 2.14 wants other spellings, which accelerate and torch 2.10 have not got.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor` is deprecated", FutureWarning)
@@ -57,15 +60,41 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise CxrdistError(f"accelerate could not start: {reason}; see --track") from error
+    joined()
     if accelerator.num_processes != launched:
         raise CxrdistError(
             f"WORLD_SIZE is {launched} but this process is one of {accelerator.num_processes}; "
             "launch with accelerate launch --config_file, see launch/ for configs"
         )
+    refuse_other_mathematics(accelerator)
     use_full_float32()  # after Accelerate, which with torch.compile switches TensorFloat-32 on
     if launched > 1:
         start_heartbeat(accelerator.process_index, launched)
     return accelerator
+
+
+def refuse_other_mathematics(accelerator: Accelerator) -> None:
+    """Make sure that accelerate does what it was asked for and nothing else.
+
+    `refuse_settings` reads the variables; this sees what a version of accelerate made of them.
+
+    Raises:
+        CxrdistError: it would accumulate gradients, compile, shard, or compute in another
+            precision.
+    """
+    state = accelerator.state
+    built = {
+        "gradient_accumulation_steps": (str(accelerator.gradient_accumulation_steps), ["1"]),
+        "mixed_precision": (accelerator.mixed_precision, [os.environ.get(PRECISION, "no")]),
+        "distributed_type": (state.distributed_type.value, ["NO", "MULTI_GPU", "MULTI_CPU"]),
+        "dynamo_backend": (state.dynamo_plugin.backend.value, ["NO"]),
+    }
+    for name, (value, expected) in built.items():
+        if value not in expected:
+            raise CxrdistError(
+                f"accelerate has {name} {value}, expected {' or '.join(expected)}; take it out of "
+                "the accelerate config and the environment"
+            )
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -25,7 +25,8 @@ def main() -> int:
     """Launch the ranks and wait for them.
 
     Returns:
-        The ranks' exit code; of different ones 75 before 2 before 1.
+        The ranks' exit code; of different ones 75 before 2 before 1. It is 1 where a rank was
+        killed or crashed and nobody asked the launcher to stop: the others then were.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _pass_on)
@@ -46,6 +47,9 @@ def main() -> int:
         if code < 0 and -code not in _received:
             name = signal.Signals(-code).name
             print(f"cxrdist: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
+    crashed = {code for code in codes.values() if code < 0 and -code not in STOP_SIGNALS}
+    if crashed and not _received:
+        return 1
     # A rank that had not yet begun to listen ends by the signal itself; nothing is lost then.
     found = {STOP_CODE if -code in _received else code for code in codes.values()}
     return next(code for code in (STOP_CODE, 2, 1) if code in found or code == 1)

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from support import LAUNCH
 
+T = TypeVar("T")
 DEADLINE_S = 240  # of anything that a test waits for; a hang fails
 
 
@@ -22,6 +25,17 @@ def is_over(process: psutil.Process) -> bool:
     return True
 
 
+def wait_until(what: Callable[[], T]) -> T:
+    """Ask again and again until the answer is true and no process or file is missing."""
+    began = time.monotonic()
+    while time.monotonic() - began < DEADLINE_S:
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess, FileNotFoundError):
+            if answer := what():
+                return answer
+        time.sleep(0.002)
+    raise TimeoutError
+
+
 class Launched:
     """`cxrdist ARGUMENTS` on some ranks, in a process group of its own.
 
@@ -30,8 +44,16 @@ class Launched:
         process: the launcher.
     """
 
-    def __init__(self, world: int, run: Path, *arguments: object, **environment: str) -> None:
-        """Start it."""
+    def __init__(
+        self,
+        world: int,
+        run: Path,
+        *arguments: object,
+        launcher: str = "cxrdist.launch",
+        launch_options: tuple[str, ...] = (),
+        **environment: str,
+    ) -> None:
+        """Start it; the launcher is a module, its options override those given here."""
         self.run, self.world = run, world
         ranks = ("--config_file", str(LAUNCH / "cpu.yaml"), "--num_processes", str(world))
         if world == 1:
@@ -39,8 +61,8 @@ class Launched:
         self._output = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "cxrdist.launch", *ranks, "--main_process_port", "0"),
-                *("-m", "cxrdist", *map(str, arguments)),
+                *(sys.executable, "-m", launcher, *ranks, "--main_process_port", "0"),
+                *(*launch_options, "-m", "cxrdist", *map(str, arguments)),
             ],
             stdout=self._output,
             stderr=subprocess.STDOUT,
@@ -62,6 +84,10 @@ class Launched:
             except psutil.Error:
                 continue
         raise ProcessLookupError(f"no rank {number}")
+
+    def ranks(self) -> list[psutil.Process]:
+        """The processes of all ranks, as soon as they are there."""
+        return wait_until(lambda: [self.rank(number) for number in range(self.world)])
 
     def wait_for(self, num_changes: int, seconds: float = 0.0) -> bool:
         """Wait until log and checkpoints have changed so often, and for a moment between changes.

@@ -15,7 +15,10 @@ PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
     ["errors", "terminal", "config"],
-    ["signals", "heartbeat", "precision", "distributed", "run"],
+    [
+        *("environment", "precision", "lifetime", "signals", "heartbeat"),
+        *("distributed", "run"),
+    ],
     ["data"],
     ["model"],
     ["evaluate"],

@@ -15,6 +15,7 @@ from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.plan import Plan, copies_of, plan_epoch
 from cxrdist.distributed import StopVote, together
+from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
@@ -243,5 +244,6 @@ def _describe_start(
         "device": f"cuda: {torch.cuda.get_device_name(device)}" if cuda else device.type,
         "mixed_precision": accelerator.mixed_precision,
         "tf32": uses_tf32(),
+        "environment": settings(),
         "weights": weights.describe(num_copied),
     }

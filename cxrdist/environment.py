@@ -1,0 +1,90 @@
+"""Environment variables that would change what is computed: honoured, or refused by name."""
+
+import os
+
+from cxrdist.errors import CxrdistError
+
+# All variables of these kinds are refused unless they are known below or switch something off, so
+# that what a later version of accelerate reads is not obeyed, or ignored, without a word.
+KINDS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+OFF = {"n", "no", "f", "false", "off", "0"}
+ON = {"y", "yes", "t", "true", "on", "1"}
+HARMLESS = {
+    *("ACCELERATE_LOG_LEVEL", "ACCELERATE_ENABLE_RICH"),
+    *("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"),
+}
+PRECISION, USE_CPU = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
+EXPECTED = {
+    PRECISION: {"no", "bf16", "fp16"},
+    USE_CPU: ON | OFF,
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": {"1"},
+    "ACCELERATE_DYNAMO_BACKEND": {"no"},
+    "ACCELERATE_DYNAMO_MODE": {"default"},
+    "NVIDIA_TF32_OVERRIDE": {"0"},
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": {"0"},
+    "CUBLAS_EMULATE_SINGLE_PRECISION": {"0"},
+    "ONEDNN_DEFAULT_FPMATH_MODE": {"strict"},
+    "DNNL_DEFAULT_FPMATH_MODE": {"strict"},
+}
+# What changes a result within its contract, at most in the last bits; written into run.json.
+HONOURED = (
+    *(PRECISION, USE_CPU, "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
+    *("MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG"),
+)
+_ARITHMETIC = "cxrdist computes in float32, or in the accelerate config's mixed_precision"
+_DATA_PARALLEL = "each rank holds the whole network; take distributed_type MULTI_GPU"
+# The first name that a variable begins with has the mend.
+MENDS = {
+    PRECISION: "set mixed_precision in the accelerate config",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "a step has the recipe's global_batch_size images, "
+    "and --max-images-per-rank takes them in parts",
+    "ACCELERATE_GRADIENT_CLIPPING": "the recipe's max_gradient_norm shortens gradients",
+    "ACCELERATE_DYNAMO_": "the recipe's compile compiles; take dynamo out of the accelerate config",
+    "ACCELERATE_TORCH_DEVICE": "GPUs are chosen by CUDA_VISIBLE_DEVICES, the CPU by " + USE_CPU,
+    "ACCELERATE_FP8_": _ARITHMETIC,
+    "ACCELERATE_USE_": _DATA_PARALLEL,
+    "ACCELERATE_DEEPSPEED_": _DATA_PARALLEL,
+    "ACCELERATE_": "no option of cxrdist has this meaning",
+    "FSDP_": _DATA_PARALLEL,
+    "MEGATRON_LM_": _DATA_PARALLEL,
+    "PARALLELISM_CONFIG_": _DATA_PARALLEL,
+    "": _ARITHMETIC,
+}
+
+
+def refuse_settings(*, gpu: bool) -> None:
+    """Make sure that no environment variable changes the mathematics behind the recipe's back.
+
+    Args:
+        gpu: whether this machine has a GPU.
+
+    Raises:
+        CxrdistError: a variable asks for what cxrdist does not do, or accelerate's mixed precision
+            for fp16 where a CPU computes: there accelerate would take float32 without a word.
+    """
+    for name, value in sorted(os.environ.items()):
+        expected = EXPECTED.get(name, OFF if name.startswith(KINDS) else None)
+        if expected is None or name in HARMLESS or _spelt(name, value) in expected:
+            continue
+        words = sorted(expected) if len(expected) < 4 else sorted(expected & {"yes", "no"})
+        mend = next(mend for start, mend in MENDS.items() if name.startswith(start))
+        raise CxrdistError(
+            f"{name}={value}: would change what is computed; expected {' or '.join(words)} or "
+            f"not set; unset it: {mend}"
+        )
+    cpu = not gpu or os.environ.get(USE_CPU, "no").lower() in ON
+    if cpu and os.environ.get(PRECISION) == "fp16":
+        raise CxrdistError(
+            f"{PRECISION}=fp16: needs a GPU, and this rank computes on the CPU; {MENDS[PRECISION]} "
+            "to no or bf16"
+        )
+
+
+def _spelt(name: str, value: str) -> str:
+    """A value as it is compared; accelerate ignores a precision in capitals."""
+    return value if name == PRECISION else value.lower()
+
+
+def settings() -> dict[str, str]:
+    """The honoured variables that are set, for run.json."""
+    return {name: os.environ[name] for name in HONOURED if name in os.environ}

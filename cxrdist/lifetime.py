@@ -1,0 +1,97 @@
+"""The lifetime of a rank: it ends with its launcher, and joins no job whose first launcher died."""
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CONNECT_SECONDS = 10.0
+# What `accelerate launch` gives to a single process; several are started by torchrun's agent.
+_OF_SIMPLE_LAUNCH = {
+    *("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_DYNAMIC"),
+    *("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"),
+}
+_joined = threading.Event()
+
+
+def end_with_launcher() -> None:
+    """Let this process end when its launcher dies, whatever either is doing; on Linux.
+
+    The kernel sends one of several ranks SIGKILL: nothing can be saved without the others, and a
+    rank that waits in C++ for the launcher's store would hear nothing else for 30 minutes. A single
+    process gets SIGTERM and saves: Ctrl-C, or a TERM to the group, ends `accelerate launch` first.
+    Without a launcher nothing is changed.
+
+    The kernel watches the thread that started this process; launchers start ranks from their main
+    thread. A process in between, such as a shell script, is watched in the launcher's place.
+    """
+    several = "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform != "linux" or not (several or os.environ.keys() >= _OF_SIMPLE_LAUNCH):
+        return
+    parent = os.getppid()
+    number = signal.SIGKILL if several else signal.SIGTERM
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number)):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent or not _below_python():  # it died before the kernel was asked
+        _end("the launcher of this rank has died; run the same command again")
+    if os.environ.get("GROUP_RANK", "0") != "0" and _launcher_keeps_store():
+        threading.Thread(target=_watch_first_launcher, daemon=True).start()
+
+
+def joined() -> None:
+    """End the watch over the first node's launcher: from now on a lost connection is an error."""
+    _joined.set()
+
+
+def _below_python() -> bool:
+    """Whether an ancestor runs the Python of this process, as a launcher does and init does not."""
+    python, pid = os.readlink("/proc/self/exe"), os.getppid()
+    while pid:
+        try:
+            if os.readlink(f"/proc/{pid}/exe") == python:
+                return True
+        except OSError:  # of another user, such as init
+            pass
+        # pid (name) state parent ...; a name may hold spaces and brackets
+        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+def _launcher_keeps_store() -> bool:
+    """Whether the ranks meet at a store that was there before any of them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _watch_first_launcher() -> None:
+    """End a rank of another node when the launcher of the first one dies before all have joined.
+
+    Its own launcher learns nothing of that, and torch tries to connect for 30 minutes. So this
+    holds a connection to the store, which the kernel closes with the process that keeps it.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        with socket.create_connection(address, timeout=_CONNECT_SECONDS) as store:
+            store.settimeout(0.5)
+            while not _joined.is_set():
+                try:
+                    if not store.recv(1):
+                        raise ConnectionResetError("it closed the connection")
+                except TimeoutError:
+                    continue
+    except OSError as error:
+        if not _joined.is_set():
+            where = "{}:{}".format(*address)
+            _end(
+                f"rank {os.environ['RANK']}: the launcher of the first node, at {where}, has "
+                f"died ({error}); see to that node, then run the same command again"
+            )
+
+
+def _end(reason: str) -> NoReturn:
+    os.write(2, f"cxrdist: {reason}\n".encode())
+    os._exit(1)
