@@ -1,9 +1,11 @@
 """Fixtures: shards, and real X-rays where they are."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from support import make_shards
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -23,3 +25,11 @@ def real_data() -> Path:
 def shards(tmp_path_factory) -> Path:
     """Shards of three classes, 20 images of each, two a patient."""
     return make_shards(tmp_path_factory.mktemp("shards"), {"a": 20, "b c": 20, "d": 20})
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Let the next Accelerator of this process read the environment anew, precision and all."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxrdist.config import PackConfig
 from cxrdist.data.pack import pack
@@ -35,6 +37,19 @@ class Measured(NamedTuple):
     stderr: str
     mib: float
     """Its peak resident memory."""
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts the operations that reach a device, and apart from them views, which do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: Counter[str] = Counter()
+        self.views: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        (self.views if function.is_view else self.operations)[str(function)] += 1
+        return function(*arguments, **(named or {}))
 
 
 def make_images(folder: Path, counts: dict[str, int], size: int = 48, seed: int = 0) -> Path:

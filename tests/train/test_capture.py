@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
+from cxrdist.run import read_log
 from cxrdist.train import learner, stage
 from cxrdist.train.capture import WARM_UP_STEPS, CapturedStep, Step, Tensors, can_capture
 from cxrdist.train.loop import train
@@ -100,3 +101,31 @@ def test_a_captured_training_ends_in_the_bytes_of_a_plain_one(
         for name in ("plain", "captured")
     )
     assert plain == captured
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_on_a_gpu_the_captured_training_has_the_losses_of_the_plain_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+):
+    """The real recorder and compiler: warm-up, both sizes of a step, replays, rates that fall."""
+    losses = {}
+    for name, captured in (("plain", False), ("captured", True)):
+        monkeypatch.setattr(stage, "can_capture", lambda *_, captured=captured: captured)
+        config = TrainConfig(
+            shards,
+            tmp_path / name,
+            {"all": Stage(dict.fromkeys(BLOCKS, 1e-3), epochs=3, patience=3, schedule="cosine")},
+            init="none",
+            global_batch_size=7,
+            augmentation=Augmentation(degrees=5),
+            network=Network(growth_rate=8, block_config=(2, 2, 2, 2), dropout=0.0),
+            optimizer=optimizer,
+            compile=captured,
+            cache=tmp_path / "cache",
+        )
+        train(config)
+        rows = [row for row in read_log(config.run / "log.jsonl") if row["kind"] == "epoch"]
+        losses[name] = [row["val_loss"] for row in rows]
+    assert losses["captured"] == pytest.approx(losses["plain"], abs=5e-3)

@@ -1,12 +1,10 @@
 """The graph of a step: what it computes, what it dispatches, that nothing in it waits."""
 
-from collections import Counter
-
 import pytest
 import torch
+from support import Dispatched
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxrdist.config import Network, Stage
 from cxrdist.model.batchnorm import BatchNorm
@@ -42,19 +40,6 @@ def batch(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def updater_of(model: Classifier, trained: list[str], name: str = "sgd") -> Updater:
     groups = parameter_groups(model, Stage(dict.fromkeys(trained, 1e-3), 1, 1))
     return Updater(build_optimizer(name, groups), None, None, None)
-
-
-class Dispatched(TorchDispatchMode):
-    """Counts the operations that reach a device, and apart from them views, which do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operations: Counter[str] = Counter()
-        self.views: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        (self.views if function.is_view else self.operations)[str(function)] += 1
-        return function(*arguments, **(named or {}))
 
 
 def test_a_step_of_densenet121_dispatches_a_third_fewer_operations_than_timms():

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from test_learner import Dispatched
+from support import Dispatched
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.data.index import read_index
