@@ -3,10 +3,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from cxrdist.errors import RunFailedError
 from cxrdist.train.step import Slice
+
+# Of the allocators of CPU and GPU, of cuBLAS and cuDNN, and of `memory_for`.
+OUT_OF_MEMORY = ("allocate memory", "out of memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an error says that memory ran out, or was raised because of one that does.
+
+    Recording a CUDA graph hides the first error behind one about the recording.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @contextmanager
@@ -19,7 +32,7 @@ def memory_for(part: Slice, max_images: int | None, where: str) -> Iterator[None
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+        if not is_out_of_memory(error):
             raise
         images = min(len(part.images), max_images or len(part.images))
         mend = f"try --max-images-per-rank {images // 2}" if images > 1 else "take a larger machine"
