@@ -16,7 +16,7 @@ from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.model.densenet import block_names, network_state
 from cxrdist.run import append_log, read_json, settle_log, write_json
 from cxrdist.terminal import progress, table
-from cxrdist.train.capture import CapturedStep, can_capture, record_cuda_graph
+from cxrdist.train.capture import CapturedStep, Recorder, can_capture, record_cuda_graph
 from cxrdist.train.checkpoint import (
     Checkpoint,
     Position,
@@ -111,8 +111,12 @@ class StageRun:
         self.captured: CapturedStep | None = None
         one_pass = recipe.max_images_per_rank is None or recipe.max_images_per_rank >= most
         if recipe.compile and one_pass and can_capture(device, world_size, most):
-            self.updater.keep_rates_on(device)
-            self.captured = CapturedStep(self._one_pass, record_cuda_graph)
+            self.capture(record_cuda_graph)
+
+    def capture(self, record: Recorder) -> None:
+        """Take each step as a whole from now on, by replaying what a recorder makes of it."""
+        self.updater.keep_rates_on(self.training.accelerator.device)
+        self.captured = CapturedStep(self._one_pass, record)
 
     def _resume(self, resumed: Checkpoint) -> None:
         """Take over the rest of a checkpoint of this stage, written by any number of ranks."""
