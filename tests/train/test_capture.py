@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorder import Again, record_again
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.run import read_log
@@ -12,23 +13,6 @@ from cxrdist.train.capture import WARM_UP_STEPS, CapturedStep, Step, Tensors, ca
 from cxrdist.train.loop import train
 
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
-
-
-class Again:
-    """Like a CUDA graph it computes nothing when recorded, and has fixed inputs and outputs."""
-
-    def __init__(self, step: Step, static: Tensors) -> None:
-        self.step, self.static = step, static
-        self.outputs = torch.zeros(()), torch.zeros(())
-
-    def replay(self) -> None:
-        for own, result in zip(self.outputs, self.step(*self.static), strict=True):
-            own.copy_(result)
-
-
-def record_again(step: Step, static: Tensors) -> tuple[Again, Tensors]:
-    graph = Again(step, static)
-    return graph, graph.outputs
 
 
 def test_each_size_is_recorded_once_and_every_step_counts():
