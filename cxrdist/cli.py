@@ -51,7 +51,7 @@ COMMANDS = {
         "file out",
     ),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
-    "bench": Command("bench:bench", "BenchConfig", "measure this machine side by side"),
+    "bench": Command("bench.jobs:bench", "BenchConfig", "measure this machine side by side"),
 }
 
 POSITIONALS = {

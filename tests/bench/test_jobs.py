@@ -1,6 +1,6 @@
 import pytest
 
-from cxrdist.bench import bench
+from cxrdist.bench.jobs import bench
 from cxrdist.config import BenchConfig
 from cxrdist.errors import CxrdistError
 

@@ -1,28 +1,23 @@
 """Bench: this machine, side by side in one run, as ratios."""
 
-import contextlib
-import io
 import shutil
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import kornia.augmentation
 import numpy as np
 import torch
 import webdataset
-from accelerate import Accelerator
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 from torchvision.datasets import ImageFolder
 from zennit.composites import EpsilonPlusFlat
 
-from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig, Stage, TrainConfig
+from cxrdist.bench.measure import Contender, measure, rows_of, wait_for
+from cxrdist.bench.stage import BATCH, CLASSES, stage_run, take_steps
+from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig
 from cxrdist.data.audit import Entry, audit
 from cxrdist.data.cache import map_images, read_rows
 from cxrdist.data.duplicates import find_duplicates
@@ -32,35 +27,15 @@ from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
 from cxrdist.data.sources import read_folder
-from cxrdist.distributed import StopVote, start
-from cxrdist.errors import CxrdistError
+from cxrdist.distributed import start
+from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.augment import sampling_matrices, warp
-from cxrdist.model.densenet import Classifier, block_names
-from cxrdist.run import RunDirectory, write_json
-from cxrdist.terminal import progress, table
-from cxrdist.train.stage import StageRun
-from cxrdist.train.step import Batches, Material
-from cxrdist.train.training import Training
+from cxrdist.model.densenet import Classifier
+from cxrdist.terminal import table
 
-CLASSES = ["COVID-19", "Normal", "Viral Pneumonia"]
-BATCH = 9  # the paper's
 MIN_ORIGINALS = 500
-
-
-class Contender(NamedTuple):
-    """One way to do a job; `work` does it once and says how many images that were."""
-
-    name: str
-    work: Callable[[], int]
-    num_threads: int
-
-
-class Measured(NamedTuple):
-    """Images a second of each round, and the peak of the process's resident memory, in MiB."""
-
-    rates: list[float]
-    peak_mib: float
+NUM_STEPS = 4
 
 
 def bench(config: BenchConfig) -> None:
@@ -71,83 +46,17 @@ def bench(config: BenchConfig) -> None:
     Raises:
         CxrdistError: a measurement is unknown or the folder cannot be used.
     """
-    jobs: dict[str, Callable[[BenchConfig, Path], list[Contender]]] = {
-        "pack": _pack,
-        "pack-workers": _pack_workers,
-        "read": _read,
-        "warp": _warp,
-        "train": _train,
-        "frozen": _frozen,
-        "lrp": partial(_lrp, 0.0),
-        "lrp-signs": partial(_lrp, 0.15),
-    }
-    chosen = config.only.split(",") if config.only else list(jobs)
+    chosen = config.only.split(",") if config.only else list(JOBS)
     for name in chosen:
-        if name not in jobs:
-            raise CxrdistError(f"--only: no measurement {name!r}; expected {', '.join(jobs)}")
-    if config.repeats < 1:
-        raise CxrdistError(f"--repeats {config.repeats}: expected at least 1")
+        if name not in JOBS:
+            raise CxrdistError(f"--only: no measurement {name!r}; expected {', '.join(JOBS)}")
+    refuse_below_one(config, "repeats")
     rows = []
     for name in chosen:
         with tempfile.TemporaryDirectory(prefix="cxrdist-bench-") as scratch:
-            contenders = jobs[name](config, Path(scratch))
-            rows += _rows(name, contenders, _measure(name, contenders, config.repeats))
-    headers = ("job", "way", "images/s", "first / this", "min..max", "peak MiB")
-    print(table(rows, headers))
-
-
-def _measure(name: str, contenders: list[Contender], repeats: int) -> list[Measured]:
-    """Warm each contender up once, then let them take turns, so that drift hits all alike."""
-    rates: list[list[float]] = [[] for _ in contenders]
-    peaks = [0.0] * len(contenders)
-    with progress((repeats + 1) * len(contenders), name, "runs") as bar:
-        for turn in range(repeats + 1):
-            for i, contender in enumerate(contenders):
-                torch.set_num_threads(contender.num_threads)
-                _reset_peak()
-                began = time.perf_counter()
-                with _quiet():
-                    num_images = contender.work()
-                seconds = time.perf_counter() - began
-                if turn:
-                    rates[i].append(num_images / seconds)
-                    peaks[i] = max(peaks[i], _peak_mib())
-                bar.update()
-    return [Measured(r, p) for r, p in zip(rates, peaks, strict=True)]
-
-
-def _rows(name: str, contenders: list[Contender], measured: list[Measured]) -> list[list[str]]:
-    rows = []
-    for contender, found in zip(contenders, measured, strict=True):
-        ratios = [a / b for a, b in zip(measured[0].rates, found.rates, strict=True)]
-        first = found is measured[0]
-        rows.append(
-            [
-                name if first else "",
-                contender.name,
-                f"{statistics.median(found.rates):,.1f}",
-                "" if first else f"{statistics.median(ratios):.2f}",
-                "" if first else f"{min(ratios):.2f}..{max(ratios):.2f}",
-                f"{found.peak_mib:,.0f}",
-            ]
-        )
-    return rows
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-def _reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak_mib() -> float:
-    """Peak resident memory since `_reset_peak`, from the kernel's VmHWM in kB."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+            contenders = JOBS[name](config, Path(scratch))
+            rows += rows_of(name, contenders, measure(name, contenders, config.repeats))
+    print(table(rows, ("job", "way", "images/s", "first / this", "min..max", "peak MiB")))
 
 
 def _originals(config: BenchConfig, scratch: Path) -> Path:
@@ -301,49 +210,6 @@ def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
     ]
 
 
-def _stage_run(
-    config: BenchConfig, scratch: Path, blocks: list[str], accelerator: Accelerator
-) -> StageRun:
-    """A stage of the real loop on random images; its epochs have four steps of nine images."""
-    random = np.random.Generator(np.random.Philox(0))
-    count = 4 * BATCH
-    images: NDArray[np.uint8] = random.integers(
-        0, 256, (count, config.size, config.size), dtype=np.uint8
-    )
-    stage = Stage(lr=dict.fromkeys(blocks, 1e-5), epochs=1, patience=1)
-    recipe = TrainConfig(scratch, scratch / "run", {"bench": stage}, init="none")
-    model = Classifier(Network(), CLASSES, config.size).to(accelerator.device)
-    everyone, ones = np.arange(count), np.ones(count, dtype=np.int64)
-    run = RunDirectory(scratch / "run")
-    write_json(run.info, {"stages": {}})
-    run.log.touch()
-    material = Material(images, np.eye(3, dtype=np.uint8)[everyone % 3], "multiclass")
-    val_plan = plan_epoch(everyone[:1], ones[:1], recipe.augmentation, 1, (0, "val", 0))
-    training = Training(
-        accelerator=accelerator,
-        run=run,
-        recipe=recipe,
-        model=model,
-        material=material,
-        samples=everyone,
-        copies=ones,
-        validation=Batches(material, val_plan, accelerator.device),
-        vote=StopVote(accelerator),
-    )
-    with _quiet():
-        return StageRun(training, "bench", None)
-
-
-def _loop(stage: StageRun) -> Callable[[], int]:
-    def work() -> int:
-        stage.epoch = None
-        with progress(0, "", "images", show=False) as bar:
-            stage.train_epoch(bar)
-        return stage.training.num_images
-
-    return work
-
-
 def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
     """A training step of the real loop against a bare PyTorch step on ready tensors.
 
@@ -352,28 +218,31 @@ def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
     cost.
     """
     accelerator = start()
-    threads = torch.get_num_threads()
-    model = Classifier(Network(), CLASSES, config.size)
-    stage = _stage_run(config, scratch, block_names(model.network), accelerator)
+    device, threads = accelerator.device, torch.get_num_threads()
+    stage = stage_run(accelerator, scratch, config.size)
+    model = Classifier(Network(), CLASSES, config.size).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
-    inputs = torch.randn(BATCH, 3, config.size, config.size)
-    targets = torch.zeros(BATCH, 3)
+    inputs = torch.randn(BATCH, 3, config.size, config.size, device=device)
+    targets = torch.zeros(BATCH, 3, device=device)
 
     def bare() -> int:
         model.train()
-        for _ in range(4):
-            loss = nn.functional.binary_cross_entropy_with_logits(model.network(inputs), targets)
+        for _ in range(NUM_STEPS):
+            with accelerator.autocast():
+                logits = model.network(inputs)
+            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return 4 * BATCH
+        wait_for(device)
+        return NUM_STEPS * BATCH
 
     def save() -> int:
         stage.save(None)
         return BATCH
 
     return [
-        Contender("cxrdist train, whole loop", _loop(stage), threads),
+        Contender("cxrdist train, whole loop", lambda: take_steps(stage, NUM_STEPS), threads),
         Contender("bare PyTorch step", bare, threads),
         Contender("a save, as if it were a step", save, threads),
     ]
@@ -382,19 +251,21 @@ def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
 def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
     """The head's stage, its trunk frozen, against a forward pass alone."""
     accelerator = start()
-    threads = torch.get_num_threads()
-    stage = _stage_run(config, scratch, ["head"], accelerator)
-    model = Classifier(Network(), CLASSES, config.size).eval()
-    inputs = torch.randn(BATCH, 3, config.size, config.size)
+    device, threads = accelerator.device, torch.get_num_threads()
+    stage = stage_run(accelerator, scratch, config.size, ["head"])
+    model = Classifier(Network(), CLASSES, config.size).eval().to(device)
+    inputs = torch.randn(BATCH, 3, config.size, config.size, device=device)
 
     @torch.no_grad()
     def bare() -> int:
-        for _ in range(4):
-            model.network(inputs)
-        return 4 * BATCH
+        for _ in range(NUM_STEPS):
+            with accelerator.autocast():
+                model.network(inputs)
+        wait_for(device)
+        return NUM_STEPS * BATCH
 
     return [
-        Contender("cxrdist train, frozen trunk", _loop(stage), threads),
+        Contender("cxrdist train, frozen trunk", lambda: take_steps(stage, NUM_STEPS), threads),
         Contender("bare forward", bare, threads),
     ]
 
@@ -438,3 +309,15 @@ def _lrp(negative: float, config: BenchConfig, scratch: Path) -> list[Contender]
         ),
         Contender("zennit, bare composite (a wrong map)", bare, threads),
     ]
+
+
+JOBS: dict[str, Callable[[BenchConfig, Path], list[Contender]]] = {
+    "pack": _pack,
+    "pack-workers": _pack_workers,
+    "read": _read,
+    "warp": _warp,
+    "train": _train,
+    "frozen": _frozen,
+    "lrp": partial(_lrp, 0.0),
+    "lrp-signs": partial(_lrp, 0.15),
+}

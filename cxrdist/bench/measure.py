@@ -1,0 +1,117 @@
+"""Measure contenders: images per second and peak memory over some rounds."""
+
+import contextlib
+import io
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from cxrdist.terminal import progress
+
+CPU = torch.device("cpu")
+
+
+class Contender(NamedTuple):
+    """One way to do a job.
+
+    Attributes:
+        name: for the table.
+        work: does the job once and returns its number of images.
+        num_threads: threads of PyTorch while it does.
+        device: whose memory is measured.
+    """
+
+    name: str
+    work: Callable[[], int]
+    num_threads: int
+    device: torch.device = CPU
+
+
+class Measured(NamedTuple):
+    """Images per second of each round, and the peak memory of the warm-up and all rounds in MiB."""
+
+    rates: list[float]
+    peak_mib: float
+
+
+def measure(
+    name: str, contenders: list[Contender], repeats: int, *, show: bool = True
+) -> list[Measured]:
+    """Warm each contender up once, then let them take turns, so that drift affects all alike.
+
+    Args:
+        name: of the job, for the progress bar.
+        contenders: the ways to do it.
+        repeats: rounds after the warm-up.
+        show: whether there is a progress bar.
+    """
+    rates: list[list[float]] = [[] for _ in contenders]
+    peaks = [0.0] * len(contenders)
+    with progress((repeats + 1) * len(contenders), name, "runs", show=show) as bar:
+        for turn in range(repeats + 1):
+            for i, contender in enumerate(contenders):
+                torch.set_num_threads(contender.num_threads)
+                _reset_peak(contender.device)
+                wait_for(contender.device)
+                began = time.perf_counter()
+                with quiet():
+                    num_images = contender.work()
+                wait_for(contender.device)
+                seconds = time.perf_counter() - began
+                if turn:
+                    rates[i].append(num_images / seconds)
+                # A recorded step allocates in the warm-up only, so that counts too.
+                peaks[i] = max(peaks[i], _peak_mib(contender.device))
+                bar.update()
+    return [Measured(r, p) for r, p in zip(rates, peaks, strict=True)]
+
+
+def rows_of(name: str, contenders: list[Contender], measured: list[Measured]) -> list[list[str]]:
+    """Format a job for the table: each contender with the ratio of the first one to it."""
+    rows = []
+    for contender, found in zip(contenders, measured, strict=True):
+        ratios = [a / b for a, b in zip(measured[0].rates, found.rates, strict=True)]
+        first = found is measured[0]
+        rows.append(
+            [
+                name if first else "",
+                contender.name,
+                f"{statistics.median(found.rates):,.1f}",
+                "" if first else f"{statistics.median(ratios):.2f}",
+                "" if first else f"{min(ratios):.2f}..{max(ratios):.2f}",
+                f"{found.peak_mib:,.0f}",
+            ]
+        )
+    return rows
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what is printed inside off the terminal."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mib(device: torch.device) -> float:
+    """Peak since `_reset_peak`: of PyTorch's tensors on a GPU, else of resident memory (VmHWM)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024

@@ -1,0 +1,126 @@
+"""Training steps to measure: a stage of the real loop on random images, and one plain step."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+
+from cxrdist.bench.measure import quiet
+from cxrdist.config import Network, Stage, TrainConfig
+from cxrdist.data.plan import plan_epoch
+from cxrdist.distributed import StopVote
+from cxrdist.model.densenet import Classifier, block_names
+from cxrdist.run import RunDirectory, write_json
+from cxrdist.terminal import progress
+from cxrdist.train.learner import Learner
+from cxrdist.train.stage import StageRun
+from cxrdist.train.stages import build_optimizer, parameter_groups
+from cxrdist.train.step import Batches, Material
+from cxrdist.train.training import Training, memory_format
+from cxrdist.train.update import Updater
+
+CLASSES = ["COVID-19", "Normal", "Viral Pneumonia"]
+BATCH = 9  # the paper's
+RATE = 1e-5
+
+
+def stage_run(
+    accelerator: Accelerator,
+    scratch: Path,
+    size_px: int,
+    blocks: list[str] | None = None,
+    recipe: dict[str, Any] | None = None,
+) -> StageRun:
+    """Set up a stage of the real loop on as many random images as a step takes.
+
+    Args:
+        accelerator: of this rank; all ranks call this together.
+        scratch: a directory of this rank's own.
+        size_px: side of the images in pixels.
+        blocks: that are trained; all if None.
+        recipe: fields of `TrainConfig` that are not as for the paper.
+    """
+    fields = {
+        "init": "none",
+        "global_batch_size": BATCH,
+        "save_steps": sys.maxsize,
+        **(recipe or {}),
+    }
+    model = Classifier(fields.get("network", Network()), CLASSES, size_px)
+    model.to(accelerator.device)
+    model.to(memory_format=memory_format(accelerator.device))
+    lr = dict.fromkeys(blocks or block_names(model.network), RATE)
+    stages = {"bench": Stage(lr=lr, epochs=1, patience=1)}
+    config = TrainConfig(scratch, scratch / "run", stages, **fields)
+    random, count = np.random.Generator(np.random.Philox(0)), config.global_batch_size
+    images: NDArray[np.uint8] = random.integers(0, 256, (count, size_px, size_px), dtype=np.uint8)
+    everyone, ones = np.arange(count), np.ones(count, dtype=np.int64)
+    run = RunDirectory(scratch / "run")
+    write_json(run.info, {"stages": {}})
+    run.log.touch()
+    material = Material(images, np.eye(3, dtype=np.uint8)[everyone % 3], "multiclass")
+    val_plan = plan_epoch(everyone[:1], ones[:1], config.augmentation, 1, (0, "val", 0))
+    training = Training(
+        accelerator=accelerator,
+        run=run,
+        recipe=config,
+        model=model,
+        material=material,
+        samples=everyone,
+        copies=ones,
+        validation=Batches(material, val_plan, accelerator.device),
+        vote=StopVote(accelerator),
+    )
+    with quiet():
+        return StageRun(training, "bench", None)
+
+
+def take_steps(stage: StageRun, num_steps: int) -> int:
+    """Run the real loop for an epoch of some steps; return the number of images of all ranks."""
+    copies = np.full(stage.recipe.global_batch_size, num_steps)
+    stage.training = replace(stage.training, copies=copies)
+    stage.epoch = None
+    with progress(0, "", "images", show=False) as bar:
+        stage.train_epoch(bar)
+    return stage.training.num_images
+
+
+def plain_step(
+    shape: Network, size_px: int, num_images: int, precision: torch.dtype, device: torch.device
+) -> Callable[[], None]:
+    """Build a step that trains all blocks, without the loop, other ranks or compilation.
+
+    Args:
+        shape: of the network.
+        size_px: side of the images in pixels.
+        num_images: of the step.
+        precision: of autocast; float32 for none.
+        device: where it computes.
+
+    Returns:
+        What takes the step: warp, forward pass, backward pass and optimiser.
+    """
+    with device:  # fake tensors cannot be moved to it afterwards
+        model = Classifier(shape, CLASSES, size_px)
+        images = torch.zeros(num_images, 1, size_px, size_px, dtype=torch.uint8)
+        matrices = torch.zeros(num_images, 2, 3)
+        targets = torch.zeros(num_images, len(CLASSES))
+    blocks = block_names(model.network)
+    learner = Learner(model, set(blocks), precision, compiled=False)
+    stage = Stage(lr=dict.fromkeys(blocks, RATE), epochs=1, patience=1)
+    scaler = torch.amp.GradScaler(device.type) if precision == torch.float16 else None
+    updater = Updater(build_optimizer("sgd", parameter_groups(model, stage)), scaler, None, None)
+
+    def step() -> None:
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            loss = learner(images, matrices, targets) / targets.numel()
+        updater.backward(loss)
+        updater.step()
+
+    return step
