@@ -318,7 +318,9 @@ class BenchConfig:
     """Measure this machine side by side: packing, reading, warping, training, explaining."""
 
     only: str | None = None
-    """Measurements to run, names with commas between them; all if not given."""
+    """Measurements to run, names with commas between them; all that this machine can run if not
+    given. gpu times training steps on 1 to n GPUs: for n in 1 2 4 8; do RANKS=$n bash
+    launch/local.sh bench --only gpu; done"""
     input: Path | None = None
     """Folder of original images for the packing rows; synthetic 1024 px ones if not given."""
     size: int = 224

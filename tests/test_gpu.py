@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cxrdist.bench.gpu import WAYS
 from cxrdist.cli import main
 from cxrdist.config import Augmentation, Network
 from cxrdist.data.cache import read_rows
@@ -60,3 +61,14 @@ def test_training_runs_in_mixed_precision(shards, tmp_path, monkeypatch, precisi
     assert info["device"].startswith("cuda")
     assert info["mixed_precision"] == precision
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_the_training_step_is_timed_in_all_ways(capsys, monkeypatch):
+    """DenseNet121 eager, compiled, captured and both, with a batch that is captured by itself."""
+    monkeypatch.setattr("cxrdist.bench.gpu.BATCHES", (9, 128))
+    assert main(["bench", "--only", "gpu", "--size", "64", "--repeats", "2"]) == 0
+    text = capsys.readouterr().out
+    assert torch.cuda.get_device_name() in text
+    for way in WAYS:
+        assert sum(line.startswith(f"{way.name} ") for line in text.splitlines()) == 2
+    assert "out of memory" not in text

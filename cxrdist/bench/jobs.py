@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 from zennit.composites import EpsilonPlusFlat
 
+from cxrdist.bench.gpu import bench_gpu
 from cxrdist.bench.measure import Contender, measure, rows_of, wait_for
 from cxrdist.bench.stage import BATCH, CLASSES, stage_run, take_steps
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig
@@ -34,6 +35,7 @@ from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.model.densenet import Classifier
 from cxrdist.terminal import table
 
+GPU = "gpu"
 MIN_ORIGINALS = 500
 NUM_STEPS = 4
 
@@ -42,21 +44,43 @@ def bench(config: BenchConfig) -> None:
     """Measure each job, all contenders in turn in each round, as ratios to the first one.
 
     That is cxrdist's own way, and for LRP one gradient with respect to the input, its usual unit.
+    The GPU's job has a table of its own, see `bench_gpu`.
 
     Raises:
-        CxrdistError: a measurement is unknown or the folder cannot be used.
+        CxrdistError: a measurement is unknown, needs a GPU where there is none, or the folder
+            cannot be used.
     """
-    chosen = config.only.split(",") if config.only else list(JOBS)
-    for name in chosen:
-        if name not in JOBS:
-            raise CxrdistError(f"--only: no measurement {name!r}; expected {', '.join(JOBS)}")
+    chosen = _chosen(config.only)
     refuse_below_one(config, "repeats")
     rows = []
-    for name in chosen:
+    for name in (name for name in chosen if name != GPU):
         with tempfile.TemporaryDirectory(prefix="cxrdist-bench-") as scratch:
             contenders = JOBS[name](config, Path(scratch))
             rows += rows_of(name, contenders, measure(name, contenders, config.repeats))
-    print(table(rows, ("job", "way", "images/s", "first / this", "min..max", "peak MiB")))
+    if rows:
+        print(table(rows, ("job", "way", "images/s", "first / this", "min..max", "peak MiB")))
+    if GPU in chosen:
+        bench_gpu(config)
+
+
+def _chosen(only: str | None) -> list[str]:
+    """List the measurements to run: those named, or all that this machine can run."""
+    without_gpu = not torch.cuda.is_available()
+    if not only:
+        if without_gpu:
+            print("gpu: left out, since PyTorch sees no CUDA device")
+        return [*JOBS, *([] if without_gpu else [GPU])]
+    chosen = only.split(",")
+    for name in chosen:
+        if name not in (*JOBS, GPU):
+            expected = ", ".join((*JOBS, GPU))
+            raise CxrdistError(f"--only: no measurement {name!r}; expected {expected}")
+    if GPU in chosen and without_gpu:
+        raise CxrdistError(
+            "--only gpu: PyTorch sees no CUDA device; run it on a machine with a GPU and a build "
+            "of PyTorch for CUDA"
+        )
+    return chosen
 
 
 def _originals(config: BenchConfig, scratch: Path) -> Path:
