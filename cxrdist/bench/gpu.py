@@ -105,8 +105,12 @@ def _try_way(
     num_images = -(-batch // accelerator.num_processes)
     try:
         if accelerator.num_processes == 1:
-            return _unless_out_of_memory(lambda: _measure_way(accelerator, config, way, batch))
-        fits = _unless_out_of_memory(lambda: _step_alone(accelerator, config.size, num_images))
+            return _unless_out_of_memory(
+                accelerator.device, lambda: _measure_way(accelerator, config, way, batch)
+            )
+        fits = _unless_out_of_memory(
+            accelerator.device, lambda: _step_alone(accelerator, config.size, num_images)
+        )
         _free_memory(accelerator)
         if not all(gather(accelerator, [fits])):
             return None
@@ -115,12 +119,12 @@ def _try_way(
         _free_memory(accelerator)
 
 
-def _unless_out_of_memory(work: Callable[[], T]) -> T | None:
+def _unless_out_of_memory(device: torch.device, work: Callable[[], T]) -> T | None:
     """Return the result of some work, or None where memory runs out."""
     try:
         return work()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error, device):
             raise
         return None
 
