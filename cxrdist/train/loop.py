@@ -50,6 +50,7 @@ from cxrdist.train.checkpoint import (
     save_checkpoint,
 )
 from cxrdist.train.epoch import Epoch
+from cxrdist.train.memory import memory_for
 from cxrdist.train.stages import (
     EarlyStopping,
     build_optimizer,
@@ -59,7 +60,7 @@ from cxrdist.train.stages import (
     parameter_groups,
     trained_modules,
 )
-from cxrdist.train.step import backward, memory_for, prepare_modes, read_slice, update, validate
+from cxrdist.train.step import backward, prepare_modes, read_slice, update, validate
 from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
 
 # More rows show the plan positions step by step, when a run has to be traced.

@@ -1,7 +1,7 @@
 """One optimiser step over all ranks, and the validation after an epoch."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,26 +142,6 @@ def update(
         )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-@contextmanager
-def memory_for(part: Slice, max_images: int | None, where: str) -> Iterator[None]:
-    """Say what to do when a step does not fit into memory.
-
-    Raises:
-        RunFailedError: it did not.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
-            raise
-        images = min(len(part.images), max_images or len(part.images))
-        mend = f"try --max-images-per-rank {images // 2}" if images > 1 else "take a larger machine"
-        raise RunFailedError(
-            f"{where}: out of memory with {images} images in a pass, of {part.step_size} in the "
-            f"step over all ranks; {mend}; the results are the same but for BatchNorm"
-        ) from error
 
 
 def prepare_modes(model: Classifier, trained: set[str], part: Slice) -> None:

@@ -1,0 +1,94 @@
+"""Which failures of a step are a lack of memory."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import run_script
+
+from cxrdist.data.plan import Draws
+from cxrdist.errors import RunFailedError
+from cxrdist.train.memory import memory_for
+from cxrdist.train.step import Slice
+
+TOO_MUCH = 1 << 60  # bytes
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def step_of(num_images: int) -> Slice:
+    images, numbers = torch.zeros(num_images, 1, 1, 1), np.zeros(num_images, np.float32)
+    draws = Draws(numbers, numbers, numbers, numbers > 0)
+    return Slice(images, images, draws, slice(0, num_images), 2 * num_images, 1.0)
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(TOO_MUCH, dtype=torch.uint8),
+        lambda: np.empty(TOO_MUCH, np.uint8),
+        lambda: bytearray(TOO_MUCH),
+        lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")),
+        lambda: fail(RuntimeError("CUDA error: out of memory")),
+        lambda: fail(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `c`")),
+        lambda: fail(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+        lambda: fail(RuntimeError("std::bad_alloc")),
+    ],
+)
+def test_a_failed_allocation_names_the_batch_and_the_mend(allocate: Callable[[], object]):
+    """Of PyTorch, NumPy and Python for real; what a GPU's libraries say is taken from them."""
+    expected = "step 3: out of memory with 8 images in a pass, of 24 .*max-images-per-rank 4"
+    with pytest.raises(RunFailedError, match=expected), memory_for(step_of(12), 8, "step 3"):
+        allocate()
+
+
+@pytest.mark.parametrize(
+    "other", [RuntimeError("mat1 and mat2 cannot be multiplied"), ValueError("out of memory")]
+)
+def test_another_fault_is_passed_on(other):
+    """It is no mend to take fewer images then."""
+    with pytest.raises(type(other)) as caught, memory_for(step_of(12), None, "step 3"):
+        raise other
+    assert caught.value is other
+
+
+PRIMITIVE = """
+import resource, sys
+sys.path[:0] = sys.argv[4:]
+import torch
+from test_memory import step_of
+from cxrdist.errors import RunFailedError
+from cxrdist.train.memory import memory_for
+
+used = int(open("/proc/self/status").read().split(sys.argv[1] + ":")[1].split()[0]) << 10
+if sys.argv[2] != "none":
+    resource.setrlimit(getattr(resource, sys.argv[2]), (2 * used, 2 * used))
+try:
+    with memory_for(step_of(2), None, "step 3"):
+        torch.empty(int(2 * used * float(sys.argv[3])) - used, dtype=torch.uint8)
+        raise RuntimeError("could not create a primitive")
+except RunFailedError:
+    print("short of memory")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("used", "limit", "share", "found"),
+    [
+        ("VmData", "RLIMIT_DATA", 0.95, "short of memory"),
+        ("VmSize", "RLIMIT_AS", 0.95, "short of memory"),
+        ("VmData", "RLIMIT_DATA", 0.7, "could not create a primitive"),
+        ("VmSize", "RLIMIT_AS", 0.7, "could not create a primitive"),
+        ("VmData", "none", 0.95, "could not create a primitive"),
+    ],
+)
+def test_a_primitive_that_is_not_created_needs_evidence(used, limit, share, found):
+    """Other faults have the same words; what was allocated is free again when they come."""
+    done = run_script(PRIMITIVE, used, limit, share, *Path(__file__).parents[:2])
+    assert done.stdout.strip() == found, done.stderr
