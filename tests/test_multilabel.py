@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from sklearn.metrics import average_precision_score, f1_score, roc_auc_score
@@ -17,7 +18,7 @@ from cxrdist.cli import main
 from cxrdist.config import Augmentation
 from cxrdist.data.plan import plan_epoch
 from cxrdist.distributed import start
-from cxrdist.train.step import Material, validate
+from cxrdist.train.step import Batches, Material, validate
 
 LABELS = ["Edema", "Hernia", "Mass"]
 
@@ -110,7 +111,8 @@ def test_validation_tells_sure_predictions_apart():
     still = Augmentation(degrees=0, shift_x=0, shift_y=0, flip=False)
     plan = plan_epoch(np.arange(2), np.ones(2, np.int64), still, 1, (0, "validation", 0))
     material = Material(images, np.array([[0], [1]], np.uint8), "multilabel")
-    scores = validate(start(), Brightness(), material, plan, lambda: None)
+    batches = Batches(material, plan, torch.device("cpu"))
+    scores = validate(start(), Brightness(), material, batches, lambda: None)
     assert scores["val_auroc"] == 1
 
 

@@ -47,7 +47,7 @@ def trained(tmp_path_factory):
         TrainConfig(
             folder / "shards",
             folder / "run",
-            {"all": Stage(dict.fromkeys(BLOCKS, 3e-3), epochs=15, patience=15)},
+            {"all": Stage(dict.fromkeys(BLOCKS, 3e-3), epochs=30, patience=30, schedule="cosine")},
             init="none",
             global_batch_size=10,
             optimizer="adamw",

@@ -170,18 +170,18 @@ def test_one_process_stops_and_goes_on_too(command, tmp_path):
     assert_steps_were_taken(*runs[::-1])
 
 
-def test_another_number_of_ranks_takes_the_same_batches(command, whole, tmp_path):
-    """World sizes 2, 1, 3, 2 in turn: the digests of what was taken are those of two ranks."""
-    rows = taken_and_losses(run_on_changing_worlds(command, tmp_path / "run"))
-    assert rows.keys() == taken_and_losses(whole).keys()
+def test_another_number_of_ranks_takes_the_same_batches_to_the_same_losses(command, tmp_path):
+    """World sizes 2, 1, 3, 2 in turn: the digests of what was taken are those of two ranks.
 
-
-def test_without_dropout_another_number_of_ranks_has_the_same_losses(command, tmp_path):
-    """Only the order of the sums differs, in a stage that trains all BatchNorms as well."""
+    Without dropout only the order of the sums differs, in a stage that trains all BatchNorms as
+    well. The rates are low: high ones make more of the last bits in each step.
+    """
     recipe = tmp_path / "recipe.yaml"
-    network = {"growth_rate": 4, "block_config": [1, 1, 1, 1], "dropout": 0.0}
     old = yaml.safe_load(command[command.index("--config") + 1].read_text())
-    recipe.write_text(yaml.safe_dump(old | {"network": network}, sort_keys=False))
+    for stage in old["stages"].values():
+        stage["lr"] = dict.fromkeys(stage["lr"], 0.005)
+    old["network"]["dropout"] = 0.0
+    recipe.write_text(yaml.safe_dump(old, sort_keys=False))
     command = [*command, "--config", recipe]
     whole = tmp_path / "whole"
     Launched(2, whole, *command, "--run", whole).end()
