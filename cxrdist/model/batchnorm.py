@@ -64,13 +64,15 @@ class _OverRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shares: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Features [B, C, H, W] normalised; and the mean and the biased variance of all, [C]."""
-        # Given statistics of the weight's precision it computes in that, also for half precision.
-        moving = torch.zeros_like(weight), torch.zeros_like(weight)
+        moving: tuple[Tensor | None, Tensor | None] = (None, None)
+        if x.dtype != weight.dtype:  # those of half precision would be in it, too
+            moving = torch.zeros_like(weight), torch.zeros_like(weight)
         local = torch.cat(torch.batch_norm_update_stats(x, *moving, 0.0))
         means, variances = stack_over_ranks(local).to(shares.dtype).chunk(2, dim=1)
         parts = shares[:-2]
         mean = parts @ means
-        var = parts @ torch.addcmul(variances, means - mean, means - mean)
+        apart = means - mean
+        var = parts @ torch.addcmul(variances, apart, apart)
         mean, var = mean.to(weight.dtype), var.to(weight.dtype)
         ctx.save_for_backward(x, weight, mean, var, shares)
         ctx.eps = eps
