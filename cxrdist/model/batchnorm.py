@@ -19,9 +19,9 @@ class BatchNorm(BatchNormAct2d):
     """BatchNorm and ReLU. It leaves counting to its network (`Classifier.forward`).
 
     Attributes:
-        shares: float64 [ranks + 2] where the statistics are those of all ranks, else None: the
-            share of each rank in the images of the pass, their number, and 1, or 0 on a rank that
-            has none of them. The caller fills it before each pass.
+        shares: [ranks + 2] in the weights' dtype where the statistics are those of all ranks, else
+            None: the share of each rank in the images of the pass, their number, and 1, or 0 on a
+            rank that has none of them. The caller fills it before each pass.
     """
 
     shares: Tensor | None = None
@@ -52,7 +52,7 @@ def _move(
 ) -> None:
     """Move the running statistics towards a pass's mean and unbiased variance."""
     values = num_pixels * shares[-2]
-    unbiased = var * (values / (values - 1).clamp(min=1)).to(var.dtype)
+    unbiased = var * (values / (values - 1).clamp(min=1))
     torch._foreach_lerp_(list(moving), [mean, unbiased], momentum)
 
 
@@ -68,15 +68,15 @@ class _OverRanks(torch.autograd.Function):
         if x.dtype != weight.dtype:  # those of half precision would be in it, too
             moving = torch.zeros_like(weight), torch.zeros_like(weight)
         local = torch.cat(torch.batch_norm_update_stats(x, *moving, 0.0))
-        means, variances = stack_over_ranks(local).to(shares.dtype).chunk(2, dim=1)
-        parts = shares[:-2]
-        mean = parts @ means
+        means, variances = stack_over_ranks(local).chunk(2, dim=1)
+        parts = shares[:-2].unsqueeze(1)  # autocast would shorten a matrix product
+        mean = (parts * means).sum(0)
         apart = means - mean
-        var = parts @ torch.addcmul(variances, apart, apart)
-        mean, var = mean.to(weight.dtype), var.to(weight.dtype)
+        var = (parts * torch.addcmul(variances, apart, apart)).sum(0)
         ctx.save_for_backward(x, weight, mean, var, shares)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)  # or zeros are made as theirs
         y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, True)
         return y, mean, var
 
@@ -93,7 +93,7 @@ class _OverRanks(torch.autograd.Function):
         sum_weight, sum_bias = add_over_ranks(torch.cat([of_weight, of_bias])).chunk(2)
         deviation = (var + ctx.eps).rsqrt()
         per_value = shares[-1] / (shares[-2] * x.shape[2] * x.shape[3])
-        scale = weight * deviation * per_value.to(weight.dtype)
+        scale = weight * deviation * per_value
         slope = scale * deviation * sum_weight
         shift = torch.addcmul(scale * sum_bias, slope, mean, value=-1)
         per_channel = (1, -1, 1, 1)

@@ -47,7 +47,7 @@ class Statistics:
         """What `BatchNorm.shares` holds for a pass."""
         total, mine = sum(sizes), sizes[self._accelerator.process_index]
         numbers = [*(size / total for size in sizes), float(total), float(mine > 0)]
-        return torch.tensor(numbers, dtype=torch.float64, device=self._accelerator.device)
+        return self._norms[0].weight.new_tensor(numbers)
 
     def after_step(self, sizes: tuple[int, ...]) -> None:
         """Average the running statistics that the ranks have moved apart."""
