@@ -1,0 +1,303 @@
+"""Assemble: decoded squares -> duplicates, splits, shards, index and audit."""
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.config import PackConfig
+from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
+from cxrdist.data.images import decode_png
+from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index
+from cxrdist.data.records import SPLITS, Record, Source, labels_of
+from cxrdist.data.shards import describe_shard, sample_key, write_shard
+from cxrdist.data.splits import assign_splits, describe_split, group_by_patient
+from cxrdist.data.squares import Pngs, Square
+from cxrdist.data.summary import print_summary
+from cxrdist.errors import CxrdistError
+from cxrdist.run import write_json, write_table
+from cxrdist.terminal import progress
+
+
+class Item(NamedTuple):
+    """A record whose image was read, and the place of the PNG that is packed of it."""
+
+    record: Record
+    square: Square
+    place: int
+
+    def covered(self, num_records: int) -> "Item":
+        """The item with its burned-in text covered, as far as it has some."""
+        if not self.square.covered_bytes:
+            return self
+        square = replace(self.square, fingerprint=self.square.covered_fingerprint)
+        return self._replace(square=square, place=num_records + self.place)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard to be written: its split, its place among the split's shards, its items."""
+
+    split: str
+    number: int
+    items: list[Item]
+
+    @property
+    def name(self) -> str:
+        """File name, SPLIT-000000.tar."""
+        return f"{self.split}-{self.number:06d}.tar"
+
+
+def assemble(
+    config: PackConfig,
+    source: Source,
+    items: list[Item],
+    pngs: Pngs,
+    work: Path,
+    rejected: list[Square],
+    content: dict[str, Any],
+) -> None:
+    """Find duplicates, draw splits, write shards, index and audit into ``work/shards``."""
+    directory = work / "shards"
+    directory.mkdir(parents=True, exist_ok=True)
+    for leftover in directory.iterdir():  # of a killed pack; whole shards and their list stay
+        if leftover.name.startswith(".") or not (
+            leftover.suffix == ".tar" or leftover.name == "samples.csv"
+        ):
+            leftover.unlink()
+    if rejected:
+        write_rejected(directory / "rejected.csv", rejected)
+    _refuse_lost_classes(source, items, rejected)
+
+    def pixels(place: int) -> NDArray[np.uint8]:
+        return decode_png(pngs[items[place].place])
+
+    duplicates = find_duplicates([_fingerprint(item) for item in items], pixels)
+    if config.duplicates == "drop":
+        items, duplicates = _drop(items, duplicates, directory / "dropped.csv")
+    joined = config.duplicates == "join"
+    splits = _draw_splits(config, source, items, duplicates if joined else None)
+    items = _cover(config, items, splits, len(source.records))
+    shards = _plan_shards(config, items, splits)
+    _write_samples([_sample(shard, item) for shard in shards for item in shard.items], directory)
+    entries = _write_shards(shards, pngs, directory)
+    found = audit(_entries(items, splits), duplicates, pixels, source.classes, source.task)
+    write_json(directory / "audit.json", found)
+    index = _describe(config, source, shards, entries, directory / "samples.csv")
+    if config.text_boxes:
+        index["cover"] = describe_cover(config, items, len(source.records))
+    write_json(directory / "pack.json", content)
+    write_json(directory / "index.json", index)
+    records = [item.record for item in items]
+    print_summary(config, source, records, read_index(directory), len(rejected))
+    print(summary(found))
+
+
+def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Square]) -> None:
+    there = {label for item in items for label in labels_of(item.record.label)}
+    lost = [name for name in source.classes if name not in there]
+    if lost and rejected:
+        raise CxrdistError(
+            f"class {lost[0]!r} has no readable image; the first unreadable one is "
+            f"{rejected[0].reason}"
+        )
+
+
+def write_rejected(path: Path, rejected: list[Square]) -> None:
+    """List the images that could not be read."""
+    write_table(path, ("path", "reason"), [(square.path, square.reason) for square in rejected])
+
+
+def _draw_splits(
+    config: PackConfig, source: Source, items: list[Item], joined: Duplicates | None
+) -> list[str]:
+    """Choose the split of each item."""
+    records = [item.record for item in items]
+    groups = group_by_patient(records)
+    if joined is not None:
+        groups = join_groups(groups, joined.pairs)
+    return assign_splits(replace(source, records=records), config.split, config.seed, groups)
+
+
+def _cover(
+    config: PackConfig, items: list[Item], splits: list[str], num_records: int
+) -> list[Item]:
+    """Take the covered squares of the split that is to be covered.
+
+    Splits and duplicates are found before, so that they do not depend on what is covered.
+    """
+    chosen = SPLITS if config.cover_split == "all" else (config.cover_split,)
+    return [
+        item.covered(num_records) if split in chosen else item
+        for item, split in zip(items, splits, strict=True)
+    ]
+
+
+def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list[Item], Duplicates]:
+    """Keep one image of those that are the same, none where their labels differ.
+
+    Of an image that stands in several splits given by the source the test image stays.
+    """
+    rank = {"test": 0, "val": 1}
+    groups = join_groups(range(len(items)), duplicates.pairs)
+    members: dict[int, list[int]] = {}
+    for place, group in enumerate(groups):
+        members.setdefault(group, []).append(place)
+    dropped: dict[int, tuple[str, str]] = {}
+    for places in members.values():
+        places.sort(key=lambda place: rank.get(str(items[place].record.split), 2))
+        first = items[places[0]].record
+        agree = len({items[place].record.label for place in places}) == 1
+        reason = "is the same image" if agree else "is the same image with another label"
+        for place in places[1:] if agree else places if len(places) > 1 else ():
+            dropped[place] = first.path, reason
+    rows = [(items[place].record.path, *dropped[place]) for place in sorted(dropped)]
+    write_table(listed, ("path", "as", "reason"), rows)
+    print(f"{len(rows)} images are left out, since they stand in the source more than once")
+    kept = [item for place, item in enumerate(items) if place not in dropped]
+    return kept, Duplicates([], [])
+
+
+def _plan_shards(config: PackConfig, items: list[Item], splits: list[str]) -> list[Shard]:
+    """Choose the order of the samples in the shards."""
+    shards = []
+    for split in SPLITS:
+        members = [item for item, name in zip(items, splits, strict=True) if name == split]
+        random = np.random.Generator(np.random.Philox([config.seed, SPLITS.index(split)]))
+        members = [members[i] for i in random.permutation(len(members))]
+        shards += [
+            Shard(split, number, members[start : start + config.shard_size])
+            for number, start in enumerate(range(0, len(members), config.shard_size))
+        ]
+    return shards
+
+
+def _write_samples(samples: list[Sample], directory: Path) -> None:
+    """Write samples.csv before the shards: shards of other samples, if any, are removed."""
+    keys = Counter(sample.key for sample in samples)
+    clash = next((key for key, times in keys.items() if times > 1), None)
+    if clash:
+        raise CxrdistError(f"two images have the key {clash}; rename one of them")
+    path = directory / "samples.csv"
+    before = path.read_bytes() if path.is_file() else b""
+    write_table(path, SAMPLE_COLUMNS, samples)
+    if path.read_bytes() != before:
+        for shard in directory.glob("*.tar"):
+            shard.unlink()
+
+
+def _write_shards(shards: list[Shard], pngs: Pngs, directory: Path) -> list[ShardEntry]:
+    """Write the shards that are not there yet; their entries in the index."""
+    entries = []
+    total = sum(len(shard.items) for shard in shards)
+    with progress(total, "writing", "images") as bar:
+        for shard in shards:
+            path = directory / shard.name
+            if not path.is_file():
+                write_shard(path, ((_about(item), pngs[item.place]) for item in shard.items))
+            entries.append(describe_shard(path, len(shard.items)))
+            bar.update(len(shard.items))
+    return entries
+
+
+def _about(item: Item) -> dict[str, Any]:
+    """What a sample's KEY.json says."""
+    record, square = item.record, item.square
+    return {
+        "key": sample_key(record.path),
+        "label": record.label,
+        "patient": record.patient,
+        "source": record.source,
+        "path": record.path,
+        "view": record.view,
+        "width_px": square.width_px,
+        "height_px": square.height_px,
+    }
+
+
+def _fingerprint(item: Item) -> Any:
+    return item.square.fingerprint
+
+
+def _sample(shard: Shard, item: Item) -> Sample:
+    record = item.record
+    return Sample(
+        key=sample_key(record.path),
+        split=shard.split,
+        shard=shard.name,
+        label=record.label,
+        patient=record.patient,
+        source=record.source,
+        path=record.path,
+        sha256=_fingerprint(item).sha256,
+    )
+
+
+def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
+    """What the audit needs to know of each item."""
+    return [
+        Entry(
+            key=sample_key(item.record.path),
+            path=item.record.path,
+            split=split,
+            label=item.record.label,
+            patient=item.record.patient,
+            source=item.record.source,
+            view=item.record.view,
+            width_px=item.square.width_px,
+            height_px=item.square.height_px,
+            fingerprint=_fingerprint(item),
+        )
+        for item, split in zip(items, splits, strict=True)
+    ]
+
+
+def _describe(
+    config: PackConfig,
+    source: Source,
+    shards: list[Shard],
+    entries: list[ShardEntry],
+    samples: Path,
+) -> dict[str, Any]:
+    """The content of index.json."""
+    splits = {}
+    for split in SPLITS:
+        own = [(s, e) for s, e in zip(shards, entries, strict=True) if s.split == split]
+        labels = Counter(
+            name
+            for shard, _ in own
+            for item in shard.items
+            for name in labels_of(item.record.label)
+        )
+        splits[split] = {
+            "samples": sum(len(shard.items) for shard, _ in own),
+            "classes": {name: labels[name] for name in source.classes},
+            "shards": [entry._asdict() for _, entry in own],
+        }
+    return {
+        "format": FORMAT,
+        "task": source.task,
+        "classes": source.classes,
+        "image_size_px": config.size,
+        "fit": config.fit,
+        "split": describe_split(source, config.split),
+        "seed": config.seed,
+        "samples_sha256": hashlib.sha256(samples.read_bytes()).hexdigest(),
+        "splits": splits,
+    }
+
+
+def describe_cover(config: PackConfig, items: list[Item], num_records: int) -> dict[str, Any]:
+    """What index.json says of burned-in text that was covered; it says nothing where none was."""
+    covered = [item for item in items if item.place >= num_records]
+    return {
+        "how": config.cover,
+        "split": config.cover_split,
+        "images": len(covered),
+        "boxes": sum(len(item.record.boxes) for item in covered),
+    }
