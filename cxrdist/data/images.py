@@ -140,7 +140,7 @@ def read_square(file: Path, size_px: int, fit: str) -> NDArray[np.uint8]:
 
 
 def kind_of(head: bytes) -> str | None:
-    """The kind of image that a file's first bytes begin, such as PNG or DICOM; None for no image."""
+    """The kind of image that begins with these bytes, such as PNG or DICOM; None for no image."""
     if is_dicom(head):
         return "DICOM"
     return next((kind for mark, kind in MARKS.items() if head.startswith(mark)), None)
