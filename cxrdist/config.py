@@ -10,8 +10,8 @@ class PackConfig:
     """Pack raw chest X-rays into WebDataset shards, split by patient."""
 
     source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
-    """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv: a
-    table with the column path, and label (one class an image) or labels (several, with | between
+    """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv:
+    a table with the column path, and label (one class per image) or labels (several, with | between
     them, or none), optionally patient, split, source, view, sex and age; paths are relative to the
     table. The others are public data sets, as they are unpacked."""
     input: Path

@@ -12,16 +12,17 @@ from numpy.typing import NDArray
 from cxrdist.config import PackConfig
 from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
+from cxrdist.data.found import LeftOut
 from cxrdist.data.images import decode_png
 from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index
 from cxrdist.data.records import SPLITS, Record, Source, labels_of
 from cxrdist.data.shards import describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient
 from cxrdist.data.squares import Pngs, Square
-from cxrdist.data.summary import print_summary
+from cxrdist.data.summary import count_fates, print_summary
 from cxrdist.errors import CxrdistError
 from cxrdist.run import write_json, write_table
-from cxrdist.terminal import progress
+from cxrdist.terminal import progress, table
 
 
 class Item(NamedTuple):
@@ -61,8 +62,12 @@ def assemble(
     work: Path,
     rejected: list[Square],
     content: dict[str, Any],
-) -> None:
-    """Find duplicates, draw splits, write shards, index and audit into ``work/shards``."""
+) -> int:
+    """Find duplicates, draw splits, write shards, index and audit into ``work/shards``.
+
+    Returns:
+        How many images were packed.
+    """
     directory = work / "shards"
     directory.mkdir(parents=True, exist_ok=True)
     for leftover in directory.iterdir():  # of a killed pack; whole shards and their list stay
@@ -70,16 +75,19 @@ def assemble(
             leftover.suffix == ".tar" or leftover.name == "samples.csv"
         ):
             leftover.unlink()
-    if rejected:
-        write_rejected(directory / "rejected.csv", rejected)
     _refuse_lost_classes(source, items, rejected)
 
     def pixels(place: int) -> NDArray[np.uint8]:
         return decode_png(pngs[items[place].place])
 
     duplicates = find_duplicates([_fingerprint(item) for item in items], pixels)
+    num_read = len(items)
     if config.duplicates == "drop":
         items, duplicates = _drop(items, duplicates, directory / "dropped.csv")
+    left_out = (*source.left_out, *(LeftOut(square.path, square.reason) for square in rejected))
+    if left_out:
+        write_table(directory / "rejected.csv", LeftOut._fields, sorted(left_out))
+    fates = count_fates(source, len(items), len(rejected), num_read - len(items))
     joined = config.duplicates == "join"
     splits = _draw_splits(config, source, items, duplicates if joined else None)
     items = _cover(config, items, splits, len(source.records))
@@ -94,23 +102,23 @@ def assemble(
     write_json(directory / "pack.json", content)
     write_json(directory / "index.json", index)
     records = [item.record for item in items]
-    print_summary(config, source, records, read_index(directory), len(rejected))
+    print_summary(config, source, records, read_index(directory))
     print(summary(found))
+    print(table(fates, ("files", "")))
+    if left_out:
+        print(f"each one that is left out is in {config.out / 'rejected.csv'}, with the reason")
+    return len(items)
 
 
 def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Square]) -> None:
     there = {label for item in items for label in labels_of(item.record.label)}
     lost = [name for name in source.classes if name not in there]
     if lost and rejected:
+        first = next(r.file for r in source.records if r.path == rejected[0].path)
         raise CxrdistError(
             f"class {lost[0]!r} has no readable image; the first unreadable one is "
-            f"{rejected[0].reason}"
+            f"{first}: {rejected[0].reason}"
         )
-
-
-def write_rejected(path: Path, rejected: list[Square]) -> None:
-    """List the images that could not be read."""
-    write_table(path, ("path", "reason"), [(square.path, square.reason) for square in rejected])
 
 
 def _draw_splits(
@@ -158,7 +166,6 @@ def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list
             dropped[place] = first.path, reason
     rows = [(items[place].record.path, *dropped[place]) for place in sorted(dropped)]
     write_table(listed, ("path", "as", "reason"), rows)
-    print(f"{len(rows)} images are left out, since they stand in the source more than once")
     kept = [item for place, item in enumerate(items) if place not in dropped]
     return kept, Duplicates([], [])
 
@@ -217,6 +224,8 @@ def _about(item: Item) -> dict[str, Any]:
         "view": record.view,
         "width_px": square.width_px,
         "height_px": square.height_px,
+        "sex": record.sex,
+        "age": record.age,
     }
 
 
@@ -235,6 +244,8 @@ def _sample(shard: Shard, item: Item) -> Sample:
         source=record.source,
         path=record.path,
         sha256=_fingerprint(item).sha256,
+        sex=record.sex,
+        age="" if record.age is None else f"{record.age:.4g}",
     )
 
 

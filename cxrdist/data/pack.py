@@ -1,6 +1,7 @@
 """Pack: raw images -> WebDataset shards with an index and an audit."""
 
 import hashlib
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -9,8 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from cxrdist.config import PackConfig
-from cxrdist.data.assemble import Item, assemble, write_rejected
+from cxrdist.data.anonymise import (
+    Name,
+    anonymise,
+    make_private,
+    names_file,
+    private_age,
+    read_key,
+    read_salt,
+    salt_of,
+    shared_key,
+    write_names,
+)
+from cxrdist.data.assemble import Item, assemble
 from cxrdist.data.boxes import read_boxes
+from cxrdist.data.found import LeftOut
+from cxrdist.data.patients import MOST_YEARS
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
 from cxrdist.data.squares import (
@@ -23,7 +38,7 @@ from cxrdist.data.squares import (
     read_part,
 )
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.run import locked, publish, read_json, remove, write_json
+from cxrdist.run import locked, publish, read_json, remove, write_json, write_table
 from cxrdist.terminal import progress
 
 # What may differ between two calls that make the same shards.
@@ -43,14 +58,22 @@ def pack(config: PackConfig) -> None:
         RunFailedError: the disk is full.
     """
     _refuse_bad_options(config)
-    source = read_source(config)
+    work = config.out.with_name(f".{config.out.name}.partial")
+    source = read_source(config, (config.out, work))
     if config.text_boxes:
         source = _with_boxes(source, config.text_boxes)
-    content = _content(config, source)
-    work = config.out.with_name(f".{config.out.name}.partial")
+    decided = config.anonymise is not None or source.dicom
+    if config.anonymise is None:
+        config = replace(config, anonymise=source.dicom)
+    content = _content(config, source, _known_salt(config, work))
     if _is_packed(config.out, work, content):
         return
+    make_private(work)
     with _held(work, shared=config.task is not None):
+        key, names = shared_key(work / "squares"), list[Name]()
+        if config.anonymise:
+            content = _content(config, source, salt_of(key))
+            source, names = anonymise(source, key)
         _begin(work, content)
         parts = plan_parts(source.records)
         if not config.merge:
@@ -58,10 +81,16 @@ def pack(config: PackConfig) -> None:
         if config.task is None:
             with _on_this_machine(work) as here:
                 items, pngs, rejected = _read_items(parts, here, config)
-                assemble(config, source, items, pngs, here, rejected, content)
+                if not decided:
+                    _refuse_late_dicom(items, work)
+                num_packed = assemble(config, source, items, pngs, here, rejected, content)
+                if names:
+                    write_names(names_file(config.out), key, names)
                 publish(here / "shards", config.out)
             remove(work)
-            print(f"packed {len(items)} images into {config.out}")
+            print(f"packed {num_packed} images into {config.out}")
+            if names:
+                print(f"{names_file(config.out)}: what each name stands for; keep it to yourself")
 
 
 def _refuse_bad_options(config: PackConfig) -> None:
@@ -97,15 +126,39 @@ def _with_boxes(source: Source, file: Path) -> Source:
     return replace(source, records=records)
 
 
-def _content(config: PackConfig, source: Source) -> dict[str, Any]:
-    """All that decides the bytes of the shards but the images themselves."""
+def _known_salt(config: PackConfig, work: Path) -> str | None:
+    """The salt of an anonymised pack that was begun or finished before.
+
+    Raises:
+        CxrdistError: a table of names of another pack would be overwritten.
+    """
+    if not config.anonymise:
+        return None
+    table = names_file(config.out)
+    key, salt = read_key(work / "squares"), read_salt(table)
+    if salt is None:
+        return None if key is None else salt_of(key)
+    if salt != salt_of(key) if key is not None else not config.out.exists():
+        raise CxrdistError(
+            f"{table}: is the table of names of another pack; move it to where its shards are"
+        )
+    return salt
+
+
+def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, Any]:
+    """All that decides the bytes of the shards but the images themselves.
+
+    Where names are to tell nothing, none is in it, and the hash of the list has a salt.
+    """
     options = {name: v for name, v in asdict(config).items() if name not in NOT_CONTENT}
-    digest = hashlib.sha256()
+    digest = hashlib.sha256((salt or "").encode())
     for record in source.records:
-        columns = (record.path, record.label, record.patient, record.source)
-        digest.update("\0".join((*columns, str(record.split), record.view, "\n")).encode())
+        names = (record.path, record.label, record.patient, record.source)
+        facts = (str(record.split), record.view, record.sex, str(record.age))
+        digest.update("\0".join((*names, *facts, "\n")).encode())
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
-    return {**options, "input": str(config.input), "records_sha256": digest.hexdigest()}
+    shown = {"input": "" if config.anonymise else str(config.input)}
+    return {**options, **shown, "records_sha256": digest.hexdigest()}
 
 
 def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
@@ -199,19 +252,33 @@ def _read_items(
     records = [record for part in parts for record in part.records]
     rejected = [square for square in squares if square.reason]
     if rejected and not config.skip_bad:
-        write_rejected(work / "rejected.csv", rejected)
+        rows = [(square.path, square.reason) for square in rejected]
+        write_table(work / "rejected.csv", LeftOut._fields, rows)
         more = f" ({len(rejected)} such images, all in {work / 'rejected.csv'})"
+        first = next(r.file for r, s in zip(records, squares, strict=True) if s.reason)
         raise CxrdistError(
-            f"{rejected[0].reason}{more if len(rejected) > 1 else ''}; "
+            f"{first}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
             "mend or remove it, or leave it out with --skip-bad; what is decoded is kept"
         )
-    known = _with_tags(records, squares)
+    known = _with_tags(config, records, squares)
     pairs = zip(known, squares, strict=True)
     items = [Item(r, square, i) for i, (r, square) in enumerate(pairs) if not square.reason]
     return items, locate_pngs(work / "squares", [part or [] for part in found]), rejected
 
 
-def _with_tags(records: Sequence[Record], squares: Sequence[Square]) -> list[Record]:
+def _refuse_late_dicom(items: list[Item], work: Path) -> None:
+    """Whether names are to be hidden was decided before the content of this file was known."""
+    late = next((item.record.file for item in items if item.square.patient), None)
+    if late is not None:
+        raise CxrdistError(
+            f"{late}: is a DICOM file of a patient, though not named as one; say --anonymise true "
+            f"or --anonymise false, and remove {work} to begin anew"
+        )
+
+
+def _with_tags(
+    config: PackConfig, records: Sequence[Record], squares: Sequence[Square]
+) -> list[Record]:
     """Add what DICOM tags tell. A patient there becomes a number: the tag names a person."""
     numbers: dict[str, int] = {}
     known = []
@@ -219,5 +286,12 @@ def _with_tags(records: Sequence[Record], squares: Sequence[Square]) -> list[Rec
         if square.patient and record.patient.startswith(NO_PATIENT):
             number = numbers.setdefault(square.patient, len(numbers) + 1)
             record = replace(record, patient=f"dicom-{number:06d}")
-        known.append(replace(record, view=record.view or square.view))
+        age = square.age if record.age is None else record.age
+        if age is not None:
+            age = None if math.isnan(age) else private_age(age) if config.anonymise else age
+        view, sex = record.view or square.view, record.sex or square.sex
+        known.append(replace(record, view=view, sex=sex, age=age))
+    ageless = sum(square.age is not None and math.isnan(square.age) for square in squares)
+    if ageless:
+        print(f"{ageless} DICOM ages are not 0 to {MOST_YEARS:g} years, and left empty")
     return known

@@ -9,7 +9,6 @@ An image with burned-in text to be covered has two PNGs, as it is and covered: w
 used depends on its split, and the splits are drawn when all images are known.
 """
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -24,6 +23,7 @@ from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
+from cxrdist.data.anonymise import keyed, shared_key
 from cxrdist.data.boxes import Box
 from cxrdist.data.fingerprint import Fingerprint, fingerprint
 from cxrdist.data.images import decode, encode_png
@@ -49,15 +49,17 @@ class Square:
         path: of the record.
         bytes: size of the file when it was read.
         modified: time of its last change then, in nanoseconds.
-        reason: why it cannot be used, or empty; then all below is known.
+        reason: why it cannot be used, without its name, or empty; then all below is known.
         png_bytes: length of its PNG in the part's .bin file.
         fingerprint: of the pixels.
         width_px: of the original.
         height_px: of the original.
-        patient: a hash of the DICOM patient, or empty.
+        patient: the DICOM patient under the pack's key (`keyed`), or empty.
         view: of the DICOM, or empty.
         covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
         covered_fingerprint: of the pixels with burned-in text covered.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the DICOM patient in years; None if unknown, NaN if it is no age.
     """
 
     path: str
@@ -72,6 +74,8 @@ class Square:
     view: str = ""
     covered_bytes: int = 0
     covered_fingerprint: Fingerprint | None = None
+    sex: str = ""
+    age: float | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def make_squares(
 
     Args:
         parts: what to decode.
-        directory: where the parts' files go, local or an fsspec path.
+        directory: where the parts' files and the pack's key go, local or an fsspec path.
         size_px: side of the squares.
         fit: how an image becomes square.
         workers: number of processes; one for each core if None.
@@ -110,7 +114,8 @@ def make_squares(
         The number of images of each part when it is written.
     """
     with _pool(workers) as pool:
-        make = partial(_make_squares, size_px=size_px, fit=fit, cover=cover)
+        key = shared_key(directory)
+        make = partial(_make_squares, size_px=size_px, fit=fit, cover=cover, key=key)
 
         def schedule(records: Sequence[Record]) -> ProcessFuture:
             known = [(record.file, record.boxes) for record in records]
@@ -149,17 +154,19 @@ def _submit(part: Part, schedule: Schedule) -> list[Pending]:
 
 
 def _make_squares(
-    known: Sequence[tuple[Path, tuple[Box, ...]]], size_px: int, fit: str, cover: str
+    known: Sequence[tuple[Path, tuple[Box, ...]]], size_px: int, fit: str, cover: str, key: bytes
 ) -> list[Made]:
-    return [_make_square(file, boxes, size_px, fit, cover) for file, boxes in known]
+    return [_make_square(file, boxes, size_px, fit, cover, key) for file, boxes in known]
 
 
-def _make_square(file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cover: str) -> Made:
+def _make_square(
+    file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cover: str, key: bytes
+) -> Made:
     """Decode and encode one image: the fields of its square, and its PNGs."""
     try:
         decoded = decode(file, size_px, fit, boxes, cover)
     except CxrdistError as error:
-        return {"reason": str(error)}, b""
+        return {"reason": _unnamed(file, error)}, b""
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     return {
@@ -169,9 +176,16 @@ def _make_square(file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cov
         "covered_fingerprint": None if decoded.covered is None else fingerprint(decoded.covered),
         "width_px": decoded.width_px,
         "height_px": decoded.height_px,
-        "patient": hashlib.sha256(decoded.patient.encode()).hexdigest() if decoded.patient else "",
+        "patient": keyed(key, decoded.patient) if decoded.patient else "",
         "view": decoded.view,
+        "sex": decoded.sex,
+        "age": decoded.age,
     }, png + covered
+
+
+def _unnamed(file: Path, error: CxrdistError) -> str:
+    """The message without the file's name, which may be a patient's."""
+    return str(error).removeprefix(f"{file}: ").replace(str(file), "the file")
 
 
 def _collect(records: Sequence[Record], future: ProcessFuture, schedule: Schedule) -> list[Made]:
@@ -187,7 +201,7 @@ def _collect(records: Sequence[Record], future: ProcessFuture, schedule: Schedul
             if isinstance(error, ProcessExpired)
             else f"was not read within {SECONDS_PER_IMAGE} s"
         )
-        return [({"reason": f"{records[0].file}: {reason}"}, b"")]
+        return [({"reason": reason}, b"")]
 
 
 def _write_part(directory: Path, part: Part, pending: list[Pending], schedule: Schedule) -> int:

@@ -19,6 +19,8 @@ from cxrdist.data import pack as packing
 from cxrdist.data import squares
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
+from cxrdist.data.records import Record
+from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError, RunFailedError
 
 KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "4"))
@@ -219,8 +221,11 @@ def readers_of(fifo: Path) -> list[int]:
 def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypatch, kills):
     """The file is named; the images that its worker was given with it are read by another."""
     monkeypatch.setattr(squares, "SECONDS_PER_IMAGE", 30 if kills else 2)
+    records = read_source(config).records
     fifo = config.input / "a" / "a000_9.png"  # who reads it waits for what is never written
     os.mkfifo(fifo)
+    records.insert(9, Record(fifo, "a/a000_9.png", "a", "p", "s"))
+    parts, part_files = squares.plan_parts(records), tmp_path / "squares"
     writer, ended = os.open(fifo, os.O_RDWR), threading.Event()
 
     def kill_readers() -> None:
@@ -231,12 +236,12 @@ def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypa
     if kills:
         threading.Thread(target=kill_readers, daemon=True).start()
     try:
-        pack(with_(config, skip_bad=True, workers=1))
+        list(squares.make_squares(parts, part_files, 32, "crop", 1))
     finally:
         ended.set()
         os.close(writer)
-    with open(config.out / "rejected.csv") as file:
-        (row,) = csv.DictReader(file)
-    assert row["path"] == "a/a000_9.png"
-    assert ("crashed its decoder" if kills else "was not read within 2 s") in row["reason"]
-    assert len(read_index(config.out).samples) == 60
+    found = [s for part in parts for s in squares.read_part(part_files, part, redo_bad=False)]
+    (bad,) = [square for square in found if square.reason]
+    assert bad.path == "a/a000_9.png"
+    assert ("crashed its decoder" if kills else "was not read within 2 s") in bad.reason
+    assert len(found) == 61
