@@ -23,6 +23,10 @@ class PackConfig:
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """How an image becomes square. pad and stretch let the border's shape or the heart's width tell
     the source of an image, crop (centre) does not."""
+    depth: int | None = None
+    """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
+    to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
+    values of the whole source, but for one pixel in a thousand of an image."""
     split: str | None = None
     """paper: 60 images of each class for test, the rest 80/20 train/val. Or fractions of
     train/val/test, such as 0.7/0.1/0.2. Splits that the source fixes (a csv column `split`,

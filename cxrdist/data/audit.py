@@ -25,6 +25,9 @@ THUMBNAIL_PX = 96
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 SHOWN = ("key", "path", "split", "label", "patient")  # of an image of a pair
 MOST_LISTED = 10  # in a line of the summary
+# Grey levels. X-rays spread over 40 to 80; a wrong window or depth leaves none or a few.
+FLAT_SPREAD = 1.0  # standard deviation below which a square is constant
+FLAT_RANGE = 32  # mean and 3 standard deviations within so many levels of black or white
 UNKNOWN = "unknown"
 
 
@@ -100,6 +103,7 @@ def audit(
         "shortcut": measure_shortcut(
             features, targets, join_groups(groups, duplicates.pairs), classes
         ),
+        "flat": _flat(entries),
         "in_pre_training": _in_pre_training(entries, targets, classes),
         "thumbnails": _thumbnails(entries, pairs, pixels),
     }
@@ -218,6 +222,25 @@ def _statistics(
     return result
 
 
+def _flat(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Squares that show nothing: constant, nearly black or nearly white."""
+    kinds = [_flat_kind(entry.fingerprint.statistics) for entry in entries]
+    return [
+        {"kind": kind, **{name: getattr(entry, name) for name in SHOWN}}
+        for entry, kind in zip(entries, kinds, strict=True)
+        if kind
+    ]
+
+
+def _flat_kind(statistics: dict[str, float]) -> str | None:
+    mean, spread = statistics["mean"], statistics["spread"]
+    if spread < FLAT_SPREAD:
+        return "constant"
+    if mean + 3 * spread < FLAT_RANGE:
+        return "nearly black"
+    return "nearly white" if mean - 3 * spread > 255 - FLAT_RANGE else None
+
+
 def _in_pre_training(
     entries: Sequence[Entry], targets: NDArray[np.uint8], classes: Sequence[str]
 ) -> dict[str, Any]:
@@ -263,6 +286,7 @@ def _warnings(found: dict[str, Any]) -> list[str]:
     """What a reader of the run's numbers must know, a line each."""
     return [
         *_leaks(found),
+        *_empty(found["flat"]),
         *_confounded(found["sources"], "sources"),
         *_confounded(found["views"], "views"),
         *_shortcuts(found["shortcut"]),
@@ -283,6 +307,15 @@ def _leaks(found: dict[str, Any]) -> list[str]:
     if names:
         lines.append(f"patients with images in several classes: {len(names)} ({_few(names)})")
     return lines
+
+
+def _empty(flat: list[dict[str, Any]]) -> list[str]:
+    """Squares that show nothing, by kind."""
+    return [
+        f"{kind} images: {len(paths)}, such as by a wrong window or bit depth ({_few(paths)})"
+        for kind in ("constant", "nearly black", "nearly white")
+        if (paths := [about["path"] for about in flat if about["kind"] == kind])
+    ]
 
 
 def _confounded(table: dict[str, Any], what: str) -> list[str]:

@@ -55,6 +55,26 @@ def test_patients_in_two_classes_and_splits_are_listed():
     assert "patients with images in several classes: 1 (x)" in summary(found)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "kind"),
+    [(0, 0, "constant"), (90, 91, "constant"), (0, 17, "nearly black"), (240, 255, "nearly white")],
+)
+def test_squares_that_show_nothing_are_named(low, high, kind):
+    """One level, 17 of the darkest or of the brightest ones; a dim X-ray of 64 levels is none."""
+    ramp = np.linspace(low, high, 256).round().astype(np.uint8).reshape(16, 16)
+    dim = np.linspace(0, 64, 256).round().astype(np.uint8).reshape(16, 16)
+    found = audited(
+        [
+            entry(0, "a", fingerprint=fingerprint(ramp)),
+            entry(1, "b"),
+            entry(2, "b", fingerprint=fingerprint(dim)),
+        ]
+    )
+    about = {"key": "k0", "path": "a/0.png", "split": "train", "label": "a", "patient": "p0"}
+    assert found["flat"] == [{"kind": kind, **about}]
+    assert f"{kind} images: 1, such as by a wrong window or bit depth (a/0.png)" in summary(found)
+
+
 def test_several_labels_of_a_patient_are_no_fault():
     """Where an image may have several labels, so may a patient."""
     found = audited([entry(0, "a|b", patient="x"), entry(1, "", patient="x")], task="multilabel")
