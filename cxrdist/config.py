@@ -28,10 +28,10 @@ class PackConfig:
     to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
     values of the whole source, but for one pixel in a thousand of an image."""
     split: str | None = None
-    """paper: 60 images of each class for test, the rest 80/20 train/val. Or fractions of
-    train/val/test, such as 0.7/0.1/0.2. Splits that the source fixes (a csv column `split`,
-    ChestX-ray14's official lists) take precedence. If not given: paper, for several labels an image
-    0.7/0.1/0.2."""
+    """Fractions of train/val/test, by patient; 0 leaves a split empty: 0/0/1 packs a set for
+    evaluation only. Or paper: 60 images of each class for test, the rest 80/20 train/val. Splits
+    that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence.
+    0.7/0.1/0.2 if not given."""
     patient_pattern: str | None = None
     """Regular expression whose first group, found in the file name, is the patient."""
     against_rest: str | None = None

@@ -29,6 +29,7 @@ from cxrdist.data.found import LeftOut
 from cxrdist.data.patients import MOST_YEARS
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
+from cxrdist.data.splits import assign_splits, parse_split
 from cxrdist.data.squares import (
     Part,
     Pngs,
@@ -42,6 +43,8 @@ from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.run import locked, publish, read_json, remove, write_json, write_table
 from cxrdist.terminal import progress
 
+# Options that decide the decoded squares, beside the input; the others only how they are packed.
+DECODING = ("size", "fit", "cover", "anonymise")
 # What may differ between two calls that make the same shards.
 NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
 
@@ -50,8 +53,8 @@ def pack(config: PackConfig) -> None:
     """Pack a source into a new directory of shards and print what is in it.
 
     The bytes depend on the source, the options and the seed, not on the number of workers or tasks.
-    Until the directory appears, what is done stands in a hidden one beside it; after a kill the
-    same command goes on with it.
+    Until the directory appears, what is done is in a hidden one beside it; after a kill the same
+    command resumes with it, and so does one with other options that do not decide the squares.
 
     Raises:
         CxrdistError: bad options or source, an unreadable image without ``skip_bad``, or a source
@@ -69,13 +72,14 @@ def pack(config: PackConfig) -> None:
     content = _content(config, source, _known_salt(config, work))
     if _is_packed(config.out, work, content):
         return
+    _refuse_bad_splits(config, source)
     make_private(work)
     with _held(work, shared=config.task is not None):
         key, names = shared_key(work / "squares"), list[Name]()
         if config.anonymise:
             content = _content(config, source, salt_of(key))
             source, names = anonymise(source, key)
-        _begin(work, content)
+        _begin(work, _decoding(config, source))
         parts = plan_parts(source.records)
         if not config.merge:
             _decode(parts, work / "squares", config)
@@ -110,6 +114,14 @@ def _refuse_bad_options(config: PackConfig) -> None:
             raise CxrdistError(f"--task {config.task}: expected 0 to {config.num_tasks - 1}")
     if not config.text_boxes and (config.cover, config.cover_split) != ("black", "all"):
         raise CxrdistError("--cover, --cover-split: need --text-boxes, see cxrdist find-text")
+    parse_split(config.split)
+    if config.seed < 0:
+        raise CxrdistError(f"--seed {config.seed}: expected 0 or more")
+    if config.patient_pattern is not None and config.source not in ("folder", "csv"):
+        raise CxrdistError("--patient-pattern: is for --source folder and csv only")
+    for name, images in config.expect.items():
+        if images < 0:
+            raise CxrdistError(f"--expect.{name} {images}: expected 0 images or more")
     if not config.out.name:
         raise CxrdistError(f"--out {config.out}: expected the name of a directory to make")
 
@@ -163,8 +175,41 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
         facts = (str(record.split), record.view, record.sex, str(record.age))
         digest.update("\0".join((*names, *facts, "\n")).encode())
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
-    shown = {"input": "" if config.anonymise else str(config.input)}
-    return {**options, **shown, "records_sha256": digest.hexdigest()}
+    return {**options, "input": _shown_input(config), "records_sha256": digest.hexdigest()}
+
+
+def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
+    """All that decides the decoded squares but the images themselves."""
+    options = {name: getattr(config, name) for name in DECODING}
+    digest = hashlib.sha256()
+    for record in source.records:
+        digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
+    return {"input": _shown_input(config), **options, "images_sha256": digest.hexdigest()}
+
+
+def _shown_input(config: PackConfig) -> str:
+    """The input, empty where names are to tell nothing."""
+    return "" if config.anonymise else str(config.input)
+
+
+def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
+    """Judge the options by the list of records, before any image is decoded.
+
+    Patients in DICOM tags and copies are found later and can only join what is apart here, so
+    what is refused here would be refused then.
+
+    Raises:
+        CxrdistError: the splits cannot be drawn, or a class is expected that the source lacks.
+    """
+    for name in config.expect:
+        if name not in source.classes:
+            raise CxrdistError(
+                f"--expect.{name}: is no class of {source.name}, which has "
+                f"{', '.join(source.classes)}"
+            )
+    if config.duplicates == "drop":  # a patient's second image may be a copy that is dropped
+        source = replace(source, records=[replace(r, patient=r.path) for r in source.records])
+    assign_splits(source, config.split, config.seed)
 
 
 def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
@@ -190,22 +235,22 @@ def _held(work: Path, *, shared: bool) -> Any:
     return locked(work, shared=shared) if isinstance(work, Path) else nullcontext()
 
 
-def _begin(work: Path, content: dict[str, Any]) -> None:
-    """Begin a pack, or make sure that it is this one that goes on.
+def _begin(work: Path, decoding: dict[str, Any]) -> None:
+    """Begin a pack, or make sure that the squares of an unfinished one are those of this one.
 
     Raises:
-        CxrdistError: another was begun here.
+        CxrdistError: its squares were decoded of other images or in another way.
     """
     path = work / "pack.json"
     if not path.is_file():
-        write_json(path, content)
+        write_json(path, decoding)
         return
     before = read_json(path)
-    for name, value in content.items():
+    for name, value in decoding.items():
         if before.get(name) != value:
             what = (
-                "the list of images or what is said of them has changed since"
-                if name == "records_sha256"
+                "the list of images or of their text boxes has changed since"
+                if name == "images_sha256"
                 else f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
             )
             raise CxrdistError(

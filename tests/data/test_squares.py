@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import random
 import signal
@@ -141,10 +142,88 @@ def test_another_pack_does_not_mix_with_an_unfinished_one(config):
     image.write_bytes(data)
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     image.rename(image.with_name("new.png"))
-    with pytest.raises(CxrdistError, match="the list of images or what is said of them"):
+    with pytest.raises(CxrdistError, match="the list of images or of their text boxes"):
         pack(config)
     image.with_name("new.png").rename(image)
     pack(config)
+
+
+def test_options_that_do_not_decide_the_squares_keep_them(config, tmp_path, monkeypatch):
+    """Another split, seed, pattern or shard size: no square is made anew, and no shard is stale.
+
+    The first pack was stopped with its shards written; they are none of the second.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(config)
+    other = with_(
+        config,
+        **{"split": "0.8/0/0.2", "seed": 3, "shard_size": 11, "patient_pattern": r"^(\w+)_"},
+        **{"duplicates": "report", "skip_bad": True, "expect": {"a": 30}},
+    )
+    pack(with_(other, out=tmp_path / "new"))
+    squares = stamps(tmp_path / ".out.partial" / "squares")
+    pack(with_(other, task=0, num_tasks=1))
+    assert stamps(tmp_path / ".out.partial" / "squares") == squares
+    pack(with_(other, merge=True))
+    assert contents(config.out) == contents(tmp_path / "new")
+    assert json.loads((config.out / "pack.json").read_text())["split"] == "0.8/0/0.2"
+
+
+def test_shards_of_other_views_are_not_taken_for_these(config, tmp_path, monkeypatch):
+    """samples.csv is the same, but each KEY.json tells the view of a changed table."""
+
+    def table(view: str) -> PackConfig:
+        rows = [f"{f.relative_to(config.input)},{f.parent.name},{view}" for f in files]
+        path = config.input / "images.csv"
+        path.write_text("\n".join(["path,label,view", *rows]))
+        return with_(config, source="csv", input=path)
+
+    files = sorted(config.input.glob("*/*.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(table("PA"))
+    pack(table("AP"))
+    pack(with_(table("AP"), out=tmp_path / "new"))
+    assert contents(config.out) == contents(tmp_path / "new")
+
+
+REFUSED = {
+    "fractions": ({"split": "0.8/0.3/-0.1"}, "--split 0.8/0.3/-0.1: expected paper, or three"),
+    "too small for paper": ({"split": "paper"}, "--split paper: takes 60 test images"),
+    "pattern": ({"patient_pattern": "("}, r"--patient-pattern '\(': no regular expression"),
+    "pattern without a group": ({"patient_pattern": "a"}, "expected a group around the patient"),
+    "one patient": ({"patient_pattern": "(_)"}, "60 of 60 images have one patient ID"),
+    "expected class": ({"expect": {"c": 3}}, "--expect.c: is no class of images, which has a, b c"),
+    "expected number": ({"expect": {"a": -3}}, "--expect.a -3: expected 0"),
+    "seed": ({"seed": -1}, "--seed -1: expected 0 or more"),
+    "shard size": ({"shard_size": 0}, "shard_size: is 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_options_are_refused_before_an_image_is_opened(config, monkeypatch, case):
+    """What options and the list of images tell is judged first; nothing is left behind."""
+    changes, message = REFUSED[case]
+    monkeypatch.setattr(packing, "make_squares", lambda *_: pytest.fail("an image was decoded"))
+    with pytest.raises(CxrdistError, match=message):
+        pack(with_(config, **changes))
+    assert [file.name for file in config.out.parent.iterdir()] == ["images"]
+
+
+def test_a_patient_in_two_given_splits_is_refused_before_an_image_is_opened(config, monkeypatch):
+    """A table that gives splits and patients is judged by them."""
+    rows = [
+        f"{f.relative_to(config.input)},{f.parent.name},p{i // 2},{('train', 'test')[i % 2]}"
+        for i, f in enumerate(sorted(config.input.glob("*/*.png")))
+    ]
+    table = config.input / "images.csv"
+    table.write_text("\n".join(["path,label,patient,split", *rows]))
+    monkeypatch.setattr(packing, "make_squares", lambda *_: pytest.fail("an image was decoded"))
+    with pytest.raises(CxrdistError, match=r"patient p0: .* is in train, .* in test"):
+        pack(with_(config, source="csv", input=table))
 
 
 def test_a_mended_image_is_read_again(config, tmp_path):
