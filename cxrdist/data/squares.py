@@ -11,33 +11,27 @@ used depends on its split, and the splits are drawn when all images are known.
 
 import hashlib
 import json
-import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessPool
 
-from cxrdist.data.boxes import Box
 from cxrdist.data.fingerprint import Fingerprint, fingerprint
 from cxrdist.data.images import decode, encode_png
 from cxrdist.data.records import Record
+from cxrdist.data.workers import Job, image_workers, schedule
 from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file
 
 PART_SIZE = 128
 CHUNK = 16  # images that a worker is given at once
-SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; what takes longer is made to
 State = tuple[int, int]  # size and time of change of a file
 Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs
-Pending = tuple[list[State], ProcessFuture]
-Schedule = Callable[[Sequence[Record]], ProcessFuture]
+Pending = tuple[list[State], Job[Record, Made]]
 PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
 
 
@@ -109,57 +103,27 @@ def make_squares(
     Yields:
         The number of images of each part when it is written.
     """
-    with _pool(workers) as pool:
-        make = partial(_make_squares, size_px=size_px, fit=fit, cover=cover)
-
-        def schedule(records: Sequence[Record]) -> ProcessFuture:
-            known = [(record.file, record.boxes) for record in records]
-            return pool.schedule(make, args=(known,), timeout=SECONDS_PER_IMAGE)
-
+    make = partial(_make_square, size_px=size_px, fit=fit, cover=cover)
+    # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
+    with image_workers(workers, [__name__, "scipy.fftpack"]) as pool:
         waiting: deque[tuple[Part, list[Pending]]] = deque()
         for part in parts:
-            waiting.append((part, _submit(part, schedule)))
+            waiting.append((part, _submit(part, pool, make)))
             if len(waiting) > PARTS_AHEAD:
-                yield _write_part(directory, *waiting.popleft(), schedule)
+                yield _write_part(directory, *waiting.popleft())
         while waiting:
-            yield _write_part(directory, *waiting.popleft(), schedule)
+            yield _write_part(directory, *waiting.popleft())
 
 
-@contextmanager
-def _pool(workers: int | None) -> Iterator[ProcessPool]:
-    """Processes that start from a small clean one, not from a copy of this with its threads."""
-    context = multiprocessing.get_context("forkserver")
-    # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
-    context.set_forkserver_preload([__name__, "scipy.fftpack"])
-    pool = ProcessPool(workers or len(os.sched_getaffinity(0)), context=context)
-    try:
-        yield pool
-        pool.close()
-    except BaseException:
-        pool.stop()
-        raise
-    finally:
-        pool.join()
-
-
-def _submit(part: Part, schedule: Schedule) -> list[Pending]:
+def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> list[Pending]:
     """Let the workers begin with a part; the state of a file is noted before it is read."""
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
-    return [([file_state(record) for record in chunk], schedule(chunk)) for chunk in chunks]
+    return [([file_state(r) for r in chunk], schedule(pool, make, chunk)) for chunk in chunks]
 
 
-def _make_squares(
-    known: Sequence[tuple[Path, tuple[Box, ...]]], size_px: int, fit: str, cover: str
-) -> list[Made]:
-    return [_make_square(file, boxes, size_px, fit, cover) for file, boxes in known]
-
-
-def _make_square(file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cover: str) -> Made:
+def _make_square(record: Record, size_px: int, fit: str, cover: str) -> Made:
     """Decode and encode one image: the fields of its square, and its PNGs."""
-    try:
-        decoded = decode(file, size_px, fit, boxes, cover)
-    except CxrdistError as error:
-        return {"reason": str(error)}, b""
+    decoded = decode(record.file, size_px, fit, record.boxes, cover)
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     return {
@@ -174,30 +138,11 @@ def _make_square(file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cov
     }, png + covered
 
 
-def _collect(records: Sequence[Record], future: ProcessFuture, schedule: Schedule) -> list[Made]:
-    """Wait for some images; if their worker died or was too slow, take them one by one."""
-    try:
-        result: list[Made] = future.result()
-        return result
-    except (TimeoutError, ProcessExpired) as error:
-        if len(records) > 1:
-            return [m for one in records for m in _collect([one], schedule([one]), schedule)]
-        reason = (
-            f"crashed its decoder (exit code {error.exitcode})"
-            if isinstance(error, ProcessExpired)
-            else f"was not read within {SECONDS_PER_IMAGE} s"
-        )
-        return [({"reason": f"{records[0].file}: {reason}"}, b"")]
-
-
-def _write_part(directory: Path, part: Part, pending: list[Pending], schedule: Schedule) -> int:
+def _write_part(directory: Path, part: Part, pending: list[Pending]) -> int:
     """Write the files of a part when all its images are done; how many these are."""
     states = [state for known, _ in pending for state in known]
-    made = [
-        found
-        for i, (_, future) in enumerate(pending)
-        for found in _collect(part.records[i * CHUNK : (i + 1) * CHUNK], future, schedule)
-    ]
+    results = [result for _, job in pending for result in job.results()]
+    made = [({"reason": str(r)}, b"") if isinstance(r, CxrdistError) else r for r in results]
     squares = [
         Square(record.path, *state, **fields)
         for record, state, (fields, _) in zip(part.records, states, made, strict=True)

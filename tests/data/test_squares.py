@@ -16,7 +16,7 @@ from support import contents, make_images, run_command, small_disk
 
 from cxrdist.config import PackConfig
 from cxrdist.data import pack as packing
-from cxrdist.data import squares
+from cxrdist.data import workers
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.errors import CxrdistError, RunFailedError
@@ -218,7 +218,7 @@ def readers_of(fifo: Path) -> list[int]:
 @pytest.mark.parametrize("kills", [False, True], ids=["hangs", "dies"])
 def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypatch, kills):
     """The file is named; the images that its worker was given with it are read by another."""
-    monkeypatch.setattr(squares, "SECONDS_PER_IMAGE", 30 if kills else 2)
+    monkeypatch.setattr(workers, "SECONDS_PER_IMAGE", 30 if kills else 2)
     fifo = config.input / "a" / "a000_9.png"  # who reads it waits for what is never written
     os.mkfifo(fifo)
     writer, ended = os.open(fifo, os.O_RDWR), threading.Event()
