@@ -12,7 +12,7 @@ from cxrdist.data.records import SEPARATOR, images_in
 from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.metrics import predicted_classes, to_probabilities
-from cxrdist.explain.export import write_pictures
+from cxrdist.explain.pictures import write_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.precision import use_full_float32
