@@ -7,8 +7,9 @@ import torch
 from numpy.typing import NDArray
 
 from cxrdist.config import PredictConfig
+from cxrdist.data import found
 from cxrdist.data.images import read_square
-from cxrdist.data.records import SEPARATOR, images_in
+from cxrdist.data.records import SEPARATOR
 from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.metrics import predicted_classes, to_probabilities
@@ -58,7 +59,7 @@ def find_images(paths: list[Path]) -> list[Path]:
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = images_in(path)
+            inside = found.find_images(path).images
             if not inside:
                 raise CxrdistError(
                     f"{path}: has no PNG, JPEG or DICOM file; name a folder that has some"

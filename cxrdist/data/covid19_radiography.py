@@ -10,7 +10,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 from zipfile import BadZipFile
 
-from cxrdist.data.records import IMAGE_SUFFIXES, Record, Source, own_patient
+from cxrdist.data.found import IMAGE_SUFFIXES
+from cxrdist.data.records import Record, Source, own_patient
 from cxrdist.errors import CxrdistError
 
 NAME = "COVID-19 Radiography Database"

@@ -20,6 +20,7 @@ MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB unco
 MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
 DICOM_PREAMBLE = 128  # bytes before the mark (DICOM PS3.10, section 7.1)
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
+MARKS = {b"\x89PNG\r\n\x1a\n": "PNG", b"\xff\xd8\xff": "JPEG"}
 ORIENTATION = 0x0112  # EXIF tag; from 5 on the image is shown on its side
 
 
@@ -136,6 +137,13 @@ def read_grey(file: Path, least_px: int) -> Grey:
 def read_square(file: Path, size_px: int, fit: str) -> NDArray[np.uint8]:
     """The square alone of `decode`, uint8 [size_px, size_px]."""
     return decode(file, size_px, fit).pixels
+
+
+def kind_of(head: bytes) -> str | None:
+    """The kind of image that a file's first bytes begin, such as PNG or DICOM; None for no image."""
+    if is_dicom(head):
+        return "DICOM"
+    return next((kind for mark, kind in MARKS.items() if head.startswith(mark)), None)
 
 
 def is_dicom(data: bytes) -> bool:

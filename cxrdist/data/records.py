@@ -5,12 +5,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cxrdist.data.boxes import Box
 
-DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", *DICOM_SUFFIXES}
 SPLITS = ("train", "val", "test")
 DEVELOPMENT = "train+val"  # a given split of which validation is still to be drawn
 SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
@@ -71,31 +69,6 @@ class Source:
 def labels_of(label: str) -> list[str]:
     """The labels that a record's or sample's label holds."""
     return label.split(SEPARATOR) if label else []
-
-
-def images_in(folder: Path) -> list[Path]:
-    """All PNG, JPEG and DICOM files of a folder and the folders in it, sorted by name.
-
-    DICOM files without a suffix are found by their preamble (DICOM PS3.10, section 7.1).
-    """
-    return sorted(
-        (
-            file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES or _is_bare_dicom(file)
-        ),
-        key=str,
-    )
-
-
-def _is_bare_dicom(file: Path) -> bool:
-    """Whether a file without a suffix, or named by a UID, is DICOM."""
-    if file.suffix and not re.fullmatch(r"[\d.]+", file.name):
-        return False
-    if file.name.startswith(".") or not file.is_file():
-        return False
-    with file.open("rb") as content:
-        return content.read(132)[128:] == b"DICM"
 
 
 def count_unmatched(records: list[Record]) -> int:

@@ -11,12 +11,12 @@ from typing import Literal
 from cxrdist.config import PackConfig
 from cxrdist.data.chestxray14 import read_chestxray14
 from cxrdist.data.covid19_radiography import read_covid19_radiography
+from cxrdist.data.found import find_images
 from cxrdist.data.records import (
     SEPARATOR,
     SPLITS,
     Record,
     Source,
-    images_in,
     known_source,
     labels_of,
     own_patient,
@@ -101,7 +101,7 @@ def read_folder(folder: Path, patient_pattern: str | None = None) -> Source:
     for child in sorted(folder.iterdir(), key=str):
         if not child.is_dir() or child.name.startswith("."):
             continue
-        files = images_in(child)
+        files = find_images(child).images
         if not files:
             raise CxrdistError(
                 f"{child}: the class has no PNG, JPEG or DICOM image; add some or remove the folder"
