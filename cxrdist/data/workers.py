@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from cxrdist.errors import CxrdistError
 
 SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; anything slower is malicious or broken
+CHUNKS_AHEAD = 2  # of each worker, beside those that it is at
 
 
 class HasFile(Protocol):
@@ -77,6 +79,38 @@ def schedule(
     return Job(pool, make, items, limit, future)
 
 
+def in_order(
+    pool: ProcessPool,
+    make: Callable[[Item], Made],
+    items: Sequence[Item],
+    chunk: int,
+    seconds: float | None = None,
+) -> Iterator[Made | CxrdistError]:
+    """Yield what is made of each item, in their order, or why its file cannot be used.
+
+    The workers are some chunks ahead, and no more: what waits to be taken stays small.
+
+    Args:
+        pool: of `image_workers`.
+        make: as in `schedule`.
+        items: what it is called with.
+        chunk: items that a worker takes at once.
+        seconds: that a chunk may take; `SECONDS_PER_IMAGE` if None.
+    """
+    waiting: deque[Job[Item, Made]] = deque()
+    for start in range(0, len(items), chunk):
+        waiting.append(schedule(pool, make, items[start : start + chunk], seconds))
+        if len(waiting) > CHUNKS_AHEAD * num_cores():
+            yield from waiting.popleft().results()
+    while waiting:
+        yield from waiting.popleft().results()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def _make_each(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made | CxrdistError]:
     made: list[Made | CxrdistError] = []
     for item in items:
@@ -97,7 +131,7 @@ def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Proce
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    pool = ProcessPool(workers or len(os.sched_getaffinity(0)), context=context)
+    pool = ProcessPool(workers or num_cores(), context=context)
     try:
         yield pool
         pool.close()

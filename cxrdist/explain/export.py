@@ -245,15 +245,29 @@ def _num_threads(work: _Work) -> int:
 
 
 def _rows(work: _Work, numbers: NDArray[np.int64], ledgers: list[NDArray[np.float64]]) -> list[Row]:
-    """The rows of relevance.csv with their places in it; what is not known stays empty."""
+    """The rows of relevance.csv with their places in it."""
     rows: list[Row] = []
     for number, key, ledger in zip(numbers.tolist(), _keys(work, numbers), ledgers, strict=True):
-        pictures = picture_names(key, work.targets.names)[1:]
-        for k, name in enumerate(work.targets.names):
-            digits = ["" if np.isnan(value) else f"{value:.9g}" for value in ledger[k]]
-            picture = pictures[k] if work.with_pictures else ""
-            rows.append((number, k, [key, name, *digits, picture]))
+        made = ledger_rows(key, work.targets.names, ledger, with_pictures=work.with_pictures)
+        rows += [(number, k, row) for k, row in enumerate(made)]
     return rows
+
+
+def ledger_rows(
+    key: str, names: list[str], ledger: NDArray[np.float64], *, with_pictures: bool
+) -> list[list[str]]:
+    """A sample's rows of relevance.csv, one per class; what is not known stays empty.
+
+    Args:
+        key: of the sample.
+        names: of its K maps.
+        ledger: float64 [K, 4], as in `Map`.
+        with_pictures: whether its heat maps are drawn.
+    """
+    pictures = picture_names(key, names)[1:] if with_pictures else [""] * len(names)
+    digits = [["" if np.isnan(value) else f"{value:.9g}" for value in row] for row in ledger]
+    parts = zip(names, digits, pictures, strict=True)
+    return [[key, name, *values, picture] for name, values, picture in parts]
 
 
 def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:

@@ -2,17 +2,45 @@
 
 import hashlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxrdist.data.inputs import Input, Preparation, read_original
 from cxrdist.explain.heatmap import overlay, overlay_original
+from cxrdist.explain.maps import Map, encode, write_maps
 from cxrdist.run import atomic_file
 
 LONGEST_NAME = 80
 """Bytes of a class name in a file name; a file system takes 255 for all of it."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An image file, and the maps to be drawn over it."""
+
+    item: Input
+    found: Map
+
+    @property
+    def file(self) -> Path:
+        """The file of the original."""
+        return self.item.file
+
+
+def draw(drawing: Drawing, directory: Path, how: Preparation) -> None:
+    """Write heat maps over an original, then KEY.npz with the relevance of its square.
+
+    Raises:
+        CxrdistError: the file is no readable X-ray, or the relevance is not finite.
+    """
+    key, classes, relevance, _ = drawing.found
+    original = read_original(drawing.item, how)
+    write_pictures(directory, key, original, relevance, classes, how.fit)
+    write_maps(directory, [(key, encode(drawing.found, half=False))])
 
 
 def picture_name(key: str, name: str) -> str:
