@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from cxrdist.data.images import DICOM_SUFFIXES, kind_of
+from cxrdist.data.images import DICOM_SUFFIXES
+from cxrdist.data.kinds import kind_of
 from cxrdist.errors import CxrdistError
 
 IMAGE_SUFFIXES = {

@@ -12,12 +12,12 @@ from timm.models.densenet import DenseBlock, DenseNet
 from torch import Tensor, nn
 
 from cxrdist.config import Network
+from cxrdist.data.depth import DEPTHS
 from cxrdist.errors import CxrdistError
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.run import open_run
 
 MODEL_FORMAT = "cxrdist-model-1"
-DEPTHS = (8, 10, 12, 14, 16)
 COVERS, COVERED = ("black", "fill"), ("train", "val", "test", "all")
 
 
