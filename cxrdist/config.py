@@ -22,6 +22,10 @@ class PackConfig:
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """How an image becomes square. pad and stretch let the border's shape or the heart's width tell
     the source of an image, crop (centre) does not."""
+    depth: int | None = None
+    """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
+    to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
+    values of the whole source, but for one pixel in a thousand of an image."""
     split: str | None = None
     """paper: 60 images of each class for test, the rest 80/20 train/val. Or fractions of
     train/val/test, such as 0.7/0.1/0.2. Splits that the source fixes (a csv column `split`,
@@ -291,10 +295,10 @@ class PredictConfig:
     """End with exit code 0 although some images could not be read."""
     fit: Literal["crop", "pad", "stretch"] | None = None
     """How an image becomes square; as the training images if not given."""
-    depth: Literal[8, 10, 12, 14, 16] | None = None
-    """Bits that hold the values of images of more than 8 bits that do not declare it, such as
-    16-bit PNGs: 2 ** depth - 1 is white. If not given, as the training images; if these had no
-    such depth, the largest that one of the images uses."""
+    depth: int | None = None
+    """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
+    to 16, as in cxrdist pack. If not given: as the training images; if these had no such depth,
+    what cxrdist pack would take for the images given."""
     text_boxes: Path | None = None
     """Cover burned-in text in the boxes of this CSV, with paths as given here or relative to the
     folder given. Without it, text is looked for and covered if the model was trained on images with

@@ -177,6 +177,8 @@ def predict(config: PredictConfig) -> None:
             are predicted.
     """
     refuse_below_one(config, "batch_size")
+    if config.depth is not None and not 8 <= config.depth <= 16:
+        raise CxrdistError(f"--depth {config.depth}: expected 8 to 16 bits, such as 12")
     heatmaps = config.out.with_name(f"{config.out.stem}-heatmaps")
     found, left_out = find_inputs(config.images, heatmaps)
     _refuse_bad_out(config.out, heatmaps, found)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import PackConfig
 from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.depth import describe_depth
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.images import decode_png
 from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index
@@ -89,12 +90,16 @@ def assemble(
     found = audit(_entries(items, splits), duplicates, pixels, source.classes, source.task)
     write_json(directory / "audit.json", found)
     index = _describe(config, source, shards, entries, directory / "samples.csv")
+    depths = [item.square.used_depth for item in items]
+    index["depth"] = next((item.square.depth for item in items if item.square.depth), None)
     if config.text_boxes:
         index["cover"] = describe_cover(config, items, len(source.records))
     write_json(directory / "pack.json", content)
     write_json(directory / "index.json", index)
     records = [item.record for item in items]
     print_summary(config, source, records, read_index(directory), len(rejected))
+    if index["depth"]:
+        print(describe_depth(index["depth"], depths))
     print(summary(found))
 
 

@@ -53,6 +53,7 @@ class Index:
         fit: how the images became square.
         split: how the splits were drawn.
         cover: how burned-in text was covered (how, split, images, boxes); empty if it was not.
+        depth: bits by which images were scaled that do not declare their depth; None without such.
         shards: all shards, in the order of the samples.
         samples: all samples; their place in this list is their sample number.
     """
@@ -65,6 +66,7 @@ class Index:
     fit: str
     split: str
     cover: dict[str, Any]
+    depth: int | None
     shards: list[ShardEntry]
     samples: list[Sample]
 
@@ -140,6 +142,7 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
             fit=str(about["fit"]),
             split=str(about["split"]),
             cover=dict(about.get("cover", {})),
+            depth=about.get("depth"),
             shards=[ShardEntry(**e) for split in SPLITS for e in about["splits"][split]["shards"]],
             samples=[Sample(*row) for row in csv.reader(rows.decode("utf-8").splitlines())][1:],
         )

@@ -11,6 +11,7 @@ from typing import Any
 from cxrdist.config import PackConfig
 from cxrdist.data.assemble import Item, assemble, write_rejected
 from cxrdist.data.boxes import read_boxes
+from cxrdist.data.depth import source_depth
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
 from cxrdist.data.squares import (
@@ -56,8 +57,11 @@ def pack(config: PackConfig) -> None:
         if not config.merge:
             _decode(parts, work / "squares", config)
         if config.task is None:
+            found = _read_parts(parts, work, config)
+            found = _with_one_depth(parts, found, work / "squares", config)
             with _on_this_machine(work) as here:
-                items, pngs, rejected = _read_items(parts, here, config)
+                items, pngs = _items(parts, found, here)
+                rejected = [square for part in found for square in part if square.reason]
                 assemble(config, source, items, pngs, here, rejected, content)
                 publish(here / "shards", config.out)
             remove(work)
@@ -68,6 +72,8 @@ def _refuse_bad_options(config: PackConfig) -> None:
     refuse_below_one(config, "size", "shard_size", "workers", "num_tasks")
     if (config.task is None) != (config.num_tasks is None):
         raise CxrdistError("--task and --num-tasks: go together, such as --task 0 --num-tasks 4")
+    if config.depth is not None and not 8 <= config.depth <= 16:
+        raise CxrdistError(f"--depth {config.depth}: expected 8 to 16 bits, such as 12")
     if config.task is not None and config.num_tasks is not None:
         if config.merge:
             raise CxrdistError("--merge: comes after the tasks, without --task")
@@ -162,11 +168,16 @@ def _decode(parts: list[Part], squares: Path, config: PackConfig) -> None:
     total = sum(len(part.records) for part in mine)
     done = total - sum(len(part.records) for part in missing)
     with progress(total, "decoding", "images", done=done) as bar:
-        made = make_squares(missing, squares, config.size, config.fit, config.workers, config.cover)
-        for count in made:
+        for count in _make(missing, squares, config, config.depth):
             bar.update(count)
     if config.task is not None:
         print(f"task {config.task} of {config.num_tasks}: {total} images are decoded")
+
+
+def _make(parts: list[Part], squares: Path, config: PackConfig, depth: int | None) -> Iterator[int]:
+    return make_squares(
+        parts, squares, config.size, config.fit, config.workers, config.cover, depth
+    )
 
 
 @contextmanager
@@ -180,24 +191,21 @@ def _on_this_machine(work: Path) -> Iterator[Path]:
         yield Path(here)
 
 
-def _read_items(
-    parts: list[Part], work: Path, config: PackConfig
-) -> tuple[list[Item], Pngs, list[Square]]:
-    """What the workers found: the items, where their PNGs are, and what could not be read.
+def _read_parts(parts: list[Part], work: Path, config: PackConfig) -> list[list[Square]]:
+    """Read what the workers found of each part.
 
     Raises:
         CxrdistError: images are not decoded yet, or cannot be read and ``skip_bad`` is not set.
     """
-    found = [read_part(work / "squares", part, redo_bad=False) for part in parts]
-    missing = sum(len(p.records) for p, f in zip(parts, found, strict=True) if f is None)
-    if missing:
-        total = sum(len(part.records) for part in parts)
+    read = [read_part(work / "squares", part, redo_bad=False) for part in parts]
+    found = [squares for squares in read if squares is not None]
+    total, decoded = sum(len(part.records) for part in parts), sum(map(len, found))
+    if decoded < total:
         raise CxrdistError(
-            f"{work}: {missing} of {total} images are not decoded yet; run all tasks before --merge"
+            f"{work}: {total - decoded} of {total} images are not decoded yet; run all tasks "
+            "before --merge"
         )
-    squares = [square for part in found for square in part or ()]
-    records = [record for part in parts for record in part.records]
-    rejected = [square for square in squares if square.reason]
+    rejected = [square for squares in found for square in squares if square.reason]
     if rejected and not config.skip_bad:
         write_rejected(work / "rejected.csv", rejected)
         more = f" ({len(rejected)} such images, all in {work / 'rejected.csv'})"
@@ -205,10 +213,41 @@ def _read_items(
             f"{rejected[0].reason}{more if len(rejected) > 1 else ''}; "
             "mend or remove it, or leave it out with --skip-bad; what is decoded is kept"
         )
-    known = _with_tags(records, squares)
+    return found
+
+
+def _with_one_depth(
+    parts: list[Part], found: list[list[Square]], directory: Path, config: PackConfig
+) -> list[list[Square]]:
+    """Decode again what was scaled by another depth than the source's.
+
+    Which images these are depends on the source alone, so any number of workers, tasks and kills
+    ends with the same bytes.
+    """
+    squares = [square for part in found for square in part if not square.reason]
+    depth = config.depth or source_depth(square.used_depth for square in squares)
+    stale = [
+        part
+        for part, read in zip(parts, found, strict=True)
+        if not all(square.reason or square.is_scaled_by(depth) for square in read)
+    ]
+    if not stale:
+        return found
+    total = sum(not square.is_scaled_by(depth) for square in squares)
+    with progress(total, f"scaling by {depth} bits", "images") as bar:
+        for count in _make(stale, directory, config, depth):
+            bar.update(count)
+    # Once more: an image that cannot be read now no longer counts for the depth.
+    return _with_one_depth(parts, _read_parts(parts, directory.parent, config), directory, config)
+
+
+def _items(parts: list[Part], found: list[list[Square]], work: Path) -> tuple[list[Item], Pngs]:
+    """The images that were read, and where their PNGs are."""
+    squares = [square for part in found for square in part]
+    known = _with_tags([record for part in parts for record in part.records], squares)
     pairs = zip(known, squares, strict=True)
     items = [Item(r, square, i) for i, (r, square) in enumerate(pairs) if not square.reason]
-    return items, locate_pngs(work / "squares", [part or [] for part in found]), rejected
+    return items, locate_pngs(work / "squares", found)
 
 
 def _with_tags(records: Sequence[Record], squares: Sequence[Square]) -> list[Record]:

@@ -5,6 +5,9 @@ one after the other and NNNNNN.json with what is known of each; the second appea
 is there whole or not at all. A killed pack goes on with the parts that are missing, and the tasks
 of a SLURM array make parts side by side.
 
+Images that do not declare their bit depth are scaled by what each uses at first. When all are there
+the depth of the source is known, and those that were scaled by another are decoded again.
+
 An image with burned-in text to be covered has two PNGs, as it is and covered: which of them is
 used depends on its split, and the splits are drawn when all images are known.
 """
@@ -13,7 +16,7 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ CHUNK = 16  # images that a worker is given at once
 State = tuple[int, int]  # size and time of change of a file
 Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs
 Pending = tuple[list[State], Job[Record, Made]]
+Kept = dict[int, tuple["Square", bytes]]  # squares that are there, and their PNGs
 PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
 
 
@@ -52,6 +56,8 @@ class Square:
         view: of the DICOM, or empty.
         covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
         covered_fingerprint: of the pixels with burned-in text covered.
+        used_depth: bits that its values use if its file does not declare its depth, else None.
+        depth: bits by which it was scaled then, else None.
     """
 
     path: str
@@ -66,6 +72,12 @@ class Square:
     view: str = ""
     covered_bytes: int = 0
     covered_fingerprint: Fingerprint | None = None
+    used_depth: int | None = None
+    depth: int | None = None
+
+    def is_scaled_by(self, depth: int | None) -> bool:
+        """Whether it is as if it were decoded by a depth; None is its own."""
+        return self.used_depth is None or self.depth == (depth or self.used_depth)
 
 
 @dataclass(frozen=True)
@@ -89,8 +101,12 @@ def make_squares(
     fit: str,
     workers: int | None,
     cover: str = "black",
+    depth: int | None = None,
 ) -> Iterator[int]:
     """Decode the parts in processes of their own; what crashes, hangs or is unreadable is noted.
+
+    Of a part that is there already, what could not be read or was scaled by another depth is
+    decoded again.
 
     Args:
         parts: what to decode.
@@ -99,20 +115,42 @@ def make_squares(
         fit: how an image becomes square.
         workers: number of processes; one for each core if None.
         cover: how the boxes of a record are covered.
+        depth: bits of images that do not declare their depth; what each uses if None.
 
     Yields:
-        The number of images of each part when it is written.
+        The number of images of each part that were decoded, when it is written.
     """
-    make = partial(_make_square, size_px=size_px, fit=fit, cover=cover)
+    make = partial(_make_square, size_px=size_px, fit=fit, cover=cover, depth=depth)
     # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
     with image_workers(workers, [__name__, "scipy.fftpack"]) as pool:
-        waiting: deque[tuple[Part, list[Pending]]] = deque()
+        waiting: deque[tuple[Part, Kept, list[Pending]]] = deque()
         for part in parts:
-            waiting.append((part, _submit(part, pool, make)))
+            kept = _keep(directory, part, depth)
+            waiting.append((part, kept, _submit(_without(part, kept), pool, make)))
             if len(waiting) > PARTS_AHEAD:
                 yield _write_part(directory, *waiting.popleft())
         while waiting:
             yield _write_part(directory, *waiting.popleft())
+
+
+def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
+    """What is there of a part and need not be decoded again, by the number of the record."""
+    squares = _load(directory, part)
+    if squares is None:
+        return {}
+    data = (directory / f"{part.number:06d}.bin").read_bytes()
+    kept, start = {}, 0
+    for i, square in enumerate(squares):
+        end = start + square.png_bytes + square.covered_bytes
+        if not square.reason and square.is_scaled_by(depth):
+            kept[i] = square, data[start:end]
+        start = end
+    return kept
+
+
+def _without(part: Part, kept: Kept) -> Part:
+    """The part with the records that are to be decoded."""
+    return replace(part, records=[r for i, r in enumerate(part.records) if i not in kept])
 
 
 def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> list[Pending]:
@@ -121,9 +159,9 @@ def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> li
     return [([file_state(r) for r in chunk], schedule(pool, make, chunk)) for chunk in chunks]
 
 
-def _make_square(record: Record, size_px: int, fit: str, cover: str) -> Made:
+def _make_square(record: Record, size_px: int, fit: str, cover: str, depth: int | None) -> Made:
     """Decode and encode one image: the fields of its square, and its PNGs."""
-    decoded = decode(record.file, size_px, fit, record.boxes, cover)
+    decoded = decode(record.file, size_px, fit, record.boxes, cover, depth)
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     return {
@@ -135,23 +173,29 @@ def _make_square(record: Record, size_px: int, fit: str, cover: str) -> Made:
         "height_px": decoded.height_px,
         "patient": hashlib.sha256(decoded.patient.encode()).hexdigest() if decoded.patient else "",
         "view": decoded.view,
+        "used_depth": decoded.used_depth,
+        "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
     }, png + covered
 
 
-def _write_part(directory: Path, part: Part, pending: list[Pending]) -> int:
-    """Write the files of a part when all its images are done; how many these are."""
+def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending]) -> int:
+    """Write the files of a part when all its images are done; how many were decoded."""
+    records = _without(part, kept).records
     states = [state for known, _ in pending for state in known]
     results = [result for _, job in pending for result in job.results()]
     made = [({"reason": str(r)}, b"") if isinstance(r, CxrdistError) else r for r in results]
-    squares = [
-        Square(record.path, *state, **fields)
-        for record, state, (fields, _) in zip(part.records, states, made, strict=True)
-    ]
-    rows = json.dumps([_row(square) for square in squares], default=bytes.hex).encode()
-    for suffix, data in (("bin", b"".join(png for _, png in made)), ("json", rows)):
+    decoded = iter(
+        (Square(record.path, *state, **fields), png)
+        for record, state, (fields, png) in zip(records, states, made, strict=True)
+    )
+    squares = [kept[i] if i in kept else next(decoded) for i in range(len(part.records))]
+    rows = json.dumps([_row(square) for square, _ in squares], default=bytes.hex).encode()
+    # A killed rewrite must not leave new PNGs beside old fields.
+    (directory / f"{part.number:06d}.json").unlink(missing_ok=True)
+    for suffix, data in (("bin", b"".join(png for _, png in squares)), ("json", rows)):
         with atomic_file(directory / f"{part.number:06d}.{suffix}") as file:
             file.write_bytes(data)
-    return len(squares)
+    return len(records)
 
 
 def _row(square: Square) -> dict[str, Any]:
@@ -179,10 +223,9 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     Raises:
         CxrdistError: a file was changed since it was read.
     """
-    path = directory / f"{part.number:06d}.json"
-    if not path.is_file():
+    squares = _load(directory, part)
+    if squares is None:
         return None
-    squares = [_square(row) for row in json.loads(path.read_text(encoding="utf-8"))]
     for record, square in zip(part.records, squares, strict=True):
         if file_state(record) != (square.bytes, square.modified):
             if square.reason and redo_bad:
@@ -192,6 +235,14 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
                 f"{directory.parent} to begin anew"
             )
     return squares
+
+
+def _load(directory: Path, part: Part) -> list[Square] | None:
+    """The squares of a part as its file tells them; None if there is none."""
+    path = directory / f"{part.number:06d}.json"
+    if not path.is_file():
+        return None
+    return [_square(row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def _square(row: dict[str, Any]) -> Square:

@@ -12,7 +12,6 @@ from timm.models.densenet import DenseBlock, DenseNet
 from torch import Tensor, nn
 
 from cxrdist.config import Network
-from cxrdist.data.depth import DEPTHS
 from cxrdist.errors import CxrdistError
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.run import open_run
@@ -217,8 +216,8 @@ def load_model(run: str | Path) -> Classifier:
         model.network.load_state_dict(load_file(directory / "model.safetensors"))
         model.depth, cover = description.get("depth"), description.get("cover")
         model.cover = None if cover is None else Cover(**cover)
-        if not (model.depth is None or (isinstance(model.depth, int) and model.depth in DEPTHS)):
-            raise ValueError(f"depth {model.depth!r}, expected one of {DEPTHS}")
+        if model.depth is not None and model.depth not in range(8, 17):
+            raise ValueError(f"depth {model.depth!r}, expected 8 to 16 bits")
         model.origin = description.get("weights")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

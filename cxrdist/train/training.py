@@ -229,6 +229,7 @@ def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> 
         index.fit,
         index.task,
     )
+    model.depth = index.depth
     model.cover = Cover(index.cover["how"], index.cover["split"]) if index.cover else None
     return model
 
