@@ -10,9 +10,10 @@ class PackConfig:
     """Pack raw chest X-rays into WebDataset shards, split by patient."""
 
     source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
-    """folder: one sub-folder per class. csv: a table with the column path, and label (one class an
-    image) or labels (several, with | between them, or none), optionally patient, split, source and
-    view; paths are relative to the table. The others are public data sets, as they are unpacked."""
+    """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv: a
+    table with the column path, and label (one class an image) or labels (several, with | between
+    them, or none), optionally patient, split, source, view, sex and age; paths are relative to the
+    table. The others are public data sets, as they are unpacked."""
     input: Path
     """The folder, or the CSV file; a path or an fsspec URL such as s3://bucket/folder."""
     out: Path
@@ -40,6 +41,11 @@ class PackConfig:
     duplicates: Literal["join", "drop", "report"] = "join"
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
+    allow_outside: bool = False
+    """csv: read images also where the table's paths lead out of its folder (../ or /)."""
+    anonymise: bool | None = None
+    """Give images, patients and sources names that tell nothing; OUT.names.csv, which stays with
+    the owner, says what they stand for. If not given: true for a source with DICOM files."""
     expect: dict[str, int] = field(default_factory=dict)
     """Images that each class should have; what differs is said. For recipes of public data sets."""
     seed: int = 0
@@ -76,6 +82,8 @@ class FindTextConfig:
     out: Path
     """The CSV to write: path (relative to the source), x, y, width, height (in px of the original
     as it is shown), text, score."""
+    allow_outside: bool = False
+    """As in cxrdist pack."""
     workers: int | None = None
     """Processes that look; all cores if not given."""
 

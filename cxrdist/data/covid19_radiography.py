@@ -5,12 +5,13 @@ Kaggle: tawsifurrahman/covid19-radiography-database. The paper used the first re
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlparse
 from zipfile import BadZipFile
 
-from cxrdist.data.found import IMAGE_SUFFIXES
+from cxrdist.data.found import LeftOut, find_images
 from cxrdist.data.records import Record, Source, own_patient
 from cxrdist.errors import CxrdistError
 
@@ -66,8 +67,10 @@ RELEASES = (
 )
 
 
-def read_covid19_radiography(folder: Path, *, drop_unusable: bool) -> Source:
-    """Read one of the three releases, told by its folders; the lung masks are left alone.
+def read_covid19_radiography(
+    folder: Path, *, drop_unusable: bool, besides: Sequence[Path] = ()
+) -> Source:
+    """Read one of the three releases, told by its folders; the lung masks are left out.
 
     The label is the folder's name. No patient is known. The source is that of the URL in the
     metadata workbooks, where there is none that of the class (`Release`).
@@ -75,6 +78,7 @@ def read_covid19_radiography(folder: Path, *, drop_unusable: bool) -> Source:
     Args:
         folder: the release's, or the one that holds it.
         drop_unusable: leave out what COVID-Net lists as unusable.
+        besides: folders that are not looked into.
 
     Raises:
         CxrdistError: the folder holds no release, a class has no image, a workbook cannot be read,
@@ -85,24 +89,40 @@ def read_covid19_radiography(folder: Path, *, drop_unusable: bool) -> Source:
         raise CxrdistError(
             f"--drop-unusable: is for the first release, {root} is the {release.name}"
         )
+    found = find_images(root, besides)
+    urls = {name: _read_workbook(root, name) for name in release.classes}
     records: list[Record] = []
-    for name, otherwise in release.classes.items():
-        urls = _read_workbook(root, name)
-        found = [
-            file
-            for file in (root / name / release.images).iterdir()
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not found:
-            raise CxrdistError(f"{root / name}: the class has no image; unpack the release again")
-        for file in found:
-            number = _number(file.name)
-            if drop_unusable and name == "COVID-19" and number in UNUSABLE:
-                continue
-            path = file.relative_to(root).as_posix()
-            source = source_of(urls[number]) if number in urls else otherwise
-            records.append(Record(file, path, name, own_patient(path), source))
-    return Source(records, "multiclass", sorted(release.classes), f"{NAME}, {release.name}")
+    left_out = list(found.left_out)
+    for file in found.images:
+        parts = file.relative_to(root).parts
+        path, name, number = "/".join(parts), parts[0], _number(file.name)
+        if reason := _why_left_out(release, parts, drop_unusable):
+            left_out.append(LeftOut(path, reason))
+            continue
+        source = source_of(urls[name][number]) if number in urls[name] else release.classes[name]
+        records.append(Record(file, path, name, own_patient(path), source))
+    empty = sorted(set(release.classes) - {record.label for record in records})
+    if empty:
+        raise CxrdistError(f"{root / empty[0]}: the class has no image; unpack the release again")
+    return Source(
+        records,
+        "multiclass",
+        sorted(release.classes),
+        f"{NAME}, {release.name}",
+        left_out=tuple(sorted(left_out)),
+        num_found=found.num_files,
+        dicom=found.dicom,
+    )
+
+
+def _why_left_out(release: Release, parts: Sequence[str], drop_unusable: bool) -> str:
+    """Why an image of the release's folder is not packed; empty if it is."""
+    folders = [part for part in (parts[0], release.images) if part]
+    if list(parts[:-1]) != folders or parts[0] not in release.classes:
+        return "lung mask" if "masks" in parts[1:-1] else "outside of the release's folders"
+    if drop_unusable and parts[0] == "COVID-19" and _number(parts[-1]) in UNUSABLE:
+        return "unusable according to COVID-Net"
+    return ""
 
 
 def _recognise(folder: Path) -> tuple[Path, Release]:

@@ -1,7 +1,7 @@
 """Found: every file below a folder, as an image to be read or left out with a reason.
 
-Files are told by their content. A file whose suffix promises an image counts as one: if it cannot be
-decoded, its reader says so. Of any other file the first bytes decide.
+Content decides. A file whose suffix promises an image is left to its decoder, which reports what it
+cannot read; of any other file the first bytes tell.
 """
 
 import heapq
@@ -19,7 +19,7 @@ IMAGE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
     *(".jp2", ".j2k", ".pgm", ".ppm", ".pnm", *DICOM_SUFFIXES),
 }
-# Of archivers, desktops, photo servers and file systems; names that begin with a dot are hidden too.
+# Of archivers, desktops, photo servers and file systems; a dot in front hides a name too.
 SYSTEM_NAMES = {
     *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "@eaDir"),
     *("$RECYCLE.BIN", "System Volume Information", "lost+found"),
@@ -90,9 +90,7 @@ def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str
     its own name rather than a link's, so that links in circles end; the other ways are yielded.
     """
     if not isinstance(folder, Path):  # an object store has neither links nor special files
-        for file in folder.rglob("*"):
-            if file.is_file():
-                yield file, HIDDEN if _is_hidden(*file.relative_to(folder).parts) else ""
+        yield from _walk_store(folder)
         return
     own = {_identity(path) for path in besides if path.is_dir()}
     seen = set(own)
@@ -109,12 +107,18 @@ def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str
             yield Path(name), SEEN
         seen.add(identity)
         for entry in entries:
-            is_hidden = hidden or _is_hidden(entry.name)
+            below_hidden = hidden or is_hidden(entry.name)
             fault = _fault(entry)
             if fault is None:
-                heapq.heappush(waiting, (is_hidden, entry.is_symlink(), entry.path))
+                heapq.heappush(waiting, (below_hidden, entry.is_symlink(), entry.path))
             else:
-                yield Path(entry.path), HIDDEN if is_hidden else fault
+                yield Path(entry.path), HIDDEN if below_hidden else fault
+
+
+def _walk_store(folder: Path) -> Iterator[tuple[Path, str]]:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            yield file, HIDDEN if is_hidden(*file.relative_to(folder).parts) else ""
 
 
 def look_at(file: Path) -> tuple[str, str]:
@@ -134,7 +138,7 @@ def look_at(file: Path) -> tuple[str, str]:
 
 
 def escaped(name: str) -> str:
-    """A file's name as text that can be printed: bytes that are not UTF-8 become \\\\xNN."""
+    """A file's name as text that can be printed; bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -147,8 +151,15 @@ def _refuse_undecodable_name(file: Path) -> None:
         )
 
 
-def _is_hidden(*names: str) -> bool:
+def is_hidden(*names: str) -> bool:
+    """Whether a file or folder, or one above it, is hidden or the system's own."""
     return any(name.startswith(".") or name in SYSTEM_NAMES for name in names)
+
+
+def is_same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one folder of this machine."""
+    local = isinstance(one, Path) and isinstance(other, Path)
+    return local and one.is_dir() and other.is_dir() and _identity(one) == _identity(other)
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

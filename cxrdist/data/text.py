@@ -55,7 +55,8 @@ def find_text(config: FindTextConfig) -> None:
     if config.out.exists():
         raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
     require_extra()
-    records = read_source(PackConfig(config.source, config.input, config.out)).records
+    source = PackConfig(config.source, config.input, config.out, allow_outside=config.allow_outside)
+    records = read_source(source).records
     work = config.out.with_name(f".{config.out.name}.partial")
     boxes: dict[str, list[Box]] = {}
     unreadable: list[str] = []

@@ -2,8 +2,10 @@ import pytest
 from support import make_images
 
 from cxrdist.config import PackConfig
+from cxrdist.data.class_folders import read_class_folders
+from cxrdist.data.image_table import read_image_table
 from cxrdist.data.records import count_unmatched
-from cxrdist.data.sources import read_folder, read_source, read_table
+from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError
 
 
@@ -12,7 +14,7 @@ def test_folder_source_reads_class_folders_and_patients(tmp_path):
     folder = make_images(tmp_path / "in", {"x": 3, "y": 2})
     (folder / "x" / "notes.txt").write_text("no image")
     (folder / "table.csv").write_text("no class")
-    records = read_folder(folder, r"^(\w+)_").records
+    records = read_class_folders(folder, r"^(\w+)_").records
     assert [(r.path, r.label, r.patient) for r in records] == [
         ("x/x000_0.png", "x", "x000"),
         ("x/x000_1.png", "x", "x000"),
@@ -26,7 +28,7 @@ def test_folder_source_reads_class_folders_and_patients(tmp_path):
 def test_names_that_tell_no_patient_are_patients_of_their_own(tmp_path):
     """Where the pattern does not match, images are not thrown together, and are counted."""
     folder = make_images(tmp_path / "in", {"x": 2, "y": 2})
-    records = read_folder(folder, r"^(x\d+)_").records
+    records = read_class_folders(folder, r"^(x\d+)_").records
     assert len({r.patient for r in records if r.label == "y"}) == 2
     assert count_unmatched(records) == 2
 
@@ -34,7 +36,7 @@ def test_names_that_tell_no_patient_are_patients_of_their_own(tmp_path):
 def test_the_first_group_that_matches_is_the_patient(tmp_path):
     """One pattern can hold one way to name patients for each class."""
     folder = make_images(tmp_path / "in", {"x": 1, "y": 1})
-    records = read_folder(folder, r"^(x\d+)_|^(y\d)").records
+    records = read_class_folders(folder, r"^(x\d+)_|^(y\d)").records
     assert [r.patient for r in records] == ["x000", "y0"]
 
 
@@ -73,7 +75,7 @@ def test_a_table_gives_patient_source_and_split(tmp_path):
     table.write_text(
         "\ufeffpath,label,patient,split,source\na.png,x,7,train,here\nb.png,y,8,test,there\n"
     )
-    records = read_table(table).records
+    records = read_image_table(table).records
     assert [(r.patient, r.split, r.source) for r in records] == [
         ("7", "train", "here"),
         ("8", "test", "there"),
@@ -84,4 +86,4 @@ def test_a_table_gives_patient_source_and_split(tmp_path):
 def test_a_pattern_without_a_patient_is_refused(tmp_path, pattern):
     """A pattern that cannot tell a patient is an error, not a data set without patients."""
     with pytest.raises(CxrdistError, match="--patient-pattern"):
-        read_folder(tmp_path, pattern)
+        read_class_folders(tmp_path, pattern)

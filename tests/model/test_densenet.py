@@ -77,7 +77,7 @@ def test_a_model_keeps_what_its_images_were(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "field", [{"depth": 17}, {"depth": 12.5}, {"depth": "12"}, {"cover": "black"}, {"cover": {}}]
+    "field", [{"depth": 17}, {"depth": 12.0}, {"depth": "12"}, {"cover": "black"}, {"cover": {}}]
 )
 def test_a_depth_or_cover_that_no_pack_makes_is_refused(tmp_path, field):
     """A number or word out of range is an error of the model's files, not of predict's images."""
