@@ -1,6 +1,6 @@
 """Predict image files with a trained model."""
 
-import os
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -179,9 +179,11 @@ def predict(config: PredictConfig) -> None:
     refuse_below_one(config, "batch_size")
     if config.depth is not None and not 8 <= config.depth <= 16:
         raise CxrdistError(f"--depth {config.depth}: expected 8 to 16 bits, such as 12")
-    heatmaps = config.out.with_name(f"{config.out.stem}-heatmaps")
+    _refuse_bad_out(config.out)
+    heatmaps = _beside(config.out, "heatmaps")
     found, left_out = find_inputs(config.images, heatmaps)
-    _refuse_bad_out(config.out, heatmaps, found)
+    if config.out.exists() and any(item.file.samefile(config.out) for item in found):
+        raise CxrdistError(f"--out {config.out}: is one of the images; name a CSV to write")
     use_full_float32()
     model = load_model(config.run)
     how = _preparation(config, model)
@@ -229,28 +231,29 @@ def _preparation(config: PredictConfig, model: Classifier) -> Preparation:
     )
 
 
-def _refuse_bad_out(out: Path, heatmaps: Path, inputs: Sequence[Input]) -> None:
-    """Make sure that files can be written before any work is done for them.
+def _refuse_bad_out(out: Path) -> None:
+    """Make sure that the files can be written before any work is done for them.
 
     Raises:
-        CxrdistError: they cannot, or one of them is an image to be predicted.
+        CxrdistError: they cannot.
     """
     if not out.name or (out.exists() and not out.is_file()):
-        raise CxrdistError(f"--out {out}: is not a regular file; give the name of a CSV to write")
-    if heatmaps.exists() and not heatmaps.is_dir():
-        raise CxrdistError(f"--out {out}: {heatmaps} is no folder, as the heat maps need one")
-    if out.exists() and any(item.file.samefile(out) for item in inputs):
-        raise CxrdistError(f"--out {out}: is one of the images; give the name of a CSV to write")
+        raise CxrdistError(f"--out {out}: is not a regular file; name a CSV to write")
+    if _beside(out, "heatmaps").exists() and not _beside(out, "heatmaps").is_dir():
+        raise CxrdistError(f"--out {out}: {_beside(out, 'heatmaps')} is not a folder; move it away")
     folder = next(parent for parent in out.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
         raise CxrdistError(
-            f"--out {out}: {folder} cannot be written to; name a file in a folder of your own"
-        )
+            f"--out {out}: {folder} cannot be written to ({error.strerror}); name a CSV in a "
+            "folder of your own"
+        ) from error
 
 
-def _rejected(out: Path) -> Path:
-    """The table of what was not predicted."""
-    return out.with_name(f"{out.stem}-rejected.csv")
+def _beside(out: Path, name: str) -> Path:
+    """A folder or file that belongs to a CSV, such as NAME-heatmaps."""
+    return out.with_name(f"{out.stem}-{name}")
 
 
 def _write(
@@ -276,9 +279,9 @@ def _write(
     unread = sorted(predictor.reasons.items())
     rejected = [(str(inputs[n].file), reason) for n, reason in unread] + list(left_out)
     if rejected:
-        write_table(_rejected(out), ("path", "reason"), rejected)
+        write_table(_beside(out, "rejected.csv"), ("path", "reason"), rejected)
     else:
-        _rejected(out).unlink(missing_ok=True)  # of an earlier call
+        _beside(out, "rejected.csv").unlink(missing_ok=True)  # of an earlier call
     write_table(out, columns, rows)
 
 
@@ -306,15 +309,16 @@ def _tell_rest(
     Raises:
         RunFailedError: something, without ``skip_bad``.
     """
+    rejected = _beside(config.out, "rejected.csv")
     if config.explain:
         print(f"heat maps: {predictor.heatmaps}")
     if left_out:
-        print(f"left out {len(left_out)} files that are no images: {_rejected(config.out)}")
+        print(f"not an image, and left out: {len(left_out)} files, listed in {rejected}")
     if predictor.reasons:
         line = _unread(list(predictor.reasons.values()), num_inputs)
-        line += f"; all of them: {_rejected(config.out)}"
+        line += f"; all of them: {rejected}"
         if not config.skip_bad:
-            raise RunFailedError(f"{line}; mend or remove them, or accept that with --skip-bad")
+            raise RunFailedError(f"{line}; mend or remove them, or accept it with --skip-bad")
         print(line)
 
 

@@ -216,9 +216,7 @@ def load_model(run: str | Path) -> Classifier:
         model.network.load_state_dict(load_file(directory / "model.safetensors"))
         model.depth, cover = description.get("depth"), description.get("cover")
         model.cover = None if cover is None else Cover(**cover)
-        if model.depth is not None and (
-            type(model.depth) is not int or not 8 <= model.depth <= 16
-        ):
+        if model.depth is not None and (type(model.depth) is not int or not 8 <= model.depth <= 16):
             raise ValueError(f"depth {model.depth!r}, expected 8 to 16 bits")
         model.origin = description.get("weights")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
