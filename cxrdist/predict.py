@@ -182,8 +182,9 @@ def predict(config: PredictConfig) -> None:
     _refuse_bad_out(config.out)
     heatmaps = _beside(config.out, "heatmaps")
     found, left_out = find_inputs(config.images, heatmaps)
-    if config.out.exists() and any(item.file.samefile(config.out) for item in found):
-        raise CxrdistError(f"--out {config.out}: is one of the images; name a CSV to write")
+    given = [item.file for item in found] + ([config.text_boxes] if config.text_boxes else [])
+    if config.out.exists() and any(file.samefile(config.out) for file in given if file.exists()):
+        raise CxrdistError(f"--out {config.out}: is one of the files given; name a CSV to write")
     use_full_float32()
     model = load_model(config.run)
     how = _preparation(config, model)
@@ -200,8 +201,7 @@ def predict(config: PredictConfig) -> None:
         raise CxrdistError(_unread(list(predictor.reasons.values()), len(inputs)))
     _write(config.out, inputs, left_out, predictor)
     print(f"predicted {len(predictor.logits)} images: {config.out}")
-    if depth and how.depth is None:
-        print(describe_depth(depth, used))
+    _tell_depth(how, depth, used)
     _tell_cover(config, predictor)
     _tell_rest(config, len(inputs), left_out, predictor)
 
@@ -283,6 +283,18 @@ def _write(
     else:
         _beside(out, "rejected.csv").unlink(missing_ok=True)  # of an earlier call
     write_table(out, columns, rows)
+
+
+def _tell_depth(how: Preparation, depth: int | None, used: Sequence[int | None]) -> None:
+    """Say by which depth images that do not declare theirs were scaled, where that is news."""
+    if depth and how.depth is None:
+        print(describe_depth(depth, used))
+    deeper = sum(bits is not None and depth is not None and bits > depth for bits in used)
+    if deeper:
+        print(
+            f"{deeper} images use more bits than the {depth} by which they are scaled: what is "
+            "brighter is white; --depth sets another"
+        )
 
 
 def _tell_cover(config: PredictConfig, predictor: Predictor) -> None:

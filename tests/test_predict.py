@@ -205,7 +205,7 @@ def test_without_a_readable_image_nothing_is_written(run, tmp_path, given, messa
     [
         (".", "is not a regular file; name a CSV"),
         ("in", "is not a regular file; name a CSV"),
-        ("in/x/x000_0.png", "is one of the images"),
+        ("in/x/x000_0.png", "is one of the files given"),
         ("in/x/x000_0.png/out.csv", "cannot be written to .*; name a CSV in a folder"),
         ("/proc/out.csv", "/proc cannot be written to"),
     ],
@@ -264,6 +264,8 @@ def test_the_depth_is_that_of_the_training_images_unless_told(run, tmp_path, mon
     assert brightest(depth=16) == [round(255 * v / 65535) for v in (1000, 4000)]
     assert brightest() == [round(255 * v / 16383) for v in (1000, 4000)]
     assert "bits" not in capsys.readouterr().out
+    assert brightest(depth=10) == [round(255 * 1000 / 1023), 255]
+    assert "1 images use more bits than the 10" in capsys.readouterr().out
     change_model(run, depth=None)
     assert brightest()[1:] == [round(255 * v / 4095) for v in (4000, 1000)], "the low one again"
     assert "are scaled by 12 bits" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.data.boxes import Box, cover, read_boxes, scaled
-from cxrdist.data.found import LeftOut, find_images
+from cxrdist.data.found import LeftOut, find_images, refuse_undecodable_name
 from cxrdist.data.images import decode, read_grey
 from cxrdist.data.text import find_in_file
 from cxrdist.errors import CxrdistError
@@ -80,7 +80,7 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
         The files in the given order, folders sorted, each once; and what folders hold besides.
 
     Raises:
-        CxrdistError: a path does not exist, or a folder has no image.
+        CxrdistError: a path does not exist, a folder has no image, or a name is not UTF-8.
     """
     inputs: dict[Path, Input] = {}
     left_out: list[LeftOut] = []
@@ -96,6 +96,7 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
                 inputs.setdefault(file, Input(file, file.relative_to(path).as_posix()))
             left_out += [LeftOut(f"{path}/{name}", reason) for name, reason in found.left_out]
         elif path.is_file():
+            refuse_undecodable_name(path)
             inputs.setdefault(path, Input(path, path.name))
         else:
             raise CxrdistError(f"{path}: no such file or folder; name image files, or folders")

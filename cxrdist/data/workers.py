@@ -118,6 +118,8 @@ def _make_each(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made
             made.append(make(item))
         except CxrdistError as error:
             made.append(CxrdistError(str(error)))  # without its cause, which may not be picklable
+        except MemoryError:
+            made.append(CxrdistError(f"{item.file}: does not fit into the memory of this machine"))
     return made
 
 
