@@ -10,8 +10,8 @@ class PackConfig:
     """Pack raw chest X-rays into WebDataset shards, split by patient."""
 
     source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
-    """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv: a
-    table with the column path, and label (one class an image) or labels (several, with | between
+    """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv:
+    a table with the column path, and label (one class per image) or labels (several, with | between
     them, or none), optionally patient, split, source, view, sex and age; paths are relative to the
     table. The others are public data sets, as they are unpacked."""
     input: Path
@@ -28,10 +28,10 @@ class PackConfig:
     to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
     values of the whole source, but for one pixel in a thousand of an image."""
     split: str | None = None
-    """paper: 60 images of each class for test, the rest 80/20 train/val. Or fractions of
-    train/val/test, such as 0.7/0.1/0.2. Splits that the source fixes (a csv column `split`,
-    ChestX-ray14's official lists) take precedence. If not given: paper, for several labels an image
-    0.7/0.1/0.2."""
+    """Fractions of train/val/test, by patient; 0 leaves a split empty: 0/0/1 packs a set for
+    evaluation only. Or paper: 60 images of each class for test, the rest 80/20 train/val. Splits
+    that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence.
+    0.7/0.1/0.2 if not given."""
     patient_pattern: str | None = None
     """Regular expression whose first group, found in the file name, is the patient."""
     against_rest: str | None = None

@@ -89,7 +89,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         CxrdistError: run, shards, boxes or options cannot be used.
     """
     _refuse_bad_options(config)
-    subject = open_subject(config.run, config.shards, config.cache)
+    subject = open_subject(config.run, config.shards, config.cache, config.split)
     accelerator = subject.accelerator
     together(accelerator, lambda: _refuse_covered(subject.index, config.split))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)

@@ -76,7 +76,8 @@ def packed_squares(folder, **options):
     rows = [(path, "ab"[i % 2], SPLITS[i // 2 % 3], path) for i, path in enumerate(paths)]
     table, shards = folder / "table.csv", folder / "shards"
     write_table(table, ("path", "label", "split", "patient"), rows)
-    settings = {"size": 32, "fit": "pad", "duplicates": "report", "workers": 1, **options}
+    settings = {"size": 32, "fit": "pad", "duplicates": "report", "workers": 1}
+    settings |= {"anonymise": False, **options}
     pack(PackConfig("csv", table, shards, **settings))
     index, found = read_index(shards), {}
     for shard in index.shards:

@@ -2,8 +2,10 @@
 
 import csv
 import hashlib
+import io
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +17,9 @@ from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.errors import CxrdistError
 
 FORMAT = "cxrdist-shards-1"
-SAMPLE_COLUMNS = ("key", "split", "shard", "label", "patient", "source", "path", "sha256")
+SAMPLE_COLUMNS = (
+    *("key", "split", "shard", "label", "patient", "source", "path", "sha256", "sex", "age"),
+)
 
 
 class Sample(NamedTuple):
@@ -29,6 +33,10 @@ class Sample(NamedTuple):
     source: str
     path: str
     sha256: str
+    sex: str = ""
+    """M, F, or empty where nothing tells."""
+    age: str = ""
+    """In years, or empty."""
 
 
 class ShardEntry(NamedTuple):
@@ -144,13 +152,18 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
             cover=dict(about.get("cover", {})),
             depth=about.get("depth"),
             shards=[ShardEntry(**e) for split in SPLITS for e in about["splits"][split]["shards"]],
-            samples=[Sample(*row) for row in csv.reader(rows.decode("utf-8").splitlines())][1:],
+            samples=[Sample(*row) for row in _read_rows(rows)][1:],
         )
         return index, [*_changes(table, rows, about), *_disagreements(index, about)]
     except (ValueError, KeyError, TypeError) as error:
         raise CxrdistError(
             f"{path}: no index of this version ({error!r:.120}); pack the shards again"
         ) from error
+
+
+def _read_rows(table: bytes) -> Iterator[list[str]]:
+    """Rows of a CSV; a name in it may hold what `str.splitlines` takes for the end of a line."""
+    return csv.reader(io.StringIO(table.decode("utf-8"), newline=""))
 
 
 def _changes(table: Path, rows: bytes, about: dict[str, Any]) -> list[str]:

@@ -45,6 +45,12 @@ def sex_of(text: str) -> str:
     return SEXES.get(text.strip().casefold(), "")
 
 
+def stated_age(text: str) -> float | None:
+    """The age in years; None of an empty text, NaN of one that is no age from 0 to 120 years."""
+    age = age_of(text)
+    return math.nan if age is None and text.strip() else age
+
+
 def age_of(text: str) -> float | None:
     """Years of an age such as 45, 45.5, 045Y, 018M, 003W or 010D; None outside of 0 to 120."""
     match = re.fullmatch(r"(\d{1,6}(?:[.,]\d{1,9})?) ?([YMWD]?)", text.strip().upper())

@@ -12,7 +12,6 @@ An image with burned-in text to be covered has two PNGs, as it is and covered: w
 used depends on its split, and the splits are drawn when all images are known.
 """
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from pebble import ProcessPool
 
+from cxrdist.data.anonymise import keyed, shared_key
 from cxrdist.data.fingerprint import Fingerprint, fingerprint
 from cxrdist.data.images import decode, encode_png
 from cxrdist.data.records import Record
@@ -47,15 +47,17 @@ class Square:
         path: of the record.
         bytes: size of the file when it was read.
         modified: time of its last change then, in nanoseconds.
-        reason: why it cannot be used, or empty; then all below is known.
+        reason: why it cannot be used, without its name, or empty; then all below is known.
         png_bytes: length of its PNG in the part's .bin file.
         fingerprint: of the pixels.
         width_px: of the original.
         height_px: of the original.
-        patient: a hash of the DICOM patient, or empty.
+        patient: the DICOM patient under the pack's key (`keyed`), or empty.
         view: of the DICOM, or empty.
         covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
         covered_fingerprint: of the pixels with burned-in text covered.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the DICOM patient in years; None if unknown, NaN if it is no age.
         used_depth: bits that its values use if its file does not declare its depth, else None.
         depth: bits by which it was scaled then, else None.
     """
@@ -72,6 +74,8 @@ class Square:
     view: str = ""
     covered_bytes: int = 0
     covered_fingerprint: Fingerprint | None = None
+    sex: str = ""
+    age: float | None = None
     used_depth: int | None = None
     depth: int | None = None
 
@@ -110,7 +114,7 @@ def make_squares(
 
     Args:
         parts: what to decode.
-        directory: where the parts' files go, local or an fsspec path.
+        directory: where the parts' files and the pack's key go, local or an fsspec path.
         size_px: side of the squares.
         fit: how an image becomes square.
         workers: number of processes; one for each core if None.
@@ -120,7 +124,9 @@ def make_squares(
     Yields:
         The number of images of each part that were decoded, when it is written.
     """
-    make = partial(_make_square, size_px=size_px, fit=fit, cover=cover, depth=depth)
+    make = partial(
+        _make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=shared_key(directory)
+    )
     # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
     with image_workers(workers, [__name__, "scipy.fftpack"]) as pool:
         waiting: deque[tuple[Part, Kept, list[Pending]]] = deque()
@@ -159,7 +165,9 @@ def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> li
     return [([file_state(r) for r in chunk], schedule(pool, make, chunk)) for chunk in chunks]
 
 
-def _make_square(record: Record, size_px: int, fit: str, cover: str, depth: int | None) -> Made:
+def _make_square(
+    record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
+) -> Made:
     """Decode and encode one image: the fields of its square, and its PNGs."""
     decoded = decode(record.file, size_px, fit, record.boxes, cover, depth)
     png = encode_png(decoded.pixels)
@@ -171,11 +179,18 @@ def _make_square(record: Record, size_px: int, fit: str, cover: str, depth: int 
         "covered_fingerprint": None if decoded.covered is None else fingerprint(decoded.covered),
         "width_px": decoded.width_px,
         "height_px": decoded.height_px,
-        "patient": hashlib.sha256(decoded.patient.encode()).hexdigest() if decoded.patient else "",
+        "patient": keyed(key, decoded.patient) if decoded.patient else "",
         "view": decoded.view,
+        "sex": decoded.sex,
+        "age": decoded.age,
         "used_depth": decoded.used_depth,
         "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
     }, png + covered
+
+
+def _unnamed(file: Path, error: CxrdistError) -> str:
+    """The message without the file's name, which may be a patient's."""
+    return str(error).removeprefix(f"{file}: ").replace(str(file), "the file")
 
 
 def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending]) -> int:
@@ -183,7 +198,12 @@ def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending])
     records = _without(part, kept).records
     states = [state for known, _ in pending for state in known]
     results = [result for _, job in pending for result in job.results()]
-    made = [({"reason": str(r)}, b"") if isinstance(r, CxrdistError) else r for r in results]
+    made = [
+        ({"reason": _unnamed(record.file, result)}, b"")
+        if isinstance(result, CxrdistError)
+        else result
+        for record, result in zip(records, results, strict=True)
+    ]
     decoded = iter(
         (Square(record.path, *state, **fields), png)
         for record, state, (fields, png) in zip(records, states, made, strict=True)

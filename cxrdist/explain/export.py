@@ -75,7 +75,7 @@ def explain(config: ExplainConfig) -> None:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
     refuse_below_one(config, "limit", "batch_size")
-    subject = open_subject(config.run, config.shards, config.cache)
+    subject = open_subject(config.run, config.shards, config.cache, config.split)
     accelerator = subject.accelerator
     targets = together(accelerator, lambda: choose_targets(config, subject.model))
     explainer = together(accelerator, lambda: _explainer(config, subject.model))

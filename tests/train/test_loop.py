@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import run_command, run_ranks
+from support import make_shards, run_command, run_ranks
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError
@@ -200,6 +200,15 @@ def test_a_run_directory_has_one_writer(shards, tmp_path):
         pytest.raises(CxrdistError, match="another cxrdist process"),
     ):
         train(recipe(shards, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("split", "empty"), [("0/0/1", "train"), ("0.6/0/0.4", "val")])
+def test_shards_without_train_or_val_are_refused_before_any_work(tmp_path, split, empty):
+    """One line says what training needs; no run directory and no cache are made."""
+    shards = make_shards(tmp_path, {"a": 4, "b": 4}, split=split)
+    with pytest.raises(CxrdistError, match=f"have no images in {empty}; training needs train"):
+        train(recipe(shards, tmp_path / "run"))
+    assert {file.name for file in tmp_path.iterdir()} == {"images", "shards"}
 
 
 def test_a_world_larger_than_the_batch_is_refused(shards, tmp_path):
