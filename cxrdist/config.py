@@ -287,18 +287,30 @@ class ProbeTextConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Probabilities of image files, as a CSV."""
+    """Probabilities of image files as a CSV, with the images prepared as in training."""
 
     run: Path
     """Run directory of a finished training."""
     images: list[Path]
-    """PNG, JPEG or DICOM files, or folders of them."""
+    """Image files (whatever cxrdist pack reads), or folders, in which links are followed."""
     out: Path
-    """CSV to write: path, prob_CLASS..., predicted (of several labels all from 0.5 on)."""
+    """CSV to write: path, prob_CLASS..., predicted (of several labels all from 0.5 on). What could
+    not be read, and files that are no images, are listed in NAME-rejected.csv beside it."""
     explain: bool = False
-    """Also write heat maps, into a folder beside the CSV."""
+    """Also write NAME-heatmaps/ beside the CSV: heat maps over the original images (at most 2048 px
+    wide and high), their relevance as arrays, and relevance.csv, which says whose they are."""
+    skip_bad: bool = False
+    """End with exit code 0 although some images could not be read."""
     fit: Literal["crop", "pad", "stretch"] | None = None
     """How an image becomes square; as the training images if not given."""
+    depth: int | None = None
+    """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
+    to 16, as in cxrdist pack. If not given: as the training images; if these had no such depth,
+    what cxrdist pack would take for the images given."""
+    text_boxes: Path | None = None
+    """Cover burned-in text in the boxes of this CSV, with paths as given here or relative to the
+    folder given. Without it, text is looked for and covered if the model was trained on images with
+    covered text (needs cxrdist[text]), and left as it is if it was not."""
     batch_size: int = 16
     """Images of one forward pass."""
 

@@ -77,7 +77,7 @@ def find_images(folder: Path, besides: Sequence[Path] = ()) -> Found:
         if reason:
             left_out.append(LeftOut(escaped(file.relative_to(folder).as_posix()), reason))
             continue
-        _refuse_undecodable_name(file)
+        refuse_undecodable_name(file)
         images.append(file)
         dicom = dicom or kind == "DICOM"
     return Found(tuple(sorted(images, key=str)), tuple(sorted(left_out)), num_files, dicom)
@@ -142,7 +142,12 @@ def escaped(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _refuse_undecodable_name(file: Path) -> None:
+def refuse_undecodable_name(file: Path) -> None:
+    """Make sure that a table can hold a file's name.
+
+    Raises:
+        CxrdistError: it is not UTF-8.
+    """
     name = str(file)
     if escaped(name) != name:
         raise CxrdistError(

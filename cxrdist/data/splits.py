@@ -14,7 +14,7 @@ PAPER = "paper"
 PAPER_TEST_IMAGES = 60  # of each class (paper, section 2.2)
 PAPER_VAL_FRACTION = 0.2  # of what is left (paper, section 2.2)
 DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # CheXNet's (Rajpurkar et al. 2017, section 2.1)
-DOMINANT_IMAGES = 20  # a group of more, and of more than half of all images, is no single patient
+DOMINANT_IMAGES = 20  # a patient of more, and of most of all images, looks like a placeholder
 MISSED = 0.03  # of all images; a split that is further from its target is reported
 
 Counts = NDArray[np.int64]
@@ -279,9 +279,9 @@ def split_notes(
         splits: what it returned.
 
     Returns:
-        A line if ``split`` was not used, since the source gives the splits; else a line for each
-        split whose images differ from the target by more than `MISSED` of all images, and by more
-        than an image per class, which is rounding.
+        A line if ``split`` was not used, since the source gives the splits; else one for a patient
+        of more than a tenth of all images, and for each split whose images differ from the target
+        by more than `MISSED` of all images, and by more than an image per class, which is rounding.
     """
     if not is_drawn(source):
         unused = split is not None and describe_split(source, split) == describe_split(source, None)
@@ -289,7 +289,13 @@ def split_notes(
     counts = _images_by_group(source, np.arange(len(splits)))
     targets, asked = _targets(split or DEFAULT_FRACTIONS, counts.sum(axis=0))
     largest = max(Counter(groups).values())
+    of_one = _images_of_largest_patient(source.records)
     lines = []
+    if of_one > max(DOMINANT_IMAGES, len(splits) / 10):
+        lines.append(
+            f"one patient ID has {of_one} of {len(splits)} images; if it is a placeholder, tell "
+            "the patients by --patient-pattern or a csv column patient"
+        )
     for number in asked:
         own = np.array(splits) == SPLITS[number]
         images, target = int(counts[own].sum()), int(targets[number].sum())
@@ -312,24 +318,27 @@ def _refuse_small_classes(source: Source, total: Counts) -> None:
 
 
 def _refuse_dominant_group(records: Sequence[Record], groups: Counts) -> None:
-    """Refuse a patient, or images that are copies of one another, of more than half of all images.
+    """Refuse a patient, or patients joined by copies, of more than half of all images.
 
     An anonymiser may have given all patients one ID. Its value is not told: it may be a person's.
     """
-    mends = {
-        "have one patient ID, as if it stood for many patients (such as ANONYMIZED)": (
-            [record.patient for record in records],
-            "tell the patients by --patient-pattern or a csv column patient",
-        ),
-        "are joined by patients and copies": (groups.tolist(), "see --duplicates"),
-    }
-    for what, (names, mend) in mends.items():
-        images = max(Counter(names).values())
-        if images > max(DOMINANT_IMAGES, len(records) / 2):
-            raise CxrdistError(
-                f"{images} of {len(records)} images {what} and cannot be divided among splits; "
-                f"{mend}, or pack one split only, such as --split 0/0/1"
-            )
+    images = max(Counter(groups.tolist()).values())
+    if images <= max(DOMINANT_IMAGES, len(records) / 2):
+        return
+    if images == _images_of_largest_patient(records):
+        why = (
+            "have the same patient ID, which looks like a placeholder (ANONYMIZED, UNKNOWN, 0); "
+            "tell the patients by --patient-pattern or a csv column patient"
+        )
+    else:
+        why = "are of patients that are joined by equal images; see --duplicates"
+    raise CxrdistError(
+        f"{images} of {len(records)} images {why}, or pack one split only, such as --split 0/0/1"
+    )
+
+
+def _images_of_largest_patient(records: Sequence[Record]) -> int:
+    return max(Counter(record.patient for record in records).values())
 
 
 def _refuse_shared_patients(records: Sequence[Record], splits: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.run import open_run
 
 MODEL_FORMAT = "cxrdist-model-1"
+COVERS, COVERED = ("black", "fill"), ("train", "val", "test", "all")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,31 @@ class Normalisation:
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Cover:
+    """How burned-in text was covered in the images that a model was trained and tested on.
+
+    Attributes:
+        how: ``black`` or ``fill``, as in `cxrdist.data.boxes.cover`.
+        split: where: ``train``, ``val``, ``test`` or ``all``.
+
+    Raises:
+        ValueError: one of them is another word.
+    """
+
+    how: str
+    split: str
+
+    def __post_init__(self) -> None:
+        if self.how not in COVERS or self.split not in COVERED:
+            raise ValueError(f"cover {self.how!r} of {self.split!r}, expected {COVERS}, {COVERED}")
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether the network has learned from covered images."""
+        return self.split in ("all", "train")
 
 
 class GrowingBlock(DenseBlock):
@@ -57,6 +83,8 @@ class Classifier(nn.Module):
         image_size_px: side of the square images that it was made for.
         fit: how those images became square: crop, pad or stretch.
         task: multiclass (an image has one of the classes) or multilabel (any number of them).
+        depth: bits that hold the values of those images, where the files do not declare it.
+        cover: how burned-in text was covered in them; None where it was not.
         origin: the weights that its training started from (`InitialWeights.describe`), if known.
     """
 
@@ -78,6 +106,8 @@ class Classifier(nn.Module):
         self.image_size_px = image_size_px
         self.fit = fit
         self.task = task
+        self.depth: int | None = None
+        self.cover: Cover | None = None
         self.origin: dict[str, Any] | None = None
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
@@ -149,6 +179,8 @@ def save_model(model: Classifier, directory: Path) -> None:
         "normalisation": asdict(model.normalisation),
         "image_size_px": model.image_size_px,
         "fit": model.fit,
+        "depth": model.depth,
+        "cover": asdict(model.cover) if model.cover else None,
         "weights": model.origin,
     }
     (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -182,6 +214,10 @@ def load_model(run: str | Path) -> Classifier:
             description["task"],
         )
         model.network.load_state_dict(load_file(directory / "model.safetensors"))
+        model.depth, cover = description.get("depth"), description.get("cover")
+        model.cover = None if cover is None else Cover(**cover)
+        if model.depth is not None and (type(model.depth) is not int or not 8 <= model.depth <= 16):
+            raise ValueError(f"depth {model.depth!r}, expected 8 to 16 bits")
         model.origin = description.get("weights")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]

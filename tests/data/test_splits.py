@@ -154,19 +154,35 @@ def test_one_patient_for_most_images_is_named_and_its_value_is_not(patients):
         for i in range(60)
     ]
     of_one = sum(r.patient == "ANON" for r in records)
-    with pytest.raises(CxrdistError, match=f"{of_one} of 60 images have one patient ID") as caught:
+    with pytest.raises(
+        CxrdistError, match=f"{of_one} of 60 images have the same patient ID"
+    ) as caught:
         assign_splits(source_of(records), None, 0)
-    assert "ANON " not in str(caught.value)
+    assert "ANON " not in str(caught.value).replace("ANONYMIZED", "")
     assert "--patient-pattern" in str(caught.value)
     assert set(assign_splits(source_of(records), "0/0/1", 0)) == {"test"}
     given = [replace(r, split=("train", "test")[i % 3 == 0]) for i, r in enumerate(records)]
-    with pytest.raises(CxrdistError, match="have one patient ID"):
+    with pytest.raises(CxrdistError, match="have the same patient ID"):
         assign_splits(source_of(given), None, 0)
+
+
+def test_one_patient_for_many_images_is_told():
+    """A third of all images is no reason to refuse and one to look."""
+    records = [
+        Record(Path(), str(i), "ab"[i % 2], "0" if i % 3 == 0 else str(i), "s") for i in range(90)
+    ]
+    source = source_of(records)
+    groups = group_by_patient(records)
+    (told,) = split_notes(source, None, groups, assign_splits(source, None, 0))
+    assert told.startswith("one patient ID has 30 of 90 images; ")
 
 
 def test_copies_that_join_most_images_are_named():
     """Where not a patient but equal images tie everything together, --duplicates is named."""
-    with pytest.raises(CxrdistError, match=r"25 of 40 images are joined .* --duplicates"):
+    with pytest.raises(
+        CxrdistError,
+        match=r"25 of 40 images are of patients that are joined by equal images; see --dup",
+    ):
         assign_splits(
             source_of(records_of({"a": 20, "b": 20})), None, 0, [0] * 25 + [*range(1, 16)]
         )

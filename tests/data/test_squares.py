@@ -12,12 +12,14 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from dicoms import write_dicom
 from support import contents, make_images, run_command, small_disk
 
 from cxrdist.config import PackConfig
 from cxrdist.data import pack as packing
-from cxrdist.data import squares
+from cxrdist.data import squares, workers
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.records import Record
@@ -195,7 +197,7 @@ REFUSED = {
     "too small for paper": ({"split": "paper"}, "--split paper: takes 60 test images"),
     "pattern": ({"patient_pattern": "("}, r"--patient-pattern '\(': no regular expression"),
     "pattern without a group": ({"patient_pattern": "a"}, "expected a group around the patient"),
-    "one patient": ({"patient_pattern": "(_)"}, "60 of 60 images have one patient ID"),
+    "one patient": ({"patient_pattern": "(_)"}, "60 of 60 images have the same patient ID"),
     "expected class": ({"expect": {"c": 3}}, "--expect.c: is no class of images, which has a, b c"),
     "expected number": ({"expect": {"a": -3}}, "--expect.a -3: expected 0"),
     "seed": ({"seed": -1}, "--seed -1: expected 0 or more"),
@@ -224,6 +226,26 @@ def test_a_patient_in_two_given_splits_is_refused_before_an_image_is_opened(conf
     monkeypatch.setattr(packing, "make_squares", lambda *_: pytest.fail("an image was decoded"))
     with pytest.raises(CxrdistError, match=r"patient p0: .* is in train, .* in test"):
         pack(with_(config, source="csv", input=table))
+
+
+def test_one_patient_tag_for_all_is_refused_and_mended_without_decoding_again(
+    tmp_path, monkeypatch
+):
+    """The tag's value is not told; a pattern that tells the patients resumes with the squares."""
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(12):
+            values = np.random.default_rng(i).integers(0, 4096, (40, 40))
+            write_dicom(tmp_path / "in" / name / f"{i:02d}.dcm", values, 12, PatientID="4711")
+    config = PackConfig("folder", tmp_path / "in", tmp_path / "out", size=32, workers=1)
+    with pytest.raises(CxrdistError, match="24 of 24 images have the same patient ID") as caught:
+        pack(config)
+    assert "4711" not in str(caught.value)
+    monkeypatch.setattr(
+        packing, "make_squares", lambda missing, *_: pytest.fail("again") if missing else []
+    )
+    pack(with_(config, patient_pattern=r"^(\d+)"))
+    assert len({sample.patient for sample in read_index(config.out).samples}) == 12
 
 
 def test_a_mended_image_is_read_again(config, tmp_path):
@@ -299,7 +321,7 @@ def readers_of(fifo: Path) -> list[int]:
 @pytest.mark.parametrize("kills", [False, True], ids=["hangs", "dies"])
 def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypatch, kills):
     """The file is named; the images that its worker was given with it are read by another."""
-    monkeypatch.setattr(squares, "SECONDS_PER_IMAGE", 30 if kills else 2)
+    monkeypatch.setattr(workers, "SECONDS_PER_IMAGE", 30 if kills else 2)
     records = read_source(config).records
     fifo = config.input / "a" / "a000_9.png"  # who reads it waits for what is never written
     os.mkfifo(fifo)

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,15 @@ import torchvision
 
 from cxrdist.config import Network
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import Classifier, block_names, block_of, load_model, save_model
+from cxrdist.model.densenet import (
+    COVERED,
+    Classifier,
+    Cover,
+    block_names,
+    block_of,
+    load_model,
+    save_model,
+)
 
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2))
 
@@ -46,6 +56,37 @@ def test_a_saved_model_is_loaded_without_the_recipe(tmp_path):
     assert torch.equal(model(images), loaded(images))
     assert (loaded.classes, loaded.image_size_px, loaded.fit) == (["a", "b c"], 32, "pad")
     assert not loaded.training
+
+
+def test_a_model_keeps_what_its_images_were(tmp_path):
+    """Depth and cover of the training images are saved; a model.json from before has neither."""
+    model = Classifier(SMALL, ["a", "b"], 32)
+    model.depth, model.cover = 12, Cover("fill", "test")
+    (tmp_path / "model").mkdir()
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path)
+    assert (loaded.depth, loaded.cover) == (12, Cover("fill", "test"))
+    assert [Cover("black", split).is_of_training for split in COVERED] == [1, 0, 0, 1]
+    about = tmp_path / "model" / "model.json"
+    description = json.loads(about.read_text())
+    for name in ("depth", "cover"):
+        del description[name]
+    about.write_text(json.dumps(description))
+    loaded = load_model(tmp_path)
+    assert (loaded.depth, loaded.cover) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "field", [{"depth": 17}, {"depth": 12.0}, {"depth": "12"}, {"cover": "black"}, {"cover": {}}]
+)
+def test_a_depth_or_cover_that_no_pack_makes_is_refused(tmp_path, field):
+    """A number or word out of range is an error of the model's files, not of predict's images."""
+    (tmp_path / "model").mkdir()
+    save_model(Classifier(SMALL, ["a", "b"], 32), tmp_path / "model")
+    about = tmp_path / "model" / "model.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | field))
+    with pytest.raises(CxrdistError, match="do not make a model"):
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["no run", "cut weights", "other format", "other shape"])
