@@ -47,7 +47,7 @@ class Document:
             raise self._wrong(name, "finite numbers")
         return tuple(float(value) for value in values)
 
-    def text(self, name: str, most: int = 4096) -> str:
+    def text(self, name: str, most: int = 1 << 16) -> str:
         """A text of at most so many characters, which UTF-8 can write."""
         value = self._get(name)
         if not _is_text(value, most):
@@ -61,16 +61,23 @@ class Document:
             raise self._wrong(name, " or ".join(expected))
         return value
 
-    def names(self, name: str, most: int) -> list[str]:
-        """Distinct names of labels, each of them without ``|``, which stands between labels."""
+    def texts(self, name: str, most: int) -> list[str]:
+        """A list of short texts."""
         values = self._get(name)
         if not isinstance(values, list) or not 1 <= len(values) <= most:
-            raise self._wrong(name, f"a list of 1 to {most} names")
-        if not all(_is_text(value, 128) and value and "|" not in value for value in values):
-            raise self._wrong(name, "names of 1 to 128 characters without |")
+            raise self._wrong(name, f"a list of 1 to {most} texts")
+        if not all(_is_text(value, 255) for value in values):
+            raise self._wrong(name, "texts of at most 255 characters")
+        return list(values)
+
+    def names(self, name: str, most: int) -> list[str]:
+        """Distinct names of labels, each of them without ``|``, which stands between labels."""
+        values = self.texts(name, most)
+        if not all(value and "|" not in value for value in values):
+            raise self._wrong(name, "names that are not empty and have no |")
         if len(set(values)) != len(values):
             raise self._wrong(name, "names that differ from each other")
-        return list(values)
+        return values
 
     def object(self, name: str) -> "Document":
         """An object within this one."""

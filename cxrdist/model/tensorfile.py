@@ -4,7 +4,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cxrdist.document import parse_document
+from cxrdist.document import Document, parse_document
 from cxrdist.errors import CxrdistError
 from cxrdist.model.unpickler import (
     MOST_DIMENSIONS,
@@ -47,14 +47,14 @@ class TensorFile:
         container: how the file is written.
         holder: where in it the tensors are.
         labels: of the outputs, where a pickled network names them.
-        metadata: what `cxrdist weights convert` noted, empty for other files.
+        note: what `cxrdist weights convert` noted; None for other files.
     """
 
     tensors: dict[str, Tensor]
     container: str
     holder: str
     labels: list[str] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    note: Document | None = None
 
 
 def read_tensor_file(file: Path, where: str) -> TensorFile:
@@ -83,6 +83,8 @@ def read_tensor_file(file: Path, where: str) -> TensorFile:
             f"{where}: no such file; expected chexnet, imagenet, none, a checkpoint file, "
             "its URL, or a run directory"
         ) from None
+    except CxrdistError:
+        raise
     except RefusedError as error:
         raise CxrdistError(
             f"{where}: holds more than data ({error}); nothing of it was run. Get the "
@@ -143,13 +145,12 @@ def read_safetensors(file: Path) -> TensorFile:
             if len(content.get_slice(name).get_shape()) > MOST_DIMENSIONS:
                 raise ValueError(f"{name:.100} has more than {MOST_DIMENSIONS} dimensions")
         tensors = {name: content.get_tensor(name) for name in names}
-        note = (content.metadata() or {}).get(METADATA, "{}")
-    metadata = parse_document(note.encode(), "the note of cxrdist", "convert it again").values
-    expected = {"layout", "labels", "normalisation", "started_from"}
-    if metadata and metadata.keys() != expected:
-        raise ValueError("the note of cxrdist is damaged")
-    _refuse_other_numbers(tensors)
-    return TensorFile(tensors, "safetensors", "tensors by name", metadata=metadata)
+        text = (content.metadata() or {}).get(METADATA)
+    found = TensorFile(_refuse_other_numbers(tensors), "safetensors", "tensors by name")
+    if not text:
+        return found
+    note = parse_document(text.encode(), f"{file}: {METADATA}", "convert it again")
+    return replace(found, note=note)
 
 
 def _read_zip(file: Path, container: str) -> TensorFile:
@@ -309,5 +310,5 @@ def _labels(network: Stub) -> list[str] | None:
     for name in LABEL_ATTRIBUTES:
         labels = network.attributes.get(name)
         if isinstance(labels, list) and labels and all(isinstance(x, str) for x in labels):
-            return labels
+            return labels if all(len(x) <= 255 and x.isprintable() for x in labels) else None
     return None

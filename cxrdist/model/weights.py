@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models import DenseNet121_Weights
 
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import Classifier, Normalisation, load_model, network_state
+from cxrdist.model.densenet import Classifier, Normalisation, load_model, network_state, read_origin
 from cxrdist.model.download import download, sha256_of
 from cxrdist.model.layout import check_fit, recognise
 from cxrdist.model.tensorfile import read_tensor_file
@@ -90,9 +90,9 @@ def read_weights(init: str, option: str = "--init ") -> InitialWeights:
 def _read_file(file: Path, where: str, source: str) -> InitialWeights:
     content = read_tensor_file(file, where)
     layout = recognise(content, where)
-    record = {"source": source, "sha256": sha256_of(file), "layout": layout.name}
-    if content.metadata:
-        record["started_from"] = content.metadata["started_from"]
+    record: dict[str, Any] = {"source": source, "sha256": sha256_of(file), "layout": layout.name}
+    if content.note:
+        record["started_from"] = read_origin(content.note, "started_from")
     return InitialWeights(layout.tensors, layout.head, layout.normalisation, layout.labels, record)
 
 

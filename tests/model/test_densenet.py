@@ -62,5 +62,5 @@ def test_a_damaged_model_is_refused(tmp_path, damage):
         about.write_text(about.read_text().replace("cxrdist-model-1", "cxrdist-model-9"))
     elif damage == "other shape":
         about.write_text(about.read_text().replace('"growth_rate": 4', '"growth_rate": 5'))
-    with pytest.raises(CxrdistError, match=r"finished `cxrdist train`|do not make a model"):
+    with pytest.raises(CxrdistError, match=r"finished `cxrdist train`|model\.json: |do not make"):
         load_model(tmp_path)
