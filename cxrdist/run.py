@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,12 +17,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
+from cxrdist.documents import MOST_BYTES, parse_json, typed
 from cxrdist.errors import CxrdistError, RunFailedError
 
 RUN_FORMAT = "cxrdist-run-1"
 TEXT_FORMAT = "cxrdist-text-1"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,38 @@ def open_run(root: Path) -> RunDirectory:
     return run
 
 
+def open_regular(path: Path, flags: int) -> BinaryIO:
+    """Open a regular file, buffered; its directory may hold links and pipes of other people.
+
+    Args:
+        path: of the file; directories above it may be links.
+        flags: of `os.open`; a new file gets the mode that the umask leaves.
+
+    Raises:
+        CxrdistError: something else has this name.
+        OSError: it cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK a pipe would be waited for.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _irregular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular(path)
+    writing = "ab" if flags & os.O_APPEND else "wb" if flags & os.O_WRONLY else "r+b"
+    return cast(BinaryIO, os.fdopen(descriptor, writing if flags & os.O_ACCMODE else "rb"))
+
+
+def _irregular(path: Path) -> CxrdistError:
+    return CxrdistError(
+        f"{path}: is a link, a directory or another special file, expected a regular file; "
+        "move it away"
+    )
+
+
 @contextmanager
 def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold a directory for one writing process, or for several that share it.
@@ -124,17 +160,16 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
         CxrdistError: another process holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "a+", encoding="utf-8") as lock:
+    with open_regular(root / ".lock", os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
+            holder = lock.read(200).decode("utf-8", "replace").strip()
             raise CxrdistError(
-                f"{root}: another cxrdist process is writing here ({lock.read().strip()}); "
-                "wait for it or end it"
+                f"{root}: another cxrdist process is writing here ({holder}); wait for it or end it"
             ) from None
         lock.truncate(0)
-        lock.write(_holder() + "\n")
+        lock.write(f"{_holder()}\n".encode())
         lock.flush()
         yield
 
@@ -311,15 +346,49 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of the run.
+    """Read a JSON file, with the bounds of `parse_json`.
 
     Raises:
         CxrdistError: it is missing or damaged.
     """
+    return read_document(path, object)
+
+
+def read_document(path: Path, kind: type[T], mend: str = "copy the directory again") -> T:
+    """Read a JSON file as the type that it is declared with; see `typed`.
+
+    Args:
+        path: local, or an fsspec path.
+        kind: type of the document.
+        mend: what the user can do about a damaged one.
+
+    Raises:
+        CxrdistError: it is missing, damaged or of another type.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return typed(parse_json(read_bytes(path, MOST_BYTES)), kind)
     except (OSError, ValueError) as error:
-        raise CxrdistError(f"{path}: no readable JSON ({error}); copy the run again") from error
+        if isinstance(error, CxrdistError):
+            raise
+        raise CxrdistError(f"{path}: not a readable document ({error}); {mend}") from error
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a file of an untrusted directory whole.
+
+    Args:
+        path: local, where neither a link nor a pipe is followed, or an fsspec path.
+        most: bytes that it may have.
+
+    Raises:
+        CxrdistError: it is larger, or no regular file.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, os.O_RDONLY) if isinstance(path, Path) else path.open("rb") as file:
+        content: bytes = file.read(most + 1)
+    if len(content) > most:
+        raise CxrdistError(f"{path}: has more than {most} bytes, which no such file needs")
+    return content
 
 
 def now() -> str:

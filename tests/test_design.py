@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "terminal", "config"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "run"),
+        *("distributed", "documents", "run"),
     ],
     ["data"],
     ["model"],
