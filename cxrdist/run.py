@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -20,12 +21,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from cxrdist.documents import MOST_BYTES, parse_json, typed
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 
 RUN_FORMAT = "cxrdist-run-1"
 TEXT_FORMAT = "cxrdist-text-1"
+MOST_LINE_BYTES = 1 << 16  # of a log; a row has 300
+MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
 
 T = TypeVar("T")
+
+_PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
 
 @dataclass(frozen=True)
@@ -185,24 +190,28 @@ def _holder() -> str:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; the file appears under its own name when it is complete.
 
+    A link of that name is replaced, and what it points to is left alone.
+
     Raises:
-        RunFailedError: the disk is full.
+        RunFailedError: the disk is full or read-only.
+        CxrdistError: the name cannot be used.
     """
     if not isinstance(path, Path):  # an object store shows a file when it is whole
-        with tempfile.TemporaryDirectory(prefix="cxrdist-") as here:
-            yield Path(here) / path.name
+        with scratch_directory() as here:
+            yield here / path.name
             path.fs.put_file(f"{here}/{path.name}", path.path)
         return
     partial = _partial(path)
     try:
         with room_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _discard(partial)
             yield partial
             _sync(partial)
             os.replace(partial, path)
             _sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
 
 
 def _partial(path: Path) -> Path:
@@ -218,47 +227,103 @@ def sweep(directory: Path, *, alone: bool = False) -> None:
     """Remove what dead processes have left half-written in a directory.
 
     Args:
-        directory: its own entries only.
+        directory: its own entries only, and of them those that `_partial` names.
         alone: whether a lock says that no other process writes here; without it only what
             processes of this host have left is known to be dead.
     """
     for partial in directory.glob(".*.partial"):
-        *_, host, pid, _ = partial.name.rsplit(".", 3)
-        if alone or (host == _host() and not Path(f"/proc/{pid}").exists()):
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
+        match = _PARTIAL.fullmatch(partial.name)
+        dead = match and match[1] == _host() and not Path(f"/proc/{match[2]}").exists()
+        if dead or (match and alone):
+            _discard(partial)
+
+
+def _discard(partial: Path) -> None:
+    """Remove what was made under a name of `_partial`: a file, a directory, or only a link."""
+    try:
+        partial.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # Linux and other systems say so of a directory
+        shutil.rmtree(partial, ignore_errors=True)
+    except OSError:
+        # The name is too long or the disk read-only: then nothing of that name was made.
+        return
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
-    """Turn a full disk into one line for the user.
+def room_for(path: Path, mend: str = "") -> Iterator[None]:
+    """Turn what the operating system refuses into one line about a file, such as a full disk.
+
+    Args:
+        path: what is written, under the name that the user knows; an error that names a file
+            elsewhere keeps that name.
+        mend: what the user can do where this place cannot be used.
 
     Raises:
-        RunFailedError: the disk is full.
+        RunFailedError: the disk is full, read-only or not allowed.
+        CxrdistError: the name cannot be used.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        named = Path(error.filename or path)
+        if named.is_relative_to(path.parent) or path.is_relative_to(named):
+            failure = failure_of(error, path, mend)
+        else:
+            failure = failure_of(error)
+        if failure is None:
             raise
-        raise RunFailedError(
-            f"{path}: {error.strerror}; make room, then run the same command again"
-        ) from error
+        raise failure from error
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """Yield a directory for temporary files, removed at the end.
+
+    Raises:
+        RunFailedError, CxrdistError: there is none that can be written to, or it is full.
+    """
+    mend = "set TMPDIR to a directory with room"
+    try:
+        directory = tempfile.gettempdir()
+    except FileNotFoundError as error:  # it tried to write in each place that it knows
+        raise RunFailedError(f"{error.strerror}; {mend}") from error
+    with (
+        room_for(Path(directory) / "cxrdist-", mend),
+        tempfile.TemporaryDirectory(prefix="cxrdist-", ignore_cleanup_errors=True) as here,
+    ):
+        yield Path(here)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Make sure before the work that its file can be written, as far as permissions tell.
+
+    Raises:
+        CxrdistError: a directory has this name, or a file stands where its directory would be.
+        RunFailedError: its directory is read-only.
+    """
+    if path.is_dir():
+        raise CxrdistError(f"{path}: is a directory; name a file to write")
+    directory = next(parent for parent in path.absolute().parents if parent.exists())
+    if not directory.is_dir():
+        raise CxrdistError(f"{path}: {directory} is no directory; name another place")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise RunFailedError(f"{path}: {directory} is read-only; name another place")
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a directory to fill; it appears under its own name when it is complete.
 
-    A directory of that name that stands already is replaced.
+    A directory of that name that already exists is replaced.
 
     Raises:
-        RunFailedError: the disk is full.
+        RunFailedError: the disk is full or read-only.
+        CxrdistError: a file or a link has the name.
     """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CxrdistError(f"{path}: is a file or a link, expected a directory; move it away")
     partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
+    _discard(partial)
     try:
         with room_for(path):
             partial.mkdir(parents=True)
@@ -272,7 +337,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 os.replace(partial, path)
             _sync(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard(partial)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -284,10 +349,10 @@ def _exchange(new: Path, old: Path) -> None:
         if number not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(number, os.strerror(number), str(old))
         # NFS has no exchange: for a moment there is neither, never half of one.
-        aside = new.with_name(f"{new.name}.old.partial")
+        aside = _partial(old.with_name(f"{old.name}.old"))
         os.replace(old, aside)
         os.replace(new, old)
-        shutil.rmtree(aside)
+        _discard(aside)
 
 
 def publish(made: Path, path: Path) -> None:
@@ -324,16 +389,16 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    r"""Write a text file atomically, UTF-8; other bytes of a file name become \udcXX."""
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file atomically, lines ending in a line feed."""
+    """Write a CSV file atomically, encoded as in `write_text`, lines ending in a line feed."""
     with (
         atomic_file(path) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -424,8 +489,8 @@ def append_log(path: Path, row: dict[str, Any]) -> None:
     Raises:
         RunFailedError: the disk is full.
     """
-    with room_for(path), open(path, "a", encoding="utf-8") as log:
-        log.write(json.dumps(row, allow_nan=False) + "\n")
+    with room_for(path), open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as log:
+        log.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 def settle_log(path: Path) -> int:
@@ -440,8 +505,8 @@ def cut_log(path: Path, num_bytes: int) -> None:
     Raises:
         CxrdistError: the log is shorter than it was then.
     """
-    with open(path, "ab") as log:
-        if log.tell() < num_bytes:
+    with room_for(path), open_regular(path, os.O_RDWR | os.O_CREAT) as log:
+        if log.seek(0, os.SEEK_END) < num_bytes:
             raise CxrdistError(
                 f"{path}: has {log.tell()} bytes, the checkpoint was written at {num_bytes}; "
                 "copy the run directory again, or remove it to start anew"
@@ -449,7 +514,22 @@ def cut_log(path: Path, num_bytes: int) -> None:
         log.truncate(num_bytes)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines log."""
-    with open(path, encoding="utf-8") as log:
-        return [json.loads(line) for line in log]
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a JSON-lines log; a last line without an end was cut off when the run was killed.
+
+    Raises:
+        CxrdistError: a line is not an object, or lines or their number have no bounds.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, os.O_RDONLY) as log:
+        for number in range(1, MOST_LOG_ROWS + 1):
+            line = log.readline(MOST_LINE_BYTES)
+            if len(line) < MOST_LINE_BYTES and not line.endswith(b"\n"):
+                return
+            try:
+                yield typed(parse_json(line), dict[str, Any])
+            except ValueError as error:
+                raise CxrdistError(
+                    f"{path}, line {number}: {error}; run `cxrdist train` again"
+                ) from error
+    raise CxrdistError(f"{path}: has more than {MOST_LOG_ROWS} lines; run `cxrdist train` again")

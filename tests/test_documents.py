@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
@@ -49,9 +50,8 @@ def test_a_document_becomes_the_type_it_is_declared_with():
 )
 def test_another_type_is_refused_by_its_place(change, message):
     """A wrong, missing, unknown or repeated member and a number out of bounds."""
-    with pytest.raises(ValueError, match="") as refused:
+    with pytest.raises(ValueError, match=re.escape(message)):
         typed(parse_json(GOOD.replace(*change) + b"}"), Whole)
-    assert message in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -70,5 +70,5 @@ def test_another_type_is_refused_by_its_place(change, message):
 )
 def test_documents_without_bounds_are_refused(data):
     """Deep, huge, not finite, not UTF-8, too many values or bytes: a ValueError before memory."""
-    with pytest.raises(ValueError, match="nested|finite|too large|decode|more than|at most"):
+    with pytest.raises(ValueError, match=r"nested|finite|too large|decode|more than|at most"):
         parse_json(data)

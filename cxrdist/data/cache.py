@@ -21,11 +21,12 @@ from cxrdist.data.index import Index
 from cxrdist.data.shards import local_copy, read_shard, verify_shard
 from cxrdist.distributed import gather, local_ranks, together
 from cxrdist.errors import CxrdistError
-from cxrdist.run import open_regular
+from cxrdist.run import open_regular, room_for
 from cxrdist.terminal import progress
 
 Images = NDArray[np.uint8]
 MISSING = "is missing"
+OTHER_PLACE = "choose a directory with room on a local disk with --cache"
 NUM_THREADS = 8  # per rank; what they read comes from memory or one disk
 
 
@@ -84,8 +85,17 @@ def map_images(path: Path) -> Images:
 
 
 def default_cache() -> Path:
-    """~/.cache/cxrdist, or where XDG_CACHE_HOME points."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cxrdist"
+    """~/.cache/cxrdist, or where XDG_CACHE_HOME points.
+
+    Raises:
+        CxrdistError: the user has no home.
+    """
+    if where := os.environ.get("XDG_CACHE_HOME"):
+        return Path(where) / "cxrdist"
+    try:
+        return Path("~/.cache/cxrdist").expanduser()
+    except RuntimeError as error:
+        raise CxrdistError(f"~/.cache/cxrdist: {error}; {OTHER_PLACE}") from error
 
 
 def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
@@ -98,11 +108,12 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
     mark = directory / f".{gather(accelerator, [secrets.token_hex(8)])[0]}.node"
 
     def create() -> bool:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            mark.touch(exist_ok=False)  # of several nodes one succeeds, on NFS as well
-        except FileExistsError:
-            return False
+        with room_for(mark, OTHER_PLACE):
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                mark.touch(exist_ok=False)  # of several nodes one succeeds, on NFS as well
+            except FileExistsError:
+                return False
         return True
 
     created = together(accelerator, lambda: part == 0 and create())
@@ -239,12 +250,17 @@ def _rebuild(index: Index, path: Path, cached: Checked, accelerator: Accelerator
 
 
 def _reserve(index: Index, partial: Path) -> None:
-    """Create the new cache at its full size."""
-    partial.unlink(missing_ok=True)  # of a killed run, or a link, which must not be written through
-    with open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
-        file.write(_header(index))
-        # A full disk is an error here, not a bus error in the middle of the decoding.
-        os.posix_fallocate(file.fileno(), 0, _num_bytes(index))
+    """Create the new cache at its full size.
+
+    Raises:
+        RunFailedError: there is no room for it.
+    """
+    with room_for(partial, OTHER_PLACE):
+        partial.unlink(missing_ok=True)  # of a killed run, or a link: nothing is written through it
+        with open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            file.write(_header(index))
+            # A full disk is an error here, not a bus error in the middle of the decoding.
+            os.posix_fallocate(file.fileno(), 0, _num_bytes(index))
 
 
 def _fill(index: Index, partial: Path, cached: Checked, accelerator: Accelerator) -> None:

@@ -1,7 +1,6 @@
 """Pack: raw images -> WebDataset shards with an index and an audit."""
 
 import hashlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -23,7 +22,7 @@ from cxrdist.data.squares import (
     read_part,
 )
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.run import locked, publish, read_json, remove, write_json
+from cxrdist.run import locked, publish, read_json, remove, scratch_directory, write_json
 from cxrdist.terminal import progress
 
 # What may differ between two calls that make the same shards.
@@ -175,9 +174,9 @@ def _on_this_machine(work: Path) -> Iterator[Path]:
     if isinstance(work, Path):
         yield work
         return
-    with tempfile.TemporaryDirectory(prefix="cxrdist-") as here:
+    with scratch_directory() as here:
         work.fs.get(f"{work.path}/squares", f"{here}/squares", recursive=True)
-        yield Path(here)
+        yield here
 
 
 def _read_items(
