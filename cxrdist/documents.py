@@ -1,4 +1,4 @@
-"""JSON documents of anybody: bounded while they are parsed, then checked against their type."""
+"""JSON and YAML of anybody: bounded while it is parsed, then checked against its type."""
 
 import json
 import math
@@ -21,10 +21,14 @@ from typing import (
     is_typeddict,
 )
 
+import yaml
+
 T = TypeVar("T")
 
 MOST_BYTES = 64 << 20  # an audit with pictures of 1000 pairs has 8 MB
 MOST_VALUES = 4_000_000  # of up to 100 bytes in memory each
+MOST_YAML_BYTES = 1 << 16  # a recipe has 2 kB; PyYAML takes a second for this much
+MOST_YAML_VALUES = 10_000
 MOST_DEPTH = 32  # the deepest document of cxrdist has 8 levels
 _MOST_WHOLE = 1 << 64  # the digest of a plan is the largest number that is written
 _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
@@ -35,6 +39,10 @@ class Between(NamedTuple):
 
     least: float
     most: float
+
+
+# A number that was computed in float32.
+Real = Annotated[float, Between(-3.4028235e38, 3.4028235e38)]
 
 
 def parse_json(data: bytes) -> Any:
@@ -95,6 +103,43 @@ def _refuse_deep(value: Any) -> None:
         if not level:
             return
     raise ValueError(f"is nested deeper than {MOST_DEPTH} levels")
+
+
+def parse_yaml(data: bytes) -> dict[str, Any]:
+    """Parse a recipe: YAML of plain values with bounds, an object.
+
+    Raises:
+        ValueError: it is not such a document.
+    """
+    if len(data) > MOST_YAML_BYTES:
+        raise ValueError(f"has {len(data)} bytes, expected at most {MOST_YAML_BYTES}")
+    try:
+        value = yaml.safe_load(data.decode("utf-8-sig"))
+        size = _expanded(value, {}, 0)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if size > MOST_YAML_VALUES:
+        raise ValueError(f"holds more than {MOST_YAML_VALUES} values")
+    return _object(value, "")
+
+
+def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
+    """Count the values that are there when each alias is written out; one within itself never ends.
+
+    Raises:
+        ValueError: they are nested deeper than `MOST_DEPTH`.
+    """
+    if depth > MOST_DEPTH:
+        raise ValueError(f"is nested deeper than {MOST_DEPTH} levels")
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        children = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(child, known, depth + 1) for child in children)
+    return known[id(value)]
 
 
 def typed(value: Any, kind: type[T]) -> T:

@@ -16,7 +16,7 @@ from cxrdist.explain.export import write_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.precision import use_full_float32
-from cxrdist.run import write_table
+from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
 
 
@@ -27,6 +27,7 @@ def predict(config: PredictConfig) -> None:
         CxrdistError: run, images or options cannot be used; nothing is written then.
     """
     refuse_below_one(config, "batch_size")
+    refuse_unwritable(config.out)
     use_full_float32()
     model = load_model(config.run)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,10 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
-from cxrdist.documents import MOST_BYTES, parse_json, typed
+from cxrdist.documents import MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 
-RUN_FORMAT = "cxrdist-run-1"
 TEXT_FORMAT = "cxrdist-text-1"
 MOST_LINE_BYTES = 1 << 16  # of a log; a row has 300
 MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
@@ -35,76 +34,101 @@ _PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Names of the files of one run (design.md, Contracts)."""
+    """Names of the files of one run (design.md, Contracts).
+
+    ``root`` may be a link, such as one to a scratch disk; below it no name is given out that is
+    one, so that nothing is read, written or removed elsewhere.
+    """
 
     root: Path
+
+    def inside(self, *names: str) -> Path:
+        """Name a file or directory of the run.
+
+        Raises:
+            CxrdistError: it, or a directory above it in the run, is a link.
+        """
+        path = self.root
+        for name in names:
+            path /= name
+            if path.is_symlink():
+                raise CxrdistError(
+                    f"{path}: is a link, which may lead out of the run; put there what it points "
+                    "to (only the run directory as a whole may be a link)"
+                )
+        return path
 
     @property
     def recipe(self) -> Path:
         """The resolved recipe, YAML; can be passed back with --config."""
-        return self.root / "recipe.yaml"
+        return self.inside("recipe.yaml")
 
     @property
     def info(self) -> Path:
         """What was run: versions, world, precision, git revision, shard index hash, weights."""
-        return self.root / "run.json"
+        return self.inside("run.json")
 
     @property
     def log(self) -> Path:
         """One JSON object a line."""
-        return self.root / "log.jsonl"
+        return self.inside("log.jsonl")
 
     @property
     def checkpoints(self) -> Path:
         """Resumable states."""
-        return self.root / "checkpoints"
+        return self.inside("checkpoints")
 
     @property
     def model(self) -> Path:
         """The weights for use, with model.json."""
-        return self.root / "model"
+        return self.inside("model")
+
+    @property
+    def tracking(self) -> Path:
+        """What the trackers of --track write."""
+        return self.inside("tracking")
 
     @property
     def audit(self) -> Path:
         """The audit of the shards, as it was when the training began."""
-        return self.root / "audit.json"
+        return self.inside("audit.json")
 
     @property
     def report(self) -> Path:
         """The self-contained report."""
-        return self.root / "report.html"
+        return self.inside("report.html")
 
     def predictions(self, split: str) -> Path:
         """One row a sample of the split."""
-        return self.root / split / "predictions.csv"
+        return self.inside(split, "predictions.csv")
 
     def metrics(self, split: str) -> Path:
         """Metrics of the split."""
-        return self.root / split / "metrics.json"
+        return self.inside(split, "metrics.json")
 
     def heatmaps(self, split: str) -> Path:
         """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
-        return self.root / split / "heatmaps"
+        return self.inside(split, "heatmaps")
 
     def relevance(self, split: str) -> Path:
         """Signed relevance, one KEY.npz a sample or tars of them."""
-        return self.root / split / "relevance"
+        return self.inside(split, "relevance")
 
     def text(self, split: str) -> Path:
         """What the probe for words on the images found."""
-        return self.root / split / "text.json"
+        return self.inside(split, "text.json")
 
     def text_pictures(self, split: str) -> Path:
         """Pictures of that probe."""
-        return self.root / split / "text"
+        return self.inside(split, "text")
 
     def relevance_info(self, split: str) -> Path:
         """How the relevance of the split was made, and whether it stands up to a test."""
-        return self.root / split / "relevance.json"
+        return self.inside(split, "relevance.json")
 
     def relevance_table(self, split: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
-        return self.root / split / "relevance.csv"
+        return self.inside(split, "relevance.csv")
 
 
 def open_run(root: Path) -> RunDirectory:
@@ -114,7 +138,8 @@ def open_run(root: Path) -> RunDirectory:
         CxrdistError: there is no trained model in ``root``.
     """
     run = RunDirectory(root)
-    if not (run.model / "model.json").is_file():
+    files = [run.inside("model", name) for name in ("model.json", "model.safetensors")]
+    if not files[0].is_file():
         raise CxrdistError(
             f"--run {root}: holds no trained model (model/model.json); "
             "give the directory of a finished `cxrdist train`"
@@ -436,6 +461,21 @@ def read_document(path: Path, kind: type[T], mend: str = "copy the directory aga
         if isinstance(error, CxrdistError):
             raise
         raise CxrdistError(f"{path}: not a readable document ({error}); {mend}") from error
+
+
+def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
+    """Read a recipe: its text, and what it holds.
+
+    Raises:
+        CxrdistError: it cannot be read, or is no YAML object with the bounds of `parse_yaml`.
+    """
+    try:
+        data = read_bytes(path, MOST_YAML_BYTES)
+        return data.decode("utf-8-sig"), parse_yaml(data)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CxrdistError):
+            raise
+        raise CxrdistError(f"{path}: not a readable recipe ({error}); {mend}") from error
 
 
 def read_bytes(path: Path, most: int) -> bytes:

@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "terminal", "config"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "documents", "run"),
+        *("distributed", "documents", "run", "info"),
     ],
     ["data"],
     ["model"],
