@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TextIO, cast
 from cxrdist import __version__
 from cxrdist.errors import CxrdistError, RunFailedError, Stopped, failure_of
 from cxrdist.lifetime import end_with_launcher
+from cxrdist.run import read_recipe
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
 
 
@@ -213,8 +214,10 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
     flags = {f.name for f in fields(config) if f.type in (bool, "bool")}
+    arguments = _normalise(arguments, flags)
+    _refuse_bad_recipes(arguments)
     try:
-        parsed = parser.instantiate(parser.parse_args(_normalise(arguments, flags)))
+        parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise CxrdistError(f"{name}: {_readable(str(error))}; see cxrdist {name} --help") from error
     values = {f.name: parsed[f.name] for f in fields(config)}
@@ -265,6 +268,19 @@ def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
             argument = recipe_path(argument)
         result.append(argument)
     return result
+
+
+def _refuse_bad_recipes(arguments: list[str]) -> None:
+    """Make sure that jsonargparse can parse a recipe in little time and memory.
+
+    Raises:
+        CxrdistError: it is no YAML object with the bounds of `parse_yaml`.
+    """
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, own = option.partition("=")
+        path = Path(own or value)
+        if name == "--config" and path.is_file():
+            read_recipe(path.resolve(), "mend it, or give another with --config")
 
 
 def _readable(message: str) -> str:

@@ -489,10 +489,12 @@ def read_bytes(path: Path, most: int) -> bytes:
         CxrdistError: it is larger, or no regular file.
         OSError: it cannot be read.
     """
-    with open_regular(path, os.O_RDONLY) if isinstance(path, Path) else path.open("rb") as file:
-        content: bytes = file.read(most + 1)
-    if len(content) > most:
-        raise CxrdistError(f"{path}: has more than {most} bytes, which no such file needs")
+    is_local = isinstance(path, Path)
+    with open_regular(path, os.O_RDONLY) if is_local else path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size if is_local else path.stat().st_size
+        if size > most:
+            raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}")
+        content: bytes = file.read(size)
     return content
 
 

@@ -315,7 +315,8 @@ def ledger_residual(rows: list[list[str]]) -> float | None:
     if any("" in row for row in parts):
         return None
     values = np.array(parts, dtype=np.float64)
-    return float(np.abs(values[:, 0] - values[:, 1:].sum(1)).max() / np.abs(values[:, 0]).max())
+    gap, largest = np.abs(values[:, 0] - values[:, 1:].sum(1)).max(), np.abs(values[:, 0]).max()
+    return float(gap / largest if largest else gap)  # a dead network gives nothing but zeros
 
 
 def _said(work: _Work, num_images: int) -> str:

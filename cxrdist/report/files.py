@@ -127,7 +127,8 @@ def read_stages(path: Path) -> tuple[str, list[str]] | None:
     if not path.is_file():
         return None
     text, recipe = read_recipe(path, "run `cxrdist train` again")
-    return text, [str(name) for name in recipe.get("stages") or {}]
+    with reading(path, "train"):
+        return text, [str(name) for name in typed(recipe.get("stages") or {}, dict[str, Any])]
 
 
 class EpochRow(TypedDict):
