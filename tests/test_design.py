@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "terminal", "config", "document"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "run"),
+        *("distributed", "documents", "run", "info"),
     ],
     ["data"],
     ["model"],

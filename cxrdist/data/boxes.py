@@ -16,6 +16,7 @@ from cxrdist.run import write_table
 
 COLUMNS = ("path", "x", "y", "width", "height", "text", "score")
 NEEDED = COLUMNS[:5]
+MOST_PX = 1_000_000  # of an edge or a side
 MOST_SOLVED = 50_000  # pixels of Laplace's equation that are solved at once, in half a second
 
 
@@ -60,12 +61,19 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
             f"{file}: no readable table of boxes ({error}); make one with cxrdist find-text"
         ) from error
     table = csv.DictReader(io.StringIO(text, newline=""))
-    missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
-    if missing:
-        raise CxrdistError(f"{file}: has no column {missing[0]!r}, expected {', '.join(NEEDED)}")
     found: dict[str, list[Box]] = {}
-    for row in table:
-        found.setdefault(row["path"], []).append(_box(row, f"{file}, line {table.line_num}"))
+    try:
+        missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
+        if missing:
+            raise CxrdistError(
+                f"{file}: has no column {missing[0]!r}, expected {', '.join(NEEDED)}"
+            )
+        for row in table:
+            found.setdefault(row["path"], []).append(_box(row, f"{file}, line {table.line_num}"))
+    except csv.Error as error:
+        raise CxrdistError(
+            f"{file}, line {table.line_num}: {error}; mend or remove the row"
+        ) from error
     return {path: tuple(boxes) for path, boxes in found.items()}
 
 
@@ -75,7 +83,8 @@ def _box(row: Mapping[str, str | None], where: str) -> Box:
         score = float(row.get("score") or 1)
     except ValueError as error:
         raise CxrdistError(f"{where}: {error}; expected numbers of px") from error
-    if not all(map(math.isfinite, (x, y, width, height, score))) or width <= 0 or height <= 0:
+    inside = all(-MOST_PX <= value <= MOST_PX for value in (x, y, width, height, score))
+    if not inside or width <= 0 or height <= 0:
         raise CxrdistError(
             f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is no box; mend or remove the row"
         )

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,7 +18,7 @@ from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
 from cxrdist.data.shards import OpenShard, open_shard
 from cxrdist.errors import CxrdistError
-from cxrdist.run import write_json
+from cxrdist.run import scratch_directory, write_json
 from cxrdist.terminal import progress
 
 
@@ -42,8 +41,8 @@ def check(config: CheckConfig) -> None:
         CxrdistError: something differs.
     """
     index, faults = inspect_index(config.shards)
-    with tempfile.TemporaryDirectory(prefix="cxrdist-") as scratch:
-        squares = _reserve(index, Path(scratch)) if config.audit else None
+    with scratch_directory() as scratch:
+        squares = _reserve(index, scratch) if config.audit else None
         found = _inspect_all(index, squares)
         faults += [fault for shard in found for fault in shard.faults]
         faults += _strangers(index)
@@ -65,8 +64,11 @@ def _refuse(shards: Path, faults: list[str]) -> None:
 def _reserve(index: Index, scratch: Path) -> Path:
     """A file for the pixels of all samples."""
     shape = (len(index.samples), index.image_size_px, index.image_size_px)
-    np.lib.format.open_memmap(scratch / "squares.npy", "w+", np.uint8, shape)
-    return scratch / "squares.npy"
+    path = scratch / "squares.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    with path.open("r+b") as file:  # a full disk is an error here, not a bus error in a worker
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return path
 
 
 def _inspect_all(index: Index, squares: Path | None) -> list[Inspected]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models.densenet import DenseBlock, DenseNet
 from torch import Tensor, nn
 
@@ -169,7 +169,8 @@ def block_of(name: str, num_blocks: int = 4) -> str:
 def save_model(model: Classifier, directory: Path) -> None:
     """Write model.safetensors and model.json: all that is needed to use the model."""
     weights = {name: tensor.contiguous().cpu() for name, tensor in network_state(model).items()}
-    save_file(weights, directory / "model.safetensors")
+    # The library's own writer gives the file to its owner only, whatever the umask.
+    (directory / "model.safetensors").write_bytes(save(weights))
     description = {
         "format": MODEL_FORMAT,
         "architecture": asdict(model.shape),
