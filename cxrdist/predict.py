@@ -1,6 +1,5 @@
 """Predict image files with a trained model."""
 
-import tempfile
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -36,7 +35,7 @@ from cxrdist.explain.pictures import Drawing, draw
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.precision import use_full_float32
-from cxrdist.run import write_table
+from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
 from cxrdist.train.memory import is_out_of_memory
 
@@ -236,19 +235,13 @@ def _refuse_bad_out(out: Path) -> None:
 
     Raises:
         CxrdistError: they cannot.
+        RunFailedError: the folder is read-only.
     """
     if not out.name or (out.exists() and not out.is_file()):
         raise CxrdistError(f"--out {out}: is not a regular file; name a CSV to write")
     if _beside(out, "heatmaps").exists() and not _beside(out, "heatmaps").is_dir():
         raise CxrdistError(f"--out {out}: {_beside(out, 'heatmaps')} is not a folder; move it away")
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise CxrdistError(
-            f"--out {out}: {folder} cannot be written to ({error.strerror}); name a CSV in a "
-            "folder of your own"
-        ) from error
+    refuse_unwritable(out)
 
 
 def _beside(out: Path, name: str) -> Path:

@@ -21,13 +21,13 @@ from cxrdist.bench.stage import BATCH, CLASSES, stage_run, take_steps
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig
 from cxrdist.data.audit import Entry, audit
 from cxrdist.data.cache import map_images, read_rows
+from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
-from cxrdist.data.sources import read_class_folders
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.explain.relevance import Explainer

@@ -15,6 +15,7 @@ from cxrdist.run import write_table
 
 COLUMNS = ("path", "x", "y", "width", "height", "text", "score")
 NEEDED = COLUMNS[:5]
+MOST_PX = 1_000_000  # of an edge or a side
 MOST_SOLVED = 50_000  # pixels of Laplace's equation that are solved at once, in half a second
 
 
@@ -75,7 +76,8 @@ def _box(row: Mapping[str, str], where: str) -> Box:
         score = _number(row.get("score") or "1")
     except ValueError as error:
         raise CxrdistError(f"{where}: {error}; expected numbers of px") from error
-    if not all(map(math.isfinite, (x, y, width, height, score))) or width <= 0 or height <= 0:
+    inside = all(-MOST_PX <= value <= MOST_PX for value in (x, y, width, height, score))
+    if not inside or width <= 0 or height <= 0:
         raise CxrdistError(
             f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is no box; mend or remove the row"
         )

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -40,7 +39,15 @@ from cxrdist.data.squares import (
     read_part,
 )
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.run import locked, publish, read_json, remove, write_json, write_table
+from cxrdist.run import (
+    locked,
+    publish,
+    read_json,
+    remove,
+    scratch_directory,
+    write_json,
+    write_table,
+)
 from cxrdist.terminal import progress
 
 # Options that decide the decoded squares, beside the input; the others only how they are packed.
@@ -284,9 +291,9 @@ def _on_this_machine(work: Path) -> Iterator[Path]:
     if isinstance(work, Path):
         yield work
         return
-    with tempfile.TemporaryDirectory(prefix="cxrdist-") as here:
+    with scratch_directory() as here:
         work.fs.get(f"{work.path}/squares", f"{here}/squares", recursive=True)
-        yield Path(here)
+        yield here
 
 
 def _read_parts(parts: list[Part], work: Path, config: PackConfig) -> list[list[Square]]:

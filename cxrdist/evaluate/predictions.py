@@ -23,7 +23,7 @@ from cxrdist.evaluate.metrics import (
     to_probabilities,
 )
 from cxrdist.model.densenet import Classifier, load_model
-from cxrdist.run import RunDirectory, sweep, write_json, write_table
+from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
 
@@ -94,6 +94,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """
     refuse_below_one(config, "batch_size")
     subject = open_subject(config.run, config.shards, config.cache, config.split)
+    together(subject.accelerator, lambda: refuse_unwritable(subject.run.predictions(config.split)))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(subject, numbers, config.batch_size)
     accelerator = subject.accelerator

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-import shutil
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ from numpy.typing import NDArray
 from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import read_rows
 from cxrdist.distributed import finish, gather, local_ranks, together
-from cxrdist.errors import refuse_below_one
+from cxrdist.errors import RunFailedError, refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain.maps import BATCHES_A_SHARD, Map, encode, read_ledgers, write_maps
 from cxrdist.explain.pictures import picture_names, write_pictures
 from cxrdist.explain.relevance import Explainer
-from cxrdist.explain.sanity import Flipping, flip_pixels, summarise
+from cxrdist.explain.sanity import Flipping, RelevanceInfo, flip_pixels, summarise
 from cxrdist.explain.targets import Targets, choose_samples, choose_targets
 from cxrdist.model.densenet import Classifier
-from cxrdist.run import locked, read_json, sweep, write_json, write_table
+from cxrdist.run import locked, read_document, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
 LEDGER_COLUMNS = (
@@ -49,6 +49,8 @@ _OPTIONS = (
     "format",
     "batch_size",
 )
+# KEY.png, KEY.CLASS.png, KEY.npz, where a key ends in digits of a hash, and NNNNNN.tar.
+_MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
 Row = tuple[int, int, list[str]]
 
 
@@ -132,16 +134,35 @@ def _prepare(work: _Work, how: dict[str, Any]) -> bool:
     """
     run, split = work.subject.run, work.split
     info, directories = run.relevance_info(split), (run.relevance(split), run.heatmaps(split))
-    found = read_json(info) if info.is_file() else {}
-    if found.get("how") == how:
+    found = _read_info(info) if info.is_file() else None
+    if found and found["how"] == how:
         for directory in (*directories, info.parent):
             sweep(directory, alone=True)
         return found["sanity"] is not None
     for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+        _clear(directory)
     run.relevance_table(split).unlink(missing_ok=True)
     write_json(info, {"how": how, "sanity": None})
     return False
+
+
+def _clear(directory: Path) -> None:
+    """Remove the maps and pictures of a directory; files of other names and folders stay."""
+    for path in directory.glob("*"):
+        if _MADE.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+            path.unlink()
+    sweep(directory, alone=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _read_info(path: Path) -> RelevanceInfo:
+    """Read relevance.json.
+
+    Raises:
+        CxrdistError: it is damaged.
+    """
+    return read_document(path, RelevanceInfo, "remove it to explain the split anew")
 
 
 def _explain_units(work: _Work, numbers: NDArray[np.int64], batch_size: int) -> list[Row]:
@@ -231,7 +252,7 @@ def _finished(
         names = [name for key in keys for name in picture_names(key, work.targets.names)]
         if not all((heatmaps / name).is_file() for name in names):
             return None
-    return read_ledgers(place, keys)
+    return read_ledgers(place, keys, len(work.targets.names))
 
 
 def _keys(work: _Work, numbers: NDArray[np.int64]) -> list[str]:
@@ -292,7 +313,7 @@ def _finish(work: _Work, rows: list[list[str]], flippings: list[tuple[int, Flipp
     run = work.subject.run
     write_table(run.relevance_table(work.split), LEDGER_COLUMNS, rows)
     if flippings:
-        info = read_json(run.relevance_info(work.split))
+        info = _read_info(run.relevance_info(work.split))
         flipping = summarise([found for _, found in flippings])
         info["sanity"] = {"ledger_residual": ledger_residual(rows), "pixel_flipping": flipping}
         write_json(run.relevance_info(work.split), info)
@@ -307,14 +328,17 @@ def ledger_residual(rows: list[list[str]]) -> float | None:
     if any("" in row for row in parts):
         return None
     values = np.array(parts, dtype=np.float64)
-    return float(np.abs(values[:, 0] - values[:, 1:].sum(1)).max() / np.abs(values[:, 0]).max())
+    gap, largest = np.abs(values[:, 0] - values[:, 1:].sum(1)).max(), np.abs(values[:, 0]).max()
+    return float(gap / largest if largest else gap)  # a dead network gives nothing but zeros
 
 
 def _said(work: _Work, num_images: int) -> str:
     """What the user reads in the end."""
     run, split = work.subject.run, work.split
     place = run.heatmaps(split) if work.with_pictures else run.relevance(split)
-    sanity = read_json(run.relevance_info(split))["sanity"]
+    sanity = _read_info(run.relevance_info(split))["sanity"]
+    if sanity is None:
+        raise RunFailedError(f"{run.relevance_info(split)}: was replaced by another command")
     residual, flipping = sanity["ledger_residual"], sanity["pixel_flipping"]
     ledger = "no ledger" if residual is None else f"ledger closed to {residual:.1e}"
     return (

@@ -2,7 +2,7 @@
 
 import json
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
 from cxrdist.errors import CxrdistError
@@ -41,7 +41,7 @@ def convert_weights(config: WeightsConvertConfig) -> None:
     }
     tensors = {k: v.contiguous() for k, v in {**weights.tensors, **weights.head}.items()}
     with atomic_file(config.out) as partial:
-        save_file(tensors, partial, {"format": "pt", METADATA: json.dumps(metadata)})
+        partial.write_bytes(save(tensors, {"format": "pt", METADATA: json.dumps(metadata)}))
     print(f"{config.out}: {len(tensors)} tensors")
 
 

@@ -1,16 +1,17 @@
 """The audit of the shards as the report shows it."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cxrdist.data.audit import FORMAT
+from cxrdist.data.audit import FORMAT, MOST_PICTURED
 from cxrdist.report.files import reading
 from cxrdist.report.values import count, number
+from cxrdist.run import read_document
 
 MOST_PATIENTS = 50
+MOST_THUMBNAIL_BYTES = 1 << 15  # pack's have 3 kB
 MOST_IN_SIGHT = 10  # pairs that need no click
 
 
@@ -25,7 +26,7 @@ def audit_view(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with reading(path, "check --audit"):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_document(path, dict[str, Any], "run `cxrdist check --audit` again")
         if found["format"] != FORMAT:
             raise ValueError(f"format is {found['format']!r} and not {FORMAT!r}")
         duplicates = found["duplicates"] or {"pairs": []}
@@ -64,7 +65,7 @@ def _pictured(
 ) -> list[dict[str, Any]]:
     """The pairs that have pictures, as the page shows them; equal images have one in common."""
     shown = []
-    for about in pairs:
+    for about in pairs[:MOST_PICTURED]:
         images = [
             {name: str(image[name]) for name in ("key", "path", "split", "label", "patient")}
             for image in about["images"]
@@ -73,7 +74,8 @@ def _pictured(
         if not pictures:
             continue
         for code in pictures:
-            base64.b64decode(code, validate=True)
+            if len(base64.b64decode(code, validate=True)) > MOST_THUMBNAIL_BYTES:
+                raise ValueError(f"a thumbnail has more than {MOST_THUMBNAIL_BYTES} bytes")
         shown.append(
             {
                 "exact": about["kind"] == "exact",

@@ -122,7 +122,6 @@ def opcodes(touch: str) -> dict[str, bytes]:
         "persistent id, a function": storage % system,
         "persistent id, text": b"Pos.system\n",
         "persistent id, module": b"(" + text("module") + command + b"tQ",
-        "memo": b"Nr\xff\xff\xff\x7f",
     }
 
 
