@@ -159,7 +159,7 @@ def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
     if lacking is not None:
         raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
     for where, row in table.rows():
-        cells = {name: row[place] for name, place in places.items()}
+        cells = {name: row[place].strip() for name, place in places.items()}
         name, patient = cells["Image Index"], cells["Patient ID"]
         labels = set(cells["Finding Labels"].split(SEPARATOR)) - {NO_FINDING}
         if unknown := labels - {*LABELS}:

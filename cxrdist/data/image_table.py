@@ -66,7 +66,7 @@ class _Reader:
         Raises:
             CxrdistError: a cell is no such thing, or the file is missing.
         """
-        cells = {name: row.cells[place] for name, place in self.places.items()}
+        cells = {name: row.cells[place].strip() for name, place in self.places.items()}
         for name in ("path", "label"):
             if name in cells and not cells[name]:
                 raise CxrdistError(f"{row.where}: {name} is empty; fill it or drop the row")
@@ -231,7 +231,9 @@ def _notes(
     ):
         if name in places:
             pairs = zip(rows, what, strict=True)
-            lost = sum(bool(row.cells[places[name]]) and x in ("", None) for row, x in pairs)
+            lost = sum(
+                bool(row.cells[places[name]].strip()) and x in ("", None) for row, x in pairs
+            )
             notes += [f"{name} is not {expected} in {lost} rows, and empty there"] if lost else []
     nones = sum(record.label.casefold() == "none" for record in records)
     if nones:

@@ -32,6 +32,7 @@ MOST_INDEX_BYTES = 16 << 20  # of index.json, which has 200 bytes for each shard
 MOST_LINE_CHARACTERS = 1 << 16  # of samples.csv; a path has at most 4096 bytes
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its suffix it fits a tar's 100 bytes for a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
+# Shards of older versions lack the last two.
 SAMPLE_COLUMNS = (
     *("key", "split", "shard", "label", "patient", "source", "path", "sha256", "sex", "age"),
 )
@@ -259,7 +260,7 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
             file.seek(0)
             rows = csv.reader(_lines(io.TextIOWrapper(file, encoding="utf-8", newline="")))
             header = next(rows, [])
-            if header[: len(SAMPLE_COLUMNS)] != [*SAMPLE_COLUMNS]:
+            if header[: len(SAMPLE_COLUMNS)] not in ([*SAMPLE_COLUMNS], [*SAMPLE_COLUMNS[:-2]]):
                 raise ValueError(f"expected the columns {', '.join(SAMPLE_COLUMNS)}")
             samples = [_read_sample(row, header) for row in islice(rows, most)]
             if next(rows, None) is not None:

@@ -1,9 +1,9 @@
 """Squares: decoded and encoded images on their way into shards, kept until the shards are there.
 
-A pack decodes its records in parts of `PART_SIZE`. Each part is two files, NNNNNN.bin with the PNGs
-one after the other and NNNNNN.json with what is known of each; the second appears last, so a part
-is there whole or not at all. A killed pack goes on with the parts that are missing, and the tasks
-of a SLURM array make parts side by side.
+A pack decodes its records in parts of `PART_SIZE`. Each part is a file NNNNNN.squares: a line of
+JSON with what is known of each image, then the PNGs one after the other. It is there whole or not
+at all, also when it is written anew. A killed pack goes on with the parts that are missing, and the
+tasks of a SLURM array make parts side by side.
 
 Images that do not declare their bit depth are scaled by what each uses at first. When all are there
 the depth of the source is known, and those that were scaled by another are decoded again.
@@ -48,7 +48,7 @@ class Square:
         bytes: size of the file when it was read.
         modified: time of its last change then, in nanoseconds.
         reason: why it cannot be used, without its name, or empty; then all below is known.
-        png_bytes: length of its PNG in the part's .bin file.
+        png_bytes: length of its PNG in the part's file.
         fingerprint: of the pixels.
         width_px: of the original.
         height_px: of the original.
@@ -141,15 +141,15 @@ def make_squares(
 
 def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
     """What is there of a part and need not be decoded again, by the number of the record."""
-    squares = _load(directory, part)
-    if squares is None:
+    path = part_file(directory, part.number)
+    if not path.is_file():
         return {}
-    data = (directory / f"{part.number:06d}.bin").read_bytes()
+    head, _, pngs = path.read_bytes().partition(b"\n")
     kept, start = {}, 0
-    for i, square in enumerate(squares):
+    for i, square in enumerate(_squares(head)):
         end = start + square.png_bytes + square.covered_bytes
         if not square.reason and square.is_scaled_by(depth):
-            kept[i] = square, data[start:end]
+            kept[i] = square, pngs[start:end]
         start = end
     return kept
 
@@ -194,7 +194,7 @@ def _unnamed(file: Path, error: CxrdistError) -> str:
 
 
 def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending]) -> int:
-    """Write the files of a part when all its images are done; how many were decoded."""
+    """Write the file of a part when all its images are done; how many were decoded."""
     records = _without(part, kept).records
     states = [state for known, _ in pending for state in known]
     results = [result for _, job in pending for result in job.results()]
@@ -210,17 +210,19 @@ def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending])
     )
     squares = [kept[i] if i in kept else next(decoded) for i in range(len(part.records))]
     rows = json.dumps([_row(square) for square, _ in squares], default=bytes.hex).encode()
-    # A killed rewrite must not leave new PNGs beside old fields.
-    (directory / f"{part.number:06d}.json").unlink(missing_ok=True)
-    for suffix, data in (("bin", b"".join(png for _, png in squares)), ("json", rows)):
-        with atomic_file(directory / f"{part.number:06d}.{suffix}") as file:
-            file.write_bytes(data)
+    with atomic_file(part_file(directory, part.number)) as file:
+        file.write_bytes(b"".join([rows, b"\n", *(png for _, png in squares)]))
     return len(records)
 
 
 def _row(square: Square) -> dict[str, Any]:
     """A square as JSON tells it; `dataclasses.asdict` copies deeply, at a tenth of the work."""
     return {name: vars(v) if isinstance(v, Fingerprint) else v for name, v in vars(square).items()}
+
+
+def part_file(directory: Path, number: int) -> Path:
+    """Where the squares of a part are."""
+    return directory / f"{number:06d}.squares"
 
 
 def file_state(record: Record) -> State:
@@ -243,9 +245,11 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     Raises:
         CxrdistError: a file was changed since it was read.
     """
-    squares = _load(directory, part)
-    if squares is None:
+    path = part_file(directory, part.number)
+    if not path.is_file():
         return None
+    with path.open("rb") as file:
+        squares = _squares(file.readline())
     for record, square in zip(part.records, squares, strict=True):
         if file_state(record) != (square.bytes, square.modified):
             if square.reason and redo_bad:
@@ -257,12 +261,9 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     return squares
 
 
-def _load(directory: Path, part: Part) -> list[Square] | None:
-    """The squares of a part as its file tells them; None if there is none."""
-    path = directory / f"{part.number:06d}.json"
-    if not path.is_file():
-        return None
-    return [_square(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+def _squares(head: bytes) -> list[Square]:
+    """The squares of a part by the first line of its file."""
+    return [_square(row) for row in json.loads(head)]
 
 
 def _square(row: dict[str, Any]) -> Square:
@@ -288,7 +289,7 @@ class Pngs:
     def __getitem__(self, place: int) -> bytes:
         """The PNG at a place."""
         part, start, length = self.places[place]
-        with open(self.directory / f"{part:06d}.bin", "rb") as file:
+        with open(part_file(self.directory, part), "rb") as file:
             file.seek(start)
             return file.read(length)
 
@@ -297,7 +298,8 @@ def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
     """Find the PNGs of all parts."""
     places, covered = [], []
     for number, squares in enumerate(parts):
-        start = 0
+        with open(part_file(directory, number), "rb") as file:
+            start = len(file.readline())
         for square in squares:
             places.append((number, start, square.png_bytes))
             start += square.png_bytes

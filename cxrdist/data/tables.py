@@ -33,7 +33,7 @@ class Row(NamedTuple):
     where: str
     """File and number, for messages; counted as a spreadsheet does, the header is row 1."""
     cells: list[str]
-    """Without blanks around them; as many as there are columns."""
+    """As many as there are columns."""
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class Table:
         records = enumerate(_records(self.file, self.text, self.separator), start=1)
         next(records, None)
         for number, record in records:
-            cells, where = [cell.strip() for cell in record], f"{self.file} row {number}"
-            while len(cells) > len(self.columns) and not cells[-1]:
+            cells, where = list(record), f"{self.file} row {number}"
+            while len(cells) > len(self.columns) and not cells[-1].strip():
                 cells.pop()  # of columns that a spreadsheet has used once
-            if not any(cells):
+            if not any(map(str.strip, cells)):
                 continue
             if len(cells) != len(self.columns):
                 fault = "more" if len(cells) > len(self.columns) else "fewer"
@@ -135,7 +135,9 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
             raise CxrdistError(f"{file}: has {size} bytes, expected a table of at most 1 GiB")
         data = file.read_bytes()
     except OSError as error:
-        raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
+        raise CxrdistError(
+            f"{file}: cannot be read ({error.strerror or error}); expected a CSV"
+        ) from error
     text, note = _decode(file, data)
     if "\0" in text:
         row = text.count("\n", 0, text.index("\0")) + 1

@@ -69,6 +69,7 @@ def test_both_tables_and_both_layouts_give_the_same_records(tmp_path, table, lay
         "train+val",
     )
     assert second.file.is_file()
+    assert {(record.sex, record.age) for record in source.records} == {("M", 58)}
     assert len({record.patient for record in source.records}) == 40
     assert Counter(record.split for record in source.records) == {"train+val": 90, "test": 30}
     assert {record.source for record in source.records} == {"ChestX-ray14"}

@@ -263,7 +263,7 @@ def test_a_mended_image_is_read_again(config, tmp_path):
     with pytest.raises(CxrdistError, match=r"b 000_0\.png: no readable"):
         pack(config)
     changed = {name for name, inode in stamps(squares).items() if before[name] != inode}
-    assert changed == {"000000.bin", "000000.json"}
+    assert changed == {"000000.squares"}
     pack(with_(config, skip_bad=True))
     with open(config.out / "rejected.csv") as file:
         assert [row["path"] for row in csv.DictReader(file)] == ["b c/b 000_0.png"]
