@@ -13,7 +13,7 @@ from cxrdist.data.assemble import Item, assemble, write_rejected
 from cxrdist.data.boxes import read_boxes
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
-from cxrdist.data.splits import assign_splits, parse_split
+from cxrdist.data.splits import asked_splits, assign_splits, parse_split
 from cxrdist.data.squares import (
     Part,
     Pngs,
@@ -136,7 +136,8 @@ def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
     what is refused here would be refused then.
 
     Raises:
-        CxrdistError: the splits cannot be drawn, or a class is expected that the source lacks.
+        CxrdistError: the splits cannot be drawn, the one to be covered is empty, or a class is
+            expected that the source lacks.
     """
     for name in config.expect:
         if name not in source.classes:
@@ -144,6 +145,9 @@ def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
                 f"--expect.{name}: is no class of {source.name}, which has "
                 f"{', '.join(source.classes)}"
             )
+    covered = config.cover_split
+    if config.text_boxes and covered not in ("all", *asked_splits(source, config.split)):
+        raise CxrdistError(f"--cover-split {covered}: has no images by --split and the source")
     if config.duplicates == "drop":  # a patient's second image may be a copy that is dropped
         source = replace(source, records=[replace(r, patient=r.path) for r in source.records])
     assign_splits(source, config.split, config.seed)
