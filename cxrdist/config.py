@@ -4,6 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cxrdist.errors import CxrdistError
+
+# DenseNet161 has the growth rate 48, DenseNet264 a block of 64 layers (Huang et al. 2016, Table 1).
+MOST_GROWTH_RATE = 128
+MOST_DENSE_LAYERS = 128
+
 
 @dataclass(frozen=True)
 class PackConfig:
@@ -128,6 +134,22 @@ class Network:
     """Dense layers of each block."""
     dropout: float = 0.5
     """Probability before the output layer (paper, section 3.2)."""
+
+    def __post_init__(self) -> None:
+        """Bound the memory that the network can take.
+
+        Raises:
+            CxrdistError: it is larger than any published DenseNet by far.
+        """
+        bounds = [("growth_rate", self.growth_rate, MOST_GROWTH_RATE)]
+        bounds += [("block_config", layers, MOST_DENSE_LAYERS) for layers in self.block_config]
+        for name, value, most in bounds:
+            if type(value) is not int or not 1 <= value <= most:
+                raise CxrdistError(f"{name}: has {value!r:.40}, expected 1 to {most}")
+        if len(self.block_config) != 4 or not 0 <= self.dropout < 1:
+            raise CxrdistError(
+                "block_config: expected four blocks; dropout: 0 or more, less than 1"
+            )
 
 
 @dataclass(frozen=True)
