@@ -11,6 +11,7 @@ from typing import Any
 from cxrdist.config import PackConfig
 from cxrdist.data.assemble import Item, assemble, write_rejected
 from cxrdist.data.boxes import read_boxes
+from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
 from cxrdist.data.splits import asked_splits, assign_splits, parse_split
@@ -53,6 +54,7 @@ def pack(config: PackConfig) -> None:
     work = config.out.with_name(f".{config.out.name}.partial")
     if _is_packed(config.out, work, content):
         return
+    _refuse_large_index(config, source)
     _refuse_bad_splits(config, source)
     with _held(work, shared=config.task is not None):
         _begin(work, _decoding(config, source))
@@ -127,6 +129,18 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
     return {"input": str(config.input), **options, "images_sha256": digest.hexdigest()}
+
+
+def _refuse_large_index(config: PackConfig, source: Source) -> None:
+    """Refuse what no reader of the index would take (`cxrdist.data.index`)."""
+    shards, most_shards = -(-len(source.records) // config.shard_size), MOST_INDEX_BYTES // 256
+    for option, number, most, unit in (
+        (f"--size {config.size}", config.size, MOST_SIDE_PX, "px"),
+        (f"--input {config.input}", len(source.classes), MOST_CLASSES, "classes"),
+        (f"--shard-size {config.shard_size}", shards, most_shards, "shards"),
+    ):
+        if number > most:
+            raise CxrdistError(f"{option}: makes {number} {unit}, expected at most {most}")
 
 
 def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
