@@ -43,7 +43,8 @@ class PackConfig:
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
     expect: dict[str, int] = field(default_factory=dict)
-    """Images that each class should have; what differs is said. For recipes of public data sets."""
+    """Images that each class should have; other counts are reported. For recipes of public data
+    sets."""
     seed: int = 0
     """Seed of the splits and of the order inside the shards."""
     shard_size: int = 1000
