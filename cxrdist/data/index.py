@@ -256,15 +256,16 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
     most = sum(shard.samples for shard in shards)
     try:
         with table.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            rows = csv.reader(_lines(io.TextIOWrapper(file, encoding="utf-8", newline="")))
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            rows = csv.reader(_lines(text))
             header = next(rows, [])
             if header[: len(SAMPLE_COLUMNS)] not in ([*SAMPLE_COLUMNS], [*SAMPLE_COLUMNS[:-2]]):
                 raise ValueError(f"expected the columns {', '.join(SAMPLE_COLUMNS)}")
             samples = [_read_sample(row, header) for row in islice(rows, most)]
             if next(rows, None) is not None:
                 raise ValueError(f"has more rows than the {most} samples of index.json")
+            text.detach().seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, csv.Error) as error:
         raise CxrdistError(f"{table}: no table of samples ({error!s:.150}); {MEND}") from error
     return digest, samples
