@@ -269,7 +269,7 @@ GREEDY = {
     "a nested tuple in a frozen set": b"(" + NESTED + b"\x91",
     "a nested tuple in an ordered dictionary": b"ccollections\nOrderedDict\n](]("
     + NESTED
-    + b"Neae\x85R",
+    + b"Nee\x85R",
     "a nested tuple as a storage's key": b"("
     + text("storage")
     + b"ctorch\nFloatStorage\n"
@@ -278,7 +278,7 @@ GREEDY = {
     + b"K\x01tQ",
     "a nested tuple as a name of an attribute": b"c__main__\nX\n)\x81}" + NESTED + b"Nsb",
     "many dimensions": tensor_of(
-        b"(" + long_integer(2**62) * 400_000 + b"t", b"(" + b"K\x00" * 400_000 + b"t"
+        b"(" + long_integer(2**62) * 100_000 + b"t", b"(" + b"K\x00" * 100_000 + b"t"
     ),
     "huge dimensions": tensor_of(long_integer(2**62) + b"\x85", b"K\x00\x85"),
     "huge numbers of elements": b"("
