@@ -246,7 +246,7 @@ def _read(path: Path, most: int) -> bytes:
     try:
         return read_bytes(path, most)
     except CxrdistError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).replace(f"{path}:", path.name)) from error
 
 
 @contextmanager
