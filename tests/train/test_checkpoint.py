@@ -96,7 +96,12 @@ def test_a_checkpoint_that_leads_elsewhere_is_damaged(tmp_path):
 def test_states_of_another_network_are_one_line(network, optimizer):
     """Missing, of another shape or type, of no parameter: refused before anything is taken over."""
     layer = torch.nn.Linear(3, 2)
-    with pytest.raises(CxrdistError, match=r"checkpoints/x: does not fit"), fitting("x"):
-        if network is not None:
-            load_network(layer, network)
-        load_optimizer_tensors(torch.optim.AdamW(layer.parameters()), optimizer)
+
+    def take_over() -> None:
+        with fitting("x"):
+            if network is not None:
+                load_network(layer, network)
+            load_optimizer_tensors(torch.optim.AdamW(layer.parameters()), optimizer)
+
+    with pytest.raises(CxrdistError, match=r"checkpoints/x: does not fit"):
+        take_over()
