@@ -21,6 +21,8 @@ from cxrdist.train.checkpoint import (
 )
 
 RECIPE = "seed: 0\n"
+STATE = {f"0.{name}": torch.ones(2, 3) for name in ("exp_avg", "exp_avg_sq")}
+STATE |= {"0.step": torch.ones(())}
 
 
 def position(epochs: int, bests: dict[str, tuple[str, str]]) -> Position:
@@ -89,8 +91,10 @@ def test_a_checkpoint_that_leads_elsewhere_is_damaged(tmp_path):
         ({"weight": torch.ones(2, 3, dtype=torch.int64), "bias": torch.ones(2)}, {}),
         (None, {"7.exp_avg": torch.ones(2, 3)}),
         (None, {"x": torch.ones(2, 3)}),
-        (None, {"0.exp_avg": torch.ones(5)}),
-        (None, {"0.exp_avg": torch.ones(2, 3, dtype=torch.bool)}),
+        (None, {"0.exp_avg": torch.ones(2, 3)}),
+        (None, {**STATE, "0.evil": torch.ones(1)}),
+        (None, {**STATE, "0.exp_avg": torch.ones(5)}),
+        (None, {**STATE, "0.exp_avg": torch.ones(2, 3, dtype=torch.bool)}),
     ],
 )
 def test_states_of_another_network_are_one_line(network, optimizer):
