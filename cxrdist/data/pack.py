@@ -256,8 +256,17 @@ def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
 
 
 def _held(work: Path, *, shared: bool) -> Any:
-    """Keep others out while shards are put together; object stores have no locks."""
-    return locked(work, shared=shared) if isinstance(work, Path) else nullcontext()
+    """Keep others out while shards are put together; object stores have no locks.
+
+    Raises:
+        CxrdistError: the work directory, which is removed in the end, is somebody else's.
+    """
+    if not isinstance(work, Path):
+        return nullcontext()
+    others = [path.name for path in work.glob("[!.]*")]
+    if work.is_symlink() or (others and "pack.json" not in others):
+        raise CxrdistError(f"{work}: expected an unfinished pack, found other files; move it away")
+    return locked(work, shared=shared)
 
 
 def _begin(work: Path, decoding: dict[str, Any]) -> None:
