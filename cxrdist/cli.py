@@ -216,6 +216,11 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
     flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
     arguments = _normalise(arguments, flags)
     _refuse_bad_recipes(arguments)
+    if strange := [argument for argument in arguments if _shown(argument) != argument]:
+        raise CxrdistError(
+            f"{name}: {_shown(strange[0])} is not valid UTF-8; rename it, or give the folder that "
+            "it is in"
+        )
     try:
         parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
@@ -287,6 +292,11 @@ def _readable(message: str) -> str:
     message = re.sub(r"Problem with given class_path '[\w.]+\.(\w+)':", r"in \1:", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     return message.replace("Parser key", "option")
+
+
+def _shown(argument: str) -> str:
+    """An argument with codes for the bytes that are no UTF-8, which Python keeps as surrogates."""
+    return argument.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _one_line(error: Exception) -> str:

@@ -53,7 +53,8 @@ class PackConfig:
     """Give images, patients and sources names that tell nothing; OUT.names.csv, which stays with
     the owner, says what they stand for. If not given: true for a source with DICOM files."""
     expect: dict[str, int] = field(default_factory=dict)
-    """Images that each class should have; what differs is said. For recipes of public data sets."""
+    """Images that each class should have; other counts are reported. For recipes of public data
+    sets."""
     seed: int = 0
     """Seed of the splits and of the order inside the shards."""
     shard_size: int = 1000

@@ -179,13 +179,13 @@ def predict(config: PredictConfig) -> None:
     if config.depth is not None and not 8 <= config.depth <= 16:
         raise CxrdistError(f"--depth {config.depth}: expected 8 to 16 bits, such as 12")
     _refuse_bad_out(config.out)
+    model = load_model(config.run)
     heatmaps = _beside(config.out, "heatmaps")
     found, left_out = find_inputs(config.images, heatmaps)
     given = [item.file for item in found] + ([config.text_boxes] if config.text_boxes else [])
     if config.out.exists() and any(file.samefile(config.out) for file in given if file.exists()):
         raise CxrdistError(f"--out {config.out}: is one of the files given; name a CSV to write")
     use_full_float32()
-    model = load_model(config.run)
     how = _preparation(config, model)
     inputs = dict(enumerate(with_boxes(found, config.text_boxes) if config.text_boxes else found))
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -31,7 +31,7 @@ from cxrdist.data.index import inspect_index, read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.shards import describe_shard, read_shard, verify_shard
 from cxrdist.data.sources import read_source
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.explain.maps import read_ledgers
 from cxrdist.info import read_info
 from cxrdist.model.densenet import load_model
@@ -199,6 +199,8 @@ def outcome_of(read: Callable[[], object]) -> str:
             read()
     except (CxrdistError, RunFailedError) as error:
         return "refused" if str(error).strip() else "an error without a word"
+    except OSError as error:  # a name that is too long, say; the command says so in one line
+        return "refused" if failure_of(error) else traceback.format_exc(limit=-4)
     except (Exception, Hang):
         return traceback.format_exc(limit=-4)
     return "read"

@@ -208,12 +208,12 @@ def test_without_a_readable_image_nothing_is_written(run, tmp_path, given, messa
         ("in/x/x000_0.png/out.csv", "x000_0.png is no directory; name another place"),
     ],
 )
-def test_a_bad_out_is_refused_before_any_work(tmp_path, monkeypatch, out, message):
-    """Before the model, which is not even there, is loaded."""
+def test_a_bad_out_is_refused_before_any_work(run, tmp_path, monkeypatch, out, message):
+    """A folder, a path through a file, and an image, which would be lost."""
     make_images(tmp_path / "in", {"x": 1})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CxrdistError, match=message):
-        predict(PredictConfig(tmp_path / "no run", [Path("in")], Path(out)))
+        predict(PredictConfig(run, [Path("in")], Path(out)))
 
 
 def test_predict_and_pack_make_the_same_squares(run, tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ MOST_SIDE_PX = 4500  # of a square; the largest detectors have 4302 px (43 cm of
 MOST_SAMPLES = 10_000_000  # all public chest X-rays together are 2 million
 MOST_SHARDS = 1_000_000  # of a split: a name has six digits
 MOST_SHARD_BYTES = 1 << 40
-MOST_INDEX_BYTES = 16 << 20  # of index.json, which has 200 bytes for each shard
+MOST_INDEX_BYTES = 8 << 20  # of index.json, which has 200 bytes for each shard
 MOST_LINE_CHARACTERS = 1 << 16  # of samples.csv; a path has at most 4096 bytes
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its suffix it fits a tar's 100 bytes for a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -256,15 +256,16 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
     most = sum(shard.samples for shard in shards)
     try:
         with table.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            file.seek(0)
-            rows = csv.reader(_lines(io.TextIOWrapper(file, encoding="utf-8", newline="")))
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            rows = csv.reader(_lines(text))
             header = next(rows, [])
             if header[: len(SAMPLE_COLUMNS)] not in ([*SAMPLE_COLUMNS], [*SAMPLE_COLUMNS[:-2]]):
                 raise ValueError(f"expected the columns {', '.join(SAMPLE_COLUMNS)}")
             samples = [_read_sample(row, header) for row in islice(rows, most)]
             if next(rows, None) is not None:
                 raise ValueError(f"has more rows than the {most} samples of index.json")
+            text.detach().seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, csv.Error) as error:
         raise CxrdistError(f"{table}: no table of samples ({error!s:.150}); {MEND}") from error
     return digest, samples

@@ -25,10 +25,11 @@ from cxrdist.data.assemble import Item, assemble
 from cxrdist.data.boxes import read_boxes
 from cxrdist.data.depth import source_depth
 from cxrdist.data.found import LeftOut
+from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
 from cxrdist.data.patients import MOST_YEARS
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
-from cxrdist.data.splits import assign_splits, parse_split
+from cxrdist.data.splits import asked_splits, assign_splits, parse_split
 from cxrdist.data.squares import (
     Part,
     Pngs,
@@ -80,6 +81,7 @@ def pack(config: PackConfig) -> None:
     content = _content(config, source, _known_salt(config, work))
     if _is_packed(config.out, work, content):
         return
+    _refuse_large_index(config, source)
     _refuse_bad_splits(config, source)
     make_private(work)
     with _held(work, shared=config.task is not None):
@@ -200,6 +202,18 @@ def _shown_input(config: PackConfig) -> str:
     return "" if config.anonymise else str(config.input)
 
 
+def _refuse_large_index(config: PackConfig, source: Source) -> None:
+    """Refuse what no reader of the index would take (`cxrdist.data.index`)."""
+    shards, most_shards = -(-len(source.records) // config.shard_size), MOST_INDEX_BYTES // 256
+    for option, number, most, unit in (
+        (f"--size {config.size}", config.size, MOST_SIDE_PX, "px"),
+        (f"--input {config.input}", len(source.classes), MOST_CLASSES, "classes"),
+        (f"--shard-size {config.shard_size}", shards, most_shards, "shards"),
+    ):
+        if number > most:
+            raise CxrdistError(f"{option}: makes {number} {unit}, expected at most {most}")
+
+
 def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
     """Judge the options by the list of records, before any image is decoded.
 
@@ -207,7 +221,8 @@ def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
     what is refused here would be refused then.
 
     Raises:
-        CxrdistError: the splits cannot be drawn, or a class is expected that the source lacks.
+        CxrdistError: the splits cannot be drawn, the one to be covered is empty, or a class is
+            expected that the source lacks.
     """
     for name in config.expect:
         if name not in source.classes:
@@ -215,6 +230,9 @@ def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
                 f"--expect.{name}: is no class of {source.name}, which has "
                 f"{', '.join(source.classes)}"
             )
+    covered = config.cover_split
+    if config.text_boxes and covered not in ("all", *asked_splits(source, config.split)):
+        raise CxrdistError(f"--cover-split {covered}: has no images by --split and the source")
     if config.duplicates == "drop":  # a patient's second image may be a copy that is dropped
         source = replace(source, records=[replace(r, patient=r.path) for r in source.records])
     assign_splits(source, config.split, config.seed)
@@ -239,8 +257,17 @@ def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
 
 
 def _held(work: Path, *, shared: bool) -> Any:
-    """Keep others out while shards are put together; object stores have no locks."""
-    return locked(work, shared=shared) if isinstance(work, Path) else nullcontext()
+    """Keep others out while shards are put together; object stores have no locks.
+
+    Raises:
+        CxrdistError: the work directory, which is removed in the end, is somebody else's.
+    """
+    if not isinstance(work, Path):
+        return nullcontext()
+    others = [path.name for path in work.glob("[!.]*")]
+    if work.is_symlink() or (others and "pack.json" not in others):
+        raise CxrdistError(f"{work}: expected an unfinished pack, found other files; move it away")
+    return locked(work, shared=shared)
 
 
 def _begin(work: Path, decoding: dict[str, Any]) -> None:

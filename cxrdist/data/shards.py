@@ -51,7 +51,7 @@ def sample_key(path: str) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", re.sub(r"\.[A-Za-z]\w*$", "", name))[:40].strip("-")
     if re.fullmatch(r"\d+(\.\d+)+(\.[A-Za-z]\w*)?", name) or not stem:
         stem = "image"
-    return f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:10]}"
+    return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:10]}"
 
 
 def write_shard(path: Path, samples: Iterable[tuple[dict[str, Any], bytes]]) -> None:

@@ -34,7 +34,9 @@ def measure_shortcut(
         CxrdistError: there are fewer than `FOLDS` groups.
     """
     if len(set(groups)) < FOLDS:
-        raise CxrdistError(f"there are fewer than {FOLDS} patients")
+        raise CxrdistError(
+            f"there are fewer than {FOLDS} patients (those of the same image count as one)"
+        )
     from sklearn.model_selection import GroupKFold
 
     values = np.array([list(row.values()) for row in features])

@@ -357,6 +357,7 @@ def _refuse_missing_classes(source: Source, splits: Sequence[str], asked: Sequen
     """Each split that is asked for needs images; of one label an image, also of each class."""
     lacking = [split for split in asked if split not in splits]
     if lacking:
+        _refuse_dominant_group(source.records, np.asarray(group_by_patient(source.records)))
         raise CxrdistError(
             f"no image is in {lacking[0]}; add images or patients, or change --split"
         )

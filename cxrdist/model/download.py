@@ -242,14 +242,19 @@ class _WithDeadline(HTTPConnection):
     """A connection whose headers must come in time; a timeout alone waits for each byte anew."""
 
     def getresponse(self) -> HTTPResponse:
-        timer = threading.Timer(SLOW_SECONDS, self._cut)
+        late = threading.Event()
+        timer = threading.Timer(SLOW_SECONDS, self._cut, [late])
         timer.start()
         try:
-            return super().getresponse()
+            response = super().getresponse()
         finally:
             timer.cancel()
+        if late.is_set():  # headers that were cut off look like complete ones
+            raise TimeoutError(f"the server took more than {SLOW_SECONDS:g} s for its headers")
+        return response
 
-    def _cut(self) -> None:
+    def _cut(self, late: threading.Event) -> None:
+        late.set()
         with suppress(OSError, AttributeError):  # it has ended meanwhile
             self.sock.shutdown(socket.SHUT_RDWR)
 

@@ -1,5 +1,7 @@
 """Checkpoint files: tensors by name out of safetensors, state dicts and pickled networks."""
 
+import io
+import os
 import pickle
 import struct
 import zipfile
@@ -33,6 +35,7 @@ LABEL_ATTRIBUTES = ("pathologies", "targets", "class_names")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_TENSORS = 10_000  # DenseNet264, the largest published, has 1,585
 MOST_ENTRIES = 100_000  # modules, parameters and buffers of a network; DenseNet264 has 3,000
+MOST_DIRECTORY_BYTES = 4 << 20  # of a zip file; DenseNet264 with its optimiser has 400 kB
 MOST_HEADER_BYTES = 4 << 20  # of safetensors; DenseNet121 has 80 kB
 
 Numbers = Callable[[StorageRef], bytearray]
@@ -155,7 +158,7 @@ def read_safetensors(file: Path) -> TensorFile:
 
 def _read_zip(file: Path, container: str) -> TensorFile:
     """Read a file of torch.save since 1.6: data.pkl, and the numbers in data/KEY."""
-    with zipfile.ZipFile(file) as archive:
+    with _Archive(file) as data, zipfile.ZipFile(data) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
             raise ValueError("a zip archive without data.pkl")
@@ -172,20 +175,43 @@ def _read_zip(file: Path, container: str) -> TensorFile:
             if storage.key not in cached:
                 whole = storages[storage.key]
                 found = _stored(archive, f"{folder}data/{storage.key}", whole.num_bytes)
-                cached[storage.key] = _sized(bytearray(found), whole)
+                cached[storage.key] = _sized(found, whole)
             return cached[storage.key]
 
         return _collect(content, numbers, container, file.stat().st_size)
 
 
-def _stored(archive: zipfile.ZipFile, name: str, most_bytes: int) -> bytes:
+class _Archive(io.FileIO):
+    """A zip file of which no directory is read that does not belong to a checkpoint.
+
+    zipfile reads the list of members at once, and makes an object of half a kilobyte of each.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read so many bytes.
+
+        Raises:
+            ValueError: they are too many.
+        """
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        size = left if size is None or size < 0 else min(size, left)
+        if size > MOST_DIRECTORY_BYTES:
+            raise ValueError(f"its directory has more than {MOST_DIRECTORY_BYTES >> 20} MiB")
+        return super().read(size) or b""
+
+
+def _stored(archive: zipfile.ZipFile, name: str, most_bytes: int) -> bytearray:
     """Read a member; torch.save compresses none, so a compressed one is a bomb or damaged."""
     member = archive.getinfo(name)
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     if member.file_size > most_bytes:
         raise ValueError(f"{name} has {member.file_size} bytes, expected at most {most_bytes}")
-    return archive.read(name)
+    found = bytearray()
+    with archive.open(member) as content:
+        while block := content.read(MOST_DIRECTORY_BYTES):
+            found += block
+    return found
 
 
 def _read_legacy(file: Path, container: str) -> TensorFile:

@@ -24,6 +24,11 @@ _NAME = re.compile(r"\d{5,}-\d{7,}")
 _BEST = re.compile(r"best-\d{5,}")
 _STATE, _POSITION = "state.safetensors", "position.json"
 
+# What PyTorch keeps of each parameter.
+_STATES: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
 _MOST_POSITION_BYTES = 1 << 20  # with the best weights of 10,000 stages
 _MOST_STATE_BYTES = 32 << 30  # of a network of 2 billion parameters; CheXNet has 7 million
 
@@ -246,7 +251,7 @@ def _read(path: Path, most: int) -> bytes:
     try:
         return read_bytes(path, most)
     except CxrdistError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(str(error).replace(f"{path}:", path.name)) from error
 
 
 @contextmanager
@@ -327,11 +332,13 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> 
     by_place = {str(place): parameter for place, parameter in enumerate(parameters)}
     for key, value in tensors.items():
         place, _, name = key.partition(".")
-        parameter = by_place.get(place)
-        like_parameter = parameter is not None and value.shape == parameter.shape
+        parameter, names = by_place.get(place), _STATES[type(optimizer)]
+        if parameter is None or any(f"{place}.{n}" not in tensors for n in names):
+            raise ValueError(f"optimizer.{key} is of no parameter, or others are missing")
+        like_parameter = value.shape == parameter.shape
         if (
-            parameter is None
-            or not value.is_floating_point()
+            name not in names
+            or value.dtype != torch.float32
             or not (like_parameter or value.numel() == 1)
         ):
             raise ValueError(f"optimizer.{key} is {value.dtype} {tuple(value.shape)}")

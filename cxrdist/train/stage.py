@@ -130,6 +130,8 @@ class StageRun:
         """Take over the rest of a checkpoint of this stage, written by any number of ranks."""
         position, updater = resumed.position, self.updater
         self.stopping = typed(position.stopping, EarlyStopping)
+        if not 0 <= self.stopping.best_epoch <= self.stopping.epoch <= self.stage.epochs:
+            raise ValueError(f"epoch {self.stopping.epoch} of {self.stage.epochs}")
         self.best, self.skipped = resumed.best, position.skipped
         load_optimizer_tensors(updater.optimizer, resumed.optimizer)
         if updater.scaler and position.scaler:

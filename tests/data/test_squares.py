@@ -202,6 +202,7 @@ REFUSED = {
     "expected number": ({"expect": {"a": -3}}, "--expect.a -3: expected 0"),
     "seed": ({"seed": -1}, "--seed -1: expected 0 or more"),
     "shard size": ({"shard_size": 0}, "shard_size: is 0"),
+    "size": ({"size": 4501}, "--size 4501: makes 4501 px, expected at most 4500"),
 }
 
 
