@@ -1,8 +1,8 @@
 """Anonymise: names that tell nothing in place of those of files, folders, patients and sources.
 
 A name is an HMAC-SHA256 under a key that is random for each pack, so that nobody who lacks the key
-can guess a name and compare. While a pack is unfinished its key lies beside the squares, in a file
-and a directory that only the owner can read; a finished pack has none.
+can guess a name and compare. While a pack is unfinished its key is in its work directory, in a file
+that only the owner can read; a finished pack has none.
 """
 
 import csv
@@ -24,7 +24,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file
 
 KEY_BYTES = 32
-KEY_FILE = "key"
+KEY_FILE = ".key"
 DIGITS = 20  # of a name, 80 bits: among 10 million names two are equal with a chance of 1e-10
 SALT = "(salt)"
 OLDEST = 90.0  # ages above 89 tell a person (HIPAA Privacy Rule, 45 CFR 164.514(b)(2)(i)(C))
@@ -59,7 +59,7 @@ def shared_key(directory: Path) -> bytes:
     """Return the key of a pack; the first of its processes that asks makes it.
 
     Args:
-        directory: of the squares, local or an fsspec path.
+        directory: of the unfinished pack, local or an fsspec path.
     """
     path = directory / KEY_FILE
     if not isinstance(path, Path):  # an object store makes an object once; others then read it

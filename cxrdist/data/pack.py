@@ -83,9 +83,8 @@ def pack(config: PackConfig) -> None:
         return
     _refuse_large_index(config, source)
     _refuse_bad_splits(config, source)
-    make_private(work)
     with _held(work, shared=config.task is not None):
-        key, names = shared_key(work / "squares"), list[Name]()
+        key, names = shared_key(work), list[Name]()
         if config.anonymise:
             content = _content(config, source, salt_of(key))
             source, names = anonymise(source, key)
@@ -163,7 +162,7 @@ def _known_salt(config: PackConfig, work: Path) -> str | None:
     if not config.anonymise:
         return None
     table = names_file(config.out)
-    key, salt = read_key(work / "squares"), read_salt(table)
+    key, salt = read_key(work), read_salt(table)
     if salt is None:
         return None if key is None else salt_of(key)
     if salt != salt_of(key) if key is not None else not config.out.exists():
@@ -267,6 +266,7 @@ def _held(work: Path, *, shared: bool) -> Any:
     others = [path.name for path in work.glob("[!.]*")]
     if work.is_symlink() or (others and "pack.json" not in others):
         raise CxrdistError(f"{work}: expected an unfinished pack, found other files; move it away")
+    make_private(work)
     return locked(work, shared=shared)
 
 

@@ -114,7 +114,7 @@ def make_squares(
 
     Args:
         parts: what to decode.
-        directory: where the parts' files and the pack's key go, local or an fsspec path.
+        directory: where the parts' files go, local or an fsspec path; the pack's key is beside it.
         size_px: side of the squares.
         fit: how an image becomes square.
         workers: number of processes; one for each core if None.
@@ -124,9 +124,8 @@ def make_squares(
     Yields:
         The number of images of each part that were decoded, when it is written.
     """
-    make = partial(
-        _make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=shared_key(directory)
-    )
+    key = shared_key(directory.parent)
+    make = partial(_make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=key)
     # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
     with image_workers(workers, [__name__, "scipy.fftpack"]) as pool:
         waiting: deque[tuple[Part, Kept, list[Pending]]] = deque()

@@ -97,7 +97,7 @@ def test_no_patient_can_be_guessed_from_what_a_dicom_pack_leaves(config, tmp_pat
         pack(config)
     assert all(str(file) in str(error.value) for file in damaged)
     work = tmp_path / ".out.partial"
-    key = work / "squares" / "key"
+    key = work / ".key"
     assert stat.S_IMODE(work.stat().st_mode) == 0o700
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     refused = left_by(work)
@@ -171,9 +171,9 @@ def test_tasks_share_one_key(config, tmp_path):
     for task in (1, 0):
         pack(replace(parts, task=task))
     whole = replace(config, out=tmp_path / "whole", workers=2)
-    squares = tmp_path / ".whole.partial" / "squares"
-    squares.mkdir(parents=True)
-    (squares / "key").write_bytes((tmp_path / ".out.partial" / "squares" / "key").read_bytes())
+    (tmp_path / ".whole.partial").mkdir()
+    key = (tmp_path / ".out.partial" / ".key").read_bytes()
+    (tmp_path / ".whole.partial" / ".key").write_bytes(key)
     pack(replace(config, merge=True))
     pack(whole)
     assert contents(config.out) == contents(whole.out)
