@@ -62,7 +62,7 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
             "cxrdist find-text"
         )
     for note in table.notes:
-        print(note)
+        print(f"{file}: {note}")
     found: dict[str, list[Box]] = {}
     for where, cells in table.rows():
         row = {name: cells[place] for name, place in places.items()}

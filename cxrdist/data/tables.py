@@ -116,7 +116,7 @@ def read_table(file: Path, expected: Collection[str]) -> Table:
     headers = {separator: _header(text, separator) for separator in SEPARATORS}
     separator = max(SEPARATORS, key=lambda s: sum(plain(name) in expected for name in headers[s]))
     if separator != ",":
-        notes = (*notes, f"{file.name}: read with {SEPARATORS[separator]} between the cells")
+        notes = (*notes, f"the table is read with {SEPARATORS[separator]} between the cells")
     return Table(file, headers[separator], separator, text, notes)
 
 
@@ -165,7 +165,7 @@ def _decode(file: Path, data: bytes) -> tuple[str, str]:
         except UnicodeDecodeError:  # five bytes have no letter there
             encoding = "latin-1"
             text = data.decode(encoding)
-    assumed = f"{file.name}: read as {encoding}; {SAVE} if letters are wrong"
+    assumed = f"the table is read as {encoding}; {SAVE} if letters are wrong"
     return text, "" if encoding == "utf-8" else assumed
 
 

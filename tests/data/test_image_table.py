@@ -129,8 +129,11 @@ def test_a_file_that_is_listed_through_a_link_is_one_file(table):
     [
         ("utf-8", ()),
         ("utf-8-sig", ()),
-        ("utf-16", ("table.csv: read as utf-16; save it as CSV UTF-8 if letters are wrong",)),
-        ("cp1252", ("table.csv: read as windows-1252; save it as CSV UTF-8 if letters are wrong",)),
+        ("utf-16", ("the table is read as utf-16; save it as CSV UTF-8 if letters are wrong",)),
+        (
+            "cp1252",
+            ("the table is read as windows-1252; save it as CSV UTF-8 if letters are wrong",),
+        ),
     ],
 )
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -140,7 +143,7 @@ def test_spreadsheets_of_all_kinds_are_read(table, encoding, note, separator):
     source = read(table, text.replace("\n", "\r\n").encode(encoding))
     assert [record.patient for record in source.records] == ["Müller", "Größe"]
     names = {";": "semicolons", "\t": "tabs"}
-    said = f"table.csv: read with {names.get(separator)} between the cells"
+    said = f"the table is read with {names.get(separator)} between the cells"
     assert source.notes == (*note, *([said] if separator != "," else []))
 
 
