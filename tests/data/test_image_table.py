@@ -10,6 +10,8 @@ from cxrdist.data.pack import pack
 from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError
 
+SAVE = "save it as CSV UTF-8"
+
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
@@ -129,7 +131,7 @@ def test_a_file_that_is_listed_through_a_link_is_one_file(table):
     [
         ("utf-8", ()),
         ("utf-8-sig", ()),
-        ("utf-16", ("the table is read as utf-16; save it as CSV UTF-8 if letters are wrong",)),
+        ("utf-16", (f"the table is read as utf-16; {SAVE} if letters are wrong",)),
         (
             "cp1252",
             ("the table is read as windows-1252; save it as CSV UTF-8 if letters are wrong",),
