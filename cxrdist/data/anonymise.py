@@ -157,10 +157,10 @@ def read_salt(file: Path) -> str | None:
         return None
     with file.open(encoding="utf-8", errors="replace", newline="") as table:
         head = [table.readline(1000), table.readline(1000)]
-    rows = list(csv.reader(head))
-    if len(rows) != 2 or tuple(rows[0]) != Name._fields or rows[1][:1] != [SALT]:
+    header, salt = (line.rstrip("\r\n").split(",") for line in head)
+    if header != [*Name._fields] or len(salt) != len(header) or salt[0] != SALT:
         raise CxrdistError(f"{file}: is not a table of names; move it, or choose another --out")
-    return rows[1][2]
+    return salt[2]
 
 
 def write_names(file: Path, key: bytes, names: Iterable[Name]) -> None:

@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 from cxrdist.data.found import LeftOut, find_images
 from cxrdist.data.records import Record, Source, own_patient
@@ -18,6 +19,7 @@ from cxrdist.errors import CxrdistError
 NAME = "COVID-19 Radiography Database"
 # COVID-19 images of the first release that COVID-Net leaves out (its create_COVIDx notebooks).
 UNUSABLE = {*range(100, 106), *range(110, 114), *range(122, 127), 217}
+MOST_BYTES = 64 << 20  # of a workbook, unpacked; the largest of the releases has 2 MB
 # What a workbook's URL tells of an image's source.
 SOURCES = {
     "rsna": "RSNA",
@@ -150,17 +152,7 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
     ]
     if not books:
         return {}
-    from openpyxl import load_workbook
-    from openpyxl.utils.exceptions import InvalidFileException
-
-    try:
-        content = io.BytesIO(books[0].read_bytes())
-        sheet = load_workbook(content, read_only=True, data_only=True).worksheets[0]
-        rows = list(sheet.iter_rows(values_only=True))
-    except (BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
-        raise CxrdistError(
-            f"{books[0]}: no readable workbook ({type(error).__name__}); unpack the release again"
-        ) from error
+    rows = _read_rows(books[0])
     header = [str(cell or "").strip().upper() for cell in rows[0]] if rows else []
     if not {"FILE NAME", "URL"} <= set(header):
         raise CxrdistError(f"{books[0]}: has no columns FILE NAME and URL; unpack it again")
@@ -168,8 +160,33 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
     return {
         number: str(row[url_at])
         for row in rows[1:]
-        if row[url_at] and (number := _number(str(row[name_at] or ""))) is not None
+        if len(row) > max(name_at, url_at)
+        and row[url_at]
+        and (number := _number(str(row[name_at] or ""))) is not None
     }
+
+
+def _read_rows(book: Path) -> list[tuple[Any, ...]]:
+    """The cells of a workbook's first sheet.
+
+    Raises:
+        CxrdistError: it is damaged, or larger than a workbook of this data set.
+    """
+    from openpyxl import load_workbook
+
+    try:
+        content = io.BytesIO(book.read_bytes())
+        with ZipFile(content) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MOST_BYTES:
+            raise ValueError(f"{size} bytes")
+        sheet = load_workbook(content, read_only=True, data_only=True).worksheets[0]
+        return list(sheet.iter_rows(values_only=True))
+    except Exception as error:
+        # openpyxl and the zip and XML readers below it raise errors of any kind on damaged files.
+        raise CxrdistError(
+            f"{book}: no readable workbook ({type(error).__name__}); unpack the release again"
+        ) from error
 
 
 def _number(name: str) -> int | None:

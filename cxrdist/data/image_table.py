@@ -72,8 +72,10 @@ class _Reader:
                 raise CxrdistError(f"{row.where}: {name} is empty; fill it or drop the row")
         path = self._path(row.where, cells["path"])
         file = self.table.file.parent / path
-        if not file.is_file():
-            raise CxrdistError(f"{row.where}: no file {file}; paths are relative to the table")
+        if not _is_file(file):
+            raise CxrdistError(
+                f"{row.where}: no file {str(file)[:300]}; paths are relative to the table"
+            )
         return Record(
             file,
             path,
@@ -161,6 +163,13 @@ def _find_columns(table: Table) -> dict[str, int]:
                 f"if it is, or rename it, such as to other_{like[0]}"
             )
     return places
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except OSError:  # its name is too long, or a folder above it closed
+        return False
 
 
 def _label(where: str, cells: dict[str, str]) -> str:

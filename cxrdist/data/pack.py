@@ -53,6 +53,7 @@ from cxrdist.terminal import progress
 
 # Options that decide the decoded squares, beside the input; the others only how they are packed.
 DECODING = ("size", "fit", "cover", "anonymise")
+MOST_NAMED = 20  # files in a message
 # What may differ between two calls that make the same shards.
 NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
 
@@ -341,10 +342,14 @@ def _read_parts(parts: list[Part], work: Path, config: PackConfig) -> list[list[
     if rejected and not config.skip_bad:
         rows = [(square.path, square.reason) for square in rejected]
         write_table(work / "rejected.csv", LeftOut._fields, rows)
-        more = f" ({len(rejected)} such images, all in {work / 'rejected.csv'})"
-        first = next(r.file for p in parts for r in p.records if r.path == rejected[0].path)
+        bad = {square.path for square in rejected}
+        files = [str(r.file) for part in parts for r in part.records if r.path in bad]
+        listed = f"all in {work / 'rejected.csv'}"
+        if config.anonymise:  # that table has no name of a file
+            listed = ", ".join(files[:MOST_NAMED]) + (" ..." if len(files) > MOST_NAMED else "")
+        more = f" ({len(rejected)} such images, {listed})"
         raise CxrdistError(
-            f"{first}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
+            f"{files[0]}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
             "mend or remove it, or leave it out with --skip-bad; what is decoded is kept"
         )
     return found

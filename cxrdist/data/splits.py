@@ -348,7 +348,7 @@ def _refuse_shared_patients(records: Sequence[Record], splits: Sequence[str]) ->
         if first != split:
             _refuse_dominant_group(records, np.asarray(group_by_patient(records)))
             raise CxrdistError(
-                f"patient {record.patient}: {other.path} is in {first}, {record.path} in {split}; "
+                f"patient {record.patient}: {other.file} is in {first}, {record.file} in {split}; "
                 "give all images of a patient the same split"
             )
 

@@ -35,6 +35,7 @@ def read(table: Path, text: str | bytes, **options: object):
         ),
         ("path,label\na.png,\n", "row 2: label is empty"),
         ("path,label\na.png,x\nlost.png,y\n", "row 3: no file"),
+        (f"path,label\n{'a' * 5000}.png,x\n", "row 2: no file"),
         ("path,label\na.png,x\n\n\nlost.png,y\n", "row 5: no file"),
         ("path,label\na.png,x\na.png,y\n", "a.png stands in 2 rows"),
         ("path,label\na.png,x\n./a.png,y\n", "a.png stands in 2 rows"),

@@ -241,8 +241,8 @@ def test_too_small_a_class_is_refused():
 def test_a_given_split_that_shares_a_patient_is_refused():
     """A table that puts a patient into train and test is refused with both paths."""
     records = [
-        Record(Path(), "1", "a", "p", "s", "train"),
-        Record(Path(), "2", "a", "p", "s", "test"),
+        Record(Path("1"), "1", "a", "p", "s", "train"),
+        Record(Path("2"), "2", "a", "p", "s", "test"),
     ]
     with pytest.raises(CxrdistError, match="patient p: 1 is in train, 2 in test"):
         assign_splits(source_of(records), "paper", 0)
