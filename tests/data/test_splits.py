@@ -125,6 +125,13 @@ def test_the_papers_smallest_class_has_all_its_splits():
     assert [counts["a", s] for s in ("train", "val", "test")] == [1, 1, 60]
 
 
+def test_a_split_takes_one_patient_more_if_that_is_nearer_to_its_target():
+    """Of 9 patients with 4 images a fifth is 7 images: 8 are nearer than 4."""
+    source = source_of(records_of({"a": 36, "b": 36}, images_per_patient=4))
+    counts = Counter(assign_splits(source, None, 0))
+    assert counts == {"train": 48, "val": 8, "test": 16}
+
+
 def test_rare_labels_are_in_each_split():
     """Of many labels an image each one that three patients have is in train, val and test."""
     random = np.random.default_rng(0)
