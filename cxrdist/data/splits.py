@@ -13,7 +13,7 @@ from cxrdist.errors import CxrdistError
 PAPER = "paper"
 PAPER_TEST_IMAGES = 60  # of each class (paper, section 2.2)
 PAPER_VAL_FRACTION = 0.2  # of what is left (paper, section 2.2)
-DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # CheXNet's (Rajpurkar et al. 2017, section 2.1)
+DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # CheXNet's (Rajpurkar et al. 2017)
 DOMINANT_IMAGES = 20  # a patient of more, and of most of all images, looks like a placeholder
 MISSED = 0.03  # of all images; a split that is further from its target is reported
 
@@ -43,6 +43,9 @@ def assign_splits(
     records = source.records
     if not records:
         raise CxrdistError("no image is left to be split; see what was left out, and why")
+    bare = next((record.path for record in records if record.split is None), None)
+    if bare is not None and not is_drawn(source):
+        raise CxrdistError(f"{bare}: has no split while others have one; give all or none a split")
     numbers = np.asarray(group_by_patient(records) if groups is None else groups)
     splits = [str(record.split) for record in records]
     asked = asked_splits(source, split)

@@ -203,6 +203,8 @@ def test_given_splits_need_only_what_they_have():
     assert describe_split(source, None) == "given by the source, test only"
     mixed = [replace(r, split="train") if i < 4 else r for i, r in enumerate(records)]
     assert set(assign_splits(source_of(mixed), None, 0)) == {"train", "test"}
+    with pytest.raises(CxrdistError, match="0: has no split while others have one"):
+        assign_splits(source_of([replace(mixed[0], split=None), *mixed[1:]]), None, 0)
     mixed[5] = replace(mixed[5], label="a")
     mixed[7] = replace(mixed[7], label="a")
     with pytest.raises(CxrdistError, match="class 'b' has no image in test"):
