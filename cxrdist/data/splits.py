@@ -287,8 +287,10 @@ def split_notes(
         by more than `MISSED` of all images, and by more than an image per class, which is rounding.
     """
     if not is_drawn(source):
-        unused = split is not None and describe_split(source, split) == describe_split(source, None)
-        return [f"--split {split} is not used, they are given by the source"] if unused else []
+        is_open = any(record.split == DEVELOPMENT for record in source.records)
+        if split is None or (is_open and split != PAPER):
+            return []
+        return [f"--split {split} is not used, the source gives the splits"]
     counts = _images_by_group(source, np.arange(len(splits)))
     targets, asked = _targets(split or DEFAULT_FRACTIONS, counts.sum(axis=0))
     largest = max(Counter(groups).values())
@@ -300,13 +302,12 @@ def split_notes(
             "the patients by --patient-pattern or a csv column patient"
         )
     for number in asked:
-        own = np.array(splits) == SPLITS[number]
-        images, target = int(counts[own].sum()), int(targets[number].sum())
-        if abs(images - target) > max(MISSED * counts.sum(), len(source.classes)):
+        share = splits.count(SPLITS[number]) / len(splits)
+        target = targets[number].sum() / counts.sum()
+        if abs(share - target) > max(MISSED, len(source.classes) / len(splits)):
             lines.append(
-                f"{SPLITS[number]} has {images / counts.sum():.0%} of the images instead of "
-                f"{target / counts.sum():.0%}: patients and copies stay together, up to {largest} "
-                "images"
+                f"{SPLITS[number]} has {share:.0%} of the images instead of {target:.0%}: "
+                f"patients and copies stay together, up to {largest} images"
             )
     return lines
 
