@@ -270,7 +270,8 @@ def _write(
         ledger = [row for number in sorted(predictor.ledgers) for row in predictor.ledgers[number]]
         write_table(predictor.heatmaps / "relevance.csv", ("path", *LEDGER_COLUMNS), ledger)
     unread = sorted(predictor.reasons.items())
-    rejected = [(str(inputs[n].file), reason) for n, reason in unread] + list(left_out)
+    files = [(str(inputs[number].file), reason) for number, reason in unread]
+    rejected = [(file, reason.removeprefix(f"{file}: ")) for file, reason in files] + [*left_out]
     if rejected:
         write_table(_beside(out, "rejected.csv"), ("path", "reason"), rejected)
     else:

@@ -13,7 +13,7 @@ from cxrdist.errors import CxrdistError
 PAPER = "paper"
 PAPER_TEST_IMAGES = 60  # of each class (paper, section 2.2)
 PAPER_VAL_FRACTION = 0.2  # of what is left (paper, section 2.2)
-DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # CheXNet's (Rajpurkar et al. 2017, section 2.1)
+DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # CheXNet's (Rajpurkar et al. 2017)
 DOMINANT_IMAGES = 20  # a patient of more, and of most of all images, looks like a placeholder
 MISSED = 0.03  # of all images; a split that is further from its target is reported
 
@@ -43,6 +43,9 @@ def assign_splits(
     records = source.records
     if not records:
         raise CxrdistError("no image is left to be split; see what was left out, and why")
+    bare = next((record.path for record in records if record.split is None), None)
+    if bare is not None and not is_drawn(source):
+        raise CxrdistError(f"{bare}: has no split while others have one; give all or none a split")
     numbers = np.asarray(group_by_patient(records) if groups is None else groups)
     splits = [str(record.split) for record in records]
     asked = asked_splits(source, split)
@@ -284,8 +287,10 @@ def split_notes(
         by more than `MISSED` of all images, and by more than an image per class, which is rounding.
     """
     if not is_drawn(source):
-        unused = split is not None and describe_split(source, split) == describe_split(source, None)
-        return [f"--split {split} is not used, they are given by the source"] if unused else []
+        is_open = any(record.split == DEVELOPMENT for record in source.records)
+        if split is None or (is_open and split != PAPER):
+            return []
+        return [f"--split {split} is not used, the source gives the splits"]
     counts = _images_by_group(source, np.arange(len(splits)))
     targets, asked = _targets(split or DEFAULT_FRACTIONS, counts.sum(axis=0))
     largest = max(Counter(groups).values())
@@ -297,13 +302,12 @@ def split_notes(
             "the patients by --patient-pattern or a csv column patient"
         )
     for number in asked:
-        own = np.array(splits) == SPLITS[number]
-        images, target = int(counts[own].sum()), int(targets[number].sum())
-        if abs(images - target) > max(MISSED * counts.sum(), len(source.classes)):
+        share = splits.count(SPLITS[number]) / len(splits)
+        target = targets[number].sum() / counts.sum()
+        if abs(share - target) > max(MISSED, len(source.classes) / len(splits)):
             lines.append(
-                f"{SPLITS[number]} has {images / counts.sum():.0%} of the images instead of "
-                f"{target / counts.sum():.0%}: patients and copies stay together, up to {largest} "
-                "images"
+                f"{SPLITS[number]} has {share:.0%} of the images instead of {target:.0%}: "
+                f"patients and copies stay together, up to {largest} images"
             )
     return lines
 

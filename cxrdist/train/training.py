@@ -23,6 +23,7 @@ from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import (
     RunDirectory,
+    atomic_file,
     environment,
     now,
     read_recipe,
@@ -167,7 +168,8 @@ def build_training(
         write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
         audit = index.directory / "audit.json"
         if audit.is_file():
-            write_text(run.audit, audit.read_text(encoding="utf-8"))
+            with atomic_file(run.audit) as partial, audit.open("rb") as file:
+                partial.write_bytes(file.read())
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
     model.to(accelerator.device)

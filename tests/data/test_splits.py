@@ -125,6 +125,13 @@ def test_the_papers_smallest_class_has_all_its_splits():
     assert [counts["a", s] for s in ("train", "val", "test")] == [1, 1, 60]
 
 
+def test_a_split_takes_one_patient_more_if_that_is_nearer_to_its_target():
+    """Of 9 patients with 4 images a fifth is 7 images: 8 are nearer than 4."""
+    source = source_of(records_of({"a": 36, "b": 36}, images_per_patient=4))
+    counts = Counter(assign_splits(source, None, 0))
+    assert counts == {"train": 48, "val": 8, "test": 16}
+
+
 def test_rare_labels_are_in_each_split():
     """Of many labels an image each one that three patients have is in train, val and test."""
     random = np.random.default_rng(0)
@@ -196,6 +203,8 @@ def test_given_splits_need_only_what_they_have():
     assert describe_split(source, None) == "given by the source, test only"
     mixed = [replace(r, split="train") if i < 4 else r for i, r in enumerate(records)]
     assert set(assign_splits(source_of(mixed), None, 0)) == {"train", "test"}
+    with pytest.raises(CxrdistError, match="0: has no split while others have one"):
+        assign_splits(source_of([replace(mixed[0], split=None), *mixed[1:]]), None, 0)
     mixed[5] = replace(mixed[5], label="a")
     mixed[7] = replace(mixed[7], label="a")
     with pytest.raises(CxrdistError, match="class 'b' has no image in test"):
@@ -210,6 +219,10 @@ def test_val_is_drawn_of_what_is_given_for_train_and_val_together():
     ]
     source = source_of(records)
     assert Counter(assign_splits(source, None, 0)) == {"train": 70, "val": 10, "test": 20}
+    assert split_notes(source, "0.7/0.1/0.2", [], []) == []
+    assert split_notes(source, "paper", [], []) == [
+        "--split paper is not used, the source gives the splits"
+    ]
     assert describe_split(source, "paper") == "given by the source, val drawn (0.7/0.1/0.2)"
     assert Counter(assign_splits(source, "0.5/0/0.5", 0)) == {"train": 80, "test": 20}
     assert describe_split(source, "0.5/0/0.5") == "given by the source, train and test only"

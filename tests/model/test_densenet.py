@@ -174,7 +174,7 @@ def test_what_describes_a_model_has_types_and_bounds(saved, tmp_path, path, valu
     holder[last] = value
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.json").write_text(json.dumps(description))
-    (tmp_path / "model" / "model.safetensors").symlink_to(saved / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").hardlink_to(saved / "model" / "model.safetensors")
     with pytest.raises(CxrdistError, match=r"model\.json"):
         load_model(tmp_path)
 
@@ -232,7 +232,7 @@ def test_weights_are_floating_point(saved, tmp_path, change, message):
     weights = load_file(saved / "model" / "model.safetensors")
     change(weights)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.json").symlink_to(saved / "model" / "model.json")
+    (tmp_path / "model" / "model.json").hardlink_to(saved / "model" / "model.json")
     save_file(weights, tmp_path / "model" / "model.safetensors")
     if message:
         for read in (partial(load_model, tmp_path), partial(read_weights, str(tmp_path))):
