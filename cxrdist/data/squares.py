@@ -167,8 +167,7 @@ def _without(part: Part, kept: Kept) -> Part:
 def _pool(workers: int | None) -> Iterator[ProcessPool]:
     """Processes that start from a small clean one, not from a copy of this with its threads."""
     context = multiprocessing.get_context("forkserver")
-    # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
-    context.set_forkserver_preload([__name__, "scipy.fftpack"])
+    context.set_forkserver_preload([__name__])
     pool = ProcessPool(workers or len(os.sched_getaffinity(0)), context=context)
     try:
         yield pool
