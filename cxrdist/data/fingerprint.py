@@ -1,14 +1,21 @@
-"""Fingerprints: what tells whether two X-rays are the same, and what an X-ray's rim betrays."""
+"""Fingerprints: what tells whether two X-rays are the same, and what an X-ray's rim betrays.
+
+The perceptual hash is the one of the imagehash library bit for bit, at a third of its cost: only
+the frequencies that it keeps are computed.
+"""
 
 import hashlib
 from dataclasses import dataclass
 
-import imagehash
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 HASH_SIDE = 16  # 256 bits; with 64, different X-rays are as near as altered copies
+# Rows of the discrete cosine transform of 64 values, those of the lowest frequencies.
+FREQUENCIES = np.cos(
+    np.pi * np.outer(np.arange(HASH_SIDE), np.arange(4 * HASH_SIDE) + 0.5) / (4 * HASH_SIDE)
+)
 INNER = 0.94  # of the side: a copy may have lost 3 % of it on each
 BORDER = 1 / 16  # of the side; of a 224 px square the outer 14 px
 DARK, BRIGHT = 10, 245  # grey levels of what is all but black or white
@@ -44,10 +51,11 @@ def fingerprint(pixels: NDArray[np.uint8]) -> Fingerprint:
 
 
 def _phash(image: Image.Image, box: tuple[float, float, float, float]) -> bytes:
-    """The perceptual hash of a part; it sees the lowest 16 of 64 frequencies of each axis."""
-    side = 4 * HASH_SIDE  # imagehash's own, which scales by a filter of five times the cost
-    small = image.resize((side, side), Image.Resampling.BOX, box)
-    return np.packbits(imagehash.phash(small, HASH_SIDE).hash).tobytes()
+    """The perceptual hash of a part: which of the lowest 16 of 64 frequencies are above average."""
+    side = FREQUENCIES.shape[1]
+    small = np.asarray(image.resize((side, side), Image.Resampling.BOX, box), np.float64)
+    low = FREQUENCIES @ small @ FREQUENCIES.T
+    return np.packbits(low > np.median(low)).tobytes()
 
 
 def _statistics(pixels: NDArray[np.uint8], image: Image.Image) -> dict[str, float]:

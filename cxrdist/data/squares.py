@@ -126,8 +126,7 @@ def make_squares(
     """
     key = shared_key(directory.parent)
     make = partial(_make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=key)
-    # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
-    with image_workers(workers, [__name__, "scipy.fftpack"]) as pool:
+    with image_workers(workers, [__name__]) as pool:
         waiting: deque[tuple[Part, Kept, list[Pending]]] = deque()
         for part in parts:
             kept = _keep(directory, part, depth)
