@@ -13,7 +13,7 @@ from cxrdist.config import PackConfig
 from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.images import decode_png
-from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index
+from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index, shard_name
 from cxrdist.data.records import SPLITS, Record, Source, labels_of
 from cxrdist.data.shards import describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient
@@ -50,7 +50,7 @@ class Shard:
     @property
     def name(self) -> str:
         """File name, SPLIT-000000.tar."""
-        return f"{self.split}-{self.number:06d}.tar"
+        return shard_name(self.split, self.number)
 
 
 def assemble(

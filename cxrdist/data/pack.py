@@ -11,6 +11,7 @@ from typing import Any
 from cxrdist.config import PackConfig
 from cxrdist.data.assemble import Item, assemble, write_rejected
 from cxrdist.data.boxes import read_boxes
+from cxrdist.data.index import MOST_SIDE_PX
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
 from cxrdist.data.squares import (
@@ -66,6 +67,8 @@ def pack(config: PackConfig) -> None:
 
 def _refuse_bad_options(config: PackConfig) -> None:
     refuse_below_one(config, "size", "shard_size", "workers", "num_tasks")
+    if config.size > MOST_SIDE_PX:
+        raise CxrdistError(f"--size {config.size}: expected at most {MOST_SIDE_PX} px")
     if (config.task is None) != (config.num_tasks is None):
         raise CxrdistError("--task and --num-tasks: go together, such as --task 0 --num-tasks 4")
     if config.task is not None and config.num_tasks is not None:

@@ -88,7 +88,7 @@ def read_ledgers(place: Path, keys: Sequence[str]) -> list[NDArray[np.float64]] 
     if place.suffix == ".tar":
         if not place.is_file():
             return None
-        with tarfile.open(place) as tar:
+        with tarfile.open(place, "r:") as tar:
             files = [tar.extractfile(f"{key}.npz") for key in keys]
             return [_ledger(io.BytesIO(file.read())) for file in files if file is not None]
     paths = [place / f"{key}.npz" for key in keys]
