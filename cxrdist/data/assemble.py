@@ -15,7 +15,7 @@ from cxrdist.data.depth import describe_depth
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.found import LeftOut
 from cxrdist.data.images import decode_png
-from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index
+from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index, shard_name
 from cxrdist.data.records import SPLITS, Record, Source, labels_of
 from cxrdist.data.shards import describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
@@ -52,7 +52,7 @@ class Shard:
     @property
     def name(self) -> str:
         """File name, SPLIT-000000.tar."""
-        return f"{self.split}-{self.number:06d}.tar"
+        return shard_name(self.split, self.number)
 
 
 def assemble(

@@ -169,7 +169,7 @@ class OpenShard:
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
-            found = "the end" if not header.strip(b"\0") else f"no tar header ({error!s:.60})"
+            found = "the end" if not header.strip(b"\0") else "no header of a plain tar"
             raise self._wrong(f"expected {expected}, found {found}") from error
         if member.name != expected:
             raise self._wrong(f"expected {expected}, found {member.name!r:.120}")

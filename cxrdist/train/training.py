@@ -15,6 +15,7 @@ from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.plan import Plan, copies_of, plan_epoch
 from cxrdist.distributed import StopVote, together
+from cxrdist.document import read_bounded
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
 from cxrdist.info import RUN_FORMAT, read_info
@@ -23,7 +24,6 @@ from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import (
     RunDirectory,
-    atomic_file,
     environment,
     now,
     read_recipe,
@@ -33,6 +33,7 @@ from cxrdist.run import (
 from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.step import Batches, Material
 
+MOST_AUDIT_BYTES = 64 << 20  # of audit.json; thumbnails of 1000 pairs are 8 MB
 NOT_SCIENCE = (
     "shards",
     "run",
@@ -143,6 +144,21 @@ def _describe_shards(index: Index) -> dict[str, Any]:
     }
 
 
+def _read_audit(index: Index) -> str:
+    """The audit of the shards, if there is one.
+
+    Raises:
+        CxrdistError: it is no text, or too large.
+    """
+    path, mend = index.directory / "audit.json", "write it anew with cxrdist check --audit"
+    if not path.is_file():
+        return ""
+    try:
+        return read_bounded(path, MOST_AUDIT_BYTES, mend).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CxrdistError(f"{path}: no UTF-8 ({error!s:.80}); {mend}") from error
+
+
 def build_training(
     accelerator: Accelerator, run: RunDirectory, config: TrainConfig, index: Index
 ) -> Training:
@@ -158,6 +174,7 @@ def build_training(
         read = _attempt(config.init)
     weights = together(accelerator, read)
     together(accelerator, lambda: _refuse_other_weights(run, weights))
+    audit = together(accelerator, lambda: _read_audit(index))
     model = _build_model(config, index, weights)
     num_copied = apply_weights(weights, model)
     images = open_cache(index, config.cache, accelerator)
@@ -166,10 +183,8 @@ def build_training(
         about = _describe_start(accelerator, weights, num_copied)
         shards = {"format": RUN_FORMAT, "shards": _describe_shards(index)}
         write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
-        audit = index.directory / "audit.json"
-        if audit.is_file():
-            with atomic_file(run.audit) as partial, audit.open("rb") as file:
-                partial.write_bytes(file.read())
+        if audit:
+            write_text(run.audit, audit)
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
     model.to(accelerator.device)

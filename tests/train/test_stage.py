@@ -1,12 +1,15 @@
 """A stage under way."""
 
+import shutil
 from pathlib import Path
 
+import pytest
 from support import Dispatched
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.data.index import read_index
 from cxrdist.distributed import start
+from cxrdist.errors import CxrdistError
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 from cxrdist.train.stage import StageRun
@@ -42,3 +45,13 @@ def test_nothing_is_read_from_the_device_between_two_log_rows(shards: Path, tmp_
         epoch.settle(training.accelerator, under_way.updater)
         float(epoch.losses[0])
     assert [name for name in control.operations if "local_scalar" in name]
+
+
+def test_an_audit_of_anybody_is_text(shards, tmp_path):
+    """What stands beside the shards is copied into the run only if it can be read again."""
+    copied = Path(shutil.copytree(shards, tmp_path / "shards"))
+    (copied / "audit.json").write_bytes(b"\xff\xfe")
+    config = TrainConfig(copied, tmp_path / "run", stages={}, init="none", cache=tmp_path / "cache")
+    with pytest.raises(CxrdistError, match=r"audit\.json: no UTF-8"):
+        build_training(start(), RunDirectory(config.run), config, read_index(copied))
+    assert not (tmp_path / "run").exists()
