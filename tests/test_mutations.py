@@ -229,6 +229,7 @@ def test_damaged_documents_are_read_or_refused(folder, capsys):
         slowest = max(slowest, time.monotonic() - began)
         counts[outcome if outcome in ("read", "refused") else "failed"] += 1
         if outcome not in ("read", "refused"):
+            counts[case.file.name] += 1
             faults.setdefault(f"{case.file.name}: {outcome}", case.file.read_bytes()[:300])
         for file in case.file.parent.iterdir():
             if file in before:
