@@ -213,7 +213,7 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             kind = str if positional == "file" else Path
             parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
-    flags = {f.name for f in fields(config) if f.type in (bool, "bool")}
+    flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
     arguments = _normalise(arguments, flags)
     _refuse_bad_recipes(arguments)
     if strange := [argument for argument in arguments if _shown(argument) != argument]:

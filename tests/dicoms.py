@@ -4,8 +4,11 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.encaps import encapsulate
+from pydicom.tag import Tag
 from pydicom.uid import (
     ComputedRadiographyImageStorage,
     ExplicitVRBigEndian,
@@ -47,7 +50,7 @@ def write_dicom(
         values: 0 .. 2 ** bits - 1, or signed.
         bits: that are stored.
         syntax: one of `SYNTAXES`.
-        tags: further tags; None takes one away.
+        tags: further tags; None takes one away, an empty list or string stays as an empty one.
     """
     uid = generate_uid()
     meta = FileMetaDataset()
@@ -85,8 +88,19 @@ def _set_tags(dataset: Dataset, tags: dict[str, object]) -> None:
     for name, value in tags.items():
         if value is None:
             delattr(dataset, name)
+        elif name[0].isupper() and dictionary_VR(name) in ("DS", "IS"):
+            _set_text(dataset, name, value)
         else:
             setattr(dataset, name, value)
+
+
+def _set_text(dataset: Dataset, name: str, value: object) -> None:
+    """Set a number as it is written, since pydicom takes none that is written wrongly."""
+    parts = value if isinstance(value, list) else [value]
+    data = "\\".join(map(str, parts)).encode()
+    data += b" " * (len(data) % 2)
+    tag = Tag(name)
+    dataset[tag] = RawDataElement(tag, dictionary_VR(name), len(data), data, 0, False, True)
 
 
 def _compress(dataset: FileDataset, values: np.ndarray, bits: int, syntax: str) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.data.index import Index
-from cxrdist.data.shards import local_copy, read_shard, verify_shard
+from cxrdist.data.shards import open_shard, read_shard
 from cxrdist.distributed import gather, local_ranks, together
 from cxrdist.errors import CxrdistError
 from cxrdist.run import open_regular, room_for
@@ -132,10 +132,10 @@ def _held(lock: Path) -> Iterator[None]:
 
 def _verify(index: Index, part: int, num_parts: int) -> None:
     """Compare this rank's shards with the index; remote ones when they are fetched."""
-    for shard in index.shards[part::num_parts]:
-        path = index.directory / shard.name
-        if isinstance(path, Path):
-            verify_shard(path, shard, path)
+    for shard in index.packed()[part::num_parts]:
+        if isinstance(shard.path, Path):
+            with open_shard(shard):
+                pass
 
 
 def _check(index: Index, path: Path, accelerator: Accelerator, *, look: bool) -> Checked:
@@ -268,23 +268,17 @@ def _fill(index: Index, partial: Path, cached: Checked, accelerator: Accelerator
     part, num_parts = local_ranks(accelerator)
     with open_regular(partial, os.O_RDWR) as file:
         rows = np.memmap(file, np.uint8, "r+", len(_header(index)), _shape(index))
-    starts = np.cumsum([0, *(shard.samples for shard in index.shards)])
-    mine = range(part, len(index.shards), num_parts)
-    total = sum(index.shards[i].samples for i in mine if i in cached.stale)
+    shards = list(enumerate(index.packed()))[part::num_parts]
+    total = sum(shard.entry.samples for i, shard in shards if i in cached.stale)
     with progress(total, "decoding", "images", show=accelerator.is_main_process) as bar:
-        for i in mine:
-            start, stop = int(starts[i]), int(starts[i + 1])
+        for i, shard in shards:
             if cached.images is not None and i not in cached.stale:
-                rows[start:stop] = cached.images[start:stop]
+                these = slice(shard.first, shard.first + shard.entry.samples)
+                rows[these] = cached.images[these]
                 continue
-            shard, path = index.shards[i], index.directory / index.shards[i].name
-            with local_copy(path) as here:
-                if here is not path:
-                    verify_shard(here, shard, path)
-                samples = read_shard(here, index.samples[start:stop], path)
-                for number, (pixels, _) in enumerate(samples, start):
-                    rows[number] = pixels
-                    bar.update()
+            for number, (pixels, _) in enumerate(read_shard(shard), shard.first):
+                rows[number] = pixels
+                bar.update()
     rows.flush()
 
 

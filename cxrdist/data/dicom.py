@@ -1,11 +1,16 @@
-"""DICOM: grey pixels as they are meant to be seen, and of all tags only patient and view.
+"""DICOM: grey pixels as they are meant to be seen, and of all tags only patient, view, sex and age.
 
 No tag's value stands in a message: a damaged file has a name where a number is expected.
+
+What is not read is refused by name: several frames, colour (also grey stored as RGB or YBR),
+modalities that are no projection, 1-bit, 32-bit and float pixels, deflated and video transfer
+syntaxes, and palettes. Not honoured: overlays and annotations (bits of overlays in pixel cells are
+taken out), shutters, presentation states, a Presentation LUT Sequence, the second and further VOI
+LUTs and windows, and SmallestImagePixelValue and LargestImagePixelValue.
 """
 
 import io
 import logging
-import math
 import re
 import warnings
 from dataclasses import dataclass
@@ -17,8 +22,6 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
-from pydicom.multival import MultiValue
-from pydicom.pixels import apply_modality_lut, apply_voi, get_decoder
 from pydicom.uid import (
     JPEG2000,
     DeflatedExplicitVRLittleEndian,
@@ -33,6 +36,11 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from cxrdist.data.codestream import precision
+from cxrdist.data.depth import white_of
+from cxrdist.data.elements import RefusedError, numbers, octets, text, whole
+from cxrdist.data.patients import sex_of, stated_age
+from cxrdist.data.presentation import Cells, present
 from cxrdist.errors import CxrdistError
 
 MOST_PIXELS = 50_000_000  # the largest detectors have 25 million
@@ -51,6 +59,11 @@ DECODERS = {
     JPEG2000Lossless: "jpeg2k_decode",
     JPEG2000: "jpeg2k_decode",
 }
+# Where the distance of rows and columns stands, the patient's plane before the detector's
+# (PS3.3, 10.7.1.3 and C.8.11.4).
+SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+SQUARE = 0.01  # pixels whose sides differ less are square: spacings are measured and rounded
+MOST_STRETCH = 10  # of a pixel's sides; anything more is damaged
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings would print tags
 
@@ -61,29 +74,31 @@ class Dicom:
 
     Attributes:
         pixels: uint8 [H, W], bright where the body absorbs.
+        size_px: width and height with square pixels.
         patient: PatientID, or empty.
         view: ViewPosition, or empty.
+        used_depth: bits that the pixels use where no tag tells their depth, else None.
+        sex: PatientSex, M or F, else empty.
+        age: PatientAge in years; None if absent, NaN if it is no age from 0 to 120 years.
     """
 
     pixels: NDArray[np.uint8]
+    size_px: tuple[int, int]
     patient: str
     view: str
+    used_depth: int | None
+    sex: str
+    age: float | None
 
 
-class _RefusedError(ValueError):
-    """Why a DICOM cannot be used, without a value of its tags."""
-
-
-def read_dicom(data: bytes, file: Path) -> Dicom:
-    """Read a radiograph as it is meant to be seen (DICOM PS3.4, section N.2).
-
-    Stored values go through the modality LUT or rescale, then the first VOI LUT or window. Without
-    these the full range of the stored bits is kept, since a stretch to the values of an image would
-    make its brightness depend on a collimator or marker. MONOCHROME1 is inverted, padding is black.
+def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Dicom:
+    """Read a radiograph as it is meant to be seen (`cxrdist.data.presentation`).
 
     Args:
         data: the file's content.
         file: its name, for messages.
+        depth: bits that hold the values of the source, for a file that does not tell its own; what
+            it uses if None.
 
     Raises:
         CxrdistError: it is damaged, no radiograph, or its decoder is missing.
@@ -91,8 +106,8 @@ def read_dicom(data: bytes, file: Path) -> Dicom:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they would print tags
-            return _read(data)
-    except _RefusedError as refused:
+            return _read(data, depth)
+    except RefusedError as refused:
         raise CxrdistError(f"{file}: no usable DICOM ({refused})") from None
     except Exception as error:
         # pydicom and its decoders raise errors of any kind on damaged files, with tags in them.
@@ -101,127 +116,124 @@ def read_dicom(data: bytes, file: Path) -> Dicom:
         ) from None
 
 
-def _read(data: bytes) -> Dicom:
+def _read(data: bytes, depth: int | None) -> Dicom:
     if DeflatedExplicitVRLittleEndian.encode() in data:
         # pydicom would inflate it without a bound.
-        raise _RefusedError("it is deflated; store it uncompressed, such as by dcmconv +te")
+        raise RefusedError("it is deflated; store it uncompressed, such as by dcmconv +te")
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     _refuse_no_radiograph(dataset)
-    table = _grey_levels(dataset)
-    view = str(dataset.get("ViewPosition") or "")
+    size_px = _shown_size(dataset)
+    pixels, used = present(dataset, _cells(dataset), depth)
+    view, age = text(dataset, "ViewPosition"), text(dataset, "PatientAge")
     return Dicom(
-        pixels=table[_stored_values(dataset)],
+        pixels=pixels,
+        size_px=size_px,
         patient=str(dataset.get("PatientID") or "").strip(),
         view=view if re.fullmatch(r"[A-Z]{1,16}", view) else "",
+        used_depth=used,
+        sex=sex_of(text(dataset, "PatientSex")),
+        age=stated_age(age),
     )
 
 
 def _refuse_no_radiograph(dataset: Dataset) -> None:
     if "PixelData" not in dataset:
-        raise _RefusedError("it has no pixel data")
-    if int(dataset.get("NumberOfFrames") or 1) != 1:
-        raise _RefusedError("it has several frames; expected one radiograph")
-    if dataset.get("SamplesPerPixel", 1) != 1 or dataset.get("PhotometricInterpretation") not in (
+        raise RefusedError("it has no pixel data of integers")
+    if whole(dataset, "NumberOfFrames", 1) != 1:
+        raise RefusedError("it has several frames; expected one radiograph")
+    photometric = text(dataset, "PhotometricInterpretation")
+    if whole(dataset, "SamplesPerPixel", 1) != 1 or photometric not in (
         "MONOCHROME1",
         "MONOCHROME2",
     ):
-        raise _RefusedError("it is in colour; expected MONOCHROME1 or MONOCHROME2")
-    if str(dataset.get("Modality") or "") not in MODALITIES:
-        raise _RefusedError("its modality is no radiography; expected CR, DX or RG")
-    if not 1 <= int(dataset.Rows) * int(dataset.Columns) <= MOST_PIXELS:
-        raise _RefusedError(f"its rows and columns are not 1 to {MOST_PIXELS} pixels")
-    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+        raise RefusedError("it is in colour; expected MONOCHROME1 or MONOCHROME2")
+    if text(dataset, "Modality") not in MODALITIES:
+        raise RefusedError("its modality is no radiography; expected CR, DX or RG")
+    if not 1 <= whole(dataset, "Rows") * whole(dataset, "Columns") <= MOST_PIXELS:
+        raise RefusedError(f"its rows and columns are not 1 to {MOST_PIXELS} pixels")
+    allocated, stored = whole(dataset, "BitsAllocated"), whole(dataset, "BitsStored")
     if allocated not in (8, 16) or not 1 < stored <= allocated:
-        raise _RefusedError("its bits are not 2 to 16, in 8 or 16")
-    if int(dataset.get("HighBit", stored - 1)) != stored - 1:
-        raise _RefusedError("its values are not in the low bits")
+        raise RefusedError("its bits are not 2 to 16, in 8 or 16")
+    if not stored <= whole(dataset, "HighBit", stored - 1) + 1 <= allocated:
+        raise RefusedError("its high bit is not within its bits")
+    if whole(dataset, "PixelRepresentation") not in (0, 1):
+        raise RefusedError("its pixel representation is not 0 or 1")
 
 
-def _stored_values(dataset: Dataset) -> NDArray[np.uint16]:
-    """The stored bits of each pixel as places in a table, uint16 [H, W]."""
-    syntax = dataset.file_meta.get("TransferSyntaxUID", ImplicitVRLittleEndian)
-    dataset.file_meta.TransferSyntaxUID = syntax
+def _shown_size(dataset: Dataset) -> tuple[int, int]:
+    """Width and height with square pixels; the side with the larger pixels is stretched.
+
+    The distances of rows and columns go before PixelAspectRatio, which only stands in for them
+    (PS3.3, C.7.6.3.1.7).
+    """
+    width, height = whole(dataset, "Columns"), whole(dataset, "Rows")
+    ratio = 1.0
+    for keyword in (*SPACINGS, "PixelAspectRatio"):
+        sides = numbers(dataset, keyword)
+        if len(sides) == 2 and all(0 < side < np.inf for side in sides):
+            ratio = sides[0] / sides[1]  # of a pixel's height to its width
+            break
+    if abs(ratio - 1) <= SQUARE:
+        return width, height
+    if not 1 / MOST_STRETCH <= ratio <= MOST_STRETCH:
+        raise RefusedError(f"its pixels are more than {MOST_STRETCH} times as long as wide")
+    size_px = (width, round(height * ratio)) if ratio > 1 else (round(width / ratio), height)
+    if size_px[0] * size_px[1] > MOST_PIXELS:
+        raise RefusedError(f"with square pixels it has more than {MOST_PIXELS}")
+    return size_px
+
+
+def _cells(dataset: Dataset) -> Cells:
+    """The pixel cells as they are stored or decompressed."""
+    syntax = dataset.file_meta.get("TransferSyntaxUID") or ImplicitVRLittleEndian
+    bits = whole(dataset, "BitsStored")
+    shift = whole(dataset, "HighBit", bits - 1) + 1 - bits
     if syntax in DECODERS:
-        values = _decompress(dataset, DECODERS[syntax])
+        words, precise = _decompress(dataset, DECODERS[syntax])
+        if precise <= bits:  # the samples of a codec are in the low bits
+            bits, shift = precise, 0
     elif syntax.is_private or syntax.is_compressed:
-        raise _RefusedError(f"its transfer syntax is not one of {len(DECODERS)} known ones")
+        raise RefusedError(f"its transfer syntax is not one of {len(DECODERS)} known ones")
     else:
-        values, _ = get_decoder(syntax).as_array(dataset, raw=True)
-    mask = (1 << int(dataset.BitsStored)) - 1
-    places: NDArray[np.uint16] = values.reshape(dataset.Rows, dataset.Columns).astype(np.uint16)
-    return places & np.uint16(mask)
+        words = _native(dataset)
+    return Cells(words, bits, shift, whole(dataset, "PixelRepresentation") == 1)
 
 
-def _decompress(dataset: Dataset, decoder: str) -> NDArray[np.integer]:
-    """Decode into an array of the right size, so that a forged header takes no memory."""
+def _native(dataset: Dataset) -> NDArray[Any]:
+    """Pixel cells that are not compressed (PS3.5, annex A.1 to A.3)."""
+    shape = whole(dataset, "Rows"), whole(dataset, "Columns")
+    size = whole(dataset, "BitsAllocated") // 8
+    data, order = octets(dataset, "PixelData")
+    if len(data) < shape[0] * shape[1] * size:
+        raise RefusedError("its pixel data is cut off; it is damaged, export it again")
+    if size == 1 and order == ">" and dataset.get_item("PixelData").VR == "OW":
+        data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
+    words = np.frombuffer(data, f"{order}u{size}", shape[0] * shape[1])
+    return words.reshape(shape).astype(f"u{size}")
+
+
+def _decompress(dataset: Dataset, decoder: str) -> tuple[NDArray[Any], int]:
+    """Decode into an array of the right size, so that a forged header takes no memory.
+
+    Returns:
+        uint8 or uint16 [H, W], and how many bits the stream has.
+    """
     try:
         import imagecodecs
     except ImportError:
-        raise _RefusedError(
+        raise RefusedError(
             "it is compressed and the decoder is missing; pip install 'cxrdist[dicom]'"
         ) from None
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
-    shape = int(dataset.Rows), int(dataset.Columns)
-    size = int(dataset.BitsAllocated) // 8
+    shape = whole(dataset, "Rows"), whole(dataset, "Columns")
+    size = whole(dataset, "BitsAllocated") // 8
     if decoder == "dicomrle_decode":
         data = bytearray(shape[0] * shape[1] * size)
         dtype = np.dtype(f"<u{size}")
-        return np.frombuffer(imagecodecs.dicomrle_decode(frame, dtype, out=data), dtype)
-    signed = decoder == "jpeg2k_decode" and dataset.PixelRepresentation == 1
-    values = np.zeros(shape, f"{'i' if signed else 'u'}{size}")
+        samples = np.frombuffer(imagecodecs.dicomrle_decode(frame, dtype, out=data), dtype)
+        return samples.reshape(shape), 8 * size
+    bits, signed = precision(frame) or (8 * size, False)
+    width = 1 if bits <= 8 else 2
+    values = np.zeros(shape, f"{'i' if signed else 'u'}{width}")
     getattr(imagecodecs, decoder)(frame, out=values)
-    return values
-
-
-def _grey_levels(dataset: Dataset) -> NDArray[np.uint8]:
-    """The grey level of each value that can be stored, uint8 [2 ** bits stored]."""
-    count = 1 << int(dataset.BitsStored)
-    stored = np.arange(count)
-    if dataset.PixelRepresentation == 1:
-        stored = np.where(stored < count // 2, stored, stored - count)
-    values = apply_modality_lut(stored, dataset).astype(np.float64)
-    levels = _as_seen(values, dataset)
-    if not np.isfinite(levels).all():
-        raise _RefusedError("its rescale or window is no number")
-    if dataset.PhotometricInterpretation == "MONOCHROME1":
-        levels = 1 - levels
-    if "PixelPaddingValue" in dataset:
-        value = int(dataset.PixelPaddingValue)
-        ends = sorted((value, int(dataset.get("PixelPaddingRangeLimit", value))))
-        levels[(stored >= ends[0]) & (stored <= ends[1])] = 0
-    return np.rint(255 * levels.clip(0, 1)).astype(np.uint8)
-
-
-def _as_seen(values: NDArray[np.float64], dataset: Dataset) -> NDArray[np.float64]:
-    """The first VOI LUT or window, or the full range of the values; float64 in 0..1."""
-    if dataset.get("VOILUTSequence"):
-        table = dataset.VOILUTSequence[0]
-        bits = int(table.LUTDescriptor[2])
-        return apply_voi(np.rint(values).astype(np.int64), dataset) / (2.0**bits - 1)
-    if dataset.get("WindowCenter") is not None and dataset.get("WindowWidth") is not None:
-        center, width = (_first(dataset[name].value) for name in ("WindowCenter", "WindowWidth"))
-        return _window(values, center, width, str(dataset.get("VOILUTFunction") or "LINEAR"))
-    low, high = float(values.min()), float(values.max())
-    return (values - low) / (high - low)
-
-
-def _window(
-    values: NDArray[np.float64], center: float, width: float, function: str
-) -> NDArray[np.float64]:
-    """DICOM PS3.3, section C.11.2.1.2 and C.11.2.1.3, with outputs 0..1."""
-    if function == "LINEAR" and width >= 1:
-        # A window of width 1 is a step; the formula would divide 0 by 0.
-        return (values - (center - 0.5)) / max(width - 1, 1e-9) + 0.5
-    if function == "LINEAR_EXACT" and width > 0:
-        return (values - center) / width + 0.5
-    if function == "SIGMOID" and width > 0:
-        return 1 / (1 + np.exp(-4 * (values - center) / width))
-    raise _RefusedError("its window has no known function or no width")
-
-
-def _first(value: Any) -> float:
-    """The first of several windows."""
-    number = float(value[0] if isinstance(value, MultiValue) else value)
-    if not math.isfinite(number):
-        raise _RefusedError("its window is no number")
-    return number
+    return values.view(f"u{width}") & np.array(white_of(bits), f"u{width}"), bits

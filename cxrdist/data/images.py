@@ -1,26 +1,24 @@
-"""Images of the wild -> uint8 grey squares -> PNG."""
+"""Images of the wild -> uint8 grey squares -> PNG.
+
+What decides a kind and a value of a pixel stands in `kinds`, `pictures`, `dicom` and `depth`.
+"""
 
 import io
-import struct
-import warnings
-import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from cxrdist.data.boxes import Box, cover, scaled
+from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
+from cxrdist.data.pictures import read_picture
 from cxrdist.errors import CxrdistError
 
-FORMATS = ("PNG", "JPEG")
 MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
-MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
-DICOM_PREAMBLE = 128  # bytes before the mark (DICOM PS3.10, section 7.1)
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
-ORIENTATION = 0x0112  # EXIF tag; from 5 on the image is shown on its side
 
 
 @dataclass(frozen=True)
@@ -34,6 +32,9 @@ class Decoded:
         patient: the DICOM's PatientID, or empty.
         view: the DICOM's ViewPosition, or empty.
         covered: uint8 [S, S], the square of the original with its boxes covered; None without.
+        used_depth: bits that the pixels use where the file does not declare its depth, else None.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
     """
 
     pixels: NDArray[np.uint8]
@@ -42,6 +43,9 @@ class Decoded:
     patient: str = ""
     view: str = ""
     covered: NDArray[np.uint8] | None = None
+    used_depth: int | None = None
+    sex: str = ""
+    age: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class Grey:
         height_px: of the original as it is shown.
         patient: the DICOM's PatientID, or empty.
         view: the DICOM's ViewPosition, or empty.
+        used_depth: bits that the pixels use where the file does not declare its depth, else None.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
     """
 
     image: Image.Image
@@ -61,6 +68,9 @@ class Grey:
     height_px: int
     patient: str = ""
     view: str = ""
+    used_depth: int | None = None
+    sex: str = ""
+    age: float | None = None
 
     def scale(self) -> tuple[float, float]:
         """How wide and high the image is, of the original."""
@@ -68,79 +78,82 @@ class Grey:
 
 
 def decode(
-    file: Path, size_px: int, fit: str, boxes: Sequence[Box] = (), how: str = "black"
+    file: Path,
+    size_px: int,
+    fit: str,
+    boxes: Sequence[Box] = (),
+    how: str = "black",
+    depth: int | None = None,
 ) -> Decoded:
-    """Decode a PNG, JPEG or DICOM to a grey square, and to another one with boxes covered.
+    """Decode an image to a grey square, and to another one with boxes covered.
 
     The filter is anti-aliased. Boxes are covered in the original, before it becomes square.
 
     Args:
-        file: the image, local or an fsspec path; a DICOM is known by its content.
+        file: the image, local or an fsspec path.
         size_px: side of the square.
         fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
         boxes: of burned-in text, in px of the original.
         how: as in `cover`.
+        depth: as in `read_grey`.
 
     Raises:
         CxrdistError: the file is no readable X-ray.
     """
-    grey = read_grey(file, 2 * size_px)
+    grey = read_grey(file, 2 * size_px, depth)
     square = np.asarray(_square(grey.image, size_px, fit))
     covered = None
     if boxes:
         here = [scaled(box, *grey.scale()) for box in boxes]
         image = Image.fromarray(cover(np.asarray(grey.image), here, how))
         covered = np.asarray(_square(image, size_px, fit))
-    return Decoded(square, grey.width_px, grey.height_px, grey.patient, grey.view, covered)
+    known = {field.name: getattr(grey, field.name) for field in fields(grey)[1:]}
+    return Decoded(square, covered=covered, **known)
 
 
-def read_grey(file: Path, least_px: int) -> Grey:
-    """Read a PNG, JPEG or DICOM in grey.
+def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
+    """Read an image of one of `FORMATS`, or a DICOM, in grey.
 
-    Colour becomes luma (ITU-R 601), transparency black, an EXIF turn is applied. 16-bit PNG values
-    are scaled by the bit depth that they use (the smallest of 8, 10, 12, 14, 16 that holds the
-    maximum), since 12-bit detectors are common.
+    Colour becomes luma (ITU-R 601), transparency black, an EXIF turn is applied.
 
     Args:
-        file: the image, local or an fsspec path; a DICOM is known by its content.
+        file: the image, local or an fsspec path; its kind is known by its content.
         least_px: sides down to which a JPEG may be decoded smaller, and so faster.
+        depth: bits that hold the values of the source, for images of more than 8 bits that do not
+            declare it (`cxrdist.data.depth`); what the image itself uses if None.
 
     Raises:
         CxrdistError: the file is no readable X-ray.
     """
     data = _read(file)
-    if is_dicom(data) or file.suffix.lower() in DICOM_SUFFIXES:
+    kind = kind_of(data[:HEAD_BYTES])
+    if kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM_SUFFIXES):
         from cxrdist.data.dicom import read_dicom  # pydicom costs most of a second
 
-        dicom = read_dicom(data, file)
-        height, width = dicom.pixels.shape
-        return Grey(Image.fromarray(dicom.pixels), width, height, dicom.patient, dicom.view)
-    try:
-        return _read_picture(data, least_px)
-    except UnidentifiedImageError:
-        raise CxrdistError(f"{file}: no readable PNG, JPEG or DICOM (unknown format)") from None
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        IndexError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CxrdistError(f"{file}: no readable PNG, JPEG or DICOM ({reason})") from error
+        dicom = read_dicom(data, file, depth)
+        image = Image.fromarray(dicom.pixels).resize(dicom.size_px, Image.Resampling.BILINEAR)
+        tags = dicom.patient, dicom.view, dicom.used_depth, dicom.sex, dicom.age
+        return Grey(image, dicom.size_px[0], dicom.size_px[1], *tags)
+    if kind is None:
+        raise CxrdistError(
+            f"{file}: no readable image (unknown format); expected {', '.join(FORMATS)} or DICOM"
+        )
+    picture = read_picture(data, kind, file, least_px, depth)
+    return Grey(picture.image, *picture.size_px, used_depth=picture.used_depth)
 
 
-def read_square(file: Path, size_px: int, fit: str) -> NDArray[np.uint8]:
+def read_square(file: Path, size_px: int, fit: str, depth: int | None = None) -> NDArray[np.uint8]:
     """The square alone of `decode`, uint8 [size_px, size_px]."""
-    return decode(file, size_px, fit).pixels
+    return decode(file, size_px, fit, depth=depth).pixels
 
 
-def is_dicom(data: bytes) -> bool:
-    """Whether a file's beginning is a DICOM's."""
-    return data[DICOM_PREAMBLE : DICOM_PREAMBLE + 4] == b"DICM"
+def depth_used_by(file: Path) -> int | None:
+    """Bits that an image uses where it does not declare its depth, else None.
+
+    Raises:
+        CxrdistError: the file is no readable X-ray.
+    """
+    return read_grey(file, 1).used_depth
 
 
 def _read(file: Path) -> bytes:
@@ -153,22 +166,6 @@ def _read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
-
-
-def _read_picture(data: bytes, least_px: int) -> Grey:
-    """Read a PNG or JPEG."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MOST_PIXELS:
-                raise ValueError(f"{width} x {height} pixels are no X-ray's")
-            # A JPEG can be decoded at a fraction of its size, straight to grey: several times
-            # faster, and still at least as fine as is asked for.
-            image.draft("L", (least_px, least_px))
-            if image.getexif().get(ORIENTATION, 1) >= 5:
-                width, height = height, width
-            return Grey(_grey(ImageOps.exif_transpose(image)), width, height)
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
@@ -186,22 +183,6 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
     """Decode what `encode_png` wrote, uint8 [H, W]."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.asarray(image)
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    if image.mode == "L":
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.float32)
-        depth = next((d for d in (8, 10, 12, 14, 16) if values.max() < 2**d), 16)
-        return Image.fromarray(
-            np.clip(values * (255 / (2**depth - 1)), 0, 255).round().astype("u1")
-        )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, "black")
-        image = Image.alpha_composite(black, image)
-    return image.convert("L")
 
 
 def _square(image: Image.Image, size_px: int, fit: str) -> Image.Image:

@@ -1,43 +1,41 @@
 """Squares: decoded and encoded images on their way into shards, kept until the shards are there.
 
-A pack decodes its records in parts of `PART_SIZE`. Each part is two files, NNNNNN.bin with the PNGs
-one after the other and NNNNNN.json with what is known of each; the second appears last, so a part
-is there whole or not at all. A killed pack goes on with the parts that are missing, and the tasks
-of a SLURM array make parts side by side.
+A pack decodes its records in parts of `PART_SIZE`. Each part is a file NNNNNN.squares: a line of
+JSON with what is known of each image, then the PNGs one after the other. It is there whole or not
+at all, also when it is written anew. A killed pack goes on with the parts that are missing, and the
+tasks of a SLURM array make parts side by side.
+
+Images that do not declare their bit depth are scaled by what each uses at first. When all are there
+the depth of the source is known, and those that were scaled by another are decoded again.
 
 An image with burned-in text to be covered has two PNGs, as it is and covered: which of them is
 used depends on its split, and the splits are drawn when all images are known.
 """
 
-import hashlib
 import json
-import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessPool
 
-from cxrdist.data.boxes import Box
+from cxrdist.data.anonymise import keyed, shared_key
 from cxrdist.data.fingerprint import Fingerprint, fingerprint
 from cxrdist.data.images import decode, encode_png
 from cxrdist.data.records import Record
+from cxrdist.data.workers import Job, image_workers, schedule
 from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file
 
 PART_SIZE = 128
 CHUNK = 16  # images that a worker is given at once
-SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; what takes longer is made to
 State = tuple[int, int]  # size and time of change of a file
 Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs
-Pending = tuple[list[State], ProcessFuture]
-Schedule = Callable[[Sequence[Record]], ProcessFuture]
+Pending = tuple[list[State], Job[Record, Made]]
+Kept = dict[int, tuple["Square", bytes]]  # squares that are there, and their PNGs
 PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
 
 
@@ -49,15 +47,19 @@ class Square:
         path: of the record.
         bytes: size of the file when it was read.
         modified: time of its last change then, in nanoseconds.
-        reason: why it cannot be used, or empty; then all below is known.
-        png_bytes: length of its PNG in the part's .bin file.
+        reason: why it cannot be used, without its name, or empty; then all below is known.
+        png_bytes: length of its PNG in the part's file.
         fingerprint: of the pixels.
         width_px: of the original.
         height_px: of the original.
-        patient: a hash of the DICOM patient, or empty.
+        patient: the DICOM patient under the pack's key (`keyed`), or empty.
         view: of the DICOM, or empty.
         covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
         covered_fingerprint: of the pixels with burned-in text covered.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the DICOM patient in years; None if unknown, NaN if it is no age.
+        used_depth: bits that its values use if its file does not declare its depth, else None.
+        depth: bits by which it was scaled then, else None.
     """
 
     path: str
@@ -72,6 +74,14 @@ class Square:
     view: str = ""
     covered_bytes: int = 0
     covered_fingerprint: Fingerprint | None = None
+    sex: str = ""
+    age: float | None = None
+    used_depth: int | None = None
+    depth: int | None = None
+
+    def is_scaled_by(self, depth: int | None) -> bool:
+        """Whether it is as if it were decoded by a depth; None is its own."""
+        return self.used_depth is None or self.depth == (depth or self.used_depth)
 
 
 @dataclass(frozen=True)
@@ -95,71 +105,71 @@ def make_squares(
     fit: str,
     workers: int | None,
     cover: str = "black",
+    depth: int | None = None,
 ) -> Iterator[int]:
     """Decode the parts in processes of their own; what crashes, hangs or is unreadable is noted.
 
+    Of a part that is there already, what could not be read or was scaled by another depth is
+    decoded again.
+
     Args:
         parts: what to decode.
-        directory: where the parts' files go, local or an fsspec path.
+        directory: where the parts' files and the pack's key go, local or an fsspec path.
         size_px: side of the squares.
         fit: how an image becomes square.
         workers: number of processes; one for each core if None.
         cover: how the boxes of a record are covered.
+        depth: bits of images that do not declare their depth; what each uses if None.
 
     Yields:
-        The number of images of each part when it is written.
+        The number of images of each part that were decoded, when it is written.
     """
-    with _pool(workers) as pool:
-        make = partial(_make_squares, size_px=size_px, fit=fit, cover=cover)
-
-        def schedule(records: Sequence[Record]) -> ProcessFuture:
-            known = [(record.file, record.boxes) for record in records]
-            return pool.schedule(make, args=(known,), timeout=SECONDS_PER_IMAGE)
-
-        waiting: deque[tuple[Part, list[Pending]]] = deque()
-        for part in parts:
-            waiting.append((part, _submit(part, schedule)))
-            if len(waiting) > PARTS_AHEAD:
-                yield _write_part(directory, *waiting.popleft(), schedule)
-        while waiting:
-            yield _write_part(directory, *waiting.popleft(), schedule)
-
-
-@contextmanager
-def _pool(workers: int | None) -> Iterator[ProcessPool]:
-    """Processes that start from a small clean one, not from a copy of this with its threads."""
-    context = multiprocessing.get_context("forkserver")
+    make = partial(
+        _make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=shared_key(directory)
+    )
     # imagehash imports scipy.fftpack at its first hash, which each worker would do anew.
-    context.set_forkserver_preload([__name__, "scipy.fftpack"])
-    pool = ProcessPool(workers or len(os.sched_getaffinity(0)), context=context)
-    try:
-        yield pool
-        pool.close()
-    except BaseException:
-        pool.stop()
-        raise
-    finally:
-        pool.join()
+    with image_workers(workers, [__name__, "scipy.fftpack"]) as pool:
+        waiting: deque[tuple[Part, Kept, list[Pending]]] = deque()
+        for part in parts:
+            kept = _keep(directory, part, depth)
+            waiting.append((part, kept, _submit(_without(part, kept), pool, make)))
+            if len(waiting) > PARTS_AHEAD:
+                yield _write_part(directory, *waiting.popleft())
+        while waiting:
+            yield _write_part(directory, *waiting.popleft())
 
 
-def _submit(part: Part, schedule: Schedule) -> list[Pending]:
+def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
+    """What is there of a part and need not be decoded again, by the number of the record."""
+    path = part_file(directory, part.number)
+    if not path.is_file():
+        return {}
+    head, _, pngs = path.read_bytes().partition(b"\n")
+    kept, start = {}, 0
+    for i, square in enumerate(_squares(head)):
+        end = start + square.png_bytes + square.covered_bytes
+        if not square.reason and square.is_scaled_by(depth):
+            kept[i] = square, pngs[start:end]
+        start = end
+    return kept
+
+
+def _without(part: Part, kept: Kept) -> Part:
+    """The part with the records that are to be decoded."""
+    return replace(part, records=[r for i, r in enumerate(part.records) if i not in kept])
+
+
+def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> list[Pending]:
     """Let the workers begin with a part; the state of a file is noted before it is read."""
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
-    return [([file_state(record) for record in chunk], schedule(chunk)) for chunk in chunks]
+    return [([file_state(r) for r in chunk], schedule(pool, make, chunk)) for chunk in chunks]
 
 
-def _make_squares(
-    known: Sequence[tuple[Path, tuple[Box, ...]]], size_px: int, fit: str, cover: str
-) -> list[Made]:
-    return [_make_square(file, boxes, size_px, fit, cover) for file, boxes in known]
-
-
-def _make_square(file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cover: str) -> Made:
+def _make_square(
+    record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
+) -> Made:
     """Decode and encode one image: the fields of its square, and its PNGs."""
-    try:
-        decoded = decode(file, size_px, fit, boxes, cover)
-    except CxrdistError as error:
-        return {"reason": str(error)}, b""
+    decoded = decode(record.file, size_px, fit, record.boxes, cover, depth)
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     return {
@@ -169,49 +179,50 @@ def _make_square(file: Path, boxes: tuple[Box, ...], size_px: int, fit: str, cov
         "covered_fingerprint": None if decoded.covered is None else fingerprint(decoded.covered),
         "width_px": decoded.width_px,
         "height_px": decoded.height_px,
-        "patient": hashlib.sha256(decoded.patient.encode()).hexdigest() if decoded.patient else "",
+        "patient": keyed(key, decoded.patient) if decoded.patient else "",
         "view": decoded.view,
+        "sex": decoded.sex,
+        "age": decoded.age,
+        "used_depth": decoded.used_depth,
+        "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
     }, png + covered
 
 
-def _collect(records: Sequence[Record], future: ProcessFuture, schedule: Schedule) -> list[Made]:
-    """Wait for some images; if their worker died or was too slow, take them one by one."""
-    try:
-        result: list[Made] = future.result()
-        return result
-    except (TimeoutError, ProcessExpired) as error:
-        if len(records) > 1:
-            return [m for one in records for m in _collect([one], schedule([one]), schedule)]
-        reason = (
-            f"crashed its decoder (exit code {error.exitcode})"
-            if isinstance(error, ProcessExpired)
-            else f"was not read within {SECONDS_PER_IMAGE} s"
-        )
-        return [({"reason": f"{records[0].file}: {reason}"}, b"")]
+def _unnamed(file: Path, error: CxrdistError) -> str:
+    """The message without the file's name, which may be a patient's."""
+    return str(error).removeprefix(f"{file}: ").replace(str(file), "the file")
 
 
-def _write_part(directory: Path, part: Part, pending: list[Pending], schedule: Schedule) -> int:
-    """Write the files of a part when all its images are done; how many these are."""
+def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending]) -> int:
+    """Write the file of a part when all its images are done; how many were decoded."""
+    records = _without(part, kept).records
     states = [state for known, _ in pending for state in known]
+    results = [result for _, job in pending for result in job.results()]
     made = [
-        found
-        for i, (_, future) in enumerate(pending)
-        for found in _collect(part.records[i * CHUNK : (i + 1) * CHUNK], future, schedule)
+        ({"reason": _unnamed(record.file, result)}, b"")
+        if isinstance(result, CxrdistError)
+        else result
+        for record, result in zip(records, results, strict=True)
     ]
-    squares = [
-        Square(record.path, *state, **fields)
-        for record, state, (fields, _) in zip(part.records, states, made, strict=True)
-    ]
-    rows = json.dumps([_row(square) for square in squares], default=bytes.hex).encode()
-    for suffix, data in (("bin", b"".join(png for _, png in made)), ("json", rows)):
-        with atomic_file(directory / f"{part.number:06d}.{suffix}") as file:
-            file.write_bytes(data)
-    return len(squares)
+    decoded = iter(
+        (Square(record.path, *state, **fields), png)
+        for record, state, (fields, png) in zip(records, states, made, strict=True)
+    )
+    squares = [kept[i] if i in kept else next(decoded) for i in range(len(part.records))]
+    rows = json.dumps([_row(square) for square, _ in squares], default=bytes.hex).encode()
+    with atomic_file(part_file(directory, part.number)) as file:
+        file.write_bytes(b"".join([rows, b"\n", *(png for _, png in squares)]))
+    return len(records)
 
 
 def _row(square: Square) -> dict[str, Any]:
     """A square as JSON tells it; `dataclasses.asdict` copies deeply, at a tenth of the work."""
     return {name: vars(v) if isinstance(v, Fingerprint) else v for name, v in vars(square).items()}
+
+
+def part_file(directory: Path, number: int) -> Path:
+    """Where the squares of a part are."""
+    return directory / f"{number:06d}.squares"
 
 
 def file_state(record: Record) -> State:
@@ -234,10 +245,11 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     Raises:
         CxrdistError: a file was changed since it was read.
     """
-    path = directory / f"{part.number:06d}.json"
+    path = part_file(directory, part.number)
     if not path.is_file():
         return None
-    squares = [_square(row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    with path.open("rb") as file:
+        squares = _squares(file.readline())
     for record, square in zip(part.records, squares, strict=True):
         if file_state(record) != (square.bytes, square.modified):
             if square.reason and redo_bad:
@@ -247,6 +259,11 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
                 f"{directory.parent} to begin anew"
             )
     return squares
+
+
+def _squares(head: bytes) -> list[Square]:
+    """The squares of a part by the first line of its file."""
+    return [_square(row) for row in json.loads(head)]
 
 
 def _square(row: dict[str, Any]) -> Square:
@@ -272,7 +289,7 @@ class Pngs:
     def __getitem__(self, place: int) -> bytes:
         """The PNG at a place."""
         part, start, length = self.places[place]
-        with open(self.directory / f"{part:06d}.bin", "rb") as file:
+        with open(part_file(self.directory, part), "rb") as file:
             file.seek(start)
             return file.read(length)
 
@@ -281,7 +298,8 @@ def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
     """Find the PNGs of all parts."""
     places, covered = [], []
     for number, squares in enumerate(parts):
-        start = 0
+        with open(part_file(directory, number), "rb") as file:
+            start = len(file.readline())
         for square in squares:
             places.append((number, start, square.png_bytes))
             start += square.png_bytes

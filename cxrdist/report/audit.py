@@ -18,6 +18,8 @@ MOST_IN_SIGHT = 10  # pairs that need no click
 def audit_view(path: Path) -> dict[str, Any] | None:
     """Gather what the page shows of an audit; None if there was none when the training began.
 
+    A part that the audit could not make is None; ``not_made`` has the reasons.
+
     Raises:
         CxrdistError: the file is not what the audit writes.
     """
@@ -27,26 +29,34 @@ def audit_view(path: Path) -> dict[str, Any] | None:
         found = read_document(path, dict[str, Any], "run `cxrdist check --audit` again")
         if found["format"] != FORMAT:
             raise ValueError(f"format is {found['format']!r} and not {FORMAT!r}")
-        pairs = _pictured(found["duplicates"]["pairs"], found["thumbnails"])
+        duplicates = found["duplicates"] or {"pairs": []}
+        pairs = _pictured(duplicates["pairs"], found["thumbnails"])
         return {
             "images": count(found["images"]),
             "patients": count(found["patients"]),
             "warnings": [str(line) for line in found["warnings"]],
             "classes": [str(name) for name in found["classes"]],
-            "duplicates": {
-                name: int(found["duplicates"][name])
+            "not_made": [(name, str(why)) for name, why in found.get("not_made", {}).items()],
+            "duplicates": found["duplicates"]
+            and {
+                name: int(duplicates[name])
                 for name in ("exact", "near", "in_two_splits", "in_two_classes")
             },
             "pairs": [pairs[:MOST_IN_SIGHT], pairs[MOST_IN_SIGHT:]],
-            "num_unpictured": len(found["duplicates"]["pairs"]) - len(pairs),
+            "num_unpictured": len(duplicates["pairs"]) - len(pairs),
             "shared": [
                 (what, len(found[f"patients_in_several_{what}"]), _patients(found, what))
                 for what in ("splits", "classes")
             ],
-            "origins": [(what, _origin(found[f"{what}s"])) for what in ("source", "view")],
-            "statistics": _statistics(found["statistics"], found["classes"]),
-            "shortcut": _shortcut(found["shortcut"], found["classes"]),
-            "seen": _seen(found["in_pre_training"]),
+            "origins": [
+                (what, _origin(found[f"{what}s"]))
+                for what in ("source", "view")
+                if found[f"{what}s"]
+            ],
+            "statistics": found["statistics"]
+            and _statistics(found["statistics"], found["classes"]),
+            "shortcut": found["shortcut"] and _shortcut(found["shortcut"], found["classes"]),
+            "seen": found["in_pre_training"] and _seen(found["in_pre_training"]),
         }
 
 
@@ -132,10 +142,8 @@ def _short(value: float) -> str:
     return number(value) if abs(value) < 10 else f"{value:,.0f}"
 
 
-def _shortcut(found: Mapping[str, Any] | None, classes: Sequence[str]) -> dict[str, Any] | None:
-    """AUROC and interval of each class, None where too few images."""
-    if found is None:
-        return None
+def _shortcut(found: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """AUROC and interval of each class, None where too few patients."""
     rows = []
     for label in classes:
         score = found["auroc"][label]

@@ -3,11 +3,12 @@
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
-from cxrdist.data.index import read_index
+from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.info import read_info
@@ -46,7 +47,7 @@ def train(config: TrainConfig) -> None:
     )
     together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
     main = accelerator.is_main_process
-    index = together(accelerator, lambda: read_index(config.shards))
+    index = together(accelerator, lambda: _trainable_index(config.shards))
     run = RunDirectory(config.run)
     with together(accelerator, lambda: locked(config.run) if main else nullcontext()):
         together(accelerator, lambda: refuse_other_run(run, config, index))
@@ -91,6 +92,17 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
             f"max_gradient_norm: is {config.max_gradient_norm}, expected a norm above 0; leave it "
             "out for gradients as they are"
         )
+
+
+def _trainable_index(shards: Path) -> Index:
+    index = read_index(shards)
+    for split in ("train", "val"):
+        if not index.numbers(split):
+            raise CxrdistError(
+                f"--shards {shards}: have no images in {split}; training needs train and val, pack "
+                "with --split 0.7/0.1/0.2"
+            )
+    return index
 
 
 def _refuse_large_world(config: TrainConfig, world_size: int) -> None:

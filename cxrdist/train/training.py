@@ -18,7 +18,7 @@ from cxrdist.distributed import StopVote, together
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
 from cxrdist.info import RUN_FORMAT, read_info
-from cxrdist.model.densenet import Classifier
+from cxrdist.model.densenet import Classifier, Cover
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import (
@@ -223,7 +223,7 @@ def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
 
 def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> Classifier:
     torch.manual_seed(config.seed)
-    return Classifier(
+    model = Classifier(
         config.network,
         index.classes,
         index.image_size_px,
@@ -231,6 +231,9 @@ def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> 
         index.fit,
         index.task,
     )
+    model.depth = index.depth
+    model.cover = Cover(index.cover["how"], index.cover["split"]) if index.cover else None
+    return model
 
 
 def _describe_start(

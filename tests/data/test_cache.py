@@ -51,9 +51,9 @@ def decoded_shards(monkeypatch) -> list[str]:
     names = []
     read_shard = cache.read_shard
 
-    def recording(path, expected, name):
-        names.append(name.name)
-        return read_shard(path, expected, name)
+    def recording(shard):
+        names.append(shard.entry.name)
+        return read_shard(shard)
 
     monkeypatch.setattr(cache, "read_shard", recording)
     return names

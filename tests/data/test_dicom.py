@@ -120,14 +120,14 @@ def test_old_dicoms_without_a_preamble_are_read_by_their_suffix(tmp_path):
         ({"Modality": "CT"}, "no radiography"),
         ({"Rows": 0}, "rows and columns"),
         ({"Rows": 60_000, "Columns": 60_000}, "rows and columns"),
-        ({"Rows": 4000}, "no readable DICOM"),
+        ({"Rows": 4000}, "cut off"),
         ({"BitsStored": 12}, "bits are not 2 to 16"),
         ({"BitsAllocated": 32}, "bits are not 2 to 16"),
-        ({"HighBit": 5}, "not in the low bits"),
+        ({"HighBit": 5}, "not within its bits"),
         ({"WindowCenter": 1, "WindowWidth": 0}, "no width"),
         ({"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "X"}, "no known function"),
         ({"RescaleSlope": "nan", "RescaleIntercept": 0}, "no number"),
-        ({"PixelRepresentation": None}, "no readable DICOM"),
+        ({"PixelRepresentation": None}, "PixelRepresentation is missing"),
     ],
 )
 def test_what_is_no_radiograph_is_refused_with_its_name(tmp_path, tags, reason):

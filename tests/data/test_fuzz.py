@@ -10,6 +10,7 @@ import pytest
 from dicoms import SYNTAXES, write_dicom
 from PIL import Image
 
+from cxrdist.data.kinds import FORMATS
 from cxrdist.data.phantom import write_phantoms
 
 NUM_FILES = int(os.environ.get("CXRDIST_FUZZ_FILES", "200"))
@@ -71,6 +72,10 @@ def seeds(tmp_path_factory) -> list[Path]:
     Image.fromarray(np.stack([grey] * 4, 2)).save(folder / "rgba.png")
     Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "deep.png")
     Image.fromarray(grey).convert("P").save(folder / "palette.png")
+    small = Image.fromarray(grey)
+    for kind in FORMATS[2:]:
+        small.save(folder / f"{kind}.img", kind)
+    Image.fromarray(grey.astype(np.uint16) * 16).save(folder / "deep.tif", compression="tiff_lzw")
     for syntax in SYNTAXES:
         bits = 8 if syntax == "jpeg" else 12
         values = grey.astype(np.uint16) << (bits - 8)
@@ -98,7 +103,7 @@ def test_mutated_files_are_read_or_rejected_by_name(seeds, tmp_path):
     print(f"{NUM_FILES - len(rejected)} read, {len(rejected)} rejected")
     assert len(reasons) == NUM_FILES
     for name, reason in rejected.items():
-        assert f"{name}: no " in reason
+        assert reason.startswith("no "), name
         assert "MemoryError" not in reason
         assert " at 0x" not in reason
     assert 0 < len(rejected) < NUM_FILES

@@ -89,9 +89,9 @@ def test_png_is_lossless():
     assert np.array_equal(decode_png(encode_png(pixels)), pixels)
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "other format", "bomb"])
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "bomb"])
 def test_unreadable_files_are_named(tmp_path, damage):
-    """What is no PNG or JPEG, or only half of one, is an error with the file's name."""
+    """What is no image, or only half of one, is an error with the file's name."""
     file = tmp_path / "bad.png"
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8))
     if damage == "cut":
@@ -101,9 +101,7 @@ def test_unreadable_files_are_named(tmp_path, damage):
         file.write_text("this is no image")
     elif damage == "empty":
         file.touch()
-    elif damage == "other format":
-        image.save(file, "BMP")
     else:
         Image.new("1", (12_000, 12_000)).save(file)
-    with pytest.raises(CxrdistError, match=r"bad\.png: no readable PNG, JPEG or DICOM"):
+    with pytest.raises(CxrdistError, match=r"bad\.png: no readable (PNG|image) \("):
         read_square(file, 32, "crop")

@@ -369,6 +369,19 @@ def test_the_audit_stands_before_the_results(run: Path, made: SimpleNamespace) -
     assert "1 patient has images in several classes" in text
 
 
+def test_parts_of_the_audit_that_were_not_made_are_named(run: Path) -> None:
+    """The page gives the reason in place of the part, and never says that nothing was found."""
+    path = run / "audit.json"
+    found = json.loads(path.read_text()) | {"warnings": [], "thumbnails": {}}
+    parts = ("duplicates", "sources", "views", "statistics", "shortcut", "in_pre_training")
+    found |= dict.fromkeys(parts) | {"not_made": {name: f"why {name}" for name in parts}}
+    path.write_text(json.dumps(found))
+    page = write(run)
+    for name in parts:
+        assert f"<code>{name}</code>: why {name}" in page
+    assert "Nothing was found" not in page
+
+
 def test_hostile_audits_are_refused_or_escaped(run: Path) -> None:
     """A picture that is no base64 is refused, a name is text."""
     path = run / "audit.json"

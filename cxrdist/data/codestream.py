@@ -1,0 +1,39 @@
+"""Codestreams: the precision that a JPEG, JPEG-LS or JPEG 2000 stream declares of its samples."""
+
+JPEG2000_SIZE = (
+    b"\xff\x4f\xff\x51"  # SOC and SIZ (ISO 15444-1, section A.5.1), in a JP2 box or bare
+)
+# Start of frame (ITU-T T.81, table B.1; of JPEG-LS ITU-T T.87, C.1.1): not DHT, JPG and DAC.
+FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
+WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+
+
+def precision(stream: bytes) -> tuple[int, bool] | None:
+    """Return the bits of a sample of the first component, and whether it is signed.
+
+    Returns:
+        None where the stream has no header that tells it.
+    """
+    if stream[:2] == b"\xff\xd8":
+        return _jpeg_precision(stream)
+    start = stream.find(JPEG2000_SIZE, 0, 1 << 16)
+    if start < 0 or len(stream) < start + 43:
+        return None
+    depth = stream[start + 42]  # Ssiz of the first component, behind 38 bytes of SIZ and 4 of marks
+    return (depth & 0x7F) + 1, depth >= 0x80
+
+
+def _jpeg_precision(stream: bytes) -> tuple[int, bool] | None:
+    """Walk over the marker segments to the frame's."""
+    place = 2
+    while place + 5 <= len(stream) and stream[place] == 0xFF:
+        marker = stream[place + 1]
+        if marker in FRAMES:
+            return stream[place + 4], False
+        if marker == 0xFF:  # a fill byte
+            place += 1
+        elif marker in WITHOUT_LENGTH:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+    return None

@@ -1,0 +1,53 @@
+"""Bit depth: which stored value is white, where a file of more than 8 bits does not say it.
+
+A 16-bit PNG, TIFF or PGM holds what its detector gave, mostly 10 to 14 bits, and no field says how
+many; so does a DICOM with 16 of 16 bits stored and no window. One depth holds for all such images
+of a source: a scale of its own for each image would make grey levels depend on the brightest pixel.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+DEPTHS = (8, 10, 12, 14, 16)  # of detectors and their converters
+HOT_PIXELS = 0.001  # of an image may lie above its depth: defects of a detector, not the X-ray
+
+
+def used_depth(values: NDArray[np.integer]) -> int:
+    """Return the smallest of `DEPTHS` above which lie at most `HOT_PIXELS` of an image's values."""
+    allowed = HOT_PIXELS * values.size
+    return next(d for d in DEPTHS if np.count_nonzero(values > white_of(d)) <= allowed)
+
+
+def white_of(depth: int) -> int:
+    """Return the value that is white."""
+    return (1 << depth) - 1
+
+
+def grey_of(white: int) -> NDArray[np.uint8]:
+    """Return the grey level of each value of 16 bits, uint8 [65536]; 255 from white on."""
+    return np.rint(255 * np.minimum(np.arange(1 << 16) / white, 1)).astype(np.uint8)
+
+
+def source_depth(used: Iterable[int | None]) -> int | None:
+    """Return the depth that holds for a source: the largest that one of its images uses.
+
+    Args:
+        used: of each image; None where its file declares its depth.
+
+    Returns:
+        None if all images declare theirs.
+    """
+    return max((depth for depth in used if depth is not None), default=None)
+
+
+def describe_depth(depth: int, used: Iterable[int | None]) -> str:
+    """Return a line for the summary of a pack: the depth, and how many images use how many bits."""
+    counts = Counter(bits for bits in used if bits is not None)
+    told = ", ".join(f"{bits} bits: {counts[bits]}" for bits in sorted(counts))
+    return (
+        f"images of more than 8 bits that do not declare their depth are scaled by {depth} bits, "
+        f"2 ** {depth} - 1 is white (images by the bits they use: {told}); --depth sets another"
+    )

@@ -1,0 +1,101 @@
+"""Elements of a DICOM data set as plain numbers and texts; an empty one counts as absent.
+
+They are read from the bytes of the file: pydicom refuses numbers that are written wrongly, such as
+with a decimal comma, and guesses which values have a sign.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.datadict import dictionary_VR
+from pydicom.dataelem import RawDataElement
+from pydicom.dataset import Dataset
+from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence as Items
+from pydicom.tag import Tag
+
+BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8", "US or SS": "u2"}
+
+
+class RefusedError(ValueError):
+    """Why a DICOM cannot be used, without a value of its tags."""
+
+
+def numbers(dataset: Dataset, keyword: str | int) -> list[float]:
+    """Return the values of an element, NaN for one that is no number; a comma counts as a point."""
+    return [_number(part) for part in _parts(dataset, keyword)]
+
+
+def number(dataset: Dataset, keyword: str, absent: float) -> float:
+    """Return the first value of an element.
+
+    Raises:
+        RefusedError: it is no finite number.
+    """
+    first = next(iter(numbers(dataset, keyword)), absent)
+    if not math.isfinite(first):
+        raise RefusedError(f"its {keyword} is no number")
+    return first
+
+
+def whole(dataset: Dataset, keyword: str, absent: int | None = None) -> int:
+    """Return the first value of an element as an integer.
+
+    Raises:
+        RefusedError: it is no number, or it is absent and nothing stands in for it.
+    """
+    found = numbers(dataset, keyword)
+    if not found and absent is None:
+        raise RefusedError(f"its {keyword} is missing")
+    return int(number(dataset, keyword, absent or 0))
+
+
+def text(dataset: Dataset, keyword: str | int) -> str:
+    """Return the first value of an element without spaces around it, or an empty string."""
+    return next((str(part).strip(" \0") for part in _parts(dataset, keyword)), "")
+
+
+def shorts(dataset: Dataset, keyword: str | int) -> NDArray[np.int64]:
+    """Return the values of an element as 16 bits without a sign, whatever its VR says."""
+    return np.array([int(value) & 0xFFFF for value in numbers(dataset, keyword)], np.int64)
+
+
+def octets(dataset: Dataset, keyword: str | int) -> tuple[bytes, str]:
+    """Return the bytes of an element and their order, ``<`` or ``>``."""
+    element = dataset.get_item(keyword)
+    if not isinstance(element, RawDataElement):
+        raise RefusedError(f"its {keyword} is missing")
+    return element.value or b"", "<" if element.is_little_endian else ">"
+
+
+def items(dataset: Dataset, keyword: str | int) -> list[Dataset]:
+    """Return the items of a sequence, none if it is absent or empty."""
+    found = dataset[keyword].value if keyword in dataset else None
+    return list(found) if isinstance(found, Items) else []
+
+
+def _parts(dataset: Dataset, keyword: str | int) -> Sequence[object]:
+    """The values of an element: texts, or numbers where it is binary."""
+    element = dataset.get_item(keyword)
+    value = getattr(element, "value", None)
+    if value is None:
+        return []
+    if not isinstance(element, RawDataElement):  # pydicom has converted it
+        return value if isinstance(value, MultiValue) else [value] if value != "" else []
+    known = dictionary_VR(Tag(keyword))
+    kind = element.VR if element.VR in BINARY and known in (*BINARY, "DS", "IS") else known
+    if kind in BINARY:
+        code = np.dtype(f"{'<' if element.is_little_endian else '>'}{BINARY[kind]}")
+        found: list[object] = np.frombuffer(value, code, len(value) // code.itemsize).tolist()
+        return found
+    parts = [part.strip(" \0") for part in value.decode("latin-1").split("\\")]
+    return parts if any(parts) else []
+
+
+def _number(part: object) -> float:
+    try:
+        return float(str(part).replace(",", "."))
+    except ValueError:
+        return math.nan

@@ -1,0 +1,182 @@
+"""Pictures: PNG, JPEG, TIFF and the other formats of Pillow -> grey of 8 bits.
+
+Refused by name are several pages or frames, float and 32-bit values, 12-bit JPEG, and what has more
+pixels than an X-ray. Not honoured: colour profiles, gamma, resolution, the bits that a PNG calls
+significant (sBIT) and a TIFF's smallest and largest values. Of 16-bit colours the upper 8 bits are
+read.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from cxrdist.data.codestream import precision
+from cxrdist.data.depth import grey_of, used_depth, white_of
+from cxrdist.errors import CxrdistError
+
+MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
+ORIENTATION = 0x0112  # EXIF tag; from 5 on the image is shown on its side
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 3 and 4
+NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below use 14 bits at most
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in grey.
+
+    Attributes:
+        image: mode L; a JPEG may be smaller than its original.
+        size_px: width and height of the original as it is shown.
+        used_depth: bits that the pixels use where the file does not declare its depth, else None.
+    """
+
+    image: Image.Image
+    size_px: tuple[int, int]
+    used_depth: int | None = None
+
+
+def read_picture(
+    data: bytes, kind: str, file: Path, least_px: int, depth: int | None = None
+) -> Picture:
+    """Read a picture in grey: colour by luma (ITU-R 601), transparency black, an EXIF turn applied.
+
+    Args:
+        data: the file's content.
+        kind: which of `kinds.FORMATS` it is.
+        file: its name, for messages.
+        least_px: sides down to which a JPEG may be decoded smaller, and so faster.
+        depth: bits that hold the values, where the file does not declare it; what it uses if None.
+
+    Raises:
+        CxrdistError: it is damaged, or is none of the pictures that are read.
+    """
+    try:
+        return _read(data, kind, least_px, depth)
+    except UnidentifiedImageError:
+        found = precision(data) if kind == "JPEG" else None
+        reason = "its header is damaged, or of a variant that is not read"
+        if found and found[0] != 8:
+            reason = f"it has {found[0]} bits, expected 8; store it as 16-bit PNG or DICOM"
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        IndexError,
+        struct.error,
+        zlib.error,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise CxrdistError(f"{file}: no readable {kind} ({reason})")
+
+
+def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
+    if kind == "WEBP":
+        _refuse_size(*_webp_size(data))  # Pillow's decoder allocates when it is opened
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
+            _refuse_size(*image.size)
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                raise ValueError("it has several pages or frames; store each in a file of its own")
+            width, height = image.size
+            # A JPEG can be decoded at a fraction of its size, straight to grey: several times
+            # faster, and still at least as fine as is asked for.
+            image.draft("L", (least_px, least_px))
+            # Pillow turns a TIFF itself.
+            if kind != "TIFF" and image.getexif().get(ORIENTATION, 1) >= 5:
+                width, height = height, width
+            if image.mode[0] in "IF":
+                grey, used = _grey_of_deep(image, data, depth)
+                return Picture(grey, (width, height), used)
+            grey = _grey(ImageOps.exif_transpose(image))
+            if _has_deep_colours(image, data) and np.asarray(grey).max() < NEARLY_BLACK:
+                raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
+            return Picture(grey, (width, height))
+
+
+def _refuse_size(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, an X-ray has at most {MOST_PIXELS}")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height of a WebP (RFC 9649, sections 2.5 to 2.7); 0 where it is damaged."""
+    kind, head = data[12:16], data[20:30].ljust(10, b"\0")
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    sides = struct.unpack("<HH", head[6:10])
+    return sides[0] & 0x3FFF, sides[1] & 0x3FFF
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    """Convert an image of 8 bits to mode L, transparency on black."""
+    if image.mode == "L":
+        return image
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image)
+    return image.convert("L")
+
+
+def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
+    """Whether Pillow dropped the lower 8 bits of 16-bit colours."""
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) == 16  # type: ignore[attr-defined]
+    return image.format == "PNG" and data[24] == 16  # its depth in IHDR
+
+
+def _grey_of_deep(
+    image: ImageFile.ImageFile, data: bytes, depth: int | None
+) -> tuple[Image.Image, int | None]:
+    """Scale an image of more than 8 bits to mode L, upright; tell its used depth if it matters."""
+    white, used = _declared_white(image, data), None  # before Pillow forgets the header
+    values = _values(ImageOps.exif_transpose(image))
+    if white is None:
+        used = used_depth(values)
+        white = white_of(depth or used)
+    levels = grey_of(white)
+    if _is_inverted(image):
+        levels = 255 - levels
+    return Image.fromarray(levels[values]), used
+
+
+def _declared_white(image: ImageFile.ImageFile, data: bytes) -> int | None:
+    """The value that is white by what the file declares; None if it only says 16 bits."""
+    if image.format == "TIFF":
+        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+        return white_of(bits) if bits < 16 else None
+    if image.format == "JPEG2000":  # Pillow moves the samples to the upper bits of 16
+        bits = (precision(data) or (16, False))[0]
+        return white_of(bits) << (16 - bits) if bits < 16 else None
+    if image.format == "PPM":  # Pillow scales to 65535 what has a smaller largest value
+        decoder = image.tile[0].args
+        return 0xFFFF if isinstance(decoder, tuple) and decoder[1] < 0xFFFF else None
+    return None
+
+
+def _values(image: Image.Image) -> NDArray[np.uint16]:
+    values = np.asarray(image)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("its values are signed, float or of 32 bits; expected 0 to 65535")
+    return values.astype(np.uint16)
+
+
+def _is_inverted(image: Image.Image) -> bool:
+    """Whether 0 is white; of TIFFs Pillow turns those of 8 bits only."""
+    if image.format != "TIFF":
+        return False
+    white: bool = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+    return white

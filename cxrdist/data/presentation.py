@@ -1,0 +1,232 @@
+"""Presentation: stored values of a DICOM -> grey levels, by the arithmetic of the standard.
+
+Modality LUT or rescale (PS3.3, C.11.1), then the first VOI LUT or window that can be used (C.11.2),
+then the inversion of MONOCHROME1 (C.7.6.3.1.2) or of the Presentation LUT Shape (C.11.6), then
+padding in black (C.7.5.1.1.2).
+
+Without a VOI LUT or window the full range of the stored bits is kept: a stretch to the values of an
+image would make its brightness depend on a collimator or marker. 16 bits of 16 tell nothing of the
+detector; then the depth of the source is the range, as for a 16-bit PNG (`cxrdist.data.depth`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+
+from cxrdist.data.depth import HOT_PIXELS, used_depth, white_of
+from cxrdist.data.elements import RefusedError, items, number, numbers, octets, shorts, text
+
+OVERLAYS = range(0x6000, 0x6020, 2)  # groups of the repeating overlay planes (PS3.3, C.9.2)
+Table = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Pixel cells: words that hold a value each (PS3.5, 8.1.1).
+
+    Attributes:
+        words: uint8 or uint16 [H, W].
+        bits: of a value.
+        shift: bits of a word below its value.
+        signed: whether values are two's complement.
+    """
+
+    words: NDArray[Any]
+    bits: int
+    shift: int
+    signed: bool
+
+    @property
+    def size(self) -> int:
+        """Bits of a word."""
+        return 8 * self.words.itemsize
+
+
+class Lut(NamedTuple):
+    """A look-up table.
+
+    Attributes:
+        first: input of the first entry; what lies below has the first entry, what lies above the
+            last one has that.
+        entries: int64 [N].
+    """
+
+    first: int
+    entries: NDArray[np.int64]
+
+    def __call__(self, values: Table) -> Table:
+        """Look the nearest inputs up."""
+        place = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
+        return self.entries[place.astype(np.int64)].astype(np.float64)
+
+
+def present(
+    dataset: Dataset, cells: Cells, depth: int | None
+) -> tuple[NDArray[np.uint8], int | None]:
+    """Show the pixels as they are meant to be seen.
+
+    Args:
+        dataset: whose tags tell how.
+        cells: its pixels.
+        depth: bits that hold the values of the source, for an image that does not tell its own;
+            what it uses if None.
+
+    Returns:
+        Grey levels, uint8 [H, W], and the bits that the image uses if it does not tell its depth.
+
+    Raises:
+        RefusedError: a tag that is needed cannot be used.
+    """
+    words = np.arange(1 << cells.size)
+    if _has_overlay(dataset):
+        words &= white_of(cells.bits) << cells.shift
+    values = _interpret(words >> cells.shift, cells)
+    is_padding = _is_padding(dataset, values, cells)
+    low = -(1 << cells.bits >> 1) if cells.signed else 0
+    # Values above the stored bits stay bright; without their upper bits they would be dark.
+    stored = values.clip(low, low + white_of(cells.bits))
+    levels, used = _as_seen(dataset, stored, cells, is_padding, depth)
+    if not np.isfinite(levels).all():
+        raise RefusedError("its rescale or window is no number")
+    inverse = text(dataset, "PresentationLUTShape") == "INVERSE"
+    if inverse or text(dataset, "PhotometricInterpretation") == "MONOCHROME1":
+        levels = 1 - levels.clip(0, 1)
+    levels[is_padding] = 0
+    table = np.rint(255 * levels.clip(0, 1)).astype(np.uint8)
+    return table[cells.words], used
+
+
+def _interpret(words: NDArray[np.int64], cells: Cells) -> NDArray[np.int64]:
+    """The value of words, negative where values are signed and their highest bit is set.
+
+    The bits above a value are those of its sign or empty; other words are a number as a whole.
+    """
+    if not cells.signed:
+        return words
+    above = words >> cells.bits
+    full = white_of(max(0, cells.size - cells.bits))
+    return np.where(
+        (above == 0) | (above == full),
+        _twos_complement(words & white_of(cells.bits), cells.bits),
+        _twos_complement(words, cells.size),
+    )
+
+
+def _twos_complement(words: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
+    return words - (words >> (bits - 1) << bits)
+
+
+def _has_overlay(dataset: Dataset) -> bool:
+    """Whether a plane of an overlay lies in the bits around the values (PS3.5, 8.1.2)."""
+    return any(any(shorts(dataset, group << 16 | 0x0102)) for group in OVERLAYS)
+
+
+def _is_padding(dataset: Dataset, values: NDArray[np.int64], cells: Cells) -> NDArray[np.bool_]:
+    """Which values are PixelPaddingValue, or from there to PixelPaddingRangeLimit.
+
+    Pixel Representation tells whether the two are signed: their own VR is often wrong.
+    """
+    found = [shorts(dataset, name)[:1] for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
+    ends = _interpret(np.concatenate(found) & white_of(cells.size), cells)
+    if not len(found[0]):
+        return np.zeros(len(values), np.bool_)
+    is_padding: NDArray[np.bool_] = (values >= ends.min()) & (values <= ends.max())
+    return is_padding
+
+
+def _as_seen(
+    dataset: Dataset,
+    stored: NDArray[np.int64],
+    cells: Cells,
+    is_padding: NDArray[np.bool_],
+    depth: int | None,
+) -> tuple[Table, int | None]:
+    """The brightness of each word, 0..1 within the window, and its depth if that is not told."""
+    modality = _first_lut(dataset, "ModalityLUTSequence", cells.signed)
+    slope = number(dataset, "RescaleSlope", 1)
+    if modality is None and slope == 0:
+        raise RefusedError("its RescaleSlope is 0")
+    values = stored.astype(np.float64)
+    intercept = number(dataset, "RescaleIntercept", 0)
+    values = modality(values) if modality is not None else values * slope + intercept
+    voi = _first_lut(dataset, "VOILUTSequence", bool(values.min() < 0))
+    if voi is not None:
+        # The largest entry is white: many declare 16 bits and use 12.
+        return voi(values) / max(1, voi.entries.max()), None
+    windowed = _windowed(dataset, values)
+    if windowed is not None:
+        return windowed, None
+    if modality is not None:
+        return values / max(1, modality.entries.max()), None
+    low, bits, used = int(stored.min()), cells.bits, None
+    if bits == 16:
+        low, used = _used_range(stored[cells.words[~is_padding[cells.words]]], cells.signed)
+        bits = depth or used
+        low = -(1 << bits >> 1) if low < 0 else 0
+    levels = ((stored - low) / white_of(bits)).clip(0, 1)
+    return (levels if slope > 0 else 1 - levels), used
+
+
+def _used_range(values: NDArray[np.int64], signed: bool) -> tuple[int, int]:
+    """-1 if more than hot pixels are negative, else 0; and the bits that hold the values."""
+    if signed and np.count_nonzero(values < 0) > HOT_PIXELS * values.size:
+        # As many bits hold the number with its sign as hold twice its size.
+        return -1, used_depth(2 * np.where(values < 0, -values - 1, values) + 1)
+    return 0, used_depth(values)
+
+
+def _first_lut(dataset: Dataset, keyword: str, signed: bool) -> Lut | None:
+    """The first LUT of a sequence that is not empty (PS3.3, C.11.1.1 and C.11.2.1.1)."""
+    for item in items(dataset, keyword):
+        descriptor = numbers(item, "LUTDescriptor")
+        if len(descriptor) == 3 and "LUTData" in item:
+            return _lut(item, [int(value) for value in descriptor], signed)
+    return None
+
+
+def _lut(item: Dataset, descriptor: list[int], signed: bool) -> Lut:
+    """Read a LUT; whether its first input is signed is told by what goes in.
+
+    Entries of 8 bits stand in a byte or in a word each.
+    """
+    count, first = descriptor[0] & 0xFFFF or 1 << 16, descriptor[1]
+    if signed and first >= 1 << 15:
+        first -= 1 << 16
+    data, order = octets(item, "LUTData")
+    if len(data) >= 2 * count:
+        entries = np.frombuffer(data, f"{order}u2", count)
+    elif len(data) >= count:
+        entries = np.frombuffer(data, np.uint8, count)
+    else:
+        raise RefusedError("its look-up table has fewer entries than it says")
+    return Lut(first, entries.astype(np.int64))
+
+
+def _windowed(dataset: Dataset, values: Table) -> Table | None:
+    """The first window that can be used; None without any."""
+    centers, widths = numbers(dataset, "WindowCenter"), numbers(dataset, "WindowWidth")
+    function = text(dataset, "VOILUTFunction").upper() or "LINEAR"
+    if not centers or not widths:
+        return None
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise RefusedError("its window has no known function")
+    for center, width in zip(centers, widths, strict=False):
+        if np.isfinite([center, width]).all() and (
+            width >= 1 if function == "LINEAR" else width > 0
+        ):
+            return _window(values, center, width, function)
+    raise RefusedError("its window has no width, or is no number")
+
+
+def _window(values: Table, center: float, width: float, function: str) -> Table:
+    """PS3.3, sections C.11.2.1.2 and C.11.2.1.3, with outputs 0..1."""
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (values - center) / width))
+    if function == "LINEAR_EXACT":
+        return (values - center) / width + 0.5
+    if width == 1:  # a step; the formula would divide 0 by 0
+        return (values > center - 0.5).astype(np.float64)
+    return (values - (center - 0.5)) / (width - 1) + 0.5

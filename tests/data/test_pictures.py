@@ -1,0 +1,206 @@
+import io
+import struct
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+from PIL import Image
+
+from cxrdist.data.images import read_grey
+from cxrdist.errors import CxrdistError
+
+RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # all values of 12 bits
+GREY = np.rint(RAMP / 4095 * 255).astype(np.uint8)
+
+
+def grey_of(file: Path, depth: int | None = None) -> tuple[np.ndarray, int | None]:
+    grey = read_grey(file, 1024, depth)
+    assert (grey.width_px, grey.height_px) == grey.image.size
+    return np.asarray(grey.image).astype(int), grey.used_depth
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("PNG", {}),
+        ("TIFF", {}),
+        *(("TIFF", {"compression": name}) for name in ("tiff_lzw", "tiff_deflate", "packbits")),
+        ("BMP", {}),
+        ("WEBP", {"lossless": True}),
+        ("GIF", {}),
+        ("JPEG2000", {}),
+        ("PPM", {}),
+    ],
+)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_pictures_of_8_bits_are_read_as_they_are(tmp_path, kind, options, mode):
+    """In grey and in colour, under any suffix."""
+    Image.fromarray(GREY).convert(mode).save(tmp_path / "x.dat", kind, **options)
+    pixels, used = grey_of(tmp_path / "x.dat")
+    assert np.abs(pixels - GREY).max() <= 1
+    assert used is None
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "jfif", "jpe", "png", "dcm"])
+def test_a_jpeg_is_one_under_any_suffix(tmp_path, suffix):
+    """Also of several pictures (MPO), whose first one counts."""
+    Image.fromarray(GREY).save(tmp_path / f"x.{suffix}", "JPEG", quality=95)
+    assert np.abs(grey_of(tmp_path / f"x.{suffix}")[0] - GREY).max() <= 12
+    more = [Image.fromarray(255 - GREY)]
+    Image.fromarray(GREY).save(tmp_path / f"y.{suffix}", "MPO", save_all=True, append_images=more)
+    assert np.abs(grey_of(tmp_path / f"y.{suffix}")[0] - GREY).max() <= 40
+
+
+def write_deep(file: Path, kind: str, values: np.ndarray) -> None:
+    """Write values of 16 bits; PGM by hand, since Pillow writes no 16 bits of it."""
+    if kind == "PPM":
+        head = b"P5\n# a comment of 65535\n%d %d\n65535\n" % values.shape[::-1]
+        file.write_bytes(head + values.astype(">u2").tobytes())
+    elif kind == "TIFF, big endian":
+        import tifffile  # not a dependency of the package
+
+        tifffile.imwrite(file, values, byteorder=">")
+    else:
+        Image.fromarray(values).save(file, kind)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "TIFF, big endian", "PPM", "JPEG2000"])
+def test_16_bits_take_the_depth_of_the_source(tmp_path, kind):
+    """Without one, the bits that they use but for one pixel in a thousand."""
+    if kind == "TIFF, big endian":
+        pytest.importorskip("tifffile")
+    values = RAMP.copy()
+    values[0, :4] = 65535  # 4 of 4096 are hot
+    expected = np.where(values == 65535, 255, GREY)
+    write_deep(tmp_path / "x", kind, values)
+    pixels, used = grey_of(tmp_path / "x")
+    assert used == 12
+    assert np.abs(pixels - expected).max() <= 1
+    pixels, used = grey_of(tmp_path / "x", 14)
+    assert np.abs(pixels - np.rint(255 * np.minimum(values / 16383, 1))).max() <= 1
+    values[0, :5] = 65535  # 5 are part of the image
+    write_deep(tmp_path / "y", kind, values)
+    assert grey_of(tmp_path / "y")[1] == 16
+
+
+@pytest.mark.parametrize("limits", [(0, 255, 8), (0, 256, 10), (900, 1024, 12), (0, 16384, 16)])
+def test_the_used_depth_is_the_smallest_that_holds_the_values(tmp_path, limits):
+    """8, 10, 12, 14 or 16 bits."""
+    low, high, depth = limits
+    values = np.linspace(low, high, 400).reshape(20, 20).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "x.png")
+    assert grey_of(tmp_path / "x.png")[1] == depth
+
+
+def test_a_tiff_whose_white_is_0_is_turned(tmp_path):
+    """In 16 bits as in 8."""
+    strip = (4095 - RAMP).astype("<u2").tobytes()
+    tags = [
+        (256, 4, 64),
+        (257, 4, 64),
+        (258, 3, 16),
+        (259, 3, 1),
+        (262, 3, 0),
+        (273, 4, 122),
+        (277, 3, 1),
+        (278, 4, 64),
+        (279, 4, len(strip)),
+    ]
+    head = b"II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
+    entries = b"".join(struct.pack("<HHLL", tag, kind, 1, value) for tag, kind, value in tags)
+    data = head + entries + b"\0\0\0\0"
+    (tmp_path / "x.tif").write_bytes(data.ljust(122, b"\0") + strip)
+    pixels, used = grey_of(tmp_path / "x.tif")
+    assert np.abs(pixels - GREY).max() <= 1
+    assert used == 12
+
+
+def test_what_declares_its_depth_keeps_it(tmp_path):
+    """A PGM tells its largest value, a JPEG 2000 stream its bits."""
+    values = RAMP // 4
+    head = b"P5\n64 64\n4095\n"
+    (tmp_path / "x.pgm").write_bytes(head + values.astype(">u2").tobytes())
+    stream = imagecodecs.jpeg2k_encode(values, codecformat="j2k", reversible=True, bitspersample=12)
+    (tmp_path / "x.j2k").write_bytes(stream)
+    for name in ("x.pgm", "x.j2k"):
+        for depth in (None, 16):
+            pixels, used = grey_of(tmp_path / name, depth)
+            assert used is None
+            assert np.abs(pixels - np.rint(values / 4095 * 255)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "WEBP"])
+def test_an_orientation_is_applied_once(tmp_path, kind, orientation):
+    """Also in a TIFF, which Pillow turns itself; the size is that of the image as it is shown."""
+    image = Image.fromarray(GREY[:40])
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x", kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    upright = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
+    assert np.abs(grey_of(tmp_path / "x")[0] - np.rot90(GREY[:40], upright)).max() <= 1
+
+
+def test_several_pages_or_frames_are_refused(tmp_path):
+    """Of TIFF, GIF, WebP and PNG: which of them were meant is not known."""
+    for kind in ("TIFF", "GIF", "WEBP", "PNG"):
+        more = [Image.fromarray(255 - GREY)]
+        Image.fromarray(GREY).save(tmp_path / "x", kind, save_all=True, append_images=more)
+        with pytest.raises(CxrdistError, match=f"no readable {kind} .it has several pages"):
+            grey_of(tmp_path / "x")
+
+
+@pytest.mark.parametrize("dtype", ["f4", "i4"])
+def test_float_and_32_bit_values_are_refused(tmp_path, dtype):
+    """What their white is cannot be known; small integers of 32 bits can."""
+    Image.fromarray((RAMP * 1.0 + 70000).astype(dtype)).save(tmp_path / "x.tif")
+    with pytest.raises(CxrdistError, match="signed, float or of 32 bits; expected 0 to 65535"):
+        grey_of(tmp_path / "x.tif")
+
+
+def test_12_bit_jpegs_and_16_bit_colours_of_few_bits_are_refused(tmp_path):
+    """Pillow cannot read the one, and reads the upper 8 bits of the other."""
+    data = imagecodecs.jpeg_encode(RAMP, 98, bitspersample=12)
+    (tmp_path / "x.jpg").write_bytes(data)
+    with pytest.raises(CxrdistError, match=r"no readable JPEG \(it has 12 bits, expected 8"):
+        grey_of(tmp_path / "x.jpg")
+    colours = imagecodecs.png_encode(np.stack([RAMP] * 3, 2))
+    (tmp_path / "x.png").write_bytes(colours)
+    with pytest.raises(CxrdistError, match="its 16-bit colours use few bits"):
+        grey_of(tmp_path / "x.png")
+    (tmp_path / "y.png").write_bytes(imagecodecs.png_encode(np.stack([RAMP * 16] * 3, 2)))
+    assert np.abs(grey_of(tmp_path / "y.png")[0] - GREY).max() <= 1
+
+
+def huge(kind: str) -> bytes:
+    """A small file that says 16,000 x 16,000 pixels."""
+    side = 16_000
+    buffer = io.BytesIO()
+    Image.fromarray(GREY).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    data = bytearray(buffer.getvalue())
+    if kind == "WEBP":
+        data[21:25] = struct.pack("<L", (side - 1) | (side - 1) << 14)
+    elif kind == "BMP":
+        data[18:26] = struct.pack("<ll", side, side)
+    elif kind == "GIF":
+        data[6:10] = struct.pack("<HH", side, side)
+    elif kind == "PPM":
+        return b"P5\n%d %d\n255\n" % (side, side) + bytes(100)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF", "PPM"])
+def test_bombs_are_refused_before_they_are_decoded(tmp_path, kind):
+    """By their size, with one line."""
+    (tmp_path / "x").write_bytes(huge(kind))
+    with pytest.raises(CxrdistError, match=rf"no readable {kind} .*(pixels|bomb)"):
+        grey_of(tmp_path / "x")
+
+
+def test_programs_are_not_run_and_other_formats_are_named(tmp_path):
+    """EPS, which Pillow gives to Ghostscript, and ICO are not among the formats."""
+    for head in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0\0\1\0\1\0"):
+        (tmp_path / "x.png").write_bytes(head)
+        with pytest.raises(CxrdistError, match=r"unknown format\); expected PNG, JPEG, TIFF"):
+            grey_of(tmp_path / "x.png")
