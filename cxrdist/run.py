@@ -454,12 +454,28 @@ def read_document(path: Path, kind: type[T], mend: str = "copy the directory aga
 
     Raises:
         CxrdistError: it is missing, damaged or of another type.
+        RunFailedError: it may not be read.
+    """
+    with judging(path, mend):
+        return typed(parse_json(read_bytes(path, MOST_BYTES)), kind)
+
+
+@contextmanager
+def judging(path: Path, mend: str) -> Iterator[None]:
+    """Turn what is wrong with a document into one line.
+
+    Raises:
+        CxrdistError: it is missing or holds something else.
+        RunFailedError: it may not be read.
     """
     try:
-        return typed(parse_json(read_bytes(path, MOST_BYTES)), kind)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CxrdistError):
-            raise
+        yield
+    except CxrdistError:
+        raise
+    except OSError as error:
+        failure = failure_of(error, path, mend if isinstance(error, FileNotFoundError) else "")
+        raise failure or error from error
+    except ValueError as error:
         raise CxrdistError(f"{path}: not a readable document ({error}); {mend}") from error
 
 
@@ -469,13 +485,9 @@ def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
     Raises:
         CxrdistError: it cannot be read, or is no YAML object with the bounds of `parse_yaml`.
     """
-    try:
+    with judging(path, mend):
         data = read_bytes(path, MOST_YAML_BYTES)
         return data.decode("utf-8-sig"), parse_yaml(data)
-    except (OSError, ValueError) as error:
-        if isinstance(error, CxrdistError):
-            raise
-        raise CxrdistError(f"{path}: not a readable recipe ({error}); {mend}") from error
 
 
 def read_bytes(path: Path, most: int) -> bytes:

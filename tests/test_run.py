@@ -18,6 +18,7 @@ from cxrdist.run import (
     cut_log,
     locked,
     read_bytes,
+    read_json,
     refuse_unwritable,
     sweep,
     write_table,
@@ -134,6 +135,25 @@ def test_files_that_are_none_or_too_large_are_refused(tmp_path):
         file.truncate(1 << 40)
     with pytest.raises(CxrdistError, match="expected at most 10"):
         read_bytes(tmp_path / "large", 10)
+
+
+def test_what_may_not_be_read_or_written_is_no_damage(tmp_path):
+    """Another user's file and directory: the machine's fault, and not `run cxrdist train again`."""
+    write_text(tmp_path / "run.json", "{}")
+    (tmp_path / "run.json").chmod(0)
+    tmp_path.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        with pytest.raises(RunFailedError, match=r"run\.json: Permission denied; get the right"):
+            read_json(tmp_path / "run.json")
+        with pytest.raises(RunFailedError, match=r"log\.jsonl: Permission denied; get the right"):
+            append_log(tmp_path / "log.jsonl", {})
+    finally:
+        if root:
+            os.seteuid(0)
+        tmp_path.chmod(0o755)
 
 
 @pytest.mark.parametrize("make", [atomic_file, atomic_directory])

@@ -14,7 +14,7 @@ import numpy as np
 
 from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.documents import Between, Real, typed
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics, predicted_classes
 from cxrdist.explain.sanity import RelevanceInfo, Rules, SanityInfo
 from cxrdist.info import RunInfo, WeightsInfo
@@ -88,13 +88,16 @@ def reading(path: Path, command: str) -> Iterator[None]:
     """Turn whatever is wrong with a file into one line with the command that writes it.
 
     Raises:
-        CxrdistError: the file cannot be read or does not hold what the command writes.
+        CxrdistError: the file does not hold what the command writes.
+        RunFailedError: it may not be read.
     """
     try:
         yield
-    except CxrdistError:
+    except (CxrdistError, RunFailedError):
         raise
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+    except OSError as error:
+        raise failure_of(error, path) or error from error
+    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         problem = f"misses {error}" if isinstance(error, KeyError) else str(error)
         problem = " ".join(problem.split())[:300]
         raise CxrdistError(
