@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from importlib.resources import files
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TextIO, cast
 
 from cxrdist import __version__
-from cxrdist.errors import CxrdistError, RunFailedError, Stopped
+from cxrdist.errors import CxrdistError, RunFailedError, Stopped, failure_of
 from cxrdist.lifetime import end_with_launcher
+from cxrdist.run import read_recipe
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
 
 
@@ -78,7 +80,29 @@ def main(arguments: list[str] | None = None) -> int:
         0 done; 1 the run failed; 2 wrong usage or bad input; 75 stopped on request.
     """
     end_with_launcher()
+    _print_what_cannot_be_encoded()
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            code = _answer(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if _is_flushed(sys.stdout):
+            raise
+        code = 1  # who reads has seen enough, such as `| head`
+    except (CxrdistError, RunFailedError, RuntimeError, OSError) as error:
+        _is_flushed(sys.stdout)
+        code = _report_failure(error)
+    except Stopped as stop:
+        if str(stop):
+            print(f"cxrdist: {stop}", file=sys.stderr)
+        code = STOP_CODE
+    return code
+
+
+def _answer(arguments: list[str]) -> int:
+    """Print the help or the version, or run the command."""
     lines = [f"  {name:<17}{command.help}" for name, command in COMMANDS.items()]
     usage = USAGE.format(commands="\n".join(lines))
     first = arguments[1:2] if arguments and _is_group(arguments[0]) else arguments[:1]
@@ -88,33 +112,50 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"cxrdist {__version__}")
         return 0
-    try:
-        name, rest = _command(arguments)
-        command = COMMANDS[name]
-        with stopping_at_once():
-            with ending_at_once():
-                config, entry = parse(command, name, rest), _entry(command)
-            entry(config)
-    except CxrdistError as error:
-        print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except RunFailedError as error:
-        print(f"cxrdist: {_one_line(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not _is_lost_connection(error):
-            raise
-        print(
-            f"cxrdist: rank {os.environ['RANK']}: the connection to another rank was lost; that "
-            "one's own message, or its launcher's, says why",
-            file=sys.stderr,
-        )
-        return 1
-    except Stopped as stop:
-        if str(stop):
-            print(f"cxrdist: {stop}", file=sys.stderr)
-        return STOP_CODE
+    name, rest = _command(arguments)
+    command = COMMANDS[name]
+    with stopping_at_once():
+        with ending_at_once():
+            config, entry = parse(command, name, rest), _entry(command)
+        entry(config)
     return 0
+
+
+def _report_failure(error: Exception) -> int:
+    """Print one line on an error for users; the exit code.
+
+    Raises:
+        Exception: the error itself where it is none for users but a fault of the program.
+    """
+    line: object = error
+    if isinstance(error, OSError):
+        line = failure_of(error)
+    elif isinstance(error, RuntimeError) and _is_lost_connection(error):
+        line = RunFailedError(
+            f"rank {os.environ['RANK']}: the connection to another rank was lost; that one's own "
+            "message, or its launcher's, says why"
+        )
+    if not isinstance(line, (CxrdistError, RunFailedError)):
+        raise error
+    print(f"cxrdist: {_one_line(line)}", file=sys.stderr)
+    return 2 if isinstance(line, CxrdistError) else 1
+
+
+def _is_flushed(stream: TextIO) -> bool:
+    """Whether a stream takes what is printed; if not, let that go nowhere from now on."""
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
+
+
+def _print_what_cannot_be_encoded() -> None:
+    r"""Let a terminal without the letters of a name, such as an ASCII one, show them as \uXXXX."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
@@ -172,9 +213,16 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             kind = str if positional == "file" else Path
             parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
-    flags = {f.name for f in fields(config) if f.type in (bool, "bool")}
+    flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
+    arguments = _normalise(arguments, flags)
+    _refuse_bad_recipes(arguments)
+    if strange := [argument for argument in arguments if _shown(argument) != argument]:
+        raise CxrdistError(
+            f"{name}: {_shown(strange[0])} is not valid UTF-8; rename it, or give the folder that "
+            "it is in"
+        )
     try:
-        parsed = parser.instantiate(parser.parse_args(_normalise(arguments, flags)))
+        parsed = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
         raise CxrdistError(f"{name}: {_readable(str(error))}; see cxrdist {name} --help") from error
     values = {f.name: parsed[f.name] for f in fields(config)}
@@ -185,7 +233,10 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
 def _location(text: str) -> Path:
     """A path, or for an fsspec URL such as s3://bucket/folder its counterpart."""
     if "://" not in text:
-        return Path(text)
+        try:
+            return Path(text).expanduser()  # the shell leaves the ~ of --out=~/shards as it is
+        except RuntimeError as error:
+            raise CxrdistError(f"{text}: {error}; write the directory out") from error
     from upath import UPath
 
     try:
@@ -224,10 +275,28 @@ def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
     return result
 
 
+def _refuse_bad_recipes(arguments: list[str]) -> None:
+    """Make sure that jsonargparse can parse a recipe in little time and memory.
+
+    Raises:
+        CxrdistError: it is no YAML object with the bounds of `parse_yaml`.
+    """
+    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, _, own = option.partition("=")
+        path = Path(own or value)
+        if name == "--config" and path.is_file():
+            read_recipe(path.resolve(), "mend it, or give another with --config")
+
+
 def _readable(message: str) -> str:
     message = re.sub(r"Problem with given class_path '[\w.]+\.(\w+)':", r"in \1:", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     return message.replace("Parser key", "option")
+
+
+def _shown(argument: str) -> str:
+    """An argument with codes for the bytes that are no UTF-8, which Python keeps as surrogates."""
+    return argument.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _one_line(error: Exception) -> str:

@@ -4,15 +4,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from cxrdist.errors import CxrdistError
+
+# DenseNet161 has the growth rate 48, DenseNet264 a block of 64 layers (Huang et al. 2016, Table 1).
+MOST_GROWTH_RATE = 128
+MOST_DENSE_LAYERS = 128
+
 
 @dataclass(frozen=True)
 class PackConfig:
     """Pack raw chest X-rays into WebDataset shards, split by patient."""
 
     source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
-    """folder: one sub-folder per class. csv: a table with the column path, and label (one class an
-    image) or labels (several, with | between them, or none), optionally patient, split, source and
-    view; paths are relative to the table. The others are public data sets, as they are unpacked."""
+    """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv:
+    a table with the column path, and label (one class per image) or labels (several, with | between
+    them, or none), optionally patient, split, source, view, sex and age; paths are relative to the
+    table. The others are public data sets, as they are unpacked."""
     input: Path
     """The folder, or the CSV file; a path or an fsspec URL such as s3://bucket/folder."""
     out: Path
@@ -27,10 +34,10 @@ class PackConfig:
     to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
     values of the whole source, but for one pixel in a thousand of an image."""
     split: str | None = None
-    """paper: 60 images of each class for test, the rest 80/20 train/val. Or fractions of
-    train/val/test, such as 0.7/0.1/0.2. Splits that the source fixes (a csv column `split`,
-    ChestX-ray14's official lists) take precedence. If not given: paper, for several labels an image
-    0.7/0.1/0.2."""
+    """Fractions of train/val/test, by patient; 0 leaves a split empty: 0/0/1 packs a set for
+    evaluation only. Or paper: 60 images of each class for test, the rest 80/20 train/val. Splits
+    that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence.
+    0.7/0.1/0.2 if not given."""
     patient_pattern: str | None = None
     """Regular expression whose first group, found in the file name, is the patient."""
     against_rest: str | None = None
@@ -40,8 +47,14 @@ class PackConfig:
     duplicates: Literal["join", "drop", "report"] = "join"
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
+    allow_outside: bool = False
+    """csv: read images also where the table's paths lead out of its folder (../ or /)."""
+    anonymise: bool | None = None
+    """Give images, patients and sources names that tell nothing; OUT.names.csv, which stays with
+    the owner, says what they stand for. If not given: true for a source with DICOM files."""
     expect: dict[str, int] = field(default_factory=dict)
-    """Images that each class should have; what differs is said. For recipes of public data sets."""
+    """Images that each class should have; other counts are reported. For recipes of public data
+    sets."""
     seed: int = 0
     """Seed of the splits and of the order inside the shards."""
     shard_size: int = 1000
@@ -76,6 +89,8 @@ class FindTextConfig:
     out: Path
     """The CSV to write: path (relative to the source), x, y, width, height (in px of the original
     as it is shown), text, score."""
+    allow_outside: bool = False
+    """As in cxrdist pack."""
     workers: int | None = None
     """Processes that look; all cores if not given."""
 
@@ -132,6 +147,22 @@ class Network:
     """Dense layers of each block."""
     dropout: float = 0.5
     """Probability before the output layer (paper, section 3.2)."""
+
+    def __post_init__(self) -> None:
+        """Bound the memory that the network can take.
+
+        Raises:
+            CxrdistError: it is larger than any published DenseNet by far.
+        """
+        bounds = [("growth_rate", self.growth_rate, MOST_GROWTH_RATE)]
+        bounds += [("block_config", layers, MOST_DENSE_LAYERS) for layers in self.block_config]
+        for name, value, most in bounds:
+            if type(value) is not int or not 1 <= value <= most:
+                raise CxrdistError(f"{name}: has {value!r:.40}, expected 1 to {most}")
+        if len(self.block_config) != 4 or not 0 <= self.dropout < 1:
+            raise CxrdistError(
+                "block_config: expected four blocks; dropout: 0 or more, less than 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -279,18 +310,30 @@ class ProbeTextConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Probabilities of image files, as a CSV."""
+    """Probabilities of image files as a CSV, with the images prepared as in training."""
 
     run: Path
     """Run directory of a finished training."""
     images: list[Path]
-    """PNG, JPEG or DICOM files, or folders of them."""
+    """Image files (whatever cxrdist pack reads), or folders, in which links are followed."""
     out: Path
-    """CSV to write: path, prob_CLASS..., predicted (of several labels all from 0.5 on)."""
+    """CSV to write: path, prob_CLASS..., predicted (of several labels all from 0.5 on). What could
+    not be read, and files that are no images, are listed in NAME-rejected.csv beside it."""
     explain: bool = False
-    """Also write heat maps, into a folder beside the CSV."""
+    """Also write NAME-heatmaps/ beside the CSV: heat maps over the original images (at most 2048 px
+    wide and high), their relevance as arrays, and relevance.csv, which says whose they are."""
+    skip_bad: bool = False
+    """End with exit code 0 although some images could not be read."""
     fit: Literal["crop", "pad", "stretch"] | None = None
     """How an image becomes square; as the training images if not given."""
+    depth: int | None = None
+    """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
+    to 16, as in cxrdist pack. If not given: as the training images; if these had no such depth,
+    what cxrdist pack would take for the images given."""
+    text_boxes: Path | None = None
+    """Cover burned-in text in the boxes of this CSV, with paths as given here or relative to the
+    folder given. Without it, text is looked for and covered if the model was trained on images with
+    covered text (needs cxrdist[text]), and left as it is if it was not."""
     batch_size: int = 16
     """Images of one forward pass."""
 

@@ -16,7 +16,7 @@ from accelerate.utils import (
 )
 
 from cxrdist.environment import PRECISION, refuse_settings
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.heartbeat import start_heartbeat
 from cxrdist.lifetime import joined
 from cxrdist.precision import use_full_float32
@@ -121,7 +121,7 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     except (CxrdistError, RunFailedError) as caught:
         error = caught
     except OSError as caught:
-        error = CxrdistError(f"{caught}; free the space or choose another place")
+        error = failure_of(caught) or RunFailedError(str(caught))
     errors = [e for e in gather(accelerator, [error]) if e is not None]
     if not errors:
         return result

@@ -1,3 +1,8 @@
+"""Errors for users, and what the operating system's errors are among them."""
+
+import errno
+
+
 class CxrdistError(ValueError):
     """Wrong usage or bad input: one line that says what, where and how to mend it (exit code 2)."""
 
@@ -11,6 +16,47 @@ class Stopped(BaseException):
 
     Its text is the line for the user, empty on ranks that leave it to the main one.
     """
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MACHINE = (
+    *(errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+    *(errno.EBUSY, errno.ESTALE),
+)
+_NAMES = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO),
+)
+
+
+def failure_of(
+    error: OSError, path: object = None, mend: str = ""
+) -> CxrdistError | RunFailedError | None:
+    """Say in one line what the operating system refused, and how to mend it.
+
+    Args:
+        error: of a call that had to do with a file.
+        path: the file as the user knows it; what the error names if None.
+        mend: what the user can do where this place cannot be used; else a general word.
+
+    Returns:
+        RunFailedError for a fault of the machine, such as a full disk, CxrdistError for a name that
+        cannot be used, None for what has nothing to do with a file that the error names.
+    """
+    path = path or error.filename or ("" if error.errno not in _FULL else "the output")
+    line = f"{path}: {error.strerror}"
+    if error.errno in _FULL:
+        return RunFailedError(f"{line}; {mend or 'make room, then run the same command again'}")
+    if not path:
+        return None
+    if error.errno in _FORBIDDEN:
+        return RunFailedError(f"{line}; {mend or 'get the right to it, or name another place'}")
+    if error.errno in _MACHINE:
+        return RunFailedError(f"{line}; {mend or 'see to the machine, then run the command again'}")
+    if error.errno in _NAMES:
+        return CxrdistError(f"{line}; {mend or 'name another file or directory'}")
+    return None
 
 
 def refuse_below_one(options: object, *names: str) -> None:

@@ -4,7 +4,6 @@ Bassi & Attux (2020), section 2.2 (words covered in the test images) and section
 without covering, the word of one class pasted on an image of another, and where relevance lies).
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.index import Index
 from cxrdist.data.phantom import Finding, burn_text
 from cxrdist.data.records import labels_of
-from cxrdist.data.shards import local_copy, members
+from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
@@ -89,7 +88,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         CxrdistError: run, shards, boxes or options cannot be used.
     """
     _refuse_bad_options(config)
-    subject = open_subject(config.run, config.shards, config.cache)
+    subject = open_subject(config.run, config.shards, config.cache, config.split)
     accelerator = subject.accelerator
     together(accelerator, lambda: _refuse_covered(subject.index, config.split))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
@@ -203,12 +202,12 @@ def boxes_in_squares(index: Index, split: str, file: Path) -> dict[int, Sequence
 def _sizes(index: Index, split: str) -> dict[str, tuple[int, int]]:
     """Width and height in px of the originals of a split, by key, from the samples' KEY.json."""
     sizes = {}
-    wanted = {sample.shard for sample in index.samples if sample.split == split}
-    for name in sorted(wanted):
-        with local_copy(index.directory / name) as here:
-            for member in members(here):
-                about = json.loads(member["json"])
-                sizes[about["key"]] = int(about["width_px"]), int(about["height_px"])
+    for shard in index.packed():
+        if shard.samples[0].split == split:
+            with open_shard(shard) as opened:
+                for number, sample in enumerate(shard.samples):
+                    about = opened.describe(number)
+                    sizes[sample.key] = about["width_px"], about["height_px"]
     return sizes
 
 

@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,86 +18,117 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar, cast
 
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.documents import MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
+from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 
-RUN_FORMAT = "cxrdist-run-1"
 TEXT_FORMAT = "cxrdist-text-1"
+MOST_LINE_BYTES = 1 << 16  # of a log; a row has 300
+MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
+
+T = TypeVar("T")
+
+_PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Names of the files of one run (design.md, Contracts)."""
+    """Names of the files of one run (design.md, Contracts).
+
+    ``root`` may be a link, such as one to a scratch disk; below it no name is given out that is
+    one, so that nothing is read, written or removed elsewhere.
+    """
 
     root: Path
+
+    def inside(self, *names: str) -> Path:
+        """Name a file or directory of the run.
+
+        Raises:
+            CxrdistError: it, or a directory above it in the run, is a link.
+        """
+        path = self.root
+        for name in names:
+            path /= name
+            if path.is_symlink():
+                raise CxrdistError(
+                    f"{path}: is a link, which may lead out of the run; put there what it points "
+                    "to (only the run directory as a whole may be a link)"
+                )
+        return path
 
     @property
     def recipe(self) -> Path:
         """The resolved recipe, YAML; can be passed back with --config."""
-        return self.root / "recipe.yaml"
+        return self.inside("recipe.yaml")
 
     @property
     def info(self) -> Path:
         """What was run: versions, world, precision, git revision, shard index hash, weights."""
-        return self.root / "run.json"
+        return self.inside("run.json")
 
     @property
     def log(self) -> Path:
         """One JSON object a line."""
-        return self.root / "log.jsonl"
+        return self.inside("log.jsonl")
 
     @property
     def checkpoints(self) -> Path:
         """Resumable states."""
-        return self.root / "checkpoints"
+        return self.inside("checkpoints")
 
     @property
     def model(self) -> Path:
         """The weights for use, with model.json."""
-        return self.root / "model"
+        return self.inside("model")
+
+    @property
+    def tracking(self) -> Path:
+        """What the trackers of --track write."""
+        return self.inside("tracking")
 
     @property
     def audit(self) -> Path:
         """The audit of the shards, as it was when the training began."""
-        return self.root / "audit.json"
+        return self.inside("audit.json")
 
     @property
     def report(self) -> Path:
         """The self-contained report."""
-        return self.root / "report.html"
+        return self.inside("report.html")
 
     def predictions(self, split: str) -> Path:
         """One row a sample of the split."""
-        return self.root / split / "predictions.csv"
+        return self.inside(split, "predictions.csv")
 
     def metrics(self, split: str) -> Path:
         """Metrics of the split."""
-        return self.root / split / "metrics.json"
+        return self.inside(split, "metrics.json")
 
     def heatmaps(self, split: str) -> Path:
         """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
-        return self.root / split / "heatmaps"
+        return self.inside(split, "heatmaps")
 
     def relevance(self, split: str) -> Path:
         """Signed relevance, one KEY.npz a sample or tars of them."""
-        return self.root / split / "relevance"
+        return self.inside(split, "relevance")
 
     def text(self, split: str) -> Path:
         """What the probe for words on the images found."""
-        return self.root / split / "text.json"
+        return self.inside(split, "text.json")
 
     def text_pictures(self, split: str) -> Path:
         """Pictures of that probe."""
-        return self.root / split / "text"
+        return self.inside(split, "text")
 
     def relevance_info(self, split: str) -> Path:
         """How the relevance of the split was made, and whether it stands up to a test."""
-        return self.root / split / "relevance.json"
+        return self.inside(split, "relevance.json")
 
     def relevance_table(self, split: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
-        return self.root / split / "relevance.csv"
+        return self.inside(split, "relevance.csv")
 
 
 def open_run(root: Path) -> RunDirectory:
@@ -105,12 +138,45 @@ def open_run(root: Path) -> RunDirectory:
         CxrdistError: there is no trained model in ``root``.
     """
     run = RunDirectory(root)
-    if not (run.model / "model.json").is_file():
+    files = [run.inside("model", name) for name in ("model.json", "model.safetensors")]
+    if not files[0].is_file():
         raise CxrdistError(
             f"--run {root}: holds no trained model (model/model.json); "
             "give the directory of a finished `cxrdist train`"
         )
     return run
+
+
+def open_regular(path: Path, flags: int) -> BinaryIO:
+    """Open a regular file, buffered; its directory may hold links and pipes of other people.
+
+    Args:
+        path: of the file; directories above it may be links.
+        flags: of `os.open`; a new file gets the mode that the umask leaves.
+
+    Raises:
+        CxrdistError: something else has this name.
+        OSError: it cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK a pipe would be waited for.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _irregular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular(path)
+    writing = "ab" if flags & os.O_APPEND else "wb" if flags & os.O_WRONLY else "r+b"
+    return cast(BinaryIO, os.fdopen(descriptor, writing if flags & os.O_ACCMODE else "rb"))
+
+
+def _irregular(path: Path) -> CxrdistError:
+    return CxrdistError(
+        f"{path}: is a link, a directory or another special file, expected a regular file; "
+        "move it away"
+    )
 
 
 @contextmanager
@@ -124,17 +190,16 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
         CxrdistError: another process holds it.
     """
     root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".lock", "a+", encoding="utf-8") as lock:
+    with open_regular(root / ".lock", os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            lock.seek(0)
+            holder = lock.read(200).decode("utf-8", "replace").strip()
             raise CxrdistError(
-                f"{root}: another cxrdist process is writing here ({lock.read().strip()}); "
-                "wait for it or end it"
+                f"{root}: another cxrdist process is writing here ({holder}); wait for it or end it"
             ) from None
         lock.truncate(0)
-        lock.write(_holder() + "\n")
+        lock.write(f"{_holder()}\n".encode())
         lock.flush()
         yield
 
@@ -150,24 +215,28 @@ def _holder() -> str:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; the file appears under its own name when it is complete.
 
+    A link of that name is replaced, and what it points to is left alone.
+
     Raises:
-        RunFailedError: the disk is full.
+        RunFailedError: the disk is full or read-only.
+        CxrdistError: the name cannot be used.
     """
     if not isinstance(path, Path):  # an object store shows a file when it is whole
-        with tempfile.TemporaryDirectory(prefix="cxrdist-") as here:
-            yield Path(here) / path.name
+        with scratch_directory() as here:
+            yield here / path.name
             path.fs.put_file(f"{here}/{path.name}", path.path)
         return
     partial = _partial(path)
     try:
         with room_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _discard(partial)
             yield partial
             _sync(partial)
             os.replace(partial, path)
             _sync(path.parent)
     finally:
-        partial.unlink(missing_ok=True)
+        _discard(partial)
 
 
 def _partial(path: Path) -> Path:
@@ -183,47 +252,103 @@ def sweep(directory: Path, *, alone: bool = False) -> None:
     """Remove what dead processes have left half-written in a directory.
 
     Args:
-        directory: its own entries only.
+        directory: its own entries only, and of them those that `_partial` names.
         alone: whether a lock says that no other process writes here; without it only what
             processes of this host have left is known to be dead.
     """
     for partial in directory.glob(".*.partial"):
-        *_, host, pid, _ = partial.name.rsplit(".", 3)
-        if alone or (host == _host() and not Path(f"/proc/{pid}").exists()):
-            if partial.is_dir():
-                shutil.rmtree(partial, ignore_errors=True)
-            else:
-                partial.unlink(missing_ok=True)
+        match = _PARTIAL.fullmatch(partial.name)
+        dead = match and match[1] == _host() and not Path(f"/proc/{match[2]}").exists()
+        if dead or (match and alone):
+            _discard(partial)
+
+
+def _discard(partial: Path) -> None:
+    """Remove what was made under a name of `_partial`: a file, a directory, or only a link."""
+    try:
+        partial.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # Linux and other systems say so of a directory
+        shutil.rmtree(partial, ignore_errors=True)
+    except OSError:
+        # The name is too long or the disk read-only: then nothing of that name was made.
+        return
 
 
 @contextmanager
-def room_for(path: Path) -> Iterator[None]:
-    """Turn a full disk into one line for the user.
+def room_for(path: Path, mend: str = "") -> Iterator[None]:
+    """Turn what the operating system refuses into one line about a file, such as a full disk.
+
+    Args:
+        path: what is written, under the name that the user knows; an error that names a file
+            elsewhere keeps that name.
+        mend: what the user can do where this place cannot be used.
 
     Raises:
-        RunFailedError: the disk is full.
+        RunFailedError: the disk is full, read-only or not allowed.
+        CxrdistError: the name cannot be used.
     """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        named = Path(error.filename or path)
+        if named.is_relative_to(path.parent) or path.is_relative_to(named):
+            failure = failure_of(error, path, mend)
+        else:
+            failure = failure_of(error)
+        if failure is None:
             raise
-        raise RunFailedError(
-            f"{path}: {error.strerror}; make room, then run the same command again"
-        ) from error
+        raise failure from error
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """Yield a directory for temporary files, removed at the end.
+
+    Raises:
+        RunFailedError, CxrdistError: there is none that can be written to, or it is full.
+    """
+    mend = "set TMPDIR to a directory with room"
+    try:
+        directory = tempfile.gettempdir()
+    except FileNotFoundError as error:  # it tried to write in each place that it knows
+        raise RunFailedError(f"{error.strerror}; {mend}") from error
+    with (
+        room_for(Path(directory) / "cxrdist-", mend),
+        tempfile.TemporaryDirectory(prefix="cxrdist-", ignore_cleanup_errors=True) as here,
+    ):
+        yield Path(here)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Make sure before the work that its file can be written, as far as permissions tell.
+
+    Raises:
+        CxrdistError: a directory has this name, or a file stands where its directory would be.
+        RunFailedError: its directory is read-only.
+    """
+    if path.is_dir():
+        raise CxrdistError(f"{path}: is a directory; name a file to write")
+    directory = next(parent for parent in path.absolute().parents if parent.exists())
+    if not directory.is_dir():
+        raise CxrdistError(f"{path}: {directory} is no directory; name another place")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise RunFailedError(f"{path}: {directory} is read-only; name another place")
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a directory to fill; it appears under its own name when it is complete.
 
-    A directory of that name that stands already is replaced.
+    A directory of that name that already exists is replaced.
 
     Raises:
-        RunFailedError: the disk is full.
+        RunFailedError: the disk is full or read-only.
+        CxrdistError: a file or a link has the name.
     """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CxrdistError(f"{path}: is a file or a link, expected a directory; move it away")
     partial = _partial(path)
-    shutil.rmtree(partial, ignore_errors=True)
+    _discard(partial)
     try:
         with room_for(path):
             partial.mkdir(parents=True)
@@ -237,7 +362,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 os.replace(partial, path)
             _sync(path.parent)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _discard(partial)
 
 
 def _exchange(new: Path, old: Path) -> None:
@@ -249,10 +374,10 @@ def _exchange(new: Path, old: Path) -> None:
         if number not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(number, os.strerror(number), str(old))
         # NFS has no exchange: for a moment there is neither, never half of one.
-        aside = new.with_name(f"{new.name}.old.partial")
+        aside = _partial(old.with_name(f"{old.name}.old"))
         os.replace(old, aside)
         os.replace(new, old)
-        shutil.rmtree(aside)
+        _discard(aside)
 
 
 def publish(made: Path, path: Path) -> None:
@@ -289,16 +414,16 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    r"""Write a text file atomically, UTF-8; other bytes of a file name become \udcXX."""
     with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a CSV file atomically, lines ending in a line feed."""
+    """Write a CSV file atomically, encoded as in `write_text`, lines ending in a line feed."""
     with (
         atomic_file(path) as partial,
-        open(partial, "w", newline="", encoding="utf-8") as file,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -311,15 +436,66 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file of the run.
+    """Read a JSON file, with the bounds of `parse_json`.
 
     Raises:
         CxrdistError: it is missing or damaged.
     """
+    return read_document(path, object)
+
+
+def read_document(path: Path, kind: type[T], mend: str = "copy the directory again") -> T:
+    """Read a JSON file as the type that it is declared with; see `typed`.
+
+    Args:
+        path: local, or an fsspec path.
+        kind: type of the document.
+        mend: what the user can do about a damaged one.
+
+    Raises:
+        CxrdistError: it is missing, damaged or of another type.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return typed(parse_json(read_bytes(path, MOST_BYTES)), kind)
     except (OSError, ValueError) as error:
-        raise CxrdistError(f"{path}: no readable JSON ({error}); copy the run again") from error
+        if isinstance(error, CxrdistError):
+            raise
+        raise CxrdistError(f"{path}: not a readable document ({error}); {mend}") from error
+
+
+def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
+    """Read a recipe: its text, and what it holds.
+
+    Raises:
+        CxrdistError: it cannot be read, or is no YAML object with the bounds of `parse_yaml`.
+    """
+    try:
+        data = read_bytes(path, MOST_YAML_BYTES)
+        return data.decode("utf-8-sig"), parse_yaml(data)
+    except (OSError, ValueError) as error:
+        if isinstance(error, CxrdistError):
+            raise
+        raise CxrdistError(f"{path}: not a readable recipe ({error}); {mend}") from error
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a file of an untrusted directory whole.
+
+    Args:
+        path: local, where neither a link nor a pipe is followed, or an fsspec path.
+        most: bytes that it may have.
+
+    Raises:
+        CxrdistError: it is larger, or no regular file.
+        OSError: it cannot be read.
+    """
+    is_local = isinstance(path, Path)
+    with open_regular(path, os.O_RDONLY) if is_local else path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size if is_local else path.stat().st_size
+        if size > most:
+            raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}")
+        content: bytes = file.read(size)
+    return content
 
 
 def now() -> str:
@@ -355,8 +531,8 @@ def append_log(path: Path, row: dict[str, Any]) -> None:
     Raises:
         RunFailedError: the disk is full.
     """
-    with room_for(path), open(path, "a", encoding="utf-8") as log:
-        log.write(json.dumps(row, allow_nan=False) + "\n")
+    with room_for(path), open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as log:
+        log.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
 
 def settle_log(path: Path) -> int:
@@ -371,8 +547,8 @@ def cut_log(path: Path, num_bytes: int) -> None:
     Raises:
         CxrdistError: the log is shorter than it was then.
     """
-    with open(path, "ab") as log:
-        if log.tell() < num_bytes:
+    with room_for(path), open_regular(path, os.O_RDWR | os.O_CREAT) as log:
+        if log.seek(0, os.SEEK_END) < num_bytes:
             raise CxrdistError(
                 f"{path}: has {log.tell()} bytes, the checkpoint was written at {num_bytes}; "
                 "copy the run directory again, or remove it to start anew"
@@ -380,7 +556,22 @@ def cut_log(path: Path, num_bytes: int) -> None:
         log.truncate(num_bytes)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """Read a JSON-lines log."""
-    with open(path, encoding="utf-8") as log:
-        return [json.loads(line) for line in log]
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a JSON-lines log; a last line without an end was cut off when the run was killed.
+
+    Raises:
+        CxrdistError: a line is not an object, or lines or their number have no bounds.
+        OSError: it cannot be read.
+    """
+    with open_regular(path, os.O_RDONLY) as log:
+        for number in range(1, MOST_LOG_ROWS + 1):
+            line = log.readline(MOST_LINE_BYTES)
+            if len(line) < MOST_LINE_BYTES and not line.endswith(b"\n"):
+                return
+            try:
+                yield typed(parse_json(line), dict[str, Any])
+            except ValueError as error:
+                raise CxrdistError(
+                    f"{path}, line {number}: {error}; run `cxrdist train` again"
+                ) from error
+    raise CxrdistError(f"{path}: has more than {MOST_LOG_ROWS} lines; run `cxrdist train` again")

@@ -1,8 +1,15 @@
+import io
+import os
+import subprocess
+import sys
+import tempfile
+
 import pytest
 import yaml
-from support import make_images
+from support import make_images, small_disk
 
 from cxrdist.cli import COMMANDS, main, parse
+from cxrdist.run import RunDirectory
 
 STAGES = {"one": {"lr": {"head": 0.1}, "epochs": 1, "patience": 1}}
 
@@ -71,7 +78,7 @@ def test_bad_folders_are_refused(capsys, tmp_path):
     text = make_images(tmp_path / "text", {"a": 10, "b": 10})
     (text / "a" / "z.png").write_text("text")
     pack = ("pack", "--source", "folder", "--split", "0.5/0.25/0.25", "--out", tmp_path / "out")
-    assert "empty/c: the class has no PNG, JPEG" in refused(capsys, *pack, "--input", empty)
+    assert "empty/c: the class has no image" in refused(capsys, *pack, "--input", empty)
     assert "found 1 class (a), expected at least 2" in refused(capsys, *pack, "--input", one)
     assert "a/z.png: no readable image" in refused(capsys, *pack, "--input", text)
     assert not (tmp_path / "out").exists()
@@ -130,3 +137,80 @@ def test_a_recipes_name_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
         COMMANDS["train"], "train", ["--config", "demo", *paths, "--track", "tensorboard"]
     )
     assert tracked.track == "tensorboard"
+
+
+def test_a_terminal_without_the_letters_shows_their_codes(monkeypatch):
+    """Output in ASCII and a folder named in Chinese: no traceback on either stream."""
+    said = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(said, encoding="ascii", errors="strict"))
+    assert main(["check", "/\u80ba"]) == 2
+    print("\u708e")
+    sys.stdout.flush(), sys.stderr.flush()
+    assert b"cxrdist: --shards /\\u80ba: has no index.json" in said.getvalue()
+    assert b"\\u708e\n" in said.getvalue()
+
+
+def test_an_argument_that_is_not_utf8_is_one_line(capsys):
+    """A name in Latin-1 on the command line is shown with its bytes."""
+    line = refused(capsys, "check", os.fsdecode(b"caf\xe9"))
+    assert line.startswith("cxrdist: check: caf\\udce9 is not valid UTF-8; rename it")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(capsys, monkeypatch):
+    """As in `cxrdist --help | head -1`: nothing is said, and the exit code is 1."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["--help"]) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_output_that_is_full_is_one_line(capsys, monkeypatch):
+    """As in `cxrdist --help > FILE` on a full disk."""
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["--help"]) == 1
+        monkeypatch.undo()
+    assert capsys.readouterr().err.startswith("cxrdist: the output: No space left on device; make")
+
+
+def test_a_home_is_written_out(capsys, tmp_path, monkeypatch):
+    """The shell leaves the ~ of --out=~/shards; it is no folder of that name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = ["--source=folder", "--input=i"]
+    config = parse(COMMANDS["pack"], "pack", [*options, "--out=~/shards"])
+    assert config.out == tmp_path / "shards"
+    assert "write the directory out" in refused(capsys, "check", "~nobody-has-this-name/x")
+
+
+def test_a_disk_that_is_read_only_is_one_line(capsys, tmp_path):
+    """The run on it is named, the exit code is that of a fault of the machine."""
+    with small_disk(tmp_path / "disk", "1m"):
+        run = RunDirectory(tmp_path / "disk")
+        os.mkdir(run.model)
+        (run.model / "model.json").touch()
+        subprocess.run(["mount", "-o", "remount,ro", run.root], check=True)
+        out = str(run.root / "a.csv")
+        assert main(["predict", "--run", str(run.root), "x.png", "--out", out]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].endswith(f"{tmp_path / 'disk'} is read-only; name another place")
+
+
+def test_a_small_directory_for_temporary_files_is_named(capsys, shards, tmp_path, monkeypatch):
+    """The audit's pixels do not fit: one line before the work, and no bus error in a worker."""
+    with small_disk(tmp_path / "disk", "32k"):
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "disk"))
+        assert main(["check", str(shards), "--audit"]) == 1
+    assert "No space left on device; set TMPDIR to a directory" in capsys.readouterr().err
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/none"])
+    assert main(["check", str(shards)]) == 1
+    assert "No usable temporary directory" in capsys.readouterr().err
+
+
+def test_names_that_are_too_long_are_one_line(capsys):
+    """A path that no file system takes."""
+    assert "File name too long; name another" in refused(capsys, "check", "x" * 300)

@@ -14,10 +14,10 @@ from cxrdist.cli import COMMANDS
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
-    ["errors", "terminal", "config"],
+    ["errors", "terminal", "config", "document"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "run"),
+        *("distributed", "documents", "run", "info"),
     ],
     ["data"],
     ["model"],

@@ -1,16 +1,34 @@
+"""Prediction of image files: all are read, prepared as pack does, explained over the original."""
+
 import csv
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dicoms import write_dicom
 from PIL import Image
 from support import make_images
 
-from cxrdist.config import Network, PredictConfig
+from cxrdist import predict as predicting
+from cxrdist.cli import main
+from cxrdist.config import Network, PackConfig, PredictConfig
+from cxrdist.data import text
+from cxrdist.data.boxes import Box, inside, write_boxes
 from cxrdist.data.images import read_square
+from cxrdist.data.index import read_index
+from cxrdist.data.pack import pack
+from cxrdist.data.records import SPLITS
+from cxrdist.data.shards import read_shard
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import Classifier, load_model, save_model
+from cxrdist.explain.relevance import attribute
+from cxrdist.model.densenet import Classifier, Cover, load_model, save_model
 from cxrdist.predict import predict
+from cxrdist.run import write_table
+
+CASES = Path(__file__).parents[2] / "shared" / "cases"
 
 
 @pytest.fixture
@@ -21,15 +39,67 @@ def run(tmp_path):
     return tmp_path / "run"
 
 
+def change_model(run, **fields):
+    """Save the model of a run with other attributes."""
+    model = load_model(run)
+    for name, value in fields.items():
+        setattr(model, name, value)
+    save_model(model, run / "model")
+
+
+def rows_of(file):
+    with open(file) as content:
+        return list(csv.DictReader(content))
+
+
+@contextmanager
+def seen_squares(monkeypatch):
+    """What the model is given by predict, uint8 [S, S] each, in order."""
+    squares = []
+
+    def load(run):
+        model = load_model(run)
+        model.register_forward_pre_hook(
+            lambda _, images: squares.extend(image[0].numpy().copy() for image in images[0])
+        )
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predicting, "load_model", load)
+        yield squares
+
+
+def packed_squares(folder, **options):
+    """The index and squares by path that pack makes of a folder, with splits in turn."""
+    files = sorted(file for file in folder.rglob("*.*") if file.is_file())
+    paths = [file.relative_to(folder).as_posix() for file in files]
+    rows = [(path, "ab"[i % 2], SPLITS[i // 2 % 3], path) for i, path in enumerate(paths)]
+    table, shards = folder / "table.csv", folder / "shards"
+    write_table(table, ("path", "label", "split", "patient"), rows)
+    settings = {"size": 32, "fit": "pad", "duplicates": "report", "workers": 1}
+    settings |= {"anonymise": False, **options}
+    pack(PackConfig("csv", table, shards, **settings))
+    index, found = read_index(shards), {}
+    for shard in index.packed():
+        for sample, (pixels, _) in zip(shard.samples, read_shard(shard), strict=True):
+            found[sample.path] = pixels
+    return index, found
+
+
+def ramp(top, shape=(40, 60)):
+    """16-bit grey rising from left to right to a largest value."""
+    return np.tile(np.linspace(0, top, shape[1]).round().astype(np.uint16), (shape[0], 1))
+
+
 def test_probabilities_are_those_of_the_loaded_model(run, tmp_path):
     """Files and folders, prepared as the training images were, one row each in order."""
     folder = make_images(tmp_path / "in", {"x": 3, "y": 2})
     files = sorted(folder.rglob("*.png"))
-    out = tmp_path / "out.csv"
-    predict(PredictConfig(run, [folder / "x", *files[3:]], out, batch_size=2))
-    with open(out) as file:
-        rows = list(csv.DictReader(file))
+    out = tmp_path / "new" / "out.csv"
+    predict(PredictConfig(run, [folder / "x", *files[2:]], out, batch_size=2))
+    rows = rows_of(out)
     assert [row["path"] for row in rows] == [str(file) for file in files]
+    assert [file.name for file in out.parent.iterdir()] == ["out.csv"]
     model = load_model(run)
     for row, file in zip(rows, files, strict=True):
         image = torch.from_numpy(read_square(file, 32, "pad").copy())[None, None]
@@ -47,26 +117,272 @@ def test_the_class_is_that_of_the_larger_logit(run, tmp_path):
     save_model(model, run / "model")
     folder = make_images(tmp_path / "in", {"x": 2})
     predict(PredictConfig(run, [folder], tmp_path / "out.csv"))
-    with open(tmp_path / "out.csv") as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path / "out.csv")
     assert [row["predicted"] for row in rows] == ["b c"] * 2
     assert list(rows[0]) == ["path", "prob_a", "prob_b c", "predicted"]
 
 
-def test_explain_writes_heat_maps_beside_the_table(run, tmp_path):
-    """--explain gives the X-ray and a map for each class."""
-    folder = make_images(tmp_path / "in", {"x": 2})
+def test_heat_maps_lie_over_the_originals(run, tmp_path):
+    """--explain: pictures of the original's size, the arrays, and a table of whose they are.
+
+    Two files of one name in two folders have files of their own.
+    """
+    folder = make_images(tmp_path / "in", {"x": 1, "y": 1})
+    same = [folder / name / "xx000_0.png" for name in "xy"]
+    (folder / "x" / "x000_0.png").rename(same[0])
+    (folder / "y" / "y000_0.png").rename(same[1])
     predict(PredictConfig(run, [folder], tmp_path / "out.csv", explain=True))
-    pictures = sorted((tmp_path / "out-heatmaps").iterdir())
-    assert len(pictures) == 2 * 3
-    assert all(Image.open(picture).size == (32, 32) for picture in pictures)
+    heatmaps = tmp_path / "out-heatmaps"
+    rows = rows_of(heatmaps / "relevance.csv")
+    assert [(row["path"], row["class"]) for row in rows] == [
+        (str(file), name) for file in same for name in ("a", "b c")
+    ]
+    names = {row["picture"] for row in rows} | {f"{row['key']}.{s}" for row in rows for s in EXTRA}
+    assert {file.name for file in heatmaps.iterdir()} == {"relevance.csv"} | names
+    assert len(names) == 2 * 4
+    for row in rows:
+        for name in (row["picture"], f"{row['key']}.png"):
+            assert Image.open(heatmaps / name).size == (56, 48)
+        square = torch.from_numpy(read_square(Path(row["path"]), 32, "pad").copy())[None, None]
+        expected = attribute(load_model(run), square)
+        with np.load(heatmaps / f"{row['key']}.npz") as found:
+            np.testing.assert_allclose(found["relevance"], expected.relevance[0], atol=1e-6)
+        k = ["a", "b c"].index(row["class"])
+        assert float(row["logit"]) == pytest.approx(float(expected.logits[0, k]), abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["lost.png", "bad.png", "empty"])
-def test_bad_input_leaves_no_table(run, tmp_path, name):
-    """A missing file, an unreadable one, and an empty folder are named, and nothing is written."""
+EXTRA = ("png", "npz")
+
+
+def test_what_cannot_be_read_is_listed_and_the_rest_predicted(run, tmp_path, capsys):
+    """Exit code 1 and one line; 0 with --skip-bad; files that are no images are only listed."""
+    folder = make_images(tmp_path / "in", {"x": 3})
+    bad = folder / "x" / "x000_1.png"
+    data = bad.read_bytes()
+    bad.write_bytes(data[:200])
+    (folder / "notes.txt").write_text("no image")
+    out, rejected = tmp_path / "out.csv", tmp_path / "out-rejected.csv"
+    command = ["predict", "--run", str(run), str(folder), "--out", str(out)]
+    for arguments, code in ((command, 1), ([*command, "--skip-bad"], 0)):
+        capsys.readouterr()
+        assert main(arguments) == code
+        said = capsys.readouterr()
+        assert [Path(row["path"]).name for row in rows_of(out)] == ["x000_0.png", "x001_0.png"]
+        first, second = rows_of(rejected)
+        assert (first["path"], second["path"]) == (str(bad), str(folder / "notes.txt"))
+        assert first["reason"].startswith("no readable PNG")
+        line = f"1 of 3 images could not be read, the first: {bad}: no readable PNG"
+        assert line in (said.err if code else said.out)
+        assert "predicted 2 images" in said.out
+    bad.write_bytes(data)
+    (folder / "notes.txt").unlink()
+    assert main(command) == 0
+    assert not rejected.exists(), "the list of an earlier call"
+    assert len(rows_of(out)) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("lost.png", "lost.png: no such file or folder"),
+        ("empty", "empty: has no image among its 1 files"),
+        ("bad.png", "1 of 1 images could not be read, the first: .*bad.png: .*"),
+    ],
+)
+def test_without_a_readable_image_nothing_is_written(run, tmp_path, given, message):
+    """A missing file, a folder without an image, and nothing readable are named."""
     (tmp_path / "bad.png").write_text("text")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CxrdistError, match=name):
-        predict(PredictConfig(run, [tmp_path / name], tmp_path / "out.csv"))
+    (tmp_path / "empty" / "notes.txt").write_text("text")
+    with pytest.raises(CxrdistError, match=message):
+        predict(PredictConfig(run, [tmp_path / given], tmp_path / "new" / "out.csv", explain=True))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (".", "is not a regular file; name a CSV"),
+        ("in", "is not a regular file; name a CSV"),
+        ("in/x/x000_0.png", "is one of the files given"),
+        ("in/x/x000_0.png/out.csv", "x000_0.png is no directory; name another place"),
+    ],
+)
+def test_a_bad_out_is_refused_before_any_work(run, tmp_path, monkeypatch, out, message):
+    """A folder, a path through a file, and an image, which would be lost."""
+    make_images(tmp_path / "in", {"x": 1})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CxrdistError, match=message):
+        predict(PredictConfig(run, [Path("in")], Path(out)))
+
+
+def test_predict_and_pack_make_the_same_squares(run, tmp_path, monkeypatch):
+    """Of all kinds of files the square that the model sees is the one that is packed, byte by byte.
+
+    Bit depths are mixed, so that both must scale by one depth for all.
+    """
+    folder = tmp_path / "in"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+    for name, top in (("g12", 4095), ("dark", 1000), ("hot", 300)):
+        Image.fromarray(ramp(top)).save(folder / "a" / f"{name}.png")
+        Image.fromarray(ramp(top, (70, 50))).save(folder / "b" / f"{name}.tif")
+    noise = np.random.default_rng(0).integers(0, 255, (900, 700, 3), np.uint8)
+    Image.fromarray(noise).resize((1000, 1400)).save(folder / "a" / "large.jpg")
+    write_dicom(folder / "b" / "IMG.001", ramp(3000).astype(np.uint16), 12)
+    for i, file in enumerate(sorted(CASES.rglob("*.dcm"))):
+        shutil.copy(file, folder / "ab"[i % 2])
+    index, packed = packed_squares(folder)
+    assert index.depth == 12
+    with seen_squares(monkeypatch) as squares:
+        predict(PredictConfig(run, [folder], tmp_path / "out.csv", batch_size=64))
+    paths = [
+        Path(row["path"]).relative_to(folder).as_posix() for row in rows_of(tmp_path / "out.csv")
+    ]
+    assert sorted(paths) == sorted(packed)
+    again = [path for path in paths if Path(path).stem in ("dark", "hot")]
+    assert len(squares) == len(paths) + len(again)
+    seen = dict(zip(paths, squares, strict=False)) | dict(zip(again, squares[-4:], strict=True))
+    for path, pixels in packed.items():
+        np.testing.assert_array_equal(seen[path], pixels, err_msg=path)
+
+
+def test_the_depth_is_that_of_the_training_images_unless_told(run, tmp_path, monkeypatch, capsys):
+    """A value of 1000 in 16 bits is 255 * 1000 / (2 ** depth - 1): by option, model, images."""
+    change_model(run, depth=14)
+    files = [tmp_path / "low.png", tmp_path / "high.png"]
+    for file, top in zip(files, (1000, 4000), strict=True):
+        Image.fromarray(ramp(top, (32, 32))).save(file)
+
+    def brightest(depth=None):
+        with seen_squares(monkeypatch) as squares:
+            predict(PredictConfig(run, files, tmp_path / "out.csv", depth=depth))
+        return [int(square.max()) for square in squares]
+
+    assert brightest(depth=16) == [round(255 * v / 65535) for v in (1000, 4000)]
+    assert brightest() == [round(255 * v / 16383) for v in (1000, 4000)]
+    assert "bits" not in capsys.readouterr().out
+    assert brightest(depth=10) == [round(255 * 1000 / 1023), 255]
+    assert "1 images use more bits than the 10" in capsys.readouterr().out
+    change_model(run, depth=None)
+    assert brightest()[1:] == [round(255 * v / 4095) for v in (4000, 1000)], "the low one again"
+    assert "are scaled by 12 bits" in capsys.readouterr().out
+    with pytest.raises(CxrdistError, match="--depth 17: expected 8 to 16 bits"):
+        brightest(depth=17)
+
+
+WORD = Box(10, 4, 12, 6, "R")
+
+
+@pytest.fixture
+def marked(tmp_path):
+    """Six images with a white word each, and the table of the words by `FOLDER/NAME`."""
+    folder = make_images(tmp_path / "in", {"x": 3, "y": 3})
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.png"))
+    for name in names:
+        pixels = np.array(Image.open(folder / name))
+        pixels[inside([WORD], *pixels.shape)] = 255
+        Image.fromarray(pixels).save(folder / name)
+    write_boxes(tmp_path / "boxes.csv", {name: [WORD] for name in names})
+    return folder
+
+
+def test_text_is_covered_as_in_the_training_images(run, tmp_path, marked, monkeypatch, capsys):
+    """Boxes of a table are covered in the model's way: the bytes of a pack that covers them so."""
+    change_model(run, cover=Cover("fill", "all"))
+    boxes = tmp_path / "boxes.csv"
+    _, packed = packed_squares(marked, text_boxes=boxes, cover="fill")
+    with seen_squares(monkeypatch) as squares:
+        config = PredictConfig(run, [marked], tmp_path / "out.csv", True, text_boxes=boxes)
+        predict(config)
+    for path, square in zip(sorted(packed), squares, strict=True):
+        np.testing.assert_array_equal(square, packed[path])
+    assert "covered 6 boxes of text in 6 of 6 images (fill)" in capsys.readouterr().out
+    for xray in (tmp_path / "out-heatmaps").glob("*[0-9a-f].png"):
+        assert np.asarray(Image.open(xray))[inside([WORD], 48, 56)].max() < 255
+
+
+def test_what_the_model_learned_with_is_left_as_it_is(run, tmp_path, marked, monkeypatch, capsys):
+    """Without covered training images text stays; where only test images were covered, it says so.
+
+    Boxes that are given are covered in any case.
+    """
+    change_model(run, cover=Cover("black", "test"))
+    file = marked / "x" / "x000_0.png"
+    plain = read_square(file, 32, "pad")
+    with seen_squares(monkeypatch) as squares:
+        predict(PredictConfig(run, [file], tmp_path / "out.csv"))
+        assert "only its test images were covered" in capsys.readouterr().out
+        change_model(run, cover=None)
+        predict(PredictConfig(run, [file], tmp_path / "out.csv"))
+        assert "cover" not in capsys.readouterr().out
+        boxes = tmp_path / "own.csv"
+        write_boxes(boxes, {str(file): [WORD]})
+        predict(PredictConfig(run, [file], tmp_path / "out.csv", text_boxes=boxes))
+    assert [np.array_equal(square, plain) for square in squares] == [True, True, False]
+
+
+def test_a_model_of_covered_images_needs_boxes_or_the_finder(run, tmp_path, marked, monkeypatch):
+    """One line says both ways out; a table that leaves all as it is counts as boxes."""
+    change_model(run, cover=Cover("black", "train"))
+
+    def without(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "import_module", without)
+        with pytest.raises(CxrdistError, match=r"cxrdist\[text\].*or give the boxes with --text"):
+            predict(PredictConfig(run, [marked], tmp_path / "out.csv"))
+        write_boxes(tmp_path / "none.csv", {})
+        predict(
+            PredictConfig(run, [marked], tmp_path / "out.csv", text_boxes=tmp_path / "none.csv")
+        )
+    assert len(rows_of(tmp_path / "out.csv")) == 6
+
+
+def test_words_are_found_and_covered(run, tmp_path, monkeypatch, capsys):
+    """With the finder, a word on an X-ray is gone from the square, and from the picture."""
+    pytest.importorskip("rapidocr")
+    from cxrdist.data.phantom import burn_text, draw_patient
+
+    change_model(run, cover=Cover("black", "all"), image_size_px=128)
+    image = Image.fromarray(next(draw_patient("Normal", 1, 512, 0)).pixels.copy())
+    image.paste(60, (0, 0, 512, 150))
+    burn_text(image, "SEDUTO", (0.3, 0.06), 0.1)
+    image.save(tmp_path / "x.png")
+    with seen_squares(monkeypatch) as squares:
+        predict(PredictConfig(run, [tmp_path / "x.png"], tmp_path / "out.csv"))
+    assert "covered 1 boxes of text in 1 of 1 images (black)" in capsys.readouterr().out
+    assert read_square(tmp_path / "x.png", 128, "pad")[:20].max() > 150
+    assert squares[0][:20].max() < 100
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"x/lost.png": [WORD]}, "has none of the images"),
+        ({"x000_0.png": [WORD]}, "is both .* write the whole path"),
+    ],
+)
+def test_boxes_of_no_image_or_of_two_are_refused(run, tmp_path, table, message):
+    """A table of other images covers nothing, and a name that fits two images is not guessed."""
+    folder = make_images(tmp_path / "in", {"x": 1})
+    shutil.copytree(folder / "x", folder / "again")
+    write_boxes(tmp_path / "boxes.csv", table)
+    given = [folder / "x", folder / "again"]
+    with pytest.raises(CxrdistError, match=message):
+        predict(PredictConfig(run, given, tmp_path / "out.csv", text_boxes=tmp_path / "boxes.csv"))
+
+
+def test_too_large_a_batch_is_one_line(run, tmp_path, monkeypatch, capsys):
+    """Memory that runs out ends with the option that mends it, and nothing is written."""
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(Classifier, "forward", fail)
+    folder = make_images(tmp_path / "in", {"x": 4})
+    command = ["predict", "--run", str(run), str(folder), "--out", str(tmp_path / "out.csv")]
+    assert main([*command, "--batch-size", "3"]) == 1
+    assert "out of memory with 3 images in a pass; try --batch-size 1" in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()

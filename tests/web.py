@@ -4,7 +4,7 @@ import http.server
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 
@@ -17,8 +17,10 @@ class Web:
     tag: str | None = '"1"'
     cuts: list[int] = field(default_factory=list)
     """Bytes after which each of the next connections is cut."""
-    length: bool = True
-    """Whether the answer says how long it is."""
+    length: bool | str = True
+    """Whether the answer says how long it is, or what it says instead."""
+    drips: str = ""
+    """Whether its ``body`` or its ``headers`` come a byte every few milliseconds, without end."""
     asked: list[dict[str, str]] = field(default_factory=list)
     """Headers of each request."""
 
@@ -42,16 +44,26 @@ def serving() -> Iterator[Web]:
                 if start >= len(data):
                     self.send_error(416)
                     return
+            if web.drips:
+                self._drip(b"HTTP/1.1 200 OK\r\nx: " + b"\r\n\r\n" * (web.drips == "body"))
+                return
             self.send_response(206 if start else 200)
             if start:
                 self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
             if web.tag:
                 self.send_header("ETag", web.tag)
             if web.length:
-                self.send_header("Content-Length", str(len(data) - start))
+                length = len(data) - start if web.length is True else web.length
+                self.send_header("Content-Length", str(length))
             self.end_headers()
             rest = data[start:]
             self.wfile.write(rest[: web.cuts.pop(0)] if web.cuts else rest)
+
+        def _drip(self, begin: bytes) -> None:
+            self.wfile.write(begin)
+            with suppress(OSError):
+                while not threading.Event().wait(0.005):
+                    self.wfile.write(b"x")
 
         def log_message(self, *_: object) -> None:
             pass

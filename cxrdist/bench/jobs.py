@@ -21,13 +21,13 @@ from cxrdist.bench.stage import BATCH, CLASSES, stage_run, take_steps
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig
 from cxrdist.data.audit import Entry, audit
 from cxrdist.data.cache import map_images, read_rows
+from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
-from cxrdist.data.sources import read_folder
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.explain.relevance import Explainer
@@ -89,7 +89,7 @@ def _originals(config: BenchConfig, scratch: Path) -> Path:
     if folder is None:
         folder = scratch / "phantoms"
         write_phantoms(folder, 8, image_size_px=1024)
-    records = read_folder(folder).records
+    records = read_class_folders(folder).records
     for turn in range(-(-MIN_ORIGINALS // len(records))):
         for record in records:
             link = scratch / "originals" / record.label / f"{turn}-{record.file.name}"
@@ -99,7 +99,7 @@ def _originals(config: BenchConfig, scratch: Path) -> Path:
 
 
 def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Callable[[], int]:
-    count = len(read_folder(folder).records)
+    count = len(read_class_folders(folder).records)
     options = PackConfig(
         "folder", folder, out, size=config.size, split="0.6/0.2/0.2", workers=workers
     )
@@ -115,7 +115,7 @@ def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Call
 def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
     """Packing on one core against its unavoidable part, its audit, and a plain script."""
     folder = _originals(config, scratch)
-    records = read_folder(folder).records
+    records = read_class_folders(folder).records
     squares = [read_square(record.file, config.size, "crop") for record in records]
 
     def alone() -> int:

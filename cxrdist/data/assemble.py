@@ -13,16 +13,17 @@ from cxrdist.config import PackConfig
 from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.depth import describe_depth
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
+from cxrdist.data.found import LeftOut
 from cxrdist.data.images import decode_png
 from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index
 from cxrdist.data.records import SPLITS, Record, Source, labels_of
 from cxrdist.data.shards import describe_shard, sample_key, write_shard
-from cxrdist.data.splits import assign_splits, describe_split, group_by_patient
+from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
 from cxrdist.data.squares import Pngs, Square
-from cxrdist.data.summary import print_summary
+from cxrdist.data.summary import count_fates, print_summary
 from cxrdist.errors import CxrdistError
-from cxrdist.run import write_json, write_table
-from cxrdist.terminal import progress
+from cxrdist.run import read_json, write_json, write_table
+from cxrdist.terminal import progress, table
 
 
 class Item(NamedTuple):
@@ -62,71 +63,81 @@ def assemble(
     work: Path,
     rejected: list[Square],
     content: dict[str, Any],
-) -> None:
-    """Find duplicates, draw splits, write shards, index and audit into ``work/shards``."""
+) -> int:
+    """Find duplicates, draw splits, write shards, index and audit into ``work/shards``.
+
+    Returns:
+        How many images were packed.
+    """
     directory = work / "shards"
-    directory.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.iterdir():  # of a killed pack; whole shards and their list stay
-        if leftover.name.startswith(".") or not (
-            leftover.suffix == ".tar" or leftover.name == "samples.csv"
-        ):
-            leftover.unlink()
-    if rejected:
-        write_rejected(directory / "rejected.csv", rejected)
+    _begin(directory, content)
     _refuse_lost_classes(source, items, rejected)
 
     def pixels(place: int) -> NDArray[np.uint8]:
         return decode_png(pngs[items[place].place])
 
     duplicates = find_duplicates([_fingerprint(item) for item in items], pixels)
+    num_read = len(items)
     if config.duplicates == "drop":
         items, duplicates = _drop(items, duplicates, directory / "dropped.csv")
-    joined = config.duplicates == "join"
-    splits = _draw_splits(config, source, items, duplicates if joined else None)
+    left_out = (*source.left_out, *(LeftOut(square.path, square.reason) for square in rejected))
+    if left_out:
+        write_table(directory / "rejected.csv", LeftOut._fields, sorted(left_out))
+    fates = count_fates(source, len(items), len(rejected), num_read - len(items))
+    packed = replace(source, records=[item.record for item in items])
+    groups = group_by_patient(packed.records)
+    if config.duplicates == "join":
+        groups = join_groups(groups, duplicates.pairs)
+    splits = assign_splits(packed, config.split, config.seed, groups)
     items = _cover(config, items, splits, len(source.records))
     shards = _plan_shards(config, items, splits)
     _write_samples([_sample(shard, item) for shard in shards for item in shard.items], directory)
     entries = _write_shards(shards, pngs, directory)
     found = audit(_entries(items, splits), duplicates, pixels, source.classes, source.task)
     write_json(directory / "audit.json", found)
-    index = _describe(config, source, shards, entries, directory / "samples.csv")
+    index = _describe(config, packed, shards, entries, directory / "samples.csv")
     depths = [item.square.used_depth for item in items]
     index["depth"] = next((item.square.depth for item in items if item.square.depth), None)
     if config.text_boxes:
         index["cover"] = describe_cover(config, items, len(source.records))
-    write_json(directory / "pack.json", content)
     write_json(directory / "index.json", index)
-    records = [item.record for item in items]
-    print_summary(config, source, records, read_index(directory), len(rejected))
+    print_summary(config, source, packed.records, read_index(directory))
     if index["depth"]:
         print(describe_depth(index["depth"], depths))
+    for line in split_notes(packed, config.split, groups, splits):
+        print(f"splits: {line}")
     print(summary(found))
+    print(table(fates, ("files", "")))
+    if left_out:
+        print(f"each one that is left out is in {config.out / 'rejected.csv'}, with the reason")
+    return len(items)
+
+
+def _begin(directory: Path, content: dict[str, Any]) -> None:
+    """Remove what a killed pack left, but for whole shards and their list if it was this pack.
+
+    The options are written first: the squares may be the same while shards made of them differ.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    options = directory / "pack.json"
+    same = options.is_file() and read_json(options) == content
+    for leftover in directory.iterdir():
+        whole = leftover.suffix == ".tar" or leftover.name in ("samples.csv", "pack.json")
+        if leftover.name.startswith(".") or not (same and whole):
+            leftover.unlink()
+    write_json(options, content)
 
 
 def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Square]) -> None:
+    given = {label for record in source.records for label in labels_of(record.label)}
     there = {label for item in items for label in labels_of(item.record.label)}
-    lost = [name for name in source.classes if name not in there]
-    if lost and rejected:
+    lost = [name for name in source.classes if name in given - there]
+    if lost:
+        first = next(r.file for r in source.records if r.path == rejected[0].path)
         raise CxrdistError(
             f"class {lost[0]!r} has no readable image; the first unreadable one is "
-            f"{rejected[0].reason}"
+            f"{first}: {rejected[0].reason}"
         )
-
-
-def write_rejected(path: Path, rejected: list[Square]) -> None:
-    """List the images that could not be read."""
-    write_table(path, ("path", "reason"), [(square.path, square.reason) for square in rejected])
-
-
-def _draw_splits(
-    config: PackConfig, source: Source, items: list[Item], joined: Duplicates | None
-) -> list[str]:
-    """Choose the split of each item."""
-    records = [item.record for item in items]
-    groups = group_by_patient(records)
-    if joined is not None:
-        groups = join_groups(groups, joined.pairs)
-    return assign_splits(replace(source, records=records), config.split, config.seed, groups)
 
 
 def _cover(
@@ -163,7 +174,6 @@ def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list
             dropped[place] = first.path, reason
     rows = [(items[place].record.path, *dropped[place]) for place in sorted(dropped)]
     write_table(listed, ("path", "as", "reason"), rows)
-    print(f"{len(rows)} images are left out, since they stand in the source more than once")
     kept = [item for place, item in enumerate(items) if place not in dropped]
     return kept, Duplicates([], [])
 
@@ -222,6 +232,8 @@ def _about(item: Item) -> dict[str, Any]:
         "view": record.view,
         "width_px": square.width_px,
         "height_px": square.height_px,
+        "sex": record.sex,
+        "age": record.age,
     }
 
 
@@ -240,6 +252,8 @@ def _sample(shard: Shard, item: Item) -> Sample:
         source=record.source,
         path=record.path,
         sha256=_fingerprint(item).sha256,
+        sex=record.sex,
+        age="" if record.age is None else f"{record.age:.4g}",
     )
 
 

@@ -2,11 +2,12 @@
 
 import base64
 import io
+import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
 from cxrdist.data.records import KNOWN_NAMES, SPLITS, labels_of
 from cxrdist.data.shortcut import measure_shortcut
+from cxrdist.errors import CxrdistError
 
 FORMAT = "cxrdist-audit-1"
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
@@ -29,6 +31,7 @@ MOST_LISTED = 10  # in a line of the summary
 FLAT_SPREAD = 1.0  # standard deviation below which a square is constant
 FLAT_RANGE = 32  # mean and 3 standard deviations within so many levels of black or white
 UNKNOWN = "unknown"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,18 @@ def audit(
         task: multiclass or multilabel; only of one label an image is a patient in two classes odd.
 
     Returns:
-        The content of audit.json (shards/README.md).
+        The content of audit.json (shards/README.md). A part that cannot be made is None, with the
+        reason in ``not_made``.
     """
-    pairs = _pairs(entries, duplicates)
+    not_made: dict[str, str] = {}
+
+    def part(name: str, make: Callable[[], T]) -> T | None:
+        return _attempt(name, make, not_made)
+
+    pairs = part("duplicates", lambda: _pairs(entries, duplicates))
     features = [_features(entry) for entry in entries]
     targets = _targets(entries, classes)
+    truth = targets, classes
     patients: dict[str, int] = {}
     groups = [patients.setdefault(entry.patient, len(patients)) for entry in entries]
     found = {
@@ -90,24 +100,46 @@ def audit(
         "classes": list(classes),
         "images": len(entries),
         "patients": len(patients),
-        "duplicates": _count_pairs(pairs) | {"pairs": [about for _, about in pairs]},
+        "duplicates": None if pairs is None else _count_pairs(pairs),
         "patients_in_several_splits": shared_patients(entries, lambda entry: [entry.split]),
         "patients_in_several_classes": (
             shared_patients(entries, lambda entry: labels_of(entry.label))
             if task == "multiclass"
             else []
         ),
-        "sources": _cross_table([entry.source for entry in entries], targets, classes),
-        "views": _cross_table([entry.view or UNKNOWN for entry in entries], targets, classes),
-        "statistics": _statistics(features, targets, classes),
-        "shortcut": measure_shortcut(
-            features, targets, join_groups(groups, duplicates.pairs), classes
+        "sources": part("sources", lambda: _cross_table([e.source for e in entries], *truth)),
+        "views": part("views", lambda: _cross_table([e.view or UNKNOWN for e in entries], *truth)),
+        "statistics": part("statistics", lambda: _statistics(features, *truth)),
+        "shortcut": part(
+            "shortcut",
+            lambda: measure_shortcut(
+                features, targets, join_groups(groups, duplicates.pairs), classes
+            ),
         ),
-        "flat": _flat(entries),
-        "in_pre_training": _in_pre_training(entries, targets, classes),
-        "thumbnails": _thumbnails(entries, pairs, pixels),
+        "flat": part("flat", lambda: _flat(entries)) or [],
+        "in_pre_training": part("in_pre_training", lambda: _in_pre_training(entries, *truth)),
+        "thumbnails": part("thumbnails", lambda: _thumbnails(entries, pairs or [], pixels)) or {},
+        "not_made": not_made,
     }
     return found | {"warnings": _warnings(found)}
+
+
+def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | None:
+    """Return a part of the audit, or None and note why it could not be made.
+
+    Shards are whole without their audit, so no error in it may lose them, not even a programming
+    error; that one is noted with its kind and place.
+    """
+    try:
+        return make()
+    except CxrdistError as error:
+        not_made[name] = str(error)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [f for f in frames if Path(__file__).parents[1] in Path(f.filename).parents][-1]
+        where = f"{Path(own.filename).name} line {own.lineno}"
+        not_made[name] = f"{type(error).__name__} in {where}: {error}; please report this"
+    return None
 
 
 def shared_patients(
@@ -154,13 +186,14 @@ def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[Pair]:
     return sorted(pairs, key=lambda pair: (-pair[1]["two_splits"], -pair[1]["two_classes"]))
 
 
-def _count_pairs(pairs: Sequence[Pair]) -> dict[str, int]:
+def _count_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
     abouts = [about for _, about in pairs]
     return {
         "exact": sum(about["kind"] == "exact" for about in abouts),
         "near": sum(about["kind"] == "near" for about in abouts),
         "in_two_splits": sum(about["two_splits"] for about in abouts),
         "in_two_classes": sum(about["two_classes"] for about in abouts),
+        "pairs": abouts,
     }
 
 
@@ -179,7 +212,8 @@ def _cross_table(
     known = sorted(set(names))
     place = {name: i for i, name in enumerate(known)}
     rows = np.array([place[name] for name in names])
-    inside = np.stack([np.bincount(rows[t == 1], minlength=len(known)) for t in targets.T])
+    of_class = [np.bincount(rows[target == 1], minlength=len(known)) for target in targets.T]
+    inside = np.array(of_class, np.int64).reshape(-1, len(known))
     total = np.bincount(rows, minlength=len(known))
     result: dict[str, Any] = {"counts": {}, "association": {}, "own": {}}
     for name, i in place.items():
@@ -295,11 +329,11 @@ def _warnings(found: dict[str, Any]) -> list[str]:
 
 
 def _leaks(found: dict[str, Any]) -> list[str]:
-    duplicates, lines = found["duplicates"], []
+    duplicates, lines = found["duplicates"] or {}, []
     for number, what in (
         (len(found["patients_in_several_splits"]), "patients with images in several splits"),
-        (duplicates["in_two_splits"], "pairs of the same image in two splits"),
-        (duplicates["in_two_classes"], "pairs of the same image with different labels"),
+        (duplicates.get("in_two_splits"), "pairs of the same image in two splits"),
+        (duplicates.get("in_two_classes"), "pairs of the same image with different labels"),
     ):
         if number:
             lines.append(f"{what}: {number}")
@@ -318,12 +352,12 @@ def _empty(flat: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _confounded(table: dict[str, Any], what: str) -> list[str]:
+def _confounded(table: dict[str, Any] | None, what: str) -> list[str]:
     """Classes that are known by their source or view."""
     return [
         f"{own:.0%} of the images of {name} have {what} that no other image has: "
         f"whoever knows the {what[:-1]} knows the class"
-        for name, own in table["own"].items()
+        for name, own in (table or {"own": {}})["own"].items()
         if own >= SAME_THING
     ]
 
@@ -340,7 +374,9 @@ def _shortcuts(shortcut: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _seen_before(table: dict[str, Any]) -> list[str]:
+def _seen_before(table: dict[str, Any] | None) -> list[str]:
+    if table is None:
+        return []
     seen = {split: counts["all"] for split, counts in table["splits"].items()}
     if not any(seen.values()):
         return []
@@ -357,11 +393,16 @@ def _few(names: Sequence[str]) -> str:
 
 def summary(found: dict[str, Any]) -> str:
     """The audit for the terminal."""
-    duplicates = found["duplicates"]
+    pairs = found["duplicates"]
+    counts = (
+        [f"audit: pairs of equal images: {pairs['exact']}, of altered copies: {pairs['near']}"]
+        if pairs
+        else []
+    )
     return "\n".join(
         [
-            f"audit: pairs of equal images: {duplicates['exact']}, "
-            f"of altered copies: {duplicates['near']}",
+            *counts,
+            *(f"audit: {name} not made: {reason}" for name, reason in found["not_made"].items()),
             *(f"audit warning: {line}" for line in found["warnings"]),
         ]
     )

@@ -1,7 +1,5 @@
 """Boxes of burned-in text: a table that a person can edit, and how what is in them is covered."""
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxrdist.data.tables import read_table
 from cxrdist.errors import CxrdistError
 from cxrdist.run import write_table
 
 COLUMNS = ("path", "x", "y", "width", "height", "text", "score")
 NEEDED = COLUMNS[:5]
+MOST_PX = 1_000_000  # of an edge or a side
 MOST_SOLVED = 50_000  # pixels of Laplace's equation that are solved at once, in half a second
 
 
@@ -53,33 +53,40 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
     Raises:
         CxrdistError: the file is missing, or a row is no box.
     """
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # spreadsheets begin a CSV with a mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise CxrdistError(
-            f"{file}: no readable table of boxes ({error}); make one with cxrdist find-text"
-        ) from error
-    table = csv.DictReader(io.StringIO(text, newline=""))
-    missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
+    table = read_table(file, NEEDED)
+    places = table.find_columns({name: {name} for name in COLUMNS})
+    missing = [name for name in NEEDED if name not in places]
     if missing:
-        raise CxrdistError(f"{file}: has no column {missing[0]!r}, expected {', '.join(NEEDED)}")
+        raise CxrdistError(
+            f"{file}: has no column {missing[0]!r}, expected {', '.join(NEEDED)}; make one with "
+            "cxrdist find-text"
+        )
+    for note in table.notes:
+        print(note)
     found: dict[str, list[Box]] = {}
-    for row in table:
-        found.setdefault(row["path"], []).append(_box(row, f"{file}, line {table.line_num}"))
+    for where, cells in table.rows():
+        row = {name: cells[place] for name, place in places.items()}
+        found.setdefault(row["path"], []).append(_box(row, where))
     return {path: tuple(boxes) for path, boxes in found.items()}
 
 
-def _box(row: Mapping[str, str | None], where: str) -> Box:
+def _box(row: Mapping[str, str], where: str) -> Box:
     try:
-        x, y, width, height = (float(row[name] or "") for name in NEEDED[1:])
-        score = float(row.get("score") or 1)
+        x, y, width, height = (_number(row[name]) for name in NEEDED[1:])
+        score = _number(row.get("score") or "1")
     except ValueError as error:
         raise CxrdistError(f"{where}: {error}; expected numbers of px") from error
-    if not all(map(math.isfinite, (x, y, width, height, score))) or width <= 0 or height <= 0:
+    inside = all(-MOST_PX <= value <= MOST_PX for value in (x, y, width, height, score))
+    if not inside or width <= 0 or height <= 0:
         raise CxrdistError(
             f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is no box; mend or remove the row"
         )
-    return Box(x, y, width, height, row.get("text") or "", score)
+    return Box(x, y, width, height, row.get("text", ""), score)
+
+
+def _number(text: str) -> float:
+    """A number, also with the decimal comma of some spreadsheets."""
+    return float(text.replace(",", "."))
 
 
 def scaled(box: Box, x: float, y: float) -> Box:
@@ -99,9 +106,17 @@ def in_square(box: Box, width_px: int, height_px: int, size_px: int, fit: str) -
     """
     if fit == "stretch":
         return scaled(box, size_px / width_px, size_px / height_px)
-    side = min(width_px, height_px) if fit == "crop" else max(width_px, height_px)
-    left, top = (width_px - side) / 2, (height_px - side) / 2
-    return scaled(box._replace(x=box.x - left, y=box.y - top), size_px / side, size_px / side)
+    if fit == "crop":
+        side = min(width_px, height_px)
+        left, top = (width_px - side) / 2, (height_px - side) / 2
+        there = box._replace(x=box.x - left, y=box.y - top)
+        return scaled(there, size_px / side, size_px / side)
+    longer = max(width_px, height_px)
+    # Pillow's ImageOps.pad takes whole pixels: in an original of 4000 px half of one is nine.
+    width, height = (max(1, round(side / longer * size_px)) for side in (width_px, height_px))
+    there = scaled(box, width / width_px, height / height_px)
+    left, top = round((size_px - width) / 2), round((size_px - height) / 2)
+    return there._replace(x=there.x + left, y=there.y + top)
 
 
 def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bool_]:

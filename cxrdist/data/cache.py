@@ -1,17 +1,15 @@
 """The decoded cache: all samples as one memory-mapped uint8 array on local disk."""
 
-import errno
 import fcntl
 import hashlib
 import io
 import os
 import secrets
-import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,13 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.data.index import Index
-from cxrdist.data.shards import local_copy, read_shard, verify_shard
+from cxrdist.data.shards import open_shard, read_shard
 from cxrdist.distributed import gather, local_ranks, together
 from cxrdist.errors import CxrdistError
+from cxrdist.run import open_regular, room_for
 from cxrdist.terminal import progress
 
 Images = NDArray[np.uint8]
 MISSING = "is missing"
+OTHER_PLACE = "choose a directory with room on a local disk with --cache"
 NUM_THREADS = 8  # per rank; what they read comes from memory or one disk
 
 
@@ -85,8 +85,17 @@ def map_images(path: Path) -> Images:
 
 
 def default_cache() -> Path:
-    """~/.cache/cxrdist, or where XDG_CACHE_HOME points."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "cxrdist"
+    """~/.cache/cxrdist, or where XDG_CACHE_HOME points.
+
+    Raises:
+        CxrdistError: the user has no home.
+    """
+    if where := os.environ.get("XDG_CACHE_HOME"):
+        return Path(where) / "cxrdist"
+    try:
+        return Path("~/.cache/cxrdist").expanduser()
+    except RuntimeError as error:
+        raise CxrdistError(f"~/.cache/cxrdist: {error}; {OTHER_PLACE}") from error
 
 
 def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
@@ -99,11 +108,12 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
     mark = directory / f".{gather(accelerator, [secrets.token_hex(8)])[0]}.node"
 
     def create() -> bool:
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            mark.touch(exist_ok=False)  # of several nodes one succeeds, on NFS as well
-        except FileExistsError:
-            return False
+        with room_for(mark, OTHER_PLACE):
+            directory.mkdir(parents=True, exist_ok=True)
+            try:
+                mark.touch(exist_ok=False)  # of several nodes one succeeds, on NFS as well
+            except FileExistsError:
+                return False
         return True
 
     created = together(accelerator, lambda: part == 0 and create())
@@ -115,40 +125,17 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
 @contextmanager
 def _held(lock: Path) -> Iterator[None]:
     """Let one run of a node decode at a time; the system frees the lock of a killed one."""
-    with _open(lock, os.O_RDWR | os.O_CREAT) as file:
+    with open_regular(lock, os.O_RDWR | os.O_CREAT) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def _open(path: Path, flags: int) -> BinaryIO:
-    """Open a regular file of the cache; the directory may hold links and pipes of other people.
-
-    Raises:
-        CxrdistError: something else has this name.
-    """
-    refused = CxrdistError(
-        f"{path}: is a link, a directory or another special file, expected a regular file; "
-        "remove it or choose another directory with --cache"
-    )
-    try:
-        # Without O_NONBLOCK a pipe would be waited for.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
-            raise refused from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise refused
-    return os.fdopen(descriptor, "r+b" if flags & os.O_RDWR else "rb", buffering=0)
-
-
 def _verify(index: Index, part: int, num_parts: int) -> None:
     """Compare this rank's shards with the index; remote ones when they are fetched."""
-    for shard in index.shards[part::num_parts]:
-        path = index.directory / shard.name
-        if isinstance(path, Path):
-            verify_shard(path, shard, path)
+    for shard in index.packed()[part::num_parts]:
+        if isinstance(shard.path, Path):
+            with open_shard(shard):
+                pass
 
 
 def _check(index: Index, path: Path, accelerator: Accelerator, *, look: bool) -> Checked:
@@ -183,7 +170,7 @@ def _load(index: Index, path: Path) -> tuple[Images | None, str]:
         uint8 [samples, size, size] and an empty text, or None and what is wrong with the file.
     """
     try:
-        file = _open(path, os.O_RDONLY)
+        file = open_regular(path, os.O_RDONLY)
     except FileNotFoundError:
         return None, MISSING
     with file:
@@ -263,36 +250,35 @@ def _rebuild(index: Index, path: Path, cached: Checked, accelerator: Accelerator
 
 
 def _reserve(index: Index, partial: Path) -> None:
-    """Create the new cache at its full size."""
-    partial.unlink(missing_ok=True)  # of a killed run, or a link, which must not be written through
-    with _open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
-        file.write(_header(index))
-        # A full disk is an error here, not a bus error in the middle of the decoding.
-        os.posix_fallocate(file.fileno(), 0, _num_bytes(index))
+    """Create the new cache at its full size.
+
+    Raises:
+        RunFailedError: there is no room for it.
+    """
+    with room_for(partial, OTHER_PLACE):
+        partial.unlink(missing_ok=True)  # of a killed run, or a link: nothing is written through it
+        with open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
+            file.write(_header(index))
+            # A full disk is an error here, not a bus error in the middle of the decoding.
+            os.posix_fallocate(file.fileno(), 0, _num_bytes(index))
 
 
 def _fill(index: Index, partial: Path, cached: Checked, accelerator: Accelerator) -> None:
     """Write this rank's shards into the new cache: stale ones decoded, the others copied."""
     part, num_parts = local_ranks(accelerator)
-    with _open(partial, os.O_RDWR) as file:
+    with open_regular(partial, os.O_RDWR) as file:
         rows = np.memmap(file, np.uint8, "r+", len(_header(index)), _shape(index))
-    starts = np.cumsum([0, *(shard.samples for shard in index.shards)])
-    mine = range(part, len(index.shards), num_parts)
-    total = sum(index.shards[i].samples for i in mine if i in cached.stale)
+    shards = list(enumerate(index.packed()))[part::num_parts]
+    total = sum(shard.entry.samples for i, shard in shards if i in cached.stale)
     with progress(total, "decoding", "images", show=accelerator.is_main_process) as bar:
-        for i in mine:
-            start, stop = int(starts[i]), int(starts[i + 1])
+        for i, shard in shards:
             if cached.images is not None and i not in cached.stale:
-                rows[start:stop] = cached.images[start:stop]
+                these = slice(shard.first, shard.first + shard.entry.samples)
+                rows[these] = cached.images[these]
                 continue
-            shard, path = index.shards[i], index.directory / index.shards[i].name
-            with local_copy(path) as here:
-                if here is not path:
-                    verify_shard(here, shard, path)
-                samples = read_shard(here, index.samples[start:stop], path)
-                for number, (pixels, _) in enumerate(samples, start):
-                    rows[number] = pixels
-                    bar.update()
+            for number, (pixels, _) in enumerate(read_shard(shard), shard.first):
+                rows[number] = pixels
+                bar.update()
     rows.flush()
 
 

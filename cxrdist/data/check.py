@@ -2,10 +2,9 @@
 
 import multiprocessing
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from itertools import zip_longest
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,29 +15,11 @@ from cxrdist.config import CheckConfig
 from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
-from cxrdist.data.index import Index, Sample, ShardEntry, inspect_index
-from cxrdist.data.shards import decode_sample, local_copy, members, verify_shard
+from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
+from cxrdist.data.shards import OpenShard, open_shard
 from cxrdist.errors import CxrdistError
-from cxrdist.run import write_json
+from cxrdist.run import scratch_directory, write_json
 from cxrdist.terminal import progress
-
-
-class Work(NamedTuple):
-    """A shard to be checked, in a process of its own.
-
-    Attributes:
-        path: of the shard.
-        shard: its entry in the index.
-        samples: its samples in samples.csv.
-        first: number of the first of them.
-        squares: a file of uint8 [samples, size, size] to keep the pixels in, or None.
-    """
-
-    path: Path
-    shard: ShardEntry
-    samples: Sequence[Sample]
-    first: int
-    squares: Path | None
 
 
 class Inspected(NamedTuple):
@@ -60,8 +41,8 @@ def check(config: CheckConfig) -> None:
         CxrdistError: something differs.
     """
     index, faults = inspect_index(config.shards)
-    with tempfile.TemporaryDirectory(prefix="cxrdist-") as scratch:
-        squares = _reserve(index, Path(scratch)) if config.audit else None
+    with scratch_directory() as scratch:
+        squares = _reserve(index, scratch) if config.audit else None
         found = _inspect_all(index, squares)
         faults += [fault for shard in found for fault in shard.faults]
         faults += _strangers(index)
@@ -83,62 +64,53 @@ def _refuse(shards: Path, faults: list[str]) -> None:
 def _reserve(index: Index, scratch: Path) -> Path:
     """A file for the pixels of all samples."""
     shape = (len(index.samples), index.image_size_px, index.image_size_px)
-    np.lib.format.open_memmap(scratch / "squares.npy", "w+", np.uint8, shape)
-    return scratch / "squares.npy"
+    path = scratch / "squares.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint8, shape)
+    with path.open("r+b") as file:  # a full disk is an error here, not a bus error in a worker
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return path
 
 
 def _inspect_all(index: Index, squares: Path | None) -> list[Inspected]:
-    starts = np.cumsum([0, *(shard.samples for shard in index.shards)]).tolist()
-    work = [
-        Work(
-            index.directory / shard.name,
-            shard,
-            index.samples[start : start + shard.samples],
-            start,
-            squares,
-        )
-        for shard, start in zip(index.shards, starts, strict=False)
-    ]
     context = multiprocessing.get_context("forkserver")
     found = []
     with (
         ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool,
         progress(len(index.samples), "checking", "images") as bar,
     ):
-        for shard in pool.map(_inspect, work):
+        for shard in pool.map(partial(_inspect, squares=squares), index.packed()):
             found.append(shard)
             bar.update(shard.num_samples)
     return found
 
 
-def _inspect(work: Work) -> Inspected:
-    """Verify a shard, then decode each of its samples."""
-    count = work.shard.samples
+def _inspect(shard: PackedShard, squares: Path | None) -> Inspected:
+    """Open a shard, then decode each of its samples.
+
+    Args:
+        shard: to be inspected, in a process of its own.
+        squares: a file of uint8 [samples, size, size] to keep the pixels in, or None.
+    """
     try:
-        with local_copy(work.path) as here:
-            verify_shard(here, work.shard, work.path)
-            return _inspect_samples(work, here)
-    except (CxrdistError, FileNotFoundError) as error:
-        return Inspected([str(error)], [], count)
+        with open_shard(shard) as opened:
+            return _inspect_samples(shard, opened, squares)
+    except (CxrdistError, OSError) as error:
+        return Inspected([str(error)], [], shard.entry.samples)
 
 
-def _inspect_samples(work: Work, here: Path) -> Inspected:
+def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None) -> Inspected:
     faults, entries = [], []
-    squares = np.load(work.squares, mmap_mode="r+") if work.squares else None
-    for i, (sample, member) in enumerate(zip_longest(work.samples, members(here))):
-        if sample is None:
-            key = member["__key__"]
-            faults.append(f"{work.path}: holds {key}, which samples.csv does not list")
-            continue
+    rows = np.load(squares, mmap_mode="r+") if squares else None
+    for i, sample in enumerate(shard.samples):
         try:
-            pixels, about = decode_sample(member or {}, sample, work.path)
+            pixels, about = opened.read(i)
         except CxrdistError as error:
             faults.append(str(error))
             continue
-        if squares is not None:
-            squares[work.first + i] = pixels
+        if rows is not None:
+            rows[shard.first + i] = pixels
             entries.append(entry_of(sample, about, pixels))
-    return Inspected(faults, entries, work.shard.samples)
+    return Inspected(faults, entries, shard.entry.samples)
 
 
 def entry_of(sample: Sample, about: dict[str, Any], pixels: NDArray[np.uint8]) -> Entry:
@@ -150,9 +122,9 @@ def entry_of(sample: Sample, about: dict[str, Any], pixels: NDArray[np.uint8]) -
         label=sample.label,
         patient=sample.patient,
         source=sample.source,
-        view=str(about.get("view", "")),
-        width_px=int(about.get("width_px", 0)),
-        height_px=int(about.get("height_px", 0)),
+        view=about["view"],
+        width_px=about["width_px"],
+        height_px=about["height_px"],
         fingerprint=fingerprint(pixels),
     )
 

@@ -1,10 +1,14 @@
 """ChestX-ray14 (Wang et al. 2017) as Kaggle and the NIH hand it out."""
 
-import csv
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from cxrdist.data.records import DEVELOPMENT, SEPARATOR, Record, Source
+from cxrdist.data.found import Found, LeftOut, find_images
+from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
+from cxrdist.data.records import DEVELOPMENT, SEPARATOR, Record, Source, labels_of
+from cxrdist.data.tables import Table, plain, read_table, read_text
 from cxrdist.errors import CxrdistError
 
 # The order of the outputs of the published CheXNet copies.
@@ -18,60 +22,94 @@ REST = "rest"
 NAME = "ChestX-ray14"
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the corrected one first
 LISTS = {"train_val_list.txt": DEVELOPMENT, "test_list.txt": "test"}
-COLUMNS = ("Image Index", "Finding Labels", "Patient ID", "View Position")
+NEEDED = ("Image Index", "Finding Labels", "Patient ID", "View Position")
+COLUMNS = {
+    **{name: {plain(name)} for name in (*NEEDED, "Patient Age")},
+    "Patient Sex": {"patientsex", "patientgender"},  # in the newer and in the older table
+}
+FOLDERS = re.compile(r"images(_[^/]+/images)?")  # as the NIH and as Kaggle hand them out
+OUTSIDE = "outside of images/"
 
 
-def read_chestxray14(folder: Path, against_rest: str | None = None) -> Source:
+def read_chestxray14(
+    folder: Path, against_rest: str | None = None, besides: Sequence[Path] = ()
+) -> Source:
     """Read the table, the official lists where they are there, and the images that are there.
 
     Args:
         folder: holds a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
             ``images_012/images/`` (Kaggle).
         against_rest: this label against all other images, instead of the 14 labels.
+        besides: folders that are not looked into.
 
     Returns:
         Records with the splits ``train+val`` and ``test`` of the official lists, if these are
-        there; the note tells of images in the table that are not on the disk.
+        there. Images without a row and rows without an image are left out.
 
     Raises:
-        CxrdistError: there is no table, a row or list is malformed, or an image stands in no row
-            or list.
+        CxrdistError: there is no table, a row or list is malformed, or a row is in no list.
     """
     if against_rest is not None and against_rest not in LABELS:
         raise CxrdistError(
             f"--against-rest {against_rest}: is no label; expected one of {', '.join(LABELS)}"
         )
-    table = next((folder / name for name in TABLES if (folder / name).is_file()), None)
-    if table is None:
+    place = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if place is None:
         raise CxrdistError(f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}")
-    files, splits = _images(folder), _splits(folder)
-    records, missing = [], 0
-    for where, name, labels, patient, view in _rows(table):
+    table = read_table(place, {plain(name) for name in NEEDED})
+    (found, files), splits = _find_images(folder, besides), _splits(folder)
+    records, missing = [], []
+    for where, name, known in _rows(table):
         file = files.pop(_stem(name), None)
         if file is None:
-            missing += 1
+            missing.append(LeftOut(name, "in the table, but not here"))
             continue
         if splits and _stem(name) not in splits:
             raise CxrdistError(f"{where}: {name} is in neither {' nor '.join(LISTS)}")
         if against_rest is not None:
-            labels = [against_rest if against_rest in labels else REST]
-        records.append(
-            Record(
-                file=file,
-                path=file.name,
-                label=SEPARATOR.join(labels),
-                patient=patient,
-                source=NAME,
-                split=splits.get(_stem(name)),
-                view=view,
-            )
+            labels = labels_of(known["label"])
+            known["label"] = against_rest if against_rest in labels else REST
+        split = splits.get(_stem(name))
+        records.append(Record(file=file, path=file.name, source=NAME, split=split, **known))
+    strays = _name_strays(folder, found, {record.file for record in records})
+    classes = list(LABELS) if against_rest is None else [against_rest, REST]
+    return Source(
+        records,
+        "multilabel" if against_rest is None else "multiclass",
+        classes,
+        NAME,
+        (*table.notes, *_notes(table, records, missing, splits)),
+        tuple(sorted((*found.left_out, *strays, *missing))),
+        found.num_files + len(missing),
+        found.dicom,
+    )
+
+
+def _name_strays(folder: Path, found: Found, taken: set[Path]) -> list[LeftOut]:
+    """Images that are there and not packed."""
+    strays = []
+    for file in found.images:
+        if file not in taken:
+            path = file.relative_to(folder)
+            own = FOLDERS.fullmatch(path.parent.as_posix())
+            strays.append(LeftOut(path.as_posix(), "not in the table" if own else OUTSIDE))
+    return strays
+
+
+def _notes(
+    table: Table, records: Sequence[Record], missing: Sequence[LeftOut], splits: dict[str, str]
+) -> list[str]:
+    notes = []
+    if missing:
+        notes.append(f"{len(missing)} images of {table.file.name} are not here")
+    if not splits:
+        notes.append(
+            f"without {' and '.join(LISTS)} the split is drawn here and is not the official one"
         )
-    if files:
-        raise CxrdistError(f"{next(iter(files.values()))}: stands in no row of {table.name}")
-    notes = (f"{missing} images of {table.name} are not here",) if missing else ()
-    if against_rest is not None:
-        return Source(records, "multiclass", [against_rest, REST], NAME, notes)
-    return Source(records, "multilabel", list(LABELS), NAME, notes)
+    ageless = sum(record.age is None for record in records)
+    if ageless:
+        notes.append(f"{ageless} images have no age from 0 to {MOST_YEARS:g} years, and none here")
+    return notes
 
 
 def _stem(name: str) -> str:
@@ -79,23 +117,22 @@ def _stem(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _images(folder: Path) -> dict[str, Path]:
-    """All images by the stem of their names."""
+def _find_images(folder: Path, besides: Sequence[Path]) -> tuple[Found, dict[str, Path]]:
+    """All that is there, and the images in their folders by the stem of their names."""
+    found = find_images(folder, besides)
     files: dict[str, Path] = {}
-    for place in ("images", "images_*/images"):
-        for directory in sorted(folder.glob(place), key=str):
-            for file in directory.iterdir():
-                if not file.name.lower().endswith((".png", ".jpg", ".jpeg")):
-                    continue
-                stem = _stem(file.name)
-                if stem in files:
-                    raise CxrdistError(f"{file}: stands in {files[stem].parent} too; remove one")
-                files[stem] = file
+    for file in found.images:
+        if not FOLDERS.fullmatch(file.parent.relative_to(folder).as_posix()):
+            continue
+        stem = _stem(file.name)
+        if stem in files:
+            raise CxrdistError(f"{file}: stands in {files[stem].parent} too; remove one")
+        files[stem] = file
     if not files:
         raise CxrdistError(
             f"--input {folder}: has no images; expected them in images/ or images_001/images/ ..."
         )
-    return files
+    return found, files
 
 
 def _splits(folder: Path) -> dict[str, str]:
@@ -105,34 +142,35 @@ def _splits(folder: Path) -> dict[str, str]:
         raise CxrdistError(f"{folder}: has {there[0]} alone; expected both {' and '.join(LISTS)}")
     splits: dict[str, str] = {}
     for list_name in there:
-        for name in (folder / list_name).read_text(encoding="utf-8").split():
+        text, _ = read_text(folder / list_name)
+        for name in text.split():
             if splits.setdefault(_stem(name), LISTS[list_name]) != LISTS[list_name]:
                 raise CxrdistError(f"{folder / list_name}: {name} stands in both lists")
     return splits
 
 
-def _rows(table: Path) -> Iterator[tuple[str, str, list[str], str, str]]:
-    """Where a row is, the image's name, its labels in `LABELS`' order, the patient, the view.
+def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Where a row is, the image's name, and what its record takes from it; labels in their order.
 
-    The header has an unquoted comma in ``OriginalImage[Width,Height]``, in the older table one at
-    its end too, and calls one column ``Patient Gender`` or ``Patient Sex``: all after the columns
-    that are read, or not among them.
+    The header has an unquoted comma in ``OriginalImage[Width,Height]``, and so have the rows.
     """
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
-        header = next(rows, [])
-        lacking = [name for name in COLUMNS if name not in header]
-        if lacking:
-            raise CxrdistError(f"{table}: has no column {lacking[0]!r}; fetch the table again")
-        places = [header.index(name) for name in COLUMNS]
-        for number, row in enumerate(rows, start=2):
-            where = f"{table} row {number}"
-            if len(row) <= max(places):
-                raise CxrdistError(f"{where}: has {len(row)} cells; fetch the table again")
-            name, findings, patient, view = (row[place].strip() for place in places)
-            labels = set(findings.split(SEPARATOR)) - {NO_FINDING}
-            if unknown := labels - {*LABELS}:
-                raise CxrdistError(f"{where}: {min(unknown)!r} is none of the 14 labels")
-            if not patient.isdecimal() or f"{int(patient):08d}" != name[:8]:
-                raise CxrdistError(f"{where}: {name} is not of patient {patient!r}")
-            yield where, name, [x for x in LABELS if x in labels], name[:8], view
+    places = table.find_columns(COLUMNS)
+    lacking = next((name for name in NEEDED if name not in places), None)
+    if lacking is not None:
+        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    for where, row in table.rows():
+        cells = {name: row[place].strip() for name, place in places.items()}
+        name, patient = cells["Image Index"], cells["Patient ID"]
+        labels = set(cells["Finding Labels"].split(SEPARATOR)) - {NO_FINDING}
+        if unknown := labels - {*LABELS}:
+            raise CxrdistError(f"{where}: {min(unknown)!r} is none of the 14 labels")
+        if not patient.isdecimal() or f"{int(patient):08d}" != name[:8]:
+            raise CxrdistError(f"{where}: {name} is not of patient {patient!r}")
+        known = {
+            "label": SEPARATOR.join(x for x in LABELS if x in labels),
+            "patient": name[:8],
+            "view": cells["View Position"],
+            "sex": sex_of(cells.get("Patient Sex", "")),
+            "age": age_of(cells.get("Patient Age", "")),
+        }
+        yield where, name, known

@@ -5,17 +5,21 @@ Kaggle: tawsifurrahman/covid19-radiography-database. The paper used the first re
 
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
-from cxrdist.data.records import IMAGE_SUFFIXES, Record, Source, own_patient
+from cxrdist.data.found import LeftOut, find_images
+from cxrdist.data.records import Record, Source, own_patient
 from cxrdist.errors import CxrdistError
 
 NAME = "COVID-19 Radiography Database"
 # COVID-19 images of the first release that COVID-Net leaves out (its create_COVIDx notebooks).
 UNUSABLE = {*range(100, 106), *range(110, 114), *range(122, 127), 217}
+MOST_BYTES = 64 << 20  # of a workbook, unpacked; the largest of the releases has 2 MB
 # What a workbook's URL tells of an image's source.
 SOURCES = {
     "rsna": "RSNA",
@@ -65,8 +69,10 @@ RELEASES = (
 )
 
 
-def read_covid19_radiography(folder: Path, *, drop_unusable: bool) -> Source:
-    """Read one of the three releases, told by its folders; the lung masks are left alone.
+def read_covid19_radiography(
+    folder: Path, *, drop_unusable: bool, besides: Sequence[Path] = ()
+) -> Source:
+    """Read one of the three releases, told by its folders; the lung masks are left out.
 
     The label is the folder's name. No patient is known. The source is that of the URL in the
     metadata workbooks, where there is none that of the class (`Release`).
@@ -74,6 +80,7 @@ def read_covid19_radiography(folder: Path, *, drop_unusable: bool) -> Source:
     Args:
         folder: the release's, or the one that holds it.
         drop_unusable: leave out what COVID-Net lists as unusable.
+        besides: folders that are not looked into.
 
     Raises:
         CxrdistError: the folder holds no release, a class has no image, a workbook cannot be read,
@@ -84,24 +91,40 @@ def read_covid19_radiography(folder: Path, *, drop_unusable: bool) -> Source:
         raise CxrdistError(
             f"--drop-unusable: is for the first release, {root} is the {release.name}"
         )
+    found = find_images(root, besides)
+    urls = {name: _read_workbook(root, name) for name in release.classes}
     records: list[Record] = []
-    for name, otherwise in release.classes.items():
-        urls = _read_workbook(root, name)
-        found = [
-            file
-            for file in (root / name / release.images).iterdir()
-            if file.suffix.lower() in IMAGE_SUFFIXES
-        ]
-        if not found:
-            raise CxrdistError(f"{root / name}: the class has no image; unpack the release again")
-        for file in found:
-            number = _number(file.name)
-            if drop_unusable and name == "COVID-19" and number in UNUSABLE:
-                continue
-            path = file.relative_to(root).as_posix()
-            source = source_of(urls[number]) if number in urls else otherwise
-            records.append(Record(file, path, name, own_patient(path), source))
-    return Source(records, "multiclass", sorted(release.classes), f"{NAME}, {release.name}")
+    left_out = list(found.left_out)
+    for file in found.images:
+        parts = file.relative_to(root).parts
+        path, name, number = "/".join(parts), parts[0], _number(file.name)
+        if reason := _why_left_out(release, parts, drop_unusable):
+            left_out.append(LeftOut(path, reason))
+            continue
+        source = source_of(urls[name][number]) if number in urls[name] else release.classes[name]
+        records.append(Record(file, path, name, own_patient(path), source))
+    empty = sorted(set(release.classes) - {record.label for record in records})
+    if empty:
+        raise CxrdistError(f"{root / empty[0]}: the class has no image; unpack the release again")
+    return Source(
+        records,
+        "multiclass",
+        sorted(release.classes),
+        f"{NAME}, {release.name}",
+        left_out=tuple(sorted(left_out)),
+        num_found=found.num_files,
+        dicom=found.dicom,
+    )
+
+
+def _why_left_out(release: Release, parts: Sequence[str], drop_unusable: bool) -> str:
+    """Why an image of the release's folder is not packed; empty if it is."""
+    folders = [part for part in (parts[0], release.images) if part]
+    if list(parts[:-1]) != folders or parts[0] not in release.classes:
+        return "lung mask" if "masks" in parts[1:-1] else "outside of the release's folders"
+    if drop_unusable and parts[0] == "COVID-19" and _number(parts[-1]) in UNUSABLE:
+        return "unusable according to COVID-Net"
+    return ""
 
 
 def _recognise(folder: Path) -> tuple[Path, Release]:
@@ -129,17 +152,7 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
     ]
     if not books:
         return {}
-    from openpyxl import load_workbook
-    from openpyxl.utils.exceptions import InvalidFileException
-
-    try:
-        content = io.BytesIO(books[0].read_bytes())
-        sheet = load_workbook(content, read_only=True, data_only=True).worksheets[0]
-        rows = list(sheet.iter_rows(values_only=True))
-    except (BadZipFile, InvalidFileException, KeyError, ValueError, OSError) as error:
-        raise CxrdistError(
-            f"{books[0]}: no readable workbook ({type(error).__name__}); unpack the release again"
-        ) from error
+    rows = _read_rows(books[0])
     header = [str(cell or "").strip().upper() for cell in rows[0]] if rows else []
     if not {"FILE NAME", "URL"} <= set(header):
         raise CxrdistError(f"{books[0]}: has no columns FILE NAME and URL; unpack it again")
@@ -147,8 +160,33 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
     return {
         number: str(row[url_at])
         for row in rows[1:]
-        if row[url_at] and (number := _number(str(row[name_at] or ""))) is not None
+        if len(row) > max(name_at, url_at)
+        and row[url_at]
+        and (number := _number(str(row[name_at] or ""))) is not None
     }
+
+
+def _read_rows(book: Path) -> list[tuple[Any, ...]]:
+    """The cells of a workbook's first sheet.
+
+    Raises:
+        CxrdistError: it is damaged, or larger than a workbook of this data set.
+    """
+    from openpyxl import load_workbook
+
+    try:
+        content = io.BytesIO(book.read_bytes())
+        with ZipFile(content) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MOST_BYTES:
+            raise ValueError(f"{size} bytes")
+        sheet = load_workbook(content, read_only=True, data_only=True).worksheets[0]
+        return list(sheet.iter_rows(values_only=True))
+    except Exception as error:
+        # openpyxl and the zip and XML readers below it raise errors of any kind on damaged files.
+        raise CxrdistError(
+            f"{book}: no readable workbook ({type(error).__name__}); unpack the release again"
+        ) from error
 
 
 def _number(name: str) -> int | None:

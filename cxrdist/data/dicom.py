@@ -1,4 +1,4 @@
-"""DICOM: grey pixels as they are meant to be seen, and of all tags only patient and view.
+"""DICOM: grey pixels as they are meant to be seen, and of all tags only patient, view, sex and age.
 
 No tag's value stands in a message: a damaged file has a name where a number is expected.
 
@@ -39,6 +39,7 @@ from pydicom.uid import (
 from cxrdist.data.codestream import precision
 from cxrdist.data.depth import white_of
 from cxrdist.data.elements import RefusedError, numbers, octets, text, whole
+from cxrdist.data.patients import sex_of, stated_age
 from cxrdist.data.presentation import Cells, present
 from cxrdist.errors import CxrdistError
 
@@ -77,6 +78,8 @@ class Dicom:
         patient: PatientID, or empty.
         view: ViewPosition, or empty.
         used_depth: bits that the pixels use where no tag tells their depth, else None.
+        sex: PatientSex, M or F, else empty.
+        age: PatientAge in years; None if absent, NaN if it is no age from 0 to 120 years.
     """
 
     pixels: NDArray[np.uint8]
@@ -84,6 +87,8 @@ class Dicom:
     patient: str
     view: str
     used_depth: int | None
+    sex: str
+    age: float | None
 
 
 def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Dicom:
@@ -119,13 +124,15 @@ def _read(data: bytes, depth: int | None) -> Dicom:
     _refuse_no_radiograph(dataset)
     size_px = _shown_size(dataset)
     pixels, used = present(dataset, _cells(dataset), depth)
-    view = text(dataset, "ViewPosition")
+    view, age = text(dataset, "ViewPosition"), text(dataset, "PatientAge")
     return Dicom(
         pixels=pixels,
         size_px=size_px,
         patient=str(dataset.get("PatientID") or "").strip(),
         view=view if re.fullmatch(r"[A-Z]{1,16}", view) else "",
         used_depth=used,
+        sex=sex_of(text(dataset, "PatientSex")),
+        age=stated_age(age),
     )
 
 

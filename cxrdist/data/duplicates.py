@@ -25,7 +25,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from cxrdist.data.fingerprint import INNER, Fingerprint
+from cxrdist.data.fingerprint import HASH_SIDE, INNER, Fingerprint
 from cxrdist.terminal import progress
 
 MOST_BITS = 56  # differing ones of 256: 5 of 2.4 million pairs of different X-rays are as near
@@ -35,6 +35,7 @@ SHIFT_PX = 8  # at most, of SIDE_PX: a sixteenth of the side
 BLUR_PX = 2.0  # what varies more slowly is brightness and the outline of a chest, alike in all
 ZOOMS = np.linspace(1, INNER, 5)[1:].round(3)  # centre of one image that may be all of the other
 KEPT_IMAGES = 128  # whose views are kept, 0.7 MB each: one image is often in several candidates
+FLAT = 1.0  # grey levels of spread; the hashes of flatter squares are noise, and all are alike
 QUERIES = 512  # at a time, so that no result of a search is large
 Pixels = Callable[[int], NDArray[np.uint8]]
 
@@ -90,13 +91,15 @@ def find_duplicates(fingerprints: Sequence[Fingerprint], pixels: Pixels) -> Dupl
     """Find equal images and altered copies.
 
     Args:
-        fingerprints: of all images.
+        fingerprints: of all images; those of flat squares tell equal ones only.
         pixels: the square of an image by its number, uint8 [S, S]; asked for candidates only.
     """
     first: dict[str, int] = {}
     numbers = [first.setdefault(f.sha256, i) for i, f in enumerate(fingerprints)]
     exact = [(same, i) for i, same in enumerate(numbers) if same != i]
-    distinct = np.array(list(first.values()), dtype=np.int64)
+    distinct = np.array(
+        [i for i in first.values() if fingerprints[i].statistics["spread"] >= FLAT], np.int64
+    )
     hashes, inner = (_stack(fingerprints, distinct, name) for name in ("phash", "inner_phash"))
     candidates = find_candidates(hashes, inner)
     views_of = lru_cache(KEPT_IMAGES)(lambda number: views(pixels(number)))
@@ -115,7 +118,7 @@ def _stack(
     fingerprints: Sequence[Fingerprint], numbers: NDArray[np.int64], name: str
 ) -> NDArray[np.uint8]:
     data = b"".join(getattr(fingerprints[number], name) for number in numbers)
-    return np.frombuffer(data, np.uint8).reshape(len(numbers), -1)
+    return np.frombuffer(data, np.uint8).reshape(-1, HASH_SIDE**2 // 8)
 
 
 def find_candidates(

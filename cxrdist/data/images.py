@@ -5,7 +5,7 @@ What decides a kind and a value of a pixel stands in `kinds`, `pictures`, `dicom
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,8 @@ class Decoded:
         view: the DICOM's ViewPosition, or empty.
         covered: uint8 [S, S], the square of the original with its boxes covered; None without.
         used_depth: bits that the pixels use where the file does not declare its depth, else None.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
     """
 
     pixels: NDArray[np.uint8]
@@ -42,6 +44,8 @@ class Decoded:
     view: str = ""
     covered: NDArray[np.uint8] | None = None
     used_depth: int | None = None
+    sex: str = ""
+    age: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Grey:
         patient: the DICOM's PatientID, or empty.
         view: the DICOM's ViewPosition, or empty.
         used_depth: bits that the pixels use where the file does not declare its depth, else None.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
     """
 
     image: Image.Image
@@ -63,6 +69,8 @@ class Grey:
     patient: str = ""
     view: str = ""
     used_depth: int | None = None
+    sex: str = ""
+    age: float | None = None
 
     def scale(self) -> tuple[float, float]:
         """How wide and high the image is, of the original."""
@@ -99,8 +107,8 @@ def decode(
         here = [scaled(box, *grey.scale()) for box in boxes]
         image = Image.fromarray(cover(np.asarray(grey.image), here, how))
         covered = np.asarray(_square(image, size_px, fit))
-    shown = grey.width_px, grey.height_px
-    return Decoded(square, *shown, grey.patient, grey.view, covered, grey.used_depth)
+    known = {field.name: getattr(grey, field.name) for field in fields(grey)[1:]}
+    return Decoded(square, covered=covered, **known)
 
 
 def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
@@ -124,7 +132,8 @@ def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
 
         dicom = read_dicom(data, file, depth)
         image = Image.fromarray(dicom.pixels).resize(dicom.size_px, Image.Resampling.BILINEAR)
-        return Grey(image, *dicom.size_px, dicom.patient, dicom.view, dicom.used_depth)
+        tags = dicom.patient, dicom.view, dicom.used_depth, dicom.sex, dicom.age
+        return Grey(image, dicom.size_px[0], dicom.size_px[1], *tags)
     if kind is None:
         raise CxrdistError(
             f"{file}: no readable image (unknown format); expected {', '.join(FORMATS)} or DICOM"

@@ -2,9 +2,12 @@
 
 import csv
 import hashlib
-import json
+import io
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, groupby, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +15,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.records import SPLITS, labels_of
+from cxrdist.document import Document, parse_document, read_bounded
 from cxrdist.errors import CxrdistError
 
+MEND = "copy it again or pack the shards again"
 FORMAT = "cxrdist-shards-1"
-SAMPLE_COLUMNS = ("key", "split", "shard", "label", "patient", "source", "path", "sha256")
+TASKS = ("multiclass", "multilabel")
+FITS = ("crop", "pad", "stretch")
+COVERS = ("black", "fill")
+MOST_CLASSES = 1000  # ImageNet's; the longest list of findings, PadChest's, has 193
+MOST_SIDE_PX = 4500  # of a square; the largest detectors have 4302 px (43 cm of 0.1 mm)
+MOST_SAMPLES = 10_000_000  # all public chest X-rays together are 2 million
+MOST_SHARDS = 1_000_000  # of a split: a name has six digits
+MOST_SHARD_BYTES = 1 << 40
+MOST_INDEX_BYTES = 8 << 20  # of index.json, which has 200 bytes for each shard
+MOST_LINE_CHARACTERS = 1 << 16  # of samples.csv; a path has at most 4096 bytes
+KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its suffix it fits a tar's 100 bytes for a name
+SHA256 = re.compile(r"[0-9a-f]{64}")
+# Shards of older versions lack the last two.
+SAMPLE_COLUMNS = (
+    *("key", "split", "shard", "label", "patient", "source", "path", "sha256", "sex", "age"),
+)
 
 
 class Sample(NamedTuple):
@@ -29,6 +49,10 @@ class Sample(NamedTuple):
     source: str
     path: str
     sha256: str
+    sex: str = ""
+    """M, F, or empty where nothing tells."""
+    age: str = ""
+    """In years, or empty."""
 
 
 class ShardEntry(NamedTuple):
@@ -38,6 +62,24 @@ class ShardEntry(NamedTuple):
     samples: int
     bytes: int
     sha256: str
+
+
+class PackedShard(NamedTuple):
+    """A shard with all that is needed to read it.
+
+    Attributes:
+        path: where it is, local or an fsspec path.
+        entry: what the index says of it.
+        samples: its samples in order.
+        first: sample number of the first of them.
+        size_px: side of the squares.
+    """
+
+    path: Path
+    entry: ShardEntry
+    samples: list[Sample]
+    first: int
+    size_px: int
 
 
 @dataclass(frozen=True)
@@ -73,6 +115,20 @@ class Index:
     def numbers(self, split: str) -> list[int]:
         """Sample numbers of a split, ascending."""
         return [i for i, sample in enumerate(self.samples) if sample.split == split]
+
+    def packed(self) -> list[PackedShard]:
+        """All shards, each with its samples."""
+        ends = accumulate(shard.samples for shard in self.shards)
+        return [
+            PackedShard(
+                path=self.directory / entry.name,
+                entry=entry,
+                samples=self.samples[end - entry.samples : end],
+                first=end - entry.samples,
+                size_px=self.image_size_px,
+            )
+            for entry, end in zip(self.shards, ends, strict=True)
+        ]
 
     def targets(self) -> NDArray[np.uint8]:
         """The truth: uint8 [samples, classes], 1 where a sample has the label."""
@@ -119,7 +175,7 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
     """Read index.json and samples.csv and list all in which they disagree.
 
     Raises:
-        CxrdistError: a file is missing or malformed.
+        CxrdistError: a file is missing, malformed, or names what no shards have.
     """
     path, table = directory / "index.json", directory / "samples.csv"
     if not path.is_file():
@@ -127,60 +183,143 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
             f"--shards {directory}: has no index.json; give a directory that `cxrdist pack` made"
         )
     if not table.is_file():
-        raise CxrdistError(f"{table}: is missing; copy it again or pack the shards again")
-    data, rows = path.read_bytes(), table.read_bytes()
-    try:
-        about: dict[str, Any] = json.loads(data)
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']!r}, expected {FORMAT!r}")
-        index = Index(
-            directory=directory,
-            sha256=hashlib.sha256(data).hexdigest(),
-            task=str(about["task"]),
-            classes=list(about["classes"]),
-            image_size_px=int(about["image_size_px"]),
-            fit=str(about["fit"]),
-            split=str(about["split"]),
-            cover=dict(about.get("cover", {})),
-            depth=about.get("depth"),
-            shards=[ShardEntry(**e) for split in SPLITS for e in about["splits"][split]["shards"]],
-            samples=[Sample(*row) for row in csv.reader(rows.decode("utf-8").splitlines())][1:],
+        raise CxrdistError(f"{table}: is missing; {MEND}")
+    data = read_bounded(path, MOST_INDEX_BYTES, MEND)
+    about = parse_document(data, str(path), MEND)
+    about.word("format", [FORMAT])
+    shards = [shard for split in SPLITS for shard in _read_shards(about, split)]
+    if not 1 <= sum(shard.samples for shard in shards) <= MOST_SAMPLES:
+        raise CxrdistError(f"{path}: expected 1 to {MOST_SAMPLES} samples in its shards; {MEND}")
+    sha256, samples = _read_samples(table, shards)
+    index = Index(
+        directory=directory,
+        sha256=hashlib.sha256(data).hexdigest(),
+        task=about.word("task", TASKS),
+        classes=about.names("classes", MOST_CLASSES),
+        image_size_px=about.whole("image_size_px", 1, MOST_SIDE_PX),
+        fit=about.word("fit", FITS),
+        split=about.text("split"),
+        cover=_read_cover(about),
+        depth=about.whole("depth", 8, 16) if "depth" in about else None,
+        shards=shards,
+        samples=samples,
+    )
+    changed = sha256 != about.text("samples_sha256")
+    faults = [f"{table}: was changed after packing (sha256 differs from index.json); {MEND}"]
+    return index, [*(faults if changed else []), *_disagreements(index, about)]
+
+
+def _read_shards(about: Document, split: str) -> list[ShardEntry]:
+    """The shards of a split; each name is the one that pack gives, and so lies in the directory."""
+    entries = [
+        ShardEntry(
+            name=entry.text("name"),
+            samples=entry.whole("samples", 1, MOST_SAMPLES),
+            bytes=entry.whole("bytes", 1, MOST_SHARD_BYTES),
+            sha256=entry.text("sha256"),
         )
-        return index, [*_changes(table, rows, about), *_disagreements(index, about)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CxrdistError(
-            f"{path}: no index of this version ({error!r:.120}); pack the shards again"
-        ) from error
-
-
-def _changes(table: Path, rows: bytes, about: dict[str, Any]) -> list[str]:
-    if hashlib.sha256(rows).hexdigest() == about["samples_sha256"]:
-        return []
-    return [
-        f"{table}: was changed after packing (sha256 differs from index.json); "
-        "copy it again or pack the shards again"
+        for entry in about.object("splits").object(split).objects("shards", MOST_SHARDS)
     ]
+    for number, entry in enumerate(entries):
+        if entry.name != shard_name(split, number):
+            raise CxrdistError(
+                f"{about.where}: names the shard {entry.name!r:.80}, expected "
+                f"{shard_name(split, number)}; {MEND}"
+            )
+    return entries
 
 
-def _disagreements(index: Index, about: dict[str, Any]) -> list[str]:
+def shard_name(split: str, number: int) -> str:
+    """File name of a shard, SPLIT-000000.tar."""
+    return f"{split}-{number:06d}.tar"
+
+
+def _read_cover(about: Document) -> dict[str, Any]:
+    """How burned-in text was covered, if it was."""
+    if "cover" not in about:
+        return {}
+    cover = about.object("cover")
+    return {
+        "how": cover.word("how", COVERS),
+        "split": cover.word("split", ["all", *SPLITS]),
+        "images": cover.whole("images", 0, MOST_SAMPLES),
+        "boxes": cover.whole("boxes", 0, 1000 * MOST_SAMPLES),
+    }
+
+
+def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Sample]]:
+    """The sha256 and the rows of samples.csv, not one more than the index names.
+
+    Raises:
+        CxrdistError: it is not a table of samples.
+    """
+    most = sum(shard.samples for shard in shards)
+    try:
+        with table.open("rb") as file:
+            text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            rows = csv.reader(_lines(text))
+            header = next(rows, [])
+            if header[: len(SAMPLE_COLUMNS)] not in ([*SAMPLE_COLUMNS], [*SAMPLE_COLUMNS[:-2]]):
+                raise ValueError(f"expected the columns {', '.join(SAMPLE_COLUMNS)}")
+            samples = [_read_sample(row, header) for row in islice(rows, most)]
+            if next(rows, None) is not None:
+                raise ValueError(f"has more rows than the {most} samples of index.json")
+            text.detach().seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError, csv.Error) as error:
+        raise CxrdistError(f"{table}: no table of samples ({error!s:.150}); {MEND}") from error
+    return digest, samples
+
+
+def _lines(table: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a table, with a bound on each."""
+    while line := table.readline(MOST_LINE_CHARACTERS):
+        if len(line) == MOST_LINE_CHARACTERS:
+            raise ValueError(f"a line of more than {MOST_LINE_CHARACTERS} characters")
+        yield line
+
+
+def _read_sample(row: list[str], header: list[str]) -> Sample:
+    """A row of samples.csv.
+
+    Raises:
+        ValueError: it is no row of a sample.
+    """
+    if len(row) != len(header):
+        raise ValueError(f"a row of {len(row)} fields, expected {len(header)}: {row!r:.80}")
+    sample = Sample(*row[: len(SAMPLE_COLUMNS)])
+    if not KEY.fullmatch(sample.key):
+        raise ValueError(f"the key {sample.key!r:.80}, expected letters, digits, _ and -")
+    if sample.split not in SPLITS or not SHA256.fullmatch(sample.sha256):
+        raise ValueError(f"the split or the sha256 of {sample.key} is none")
+    return sample
+
+
+def _disagreements(index: Index, about: Document) -> list[str]:
     """In what samples.csv and index.json differ, and patients and keys that stand twice."""
-    faults = []
-    table = index.directory / "samples.csv"
-    held = [sample.shard for sample in index.samples]
-    expected = [shard.name for shard in index.shards for _ in range(shard.samples)]
-    if held != expected:
-        said, there = Counter(expected), Counter(held)
-        names = [name for name in {**said, **there} if said[name] != there[name]] or ["a shard"]
+    table, faults = index.directory / "samples.csv", []
+    expected = [(shard.name.split("-")[0], shard.name, shard.samples) for shard in index.shards]
+    held = groupby(index.samples, lambda sample: (sample.split, sample.shard))
+    if [(*home, sum(1 for _ in samples)) for home, samples in held] != expected:
+        there = Counter(sample.shard for sample in index.samples)
+        names = [s.name for s in index.shards if there[s.name] != s.samples] or ["a shard"]
         faults += [
-            f"{table}: lists {there[name]} samples of {name}, index.json {said[name]}, or in "
-            "another order; pack the shards again"
+            f"{table}: lists {there[name]} samples of {name}, unlike index.json, or in another "
+            f"order; {MEND}"
             for name in names
         ]
-    unknown = sorted({x for s in index.samples for x in labels_of(s.label)} - {*index.classes})
-    faults += [f"{table}: label {x!r} is no class of index.json" for x in unknown]
+    known, single = {*index.classes}, index.task == "multiclass"
+    for label in dict.fromkeys(sample.label for sample in index.samples):
+        labels = labels_of(label)
+        if unknown := [name for name in labels if name not in known]:
+            faults.append(f"{table}: label {unknown[0]!r:.80} is no class of index.json")
+        elif (single and len(labels) != 1) or len({*labels}) != len(labels):
+            faults.append(f"{table}: {label!r:.80} is not a valid label of a {index.task} sample")
     counts = index.counts()
     for split, name in ((split, name) for split in SPLITS for name in index.classes):
-        number, images = about["splits"][split]["classes"][name], counts[split][name]["images"]
+        classes = about.object("splits").object(split).object("classes")
+        number = classes.whole(name, 0, MOST_SAMPLES)
+        images = counts[split][name]["images"]
         if number != images:
             faults.append(f"{table}: has {images} images of {name} in {split}, index.json {number}")
     keys = Counter(sample.key for sample in index.samples)

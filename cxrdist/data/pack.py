@@ -1,7 +1,7 @@
 """Pack: raw images -> WebDataset shards with an index and an audit."""
 
 import hashlib
-import tempfile
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -9,11 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from cxrdist.config import PackConfig
-from cxrdist.data.assemble import Item, assemble, write_rejected
+from cxrdist.data.anonymise import (
+    Name,
+    anonymise,
+    make_private,
+    names_file,
+    private_age,
+    read_key,
+    read_salt,
+    salt_of,
+    shared_key,
+    write_names,
+)
+from cxrdist.data.assemble import Item, assemble
 from cxrdist.data.boxes import read_boxes
 from cxrdist.data.depth import source_depth
+from cxrdist.data.found import LeftOut
+from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
+from cxrdist.data.patients import MOST_YEARS
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
+from cxrdist.data.splits import asked_splits, assign_splits, parse_split
 from cxrdist.data.squares import (
     Part,
     Pngs,
@@ -24,9 +40,20 @@ from cxrdist.data.squares import (
     read_part,
 )
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.run import locked, publish, read_json, remove, write_json
+from cxrdist.run import (
+    locked,
+    publish,
+    read_json,
+    remove,
+    scratch_directory,
+    write_json,
+    write_table,
+)
 from cxrdist.terminal import progress
 
+# Options that decide the decoded squares, beside the input; the others only how they are packed.
+DECODING = ("size", "fit", "cover", "anonymise")
+MOST_NAMED = 20  # files in a message
 # What may differ between two calls that make the same shards.
 NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
 
@@ -35,8 +62,8 @@ def pack(config: PackConfig) -> None:
     """Pack a source into a new directory of shards and print what is in it.
 
     The bytes depend on the source, the options and the seed, not on the number of workers or tasks.
-    Until the directory appears, what is done stands in a hidden one beside it; after a kill the
-    same command goes on with it.
+    Until the directory appears, what is done is in a hidden one beside it; after a kill the same
+    command resumes with it, and so does one with other options that do not decide the squares.
 
     Raises:
         CxrdistError: bad options or source, an unreadable image without ``skip_bad``, or a source
@@ -44,15 +71,25 @@ def pack(config: PackConfig) -> None:
         RunFailedError: the disk is full.
     """
     _refuse_bad_options(config)
-    source = read_source(config)
+    work = config.out.with_name(f".{config.out.name}.partial")
+    source = read_source(config, (config.out, work))
     if config.text_boxes:
         source = _with_boxes(source, config.text_boxes)
-    content = _content(config, source)
-    work = config.out.with_name(f".{config.out.name}.partial")
+    decided = config.anonymise is not None or source.dicom
+    if config.anonymise is None:
+        config = replace(config, anonymise=source.dicom)
+    content = _content(config, source, _known_salt(config, work))
     if _is_packed(config.out, work, content):
         return
+    _refuse_large_index(config, source)
+    _refuse_bad_splits(config, source)
+    make_private(work)
     with _held(work, shared=config.task is not None):
-        _begin(work, content)
+        key, names = shared_key(work / "squares"), list[Name]()
+        if config.anonymise:
+            content = _content(config, source, salt_of(key))
+            source, names = anonymise(source, key)
+        _begin(work, _decoding(config, source))
         parts = plan_parts(source.records)
         if not config.merge:
             _decode(parts, work / "squares", config)
@@ -60,12 +97,18 @@ def pack(config: PackConfig) -> None:
             found = _read_parts(parts, work, config)
             found = _with_one_depth(parts, found, work / "squares", config)
             with _on_this_machine(work) as here:
-                items, pngs = _items(parts, found, here)
+                items, pngs = _items(parts, found, here, config)
+                if not decided:
+                    _refuse_late_dicom(items, work)
                 rejected = [square for part in found for square in part if square.reason]
-                assemble(config, source, items, pngs, here, rejected, content)
+                num_packed = assemble(config, source, items, pngs, here, rejected, content)
+                if names:
+                    write_names(names_file(config.out), key, names)
                 publish(here / "shards", config.out)
             remove(work)
-            print(f"packed {len(items)} images into {config.out}")
+            print(f"packed {num_packed} images into {config.out}")
+            if names:
+                print(f"{names_file(config.out)}: what each name stands for; keep it to yourself")
 
 
 def _refuse_bad_options(config: PackConfig) -> None:
@@ -81,6 +124,14 @@ def _refuse_bad_options(config: PackConfig) -> None:
             raise CxrdistError(f"--task {config.task}: expected 0 to {config.num_tasks - 1}")
     if not config.text_boxes and (config.cover, config.cover_split) != ("black", "all"):
         raise CxrdistError("--cover, --cover-split: need --text-boxes, see cxrdist find-text")
+    parse_split(config.split)
+    if config.seed < 0:
+        raise CxrdistError(f"--seed {config.seed}: expected 0 or more")
+    if config.patient_pattern is not None and config.source not in ("folder", "csv"):
+        raise CxrdistError("--patient-pattern: is for --source folder and csv only")
+    for name, images in config.expect.items():
+        if images < 0:
+            raise CxrdistError(f"--expect.{name} {images}: expected 0 images or more")
     if not config.out.name:
         raise CxrdistError(f"--out {config.out}: expected the name of a directory to make")
 
@@ -103,15 +154,88 @@ def _with_boxes(source: Source, file: Path) -> Source:
     return replace(source, records=records)
 
 
-def _content(config: PackConfig, source: Source) -> dict[str, Any]:
-    """All that decides the bytes of the shards but the images themselves."""
+def _known_salt(config: PackConfig, work: Path) -> str | None:
+    """The salt of an anonymised pack that was begun or finished before.
+
+    Raises:
+        CxrdistError: a table of names of another pack would be overwritten.
+    """
+    if not config.anonymise:
+        return None
+    table = names_file(config.out)
+    key, salt = read_key(work / "squares"), read_salt(table)
+    if salt is None:
+        return None if key is None else salt_of(key)
+    if salt != salt_of(key) if key is not None else not config.out.exists():
+        raise CxrdistError(
+            f"{table}: is the table of names of another pack; move it to where its shards are"
+        )
+    return salt
+
+
+def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, Any]:
+    """All that decides the bytes of the shards but the images themselves.
+
+    Where names are to tell nothing, none is in it, and the hash of the list has a salt.
+    """
     options = {name: v for name, v in asdict(config).items() if name not in NOT_CONTENT}
+    digest = hashlib.sha256((salt or "").encode())
+    for record in source.records:
+        names = (record.path, record.label, record.patient, record.source)
+        facts = (str(record.split), record.view, record.sex, str(record.age))
+        digest.update("\0".join((*names, *facts, "\n")).encode())
+        digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
+    return {**options, "input": _shown_input(config), "records_sha256": digest.hexdigest()}
+
+
+def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
+    """All that decides the decoded squares but the images themselves."""
+    options = {name: getattr(config, name) for name in DECODING}
     digest = hashlib.sha256()
     for record in source.records:
-        columns = (record.path, record.label, record.patient, record.source)
-        digest.update("\0".join((*columns, str(record.split), record.view, "\n")).encode())
-        digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
-    return {**options, "input": str(config.input), "records_sha256": digest.hexdigest()}
+        digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
+    return {"input": _shown_input(config), **options, "images_sha256": digest.hexdigest()}
+
+
+def _shown_input(config: PackConfig) -> str:
+    """The input, empty where names are to tell nothing."""
+    return "" if config.anonymise else str(config.input)
+
+
+def _refuse_large_index(config: PackConfig, source: Source) -> None:
+    """Refuse what no reader of the index would take (`cxrdist.data.index`)."""
+    shards, most_shards = -(-len(source.records) // config.shard_size), MOST_INDEX_BYTES // 256
+    for option, number, most, unit in (
+        (f"--size {config.size}", config.size, MOST_SIDE_PX, "px"),
+        (f"--input {config.input}", len(source.classes), MOST_CLASSES, "classes"),
+        (f"--shard-size {config.shard_size}", shards, most_shards, "shards"),
+    ):
+        if number > most:
+            raise CxrdistError(f"{option}: makes {number} {unit}, expected at most {most}")
+
+
+def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
+    """Judge the options by the list of records, before any image is decoded.
+
+    Patients in DICOM tags and copies are found later and can only join what is apart here, so
+    what is refused here would be refused then.
+
+    Raises:
+        CxrdistError: the splits cannot be drawn, the one to be covered is empty, or a class is
+            expected that the source lacks.
+    """
+    for name in config.expect:
+        if name not in source.classes:
+            raise CxrdistError(
+                f"--expect.{name}: is no class of {source.name}, which has "
+                f"{', '.join(source.classes)}"
+            )
+    covered = config.cover_split
+    if config.text_boxes and covered not in ("all", *asked_splits(source, config.split)):
+        raise CxrdistError(f"--cover-split {covered}: has no images by --split and the source")
+    if config.duplicates == "drop":  # a patient's second image may be a copy that is dropped
+        source = replace(source, records=[replace(r, patient=r.path) for r in source.records])
+    assign_splits(source, config.split, config.seed)
 
 
 def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
@@ -133,26 +257,35 @@ def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
 
 
 def _held(work: Path, *, shared: bool) -> Any:
-    """Keep others out while shards are put together; object stores have no locks."""
-    return locked(work, shared=shared) if isinstance(work, Path) else nullcontext()
-
-
-def _begin(work: Path, content: dict[str, Any]) -> None:
-    """Begin a pack, or make sure that it is this one that goes on.
+    """Keep others out while shards are put together; object stores have no locks.
 
     Raises:
-        CxrdistError: another was begun here.
+        CxrdistError: the work directory, which is removed in the end, is somebody else's.
+    """
+    if not isinstance(work, Path):
+        return nullcontext()
+    others = [path.name for path in work.glob("[!.]*")]
+    if work.is_symlink() or (others and "pack.json" not in others):
+        raise CxrdistError(f"{work}: expected an unfinished pack, found other files; move it away")
+    return locked(work, shared=shared)
+
+
+def _begin(work: Path, decoding: dict[str, Any]) -> None:
+    """Begin a pack, or make sure that the squares of an unfinished one are those of this one.
+
+    Raises:
+        CxrdistError: its squares were decoded of other images or in another way.
     """
     path = work / "pack.json"
     if not path.is_file():
-        write_json(path, content)
+        write_json(path, decoding)
         return
     before = read_json(path)
-    for name, value in content.items():
+    for name, value in decoding.items():
         if before.get(name) != value:
             what = (
-                "the list of images or what is said of them has changed since"
-                if name == "records_sha256"
+                "the list of images or of their text boxes has changed since"
+                if name == "images_sha256"
                 else f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
             )
             raise CxrdistError(
@@ -186,9 +319,9 @@ def _on_this_machine(work: Path) -> Iterator[Path]:
     if isinstance(work, Path):
         yield work
         return
-    with tempfile.TemporaryDirectory(prefix="cxrdist-") as here:
+    with scratch_directory() as here:
         work.fs.get(f"{work.path}/squares", f"{here}/squares", recursive=True)
-        yield Path(here)
+        yield here
 
 
 def _read_parts(parts: list[Part], work: Path, config: PackConfig) -> list[list[Square]]:
@@ -207,10 +340,16 @@ def _read_parts(parts: list[Part], work: Path, config: PackConfig) -> list[list[
         )
     rejected = [square for squares in found for square in squares if square.reason]
     if rejected and not config.skip_bad:
-        write_rejected(work / "rejected.csv", rejected)
-        more = f" ({len(rejected)} such images, all in {work / 'rejected.csv'})"
+        rows = [(square.path, square.reason) for square in rejected]
+        write_table(work / "rejected.csv", LeftOut._fields, rows)
+        bad = {square.path for square in rejected}
+        files = [str(r.file) for part in parts for r in part.records if r.path in bad]
+        listed = f"all in {work / 'rejected.csv'}"
+        if config.anonymise:  # that table has no name of a file
+            listed = ", ".join(files[:MOST_NAMED]) + (" ..." if len(files) > MOST_NAMED else "")
+        more = f" ({len(rejected)} such images, {listed})"
         raise CxrdistError(
-            f"{rejected[0].reason}{more if len(rejected) > 1 else ''}; "
+            f"{files[0]}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
             "mend or remove it, or leave it out with --skip-bad; what is decoded is kept"
         )
     return found
@@ -241,16 +380,31 @@ def _with_one_depth(
     return _with_one_depth(parts, _read_parts(parts, directory.parent, config), directory, config)
 
 
-def _items(parts: list[Part], found: list[list[Square]], work: Path) -> tuple[list[Item], Pngs]:
+def _items(
+    parts: list[Part], found: list[list[Square]], work: Path, config: PackConfig
+) -> tuple[list[Item], Pngs]:
     """The images that were read, and where their PNGs are."""
     squares = [square for part in found for square in part]
-    known = _with_tags([record for part in parts for record in part.records], squares)
+    records = [record for part in parts for record in part.records]
+    known = _with_tags(config, records, squares)
     pairs = zip(known, squares, strict=True)
     items = [Item(r, square, i) for i, (r, square) in enumerate(pairs) if not square.reason]
     return items, locate_pngs(work / "squares", found)
 
 
-def _with_tags(records: Sequence[Record], squares: Sequence[Square]) -> list[Record]:
+def _refuse_late_dicom(items: list[Item], work: Path) -> None:
+    """Whether names are to be hidden was decided before the content of this file was known."""
+    late = next((item.record.file for item in items if item.square.patient), None)
+    if late is not None:
+        raise CxrdistError(
+            f"{late}: is a DICOM file of a patient, though not named as one; say --anonymise true "
+            f"or --anonymise false, and remove {work} to begin anew"
+        )
+
+
+def _with_tags(
+    config: PackConfig, records: Sequence[Record], squares: Sequence[Square]
+) -> list[Record]:
     """Add what DICOM tags tell. A patient there becomes a number: the tag names a person."""
     numbers: dict[str, int] = {}
     known = []
@@ -258,5 +412,12 @@ def _with_tags(records: Sequence[Record], squares: Sequence[Square]) -> list[Rec
         if square.patient and record.patient.startswith(NO_PATIENT):
             number = numbers.setdefault(square.patient, len(numbers) + 1)
             record = replace(record, patient=f"dicom-{number:06d}")
-        known.append(replace(record, view=record.view or square.view))
+        age = square.age if record.age is None else record.age
+        if age is not None:
+            age = None if math.isnan(age) else private_age(age) if config.anonymise else age
+        view, sex = record.view or square.view, record.sex or square.sex
+        known.append(replace(record, view=view, sex=sex, age=age))
+    ageless = sum(square.age is not None and math.isnan(square.age) for square in squares)
+    if ageless:
+        print(f"{ageless} DICOM ages are not 0 to {MOST_YEARS:g} years, and left empty")
     return known

@@ -8,11 +8,16 @@ from pathlib import Path
 from typing import Literal
 
 from cxrdist.data.boxes import Box
+from cxrdist.data.found import LeftOut
 
-DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", *DICOM_SUFFIXES}
 SPLITS = ("train", "val", "test")
 DEVELOPMENT = "train+val"  # a given split of which validation is still to be drawn
+# What folders and tables call them, in small letters.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
 
 # File names that tell where an image comes from.
@@ -37,6 +42,8 @@ class Record:
             which of the two.
         view: PA, AP, LATERAL ... where the source tells it, else empty.
         boxes: burned-in text that may be covered, in px of the original.
+        sex: M, F, or empty where nothing tells.
+        age: of the patient in years, where something tells.
     """
 
     file: Path
@@ -47,6 +54,8 @@ class Record:
     split: str | None = None
     view: str = ""
     boxes: tuple[Box, ...] = ()
+    sex: str = ""
+    age: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,9 @@ class Source:
         classes: names in the order of the network's outputs.
         name: what was read, such as a data set and its release.
         notes: what a user should know of it, a line each.
+        left_out: files that are there and not among the records, and rows without a file.
+        num_found: files that were found, and rows without a file; records and left out together.
+        dicom: whether DICOM files are among the images, as far as suffix or first bytes tell.
     """
 
     records: list[Record]
@@ -66,36 +78,14 @@ class Source:
     classes: list[str]
     name: str
     notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+    num_found: int = 0
+    dicom: bool = False
 
 
 def labels_of(label: str) -> list[str]:
     """The labels that a record's or sample's label holds."""
     return label.split(SEPARATOR) if label else []
-
-
-def images_in(folder: Path) -> list[Path]:
-    """All PNG, JPEG and DICOM files of a folder and the folders in it, sorted by name.
-
-    DICOM files without a suffix are found by their preamble (DICOM PS3.10, section 7.1).
-    """
-    return sorted(
-        (
-            file
-            for file in folder.rglob("*")
-            if file.suffix.lower() in IMAGE_SUFFIXES or _is_bare_dicom(file)
-        ),
-        key=str,
-    )
-
-
-def _is_bare_dicom(file: Path) -> bool:
-    """Whether a file without a suffix, or named by a UID, is DICOM."""
-    if file.suffix and not re.fullmatch(r"[\d.]+", file.name):
-        return False
-    if file.name.startswith(".") or not file.is_file():
-        return False
-    with file.open("rb") as content:
-        return content.read(132)[128:] == b"DICM"
 
 
 def count_unmatched(records: list[Record]) -> int:

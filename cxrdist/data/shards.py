@@ -3,24 +3,42 @@
 import hashlib
 import io
 import json
+import os
 import re
-import shutil
+import stat
+import struct
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from cxrdist.data.images import decode_png
-from cxrdist.data.index import Sample, ShardEntry
+from cxrdist.data.index import MEND, PackedShard, Sample, ShardEntry
+from cxrdist.data.pictures import MOST_PIXELS
+from cxrdist.document import parse_document
 from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file
 
-MEND = "copy it again or pack the shards again"
+MOST_JSON_BYTES = 1 << 20  # of a KEY.json, which names a path and labels
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and the header's length (ISO 15948, 5.2)
+PNG_START = struct.Struct(">16sIIBBBBB")
+GREY = (8, 0, 0, 0, 0)  # bits, colour type, compression, filter, interlace (11.2.2)
+
+
+_File = io.BufferedReader | io.BufferedRandom
+
+
+class _Place(NamedTuple):
+    """Where the content of a member is in its shard."""
+
+    first: int
+    num_bytes: int
 
 
 def sample_key(path: str) -> str:
@@ -33,7 +51,7 @@ def sample_key(path: str) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", re.sub(r"\.[A-Za-z]\w*$", "", name))[:40].strip("-")
     if re.fullmatch(r"\d+(\.\d+)+(\.[A-Za-z]\w*)?", name) or not stem:
         stem = "image"
-    return f"{stem}-{hashlib.sha256(path.encode()).hexdigest()[:10]}"
+    return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:10]}"
 
 
 def write_shard(path: Path, samples: Iterable[tuple[dict[str, Any], bytes]]) -> None:
@@ -66,114 +84,201 @@ def describe_shard(path: Path, num_samples: int) -> ShardEntry:
     return ShardEntry(path.name, num_samples, path.stat().st_size, digest)
 
 
+class OpenShard:
+    """A shard that is open, equals the index, and holds its samples and nothing else.
+
+    It is what `write_shard` writes: KEY.json and KEY.png of each sample in order, regular files in
+    an uncompressed ustar, then zeros. No other archive format begins with such a name, so no other
+    reader can find something else in it.
+    """
+
+    def __init__(self, shard: PackedShard, file: _File) -> None:
+        """Find the samples; sizes are bounded before anything is read.
+
+        Raises:
+            CxrdistError: the shard holds something else.
+        """
+        self._shard, self._file = shard, file
+        side = shard.size_px
+        # Without compression a grey PNG has a byte for each pixel and row, and its frames.
+        most_png_bytes = 2 * side * (side + 1) + 4096
+        self._places: list[tuple[_Place, _Place]] = []
+        file.seek(0)
+        for sample in shard.samples:
+            about = self._next(f"{sample.key}.json", MOST_JSON_BYTES)
+            png = self._next(f"{sample.key}.png", most_png_bytes)
+            self._refuse_other_squares(sample, png)
+            self._places.append((about, png))
+        self._refuse_more()
+
+    def read(self, number: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+        """Decode a sample and compare it with samples.csv.
+
+        Args:
+            number: of the sample in the shard.
+
+        Returns:
+            uint8 [size, size], and what KEY.json says.
+
+        Raises:
+            CxrdistError: they differ.
+        """
+        sample, about = self._shard.samples[number], self.describe(number)
+        where, mend = f"{self._shard.path}: ", "pack the shards again"
+        try:
+            pixels = self._decode(self._content(self._places[number][1]))
+        except (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.error) as error:
+            raise CxrdistError(
+                f"{where}{sample.key} has no readable PNG ({error!r:.100}); {mend}"
+            ) from error
+        if hashlib.sha256(pixels.tobytes()).hexdigest() != sample.sha256:
+            raise CxrdistError(f"{where}the pixels of {sample.key} differ from samples.csv; {mend}")
+        return pixels, about
+
+    def _decode(self, png: bytes) -> NDArray[np.uint8]:
+        """Decode a PNG, uint8 [size, size]; a second header may ask for more than the first."""
+        side = self._shard.size_px
+        with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            if (*image.size, image.mode) != (side, side, "L"):
+                raise ValueError(f"{image.width} x {image.height} px of mode {image.mode}")
+            return np.asarray(image)
+
+    def describe(self, number: int) -> dict[str, Any]:
+        """What KEY.json says of a sample.
+
+        Raises:
+            CxrdistError: it differs from samples.csv, or has no valid size of the original.
+        """
+        sample, path = self._shard.samples[number], self._shard.path
+        data = self._content(self._places[number][0])
+        about = parse_document(data, f"{path}: {sample.key}.json", "pack the shards again")
+        for column in ("key", "label", "patient", "source", "path"):
+            if about.text(column) != getattr(sample, column):
+                raise CxrdistError(
+                    f"{path}: the {column} of {sample.key} differs from samples.csv; pack the "
+                    "shards again"
+                )
+        about.text("view")
+        about.whole("width_px", 1, MOST_PIXELS)
+        about.whole("height_px", 1, MOST_PIXELS)
+        return about.values
+
+    def _next(self, expected: str, most_bytes: int) -> _Place:
+        """Read the header of a member, and go on behind its content."""
+        header = self._file.read(tarfile.BLOCKSIZE)
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        except (tarfile.HeaderError, ValueError) as error:
+            found = "the end" if not header.strip(b"\0") else f"no tar header ({error!s:.60})"
+            raise self._wrong(f"expected {expected}, found {found}") from error
+        if member.name != expected:
+            raise self._wrong(f"expected {expected}, found {member.name!r:.120}")
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+            raise self._wrong(f"{expected} is not a regular file")
+        if not 0 < member.size <= most_bytes:
+            raise self._wrong(f"{expected} has {member.size} bytes, expected 1 to {most_bytes}")
+        place = _Place(self._file.tell(), member.size)
+        end = place.first + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if end > self._shard.entry.bytes:
+            raise self._wrong(f"{expected} is longer than the shard")
+        self._file.seek(end)
+        return place
+
+    def _refuse_other_squares(self, sample: Sample, png: _Place) -> None:
+        """Compare what a PNG declares (ISO 15948, section 11.2.2) before anything is decoded."""
+        side, after = self._shard.size_px, self._file.tell()
+        start = self._content(_Place(png.first, min(png.num_bytes, PNG_START.size)))
+        self._file.seek(after)
+        declared = PNG_START.unpack(start) if len(start) == PNG_START.size else ()
+        if declared[:1] != (PNG_SIGNATURE,):
+            raise self._wrong(f"{sample.key}.png is no PNG")
+        width, height, bits, colour, *_ = declared[1:]
+        if declared[1:] != (side, side, *GREY):
+            raise self._wrong(
+                f"{sample.key}.png has {width} x {height} px of {bits} bits and colour type "
+                f"{colour}, expected {side} x {side} px of 8-bit grey"
+            )
+
+    def _refuse_more(self) -> None:
+        """Behind the samples only the zeros follow that fill a tar's last record."""
+        rest = self._file.read(2 * tarfile.RECORDSIZE)
+        if len(rest) >= 2 * tarfile.RECORDSIZE or rest.strip(b"\0"):
+            raise self._wrong("holds more than the samples that samples.csv lists")
+        if len(rest) < 2 * tarfile.BLOCKSIZE:
+            raise self._wrong("the end of the tar is missing")
+
+    def _content(self, place: _Place) -> bytes:
+        self._file.seek(place.first)
+        return self._file.read(place.num_bytes)
+
+    def _wrong(self, problem: str) -> CxrdistError:
+        return CxrdistError(f"{self._shard.path}: {problem}; {MEND}")
+
+
 @contextmanager
-def local_copy(path: Path) -> Iterator[Path]:
-    """Yield a file of this machine with the content of a local or remote one."""
-    if isinstance(path, Path):
-        yield path
-        return
-    with tempfile.NamedTemporaryFile(prefix="cxrdist-", suffix=".tar") as copy:
-        with path.open("rb") as content:
-            shutil.copyfileobj(content, copy, 1 << 22)
-        copy.flush()
-        yield Path(copy.name)
+def open_shard(shard: PackedShard) -> Iterator[OpenShard]:
+    """Open a shard, and compare it with the index.
 
-
-def verify_shard(path: Path, shard: ShardEntry, name: Path) -> None:
-    """Compare a shard with the index, and make sure that it is safe to read.
-
-    Args:
-        path: the shard on this machine.
-        shard: its entry in the index.
-        name: the shard's own path, for messages.
+    What is compared and what is read later is one open file, whatever happens to its name. A link
+    to a shard on another disk is followed: only a regular file of the right content passes.
 
     Raises:
-        CxrdistError: it is missing, differs, or has members that are no plain files.
+        CxrdistError: it is missing, cannot be read, differs, or is no tar of its samples.
     """
-    if not path.is_file():
-        raise CxrdistError(f"{name}: the shard is missing; {MEND}")
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise CxrdistError(
-            f"{name}: the shard has {size} bytes, the index says {shard.bytes}; {MEND}"
-        )
-    if describe_shard(path, shard.samples).sha256 != shard.sha256:
-        raise CxrdistError(f"{name}: the shard's content differs from the index (sha256); {MEND}")
-    _refuse_bad_members(path, size, name)
+    path, entry = shard.path, shard.entry
+    with _open(path, entry.bytes) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != entry.bytes:
+            raise CxrdistError(
+                f"{path}: the shard has {size} bytes, the index says {entry.bytes}; {MEND}"
+            )
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
+            raise CxrdistError(
+                f"{path}: the shard's content differs from the index (sha256); {MEND}"
+            )
+        yield OpenShard(shard, file)
 
 
-def _refuse_bad_members(path: Path, size: int, name: Path) -> None:
-    """Only plain files within the tar: a hash in a bad index proves nothing about its members."""
+def _open(path: Path, num_bytes: int) -> _File:
+    """Open a regular file of this machine, or a copy of a remote one no longer than it should be.
+
+    Raises:
+        CxrdistError: it is missing, is something else, or cannot be read.
+    """
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isreg() or member.issparse():
-                    raise CxrdistError(f"{name}: {member.name!r} is no plain file; {MEND}")
-                if member.offset_data + member.size > size:
-                    raise CxrdistError(f"{name}: {member.name!r} is longer than the shard; {MEND}")
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise CxrdistError(f"{name}: no readable tar ({error}); {MEND}") from error
+        if not isinstance(path, Path):
+            return _fetch(path, num_bytes)
+        # Without O_NONBLOCK a pipe would be waited for.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    except FileNotFoundError as error:
+        raise CxrdistError(f"{path}: the shard is missing; {MEND}") from error
+    except OSError as error:
+        raise CxrdistError(f"{path}: cannot be read ({error.strerror or error}); {MEND}") from error
+    raise CxrdistError(f"{path}: is not a regular file; {MEND}")
 
 
-def read_shard(
-    path: Path, expected: Sequence[Sample], name: Path
-) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
-    """Decode a verified shard with the webdataset library, comparing each sample with the index.
+def _fetch(path: Path, num_bytes: int) -> io.BufferedRandom:
+    """Copy a file of an object store, at most a little more than it should have."""
+    copy = tempfile.TemporaryFile(prefix="cxrdist-")
+    with path.open("rb") as content:
+        while copy.tell() <= num_bytes and (block := content.read(1 << 22)):
+            copy.write(block)
+    copy.seek(0)
+    return copy
 
-    Args:
-        path: the shard on this machine.
-        expected: its samples in samples.csv, in order.
-        name: the shard's own path, for messages.
+
+def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+    """Decode the samples of a shard, comparing all that it holds with the index.
 
     Yields:
-        uint8 [size, size] and what KEY.json says, in the order of ``expected``.
+        uint8 [size, size] and what KEY.json says, in the order of samples.csv.
 
     Raises:
-        CxrdistError: the shard holds other samples than expected.
+        CxrdistError: the shard holds something else.
     """
-    found = members(path)
-    for sample in expected:
-        yield decode_sample(next(found, {}), sample, name)
-    if extra := next(found, None):
-        raise CxrdistError(f"{name}: holds {extra['__key__']}, which samples.csv does not list")
-
-
-def members(path: Path) -> Iterator[dict[str, Any]]:
-    """The samples of a verified shard as the webdataset library gives them."""
-    import webdataset
-
-    return iter(
-        webdataset.DataPipeline(
-            webdataset.SimpleShardList([str(path)]), webdataset.tarfile_to_samples()
-        )
-    )
-
-
-def decode_sample(
-    member: dict[str, Any], sample: Sample, name: Path
-) -> tuple[NDArray[np.uint8], dict[str, Any]]:
-    """The pixels of a sample and what its KEY.json says, compared with samples.csv.
-
-    Raises:
-        CxrdistError: they differ.
-    """
-    mend = "pack the shards again"
-    if member.get("__key__") != sample.key:
-        raise CxrdistError(
-            f"{name}: expected the sample {sample.key} of samples.csv, found "
-            f"{member.get('__key__', 'the end')}; {mend}"
-        )
-    try:
-        pixels, about = decode_png(member["png"]), dict(json.loads(member["json"]))
-    except (KeyError, OSError, SyntaxError, ValueError, TypeError) as error:
-        raise CxrdistError(
-            f"{name}: {sample.key} has no readable PNG and JSON ({error!r:.100}); {mend}"
-        ) from error
-    if hashlib.sha256(pixels.tobytes()).hexdigest() != sample.sha256:
-        raise CxrdistError(f"{name}: the pixels of {sample.key} differ from samples.csv; {mend}")
-    for column in ("label", "patient", "source", "path"):
-        if about.get(column) != getattr(sample, column):
-            raise CxrdistError(
-                f"{name}: the {column} of {sample.key} differs from samples.csv; {mend}"
-            )
-    return pixels, about
+    with open_shard(shard) as opened:
+        for number in range(len(shard.samples)):
+            yield opened.read(number)

@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.errors import CxrdistError
+
 FOLDS = 5
+Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # places of the images: training, test
 
 
 def measure_shortcut(
@@ -14,7 +17,7 @@ def measure_shortcut(
     targets: NDArray[np.uint8],
     groups: Sequence[int],
     classes: Sequence[str],
-) -> dict[str, Any] | None:
+) -> dict[str, Any]:
     """Tell each class against the rest by a logistic regression, cross-validated by patient.
 
     Args:
@@ -25,38 +28,54 @@ def measure_shortcut(
 
     Returns:
         The names of the features, the number of folds, and for each class its AUROC (chance: 0.5)
-        with a 95 % interval, None where a class has too few images; None for fewer than `FOLDS`
-        groups.
+        with a 95 % interval, None where a class has too few patients.
+
+    Raises:
+        CxrdistError: there are fewer than `FOLDS` groups.
     """
     if len(set(groups)) < FOLDS:
-        return None
+        raise CxrdistError(
+            f"there are fewer than {FOLDS} patients (those of the same image count as one)"
+        )
+    from sklearn.model_selection import GroupKFold
+
+    values = np.array([list(row.values()) for row in features])
+    folds = list(GroupKFold(FOLDS, shuffle=True, random_state=0).split(values, groups=groups))
+    return {
+        "features": list(features[0]),
+        "folds": FOLDS,
+        "auroc": {
+            name: _score(values, target, folds)
+            if _has_enough_patients(target, groups, folds)
+            else None
+            for name, target in zip(classes, targets.T, strict=True)
+        },
+    }
+
+
+def _has_enough_patients(
+    target: NDArray[np.uint8], groups: Sequence[int], folds: Sequence[Fold]
+) -> bool:
+    """Return whether the class and the rest have a patient per fold, and are in each training."""
+    numbers = np.asarray(groups)
+    return all(len(set(numbers[target == side])) >= FOLDS for side in (0, 1)) and all(
+        len(set(target[train])) == 2 for train, _ in folds
+    )
+
+
+def _score(
+    values: NDArray[np.float64], target: NDArray[np.uint8], folds: Sequence[Fold]
+) -> dict[str, float]:
+    """Return the AUROC of one class, float64 [N, features] against uint8 [N]."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.multiclass import OneVsRestClassifier
+    from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    values = np.array([list(row.values()) for row in features])
-    model = make_pipeline(StandardScaler(), OneVsRestClassifier(LogisticRegression(max_iter=1000)))
-    usable = [i for i in range(len(classes)) if _in_all_folds(targets[:, i], groups)]
-    scores: dict[str, dict[str, float] | None] = dict.fromkeys(classes)
-    if usable:
-        folds = GroupKFold(FOLDS, shuffle=True, random_state=0)
-        truth = targets[:, usable]
-        probabilities = cross_val_predict(
-            model, values, truth, groups=groups, cv=folds, method="predict_proba"
-        )
-        for place, i in enumerate(usable):
-            auroc = float(roc_auc_score(truth[:, place], probabilities[:, place]))
-            scores[classes[i]] = _interval(auroc, int(truth[:, place].sum()), len(truth))
-    return {"features": list(features[0]), "folds": FOLDS, "auroc": scores}
-
-
-def _in_all_folds(target: NDArray[np.uint8], groups: Sequence[int]) -> bool:
-    """Whether the images of a class, and the others, are of enough patients to be learnt from."""
-    numbers = np.asarray(groups)
-    return all(len(set(numbers[target == side])) >= FOLDS for side in (0, 1))
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    found = cross_val_predict(model, values, target, cv=folds, method="predict_proba")[:, 1]
+    return _interval(float(roc_auc_score(target, found)), int(target.sum()), len(target))
 
 
 def _interval(auroc: float, positives: int, images: int) -> dict[str, float]:

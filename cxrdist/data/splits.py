@@ -1,6 +1,8 @@
 """Splits of train, val and test: by patient, stratified by class."""
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,23 +10,25 @@ from numpy.typing import NDArray
 from cxrdist.data.records import DEVELOPMENT, SPLITS, Record, Source, labels_of
 from cxrdist.errors import CxrdistError
 
+PAPER = "paper"
 PAPER_TEST_IMAGES = 60  # of each class (paper, section 2.2)
 PAPER_VAL_FRACTION = 0.2  # of what is left (paper, section 2.2)
-DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # of several labels an image (CheXNet's, Rajpurkar et al. 2017)
+DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # CheXNet's (Rajpurkar et al. 2017)
+DOMINANT_IMAGES = 20  # a patient of more, and of most of all images, looks like a placeholder
+MISSED = 0.03  # of all images; a split that is further from its target is reported
+
+Counts = NDArray[np.int64]
 
 
 def assign_splits(
     source: Source, split: str | None, seed: int, groups: Sequence[int] | None = None
 ) -> list[str]:
-    """Choose the split of each record so that no patient stands in two.
-
-    Groups are taken in random order as long as no class exceeds its target, so a class misses its
-    target only if its last groups have too many images.
+    """Choose the split of each record so that no patient is in two.
 
     Args:
         source: all records; a split given by them is kept, and what they leave open is drawn.
-        split: ``paper``, fractions of train/val/test such as ``0.7/0.1/0.2``, or None for what
-            suits the task.
+        split: ``paper``, fractions of train/val/test such as ``0.7/0.1/0.2`` (a split of fraction
+            0 stays empty), or None for the default fractions.
         seed: seed of the order of groups.
         groups: a number for each record; records of the same number stay together. By patient if
             not given.
@@ -33,102 +37,130 @@ def assign_splits(
         ``train``, ``val`` or ``test`` for each record.
 
     Raises:
-        CxrdistError: a given split has a patient twice, or a split would lack a class.
+        CxrdistError: a given split has a patient twice, one patient has most of the images, or a
+            split would lack a class.
     """
     records = source.records
-    if groups is None:
-        groups = group_by_patient(records)
-    split = split or default_split(source.task)
+    if not records:
+        raise CxrdistError("no image is left to be split; see what was left out, and why")
+    bare = next((record.path for record in records if record.split is None), None)
+    if bare is not None and not is_drawn(source):
+        raise CxrdistError(f"{bare}: has no split while others have one; give all or none a split")
+    numbers = np.asarray(group_by_patient(records) if groups is None else groups)
     splits = [str(record.split) for record in records]
-    if records[0].split is None:
-        splits = _draw(source, split, seed, np.asarray(groups))
+    asked = asked_splits(source, split)
+    if is_drawn(source):
+        if len(asked) > 1:
+            _refuse_dominant_group(records, numbers)
+        splits = _draw(source, split or DEFAULT_FRACTIONS, seed, numbers)
     elif DEVELOPMENT in splits:
-        splits = _draw_val(source, split, seed, np.asarray(groups))
+        splits = _draw_val(source, split, seed, numbers)
     _refuse_shared_patients(records, splits)
-    _refuse_missing_classes(source, splits)
+    _refuse_missing_classes(source, splits, asked)
     return splits
 
 
-def default_split(task: str) -> str:
-    """How splits are drawn if nobody says it."""
-    return "paper" if task == "multiclass" else DEFAULT_FRACTIONS
+def is_drawn(source: Source) -> bool:
+    """Return whether the source leaves all splits open."""
+    return all(record.split is None for record in source.records)
+
+
+def asked_splits(source: Source, split: str | None) -> list[str]:
+    """List the splits that must have images; arguments as of `assign_splits`."""
+    if is_drawn(source):
+        fractions = parse_split(split)
+        return [name for name, part in zip(SPLITS, fractions, strict=True) if part > 0]
+    given = {str(record.split) for record in source.records}
+    if DEVELOPMENT in given:
+        train, val = _development_fractions(split)
+        given |= {name for name, part in (("train", train), ("val", val)) if part > 0}
+    return [name for name in SPLITS if name in given]
 
 
 def describe_split(source: Source, split: str | None) -> str:
-    """What index.json says of how the splits came about; arguments as of `assign_splits`."""
-    split = split or default_split(source.task)
-    given = {record.split for record in source.records}
-    if given == {None}:
-        return split
-    return (
-        f"given by the source, val drawn ({split})"
-        if DEVELOPMENT in given
-        else "given by the source"
-    )
+    """Tell how the splits came about, for index.json; arguments as of `assign_splits`."""
+    if is_drawn(source):
+        return split or DEFAULT_FRACTIONS
+    asked = asked_splits(source, split)
+    only = "" if len(asked) == len(SPLITS) else f", {' and '.join(asked)} only"
+    if any(record.split == DEVELOPMENT for record in source.records) and "val" in asked:
+        return f"given by the source, val drawn ({_known_fractions(split)}){only}"
+    return f"given by the source{only}"
 
 
 def group_by_patient(records: Sequence[Record]) -> list[int]:
-    """A number for each record, the same for all images of a patient."""
+    """Number the records, the same for all images of a patient."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(record.patient, len(numbers)) for record in records]
 
 
-def _draw(source: Source, split: str, seed: int, groups: NDArray[np.int64]) -> list[str]:
-    counts = _images_by_group(source, groups)
-    total = counts.sum(axis=0)
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
-    if split == "paper":
-        _refuse_small_classes(source, total)
-        test_target = np.full_like(total, PAPER_TEST_IMAGES)
-        test = _take(order, counts, test_target)
-        val_target = np.rint(PAPER_VAL_FRACTION * (total - counts[test].sum(axis=0)))
-    else:
-        _, val_fraction, test_fraction = parse_fractions(split)
-        test = _take(order, counts, np.rint(test_fraction * total))
-        val_target = np.rint(val_fraction * total)
-    val = _take(order[~np.isin(order, test)], counts, val_target)
-    return _names(groups, val, test)
-
-
-def _draw_val(source: Source, split: str, seed: int, groups: NDArray[np.int64]) -> list[str]:
-    """Draw val from what the source gives for train and val together; the rest is as given."""
-    given = [str(record.split) for record in source.records]
-    train, val_fraction, _ = parse_fractions(DEFAULT_FRACTIONS if split == "paper" else split)
-    counts = _images_by_group(source, groups)
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
-    closed = {group for group, name in zip(groups, given, strict=True) if name != DEVELOPMENT}
-    order = order[~np.isin(order, list(closed))]
-    target = np.rint(val_fraction / (train + val_fraction) * counts[order].sum(axis=0))
-    drawn = _names(groups, _take(order, counts, target), np.array([], np.int64))
-    return [new if old == DEVELOPMENT else old for old, new in zip(given, drawn, strict=True)]
-
-
-def _names(groups: NDArray[np.int64], val: NDArray[np.int64], test: NDArray[np.int64]) -> list[str]:
-    places = np.zeros(groups.max() + 1, np.int64)
-    places[val], places[test] = 1, 2
-    return [SPLITS[place] for place in places[groups]]
-
-
-def parse_fractions(split: str) -> tuple[float, float, float]:
-    """Read ``TRAIN/VAL/TEST``.
+def parse_split(split: str | None) -> tuple[float, float, float]:
+    """Read ``TRAIN/VAL/TEST``; all three of ``paper`` are above 0.
 
     Raises:
-        CxrdistError: these are not three numbers above 0 that add up to 1.
+        CxrdistError: these are not three numbers from 0 to 1 that add up to 1.
     """
+    text = _known_fractions(split)
     try:
-        train, val, test = (float(part) for part in split.split("/"))
+        train, val, test = (float(part) for part in text.split("/"))
     except ValueError:
-        train = val = test = 0.0
-    if min(train, val, test) <= 0 or abs(train + val + test - 1) > 1e-6:
+        train = val = test = -1.0
+    # A comparison with NaN is false, so NaN is refused as well.
+    if not (min(train, val, test) >= 0 and abs(train + val + test - 1) <= 1e-6):
         raise CxrdistError(
-            f"--split {split}: expected paper, or three fractions above 0 of train/val/test "
+            f"--split {split}: expected paper, or three fractions of train/val/test, 0 or more, "
             "that add up to 1, such as 0.7/0.1/0.2"
         )
     return train, val, test
 
 
-def _images_by_group(source: Source, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Images of each class in each group, and in a last column those without any label.
+def _known_fractions(split: str | None) -> str:
+    return DEFAULT_FRACTIONS if split in (None, PAPER) else str(split)
+
+
+def _development_fractions(split: str | None) -> tuple[float, float]:
+    """Return the parts of train and val in what the source gives for both together.
+
+    Raises:
+        CxrdistError: the split has neither.
+    """
+    train, val, _ = parse_split(split)
+    if train + val == 0:
+        raise CxrdistError(
+            f"--split {split}: leaves no split for the images that the source gives for training "
+            "and validation together; give train or val a fraction, such as 0.7/0.1/0.2"
+        )
+    return train / (train + val), val / (train + val)
+
+
+def _draw(source: Source, split: str, seed: int, groups: Counts) -> list[str]:
+    """Draw all splits."""
+    counts = _images_by_group(source, groups)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
+    if split == PAPER:
+        _refuse_small_classes(source, counts.sum(axis=0))
+    places = _place_groups(order, counts, *_targets(split, counts.sum(axis=0)))
+    return [SPLITS[place] for place in places[groups]]
+
+
+def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> list[str]:
+    """Draw val from what the source gives for train and val together; the rest is as given."""
+    given = [str(record.split) for record in source.records]
+    counts = _images_by_group(source, groups)
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
+    closed = {group for group, name in zip(groups, given, strict=True) if name != DEVELOPMENT}
+    order = order[~np.isin(order, list(closed))]
+    fractions = (*_development_fractions(split), 0.0)
+    targets = _targets_of(fractions, counts[order].sum(axis=0))
+    places = _place_groups(order, counts, *targets)
+    return [
+        SPLITS[place] if name == DEVELOPMENT else name
+        for place, name in zip(places[groups], given, strict=True)
+    ]
+
+
+def _images_by_group(source: Source, groups: Counts) -> Counts:
+    """Count the images of each class in each group, and in a last column those without a label.
 
     Returns:
         int64 [groups, classes + 1].
@@ -140,41 +172,196 @@ def _images_by_group(source: Source, groups: NDArray[np.int64]) -> NDArray[np.in
     return counts
 
 
-def _take(
-    order: NDArray[np.int64], counts: NDArray[np.int64], target: NDArray[np.float64]
-) -> NDArray[np.int64]:
-    taken, filled = [], np.zeros_like(target)
+def _targets(split: str, total: Counts) -> tuple[Counts, list[int]]:
+    """Return how many images of each class a split should have, and which splits are asked for.
+
+    Args:
+        split: ``paper`` or fractions.
+        total: int64 [classes + 1], images of each class.
+
+    Returns:
+        int64 [3, classes + 1], and numbers of the splits; the first of them takes what rounding
+        leaves.
+    """
+    if split != PAPER:
+        return _targets_of(parse_split(split), total)
+    test = np.minimum(total, PAPER_TEST_IMAGES)
+    val = np.rint(PAPER_VAL_FRACTION * (total - test)).astype(np.int64)
+    return np.stack([total - test - val, val, test]), [0, 1, 2]
+
+
+def _targets_of(fractions: Sequence[float], total: Counts) -> tuple[Counts, list[int]]:
+    asked = [number for number, fraction in enumerate(fractions) if fraction > 0]
+    targets = np.rint(np.outer(fractions, total)).astype(np.int64)
+    targets[asked[0]] += total - targets.sum(axis=0)
+    return targets, asked
+
+
+def _place_groups(order: Counts, counts: Counts, targets: Counts, asked: list[int]) -> Counts:
+    """Choose the split of each group: first test, then val; the first split asked for has the rest.
+
+    Args:
+        order: groups in random order; others stay out of it.
+        counts: int64 [groups, columns], images.
+        targets: int64 [3, columns].
+        asked: numbers of the splits that may take groups.
+
+    Returns:
+        int64 [groups], the number of the split.
+    """
+    places = np.full(len(counts), asked[0])
+    for split in reversed(asked[1:]):
+        left = order[places[order] == asked[0]]
+        places[_take(left, counts, targets[split])] = split
+    _give_each_split_each_class(order, counts, targets, asked, places)
+    return places
+
+
+def _take(order: Counts, counts: Counts, target: Counts) -> Counts:
+    """Take groups for a split until none brings it nearer to its target.
+
+    First those after which no class exceeds its target, then those that lower the sum over the
+    classes of the relative distance from it. So a class misses its target by at most half of its
+    largest group, if no group has two classes.
+    """
+    taken, left = [], []
+    missing = target.copy()
     for group in order:
-        if np.all(filled + counts[group] <= target):
+        if np.all(counts[group] <= missing):
             taken.append(group)
-            filled += counts[group]
+            missing -= counts[group]
+        else:
+            left.append(group)
+    weights = 1 / np.maximum(target, 1)
+    for group in left:
+        after = missing - counts[group]
+        if np.abs(after) @ weights < np.abs(missing) @ weights:
+            taken.append(group)
+            missing = after
     return np.array(taken, dtype=np.int64)
 
 
-def _refuse_small_classes(source: Source, total: NDArray[np.int64]) -> None:
+def _give_each_split_each_class(
+    order: Counts, counts: Counts, targets: Counts, asked: list[int], places: Counts
+) -> None:
+    """Move groups, in place, so that each split asked for has an image of each class.
+
+    A class of four images has 0.4 in a tenth of them, and a patient of many images may have left
+    no room. Moved is the group after which the two splits are nearest to their targets; no other
+    class is taken away from a split by it.
+    """
+    has = counts > 0
+
+    def per_split(table: NDArray[Any]) -> Counts:
+        return np.stack([table[order[places[order] == i]].sum(axis=0) for i in range(len(SPLITS))])
+
+    absent = (per_split(has) == 0) & has[order].any(axis=0)
+    for split, column in np.argwhere(absent)[::-1]:
+        held, off = per_split(has), per_split(counts) - targets
+        if split not in asked or held[split, column]:
+            continue
+        groups = order[has[order, column]]
+        groups = groups[np.all((held[places[groups]] > 1) | ~has[groups], axis=1)]
+        if len(groups):
+            old, moved = places[groups], counts[groups]
+            gained = np.abs(off[split] + moved) - np.abs(off[split])
+            lost = np.abs(off[old] - moved) - np.abs(off[old])
+            distance = (gained + lost).sum(axis=1)
+            places[groups[np.lexsort((old, distance))[0]]] = split
+
+
+def split_notes(
+    source: Source, split: str | None, groups: Sequence[int], splits: Sequence[str]
+) -> list[str]:
+    """Tell what the user should know of the splits.
+
+    Args:
+        source: as for `assign_splits`, as are ``split`` and ``groups``.
+        split: see there.
+        groups: see there.
+        splits: what it returned.
+
+    Returns:
+        A line if ``split`` was not used, since the source gives the splits; else one for a patient
+        of more than a tenth of all images, and for each split whose images differ from the target
+        by more than `MISSED` of all images, and by more than an image per class, which is rounding.
+    """
+    if not is_drawn(source):
+        is_open = any(record.split == DEVELOPMENT for record in source.records)
+        if split is None or (is_open and split != PAPER):
+            return []
+        return [f"--split {split} is not used, the source gives the splits"]
+    counts = _images_by_group(source, np.arange(len(splits)))
+    targets, asked = _targets(split or DEFAULT_FRACTIONS, counts.sum(axis=0))
+    largest = max(Counter(groups).values())
+    of_one = _images_of_largest_patient(source.records)
+    lines = []
+    if of_one > max(DOMINANT_IMAGES, len(splits) / 10):
+        lines.append(
+            f"one patient ID has {of_one} of {len(splits)} images; if it is a placeholder, tell "
+            "the patients by --patient-pattern or a csv column patient"
+        )
+    for number in asked:
+        share = splits.count(SPLITS[number]) / len(splits)
+        target = targets[number].sum() / counts.sum()
+        if abs(share - target) > max(MISSED, len(source.classes) / len(splits)):
+            lines.append(
+                f"{SPLITS[number]} has {share:.0%} of the images instead of {target:.0%}: "
+                f"patients and copies stay together, up to {largest} images"
+            )
+    return lines
+
+
+def _refuse_small_classes(source: Source, total: Counts) -> None:
     for name, images in zip(source.classes, total, strict=False):
         if images < PAPER_TEST_IMAGES + 2:
             raise CxrdistError(
                 f"--split paper: takes {PAPER_TEST_IMAGES} test images of each class, but class "
-                f"{name!r} has {images}; use fractions, such as --split 0.7/0.1/0.2"
+                f"{name!r} has {images}; use fractions, such as --split {DEFAULT_FRACTIONS}"
             )
 
 
-def _refuse_shared_patients(records: list[Record], splits: list[str]) -> None:
+def _refuse_dominant_group(records: Sequence[Record], groups: Counts) -> None:
+    """Refuse a patient, or patients joined by copies, of more than half of all images.
+
+    An anonymiser may have given all patients one ID. Its value is not told: it may be a person's.
+    """
+    images = max(Counter(groups.tolist()).values())
+    if images <= max(DOMINANT_IMAGES, len(records) / 2):
+        return
+    if images == _images_of_largest_patient(records):
+        why = (
+            "have the same patient ID, which looks like a placeholder (ANONYMIZED, UNKNOWN, 0); "
+            "tell the patients by --patient-pattern or a csv column patient"
+        )
+    else:
+        why = "are of patients that are joined by equal images; see --duplicates"
+    raise CxrdistError(
+        f"{images} of {len(records)} images {why}, or pack one split only, such as --split 0/0/1"
+    )
+
+
+def _images_of_largest_patient(records: Sequence[Record]) -> int:
+    return max(Counter(record.patient for record in records).values())
+
+
+def _refuse_shared_patients(records: Sequence[Record], splits: Sequence[str]) -> None:
     seen: dict[str, tuple[str, Record]] = {}
     for record, split in zip(records, splits, strict=True):
         first, other = seen.setdefault(record.patient, (split, record))
         if first != split:
+            _refuse_dominant_group(records, np.asarray(group_by_patient(records)))
             raise CxrdistError(
-                f"patient {record.patient}: {other.path} is in {first}, {record.path} in {split}; "
+                f"patient {record.patient}: {other.file} is in {first}, {record.file} in {split}; "
                 "give all images of a patient the same split"
             )
 
 
-def _refuse_missing_classes(source: Source, splits: list[str]) -> None:
-    """Each split needs images; of one label an image, also of each class."""
-    lacking = [split for split in SPLITS if split not in splits]
+def _refuse_missing_classes(source: Source, splits: Sequence[str], asked: Sequence[str]) -> None:
+    """Each split that is asked for needs images; of one label an image, also of each class."""
+    lacking = [split for split in asked if split not in splits]
     if lacking:
+        _refuse_dominant_group(source.records, np.asarray(group_by_patient(source.records)))
         raise CxrdistError(
             f"no image is in {lacking[0]}; add images or patients, or change --split"
         )
@@ -182,9 +369,9 @@ def _refuse_missing_classes(source: Source, splits: list[str]) -> None:
         return
     there = {(r.label, split) for r, split in zip(source.records, splits, strict=True)}
     for label in source.classes:
-        for split in SPLITS:
+        for split in asked:
             if (label, split) not in there:
                 raise CxrdistError(
-                    f"class {label!r} has no image in {split}; "
-                    "add images or patients of it, or change --split"
+                    f"class {label!r} has no image in {split}; add images or patients of it, or "
+                    "change --split (0 leaves a split empty)"
                 )

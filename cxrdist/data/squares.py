@@ -12,36 +12,30 @@ An image with burned-in text to be covered has two PNGs, as it is and covered: w
 used depends on its split, and the splits are drawn when all images are known.
 """
 
-import hashlib
 import json
-import multiprocessing
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
+from pebble import ProcessPool
 
-from cxrdist.data.boxes import Box
+from cxrdist.data.anonymise import keyed, shared_key
 from cxrdist.data.fingerprint import Fingerprint, fingerprint
-from cxrdist.data.images import Decoded, decode, encode_png
+from cxrdist.data.images import decode, encode_png
 from cxrdist.data.records import Record
+from cxrdist.data.workers import Job, image_workers, schedule
 from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file
 
 PART_SIZE = 128
 CHUNK = 16  # images that a worker is given at once
-SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; what takes longer is made to
 State = tuple[int, int]  # size and time of change of a file
 Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs
-Pending = tuple[list[State], ProcessFuture]
+Pending = tuple[list[State], Job[Record, Made]]
 Kept = dict[int, tuple["Square", bytes]]  # squares that are there, and their PNGs
-Schedule = Callable[[Sequence[Record]], ProcessFuture]
 PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
 
 
@@ -53,15 +47,17 @@ class Square:
         path: of the record.
         bytes: size of the file when it was read.
         modified: time of its last change then, in nanoseconds.
-        reason: why it cannot be used, or empty; then all below is known.
+        reason: why it cannot be used, without its name, or empty; then all below is known.
         png_bytes: length of its PNG in the part's file.
         fingerprint: of the pixels.
         width_px: of the original.
         height_px: of the original.
-        patient: a hash of the DICOM patient, or empty.
+        patient: the DICOM patient under the pack's key (`keyed`), or empty.
         view: of the DICOM, or empty.
         covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
         covered_fingerprint: of the pixels with burned-in text covered.
+        sex: M or F where the DICOM tells it, else empty.
+        age: of the DICOM patient in years; None if unknown, NaN if it is no age.
         used_depth: bits that its values use if its file does not declare its depth, else None.
         depth: bits by which it was scaled then, else None.
     """
@@ -78,6 +74,8 @@ class Square:
     view: str = ""
     covered_bytes: int = 0
     covered_fingerprint: Fingerprint | None = None
+    sex: str = ""
+    age: float | None = None
     used_depth: int | None = None
     depth: int | None = None
 
@@ -116,7 +114,7 @@ def make_squares(
 
     Args:
         parts: what to decode.
-        directory: where the parts' files go, local or an fsspec path.
+        directory: where the parts' files and the pack's key go, local or an fsspec path.
         size_px: side of the squares.
         fit: how an image becomes square.
         workers: number of processes; one for each core if None.
@@ -126,21 +124,18 @@ def make_squares(
     Yields:
         The number of images of each part that were decoded, when it is written.
     """
-    with _pool(workers) as pool:
-        make = partial(_make_squares, size_px=size_px, fit=fit, how=cover, depth=depth)
-
-        def schedule(records: Sequence[Record]) -> ProcessFuture:
-            known = [(record.file, record.boxes) for record in records]
-            return pool.schedule(make, args=(known,), timeout=SECONDS_PER_IMAGE)
-
+    make = partial(
+        _make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=shared_key(directory)
+    )
+    with image_workers(workers, [__name__]) as pool:
         waiting: deque[tuple[Part, Kept, list[Pending]]] = deque()
         for part in parts:
             kept = _keep(directory, part, depth)
-            waiting.append((part, kept, _submit(_without(part, kept), schedule)))
+            waiting.append((part, kept, _submit(_without(part, kept), pool, make)))
             if len(waiting) > PARTS_AHEAD:
-                yield _write_part(directory, *waiting.popleft(), schedule)
+                yield _write_part(directory, *waiting.popleft())
         while waiting:
-            yield _write_part(directory, *waiting.popleft(), schedule)
+            yield _write_part(directory, *waiting.popleft())
 
 
 def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
@@ -163,46 +158,17 @@ def _without(part: Part, kept: Kept) -> Part:
     return replace(part, records=[r for i, r in enumerate(part.records) if i not in kept])
 
 
-@contextmanager
-def _pool(workers: int | None) -> Iterator[ProcessPool]:
-    """Processes that start from a small clean one, not from a copy of this with its threads."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPool(workers or len(os.sched_getaffinity(0)), context=context)
-    try:
-        yield pool
-        pool.close()
-    except BaseException:
-        pool.stop()
-        raise
-    finally:
-        pool.join()
-
-
-def _submit(part: Part, schedule: Schedule) -> list[Pending]:
+def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> list[Pending]:
     """Let the workers begin with a part; the state of a file is noted before it is read."""
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
-    return [([file_state(record) for record in chunk], schedule(chunk)) for chunk in chunks]
+    return [([file_state(r) for r in chunk], schedule(pool, make, chunk)) for chunk in chunks]
 
 
-def _make_squares(
-    known: Sequence[tuple[Path, tuple[Box, ...]]],
-    size_px: int,
-    fit: str,
-    how: str,
-    depth: int | None,
-) -> list[Made]:
-    made = []
-    for file, boxes in known:
-        try:
-            made.append(_make_square(decode(file, size_px, fit, boxes, how, depth), depth))
-        except CxrdistError as error:
-            made.append(({"reason": str(error)}, b""))
-    return made
-
-
-def _make_square(decoded: Decoded, depth: int | None) -> Made:
-    """Encode one image: the fields of its square, and its PNGs."""
+def _make_square(
+    record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
+) -> Made:
+    """Decode and encode one image: the fields of its square, and its PNGs."""
+    decoded = decode(record.file, size_px, fit, record.boxes, cover, depth)
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     return {
@@ -212,39 +178,30 @@ def _make_square(decoded: Decoded, depth: int | None) -> Made:
         "covered_fingerprint": None if decoded.covered is None else fingerprint(decoded.covered),
         "width_px": decoded.width_px,
         "height_px": decoded.height_px,
-        "patient": hashlib.sha256(decoded.patient.encode()).hexdigest() if decoded.patient else "",
+        "patient": keyed(key, decoded.patient) if decoded.patient else "",
         "view": decoded.view,
+        "sex": decoded.sex,
+        "age": decoded.age,
         "used_depth": decoded.used_depth,
         "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
     }, png + covered
 
 
-def _collect(records: Sequence[Record], future: ProcessFuture, schedule: Schedule) -> list[Made]:
-    """Wait for some images; if their worker died or was too slow, take them one by one."""
-    try:
-        result: list[Made] = future.result()
-        return result
-    except (TimeoutError, ProcessExpired) as error:
-        if len(records) > 1:
-            return [m for one in records for m in _collect([one], schedule([one]), schedule)]
-        reason = (
-            f"crashed its decoder (exit code {error.exitcode})"
-            if isinstance(error, ProcessExpired)
-            else f"was not read within {SECONDS_PER_IMAGE} s"
-        )
-        return [({"reason": f"{records[0].file}: {reason}"}, b"")]
+def _unnamed(file: Path, error: CxrdistError) -> str:
+    """The message without the file's name, which may be a patient's."""
+    return str(error).removeprefix(f"{file}: ").replace(str(file), "the file")
 
 
-def _write_part(
-    directory: Path, part: Part, kept: Kept, pending: list[Pending], schedule: Schedule
-) -> int:
+def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending]) -> int:
     """Write the file of a part when all its images are done; how many were decoded."""
     records = _without(part, kept).records
     states = [state for known, _ in pending for state in known]
+    results = [result for _, job in pending for result in job.results()]
     made = [
-        found
-        for i, (_, future) in enumerate(pending)
-        for found in _collect(records[i * CHUNK : (i + 1) * CHUNK], future, schedule)
+        ({"reason": _unnamed(record.file, result)}, b"")
+        if isinstance(result, CxrdistError)
+        else result
+        for record, result in zip(records, results, strict=True)
     ]
     decoded = iter(
         (Square(record.path, *state, **fields), png)

@@ -55,7 +55,8 @@ def find_text(config: FindTextConfig) -> None:
     if config.out.exists():
         raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
     require_extra()
-    records = read_source(PackConfig(config.source, config.input, config.out)).records
+    source = PackConfig(config.source, config.input, config.out, allow_outside=config.allow_outside)
+    records = read_source(source).records
     work = config.out.with_name(f".{config.out.name}.partial")
     boxes: dict[str, list[Box]] = {}
     unreadable: list[str] = []
@@ -98,20 +99,31 @@ def _find_part(records: Sequence[Record], work: Path) -> list[list[Any]]:
     known = [(record.path, file_state(record)) for record in records]
     place = work / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()}.json"
     if not place.is_file():
-        write_json(place, [_find_in_file(record) for record in records])
+        write_json(place, [_find_in_record(record) for record in records])
     found: list[list[Any]] = read_json(place)
     return found
 
 
-def _find_in_file(record: Record) -> tuple[str, list[Box], str]:
+def _find_in_record(record: Record) -> tuple[str, tuple[Box, ...], str]:
     try:
-        grey = read_grey(record.file, max(SIDES_PX))
+        return record.path, find_in_file(record.file), ""
     except CxrdistError as error:
-        return record.path, [], str(error)
+        return record.path, (), str(error)
+
+
+def find_in_file(file: Path) -> tuple[Box, ...]:
+    """Look for text in an image file.
+
+    Returns:
+        Boxes in whole px of the original.
+
+    Raises:
+        CxrdistError: it is no readable X-ray, or RapidOCR is not installed.
+    """
+    grey = read_grey(file, max(SIDES_PX))
     x, y = grey.scale()
     found = find_boxes(np.asarray(grey.image))
-    boxes = [_whole(scaled(box, 1 / x, 1 / y), grey.width_px, grey.height_px) for box in found]
-    return record.path, boxes, ""
+    return tuple(_whole(scaled(box, 1 / x, 1 / y), grey.width_px, grey.height_px) for box in found)
 
 
 def _whole(box: Box, width_px: int, height_px: int) -> Box:

@@ -6,16 +6,19 @@ float32 the sigmoid of 18 and that of 25 are both 1.
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxrdist.documents import Between
+from cxrdist.info import Count
 from cxrdist.terminal import table
 
 SCORES = ("recall", "precision", "f1", "auroc")
+Share = Annotated[float, Between(0, 1)]
 LABEL_SCORES = ("auroc", "average_precision", "f1", "recall", "precision")
 THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
 THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit with this probability: 0
@@ -50,6 +53,32 @@ def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str
         pairs = zip(classes, logits, strict=True)
         return [name for name, logit in pairs if logit >= THRESHOLD_LOGIT]
     return [classes[logits.index(max(logits))]]
+
+
+class Scores(TypedDict):
+    """Scores of a class or label; None where a score is undefined."""
+
+    recall: Share | None
+    precision: Share | None
+    f1: Share | None
+    auroc: Share | None
+    average_precision: NotRequired[Share | None]
+    positives: NotRequired[Count]
+
+
+class Metrics(TypedDict):
+    """The content of metrics.json; further figures may stand beside these."""
+
+    samples: Count
+    task: Literal["multiclass", "multilabel"]
+    index_sha256: NotRequired[str]
+    accuracy: NotRequired[Share | None]
+    confusion_matrix: NotRequired[list[list[Count]]]
+    """Rows: truth, columns: prediction."""
+    threshold: NotRequired[Share]
+    classes: dict[str, Scores]
+    macro: Scores
+    macro_labels: NotRequired[dict[str, Count]]
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:

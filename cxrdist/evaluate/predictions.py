@@ -23,7 +23,7 @@ from cxrdist.evaluate.metrics import (
     to_probabilities,
 )
 from cxrdist.model.densenet import Classifier, load_model
-from cxrdist.run import RunDirectory, sweep, write_json, write_table
+from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
 
@@ -46,21 +46,21 @@ class Subject:
     images: Images
 
 
-def open_subject(run: Path, shards: Path, cache: Path | None) -> Subject:
+def open_subject(run: Path, shards: Path, cache: Path | None, split: str) -> Subject:
     """Load a model and the images to use it on.
 
     Raises:
-        CxrdistError: there is no model, the shards are not whole, or their task, classes or image
-            size are not the model's.
+        CxrdistError: there is no model, the shards are not whole, their task, classes or image
+            size are not the model's, or they have no image in the split.
     """
     accelerator = start()
     model = together(accelerator, lambda: load_model(run))
-    index = together(accelerator, lambda: _matching_index(shards, model))
+    index = together(accelerator, lambda: _matching_index(shards, model, split))
     images = open_cache(index, cache, accelerator)
     return Subject(accelerator, RunDirectory(run), model.to(accelerator.device), index, images)
 
 
-def _matching_index(shards: Path, model: Classifier) -> Index:
+def _matching_index(shards: Path, model: Classifier, split: str) -> Index:
     index = read_index(shards)
     if index.classes != model.classes:
         raise CxrdistError(
@@ -77,6 +77,12 @@ def _matching_index(shards: Path, model: Classifier) -> Index:
             f"--shards {shards}: have images of {index.image_size_px} px, the model was trained "
             f"at {model.image_size_px} px; pack with --size {model.image_size_px}"
         )
+    if not index.numbers(split):
+        there = [name for name, counts in index.totals().items() if counts["images"]]
+        raise CxrdistError(
+            f"--split {split}: --shards {shards} have no images in it, only in "
+            f"{' and '.join(there)}; choose another split"
+        )
     return index
 
 
@@ -87,7 +93,8 @@ def evaluate(config: EvaluateConfig) -> None:
         CxrdistError: run, shards or split cannot be used.
     """
     refuse_below_one(config, "batch_size")
-    subject = open_subject(config.run, config.shards, config.cache)
+    subject = open_subject(config.run, config.shards, config.cache, config.split)
+    together(subject.accelerator, lambda: refuse_unwritable(subject.run.predictions(config.split)))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(subject, numbers, config.batch_size)
     accelerator = subject.accelerator

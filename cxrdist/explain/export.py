@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,20 +12,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import read_rows
 from cxrdist.distributed import finish, gather, local_ranks, together
-from cxrdist.errors import refuse_below_one
+from cxrdist.errors import RunFailedError, refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
-from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.maps import BATCHES_A_SHARD, Map, encode, read_ledgers, write_maps
+from cxrdist.explain.pictures import picture_names, write_pictures
 from cxrdist.explain.relevance import Explainer
-from cxrdist.explain.sanity import Flipping, flip_pixels, summarise
+from cxrdist.explain.sanity import Flipping, RelevanceInfo, flip_pixels, summarise
 from cxrdist.explain.targets import Targets, choose_samples, choose_targets
 from cxrdist.model.densenet import Classifier
-from cxrdist.run import atomic_file, locked, read_json, sweep, write_json, write_table
+from cxrdist.run import locked, read_document, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
 LEDGER_COLUMNS = (
@@ -51,6 +49,8 @@ _OPTIONS = (
     "format",
     "batch_size",
 )
+# KEY.png, KEY.CLASS.png, KEY.npz, where a key ends in digits of a hash, and NNNNNN.tar.
+_MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
 Row = tuple[int, int, list[str]]
 
 
@@ -77,7 +77,7 @@ def explain(config: ExplainConfig) -> None:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
     refuse_below_one(config, "limit", "batch_size")
-    subject = open_subject(config.run, config.shards, config.cache)
+    subject = open_subject(config.run, config.shards, config.cache, config.split)
     accelerator = subject.accelerator
     targets = together(accelerator, lambda: choose_targets(config, subject.model))
     explainer = together(accelerator, lambda: _explainer(config, subject.model))
@@ -134,16 +134,35 @@ def _prepare(work: _Work, how: dict[str, Any]) -> bool:
     """
     run, split = work.subject.run, work.split
     info, directories = run.relevance_info(split), (run.relevance(split), run.heatmaps(split))
-    found = read_json(info) if info.is_file() else {}
-    if found.get("how") == how:
+    found = _read_info(info) if info.is_file() else None
+    if found and found["how"] == how:
         for directory in (*directories, info.parent):
             sweep(directory, alone=True)
         return found["sanity"] is not None
     for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+        _clear(directory)
     run.relevance_table(split).unlink(missing_ok=True)
     write_json(info, {"how": how, "sanity": None})
     return False
+
+
+def _clear(directory: Path) -> None:
+    """Remove the maps and pictures of a directory; files of other names and folders stay."""
+    for path in directory.glob("*"):
+        if _MADE.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
+            path.unlink()
+    sweep(directory, alone=True)
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _read_info(path: Path) -> RelevanceInfo:
+    """Read relevance.json.
+
+    Raises:
+        CxrdistError: it is damaged.
+    """
+    return read_document(path, RelevanceInfo, "remove it to explain the split anew")
 
 
 def _explain_units(work: _Work, numbers: NDArray[np.int64], batch_size: int) -> list[Row]:
@@ -233,7 +252,7 @@ def _finished(
         names = [name for key in keys for name in picture_names(key, work.targets.names)]
         if not all((heatmaps / name).is_file() for name in names):
             return None
-    return read_ledgers(place, keys)
+    return read_ledgers(place, keys, len(work.targets.names))
 
 
 def _keys(work: _Work, numbers: NDArray[np.int64]) -> list[str]:
@@ -247,15 +266,29 @@ def _num_threads(work: _Work) -> int:
 
 
 def _rows(work: _Work, numbers: NDArray[np.int64], ledgers: list[NDArray[np.float64]]) -> list[Row]:
-    """The rows of relevance.csv with their places in it; what is not known stays empty."""
+    """The rows of relevance.csv with their places in it."""
     rows: list[Row] = []
     for number, key, ledger in zip(numbers.tolist(), _keys(work, numbers), ledgers, strict=True):
-        pictures = picture_names(key, work.targets.names)[1:]
-        for k, name in enumerate(work.targets.names):
-            digits = ["" if np.isnan(value) else f"{value:.9g}" for value in ledger[k]]
-            picture = pictures[k] if work.with_pictures else ""
-            rows.append((number, k, [key, name, *digits, picture]))
+        made = ledger_rows(key, work.targets.names, ledger, with_pictures=work.with_pictures)
+        rows += [(number, k, row) for k, row in enumerate(made)]
     return rows
+
+
+def ledger_rows(
+    key: str, names: list[str], ledger: NDArray[np.float64], *, with_pictures: bool
+) -> list[list[str]]:
+    """A sample's rows of relevance.csv, one per class; what is not known stays empty.
+
+    Args:
+        key: of the sample.
+        names: of its K maps.
+        ledger: float64 [K, 4], as in `Map`.
+        with_pictures: whether its heat maps are drawn.
+    """
+    pictures = picture_names(key, names)[1:] if with_pictures else [""] * len(names)
+    digits = [["" if np.isnan(value) else f"{value:.9g}" for value in row] for row in ledger]
+    parts = zip(names, digits, pictures, strict=True)
+    return [[key, name, *values, picture] for name, values, picture in parts]
 
 
 def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:
@@ -280,7 +313,7 @@ def _finish(work: _Work, rows: list[list[str]], flippings: list[tuple[int, Flipp
     run = work.subject.run
     write_table(run.relevance_table(work.split), LEDGER_COLUMNS, rows)
     if flippings:
-        info = read_json(run.relevance_info(work.split))
+        info = _read_info(run.relevance_info(work.split))
         flipping = summarise([found for _, found in flippings])
         info["sanity"] = {"ledger_residual": ledger_residual(rows), "pixel_flipping": flipping}
         write_json(run.relevance_info(work.split), info)
@@ -295,14 +328,17 @@ def ledger_residual(rows: list[list[str]]) -> float | None:
     if any("" in row for row in parts):
         return None
     values = np.array(parts, dtype=np.float64)
-    return float(np.abs(values[:, 0] - values[:, 1:].sum(1)).max() / np.abs(values[:, 0]).max())
+    gap, largest = np.abs(values[:, 0] - values[:, 1:].sum(1)).max(), np.abs(values[:, 0]).max()
+    return float(gap / largest if largest else gap)  # a dead network gives nothing but zeros
 
 
 def _said(work: _Work, num_images: int) -> str:
     """What the user reads in the end."""
     run, split = work.subject.run, work.split
     place = run.heatmaps(split) if work.with_pictures else run.relevance(split)
-    sanity = read_json(run.relevance_info(split))["sanity"]
+    sanity = _read_info(run.relevance_info(split))["sanity"]
+    if sanity is None:
+        raise RunFailedError(f"{run.relevance_info(split)}: was replaced by another command")
     residual, flipping = sanity["ledger_residual"], sanity["pixel_flipping"]
     ledger = "no ledger" if residual is None else f"ledger closed to {residual:.1e}"
     return (
@@ -312,45 +348,3 @@ def _said(work: _Work, num_images: int) -> str:
         f"relevant goes first, {flipping['area_over_random_order']:.2f} in random order\n"
         f"{'heat maps' if work.with_pictures else 'relevance'}: {place}"
     )
-
-
-def picture_name(key: str, name: str) -> str:
-    """File name of a heat map; a class name may hold characters that a file name may not."""
-    safe = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "-", name)
-    return f"{key}.{safe}.png"
-
-
-def picture_names(key: str, names: list[str]) -> list[str]:
-    """File names of a sample's pictures: the X-ray, then its heat maps."""
-    return [f"{key}.png", *(picture_name(key, name) for name in names)]
-
-
-def write_pictures(
-    directory: Path,
-    key: str,
-    image: NDArray[np.uint8],
-    relevance: NDArray[np.float32],
-    classes: list[str],
-) -> list[str]:
-    """Write the X-ray as the network saw it, and one heat map a class over it.
-
-    Args:
-        directory: where the pictures go: KEY.png and KEY.CLASS.png.
-        key: of the sample.
-        image: uint8 [H, W].
-        relevance: float32 [classes, H, W].
-        classes: names of the K classes.
-
-    Returns:
-        File names of the heat maps.
-    """
-    xray, *names = picture_names(key, classes)
-    _save(directory / xray, Image.fromarray(np.asarray(image)))
-    for name, values in zip(names, relevance, strict=True):
-        _save(directory / name, overlay(np.asarray(image), values))
-    return names
-
-
-def _save(path: Path, picture: Image.Image) -> None:
-    with atomic_file(path) as partial:
-        picture.save(partial, "PNG")

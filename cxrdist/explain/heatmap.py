@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxrdist.data.boxes import Box, in_square
 from cxrdist.errors import CxrdistError
 
 RED = (225.0, 15.0, 25.0)
@@ -42,15 +43,59 @@ def overlay(
             f"cannot draw relevance of shape {relevance.shape} over an image of shape "
             f"{image.shape}: expected [H, W] for both"
         )
+    return _tint(image, _strength(relevance, limit))
+
+
+def overlay_original(
+    original: NDArray[np.uint8], relevance: NDArray[np.floating], fit: str
+) -> Image.Image:
+    """Draw relevance over the image that its square was made of, as `overlay` does.
+
+    With ``crop`` the image beside the centre has no map, and with ``pad`` the map of the black bars
+    is not shown.
+
+    Args:
+        original: uint8 [H, W], the whole image at any scale.
+        relevance: signed floats [S, S], of the square.
+        fit: how the image became square: ``crop``, ``pad`` or ``stretch``.
+
+    Returns:
+        An RGB picture of the original's size, on the colour scale of the whole square.
+
+    Raises:
+        CxrdistError: relevance is not finite.
+    """
+    height, width = original.shape
+    place = in_square(Box(0, 0, width, height), width, height, relevance.shape[0], fit)
+    across, down = place.width / width, place.height / height
+    strength = Image.fromarray(_strength(relevance, None).astype(np.float32))
+    placed = strength.transform(
+        (width, height),
+        Image.Transform.AFFINE,
+        (across, 0, place.x, 0, down, place.y),
+        Image.Resampling.BILINEAR,
+        fillcolor=0,
+    )
+    return _tint(original, np.asarray(placed))
+
+
+def _strength(relevance: NDArray[np.floating], limit: float | None) -> NDArray[np.float64]:
+    """Smoothed relevance on the colour scale, -1 to 1, [H, W]."""
     if limit is None:
         limit = colour_limit(relevance)
     if not 0 < limit < np.inf:
         raise CxrdistError(f"limit: is {limit}, expected a positive number; leave it out")
-    strength = np.clip(smooth(relevance) / limit, -1, 1)[..., None]
-    grey = image[..., None].astype(np.float64)
-    colour = np.where(strength > 0, RED, BLUE)
-    picture = grey + MAX_OPACITY * np.abs(strength) * (colour - grey)
-    return Image.fromarray(np.rint(picture).astype(np.uint8))
+    return np.clip(smooth(relevance) / limit, -1, 1)
+
+
+def _tint(image: NDArray[np.uint8], strength: NDArray[np.floating]) -> Image.Image:
+    """Colour a grey image, uint8 [H, W], by strengths of -1 to 1, [H, W]."""
+    picture = np.empty((*image.shape, 3), np.uint8)
+    grey, opacity = image.astype(np.float64), MAX_OPACITY * np.abs(strength)
+    for channel, (red, blue) in enumerate(zip(RED, BLUE, strict=True)):
+        colour = np.where(strength > 0, red, blue)
+        picture[..., channel] = np.rint(grey + opacity * (colour - grey))
+    return Image.fromarray(picture)
 
 
 def colour_limit(relevance: NDArray[np.floating]) -> float:

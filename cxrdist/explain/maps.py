@@ -1,23 +1,35 @@
 """Files of relevance: an npz a sample, or WebDataset shards of them in half the space."""
 
 import io
+import os
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.shards import add_member
-from cxrdist.run import atomic_file
+from cxrdist.errors import CxrdistError
+from cxrdist.run import atomic_file, open_regular
 
 BATCHES_A_SHARD = 16
 """A shard is what a killed run repeats at most, and what a rank takes at once."""
 
 _DEFLATE_LEVEL = 1
 """Relevance is noise to a compressor: level 6 saves 1 % more and takes twice as long."""
+
+
+_MOST_HEADER_BYTES = 1000
+# What zipfile, tarfile, zlib and numpy raise on damaged content.
+_DAMAGE = (
+    *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error),
+)
 
 
 class Map(NamedTuple):
@@ -83,19 +95,55 @@ def write_maps(place: Path, encoded: Sequence[tuple[str, bytes]]) -> None:
             add_member(tar, f"{key}.npz", data)
 
 
-def read_ledgers(place: Path, keys: Sequence[str]) -> list[NDArray[np.float64]] | None:
-    """Read the ledgers of a unit back, [K, 4] each; None unless all of its maps are there."""
-    if place.suffix == ".tar":
-        if not place.is_file():
-            return None
-        with tarfile.open(place) as tar:
-            files = [tar.extractfile(f"{key}.npz") for key in keys]
-            return [_ledger(io.BytesIO(file.read())) for file in files if file is not None]
-    paths = [place / f"{key}.npz" for key in keys]
-    return [_ledger(path) for path in paths] if all(path.is_file() for path in paths) else None
+def read_ledgers(
+    place: Path, keys: Sequence[str], num_maps: int
+) -> list[NDArray[np.float64]] | None:
+    """Read the ledgers of a unit back, [K, 4] each; None unless all of its maps are whole.
+
+    Args:
+        place: of the unit, as in `write_maps`.
+        keys: of its samples.
+        num_maps: K.
+
+    Raises:
+        CxrdistError: a link or another special file has the name of a map.
+    """
+    try:
+        if place.suffix != ".tar":
+            return [_ledger_of(place / f"{key}.npz", num_maps) for key in keys]
+        with (
+            open_regular(place, os.O_RDONLY) as file,
+            tarfile.open(fileobj=file, mode="r:") as tar,
+        ):
+            members = [tar.extractfile(f"{key}.npz") for key in keys]
+            whole = [_ledger(member, num_maps) for member in members if member]
+            return whole if len(whole) == len(keys) else None
+    except CxrdistError:
+        raise
+    except (*_DAMAGE, OSError):
+        return None  # missing or damaged: the unit is made anew
 
 
-def _ledger(npz: Path | io.BytesIO) -> NDArray[np.float64]:
-    with np.load(npz) as arrays:
-        ledger: NDArray[np.float64] = arrays["ledger"]
-    return ledger
+def _ledger_of(path: Path, num_maps: int) -> NDArray[np.float64]:
+    with open_regular(path, os.O_RDONLY) as file:
+        return _ledger(file, num_maps)
+
+
+def _ledger(npz: IO[bytes], num_maps: int) -> NDArray[np.float64]:
+    """Read the ledger of a map, if it has the size that it must have.
+
+    Raises:
+        ValueError, and what `zipfile` raises: it has not.
+    """
+    with zipfile.ZipFile(npz) as file:
+        if file.getinfo("ledger.npy").file_size > _MOST_HEADER_BYTES + num_maps * 4 * 8:
+            raise ValueError("the ledger is too large")
+        array = io.BytesIO(file.read("ledger.npy"))
+    if np.lib.format.read_magic(array) != (1, 0):
+        raise ValueError("the ledger is of another version")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(array, _MOST_HEADER_BYTES)
+    values = array.read()
+    found = shape, is_fortran, dtype, len(values)
+    if found != ((num_maps, 4), False, np.float64, num_maps * 4 * 8):
+        raise ValueError("the ledger has another shape")
+    return np.frombuffer(values, np.float64).reshape(shape)

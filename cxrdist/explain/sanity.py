@@ -6,13 +6,15 @@ probability fall faster than patches in random order do. The sum of a map proves
 shows the wrong places has the same sum.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cxrdist.documents import Real
 from cxrdist.explain.relevance import Explainer
+from cxrdist.info import Count
 from cxrdist.model.densenet import Classifier
 
 PATCHES_A_SIDE = 28
@@ -32,6 +34,41 @@ class Flipping(NamedTuple):
     """The most relevant patches first."""
     random: NDArray[np.float64]
     """Patches in random order."""
+
+
+class FlippingInfo(TypedDict):
+    """Pixel flipping of several images, in relevance.json."""
+
+    images: Count
+    covered_share: Real
+    relevant_first: list[Real]
+    """Mean curve, from 1."""
+    random_order: list[Real]
+    area_over_relevant_first: Real
+    area_over_random_order: Real
+
+
+class SanityInfo(TypedDict):
+    """What the tests of the maps found."""
+
+    ledger_residual: Real | None
+    pixel_flipping: FlippingInfo
+
+
+class Rules(TypedDict):
+    """How the relevance was made, as far as the report shows it; explain adds what it compares."""
+
+    preset: str
+    composite: str | None
+    flat: bool
+    biases: bool
+
+
+class RelevanceInfo(TypedDict):
+    """The content of relevance.json; without the tests while explain is under way."""
+
+    how: Rules
+    sanity: SanityInfo | None
 
 
 def flip_pixels(
@@ -80,7 +117,7 @@ def _curve(
     return probabilities / max(probabilities[0], np.finfo(np.float32).tiny)
 
 
-def summarise(flippings: list[Flipping]) -> dict[str, object]:
+def summarise(flippings: list[Flipping]) -> FlippingInfo:
     """Mean curves and the areas over them: 0 where nothing happens, 1 where all is lost at once."""
     relevance, random = (np.mean(curves, axis=0) for curves in zip(*flippings, strict=True))
     return {

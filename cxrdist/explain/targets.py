@@ -89,13 +89,8 @@ def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.in
 
     Returns:
         int64 [n], ascending.
-
-    Raises:
-        CxrdistError: the split is empty.
     """
     numbers = index.numbers(split)
-    if not numbers:
-        raise CxrdistError(f"--split {split}: has no images; choose another split")
     targets = index.targets()
     by_class = [[n for n in numbers if has[n]] for has in (*targets.T, ~targets.any(axis=1))]
     in_turn = dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)

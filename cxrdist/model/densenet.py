@@ -1,22 +1,29 @@
 """DenseNet121 on grey X-rays: the network, its blocks, and the model as it is saved for use."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from timm.models.densenet import DenseBlock, DenseNet
 from torch import Tensor, nn
 
 from cxrdist.config import Network
+from cxrdist.data.index import COVERS, FITS, MOST_CLASSES, MOST_SIDE_PX, TASKS
+from cxrdist.data.records import SPLITS
+from cxrdist.document import Document, parse_document, read_bounded
 from cxrdist.errors import CxrdistError
 from cxrdist.model.batchnorm import BatchNorm
+from cxrdist.model.tensorfile import read_safetensors
 from cxrdist.run import open_run
 
 MODEL_FORMAT = "cxrdist-model-1"
+MOST_DESCRIPTION_BYTES = 1 << 20  # of model.json, which has 2 kB
+LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
+MEND = "copy the run directory again or train anew"
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,24 @@ class Normalisation:
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Cover:
+    """How burned-in text was covered in the images that a model was trained and tested on.
+
+    Attributes:
+        how: ``black`` or ``fill``, as in `cxrdist.data.boxes.cover`.
+        split: where: ``train``, ``val``, ``test`` or ``all``.
+    """
+
+    how: str
+    split: str
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether the network has learned from covered images."""
+        return self.split in ("all", "train")
 
 
 class GrowingBlock(DenseBlock):
@@ -57,6 +82,8 @@ class Classifier(nn.Module):
         image_size_px: side of the square images that it was made for.
         fit: how those images became square: crop, pad or stretch.
         task: multiclass (an image has one of the classes) or multilabel (any number of them).
+        depth: bits that hold the values of those images, where the files do not declare it.
+        cover: how burned-in text was covered in them; None where it was not.
         origin: the weights that its training started from (`InitialWeights.describe`), if known.
     """
 
@@ -78,6 +105,8 @@ class Classifier(nn.Module):
         self.image_size_px = image_size_px
         self.fit = fit
         self.task = task
+        self.depth: int | None = None
+        self.cover: Cover | None = None
         self.origin: dict[str, Any] | None = None
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
@@ -140,7 +169,8 @@ def block_of(name: str, num_blocks: int = 4) -> str:
 def save_model(model: Classifier, directory: Path) -> None:
     """Write model.safetensors and model.json: all that is needed to use the model."""
     weights = {name: tensor.contiguous().cpu() for name, tensor in network_state(model).items()}
-    save_file(weights, directory / "model.safetensors")
+    # The library's own writer gives the file to its owner only, whatever the umask.
+    (directory / "model.safetensors").write_bytes(save(weights))
     description = {
         "format": MODEL_FORMAT,
         "architecture": asdict(model.shape),
@@ -149,6 +179,8 @@ def save_model(model: Classifier, directory: Path) -> None:
         "normalisation": asdict(model.normalisation),
         "image_size_px": model.image_size_px,
         "fit": model.fit,
+        "depth": model.depth,
+        "cover": asdict(model.cover) if model.cover else None,
         "weights": model.origin,
     }
     (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -166,27 +198,104 @@ def load_model(run: str | Path) -> Classifier:
         run: a run directory.
 
     Raises:
-        CxrdistError: there is no model, or its files do not belong together.
+        CxrdistError: there is no model, its description is invalid, or its files do not belong
+            together.
     """
     directory = open_run(Path(run)).model
+    file = directory / "model.json"
+    about = parse_document(read_bounded(file, MOST_DESCRIPTION_BYTES, MEND), str(file), MEND)
+    about.word("format", [MODEL_FORMAT])
+    described: dict[str, Any] = {
+        "network": _read_shape(about),
+        "classes": about.names("classes", MOST_CLASSES),
+        "image_size_px": about.whole("image_size_px", 1, MOST_SIDE_PX),
+        "normalisation": read_normalisation(about),
+        "fit": about.word("fit", FITS),
+        "task": about.word("task", TASKS),
+    }
+    origin, cover = read_origin(about, "weights"), _read_cover(about)
+    depth = about.whole("depth", 8, 16) if "depth" in about else None
     try:
-        description: dict[str, Any] = json.loads((directory / "model.json").read_text())
-        if description["format"] != MODEL_FORMAT:
-            raise ValueError(f"format {description['format']!r}, expected {MODEL_FORMAT!r}")
-        model = Classifier(
-            Network(**description["architecture"]),
-            description["classes"],
-            description["image_size_px"],
-            Normalisation(**{k: tuple(v) for k, v in description["normalisation"].items()}),
-            description["fit"],
-            description["task"],
-        )
-        model.network.load_state_dict(load_file(directory / "model.safetensors"))
-        model.origin = description.get("weights")
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
+        weights = read_safetensors(directory / "model.safetensors").tensors
+        with torch.device("meta"):  # nothing is reserved before the shapes are known to agree
+            _refuse_other_shapes(weights, Classifier(**described))
+        model = Classifier(**described)
+        model.network.load_state_dict(weights)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
         raise CxrdistError(
-            f"{directory}: model.json and model.safetensors do not make a model ({reason}); "
-            "copy the run directory again or train anew"
+            f"{directory}: model.json and model.safetensors do not make a model ({reason:.200}); "
+            f"{MEND}"
         ) from error
+    model.origin, model.depth, model.cover = origin, depth, cover
     return model.eval()
+
+
+def _read_cover(about: Document) -> Cover | None:
+    if "cover" not in about:
+        return None
+    cover = about.object("cover")
+    return Cover(cover.word("how", COVERS), cover.word("split", ["all", *SPLITS]))
+
+
+def _read_shape(about: Document) -> Network:
+    """The shape of the network that model.json describes; `Network` bounds its numbers."""
+    values = about.object("architecture").values
+    try:
+        known = {field.name: values[field.name] for field in fields(Network)}
+        return Network(**{**known, "block_config": tuple(known["block_config"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise CxrdistError(
+            f"{about.where}: architecture is invalid ({error!s:.100}); {about.mend}"
+        ) from error
+
+
+def read_normalisation(about: Document) -> Normalisation:
+    """Read the field ``normalisation`` of a document.
+
+    Raises:
+        CxrdistError: it is not a finite mean and a positive finite deviation for each channel.
+    """
+    normalisation = about.object("normalisation")
+    mean, std = normalisation.reals("mean"), normalisation.reals("std")
+    if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) < LEAST_STD:
+        raise CxrdistError(
+            f"{about.where}: normalisation has mean {mean} and std {std}, expected one or three of "
+            f"each and std at least {LEAST_STD:g}; {about.mend}"
+        )
+    return Normalisation(mean, std)
+
+
+def read_origin(about: Document, name: str) -> dict[str, Any] | None:
+    """Read what `InitialWeights.describe` wrote: weights, and the chain that they stand on.
+
+    Raises:
+        CxrdistError: a link of the chain does not say what it is.
+    """
+    if name not in about:
+        return None
+    first = link = about.object(name)
+    while True:
+        link.text("source")
+        if "sha256" in link:
+            link.text("sha256")
+        if "started_from" not in link:
+            return first.values
+        link = link.object("started_from")
+
+
+def _refuse_other_shapes(weights: dict[str, Tensor], model: Classifier) -> None:
+    """Make sure that weights are exactly those of a model.
+
+    Raises:
+        ValueError: they are not.
+    """
+    expected = {name: tensor.shape for name, tensor in network_state(model).items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    differing = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+    if differing:
+        name = differing[0]
+        shapes = [list(shapes[name]) if name in shapes else "none" for shapes in (found, expected)]
+        raise ValueError(
+            f"{len(differing)} tensors differ, {name:.100} is {shapes[0]}, expected {shapes[1]}"
+        )

@@ -2,24 +2,33 @@
 
 import fcntl
 import hashlib
+import os
 import re
+import socket
+import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.message import Message
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from urllib.parse import urldefrag, urlparse
+from urllib.parse import ParseResult, urldefrag, urlparse
 
 import torch
 
 from cxrdist.errors import CxrdistError
 from cxrdist.model.tensorfile import container_of
+from cxrdist.run import open_regular, read_bytes, room_for
 from cxrdist.terminal import progress
 
 ATTEMPTS = 5  # connections that break off, before the rest waits for the next call
-TIMEOUT_SECONDS = 30
+TIMEOUT_SECONDS = 30  # without a byte
+SLOW_SECONDS = 60  # for the headers; and of each such time a mean rate of:
+LEAST_BYTES_PER_SECOND = 1000
+_MOST_NAME_BYTES = 150  # file systems take 255, with what is put before and behind it
+_MOST_NOTE_BYTES = 1000
 _CHUNK_BYTES = 1 << 20
 # PyTorch's hub convention: a name that ends in the first digits of the file's sha256.
 _HASH_IN_NAME = re.compile(r"-([0-9a-f]{8,64})\.[\w.]+$")
@@ -43,21 +52,22 @@ def download(url: str, where: str) -> Path:
     Raises:
         CxrdistError: the host cannot be reached, or the file is not the published one.
     """
-    url, fragment = urldefrag(url)
-    file = place_of(url)
-    digits = re.fullmatch(r"sha256=([0-9a-f]{8,64})", fragment)
-    if urlparse(url).scheme not in ("http", "https") or (fragment and not digits):
+    digits = re.search(r"#sha256=([0-9a-f]{8,64})$", url)
+    if _parsed(url) is None or ("#" in url and not digits):
         raise CxrdistError(
             f"{where}: expected http(s)://HOST/FILE, or that with #sha256=DIGITS behind it"
         )
+    url, _ = urldefrag(url)
+    file = place_of(url)
     in_name = _HASH_IN_NAME.search(file.name)
     expected = digits.group(1) if digits else in_name.group(1) if in_name else None
-    file.parent.mkdir(parents=True, exist_ok=True)
+    with room_for(file, "set TORCH_HOME to a directory that you can write to"):
+        file.parent.mkdir(parents=True, exist_ok=True)
     note = file.with_name(file.name + ".sha256")
     with _alone(file):
         if file.is_file():
             if expected is None and note.is_file():
-                expected = note.read_text().split()[0]
+                expected = _noted(note)
             _refuse_other(file, expected, f"{where}: {file}, fetched before,")
             return file
         partial = file.with_name(file.name + ".partial")
@@ -70,9 +80,33 @@ def download(url: str, where: str) -> Path:
                 f"(curl -L -o {file.name} {url}) and put it at {file}"
             ) from error
         _refuse_other(partial, expected, f"{where}: what {url} gave")
-        note.write_text(f"{sha256_of(partial)}  {file.name}\n")
-        partial.replace(file)
+        with room_for(file):
+            note.write_text(f"{sha256_of(partial)}  {file.name}\n")
+            partial.replace(file)
     return file
+
+
+def _parsed(url: str) -> ParseResult | None:
+    """The parts of an http or https URL that names a host; None if it is none."""
+    try:
+        parsed = urlparse(url)
+        is_web = parsed.scheme in ("http", "https") and bool(parsed.hostname)
+        # Such as a port of 99999, or a host that begins with a bracket; idna refuses a..b.
+        return parsed if is_web and parsed.port != 0 and parsed.netloc.encode("idna") else None
+    except ValueError:
+        return None
+
+
+def _noted(note: Path) -> str:
+    """The sha256 that was noted when the file was fetched.
+
+    Raises:
+        CxrdistError: the note is damaged.
+    """
+    digits = re.match(rb"[0-9a-f]{64}\b", read_bytes(note, _MOST_NOTE_BYTES))
+    if digits is None:
+        raise CxrdistError(f"{note}: is no sha256; remove it with the file that it belongs to")
+    return digits[0].decode()
 
 
 def place_of(url: str) -> Path:
@@ -82,7 +116,8 @@ def place_of(url: str) -> Path:
     """
     name = Path(urlparse(url).path).name or "weights"
     if not _HASH_IN_NAME.search(name):
-        name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}.{name}"
+        name = f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:8]}.{name}"
+    name = os.fsdecode(os.fsencode(name)[-_MOST_NAME_BYTES:])
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
 
@@ -112,7 +147,7 @@ def _refuse_other(file: Path, expected: str | None, what: str) -> None:
 @contextmanager
 def _alone(file: Path) -> Iterator[None]:
     """Wait while another process, perhaps on another node, fetches the same file."""
-    with open(file.with_name(f".{file.name}.lock"), "w") as lock:
+    with open_regular(file.with_name(f".{file.name}.lock"), os.O_RDWR | os.O_CREAT) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -147,22 +182,27 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
     """
     version = partial.with_name(partial.name + ".version")
     done = partial.stat().st_size if partial.is_file() else 0
-    known = version.read_text() if done and version.is_file() else ""
+    known = _known_version(version) if done else ""
     headers = {"User-Agent": "cxrdist", "Accept-Encoding": "identity"}
     if done and (known or checked):
         headers |= {"Range": f"bytes={done}-", **({"If-Range": known} if known else {})}
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as response:
+    opener = urllib.request.build_opener(_Opener, _SecureOpener)
+    with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
         if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
             f"bytes {done}-"
         ):
             raise OSError("the server sent another part than the one asked for")
         done = done if response.status == 206 else 0
-        length = response.headers.get("Content-Length")
+        length = response.headers.get("Content-Length", "")
+        if not re.fullmatch(r"\d{0,18}", length):
+            raise OSError(f"the server sent the length {length:.20}")
         total = done + int(length) if length else None
         title = f"fetching {Path(urlparse(url).path).name}"
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if done else os.O_TRUNC)
         with (
-            open(partial, "ab" if done else "wb") as out,
+            room_for(partial, "set TORCH_HOME to a directory with room"),
+            open_regular(partial, flags) as out,
             progress(total, title, "B", done=done) as bar,
         ):
             version.write_text(_version(response.headers))  # now that other bytes are gone
@@ -175,11 +215,70 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
 
 
 def _chunks(response: HTTPResponse) -> Iterator[bytes]:
-    try:
-        while chunk := response.read(_CHUNK_BYTES):
-            yield chunk
-    except (OSError, HTTPException) as error:
-        raise _BrokenOffError(f"it broke off ({_reason(error)})") from error
+    """Give what comes, as it comes.
+
+    Raises:
+        _BrokenOffError: the connection ended.
+        HTTPException: it brings next to nothing.
+    """
+    began, count = time.monotonic(), 0
+    while True:
+        try:
+            chunk = response.read1(_CHUNK_BYTES)
+        except (OSError, HTTPException) as error:
+            raise _BrokenOffError(f"it broke off ({_reason(error)})") from error
+        if not chunk:
+            return
+        yield chunk
+        count += len(chunk)
+        seconds = time.monotonic() - began
+        if seconds > SLOW_SECONDS:
+            if count < LEAST_BYTES_PER_SECOND * seconds:
+                raise HTTPException(f"the server sent {count} bytes in {seconds:.0f} s")
+            began, count = time.monotonic(), 0
+
+
+class _WithDeadline(HTTPConnection):
+    """A connection whose headers must come in time; a timeout alone waits for each byte anew."""
+
+    def getresponse(self) -> HTTPResponse:
+        late = threading.Event()
+        timer = threading.Timer(SLOW_SECONDS, self._cut, [late])
+        timer.start()
+        try:
+            response = super().getresponse()
+        finally:
+            timer.cancel()
+        if late.is_set():  # headers that were cut off look like complete ones
+            raise TimeoutError(f"the server took more than {SLOW_SECONDS:g} s for its headers")
+        return response
+
+    def _cut(self, late: threading.Event) -> None:
+        late.set()
+        with suppress(OSError, AttributeError):  # it has ended meanwhile
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _SecureWithDeadline(_WithDeadline, HTTPSConnection):
+    """The same with TLS."""
+
+
+class _Opener(urllib.request.HTTPHandler):
+    def http_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_WithDeadline, request)
+
+
+class _SecureOpener(urllib.request.HTTPSHandler):
+    def https_open(self, request: urllib.request.Request) -> HTTPResponse:
+        return self.do_open(_SecureWithDeadline, request)
+
+
+def _known_version(note: Path) -> str:
+    """The version of a half file as `_version` named it; empty if it is not known."""
+    if not note.is_file():
+        return ""
+    text = read_bytes(note, _MOST_NOTE_BYTES).decode("latin-1")
+    return text if text.isprintable() else ""
 
 
 def _version(headers: Message) -> str:

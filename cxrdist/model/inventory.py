@@ -2,14 +2,14 @@
 
 import json
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.model.layout import check_fit, shape_of
 from cxrdist.model.tensorfile import METADATA
 from cxrdist.model.weights import InitialWeights, read_weights
-from cxrdist.run import atomic_file
+from cxrdist.run import atomic_file, refuse_unwritable
 
 
 def show_weights(config: WeightsShowConfig) -> None:
@@ -31,6 +31,7 @@ def convert_weights(config: WeightsConvertConfig) -> None:
     if config.out.suffix != ".safetensors" or config.out.exists():
         problem = "stands already" if config.out.exists() else "expected a name in .safetensors"
         raise CxrdistError(f"{config.out}: {problem}; choose another name")
+    refuse_unwritable(config.out)
     weights = _read(config.file)
     known = weights.describe(len(weights.tensors))
     metadata = {
@@ -41,7 +42,7 @@ def convert_weights(config: WeightsConvertConfig) -> None:
     }
     tensors = {k: v.contiguous() for k, v in {**weights.tensors, **weights.head}.items()}
     with atomic_file(config.out) as partial:
-        save_file(tensors, partial, {"format": "pt", METADATA: json.dumps(metadata)})
+        partial.write_bytes(save(tensors, {"format": "pt", METADATA: json.dumps(metadata)}))
     print(f"{config.out}: {len(tensors)} tensors")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cxrdist.config import Network
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import Normalisation
+from cxrdist.model.densenet import Normalisation, read_normalisation
 from cxrdist.model.tensorfile import TensorFile
 
 # torchxrayvision scales grey values to (2x - 1) * 1024 and feeds one channel.
@@ -27,11 +27,12 @@ TORCHXRAYVISION_LABELS = [
     *("Hernia", "Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum"),
 ]
 IMAGENET_CLASSES = 1000
+MOST_OUTPUTS = 100_000
 HEAD = ("classifier.weight", "classifier.bias")
 
 _PREFIX = re.compile(r"^(module\.)?(densenet121\.|model\.|backbone\.)?")
 _OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
-_CONV2 = re.compile(r"features\.denseblock(\d+)\.denselayer(\d+)\.conv2\.weight")
+_CONV2 = re.compile(r"features\.denseblock([1-4])\.denselayer(\d{1,3})\.conv2\.weight")
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,14 @@ def recognise(file: TensorFile, where: str) -> Layout:
         where: the option and its value, for the error line.
 
     Raises:
-        CxrdistError: two tensors have one name, a number is not finite, the first convolution takes
-            neither one channel nor three, or the head is not that of its layout.
+        CxrdistError: two tensors have one name, the first convolution takes neither one channel nor
+            three, the head is not that of its layout, or the note of `weights convert` is invalid.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():
         new = torchvision_name(name)
         if new in renamed:
             raise CxrdistError(f"{where}: holds two tensors {new}; expected one network")
-        if not bool(torch.isfinite(tensor).all()):
-            raise CxrdistError(
-                f"{where}: {name} holds numbers that are not finite; fetch the file again"
-            )
         renamed[new] = tensor
     thresholds = renamed.pop("op_threshs", None)
     head = {
@@ -81,15 +78,14 @@ def recognise(file: TensorFile, where: str) -> Layout:
     channels = _channels(renamed, where)
     name, labels = _identify(file, head, thresholds, channels)
     _check_head(head, renamed, labels, where)
-    if thresholds is not None and head and len(thresholds) != len(head["classifier.weight"]):
+    if thresholds is not None and head and thresholds.numel() != len(head["classifier.weight"]):
         raise CxrdistError(
-            f"{where}: {len(thresholds)} thresholds (op_threshs) for "
+            f"{where}: {thresholds.numel()} thresholds (op_threshs) for "
             f"{len(head['classifier.weight'])} outputs; fetch the file again"
         )
-    known = file.metadata.get("normalisation")
     normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
-    if known:
-        normalisation = Normalisation(*(tuple(map(float, known[k])) for k in ("mean", "std")))
+    if file.note:
+        normalisation = read_normalisation(file.note)
     if {len(normalisation.mean), len(normalisation.std)} != {channels}:
         raise CxrdistError(
             f"{where}: its normalisation is not of {channels} channels; convert the file again"
@@ -122,9 +118,10 @@ def _identify(
     """Name of the layout, and the labels of its head where they are known."""
     names = file.tensors
     weight = head.get("classifier.weight")
-    num_outputs = len(weight) if weight is not None else 0
-    if file.metadata:
-        return str(file.metadata["layout"]), file.metadata.get("labels")
+    num_outputs = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
+    if file.note:
+        labels = file.note.texts("labels", MOST_OUTPUTS) if "labels" in file.note else None
+        return file.note.text("layout"), labels
     if any(name.endswith("classifier.0.weight") for name in names):
         whose = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
         return f"CheXNet, as in {whose}", CHEXNET_LABELS
@@ -151,7 +148,7 @@ def _check_head(
         return
     weight, bias = head.get("classifier.weight"), head.get("classifier.bias")
     last = trunk.get("features.norm5.weight")
-    inputs = len(last) if last is not None else None
+    inputs = last.numel() if last is not None else None
     if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1]:
         raise CxrdistError(
             f"{where}: the head's weight and bias do not belong together; fetch the file again"
@@ -185,7 +182,10 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
             f"its {len(tensors)} tensors; give weights of a DenseNet121"
         )
     first, second, third, fourth = layers
-    return Network(int(found[0][2].shape[0]), (first, second, third, fourth))
+    try:
+        return Network(int(found[0][2].shape[0]), (first, second, third, fourth))
+    except CxrdistError as error:
+        raise CxrdistError(f"{where}: {error}; give weights of a DenseNet121") from None
 
 
 def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:

@@ -1,21 +1,26 @@
 """Checkpoint files: tensors by name out of safetensors, state dicts and pickled networks."""
 
 import io
-import json
+import os
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from cxrdist.document import Document, parse_document
 from cxrdist.errors import CxrdistError
 from cxrdist.model.unpickler import (
-    Mapping,
+    MOST_DIMENSIONS,
+    MOST_NAME_CHARACTERS,
+    MOST_PICKLE_BYTES,
+    Pickles,
     RefusedError,
     StorageRef,
     Stub,
@@ -27,7 +32,11 @@ from cxrdist.model.unpickler import (
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 METADATA = "cxrdist"  # where `cxrdist weights convert` keeps what it knows, in safetensors' header
 LABEL_ATTRIBUTES = ("pathologies", "targets", "class_names")
-_MOST_MODULES = 10_000  # DenseNet121 has 434
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MOST_TENSORS = 10_000  # DenseNet264, the largest published, has 1,585
+MOST_ENTRIES = 100_000  # modules, parameters and buffers of a network; DenseNet264 has 3,000
+MOST_DIRECTORY_BYTES = 4 << 20  # of a zip file; DenseNet264 with its optimiser has 400 kB
+MOST_HEADER_BYTES = 4 << 20  # of safetensors; DenseNet121 has 80 kB
 
 Numbers = Callable[[StorageRef], bytearray]
 
@@ -41,14 +50,14 @@ class TensorFile:
         container: how the file is written.
         holder: where in it the tensors are.
         labels: of the outputs, where a pickled network names them.
-        metadata: what `cxrdist weights convert` noted, empty for other files.
+        note: what `cxrdist weights convert` noted; None for other files.
     """
 
     tensors: dict[str, Tensor]
     container: str
     holder: str
     labels: list[str] | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+    note: Document | None = None
 
 
 def read_tensor_file(file: Path, where: str) -> TensorFile:
@@ -63,18 +72,22 @@ def read_tensor_file(file: Path, where: str) -> TensorFile:
             more than data.
     """
     try:
+        if file.exists() and not file.is_file():
+            raise pickle.UnpicklingError("not a regular file")
         container = container_of(file)
         if container is None:
             raise pickle.UnpicklingError(_looks_like(file))
         if container == "safetensors":
-            return _read_safetensors(file)
-        read = _read_zip if zipfile.is_zipfile(file) else _read_legacy
+            return read_safetensors(file)
+        read = _read_zip if container == "torch.save" else _read_legacy
         return read(file, container)
     except FileNotFoundError:
         raise CxrdistError(
             f"{where}: no such file; expected chexnet, imagenet, none, a checkpoint file, "
             "its URL, or a run directory"
         ) from None
+    except CxrdistError:
+        raise
     except RefusedError as error:
         raise CxrdistError(
             f"{where}: holds more than data ({error}); nothing of it was run. Get the "
@@ -82,8 +95,8 @@ def read_tensor_file(file: Path, where: str) -> TensorFile:
             "torch.save(model.state_dict(), FILE)"
         ) from error
     except (
-        *(OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, struct.error),
-        *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError, NotImplementedError),
+        *(OSError, EOFError, KeyError, ValueError, TypeError, RuntimeError, MemoryError),
+        *(struct.error, pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CxrdistError(
@@ -117,20 +130,35 @@ def _looks_like(file: Path) -> str:
     return "neither safetensors nor a file of torch.save"
 
 
-def _read_safetensors(file: Path) -> TensorFile:
+def read_safetensors(file: Path) -> TensorFile:
+    """Read a file of safetensors.
+
+    Raises:
+        OSError, ValueError, SafetensorError: it is missing or damaged, or its tensors are not
+            weights.
+    """
+    with open(file, "rb") as data:
+        if int.from_bytes(data.read(8), "little") > MOST_HEADER_BYTES:
+            raise ValueError(f"its header has more than {MOST_HEADER_BYTES >> 20} MiB")
     with safe_open(file, framework="pt") as content:
         names = list(content.keys())
+        if len(names) > MOST_TENSORS:
+            raise ValueError(f"it holds more than {MOST_TENSORS} tensors")
+        for name in names:
+            if len(content.get_slice(name).get_shape()) > MOST_DIMENSIONS:
+                raise ValueError(f"{name:.100} has more than {MOST_DIMENSIONS} dimensions")
         tensors = {name: content.get_tensor(name) for name in names}
-        metadata = json.loads((content.metadata() or {}).get(METADATA, "{}"))
-    expected = {"layout", "labels", "normalisation", "started_from"}
-    if not isinstance(metadata, dict) or (metadata and metadata.keys() != expected):
-        raise ValueError("the metadata of cxrdist are damaged")
-    return TensorFile(tensors, "safetensors", "tensors by name", metadata=metadata)
+        text = (content.metadata() or {}).get(METADATA)
+    found = TensorFile(_refuse_other_numbers(tensors), "safetensors", "tensors by name")
+    if not text:
+        return found
+    note = parse_document(text.encode(), f"{file}: {METADATA}", "convert it again")
+    return replace(found, note=note)
 
 
 def _read_zip(file: Path, container: str) -> TensorFile:
     """Read a file of torch.save since 1.6: data.pkl, and the numbers in data/KEY."""
-    with zipfile.ZipFile(file) as archive:
+    with _Archive(file) as data, zipfile.ZipFile(data) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
             raise ValueError("a zip archive without data.pkl")
@@ -138,65 +166,115 @@ def _read_zip(file: Path, container: str) -> TensorFile:
         if f"{folder}constants.pkl" in archive.namelist():
             raise ValueError("TorchScript, which is a program; save the state dict")
         order = f"{folder}byteorder"
-        if order in archive.namelist() and archive.read(order) != b"little":
+        if order in archive.namelist() and _stored(archive, order, 16) != b"little":
             raise ValueError("written on a machine of another byte order")
-        content, storages = unpickle(io.BytesIO(_stored(archive, names[0])))
+        content, storages = unpickle(Pickles(_stored(archive, names[0], MOST_PICKLE_BYTES)))
         cached: dict[str, bytearray] = {}
 
         def numbers(storage: StorageRef) -> bytearray:
             if storage.key not in cached:
-                found = bytearray(_stored(archive, f"{folder}data/{storage.key}"))
-                cached[storage.key] = _sized(found, storages[storage.key])
+                whole = storages[storage.key]
+                found = _stored(archive, f"{folder}data/{storage.key}", whole.num_bytes)
+                cached[storage.key] = _sized(found, whole)
             return cached[storage.key]
 
         return _collect(content, numbers, container, file.stat().st_size)
 
 
-def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+class _Archive(io.FileIO):
+    """A zip file of which no directory is read that does not belong to a checkpoint.
+
+    zipfile reads the list of members at once, and makes an object of half a kilobyte of each.
+    """
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read so many bytes.
+
+        Raises:
+            ValueError: they are too many.
+        """
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        size = left if size is None or size < 0 else min(size, left)
+        if size > MOST_DIRECTORY_BYTES:
+            raise ValueError(f"its directory has more than {MOST_DIRECTORY_BYTES >> 20} MiB")
+        return super().read(size) or b""
+
+
+def _stored(archive: zipfile.ZipFile, name: str, most_bytes: int) -> bytearray:
     """Read a member; torch.save compresses none, so a compressed one is a bomb or damaged."""
-    if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
-    return archive.read(name)
+    if member.file_size > most_bytes:
+        raise ValueError(f"{name} has {member.file_size} bytes, expected at most {most_bytes}")
+    found = bytearray()
+    with archive.open(member) as content:
+        while block := content.read(MOST_DIRECTORY_BYTES):
+            found += block
+    return found
 
 
 def _read_legacy(file: Path, container: str) -> TensorFile:
     """Read a file of torch.save before 1.6: five pickles, then the numbers, key by key."""
     cached: dict[str, bytearray] = {}
     with open(file, "rb") as data:
-        (magic, _), (version, _), (system, _) = (unpickle(data) for _ in range(3))
+        pickles = Pickles(data.read(5 * MOST_PICKLE_BYTES))
+        (magic, _), (version, _), (system, _) = (unpickle(pickles) for _ in range(3))
         if magic != LEGACY_MAGIC or version != 1001:
-            raise ValueError(f"version {version} of the format, expected 1001")
+            raise ValueError("another version of the format, expected 1001")
         if not (isinstance(system, dict) and system.get("little_endian") is True):
             raise ValueError("written on a machine of another byte order")
-        content, storages = unpickle(data)
-        keys, _ = unpickle(data)
-        if not (isinstance(keys, list) and set(keys) == set(storages)):
+        content, storages = unpickle(pickles)
+        keys, _ = unpickle(pickles)
+        if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+            raise ValueError("its list of tensors is damaged")
+        if len(keys) != len(storages) or set(keys) != set(storages):
             raise ValueError("its list of tensors is not that of their numbers")
+        data.seek(pickles.tell())
         for key in keys:
             storage = storages[key]
             (num_elements,) = struct.unpack("<q", data.read(8))
             if num_elements != storage.num_elements:
                 raise ValueError(f"{num_elements} numbers, expected {storage.num_elements}")
-            num_bytes = storage.num_elements * storage.dtype.itemsize
-            cached[key] = _sized(bytearray(data.read(min(num_bytes, file.stat().st_size))), storage)
+            num_bytes = min(storage.num_bytes, file.stat().st_size)
+            cached[key] = _sized(bytearray(data.read(num_bytes)), storage)
     return _collect(content, lambda storage: cached[storage.key], container, file.stat().st_size)
 
 
 def _sized(numbers: bytearray, storage: StorageRef) -> bytearray:
     """Make sure that a storage is whole."""
-    expected = storage.num_elements * storage.dtype.itemsize
-    if len(numbers) != expected:
-        raise ValueError(f"cut off: {len(numbers)} bytes of a tensor, expected {expected}")
+    if len(numbers) != storage.num_bytes:
+        raise ValueError(f"cut off: {len(numbers)} bytes of a tensor, expected {storage.num_bytes}")
     return numbers
 
 
 def _collect(content: Any, numbers: Numbers, container: str, file_bytes: int) -> TensorFile:
     """Find the tensors in what was unpickled, and read them."""
     holder, references, labels = _find(content)
-    if sum(reference.num_bytes for reference in references.values()) > 4 * file_bytes:
-        raise RefusedError("its tensors are larger than the file")
+    if len(references) > MOST_TENSORS:
+        raise RefusedError(f"it holds more than {MOST_TENSORS} tensors")
+    stored = {reference.storage.key: reference.storage for reference in references.values()}
+    for parts in (stored, references):
+        if sum(part.num_bytes for part in parts.values()) > 4 * file_bytes:
+            raise RefusedError("its tensors are larger than the file")
     tensors = {name: value.read(numbers(value.storage)) for name, value in references.items()}
-    return TensorFile(tensors, container, holder, labels)
+    return TensorFile(_refuse_other_numbers(tensors), container, holder, labels)
+
+
+def _refuse_other_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Make sure that weights are finite floating point; BatchNorm's counters are whole numbers.
+
+    Raises:
+        ValueError: one is something else.
+    """
+    for name, tensor in tensors.items():
+        counter = name.endswith("num_batches_tracked") and tensor.dtype == torch.int64
+        if tensor.dtype not in FLOATS and not counter:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(f"{name} holds {kind} numbers, expected floating point")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds numbers that are not finite")
+    return tensors
 
 
 def _find(content: Any) -> tuple[str, dict[str, TensorRef], list[str] | None]:
@@ -225,27 +303,32 @@ def _find(content: Any) -> tuple[str, dict[str, TensorRef], list[str] | None]:
 def _network_tensors(network: Stub) -> Iterator[tuple[str, TensorRef]]:
     """Yield what `state_dict()` of a pickled network would hold, in its order."""
     seen: set[int] = set()
-    waiting = [("", network)]
+    waiting, entries_left = [("", network)], MOST_ENTRIES
     while waiting:
         prefix, module = waiting.pop()
-        if id(module) in seen or len(seen) > _MOST_MODULES:
+        own = module.attributes
+        kinds = {kind: _entries(own, kind) for kind in ("_parameters", "_buffers", "_modules")}
+        entries_left -= sum(map(len, kinds.values())) + 1
+        if id(module) in seen or entries_left < 0 or len(prefix) > MOST_NAME_CHARACTERS:
             raise RefusedError("its modules contain one another")
         seen.add(id(module))
-        own = module.attributes
-        passing = own.get("_non_persistent_buffers_set") or ()
+        passing = own.get("_non_persistent_buffers_set")
+        passing = passing if isinstance(passing, list | tuple) and len(passing) < 100 else ()
         for kind in ("_parameters", "_buffers"):
-            for name, value in _entries(own, kind):
+            for name, value in kinds[kind].items():
                 if isinstance(value, TensorRef) and not (kind == "_buffers" and name in passing):
                     yield prefix + name, value
-        children = [(f"{prefix}{name}.", child) for name, child in _entries(own, "_modules")]
+        children = [(f"{prefix}{name}.", child) for name, child in kinds["_modules"].items()]
         waiting += [(name, child) for name, child in reversed(children) if isinstance(child, Stub)]
 
 
-def _entries(attributes: dict[str, Any], kind: str) -> list[tuple[str, Any]]:
+def _entries(attributes: dict[str, Any], kind: str) -> dict[str, Any]:
     entries = attributes.get(kind)
-    if not isinstance(entries, dict | Mapping) or not all(isinstance(n, str) for n in entries):
+    if not isinstance(entries, dict) or len(entries) > MOST_ENTRIES:
         raise ValueError(f"a network whose {kind} are damaged")
-    return list(entries.items())
+    if not all(isinstance(name, str) for name in entries):
+        raise ValueError(f"a network whose {kind} are damaged")
+    return entries
 
 
 def _labels(network: Stub) -> list[str] | None:
@@ -253,5 +336,5 @@ def _labels(network: Stub) -> list[str] | None:
     for name in LABEL_ATTRIBUTES:
         labels = network.attributes.get(name)
         if isinstance(labels, list) and labels and all(isinstance(x, str) for x in labels):
-            return labels
+            return labels if all(len(x) <= 255 and x.isprintable() for x in labels) else None
     return None

@@ -7,12 +7,20 @@ from typing import Any
 from torch import Tensor
 from torchvision.models import DenseNet121_Weights
 
+from cxrdist.document import parse_document, read_bounded
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import Classifier, Normalisation, load_model, network_state
+from cxrdist.model.densenet import (
+    MEND,
+    Classifier,
+    Normalisation,
+    load_model,
+    network_state,
+    read_origin,
+)
 from cxrdist.model.download import download, sha256_of
 from cxrdist.model.layout import check_fit, recognise
 from cxrdist.model.tensorfile import read_tensor_file
-from cxrdist.run import RunDirectory, read_json
+from cxrdist.run import RunDirectory
 
 # The paper's CheXNet (section 3.2: Zech 2018), as it was published in 2018. The file that has this
 # name today is another network, trained anew in 2022; a revision of git names its bytes.
@@ -20,6 +28,7 @@ CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"
 )
+MOST_RUN_BYTES = 16 << 20  # of run.json, which counts the images of each class
 PUBLISHED = {"chexnet": CHEXNET_URL, "imagenet": DenseNet121_Weights.IMAGENET1K_V1.url}
 
 
@@ -90,9 +99,9 @@ def read_weights(init: str, option: str = "--init ") -> InitialWeights:
 def _read_file(file: Path, where: str, source: str) -> InitialWeights:
     content = read_tensor_file(file, where)
     layout = recognise(content, where)
-    record = {"source": source, "sha256": sha256_of(file), "layout": layout.name}
-    if content.metadata:
-        record["started_from"] = content.metadata["started_from"]
+    record: dict[str, Any] = {"source": source, "sha256": sha256_of(file), "layout": layout.name}
+    if content.note:
+        record["started_from"] = read_origin(content.note, "started_from")
     return InitialWeights(layout.tensors, layout.head, layout.normalisation, layout.labels, record)
 
 
@@ -114,11 +123,12 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
         "started_from": model.origin,
     }
     if run.info.is_file():
-        info = read_json(run.info)
+        data = read_bounded(run.info, MOST_RUN_BYTES, MEND)
+        info = parse_document(data, str(run.info), MEND)
         record["trained_on"] = {
-            "shards": info["shards"]["path"],
-            "index_sha256": info["shards"]["index_sha256"],
-            "finished": info["finished"],
+            "shards": info.object("shards").text("path"),
+            "index_sha256": info.object("shards").text("index_sha256"),
+            "finished": info.text("finished"),
         }
     return InitialWeights(state, head, model.normalisation, model.classes, record)
 

@@ -1,21 +1,24 @@
 """The audit of the shards as the report shows it."""
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cxrdist.data.audit import FORMAT
+from cxrdist.data.audit import FORMAT, MOST_PICTURED
 from cxrdist.report.files import reading
 from cxrdist.report.values import count, number
+from cxrdist.run import read_document
 
 MOST_PATIENTS = 50
+MOST_THUMBNAIL_BYTES = 1 << 15  # pack's have 3 kB
 MOST_IN_SIGHT = 10  # pairs that need no click
 
 
 def audit_view(path: Path) -> dict[str, Any] | None:
     """Gather what the page shows of an audit; None if there was none when the training began.
+
+    A part that the audit could not make is None; ``not_made`` has the reasons.
 
     Raises:
         CxrdistError: the file is not what the audit writes.
@@ -23,29 +26,37 @@ def audit_view(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     with reading(path, "check --audit"):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_document(path, dict[str, Any], "run `cxrdist check --audit` again")
         if found["format"] != FORMAT:
             raise ValueError(f"format is {found['format']!r} and not {FORMAT!r}")
-        pairs = _pictured(found["duplicates"]["pairs"], found["thumbnails"])
+        duplicates = found["duplicates"] or {"pairs": []}
+        pairs = _pictured(duplicates["pairs"], found["thumbnails"])
         return {
             "images": count(found["images"]),
             "patients": count(found["patients"]),
             "warnings": [str(line) for line in found["warnings"]],
             "classes": [str(name) for name in found["classes"]],
-            "duplicates": {
-                name: int(found["duplicates"][name])
+            "not_made": [(name, str(why)) for name, why in found.get("not_made", {}).items()],
+            "duplicates": found["duplicates"]
+            and {
+                name: int(duplicates[name])
                 for name in ("exact", "near", "in_two_splits", "in_two_classes")
             },
             "pairs": [pairs[:MOST_IN_SIGHT], pairs[MOST_IN_SIGHT:]],
-            "num_unpictured": len(found["duplicates"]["pairs"]) - len(pairs),
+            "num_unpictured": len(duplicates["pairs"]) - len(pairs),
             "shared": [
                 (what, len(found[f"patients_in_several_{what}"]), _patients(found, what))
                 for what in ("splits", "classes")
             ],
-            "origins": [(what, _origin(found[f"{what}s"])) for what in ("source", "view")],
-            "statistics": _statistics(found["statistics"], found["classes"]),
-            "shortcut": _shortcut(found["shortcut"], found["classes"]),
-            "seen": _seen(found["in_pre_training"]),
+            "origins": [
+                (what, _origin(found[f"{what}s"]))
+                for what in ("source", "view")
+                if found[f"{what}s"]
+            ],
+            "statistics": found["statistics"]
+            and _statistics(found["statistics"], found["classes"]),
+            "shortcut": found["shortcut"] and _shortcut(found["shortcut"], found["classes"]),
+            "seen": found["in_pre_training"] and _seen(found["in_pre_training"]),
         }
 
 
@@ -54,7 +65,7 @@ def _pictured(
 ) -> list[dict[str, Any]]:
     """The pairs that have pictures, as the page shows them; equal images have one in common."""
     shown = []
-    for about in pairs:
+    for about in pairs[:MOST_PICTURED]:
         images = [
             {name: str(image[name]) for name in ("key", "path", "split", "label", "patient")}
             for image in about["images"]
@@ -63,7 +74,8 @@ def _pictured(
         if not pictures:
             continue
         for code in pictures:
-            base64.b64decode(code, validate=True)
+            if len(base64.b64decode(code, validate=True)) > MOST_THUMBNAIL_BYTES:
+                raise ValueError(f"a thumbnail has more than {MOST_THUMBNAIL_BYTES} bytes")
         shown.append(
             {
                 "exact": about["kind"] == "exact",
@@ -130,10 +142,8 @@ def _short(value: float) -> str:
     return number(value) if abs(value) < 10 else f"{value:,.0f}"
 
 
-def _shortcut(found: Mapping[str, Any] | None, classes: Sequence[str]) -> dict[str, Any] | None:
-    """AUROC and interval of each class, None where too few images."""
-    if found is None:
-        return None
+def _shortcut(found: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """AUROC and interval of each class, None where too few patients."""
     rows = []
     for label in classes:
         score = found["auroc"][label]

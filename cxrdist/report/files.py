@@ -1,22 +1,33 @@
 """The files of a run as the report reads them: each is checked whole, so that the page is sound."""
 
 import csv
-import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
-import yaml
 
 from cxrdist.data.records import SPLITS, labels_of
+from cxrdist.documents import Between, Real, typed
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.metrics import predicted_classes
-from cxrdist.report.values import MEASURES, count, moment, number, rate
-from cxrdist.run import RUN_FORMAT, RunDirectory
+from cxrdist.evaluate.metrics import Metrics, predicted_classes
+from cxrdist.explain.sanity import RelevanceInfo, Rules, SanityInfo
+from cxrdist.info import RunInfo, WeightsInfo
+from cxrdist.report.values import MEASURES
+from cxrdist.run import (
+    RunDirectory,
+    open_regular,
+    read_document,
+    read_log,
+    read_recipe,
+)
+
+MOST_EPOCHS = 100_000  # of all stages
 
 
 @dataclass(frozen=True)
@@ -83,67 +94,31 @@ def reading(path: Path, command: str) -> Iterator[None]:
         yield
     except CxrdistError:
         raise
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
         problem = f"misses {error}" if isinstance(error, KeyError) else str(error)
-        problem = " ".join(problem.split())
+        problem = " ".join(problem.split())[:300]
         raise CxrdistError(
             f"{path}: expected what `cxrdist {command}` writes, but: {problem}; "
             f"run `cxrdist {command}` again"
         ) from error
 
 
-def read_info(run: RunDirectory) -> dict[str, Any]:
-    """Read run.json.
-
-    Raises:
-        CxrdistError: there is none, or it is not one of this format.
-    """
-    if not run.info.is_file():
-        raise CxrdistError(
-            f"--run {run.root}: holds no run.json; give the directory of a `cxrdist train`"
-        )
-    with reading(run.info, "train"):
-        info = json.loads(run.info.read_text(encoding="utf-8"))
-        if info["format"] != RUN_FORMAT:
-            raise ValueError(f"format is {info['format']!r} and not {RUN_FORMAT!r}")
-        shards = info["shards"]
-        for name in ("index_sha256", "image_size_px", "split"):
-            shards[name]
-        MEASURES[shards["task"]]
-        for classes in shards["counts"].values():
-            for name in shards["classes"]:
-                count(classes[name]["images"]), count(classes[name]["patients"])
-        for total in shards["totals"].values():
-            count(total["images"]), count(total["patients"])
-        for name in ("world_size", "device", "mixed_precision", "git_revision"):
-            info[name]
-        dict(info["versions"]), info["weights"]["source"], dict(info["stages"])
-        moment(info["started"]), moment(info["finished"])
-    return dict(info)
-
-
-def weights_chain(path: Path, info: dict[str, Any]) -> list[dict[str, Any]]:
+def weights_chain(info: RunInfo) -> list[dict[str, Any]]:
     """List what a run's weights were made from, the first one first.
-
-    Args:
-        path: run.json, for the error line.
-        info: what it holds.
 
     Returns:
         For each: source, sha256, layout, labels, tensors, trained_on; None for what is not known.
     """
     names = ("source", "sha256", "layout", "labels", "tensors", "trained_on")
     chain = []
-    with reading(path, "train"):
-        link = info["weights"]
-        while link:
-            chain.append({name: link.get(name) for name in names})
-            list(chain[-1]["labels"] or []), dict(chain[-1]["trained_on"] or {})
-            link = link.get("started_from")
+    link: WeightsInfo | None = info["weights"]
+    while link:
+        chain.append({name: link.get(name) for name in names})
+        link = link.get("started_from")
     return chain[::-1]
 
 
-def read_recipe(path: Path) -> tuple[str, list[str]] | None:
+def read_stages(path: Path) -> tuple[str, list[str]] | None:
     """Read the resolved recipe.
 
     Returns:
@@ -151,63 +126,96 @@ def read_recipe(path: Path) -> tuple[str, list[str]] | None:
     """
     if not path.is_file():
         return None
+    text, recipe = read_recipe(path, "run `cxrdist train` again")
     with reading(path, "train"):
-        text = path.read_text(encoding="utf-8")
-        return text, [str(name) for name in yaml.safe_load(text).get("stages") or {}]
+        return text, [str(name) for name in typed(recipe.get("stages") or {}, dict[str, Any])]
+
+
+class EpochRow(TypedDict):
+    """A row of the log for an epoch; what a stage begins with is its epoch 0, without training."""
+
+    stage: str
+    epoch: Annotated[int, Between(0, MOST_EPOCHS)]
+    val_loss: Real | None
+    val_accuracy: NotRequired[Real | None]
+    val_auroc: NotRequired[Real | None]
+    loss: NotRequired[Real | None]
+    images_per_second: NotRequired[Real | None]
+    seconds: NotRequired[Real | None]
+
+
+class SpeedRow(TypedDict):
+    """A row of the log for how fast an epoch was."""
+
+    stage: str
+    epoch: int
+    images_per_second: Real
+    seconds: Real
 
 
 def read_epochs(path: Path, task: str) -> dict[str, list[dict[str, Any]]]:
     """Read the epochs of each stage from the log, those that were done twice as done last.
 
-    A last line without an end was cut off when the run was killed; it is left out. ``val_score``
-    is the validation score of the task.
+    ``val_score`` is the validation score of the task. What is undefined is NaN.
+
+    Raises:
+        CxrdistError: it is not what a training logs.
     """
     if not path.is_file():
         return {}
     epochs: dict[str, dict[int, dict[str, Any]]] = {}
     with reading(path, "train"):
-        for line in path.read_text(encoding="utf-8").split("\n")[:-1]:
-            row = json.loads(line)
+        for row in read_log(path):
             if row.get("kind") == "speed":
-                epochs[row["stage"]][int(row["epoch"])] |= {
-                    name: float(row[name]) for name in ("images_per_second", "seconds")
+                speed = typed(row, SpeedRow)
+                epochs[speed["stage"]][speed["epoch"]] |= {
+                    "images_per_second": speed["images_per_second"],
+                    "seconds": speed["seconds"],
                 }
-            if row.get("kind") != "epoch":
-                continue
-            # What a stage begins with is its epoch 0, which has trained nothing.
-            row = {"loss": None, "images_per_second": None, "seconds": None, **row}
-            row["val_score"] = row["val_auroc" if task == "multilabel" else "val_accuracy"]
-            for name in ("loss", "val_loss", "val_score", "images_per_second", "seconds"):
-                row[name] = math.nan if row[name] is None else float(row[name])
-            epochs.setdefault(row["stage"], {})[int(row["epoch"])] = row
+            elif row.get("kind") == "epoch":
+                found = typed(row, EpochRow)
+                epochs.setdefault(found["stage"], {})[found["epoch"]] = _numbers(found, task)
+                if sum(map(len, epochs.values())) > MOST_EPOCHS:
+                    raise ValueError(f"it has more than {MOST_EPOCHS} epochs")
     return {stage: [rows[epoch] for epoch in sorted(rows)] for stage, rows in epochs.items()}
 
 
+def _numbers(row: EpochRow, task: str) -> dict[str, Any]:
+    """The numbers of an epoch, NaN for what it does not have."""
+    score = row["val_auroc"] if task == "multilabel" else row["val_accuracy"]
+    numbers = {
+        "val_score": score,
+        **{name: row.get(name) for name in ("loss", "val_loss", "images_per_second", "seconds")},
+    }
+    known = {name: math.nan if value is None else value for name, value in numbers.items()}
+    return {"epoch": row["epoch"], **known}
+
+
 def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
-    """Read the metrics of a split; None if it was not evaluated."""
+    """Read the metrics of a split; None if it was not evaluated.
+
+    Raises:
+        CxrdistError: they are damaged, or of another task than the run.
+    """
     if not path.is_file():
         return None
+    metrics = read_document(path, Metrics, "run `cxrdist evaluate` again")
     with reading(path, "evaluate"):
-        metrics = json.loads(path.read_text(encoding="utf-8"))
         if metrics["task"] != task:
             raise ValueError(f"they are {metrics['task']}, the run is {task}")
-        scores = MEASURES[task]
-        for values in (*metrics["classes"].values(), metrics["macro"]):
-            for score in scores:
-                number(values[score])
         if task == "multilabel":
-            number(metrics["threshold"])
             for values in metrics["classes"].values():
-                count(values["positives"])
-            for score in scores:
-                count(metrics["macro_labels"][score])
+                values["positives"], values["average_precision"]
+            metrics["macro"]["average_precision"], metrics["threshold"]
+            for score in MEASURES[task]:
+                metrics["macro_labels"][score]
         else:
-            number(metrics["accuracy"])
+            metrics["accuracy"]
             _check_confusion(metrics)
     return dict(metrics)
 
 
-def _check_confusion(metrics: dict[str, Any]) -> None:
+def _check_confusion(metrics: Metrics) -> None:
     confusion = np.array(metrics["confusion_matrix"], dtype=np.int64)
     side = len(metrics["classes"])
     if confusion.shape != (side, side) or confusion.sum() != metrics["samples"]:
@@ -224,9 +232,7 @@ def read_predictions(path: Path, task: str) -> list[Sample] | None:
     """
     if not path.is_file():
         return None
-    samples = []
-    with reading(path, "evaluate"), open(path, encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file, strict=True)
+    with _table(path, "evaluate") as table:
         columns = table.fieldnames or []
         classes = [name.removeprefix("prob_") for name in columns if name.startswith("prob_")]
         if not classes:
@@ -236,12 +242,7 @@ def read_predictions(path: Path, task: str) -> list[Sample] | None:
             raise ValueError(
                 f"there is no column logit_{missing[0]}, which an older cxrdist did not write"
             )
-        for row in table:
-            try:
-                samples.append(_read_sample(row, classes, task))
-            except ValueError as error:
-                raise ValueError(f"line {table.line_num}: {error}") from error
-    return samples
+        return [_read_sample(row, classes, task) for row in _rows(table)]
 
 
 def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> Sample:
@@ -268,9 +269,8 @@ def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]
     if not path.is_file():
         return None
     found: dict[str, list[Explanation]] = {}
-    with reading(path, "explain"), open(path, encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file, strict=True)
-        for row in table:
+    with _table(path, "explain") as table:
+        for row in _rows(table):
             logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
             shares = [row[name] for name in ("bias_share", "epsilon_share")]
             bias, epsilon = (_finite(text) if any(shares) else None for text in shares)
@@ -282,42 +282,69 @@ def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]
     return found
 
 
-def read_sanity(run: RunDirectory, split: str) -> dict[str, Any] | None:
+def read_sanity(run: RunDirectory, split: str) -> tuple[Rules, SanityInfo] | None:
     """Read how the relevance of a split was made and tested; None if that is not known.
 
-    Returns:
-        relevance.json with ``sanity``: ledger_residual (or None) and pixel_flipping.
+    Raises:
+        CxrdistError: relevance.json is damaged.
     """
     path = run.relevance_info(split)
     if not path.is_file():
         return None
-    with reading(path, "explain"):
-        info = json.loads(path.read_text(encoding="utf-8"))
-        how, sanity = dict(info["how"]), info["sanity"]
-        for name in ("preset", "composite", "flat", "biases"):
-            how[name]
-        if sanity is None:
-            return None
-        rate(sanity["ledger_residual"] or 0)
-        flipping = sanity["pixel_flipping"]
-        count(flipping["images"]), number(flipping["covered_share"])
-        curves = [flipping["relevant_first"], flipping["random_order"]]
-        if np.shape(curves) != (2, len(curves[0])) or not np.isfinite(curves).all():
-            raise ValueError("the curves of pixel_flipping are not two rows of numbers")
-        for name in ("area_over_relevant_first", "area_over_random_order"):
-            number(flipping[name])
-    return dict(info)
+    info = read_document(path, RelevanceInfo, "run `cxrdist explain` again")
+    if info["sanity"] is None:
+        return None
+    flipping = info["sanity"]["pixel_flipping"]
+    if len(flipping["relevant_first"]) != len(flipping["random_order"]):
+        raise CxrdistError(
+            f"{path}: the curves of pixel_flipping have different lengths; "
+            "run `cxrdist explain` again"
+        )
+    return info["how"], info["sanity"]
+
+
+@contextmanager
+def _table(path: Path, command: str) -> Iterator["csv.DictReader[str]"]:
+    """Open a CSV file of the run; what is wrong with it while it is read is said with its line.
+
+    Raises:
+        CxrdistError: it is not what the command writes.
+    """
+    with (
+        reading(path, command),
+        TextIOWrapper(open_regular(path, os.O_RDONLY), encoding="utf-8", newline="") as text,
+    ):
+        table = csv.DictReader(text, strict=True)
+        try:
+            yield table
+        except ValueError as error:
+            raise ValueError(f"line {table.line_num}: {error}") from error
+
+
+def _rows(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
+    """Give rows that have a value for each column.
+
+    Raises:
+        ValueError: one has not, or two columns have the same name.
+    """
+    columns = table.fieldnames or []
+    if len(set(columns)) < len(columns):
+        raise ValueError("two columns have the same name")
+    for row in table:
+        if None in row or None in row.values():
+            raise ValueError(f"expected {len(columns)} fields")
+        yield row
 
 
 def _finite(text: str) -> float:
-    """Read a number.
+    """Read a number that was computed in float32.
 
     Raises:
         ValueError: it is none, or not a finite one.
     """
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is not a finite number")
+    if not abs(value) <= np.finfo(np.float32).max:
+        raise ValueError(f"{text:.40} is not a finite number")
     return value
 
 
@@ -327,7 +354,7 @@ def within(directory: Path, name: str) -> Path:
     Raises:
         ValueError: the name leads elsewhere.
     """
-    if Path(name).name != name:
+    if Path(name).name != name or (directory / name).is_symlink():
         raise ValueError(f"{name!r} is not the name of a file in {directory.name}/")
     return directory / name
 

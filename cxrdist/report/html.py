@@ -1,20 +1,18 @@
 """The report: a run directory read and checked, shown as one HTML file that needs nothing else."""
 
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cxrdist.config import ReportConfig
 from cxrdist.explain import heatmap
+from cxrdist.info import RunInfo, read_info
 from cxrdist.report import values
 from cxrdist.report.audit import audit_view
 from cxrdist.report.files import (
     known_splits,
-    read_info,
-    read_recipe,
+    read_stages,
     reading,
     weights_chain,
 )
@@ -36,7 +34,7 @@ def report(config: ReportConfig) -> Path:
     run = RunDirectory(config.run)
     sweep(run.root)
     info = read_info(run)
-    recipe = read_recipe(run.recipe)
+    recipe = read_stages(run.recipe)
     splits = [
         split_view(run, split, f"split{place}", info["shards"]["task"])
         for place, split in enumerate(known_splits(run.root))
@@ -44,7 +42,7 @@ def report(config: ReportConfig) -> Path:
     page = _template().render(
         name=run.root.resolve().name,
         info=info,
-        weights=weights_chain(run.info, info),
+        weights=weights_chain(info),
         duration=_duration(run.info, info),
         recipe=recipe,
         audit=audit_view(run.audit),
@@ -73,12 +71,17 @@ def _template() -> Template:
     return environment.get_template("report.html.jinja")
 
 
-def _duration(path: Path, info: Mapping[str, Any]) -> str:
-    """Write how long a run took from its start to its end, pauses included."""
-    if info["finished"] is None:
-        return "not finished"
+def _duration(path: Path, info: RunInfo) -> str:
+    """Write how long a run took from its start to its end, pauses included.
+
+    Raises:
+        CxrdistError: these are no times.
+    """
     with reading(path, "train"):
-        started, finished = (datetime.fromisoformat(info[name]) for name in ("started", "finished"))
+        started = datetime.fromisoformat(info["started"])
+        if info["finished"] is None:
+            return "not finished"
+        finished = datetime.fromisoformat(info["finished"])
         seconds = round((finished - started).total_seconds())
     parts = (seconds // 3600, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")
     shown = [f"{value} {unit}" for value, unit in parts if value] or ["0 s"]

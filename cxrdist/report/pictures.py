@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from cxrdist.errors import CxrdistError
+from cxrdist.run import open_regular
 
 # Colours that stand for the page's own while matplotlib draws: the page knows whether it is dark.
 INK, FIRST, SECOND = "#010203", "#010204", "#010205"
@@ -41,6 +43,7 @@ _STYLE = {
     "lines.markersize": 4,
 }
 _LARGEST_PX = 512
+MOST_PX = 1 << 26  # of a picture that is read; a heat map has at most 4096 x 4096
 _JPEG_QUALITY = 88
 
 
@@ -63,7 +66,9 @@ def embed(path: Path) -> Picture:
         CxrdistError: the file is no image.
     """
     try:
-        with Image.open(path) as file:
+        with open_regular(path, os.O_RDONLY) as data, Image.open(data, formats=["PNG"]) as file:
+            if file.width * file.height > MOST_PX:
+                raise ValueError(f"{file.width} x {file.height} px")
             image = file.convert("L" if file.mode in {"1", "L"} else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CxrdistError(

@@ -106,6 +106,11 @@ def check_same_evaluation(
         CxrdistError: they differ.
     """
     several = metrics["task"] == "multilabel"
+    if samples and list(samples[0].logits) != list(metrics["classes"]):
+        raise CxrdistError(
+            f"{run.metrics(split)}: expected the classes of predictions.csv beside it; run "
+            f"`cxrdist evaluate --split {split}` again"
+        )
     same = _same_labels(metrics, samples) if several else _same_confusion(metrics, samples)
     if not same:
         what = "counts of the labels" if several else "confusion matrices"

@@ -167,14 +167,15 @@ def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
 
 def _sanity(run: RunDirectory, split: str, element: str) -> dict[str, Any] | None:
     """Gather how the maps were made and what the tests of them found."""
-    info = read_sanity(run, split)
-    if info is None:
+    found = read_sanity(run, split)
+    if found is None:
         return None
-    flipping = info["sanity"]["pixel_flipping"]
+    how, sanity = found
+    flipping = sanity["pixel_flipping"]
     chart = pictures.flipping_chart(
         f"{element}-flipping",
         flipping["covered_share"],
         flipping["relevant_first"],
         flipping["random_order"],
     )
-    return {**info["sanity"], "how": info["how"], "chart": Markup(chart)}
+    return {**sanity, "how": how, "chart": Markup(chart)}

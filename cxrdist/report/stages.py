@@ -1,20 +1,19 @@
 """The stages of a training as the report shows them."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from cxrdist.info import RunInfo
 from cxrdist.report import pictures
-from cxrdist.report.files import read_epochs, reading
-from cxrdist.report.values import count
+from cxrdist.report.files import read_epochs
 from cxrdist.run import RunDirectory
 
 
 def stage_views(
-    run: RunDirectory, info: Mapping[str, Any], recipe: tuple[str, list[str]] | None
+    run: RunDirectory, info: RunInfo, recipe: tuple[str, list[str]] | None
 ) -> list[dict[str, Any]]:
     """Gather each stage in the order of the recipe: what it trained and how it went."""
     task = info["shards"]["task"]
@@ -22,19 +21,14 @@ def stage_views(
     names = dict.fromkeys([*(recipe[1] if recipe else []), *info["stages"], *epochs])
     views = []
     for place, name in enumerate(names):
-        with reading(run.info, "train"):
-            facts = info["stages"].get(name)
-            for group in facts["parameter_groups"] if facts else []:
-                float(group["lr"]), float(group["weight_decay"])
-                count(group["tensors"]), count(group["parameters"]), group["block"]
-            best = int(facts["best_epoch"]) if facts else None
-            frozen = list(facts["frozen"]) if facts else []
+        facts = info["stages"].get(name)
+        best = facts["best_epoch"] if facts else None
         rows = epochs.get(name, [])
         views.append(
             {
                 "name": name,
                 "facts": facts,
-                "frozen": frozen,
+                "frozen": facts["frozen"] if facts else [],
                 "best_epoch": best,
                 "rows": rows,
                 "score": "accuracy" if task == "multiclass" else "mean AUROC",

@@ -1,16 +1,15 @@
 """The probe for words on the images as the report shows it, beside what the paper says."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from cxrdist.report import pictures
 from cxrdist.report.files import reading, within
 from cxrdist.report.values import count, fine, number, percent
-from cxrdist.run import TEXT_FORMAT, RunDirectory
+from cxrdist.run import TEXT_FORMAT, RunDirectory, read_document
 
 CONDITIONS = ("as_it_is", "black", "fill")
+MOST_SHOWN = 500  # pictures, of 50 kB each; the probe draws a few of each class
 
 
 def text_views(run: RunDirectory) -> list[dict[str, Any]]:
@@ -19,17 +18,18 @@ def text_views(run: RunDirectory) -> list[dict[str, Any]]:
     Raises:
         CxrdistError: a file is not what the probe writes.
     """
-    return [_text_view(run, path) for path in sorted(run.root.glob("*/text.json"))]
+    splits = sorted(path.parent.name for path in run.root.glob("*/text.json"))
+    return [_text_view(run, split) for split in splits]
 
 
-def _text_view(run: RunDirectory, path: Path) -> dict[str, Any]:
-    split = path.parent.name
+def _text_view(run: RunDirectory, split: str) -> dict[str, Any]:
+    path = run.text(split)
     with reading(path, "probe-text"):
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_document(path, dict[str, Any], "run `cxrdist probe-text` again")
         if found["format"] != TEXT_FORMAT:
             raise ValueError(f"format is {found['format']!r} and not {TEXT_FORMAT!r}")
         classes = [str(name) for name in found["classes"]]
-        drawn = [_picture(run, split, about, classes) for about in found["pictures"]]
+        drawn = [_picture(run, split, about, classes) for about in found["pictures"][:MOST_SHOWN]]
         return {
             "split": split,
             "several": found["task"] == "multilabel",

@@ -4,24 +4,36 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_directory
+from cxrdist.documents import Between, parse_json, typed
+from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.run import atomic_directory, read_bytes
 
 CHECKPOINT_FORMAT = "cxrdist-checkpoint-3"
-_NAME = re.compile(r"^\d{5}-\d{7}$")
+_NAME = re.compile(r"\d{5,}-\d{7,}")
+_BEST = re.compile(r"best-\d{5,}")
 _STATE, _POSITION = "state.safetensors", "position.json"
 
+# What PyTorch keeps of each parameter.
+_STATES: dict[type, tuple[str, ...]] = {
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.SGD: ("momentum_buffer",),
+}
+_MOST_POSITION_BYTES = 1 << 20  # with the best weights of 10,000 stages
+_MOST_STATE_BYTES = 32 << 30  # of a network of 2 billion parameters; CheXNet has 7 million
+
 State = dict[str, Tensor]
+Count = Annotated[int, Between(0, 10**12)]
 
 
 @dataclass(frozen=True)
@@ -45,23 +57,33 @@ class Position:
     """
 
     stage: str
-    epoch: int
-    step: int
-    epochs_done: int
-    steps_done: int
-    log_bytes: int
-    logged_step: int
+    epoch: Count
+    step: Count
+    epochs_done: Count
+    steps_done: Count
+    log_bytes: Count
+    logged_step: Count
     taken: int
-    skipped: int
-    stopping: dict[str, Any]
+    skipped: Count
+    stopping: dict[str, int | float]
     finished: bool
     bests: dict[str, tuple[str, str]]
-    scaler: dict[str, Any]
+    scaler: dict[str, int | float]
 
     @property
     def name(self) -> str:
         """Name of the checkpoint's directory; names sort in the order of time."""
         return f"{self.epochs_done:05d}-{self.step:07d}"
+
+
+@dataclass(frozen=True)
+class _Document:
+    """The content of position.json, but for its own sha256, which is of all else."""
+
+    format: str
+    recipe_sha256: str
+    state_sha256: str
+    position: Position
 
 
 @dataclass(frozen=True)
@@ -95,51 +117,54 @@ def save_best(directory: Path, epochs_done: int, network: State) -> tuple[str, s
 
 
 def save_checkpoint(
-    directory: Path, checkpoint: Checkpoint, recipe: str, before: str | None
+    directory: Path, checkpoint: Checkpoint, recipe: str, before: Position | None
 ) -> None:
     """Write a checkpoint; then remove all but this one, the one before, and what they refer to.
+
+    Only directories with the name of a checkpoint or of best weights are removed: whatever else
+    is there belongs to somebody else.
 
     Args:
         directory: of all checkpoints.
         checkpoint: to be written; its best weights are not, see `save_best`.
         recipe: text of the recipe.
-        before: name of the checkpoint that was written or resumed from last.
+        before: the checkpoint that was written or resumed from last.
     """
     position = checkpoint.position
     tensors = {f"network.{k}": v for k, v in checkpoint.network.items()}
     tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
     tensors |= {f"average.{k}": v for k, v in checkpoint.average.items()}
     content = save(tensors | {"losses": checkpoint.losses})
-    about = {
-        "format": CHECKPOINT_FORMAT,
-        "recipe_sha256": _sha256(recipe.encode()),
-        "state_sha256": _sha256(content),
-        "position": asdict(position),
-    }
+    document = _Document(CHECKPOINT_FORMAT, _sha256(recipe.encode()), _sha256(content), position)
+    about = asdict(document)
     about["sha256"] = _sha256_of(about)
     with atomic_directory(directory / position.name) as partial:
         (partial / _STATE).write_bytes(content)
-        (partial / _POSITION).write_text(json.dumps(about, indent=2) + "\n")
-    kept = {position.name, before, *(name for name, _ in position.bests.values())}
-    if before is not None:
-        kept |= _bests_of(directory / before)
-    for other in directory.iterdir():
-        if other.name not in kept:
-            shutil.rmtree(other)
+        (partial / _POSITION).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
+    kept = {name for p in (position, before) if p for name in (p.name, *_bests_of(p))}
+    for path in _directories(directory, _NAME) + _directories(directory, _BEST):
+        if path.name not in kept:
+            # On NFS a file that a dead process had open stays for a while; later saves try again.
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _bests_of(checkpoint: Path) -> set[str]:
-    """Directories of the best weights that a checkpoint of this run refers to."""
-    try:
-        bests = json.loads((checkpoint / _POSITION).read_text())["position"]["bests"]
-    except FileNotFoundError:
-        return set()
-    return {name for name, _ in bests.values()}
+def _bests_of(position: Position) -> list[str]:
+    """Directories of the best weights that a checkpoint refers to."""
+    return [name for name, _ in position.bests.values()]
+
+
+def _directories(directory: Path, name: re.Pattern[str]) -> list[Path]:
+    """Directories of a name's pattern, sorted; no links and no files."""
+    return sorted(
+        path
+        for path in directory.iterdir()
+        if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    )
 
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether a checkpoint was written, whole or damaged by now."""
-    return directory.is_dir() and any(_NAME.match(path.name) for path in directory.iterdir())
+    return directory.is_dir() and bool(_directories(directory, _NAME))
 
 
 def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Checkpoint | None:
@@ -155,12 +180,10 @@ def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Che
     """
     if not directory.is_dir():
         return None
-    for path in sorted(directory.iterdir(), reverse=True):
-        if not _NAME.match(path.name):
-            continue
+    for path in reversed(_directories(directory, _NAME)):
         try:
             return _load(path, recipe)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, CxrdistError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -169,27 +192,36 @@ def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Che
 
 
 def _load(path: Path, recipe: str) -> Checkpoint:
-    about = json.loads((path / _POSITION).read_text())
-    if about.pop("sha256") != _sha256_of(about):
+    """Read a checkpoint.
+
+    Raises:
+        ValueError, OSError, SafetensorError: it is damaged.
+        CxrdistError: it is of another recipe or format.
+    """
+    about = typed(parse_json(_read(path / _POSITION, _MOST_POSITION_BYTES)), dict[str, Any])
+    if about.pop("sha256", None) != _sha256_of(about):
         raise ValueError(f"{_POSITION} is not what was written")
-    if about["format"] != CHECKPOINT_FORMAT:
+    if about.get("format") != CHECKPOINT_FORMAT:
         raise CxrdistError(
-            f"{path}: has format {about['format']!r}, expected {CHECKPOINT_FORMAT!r}; go on with "
-            "the version of cxrdist that wrote it, or remove it"
+            f"{path}: has format {about.get('format')!r}, expected {CHECKPOINT_FORMAT!r}; go on "
+            "with the version of cxrdist that wrote it, or remove it"
         )
-    if about["recipe_sha256"] != _sha256(recipe.encode()):
+    document = typed(about, _Document)
+    if document.recipe_sha256 != _sha256(recipe.encode()):
         raise CxrdistError(
             f"{path}: is a checkpoint of another recipe; remove it, or give the recipe that it "
             "was made with"
         )
-    fields = about["position"]
-    bests = {stage: (name, digest) for stage, (name, digest) in fields["bests"].items()}
-    position = Position(**{**fields, "bests": bests})
-    tensors = _read(path / _STATE, about["state_sha256"])
+    position = document.position
+    if position.name != path.name or not all(map(_BEST.fullmatch, _bests_of(position))):
+        raise ValueError(f"{_POSITION} is not that of this directory")
+    tensors = _read_tensors(path / _STATE, document.state_sha256)
+    if "losses" not in tensors or tensors["losses"].shape != (position.step,):
+        raise ValueError(f"{_STATE} does not hold the losses of {position.step} steps")
     best: State = {}
-    if position.stage in bests:
-        name, digest = bests[position.stage]
-        best = _read(path.parent / name / "network.safetensors", digest)
+    if position.stage in position.bests:
+        name, digest = position.bests[position.stage]
+        best = _read_tensors(path.parent / name / "network.safetensors", digest)
     return Checkpoint(
         position,
         _with_prefix(tensors, "network."),
@@ -200,12 +232,69 @@ def _load(path: Path, recipe: str) -> Checkpoint:
     )
 
 
-def _read(path: Path, digest: str) -> State:
+def _read_tensors(path: Path, digest: str) -> State:
     """Read tensors, and nothing that could run code, if they are the bytes that were written."""
-    content = path.read_bytes()
+    content = _read(path, _MOST_STATE_BYTES)
     if _sha256(content) != digest:
         raise ValueError(f"{path.parent.name}/{path.name} is not what was written")
     return load(content)
+
+
+def _read(path: Path, most: int) -> bytes:
+    """Read a file of a checkpoint; one that is too large or no file is damage like any other.
+
+    Raises:
+        ValueError, OSError: it cannot be read.
+    """
+    if path.parent.is_symlink():
+        raise ValueError(f"{path.parent.name} is a link")
+    try:
+        return read_bytes(path, most)
+    except CxrdistError as error:
+        raise ValueError(str(error).replace(f"{path}:", path.name)) from error
+
+
+@contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """Say in one line that a checkpoint's content is not that of its recipe.
+
+    Raises:
+        CxrdistError: it is not.
+    """
+    try:
+        yield
+    except (CxrdistError, RunFailedError):
+        raise
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise CxrdistError(
+            f"checkpoints/{name}: does not fit the recipe and the network ({reason:.200}); remove "
+            "it to go on from the one before it"
+        ) from error
+
+
+def load_network(network: torch.nn.Module, state: State) -> None:
+    """Give a network weights of a checkpoint.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape or type.
+    """
+    refuse_others(state, network.state_dict())
+    network.load_state_dict(state)
+
+
+def refuse_others(state: State, expected: State) -> None:
+    """Make sure that a checkpoint's tensors have the names, shapes and types of those in use.
+
+    Raises:
+        ValueError: a tensor is missing, left over, or of another shape or type.
+    """
+    for name in state.keys() | expected.keys():
+        found, like = state.get(name), expected.get(name)
+        if found is None or like is None:
+            raise ValueError(f"{name} is {'missing' if found is None else 'not expected'}")
+        if (found.shape, found.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}")
 
 
 def _with_prefix(tensors: State, prefix: str) -> State:
@@ -235,12 +324,25 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> 
 
     Each tensor gets the memory layout of its parameter: fused kernels read both element by element,
     and on a GPU parameters are channels_last.
+
+    Raises:
+        ValueError: a tensor belongs to no parameter, or is no state of it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    by_place = {str(place): parameter for place, parameter in enumerate(parameters)}
     for key, value in tensors.items():
-        place, name = key.split(".", 1)
-        parameter = parameters[int(place)]
-        if value.shape == parameter.shape:
+        place, _, name = key.partition(".")
+        parameter, names = by_place.get(place), _STATES[type(optimizer)]
+        if parameter is None or any(f"{place}.{n}" not in tensors for n in names):
+            raise ValueError(f"optimizer.{key} is of no parameter, or others are missing")
+        like_parameter = value.shape == parameter.shape
+        if (
+            name not in names
+            or value.dtype != torch.float32
+            or not (like_parameter or value.numel() == 1)
+        ):
+            raise ValueError(f"optimizer.{key} is {value.dtype} {tuple(value.shape)}")
+        if like_parameter:
             value = torch.empty_like(parameter).copy_(value)
         optimizer.state[parameter][name] = value.to(parameter.device)
 

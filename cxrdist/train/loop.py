@@ -3,13 +3,15 @@
 import sys
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
-from cxrdist.data.index import read_index
+from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
 from cxrdist.run import (
     RunDirectory,
@@ -17,12 +19,11 @@ from cxrdist.run import (
     cut_log,
     locked,
     now,
-    read_json,
     sweep,
     write_json,
 )
 from cxrdist.signals import stopping_at_a_boundary
-from cxrdist.train.checkpoint import Checkpoint, load_latest
+from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import check_stages
 from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
@@ -41,10 +42,12 @@ def train(config: TrainConfig) -> None:
         RunFailedError: a loss or gradient was not finite; nothing is published.
     """
     refuse_bad_recipe(config)
-    accelerator = start(config.track.split(",") if config.track else [], config.run / "tracking")
+    accelerator = start(
+        config.track.split(",") if config.track else [], RunDirectory(config.run).tracking
+    )
     together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
     main = accelerator.is_main_process
-    index = together(accelerator, lambda: read_index(config.shards))
+    index = together(accelerator, lambda: _trainable_index(config.shards))
     run = RunDirectory(config.run)
     with together(accelerator, lambda: locked(config.run) if main else nullcontext()):
         together(accelerator, lambda: refuse_other_run(run, config, index))
@@ -89,6 +92,17 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
             f"max_gradient_norm: is {config.max_gradient_norm}, expected a norm above 0; leave it "
             "out for gradients as they are"
         )
+
+
+def _trainable_index(shards: Path) -> Index:
+    index = read_index(shards)
+    for split in ("train", "val"):
+        if not index.numbers(split):
+            raise CxrdistError(
+                f"--shards {shards}: have no images in {split}; training needs train and val, pack "
+                "with --split 0.7/0.1/0.2"
+            )
+    return index
 
 
 def _refuse_large_world(config: TrainConfig, world_size: int) -> None:
@@ -148,9 +162,10 @@ def _run_stages(training: Training) -> None:
             f"going on after {position.stage}, epoch {position.epoch}"
             + (f" and step {position.step} of the next" if position.step else "")
         )
-        names = names[names.index(position.stage) + position.finished :]
-        if checkpoint.best:
-            training.model.network.load_state_dict(checkpoint.best)
+        with fitting(position.name):
+            names = names[names.index(position.stage) + position.finished :]
+            if checkpoint.best:
+                load_network(training.model.network, checkpoint.best)
     for name in names:
         checkpoint = StageRun(training, name, checkpoint).run()
         training.model.network.load_state_dict(checkpoint.best)
@@ -181,6 +196,6 @@ def _resume(training: Training) -> Checkpoint | None:
 def _publish(training: Training) -> None:
     """Say in run.json when the run was finished; then, as its last act, write the model."""
     run = training.run
-    write_json(run.info, {**read_json(run.info), "finished": now()})
+    write_json(run.info, {**read_info(run), "finished": now()})
     with atomic_directory(run.model) as directory:
         save_model(training.model, directory)

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,18 +13,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.distributed import together
+from cxrdist.documents import typed
 from cxrdist.errors import RunFailedError, Stopped
+from cxrdist.info import StagesInfo
 from cxrdist.model.densenet import block_names, network_state
-from cxrdist.run import append_log, read_json, settle_log, write_json
+from cxrdist.run import append_log, read_document, settle_log, write_json
 from cxrdist.terminal import progress, table
 from cxrdist.train.capture import CapturedStep, Recorder, can_capture, record_cuda_graph
 from cxrdist.train.checkpoint import (
     Checkpoint,
     Position,
     State,
+    fitting,
+    load_network,
     load_optimizer_tensors,
     on_cpu,
     optimizer_tensors,
+    refuse_others,
     save_best,
     save_checkpoint,
 )
@@ -73,13 +79,15 @@ class StageRun:
         self.epochs_done = before.position.epochs_done if before else 0
         self.steps_done = before.position.steps_done if before else 0
         self.skipped = 0
-        self.saved = before.position.name if before else None
+        self.saved = before.position if before else None
         resumed = before if before and before.position.stage == name else None
         if resumed:
-            training.model.network.load_state_dict(resumed.network)
+            with fitting(resumed.position.name):
+                load_network(training.model.network, resumed.network)
         self._set_up()
         if resumed:
-            self._resume(resumed)
+            with fitting(resumed.position.name):
+                self._resume(resumed)
         elif training.accelerator.is_main_process:
             self._print_groups()
 
@@ -121,15 +129,20 @@ class StageRun:
     def _resume(self, resumed: Checkpoint) -> None:
         """Take over the rest of a checkpoint of this stage, written by any number of ranks."""
         position, updater = resumed.position, self.updater
-        self.stopping = EarlyStopping(**position.stopping)
+        self.stopping = typed(position.stopping, EarlyStopping)
+        if not 0 <= self.stopping.best_epoch <= self.stopping.epoch <= self.stage.epochs:
+            raise ValueError(f"epoch {self.stopping.epoch} of {self.stage.epochs}")
         self.best, self.skipped = resumed.best, position.skipped
         load_optimizer_tensors(updater.optimizer, resumed.optimizer)
         if updater.scaler and position.scaler:
             updater.scaler.load_state_dict(position.scaler)
         if updater.average:
+            refuse_others(resumed.average, updater.average.state)
             updater.average.load(resumed.average)
         if position.step:
             self.epoch = self._next_epoch()
+            if not position.logged_step <= position.step <= self.epoch.plan.num_steps:
+                raise ValueError(f"step {position.step} of {self.epoch.plan.num_steps}")
             self.epoch.resume(position.step, position.logged_step, resumed.losses, position.taken)
 
     def _next_epoch(self) -> Epoch:
@@ -338,9 +351,9 @@ class StageRun:
             logged_step=epoch.logged_step if epoch else 0,
             taken=taken,
             skipped=epoch.skipped if epoch else self.skipped,
-            stopping=stopping.state(),
+            stopping=asdict(stopping),
             finished=not epoch and (stopping.epoch >= self.stage.epochs or stopping.exhausted),
-            bests=self.bests,
+            bests=dict(self.bests),
             scaler=updater.scaler.state_dict() if updater.scaler else {},
         )
         network, average = network_state(training.model), updater.average
@@ -360,7 +373,7 @@ class StageRun:
     def _write(self, checkpoint: Checkpoint) -> None:
         run, recipe = self.training.run, fixed_recipe(self.recipe)
         save_checkpoint(run.checkpoints, checkpoint, recipe, self.saved)
-        self.saved = checkpoint.position.name
+        self.saved = checkpoint.position
 
     def _log(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row to log.jsonl and give its numbers to the trackers."""
@@ -376,7 +389,7 @@ class StageRun:
     def _note_stage(self) -> None:
         """Bring run.json up to date with this stage."""
         run, stopping = self.training.run, self.stopping
-        info = read_json(run.info)
+        info = read_document(run.info, StagesInfo)
         frozen = [b for b in self._blocks if b not in self.trained]
         info["stages"][self.name] = {
             "parameter_groups": self.groups,

@@ -1,7 +1,7 @@
 """Stages: which blocks are trained at which rates, and when a stage ends."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from cxrdist.config import Stage
 from cxrdist.errors import CxrdistError
+from cxrdist.info import GroupInfo
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.densenet import Classifier, block_names, block_of
 
@@ -122,7 +123,7 @@ def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
     ]
 
 
-def describe_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def describe_groups(groups: list[dict[str, Any]]) -> list[GroupInfo]:
     """What is in each group, for run.json and the printed table."""
     return [
         {
@@ -152,7 +153,7 @@ class EarlyStopping:
     """Remembers the best epoch of a stage by validation loss; epoch 0 is what it begins with."""
 
     patience: int
-    best_loss: float = float("inf")
+    best_loss: float = math.inf
     best_epoch: int = 0
     epoch: int = 0
 
@@ -172,7 +173,3 @@ class EarlyStopping:
     def exhausted(self) -> bool:
         """Whether `patience` epochs have passed since the best."""
         return self.epoch - self.best_epoch >= self.patience
-
-    def state(self) -> dict[str, Any]:
-        """All that is needed to go on."""
-        return asdict(self)

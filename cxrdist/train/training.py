@@ -17,15 +17,16 @@ from cxrdist.data.plan import Plan, copies_of, plan_epoch
 from cxrdist.distributed import StopVote, together
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import Classifier
+from cxrdist.info import RUN_FORMAT, read_info
+from cxrdist.model.densenet import Classifier, Cover
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import (
-    RUN_FORMAT,
     RunDirectory,
+    atomic_file,
     environment,
     now,
-    read_json,
+    read_recipe,
     write_json,
     write_text,
 )
@@ -105,25 +106,25 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
     begun = has_checkpoint(run.checkpoints)
     if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
         return  # without a checkpoint there is nothing to mix up: a mended recipe may start
-    difference = _difference(run.recipe.read_text(encoding="utf-8"), fixed_recipe(config))
+    _, old = read_recipe(run.recipe, "give a new directory")
+    difference = _difference(old, yaml.safe_load(fixed_recipe(config)))
     if difference:
         raise CxrdistError(
             f"--run {run.root}: holds a run of another recipe ({difference}); "
             "give the same recipe to go on, or a new directory"
         )
-    if read_json(run.info)["shards"]["index_sha256"] != index.sha256:
+    if read_info(run)["shards"]["index_sha256"] != index.sha256:
         raise CxrdistError(
             f"--run {run.root}: was begun with other shards than {index.directory}; "
             "give the same shards to go on, or a new directory"
         )
 
 
-def _difference(old_text: str, new_text: str) -> str | None:
+def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first field in which two recipes differ; the order of the stages counts."""
-    old, new = yaml.safe_load(old_text), yaml.safe_load(new_text)
     for name in new:
         if name != "max_images_per_rank" and old.get(name) != new[name]:
-            return f"{name} was {old.get(name)}, is {new[name]}"
+            return f"{name} was {old.get(name)!s:.200}, is {new[name]!s:.200}"
     same_order = list(old["stages"]) == list(new["stages"])
     return None if same_order else "its stages were in another order"
 
@@ -161,13 +162,14 @@ def build_training(
     num_copied = apply_weights(weights, model)
     images = open_cache(index, config.cache, accelerator)
     if accelerator.is_main_process:
-        before = read_json(run.info) if run.recipe.is_file() else {}
+        before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
         about = _describe_start(accelerator, weights, num_copied)
         shards = {"format": RUN_FORMAT, "shards": _describe_shards(index)}
         write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
         audit = index.directory / "audit.json"
         if audit.is_file():
-            write_text(run.audit, audit.read_text(encoding="utf-8"))
+            with atomic_file(run.audit) as partial, audit.open("rb") as file:
+                partial.write_bytes(file.read())
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
     model.to(accelerator.device)
@@ -211,7 +213,7 @@ def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
     """Make sure that a run goes on from the weights that it began with."""
     if not run.recipe.is_file():
         return
-    began = read_json(run.info)["weights"]["sha256"]
+    began = read_info(run)["weights"].get("sha256")
     if began != weights.record["sha256"]:
         raise CxrdistError(
             f"--init {weights.source}: has the sha256 {weights.record['sha256']}, but the run "
@@ -221,7 +223,7 @@ def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
 
 def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> Classifier:
     torch.manual_seed(config.seed)
-    return Classifier(
+    model = Classifier(
         config.network,
         index.classes,
         index.image_size_px,
@@ -229,6 +231,9 @@ def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> 
         index.fit,
         index.task,
     )
+    model.depth = index.depth
+    model.cover = Cover(index.cover["how"], index.cover["split"]) if index.cover else None
+    return model
 
 
 def _describe_start(

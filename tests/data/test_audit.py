@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from collections import Counter, defaultdict
 from dataclasses import replace
 
@@ -179,9 +180,72 @@ def test_check_makes_the_same_audit_from_the_shards(shards, tmp_path):
     assert contents(shards) == before
 
 
-@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
-def test_the_audit_of_a_few_images_is_made_of_numbers(task):
-    """Two images give no NaN and no interval where none can be had."""
-    found = audited([entry(0, "a"), entry(1, "b", split="test")], task=task)
-    assert found["shortcut"] is None
+def flat(number: int, label: str, **known: object) -> Entry:
+    """An image that is black, as all others are."""
+    return entry(number, label, fingerprint=fingerprint(BLACK), **known)
+
+
+DEGENERATE = {
+    "two images": ([entry(0, "a"), entry(1, "b", split="test")], "multiclass"),
+    "an image a class": ([entry(i, label) for i, label in enumerate("abcdef")], "multiclass"),
+    "one patient": ([entry(i, "ab"[i % 2], patient="p") for i in range(20)], "multiclass"),
+    "all images black": ([flat(i, "ab"[i % 2]) for i in range(20)], "multiclass"),
+    "one label": ([entry(i, "ab"[i % 2].strip("b")) for i in range(20)], "multilabel"),
+    "every image has the label": ([entry(i, "a") for i in range(20)], "multilabel"),
+    "no image has a label": ([entry(i, "") for i in range(20)], "multilabel"),
+    "classes of 10, 4 and 4": (
+        [entry(i, label) for i, label in enumerate("aaaaaaaaaabbbbcccc")],
+        "multiclass",
+    ),
+    "one usable label": (
+        [entry(i, "|".join(["a"] * (i % 2) + ["b"] * (i == 1))) for i in range(40)],
+        "multilabel",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_the_audit_of_a_degenerate_source_is_made_of_numbers_and_reasons(case):
+    """No NaN, no error of the program; what has too few patients is None."""
+    entries, task = DEGENERATE[case]
+    found = audited(entries, task=task)
     json.dumps(found, allow_nan=False)
+    enough = len({e.patient for e in entries}) >= 5
+    assert list(found["not_made"]) == ([] if enough else ["shortcut"])
+    assert enough or "audit: shortcut not made: there are fewer than 5" in summary(found)
+    usable = [
+        name
+        for name in found["classes"]
+        if min(5, *(Counter(name in e.label for e in entries)[side] for side in (0, 1))) == 5
+    ]
+    scored = (found["shortcut"] or {"auroc": {}})["auroc"].items()
+    assert [name for name, score in scored if score] == (usable if enough else [])
+
+
+def test_a_class_whose_few_patients_share_a_fold_is_not_scored(monkeypatch):
+    """Such a training fold has one side only and nothing can be learnt from it."""
+    monkeypatch.setattr(
+        "sklearn.model_selection.GroupKFold.split",
+        lambda self, values, groups: (
+            (np.flatnonzero(np.arange(50) // 10 != k), np.flatnonzero(np.arange(50) // 10 == k))
+            for k in range(5)
+        ),
+    )
+    found = audited([entry(i, "a" if i < 6 else "b") for i in range(50)])
+    assert found["shortcut"]["auroc"] == {"a": None, "b": None}
+
+
+def test_an_error_of_the_program_costs_its_part_of_the_audit_and_is_told_with_its_kind(monkeypatch):
+    """All other parts are made; the summary tells the kind and the place of the error."""
+
+    def broken(pixels: np.ndarray) -> str:
+        raise IndexError("index 1 is out of bounds")
+
+    monkeypatch.setattr("cxrdist.data.audit._thumbnail", broken)
+    found = audited([entry(i, "ab"[i % 2]) for i in range(20)], Duplicates([(0, 1)], []))
+    assert list(found["not_made"]) == ["thumbnails"]
+    assert found["thumbnails"] == {}
+    assert found["duplicates"]["exact"] == 1
+    assert re.search(
+        r"thumbnails not made: IndexError in audit.py line \d+: index 1", summary(found)
+    )

@@ -116,15 +116,15 @@ def test_the_table_can_be_edited(tmp_path):
     ("text", "said"),
     [
         ("path,x,y,width\na,1,2,3\n", "no column 'height'"),
-        ("path,x,y,width,height\na,1,2,3,4\nb,1,2,x,4\n", "line 3: .*expected numbers"),
-        ("path,x,y,width,height\na,1,2,,4\n", "line 2: .*expected numbers"),
-        ("path,x,y,width,height\na,1,2,0,4\n", "line 2: 0 x 4 px at 1, 2 is no box"),
-        ("path,x,y,width,height\na,1,nan,3,4\n", "line 2: .* is no box"),
-        (None, "find-text"),
+        ("path,x,y,width,height\na,1,2,3,4\nb,1,2,x,4\n", "row 3: .*expected numbers"),
+        ("path,x,y,width,height\na,1,2,,4\n", "row 2: .*expected numbers"),
+        ("path,x,y,width,height\na,1,2,0,4\n", "row 2: 0 x 4 px at 1, 2 is no box"),
+        ("path,x,y,width,height\na,1,nan,3,4\n", "row 2: .* is no box"),
+        (None, "cannot be read"),
     ],
 )
-def test_a_bad_table_is_named_with_its_line(tmp_path, text, said):
-    """What is no box is refused with file and line."""
+def test_a_bad_table_is_named_with_its_row(tmp_path, text, said):
+    """What is no box is refused with file and row."""
     if text is not None:
         (tmp_path / "boxes.csv").write_text(text)
     with pytest.raises(CxrdistError, match=f"boxes.csv.*{said}"):

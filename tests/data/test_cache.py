@@ -38,14 +38,22 @@ def invert(file: Path, numbers: list[int] | None = None) -> None:
     np.save(file, images)
 
 
+def test_a_home_that_is_not_there_names_the_option(shards, monkeypatch):
+    """The cache is in the home if nothing else is said; --cache says where else."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/proc/none")
+    with pytest.raises(CxrdistError, match=r"No such file .* with --cache"):
+        open_cache(read_index(shards), None, Accelerator(cpu=True))
+
+
 def decoded_shards(monkeypatch) -> list[str]:
     """Record the names of the shards that are decoded from now on."""
     names = []
     read_shard = cache.read_shard
 
-    def recording(path, expected, name):
-        names.append(name.name)
-        return read_shard(path, expected, name)
+    def recording(shard):
+        names.append(shard.entry.name)
+        return read_shard(shard)
 
     monkeypatch.setattr(cache, "read_shard", recording)
     return names

@@ -70,6 +70,7 @@ def shards(tmp_path_factory) -> tuple[Path, Path]:
     config = PackConfig(
         *("csv", folder / "table.csv", folder / "out"),
         **{"size": SIZE, "fit": "stretch", "duplicates": "report", "workers": 2},
+        anonymise=False,
     )
     pack(config)
     return folder, folder / "out"

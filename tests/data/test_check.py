@@ -33,6 +33,15 @@ def members(shard: Path) -> list[tarfile.TarInfo]:
         return tar.getmembers()
 
 
+def test_shards_with_an_empty_split_are_whole(tmp_path, capsys):
+    """Nothing is missing where nothing was asked for."""
+    shards = make_shards(tmp_path, {"a": 8, "b c": 8}, split="0.75/0/0.25")
+    index = json.loads((shards / "index.json").read_text())
+    assert index["splits"]["val"] == {"samples": 0, "classes": {"a": 0, "b c": 0}, "shards": []}
+    check(CheckConfig(shards))
+    assert "16 samples in 2 shards are whole" in capsys.readouterr().out
+
+
 def cut_at_sample(shards: Path) -> None:
     data, member = (shards / SHARD).read_bytes(), members(shards / SHARD)[4]
     (shards / SHARD).write_bytes(data[: member.offset] + bytes(1024))

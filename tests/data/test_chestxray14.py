@@ -69,6 +69,7 @@ def test_both_tables_and_both_layouts_give_the_same_records(tmp_path, table, lay
         "train+val",
     )
     assert second.file.is_file()
+    assert {(record.sex, record.age) for record in source.records} == {("M", 58)}
     assert len({record.patient for record in source.records}) == 40
     assert Counter(record.split for record in source.records) == {"train+val": 90, "test": 30}
     assert {record.source for record in source.records} == {"ChestX-ray14"}
@@ -105,7 +106,9 @@ def test_what_is_wrong_is_named(tmp_path):
     """Images without a row, rows without an image, lists that lack one or stand alone."""
     folder = write_set(tmp_path, "Data_Entry_2017_v2020.csv", "images")
     (folder / "images" / "00000001_000.png").unlink()
-    assert read(folder).notes == ("1 images of Data_Entry_2017_v2020.csv are not here",)
+    source = read(folder)
+    assert source.notes == ("1 images of Data_Entry_2017_v2020.csv are not here",)
+    assert ("00000001_000.png", "in the table, but not here") in source.left_out
     test_list = (folder / "test_list.txt").read_text()
     (folder / "test_list.txt").write_text(test_list.replace("00000004_001.png\n", ""))
     with pytest.raises(CxrdistError, match=r"row 12: 00000004_001\.png is in neither"):
@@ -115,8 +118,10 @@ def test_what_is_wrong_is_named(tmp_path):
         read(folder)
     (folder / "train_val_list.txt").unlink()
     (folder / "images" / "00000099_000.png").touch()
-    with pytest.raises(CxrdistError, match=r"00000099_000\.png: stands in no row"):
-        read(folder)
+    source = read(folder)
+    assert ("images/00000099_000.png", "not in the table") in source.left_out
+    assert source.num_found == len(source.records) + len(source.left_out) == 1 + 119 + 3 - 1
+    assert any("is not the official one" in note for note in source.notes)
     table = folder / "Data_Entry_2017_v2020.csv"
     table.write_text(table.read_text().replace("Hernia", "Cold"))
     with pytest.raises(CxrdistError, match="row 4: 'Cold' is none of the 14 labels"):

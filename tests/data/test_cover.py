@@ -45,10 +45,8 @@ def pack_source(source, out, **options):
 def squares(shards):
     """Pixels of all samples by path."""
     index, found = read_index(shards), {}
-    for shard in index.shards:
-        own = [sample for sample in index.samples if sample.shard == shard.name]
-        path = shards / shard.name
-        for sample, (pixels, _) in zip(own, read_shard(path, own, path), strict=True):
+    for shard in index.packed():
+        for sample, (pixels, _) in zip(shard.samples, read_shard(shard), strict=True):
             found[sample.path] = pixels
     return found
 

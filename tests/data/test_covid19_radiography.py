@@ -119,6 +119,9 @@ def test_of_the_current_release_only_the_images_are_read(tmp_path):
     source = read(current_release(tmp_path))
     assert "current release" in source.name
     assert all(record.path.split("/")[1] == "images" for record in source.records)
+    reasons = Counter(left.reason for left in source.left_out)
+    assert reasons == {"lung mask": 211, "not an image": 2}
+    assert source.num_found == 211 + 211 + 2
     assert Counter((record.label, record.source) for record in source.records) == {
         ("COVID", "BIMCV"): 36,
         ("Normal", "RSNA"): 88,

@@ -10,6 +10,7 @@ from support import run_measured
 from cxrdist.data.duplicates import (
     MOST_BITS,
     SAME,
+    Duplicates,
     compare,
     find_duplicates,
     join_groups,
@@ -160,3 +161,14 @@ def test_a_png_round_trip_keeps_the_fingerprint():
     pixels = np.random.default_rng(2).integers(0, 256, (32, 32), dtype=np.uint8)
     with Image.open(io.BytesIO(encode_png(pixels))) as image:
         assert fingerprint(np.asarray(image)) == fingerprint(pixels)
+
+
+def test_flat_squares_are_no_copies_of_each_other_unless_equal():
+    """Black squares with a few noisy pixels: all hashes are near, and none is compared."""
+    squares = np.zeros((400, 64, 64), np.uint8)
+    for place, square in enumerate(squares[:-1]):
+        square[place // 64, place % 64] = 5
+    squares[-1] = squares[0]
+    prints = [fingerprint(square) for square in squares]
+    found = find_duplicates(prints, lambda place: pytest.fail("a flat square was compared"))
+    assert found == Duplicates([(0, 399)], [])

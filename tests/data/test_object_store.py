@@ -83,7 +83,7 @@ def test_an_unreadable_object_is_named(store, tmp_path):
     """A bad image in a bucket is one line with its URL."""
     picture = io.BytesIO()
     Image.new("L", (40, 40)).save(picture, "PNG")
-    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png"):
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "b/3.png"):
         (store / "images" / name).write_bytes(picture.getvalue())
     (store / "images" / "a" / "3.png").write_bytes(b"no image")
     done = cxrdist(

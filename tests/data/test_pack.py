@@ -2,6 +2,8 @@ import csv
 import hashlib
 import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
 import webdataset
@@ -75,7 +77,7 @@ def test_skipped_images_are_listed(tmp_path, capsys):
     assert [row["path"] for row in rows] == ["a/a000_0.png"]
     assert "no readable image" in rows[0]["reason"]
     assert len(read_index(out).samples) == 23
-    assert "1 unreadable images are listed" in capsys.readouterr().out
+    assert re.search(r"left out: unreadable +1\n", capsys.readouterr().out)
 
 
 def test_names_with_dots_keep_their_own_keys(tmp_path):
@@ -100,3 +102,40 @@ def test_an_existing_directory_is_not_touched(tmp_path):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(CxrdistError, match="stands already"):
         pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
+
+
+def test_a_table_of_one_label_is_packed_with_its_audit(tmp_path):
+    """Pneumonia or nothing, 20 images of each: the AUROC of the only label is in audit.json."""
+    source = make_images(tmp_path / "images", {"yes": 20, "no": 20})
+    files = sorted(source.glob("*/*.png"))
+    rows = [f"{f.relative_to(source)},{'pneumonia' * (f.parent.name == 'yes')}" for f in files]
+    (source / "images.csv").write_text("\n".join(["path,labels", *rows]))
+    pack(PackConfig("csv", source / "images.csv", tmp_path / "out", size=32, workers=1))
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert found["not_made"] == {}
+    assert found["shortcut"]["auroc"]["pneumonia"]["value"] > 0.9
+
+
+def test_two_images_are_packed_for_evaluation(tmp_path, capsys):
+    """Too few for any audit by patients, which is told and ends nothing."""
+    source = make_images(tmp_path / "images", {"a": 1, "b": 1})
+    pack(PackConfig("folder", source, tmp_path / "out", size=32, split="0/0/1", workers=1))
+    assert "audit: shortcut not made: there are fewer than 5 patients" in capsys.readouterr().out
+    index = read_index(tmp_path / "out")
+    assert index.split == "0/0/1"
+    assert [sample.split for sample in index.samples] == ["test", "test"]
+
+
+def test_equal_images_that_tie_all_patients_together_are_told_by_name(tmp_path):
+    """30 black images are one group; with --duplicates report they are packed as they are."""
+    for name in "ab":
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(15):
+            Image.new("L", (40, 40)).save(tmp_path / "images" / name / f"{name}{i}.png")
+    config = PackConfig("folder", tmp_path / "images", tmp_path / "out", size=32, workers=1)
+    with pytest.raises(CxrdistError, match="30 of 30 images are of patients that are joined"):
+        pack(config)
+    pack(replace(config, duplicates="report"))
+    found = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert found["duplicates"]["exact"] == 29
+    assert "those of the same image count as one" in found["not_made"]["shortcut"]

@@ -9,7 +9,7 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 from cxrdist.config import Augmentation, PackConfig
-from cxrdist.data import pack as packing
+from cxrdist.data import assemble as packing
 from cxrdist.data.audit import shared_patients
 from cxrdist.data.chestxray14 import LABELS
 from cxrdist.data.fingerprint import Fingerprint
@@ -36,7 +36,7 @@ items = [packing.Item(r, Square(r.path, 0, 0, "", 0, prints), i) for i, r in enu
 config = PackConfig("csv", out / "in.csv", out / "shards")
 
 start = time.perf_counter()
-splits = packing._draw_splits(config, source, items, None)
+splits = assign_splits(source, config.split, config.seed)
 shards = packing._plan_shards(config, items, splits)
 samples = [packing._sample(shard, item) for shard in shards for item in shard.items]
 packing._write_samples(samples, out)

@@ -28,6 +28,8 @@ def test_each_recipe_is_read_and_names_its_data_set(recipe):
     else:
         known = [set(release.classes) for release in RELEASES]
     assert set(config.expect) in known
+    of_the_paper = recipe.stem in ("covid19-radiography-first", "covid19-radiography-middle")
+    assert (config.split == "paper") == of_the_paper
 
 
 def test_there_is_a_recipe_for_each_data_set():

@@ -1,11 +1,12 @@
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cxrdist.data.records import Record, Source
-from cxrdist.data.splits import assign_splits
+from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
 from cxrdist.errors import CxrdistError
 
 
@@ -63,11 +64,183 @@ def test_the_split_depends_on_the_seed_alone():
     assert first != assign_splits(source_of(records), "0.6/0.2/0.2", 2)
 
 
-@pytest.mark.parametrize("split", ["0.5/0.5", "0.5/0.2/0.2", "1/0/0", "half", "0.8/0.3/-0.1"])
+@pytest.mark.parametrize(
+    "split",
+    ["0.5/0.5", "0.5/0.2/0.2", "0/0/0", "half", "0.8/0.3/-0.1", "nan/nan/nan", "inf/0/0", "", "1"],
+)
 def test_bad_fractions_are_refused(split):
     """Fractions that are not three shares of a whole are refused."""
     with pytest.raises(CxrdistError, match="--split"):
         assign_splits(source_of(records_of({"a": 10, "b": 10})), split, 0)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("split", ["0.7/0.1/0.2", "0.9/0.1/0", "0.6/0/0.4", "0/0.5/0.5", "0/0/1"])
+def test_random_sources_meet_their_targets_within_the_largest_patient(seed, split):
+    """Each record is in one split asked for, no patient in two, each class near its share."""
+    random = np.random.default_rng(seed)
+    records = [
+        Record(Path(), f"{label}{patient}_{i}", label, f"{label}{patient}", "s")
+        for label, patients in zip("abc", random.integers(3, 40, 3), strict=True)
+        for patient in range(patients)
+        for i in range(random.geometric(random.uniform(0.2, 1)))
+    ]
+    random.shuffle(records)
+    splits = assign_splits(source_of(records), split, seed)
+    assert len(splits) == len(records)
+    homes = {(r.patient, s) for r, s in zip(records, splits, strict=True)}
+    assert len(homes) == len({r.patient for r in records})
+    fractions = dict(zip(("train", "val", "test"), map(float, split.split("/")), strict=True))
+    assert set(splits) == {name for name, part in fractions.items() if part}
+    for label in "abc":
+        own = Counter(s for r, s in zip(records, splits, strict=True) if r.label == label)
+        largest = max(Counter(r.patient for r in records if r.label == label).values())
+        for name, part in fractions.items():
+            assert abs(own[name] - part * own.total()) <= largest + 1
+            assert bool(own[name]) == bool(part)
+
+
+def test_a_fraction_of_zero_leaves_a_split_empty():
+    """All of 0/0/1 is test, and nothing of 0.5/0.5/0 is."""
+    source = source_of(records_of({"a": 10, "b": 10}))
+    assert set(assign_splits(source, "0/0/1", 0)) == {"test"}
+    assert Counter(assign_splits(source, "0.5/0.5/0", 0)) == {"train": 10, "val": 10}
+
+
+def test_a_small_class_is_in_each_split():
+    """Of 4 images 0.4 would be in val; it gets one of them, and the others keep one."""
+    records = records_of({"a": 10, "b": 4, "c": 4, "d": 3})
+    splits = assign_splits(source_of(records), None, 0)
+    counts = Counter((r.label, s) for r, s in zip(records, splits, strict=True))
+    assert [counts["a", s] for s in ("train", "val", "test")] == [7, 1, 2]
+    for label, train in (("b", 2), ("c", 2), ("d", 1)):
+        assert [counts[label, s] for s in ("train", "val", "test")] == [train, 1, 1]
+
+
+def test_the_papers_smallest_class_has_all_its_splits():
+    """Of 62 images 60 are for test, as in the paper, and one each for train and val."""
+    records = records_of({"a": 62, "b": 100})
+    splits = assign_splits(source_of(records), "paper", 0)
+    counts = Counter((r.label, s) for r, s in zip(records, splits, strict=True))
+    assert [counts["a", s] for s in ("train", "val", "test")] == [1, 1, 60]
+
+
+def test_a_split_takes_one_patient_more_if_that_is_nearer_to_its_target():
+    """Of 9 patients with 4 images a fifth is 7 images: 8 are nearer than 4."""
+    source = source_of(records_of({"a": 36, "b": 36}, images_per_patient=4))
+    counts = Counter(assign_splits(source, None, 0))
+    assert counts == {"train": 48, "val": 8, "test": 16}
+
+
+def test_rare_labels_are_in_each_split():
+    """Of many labels an image each one that three patients have is in train, val and test."""
+    random = np.random.default_rng(0)
+    labels = [[x for x in "abcd" if random.random() < 0.3] for _ in range(300)]
+    labels = [[*row, "rare"] if i in (7, 80, 201) else row for i, row in enumerate(labels)]
+    records = [
+        Record(Path(), str(i), "|".join(row), str(i // 2), "s") for i, row in enumerate(labels)
+    ]
+    source = Source(records, "multilabel", ["a", "b", "c", "d", "rare"], "s")
+    splits = assign_splits(source, None, 0)
+    assert {s for r, s in zip(records, splits, strict=True) if "rare" in r.label} == {
+        "train",
+        "val",
+        "test",
+    }
+    assert abs(splits.count("val") - 30) <= 0.02 * len(records)
+    assert abs(splits.count("test") - 60) <= 0.02 * len(records)
+
+
+@pytest.mark.parametrize("patients", [("ANON",), ("ANON", "one", "two", "three")])
+def test_one_patient_for_most_images_is_named_and_its_value_is_not(patients):
+    """A placeholder in place of patients is refused with the count and the mend."""
+    records = [
+        Record(
+            Path(), str(i), "ab"[i % 2], patients[i % 40 % len(patients)] if i < 12 else "ANON", "s"
+        )
+        for i in range(60)
+    ]
+    of_one = sum(r.patient == "ANON" for r in records)
+    with pytest.raises(
+        CxrdistError, match=f"{of_one} of 60 images have the same patient ID"
+    ) as caught:
+        assign_splits(source_of(records), None, 0)
+    assert "ANON " not in str(caught.value).replace("ANONYMIZED", "")
+    assert "--patient-pattern" in str(caught.value)
+    assert set(assign_splits(source_of(records), "0/0/1", 0)) == {"test"}
+    given = [replace(r, split=("train", "test")[i % 3 == 0]) for i, r in enumerate(records)]
+    with pytest.raises(CxrdistError, match="have the same patient ID"):
+        assign_splits(source_of(given), None, 0)
+
+
+def test_one_patient_for_many_images_is_told():
+    """A third of all images is no reason to refuse and one to look."""
+    records = [
+        Record(Path(), str(i), "ab"[i % 2], "0" if i % 3 == 0 else str(i), "s") for i in range(90)
+    ]
+    source = source_of(records)
+    groups = group_by_patient(records)
+    (told,) = split_notes(source, None, groups, assign_splits(source, None, 0))
+    assert told.startswith("one patient ID has 30 of 90 images; ")
+
+
+def test_copies_that_join_most_images_are_named():
+    """Where not a patient but equal images tie everything together, --duplicates is named."""
+    with pytest.raises(
+        CxrdistError,
+        match=r"25 of 40 images are of patients that are joined by equal images; see --dup",
+    ):
+        assign_splits(
+            source_of(records_of({"a": 20, "b": 20})), None, 0, [0] * 25 + [*range(1, 16)]
+        )
+
+
+def test_given_splits_need_only_what_they_have():
+    """All test, or no val, is as good as all three; a class must be in each of them."""
+    records = [Record(Path(), str(i), "ab"[i % 2], str(i), "s", "test") for i in range(8)]
+    source = source_of(records)
+    assert set(assign_splits(source, None, 0)) == {"test"}
+    assert describe_split(source, None) == "given by the source, test only"
+    mixed = [replace(r, split="train") if i < 4 else r for i, r in enumerate(records)]
+    assert set(assign_splits(source_of(mixed), None, 0)) == {"train", "test"}
+    with pytest.raises(CxrdistError, match="0: has no split while others have one"):
+        assign_splits(source_of([replace(mixed[0], split=None), *mixed[1:]]), None, 0)
+    mixed[5] = replace(mixed[5], label="a")
+    mixed[7] = replace(mixed[7], label="a")
+    with pytest.raises(CxrdistError, match="class 'b' has no image in test"):
+        assign_splits(source_of(mixed), None, 0)
+
+
+def test_val_is_drawn_of_what_is_given_for_train_and_val_together():
+    """By the ratio of the two fractions; 0 for val leaves it empty, 0 for both is refused."""
+    records = [
+        Record(Path(), str(i), "ab"[i % 2], str(i), "s", "test" if i < 20 else "train+val")
+        for i in range(100)
+    ]
+    source = source_of(records)
+    assert Counter(assign_splits(source, None, 0)) == {"train": 70, "val": 10, "test": 20}
+    assert split_notes(source, "0.7/0.1/0.2", [], []) == []
+    assert split_notes(source, "paper", [], []) == [
+        "--split paper is not used, the source gives the splits"
+    ]
+    assert describe_split(source, "paper") == "given by the source, val drawn (0.7/0.1/0.2)"
+    assert Counter(assign_splits(source, "0.5/0/0.5", 0)) == {"train": 80, "test": 20}
+    assert describe_split(source, "0.5/0/0.5") == "given by the source, train and test only"
+    with pytest.raises(CxrdistError, match="--split 0/0/1: leaves no split"):
+        assign_splits(source, "0/0/1", 0)
+
+
+def test_a_split_that_large_patients_keep_from_its_target_is_told():
+    """Eight patients of 10 images cannot give a tenth; patients of one image meet it in silence."""
+    source = source_of(records_of({"a": 40, "b": 40}, images_per_patient=10))
+    groups = group_by_patient(source.records)
+    splits = assign_splits(source, "0.8/0.1/0.1", 0)
+    told = split_notes(source, "0.8/0.1/0.1", groups, splits)
+    assert told[0].startswith("train has 50% of the images instead of 80%: ")
+    assert "up to 10 images" in told[0]
+    source = source_of(records_of({"a": 40, "b": 40}))
+    splits = assign_splits(source, "0.8/0.1/0.1", 0)
+    assert split_notes(source, "0.8/0.1/0.1", [*range(80)], splits) == []
 
 
 def test_too_small_a_class_is_refused():
@@ -81,8 +254,8 @@ def test_too_small_a_class_is_refused():
 def test_a_given_split_that_shares_a_patient_is_refused():
     """A table that puts a patient into train and test is refused with both paths."""
     records = [
-        Record(Path(), "1", "a", "p", "s", "train"),
-        Record(Path(), "2", "a", "p", "s", "test"),
+        Record(Path("1"), "1", "a", "p", "s", "train"),
+        Record(Path("2"), "2", "a", "p", "s", "test"),
     ]
     with pytest.raises(CxrdistError, match="patient p: 1 is in train, 2 in test"):
         assign_splits(source_of(records), "paper", 0)

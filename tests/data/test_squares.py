@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import random
 import signal
@@ -11,14 +12,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from dicoms import write_dicom
 from support import contents, make_images, run_command, small_disk
 
 from cxrdist.config import PackConfig
 from cxrdist.data import pack as packing
-from cxrdist.data import squares
+from cxrdist.data import squares, workers
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
+from cxrdist.data.records import Record
+from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError, RunFailedError
 
 KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "4"))
@@ -139,10 +144,109 @@ def test_another_pack_does_not_mix_with_an_unfinished_one(config):
     image.write_bytes(data)
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     image.rename(image.with_name("new.png"))
-    with pytest.raises(CxrdistError, match="the list of images or what is said of them"):
+    with pytest.raises(CxrdistError, match="the list of images or of their text boxes"):
         pack(config)
     image.with_name("new.png").rename(image)
     pack(config)
+
+
+def test_options_that_do_not_decide_the_squares_keep_them(config, tmp_path, monkeypatch):
+    """Another split, seed, pattern or shard size: no square is made anew, and no shard is stale.
+
+    The first pack was stopped with its shards written; they are none of the second.
+    """
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(config)
+    other = with_(
+        config,
+        **{"split": "0.8/0/0.2", "seed": 3, "shard_size": 11, "patient_pattern": r"^(\w+)_"},
+        **{"duplicates": "report", "skip_bad": True, "expect": {"a": 30}},
+    )
+    pack(with_(other, out=tmp_path / "new"))
+    squares = stamps(tmp_path / ".out.partial" / "squares")
+    pack(with_(other, task=0, num_tasks=1))
+    assert stamps(tmp_path / ".out.partial" / "squares") == squares
+    pack(with_(other, merge=True))
+    assert contents(config.out) == contents(tmp_path / "new")
+    assert json.loads((config.out / "pack.json").read_text())["split"] == "0.8/0/0.2"
+
+
+def test_shards_of_other_views_are_not_taken_for_these(config, tmp_path, monkeypatch):
+    """samples.csv is the same, but each KEY.json tells the view of a changed table."""
+
+    def table(view: str) -> PackConfig:
+        rows = [f"{f.relative_to(config.input)},{f.parent.name},{view}" for f in files]
+        path = config.input / "images.csv"
+        path.write_text("\n".join(["path,label,view", *rows]))
+        return with_(config, source="csv", input=path)
+
+    files = sorted(config.input.glob("*/*.png"))
+    with monkeypatch.context() as patch:
+        patch.setattr(packing, "publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            pack(table("PA"))
+    pack(table("AP"))
+    pack(with_(table("AP"), out=tmp_path / "new"))
+    assert contents(config.out) == contents(tmp_path / "new")
+
+
+REFUSED = {
+    "fractions": ({"split": "0.8/0.3/-0.1"}, "--split 0.8/0.3/-0.1: expected paper, or three"),
+    "too small for paper": ({"split": "paper"}, "--split paper: takes 60 test images"),
+    "pattern": ({"patient_pattern": "("}, r"--patient-pattern '\(': no regular expression"),
+    "pattern without a group": ({"patient_pattern": "a"}, "expected a group around the patient"),
+    "one patient": ({"patient_pattern": "(_)"}, "60 of 60 images have the same patient ID"),
+    "expected class": ({"expect": {"c": 3}}, "--expect.c: is no class of images, which has a, b c"),
+    "expected number": ({"expect": {"a": -3}}, "--expect.a -3: expected 0"),
+    "seed": ({"seed": -1}, "--seed -1: expected 0 or more"),
+    "shard size": ({"shard_size": 0}, "shard_size: is 0"),
+    "size": ({"size": 4501}, "--size 4501: makes 4501 px, expected at most 4500"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_options_are_refused_before_an_image_is_opened(config, monkeypatch, case):
+    """What options and the list of images tell is judged first; nothing is left behind."""
+    changes, message = REFUSED[case]
+    monkeypatch.setattr(packing, "make_squares", lambda *_: pytest.fail("an image was decoded"))
+    with pytest.raises(CxrdistError, match=message):
+        pack(with_(config, **changes))
+    assert [file.name for file in config.out.parent.iterdir()] == ["images"]
+
+
+def test_a_patient_in_two_given_splits_is_refused_before_an_image_is_opened(config, monkeypatch):
+    """A table that gives splits and patients is judged by them."""
+    rows = [
+        f"{f.relative_to(config.input)},{f.parent.name},p{i // 2},{('train', 'test')[i % 2]}"
+        for i, f in enumerate(sorted(config.input.glob("*/*.png")))
+    ]
+    table = config.input / "images.csv"
+    table.write_text("\n".join(["path,label,patient,split", *rows]))
+    monkeypatch.setattr(packing, "make_squares", lambda *_: pytest.fail("an image was decoded"))
+    with pytest.raises(CxrdistError, match=r"patient p0: .* is in train, .* in test"):
+        pack(with_(config, source="csv", input=table))
+
+
+def test_one_patient_tag_for_all_is_refused_and_mended_without_decoding_again(
+    tmp_path, monkeypatch
+):
+    """The tag's value is not told; a pattern that tells the patients resumes with the squares."""
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for i in range(12):
+            values = np.random.default_rng(i).integers(0, 4096, (40, 40))
+            write_dicom(tmp_path / "in" / name / f"{i:02d}.dcm", values, 12, PatientID="4711")
+    config = PackConfig("folder", tmp_path / "in", tmp_path / "out", size=32, workers=1)
+    with pytest.raises(CxrdistError, match="24 of 24 images have the same patient ID") as caught:
+        pack(config)
+    assert "4711" not in str(caught.value)
+    monkeypatch.setattr(
+        packing, "make_squares", lambda missing, *_: pytest.fail("again") if missing else []
+    )
+    pack(with_(config, patient_pattern=r"^(\d+)"))
+    assert len({sample.patient for sample in read_index(config.out).samples}) == 12
 
 
 def test_a_mended_image_is_read_again(config, tmp_path):
@@ -218,9 +322,12 @@ def readers_of(fifo: Path) -> list[int]:
 @pytest.mark.parametrize("kills", [False, True], ids=["hangs", "dies"])
 def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypatch, kills):
     """The file is named; the images that its worker was given with it are read by another."""
-    monkeypatch.setattr(squares, "SECONDS_PER_IMAGE", 30 if kills else 2)
+    monkeypatch.setattr(workers, "SECONDS_PER_IMAGE", 30 if kills else 2)
+    records = read_source(config).records
     fifo = config.input / "a" / "a000_9.png"  # who reads it waits for what is never written
     os.mkfifo(fifo)
+    records.insert(9, Record(fifo, "a/a000_9.png", "a", "p", "s"))
+    parts, part_files = squares.plan_parts(records), tmp_path / "squares"
     writer, ended = os.open(fifo, os.O_RDWR), threading.Event()
 
     def kill_readers() -> None:
@@ -231,12 +338,12 @@ def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypa
     if kills:
         threading.Thread(target=kill_readers, daemon=True).start()
     try:
-        pack(with_(config, skip_bad=True, workers=1))
+        list(squares.make_squares(parts, part_files, 32, "crop", 1))
     finally:
         ended.set()
         os.close(writer)
-    with open(config.out / "rejected.csv") as file:
-        (row,) = csv.DictReader(file)
-    assert row["path"] == "a/a000_9.png"
-    assert ("crashed its decoder" if kills else "was not read within 2 s") in row["reason"]
-    assert len(read_index(config.out).samples) == 60
+    found = [s for part in parts for s in squares.read_part(part_files, part, redo_bad=False)]
+    (bad,) = [square for square in found if square.reason]
+    assert bad.path == "a/a000_9.png"
+    assert ("crashed its decoder" if kills else "was not read within 2 s") in bad.reason
+    assert len(found) == 61

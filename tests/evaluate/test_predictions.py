@@ -6,12 +6,13 @@ import pytest
 import torch
 from support import make_shards, run_ranks
 
-from cxrdist.config import EvaluateConfig, Network
+from cxrdist.config import EvaluateConfig, ExplainConfig, Network
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import read_index
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import evaluate
+from cxrdist.explain.export import explain
 from cxrdist.model.densenet import Classifier, load_model, save_model
 
 CLASSES = ["a", "b c", "d"]
@@ -112,3 +113,17 @@ def test_shards_that_are_not_the_models_are_refused(shards, tmp_path, classes, s
     run = make_run(tmp_path / "run", classes, size)
     with pytest.raises(CxrdistError, match=message):
         evaluate(EvaluateConfig(run, shards, cache=tmp_path / "cache"))
+
+
+def test_shards_for_evaluation_only_are_evaluated_and_have_no_other_split(tmp_path):
+    """Of --split 0/0/1 all images are test; another split is refused in one line."""
+    shards = make_shards(tmp_path, dict.fromkeys(CLASSES, 4), split="0/0/1")
+    run = make_run(tmp_path / "run")
+    evaluate(EvaluateConfig(run, shards, cache=tmp_path / "cache"))
+    assert len(read_rows(run / "test" / "predictions.csv")) == 12
+    message = r"--split val: --shards .* have no images in it, only in test; choose"
+    with pytest.raises(CxrdistError, match=message):
+        evaluate(EvaluateConfig(run, shards, split="val", cache=tmp_path / "cache"))
+    with pytest.raises(CxrdistError, match=message):
+        explain(ExplainConfig(run, shards, split="val", cache=tmp_path / "cache"))
+    assert not (run / "val").exists()

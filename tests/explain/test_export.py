@@ -19,7 +19,7 @@ from support import run_ranks, small_disk, start_ranks
 from cxrdist.config import ExplainConfig, Network
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError, RunFailedError
-from cxrdist.explain.export import explain, picture_name
+from cxrdist.explain.export import explain
 from cxrdist.explain.maps import decode
 from cxrdist.explain.relevance import attribute
 from cxrdist.explain.targets import choose_samples
@@ -246,9 +246,3 @@ def test_bad_options_are_refused(shards, run, options, message):
     with pytest.raises(CxrdistError, match=message):
         explain(ExplainConfig(run, shards, cache=run / "cache", **options))
     assert not (run / "test").exists()
-
-
-def test_class_names_make_safe_file_names():
-    """A slash in a class name leads to no other folder."""
-    assert picture_name("key", "Viral Pneumonia") == "key.Viral Pneumonia.png"
-    assert picture_name("key", "../a/b") == "key...-a-b.png"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from web import serving
 
+import cxrdist.model.download
 from cxrdist.errors import CxrdistError
 from cxrdist.model.download import ATTEMPTS, download, place_of
 
@@ -150,11 +151,70 @@ def test_offline_it_says_what_to_fetch_and_where_to_put_it(web, home):
     assert download(url, "--init chexnet") == place
 
 
-@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://h/w.pt", "https://h/w.pt#sha256=x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "ftp://h/w.pt", "https://h/w.pt#sha256=x", "http://[::1"),
+        *("http://h:99999/w.pt", "http://h:x/w.pt", "http:///w.pt", "http://a..b/w.pt", "http://"),
+    ],
+)
 def test_other_urls_are_refused(url):
     """Only http and https, and a fragment that is a hash."""
     with pytest.raises(CxrdistError, match=r"expected http\(s\)"):
         download(url, "--init x")
+
+
+@pytest.mark.parametrize("drips", ["body", "headers"])
+def test_a_server_that_brings_next_to_nothing_ends(web, monkeypatch, drips):
+    """A byte comes before each timeout, and yet there is an end: the mean rate has a limit."""
+    web.files["/w.pt"], web.drips = DATA, drips
+    monkeypatch.setattr(cxrdist.model.download, "SLOW_SECONDS", 0.3)
+    with pytest.raises(CxrdistError, match="could not be fetched"):
+        download(f"{web.url}/w.pt", "--init x")
+
+
+@pytest.mark.parametrize("length", ["abc", "-1", "1e3", "9" * 30])
+def test_a_length_that_is_none_is_named(web, length):
+    """One line, as for any other server that cannot be understood."""
+    web.files["/w.pt"], web.length = DATA, length
+    with pytest.raises(CxrdistError, match=f"could not be fetched .*{length[:20]}"):
+        download(f"{web.url}/w.pt", "--init x")
+
+
+def test_a_name_of_any_length_is_a_file(web, home):
+    """What is too long for a file system is cut; the digits of its hash, at the end, stay."""
+    name = f"/{'x' * 300}-{DIGEST[:8]}.pth"
+    web.files[name] = DATA
+    kept = download(web.url + name, "--init x")
+    assert kept.name.endswith(f"x-{DIGEST[:8]}.pth")
+    web.files[name] = checkpoint(2.0)
+    kept.unlink()
+    with pytest.raises(CxrdistError, match=f"expected {DIGEST[:8]}"):
+        download(web.url + name, "--init x")
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(web, home, monkeypatch):
+    """A home that does not exist: set TORCH_HOME."""
+    monkeypatch.setenv("TORCH_HOME", "/proc/none")
+    with pytest.raises(CxrdistError, match="set TORCH_HOME"):
+        download(f"{web.url}/w.pt", "--init x")
+
+
+def test_notes_and_locks_of_anybody_are_judged(web, home, tmp_path):
+    """A note that is no hash is named, and a lock is no way to write elsewhere."""
+    web.files["/w.pt"] = DATA
+    kept = download(f"{web.url}/w.pt", "--init x")
+    for note in (b"", b"\xff", b"zz"):
+        kept.with_name(f"{kept.name}.sha256").write_bytes(note)
+        with pytest.raises(CxrdistError, match="is no sha256"):
+            download(f"{web.url}/w.pt", "--init x")
+    (tmp_path / "thesis").write_text("years")
+    lock = kept.with_name(f".{kept.name}.lock")
+    lock.unlink()
+    lock.symlink_to(tmp_path / "thesis")
+    with pytest.raises(CxrdistError, match="is a link"):
+        download(f"{web.url}/w.pt", "--init x")
+    assert (tmp_path / "thesis").read_text() == "years"
 
 
 def test_processes_of_two_nodes_fetch_it_once(web, home):

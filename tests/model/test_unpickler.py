@@ -11,6 +11,7 @@ import runpy
 import struct
 import subprocess
 import sys
+import time
 import webbrowser
 import zipfile
 from pathlib import Path
@@ -122,7 +123,6 @@ def opcodes(touch: str) -> dict[str, bytes]:
         "persistent id, a function": storage % system,
         "persistent id, text": b"Pos.system\n",
         "persistent id, module": b"(" + text("module") + command + b"tQ",
-        "memo": b"Nr\xff\xff\xff\x7f",
     }
 
 
@@ -243,3 +243,144 @@ def test_parameters_and_views_of_pytorch_0_3_are_read(tmp_path):
     out.write(struct.pack("<q4f", 4, 10, 11, 12, 13))
     (tmp_path / "w.pth").write_bytes(out.getvalue())
     assert read_tensor_file(tmp_path / "w.pth", "").tensors["a"].tolist() == [11, 12]
+
+
+def long_integer(value: int) -> bytes:
+    data = value.to_bytes(9, "little")
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def tensor_of(sizes: bytes, strides: bytes) -> bytes:
+    """A tensor of one number with any sizes and strides."""
+    storage = (
+        b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x01tQ"
+    )
+    return b"ctorch._utils\n_rebuild_tensor\n(" + storage + b"K\x00" + sizes + strides + b"tR"
+
+
+# A tuple of two times the tuple before: 60 times, it has 2^60 members and 600 bytes.
+NESTED = b")" + b"2\x86" * 60
+MANY = 600_000
+GREEDY = {
+    "a nested tuple as a key": b"}" + NESTED + b"Ns",
+    "nested tuples as keys": b"}(" + NESTED + b"N" + NESTED + b"Nu",
+    "a nested tuple in DICT": b"(" + NESTED + b"Nd",
+    "a nested tuple in a set": b"\x8f(" + NESTED + b"\x90",
+    "a nested tuple in a frozen set": b"(" + NESTED + b"\x91",
+    "a nested tuple in an ordered dictionary": b"ccollections\nOrderedDict\n](]("
+    + NESTED
+    + b"Nee\x85R",
+    "a nested tuple as a storage's key": b"("
+    + text("storage")
+    + b"ctorch\nFloatStorage\n"
+    + NESTED
+    + text("cpu")
+    + b"K\x01tQ",
+    "a nested tuple as a name of an attribute": b"c__main__\nX\n)\x81}" + NESTED + b"Nsb",
+    "many dimensions": tensor_of(
+        b"(" + long_integer(2**62) * 100_000 + b"t", b"(" + b"K\x00" * 100_000 + b"t"
+    ),
+    "huge dimensions": tensor_of(long_integer(2**62) + b"\x85", b"K\x00\x85"),
+    "huge numbers of elements": b"("
+    + text("storage")
+    + b"ctorch\nFloatStorage\n"
+    + text("0")
+    + text("cpu")
+    + long_integer(2**62)
+    + b"tQ",
+    "many objects": b"](c__main__\nX\nq\x01" + b"h\x01)\x81" * MANY + b"e",
+    "many classes": b"](" + b"".join(b"c__main__\nX%d\n" % i for i in range(MANY)) + b"e",
+    "many operations": b"](" + b"N" * MANY + b"e",
+    "a list copied many times": b"](" + b"N" * 20_000 + b"eq\x01" + b"](" + b"c__builtin__\nset\n"
+    b"h\x01\x85R" * 20_000 + b"e",
+    "a long name": b"c" + b"x" * 10**6 + b"\nX\n",
+    "a long key": b"}" + text("x" * 10**6) + b"Ns",
+    "a huge integer": b"\x8b" + struct.pack("<i", 2**31 - 1),
+    "a huge byte array": b"\x96" + struct.pack("<Q", 2**40),
+    "huge bytes": b"\x8e" + struct.pack("<Q", 2**40),
+    "a huge text": b"\x8d" + struct.pack("<Q", 2**40),
+    "a huge frame": b"\x95" + struct.pack("<Q", 2**40),
+}
+
+
+@pytest.mark.parametrize("payload", GREEDY.values(), ids=GREEDY)
+def test_a_pickle_cannot_take_all_time_or_memory(tmp_path, payload):
+    """Each of these ran for ever or filled the memory, with less than 20 MB of file."""
+    zipped(tmp_path / "w.pt", beside_a_tensor(payload))
+    begin = time.process_time()
+    message = refused(tmp_path / "w.pt", tmp_path / "marker")
+    assert message.startswith("--init x: ")
+    assert len(message) < 400
+    assert time.process_time() - begin < 5
+
+
+@pytest.mark.parametrize(
+    "keys", [NESTED, b"](" + NESTED + b"e", b"](" + text("0") * 2 + b"e", b"K\x05"]
+)
+def test_the_list_of_keys_of_an_old_file_is_texts(tmp_path, keys):
+    """It stands behind the tensors, in a pickle of its own."""
+    legacy(tmp_path / "w.pt", beside_a_tensor(b"N"))
+    data = (tmp_path / "w.pt").read_bytes()
+    place = data.index(pickle.dumps(["0"], 2))
+    (tmp_path / "w.pt").write_bytes(data[:place] + b"\x80\x02" + keys + b".")
+    assert "list of tensors" in refused(tmp_path / "w.pt", tmp_path / "marker")
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_head_of_an_old_file_is_plain(tmp_path, place):
+    """Its magic number, version and system are not printed or compared when they are nested."""
+    head = [pickle.dumps(x, 2) for x in (LEGACY_MAGIC, 1001, {"little_endian": True})]
+    if place:
+        head[place] = b"\x80\x02" + NESTED + b"."
+    else:
+        head[0] = b"\x80\x02" + long_integer(0) + b"."
+    (tmp_path / "w.pt").write_bytes(b"".join(head) + pickle.dumps({}, 2) + pickle.dumps([], 2))
+    assert "--init x: no readable checkpoint" in refused(tmp_path / "w.pt", tmp_path / "marker")
+
+
+def test_the_number_of_a_memo_costs_nothing(tmp_path):
+    """It may be any; a list of that length would not fit the memory."""
+    zipped(tmp_path / "w.pt", beside_a_tensor(b"Nr\xff\xff\xff\x7f"))
+    assert read_tensor_file(tmp_path / "w.pt", "").tensors["a"].tolist() == [5]
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    """A checkpoint is a regular file."""
+    os.mkfifo(tmp_path / "w.pt")
+    assert "not a regular file" in refused(tmp_path / "w.pt", tmp_path / "marker")
+
+
+def test_a_zip_of_many_members_is_refused(tmp_path):
+    """Its directory is not read: each member would take half a kilobyte of memory."""
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        for number in range(100):
+            member = zipfile.ZipInfo(f"archive/data/{number}")
+            member.comment = bytes(60_000)
+            archive.writestr(member, b"")
+    message = refused(tmp_path / "w.pt", tmp_path / "marker")
+    assert "its directory has more than 4 MiB" in message
+
+
+def test_numbers_that_many_tensors_share_are_counted(tmp_path):
+    """Members that overlap, or a tensor that repeats its numbers, are larger than the file."""
+    storage = torch.ones(1000)._typed_storage()
+    tensors = {
+        f"t{i}": Call(torch._utils._rebuild_tensor_v2, storage, 0, (1000,), (1,), False, {})
+        for i in range(500)
+    }
+    torch.save(tensors, tmp_path / "w.pt")
+    assert "larger than the file" in refused(tmp_path / "w.pt", tmp_path / "marker")
+
+
+@pytest.mark.parametrize("kind", ["contains itself", "shares its parameters"])
+def test_the_modules_of_a_network_are_counted(tmp_path, kind):
+    """A network that contains itself, or one dictionary many times, ends."""
+    network = torch.nn.Sequential(*[torch.nn.Sequential() for _ in range(400)])
+    if kind == "contains itself":
+        network._modules["0"] = network
+    else:
+        shared = {f"p{i}": torch.ones(1) for i in range(300)}
+        for module in network.modules():
+            module._parameters = shared
+    torch.save(network, tmp_path / "w.pt")
+    assert "its modules contain one another" in refused(tmp_path / "w.pt", tmp_path / "marker")

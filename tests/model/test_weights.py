@@ -1,4 +1,6 @@
+import json
 import re
+import struct
 
 import pytest
 import timm
@@ -388,5 +390,88 @@ def test_one_channel_of_unknown_origin_is_said_to_be_a_guess(tmp_path):
 def test_a_damaged_note_of_convert_is_refused(tmp_path, note):
     """Half of what convert noted would be a wrong normalisation."""
     save_file(torchvision_network().state_dict(), tmp_path / "w.safetensors", {"cxrdist": note})
-    with pytest.raises(CxrdistError, match="no readable checkpoint"):
+    with pytest.raises(CxrdistError, match=r"w\.safetensors: cxrdist: .*convert it again"):
         read_weights(str(tmp_path / "w.safetensors"))
+
+
+def write_safetensors(file, header):
+    """A file of safetensors with any header, and zeros as its numbers."""
+    ends = [x["data_offsets"][1] for x in header.values()] if isinstance(header, dict) else []
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + bytes(max(ends, default=0)))
+
+
+def entry(shape, kind="F32", num_bytes=0):
+    return {"dtype": kind, "shape": shape, "data_offsets": [0, num_bytes]}
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({f"t{i}": entry([0]) for i in range(20_000)}, "more than 10000 tensors"),
+        ({"t": entry([1] * 100_000, num_bytes=4)}, "more than 8 dimensions"),
+        ({"t": entry([2**62, 2**62, 0])}, "no readable checkpoint"),
+        ({"t": entry([1], "F8_E4M3", 1)}, "t holds float8_e4m3fn numbers"),
+        ({"t": entry([1], "BOOL", 1)}, "t holds bool numbers"),
+        (b'{"a":' * 10**5, "no readable checkpoint"),
+        (b"{" + b" " * (5 << 20), "its header has more than 4 MiB"),
+    ],
+)
+def test_the_header_of_safetensors_is_bounded(tmp_path, header, message):
+    """Many tensors, many dimensions, other kinds of numbers, deep nesting."""
+    write_safetensors(tmp_path / "w.safetensors", header)
+    with pytest.raises(CxrdistError, match=message):
+        read_weights(str(tmp_path / "w.safetensors"))
+
+
+NOTE = {
+    "layout": "DenseNet",
+    "labels": None,
+    "normalisation": {"mean": [0.5] * 3, "std": [0.2] * 3},
+    "started_from": {"source": "x", "sha256": None},
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalisation": {"mean": [0.5] * 3, "std": [0.0] * 3}},
+        {"normalisation": {"mean": [float("nan")] * 3, "std": [0.2] * 3}},
+        {"normalisation": {"mean": [0.5], "std": [0.2]}},
+        {"normalisation": {"mean": [0.5] * 2, "std": [0.2] * 3}},
+        {"normalisation": None},
+        {"layout": 7},
+        {"labels": "a,b"},
+        {"labels": ["a", 1]},
+        {"labels": ["a", "b"]},
+        {"started_from": {"source": "x", "started_from": 5}},
+        {"started_from": "x"},
+    ],
+)
+def test_a_note_is_not_taken_on_trust(tmp_path, changes):
+    """Scale, labels and history of a file that anybody may have written."""
+    file, state = tmp_path / "w.safetensors", torchvision_network().state_dict()
+    save_file(state, file, {"cxrdist": json.dumps(NOTE)})
+    assert read_weights(str(file)).normalisation.std == (0.2, 0.2, 0.2)
+    save_file(state, file, {"cxrdist": json.dumps({**NOTE, **changes})})
+    with pytest.raises(CxrdistError, match=r"w\.safetensors: "):
+        read_weights(str(file))
+
+
+@pytest.mark.parametrize("name", ["classifier.weight", "classifier.bias", "features.norm5.weight"])
+def test_a_tensor_without_dimensions_is_refused(tmp_path, name):
+    """Where a list of numbers is expected."""
+    state = {**torchvision_network().state_dict(), name: torch.tensor(1.0)}
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CxrdistError, match=r"w\.pt: "):
+        read_whole(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("number", ["999", "1000000000", "9" * 900])
+def test_the_number_of_layers_is_bounded(tmp_path, number):
+    """A name with a number of a thousand million layers does not build them."""
+    state = torchvision_network().state_dict()
+    state[f"features.denseblock1.denselayer{number}.conv2.weight"] = torch.zeros(4, 16, 3, 3)
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CxrdistError, match=r"w\.pt: "):
+        read_whole(tmp_path / "w.pt")

@@ -247,12 +247,12 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("run.json", None, "give the directory of a `cxrdist train`"),
         ("run.json", "{", "run `cxrdist train` again"),
         ("run.json", '{"format": "cxrdist-run-2"}', "run `cxrdist train` again"),
-        ("run.json", '{"format": "cxrdist-run-1"}', "misses 'shards'"),
+        ("run.json", '{"format": "cxrdist-run-1"}', "misses device"),
         ("recipe.yaml", "a: [", "run `cxrdist train` again"),
         ("audit.json", '{"format": "cxrdist-audit-9"}', "run `cxrdist check --audit` again"),
         ("audit.json", '{"format": "cxrdist-audit-1"}', "misses 'duplicates'"),
         ("log.jsonl", "not json\n", "run `cxrdist train` again"),
-        ("log.jsonl", '{"kind": "epoch", "stage": "head", "epoch": 1}\n', "misses 'val_accuracy'"),
+        ("log.jsonl", '{"kind": "epoch", "stage": "head", "epoch": 1}\n', "misses val_loss"),
         ("test/metrics.json", "[]", "run `cxrdist evaluate` again"),
         ("test/predictions.csv", "key,label\n1,2\n", "no column prob_CLASS"),
         ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "no column logit_a"),
@@ -260,13 +260,13 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("test/predictions.csv", f"{PREDICTED}k,p,a,nan,0\n", "not within 0 and 1"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,nan\n", "nan is not a finite number"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5\n", "run `cxrdist evaluate` again"),
-        ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,0\n", "matrices differ"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,0\n", "expected the classes of"),
         ("test/relevance.csv", "key,class\nk,a\n", "misses 'logit'"),
         ("test/text.json", "{", "run `cxrdist probe-text` again"),
         ("test/text.json", '{"format": "cxrdist-text-1"}', "misses 'classes'"),
         ("test/text.json", '{"format": "cxrdist-text-9"}', "run `cxrdist probe-text` again"),
         ("test/relevance.json", "{}", "run `cxrdist explain` again"),
-        ("test/relevance.json", '{"how": {}, "sanity": null}', "misses 'preset'"),
+        ("test/relevance.json", '{"how": {}, "sanity": null}', "misses how.biases"),
         (
             "test/relevance.csv",
             "key,class,logit,relevance_sum,bias_share,epsilon_share,picture\nk,a,1,1,0,0,../p\n",
@@ -367,6 +367,19 @@ def test_the_audit_stands_before_the_results(run: Path, made: SimpleNamespace) -
         score = found["shortcut"]["auroc"][name]
         assert f"{name} {score['value']:.3f} {score['low']:.3f} to {score['high']:.3f}" in text
     assert "1 patient has images in several classes" in text
+
+
+def test_parts_of_the_audit_that_were_not_made_are_named(run: Path) -> None:
+    """The page gives the reason in place of the part, and never says that nothing was found."""
+    path = run / "audit.json"
+    found = json.loads(path.read_text()) | {"warnings": [], "thumbnails": {}}
+    parts = ("duplicates", "sources", "views", "statistics", "shortcut", "in_pre_training")
+    found |= dict.fromkeys(parts) | {"not_made": {name: f"why {name}" for name in parts}}
+    path.write_text(json.dumps(found))
+    page = write(run)
+    for name in parts:
+        assert f"<code>{name}</code>: why {name}" in page
+    assert "Nothing was found" not in page
 
 
 def test_hostile_audits_are_refused_or_escaped(run: Path) -> None:

@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from support import run_command, run_ranks
+from support import make_shards, run_command, run_ranks
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.model.densenet import Cover, load_model
 from cxrdist.run import locked, read_log
 from cxrdist.train import stage
 from cxrdist.train.checkpoint import has_checkpoint
@@ -86,7 +87,10 @@ def test_rows_of_an_epoch_that_was_lost_are_not_logged_twice(shards, tmp_path, m
 
 
 def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch):
-    """A worse last epoch does not become the model, and the next stage starts from the best."""
+    """A worse last epoch does not become the model, and the next stage starts from the best.
+
+    The model says how its images were scaled and covered, so that predict does the same.
+    """
     losses = iter([1.0, 0.9, 0.5, 0.5, 0.4, 0.7])
     states = []
 
@@ -95,7 +99,13 @@ def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypat
         return {"val_loss": next(losses), "val_accuracy": 0.5}
 
     monkeypatch.setattr(stage, "validate", validate)
+    shards = shutil.copytree(shards, tmp_path / "shards")
+    index = json.loads((shards / "index.json").read_text())
+    index |= {"depth": 12, "cover": {"how": "fill", "split": "train", "images": 0, "boxes": 0}}
+    (shards / "index.json").write_text(json.dumps(index))
     train(recipe(shards, tmp_path / "run"))
+    published = load_model(tmp_path / "run")
+    assert (published.depth, published.cover) == (12, Cover("fill", "train"))
     model = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(torch.equal(model[k], v) for k, v in states[4].items())
     frozen = "features.conv0.weight"
@@ -190,6 +200,15 @@ def test_a_run_directory_has_one_writer(shards, tmp_path):
         pytest.raises(CxrdistError, match="another cxrdist process"),
     ):
         train(recipe(shards, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("split", "empty"), [("0/0/1", "train"), ("0.6/0/0.4", "val")])
+def test_shards_without_train_or_val_are_refused_before_any_work(tmp_path, split, empty):
+    """One line says what training needs; no run directory and no cache are made."""
+    shards = make_shards(tmp_path, {"a": 4, "b": 4}, split=split)
+    with pytest.raises(CxrdistError, match=f"have no images in {empty}; training needs train"):
+        train(recipe(shards, tmp_path / "run"))
+    assert {file.name for file in tmp_path.iterdir()} == {"images", "shards"}
 
 
 def test_a_world_larger_than_the_batch_is_refused(shards, tmp_path):

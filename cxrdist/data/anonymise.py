@@ -1,0 +1,174 @@
+"""Anonymise: names that tell nothing in place of those of files, folders, patients and sources.
+
+A name is an HMAC-SHA256 under a key that is random for each pack, so that nobody who lacks the key
+can guess a name and compare. While a pack is unfinished its key lies beside the squares, in a file
+and a directory that only the owner can read; a finished pack has none.
+"""
+
+import csv
+import fcntl
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from cxrdist.data.found import LeftOut
+from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, Record, Source, own_patient
+from cxrdist.data.shards import sample_key
+from cxrdist.errors import CxrdistError
+from cxrdist.run import atomic_file
+
+KEY_BYTES = 32
+KEY_FILE = "key"
+DIGITS = 20  # of a name, 80 bits: among 10 million names two are equal with a chance of 1e-10
+SALT = "(salt)"
+OLDEST = 90.0  # ages above 89 tell a person (HIPAA Privacy Rule, 45 CFR 164.514(b)(2)(i)(C))
+
+
+class Name(NamedTuple):
+    """A row of the table of names, which stays with the owner."""
+
+    name: str
+    """Stands in place of the path in the shards and in rejected.csv."""
+    key: str
+    """Of the sample; empty for what was left out."""
+    path: str
+    patient: str
+    """Of the table or the file name; empty where neither tells it."""
+    source: str
+
+
+def keyed(key: bytes, text: str) -> str:
+    """Return the HMAC-SHA256 of a text, hexadecimal."""
+    return hmac.new(key, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
+
+
+def read_key(directory: Path) -> bytes | None:
+    """Return the key of an unfinished pack, None if there is none."""
+    path = directory / KEY_FILE
+    key = path.read_bytes() if path.is_file() else b""
+    return key if len(key) == KEY_BYTES else None
+
+
+def shared_key(directory: Path) -> bytes:
+    """Return the key of a pack; the first of its processes that asks makes it.
+
+    Args:
+        directory: of the squares, local or an fsspec path.
+    """
+    path = directory / KEY_FILE
+    if not isinstance(path, Path):  # an object store makes an object once; others then read it
+        with suppress(FileExistsError):
+            path.fs.pipe_file(path.path, secrets.token_bytes(KEY_BYTES), mode="create")
+        return path.read_bytes()
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        key = file.read()
+        if len(key) != KEY_BYTES:  # new, or its maker was killed before anyone could read it
+            key = secrets.token_bytes(KEY_BYTES)
+            file.seek(0)
+            file.truncate()
+            file.write(key)
+            file.flush()
+            os.fsync(file.fileno())
+    return key
+
+
+def make_private(directory: Path) -> None:
+    """Make a directory of this machine that only its owner can read."""
+    if isinstance(directory, Path):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory.chmod(0o700)
+
+
+def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
+    """Rename the paths, patients and sources of all records and of what is left out.
+
+    The records are sorted by their new names, so that their order tells nothing either. Names of
+    public data sets stay as sources, since the audit knows them.
+
+    Returns:
+        The renamed source, and what each name stands for.
+    """
+    pairs = sorted(
+        ((_anonymous(record, key), record) for record in source.records), key=lambda p: p[0].path
+    )
+    numbers: dict[str, str] = {name: name for name in KNOWN_NAMES}
+    for _, record in pairs:
+        numbers.setdefault(record.source, f"source-{len(numbers) - len(KNOWN_NAMES) + 1}")
+    records = [replace(new, source=numbers[old.source]) for new, old in pairs]
+    left_out = [LeftOut(_name(key, x.path), x.reason) for x in source.left_out]
+    names = [
+        Name(new.path, sample_key(new.path), old.path, _patient_named(old), old.source)
+        for new, old in pairs
+    ]
+    names += [
+        Name(new.path, "", old.path, "", "")
+        for new, old in zip(left_out, source.left_out, strict=True)
+    ]
+    return replace(source, records=records, left_out=tuple(sorted(left_out))), names
+
+
+def _anonymous(record: Record, key: bytes) -> Record:
+    path = _name(key, record.path)
+    patient = own_patient(path)
+    if not record.patient.startswith(NO_PATIENT):
+        patient = f"patient-{keyed(key, f'patient {record.patient}')[:DIGITS]}"
+    return replace(record, path=path, patient=patient, age=private_age(record.age))
+
+
+def private_age(age: float | None) -> float | None:
+    """The age, at most `OLDEST`."""
+    return None if age is None else min(age, OLDEST)
+
+
+def _name(key: bytes, path: str) -> str:
+    return keyed(key, f"path {path}")[:DIGITS]
+
+
+def _patient_named(record: Record) -> str:
+    return "" if record.patient.startswith(NO_PATIENT) else record.patient
+
+
+def names_file(out: Path) -> Path:
+    """The table of names of a directory of shards, beside it."""
+    return out.with_name(f"{out.name}.names.csv")
+
+
+def salt_of(key: bytes) -> str:
+    """Salt of the hash of the source's list in pack.json; it does not tell the key."""
+    return keyed(key, "salt")
+
+
+def read_salt(file: Path) -> str | None:
+    """Return the salt of the pack that a table of names is of, None if there is no such table.
+
+    Raises:
+        CxrdistError: the file is no table of names.
+    """
+    if not file.is_file():
+        return None
+    with file.open(encoding="utf-8", errors="replace", newline="") as table:
+        head = [table.readline(1000), table.readline(1000)]
+    header, salt = (line.rstrip("\r\n").split(",") for line in head)
+    if header != [*Name._fields] or len(salt) != len(header) or salt[0] != SALT:
+        raise CxrdistError(f"{file}: is not a table of names; move it, or choose another --out")
+    return salt[2]
+
+
+def write_names(file: Path, key: bytes, names: Iterable[Name]) -> None:
+    """Write the table of names for its owner's eyes only."""
+    rows: Sequence[Name] = [Name(SALT, "", salt_of(key), "", ""), *sorted(names)]
+    with atomic_file(file) as partial:
+        partial.touch(mode=0o600)
+        with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
+            writer = csv.writer(table, lineterminator="\n")
+            writer.writerow(Name._fields)
+            writer.writerows(rows)

@@ -1,0 +1,160 @@
+"""Class folders: images whose folders tell their class, and perhaps their split.
+
+Read are CLASS/..., SPLIT/CLASS/... and CLASS/SPLIT/..., where SPLIT is one of `SPLIT_NAMES`.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from cxrdist.data.found import Found, LeftOut, escaped, find_images, is_hidden, is_same_folder
+from cxrdist.data.patients import compile_pattern, patient_of
+from cxrdist.data.records import DEVELOPMENT, SPLIT_NAMES, Record, Source, known_source
+from cxrdist.errors import CxrdistError
+
+BESIDE = "beside the class folders"
+LOOKS_LIKE_SPLIT = re.compile(r"(?:^|[\W_\d])(train|val|test|dev)")
+
+
+def read_class_folders(
+    folder: Path, patient_pattern: str | None = None, besides: Sequence[Path] = ()
+) -> Source:
+    """Read the images of class folders.
+
+    Args:
+        folder: holds a folder of images for each class, or such folders for each split.
+        patient_pattern: regular expression; the first group that matches in the file name is the
+            patient. Without it, or where it does not match, an image is a patient of its own.
+        besides: folders that are not looked into.
+
+    Raises:
+        CxrdistError: there is no such folder, a class has no image, or it is unclear which folders
+            are classes and which are splits.
+    """
+    pattern = compile_pattern(patient_pattern)
+    if not folder.is_dir():
+        raise CxrdistError(f"--input {folder}: no such folder; expected one sub-folder per class")
+    found = find_images(folder, besides)
+    levels = [file.relative_to(folder).parts[:-1] for file in found.images]
+    split_level = _find_split_level(folder, levels)
+    num_levels = 1 if split_level is None else 2
+    records, stray = [], []
+    for file, names in zip(found.images, levels, strict=True):
+        path = file.relative_to(folder).as_posix()
+        if len(names) < num_levels:
+            stray.append(LeftOut(path, BESIDE))
+            continue
+        label = names[1 if split_level == 0 else 0]
+        split = None if split_level is None else SPLIT_NAMES[names[split_level].lower()]
+        source = known_source(file.name, folder.name)
+        records.append(Record(file, path, label, patient_of(path, pattern), source, split))
+    records = _leave_val_open(records)
+    _refuse_empty_classes(folder, besides, split_level, records, found)
+    return Source(
+        records,
+        "multiclass",
+        sorted({record.label for record in records}),
+        folder.name,
+        left_out=(*found.left_out, *stray),
+        num_found=found.num_files,
+        dicom=found.dicom,
+    )
+
+
+def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | None:
+    """Which folders above the images are splits: the upper ones 0, the lower ones 1, none None.
+
+    Raises:
+        CxrdistError: some are and others are not, or two are the same split.
+    """
+    below: dict[str, set[str]] = defaultdict(set)
+    for parts in levels:
+        if parts:
+            below[parts[0]].add(parts[1] if len(parts) > 1 else "")
+    for level, siblings in enumerate(([set(below)], list(below.values()))):
+        folders = set[str]().union(*siblings)
+        splits = sorted(name for name in folders if name.lower() in SPLIT_NAMES)
+        if not splits:
+            _refuse_like_splits(folder, siblings)
+            continue
+        others = sorted(folders - {*splits})
+        if level == 0 and not others:
+            lower = set[str]().union(*below.values())
+            others = sorted(name for name in lower if name.lower() in SPLIT_NAMES)
+        if others:
+            raise CxrdistError(
+                f"--input {folder}: holds folders of splits ({', '.join(splits[:3])}) and others "
+                f"({', '.join(name or 'images' for name in others[:3])}); expected SPLIT/CLASS or "
+                "CLASS/SPLIT for all images, or no folder that is named as a split: move or rename "
+                "the others, or list the images in a table (--source csv)"
+            )
+        for names in siblings:
+            _refuse_equal_splits(folder, names)
+        return level
+    return None
+
+
+def _refuse_like_splits(folder: Path, siblings: Iterable[set[str]]) -> None:
+    """Names such as train_images and test_images are no classes, a single one may be."""
+    for names in siblings:
+        like = {
+            name: match[1] for name in names if (match := LOOKS_LIKE_SPLIT.search(name.lower()))
+        }
+        if len(set(like.values())) > 1:
+            raise CxrdistError(
+                f"--input {folder}: the folders {', '.join(sorted(like)[:3])} look like splits; "
+                "call them train, val and test, or otherwise if they are classes"
+            )
+
+
+def _refuse_equal_splits(folder: Path, names: Iterable[str]) -> None:
+    names = sorted(names)
+    splits = [SPLIT_NAMES[name.lower()] for name in names]
+    twice = next((split for split in splits if splits.count(split) > 1), None)
+    if twice:
+        both = " and ".join(n for n, s in zip(names, splits, strict=True) if s == twice)
+        raise CxrdistError(
+            f"--input {folder}: the folders {both} are both {twice}; put their images together"
+        )
+
+
+def _leave_val_open(records: list[Record]) -> list[Record]:
+    """Without a folder of validation images these are drawn from the training images."""
+    if {record.split for record in records} & {None, "val"}:
+        return records
+    return [replace(r, split=DEVELOPMENT) if r.split == "train" else r for r in records]
+
+
+def _refuse_empty_classes(
+    folder: Path,
+    besides: Sequence[Path],
+    split_level: int | None,
+    records: Sequence[Record],
+    found: Found,
+) -> None:
+    """Each class folder needs an image; what was left out of it may say why it has none."""
+    tops = _class_folders(folder, besides)
+    if split_level == 0:
+        splits = [top for top in tops if top.name.lower() in SPLIT_NAMES]
+        tops = [child for split in splits for child in _class_folders(split, besides)]
+    labels = {record.label for record in records}
+    for child in tops:
+        if child.name not in labels:
+            path = escaped(child.relative_to(folder).as_posix())
+            inside = [x for x in found.left_out if x.path == path or x.path.startswith(f"{path}/")]
+            why = f" ({inside[0].path}: {inside[0].reason})" if inside else ""
+            raise CxrdistError(
+                f"{escaped(str(child))}: the class has no image{why}; add some or remove the folder"
+            )
+
+
+def _class_folders(folder: Path, besides: Sequence[Path]) -> list[Path]:
+    return [
+        child
+        for child in sorted(folder.iterdir(), key=str)
+        if child.is_dir()
+        and not is_hidden(child.name)
+        and not any(is_same_folder(child, other) for other in besides)
+    ]

@@ -1,0 +1,184 @@
+"""Found: every file below a folder, as an image to be read or left out with a reason.
+
+Content decides. A file whose suffix promises an image is left to its decoder, which reports what it
+cannot read; of any other file the first bytes tell.
+"""
+
+import heapq
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cxrdist.data.images import DICOM_SUFFIXES
+from cxrdist.data.kinds import kind_of
+from cxrdist.errors import CxrdistError
+
+IMAGE_SUFFIXES = {
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
+    *(".jp2", ".j2k", ".pgm", ".ppm", ".pnm", *DICOM_SUFFIXES),
+}
+# Of archivers, desktops, photo servers and file systems; a dot in front hides a name too.
+SYSTEM_NAMES = {
+    *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "@eaDir"),
+    *("$RECYCLE.BIN", "System Volume Information", "lost+found"),
+}
+HEAD_BYTES = 1024  # DICOM's file meta information, which tells a DICOMDIR, lies within
+DICOMDIR = b"1.2.840.10008.1.3.10"  # Media Storage Directory Storage (DICOM PS3.4, table B.5-1)
+
+HIDDEN = "hidden or system file"
+SEEN = "folder that is read under another name"
+NO_FILE = "not a regular file"
+LOST_LINK = "link to a missing file"
+NO_IMAGE = "not an image"
+DIRECTORY = "DICOMDIR"
+
+
+class LeftOut(NamedTuple):
+    """A file, or a folder that was not entered, that is not packed."""
+
+    path: str
+    """Relative to the source, with slashes; bytes that are not UTF-8 are escaped."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that lies below a folder.
+
+    Attributes:
+        images: files to be decoded, sorted by name.
+        left_out: everything else, sorted by name.
+        num_files: how many files were counted; images and left_out together.
+        dicom: whether DICOM files are among the images, as far as suffix or first bytes tell.
+    """
+
+    images: tuple[Path, ...]
+    left_out: tuple[LeftOut, ...]
+    num_files: int
+    dicom: bool
+
+
+def find_images(folder: Path, besides: Sequence[Path] = ()) -> Found:
+    """Look at every file below a folder.
+
+    Args:
+        folder: local or an fsspec path.
+        besides: local folders that are passed over, such as the one that is being written.
+
+    Raises:
+        CxrdistError: an image has a name that is not UTF-8, which no table could hold.
+    """
+    images, left_out, num_files, dicom = [], [], 0, False
+    for file, reason in walk(folder, besides):
+        num_files += 1
+        kind, reason = ("", reason) if reason else look_at(file)
+        if reason:
+            left_out.append(LeftOut(escaped(file.relative_to(folder).as_posix()), reason))
+            continue
+        refuse_undecodable_name(file)
+        images.append(file)
+        dicom = dicom or kind == "DICOM"
+    return Found(tuple(sorted(images, key=str)), tuple(sorted(left_out)), num_files, dicom)
+
+
+def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str]]:
+    """Yield every file below a folder, and why it cannot be an image; an empty reason if it may.
+
+    Linked folders are followed. A folder that can be reached in several ways is read once, under
+    its own name rather than a link's, so that links in circles end; the other ways are yielded.
+    """
+    if not isinstance(folder, Path):  # an object store has neither links nor special files
+        yield from _walk_store(folder)
+        return
+    own = {_identity(path) for path in besides if path.is_dir()}
+    seen = set(own)
+    waiting = [(False, False, str(folder))]  # hidden folders come last, before them links
+    while waiting:
+        hidden, _, name = heapq.heappop(waiting)
+        try:
+            identity = _identity(name)
+            entries = [] if identity in seen else sorted(os.scandir(name), key=os.fspath)
+        except OSError as error:
+            yield Path(name), f"folder that cannot be read ({error.strerror})"
+            continue
+        if identity in seen and identity not in own:
+            yield Path(name), SEEN
+        seen.add(identity)
+        for entry in entries:
+            below_hidden = hidden or is_hidden(entry.name)
+            fault = _fault(entry)
+            if fault is None:
+                heapq.heappush(waiting, (below_hidden, entry.is_symlink(), entry.path))
+            else:
+                yield Path(entry.path), HIDDEN if below_hidden else fault
+
+
+def _walk_store(folder: Path) -> Iterator[tuple[Path, str]]:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            yield file, HIDDEN if is_hidden(*file.relative_to(folder).parts) else ""
+
+
+def look_at(file: Path) -> tuple[str, str]:
+    """The kind of an image, and why a file is none; one of the two is empty."""
+    suffix = file.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return "DICOM" if suffix in DICOM_SUFFIXES else "picture", ""
+    try:
+        with file.open("rb") as content:
+            head = content.read(HEAD_BYTES)
+    except OSError as error:
+        return "", f"cannot be read ({error.strerror or error})"
+    if DICOMDIR in head:
+        return "", DIRECTORY
+    kind = kind_of(head)
+    return (kind, "") if kind else ("", NO_IMAGE)
+
+
+def escaped(name: str) -> str:
+    """A file's name as text that can be printed; bytes that are not UTF-8 are escaped."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def refuse_undecodable_name(file: Path) -> None:
+    """Make sure that a table can hold a file's name.
+
+    Raises:
+        CxrdistError: it is not UTF-8.
+    """
+    name = str(file)
+    if escaped(name) != name:
+        raise CxrdistError(
+            f"{escaped(name)}: the name is not UTF-8; rename it, such as by convmv -r -f latin1 "
+            "-t utf8 --notest FOLDER"
+        )
+
+
+def is_hidden(*names: str) -> bool:
+    """Whether a file or folder, or one above it, is hidden or the system's own."""
+    return any(name.startswith(".") or name in SYSTEM_NAMES for name in names)
+
+
+def is_same_folder(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one folder of this machine."""
+    local = isinstance(one, Path) and isinstance(other, Path)
+    return local and one.is_dir() and other.is_dir() and _identity(one) == _identity(other)
+
+
+def _identity(path: str | Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _fault(entry: "os.DirEntry[str]") -> str | None:
+    """Why an entry is no regular file, empty if it is one, None for a folder."""
+    try:
+        if entry.is_dir():
+            return None
+        if entry.is_file():
+            return ""
+        return NO_FILE if os.path.exists(entry.path) else LOST_LINK
+    except OSError as error:  # links in a circle
+        return f"cannot be read ({error.strerror})"

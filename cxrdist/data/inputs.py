@@ -1,0 +1,173 @@
+"""Inputs: image files for a trained model, made into squares as `pack` made its training images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.data.boxes import Box, cover, read_boxes, scaled
+from cxrdist.data.found import LeftOut, find_images, refuse_undecodable_name
+from cxrdist.data.images import decode, read_grey
+from cxrdist.data.text import find_in_file
+from cxrdist.errors import CxrdistError
+
+MOST_SIDE_PX = 2048
+"""Longer side of an original in pictures: twice a screen's height, and a PNG of a few MB."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """An image file for a model.
+
+    Attributes:
+        file: where it is; its name in the tables.
+        name: relative to the folder that was given, with slashes; without one that of the file.
+        boxes: burned-in text to cover, in px of the original.
+    """
+
+    file: Path
+    name: str
+    boxes: tuple[Box, ...] = ()
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How an image becomes the square that a model takes.
+
+    Attributes:
+        size_px: side of the square.
+        fit: how it becomes square: crop, pad or stretch.
+        depth: bits that hold its values where it has more than 8 and does not declare them; what
+            each image uses if None.
+        cover: how text is covered: black or fill.
+        finds_text: whether text is looked for, instead of taken from `Input.boxes`.
+    """
+
+    size_px: int
+    fit: str
+    depth: int | None
+    cover: str
+    finds_text: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A square for a model.
+
+    Attributes:
+        pixels: uint8 [S, S].
+        used_depth: bits that the image uses where its file does not declare them.
+        boxes: of the text that is covered in it, in px of the original.
+    """
+
+    pixels: NDArray[np.uint8]
+    used_depth: int | None
+    boxes: tuple[Box, ...]
+
+
+def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list[LeftOut]]:
+    """List the image files of files and folders.
+
+    Args:
+        paths: files, which are taken whatever they hold, and folders, of which `find_images` tells
+            what is an image.
+        besides: a folder that is passed over: heat maps of an earlier call.
+
+    Returns:
+        The files in the given order, folders sorted, each once; and what folders hold besides.
+
+    Raises:
+        CxrdistError: a path does not exist, a folder has no image, or a name is not UTF-8.
+    """
+    inputs: dict[Path, Input] = {}
+    left_out: list[LeftOut] = []
+    for path in paths:
+        if path.is_dir():
+            found = find_images(path, [besides])
+            if not found.images:
+                raise CxrdistError(
+                    f"{path}: has no image among its {found.num_files} files; name a folder of "
+                    "X-rays"
+                )
+            for file in found.images:
+                inputs.setdefault(file, Input(file, file.relative_to(path).as_posix()))
+            left_out += [LeftOut(f"{path}/{name}", reason) for name, reason in found.left_out]
+        elif path.is_file():
+            refuse_undecodable_name(path)
+            inputs.setdefault(path, Input(path, path.name))
+        else:
+            raise CxrdistError(f"{path}: no such file or folder; name image files, or folders")
+    return list(inputs.values()), left_out
+
+
+def with_boxes(inputs: Sequence[Input], table: Path) -> list[Input]:
+    """Give each input its boxes of burned-in text.
+
+    Args:
+        inputs: the files.
+        table: names a file as it was given, or relative to the folder that was given.
+
+    Raises:
+        CxrdistError: the table cannot be read, has none of the files, or a name fits two of them.
+    """
+    boxes = read_boxes(table)
+    names = [str(i.file) if str(i.file) in boxes else i.name for i in inputs]
+    known: dict[str, Path] = {}
+    for name, item in zip(names, inputs, strict=True):
+        other = known.setdefault(name, item.file)
+        if name in boxes and other != item.file:
+            raise CxrdistError(
+                f"--text-boxes {table}: {name} is both {other} and {item.file}; write the whole "
+                "path in its column path"
+            )
+    strangers = sorted(boxes.keys() - known.keys())
+    if boxes and len(strangers) == len(boxes):
+        raise CxrdistError(
+            f"--text-boxes {table}: has none of the images ({strangers[0]} is not among them); "
+            "its paths are as on the command line, or relative to the folder given there"
+        )
+    if strangers:
+        print(
+            f"{table}: {len(strangers)} of its {len(boxes)} images are not among those given, the "
+            f"first is {strangers[0]}"
+        )
+    return [
+        replace(item, boxes=boxes.get(name, ())) for name, item in zip(names, inputs, strict=True)
+    ]
+
+
+def prepare(item: Input, how: Preparation) -> Prepared:
+    """Read an image file as `pack` does.
+
+    Raises:
+        CxrdistError: it is no readable X-ray.
+    """
+    boxes = find_in_file(item.file) if how.finds_text else item.boxes
+    decoded = decode(item.file, how.size_px, how.fit, boxes, how.cover, how.depth)
+    pixels = decoded.pixels if decoded.covered is None else decoded.covered
+    return Prepared(pixels, decoded.used_depth, boxes)
+
+
+def read_original(item: Input, how: Preparation) -> NDArray[np.uint8]:
+    """Read the whole image for a picture, its text covered as in its square.
+
+    Returns:
+        uint8 [H, W], at most `MOST_SIDE_PX` wide and high.
+
+    Raises:
+        CxrdistError: it is no readable X-ray.
+    """
+    grey = read_grey(item.file, MOST_SIDE_PX, how.depth)
+    image = grey.image
+    if item.boxes:
+        here = [scaled(box, *grey.scale()) for box in item.boxes]
+        image = Image.fromarray(cover(np.asarray(image), here, how.cover))
+    shown = grey.width_px, grey.height_px
+    smaller = min(1, MOST_SIDE_PX / max(shown))
+    width, height = (max(1, round(side * smaller)) for side in shown)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return np.asarray(image)

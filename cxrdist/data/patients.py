@@ -1,0 +1,60 @@
+"""Patients: what names and tables tell of who was X-rayed."""
+
+import math
+import re
+
+from cxrdist.data.records import own_patient
+from cxrdist.errors import CxrdistError
+
+MOST_YEARS = 120.0
+# Units of an age string, in years (DICOM PS3.5, section 6.2, AS).
+AGE_UNITS = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
+
+
+def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
+    """Compile ``--patient-pattern``.
+
+    Raises:
+        CxrdistError: it is not a regular expression with a group.
+    """
+    if pattern is None:
+        return None
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise CxrdistError(
+            f"--patient-pattern {pattern!r}: no regular expression ({error})"
+        ) from error
+    if compiled.groups == 0:
+        raise CxrdistError(
+            f"--patient-pattern {pattern!r}: expected a group around the patient, such as ^(\\d+)_"
+        )
+    return compiled
+
+
+def patient_of(path: str, pattern: re.Pattern[str] | None) -> str:
+    """The first group of the pattern that matches in a file's name; else an own patient."""
+    match = pattern.search(path.rsplit("/", 1)[-1]) if pattern else None
+    named = next((group for group in match.groups() if group), None) if match else None
+    return named or own_patient(path)
+
+
+def sex_of(text: str) -> str:
+    """M, F, or empty for all else."""
+    return SEXES.get(text.strip().casefold(), "")
+
+
+def stated_age(text: str) -> float | None:
+    """The age in years; None of an empty text, NaN of one that is no age from 0 to 120 years."""
+    age = age_of(text)
+    return math.nan if age is None and text.strip() else age
+
+
+def age_of(text: str) -> float | None:
+    """Years of an age such as 45, 45.5, 045Y, 018M, 003W or 010D; None outside of 0 to 120."""
+    match = re.fullmatch(r"(\d{1,6}(?:[.,]\d{1,9})?) ?([YMWD]?)", text.strip().upper())
+    if not match:
+        return None
+    years = float(match[1].replace(",", ".")) * AGE_UNITS[match[2]]
+    return years if math.isfinite(years) and years <= MOST_YEARS else None

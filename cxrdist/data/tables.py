@@ -1,0 +1,194 @@
+"""Tables: CSV files that people give, in the encodings and with the separators of spreadsheets.
+
+Not read, and refused by name: other text encodings, other separators, compressed files, workbooks.
+"""
+
+import codecs
+import csv
+import io
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from cxrdist.errors import CxrdistError
+
+MOST_BYTES = 1 << 30  # the largest public tables of X-rays (PadChest, MIMIC-CXR) have 0.2 GB
+# UTF-32's mark begins with UTF-16's, so it comes first.
+MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+SAVE = "save it as CSV UTF-8"
+
+
+class Row(NamedTuple):
+    """A row below the header."""
+
+    where: str
+    """File and number, for messages; counted as a spreadsheet does, the header is row 1."""
+    cells: list[str]
+    """As many as there are columns."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The content of a CSV file.
+
+    Attributes:
+        file: what was read.
+        columns: the header, without blanks around the names.
+        separator: between the cells.
+        text: the whole file.
+        notes: what was assumed about it, a line each.
+    """
+
+    file: Path
+    columns: tuple[str, ...]
+    separator: str
+    text: str
+    notes: tuple[str, ...]
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows that are not blank.
+
+        Raises:
+            CxrdistError: a row has more or fewer cells than the header, or a quote has no end.
+        """
+        records = enumerate(_records(self.file, self.text, self.separator), start=1)
+        next(records, None)
+        for number, record in records:
+            cells, where = list(record), f"{self.file} row {number}"
+            while len(cells) > len(self.columns) and not cells[-1].strip():
+                cells.pop()  # of columns that a spreadsheet has used once
+            if not any(map(str.strip, cells)):
+                continue
+            if len(cells) != len(self.columns):
+                fault = "more" if len(cells) > len(self.columns) else "fewer"
+                raise CxrdistError(
+                    f"{where}: {fault} cells than columns ({len(cells)}, expected "
+                    f"{len(self.columns)}); quote cells that hold the separator"
+                )
+            yield Row(where, cells)
+
+    def find_columns(self, names: Mapping[str, Collection[str]]) -> dict[str, int]:
+        """Find columns whatever the case, blanks, ``_`` and ``-`` of their names.
+
+        Args:
+            names: of each thing to be found the names of its column, as `plain` gives them.
+
+        Returns:
+            The place of each thing that has a column.
+
+        Raises:
+            CxrdistError: two columns are for one thing.
+        """
+        places: dict[str, int] = {}
+        for name, spellings in names.items():
+            found = [i for i, column in enumerate(self.columns) if plain(column) in spellings]
+            if len(found) > 1:
+                both = " and ".join(repr(self.columns[i]) for i in found)
+                raise CxrdistError(
+                    f"{self.file}: the columns {both} are both the {name}; remove or rename one"
+                )
+            if found:
+                places[name] = found[0]
+        return places
+
+
+def read_table(file: Path, expected: Collection[str]) -> Table:
+    """Read a CSV file.
+
+    Args:
+        file: local or an fsspec path.
+        expected: names of columns as `plain` gives them; the separator that yields most of them is
+            taken.
+
+    Raises:
+        CxrdistError: the file is missing, too large, or not a CSV text.
+    """
+    text, notes = read_text(file)
+    headers = {separator: _header(text, separator) for separator in SEPARATORS}
+    separator = max(SEPARATORS, key=lambda s: sum(plain(name) in expected for name in headers[s]))
+    if separator != ",":
+        notes = (*notes, f"{file.name}: read with {SEPARATORS[separator]} between the cells")
+    return Table(file, headers[separator], separator, text, notes)
+
+
+def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
+    """Read a text file: UTF-8, UTF-16 and UTF-32 with their marks, otherwise Windows-1252.
+
+    Returns:
+        The text, and a note where its encoding was assumed.
+
+    Raises:
+        CxrdistError: the file is missing, too large, or not a text.
+    """
+    try:
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise CxrdistError(f"{file}: has {size} bytes, expected a table of at most 1 GiB")
+        data = file.read_bytes()
+    except OSError as error:
+        raise CxrdistError(
+            f"{file}: cannot be read ({error.strerror or error}); expected a CSV"
+        ) from error
+    text, note = _decode(file, data)
+    if "\0" in text:
+        row = text.count("\n", 0, text.index("\0")) + 1
+        raise CxrdistError(f"{file} row {row}: has a NUL, so it is not a CSV text; {SAVE}")
+    return text, ((note,) if note else ())
+
+
+def plain(name: str) -> str:
+    """A column's name without case, blanks, ``_`` and ``-``: Patient ID and patient_id are one."""
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _decode(file: Path, data: bytes) -> tuple[str, str]:
+    """The text, and what was assumed of its encoding where that is not UTF-8."""
+    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
+    encoding = MARKS.get(mark, "utf-8")
+    try:
+        text = data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        if mark:
+            raise CxrdistError(f"{file}: begins as {encoding} but is not; {SAVE}") from error
+        encoding = "windows-1252"
+        try:
+            text = data.decode(encoding)
+        except UnicodeDecodeError:  # five bytes have no letter there
+            encoding = "latin-1"
+            text = data.decode(encoding)
+    assumed = f"{file.name}: read as {encoding}; {SAVE} if letters are wrong"
+    return text, "" if encoding == "utf-8" else assumed
+
+
+def _header(text: str, separator: str) -> tuple[str, ...]:
+    """The names of the columns, none if there is no row or its quotes do not fit the separator."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        return tuple(name.strip() for name in next(reader, []))
+    except csv.Error:
+        return ()
+
+
+def _records(file: Path, text: str, separator: str) -> Iterator[list[str]]:
+    """Yield the cells of each row, blank rows too."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    number = 0
+    while True:
+        number += 1
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise CxrdistError(
+                f"{file} row {number}: {error}; close its quotes and shorten its cells"
+            ) from error

@@ -1,0 +1,144 @@
+"""Workers: processes that read images; a file that crashes or hangs one costs that file only."""
+
+import multiprocessing
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import TimeoutError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from cxrdist.errors import CxrdistError
+
+SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; anything slower is malicious or broken
+CHUNKS_AHEAD = 2  # of each worker, beside those that it is at
+
+
+class HasFile(Protocol):
+    """What a worker is given: something about a file."""
+
+    @property
+    def file(self) -> Path:
+        """The file to read."""
+
+
+Item = TypeVar("Item", bound=HasFile)
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Job(Generic[Item, Made]):
+    """Some items that a worker is given together, and what it is to make of each."""
+
+    pool: ProcessPool
+    make: Callable[[Item], Made]
+    items: Sequence[Item]
+    seconds: float
+    future: ProcessFuture
+
+    def results(self) -> list[Made | CxrdistError]:
+        """Wait for what was made of each item, in their order, or why its file cannot be used.
+
+        If the worker died or was too slow, the items are taken one by one.
+        """
+        try:
+            made: list[Made | CxrdistError] = self.future.result()
+            return made
+        except (TimeoutError, ProcessExpired) as error:
+            if len(self.items) > 1:
+                again = (schedule(self.pool, self.make, [one], self.seconds) for one in self.items)
+                return [made for job in again for made in job.results()]
+            reason = (
+                f"crashed its decoder (exit code {error.exitcode})"
+                if isinstance(error, ProcessExpired)
+                else f"was not read within {self.seconds:g} s"
+            )
+            return [CxrdistError(f"{self.items[0].file}: {reason}")]
+
+
+def schedule(
+    pool: ProcessPool,
+    make: Callable[[Item], Made],
+    items: Sequence[Item],
+    seconds: float | None = None,
+) -> Job[Item, Made]:
+    """Let the workers begin with some items.
+
+    Args:
+        pool: of `image_workers`.
+        make: called in a worker with each item; a CxrdistError that it raises is its result.
+        items: what one worker takes at once.
+        seconds: that the items may take together; `SECONDS_PER_IMAGE` if None.
+    """
+    limit = SECONDS_PER_IMAGE if seconds is None else seconds
+    future = pool.schedule(_make_each, args=(make, items), timeout=limit)
+    return Job(pool, make, items, limit, future)
+
+
+def in_order(
+    pool: ProcessPool,
+    make: Callable[[Item], Made],
+    items: Sequence[Item],
+    chunk: int,
+    seconds: float | None = None,
+) -> Iterator[Made | CxrdistError]:
+    """Yield what is made of each item, in their order, or why its file cannot be used.
+
+    The workers are some chunks ahead, and no more: what waits to be taken stays small.
+
+    Args:
+        pool: of `image_workers`.
+        make: as in `schedule`.
+        items: what it is called with.
+        chunk: items that a worker takes at once.
+        seconds: that a chunk may take; `SECONDS_PER_IMAGE` if None.
+    """
+    waiting: deque[Job[Item, Made]] = deque()
+    for start in range(0, len(items), chunk):
+        waiting.append(schedule(pool, make, items[start : start + chunk], seconds))
+        if len(waiting) > CHUNKS_AHEAD * num_cores():
+            yield from waiting.popleft().results()
+    while waiting:
+        yield from waiting.popleft().results()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _make_each(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made | CxrdistError]:
+    made: list[Made | CxrdistError] = []
+    for item in items:
+        try:
+            made.append(make(item))
+        except CxrdistError as error:
+            made.append(CxrdistError(str(error)))  # without its cause, which may not be picklable
+        except MemoryError:
+            made.append(CxrdistError(f"{item.file}: does not fit into the memory of this machine"))
+    return made
+
+
+@contextmanager
+def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[ProcessPool]:
+    """Start processes from a small clean one, not from a copy of this one with its threads.
+
+    Args:
+        workers: number of processes; one for each core if None.
+        preload: modules that all of them need.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    pool = ProcessPool(workers or num_cores(), context=context)
+    try:
+        yield pool
+        pool.close()
+    except BaseException:
+        pool.stop()
+        raise
+    finally:
+        pool.join()

@@ -1,0 +1,269 @@
+"""JSON and YAML of anybody: bounded while it is parsed, then checked against its type."""
+
+import json
+import math
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    NotRequired,
+    Required,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)
+
+import yaml
+
+T = TypeVar("T")
+
+MOST_BYTES = 64 << 20  # an audit with pictures of 1000 pairs has 8 MB
+MOST_VALUES = 4_000_000  # of up to 100 bytes in memory each
+MOST_YAML_BYTES = 1 << 16  # a recipe has 2 kB; PyYAML takes a second for this much
+MOST_YAML_VALUES = 10_000
+MOST_DEPTH = 32  # the deepest document of cxrdist has 8 levels
+_MOST_WHOLE = 1 << 64  # the digest of a plan is the largest number that is written
+_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+class Between(NamedTuple):
+    """Bounds of a number, both included, as in ``Annotated[int, Between(1, 4096)]``."""
+
+    least: float
+    most: float
+
+
+# A number that was computed in float32.
+Real = Annotated[float, Between(-3.4028235e38, 3.4028235e38)]
+
+
+def parse_json(data: bytes) -> Any:
+    """Parse JSON whose numbers are finite and whose size, depth and numbers have bounds.
+
+    Raises:
+        ValueError: it is not such a document; the text says where or why.
+    """
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"has {len(data)} bytes, expected at most {MOST_BYTES}")
+    if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise ValueError(f"holds more than {MOST_VALUES} values")
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            parse_int=_whole,
+            parse_float=_finite,
+            parse_constant=_finite,
+            object_pairs_hook=_unique,
+        )
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    _refuse_deep(value)
+    return value
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or abs(int(text)) > _MOST_WHOLE:
+        raise ValueError(f"holds the number {text:.20}..., which is too large")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"holds {text:.20}, which is not a finite number")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; of a name that stands twice, readers take different values."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError("holds an object with the same name twice")
+    return value
+
+
+def _refuse_deep(value: Any) -> None:
+    """Walk the levels one by one, without recursion."""
+    level = [value]
+    for _ in range(MOST_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return
+    raise ValueError(f"is nested deeper than {MOST_DEPTH} levels")
+
+
+def parse_yaml(data: bytes) -> dict[str, Any]:
+    """Parse a recipe: YAML of plain values with bounds, an object.
+
+    Raises:
+        ValueError: it is not such a document.
+    """
+    if len(data) > MOST_YAML_BYTES:
+        raise ValueError(f"has {len(data)} bytes, expected at most {MOST_YAML_BYTES}")
+    try:
+        value = yaml.safe_load(data.decode("utf-8-sig"))
+        size = _expanded(value, {}, 0)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    if size > MOST_YAML_VALUES:
+        raise ValueError(f"holds more than {MOST_YAML_VALUES} values")
+    return _object(value, "")
+
+
+def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
+    """Count the values that are there when each alias is written out; one within itself never ends.
+
+    Raises:
+        ValueError: they are nested deeper than `MOST_DEPTH`.
+    """
+    if depth > MOST_DEPTH:
+        raise ValueError(f"is nested deeper than {MOST_DEPTH} levels")
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        children = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(child, known, depth + 1) for child in children)
+    return known[id(value)]
+
+
+def typed(value: Any, kind: type[T]) -> T:
+    """Check parsed JSON against a type and build it.
+
+    Dataclasses and NamedTuples become instances and take no other names than their fields; a
+    TypedDict stays a dict and may hold more. `Between` bounds a number.
+
+    Args:
+        value: of `parse_json`.
+        kind: built of those, list, tuple, dict[str, ...], Literal, unions, str, int, float, bool,
+            None and Any.
+
+    Raises:
+        ValueError: it is of another type; the text says where.
+    """
+    return cast(T, _typed(value, kind, ""))
+
+
+def _typed(value: Any, kind: Any, where: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any or kind is object:
+        return value
+    if origin in (NotRequired, Required):
+        return _typed(value, arguments[0], where)
+    if origin is Annotated:
+        return _bounded(_typed(value, arguments[0], where), arguments[1:], where)
+    if origin is Literal:
+        if not isinstance(value, (str, int, NoneType)) or value not in arguments:
+            raise _wrong(value, " or ".join(map(repr, arguments)), where)
+        return value
+    if origin in (Union, UnionType):
+        return _one_of(value, arguments, where)
+    if origin in (list, tuple):
+        return _sequence(value, origin, arguments, where)
+    if origin is dict:
+        content = _object(value, where)
+        return {name: _typed(content[name], arguments[1], _below(where, name)) for name in content}
+    if is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields"):
+        return _record(_object(value, where), kind, where)
+    return _plain(value, kind, where)
+
+
+def _plain(value: Any, kind: Any, where: str) -> Any:
+    """Check text, a number, true or false, or null; a whole number may stand for any number."""
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind and not (value is None and kind in (None, NoneType)):
+        raise _wrong(value, _NAMES.get(kind, "null"), where)
+    return value
+
+
+def _bounded(value: Any, bounds: tuple[Any, ...], where: str) -> Any:
+    for bound in bounds:
+        if isinstance(bound, Between) and not bound.least <= value <= bound.most:
+            raise _wrong(value, f"{bound.least} to {bound.most}", where)
+    return value
+
+
+def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+    """Build the first type of a union that fits; the last one's reason stands if none does."""
+    if value is None and NoneType in kinds:
+        return None
+    *others, last = (kind for kind in kinds if kind is not NoneType)
+    for kind in others:
+        try:
+            return _typed(value, kind, where)
+        except ValueError:
+            continue
+    return _typed(value, last, where)
+
+
+def _sequence(value: Any, origin: Any, kinds: tuple[Any, ...], where: str) -> Any:
+    if not isinstance(value, list):
+        raise _wrong(value, "a list", where)
+    if origin is list or kinds[1:] == (Ellipsis,):
+        kinds = (kinds[0],) * len(value)
+    if len(kinds) != len(value):
+        raise _wrong(value, f"a list of {len(kinds)}", where)
+    places = enumerate(zip(value, kinds, strict=True))
+    return origin(_typed(item, kind, f"{where}[{i}]") for i, (item, kind) in places)
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(value, "an object", where)
+    return value
+
+
+def _record(content: dict[str, Any], kind: Any, where: str) -> Any:
+    """Build a dataclass or NamedTuple, or check a TypedDict, from an object."""
+    kinds, needed = _members(kind)
+    if missing := sorted(needed - content.keys()):
+        raise ValueError(f"misses {_below(where, missing[0])}")
+    if not is_typeddict(kind) and (unknown := sorted(content.keys() - kinds.keys())):
+        raise ValueError(f"holds {_below(where, unknown[0])}, which is not known")
+    known = {
+        name: _typed(content[name], kinds[name], _below(where, name))
+        for name in kinds
+        if name in content
+    }
+    return {**content, **known} if is_typeddict(kind) else kind(**known)
+
+
+@cache
+def _members(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """Types of the members of a class, and the names that must be there."""
+    kinds = get_type_hints(kind, include_extras=True)
+    if is_typeddict(kind):
+        return kinds, set(kind.__required_keys__)
+    if is_dataclass(kind):
+        optional = {
+            f.name for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)
+        }
+    else:
+        optional = set(kind._field_defaults)
+    return kinds, kinds.keys() - optional
+
+
+def _below(where: str, name: str) -> str:
+    return f"{where}.{name:.80}" if where else f"{name:.80}"
+
+
+def _wrong(value: Any, expected: str, where: str) -> ValueError:
+    containers: dict[type, str] = {list: "a list", dict: "an object"}
+    shown = containers.get(type(value)) or json.dumps(value)[:40]
+    return ValueError(f"{where or 'the document'}: is {shown}, expected {expected}")

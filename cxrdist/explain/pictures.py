@@ -1,0 +1,96 @@
+"""Pictures: heat maps as files, over the squares that a network saw or over their originals."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.data.inputs import Input, Preparation, read_original
+from cxrdist.explain.heatmap import overlay, overlay_original
+from cxrdist.explain.maps import Map, encode, write_maps
+from cxrdist.run import atomic_file
+
+LONGEST_NAME = 80
+"""Bytes of a class name in a file name; a file system takes 255 for all of it."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """An image file, and the maps to be drawn over it."""
+
+    item: Input
+    found: Map
+
+    @property
+    def file(self) -> Path:
+        """The file of the original."""
+        return self.item.file
+
+
+def draw(drawing: Drawing, directory: Path, how: Preparation) -> None:
+    """Write heat maps over an original, then KEY.npz with the relevance of its square.
+
+    Raises:
+        CxrdistError: the file is no readable X-ray, or the relevance is not finite.
+    """
+    key, classes, relevance, _ = drawing.found
+    original = read_original(drawing.item, how)
+    write_pictures(directory, key, original, relevance, classes, how.fit)
+    write_maps(directory, [(key, encode(drawing.found, half=False))])
+
+
+def picture_name(key: str, name: str) -> str:
+    """File name of a heat map.
+
+    A class name may hold characters that a file name may not, or too many. What is left of such a
+    name gets a hash, so that no two classes share a file.
+    """
+    safe = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "-", name)
+    safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
+    if safe != name:
+        safe += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{key}.{safe}.png"
+
+
+def picture_names(key: str, names: list[str]) -> list[str]:
+    """File names of a sample's pictures: the X-ray, then its heat maps."""
+    return [f"{key}.png", *(picture_name(key, name) for name in names)]
+
+
+def write_pictures(
+    directory: Path,
+    key: str,
+    image: NDArray[np.uint8],
+    relevance: NDArray[np.float32],
+    classes: list[str],
+    fit: str | None = None,
+) -> list[str]:
+    """Write the X-ray, and one heat map per class over it.
+
+    Args:
+        directory: where the pictures go: KEY.png and KEY.CLASS.png.
+        key: of the sample.
+        image: uint8 [H, W], the square as the network saw it, or with ``fit`` its original.
+        relevance: float32 [classes, S, S], of the square.
+        classes: names of the K classes.
+        fit: how the square was made of the original.
+
+    Returns:
+        File names of the heat maps.
+    """
+    image = np.asarray(image)  # a row of the cache is a memory map
+    xray, *names = picture_names(key, classes)
+    _save(directory / xray, Image.fromarray(image))
+    for name, values in zip(names, relevance, strict=True):
+        xray_and_map = overlay_original(image, values, fit) if fit else overlay(image, values)
+        _save(directory / name, xray_and_map)
+    return names
+
+
+def _save(path: Path, picture: Image.Image) -> None:
+    with atomic_file(path) as partial:
+        picture.save(partial, "PNG")

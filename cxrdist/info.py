@@ -1,0 +1,112 @@
+"""run.json: what was run, with what, and how far it came."""
+
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from cxrdist.documents import Between, Real
+from cxrdist.errors import CxrdistError
+from cxrdist.run import RunDirectory, read_document
+
+RUN_FORMAT = "cxrdist-run-1"
+
+Count = Annotated[int, Between(0, 10**12)]
+
+
+class Amount(TypedDict):
+    """How much a part of the shards holds."""
+
+    images: Count
+    patients: Count
+
+
+class ShardsInfo(TypedDict):
+    """The shards of the run."""
+
+    path: str
+    index_sha256: str
+    image_size_px: Count
+    fit: NotRequired[str]
+    split: str
+    task: Literal["multiclass", "multilabel"]
+    classes: list[str]
+    counts: dict[str, dict[str, Amount]]
+    """By split and class."""
+    totals: dict[str, Amount]
+    """By split."""
+
+
+class WeightsInfo(TypedDict):
+    """Where weights come from; the chain of `started_from` leads to the first ones."""
+
+    source: str
+    sha256: NotRequired[str | None]
+    layout: NotRequired[str | None]
+    labels: NotRequired[list[str] | None]
+    tensors: NotRequired[Count | None]
+    trained_on: NotRequired[dict[str, str | None] | None]
+    started_from: NotRequired["WeightsInfo | None"]
+
+
+class GroupInfo(TypedDict):
+    """A parameter group of a stage."""
+
+    block: str
+    lr: Real
+    weight_decay: Real
+    tensors: Count
+    parameters: Count
+
+
+class StageInfo(TypedDict):
+    """A stage as far as it has come."""
+
+    parameter_groups: list[GroupInfo]
+    frozen: list[str]
+    epochs: Count
+    steps: Count
+    best_epoch: Count
+    best_val_loss: Real
+
+
+class StagesInfo(TypedDict):
+    """The part of run.json that grows with the run."""
+
+    stages: dict[str, StageInfo]
+
+
+class RunInfo(StagesInfo):
+    """The content of run.json."""
+
+    format: str
+    started: str
+    """ISO time, UTC."""
+    finished: str | None
+    shards: ShardsInfo
+    weights: WeightsInfo
+    versions: dict[str, str]
+    git_revision: str | None
+    world_size: Count
+    device: str
+    mixed_precision: str
+    tf32: NotRequired[Any]
+
+
+def read_info(run: RunDirectory) -> RunInfo:
+    """Read run.json.
+
+    Raises:
+        CxrdistError: there is none, or it is not one of this format.
+    """
+    mend = "run `cxrdist train` again"
+    if not run.info.is_file():
+        raise CxrdistError(
+            f"--run {run.root}: holds no run.json; give the directory of a `cxrdist train`"
+        )
+    found = read_document(run.info, dict[str, Any], mend).get("format")
+    if found != RUN_FORMAT:
+        raise CxrdistError(f"{run.info}: has format {found!r}, expected {RUN_FORMAT!r}; {mend}")
+    info = read_document(run.info, RunInfo, mend)
+    shards = info["shards"]
+    for split, counts in shards["counts"].items():
+        if split not in shards["totals"] or not counts.keys() >= set(shards["classes"]):
+            raise CxrdistError(f"{run.info}: lacks counts of {split} by class; {mend}")
+    return info

@@ -1,0 +1,231 @@
+"""A shard of anybody is read by one reader, which bounds what it reads."""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import shutil
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import make_shards, run_measured
+
+from cxrdist.data.images import encode_png
+from cxrdist.data.index import read_index
+from cxrdist.data.shards import describe_shard, open_shard, read_shard
+from cxrdist.errors import CxrdistError
+
+SHARD = "train-000000.tar"
+READ_FIRST = """
+import sys
+from pathlib import Path
+from cxrdist.data.index import read_index
+from cxrdist.data.shards import read_shard
+list(read_shard(read_index(Path(sys.argv[1])).packed()[0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    return make_shards(tmp_path_factory.mktemp("whole"), {"a": 12, "b": 12}, shard_size=2)
+
+
+@pytest.fixture
+def shards(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "shards"))
+
+
+def read_members(shards: Path) -> list[tuple[str, bytes]]:
+    with tarfile.open(shards / SHARD) as tar:
+        return [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
+
+
+def trust(shards: Path) -> None:
+    """Make the index agree with the shard, as an attacker would."""
+    about = json.loads((shards / "index.json").read_text())
+    entries = about["splits"]["train"]["shards"]
+    entries[0] = describe_shard(shards / SHARD, entries[0]["samples"])._asdict()
+    (shards / "index.json").write_text(json.dumps(about))
+
+
+def write_members(shards: Path, members: list[tuple[str, bytes]], form=tarfile.USTAR_FORMAT):
+    """Write the shard anew, from some members."""
+    with tarfile.open(shards / SHARD, "w", format=form) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    trust(shards)
+
+
+def png(width: int, height: int, colour: int = 0, bits: int = 8, data: bytes = b"x") -> bytes:
+    """A PNG that declares a size and a kind, whatever it holds (ISO 15948)."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        end = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + end
+
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def first_with(data: bytes):
+    """Replace the first PNG."""
+    return lambda members: [members[0], (members[1][0], data), *members[2:]]
+
+
+def about_with(**fields):
+    """Change the first KEY.json; a field that is ... goes."""
+
+    def change(members):
+        about = {**json.loads(members[0][1]), **fields}
+        kept = {name: value for name, value in about.items() if value is not ...}
+        return [(members[0][0], json.dumps(kept).encode()), *members[1:]]
+
+    return change
+
+
+CHANGES = {
+    "a huge PNG": (first_with(png(60_000, 60_000)), "has 60000 x 60000 px"),
+    "another size": (first_with(encode_png(np.zeros((31, 32), np.uint8))), "has 32 x 31 px"),
+    "colour": (first_with(png(32, 32, colour=2)), "colour type 2, expected 32 x 32"),
+    "16 bits": (first_with(png(32, 32, bits=16)), "of 16 bits"),
+    "no PNG": (first_with(b"GIF89a" * 20), "is no PNG"),
+    "half a header": (first_with(png(32, 32)[:20]), "is no PNG"),
+    "no pixels": (first_with(png(32, 32)), "has no readable PNG"),
+    "a bomb": (
+        first_with(png(32, 32, data=zlib.compress(bytes(10**6)))),
+        "the pixels of .* differ",
+    ),
+    "a second header": (
+        first_with(png(32, 32)[:33] + png(9000, 9000)[8:]),
+        "no readable PNG .*9000 x 9000",
+    ),
+    "a long PNG": (first_with(bytes(10_000)), r"\.png has 10000 bytes, expected 1 to"),
+    "an empty PNG": (first_with(b""), r"\.png has 0 bytes"),
+    "a long JSON": (
+        lambda m: [(m[0][0], b" " * (1 << 21)), *m[1:]],
+        r"\.json has 2097152 bytes, expected 1 to 1048576",
+    ),
+    "deep JSON": (lambda m: [(m[0][0], b"[" * 10**5), *m[1:]], "nested too deep"),
+    "no object": (lambda m: [(m[0][0], b"[1]"), *m[1:]], "is no JSON object"),
+    "another key": (about_with(key="x"), "the key of"),
+    "another label": (about_with(label="b|a"), "the label of"),
+    "a wide original": (about_with(width_px=10**9), "width_px is 1000000000"),
+    "a text for a width": (about_with(width_px="10"), "width_px is '10'"),
+    "no view": (about_with(view=...), "view is missing"),
+    "a member more": (lambda m: [*m, ("x.txt", b"x")], "holds more than the samples"),
+    "a member between": (lambda m: [*m[:2], ("x.txt", b"x"), *m[2:]], "found 'x.txt'"),
+    "a member less": (lambda m: m[:-1], r"expected .*\.png, found the end"),
+    "another order": (lambda m: [*m[2:], *m[:2]], "expected .*json, found"),
+    "swapped members": (lambda m: [m[1], m[0], *m[2:]], "expected .*json, found"),
+    "a path": (lambda m: [("../" + m[0][0], m[0][1]), *m[1:]], r"found '\.\./"),
+    "the same twice": (lambda m: [*m[:2], *m], "expected .*json, found"),
+    "nothing": (lambda m: [], "found the end"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_members_are_those_of_the_samples(shards, change, message):
+    """Though size and sha256 are right: one line with the shard and what is wrong."""
+    write_members(shards, change(read_members(shards)))
+    with pytest.raises(CxrdistError, match=rf"{SHARD}: .*{message}"):
+        list(read_shard(read_index(shards).packed()[0]))
+
+
+def test_only_one_form_of_tar_is_read(shards):
+    """No extended headers, which may name and size a member anew for some readers."""
+    members = read_members(shards)
+    key = members[0][0]
+    with tarfile.open(shards / SHARD, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size, member.pax_headers = len(data), {"path": name, "comment": "x"}
+            tar.addfile(member, io.BytesIO(data))
+    trust(shards)
+    with pytest.raises(CxrdistError, match=f"expected {key}, found "):
+        list(read_shard(read_index(shards).packed()[0]))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, b"S", b"D"])
+def test_a_member_is_a_regular_file(shards, kind):
+    """No links, pipes, sparse files or directories."""
+    members = read_members(shards)
+    data = bytearray((shards / SHARD).read_bytes())
+    member = tarfile.TarInfo(members[0][0])
+    member.type, member.linkname, member.size = kind, "/etc/passwd", len(members[0][1])
+    data[:512] = member.tobuf(tarfile.USTAR_FORMAT)[:512]
+    (shards / SHARD).write_bytes(data)
+    trust(shards)
+    with pytest.raises(CxrdistError, match="is not a regular file"):
+        list(read_shard(read_index(shards).packed()[0]))
+
+
+def two_faced(tar: bytes) -> bytes:
+    """A tar that is gzip to who looks for gzip.
+
+    gzip keeps a field of any bytes in its header (RFC 1952, FEXTRA); its first ten bytes are the
+    name of the tar's first member.
+    """
+    member = tarfile.TarInfo("x")
+    member.size = 1024
+    header = bytearray(member.tobuf(tarfile.USTAR_FORMAT))
+    extra = 512 + 1024 + len(tar) - 12
+    header[:12] = b"\x1f\x8b\x08\x04" + bytes(6) + struct.pack("<H", extra)
+    checksum = 8 * ord(" ") + sum(header[:148]) + sum(header[156:])
+    header[148:156] = b"%06o\0 " % checksum
+    deflate = zlib.compressobj(wbits=-15)
+    body = deflate.compress(bytes(256 << 20)) + deflate.flush()
+    return bytes(header) + bytes(1024) + tar + body
+
+
+def test_a_tar_with_two_faces_is_refused(shards):
+    """To a reader that decompresses it is 256 MiB of zeros; here neither face is read."""
+    data = two_faced((shards / SHARD).read_bytes())
+    (shards / SHARD).write_bytes(data)
+    trust(shards)
+    with tarfile.open(shards / SHARD, "r:") as tar:
+        assert len(tar.getmembers()) == 5
+    with gzip.open(shards / SHARD) as content:
+        assert content.read(100) == bytes(100)
+    done = run_measured(READ_FIRST, shards)
+    assert done.code == 1
+    assert f"{SHARD}: expected " in done.stderr.splitlines()[-1]
+    assert done.mib < 160
+
+
+def test_what_was_checked_is_what_is_read(shards):
+    """A shard that is exchanged after the check is still read as it was; sizes do not change."""
+    shard = read_index(shards).packed()[0]
+    with open_shard(shard) as opened:
+        os.replace(shards / "train-000001.tar", shards / SHARD)
+        for number, sample in enumerate(shard.samples):
+            pixels, _ = opened.read(number)
+            assert hashlib.sha256(pixels.tobytes()).hexdigest() == sample.sha256
+    with pytest.raises(CxrdistError, match=SHARD):
+        list(read_shard(shard))
+
+
+def test_a_link_to_a_shard_is_followed_and_other_files_are_not(shards, tmp_path):
+    """People keep shards on other disks; a pipe is not waited for, a device is not read."""
+    shard = read_index(shards).packed()[0]
+    os.rename(shards / SHARD, tmp_path / "elsewhere.tar")
+    (shards / SHARD).symlink_to(tmp_path / "elsewhere.tar")
+    assert len(list(read_shard(shard))) == 2
+    (tmp_path / "elsewhere.tar").unlink()
+    with pytest.raises(CxrdistError, match=f"{SHARD}: the shard is missing"):
+        list(read_shard(shard))
+    for special in ("pipe", "/dev/zero", "."):
+        (shards / SHARD).unlink()
+        if special == "pipe":
+            os.mkfifo(shards / SHARD)
+        else:
+            (shards / SHARD).symlink_to(special)
+        with pytest.raises(CxrdistError, match=f"{SHARD}: is not a regular file"):
+            list(read_shard(shard))

@@ -1,0 +1,240 @@
+"""Every reader of cxrdist over damaged documents: read or refused in one line, nothing else."""
+
+import gc
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from mutations import mutate
+from PIL import Image
+from small_run import make_run
+
+from cxrdist.cli import COMMANDS, parse
+from cxrdist.config import PackConfig, ReportConfig
+from cxrdist.data.boxes import read_boxes
+from cxrdist.data.chestxray14 import LISTS, TABLES
+from cxrdist.data.index import inspect_index, read_index
+from cxrdist.data.pack import pack
+from cxrdist.data.shards import describe_shard, read_shard, verify_shard
+from cxrdist.data.sources import read_source
+from cxrdist.errors import CxrdistError, RunFailedError, failure_of
+from cxrdist.explain.maps import read_ledgers
+from cxrdist.info import read_info
+from cxrdist.model.densenet import load_model
+from cxrdist.model.tensorfile import read_tensor_file
+from cxrdist.report.audit import audit_view
+from cxrdist.report.files import (
+    read_epochs,
+    read_metrics,
+    read_predictions,
+    read_relevance,
+    read_sanity,
+    read_stages,
+)
+from cxrdist.report.html import report
+from cxrdist.report.text import text_views
+from cxrdist.run import RunDirectory
+from cxrdist.train.checkpoint import load_latest
+
+NUM_MUTATIONS = int(os.environ.get("CXRDIST_MUTATIONS", "500"))
+REPORTS = float(os.environ.get("CXRDIST_MUTATED_REPORTS", "0.02"))
+"""Share of the damaged files of a run that the whole report is made of, a second each."""
+LIMIT_S = 10
+MOST_BYTES = 1 << 30
+RUN_FILES = (
+    *("run.json", "recipe.yaml", "log.jsonl", "audit.json", "test/predictions.csv"),
+    *("test/metrics.json", "test/relevance.csv", "test/relevance.json", "test/text.json"),
+)
+NIH = """Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position
+00000001_000.png,Cardiomegaly|Effusion,0,1,58,M,PA
+00000002_000.png,No Finding,0,2,81,F,AP
+"""
+
+
+class Hang(BaseException):
+    """A reader took longer than `LIMIT_S`."""
+
+
+class Case(NamedTuple):
+    """A document and who reads it; ``prepare`` makes the damage consistent, as a stranger would."""
+
+    file: Path
+    read: Callable[[], object]
+    prepare: Callable[[], None] = lambda: None
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the real commands write, and the tables that they read."""
+    folder = make_run(tmp_path_factory.mktemp("mutations"))
+    images = sorted((folder / "images").rglob("*.png"))
+    rows = [
+        f"{file.relative_to(folder)},{file.parent.name},p{i // 2}" for i, file in enumerate(images)
+    ]
+    (folder / "table.csv").write_text("\n".join(["path,label,patient", *rows, ""]))
+    (folder / "nih" / "images").mkdir(parents=True)
+    (folder / "nih" / TABLES[0]).write_text(NIH)
+    for name, image in zip(LISTS, ("00000001_000.png", "00000002_000.png"), strict=True):
+        (folder / "nih" / name).write_text(f"{image}\n")
+        Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "nih" / "images" / image)
+    torch.save({"state_dict": {"a.weight": torch.rand(3, 3)}}, folder / "w.pth")
+    shutil.copy(folder / "run" / "recipe.yaml", folder / "recipe.yaml")
+    return folder
+
+
+def cases_of(folder: Path) -> list[Case]:
+    """Each document with its reader."""
+    run, shards = RunDirectory(folder / "run"), folder / "shards"
+    recipe = run.recipe.read_text()
+    readers: dict[str, Callable[[], object]] = {
+        "run.json": lambda: read_info(run),
+        "recipe.yaml": lambda: read_stages(run.recipe),
+        "log.jsonl": lambda: read_epochs(run.log, "multiclass"),
+        "audit.json": lambda: audit_view(run.audit),
+        "test/predictions.csv": lambda: read_predictions(run.predictions("test"), "multiclass"),
+        "test/metrics.json": lambda: read_metrics(run.metrics("test"), "multiclass"),
+        "test/relevance.csv": lambda: read_relevance(run, "test"),
+        "test/relevance.json": lambda: read_sanity(run, "test"),
+        "test/text.json": lambda: text_views(run),
+        "model/model.json": lambda: load_model(run.root),
+        "model/model.safetensors": lambda: load_model(run.root),
+    }
+    cases = [Case(run.root / name, read) for name, read in readers.items()]
+    cases += _checkpoint_cases(run, recipe) + _shard_cases(shards)
+    (npz,) = sorted(run.relevance("test").glob("*.npz"))[:1]
+    cases.append(Case(npz, lambda: read_ledgers(npz.parent, [npz.stem], 2)))
+    options = ["--config", str(folder / "recipe.yaml"), "--shards", "s", "--run", "r"]
+    table = PackConfig("csv", folder / "table.csv", folder / "out")
+    nih = PackConfig("chestxray14", folder / "nih", folder / "out")
+    again = PackConfig("folder", folder / "images", shards, size=32, workers=1)
+    return [
+        *cases,
+        Case(folder / "recipe.yaml", lambda: parse(COMMANDS["train"], "train", options)),
+        Case(folder / "boxes.csv", lambda: read_boxes(folder / "boxes.csv")),
+        Case(folder / "table.csv", lambda: read_source(table)),
+        Case(folder / "nih" / TABLES[0], lambda: read_source(nih)),
+        Case(folder / "nih" / next(iter(LISTS)), lambda: read_source(nih)),
+        Case(folder / "w.pth", lambda: read_tensor_file(folder / "w.pth", "--init")),
+        Case(shards / "pack.json", lambda: pack(again)),
+    ]
+
+
+def _checkpoint_cases(run: RunDirectory, recipe: str) -> list[Case]:
+    """The latest checkpoint, and again with hashes that a stranger has made anew."""
+    latest = sorted(run.checkpoints.glob("[0-9]*"))[-1]
+    position, state = latest / "position.json", latest / "state.safetensors"
+
+    def read() -> object:
+        return load_latest(run.checkpoints, recipe, lambda _: None)
+
+    def sign() -> None:
+        try:
+            about = json.loads(position.read_bytes())
+            about["state_sha256"] = hashlib.sha256(state.read_bytes()).hexdigest()
+            del about["sha256"]
+            content = json.dumps(about, sort_keys=True).encode()
+            about["sha256"] = hashlib.sha256(content).hexdigest()
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return
+        position.write_text(json.dumps(about))
+
+    return [Case(file, read, prepare) for file in (position, state) for prepare in (sign, int)]
+
+
+def _shard_cases(shards: Path) -> list[Case]:
+    """Index and samples, and a shard whose entry in the index was made anew."""
+    index = read_index(shards)
+    entry = index.shards[0]
+    tar = shards / entry.name
+    samples = [sample for sample in index.samples if sample.shard == entry.name]
+
+    def read() -> None:
+        verify_shard(tar, describe_shard(tar, entry.samples), tar)
+        list(read_shard(tar, samples, tar))
+
+    cases = [
+        Case(shards / name, lambda: inspect_index(shards)) for name in ("index.json", "samples.csv")
+    ]
+    return [*cases, Case(tar, read)]
+
+
+@contextmanager
+def limited() -> Iterator[None]:
+    """Raise `Hang` after a time, and let memory end a GiB above what is there."""
+
+    def hang(*_: object) -> None:
+        raise Hang
+
+    status = Path("/proc/self/status").read_text()
+    data = int(status.split("VmData:")[1].split()[0]) * 1024
+    before, limits = signal.signal(signal.SIGALRM, hang), resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (data + MOST_BYTES, limits[1]))
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def outcome_of(read: Callable[[], object]) -> str:
+    """``read``, ``refused``, or a traceback."""
+    try:
+        with limited():
+            read()
+    except (CxrdistError, RunFailedError) as error:
+        return "refused" if str(error).strip() else "an error without a word"
+    except OSError as error:  # a name that is too long, say; the command says so in one line
+        return "refused" if failure_of(error) else traceback.format_exc(limit=-4)
+    except (Exception, Hang):
+        return traceback.format_exc(limit=-4)
+    return "read"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::UserWarning")
+def test_damaged_documents_are_read_or_refused(folder, capsys):
+    """No traceback, nothing longer than 10 s or above a GiB, in any reader."""
+    random, cases = Random(NUM_MUTATIONS), cases_of(folder)
+    known, counts, faults = {}, Counter(), {}
+    slowest = 0.0
+    for number in range(NUM_MUTATIONS):
+        case = cases[number % len(cases)]
+        of_run = (
+            case.file.is_relative_to(folder / "run")
+            and str(case.file.relative_to(folder / "run")) in RUN_FILES
+        )
+        whole = of_run and random.random() < REPORTS
+        read = (lambda: report(ReportConfig(folder / "run"))) if whole else case.read
+        files = [file for file in case.file.parent.iterdir() if file.is_file()]
+        before = known.setdefault(case.file.parent, {f: f.read_bytes() for f in files})
+        case.file.write_bytes(mutate(case.file.name, before[case.file], random))
+        case.prepare()
+        began = time.monotonic()
+        outcome = outcome_of(read)
+        slowest = max(slowest, time.monotonic() - began)
+        counts[outcome if outcome in ("read", "refused") else "failed"] += 1
+        if outcome not in ("read", "refused"):
+            faults.setdefault(f"{case.file.name}: {outcome}", case.file.read_bytes()[:300])
+        for file in case.file.parent.iterdir():
+            if file in before:
+                file.write_bytes(before[file])
+    gc.collect()
+    with capsys.disabled():
+        print(f"\n{dict(counts)} of {NUM_MUTATIONS}, the slowest took {slowest:.1f} s")
+    assert not faults, "\n\n".join(f"{k}\n{v!r}" for k, v in faults.items())
+    assert counts["refused"] > counts["read"] > 0
