@@ -7,18 +7,34 @@ of a source: a scale of its own for each image would make grey levels depend on 
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 DEPTHS = (8, 10, 12, 14, 16)  # of detectors and their converters
+BLOCK_PIXELS = 1 << 20
 HOT_PIXELS = 0.001  # of an image may lie above its depth: defects of a detector, not the X-ray
 
 
-def used_depth(values: NDArray[np.integer]) -> int:
-    """Return the smallest of `DEPTHS` above which lie at most `HOT_PIXELS` of an image's values."""
-    allowed = HOT_PIXELS * values.size
-    return next(d for d in DEPTHS if np.count_nonzero(values > white_of(d)) <= allowed)
+def count_words(words: NDArray[Any]) -> NDArray[np.int64]:
+    """Return how many pixels have each word, int64 [256 or 65536]; words are unsigned [H, W]."""
+    counts = np.zeros(1 << 8 * words.itemsize, np.int64)
+    rows = max(1, BLOCK_PIXELS // words.shape[1])  # NumPy counts in numbers of four times the size
+    for start in range(0, len(words), rows):
+        counts += np.bincount(words[start : start + rows].ravel(), minlength=len(counts))
+    return counts
+
+
+def used_depth(values: NDArray[np.integer], counts: NDArray[np.int64]) -> int:
+    """Return the smallest of `DEPTHS` above which lie at most `HOT_PIXELS` of an image.
+
+    Args:
+        values: int [N].
+        counts: how many pixels have each value, int [N].
+    """
+    allowed = HOT_PIXELS * int(counts.sum())
+    return next(d for d in DEPTHS if counts[values > white_of(d)].sum() <= allowed)
 
 
 def white_of(depth: int) -> int:

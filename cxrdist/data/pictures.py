@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from cxrdist.data.codestream import precision
-from cxrdist.data.depth import grey_of, used_depth, white_of
+from cxrdist.data.depth import count_words, grey_of, used_depth, white_of
 from cxrdist.errors import CxrdistError
 
 MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
@@ -145,7 +145,7 @@ def _grey_of_deep(
     white, used = _declared_white(image, data), None  # before Pillow forgets the header
     values = _values(ImageOps.exif_transpose(image))
     if white is None:
-        used = used_depth(values)
+        used = used_depth(np.arange(1 << 16), count_words(values))
         white = white_of(depth or used)
     levels = grey_of(white)
     if _is_inverted(image):

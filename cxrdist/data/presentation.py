@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from cxrdist.data.depth import HOT_PIXELS, used_depth, white_of
+from cxrdist.data.depth import HOT_PIXELS, count_words, used_depth, white_of
 from cxrdist.data.elements import RefusedError, items, number, numbers, octets, shorts, text
 
 OVERLAYS = range(0x6000, 0x6020, 2)  # groups of the repeating overlay planes (PS3.3, C.9.2)
@@ -163,19 +163,19 @@ def _as_seen(
         return values / max(1, modality.entries.max()), None
     low, bits, used = int(stored.min()), cells.bits, None
     if bits == 16:
-        low, used = _used_range(stored[cells.words[~is_padding[cells.words]]], cells.signed)
+        low, used = _used_range(stored, np.where(is_padding, 0, count_words(cells.words)))
         bits = depth or used
         low = -(1 << bits >> 1) if low < 0 else 0
     levels = ((stored - low) / white_of(bits)).clip(0, 1)
     return (levels if slope > 0 else 1 - levels), used
 
 
-def _used_range(values: NDArray[np.int64], signed: bool) -> tuple[int, int]:
+def _used_range(values: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int, int]:
     """-1 if more than hot pixels are negative, else 0; and the bits that hold the values."""
-    if signed and np.count_nonzero(values < 0) > HOT_PIXELS * values.size:
+    if counts[values < 0].sum() > HOT_PIXELS * counts.sum():
         # As many bits hold the number with its sign as hold twice its size.
-        return -1, used_depth(2 * np.where(values < 0, -values - 1, values) + 1)
-    return 0, used_depth(values)
+        return -1, used_depth(2 * np.where(values < 0, -values - 1, values) + 1, counts)
+    return 0, used_depth(values, counts)
 
 
 def _first_lut(dataset: Dataset, keyword: str, signed: bool) -> Lut | None:
