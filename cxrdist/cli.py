@@ -1,13 +1,14 @@
 """The command `cxrdist`: options in, exit code out."""
 
+import io
 import os
 import re
+import select
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
 from importlib.resources import files
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
@@ -145,16 +146,23 @@ def _is_flushed(stream: TextIO) -> bool:
     """Whether a stream takes what is printed; if not, let that go nowhere from now on."""
     try:
         stream.flush()
+        # Without a buffer (PYTHONUNBUFFERED) nothing is left to be flushed: ask for the reader.
+        pipe = select.poll()
+        pipe.register(stream.fileno(), select.POLLOUT)
+        if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+            return True
+    except io.UnsupportedOperation:  # no file of the system
+        return True
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
-    return True
+        pass
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return False
 
 
 def _print_what_cannot_be_encoded() -> None:
     r"""Let a terminal without the letters of a name, such as an ASCII one, show them as \uXXXX."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 

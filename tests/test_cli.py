@@ -1,4 +1,5 @@
 import io
+import io
 import os
 import subprocess
 import sys
@@ -157,11 +158,13 @@ def test_an_argument_that_is_not_utf8_is_one_line(capsys):
     assert line.startswith("cxrdist: check: caf\\udce9 is not valid UTF-8; rename it")
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(capsys, monkeypatch):
-    """As in `cxrdist --help | head -1`: nothing is said, and the exit code is 1."""
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_seen_enough_is_no_error(capsys, monkeypatch, buffered):
+    """As in `cxrdist --help | head -1`, also with PYTHONUNBUFFERED: nothing is said; code 1."""
     reading, writing = os.pipe()
     os.close(reading)
-    with open(writing, "w") as stdout:
+    raw = open(writing, "wb", buffering=-1 if buffered else 0)
+    with io.TextIOWrapper(raw, write_through=not buffered) as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert main(["--help"]) == 1
         monkeypatch.undo()
