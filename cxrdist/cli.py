@@ -6,7 +6,7 @@ import re
 import select
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
@@ -230,7 +230,9 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             "it is in"
         )
     try:
-        parsed = parser.instantiate(parser.parse_args(arguments))
+        parsed = parser.parse_args(arguments)
+        _refuse_plain_groups(name, config, parsed)
+        parsed = parser.instantiate(parsed)
     except ArgumentError as error:
         raise CxrdistError(f"{name}: {_readable(str(error))}; see cxrdist {name} --help") from error
     values = {f.name: parsed[f.name] for f in fields(config)}
@@ -294,6 +296,20 @@ def _refuse_bad_recipes(arguments: list[str]) -> None:
         path = Path(own or value)
         if name == "--config" and path.is_file():
             read_recipe(path.resolve(), "mend it, or give another with --config")
+
+
+def _refuse_plain_groups(command: str, config: type, parsed: Any) -> None:
+    """Make sure that a group of fields, such as `network`, has fields; jsonargparse does not.
+
+    Raises:
+        CxrdistError: one is a plain value.
+    """
+    for group in (f.name for f in fields(config) if is_dataclass(f.type)):
+        if not hasattr(parsed[group], "items"):
+            raise CxrdistError(
+                f"{command}: {group} is {parsed[group]!r:.40}, expected its fields; see cxrdist "
+                f"{command} --help"
+            )
 
 
 def _readable(message: str) -> str:

@@ -97,6 +97,7 @@ def test_bad_folders_are_refused(capsys, tmp_path):
         ({"global_batch_size": "many"}, "global_batch_size"),
         ({"init": "/lost.pth"}, "--init /lost.pth: no such file"),
         ({"optimizer": "adam"}, "optimizer"),
+        ({"network": 3}, "network is 3, expected its fields"),
     ],
 )
 def test_bad_recipes_are_refused(capsys, tmp_path, shards, changes, message):
