@@ -247,7 +247,7 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("run.json", None, "give the directory of a `cxrdist train`"),
         ("run.json", "{", "run `cxrdist train` again"),
         ("run.json", '{"format": "cxrdist-run-2"}', "run `cxrdist train` again"),
-        ("run.json", '{"format": "cxrdist-run-1"}', "misses device"),
+        ("run.json", '{"format": "cxrdist-run-1"}', "started: is missing"),
         ("recipe.yaml", "a: [", "run `cxrdist train` again"),
         ("audit.json", '{"format": "cxrdist-audit-9"}', "run `cxrdist check --audit` again"),
         ("audit.json", '{"format": "cxrdist-audit-1"}', "misses 'duplicates'"),
