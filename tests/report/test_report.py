@@ -252,7 +252,7 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("audit.json", '{"format": "cxrdist-audit-9"}', "run `cxrdist check --audit` again"),
         ("audit.json", '{"format": "cxrdist-audit-1"}', "misses 'duplicates'"),
         ("log.jsonl", "not json\n", "run `cxrdist train` again"),
-        ("log.jsonl", '{"kind": "epoch", "stage": "head", "epoch": 1}\n', "misses val_loss"),
+        ("log.jsonl", '{"kind": "epoch", "stage": "head", "epoch": 1}\n', "val_loss: is missing"),
         ("test/metrics.json", "[]", "run `cxrdist evaluate` again"),
         ("test/predictions.csv", "key,label\n1,2\n", "no column prob_CLASS"),
         ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "no column logit_a"),
@@ -266,7 +266,7 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("test/text.json", '{"format": "cxrdist-text-1"}', "misses 'classes'"),
         ("test/text.json", '{"format": "cxrdist-text-9"}', "run `cxrdist probe-text` again"),
         ("test/relevance.json", "{}", "run `cxrdist explain` again"),
-        ("test/relevance.json", '{"how": {}, "sanity": null}', "misses how.biases"),
+        ("test/relevance.json", '{"how": {}, "sanity": null}', "how.preset: is missing"),
         (
             "test/relevance.csv",
             "key,class,logit,relevance_sum,bias_share,epsilon_share,picture\nk,a,1,1,0,0,../p\n",
