@@ -510,7 +510,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     with open_regular(path, os.O_RDONLY) if is_local else path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size if is_local else path.stat().st_size
         if size > most:
-            raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}")
+            raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}; copy it again")
         content: bytes = file.read(size)
     return content
 
