@@ -2,7 +2,8 @@
 
 import json
 import math
-from dataclasses import MISSING, fields, is_dataclass
+import re
+from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import (
@@ -35,14 +36,47 @@ _NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 
 
 class Between(NamedTuple):
-    """Bounds of a number, both included, as in ``Annotated[int, Between(1, 4096)]``."""
+    """Bounds of a number or of the length of a list, as in ``Annotated[int, Between(1, 4096)]``.
+
+    Both are included.
+    """
 
     least: float
     most: float
 
+    def expected(self, value: Any) -> str | None:
+        """Say what was expected of a value that is out of bounds; None if it is within them."""
+        listed = isinstance(value, (list, tuple))
+        within = self.least <= (len(value) if listed else value) <= self.most
+        return None if within else f"{self.least} to {self.most}{' values' if listed else ''}"
+
+
+class Matching(NamedTuple):
+    """A regular expression for the whole of a text, and what it means."""
+
+    pattern: str
+    meaning: str
+
+    def expected(self, value: str) -> str | None:
+        """Say what was expected of a text that does not match; None if it does."""
+        return None if re.fullmatch(self.pattern, value) else self.meaning
+
+
+class Distinct(NamedTuple):
+    """The texts of a list differ from each other."""
+
+    def expected(self, value: list[str]) -> str | None:
+        """Say what was expected of a list that holds a text twice; None if it does not."""
+        return None if len({*value}) == len(value) else "values that differ from each other"
+
 
 # A number that was computed in float32.
 Real = Annotated[float, Between(-3.4028235e38, 3.4028235e38)]
+# JSON may hold half of a surrogate pair, which no file can.
+Text = Annotated[
+    str, Matching(r"[^\0\ud800-\udfff]{0,65536}", "a UTF-8 text of at most 65536 characters")
+]
+Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "64 hexadecimal digits")]
 
 
 def parse_json(data: bytes) -> Any:
@@ -145,8 +179,10 @@ def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
 def typed(value: Any, kind: type[T]) -> T:
     """Check parsed JSON against a type and build it.
 
-    Dataclasses and NamedTuples become instances and take no other names than their fields; a
-    TypedDict stays a dict and may hold more. `Between` bounds a number.
+    Dataclasses and NamedTuples become instances, with their own checks; all their fields must be
+    there, as defaults are for code. A TypedDict stays a dict. Names that a class does not declare
+    are left aside: a newer version may write more, and what changes the meaning changes `format`,
+    which is declared first because members are checked in their order.
 
     Args:
         value: of `parse_json`.
@@ -166,7 +202,10 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     if origin in (NotRequired, Required):
         return _typed(value, arguments[0], where)
     if origin is Annotated:
-        return _bounded(_typed(value, arguments[0], where), arguments[1:], where)
+        value = _typed(value, arguments[0], where)
+        for expected in filter(None, (rule.expected(value) for rule in arguments[1:])):
+            raise _wrong(value, expected, where)
+        return value
     if origin is Literal:
         if not isinstance(value, (str, int, NoneType)) or value not in arguments:
             raise _wrong(value, " or ".join(map(repr, arguments)), where)
@@ -189,13 +228,6 @@ def _plain(value: Any, kind: Any, where: str) -> Any:
         return float(value)
     if type(value) is not kind and not (value is None and kind in (None, NoneType)):
         raise _wrong(value, _NAMES.get(kind, "null"), where)
-    return value
-
-
-def _bounded(value: Any, bounds: tuple[Any, ...], where: str) -> Any:
-    for bound in bounds:
-        if isinstance(bound, Between) and not bound.least <= value <= bound.most:
-            raise _wrong(value, f"{bound.least} to {bound.most}", where)
     return value
 
 
@@ -232,31 +264,25 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _record(content: dict[str, Any], kind: Any, where: str) -> Any:
     """Build a dataclass or NamedTuple, or check a TypedDict, from an object."""
     kinds, needed = _members(kind)
-    if missing := sorted(needed - content.keys()):
-        raise ValueError(f"misses {_below(where, missing[0])}")
-    if not is_typeddict(kind) and (unknown := sorted(content.keys() - kinds.keys())):
-        raise ValueError(f"holds {_below(where, unknown[0])}, which is not known")
-    known = {
-        name: _typed(content[name], kinds[name], _below(where, name))
-        for name in kinds
-        if name in content
-    }
-    return {**content, **known} if is_typeddict(kind) else kind(**known)
+    known = {}
+    for name in kinds:
+        if name in content:
+            known[name] = _typed(content[name], kinds[name], _below(where, name))
+        elif name in needed:
+            raise ValueError(f"{_below(where, name)}: is missing")
+    if is_typeddict(kind):
+        return {**content, **known}
+    try:
+        return kind(**known)
+    except ValueError as error:  # of the class's own checks
+        raise ValueError(f"{where or 'the document'}: {error}") from error
 
 
 @cache
 def _members(kind: Any) -> tuple[dict[str, Any], set[str]]:
     """Types of the members of a class, and the names that must be there."""
     kinds = get_type_hints(kind, include_extras=True)
-    if is_typeddict(kind):
-        return kinds, set(kind.__required_keys__)
-    if is_dataclass(kind):
-        optional = {
-            f.name for f in fields(kind) if (f.default, f.default_factory) != (MISSING, MISSING)
-        }
-    else:
-        optional = set(kind._field_defaults)
-    return kinds, kinds.keys() - optional
+    return kinds, set(kind.__required_keys__ if is_typeddict(kind) else kinds)
 
 
 def _below(where: str, name: str) -> str:
@@ -264,6 +290,6 @@ def _below(where: str, name: str) -> str:
 
 
 def _wrong(value: Any, expected: str, where: str) -> ValueError:
-    containers: dict[type, str] = {list: "a list", dict: "an object"}
+    containers: dict[type, str] = {list: "a list", tuple: "a list", dict: "an object"}
     shown = containers.get(type(value)) or json.dumps(value)[:40]
     return ValueError(f"{where or 'the document'}: is {shown}, expected {expected}")

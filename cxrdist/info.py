@@ -6,8 +6,6 @@ from cxrdist.documents import Between, Real
 from cxrdist.errors import CxrdistError
 from cxrdist.run import RunDirectory, read_document
 
-RUN_FORMAT = "cxrdist-run-1"
-
 Count = Annotated[int, Between(0, 10**12)]
 
 
@@ -35,7 +33,10 @@ class ShardsInfo(TypedDict):
 
 
 class WeightsInfo(TypedDict):
-    """Where weights come from; the chain of `started_from` leads to the first ones."""
+    """Where weights come from; the chain of `started_from` leads to the first ones.
+
+    It stands in run.json, in model.json and in files of converted weights.
+    """
 
     source: str
     sha256: NotRequired[str | None]
@@ -43,6 +44,7 @@ class WeightsInfo(TypedDict):
     labels: NotRequired[list[str] | None]
     tensors: NotRequired[Count | None]
     trained_on: NotRequired[dict[str, str | None] | None]
+    normalisation: NotRequired[dict[str, list[float]]]
     started_from: NotRequired["WeightsInfo | None"]
 
 
@@ -67,16 +69,10 @@ class StageInfo(TypedDict):
     best_val_loss: Real
 
 
-class StagesInfo(TypedDict):
-    """The part of run.json that grows with the run."""
-
-    stages: dict[str, StageInfo]
-
-
-class RunInfo(StagesInfo):
+class RunInfo(TypedDict):
     """The content of run.json."""
 
-    format: str
+    format: Literal["cxrdist-run-1"]
     started: str
     """ISO time, UTC."""
     finished: str | None
@@ -88,6 +84,7 @@ class RunInfo(StagesInfo):
     device: str
     mixed_precision: str
     tf32: NotRequired[Any]
+    stages: dict[str, StageInfo]
 
 
 def read_info(run: RunDirectory) -> RunInfo:
@@ -101,9 +98,6 @@ def read_info(run: RunDirectory) -> RunInfo:
         raise CxrdistError(
             f"--run {run.root}: holds no run.json; give the directory of a `cxrdist train`"
         )
-    found = read_document(run.info, dict[str, Any], mend).get("format")
-    if found != RUN_FORMAT:
-        raise CxrdistError(f"{run.info}: has format {found!r}, expected {RUN_FORMAT!r}; {mend}")
     info = read_document(run.info, RunInfo, mend)
     shards = info["shards"]
     for split, counts in shards["counts"].items():

@@ -147,7 +147,7 @@ def _refuse_bad_options(config: ProbeTextConfig) -> None:
 
 
 def _refuse_covered(index: Index, split: str) -> None:
-    if index.cover.get("split") in ("all", split):
+    if index.cover and index.cover["split"] in ("all", split):
         raise CxrdistError(
             f"--shards {index.directory}: their burned-in text is covered already; give shards "
             "that were packed without --text-boxes"

@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -431,8 +431,8 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically; a NaN is refused, what is undefined is null."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write a JSON file of plain values and dataclasses atomically; a NaN is refused."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=asdict) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -461,8 +461,12 @@ def read_document(path: Path, kind: type[T], mend: str = "copy the directory aga
 
 
 @contextmanager
-def judging(path: Path, mend: str) -> Iterator[None]:
+def judging(where: Path | str, mend: str) -> Iterator[None]:
     """Turn what is wrong with a document into one line.
+
+    Args:
+        where: its file, and where in it the document is.
+        mend: what the user can do about it.
 
     Raises:
         CxrdistError: it is missing or holds something else.
@@ -473,10 +477,11 @@ def judging(path: Path, mend: str) -> Iterator[None]:
     except CxrdistError:
         raise
     except OSError as error:
-        failure = failure_of(error, path, mend if isinstance(error, FileNotFoundError) else "")
-        raise failure or error from error
+        failure = failure_of(error, where, mend if isinstance(error, FileNotFoundError) else "")
+        # An object store's errors have no number.
+        raise failure or CxrdistError(f"{where}: cannot be read ({error}); {mend}") from error
     except ValueError as error:
-        raise CxrdistError(f"{path}: not a readable document ({error}); {mend}") from error
+        raise CxrdistError(f"{where}: {error}; {mend}") from error
 
 
 def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
@@ -505,7 +510,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     with open_regular(path, os.O_RDONLY) if is_local else path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size if is_local else path.stat().st_size
         if size > most:
-            raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}")
+            raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}; copy it again")
         content: bytes = file.read(size)
     return content
 

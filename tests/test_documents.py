@@ -1,10 +1,14 @@
+"""JSON of anybody is built as the class that it is declared with, or refused with its place."""
+
 import re
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import pytest
 
-from cxrdist.documents import Between, parse_json, typed
+from cxrdist.documents import Between, Distinct, Matching, Text, parse_json, typed
+from cxrdist.errors import CxrdistError
+from cxrdist.run import judging
 
 
 class Part(TypedDict):
@@ -22,17 +26,23 @@ class Whole:
     size: Annotated[int, Between(1, 4096)]
     parts: list[Part]
     points: dict[str, Point]
+    names: Annotated[list[Annotated[str, Matching("[a-z]+", "letters")]], Between(1, 2), Distinct()]
     pair: tuple[str, float] = ("", 0.0)
 
+    def __post_init__(self) -> None:
+        if self.size == 13:
+            raise CxrdistError("has an unlucky size")
 
-GOOD = b'{"size": 3, "parts": [{"name": "a", "share": 1, "more": 2}], "points": {"p": {"x": 1}}'
+
+GOOD = b"""{"size": 3, "parts": [{"name": "a", "share": 1, "more": 2}],
+"points": {"p": {"x": 1, "y": 0}}, "names": ["b", "c"], "pair": ["z", 2], "newer": [1]}"""
 
 
 def test_a_document_becomes_the_type_it_is_declared_with():
-    """Dataclasses and NamedTuples are built, a TypedDict keeps what it does not declare."""
-    whole = typed(parse_json(GOOD + b', "pair": ["z", 2]}'), Whole)
+    """Classes are built without what they do not declare, a TypedDict keeps it."""
     parts = [{"name": "a", "share": 1.0, "more": 2}]
-    assert whole == Whole(3, parts, {"p": Point(1)}, ("z", 2.0))
+    expected = Whole(3, parts, {"p": Point(1)}, ["b", "c"], ("z", 2.0))
+    assert typed(parse_json(GOOD), Whole) == expected
 
 
 @pytest.mark.parametrize(
@@ -41,17 +51,44 @@ def test_a_document_becomes_the_type_it_is_declared_with():
         ((b"3", b"true"), "size: is true, expected a whole number"),
         ((b"3", b"3.0"), "size: is 3.0, expected a whole number"),
         ((b"3", b"5000"), "size: is 5000, expected 1 to 4096"),
-        ((b'"name": "a", ', b""), "misses parts[0].name"),
+        ((b"3", b"13"), "the document: has an unlucky size"),
+        ((b'"name": "a", ', b""), "parts[0].name: is missing"),
+        ((b', "y": 0', b""), "points.p.y: is missing"),
         ((b'"share": 1', b'"share": "1"'), 'share: is "1", expected a number'),
-        ((b'{"x": 1}', b"[1, 2]"), "points.p: is a list, expected an object"),
-        ((b'"x": 1', b'"x": 1, "z": 1'), "holds points.p.z, which is not known"),
+        ((b'{"x": 1, "y": 0}', b"[1, 2]"), "points.p: is a list, expected an object"),
         ((b'"x": 1', b'"x": 1, "x": 2'), "same name twice"),
+        ((b'"b", "c"', b""), "names: is a list, expected 1 to 2 values"),
+        ((b'"b", "c"', b'"b", "b"'), "names: is a list, expected values that differ"),
+        ((b'"b", "c"', b'"b", "c\\n"'), r'names[1]: is "c\n", expected letters'),
     ],
 )
 def test_another_type_is_refused_by_its_place(change, message):
-    """A wrong, missing, unknown or repeated member and a number out of bounds."""
+    """A wrong, missing or repeated member; what is out of bounds; what the class itself refuses."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        typed(parse_json(GOOD.replace(*change) + b"}"), Whole)
+        typed(parse_json(GOOD.replace(*change)), Whole)
+
+
+def test_members_are_judged_in_the_order_of_their_class():
+    """So that a format, declared first, is named before what a newer version lacks."""
+    with pytest.raises(ValueError, match="size: is 0"):
+        typed({"size": 0}, Whole)
+
+
+@pytest.mark.parametrize("value", ["\ud800", "a\0", "x" * 65537, 1])
+def test_a_text_can_be_written_again(value):
+    """Half of a surrogate pair, which JSON may hold, cannot; the line shows only its beginning."""
+    with pytest.raises(ValueError, match=r"^the document: is .{1,40}, expected .*text"):
+        typed(value, Text)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b"null", b"[]"])
+def test_what_is_wrong_is_one_line_with_file_and_mend(data):
+    """Cut, of another encoding, no object."""
+    with (
+        pytest.raises(CxrdistError, match=r"^file\.json: .*; copy it again$"),
+        judging("file.json", "copy it again"),
+    ):
+        typed(parse_json(data), Whole)
 
 
 @pytest.mark.parametrize(

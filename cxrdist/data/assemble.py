@@ -15,9 +15,18 @@ from cxrdist.data.depth import describe_depth
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.found import LeftOut
 from cxrdist.data.images import decode_png
-from cxrdist.data.index import FORMAT, SAMPLE_COLUMNS, Sample, ShardEntry, read_index, shard_name
+from cxrdist.data.index import (
+    SAMPLE_COLUMNS,
+    CoverEntry,
+    IndexFile,
+    Sample,
+    ShardEntry,
+    SplitEntry,
+    read_index,
+    shard_name,
+)
 from cxrdist.data.records import SPLITS, Record, Source, labels_of
-from cxrdist.data.shards import describe_shard, sample_key, write_shard
+from cxrdist.data.shards import SampleFile, describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
 from cxrdist.data.squares import Pngs, Square
 from cxrdist.data.summary import count_fates, print_summary
@@ -102,8 +111,8 @@ def assemble(
         index["cover"] = describe_cover(config, items, len(source.records))
     write_json(directory / "index.json", index)
     print_summary(config, source, packed.records, read_index(directory))
-    if index["depth"]:
-        print(describe_depth(index["depth"], depths))
+    if depth := index["depth"]:
+        print(describe_depth(depth, depths))
     for line in split_notes(packed, config.split, groups, splits):
         print(f"splits: {line}")
     print(summary(found))
@@ -220,7 +229,7 @@ def _write_shards(shards: list[Shard], pngs: Pngs, directory: Path) -> list[Shar
     return entries
 
 
-def _about(item: Item) -> dict[str, Any]:
+def _about(item: Item) -> SampleFile:
     """What a sample's KEY.json says."""
     record, square = item.record, item.square
     return {
@@ -282,9 +291,9 @@ def _describe(
     shards: list[Shard],
     entries: list[ShardEntry],
     samples: Path,
-) -> dict[str, Any]:
+) -> IndexFile:
     """The content of index.json."""
-    splits = {}
+    splits: dict[str, SplitEntry] = {}
     for split in SPLITS:
         own = [(s, e) for s, e in zip(shards, entries, strict=True) if s.split == split]
         labels = Counter(
@@ -296,10 +305,10 @@ def _describe(
         splits[split] = {
             "samples": sum(len(shard.items) for shard, _ in own),
             "classes": {name: labels[name] for name in source.classes},
-            "shards": [entry._asdict() for _, entry in own],
+            "shards": [entry for _, entry in own],
         }
     return {
-        "format": FORMAT,
+        "format": "cxrdist-shards-1",
         "task": source.task,
         "classes": source.classes,
         "image_size_px": config.size,
@@ -311,7 +320,7 @@ def _describe(
     }
 
 
-def describe_cover(config: PackConfig, items: list[Item], num_records: int) -> dict[str, Any]:
+def describe_cover(config: PackConfig, items: list[Item], num_records: int) -> CoverEntry:
     """What index.json says of burned-in text that was covered; it says nothing where none was."""
     covered = [item for item in items if item.place >= num_records]
     return {

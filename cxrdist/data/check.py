@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
-from cxrdist.data.shards import OpenShard, open_shard
+from cxrdist.data.shards import OpenShard, SampleFile, open_shard
 from cxrdist.errors import CxrdistError
 from cxrdist.run import scratch_directory, write_json
 from cxrdist.terminal import progress
@@ -113,7 +113,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
     return Inspected(faults, entries, shard.entry.samples)
 
 
-def entry_of(sample: Sample, about: dict[str, Any], pixels: NDArray[np.uint8]) -> Entry:
+def entry_of(sample: Sample, about: SampleFile, pixels: NDArray[np.uint8]) -> Entry:
     """What the audit needs to know of a sample."""
     return Entry(
         key=sample.key,

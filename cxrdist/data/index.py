@@ -9,20 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.records import SPLITS, labels_of
-from cxrdist.document import Document, parse_document, read_bounded
+from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
+from cxrdist.info import Amount
+from cxrdist.run import judging, read_bytes
 
 MEND = "copy it again or pack the shards again"
-FORMAT = "cxrdist-shards-1"
-TASKS = ("multiclass", "multilabel")
-FITS = ("crop", "pad", "stretch")
-COVERS = ("black", "fill")
 MOST_CLASSES = 1000  # ImageNet's; the longest list of findings, PadChest's, has 193
 MOST_SIDE_PX = 4500  # of a square; the largest detectors have 4302 px (43 cm of 0.1 mm)
 MOST_SAMPLES = 10_000_000  # all public chest X-rays together are 2 million
@@ -36,6 +34,17 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 SAMPLE_COLUMNS = (
     *("key", "split", "shard", "label", "patient", "source", "path", "sha256", "sex", "age"),
 )
+
+
+Task = Literal["multiclass", "multilabel"]
+Fit = Literal["crop", "pad", "stretch"]
+CoverHow = Literal["black", "fill"]
+CoverSplit = Literal["all", "train", "val", "test"]
+Depth = Annotated[int, Between(8, 16)]
+SidePx = Annotated[int, Between(1, MOST_SIDE_PX)]
+Count = Annotated[int, Between(0, MOST_SAMPLES)]
+ClassName = Annotated[str, Matching(r"[^|\0\ud800-\udfff]{1,255}", "1 to 255 characters without |")]
+Classes = Annotated[list[ClassName], Between(1, MOST_CLASSES), Distinct()]
 
 
 class Sample(NamedTuple):
@@ -55,13 +64,50 @@ class Sample(NamedTuple):
     """In years, or empty."""
 
 
-class ShardEntry(NamedTuple):
+@dataclass(frozen=True)
+class ShardEntry:
     """What the index says of a shard."""
 
     name: str
-    samples: int
-    bytes: int
-    sha256: str
+    samples: Annotated[int, Between(1, MOST_SAMPLES)]
+    bytes: Annotated[int, Between(1, MOST_SHARD_BYTES)]
+    sha256: Sha256
+
+
+class SplitEntry(TypedDict):
+    """What the index says of a split."""
+
+    samples: NotRequired[Count]
+    classes: dict[str, Count]
+    """Images of each class; one of two labels counts for both."""
+    shards: Annotated[list[ShardEntry], Between(0, MOST_SHARDS)]
+
+
+class CoverEntry(TypedDict):
+    """How burned-in text was covered."""
+
+    how: CoverHow
+    split: CoverSplit
+    images: Count
+    boxes: Annotated[int, Between(0, 1000 * MOST_SAMPLES)]
+
+
+class IndexFile(TypedDict):
+    """The content of index.json."""
+
+    format: Literal["cxrdist-shards-1"]
+    task: Task
+    classes: Classes
+    image_size_px: SidePx
+    fit: Fit
+    split: Text
+    """How the splits were drawn."""
+    seed: NotRequired[int]
+    samples_sha256: Sha256
+    splits: dict[str, SplitEntry]
+    depth: NotRequired[Depth | None]
+    """Bits by which images were scaled that do not declare their depth."""
+    cover: NotRequired[CoverEntry | None]
 
 
 class PackedShard(NamedTuple):
@@ -94,7 +140,7 @@ class Index:
         image_size_px: side of the squares.
         fit: how the images became square.
         split: how the splits were drawn.
-        cover: how burned-in text was covered (how, split, images, boxes); empty if it was not.
+        cover: how burned-in text was covered; None if it was not.
         depth: bits by which images were scaled that do not declare their depth; None without such.
         shards: all shards, in the order of the samples.
         samples: all samples; their place in this list is their sample number.
@@ -102,12 +148,12 @@ class Index:
 
     directory: Path
     sha256: str
-    task: str
+    task: Task
     classes: list[str]
     image_size_px: int
-    fit: str
+    fit: Fit
     split: str
-    cover: dict[str, Any]
+    cover: CoverEntry | None
     depth: int | None
     shards: list[ShardEntry]
     samples: list[Sample]
@@ -138,7 +184,7 @@ class Index:
             row[[place[name] for name in labels_of(sample.label)]] = 1
         return targets
 
-    def counts(self) -> dict[str, dict[str, dict[str, int]]]:
+    def counts(self) -> dict[str, dict[str, Amount]]:
         """Images and patients by split and class; an image of two labels counts for both."""
         rows = [(s.split, label, s.patient) for s in self.samples for label in labels_of(s.label)]
         images = Counter((split, label) for split, label, _ in rows)
@@ -151,7 +197,7 @@ class Index:
             for split in SPLITS
         }
 
-    def totals(self) -> dict[str, dict[str, int]]:
+    def totals(self) -> dict[str, Amount]:
         """Images and patients by split, those without a label too."""
         images = Counter(s.split for s in self.samples)
         patients = Counter(split for split, _ in {(s.split, s.patient) for s in self.samples})
@@ -184,67 +230,52 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
         )
     if not table.is_file():
         raise CxrdistError(f"{table}: is missing; {MEND}")
-    data = read_bounded(path, MOST_INDEX_BYTES, MEND)
-    about = parse_document(data, str(path), MEND)
-    about.word("format", [FORMAT])
-    shards = [shard for split in SPLITS for shard in _read_shards(about, split)]
-    if not 1 <= sum(shard.samples for shard in shards) <= MOST_SAMPLES:
-        raise CxrdistError(f"{path}: expected 1 to {MOST_SAMPLES} samples in its shards; {MEND}")
+    with judging(path, MEND):
+        data = read_bytes(path.resolve(), MOST_INDEX_BYTES)  # a data set may be made of links
+        content = typed(parse_json(data), IndexFile)
+        shards = _shards_of(content)
     sha256, samples = _read_samples(table, shards)
     index = Index(
         directory=directory,
         sha256=hashlib.sha256(data).hexdigest(),
-        task=about.word("task", TASKS),
-        classes=about.names("classes", MOST_CLASSES),
-        image_size_px=about.whole("image_size_px", 1, MOST_SIDE_PX),
-        fit=about.word("fit", FITS),
-        split=about.text("split"),
-        cover=_read_cover(about),
-        depth=about.whole("depth", 8, 16) if "depth" in about else None,
+        task=content["task"],
+        classes=content["classes"],
+        image_size_px=content["image_size_px"],
+        fit=content["fit"],
+        split=content["split"],
+        cover=content.get("cover"),
+        depth=content.get("depth"),
         shards=shards,
         samples=samples,
     )
-    changed = sha256 != about.text("samples_sha256")
+    changed = sha256 != content["samples_sha256"]
     faults = [f"{table}: was changed after packing (sha256 differs from index.json); {MEND}"]
-    return index, [*(faults if changed else []), *_disagreements(index, about)]
+    return index, [*(faults if changed else []), *_disagreements(index, content["splits"])]
 
 
-def _read_shards(about: Document, split: str) -> list[ShardEntry]:
-    """The shards of a split; each name is the one that pack gives, and so lies in the directory."""
-    entries = [
-        ShardEntry(
-            name=entry.text("name"),
-            samples=entry.whole("samples", 1, MOST_SAMPLES),
-            bytes=entry.whole("bytes", 1, MOST_SHARD_BYTES),
-            sha256=entry.text("sha256"),
-        )
-        for entry in about.object("splits").object(split).objects("shards", MOST_SHARDS)
-    ]
-    for number, entry in enumerate(entries):
-        if entry.name != shard_name(split, number):
-            raise CxrdistError(
-                f"{about.where}: names the shard {entry.name!r:.80}, expected "
-                f"{shard_name(split, number)}; {MEND}"
-            )
-    return entries
+def _shards_of(content: IndexFile) -> list[ShardEntry]:
+    """All shards; each name is the one that pack gives, and so lies in the directory.
+
+    Raises:
+        ValueError: a split is missing, a shard has another name, or there are too many samples.
+    """
+    shards = []
+    for split in SPLITS:
+        if split not in content["splits"]:
+            raise ValueError(f"splits.{split}: is missing")
+        entries = content["splits"][split]["shards"]
+        for number, entry in enumerate(entries):
+            if entry.name != (expected := shard_name(split, number)):
+                raise ValueError(f"names the shard {entry.name!r:.80}, expected {expected}")
+        shards += entries
+    if not 1 <= (total := sum(shard.samples for shard in shards)) <= MOST_SAMPLES:
+        raise ValueError(f"has {total} samples in its shards, expected 1 to {MOST_SAMPLES}")
+    return shards
 
 
 def shard_name(split: str, number: int) -> str:
     """File name of a shard, SPLIT-000000.tar."""
     return f"{split}-{number:06d}.tar"
-
-
-def _read_cover(about: Document) -> dict[str, Any]:
-    """How burned-in text was covered, if it was."""
-    if "cover" not in about:
-        return {}
-    cover = about.object("cover")
-    return {
-        "how": cover.word("how", COVERS),
-        "split": cover.word("split", ["all", *SPLITS]),
-        "images": cover.whole("images", 0, MOST_SAMPLES),
-        "boxes": cover.whole("boxes", 0, 1000 * MOST_SAMPLES),
-    }
 
 
 def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Sample]]:
@@ -295,7 +326,7 @@ def _read_sample(row: list[str], header: list[str]) -> Sample:
     return sample
 
 
-def _disagreements(index: Index, about: Document) -> list[str]:
+def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
     """In what samples.csv and index.json differ, and patients and keys that stand twice."""
     table, faults = index.directory / "samples.csv", []
     expected = [(shard.name.split("-")[0], shard.name, shard.samples) for shard in index.shards]
@@ -317,8 +348,7 @@ def _disagreements(index: Index, about: Document) -> list[str]:
             faults.append(f"{table}: {label!r:.80} is not a valid label of a {index.task} sample")
     counts = index.counts()
     for split, name in ((split, name) for split in SPLITS for name in index.classes):
-        classes = about.object("splits").object(split).object("classes")
-        number = classes.whole(name, 0, MOST_SAMPLES)
+        number = splits[split]["classes"].get(name)
         images = counts[split][name]["images"]
         if number != images:
             faults.append(f"{table}: has {images} images of {name} in {split}, index.json {number}")

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,17 +21,35 @@ from PIL import Image
 
 from cxrdist.data.index import MEND, PackedShard, Sample, ShardEntry
 from cxrdist.data.pictures import MOST_PIXELS
-from cxrdist.document import parse_document
+from cxrdist.documents import Between, Real, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_file
+from cxrdist.run import atomic_file, judging
 
 MOST_JSON_BYTES = 1 << 20  # of a KEY.json, which names a path and labels
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and the header's length (ISO 15948, 5.2)
 PNG_START = struct.Struct(">16sIIBBBBB")
 GREY = (8, 0, 0, 0, 0)  # bits, colour type, compression, filter, interlace (11.2.2)
 
+Pixels = Annotated[int, Between(1, MOST_PIXELS)]
 
 _File = io.BufferedReader | io.BufferedRandom
+
+
+class SampleFile(TypedDict):
+    """The content of KEY.json; the first five are those of samples.csv."""
+
+    key: Text
+    label: Text
+    patient: Text
+    source: Text
+    path: Text
+    view: Text
+    width_px: Pixels
+    """Of the original."""
+    height_px: Pixels
+    sex: NotRequired[Text]
+    age: NotRequired[Real | None]
+    """In years."""
 
 
 class _Place(NamedTuple):
@@ -54,7 +72,7 @@ def sample_key(path: str) -> str:
     return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:10]}"
 
 
-def write_shard(path: Path, samples: Iterable[tuple[dict[str, Any], bytes]]) -> None:
+def write_shard(path: Path, samples: Iterable[tuple[SampleFile, bytes]]) -> None:
     """Write a shard atomically; the same samples give the same bytes.
 
     Args:
@@ -111,7 +129,7 @@ class OpenShard:
             self._places.append((about, png))
         self._refuse_more()
 
-    def read(self, number: int) -> tuple[NDArray[np.uint8], dict[str, Any]]:
+    def read(self, number: int) -> tuple[NDArray[np.uint8], SampleFile]:
         """Decode a sample and compare it with samples.csv.
 
         Args:
@@ -143,25 +161,23 @@ class OpenShard:
                 raise ValueError(f"{image.width} x {image.height} px of mode {image.mode}")
             return np.asarray(image)
 
-    def describe(self, number: int) -> dict[str, Any]:
+    def describe(self, number: int) -> SampleFile:
         """What KEY.json says of a sample.
 
         Raises:
             CxrdistError: it differs from samples.csv, or has no valid size of the original.
         """
         sample, path = self._shard.samples[number], self._shard.path
-        data = self._content(self._places[number][0])
-        about = parse_document(data, f"{path}: {sample.key}.json", "pack the shards again")
+        with judging(f"{path}: {sample.key}.json", "pack the shards again"):
+            about = typed(parse_json(self._content(self._places[number][0])), SampleFile)
+        given: dict[str, object] = {**about}
         for column in ("key", "label", "patient", "source", "path"):
-            if about.text(column) != getattr(sample, column):
+            if given[column] != getattr(sample, column):
                 raise CxrdistError(
                     f"{path}: the {column} of {sample.key} differs from samples.csv; pack the "
                     "shards again"
                 )
-        about.text("view")
-        about.whole("width_px", 1, MOST_PIXELS)
-        about.whole("height_px", 1, MOST_PIXELS)
-        return about.values
+        return about
 
     def _next(self, expected: str, most_bytes: int) -> _Place:
         """Read the header of a member, and go on behind its content."""
@@ -270,7 +286,7 @@ def _fetch(path: Path, num_bytes: int) -> io.BufferedRandom:
     return copy
 
 
-def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], SampleFile]]:
     """Decode the samples of a shard, comparing all that it holds with the index.
 
     Yields:

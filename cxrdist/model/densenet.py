@@ -1,9 +1,6 @@
 """DenseNet121 on grey X-rays: the network, its blocks, and the model as it is saved for use."""
 
-import json
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -12,48 +9,15 @@ from timm.models.densenet import DenseBlock, DenseNet
 from torch import Tensor, nn
 
 from cxrdist.config import Network
-from cxrdist.data.index import COVERS, FITS, MOST_CLASSES, MOST_SIDE_PX, TASKS
-from cxrdist.data.records import SPLITS
-from cxrdist.document import Document, parse_document, read_bounded
+from cxrdist.data.index import Fit, Task
 from cxrdist.errors import CxrdistError
+from cxrdist.info import WeightsInfo
 from cxrdist.model.batchnorm import BatchNorm
+from cxrdist.model.description import Cover, ModelFile, Normalisation
 from cxrdist.model.tensorfile import read_safetensors
-from cxrdist.run import open_run
+from cxrdist.run import open_run, read_document, write_json
 
-MODEL_FORMAT = "cxrdist-model-1"
-MOST_DESCRIPTION_BYTES = 1 << 20  # of model.json, which has 2 kB
-LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
 MEND = "copy the run directory again or train anew"
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """Per-channel mean and standard deviation of grey values scaled to 0..1.
-
-    The number of values is the number of input channels. The default is ImageNet's, in the layout
-    of torchvision, timm and the published CheXNet copies.
-    """
-
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Cover:
-    """How burned-in text was covered in the images that a model was trained and tested on.
-
-    Attributes:
-        how: ``black`` or ``fill``, as in `cxrdist.data.boxes.cover`.
-        split: where: ``train``, ``val``, ``test`` or ``all``.
-    """
-
-    how: str
-    split: str
-
-    @property
-    def is_of_training(self) -> bool:
-        """Whether the network has learned from covered images."""
-        return self.split in ("all", "train")
 
 
 class GrowingBlock(DenseBlock):
@@ -96,8 +60,8 @@ class Classifier(nn.Module):
         classes: list[str],
         image_size_px: int,
         normalisation: Normalisation | None = None,
-        fit: str = "crop",
-        task: str = "multiclass",
+        fit: Fit = "crop",
+        task: Task = "multiclass",
     ) -> None:
         super().__init__()
         self.shape = network
@@ -107,7 +71,7 @@ class Classifier(nn.Module):
         self.task = task
         self.depth: int | None = None
         self.cover: Cover | None = None
-        self.origin: dict[str, Any] | None = None
+        self.origin: WeightsInfo | None = None
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
             growth_rate=network.growth_rate,
@@ -171,19 +135,19 @@ def save_model(model: Classifier, directory: Path) -> None:
     weights = {name: tensor.contiguous().cpu() for name, tensor in network_state(model).items()}
     # The library's own writer gives the file to its owner only, whatever the umask.
     (directory / "model.safetensors").write_bytes(save(weights))
-    description = {
-        "format": MODEL_FORMAT,
-        "architecture": asdict(model.shape),
+    content: ModelFile = {
+        "format": "cxrdist-model-1",
+        "architecture": model.shape,
         "task": model.task,
         "classes": model.classes,
-        "normalisation": asdict(model.normalisation),
+        "normalisation": model.normalisation,
         "image_size_px": model.image_size_px,
         "fit": model.fit,
         "depth": model.depth,
-        "cover": asdict(model.cover) if model.cover else None,
+        "cover": model.cover,
         "weights": model.origin,
     }
-    (directory / "model.json").write_text(json.dumps(description, indent=2) + "\n")
+    write_json(directory / "model.json", content)
 
 
 def network_state(model: Classifier) -> dict[str, Tensor]:
@@ -202,24 +166,12 @@ def load_model(run: str | Path) -> Classifier:
             together.
     """
     directory = open_run(Path(run)).model
-    file = directory / "model.json"
-    about = parse_document(read_bounded(file, MOST_DESCRIPTION_BYTES, MEND), str(file), MEND)
-    about.word("format", [MODEL_FORMAT])
-    described: dict[str, Any] = {
-        "network": _read_shape(about),
-        "classes": about.names("classes", MOST_CLASSES),
-        "image_size_px": about.whole("image_size_px", 1, MOST_SIDE_PX),
-        "normalisation": read_normalisation(about),
-        "fit": about.word("fit", FITS),
-        "task": about.word("task", TASKS),
-    }
-    origin, cover = read_origin(about, "weights"), _read_cover(about)
-    depth = about.whole("depth", 8, 16) if "depth" in about else None
+    content = read_document(directory / "model.json", ModelFile, MEND)
     try:
         weights = read_safetensors(directory / "model.safetensors").tensors
         with torch.device("meta"):  # nothing is reserved before the shapes are known to agree
-            _refuse_other_shapes(weights, Classifier(**described))
-        model = Classifier(**described)
+            _refuse_other_shapes(weights, _build(content))
+        model = _build(content)
         model.network.load_state_dict(weights)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
@@ -227,61 +179,22 @@ def load_model(run: str | Path) -> Classifier:
             f"{directory}: model.json and model.safetensors do not make a model ({reason:.200}); "
             f"{MEND}"
         ) from error
-    model.origin, model.depth, model.cover = origin, depth, cover
     return model.eval()
 
 
-def _read_cover(about: Document) -> Cover | None:
-    if "cover" not in about:
-        return None
-    cover = about.object("cover")
-    return Cover(cover.word("how", COVERS), cover.word("split", ["all", *SPLITS]))
-
-
-def _read_shape(about: Document) -> Network:
-    """The shape of the network that model.json describes; `Network` bounds its numbers."""
-    values = about.object("architecture").values
-    try:
-        known = {field.name: values[field.name] for field in fields(Network)}
-        return Network(**{**known, "block_config": tuple(known["block_config"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise CxrdistError(
-            f"{about.where}: architecture is invalid ({error!s:.100}); {about.mend}"
-        ) from error
-
-
-def read_normalisation(about: Document) -> Normalisation:
-    """Read the field ``normalisation`` of a document.
-
-    Raises:
-        CxrdistError: it is not a finite mean and a positive finite deviation for each channel.
-    """
-    normalisation = about.object("normalisation")
-    mean, std = normalisation.reals("mean"), normalisation.reals("std")
-    if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) < LEAST_STD:
-        raise CxrdistError(
-            f"{about.where}: normalisation has mean {mean} and std {std}, expected one or three of "
-            f"each and std at least {LEAST_STD:g}; {about.mend}"
-        )
-    return Normalisation(mean, std)
-
-
-def read_origin(about: Document, name: str) -> dict[str, Any] | None:
-    """Read what `InitialWeights.describe` wrote: weights, and the chain that they stand on.
-
-    Raises:
-        CxrdistError: a link of the chain does not say what it is.
-    """
-    if name not in about:
-        return None
-    first = link = about.object(name)
-    while True:
-        link.text("source")
-        if "sha256" in link:
-            link.text("sha256")
-        if "started_from" not in link:
-            return first.values
-        link = link.object("started_from")
+def _build(content: ModelFile) -> Classifier:
+    """Build the network that model.json describes, with random weights."""
+    model = Classifier(
+        content["architecture"],
+        content["classes"],
+        content["image_size_px"],
+        content["normalisation"],
+        content["fit"],
+        content["task"],
+    )
+    model.depth, model.cover = content.get("depth"), content.get("cover")
+    model.origin = content.get("weights")
+    return model
 
 
 def _refuse_other_shapes(weights: dict[str, Tensor], model: Classifier) -> None:

@@ -1,11 +1,13 @@
 """What a checkpoint holds: as a table, and as safetensors under torchvision's names."""
 
 import json
+from dataclasses import asdict
 
 from safetensors.torch import save
 
 from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
 from cxrdist.errors import CxrdistError
+from cxrdist.model.description import WeightsNote
 from cxrdist.model.layout import check_fit, shape_of
 from cxrdist.model.tensorfile import METADATA
 from cxrdist.model.weights import InitialWeights, read_weights
@@ -33,16 +35,16 @@ def convert_weights(config: WeightsConvertConfig) -> None:
         raise CxrdistError(f"{config.out}: {problem}; choose another name")
     refuse_unwritable(config.out)
     weights = _read(config.file)
-    known = weights.describe(len(weights.tensors))
-    metadata = {
-        "layout": known["layout"],
-        "labels": known["labels"],
-        "normalisation": known["normalisation"],
-        "started_from": known,
+    note: WeightsNote = {
+        "layout": str(weights.record["layout"]),
+        "labels": weights.labels,
+        "normalisation": weights.normalisation,
+        "started_from": weights.describe(len(weights.tensors)),
     }
+    metadata = {"format": "pt", METADATA: json.dumps(note, default=asdict)}
     tensors = {k: v.contiguous() for k, v in {**weights.tensors, **weights.head}.items()}
     with atomic_file(config.out) as partial:
-        partial.write_bytes(save(tensors, {"format": "pt", METADATA: json.dumps(metadata)}))
+        partial.write_bytes(save(tensors, metadata))
     print(f"{config.out}: {len(tensors)} tensors")
 
 
@@ -83,6 +85,6 @@ def _rows(weights: InitialWeights) -> list[list[str]]:
     ]
     before = weights.record.get("started_from")
     while before:
-        rows.append(["made from", f"{before['source']} (sha256 {before['sha256']})"])
+        rows.append(["made from", f"{before['source']} (sha256 {before.get('sha256')})"])
         before = before.get("started_from")
     return rows

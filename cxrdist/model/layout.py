@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cxrdist.config import Network
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import Normalisation, read_normalisation
+from cxrdist.model.description import Normalisation
 from cxrdist.model.tensorfile import TensorFile
 
 # torchxrayvision scales grey values to (2x - 1) * 1024 and feeds one channel.
@@ -27,7 +27,6 @@ TORCHXRAYVISION_LABELS = [
     *("Hernia", "Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum"),
 ]
 IMAGENET_CLASSES = 1000
-MOST_OUTPUTS = 100_000
 HEAD = ("classifier.weight", "classifier.bias")
 
 _PREFIX = re.compile(r"^(module\.)?(densenet121\.|model\.|backbone\.)?")
@@ -85,8 +84,8 @@ def recognise(file: TensorFile, where: str) -> Layout:
         )
     normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
     if file.note:
-        normalisation = read_normalisation(file.note)
-    if {len(normalisation.mean), len(normalisation.std)} != {channels}:
+        normalisation = file.note["normalisation"]
+    if len(normalisation.mean) != channels:
         raise CxrdistError(
             f"{where}: its normalisation is not of {channels} channels; convert the file again"
         )
@@ -120,8 +119,7 @@ def _identify(
     weight = head.get("classifier.weight")
     num_outputs = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
     if file.note:
-        labels = file.note.texts("labels", MOST_OUTPUTS) if "labels" in file.note else None
-        return file.note.text("layout"), labels
+        return file.note["layout"], file.note.get("labels")
     if any(name.endswith("classifier.0.weight") for name in names):
         whose = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
         return f"CheXNet, as in {whose}", CHEXNET_LABELS

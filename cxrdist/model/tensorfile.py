@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cxrdist.document import Document, parse_document
+from cxrdist.documents import parse_json, typed
 from cxrdist.errors import CxrdistError
+from cxrdist.model.description import WeightsNote
 from cxrdist.model.unpickler import (
     MOST_DIMENSIONS,
     MOST_NAME_CHARACTERS,
@@ -27,6 +28,7 @@ from cxrdist.model.unpickler import (
     TensorRef,
     unpickle,
 )
+from cxrdist.run import judging
 
 # torch/serialization.py: what begins a file of torch.save before PyTorch 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -57,7 +59,7 @@ class TensorFile:
     container: str
     holder: str
     labels: list[str] | None = None
-    note: Document | None = None
+    note: WeightsNote | None = None
 
 
 def read_tensor_file(file: Path, where: str) -> TensorFile:
@@ -152,8 +154,8 @@ def read_safetensors(file: Path) -> TensorFile:
     found = TensorFile(_refuse_other_numbers(tensors), "safetensors", "tensors by name")
     if not text:
         return found
-    note = parse_document(text.encode(), f"{file}: {METADATA}", "convert it again")
-    return replace(found, note=note)
+    with judging(f"{file}: {METADATA}", "convert it again"):
+        return replace(found, note=typed(parse_json(text.encode()), WeightsNote))
 
 
 def _read_zip(file: Path, container: str) -> TensorFile:

@@ -2,21 +2,14 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from torchvision.models import DenseNet121_Weights
 
-from cxrdist.document import parse_document, read_bounded
 from cxrdist.errors import CxrdistError
-from cxrdist.model.densenet import (
-    MEND,
-    Classifier,
-    Normalisation,
-    load_model,
-    network_state,
-    read_origin,
-)
+from cxrdist.info import WeightsInfo, read_info
+from cxrdist.model.densenet import Classifier, load_model, network_state
+from cxrdist.model.description import Normalisation
 from cxrdist.model.download import download, sha256_of
 from cxrdist.model.layout import check_fit, recognise
 from cxrdist.model.tensorfile import read_tensor_file
@@ -28,7 +21,6 @@ CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"
 )
-MOST_RUN_BYTES = 16 << 20  # of run.json, which counts the images of each class
 PUBLISHED = {"chexnet": CHEXNET_URL, "imagenet": DenseNet121_Weights.IMAGENET1K_V1.url}
 
 
@@ -49,7 +41,7 @@ class InitialWeights:
     head: dict[str, Tensor]
     normalisation: Normalisation
     labels: list[str] | None
-    record: dict[str, Any]
+    record: WeightsInfo
 
     @property
     def source(self) -> str:
@@ -61,7 +53,7 @@ class InitialWeights:
         """Input channels of the first convolution."""
         return len(self.normalisation.mean)
 
-    def describe(self, num_tensors: int) -> dict[str, Any]:
+    def describe(self, num_tensors: int) -> WeightsInfo:
         """All that run.json and model.json say of the weights.
 
         Args:
@@ -99,9 +91,9 @@ def read_weights(init: str, option: str = "--init ") -> InitialWeights:
 def _read_file(file: Path, where: str, source: str) -> InitialWeights:
     content = read_tensor_file(file, where)
     layout = recognise(content, where)
-    record: dict[str, Any] = {"source": source, "sha256": sha256_of(file), "layout": layout.name}
+    record: WeightsInfo = {"source": source, "sha256": sha256_of(file), "layout": layout.name}
     if content.note:
-        record["started_from"] = read_origin(content.note, "started_from")
+        record["started_from"] = content.note.get("started_from")
     return InitialWeights(layout.tensors, layout.head, layout.normalisation, layout.labels, record)
 
 
@@ -116,19 +108,18 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
     model = load_model(directory)
     state = network_state(model)
     head = {name: state.pop(name) for name in ("classifier.weight", "classifier.bias")}
-    record: dict[str, Any] = {
+    record: WeightsInfo = {
         "source": str(directory),
         "sha256": sha256_of(run.model / "model.safetensors"),
         "layout": "run of cxrdist",
         "started_from": model.origin,
     }
     if run.info.is_file():
-        data = read_bounded(run.info, MOST_RUN_BYTES, MEND)
-        info = parse_document(data, str(run.info), MEND)
+        info = read_info(run)
         record["trained_on"] = {
-            "shards": info.object("shards").text("path"),
-            "index_sha256": info.object("shards").text("index_sha256"),
-            "finished": info.text("finished"),
+            "shards": info["shards"]["path"],
+            "index_sha256": info["shards"]["index_sha256"],
+            "finished": info["finished"],
         }
     return InitialWeights(state, head, model.normalisation, model.classes, record)
 

@@ -15,9 +15,9 @@ from tqdm import tqdm
 from cxrdist.distributed import together
 from cxrdist.documents import typed
 from cxrdist.errors import RunFailedError, Stopped
-from cxrdist.info import StagesInfo
+from cxrdist.info import read_info
 from cxrdist.model.densenet import block_names, network_state
-from cxrdist.run import append_log, read_document, settle_log, write_json
+from cxrdist.run import append_log, settle_log, write_json
 from cxrdist.terminal import progress, table
 from cxrdist.train.capture import CapturedStep, Recorder, can_capture, record_cuda_graph
 from cxrdist.train.checkpoint import (
@@ -389,7 +389,7 @@ class StageRun:
     def _note_stage(self) -> None:
         """Bring run.json up to date with this stage."""
         run, stopping = self.training.run, self.stopping
-        info = read_document(run.info, StagesInfo)
+        info = read_info(run)
         frozen = [b for b in self._blocks if b not in self.trained]
         info["stages"][self.name] = {
             "parameter_groups": self.groups,

@@ -15,17 +15,20 @@ from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.plan import Plan, copies_of, plan_epoch
 from cxrdist.distributed import StopVote, together
-from cxrdist.document import read_bounded
+from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
-from cxrdist.info import RUN_FORMAT, read_info
-from cxrdist.model.densenet import Classifier, Cover
+from cxrdist.info import ShardsInfo, read_info
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.description import Cover
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import (
     RunDirectory,
     environment,
+    judging,
     now,
+    read_bytes,
     read_recipe,
     write_json,
     write_text,
@@ -33,7 +36,6 @@ from cxrdist.run import (
 from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.step import Batches, Material
 
-MOST_AUDIT_BYTES = 64 << 20  # of audit.json; thumbnails of 1000 pairs are 8 MB
 NOT_SCIENCE = (
     "shards",
     "run",
@@ -130,7 +132,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None if same_order else "its stages were in another order"
 
 
-def _describe_shards(index: Index) -> dict[str, Any]:
+def _describe_shards(index: Index) -> ShardsInfo:
     return {
         "path": str(index.directory),
         "index_sha256": index.sha256,
@@ -150,13 +152,11 @@ def _read_audit(index: Index) -> str:
     Raises:
         CxrdistError: it is no text, or too large.
     """
-    path, mend = index.directory / "audit.json", "write it anew with cxrdist check --audit"
+    path = index.directory / "audit.json"
     if not path.is_file():
         return ""
-    try:
-        return read_bounded(path, MOST_AUDIT_BYTES, mend).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CxrdistError(f"{path}: no UTF-8 ({error!s:.80}); {mend}") from error
+    with judging(path, "write it anew with cxrdist check --audit"):
+        return read_bytes(path.resolve(), MOST_BYTES).decode("utf-8")
 
 
 def build_training(
@@ -181,7 +181,7 @@ def build_training(
     if accelerator.is_main_process:
         before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
         about = _describe_start(accelerator, weights, num_copied)
-        shards = {"format": RUN_FORMAT, "shards": _describe_shards(index)}
+        shards = {"format": "cxrdist-run-1", "shards": _describe_shards(index)}
         write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
         if audit:
             write_text(run.audit, audit)

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -164,7 +165,7 @@ def test_a_right_hash_does_not_make_a_bad_tar_safe(shards, damage):
     damage(shards)
     about = json.loads((shards / "index.json").read_text())
     entries = about["splits"]["train"]["shards"]
-    entries[0] = describe_shard(shards / SHARD, entries[0]["samples"])._asdict()
+    entries[0] = asdict(describe_shard(shards / SHARD, entries[0]["samples"]))
     (shards / "index.json").write_text(json.dumps(about))
     with pytest.raises(CxrdistError, match=SHARD):
         list(read_shard(read_index(shards).packed()[0]))

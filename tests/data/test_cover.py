@@ -81,7 +81,7 @@ def test_only_the_chosen_split_is_covered(source, tmp_path, how):
         assert old_bytes[name] == new_bytes[name]
     about = {"how": how, "split": "test", "images": touched, "boxes": touched}
     assert read_index(covered).cover == about
-    assert read_index(plain).cover == {}
+    assert read_index(plain).cover is None
     assert "cover" not in json.loads((plain / "index.json").read_text())
     check(CheckConfig(covered))
 

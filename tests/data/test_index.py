@@ -143,6 +143,18 @@ def test_fields_of_newer_versions_are_left_alone(shards):
     assert len(read_index(shards).samples) == 24
 
 
+def test_a_directory_of_links_is_read(shards, tmp_path):
+    """As data sets of git-annex and the Hugging Face hub are; a file too large is not read."""
+    (tmp_path / "links").mkdir()
+    for file in shards.iterdir():
+        (tmp_path / "links" / file.name).symlink_to(file)
+    assert read_index(tmp_path / "links").samples == read_index(shards).samples
+    with open(shards / "index.json", "ab") as file:
+        file.truncate(9 << 20)
+    with pytest.raises(CxrdistError, match=r"index\.json: has 9437184 bytes, expected at most"):
+        read_index(tmp_path / "links")
+
+
 CELLS = {
     "key": ("../../../x", "a.b", "", "k" * 91, "a/b", "é"),
     "split": ("evil", "", "TRAIN"),

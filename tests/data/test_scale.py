@@ -40,7 +40,7 @@ splits = assign_splits(source, config.split, config.seed)
 shards = packing._plan_shards(config, items, splits)
 samples = [packing._sample(shard, item) for shard in shards for item in shard.items]
 packing._write_samples(samples, out)
-entries = [ShardEntry(shard.name, len(shard.items), 0, "") for shard in shards]
+entries = [ShardEntry(shard.name, len(shard.items), 1, "0" * 64) for shard in shards]
 described = packing._describe(config, source, shards, entries, out / "samples.csv")
 write_json(out / "index.json", described)
 shared = shared_patients(samples, lambda sample: [sample.split])

@@ -9,6 +9,7 @@ import shutil
 import struct
 import tarfile
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def trust(shards: Path) -> None:
     """Make the index agree with the shard, as an attacker would."""
     about = json.loads((shards / "index.json").read_text())
     entries = about["splits"]["train"]["shards"]
-    entries[0] = describe_shard(shards / SHARD, entries[0]["samples"])._asdict()
+    entries[0] = asdict(describe_shard(shards / SHARD, entries[0]["samples"]))
     (shards / "index.json").write_text(json.dumps(about))
 
 
@@ -114,12 +115,15 @@ CHANGES = {
         r"\.json has 2097152 bytes, expected 1 to 1048576",
     ),
     "deep JSON": (lambda m: [(m[0][0], b"[" * 10**5), *m[1:]], "nested too deep"),
-    "no object": (lambda m: [(m[0][0], b"[1]"), *m[1:]], "is no JSON object"),
+    "no object": (lambda m: [(m[0][0], b"[1]"), *m[1:]], "is a list, expected an object"),
     "another key": (about_with(key="x"), "the key of"),
     "another label": (about_with(label="b|a"), "the label of"),
-    "a wide original": (about_with(width_px=10**9), "width_px is 1000000000"),
-    "a text for a width": (about_with(width_px="10"), "width_px is '10'"),
-    "no view": (about_with(view=...), "view is missing"),
+    "a wide original": (
+        about_with(width_px=10**9),
+        "width_px: is 1000000000, expected 1 to 50000000",
+    ),
+    "a text for a width": (about_with(width_px="10"), 'width_px: is "10", expected a whole number'),
+    "no view": (about_with(view=...), "view: is missing"),
     "a member more": (lambda m: [*m, ("x.txt", b"x")], "holds more than the samples"),
     "a member between": (lambda m: [*m[:2], ("x.txt", b"x"), *m[2:]], "found 'x.txt'"),
     "a member less": (lambda m: m[:-1], r"expected .*\.png, found the end"),

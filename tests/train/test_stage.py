@@ -52,6 +52,8 @@ def test_an_audit_of_anybody_is_text(shards, tmp_path):
     copied = Path(shutil.copytree(shards, tmp_path / "shards"))
     (copied / "audit.json").write_bytes(b"\xff\xfe")
     config = TrainConfig(copied, tmp_path / "run", stages={}, init="none", cache=tmp_path / "cache")
-    with pytest.raises(CxrdistError, match=r"audit\.json: no UTF-8"):
+    with pytest.raises(
+        CxrdistError, match=r"audit\.json: 'utf-8' codec can't decode .*; write it anew"
+    ):
         build_training(start(), RunDirectory(config.run), config, read_index(copied))
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,83 @@
+"""What describes a model: model.json, and the note in a file of converted weights."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, NotRequired, TypedDict
+
+from cxrdist.config import Network
+from cxrdist.data.index import Classes, CoverHow, CoverSplit, Depth, Fit, SidePx, Task
+from cxrdist.documents import Between, Matching, Text
+from cxrdist.errors import CxrdistError
+from cxrdist.info import WeightsInfo
+
+MOST_OUTPUTS = 100_000
+LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
+MOST_GREY = 1e9
+
+Label = Annotated[str, Matching(r"[^\0\ud800-\udfff]{0,255}", "at most 255 characters")]
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """Per-channel mean and standard deviation of grey values scaled to 0..1.
+
+    The number of values is the number of input channels. The default is ImageNet's, in the layout
+    of torchvision, timm and the published CheXNet copies.
+    """
+
+    mean: tuple[Annotated[float, Between(-MOST_GREY, MOST_GREY)], ...] = (0.485, 0.456, 0.406)
+    std: tuple[Annotated[float, Between(LEAST_STD, MOST_GREY)], ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        """Make sure that there is one of each for a channel.
+
+        Raises:
+            CxrdistError: there is not, or an image has no such number of channels.
+        """
+        channels = len(self.mean), len(self.std)
+        if channels not in ((1, 1), (3, 3)):
+            raise CxrdistError(
+                f"has {channels[0]} mean and {channels[1]} std, expected one or three of each"
+            )
+
+
+@dataclass(frozen=True)
+class Cover:
+    """How burned-in text was covered in the images that a model was trained and tested on.
+
+    Attributes:
+        how: ``black`` or ``fill``, as in `cxrdist.data.boxes.cover`.
+        split: where: ``train``, ``val``, ``test`` or ``all``.
+    """
+
+    how: CoverHow
+    split: CoverSplit
+
+    @property
+    def is_of_training(self) -> bool:
+        """Whether the network has learned from covered images."""
+        return self.split in ("all", "train")
+
+
+class ModelFile(TypedDict):
+    """The content of model.json."""
+
+    format: Literal["cxrdist-model-1"]
+    architecture: Network
+    task: Task
+    classes: Classes
+    normalisation: Normalisation
+    image_size_px: SidePx
+    fit: Fit
+    depth: NotRequired[Depth | None]
+    cover: NotRequired[Cover | None]
+    weights: NotRequired[WeightsInfo | None]
+    """Those that the training started from."""
+
+
+class WeightsNote(TypedDict):
+    """What `cxrdist weights convert` notes in the header of safetensors."""
+
+    layout: Text
+    labels: NotRequired[Annotated[list[Label], Between(1, MOST_OUTPUTS)] | None]
+    normalisation: Normalisation
+    started_from: NotRequired[WeightsInfo | None]
