@@ -113,8 +113,8 @@ def test_gradients_that_never_fit_into_fp16_stop_the_run_by_name(shards, tmp_pat
     monkeypatch.setattr(stage, "gradient_scaler", lambda _: torch.amp.GradScaler("cpu", **options))
     config = recipe(shards, tmp_path / "run")
     head = {"head": Stage({"head": 0.01}, epochs=9, patience=9)}
-    with pytest.raises(RunFailedError, match=r"stage head, epoch 4, step 1: .* 16 steps in a row"):
-        train(replace(config, stages=head))
+    with pytest.raises(RunFailedError, match=r"stage head, epoch 1, step 16: .* 16 steps in a row"):
+        train(replace(config, stages=head, global_batch_size=1))
     assert not (tmp_path / "run" / "model").exists()
 
 
