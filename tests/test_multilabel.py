@@ -185,7 +185,8 @@ def test_a_model_of_one_label_an_image_is_refused(whole, tmp_path, capfd):
     lines = [f"{whole / row['path']},{row['labels']},{row['patient']}" for row in rows]
     (tmp_path / "one.csv").write_text("\n".join(["path,label,patient", *lines]))
     pack = ["pack", "--source", "csv", "--input", tmp_path / "one.csv", "--out", tmp_path / "s"]
-    assert main(list(map(str, [*pack, "--allow-outside", "--size", 32, "--split", "0.5/0.2/0.3"]))) == 0
+    options = ["--allow-outside", "--size", 32, "--split", "0.5/0.2/0.3"]
+    assert main(list(map(str, [*pack, *options]))) == 0
     where = ["--shards", tmp_path / "s", "--run", whole / "run"]
     assert main(list(map(str, ["evaluate", *where]))) == 2
     assert "are multiclass, the model is multilabel" in capfd.readouterr().err
