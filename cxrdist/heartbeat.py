@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import math
 import os
 import platform
 import sys
@@ -10,6 +11,8 @@ import time
 
 import psutil
 import torch.distributed
+
+from cxrdist.errors import CxrdistError
 
 HANG_SECONDS = 120.0
 _DONE = "done"
@@ -23,8 +26,17 @@ def start_heartbeat(rank: int, world_size: int) -> None:
     all others, and they watch the main rank. The beats go through the store of the first node's
     launcher; where that one does not answer, a second thread ends this process.
     CXRDIST_HANG_SECONDS changes the limit of 120 s.
+
+    Raises:
+        CxrdistError: that is no number of seconds above 0.
     """
-    limit = float(os.environ.get("CXRDIST_HANG_SECONDS", HANG_SECONDS))
+    given = os.environ.get("CXRDIST_HANG_SECONDS", str(HANG_SECONDS))
+    try:
+        limit = float(given)
+    except ValueError:
+        limit = 0.0
+    if not 0 < limit < math.inf:
+        raise CxrdistError(f"CXRDIST_HANG_SECONDS: is {given!r:.40}, expected seconds, such as 120")
     heart = _Heart(rank, list(range(1, world_size)) if rank == 0 else [0], limit)
     heart.start()
     atexit.register(heart.end)

@@ -43,6 +43,7 @@ from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.run import (
     locked,
     publish,
+    read_document,
     read_json,
     remove,
     scratch_directory,
@@ -280,7 +281,7 @@ def _begin(work: Path, decoding: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, decoding)
         return
-    before = read_json(path)
+    before = read_document(path, dict[str, Any], f"remove {work} to begin anew")
     for name, value in decoding.items():
         if before.get(name) != value:
             what = (

@@ -139,3 +139,15 @@ def test_equal_images_that_tie_all_patients_together_are_told_by_name(tmp_path):
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert found["duplicates"]["exact"] == 29
     assert "those of the same image count as one" in found["not_made"]["shortcut"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "3", '"pack"'])
+def test_a_damaged_work_directory_is_named(tmp_path, text):
+    """What an unfinished pack left is judged like any other document."""
+    source = make_images(tmp_path / "images", COUNTS)
+    work = tmp_path / ".out.partial"
+    work.mkdir()
+    (work / "pack.json").write_text(text)
+    with pytest.raises(CxrdistError, match=r"pack\.json: .*remove .*partial to begin anew"):
+        pack(PackConfig("folder", source, tmp_path / "out", size=32))
+    assert not (tmp_path / "out").exists()
