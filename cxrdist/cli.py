@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from importlib.resources import files
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO, cast
 
@@ -291,7 +292,7 @@ def _refuse_bad_recipes(arguments: list[str]) -> None:
     Raises:
         CxrdistError: it is no YAML object with the bounds of `parse_yaml`.
     """
-    for option, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for option, value in zip_longest(arguments, arguments[1:], fillvalue=""):
         name, _, own = option.partition("=")
         path = Path(own or value)
         if name == "--config" and path.is_file():

@@ -180,6 +180,11 @@ def test_an_output_that_is_full_is_one_line(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("cxrdist: the output: No space left on device; make")
 
 
+def test_a_command_may_have_no_options():
+    """`cxrdist demo` alone is the README's first command."""
+    assert parse(COMMANDS["demo"], "demo", []).source == "phantom"
+
+
 def test_a_home_is_written_out(capsys, tmp_path, monkeypatch):
     """The shell leaves the ~ of --out=~/shards; it is no folder of that name."""
     monkeypatch.setenv("HOME", str(tmp_path))
