@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pebble import ProcessPool
 
 from cxrdist.config import PredictConfig
-from cxrdist.data.depth import describe_depth, source_depth
+from cxrdist.data.depth import describe_depth, refuse_bad_depth, source_depth
 from cxrdist.data.found import LeftOut
 from cxrdist.data.inputs import Input, Preparation, Prepared, find_inputs, prepare, with_boxes
 from cxrdist.data.records import SEPARATOR
@@ -176,8 +176,7 @@ def predict(config: PredictConfig) -> None:
             are predicted.
     """
     refuse_below_one(config, "batch_size")
-    if config.depth is not None and not 8 <= config.depth <= 16:
-        raise CxrdistError(f"--depth {config.depth}: expected 8 to 16 bits, such as 12")
+    refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
     model = load_model(config.run)
     heatmaps = _beside(config.out, "heatmaps")

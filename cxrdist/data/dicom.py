@@ -40,10 +40,10 @@ from cxrdist.data.codestream import precision
 from cxrdist.data.depth import white_of
 from cxrdist.data.elements import RefusedError, numbers, octets, text, whole
 from cxrdist.data.patients import sex_of, stated_age
+from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.data.presentation import Cells, present
 from cxrdist.errors import CxrdistError
 
-MOST_PIXELS = 50_000_000  # the largest detectors have 25 million
 # Projections, and what secondary captures and converters write.
 MODALITIES = ("CR", "DX", "RG", "OT", "SC", "")
 # Functions of the imagecodecs library: maintained, permissive decoders that take the size which the

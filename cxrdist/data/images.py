@@ -147,15 +147,6 @@ def read_square(file: Path, size_px: int, fit: str, depth: int | None = None) ->
     return decode(file, size_px, fit, depth=depth).pixels
 
 
-def depth_used_by(file: Path) -> int | None:
-    """Bits that an image uses where it does not declare its depth, else None.
-
-    Raises:
-        CxrdistError: the file is no readable X-ray.
-    """
-    return read_grey(file, 1).used_depth
-
-
 def _read(file: Path) -> bytes:
     try:
         size = file.stat().st_size

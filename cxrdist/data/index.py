@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.data.depth import DEPTHS
 from cxrdist.data.records import SPLITS, labels_of
 from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
@@ -40,7 +41,7 @@ Task = Literal["multiclass", "multilabel"]
 Fit = Literal["crop", "pad", "stretch"]
 CoverHow = Literal["black", "fill"]
 CoverSplit = Literal["all", "train", "val", "test"]
-Depth = Annotated[int, Between(8, 16)]
+Depth = Annotated[int, Between(DEPTHS[0], DEPTHS[-1])]
 SidePx = Annotated[int, Between(1, MOST_SIDE_PX)]
 Count = Annotated[int, Between(0, MOST_SAMPLES)]
 ClassName = Annotated[str, Matching(r"[^|\0\ud800-\udfff]{1,255}", "1 to 255 characters without |")]

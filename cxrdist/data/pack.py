@@ -23,7 +23,7 @@ from cxrdist.data.anonymise import (
 )
 from cxrdist.data.assemble import Item, assemble
 from cxrdist.data.boxes import read_boxes
-from cxrdist.data.depth import source_depth
+from cxrdist.data.depth import refuse_bad_depth, source_depth
 from cxrdist.data.found import LeftOut
 from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
 from cxrdist.data.patients import MOST_YEARS
@@ -115,8 +115,7 @@ def _refuse_bad_options(config: PackConfig) -> None:
     refuse_below_one(config, "size", "shard_size", "workers", "num_tasks")
     if (config.task is None) != (config.num_tasks is None):
         raise CxrdistError("--task and --num-tasks: go together, such as --task 0 --num-tasks 4")
-    if config.depth is not None and not 8 <= config.depth <= 16:
-        raise CxrdistError(f"--depth {config.depth}: expected 8 to 16 bits, such as 12")
+    refuse_bad_depth(config.depth)
     if config.task is not None and config.num_tasks is not None:
         if config.merge:
             raise CxrdistError("--merge: comes after the tasks, without --task")
