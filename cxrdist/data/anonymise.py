@@ -49,7 +49,7 @@ def keyed(key: bytes, text: str) -> str:
 
 
 def read_key(directory: Path) -> bytes | None:
-    """Return the key of an unfinished pack, None if there is none."""
+    """Return the key of an unfinished pack, or None for a pack that has not begun."""
     path = directory / KEY_FILE
     key = path.read_bytes() if path.is_file() else b""
     return key if len(key) == KEY_BYTES else None
