@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,11 @@ SHARD = "train-000000.tar"
 def whole(tmp_path_factory) -> Path:
     """Shards of two classes, several of each split."""
     return make_shards(tmp_path_factory.mktemp("whole"), {"a": 24, "b c": 24}, shard_size=6)
+
+
+@pytest.fixture
+def shards(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "shards"))
 
 
 def members(shard: Path) -> list[tarfile.TarInfo]:

@@ -24,6 +24,11 @@ def whole(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("whole"), {"a": 12, "b": 12}, shard_size=4)
 
 
+@pytest.fixture
+def shards(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "shards"))
+
+
 def change_index(shards: Path, path: str, value: object) -> None:
     """Set a field of index.json, such as splits.train.shards.0.name."""
     about = json.loads((shards / "index.json").read_text())

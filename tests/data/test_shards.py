@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
 import zlib
@@ -33,6 +34,11 @@ list(read_shard(read_index(Path(sys.argv[1])).packed()[0]))
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("whole"), {"a": 12, "b": 12}, shard_size=2)
+
+
+@pytest.fixture
+def shards(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "shards"))
 
 
 def read_members(shards: Path) -> list[tuple[str, bytes]]:
