@@ -1,6 +1,6 @@
 """Every option of every command. A recipe is a YAML file of the fields of `TrainConfig`."""
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,17 +11,61 @@ MOST_GROWTH_RATE = 128
 MOST_DENSE_LAYERS = 128
 
 
-@dataclass(frozen=True)
-class PackConfig:
-    """Pack raw chest X-rays into WebDataset shards, split by patient."""
+SourceName = Literal[
+    "folder",
+    "csv",
+    "several",
+    "chestxray14",
+    "chexpert",
+    "covid19-radiography",
+    "covidx",
+    "mimic-cxr",
+    "padchest",
+    "rsna-pneumonia",
+    "vindr-cxr",
+]
 
-    source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """What is read, and how."""
+
+    source: SourceName
     """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv:
     a table with the column path, and label (one class per image) or labels (several, with | between
     them, or none), optionally patient, split, source, view, sex and age; paths are relative to the
-    table. The others are public data sets, as they are unpacked."""
+    table. several: a YAML file that names several sources, which are packed together. The others
+    are public data sets, as they are unpacked."""
     input: Path
-    """The folder, or the CSV file; a path or an fsspec URL such as s3://bucket/folder."""
+    """The folder, or the CSV or YAML file; a path or an fsspec URL such as s3://bucket/folder."""
+    _: KW_ONLY
+    patient_pattern: str | None = None
+    """Regular expression whose first group, found in the file name, is the patient."""
+    against_rest: str | None = None
+    """chestxray14: this label against all other images, instead of the 14 labels."""
+    drop_unusable: bool = False
+    """covid19-radiography, first release: leave out what COVID-Net lists as unusable."""
+    allow_outside: bool = False
+    """csv: read images also where the table's paths lead out of its folder (../ or /)."""
+    views: str | None = None
+    """Views to pack, with commas between them: PA, AP, FRONTAL (one of the two), LATERAL, OTHER,
+    UNKNOWN; or all. If not given: PA, AP, FRONTAL and UNKNOWN. The rest is left out by name."""
+    label_map: Path | None = None
+    """A YAML file of the source's labels and those to pack in their place; several may become one,
+    null leaves a label out. Labels that it does not name stay as they are."""
+    empty_cells: Literal["ignore", "negative"] = "ignore"
+    """What an empty cell of a label stands for: ignore (nothing is known: no loss and no score), or
+    negative. The shards tell which negatives are such."""
+    masks: Path | None = None
+    """Masks of the lungs: a folder with a mask under each image's name (or in masks/ in place of
+    images/, as the COVID-19 Radiography Database has them), or a table of run lengths as CheXmask
+    has them."""
+
+
+@dataclass(frozen=True)
+class PackConfig(SourceConfig):
+    """Pack raw chest X-rays into WebDataset shards, split by patient."""
+
     out: Path
     """The directory of shards to make, a path or an fsspec URL; it must not exist yet."""
     size: int = 224
@@ -38,17 +82,9 @@ class PackConfig:
     evaluation only. Or paper: 60 images of each class for test, the rest 80/20 train/val. Splits
     that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence.
     0.7/0.1/0.2 if not given."""
-    patient_pattern: str | None = None
-    """Regular expression whose first group, found in the file name, is the patient."""
-    against_rest: str | None = None
-    """chestxray14: this label against all other images, instead of the 14 labels."""
-    drop_unusable: bool = False
-    """covid19-radiography, first release: leave out what COVID-Net lists as unusable."""
     duplicates: Literal["join", "drop", "report"] = "join"
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
-    allow_outside: bool = False
-    """csv: read images also where the table's paths lead out of its folder (../ or /)."""
     anonymise: bool | None = None
     """Give images, patients and sources names that tell nothing; OUT.names.csv, which stays with
     the owner, says what they stand for. If not given: true for a source with DICOM files."""
@@ -82,7 +118,7 @@ class PackConfig:
 class FindTextConfig:
     """Find burned-in text and markers; what is found is a CSV that a person can edit."""
 
-    source: Literal["folder", "csv", "covid19-radiography", "chestxray14"]
+    source: SourceName
     """As in cxrdist pack."""
     input: Path
     """As in cxrdist pack."""

@@ -15,7 +15,7 @@ from cxrdist.config import PredictConfig
 from cxrdist.data.depth import describe_depth, refuse_bad_depth, source_depth
 from cxrdist.data.found import LeftOut
 from cxrdist.data.inputs import Input, Preparation, Prepared, find_inputs, prepare, with_boxes
-from cxrdist.data.records import SEPARATOR
+from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.shards import sample_key
 from cxrdist.data.text import require_extra
 from cxrdist.data.workers import (

@@ -18,8 +18,8 @@ from cxrdist.config import ProbeTextConfig
 from cxrdist.data.boxes import Box, cover, in_square, inside, read_boxes, scaled
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.index import Index
+from cxrdist.data.labels import labels_of
 from cxrdist.data.phantom import Finding, burn_text
-from cxrdist.data.records import labels_of
 from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together

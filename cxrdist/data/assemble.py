@@ -25,7 +25,8 @@ from cxrdist.data.index import (
     read_index,
     shard_name,
 )
-from cxrdist.data.records import SPLITS, Record, Source, labels_of
+from cxrdist.data.labels import labels_of
+from cxrdist.data.records import SPLITS, Record, Source
 from cxrdist.data.shards import SampleFile, describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
 from cxrdist.data.squares import Pngs, Square
@@ -243,6 +244,9 @@ def _about(item: Item) -> SampleFile:
         "height_px": square.height_px,
         "sex": record.sex,
         "age": record.age,
+        "uncertain": record.uncertain,
+        "missing": record.missing,
+        "assumed_absent": record.assumed_absent,
     }
 
 
@@ -263,6 +267,10 @@ def _sample(shard: Shard, item: Item) -> Sample:
         sha256=_fingerprint(item).sha256,
         sex=record.sex,
         age="" if record.age is None else f"{record.age:.4g}",
+        view=record.view,
+        uncertain=record.uncertain,
+        missing=record.missing,
+        assumed_absent=record.assumed_absent,
     )
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
-from cxrdist.data.records import KNOWN_NAMES, SPLITS, labels_of
+from cxrdist.data.labels import labels_of
+from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
 

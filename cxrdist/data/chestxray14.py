@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cxrdist.data.found import Found, LeftOut, find_images
+from cxrdist.data.labels import SEPARATOR, labels_of
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
-from cxrdist.data.records import DEVELOPMENT, SEPARATOR, Record, Source, labels_of
+from cxrdist.data.records import DEVELOPMENT, Record, Source
 from cxrdist.data.tables import Table, plain, read_table, read_text
 from cxrdist.errors import CxrdistError
 

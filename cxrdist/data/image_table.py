@@ -9,15 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from cxrdist.data.found import LeftOut, escaped, look_at, walk
+from cxrdist.data.labels import SEPARATOR, labels_of
 from cxrdist.data.patients import age_of, compile_pattern, patient_of, sex_of
-from cxrdist.data.records import (
-    SEPARATOR,
-    SPLIT_NAMES,
-    Record,
-    Source,
-    known_source,
-    labels_of,
-)
+from cxrdist.data.records import SPLIT_NAMES, Record, Source, known_source
 from cxrdist.data.tables import Row, Table, plain, read_table
 from cxrdist.errors import CxrdistError
 

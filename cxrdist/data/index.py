@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.depth import DEPTHS
-from cxrdist.data.records import SPLITS, labels_of
+from cxrdist.data.labels import labels_of
+from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
 from cxrdist.info import Amount
@@ -31,10 +32,11 @@ MOST_INDEX_BYTES = 8 << 20  # of index.json, which has 200 bytes for each shard
 MOST_LINE_CHARACTERS = 1 << 16  # of samples.csv; a path has at most 4096 bytes
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its suffix it fits a tar's 100 bytes for a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
-# Shards of older versions lack the last two.
 SAMPLE_COLUMNS = (
     *("key", "split", "shard", "label", "patient", "source", "path", "sha256", "sex", "age"),
+    *("view", "uncertain", "missing", "assumed_absent", "mask_sha256"),
 )
+NUM_COLUMNS = (8, 10, len(SAMPLE_COLUMNS))  # of the versions so far
 
 
 Task = Literal["multiclass", "multilabel"]
@@ -63,6 +65,16 @@ class Sample(NamedTuple):
     """M, F, or empty where nothing tells."""
     age: str = ""
     """In years, or empty."""
+    view: str = ""
+    """One of `cxrdist.data.views.VIEWS`, or empty where nothing tells."""
+    uncertain: str = ""
+    """Labels of which the source is not sure, with ``|`` between them."""
+    missing: str = ""
+    """Labels of which the source says nothing, with ``|`` between them."""
+    assumed_absent: str = ""
+    """Labels that count as absent though the source says nothing of them."""
+    mask_sha256: str = ""
+    """Of the mask's pixels, rows from the top, a byte of 0 or 255 each; empty without a mask."""
 
 
 @dataclass(frozen=True)
@@ -291,9 +303,10 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
             text = io.TextIOWrapper(file, encoding="utf-8", newline="")
             rows = csv.reader(_lines(text))
             header = next(rows, [])
-            if header[: len(SAMPLE_COLUMNS)] not in ([*SAMPLE_COLUMNS], [*SAMPLE_COLUMNS[:-2]]):
+            fits = (n for n in reversed(NUM_COLUMNS) if header[:n] == [*SAMPLE_COLUMNS[:n]])
+            if not (known := next(fits, 0)):
                 raise ValueError(f"expected the columns {', '.join(SAMPLE_COLUMNS)}")
-            samples = [_read_sample(row, header) for row in islice(rows, most)]
+            samples = [_read_sample(row, header, known) for row in islice(rows, most)]
             if next(rows, None) is not None:
                 raise ValueError(f"has more rows than the {most} samples of index.json")
             text.detach().seek(0)
@@ -311,15 +324,15 @@ def _lines(table: io.TextIOWrapper) -> Iterator[str]:
         yield line
 
 
-def _read_sample(row: list[str], header: list[str]) -> Sample:
-    """A row of samples.csv.
+def _read_sample(row: list[str], header: list[str], num_columns: int) -> Sample:
+    """A row of samples.csv, of which the first columns are known.
 
     Raises:
         ValueError: it is no row of a sample.
     """
     if len(row) != len(header):
         raise ValueError(f"a row of {len(row)} fields, expected {len(header)}: {row!r:.80}")
-    sample = Sample(*row[: len(SAMPLE_COLUMNS)])
+    sample = Sample(*row[:num_columns])
     if not KEY.fullmatch(sample.key):
         raise ValueError(f"the key {sample.key!r:.80}, expected letters, digits, _ and -")
     if sample.split not in SPLITS or not SHA256.fullmatch(sample.sha256):

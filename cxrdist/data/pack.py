@@ -182,7 +182,8 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
     for record in source.records:
         names = (record.path, record.label, record.patient, record.source)
         facts = (str(record.split), record.view, record.sex, str(record.age))
-        digest.update("\0".join((*names, *facts, "\n")).encode())
+        cells = (record.uncertain, record.missing, record.assumed_absent)
+        digest.update("\0".join((*names, *facts, *cells, "\n")).encode())
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
     return {**options, "input": _shown_input(config), "records_sha256": digest.hexdigest()}
 

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from cxrdist.data.boxes import Box
+from cxrdist.data.findings import Finding
 from cxrdist.data.found import LeftOut
+from cxrdist.data.labels import labels_of
+from cxrdist.data.masks import MaskPlace
 
 SPLITS = ("train", "val", "test")
 DEVELOPMENT = "train+val"  # a given split of which validation is still to be drawn
@@ -18,7 +21,6 @@ SPLIT_NAMES = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
 
 # File names that tell where an image comes from.
 KNOWN_NAMES = {
@@ -28,7 +30,7 @@ KNOWN_NAMES = {
 NO_PATIENT = "image:"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One raw image.
 
@@ -40,10 +42,15 @@ class Record:
         source: where the image comes from, for audits.
         split: train, val or test where the source fixes it; ``train+val`` where it leaves open
             which of the two.
-        view: PA, AP, LATERAL ... where the source tells it, else empty.
+        view: one of `cxrdist.data.views.VIEWS` where the source tells it, else empty.
         boxes: burned-in text that may be covered, in px of the original.
         sex: M, F, or empty where nothing tells.
         age: of the patient in years, where something tells.
+        uncertain: labels of which the source is not sure, with ``|`` between them.
+        missing: labels of which the source says nothing, with ``|`` between them.
+        assumed_absent: labels that count as absent though the source says nothing of them.
+        findings: boxes around signs of disease.
+        mask: of the lungs, where there is one.
     """
 
     file: Path
@@ -56,6 +63,11 @@ class Record:
     boxes: tuple[Box, ...] = ()
     sex: str = ""
     age: float | None = None
+    uncertain: str = ""
+    missing: str = ""
+    assumed_absent: str = ""
+    findings: tuple[Finding, ...] = ()
+    mask: MaskPlace | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +93,6 @@ class Source:
     left_out: tuple[LeftOut, ...] = ()
     num_found: int = 0
     dicom: bool = False
-
-
-def labels_of(label: str) -> list[str]:
-    """The labels that a record's or sample's label holds."""
-    return label.split(SEPARATOR) if label else []
 
 
 def count_unmatched(records: list[Record]) -> int:

@@ -50,6 +50,9 @@ class SampleFile(TypedDict):
     sex: NotRequired[Text]
     age: NotRequired[Real | None]
     """In years."""
+    uncertain: NotRequired[Text]
+    missing: NotRequired[Text]
+    assumed_absent: NotRequired[Text]
 
 
 class _Place(NamedTuple):

@@ -7,16 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cxrdist.config import PackConfig
+from cxrdist.config import SourceConfig
 from cxrdist.data.chestxray14 import read_chestxray14
 from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.image_table import read_image_table
-from cxrdist.data.records import SEPARATOR, Source
+from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.records import Source
 from cxrdist.errors import CxrdistError
 
 
-def read_source(config: PackConfig, besides: Sequence[Path] = ()) -> Source:
+def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
     """Read all records of a source, sorted by path: the order of a table's rows tells nothing.
 
     Args:

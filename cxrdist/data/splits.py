@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.data.records import DEVELOPMENT, SPLITS, Record, Source, labels_of
+from cxrdist.data.labels import labels_of
+from cxrdist.data.records import DEVELOPMENT, SPLITS, Record, Source
 from cxrdist.errors import CxrdistError
 
 PAPER = "paper"

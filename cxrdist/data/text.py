@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.config import FindTextConfig, PackConfig
+from cxrdist.config import FindTextConfig, SourceConfig
 from cxrdist.data.boxes import Box, scaled, write_boxes
 from cxrdist.data.images import read_grey
 from cxrdist.data.records import Record
@@ -55,7 +55,9 @@ def find_text(config: FindTextConfig) -> None:
     if config.out.exists():
         raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
     require_extra()
-    source = PackConfig(config.source, config.input, config.out, allow_outside=config.allow_outside)
+    source = SourceConfig(
+        config.source, config.input, allow_outside=config.allow_outside, views="all"
+    )
     records = read_source(source).records
     work = config.out.with_name(f".{config.out.name}.partial")
     boxes: dict[str, list[Box]] = {}

@@ -12,7 +12,8 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 
-from cxrdist.data.records import SPLITS, labels_of
+from cxrdist.data.labels import labels_of
+from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Real, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics, predicted_classes

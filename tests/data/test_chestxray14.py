@@ -7,7 +7,7 @@ from PIL import Image
 
 from cxrdist.config import PackConfig
 from cxrdist.data.chestxray14 import LABELS
-from cxrdist.data.records import labels_of
+from cxrdist.data.labels import labels_of
 from cxrdist.data.sources import read_source
 from cxrdist.data.splits import assign_splits
 from cxrdist.errors import CxrdistError

@@ -1,0 +1,84 @@
+"""Listed: the files of a public data set, each to be taken by a row of its tables."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cxrdist.data.found import LeftOut, find_images
+from cxrdist.errors import CxrdistError
+
+MISSING = "in the table, but not here"
+NOT_IN_TABLE = "not in the table"
+OUTSIDE = "outside of the data set's folders"
+
+
+class Listed:
+    """The images below a data set's folder, and which of them its tables have taken.
+
+    Attributes:
+        num_found: files that were found, and rows without a file.
+        dicom: whether DICOM files are among the images.
+    """
+
+    def __init__(
+        self, folder: Path, name_of: Callable[[str], str | None], besides: Sequence[Path] = ()
+    ) -> None:
+        """Look at every file.
+
+        Args:
+            folder: of the data set.
+            name_of: of a path relative to the folder, without its suffix, the name by which tables
+                ask for it; None for what lies outside of the data set's own folders. Smaller copies
+                of a data set have the same names with other suffixes.
+            besides: folders that are not looked into.
+
+        Raises:
+            CxrdistError: there is no such folder, no image in the data set's folders, or two
+                images have one name.
+        """
+        if not folder.is_dir():
+            raise CxrdistError(f"--input {folder}: no such folder; expected the unpacked data set")
+        found = find_images(folder, besides)
+        self._left_out = list(found.left_out)
+        self._waiting: dict[str, tuple[Path, str]] = {}
+        self.num_found, self.dicom = found.num_files, found.dicom
+        start = len(folder.as_posix().rstrip("/")) + 1
+        for file in found.images:
+            path = file.as_posix()[start:]
+            name = name_of(path.removesuffix(file.suffix))
+            if name is None:
+                self._left_out.append(LeftOut(path, OUTSIDE))
+                continue
+            if name in self._waiting:
+                raise CxrdistError(f"{file}: stands in {self._waiting[name][0]} too; remove one")
+            self._waiting[name] = file, path
+        if not self._waiting:
+            raise CxrdistError(f"--input {folder}: has no images in the data set's folders")
+        self._num_missing = 0
+
+    def take(self, name: str) -> tuple[Path, str] | None:
+        """The file of a row, and its path relative to the folder; each is taken once.
+
+        Returns:
+            None where it is not here, which is noted.
+        """
+        taken = self._waiting.pop(name, None)
+        if taken is None:
+            self._left_out.append(LeftOut(name, MISSING))
+            self._num_missing += 1
+            self.num_found += 1
+        return taken
+
+    def leave(self, path: str, reason: str) -> None:
+        """Note why an image that was taken is not packed."""
+        self._left_out.append(LeftOut(path, reason))
+
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """All that is not packed, sorted; images that no row has taken too."""
+        strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
+        return tuple(sorted((*self._left_out, *strays)))
+
+    def notes(self, table: Path) -> list[str]:
+        """What a user should know of it, a line each."""
+        return [f"{self._num_missing} images of {table.name} are not here"] * bool(
+            self._num_missing
+        )
