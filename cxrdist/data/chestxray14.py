@@ -11,7 +11,6 @@ from cxrdist.data.nih_boxes import read_boxes
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import DEVELOPMENT, Record, Source
 from cxrdist.data.tables import Table, plain, read_table, read_text
-from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
 # The order of the outputs of the published CheXNet copies.
@@ -147,7 +146,7 @@ def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
         known = {
             "label": SEPARATOR.join(x for x in LABELS if x in labels),
             "patient": name[:8],
-            "view": view_of(cells["View Position"]) or UNKNOWN,
+            "view": cells["View Position"],
             "sex": sex_of(cells.get("Patient Sex", "")),
             "age": age_of(cells.get("Patient Age", "")),
         }
