@@ -4,8 +4,9 @@ Kaggle: andyczhao/covidx-cxr2. Its current version, CXR-4, has train.txt, val.tx
 older ones the lists are in COVID-Net's repository, such as train_COVIDx9A.txt. A line of a list is
 ``patient file label source``; in the oldest lists some lines lack the source.
 
-Not read: the severity lists (COVIDxSev), competition_test/, which has no labels, and the sex and
-age that some of the gathered collections tell.
+Not read: the severity lists (COVIDxSev), competition_test/, which has no labels, copies of images
+under other suffixes, since two images may differ in theirs alone, and the sex and age that some of
+the gathered collections tell.
 """
 
 import re
