@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cxrdist.data.boxes import box_of
 from cxrdist.data.findings import Finding
-from cxrdist.data.images import DICOM_SUFFIXES
+from cxrdist.data.found import look_at
 from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import Record
 from cxrdist.data.tables import Table, plain, read_table
@@ -61,9 +61,9 @@ def scaled(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
     """Take boxes from px of an original of the NIH to px of a file.
 
     Returns:
-        None of them where the file is not a square, or cannot be read, which its decoder reports.
+        None of them if the file is not a square, or cannot be read, which its decoder reports.
     """
-    if file.suffix.lower() in DICOM_SUFFIXES:  # RSNA's, which are as large as the originals
+    if look_at(file)[0] == "DICOM":  # RSNA's, which are as large as the originals
         return findings
     width, height = picture_size(file) or (0, -1)
     if width != height:

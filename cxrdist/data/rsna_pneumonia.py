@@ -165,5 +165,8 @@ def _notes(records: Sequence[Record], patients: dict[str, str]) -> list[str]:
     notes = [] if patients else [patients_note(len(records))]
     cut = sum(record.label == OPACITY and not record.findings for record in records)
     if cut:
-        notes.append(f"{cut} images are not squares as the originals are: their boxes are left out")
+        notes.append(
+            f"{cut} images are not squares, as the originals are, or cannot be read: their boxes "
+            "are left out"
+        )
     return notes

@@ -31,14 +31,16 @@ def module_name(source: str) -> str:
 def known_classes(config: PackConfig) -> list[set[str]]:
     """The sets of classes that a reader can give; none where these are the labels that it meets."""
     reader = import_module(module_name(config.source))
+    if config.label_map:
+        return []
     if config.against_rest:
         return [{config.against_rest, reader.REST}]
     if config.source == "covid19-radiography":
         return [{*release.classes} for release in reader.RELEASES]
     if config.source == "covidx":
         return [{*classes} for classes in reader.CLASSES]
-    classes = getattr(reader, "LABELS", None) or getattr(reader, "CLASSES", None)
-    return [{*classes}] if classes else []
+    names = ("CLASSES", "LABELS", "KAGGLE_LABELS")
+    return [{*getattr(reader, name)} for name in names if hasattr(reader, name)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
