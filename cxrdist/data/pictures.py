@@ -104,10 +104,10 @@ def picture_size(file: Path) -> tuple[int, int] | None:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             head = content.read(HEAD_BYTES)
             kind = kind_of(head)
-            if kind == "WEBP":
-                return _webp_size(head)
             if kind not in FORMATS:
                 return None
+            if kind == "WEBP":
+                _refuse_size(*_webp_size(head))
             with Image.open(content, formats=(kind,)) as image:
                 return _shown_size(image)
     except UNREADABLE:
