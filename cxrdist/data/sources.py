@@ -13,6 +13,7 @@ from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.padchest import read_padchest
 from cxrdist.data.records import Source
 from cxrdist.errors import CxrdistError
 
@@ -45,6 +46,8 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         )
     elif config.source == "chestxray14":
         source = read_chestxray14(folder, config.against_rest, besides)
+    elif config.source == "padchest":
+        source = read_padchest(folder, besides)
     else:
         source = read_class_folders(folder, pattern, besides)
     _refuse_bad_classes(config.input, source)
