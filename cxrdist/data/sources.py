@@ -15,6 +15,7 @@ from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.padchest import read_padchest
 from cxrdist.data.records import Source
+from cxrdist.data.vindr_cxr import read_vindr_cxr
 from cxrdist.errors import CxrdistError
 
 
@@ -48,6 +49,8 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         source = read_chestxray14(folder, config.against_rest, besides)
     elif config.source == "padchest":
         source = read_padchest(folder, besides)
+    elif config.source == "vindr-cxr":
+        source = read_vindr_cxr(folder, besides)
     else:
         source = read_class_folders(folder, pattern, besides)
     _refuse_bad_classes(config.input, source)

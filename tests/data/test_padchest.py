@@ -236,7 +236,9 @@ def test_a_small_set_of_16_bit_pngs_is_packed(tmp_path):
     for name, row in rows.items():
         pixels = random.integers(0, 4096, (40, 36), dtype=np.uint16)
         Image.fromarray(pixels).save(folder / row["ImageDir"] / name)
-    pack(PackConfig("padchest", folder, tmp_path / "out", size=32, split="0.5/0.25/0.25"))
+    pack(
+        PackConfig("padchest", folder, tmp_path / "out", size=32, split="0.5/0.25/0.25", workers=1)
+    )
     index = read_index(tmp_path / "out")
     assert index.classes == ["mass", "nodule"]
     assert len(index.samples) == 24
