@@ -1,16 +1,17 @@
 """PadChest (Bustos et al. 2020) as BIMCV hands it out.
 
-Labels are those of an image's report, which a physician or, for 73 % of the reports, a recurrent
-network gave (MethodLabel). They are read as they are: a label that the report does not name is
-absent, and what the report only supposes counts as there, since no label marks a doubt. Four labels
-are remarks on the report (section 3 of the paper; the rules are those of the authors' counts,
-github.com/auriml/Rx-thorax-automatic-captioning) and no classes:
+Labels are those of an image's report, given by a physician or, for 73 % of the reports, by a
+network that read it (MethodLabel). A label that the report does not name is absent. What a report
+only supposes counts as there: no label is ever uncertain. Four labels are remarks on the report and
+no classes; of the first two the authors' own counts say so (github.com/auriml/
+Rx-thorax-automatic-captioning, util.py):
 
 - ``normal``: no finding.
-- ``exclude`` and ``suboptimal study``: alone, the report says nothing of findings, and the image is
-  left out; beside findings they change nothing.
-- ``unchanged``: what an earlier report said holds, and it is not told what. Alone, the image is
-  left out; beside findings, all labels that are not named are missing.
+- ``exclude``: alone, the report tells neither a finding nor that there is none, and the image is
+  left out; beside other labels it is of one sentence and changes nothing.
+- ``suboptimal study``: of the image's quality, so alone it tells as little as ``exclude``.
+- ``unchanged``: what an earlier report said still holds, and is not told. Alone, the image is left
+  out; beside findings, all labels that are not named are missing.
 
 Not read: ImageDir (an image's name is unique), the report and its sentences, anatomical locations,
 concept identifiers (labelCUIS), the hierarchy of the labels, Pediatric, StudyID and the technical
@@ -19,7 +20,7 @@ columns of the DICOM files.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,61 @@ COLUMNS = (
 # 0/ to 54/ as the zip files unpack, or all in one folder; resized copies are in images-224/ ...
 FOLDERS = re.compile(r"([^/]*images?[^/]*/)*(\d{1,2}/)?", re.IGNORECASE)
 
+# The 174 findings and 19 differential diagnoses of the released table but for the remarks, as the
+# authors' notebook lists them (image_prediction/Dataset-maintenance.ipynb).
+LABELS = (
+    *("COPD signs", "Chilaiditi sign", "NSG tube", "abnormal foreign body", "abscess"),
+    *("adenopathy", "air bronchogram", "air fluid level", "air trapping", "alveolar pattern"),
+    *("aortic aneurysm", "aortic atheromatosis", "aortic button enlargement", "aortic elongation"),
+    *("aortic endoprosthesis", "apical pleural thickening", "artificial aortic heart valve"),
+    *("artificial heart valve", "artificial mitral heart valve", "asbestosis signs"),
+    *("ascendent aortic elongation", "atelectasis", "atelectasis basal", "atypical pneumonia"),
+    *("axial hyperostosis", "azygoesophageal recess shift", "azygos lobe", "blastic bone lesion"),
+    *("bone cement", "bone metastasis", "breast mass", "bronchiectasis"),
+    *("bronchovascular markings", "bullas", "calcified adenopathy", "calcified densities"),
+    *("calcified fibroadenoma", "calcified granuloma", "calcified mediastinal adenopathy"),
+    *("calcified pleural plaques", "calcified pleural thickening", "callus rib fracture"),
+    *("cardiomegaly", "catheter", "cavitation", "central vascular redistribution"),
+    *("central venous catheter", "central venous catheter via jugular vein"),
+    *("central venous catheter via subclavian vein", "central venous catheter via umbilical vein"),
+    *("cervical rib", "chest drain tube", "chronic changes", "clavicle fracture", "consolidation"),
+    *("costochondral junction hypertrophy", "costophrenic angle blunting", "cyst", "dai"),
+    *("descendent aortic elongation", "dextrocardia", "diaphragmatic eventration"),
+    *("double J stent", "dual chamber device", "electrical device", "emphysema", "empyema"),
+    *("end on vessel", "endoprosthesis", "endotracheal tube", "esophagic dilatation"),
+    *("external foreign body", "fibrotic band", "fissure thickening", "flattened diaphragm"),
+    *("fracture", "gastrostomy tube", "goiter", "granuloma", "ground glass pattern"),
+    *("gynecomastia", "heart insufficiency", "heart valve calcified", "hemidiaphragm elevation"),
+    *("hiatal hernia", "hilar congestion", "hilar enlargement", "humeral fracture"),
+    *("humeral prosthesis", "hydropneumothorax", "hyperinflated lung", "hypoexpansion"),
+    *("hypoexpansion basal", "increased density", "infiltrates", "interstitial pattern"),
+    *("kerley lines", "kyphosis", "laminar atelectasis", "lepidic adenocarcinoma", "lipomatosis"),
+    *("lobar atelectasis", "loculated fissural effusion", "loculated pleural effusion"),
+    *("lung metastasis", "lung vascular paucity", "lymphangitis carcinomatosa"),
+    *("lytic bone lesion", "major fissure thickening", "mammary prosthesis", "mass", "mastectomy"),
+    *("mediastinal enlargement", "mediastinal mass", "mediastinal shift"),
+    *("mediastinic lipomatosis", "metal", "miliary opacities", "minor fissure thickening"),
+    *("multiple nodules", "nephrostomy tube", "nipple shadow", "nodule"),
+    *("non axial articular degenerative changes", "obesity", "osteopenia", "osteoporosis"),
+    *("osteosynthesis material", "pacemaker", "pectum carinatum", "pectum excavatum"),
+    *("pericardial effusion", "pleural effusion", "pleural mass", "pleural plaques"),
+    *("pleural thickening", "pneumomediastinum", "pneumonia", "pneumoperitoneo", "pneumothorax"),
+    *("post radiotherapy changes", "prosthesis", "pseudonodule", "pulmonary artery enlargement"),
+    *("pulmonary artery hypertension", "pulmonary edema", "pulmonary fibrosis"),
+    *("pulmonary hypertension", "pulmonary mass", "pulmonary venous hypertension"),
+    *("reservoir central venous catheter", "respiratory distress"),
+    *("reticular interstitial pattern", "reticulonodular interstitial pattern", "rib fracture"),
+    *("right sided aortic arch", "round atelectasis", "sclerotic bone lesion", "scoliosis"),
+    *("segmental atelectasis", "single chamber device", "soft tissue mass"),
+    *("sternoclavicular junction hypertrophy", "sternotomy", "subacromial space narrowing"),
+    *("subcutaneous emphysema", "superior mediastinal enlargement", "supra aortic elongation"),
+    *("surgery", "surgery breast", "surgery heart", "surgery humeral", "surgery lung"),
+    *("surgery neck", "suture material", "thoracic cage deformation", "total atelectasis"),
+    *("tracheal shift", "tracheostomy tube", "tuberculosis", "tuberculosis sequelae"),
+    *("vascular hilar enlargement", "vascular redistribution", "ventriculoperitoneal drain tube"),
+    *("vertebral anterior compression", "vertebral compression", "vertebral degenerative changes"),
+    *("vertebral fracture", "volume loss"),
+)
 NORMAL, UNCHANGED = "normal", "unchanged"
 REMARKS = {NORMAL, UNCHANGED, "exclude", "suboptimal study"}
 UNLABELLED = "has no labels in the table"
@@ -64,9 +120,9 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
         besides: folders that are not looked into.
 
     Returns:
-        Records without splits: PadChest has no official ones. Classes are all findings and
-        differential diagnoses of the table, also if only some of its images are there. Images
-        without a row, rows without an image, and images of which no label is known are left out.
+        Records without splits: PadChest has no official ones. Classes are `LABELS`, also if only
+        some of the images are there, and further labels of the table. Images without a row, rows
+        without an image, and images of which no label is known are left out.
 
     Raises:
         CxrdistError: there is no table, or a row is malformed.
@@ -76,10 +132,11 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
         raise CxrdistError(f"--input {folder}: has neither {' nor '.join(TABLES)}")
     table = read_table(file, {plain(name) for name in COLUMNS})
     stated = (_read_labels(where, cells["Labels"]) for where, cells in _rows(table))
-    classes = sorted({label for labels in stated for label in labels} - REMARKS)
+    further = {label for labels in stated for label in labels}.difference(LABELS, REMARKS)
+    classes = sorted({*LABELS, *further})
     listed = Listed(folder, _name_of, besides)
     records, methods = _read_records(table, listed, classes)
-    notes = (*table.notes, *listed.notes(file), *_notes(records, methods))
+    notes = (*table.notes, *listed.notes(file), *_notes(records, methods, further))
     found = listed.left_out(), listed.num_found, listed.dicom
     return Source(records, "multilabel", classes, NAME, notes, *found)
 
@@ -204,8 +261,15 @@ def _age(study: str, birth: str) -> float | None:
     return age_of(str(int(years[0][1]) - int(years[1][1]))) if years[0] and years[1] else None
 
 
-def _notes(records: Sequence[Record], methods: Counter[str]) -> Iterator[str]:
+def _notes(
+    records: Sequence[Record], methods: Counter[str], further: Collection[str]
+) -> Iterator[str]:
     yield "has no official splits: they are drawn here, by patient"
+    if further:
+        yield (
+            f"{len(further)} labels of the table are none of the {len(LABELS)} known ones, and "
+            f"classes too, such as {min(further)!r:.40}"
+        )
     if methods[NETWORK]:
         yield (
             f"{methods[NETWORK]} of {len(records)} images have labels that a network read from the "

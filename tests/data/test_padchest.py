@@ -4,15 +4,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from cxrdist.config import PackConfig
+from cxrdist.data.chestxray14 import LABELS as CHESTXRAY14
 from cxrdist.data.index import read_index
 from cxrdist.data.labels import labels_of
 from cxrdist.data.pack import pack
+from cxrdist.data.padchest import LABELS
 from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError
 
+MAP = Path(__file__).parents[2] / "shards/labels/padchest-to-chestxray14.yaml"
 TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
 # As the authors' notebook (auriml/Rx-thorax-automatic-captioning) prints it; the first has no name.
 COLUMNS = (
@@ -64,6 +68,10 @@ def by_name(source) -> dict[str, object]:
     return {Path(record.path).stem: record for record in source.records}
 
 
+def without(*labels: str) -> list[str]:
+    return [name for name in LABELS if name not in labels]
+
+
 NODULE = {"Labels": "['nodule']"}
 
 
@@ -99,7 +107,6 @@ def test_labels_are_read_as_the_table_writes_them(tmp_path, text, label):
     source = read(write_set(tmp_path, {"a.png": {"Labels": text}, "b.png": NODULE}))
     assert by_name(source)["a"].label == label
     assert by_name(source)["a"].missing == ""
-    assert source.classes == sorted({*label.split("|"), "nodule"} - {""})
     assert {record.uncertain for record in source.records} == {""}
 
 
@@ -128,10 +135,32 @@ def test_beside_unchanged_labels_that_are_not_named_are_missing(tmp_path):
         "c.png": {"Labels": "['normal', 'unchanged']"},
     }
     source = read(write_set(tmp_path, rows))
-    assert source.classes == ["cardiomegaly", "nodule", "pneumonia"]
-    known = [(record.label, record.missing) for record in source.records]
-    assert known == [("cardiomegaly", "nodule|pneumonia"), ("nodule|pneumonia", ""), ("", "")]
+    first, *others = source.records
+    assert (first.label, first.missing.split("|")) == ("cardiomegaly", without("cardiomegaly"))
+    known = [(record.label, record.missing) for record in others]
+    assert known == [("nodule|pneumonia", ""), ("", "")]
     assert any(note.startswith("1 images have a report that says unch") for note in source.notes)
+
+
+def test_classes_are_the_193_labels_of_the_paper_but_for_its_remarks(tmp_path):
+    """So that a part of the images has the same; a label that is none of them is told."""
+    source = read(
+        write_set(tmp_path, {"a.png": {"Labels": "['nodule', 'unchanged', 'hemothorax']"}})
+    )
+    assert len(LABELS) == 174 + 19 - 4
+    assert source.classes == sorted([*LABELS, "hemothorax"])
+    assert source.records[0].label == "hemothorax|nodule"
+    assert "1 labels of the table are none of the 189 known ones" in " ".join(source.notes)
+    (tmp_path / "part").mkdir()
+    part = read(write_set(tmp_path / "part", {"a.png": NODULE}))
+    assert part.classes == list(LABELS)
+
+
+def test_the_label_map_gives_each_label_one_of_chestxray14_s_or_none():
+    """All 189 are named, so that no other class is left beside the 14."""
+    labels = yaml.safe_load(MAP.read_text())
+    assert sorted(labels) == sorted(LABELS)
+    assert {ours for ours in labels.values() if ours is not None} == {*CHESTXRAY14}
 
 
 def test_patient_view_sex_and_age_are_read(tmp_path):
@@ -240,11 +269,12 @@ def test_a_small_set_of_16_bit_pngs_is_packed(tmp_path):
         PackConfig("padchest", folder, tmp_path / "out", size=32, split="0.5/0.25/0.25", workers=1)
     )
     index = read_index(tmp_path / "out")
-    assert index.classes == ["mass", "nodule"]
+    assert index.classes == list(LABELS)
     assert len(index.samples) == 24
     counts = Counter(label for sample in index.samples for label in labels_of(sample.label))
     assert counts == {"mass": 12, "nodule": 12}
-    assert Counter(sample.missing for sample in index.samples) == {"": 18, "nodule": 6}
+    missing = "|".join(without("mass"))
+    assert Counter(sample.missing for sample in index.samples) == {"": 18, missing: 6}
     assert {(s.view, s.sex, s.age, s.source) for s in index.samples} == {
         ("PA", "M", "73", "PadChest")
     }
