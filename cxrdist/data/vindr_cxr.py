@@ -116,7 +116,7 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
         if (taken := listed.take(image)) is not None
     ]
     records, resized = _without_unfit_boxes(records)
-    notes = (*content.notes, *listed.notes(tables[0]), *resized, *_notes(records))
+    notes = (*content.notes, *listed.notes(*tables), *resized, *_notes(records))
     found = listed.left_out(), listed.num_found, listed.dicom
     return Source(records, "multilabel", list(classes), NAME, notes, *found)
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from dicoms import write_dicom
 from PIL import Image
 
 from cxrdist.config import PackConfig
+from cxrdist.data.chestxray14 import LABELS as CHESTXRAY14
 from cxrdist.data.findings import Finding
 from cxrdist.data.index import read_index
 from cxrdist.data.labels import labels_of
@@ -16,6 +18,7 @@ from cxrdist.data.pack import pack
 from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError
 
+MAP = Path(__file__).parents[2] / "shards/labels/vindr-cxr-to-chestxray14.yaml"
 # Columns of the tables of labels; that of test images has no reader and another last but one.
 LABELS = (
     "Aortic enlargement,Atelectasis,Calcification,Cardiomegaly,Clavicle fracture,Consolidation,"
@@ -204,6 +207,8 @@ def test_all_that_is_found_is_packed_or_left_out(tmp_path):
     )
     assert source.num_found == 8
     assert "without annotations_test.csv the test images have no boxes" in source.notes
+    tables = "image_labels_train.csv and image_labels_test.csv"
+    assert f"1 images of {tables} are not here" in source.notes
 
 
 def test_the_test_images_alone_are_read(tmp_path):
@@ -213,6 +218,15 @@ def test_the_test_images_alone_are_read(tmp_path):
         file.unlink()
     source = read(folder)
     assert [(record.path, record.split) for record in source.records] == [("test/c.dicom", "test")]
+
+
+def test_the_label_map_gives_each_label_one_of_chestxray14_s_or_none():
+    """All 28 are named; Hernia, and Nodule and Mass apart, are not in VinDr-CXR."""
+    labels = yaml.safe_load(MAP.read_text())
+    assert sorted(labels) == sorted(LABELS)
+    named = {ours for ours in labels.values() if ours is not None}
+    assert {*CHESTXRAY14} - named == {"Hernia", "Nodule", "Mass"}
+    assert named <= {*CHESTXRAY14}
 
 
 BOX = ("b", "R9", "Lung Opacity", 1, 2, 11, 30)
