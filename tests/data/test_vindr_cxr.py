@@ -173,7 +173,9 @@ def test_kaggle_s_table_of_boxes_gives_labels_too(tmp_path):
     assert any("Kaggle's release" in note for note in source.notes)
 
 
-@pytest.mark.parametrize(("size", "num_boxes"), [((40, 60), 1), ((30, 60), 1), ((20, 30), 0)])
+@pytest.mark.parametrize(
+    ("size", "num_boxes"), [((40, 60), 1), ((29, 59), 1), ((28, 60), 0), ((30, 58), 0)]
+)
 def test_pictures_have_boxes_unless_these_reach_out_of_them(tmp_path, size, num_boxes):
     """Boxes are in px of the DICOM files, and of a smaller copy nothing tells the scale."""
     rows = [
@@ -240,6 +242,8 @@ BOX = ("b", "R9", "Lung Opacity", 1, 2, 11, 30)
             "annotations_train.csv row 2: 'Flu' is none of the 28 labels",
         ),
         ((*BOX[:3], 11, 2, 1, 30), "row 2: the box '11, 2, 1, 30', expected x_min, y_min, x_max"),
+        ((*BOX[:3], 1, 2, 1, 30), "row 2: the box '1, 2, 1, 30'"),
+        ((*BOX[:3], 1, 2, 11, 2), "row 2: the box '1, 2, 11, 2'"),
         ((*BOX[:3], "", 2, 1, 30), "row 2: the box ', 2, 1, 30'"),
         ((*BOX[:3], "nan", 2, 1, 30), "row 2: the box 'nan, 2, 1, 30'"),
         ((*BOX[:3], -5, 2, 1, 30), "row 2: the box '-5, 2, 1, 30'"),
