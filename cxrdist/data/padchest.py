@@ -100,6 +100,7 @@ LABELS = (
 )
 NORMAL, UNCHANGED = "normal", "unchanged"
 REMARKS = {NORMAL, UNCHANGED, "exclude", "suboptimal study"}
+SPELLINGS = {name.casefold(): name for name in (*LABELS, *REMARKS)}
 UNLABELLED = "has no labels in the table"
 SILENT = "its report tells no finding (exclude, suboptimal study)"
 ONLY_UNCHANGED = "its report tells no finding but that nothing has changed (unchanged)"
@@ -194,7 +195,7 @@ def _read_labels(where: str, text: str) -> list[str]:
     """Read a Python list of texts, such as ``['cardiomegaly', ' pleural effusion', '', nan]``.
 
     Returns:
-        Each label once, without blanks around it; none of an empty text.
+        Each label once, spelt as in `LABELS` or `REMARKS`; none of an empty text.
 
     Raises:
         CxrdistError: it is no such list.
@@ -208,7 +209,8 @@ def _read_labels(where: str, text: str) -> list[str]:
             "fetch the table again"
         )
     names = (" ".join((item[1] or item[2] or "").split()) for item in ITEM.finditer(inside))
-    return list(dict.fromkeys(name for name in names if not _is_nothing(name)))
+    spelt = (SPELLINGS.get(name.casefold(), name) for name in names if not _is_nothing(name))
+    return list(dict.fromkeys(spelt))
 
 
 def _why_unknown(labels: Sequence[str]) -> str:
