@@ -14,8 +14,10 @@ from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.covidx import read_covidx
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.padchest import read_padchest
 from cxrdist.data.records import Source
 from cxrdist.data.rsna_pneumonia import read_rsna_pneumonia
+from cxrdist.data.vindr_cxr import read_vindr_cxr
 from cxrdist.errors import CxrdistError
 
 
@@ -51,6 +53,10 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         source = read_covidx(folder, besides)
     elif config.source == "rsna-pneumonia":
         source = read_rsna_pneumonia(folder, besides)
+    elif config.source == "padchest":
+        source = read_padchest(folder, besides)
+    elif config.source == "vindr-cxr":
+        source = read_vindr_cxr(folder, besides)
     else:
         source = read_class_folders(folder, pattern, besides)
     _refuse_bad_classes(config.input, source)
