@@ -1,12 +1,15 @@
 """Tables: CSV files that people give, in the encodings and with the separators of spreadsheets.
 
-Not read, and refused by name: other text encodings, other separators, compressed files, workbooks.
+A table may be a gzip file. Not read, and refused by name: other text encodings, other separators,
+other compressed files, workbooks.
 """
 
 import codecs
 import csv
+import gzip
 import io
 import re
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,8 @@ from typing import NamedTuple
 from cxrdist.errors import CxrdistError
 
 MOST_BYTES = 1 << 30  # the largest public tables of X-rays (PadChest, MIMIC-CXR) have 0.2 GB
+GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
+CHUNK_BYTES = 1 << 20
 # UTF-32's mark begins with UTF-16's, so it comes first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -123,11 +128,13 @@ def read_table(file: Path, expected: Collection[str]) -> Table:
 def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
     """Read a text file: UTF-8, UTF-16 and UTF-32 with their marks, otherwise Windows-1252.
 
+    A gzip file is unpacked, whatever its name.
+
     Returns:
         The text, and a note where its encoding was assumed.
 
     Raises:
-        CxrdistError: the file is missing, too large, or not a text.
+        CxrdistError: the file is missing, too large, a damaged gzip file, or not a text.
     """
     try:
         size = file.stat().st_size
@@ -138,6 +145,8 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
         raise CxrdistError(
             f"{file}: cannot be read ({error.strerror or error}); expected a CSV"
         ) from error
+    if data.startswith(GZIP):
+        data = _unpack(file, data)
     text, note = _decode(file, data)
     if "\0" in text:
         row = text.count("\n", 0, text.index("\0")) + 1
@@ -148,6 +157,24 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
 def plain(name: str) -> str:
     """A column's name without case, blanks, ``_`` and ``-``: Patient ID and patient_id are one."""
     return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _unpack(file: Path, data: bytes) -> bytes:
+    """The content of a gzip file.
+
+    It is measured before it is kept: 1 MiB can unpack to 1 GiB.
+    """
+    size = 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+            while chunk := packed.read(CHUNK_BYTES):
+                size += len(chunk)
+                if size > MOST_BYTES:
+                    raise CxrdistError(f"{file}: unpacks to more than 1 GiB, expected a table")
+            packed.seek(0)
+            return packed.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise CxrdistError(f"{file}: is a damaged gzip file ({error}); fetch it again") from error
 
 
 def _decode(file: Path, data: bytes) -> tuple[str, str]:
