@@ -68,6 +68,10 @@ class Listed:
             self.num_found += 1
         return taken
 
+    def names(self) -> list[str]:
+        """Names of the images that no row has taken yet."""
+        return list(self._waiting)
+
     def leave(self, path: str, reason: str) -> None:
         """Note why an image that was taken is not packed."""
         self._left_out.append(LeftOut(path, reason))
@@ -77,8 +81,7 @@ class Listed:
         strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
         return tuple(sorted((*self._left_out, *strays)))
 
-    def notes(self, table: Path) -> list[str]:
+    def notes(self, *tables: Path) -> list[str]:
         """What a user should know of it, a line each."""
-        return [f"{self._num_missing} images of {table.name} are not here"] * bool(
-            self._num_missing
-        )
+        names = " and ".join(table.name for table in tables)
+        return [f"{self._num_missing} images of {names} are not here"] * bool(self._num_missing)

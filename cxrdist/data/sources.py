@@ -9,10 +9,12 @@ from pathlib import Path
 
 from cxrdist.config import SourceConfig
 from cxrdist.data.chestxray14 import read_chestxray14
+from cxrdist.data.chexpert import read_chexpert
 from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.mimic_cxr import read_mimic_cxr
 from cxrdist.data.records import Source
 from cxrdist.errors import CxrdistError
 
@@ -45,6 +47,10 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         )
     elif config.source == "chestxray14":
         source = read_chestxray14(folder, config.against_rest, besides)
+    elif config.source == "chexpert":
+        source = read_chexpert(folder, besides)
+    elif config.source == "mimic-cxr":
+        source = read_mimic_cxr(folder, besides)
     else:
         source = read_class_folders(folder, pattern, besides)
     _refuse_bad_classes(config.input, source)
