@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from cxrdist.data.labels import read_cells
 from cxrdist.data.listed import Listed
-from cxrdist.data.patients import age_of, sex_of
+from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import Record, Source
 from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.data.views import UNKNOWN, view_of
@@ -40,6 +40,7 @@ NEEDED = {
 VIEW_CODE = "ViewCodeSequence_CodeMeaning"
 OPTIONAL = (VIEW_CODE, "StudyDate")  # of the metadata
 SPLITS = {"train": "train", "validate": "val", "test": "test"}
+YEAR = re.compile(r"[0-9]{4}")
 IMAGE = re.compile(r"(?:.*/)?(p\d+/s\d+/[0-9a-f-]+)")
 
 
@@ -57,7 +58,7 @@ class Patient(NamedTuple):
     sex: str
     age: float | None
     """In years in ``year``; 91 stands for all above 89."""
-    year: str
+    year: int | None
     """On the patient's own calendar, which is shifted; that of ``StudyDate`` too."""
 
 
@@ -201,12 +202,12 @@ def _read_splits(table: Table) -> dict[str, str]:
 
 def _read_patients(table: Table) -> dict[str, Patient]:
     """Sex and age of each patient by the number."""
-    return {
-        row["subject_id"]: Patient(
-            sex_of(row["gender"]), age_of(row["anchor_age"]), row["anchor_year"]
-        )
-        for _, row in _rows(table, NEEDED[PATIENTS])
-    }
+    patients = {}
+    for _, row in _rows(table, NEEDED[PATIENTS]):
+        year = int(row["anchor_year"]) if YEAR.fullmatch(row["anchor_year"]) else None
+        patient = Patient(sex_of(row["gender"]), age_of(row["anchor_age"]), year)
+        patients[row["subject_id"]] = patient
+    return patients
 
 
 def _facts(where: str, row: Mapping[str, str], known: Known) -> dict[str, Any] | None:
@@ -235,10 +236,11 @@ def _facts(where: str, row: Mapping[str, str], known: Known) -> dict[str, Any] |
 
 def _age(patient: Patient | None, date: str) -> float | None:
     """Years of a patient at a study: MIMIC-IV's anchor_age and the years from its anchor_year."""
-    year = re.match(r"\d{4}", date)
-    if patient is None or patient.age is None or not patient.year.isdecimal() or not year:
+    year = YEAR.match(date)
+    if year is None or patient is None or patient.age is None or patient.year is None:
         return None
-    return age_of(str(int(patient.age) + int(year[0]) - int(patient.year)))
+    age = patient.age + int(year[0]) - patient.year
+    return age if 0 <= age <= MOST_YEARS else None
 
 
 def _view(row: Mapping[str, str]) -> str | None:

@@ -20,6 +20,7 @@ from cxrdist.errors import CxrdistError
 MOST_BYTES = 1 << 30  # the largest public tables of X-rays (PadChest, MIMIC-CXR) have 0.2 GB
 GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
 CHUNK_BYTES = 1 << 20
+LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 # UTF-32's mark begins with UTF-16's, so it comes first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -67,11 +68,11 @@ class Table:
         """
         records = enumerate(_records(self.file, self.text, self.separator), start=1)
         next(records, None)
-        for number, record in records:
-            cells, where = list(record), f"{self.file} row {number}"
+        for number, cells in records:
+            where = f"{self.file} row {number}"
             while len(cells) > len(self.columns) and not cells[-1].strip():
                 cells.pop()  # of columns that a spreadsheet has used once
-            if not any(map(str.strip, cells)):
+            if not any(cells) or not any(map(str.strip, cells)):
                 continue
             if len(cells) != len(self.columns):
                 fault = "more" if len(cells) > len(self.columns) else "fewer"
@@ -196,9 +197,14 @@ def _decode(file: Path, data: bytes) -> tuple[str, str]:
     return text, "" if encoding == "utf-8" else assumed
 
 
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends; `io.StringIO` would hold it again, in four times it."""
+    return (line[0] for line in LINE.finditer(text))
+
+
 def _header(text: str, separator: str) -> tuple[str, ...]:
     """The names of the columns, none if there is no row or its quotes do not fit the separator."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    reader = csv.reader(_lines(text), delimiter=separator, strict=True)
     try:
         return tuple(name.strip() for name in next(reader, []))
     except csv.Error:
@@ -207,15 +213,12 @@ def _header(text: str, separator: str) -> tuple[str, ...]:
 
 def _records(file: Path, text: str, separator: str) -> Iterator[list[str]]:
     """Yield the cells of each row, blank rows too."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    number = 0
-    while True:
-        number += 1
-        try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise CxrdistError(
-                f"{file} row {number}: {error}; close its quotes and shorten its cells"
-            ) from error
+    number = 1
+    try:
+        for cells in csv.reader(_lines(text), delimiter=separator, strict=True):
+            yield cells
+            number += 1
+    except csv.Error as error:
+        raise CxrdistError(
+            f"{file} row {number}: {error}; close its quotes and shorten its cells"
+        ) from error
