@@ -182,7 +182,8 @@ def _view(name: str, cells: dict[str, str]) -> View:
     """The view of an image by its row, or by its name where the row tells none."""
     frontal_lateral, ap_pa = cells.get("Frontal/Lateral", ""), cells.get("AP/PA", "")
     side, position = view_of(frontal_lateral), view_of(ap_pa)
-    taken_for = LATERAL if side == LATERAL else position or side or view_in_name(name)
+    named = view_in_name(name.rpartition("/")[2])
+    taken_for = LATERAL if side == LATERAL else position or side or named
     return View(frontal_lateral, ap_pa, taken_for)
 
 

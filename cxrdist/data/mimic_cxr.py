@@ -122,21 +122,25 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
         "multilabel",
         list(LABELS),
         NAME,
-        (*_notes(folder, tables, unknown), *listed.notes(tables[METADATA].file)),
+        (*_notes(folder, tables, records, unknown), *listed.notes(tables[METADATA].file)),
         listed.left_out(),
         listed.num_found,
         listed.dicom,
     )
 
 
-def _notes(folder: Path, tables: Mapping[str, Table], unknown: Counter[str]) -> Iterator[str]:
-    """What a user should know of the tables, a line each."""
+def _notes(
+    folder: Path, tables: Mapping[str, Table], records: Sequence[Record], unknown: Counter[str]
+) -> Iterator[str]:
+    """What a user should know of the tables and their records, a line each."""
     for table in tables.values():
         yield from table.notes
     if SPLIT not in tables:
         yield f"without {SPLIT}.gz the split is drawn here and is not the official one"
     if PATIENTS not in tables:
         yield f"without {PATIENTS}.gz of MIMIC-IV nothing tells sex and age"
+    elif ageless := sum(record.age is None for record in records):
+        yield f"{ageless} images have no age by {tables[PATIENTS].file.name}"
     for name in OTHER_TABLES:
         if _find_file(folder, name):
             yield f"{name}: not read, the labels are those of {tables[CHEXPERT].file.name}"

@@ -4,7 +4,6 @@ A text that is none of the known ones is taken for unknown, and is said.
 """
 
 import re
-from functools import lru_cache
 
 UNKNOWN = ""
 FRONTAL = ("PA", "AP", "FRONTAL")
@@ -34,7 +33,6 @@ NAMED = (
 )
 
 
-@lru_cache(maxsize=1024)
 def view_of(text: str) -> str | None:
     """The view that a tag or a cell of a table names.
 

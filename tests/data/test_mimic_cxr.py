@@ -134,8 +134,9 @@ def test_mimic_iv_tells_sex_and_the_age_at_the_study(tmp_path):
     rows = [PATIENTS, "10000032,F,52,2175,2014 - 2016,", "10000764,M,91,2180,2014 - 2016,"]
     rows += ["10000898,F,2,2183,2014 - 2016,"]
     write(folder / "patients.csv", rows, packed=True)
-    people = {(record.patient, record.sex, record.age) for record in read(folder).records}
-    assert people == {
+    source = read(folder)
+    assert source.notes[0] == "3 images have no age by patients.csv.gz"
+    assert {(record.patient, record.sex, record.age) for record in source.records} == {
         ("p10000032", "F", 57),
         ("p10000764", "M", 91),
         ("p10000898", "F", None),
