@@ -142,8 +142,9 @@ def test_with_the_test_set_the_splits_are_the_official_ones(tmp_path, table):
 
 
 def test_all_that_is_there_is_packed_or_left_out(tmp_path):
-    """Images without a row, rows without an image, other labellers' tables, other files."""
+    """Images without a row, rows without an image or repeated, other tables, other files."""
     folder = write_set(tmp_path)
+    write_table(folder / "train.csv", "train/", [*TRAIN, TRAIN[0]])
     add_test_set(folder, "groundtruth.csv")
     add_test_set(folder, "test_labels.csv")
     (folder / "valid" / VALID[0][0]).unlink()
@@ -152,6 +153,7 @@ def test_all_that_is_there_is_packed_or_left_out(tmp_path):
     source = read(folder)
     assert set(source.left_out) == {
         ("groundtruth.csv", "not an image"),
+        ("patient00001/study1/view1_frontal", "in the table, but for the second time"),
         ("patient64541/study1/view1_frontal", "in the table, but not here"),
         ("test_labels.csv", "not an image"),
         ("train.csv", "not an image"),
