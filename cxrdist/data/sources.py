@@ -11,6 +11,7 @@ from cxrdist.config import SourceConfig
 from cxrdist.data.chestxray14 import read_chestxray14
 from cxrdist.data.chexpert import read_chexpert
 from cxrdist.data.class_folders import read_class_folders
+from cxrdist.data.collector import collector_paused
 from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
@@ -19,6 +20,7 @@ from cxrdist.data.records import Source
 from cxrdist.errors import CxrdistError
 
 
+@collector_paused()
 def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
     """Read all records of a source, sorted by path: the order of a table's rows tells nothing.
 
