@@ -206,3 +206,29 @@ def test_what_is_no_chexpert_is_refused(tmp_path):
         table.unlink()
     with pytest.raises(CxrdistError, match=r"view1_frontal.jpg: stands in .* too; remove one"):
         read(small.parent)
+
+
+@pytest.mark.parametrize(
+    ("cells", "view", "note"),
+    [
+        ("Lateral,PA", "LATERAL", "'Lateral' by Frontal/Lateral and 'PA' by AP/PA: they count as"),
+        ("Lateral,LL", "LATERAL", ""),
+        ("Frontal,RL", "LATERAL", "'Frontal' by Frontal/Lateral and 'RL' by AP/PA: they count as"),
+        (",AP", "AP", ""),
+        (",", "FRONTAL", ""),
+        ("Sideways,", "FRONTAL", "'Sideways' by Frontal/Lateral and '' by AP/PA: they count as"),
+    ],
+)
+def test_a_view_that_is_told_in_two_ways_is_said(tmp_path, cells, view, note):
+    """Lateral wins, since only frontal images are packed if nothing else is asked for."""
+    folder = write_set(tmp_path)
+    table = folder / "train.csv"
+    table.write_text(
+        table.read_text().replace("Frontal,LL", "Frontal,AP").replace("Frontal,PA", cells)
+    )
+    source = read(folder)
+    changed = next(record for record in source.records if "patient00002/study2" in record.path)
+    assert changed.view == view
+    said = [line for line in source.notes if "by AP/PA" in line]
+    assert [line for line in said if f"1 images are {note} {view}" in line] == said
+    assert len(said) == bool(note)
