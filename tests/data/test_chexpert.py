@@ -2,13 +2,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cxrdist.config import PackConfig
+from cxrdist.data import chestxray14, mimic_cxr
 from cxrdist.data.chexpert import LABELS
 from cxrdist.data.sources import read_source
 from cxrdist.data.splits import assign_splits, describe_split
 from cxrdist.errors import CxrdistError
 
+MAP = Path(__file__).parents[2] / "shards/labels/chexpert-to-chestxray14.yaml"
 # Headers as the files have them: train.csv and valid.csv, the test set of CheXlocalize (images),
 # groundtruth.csv of cheXpert-test-set-labels (studies).
 FINDINGS = (
@@ -232,3 +235,12 @@ def test_a_view_that_is_told_in_two_ways_is_said(tmp_path, cells, view, note):
     said = [line for line in source.notes if "by AP/PA" in line]
     assert [line for line in said if f"1 images are {note} {view}" in line] == said
     assert len(said) == bool(note)
+
+
+def test_the_map_to_chestxray14_names_each_label_of_both_sets():
+    """CheXpert and MIMIC-CXR have one vocabulary in two orders; seven labels are in both worlds."""
+    mapping = yaml.safe_load(MAP.read_text())
+    assert {*mapping} == {*LABELS} == {*mimic_cxr.LABELS}
+    ours = [label for label in mapping.values() if label]
+    assert len({*ours}) == len(ours) == 7
+    assert {*ours} < {*chestxray14.LABELS}
