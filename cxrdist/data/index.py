@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.data.collector import collector_paused
 from cxrdist.data.depth import DEPTHS
 from cxrdist.data.labels import labels_of
 from cxrdist.data.records import SPLITS
@@ -230,6 +231,7 @@ def read_index(directory: Path) -> Index:
     return index
 
 
+@collector_paused()
 def inspect_index(directory: Path) -> tuple[Index, list[str]]:
     """Read index.json and samples.csv and list all in which they disagree.
 

@@ -7,6 +7,7 @@ from cxrdist.data.found import LeftOut, find_images
 from cxrdist.errors import CxrdistError
 
 MISSING = "in the table, but not here"
+TWICE = "in the table, but for the second time"
 NOT_IN_TABLE = "not in the table"
 OUTSIDE = "outside of the data set's folders"
 
@@ -61,19 +62,26 @@ class Listed:
         if not self._waiting:
             raise CxrdistError(f"--input {folder}: has no images in the data set's folders")
         self._num_missing = 0
+        self._taken: set[str] = set()
 
     def take(self, name: str) -> tuple[Path, str] | None:
         """The file of a row, and its path relative to the folder; each is taken once.
 
         Returns:
-            None where it is not here, which is noted.
+            None where it is not here, or was taken before, which is noted.
         """
         taken = self._waiting.pop(name, None)
         if taken is None:
-            self._left_out.append(LeftOut(name, MISSING))
-            self._num_missing += 1
+            is_twice = name in self._taken
+            self._left_out.append(LeftOut(name, TWICE if is_twice else MISSING))
+            self._num_missing += not is_twice
             self.num_found += 1
+        self._taken.add(name)
         return taken
+
+    def names(self) -> list[str]:
+        """Names of the images that no row has taken yet."""
+        return list(self._waiting)
 
     def leave(self, path: str, reason: str) -> None:
         """Note why an image that was taken is not packed."""

@@ -9,11 +9,14 @@ from pathlib import Path
 
 from cxrdist.config import SourceConfig
 from cxrdist.data.chestxray14 import read_chestxray14
+from cxrdist.data.chexpert import read_chexpert
 from cxrdist.data.class_folders import read_class_folders
+from cxrdist.data.collector import collector_paused
 from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.covidx import read_covidx
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.mimic_cxr import read_mimic_cxr
 from cxrdist.data.padchest import read_padchest
 from cxrdist.data.records import Source
 from cxrdist.data.rsna_pneumonia import read_rsna_pneumonia
@@ -21,6 +24,7 @@ from cxrdist.data.vindr_cxr import read_vindr_cxr
 from cxrdist.errors import CxrdistError
 
 
+@collector_paused()
 def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
     """Read all records of a source, sorted by path: the order of a table's rows tells nothing.
 
@@ -57,6 +61,10 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         source = read_padchest(folder, besides)
     elif config.source == "vindr-cxr":
         source = read_vindr_cxr(folder, besides)
+    elif config.source == "chexpert":
+        source = read_chexpert(folder, besides)
+    elif config.source == "mimic-cxr":
+        source = read_mimic_cxr(folder, besides)
     else:
         source = read_class_folders(folder, pattern, besides)
     _refuse_bad_classes(config.input, source)

@@ -1,12 +1,15 @@
 """Tables: CSV files that people give, in the encodings and with the separators of spreadsheets.
 
-Not read, and refused by name: other text encodings, other separators, compressed files, workbooks.
+A table may be a gzip file. Not read, and refused by name: other text encodings, other separators,
+other compressed files, workbooks.
 """
 
 import codecs
 import csv
+import gzip
 import io
 import re
+import zlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +18,9 @@ from typing import NamedTuple
 from cxrdist.errors import CxrdistError
 
 MOST_BYTES = 1 << 30  # the largest public tables of X-rays (PadChest, MIMIC-CXR) have 0.2 GB
+GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
+CHUNK_BYTES = 1 << 20
+LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 # UTF-32's mark begins with UTF-16's, so it comes first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
@@ -62,11 +68,11 @@ class Table:
         """
         records = enumerate(_records(self.file, self.text, self.separator), start=1)
         next(records, None)
-        for number, record in records:
-            cells, where = list(record), f"{self.file} row {number}"
+        for number, cells in records:
+            where = f"{self.file} row {number}"
             while len(cells) > len(self.columns) and not cells[-1].strip():
                 cells.pop()  # of columns that a spreadsheet has used once
-            if not any(map(str.strip, cells)):
+            if not any(cells) or not any(map(str.strip, cells)):
                 continue
             if len(cells) != len(self.columns):
                 fault = "more" if len(cells) > len(self.columns) else "fewer"
@@ -123,11 +129,13 @@ def read_table(file: Path, expected: Collection[str]) -> Table:
 def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
     """Read a text file: UTF-8, UTF-16 and UTF-32 with their marks, otherwise Windows-1252.
 
+    A gzip file is unpacked, whatever its name.
+
     Returns:
         The text, and a note where its encoding was assumed.
 
     Raises:
-        CxrdistError: the file is missing, too large, or not a text.
+        CxrdistError: the file is missing, too large, a damaged gzip file, or not a text.
     """
     try:
         size = file.stat().st_size
@@ -138,6 +146,8 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
         raise CxrdistError(
             f"{file}: cannot be read ({error.strerror or error}); expected a CSV"
         ) from error
+    if data.startswith(GZIP):
+        data = _unpack(file, data)
     text, note = _decode(file, data)
     if "\0" in text:
         row = text.count("\n", 0, text.index("\0")) + 1
@@ -148,6 +158,24 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
 def plain(name: str) -> str:
     """A column's name without case, blanks, ``_`` and ``-``: Patient ID and patient_id are one."""
     return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _unpack(file: Path, data: bytes) -> bytes:
+    """The content of a gzip file.
+
+    It is measured before it is kept: 1 MiB can unpack to 1 GiB.
+    """
+    size = 0
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
+            while chunk := packed.read(CHUNK_BYTES):
+                size += len(chunk)
+                if size > MOST_BYTES:
+                    raise CxrdistError(f"{file}: unpacks to more than 1 GiB, expected a table")
+            packed.seek(0)
+            return packed.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise CxrdistError(f"{file}: is a damaged gzip file ({error}); fetch it again") from error
 
 
 def _decode(file: Path, data: bytes) -> tuple[str, str]:
@@ -169,9 +197,14 @@ def _decode(file: Path, data: bytes) -> tuple[str, str]:
     return text, "" if encoding == "utf-8" else assumed
 
 
+def _lines(text: str) -> Iterator[str]:
+    """The lines of a text with their ends; `io.StringIO` would hold it again, in four times it."""
+    return (line[0] for line in LINE.finditer(text))
+
+
 def _header(text: str, separator: str) -> tuple[str, ...]:
     """The names of the columns, none if there is no row or its quotes do not fit the separator."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    reader = csv.reader(_lines(text), delimiter=separator, strict=True)
     try:
         return tuple(name.strip() for name in next(reader, []))
     except csv.Error:
@@ -180,15 +213,12 @@ def _header(text: str, separator: str) -> tuple[str, ...]:
 
 def _records(file: Path, text: str, separator: str) -> Iterator[list[str]]:
     """Yield the cells of each row, blank rows too."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    number = 0
-    while True:
-        number += 1
-        try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise CxrdistError(
-                f"{file} row {number}: {error}; close its quotes and shorten its cells"
-            ) from error
+    number = 1
+    try:
+        for cells in csv.reader(_lines(text), delimiter=separator, strict=True):
+            yield cells
+            number += 1
+    except csv.Error as error:
+        raise CxrdistError(
+            f"{file} row {number}: {error}; close its quotes and shorten its cells"
+        ) from error

@@ -1,4 +1,7 @@
+import gzip
+
 import pytest
+from support import run_measured
 
 from cxrdist.data.tables import read_table
 from cxrdist.errors import CxrdistError
@@ -49,3 +52,50 @@ def test_a_missing_table_is_one_line(tmp_path):
     for path in (tmp_path, tmp_path / "none.csv"):
         with pytest.raises(CxrdistError, match="cannot be read"):
             read_table(path, {"path"})
+
+
+def test_a_gzip_file_is_read_like_the_table_in_it(tmp_path):
+    """Whatever its name, and in several members as `cat` joins them."""
+    file = tmp_path / "t.csv"
+    file.write_bytes(gzip.compress(b"path,label\n") + gzip.compress(b"a,x\r\nb,\xe4\n"))
+    table = read_table(file, {"path"})
+    assert [row.cells for row in table.rows()] == [["a", "x"], ["b", "\xe4"]]
+    assert "windows-1252" in table.notes[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no gzip"])
+def test_a_damaged_gzip_file_is_one_line(tmp_path, damage):
+    """A download that broke off, a changed byte, and two bytes that only look like one."""
+    whole = gzip.compress(b"path,label\n" + b"a,x\n" * 1000)
+    data = {
+        "cut": whole[:-9],
+        "flipped": whole[:20] + bytes([whole[20] ^ 255]) + whole[21:],
+        "no gzip": b"\x1f\x8bpath,label\n",
+    }[damage]
+    file = tmp_path / "t.csv.gz"
+    file.write_bytes(data)
+    with pytest.raises(CxrdistError, match="is a damaged gzip file") as error:
+        read_table(file, {"path"})
+    assert "\n" not in str(error.value)
+
+
+READ = """
+import sys
+from pathlib import Path
+from cxrdist.data.tables import read_table
+from cxrdist.errors import CxrdistError
+try:
+    read_table(Path(sys.argv[1]), {"path"})
+except CxrdistError as error:
+    print(error)
+"""
+
+
+def test_a_gzip_bomb_is_refused_before_memory_is_taken(tmp_path):
+    """1 MiB that unpacks to more than 1 GiB needs no more memory than any small table."""
+    file = tmp_path / "t.csv.gz"
+    file.write_bytes(gzip.compress(bytes(16 << 20), compresslevel=1) * 65)
+    done = run_measured(READ, file)
+    assert done.code == 0, done.stderr
+    assert done.stdout.endswith("t.csv.gz: unpacks to more than 1 GiB, expected a table")
+    assert done.mib < 200

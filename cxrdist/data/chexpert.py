@@ -1,0 +1,201 @@
+"""CheXpert (Irvin et al. 2019) as Stanford AIMI and Kaggle hand it out, v1.0 and v1.0-small.
+
+Not read: labels of other labellers (CheXbert, visualCheXbert), what each radiologist said of the
+test set, the segmentations of CheXlocalize, and the table and reports of CheXpert Plus.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cxrdist.data.labels import read_cells
+from cxrdist.data.listed import Listed
+from cxrdist.data.patients import age_of, sex_of
+from cxrdist.data.records import DEVELOPMENT, Record, Source
+from cxrdist.data.tables import Row, Table, plain, read_table
+from cxrdist.data.views import LATERAL, view_in_name, view_of
+from cxrdist.errors import CxrdistError
+
+NAME = "CheXpert"
+# In the order of the tables; the labeller writes No Finding like any other label.
+LABELS = (
+    *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion"),
+    *("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion"),
+    *("Pleural Other", "Fracture", "Support Devices"),
+)
+# By the folder of its images the names of a table: of CheXpert, of CheXlocalize (which has the
+# images of the test set), of the repository cheXpert-test-set-labels. The first one is read.
+TABLES = {
+    "train": ("train.csv",),
+    "valid": ("valid.csv", "val_labels.csv"),
+    "test": ("test.csv", "test_labels.csv", "groundtruth.csv"),
+}
+OTHER_TABLES = ("train_cheXbert.csv", "train_visualCheXbert.csv")
+SPLITS_WITH_TEST = {"train": "train", "valid": "val", "test": "test"}
+# Nothing may be chosen on the one set that radiologists have labelled and then be scored on it.
+SPLITS_WITHOUT_TEST = {"train": DEVELOPMENT, "valid": "test"}
+COLUMNS = {
+    **{name: {plain(name)} for name in ("Path", "Study", "Sex", "Age")},
+    **{name: {plain(name)} for name in ("Frontal/Lateral", "AP/PA", *LABELS)},
+    "Lung Opacity": {"lungopacity", "airspaceopacity"},  # the latter of the radiologists' tables
+}
+IMAGE = re.compile(r"(?:.*/)?(patient\d+/study\d+/[^/]+)")
+FORMS = {  # of a row's cell, by the name of the column
+    "Path": re.compile(r"(?:.*/)?(patient\d+/study\d+/[^/]+)\.\w+"),
+    "Study": re.compile(r"(?:.*/)?(patient\d+/study\d+)"),
+}
+
+
+class View(NamedTuple):
+    """What a table says of an image's view, and what it is taken for."""
+
+    frontal_lateral: str
+    ap_pa: str
+    taken_for: str
+
+
+def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
+    """Read the tables and the images that are there.
+
+    Args:
+        folder: holds tables and images, in it or in folders below it. Patient, study and view of
+            an image are told by the end of its path, ``patientNNNNN/studyN/viewN_frontal.jpg``, so
+            that the four parts of v1.0, Kaggle's copy and CheXlocalize may lie as they are.
+        besides: folders that are not looked into.
+
+    Returns:
+        Records whose path is ``train/``, ``valid/`` or ``test/`` and that end. With a table of the
+        test set the splits are the official ones; without it valid.csv is the test split, and
+        train.csv is ``train+val``.
+
+    Raises:
+        CxrdistError: there is no table or no image, or a table is malformed.
+    """
+    tables, not_read = _find_tables(folder)
+    listed = Listed(folder, _name_of, besides)
+    splits = SPLITS_WITH_TEST if "test" in tables else SPLITS_WITHOUT_TEST
+    records: list[Record] = []
+    views: Counter[View] = Counter()
+    notes: list[str] = []
+    for part, file in tables.items():
+        table = read_table(file, {spelling for names in COLUMNS.values() for spelling in names})
+        notes += table.notes
+        num_before = len(records)
+        for name, view, facts in _images(table, listed):
+            if taken := listed.take(name):
+                views[view] += 1
+                path, split = f"{part}/{name}{taken[0].suffix}", splits[part]
+                records.append(Record(taken[0], path, source=NAME, split=split, **facts))
+        if part == "test" and len(records) == num_before:
+            raise CxrdistError(f"{file}: none of its images is here; fetch them or move it away")
+    if "test" not in tables:
+        notes.append(
+            "without the table of the test set valid.csv is the test split, which radiologists "
+            "have labelled, and val is drawn from train.csv, which a program has"
+        )
+    if not_read:
+        notes.append(f"{', '.join(not_read)}: not read")
+    notes += [*listed.notes(*tables.values()), *_view_notes(views)]
+    return Source(
+        records,
+        "multilabel",
+        list(LABELS),
+        NAME,
+        tuple(notes),
+        listed.left_out(),
+        listed.num_found,
+        listed.dicom,
+    )
+
+
+def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """The table of each part, and the names of those that are here and not read.
+
+    Raises:
+        CxrdistError: there is none, or one of them twice.
+    """
+    below = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    tables, not_read = {}, []
+    for part, names in (*TABLES.items(), ("", OTHER_TABLES)):
+        found = [
+            home / name for name in names for home in (folder, *below) if (home / name).is_file()
+        ]
+        twice = next((file for file in found[1:] if file.name == found[0].name), None)
+        if twice and part:
+            raise CxrdistError(f"{twice}: stands in {found[0].parent} too; remove one")
+        if part and found:
+            tables[part] = found.pop(0)
+        not_read += [file.name for file in found]
+    if not tables:
+        expected = ", ".join(name for names in TABLES.values() for name in names)
+        raise CxrdistError(
+            f"--input {folder}: has no table, here or in a folder below; expected one of {expected}"
+        )
+    return tables, not_read
+
+
+def _name_of(path: str) -> str | None:
+    return match[1] if (match := IMAGE.fullmatch(path)) else None
+
+
+def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str, Any]]]:
+    """Name of each image that a table asks for, its view, and what its record takes from the row.
+
+    A table of studies asks for all images of each.
+    """
+    places = table.find_columns(COLUMNS)
+    key = "Study" if "Study" in places and "Path" not in places else "Path"
+    lacking = next((name for name in (key, *LABELS) if name not in places), None)
+    if lacking is not None:
+        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    of_study: dict[str, list[str]] = {}
+    if key == "Study":
+        for name in sorted(listed.names()):
+            of_study.setdefault(name.rpartition("/")[0], []).append(name)
+    for row in table.rows():
+        cells = {name: row.cells[place].strip() for name, place in places.items()}
+        asked = _asked(row, cells[key], FORMS[key])
+        facts = {
+            "patient": asked.partition("/")[0],
+            "sex": sex_of(cells.get("Sex", "")),
+            "age": age_of(cells.get("Age", "")),
+            **read_cells(row.where, {label: cells[label] for label in LABELS}),
+        }
+        for name in of_study.get(asked, [asked]):
+            view = _view(name, cells)
+            yield name, view, {**facts, "view": view.taken_for}
+
+
+def _asked(row: Row, text: str, form: re.Pattern[str]) -> str:
+    """The image or study that a row is about, as `_name_of` names it."""
+    if not (match := form.fullmatch(text)):
+        raise CxrdistError(
+            f"{row.where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "
+            "or patient00001/study1 in a table of studies"
+        )
+    return match[1]
+
+
+def _view(name: str, cells: dict[str, str]) -> View:
+    """The view of an image by its row, or by its name where the row tells none."""
+    frontal_lateral, ap_pa = cells.get("Frontal/Lateral", ""), cells.get("AP/PA", "")
+    side, position = view_of(frontal_lateral), view_of(ap_pa)
+    named = view_in_name(name.rpartition("/")[2])
+    taken_for = LATERAL if side == LATERAL else position or side or named
+    return View(frontal_lateral, ap_pa, taken_for)
+
+
+def _view_notes(views: Counter[View]) -> list[str]:
+    """Tell of views that a table states in two ways, or in words that are not known."""
+    notes = []
+    for view, number in sorted(views.items()):
+        side, position = view_of(view.frontal_lateral), view_of(view.ap_pa)
+        is_said_twice = side and position and (side == LATERAL) != (position == LATERAL)
+        if side is None or position is None or is_said_twice:
+            notes.append(
+                f"{number} images are {view.frontal_lateral!r:.20} by Frontal/Lateral and "
+                f"{view.ap_pa!r:.20} by AP/PA: they count as {view.taken_for or 'unknown'}"
+            )
+    return notes

@@ -1,0 +1,252 @@
+"""MIMIC-CXR-JPG (Johnson et al. 2019), 2.0.0 and 2.1.0, as PhysioNet hands it out.
+
+The labels are those of CheXpert's labeller, of a study's report. Not read: NegBio's labels, the 687
+reports of the test split that a radiologist labelled (2.1.0: other studies of the split have none),
+the reports, and what else the metadata say.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cxrdist.data.labels import read_cells
+from cxrdist.data.listed import Listed
+from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
+from cxrdist.data.records import Record, Source
+from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.views import UNKNOWN, view_of
+from cxrdist.errors import CxrdistError
+
+NAME = "MIMIC-CXR"
+# In the order of the tables.
+LABELS = (
+    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum"),
+    *("Fracture", "Lung Lesion", "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other"),
+    *("Pneumonia", "Pneumothorax", "Support Devices"),
+)
+METADATA = "mimic-cxr-2.0.0-metadata.csv"  # so named in 2.1.0 as well
+CHEXPERT = "mimic-cxr-2.0.0-chexpert.csv"
+SPLIT = "mimic-cxr-2.0.0-split.csv"
+PATIENTS = "patients.csv"  # of MIMIC-IV, module hosp
+OTHER_TABLES = ("mimic-cxr-2.0.0-negbio.csv", "mimic-cxr-2.1.0-test-set-labeled.csv")
+NEEDED = {
+    METADATA: ("dicom_id", "subject_id", "study_id", "ViewPosition"),
+    CHEXPERT: ("subject_id", "study_id", *LABELS),
+    SPLIT: ("dicom_id", "split"),
+    PATIENTS: ("subject_id", "gender", "anchor_age", "anchor_year"),
+}
+VIEW_CODE = "ViewCodeSequence_CodeMeaning"
+OPTIONAL = (VIEW_CODE, "StudyDate")  # of the metadata
+SPLITS = {"train": "train", "validate": "val", "test": "test"}
+YEAR = re.compile(r"[0-9]{4}")
+IMAGE = re.compile(r"(?:.*/)?(p\d+/s\d+/[0-9a-f-]+)")
+
+
+class Study(NamedTuple):
+    """What the labels say of a study."""
+
+    subject: str
+    cells: dict[str, str]
+    """label, uncertain and missing, as `Record` has them."""
+
+
+class Patient(NamedTuple):
+    """What MIMIC-IV says of a patient."""
+
+    sex: str
+    age: float | None
+    """In years in ``year``; 91 stands for all above 89."""
+    year: int | None
+    """On the patient's own calendar, which is shifted; that of ``StudyDate`` too."""
+
+
+class Known(NamedTuple):
+    """What the tables say beside the metadata.
+
+    Attributes:
+        studies: labels by study.
+        splits: by image; None without their table.
+        patients: by subject; empty without their table.
+    """
+
+    studies: dict[str, Study]
+    splits: dict[str, str] | None
+    patients: dict[str, Patient]
+
+
+def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
+    """Read the tables, packed by gzip or not, and the images that are there.
+
+    Args:
+        folder: holds the tables, and the images in ``files/p10/p10000032/s50414267/DICOM_ID.jpg``;
+            ``patients.csv`` or ``patients.csv.gz`` of MIMIC-IV tells sex and age if it is there.
+        besides: folders that are not looked into.
+
+    Returns:
+        Records with the official splits, if their table is there. Left out are images without a
+        row, rows without an image, and images of studies that the labeller could not read: nothing
+        is known of them, so that what is missing must not be assumed to be absent.
+
+    Raises:
+        CxrdistError: the metadata or the labels are not there, a table is malformed, or two tables
+            contradict each other.
+    """
+    tables = {
+        name: read_table(file, {plain(column) for column in columns})
+        for name, columns in NEEDED.items()
+        if (file := _find_file(folder, name))
+    }
+    for name in (METADATA, CHEXPERT):
+        if name not in tables:
+            raise CxrdistError(f"--input {folder}: has no {name}, nor {name}.gz; fetch it")
+    known = Known(
+        _read_studies(tables[CHEXPERT]),
+        _read_splits(tables[SPLIT]) if SPLIT in tables else None,
+        _read_patients(tables[PATIENTS]) if PATIENTS in tables else {},
+    )
+    listed = Listed(folder, _name_of, besides)
+    records: list[Record] = []
+    unknown: Counter[str] = Counter()
+    for where, row in _rows(tables[METADATA], NEEDED[METADATA], OPTIONAL):
+        facts, view = _facts(where, row, known), _view(row)
+        taken = listed.take(f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}")
+        if taken and facts is None:
+            listed.leave(taken[1], f"its study has no row in {CHEXPERT}")
+        elif taken and facts is not None:
+            unknown.update([row["ViewPosition"]] if view is None else [])
+            records.append(Record(*taken, source=NAME, view=view or UNKNOWN, **facts))
+    return Source(
+        records,
+        "multilabel",
+        list(LABELS),
+        NAME,
+        (*_notes(folder, tables, records, unknown), *listed.notes(tables[METADATA].file)),
+        listed.left_out(),
+        listed.num_found,
+        listed.dicom,
+    )
+
+
+def _notes(
+    folder: Path, tables: Mapping[str, Table], records: Sequence[Record], unknown: Counter[str]
+) -> Iterator[str]:
+    """What a user should know of the tables and their records, a line each."""
+    for table in tables.values():
+        yield from table.notes
+    if SPLIT not in tables:
+        yield f"without {SPLIT}.gz the split is drawn here and is not the official one"
+    if PATIENTS not in tables:
+        yield f"without {PATIENTS}.gz of MIMIC-IV nothing tells sex and age"
+    elif ageless := sum(record.age is None for record in records):
+        yield f"{ageless} images have no age by {tables[PATIENTS].file.name}"
+    for name in OTHER_TABLES:
+        if _find_file(folder, name):
+            yield f"{name}: not read, the labels are those of {tables[CHEXPERT].file.name}"
+    for view, number in sorted(unknown.items()):
+        yield f"{number} images have the view {view!r:.40}, which counts as unknown"
+
+
+def _find_file(folder: Path, name: str) -> Path | None:
+    """A table of the data set as it is, or packed by gzip; None if neither is there."""
+    files = (folder / name, folder / f"{name}.gz")
+    return next((file for file in files if file.is_file()), None)
+
+
+def _name_of(path: str) -> str | None:
+    return match[1] if (match := IMAGE.fullmatch(path)) else None
+
+
+def _rows(
+    table: Table, needed: Sequence[str], optional: Sequence[str] = ()
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Where each row is, and its cells by column."""
+    places = table.find_columns({name: {plain(name)} for name in (*needed, *optional)})
+    lacking = next((name for name in needed if name not in places), None)
+    if lacking is not None:
+        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    for where, cells in table.rows():
+        yield where, {name: cells[place].strip() for name, place in places.items()}
+
+
+def _read_studies(table: Table) -> dict[str, Study]:
+    """The labels of each study by its number.
+
+    Raises:
+        CxrdistError: a study has two rows, or a cell is no label's.
+    """
+    studies: dict[str, Study] = {}
+    alike: dict[tuple[str, ...], dict[str, str]] = {}  # most studies have the cells of another
+    for where, row in _rows(table, NEEDED[CHEXPERT]):
+        cells = tuple(row[label] for label in LABELS)
+        if cells not in alike:
+            alike[cells] = read_cells(where, dict(zip(LABELS, cells, strict=True)))
+        if row["study_id"] in studies:
+            raise CxrdistError(f"{where}: study {row['study_id']} has two rows; fetch it again")
+        studies[row["study_id"]] = Study(row["subject_id"], alike[cells])
+    return studies
+
+
+def _read_splits(table: Table) -> dict[str, str]:
+    """The split of each image by its dicom_id.
+
+    Raises:
+        CxrdistError: a split has another name.
+    """
+    splits = {}
+    for where, row in _rows(table, NEEDED[SPLIT]):
+        if row["split"] not in SPLITS:
+            raise CxrdistError(
+                f"{where}: the split is {row['split']!r:.40}, expected {', '.join(SPLITS)}"
+            )
+        splits[row["dicom_id"]] = SPLITS[row["split"]]
+    return splits
+
+
+def _read_patients(table: Table) -> dict[str, Patient]:
+    """Sex and age of each patient by the number."""
+    patients = {}
+    for _, row in _rows(table, NEEDED[PATIENTS]):
+        year = int(row["anchor_year"]) if YEAR.fullmatch(row["anchor_year"]) else None
+        patient = Patient(sex_of(row["gender"]), age_of(row["anchor_age"]), year)
+        patients[row["subject_id"]] = patient
+    return patients
+
+
+def _facts(where: str, row: Mapping[str, str], known: Known) -> dict[str, Any] | None:
+    """What the record of an image takes from the tables; None if its study has no labels.
+
+    Raises:
+        CxrdistError: the tables contradict each other.
+    """
+    subject, study = row["subject_id"], row["study_id"]
+    split = None if known.splits is None else known.splits.get(row["dicom_id"])
+    if known.splits is not None and split is None:
+        raise CxrdistError(f"{where}: {row['dicom_id']} has no row in {SPLIT}; fetch both again")
+    if study not in known.studies:
+        return None
+    labels = known.studies[study]
+    if labels.subject != subject:
+        raise CxrdistError(
+            f"{where}: study {study} is of subject {subject}, but of {labels.subject} in "
+            f"{CHEXPERT}; fetch both again"
+        )
+    patient = known.patients.get(subject)
+    age = _age(patient, row.get("StudyDate", ""))
+    sex = patient.sex if patient else ""
+    return {**labels.cells, "patient": f"p{subject}", "split": split, "sex": sex, "age": age}
+
+
+def _age(patient: Patient | None, date: str) -> float | None:
+    """Years of a patient at a study: MIMIC-IV's anchor_age and the years from its anchor_year."""
+    year = YEAR.match(date)
+    if year is None or patient is None or patient.age is None or patient.year is None:
+        return None
+    age = patient.age + int(year[0]) - patient.year
+    return age if 0 <= age <= MOST_YEARS else None
+
+
+def _view(row: Mapping[str, str]) -> str | None:
+    """The view by ViewPosition, or by its code where that is empty; None for unknown words."""
+    return view_of(row["ViewPosition"] or row.get(VIEW_CODE, ""))
