@@ -2,13 +2,32 @@
 
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from cxrdist.errors import CxrdistError
 
 # DenseNet161 has the growth rate 48, DenseNet264 a block of 64 layers (Huang et al. 2016, Table 1).
 MOST_GROWTH_RATE = 128
 MOST_DENSE_LAYERS = 128
+
+
+def location(text: str) -> Path:
+    """Return a path, or for an fsspec URL such as s3://bucket/folder its counterpart.
+
+    Raises:
+        CxrdistError: it is neither.
+    """
+    if "://" not in text:
+        try:
+            return Path(text).expanduser()  # the shell leaves the ~ of --out=~/shards as it is
+        except RuntimeError as error:
+            raise CxrdistError(f"{text}: {error}; write the directory out") from error
+    from upath import UPath
+
+    try:
+        return cast(Path, UPath(text))  # not a Path in name, but in what it does
+    except (ValueError, ImportError) as error:
+        raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
 
 
 SourceName = Literal[
