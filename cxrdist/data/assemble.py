@@ -25,7 +25,7 @@ from cxrdist.data.index import (
     read_index,
     shard_name,
 )
-from cxrdist.data.labels import labels_of
+from cxrdist.data.labels import SEPARATOR, labels_of
 from cxrdist.data.records import SPLITS, Record, Source
 from cxrdist.data.shards import SampleFile, describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
@@ -299,6 +299,7 @@ def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
             width_px=item.square.width_px,
             height_px=item.square.height_px,
             fingerprint=_fingerprint(item),
+            unknown=SEPARATOR.join(filter(None, (item.record.uncertain, item.record.missing))),
         )
         for item, split in zip(items, splits, strict=True)
     ]
