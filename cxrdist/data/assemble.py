@@ -25,7 +25,7 @@ from cxrdist.data.index import (
     read_index,
     shard_name,
 )
-from cxrdist.data.labels import SEPARATOR, labels_of
+from cxrdist.data.labels import SEPARATOR, agree, labels_of
 from cxrdist.data.records import SPLITS, Record, Source
 from cxrdist.data.shards import SampleFile, describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
@@ -189,14 +189,20 @@ def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list
     for places in members.values():
         places.sort(key=lambda place: rank.get(str(items[place].record.split), 2))
         first = items[places[0]].record
-        agree = len({items[place].record.label for place in places}) == 1
-        reason = "is the same image" if agree else "is the same image with another label"
-        for place in places[1:] if agree else places if len(places) > 1 else ():
+        records = [items[place].record for place in places]
+        alike = agree((record.label, _unknown(record)) for record in records)
+        reason = "is the same image" if alike else "is the same image with another label"
+        for place in places[1:] if alike else places if len(places) > 1 else ():
             dropped[place] = first.path, reason
     rows = [(items[place].record.path, *dropped[place]) for place in sorted(dropped)]
     write_table(listed, ("path", "as", "reason"), rows)
     kept = [item for place, item in enumerate(items) if place not in dropped]
     return kept, Duplicates([], [])
+
+
+def _unknown(record: Record) -> str:
+    """Labels that are uncertain or missing, with ``|`` between them."""
+    return SEPARATOR.join(filter(None, (record.uncertain, record.missing)))
 
 
 def _plan_shards(config: PackConfig, items: list[Item], splits: list[str]) -> list[Shard]:
@@ -299,7 +305,7 @@ def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
             width_px=item.square.width_px,
             height_px=item.square.height_px,
             fingerprint=_fingerprint(item),
-            unknown=SEPARATOR.join(filter(None, (item.record.uncertain, item.record.missing))),
+            unknown=_unknown(item.record),
         )
         for item, split in zip(items, splits, strict=True)
     ]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
-from cxrdist.data.labels import labels_of
+from cxrdist.data.labels import agree, labels_of
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
@@ -24,6 +24,7 @@ FORMAT = "cxrdist-audit-1"
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
 SAME_THING = 0.5  # of a class's images: then the class and its sources are taken for each other
+STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
 THUMBNAIL_PX = 96
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 SHOWN = ("key", "path", "split", "label", "patient")  # of an image of a pair
@@ -185,7 +186,7 @@ def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[Pair]:
         one, other = (entries[place] for place in places)
         about |= {
             "two_splits": one.split != other.split,
-            "two_classes": one.label != other.label,
+            "two_classes": not agree((e.label, e.unknown) for e in (one, other)),
             "images": [{name: getattr(entry, name) for name in SHOWN} for entry in (one, other)],
         }
         pairs.append((places, about))
@@ -359,13 +360,21 @@ def _empty(flat: list[dict[str, Any]]) -> list[str]:
 
 
 def _confounded(table: dict[str, Any] | None, what: str) -> list[str]:
-    """Classes that are known by their source or view."""
-    return [
+    """Classes that are known by their source or view, or nearly so."""
+    if table is None:
+        return []
+    lines = [
         f"{own:.0%} of the images of {name} have {what} that no other image has: "
         f"whoever knows the {what[:-1]} knows the class"
-        for name, own in (table or {"own": {}})["own"].items()
+        for name, own in table["own"].items()
         if own >= SAME_THING
     ]
+    lines += [
+        f"{name} goes with the {what[:-1]}: Cramér's V is {v:.2f} (0 none, 1 the same thing)"
+        for name, v in table["association"].items()
+        if (v or 0) >= STRONG and table["own"][name] < SAME_THING
+    ]
+    return lines
 
 
 def _shortcuts(shortcut: dict[str, Any] | None) -> list[str]:
