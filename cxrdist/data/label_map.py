@@ -37,7 +37,7 @@ def read_label_map(file: Path) -> LabelMap:
         return {theirs: ours and ours.strip() for theirs, ours in content.items()}
 
 
-def map_labels(source: Source, file: Path) -> Source:
+def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
     """Give the records of a source other labels.
 
     Several labels may become one: it is there if one of them is; else uncertain if one of them is;
@@ -46,19 +46,20 @@ def map_labels(source: Source, file: Path) -> Source:
 
     Args:
         source: of any task.
-        file: names for the source's labels those to pack, as `read_label_map` reads it; what it
-            does not name stays.
+        labels: by the source's label the one to pack, None to leave it out; others stay.
+        where: they are from, for messages.
 
     Raises:
-        CxrdistError: it cannot be read, a label is none of the source's, or none is left.
+        CxrdistError: a label is none of the source's, or none is left.
     """
-    labels, where = read_label_map(file), f"--label-map {file}"
     unknown = next((label for label in labels if label not in source.classes), None)
     if unknown is not None:
         raise CxrdistError(
             f"{where}: {unknown!r:.80} is no label of {source.name}, which has "
             f"{', '.join(source.classes)}"
         )
+    if not labels:
+        return source
     parts: dict[str, list[str]] = {}
     for label in source.classes:
         if (ours := labels.get(label, label)) is not None:

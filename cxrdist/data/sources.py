@@ -14,7 +14,7 @@ from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.found import IMAGE_SUFFIXES, LeftOut
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.images import DICOM_SUFFIXES
-from cxrdist.data.label_map import map_labels
+from cxrdist.data.label_map import LabelMap, map_labels, read_label_map
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.records import Record, Source
 from cxrdist.data.several import read_several
@@ -41,9 +41,9 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         CxrdistError: the source is missing, malformed, or has fewer than two classes.
     """
     if config.source == "several":
+        labels = _label_map(config)
         source = read_several(config, besides, _read_one)
-        if config.label_map is not None:
-            source = map_labels(source, config.label_map)
+        source = map_labels(source, labels, f"--label-map {config.label_map}")
     else:
         source = _read_one(config, besides)
     _refuse_bad_classes(config.input, source)
@@ -58,15 +58,20 @@ def _read_one(config: SourceConfig, besides: Sequence[Path]) -> Source:
     """
     _refuse_options_of_others(config)
     views = parse_views(config.views)
+    labels = _label_map(config)
     source = _read(config, besides)
-    if config.label_map is not None:
-        source = map_labels(source, config.label_map)
+    source = map_labels(source, labels, f"--label-map {config.label_map}")
     source = _with_views(config, source, views)
     if config.empty_cells == "negative":
-        source = _assume_absent(source)
+        source = assume_absent(source)
     if config.source not in ("folder", "csv"):
         source = replace(source, public=frozenset(r.source for r in source.records))
     return source
+
+
+def _label_map(config: SourceConfig) -> LabelMap:
+    """The label map, which is read before a source that may be large."""
+    return {} if config.label_map is None else read_label_map(config.label_map)
 
 
 def _read(config: SourceConfig, besides: Sequence[Path]) -> Source:
@@ -150,8 +155,8 @@ def _refuse_lost_classes(
         )
 
 
-def _assume_absent(source: Source) -> Source:
-    """Count the labels of which the source says nothing as absent."""
+def assume_absent(source: Source) -> Source:
+    """Count the labels of which a source says nothing as absent; each record tells which."""
     records = [
         replace(
             record,
