@@ -156,6 +156,9 @@ def parse_yaml(data: bytes) -> dict[str, Any]:
         size = _expanded(value, {}, 0)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except (AttributeError, LookupError, TypeError) as error:
+        # PyYAML's constructors of tagged values, such as !!bool x, do not check them.
+        raise ValueError("holds a value that does not fit its tag (!!)") from error
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     if size > MOST_YAML_VALUES:
@@ -317,5 +320,5 @@ def _below(where: str, name: str) -> str:
 
 def _wrong(value: Any, expected: str, where: str) -> ValueError:
     containers: dict[type, str] = {list: "a list", tuple: "a list", dict: "an object"}
-    shown = containers.get(type(value)) or json.dumps(value)[:40]
+    shown = containers.get(type(value)) or json.dumps(value, default=str)[:40]
     return ValueError(f"{where or 'the document'}: is {shown}, expected {expected}")
