@@ -3,6 +3,7 @@
 import csv
 import html
 import json
+import re
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
@@ -106,6 +107,8 @@ def test_two_data_sets_go_the_whole_way_together(tmp_path, capsys):
     run(*pack, "--size", 32, "--workers", 1, "--split", "0.6/0.2/0.2")
     said = capsys.readouterr().out
     assert "sources: 40 ChestX-ray14, 40 t\n" in said
+    assert re.search(r"^label +present +absent +uncertain +missing +assumed absent$", said, re.M)
+    assert re.search(r"^Pacemaker +4 +36 +0 +40 +0$", said, re.M)
     assert "left out: lateral view (--views)  40\n" in said
     assert "audit warning: Effusion goes with the source: Cramér's V is 0.80" in said
     with open(shards / "samples.csv") as file:
