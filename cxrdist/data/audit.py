@@ -211,7 +211,8 @@ def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str])
         counts: images of each class, and all, by name; association: Cramér's V of each class
         against the rest, 0 (none) to 1, None where there is nothing to compare; own: the part of
         each class's images that have a name which no image outside of the class has. Images of
-        which the class is not known are neither in the class nor in the rest.
+        which the class is not known are neither in the class nor in the rest; an unknown name is no
+        name.
     """
     from scipy.stats.contingency import association  # takes longer than all else of `check`
 
@@ -226,13 +227,14 @@ def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str])
     for name, i in place.items():
         by_class = dict(zip(classes, inside[:, i].tolist(), strict=True))
         result["counts"][name] = {**by_class, "all": int(total[i])}
+    told = np.array(known) != UNKNOWN
     for label, counts, rest in zip(classes, inside, outside, strict=True):
-        both = np.stack([counts, rest])[:, counts + rest > 0]
+        both = np.stack([counts, rest])[:, told & (counts + rest > 0)]
         comparable = both.shape[1] > 1 and both.sum(axis=1).all()
         v = round(float(association(both, "cramer")), 4) if comparable else None
-        own = counts[(rest == 0) & (np.array(known) != UNKNOWN)].sum()
+        own = counts[told & (rest == 0)].sum() if rest.any() else 0
         result["association"][label] = v
-        result["own"][label] = round(int(own) / max(1, int(counts.sum())), 4) if comparable else 0.0
+        result["own"][label] = round(int(own) / max(1, int(counts.sum())), 4)
     return result
 
 

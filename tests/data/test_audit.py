@@ -301,3 +301,14 @@ def test_equal_images_contradict_each_other_only_by_labels_that_are_known_of_bot
         if pair["two_classes"]
     }
     assert differ == {("k1", "k2"), ("k2", "k3")}
+
+
+def test_a_class_that_is_known_by_its_view_is_said():
+    """Of a: all AP. That nothing tells the view of others is no view, but they are no AP either."""
+    told = audited([entry(i, "ab"[i % 2], view=("AP", "PA")[i % 2]) for i in range(20)])
+    half = audited([entry(i, "ab"[i % 2], view=("AP", "")[i % 2]) for i in range(20)])
+    assert (told["views"]["own"], told["views"]["association"]["a"]) == ({"a": 1.0, "b": 1.0}, 1.0)
+    assert half["views"]["own"] == {"a": 1.0, "b": 0.0}
+    assert half["views"]["association"] == {"a": None, "b": None}
+    for found in (told, half):
+        assert "100% of the images of a have views that no other image has" in summary(found)
