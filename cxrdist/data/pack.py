@@ -55,12 +55,10 @@ from cxrdist.terminal import progress
 
 # Options that decide the decoded squares, beside the input; the others only how they are packed.
 DECODING = ("size", "fit", "cover", "anonymise")
+PATHS = ("input", "label_map", "masks")  # options that name files of the source
 MOST_NAMED = 20  # files in a message
 # What may differ between two calls that make the same shards.
-NOT_CONTENT = (
-    *("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect"),
-    *("text_boxes", "views", "label_map", "masks"),  # what they decide is in the list of records
-)
+NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
 Views = Mapping[str, tuple[str, ...]]  # that are packed, by the origin of a record
 
 
@@ -181,6 +179,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
     Where names are to tell nothing, none is in it, and the hash of the list has a salt.
     """
     options = {name: v for name, v in asdict(config).items() if name not in NOT_CONTENT}
+    options |= {name: _shown(config, options[name]) for name in PATHS}
     digest = hashlib.sha256((salt or "").encode())
     digest.update(repr((source.task, source.classes, sorted(source.views.items()))).encode())
     for record in source.records:
@@ -189,7 +188,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
         cells = (record.uncertain, record.missing, record.assumed_absent)
         digest.update("\0".join((*names, *facts, *cells, "\n")).encode())
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
-    return {**options, "input": _shown_input(config), "records_sha256": digest.hexdigest()}
+    return {**options, "records_sha256": digest.hexdigest()}
 
 
 def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
@@ -198,12 +197,13 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
     digest = hashlib.sha256()
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
-    return {"input": _shown_input(config), **options, "images_sha256": digest.hexdigest()}
+    shown = _shown(config, config.input)
+    return {"input": shown, **options, "images_sha256": digest.hexdigest()}
 
 
-def _shown_input(config: PackConfig) -> str:
-    """The input, empty where names are to tell nothing."""
-    return "" if config.anonymise else str(config.input)
+def _shown(config: PackConfig, path: Path | None) -> str | None:
+    """The path of an option, empty where names are to tell nothing."""
+    return None if path is None else "" if config.anonymise else str(path)
 
 
 def _refuse_large_index(config: PackConfig, source: Source) -> None:
