@@ -188,6 +188,8 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
         cells = (record.uncertain, record.missing, record.assumed_absent)
         digest.update("\0".join((*names, *facts, *cells, "\n")).encode())
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
+        digest.update(repr(record.findings).encode() if record.findings else b"")
+        digest.update(f"mask {record.mask[1:]}".encode() if record.mask else b"")
     return {**options, "records_sha256": digest.hexdigest()}
 
 
@@ -197,6 +199,7 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
     digest = hashlib.sha256()
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
+        digest.update(f"{record.mask.file} {record.mask[1:]}".encode() if record.mask else b"")
     shown = _shown(config, config.input)
     return {"input": shown, **options, "images_sha256": digest.hexdigest()}
 

@@ -5,11 +5,14 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from support import make_images
 
-from cxrdist.config import SourceConfig
+from cxrdist.config import PackConfig, SourceConfig
 from cxrdist.data.findings import Finding
+from cxrdist.data.index import read_index
 from cxrdist.data.label_map import map_labels
 from cxrdist.data.labels import labels_of
+from cxrdist.data.pack import pack
 from cxrdist.data.records import Record, Source
 from cxrdist.data.sources import assume_absent, read_source
 from cxrdist.errors import CxrdistError
@@ -97,6 +100,27 @@ def test_bad_maps_are_refused_in_one_line(tmp_path, text, message):
     with pytest.raises(CxrdistError, match=re.escape(message)) as caught:
         read(tmp_path, text)
     assert "\n" not in str(caught.value)
+
+
+def test_another_map_is_another_pack_of_the_same_squares(tmp_path, capsys):
+    """The same command knows its shards, a changed map does not; new names are counted."""
+    for folder, counts in (("viral", 8), ("normal", 8)):
+        make_images(tmp_path / "in", {folder: counts}, seed=counts + len(folder))
+    file, out = write_map(tmp_path, "viral: flu"), tmp_path / "out"
+    settings = {"size": 16, "workers": 1, "split": "0.5/0.25/0.25", "duplicates": "report"}
+    config = PackConfig(
+        "folder", tmp_path / "in", out, label_map=file, expect={"flu": 8, "normal": 9}, **settings
+    )
+    pack(config)
+    assert read_index(out).classes == ["normal", "flu"]
+    said = capsys.readouterr().out
+    assert "not as expected of in: normal has 8 images, expected 9\n" in said
+    assert "flu has" not in said
+    pack(config)
+    assert "is packed already" in capsys.readouterr().out
+    write_map(tmp_path, "viral: influenza\nnormal: flu")
+    with pytest.raises(CxrdistError, match="stands already"):
+        pack(config)
 
 
 def test_a_missing_map_is_refused(tmp_path):
