@@ -137,10 +137,11 @@ def _refuse_bad_options(config: PackConfig) -> None:
 
 
 def _with_boxes(source: Source, file: Path) -> Source:
-    """Give each record its boxes of burned-in text."""
+    """Give each record its boxes of burned-in text; images that are left out may have some too."""
     boxes = read_boxes(file)
     records = [replace(r, boxes=boxes.get(r.path, ())) for r in source.records]
-    strangers = sorted(boxes.keys() - {record.path for record in records})
+    known = {record.path for record in records} | {left.path for left in source.left_out}
+    strangers = sorted(boxes.keys() - known)
     if strangers:
         print(
             f"{file}: {len(strangers)} of its {len(boxes)} images are none of the source, the "

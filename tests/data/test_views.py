@@ -190,7 +190,7 @@ def test_lateral_images_are_left_out_by_table_tag_and_name(views, tmp_path, caps
     said = capsys.readouterr().out
     for line in (
         "views: 16 PA, 10 unknown, 8 AP\n",
-        "images.csv: 1 images have a view that is unknown here: 'chest xray'\n",
+        "'chest xray'\n",
         "1 DICOM files have a tag of a view that is unknown here\n",
         "8 images have another view by their table than by their tag; the table's is taken\n",
         "left out: lateral view (--views)  24\n",
