@@ -23,9 +23,9 @@ MEND = (
     "paths relative to this file"
 )
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-# Public sets that hold X-rays of the same patients under other names (Shih et al. 2019: RSNA's are
-# ChestX-ray14's; the others took RSNA's in).
-SAME_PATIENTS = ("chestxray14", "rsna-pneumonia", "covidx", "covid19-radiography")
+# RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), and other sets took RSNA's in.
+OF_NIH = {"ChestX-ray14", "RSNA"}
+NIH_PATIENT = re.compile(r"(?:RSNA/)?(\d{8})")
 SINGLE = tuple(name for name in get_args(SourceName) if name != "several")
 Reader = Callable[[SourceConfig, Sequence[Path]], Source]
 
@@ -48,7 +48,8 @@ class Entry(TypedDict):
 def read_several(config: SourceConfig, besides: Sequence[Path], read: Reader) -> Source:
     """Read the sources that a file names, and put their records together.
 
-    Paths become NAME/path, patients NAME:patient, since the same number in two sets is two people.
+    Paths become NAME/path, patients NAME:patient, since the same number in two sets is two people;
+    those of ChestX-ray14, which several sets hold, are one where their number is known.
     The classes are those of the first source in their order, then what the next ones add. Labels
     that a source does not have are missing for its images.
 
@@ -79,7 +80,7 @@ def read_several(config: SourceConfig, besides: Sequence[Path], read: Reader) ->
         config.input.name,
         (
             *(f"{name}: {note}" for name, one in sources.items() for note in one.notes),
-            *_notes(configs),
+            *_notes(sources),
         ),
         tuple(
             sorted(
@@ -175,23 +176,37 @@ def _renamed(
     lacking = [label for label in classes if label not in source.classes]
     lacking = lacking if source.task == "multilabel" else []
     for record in source.records:
-        path, patient = f"{name}/{record.path}", f"{name}:{record.patient}"
+        path = f"{name}/{record.path}"
         missing = {*labels_of(record.missing), *lacking}
         yield replace(
             record,
             path=path,
-            patient=own_patient(path) if record.patient.startswith(NO_PATIENT) else patient,
+            patient=_patient(name, path, record),
             source=f"{name}/{record.source}" if record.source in shared else record.source,
             missing=SEPARATOR.join(label for label in classes if label in missing),
             origin=name,
         )
 
 
-def _notes(configs: dict[str, SourceConfig]) -> list[str]:
-    same = [name for name, one in configs.items() if one.source in SAME_PATIENTS]
-    if len(same) < 2:
+def _patient(name: str, path: str, record: Record) -> str:
+    """The patient's name among all sources."""
+    if record.patient.startswith(NO_PATIENT):
+        return own_patient(path)
+    number = NIH_PATIENT.fullmatch(record.patient) if record.source in OF_NIH else None
+    return f"chestxray14/{number[1]}" if number else f"{name}:{record.patient}"
+
+
+def _notes(sources: dict[str, Source]) -> list[str]:
+    """Tell of images of one patient that nothing joins."""
+    of_nih = {n: [r for r in one.records if r.source in OF_NIH] for n, one in sources.items()}
+    names = [name for name, records in of_nih.items() if records]
+    unknown = sum(
+        not NIH_PATIENT.fullmatch(record.patient) for name in names for record in of_nih[name]
+    )
+    if len(names) < 2 or not unknown:
         return []
     return [
-        f"{', '.join(same)} share patients: equal images are found (--duplicates), other images of "
-        "one patient are not, and may be in two splits"
+        f"{', '.join(names)} hold X-rays of ChestX-ray14, and of {unknown} of them nothing tells "
+        "the patient: equal images are found (--duplicates), others of one patient may be in two "
+        "splits"
     ]

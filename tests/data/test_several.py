@@ -76,7 +76,7 @@ def test_two_sources_become_one_with_their_own_patients_and_labels(both):
     records = {record.path: record for record in source.records}
     assert list(records) == sorted(records)
     first, mass = records["nih/00000001_000.png"], records["clinic/1.png"]
-    assert (first.patient, mass.patient) == ("nih:00000001", "clinic:00000001")
+    assert (first.patient, mass.patient) == ("chestxray14/00000001", "clinic:00000001")
     assert (first.source, mass.source) == ("ChestX-ray14", "images")
     assert (first.split, mass.split) == ("train+val", None)
     assert mass.label == "Fracture|Mass"
@@ -120,13 +120,32 @@ def test_sources_of_one_class_make_two(tmp_path):
     assert [record.missing for record in source.records] == ["", ""]
 
 
-def test_sets_that_share_patients_are_named(both):
-    """RSNA's X-rays are ChestX-ray14's under other names: nothing tells whose they are."""
-    text = "a: {source: chestxray14, input: nih}\nb: {source: chestxray14, input: nih}"
-    assert any(
-        note.startswith("a, b share patients: equal images") for note in read(both, text).notes
-    )
-    assert not any("share patients" in note for note in read(both, TWO).notes)
+RSNA = """
+nih: {source: chestxray14, input: nih, against_rest: Mass}
+rsna: {source: csv, input: rsna.csv}
+names: {source: folder, input: names, patient_pattern: '^([0-9]{8})_'}
+"""
+
+
+def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both):
+    """RSNA's X-rays are ChestX-ray14's: with the NIH's number they are joined, else it is said."""
+    header = ("path", "label", "patient", "source")
+    rows = [("a.png", "rest", "00000004", "RSNA"), ("b.png", "Mass", "00000003", "elsewhere")]
+    write_csv(both / "rsna.csv", header, *rows)
+    for name in ("names/Mass/00000003_001.png", "names/rest/00000004_009.png"):
+        (both / name).parent.mkdir(parents=True)
+        (both / name).touch()
+    source = read(both, RSNA)
+    patients = {record.path: record.patient for record in source.records}
+    assert patients["nih/00000004_000.png"] == patients["rsna/a.png"] == "chestxray14/00000004"
+    assert patients["names/Mass/00000003_001.png"] == patients["nih/00000003_000.png"]
+    assert patients["rsna/b.png"] == "rsna:00000003"
+    assert not any("nothing tells" in note for note in source.notes)
+    write_csv(both / "rsna.csv", header, *rows, ("c.png", "Mass", "1f-2e", "RSNA"))
+    assert (
+        "nih, rsna, names hold X-rays of ChestX-ray14, and of 1 of them nothing tells the patient: "
+        "equal images are found (--duplicates), others of one patient may be in two splits"
+    ) in read(both, RSNA).notes
 
 
 @pytest.mark.parametrize(
