@@ -11,9 +11,10 @@ from importlib import import_module
 from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO
 
 from cxrdist import __version__
+from cxrdist.config import location
 from cxrdist.errors import CxrdistError, RunFailedError, Stopped, failure_of
 from cxrdist.lifetime import end_with_launcher
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
@@ -204,7 +205,7 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
     from jsonargparse.typing import register_type
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    register_type(Path, str, _location, type_check=lambda value, _: hasattr(value, "joinpath"))
+    register_type(Path, str, location, type_check=lambda value, _: hasattr(value, "joinpath"))
     config = getattr(import_module("cxrdist.config"), command.config)
     parser = ArgumentParser(prog=f"cxrdist {name}", exit_on_error=False)
     if name in ("pack", "train"):
@@ -238,21 +239,6 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
     values = {f.name: parsed[f.name] for f in fields(config)}
     _refuse_urls(name, values)
     return config(**values)
-
-
-def _location(text: str) -> Path:
-    """A path, or for an fsspec URL such as s3://bucket/folder its counterpart."""
-    if "://" not in text:
-        try:
-            return Path(text).expanduser()  # the shell leaves the ~ of --out=~/shards as it is
-        except RuntimeError as error:
-            raise CxrdistError(f"{text}: {error}; write the directory out") from error
-    from upath import UPath
-
-    try:
-        return cast(Path, UPath(text))  # not a Path in name, but in what it does
-    except (ValueError, ImportError) as error:
-        raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
 
 
 def _refuse_urls(command: str, values: dict[str, Any]) -> None:

@@ -2,13 +2,32 @@
 
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from cxrdist.errors import CxrdistError
 
 # DenseNet161 has the growth rate 48, DenseNet264 a block of 64 layers (Huang et al. 2016, Table 1).
 MOST_GROWTH_RATE = 128
 MOST_DENSE_LAYERS = 128
+
+
+def location(text: str) -> Path:
+    """Return a path, or for an fsspec URL such as s3://bucket/folder its counterpart.
+
+    Raises:
+        CxrdistError: it is neither.
+    """
+    if "://" not in text:
+        try:
+            return Path(text).expanduser()  # the shell leaves the ~ of --out=~/shards as it is
+        except RuntimeError as error:
+            raise CxrdistError(f"{text}: {error}; write the directory out") from error
+    from upath import UPath
+
+    try:
+        return cast(Path, UPath(text))  # not a Path in name, but in what it does
+    except (ValueError, ImportError) as error:
+        raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
 
 
 SourceName = Literal[
@@ -49,10 +68,12 @@ class SourceConfig:
     """csv: read images also where the table's paths lead out of its folder (../ or /)."""
     views: str | None = None
     """Views to pack, with commas between them: PA, AP, FRONTAL (one of the two), LATERAL, OTHER,
-    UNKNOWN; or all. If not given: PA, AP, FRONTAL and UNKNOWN. The rest is left out by name."""
+    UNKNOWN; or all. If not given: PA, AP, FRONTAL and UNKNOWN. The rest is left out by name. A
+    table tells the view, else a DICOM tag, else the file's name."""
     label_map: Path | None = None
     """A YAML file of the source's labels and those to pack in their place; several may become one,
-    null leaves a label out. Labels that it does not name stay as they are."""
+    null leaves a label out (of one class per image, its images). Labels that it does not name stay
+    as they are."""
     empty_cells: Literal["ignore", "negative"] = "ignore"
     """What an empty cell of a label stands for: ignore (nothing is known: no loss and no score), or
     negative. The shards tell which negatives are such."""
@@ -80,8 +101,8 @@ class PackConfig(SourceConfig):
     split: str | None = None
     """Fractions of train/val/test, by patient; 0 leaves a split empty: 0/0/1 packs a set for
     evaluation only. Or paper: 60 images of each class for test, the rest 80/20 train/val. Splits
-    that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence.
-    0.7/0.1/0.2 if not given."""
+    that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence; of
+    several sources those without splits are drawn. 0.7/0.1/0.2 if not given."""
     duplicates: Literal["join", "drop", "report"] = "join"
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
@@ -89,8 +110,8 @@ class PackConfig(SourceConfig):
     """Give images, patients and sources names that tell nothing; OUT.names.csv, which stays with
     the owner, says what they stand for. If not given: true for a source with DICOM files."""
     expect: dict[str, int] = field(default_factory=dict)
-    """Images that each class should have; other counts are reported. For recipes of public data
-    sets."""
+    """Images that each class should have, after --label-map and --views; other counts are reported.
+    For recipes of public data sets."""
     seed: int = 0
     """Seed of the splits and of the order inside the shards."""
     shard_size: int = 1000

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -140,7 +141,7 @@ def _refuse_deep(value: Any) -> None:
 
 
 def parse_yaml(data: bytes) -> dict[str, Any]:
-    """Parse a recipe: YAML of plain values with bounds, an object.
+    """Parse a recipe: YAML of plain values with bounds, an object without a name twice.
 
     Raises:
         ValueError: it is not such a document.
@@ -148,15 +149,43 @@ def parse_yaml(data: bytes) -> dict[str, Any]:
     if len(data) > MOST_YAML_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_YAML_BYTES}")
     try:
-        value = yaml.safe_load(data.decode("utf-8-sig"))
+        loader = yaml.SafeLoader(data.decode("utf-8-sig"))
+        node = loader.get_single_node()
+        _refuse_twice(node)
+        value = None if node is None else loader.construct_document(node)
         size = _expanded(value, {}, 0)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    except (AttributeError, LookupError, TypeError) as error:
+        # PyYAML's constructors of tagged values, such as !!bool x, do not check them.
+        raise ValueError("holds a value that does not fit its tag (!!)") from error
     except RecursionError:
         raise ValueError("is nested too deeply") from None
     if size > MOST_YAML_VALUES:
         raise ValueError(f"holds more than {MOST_YAML_VALUES} values")
     return _object(value, "")
+
+
+def _refuse_twice(root: yaml.Node | None) -> None:
+    """Make sure that no object has a name twice, of which PyYAML takes the last in silence.
+
+    Raises:
+        ValueError: one has.
+    """
+    waiting, seen = [root], set[int]()
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += node.value
+            continue
+        names = Counter(name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode))
+        twice = next((name for name, times in names.items() if times > 1), None)
+        if twice is not None:
+            raise ValueError(f"has the name {twice!r:.80} twice; keep one of them")
+        waiting += [child for pair in node.value for child in pair]
 
 
 def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
@@ -291,5 +320,5 @@ def _below(where: str, name: str) -> str:
 
 def _wrong(value: Any, expected: str, where: str) -> ValueError:
     containers: dict[type, str] = {list: "a list", tuple: "a list", dict: "an object"}
-    shown = containers.get(type(value)) or json.dumps(value)[:40]
+    shown = containers.get(type(value)) or json.dumps(value, default=str)[:40]
     return ValueError(f"{where or 'the document'}: is {shown}, expected {expected}")

@@ -1,6 +1,6 @@
 """Predict image files with a trained model."""
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,7 @@ from cxrdist.data.inputs import Input, Preparation, Prepared, find_inputs, prepa
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.shards import sample_key
 from cxrdist.data.text import require_extra
+from cxrdist.data.views import LATERAL, NAMES, OTHER
 from cxrdist.data.workers import (
     CHUNKS_AHEAD,
     SECONDS_PER_IMAGE,
@@ -39,6 +40,7 @@ from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
 from cxrdist.train.memory import is_out_of_memory
 
+MOST_NAMED = 3  # files in a line
 CHUNK = 4  # images that a worker decodes at once
 SECONDS_WITH_TEXT = 60  # to find text in an image, which takes 2, and once to load the finder
 
@@ -200,6 +202,7 @@ def predict(config: PredictConfig) -> None:
     _write(config.out, inputs, left_out, predictor)
     print(f"predicted {len(predictor.logits)} images: {config.out}")
     _tell_depth(how, depth, used)
+    _tell_views(inputs, predictor.prepared)
     _tell_cover(config, predictor)
     _tell_rest(config, len(inputs), left_out, predictor)
 
@@ -287,6 +290,19 @@ def _tell_depth(how: Preparation, depth: int | None, used: Sequence[int | None])
         print(
             f"{deeper} images use more bits than the {depth} by which they are scaled: what is "
             "brighter is white; --depth sets another"
+        )
+
+
+def _tell_views(inputs: dict[int, Input], prepared: dict[int, Prepared]) -> None:
+    """Say which images are not frontal, by their tags or names."""
+    side = [n for n in sorted(prepared) if prepared[n].view in (LATERAL, OTHER)]
+    if side:
+        names = ", ".join(str(inputs[number].file) for number in side[:MOST_NAMED])
+        kinds = Counter(NAMES[prepared[number].view] for number in side)
+        listed = ", ".join(f"{number} {view}" for view, number in kinds.most_common())
+        print(
+            f"{len(side)} images are no frontal views by their tag or name ({listed}) and are "
+            f"predicted all the same: {names}{' ...' if len(side) > MOST_NAMED else ''}"
         )
 
 

@@ -86,6 +86,11 @@ def folder(tmp_path_factory) -> Path:
         f"{file.relative_to(folder)},{file.parent.name},p{i // 2}" for i, file in enumerate(images)
     ]
     (folder / "table.csv").write_text("\n".join(["path,label,patient", *rows, ""]))
+    (folder / "several.yaml").write_text(
+        "x: {source: csv, input: table.csv, label_map: labels.yaml}\n"
+        "y: {source: folder, input: images}\n"
+    )
+    (folder / "labels.yaml").write_text("a: ours\nb: null\n")
     (folder / "nih" / "images").mkdir(parents=True)
     (folder / "nih" / TABLES[0]).write_text(NIH)
     for name, image in zip(LISTS, ("00000001_000.png", "00000002_000.png"), strict=True):
@@ -120,12 +125,15 @@ def cases_of(folder: Path) -> list[Case]:
     options = ["--config", str(folder / "recipe.yaml"), "--shards", "s", "--run", "r"]
     table = PackConfig("csv", folder / "table.csv", folder / "out")
     nih = PackConfig("chestxray14", folder / "nih", folder / "out")
+    several = PackConfig("several", folder / "several.yaml", folder / "out")
     again = PackConfig("folder", folder / "images", shards, size=32, workers=1)
     return [
         *cases,
         Case(folder / "recipe.yaml", lambda: parse(COMMANDS["train"], "train", options)),
         Case(folder / "boxes.csv", lambda: read_boxes(folder / "boxes.csv")),
         Case(folder / "table.csv", lambda: read_source(table)),
+        Case(folder / "several.yaml", lambda: read_source(several)),
+        Case(folder / "labels.yaml", lambda: read_source(several)),
         Case(folder / "nih" / TABLES[0], lambda: read_source(nih)),
         Case(folder / "nih" / next(iter(LISTS)), lambda: read_source(nih)),
         Case(folder / "w.pth", lambda: read_tensor_file(folder / "w.pth", "--init")),

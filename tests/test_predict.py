@@ -386,3 +386,23 @@ def test_too_large_a_batch_is_one_line(run, tmp_path, monkeypatch, capsys):
     assert main([*command, "--batch-size", "3"]) == 1
     assert "out of memory with 3 images in a pass; try --batch-size 1" in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
+
+
+def test_lateral_images_are_predicted_and_named(run, tmp_path, capsys):
+    """By their tag, which goes before the name, or by their name; frontal ones are not named."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40), dtype=np.uint8)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name, tag in (("a.dcm", "LL"), ("b-lateral.dcm", "PA"), ("c.dcm", "RAO"), ("d.dcm", "")):
+        write_dicom(folder / name, pixels, ViewPosition=tag)
+    for name in ("e-lateral.png", "f.png", "g-PA.png"):
+        Image.fromarray(pixels).save(folder / name)
+    predict(PredictConfig(run, [folder], tmp_path / "out.csv"))
+    assert len(rows_of(tmp_path / "out.csv")) == 7
+    names = ", ".join(str(folder / name) for name in ("a.dcm", "c.dcm", "e-lateral.png"))
+    assert (
+        "3 images are no frontal views by their tag or name (2 lateral, 1 other) and are predicted "
+        f"all the same: {names}\n"
+    ) in capsys.readouterr().out
+    predict(PredictConfig(run, [folder / "f.png", folder / "d.dcm"], tmp_path / "other.csv"))
+    assert "frontal" not in capsys.readouterr().out

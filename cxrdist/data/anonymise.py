@@ -100,10 +100,10 @@ def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
     pairs = sorted(
         ((_anonymous(record, key), record) for record in source.records), key=lambda p: p[0].path
     )
-    numbers: dict[str, str] = {name: name for name in KNOWN_NAMES}
-    for _, record in pairs:
-        numbers.setdefault(record.source, f"source-{len(numbers) - len(KNOWN_NAMES) + 1}")
-    records = [replace(new, source=numbers[old.source]) for new, old in pairs]
+    public = {*KNOWN_NAMES, *source.public}
+    own = dict.fromkeys(old.source for _, old in pairs if old.source not in public)
+    numbers = {name: f"source-{number}" for number, name in enumerate(own, start=1)}
+    records = [replace(new, source=numbers.get(old.source, old.source)) for new, old in pairs]
     left_out = [LeftOut(_name(key, x.path), x.reason) for x in source.left_out]
     names = [
         Name(new.path, sample_key(new.path), old.path, _patient_named(old), old.source)

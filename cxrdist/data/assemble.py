@@ -25,12 +25,13 @@ from cxrdist.data.index import (
     read_index,
     shard_name,
 )
-from cxrdist.data.labels import labels_of
+from cxrdist.data.labels import SEPARATOR, agree, labels_of
 from cxrdist.data.records import SPLITS, Record, Source
 from cxrdist.data.shards import SampleFile, describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
 from cxrdist.data.squares import Pngs, Square
 from cxrdist.data.summary import count_fates, print_summary
+from cxrdist.data.views import LEFT_OUT
 from cxrdist.errors import CxrdistError
 from cxrdist.run import read_json, write_json, write_table
 from cxrdist.terminal import progress, table
@@ -93,7 +94,8 @@ def assemble(
     left_out = (*source.left_out, *(LeftOut(square.path, square.reason) for square in rejected))
     if left_out:
         write_table(directory / "rejected.csv", LeftOut._fields, sorted(left_out))
-    fates = count_fates(source, len(items), len(rejected), num_read - len(items))
+    reasons = [square.reason for square in rejected]
+    fates = count_fates(source, len(items), reasons, num_read - len(items))
     packed = replace(source, records=[item.record for item in items])
     groups = group_by_patient(packed.records)
     if config.duplicates == "join":
@@ -111,7 +113,7 @@ def assemble(
     if config.text_boxes:
         index["cover"] = describe_cover(config, items, len(source.records))
     write_json(directory / "index.json", index)
-    print_summary(config, source, packed.records, read_index(directory))
+    print_summary(config, _of_views(source, rejected), packed.records, read_index(directory))
     if depth := index["depth"]:
         print(describe_depth(depth, depths))
     for line in split_notes(packed, config.split, groups, splits):
@@ -139,15 +141,24 @@ def _begin(directory: Path, content: dict[str, Any]) -> None:
 
 
 def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Square]) -> None:
-    given = {label for record in source.records for label in labels_of(record.label)}
+    """Make sure that no class is lost; a label may be, where all its images have other views."""
+    other_views = LEFT_OUT.values() if source.task == "multilabel" else ()
+    reasons = {square.path: square.reason for square in rejected}
     there = {label for item in items for label in labels_of(item.record.label)}
-    lost = [name for name in source.classes if name in given - there]
-    if lost:
-        first = next(r.file for r in source.records if r.path == rejected[0].path)
-        raise CxrdistError(
-            f"class {lost[0]!r} has no readable image; the first unreadable one is "
-            f"{first}: {rejected[0].reason}"
-        )
+    for record in source.records:
+        reason = reasons.get(record.path, "")
+        lost = [label for label in labels_of(record.label) if label not in there]
+        if reason and reason not in other_views and lost:
+            raise CxrdistError(
+                f"class {lost[0]!r} has no image left; the first that is left out is "
+                f"{record.file}: {reason}"
+            )
+
+
+def _of_views(source: Source, rejected: list[Square]) -> Source:
+    """The source without the images whose tags tell that they are not packed, to be counted."""
+    others = {square.path for square in rejected if square.reason in LEFT_OUT.values()}
+    return replace(source, records=[r for r in source.records if r.path not in others])
 
 
 def _cover(
@@ -178,14 +189,20 @@ def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list
     for places in members.values():
         places.sort(key=lambda place: rank.get(str(items[place].record.split), 2))
         first = items[places[0]].record
-        agree = len({items[place].record.label for place in places}) == 1
-        reason = "is the same image" if agree else "is the same image with another label"
-        for place in places[1:] if agree else places if len(places) > 1 else ():
+        records = [items[place].record for place in places]
+        alike = agree((record.label, _unknown(record)) for record in records)
+        reason = "is the same image" if alike else "is the same image with another label"
+        for place in places[1:] if alike else places if len(places) > 1 else ():
             dropped[place] = first.path, reason
     rows = [(items[place].record.path, *dropped[place]) for place in sorted(dropped)]
     write_table(listed, ("path", "as", "reason"), rows)
     kept = [item for place, item in enumerate(items) if place not in dropped]
     return kept, Duplicates([], [])
+
+
+def _unknown(record: Record) -> str:
+    """Labels that are uncertain or missing, with ``|`` between them."""
+    return SEPARATOR.join(filter(None, (record.uncertain, record.missing)))
 
 
 def _plan_shards(config: PackConfig, items: list[Item], splits: list[str]) -> list[Shard]:
@@ -288,6 +305,7 @@ def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
             width_px=item.square.width_px,
             height_px=item.square.height_px,
             fingerprint=_fingerprint(item),
+            unknown=_unknown(item.record),
         )
         for item, split in zip(items, splits, strict=True)
     ]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
-from cxrdist.data.labels import labels_of
+from cxrdist.data.labels import agree, labels_of
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
@@ -24,6 +24,7 @@ FORMAT = "cxrdist-audit-1"
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
 SAME_THING = 0.5  # of a class's images: then the class and its sources are taken for each other
+STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
 THUMBNAIL_PX = 96
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 SHOWN = ("key", "path", "split", "label", "patient")  # of an image of a pair
@@ -33,6 +34,7 @@ FLAT_SPREAD = 1.0  # standard deviation below which a square is constant
 FLAT_RANGE = 32  # mean and 3 standard deviations within so many levels of black or white
 UNKNOWN = "unknown"
 T = TypeVar("T")
+Targets = NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Entry:
         width_px: of the original.
         height_px: of the original.
         fingerprint: of the square.
+        unknown: labels that are uncertain or missing, with ``|`` between them.
     """
 
     key: str
@@ -62,6 +65,7 @@ class Entry:
     width_px: int
     height_px: int
     fingerprint: Fingerprint
+    unknown: str = ""
 
 
 def audit(
@@ -157,11 +161,13 @@ def shared_patients(
     ]
 
 
-def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> NDArray[np.uint8]:
+def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> Targets:
+    """Which labels the images have: int8 [N, classes], 1, 0, or -1 for an unknown one."""
     place = {name: i for i, name in enumerate(classes)}
-    targets = np.zeros((len(entries), len(classes)), np.uint8)
+    targets = np.zeros((len(entries), len(classes)), np.int8)
     for row, entry in zip(targets, entries, strict=True):
         row[[place[name] for name in labels_of(entry.label)]] = 1
+        row[[place[name] for name in labels_of(entry.unknown)]] = -1
     return targets
 
 
@@ -180,7 +186,7 @@ def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[Pair]:
         one, other = (entries[place] for place in places)
         about |= {
             "two_splits": one.split != other.split,
-            "two_classes": one.label != other.label,
+            "two_classes": not agree((e.label, e.unknown) for e in (one, other)),
             "images": [{name: getattr(entry, name) for name in SHOWN} for entry in (one, other)],
         }
         pairs.append((places, about))
@@ -198,15 +204,15 @@ def _count_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-def _cross_table(
-    names: Sequence[str], targets: NDArray[np.uint8], classes: Sequence[str]
-) -> dict[str, Any]:
+def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str]) -> dict[str, Any]:
     """Images by name and class, and how far a class and where it comes from are the same thing.
 
     Returns:
         counts: images of each class, and all, by name; association: Cramér's V of each class
         against the rest, 0 (none) to 1, None where there is nothing to compare; own: the part of
-        each class's images that have a name which no image outside of the class has.
+        each class's images that have a name which no image outside of the class has. Images of
+        which the class is not known are neither in the class nor in the rest; an unknown name is no
+        name.
     """
     from scipy.stats.contingency import association  # takes longer than all else of `check`
 
@@ -215,18 +221,20 @@ def _cross_table(
     rows = np.array([place[name] for name in names])
     of_class = [np.bincount(rows[target == 1], minlength=len(known)) for target in targets.T]
     inside = np.array(of_class, np.int64).reshape(-1, len(known))
+    outside = [np.bincount(rows[target == 0], minlength=len(known)) for target in targets.T]
     total = np.bincount(rows, minlength=len(known))
     result: dict[str, Any] = {"counts": {}, "association": {}, "own": {}}
     for name, i in place.items():
         by_class = dict(zip(classes, inside[:, i].tolist(), strict=True))
         result["counts"][name] = {**by_class, "all": int(total[i])}
-    for label, counts in zip(classes, inside, strict=True):
-        both = np.stack([counts, total - counts])
-        comparable = len(known) > 1 and both.sum(axis=1).all()
+    told = np.array(known) != UNKNOWN
+    for label, counts, rest in zip(classes, inside, outside, strict=True):
+        both = np.stack([counts, rest])[:, told & (counts + rest > 0)]
+        comparable = both.shape[1] > 1 and both.sum(axis=1).all()
         v = round(float(association(both, "cramer")), 4) if comparable else None
-        own = counts[(counts == total) & (np.array(known) != UNKNOWN)].sum()
+        own = counts[told & (rest == 0)].sum() if rest.any() else 0
         result["association"][label] = v
-        result["own"][label] = round(int(own) / max(1, int(counts.sum())), 4) if comparable else 0.0
+        result["own"][label] = round(int(own) / max(1, int(counts.sum())), 4)
     return result
 
 
@@ -241,7 +249,7 @@ def _features(entry: Entry) -> dict[str, float]:
 
 
 def _statistics(
-    features: Sequence[dict[str, float]], targets: NDArray[np.uint8], classes: Sequence[str]
+    features: Sequence[dict[str, float]], targets: Targets, classes: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float] | None]]:
     """Mean and standard deviation of each feature by class, None for a class without images."""
     values = np.array([list(row.values()) for row in features])
@@ -277,7 +285,7 @@ def _flat_kind(statistics: dict[str, float]) -> str | None:
 
 
 def _in_pre_training(
-    entries: Sequence[Entry], targets: NDArray[np.uint8], classes: Sequence[str]
+    entries: Sequence[Entry], targets: Targets, classes: Sequence[str]
 ) -> dict[str, Any]:
     """Images of ChestX-ray14, by split and class: a CheXNet has seen most of them."""
     form = KNOWN_NAMES["ChestX-ray14"]
@@ -294,7 +302,7 @@ def _in_pre_training(
             split: {
                 "all": int((seen & (splits == split)).sum()),
                 **{
-                    name: int(target[seen & (splits == split)].sum())
+                    name: int((target[seen & (splits == split)] == 1).sum())
                     for name, target in zip(classes, targets.T, strict=True)
                 },
             }
@@ -354,13 +362,21 @@ def _empty(flat: list[dict[str, Any]]) -> list[str]:
 
 
 def _confounded(table: dict[str, Any] | None, what: str) -> list[str]:
-    """Classes that are known by their source or view."""
-    return [
+    """Classes that are known by their source or view, or nearly so."""
+    if table is None:
+        return []
+    lines = [
         f"{own:.0%} of the images of {name} have {what} that no other image has: "
         f"whoever knows the {what[:-1]} knows the class"
-        for name, own in (table or {"own": {}})["own"].items()
+        for name, own in table["own"].items()
         if own >= SAME_THING
     ]
+    lines += [
+        f"{name} goes with the {what[:-1]}: Cramér's V is {v:.2f} (0 none, 1 the same thing)"
+        for name, v in table["association"].items()
+        if (v or 0) >= STRONG and table["own"][name] < SAME_THING
+    ]
+    return lines
 
 
 def _shortcuts(shortcut: dict[str, Any] | None) -> list[str]:

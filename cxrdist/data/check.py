@@ -16,6 +16,7 @@ from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
+from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.shards import OpenShard, SampleFile, open_shard
 from cxrdist.errors import CxrdistError
 from cxrdist.run import scratch_directory, write_json
@@ -126,6 +127,7 @@ def entry_of(sample: Sample, about: SampleFile, pixels: NDArray[np.uint8]) -> En
         width_px=about["width_px"],
         height_px=about["height_px"],
         fingerprint=fingerprint(pixels),
+        unknown=SEPARATOR.join(filter(None, (sample.uncertain, sample.missing))),
     )
 
 

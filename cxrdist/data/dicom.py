@@ -6,12 +6,12 @@ What is not read is refused by name: several frames, colour (also grey stored as
 modalities that are no projection, 1-bit, 32-bit and float pixels, deflated and video transfer
 syntaxes, and palettes. Not honoured: overlays and annotations (bits of overlays in pixel cells are
 taken out), shutters, presentation states, a Presentation LUT Sequence, the second and further VOI
-LUTs and windows, and SmallestImagePixelValue and LargestImagePixelValue.
+LUTs and windows, and SmallestImagePixelValue and LargestImagePixelValue. Of view codes the meaning
+in English is read, not the code; PatientOrientation and SeriesDescription are not.
 """
 
 import io
 import logging
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +38,11 @@ from pydicom.uid import (
 
 from cxrdist.data.codestream import precision
 from cxrdist.data.depth import white_of
-from cxrdist.data.elements import RefusedError, numbers, octets, text, whole
+from cxrdist.data.elements import RefusedError, items, numbers, octets, text, whole
 from cxrdist.data.patients import sex_of, stated_age
 from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.data.presentation import Cells, present
+from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
 # Projections, and what secondary captures and converters write.
@@ -62,6 +63,7 @@ DECODERS = {
 # Where the distance of rows and columns stands, the patient's plane before the detector's
 # (PS3.3, 10.7.1.3 and C.8.11.4).
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+MOST_VIEW_CHARACTERS = 64  # of a long string (PS3.5, section 6.2, LO)
 SQUARE = 0.01  # pixels whose sides differ less are square: spacings are measured and rounded
 MOST_STRETCH = 10  # of a pixel's sides; anything more is damaged
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -76,7 +78,8 @@ class Dicom:
         pixels: uint8 [H, W], bright where the body absorbs.
         size_px: width and height with square pixels.
         patient: PatientID, or empty.
-        view: ViewPosition, or empty.
+        view: one of `VIEWS` that ViewPosition or ViewCodeSequence names, empty without them, None
+            if they name no known one.
         used_depth: bits that the pixels use where no tag tells their depth, else None.
         sex: PatientSex, M or F, else empty.
         age: PatientAge in years; None if absent, NaN if it is no age from 0 to 120 years.
@@ -85,7 +88,7 @@ class Dicom:
     pixels: NDArray[np.uint8]
     size_px: tuple[int, int]
     patient: str
-    view: str
+    view: str | None
     used_depth: int | None
     sex: str
     age: float | None
@@ -124,16 +127,23 @@ def _read(data: bytes, depth: int | None) -> Dicom:
     _refuse_no_radiograph(dataset)
     size_px = _shown_size(dataset)
     pixels, used = present(dataset, _cells(dataset), depth)
-    view, age = text(dataset, "ViewPosition"), text(dataset, "PatientAge")
     return Dicom(
         pixels=pixels,
         size_px=size_px,
         patient=str(dataset.get("PatientID") or "").strip(),
-        view=view if re.fullmatch(r"[A-Z]{1,16}", view) else "",
+        view=_view(dataset),
         used_depth=used,
         sex=sex_of(text(dataset, "PatientSex")),
-        age=stated_age(age),
+        age=stated_age(text(dataset, "PatientAge")),
     )
+
+
+def _view(dataset: Dataset) -> str | None:
+    """The view that ViewPosition names, else the meaning of the first view code."""
+    codes = [text(item, "CodeMeaning") for item in items(dataset, "ViewCodeSequence")[:1]]
+    texts = (text(dataset, "ViewPosition"), *codes)
+    named = [view_of(each[:MOST_VIEW_CHARACTERS]) for each in texts]
+    return next(filter(None, named), None if None in named else UNKNOWN)
 
 
 def _refuse_no_radiograph(dataset: Dataset) -> None:

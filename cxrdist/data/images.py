@@ -30,7 +30,7 @@ class Decoded:
         width_px: of the original as it is shown.
         height_px: of the original as it is shown.
         patient: the DICOM's PatientID, or empty.
-        view: the DICOM's ViewPosition, or empty.
+        view: one of `VIEWS` that the DICOM's tags name, empty without one, None if it is unknown.
         covered: uint8 [S, S], the square of the original with its boxes covered; None without.
         used_depth: bits that the pixels use where the file does not declare its depth, else None.
         sex: M or F where the DICOM tells it, else empty.
@@ -41,7 +41,7 @@ class Decoded:
     width_px: int
     height_px: int
     patient: str = ""
-    view: str = ""
+    view: str | None = ""
     covered: NDArray[np.uint8] | None = None
     used_depth: int | None = None
     sex: str = ""
@@ -57,7 +57,7 @@ class Grey:
         width_px: of the original as it is shown.
         height_px: of the original as it is shown.
         patient: the DICOM's PatientID, or empty.
-        view: the DICOM's ViewPosition, or empty.
+        view: one of `VIEWS` that the DICOM's tags name, empty without one, None if it is unknown.
         used_depth: bits that the pixels use where the file does not declare its depth, else None.
         sex: M or F where the DICOM tells it, else empty.
         age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
@@ -67,7 +67,7 @@ class Grey:
     width_px: int
     height_px: int
     patient: str = ""
-    view: str = ""
+    view: str | None = ""
     used_depth: int | None = None
     sex: str = ""
     age: float | None = None

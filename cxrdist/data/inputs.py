@@ -12,6 +12,7 @@ from cxrdist.data.boxes import Box, cover, read_boxes, scaled
 from cxrdist.data.found import LeftOut, find_images, refuse_undecodable_name
 from cxrdist.data.images import decode, read_grey
 from cxrdist.data.text import find_in_file
+from cxrdist.data.views import view_in_name
 from cxrdist.errors import CxrdistError
 
 MOST_SIDE_PX = 2048
@@ -61,11 +62,13 @@ class Prepared:
         pixels: uint8 [S, S].
         used_depth: bits that the image uses where its file does not declare them.
         boxes: of the text that is covered in it, in px of the original.
+        view: one of `VIEWS` that a tag or the file's name tells, or empty.
     """
 
     pixels: NDArray[np.uint8]
     used_depth: int | None
     boxes: tuple[Box, ...]
+    view: str
 
 
 def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list[LeftOut]]:
@@ -148,7 +151,8 @@ def prepare(item: Input, how: Preparation) -> Prepared:
     boxes = find_in_file(item.file) if how.finds_text else item.boxes
     decoded = decode(item.file, how.size_px, how.fit, boxes, how.cover, how.depth)
     pixels = decoded.pixels if decoded.covered is None else decoded.covered
-    return Prepared(pixels, decoded.used_depth, boxes)
+    view = decoded.view or view_in_name(item.file.name)
+    return Prepared(pixels, decoded.used_depth, boxes, view)
 
 
 def read_original(item: Input, how: Preparation) -> NDArray[np.uint8]:

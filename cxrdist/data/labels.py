@@ -4,7 +4,7 @@ A label is stated to be there or absent, is uncertain (-1 or U of a report's lab
 missing (an empty cell): not looked for, or not mentioned.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from cxrdist.errors import CxrdistError
 
@@ -22,6 +22,17 @@ CELLS = {
 def labels_of(label: str) -> list[str]:
     """The labels that a text of labels with ``|`` between them holds."""
     return label.split(SEPARATOR) if label else []
+
+
+def agree(images: Iterable[tuple[str, str]]) -> bool:
+    """Return whether no label is there in one image and absent in another.
+
+    Args:
+        images: labels of each, and those that are uncertain or missing, with ``|`` between them.
+    """
+    cells = [(set(labels_of(label)), set(labels_of(unknown))) for label, unknown in images]
+    present = set[str]().union(*(labels for labels, _ in cells))
+    return all(present <= labels | unknown for labels, unknown in cells)
 
 
 def read_cells(where: str, cells: Mapping[str, str]) -> dict[str, str]:

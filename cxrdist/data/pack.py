@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,6 +39,7 @@ from cxrdist.data.squares import (
     plan_parts,
     read_part,
 )
+from cxrdist.data.views import LEFT_OUT, UNKNOWN, disagree, view_in_name
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.run import (
     locked,
@@ -54,9 +55,11 @@ from cxrdist.terminal import progress
 
 # Options that decide the decoded squares, beside the input; the others only how they are packed.
 DECODING = ("size", "fit", "cover", "anonymise")
+PATHS = ("input", "label_map", "masks")  # options that name files of the source
 MOST_NAMED = 20  # files in a message
 # What may differ between two calls that make the same shards.
 NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
+Views = Mapping[str, tuple[str, ...]]  # that are packed, by the origin of a record
 
 
 def pack(config: PackConfig) -> None:
@@ -94,8 +97,8 @@ def pack(config: PackConfig) -> None:
         if not config.merge:
             _decode(parts, work / "squares", config)
         if config.task is None:
-            found = _read_parts(parts, work, config)
-            found = _with_one_depth(parts, found, work / "squares", config)
+            found = _read_parts(parts, work, config, source.views)
+            found = _with_one_depth(parts, found, work / "squares", config, source.views)
             with _on_this_machine(work) as here:
                 items, pngs = _items(parts, found, here, config)
                 if not decided:
@@ -126,8 +129,6 @@ def _refuse_bad_options(config: PackConfig) -> None:
     parse_split(config.split)
     if config.seed < 0:
         raise CxrdistError(f"--seed {config.seed}: expected 0 or more")
-    if config.patient_pattern is not None and config.source not in ("folder", "csv"):
-        raise CxrdistError("--patient-pattern: is for --source folder and csv only")
     for name, images in config.expect.items():
         if images < 0:
             raise CxrdistError(f"--expect.{name} {images}: expected 0 images or more")
@@ -136,10 +137,11 @@ def _refuse_bad_options(config: PackConfig) -> None:
 
 
 def _with_boxes(source: Source, file: Path) -> Source:
-    """Give each record its boxes of burned-in text."""
+    """Give each record its boxes of burned-in text; images that are left out may have some too."""
     boxes = read_boxes(file)
     records = [replace(r, boxes=boxes.get(r.path, ())) for r in source.records]
-    strangers = sorted(boxes.keys() - {record.path for record in records})
+    known = {record.path for record in records} | {left.path for left in source.left_out}
+    strangers = sorted(boxes.keys() - known)
     if strangers:
         print(
             f"{file}: {len(strangers)} of its {len(boxes)} images are none of the source, the "
@@ -178,14 +180,18 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
     Where names are to tell nothing, none is in it, and the hash of the list has a salt.
     """
     options = {name: v for name, v in asdict(config).items() if name not in NOT_CONTENT}
+    options |= {name: _shown(config, options[name]) for name in PATHS}
     digest = hashlib.sha256((salt or "").encode())
+    digest.update(repr((source.task, source.classes, sorted(source.views.items()))).encode())
     for record in source.records:
         names = (record.path, record.label, record.patient, record.source)
         facts = (str(record.split), record.view, record.sex, str(record.age))
         cells = (record.uncertain, record.missing, record.assumed_absent)
         digest.update("\0".join((*names, *facts, *cells, "\n")).encode())
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
-    return {**options, "input": _shown_input(config), "records_sha256": digest.hexdigest()}
+        digest.update(repr(record.findings).encode() if record.findings else b"")
+        digest.update(f"mask {record.mask[1:]}".encode() if record.mask else b"")
+    return {**options, "records_sha256": digest.hexdigest()}
 
 
 def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
@@ -194,12 +200,14 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
     digest = hashlib.sha256()
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
-    return {"input": _shown_input(config), **options, "images_sha256": digest.hexdigest()}
+        digest.update(f"{record.mask.file} {record.mask[1:]}".encode() if record.mask else b"")
+    shown = _shown(config, config.input)
+    return {"input": shown, **options, "images_sha256": digest.hexdigest()}
 
 
-def _shown_input(config: PackConfig) -> str:
-    """The input, empty where names are to tell nothing."""
-    return "" if config.anonymise else str(config.input)
+def _shown(config: PackConfig, path: Path | None) -> str | None:
+    """The path of an option, empty where names are to tell nothing."""
+    return None if path is None else "" if config.anonymise else str(path)
 
 
 def _refuse_large_index(config: PackConfig, source: Source) -> None:
@@ -325,8 +333,10 @@ def _on_this_machine(work: Path) -> Iterator[Path]:
         yield here
 
 
-def _read_parts(parts: list[Part], work: Path, config: PackConfig) -> list[list[Square]]:
-    """Read what the workers found of each part.
+def _read_parts(
+    parts: list[Part], work: Path, config: PackConfig, views: Views
+) -> list[list[Square]]:
+    """Read what the workers found of each part; images of other views have that as their reason.
 
     Raises:
         CxrdistError: images are not decoded yet, or cannot be read and ``skip_bad`` is not set.
@@ -353,11 +363,34 @@ def _read_parts(parts: list[Part], work: Path, config: PackConfig) -> list[list[
             f"{files[0]}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
             "mend or remove it, or leave it out with --skip-bad; what is decoded is kept"
         )
-    return found
+    return [
+        [_with_reason(r, s, views) for r, s in zip(part.records, squares, strict=True)]
+        for part, squares in zip(parts, found, strict=True)
+    ]
+
+
+def _with_reason(record: Record, square: Square, views: Views) -> Square:
+    """The square, not to be used if a tag or the name of a DICOM file tells that it is not packed.
+
+    It then has no say in the depth of the source either.
+    """
+    view = _view(record, square)
+    if square.reason or view in views[record.origin]:
+        return square
+    return replace(square, reason=LEFT_OUT[view])
+
+
+def _view(record: Record, square: Square) -> str:
+    """The view by the table, else by a tag, else by the name, which anonymising has left alone."""
+    return record.view or square.view or view_in_name(record.file.name)
 
 
 def _with_one_depth(
-    parts: list[Part], found: list[list[Square]], directory: Path, config: PackConfig
+    parts: list[Part],
+    found: list[list[Square]],
+    directory: Path,
+    config: PackConfig,
+    views: Views,
 ) -> list[list[Square]]:
     """Decode again what was scaled by another depth than the source's.
 
@@ -378,7 +411,8 @@ def _with_one_depth(
         for count in _make(stale, directory, config, depth):
             bar.update(count)
     # Once more: an image that cannot be read now no longer counts for the depth.
-    return _with_one_depth(parts, _read_parts(parts, directory.parent, config), directory, config)
+    found = _read_parts(parts, directory.parent, config, views)
+    return _with_one_depth(parts, found, directory, config, views)
 
 
 def _items(
@@ -407,18 +441,33 @@ def _with_tags(
     config: PackConfig, records: Sequence[Record], squares: Sequence[Square]
 ) -> list[Record]:
     """Add what DICOM tags tell. A patient there becomes a number: the tag names a person."""
-    numbers: dict[str, int] = {}
+    numbers: dict[tuple[str, str], int] = {}  # of a patient in one of several sources
     known = []
     for record, square in zip(records, squares, strict=True):
         if square.patient and record.patient.startswith(NO_PATIENT):
-            number = numbers.setdefault(square.patient, len(numbers) + 1)
+            number = numbers.setdefault((record.origin, square.patient), len(numbers) + 1)
             record = replace(record, patient=f"dicom-{number:06d}")
         age = square.age if record.age is None else record.age
         if age is not None:
             age = None if math.isnan(age) else private_age(age) if config.anonymise else age
-        view, sex = record.view or square.view, record.sex or square.sex
+        view, sex = _view(record, square), record.sex or square.sex
         known.append(replace(record, view=view, sex=sex, age=age))
     ageless = sum(square.age is not None and math.isnan(square.age) for square in squares)
     if ageless:
         print(f"{ageless} DICOM ages are not 0 to {MOST_YEARS:g} years, and left empty")
+    _tell_views(records, squares)
     return known
+
+
+def _tell_views(records: Sequence[Record], squares: Sequence[Square]) -> None:
+    """Say where a tag names no known view, or another one than the table."""
+    pairs = [(record.view, s.view) for record, s in zip(records, squares, strict=True)]
+    unknown = sum(tag is None for _, tag in pairs)
+    if unknown:
+        print(f"{unknown} DICOM files have a tag of a view that is unknown here")
+    differing = sum(disagree(told, tag or UNKNOWN) for told, tag in pairs)
+    if differing:
+        print(
+            f"{differing} images have another view by their table than by their tag; the table's "
+            "is taken"
+        )

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +12,7 @@ from cxrdist.data.findings import Finding
 from cxrdist.data.found import LeftOut
 from cxrdist.data.labels import labels_of
 from cxrdist.data.masks import MaskPlace
+from cxrdist.data.views import PACKED
 
 SPLITS = ("train", "val", "test")
 DEVELOPMENT = "train+val"  # a given split of which validation is still to be drawn
@@ -51,6 +52,7 @@ class Record:
         assumed_absent: labels that count as absent though the source says nothing of them.
         findings: boxes around signs of disease.
         mask: of the lungs, where there is one.
+        origin: its name among several sources that are packed together, else empty.
     """
 
     file: Path
@@ -68,6 +70,7 @@ class Record:
     assumed_absent: str = ""
     findings: tuple[Finding, ...] = ()
     mask: MaskPlace | None = None
+    origin: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,8 @@ class Source:
         left_out: files that are there and not among the records, and rows without a file.
         num_found: files that were found, and rows without a file; records and left out together.
         dicom: whether DICOM files are among the images, as far as suffix or first bytes tell.
+        views: which views are packed, by the `Record.origin`; some are told by a tag only.
+        public: names of public data sets among the records' sources.
     """
 
     records: list[Record]
@@ -93,6 +98,8 @@ class Source:
     left_out: tuple[LeftOut, ...] = ()
     num_found: int = 0
     dicom: bool = False
+    views: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": PACKED})
+    public: frozenset[str] = frozenset()
 
 
 def count_unmatched(records: list[Record]) -> int:

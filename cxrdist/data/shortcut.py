@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 from cxrdist.errors import CxrdistError
 
 FOLDS = 5
+Target = NDArray[np.int8]
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # places of the images: training, test
 
 
 def measure_shortcut(
     features: Sequence[Mapping[str, float]],
-    targets: NDArray[np.uint8],
+    targets: NDArray[np.int8],
     groups: Sequence[int],
     classes: Sequence[str],
 ) -> dict[str, Any]:
@@ -22,7 +23,8 @@ def measure_shortcut(
 
     Args:
         features: of each image, all with the same names.
-        targets: uint8 [N, classes], 1 where an image has the label.
+        targets: int8 [N, classes], 1 where an image has the label, 0 where not, -1 where that is
+            not known; such images do not count for the class.
         groups: a number for each image; images of one number stay in one fold.
         classes: names of the columns.
 
@@ -45,28 +47,33 @@ def measure_shortcut(
         "features": list(features[0]),
         "folds": FOLDS,
         "auroc": {
-            name: _score(values, target, folds)
-            if _has_enough_patients(target, groups, folds)
-            else None
+            name: _judge(values, target, np.asarray(groups), folds)
             for name, target in zip(classes, targets.T, strict=True)
         },
     }
 
 
-def _has_enough_patients(
-    target: NDArray[np.uint8], groups: Sequence[int], folds: Sequence[Fold]
-) -> bool:
+def _judge(
+    values: NDArray[np.float64], target: Target, groups: NDArray[np.int64], folds: Sequence[Fold]
+) -> dict[str, float] | None:
+    """Return the AUROC of one class over the images of which it is known, None of too few."""
+    known = target >= 0
+    place = np.cumsum(known) - 1
+    folds = [(place[train[known[train]]], place[test[known[test]]]) for train, test in folds]
+    folds = [(train, test) for train, test in folds if len(test)]
+    values, target, groups = values[known], target[known], groups[known]
+    return _score(values, target, folds) if _has_enough_patients(target, groups, folds) else None
+
+
+def _has_enough_patients(target: Target, groups: NDArray[np.int64], folds: Sequence[Fold]) -> bool:
     """Return whether the class and the rest have a patient per fold, and are in each training."""
-    numbers = np.asarray(groups)
-    return all(len(set(numbers[target == side])) >= FOLDS for side in (0, 1)) and all(
+    return all(len(set(groups[target == side])) >= FOLDS for side in (0, 1)) and all(
         len(set(target[train])) == 2 for train, _ in folds
     )
 
 
-def _score(
-    values: NDArray[np.float64], target: NDArray[np.uint8], folds: Sequence[Fold]
-) -> dict[str, float]:
-    """Return the AUROC of one class, float64 [N, features] against uint8 [N]."""
+def _score(values: NDArray[np.float64], target: Target, folds: Sequence[Fold]) -> dict[str, float]:
+    """Return the AUROC of one class, float64 [N, features] against int8 [N]."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import cross_val_predict

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,14 +14,27 @@ from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.collector import collector_paused
 from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.covidx import read_covidx
+from cxrdist.data.found import IMAGE_SUFFIXES, LeftOut
 from cxrdist.data.image_table import read_image_table
+from cxrdist.data.images import DICOM_SUFFIXES
+from cxrdist.data.label_map import LabelMap, map_labels, read_label_map
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.mimic_cxr import read_mimic_cxr
 from cxrdist.data.padchest import read_padchest
-from cxrdist.data.records import Source
+from cxrdist.data.records import Record, Source
 from cxrdist.data.rsna_pneumonia import read_rsna_pneumonia
+from cxrdist.data.several import read_several
+from cxrdist.data.views import LEFT_OUT, NAMES, UNKNOWN, parse_views, view_in_name, view_of
 from cxrdist.data.vindr_cxr import read_vindr_cxr
 from cxrdist.errors import CxrdistError
+
+ONLY_FOR = {
+    "against_rest": ("chestxray14",),
+    "drop_unusable": ("covid19-radiography",),
+    "allow_outside": ("csv",),
+    "patient_pattern": ("folder", "csv"),
+}
+MOST_NAMED = 3  # texts in a note
 
 
 @collector_paused()
@@ -35,13 +48,42 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
     Raises:
         CxrdistError: the source is missing, malformed, or has fewer than two classes.
     """
-    for option, only in (
-        ("against_rest", "chestxray14"),
-        ("drop_unusable", "covid19-radiography"),
-        ("allow_outside", "csv"),
-    ):
-        if getattr(config, option) and config.source != only:
-            raise CxrdistError(f"--{option.replace('_', '-')}: is for --source {only} only")
+    if config.source == "several":
+        labels = _label_map(config)
+        source = read_several(config, besides, _read_one)
+        source = map_labels(source, labels, f"--label-map {config.label_map}")
+    else:
+        source = _read_one(config, besides)
+    _refuse_bad_classes(config.input, source)
+    return replace(source, records=sorted(source.records, key=lambda record: record.path))
+
+
+def _read_one(config: SourceConfig, besides: Sequence[Path]) -> Source:
+    """Read a source with its own labels and views.
+
+    Raises:
+        CxrdistError: it is missing or malformed, or an option is for other sources.
+    """
+    _refuse_options_of_others(config)
+    views = parse_views(config.views)
+    labels = _label_map(config)
+    source = _read(config, besides)
+    source = map_labels(source, labels, f"--label-map {config.label_map}")
+    source = _with_views(config, source, views)
+    if config.empty_cells == "negative":
+        source = assume_absent(source)
+    if config.source not in ("folder", "csv"):
+        source = replace(source, public=frozenset(r.source for r in source.records))
+    return source
+
+
+def _label_map(config: SourceConfig) -> LabelMap:
+    """The label map, which is read before a source that may be large."""
+    return {} if config.label_map is None else read_label_map(config.label_map)
+
+
+def _read(config: SourceConfig, besides: Sequence[Path]) -> Source:
+    """Read a source as it is."""
     folder, pattern = config.input, config.patient_pattern
     if config.source == "csv":
         source = read_image_table(
@@ -67,8 +109,87 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         source = read_mimic_cxr(folder, besides)
     else:
         source = read_class_folders(folder, pattern, besides)
-    _refuse_bad_classes(config.input, source)
-    return replace(source, records=sorted(source.records, key=lambda record: record.path))
+    return source
+
+
+def _refuse_options_of_others(config: SourceConfig) -> None:
+    for option, sources in ONLY_FOR.items():
+        if getattr(config, option) not in (None, False) and config.source not in sources:
+            raise CxrdistError(
+                f"--{option.replace('_', '-')}: is for --source {' and '.join(sources)} only"
+            )
+
+
+def _with_views(config: SourceConfig, source: Source, wanted: tuple[str, ...]) -> Source:
+    """Give each record the view that its table or its name tells, and leave out other views.
+
+    A DICOM file's tag goes before its name, so its name is left to `pack`, which reads the tag.
+
+    Raises:
+        CxrdistError: no image is left, or none of a class.
+    """
+    strange = Counter(r.view for r in source.records if view_of(r.view) is None)
+    kept: list[Record] = []
+    left_out: list[LeftOut] = []
+    for record in source.records:
+        view, has_tag = view_of(record.view) or UNKNOWN, _may_be_dicom(record.file)
+        if view == UNKNOWN and not has_tag:
+            view = view_in_name(record.file.name)
+        if view in wanted or (view == UNKNOWN and has_tag):
+            kept.append(record if record.view == view else replace(record, view=view))
+        else:
+            left_out.append(LeftOut(record.path, LEFT_OUT[view]))
+    _refuse_lost_classes(config, source, kept, wanted)
+    return replace(
+        source,
+        records=kept,
+        notes=(*source.notes, *_view_notes(strange)),
+        left_out=tuple(sorted((*source.left_out, *left_out))),
+        views={"": wanted},
+    )
+
+
+def _may_be_dicom(file: Path) -> bool:
+    """Whether tags may tell the view: a name without an image's suffix may be a DICOM file's."""
+    return file.suffix.lower() not in IMAGE_SUFFIXES - DICOM_SUFFIXES
+
+
+def _view_notes(strange: Counter[str]) -> list[str]:
+    if not strange:
+        return []
+    texts = ", ".join(repr(text)[:40] for text, _ in strange.most_common(MOST_NAMED))
+    more = f" and {len(strange) - MOST_NAMED} more" if len(strange) > MOST_NAMED else ""
+    return [f"{strange.total()} images have a view that is unknown here: {texts}{more}"]
+
+
+def _refuse_lost_classes(
+    config: SourceConfig, source: Source, kept: Sequence[Record], wanted: Iterable[str]
+) -> None:
+    given, there = ({record.label for record in records} for records in (source.records, kept))
+    lost = sorted(given - there) if source.task == "multiclass" else []
+    if lost or (given and not there):
+        what = f"image of class {lost[0]!r}" if there else "image"
+        raise CxrdistError(
+            f"--input {config.input}: has no {what} of the views that are packed "
+            f"({', '.join(NAMES[view] for view in wanted)}); say --views all to pack all"
+        )
+
+
+def assume_absent(source: Source) -> Source:
+    """Count the labels of which a source says nothing as absent; each record tells which."""
+    records = [
+        replace(
+            record,
+            missing="",
+            assumed_absent=SEPARATOR.join(filter(None, (record.assumed_absent, record.missing))),
+        )
+        if record.missing
+        else record
+        for record in source.records
+    ]
+    note = "--empty-cells negative: no image has an empty cell"
+    empty = any(record.missing for record in source.records)
+    return replace(source, records=records, notes=(*source.notes, *([] if empty else [note])))
 
 
 def _refuse_bad_classes(path: Path, source: Source) -> None:

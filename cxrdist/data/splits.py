@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ def assign_splits(
     """Choose the split of each record so that no patient is in two.
 
     Args:
-        source: all records; a split given by them is kept, and what they leave open is drawn.
+        source: all records; a split given by them is kept, and what they leave open is drawn. Of
+            several sources some may give splits, and others not.
         split: ``paper``, fractions of train/val/test such as ``0.7/0.1/0.2`` (a split of fraction
             0 stays empty), or None for the default fractions.
         seed: seed of the order of groups.
@@ -44,18 +46,15 @@ def assign_splits(
     records = source.records
     if not records:
         raise CxrdistError("no image is left to be split; see what was left out, and why")
-    bare = next((record.path for record in records if record.split is None), None)
-    if bare is not None and not is_drawn(source):
-        raise CxrdistError(f"{bare}: has no split while others have one; give all or none a split")
     numbers = np.asarray(group_by_patient(records) if groups is None else groups)
-    splits = [str(record.split) for record in records]
     asked = asked_splits(source, split)
-    if is_drawn(source):
-        if len(asked) > 1:
-            _refuse_dominant_group(records, numbers)
-        splits = _draw(source, split or DEFAULT_FRACTIONS, seed, numbers)
-    elif DEVELOPMENT in splits:
-        splits = _draw_val(source, split, seed, numbers)
+    given = [record.split for record in records]
+    if None in given and len(asked) > 1:
+        drawn = [record for record in records if record.split is None]
+        _refuse_dominant_group(drawn, numbers[[name is None for name in given]])
+    if DEVELOPMENT in given:
+        given = _draw_val(source, split, seed, numbers)
+    splits = _draw(source, split or DEFAULT_FRACTIONS, seed, numbers, given)
     _refuse_shared_patients(records, splits)
     _refuse_missing_classes(source, splits, asked)
     return splits
@@ -68,25 +67,32 @@ def is_drawn(source: Source) -> bool:
 
 def asked_splits(source: Source, split: str | None) -> list[str]:
     """List the splits that must have images; arguments as of `assign_splits`."""
-    if is_drawn(source):
+    given = {record.split for record in source.records}
+    asked = given & {*SPLITS}
+    if None in given:
         fractions = parse_split(split)
-        return [name for name, part in zip(SPLITS, fractions, strict=True) if part > 0]
-    given = {str(record.split) for record in source.records}
+        asked |= {name for name, part in zip(SPLITS, fractions, strict=True) if part > 0}
     if DEVELOPMENT in given:
         train, val = _development_fractions(split)
-        given |= {name for name, part in (("train", train), ("val", val)) if part > 0}
-    return [name for name in SPLITS if name in given]
+        asked |= {name for name, part in (("train", train), ("val", val)) if part > 0}
+    return [name for name in SPLITS if name in asked]
 
 
 def describe_split(source: Source, split: str | None) -> str:
     """Tell how the splits came about, for index.json; arguments as of `assign_splits`."""
-    if is_drawn(source):
+    num_drawn = sum(record.split is None for record in source.records)
+    if num_drawn == len(source.records):
         return split or DEFAULT_FRACTIONS
     asked = asked_splits(source, split)
     only = "" if len(asked) == len(SPLITS) else f", {' and '.join(asked)} only"
-    if any(record.split == DEVELOPMENT for record in source.records) and "val" in asked:
-        return f"given by the source, val drawn ({_known_fractions(split)}){only}"
-    return f"given by the source{only}"
+    drawn = ""
+    if num_drawn:
+        drawn = f" for {len(source.records) - num_drawn} images, drawn for {num_drawn}"
+        drawn += f" ({split or DEFAULT_FRACTIONS})"
+    is_open = any(record.split == DEVELOPMENT for record in source.records)
+    if is_open and _development_fractions(split)[1] > 0:
+        return f"given by the source{drawn}, val drawn ({_known_fractions(split)}){only}"
+    return f"given by the source{drawn}{only}"
 
 
 def group_by_patient(records: Sequence[Record]) -> list[int]:
@@ -134,23 +140,37 @@ def _development_fractions(split: str | None) -> tuple[float, float]:
     return train / (train + val), val / (train + val)
 
 
-def _draw(source: Source, split: str, seed: int, groups: Counts) -> list[str]:
-    """Draw all splits."""
+def _draw(
+    source: Source, split: str, seed: int, groups: Counts, given: Sequence[str | None]
+) -> list[str]:
+    """Draw the splits of the groups that have none; the rest is as given.
+
+    A record without a split whose group has one, as a copy of another source's image, goes there:
+    into test rather than val, and into val rather than train.
+    """
+    known: dict[int, str] = {}
+    for name in SPLITS:
+        known |= {group: name for group, n in zip(groups.tolist(), given, strict=True) if n == name}
     counts = _images_by_group(source, groups)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
-    if split == PAPER:
-        _refuse_small_classes(source, counts.sum(axis=0))
-    places = _place_groups(order, counts, *_targets(split, counts.sum(axis=0)))
-    return [SPLITS[place] for place in places[groups]]
+    order = order[~np.isin(order, list(known))]
+    if len(order):
+        total = counts[order].sum(axis=0)
+        if split == PAPER:
+            _refuse_small_classes(source, total)
+        places = _place_groups(order, counts, *_targets(split, total))
+        known |= {int(group): SPLITS[places[group]] for group in order}
+    return [name or known[group] for group, name in zip(groups.tolist(), given, strict=True)]
 
 
-def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> list[str]:
+def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> list[str | None]:
     """Draw val from what the source gives for train and val together; the rest is as given."""
-    given = [str(record.split) for record in source.records]
+    given = [record.split for record in source.records]
     counts = _images_by_group(source, groups)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
-    closed = {group for group, name in zip(groups, given, strict=True) if name != DEVELOPMENT}
-    order = order[~np.isin(order, list(closed))]
+    by_split = {name: groups[[n == name for n in given]] for name in (*SPLITS, DEVELOPMENT)}
+    closed = np.concatenate([by_split[name] for name in SPLITS])
+    order = order[np.isin(order, by_split[DEVELOPMENT]) & ~np.isin(order, closed)]
     fractions = (*_development_fractions(split), 0.0)
     targets = _targets_of(fractions, counts[order].sum(axis=0))
     places = _place_groups(order, counts, *targets)
@@ -287,11 +307,15 @@ def split_notes(
         of more than a tenth of all images, and for each split whose images differ from the target
         by more than `MISSED` of all images, and by more than an image per class, which is rounding.
     """
-    if not is_drawn(source):
+    drawn = [i for i, record in enumerate(source.records) if record.split is None]
+    if not drawn:
         is_open = any(record.split == DEVELOPMENT for record in source.records)
         if split is None or (is_open and split != PAPER):
             return []
         return [f"--split {split} is not used, the source gives the splits"]
+    of_all = "of the images" if is_drawn(source) else "of the images whose split is drawn"
+    source = replace(source, records=[source.records[i] for i in drawn])
+    groups, splits = [groups[i] for i in drawn], [splits[i] for i in drawn]
     counts = _images_by_group(source, np.arange(len(splits)))
     targets, asked = _targets(split or DEFAULT_FRACTIONS, counts.sum(axis=0))
     largest = max(Counter(groups).values())
@@ -307,7 +331,7 @@ def split_notes(
         target = targets[number].sum() / counts.sum()
         if abs(share - target) > max(MISSED, len(source.classes) / len(splits)):
             lines.append(
-                f"{SPLITS[number]} has {share:.0%} of the images instead of {target:.0%}: "
+                f"{SPLITS[number]} has {share:.0%} {of_all} instead of {target:.0%}: "
                 f"patients and copies stay together, up to {largest} images"
             )
     return lines

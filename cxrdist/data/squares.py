@@ -53,7 +53,7 @@ class Square:
         width_px: of the original.
         height_px: of the original.
         patient: the DICOM patient under the pack's key (`keyed`), or empty.
-        view: of the DICOM, or empty.
+        view: one of `VIEWS` that the DICOM tells, empty without one, None if it is unknown.
         covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
         covered_fingerprint: of the pixels with burned-in text covered.
         sex: M or F where the DICOM tells it, else empty.
@@ -71,7 +71,7 @@ class Square:
     width_px: int = 0
     height_px: int = 0
     patient: str = ""
-    view: str = ""
+    view: str | None = ""
     covered_bytes: int = 0
     covered_fingerprint: Fingerprint | None = None
     sex: str = ""

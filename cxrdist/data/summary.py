@@ -1,9 +1,11 @@
 """Summary: what a pack prints of the shards that it made."""
 
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from cxrdist.config import PackConfig
 from cxrdist.data.index import Index
+from cxrdist.data.labels import labels_of
 from cxrdist.data.records import (
     SPLITS,
     Record,
@@ -11,8 +13,11 @@ from cxrdist.data.records import (
     count_unmatched,
     differences,
 )
+from cxrdist.data.views import LEFT_OUT, NAMES
 from cxrdist.errors import RunFailedError
 from cxrdist.terminal import table
+
+MOST_SOURCES = 10  # in a line
 
 
 def print_summary(config: PackConfig, source: Source, records: list[Record], index: Index) -> None:
@@ -26,6 +31,9 @@ def print_summary(config: PackConfig, source: Source, records: list[Record], ind
     """
     print(table(class_by_split(index), ("class", *SPLITS, "all", "patients")))
     print(f"images of {len({record.patient for record in records})} patients, none in two splits")
+    _print_labels(index)
+    for line in _tell_origins(index):
+        print(line)
     unmatched = count_unmatched(records)
     if unmatched:
         print(
@@ -43,16 +51,55 @@ def print_summary(config: PackConfig, source: Source, records: list[Record], ind
         print(f"not as expected of {source.name}: {line}")
 
 
+def _print_labels(index: Index) -> None:
+    """Print how often each label is not stated, where some are not."""
+    columns = {
+        name: Counter(label for s in index.samples for label in labels_of(getattr(s, name)))
+        for name in ("label", "uncertain", "missing", "assumed_absent")
+    }
+    if not any(columns[name] for name in ("uncertain", "missing", "assumed_absent")):
+        return
+    rows = []
+    for label in index.classes:
+        numbers = [counts[label] for counts in columns.values()]
+        absent = len(index.samples) - sum(numbers)
+        rows.append([label, *map(str, (numbers[0], absent, *numbers[1:]))])
+    print(table(rows, ("label", "present", "absent", "uncertain", "missing", "assumed absent")))
+
+
+def _tell_origins(index: Index) -> Iterator[str]:
+    """Yield a line of the views, and one of the sources where there are several."""
+    views = Counter(sample.view for sample in index.samples)
+    yield f"views: {_listed((NAMES.get(view, view), n) for view, n in views.most_common())}"
+    sources = Counter(sample.source for sample in index.samples)
+    if len(sources) > 1:
+        listed = _listed(sources.most_common(MOST_SOURCES))
+        more = len(sources) - MOST_SOURCES
+        yield f"sources: {listed}{f' and {more} more' if more > 0 else ''}"
+
+
+def _listed(counts: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in counts)
+
+
 def count_fates(
-    source: Source, num_packed: int, num_unreadable: int, num_copies: int
+    source: Source, num_packed: int, rejected: Sequence[str], num_copies: int
 ) -> list[tuple[str, str]]:
     """Rows of the table of what became of all that was found, the most frequent reasons first.
+
+    Args:
+        source: what was read.
+        num_packed: images in the shards.
+        rejected: why records are not among them once their files were read.
+        num_copies: records that are not among them as copies.
 
     Raises:
         RunFailedError: the numbers do not add up, so something was lost on the way.
     """
     reasons = Counter(left.reason for left in source.left_out)
-    reasons += Counter({"unreadable": num_unreadable, "copy, in dropped.csv": num_copies})
+    views = LEFT_OUT.values()
+    reasons += Counter(reason if reason in views else "unreadable" for reason in rejected)
+    reasons += Counter({"copy, in dropped.csv": num_copies})
     if source.num_found != num_packed + reasons.total():
         raise RunFailedError(
             f"{source.num_found} files were found, but {num_packed} are packed and "

@@ -1,9 +1,13 @@
 """Views: from where an X-ray was taken, as tags, tables and file names tell it.
 
-A text that is none of the known ones is taken for unknown, and is said.
+Trusted is a table before a DICOM tag, and a tag before a file's name. A text that names no known
+view, or both a frontal and a lateral one, counts as unknown and is reported.
 """
 
 import re
+from functools import lru_cache
+
+from cxrdist.errors import CxrdistError
 
 UNKNOWN = ""
 FRONTAL = ("PA", "AP", "FRONTAL")
@@ -12,39 +16,89 @@ LATERAL = "LATERAL"
 OTHER = "OTHER"
 """Known, and neither frontal nor lateral: oblique, axial, decubitus, ribs."""
 VIEWS = (*FRONTAL, LATERAL, OTHER)
+PACKED = (*FRONTAL, UNKNOWN)  # if --views does not say otherwise
+NAMES = {
+    **{"PA": "PA", "AP": "AP", "FRONTAL": "frontal", LATERAL: "lateral", OTHER: "other"},
+    UNKNOWN: "unknown",
+}
+LEFT_OUT = {view: f"{name} view (--views)" for view, name in NAMES.items()}
 
-# Words of a view's text in capitals; the first rule of which one word is there decides. DICOM's
-# ViewPosition (PS3.3, C.8.1.5.1.3), MIMIC-CXR's, PadChest's Projection, Cohen et al.'s view.
+# Texts in capitals with one blank between the words; the first rule that fits decides. The words
+# of DICOM's View Position (PS3.3, C.8.1.1.1) and View codes (PS3.16, CID 4010), of MIMIC-CXR's
+# ViewPosition, PadChest's Projection, CheXpert's AP/PA and Cohen et al.'s view (2020).
+_PA = r"\b(PA|POSTERO ?ANTERIOR|POSTERIOR ANTERIOR)\b"
+_AP = r"\b(AP|ANTERO ?POSTERIOR|ANTERIOR POSTERIOR)\b"
 RULES = (
-    (OTHER, {"OBLIQUE", "RAO", "LAO", "RPO", "LPO", "RLO", "LLO", "AXIAL", "CORONAL", "LORDOTIC"}),
-    (OTHER, {"DECUBITUS", "RLD", "LLD", "COSTAL", "RIBS", "EXCLUDE", "SWIMMERS"}),
-    (LATERAL, {"LATERAL", "LAT", "LL", "RL", "L"}),
-    ("PA", {"PA", "POSTEROANTERIOR", "POSTERO"}),
-    ("AP", {"AP", "ANTEROPOSTERIOR", "ANTERO"}),
-    ("FRONTAL", {"FRONTAL", "FRONT"}),
+    (OTHER, re.compile(r"\b(OTHER|OBLIQUE|[RL][AP]O|[RL]LO|SWIMMERS?)\b")),
+    (OTHER, re.compile(r"\b(AXIAL|CORONAL|LORDOTIC|DECUBITUS|[RL]LD|COSTAL|RIBS?|EXCLUDE)\b")),
+    (LATERAL, re.compile(r"\b(LAT|LATERAL|LATERO ?LATERAL|LL|RL)\b|^L$")),
+    ("FRONTAL", re.compile(f"{_PA}.*{_AP}|{_AP}.*{_PA}")),
+    ("PA", re.compile(_PA)),
+    ("AP", re.compile(_AP)),
+    ("FRONTAL", re.compile(r"\bFRONTAL\b")),
 )
-# In a file's name only whole words tell it: `view2_lateral.jpg`, not `bilateral.jpg`.
+NOTHING = re.compile(r"(UNK(NOWN)?|NAN?|NONE|NULL|N A)?")
+# In a file's name only whole words tell it: `view2_lateral.jpg`, not `bilateral.jpg`, `PA017.png`.
+# BIMCV's names have `vp-ll`.
 NAMED = (
-    (LATERAL, re.compile(r"(?<![a-z])lateral(?![a-z])", re.IGNORECASE)),
+    (OTHER, re.compile(r"(?<![a-z])(decubitus|oblique|lordotic)(?![a-z])", re.IGNORECASE)),
+    (LATERAL, re.compile(r"(?<![a-z])(lateral|vp-ll)(?![a-z])", re.IGNORECASE)),
+    (LATERAL, re.compile(r"(?<![A-Za-z0-9])LAT(?![A-Za-z0-9])")),
+    ("PA", re.compile(r"(?<![A-Za-z0-9])PA(?![A-Za-z0-9])|(?<![a-z])vp-pa(?![a-z])")),
+    ("AP", re.compile(r"(?<![A-Za-z0-9])AP(?![A-Za-z0-9])|(?<![a-z])vp-ap(?![a-z])")),
     ("FRONTAL", re.compile(r"(?<![a-z])frontal(?![a-z])", re.IGNORECASE)),
-    (LATERAL, re.compile(r"(?<![A-Za-z])LAT(?![A-Za-z])")),
-    ("PA", re.compile(r"(?<![A-Za-z])PA(?![A-Za-z])")),
-    ("AP", re.compile(r"(?<![A-Za-z])AP(?![A-Za-z])")),
 )
 
 
+@lru_cache(maxsize=1024)  # a table says the same few texts in each of its rows
 def view_of(text: str) -> str | None:
-    """The view that a tag or a cell of a table names.
+    """Return the view that a tag or a cell of a table names.
 
     Returns:
-        One of `VIEWS`; `UNKNOWN` for an empty text; None for a text that names none of them.
+        One of `VIEWS`; `UNKNOWN` for an empty text; None for a text that names no view, or a
+        frontal and a lateral one.
     """
-    words = set(re.findall(r"[A-Z]+", text.upper()))
-    if not words or words <= {"UNKNOWN", "NAN", "NONE", "NULL", "NA", "N", "A"}:
-        return UNKNOWN if not re.search(r"\d", text) else None
-    return next((view for view, known in RULES if words & known), None)
+    words = " ".join(re.findall(r"[A-Z0-9]+", text.upper()))
+    if NOTHING.fullmatch(words):
+        return UNKNOWN
+    named = [view for view, form in RULES if form.search(words)]
+    return None if _is_both(named) else next(iter(named), None)
 
 
 def view_in_name(name: str) -> str:
-    """The view that a file's name tells; `UNKNOWN` if none."""
-    return next((view for view, form in NAMED if form.search(name)), UNKNOWN)
+    """Return the view that a file's name tells; `UNKNOWN` if none, or a frontal and a lateral one.
+
+    The names of its folders tell nothing: they may be classes.
+    """
+    named = [view for view, form in NAMED if form.search(name)]
+    return UNKNOWN if _is_both(named) else next(iter(named), UNKNOWN)
+
+
+def _is_both(named: list[str]) -> bool:
+    return OTHER not in named and LATERAL in named and len({*named}) > 1
+
+
+def disagree(one: str, other: str) -> bool:
+    """Return whether two known views are not of one image; FRONTAL may be PA or AP."""
+    both = {one, other}
+    return UNKNOWN not in both and len(both) > 1 and not ("FRONTAL" in both <= {*FRONTAL})
+
+
+def parse_views(text: str | None) -> tuple[str, ...]:
+    """Read ``--views``.
+
+    Raises:
+        CxrdistError: it names no view.
+    """
+    if text is None:
+        return PACKED
+    names = [name.strip().upper() for name in text.split(",")]
+    if names == ["ALL"]:
+        return (*VIEWS, UNKNOWN)
+    bad = next((name for name in names if name not in (*VIEWS, "UNKNOWN")), None)
+    if bad is not None:
+        raise CxrdistError(
+            f"--views {text}: {bad or 'an empty name'!r} is not a view; expected "
+            f"{', '.join(VIEWS)}, UNKNOWN, with commas between them, or all"
+        )
+    return tuple(UNKNOWN if name == "UNKNOWN" else name for name in dict.fromkeys(names))

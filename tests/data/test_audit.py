@@ -249,3 +249,66 @@ def test_an_error_of_the_program_costs_its_part_of_the_audit_and_is_told_with_it
     assert re.search(
         r"thumbnails not made: IndexError in audit.py line \d+: index 1", summary(found)
     )
+
+
+def test_images_of_which_a_label_is_not_known_do_not_count_for_it():
+    """Tables and the shortcut are those of the images of which it is known."""
+    random = np.random.default_rng(0)
+    entries = []
+    for i in range(80):
+        has, source = bool(random.random() < 0.5), "xy"[i % 2]
+        known = {"width_px": 100 + 50 * has + int(random.integers(60)), "source": source}
+        entries.append(entry(i, "a" * has, **known))
+    hidden = entries[:50] + [
+        replace(e, unknown="a|b", label="", source="z", width_px=9) for e in entries[50:]
+    ]
+
+    def found(entries):
+        return audit(entries, Duplicates([], []), lambda place: BLACK, ["a", "b"], "multilabel")
+
+    all_of_them, known = found(hidden), found(entries[:50])
+    assert all_of_them["sources"]["association"] == known["sources"]["association"]
+    assert all_of_them["sources"]["counts"]["z"] == {"a": 0, "b": 0, "all": 30}
+    assert all_of_them["sources"]["own"] == {"a": 0.0, "b": 0.0}
+    score = all_of_them["shortcut"]["auroc"]["a"]
+    assert 0.6 < score["value"] < 0.99
+    widths = [e.width_px for e in entries[:50]]
+    assert abs(score["value"] - roc_auc_score([e.label == "a" for e in entries[:50]], widths)) < 0.1
+    assert all_of_them["shortcut"]["auroc"]["b"] is None
+
+
+def test_a_class_that_goes_with_its_source_is_warned_of():
+    """Four of forty in one source and 36 of forty in the other: Cramér's V is 0.8 by hand."""
+    entries = [entry(i, "ab"[(i % 10 == 0) ^ (i < 40)], source="xy"[i < 40]) for i in range(80)]
+    found = audited(entries)
+    assert found["sources"]["association"] == {"a": 0.8, "b": 0.8}
+    assert "a goes with the source: Cramér's V is 0.80 (0 none, 1 the same thing)" in summary(found)
+
+
+def test_equal_images_contradict_each_other_only_by_labels_that_are_known_of_both():
+    """A label that another source does not have is no difference."""
+    entries = [
+        entry(0, "a", unknown="b"),
+        entry(1, "a|b", unknown="c"),
+        entry(2, "b|c", unknown="d"),
+        entry(3, "d", unknown="a|b"),
+    ]
+    pairs = [(0, 1), (1, 2), (2, 3)]
+    found = audited(entries, Duplicates(pairs, []), "multilabel")["duplicates"]
+    differ = {
+        tuple(image["key"] for image in pair["images"])
+        for pair in found["pairs"]
+        if pair["two_classes"]
+    }
+    assert differ == {("k1", "k2"), ("k2", "k3")}
+
+
+def test_a_class_that_is_known_by_its_view_is_said():
+    """Of a: all AP. That nothing tells the view of others is no view, but they are no AP either."""
+    told = audited([entry(i, "ab"[i % 2], view=("AP", "PA")[i % 2]) for i in range(20)])
+    half = audited([entry(i, "ab"[i % 2], view=("AP", "")[i % 2]) for i in range(20)])
+    assert (told["views"]["own"], told["views"]["association"]["a"]) == ({"a": 1.0, "b": 1.0}, 1.0)
+    assert half["views"]["own"] == {"a": 1.0, "b": 0.0}
+    assert half["views"]["association"] == {"a": None, "b": None}
+    for found in (told, half):
+        assert "100% of the images of a have views that no other image has" in summary(found)

@@ -203,12 +203,66 @@ def test_given_splits_need_only_what_they_have():
     assert describe_split(source, None) == "given by the source, test only"
     mixed = [replace(r, split="train") if i < 4 else r for i, r in enumerate(records)]
     assert set(assign_splits(source_of(mixed), None, 0)) == {"train", "test"}
-    with pytest.raises(CxrdistError, match="0: has no split while others have one"):
-        assign_splits(source_of([replace(mixed[0], split=None), *mixed[1:]]), None, 0)
     mixed[5] = replace(mixed[5], label="a")
     mixed[7] = replace(mixed[7], label="a")
     with pytest.raises(CxrdistError, match="class 'b' has no image in test"):
         assign_splits(source_of(mixed), None, 0)
+
+
+def mixed_records() -> list[Record]:
+    """60 with official test and development lists, and 200 of 100 patients without a split."""
+    given = [
+        Record(
+            Path(), f"nih/{i}", "ab"[i % 2], f"nih:{i}", "nih", "test" if i < 20 else "train+val"
+        )
+        for i in range(60)
+    ]
+    return given + [replace(r, path=f"x/{r.path}") for r in records_of({"a": 100, "b": 100}, 2)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_of_several_sources_only_those_without_splits_are_drawn(seed):
+    """Official lists stay, val is drawn of what they leave open, the others by the fractions."""
+    records = mixed_records()
+    source = source_of(records)
+    splits = assign_splits(source, "0.6/0.2/0.2", seed)
+    official = Counter(zip([r.split for r in records[:60]], splits[:60], strict=True))
+    assert official == {("test", "test"): 20, ("train+val", "train"): 30, ("train+val", "val"): 10}
+    assert Counter(splits[60:]) == {"train": 120, "val": 40, "test": 40}
+    homes = {(r.patient, name) for r, name in zip(records, splits, strict=True)}
+    assert len(homes) == len({r.patient for r in records})
+    assert describe_split(source, "0.6/0.2/0.2") == (
+        "given by the source for 60 images, drawn for 200 (0.6/0.2/0.2), val drawn (0.6/0.2/0.2)"
+    )
+    assert split_notes(source, "0.6/0.2/0.2", group_by_patient(records), splits) == []
+    alone = source_of(records[60:])
+    assert Counter(assign_splits(alone, "0.6/0.2/0.2", seed)) == Counter(splits[60:])
+
+
+def test_a_copy_of_an_image_with_an_official_split_follows_it():
+    """Image 60 is also an official test image, 62 an official training image, 64 is both."""
+    records = mixed_records()
+    groups = group_by_patient(records)
+    development = next(i for i in range(20, 60))
+    for copy, of in ((60, 0), (62, development), (64, 1)):
+        old = groups[copy]
+        groups = [groups[of] if group == old else group for group in groups]
+    splits = assign_splits(source_of(records), None, 0, groups)
+    assert splits[60] == splits[61] == "test"
+    assert splits[62] == splits[63] == splits[development] != "test"
+    groups = [groups[1] if group == groups[30] else group for group in groups]
+    splits = assign_splits(source_of(records), None, 0, groups)
+    assert (splits[1], splits[30], splits[64]) == ("test", "train", "test")
+
+
+def test_a_placeholder_among_the_patients_to_be_drawn_is_refused():
+    """The official lists may be much larger: the part that is drawn counts."""
+    records = [
+        replace(r, patient="UNKNOWN") if r.split is None and i % 3 else r
+        for i, r in enumerate(mixed_records())
+    ]
+    with pytest.raises(CxrdistError, match="of 200 images have the same patient ID"):
+        assign_splits(source_of(records), None, 0)
 
 
 def test_val_is_drawn_of_what_is_given_for_train_and_val_together():

@@ -1,0 +1,117 @@
+"""Label map: the labels of a source, and those that are packed in their place."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cxrdist.data.found import LeftOut
+from cxrdist.data.labels import SEPARATOR, labels_of
+from cxrdist.data.records import Record, Source
+from cxrdist.errors import CxrdistError
+from cxrdist.run import judging, read_recipe
+
+Cells = tuple[str, str, str, str]
+NAMES = ("label", "uncertain", "missing", "assumed_absent")  # of the cells of a `Record`
+LabelMap = dict[str, str | None]
+MEND = "expected THEIRS: OURS on each line, or THEIRS: null to leave a label out"
+
+
+def read_label_map(file: Path) -> LabelMap:
+    """Read a YAML file of labels and those that take their place.
+
+    Raises:
+        CxrdistError: it is missing, empty, or holds something else.
+    """
+    file = file.resolve() if isinstance(file, Path) else file
+    with judging(file, MEND):
+        _, content = read_recipe(file, MEND)
+        if not content:
+            raise ValueError("is empty")
+        for theirs, ours in content.items():
+            for label in (theirs, *([] if ours is None else [ours])):
+                if not isinstance(label, str):
+                    raise ValueError(f"{label!r:.80} is not a text; write it in quotes")
+                if not label.strip() or SEPARATOR in label:
+                    raise ValueError(f"{label!r:.80} is not a label, which has no {SEPARATOR}")
+        return {theirs: ours and ours.strip() for theirs, ours in content.items()}
+
+
+def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
+    """Give the records of a source other labels.
+
+    Several labels may become one: it is there if one of them is; else uncertain if one of them is;
+    else absent only if all of them are known to be absent or count as such; else missing. In a
+    source of one class per image, images of a class that is left out are left out.
+
+    Args:
+        source: of any task.
+        labels: by the source's label the one to pack, None to leave it out; others stay.
+        where: they are from, for messages.
+
+    Raises:
+        CxrdistError: a label is none of the source's, or none is left.
+    """
+    unknown = next((label for label in labels if label not in source.classes), None)
+    if unknown is not None:
+        raise CxrdistError(
+            f"{where}: {unknown!r:.80} is no label of {source.name}, which has "
+            f"{', '.join(source.classes)}"
+        )
+    if not labels:
+        return source
+    parts: dict[str, list[str]] = {}
+    for label in source.classes:
+        if (ours := labels.get(label, label)) is not None:
+            parts.setdefault(ours, []).append(label)
+    if not parts:
+        raise CxrdistError(f"{where}: leaves no label of {source.name}")
+    gone = {label for label in source.classes if labels.get(label, label) is None}
+    gone = gone if source.task == "multiclass" else set()
+    left_out = [
+        LeftOut(record.path, f"class {record.label} (--label-map)")
+        for record in source.records
+        if record.label in gone
+    ]
+    seen: dict[Cells, dict[str, Any]] = {}
+    return replace(
+        source,
+        records=[_mapped(r, parts, labels, seen) for r in source.records if r.label not in gone],
+        classes=list(parts),
+        left_out=tuple(sorted((*source.left_out, *left_out))),
+    )
+
+
+def _mapped(
+    record: Record,
+    parts: Mapping[str, list[str]],
+    labels: LabelMap,
+    seen: dict[Cells, dict[str, Any]],
+) -> Record:
+    """The record with other labels; few combinations are frequent, so they are kept in ``seen``."""
+    cells = (record.label, record.uncertain, record.missing, record.assumed_absent)
+    if cells not in seen:
+        seen[cells] = _combined(parts, *(set(labels_of(cell)) for cell in cells))
+    findings = tuple(
+        finding._replace(label=ours)
+        for finding in record.findings
+        if (ours := labels.get(finding.label, finding.label)) is not None
+    )
+    return replace(record, findings=findings, **seen[cells])
+
+
+def _combined(
+    parts: Mapping[str, Iterable[str]],
+    present: set[str],
+    uncertain: set[str],
+    missing: set[str],
+    assumed: set[str],
+) -> dict[str, Any]:
+    """The cells of the new labels, as `Record` has them."""
+    found: dict[str, list[str]] = {name: [] for name in NAMES}
+    for ours, theirs in parts.items():
+        for name, those in zip(NAMES, (present, uncertain, missing, assumed), strict=True):
+            if not those.isdisjoint(theirs):
+                found[name].append(ours)
+                break
+    return {name: SEPARATOR.join(labels) for name, labels in found.items()}
