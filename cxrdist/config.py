@@ -214,6 +214,10 @@ class TrainConfig:
     torch.save), its URL (#sha256=DIGITS behind it is checked), or a run directory."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
+    uncertain: str = "ignore"
+    """What a label that is uncertain counts as in training: ignore (no loss), positive (U-Ones of
+    Irvin et al. 2019) or negative (U-Zeros); labels of their own behind it, as in
+    positive,Edema=negative. No score counts an uncertain label."""
     global_batch_size: int = 9
     """Images in an optimiser step over all ranks."""
     max_images_per_rank: int | None = None

@@ -110,7 +110,7 @@ def test_validation_tells_sure_predictions_apart():
     images = np.stack([np.full((8, 8), value, np.uint8) for value in (18, 25)])
     still = Augmentation(degrees=0, shift_x=0, shift_y=0, flip=False)
     plan = plan_epoch(np.arange(2), np.ones(2, np.int64), still, 1, (0, "validation", 0))
-    material = Material(images, np.array([[0], [1]], np.uint8), "multilabel")
+    material = Material(images, np.array([[0], [1]], np.int8), "multilabel")
     batches = Batches(material, plan, torch.device("cpu"))
     scores = validate(start(), Brightness(), material, batches, lambda: None)
     assert scores["val_auroc"] == 1
