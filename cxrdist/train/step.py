@@ -45,7 +45,7 @@ class Batches:
     Attributes:
         plan: which rows a step takes.
         matrices: float32 [n, 2, 3], how each row is warped.
-        targets: float32 [n, classes], 1 where a row's image has the label, -1 where that is unknown.
+        targets: float32 [n, classes], 1 where a row's image has the label, -1 where unknown.
         num_known: int64 [steps], known labels of all images of each step, over all ranks.
     """
 
