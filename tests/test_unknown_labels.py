@@ -7,6 +7,8 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -160,39 +162,50 @@ def plain_losses(
 
 
 WAYS = {
-    "one rank in micro-batches": (1, "head", U_ONES, ONES),
-    "one rank, captured": (1, "late", "ignore", {}),
-    "two ranks": (2, "late", "ignore", {}),
+    "one rank in micro-batches": ("head", U_ONES, ONES),
+    "one rank, captured": ("late", "ignore", {}),
+    "two ranks": ("late", "ignore", {}),
 }
 
 
+def train_command(whole: Path, way: str) -> list[str]:
+    """The command that trains in a way, in a directory of its name."""
+    recipe, uncertain, _ = WAYS[way]
+    return [
+        *("train", "--config", str(whole / f"{recipe}.yaml"), "--shards", str(whole / "shards")),
+        *("--run", str(whole / way), "--cache", str(whole / "cache"), "--uncertain", uncertain),
+        *(["--max-images-per-rank", "1"] if "micro" in way else []),
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(whole) -> Path:
+    """A run on two ranks with a row in its log for each step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXRDIST_STEPS_PER_LOG_ROW", "1")
+        done = run_ranks(2, "-m", "cxrdist", *train_command(whole, "two ranks"))
+    assert done.returncode == 0, done.stderr
+    return whole / "two ranks"
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_losses_are_those_of_the_known_cells(whole, tmp_path, monkeypatch, way):
+def test_losses_are_those_of_the_known_cells(whole, two_ranks, tmp_path, monkeypatch, way):
     """Of each step and of the validation, to 1e-6; a step without a known cell has none.
 
     Uncertain cells of train count as the recipe says, those of val never.
     """
-    world, recipe, uncertain, ways = WAYS[way]
+    recipe, uncertain, ways = WAYS[way]
     expected = list(plain_losses(whole, tmp_path, recipe, uncertain, ways))
     assert (None in expected) == (uncertain == "ignore")
-    monkeypatch.setenv("CXRDIST_STEPS_PER_LOG_ROW", "1")
     monkeypatch.setattr(stage_module, "STEPS_PER_LOG_ROW", 1)
     if "captured" in way:
         set_up = stage_module.StageRun._set_up
         monkeypatch.setattr(
             stage_module.StageRun, "_set_up", lambda run: (set_up(run), run.capture(record_again))
         )
-    command = [
-        *("train", "--config", whole / f"{recipe}.yaml", "--shards", whole / "shards"),
-        *("--run", tmp_path / "run", "--cache", tmp_path / "cache", "--uncertain", uncertain),
-        *(["--max-images-per-rank", 1] if "micro" in way else []),
-    ]
-    if world == 1:
-        assert main([*map(str, command)]) == 0
-    else:
-        done = run_ranks(world, "-m", "cxrdist", *command)
-        assert done.returncode == 0, done.stderr
-    rows = list(read_log(tmp_path / "run" / "log.jsonl"))
+    if way != two_ranks.name:
+        assert main(train_command(whole, way)) == 0
+    rows = list(read_log(whole / way / "log.jsonl"))
     found = [row["loss"] for row in rows if row["kind"] == "step"]
     *steps, val = expected
     assert [loss is None for loss in found] == [loss is None for loss in steps]
@@ -204,15 +217,13 @@ def test_losses_are_those_of_the_known_cells(whole, tmp_path, monkeypatch, way):
 
 
 @pytest.fixture(scope="module")
-def evaluated(whole) -> Path:
-    """A run on two ranks; its directory."""
-    where = ("--shards", whole / "shards", "--run", whole / "run", "--cache", whole / "cache")
-    train = ("train", "--config", whole / "late.yaml", *where)
-    assert main([*map(str, train)]) == 0
-    done = run_ranks(2, "-m", "cxrdist", "evaluate", *where)
-    assert done.returncode == 0, done.stderr
-    (whole / "said").write_text(done.stdout)
-    return whole / "run"
+def evaluated(whole, two_ranks) -> Path:
+    """The run, evaluated; what the terminal has shown is beside it."""
+    where = ("--shards", whole / "shards", "--run", two_ranks, "--cache", whole / "cache")
+    with redirect_stdout(StringIO()) as said:
+        assert main([*map(str, ("evaluate", *where))]) == 0
+    (whole / "said").write_text(said.getvalue())
+    return two_ranks
 
 
 def test_scores_are_scikit_learns_of_the_known_cells(whole, evaluated):
