@@ -83,6 +83,6 @@ def test_copies_of_an_unknown_class_are_refused():
 
 
 def test_of_several_labels_the_one_of_most_copies_counts():
-    """An image without a label, or with one of a single copy, is taken once."""
-    targets = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1]], np.int8)
+    """An image without a label, or with unknown ones, or one of a single copy, is taken once."""
+    targets = np.array([[1, 1, 0], [0, 0, 0], [-1, -2, 1], [1, 0, 1]], np.int8)
     assert copies_of(targets, ["a", "b", "c"], {"a": 2, "b": 5}).tolist() == [5, 1, 1, 2]
