@@ -162,7 +162,8 @@ def test_the_report_shows_labels_and_no_confusion_matrix(whole):
     for name, scores in metrics["classes"].items():
         shown = [scores[s] for s in ("auroc", "average_precision", "f1", "recall", "precision")]
         cells = "".join(f"<td>{value:.3f}</td>" for value in shown)
-        assert f'"name">{name}</th><td>{scores["positives"]}</td>{cells}' in page
+        images = f"<td>{scores['positives']}</td><td>{scores['known']}</td>"
+        assert f'"name">{name}</th>{images}{cells}' in page
     assert ">No label</h4>" in page
     assert "Validation mean AUROC" in page
     assert contents(whole / "run")["audit.json"] == contents(whole / "shards")["audit.json"]
