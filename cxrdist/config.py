@@ -32,11 +32,11 @@ class SourceConfig:
 
     source: SourceName
     """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv:
-    a table with the column path, and label (one class per image), or labels (several, with | between
-    them, or none; perhaps uncertain and missing beside it), or a column for each label (1, 0, -1 or U
-    for uncertain, or nothing); optionally patient, split, source, view, sex and age; paths are
-    relative to the table. several: a YAML file that names several sources, which are packed together. The others
-    are public data sets, as they are unpacked."""
+    a table with the column path, and label (one class per image), or labels (several, with |
+    between them, or none; perhaps uncertain and missing beside it), or a column for each label (1,
+    0, nothing, or -1 or U for uncertain); optionally patient, split, source, view, sex and age;
+    paths are relative to the table. several: a YAML file that names several sources, which are
+    packed together. The others are public data sets, as they are unpacked."""
     input: Path
     """The folder, or the CSV or YAML file; a path or an fsspec URL such as s3://bucket/folder."""
     _: KW_ONLY
