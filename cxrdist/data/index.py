@@ -198,11 +198,11 @@ class Index:
         """
         place = {name: i for i, name in enumerate(self.classes)}
         targets = np.full((len(self.samples), len(self.classes)), NEGATIVE, np.int8)
-        for row, sample in zip(targets, self.samples, strict=True):
-            cells = ((sample.label, POSITIVE), (sample.uncertain, UNCERTAIN))
-            for names, code in (*cells, (sample.missing, MISSING)):
-                if names:
-                    row[[place[name] for name in labels_of(names)]] = code
+        for what, code in (("label", POSITIVE), ("uncertain", UNCERTAIN), ("missing", MISSING)):
+            texts = [getattr(sample, what) for sample in self.samples]
+            columns = {text: [place[label] for label in labels_of(text)] for text in {*texts}}
+            rows = np.repeat(np.arange(len(texts)), [len(columns[text]) for text in texts])
+            targets[rows, [column for text in texts for column in columns[text]]] = code
         return targets
 
     def counts(self) -> dict[str, dict[str, LabelAmount]]:
