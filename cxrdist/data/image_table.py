@@ -224,7 +224,8 @@ def _find_labels(table: Table, places: dict[str, int], rows: Sequence[Row]) -> d
             found[name] = place
             continue
         filled = [cell for cell in cells if cell]
-        if 2 * sum(cell in CELLS or cell in MISSING for cell in filled) > len(filled):
+        num_like = sum(cell in CELLS or cell in MISSING for cell in filled)
+        if 2 * num_like > len(filled) and any(cell in CELLS for cell in filled):
             raise CxrdistError(
                 f"{rows[stray].where}: {name} is {rows[stray].cells[place]!r:.40}, but most of its "
                 "column is 1, 0, -1 or U as of a label; mend the cell (empty: not known), or "
@@ -326,11 +327,12 @@ def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> l
             )
             notes += [f"{name} is not {expected} in {lost} rows, and empty there"] if lost else []
     if "view" in places:
-        views = [row.cells[places["view"]] for row in rows]
-        if lost_views := [view for view in views if view_of(view) is None]:
+        views = Counter(row.cells[places["view"]].strip() for row in rows)
+        strange = {view: times for view, times in views.items() if view_of(view) is None}
+        if strange:
             notes.append(
-                f"view is none that is known in {len(lost_views)} rows, and empty there, such as "
-                f"{lost_views[0].strip()!r:.40}"
+                f"view is none that is known in {sum(strange.values())} rows, and empty there, "
+                f"such as {next(iter(strange))!r:.40}"
             )
     nones = sum(record.label.casefold() == "none" for record in records)
     if nones:

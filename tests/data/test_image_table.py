@@ -100,8 +100,8 @@ def test_a_table_may_have_a_column_for_each_label(table):
     """CheXpert's cells, as whole numbers or floats; which columns are labels is said."""
     source = read(
         table,
-        "Path,Age,AP/PA,No Finding,Edema,Fracture,Days,\n"
-        "a.png,60,AP,1.0,,,3,1\nb.png,61,PA,0,-1.0,,1,0\nsub/c.png,62,AP,,U,,9,1\n",
+        "Path,Age,AP/PA,No Finding,Edema,Fracture,Days,Told,\n"
+        "a.png,60,AP,1.0,,,3,nan,1\nb.png,61,PA,0,-1.0,,1,nan,0\nsub/c.png,62,AP,,U,,9,,1\n",
     )
     assert source.task == "multilabel"
     assert source.classes == ["No Finding", "Edema", "Fracture"]
@@ -113,7 +113,7 @@ def test_a_table_may_have_a_column_for_each_label(table):
     assert source.notes == (
         "columns of labels: No Finding, Edema, Fracture",
         "columns of labels without a filled cell: Fracture",
-        "columns left aside: AP/PA, Days, (no name)",
+        "columns left aside: AP/PA, Days, Told, (no name)",
     )
 
 
