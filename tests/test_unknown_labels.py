@@ -264,7 +264,7 @@ def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated
     classes = json.loads((evaluated / "test" / "metrics.json").read_text())["classes"]
     scores = ("auroc", "average_precision", "f1", "recall", "precision")
     assert [classes[NEVER_KNOWN][score] for score in scores] == [None] * 5
-    nothing = "of no image it is known whether it has the label"
+    nothing = "the label is known of no image"
     assert classes[NEVER_KNOWN]["reason"] == nothing
     known = classes[ONE_KIND]["known"]
     assert classes[ONE_KIND]["reason"] == f"all of the {known} known images have the label"

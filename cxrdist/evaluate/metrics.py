@@ -162,7 +162,7 @@ def _score_label(logits: Tensor, truth: Tensor) -> dict[str, Any]:
         average_precision = _functional().classification.binary_average_precision
         average = _digits(average_precision(ranks, truth.long()))
     elif not known:
-        reason = "of no image it is known whether it has the label"
+        reason = "the label is known of no image"
     else:
         reason = f"{'all' if positives else 'none'} of the {known} known images have the label"
     return {

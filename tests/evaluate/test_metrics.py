@@ -142,7 +142,7 @@ def test_a_label_of_one_kind_has_no_auroc_and_a_reason():
     assert {name: scores["reason"] for name, scores in classes.items()} == {
         "all": "all of the 2 known images have the label",
         "none": "none of the 2 known images have the label",
-        "unknown": "of no image it is known whether it has the label",
+        "unknown": "the label is known of no image",
         "both": None,
     }
     assert [classes[name]["auroc"] for name in classes] == [None, None, None, 1]
@@ -151,7 +151,7 @@ def test_a_label_of_one_kind_has_no_auroc_and_a_reason():
     assert {value for name, value in classes["unknown"].items() if name in found["macro"]} == {None}
     assert found["macro"]["auroc"] == 1
     assert found["macro_labels"]["auroc"] == 1
-    assert "unknown: no AUROC, of no image" in metrics_table(found)
+    assert "unknown: no AUROC, the label" in metrics_table(found)
     assert mean_auroc(logits[:, :3], targets[:, :3]) is None
 
 
