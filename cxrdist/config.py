@@ -51,10 +51,11 @@ class SourceConfig:
 
     source: SourceName
     """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv:
-    a table with the column path, and label (one class per image) or labels (several, with | between
-    them, or none), optionally patient, split, source, view, sex and age; paths are relative to the
-    table. several: a YAML file that names several sources, which are packed together. The others
-    are public data sets, as they are unpacked."""
+    a table with the column path, and label (one class per image), or labels (several, with |
+    between them, or none; perhaps uncertain and missing beside it), or a column for each label (1,
+    0, nothing, or -1 or U for uncertain); optionally patient, split, source, view, sex and age;
+    paths are relative to the table. several: a YAML file that names several sources, which are
+    packed together. The others are public data sets, as they are unpacked."""
     input: Path
     """The folder, or the CSV or YAML file; a path or an fsspec URL such as s3://bucket/folder."""
     _: KW_ONLY
@@ -235,6 +236,10 @@ class TrainConfig:
     torch.save), its URL (#sha256=DIGITS behind it is checked), or a run directory."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
+    uncertain: str = "ignore"
+    """What a label that is uncertain counts as in training: ignore (no loss), positive (U-Ones of
+    Irvin et al. 2019) or negative (U-Zeros); labels of their own behind it, as in
+    positive,Edema=negative. No score counts an uncertain label."""
     global_batch_size: int = 9
     """Images in an optimiser step over all ranks."""
     max_images_per_rank: int | None = None

@@ -16,6 +16,18 @@ class Amount(TypedDict):
     patients: Count
 
 
+class LabelAmount(Amount):
+    """How many images have a label, and for how many the source does not state it.
+
+    Runs of older versions lack the last three.
+    """
+
+    uncertain: NotRequired[Count]
+    missing: NotRequired[Count]
+    assumed_absent: NotRequired[Count]
+    """Images that count as without the label though the source says nothing of it."""
+
+
 class ShardsInfo(TypedDict):
     """The shards of the run."""
 
@@ -26,7 +38,7 @@ class ShardsInfo(TypedDict):
     split: str
     task: Literal["multiclass", "multilabel"]
     classes: list[str]
-    counts: dict[str, dict[str, Amount]]
+    counts: dict[str, dict[str, LabelAmount]]
     """By split and class."""
     totals: dict[str, Amount]
     """By split."""

@@ -18,7 +18,7 @@ from cxrdist.config import ProbeTextConfig
 from cxrdist.data.boxes import Box, cover, in_square, inside, read_boxes, scaled
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.index import Index
-from cxrdist.data.labels import labels_of
+from cxrdist.data.labels import POSITIVE, labels_of
 from cxrdist.data.phantom import Finding, burn_text
 from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
@@ -319,10 +319,10 @@ def _describe_paste(
 
     The two logits are float32 [N, classes] each.
     """
-    targets = index.targets()[numbers].astype(bool)
+    positive = index.targets()[numbers] == POSITIVE
     rows = []
     for i, name in enumerate(index.classes):
-        own = targets[:, i]
+        own = positive[:, i]
         means = [
             [round(float(v), DIGITS) for v in to_probabilities(logits[own]).mean(0)]
             if own.any()

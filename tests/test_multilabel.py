@@ -110,7 +110,7 @@ def test_validation_tells_sure_predictions_apart():
     images = np.stack([np.full((8, 8), value, np.uint8) for value in (18, 25)])
     still = Augmentation(degrees=0, shift_x=0, shift_y=0, flip=False)
     plan = plan_epoch(np.arange(2), np.ones(2, np.int64), still, 1, (0, "validation", 0))
-    material = Material(images, np.array([[0], [1]], np.uint8), "multilabel")
+    material = Material(images, np.array([[0], [1]], np.int8), "multilabel")
     batches = Batches(material, plan, torch.device("cpu"))
     scores = validate(start(), Brightness(), material, batches, lambda: None)
     assert scores["val_auroc"] == 1
@@ -162,7 +162,8 @@ def test_the_report_shows_labels_and_no_confusion_matrix(whole):
     for name, scores in metrics["classes"].items():
         shown = [scores[s] for s in ("auroc", "average_precision", "f1", "recall", "precision")]
         cells = "".join(f"<td>{value:.3f}</td>" for value in shown)
-        assert f'"name">{name}</th><td>{scores["positives"]}</td>{cells}' in page
+        images = f"<td>{scores['positives']}</td><td>{scores['known']}</td>"
+        assert f'"name">{name}</th>{images}{cells}' in page
     assert ">No label</h4>" in page
     assert "Validation mean AUROC" in page
     assert contents(whole / "run")["audit.json"] == contents(whole / "shards")["audit.json"]

@@ -64,7 +64,7 @@ def stage_run(
     run = RunDirectory(scratch / "run")
     write_json(run.info, {"stages": {}})
     run.log.touch()
-    material = Material(images, np.eye(3, dtype=np.uint8)[everyone % 3], "multiclass")
+    material = Material(images, np.eye(3, dtype=np.int8)[everyone % 3], "multiclass")
     val_plan = plan_epoch(everyone[:1], ones[:1], config.augmentation, 1, (0, "val", 0))
     training = Training(
         accelerator=accelerator,

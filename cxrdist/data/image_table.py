@@ -1,4 +1,8 @@
-"""Image tables: a CSV file that lists images with their labels."""
+"""Image tables: a CSV file that lists images with their labels.
+
+An image has one label (column label), or several (labels, with uncertain and missing beside it), or
+there is a column for each label, with the cells that `cxrdist.data.labels` reads.
+"""
 
 import os
 import re
@@ -9,16 +13,19 @@ from pathlib import Path
 from typing import Literal
 
 from cxrdist.data.found import LeftOut, escaped, look_at, walk
-from cxrdist.data.labels import SEPARATOR, labels_of
+from cxrdist.data.labels import CELLS, SEPARATOR, labels_of, read_cells
 from cxrdist.data.patients import age_of, compile_pattern, patient_of, sex_of
 from cxrdist.data.records import SPLIT_NAMES, Record, Source, known_source
 from cxrdist.data.tables import Row, Table, plain, read_table
+from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
 COLUMNS = {
     "path": {"path", "filepath", "imagepath"},
     "label": {"label"},
     "labels": {"labels"},
+    "uncertain": {"uncertain"},
+    "missing": {"missing"},
     "patient": {"patient", "patientid"},
     "split": {"split"},
     "source": {"source"},
@@ -37,10 +44,14 @@ LOOK_ALIKES = {
         *("splits", "set", "subset", "partition", "fold", "phase", "datasplit", "splitname"),
         *("traintest", "trainvaltest", "traintestsplit", "istest", "istrain"),
     },
-    "label": {"lable"},
+    "label": {
+        *("lable", "class", "classes", "category", "diagnosis", "diagnoses", "disease", "diseases"),
+        *("finding", "findings", "findinglabels", "pathology", "pathologies", "target", "targets"),
+    },
 }
 NOT_IN_TABLE = "not in the table"
 TABLE = "the table itself"
+OPEN = ("uncertain", "missing")
 NO_FINDING = "nofinding"
 MISSING = {"nan", "null", "n/a", "na", "#n/a", "<na>", "nat"}  # as programs write a missing value
 
@@ -51,6 +62,7 @@ class _Reader:
 
     table: Table
     places: dict[str, int]
+    label_places: dict[str, int]
     pattern: re.Pattern[str] | None
     allow_outside: bool
 
@@ -70,17 +82,37 @@ class _Reader:
             raise CxrdistError(
                 f"{row.where}: no file {str(file)[:300]}; paths are relative to the table"
             )
+        labels = self._labels(row, cells)
         return Record(
             file,
             path,
-            _label(row.where, cells),
+            labels["label"],
             _patient(row.where, cells) or patient_of(path, self.pattern),
             cells.get("source") or known_source(Path(path).name, self.table.file.stem),
             _split(row.where, cells),
-            cells.get("view", ""),
+            view_of(cells.get("view", "")) or UNKNOWN,
             sex=sex_of(cells.get("sex", "")),
             age=age_of(cells.get("age", "")),
+            uncertain=labels.get("uncertain", ""),
+            missing=labels.get("missing", ""),
         )
+
+    def _labels(self, row: Row, cells: dict[str, str]) -> dict[str, str]:
+        """Label, uncertain and missing, as `Record` has them."""
+        if self.label_places:
+            return read_cells(row.where, {n: row.cells[i] for n, i in self.label_places.items()})
+        if "label" in cells:
+            return {"label": _one_label(row.where, cells["label"])}
+        found = {
+            "label": _several_labels(row.where, cells["labels"]),
+            **{n: _several_labels(row.where, cells[n]) for n in OPEN if n in cells},
+        }
+        named = Counter(name for text in found.values() for name in labels_of(text))
+        if twice := [name for name, times in named.items() if times > 1]:
+            raise CxrdistError(
+                f"{row.where}: {twice[0]} stands in two of labels, uncertain and missing; keep one"
+            )
+        return found
 
     def _path(self, where: str, cell: str) -> str:
         """The path without ``./`` and ``a/../``, so that one file has one spelling."""
@@ -104,8 +136,8 @@ def read_image_table(
     """Read the images that a CSV file lists.
 
     Args:
-        file: has the columns path, and label or labels; optionally patient, split, source, view,
-            sex, age.
+        file: has the columns path, and label or labels, or one for each label; optionally patient,
+            split, source, view, sex, age, and beside labels uncertain and missing.
         patient_pattern: as for `read_class_folders`, for rows without a patient.
         allow_outside: whether paths may lead out of the table's folder.
         besides: folders that are not looked into for images that the table does not list.
@@ -117,19 +149,19 @@ def read_image_table(
     if not file.is_file():
         raise CxrdistError(f"--input {file}: no such file; expected a CSV with path and label")
     table = read_table(file, {name for names in COLUMNS.values() for name in names})
-    places = _find_columns(table)
-    reader = _Reader(table, places, pattern, allow_outside)
-    rows = list(table.rows())
+    places, rows = _find_columns(table), list(table.rows())
+    label_places = {} if {"label", "labels"} & places.keys() else _find_labels(table, places, rows)
+    reader = _Reader(table, places, label_places, pattern, allow_outside)
     records = [reader.record(row) for row in rows]
     _refuse_bad_columns(file, rows, records)
-    task: Literal["multiclass", "multilabel"] = "multilabel" if "labels" in places else "multiclass"
+    task: Literal["multiclass", "multilabel"] = "multiclass" if "label" in places else "multilabel"
     left_out, num_found = _find_unlisted(file, records, besides)
     return Source(
         records,
         task,
-        sorted({label for record in records for label in labels_of(record.label)}),
+        list(label_places) or _classes(records),
         file.name,
-        (*table.notes, *_notes(table, places, rows, records)),
+        (*table.notes, *_notes(reader, rows, records)),
         tuple(sorted(left_out)),
         num_found,
         any(look_at(record.file)[0] == "DICOM" for record in records),
@@ -139,15 +171,20 @@ def read_image_table(
 def _find_columns(table: Table) -> dict[str, int]:
     places = table.find_columns(COLUMNS)
     labels = [name for name in ("label", "labels") if name in places]
-    if "path" not in places or not labels:
-        missing = [name for name in ("path", "label") if name not in places]
+    if "path" not in places:
         raise CxrdistError(
-            f"{table.file}: has no column {' and '.join(missing)}; expected path and label "
-            f"(or labels), found {', '.join(table.columns) or 'no header'}"
+            f"{table.file}: has no column path; expected path and label (or labels), found "
+            f"{', '.join(table.columns) or 'no header'}"
         )
     if len(labels) > 1:
         raise CxrdistError(
             f"{table.file}: has the columns label and labels; remove or rename one of them"
+        )
+    stray = next((table.columns[places[name]] for name in OPEN if name in places), None)
+    if stray is not None and labels != ["labels"]:
+        raise CxrdistError(
+            f"{table.file}: the column {stray!r} goes with labels, of several labels per image; "
+            "rename one of them"
         )
     for name, spellings in LOOK_ALIKES.items():
         like = [column for column in table.columns if plain(column) in spellings]
@@ -166,24 +203,72 @@ def _is_file(file: Path) -> bool:
         return False
 
 
-def _label(where: str, cells: dict[str, str]) -> str:
-    """The labels of a row with ``|`` between them; ``No Finding`` stands for none of several."""
-    if "label" in cells:
-        names = [cells["label"]]
-        if SEPARATOR in names[0]:
-            raise CxrdistError(f"{where}: label {names[0]!r} holds several; call the column labels")
-    else:
-        names = sorted({name.strip() for name in cells["labels"].split(SEPARATOR)} - {""})
-        known = [name for name in names if plain(name) != NO_FINDING]
-        if known and len(known) < len(names):
-            raise CxrdistError(f"{where}: has No Finding beside {known[0]}; remove one of them")
-        names = known
-    empty = MISSING if "label" in cells else {*MISSING, "none"}
-    missing = next((name for name in names if name.casefold() in empty), None)
+def _find_labels(table: Table, places: dict[str, int], rows: Sequence[Row]) -> dict[str, int]:
+    """Find the columns of labels of a table that has one for each: all cells are of `CELLS`.
+
+    A column without a name is none, nor is one where other cells are the most: it tells something
+    else. One where they are few is refused, since a label may be meant.
+
+    Raises:
+        CxrdistError: there is no such column, or it cannot be told which ones are.
+    """
+    found: dict[str, int] = {}
+    for place, name in enumerate(table.columns):
+        if place in places.values() or not name:
+            continue
+        cells = [row.cells[place].strip().casefold() for row in rows]
+        stray = next((i for i, cell in enumerate(cells) if cell not in CELLS), None)
+        if stray is None:
+            if name in found:
+                raise CxrdistError(f"{table.file}: two columns of labels are called {name}")
+            found[name] = place
+            continue
+        filled = [cell for cell in cells if cell]
+        num_like = sum(cell in CELLS or cell in MISSING for cell in filled)
+        if 2 * num_like > len(filled) and any(cell in CELLS for cell in filled):
+            raise CxrdistError(
+                f"{rows[stray].where}: {name} is {rows[stray].cells[place]!r:.40}, but most of its "
+                "column is 1, 0, -1 or U as of a label; mend the cell (empty: not known), or "
+                "remove the column"
+            )
+    if not any(row.cells[place].strip() for row in rows for place in found.values()):
+        raise CxrdistError(
+            f"{table.file}: has no column label; expected path and label (or labels), or a column "
+            "of 1, 0, -1, U or nothing for each label, found "
+            f"{', '.join(table.columns)}"
+        )
+    return found
+
+
+def _classes(records: Sequence[Record]) -> list[str]:
+    """All labels that some row names, also where it does not know them."""
+    texts = {text for r in records for text in (r.label, r.uncertain, r.missing)}
+    return sorted({label for text in texts for label in labels_of(text)})
+
+
+def _one_label(where: str, name: str) -> str:
+    """The label of a row whose image has one."""
+    if SEPARATOR in name:
+        raise CxrdistError(f"{where}: label {name!r} holds several; call the column labels")
+    if name.casefold() in MISSING:
+        raise CxrdistError(
+            f"{where}: label {name!r} stands for a missing value; fill it or drop the row"
+        )
+    return name
+
+
+def _several_labels(where: str, cell: str) -> str:
+    """The labels of a cell with ``|`` between them; ``No Finding`` stands for none of several."""
+    names = sorted({name.strip() for name in cell.split(SEPARATOR)} - {""})
+    known = [name for name in names if plain(name) != NO_FINDING]
+    if known and len(known) < len(names):
+        raise CxrdistError(f"{where}: has No Finding beside {known[0]}; remove one of them")
+    missing = next((name for name in known if name.casefold() in {*MISSING, "none"}), None)
     if missing is not None:
-        mend = "fill it or drop the row" if "label" in cells else "leave it empty if it has none"
-        raise CxrdistError(f"{where}: label {missing!r} stands for a missing value; {mend}")
-    return SEPARATOR.join(names)
+        raise CxrdistError(
+            f"{where}: label {missing!r} stands for a missing value; leave it empty if it has none"
+        )
+    return SEPARATOR.join(known)
 
 
 def _patient(where: str, cells: dict[str, str]) -> str:
@@ -222,12 +307,15 @@ def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Recor
         )
 
 
-def _notes(
-    table: Table, places: dict[str, int], rows: Sequence[Row], records: Sequence[Record]
-) -> list[str]:
-    """What was not taken from the table, a line each."""
-    aside = [x or "(no name)" for i, x in enumerate(table.columns) if i not in places.values()]
-    notes = [f"columns left aside: {', '.join(aside)}"] if aside else []
+def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> list[str]:
+    """What was taken for labels, and what was not taken from the table, a line each."""
+    places, labels = reader.places, reader.label_places
+    taken = {*places.values(), *labels.values()}
+    aside = [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in taken]
+    notes = [f"columns of labels: {', '.join(labels)}"] if labels else []
+    empty = [n for n, i in labels.items() if not any(row.cells[i].strip() for row in rows)]
+    notes += [f"columns of labels without a filled cell: {', '.join(empty)}"] if empty else []
+    notes += [f"columns left aside: {', '.join(aside)}"] if aside else []
     for name, what, expected in (
         ("sex", [record.sex for record in records], "M or F"),
         ("age", [record.age for record in records], "0 to 120 years"),
@@ -238,6 +326,14 @@ def _notes(
                 bool(row.cells[places[name]].strip()) and x in ("", None) for row, x in pairs
             )
             notes += [f"{name} is not {expected} in {lost} rows, and empty there"] if lost else []
+    if "view" in places:
+        views = Counter(row.cells[places["view"]].strip() for row in rows)
+        strange = {view: times for view, times in views.items() if view_of(view) is None}
+        if strange:
+            notes.append(
+                f"view is none that is known in {sum(strange.values())} rows, and empty there, "
+                f"such as {next(iter(strange))!r:.40}"
+            )
     nones = sum(record.label.casefold() == "none" for record in records)
     if nones:
         notes.append(f"{nones} images have the label 'none', which is a class like any other")

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from cxrdist.data.collector import collector_paused
 from cxrdist.data.depth import DEPTHS
-from cxrdist.data.labels import labels_of
+from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, labels_of
 from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
-from cxrdist.info import Amount
+from cxrdist.info import Amount, LabelAmount
 from cxrdist.run import judging, read_bytes
 
 MEND = "copy it again or pack the shards again"
@@ -38,6 +38,8 @@ SAMPLE_COLUMNS = (
     *("view", "uncertain", "missing", "assumed_absent", "mask_sha256"),
 )
 NUM_COLUMNS = (8, 10, len(SAMPLE_COLUMNS))  # of the versions so far
+# Columns of labels that a source does not state.
+NOT_STATED = ("uncertain", "missing", "assumed_absent")
 
 
 Task = Literal["multiclass", "multilabel"]
@@ -190,22 +192,39 @@ class Index:
             for entry, end in zip(self.shards, ends, strict=True)
         ]
 
-    def targets(self) -> NDArray[np.uint8]:
-        """The truth: uint8 [samples, classes], 1 where a sample has the label."""
+    def targets(self) -> NDArray[np.int8]:
+        """The truth: int8 [samples, classes], codes of `cxrdist.data.labels`.
+
+        What is below 0 is not known, which only images of several labels have.
+        """
         place = {name: i for i, name in enumerate(self.classes)}
-        targets = np.zeros((len(self.samples), len(self.classes)), np.uint8)
-        for row, sample in zip(targets, self.samples, strict=True):
-            row[[place[name] for name in labels_of(sample.label)]] = 1
+        targets = np.full((len(self.samples), len(self.classes)), NEGATIVE, np.int8)
+        for what, code in (("label", POSITIVE), ("uncertain", UNCERTAIN), ("missing", MISSING)):
+            texts = [getattr(sample, what) for sample in self.samples]
+            columns = {text: [place[label] for label in labels_of(text)] for text in {*texts}}
+            rows = np.repeat(np.arange(len(texts)), [len(columns[text]) for text in texts])
+            targets[rows, [column for text in texts for column in columns[text]]] = code
         return targets
 
-    def counts(self) -> dict[str, dict[str, Amount]]:
+    def counts(self) -> dict[str, dict[str, LabelAmount]]:
         """Images and patients by split and class; an image of two labels counts for both."""
         rows = [(s.split, label, s.patient) for s in self.samples for label in labels_of(s.label)]
         images = Counter((split, label) for split, label, _ in rows)
         patients = Counter((split, label) for split, label, _ in set(rows))
+        cells = ((s.split, what, getattr(s, what)) for s in self.samples for what in NOT_STATED)
+        not_stated: Counter[tuple[str, str, str]] = Counter()
+        for (split, what, text), times in Counter(cells).items():
+            for label in labels_of(text):
+                not_stated[split, label, what] += times
         return {
             split: {
-                name: {"images": images[split, name], "patients": patients[split, name]}
+                name: {
+                    "images": images[split, name],
+                    "patients": patients[split, name],
+                    "uncertain": not_stated[split, name, "uncertain"],
+                    "missing": not_stated[split, name, "missing"],
+                    "assumed_absent": not_stated[split, name, "assumed_absent"],
+                }
                 for name in self.classes
             }
             for split in SPLITS
@@ -356,12 +375,11 @@ def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
             for name in names
         ]
     known, single = {*index.classes}, index.task == "multiclass"
-    for label in dict.fromkeys(sample.label for sample in index.samples):
-        labels = labels_of(label)
-        if unknown := [name for name in labels if name not in known]:
-            faults.append(f"{table}: label {unknown[0]!r:.80} is no class of index.json")
-        elif (single and len(labels) != 1) or len({*labels}) != len(labels):
-            faults.append(f"{table}: {label!r:.80} is not a valid label of a {index.task} sample")
+    samples = ((s.label, s.uncertain, s.missing, s.assumed_absent) for s in index.samples)
+    for label, *not_stated in dict.fromkeys(samples):
+        labels, others = labels_of(label), [n for text in not_stated for n in labels_of(text)]
+        fault = _bad_label(known, labels, others, single=single)
+        faults += [f"{table}: {fault}"] if fault else []
     counts = index.counts()
     for split, name in ((split, name) for split in SPLITS for name in index.classes):
         number = splits[split]["classes"].get(name)
@@ -375,3 +393,27 @@ def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
         if home.setdefault(sample.patient, sample.split) != sample.split:
             faults.append(f"{table}: patient {sample.patient} is in two splits; pack again")
     return list(dict.fromkeys(faults))
+
+
+def _bad_label(
+    known: set[str], labels: list[str], others: list[str], *, single: bool
+) -> str | None:
+    """Say what is wrong with the labels of a sample; None if nothing is.
+
+    Args:
+        known: all classes.
+        labels: that it has.
+        others: that its source does not state.
+        single: whether a sample has one label.
+    """
+    if unknown := [name for name in (*labels, *others) if name not in known]:
+        return f"label {unknown[0]!r:.80} is no class of index.json"
+    if len({*labels}) != len(labels) or (single and len(labels) != 1):
+        task = "multiclass" if single else "multilabel"
+        return f"{'|'.join(labels)!r:.80} is not a valid label of a {task} sample"
+    if single and others:
+        return f"{others[0]!r:.80} is uncertain or missing in a multiclass sample"
+    if len({*labels, *others}) != len(labels) + len(others):
+        twice = next(name for name, n in Counter((*labels, *others)).items() if n > 1)
+        return f"{twice!r:.80} stands in two of label, {', '.join(NOT_STATED)}"
+    return None

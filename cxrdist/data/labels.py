@@ -4,7 +4,11 @@ A label is stated to be there or absent, is uncertain (-1 or U of a report's lab
 missing (an empty cell): not looked for, or not mentioned.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cxrdist.errors import CxrdistError
 
@@ -17,6 +21,8 @@ CELLS = {
     **dict.fromkeys(("-1", "-1.0", "u"), UNCERTAIN),
     "": MISSING,
 }
+# What an uncertain label may count as in training; U-Ones and U-Zeros of Irvin et al. 2019.
+COUNTS_AS = {"ignore": UNCERTAIN, "positive": POSITIVE, "negative": NEGATIVE}
 
 
 def labels_of(label: str) -> list[str]:
@@ -59,3 +65,50 @@ def read_cells(where: str, cells: Mapping[str, str]) -> dict[str, str]:
         "uncertain": SEPARATOR.join(chosen[UNCERTAIN]),
         "missing": SEPARATOR.join(chosen[MISSING]),
     }
+
+
+def read_uncertain(text: str) -> tuple[str, dict[str, str]]:
+    """Read what uncertain labels count as, such as ``positive,Edema=negative``.
+
+    Returns:
+        A key of `COUNTS_AS` for all labels, and one for each label that has its own.
+
+    Raises:
+        CxrdistError: it says something else, or says it twice.
+    """
+    found: dict[str, str] = {}
+    # Names may hold commas; an item ends with one of the three words.
+    for item in re.split("(?:(?<=ignore)|(?<=positive)|(?<=negative)),", text):
+        name, _, counts_as = (part.strip() for part in item.rpartition("="))
+        if counts_as not in COUNTS_AS or name in found:
+            raise CxrdistError(
+                f"uncertain: is {text!r:.200}, expected ignore, positive or negative, once, and "
+                "for labels of their own NAME=positive and the like, with commas between them"
+            )
+        found[name] = counts_as
+    return found.pop("", "ignore"), found
+
+
+def settle_uncertain(
+    targets: NDArray[np.int8], classes: Sequence[str], text: str
+) -> NDArray[np.int8]:
+    """Let uncertain labels count as a recipe says.
+
+    Args:
+        targets: int8 [samples, classes], cells as `Index.targets` gives them.
+        classes: names of the columns.
+        text: as `read_uncertain` takes it.
+
+    Returns:
+        int8 [samples, classes]; labels that are to be ignored stay uncertain.
+
+    Raises:
+        CxrdistError: the text is malformed, or names no class.
+    """
+    default, by_label = read_uncertain(text)
+    if stray := [name for name in by_label if name not in classes]:
+        raise CxrdistError(
+            f"uncertain: no class {stray[0]!r} in the shards; they have {', '.join(classes)}"
+        )
+    codes = [COUNTS_AS[by_label.get(name, default)] for name in classes]
+    return np.where(targets == UNCERTAIN, np.array(codes, np.int8), targets)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.config import Augmentation
+from cxrdist.data.labels import POSITIVE
 from cxrdist.errors import CxrdistError
 
 
@@ -120,14 +121,14 @@ def _mirrored(
 
 
 def copies_of(
-    targets: NDArray[np.uint8], classes: list[str], copies: dict[str, int]
+    targets: NDArray[np.int8], classes: list[str], copies: dict[str, int]
 ) -> NDArray[np.int64]:
     """Copies of each sample from the copies of each class; 1 where a class is not named.
 
     Of a sample's several labels the one of the most copies counts.
 
     Args:
-        targets: uint8 [samples, classes], 1 where a sample has the label.
+        targets: int8 [samples, classes], 1 where a sample has the label.
         classes: names of the columns.
         copies: by class.
 
@@ -142,7 +143,7 @@ def copies_of(
         if number < 1:
             raise CxrdistError(f"copies: {name} has {number}, expected at least 1")
     by_class = np.array([copies.get(name, 1) for name in classes], dtype=np.int64)
-    return np.maximum(1, (targets * by_class).max(axis=1, initial=1))
+    return np.where(targets == POSITIVE, by_class, 1).max(axis=1, initial=1)
 
 
 def _philox_key(key: tuple[int, str, int]) -> NDArray[np.uint64]:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.data.index import MEND, PackedShard, Sample, ShardEntry
+from cxrdist.data.index import MEND, NOT_STATED, PackedShard, Sample, ShardEntry
 from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.documents import Between, Real, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
@@ -174,8 +174,8 @@ class OpenShard:
         with judging(f"{path}: {sample.key}.json", "pack the shards again"):
             about = typed(parse_json(self._content(self._places[number][0])), SampleFile)
         given: dict[str, object] = {**about}
-        for column in ("key", "label", "patient", "source", "path"):
-            if given[column] != getattr(sample, column):
+        for column in ("key", "label", "patient", "source", "path", *NOT_STATED):
+            if given.get(column, "") != getattr(sample, column):
                 raise CxrdistError(
                     f"{path}: the {column} of {sample.key} differs from samples.csv; pack the "
                     "shards again"

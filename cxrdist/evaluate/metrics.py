@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxrdist.documents import Between
+from cxrdist.documents import Between, Text
 from cxrdist.info import Count
 from cxrdist.terminal import table
 
@@ -63,7 +63,11 @@ class Scores(TypedDict):
     f1: Share | None
     auroc: Share | None
     average_precision: NotRequired[Share | None]
+    known: NotRequired[Count]
+    """Images of which it is known whether they have the label."""
     positives: NotRequired[Count]
+    reason: NotRequired[Text | None]
+    """Why there is no AUROC; None if there is one."""
 
 
 class Metrics(TypedDict):
@@ -116,34 +120,26 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[
 
 
 def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dict[str, Any]:
-    """The scores of each label of images that may have several.
+    """The scores of each label of images that may have several, over the images where it is known.
 
     A label is predicted where its logit is at least that of the probability `THRESHOLD`. What is
-    undefined is None, as in `compute_metrics`; a label without positives has no AUROC and no
-    average precision. The macro mean is over the labels for which a score is defined, and says of
-    how many.
+    undefined is None, as in `compute_metrics`; a label that all known images have, or none, has no
+    AUROC and no average precision, and a reason. The macro mean is over the labels for which a
+    score is defined, and says of how many.
 
     Args:
         logits: float [N, classes].
-        targets: [N, classes], 1 where an image has the label.
+        targets: [N, classes], 1 where an image has the label, below 0 where that is not known.
         classes: names in the order of the columns.
 
     Returns:
-        samples, task, threshold, classes (with ``positives``), macro, and macro_labels: the number
-        of labels that each mean is over.
+        samples, task, threshold, classes (with ``known``, ``positives`` and ``reason``), macro, and
+        macro_labels: the number of labels that each mean is over.
     """
-    average_precision = _functional().classification.binary_average_precision
-    by_class: dict[str, dict[str, float | int | None]] = {}
-    for i, name in enumerate(classes):
-        truth = targets[:, i] == 1
-        ranks = _ranks(logits[:, i])
-        scores = _one_against_rest(ranks, logits[:, i] >= THRESHOLD_LOGIT, truth)
-        average = average_precision(ranks, truth.long()) if truth.any() else None
-        by_class[name] = {
-            "positives": int(truth.sum()),
-            **scores,
-            "average_precision": None if average is None else _digits(average),
-        }
+    by_class: dict[str, dict[str, Any]] = {
+        name: _score_label(logits[known, i], targets[known, i] == 1)
+        for i, (name, known) in enumerate(zip(classes, (targets >= 0).T, strict=True))
+    }
     defined = {
         score: [float(v) for c in by_class.values() if (v := c[score]) is not None]
         for score in LABEL_SCORES
@@ -158,16 +154,38 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
     }
 
 
+def _score_label(logits: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Score one label over the n images of which it is known: logits, float [n], and bool [n]."""
+    known, positives = len(truth), int(truth.sum())
+    ranks, average, reason = _ranks(logits), None, None
+    if 0 < positives < known:
+        average_precision = _functional().classification.binary_average_precision
+        average = _digits(average_precision(ranks, truth.long()))
+    elif not known:
+        reason = "the label is known of no image"
+    else:
+        reason = f"{'all' if positives else 'none'} of the {known} known images have the label"
+    return {
+        "known": known,
+        "positives": positives,
+        **_one_against_rest(ranks, logits >= THRESHOLD_LOGIT, truth),
+        "average_precision": average,
+        "reason": reason,
+    }
+
+
 def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
     """The mean AUROC of the labels for which it is defined, None if there is none.
 
     Args:
         logits: float [N, classes].
-        targets: [N, classes], 1 where an image has the label.
+        targets: [N, classes], 1 where an image has the label, below 0 where that is not known.
     """
-    both = [i for i in range(targets.shape[1]) if len(targets[:, i].unique()) == 2]
-    auroc = _functional().classification.binary_auroc
-    values = [auroc(_ranks(logits[:, i]), targets[:, i].long()) for i in both]
+    auroc, values = _functional().classification.binary_auroc, []
+    for i, known in enumerate((targets >= 0).T):
+        truth = targets[known, i].long()
+        if len(truth.unique()) == 2:
+            values.append(auroc(_ranks(logits[known, i]), truth))
     return float(torch.stack(values).mean()) if values else None
 
 
@@ -217,13 +235,18 @@ def metrics_table(metrics: dict[str, Any]) -> str:
 
 def _label_table(metrics: dict[str, Any]) -> str:
     rows = [
-        [name, str(scores["positives"]), *_cells(scores, LABEL_SCORES)]
+        [name, str(scores["positives"]), str(scores["known"]), *_cells(scores, LABEL_SCORES)]
         for name, scores in metrics["classes"].items()
     ]
-    rows.append(["Mean", "", *_cells(metrics["macro"], LABEL_SCORES)])
-    rows.append(["of labels", "", *(str(metrics["macro_labels"][s]) for s in LABEL_SCORES)])
-    headers = ("Label", "Images", "AUROC", "Average precision", "F1 score", "Recall", "Precision")
-    return table(rows, headers)
+    rows.append(["Mean", "", "", *_cells(metrics["macro"], LABEL_SCORES)])
+    rows.append(["of labels", "", "", *(str(metrics["macro_labels"][s]) for s in LABEL_SCORES)])
+    headers = ("AUROC", "Average precision", "F1 score", "Recall", "Precision")
+    reasons = [
+        f"{name}: no AUROC, {scores['reason']}"
+        for name, scores in metrics["classes"].items()
+        if scores["reason"]
+    ]
+    return "\n".join([table(rows, ("Label", "Images", "of known", *headers)), *reasons])
 
 
 def headline(metrics: dict[str, Any]) -> str:

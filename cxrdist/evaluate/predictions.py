@@ -176,13 +176,17 @@ def write_predictions(
 ) -> None:
     """Write predictions.csv: key, patient, label, prob_CLASS..., logit_CLASS...
 
-    Nine significant digits each: a logit, float32, is read back exactly.
+    Where labels of the shards are not known, uncertain and missing follow label. Nine significant
+    digits each: a logit, float32, is read back exactly.
     """
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in subject.index.classes]
-    columns = ["key", "patient", "label", *names]
+    has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
+    unknown = ["uncertain", "missing"] if has_unknown else []
+    columns = ["key", "patient", "label", *unknown, *names]
     rows = []
     for number, values in zip(numbers, np.hstack([to_probabilities(logits), logits]), strict=True):
         sample = subject.index.samples[number]
         digits = [f"{value:.9g}" for value in values]
-        rows.append([sample.key, sample.patient, sample.label, *digits])
+        cells = [getattr(sample, column) for column in columns[: 3 + len(unknown)]]
+        rows.append([*cells, *digits])
     write_table(subject.run.predictions(split), columns, rows)

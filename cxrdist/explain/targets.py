@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import ExplainConfig
 from cxrdist.data.index import Index
+from cxrdist.data.labels import POSITIVE
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.attribution import Attribution
 from cxrdist.explain.relevance import Explainer
@@ -91,7 +92,7 @@ def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.in
         int64 [n], ascending.
     """
     numbers = index.numbers(split)
-    targets = index.targets()
-    by_class = [[n for n in numbers if has[n]] for has in (*targets.T, ~targets.any(axis=1))]
+    positive = index.targets() == POSITIVE
+    by_class = [[n for n in numbers if has[n]] for has in (*positive.T, ~positive.any(axis=1))]
     in_turn = dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)
     return np.array(sorted(list(in_turn)[:limit]), dtype=np.int64)

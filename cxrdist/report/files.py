@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -44,11 +44,19 @@ class Sample:
     """By class; what is predicted, and how surely, is read from these."""
     task: str = "multiclass"
     """multiclass or multilabel."""
+    uncertain: str = ""
+    """Labels of which the source is not sure, with ``|`` between them."""
+    missing: str = ""
+    """Labels of which the source says nothing, with ``|`` between them."""
 
     @property
     def labels(self) -> list[str]:
         """The truth as a list."""
         return labels_of(self.label)
+
+    def knows(self, label: str) -> bool:
+        """Whether it is known if the image has a label."""
+        return label not in labels_of(self.uncertain) + labels_of(self.missing)
 
     @property
     def predicted(self) -> list[str]:
@@ -122,17 +130,26 @@ def weights_chain(info: RunInfo) -> list[dict[str, Any]]:
     return chain[::-1]
 
 
-def read_stages(path: Path) -> tuple[str, list[str]] | None:
-    """Read the resolved recipe.
+class Recipe(NamedTuple):
+    """What the page says of the resolved recipe."""
 
-    Returns:
-        The text as it stands and the names of the stages in order; None if there is no recipe.
-    """
+    text: str
+    """As it stands."""
+    stages: list[str]
+    """Their names in order."""
+    uncertain: str
+    """What uncertain labels counted as."""
+
+
+def read_stages(path: Path) -> Recipe | None:
+    """Read the resolved recipe; None if there is none."""
     if not path.is_file():
         return None
     text, recipe = read_recipe(path, "run `cxrdist train` again")
     with reading(path, "train"):
-        return text, [str(name) for name in typed(recipe.get("stages") or {}, dict[str, Any])]
+        stages = typed(recipe.get("stages") or {}, dict[str, Any])
+        uncertain = typed(recipe.get("uncertain", "ignore"), str)
+        return Recipe(text, [str(name) for name in stages], uncertain)
 
 
 class EpochRow(TypedDict):
@@ -257,11 +274,15 @@ def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> S
     """
     probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
     logits = {name: _finite(row[f"logit_{name}"]) for name in classes}
-    sample = Sample(row["key"], row["label"], probabilities, logits, task)
+    unknown = row.get("uncertain", ""), row.get("missing", "")
+    sample = Sample(row["key"], row["label"], probabilities, logits, task, *unknown)
     if task == "multiclass" and len(sample.labels) != 1:
         raise ValueError(f"{row['label']!r} is not one label")
-    if unknown := [label for label in sample.labels if label not in probabilities]:
-        raise ValueError(f"no probability of {unknown[0]!r}")
+    named = [*sample.labels, *(label for text in unknown for label in labels_of(text))]
+    if stray := [label for label in named if label not in probabilities]:
+        raise ValueError(f"no probability of {stray[0]!r}")
+    if len({*named}) != len(named):
+        raise ValueError("a label stands in two of label, uncertain and missing")
     if not all(0 <= value <= 1 for value in probabilities.values()):
         raise ValueError("a probability is not within 0 and 1")
     return sample

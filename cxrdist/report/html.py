@@ -16,7 +16,7 @@ from cxrdist.report.files import (
     reading,
     weights_chain,
 )
-from cxrdist.report.splits import split_view
+from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
 from cxrdist.run import RunDirectory, sweep, write_text
@@ -45,6 +45,7 @@ def report(config: ReportConfig) -> Path:
         weights=weights_chain(info),
         duration=_duration(run.info, info),
         recipe=recipe,
+        open_labels=open_labels(info["shards"]),
         audit=audit_view(run.audit),
         stages=stage_views(run, info, recipe),
         splits=splits,

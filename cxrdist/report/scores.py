@@ -18,7 +18,7 @@ NEEDS = {
     "precision": "it needs an image predicted as this",
     "f1": "it needs an image of this class or one predicted as it",
     "auroc": "it needs images of this class and of others",
-    "average_precision": "it needs an image of this class",
+    "average_precision": "it needs images of this class and of others",
 }
 _DIGITS = 1e-6  # of a score in metrics.json
 
@@ -31,6 +31,7 @@ def score_view(metrics: Mapping[str, Any]) -> dict[str, Any]:
         "tiles": _tiles(metrics),
         "undefined": _undefined(metrics),
         "num_correct": num_correct(metrics),
+        "known": {name: known_images(metrics, name) for name in metrics["classes"]},
     }
 
 
@@ -87,6 +88,11 @@ def _undefined(metrics: Mapping[str, Any]) -> list[str]:
             reasons.append(f"{label} of {', '.join(without)}: {NEEDS[measure]}.")
     several = metrics["task"] == "multilabel"
     reasons += [
+        f"{name}: {values['reason']}."
+        for name, values in metrics["classes"].items()
+        if values.get("reason")
+    ]
+    reasons += [
         f"Mean {label}: it needs the number of {'a label' if several else 'every class'}."
         for measure, label in measures.items()
         if metrics["macro"][measure] is None
@@ -132,6 +138,9 @@ def _same_confusion(metrics: Mapping[str, Any], samples: Sequence[Sample]) -> bo
 def _same_labels(metrics: Mapping[str, Any], samples: Sequence[Sample]) -> bool:
     for name, scores in metrics["classes"].items():
         having = [sample for sample in samples if name in sample.labels]
+        known = sum(sample.knows(name) for sample in samples)
+        if known_images(metrics, name) != known:
+            return False
         found = sum(name in sample.predicted for sample in having)
         recall = found / len(having) if having else None
         if scores["positives"] != len(having) or (recall is None) != (scores["recall"] is None):
@@ -141,17 +150,26 @@ def _same_labels(metrics: Mapping[str, Any], samples: Sequence[Sample]) -> bool:
     return len(samples) == metrics["samples"]
 
 
+def known_images(metrics: Mapping[str, Any], name: str) -> int:
+    """Count the images of which a label is known; of metrics of older versions, all."""
+    return int(metrics["classes"][name].get("known", metrics["samples"]))
+
+
 def roc_charts(
     element: str, samples: Sequence[Sample], metrics: Mapping[str, Any]
 ) -> list[tuple[str, int, Markup | None]]:
-    """Draw each class against the rest: name, number of its images, chart (None if undefined)."""
+    """Draw each class against the rest: name, number of its images, chart (None if undefined).
+
+    Of a label the images count of which it is known.
+    """
     charts = []
     for place, name in enumerate(metrics["classes"]):
-        is_class = np.array([name in sample.labels for sample in samples])
-        score = np.array([sample.logits[name] for sample in samples])
+        known = [sample for sample in samples if sample.knows(name)]
+        is_class = np.array([name in sample.labels for sample in known])
+        score = np.array([sample.logits[name] for sample in known])
         num_images = int(is_class.sum())
         chart = None
-        if 0 < num_images < len(samples):
+        if 0 < num_images < len(known):
             chart = Markup(pictures.roc_chart(f"{element}-roc{place}", is_class, score))
         charts.append((name, num_images, chart))
     return charts

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup
 
+from cxrdist.info import ShardsInfo
 from cxrdist.report import pictures
 from cxrdist.report.files import (
     Explanation,
@@ -77,6 +78,21 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
             for label, keys in shown.items()
         ],
     }
+
+
+def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
+    """Count what the source does not state: uncertain, missing and assumed absent by split.
+
+    Returns:
+        A row for each label; none if the source states all.
+    """
+    rows = []
+    for name in shards["classes"]:
+        of_splits = [amounts[name] for amounts in shards["counts"].values()]
+        names: tuple[Literal["uncertain", "missing", "assumed_absent"], ...]
+        names = ("uncertain", "missing", "assumed_absent")
+        rows.append((name, [amount.get(what, 0) for amount in of_splits for what in names]))
+    return rows if any(any(cells) for _, cells in rows) else []
 
 
 def worst_mistakes(samples: Sequence[Sample]) -> list[Sample]:

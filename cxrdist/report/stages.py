@@ -8,17 +8,15 @@ from markupsafe import Markup
 
 from cxrdist.info import RunInfo
 from cxrdist.report import pictures
-from cxrdist.report.files import read_epochs
+from cxrdist.report.files import Recipe, read_epochs
 from cxrdist.run import RunDirectory
 
 
-def stage_views(
-    run: RunDirectory, info: RunInfo, recipe: tuple[str, list[str]] | None
-) -> list[dict[str, Any]]:
+def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list[dict[str, Any]]:
     """Gather each stage in the order of the recipe: what it trained and how it went."""
     task = info["shards"]["task"]
     epochs = read_epochs(run.log, task)
-    names = dict.fromkeys([*(recipe[1] if recipe else []), *info["stages"], *epochs])
+    names = dict.fromkeys([*(recipe.stages if recipe else []), *info["stages"], *epochs])
     views = []
     for place, name in enumerate(names):
         facts = info["stages"].get(name)

@@ -107,9 +107,13 @@ class Epoch:
                 "nothing was published. Train with mixed precision bf16, or without"
             )
 
-    def mean_loss(self, first: int = 0) -> float:
-        """Mean loss of the settled steps from one on."""
-        return float(self.losses[first : self.settled].mean())
+    def mean_loss(self, first: int = 0) -> float | None:
+        """Mean loss of the settled steps from one on; None if no label of them is known.
+
+        A step without a known label has no loss, and does not count as one of 0.
+        """
+        known = torch.from_numpy(self.batches.num_known[first : self.settled] > 0)
+        return float(self.losses[first : self.settled][known].mean()) if known.any() else None
 
 
 def _signed(number: int) -> int:

@@ -47,7 +47,7 @@ class Learner(nn.Module):
             )
 
     def forward(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the binary cross-entropy over images and classes, float32 []."""
+        """Sum of the binary cross-entropy over the known labels of all images, float32 []."""
         loss: Tensor = self._loss(images, matrices, targets)
         return loss
 
@@ -57,10 +57,9 @@ class Learner(nn.Module):
         Args:
             images: uint8 [B, 1, H, W].
             matrices: float32 [B, 2, 3], how they are warped.
-            targets: float32 [B, classes], 1 where an image has the label.
+            targets: float32 [B, classes], 1 where an image has the label, -1 where that is unknown.
         """
-        logits = self.logits(warp(images, matrices))
-        return binary_cross_entropy_with_logits(logits.to(targets.dtype), targets, reduction="sum")
+        return sum_of_losses(self.logits(warp(images, matrices)), targets)
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of warped images, float [B, 1, H, W]."""
@@ -71,6 +70,19 @@ class Learner(nn.Module):
             features = self._trunk[0](self.model.normalise(images))
         logits = self.model.network.forward_head(features)
         return logits
+
+
+def sum_of_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum the binary cross-entropy over the known labels, in the precision of the targets.
+
+    Args:
+        logits: float [B, classes].
+        targets: float [B, classes], 1 where an image has the label, -1 where that is unknown.
+    """
+    known = (targets >= 0).to(targets.dtype)  # 1 leaves the bits of loss and gradient as they are
+    return binary_cross_entropy_with_logits(
+        logits.to(targets.dtype), targets, weight=known, reduction="sum"
+    )
 
 
 def folded(features: nn.Module, precision: torch.dtype) -> nn.Module:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
 from cxrdist.data.index import Index, read_index
+from cxrdist.data.labels import read_uncertain
 from cxrdist.distributed import gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.info import read_info
@@ -78,6 +79,7 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     blocks = [f"denseblock{i + 1}" for i in range(len(config.network.block_config))]
     check_stages(config.stages, ["stem", *blocks, "head"])
     refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
+    read_uncertain(config.uncertain)
     if not 0 <= config.network.dropout < 1:
         raise CxrdistError(
             f"network.dropout: is {config.network.dropout}, expected at least 0 and below 1"

@@ -275,7 +275,8 @@ class StageRun:
 
     def _one_pass(self, images: Tensor, matrices: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What `_take_step` does on one rank in one pass, on tensors alone."""
-        loss = self.model(images, matrices, targets) / targets.numel()
+        num_known = (targets >= 0).sum().clamp(min=1)  # a replayed step reads the device only
+        loss = self.model(images, matrices, targets) * num_known.reciprocal()
         self.updater.backward(loss)
         return loss.detach(), self.updater.step()
 

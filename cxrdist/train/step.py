@@ -10,13 +10,14 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrdist.data.cache import Images, read_rows
+from cxrdist.data.labels import UNCERTAIN
 from cxrdist.data.plan import Plan
 from cxrdist.distributed import gather, sum_over_ranks
 from cxrdist.evaluate.metrics import mean_auroc
 from cxrdist.model.augment import sampling_matrices, warp
+from cxrdist.train.learner import sum_of_losses
 from cxrdist.train.update import Updater
 
 VAL_IMAGES_PER_PASS = 64
@@ -28,12 +29,13 @@ class Material:
 
     Attributes:
         images: uint8 [samples, size, size].
-        targets: uint8 [samples, classes], 1 where a sample has the label.
+        targets: int8 [samples, classes], 1 where a sample has the label, below 0 where that is not
+            known or not to be learnt.
         task: multiclass or multilabel.
     """
 
     images: Images
-    targets: NDArray[np.uint8]
+    targets: NDArray[np.int8]
     task: str
 
 
@@ -43,15 +45,18 @@ class Batches:
     Attributes:
         plan: which rows a step takes.
         matrices: float32 [n, 2, 3], how each row is warped.
-        targets: float32 [n, classes], 1 where a row's image has the label.
+        targets: float32 [n, classes], 1 where a row's image has the label, -1 where unknown.
+        num_known: int64 [steps], known labels of all images of each step, over all ranks.
     """
 
     def __init__(self, material: Material, plan: Plan, device: torch.device) -> None:
         """Bring the plan's draws and targets to the device."""
         self.plan = plan
         self.matrices = sampling_matrices(plan.draws, material.images.shape[1], device)
-        targets = torch.from_numpy(material.targets[plan.samples])
-        self.targets = targets.float().to(device)
+        targets = material.targets[plan.samples]
+        self.num_known = np.add.reduceat((targets >= 0).sum(axis=1), plan.bounds[:-1])
+        unknown_alike = torch.from_numpy(np.maximum(targets, UNCERTAIN))
+        self.targets = unknown_alike.float().to(device)
 
 
 class Staging:
@@ -105,10 +110,11 @@ class Slice:
     Attributes:
         images: uint8 [B, 1, H, W], B is at least 1.
         matrices: float32 [B, 2, 3], their warps.
-        targets: float32 [B, classes], 1 where an image has the label.
+        targets: float32 [B, classes], 1 where an image has the label, -1 where that is not known.
         rows: of the plan that are this rank's; none where the step has no image for it. It takes
             part all the same, with one image that counts for nothing.
         sizes: images of each rank.
+        num_known: known labels of the images of all ranks.
     """
 
     images: Tensor
@@ -116,6 +122,7 @@ class Slice:
     targets: Tensor
     rows: slice
     sizes: tuple[int, ...]
+    num_known: int
 
     @property
     def num_images(self) -> int:
@@ -137,6 +144,7 @@ def read_slice(batches: Batches, staging: Staging, step: int, accelerator: Accel
         batches.targets[taken],
         rows,
         tuple(r.stop - r.start for r in all_rows),
+        int(batches.num_known[step]),
     )
 
 
@@ -177,10 +185,10 @@ def backward(
     max_images: int | None,
     before_pass: Callable[[tuple[int, ...]], None],
 ) -> Tensor:
-    """Add the gradients of a step; DDP's mean over ranks is then the mean over the step's images.
+    """Add the gradients of a step; DDP's mean over ranks is then the mean over the known labels.
 
-    Each rank weights its loss by world size / images of the step, since slices may differ by an
-    image. Micro-batches synchronise once, with the last.
+    Each rank weights its loss by world size / known labels of the whole step, since slices differ
+    in them. Micro-batches synchronise once, with the last.
 
     Args:
         accelerator: of this rank.
@@ -192,9 +200,9 @@ def backward(
 
     Returns:
         This rank's share of the loss, float32 []; the shares of all ranks add up to the mean
-        binary cross-entropy over images and classes (paper, section 3.3).
+        binary cross-entropy over the known labels of all images (paper, section 3.3), 0 without.
     """
-    per_image = 1 / (sum(part.sizes) * part.targets.shape[1])
+    per_label = 1 / max(1, part.num_known)
     total = torch.zeros((), device=accelerator.device)
     passes = list(passes_of(part, accelerator.process_index, max_images))
     for one in passes:
@@ -202,7 +210,7 @@ def backward(
         with nullcontext() if one is passes[-1] else accelerator.no_sync(model):
             rows = one.rows
             loss = model(part.images[rows], part.matrices[rows], part.targets[rows])
-            share = loss * (one.weight * per_image)
+            share = loss * (one.weight * per_label)
             updater.backward(share * accelerator.num_processes)
         total += share.detach()
     return total
@@ -226,9 +234,10 @@ def validate(
         at_boundary: called before each batch, on all ranks as often; may stop them all.
 
     Returns:
-        val_loss: mean binary cross-entropy over rows and classes. With it val_accuracy: the share
-        of rows whose largest logit is the label's; or, of several labels an image, val_auroc: the
-        mean over the labels that some rows have and some have not, None if there is no such one.
+        val_loss: mean binary cross-entropy over the known labels of all rows. With it val_accuracy:
+        the share of rows whose largest logit is the label's; or, of several labels an image,
+        val_auroc: the mean over the labels that some rows are known to have and some not to have,
+        None if there is no such one.
     """
     model.eval()
     plan, device = batches.plan, accelerator.device
@@ -244,15 +253,14 @@ def validate(
         images = read_rows(material.images, plan.samples[rows], device)
         targets = batches.targets[rows]
         logits = model(warp(images, batches.matrices[rows])).float()
-        loss = binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        loss = sum_of_losses(logits, targets)
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums += torch.stack([loss.double(), correct.double()])
         mine.append((start, logits))
     loss_sum, num_correct = sum_over_ranks(accelerator, sums).tolist()
-    num_rows, num_classes = batches.targets.shape
-    val_loss = loss_sum / (num_rows * num_classes)
+    val_loss = loss_sum / int(batches.num_known.sum())
     if material.task == "multiclass":
-        return {"val_loss": val_loss, "val_accuracy": num_correct / num_rows}
+        return {"val_loss": val_loss, "val_accuracy": num_correct / len(plan.samples)}
     of_all = gather(accelerator, [(start, logits.cpu()) for start, logits in mine])
     logits = torch.cat([logits for _, logits in sorted(of_all, key=lambda row: row[0])])
     return {"val_loss": val_loss, "val_auroc": mean_auroc(logits, batches.targets.cpu())}

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from cxrdist.config import TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
+from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
 from cxrdist.data.plan import Plan, copies_of, plan_epoch
 from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
@@ -167,7 +168,7 @@ def build_training(
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
     """
-    targets = index.targets()
+    targets = together(accelerator, lambda: _read_targets(index, config))
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
     copies = copies_of(targets, index.classes, config.copies)
     with accelerator.local_main_process_first():  # one download a node
@@ -187,6 +188,7 @@ def build_training(
             write_text(run.audit, audit)
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
+        print(_describe_unknown(index, targets), end="")
     model.to(accelerator.device)
     model.to(memory_format=memory_format(accelerator.device))
     # One fixed draw of the expanded validation split, so that epochs can be compared.
@@ -202,6 +204,44 @@ def build_training(
         copies[train],
         Batches(material, val_plan, accelerator.device),
         StopVote(accelerator),
+    )
+
+
+def _read_targets(index: Index, config: TrainConfig) -> NDArray[np.int8]:
+    """Read the labels; uncertain ones of the training split count as the recipe says.
+
+    Those of the other splits stay uncertain: no score counts them.
+
+    Returns:
+        int8 [samples, classes], as `Material` has them.
+
+    Raises:
+        CxrdistError: the recipe names no class, or a split has no known label.
+    """
+    targets = index.targets()
+    train, val = (index.numbers(split) for split in ("train", "val"))
+    targets[train] = settle_uncertain(targets[train], index.classes, config.uncertain)
+    for split, numbers in (("train", train), ("val", val)):
+        if not (targets[numbers] >= 0).any():
+            raise CxrdistError(
+                f"--shards {index.directory}: all labels in {split} are uncertain or missing; "
+                "training needs known ones in train and val"
+            )
+    return targets
+
+
+def _describe_unknown(index: Index, targets: NDArray[np.int8]) -> str:
+    """A line on the training labels that the source does not state, for the terminal, or none."""
+    train = index.numbers("train")
+    stated, learnt = index.targets()[train], targets[train]
+    uncertain, num_missing = stated == UNCERTAIN, int((stated == MISSING).sum())
+    if not num_missing and not uncertain.any():
+        return ""
+    ways = (("positive", POSITIVE), ("negative", NEGATIVE), ("ignored", UNCERTAIN))
+    counted = [f"{int((learnt[uncertain] == code).sum())} {way}" for way, code in ways]
+    return (
+        f"labels of train: {int(uncertain.sum())} uncertain (count as {', '.join(counted)}), "
+        f"{num_missing} missing, of {stated.size}; what is ignored or missing has no loss\n"
     )
 
 

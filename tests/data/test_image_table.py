@@ -54,6 +54,17 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,labels\na.png,x\nb.png,None\n", "row 3: label 'None' stands for a missing value"),
         ("path,label\na.png,0\nb.png,0.0\n", "'0' and '0.0' are one name in two spellings"),
         ("path,label\na.png,Normal\nb.png,normal\n", "'Normal' and 'normal' are one name"),
+        ("path,labels,uncertain\na.png,x,x|y\n", "row 2: x stands in two of labels, uncertain"),
+        ("path,labels,missing\na.png,x,nan\n", "row 2: label 'nan' stands for a missing value"),
+        ("path,label,uncertain\na.png,x,y\n", "the column 'uncertain' goes with labels"),
+        ("path,x,missing\na.png,1,y\n", "the column 'missing' goes with labels"),
+        ("path,x\na.png,1\nb.png,0\nsub/c.png,2\n", "row 4: x is '2', but most of its column"),
+        ("path,x\na.png,1\nb.png,nan\n", "row 3: x is 'nan', but most of its column is 1, 0"),
+        ("path,x,x\na.png,1,0\n", "two columns of labels are called x"),
+        ("path,x\na.png,\n", "has no column label; expected path and label (or labels), or a col"),
+        ("path,height\na.png,1.7\n", "has no column label; expected path and label (or labels)"),
+        ("path,smoker,Diagnosis\na.png,1,x\n", "'Diagnosis' may be meant as the label"),
+        ("path,x,fold\na.png,1,0\n", "the column 'fold' may be meant as the split"),
         ("path,labels\na.png,x|No Finding\n", "row 2: has No Finding beside x"),
         ("path,label,labels\na.png,x,x\n", "has the columns label and labels"),
         ("path,label,Patient,patient_id\n", "the columns 'Patient' and 'patient_id' are both the"),
@@ -83,6 +94,50 @@ def test_columns_are_known_whatever_their_spelling(table, patient):
     assert (first.sex, first.age) == ("F", 45)
     assert (second.patient, second.split, second.sex, second.age) == ("8", "test", "M", 61.5)
     assert source.notes == ("columns left aside: Height, (no name)",)
+
+
+def test_a_table_may_have_a_column_for_each_label(table):
+    """CheXpert's cells, as whole numbers or floats; which columns are labels is said."""
+    source = read(
+        table,
+        "Path,Age,AP/PA,No Finding,Edema,Fracture,Days,Told,\n"
+        "a.png,60,AP,1.0,,,3,nan,1\nb.png,61,PA,0,-1.0,,1,nan,0\nsub/c.png,62,AP,,U,,9,,1\n",
+    )
+    assert source.task == "multilabel"
+    assert source.classes == ["No Finding", "Edema", "Fracture"]
+    assert [(r.label, r.uncertain, r.missing) for r in source.records] == [
+        ("No Finding", "", "Edema|Fracture"),
+        ("", "Edema", "Fracture"),
+        ("", "Edema", "No Finding|Fracture"),
+    ]
+    assert source.notes == (
+        "columns of labels: No Finding, Edema, Fracture",
+        "columns of labels without a filled cell: Fracture",
+        "columns left aside: AP/PA, Days, Told, (no name)",
+    )
+
+
+def test_labels_may_be_uncertain_or_missing_by_name(table):
+    """As samples.csv has them: a label that no row states is a class all the same."""
+    source = read(
+        table, "path,labels,Uncertain,missing\na.png,x,y| z,\nb.png,,,w|x\nsub/c.png,y|x,,\n"
+    )
+    assert source.classes == ["w", "x", "y", "z"]
+    assert [(r.label, r.uncertain, r.missing) for r in source.records] == [
+        ("x", "y|z", ""),
+        ("", "", "w|x"),
+        ("x|y", "", ""),
+    ]
+
+
+def test_a_view_is_one_of_the_known_and_other_texts_are_counted(table):
+    """A text that names none is no view; an empty cell needs no note."""
+    text = "path,label,view\na.png,x,Postero-anterior\nb.png,y,sideways\nsub/c.png,y,\n"
+    table.write_text(text)
+    source = read_image_table(table)
+    assert [record.view for record in source.records] == ["PA", "", ""]
+    (note,) = (note for note in source.notes if "view" in note)
+    assert note == "view is none that is known in 1 rows, and empty there, such as 'sideways'"
 
 
 def test_what_is_no_sex_or_age_is_empty_and_counted(table):

@@ -7,12 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
-from support import RUN_CXRDIST, make_shards, run_measured
+from support import RUN_CXRDIST, make_images, make_shards, run_measured
 
 from cxrdist.cli import main
-from cxrdist.config import Network
+from cxrdist.config import Network, PackConfig
 from cxrdist.data.index import read_index
+from cxrdist.data.pack import pack
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, save_model
 
@@ -161,6 +163,9 @@ CELLS = {
     "shard": ("pipe:id", "train-000009.tar"),
     "label": ("c", "", "a|b", "a|a"),
     "sha256": ("", "x", "G" * 64, "A" * 64),
+    "uncertain": ("b", "c"),
+    "missing": ("b",),
+    "assumed_absent": ("b",),
 }
 
 
@@ -174,6 +179,56 @@ def test_cells_of_the_table_have_their_form(shards, column, value):
 
     change_samples(shards, change)
     with pytest.raises(CxrdistError, match=r"samples\.csv"):
+        read_index(shards)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory) -> Path:
+    """Shards of the labels x, y and z, none of them stated for all images."""
+    folder = make_images(tmp_path_factory.mktemp("several") / "in", {"i": 24})
+    cells = ("1,0,", "U,1,1", "-1.0,,0")
+    rows = [
+        f"i/{f.name},{f.stem[:-2]},{cells[i % 3]}"
+        for i, f in enumerate(sorted(folder.rglob("*.png")))
+    ]
+    (folder / "t.csv").write_text("\n".join(["path,patient,x,y,z", *rows]))
+    options = {"size": 32, "split": "0.5/0.25/0.25", "workers": 1}
+    pack(PackConfig("csv", folder / "t.csv", folder.parent / "shards", **options))
+    return folder.parent / "shards"
+
+
+def test_targets_are_what_the_table_says(several):
+    """1, 0, -1 for uncertain and -2 for missing, int8."""
+    index = read_index(several)
+    names = sorted(sample.path for sample in index.samples)
+    known = {0: [1, 0, -2], 1: [-1, 1, 1], 2: [-1, -2, 0]}
+    assert index.targets().dtype == np.int8
+    assert index.targets().tolist() == [known[names.index(s.path) % 3] for s in index.samples]
+    counts = index.counts()
+    for name, what, expected in (("x", "uncertain", 16), ("y", "missing", 8), ("z", "missing", 8)):
+        assert sum(counts[split][name][what] for split in counts) == expected
+        assert {counts[split][name]["assumed_absent"] for split in counts} == {0}
+
+
+NOT_STATED = [
+    *(("uncertain", text) for text in ("x", "y|y", "w", "z|")),
+    *(("missing", text) for text in ("x", "x|z", "|")),
+    *(("assumed_absent", text) for text in ("x", "z", "w", "y|y")),
+]
+
+
+@pytest.mark.parametrize(("column", "text"), NOT_STATED)
+def test_a_label_is_of_a_class_and_in_one_column(several, tmp_path, column, text):
+    """In a row with x where z is missing: no label twice, no label without a class."""
+    shards = Path(shutil.copytree(several, tmp_path / "shards"))
+
+    def change(rows):
+        row = next(row for row in rows if row[rows[0].index("label")] == "x")
+        row[rows[0].index(column)] = text
+        return rows
+
+    change_samples(shards, change)
+    with pytest.raises(CxrdistError, match=r"samples\.csv: .*(is no class|stands in two of)"):
         read_index(shards)
 
 

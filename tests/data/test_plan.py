@@ -74,7 +74,7 @@ def test_a_plan_is_a_function_of_seed_stage_and_epoch():
 
 def test_copies_of_an_unknown_class_are_refused():
     """A misspelt class would silently not be balanced."""
-    targets = np.array([[1, 0], [0, 1], [0, 1]], np.uint8)
+    targets = np.array([[1, 0], [0, 1], [0, 1]], np.int8)
     assert copies_of(targets, ["a", "b"], {"b": 4}).tolist() == [1, 4, 4]
     with pytest.raises(CxrdistError, match="no class 'c'"):
         copies_of(targets, ["a", "b"], {"c": 4})
@@ -83,6 +83,6 @@ def test_copies_of_an_unknown_class_are_refused():
 
 
 def test_of_several_labels_the_one_of_most_copies_counts():
-    """An image without a label, or with one of a single copy, is taken once."""
-    targets = np.array([[1, 1, 0], [0, 0, 0], [0, 0, 1], [1, 0, 1]], np.uint8)
+    """An image without a label, or with unknown ones, or one of a single copy, is taken once."""
+    targets = np.array([[1, 1, 0], [0, 0, 0], [-1, -2, 1], [1, 0, 1]], np.int8)
     assert copies_of(targets, ["a", "b", "c"], {"a": 2, "b": 5}).tolist() == [5, 1, 1, 2]

@@ -118,6 +118,8 @@ CHANGES = {
     "no object": (lambda m: [(m[0][0], b"[1]"), *m[1:]], "is a list, expected an object"),
     "another key": (about_with(key="x"), "the key of"),
     "another label": (about_with(label="b|a"), "the label of"),
+    "another uncertain label": (about_with(uncertain="b"), "the uncertain of"),
+    "a missing label": (about_with(missing="b"), "the missing of"),
     "a wide original": (
         about_with(width_px=10**9),
         "width_px: is 1000000000, expected 1 to 50000000",

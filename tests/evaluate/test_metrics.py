@@ -103,6 +103,58 @@ def test_scores_of_labels_are_scikit_learns(seed):
     assert mean_auroc(logits, targets) == pytest.approx(np.mean(aurocs), abs=1e-6)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_cells_that_are_not_known_are_dropped(seed):
+    """Each score is scikit-learn's of the images that are left; -1 and -2 are the same here."""
+    logits, random = draw_logits(seed, 300, 3), torch.Generator().manual_seed(seed)
+    targets = torch.randint(-2, 2, (300, 3), generator=random).to(torch.int8)
+    logits += 15 * (targets == 1)
+    found = compute_label_metrics(logits, targets, ["a", "b", "c"])
+    aurocs = []
+    for i, name in enumerate("abc"):
+        known = (targets[:, i] >= 0).numpy()
+        scores, truth, score = (
+            found["classes"][name],
+            targets[known, i].numpy(),
+            logits[known, i].numpy(),
+        )
+        aurocs.append(roc_auc_score(truth, score))
+        expected = {
+            "auroc": aurocs[-1],
+            "average_precision": average_precision_score(truth, score),
+            "f1": f1_score(truth, score >= 0),
+            "recall": recall_score(truth, score >= 0),
+            "precision": precision_score(truth, score >= 0),
+        }
+        assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+        assert (scores["known"], scores["positives"]) == (known.sum(), truth.sum())
+        assert scores["reason"] is None
+    assert mean_auroc(logits, targets) == pytest.approx(np.mean(aurocs), abs=1e-6)
+    assert found["macro"]["auroc"] == pytest.approx(np.mean(aurocs), abs=1e-6)
+
+
+def test_a_label_of_one_kind_has_no_auroc_and_a_reason():
+    """All known images have it, none has, or none is known; it takes no part in the mean."""
+    targets = torch.tensor([[1, 0, -1, 1], [1, -2, -2, 0], [-1, 0, -1, 0]])
+    logits = torch.tensor([[1.0, 2, 3, 3], [-1, 2, 3, 2], [1, 2, 3, 1]])
+    found = compute_label_metrics(logits, targets, ["all", "none", "unknown", "both"])
+    classes = found["classes"]
+    assert {name: scores["reason"] for name, scores in classes.items()} == {
+        "all": "all of the 2 known images have the label",
+        "none": "none of the 2 known images have the label",
+        "unknown": "the label is known of no image",
+        "both": None,
+    }
+    assert [classes[name]["auroc"] for name in classes] == [None, None, None, 1]
+    assert [classes[name]["average_precision"] for name in classes] == [None, None, None, 1]
+    assert classes["all"]["recall"] == 0.5
+    assert {value for name, value in classes["unknown"].items() if name in found["macro"]} == {None}
+    assert found["macro"]["auroc"] == 1
+    assert found["macro_labels"]["auroc"] == 1
+    assert "unknown: no AUROC, the label" in metrics_table(found)
+    assert mean_auroc(logits[:, :3], targets[:, :3]) is None
+
+
 def test_every_distinct_logit_of_many_keeps_its_rank():
     """With 2 x 100,000 neighbouring float32 values, one tie would change the last digit.
 

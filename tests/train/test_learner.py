@@ -31,10 +31,12 @@ def model_of(network: Network, trained: list[str]) -> Classifier:
 
 
 def batch(count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Images, warps that leave them as they are, targets."""
+    """Images, warps that leave them as they are, targets of which one is not known."""
     generator = torch.Generator().manual_seed(count)
     images = torch.randint(0, 256, (count, 1, 64, 64), dtype=torch.uint8, generator=generator)
-    return images, torch.eye(2, 3).repeat(count, 1, 1), torch.eye(3)[torch.arange(count) % 3]
+    targets = torch.eye(3)[torch.arange(count) % 3]
+    targets[0, 1] = -1
+    return images, torch.eye(2, 3).repeat(count, 1, 1), targets
 
 
 def updater_of(model: Classifier, trained: list[str], name: str = "sgd") -> Updater:
