@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from cxrdist.data.boxes import Box, cover, scaled
+from cxrdist.data.boxes import Box, cover
+from cxrdist.data.geometry import place, resample, scaled
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.data.pictures import read_picture
 from cxrdist.errors import CxrdistError
@@ -177,11 +178,6 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
 
 
 def _square(image: Image.Image, size_px: int, fit: str) -> Image.Image:
-    size = (size_px, size_px)
-    if fit == "pad":
-        return ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=0)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side) if fit == "crop" else None
-    return image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
+    # Padded squares were never reduced first: their bytes stay as they are in older shards.
+    gap = None if fit == "pad" else 2.0
+    return resample(image, place(*image.size, size_px, fit), size_px, gap)
