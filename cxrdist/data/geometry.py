@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 
 from cxrdist.data.boxes import Box
-from cxrdist.data.findings import Finding
+from cxrdist.data.findings import LEAST_PX, Finding
 
 R = TypeVar("R", Box, Finding)  # edges lie between pixels
 
@@ -102,6 +102,6 @@ def clipped(box: R, size_px: int) -> R | None:
     """The part of a box that lies in the square; None if nothing of it does."""
     left, top = max(0.0, box.x), max(0.0, box.y)
     right, bottom = min(size_px, box.x + box.width), min(size_px, box.y + box.height)
-    if not (right > left and bottom > top):
+    if min(right - left, bottom - top) < LEAST_PX:
         return None
     return box._replace(x=left, y=top, width=right - left, height=bottom - top)

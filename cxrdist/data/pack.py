@@ -24,6 +24,7 @@ from cxrdist.data.anonymise import (
 from cxrdist.data.assemble import Item, assemble
 from cxrdist.data.boxes import read_boxes
 from cxrdist.data.depth import refuse_bad_depth, source_depth
+from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, MOST_PX
 from cxrdist.data.found import LeftOut
 from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
 from cxrdist.data.patients import MOST_YEARS
@@ -54,6 +55,7 @@ from cxrdist.terminal import progress
 
 # Options that decide the decoded squares, beside the input; the others only how they are packed.
 DECODING = ("size", "fit", "cover", "anonymise")
+PATHS = ("input", "label_map", "masks")  # options that name files of the source
 MOST_NAMED = 20  # files in a message
 # What may differ between two calls that make the same shards.
 NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
@@ -83,6 +85,7 @@ def pack(config: PackConfig) -> None:
     if _is_packed(config.out, work, content):
         return
     _refuse_large_index(config, source)
+    _refuse_bad_findings(source)
     _refuse_bad_splits(config, source)
     with _held(work, shared=config.task is not None):
         key, names = shared_key(work), list[Name]()
@@ -178,6 +181,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
     Where names are to tell nothing, none is in it, and the hash of the list has a salt.
     """
     options = {name: v for name, v in asdict(config).items() if name not in NOT_CONTENT}
+    options |= {name: _shown(config, options[name]) for name in PATHS}
     digest = hashlib.sha256((salt or "").encode())
     for record in source.records:
         names = (record.path, record.label, record.patient, record.source)
@@ -185,7 +189,9 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
         cells = (record.uncertain, record.missing, record.assumed_absent)
         digest.update("\0".join((*names, *facts, *cells, "\n")).encode())
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
-    return {**options, "input": _shown_input(config), "records_sha256": digest.hexdigest()}
+        digest.update(repr(record.findings).encode() if record.findings else b"")
+        digest.update(f"mask {record.mask[1:]}".encode() if record.mask else b"")
+    return {**options, "records_sha256": digest.hexdigest()}
 
 
 def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
@@ -194,12 +200,14 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
     digest = hashlib.sha256()
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
-    return {"input": _shown_input(config), **options, "images_sha256": digest.hexdigest()}
+        digest.update(f"{record.mask.file} {record.mask[1:]}".encode() if record.mask else b"")
+    shown = _shown(config, config.input)
+    return {"input": shown, **options, "images_sha256": digest.hexdigest()}
 
 
-def _shown_input(config: PackConfig) -> str:
-    """The input, empty where names are to tell nothing."""
-    return "" if config.anonymise else str(config.input)
+def _shown(config: PackConfig, path: Path | None) -> str | None:
+    """The path of an option, empty where names are to tell nothing."""
+    return None if path is None else "" if config.anonymise else str(path)
 
 
 def _refuse_large_index(config: PackConfig, source: Source) -> None:
@@ -212,6 +220,24 @@ def _refuse_large_index(config: PackConfig, source: Source) -> None:
     ):
         if number > most:
             raise CxrdistError(f"{option}: makes {number} {unit}, expected at most {most}")
+
+
+def _refuse_bad_findings(source: Source) -> None:
+    """Refuse boxes that no reader of the shards would take (`cxrdist.data.findings`)."""
+    for record in source.records:
+        if len(record.findings) > MOST_FINDINGS:
+            raise CxrdistError(
+                f"{record.file}: has {len(record.findings)} boxes of findings, expected at most "
+                f"{MOST_FINDINGS}"
+            )
+        for box in record.findings:
+            edges = (box.x, box.y, box.width, box.height)
+            inside = all(-MOST_PX <= edge <= MOST_PX for edge in edges)
+            if not inside or min(box.width, box.height) < LEAST_PX:
+                raise CxrdistError(
+                    f"{record.file}: the box of {box.label} has {box.width:g} x {box.height:g} px "
+                    f"at {box.x:g}, {box.y:g}; expected a box in px of the original"
+                )
 
 
 def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
@@ -285,7 +311,7 @@ def _begin(work: Path, decoding: dict[str, Any]) -> None:
     for name, value in decoding.items():
         if before.get(name) != value:
             what = (
-                "the list of images or of their text boxes has changed since"
+                "the list of images or of their text boxes or masks has changed since"
                 if name == "images_sha256"
                 else f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
             )
@@ -389,7 +415,11 @@ def _items(
     records = [record for part in parts for record in part.records]
     known = _with_tags(config, records, squares)
     pairs = zip(known, squares, strict=True)
-    items = [Item(r, square, i) for i, (r, square) in enumerate(pairs) if not square.reason]
+    items = [
+        Item(r, square, i, 2 * len(records) + i)
+        for i, (r, square) in enumerate(pairs)
+        if not square.reason
+    ]
     return items, locate_pngs(work / "squares", found)
 
 

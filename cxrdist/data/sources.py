@@ -13,6 +13,7 @@ from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.covid19_radiography import read_covid19_radiography
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.masked import folder_of_masks, with_masks
 from cxrdist.data.records import Source
 from cxrdist.errors import CxrdistError
 
@@ -35,6 +36,7 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         if getattr(config, option) and config.source != only:
             raise CxrdistError(f"--{option.replace('_', '-')}: is for --source {only} only")
     folder, pattern = config.input, config.patient_pattern
+    besides = (*besides, *folder_of_masks(config.masks, folder))
     if config.source == "csv":
         source = read_image_table(
             folder, pattern, allow_outside=config.allow_outside, besides=besides
@@ -48,6 +50,8 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
     else:
         source = read_class_folders(folder, pattern, besides)
     _refuse_bad_classes(config.input, source)
+    if config.masks is not None:
+        source = with_masks(source, config.masks)
     return replace(source, records=sorted(source.records, key=lambda record: record.path))
 
 

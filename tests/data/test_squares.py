@@ -144,7 +144,7 @@ def test_another_pack_does_not_mix_with_an_unfinished_one(config):
     image.write_bytes(data)
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     image.rename(image.with_name("new.png"))
-    with pytest.raises(CxrdistError, match="the list of images or of their text boxes"):
+    with pytest.raises(CxrdistError, match="the list of images or of their text boxes or masks"):
         pack(config)
     image.with_name("new.png").rename(image)
     pack(config)
