@@ -59,7 +59,7 @@ class SourceConfig:
     masks: Path | None = None
     """Masks of the lungs: a folder with masks under their images' names (or in masks/ in place of
     images/, as the COVID-19 Radiography Database has them), or a table of run lengths as CheXmask
-    has them. Each goes into the shard beside its image."""
+    has them; a path or an fsspec URL. Each goes into the shard beside its image."""
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,9 @@ def test_masks_that_are_of_no_image_or_of_several_are_refused(images, tmp_path, 
     assert "\n" not in str(caught.value)
 
 
-def test_images_are_no_masks_of_themselves(images):
-    """--masks INPUT where no masks/ is."""
+@pytest.mark.parametrize("name", ["more", "masks"])
+def test_images_are_no_masks_of_themselves(images, name):
+    """--masks INPUT where masks/ is missing, or was read as images of a class."""
+    draw(images / "a" / name / "2.jpg")
     with pytest.raises(CxrdistError, match="none of its 0 masks"):
         read_source(SourceConfig("folder", images, masks=images))
