@@ -26,8 +26,8 @@ NAMES = ("imageindex", "path", "dicomid", "imageid")
 LUNGS = ("leftlung", "rightlung")
 SIZE = ("height", "width")
 # CheXmask's authors advise to use masks from 0.7 on of the mean Dice coefficient that reverse
-# classification accuracy predicts (its README, Quality Threshold). In PadChest's table the names of
-# mean and maximum are swapped (the "mean" is larger), so the smaller of the two is taken.
+# classification accuracy predicts (its README, Quality Threshold). In most rows of PadChest's table
+# the two are swapped (the "mean" is the larger one), so the smaller of the two is taken.
 QUALITY, LEAST_QUALITY = ("dicerca(mean)", "dicerca(max)"), 0.7
 MOST_ROW_BYTES = 4 << 20  # three organs of a 4000 px image have 0.2 MB
 COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
@@ -144,7 +144,10 @@ def _side(cell: str, where: str) -> int:
     except ValueError:
         side = math.nan
     if not (1 <= side <= MOST_PIXELS and side.is_integer()):
-        raise CxrdistError(f"{where}: Height or Width is {cell!r:.40}, expected px")
+        raise CxrdistError(
+            f"{where}: Height or Width is {cell!r:.40}, expected px (some of CheXmask's tables of "
+            "preprocessed images lack them; take those of OriginalResolution)"
+        )
     return int(side)
 
 
