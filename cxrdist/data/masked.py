@@ -1,5 +1,6 @@
 """Masked: the images of a source matched with their masks."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -83,18 +84,22 @@ def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
 
 def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
     """The pictures of a folder; if it holds the images too, those in folders called masks."""
-    images = {str(record.file) for record in records}
+    images = {_absolute(record.file) for record in records}
     files = find_images(folder).images
-    holds_images = any(str(file) in images for file in files)
+    holds_images = any(_absolute(file) in images for file in files)
     start = len(folder.as_posix().rstrip("/")) + 1
     for file in files:
         path = file.as_posix()[start:]
-        *folders, name = path.split("/")
-        if str(file) in images or (holds_images and MASKS not in folders):
+        *folders, last = path.split("/")
+        if _absolute(file) in images or (holds_images and MASKS not in folders):
             continue
         renamed = [IMAGES if name == MASKS else name for name in folders]
-        names = (_name(path), _name("/".join([*renamed, name])))
+        names = (_name(path), _name("/".join([*renamed, last])))
         yield _Named(path, names, MaskPlace(file))
+
+
+def _absolute(file: Path) -> str:
+    return os.path.abspath(file) if isinstance(file, Path) else str(file)
 
 
 def _rows(table: Path) -> tuple[list[_Named], list[str]]:
@@ -146,7 +151,7 @@ def _ends(records: Sequence[Record], depth: int) -> dict[str, list[int]]:
     """Places of the records by the last ``depth`` folders and the name of their files."""
     places: dict[str, list[int]] = {}
     for i, record in enumerate(records):
-        name = "/".join(_name(record.file.as_posix()).rsplit("/", depth + 1)[-depth - 1 :])
+        name = "/".join(_name(_absolute(record.file)).rsplit("/", depth + 1)[-depth - 1 :])
         places.setdefault(name, []).append(i)
     return places
 

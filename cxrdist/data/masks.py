@@ -75,8 +75,9 @@ def describe_masks(shares: Sequence[float]) -> MasksEntry | None:
 
 def masks_line(masks: MasksEntry, num_images: int) -> str:
     """What a user reads of the masks of some images."""
+    without = num_images - masks["images"]
     line = (
-        f"masks: {masks['images']} of {num_images} images have one; they cover "
+        f"masks: {masks['images']} images have one, {without} do not; they cover "
         f"{masks['least']:.0%} to {masks['most']:.0%} of the square, median {masks['median']:.0%}"
     )
     odd = {"cover nothing": masks["empty"], "cover everything": masks["full"]}

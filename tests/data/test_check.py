@@ -223,7 +223,7 @@ def test_masks_are_counted_and_their_share_is_told(tmp_path, capsys):
     assert index["masks"]["least"] <= min(shares) + 1e-4
     assert index["masks"]["most"] >= max(shares) - 1e-4
     assert {name: audit["masks"][name] for name in index["masks"]} == index["masks"]
-    assert "masks: 16 of 24 images have one; they cover " in said
+    assert "masks: 16 images have one, 8 do not; they cover " in said
 
 
 def test_whole_shards_pass(whole, capsys):

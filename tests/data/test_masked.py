@@ -52,14 +52,17 @@ def test_masks_beside_the_classes_are_no_class(images):
 
 
 @pytest.mark.parametrize("above", [False, True], ids=["the release", "the folder above it"])
-def test_the_masks_of_the_radiography_database_are_found_beside_its_images(tmp_path, above):
+def test_the_masks_of_the_radiography_database_are_found_beside_its_images(
+    tmp_path, monkeypatch, above
+):
     """masks/ in place of images/ in the path; --masks and --input are one folder."""
     root = tmp_path / "COVID-19_Radiography_Dataset"
     for name in ("COVID", "Lung_Opacity", "Normal", "Viral Pneumonia"):
         draw(root / name / "images" / f"{name}-1.png", root / name / "masks" / f"{name}-1.png")
     draw(root / "COVID" / "masks" / "COVID-2.png")
     folder = tmp_path if above else root
-    named, notes = masks_of(folder, folder, "covid19-radiography")
+    monkeypatch.chdir(folder)  # the same folder by another name
+    named, notes = masks_of(Path(), folder, "covid19-radiography")
     start = f"{root.name}/" if above else ""
     expected = {path: start + path.replace("images", "masks") for path in named}
     assert len(named) == 4

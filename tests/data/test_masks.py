@@ -71,7 +71,7 @@ def test_masks_of_nothing_and_of_everything_are_masks(tmp_path, grey, share):
     Image.new("L", (80, 64), grey).save(tmp_path / "mask.png")
     assert np.mean(read(tmp_path / "mask.png") > 0) == share
     line = masks_line(describe_masks([0.2, share, 0.4]), 5)
-    assert line.startswith("masks: 3 of 5 images have one; they cover ")
+    assert line.startswith("masks: 3 images have one, 2 do not; they cover ")
     assert line.endswith("; 1 cover everything" if share else "; 1 cover nothing")
 
 
