@@ -66,11 +66,16 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
     found: dict[str, list[Box]] = {}
     for where, cells in table.rows():
         row = {name: cells[place] for name, place in places.items()}
-        found.setdefault(row["path"], []).append(_box(row, where))
+        found.setdefault(row["path"], []).append(box_of(row, where))
     return {path: tuple(boxes) for path, boxes in found.items()}
 
 
-def _box(row: Mapping[str, str], where: str) -> Box:
+def box_of(row: Mapping[str, str], where: str) -> Box:
+    """Read a box of a table's row.
+
+    Raises:
+        CxrdistError: it is not one; ``where``, file and row, is in the message.
+    """
     try:
         x, y, width, height = (_number(row[name]) for name in NEEDED[1:])
         score = _number(row.get("score") or "1")

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cxrdist.data.found import Found, LeftOut, find_images
 from cxrdist.data.labels import SEPARATOR, labels_of
+from cxrdist.data.listed import Listed
+from cxrdist.data.nih_boxes import read_boxes
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import DEVELOPMENT, Record, Source
 from cxrdist.data.tables import Table, plain, read_table, read_text
@@ -29,13 +30,12 @@ COLUMNS = {
     "Patient Sex": {"patientsex", "patientgender"},  # in the newer and in the older table
 }
 FOLDERS = re.compile(r"images(_[^/]+/images)?")  # as the NIH and as Kaggle hand them out
-OUTSIDE = "outside of images/"
 
 
 def read_chestxray14(
     folder: Path, against_rest: str | None = None, besides: Sequence[Path] = ()
 ) -> Source:
-    """Read the table, the official lists where they are there, and the images that are there.
+    """Read the table, the official lists and boxes where they are there, and the images.
 
     Args:
         folder: holds a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
@@ -58,51 +58,36 @@ def read_chestxray14(
     if place is None:
         raise CxrdistError(f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}")
     table = read_table(place, {plain(name) for name in NEEDED})
-    (found, files), splits = _find_images(folder, besides), _splits(folder)
-    records, missing = [], []
+    listed = Listed(folder, _name_of, besides)
+    splits, boxes = _splits(folder), read_boxes(folder, LABELS)
+    records = []
     for where, name, known in _rows(table):
-        file = files.pop(_stem(name), None)
-        if file is None:
-            missing.append(LeftOut(name, "in the table, but not here"))
+        taken = listed.take(_official(name))
+        if taken is None:
             continue
-        if splits and _stem(name) not in splits:
+        split = splits.get(_official(name))
+        if splits and split is None:
             raise CxrdistError(f"{where}: {name} is in neither {' nor '.join(LISTS)}")
         if against_rest is not None:
             labels = labels_of(known["label"])
             known["label"] = against_rest if against_rest in labels else REST
-        split = splits.get(_stem(name))
-        records.append(Record(file=file, path=file.name, source=NAME, split=split, **known))
-    strays = _name_strays(folder, found, {record.file for record in records})
-    classes = list(LABELS) if against_rest is None else [against_rest, REST]
+        file, _ = taken
+        drawn = boxes.on(_stem(name), file)
+        records.append(Record(file, file.name, source=NAME, split=split, findings=drawn, **known))
     return Source(
         records,
         "multilabel" if against_rest is None else "multiclass",
-        classes,
+        list(LABELS) if against_rest is None else [against_rest, REST],
         NAME,
-        (*table.notes, *_notes(table, records, missing, splits)),
-        tuple(sorted((*found.left_out, *strays, *missing))),
-        found.num_files + len(missing),
-        found.dicom,
+        (*table.notes, *listed.notes(table.file), *_notes(records, splits), *boxes.notes(records)),
+        listed.left_out(),
+        listed.num_found,
+        listed.dicom,
     )
 
 
-def _name_strays(folder: Path, found: Found, taken: set[Path]) -> list[LeftOut]:
-    """Images that are there and not packed."""
-    strays = []
-    for file in found.images:
-        if file not in taken:
-            path = file.relative_to(folder)
-            own = FOLDERS.fullmatch(path.parent.as_posix())
-            strays.append(LeftOut(path.as_posix(), "not in the table" if own else OUTSIDE))
-    return strays
-
-
-def _notes(
-    table: Table, records: Sequence[Record], missing: Sequence[LeftOut], splits: dict[str, str]
-) -> list[str]:
+def _notes(records: Sequence[Record], splits: dict[str, str]) -> list[str]:
     notes = []
-    if missing:
-        notes.append(f"{len(missing)} images of {table.file.name} are not here")
     if not splits:
         notes.append(
             f"without {' and '.join(LISTS)} the split is drawn here and is not the official one"
@@ -114,30 +99,21 @@ def _notes(
 
 
 def _stem(name: str) -> str:
-    """An image's name without its suffix: smaller copies are JPEGs of the same names."""
     return name.rpartition(".")[0]
 
 
-def _find_images(folder: Path, besides: Sequence[Path]) -> tuple[Found, dict[str, Path]]:
-    """All that is there, and the images in their folders by the stem of their names."""
-    found = find_images(folder, besides)
-    files: dict[str, Path] = {}
-    for file in found.images:
-        if not FOLDERS.fullmatch(file.parent.relative_to(folder).as_posix()):
-            continue
-        stem = _stem(file.name)
-        if stem in files:
-            raise CxrdistError(f"{file}: stands in {files[stem].parent} too; remove one")
-        files[stem] = file
-    if not files:
-        raise CxrdistError(
-            f"--input {folder}: has no images; expected them in images/ or images_001/images/ ..."
-        )
-    return found, files
+def _official(name: str) -> str:
+    """An image's name as the NIH's tables have it: smaller copies are JPEGs of the same names."""
+    return f"{_stem(name)}.png"
+
+
+def _name_of(path: str) -> str | None:
+    folder, _, stem = path.rpartition("/")
+    return f"{stem}.png" if FOLDERS.fullmatch(folder) else None
 
 
 def _splits(folder: Path) -> dict[str, str]:
-    """The official split of each image by the stem of its name; empty without the lists."""
+    """The official split of each image; empty without the lists."""
     there = [name for name in LISTS if (folder / name).is_file()]
     if len(there) == 1:
         raise CxrdistError(f"{folder}: has {there[0]} alone; expected both {' and '.join(LISTS)}")
@@ -145,7 +121,7 @@ def _splits(folder: Path) -> dict[str, str]:
     for list_name in there:
         text, _ = read_text(folder / list_name)
         for name in text.split():
-            if splits.setdefault(_stem(name), LISTS[list_name]) != LISTS[list_name]:
+            if splits.setdefault(_official(name), LISTS[list_name]) != LISTS[list_name]:
                 raise CxrdistError(f"{folder / list_name}: {name} stands in both lists")
     return splits
 

@@ -20,7 +20,12 @@ class Listed:
     """
 
     def __init__(
-        self, folder: Path, name_of: Callable[[str], str | None], besides: Sequence[Path] = ()
+        self,
+        folder: Path,
+        name_of: Callable[[str], str | None],
+        besides: Sequence[Path] = (),
+        *,
+        suffixes: bool = False,
     ) -> None:
         """Look at every file.
 
@@ -30,6 +35,8 @@ class Listed:
                 ask for it; None for what lies outside of the data set's own folders. Smaller copies
                 of a data set have the same names with other suffixes.
             besides: folders that are not looked into.
+            suffixes: give ``name_of`` the path with its suffix, where only that tells two images
+                apart.
 
         Raises:
             CxrdistError: there is no such folder, no image in the data set's folders, or two
@@ -44,7 +51,7 @@ class Listed:
         start = len(folder.as_posix().rstrip("/")) + 1
         for file in found.images:
             path = file.as_posix()[start:]
-            name = name_of(path.removesuffix(file.suffix))
+            name = name_of(path if suffixes else path.removesuffix(file.suffix))
             if name is None:
                 self._left_out.append(LeftOut(path, OUTSIDE))
                 continue
@@ -77,8 +84,7 @@ class Listed:
         strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
         return tuple(sorted((*self._left_out, *strays)))
 
-    def notes(self, table: Path) -> list[str]:
+    def notes(self, *tables: Path) -> list[str]:
         """What a user should know of it, a line each."""
-        return [f"{self._num_missing} images of {table.name} are not here"] * bool(
-            self._num_missing
-        )
+        names = " and ".join(table.name for table in tables)
+        return [f"{self._num_missing} images of {names} are not here"] * bool(self._num_missing)

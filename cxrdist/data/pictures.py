@@ -19,12 +19,18 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from cxrdist.data.codestream import precision
 from cxrdist.data.depth import count_words, grey_of, used_depth, white_of
+from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.errors import CxrdistError
 
 MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
 MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
 ORIENTATION = 0x0112  # EXIF tag; from 5 on the image is shown on its side
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 3 and 4
+# What Pillow and the libraries below it raise on damaged files.
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below use 14 bits at most
 
 
@@ -82,16 +88,7 @@ def read_picture(
         reason = "its header is damaged, or of a variant that is not read"
         if found and found[0] != 8:
             reason = f"it has {found[0]} bits, expected 8; store it as 16-bit PNG or DICOM"
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        IndexError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ) as error:
+    except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise CxrdistError(f"{file}: no readable {kind} ({reason})")
 
@@ -105,20 +102,41 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
             _refuse_size(*image.size)
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 raise ValueError("it has several pages or frames; store each in a file of its own")
-            width, height = image.size
+            size_px = _shown_size(image)
             # A JPEG can be decoded at a fraction of its size, straight to grey: several times
             # faster, and still at least as fine as is asked for.
             image.draft("L", (least_px, least_px))
-            # Pillow turns a TIFF itself.
-            if kind != "TIFF" and image.getexif().get(ORIENTATION, 1) >= 5:
-                width, height = height, width
             if image.mode[0] in "IF":
                 grey, used = _grey_of_deep(image, data, depth)
-                return Picture(grey, (width, height), used)
+                return Picture(grey, size_px, used)
             grey = _grey(ImageOps.exif_transpose(image))
             if _has_deep_colours(image, data) and np.asarray(grey).max() < NEARLY_BLACK:
                 raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
-            return Picture(grey, (width, height))
+            return Picture(grey, size_px)
+
+
+def picture_size(file: Path) -> tuple[int, int] | None:
+    """Width and height of a picture as it is shown, by its header; None if that cannot be read."""
+    try:
+        with file.open("rb") as content, warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            head = content.read(HEAD_BYTES)
+            kind = kind_of(head)
+            if kind not in FORMATS:
+                return None
+            if kind == "WEBP":
+                _refuse_size(*_webp_size(head))
+            with Image.open(content, formats=(kind,)) as image:
+                return _shown_size(image)
+    except UNREADABLE:
+        return None
+
+
+def _shown_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height after an EXIF turn; a TIFF is turned by Pillow itself."""
+    width, height = image.size
+    on_its_side = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) >= 5
+    return (height, width) if on_its_side else (width, height)
 
 
 def _refuse_size(width: int, height: int) -> None:

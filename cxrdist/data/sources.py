@@ -11,10 +11,14 @@ from cxrdist.config import SourceConfig
 from cxrdist.data.chestxray14 import read_chestxray14
 from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.covid19_radiography import read_covid19_radiography
+from cxrdist.data.covidx import read_covidx
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.masked import folder_of_masks, with_masks
+from cxrdist.data.padchest import read_padchest
 from cxrdist.data.records import Source
+from cxrdist.data.rsna_pneumonia import read_rsna_pneumonia
+from cxrdist.data.vindr_cxr import read_vindr_cxr
 from cxrdist.errors import CxrdistError
 
 
@@ -47,6 +51,14 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         )
     elif config.source == "chestxray14":
         source = read_chestxray14(folder, config.against_rest, besides)
+    elif config.source == "covidx":
+        source = read_covidx(folder, besides)
+    elif config.source == "rsna-pneumonia":
+        source = read_rsna_pneumonia(folder, besides)
+    elif config.source == "padchest":
+        source = read_padchest(folder, besides)
+    elif config.source == "vindr-cxr":
+        source = read_vindr_cxr(folder, besides)
     else:
         source = read_class_folders(folder, pattern, besides)
     _refuse_bad_classes(config.input, source)

@@ -148,3 +148,75 @@ def test_a_row_is_read_in_a_fraction_of_a_millisecond(tmp_path):
     start = time.perf_counter()
     read(folder)
     assert (time.perf_counter() - start) / 6000 < 0.5e-3
+
+
+NIH_BOXES = """Image Index,Finding Label,Bbox [x,y,w,h],,,
+00000001_000.png,Atelectasis,225.084745762712,547.019216763771,86.7796610169491,79.1864406779661
+00000001_000.png,Infiltrate,512,256,256,128
+00000001_001.png,Mass,512,256,256,128
+00000001_002.png,Nodule,512,256,256,128
+00000077_000.png,Nodule,512,256,256,128
+"""
+
+
+def write_boxes(folder: Path, text: str, name: str = "BBox_List_2017.csv") -> Path:
+    """A set of two patients, of whose images three have boxes: an original, a half, a cut one."""
+    write_set(folder, "Data_Entry_2017.csv", "images", patients=2)
+    for number, size in enumerate(((1024, 1024), (512, 512), (1024, 900))):
+        Image.new("L", size).save(folder / "images" / f"00000001_{number:03d}.png")
+    (folder / name).write_text(text)
+    return folder
+
+
+def test_the_nihs_boxes_are_in_px_of_the_images_that_are_here(tmp_path):
+    """As they are on 1024 px, halved on 512 px, none on what is no square; Infiltrate is read."""
+    source = read(write_boxes(tmp_path, NIH_BOXES))
+    first, half, cut, *others = source.records
+    assert first.findings == (
+        ("Atelectasis", 225.084745762712, 547.019216763771, 86.7796610169491, 79.1864406779661, ""),
+        ("Infiltration", 512, 256, 256, 128, ""),
+    )
+    assert half.findings == (("Mass", 256, 128, 128, 64, ""),)
+    assert not any(record.findings for record in (cut, *others))
+    assert any("boxes on 4 images, 2 of which are here" in note for note in source.notes)
+
+
+def test_boxes_in_px_of_the_images_here_stay_as_they_are(tmp_path):
+    """boxes.csv has other columns; one of burned-in text has these not, and is none of disease."""
+    row = "00000001_001.jpg,Mass,256.5,128,100,64"
+    folder = write_boxes(tmp_path, f"image,label,x,y,width,height\n{row}\n", "boxes.csv")
+    source = read(folder)
+    assert source.records[1].findings == (("Mass", 256.5, 128, 100, 64, ""),)
+    assert not any("boxes" in note for note in source.notes)
+    (folder / "boxes.csv").write_text("path,x,y,width,height\n00000001_001.jpg,1,1,9,9\n")
+    assert not any(record.findings for record in read(folder).records)
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ("Atelectasis,1,2,3", "row 2: fewer cells than columns"),
+        ("Cold,1,2,3,4", "row 2: 'Cold' is none of the 14 labels"),
+        ("Mass,1,2,nan,4", "row 2: nan x 4 px at 1, 2 is no box"),
+        ("Mass,1,2,much,4", "row 2: could not convert"),
+        ("Mass,1000,2,25,4", r"row 2: 25 x 4 px at 1000, 2 is not within the image of 1024 px"),
+    ],
+)
+def test_a_box_that_cannot_be_one_is_named(tmp_path, row, fault):
+    """Its row, and what is wrong with it."""
+    header = NIH_BOXES.splitlines()[0]
+    folder = write_boxes(tmp_path, f"{header}\n00000001_000.png,{row}\n")
+    with pytest.raises(CxrdistError, match=fault):
+        read(folder)
+
+
+def test_real_boxes_are_of_labels_that_their_images_have(real_data):
+    """47 boxes on 45 images of 512 px; all lie within."""
+    boxed = [record for record in read(real_data / "nih14").records if record.findings]
+    assert len(boxed) == 45
+    findings = [(found, record) for record in boxed for found in record.findings]
+    assert len(findings) == 47
+    for found, record in findings:
+        assert found.label in labels_of(record.label)
+        assert 0 <= found.x < found.x + found.width <= 512
+        assert 0 <= found.y < found.y + found.height <= 512

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cxrdist.data.images import read_grey
+from cxrdist.data.pictures import picture_size
 from cxrdist.errors import CxrdistError
 
 RAMP = np.arange(4096, dtype=np.uint16).reshape(64, 64)  # all values of 12 bits
@@ -139,7 +140,19 @@ def test_an_orientation_is_applied_once(tmp_path, kind, orientation):
     exif[0x0112] = orientation
     image.save(tmp_path / "x", kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     upright = {1: 0, 3: 2, 6: -1, 8: 1}[orientation]
-    assert np.abs(grey_of(tmp_path / "x")[0] - np.rot90(GREY[:40], upright)).max() <= 1
+    expected = np.rot90(GREY[:40], upright)
+    assert np.abs(grey_of(tmp_path / "x")[0] - expected).max() <= 1
+    assert picture_size(tmp_path / "x") == expected.shape[::-1]
+
+
+def test_the_size_of_what_cannot_be_read_is_not_told(tmp_path):
+    """A text, a header that is cut, and no file; the decoder says what is wrong with them."""
+    Image.fromarray(GREY).save(tmp_path / "x.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    for name, content in (("cut.png", whole[:20]), ("text.png", b"no image")):
+        (tmp_path / name).write_bytes(content)
+        assert picture_size(tmp_path / name) is None
+    assert picture_size(tmp_path / "none.png") is None
 
 
 def test_several_pages_or_frames_are_refused(tmp_path):

@@ -1,40 +1,75 @@
 import os
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from support import contents, make_images
 
 from cxrdist.cli import COMMANDS, parse
-from cxrdist.data.chestxray14 import LABELS
-from cxrdist.data.covid19_radiography import RELEASES
+from cxrdist.config import PackConfig, SourceName
 
 SHARDS = Path(__file__).parents[2] / "shards"
 RECIPES = sorted(SHARDS.glob("*.yaml"))
 
 
+PUBLIC = sorted({*get_args(SourceName)} - {"folder", "csv", "several"})
+
+
+def read_recipe(recipe: Path) -> PackConfig:
+    arguments = ["--config", str(recipe), "--input", "in", "--out", "out"]
+    return parse(COMMANDS["pack"], "pack", arguments)
+
+
+def module_name(source: str) -> str:
+    return f"cxrdist.data.{source.replace('-', '_')}"
+
+
+def known_classes(config: PackConfig) -> list[set[str]]:
+    """The sets of classes that a reader can give; none where these are the labels that it meets."""
+    reader = import_module(module_name(config.source))
+    if config.label_map:
+        return []
+    if config.against_rest:
+        return [{config.against_rest, reader.REST}]
+    if config.source == "covid19-radiography":
+        return [{*release.classes} for release in reader.RELEASES]
+    if config.source == "covidx":
+        return [{*classes} for classes in reader.CLASSES]
+    names = ("CLASSES", "LABELS", "KAGGLE_LABELS")
+    return [{*getattr(reader, name)} for name in names if hasattr(reader, name)]
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
 def test_each_recipe_is_read_and_names_its_data_set(recipe):
-    """Its fields are pack's, its command names it, and it tells source, licence and counts."""
-    arguments = ["--config", str(recipe), "--input", "in", "--out", "out"]
-    config = parse(COMMANDS["pack"], "pack", arguments)
-    text = recipe.read_text()
+    """Its fields are pack's, its command names it, and it tells source, licence and flaws."""
+    config, text = read_recipe(recipe), recipe.read_text()
     assert f"--config shards/{recipe.name}" in text
-    for word in ("Source:", "Licence:", "Get it:", "Known:"):
+    for word in ("Source:", "Licence:", "Get it:", "Run:", "Known:"):
         assert f"# {word}" in text
-    if config.source == "chestxray14":
-        known = [{config.against_rest, "rest"}] if config.against_rest else [set(LABELS)]
-    else:
-        known = [set(release.classes) for release in RELEASES]
-    assert set(config.expect) in known
     of_the_paper = recipe.stem in ("covid19-radiography-first", "covid19-radiography-middle")
     assert (config.split == "paper") == of_the_paper
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_expects_classes_that_its_reader_gives(recipe):
+    """Of one release or version; a label that the reader does not know would never be counted."""
+    config = read_recipe(recipe)
+    known = known_classes(config)
+    assert not known or any({*config.expect} <= classes for classes in known)
+    assert all(number > 0 for number in config.expect.values())
+
+
 def test_there_is_a_recipe_for_each_data_set():
-    """Three releases and ChestX-ray14 twice."""
-    assert len(RECIPES) == 5
+    """Each public data set that is read has one, and the README's table names it."""
+    readers = {source for source in PUBLIC if find_spec(module_name(source))}
+    assert {read_recipe(recipe).source for recipe in RECIPES} == readers
+    table = (SHARDS.parent / "README.md").read_text()
+    for recipe in RECIPES:
+        assert f"`{recipe.stem}`" in table
 
 
 def test_the_slurm_script_packs_parts_and_joins_them(tmp_path):

@@ -1,0 +1,217 @@
+"""COVIDx (Wang et al. 2020; CXR-4: Wu et al. 2023): lists of images that COVID-Net gathered.
+
+Kaggle: andyczhao/covidx-cxr2. Its current version, CXR-4, has train.txt, val.txt and test.txt; for
+older ones the lists are in COVID-Net's repository, such as train_COVIDx9A.txt. A line of a list is
+``patient file label source``; in the oldest lists some lines lack the source.
+
+Not read: the severity lists (COVIDxSev), competition_test/, which has no labels, copies of images
+under other suffixes, since two images may differ in theirs alone, and the sex and age that some of
+the gathered collections tell.
+"""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from cxrdist.data.listed import Listed
+from cxrdist.data.records import DEVELOPMENT, SPLITS, Record, Source
+from cxrdist.data.rsna_pneumonia import NAME as RSNA
+from cxrdist.data.rsna_pneumonia import patients_note, read_nih_patients
+from cxrdist.data.tables import read_text
+from cxrdist.errors import CxrdistError
+
+NAME = "COVIDx"
+LIST = re.compile(r"(train|val|test)(_[A-Za-z0-9_.-]+)?\.txt")
+# In the order of COVID-Net's outputs (its data.py).
+CLASSES = (("negative", "positive"), ("normal", "pneumonia", "COVID-19"))
+LABELS = tuple(label for classes in CLASSES for label in classes)
+# What the lists call the collections; one spelling is COVIDx 9's slip.
+SOURCES = {
+    **dict.fromkeys(("rsna", "rnsa"), RSNA),
+    "cohen": "covid-chestxray-dataset",
+    "fig1": "Figure1",
+    "actmed": "Actualmed",
+    "sirm": "COVID-19 Radiography Database",
+    "ricord": "RICORD",
+    "bimcv": "BIMCV",
+    "stonybrook": "Stony Brook",
+}
+# Images of RSNA are named by a UUID, also where a line lacks its source.
+UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+BIMCV_VIEW = re.compile(r"_vp-([a-z]+)_")  # in a file's name, of BIDS
+# COVID-Net's create_COVIDx.ipynb and create_COVIDx_binary.ipynb list their test patients as
+# ``'190', '191' 'COVID-00024', 'COVID-00025'``. Without a comma Python joins the two in the middle
+# to one that nobody has, so both went to train: in the lists of COVIDx 3 to 9 and of CXR-4.
+TEST_PATIENTS = {("cohen", "191"), ("fig1", "COVID-00024")}
+MISPLACED = "of a patient whom COVID-Net meant for test, and a missing comma put into train"
+MOST_NAMED = 5  # patients in a note
+
+
+class Line(NamedTuple):
+    """A line of a list."""
+
+    split: str
+    """train, val or test."""
+    image: str
+    """Name in the folder of the split."""
+    patient: str
+    """As the list has it, which is unique within a collection."""
+    label: str
+    collection: str
+    """As the list has it; empty where it lacks it."""
+
+    def source(self) -> str:
+        """Where the image comes from."""
+        word = "rsna" if not self.collection and UUID.fullmatch(self.patient) else self.collection
+        return SOURCES.get(word, word or NAME)
+
+
+def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
+    """Read the lists of one version and the images of them that are there.
+
+    A patient of two lists stays in the later one of train, val and test, so that the test list is
+    the published one: the other images are left out, and so are `TEST_PATIENTS` of train and val.
+
+    Args:
+        folder: holds the lists, and the images in ``train/``, ``val/`` and ``test/``.
+        besides: folders that are not looked into.
+
+    Returns:
+        Records of two classes or of three, as the lists have them, with their splits: ``train+val``
+        for the training list of a version without val. A patient is that of a collection; of
+        RSNA's images the NIH's patient, where `rsna_pneumonia.MAPPING` lies beside the lists.
+
+    Raises:
+        CxrdistError: there are not the lists of one version, or a line is malformed.
+    """
+    listed, lists = Listed(folder, _name_of, besides, suffixes=True), _find_lists(folder)
+    lines = [line for split, file in lists.items() for line in _read_list(split, file)]
+    classes, origins = _classes(folder, lines), read_nih_patients(folder)
+    patients = [_patient(line, origins) for line in lines]
+    last = {patient: line.split for patient, line in zip(patients, lines, strict=True)}
+    records: list[Record] = []
+    left_out: dict[str, Counter[str]] = defaultdict(Counter)
+    for line, patient in zip(lines, patients, strict=True):
+        taken = listed.take(f"{line.split}/{line.image}")
+        if taken is None:
+            continue
+        if reason := _why_left_out(line, last[patient]):
+            listed.leave(taken[1], reason)
+            left_out[reason][patient] += 1
+            continue
+        split = DEVELOPMENT if line.split == "train" and "val" not in lists else line.split
+        told = BIMCV_VIEW.search(line.image)
+        view = told[1].upper() if told else ""
+        records.append(Record(*taken, line.label, patient, line.source(), split, view))
+    notes = (*listed.notes(*lists.values()), *_notes(records, left_out, origins))
+    return Source(
+        records,
+        "multiclass",
+        list(classes),
+        NAME,
+        notes,
+        listed.left_out(),
+        listed.num_found,
+        listed.dicom,
+    )
+
+
+def _name_of(path: str) -> str | None:
+    return path if path.partition("/")[0] in SPLITS and path.count("/") == 1 else None
+
+
+def _find_lists(folder: Path) -> dict[str, Path]:
+    """The list of each split, in the order of `SPLITS`; older versions have no val.
+
+    Raises:
+        CxrdistError: no version has its lists of train and test there, or several have.
+    """
+    versions: dict[str, dict[str, Path]] = defaultdict(dict)
+    for file in sorted(folder.iterdir()):
+        if found := LIST.fullmatch(file.name):
+            versions[found[2] or ""][found[1]] = file
+    whole = [lists for lists in versions.values() if {"train", "test"} <= lists.keys()]
+    if not whole:
+        raise CxrdistError(
+            f"--input {folder}: has no train.txt and test.txt; expected the lists of one version, "
+            "such as train_COVIDx9A.txt and test_COVIDx9A.txt, beside train/ and test/"
+        )
+    if len(whole) > 1:
+        names = " and ".join(lists["train"].name for lists in whole)
+        raise CxrdistError(f"--input {folder}: has {names}; leave the lists of one version there")
+    return {split: whole[0][split] for split in SPLITS if split in whole[0]}
+
+
+def _read_list(split: str, file: Path) -> Iterator[Line]:
+    """Yield the lines of a list; an image that stands there again, as in some, is given once.
+
+    Raises:
+        CxrdistError: a line has no label, or two lines tell different things of one image.
+    """
+    before: dict[str, Line] = {}
+    text, _ = read_text(file)
+    for number, words in enumerate(map(str.split, text.split("\n")), start=1):
+        if not words:
+            continue
+        where = f"{file} line {number}"
+        # A patient's name may hold blanks: `COVID 216 COVID(216).png COVID-19 sirm`.
+        has_source = len(words) > 3 and words[-1] not in LABELS
+        *patient, image, label = words[:-1] if has_source else words if len(words) > 2 else "???"
+        if label not in LABELS:
+            raise CxrdistError(
+                f"{where}: {' '.join(words)!r:.80}, expected patient, file, label (one of "
+                f"{', '.join(LABELS)}) and source, with blanks between them"
+            )
+        line = Line(split, image, " ".join(patient), label, words[-1] if has_source else "")
+        if before.setdefault(image, line) is line:
+            yield line
+        elif before[image] != line:
+            raise CxrdistError(f"{where}: {image} is {before[image].label} of another line before")
+
+
+def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
+    """The classes that the lists have.
+
+    Raises:
+        CxrdistError: they mix those of two kinds of lists.
+    """
+    labels = {line.label for line in lines}
+    classes = next((classes for classes in CLASSES if labels <= {*classes}), None)
+    if classes is None:
+        raise CxrdistError(f"{folder}: the lists mix {', '.join(sorted(labels))}; fetch them again")
+    return classes
+
+
+def _patient(line: Line, origins: Mapping[str, str]) -> str:
+    """The patient's name among all collections: two of them number theirs from 1."""
+    source = line.source()
+    return f"{source}/{origins.get(line.patient, line.patient) if source == RSNA else line.patient}"
+
+
+def _why_left_out(line: Line, last: str) -> str:
+    """Why an image is not packed; empty if it is.
+
+    Args:
+        line: of the image.
+        last: the last split that has its patient.
+    """
+    if line.split != "test" and (line.collection, line.patient) in TEST_PATIENTS:
+        return MISPLACED
+    return "" if line.split == last else f"of a patient who is in the {last} list too"
+
+
+def _notes(
+    records: Sequence[Record], left_out: Mapping[str, Counter[str]], origins: Mapping[str, str]
+) -> list[str]:
+    """What a user should know, a line each."""
+    notes = []
+    for reason, images in left_out.items():
+        names = ", ".join(sorted(images)[:MOST_NAMED])
+        more = f" and {len(images) - MOST_NAMED} more" if len(images) > MOST_NAMED else ""
+        notes.append(f"images left out, each {reason}: {images.total()} ({names}{more})")
+    num_rsna = sum(record.source == RSNA for record in records)
+    if num_rsna and not origins:
+        notes.append(patients_note(num_rsna))
+    return notes

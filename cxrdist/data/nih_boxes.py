@@ -1,0 +1,146 @@
+"""Boxes of disease on the NIH's X-rays, of which ChestX-ray14 and RSNA are made.
+
+Both sets count in px of the squares of 1024 px that are handed out. Where the images here are
+smaller copies, a box is scaled with its image. A copy that is not a square was cut in a way that
+nothing tells: its boxes are left out.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cxrdist.data.boxes import box_of
+from cxrdist.data.findings import Finding
+from cxrdist.data.found import look_at
+from cxrdist.data.pictures import picture_size
+from cxrdist.data.records import Record
+from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.errors import CxrdistError
+
+SIDE_PX = 1024  # of the originals' both sides (README_CHESTXRAY.pdf of the NIH)
+TABLE = "BBox_List_2017.csv"
+OWN_TABLE = "boxes.csv"  # with the columns below, in px of the images that are here
+COLUMNS = ("image", "label", "x", "y", "width", "height")
+SPELLINGS = {"Infiltrate": "Infiltration"}  # TABLE has its own word for one label
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """The boxes that a table has for images.
+
+    Attributes:
+        table: where they stand; None if there is no table.
+        findings: by the image's name without its suffix.
+        side_px: of the originals in whose px they are; None if they are in px of the images here.
+    """
+
+    table: Path | None
+    findings: Mapping[str, Sequence[Finding]]
+    side_px: int | None = SIDE_PX
+
+    def on(self, stem: str, file: Path) -> tuple[Finding, ...]:
+        """The boxes of an image, in px of its file as it is shown."""
+        findings = tuple(self.findings.get(stem, ()))
+        return scaled(findings, file) if findings and self.side_px else findings
+
+    def notes(self, records: Sequence[Record]) -> list[str]:
+        """What a user should know of them, a line each."""
+        if self.table is None:
+            return []
+        num_with = sum(bool(record.findings) for record in records)
+        if num_with == len(self.findings):
+            return []
+        return [
+            f"{self.table.name} has boxes on {len(self.findings)} images, {num_with} of which are "
+            "here and are squares as the NIH's are; the boxes of the others are left out"
+        ]
+
+
+def scaled(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
+    """Take boxes from px of an original of the NIH to px of a file.
+
+    Returns:
+        None of them if the file is not a square, or cannot be read, which its decoder reports.
+    """
+    if look_at(file)[0] == "DICOM":  # RSNA's, which are as large as the originals
+        return findings
+    width, height = picture_size(file) or (0, -1)
+    if width != height:
+        return ()
+    ratio = width / SIDE_PX
+    return tuple(
+        found._replace(
+            x=found.x * ratio,
+            y=found.y * ratio,
+            width=found.width * ratio,
+            height=found.height * ratio,
+        )
+        for found in findings
+    )
+
+
+def read_boxes(folder: Path, labels: Sequence[str]) -> Boxes:
+    """Read the table of boxes that lies in a folder of ChestX-ray14: the NIH's, or `OWN_TABLE`.
+
+    Raises:
+        CxrdistError: a row is not a box, is of another label, or leaves the original.
+    """
+    if (folder / TABLE).is_file():
+        return Boxes(folder / TABLE, _read(_nih_table(folder / TABLE), labels, SIDE_PX))
+    if (folder / OWN_TABLE).is_file():
+        table = read_table(folder / OWN_TABLE, COLUMNS)
+        if {*COLUMNS} <= {*map(plain, table.columns)}:  # else it is one of burned-in text
+            return Boxes(table.file, _read(table, labels, None), None)
+    return Boxes(None, {})
+
+
+def _nih_table(file: Path) -> Table:
+    """Read the NIH's table, whose rows have six cells and whose header counts nine.
+
+    It is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``.
+
+    Raises:
+        CxrdistError: its first columns are others.
+    """
+    table = read_table(file, {"imageindex", "findinglabel"})
+    if [plain(name) for name in table.columns[:2]] != ["imageindex", "findinglabel"]:
+        raise CxrdistError(
+            f"{file}: begins with the columns {', '.join(table.columns[:2])}, expected Image Index "
+            "and Finding Label; fetch it again"
+        )
+    return replace(table, columns=COLUMNS)
+
+
+def _read(table: Table, labels: Sequence[str], side_px: int | None) -> dict[str, list[Finding]]:
+    places = table.find_columns({name: {name} for name in COLUMNS})
+    findings: dict[str, list[Finding]] = defaultdict(list)
+    for where, cells in table.rows():
+        row = {name: cells[place].strip() for name, place in places.items()}
+        label = SPELLINGS.get(row["label"], row["label"])
+        if label not in labels:
+            raise CxrdistError(f"{where}: {label!r:.40} is none of the {len(labels)} labels")
+        findings[row["image"].rpartition(".")[0]].append(finding_of(label, row, where, side_px))
+    return dict(findings)
+
+
+def finding_of(label: str, row: Mapping[str, str], where: str, side_px: int | None) -> Finding:
+    """Read a box.
+
+    Args:
+        label: what was found.
+        row: x, y, width and height in px.
+        where: file and row, for messages.
+        side_px: of the image; None if that is not known.
+
+    Raises:
+        CxrdistError: it is not a box, or leaves the image.
+    """
+    x, y, width, height, *_ = box_of(row, where)
+    most = side_px or float("inf")
+    if x < 0 or y < 0 or x + width > most or y + height > most:
+        raise CxrdistError(
+            f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is not within the image of "
+            f"{most:g} px; mend or remove the row"
+        )
+    return Finding(label, x, y, width, height)

@@ -1,0 +1,172 @@
+"""RSNA Pneumonia Detection Challenge (Shih et al. 2019), stage 2, as Kaggle hands it out.
+
+Its images are ChestX-ray14's under other names, with labels and boxes of radiologists.
+
+Not read: the test images, of which Kaggle gives no label, the readings of each radiologist that
+RSNA published later, and the tables of stage 1.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from cxrdist.data.findings import Finding
+from cxrdist.data.listed import OUTSIDE, Listed
+from cxrdist.data.nih_boxes import SIDE_PX, finding_of, scaled
+from cxrdist.data.records import Record, Source
+from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.documents import Matching, Text
+from cxrdist.errors import CxrdistError
+from cxrdist.run import read_document
+
+NAME = "RSNA"
+OPACITY = "Lung Opacity"
+CLASSES = (OPACITY, "No Lung Opacity / Not Normal", "Normal")
+BOXES, READINGS = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
+COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
+TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
+NO_LABEL = "test image of the challenge, of which no label is given"
+# Of each image the name that the NIH gave it; from RSNA's page of the challenge.
+MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
+
+
+class Origin(NamedTuple):
+    """The part that is read of an entry of `MAPPING`."""
+
+    subset_img_id: Text
+    """Name in the challenge, without a suffix."""
+    img_id: Annotated[str, Matching(r"\d{8}_\d{3}\.png", "a name such as 00000001_000.png")]
+    """Name in ChestX-ray14; it begins with the patient."""
+
+
+def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
+    """Read both tables, the images that are there, and the patients where `MAPPING` is there.
+
+    View, sex and age stand in the DICOM files, whose PatientID tells the image alone.
+
+    Args:
+        folder: holds the two tables and ``stage_2_train_images/``.
+        besides: folders that are not looked into.
+
+    Returns:
+        Records of one of three classes, with the boxes of opacities. Images without a row and rows
+        without an image are left out.
+
+    Raises:
+        CxrdistError: a table is missing or malformed, or the two tables disagree.
+    """
+    boxes, readings = _read_boxes(folder), _read_readings(folder)
+    if unmatched := sorted(boxes.keys() ^ readings.keys()):
+        raise CxrdistError(
+            f"{folder}: {unmatched[0]} stands in one alone of {BOXES} and {READINGS}; fetch both "
+            "again"
+        )
+    patients = read_nih_patients(folder)
+    listed = Listed(folder, _name_of, besides)
+    records = []
+    for name, label in readings.items():
+        if bool(boxes[name]) != (label == OPACITY):
+            raise CxrdistError(
+                f"{folder / READINGS}: {name} is {label!r}, but has {len(boxes[name])} boxes in "
+                f"{BOXES}; fetch both again"
+            )
+        taken = listed.take(name)
+        if taken is None:
+            continue
+        if patients and name not in patients:
+            raise CxrdistError(f"{folder / MAPPING}: lacks {name}; fetch it again")
+        findings = scaled(tuple(boxes[name]), taken[0])
+        records.append(Record(*taken, label, patients.get(name, name), NAME, findings=findings))
+    return Source(
+        records,
+        "multiclass",
+        list(CLASSES),
+        NAME,
+        (*listed.notes(folder / READINGS), *_notes(records, patients)),
+        tuple(
+            left._replace(reason=NO_LABEL)
+            if left.reason == OUTSIDE and left.path.startswith(f"{TEST_IMAGES}/")
+            else left
+            for left in listed.left_out()
+        ),
+        listed.num_found,
+        listed.dicom,
+    )
+
+
+def read_nih_patients(folder: Path) -> dict[str, str]:
+    """ChestX-ray14's patient of each image of the challenge; empty without `MAPPING`.
+
+    Raises:
+        CxrdistError: the file is damaged.
+    """
+    file = folder / MAPPING
+    if not file.is_file():
+        return {}
+    origins = read_document(file, list[Origin], "fetch it again")
+    return {origin.subset_img_id: origin.img_id[:8] for origin in origins}
+
+
+def _name_of(path: str) -> str | None:
+    folder, _, name = path.rpartition("/")
+    return name if folder == TRAIN_IMAGES else None
+
+
+def _table(file: Path, names: Sequence[str]) -> tuple[Table, list[int]]:
+    """A table, and where these columns of it are."""
+    if not file.is_file():
+        raise CxrdistError(
+            f"--input {file.parent}: has no {file.name}; expected the files of stage 2 as Kaggle "
+            "hands them out"
+        )
+    table = read_table(file, {plain(name) for name in names})
+    places = table.find_columns({name: {plain(name)} for name in names})
+    if lacking := [name for name in names if name not in places]:
+        raise CxrdistError(f"{file}: has no column {lacking[0]!r}; fetch it again")
+    return table, [places[name] for name in names]
+
+
+def _read_readings(folder: Path) -> dict[str, str]:
+    """The class of each image; it stands there once for each box."""
+    table, (name_at, class_at) = _table(folder / READINGS, ("patientId", "class"))
+    readings: dict[str, str] = {}
+    for where, row in table.rows():
+        name, label = row[name_at].strip(), row[class_at].strip()
+        if label not in CLASSES:
+            raise CxrdistError(f"{where}: the class {label!r:.40}, expected {', '.join(CLASSES)}")
+        if readings.setdefault(name, label) != label:
+            raise CxrdistError(f"{where}: {name} was {readings[name]!r} before; fetch it again")
+    return readings
+
+
+def _read_boxes(folder: Path) -> dict[str, list[Finding]]:
+    """The boxes of each image, in px of the originals; none where it has no opacity."""
+    table, places = _table(folder / BOXES, COLUMNS)
+    boxes: dict[str, list[Finding]] = {}
+    for where, cells in table.rows():
+        row = {name: cells[place].strip() for name, place in zip(COLUMNS, places, strict=True)}
+        found = boxes.setdefault(row["patientId"], [])
+        if row["Target"] not in ("0", "1"):
+            raise CxrdistError(f"{where}: Target is {row['Target']!r:.40}, expected 0 or 1")
+        if row["Target"] == "1":
+            found.append(finding_of(OPACITY, row, where, SIDE_PX))
+    return boxes
+
+
+def patients_note(num_images: int) -> str:
+    """Say what is not known of images of the challenge without `MAPPING`."""
+    return (
+        f"without {MAPPING} nothing tells which of RSNA's {num_images} images are of one patient: "
+        "each counts as a patient of its own"
+    )
+
+
+def _notes(records: Sequence[Record], patients: dict[str, str]) -> list[str]:
+    notes = [] if patients else [patients_note(len(records))]
+    cut = sum(record.label == OPACITY and not record.findings for record in records)
+    if cut:
+        notes.append(
+            f"{cut} images are not squares, as the originals are, or cannot be read: their boxes "
+            "are left out"
+        )
+    return notes

@@ -1,0 +1,302 @@
+"""VinDr-CXR (Nguyen et al. 2022) as PhysioNet hands it out, and as Kaggle's competition did.
+
+Three radiologists read each training image. As in the authors' counts ("the numbers of positive
+labels were reported based on the majority vote of the participating radiologists") a label is there
+if most readers of an image state it. What fewer of them state is uncertain here, and a label is
+absent if no reader states it. Test images have the labels on which five radiologists agreed. The
+boxes of all readers are kept, each with its reader.
+
+The authors removed all DICOM tags but sex, age, size, weight and those of the pixels
+(github.com/vinbigdata-medical/vindr-cxr, de-identification/tags.csv): nothing tells the patient, so
+each image counts as a patient of its own. All images are PA views.
+
+Not read: size and weight, Kaggle's class_id and sample_submission.csv. Kaggle's test images have no
+labels and are left out.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from cxrdist.data.findings import Finding
+from cxrdist.data.found import look_at
+from cxrdist.data.labels import SEPARATOR, labels_of, read_cells
+from cxrdist.data.listed import Listed
+from cxrdist.data.records import DEVELOPMENT, Record, Source, own_patient
+from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.errors import CxrdistError
+
+NAME = "VinDr-CXR"
+# Columns of image_labels_train.csv in their order: 22 local labels, then 6 global ones.
+LABELS = (
+    *("Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Clavicle fracture"),
+    *("Consolidation", "Edema", "Emphysema", "Enlarged PA", "ILD", "Infiltration", "Lung Opacity"),
+    *("Lung cavity", "Lung cyst", "Mediastinal shift", "Nodule/Mass", "Pleural effusion"),
+    *("Pleural thickening", "Pneumothorax", "Pulmonary fibrosis", "Rib fracture", "Other lesion"),
+    *("COPD", "Lung tumor", "Pneumonia", "Tuberculosis", "Other diseases", "No finding"),
+)
+NO_FINDING = LABELS[-1]
+# Kaggle's class_id 0 to 14.
+KAGGLE_LABELS = (
+    *("Aortic enlargement", "Atelectasis", "Calcification", "Cardiomegaly", "Consolidation"),
+    *("ILD", "Infiltration", "Lung Opacity", "Nodule/Mass", "Other lesion", "Pleural effusion"),
+    *("Pleural thickening", "Pneumothorax", "Pulmonary fibrosis", NO_FINDING),
+)
+# The tables of training and test images differ in one column's name.
+SPELLINGS = {plain(name): name for name in LABELS} | {"otherdisease": "Other diseases"}
+SPLITS = {"train": DEVELOPMENT, "test": "test"}
+EDGES = ("x_min", "y_min", "x_max", "y_max")
+MOST_PX = 100_000.0  # of an edge
+ROUNDING = 1.0  # px by which a box may reach out of its image
+
+
+class _Reading(NamedTuple):
+    """What a reader states of an image: labels that are there, doubted, and not mentioned."""
+
+    present: set[str]
+    uncertain: set[str]
+    missing: set[str]
+
+
+@dataclass
+class _Content:
+    """What the tables say of each image, which is named as ``train/0123456789abcdef``.
+
+    Attributes:
+        readings: by image and reader; a consensus has the reader "".
+        findings: by image.
+        notes: what a user should know of the tables, a line each.
+    """
+
+    readings: dict[str, dict[str, _Reading]] = field(default_factory=dict)
+    findings: dict[str, list[Finding]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
+    """Read the tables, and the images that are there.
+
+    Args:
+        folder: holds ``train/`` and ``test/`` with the images, and the tables: those of PhysioNet
+            in ``annotations/`` or beside these two, at least one image_labels_*.csv; or Kaggle's
+            train.csv. The images may be copies of the DICOM files in another format.
+        besides: folders that are not looked into.
+
+    Returns:
+        Records with the splits ``train+val`` and ``test`` of the authors. Images without a row and
+        rows without an image are left out. Boxes are in px of the DICOM files: if they do not fit
+        into copies in another format, these have none.
+
+    Raises:
+        CxrdistError: there is no table, or a row is malformed.
+    """
+    places = (folder / "annotations", folder)
+    files = [place / f"image_labels_{split}.csv" for split in SPLITS for place in places]
+    tables = [file for file in files if file.is_file()]
+    kaggle = folder / "train.csv"
+    classes: Sequence[str] = LABELS
+    if tables:
+        content = _read_physionet(tables)
+    elif kaggle.is_file():
+        content, classes, tables = _read_kaggle(kaggle), KAGGLE_LABELS, [kaggle]
+    else:
+        raise CxrdistError(
+            f"--input {folder}: has no annotations/image_labels_train.csv (PhysioNet) and no "
+            "train.csv (Kaggle)"
+        )
+    listed = Listed(folder, _name_of, besides)
+    records = [
+        _record(image, taken, content, classes)
+        for image in content.readings
+        if (taken := listed.take(image)) is not None
+    ]
+    records, resized = _without_unfit_boxes(records)
+    notes = (*content.notes, *listed.notes(*tables), *resized, *_notes(records))
+    found = listed.left_out(), listed.num_found, listed.dicom
+    return Source(records, "multilabel", list(classes), NAME, notes, *found)
+
+
+def _name_of(path: str) -> str | None:
+    """The split and the image's name; None outside of the two folders."""
+    named = re.fullmatch(r"(train|test)/(?:\1/)?([^/]+)", path)  # Kaggle's copies nest them
+    return f"{named[1]}/{named[2]}" if named else None
+
+
+def _record(
+    image: str, taken: tuple[Path, str], content: _Content, classes: Sequence[str]
+) -> Record:
+    return Record(
+        file=taken[0],
+        path=taken[1],
+        patient=own_patient(taken[1]),
+        source=NAME,
+        split=SPLITS[image.partition("/")[0]],
+        view="PA",
+        findings=tuple(sorted(content.findings.get(image, ()))),
+        **_agree(list(content.readings[image].values()), classes),
+    )
+
+
+def _agree(readings: Sequence[_Reading], classes: Sequence[str]) -> dict[str, Any]:
+    """Make one label of what the readers of an image state.
+
+    Returns:
+        The fields label, uncertain and missing of a record.
+    """
+    known: dict[str, list[str]] = {"label": [], "uncertain": [], "missing": []}
+    for name in classes:
+        votes = [reading for reading in readings if name not in reading.missing]
+        present = sum(name in reading.present for reading in votes)
+        if not votes:
+            known["missing"].append(name)
+        elif 2 * present > len(votes):
+            known["label"].append(name)
+        elif present or any(name in reading.uncertain for reading in votes):
+            known["uncertain"].append(name)
+    return {name: SEPARATOR.join(labels) for name, labels in known.items()}
+
+
+def _read_physionet(tables: Sequence[Path]) -> _Content:
+    """Read tables of labels, and beside each its table of boxes."""
+    content = _Content()
+    for file in tables:
+        split = file.stem.rpartition("_")[2]
+        _read_labels(file, split, content)
+        boxes = file.with_name(f"annotations_{split}.csv")
+        if not boxes.is_file():
+            content.notes.append(f"without {boxes.name} the {split} images have no boxes")
+            continue
+        strange = set()
+        for image, finding in _read_boxes(boxes, split, LABELS):
+            if image not in content.readings:
+                strange.add(image)
+            if finding.width:
+                content.findings.setdefault(image, []).append(finding)
+        if strange:
+            content.notes.append(f"{len(strange)} images of {boxes.name} are not in {file.name}")
+    return content
+
+
+def _read_labels(file: Path, split: str, content: _Content) -> None:
+    """Read a table with a row for each image and reader, and a column for each label."""
+    table = read_table(file, {*SPELLINGS, "imageid", "radid"})
+    spelt = {name: {text for text, meant in SPELLINGS.items() if meant == name} for name in LABELS}
+    places = _find_columns(table, spelt, ("image_id", *LABELS))
+    for where, row in table.rows():
+        cells = {name: row[place].strip() for name, place in places.items()}
+        image, reader = f"{split}/{cells.pop('image_id')}", cells.pop("rad_id", "")
+        readings = content.readings.setdefault(image, {})
+        if reader in readings:
+            raise CxrdistError(f"{where}: {image} has a row of {reader or 'no reader'} already")
+        known = read_cells(where, cells)
+        fields = (known[name] for name in ("label", "uncertain", "missing"))
+        readings[reader] = _Reading(*({*labels_of(text)} for text in fields))
+
+
+def _read_kaggle(file: Path) -> _Content:
+    """Read the table of boxes, which has a row of No finding for a reader without one."""
+    content = _Content(notes=["is Kaggle's release: 14 labels, and test images without labels"])
+    for image, finding in _read_boxes(file, "train", KAGGLE_LABELS):
+        readings = content.readings.setdefault(image, {})
+        reading = readings.setdefault(finding.reader, _Reading(set(), set(), set()))
+        reading.present.add(finding.label)
+        if finding.width:
+            content.findings.setdefault(image, []).append(finding)
+    return content
+
+
+def _read_boxes(file: Path, split: str, labels: Sequence[str]) -> Iterator[tuple[str, Finding]]:
+    """Yield the image and the box of each row; the box is of no size if the row has none.
+
+    Raises:
+        CxrdistError: a row has another label, or something else than a box.
+    """
+    table = read_table(file, {plain(name) for name in ("image_id", "class_name", "rad_id", *EDGES)})
+    known = {name: {plain(name)} for name in ("class_name", *EDGES)}
+    places = _find_columns(table, known, ("image_id", "class_name", *EDGES))
+    for where, row in table.rows():
+        cells = {name: row[place].strip() for name, place in places.items()}
+        label = SPELLINGS.get(plain(cells["class_name"]), "")
+        if label not in labels:
+            raise CxrdistError(
+                f"{where}: {cells['class_name']!r:.40} is none of the {len(labels)} labels"
+            )
+        edges = [cells[name] for name in EDGES]
+        x, y, right, bottom = (0.0,) * 4 if label == NO_FINDING else _read_edges(where, edges)
+        finding = Finding(label, x, y, right - x, bottom - y, cells.get("rad_id", ""))
+        yield f"{split}/{cells['image_id']}", finding
+
+
+def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, float]:
+    """The edges of a box; all 0 if its cells are empty, as those of global labels are."""
+    if not any(cells):
+        return 0.0, 0.0, 0.0, 0.0
+    try:
+        x, y, right, bottom = map(float, cells)
+    except ValueError:
+        x = y = right = bottom = math.nan
+    # A comparison with NaN is false, so NaN is refused as well.
+    if not (0 <= x < right <= MOST_PX and 0 <= y < bottom <= MOST_PX):
+        raise CxrdistError(
+            f"{where}: the box {', '.join(cells)!r:.80}, expected {', '.join(EDGES)} in px"
+        )
+    return x, y, right, bottom
+
+
+def _find_columns(
+    table: Table, names: Mapping[str, set[str]], needed: Sequence[str]
+) -> dict[str, int]:
+    """The places of the image's name, the reader's if it is there, and further columns."""
+    places = table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names})
+    lacking = next((name for name in needed if name not in places), None)
+    if lacking is not None:
+        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    return places
+
+
+def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]]:
+    """Take the boxes from pictures if these are smaller copies of the DICOM files.
+
+    Returns:
+        The records, and a note if boxes were taken away.
+    """
+    pictures = {record.path for record in records if look_at(record.file)[0] != "DICOM"}
+    unfit = sum(_reaches_out(record) for record in records if record.path in pictures)
+    if not unfit:
+        return records, []
+    bare = [replace(r, findings=()) if r.path in pictures else r for r in records]
+    return bare, [
+        f"the boxes of {unfit} images reach out of them, so that these are smaller copies: no "
+        f"picture has boxes; take the DICOM files, or copies of their size"
+    ]
+
+
+def _reaches_out(record: Record) -> bool:
+    """Whether a box does not fit into the picture, as far as that can be read."""
+    if not record.findings:
+        return False
+    try:
+        with record.file.open("rb") as file, Image.open(file) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return False
+    return any(
+        box.x + box.width > width + ROUNDING or box.y + box.height > height + ROUNDING
+        for box in record.findings
+    )
+
+
+def _notes(records: Sequence[Record]) -> Iterator[str]:
+    yield "no patient is known: images of one may be in two splits, also of the official ones"
+    uncertain = sum(bool(record.uncertain) for record in records)
+    if uncertain:
+        yield f"{uncertain} images have labels that some readers state, but not most: uncertain"
+    held = [labels_of(record.label) for record in records]
+    both = sum(NO_FINDING in labels and len(labels) > 1 for labels in held)
+    if both:
+        yield f"{both} images have {NO_FINDING} beside a finding"
