@@ -243,7 +243,7 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
 
 def _refuse_urls(command: str, values: dict[str, Any]) -> None:
     """Make sure that an option which needs a path on this machine has none elsewhere."""
-    allowed = {"pack": {"input", "out"}, "find-text": {"input"}}.get(command, {"shards"})
+    allowed = {"pack": {"input", "masks", "out"}, "find-text": {"input"}}.get(command, {"shards"})
     for name, value in values.items():
         if name not in allowed and hasattr(value, "protocol"):
             raise CxrdistError(f"--{name} {value}: expected a path on this machine, no URL")

@@ -79,9 +79,9 @@ class SourceConfig:
     """What an empty cell of a label stands for: ignore (nothing is known: no loss and no score), or
     negative. The shards tell which negatives are such."""
     masks: Path | None = None
-    """Masks of the lungs: a folder with a mask under each image's name (or in masks/ in place of
+    """Masks of the lungs: a folder with masks under their images' names (or in masks/ in place of
     images/, as the COVID-19 Radiography Database has them), or a table of run lengths as CheXmask
-    has them."""
+    has them; a path or an fsspec URL. Each goes into the shard beside its image."""
 
 
 @dataclass(frozen=True)

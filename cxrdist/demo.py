@@ -19,7 +19,8 @@ from cxrdist.config import (
     ProbeTextConfig,
     ReportConfig,
 )
-from cxrdist.data.boxes import Box, scaled, write_boxes
+from cxrdist.data.boxes import Box, write_boxes
+from cxrdist.data.geometry import scaled
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import PATIENT_PATTERN, WORD, write_phantoms

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cxrdist.config import ProbeTextConfig
-from cxrdist.data.boxes import Box, cover, in_square, inside, read_boxes, scaled
+from cxrdist.data.boxes import Box, cover, inside, read_boxes
 from cxrdist.data.cache import Images, read_rows
+from cxrdist.data.geometry import in_square, scaled
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE, labels_of
 from cxrdist.data.phantom import Finding, burn_text

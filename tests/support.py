@@ -66,9 +66,24 @@ def make_images(folder: Path, counts: dict[str, int], size: int = 48, seed: int 
     return folder
 
 
+def make_masks(images: Path, masks: Path) -> Path:
+    """Masks of two of three images of `make_images`, each another rectangle."""
+    for number, file in enumerate(sorted(images.glob("*/*.png"))):
+        if number % 3:
+            with Image.open(file) as image:
+                pixels = np.zeros((image.height, image.width), bool)
+            pixels[number % 20 : 30, 5 : 20 + number % 17] = True
+            mask = masks / file.relative_to(images)
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(mask)
+    return masks
+
+
 def make_shards(folder: Path, counts: dict[str, int], **options: object) -> Path:
-    """Pack `make_images` at 32 px."""
+    """Pack `make_images` at 32 px; with ``masks`` those of `make_masks` too."""
     source = make_images(folder / "images", counts)
+    if options.pop("masks", False):
+        options["masks"] = make_masks(source, folder / "masks")
     settings = {
         "size": 32,
         "split": "0.5/0.2/0.3",

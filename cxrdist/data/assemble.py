@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,9 @@ from cxrdist.config import PackConfig
 from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.depth import describe_depth
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
+from cxrdist.data.findings import Finding
 from cxrdist.data.found import LeftOut
+from cxrdist.data.geometry import clipped, in_square
 from cxrdist.data.images import decode_png
 from cxrdist.data.index import (
     SAMPLE_COLUMNS,
@@ -22,12 +25,14 @@ from cxrdist.data.index import (
     Sample,
     ShardEntry,
     SplitEntry,
+    SquaresEntry,
     read_index,
     shard_name,
 )
 from cxrdist.data.labels import SEPARATOR, agree, labels_of
+from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.records import SPLITS, Record, Source
-from cxrdist.data.shards import SampleFile, describe_shard, sample_key, write_shard
+from cxrdist.data.shards import Packed, SampleFile, describe_shard, sample_key, write_shard
 from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
 from cxrdist.data.squares import Pngs, Square
 from cxrdist.data.summary import count_fates, print_summary
@@ -38,11 +43,12 @@ from cxrdist.terminal import progress, table
 
 
 class Item(NamedTuple):
-    """A record whose image was read, and the place of the PNG that is packed of it."""
+    """A record whose image was read, and the places of the PNGs that are packed of it."""
 
     record: Record
     square: Square
     place: int
+    mask_place: int
 
     def covered(self, num_records: int) -> "Item":
         """The item with its burned-in text covered, as far as it has some."""
@@ -104,18 +110,17 @@ def assemble(
     items = _cover(config, items, splits, len(source.records))
     shards = _plan_shards(config, items, splits)
     _write_samples([_sample(shard, item) for shard in shards for item in shard.items], directory)
-    entries = _write_shards(shards, pngs, directory)
+    entries = _write_shards(config, shards, pngs, directory)
     found = audit(_entries(items, splits), duplicates, pixels, source.classes, source.task)
     write_json(directory / "audit.json", found)
     index = _describe(config, packed, shards, entries, directory / "samples.csv")
-    depths = [item.square.used_depth for item in items]
-    index["depth"] = next((item.square.depth for item in items if item.square.depth), None)
+    index |= _describe_squares(items)
     if config.text_boxes:
         index["cover"] = describe_cover(config, items, len(source.records))
     write_json(directory / "index.json", index)
     print_summary(config, _of_views(source, rejected), packed.records, read_index(directory))
-    if depth := index["depth"]:
-        print(describe_depth(depth, depths))
+    for line in _lines(config, items, index):
+        print(line)
     for line in split_notes(packed, config.split, groups, splits):
         print(f"splits: {line}")
     print(summary(found))
@@ -233,7 +238,9 @@ def _write_samples(samples: list[Sample], directory: Path) -> None:
             shard.unlink()
 
 
-def _write_shards(shards: list[Shard], pngs: Pngs, directory: Path) -> list[ShardEntry]:
+def _write_shards(
+    config: PackConfig, shards: list[Shard], pngs: Pngs, directory: Path
+) -> list[ShardEntry]:
     """Write the shards that are not there yet; their entries in the index."""
     entries = []
     total = sum(len(shard.items) for shard in shards)
@@ -241,16 +248,22 @@ def _write_shards(shards: list[Shard], pngs: Pngs, directory: Path) -> list[Shar
         for shard in shards:
             path = directory / shard.name
             if not path.is_file():
-                write_shard(path, ((_about(item), pngs[item.place]) for item in shard.items))
+                write_shard(path, (_packed(config, item, pngs) for item in shard.items))
             entries.append(describe_shard(path, len(shard.items)))
             bar.update(len(shard.items))
     return entries
 
 
-def _about(item: Item) -> SampleFile:
+def _packed(config: PackConfig, item: Item, pngs: Pngs) -> Packed:
+    """What is written of a sample."""
+    mask = pngs[item.mask_place] if item.square.mask_bytes else b""
+    return Packed(_about(config, item), pngs[item.place], mask)
+
+
+def _about(config: PackConfig, item: Item) -> SampleFile:
     """What a sample's KEY.json says."""
     record, square = item.record, item.square
-    return {
+    about: SampleFile = {
         "key": sample_key(record.path),
         "label": record.label,
         "patient": record.patient,
@@ -265,6 +278,30 @@ def _about(item: Item) -> SampleFile:
         "missing": record.missing,
         "assumed_absent": record.assumed_absent,
     }
+    if record.findings:
+        about["boxes"] = _boxes(config, item)
+    return about
+
+
+def _boxes(config: PackConfig, item: Item) -> list[Finding]:
+    """The boxes of a record's findings, as far as they lie in its square."""
+    original = item.square.width_px, item.square.height_px
+    there = (in_square(f, *original, config.size, config.fit) for f in item.record.findings)
+    return [box for box in (clipped(f, config.size) for f in there) if box is not None]
+
+
+def _lines(config: PackConfig, items: list[Item], index: IndexFile) -> Iterator[str]:
+    """What a user reads of depths, masks and boxes, as far as there are any."""
+    if depth := index.get("depth"):
+        yield describe_depth(depth, [item.square.used_depth for item in items])
+    if masks := index.get("masks"):
+        yield masks_line(masks, len(items))
+    with_boxes = [item for item in items if item.record.findings]
+    found = sum(len(item.record.findings) for item in with_boxes)
+    lost = found - sum(len(_boxes(config, item)) for item in with_boxes)
+    if found:
+        outside = f"; {lost} lie outside of the square and are left out" if lost else ""
+        yield f"findings: {found} boxes in {len(with_boxes)} images{outside}"
 
 
 def _fingerprint(item: Item) -> Any:
@@ -288,6 +325,7 @@ def _sample(shard: Shard, item: Item) -> Sample:
         uncertain=record.uncertain,
         missing=record.missing,
         assumed_absent=record.assumed_absent,
+        mask_sha256=item.square.mask_sha256,
     )
 
 
@@ -306,6 +344,7 @@ def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
             height_px=item.square.height_px,
             fingerprint=_fingerprint(item),
             unknown=_unknown(item.record),
+            mask_share=item.square.mask_share if item.square.mask_sha256 else None,
         )
         for item, split in zip(items, splits, strict=True)
     ]
@@ -344,6 +383,14 @@ def _describe(
         "samples_sha256": hashlib.sha256(samples.read_bytes()).hexdigest(),
         "splits": splits,
     }
+
+
+def _describe_squares(items: list[Item]) -> SquaresEntry:
+    """What index.json says of depths and masks."""
+    squares = [item.square for item in items]
+    masks = describe_masks([square.mask_share for square in squares if square.mask_sha256])
+    depth = next((square.depth for square in squares if square.depth), None)
+    return {"depth": depth, "masks": masks} if masks else {"depth": depth}
 
 
 def describe_cover(config: PackConfig, items: list[Item], num_records: int) -> CoverEntry:

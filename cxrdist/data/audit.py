@@ -16,6 +16,7 @@ from PIL import Image
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
 from cxrdist.data.labels import agree, labels_of
+from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
@@ -53,6 +54,7 @@ class Entry:
         height_px: of the original.
         fingerprint: of the square.
         unknown: labels that are uncertain or missing, with ``|`` between them.
+        mask_share: of the square that its mask covers; None without one.
     """
 
     key: str
@@ -66,6 +68,7 @@ class Entry:
     height_px: int
     fingerprint: Fingerprint
     unknown: str = ""
+    mask_share: float | None = None
 
 
 def audit(
@@ -121,6 +124,7 @@ def audit(
                 features, targets, join_groups(groups, duplicates.pairs), classes
             ),
         ),
+        "masks": part("masks", lambda: _masks(entries, *truth)),
         "flat": part("flat", lambda: _flat(entries)) or [],
         "in_pre_training": part("in_pre_training", lambda: _in_pre_training(entries, *truth)),
         "thumbnails": part("thumbnails", lambda: _thumbnails(entries, pairs or [], pixels)) or {},
@@ -248,6 +252,28 @@ def _features(entry: Entry) -> dict[str, float]:
     }
 
 
+def _masks(
+    entries: Sequence[Entry], targets: Targets, classes: Sequence[str]
+) -> dict[str, Any] | None:
+    """Images with a mask and without by split and class, and what masks cover; None without any.
+
+    Masks that only some classes have tell the class to whatever uses them.
+    """
+    described = describe_masks([e.mask_share for e in entries if e.mask_share is not None])
+    if described is None:
+        return None
+    have = ["without a mask" if e.mask_share is None else "with a mask" for e in entries]
+    counts = Counter(zip((entry.split for entry in entries), have, strict=True))
+    return {
+        **described,
+        "splits": {
+            split: {what: counts[split, what] for what in ("with a mask", "without a mask")}
+            for split in SPLITS
+        },
+        **_cross_table(have, targets, classes),
+    }
+
+
 def _statistics(
     features: Sequence[dict[str, float]], targets: Targets, classes: Sequence[str]
 ) -> dict[str, dict[str, dict[str, float] | None]]:
@@ -332,6 +358,7 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         *_empty(found["flat"]),
         *_confounded(found["sources"], "sources"),
         *_confounded(found["views"], "views"),
+        *_confounded(found["masks"], "masks"),
         *_shortcuts(found["shortcut"]),
         *_seen_before(found["in_pre_training"]),
     ]
@@ -362,7 +389,7 @@ def _empty(flat: list[dict[str, Any]]) -> list[str]:
 
 
 def _confounded(table: dict[str, Any] | None, what: str) -> list[str]:
-    """Classes that are known by their source or view, or nearly so."""
+    """Classes that are known by their source, view or mask, or nearly so."""
     if table is None:
         return []
     lines = [

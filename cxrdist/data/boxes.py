@@ -94,36 +94,6 @@ def _number(text: str) -> float:
     return float(text.replace(",", "."))
 
 
-def scaled(box: Box, x: float, y: float) -> Box:
-    """The box in an image that is ``x`` times as wide and ``y`` times as high."""
-    return box._replace(x=box.x * x, y=box.y * y, width=box.width * x, height=box.height * y)
-
-
-def in_square(box: Box, width_px: int, height_px: int, size_px: int, fit: str) -> Box:
-    """The box of an original in its square; it may lie outside of it.
-
-    Args:
-        box: in the original.
-        width_px: of the original.
-        height_px: of the original.
-        size_px: side of the square.
-        fit: how the original became square: crop, pad or stretch.
-    """
-    if fit == "stretch":
-        return scaled(box, size_px / width_px, size_px / height_px)
-    if fit == "crop":
-        side = min(width_px, height_px)
-        left, top = (width_px - side) / 2, (height_px - side) / 2
-        there = box._replace(x=box.x - left, y=box.y - top)
-        return scaled(there, size_px / side, size_px / side)
-    longer = max(width_px, height_px)
-    # Pillow's ImageOps.pad takes whole pixels: in an original of 4000 px half of one is nine.
-    width, height = (max(1, round(side / longer * size_px)) for side in (width_px, height_px))
-    there = scaled(box, width / width_px, height / height_px)
-    left, top = round((size_px - width) / 2), round((size_px - height) / 2)
-    return there._replace(x=there.x + left, y=there.y + top)
-
-
 def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bool_]:
     """Pixels in any of the boxes, bool [height_px, width_px]; a pixel partly inside counts."""
     mask = np.zeros((height_px, width_px), dtype=bool)

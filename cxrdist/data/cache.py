@@ -1,13 +1,18 @@
-"""The decoded cache: all samples as one memory-mapped uint8 array on local disk."""
+"""The decoded cache: all samples as one memory-mapped uint8 array on local disk.
+
+Their masks are another file of the same make, written when something asks for them.
+"""
 
 import fcntl
 import hashlib
 import io
+import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,24 +22,106 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxrdist.data.index import Index
-from cxrdist.data.shards import open_shard, read_shard
+from cxrdist.data.index import Index, PackedShard
+from cxrdist.data.shards import open_shard, read_masks, read_shard
 from cxrdist.distributed import gather, local_ranks, together
 from cxrdist.errors import CxrdistError
 from cxrdist.run import open_regular, room_for
 from cxrdist.terminal import progress
 
 Images = NDArray[np.uint8]
+Masks = NDArray[np.uint8]
 MISSING = "is missing"
 OTHER_PLACE = "choose a directory with room on a local disk with --cache"
 NUM_THREADS = 8  # per rank; what they read comes from memory or one disk
 
 
-class Checked(NamedTuple):
-    """The cache file of this node compared with the index.
+@dataclass(frozen=True)
+class Layer:
+    """What a file of the cache holds of each sample.
 
     Attributes:
-        images: uint8 [samples, size, size]; None if the file cannot be used at all.
+        noun: what it holds, for messages.
+        suffix: of the file's name.
+        index: the shards.
+        row_shape: of a sample's row, uint8.
+        sha256: what a row should have as `digest`, by the number of the sample.
+        digest: of a row.
+        decode: the rows of a shard.
+    """
+
+    noun: str
+    suffix: str
+    index: Index
+    row_shape: tuple[int, ...]
+    sha256: Sequence[str]
+    digest: Callable[[NDArray[np.uint8]], str]
+    decode: Callable[[PackedShard], Iterator[NDArray[np.uint8]]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the array."""
+        return len(self.index.samples), *self.row_shape
+
+    def header(self) -> bytes:
+        """The first bytes of the array file: compared, so that no header of another's is parsed."""
+        header = io.BytesIO()
+        about = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(header, about)
+        return header.getvalue()
+
+    def num_bytes(self) -> int:
+        """Size of the array file."""
+        return len(self.header()) + math.prod(self.shape)
+
+
+def _images_of(index: Index) -> Layer:
+    return Layer(
+        noun="images",
+        suffix=".npy",
+        index=index,
+        row_shape=(index.image_size_px, index.image_size_px),
+        sha256=[sample.sha256 for sample in index.samples],
+        digest=lambda row: hashlib.sha256(row.data).hexdigest(),
+        decode=lambda shard: (pixels for pixels, _ in read_shard(shard)),
+    )
+
+
+def _masks_of(index: Index) -> Layer:
+    """A bit per pixel: a mask costs an eighth of its image's disk and memory, and 10 us to unpack.
+
+    A sample without a mask has a row of zeros.
+    """
+    num_pixels = index.image_size_px**2
+    empty = np.zeros(-(-num_pixels // 8), np.uint8)
+
+    def digest(row: NDArray[np.uint8]) -> str:
+        # Of the pixels alone no bit behind the last one would be seen.
+        mask = np.unpackbits(row) * np.uint8(255)
+        whole = not mask[num_pixels:].any()
+        return hashlib.sha256(mask[:num_pixels].data).hexdigest() if whole else ""
+
+    def decode(shard: PackedShard) -> Iterator[NDArray[np.uint8]]:
+        for mask in read_masks(shard):
+            yield empty if mask is None else np.packbits(mask > 0)
+
+    without = digest(empty)
+    return Layer(
+        noun="masks",
+        suffix=".masks.npy",
+        index=index,
+        row_shape=empty.shape,
+        sha256=[sample.mask_sha256 or without for sample in index.samples],
+        digest=digest,
+        decode=decode,
+    )
+
+
+class Checked(NamedTuple):
+    """A cache file of this node compared with the index.
+
+    Attributes:
+        images: the array of a layer; None if the file cannot be used at all.
         stale: numbers of the shards that must be decoded.
         fault: what is wrong with the file; empty if nothing is, or if nobody looked.
     """
@@ -63,19 +150,37 @@ def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -
         CxrdistError: a shard or a sample differs from the index, a name of the cache is taken by
             a link or another special file, or the cache differs on a node that may not mend it.
     """
-    path = (directory or default_cache()) / f"{index.sha256[:32]}.npy"
     part, num_parts = local_ranks(accelerator)
     together(accelerator, lambda: _verify(index, part, num_parts))
+    return _open(_images_of(index), directory, accelerator)
+
+
+def open_masks(index: Index, directory: Path | None, accelerator: Accelerator) -> Masks:
+    """Map the masks of all samples, as `open_cache` does the images; call that one before.
+
+    Returns:
+        uint8 [samples, ceil(size * size / 8)], read-only: the pixels of a mask as bits, as
+        `numpy.packbits` has them; zeros where a sample has none (its ``mask_sha256`` is empty).
+
+    Raises:
+        CxrdistError: as in `open_cache`.
+    """
+    return _open(_masks_of(index), directory, accelerator)
+
+
+def _open(layer: Layer, directory: Path | None, accelerator: Accelerator) -> NDArray[np.uint8]:
+    path = (directory or default_cache()) / f"{layer.index.sha256[:32]}{layer.suffix}"
+    part, _ = local_ranks(accelerator)
     ours = _is_ours(path.parent, accelerator)
     with ExitStack() as stack:
         held = _held(path.with_suffix(".lock"))
         together(accelerator, lambda: stack.enter_context(held) if ours and part == 0 else None)
-        cached = _check(index, path, accelerator, look=ours)
+        cached = _check(layer, path, accelerator, look=ours)
         _report(path, cached, accelerator)
-        _rebuild(index, path, cached, accelerator)
+        _rebuild(layer, path, cached, accelerator)
         # Another node's work and a file written just now are checked too: nothing else is mapped.
         unchecked = not ours or bool(cached.fault)
-        latest = _check(index, path, accelerator, look=unchecked)
+        latest = _check(layer, path, accelerator, look=unchecked)
     return together(accelerator, lambda: _accept(path, latest if unchecked else cached))
 
 
@@ -138,90 +243,73 @@ def _verify(index: Index, part: int, num_parts: int) -> None:
                 pass
 
 
-def _check(index: Index, path: Path, accelerator: Accelerator, *, look: bool) -> Checked:
+def _check(layer: Layer, path: Path, accelerator: Accelerator, *, look: bool) -> Checked:
     """Compare the cache with the index, each rank a part of its rows; must be called on every rank.
 
     Args:
-        index: the shards.
+        layer: what the cache holds.
         path: of the cache.
         accelerator: the ranks of a node share its rows.
         look: whether this node compares; the same on all ranks of the node.
     """
     part, num_parts = local_ranks(accelerator)
-    images, fault = together(accelerator, lambda: _load(index, path) if look else (None, ""))
-    differing = together(accelerator, lambda: _differing(index, images, part, num_parts))
+    images, fault = together(accelerator, lambda: _load(layer, path) if look else (None, ""))
+    differing = together(accelerator, lambda: _differing(layer, images, part, num_parts))
     first = accelerator.process_index - part
     node = gather(accelerator, [(fault, differing)])[first : first + num_parts]
     if faults := [fault for fault, _ in node if fault]:
-        return Checked(None, set(range(len(index.shards))), faults[0])
+        return Checked(None, set(range(len(layer.index.shards))), faults[0])
     numbers = [number for _, differing in node for number in differing]
     if not numbers:
         return Checked(images, set(), "")
-    ends = np.cumsum([shard.samples for shard in index.shards])
+    ends = np.cumsum([shard.samples for shard in layer.index.shards])
     stale = set(np.searchsorted(ends, numbers, side="right").tolist())
-    fault = f"{len(numbers)} of {len(index.samples)} images differ from the index"
+    fault = f"{len(numbers)} of {layer.shape[0]} {layer.noun} differ from the index"
     return Checked(images, stale, fault)
 
 
-def _load(index: Index, path: Path) -> tuple[Images | None, str]:
+def _load(layer: Layer, path: Path) -> tuple[NDArray[np.uint8] | None, str]:
     """Map a cache that has the size and the shape that the index asks for.
 
     Returns:
-        uint8 [samples, size, size] and an empty text, or None and what is wrong with the file.
+        The array and an empty text, or None and what is wrong with the file.
     """
     try:
         file = open_regular(path, os.O_RDONLY)
     except FileNotFoundError:
         return None, MISSING
     with file:
-        size, expected = os.fstat(file.fileno()).st_size, _num_bytes(index)
+        size, expected = os.fstat(file.fileno()).st_size, layer.num_bytes()
         if size != expected:  # rows beyond the end of a mapped file would be a bus error
             return None, f"has {size} bytes, expected {expected}"
-        header = _header(index)
+        header = layer.header()
         if file.read(len(header)) != header:
-            shape = " x ".join(map(str, _shape(index)))
+            shape = " x ".join(map(str, layer.shape))
             return None, f"does not begin like an array of {shape} bytes"
         # The reader that checks the rows is the one that reads them later: the file behind this
         # map stays the same when another run gives its name to a new one.
-        return np.asarray(np.memmap(file, np.uint8, "r", len(header), _shape(index))), ""
+        return np.asarray(np.memmap(file, np.uint8, "r", len(header), layer.shape)), ""
 
 
-def _differing(index: Index, images: Images | None, part: int, num_parts: int) -> list[int]:
+def _differing(
+    layer: Layer, images: NDArray[np.uint8] | None, part: int, num_parts: int
+) -> list[int]:
     """Sample numbers of this rank's part whose rows differ from their sha256 in samples.csv.
 
     112,120 rows of 224 px take 4 s on a core with SHA instructions and 14 s on one without them.
     """
     if images is None:
         return []
-    count = len(index.samples)
+    count = len(images)
 
     def differing(numbers: range) -> list[int]:
-        hashes = (hashlib.sha256(images[i]).hexdigest() for i in numbers)
-        return [i for i, h in zip(numbers, hashes, strict=True) if h != index.samples[i].sha256]
+        return [i for i in numbers if layer.digest(images[i]) != layer.sha256[i]]
 
     numbers = range(count * part // num_parts, count * (part + 1) // num_parts)
     blocks = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
     cores = len(os.sched_getaffinity(0)) // num_parts
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, cores))) as pool:
         return [i for found in pool.map(differing, blocks) for i in found]
-
-
-def _shape(index: Index) -> tuple[int, int, int]:
-    return len(index.samples), index.image_size_px, index.image_size_px
-
-
-def _header(index: Index) -> bytes:
-    """The first bytes of the array file: compared, so that no header of another's is parsed."""
-    header = io.BytesIO()
-    about = {"descr": "|u1", "fortran_order": False, "shape": _shape(index)}
-    np.lib.format.write_array_header_1_0(header, about)
-    return header.getvalue()
-
-
-def _num_bytes(index: Index) -> int:
-    """Size of the array file."""
-    count, height, width = _shape(index)
-    return len(_header(index)) + count * height * width
 
 
 def _report(path: Path, cached: Checked, accelerator: Accelerator) -> None:
@@ -234,7 +322,7 @@ def _report(path: Path, cached: Checked, accelerator: Accelerator) -> None:
             print(text, flush=True)
 
 
-def _rebuild(index: Index, path: Path, cached: Checked, accelerator: Accelerator) -> None:
+def _rebuild(layer: Layer, path: Path, cached: Checked, accelerator: Accelerator) -> None:
     """Replace a cache that has a fault; must be called on every rank.
 
     The old file is replaced and never written to: other runs may have mapped it.
@@ -242,14 +330,14 @@ def _rebuild(index: Index, path: Path, cached: Checked, accelerator: Accelerator
     part, _ = local_ranks(accelerator)
     partial = path.with_suffix(".partial")
     first = cached.fault and part == 0
-    together(accelerator, lambda: _reserve(index, partial) if first else None)
+    together(accelerator, lambda: _reserve(layer, partial) if first else None)
     together(
-        accelerator, lambda: _fill(index, partial, cached, accelerator) if cached.fault else None
+        accelerator, lambda: _fill(layer, partial, cached, accelerator) if cached.fault else None
     )
     together(accelerator, lambda: os.replace(partial, path) if first else None)
 
 
-def _reserve(index: Index, partial: Path) -> None:
+def _reserve(layer: Layer, partial: Path) -> None:
     """Create the new cache at its full size.
 
     Raises:
@@ -258,32 +346,32 @@ def _reserve(index: Index, partial: Path) -> None:
     with room_for(partial, OTHER_PLACE):
         partial.unlink(missing_ok=True)  # of a killed run, or a link: nothing is written through it
         with open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
-            file.write(_header(index))
+            file.write(layer.header())
             # A full disk is an error here, not a bus error in the middle of the decoding.
-            os.posix_fallocate(file.fileno(), 0, _num_bytes(index))
+            os.posix_fallocate(file.fileno(), 0, layer.num_bytes())
 
 
-def _fill(index: Index, partial: Path, cached: Checked, accelerator: Accelerator) -> None:
+def _fill(layer: Layer, partial: Path, cached: Checked, accelerator: Accelerator) -> None:
     """Write this rank's shards into the new cache: stale ones decoded, the others copied."""
     part, num_parts = local_ranks(accelerator)
     with open_regular(partial, os.O_RDWR) as file:
-        rows = np.memmap(file, np.uint8, "r+", len(_header(index)), _shape(index))
-    shards = list(enumerate(index.packed()))[part::num_parts]
+        rows = np.memmap(file, np.uint8, "r+", len(layer.header()), layer.shape)
+    shards = list(enumerate(layer.index.packed()))[part::num_parts]
     total = sum(shard.entry.samples for i, shard in shards if i in cached.stale)
-    with progress(total, "decoding", "images", show=accelerator.is_main_process) as bar:
+    with progress(total, "decoding", layer.noun, show=accelerator.is_main_process) as bar:
         for i, shard in shards:
             if cached.images is not None and i not in cached.stale:
                 these = slice(shard.first, shard.first + shard.entry.samples)
                 rows[these] = cached.images[these]
                 continue
-            for number, (pixels, _) in enumerate(read_shard(shard), shard.first):
-                rows[number] = pixels
+            for number, row in enumerate(layer.decode(shard), shard.first):
+                rows[number] = row
                 bar.update()
     rows.flush()
 
 
-def _accept(path: Path, checked: Checked) -> Images:
-    """The images of a cache without a fault.
+def _accept(path: Path, checked: Checked) -> NDArray[np.uint8]:
+    """The array of a cache without a fault.
 
     Raises:
         CxrdistError: it has one.
@@ -307,7 +395,29 @@ def read_rows(images: Images, numbers: NDArray[np.int64], device: torch.device) 
     Returns:
         uint8 [B, 1, size, size].
     """
-    rows = torch.from_numpy(images[numbers]).unsqueeze(1)
+    return _to_device(torch.from_numpy(images[numbers]).unsqueeze(1), device)
+
+
+def read_mask_rows(
+    masks: Masks, numbers: NDArray[np.int64], size_px: int, device: torch.device
+) -> Tensor:
+    """Bring some masks to the device.
+
+    Args:
+        masks: uint8 [samples, bytes], as `open_masks` gives.
+        numbers: int64 [B], sample numbers.
+        size_px: side of the squares.
+        device: as in `read_rows`.
+
+    Returns:
+        uint8 [B, 1, size, size] of 0 and 255.
+    """
+    bits = np.unpackbits(masks[numbers], axis=1, count=size_px * size_px)
+    rows = torch.from_numpy(bits * np.uint8(255)).reshape(-1, 1, size_px, size_px)
+    return _to_device(rows, device)
+
+
+def _to_device(rows: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         return rows.pin_memory().to(device, non_blocking=True)
     return rows

@@ -17,6 +17,7 @@ from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
 from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.shards import OpenShard, SampleFile, open_shard
 from cxrdist.errors import CxrdistError
 from cxrdist.run import scratch_directory, write_json
@@ -24,19 +25,27 @@ from cxrdist.terminal import progress
 
 
 class Inspected(NamedTuple):
-    """What was found in a shard: its faults, and for an audit its entries."""
+    """What was found in a shard.
+
+    Attributes:
+        faults: what is wrong with it.
+        entries: for an audit.
+        num_samples: that it should have.
+        mask_shares: share of the square that each of its masks covers.
+    """
 
     faults: list[str]
     entries: list[Entry]
     num_samples: int
+    mask_shares: list[float]
 
 
 def check(config: CheckConfig) -> None:
     """Compare all that shards hold with their index, and print all that is wrong.
 
-    Compared are sizes and hashes of the shards, each sample's pixels, label, patient, source and
-    path, the counts of index.json and samples.csv, and shards that the index does not know. With
-    ``audit`` SHARDS/audit.json is written.
+    Compared are sizes and hashes of the shards, each sample's pixels, mask, label, patient, source
+    and path, the counts of index.json and samples.csv, and shards that the index does not know.
+    With ``audit`` SHARDS/audit.json is written.
 
     Raises:
         CxrdistError: something differs.
@@ -50,6 +59,8 @@ def check(config: CheckConfig) -> None:
         _refuse(config.shards, faults)
         samples, shards = len(index.samples), len(index.shards)
         print(f"{config.shards}: {samples} samples in {shards} shards are whole")
+        if masks := describe_masks([share for shard in found for share in shard.mask_shares]):
+            print(masks_line(masks, samples))
         if squares is not None:
             _audit(index, [entry for shard in found for entry in shard.entries], squares)
 
@@ -96,25 +107,30 @@ def _inspect(shard: PackedShard, squares: Path | None) -> Inspected:
         with open_shard(shard) as opened:
             return _inspect_samples(shard, opened, squares)
     except (CxrdistError, OSError) as error:
-        return Inspected([str(error)], [], shard.entry.samples)
+        return Inspected([str(error)], [], shard.entry.samples, [])
 
 
 def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None) -> Inspected:
-    faults, entries = [], []
+    faults, entries, mask_shares = [], [], []
     rows = np.load(squares, mmap_mode="r+") if squares else None
     for i, sample in enumerate(shard.samples):
         try:
             pixels, about = opened.read(i)
+            mask = opened.read_mask(i)
         except CxrdistError as error:
             faults.append(str(error))
             continue
+        share = None if mask is None else float(np.mean(mask > 0))
+        mask_shares += [] if share is None else [share]
         if rows is not None:
             rows[shard.first + i] = pixels
-            entries.append(entry_of(sample, about, pixels))
-    return Inspected(faults, entries, shard.entry.samples)
+            entries.append(entry_of(sample, about, pixels, share))
+    return Inspected(faults, entries, shard.entry.samples, mask_shares)
 
 
-def entry_of(sample: Sample, about: SampleFile, pixels: NDArray[np.uint8]) -> Entry:
+def entry_of(
+    sample: Sample, about: SampleFile, pixels: NDArray[np.uint8], mask_share: float | None
+) -> Entry:
     """What the audit needs to know of a sample."""
     return Entry(
         key=sample.key,
@@ -128,6 +144,7 @@ def entry_of(sample: Sample, about: SampleFile, pixels: NDArray[np.uint8]) -> En
         height_px=about["height_px"],
         fingerprint=fingerprint(pixels),
         unknown=SEPARATOR.join(filter(None, (sample.uncertain, sample.missing))),
+        mask_share=mask_share,
     )
 
 

@@ -10,14 +10,15 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from cxrdist.data.boxes import Box, cover, scaled
+from cxrdist.data.boxes import Box, cover
+from cxrdist.data.geometry import place, resample, scaled
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
-from cxrdist.data.pictures import read_picture
+from cxrdist.data.masks import MaskPlace, mask_square, read_mask
+from cxrdist.data.pictures import read_file, read_picture
 from cxrdist.errors import CxrdistError
 
-MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
 
 
@@ -35,6 +36,7 @@ class Decoded:
         used_depth: bits that the pixels use where the file does not declare its depth, else None.
         sex: M or F where the DICOM tells it, else empty.
         age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
+        mask: uint8 [S, S] of 0 and 255, moved like the pixels; None without.
     """
 
     pixels: NDArray[np.uint8]
@@ -46,6 +48,7 @@ class Decoded:
     used_depth: int | None = None
     sex: str = ""
     age: float | None = None
+    mask: NDArray[np.uint8] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,12 @@ def decode(
     boxes: Sequence[Box] = (),
     how: str = "black",
     depth: int | None = None,
+    mask: MaskPlace | None = None,
 ) -> Decoded:
     """Decode an image to a grey square, and to another one with boxes covered.
 
     The filter is anti-aliased. Boxes are covered in the original, before it becomes square.
+    Nothing is covered in the mask.
 
     Args:
         file: the image, local or an fsspec path.
@@ -96,9 +101,10 @@ def decode(
         boxes: of burned-in text, in px of the original.
         how: as in `cover`.
         depth: as in `read_grey`.
+        mask: of the image.
 
     Raises:
-        CxrdistError: the file is no readable X-ray.
+        CxrdistError: the file is no readable X-ray, or its mask cannot be used.
     """
     grey = read_grey(file, 2 * size_px, depth)
     square = np.asarray(_square(grey.image, size_px, fit))
@@ -108,7 +114,27 @@ def decode(
         image = Image.fromarray(cover(np.asarray(grey.image), here, how))
         covered = np.asarray(_square(image, size_px, fit))
     known = {field.name: getattr(grey, field.name) for field in fields(grey)[1:]}
-    return Decoded(square, covered=covered, **known)
+    moved = None if mask is None else _mask_square(file, mask, grey, size_px, fit)
+    return Decoded(square, covered=covered, mask=moved, **known)
+
+
+def _mask_square(
+    file: Path, place_of_mask: MaskPlace, grey: Grey, size_px: int, fit: str
+) -> NDArray[np.uint8]:
+    """The mask of an image as a square.
+
+    Raises:
+        CxrdistError: it cannot be used; the line names the image.
+    """
+    try:
+        mask = read_mask(place_of_mask, grey.width_px, grey.height_px)
+    except CxrdistError as error:
+        # The mask's own name may be a patient's; a line that names the image can be anonymised.
+        problem = str(error).removeprefix(f"{place_of_mask.file}: ")
+        problem = problem.replace(str(place_of_mask.file), "the table of masks")
+        raise CxrdistError(f"{file}: its mask: {problem}") from error
+    shown = grey.image.size
+    return mask_square(mask, place(*shown, size_px, fit), shown, size_px)
 
 
 def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
@@ -125,7 +151,7 @@ def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
     Raises:
         CxrdistError: the file is no readable X-ray.
     """
-    data = _read(file)
+    data = read_file(file)
     kind = kind_of(data[:HEAD_BYTES])
     if kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM_SUFFIXES):
         from cxrdist.data.dicom import read_dicom  # pydicom costs most of a second
@@ -147,18 +173,6 @@ def read_square(file: Path, size_px: int, fit: str, depth: int | None = None) ->
     return decode(file, size_px, fit, depth=depth).pixels
 
 
-def _read(file: Path) -> bytes:
-    try:
-        size = file.stat().st_size
-        if size > MOST_BYTES:
-            raise CxrdistError(
-                f"{file}: has {size >> 20} MiB, expected one X-ray of at most {MOST_BYTES >> 20}"
-            )
-        return file.read_bytes()
-    except OSError as error:
-        raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
-
-
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     """Encode a grey image, uint8 [H, W].
 
@@ -177,11 +191,6 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
 
 
 def _square(image: Image.Image, size_px: int, fit: str) -> Image.Image:
-    size = (size_px, size_px)
-    if fit == "pad":
-        return ImageOps.pad(image, size, Image.Resampling.BILINEAR, color=0)
-    width, height = image.size
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side) if fit == "crop" else None
-    return image.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
+    # Padded squares were never reduced first: their bytes stay as they are in older shards.
+    gap = None if fit == "pad" else 2.0
+    return resample(image, place(*image.size, size_px, fit), size_px, gap)

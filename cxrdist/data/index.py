@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cxrdist.data.collector import collector_paused
 from cxrdist.data.depth import DEPTHS
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, labels_of
+from cxrdist.data.masks import MasksEntry
 from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
@@ -108,7 +109,16 @@ class CoverEntry(TypedDict):
     boxes: Annotated[int, Between(0, 1000 * MOST_SAMPLES)]
 
 
-class IndexFile(TypedDict):
+class SquaresEntry(TypedDict):
+    """What the squares and masks tell."""
+
+    depth: NotRequired[Depth | None]
+    """Bits by which images were scaled that do not declare their depth."""
+    masks: NotRequired[MasksEntry]
+    """Only where images have a mask."""
+
+
+class IndexFile(SquaresEntry):
     """The content of index.json."""
 
     format: Literal["cxrdist-shards-1"]
@@ -121,8 +131,6 @@ class IndexFile(TypedDict):
     seed: NotRequired[int]
     samples_sha256: Sha256
     splits: dict[str, SplitEntry]
-    depth: NotRequired[Depth | None]
-    """Bits by which images were scaled that do not declare their depth."""
     cover: NotRequired[CoverEntry | None]
 
 
@@ -283,8 +291,13 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
         samples=samples,
     )
     changed = sha256 != content["samples_sha256"]
+    declared = content.get("masks", {"images": 0})["images"]
     faults = [f"{table}: was changed after packing (sha256 differs from index.json); {MEND}"]
-    return index, [*(faults if changed else []), *_disagreements(index, content["splits"])]
+    faults = faults if changed else []
+    held = sum(sample.mask_sha256 != "" for sample in samples)
+    if held != declared:
+        faults.append(f"{table}: has {held} masks, index.json {declared}; {MEND}")
+    return index, [*faults, *_disagreements(index, content["splits"])]
 
 
 def _shards_of(content: IndexFile) -> list[ShardEntry]:
@@ -358,6 +371,8 @@ def _read_sample(row: list[str], header: list[str], num_columns: int) -> Sample:
         raise ValueError(f"the key {sample.key!r:.80}, expected letters, digits, _ and -")
     if sample.split not in SPLITS or not SHA256.fullmatch(sample.sha256):
         raise ValueError(f"the split or the sha256 of {sample.key} is none")
+    if sample.mask_sha256 and not SHA256.fullmatch(sample.mask_sha256):
+        raise ValueError(f"the mask_sha256 of {sample.key} is none")
     return sample
 
 

@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.data.boxes import Box, cover, read_boxes, scaled
+from cxrdist.data.boxes import Box, cover, read_boxes
 from cxrdist.data.found import LeftOut, find_images, refuse_undecodable_name
+from cxrdist.data.geometry import scaled
 from cxrdist.data.images import decode, read_grey
 from cxrdist.data.text import find_in_file
 from cxrdist.data.views import view_in_name

@@ -1,7 +1,33 @@
-"""Masks: which pixels of an image are lung."""
+"""Masks: which pixels of an image are lung.
 
+A mask is a picture of two levels, or a row of a table of run lengths. Not read, and refused by
+name: DICOM, pictures of several organs, and what is no mask but an X-ray.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.data.geometry import Placement, resample
+from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
+from cxrdist.data.pictures import read_file, read_picture
+from cxrdist.data.run_lengths import read_runs
+from cxrdist.documents import Between
+from cxrdist.errors import CxrdistError
+
+HALF = 128  # grey levels from which a pixel is covered: more than half of it
+# A mask that was smoothed or stored as JPEG is neither black nor white at its outline. Of an X-ray
+# more than half of the pixels are.
+SOFT, MOST_SOFT = (32, 224), 0.1
+WHOLE_SIZE = 1 << 16  # px; no JPEG is decoded smaller
+
+
+Count = Annotated[int, Between(0, 1 << 32)]
+Share = Annotated[float, Between(0, 1)]
 
 
 class MaskPlace(NamedTuple):
@@ -16,3 +42,118 @@ class MaskPlace(NamedTuple):
     file: Path
     first_byte: int = 0
     num_bytes: int = 0
+
+
+class MasksEntry(TypedDict):
+    """The masks of some images: how many there are, and the share of the square that they cover."""
+
+    images: Count
+    """With a mask."""
+    least: Share
+    median: Share
+    most: Share
+    empty: Count
+    """Masks that cover nothing."""
+    full: Count
+    """Masks that cover everything."""
+
+
+def describe_masks(shares: Sequence[float]) -> MasksEntry | None:
+    """Describe masks by the shares of the squares that they cover; None if there are none."""
+    if not shares:
+        return None
+    least, median, most = (round(float(q), 4) for q in np.quantile(shares, (0, 0.5, 1)))
+    return {
+        "images": len(shares),
+        "least": least,
+        "median": median,
+        "most": most,
+        "empty": sum(share == 0 for share in shares),
+        "full": sum(share == 1 for share in shares),
+    }
+
+
+def masks_line(masks: MasksEntry, num_images: int) -> str:
+    """What a user reads of the masks of some images."""
+    without = num_images - masks["images"]
+    line = (
+        f"masks: {masks['images']} images have one, {without} do not; they cover "
+        f"{masks['least']:.0%} to {masks['most']:.0%} of the square, median {masks['median']:.0%}"
+    )
+    odd = {"cover nothing": masks["empty"], "cover everything": masks["full"]}
+    return "; ".join([line, *(f"{number} {what}" for what, number in odd.items() if number)])
+
+
+def read_mask(place: MaskPlace, width_px: int, height_px: int) -> NDArray[np.uint8]:
+    """Read the mask of an image at its own size.
+
+    Args:
+        place: where it is.
+        width_px: of the image as it is shown.
+        height_px: of the image as it is shown.
+
+    Returns:
+        uint8 [H, W] of 0 and 255; H and W may be another size than the image's, of its shape.
+
+    Raises:
+        CxrdistError: it cannot be read, is no mask, or has another shape than the image.
+    """
+    if place.num_bytes:
+        mask = read_runs(place.file, place.first_byte, place.num_bytes)
+    else:
+        mask = _two_levels(_read_grey(place.file), place.file)
+    height, width = mask.shape
+    # Each side of the smaller one may be rounded by a pixel.
+    rounding = max(width + height, width_px + height_px)
+    if abs(width * height_px - height * width_px) > rounding:
+        raise CxrdistError(
+            f"{place.file}: has {width} x {height} px, which is not the shape of the image "
+            f"({width_px} x {height_px} px): it is the mask of another image, or turned or cut"
+        )
+    return mask
+
+
+def mask_square(
+    mask: NDArray[np.uint8], placement: Placement, shown: tuple[int, int], size_px: int
+) -> NDArray[np.uint8]:
+    """Move a mask into the square as its image is moved.
+
+    Args:
+        mask: uint8 [H, W] of 0 and 255.
+        placement: of the image.
+        shown: width and height of the image that was placed, px.
+        size_px: side of the square.
+
+    Returns:
+        uint8 [size, size], 255 where at least half of a pixel is covered, else 0.
+    """
+    height, width = mask.shape
+    here = placement.at_scale(width / shown[0], height / shown[1])
+    return _halved(np.asarray(resample(Image.fromarray(mask), here, size_px)))
+
+
+def _read_grey(file: Path) -> NDArray[np.uint8]:
+    data = read_file(file)
+    kind = kind_of(data[:HEAD_BYTES])
+    if kind is None or kind not in FORMATS:
+        raise CxrdistError(f"{file}: no readable mask; expected a picture ({', '.join(FORMATS)})")
+    return np.asarray(read_picture(data, kind, file, WHOLE_SIZE).image)
+
+
+def _two_levels(grey: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
+    """Make a mask of a picture: black and one other level, or black and white with a soft edge."""
+    pixels = np.bincount(grey.ravel(), minlength=256)
+    levels = np.flatnonzero(pixels)
+    if len(levels) == 1 or (len(levels) == 2 and levels[0] == 0):
+        return np.where(grey > 0, np.uint8(255), np.uint8(0))
+    soft = pixels[slice(*SOFT)].sum() / grey.size
+    if levels[-1] < HALF or soft > MOST_SOFT:
+        raise CxrdistError(
+            f"{file}: has {len(levels)} grey levels, {soft:.0%} of its pixels between black and "
+            "white; expected a mask of two levels"
+        )
+    return _halved(grey)
+
+
+def _halved(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.where(grey >= HALF, np.uint8(255), np.uint8(0))

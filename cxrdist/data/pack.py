@@ -24,6 +24,7 @@ from cxrdist.data.anonymise import (
 from cxrdist.data.assemble import Item, assemble
 from cxrdist.data.boxes import read_boxes
 from cxrdist.data.depth import refuse_bad_depth, source_depth
+from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, MOST_PX
 from cxrdist.data.found import LeftOut
 from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
 from cxrdist.data.patients import MOST_YEARS
@@ -86,6 +87,7 @@ def pack(config: PackConfig) -> None:
     if _is_packed(config.out, work, content):
         return
     _refuse_large_index(config, source)
+    _refuse_bad_findings(source)
     _refuse_bad_splits(config, source)
     with _held(work, shared=config.task is not None):
         key, names = shared_key(work), list[Name]()
@@ -222,6 +224,24 @@ def _refuse_large_index(config: PackConfig, source: Source) -> None:
             raise CxrdistError(f"{option}: makes {number} {unit}, expected at most {most}")
 
 
+def _refuse_bad_findings(source: Source) -> None:
+    """Refuse boxes that no reader of the shards would take (`cxrdist.data.findings`)."""
+    for record in source.records:
+        if len(record.findings) > MOST_FINDINGS:
+            raise CxrdistError(
+                f"{record.file}: has {len(record.findings)} boxes of findings, expected at most "
+                f"{MOST_FINDINGS}"
+            )
+        for box in record.findings:
+            edges = (box.x, box.y, box.width, box.height)
+            inside = all(-MOST_PX <= edge <= MOST_PX for edge in edges)
+            if not inside or min(box.width, box.height) < LEAST_PX:
+                raise CxrdistError(
+                    f"{record.file}: the box of {box.label} has {box.width:g} x {box.height:g} px "
+                    f"at {box.x:g}, {box.y:g}; expected a box in px of the original"
+                )
+
+
 def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
     """Judge the options by the list of records, before any image is decoded.
 
@@ -293,7 +313,7 @@ def _begin(work: Path, decoding: dict[str, Any]) -> None:
     for name, value in decoding.items():
         if before.get(name) != value:
             what = (
-                "the list of images or of their text boxes has changed since"
+                "the list of images or of their text boxes or masks has changed since"
                 if name == "images_sha256"
                 else f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
             )
@@ -423,7 +443,11 @@ def _items(
     records = [record for part in parts for record in part.records]
     known = _with_tags(config, records, squares)
     pairs = zip(known, squares, strict=True)
-    items = [Item(r, square, i) for i, (r, square) in enumerate(pairs) if not square.reason]
+    items = [
+        Item(r, square, i, 2 * len(records) + i)
+        for i, (r, square) in enumerate(pairs)
+        if not square.reason
+    ]
     return items, locate_pngs(work / "squares", found)
 
 

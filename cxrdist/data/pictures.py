@@ -23,6 +23,7 @@ from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.errors import CxrdistError
 
 MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
+MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
 ORIENTATION = 0x0112  # EXIF tag; from 5 on the image is shown on its side
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 3 and 4
 # What Pillow and the libraries below it raise on damaged files.
@@ -46,6 +47,23 @@ class Picture:
     image: Image.Image
     size_px: tuple[int, int]
     used_depth: int | None = None
+
+
+def read_file(file: Path) -> bytes:
+    """Read the file of an image.
+
+    Raises:
+        CxrdistError: it cannot be read, or is larger than an X-ray.
+    """
+    try:
+        size = file.stat().st_size
+        if size > MOST_BYTES:
+            raise CxrdistError(
+                f"{file}: has {size >> 20} MiB, expected one X-ray of at most {MOST_BYTES >> 20}"
+            )
+        return file.read_bytes()
+    except OSError as error:
+        raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
 
 
 def read_picture(

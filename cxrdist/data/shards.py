@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.data.index import MEND, NOT_STATED, PackedShard, Sample, ShardEntry
+from cxrdist.data.findings import MOST_FINDINGS, Finding
+from cxrdist.data.index import MEND, NOT_STATED, PackedShard, ShardEntry
 from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.documents import Between, Real, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
@@ -31,6 +32,7 @@ PNG_START = struct.Struct(">16sIIBBBBB")
 GREY = (8, 0, 0, 0, 0)  # bits, colour type, compression, filter, interlace (11.2.2)
 
 Pixels = Annotated[int, Between(1, MOST_PIXELS)]
+Boxes = Annotated[list[Finding], Between(0, MOST_FINDINGS)]
 
 _File = io.BufferedReader | io.BufferedRandom
 
@@ -53,6 +55,22 @@ class SampleFile(TypedDict):
     uncertain: NotRequired[Text]
     missing: NotRequired[Text]
     assumed_absent: NotRequired[Text]
+    boxes: NotRequired[Boxes]
+    """Of findings, in px of the square."""
+
+
+class Packed(NamedTuple):
+    """What is written of a sample.
+
+    Attributes:
+        about: of KEY.json.
+        png: of the square.
+        mask: a PNG of 0 and 255 of the square's size; empty without a mask.
+    """
+
+    about: SampleFile
+    png: bytes
+    mask: bytes = b""
 
 
 class _Place(NamedTuple):
@@ -75,20 +93,32 @@ def sample_key(path: str) -> str:
     return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:10]}"
 
 
-def write_shard(path: Path, samples: Iterable[tuple[SampleFile, bytes]]) -> None:
-    """Write a shard atomically; the same samples give the same bytes.
+class _Places(NamedTuple):
+    """The members of a sample."""
 
-    Args:
-        path: of the shard.
-        samples: for each what KEY.json says of it (with its ``key``), and the bytes of its PNG.
-    """
+    about: _Place
+    mask: _Place | None
+    png: _Place
+
+
+def write_shard(path: Path, samples: Iterable[Packed]) -> None:
+    """Write a shard atomically; the same samples give the same bytes."""
     with (
         atomic_file(path) as partial,
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for about, png in samples:
-            add_member(tar, f"{about['key']}.json", json.dumps(about, sort_keys=True).encode())
+        for about, png, mask in samples:
+            add_member(tar, f"{about['key']}.json", _encoded(about))
+            if mask:
+                add_member(tar, f"{about['key']}.mask.png", mask)
             add_member(tar, f"{about['key']}.png", png)
+
+
+def _encoded(about: SampleFile) -> bytes:
+    content: dict[str, object] = {**about}
+    if "boxes" in about:
+        content["boxes"] = [box._asdict() for box in about["boxes"]]
+    return json.dumps(content, sort_keys=True, allow_nan=False).encode()
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -108,9 +138,9 @@ def describe_shard(path: Path, num_samples: int) -> ShardEntry:
 class OpenShard:
     """A shard that is open, equals the index, and holds its samples and nothing else.
 
-    It is what `write_shard` writes: KEY.json and KEY.png of each sample in order, regular files in
-    an uncompressed ustar, then zeros. No other archive format begins with such a name, so no other
-    reader can find something else in it.
+    It is what `write_shard` writes: KEY.json, KEY.mask.png if samples.csv tells of a mask, and
+    KEY.png of each sample in order, regular files in an uncompressed ustar, then zeros. No other
+    archive format begins with such a name, so no other reader can find something else in it.
     """
 
     def __init__(self, shard: PackedShard, file: _File) -> None:
@@ -123,13 +153,15 @@ class OpenShard:
         side = shard.size_px
         # Without compression a grey PNG has a byte for each pixel and row, and its frames.
         most_png_bytes = 2 * side * (side + 1) + 4096
-        self._places: list[tuple[_Place, _Place]] = []
+        self._places: list[_Places] = []
         file.seek(0)
         for sample in shard.samples:
             about = self._next(f"{sample.key}.json", MOST_JSON_BYTES)
-            png = self._next(f"{sample.key}.png", most_png_bytes)
-            self._refuse_other_squares(sample, png)
-            self._places.append((about, png))
+            mask = None
+            if sample.mask_sha256:
+                mask = self._next_square(f"{sample.key}.mask.png", most_png_bytes)
+            png = self._next_square(f"{sample.key}.png", most_png_bytes)
+            self._places.append(_Places(about, mask, png))
         self._refuse_more()
 
     def read(self, number: int) -> tuple[NDArray[np.uint8], SampleFile]:
@@ -145,16 +177,43 @@ class OpenShard:
             CxrdistError: they differ.
         """
         sample, about = self._shard.samples[number], self.describe(number)
+        return self._square(sample.key, self._places[number].png, sample.sha256), about
+
+    def read_mask(self, number: int) -> NDArray[np.uint8] | None:
+        """Decode the mask of a sample and compare it with samples.csv.
+
+        Args:
+            number: of the sample in the shard.
+
+        Returns:
+            uint8 [size, size] of 0 and 255; None if the sample has no mask.
+
+        Raises:
+            CxrdistError: they differ.
+        """
+        sample, place = self._shard.samples[number], self._places[number].mask
+        if place is None:
+            return None
+        mask = self._square(f"{sample.key}.mask", place, sample.mask_sha256)
+        if ((mask != 0) & (mask != 255)).any():
+            raise CxrdistError(
+                f"{self._shard.path}: {sample.key}.mask has values beside 0 and 255; pack the "
+                "shards again"
+            )
+        return mask
+
+    def _square(self, name: str, place: _Place, sha256: str) -> NDArray[np.uint8]:
+        """Decode a member and compare it with its hash."""
         where, mend = f"{self._shard.path}: ", "pack the shards again"
         try:
-            pixels = self._decode(self._content(self._places[number][1]))
+            pixels = self._decode(self._content(place))
         except (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.error) as error:
             raise CxrdistError(
-                f"{where}{sample.key} has no readable PNG ({error!r:.100}); {mend}"
+                f"{where}{name} has no readable PNG ({error!r:.100}); {mend}"
             ) from error
-        if hashlib.sha256(pixels.tobytes()).hexdigest() != sample.sha256:
-            raise CxrdistError(f"{where}the pixels of {sample.key} differ from samples.csv; {mend}")
-        return pixels, about
+        if hashlib.sha256(pixels.tobytes()).hexdigest() != sha256:
+            raise CxrdistError(f"{where}the pixels of {name} differ from samples.csv; {mend}")
+        return pixels
 
     def _decode(self, png: bytes) -> NDArray[np.uint8]:
         """Decode a PNG, uint8 [size, size]; a second header may ask for more than the first."""
@@ -172,7 +231,7 @@ class OpenShard:
         """
         sample, path = self._shard.samples[number], self._shard.path
         with judging(f"{path}: {sample.key}.json", "pack the shards again"):
-            about = typed(parse_json(self._content(self._places[number][0])), SampleFile)
+            about = typed(parse_json(self._content(self._places[number].about)), SampleFile)
         given: dict[str, object] = {**about}
         for column in ("key", "label", "patient", "source", "path", *NOT_STATED):
             if given.get(column, "") != getattr(sample, column):
@@ -203,20 +262,25 @@ class OpenShard:
         self._file.seek(end)
         return place
 
-    def _refuse_other_squares(self, sample: Sample, png: _Place) -> None:
-        """Compare what a PNG declares (ISO 15948, section 11.2.2) before anything is decoded."""
+    def _next_square(self, name: str, most_bytes: int) -> _Place:
+        """Read the header of a PNG's member, and compare what it declares before it is decoded.
+
+        The latter is in ISO 15948, section 11.2.2.
+        """
+        png = self._next(name, most_bytes)
         side, after = self._shard.size_px, self._file.tell()
         start = self._content(_Place(png.first, min(png.num_bytes, PNG_START.size)))
         self._file.seek(after)
         declared = PNG_START.unpack(start) if len(start) == PNG_START.size else ()
         if declared[:1] != (PNG_SIGNATURE,):
-            raise self._wrong(f"{sample.key}.png is no PNG")
+            raise self._wrong(f"{name} is no PNG")
         width, height, bits, colour, *_ = declared[1:]
         if declared[1:] != (side, side, *GREY):
             raise self._wrong(
-                f"{sample.key}.png has {width} x {height} px of {bits} bits and colour type "
-                f"{colour}, expected {side} x {side} px of 8-bit grey"
+                f"{name} has {width} x {height} px of {bits} bits and colour type {colour}, "
+                f"expected {side} x {side} px of 8-bit grey"
             )
+        return png
 
     def _refuse_more(self) -> None:
         """Behind the samples only the zeros follow that fill a tar's last record."""
@@ -301,3 +365,17 @@ def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], SampleFi
     with open_shard(shard) as opened:
         for number in range(len(shard.samples)):
             yield opened.read(number)
+
+
+def read_masks(shard: PackedShard) -> Iterator[NDArray[np.uint8] | None]:
+    """Decode the masks of a shard as `read_shard` does the squares.
+
+    Yields:
+        uint8 [size, size] of 0 and 255 or None, in the order of samples.csv.
+
+    Raises:
+        CxrdistError: the shard holds something else.
+    """
+    with open_shard(shard) as opened:
+        for number in range(len(shard.samples)):
+            yield opened.read_mask(number)

@@ -19,6 +19,7 @@ from cxrdist.data.image_table import read_image_table
 from cxrdist.data.images import DICOM_SUFFIXES
 from cxrdist.data.label_map import LabelMap, map_labels, read_label_map
 from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.masked import folder_of_masks
 from cxrdist.data.mimic_cxr import read_mimic_cxr
 from cxrdist.data.padchest import read_padchest
 from cxrdist.data.records import Record, Source
@@ -68,6 +69,8 @@ def _read_one(config: SourceConfig, besides: Sequence[Path]) -> Source:
     views = parse_views(config.views)
     labels = _label_map(config)
     source = _read(config, besides)
+    if config.masks is not None:
+        source = with_masks(source, config.masks)
     source = map_labels(source, labels, f"--label-map {config.label_map}")
     source = _with_views(config, source, views)
     if config.empty_cells == "negative":
@@ -85,31 +88,31 @@ def _label_map(config: SourceConfig) -> LabelMap:
 def _read(config: SourceConfig, besides: Sequence[Path]) -> Source:
     """Read a source as it is."""
     folder, pattern = config.input, config.patient_pattern
-    if config.source == "csv":
-        source = read_image_table(
-            folder, pattern, allow_outside=config.allow_outside, besides=besides
-        )
-    elif config.source == "covid19-radiography":
-        source = read_covid19_radiography(
-            folder, drop_unusable=config.drop_unusable, besides=besides
-        )
-    elif config.source == "chestxray14":
-        source = read_chestxray14(folder, config.against_rest, besides)
-    elif config.source == "covidx":
-        source = read_covidx(folder, besides)
-    elif config.source == "rsna-pneumonia":
-        source = read_rsna_pneumonia(folder, besides)
-    elif config.source == "padchest":
-        source = read_padchest(folder, besides)
-    elif config.source == "vindr-cxr":
-        source = read_vindr_cxr(folder, besides)
-    elif config.source == "chexpert":
-        source = read_chexpert(folder, besides)
-    elif config.source == "mimic-cxr":
-        source = read_mimic_cxr(folder, besides)
-    else:
-        source = read_class_folders(folder, pattern, besides)
-    return source
+    besides = (*besides, *folder_of_masks(config.masks, folder))
+    match config.source:
+        case "csv":
+            return read_image_table(
+                folder, pattern, allow_outside=config.allow_outside, besides=besides
+            )
+        case "covid19-radiography":
+            return read_covid19_radiography(
+                folder, drop_unusable=config.drop_unusable, besides=besides
+            )
+        case "chestxray14":
+            return read_chestxray14(folder, config.against_rest, besides)
+        case "chexpert":
+            return read_chexpert(folder, besides)
+        case "covidx":
+            return read_covidx(folder, besides)
+        case "mimic-cxr":
+            return read_mimic_cxr(folder, besides)
+        case "padchest":
+            return read_padchest(folder, besides)
+        case "rsna-pneumonia":
+            return read_rsna_pneumonia(folder, besides)
+        case "vindr-cxr":
+            return read_vindr_cxr(folder, besides)
+    return read_class_folders(folder, pattern, besides)
 
 
 def _refuse_options_of_others(config: SourceConfig) -> None:

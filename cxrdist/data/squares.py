@@ -9,9 +9,10 @@ Images that do not declare their bit depth are scaled by what each uses at first
 the depth of the source is known, and those that were scaled by another are decoded again.
 
 An image with burned-in text to be covered has two PNGs, as it is and covered: which of them is
-used depends on its split, and the splits are drawn when all images are known.
+used depends on its split, and the splits are drawn when all images are known. Its mask is one more.
 """
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pebble import ProcessPool
 
 from cxrdist.data.anonymise import keyed, shared_key
@@ -32,7 +35,8 @@ from cxrdist.run import atomic_file
 
 PART_SIZE = 128
 CHUNK = 16  # images that a worker is given at once
-State = tuple[int, int]  # size and time of change of a file
+# Size and time of change (ns) of a record's file, and of its mask's if it has one.
+State = tuple[int, ...]
 Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs
 Pending = tuple[list[State], Job[Record, Made]]
 Kept = dict[int, tuple["Square", bytes]]  # squares that are there, and their PNGs
@@ -45,8 +49,7 @@ class Square:
 
     Attributes:
         path: of the record.
-        bytes: size of the file when it was read.
-        modified: time of its last change then, in nanoseconds.
+        state: of its files when they were read.
         reason: why it cannot be used, without its name, or empty; then all below is known.
         png_bytes: length of its PNG in the part's file.
         fingerprint: of the pixels.
@@ -60,11 +63,13 @@ class Square:
         age: of the DICOM patient in years; None if unknown, NaN if it is no age.
         used_depth: bits that its values use if its file does not declare its depth, else None.
         depth: bits by which it was scaled then, else None.
+        mask_bytes: length of the PNG of its mask, 0 without one.
+        mask_sha256: of the mask's pixels, empty without one.
+        mask_share: of the square that the mask covers.
     """
 
     path: str
-    bytes: int
-    modified: int
+    state: State
     reason: str = ""
     png_bytes: int = 0
     fingerprint: Fingerprint | None = None
@@ -78,6 +83,14 @@ class Square:
     age: float | None = None
     used_depth: int | None = None
     depth: int | None = None
+    mask_bytes: int = 0
+    mask_sha256: str = ""
+    mask_share: float = 0.0
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of its PNGs together."""
+        return self.png_bytes + self.covered_bytes + self.mask_bytes
 
     def is_scaled_by(self, depth: int | None) -> bool:
         """Whether it is as if it were decoded by a depth; None is its own."""
@@ -145,7 +158,7 @@ def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
     head, _, pngs = path.read_bytes().partition(b"\n")
     kept, start = {}, 0
     for i, square in enumerate(_squares(head)):
-        end = start + square.png_bytes + square.covered_bytes
+        end = start + square.num_bytes
         if not square.reason and square.is_scaled_by(depth):
             kept[i] = square, pngs[start:end]
         start = end
@@ -167,9 +180,10 @@ def _make_square(
     record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
 ) -> Made:
     """Decode and encode one image: the fields of its square, and its PNGs."""
-    decoded = decode(record.file, size_px, fit, record.boxes, cover, depth)
+    decoded = decode(record.file, size_px, fit, record.boxes, cover, depth, record.mask)
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
+    mask = b"" if decoded.mask is None else encode_png(decoded.mask)
     return {
         "png_bytes": len(png),
         "covered_bytes": len(covered),
@@ -183,7 +197,14 @@ def _make_square(
         "age": decoded.age,
         "used_depth": decoded.used_depth,
         "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
-    }, png + covered
+        "mask_bytes": len(mask),
+        **({} if decoded.mask is None else _describe_mask(decoded.mask)),
+    }, png + covered + mask
+
+
+def _describe_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:
+    digest = hashlib.sha256(mask.tobytes()).hexdigest()
+    return {"mask_sha256": digest, "mask_share": float(np.mean(mask > 0))}
 
 
 def _unnamed(file: Path, error: CxrdistError) -> str:
@@ -203,7 +224,7 @@ def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending])
         for record, result in zip(records, results, strict=True)
     ]
     decoded = iter(
-        (Square(record.path, *state, **fields), png)
+        (Square(record.path, state, **fields), png)
         for record, state, (fields, png) in zip(records, states, made, strict=True)
     )
     squares = [kept[i] if i in kept else next(decoded) for i in range(len(part.records))]
@@ -224,9 +245,14 @@ def part_file(directory: Path, number: int) -> Path:
 
 
 def file_state(record: Record) -> State:
-    """Size and time of change of a record's file; that it is missing will be said by its reader."""
+    """The state of a record's files; that one is missing will be said by its reader."""
+    mask = () if record.mask is None else (record.mask.file,)
+    return tuple(number for file in (record.file, *mask) for number in _state(file))
+
+
+def _state(file: Path) -> tuple[int, int]:
     try:
-        status = record.file.stat()
+        status = file.stat()
     except FileNotFoundError:
         return -1, -1
     return status.st_size, getattr(status, "st_mtime_ns", int(status.st_mtime * 1e9))
@@ -249,12 +275,14 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     with path.open("rb") as file:
         squares = _squares(file.readline())
     for record, square in zip(part.records, squares, strict=True):
-        if file_state(record) != (square.bytes, square.modified):
+        state = file_state(record)
+        if state != square.state:
             if square.reason and redo_bad:
                 return None
+            whose = "its mask " if state[:2] == square.state[:2] else ""
             raise CxrdistError(
-                f"{record.file}: was changed since this pack was begun; restore it, or remove "
-                f"{directory.parent} to begin anew"
+                f"{record.file}: {whose}was changed since this pack was begun; restore it, or "
+                f"remove {directory.parent} to begin anew"
             )
     return squares
 
@@ -270,7 +298,7 @@ def _square(row: dict[str, Any]) -> Square:
         if found is not None:
             hashes = {name: bytes.fromhex(found[name]) for name in ("phash", "inner_phash")}
             row[name] = Fingerprint(**{**found, **hashes})
-    return Square(**row)
+    return Square(**row | {"state": tuple(row["state"])})
 
 
 @dataclass(frozen=True)
@@ -278,7 +306,7 @@ class Pngs:
     """The PNGs of squares, in files on this machine.
 
     Those of N records have the places 0 to N - 1, in their order; the covered square of the record
-    at a place has the place N + place.
+    at a place has the place N + place, its mask 2 N + place.
     """
 
     directory: Path
@@ -294,13 +322,13 @@ class Pngs:
 
 def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
     """Find the PNGs of all parts."""
-    places, covered = [], []
+    places: tuple[list[tuple[int, int, int]], ...] = ([], [], [])
     for number, squares in enumerate(parts):
         with open(part_file(directory, number), "rb") as file:
             start = len(file.readline())
         for square in squares:
-            places.append((number, start, square.png_bytes))
-            start += square.png_bytes
-            covered.append((number, start, square.covered_bytes))
-            start += square.covered_bytes
-    return Pngs(directory, places + covered)
+            lengths = (square.png_bytes, square.covered_bytes, square.mask_bytes)
+            for kind, length in zip(places, lengths, strict=True):
+                kind.append((number, start, length))
+                start += length
+    return Pngs(directory, [place for kind in places for place in kind])

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.config import FindTextConfig, SourceConfig
-from cxrdist.data.boxes import Box, scaled, write_boxes
+from cxrdist.data.boxes import Box, write_boxes
+from cxrdist.data.geometry import scaled
 from cxrdist.data.images import read_grey
 from cxrdist.data.records import Record
 from cxrdist.data.sources import read_source

@@ -4,7 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.data.boxes import Box, in_square
+from cxrdist.data.boxes import Box
+from cxrdist.data.geometry import in_square
 from cxrdist.errors import CxrdistError
 
 RED = (225.0, 15.0, 25.0)

@@ -8,6 +8,7 @@ from kornia.geometry.transform import invert_affine_transform
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
+from cxrdist.data.masks import HALF
 from cxrdist.data.plan import Draws
 
 
@@ -26,6 +27,20 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     with torch.autocast(images.device.type, enabled=False):
         grid = affine_grid(matrices, list(images.shape), align_corners=True)
         return grid_sample(images.float(), grid, align_corners=True)
+
+
+def warp_masks(masks: Tensor, matrices: Tensor) -> Tensor:
+    """Move masks as `warp` moves their images; what comes in from outside is not covered.
+
+    Args:
+        masks: uint8 [B, 1, H, W] of 0 and 255.
+        matrices: float32 [B, 2, 3], those of the images.
+
+    Returns:
+        uint8 [B, 1, H, W], 255 where at least half of a pixel is covered, else 0.
+    """
+    covered = warp(masks, matrices) >= HALF
+    return covered.to(torch.uint8) * 255
 
 
 def sampling_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor:

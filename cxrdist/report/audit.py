@@ -50,9 +50,10 @@ def audit_view(path: Path) -> dict[str, Any] | None:
             ],
             "origins": [
                 (what, _origin(found[f"{what}s"]))
-                for what in ("source", "view")
-                if found[f"{what}s"]
+                for what in ("source", "view", "mask")
+                if found.get(f"{what}s")  # audits of older versions know no masks
             ],
+            "masks": found.get("masks") and _masks(found["masks"]),
             "statistics": found["statistics"]
             and _statistics(found["statistics"], found["classes"]),
             "shortcut": found["shortcut"] and _shortcut(found["shortcut"], found["classes"]),
@@ -116,6 +117,18 @@ def _origin(table: Mapping[str, Any]) -> dict[str, Any]:
             for label, association in table["association"].items()
         ],
         "all": [int(table["counts"][name]["all"]) for name in names],
+    }
+
+
+def _masks(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Images with a mask by split, and the shares of the square that masks cover."""
+    return {
+        "splits": [
+            (split, int(held["with a mask"]), sum(map(int, held.values())))
+            for split, held in found["splits"].items()
+        ],
+        **{name: float(found[name]) for name in ("least", "median", "most")},
+        **{name: int(found[name]) for name in ("empty", "full")},
     }
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicoms import write_dicom
-from support import contents, make_images
+from PIL import Image
+from support import contents, make_images, make_masks
 
 from cxrdist.config import PackConfig
 from cxrdist.data.index import read_index
@@ -181,19 +182,27 @@ def test_tasks_share_one_key(config, tmp_path):
 
 
 def test_a_table_of_pictures_is_anonymised_when_asked(tmp_path):
-    """Patients, paths and sources of a table are renamed; classes stay; patients stay together."""
+    """Patients, paths and sources of a table are renamed; classes stay; patients stay together.
+
+    No name of a mask is told either, not even of one that cannot be used.
+    """
     folder = make_images(tmp_path / "Mustermann", {"a": 12, "b": 12})
     rows = ["path,label,patient,source"]
     for file in sorted(folder.rglob("*.png")):
         patient = f"Erika-{file.name[:5]}"
         rows.append(f"{file.relative_to(folder)},{file.parent.name},{patient},Kreuzberg")
     (folder / "Hospital.csv").write_text("\n".join(rows))
+    masks = make_masks(folder, tmp_path / "Erika")
+    Image.new("1", (9, 30)).save(next(masks.glob("a/*.png")))
     pack(
         PackConfig(
             *("csv", folder / "Hospital.csv", tmp_path / "out"),
             **{"size": 32, "split": "0.5/0.25/0.25", "workers": 1, "anonymise": True},
+            **{"masks": masks, "skip_bad": True},
         )
     )
+    reason = "its mask: has 9 x 30 px, which is not the shape of the image"
+    assert reason in (tmp_path / "out" / "rejected.csv").read_text()
     data = left_by(tmp_path / "out")
     assert not [name for name in NAMES if name.lower().encode() in data.lower()]
     samples = read_index(tmp_path / "out").samples

@@ -8,11 +8,11 @@ from cxrdist.data.boxes import (
     _solve_laplace,
     cover,
     fill,
-    in_square,
     inside,
     read_boxes,
     write_boxes,
 )
+from cxrdist.data.geometry import in_square
 from cxrdist.data.images import decode
 from cxrdist.errors import CxrdistError
 

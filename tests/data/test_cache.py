@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from support import make_shards, run_ranks
 
 from cxrdist.data import cache
-from cxrdist.data.cache import open_cache, read_rows
+from cxrdist.data.cache import open_cache, open_masks, read_mask_rows, read_rows
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError
 
@@ -44,6 +44,49 @@ def test_a_home_that_is_not_there_names_the_option(shards, monkeypatch):
     monkeypatch.setenv("HOME", "/proc/none")
     with pytest.raises(CxrdistError, match=r"No such file .* with --cache"):
         open_cache(read_index(shards), None, Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> Path:
+    """Shards of 24 images of which 16 have a mask."""
+    return make_shards(tmp_path_factory.mktemp("masked"), {"a": 12, "b": 12}, masks=True, size=30)
+
+
+def test_the_cache_of_masks_has_the_pixels_of_the_shards(masked, tmp_path, capsys):
+    """Each mask as it was packed, black where there is none; the images' cache stays as it is."""
+    index = read_index(masked)
+    open_cache(index, tmp_path, Accelerator(cpu=True))
+    (images,) = tmp_path.glob("*.npy")
+    before = images.stat().st_mtime_ns
+    masks = open_masks(index, tmp_path, Accelerator(cpu=True))
+    assert masks.shape == (24, -(-30 * 30 // 8))
+    rows = read_mask_rows(masks, np.arange(24), 30, CPU)
+    assert rows.shape == (24, 1, 30, 30)
+    for sample, row in zip(index.samples, rows.numpy(), strict=True):
+        digest = hashlib.sha256(row.tobytes()).hexdigest()
+        assert digest == sample.mask_sha256 or not (sample.mask_sha256 or row.any())
+    assert sum(row.any() for row in rows.numpy()) == 16
+    assert images.stat().st_mtime_ns == before
+    assert capsys.readouterr().out == ""
+    assert sorted(file.name.split(".", 1)[1] for file in tmp_path.iterdir()) == [
+        *("lock", "masks.lock", "masks.npy", "npy")
+    ]
+
+
+@pytest.mark.parametrize("bit", ["of a mask", "where no mask is", "behind the last pixel"])
+def test_a_damaged_cache_of_masks_is_decoded_anew(masked, tmp_path, capsys, bit):
+    """Every bit is compared, also those that no pixel has."""
+    index = read_index(masked)
+    open_masks(index, tmp_path, Accelerator(cpu=True))
+    (file,) = tmp_path.glob("*.masks.npy")
+    right = np.load(file)
+    wrong = right.copy()
+    number = [sample.mask_sha256 == "" for sample in index.samples].index(bit != "of a mask")
+    wrong[number, -1 if bit == "behind the last pixel" else 40] ^= 1
+    np.save(file, wrong)
+    assert np.array_equal(open_masks(index, tmp_path, Accelerator(cpu=True)), right)
+    said = f"cache {file}: 1 of 24 masks differ from the index; decoded anew\n"
+    assert capsys.readouterr().out == said
 
 
 def decoded_shards(monkeypatch) -> list[str]:

@@ -8,7 +8,9 @@ import tarfile
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from support import RUN_CXRDIST, make_shards, run_measured
 
 from cxrdist.config import CheckConfig
@@ -201,6 +203,27 @@ def test_every_sample_is_compared_with_its_row(shards, capsys):
     for key, what in zip(keys[1:4], ("label", "patient", "pixels"), strict=True):
         assert any(key in line and what in line for line in said.splitlines())
     assert keys[4] not in said
+
+
+def test_masks_are_counted_and_their_share_is_told(tmp_path, capsys):
+    """Of 24 images 16 have a mask; the shares are those of the decoded masks."""
+    shards = make_shards(tmp_path, {"a": 12, "b": 12}, masks=True)
+    check(CheckConfig(shards, audit=True))
+    said = capsys.readouterr().out
+    index = json.loads((shards / "index.json").read_text())
+    audit = json.loads((shards / "audit.json").read_text())
+    with tarfile.open(shards / "val-000000.tar") as tar:
+        names = [name for name in tar.getnames() if name.endswith(".mask.png")]
+        masks = [np.asarray(Image.open(tar.extractfile(name))) for name in names]
+    held = audit["masks"]["splits"]
+    assert held["val"]["with a mask"] == len(masks)
+    assert sum(split["with a mask"] for split in held.values()) == 16
+    assert sum(split["without a mask"] for split in held.values()) == 8
+    shares = [np.mean(mask == 255) for mask in masks]
+    assert index["masks"]["least"] <= min(shares) + 1e-4
+    assert index["masks"]["most"] >= max(shares) - 1e-4
+    assert {name: audit["masks"][name] for name in index["masks"]} == index["masks"]
+    assert "masks: 16 images have one, 8 do not; they cover " in said
 
 
 def test_whole_shards_pass(whole, capsys):

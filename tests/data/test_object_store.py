@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from PIL import Image
-from support import contents, make_images
+from support import contents, make_images, make_masks
 
 moto = pytest.importorskip("moto.server", reason="moto is not installed")
 upath = pytest.importorskip("upath")
@@ -49,19 +49,22 @@ def cxrdist(*arguments: object) -> subprocess.CompletedProcess:
 def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     """The bytes of a pack on this machine, also by tasks; check and training read them there."""
     source = make_images(tmp_path / "images", {"a": 70, "b": 70})
-    for file in source.rglob("*.png"):
-        (store / "images" / file.parent.name / file.name).write_bytes(file.read_bytes())
+    masks = make_masks(source, tmp_path / "masks")
+    for file in (*source.rglob("*.png"), *masks.rglob("*.png")):
+        (store / file.relative_to(tmp_path).as_posix()).write_bytes(file.read_bytes())
     options = ("--size", 32, "--split", "0.5/0.25/0.25", "--shard-size", 50)
     pack = ("pack", "--source", "folder", *options)
-    assert not cxrdist(*pack, "--input", source, "--out", tmp_path / "images.out").returncode
-    remote = (*pack, "--input", store / "images", "--out", store / "shards")
+    here = (*pack, "--input", source, "--masks", masks, "--out", tmp_path / "images.out")
+    assert not cxrdist(*here).returncode
+    there = ("--input", store / "images", "--masks", store / "masks", "--out", store / "shards")
+    remote = (*pack, *there)
     for task in (1, 0):
         done = cxrdist(*remote, "--num-tasks", 2, "--task", task)
         assert done.returncode == 0, done.stderr
     assert not (store / "shards").exists()
     done = cxrdist(*remote, "--merge")
     assert done.returncode == 0, done.stderr
-    assert sorted(f.name for f in store.iterdir()) == ["images", "shards"]
+    assert sorted(f.name for f in store.iterdir()) == ["images", "masks", "shards"]
     fetched = tmp_path / "fetched"
     fetched.mkdir()
     for file in (store / "shards").iterdir():
@@ -69,7 +72,7 @@ def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     ours, theirs = contents(tmp_path / "images.out"), contents(fetched)
     assert ours.keys() == theirs.keys()
     differing = {name for name in ours if ours[name] != theirs[name]}
-    assert differing == {"pack.json"}, "only the name of the input may differ"
+    assert differing == {"pack.json"}, "only the names of the input and the masks may differ"
     again = cxrdist(*remote, "--merge")
     assert "is packed already" in again.stdout
     assert cxrdist("check", store / "shards").returncode == 0

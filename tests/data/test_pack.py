@@ -8,12 +8,15 @@ from dataclasses import replace
 import pytest
 import webdataset
 from PIL import Image
-from support import contents, make_images, make_shards
+from support import contents, make_images, make_masks, make_shards
 
 from cxrdist.config import PackConfig
+from cxrdist.data import pack as packing
+from cxrdist.data.findings import Finding
 from cxrdist.data.images import read_square
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
+from cxrdist.data.shards import read_shard
 from cxrdist.errors import CxrdistError
 
 COUNTS = {"a": 12, "b c": 12}
@@ -21,7 +24,7 @@ COUNTS = {"a": 12, "b c": 12}
 
 def test_shards_are_read_by_webdataset_sample_for_sample(tmp_path):
     """Any WebDataset client sees exactly the samples of samples.csv, with the source's pixels."""
-    shards = make_shards(tmp_path, COUNTS, shard_size=5)
+    shards = make_shards(tmp_path, COUNTS, shard_size=5, masks=True)
     index = read_index(shards)
     urls = [str(shards / shard.name) for shard in index.shards]
     found = list(webdataset.WebDataset(urls, shardshuffle=False))
@@ -32,17 +35,25 @@ def test_shards_are_read_by_webdataset_sample_for_sample(tmp_path):
         original = read_square(tmp_path / "images" / expected.path, 32, "crop")
         assert pixels.tobytes() == original.tobytes()
         assert json.loads(sample["json"])["label"] == expected.label
+        assert ("mask.png" in sample) == bool(expected.mask_sha256)
+        if expected.mask_sha256:
+            mask = Image.open(io.BytesIO(sample["mask.png"])).tobytes()
+            assert hashlib.sha256(mask).hexdigest() == expected.mask_sha256
+            assert set(mask) == {0, 255}
     assert len(found) == 24
+    assert sum("mask.png" in sample for sample in found) == 16
 
 
 def test_the_bytes_do_not_depend_on_the_workers(tmp_path):
-    """One and two processes, now and later, write the same bytes."""
+    """One and two processes, now and later, write the same bytes, masks too."""
     source = make_images(tmp_path / "images", COUNTS)
+    masks = make_masks(source, tmp_path / "masks")
     for name, workers in (("one", 1), ("two", 2), ("again", 2)):
         pack(
             PackConfig(
                 *("folder", source, tmp_path / name),
                 **{"size": 32, "split": "0.5/0.25/0.25", "workers": workers, "shard_size": 5},
+                masks=masks,
             )
         )
     assert contents(tmp_path / "one") == contents(tmp_path / "two") == contents(tmp_path / "again")
@@ -64,6 +75,40 @@ def test_the_index_counts_what_is_there(tmp_path):
             assert shard["sha256"] == hashlib.sha256(data).hexdigest()
     patients = {(row["patient"], row["split"]) for row in rows}
     assert len(patients) == len({patient for patient, _ in patients})
+
+
+def pack_with_findings(folder, monkeypatch, findings):
+    """Pack images of which the first has some boxes."""
+    read_source = packing.read_source
+
+    def with_findings(config, besides):
+        source = read_source(config, besides)
+        first, *others = source.records
+        return replace(source, records=[replace(first, findings=findings), *others])
+
+    monkeypatch.setattr(packing, "read_source", with_findings)
+    return make_shards(folder, COUNTS)
+
+
+def test_boxes_of_findings_are_packed_in_px_of_the_square(tmp_path, monkeypatch, capsys):
+    """Images have 56 x 48 px, so the crop begins at column 4 and is scaled by 2/3."""
+    boxes = (Finding("Mass", 4, 0, 24, 12, "R1"), Finding("Nodule", 1, 1, 3, 9))
+    shards = pack_with_findings(tmp_path, monkeypatch, boxes)
+    said = capsys.readouterr().out
+    assert "findings: 2 boxes in 1 images; 1 lie outside of the square and are left out" in said
+    abouts = [about for shard in read_index(shards).packed() for _, about in read_shard(shard)]
+    (there,) = [about["boxes"] for about in abouts if "boxes" in about]
+    assert there == [Finding("Mass", 0, 0, 16, 8, "R1")]
+
+
+@pytest.mark.parametrize(
+    ("box", "number"), [((0, 0, -1, 5), 1), ((float("nan"), 0, 5, 5), 1), ((0, 0, 5, 5), 1001)]
+)
+def test_boxes_that_no_reader_would_take_are_refused(tmp_path, monkeypatch, box, number):
+    """By the name of the image."""
+    with pytest.raises(CxrdistError, match=r"a000_0\.png: .*box"):
+        pack_with_findings(tmp_path, monkeypatch, (Finding("Mass", *box),) * number)
+    assert not (tmp_path / "shards").exists()
 
 
 def test_skipped_images_are_listed(tmp_path, capsys):

@@ -38,7 +38,8 @@ records = [
 ]
 source = Source(records, "multilabel", list(LABELS), "synthetic")
 prints = Fingerprint("0" * 64, bytes(32), bytes(32), {})
-items = [packing.Item(r, Square(r.path, 0, 0, "", 0, prints), i) for i, r in enumerate(records)]
+squares = [Square(record.path, (0, 0), "", 0, prints) for record in records]
+items = [packing.Item(r, s, i, 0) for i, (r, s) in enumerate(zip(records, squares, strict=True))]
 config = PackConfig("csv", out / "in.csv", out / "shards")
 
 start = time.perf_counter()

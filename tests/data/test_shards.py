@@ -17,11 +17,12 @@ import pytest
 from support import make_shards, run_measured
 
 from cxrdist.data.images import encode_png
-from cxrdist.data.index import read_index
-from cxrdist.data.shards import describe_shard, open_shard, read_shard
+from cxrdist.data.index import inspect_index, read_index
+from cxrdist.data.shards import describe_shard, open_shard, read_masks, read_shard
 from cxrdist.errors import CxrdistError
 
 SHARD = "train-000000.tar"
+BOX = {"label": "a", "x": 1, "y": 1, "width": 3.5, "height": 2, "reader": ""}
 READ_FIRST = """
 import sys
 from pathlib import Path
@@ -34,6 +35,15 @@ list(read_shard(read_index(Path(sys.argv[1])).packed()[0]))
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("whole"), {"a": 12, "b": 12}, shard_size=2)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory) -> Path:
+    """Shards whose first sample of the first shard has a mask."""
+    folder = tmp_path_factory.mktemp("masked")
+    shards = make_shards(folder, {"a": 12, "b": 12}, shard_size=2, masks=True)
+    assert read_index(shards).samples[0].mask_sha256
+    return shards
 
 
 @pytest.fixture
@@ -126,6 +136,9 @@ CHANGES = {
     ),
     "a text for a width": (about_with(width_px="10"), 'width_px: is "10", expected a whole number'),
     "no view": (about_with(view=...), "view: is missing"),
+    "a box of no size": (about_with(boxes=[BOX | {"width": 0}]), r"boxes\[0\].width: is 0"),
+    "a box far away": (about_with(boxes=[BOX | {"x": 1e9}]), r"boxes\[0\].x: is 1000000000"),
+    "many boxes": (about_with(boxes=[BOX] * 1001), "boxes: is a list, expected 0 to 1000 values"),
     "a member more": (lambda m: [*m, ("x.txt", b"x")], "holds more than the samples"),
     "a member between": (lambda m: [*m[:2], ("x.txt", b"x"), *m[2:]], "found 'x.txt'"),
     "a member less": (lambda m: m[:-1], r"expected .*\.png, found the end"),
@@ -143,6 +156,62 @@ def test_members_are_those_of_the_samples(shards, change, message):
     write_members(shards, change(read_members(shards)))
     with pytest.raises(CxrdistError, match=rf"{SHARD}: .*{message}"):
         list(read_shard(read_index(shards).packed()[0]))
+
+
+def with_mask(data: bytes):
+    """Replace the first mask, which is the second member."""
+    return lambda members: [members[0], (members[1][0], data), *members[2:]]
+
+
+MASK_CHANGES = {
+    "no mask": (lambda m: [m[0], *m[2:]], r"expected .*\.mask\.png, found"),
+    "a mask behind its image": (lambda m: [m[0], m[2], m[1], *m[3:]], r"expected .*\.mask\.png"),
+    "a huge mask": (with_mask(png(60_000, 60_000)), r"\.mask\.png has 60000 x 60000 px"),
+    "a coloured mask": (with_mask(png(32, 32, colour=2)), r"\.mask\.png has .* colour type 2"),
+    "a long mask": (with_mask(bytes(10_000)), r"\.mask\.png has 10000 bytes, expected 1 to"),
+    "no pixels": (with_mask(png(32, 32)), r"\.mask has no readable PNG"),
+    "another mask": (
+        with_mask(encode_png(np.zeros((32, 32), np.uint8))),
+        r"the pixels of .*\.mask differ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MASK_CHANGES.values(), ids=MASK_CHANGES)
+def test_masks_are_those_of_the_samples(masked, tmp_path, change, message):
+    """A mask is read like its image: bounded before it is decoded, compared with its hash."""
+    shards = Path(shutil.copytree(masked, tmp_path / "shards"))
+    write_members(shards, change(read_members(shards)))
+    with pytest.raises(CxrdistError, match=rf"{SHARD}: .*{message}"):
+        list(read_masks(read_index(shards).packed()[0]))
+
+
+def test_a_mask_of_other_values_is_refused_whatever_its_hash(masked, tmp_path):
+    """An index that was made for it is no licence to read it."""
+    shards = Path(shutil.copytree(masked, tmp_path / "shards"))
+    grey = np.full((32, 32), 7, np.uint8)
+    write_members(shards, with_mask(encode_png(grey))(read_members(shards)))
+    shard = read_index(shards).packed()[0]
+    digest = hashlib.sha256(grey.tobytes()).hexdigest()
+    shard.samples[0] = shard.samples[0]._replace(mask_sha256=digest)
+    with pytest.raises(CxrdistError, match=r"\.mask has values beside 0 and 255"):
+        list(read_masks(shard))
+
+
+def test_a_mask_that_the_table_does_not_know_is_refused(masked, tmp_path):
+    """samples.csv and index.json tell how many masks there are."""
+    shards = Path(shutil.copytree(masked, tmp_path / "shards"))
+    table, index = (shards / "samples.csv").read_text(), read_index(shards)
+    digest = index.samples[0].mask_sha256
+    (shards / "samples.csv").write_text(table.replace(digest, "", 1))
+    assert any("has 15 masks, index.json 16" in fault for fault in inspect_index(shards)[1])
+    (shards / "samples.csv").write_text(table.replace(digest, "x", 1))
+    with pytest.raises(CxrdistError, match=r"the mask_sha256 of .* is none"):
+        inspect_index(shards)
+    shard = index.packed()[0]
+    shard.samples[0] = shard.samples[0]._replace(mask_sha256="")
+    with pytest.raises(CxrdistError, match=r"expected .*\.png, found .*\.mask\.png"):
+        list(read_masks(shard))
 
 
 def test_only_one_form_of_tar_is_read(shards):

@@ -5,6 +5,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicoms import write_dicom
-from support import contents, make_images, run_command, small_disk
+from PIL import Image
+from support import contents, make_images, make_masks, run_command, small_disk
 
 from cxrdist.config import PackConfig
 from cxrdist.data import pack as packing
@@ -107,6 +109,39 @@ def test_tasks_and_a_merge_give_the_bytes_of_one_pack(config, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["images", "out", "parts"]
 
 
+def test_a_changed_mask_is_another_pack(config, tmp_path):
+    """Masks that were changed, added or taken away since a pack was begun are said by name."""
+    begun = with_(config, masks=make_masks(config.input, tmp_path / "masks"))
+    pack(with_(begun, task=0, num_tasks=1))
+    with pytest.raises(CxrdistError, match="images or of their text boxes or masks has changed"):
+        pack(config)
+    mask = next((tmp_path / "masks").glob("*/*.png"))
+    data, status = mask.read_bytes(), mask.stat()
+    mask.write_bytes(data + b" ")
+    name = re.escape(mask.name)
+    with pytest.raises(CxrdistError, match=rf"{name}: its mask was changed since this pack was"):
+        pack(begun)
+    mask.write_bytes(data)
+    os.utime(mask, ns=(status.st_atime_ns, status.st_mtime_ns))
+    pack(begun)
+    pack(with_(begun, out=tmp_path / "new"))
+    assert contents(begun.out) == contents(tmp_path / "new")
+
+
+def test_a_bad_mask_stops_the_pack_or_leaves_its_image_out(config, tmp_path):
+    """The line names the image; with --skip-bad it is in rejected.csv with the reason."""
+    masks = make_masks(config.input, tmp_path / "masks")
+    bad = next(masks.glob("*/*.png"))
+    Image.new("1", (30, 30)).save(bad)
+    with pytest.raises(CxrdistError, match=rf"{re.escape(bad.name)}: its mask: has 30 x 30 px, "):
+        pack(with_(config, masks=masks))
+    pack(with_(config, masks=masks, skip_bad=True))
+    with open(config.out / "rejected.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [bad.relative_to(masks).as_posix()]
+    assert len(read_index(config.out).samples) == 59
+
+
 def test_finished_shards_are_not_written_again(config, tmp_path, monkeypatch):
     """A pack that ends before the last step leaves its shards for the next."""
     with monkeypatch.context() as patch:
@@ -144,7 +179,7 @@ def test_another_pack_does_not_mix_with_an_unfinished_one(config):
     image.write_bytes(data)
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
     image.rename(image.with_name("new.png"))
-    with pytest.raises(CxrdistError, match="the list of images or of their text boxes"):
+    with pytest.raises(CxrdistError, match="the list of images or of their text boxes or masks"):
         pack(config)
     image.with_name("new.png").rename(image)
     pack(config)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cxrdist.data.plan import Draws
-from cxrdist.model.augment import sampling_matrices, warp
+from cxrdist.model.augment import sampling_matrices, warp, warp_masks
 
 
 def warped(images: torch.Tensor, by: Draws) -> torch.Tensor:
@@ -48,6 +48,24 @@ def test_rotation_agrees_with_kornias_own():
     theirs = kornia.augmentation.RandomRotation((25.0, 25.0), p=1.0, align_corners=True)
     ours = warped(image, draws(degrees=25.0))
     assert torch.allclose(ours, theirs(image.float()), atol=0.05)
+
+
+@pytest.mark.parametrize("how", [{}, {"degrees": 17.0}, {"degrees": -40.0, "flip": True}])
+@pytest.mark.parametrize("shift", [0.0, 0.17])
+def test_a_mask_is_warped_as_its_image(how, shift):
+    """A cross in both covers the same pixels; none is more than one pixel off."""
+    image = torch.zeros((1, 1, 96, 96), dtype=torch.uint8)
+    image[..., 40:48, 16:80] = 255
+    image[..., 10:70, 30:38] = 255
+    matrices = sampling_matrices(draws(**how, shift_x=shift, shift_y=-shift), 96, image.device)
+    mask, seen = warp_masks(image, matrices), warp(image, matrices)
+    assert mask.dtype == torch.uint8
+    assert set(mask.unique().tolist()) == {0, 255}
+    surely, perhaps = seen > 191, torch.nn.functional.max_pool2d(seen, 3, 1, 1) > 64
+    assert (mask[surely] == 255).all()
+    assert (mask[~perhaps] == 0).all()
+    if not how and not shift:
+        assert torch.equal(mask, image)
 
 
 def test_outside_is_black_and_each_image_has_its_own_draw():

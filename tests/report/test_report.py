@@ -369,6 +369,26 @@ def test_the_audit_stands_before_the_results(run: Path, made: SimpleNamespace) -
     assert "1 patient has images in several classes" in text
 
 
+def test_masks_are_counted_where_the_shards_have_some(run: Path) -> None:
+    """Images with a mask by split and the shares covered; not a word where there are none."""
+    assert "mask" not in str(Text(write(run)))
+    path = run / "audit.json"
+    classes = json.loads(path.read_text())["classes"]
+    both = {
+        "with a mask": dict.fromkeys((*classes, "all"), 3),
+        "without a mask": dict.fromkeys((*classes, "all"), 1),
+    }
+    splits = {name: {"with a mask": 1203, "without a mask": 4} for name in ("train", "val", "test")}
+    masks = {"images": 3609, "least": 0.0924, "median": 0.3622, "most": 0.6152}
+    masks |= {"empty": 2, "full": 0, "splits": splits, "counts": both}
+    masks |= {"association": dict.fromkeys(classes, 0.5), "own": dict.fromkeys(classes, 0.0)}
+    change_json(path, lambda found: found.update({"masks": masks}))
+    text = str(Text(write(run))).replace("\N{NO-BREAK SPACE}", " ")
+    assert "1,203 of 1,207 in train, 1,203 of 1,207 in val, 1,203 of 1,207 in test." in text
+    assert "cover 9.2 % to 61.5 % of the square, median 36.2 %; 2 cover nothing." in text
+    assert "Images of each class by mask" in text
+
+
 def test_parts_of_the_audit_that_were_not_made_are_named(run: Path) -> None:
     """The page gives the reason in place of the part, and never says that nothing was found."""
     path = run / "audit.json"

@@ -1,0 +1,107 @@
+"""Geometry: how a picture becomes a square. Pixels, masks and boxes all go the way told here."""
+
+from typing import NamedTuple, TypeVar
+
+from PIL import Image
+
+from cxrdist.data.boxes import Box
+from cxrdist.data.findings import LEAST_PX, Finding
+
+R = TypeVar("R", Box, Finding)  # edges lie between pixels
+
+
+class Placement(NamedTuple):
+    """The part of a picture that fills a part of the square; what else the square has is black.
+
+    Attributes:
+        part: left, top, right and bottom edge in the picture, px.
+        x: left edge in the square, px.
+        y: top edge in the square, px.
+        width: in the square, px.
+        height: in the square, px.
+    """
+
+    part: tuple[float, float, float, float]
+    x: int
+    y: int
+    width: int
+    height: int
+
+    def at_scale(self, x: float, y: float) -> "Placement":
+        """The placement of a picture of the same that is ``x`` times as wide, ``y`` as high."""
+        left, top, right, bottom = self.part
+        return self._replace(part=(left * x, top * y, right * x, bottom * y))
+
+
+def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
+    """Place a picture in a square.
+
+    Args:
+        width_px: of the picture.
+        height_px: of the picture.
+        size_px: side of the square.
+        fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
+    """
+    if fit == "crop":
+        side = min(width_px, height_px)
+        left, top = (width_px - side) / 2, (height_px - side) / 2
+        return Placement((left, top, left + side, top + side), 0, 0, size_px, size_px)
+    whole = (0, 0, width_px, height_px)
+    if fit == "stretch":
+        return Placement(whole, 0, 0, size_px, size_px)
+    longer = max(width_px, height_px)
+    # Pillow's ImageOps.pad takes whole pixels: in an original of 4000 px half of one is nine.
+    width, height = (max(1, round(side / longer * size_px)) for side in (width_px, height_px))
+    x, y = round((size_px - width) / 2), round((size_px - height) / 2)
+    return Placement(whole, x, y, width, height)
+
+
+def resample(
+    image: Image.Image, placement: Placement, size_px: int, reducing_gap: float | None = None
+) -> Image.Image:
+    """Fill a square, with an anti-aliased bilinear filter.
+
+    Args:
+        image: mode L.
+        placement: of it.
+        size_px: side of the square.
+        reducing_gap: as in Pillow: faster, and not quite the same pixels; exact if None.
+    """
+    size = (placement.width, placement.height)
+    filled = image.resize(size, Image.Resampling.BILINEAR, placement.part, reducing_gap)
+    if size == (size_px, size_px):
+        return filled
+    square = Image.new("L", (size_px, size_px))
+    square.paste(filled, (placement.x, placement.y))
+    return square
+
+
+def scaled(box: R, x: float, y: float) -> R:
+    """The box in a picture that is ``x`` times as wide and ``y`` times as high."""
+    return box._replace(x=box.x * x, y=box.y * y, width=box.width * x, height=box.height * y)
+
+
+def in_square(box: R, width_px: int, height_px: int, size_px: int, fit: str) -> R:
+    """The box of an original in its square; it may lie outside of it.
+
+    Args:
+        box: in the original.
+        width_px: of the original.
+        height_px: of the original.
+        size_px: side of the square.
+        fit: how the original became square: crop, pad or stretch.
+    """
+    placement = place(width_px, height_px, size_px, fit)
+    left, top, right, bottom = placement.part
+    here = box._replace(x=box.x - left, y=box.y - top)
+    there = scaled(here, placement.width / (right - left), placement.height / (bottom - top))
+    return there._replace(x=there.x + placement.x, y=there.y + placement.y)
+
+
+def clipped(box: R, size_px: int) -> R | None:
+    """The part of a box that lies in the square; None if nothing of it does."""
+    left, top = max(0.0, box.x), max(0.0, box.y)
+    right, bottom = min(size_px, box.x + box.width), min(size_px, box.y + box.height)
+    if min(right - left, bottom - top) < LEAST_PX:
+        return None
+    return box._replace(x=left, y=top, width=right - left, height=bottom - top)

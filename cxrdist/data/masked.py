@@ -1,0 +1,162 @@
+"""Masked: the images of a source matched with their masks."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from cxrdist.data.found import IMAGE_SUFFIXES, find_images
+from cxrdist.data.masks import MaskPlace
+from cxrdist.data.records import Record, Source
+from cxrdist.data.run_lengths import LEAST_QUALITY, list_runs
+from cxrdist.errors import CxrdistError
+
+MASKS, IMAGES = "masks", "images"
+
+
+class _Named(NamedTuple):
+    """A mask, and what its image may be called.
+
+    Attributes:
+        where: file or row, for messages.
+        names: ends of the image's path, without the suffix; the first that an image has counts.
+        place: where it is.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    place: MaskPlace
+
+
+def with_masks(source: Source, masks: Path) -> Source:
+    """Give the records of a source their masks.
+
+    A mask belongs to the image whose path ends with the mask's name, whatever the suffix: its path
+    in the folder of masks, also with ``images`` in place of ``masks`` in it, or the table's name of
+    the image.
+
+    Args:
+        source: what was read.
+        masks: a folder of pictures or a table of run lengths.
+
+    Returns:
+        The source with notes on the masks that are not taken.
+
+    Raises:
+        CxrdistError: there are no masks or none fits, or one mask or image is meant twice.
+    """
+    if masks.is_dir():
+        named, notes = list(_pictures(source.records, masks)), list[str]()
+    elif masks.is_file():
+        named, notes = _rows(masks)
+    else:
+        raise CxrdistError(
+            f"--masks {masks}: no such folder or table; expected masks under the images' names, or "
+            "a table of run lengths"
+        )
+    found, strays = _match(source.records, named)
+    if not found:
+        example = _name(source.records[0].path) if source.records else "an image"
+        raise CxrdistError(
+            f"--masks {masks}: none of its {len(named)} masks is named like an image; expected "
+            f"such as {example}.png, found such as {named[0].where if named else 'nothing'}"
+        )
+    records = [
+        replace(record, mask=found[i].place) if i in found else record
+        for i, record in enumerate(source.records)
+    ]
+    if strays:
+        notes.append(
+            f"{len(strays)} of {len(named)} masks are of no image here, the first is "
+            f"{strays[0].where}"
+        )
+    return replace(source, records=records, notes=(*source.notes, *notes))
+
+
+def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
+    """The folder of masks, which is not searched for images, unless it holds the source."""
+    if masks is None or not isinstance(masks, Path) or not masks.is_dir():
+        return ()
+    holds = isinstance(source, Path) and source.resolve().is_relative_to(masks.resolve())
+    return () if holds else (masks,)
+
+
+def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
+    """The pictures of a folder; if it holds the images too, those in folders called masks."""
+    images = {_absolute(record.file) for record in records}
+    files = find_images(folder).images
+    holds_images = any(_absolute(file) in images for file in files)
+    start = len(folder.as_posix().rstrip("/")) + 1
+    for file in files:
+        path = file.as_posix()[start:]
+        *folders, last = path.split("/")
+        if _absolute(file) in images or (holds_images and MASKS not in folders):
+            continue
+        renamed = [IMAGES if name == MASKS else name for name in folders]
+        names = (_name(path), _name("/".join([*renamed, last])))
+        yield _Named(path, names, MaskPlace(file))
+
+
+def _absolute(file: Path) -> str:
+    return os.path.abspath(file) if isinstance(file, Path) else str(file)
+
+
+def _rows(table: Path) -> tuple[list[_Named], list[str]]:
+    """The rows of a table of run lengths that are good enough, and how many are not."""
+    rows = list(list_runs(table))
+    named = [
+        _Named(row.where, (_name(row.name),), MaskPlace(table, row.first_byte, row.num_bytes))
+        for row in rows
+        if not row.quality < LEAST_QUALITY
+    ]
+    poor = len(rows) - len(named)
+    unknown = sum(row.quality != row.quality for row in rows)
+    notes = [f"{poor} masks have a Dice RCA below {LEAST_QUALITY} and are left out"] * bool(poor)
+    notes += [f"{unknown} masks have no Dice RCA and are taken as they are"] * bool(unknown)
+    return named, notes
+
+
+def _match(
+    records: Sequence[Record], named: Sequence[_Named]
+) -> tuple[dict[int, _Named], list[_Named]]:
+    """The masks by the place of their record, and those of no record."""
+    ends: dict[int, dict[str, list[int]]] = {}  # by number of folders in a name, then by name
+    found: dict[int, _Named] = {}
+    strays = []
+    for mask in named:
+        depth = mask.names[0].count("/")
+        if depth not in ends:
+            ends[depth] = _ends(records, depth)
+        places = next((ends[depth][name] for name in mask.names if name in ends[depth]), [])
+        if len(places) > 1:
+            one, other = (records[place].path for place in places[:2])
+            raise CxrdistError(
+                f"--masks: {mask.where} may be of {one} or of {other}; give masks their images' "
+                "folders"
+            )
+        if not places:
+            strays.append(mask)
+            continue
+        before = found.setdefault(places[0], mask)
+        if before is not mask:
+            raise CxrdistError(
+                f"--masks: {before.where} and {mask.where} are both of {records[places[0]].path}; "
+                "remove one"
+            )
+    return found, strays
+
+
+def _ends(records: Sequence[Record], depth: int) -> dict[str, list[int]]:
+    """Places of the records by the last ``depth`` folders and the name of their files."""
+    places: dict[str, list[int]] = {}
+    for i, record in enumerate(records):
+        name = "/".join(_name(_absolute(record.file)).rsplit("/", depth + 1)[-depth - 1 :])
+        places.setdefault(name, []).append(i)
+    return places
+
+
+def _name(path: str) -> str:
+    """A path without the suffix of an image; a DICOM UID, all digits and dots, has none."""
+    suffix = PurePosixPath(path).suffix
+    return path.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else path

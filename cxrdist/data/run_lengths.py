@@ -1,0 +1,234 @@
+"""Run lengths: tables of masks as CheXmask has them (Gaggion et al. 2024, PhysioNet).
+
+A row has the name of an image, and for each lung pairs of a first pixel, counted from 1 along the
+rows of the image, and a number of pixels. The tables have up to some GB, so only places in them are
+kept. Not read: the heart, the landmarks, compressed tables.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.pictures import MOST_PIXELS
+from cxrdist.data.tables import plain
+from cxrdist.errors import CxrdistError
+
+# The image's name in the tables of ChestX-ray8, CheXpert, MIMIC-CXR-JPG, PadChest and VinDr-CXR.
+NAMES = ("imageindex", "path", "dicomid", "imageid")
+LUNGS = ("leftlung", "rightlung")
+SIZE = ("height", "width")
+# CheXmask's authors advise to use masks from 0.7 on of the mean Dice coefficient that reverse
+# classification accuracy predicts (its README, Quality Threshold). In most rows of PadChest's table
+# the two are swapped (the "mean" is the larger one), so the smaller of the two is taken.
+QUALITY, LEAST_QUALITY = ("dicerca(mean)", "dicerca(max)"), 0.7
+MOST_ROW_BYTES = 4 << 20  # three organs of a 4000 px image have 0.2 MB
+COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+
+class RunsRow(NamedTuple):
+    """A row of a table of run lengths.
+
+    Attributes:
+        where: file and row, for messages.
+        name: of the image.
+        first_byte: of the row in the file.
+        num_bytes: of the row.
+        quality: predicted Dice coefficient, 0 to 1; NaN where the table does not tell it.
+    """
+
+    where: str
+    name: str
+    first_byte: int
+    num_bytes: int
+    quality: float
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where things stand in a row; of the quality one or two columns, or none."""
+
+    name: int
+    lungs: tuple[int, ...]
+    size: tuple[int, ...]
+    quality: tuple[int, ...]
+    count: int
+
+
+def list_runs(file: Path) -> Iterator[RunsRow]:
+    """Yield the rows of a table of run lengths, reading one at a time.
+
+    Raises:
+        CxrdistError: it cannot be read, is compressed, or is no such table.
+    """
+    try:
+        with file.open("rb") as content:
+            _refuse_compressed(file, content.read(8))
+            content.seek(0)
+            header = _next_row(content, f"{file} row 1")
+            columns = _columns(file, header)
+            number, first = 1, len(header)
+            while row := _next_row(content, f"{file} row {number + 1}"):
+                number += 1
+                where = f"{file} row {number}"
+                if row.strip():
+                    cells = _cells(row, where, columns.count)
+                    quality = min(
+                        (_quality(cells[i], where) for i in columns.quality), default=math.nan
+                    )
+                    yield RunsRow(where, cells[columns.name].strip(), first, len(row), quality)
+                first += len(row)
+    except OSError as error:
+        raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
+
+
+def read_runs(file: Path, first_byte: int, num_bytes: int) -> NDArray[np.uint8]:
+    """Read the lungs of a row.
+
+    Args:
+        file: the table.
+        first_byte: of the row.
+        num_bytes: of the row.
+
+    Returns:
+        uint8 [H, W], 255 in either lung, else 0.
+
+    Raises:
+        CxrdistError: it cannot be read, or the run lengths do not fit the size.
+    """
+    try:
+        with file.open("rb") as content:
+            columns = _columns(file, _next_row(content, f"{file} row 1"))
+            content.seek(first_byte)
+            row = content.read(num_bytes)
+    except OSError as error:
+        raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
+    where = f"{file} (the row from byte {first_byte} on)"
+    cells = _cells(row, where, columns.count)
+    height, width = (_side(cells[i], where) for i in columns.size)
+    if height * width > MOST_PIXELS:
+        raise CxrdistError(f"{where}: {width} x {height} px, expected at most {MOST_PIXELS} pixels")
+    pixels = np.zeros(height * width, np.uint8)
+    for column in columns.lungs:
+        starts, ends = _runs(cells[column], len(pixels), where)
+        for start, end in zip(starts, ends, strict=True):
+            pixels[start:end] = 255
+    return pixels.reshape(height, width)
+
+
+def _runs(cell: str, num_pixels: int, where: str) -> tuple[list[int], list[int]]:
+    """First pixels from 0 on, and those behind the last ones."""
+    try:
+        numbers = np.array(cell.split(), np.int64)
+    except (ValueError, OverflowError) as error:
+        raise CxrdistError(f"{where}: its run lengths are no whole numbers") from error
+    starts, lengths = numbers[::2] - 1, numbers[1::2]
+    if len(starts) != len(lengths):
+        raise CxrdistError(f"{where}: its run lengths are no pairs of a start and a length")
+    inside = (starts >= 0) & (lengths > 0) & (lengths <= num_pixels - starts)
+    if not inside.all():
+        raise CxrdistError(f"{where}: its run lengths leave the {num_pixels} pixels of its size")
+    return starts.tolist(), (starts + lengths).tolist()
+
+
+def _side(cell: str, where: str) -> int:
+    try:
+        side = float(cell)  # pandas writes 1024.0 where a cell of the column is empty
+    except ValueError:
+        side = math.nan
+    if not (1 <= side <= MOST_PIXELS and side.is_integer()):
+        raise CxrdistError(
+            f"{where}: Height or Width is {cell!r:.40}, expected px (some of CheXmask's tables of "
+            "preprocessed images lack them; take those of OriginalResolution)"
+        )
+    return int(side)
+
+
+def _quality(cell: str, where: str) -> float:
+    try:
+        quality = float(cell)
+    except ValueError:
+        quality = math.nan
+    if not 0 <= quality <= 1:
+        raise CxrdistError(f"{where}: Dice RCA is {cell!r:.40}, expected 0 to 1")
+    return quality
+
+
+def _refuse_compressed(file: Path, head: bytes) -> None:
+    kind = next((kind for mark, kind in COMPRESSED.items() if head.startswith(mark)), None)
+    if kind:
+        raise CxrdistError(
+            f"{file}: is compressed ({kind}), and its rows are read one by one in any order; "
+            f"unpack it first{', such as by gunzip -k' if kind == 'gzip' else ''}"
+        )
+
+
+def _next_row(content: BinaryIO, where: str) -> bytes:
+    """The bytes of a row, with the line breaks in its quotes; empty at the end."""
+    lines, size, open_quote = [], 0, False
+    while line := content.readline(MOST_ROW_BYTES):
+        lines.append(line)
+        size += len(line)
+        open_quote ^= line.count(b'"') % 2 == 1
+        if size >= MOST_ROW_BYTES:
+            raise CxrdistError(f"{where}: has more than {MOST_ROW_BYTES} bytes, or an open quote")
+        if not open_quote:
+            break
+    return b"".join(lines)
+
+
+def _columns(file: Path, header: bytes) -> _Columns:
+    """Find the columns in any order; a first column without a name is pandas' index."""
+    names = [plain(name) for name in _cells(header, f"{file} row 1")]
+    place: Mapping[str, int] = {name: i for i, name in enumerate(names)}
+    keys = [name for name in NAMES if name in place]
+    missing = [name for name in (*LUNGS, *SIZE) if name not in place]
+    if missing or len(keys) != 1 or len(place) < len(names):
+        raise CxrdistError(
+            f"{file}: expected a table of run lengths with one column that names the image (Image "
+            "Index, Path, dicom_id, ImageID or image_id), Left Lung, Right Lung, Height and Width, "
+            f"each once; found {', '.join(names)[:200] or 'no header'}"
+        )
+    return _Columns(
+        place[keys[0]],
+        tuple(place[name] for name in LUNGS),
+        tuple(place[name] for name in SIZE),
+        tuple(place[name] for name in QUALITY if name in place),
+        len(names),
+    )
+
+
+def _cells(row: bytes, where: str, count: int | None = None) -> list[str]:
+    """The cells of a row.
+
+    Raises:
+        CxrdistError: it is no row of a CSV, or has another number of cells.
+    """
+    try:
+        with _large_cells():
+            text = io.StringIO(row.decode("utf-8-sig"), newline="")
+            cells = next(csv.reader(text, strict=True), [])
+    except (ValueError, csv.Error) as error:
+        raise CxrdistError(f"{where}: no row of a CSV ({error}); fetch the table again") from error
+    if count is not None and len(cells) != count:
+        raise CxrdistError(
+            f"{where}: has {len(cells)} cells, expected {count}; fetch the table again"
+        )
+    return cells
+
+
+@contextmanager
+def _large_cells() -> Iterator[None]:
+    """Let a cell be as long as a row may be."""
+    before = csv.field_size_limit(MOST_ROW_BYTES)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
