@@ -19,7 +19,7 @@ from cxrdist.data.image_table import read_image_table
 from cxrdist.data.images import DICOM_SUFFIXES
 from cxrdist.data.label_map import LabelMap, map_labels, read_label_map
 from cxrdist.data.labels import SEPARATOR
-from cxrdist.data.masked import folder_of_masks
+from cxrdist.data.masked import folder_of_masks, with_masks
 from cxrdist.data.mimic_cxr import read_mimic_cxr
 from cxrdist.data.padchest import read_padchest
 from cxrdist.data.records import Record, Source

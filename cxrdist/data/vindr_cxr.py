@@ -21,12 +21,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from cxrdist.data.findings import Finding
 from cxrdist.data.found import look_at
 from cxrdist.data.labels import SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import Listed
+from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import DEVELOPMENT, Record, Source, own_patient
 from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.errors import CxrdistError
@@ -278,15 +277,9 @@ def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]
 
 def _reaches_out(record: Record) -> bool:
     """Whether a box does not fit into the picture, as far as that can be read."""
-    if not record.findings:
-        return False
-    try:
-        with record.file.open("rb") as file, Image.open(file) as picture:
-            width, height = picture.size
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return False
-    return any(
-        box.x + box.width > width + ROUNDING or box.y + box.height > height + ROUNDING
+    size = picture_size(record.file) if record.findings else None
+    return size is not None and any(
+        box.x + box.width > size[0] + ROUNDING or box.y + box.height > size[1] + ROUNDING
         for box in record.findings
     )
 
