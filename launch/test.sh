@@ -7,4 +7,4 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch shards/*.sbatch .ci/run
-exec pytest "$@"
+exec pytest --numprocesses 2 --dist loadgroup "$@" # a test waits half of its time
