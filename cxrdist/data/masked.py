@@ -58,9 +58,10 @@ def with_masks(source: Source, masks: Path) -> Source:
     found, strays = _match(source.records, named)
     if not found:
         example = _name(source.records[0].path) if source.records else "an image"
+        there = named[0].where if named else "nothing"
         raise CxrdistError(
             f"--masks {masks}: none of its {len(named)} masks is named like an image; expected "
-            f"such as {example}.png, found such as {named[0].where if named else 'nothing'}"
+            f"such as {example}.png, found such as {'; '.join([there, *notes])}"
         )
     records = [
         replace(record, mask=found[i].place) if i in found else record
@@ -102,7 +103,11 @@ def _rows(table: Path) -> tuple[list[_Named], list[str]]:
     """The rows of a table of run lengths that are good enough, and how many are not."""
     rows = list(list_runs(table))
     named = [
-        _Named(row.where, (_name(row.name),), MaskPlace(table, row.first_byte, row.num_bytes))
+        _Named(
+            f"{row.where} ({row.name})",
+            (_name(row.name),),
+            MaskPlace(table, row.first_byte, row.num_bytes),
+        )
         for row in rows
         if not row.quality < LEAST_QUALITY
     ]
