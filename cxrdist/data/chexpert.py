@@ -91,10 +91,11 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
         if part == "test" and len(records) == num_before:
             raise CxrdistError(f"{file}: none of its images is here; fetch them or move it away")
     if "test" not in tables:
-        notes.append(
-            "without the table of the test set valid.csv is the test split, which radiologists "
-            "have labelled, and val is drawn from train.csv, which a program has"
+        test = (
+            "valid.csv, labelled by radiologists, is test" if "valid" in tables else "test is empty"
         )
+        val = "val is drawn from train.csv" if "train" in tables else "train and val are empty"
+        notes.append(f"without the table of the test set {test}, and {val}")
     if not_read:
         notes.append(f"{', '.join(not_read)}: not read")
     notes += [*listed.notes(*tables.values()), *_view_notes(views)]
