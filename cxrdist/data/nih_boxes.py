@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cxrdist.data.boxes import box_of
-from cxrdist.data.findings import Finding
+from cxrdist.data.findings import ROUNDING_PX, Finding
 from cxrdist.data.found import look_at
 from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import Record
@@ -137,10 +137,10 @@ def finding_of(label: str, row: Mapping[str, str], where: str, side_px: int | No
         CxrdistError: it is not a box, or leaves the image.
     """
     x, y, width, height, *_ = box_of(row, where)
-    most = side_px or float("inf")
+    most = (side_px or float("inf")) + ROUNDING_PX
     if x < 0 or y < 0 or x + width > most or y + height > most:
         raise CxrdistError(
             f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is not within the image of "
-            f"{most:g} px; mend or remove the row"
+            f"{side_px or most:g} px; mend or remove the row"
         )
     return Finding(label, x, y, width, height)
