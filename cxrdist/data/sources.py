@@ -146,10 +146,17 @@ def _with_views(config: SourceConfig, source: Source, wanted: tuple[str, ...]) -
     return replace(
         source,
         records=kept,
-        notes=(*source.notes, *_view_notes(strange)),
+        notes=(*_read_before(source, len(kept)), *_view_notes(strange)),
         left_out=tuple(sorted((*source.left_out, *left_out))),
         views={"": wanted},
     )
+
+
+def _read_before(source: Source, num_kept: int) -> Iterable[str]:
+    """The notes of a source; of numbers it is said if they count images of other views too."""
+    if num_kept == len(source.records):
+        return source.notes
+    return (f"{n} (before views are chosen)" if n[:1].isdigit() else n for n in source.notes)
 
 
 def _may_be_dicom(file: Path) -> bool:
