@@ -117,7 +117,7 @@ def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
     Raises:
         CxrdistError: there is none, or one of them twice.
     """
-    below = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    below = sorted(child for child in folder.iterdir() if child.is_dir())
     tables, not_read = {}, []
     for part, names in (*TABLES.items(), ("", OTHER_TABLES)):
         found = [

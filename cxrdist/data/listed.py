@@ -40,11 +40,8 @@ class Listed:
                 apart.
 
         Raises:
-            CxrdistError: there is no such folder, no image in the data set's folders, or two
-                images have one name.
+            CxrdistError: there is no image in the data set's folders, or two have one name.
         """
-        if not folder.is_dir():
-            raise CxrdistError(f"--input {folder}: no such folder; expected the unpacked data set")
         found = find_images(folder, besides)
         self._left_out = list(found.left_out)
         self._waiting: dict[str, tuple[Path, str]] = {}
