@@ -200,7 +200,7 @@ def test_a_malformed_table_is_named_by_row_or_column(tmp_path, file, old, new, m
 def test_what_is_no_chexpert_is_refused(tmp_path):
     """No folder, no table, two of one table or image, a test set without its images."""
     with pytest.raises(CxrdistError, match="has no table, here or in a folder below; expected one"):
-        read(tmp_path / "none")
+        read(tmp_path)
     folder = write_set(tmp_path / "both" / "CheXpert-v1.0")
     (folder / "groundtruth.csv").write_text(
         f"Study,{FINDINGS}\ntest/patient64741/study1{',1' * 14}"
