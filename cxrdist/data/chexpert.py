@@ -146,11 +146,9 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
 
     A table of studies asks for all images of each.
     """
-    places = table.find_columns(COLUMNS)
-    key = "Study" if "Study" in places and "Path" not in places else "Path"
-    lacking = next((name for name in (key, *LABELS) if name not in places), None)
-    if lacking is not None:
-        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    columns = {plain(name) for name in table.columns}
+    key = "Study" if "study" in columns and "path" not in columns else "Path"
+    places = table.find_columns(COLUMNS, (key, *LABELS))
     of_study: dict[str, list[str]] = {}
     if key == "Study":
         for name in sorted(listed.names()):

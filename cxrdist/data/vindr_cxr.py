@@ -249,11 +249,7 @@ def _find_columns(
     table: Table, names: Mapping[str, set[str]], needed: Sequence[str]
 ) -> dict[str, int]:
     """The places of the image's name, the reader's if it is there, and further columns."""
-    places = table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names})
-    lacking = next((name for name in needed if name not in places), None)
-    if lacking is not None:
-        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
-    return places
+    return table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names}, needed)
 
 
 def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]]:
