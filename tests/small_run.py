@@ -31,7 +31,11 @@ def make_run(folder: Path) -> Path:
     Returns:
         The folder.
     """
-    shards, run, cache = make_shards(folder, {"a": 12, "b": 12}), folder / "run", folder / "cache"
+    shards, run, cache = (
+        make_shards(folder, {"a": 12, "b": 12}, masks=True),
+        folder / "run",
+        folder / "cache",
+    )
     stages = {"all": Stage(dict.fromkeys(BLOCKS, 0.003), epochs=2, patience=2)}
     train(
         TrainConfig(

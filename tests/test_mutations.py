@@ -12,22 +12,22 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from mutations import mutate
-from PIL import Image
+from public_sets import DOCUMENTS, write_public_set
 from small_run import make_run
 
 from cxrdist.cli import COMMANDS, parse
-from cxrdist.config import PackConfig, ReportConfig
+from cxrdist.config import PackConfig, ReportConfig, SourceConfig
 from cxrdist.data.boxes import read_boxes
-from cxrdist.data.chestxray14 import LISTS, TABLES
 from cxrdist.data.index import inspect_index, read_index
+from cxrdist.data.masks import read_mask
 from cxrdist.data.pack import pack
 from cxrdist.data.shards import describe_shard, read_shard
 from cxrdist.data.sources import read_source
@@ -59,10 +59,6 @@ RUN_FILES = (
     *("run.json", "recipe.yaml", "log.jsonl", "audit.json", "test/predictions.csv"),
     *("test/metrics.json", "test/relevance.csv", "test/relevance.json", "test/text.json"),
 )
-NIH = """Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position
-00000001_000.png,Cardiomegaly|Effusion,0,1,58,M,PA
-00000002_000.png,No Finding,0,2,81,F,AP
-"""
 
 
 class Hang(BaseException):
@@ -91,11 +87,6 @@ def folder(tmp_path_factory) -> Path:
         "y: {source: folder, input: images}\n"
     )
     (folder / "labels.yaml").write_text("a: ours\nb: null\n")
-    (folder / "nih" / "images").mkdir(parents=True)
-    (folder / "nih" / TABLES[0]).write_text(NIH)
-    for name, image in zip(LISTS, ("00000001_000.png", "00000002_000.png"), strict=True):
-        (folder / "nih" / name).write_text(f"{image}\n")
-        Image.fromarray(np.zeros((32, 32), np.uint8)).save(folder / "nih" / "images" / image)
     torch.save({"state_dict": {"a.weight": torch.rand(3, 3)}}, folder / "w.pth")
     shutil.copy(folder / "run" / "recipe.yaml", folder / "recipe.yaml")
     return folder
@@ -124,7 +115,6 @@ def cases_of(folder: Path) -> list[Case]:
     cases.append(Case(npz, lambda: read_ledgers(npz.parent, [npz.stem], 2)))
     options = ["--config", str(folder / "recipe.yaml"), "--shards", "s", "--run", "r"]
     table = PackConfig("csv", folder / "table.csv", folder / "out")
-    nih = PackConfig("chestxray14", folder / "nih", folder / "out")
     several = PackConfig("several", folder / "several.yaml", folder / "out")
     again = PackConfig("folder", folder / "images", shards, size=32, workers=1)
     return [
@@ -134,11 +124,31 @@ def cases_of(folder: Path) -> list[Case]:
         Case(folder / "table.csv", lambda: read_source(table)),
         Case(folder / "several.yaml", lambda: read_source(several)),
         Case(folder / "labels.yaml", lambda: read_source(several)),
-        Case(folder / "nih" / TABLES[0], lambda: read_source(nih)),
-        Case(folder / "nih" / next(iter(LISTS)), lambda: read_source(nih)),
+        *_public_cases(folder),
         Case(folder / "w.pth", lambda: read_tensor_file(folder / "w.pth", "--init")),
         Case(shards / "pack.json", lambda: pack(again)),
     ]
+
+
+def _public_cases(folder: Path) -> list[Case]:
+    """Each document of the public data sets, and a table of masks of one."""
+    cases = []
+    for source in DOCUMENTS:
+        home = folder / source
+        config = SourceConfig(source, home, views="all")
+        for file in write_public_set(home, source):
+            if file.name == "runs.csv":
+                masked = replace(config, masks=file)
+                cases.append(Case(file, lambda masked=masked: _read_masks(masked)))
+            else:
+                cases.append(Case(file, lambda config=config: read_source(config)))
+    return cases
+
+
+def _read_masks(config: SourceConfig) -> None:
+    for record in read_source(config).records:
+        if record.mask:
+            read_mask(record.mask, 32, 32)
 
 
 def _checkpoint_cases(run: RunDirectory, recipe: str) -> list[Case]:

@@ -131,10 +131,7 @@ def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     The header has an unquoted comma in ``OriginalImage[Width,Height]``, and so have the rows.
     """
-    places = table.find_columns(COLUMNS)
-    lacking = next((name for name in NEEDED if name not in places), None)
-    if lacking is not None:
-        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    places = table.find_columns(COLUMNS, NEEDED)
     for where, row in table.rows():
         cells = {name: row[place].strip() for name, place in places.items()}
         name, patient = cells["Image Index"], cells["Patient ID"]

@@ -91,10 +91,11 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
         if part == "test" and len(records) == num_before:
             raise CxrdistError(f"{file}: none of its images is here; fetch them or move it away")
     if "test" not in tables:
-        notes.append(
-            "without the table of the test set valid.csv is the test split, which radiologists "
-            "have labelled, and val is drawn from train.csv, which a program has"
+        test = (
+            "valid.csv, labelled by radiologists, is test" if "valid" in tables else "test is empty"
         )
+        val = "val is drawn from train.csv" if "train" in tables else "train and val are empty"
+        notes.append(f"without the table of the test set {test}, and {val}")
     if not_read:
         notes.append(f"{', '.join(not_read)}: not read")
     notes += [*listed.notes(*tables.values()), *_view_notes(views)]
@@ -116,7 +117,7 @@ def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
     Raises:
         CxrdistError: there is none, or one of them twice.
     """
-    below = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    below = sorted(child for child in folder.iterdir() if child.is_dir())
     tables, not_read = {}, []
     for part, names in (*TABLES.items(), ("", OTHER_TABLES)):
         found = [
@@ -145,11 +146,9 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
 
     A table of studies asks for all images of each.
     """
-    places = table.find_columns(COLUMNS)
-    key = "Study" if "Study" in places and "Path" not in places else "Path"
-    lacking = next((name for name in (key, *LABELS) if name not in places), None)
-    if lacking is not None:
-        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    columns = {plain(name) for name in table.columns}
+    key = "Study" if "study" in columns and "path" not in columns else "Path"
+    places = table.find_columns(COLUMNS, (key, *LABELS))
     of_study: dict[str, list[str]] = {}
     if key == "Study":
         for name in sorted(listed.names()):

@@ -30,12 +30,10 @@ def read_class_folders(
         besides: folders that are not looked into.
 
     Raises:
-        CxrdistError: there is no such folder, a class has no image, or it is unclear which folders
-            are classes and which are splits.
+        CxrdistError: a class has no image, or it is unclear which folders are classes and which
+            are splits.
     """
     pattern = compile_pattern(patient_pattern)
-    if not folder.is_dir():
-        raise CxrdistError(f"--input {folder}: no such folder; expected one sub-folder per class")
     found = find_images(folder, besides)
     levels = [file.relative_to(folder).parts[:-1] for file in found.images]
     split_level = _find_split_level(folder, levels)

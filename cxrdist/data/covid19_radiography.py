@@ -129,8 +129,6 @@ def _why_left_out(release: Release, parts: Sequence[str], drop_unusable: bool) -
 
 def _recognise(folder: Path) -> tuple[Path, Release]:
     """The release's folder, and which release it is."""
-    if not folder.is_dir():
-        raise CxrdistError(f"--input {folder}: no such folder; expected an unpacked {NAME}")
     for root in (folder, *(child for child in folder.iterdir() if child.is_dir())):
         for release in RELEASES:
             if all((root / name / release.images).is_dir() for name in release.classes):

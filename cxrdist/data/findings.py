@@ -6,6 +6,7 @@ from cxrdist.documents import Between, Text
 
 MOST_PX = 100_000  # of an edge; more than any detector and any square has
 LEAST_PX = 1e-6  # of a side
+ROUNDING_PX = 1.0  # by which tables let a box reach out of its image
 MOST_FINDINGS = 1000  # of an image; the readers of VinDr-CXR drew some dozens
 
 Px = Annotated[float, Between(-MOST_PX, MOST_PX)]

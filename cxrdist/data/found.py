@@ -65,7 +65,7 @@ def find_images(folder: Path, besides: Sequence[Path] = ()) -> Found:
 
     Args:
         folder: local or an fsspec path.
-        besides: local folders that are passed over, such as the one that is being written.
+        besides: folders that are passed over, such as the one that is being written.
 
     Raises:
         CxrdistError: an image has a name that is not UTF-8, which no table could hold.
@@ -90,7 +90,7 @@ def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str
     its own name rather than a link's, so that links in circles end; the other ways are yielded.
     """
     if not isinstance(folder, Path):  # an object store has neither links nor special files
-        yield from _walk_store(folder)
+        yield from _walk_store(folder, besides)
         return
     own = {_identity(path) for path in besides if path.is_dir()}
     seen = set(own)
@@ -115,9 +115,9 @@ def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str
                 yield Path(entry.path), HIDDEN if below_hidden else fault
 
 
-def _walk_store(folder: Path) -> Iterator[tuple[Path, str]]:
+def _walk_store(folder: Path, besides: Sequence[Path]) -> Iterator[tuple[Path, str]]:
     for file in folder.rglob("*"):
-        if file.is_file():
+        if file.is_file() and not any(is_within(file, other) for other in besides):
             yield file, HIDDEN if is_hidden(*file.relative_to(folder).parts) else ""
 
 
@@ -135,6 +135,11 @@ def look_at(file: Path) -> tuple[str, str]:
         return "", DIRECTORY
     kind = kind_of(head)
     return (kind, "") if kind else ("", NO_IMAGE)
+
+
+def path_below(folder: Path, file: Path) -> str:
+    """The path of a file below a folder, with slashes; faster than `Path.relative_to`."""
+    return file.as_posix().removeprefix(f"{folder.as_posix().rstrip('/')}/")
 
 
 def escaped(name: str) -> str:
@@ -162,9 +167,17 @@ def is_hidden(*names: str) -> bool:
 
 
 def is_same_folder(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one folder of this machine."""
-    local = isinstance(one, Path) and isinstance(other, Path)
-    return local and one.is_dir() and other.is_dir() and _identity(one) == _identity(other)
+    """Whether two paths lead to one folder."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.is_dir() and other.is_dir() and _identity(one) == _identity(other)
+    return is_within(one, other) and is_within(other, one)
+
+
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is that of a folder, or of something below it."""
+    if isinstance(path, Path) and isinstance(folder, Path):
+        return path.resolve().is_relative_to(folder.resolve())
+    return f"{str(path).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")
 
 
 def _identity(path: str | Path) -> tuple[int, int]:

@@ -19,6 +19,7 @@ from cxrdist.data.depth import DEPTHS
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, labels_of
 from cxrdist.data.masks import MasksEntry
 from cxrdist.data.records import SPLITS
+from cxrdist.data.views import UNKNOWN, VIEWS
 from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
 from cxrdist.info import Amount, LabelAmount
@@ -373,6 +374,8 @@ def _read_sample(row: list[str], header: list[str], num_columns: int) -> Sample:
         raise ValueError(f"the split or the sha256 of {sample.key} is none")
     if sample.mask_sha256 and not SHA256.fullmatch(sample.mask_sha256):
         raise ValueError(f"the mask_sha256 of {sample.key} is none")
+    if sample.view not in (*VIEWS, UNKNOWN):
+        raise ValueError(f"the view of {sample.key} is {sample.view!r:.40}")
     return sample
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from cxrdist.data.found import LeftOut, find_images
+from cxrdist.data.found import LeftOut, find_images, path_below
 from cxrdist.errors import CxrdistError
 
 MISSING = "in the table, but not here"
@@ -40,18 +40,14 @@ class Listed:
                 apart.
 
         Raises:
-            CxrdistError: there is no such folder, no image in the data set's folders, or two
-                images have one name.
+            CxrdistError: there is no image in the data set's folders, or two have one name.
         """
-        if not folder.is_dir():
-            raise CxrdistError(f"--input {folder}: no such folder; expected the unpacked data set")
         found = find_images(folder, besides)
         self._left_out = list(found.left_out)
         self._waiting: dict[str, tuple[Path, str]] = {}
         self.num_found, self.dicom = found.num_files, found.dicom
-        start = len(folder.as_posix().rstrip("/")) + 1
         for file in found.images:
-            path = file.as_posix()[start:]
+            path = path_below(folder, file)
             name = name_of(path if suffixes else path.removesuffix(file.suffix))
             if name is None:
                 self._left_out.append(LeftOut(path, OUTSIDE))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from cxrdist.data.found import IMAGE_SUFFIXES, find_images
+from cxrdist.data.found import IMAGE_SUFFIXES, find_images, is_within, path_below
 from cxrdist.data.masks import MaskPlace
 from cxrdist.data.records import Record, Source
 from cxrdist.data.run_lengths import LEAST_QUALITY, list_runs
@@ -58,9 +58,10 @@ def with_masks(source: Source, masks: Path) -> Source:
     found, strays = _match(source.records, named)
     if not found:
         example = _name(source.records[0].path) if source.records else "an image"
+        there = named[0].where if named else "nothing"
         raise CxrdistError(
             f"--masks {masks}: none of its {len(named)} masks is named like an image; expected "
-            f"such as {example}.png, found such as {named[0].where if named else 'nothing'}"
+            f"such as {example}.png, found such as {'; '.join([there, *notes])}"
         )
     records = [
         replace(record, mask=found[i].place) if i in found else record
@@ -76,10 +77,7 @@ def with_masks(source: Source, masks: Path) -> Source:
 
 def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
     """The folder of masks, which is not searched for images, unless it holds the source."""
-    if masks is None or not isinstance(masks, Path) or not masks.is_dir():
-        return ()
-    holds = isinstance(source, Path) and source.resolve().is_relative_to(masks.resolve())
-    return () if holds else (masks,)
+    return () if masks is None or not masks.is_dir() or is_within(source, masks) else (masks,)
 
 
 def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
@@ -87,9 +85,8 @@ def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
     images = {_absolute(record.file) for record in records}
     files = find_images(folder).images
     holds_images = any(_absolute(file) in images for file in files)
-    start = len(folder.as_posix().rstrip("/")) + 1
     for file in files:
-        path = file.as_posix()[start:]
+        path = path_below(folder, file)
         *folders, last = path.split("/")
         if _absolute(file) in images or (holds_images and MASKS not in folders):
             continue
@@ -106,7 +103,11 @@ def _rows(table: Path) -> tuple[list[_Named], list[str]]:
     """The rows of a table of run lengths that are good enough, and how many are not."""
     rows = list(list_runs(table))
     named = [
-        _Named(row.where, (_name(row.name),), MaskPlace(table, row.first_byte, row.num_bytes))
+        _Named(
+            f"{row.where} ({row.name})",
+            (_name(row.name),),
+            MaskPlace(table, row.first_byte, row.num_bytes),
+        )
         for row in rows
         if not row.quality < LEAST_QUALITY
     ]

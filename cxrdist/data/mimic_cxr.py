@@ -162,10 +162,7 @@ def _rows(
     table: Table, needed: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
     """Where each row is, and its cells by column."""
-    places = table.find_columns({name: {plain(name)} for name in (*needed, *optional)})
-    lacking = next((name for name in needed if name not in places), None)
-    if lacking is not None:
-        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    places = table.find_columns({name: {plain(name)} for name in (*needed, *optional)}, needed)
     for where, cells in table.rows():
         yield where, {name: cells[place].strip() for name, place in places.items()}
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cxrdist.data.boxes import box_of
-from cxrdist.data.findings import Finding
+from cxrdist.data.findings import ROUNDING_PX, Finding
 from cxrdist.data.found import look_at
+from cxrdist.data.geometry import scaled
 from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import Record
 from cxrdist.data.tables import Table, plain, read_table
@@ -42,7 +43,7 @@ class Boxes:
     def on(self, stem: str, file: Path) -> tuple[Finding, ...]:
         """The boxes of an image, in px of its file as it is shown."""
         findings = tuple(self.findings.get(stem, ()))
-        return scaled(findings, file) if findings and self.side_px else findings
+        return fitted(findings, file) if findings and self.side_px else findings
 
     def notes(self, records: Sequence[Record]) -> list[str]:
         """What a user should know of them, a line each."""
@@ -57,7 +58,7 @@ class Boxes:
         ]
 
 
-def scaled(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
+def fitted(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
     """Take boxes from px of an original of the NIH to px of a file.
 
     Returns:
@@ -69,15 +70,7 @@ def scaled(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
     if width != height:
         return ()
     ratio = width / SIDE_PX
-    return tuple(
-        found._replace(
-            x=found.x * ratio,
-            y=found.y * ratio,
-            width=found.width * ratio,
-            height=found.height * ratio,
-        )
-        for found in findings
-    )
+    return tuple(scaled(found, ratio, ratio) for found in findings)
 
 
 def read_boxes(folder: Path, labels: Sequence[str]) -> Boxes:
@@ -137,10 +130,10 @@ def finding_of(label: str, row: Mapping[str, str], where: str, side_px: int | No
         CxrdistError: it is not a box, or leaves the image.
     """
     x, y, width, height, *_ = box_of(row, where)
-    most = side_px or float("inf")
+    most = (side_px or float("inf")) + ROUNDING_PX
     if x < 0 or y < 0 or x + width > most or y + height > most:
         raise CxrdistError(
             f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is not within the image of "
-            f"{most:g} px; mend or remove the row"
+            f"{side_px or most:g} px; mend or remove the row"
         )
     return Finding(label, x, y, width, height)

@@ -27,6 +27,7 @@ from cxrdist.data.depth import refuse_bad_depth, source_depth
 from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, MOST_PX
 from cxrdist.data.found import LeftOut
 from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
+from cxrdist.data.label_map import read_label_map
 from cxrdist.data.patients import MOST_YEARS
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
@@ -252,8 +253,9 @@ def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
         CxrdistError: the splits cannot be drawn, the one to be covered is empty, or a class is
             expected that the source lacks.
     """
+    mapped = {} if config.label_map is None else read_label_map(config.label_map)
     for name in config.expect:
-        if name not in source.classes:
+        if name not in source.classes and name not in mapped:
             raise CxrdistError(
                 f"--expect.{name}: is no class of {source.name}, which has "
                 f"{', '.join(source.classes)}"

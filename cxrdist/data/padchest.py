@@ -178,10 +178,7 @@ def _name_of(path: str) -> str | None:
 
 def _rows(table: Table) -> Iterator[tuple[str, dict[str, str]]]:
     """Where a row is, and its cells by the names of `COLUMNS`; empty of a column that it lacks."""
-    places = table.find_columns({name: {plain(name)} for name in COLUMNS})
-    lacking = next((name for name in NEEDED if name not in places), None)
-    if lacking is not None:
-        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
+    places = table.find_columns({name: {plain(name)} for name in COLUMNS}, NEEDED)
     for where, row in table.rows():
         cells = {name: row[place].strip() for name, place in places.items()}
         yield where, dict.fromkeys(COLUMNS, "") | cells

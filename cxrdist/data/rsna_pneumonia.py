@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple
 
 from cxrdist.data.findings import Finding
 from cxrdist.data.listed import OUTSIDE, Listed
-from cxrdist.data.nih_boxes import SIDE_PX, finding_of, scaled
+from cxrdist.data.nih_boxes import SIDE_PX, finding_of, fitted
 from cxrdist.data.records import Record, Source
 from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.documents import Matching, Text
@@ -75,7 +75,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
             continue
         if patients and name not in patients:
             raise CxrdistError(f"{folder / MAPPING}: lacks {name}; fetch it again")
-        findings = scaled(tuple(boxes[name]), taken[0])
+        findings = fitted(tuple(boxes[name]), taken[0])
         records.append(Record(*taken, label, patients.get(name, name), NAME, findings=findings))
     return Source(
         records,
@@ -120,9 +120,7 @@ def _table(file: Path, names: Sequence[str]) -> tuple[Table, list[int]]:
             "hands them out"
         )
     table = read_table(file, {plain(name) for name in names})
-    places = table.find_columns({name: {plain(name)} for name in names})
-    if lacking := [name for name in names if name not in places]:
-        raise CxrdistError(f"{file}: has no column {lacking[0]!r}; fetch it again")
+    places = table.find_columns({name: {plain(name)} for name in names}, names)
     return table, [places[name] for name in names]
 
 

@@ -135,6 +135,8 @@ def _runs(cell: str, num_pixels: int, where: str) -> tuple[list[int], list[int]]
     inside = (starts >= 0) & (lengths > 0) & (lengths <= num_pixels - starts)
     if not inside.all():
         raise CxrdistError(f"{where}: its run lengths leave the {num_pixels} pixels of its size")
+    if lengths.sum() > num_pixels:  # else a row of 4 MB could fill each pixel a million times
+        raise CxrdistError(f"{where}: its run lengths cover a pixel more than once")
     return starts.tolist(), (starts + lengths).tolist()
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.data.findings import MOST_FINDINGS, Finding
+from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, Finding
 from cxrdist.data.index import MEND, NOT_STATED, PackedShard, ShardEntry
 from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.documents import Between, Real, Text, parse_json, typed
@@ -227,18 +227,27 @@ class OpenShard:
         """What KEY.json says of a sample.
 
         Raises:
-            CxrdistError: it differs from samples.csv, or has no valid size of the original.
+            CxrdistError: it differs from samples.csv, has no valid size of the original, or a box
+                that leaves the square.
         """
         sample, path = self._shard.samples[number], self._shard.path
         with judging(f"{path}: {sample.key}.json", "pack the shards again"):
             about = typed(parse_json(self._content(self._places[number].about)), SampleFile)
         given: dict[str, object] = {**about}
-        for column in ("key", "label", "patient", "source", "path", *NOT_STATED):
+        if not sample.view:  # shards of older versions have it here alone
+            given["view"] = ""
+        for column in ("key", "label", "patient", "source", "path", "view", *NOT_STATED):
             if given.get(column, "") != getattr(sample, column):
                 raise CxrdistError(
                     f"{path}: the {column} of {sample.key} differs from samples.csv; pack the "
                     "shards again"
                 )
+        side = self._shard.size_px
+        if not all(_is_within(box, side) for box in about.get("boxes", ())):
+            raise CxrdistError(
+                f"{path}: a box of {sample.key} leaves the square of {side} px; pack the shards "
+                "again"
+            )
         return about
 
     def _next(self, expected: str, most_bytes: int) -> _Place:
@@ -379,3 +388,9 @@ def read_masks(shard: PackedShard) -> Iterator[NDArray[np.uint8] | None]:
     with open_shard(shard) as opened:
         for number in range(len(shard.samples)):
             yield opened.read_mask(number)
+
+
+def _is_within(box: Finding, side_px: int) -> bool:
+    """Whether a box lies in the square, but for rounding."""
+    most = side_px + LEAST_PX
+    return min(box.x, box.y) >= 0 and max(box.x + box.width, box.y + box.height) <= most

@@ -55,6 +55,7 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
         source = map_labels(source, labels, f"--label-map {config.label_map}")
     else:
         source = _read_one(config, besides)
+    _refuse_no_records(config.input, source)
     _refuse_bad_classes(config.input, source)
     return replace(source, records=sorted(source.records, key=lambda record: record.path))
 
@@ -86,8 +87,15 @@ def _label_map(config: SourceConfig) -> LabelMap:
 
 
 def _read(config: SourceConfig, besides: Sequence[Path]) -> Source:
-    """Read a source as it is."""
+    """Read a source as it is.
+
+    Raises:
+        CxrdistError: it is missing or malformed.
+    """
     folder, pattern = config.input, config.patient_pattern
+    if config.source != "csv" and not folder.is_dir():
+        what = "one sub-folder per class" if config.source == "folder" else "the unpacked data set"
+        raise CxrdistError(f"--input {folder}: no such folder; expected {what}")
     besides = (*besides, *folder_of_masks(config.masks, folder))
     match config.source:
         case "csv":
@@ -146,10 +154,17 @@ def _with_views(config: SourceConfig, source: Source, wanted: tuple[str, ...]) -
     return replace(
         source,
         records=kept,
-        notes=(*source.notes, *_view_notes(strange)),
+        notes=(*_read_before(source, len(kept)), *_view_notes(strange)),
         left_out=tuple(sorted((*source.left_out, *left_out))),
         views={"": wanted},
     )
+
+
+def _read_before(source: Source, num_kept: int) -> Iterable[str]:
+    """The notes of a source; of numbers it is said if they count images of other views too."""
+    if num_kept == len(source.records):
+        return source.notes
+    return (f"{n} (before views are chosen)" if n[:1].isdigit() else n for n in source.notes)
 
 
 def _may_be_dicom(file: Path) -> bool:
@@ -193,6 +208,13 @@ def assume_absent(source: Source) -> Source:
     note = "--empty-cells negative: no image has an empty cell"
     empty = any(record.missing for record in source.records)
     return replace(source, records=records, notes=(*source.notes, *([] if empty else [note])))
+
+
+def _refuse_no_records(path: Path, source: Source) -> None:
+    if not source.records:
+        reasons = Counter(left.reason for left in source.left_out).most_common(MOST_NAMED)
+        listed = ", ".join(f"{number} {reason}" for reason, number in reasons) or "nothing is there"
+        raise CxrdistError(f"--input {path}: no image is left to be packed: {listed}")
 
 
 def _refuse_bad_classes(path: Path, source: Source) -> None:

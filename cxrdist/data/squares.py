@@ -157,7 +157,7 @@ def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
         return {}
     head, _, pngs = path.read_bytes().partition(b"\n")
     kept, start = {}, 0
-    for i, square in enumerate(_squares(head)):
+    for i, square in enumerate(_squares(path, head)):
         end = start + square.num_bytes
         if not square.reason and square.is_scaled_by(depth):
             kept[i] = square, pngs[start:end]
@@ -273,7 +273,7 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        squares = _squares(file.readline())
+        squares = _squares(path, file.readline())
     for record, square in zip(part.records, squares, strict=True):
         state = file_state(record)
         if state != square.state:
@@ -287,9 +287,19 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     return squares
 
 
-def _squares(head: bytes) -> list[Square]:
-    """The squares of a part by the first line of its file."""
-    return [_square(row) for row in json.loads(head)]
+def _squares(path: Path, head: bytes) -> list[Square]:
+    """The squares of a part by the first line of its file.
+
+    Raises:
+        CxrdistError: another version of cxrdist wrote it, or it is damaged.
+    """
+    try:
+        return [_square(row) for row in json.loads(head)]
+    except (ValueError, LookupError, TypeError) as error:
+        raise CxrdistError(
+            f"{path}: is of another version of cxrdist, or damaged; remove {path.parent.parent} to "
+            "begin anew"
+        ) from error
 
 
 def _square(row: dict[str, Any]) -> Square:

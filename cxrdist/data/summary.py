@@ -13,11 +13,13 @@ from cxrdist.data.records import (
     count_unmatched,
     differences,
 )
+from cxrdist.data.sources import ONLY_FOR
 from cxrdist.data.views import LEFT_OUT, NAMES
 from cxrdist.errors import RunFailedError
 from cxrdist.terminal import table
 
 MOST_SOURCES = 10  # in a line
+_PATIENT_HINT = " (--patient-pattern or a csv column `patient` tells them)"
 
 
 def print_summary(config: PackConfig, source: Source, records: list[Record], index: Index) -> None:
@@ -38,7 +40,7 @@ def print_summary(config: PackConfig, source: Source, records: list[Record], ind
     if unmatched:
         print(
             f"{unmatched} of {len(records)} images have no known patient and count as a patient "
-            "each (--patient-pattern or a csv column `patient` tells them)"
+            f"each{_PATIENT_HINT if config.source in ONLY_FOR['patient_pattern'] else ''}"
         )
     if cover := index.cover:
         print(

@@ -82,17 +82,20 @@ class Table:
                 )
             yield Row(where, cells)
 
-    def find_columns(self, names: Mapping[str, Collection[str]]) -> dict[str, int]:
+    def find_columns(
+        self, names: Mapping[str, Collection[str]], needed: Collection[str] = ()
+    ) -> dict[str, int]:
         """Find columns whatever the case, blanks, ``_`` and ``-`` of their names.
 
         Args:
             names: of each thing to be found the names of its column, as `plain` gives them.
+            needed: the things that the table of a public data set must have.
 
         Returns:
             The place of each thing that has a column.
 
         Raises:
-            CxrdistError: two columns are for one thing.
+            CxrdistError: two columns are for one thing, or none for one that is needed.
         """
         places: dict[str, int] = {}
         for name, spellings in names.items():
@@ -104,6 +107,8 @@ class Table:
                 )
             if found:
                 places[name] = found[0]
+        if lacking := [name for name in needed if name not in places]:
+            raise CxrdistError(f"{self.file}: has no column {lacking[0]!r}; fetch the table again")
         return places
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cxrdist.data.findings import Finding
+from cxrdist.data.findings import MOST_PX, ROUNDING_PX, Finding
 from cxrdist.data.found import look_at
 from cxrdist.data.labels import SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import Listed
@@ -50,8 +50,6 @@ KAGGLE_LABELS = (
 SPELLINGS = {plain(name): name for name in LABELS} | {"otherdisease": "Other diseases"}
 SPLITS = {"train": DEVELOPMENT, "test": "test"}
 EDGES = ("x_min", "y_min", "x_max", "y_max")
-MOST_PX = 100_000.0  # of an edge
-ROUNDING = 1.0  # px by which a box may reach out of its image
 
 
 class _Reading(NamedTuple):
@@ -251,11 +249,7 @@ def _find_columns(
     table: Table, names: Mapping[str, set[str]], needed: Sequence[str]
 ) -> dict[str, int]:
     """The places of the image's name, the reader's if it is there, and further columns."""
-    places = table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names})
-    lacking = next((name for name in needed if name not in places), None)
-    if lacking is not None:
-        raise CxrdistError(f"{table.file}: has no column {lacking!r}; fetch the table again")
-    return places
+    return table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names}, needed)
 
 
 def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]]:
@@ -279,7 +273,7 @@ def _reaches_out(record: Record) -> bool:
     """Whether a box does not fit into the picture, as far as that can be read."""
     size = picture_size(record.file) if record.findings else None
     return size is not None and any(
-        box.x + box.width > size[0] + ROUNDING or box.y + box.height > size[1] + ROUNDING
+        box.x + box.width > size[0] + ROUNDING_PX or box.y + box.height > size[1] + ROUNDING_PX
         for box in record.findings
     )
 

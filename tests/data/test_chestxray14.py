@@ -178,6 +178,9 @@ def test_the_nihs_boxes_are_in_px_of_the_images_that_are_here(tmp_path):
     )
     assert half.findings == (("Mass", 256, 128, 128, 64, ""),)
     assert not any(record.findings for record in (cut, *others))
+    rounded = NIH_BOXES.replace("225.084745762712,", "937.3,")  # to 1024.08 px
+    assert rounded != NIH_BOXES
+    assert read(write_boxes(tmp_path, rounded)).records[0].findings[0].x == 937.3
     assert any("boxes on 4 images, 2 of which are here" in note for note in source.notes)
 
 
@@ -199,7 +202,7 @@ def test_boxes_in_px_of_the_images_here_stay_as_they_are(tmp_path):
         ("Cold,1,2,3,4", "row 2: 'Cold' is none of the 14 labels"),
         ("Mass,1,2,nan,4", "row 2: nan x 4 px at 1, 2 is no box"),
         ("Mass,1,2,much,4", "row 2: could not convert"),
-        ("Mass,1000,2,25,4", r"row 2: 25 x 4 px at 1000, 2 is not within the image of 1024 px"),
+        ("Mass,1000,2,26,4", r"row 2: 26 x 4 px at 1000, 2 is not within the image of 1024 px"),
     ],
 )
 def test_a_box_that_cannot_be_one_is_named(tmp_path, row, fault):

@@ -120,10 +120,16 @@ def test_without_the_test_set_the_radiologists_images_are_test(tmp_path):
     """Val is drawn from train.csv by patient, so that nothing is chosen on what is scored."""
     source = read(write_set(tmp_path))
     assert Counter(record.split for record in source.records) == {"train+val": 5, "test": 2}
-    assert any("valid.csv is the test split" in note for note in source.notes)
+    start = "without the table of the test set "
+    notes = [
+        f"{start}valid.csv, labelled by radiologists, is test, and val is drawn from train.csv"
+    ]
+    assert [note for note in source.notes if note.startswith(start)] == notes
     splits = assign_splits(source, "0.5/0.5/0", seed=0)
     assert set(splits) == {"train", "val", "test"}
     assert describe_split(source, None).startswith("given by the source, val drawn")
+    (tmp_path / "valid.csv").rename(tmp_path / "other.csv")
+    assert f"{start}test is empty, and val is drawn from train.csv" in read(tmp_path).notes
 
 
 @pytest.mark.parametrize("table", ["test.csv", "test_labels.csv", "groundtruth.csv"])
@@ -194,7 +200,7 @@ def test_a_malformed_table_is_named_by_row_or_column(tmp_path, file, old, new, m
 def test_what_is_no_chexpert_is_refused(tmp_path):
     """No folder, no table, two of one table or image, a test set without its images."""
     with pytest.raises(CxrdistError, match="has no table, here or in a folder below; expected one"):
-        read(tmp_path / "none")
+        read(tmp_path)
     folder = write_set(tmp_path / "both" / "CheXpert-v1.0")
     (folder / "groundtruth.csv").write_text(
         f"Study,{FINDINGS}\ntest/patient64741/study1{',1' * 14}"

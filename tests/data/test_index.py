@@ -165,6 +165,7 @@ CELLS = {
     "sha256": ("", "x", "G" * 64, "A" * 64),
     "uncertain": ("b", "c"),
     "missing": ("b",),
+    "view": ("sideways", "pa"),
     "assumed_absent": ("b",),
 }
 

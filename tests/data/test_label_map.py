@@ -103,19 +103,28 @@ def test_bad_maps_are_refused_in_one_line(tmp_path, text, message):
 
 
 def test_another_map_is_another_pack_of_the_same_squares(tmp_path, capsys):
-    """The same command knows its shards, a changed map does not; new names are counted."""
+    """The same command knows its shards, a changed map does not; new names are counted.
+
+    The counts of a recipe of the data set stay where a map is given beside it.
+    """
     for folder, counts in (("viral", 8), ("normal", 8)):
         make_images(tmp_path / "in", {folder: counts}, seed=counts + len(folder))
     file, out = write_map(tmp_path, "viral: flu"), tmp_path / "out"
     settings = {"size": 16, "workers": 1, "split": "0.5/0.25/0.25", "duplicates": "report"}
     config = PackConfig(
-        "folder", tmp_path / "in", out, label_map=file, expect={"flu": 8, "normal": 9}, **settings
+        "folder",
+        tmp_path / "in",
+        out,
+        label_map=file,
+        expect={"flu": 8, "normal": 9, "viral": 7},
+        **settings,
     )
     pack(config)
     assert read_index(out).classes == ["normal", "flu"]
     said = capsys.readouterr().out
     assert "not as expected of in: normal has 8 images, expected 9\n" in said
     assert "flu has" not in said
+    assert "viral has" not in said
     pack(config)
     assert "is packed already" in capsys.readouterr().out
     write_map(tmp_path, "viral: influenza\nnormal: flu")

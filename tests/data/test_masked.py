@@ -80,7 +80,7 @@ def test_a_table_of_run_lengths_names_its_images_by_the_end_of_their_paths(image
     assert all(record.mask.num_bytes for record in source.records if record.mask)
     assert source.notes == (
         "1 masks have a Dice RCA below 0.7 and are left out",
-        f"1 of 3 masks are of no image here, the first is {table} row 5",
+        f"1 of 3 masks are of no image here, the first is {table} row 5 (z.jpg)",
     )
 
 
@@ -106,11 +106,21 @@ def outside(images, folder):
     (folder / "a").symlink_to(folder)
 
 
+def poor(images: Path, masks: Path) -> None:
+    write(masks, [row("a/0.png", mean="0.3")])
+
+
+def strange(images: Path, masks: Path) -> None:
+    write(masks, [row("z.png")])
+
+
 REFUSED = {
     "no folder": (no_folder, "no such folder or table"),
     "none fits": (none_fits, r"none of its 1 masks .* such as a/0\.png, found such as c/0\.png"),
     "of two images": (ambiguous, r"0\.png may be of a/0\.jpg or of b/0\.jpg"),
     "two masks": (two, r"a/0\.gif and a/0\.png are both of a/0\.jpg; remove one"),
+    "a poor table": (poor, r"0 masks .* found such as nothing; 1 masks have a Dice RCA below 0\.7"),
+    "a table of others": (strange, r"found such as .*m row 2 \(z\.png\)"),
     "links in a circle": (outside, "none of its 0 masks"),
 }
 

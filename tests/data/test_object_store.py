@@ -49,14 +49,21 @@ def cxrdist(*arguments: object) -> subprocess.CompletedProcess:
 def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     """The bytes of a pack on this machine, also by tasks; check and training read them there."""
     source = make_images(tmp_path / "images", {"a": 70, "b": 70})
-    masks = make_masks(source, tmp_path / "masks")
-    for file in (*source.rglob("*.png"), *masks.rglob("*.png")):
+    masks = make_masks(source, source / "lungs")  # within the input: no class, and no images
+    for file in source.rglob("*.png"):
         (store / file.relative_to(tmp_path).as_posix()).write_bytes(file.read_bytes())
     options = ("--size", 32, "--split", "0.5/0.25/0.25", "--shard-size", 50)
     pack = ("pack", "--source", "folder", *options)
     here = (*pack, "--input", source, "--masks", masks, "--out", tmp_path / "images.out")
     assert not cxrdist(*here).returncode
-    there = ("--input", store / "images", "--masks", store / "masks", "--out", store / "shards")
+    there = (
+        "--input",
+        store / "images",
+        "--masks",
+        store / "images/lungs",
+        "--out",
+        store / "shards",
+    )
     remote = (*pack, *there)
     for task in (1, 0):
         done = cxrdist(*remote, "--num-tasks", 2, "--task", task)
@@ -64,7 +71,7 @@ def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     assert not (store / "shards").exists()
     done = cxrdist(*remote, "--merge")
     assert done.returncode == 0, done.stderr
-    assert sorted(f.name for f in store.iterdir()) == ["images", "masks", "shards"]
+    assert sorted(f.name for f in store.iterdir()) == ["images", "shards"]
     fetched = tmp_path / "fetched"
     fetched.mkdir()
     for file in (store / "shards").iterdir():

@@ -186,6 +186,24 @@ def test_equal_images_that_tie_all_patients_together_are_told_by_name(tmp_path):
     assert "those of the same image count as one" in found["not_made"]["shortcut"]
 
 
+@pytest.mark.parametrize("fault", ["state", "more", "cut"])
+def test_squares_of_another_version_are_named(tmp_path, fault):
+    """Fields that were added or dropped since, or a damaged list: one line, no shards."""
+    source = make_images(tmp_path / "images", COUNTS)
+    config = PackConfig("folder", source, tmp_path / "out", size=32, workers=1, num_tasks=1)
+    pack(replace(config, task=0))
+    part = tmp_path / ".out.partial" / "squares" / "000000.squares"
+    head, _, pngs = part.read_bytes().partition(b"\n")
+    rows = [{n: v for n, v in row.items() if n != fault} for row in json.loads(head)]
+    rows = [row | {"older": 1} if fault == "more" else row for row in rows]
+    text = json.dumps(rows).encode()[: -1 if fault == "cut" else None]
+    part.write_bytes(text + b"\n" + pngs)
+    problem = r"squares: is of another version of cxrdist, or damaged; remove .*partial to begin"
+    with pytest.raises(CxrdistError, match=problem):
+        pack(replace(config, num_tasks=None, merge=True))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("text", ["[]", "{", "3", '"pack"'])
 def test_a_damaged_work_directory_is_named(tmp_path, text):
     """What an unfinished pack left is judged like any other document."""

@@ -140,7 +140,15 @@ def test_beside_unchanged_labels_that_are_not_named_are_missing(tmp_path):
     assert (first.label, first.missing.split("|")) == ("cardiomegaly", without("cardiomegaly"))
     known = [(record.label, record.missing) for record in others]
     assert known == [("nodule|pneumonia", ""), ("", "")]
-    assert any(note.startswith("1 images have a report that says unch") for note in source.notes)
+    notes = [note for note in source.notes if "a report that says unchanged" in note]
+    assert notes == [
+        "1 images have a report that says unchanged: labels that it does not name are missing"
+    ]
+    rows["a.png"]["Projection"] = "L"  # counted, and not packed
+    source = read(write_set(tmp_path, rows))
+    assert len(source.records) == 2
+    assert f"{notes[0]} (before views are chosen)" in source.notes
+    assert "has no official splits: they are drawn here, by patient" in source.notes
 
 
 def test_classes_are_the_193_labels_of_the_paper_but_for_its_remarks(tmp_path):

@@ -94,6 +94,7 @@ def test_long_cells_are_read_and_others_keep_their_limit(tmp_path):
         ({"Left Lung": "5 -3"}, "leave the 2000 pixels"),
         ({"Left Lung": "9223372036854775807 9223372036854775807"}, "leave the 2000 pixels"),
         ({"Left Lung": "1 99999999999999999999"}, "no whole numbers"),
+        ({"Left Lung": "1 1500 900 501"}, "cover a pixel more than once"),
         ({"Left Lung": "1 x"}, "no whole numbers"),
         ({"Height": "1e9", "Width": "1e9"}, "Height or Width is '1e9'"),
         ({"Height": "10000000", "Width": "10000000"}, "expected at most 50000000 pixels"),

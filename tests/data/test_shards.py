@@ -138,6 +138,7 @@ CHANGES = {
     "no view": (about_with(view=...), "view: is missing"),
     "a box of no size": (about_with(boxes=[BOX | {"width": 0}]), r"boxes\[0\].width: is 0"),
     "a box far away": (about_with(boxes=[BOX | {"x": 1e9}]), r"boxes\[0\].x: is 1000000000"),
+    "a box that leaves the square": (about_with(boxes=[BOX | {"x": 30}]), "a box of .* leaves the"),
     "many boxes": (about_with(boxes=[BOX] * 1001), "boxes: is a list, expected 0 to 1000 values"),
     "a member more": (lambda m: [*m, ("x.txt", b"x")], "holds more than the samples"),
     "a member between": (lambda m: [*m[:2], ("x.txt", b"x"), *m[2:]], "found 'x.txt'"),
@@ -156,6 +157,15 @@ def test_members_are_those_of_the_samples(shards, change, message):
     write_members(shards, change(read_members(shards)))
     with pytest.raises(CxrdistError, match=rf"{SHARD}: .*{message}"):
         list(read_shard(read_index(shards).packed()[0]))
+
+
+def test_a_view_is_that_of_the_table(shards):
+    """Older tables have none, and nothing to be compared."""
+    shard = read_index(shards).packed()[0]
+    assert list(read_shard(shard))
+    shard.samples[0] = shard.samples[0]._replace(view="PA")
+    with pytest.raises(CxrdistError, match=rf"{SHARD}: the view of .* differs from samples"):
+        list(read_shard(shard))
 
 
 def with_mask(data: bytes):

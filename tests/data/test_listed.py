@@ -1,0 +1,35 @@
+"""The files of a public data set, matched with the rows of its tables."""
+
+from pathlib import Path
+
+import pytest
+
+from cxrdist.data.found import LeftOut
+from cxrdist.data.listed import MISSING, NOT_IN_TABLE, OUTSIDE, TWICE, Listed
+
+
+def name_of(path: str) -> str | None:
+    folder, _, name = path.rpartition("/")
+    return name if folder == "images" else None
+
+
+@pytest.mark.parametrize("folder", ["", ".", "./", "../set", "set/.."])
+def test_all_is_taken_or_left_out_with_a_reason(tmp_path, monkeypatch, folder):
+    """Whatever the folder is called; a user may stand in it."""
+    home = tmp_path / "set"
+    for file in ("images/1.png", "images/2.jpg", "images/3.png", "other/1.png", "set/readme.txt"):
+        (home / file).parent.mkdir(parents=True, exist_ok=True)
+        (home / file).touch()
+    monkeypatch.chdir(home)
+    listed = Listed(Path(folder), name_of)
+    taken = [listed.take(name) is not None for name in ("1", "3", "3", "4", "4")]
+    assert taken == [True, True, False, False, False]
+    assert listed.left_out() == (
+        LeftOut("3", TWICE),
+        LeftOut("4", TWICE),
+        LeftOut("4", MISSING),
+        LeftOut("images/2.jpg", NOT_IN_TABLE),
+        LeftOut("other/1.png", OUTSIDE),
+        LeftOut("set/readme.txt", "not an image"),
+    )
+    assert listed.num_found == sum(taken) + len(listed.left_out())
