@@ -304,6 +304,21 @@ def test_images_of_which_nothing_is_known_are_explained_last(whole):
     assert choose_samples(index, "test", None).tolist() == test
 
 
+def test_the_probe_for_words_scores_the_known_cells(whole, evaluated, capsys):
+    """As `evaluate` does; a label that no image has keeps its row of the table."""
+    index = read_index(whole / "shards")
+    boxes = [f"{index.samples[n].path},2,2,9,6,AP,1" for n in index.numbers("test")]
+    (whole / "boxes.csv").write_text("\n".join(["path,x,y,width,height,text,score", *boxes]))
+    where = ("--shards", whole / "shards", "--run", evaluated, "--cache", whole / "cache")
+    command = ("probe-text", *where, "--boxes", whole / "boxes.csv")
+    assert main([*map(str, command)]) == 0
+    metrics = json.loads((evaluated / "test" / "metrics.json").read_text())
+    text = json.loads((evaluated / "test" / "text.json").read_text())
+    assert text["covering"]["as_it_is"]["classes"] == metrics["classes"]
+    (row,) = re.findall(rf"^{NEVER_KNOWN} +((?:- +){{3,}}.*)$", capsys.readouterr().out, re.M)
+    assert row.split() == ["-"] * len(LABELS) + ["0"]
+
+
 def test_what_is_not_known_is_counted_and_kept(whole, evaluated):
     """In samples.csv, predictions.csv, run.json and the page, by split and label."""
     table = {row["Path"]: row for row in read_csv(whole / "train.csv")}
