@@ -275,6 +275,7 @@ def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated
     assert f"{NEVER_KNOWN}: no AUROC, {nothing}" in said
     assert f"<li>{NEVER_KNOWN}: {nothing}.</li>" in page
     assert f"No curve: {nothing}." in page
+    assert re.search(rf">{NEVER_KNOWN}</th><td>0</td><td>\u2014</td><td>\u2014</td>", page)
     assert not re.search(rf">[^<]* of [^<]*{NEVER_KNOWN}[^<]*: it needs", page)
     assert re.search(rf">{NEVER_KNOWN}</th><td>0</td><td>0</td>(<td>\u2014</td>){{5}}", page)
 
