@@ -470,8 +470,9 @@ def summary(found: Mapping[str, Any]) -> str:
         [
             row["class"],
             *(
-                f"{b:.4f} -> {a:.4f}"
-                for b, a in zip(row["before"] or (), row["after"] or (), strict=True)
+                [f"{b:.4f} -> {a:.4f}" for b, a in zip(row["before"], row["after"], strict=True)]
+                if row["images"]
+                else ["-"] * len(found["classes"])
             ),
             str(row["predicted_otherwise"]),
         ]

@@ -32,6 +32,7 @@ from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.plan import plan_epoch
 from cxrdist.distributed import start
+from cxrdist.explain.targets import choose_samples
 from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.run import RunDirectory, read_log
 from cxrdist.train import stage as stage_module
@@ -273,7 +274,50 @@ def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated
     page = re.sub(r">\s+<", "><", (evaluated / "report.html").read_text())
     assert f"{NEVER_KNOWN}: no AUROC, {nothing}" in said
     assert f"<li>{NEVER_KNOWN}: {nothing}.</li>" in page
+    assert f"No curve: {nothing}." in page
+    assert re.search(rf">{NEVER_KNOWN}</th><td>0</td><td>\u2014</td><td>\u2014</td>", page)
+    assert not re.search(rf">[^<]* of [^<]*{NEVER_KNOWN}[^<]*: it needs", page)
     assert re.search(rf">{NEVER_KNOWN}</th><td>0</td><td>0</td>(<td>\u2014</td>){{5}}", page)
+
+
+def test_the_headline_says_how_many_labels_are_known(whole, evaluated):
+    """Of all cells of the split; in the terminal and on the page."""
+    index = read_index(whole / "shards")
+    truth = truth_of(whole, index, {})[index.numbers("test")]
+    known = (~np.isnan(truth)).mean()
+    said = (whole / "said").read_text()
+    assert said.endswith(f" labels ({len(truth)} images, {known:.0%} of their labels are known)\n")
+    assert main(["report", "--run", str(evaluated)]) == 0
+    page = " ".join((evaluated / "report.html").read_text().split())
+    images = f"{len(truth)} images, which may have several labels or none; "
+    assert f"{images}{100 * known:.1f} % of their labels are known." in page
+
+
+def test_images_of_which_nothing_is_known_are_explained_last(whole):
+    """With a limit; without one all are, and the page does not call them free of labels."""
+    index = read_index(whole / "shards")
+    nothing = np.isnan(truth_of(whole, index, {})).all(axis=1)
+    test = index.numbers("test")
+    num_known = int((~nothing[test]).sum())
+    assert 0 < num_known < len(test)
+    assert not nothing[choose_samples(index, "test", num_known)].any()
+    assert nothing[choose_samples(index, "test", num_known + 2)].sum() == 2
+    assert choose_samples(index, "test", None).tolist() == test
+
+
+def test_the_probe_for_words_scores_the_known_cells(whole, evaluated, capsys):
+    """As `evaluate` does; a label that no image has keeps its row of the table."""
+    index = read_index(whole / "shards")
+    boxes = [f"{index.samples[n].path},2,2,9,6,AP,1" for n in index.numbers("test")]
+    (whole / "boxes.csv").write_text("\n".join(["path,x,y,width,height,text,score", *boxes]))
+    where = ("--shards", whole / "shards", "--run", evaluated, "--cache", whole / "cache")
+    command = ("probe-text", *where, "--boxes", whole / "boxes.csv")
+    assert main([*map(str, command)]) == 0
+    metrics = json.loads((evaluated / "test" / "metrics.json").read_text())
+    text = json.loads((evaluated / "test" / "text.json").read_text())
+    assert text["covering"]["as_it_is"]["classes"] == metrics["classes"]
+    (row,) = re.findall(rf"^{NEVER_KNOWN} +((?:- +){{3,}}.*)$", capsys.readouterr().out, re.M)
+    assert row.split() == ["-"] * len(LABELS) + ["0"]
 
 
 def test_what_is_not_known_is_counted_and_kept(whole, evaluated):

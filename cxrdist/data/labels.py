@@ -78,9 +78,9 @@ def read_uncertain(text: str) -> tuple[str, dict[str, str]]:
     """
     found: dict[str, str] = {}
     # Names may hold commas; an item ends with one of the three words.
-    for item in re.split("(?:(?<=ignore)|(?<=positive)|(?<=negative)),", text):
-        name, _, counts_as = (part.strip() for part in item.rpartition("="))
-        if counts_as not in COUNTS_AS or name in found:
+    for item in re.split(r"(?:(?<=ignore)|(?<=positive)|(?<=negative))\s*,", text):
+        name, equals, counts_as = (part.strip() for part in item.rpartition("="))
+        if counts_as not in COUNTS_AS or name in found or (equals and not name):
             raise CxrdistError(
                 f"uncertain: is {text!r:.200}, expected ignore, positive or negative, once, and "
                 "for labels of their own NAME=positive and the like, with commas between them"

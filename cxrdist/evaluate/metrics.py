@@ -256,10 +256,10 @@ def headline(metrics: dict[str, Any]) -> str:
         return f"accuracy {metrics['accuracy']:.3f} ({right})"
     value, labels = metrics["macro"]["auroc"], metrics["macro_labels"]["auroc"]
     shown = "-" if value is None else f"{value:.3f}"
-    return (
-        f"mean AUROC {shown} over {labels} of {len(metrics['classes'])} labels "
-        f"({metrics['samples']} images)"
-    )
+    classes, samples = metrics["classes"], metrics["samples"]
+    known = sum(scores["known"] for scores in classes.values()) / (samples * len(classes))
+    unknown = f", {known:.0%} of their labels are known" if known < 1 else ""
+    return f"mean AUROC {shown} over {labels} of {len(classes)} labels ({samples} images{unknown})"
 
 
 def _cells(scores: dict[str, float | None], names: Sequence[str] = SCORES) -> list[str]:

@@ -88,11 +88,15 @@ def choose_classes(classes: str, model: Classifier) -> list[str]:
 def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.int64]:
     """Sample numbers to explain; with a limit the classes take turns, and images without label.
 
+    Images of which no label is known come last: nothing can be compared with their maps.
+
     Returns:
         int64 [n], ascending.
     """
-    numbers = index.numbers(split)
-    positive = index.targets() == POSITIVE
-    by_class = [[n for n in numbers if has[n]] for has in (*positive.T, ~positive.any(axis=1))]
+    numbers, targets = index.numbers(split), index.targets()
+    positive, known = targets == POSITIVE, (targets >= 0).any(axis=1)
+    groups = (*positive.T, known & ~positive.any(axis=1))
+    by_class = [[n for n in numbers if has[n]] for has in groups]
     in_turn = dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)
+    in_turn |= dict.fromkeys(numbers)
     return np.array(sorted(list(in_turn)[:limit]), dtype=np.int64)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from cxrdist.errors import CxrdistError
 from cxrdist.report import pictures
 from cxrdist.report.files import Sample
-from cxrdist.report.values import MEASURES, count, number, percent
+from cxrdist.report.values import MEASURES, count, number, percent, share
 from cxrdist.run import RunDirectory
 
 NEEDS = {
@@ -25,13 +25,14 @@ _DIGITS = 1e-6  # of a score in metrics.json
 
 def score_view(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Gather what the page says of the scores: names, tiles, rows of the table, reasons."""
-    measures = MEASURES[metrics["task"]]
+    known = {name: known_images(metrics, name) for name in metrics["classes"]}
     return {
-        "measures": measures,
+        "measures": MEASURES[metrics["task"]],
         "tiles": _tiles(metrics),
         "undefined": _undefined(metrics),
         "num_correct": num_correct(metrics),
-        "known": {name: known_images(metrics, name) for name in metrics["classes"]},
+        "known": known,
+        "known_share": share(sum(known.values()), metrics["samples"] * len(known)),
     }
 
 
@@ -83,7 +84,11 @@ def _undefined(metrics: Mapping[str, Any]) -> list[str]:
         reasons.append("Accuracy: there are no images.")
     measures = MEASURES[metrics["task"]]
     for measure, label in measures.items():
-        without = [name for name, v in metrics["classes"].items() if v[measure] is None]
+        without = [
+            name
+            for name, values in metrics["classes"].items()
+            if values[measure] is None and not _has_reason(values, measure)
+        ]
         if without:
             reasons.append(f"{label} of {', '.join(without)}: {NEEDS[measure]}.")
     several = metrics["task"] == "multilabel"
@@ -98,6 +103,12 @@ def _undefined(metrics: Mapping[str, Any]) -> list[str]:
         if metrics["macro"][measure] is None
     ]
     return reasons
+
+
+def _has_reason(values: Mapping[str, Any], measure: str) -> bool:
+    """Whether the reason of a label says why it lacks a score."""
+    ranking = measure in ("auroc", "average_precision")
+    return bool(values.get("reason")) and (ranking or not values["known"])
 
 
 def check_same_evaluation(

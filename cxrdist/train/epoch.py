@@ -19,7 +19,7 @@ class Epoch:
         plan: of the epoch.
         step: steps done.
         settled: steps whose losses are brought together.
-        losses: float64 [steps], mean loss of each settled step over its images.
+        losses: float64 [steps], mean loss of each settled step over its known labels.
         logged_step: steps that have a row in the log.
         skipped: the last settled steps that the scaler has skipped, in a row; counts over epochs.
     """

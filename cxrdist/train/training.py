@@ -44,6 +44,7 @@ NOT_SCIENCE = (
     "save_steps",
     "track",
 )  # paths and outputs stay out of the recipe
+ADDED = {"uncertain": "ignore"}  # fields that older recipes lack, and what their runs did
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,24 @@ class Training:
 
 def recipe_yaml(config: TrainConfig) -> str:
     """The resolved recipe, without paths and outputs; can be passed back with --config."""
-    fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
-    fields["network"]["block_config"] = list(config.network.block_config)
-    return yaml.safe_dump(fields, sort_keys=False)
+    return yaml.safe_dump(_fields(config), sort_keys=False)
 
 
 def fixed_recipe(config: TrainConfig) -> str:
-    """The recipe without what may change when a run goes on: images in memory at a time."""
-    return recipe_yaml(replace(config, max_images_per_rank=None))
+    """The recipe without what may change when a run goes on: images in memory at a time.
+
+    A field that older versions lack is left out where it says what they did: a checkpoint of theirs
+    is of the same recipe.
+    """
+    fields = _fields(replace(config, max_images_per_rank=None))
+    kept = {k: v for k, v in fields.items() if k not in ADDED or v != ADDED[k]}
+    return yaml.safe_dump(kept, sort_keys=False)
+
+
+def _fields(config: TrainConfig) -> dict[str, Any]:
+    fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
+    fields["network"]["block_config"] = list(config.network.block_config)
+    return fields
 
 
 def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
@@ -111,7 +122,7 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
     if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
         return  # without a checkpoint there is nothing to mix up: a mended recipe may start
     _, old = read_recipe(run.recipe, "give a new directory")
-    difference = _difference(old, yaml.safe_load(fixed_recipe(config)))
+    difference = _difference(old, _fields(config))
     if difference:
         raise CxrdistError(
             f"--run {run.root}: holds a run of another recipe ({difference}); "
@@ -127,8 +138,9 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first field in which two recipes differ; the order of the stages counts."""
     for name in new:
-        if name != "max_images_per_rank" and old.get(name) != new[name]:
-            return f"{name} was {old.get(name)!s:.200}, is {new[name]!s:.200}"
+        before = old.get(name, ADDED.get(name))
+        if name != "max_images_per_rank" and before != new[name]:
+            return f"{name} was {before!s:.200}, is {new[name]!s:.200}"
     same_order = list(old["stages"]) == list(new["stages"])
     return None if same_order else "its stages were in another order"
 

@@ -33,6 +33,7 @@ def test_another_cell_is_refused_with_its_row(text):
     [
         ("ignore", ("ignore", {})),
         ("positive,Edema=negative", ("positive", {"Edema": "negative"})),
+        ("positive , Edema = negative", ("positive", {"Edema": "negative"})),
         ("Edema=negative, a=ignore", ("ignore", {"Edema": "negative", "a": "ignore"})),
         ("negative,a, b=c=positive", ("negative", {"a, b=c": "positive"})),
     ],
@@ -43,7 +44,17 @@ def test_ways_are_read_for_all_labels_and_for_single_ones(text, expected):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "both", "positive,", "positive,negative", "a=positive,a=ignore", "=", "U-Ones"]
+    "text",
+    [
+        "",
+        "both",
+        "positive,",
+        "positive,negative",
+        "a=positive,a=ignore",
+        "=",
+        "=positive",
+        "U-Ones",
+    ],
 )
 def test_ways_that_are_none_are_refused(text):
     """Also an empty one, and two for one label."""

@@ -314,6 +314,23 @@ def stopped(command, tmp_path_factory) -> Path:
     return run
 
 
+def recipe_of(run: Path) -> str:
+    """The recipe as its checkpoints know it, which is how versions without `uncertain` wrote it."""
+    return (run / "recipe.yaml").read_text().replace("uncertain: ignore\n", "")
+
+
+def test_a_run_of_a_version_that_knew_no_uncertain_labels_is_resumed(command, stopped, tmp_path):
+    """Only with the default, which is what that version did."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    (run / "recipe.yaml").write_text(recipe_of(run))
+    refused = run_command(*command, "--run", run, "--uncertain", "positive")
+    assert "uncertain was ignore, is positive" in refused.stderr
+    before = said(run)
+    assert run_command(*command, "--run", run).returncode == 0
+    assert said(run)[: len(before)] == before
+    assert (run / "model" / "model.json").is_file()
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -325,7 +342,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(stopped, tmp_path, damage):
     """The one before it is taken; nothing in the damaged one is run."""
     checkpoints = Path(shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints"))
     states = sorted(checkpoints.glob("[!.]*/state.safetensors"))
-    recipe, warnings = (stopped / "recipe.yaml").read_text(), []
+    recipe, warnings = recipe_of(stopped), []
     before = load_latest(checkpoints, recipe, warnings.append)
     assert not warnings
     damage(states[-1])
@@ -347,7 +364,7 @@ def test_a_checkpoint_of_another_kind_is_refused(stopped, tmp_path, field, value
     """A newer format or another recipe is no damage: going on from an older one would be wrong."""
     checkpoints = Path(shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints"))
     latest = max(checkpoints.glob("[!.]*/position.json"))
-    recipe = (stopped / "recipe.yaml").read_text()
+    recipe = recipe_of(stopped)
     if field == "format":
         about = json.loads(latest.read_text()) | {"format": value}
         del about["sha256"]  # of all else, with sorted keys, whatever the format
