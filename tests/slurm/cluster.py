@@ -174,7 +174,7 @@ class Cluster:
         """The states of n1 and n2, such as idle, alloc, mix, down."""
         return self.run("sinfo", "--noheader", "--Node", "--format=%T").split()
 
-    def wait(self, ready: Callable[[], object], what: str, seconds: float = 60) -> None:
+    def wait(self, ready: Callable[[], object], what: str, seconds: float = 300) -> None:
         """Look until something is so.
 
         Raises:
