@@ -13,12 +13,11 @@ REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CXRDIST_TEST_GPUS", "")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Let a process take whole files, whose fixtures are made once, and one all tests of Slurm."""
-    for item in items:
-        file = item.path.relative_to(Path(__file__).parent)
-        group = "slurm" if file.parts[0] == "slurm" else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
+    file = item.path.relative_to(Path(__file__).parent)
+    group = "slurm" if file.parts[0] == "slurm" else str(file)
+    item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
