@@ -13,13 +13,6 @@ REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CXRDIST_TEST_GPUS", "")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Let a process take whole files, whose fixtures are made once, and one all tests of Slurm."""
-    file = item.path.relative_to(Path(__file__).parent)
-    group = "slurm" if file.parts[0] == "slurm" else str(file)
-    item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real chest X-rays; they are not part of the project."""

@@ -44,6 +44,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=2
+FirstJobId={first_job}
 KillWait=30
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=8000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=8000
@@ -107,6 +108,8 @@ class Cluster:
             user=getpass.getuser(),
             state=self.state,
             ports=_free_ports(3),
+            # Ranks meet at a port that is chosen by the job's number: two clusters have others.
+            first_job=1 + os.getpid() % 700 * 20,
         )
         (self.state / "slurm.conf").write_text(text)
 
