@@ -29,7 +29,7 @@ from cxrdist.data.index import (
     read_index,
     shard_name,
 )
-from cxrdist.data.labels import SEPARATOR, agree, labels_of
+from cxrdist.data.labels import agree, joined, labels_of
 from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.records import SPLITS, Record, Source
 from cxrdist.data.shards import Packed, SampleFile, describe_shard, sample_key, write_shard
@@ -195,7 +195,9 @@ def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list
         places.sort(key=lambda place: rank.get(str(items[place].record.split), 2))
         first = items[places[0]].record
         records = [items[place].record for place in places]
-        alike = agree((record.label, _unknown(record)) for record in records)
+        alike = agree(
+            (record.label, joined(record.uncertain, record.missing)) for record in records
+        )
         reason = "is the same image" if alike else "is the same image with another label"
         for place in places[1:] if alike else places if len(places) > 1 else ():
             dropped[place] = first.path, reason
@@ -203,11 +205,6 @@ def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list
     write_table(listed, ("path", "as", "reason"), rows)
     kept = [item for place, item in enumerate(items) if place not in dropped]
     return kept, Duplicates([], [])
-
-
-def _unknown(record: Record) -> str:
-    """Labels that are uncertain or missing, with ``|`` between them."""
-    return SEPARATOR.join(filter(None, (record.uncertain, record.missing)))
 
 
 def _plan_shards(config: PackConfig, items: list[Item], splits: list[str]) -> list[Shard]:
@@ -343,7 +340,7 @@ def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
             width_px=item.square.width_px,
             height_px=item.square.height_px,
             fingerprint=_fingerprint(item),
-            unknown=_unknown(item.record),
+            unknown=joined(item.record.uncertain, item.record.missing),
             mask_share=item.square.mask_share if item.square.mask_sha256 else None,
         )
         for item, split in zip(items, splits, strict=True)

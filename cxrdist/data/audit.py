@@ -15,7 +15,7 @@ from PIL import Image
 
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
-from cxrdist.data.labels import agree, labels_of
+from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, label_matrix, labels_of
 from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
@@ -167,12 +167,11 @@ def shared_patients(
 
 def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> Targets:
     """Which labels the images have: int8 [N, classes], 1, 0, or -1 for an unknown one."""
-    place = {name: i for i, name in enumerate(classes)}
-    targets = np.zeros((len(entries), len(classes)), np.int8)
-    for row, entry in zip(targets, entries, strict=True):
-        row[[place[name] for name in labels_of(entry.label)]] = 1
-        row[[place[name] for name in labels_of(entry.unknown)]] = -1
-    return targets
+    columns = {
+        POSITIVE: [entry.label for entry in entries],
+        UNCERTAIN: [entry.unknown for entry in entries],
+    }
+    return label_matrix(columns, classes)
 
 
 Pair = tuple[tuple[int, int], dict[str, Any]]

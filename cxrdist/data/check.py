@@ -16,7 +16,7 @@ from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
-from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.labels import joined
 from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.shards import OpenShard, SampleFile, open_shard
 from cxrdist.errors import CxrdistError
@@ -143,7 +143,7 @@ def entry_of(
         width_px=about["width_px"],
         height_px=about["height_px"],
         fingerprint=fingerprint(pixels),
-        unknown=SEPARATOR.join(filter(None, (sample.uncertain, sample.missing))),
+        unknown=joined(sample.uncertain, sample.missing),
         mask_share=mask_share,
     )
 

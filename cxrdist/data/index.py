@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from cxrdist.data.collector import collector_paused
 from cxrdist.data.depth import DEPTHS
-from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, labels_of
+from cxrdist.data.labels import (
+    MISSING,
+    NOT_STATED,
+    POSITIVE,
+    UNCERTAIN,
+    label_matrix,
+    labels_of,
+)
 from cxrdist.data.masks import MasksEntry
 from cxrdist.data.records import SPLITS
 from cxrdist.data.views import UNKNOWN, VIEWS
@@ -40,8 +47,6 @@ SAMPLE_COLUMNS = (
     *("view", "uncertain", "missing", "assumed_absent", "mask_sha256"),
 )
 NUM_COLUMNS = (8, 10, len(SAMPLE_COLUMNS))  # of the versions so far
-# Columns of labels that a source does not state.
-NOT_STATED = ("uncertain", "missing", "assumed_absent")
 
 
 Task = Literal["multiclass", "multilabel"]
@@ -206,14 +211,12 @@ class Index:
 
         What is below 0 is not known, which only images of several labels have.
         """
-        place = {name: i for i, name in enumerate(self.classes)}
-        targets = np.full((len(self.samples), len(self.classes)), NEGATIVE, np.int8)
-        for what, code in (("label", POSITIVE), ("uncertain", UNCERTAIN), ("missing", MISSING)):
-            texts = [getattr(sample, what) for sample in self.samples]
-            columns = {text: [place[label] for label in labels_of(text)] for text in {*texts}}
-            rows = np.repeat(np.arange(len(texts)), [len(columns[text]) for text in texts])
-            targets[rows, [column for text in texts for column in columns[text]]] = code
-        return targets
+        columns = {
+            POSITIVE: [sample.label for sample in self.samples],
+            UNCERTAIN: [sample.uncertain for sample in self.samples],
+            MISSING: [sample.missing for sample in self.samples],
+        }
+        return label_matrix(columns, self.classes)
 
     def counts(self) -> dict[str, dict[str, LabelAmount]]:
         """Images and patients by split and class; an image of two labels counts for both."""

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from cxrdist.data.found import LeftOut
-from cxrdist.data.labels import SEPARATOR, labels_of
+from cxrdist.data.labels import NOT_STATED, SEPARATOR, labels_of
 from cxrdist.data.records import Record, Source
 from cxrdist.errors import CxrdistError
 from cxrdist.run import judging, read_recipe
 
 Cells = tuple[str, str, str, str]
-NAMES = ("label", "uncertain", "missing", "assumed_absent")  # of the cells of a `Record`
+NAMES = ("label", *NOT_STATED)  # of the cells of a `Record`
 LabelMap = dict[str, str | None]
 MEND = "expected THEIRS: OURS on each line, or THEIRS: null to leave a label out"
 

@@ -6,6 +6,7 @@ missing (an empty cell): not looked for, or not mentioned.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,12 @@ from cxrdist.errors import CxrdistError
 SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
 # Of a cell of a matrix of labels; what is below 0 is not known.
 POSITIVE, NEGATIVE, UNCERTAIN, MISSING = 1, 0, -1, -2
+# Fields of a record and of a sample: labels that its source does not state.
+NOT_STATED: tuple[Literal["uncertain", "missing", "assumed_absent"], ...] = (
+    "uncertain",
+    "missing",
+    "assumed_absent",
+)
 CELLS = {
     **dict.fromkeys(("1", "1.0"), POSITIVE),
     **dict.fromkeys(("0", "0.0"), NEGATIVE),
@@ -28,6 +35,30 @@ COUNTS_AS = {"ignore": UNCERTAIN, "positive": POSITIVE, "negative": NEGATIVE}
 def labels_of(label: str) -> list[str]:
     """The labels that a text of labels with ``|`` between them holds."""
     return label.split(SEPARATOR) if label else []
+
+
+def joined(*labels: str) -> str:
+    """The labels of several such texts as one text."""
+    return SEPARATOR.join(filter(None, labels))
+
+
+def label_matrix(columns: Mapping[int, Sequence[str]], classes: Sequence[str]) -> NDArray[np.int8]:
+    """Make a matrix of what is known of the labels of some images.
+
+    Args:
+        columns: by the code of a cell the labels that have it, a text for each image.
+        classes: names of the columns.
+
+    Returns:
+        int8 [images, classes]; `NEGATIVE` where an image has a label in no text.
+    """
+    place = {name: i for i, name in enumerate(classes)}
+    matrix = np.full((len(columns[POSITIVE]), len(place)), NEGATIVE, np.int8)
+    for code, texts in columns.items():
+        places = {text: [place[label] for label in labels_of(text)] for text in {*texts}}
+        rows = np.repeat(np.arange(len(texts)), [len(places[text]) for text in texts])
+        matrix[rows, [column for text in texts for column in places[text]]] = code
+    return matrix
 
 
 def agree(images: Iterable[tuple[str, str]]) -> bool:

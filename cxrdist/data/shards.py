@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, Finding
-from cxrdist.data.index import MEND, NOT_STATED, PackedShard, ShardEntry
+from cxrdist.data.index import MEND, PackedShard, ShardEntry
+from cxrdist.data.labels import NOT_STATED
 from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.documents import Between, Real, Text, parse_json, typed
 from cxrdist.errors import CxrdistError

@@ -18,7 +18,7 @@ from cxrdist.data.found import IMAGE_SUFFIXES, LeftOut
 from cxrdist.data.image_table import read_image_table
 from cxrdist.data.images import DICOM_SUFFIXES
 from cxrdist.data.label_map import LabelMap, map_labels, read_label_map
-from cxrdist.data.labels import SEPARATOR
+from cxrdist.data.labels import SEPARATOR, joined
 from cxrdist.data.masked import folder_of_masks, with_masks
 from cxrdist.data.mimic_cxr import read_mimic_cxr
 from cxrdist.data.padchest import read_padchest
@@ -199,7 +199,7 @@ def assume_absent(source: Source) -> Source:
         replace(
             record,
             missing="",
-            assumed_absent=SEPARATOR.join(filter(None, (record.assumed_absent, record.missing))),
+            assumed_absent=joined(record.assumed_absent, record.missing),
         )
         if record.missing
         else record
