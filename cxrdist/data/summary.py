@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from cxrdist.config import PackConfig
 from cxrdist.data.index import Index
-from cxrdist.data.labels import labels_of
+from cxrdist.data.labels import NOT_STATED
 from cxrdist.data.records import (
     SPLITS,
     Record,
@@ -16,8 +16,10 @@ from cxrdist.data.records import (
 from cxrdist.data.sources import ONLY_FOR
 from cxrdist.data.views import LEFT_OUT, NAMES
 from cxrdist.errors import RunFailedError
+from cxrdist.info import LabelAmount
 from cxrdist.terminal import table
 
+Counts = dict[str, dict[str, LabelAmount]]  # by split and class
 MOST_SOURCES = 10  # in a line
 _PATIENT_HINT = " (--patient-pattern or a csv column `patient` tells them)"
 
@@ -31,9 +33,10 @@ def print_summary(config: PackConfig, source: Source, records: list[Record], ind
         records: those that are packed.
         index: of the shards.
     """
-    print(table(class_by_split(index), ("class", *SPLITS, "all", "patients")))
+    counts = index.counts()
+    print(table(_class_by_split(index, counts), ("class", *SPLITS, "all", "patients")))
     print(f"images of {len({record.patient for record in records})} patients, none in two splits")
-    _print_labels(index)
+    _print_labels(index, counts)
     for line in _tell_origins(index):
         print(line)
     unmatched = count_unmatched(records)
@@ -53,20 +56,18 @@ def print_summary(config: PackConfig, source: Source, records: list[Record], ind
         print(f"not as expected of {source.name}: {line}")
 
 
-def _print_labels(index: Index) -> None:
+def _print_labels(index: Index, counts: Counts) -> None:
     """Print how often each label is not stated, where some are not."""
-    columns = {
-        name: Counter(label for s in index.samples for label in labels_of(getattr(s, name)))
-        for name in ("label", "uncertain", "missing", "assumed_absent")
-    }
-    if not any(columns[name] for name in ("uncertain", "missing", "assumed_absent")):
-        return
-    rows = []
+    rows, num_not_stated = [], 0
     for label in index.classes:
-        numbers = [counts[label] for counts in columns.values()]
-        absent = len(index.samples) - sum(numbers)
-        rows.append([label, *map(str, (numbers[0], absent, *numbers[1:]))])
-    print(table(rows, ("label", "present", "absent", "uncertain", "missing", "assumed absent")))
+        amounts = [counts[split][label] for split in SPLITS]
+        present = sum(amount["images"] for amount in amounts)
+        others = [sum(amount.get(what, 0) for amount in amounts) for what in NOT_STATED]
+        absent = len(index.samples) - present - sum(others)
+        rows.append([label, *map(str, (present, absent, *others))])
+        num_not_stated += sum(others)
+    if num_not_stated:
+        print(table(rows, ("label", "present", "absent", "uncertain", "missing", "assumed absent")))
 
 
 def _tell_origins(index: Index) -> Iterator[str]:
@@ -111,9 +112,8 @@ def count_fates(
     return [("found", str(source.num_found)), ("packed", str(num_packed)), *left_out]
 
 
-def class_by_split(index: Index) -> list[list[str]]:
+def _class_by_split(index: Index, counts: Counts) -> list[list[str]]:
     """Rows of the class x split table: images, with the patients of the class at the end."""
-    counts = index.counts()
     rows = []
     for name in index.classes:
         images = [counts[split][name]["images"] for split in SPLITS]
