@@ -180,8 +180,9 @@ def build_training(
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
     """
-    targets = together(accelerator, lambda: _read_targets(index, config))
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
+    stated = index.targets()
+    targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
     copies = copies_of(targets, index.classes, config.copies)
     with accelerator.local_main_process_first():  # one download a node
         read = _attempt(config.init)
@@ -200,7 +201,7 @@ def build_training(
             write_text(run.audit, audit)
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
-        print(_describe_unknown(index, targets), end="")
+        print(_describe_unknown(stated[train], targets[train]), end="")
     model.to(accelerator.device)
     model.to(memory_format=memory_format(accelerator.device))
     # One fixed draw of the expanded validation split, so that epochs can be compared.
@@ -219,10 +220,23 @@ def build_training(
     )
 
 
-def _read_targets(index: Index, config: TrainConfig) -> NDArray[np.int8]:
-    """Read the labels; uncertain ones of the training split count as the recipe says.
+def _settle_targets(
+    stated: NDArray[np.int8],
+    train: NDArray[np.int64],
+    val: NDArray[np.int64],
+    index: Index,
+    config: TrainConfig,
+) -> NDArray[np.int8]:
+    """Let uncertain labels of the training split count as the recipe says.
 
     Those of the other splits stay uncertain: no score counts them.
+
+    Args:
+        stated: int8 [samples, classes], as `Index.targets` gives them.
+        train: int64 [T], sample numbers.
+        val: int64 [V], sample numbers.
+        index: of the shards.
+        config: the recipe.
 
     Returns:
         int8 [samples, classes], as `Material` has them.
@@ -230,9 +244,8 @@ def _read_targets(index: Index, config: TrainConfig) -> NDArray[np.int8]:
     Raises:
         CxrdistError: the recipe names no class, or a split has no known label.
     """
-    targets = index.targets()
-    train, val = (index.numbers(split) for split in ("train", "val"))
-    targets[train] = settle_uncertain(targets[train], index.classes, config.uncertain)
+    targets = stated.copy()
+    targets[train] = settle_uncertain(stated[train], index.classes, config.uncertain)
     for split, numbers in (("train", train), ("val", val)):
         if not (targets[numbers] >= 0).any():
             raise CxrdistError(
@@ -242,10 +255,13 @@ def _read_targets(index: Index, config: TrainConfig) -> NDArray[np.int8]:
     return targets
 
 
-def _describe_unknown(index: Index, targets: NDArray[np.int8]) -> str:
-    """A line on the training labels that the source does not state, for the terminal, or none."""
-    train = index.numbers("train")
-    stated, learnt = index.targets()[train], targets[train]
+def _describe_unknown(stated: NDArray[np.int8], learnt: NDArray[np.int8]) -> str:
+    """A line on the training labels that the source does not state, for the terminal, or none.
+
+    Args:
+        stated: int8 [T, classes], as the source states them.
+        learnt: int8 [T, classes], as they count.
+    """
     uncertain, num_missing = stated == UNCERTAIN, int((stated == MISSING).sum())
     if not num_missing and not uncertain.any():
         return ""
