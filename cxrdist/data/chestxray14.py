@@ -80,9 +80,7 @@ def read_chestxray14(
         list(LABELS) if against_rest is None else [against_rest, REST],
         NAME,
         (*table.notes, *listed.notes(table.file), *_notes(records, splits), *boxes.notes(records)),
-        listed.left_out(),
-        listed.num_found,
-        listed.dicom,
+        *listed.account(),
     )
 
 

@@ -105,9 +105,7 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
         list(LABELS),
         NAME,
         tuple(notes),
-        listed.left_out(),
-        listed.num_found,
-        listed.dicom,
+        *listed.account(),
     )
 
 
@@ -115,7 +113,7 @@ def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """The table of each part, and the names of those that are here and not read.
 
     Raises:
-        CxrdistError: there is none, or one of them twice.
+        CxrdistError: there is no table, or one stands in two folders.
     """
     below = sorted(child for child in folder.iterdir() if child.is_dir())
     tables, not_read = {}, []

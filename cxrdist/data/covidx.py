@@ -112,9 +112,7 @@ def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
         list(classes),
         NAME,
         notes,
-        listed.left_out(),
-        listed.num_found,
-        listed.dicom,
+        *listed.account(),
     )
 
 

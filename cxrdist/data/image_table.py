@@ -206,8 +206,8 @@ def _is_file(file: Path) -> bool:
 def _find_labels(table: Table, places: dict[str, int], rows: Sequence[Row]) -> dict[str, int]:
     """Find the columns of labels of a table that has one for each: all cells are of `CELLS`.
 
-    A column without a name is none, nor is one where other cells are the most: it tells something
-    else. One where they are few is refused, since a label may be meant.
+    Left aside are columns without a name, and those in which most cells are something else. A
+    column in which a few are is refused: a label may be meant.
 
     Raises:
         CxrdistError: there is no such column, or it cannot be told which ones are.

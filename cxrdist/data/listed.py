@@ -88,6 +88,10 @@ class Listed:
         strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
         return tuple(sorted((*self._left_out, *strays)))
 
+    def account(self) -> tuple[tuple[LeftOut, ...], int, bool]:
+        """What `Source` says of the files: left_out, num_found, dicom."""
+        return self.left_out(), self.num_found, self.dicom
+
     def notes(self, *tables: Path) -> list[str]:
         """What a user should know of it, a line each."""
         names = " and ".join(table.name for table in tables)

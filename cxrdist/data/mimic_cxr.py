@@ -123,9 +123,7 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
         list(LABELS),
         NAME,
         (*_notes(folder, tables, records, unknown), *listed.notes(tables[METADATA].file)),
-        listed.left_out(),
-        listed.num_found,
-        listed.dicom,
+        *listed.account(),
     )
 
 

@@ -138,8 +138,7 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
     listed = Listed(folder, _name_of, besides)
     records, methods = _read_records(table, listed, classes)
     notes = (*table.notes, *listed.notes(file), *_notes(records, methods, further))
-    found = listed.left_out(), listed.num_found, listed.dicom
-    return Source(records, "multilabel", classes, NAME, notes, *found)
+    return Source(records, "multilabel", classes, NAME, notes, *listed.account())
 
 
 def _read_records(

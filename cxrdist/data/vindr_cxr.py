@@ -114,8 +114,7 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     ]
     records, resized = _without_unfit_boxes(records)
     notes = (*content.notes, *listed.notes(*tables), *resized, *_notes(records))
-    found = listed.left_out(), listed.num_found, listed.dicom
-    return Source(records, "multilabel", list(classes), NAME, notes, *found)
+    return Source(records, "multilabel", list(classes), NAME, notes, *listed.account())
 
 
 def _name_of(path: str) -> str | None:
