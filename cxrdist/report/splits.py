@@ -3,11 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
+from cxrdist.data.labels import NOT_STATED
 from cxrdist.info import ShardsInfo
 from cxrdist.report import pictures
 from cxrdist.report.files import (
@@ -89,9 +90,7 @@ def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
     rows = []
     for name in shards["classes"]:
         of_splits = [amounts[name] for amounts in shards["counts"].values()]
-        names: tuple[Literal["uncertain", "missing", "assumed_absent"], ...]
-        names = ("uncertain", "missing", "assumed_absent")
-        rows.append((name, [amount.get(what, 0) for amount in of_splits for what in names]))
+        rows.append((name, [amount.get(what, 0) for amount in of_splits for what in NOT_STATED]))
     return rows if any(any(cells) for _, cells in rows) else []
 
 
