@@ -57,7 +57,7 @@ WAYS = [
 
 
 def bench_gpu(config: BenchConfig) -> None:
-    """Time the real training step for each batch and way; the main rank prints a table.
+    """Time the real training step for each batch and way; the main rank prints a table of each.
 
     All ranks of a launch call it together; each takes its slice of the batch. On n ranks there are
     also n times the batches of one. The table of several numbers of GPUs is that of
@@ -72,16 +72,18 @@ def bench_gpu(config: BenchConfig) -> None:
     traffic = step_traffic(NETWORK, config.size, precision)
     bandwidth = copy_bandwidth(accelerator.device)
     ways = [w for w in WAYS if not w.captured or can_capture(accelerator.device, world_size, 1)]
-    rows: list[list[str]] = []
+    accelerator.print(_heading(accelerator, config.size, bandwidth, traffic))
+    accelerator.print(LEGEND)
     for batch in _batches(world_size):
         found = [_try_way(accelerator, config, way, batch) for way in ways]
         num_bytes = traffic.bytes_of(batch / world_size)
-        for way, measured in zip(ways, found, strict=True):
-            figures = _figures(batch, measured, found[0], num_bytes, bandwidth)
-            rows.append([way.name, str(batch), *figures])
-    accelerator.print(_heading(accelerator, config.size, bandwidth, traffic))
-    accelerator.print(table(rows, HEADERS))
-    accelerator.print(LEGEND)
+        rows = [
+            [way.name, str(batch), *_figures(batch, measured, found[0], num_bytes, bandwidth)]
+            for way, measured in zip(ways, found, strict=True)
+        ]
+        accelerator.print(
+            table(rows, HEADERS), flush=True
+        )  # compiling takes minutes; may be killed
     finish(accelerator)
 
 

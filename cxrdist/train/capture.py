@@ -1,5 +1,6 @@
 """Capture: a whole step as one CUDA graph, for batches too small to keep a GPU busy otherwise."""
 
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -77,7 +78,9 @@ def on_side_stream(step: Step, inputs: Tensors) -> Tensors:
         return step(*inputs)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), warnings.catch_warnings():
+        # AdamW's advice for whoever never records.
+        warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         outputs = step(*inputs)
     torch.cuda.current_stream().wait_stream(side)
     return outputs

@@ -123,7 +123,7 @@ class StageRun:
 
     def capture(self, record: Recorder) -> None:
         """Take each step as a whole from now on, by replaying what a recorder makes of it."""
-        self.updater.keep_rates_on(self.training.accelerator.device)
+        self.updater.prepare_capture(self.training.accelerator.device)
         self.captured = CapturedStep(self._one_pass, record)
 
     def _resume(self, resumed: Checkpoint) -> None:

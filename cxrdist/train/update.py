@@ -58,10 +58,12 @@ class Updater:
         scaled = self.scaler.scale(loss) if self.scaler else loss
         scaled.backward()
 
-    def keep_rates_on(self, device: torch.device) -> None:
-        """Let the learning rates be memory on the device, which a captured step reads."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = torch.tensor(group["lr"], device=device)
+    def prepare_capture(self, device: torch.device) -> None:
+        """Let the rates be memory on the device, and the optimiser agree to be recorded."""
+        for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = torch.tensor(rate, device=device)
+            if "capturable" in group:  # AdamW refuses to be recorded without; fused SGD is as it is
+                group["capturable"] = True
 
     def set_rates(self, factor: float) -> None:
         """Multiply the stage's learning rates by a factor, for the next step."""

@@ -1,6 +1,7 @@
 """The optimiser step, with what only a GPU uses forced on the CPU."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,3 +146,24 @@ def test_the_schedule_warms_up_and_falls_along_a_cosine():
     assert 0 < factors[-1] < 0.01
     constant = Stage({"head": 1.0}, epochs=10, patience=1)
     assert {rate_factor(constant, epoch, 0, 4) for epoch in range(10)} == {1.0}
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_torch_lets_a_prepared_optimiser_be_recorded(name, monkeypatch):
+    """Its check is told that a GPU's stream records; the step is that of a plain one."""
+    prepared, plain = linear(), linear()
+    ours, theirs = updater(prepared, name), updater(plain, name)
+    ours.prepare_capture(torch.device("cpu"))
+    gpu, stream = torch.device("cuda"), SimpleNamespace(is_capturing=lambda: True)
+    for step in range(2):
+        for module, one in ((prepared, ours), (plain, theirs)):
+            one.backward(module(inputs(step)).sum())
+        theirs.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda")
+            )
+            patch.setattr(torch.accelerator, "current_stream", lambda: stream)
+            ours.step()
+    for found, expected in zip(weights(prepared), weights(plain), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-6)
