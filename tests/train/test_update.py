@@ -160,9 +160,7 @@ def test_torch_lets_a_prepared_optimiser_be_recorded(name, monkeypatch):
             one.backward(module(inputs(step)).sum())
         theirs.step()
         with monkeypatch.context() as patch:
-            patch.setattr(
-                torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda")
-            )
+            patch.setattr(torch.accelerator, "current_accelerator", lambda **_: gpu)
             patch.setattr(torch.accelerator, "current_stream", lambda: stream)
             ours.step()
     for found, expected in zip(weights(prepared), weights(plain), strict=True):
