@@ -301,6 +301,25 @@ class EvaluateConfig:
     """Directory of shards, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to evaluate."""
+    name: str | None = None
+    """Name of an external set, which shards are that the run was not trained on; its results go to
+    RUN/external/NAME. The name of its directory if not given."""
+    seen: Literal["drop", "report"] = "drop"
+    """Images of an external set that the network has seen in training or validation, copies of
+    them, and other images of the same patients: drop counts them and leaves them out of the scores,
+    report scores them too, and marks them."""
+    label_map: Path | None = None
+    """YAML file for an external set, its label: the model's. Labels that are not named there keep
+    their names; the scores are of the classes that both have."""
+    operating_point: str = "youden"
+    """How the threshold of each class is chosen on the validation split: youden (largest
+    sensitivity + specificity), sensitivity=0.95 or specificity=0.95."""
+    prevalence: float | None = None
+    """Share of patients with each class where the model is to be used, for its predictive values;
+    they are also given at the prevalence of the images."""
+    fewest: int = 10
+    """Positives, and negatives, below which a score is not headlined but said to rest on too few
+    images."""
     batch_size: int = 32
     """Images of one forward pass."""
     cache: Path | None = None
@@ -317,6 +336,8 @@ class ExplainConfig:
     """Directory of shards, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to explain."""
+    name: str | None = None
+    """Name of an external set, as in cxrdist evaluate."""
     classes: str = "all"
     """all, or class names with commas between them."""
     limit: int | None = None
@@ -351,6 +372,8 @@ class ProbeTextConfig:
     """Directory of shards with the text uncovered, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to probe."""
+    name: str | None = None
+    """Name of an external set, as in cxrdist evaluate."""
     boxes: Path | None = None
     """CSV of cxrdist find-text; if not given, text is looked for in the packed squares."""
     word: str = "SEDUTO"
@@ -400,10 +423,49 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write one self-contained HTML page about a run."""
+    """Write one self-contained HTML page about a run, or about the predictions of any program."""
+
+    run: Path | None = None
+    """Run directory; the page is RUN/report.html."""
+    predictions: Path | None = None
+    """Instead of a run: a CSV with key, label and prob_CLASS... of each image, and patient, source,
+    view, sex, age where they are known."""
+    out: Path | None = None
+    """Directory for the page and its metrics.json, with --predictions."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare two runs on the same images: paired differences, with intervals by patient."""
+
+    run_a: Path
+    """Run directory."""
+    run_b: Path
+    """Another one."""
+    out: Path
+    """Directory for comparison.json, flipped.csv and the page; it must not exist yet."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split that both were evaluated on."""
+    name: str | None = None
+    """Name of an external set that both were evaluated on, instead of a split."""
+
+
+@dataclass(frozen=True)
+class SeedsConfig:
+    """Train one recipe several times, and join the members into an ensemble, which is a run."""
 
     run: Path
-    """Run directory."""
+    """Directory to make: RUN/member-0 ... are runs, RUN itself is their ensemble."""
+    shards: Path
+    """Directory of shards, a path or an fsspec URL."""
+    recipe: str = "bassi2020"
+    """Recipe of all members: a YAML file, or the name of one that comes with cxrdist."""
+    seeds: int = 5
+    """Members, whose seeds are 0, 1 ..."""
+    folds: bool = False
+    """Members are folds by patient: each trains and validates on other parts of train and val."""
+    member: int | None = None
+    """Train only this member, as a task of a SLURM array does; all in turn if not given."""
 
 
 @dataclass(frozen=True)

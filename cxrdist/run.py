@@ -36,6 +36,9 @@ _PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 class RunDirectory:
     """Names of the files of one run (design.md, Contracts).
 
+    What belongs to a set of images lies in a place of its own: ``train``, ``val`` or ``test``, or
+    ``external/NAME`` for shards that are not the run's own.
+
     ``root`` may be a link, such as one to a scratch disk; below it no name is given out that is
     one, so that nothing is read, written or removed elsewhere.
     """
@@ -43,13 +46,13 @@ class RunDirectory:
     root: Path
 
     def inside(self, *names: str) -> Path:
-        """Name a file or directory of the run.
+        """Name a file or directory of the run, by names that may hold several with / between them.
 
         Raises:
             CxrdistError: it, or a directory above it in the run, is a link.
         """
         path = self.root
-        for name in names:
+        for name in "/".join(names).split("/"):
             path /= name
             if path.is_symlink():
                 raise CxrdistError(
@@ -98,37 +101,51 @@ class RunDirectory:
         """The self-contained report."""
         return self.inside("report.html")
 
-    def predictions(self, split: str) -> Path:
-        """One row a sample of the split."""
-        return self.inside(split, "predictions.csv")
+    def predictions(self, place: str) -> Path:
+        """One row a sample of the place."""
+        return self.inside(place, "predictions.csv")
 
-    def metrics(self, split: str) -> Path:
-        """Metrics of the split."""
-        return self.inside(split, "metrics.json")
+    def metrics(self, place: str) -> Path:
+        """Metrics of the place."""
+        return self.inside(place, "metrics.json")
 
-    def heatmaps(self, split: str) -> Path:
+    def heatmaps(self, place: str) -> Path:
         """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
-        return self.inside(split, "heatmaps")
+        return self.inside(place, "heatmaps")
 
-    def relevance(self, split: str) -> Path:
+    def relevance(self, place: str) -> Path:
         """Signed relevance, one KEY.npz a sample or tars of them."""
-        return self.inside(split, "relevance")
+        return self.inside(place, "relevance")
 
-    def text(self, split: str) -> Path:
+    def text(self, place: str) -> Path:
         """What the probe for words on the images found."""
-        return self.inside(split, "text.json")
+        return self.inside(place, "text.json")
 
-    def text_pictures(self, split: str) -> Path:
+    def text_pictures(self, place: str) -> Path:
         """Pictures of that probe."""
-        return self.inside(split, "text")
+        return self.inside(place, "text")
 
-    def relevance_info(self, split: str) -> Path:
-        """How the relevance of the split was made, and whether it stands up to a test."""
-        return self.inside(split, "relevance.json")
+    def relevance_info(self, place: str) -> Path:
+        """How the relevance of the place was made, and whether it stands up to a test."""
+        return self.inside(place, "relevance.json")
 
-    def relevance_table(self, split: str) -> Path:
+    def relevance_table(self, place: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
-        return self.inside(split, "relevance.csv")
+        return self.inside(place, "relevance.csv")
+
+
+def external_place(name: str) -> str:
+    """The place of an external set in a run.
+
+    Raises:
+        CxrdistError: the name is none for a directory.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise CxrdistError(
+            f"--name {name!r:.120}: expected letters, digits, dots, - and _, at most 100 of them; "
+            "give such a name with --name"
+        )
+    return f"external/{name}"
 
 
 def open_run(root: Path) -> RunDirectory:

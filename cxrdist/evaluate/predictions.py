@@ -22,6 +22,7 @@ from cxrdist.evaluate.metrics import (
     metrics_table,
     to_probabilities,
 )
+from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
@@ -176,17 +177,18 @@ def write_predictions(
 ) -> None:
     """Write predictions.csv: key, patient, label, prob_CLASS..., logit_CLASS...
 
-    Where labels of the shards are not known, uncertain and missing follow label. Nine significant
-    digits each: a logit, float32, is read back exactly.
+    After label stand uncertain and missing where labels of the shards are not known, then source,
+    view, sex and age where they say something. Nine significant digits each: a logit, float32, is
+    read back exactly.
     """
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in subject.index.classes]
     has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
-    columns = ["key", "patient", "label", *unknown, *names]
+    samples = [subject.index.samples[number] for number in numbers]
+    groups = [name for name in GROUP_COLUMNS if any(getattr(s, name) for s in samples)]
+    about = ["key", "patient", "label", *unknown, *groups]
     rows = []
-    for number, values in zip(numbers, np.hstack([to_probabilities(logits), logits]), strict=True):
-        sample = subject.index.samples[number]
-        digits = [f"{value:.9g}" for value in values]
-        cells = [getattr(sample, column) for column in columns[: 3 + len(unknown)]]
-        rows.append([*cells, *digits])
-    write_table(subject.run.predictions(split), columns, rows)
+    for sample, values in zip(samples, np.hstack([to_probabilities(logits), logits]), strict=True):
+        cells = [getattr(sample, column) for column in about]
+        rows.append([*cells, *(f"{value:.9g}" for value in values)])
+    write_table(subject.run.predictions(split), [*about, *names], rows)

@@ -13,7 +13,7 @@ from cxrdist.data.index import Fit, Task
 from cxrdist.errors import CxrdistError
 from cxrdist.info import WeightsInfo
 from cxrdist.model.batchnorm import BatchNorm
-from cxrdist.model.description import Cover, ModelFile, Normalisation
+from cxrdist.model.description import Calibration, Cover, ModelFile, Normalisation
 from cxrdist.model.tensorfile import read_safetensors
 from cxrdist.run import open_run, read_document, write_json
 
@@ -49,6 +49,7 @@ class Classifier(nn.Module):
         depth: bits that hold the values of those images, where the files do not declare it.
         cover: how burned-in text was covered in them; None where it was not.
         origin: the weights that its training started from (`InitialWeights.describe`), if known.
+        calibration: what was chosen on the validation split; None before it was evaluated.
     """
 
     mean: Tensor
@@ -72,6 +73,7 @@ class Classifier(nn.Module):
         self.depth: int | None = None
         self.cover: Cover | None = None
         self.origin: WeightsInfo | None = None
+        self.calibration: Calibration | None = None
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
             growth_rate=network.growth_rate,
@@ -146,6 +148,7 @@ def save_model(model: Classifier, directory: Path) -> None:
         "depth": model.depth,
         "cover": model.cover,
         "weights": model.origin,
+        "calibration": model.calibration,
     }
     write_json(directory / "model.json", content)
 
@@ -193,7 +196,7 @@ def _build(content: ModelFile) -> Classifier:
         content["task"],
     )
     model.depth, model.cover = content.get("depth"), content.get("cover")
-    model.origin = content.get("weights")
+    model.origin, model.calibration = content.get("weights"), content.get("calibration")
     return model
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from cxrdist.config import Network
 from cxrdist.data.index import Classes, CoverHow, CoverSplit, Depth, Fit, SidePx, Task
-from cxrdist.documents import Between, Matching, Text
+from cxrdist.documents import Between, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.info import WeightsInfo
 
@@ -58,6 +58,23 @@ class Cover:
         return self.split in ("all", "train")
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What was chosen on the validation split once the training had ended, by class.
+
+    Attributes:
+        temperatures: a logit divided by its class's is calibrated.
+        rule: by which the thresholds were chosen, such as ``youden`` or ``sensitivity=0.95``.
+        thresholds: logits, not calibrated, from which on a class is called.
+        index_sha256: of the shards whose validation split that was.
+    """
+
+    temperatures: dict[str, Annotated[float, Between(1e-3, 1e3)]]
+    rule: Text
+    thresholds: dict[str, Real]
+    index_sha256: Sha256
+
+
 class ModelFile(TypedDict):
     """The content of model.json."""
 
@@ -70,6 +87,7 @@ class ModelFile(TypedDict):
     fit: Fit
     depth: NotRequired[Depth | None]
     cover: NotRequired[Cover | None]
+    calibration: NotRequired[Calibration | None]
     weights: NotRequired[WeightsInfo | None]
     """Those that the training started from."""
 

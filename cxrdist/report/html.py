@@ -6,6 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cxrdist.config import ReportConfig
+from cxrdist.errors import CxrdistError
 from cxrdist.explain import heatmap
 from cxrdist.info import RunInfo, read_info
 from cxrdist.report import values
@@ -31,6 +32,8 @@ def report(config: ReportConfig) -> Path:
     Raises:
         CxrdistError: there is no run, or one of its files is not what its command writes.
     """
+    if config.run is None:
+        raise CxrdistError("report: --run is missing; give the directory of a run")
     run = RunDirectory(config.run)
     sweep(run.root)
     info = read_info(run)

@@ -84,7 +84,7 @@ def test_sure_predictions_are_told_apart(shards, tmp_path):
     assert [row[1] for row in metrics["confusion_matrix"]] == [6, 6, 6]
     for row in read_rows(run / "test" / "predictions.csv"):
         names = [f"{what}_{name}" for what in ("prob", "logit") for name in CLASSES]
-        assert list(row) == ["key", "patient", "label", *names]
+        assert list(row) == ["key", "patient", "label", "source", *names]
         assert [row[f"logit_{name}"] for name in CLASSES] == ["18", "25", "-40"]
         # 1 / (1 + exp(-18)), ... to nine significant digits
         assert [row[f"prob_{n}"] for n in CLASSES] == ["0.999999985", "1", "4.24835426e-18"]
