@@ -25,15 +25,16 @@ from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, to_probabilities
 from cxrdist.evaluate.predictions import (
     Subject,
     in_order,
-    measure,
     open_subject,
     predict_split,
     rank_batches,
 )
+from cxrdist.evaluate.scored import score_samples
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
 from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
@@ -301,8 +302,8 @@ def _describe_covering(
     """The metrics of the split as it is, and with its text covered in each way."""
     likeliest = plain.argmax(1)
     return {
-        "as_it_is": measure(index, numbers, plain),
-        **{how: measure(index, numbers, covered[how]) for how in COVERS},
+        "as_it_is": measure(score_samples(index, numbers, plain), Settings()),
+        **{how: measure(score_samples(index, numbers, covered[how]), Settings()) for how in COVERS},
         "predicted_otherwise": {
             how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS
         },

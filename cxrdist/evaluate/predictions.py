@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,9 @@ from cxrdist.data.cache import Images, open_cache, read_rows
 from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.evaluate.metrics import (
-    compute_label_metrics,
-    compute_metrics,
-    headline,
-    metrics_table,
-    to_probabilities,
-)
-from cxrdist.evaluate.scored import GROUP_COLUMNS
+from cxrdist.evaluate.measure import Settings, measure
+from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
+from cxrdist.evaluate.scored import GROUP_COLUMNS, score_samples
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
@@ -103,22 +97,13 @@ def evaluate(config: EvaluateConfig) -> None:
         logits = in_order(rows, numbers)
         sweep(subject.run.metrics(config.split).parent)
         write_predictions(subject, config.split, numbers, logits)
-        metrics = measure(subject.index, numbers, logits)
+        settings = Settings(config.fewest, config.prevalence, subject.model.calibration)
+        metrics = measure(score_samples(subject.index, numbers, logits), settings)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         write_json(subject.run.metrics(config.split), metrics)
         print(metrics_table(metrics))
         print(f"{config.split}: {headline(metrics)}")
     finish(accelerator)
-
-
-def measure(
-    index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]
-) -> dict[str, Any]:
-    """The metrics of some samples, from their logits, float32 [N, classes], in order."""
-    targets, scores = torch.from_numpy(index.targets()[numbers]), torch.from_numpy(logits)
-    if index.task == "multilabel":
-        return compute_label_metrics(scores, targets, index.classes)
-    return compute_metrics(scores, targets.long().argmax(1), index.classes)
 
 
 def rank_batches(
