@@ -3,13 +3,9 @@
 from datetime import datetime
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
-from cxrdist.explain import heatmap
 from cxrdist.info import RunInfo, read_info
-from cxrdist.report import values
 from cxrdist.report.audit import audit_view
 from cxrdist.report.files import (
     known_splits,
@@ -17,6 +13,8 @@ from cxrdist.report.files import (
     reading,
     weights_chain,
 )
+from cxrdist.report.foreign import report_predictions
+from cxrdist.report.page import render
 from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
@@ -26,14 +24,21 @@ from cxrdist.run import RunDirectory, sweep, write_text
 def report(config: ReportConfig) -> Path:
     """Write ``RUN/report.html``: one file, the same bytes for the same run directory.
 
+    With ``--predictions`` the page is of these, in ``--out``.
+
     Returns:
         The file.
 
     Raises:
         CxrdistError: there is no run, or one of its files is not what its command writes.
     """
-    if config.run is None:
-        raise CxrdistError("report: --run is missing; give the directory of a run")
+    if config.predictions is not None and config.out is not None and config.run is None:
+        return report_predictions(config.predictions, config.out)
+    if config.run is None or config.predictions is not None or config.out is not None:
+        raise CxrdistError(
+            "report: expected --run RUN, or --predictions FILE.csv and --out DIR; give one or the "
+            "other"
+        )
     run = RunDirectory(config.run)
     sweep(run.root)
     info = read_info(run)
@@ -42,37 +47,22 @@ def report(config: ReportConfig) -> Path:
         split_view(run, split, f"split{place}", info["shards"]["task"])
         for place, split in enumerate(known_splits(run.root))
     ]
-    page = _template().render(
-        name=run.root.resolve().name,
-        info=info,
-        weights=weights_chain(info),
-        duration=_duration(run.info, info),
-        recipe=recipe,
-        open_labels=open_labels(info["shards"]),
-        audit=audit_view(run.audit),
-        stages=stage_views(run, info, recipe),
-        splits=splits,
-        texts=text_views(run),
-        headline=next((split for split in splits if split["metrics"]), None),
-        heatmap=heatmap,
-    )
-    write_text(run.report, page)
+    content = {
+        "name": run.root.resolve().name,
+        "info": info,
+        "weights": weights_chain(info),
+        "duration": _duration(run.info, info),
+        "recipe": recipe,
+        "open_labels": open_labels(info["shards"]),
+        "audit": audit_view(run.audit),
+        "stages": stage_views(run, info, recipe),
+        "splits": splits,
+        "texts": text_views(run),
+        "headline": next((split for split in splits if split["metrics"]), None),
+    }
+    write_text(run.report, render("report.html.jinja", content))
     print(f"the report: {run.report}")
     return run.report
-
-
-def _template() -> Template:
-    """Load the page; whatever comes from a file is escaped, a name it misses is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("colour", "number", "percent", "count", "rate", "share", "moment"):
-        environment.filters[name] = getattr(values, name)
-    return environment.get_template("report.html.jinja")
 
 
 def _duration(path: Path, info: RunInfo) -> str:

@@ -71,6 +71,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "roc": roc_charts(element, samples, metrics) if samples and metrics else None,
         "num_mistakes": sum(not sample.is_right for sample in samples or []),
         "mistakes": [_card(run, split, sample.key, by_key, relevance) for sample in mistakes],
+        "can_explain": True,
         "explained": relevance is not None,
         "ledger": _ledger(relevance or {}),
         "sanity": _sanity(run, split, element) if relevance else None,
@@ -137,6 +138,8 @@ def _card(
         target = explanation.target
         return target not in sample.labels + sample.predicted, -sample.logits.get(target, -math.inf)
 
+    if not run.heatmaps(split).is_dir():
+        return Card(key, sample, None, [])
     with reading(run.relevance_table(split), "explain"):
         xray = within(run.heatmaps(split), f"{key}.png")
     drawn = [item for item in (relevance or {}).get(key, []) if item.picture]

@@ -1,0 +1,312 @@
+"""Predictions of any program: a CSV file that people give, read as scored images.
+
+It has a column key (or path), one prob_CLASS for each class, and label or labels; where they are
+known also patient, split, source, view, sex, age, uncertain and missing. Where there is also one
+logit_CLASS for each class, as in predictions.csv, images are ranked by these: probabilities of sure
+predictions run together. File encodings and separators are those of `cxrdist.data.tables`, names of
+columns those of `cxrdist.data.image_table`.
+
+An image has one label if the column is called label and each of its cells names one class. It may
+have several or none if the column is called labels, if a cell of label has ``|``, if there is a
+column uncertain or missing, or if there is only one class.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import logit
+
+from cxrdist.data import image_table
+from cxrdist.data.index import MOST_CLASSES
+from cxrdist.data.labels import MISSING, POSITIVE, SEPARATOR, UNCERTAIN, label_matrix
+from cxrdist.data.patients import age_of, sex_of
+from cxrdist.data.records import SPLIT_NAMES, own_patient
+from cxrdist.data.tables import Row, Table, plain, read_table
+from cxrdist.data.views import view_of
+from cxrdist.documents import Between
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.scored import Scored
+
+COLUMNS = {"key": {"key"}, **image_table.COLUMNS}
+MOST_IMAGES = 500_000  # MIMIC-CXR has 377,110; the replicates of the intervals are 1 GB then
+CERTAIN_LOGIT = 40.0  # at least; its sigmoid is 1 in float64
+FINITE = Between(-3.4e38, 3.4e38)
+SCALE = "prob_ columns are probabilities, logit_ columns log(p / (1 - p)); convert other scores"
+_STATED = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
+
+
+@dataclass(frozen=True)
+class PredictionTable:
+    """The N images of a table of predictions.
+
+    Attributes:
+        scored: the images.
+        probabilities: float64 [N, classes], as given.
+        splits: of each image; empty if the table does not tell.
+        num_own: images without a patient, each of which counts as a patient of its own.
+        notes: what was assumed of the table, a line each.
+    """
+
+    scored: Scored
+    probabilities: NDArray[np.float64]
+    splits: list[str]
+    num_own: int
+    notes: tuple[str, ...]
+
+
+def read_prediction_table(file: Path) -> PredictionTable:
+    """Read predictions of any program.
+
+    Raises:
+        CxrdistError: the table or a row of it is malformed, or it has too many rows or classes.
+    """
+    table = read_table(file, {name for names in COLUMNS.values() for name in names})
+    places, classes = _find_columns(table), _find_classes(table, "prob_")
+    if not 0 < len(classes) <= MOST_CLASSES:
+        raise CxrdistError(
+            f"{file}: has {len(classes)} columns prob_CLASS, expected 1 to {MOST_CLASSES}; found "
+            f"{', '.join(table.columns)[:300]}"
+        )
+    rows = []
+    for row in table.rows():
+        rows.append(row)
+        if len(rows) > MOST_IMAGES:
+            raise CxrdistError(f"{file}: has more than {MOST_IMAGES} rows, expected fewer")
+    if not rows:
+        raise CxrdistError(f"{file}: has no rows below the header; give at least one image")
+    cells = {name: [row.cells[i].strip() for row in rows] for name, i in places.items()}
+    keys = _keys(rows, cells["key"])
+    task, texts = _labels(rows, cells, list(classes))
+    probabilities = _numbers(rows, "prob_", classes, Between(0, 1), SCALE)
+    logits, logit_places = _logits(table, rows, classes, probabilities)
+    patients = cells.get("patient") or [""] * len(rows)
+    groups, notes = _groups(cells)
+    taken = {*places.values(), *classes.values(), *logit_places}
+    aside = [name or "(no name)" for i, name in enumerate(table.columns) if i not in taken]
+    scored = Scored(
+        task,
+        list(classes),
+        keys,
+        [patient or own_patient(key) for patient, key in zip(patients, keys, strict=True)],
+        label_matrix({code: texts[name] for name, code in _STATED.items()}, list(classes)),
+        logits,
+        {name: values for name, values in groups.items() if any(values)},
+    )
+    notes += [f"columns left aside: {', '.join(aside)}"] if aside else []
+    return PredictionTable(
+        scored, probabilities, _splits(rows, cells), patients.count(""), (*table.notes, *notes)
+    )
+
+
+def to_logits(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return log(p / (1 - p)) of probabilities of any shape, in the same order.
+
+    A probability of exactly 0 or 1 becomes a finite logit beyond all others of the table.
+    """
+    with np.errstate(divide="ignore"):
+        logits: NDArray[np.float64] = logit(probabilities)
+    finite = np.isfinite(logits)
+    edge = max(CERTAIN_LOGIT, 1 + np.abs(logits[finite]).max(initial=0.0))
+    return np.where(finite, logits, np.copysign(edge, logits))
+
+
+def _find_columns(table: Table) -> dict[str, int]:
+    """Find the columns of what is known of the images; ``key`` and ``label`` are among them.
+
+    Raises:
+        CxrdistError: one is missing, there twice, or may be meant by another name.
+    """
+    places = table.find_columns(COLUMNS)
+    if "path" in places:  # as `cxrdist predict` calls it
+        places.setdefault("key", places.pop("path"))
+        places.pop("path", None)
+    has_label = [name for name in ("label", "labels") if name in places]
+    for name, found in (("key", ["key"] if "key" in places else []), ("label", has_label)):
+        if not found:
+            raise CxrdistError(
+                f"{table.file}: has no column {name}; expected key, label and prob_CLASS for each "
+                f"class, found {', '.join(table.columns)[:300] or 'no header'}"
+            )
+    if len(has_label) > 1:
+        raise CxrdistError(f"{table.file}: has the columns label and labels; remove one of them")
+    for name in ("patient", "split"):
+        spellings = image_table.LOOK_ALIKES[name]
+        like = next((column for column in table.columns if plain(column) in spellings), None)
+        if like and name not in places:
+            raise CxrdistError(
+                f"{table.file}: the column {like!r} may be meant as the {name}; call it {name} if "
+                f"it is, or rename it, such as to other_{like}"
+            )
+    return places
+
+
+def _find_classes(table: Table, prefix: str) -> dict[str, int]:
+    """Find the place of the number of each class, in the order of the table.
+
+    Raises:
+        CxrdistError: a name stands twice, or is none of a class.
+    """
+    found: dict[str, int] = {}
+    for place, column in enumerate(table.columns):
+        name = column.removeprefix(prefix).strip()
+        if not column.startswith(prefix):
+            continue
+        if not name or SEPARATOR in name or len(name) > 255 or name in found:
+            fault = "a second time" if name in found else "with no valid name"
+            raise CxrdistError(
+                f"{table.file}: has the column {column!r:.80} {fault}; expected {prefix}CLASS once "
+                "for each class, 1 to 255 characters without |"
+            )
+        found[name] = place
+    return found
+
+
+def _keys(rows: Sequence[Row], keys: list[str]) -> list[str]:
+    """Make sure that each image has a key of its own."""
+    first: dict[str, Row] = {}
+    for row, key in zip(rows, keys, strict=True):
+        if not key:
+            raise CxrdistError(f"{row.where}: key is empty; fill it or drop the row")
+        if key in first:
+            raise CxrdistError(
+                f"{row.where}: key {key!r:.80} is also that of {first[key].where}; keep one row "
+                "for each image"
+            )
+        first[key] = row
+    return keys
+
+
+def _labels(
+    rows: Sequence[Row], cells: Mapping[str, list[str]], classes: list[str]
+) -> tuple[str, dict[str, list[str]]]:
+    """Read what is known of the labels.
+
+    Returns:
+        The task, and labels with ``|`` between them: label, uncertain and missing of each image.
+
+    Raises:
+        CxrdistError: a label has no probability or stands twice, or one that must be is lacking.
+    """
+    stated = cells.get("label") or cells["labels"]
+    several = (
+        "labels" in cells
+        or "uncertain" in cells
+        or "missing" in cells
+        or len(classes) == 1
+        or any(SEPARATOR in text for text in stated)
+    )
+    nothing = [""] * len(rows)
+    texts = {"label": stated, **{name: cells.get(name, nothing) for name in image_table.OPEN}}
+    found: dict[str, list[str]] = {name: [] for name in texts}
+    for i, row in enumerate(rows):
+        named = {name: _names(texts[name][i], classes) for name in texts}
+        every = [label for names in named.values() for label in names]
+        if not several and not named["label"]:
+            raise CxrdistError(
+                f"{row.where}: label is empty; fill it or drop the row (call the column labels if "
+                "an image may have several labels or none)"
+            )
+        if stray := [label for label in every if label not in classes]:
+            raise CxrdistError(
+                f"{row.where}: label {stray[0]!r:.80} has no column prob_{stray[0][:80]}; the "
+                f"table has {', '.join(classes)[:300]}"
+            )
+        if twice := [label for label, times in Counter(every).items() if times > 1]:
+            raise CxrdistError(f"{row.where}: {twice[0]} is named twice; keep one of them")
+        for name, names in named.items():
+            found[name].append(SEPARATOR.join(names))
+    return "multilabel" if several else "multiclass", found
+
+
+def _names(cell: str, classes: Sequence[str]) -> list[str]:
+    """The labels of a cell; No Finding stands for none unless it is a class."""
+    names = [name for part in cell.split(SEPARATOR) if (name := part.strip())]
+    return [name for name in names if name in classes or plain(name) != image_table.NO_FINDING]
+
+
+def _numbers(
+    rows: Sequence[Row], prefix: str, places: Mapping[str, int], bounds: Between, mend: str
+) -> NDArray[np.float64]:
+    """Read a number of each class, float64 [N, classes]; a decimal comma is read as a point.
+
+    Raises:
+        CxrdistError: one is no number within the bounds; the line ends with the mend.
+    """
+    values = np.empty((len(rows), len(places)))
+    for i, row in enumerate(rows):
+        for column, (name, place) in enumerate(places.items()):
+            text = row.cells[place].strip()
+            try:
+                values[i, column] = float(text.replace(",", "."))
+            except ValueError:
+                values[i, column] = np.nan
+            if expected := bounds.expected(values[i, column]):
+                raise CxrdistError(
+                    f"{row.where}: {prefix}{name} is {text!r:.40}, expected {expected}; {mend}"
+                )
+    return values
+
+
+def _logits(
+    table: Table,
+    rows: Sequence[Row],
+    classes: Mapping[str, int],
+    probabilities: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], list[int]]:
+    """Read the logits, or compute them if the table lacks one of a class.
+
+    Returns:
+        float64 [N, classes], and the places of the columns that they were read from.
+    """
+    found = _find_classes(table, "logit_")
+    if found.keys() != classes.keys():
+        return to_logits(probabilities), []
+    places = {name: found[name] for name in classes}
+    return _numbers(rows, "logit_", places, FINITE, SCALE), list(places.values())
+
+
+def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:
+    """Read the splits.
+
+    Raises:
+        CxrdistError: one is none, or no image is of test.
+    """
+    splits = []
+    for row, text in zip(rows, cells.get("split", ()), strict=False):
+        split = SPLIT_NAMES.get(text.casefold())
+        if split is None:
+            raise CxrdistError(f"{row.where}: split is {text!r:.40}, expected train, val or test")
+        splits.append(split)
+    if splits and "test" not in splits:
+        raise CxrdistError(
+            f"{rows[0].where.rpartition(' row ')[0]}: no row has the split test; mark the images "
+            "to score as test, or remove the column"
+        )
+    return splits
+
+
+def _groups(cells: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], list[str]]:
+    """Read source, view, sex and age as in shards, with a note on what could not be read."""
+    groups = {"source": list(cells.get("source", ()))}
+    notes = []
+    for name, read, expected in (
+        ("view", lambda text: view_of(text) or "", "a known view"),
+        ("sex", sex_of, "M or F"),
+        ("age", _age, "0 to 120 years"),
+    ):
+        texts = cells.get(name, [])
+        groups[name] = [read(text) for text in texts]
+        lost = sum(
+            bool(text) and not value for text, value in zip(texts, groups[name], strict=True)
+        )
+        notes += [f"{name} is not {expected} in {lost} rows, and empty there"] if lost else []
+    return groups, notes
+
+
+def _age(text: str) -> str:
+    age = age_of(text)
+    return "" if age is None else f"{age:g}"

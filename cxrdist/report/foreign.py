@@ -1,0 +1,118 @@
+"""The report of predictions that any program has made: the section of a split, without a run."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.labels import MISSING, POSITIVE, SEPARATOR, UNCERTAIN
+from cxrdist.data.records import NO_PATIENT
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.measure import Settings, measure
+from cxrdist.evaluate.metrics import headline, metrics_table
+from cxrdist.evaluate.prediction_table import PredictionTable, read_prediction_table
+from cxrdist.evaluate.scored import Scored
+from cxrdist.report.page import render
+from cxrdist.report.splits import split_view
+from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table, write_text
+
+HERE = ""  # the place of the predictions: the directory itself
+SUMS_TO_ONE = 0.01  # programs write two digits at least
+
+
+def report_predictions(file: Path, out: Path) -> Path:
+    """Write ``OUT/report.html``, metrics.json and the predictions as they were read.
+
+    Args:
+        file: as `read_prediction_table` takes it. Scored are the images of its split test, or all.
+        out: a directory that does not exist or is empty.
+
+    Returns:
+        The page.
+
+    Raises:
+        CxrdistError: the table is malformed, or the directory is not empty.
+    """
+    _refuse_used(out)
+    table = read_prediction_table(file)
+    is_test = np.array([split == "test" for split in table.splits] or [True] * len(table.scored))
+    scored, probabilities = table.scored.take(is_test), table.probabilities[is_test]
+    metrics = measure(scored, Settings())
+    with atomic_directory(out) as folder:
+        run = RunDirectory(folder)
+        _write_predictions(run, scored, probabilities)
+        write_json(run.metrics(HERE), metrics)
+        page = render("foreign.html.jinja", _content(file, run, table, scored, probabilities))
+        write_text(run.report, page)
+    for note in table.notes:
+        print(f"{file}: {note}")
+    print(metrics_table(metrics))
+    print(f"{file.name}: {headline(metrics)}")
+    print(f"the report: {out / 'report.html'}")
+    return out / "report.html"
+
+
+def _refuse_used(out: Path) -> None:
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise CxrdistError(f"--out {out}: already exists; name a new or empty directory")
+
+
+def _write_predictions(
+    run: RunDirectory, scored: Scored, probabilities: NDArray[np.float64]
+) -> None:
+    """Write predictions.csv as `cxrdist evaluate` does, with all digits."""
+    names = [f"{what}_{name}" for what in ("prob", "logit") for name in scored.classes]
+    known = {
+        "key": scored.keys,
+        "patient": scored.patients,
+        **_label_texts(scored),
+        **scored.groups,
+    }
+    numbers = np.hstack([probabilities, scored.logits])
+    rows = (
+        [*cells, *(f"{value:.17g}" for value in digits)]
+        for *cells, digits in zip(*known.values(), numbers, strict=True)
+    )
+    write_table(run.predictions(HERE), [*known, *names], rows)
+
+
+def _label_texts(scored: Scored) -> dict[str, list[str]]:
+    """Write label, and uncertain and missing where there are some, with ``|`` between labels."""
+    names = np.array(scored.classes, dtype=object)
+    codes = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
+    return {
+        column: [SEPARATOR.join(names[row == code]) for row in scored.targets]
+        for column, code in codes.items()
+        if column == "label" or (scored.targets == code).any()
+    }
+
+
+def _content(
+    file: Path,
+    run: RunDirectory,
+    table: PredictionTable,
+    scored: Scored,
+    probabilities: NDArray[np.float64],
+) -> dict[str, Any]:
+    """Gather what the page shows."""
+    view = split_view(run, HERE, "results", scored.task)
+    sums = probabilities.sum(axis=1)
+    patients = {*scored.patients}
+    return {
+        "name": file.name,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "info": {"shards": {"task": scored.task, "index_sha256": None}},
+        "splits": [view | {"name": file.name, "can_explain": False}],
+        "headline": view,
+        "num_images": len(scored),
+        "num_patients": len(patients),
+        "num_own": sum(name.startswith(NO_PATIENT) for name in patients),
+        "num_aside": len(table.scored) - len(scored),
+        "has_splits": bool(table.splits),
+        "calibrated": False,
+        "num_val": table.splits.count("val"),
+        "adds_up": len(scored.classes) > 1 and bool((np.abs(sums - 1) <= SUMS_TO_ONE).all()),
+        "notes": table.notes,
+    }

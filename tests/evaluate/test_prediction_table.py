@@ -1,0 +1,123 @@
+"""Predictions of any program are read as they stand, or refused in one line."""
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.prediction_table import read_prediction_table, to_logits
+
+ONE = "key,label,prob_a,prob_b\nx,a,0.9,0.1\ny,b,0.2,0.8\n"
+
+
+def table(tmp_path, text, encoding="utf-8"):
+    """Write a table and read it."""
+    file = tmp_path / "given.csv"
+    file.write_bytes(text.encode(encoding))
+    return read_prediction_table(file)
+
+
+def test_a_spreadsheets_table_is_read(tmp_path):
+    """Semicolons, decimal commas, Latin-1, other names of columns, No Finding, unknown patients."""
+    read = table(
+        tmp_path,
+        "Path;Labels;Uncertain;Patient ID;Gender;Age;View Position;prob_Ödem;prob_b;more\r\n"
+        "d/1.png;Ödem|b;;7;female;45Y;PA;0,25;1;x\r\n"
+        "d/2.png;No Finding;b;;m;;??;0;0,5;x\r\n"
+        ";;;;;;;;;\r\n",
+        "latin-1",
+    )
+    scored = read.scored
+    assert (scored.task, scored.classes) == ("multilabel", ["Ödem", "b"])
+    assert (scored.keys, scored.patients) == (["d/1.png", "d/2.png"], ["7", "image:d/2.png"])
+    assert scored.targets.tolist() == [[1, 1], [0, -1]]
+    assert read.probabilities.tolist() == [[0.25, 1], [0, 0.5]]
+    assert scored.groups == {"sex": ["F", "M"], "age": ["45", ""], "view": ["PA", ""]}
+    assert (read.num_own, read.splits) == (1, [])
+    assert any("windows-1252" in note for note in read.notes)
+    assert {"view is not a known view in 1 rows, and empty there", "columns left aside: more"} <= {
+        *read.notes
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        (ONE, "multiclass"),
+        (ONE.replace("y,b", "y,a|b"), "multilabel"),
+        (ONE.replace("label", "labels"), "multilabel"),
+        ("key,label,missing,prob_a,prob_b\nx,a,b,0.9,0.1\n", "multilabel"),
+        ("key,label,prob_a\nx,a,0.9\ny,,0.1\n", "multilabel"),
+    ],
+)
+def test_the_labels_decide_the_task(tmp_path, text, task):
+    """One class per image only if the column is label, no cell has several, and classes differ."""
+    assert table(tmp_path, text).scored.task == task
+
+
+def test_certain_probabilities_keep_their_order():
+    """Exact 0 and 1 are finite, beyond the smallest double and the largest one below 1."""
+    given = np.array([[0, 5e-324, 1e-30], [0.5, 1, 1 - 2**-53], [0, 1, 0.5]])
+    logits = to_logits(given)
+    assert np.isfinite(logits).all()
+    order = np.argsort(given.ravel(), kind="stable")
+    assert (np.diff(logits.ravel()[order]) > 0).tolist() == (
+        np.diff(given.ravel()[order]) > 0
+    ).tolist()
+    assert expit(logits) == pytest.approx(given, abs=2e-16)
+    assert np.abs(to_logits(np.array([[0.0, 1.0]]))).max() == 40
+
+
+def test_logits_of_the_table_are_taken(tmp_path):
+    """Probabilities of sure predictions are equal, the logits beside them are not."""
+    read = table(tmp_path, "key,label,prob_a,prob_b,logit_b,logit_a\nx,a,1,1,50,60\n")
+    assert read.scored.logits.tolist() == [[60, 50]]
+    assert read.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("0.9", "1.01"), "given.csv row 2: prob_a is '1.01', expected 0 to 1"),
+        (("0.9", "-0.1"), "row 2: prob_a is '-0.1', expected 0 to 1"),
+        (("0.9", "nan"), "row 2: prob_a is 'nan', expected 0 to 1"),
+        (("0.9", ""), "row 2: prob_a is '', expected 0 to 1"),
+        (("y,b", "x,b"), "row 3: key 'x' is also that of .*given.csv row 2; keep one"),
+        (("y,b", ",b"), "row 3: key is empty; fill it or drop the row"),
+        (("y,b", "y,c"), "row 3: label 'c' has no column prob_c; the table has a, b"),
+        (("y,b", "y,"), "row 3: label is empty; fill it or drop the row"),
+        (("y,b", "y,b|b"), "row 3: b is named twice"),
+        (("0.8", "0.8,1"), "row 3: more cells than columns"),
+        (("label", "truth"), "has no column label; expected key, label and prob_CLASS"),
+        (("key", "image"), "has no column key"),
+        (("prob_", "p_"), "has 0 columns prob_CLASS, expected 1 to"),
+        (("prob_b", "prob_a"), "has the column 'prob_a' a second time"),
+        (("prob_b", "prob_"), "has the column 'prob_' with no valid name"),
+        (("key,", "key,path,patient,"), "fewer cells"),
+        ((",prob_a", ",labels,prob_a"), "has the columns label and labels"),
+        (("\nx,a,0.9,0.1\ny,b,0.2,0.8", ""), "has no rows below the header"),
+        (("key,label", "key,Subject_ID,label"), "'Subject_ID' may be meant as the patient"),
+        (("key,label,", "key,split,label,"), "fewer cells"),
+    ],
+)
+def test_a_bad_table_is_one_line(tmp_path, change, message):
+    """The line names file, row and column, what was expected, and how to mend it."""
+    with pytest.raises(CxrdistError, match=message) as caught:
+        table(tmp_path, ONE.replace(*change))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (("test", "later"), "row 3: split is 'later', expected train, val or test"),
+        (("train", "val"), "no row has the split test"),
+    ],
+)
+def test_splits_are_those_that_are_known(tmp_path, splits, message):
+    """A split that is none, or no image to score, is refused."""
+    text = "key,label,split,prob_a,prob_b\nx,a,{},0.9,0.1\ny,b,{},0.2,0.8\n".format(*splits)
+    with pytest.raises(CxrdistError, match=message):
+        table(tmp_path, text)
+    read = table(tmp_path, text.replace(splits[0], "Testing").replace(splits[1], "dev"))
+    assert read.splits == ["test", "val"]
