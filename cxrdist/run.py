@@ -101,6 +101,16 @@ class RunDirectory:
         """The self-contained report."""
         return self.inside("report.html")
 
+    @property
+    def checklist(self) -> Path:
+        """The reporting checklists, filled in as far as the run can."""
+        return self.inside("checklist.html")
+
+    @property
+    def card(self) -> Path:
+        """The model card, in the form of Hugging Face."""
+        return self.inside("model", "README.md")
+
     def predictions(self, place: str) -> Path:
         """One row a sample of the place."""
         return self.inside(place, "predictions.csv")

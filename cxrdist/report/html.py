@@ -7,6 +7,9 @@ from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.info import RunInfo, read_info
 from cxrdist.report.audit import audit_view
+from cxrdist.report.card import write_card
+from cxrdist.report.checklist import write_checklist
+from cxrdist.report.evidence import gather
 from cxrdist.report.files import (
     known_splits,
     read_stages,
@@ -24,7 +27,8 @@ from cxrdist.run import RunDirectory, sweep, write_text
 def report(config: ReportConfig) -> Path:
     """Write ``RUN/report.html``: one file, the same bytes for the same run directory.
 
-    With ``--predictions`` the page is of these, in ``--out``.
+    Beside it stand checklist.html and, where there is a model, its card (model/README.md). With
+    ``--predictions`` the page is of these, in ``--out``.
 
     Returns:
         The file.
@@ -61,6 +65,9 @@ def report(config: ReportConfig) -> Path:
         "headline": next((split for split in splits if split["metrics"]), None),
     }
     write_text(run.report, render("report.html.jinja", content))
+    evidence = gather(run)
+    write_checklist(evidence)
+    write_card(evidence)
     print(f"the report: {run.report}")
     return run.report
 

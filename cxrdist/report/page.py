@@ -8,7 +8,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from cxrdist.explain import heatmap
 from cxrdist.report import values
 
-FILTERS = ("colour", "number", "percent", "count", "rate", "share", "moment")
+FILTERS = (
+    *("colour", "number", "percent", "count", "rate", "share", "moment"),
+    *("figure", "markdown", "base"),
+)
 
 
 def render(template: str, content: dict[str, Any]) -> str:

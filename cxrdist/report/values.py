@@ -1,9 +1,11 @@
 """How the report calls and writes a value."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
+from typing import Any
 
 DASH = "\N{EM DASH}"
 # The scores of metrics.json by task, in the order of the page.
@@ -72,3 +74,23 @@ def moment(value: str | None) -> str:
         return DASH
     time = datetime.fromisoformat(value)
     return f"{time:%Y-%m-%d %H:%M} {time.tzname() or ''}".rstrip()
+
+
+def figure(scores: Mapping[str, Any], name: str) -> str:
+    """Write a figure of metrics.json with its interval, or that it has none."""
+    value, interval = scores.get(name), scores.get(f"{name}_interval")
+    if value is None:
+        return "not defined"
+    if interval is None:
+        return f"{value:.3f} (no interval)"
+    return f"{value:.3f} ({interval[0]:.3f} to {interval[1]:.3f})"
+
+
+def markdown(text: object) -> str:
+    """Write a text so that Markdown shows it as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", " ".join(str(text).split()))
+
+
+def base(source: str) -> str:
+    """Write where weights come from without the folders of the machine that they were on."""
+    return source.rsplit("/", 1)[-1] if source.startswith("/") else source

@@ -1,0 +1,599 @@
+"""Answers to the items of reporting checklists: where a run says something, and what it does not.
+
+Each function takes what a run holds and gives an answer.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from cxrdist.data.labels import NOT_STATED
+from cxrdist.report.evidence import Evidence
+from cxrdist.report.values import count
+
+HELD, PARTLY, AUTHORS, NOT_DONE = "in the run", "partly", "the authors must say", "not done"
+STATES = (HELD, PARTLY, AUTHORS, NOT_DONE)
+
+
+class Answer(NamedTuple):
+    """The answer to an item.
+
+    Attributes:
+        state: one of `STATES`.
+        text: what the run says, what the authors must say, or how it is done.
+        links: files of the run, each perhaps with a section of the report.
+    """
+
+    state: str
+    text: str
+    links: tuple[str, ...] = ()
+
+
+Rule = Callable[[Evidence], Answer]
+
+
+class Item(NamedTuple):
+    """An item of a checklist: its number, its topic in our own words, and how it is answered."""
+
+    number: str
+    topic: str
+    answer: Rule
+
+
+class Section(NamedTuple):
+    """A section of a checklist."""
+
+    name: str
+    items: tuple[Item, ...]
+
+
+def authors(text: str = "") -> Rule:
+    """Make the rule of an item that no run can answer."""
+    return lambda evidence: Answer(AUTHORS, text)
+
+
+def sources(e: Evidence) -> Answer:
+    """Where the images come from."""
+    sizes = [f"{name} {count(n['images'])}" for name, n in e.info["shards"]["totals"].items()]
+    return Answer(
+        PARTLY,
+        f"Images by split: {', '.join(sizes)}; their sources are counted in the audit. The authors "
+        "must say who collected them, where, when and why these.",
+        ("run.json", "report.html#data", *_if(e.audit, "audit.json")),
+    )
+
+
+def selection(e: Evidence) -> Answer:
+    """Which images were taken."""
+    return Answer(
+        PARTLY,
+        "The images that were used are counted by class and split. cxrdist pack lists what it left "
+        "out, and why, beside the shards. The authors must say by which criteria patients were "
+        "included before that.",
+        ("report.html#data",),
+    )
+
+
+def preparation(e: Evidence) -> Answer:
+    """How images are prepared."""
+    size = e.info["shards"]["image_size_px"]
+    fit = e.info["shards"].get("fit")
+    made = f"made square by {fit} and " if fit else ""
+    warp = e.recipe.get("augmentation") or {}
+    shown = ", ".join(f"{name} {value}" for name, value in warp.items())
+    text = f"Images are {made}scaled to {size} px, then normalised."
+    if shown:
+        text += f" Augmentation in training only: {shown}."
+    return Answer(HELD, text, (*_if(e.model, "model/model.json"), *_if(e.recipe, "recipe.yaml")))
+
+
+def privacy(e: Evidence) -> Answer:
+    """How patients were made unrecognisable."""
+    cover = e.model and e.model.get("cover")
+    text = (
+        f"Burned-in text was covered ({cover.how}) in {cover.split}. "
+        if cover
+        else "Burned-in text was not covered by cxrdist. "
+    )
+    return Answer(
+        PARTLY,
+        f"{text}The authors must say how names, dates and identifiers were removed.",
+        (*_if(e.model, "model/model.json"),),
+    )
+
+
+def missing_data(e: Evidence) -> Answer:
+    """What was done where labels are not known."""
+    counts = e.info["shards"]["counts"]
+    amounts = [amount for labels in counts.values() for amount in labels.values()]
+    sums = {what: sum(amount.get(what, 0) for amount in amounts) for what in NOT_STATED}
+    if not any(sums.values()):
+        return Answer(
+            PARTLY,
+            "Each image has a known label. The authors must say what else was missing, such as "
+            "patients without an image, and what was done about it.",
+            ("report.html#data",),
+        )
+    how = e.recipe.get("uncertain", "ignore")
+    shown = ", ".join(f"{what.replace('_', ' ')} {count(n)}" for what, n in sums.items() if n)
+    return Answer(
+        HELD,
+        f"Labels that are not stated: {shown}. No score counts uncertain and missing ones; in "
+        f"training uncertain ones count as {how}, missing ones have no loss.",
+        ("report.html#data", *_if(e.recipe, "recipe.yaml")),
+    )
+
+
+def acquisition(e: Evidence) -> Answer:
+    """How the X-rays were taken."""
+    return Answer(
+        PARTLY if e.audit else AUTHORS,
+        "The authors must say which machines, settings and positions were used."
+        + (" The audit counts the views as far as they are known." if e.audit else ""),
+        _if(e.audit, "report.html#audit"),
+    )
+
+
+def partitions(e: Evidence) -> Answer:
+    """How images came to their splits."""
+    return Answer(
+        HELD,
+        f"The rule of cxrdist pack: {e.info['shards']['split']}.",
+        ("run.json", "report.html#data"),
+    )
+
+
+def disjointness(e: Evidence) -> Answer:
+    """Whether patients and images are in one split only."""
+    if not e.audit:
+        return Answer(
+            NOT_DONE,
+            "The shards have no audit: run cxrdist check --audit SHARDS before the training.",
+        )
+    patients = {what: number for what, number, _ in e.audit["shared"]}["splits"]
+    duplicates = e.audit["duplicates"]
+    text = f"Patients with images in several splits: {count(patients)}."
+    if duplicates:
+        text += f" Pairs of the same image in two splits: {count(duplicates['in_two_splits'])}."
+    return Answer(HELD, text, ("audit.json", "report.html#audit"))
+
+
+def sample_size(e: Evidence) -> Answer:
+    """How large the sets are, and why."""
+    totals = e.info["shards"]["totals"]
+    shown = [f"{n} {count(t['images'])} of {count(t['patients'])}" for n, t in totals.items()]
+    return Answer(
+        PARTLY,
+        f"Images and patients: {', '.join(shown)} patients. The authors must say how this size was "
+        "arrived at, and whether it is enough; how wide the intervals are tells it afterwards.",
+        ("report.html#data",),
+    )
+
+
+def model(e: Evidence) -> Answer:
+    """What the network is."""
+    if e.members:
+        return Answer(
+            HELD,
+            f"An ensemble of {count(len(e.members))} networks, each in a run of its own.",
+            ("model/model.json",),
+        )
+    if not e.model:
+        return Answer(NOT_DONE, "The training is not finished: run cxrdist train again.")
+    layers = "-".join(map(str, e.model["architecture"].block_config))
+    size = e.model["image_size_px"]
+    return Answer(
+        HELD,
+        f"A DenseNet with blocks of {layers} layers and growth rate "
+        f"{e.model['architecture'].growth_rate}. Input: one grey image of {size} x {size} px. "
+        f"Output: a logit for each of {len(e.model['classes'])} classes.",
+        ("model/model.json", "model/model.safetensors"),
+    )
+
+
+def software(e: Evidence) -> Answer:
+    """The programs that were used."""
+    versions = ", ".join(f"{name} {version}" for name, version in e.info["versions"].items())
+    return Answer(HELD, f"Versions: {versions}.", ("run.json", "report.html#run"))
+
+
+def initial_weights(e: Evidence) -> Answer:
+    """Where the weights came from."""
+    return Answer(
+        HELD,
+        f"The training began with {e.info['weights']['source']}; the chain of weights before that "
+        "is in the report, with hashes.",
+        ("run.json", "report.html#run"),
+    )
+
+
+def training(e: Evidence) -> Answer:
+    """How the network was trained."""
+    stages = ", ".join(e.info["stages"])
+    if e.info["finished"] is None or not e.recipe:
+        return Answer(NOT_DONE, "The training is not finished: run cxrdist train again.")
+    return Answer(
+        HELD,
+        f"The whole recipe as it was in force; stages: {stages}. The log has each epoch.",
+        ("recipe.yaml", "log.jsonl", "report.html#training"),
+    )
+
+
+def final_model(e: Evidence) -> Answer:
+    """How the published weights were chosen."""
+    best = [f"{name} epoch {stage['best_epoch']}" for name, stage in e.info["stages"].items()]
+    return Answer(
+        HELD if best else NOT_DONE,
+        "Of each stage the epoch with the lowest loss on the validation split is kept"
+        f"{': ' if best else ''}{', '.join(best)}. The test split takes no part in it.",
+        ("run.json", "report.html#training"),
+    )
+
+
+def ensemble(e: Evidence) -> Answer:
+    """Whether several networks vote."""
+    if not e.members:
+        return Answer(HELD, "This is one network; nothing is averaged over several.")
+    return Answer(
+        HELD,
+        f"The mean of the calibrated probabilities of {count(len(e.members))} networks.",
+        ("model/model.json",),
+    )
+
+
+def measures(e: Evidence) -> Answer:
+    """Which figures are given."""
+    if not e.test:
+        return _evaluate()
+    names = [name for name in next(iter(e.test["classes"].values())) if _is_figure(name)]
+    parts = [what for what in ("calibration", "decision_curve", "groups") if e.has(what)]
+    return Answer(
+        PARTLY,
+        f"Of each class: {', '.join(name.replace('_', ' ') for name in names)}"
+        f"{'; beside them ' if parts else ''}{', '.join(parts).replace('_', ' ')}. The authors "
+        "must say why these, and which one was chosen beforehand as the main one.",
+        ("test/metrics.json", "report.html#headline"),
+    )
+
+
+def uncertainty(e: Evidence) -> Answer:
+    """How uncertain the figures are."""
+    how = e.test and e.test.get("intervals")
+    if not how:
+        return Answer(
+            NOT_DONE, "The figures have no intervals: run cxrdist evaluate of this version again."
+        )
+    share = f"{how['level']:.0%}".replace("%", " %")
+    return Answer(
+        HELD,
+        f"{share} intervals ({how['method']}, {count(how['replicates'])} replicates) over "
+        f"{count(how['patients'])} patients, by {how['unit']}.",
+        ("test/metrics.json", "report.html#headline"),
+    )
+
+
+def robustness(e: Evidence) -> Answer:
+    """Whether the result holds under other conditions."""
+    done = [
+        *(["words on the images covered and pasted"] if e.probed else []),
+        *(["groups of patients"] if e.has("groups") else []),
+        *(["external sets"] if e.external else []),
+        *(["what size, border and brightness alone would give"] if _shortcut(e) else []),
+    ]
+    if not done:
+        return Answer(
+            NOT_DONE, "None was made: see cxrdist probe-text, check --audit, and external sets."
+        )
+    links = ("report.html#text",) if e.probed else ()
+    return Answer(PARTLY, f"Measured: {', '.join(done)}.", (*links, *_results(e)))
+
+
+def explanations(e: Evidence) -> Answer:
+    """Whether it can be seen what the network looks at."""
+    if not e.explained:
+        return Answer(NOT_DONE, "No heat maps: run cxrdist explain --run RUN --shards SHARDS.")
+    return Answer(
+        HELD,
+        "Layer-wise relevance propagation on a canonical network, with a ledger of each logit, and "
+        "tested by covering pixels in the order of their relevance.",
+        (f"{e.explained[0]}/relevance.json", "report.html#reading"),
+    )
+
+
+def internal(e: Evidence) -> Answer:
+    """The result on held-out images of the same sources."""
+    if not e.test:
+        return _evaluate()
+    return Answer(
+        HELD,
+        f"On {count(e.test['samples'])} images of the test split, which was read after the "
+        "training.",
+        ("test/metrics.json", "report.html#headline"),
+    )
+
+
+def external(e: Evidence) -> Answer:
+    """The result on images from elsewhere."""
+    if not e.external:
+        return Answer(
+            NOT_DONE, "No external set: run cxrdist evaluate --run RUN --shards OTHER --name NAME."
+        )
+    shown = [f"{p.partition('/')[2]} ({count(e.metrics[p]['samples'])} images)" for p in e.external]
+    return Answer(
+        PARTLY,
+        f"External sets: {', '.join(shown)}. Images that the network has seen are named and "
+        "counted. The authors must say where these sets differ from those of the training.",
+        tuple(f"{place}/metrics.json" for place in e.external),
+    )
+
+
+def flow(e: Evidence) -> Answer:
+    """How many were taken and how many not."""
+    return Answer(
+        PARTLY,
+        "Images and patients of each class and split. What cxrdist pack left out is listed beside "
+        "the shards; the authors must say who was excluded before that.",
+        ("report.html#data",),
+    )
+
+
+def characteristics(e: Evidence) -> Answer:
+    """Who the patients are."""
+    held = e.has("groups")
+    return Answer(
+        PARTLY if held or e.audit else AUTHORS,
+        ("Sex, age, view and source of the test images, as far as they are known. " if held else "")
+        + "The authors must say what else tells the patients of the splits apart.",
+        (*_if(held, "test/metrics.json"), *_if(e.audit, "report.html#audit")),
+    )
+
+
+def comparison(e: Evidence) -> Answer:
+    """How the evaluated images differ from those of the training."""
+    return Answer(
+        PARTLY,
+        "Classes of train, val and test are counted side by side"
+        + (", and those of the external sets in their metrics" if e.external else "")
+        + ". The authors must compare ages, sexes and settings.",
+        ("report.html#data", *(f"{place}/metrics.json" for place in e.external)),
+    )
+
+
+def numbers(e: Evidence) -> Answer:
+    """How many images and patients each analysis rests on."""
+    return Answer(
+        HELD,
+        "Images and patients of each class for training (train), for selection and calibration "
+        "(val) and for evaluation (test).",
+        ("run.json", "report.html#data"),
+    )
+
+
+def performance(e: Evidence) -> Answer:
+    """The figures with their intervals."""
+    if not e.test:
+        return _evaluate()
+    state = HELD if e.has("intervals") else PARTLY
+    text = "The figures of each class and their means"
+    text += ", with intervals." if state == HELD else "; they have no intervals."
+    return Answer(state, text, _results(e))
+
+
+def diagnostic(e: Evidence) -> Answer:
+    """Sensitivity and specificity at a threshold that was chosen beforehand."""
+    if not e.test:
+        return _evaluate()
+    if not e.has("operating_points"):
+        return Answer(
+            PARTLY,
+            "Sensitivity at a threshold that was not chosen for a purpose. Evaluate the validation "
+            "split, then test again: then there are operating points.",
+            ("test/metrics.json",),
+        )
+    return Answer(
+        HELD,
+        "Sensitivity, specificity and predictive values at thresholds that were chosen on the "
+        "validation split.",
+        _results(e),
+    )
+
+
+def failures(e: Evidence) -> Answer:
+    """The mistakes."""
+    if not e.test:
+        return _evaluate()
+    if not e.explained:
+        return Answer(
+            PARTLY,
+            "The mistakes are listed; run cxrdist explain, and they have pictures.",
+            ("test/predictions.csv", "report.html#headline"),
+        )
+    return Answer(
+        PARTLY,
+        "The mistakes with X-ray and heat map. The authors must say what they have in common.",
+        ("test/predictions.csv", "report.html#headline"),
+    )
+
+
+def limits(e: Evidence) -> Answer:
+    """What weakens the study."""
+    warnings = e.audit["warnings"] if e.audit else []
+    text = "The authors must discuss them."
+    if not warnings:
+        return Answer(AUTHORS, text)
+    shown = "warning" if len(warnings) == 1 else "warnings"
+    return Answer(
+        PARTLY,
+        f"The audit of the data has {count(len(warnings))} {shown}. {text}",
+        ("report.html#audit", *_if(e.model, "model/README.md")),
+    )
+
+
+def details(e: Evidence) -> Answer:
+    """Where the protocol is."""
+    return Answer(
+        PARTLY,
+        "The recipe and the run hold all technical details. The authors must say whether there was "
+        "a protocol before the study, and where it can be read.",
+        ("run.json", *_if(e.recipe, "recipe.yaml")),
+    )
+
+
+def availability(e: Evidence) -> Answer:
+    """Where program, model and data can be had."""
+    revision = e.info["git_revision"]
+    return Answer(
+        PARTLY,
+        f"Program: cxrdist {e.info['versions'].get('cxrdist', '')}"
+        f"{f', revision {revision}' if revision else ''}; the model is ready to be shared with its "
+        "card. The authors must say where program, model and data can be had, and on what terms.",
+        ("run.json", *_if(e.model, "model/README.md")),
+    )
+
+
+def outcome(e: Evidence) -> Answer:
+    """What is predicted."""
+    classes = ", ".join(e.info["shards"]["classes"])
+    return Answer(
+        PARTLY,
+        f"Classes: {classes}. The authors must define each, and say when and how it was found to "
+        "be there.",
+        ("run.json",),
+    )
+
+
+def predictors(e: Evidence) -> Answer:
+    """What the prediction rests on."""
+    size = e.info["shards"]["image_size_px"]
+    return Answer(
+        HELD,
+        f"The only input is the X-ray, {size} x {size} px; sex, age and all else of the patient "
+        "are not given to the network.",
+        _if(e.model, "model/model.json"),
+    )
+
+
+def no_reading(e: Evidence) -> Answer:
+    """Whether somebody judges the input."""
+    return Answer(HELD, "The input is pixels; nobody has to judge them first.")
+
+
+def clusters(e: Evidence) -> Answer:
+    """Whether the result differs between hospitals or sources."""
+    if not e.has("groups") and not e.external:
+        return Answer(
+            NOT_DONE,
+            "Give the column source when packing, or evaluate external sets: then the figures are "
+            "given for each.",
+        )
+    return Answer(PARTLY, "Figures of each source and external set, as far as known.", _results(e))
+
+
+def updating(e: Evidence) -> Answer:
+    """Whether outputs were recalibrated."""
+    calibration = e.model and e.model.get("calibration")
+    if not calibration:
+        return Answer(NOT_DONE, "Nothing was recalibrated: evaluate the validation split first.")
+    return Answer(
+        HELD,
+        "A temperature of each class, fitted on the validation split; weights are not changed.",
+        ("model/model.json", *_if(e.has("calibration"), "test/metrics.json")),
+    )
+
+
+def calculation(e: Evidence) -> Answer:
+    """How predictions were calculated."""
+    return Answer(
+        HELD if e.test else NOT_DONE,
+        "By cxrdist evaluate, each image once; logits and their sigmoids are in the table. New "
+        "images: cxrdist predict.",
+        _if(e.test, "test/predictions.csv"),
+    )
+
+
+def imbalance(e: Evidence) -> Answer:
+    """What was done where classes are not alike in number."""
+    copies = e.recipe.get("copies") or {}
+    if not copies:
+        return Answer(HELD, "Nothing was done about it.", _if(e.recipe, "recipe.yaml"))
+    shown = ", ".join(f"{name} {times}" for name, times in copies.items())
+    return Answer(
+        PARTLY,
+        f"Augmented copies of each training image: {shown}. Probabilities are those of classes "
+        "balanced in this way, unless they are recalibrated. The authors must say why it was done.",
+        ("recipe.yaml",),
+    )
+
+
+def fairness(e: Evidence) -> Answer:
+    """Whether the network is as good for everybody."""
+    if not e.has("groups"):
+        return Answer(
+            NOT_DONE,
+            "No figures by group: give sex and age when packing, and evaluate again.",
+        )
+    return Answer(
+        PARTLY,
+        "Figures by sex, age and further groups, and the largest gap. Nothing in the training aims "
+        "at equal figures; the authors must say what they think of the gaps.",
+        _results(e),
+    )
+
+
+def output(e: Evidence) -> Answer:
+    """What the network gives, and how thresholds were chosen."""
+    calibration = e.model and e.model.get("calibration")
+    if not calibration:
+        return Answer(
+            PARTLY,
+            "A probability of each class. No threshold was chosen: evaluate the validation split.",
+            _if(e.model, "model/model.json"),
+        )
+    return Answer(
+        HELD,
+        f"A probability of each class. Thresholds by the rule {calibration.rule}, on the "
+        "validation split.",
+        ("model/model.json",),
+    )
+
+
+def specification(e: Evidence) -> Answer:
+    """Whether others can use the model."""
+    if not e.model:
+        return model(e)
+    return Answer(
+        PARTLY,
+        "Weights, classes, normalisation and image size, enough to predict new images. The authors "
+        "must say on what terms they may be used.",
+        ("model/model.safetensors", "model/model.json", "model/README.md"),
+    )
+
+
+def bad_input(e: Evidence) -> Answer:
+    """What happens to images that are not fit."""
+    return Answer(
+        PARTLY,
+        "cxrdist predict lists files that cannot be read, and predicts all others, also bad X-rays "
+        "and what is none. The authors must say how these are to be found and handled.",
+    )
+
+
+def _evaluate() -> Answer:
+    return Answer(NOT_DONE, "Run cxrdist evaluate --run RUN --shards SHARDS --split test.")
+
+
+def _is_figure(name: str) -> bool:
+    aside = ("known", "positives", "negatives", "reason")
+    return not name.endswith("_interval") and name not in aside
+
+
+def _shortcut(e: Evidence) -> bool:
+    return bool(e.audit and e.audit["shortcut"])
+
+
+def _results(e: Evidence) -> tuple[str, ...]:
+    places: Sequence[str] = [*(["test"] if e.test else []), *e.external]
+    return (*(f"{place}/metrics.json" for place in places), *_if(places, "report.html#headline"))
+
+
+def _if(held: Any, link: str) -> tuple[str, ...]:
+    return (link,) if held else ()

@@ -1,0 +1,130 @@
+"""The model card: RUN/model/README.md, in the form that Hugging Face reads.
+
+A YAML head (huggingface.co/docs/hub/model-cards), then what the run holds about the model.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import yaml
+
+from cxrdist.report.evidence import Evidence
+from cxrdist.report.files import weights_chain
+from cxrdist.report.page import render
+from cxrdist.run import RunDirectory, write_text
+
+OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
+MOST_BYTES = 1 << 20  # of a card that is looked at
+# Figures of metrics.json under the names of Hugging Face's metrics.
+METRICS = {
+    "accuracy": "accuracy",
+    "auroc": "roc_auc",
+    "average_precision": "average_precision",
+    "recall": "recall",
+    "precision": "precision",
+    "f1": "f1",
+}
+FIGURES = {
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "recall": "Sensitivity (recall)",
+    "specificity": "Specificity",
+    "precision": "Precision",
+    "f1": "F1 score",
+}
+TITLES = {
+    "accuracy": "Accuracy",
+    **{figure: f"{title}, mean of the classes" for figure, title in FIGURES.items()},
+}
+POINTS = {"sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV", "npv": "NPV"}
+
+
+def write_card(evidence: Evidence) -> bool:
+    """Write ``RUN/model/README.md``, unless there is no model yet, or the authors keep their own.
+
+    Returns:
+        Whether it was written.
+    """
+    if not (evidence.model or evidence.members) or _is_kept(evidence.run):
+        return False
+    name = evidence.run.root.resolve().name
+    head = yaml.safe_dump(_head(name, evidence), sort_keys=False, allow_unicode=True)
+    content = {
+        "head": head,
+        "ours": OURS,
+        "name": name,
+        "e": evidence,
+        "shards": evidence.info["shards"],
+        "weights": weights_chain(evidence.info),
+        "places": [(place_title(place), metrics) for place, metrics in evidence.metrics.items()],
+        "figures": FIGURES,
+        "points": POINTS,
+        "sources": _sources(evidence),
+    }
+    write_text(evidence.run.card, render("card.md.jinja", content))
+    return True
+
+
+def _is_kept(run: RunDirectory) -> bool:
+    """Whether there is a card without the line of those that are overwritten."""
+    if not run.card.is_file():
+        return False
+    with open(run.card, encoding="utf-8", errors="replace") as file:
+        return OURS not in file.read(MOST_BYTES)
+
+
+def place_title(place: str) -> str:
+    """Write the place of some images for people."""
+    kind, _, name = place.partition("/")
+    return f"external set {name}" if name else f"{kind} split"
+
+
+def _head(name: str, evidence: Evidence) -> dict[str, Any]:
+    """The YAML head: what Hugging Face filters and lists models by."""
+    results = list(_results(evidence))
+    used = [kind for kind in METRICS.values() if any(kind in _kinds(result) for result in results)]
+    head: dict[str, Any] = {
+        "library_name": "cxrdist",
+        "pipeline_tag": "image-classification",
+        "license": "other",
+        "license_name": "to-be-stated-by-the-authors",
+        "tags": ["chest-x-ray", "medical-imaging", "densenet", "not-for-diagnosis"],
+        "metrics": used,
+    }
+    if results:
+        head["model-index"] = [{"name": name, "results": results}]
+    return head
+
+
+def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """The figures of test and external sets that have an interval and rest on enough images."""
+    for place, metrics in evidence.metrics.items():
+        if place in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
+            continue
+        values = {**metrics, **metrics["macro"]}
+        figures = [
+            {
+                "type": kind,
+                "name": f"{TITLES[figure]} ({interval[0]:.3f} to {interval[1]:.3f})",
+                "value": values[figure],
+            }
+            for figure, kind in METRICS.items()
+            if (interval := values.get(f"{figure}_interval"))
+        ]
+        if figures:
+            yield {
+                "task": {"type": "image-classification", "name": "Chest X-ray classification"},
+                "dataset": {"type": "chest-x-rays", "name": place_title(place), "split": "test"},
+                "metrics": figures,
+            }
+
+
+def _kinds(result: Mapping[str, Any]) -> set[str]:
+    return {figure["type"] for figure in result["metrics"]}
+
+
+def _sources(evidence: Evidence) -> list[tuple[str, int]]:
+    """Images by source, as the audit counted them."""
+    origins = dict(evidence.audit["origins"]) if evidence.audit else {}
+    table = origins.get("source")
+    return list(zip(table["names"], table["all"], strict=True)) if table else []

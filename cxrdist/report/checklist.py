@@ -1,0 +1,57 @@
+"""The checklist page: the reporting checklists of the field, filled in as far as a run can."""
+
+from collections import Counter
+from typing import Any
+
+from cxrdist.report.answers import STATES, Section
+from cxrdist.report.claim import CLAIM
+from cxrdist.report.evidence import Evidence
+from cxrdist.report.page import render
+from cxrdist.report.tripod import TRIPOD
+from cxrdist.run import write_text
+
+CHECKLISTS = (
+    (
+        "claim",
+        "CLAIM 2024",
+        "Checklist for Artificial Intelligence in Medical Imaging, 2024 update. Tejani et al., "
+        "Radiology: Artificial Intelligence 2024, 6(4), e240300",
+        "https://doi.org/10.1148/ryai.240300",
+        CLAIM,
+    ),
+    (
+        "tripod",
+        "TRIPOD+AI",
+        "Updated guidance for reporting clinical prediction models that use regression or machine "
+        "learning methods. Collins et al., BMJ 2024, 385, e078378",
+        "https://doi.org/10.1136/bmj-2023-078378",
+        TRIPOD,
+    ),
+)
+
+
+def write_checklist(evidence: Evidence) -> None:
+    """Write ``RUN/checklist.html``: one file, the same bytes for the same run directory."""
+    lists = [
+        {
+            "element": element,
+            "name": name,
+            "source": source,
+            "address": address,
+            **_answer(sections, evidence),
+        }
+        for element, name, source, address, sections in CHECKLISTS
+    ]
+    name = evidence.run.root.resolve().name
+    page = render("checklist.html.jinja", {"name": name, "lists": lists})
+    write_text(evidence.run.checklist, page)
+
+
+def _answer(sections: tuple[Section, ...], evidence: Evidence) -> dict[str, Any]:
+    """Answer each item, and count the answers by state."""
+    answered = [
+        (section.name, [(item, item.answer(evidence)) for item in section.items])
+        for section in sections
+    ]
+    states = Counter(answer.state for _, items in answered for _, answer in items)
+    return {"sections": answered, "states": [(state, states[state]) for state in STATES]}

@@ -1,0 +1,89 @@
+"""What a run holds that a reader of its model must know: the ground of model card and checklist.
+
+Each part is None, or empty, where the run does not hold it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cxrdist.info import RunInfo, read_info
+from cxrdist.model.description import ModelFile
+from cxrdist.report.audit import audit_view
+from cxrdist.report.files import read_metrics, reading
+from cxrdist.run import RunDirectory, read_document, read_recipe
+
+PLACES = ("test", "val", "train")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The parts of a run.
+
+    Attributes:
+        run: the directory.
+        info: run.json.
+        model: model.json of a network.
+        members: names of the networks of an ensemble, whose mean the model is.
+        recipe: the resolved recipe.
+        audit: of the shards, as the report shows it.
+        metrics: metrics.json by the place of the images: test, val, train, external/NAME.
+        explained: places that have heat maps and a test of them.
+        probed: places where it was tested whether the network reads the words on the images.
+    """
+
+    run: RunDirectory
+    info: RunInfo
+    model: ModelFile | None
+    members: list[str]
+    recipe: Mapping[str, Any]
+    audit: Mapping[str, Any] | None
+    metrics: Mapping[str, Mapping[str, Any]]
+    explained: list[str]
+    probed: list[str]
+
+    @property
+    def external(self) -> list[str]:
+        """The places of evaluated external sets."""
+        return [place for place in self.metrics if place not in PLACES]
+
+    @property
+    def test(self) -> Mapping[str, Any] | None:
+        """The metrics of the test split."""
+        return self.metrics.get("test")
+
+    def has(self, part: str) -> bool:
+        """Whether the metrics of the test split have a part, such as ``groups``."""
+        return bool(self.test and self.test.get(part))
+
+
+def gather(run: RunDirectory) -> Evidence:
+    """Read a run.
+
+    Raises:
+        CxrdistError: one of its files is not what its command writes.
+    """
+    info = read_info(run)
+    description = run.inside("model", "model.json")
+    held = read_document(description, dict[str, Any]) if description.is_file() else {}
+    members = [str(name) for name in held.get("members", [])]
+    places = [*PLACES, *_external(run)]
+    found = {place: read_metrics(run.metrics(place), info["shards"]["task"]) for place in places}
+    return Evidence(
+        run,
+        info,
+        read_document(description, ModelFile) if held and not members else None,
+        members,
+        read_recipe(run.recipe, "run `cxrdist train` again")[1] if run.recipe.is_file() else {},
+        audit_view(run.audit),
+        {place: metrics for place, metrics in found.items() if metrics},
+        [place for place in places if run.relevance_info(place).is_file()],
+        [place for place in places if run.text(place).is_file()],
+    )
+
+
+def _external(run: RunDirectory) -> list[str]:
+    """The places of external sets."""
+    root = run.inside("external")
+    with reading(root, "evaluate"):
+        return sorted(f"external/{path.name}" for path in root.glob("*") if path.is_dir())
