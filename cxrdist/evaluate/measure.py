@@ -8,7 +8,10 @@ import torch
 
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.bootstrap import REPLICATES, SEED, Replicates, draw
+from cxrdist.evaluate.calibration import calibration_figures
+from cxrdist.evaluate.decision_curve import decision_curve
 from cxrdist.evaluate.metrics import compute_label_metrics, compute_metrics
+from cxrdist.evaluate.operating_points import operating_points
 from cxrdist.evaluate.scored import Scored
 from cxrdist.model.description import Calibration
 
@@ -57,7 +60,14 @@ def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
 
     Each other part adds one line here, a key of its own, from (scored, replicates, settings).
     """
-    return score(scored, replicate(scored, settings), settings)
+    replicates, calibration = replicate(scored, settings), settings.calibration
+    metrics = score(scored, replicates, settings)
+    if calibration:
+        points = operating_points(scored, replicates, calibration, settings.prevalence)
+        metrics["operating_points"] = points
+    metrics["calibration"] = calibration_figures(scored, replicates, calibration)
+    metrics["decision_curve"] = decision_curve(scored, replicates, calibration)
+    return metrics
 
 
 def score(scored: Scored, replicates: Replicates, settings: Settings) -> dict[str, Any]:
