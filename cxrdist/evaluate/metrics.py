@@ -16,7 +16,10 @@ from torch import Tensor
 
 from cxrdist.documents import Between, Text
 from cxrdist.evaluate.bootstrap import LEVEL, Limits
+from cxrdist.evaluate.calibration import CalibrationFigures
+from cxrdist.evaluate.decision_curve import DecisionCurve
 from cxrdist.evaluate.intervals import Intervals
+from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.info import Count
 from cxrdist.terminal import table
 
@@ -117,6 +120,9 @@ class Metrics(TypedDict):
     classes: dict[str, Scores]
     macro: Scores
     macro_labels: NotRequired[dict[str, Count]]
+    operating_points: NotRequired[OperatingPoints]
+    calibration: NotRequired[CalibrationFigures]
+    decision_curve: NotRequired[DecisionCurve]
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:

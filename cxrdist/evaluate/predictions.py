@@ -14,10 +14,19 @@ from cxrdist.data.cache import Images, open_cache, read_rows
 from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.calibration import (
+    choose_calibration,
+    describe_calibration,
+    probability_columns,
+    wanted_rule,
+)
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
+from cxrdist.evaluate.operating_points import Rule, read_rule, refuse_bad_prevalence
 from cxrdist.evaluate.scored import GROUP_COLUMNS, score_samples
-from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.info import read_info
+from cxrdist.model.densenet import Classifier, load_model, save_calibration
+from cxrdist.model.description import Calibration
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -87,9 +96,12 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         CxrdistError: run, shards or split cannot be used.
     """
-    refuse_below_one(config, "batch_size")
+    refuse_below_one(config, "batch_size", "fewest")
+    refuse_bad_prevalence(config.prevalence)
+    rule = read_rule(config.operating_point) if config.operating_point else None
     subject = open_subject(config.run, config.shards, config.cache, config.split)
     together(subject.accelerator, lambda: refuse_unwritable(subject.run.predictions(config.split)))
+    calibration = _calibrate(subject, config, rule)
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(subject, numbers, config.batch_size)
     accelerator = subject.accelerator
@@ -97,13 +109,47 @@ def evaluate(config: EvaluateConfig) -> None:
         logits = in_order(rows, numbers)
         sweep(subject.run.metrics(config.split).parent)
         write_predictions(subject, config.split, numbers, logits)
-        settings = Settings(config.fewest, config.prevalence, subject.model.calibration)
+        settings = Settings(config.fewest, config.prevalence, calibration)
         metrics = measure(score_samples(subject.index, numbers, logits), settings)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         write_json(subject.run.metrics(config.split), metrics)
         print(metrics_table(metrics))
+        print(describe_calibration(metrics))
         print(f"{config.split}: {headline(metrics)}")
     finish(accelerator)
+
+
+def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> Calibration | None:
+    """Give the model its temperatures and thresholds, as far as its own shards are given.
+
+    Returns:
+        Those of the model; None if its own validation split was not evaluated yet.
+
+    Raises:
+        CxrdistError: another rule is wished for, and the shards are not the model's.
+    """
+    index, stored = subject.index, subject.model.calibration
+    is_own = together(subject.accelerator, lambda: _is_own(subject))
+    wanted = together(
+        subject.accelerator,
+        lambda: wanted_rule(stored, rule, config.fewest, index.sha256 if is_own else None),
+    )
+    if wanted is not None:
+        numbers = np.array(index.numbers("val"), dtype=np.int64)
+        logits = in_order(predict_split(subject, numbers, config.batch_size), numbers)
+        scored = score_samples(index, numbers, logits)
+        subject.model.calibration = choose_calibration(scored, wanted, config.fewest, index.sha256)
+        if subject.accelerator.is_main_process:
+            save_calibration(subject.model.calibration, subject.run.model)
+    return subject.model.calibration
+
+
+def _is_own(subject: Subject) -> bool:
+    """Whether the shards are those that the run was trained on."""
+    run = subject.run
+    if not run.info.is_file():
+        return False
+    return read_info(run)["shards"]["index_sha256"] == subject.index.sha256
 
 
 def rank_batches(
@@ -163,17 +209,20 @@ def write_predictions(
     """Write predictions.csv: key, patient, label, prob_CLASS..., logit_CLASS...
 
     After label stand uncertain and missing where labels of the shards are not known, then source,
-    view, sex and age where they say something. Nine significant digits each: a logit, float32, is
-    read back exactly.
+    view, sex and age where they say something; after logit_CLASS... the columns of a calibrated
+    model. Nine significant digits each: a logit, float32, is read back exactly.
     """
-    names = [f"{what}_{name}" for what in ("prob", "logit") for name in subject.index.classes]
+    classes = subject.index.classes
+    names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]
+    more = probability_columns(logits, classes, subject.index.task, subject.model.calibration)
     has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
     samples = [subject.index.samples[number] for number in numbers]
     groups = [name for name in GROUP_COLUMNS if any(getattr(s, name) for s in samples)]
     about = ["key", "patient", "label", *unknown, *groups]
     rows = []
-    for sample, values in zip(samples, np.hstack([to_probabilities(logits), logits]), strict=True):
+    numbers_of = np.column_stack([to_probabilities(logits), logits, *more.values()])
+    for sample, values in zip(samples, numbers_of, strict=True):
         cells = [getattr(sample, column) for column in about]
         rows.append([*cells, *(f"{value:.9g}" for value in values)])
-    write_table(subject.run.predictions(split), [*about, *names], rows)
+    write_table(subject.run.predictions(split), [*about, *names, *more], rows)
