@@ -10,15 +10,20 @@ from numpy.typing import NDArray
 from cxrdist.data.labels import MISSING, POSITIVE, SEPARATOR, UNCERTAIN
 from cxrdist.data.records import NO_PATIENT
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.calibration import choose_calibration, describe_calibration
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table
+from cxrdist.evaluate.operating_points import YOUDEN, read_rule
 from cxrdist.evaluate.prediction_table import PredictionTable, read_prediction_table
 from cxrdist.evaluate.scored import Scored
+from cxrdist.model.description import Calibration
 from cxrdist.report.page import render
 from cxrdist.report.splits import split_view
 from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table, write_text
 
 HERE = ""  # the place of the predictions: the directory itself
+NO_POINTS = "no temperatures and no operating points: they need rows with val in a column split"
+FEWEST = Settings().fewest
 SUMS_TO_ONE = 0.01  # programs write two digits at least
 
 
@@ -39,16 +44,21 @@ def report_predictions(file: Path, out: Path) -> Path:
     table = read_prediction_table(file)
     is_test = np.array([split == "test" for split in table.splits] or [True] * len(table.scored))
     scored, probabilities = table.scored.take(is_test), table.probabilities[is_test]
-    metrics = measure(scored, Settings())
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    metrics = measure(scored, Settings(calibration=_calibrate(table, sha256)))
+    about = _about(file, sha256, table, scored, probabilities)
     with atomic_directory(out) as folder:
         run = RunDirectory(folder)
         _write_predictions(run, scored, probabilities)
         write_json(run.metrics(HERE), metrics)
-        page = render("foreign.html.jinja", _content(file, run, table, scored, probabilities))
+        view = split_view(run, HERE, "results", scored.task)
+        splits = [view | {"name": file.name, "can_explain": False}]
+        page = render("foreign.html.jinja", {**about, "headline": view, "splits": splits})
         write_text(run.report, page)
     for note in table.notes:
         print(f"{file}: {note}")
     print(metrics_table(metrics))
+    print(describe_calibration(metrics) if "operating_points" in metrics else NO_POINTS)
     print(f"{file.name}: {headline(metrics)}")
     print(f"the report: {out / 'report.html'}")
     return out / "report.html"
@@ -89,30 +99,34 @@ def _label_texts(scored: Scored) -> dict[str, list[str]]:
     }
 
 
-def _content(
+def _calibrate(table: PredictionTable, sha256: str) -> Calibration | None:
+    """Choose temperatures and thresholds on the images of val; None if there are none."""
+    is_val = np.array([split == "val" for split in table.splits], dtype=bool)
+    if not is_val.any():
+        return None
+    return choose_calibration(table.scored.take(is_val), read_rule(YOUDEN), FEWEST, sha256)
+
+
+def _about(
     file: Path,
-    run: RunDirectory,
+    sha256: str,
     table: PredictionTable,
     scored: Scored,
     probabilities: NDArray[np.float64],
 ) -> dict[str, Any]:
-    """Gather what the page shows."""
-    view = split_view(run, HERE, "results", scored.task)
+    """Gather what the page says of the file and of the images that are scored."""
     sums = probabilities.sum(axis=1)
     patients = {*scored.patients}
     return {
         "name": file.name,
-        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "sha256": sha256,
         "info": {"shards": {"task": scored.task, "index_sha256": None}},
-        "splits": [view | {"name": file.name, "can_explain": False}],
-        "headline": view,
         "num_images": len(scored),
         "num_patients": len(patients),
         "num_own": sum(name.startswith(NO_PATIENT) for name in patients),
         "num_aside": len(table.scored) - len(scored),
-        "has_splits": bool(table.splits),
-        "calibrated": False,
         "num_val": table.splits.count("val"),
+        "has_splits": bool(table.splits),
         "adds_up": len(scored.classes) > 1 and bool((np.abs(sums - 1) <= SUMS_TO_ONE).all()),
         "notes": table.notes,
     }

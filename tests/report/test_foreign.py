@@ -6,7 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    roc_auc_score,
+    roc_curve,
+)
 
 from cxrdist.cli import main
 from cxrdist.config import ReportConfig
@@ -54,6 +60,8 @@ def test_scores_are_those_of_scikit_learn(tmp_path):
         auroc = roc_auc_score(made["truth"][:, i], made["p"][:, i])
         assert metrics["classes"][name]["auroc"] == pytest.approx(auroc, abs=1e-6)
     assert "90 Patients 45; intervals are by patient" in page
+    assert metrics["intervals"]["unit"] == "patient"
+    assert metrics["intervals"]["patients"] == 45
     assert "There are no operating points" in page
     assert "add up to 1" not in page
 
@@ -69,6 +77,8 @@ def test_scores_of_several_labels_are_those_of_scikit_learn(tmp_path):
         assert scores["average_precision"] == pytest.approx(average, abs=1e-6)
         assert scores["f1"] == pytest.approx(f1_score(truth, p >= 0.5), abs=1e-6)
     assert "Intervals are by image" in page
+    assert metrics["intervals"]["unit"] == "image"
+    assert metrics["intervals"]["patients"] == 90
 
 
 def test_only_the_test_split_is_scored(tmp_path):
@@ -83,6 +93,26 @@ def test_only_the_test_split_is_scored(tmp_path):
     right = (made["truth"].argmax(1) == made["p"].argmax(1))[30:].mean()
     assert metrics["accuracy"] == pytest.approx(right, abs=1e-6)
     assert "30 of other splits are not scored" in page.read_text()
+
+
+def test_thresholds_come_from_the_images_of_val(tmp_path):
+    """Youden's threshold of scikit-learn on val gives the sensitivity on test, and ties too."""
+    made = make_table(tmp_path / "all.csv", several=True, columns={"split": "val"})
+    lines = (tmp_path / "all.csv").read_text().splitlines()
+    lines[46:] = [line.replace(",val,", ",test,") for line in lines[46:]]
+    (tmp_path / "all.csv").write_text("\n".join(lines))
+    page = report(ReportConfig(predictions=tmp_path / "all.csv", out=tmp_path / "out"))
+    points = json.loads((tmp_path / "out" / "metrics.json").read_text())["operating_points"]
+    assert points["chosen_on"]["images"] == 45
+    for i, name in enumerate(CLASSES):
+        truth, p = made["truth"][:, i], made["p"][:, i]
+        false_rate, true_rate, thresholds = roc_curve(truth[:45], p[:45], drop_intermediate=False)
+        threshold = thresholds[np.argmax(np.round(true_rate - false_rate, 12))]
+        called = p[45:] >= threshold
+        point = points["classes"][name]
+        assert point["sensitivity"] == pytest.approx(called[truth[45:]].mean(), abs=1e-6)
+        assert point["specificity"] == pytest.approx(1 - called[~truth[45:]].mean(), abs=1e-6)
+    assert "45 images of the split val" in page.read_text()
 
 
 @pytest.mark.parametrize("several", [False, True])

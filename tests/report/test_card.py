@@ -1,0 +1,175 @@
+"""The model card holds what the run holds, in valid YAML and Markdown."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from small_run import make_run
+
+from cxrdist.config import ReportConfig
+from cxrdist.report.answers import STATES
+from cxrdist.report.card import OURS, write_card
+from cxrdist.report.checklist import CHECKLISTS
+from cxrdist.report.evidence import gather
+from cxrdist.report.html import report
+from cxrdist.run import RunDirectory
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("card")) / "run"
+
+
+@pytest.fixture
+def small(made_once: Path, tmp_path: Path) -> Path:
+    """A run made by the real commands, its report too; a test may change it."""
+    return Path(shutil.copytree(made_once, tmp_path / "small" / "run"))
+
+
+def card_of(run: Path) -> str:
+    """Write the card of a run and read it."""
+    assert write_card(gather(RunDirectory(run)))
+    return (run / "model" / "README.md").read_text()
+
+
+def head_of(card: str) -> dict:
+    """The YAML between the first two lines of dashes."""
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def give_model(run: Path, small: Path) -> None:
+    """Put the description of a model with the classes of a made-up run into it."""
+    description = json.loads((small / "model" / "model.json").read_text())
+    description["classes"] = json.loads((run / "run.json").read_text())["shards"]["classes"]
+    (run / "model").mkdir()
+    (run / "model" / "model.json").write_text(json.dumps(description))
+
+
+def test_the_head_is_what_hugging_face_reads(small: Path) -> None:
+    """The YAML is read by huggingface_hub, where it is installed, and figures are the run's."""
+    hub = pytest.importorskip("huggingface_hub")
+    metrics = json.loads((small / "test" / "metrics.json").read_text())
+    metrics["macro"] |= {"auroc": 0.75, "auroc_interval": [0.5, 0.875]}
+    for scores in metrics["classes"].values():
+        scores["too_few"] = None
+    (small / "test" / "metrics.json").write_text(json.dumps(metrics))
+    card = hub.ModelCard(card_of(small))
+    assert card.data.pipeline_tag == "image-classification"
+    assert (card.data.library_name, card.data.license) == ("cxrdist", "other")
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results["roc_auc"].metric_value == 0.75
+    assert results["roc_auc"].metric_name == "AUROC, mean of the classes (0.500 to 0.875)"
+    assert results["accuracy"].metric_value == metrics["accuracy"]
+    assert results["accuracy"].dataset_name == "test split"
+
+
+def test_the_card_says_what_the_run_holds(small: Path) -> None:
+    """Counts, stages, figures with intervals, and what was not done."""
+    text = (small / "model" / "README.md").read_text()
+    assert "| a | 6 (3) | 2 (1) | 4 (2) |" in text
+    assert "Stage all: 2 epochs" in text
+    assert "It was not tested on images from elsewhere." in text
+    assert "Whether the network reads words on the images was not tested." not in text
+    assert re.search(r"\| a \(too few to say.*\| 4 \| \d\.\d{3} \(\d\.\d{3} to \d\.\d{3}\)", text)
+    assert "(no interval)" not in text
+    assert "/tmp" not in text
+
+
+def test_figures_of_too_few_images_are_not_listed(small: Path) -> None:
+    """Hugging Face ranks models by the head: figures of 4 positives are not in it."""
+    metrics = json.loads((small / "test" / "metrics.json").read_text())
+    for scores in metrics["classes"].values():
+        scores["too_few"] = "4 positives"
+    (small / "test" / "metrics.json").write_text(json.dumps(metrics))
+    assert "model-index" not in head_of(card_of(small))
+
+
+def test_odd_names_stay_in_their_cells(run: Path, small: Path) -> None:
+    """Classes named like HTML and external sets; figures without intervals are said to be such."""
+    give_model(run, small)
+    external = run / "external" / "hospital_2"
+    external.mkdir(parents=True)
+    (external / "metrics.json").write_text((run / "test" / "metrics.json").read_text())
+    text = card_of(run)
+    assert r"| \<b\>\&" in text
+    assert "<b>" not in text
+    assert r"### On the external set hospital\_2" in text
+    assert "**These figures have no intervals**" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    for header in (row for row in rows if row.startswith("| Class")):
+        body = rows[rows.index(header) + 1]
+        assert len(re.findall(r"(?<!\\)\|", body)) == len(re.findall(r"(?<!\\)\|", header))
+    assert head_of(text)["license"] == "other"
+
+
+def test_the_authors_card_is_left_alone(small: Path) -> None:
+    """A card is overwritten as long as it has the line that says so, and not afterwards."""
+    first = card_of(small)
+    card = small / "model" / "README.md"
+    card.write_text(first + "more")
+    assert card_of(small) == first
+    card.write_text(first.replace(OURS, "") + "ours")
+    assert not write_card(gather(RunDirectory(small)))
+    assert card.read_text().endswith("ours")
+
+
+def test_a_run_without_a_model_has_no_card(run: Path) -> None:
+    """The checklist is there all the same, and says what is missing."""
+    report(ReportConfig(run=run))
+    assert not (run / "model").exists()
+    assert "The training is not finished" in (run / "checklist.html").read_text()
+
+
+def test_checklists_have_the_items_of_the_papers() -> None:
+    """CLAIM 2024: 1 to 44. TRIPOD+AI, Table 2: 27 items, 52 with their parts."""
+    claim, tripod = (
+        [item.number for section in sections for item in section.items]
+        for *_, sections in CHECKLISTS
+    )
+    assert claim == [str(number) for number in range(1, 45)]
+    parts = {3: "abc", 5: "ab", 6: "abc", 8: "abc", 9: "abc", 12: "abcdefg", 18: "abcdef"}
+    parts |= {20: "abc", 23: "ab", 27: "abc"}
+    expected = [f"{n}{part}" for n in range(1, 28) for part in parts.get(n, [""])]
+    assert tripod == expected
+    assert len(tripod) == 52
+
+
+def test_pointers_of_the_checklists_lead_somewhere(small: Path) -> None:
+    """Each file is in the run, and each section in the report."""
+    page = (small / "report.html").read_text()
+    links = re.findall(r'<a href="([^"]*)"', (small / "checklist.html").read_text())
+    files = [link for link in links if not link.startswith(("#", "https:"))]
+    assert len(files) > 60
+    for link in files:
+        file, _, section = link.partition("#")
+        assert (small / file).is_file(), link
+        assert not section or f'id="{section}"' in page, link
+
+
+def test_answers_follow_the_run(small: Path, run: Path) -> None:
+    """What a run lacks is not done, and done once it is there."""
+    bare = gather(RunDirectory(run))
+    full = gather(RunDirectory(small))
+
+    def states(evidence: object) -> dict[str, str]:
+        return {
+            f"{name} {item.number}": item.answer(evidence).state
+            for _, name, *_, sections in CHECKLISTS
+            for section in sections
+            for item in section.items
+        }
+
+    found = states(full)
+    assert {*found.values()} == {*STATES}
+    assert found["CLAIM 2024 33"] == "not done"
+    assert found["CLAIM 2024 44"] == found["TRIPOD+AI 17"] == "the authors must say"
+    assert found["CLAIM 2024 29"] == found["CLAIM 2024 22"] == "in the run"
+    assert states(bare)["CLAIM 2024 29"] == states(bare)["CLAIM 2024 22"] == "not done"
+    (run / "external" / "other").mkdir(parents=True)
+    (run / "external" / "other" / "metrics.json").write_text(
+        (run / "test" / "metrics.json").read_text()
+    )
+    assert states(gather(RunDirectory(run)))["CLAIM 2024 33"] == "partly"
