@@ -66,8 +66,8 @@ def selection(e: Evidence) -> Answer:
     """Which images were taken."""
     return Answer(
         PARTLY,
-        "The images that were used are counted by class and split. cxrdist pack lists what it left "
-        "out, and why, beside the shards. The authors must say by which criteria patients were "
+        "The images that were used are counted by class and split; rejected.csv of the shards lists "
+        "what cxrdist pack left out, and why. The authors must say by which criteria patients were "
         "included before that.",
         ("report.html#data",),
     )
@@ -79,7 +79,7 @@ def preparation(e: Evidence) -> Answer:
     fit = e.info["shards"].get("fit")
     made = f"made square by {fit} and " if fit else ""
     warp = e.recipe.get("augmentation") or {}
-    shown = ", ".join(f"{name} {value}" for name, value in warp.items())
+    shown = ", ".join(f"{name} {_short(value)}" for name, value in warp.items())
     text = f"Images are {made}scaled to {size} px, then normalised."
     if shown:
         text += f" Augmentation in training only: {shown}."
@@ -330,8 +330,8 @@ def flow(e: Evidence) -> Answer:
     """How many were taken and how many not."""
     return Answer(
         PARTLY,
-        "Images and patients of each class and split. What cxrdist pack left out is listed beside "
-        "the shards; the authors must say who was excluded before that.",
+        "Images and patients of each class and split; rejected.csv of the shards lists what "
+        "cxrdist pack left out. The authors must say who was excluded before that.",
         ("report.html#data",),
     )
 
@@ -385,8 +385,8 @@ def diagnostic(e: Evidence) -> Answer:
     if not e.has("operating_points"):
         return Answer(
             PARTLY,
-            "Sensitivity at a threshold that was not chosen for a purpose. Evaluate the validation "
-            "split, then test again: then there are operating points.",
+            "Sensitivity at a threshold that was not chosen for a purpose. Run cxrdist evaluate "
+            "again: then there are operating points.",
             ("test/metrics.json",),
         )
     return Answer(
@@ -492,7 +492,7 @@ def updating(e: Evidence) -> Answer:
     """Whether outputs were recalibrated."""
     calibration = e.model and e.model.get("calibration")
     if not calibration:
-        return Answer(NOT_DONE, "Nothing was recalibrated: evaluate the validation split first.")
+        return Answer(NOT_DONE, "Nothing was recalibrated: run cxrdist evaluate again.")
     return Answer(
         HELD,
         "A temperature of each class, fitted on the validation split; weights are not changed.",
@@ -545,7 +545,7 @@ def output(e: Evidence) -> Answer:
     if not calibration:
         return Answer(
             PARTLY,
-            "A probability of each class. No threshold was chosen: evaluate the validation split.",
+            "A probability of each class. No threshold was chosen: run cxrdist evaluate again.",
             _if(e.model, "model/model.json"),
         )
     return Answer(
@@ -575,6 +575,10 @@ def bad_input(e: Evidence) -> Answer:
         "cxrdist predict lists files that cannot be read, and predicts all others, also bad X-rays "
         "and what is none. The authors must say how these are to be found and handled.",
     )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _evaluate() -> Answer:

@@ -623,3 +623,23 @@ def test_long_names_do_not_widen_the_page(browser: webdriver.Chrome, run: Path) 
         path.write_text(path.read_text().replace("COVID-19", "pneumonoultra" * 12))
     show(browser, report(ReportConfig(run=run)), 360, "light")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+@pytest.mark.parametrize("width", [1280, 360])
+def test_checklist_and_foreign_predictions_open_whole(
+    browser: webdriver.Chrome, run: Path, tmp_path: Path, width: int
+) -> None:
+    """These pages fetch nothing, nothing complains, nothing is wider, and headings step by one."""
+    report(ReportConfig(run=run))
+    predictions = run / "test" / "predictions.csv"
+    page = report(ReportConfig(predictions=predictions, out=tmp_path / "out"))
+    for path in (run / "checklist.html", page):
+        show(browser, path, width, "dark")
+        assert browser.get_log("browser") == []
+        assert [url for url in requests(browser) if not url.startswith("data:")] == [path.as_uri()]
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+        assert not browser.find_elements(By.CSS_SELECTOR, "th:not([scope])")
+        headings = browser.find_elements(By.CSS_SELECTOR, "h1, h2, h3, h4, h5, h6")
+        levels = [int(heading.tag_name[1]) for heading in headings]
+        assert levels[0] == 1
+        assert all(after - before <= 1 for before, after in pairwise(levels))
