@@ -66,9 +66,9 @@ def selection(e: Evidence) -> Answer:
     """Which images were taken."""
     return Answer(
         PARTLY,
-        "The images that were used are counted by class and split; rejected.csv of the shards lists "
-        "what cxrdist pack left out, and why. The authors must say by which criteria patients were "
-        "included before that.",
+        "The images that were used are counted by class and split; rejected.csv of the shards "
+        "lists what cxrdist pack left out, and why. The authors must say by which criteria "
+        "patients were included before that.",
         ("report.html#data",),
     )
 

@@ -10,7 +10,7 @@ import yaml
 
 from cxrdist.report.evidence import Evidence
 from cxrdist.report.files import weights_chain
-from cxrdist.report.page import render
+from cxrdist.report.page import template
 from cxrdist.run import RunDirectory, write_text
 
 OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
@@ -61,7 +61,7 @@ def write_card(evidence: Evidence) -> bool:
         "points": POINTS,
         "sources": _sources(evidence),
     }
-    write_text(evidence.run.card, render("card.md.jinja", content))
+    write_text(evidence.run.card, template("card.md.jinja").render(content))
     return True
 
 

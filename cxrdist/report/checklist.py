@@ -6,7 +6,7 @@ from typing import Any
 from cxrdist.report.answers import STATES, Section
 from cxrdist.report.claim import CLAIM
 from cxrdist.report.evidence import Evidence
-from cxrdist.report.page import render
+from cxrdist.report.page import template
 from cxrdist.report.tripod import TRIPOD
 from cxrdist.run import write_text
 
@@ -43,7 +43,7 @@ def write_checklist(evidence: Evidence) -> None:
         for element, name, source, address, sections in CHECKLISTS
     ]
     name = evidence.run.root.resolve().name
-    page = render("checklist.html.jinja", {"name": name, "lists": lists})
+    page = template("checklist.html.jinja").render({"name": name, "lists": lists})
     write_text(evidence.run.checklist, page)
 
 

@@ -17,7 +17,7 @@ from cxrdist.evaluate.operating_points import YOUDEN, read_rule
 from cxrdist.evaluate.prediction_table import PredictionTable, read_prediction_table
 from cxrdist.evaluate.scored import Scored
 from cxrdist.model.description import Calibration
-from cxrdist.report.page import render
+from cxrdist.report.page import template
 from cxrdist.report.splits import split_view
 from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table, write_text
 
@@ -53,7 +53,7 @@ def report_predictions(file: Path, out: Path) -> Path:
         write_json(run.metrics(HERE), metrics)
         view = split_view(run, HERE, "results", scored.task)
         splits = [view | {"name": file.name, "can_explain": False}]
-        page = render("foreign.html.jinja", {**about, "headline": view, "splits": splits})
+        page = template("foreign.html.jinja").render({**about, "headline": view, "splits": splits})
         write_text(run.report, page)
     for note in table.notes:
         print(f"{file}: {note}")

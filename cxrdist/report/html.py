@@ -17,7 +17,7 @@ from cxrdist.report.files import (
     weights_chain,
 )
 from cxrdist.report.foreign import report_predictions
-from cxrdist.report.page import render
+from cxrdist.report.page import template
 from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
@@ -64,7 +64,7 @@ def report(config: ReportConfig) -> Path:
         "texts": text_views(run),
         "headline": next((split for split in splits if split["metrics"]), None),
     }
-    write_text(run.report, render("report.html.jinja", content))
+    write_text(run.report, template("report.html.jinja").render(content))
     evidence = gather(run)
     write_checklist(evidence)
     write_card(evidence)

@@ -1,9 +1,8 @@
 """A page: one self-contained HTML file; its head and style are those of report.html.jinja."""
 
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cxrdist.explain import heatmap
 from cxrdist.report import values
@@ -14,20 +13,20 @@ FILTERS = (
 )
 
 
-def render(template: str, content: dict[str, Any]) -> str:
-    """Fill in a template of this package.
+def template(name: str) -> Template:
+    """Load a template of this package.
 
-    Args:
-        template: its file; what comes from elsewhere is escaped unless it is no page but a text.
-        content: by name; a name that the template misses is an error.
+    Whatever is filled in is escaped, but in a template that is no page; a name that it misses is
+    an error.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=template.endswith(".html.jinja"),
+        autoescape=name.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in FILTERS:
-        environment.filters[name] = getattr(values, name)
-    return environment.get_template(template).render(heatmap=heatmap, **content)
+    environment.globals["heatmap"] = heatmap
+    for function in FILTERS:
+        environment.filters[function] = getattr(values, function)
+    return environment.get_template(name)
