@@ -5,7 +5,7 @@ Each class is calibrated against the rest by its own logit, as the network was t
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, softmax
 
 from cxrdist.data.labels import POSITIVE
-from cxrdist.documents import Real, Text
+from cxrdist.documents import Between, Real, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.bootstrap import Replicates, Values, interval
 from cxrdist.evaluate.operating_points import (
@@ -33,6 +33,7 @@ from cxrdist.model.description import Calibration
 from cxrdist.terminal import table
 
 BINS = 15  # as in Guo et al. 2017, section 2
+Shares = Annotated[list[Share], Between(1, 100)]
 LEAST, MOST = 0.01, 100.0  # temperatures
 
 
@@ -179,14 +180,14 @@ class Errors(TypedDict):
 class Bins(TypedDict):
     """The bins of a class, a value for each."""
 
-    images: list[Count]
-    probability: list[Share]
+    images: Annotated[list[Count], Between(1, 100)]
+    probability: Shares
     """Mean of the network's probabilities."""
-    calibrated: list[Share] | None
+    calibrated: Shares | None
     """Mean of the calibrated ones."""
-    positives: list[Share]
+    positives: Shares
     """Share of images with the class."""
-    positives_interval: list[Interval]
+    positives_interval: Annotated[list[Interval], Between(1, 100)]
 
 
 class ClassCalibration(TypedDict):

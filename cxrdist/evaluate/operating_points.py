@@ -22,7 +22,7 @@ YOUDEN = "youden"
 MEASURES = ("sensitivity", "specificity", "ppv", "npv")
 
 Share = Annotated[float, Between(0, 1)]
-Interval = list[Share] | None
+Interval = Annotated[list[Share], Between(2, 2)] | None
 
 
 @dataclass(frozen=True)
