@@ -1,12 +1,12 @@
 """Decision curves: what calling a class is worth to whom (Vickers & Elkin 2006)."""
 
-from typing import Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 from scipy.special import expit
 
 from cxrdist.data.labels import POSITIVE
-from cxrdist.documents import Real
+from cxrdist.documents import Between, Real
 from cxrdist.evaluate.bootstrap import Replicates, interval
 from cxrdist.evaluate.calibration import calibrated_logits
 from cxrdist.evaluate.operating_points import Share
@@ -17,6 +17,9 @@ from cxrdist.model.description import Calibration
 # Rare findings are acted on from low probabilities, so those are closer together.
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.075, *(place / 20 for place in range(2, 20)))
 
+Values = Annotated[list[Real], Between(1, 1000)]
+Intervals = Annotated[list[Annotated[list[Real], Between(2, 2)] | None], Between(1, 1000)]
+
 
 class ClassCurve(TypedDict):
     """The curve of a class, a value for each threshold, on the images of which it is known."""
@@ -25,16 +28,16 @@ class ClassCurve(TypedDict):
     positives: Count
     probabilities: Literal["calibrated", "network"]
     """Which ones are compared with the thresholds."""
-    net_benefit: list[Real]
-    net_benefit_interval: list[list[Real] | None]
-    treat_all: list[Real]
-    treat_all_interval: list[list[Real] | None]
+    net_benefit: Values
+    net_benefit_interval: Intervals
+    treat_all: Values
+    treat_all_interval: Intervals
 
 
 class DecisionCurve(TypedDict):
     """The part ``decision_curve`` of metrics.json; to treat none has the net benefit 0."""
 
-    thresholds: list[Share]
+    thresholds: Annotated[list[Share], Between(1, 1000)]
     """Probabilities from which on a reader would act."""
     classes: dict[str, ClassCurve]
 

@@ -198,6 +198,89 @@ def flipping_chart(
     return _chart(name, "Probability while the image is covered", draw, (4.6, 2.9))
 
 
+def reliability_chart(
+    name: str,
+    positives: Sequence[float],
+    intervals: Sequence[Sequence[float] | None],
+    probability: Sequence[float],
+    calibrated: Sequence[float] | None,
+) -> str:
+    """Draw the share of positives over the mean probability, in bins.
+
+    Args:
+        name: unique in the page; letters, digits and hyphens.
+        positives: share of each bin, 0 to 1.
+        intervals: of those shares.
+        probability: mean of the network's probabilities in each bin.
+        calibrated: mean of the calibrated ones, which get the intervals then.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    low, high = np.array(
+        [within or (share, share) for within, share in zip(intervals, positives, strict=True)]
+    ).T
+    # A rare class has all of its bins in a corner.
+    top = min(1.0, 1.08 * max(*positives, *probability, *(calibrated or ()), 0.01))
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=":", linewidth=1.2)
+        places = calibrated or probability
+        axes.vlines(places, low, high, color=FIRST, alpha=0.5, linewidth=1.2)
+        if calibrated:
+            axes.plot(
+                probability, positives, color=SECOND, marker="s", linestyle="--", label="network"
+            )
+        label = "calibrated" if calibrated else "network"
+        axes.plot(places, positives, color=FIRST, marker="o", label=label)
+        axes.set_xlim(0, top)
+        axes.set_ylim(0, top)
+        axes.set_aspect("equal")
+        axes.set_xlabel("mean probability")
+        axes.set_ylabel("share with it")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2)
+
+    return _chart(name, "Share of positives over the mean probability", draw, (3.3, 3.4))
+
+
+def decision_chart(
+    name: str,
+    thresholds: Sequence[float],
+    net_benefit: Sequence[float],
+    intervals: Sequence[Sequence[float] | None],
+    call_all: Sequence[float],
+) -> str:
+    """Draw the net benefit over the probability from which on a reader acts.
+
+    Args:
+        name: unique in the page; letters, digits and hyphens.
+        thresholds: those probabilities, 0 to 1.
+        net_benefit: of the model at each.
+        intervals: of the net benefit.
+        call_all: net benefit of calling every image.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    low, high = np.array(
+        [within or (value, value) for within, value in zip(intervals, net_benefit, strict=True)]
+    ).T
+    top = 1.1 * max(*net_benefit, *call_all, *high, 0.001)
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(0, color=INK, alpha=0.6, linestyle=":", linewidth=1.2, label="call none")
+        axes.plot(thresholds, call_all, color=SECOND, linestyle="--", label="call all")
+        axes.fill_between(thresholds, low, high, color=FIRST, alpha=0.15, linewidth=0)
+        axes.plot(thresholds, net_benefit, color=FIRST, label="model")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(-0.3 * top, top)
+        axes.set_xlabel("acts from this probability on")
+        axes.set_ylabel("net benefit")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3)
+
+    return _chart(name, "Net benefit over the threshold", draw, (4.0, 3.2))
+
+
 def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callable[[Axes], None]:
     """Add what every chart over epochs has: whole numbers below, the legend above."""
 

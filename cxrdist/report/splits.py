@@ -11,6 +11,7 @@ from markupsafe import Markup
 from cxrdist.data.labels import NOT_STATED
 from cxrdist.info import ShardsInfo
 from cxrdist.report import pictures
+from cxrdist.report.calibration import calibration_view
 from cxrdist.report.files import (
     Explanation,
     Sample,
@@ -59,6 +60,8 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
     relevance = read_relevance(run, split)
     if metrics and samples is not None:
         check_same_evaluation(run, split, metrics, samples)
+    with reading(run.metrics(split), "evaluate"):
+        calibration = calibration_view(element, metrics) if metrics else None
     by_key = {sample.key: sample for sample in samples or []}
     mistakes = worst_mistakes(samples or []) if task == "multiclass" else []
     shown = _gallery(relevance or {}, by_key)
@@ -67,6 +70,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "element": element,
         "metrics": metrics,
         "scores": score_view(metrics) if metrics else None,
+        "calibration": calibration,
         "samples": samples,
         "roc": roc_charts(element, samples, metrics) if samples and metrics else None,
         "num_mistakes": sum(not sample.is_right for sample in samples or []),

@@ -1,0 +1,116 @@
+"""Operating points, calibration and decision curves as the report shows them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from cxrdist.report import pictures
+from cxrdist.report.values import number, percent
+
+RATES = {
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "ppv": "PPV (precision)",
+    "npv": "NPV",
+}
+RULES = {
+    "youden": "the largest sensitivity + specificity (Youden)",
+    "sensitivity": "a sensitivity of at least {least}, and then the best specificity",
+    "specificity": "a specificity of at least {least}, and then the best sensitivity",
+}
+ERRORS = {"calibration_error": "Calibration error", "brier": "Brier score"}
+
+
+def calibration_view(element: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Gather what the page says of thresholds and probabilities; None for what was not measured.
+
+    Args:
+        element: begins the ids of the charts; unique in the page.
+        metrics: of a split; those of older versions have none of this.
+    """
+    points, errors = metrics.get("operating_points"), metrics.get("calibration")
+    curves = metrics.get("decision_curve")
+    return {
+        "rates": RATES,
+        "errors": ERRORS,
+        "points": _points(points) if points else None,
+        "calibration": _calibration(element, errors) if errors else None,
+        "curves": _curves(element, curves) if curves else None,
+    }
+
+
+def _points(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the table: what, probability, with and without the class, rates with intervals."""
+    rows, few = [], []
+    for name, point in found["classes"].items():
+        having = point["true_positives"] + point["false_negatives"]
+        lacking = point["false_positives"] + point["true_negatives"]
+        counts = (point["true_positives"], having), (point["true_negatives"], lacking)
+        rows.append((name, point, counts, [_rate(point, rate) for rate in RATES]))
+        if min(having, lacking) < found["chosen_on"]["fewest"]:
+            few.append(f"{name}: {having} images with it, {lacking} without")
+    elsewhere = [
+        (name, [_rate(point["at_prevalence"], rate) for rate in ("ppv", "npv")])
+        for name, point in found["classes"].items()
+        if "at_prevalence" in point
+    ]
+    rule, _, least = found["rule"].partition("=")
+    described = RULES.get(rule, found["rule"]).format(least=least)
+    return {**found, "described": described, "rows": rows, "few": few, "elsewhere": elsewhere}
+
+
+def _rate(values: Mapping[str, Any], name: str) -> tuple[str, str]:
+    """Write a rate in percent, and its interval; both are a dash or empty where undefined."""
+    within = values[f"{name}_interval"]
+    return percent(values[name]), f"{percent(within[0])} to {percent(within[1])}" if within else ""
+
+
+def _error(values: Mapping[str, Any] | None, name: str) -> tuple[str, str]:
+    if values is None:
+        return number(None), ""
+    within = values[f"{name}_interval"]
+    return number(values[name]), f"{number(within[0])} to {number(within[1])}" if within else ""
+
+
+def _calibration(element: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Rows of the table (name, temperature, chance, cells) and a chart for each class."""
+    rows, charts = [], []
+    for place, (name, values) in enumerate(found["classes"].items()):
+        rows.append((name, values, _cells(values["before"], values["after"])))
+        bins = values["bins"]
+        chart = pictures.reliability_chart(
+            f"{element}-reliability{place}",
+            bins["positives"],
+            bins["positives_interval"],
+            bins["probability"],
+            bins["calibrated"],
+        )
+        charts.append((name, values, Markup(chart)))
+    mean = found["mean_before"]
+    cells = _cells(mean, found["mean_after"]) if mean else None
+    return {**found, "rows": rows, "mean": mean, "mean_cells": cells, "charts": charts}
+
+
+def _cells(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    return [_error(values, name) for name in ERRORS for values in (before, after)]
+
+
+def _curves(element: str, found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Markup]]:
+    """A chart for each class, with its name and numbers of images."""
+    return [
+        (
+            name,
+            curve,
+            Markup(
+                pictures.decision_chart(
+                    f"{element}-decision{place}",
+                    found["thresholds"],
+                    curve["net_benefit"],
+                    curve["net_benefit_interval"],
+                    curve["treat_all"],
+                )
+            ),
+        )
+        for place, (name, curve) in enumerate(found["classes"].items())
+    ]
