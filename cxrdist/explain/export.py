@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import read_rows
 from cxrdist.distributed import finish, gather, local_ranks, together
-from cxrdist.documents import parse_json
 from cxrdist.errors import RunFailedError, refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain.maps import BATCHES_A_SHARD, Map, encode, read_ledgers, write_maps
@@ -134,10 +133,10 @@ def _how(
     config: ExplainConfig, subject: Subject, targets: Targets, numbers: NDArray[np.int64]
 ) -> dict[str, Any]:
     """All that the bytes of the relevance depend on, but for the machine and its threads."""
+    description = read_document(subject.run.model / "model.json", dict[str, Any])
+    description.pop("calibration", None)  # no map depends on it, and evaluate may come later
     weights = (subject.run.model / "model.safetensors").read_bytes()
-    about = parse_json((subject.run.model / "model.json").read_bytes())
-    about.pop("calibration", None)  # chosen after the training; the logits stay as they are
-    parts = weights, json.dumps(about).encode()
+    parts = (weights, json.dumps(description).encode())
     return {
         "model_sha256": [hashlib.sha256(part).hexdigest() for part in parts],
         "index_sha256": subject.index.sha256,
