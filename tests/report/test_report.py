@@ -17,11 +17,10 @@ from selenium.webdriver.common.by import By
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
-from cxrdist.report import pictures
-from cxrdist.report.files import Sample, read_predictions
+from cxrdist.report import mistakes, pictures
+from cxrdist.report.files import Sample
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
-from cxrdist.report.splits import MOST_MISTAKES, worst_mistakes
 from cxrdist.report.values import number, percent
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -84,7 +83,7 @@ def test_names_from_files_are_escaped(run: Path, made: SimpleNamespace) -> None:
     log.write_text(log.read_text().replace('"unfreeze"', json.dumps(hostile)))
     with open(table, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    wrong = worst_mistakes(read_predictions(table, "multiclass") or [])[0].key
+    wrong = wrong_rows(run, made)[0]["key"]
     with open(table, "w", newline="", encoding="utf-8") as file:
         changed = [[hostile if value == wrong else value for value in row] for row in rows]
         csv.writer(file).writerows([header, *changed])
@@ -102,33 +101,68 @@ def test_names_from_files_are_escaped(run: Path, made: SimpleNamespace) -> None:
     }
 
 
-def test_worst_mistakes_come_first() -> None:
-    """Only wrong predictions, the surest by logit first, ties by key, and not more than fit."""
-    sure = {"a": 0.0, "b": 1.0}
-    certain = [Sample(f"{n:02d}", "a", sure, {"a": -9.0, "b": 18.0 + n}) for n in range(20)]
-    tie = Sample("00-tie", "a", sure, {"a": -9.0, "b": 37.0})
-    right = Sample("right", "b", sure, {"a": -9.0, "b": 50.0})
-    found = worst_mistakes([right, *certain, tie])
-    assert [item.key for item in found[:4]] == ["00-tie", "19", "18", "17"]
-    assert len(found) == MOST_MISTAKES
-
-
-def test_worst_mistakes_in_the_page_are_those_of_the_table(
-    run: Path, made: SimpleNamespace
-) -> None:
-    """The page lists the wrong rows of predictions.csv in falling order of confidence."""
+def wrong_rows(run: Path, made: SimpleNamespace) -> list[dict[str, str]]:
+    """The wrong rows of predictions.csv in falling order of their largest logit."""
     with open(run / "test" / "predictions.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
+        rows = list(csv.DictReader(file))
     wrong = []
     for row in rows:
-        scores = np.array(row[3 + len(made.CLASSES) :], dtype=float)
-        if made.CLASSES[scores.argmax()] != row[2]:
-            wrong.append((-scores.max(), row[0]))
-    text = str(Text(write(run)))
-    section = text[text.index("Worst mistakes") : text.index("Gallery")]
-    places = [section.index(f" {key} Truth") for _, key in sorted(wrong)]
-    assert len(places) == len(wrong) > 2
+        logits = [float(row[f"logit_{name}"]) for name in made.CLASSES]
+        if made.CLASSES[int(np.argmax(logits))] != row["label"]:
+            wrong.append((-max(logits), row["key"], row))
+    return [row for _, _, row in sorted(wrong, key=lambda entry: entry[:2])]
+
+
+def mistakes_of(page: str) -> str:
+    """The section of the mistakes, as text."""
+    a = page.index('aria-labelledby="split0-mistakes"')
+    return str(Text(page[a : page.index("</section>", a)]))
+
+
+def test_all_mistakes_are_in_the_page(run: Path, made: SimpleNamespace) -> None:
+    """The wrong rows of predictions.csv and no others, the surest first, with what is known."""
+    wrong = wrong_rows(run, made)
+    section = mistakes_of(write(run))
+    places = [section.index(f" {row['key']} Truth {row['label']} ") for row in wrong]
+    assert len(places) == len(wrong) == section.count("Predicted ") - 1 > 5
     assert places == sorted(places)
+    assert f"{len(wrong)} of 180 images are classified wrongly" in section
+    for row in wrong:
+        known = [f"{name} {row[name]}" for name in ("source", "view", "sex", "age") if row[name]]
+        assert f"{' '.join(known)} patient {row['patient']}" in section
+
+
+def test_each_mistake_has_its_pictures(run: Path, made: SimpleNamespace) -> None:
+    """Its X-ray, the maps of what it is and of what it was taken for, and what is nearest."""
+    page = write(run)
+    a = page.index('aria-labelledby="split0-mistakes"')
+    section = page[a : page.index("</section>", a)]
+    wrong = wrong_rows(run, made)
+    assert "no picture" not in section
+    assert section.count('alt="X-ray ') >= len(wrong)
+    explained = {path.stem for path in (run / "test" / "nearest").iterdir()}
+    with_maps = [row for row in wrong if f"train {row['key']}" in explained]
+    assert len(with_maps) == section.count("Nearest training image") > 5
+    assert section.count('alt="Heat map of ') == 2 * len(with_maps)
+    assert section.count("similarity 0.988") == section.count(">same patient<") == len(with_maps)
+    shutil.rmtree(run / "test" / "mistakes")  # an older evaluate wrote none
+    assert "no picture" not in mistakes_of(write(run))
+    for row in wrong[:2]:
+        (run / "test" / "heatmaps" / f"{row['key']}.png").unlink()
+    assert "2 of these have no picture." in mistakes_of(write(run))
+
+
+def test_mistakes_beyond_the_bound_are_rows_and_then_a_number(
+    run: Path, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page says how many have no picture and how many are not on it, and where they stand."""
+    num = len(wrong_rows(run, made))
+    monkeypatch.setattr(mistakes, "MOST_PICTURED", 3)
+    monkeypatch.setattr(mistakes, "MOST_LISTED", 2)
+    section = mistakes_of(write(run))
+    assert "The first 3 have pictures here, the next 2 a row in the table below" in section
+    assert f"{num - 5} are not on this page and stand in test/predictions.csv only" in section
+    assert section.count("Predicted ") - 1 == 3 + 1  # three cards, a column
 
 
 def test_sure_predictions_are_those_of_their_logits(run: Path, made: SimpleNamespace) -> None:
@@ -138,8 +172,7 @@ def test_sure_predictions_are_those_of_their_logits(run: Path, made: SimpleNames
     row |= {"key": "sure"} | made.with_logits([18, 25, -40])
     assert row["p"][:2] == [1, 1]
     made.write_evaluation(run / "test", rows)
-    text = str(Text(write(run)))
-    assert " sure Truth" not in text[text.index("Worst mistakes") : text.index("Gallery")]
+    assert " sure Truth" not in mistakes_of(write(run))
 
 
 def test_the_curve_ranks_by_logits(run: Path, made: SimpleNamespace) -> None:
@@ -193,7 +226,7 @@ def test_class_without_images_has_no_curve(run: Path, made: SimpleNamespace) -> 
     [
         ("test", "cxrdist evaluate --run RUN --shards SHARDS --split test", 1),
         ("test/relevance.csv", "cxrdist explain --run RUN --shards SHARDS --split test", 3),
-        ("test/predictions.csv", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
+        ("test/predictions.csv", "cxrdist evaluate --run RUN --shards SHARDS --split test", 1),
         ("test/metrics.json", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
         ("log.jsonl", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 2),
         ("test/text.json", "cxrdist probe-text --run RUN --shards SHARDS --split test", 1),
@@ -419,7 +452,7 @@ def test_the_probe_for_words_stands_after_the_results(run: Path, made: SimpleNam
     page = write(run)
     text = str(Text(page))
     section = text[text.index("Does the network read the words? X-rays") :]
-    assert text.index("Worst mistakes") < text.index("Does the network read the words? X-rays")
+    assert text.index("are classified wrongly") < text.index(section)
     assert "7 of 180 images have text, in 9 boxes. They stand in <i>boxes & more.csv" in section
     assert f"{made.ODD_CLASS} 60 7 <b>R (4), AP (1)" in section
     assert "Likeliest class changes \N{EM DASH} 3 5" in section
