@@ -14,6 +14,7 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
@@ -656,3 +657,73 @@ def test_long_names_do_not_widen_the_page(browser: webdriver.Chrome, run: Path) 
         path.write_text(path.read_text().replace("COVID-19", "pneumonoultra" * 12))
     show(browser, report(ReportConfig(run=run)), 360, "light")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+def shown_mistakes(browser: webdriver.Chrome) -> list[str]:
+    """Keys of the mistakes that can be seen."""
+    cards = browser.find_elements(By.CSS_SELECTOR, ".filtered .case .key")
+    return [card.text for card in cards if card.is_displayed()]
+
+
+def test_filters_narrow_the_mistakes(
+    browser: webdriver.Chrome, whole_page: Path, made: SimpleNamespace
+) -> None:
+    """By class and by group, both at once, with the keyboard too; print and reset show all."""
+    show(browser, whole_page, 1280, "light")
+    wrong = wrong_rows(whole_page.parent, made)
+    assert shown_mistakes(browser) == [row["key"] for row in wrong]
+
+    def click(legend: str, value: str) -> None:
+        path = f"//fieldset[legend='{legend}']/label[starts-with(normalize-space(), '{value}')]"
+        browser.find_element(By.XPATH, path).click()
+
+    click("Truth", "COVID-19")
+    assert shown_mistakes(browser) == [r["key"] for r in wrong if r["label"] == "COVID-19"]
+    click("Sex", "F")
+    both = [row["key"] for row in wrong if row["label"] == "COVID-19" and row["sex"] == "F"]
+    assert 0 < len(both) < len(wrong)
+    assert shown_mistakes(browser) == both
+    count = browser.find_element(By.CSS_SELECTOR, ".shown")
+    after = "return getComputedStyle(arguments[0], '::after').content"
+    assert browser.execute_script(after, count) == "counter(shown)"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert len(shown_mistakes(browser)) == len(wrong)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "screen"})
+    browser.find_element(By.CSS_SELECTOR, ".filters [type=reset]").click()
+    assert len(shown_mistakes(browser)) == len(wrong)
+    first = browser.find_element(By.CSS_SELECTOR, ".filters fieldset:first-child input")
+    first.send_keys(Keys.ARROW_RIGHT)  # the next class, as a screen reader's user chooses it
+    assert shown_mistakes(browser) == [r["key"] for r in wrong if r["label"] == made.ODD_CLASS]
+    first.send_keys(Keys.ENTER)  # no form is sent
+    assert browser.current_url == whole_page.as_uri()
+    assert browser.get_log("browser") == []
+
+
+def test_mistakes_can_be_read(browser: webdriver.Chrome, whole_page: Path) -> None:
+    """An X-ray of 224 px is shown at twice its size on a desktop, and as wide as a phone allows."""
+    for width, least in ((1280, 448), (390, 330)):
+        show(browser, whole_page, width, "light")
+        images = browser.find_elements(By.CSS_SELECTOR, ".filtered .views img")
+        assert len(images) > 10
+        assert all(image.size["width"] >= least for image in images)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_verdict_comes_first(browser: webdriver.Chrome, run: Path) -> None:
+    """The figure, its interval, images and patients, then what size and border alone give."""
+    change_json(
+        run / "test" / "metrics.json", lambda metrics: metrics.update(accuracy_interval=[0.8, 0.9])
+    )
+    show(browser, report(ReportConfig(run=run)), 1280, "light")
+    section = browser.find_element(By.CSS_SELECTOR, "main > section").text.replace("\u00a0", " ")
+    metrics = json.loads((run / "test" / "metrics.json").read_text())
+    figure = f"{metrics['accuracy']:.1%}".replace("%", " %")
+    said = f"Right on {figure} of 180 test images of 60 patients; 95 % interval 80.0 % to 90.0 %."
+    assert said in section
+    assert "Size, border and brightness alone" in section
+    warnings = json.loads((run / "audit.json").read_text())["warnings"]
+    assert all(" ".join(line.split()) in section for line in warnings)
+    titles = [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, "h2")]
+    assert titles[:3] == ["Verdict on test", "Results on test", "Mistakes on test"]
+    change_json(run / "test" / "metrics.json", lambda metrics: metrics.pop("accuracy_interval"))
+    assert "This evaluation has no interval" in " ".join(write(run).split())
