@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cxrdist.evaluate.metrics import few_of
+from cxrdist.report.scores import TOO_FEW, interval
 from cxrdist.report.values import count, number, percent
 
 
@@ -13,31 +15,40 @@ def verdict_view(split: Mapping[str, Any]) -> dict[str, Any]:
         split: what `split_view` gathers, of a split that was evaluated.
     """
     metrics = split["metrics"]
+    figure = _accuracy if metrics["task"] == "multiclass" else _mean_auroc
     return {
-        **_figure(metrics),
+        "several": metrics["task"] == "multilabel",
+        "few": {},
+        "too_few": TOO_FEW,
+        **figure(metrics),
         "split": split["name"],
         "images": count(metrics["samples"]),
         "patients": _patients(metrics, split["samples"]),
-        "intervals": metrics.get("intervals"),
     }
 
 
-def _figure(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The figure of the task and its interval, None in evaluations of older versions."""
-    if metrics["task"] == "multiclass":
-        value, limits = metrics["accuracy"], metrics.get("accuracy_interval")
-        return {
-            "several": False,
-            "value": percent(value),
-            "interval": limits and [percent(limit) for limit in limits],
-        }
-    limits = metrics["macro"].get("auroc_interval")
+def _accuracy(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    if metrics["samples"] < metrics.get("fewest", 0):
+        return {"value": TOO_FEW, "interval": None}
+    limits = interval(metrics)
     return {
-        "several": True,
-        "value": number(metrics["macro"]["auroc"]),
+        "value": percent(metrics["accuracy"]),
+        "interval": limits and [percent(limit) for limit in limits],
+    }
+
+
+def _mean_auroc(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean over the labels of enough images, and of which there are too few."""
+    few, classes = few_of(metrics), metrics["classes"]
+    mean = metrics.get("macro_enough", metrics["macro"])
+    limits = mean.get("auroc_interval")
+    enough = [name for name in classes if name not in few]
+    return {
+        "value": TOO_FEW if few and mean["auroc"] is None else number(mean["auroc"]),
         "interval": limits and [number(limit) for limit in limits],
-        "labels": count(metrics["macro_labels"]["auroc"]),
-        "all_labels": count(len(metrics["classes"])),
+        "labels": count(sum(classes[name]["auroc"] is not None for name in enough)),
+        "all_labels": count(len(classes)),
+        "few": few,
     }
 
 
