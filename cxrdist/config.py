@@ -342,7 +342,8 @@ class ExplainConfig:
     classes: str = "all"
     """all, or class names with commas between them."""
     limit: int | None = None
-    """Explain this many samples, the classes in turn; all if not given."""
+    """Explain this many samples: first the mistakes of cxrdist evaluate, the surest first, then the
+    classes in turn; all if not given."""
     contrast: str | None = None
     """Two class names with a comma between them: also a map of the first minus the second."""
     preset: Literal["canonical", "innvestigate"] = "canonical"
@@ -356,7 +357,8 @@ class ExplainConfig:
     format: Literal["npz", "webdataset"] = "npz"
     """npz: a float32 file per image. webdataset: tars of float16 maps, half the space."""
     pictures: bool = True
-    """Write heat maps as well."""
+    """Write heat maps as well, and look for the nearest training image of each sample, which takes
+    a forward pass of all training images."""
     batch_size: int = 4
     """Images of one forward pass."""
     cache: Path | None = None

@@ -123,6 +123,18 @@ class RunDirectory:
         """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
         return self.inside(place, "heatmaps")
 
+    def mistakes(self, place: str) -> Path:
+        """Pictures KEY.png of the images that were got wrong, the surest ones."""
+        return self.inside(place, "mistakes")
+
+    def nearest(self, place: str) -> Path:
+        """One row an explained sample: the training image that the network takes for most alike."""
+        return self.inside(place, "nearest.csv")
+
+    def nearest_pictures(self, place: str) -> Path:
+        """Pictures KEY.png of those training images."""
+        return self.inside(place, "nearest")
+
     def relevance(self, place: str) -> Path:
         """Signed relevance, one KEY.npz a sample or tars of them."""
         return self.inside(place, "relevance")

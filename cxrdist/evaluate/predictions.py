@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import EvaluateConfig
 from cxrdist.data.cache import Images, open_cache, read_rows
+from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
@@ -22,8 +23,9 @@ from cxrdist.evaluate.calibration import (
 )
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
+from cxrdist.evaluate.mistakes import MOST_PICTURED, find_mistakes
 from cxrdist.evaluate.operating_points import Rule, read_rule, refuse_bad_prevalence
-from cxrdist.evaluate.scored import GROUP_COLUMNS, score_samples
+from cxrdist.evaluate.scored import GROUP_COLUMNS, Scored, score_samples
 from cxrdist.info import read_info
 from cxrdist.model.densenet import Classifier, load_model, save_calibration
 from cxrdist.model.description import Calibration
@@ -110,7 +112,9 @@ def evaluate(config: EvaluateConfig) -> None:
         sweep(subject.run.metrics(config.split).parent)
         write_predictions(subject, config.split, numbers, logits)
         settings = Settings(config.fewest, config.prevalence, calibration)
-        metrics = measure(score_samples(subject.index, numbers, logits), settings)
+        scored = score_samples(subject.index, numbers, logits)
+        metrics = measure(scored, settings)
+        picture_mistakes(subject, config.split, scored, numbers)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         write_json(subject.run.metrics(config.split), metrics)
         print(metrics_table(metrics))
@@ -226,3 +230,20 @@ def write_predictions(
         cells = [getattr(sample, column) for column in about]
         rows.append([*cells, *(f"{value:.9g}" for value in values)])
     write_table(subject.run.predictions(split), [*about, *names, *more], rows)
+
+
+def picture_mistakes(
+    subject: Subject, place: str, scored: Scored, numbers: NDArray[np.int64]
+) -> None:
+    """Write the X-rays of the surest mistakes for the report, which has no shards.
+
+    Args:
+        subject: the model and the shards.
+        place: of the evaluation in the run.
+        scored: its N images.
+        numbers: of the samples, int64 [N].
+    """
+    calibration = subject.model.calibration
+    found = find_mistakes(scored, calibration.thresholds if calibration else None)
+    pictured = [int(numbers[mistake.place]) for mistake in found[:MOST_PICTURED]]
+    write_gallery(subject.run.mistakes(place), subject.index, subject.images, pictured)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,10 +20,16 @@ from cxrdist.distributed import finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError, refuse_below_one
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain.maps import BATCHES_A_SHARD, Map, encode, read_ledgers, write_maps
+from cxrdist.explain.nearest import find_nearest, was_trained_on, write_nearest
 from cxrdist.explain.pictures import picture_names, write_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.sanity import Flipping, RelevanceInfo, flip_pixels, summarise
-from cxrdist.explain.targets import Targets, choose_samples, choose_targets
+from cxrdist.explain.targets import (
+    Targets,
+    choose_samples,
+    choose_targets,
+    mistaken_samples,
+)
 from cxrdist.model.densenet import Classifier
 from cxrdist.run import locked, read_document, sweep, write_json, write_table
 from cxrdist.terminal import progress
@@ -68,7 +74,7 @@ class _Work:
 
 
 def explain(config: ExplainConfig) -> None:
-    """Write relevance, relevance.csv, relevance.json and heatmaps/ of a split.
+    """Write relevance, relevance.csv, relevance.json, heatmaps/ and nearest.csv of a split.
 
     Batches are cut before ranks are known, so the files are the same bytes for any number of ranks
     (with the same number of threads). What a killed command has finished is kept by the next one
@@ -82,23 +88,24 @@ def explain(config: ExplainConfig) -> None:
     accelerator = subject.accelerator
     targets = together(accelerator, lambda: choose_targets(config, subject.model))
     explainer = together(accelerator, lambda: _explainer(config, subject.model))
-    numbers = together(
-        accelerator, lambda: choose_samples(subject.index, config.split, config.limit)
-    )
+    numbers = together(accelerator, lambda: _choose_numbers(config, subject))
     is_compact = config.format == "webdataset"
     work = _Work(subject, config.split, targets, explainer, is_compact, config.pictures)
     with ExitStack() as stack:
 
-        def prepare() -> bool | None:
+        def prepare() -> _Left | None:
             if not accelerator.is_main_process:
                 return None
             stack.enter_context(locked(subject.run.relevance_info(config.split).parent))
-            return _prepare(work, _how(config, subject, targets))
+            return _prepare(work, _how(config, subject, targets, numbers))
 
-        is_tested = gather(accelerator, [together(accelerator, prepare)])[0]
+        left = gather(accelerator, [together(accelerator, prepare)])[0]
         rows = sorted(gather(accelerator, _explain_units(work, numbers, config.batch_size)))
-        flippings = [] if is_tested else gather(accelerator, _flip(work, config.limit))
+        flippings = [] if left.is_tested else gather(accelerator, _flip(work, config.limit))
+        nearest = find_nearest(subject, numbers) if left.lacks_nearest else []
         if accelerator.is_main_process:
+            if nearest:
+                write_nearest(subject, config.split, nearest)
             _finish(work, [row for _, _, row in rows], sorted(flippings, key=lambda pair: pair[0]))
             print(_said(work, len(numbers)))
         finish(accelerator)
@@ -114,7 +121,17 @@ def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
     )
 
 
-def _how(config: ExplainConfig, subject: Subject, targets: Targets) -> dict[str, Any]:
+def _choose_numbers(config: ExplainConfig, subject: Subject) -> NDArray[np.int64]:
+    """The samples to explain, int64 [n]; with a limit the mistakes of `evaluate` come first."""
+    calibration = subject.model.calibration
+    thresholds = calibration.thresholds if calibration else None
+    mistakes = mistaken_samples(subject.run, config.split, subject.index, thresholds)
+    return choose_samples(subject.index, config.split, config.limit, mistakes)
+
+
+def _how(
+    config: ExplainConfig, subject: Subject, targets: Targets, numbers: NDArray[np.int64]
+) -> dict[str, Any]:
     """All that the bytes of the relevance depend on, but for the machine and its threads."""
     description = read_document(subject.run.model / "model.json", dict[str, Any])
     description.pop("calibration", None)  # no map depends on it, and evaluate may come later
@@ -123,6 +140,7 @@ def _how(config: ExplainConfig, subject: Subject, targets: Targets) -> dict[str,
     return {
         "model_sha256": [hashlib.sha256(part).hexdigest() for part in parts],
         "index_sha256": subject.index.sha256,
+        "samples_sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
         "maps": targets.names,
         **{name: getattr(config, name) for name in _OPTIONS},
         "torch": torch.__version__,
@@ -130,24 +148,32 @@ def _how(config: ExplainConfig, subject: Subject, targets: Targets) -> dict[str,
     }
 
 
-def _prepare(work: _Work, how: dict[str, Any]) -> bool:
-    """Clear away what a killed command left half-written, and relevance that was made otherwise.
+class _Left(NamedTuple):
+    """What an earlier command has left to do."""
 
-    Returns:
-        Whether relevance that was made in this way stands there, tested already.
-    """
+    is_tested: bool
+    """Whether the relevance is there, made in this way and tested."""
+    lacks_nearest: bool
+    """Whether nearest training images are to be looked for: the report shows them beside maps."""
+
+
+def _prepare(work: _Work, how: dict[str, Any]) -> _Left:
+    """Clear away what a killed command left half-written, and relevance that was made otherwise."""
     run, split = work.subject.run, work.split
-    info, directories = run.relevance_info(split), (run.relevance(split), run.heatmaps(split))
+    directories = run.relevance(split), run.heatmaps(split), run.nearest_pictures(split)
+    info, nearest = run.relevance_info(split), run.nearest(split)
     found = _read_info(info) if info.is_file() else None
+    can_look = work.with_pictures and was_trained_on(run, work.subject.index)
     if found and found["how"] == how:
         for directory in (*directories, info.parent):
             sweep(directory, alone=True)
-        return found["sanity"] is not None
+        return _Left(found["sanity"] is not None, can_look and not nearest.is_file())
     for directory in directories:
         _clear(directory)
-    run.relevance_table(split).unlink(missing_ok=True)
+    for table in (run.relevance_table(split), nearest):
+        table.unlink(missing_ok=True)
     write_json(info, {"how": how, "sanity": None})
-    return False
+    return _Left(False, can_look)
 
 
 def _clear(directory: Path) -> None:

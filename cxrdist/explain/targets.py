@@ -1,5 +1,6 @@
 """What is explained: samples of a split, classes, and the contrast of two classes."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -11,9 +12,13 @@ from cxrdist.config import ExplainConfig
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.mistakes import find_mistakes
+from cxrdist.evaluate.scored import MEND, read_scored
 from cxrdist.explain.attribution import Attribution
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier
+from cxrdist.run import RunDirectory, read_document
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,18 @@ def choose_classes(classes: str, model: Classifier) -> list[str]:
     return list(names)
 
 
-def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.int64]:
+def choose_samples(
+    index: Index, split: str, limit: int | None, first: Sequence[int] = ()
+) -> NDArray[np.int64]:
     """Sample numbers to explain; with a limit the classes take turns, and images without label.
 
     Images of which no label is known come last: nothing can be compared with their maps.
+
+    Args:
+        index: the shards.
+        split: of the samples.
+        limit: how many; None for all.
+        first: samples of the split that come before all others, such as mistakes.
 
     Returns:
         int64 [n], ascending.
@@ -97,6 +110,32 @@ def choose_samples(index: Index, split: str, limit: int | None) -> NDArray[np.in
     positive, known = targets == POSITIVE, (targets >= 0).any(axis=1)
     groups = (*positive.T, known & ~positive.any(axis=1))
     by_class = [[n for n in numbers if has[n]] for has in groups]
-    in_turn = dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)
+    in_turn = dict.fromkeys(first)
+    in_turn |= dict.fromkeys(n for turn in zip_longest(*by_class) for n in turn if n is not None)
     in_turn |= dict.fromkeys(numbers)
     return np.array(sorted(list(in_turn)[:limit]), dtype=np.int64)
+
+
+def mistaken_samples(
+    run: RunDirectory, place: str, index: Index, thresholds: Mapping[str, float] | None
+) -> list[int]:
+    """Numbers of the samples that an evaluation on these shards got wrong, the surest first.
+
+    Args:
+        run: the run directory.
+        place: of the evaluation; none if it was not made, or on other shards.
+        index: the shards.
+        thresholds: as in `find_mistakes`.
+
+    Raises:
+        CxrdistError: its files are not what `cxrdist evaluate` writes.
+    """
+    if not (run.predictions(place).is_file() and run.metrics(place).is_file()):
+        return []
+    metrics = read_document(run.metrics(place), Metrics, MEND)
+    if metrics.get("index_sha256") != index.sha256:
+        return []
+    scored = read_scored(run.predictions(place), index.task)
+    number_of = {sample.key: number for number, sample in enumerate(index.samples)}
+    keys = [scored.keys[mistake.place] for mistake in find_mistakes(scored, thresholds)]
+    return [number_of[key] for key in keys if key in number_of]

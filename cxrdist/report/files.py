@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
@@ -17,8 +17,10 @@ from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Real, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics, predicted_classes
+from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.sanity import RelevanceInfo, Rules, SanityInfo
 from cxrdist.info import RunInfo, WeightsInfo
+from cxrdist.model.description import Calibration, ModelFile
 from cxrdist.report.values import MEASURES
 from cxrdist.run import (
     RunDirectory,
@@ -48,6 +50,10 @@ class Sample:
     """Labels of which the source is not sure, with ``|`` between them."""
     missing: str = ""
     """Labels of which the source says nothing, with ``|`` between them."""
+    patient: str = ""
+    """Whose X-ray it is."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Source, view, sex and age, those that are known of the split; empty where nothing tells."""
 
     @property
     def labels(self) -> list[str]:
@@ -275,7 +281,10 @@ def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> S
     probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
     logits = {name: _finite(row[f"logit_{name}"]) for name in classes}
     unknown = row.get("uncertain", ""), row.get("missing", "")
-    sample = Sample(row["key"], row["label"], probabilities, logits, task, *unknown)
+    groups = {name: row[name] for name in GROUP_COLUMNS if name in row}
+    sample = Sample(
+        row["key"], row["label"], probabilities, logits, task, *unknown, row["patient"], groups
+    )
     if task == "multiclass" and len(sample.labels) != 1:
         raise ValueError(f"{row['label']!r} is not one label")
     named = [*sample.labels, *(label for text in unknown for label in labels_of(text))]
@@ -286,6 +295,18 @@ def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> S
     if not all(0 <= value <= 1 for value in probabilities.values()):
         raise ValueError("a probability is not within 0 and 1")
     return sample
+
+
+def read_calibration(run: RunDirectory) -> Calibration | None:
+    """Read what was chosen on the validation split; None without a model or before that.
+
+    Raises:
+        CxrdistError: model.json is damaged.
+    """
+    path = run.model / "model.json"
+    if not path.is_file():
+        return None
+    return read_document(path, ModelFile, "run `cxrdist train` again").get("calibration")
 
 
 def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]] | None:

@@ -19,6 +19,7 @@ from cxrdist.evaluate.scored import Scored
 from cxrdist.model.description import Calibration
 from cxrdist.report.page import template
 from cxrdist.report.splits import split_view
+from cxrdist.report.verdict import verdict_view
 from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table, write_text
 
 HERE = ""  # the place of the predictions: the directory itself
@@ -51,9 +52,10 @@ def report_predictions(file: Path, out: Path) -> Path:
         run = RunDirectory(folder)
         _write_predictions(run, scored, probabilities)
         write_json(run.metrics(HERE), metrics)
-        view = split_view(run, HERE, "results", scored.task)
-        splits = [view | {"name": file.name, "can_explain": False}]
-        page = template("foreign.html.jinja").render({**about, "headline": view, "splits": splits})
+        view = split_view(run, HERE, "results", scored.task) | {"name": file.name}
+        page = template("foreign.html.jinja").render(
+            about, headline=view, splits=[view], verdict=verdict_view(view)
+        )
         write_text(run.report, page)
     for note in table.notes:
         print(f"{file}: {note}")
@@ -129,4 +131,7 @@ def _about(
         "has_splits": bool(table.splits),
         "adds_up": len(scored.classes) > 1 and bool((np.abs(sums - 1) <= SUMS_TO_ONE).all()),
         "notes": table.notes,
+        "audit": None,
+        "baselines": [],
+        "remarks": [],
     }

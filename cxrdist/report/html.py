@@ -21,6 +21,7 @@ from cxrdist.report.page import template
 from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
+from cxrdist.report.verdict import baseline_lines, verdict_view
 from cxrdist.run import RunDirectory, sweep, write_text
 
 
@@ -51,6 +52,8 @@ def report(config: ReportConfig) -> Path:
         split_view(run, split, f"split{place}", info["shards"]["task"])
         for place, split in enumerate(known_splits(run.root))
     ]
+    headline = next((split for split in splits if split["metrics"]), None)
+    audit = audit_view(run.audit)
     content = {
         "name": run.root.resolve().name,
         "info": info,
@@ -58,11 +61,14 @@ def report(config: ReportConfig) -> Path:
         "duration": _duration(run.info, info),
         "recipe": recipe,
         "open_labels": open_labels(info["shards"]),
-        "audit": audit_view(run.audit),
+        "audit": audit,
         "stages": stage_views(run, info, recipe),
         "splits": splits,
         "texts": text_views(run),
-        "headline": next((split for split in splits if split["metrics"]), None),
+        "headline": headline,
+        "verdict": verdict_view(headline) if headline else None,
+        "baselines": baseline_lines(audit),
+        "remarks": [],
     }
     write_text(run.report, template("report.html.jinja").render(content))
     evidence = gather(run)

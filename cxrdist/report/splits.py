@@ -1,7 +1,7 @@
 """What the report shows of one split: scores, mistakes, heat maps, ledger."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,11 @@ from cxrdist.report.files import (
     reading,
     within,
 )
+from cxrdist.report.mistakes import mistakes_view
 from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
 from cxrdist.report.values import share
 from cxrdist.run import RunDirectory
 
-MOST_MISTAKES = 12
 MOST_OF_A_CLASS = 4
 MOST_IN_GALLERY = 24
 MOST_MAPS_OF_A_SAMPLE = 4
@@ -63,7 +63,6 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
     with reading(run.metrics(split), "evaluate"):
         calibration = calibration_view(element, metrics) if metrics else None
     by_key = {sample.key: sample for sample in samples or []}
-    mistakes = worst_mistakes(samples or []) if task == "multiclass" else []
     shown = _gallery(relevance or {}, by_key)
     return {
         "name": split,
@@ -73,9 +72,9 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "calibration": calibration,
         "samples": samples,
         "roc": roc_charts(element, samples, metrics) if samples and metrics else None,
-        "num_mistakes": sum(not sample.is_right for sample in samples or []),
-        "mistakes": [_card(run, split, sample.key, by_key, relevance) for sample in mistakes],
-        "can_explain": True,
+        "mistakes": (
+            None if samples is None else mistakes_view(run, split, samples, task, relevance)
+        ),
         "explained": relevance is not None,
         "ledger": _ledger(relevance or {}),
         "sanity": _sanity(run, split, element) if relevance else None,
@@ -97,12 +96,6 @@ def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
         of_splits = [amounts[name] for amounts in shards["counts"].values()]
         rows.append((name, [amount.get(what, 0) for amount in of_splits for what in NOT_STATED]))
     return rows if any(any(cells) for _, cells in rows) else []
-
-
-def worst_mistakes(samples: Sequence[Sample]) -> list[Sample]:
-    """Pick the wrong predictions that the network was surest of, the surest first."""
-    wrong = [sample for sample in samples if not sample.is_right]
-    return sorted(wrong, key=lambda sample: (-sample.confidence, sample.key))[:MOST_MISTAKES]
 
 
 def _gallery(
@@ -142,8 +135,6 @@ def _card(
         target = explanation.target
         return target not in sample.labels + sample.predicted, -sample.logits.get(target, -math.inf)
 
-    if not run.heatmaps(split).is_dir():
-        return Card(key, sample, None, [])
     with reading(run.relevance_table(split), "explain"):
         xray = within(run.heatmaps(split), f"{key}.png")
     drawn = [item for item in (relevance or {}).get(key, []) if item.picture]

@@ -36,6 +36,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = make_predictions()
     write_evaluation(run / SPLIT, rows)
     write_explanation(run / SPLIT, rows)
+    write_pictures(run / SPLIT, rows)
     write_text_probe(run / SPLIT, rows)
     return run
 
@@ -181,9 +182,11 @@ def make_predictions() -> list[dict]:
     for place, label in enumerate(CLASSES):
         for number in range(60):
             logits = random.normal(-2, 1.3, len(CLASSES))
-            logits[place] += 4.2
+            logits[place] += 3.2
             key = f"{number:03d} 50% #{place}?é'" if number % 5 == 0 else f"{place}-{number:03d}"
             row = {"key": key, "patient": f"p{number}", "label": label}
+            row |= {"source": ("<i>A", "B")[number % 2], "view": ("PA", "AP", "")[number % 3]}
+            row |= {"sex": ("F", "M")[number % 2], "age": str(20 + number)}
             rows.append(row | with_logits(logits))
     return sorted(rows, key=lambda row: row["key"])
 
@@ -200,10 +203,11 @@ def write_evaluation(directory: Path, rows: list[dict]) -> None:
     with open(directory / "predictions.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         names = [f"{what}_{name}" for what in ("prob", "logit") for name in CLASSES]
-        writer.writerow(["key", "patient", "label", *names])
+        about = ["key", "patient", "label", "source", "view", "sex", "age"]
+        writer.writerow([*about, *names])
         for row in rows:
             numbers = map(repr, row["p"] + row["logits"])
-            writer.writerow([row["key"], row["patient"], row["label"], *numbers])
+            writer.writerow([*(row[name] for name in about), *numbers])
     scores = torch.tensor([row["logits"] for row in rows], dtype=torch.float64)
     truth = torch.tensor([CLASSES.index(row["label"]) for row in rows])
     metrics = evaluate(scores, truth)
@@ -250,7 +254,10 @@ def write_explanation(directory: Path, rows: list[dict]) -> None:
         parts = ["relevance_sum", "bias_share", "epsilon_share"]
         writer.writerow(["key", "class", "logit", *parts, "picture"])
         places = [CLASSES.index(row["label"]) for row in rows]
-        in_turn = sorted(range(len(rows)), key=lambda i: (places[:i].count(places[i]), places[i]))
+        right = [CLASSES[int(np.argmax(row["logits"]))] == row["label"] for row in rows]
+        in_turn = sorted(
+            range(len(rows)), key=lambda i: (right[i], places[:i].count(places[i]), places[i])
+        )
         for row in (rows[i] for i in in_turn[:EXPLAINED]):
             xray = draw_xray(random)
             Image.fromarray(xray).save(heatmaps / f"{row['key']}.png")
@@ -271,6 +278,24 @@ def write_explanation(directory: Path, rows: list[dict]) -> None:
     how = {"preset": "canonical", "composite": None, "flat": True, "biases": True}
     sanity = {"ledger_residual": 2.5e-7, "pixel_flipping": flipping}
     (directory / "relevance.json").write_text(json.dumps({"how": how, "sanity": sanity}))
+
+
+def write_pictures(directory: Path, rows: list[dict]) -> None:
+    """Write the X-rays of the mistakes, and nearest.csv with the pictures of two of them."""
+    random = np.random.default_rng(5)
+    wrong = [row for row in rows if CLASSES[int(np.argmax(row["logits"]))] != row["label"]]
+    explained = {path.stem for path in (directory / "heatmaps").glob("*.png")}
+    for folder in ("mistakes", "nearest"):
+        (directory / folder).mkdir(exist_ok=True)
+    for row in wrong:
+        Image.fromarray(draw_xray(random)).save(directory / "mistakes" / f"{row['key']}.png")
+    lines = ["key,nearest,similarity,label,patient\n"]
+    for row in rows:
+        if row["key"] in explained:
+            path = directory / "nearest" / f"train {row['key']}.png"
+            Image.fromarray(draw_xray(random)).save(path)
+            lines.append(f"{row['key']},{path.stem},0.987654,NORMAL,{row['patient']}\n")
+    (directory / "nearest.csv").write_text("".join(lines))
 
 
 def write_text_probe(directory: Path, rows: list[dict]) -> None:

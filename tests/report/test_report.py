@@ -14,14 +14,14 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
-from cxrdist.report import pictures
-from cxrdist.report.files import Sample, read_predictions
+from cxrdist.report import mistakes, pictures
+from cxrdist.report.files import Sample
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
-from cxrdist.report.splits import MOST_MISTAKES, worst_mistakes
 from cxrdist.report.values import number, percent
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -84,7 +84,7 @@ def test_names_from_files_are_escaped(run: Path, made: SimpleNamespace) -> None:
     log.write_text(log.read_text().replace('"unfreeze"', json.dumps(hostile)))
     with open(table, newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    wrong = worst_mistakes(read_predictions(table, "multiclass") or [])[0].key
+    wrong = wrong_rows(run, made)[0]["key"]
     with open(table, "w", newline="", encoding="utf-8") as file:
         changed = [[hostile if value == wrong else value for value in row] for row in rows]
         csv.writer(file).writerows([header, *changed])
@@ -102,33 +102,68 @@ def test_names_from_files_are_escaped(run: Path, made: SimpleNamespace) -> None:
     }
 
 
-def test_worst_mistakes_come_first() -> None:
-    """Only wrong predictions, the surest by logit first, ties by key, and not more than fit."""
-    sure = {"a": 0.0, "b": 1.0}
-    certain = [Sample(f"{n:02d}", "a", sure, {"a": -9.0, "b": 18.0 + n}) for n in range(20)]
-    tie = Sample("00-tie", "a", sure, {"a": -9.0, "b": 37.0})
-    right = Sample("right", "b", sure, {"a": -9.0, "b": 50.0})
-    found = worst_mistakes([right, *certain, tie])
-    assert [item.key for item in found[:4]] == ["00-tie", "19", "18", "17"]
-    assert len(found) == MOST_MISTAKES
-
-
-def test_worst_mistakes_in_the_page_are_those_of_the_table(
-    run: Path, made: SimpleNamespace
-) -> None:
-    """The page lists the wrong rows of predictions.csv in falling order of confidence."""
+def wrong_rows(run: Path, made: SimpleNamespace) -> list[dict[str, str]]:
+    """The wrong rows of predictions.csv in falling order of their largest logit."""
     with open(run / "test" / "predictions.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
+        rows = list(csv.DictReader(file))
     wrong = []
     for row in rows:
-        scores = np.array(row[3 + len(made.CLASSES) :], dtype=float)
-        if made.CLASSES[scores.argmax()] != row[2]:
-            wrong.append((-scores.max(), row[0]))
-    text = str(Text(write(run)))
-    section = text[text.index("Worst mistakes") : text.index("Gallery")]
-    places = [section.index(f" {key} Truth") for _, key in sorted(wrong)]
-    assert len(places) == len(wrong) > 2
+        logits = [float(row[f"logit_{name}"]) for name in made.CLASSES]
+        if made.CLASSES[int(np.argmax(logits))] != row["label"]:
+            wrong.append((-max(logits), row["key"], row))
+    return [row for _, _, row in sorted(wrong, key=lambda entry: entry[:2])]
+
+
+def mistakes_of(page: str) -> str:
+    """The section of the mistakes, as text."""
+    a = page.index('aria-labelledby="split0-mistakes"')
+    return str(Text(page[a : page.index("</section>", a)]))
+
+
+def test_all_mistakes_are_in_the_page(run: Path, made: SimpleNamespace) -> None:
+    """The wrong rows of predictions.csv and no others, the surest first, with what is known."""
+    wrong = wrong_rows(run, made)
+    section = mistakes_of(write(run))
+    places = [section.index(f" {row['key']} Truth {row['label']} ") for row in wrong]
+    assert len(places) == len(wrong) == section.count("Predicted ") - 1 > 5
     assert places == sorted(places)
+    assert f"{len(wrong)} of 180 images are classified wrongly" in section
+    for row in wrong:
+        known = [f"{name} {row[name]}" for name in ("source", "view", "sex", "age") if row[name]]
+        assert f"{' '.join(known)} patient {row['patient']}" in section
+
+
+def test_each_mistake_has_its_pictures(run: Path, made: SimpleNamespace) -> None:
+    """Its X-ray, the maps of what it is and of what it was taken for, and what is nearest."""
+    page = write(run)
+    a = page.index('aria-labelledby="split0-mistakes"')
+    section = page[a : page.index("</section>", a)]
+    wrong = wrong_rows(run, made)
+    assert "no picture" not in section
+    assert section.count('alt="X-ray ') >= len(wrong)
+    explained = {path.stem for path in (run / "test" / "nearest").iterdir()}
+    with_maps = [row for row in wrong if f"train {row['key']}" in explained]
+    assert len(with_maps) == section.count("Nearest training image") > 5
+    assert section.count('alt="Heat map of ') == 2 * len(with_maps)
+    assert section.count("similarity 0.988") == section.count(">same patient<") == len(with_maps)
+    shutil.rmtree(run / "test" / "mistakes")  # an older evaluate wrote none
+    assert "no picture" not in mistakes_of(write(run))
+    for row in wrong[:2]:
+        (run / "test" / "heatmaps" / f"{row['key']}.png").unlink()
+    assert "2 of these have no picture." in mistakes_of(write(run))
+
+
+def test_mistakes_beyond_the_bound_are_rows_and_then_a_number(
+    run: Path, made: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page says how many have no picture and how many are not on it, and where they stand."""
+    num = len(wrong_rows(run, made))
+    monkeypatch.setattr(mistakes, "MOST_PICTURED", 3)
+    monkeypatch.setattr(mistakes, "MOST_LISTED", 2)
+    section = mistakes_of(write(run))
+    assert "The first 3 have pictures here, the next 2 a row in the table below" in section
+    assert f"{num - 5} are not on this page and stand in test/predictions.csv only" in section
+    assert section.count("Predicted ") - 1 == 3 + 1  # three cards, a column
 
 
 def test_sure_predictions_are_those_of_their_logits(run: Path, made: SimpleNamespace) -> None:
@@ -138,8 +173,7 @@ def test_sure_predictions_are_those_of_their_logits(run: Path, made: SimpleNames
     row |= {"key": "sure"} | made.with_logits([18, 25, -40])
     assert row["p"][:2] == [1, 1]
     made.write_evaluation(run / "test", rows)
-    text = str(Text(write(run)))
-    assert " sure Truth" not in text[text.index("Worst mistakes") : text.index("Gallery")]
+    assert " sure Truth" not in mistakes_of(write(run))
 
 
 def test_the_curve_ranks_by_logits(run: Path, made: SimpleNamespace) -> None:
@@ -193,7 +227,7 @@ def test_class_without_images_has_no_curve(run: Path, made: SimpleNamespace) -> 
     [
         ("test", "cxrdist evaluate --run RUN --shards SHARDS --split test", 1),
         ("test/relevance.csv", "cxrdist explain --run RUN --shards SHARDS --split test", 3),
-        ("test/predictions.csv", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
+        ("test/predictions.csv", "cxrdist evaluate --run RUN --shards SHARDS --split test", 1),
         ("test/metrics.json", "cxrdist evaluate --run RUN --shards SHARDS --split test", 2),
         ("log.jsonl", "cxrdist train --config RECIPE --shards SHARDS --run RUN", 2),
         ("test/text.json", "cxrdist probe-text --run RUN --shards SHARDS --split test", 1),
@@ -419,7 +453,7 @@ def test_the_probe_for_words_stands_after_the_results(run: Path, made: SimpleNam
     page = write(run)
     text = str(Text(page))
     section = text[text.index("Does the network read the words? X-rays") :]
-    assert text.index("Worst mistakes") < text.index("Does the network read the words? X-rays")
+    assert text.index("are classified wrongly") < text.index(section)
     assert "7 of 180 images have text, in 9 boxes. They stand in <i>boxes & more.csv" in section
     assert f"{made.ODD_CLASS} 60 7 <b>R (4), AP (1)" in section
     assert "Likeliest class changes \N{EM DASH} 3 5" in section
@@ -623,6 +657,76 @@ def test_long_names_do_not_widen_the_page(browser: webdriver.Chrome, run: Path) 
         path.write_text(path.read_text().replace("COVID-19", "pneumonoultra" * 12))
     show(browser, report(ReportConfig(run=run)), 360, "light")
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
+
+
+def shown_mistakes(browser: webdriver.Chrome) -> list[str]:
+    """Keys of the mistakes that can be seen."""
+    cards = browser.find_elements(By.CSS_SELECTOR, ".filtered .case .key")
+    return [card.text for card in cards if card.is_displayed()]
+
+
+def test_filters_narrow_the_mistakes(
+    browser: webdriver.Chrome, whole_page: Path, made: SimpleNamespace
+) -> None:
+    """By class and by group, both at once, with the keyboard too; print and reset show all."""
+    show(browser, whole_page, 1280, "light")
+    wrong = wrong_rows(whole_page.parent, made)
+    assert shown_mistakes(browser) == [row["key"] for row in wrong]
+
+    def click(legend: str, value: str) -> None:
+        path = f"//fieldset[legend='{legend}']/label[starts-with(normalize-space(), '{value}')]"
+        browser.find_element(By.XPATH, path).click()
+
+    click("Truth", "COVID-19")
+    assert shown_mistakes(browser) == [r["key"] for r in wrong if r["label"] == "COVID-19"]
+    click("Sex", "F")
+    both = [row["key"] for row in wrong if row["label"] == "COVID-19" and row["sex"] == "F"]
+    assert 0 < len(both) < len(wrong)
+    assert shown_mistakes(browser) == both
+    count = browser.find_element(By.CSS_SELECTOR, ".shown")
+    after = "return getComputedStyle(arguments[0], '::after').content"
+    assert browser.execute_script(after, count) == "counter(shown)"
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert len(shown_mistakes(browser)) == len(wrong)
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "screen"})
+    browser.find_element(By.CSS_SELECTOR, ".filters [type=reset]").click()
+    assert len(shown_mistakes(browser)) == len(wrong)
+    first = browser.find_element(By.CSS_SELECTOR, ".filters fieldset:first-child input")
+    first.send_keys(Keys.ARROW_RIGHT)  # the next class, as a screen reader's user chooses it
+    assert shown_mistakes(browser) == [r["key"] for r in wrong if r["label"] == made.ODD_CLASS]
+    first.send_keys(Keys.ENTER)  # no form is sent
+    assert browser.current_url == whole_page.as_uri()
+    assert browser.get_log("browser") == []
+
+
+def test_mistakes_can_be_read(browser: webdriver.Chrome, whole_page: Path) -> None:
+    """An X-ray of 224 px is shown at twice its size on a desktop, and as wide as a phone allows."""
+    for width, least in ((1280, 448), (390, 330)):
+        show(browser, whole_page, width, "light")
+        images = browser.find_elements(By.CSS_SELECTOR, ".filtered .views img")
+        assert len(images) > 10
+        assert all(image.size["width"] >= least for image in images)
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+def test_the_verdict_comes_first(browser: webdriver.Chrome, run: Path) -> None:
+    """The figure, its interval, images and patients, then what size and border alone give."""
+    change_json(
+        run / "test" / "metrics.json", lambda metrics: metrics.update(accuracy_interval=[0.8, 0.9])
+    )
+    show(browser, report(ReportConfig(run=run)), 1280, "light")
+    section = browser.find_element(By.CSS_SELECTOR, "main > section").text.replace("\u00a0", " ")
+    metrics = json.loads((run / "test" / "metrics.json").read_text())
+    figure = f"{metrics['accuracy']:.1%}".replace("%", " %")
+    said = f"Right on {figure} of 180 test images of 60 patients; 95 % interval 80.0 % to 90.0 %."
+    assert said in section
+    assert "Size, border and brightness alone" in section
+    warnings = json.loads((run / "audit.json").read_text())["warnings"]
+    assert all(" ".join(line.split()) in section for line in warnings)
+    titles = [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, "h2")]
+    assert titles[:3] == ["Verdict on test", "Results on test", "Mistakes on test"]
+    change_json(run / "test" / "metrics.json", lambda metrics: metrics.pop("accuracy_interval"))
+    assert "This evaluation has no interval" in " ".join(write(run).split())
 
 
 @pytest.mark.parametrize("width", [1280, 360])

@@ -1,0 +1,35 @@
+"""A gallery: a directory of some images of shards, KEY.png each, as the network sees them."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from cxrdist.data.cache import Images
+from cxrdist.data.images import encode_png
+from cxrdist.data.index import Index
+from cxrdist.run import atomic_file, sweep
+
+_MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.png")  # a key ends in digits of a hash
+
+
+def write_gallery(directory: Path, index: Index, images: Images, numbers: Iterable[int]) -> None:
+    """Write some images, and remove pictures that an earlier gallery had there.
+
+    Args:
+        directory: of the gallery; files of other names stay.
+        index: the shards.
+        images: uint8 [samples, S, S].
+        numbers: of the samples.
+    """
+    wanted = {f"{index.samples[number].key}.png": number for number in numbers}
+    for path in directory.glob("*.png"):
+        if _MADE.fullmatch(path.name) and path.name not in wanted:
+            path.unlink()
+    sweep(directory)
+    for name, number in wanted.items():
+        with atomic_file(directory / name) as partial:
+            partial.write_bytes(encode_png(np.asarray(images[number])))
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()

@@ -1,0 +1,183 @@
+"""The nearest training image of an explained one, by the features that the network decides on.
+
+It shows what the network takes for alike, and copies of an image that the split has missed.
+"""
+
+import csv
+import os
+from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxrdist.data.cache import read_rows
+from cxrdist.data.gallery import write_gallery
+from cxrdist.data.index import Index
+from cxrdist.distributed import gather
+from cxrdist.evaluate.predictions import Subject, rank_batches
+from cxrdist.info import read_info
+from cxrdist.model.densenet import Classifier
+from cxrdist.run import RunDirectory, judging, open_regular, write_table
+from cxrdist.terminal import progress
+
+COLUMNS = ("key", "nearest", "similarity", "label", "patient")
+BATCH_SIZE = 32
+"""Images of one forward pass, without gradients."""
+
+
+class Nearest(NamedTuple):
+    """A row of nearest.csv; the training image of the largest similarity to one of the place."""
+
+    key: str
+    """Of the image that is explained."""
+    nearest: str
+    """Key of the training image; ``nearest/KEY.png`` is its picture."""
+    similarity: float
+    """Cosine of their features, -1 to 1; 1 for the same image."""
+    label: str
+    """Of the training image; of several labels with ``|`` between them."""
+    patient: str
+    """Of the training image."""
+
+
+def was_trained_on(run: RunDirectory, index: Index) -> bool:
+    """Whether shards are those that a run was trained on, with images in their train split."""
+    if not run.info.is_file():
+        return False
+    return read_info(run)["shards"]["index_sha256"] == index.sha256 and bool(index.numbers("train"))
+
+
+def find_nearest(subject: Subject, numbers: NDArray[np.int64]) -> list[Nearest]:
+    """Look for the nearest training image of each of some samples, on all ranks together.
+
+    It costs a forward pass of all training images, and 4 kB of memory for each sample that is
+    looked for. An image is not its own neighbour; of equal similarities the first image counts.
+
+    Args:
+        subject: the model and the shards that it was trained on.
+        numbers: of the samples, int64 [n].
+    """
+    train = np.array(subject.index.numbers("train"), dtype=np.int64)
+    features = dict(gather(subject.accelerator, _features(subject, numbers)))
+    wanted = torch.from_numpy(np.stack([features[number] for number in numbers.tolist()]))
+    wanted = wanted.to(subject.accelerator.device)
+    best = gather(subject.accelerator, [_best(subject, train, numbers, wanted)])
+    similarity, nearest = (np.stack(arrays) for arrays in zip(*best, strict=True))
+    # Of the ranks' best the most similar, and of equal ones the image that comes first.
+    order = np.lexsort((nearest, -similarity), axis=0)[0]
+    columns = np.arange(len(numbers))
+    samples = subject.index.samples
+    rows = []
+    for number, rank, column in zip(numbers.tolist(), order, columns, strict=True):
+        found = samples[nearest[rank, column]]
+        value = float(similarity[rank, column])
+        rows.append(Nearest(samples[number].key, found.key, value, found.label, found.patient))
+    return rows
+
+
+def pooled(model: Classifier, images: Tensor) -> Tensor:
+    """What the last layer of a network sees: float [B, features] of unit length.
+
+    Args:
+        model: in evaluation mode.
+        images: uint8 [B, 1, H, W], on its device.
+    """
+    network = model.network
+    found = network.forward_features(model.normalise(images))
+    return torch.nn.functional.normalize(network.forward_head(found, pre_logits=True), dim=1)
+
+
+@torch.inference_mode()
+def _features(
+    subject: Subject, numbers: NDArray[np.int64]
+) -> list[tuple[int, NDArray[np.float32]]]:
+    """The features of this rank's share of some samples, float32 [features] each."""
+    found: list[tuple[int, NDArray[np.float32]]] = []
+    for batch in rank_batches(numbers, BATCH_SIZE, subject.accelerator):
+        images = read_rows(subject.images, batch, subject.accelerator.device)
+        features = pooled(subject.model, images).cpu().numpy()
+        found += list(zip(batch.tolist(), features, strict=True))
+    return found
+
+
+@torch.inference_mode()
+def _best(
+    subject: Subject, train: NDArray[np.int64], numbers: NDArray[np.int64], wanted: Tensor
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The most similar image of this rank's share of the training images, for each sample.
+
+    Args:
+        subject: the model and the shards.
+        train: numbers of all training images.
+        numbers: of the samples, int64 [n].
+        wanted: their features, float [n, features].
+
+    Returns:
+        Similarities, -2 where this rank has no image, and numbers of the images, [n] each.
+    """
+    accelerator = subject.accelerator
+    similarity = torch.full((len(numbers),), -2.0, device=accelerator.device)
+    nearest = torch.full_like(similarity, -1, dtype=torch.int64)
+    themselves = torch.from_numpy(numbers).to(accelerator.device)
+    batches = list(rank_batches(train, BATCH_SIZE, accelerator))
+    with progress(
+        sum(map(len, batches)),
+        "nearest training images",
+        "images",
+        show=accelerator.is_main_process,
+    ) as bar:
+        for batch in batches:
+            images = read_rows(subject.images, batch, accelerator.device)
+            others = torch.from_numpy(batch).to(accelerator.device)
+            alike = pooled(subject.model, images) @ wanted.T
+            alike[others[:, None] == themselves] = -2.0
+            value, place = alike.max(dim=0)  # of equal ones the first
+            closer = value > similarity
+            similarity[closer], nearest[closer] = value[closer], others[place[closer]]
+            bar.update(len(batch))
+    return similarity.cpu().numpy(), nearest.cpu().numpy()
+
+
+def write_nearest(subject: Subject, place: str, found: Sequence[Nearest]) -> None:
+    """Write the pictures of the training images, and nearest.csv when they are there."""
+    number_of = {sample.key: number for number, sample in enumerate(subject.index.samples)}
+    numbers = dict.fromkeys(number_of[row.nearest] for row in found)
+    write_gallery(subject.run.nearest_pictures(place), subject.index, subject.images, numbers)
+    rows = [[*row[:2], f"{row.similarity:.6f}", *row[3:]] for row in found]
+    write_table(subject.run.nearest(place), COLUMNS, rows)
+
+
+def read_nearest(path: Path) -> dict[str, Nearest]:
+    """Read nearest.csv, by the key of the explained image; empty if there is none.
+
+    Raises:
+        CxrdistError: it is not what `cxrdist explain` writes.
+    """
+    if not path.is_file():
+        return {}
+    with (
+        judging(path, "run `cxrdist explain` again"),
+        TextIOWrapper(open_regular(path, os.O_RDONLY), encoding="utf-8", newline="") as text,
+    ):
+        rows = csv.reader(text, strict=True)
+        try:
+            return dict(_read_rows(list(rows)))
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num}: {error}") from error
+
+
+def _read_rows(rows: list[list[str]]) -> list[tuple[str, Nearest]]:
+    if not rows or tuple(rows[0]) != COLUMNS:
+        raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
+    found = []
+    for line, row in enumerate(rows[1:], 2):
+        if len(row) != len(COLUMNS) or not -1.001 <= float(row[2]) <= 1.001:
+            raise ValueError(f"line {line}: expected {len(COLUMNS)} fields, similarity -1 to 1")
+        key, nearest, similarity, label, patient = row
+        found.append((key, Nearest(key, nearest, float(similarity), label, patient)))
+    return found

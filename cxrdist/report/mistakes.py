@@ -1,0 +1,221 @@
+"""The mistakes as the report shows them: each with its X-ray, its heat maps and what is alike."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.special import expit
+
+from cxrdist.evaluate.metrics import THRESHOLD_LOGIT
+from cxrdist.evaluate.mistakes import MOST_PICTURED, Mistake, find_mistakes
+from cxrdist.evaluate.scored import read_scored
+from cxrdist.explain.nearest import Nearest, read_nearest
+from cxrdist.report import pictures
+from cxrdist.report.files import Explanation, Sample, read_calibration, reading, within
+from cxrdist.run import RunDirectory
+
+MOST_LISTED = 1000
+"""Mistakes without a picture that have a row."""
+MOST_MAPS = 3
+"""Heat maps of a mistake: of the labels that were got wrong."""
+MOST_VALUES = 24
+"""Values of a filter, the most frequent; what is left is one value together."""
+OTHERS, NOT_KNOWN = "others", "not known"
+
+_FILTERED_GROUPS = ("view", "sex", "source")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One mistake as the page shows it.
+
+    Attributes:
+        sample: its row of predictions.csv.
+        missed: labels that it has and that were not called.
+        called: labels that were called and that it has not.
+        tags: CSS classes by which the filters know it.
+    """
+
+    sample: Sample
+    missed: list[str]
+    called: list[str]
+    tags: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What there is to see of a mistake; None where it was not made.
+
+    Attributes:
+        xray: the square as the network saw it.
+        maps: heat maps of the labels that were got wrong.
+        nearest: the training image that the network takes for most alike, and its picture.
+    """
+
+    xray: pictures.Picture | None
+    maps: list[tuple[Explanation, pictures.Picture]]
+    nearest: tuple[Nearest, pictures.Picture] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Their part of the page."""
+        found = [self.xray, *(picture for _, picture in self.maps)]
+        found += [self.nearest[1]] if self.nearest else []
+        return sum(len(picture.uri) for picture in found if picture)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """One question by which the page can be narrowed.
+
+    Attributes:
+        name: of the column, such as truth; begins the CSS classes.
+        title: for people.
+        values: CSS class, value and number of mistakes of each.
+    """
+
+    name: str
+    title: str
+    values: list[tuple[str, str, int]]
+
+
+def mistakes_view(
+    run: RunDirectory,
+    place: str,
+    samples: Sequence[Sample],
+    task: str,
+    relevance: Mapping[str, list[Explanation]] | None,
+) -> dict[str, Any]:
+    """Gather what is shown of the images that were got wrong.
+
+    Args:
+        run: the run directory.
+        place: of the evaluation.
+        samples: the rows of its predictions.csv.
+        task: multiclass or multilabel.
+        relevance: its heat maps by key; None where nothing was explained.
+
+    Raises:
+        CxrdistError: a file is broken.
+    """
+    calibration = read_calibration(run) if task == "multilabel" else None
+    limits = calibration.thresholds if calibration else {}
+    mistakes = find_mistakes(read_scored(run.predictions(place), task), limits)
+    filters, tags = _filters(mistakes, samples, task)
+    cases = [
+        Case(samples[mistake.place], mistake.missed, mistake.called, of_one)
+        for mistake, of_one in zip(mistakes, tags, strict=True)
+    ]
+    nearest = read_nearest(run.nearest(place))
+    seen = [_pictures(run, place, case, relevance, nearest) for case in cases[:MOST_PICTURED]]
+    listed = cases[MOST_PICTURED : MOST_PICTURED + MOST_LISTED]
+    return {
+        "several": task == "multilabel",
+        "is_run": run.info.is_file(),
+        "num": len(cases),
+        "num_images": len(samples),
+        "num_patients": len({case.sample.patient for case in cases}),
+        "cards": list(zip(cases[:MOST_PICTURED], seen, strict=True)),
+        "listed": listed,
+        "num_left": len(cases) - len(seen) - len(listed),
+        "num_bare": sum(found.xray is None for found in seen),
+        "num_unexplained": sum(not found.maps for found in seen),
+        "megabytes": sum(found.num_bytes for found in seen) / 1e6,
+        "filters": filters,
+        "rule": calibration.rule if calibration else None,
+        "labels": _label_rows(mistakes, samples, limits) if task == "multilabel" else [],
+    }
+
+
+def _filters(
+    mistakes: Sequence[Mistake], samples: Sequence[Sample], task: str
+) -> tuple[list[Filter], list[str]]:
+    """Make the questions with two answers and more, and the CSS classes of each mistake."""
+    several = task == "multilabel"
+    titles = {
+        "missed": "Missed label" if several else "Truth",
+        "called": "Label called in error" if several else "Predicted class",
+        **{name: name.capitalize() for name in _FILTERED_GROUPS},
+    }
+    values: dict[str, list[list[str]]] = {
+        "missed": [mistake.missed for mistake in mistakes],
+        "called": [mistake.called for mistake in mistakes],
+    }
+    groups = [samples[mistake.place].groups for mistake in mistakes]
+    for name in _FILTERED_GROUPS:
+        values[name] = [[of_one.get(name) or NOT_KNOWN] for of_one in groups]
+    tags: list[list[str]] = [[] for _ in mistakes]
+    filters = []
+    for name, title in titles.items():
+        counted = Counter(value for of_one in values[name] for value in of_one)
+        if len(counted) < 2:
+            continue
+        frequent = [value for value, _ in counted.most_common(MOST_VALUES)]
+        shown = [*sorted(frequent), *([OTHERS] if len(counted) > MOST_VALUES else [])]
+        classes = {value: f"{name}-{i}" for i, value in enumerate(shown)}
+        left = classes.get(OTHERS, "")
+        amounts: Counter[str] = Counter()
+        for of_one, texts in zip(tags, values[name], strict=True):
+            found = {classes.get(value, left) for value in texts}
+            amounts.update(found)
+            of_one += sorted(found)
+        filters.append(Filter(name, title, [(tag, v, amounts[tag]) for v, tag in classes.items()]))
+    return filters, [" ".join(of_one) for of_one in tags]
+
+
+def _pictures(
+    run: RunDirectory,
+    place: str,
+    case: Case,
+    relevance: Mapping[str, list[Explanation]] | None,
+    nearest: Mapping[str, Nearest],
+) -> Pictures:
+    """Embed what evaluate and explain have written of a mistake."""
+    key = case.sample.key
+    xray = _embed(run.mistakes(place), key, "evaluate") or _embed(
+        run.heatmaps(place), key, "explain"
+    )
+    drawn = [item for item in (relevance or {}).get(key, []) if item.picture]
+    wrong = [item for item in drawn if item.target in case.called + case.missed]
+    wrong.sort(key=lambda item: item.target not in case.called)
+    maps = [
+        (item, pictures.embed(item.picture))
+        for item in (wrong or drawn[:1])[:MOST_MAPS]
+        if item.picture
+    ]
+    alike = nearest.get(key)
+    picture = _embed(run.nearest_pictures(place), alike.nearest, "explain") if alike else None
+    return Pictures(xray, maps, (alike, picture) if alike and picture else None)
+
+
+def _embed(directory: Path, key: str, command: str) -> pictures.Picture | None:
+    """Embed KEY.png of a directory, if it is there."""
+    if not directory.is_dir():
+        return None
+    with reading(directory, command):
+        path = within(directory, f"{key}.png")
+    return pictures.embed(path) if path.is_file() else None
+
+
+def _label_rows(
+    mistakes: Sequence[Mistake], samples: Sequence[Sample], limits: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Count the mistakes of each label, and of how many images."""
+    missed = Counter(label for mistake in mistakes for label in mistake.missed)
+    called = Counter(label for mistake in mistakes for label in mistake.called)
+    rows = []
+    for name in samples[0].logits if samples else []:
+        known = [sample for sample in samples if sample.knows(name)]
+        positives = sum(name in sample.labels for sample in known)
+        threshold = limits.get(name, THRESHOLD_LOGIT)
+        rows.append(
+            {
+                "name": name,
+                "threshold": float(expit(threshold)),
+                "missed": (missed[name], positives),
+                "called": (called[name], len(known) - positives),
+            }
+        )
+    return rows
