@@ -60,10 +60,10 @@ def test_the_page_shows_what_metrics_json_holds(run: Path, calibrated: dict, mad
     assert [*rows] == made.CLASSES
     for name, point in calibrated["operating_points"]["classes"].items():
         row = rows[name]
-        assert row[1] == f"{point['probability']:.3f}"
+        assert row[5] == f"{point['probability']:.3f}"
         having = point["true_positives"] + point["false_negatives"]
-        assert row[2] == f"{point['true_positives']} of {having}"
-        for cell, rate in zip(row[4:], ("sensitivity", "specificity", "ppv", "npv"), strict=True):
+        assert row[6] == f"{point['true_positives']} of {having}"
+        for cell, rate in zip(row[1:5], ("sensitivity", "specificity", "ppv", "npv"), strict=True):
             low, high = point[f"{rate}_interval"]
             assert cell == f"{point[rate]:.1%} {low:.1%} to {high:.1%}".replace("%", " %")
     rows = {row[0]: row for row in tables["Calibration on test"][1:]}
