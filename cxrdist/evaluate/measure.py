@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.bootstrap import REPLICATES, SEED, Replicates, draw
 from cxrdist.evaluate.calibration import calibration_figures
 from cxrdist.evaluate.decision_curve import decision_curve
-from cxrdist.evaluate.metrics import compute_label_metrics, compute_metrics
+from cxrdist.evaluate.intervals import describe
 from cxrdist.evaluate.operating_points import operating_points
 from cxrdist.evaluate.scored import Scored
+from cxrdist.evaluate.scores import score
 from cxrdist.model.description import Calibration
 
 
@@ -41,18 +41,17 @@ def replicate(scored: Scored, settings: Settings) -> Replicates:
 
 
 def strata(scored: Scored) -> list[str]:
-    """Name the rarest class that each image has, or none.
+    """Give each image the rarest class that its patient has, as its rank, the last one for none.
 
-    So there are at most as many strata as classes and one, and no replicate lacks a class.
+    So there are at most as many strata as classes and one, and no replicate lacks the rarest class.
     """
-    has = scored.targets == POSITIVE
-    rare_first = np.argsort(has.sum(axis=0), kind="stable")
-    first = has[:, rare_first].argmax(axis=1)
-    names = [scored.classes[column] for column in rare_first]
-    return [
-        names[place] if any_of_them else ""
-        for place, any_of_them in zip(first, has.any(axis=1), strict=True)
-    ]
+    amounts = (scored.targets == POSITIVE).sum(axis=0)
+    rank = np.argsort(np.argsort(amounts, kind="stable"))
+    ranks = np.where(scored.targets == POSITIVE, rank, len(rank)).min(axis=1, initial=len(rank))
+    rarest: dict[str, int] = {}
+    for patient, own in zip(scored.patients, ranks.tolist(), strict=True):
+        rarest[patient] = min(own, rarest.get(patient, own))
+    return [str(rarest[patient]) for patient in scored.patients]
 
 
 def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
@@ -61,18 +60,11 @@ def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
     Each other part adds one line here, a key of its own, from (scored, replicates, settings).
     """
     replicates, calibration = replicate(scored, settings), settings.calibration
-    metrics = score(scored, replicates, settings)
+    metrics = score(scored, replicates, settings.fewest)
+    metrics["intervals"] = describe(replicates, settings.seed)
     if calibration:
         points = operating_points(scored, replicates, calibration, settings.prevalence)
         metrics["operating_points"] = points
     metrics["calibration"] = calibration_figures(scored, replicates, calibration)
     metrics["decision_curve"] = decision_curve(scored, replicates, calibration)
     return metrics
-
-
-def score(scored: Scored, replicates: Replicates, settings: Settings) -> dict[str, Any]:
-    """Compute the scores of all classes and their means."""
-    logits, targets = torch.from_numpy(scored.logits), torch.from_numpy(scored.targets)
-    if scored.task == "multilabel":
-        return compute_label_metrics(logits, targets, scored.classes)
-    return compute_metrics(logits, targets.long().argmax(1), scored.classes)
