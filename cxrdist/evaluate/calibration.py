@@ -15,7 +15,8 @@ from scipy.special import expit, softmax
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Between, Real, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.bootstrap import Replicates, Values, interval
+from cxrdist.evaluate.bootstrap import Limits, Replicates, Values, interval
+from cxrdist.evaluate.intervals import bounded, of_share
 from cxrdist.evaluate.operating_points import (
     YOUDEN,
     ChosenOn,
@@ -262,14 +263,18 @@ class _Binned:
     Probabilities are those of the network and, with a temperature, calibrated ones.
 
     Attributes:
+        patients: of the images.
         images: float [1 + replicates, bins], of all images and of each replicate.
         positives: as `images`.
+        positives_interval: of their share in each bin.
         sums: as `images`, of each of the probabilities.
         squares: float [1 + replicates], of the distances of each of them from the truth.
     """
 
+    patients: int
     images: NDArray[np.float64]
     positives: NDArray[np.float64]
+    positives_interval: list[Limits | None]
     sums: list[NDArray[np.float64]]
     squares: list[NDArray[np.float64]]
 
@@ -293,7 +298,13 @@ def _bin(
     totals = np.vstack([summed.sum(axis=0), replicates.sums(summed)])
     parts = np.split(totals, np.arange(1, len(of_bins) + 1) * inside.shape[1], axis=1)
     images, positives, *sums, squared = parts
-    return _Binned(images, positives, sums, [*squared.T])
+    with np.errstate(invalid="ignore"):
+        shares = (positives[1:] / images[1:]).T
+    has, bin_of = scored.targets[:, column] == POSITIVE, np.full(len(scored), -1)
+    bin_of[known] = bins
+    within = [of_share(replicates, has, bin_of == i, values) for i, values in enumerate(shares)]
+    patients = replicates.patients(known)
+    return _Binned(patients, images, positives, within, sums, [*squared.T])
 
 
 class _Figures(NamedTuple):
@@ -303,6 +314,8 @@ class _Figures(NamedTuple):
     chance_error: Values
     """Those of perfect probabilities; of the replicates only."""
     brier: Values
+    patients: int
+    """Those that they rest on; of a mean the fewest of a class."""
 
 
 def _errors(binned: _Binned, kind: int) -> _Figures:
@@ -314,15 +327,18 @@ def _errors(binned: _Binned, kind: int) -> _Figures:
             np.abs(distances).sum(axis=1),
             np.abs(distances[1:] - distances[0]).sum(axis=1),
             binned.squares[kind] / images,
+            binned.patients,
         )
 
 
 def _mean(figures: Sequence[_Figures]) -> _Figures:
-    return _Figures(*(np.mean(values, axis=0) for values in zip(*figures, strict=True)))
+    *values, patients = zip(*figures, strict=True)
+    error, chance, brier = (np.mean(of_classes, axis=0) for of_classes in values)
+    return _Figures(error, chance, brier, min(patients))
 
 
 def _written(figures: _Figures) -> Errors:
-    (error, *_), chance, brier = figures
+    (error, *_), chance, brier, patients = figures
     moved = figures.calibration_error[1:] - np.nanmean(figures.calibration_error[1:]) + error
     within = interval(np.clip(moved, 0, 1))
     if within and error <= np.nanquantile(chance, 0.95):
@@ -332,7 +348,7 @@ def _written(figures: _Figures) -> Errors:
         "calibration_error_interval": within,
         "chance_error": round(float(np.nanmean(chance)), 6),
         "brier": round(float(brier[0]), 6),
-        "brier_interval": interval(brier[1:]),
+        "brier_interval": bounded(float(brier[0]), brier[1:], patients),
     }
 
 
@@ -341,8 +357,6 @@ def _describe(
 ) -> ClassCalibration:
     """Write the calibration of a class, before and after if it has a temperature."""
     images, positives = binned.images, binned.positives
-    with np.errstate(invalid="ignore"):
-        shares = positives / images
     means = [np.round(sums[0] / images[0], 6).tolist() for sums in binned.sums]
     return {
         "known": int(images[0].sum()),
@@ -354,8 +368,8 @@ def _describe(
             "images": images[0].astype(np.int64).tolist(),
             "probability": means[0],
             "calibrated": means[1] if temperature else None,
-            "positives": np.round(shares[0], 6).tolist(),
-            "positives_interval": [interval(values) for values in shares[1:].T],
+            "positives": np.round(positives[0] / images[0], 6).tolist(),
+            "positives_interval": binned.positives_interval,
         },
     }
 

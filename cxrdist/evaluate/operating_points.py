@@ -12,17 +12,19 @@ from scipy.special import expit
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Between, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.bootstrap import Replicates, Values, interval
+from cxrdist.evaluate.bootstrap import Limits, Replicates, Values
+from cxrdist.evaluate.intervals import bounded, of_share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.model.description import Calibration
 from cxrdist.terminal import table
 
 YOUDEN = "youden"
+CELLS = ("true_positives", "false_negatives", "false_positives", "true_negatives")
 MEASURES = ("sensitivity", "specificity", "ppv", "npv")
 
 Share = Annotated[float, Between(0, 1)]
-Interval = Annotated[list[Share], Between(2, 2)] | None
+Interval = Limits | None
 
 
 @dataclass(frozen=True)
@@ -213,30 +215,36 @@ def _operating_point(
     scored: Scored, replicates: Replicates, name: str, threshold: float, prevalence: float | None
 ) -> OperatingPoint:
     column = scored.classes.index(name)
-    known, truth = scored.targets[:, column] >= 0, scored.targets[:, column] == POSITIVE
+    truth = scored.targets[:, column] == POSITIVE
+    false = (scored.targets[:, column] >= 0) & ~truth
     called = call(scored.logits[:, column], threshold)
-    cells = np.stack(
-        [truth & called, truth & ~called, known & ~truth & called, known & ~truth & ~called], 1
-    )
-    counts = np.vstack([cells.sum(axis=0), replicates.sums(cells.astype(np.float64))])
-    rates = _rates(counts)
-    figures: dict[str, Any] = _with_intervals(rates)
-    if prevalence is not None:
-        elsewhere = _predictive(rates["sensitivity"], rates["specificity"], prevalence)
-        figures["at_prevalence"] = _with_intervals(elsewhere)
-    return {
+    cells = [truth & called, truth & ~called, false & called, false & ~called]
+    counts = np.array([np.count_nonzero(cell) for cell in cells], np.float64)
+    drawn = _rates(replicates.sums(np.stack(cells, 1).astype(np.float64)))
+    rates = _rates(counts[None])
+    wholes = {
+        "sensitivity": truth,
+        "specificity": false,
+        "ppv": called & (truth | false),
+        "npv": ~called & (truth | false),
+    }
+    point: Any = {
         "threshold": threshold,
         "probability": round(float(expit(threshold)), 6),
-        "true_positives": int(counts[0, 0]),
-        "false_negatives": int(counts[0, 1]),
-        "false_positives": int(counts[0, 2]),
-        "true_negatives": int(counts[0, 3]),
-        **figures,  # type: ignore[typeddict-item]
+        **dict(zip(CELLS, counts.astype(int).tolist(), strict=True)),
     }
+    for measure, whole in wholes.items():
+        right = called == truth
+        point[measure] = _digits(rates[measure][0])
+        point[f"{measure}_interval"] = of_share(replicates, right, whole, drawn[measure])
+    if prevalence is not None:
+        patients = min(replicates.patients(truth), replicates.patients(false))
+        point["at_prevalence"] = _elsewhere(point, rates, drawn, prevalence, patients)
+    return point
 
 
 def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
-    """Compute rates of true and false positives and negatives, float [n, 4]; NaN of nothing."""
+    """Compute the rates of `CELLS`, float [n, 4]; NaN of nothing."""
     hits, missed, false_alarms, spared = counts.T
     with np.errstate(invalid="ignore"):
         return {
@@ -247,21 +255,52 @@ def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
         }
 
 
-def _predictive(sensitivity: Values, specificity: Values, prevalence: float) -> dict[str, Values]:
+def _elsewhere(
+    point: Mapping[str, Any],
+    rates: Mapping[str, Values],
+    drawn: Mapping[str, Values],
+    prevalence: float,
+    patients: int,
+) -> dict[str, Any]:
+    """Compute predictive values at a prevalence and their intervals, from those of `point`.
+
+    A value of exactly 0 or 1 gets the limits that those of sensitivity and specificity give.
+
+    Args:
+        point: sensitivity and specificity with intervals.
+        rates: the same, not rounded, one value each.
+        drawn: of the replicates.
+        prevalence: share of patients with the class.
+        patients: with the class or without it, whichever are fewer.
+    """
+    if not patients:
+        return dict.fromkeys(("ppv", "ppv_interval", "npv", "npv_interval"))
+    limits = {name: np.array(point[f"{name}_interval"]) for name in ("sensitivity", "specificity")}
+    found, replicated, extremes = (
+        _predictive(values, prevalence) for values in (rates, drawn, limits)
+    )
+    written: dict[str, Any] = {}
+    for name, (value,) in found.items():
+        written[name], written[f"{name}_interval"] = _digits(value), None
+        if value in (0, 1):
+            written[f"{name}_interval"] = np.round(extremes[name], 6).tolist()
+        elif not np.isnan(value):
+            within = bounded(float(value), replicated[name], patients)
+            written[f"{name}_interval"] = within
+    return written
+
+
+def _predictive(rates: Mapping[str, Values], prevalence: float) -> dict[str, Values]:
     """Compute predictive values at a prevalence, by Bayes' rule (Altman & Bland 1994)."""
+    sensitivity, specificity = rates["sensitivity"], rates["specificity"]
     hits, missed = sensitivity * prevalence, (1 - sensitivity) * prevalence
     spared, false_alarms = specificity * (1 - prevalence), (1 - specificity) * (1 - prevalence)
-    rates = _rates(np.stack([hits, missed, false_alarms, spared], 1))
-    return {name: rates[name] for name in ("ppv", "npv")}
+    found = _rates(np.stack([hits, missed, false_alarms, spared], 1))
+    return {name: found[name] for name in ("ppv", "npv")}
 
 
-def _with_intervals(figures: Mapping[str, Values]) -> dict[str, Any]:
-    """Write figures, whose first value is that of the images and the others of the replicates."""
-    written: dict[str, Any] = {}
-    for name, (value, *_) in figures.items():
-        written[name] = None if np.isnan(value) else round(float(value), 6)
-        written[f"{name}_interval"] = interval(figures[name][1:])
-    return written
+def _digits(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 6)
 
 
 def operating_table(found: OperatingPoints) -> str:

@@ -167,6 +167,24 @@ def test_without_positives_a_rate_is_undefined():
     assert "at_prevalence" not in point
 
 
+def test_a_rate_of_one_has_no_interval_of_one():
+    """Of 20 patients, all told right: Wilson's 0.839 to 1, and by Bayes' rule what that gives."""
+    logits = np.repeat([3.0, -3.0], 20)[:, None]
+    keys = [str(i) for i in range(40)]
+    scored = Scored("multilabel", ["a"], keys, keys, (logits > 0).astype(np.int8), logits, {})
+    calibration = choose_calibration(scored, read_rule("youden"), 10, "0" * 64)
+    replicates = draw(keys, [""] * 40, 50)
+    point = operating_points(scored, replicates, calibration, 0.1)["classes"]["a"]
+    low = 1 / (1 + 1.959964**2 / 20)
+    for rate in ("sensitivity", "specificity", "ppv", "npv"):
+        assert point[rate] == 1
+        assert point[f"{rate}_interval"] == pytest.approx([low, 1], abs=1e-6)
+    elsewhere = point["at_prevalence"]
+    assert (elsewhere["ppv"], elsewhere["npv"]) == (1, 1)
+    hits, alarms = low * 0.1, (1 - low) * 0.9
+    assert elsewhere["ppv_interval"] == pytest.approx([hits / (hits + alarms), 1], abs=1e-5)
+
+
 def test_a_logit_read_from_nine_digits_is_called_as_the_networks_own():
     """The float32 0.1 and its nine digits are other doubles; the threshold is one of the two."""
     scored = make_scored(300, 0)

@@ -47,7 +47,7 @@ def calibrated(run: Path) -> dict[str, Any]:
     """Measure the run with thresholds and temperatures; its metrics.json is written anew."""
     scored = read_scored(run / "test" / "predictions.csv", "multiclass")
     calibration = choose_calibration(scored, read_rule("sensitivity=0.9"), 10, "ab" * 32)
-    metrics = measure(scored, Settings(70, 0.02, calibration, replicates=50))
+    metrics = measure(scored, Settings(10, 0.02, calibration, replicates=50))
     (run / "test" / "metrics.json").write_text(json.dumps(metrics))
     return metrics
 
@@ -60,10 +60,10 @@ def test_the_page_shows_what_metrics_json_holds(run: Path, calibrated: dict, mad
     assert [*rows] == made.CLASSES
     for name, point in calibrated["operating_points"]["classes"].items():
         row = rows[name]
-        assert row[1] == f"{point['probability']:.3f}"
+        assert row[5] == f"{point['probability']:.3f}"
         having = point["true_positives"] + point["false_negatives"]
-        assert row[2] == f"{point['true_positives']} of {having}"
-        for cell, rate in zip(row[4:], ("sensitivity", "specificity", "ppv", "npv"), strict=True):
+        assert row[6] == f"{point['true_positives']} of {having}"
+        for cell, rate in zip(row[1:5], ("sensitivity", "specificity", "ppv", "npv"), strict=True):
             low, high = point[f"{rate}_interval"]
             assert cell == f"{point[rate]:.1%} {low:.1%} to {high:.1%}".replace("%", " %")
     rows = {row[0]: row for row in tables["Calibration on test"][1:]}
@@ -74,11 +74,19 @@ def test_the_page_shows_what_metrics_json_holds(run: Path, calibrated: dict, mad
         assert rows[name][5] == shown
     words = " ".join(re.sub("<[^>]*>", " ", page).split())
     assert "a sensitivity of at least 0.9, and then the best specificity" in words
-    assert (
-        "validation split (180 images of 60 patients; sha256 of the index abababababab )" in words
-    )
+    assert "(180 images of 60 patients; sha256 of the index abababababab )" in words
+    assert "Too few to say" not in words
     for kind in ("reliability", "decision"):
         assert len(set(re.findall(rf'id="split0-{kind}(\d)-figure_1"', page))) == 3
+
+
+def test_classes_with_too_few_images_are_named(run: Path, calibrated: dict) -> None:
+    """Where fewer than were asked for have a class or lack it."""
+    calibrated["operating_points"]["chosen_on"]["fewest"] = 61
+    (run / "test" / "metrics.json").write_text(json.dumps(calibrated))
+    page = report(ReportConfig(run=run)).read_text(encoding="utf-8")
+    words = " ".join(page.split())
+    assert "Too few to say (61 of each are asked for): NORMAL: 60 images with it, 120" in words
 
 
 def test_metrics_of_an_older_version_have_no_such_section(run: Path) -> None:
