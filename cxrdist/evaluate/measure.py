@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw
 from cxrdist.data.labels import POSITIVE
-from cxrdist.evaluate.bootstrap import REPLICATES, SEED, Replicates, draw
 from cxrdist.evaluate.metrics import compute_label_metrics, compute_metrics
 from cxrdist.evaluate.scored import Scored
 from cxrdist.model.description import Calibration
