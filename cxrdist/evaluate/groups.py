@@ -1,10 +1,9 @@
 """Groups: how far the figures of a model differ between groups of patients, such as women and men.
 
-Many differences are looked at, of which some are large by chance. The intervals of all of them are
-widened together so that, where no group differs, all hold 0 in 95 of 100 data sets: the reach is a
-quantile of the largest studentised difference of a bootstrap replicate (single-step max-T; Westfall
-& Young 1993, chapter 2; Dudoit & van der Laan 2008, chapter 4), which knows that differences of the
-same images go together.
+Many differences are looked at, of which some are large by chance. Their intervals are corrected for
+all of them together, over columns, classes and figures, so that where no group differs at most 5 of
+100 data sets have one that does not hold 0 (Bonferroni). Each is the difference and some standard
+errors of its bootstrap replicates, as many as Welch's t-test with patients as its samples takes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +13,9 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from scipy.stats import rankdata
+from scipy.stats import rankdata, t
 
-from cxrdist.bootstrap import LEVEL, Replicates, Values, interval
+from cxrdist.bootstrap import LEVEL, Replicates, interval
 from cxrdist.data.labels import NEGATIVE, POSITIVE
 from cxrdist.documents import Between, Text
 from cxrdist.evaluate.scored import Scored
@@ -94,8 +93,6 @@ class Groups(TypedDict):
     fewest: Count
     comparisons: Count
     """Differences between two groups that were looked at, for which the intervals are corrected."""
-    reach: Annotated[float, Between(0, 1e6)]
-    """Standard errors from a difference to the ends of its interval; 1.96 for a single one."""
     columns: dict[str, dict[str, Group]]
     gaps: list[Gap]
     """Flagged ones first, then the larger ones."""
@@ -109,13 +106,13 @@ class _Figures:
         value: float64 [C], NaN where it is undefined.
         drawn: float64 [replicates, C].
         least_variance: float64 [C], which the bootstrap must not go below.
-        enough: bool [C], whether it rests on enough patients.
+        patients: int64 [C], on which it rests; of an AUROC the fewer ones of both sides.
     """
 
     value: Floats
     drawn: Floats
     least_variance: Floats
-    enough: Bools
+    patients: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -130,7 +127,7 @@ class _Differences:
         pairs: int64 [2, pairs], places of the groups.
         value: float64 [pairs], of the first minus the second.
         error: float64 [pairs], standard errors.
-        largest: float64 [replicates], the largest studentised deviation of any pair.
+        freedom: float64 [pairs], degrees of it in Welch's t-test.
     """
 
     column: str
@@ -140,7 +137,7 @@ class _Differences:
     pairs: NDArray[np.int64]
     value: Floats
     error: Floats
-    largest: Values
+    freedom: Floats
 
 
 def compare_groups(
@@ -165,22 +162,20 @@ def compare_groups(
         if len(members) < 2:
             continue
         found = {
-            name: _measure(scored, decisions, replicates, mask, fewest)
-            for name, mask in members.items()
+            name: _measure(scored, decisions, replicates, mask) for name, mask in members.items()
         }
         columns[column] = {
-            name: _describe(scored, members[name], replicates, figures)
+            name: _describe(scored, members[name], figures, fewest)
             for name, figures in found.items()
         }
-        differences += _subtract(column, scored.classes, found)
-    reach = _reach(differences)
+        differences += _subtract(column, scored.classes, found, fewest)
+    comparisons = sum(len(found.value) for found in differences)
     return {
         "fewest": fewest,
-        "comparisons": sum(len(found.value) for found in differences),
-        "reach": round(reach, 4),
+        "comparisons": comparisons,
         "columns": columns,
         "gaps": sorted(
-            (_largest(found, reach) for found in differences),
+            (_largest(found, comparisons) for found in differences),
             key=lambda gap: (not gap["flagged"], -gap["difference"]),
         ),
     }
@@ -200,7 +195,7 @@ def split_groups(column: str, texts: Sequence[str]) -> dict[str, Bools]:
     shown, others = known[:MOST_GROUPS], known[MOST_GROUPS:]
     if column == "age":
         order = list(AGE_BANDS.values())
-        shown.sort(key=lambda place: order.index(values[place]))
+        shown.sort(key=lambda place: order.index(str(values[place])))
     members = {str(values[place]): places == place for place in shown}
     if others:
         members[OTHERS] = np.isin(places, others)
@@ -235,29 +230,21 @@ def _decide(scored: Scored, thresholds: Mapping[str, float] | None) -> dict[str,
 
 
 def _measure(
-    scored: Scored,
-    decisions: Mapping[str, Bools],
-    replicates: Replicates,
-    mask: Bools,
-    fewest: int,
+    scored: Scored, decisions: Mapping[str, Bools], replicates: Replicates, mask: Bools
 ) -> dict[str, _Figures]:
     """Compute all figures of the images in a mask [N], by measure."""
     columns, patient = np.unique(replicates.patient[mask], return_inverse=True)
     own = Replicates(np.ascontiguousarray(replicates.draws[:, columns]), patient)
     targets = scored.targets[mask]
     sides = {"recall": targets == POSITIVE, "specificity": targets == NEGATIVE}
-    patients = {name: _count_patients(side, patient) for name, side in sides.items()}
-    figures = {"auroc": _rank(scored.logits[mask], sides, own, patients, fewest)}
+    figures = {"auroc": _rank(scored.logits[mask], sides["recall"], sides["specificity"], own)}
     for suffix, called in decisions.items():
         right = called[mask] == (targets == POSITIVE)
         for name, side in sides.items():
-            figures[name + suffix] = _share(right & side, side, own, patients[name], fewest)
+            figures[name + suffix] = _share(right & side, side, own)
     if scored.task == "multiclass":
-        right = decisions[""][mask] & sides["recall"]
-        count = np.array([len(columns)])
-        any_of_them = right.any(axis=1, keepdims=True)
-        everything = np.ones_like(any_of_them)
-        figures["accuracy"] = _share(any_of_them, everything, own, count, fewest)
+        right = (decisions[""][mask] & sides["recall"]).any(axis=1, keepdims=True)
+        figures["accuracy"] = _share(right, np.ones_like(right), own)
     return figures
 
 
@@ -269,17 +256,15 @@ def _count_patients(side: Bools, patient: NDArray[np.int64]) -> NDArray[np.int64
     return there.sum(axis=0)
 
 
-def _share(
-    part: Bools, whole: Bools, own: Replicates, patients: NDArray[np.int64], fewest: int
-) -> _Figures:
+def _share(part: Bools, whole: Bools, own: Replicates) -> _Figures:
     """The shares of images that are in `part` among those in `whole`, bool [n, C] each."""
     size = whole.shape[1]
     sums = own.sums(np.hstack([part, whole]).astype(np.float64))
-    images = whole.sum(axis=0)
+    images, patients = whole.sum(axis=0), _count_patients(whole, own.patient)
     with np.errstate(invalid="ignore", divide="ignore"):
         value = part.sum(axis=0) / images
         drawn = sums[:, :size] / sums[:, size:]
-    return _Figures(value, drawn, _least_variance(value, images, patients), patients >= fewest)
+    return _Figures(value, drawn, _least_variance(value, images, patients), patients)
 
 
 def _least_variance(
@@ -295,37 +280,27 @@ def _least_variance(
     return smooth * (1 - smooth) / (count + 2)
 
 
-def _rank(
-    logits: Floats,
-    sides: Mapping[str, Bools],
-    own: Replicates,
-    patients: Mapping[str, NDArray[np.int64]],
-    fewest: int,
-) -> _Figures:
-    """The AUROC of each class.
+def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> _Figures:
+    """The AUROC of each class, from [n, C] each.
 
     A replicate's is that of all images, moved by what each of them contributes (its placement;
     DeLong et al. 1988, for patients with several images Obuchowski 1997) on the scale of log odds,
     on which it stays within 0 and 1 (Pepe 2003, section 5.2.3): one product of matrices instead of
     thousands of sorts.
     """
-    columns = zip(logits.T, sides["recall"].T, sides["specificity"].T, strict=True)
+    columns = zip(logits.T, positive.T, negative.T, strict=True)
     found = [_placements(*column) for column in columns]
     value = np.array([auroc for auroc, _ in found])
     moves = own.sums(np.stack([moves for _, moves in found], axis=1))
+    edge = (value == 0) | (value == 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = expit(logit(value) + moves / (value * (1 - value)))
-    edge = (value == 0) | (value == 1)
     drawn[:, edge] = value[edge]
-    positives, negatives = patients["recall"], patients["specificity"]
-    least = _least_variance(value, sides["recall"].sum(axis=0), np.minimum(positives, negatives))
-    # Of values that are none of the ends placements tell the spread themselves.
-    return _Figures(
-        value,
-        drawn,
-        np.where(edge, least, 0.0),
-        (positives >= fewest) & (negatives >= fewest),
-    )
+    sides = [_count_patients(side, own.patient) for side in (positive, negative)]
+    fewer = np.minimum(*sides)
+    # Elsewhere placements have a spread; where all pairs are in order nothing tells it.
+    least = np.where(edge, _least_variance(value, fewer, fewer), 0.0)
+    return _Figures(value, drawn, least, fewer)
 
 
 def _placements(scores: Floats, positive: Bools, negative: Bools) -> tuple[float, Floats]:
@@ -348,9 +323,7 @@ def _placements(scores: Floats, positive: Bools, negative: Bools) -> tuple[float
     return auroc, moves
 
 
-def _describe(
-    scored: Scored, mask: Bools, replicates: Replicates, figures: Mapping[str, _Figures]
-) -> Group:
+def _describe(scored: Scored, mask: Bools, figures: Mapping[str, _Figures], fewest: int) -> Group:
     """Write the figures of a group as metrics.json has them."""
     targets = scored.targets[mask]
     positives = (targets == POSITIVE).sum(axis=0)
@@ -358,19 +331,23 @@ def _describe(
     of_classes = {name: found for name, found in figures.items() if name != "accuracy"}
     group: dict[str, Any] = {
         "images": int(mask.sum()),
-        "patients": len(np.unique(replicates.patient[mask])),
+        "patients": len({scored.patients[place] for place in np.flatnonzero(mask)}),
         "too_few": [],
         "classes": {
-            name: {"known": int(known[i]), "positives": int(positives[i]), **_row(of_classes, i)}
+            name: {
+                "known": int(known[i]),
+                "positives": int(positives[i]),
+                **_row(of_classes, i, fewest),
+            }
             for i, name in enumerate(scored.classes)
         },
     }
     if "accuracy" in figures:
-        group |= _row({"accuracy": figures["accuracy"]}, 0)
+        group |= _row({"accuracy": figures["accuracy"]}, 0, fewest)
     return group  # type: ignore[return-value]
 
 
-def _row(figures: Mapping[str, _Figures], place: int) -> dict[str, Any]:
+def _row(figures: Mapping[str, _Figures], place: int, fewest: int) -> dict[str, Any]:
     """The figures of one class with their intervals, and which rest on too few patients."""
     row: dict[str, Any] = {}
     too_few = []
@@ -379,20 +356,23 @@ def _row(figures: Mapping[str, _Figures], place: int) -> dict[str, Any]:
         defined = np.isfinite(value)
         row[measure] = round(value, _DIGITS) if defined else None
         row[f"{measure}_interval"] = interval(found.drawn[:, place]) if defined else None
-        if defined and not found.enough[place]:
+        if defined and found.patients[place] < fewest:
             too_few.append(measure)
     return {**row, "too_few": too_few}
 
 
 def _subtract(
-    column: str, classes: Sequence[str], found: Mapping[str, Mapping[str, _Figures]]
+    column: str,
+    classes: Sequence[str],
+    found: Mapping[str, Mapping[str, _Figures]],
+    fewest: int,
 ) -> Iterator[_Differences]:
     """Compare all pairs of the groups of a column that have enough patients, figure by figure."""
     names = [name for name in found if name not in (OTHERS, UNKNOWN)]
     for measure in next(iter(found.values())):
         labels = [None] if measure == "accuracy" else classes
         for place, label in enumerate(labels):
-            groups = [name for name in names if found[name][measure].enough[place]]
+            groups = [name for name in names if found[name][measure].patients[place] >= fewest]
             if len(groups) < 2:
                 continue
             figures = [found[name][measure] for name in groups]
@@ -401,39 +381,36 @@ def _subtract(
 
 def _pairwise(
     figures: Sequence[_Figures], place: int
-) -> tuple[NDArray[np.int64], Floats, Floats, Values]:
-    """Pairs, differences, standard errors and largest deviations, as `_Differences` has them."""
+) -> tuple[NDArray[np.int64], Floats, Floats, Floats]:
+    """Pairs, differences, standard errors and degrees of freedom, as `_Differences` has them."""
     pairs = np.stack(np.triu_indices(len(figures), 1))
     first, second = pairs
     value = np.array([found.value[place] for found in figures])
     drawn = np.stack([found.drawn[:, place] for found in figures], axis=1)
     least = np.array([found.least_variance[place] for found in figures])
-    missing = np.maximum(0, least - np.nanvar(drawn, axis=0))
-    difference = value[first] - value[second]
-    deviations = drawn[:, first] - drawn[:, second] - difference
-    error = np.sqrt(np.nanvar(deviations, axis=0) + missing[first] + missing[second])
+    spare = np.array([found.patients[place] for found in figures]) - 1
     # A replicate without a group's patients of a class, which is rare, says nothing of it.
-    largest = np.nan_to_num(np.abs(deviations) / error).max(axis=1)
-    return pairs, difference, error, largest
+    alone = np.nanvar(drawn, axis=0)
+    variance = np.maximum(least, alone)
+    missing = variance - alone
+    # Groups may share patients, such as those with images of two views.
+    both = np.nanvar(drawn[:, first] - drawn[:, second], axis=0)
+    error = np.sqrt(both + missing[first] + missing[second])
+    parts = variance**2 / spare
+    freedom = (variance[first] + variance[second]) ** 2 / (parts[first] + parts[second])
+    return pairs, value[first] - value[second], error, freedom
 
 
-def _reach(differences: Sequence[_Differences]) -> float:
-    """How many standard errors the largest deviation of all stays within; 0 without any."""
-    if not differences:
-        return 0.0
-    largest = np.max([found.largest for found in differences], axis=0)
-    return float(np.quantile(largest, LEVEL))
-
-
-def _largest(found: _Differences, reach: float) -> Gap:
+def _largest(found: _Differences, comparisons: int) -> Gap:
     """The largest difference of those that are flagged, else of all."""
     sizes = np.abs(found.value)
-    flagged = sizes > reach * found.error
+    reach = found.error * t.ppf(1 - (1 - LEVEL) / 2 / comparisons, found.freedom)
+    flagged = sizes > reach
     place = int(np.argmax(np.where(flagged, sizes + 1, sizes)))
     first, second = found.pairs[:, place]
     if found.value[place] < 0:
         first, second = second, first
-    ends = sizes[place] + reach * found.error[place] * np.array([-1, 1])
+    ends = sizes[place] + reach[place] * np.array([-1, 1])
     return {
         "column": found.column,
         "label": found.label,
