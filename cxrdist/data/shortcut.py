@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.bootstrap import Replicates, Values, draw, interval
+from cxrdist.bootstrap import Limits, Replicates, Values, draw, rarest_class
 from cxrdist.errors import CxrdistError
+from cxrdist.intervals import of_auroc, of_mean, of_share
 
 FOLDS = 5
 Target = NDArray[np.int8]
@@ -156,50 +157,44 @@ def judge(
     scored = is_scored(scores)
     if not scored.any():
         return {"accuracy": None, "auroc": dict.fromkeys(classes), "mean_auroc": None}
-    replicates = draw([str(group) for group in groups], _rarest(targets))
-    drawn = {
+    patients = [str(group) for group in groups]
+    replicates = draw(patients, rarest_class(targets == 1, patients))
+    found = {
         name: _auroc(scores[:, i], targets[:, i], replicates)
         for i, name in enumerate(classes)
         if scored[i]
     }
+    values, limits, drawn = zip(*found.values(), strict=True)
     accuracy = None
     if task == "multiclass" and scored.sum() > 1:
         right = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1) == targets.argmax(axis=1)
         everywhere = np.ones_like(right)
-        accuracy = _rounded(float(right.mean()), replicates.share(right, everywhere))
+        accuracy = _rounded(right.mean(), of_share(replicates, right, everywhere))
     return {
         "accuracy": accuracy,
-        "auroc": {name: _rounded(*drawn[name]) if name in drawn else None for name in classes},
-        "mean_auroc": _rounded(
-            float(np.mean([value for value, _ in drawn.values()])),
-            np.mean([values for _, values in drawn.values()], axis=0),
-        ),
+        "auroc": {name: _rounded(*found[name][:2]) if name in found else None for name in classes},
+        "mean_auroc": _rounded(np.mean(values), of_mean(values, limits, np.stack(drawn))),
     }
-
-
-def _rarest(targets: NDArray[np.int8]) -> list[str]:
-    """The place of each image's rarest class, so that no replicate lacks one."""
-    has = targets == 1
-    rare_first = np.argsort(has.sum(axis=0), kind="stable")
-    rarest = np.where(has.any(axis=1), rare_first[has[:, rare_first].argmax(axis=1)], -1)
-    return [str(place) for place in rarest]
 
 
 def _auroc(
     scores: NDArray[np.float64], target: Target, replicates: Replicates
-) -> tuple[float, Values]:
-    """The AUROC of one class over the images of which it is known, and in each replicate."""
+) -> tuple[float, Limits, Values]:
+    """The AUROC of one class over the images of which it is known, its interval, its replicates."""
     from sklearn.metrics import roc_auc_score
 
     known = target >= 0
-    truth, found = target[known] == 1, scores[known]
-    drawn = Replicates(replicates.draws, replicates.patient[known])
-    return float(roc_auc_score(truth, found)), drawn.auroc(found, truth)
+    truth, found, own = target[known] == 1, scores[known], replicates.take(known)
+    value, drawn = float(roc_auc_score(truth, found)), own.auroc(found, truth)
+    return value, of_auroc(own, value, drawn, truth), drawn
 
 
-def _rounded(value: float, drawn: Values) -> dict[str, float] | None:
+def _rounded(value: float, limits: Limits | None) -> dict[str, float] | None:
     """A figure with its interval."""
-    ends = interval(drawn)
-    if ends is None:
+    if limits is None:
         return None
-    return {"value": round(value, 4), "low": round(ends[0], 4), "high": round(ends[1], 4)}
+    return {
+        "value": round(float(value), 4),
+        "low": round(limits[0], 4),
+        "high": round(limits[1], 4),
+    }

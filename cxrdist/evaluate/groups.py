@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from scipy.stats import rankdata, t
 
-from cxrdist.bootstrap import LEVEL, Replicates, interval
+from cxrdist.bootstrap import LEVEL, Limits, Replicates
 from cxrdist.data.labels import NEGATIVE, POSITIVE
 from cxrdist.documents import Between, Text
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
+from cxrdist.intervals import bounded
 
 # Children apart, since their chests differ; then twenty years each, as Seyyed-Kalantari et al.
 # (Nature Medicine 27, 2021, 2176) cut the ages of the public sets of chest X-rays.
@@ -31,7 +32,6 @@ MOST_GROUPS = 12
 _DIGITS = 6
 Share = Annotated[float, Between(0, 1)]
 Difference = Annotated[float, Between(-1, 1)]
-Interval = Annotated[list[Share], Between(2, 2)]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
@@ -42,16 +42,16 @@ class GroupScores(TypedDict):
     known: Count
     positives: Count
     auroc: Share | None
-    auroc_interval: Interval | None
+    auroc_interval: Limits | None
     recall: Share | None
-    recall_interval: Interval | None
+    recall_interval: Limits | None
     specificity: Share | None
-    specificity_interval: Interval | None
+    specificity_interval: Limits | None
     recall_at_point: NotRequired[Share | None]
     """At the operating point that was chosen on the validation split."""
-    recall_at_point_interval: NotRequired[Interval | None]
+    recall_at_point_interval: NotRequired[Limits | None]
     specificity_at_point: NotRequired[Share | None]
-    specificity_at_point_interval: NotRequired[Interval | None]
+    specificity_at_point_interval: NotRequired[Limits | None]
     too_few: list[str]
     """Figures that rest on too few patients; they are shown, and not compared."""
 
@@ -62,7 +62,7 @@ class Group(TypedDict):
     images: Count
     patients: Count
     accuracy: NotRequired[Share | None]
-    accuracy_interval: NotRequired[Interval | None]
+    accuracy_interval: NotRequired[Limits | None]
     too_few: list[str]
     """accuracy, where it rests on too few patients."""
     classes: dict[str, GroupScores]
@@ -234,7 +234,7 @@ def _measure(
 ) -> dict[str, _Figures]:
     """Compute all figures of the images in a mask [N], by measure."""
     columns, patient = np.unique(replicates.patient[mask], return_inverse=True)
-    own = Replicates(np.ascontiguousarray(replicates.draws[:, columns]), patient)
+    own = Replicates(replicates.draws.T[columns].T, patient)
     targets = scored.targets[mask]
     sides = {"recall": targets == POSITIVE, "specificity": targets == NEGATIVE}
     figures = {"auroc": _rank(scored.logits[mask], sides["recall"], sides["specificity"], own)}
@@ -355,8 +355,10 @@ def _row(figures: Mapping[str, _Figures], place: int, fewest: int) -> dict[str, 
         value = float(found.value[place])
         defined = np.isfinite(value)
         row[measure] = round(value, _DIGITS) if defined else None
-        row[f"{measure}_interval"] = interval(found.drawn[:, place]) if defined else None
-        if defined and found.patients[place] < fewest:
+        patients = int(found.patients[place])
+        drawn = found.drawn[:, place]
+        row[f"{measure}_interval"] = bounded(value, drawn, patients) if defined else None
+        if defined and patients < fewest:
             too_few.append(measure)
     return {**row, "too_few": too_few}
 

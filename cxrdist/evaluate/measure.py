@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
-from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw
+from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw, rarest_class
 from cxrdist.data.labels import POSITIVE
-from cxrdist.evaluate.metrics import compute_label_metrics, compute_metrics
 from cxrdist.evaluate.scored import Scored
+from cxrdist.evaluate.scores import score
+from cxrdist.intervals import describe
 from cxrdist.model.description import Calibration
 
 
@@ -38,18 +36,8 @@ def replicate(scored: Scored, settings: Settings) -> Replicates:
 
 
 def strata(scored: Scored) -> list[str]:
-    """Name the rarest class that each image has, or none.
-
-    So there are at most as many strata as classes and one, and no replicate lacks a class.
-    """
-    has = scored.targets == POSITIVE
-    rare_first = np.argsort(has.sum(axis=0), kind="stable")
-    first = has[:, rare_first].argmax(axis=1)
-    names = [scored.classes[column] for column in rare_first]
-    return [
-        names[place] if any_of_them else ""
-        for place, any_of_them in zip(first, has.any(axis=1), strict=True)
-    ]
+    """Give each image the rarest class that its patient has."""
+    return rarest_class(scored.targets == POSITIVE, scored.patients)
 
 
 def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
@@ -57,12 +45,7 @@ def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
 
     Each other part adds one line here, a key of its own, from (scored, replicates, settings).
     """
-    return score(scored, replicate(scored, settings), settings)
-
-
-def score(scored: Scored, replicates: Replicates, settings: Settings) -> dict[str, Any]:
-    """Compute the scores of all classes and their means."""
-    logits, targets = torch.from_numpy(scored.logits), torch.from_numpy(scored.targets)
-    if scored.task == "multilabel":
-        return compute_label_metrics(logits, targets, scored.classes)
-    return compute_metrics(logits, targets.long().argmax(1), scored.classes)
+    replicates = replicate(scored, settings)
+    metrics = score(scored, replicates, settings.fewest)
+    metrics["intervals"] = describe(replicates, settings.seed)
+    return metrics

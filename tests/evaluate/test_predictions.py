@@ -73,7 +73,7 @@ def test_predictions_and_metrics_agree(shards, tmp_path, capsys):
     assert metrics["confusion_matrix"] == matrix
     correct = sum(matrix[i][i] for i in range(3))
     assert metrics["accuracy"] == pytest.approx(correct / len(rows), abs=1e-6)
-    assert f"({correct} of {len(rows)})" in capsys.readouterr().out
+    assert f"({correct} of {len(rows)};" in capsys.readouterr().out
 
 
 def test_sure_predictions_are_told_apart(shards, tmp_path):
