@@ -20,7 +20,7 @@ from cxrdist.report.files import (
 from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
-from cxrdist.report.verdict import baseline_lines, verdict_view
+from cxrdist.report.verdict import baseline_lines, external_lines, gap_lines, verdict_view
 from cxrdist.run import RunDirectory, sweep, write_text
 
 
@@ -59,7 +59,7 @@ def report(config: ReportConfig) -> Path:
         headline=headline,
         verdict=verdict_view(headline) if headline else None,
         baselines=baseline_lines(audit),
-        remarks=[],
+        remarks=[*external_lines(splits), *(gap_lines(headline["metrics"]) if headline else [])],
         heatmap=heatmap,
     )
     write_text(run.report, page)
