@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, softmax
 
+from cxrdist.bootstrap import Limits, Replicates, Values, interval
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Between, Real, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.bootstrap import Limits, Replicates, Values, interval
-from cxrdist.evaluate.intervals import bounded, of_share
 from cxrdist.evaluate.operating_points import (
     YOUDEN,
     ChosenOn,
@@ -30,6 +29,7 @@ from cxrdist.evaluate.operating_points import (
 )
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
+from cxrdist.intervals import bounded, of_share
 from cxrdist.model.description import Calibration
 from cxrdist.terminal import table
 

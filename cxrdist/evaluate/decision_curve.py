@@ -5,9 +5,9 @@ from typing import Annotated, Literal, TypedDict
 import numpy as np
 from scipy.special import expit
 
+from cxrdist.bootstrap import Replicates, interval
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Between, Real
-from cxrdist.evaluate.bootstrap import Replicates, interval
 from cxrdist.evaluate.calibration import calibrated_logits
 from cxrdist.evaluate.operating_points import Share
 from cxrdist.evaluate.scored import Scored

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw, rarest_class
 from cxrdist.data.labels import POSITIVE
-from cxrdist.evaluate.bootstrap import REPLICATES, SEED, Replicates, draw
 from cxrdist.evaluate.calibration import calibration_figures
 from cxrdist.evaluate.decision_curve import decision_curve
-from cxrdist.evaluate.intervals import describe
+from cxrdist.evaluate.groups import compare_groups
 from cxrdist.evaluate.operating_points import operating_points
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import score
+from cxrdist.intervals import describe
 from cxrdist.model.description import Calibration
 
 
@@ -41,17 +40,8 @@ def replicate(scored: Scored, settings: Settings) -> Replicates:
 
 
 def strata(scored: Scored) -> list[str]:
-    """Give each image the rarest class that its patient has, as its rank, the last one for none.
-
-    So there are at most as many strata as classes and one, and no replicate lacks the rarest class.
-    """
-    amounts = (scored.targets == POSITIVE).sum(axis=0)
-    rank = np.argsort(np.argsort(amounts, kind="stable"))
-    ranks = np.where(scored.targets == POSITIVE, rank, len(rank)).min(axis=1, initial=len(rank))
-    rarest: dict[str, int] = {}
-    for patient, own in zip(scored.patients, ranks.tolist(), strict=True):
-        rarest[patient] = min(own, rarest.get(patient, own))
-    return [str(rarest[patient]) for patient in scored.patients]
+    """Give each image the rarest class that its patient has."""
+    return rarest_class(scored.targets == POSITIVE, scored.patients)
 
 
 def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
@@ -67,4 +57,6 @@ def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
         metrics["operating_points"] = points
     metrics["calibration"] = calibration_figures(scored, replicates, calibration)
     metrics["decision_curve"] = decision_curve(scored, replicates, calibration)
+    thresholds = calibration.thresholds if calibration else None
+    metrics["groups"] = compare_groups(scored, replicates, settings.fewest, thresholds)
     return metrics

@@ -14,13 +14,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
-from cxrdist.evaluate.bootstrap import LEVEL, Limits
 from cxrdist.evaluate.calibration import CalibrationFigures
 from cxrdist.evaluate.decision_curve import DecisionCurve
-from cxrdist.evaluate.intervals import Intervals
 from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.info import Count
+from cxrdist.intervals import Intervals
 from cxrdist.terminal import table
 
 SCORES = ("recall", "specificity", "precision", "f1", "auroc", "average_precision")

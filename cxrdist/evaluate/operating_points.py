@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from cxrdist.bootstrap import Limits, Replicates, Values
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Between, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.bootstrap import Limits, Replicates, Values
-from cxrdist.evaluate.intervals import bounded, of_share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
+from cxrdist.intervals import bounded, of_share
 from cxrdist.model.description import Calibration
 from cxrdist.terminal import table
 

@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cxrdist.bootstrap import Limits, Replicates
 from cxrdist.data.labels import POSITIVE
-from cxrdist.evaluate.bootstrap import Limits, Replicates
-from cxrdist.evaluate.intervals import bounded, of_auroc, of_mean, of_share, wilson
 from cxrdist.evaluate.metrics import (
     SCORES,
     THRESHOLD_LOGIT,
@@ -17,6 +16,7 @@ from cxrdist.evaluate.metrics import (
     compute_metrics,
 )
 from cxrdist.evaluate.scored import Scored
+from cxrdist.intervals import bounded, of_auroc, of_mean, of_share, wilson
 
 # Of each class: its interval, None where the score is undefined; its replicates.
 Figures = tuple[list[Limits | None], NDArray[np.float64]]

@@ -245,7 +245,8 @@ def measures(e: Evidence) -> Answer:
     if not e.test:
         return _evaluate()
     names = [name for name in next(iter(e.test["classes"].values())) if _is_figure(name)]
-    parts = [what for what in ("calibration", "decision_curve", "groups") if e.has(what)]
+    parts = [what for what in ("calibration", "decision_curve") if e.has(what)]
+    parts += ["groups"] if e.has_groups else []
     return Answer(
         PARTLY,
         f"Of each class: {', '.join(name.replace('_', ' ') for name in names)}"
@@ -275,7 +276,7 @@ def robustness(e: Evidence) -> Answer:
     """Whether the result holds under other conditions."""
     done = [
         *(["words on the images covered and pasted"] if e.probed else []),
-        *(["groups of patients"] if e.has("groups") else []),
+        *(["groups of patients"] if e.has_groups else []),
         *(["external sets"] if e.external else []),
         *(["what size, border and brightness alone would give"] if _shortcut(e) else []),
     ]
@@ -338,7 +339,7 @@ def flow(e: Evidence) -> Answer:
 
 def characteristics(e: Evidence) -> Answer:
     """Who the patients are."""
-    held = e.has("groups")
+    held = e.has_groups
     return Answer(
         PARTLY if held or e.audit else AUTHORS,
         ("Sex, age, view and source of the test images, as far as they are known. " if held else "")
@@ -479,7 +480,7 @@ def no_reading(e: Evidence) -> Answer:
 
 def clusters(e: Evidence) -> Answer:
     """Whether the result differs between hospitals or sources."""
-    if not e.has("groups") and not e.external:
+    if not e.has_groups and not e.external:
         return Answer(
             NOT_DONE,
             "Give the column source when packing, or evaluate external sets: then the figures are "
@@ -526,7 +527,7 @@ def imbalance(e: Evidence) -> Answer:
 
 def fairness(e: Evidence) -> Answer:
     """Whether the network is as good for everybody."""
-    if not e.has("groups"):
+    if not e.has_groups:
         return Answer(
             NOT_DONE,
             "No figures by group: give sex and age when packing, and evaluate again.",

@@ -11,6 +11,7 @@ import yaml
 from cxrdist.report.evidence import Evidence
 from cxrdist.report.files import weights_chain
 from cxrdist.report.page import template
+from cxrdist.report.verdict import gap_lines
 from cxrdist.run import RunDirectory, write_text
 
 OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
@@ -60,6 +61,7 @@ def write_card(evidence: Evidence) -> bool:
         "figures": FIGURES,
         "points": POINTS,
         "sources": _sources(evidence),
+        "gaps": [(place_title(place), gap_lines(m)) for place, m in evidence.metrics.items()],
     }
     write_text(evidence.run.card, template("card.md.jinja").render(content))
     return True

@@ -52,8 +52,13 @@ class Evidence:
         """The metrics of the test split."""
         return self.metrics.get("test")
 
+    @property
+    def has_groups(self) -> bool:
+        """Whether the figures of the test split are also given for groups of patients."""
+        return bool(self.test and self.test.get("groups", {}).get("columns"))
+
     def has(self, part: str) -> bool:
-        """Whether the metrics of the test split have a part, such as ``groups``."""
+        """Whether the metrics of the test split have a part, such as ``calibration``."""
         return bool(self.test and self.test.get(part))
 
 

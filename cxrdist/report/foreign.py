@@ -19,7 +19,7 @@ from cxrdist.evaluate.scored import Scored
 from cxrdist.model.description import Calibration
 from cxrdist.report.page import template
 from cxrdist.report.splits import split_view
-from cxrdist.report.verdict import verdict_view
+from cxrdist.report.verdict import gap_lines, verdict_view
 from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table, write_text
 
 HERE = ""  # the place of the predictions: the directory itself
@@ -54,7 +54,11 @@ def report_predictions(file: Path, out: Path) -> Path:
         write_json(run.metrics(HERE), metrics)
         view = split_view(run, HERE, "results", scored.task) | {"name": file.name}
         page = template("foreign.html.jinja").render(
-            about, headline=view, splits=[view], verdict=verdict_view(view)
+            about,
+            headline=view,
+            splits=[view],
+            verdict=verdict_view(view),
+            remarks=gap_lines(metrics),
         )
         write_text(run.report, page)
     for note in table.notes:
@@ -133,5 +137,4 @@ def _about(
         "notes": table.notes,
         "audit": None,
         "baselines": [],
-        "remarks": [],
     }

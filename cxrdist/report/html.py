@@ -21,7 +21,7 @@ from cxrdist.report.page import template
 from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
-from cxrdist.report.verdict import baseline_lines, verdict_view
+from cxrdist.report.verdict import baseline_lines, external_lines, gap_lines, verdict_view
 from cxrdist.run import RunDirectory, sweep, write_text
 
 
@@ -54,23 +54,23 @@ def report(config: ReportConfig) -> Path:
     ]
     headline = next((split for split in splits if split["metrics"]), None)
     audit = audit_view(run.audit)
-    content = {
-        "name": run.root.resolve().name,
-        "info": info,
-        "weights": weights_chain(info),
-        "duration": _duration(run.info, info),
-        "recipe": recipe,
-        "open_labels": open_labels(info["shards"]),
-        "audit": audit,
-        "stages": stage_views(run, info, recipe),
-        "splits": splits,
-        "texts": text_views(run),
-        "headline": headline,
-        "verdict": verdict_view(headline) if headline else None,
-        "baselines": baseline_lines(audit),
-        "remarks": [],
-    }
-    write_text(run.report, template("report.html.jinja").render(content))
+    page = template("report.html.jinja").render(
+        name=run.root.resolve().name,
+        info=info,
+        weights=weights_chain(info),
+        duration=_duration(run.info, info),
+        recipe=recipe,
+        open_labels=open_labels(info["shards"]),
+        audit=audit,
+        stages=stage_views(run, info, recipe),
+        splits=splits,
+        texts=text_views(run),
+        headline=headline,
+        verdict=verdict_view(headline) if headline else None,
+        baselines=baseline_lines(audit),
+        remarks=[*external_lines(splits), *(gap_lines(headline["metrics"]) if headline else [])],
+    )
+    write_text(run.report, page)
     evidence = gather(run)
     write_checklist(evidence)
     write_card(evidence)

@@ -7,8 +7,8 @@ import numpy as np
 from markupsafe import Markup
 
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.intervals import wilson
 from cxrdist.evaluate.metrics import few_of
+from cxrdist.intervals import wilson
 from cxrdist.report import pictures
 from cxrdist.report.files import Sample
 from cxrdist.report.values import MEASURES, count, number, percent, share

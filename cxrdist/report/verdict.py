@@ -7,6 +7,16 @@ from cxrdist.evaluate.metrics import few_of
 from cxrdist.report.scores import TOO_FEW, interval
 from cxrdist.report.values import count, number, percent
 
+MOST_GAPS = 5  # in the verdict; the table has all
+GAPS = {
+    "accuracy": "Accuracy",
+    "auroc": "AUROC",
+    "recall": "Sensitivity",
+    "specificity": "Specificity",
+    "recall_at_point": "Sensitivity at the operating point",
+    "specificity_at_point": "Specificity at the operating point",
+}
+
 
 def verdict_view(split: Mapping[str, Any]) -> dict[str, Any]:
     """Gather the figure of a split, its interval, and of how many images and patients it is.
@@ -65,8 +75,26 @@ def baseline_lines(audit: Mapping[str, Any] | None) -> list[str]:
     Args:
         audit: what `audit_view` gathers; None without an audit.
     """
-    shortcut = audit and audit["shortcut"]
-    known = [(label, score) for label, score, _ in shortcut["rows"] if score] if shortcut else []
+    if not audit:
+        return []
+    lines = []
+    for what, figure, score in audit["trivial"]:
+        several = figure == "mean_auroc"
+        value, low, high = (
+            (number if several else percent)(score[name]) for name in ("value", "low", "high")
+        )
+        lines.append(
+            f"For comparison, {what} alone, without the lungs, give "
+            f"{'a mean AUROC' if several else 'an accuracy'} of {value} (95 % interval {low} to "
+            f"{high}), cross-validated by patient over all images."
+        )
+    return lines or _shortcut_line(audit)
+
+
+def _shortcut_line(audit: Mapping[str, Any]) -> list[str]:
+    """The same of audits of older versions, which know the AUROC of each class only."""
+    rows = audit["shortcut"]["rows"] if audit["shortcut"] else []
+    known = [(label, score) for label, score, _ in rows if score]
     if not known:
         return []
     label, (value, low, high) = max(known, key=lambda row: row[1][0])
@@ -74,3 +102,42 @@ def baseline_lines(audit: Mapping[str, Any] | None) -> list[str]:
         f"Size, border and brightness alone, without the lungs, tell {label} from the rest with "
         f"an AUROC of {value} (95 % interval {low} to {high}); no other class more easily."
     ]
+
+
+def gap_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """Say between which groups of patients the figures differ, as far as that is sure."""
+    gaps = [gap for gap in metrics.get("groups", {}).get("gaps", []) if gap["flagged"]]
+    lines = []
+    for gap in gaps[:MOST_GAPS]:
+        of_class = f" of {gap['label']}" if gap["label"] else ""
+        low, high = (number(limit) for limit in gap["interval"])
+        lines.append(
+            f"{GAPS.get(gap['measure'], gap['measure'])}{of_class} differs by {gap['column']}: "
+            f"{gap['lower']} is {number(gap['difference'])} below {gap['higher']} (95 % interval "
+            f"{low} to {high}, corrected for all comparisons)."
+        )
+    if len(gaps) > MOST_GAPS:
+        lines.append(f"{count(len(gaps) - MOST_GAPS)} more such differences stand below.")
+    return lines
+
+
+def external_lines(splits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Give the figure of each external set in one line.
+
+    Args:
+        splits: what `split_view` gathers of all places of the run.
+    """
+    lines = []
+    for split in splits:
+        if not (split["metrics"] or {}).get("external"):
+            continue
+        found = verdict_view(split)
+        figure = "mean AUROC " if found["several"] else "right on "
+        within = found["interval"]
+        patients = f" of {found['patients']} patients" if found["patients"] else ""
+        lines.append(
+            f"External set {split['metrics']['external']['name']}: {figure}{found['value']} "
+            f"{'on' if found['several'] else 'of'} {found['images']} images{patients}; "
+            + (f"95 % interval {within[0]} to {within[1]}." if within else "no interval.")
+        )
+    return lines

@@ -154,6 +154,23 @@ def draw(
     return Replicates(draws.T, np.array([place[name] for name in patients], np.int64))
 
 
+def rarest_class(has: NDArray[np.bool_], patients: Sequence[str]) -> list[str]:
+    """Give each image the rarest class that its patient has, as its rank, the last one for none.
+
+    So there are at most as many strata as classes and one, and no replicate lacks the rarest class.
+
+    Args:
+        has: which class the N images have, bool [N, C].
+        patients: whose they are.
+    """
+    rank = np.argsort(np.argsort(has.sum(axis=0), kind="stable"))
+    ranks = np.where(has, rank, len(rank)).min(axis=1, initial=len(rank))
+    rarest: dict[str, int] = {}
+    for patient, own in zip(patients, ranks.tolist(), strict=True):
+        rarest[patient] = min(own, rarest.get(patient, own))
+    return [str(rarest[patient]) for patient in patients]
+
+
 def _draw_block(random: np.random.Generator, size: int, replicates: int) -> NDArray[np.uint8]:
     """Draw `size` patients of as many, with replacement: how often each, [size, replicates]."""
     drawn = random.integers(size, size=(replicates, size)) + size * np.arange(replicates)[:, None]
@@ -164,7 +181,7 @@ def _draw_block(random: np.random.Generator, size: int, replicates: int) -> NDAr
 def interval(values: Values) -> list[float] | None:
     """The percentile interval of a difference or another unbounded figure.
 
-    Figures from 0 to 1 have better ones in `cxrdist.evaluate.intervals`. None where no replicate
+    Figures from 0 to 1 have better ones in `cxrdist.intervals`. None where no replicate
     has the figure.
     """
     found = values[np.isfinite(values)]

@@ -3,8 +3,8 @@ import pytest
 from scipy import stats
 from simulated_sets import coverage
 
-from cxrdist.evaluate.bootstrap import draw
-from cxrdist.evaluate.intervals import bounded, newcombe, of_mean, of_share, wilson
+from cxrdist.bootstrap import draw
+from cxrdist.intervals import bounded, newcombe, of_mean, of_share, wilson
 
 
 @pytest.mark.parametrize("correlation", [0, 0.5])

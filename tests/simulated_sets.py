@@ -7,8 +7,8 @@
 import numpy as np
 from scipy import stats
 
-from cxrdist.evaluate.bootstrap import draw
-from cxrdist.evaluate.intervals import of_auroc, of_share, wilson
+from cxrdist.bootstrap import draw
+from cxrdist.intervals import of_auroc, of_share, wilson
 
 AUROC = 0.9
 SEPARATION = np.sqrt(2) * stats.norm.ppf(AUROC)  # of two normal distributions of one width
