@@ -97,6 +97,11 @@ class RunDirectory:
         return self.inside("audit.json")
 
     @property
+    def seen(self) -> Path:
+        """What is kept of the train and val images, to know them again in an external set."""
+        return self.inside("seen.npz")
+
+    @property
     def report(self) -> Path:
         """The self-contained report."""
         return self.inside("report.html")
