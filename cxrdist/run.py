@@ -153,6 +153,12 @@ def external_place(name: str) -> str:
     return f"external/{name}"
 
 
+def options_of(place: str) -> str:
+    """The option of evaluate and explain that leads to a place, for messages."""
+    name = place.removeprefix("external/")
+    return f"--split {place}" if name == place else f"--name {name}"
+
+
 def open_run(root: Path) -> RunDirectory:
     """Name the files of a finished run.
 

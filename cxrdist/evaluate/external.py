@@ -25,38 +25,14 @@ from cxrdist.data.records import KNOWN_NAMES
 from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_prints, write_seen
-from cxrdist.info import Count, RunInfo, WeightsInfo, read_info
+from cxrdist.info import RunInfo, WeightsInfo, read_info
 from cxrdist.model.layout import CHEXNET_LABELS
 from cxrdist.run import RunDirectory, external_place, read_document, write_table
 
 IN_NO_SPLIT = ""  # the split of a sample that is not used
 MEND = "run `cxrdist evaluate` again"
-
-
-class ExternalInfo(TypedDict):
-    """What metrics.json says of an external set, under ``external``."""
-
-    name: Text
-    shards: Text
-    """Where they were."""
-    label_map: dict[str, str | None]
-    """Their label: the model's, or null where it was left out."""
-    classes: list[str]
-    """That both have; scores of the others are not defined."""
-    other_classes: dict[str, Count]
-    """Images that were left out, by a class that the model does not know."""
-    images: Count
-    """Of the split, without those of other classes."""
-    seen: Literal["drop", "report"]
-    """Whether images that the network has seen were left out of the scores or marked."""
-    seen_images: Count
-    reasons: dict[str, Count]
-    """Seen images by reason."""
-    compared_patients: Count
-    """Images whose patient could be compared with those of the training."""
-    not_known: NotRequired[Text | None]
-    """Why it is not known what the network has seen; None if it is."""
 
 
 class _Evaluated(TypedDict):
