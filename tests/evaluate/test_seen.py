@@ -133,12 +133,12 @@ def test_what_is_written_is_read_back_and_is_the_same_bytes(tmp_path):
     assert found.patients.shape == (3, PATIENT_BYTES)
 
 
-def test_a_file_has_at_most_1300_bytes_per_image(tmp_path):
-    """130 MB for 100,000 images."""
+def test_a_file_has_at_most_1800_bytes_per_image(tmp_path):
+    """180 MB for 100,000 images."""
     random = np.random.default_rng(2)
     squares = [*random.integers(0, 256, (200, 40, 40), dtype=np.uint8)]
     write_seen(tmp_path / "seen.npz", prints_of(squares))
-    assert (tmp_path / "seen.npz").stat().st_size < 200 * 1300 + 2500
+    assert (tmp_path / "seen.npz").stat().st_size < 200 * 1800 + 2500
 
 
 def header_of(shape: tuple[int, ...], kind: str = "|u1") -> bytes:
@@ -155,7 +155,7 @@ def header_of(shape: tuple[int, ...], kind: str = "|u1") -> bytes:
         ("phash", header_of((1 << 40, 32)), zipfile.ZIP_STORED),
         ("phash", header_of((3, 33)) + bytes(99), zipfile.ZIP_STORED),
         ("phash", header_of((3, 32), "|O") + bytes(96), zipfile.ZIP_STORED),
-        ("thumbnails", header_of((3, 32, 32)) + bytes(3072), zipfile.ZIP_DEFLATED),
+        ("thumbnails", header_of((3, 40, 40)) + bytes(4800), zipfile.ZIP_DEFLATED),
         ("keys", header_of((3,), "|S9") + b"../../etc" * 3, zipfile.ZIP_STORED),
         ("format", header_of((), "|S14") + b"cxrdist-seen-2", zipfile.ZIP_STORED),
         ("sha256", None, zipfile.ZIP_STORED),
