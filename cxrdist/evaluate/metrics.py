@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
+from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
 from cxrdist.terminal import table
@@ -119,6 +120,7 @@ class Metrics(TypedDict):
     macro_labels: NotRequired[dict[str, Count]]
     macro_enough: NotRequired[Scores]
     """The means without the classes of too few images, for the headline; where there are some."""
+    external: NotRequired[ExternalInfo]
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
