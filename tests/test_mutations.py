@@ -32,7 +32,9 @@ from cxrdist.data.pack import pack
 from cxrdist.data.shards import describe_shard, read_shard
 from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
+from cxrdist.evaluate.seen import read_seen
 from cxrdist.explain.maps import read_ledgers
+from cxrdist.explain.nearest import read_nearest
 from cxrdist.info import read_info
 from cxrdist.model.densenet import load_model
 from cxrdist.model.tensorfile import read_tensor_file
@@ -58,6 +60,7 @@ MOST_BYTES = 1 << 30
 RUN_FILES = (
     *("run.json", "recipe.yaml", "log.jsonl", "audit.json", "test/predictions.csv"),
     *("test/metrics.json", "test/relevance.csv", "test/relevance.json", "test/text.json"),
+    "test/nearest.csv",
 )
 
 
@@ -105,7 +108,9 @@ def cases_of(folder: Path) -> list[Case]:
         "test/metrics.json": lambda: read_metrics(run.metrics("test"), "multiclass"),
         "test/relevance.csv": lambda: read_relevance(run, "test"),
         "test/relevance.json": lambda: read_sanity(run, "test"),
+        "test/nearest.csv": lambda: read_nearest(run.nearest("test")),
         "test/text.json": lambda: text_views(run),
+        "seen.npz": lambda: read_seen(run.seen),
         "model/model.json": lambda: load_model(run.root),
         "model/model.safetensors": lambda: load_model(run.root),
     }

@@ -19,6 +19,7 @@ from cxrdist.documents import Between, Text
 from cxrdist.evaluate.calibration import CalibrationFigures
 from cxrdist.evaluate.decision_curve import DecisionCurve
 from cxrdist.evaluate.operating_points import OperatingPoints
+from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
 from cxrdist.terminal import table
@@ -125,6 +126,7 @@ class Metrics(TypedDict):
     decision_curve: NotRequired[DecisionCurve]
     macro_enough: NotRequired[Scores]
     """The means without the classes of too few images, for the headline; where there are some."""
+    external: NotRequired[ExternalInfo]
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:

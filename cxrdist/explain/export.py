@@ -84,7 +84,7 @@ def explain(config: ExplainConfig) -> None:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
     refuse_below_one(config, "limit", "batch_size")
-    subject = open_subject(config.run, config.shards, config.cache, config.split)
+    subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
     targets = together(accelerator, lambda: choose_targets(config, subject.model))
     explainer = together(accelerator, lambda: _explainer(config, subject.model))
@@ -96,7 +96,7 @@ def explain(config: ExplainConfig) -> None:
         def prepare() -> _Left | None:
             if not accelerator.is_main_process:
                 return None
-            stack.enter_context(locked(subject.run.relevance_info(config.split).parent))
+            stack.enter_context(locked(subject.run.relevance_info(subject.place).parent))
             return _prepare(work, _how(config, subject, targets, numbers))
 
         left = gather(accelerator, [together(accelerator, prepare)])[0]
@@ -105,7 +105,7 @@ def explain(config: ExplainConfig) -> None:
         nearest = find_nearest(subject, numbers) if left.lacks_nearest else []
         if accelerator.is_main_process:
             if nearest:
-                write_nearest(subject, config.split, nearest)
+                write_nearest(subject, nearest)
             _finish(work, [row for _, _, row in rows], sorted(flippings, key=lambda pair: pair[0]))
             print(_said(work, len(numbers)))
         finish(accelerator)
@@ -125,7 +125,7 @@ def _choose_numbers(config: ExplainConfig, subject: Subject) -> NDArray[np.int64
     """The samples to explain, int64 [n]; with a limit the mistakes of `evaluate` come first."""
     calibration = subject.model.calibration
     thresholds = calibration.thresholds if calibration else None
-    mistakes = mistaken_samples(subject.run, config.split, subject.index, thresholds)
+    mistakes = mistaken_samples(subject.run, subject.place, subject.index, thresholds)
     return choose_samples(subject.index, config.split, config.limit, mistakes)
 
 
@@ -159,9 +159,9 @@ class _Left(NamedTuple):
 
 def _prepare(work: _Work, how: dict[str, Any]) -> _Left:
     """Clear away what a killed command left half-written, and relevance that was made otherwise."""
-    run, split = work.subject.run, work.split
-    directories = run.relevance(split), run.heatmaps(split), run.nearest_pictures(split)
-    info, nearest = run.relevance_info(split), run.nearest(split)
+    run, place = work.subject.run, work.subject.place
+    directories = run.relevance(place), run.heatmaps(place), run.nearest_pictures(place)
+    info, nearest = run.relevance_info(place), run.nearest(place)
     found = _read_info(info) if info.is_file() else None
     can_look = work.with_pictures and was_trained_on(run, work.subject.index)
     if found and found["how"] == how:
@@ -170,7 +170,7 @@ def _prepare(work: _Work, how: dict[str, Any]) -> _Left:
         return _Left(found["sanity"] is not None, can_look and not nearest.is_file())
     for directory in directories:
         _clear(directory)
-    for table in (run.relevance_table(split), nearest):
+    for table in (run.relevance_table(place), nearest):
         table.unlink(missing_ok=True)
     write_json(info, {"how": how, "sanity": None})
     return _Left(False, can_look)
@@ -212,7 +212,7 @@ def _explain_units(work: _Work, numbers: NDArray[np.int64], batch_size: int) -> 
         ThreadPoolExecutor(_num_threads(work)) as pool,
     ):
         for i, unit in enumerate(units):
-            place = work.subject.run.relevance(work.split)
+            place = work.subject.run.relevance(work.subject.place)
             if work.is_compact:
                 number = i * accelerator.num_processes + accelerator.process_index
                 place /= f"{number:06d}.tar"
@@ -267,7 +267,7 @@ def _encode(
     """Write the pictures of a sample, which stand before its map does; give the map's bytes."""
     key, names = work.subject.index.samples[number].key, work.targets.names
     if work.with_pictures:
-        heatmaps = work.subject.run.heatmaps(work.split)
+        heatmaps = work.subject.run.heatmaps(work.subject.place)
         write_pictures(heatmaps, key, work.subject.images[number], relevance, names)
     return encode(Map(key, names, relevance, ledger), half=work.is_compact), ledger
 
@@ -278,7 +278,7 @@ def _finished(
     """The ledgers of a unit whose files all stand already, else None."""
     keys = _keys(work, unit)
     if work.with_pictures:
-        heatmaps = work.subject.run.heatmaps(work.split)
+        heatmaps = work.subject.run.heatmaps(work.subject.place)
         names = [name for key in keys for name in picture_names(key, work.targets.names)]
         if not all((heatmaps / name).is_file() for name in names):
             return None
@@ -340,13 +340,13 @@ def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:
 
 def _finish(work: _Work, rows: list[list[str]], flippings: list[tuple[int, Flipping]]) -> None:
     """Write relevance.csv, and what the tests found into relevance.json."""
-    run = work.subject.run
-    write_table(run.relevance_table(work.split), LEDGER_COLUMNS, rows)
+    run, place = work.subject.run, work.subject.place
+    write_table(run.relevance_table(place), LEDGER_COLUMNS, rows)
     if flippings:
-        info = _read_info(run.relevance_info(work.split))
+        info = _read_info(run.relevance_info(place))
         flipping = summarise([found for _, found in flippings])
         info["sanity"] = {"ledger_residual": ledger_residual(rows), "pixel_flipping": flipping}
-        write_json(run.relevance_info(work.split), info)
+        write_json(run.relevance_info(place), info)
 
 
 def ledger_residual(rows: list[list[str]]) -> float | None:
@@ -364,11 +364,11 @@ def ledger_residual(rows: list[list[str]]) -> float | None:
 
 def _said(work: _Work, num_images: int) -> str:
     """What the user reads in the end."""
-    run, split = work.subject.run, work.split
-    place = run.heatmaps(split) if work.with_pictures else run.relevance(split)
-    sanity = _read_info(run.relevance_info(split))["sanity"]
+    run, place = work.subject.run, work.subject.place
+    directory = run.heatmaps(place) if work.with_pictures else run.relevance(place)
+    sanity = _read_info(run.relevance_info(place))["sanity"]
     if sanity is None:
-        raise RunFailedError(f"{run.relevance_info(split)}: was replaced by another command")
+        raise RunFailedError(f"{run.relevance_info(place)}: was replaced by another command")
     residual, flipping = sanity["ledger_residual"], sanity["pixel_flipping"]
     ledger = "no ledger" if residual is None else f"ledger closed to {residual:.1e}"
     return (
@@ -376,5 +376,5 @@ def _said(work: _Work, num_images: int) -> str:
         f"{flipping['covered_share']:.0%} of an image takes "
         f"{flipping['area_over_relevant_first']:.2f} of the probability on average if the most "
         f"relevant goes first, {flipping['area_over_random_order']:.2f} in random order\n"
-        f"{'heat maps' if work.with_pictures else 'relevance'}: {place}"
+        f"{'heat maps' if work.with_pictures else 'relevance'}: {directory}"
     )

@@ -143,8 +143,9 @@ def _best(
     return similarity.cpu().numpy(), nearest.cpu().numpy()
 
 
-def write_nearest(subject: Subject, place: str, found: Sequence[Nearest]) -> None:
+def write_nearest(subject: Subject, found: Sequence[Nearest]) -> None:
     """Write the pictures of the training images, and nearest.csv when they are there."""
+    place = subject.place
     number_of = {sample.key: number for number, sample in enumerate(subject.index.samples)}
     numbers = dict.fromkeys(number_of[row.nearest] for row in found)
     write_gallery(subject.run.nearest_pictures(place), subject.index, subject.images, numbers)

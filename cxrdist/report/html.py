@@ -10,6 +10,7 @@ from cxrdist.report.audit import audit_view
 from cxrdist.report.card import write_card
 from cxrdist.report.checklist import write_checklist
 from cxrdist.report.evidence import gather
+from cxrdist.report.external import external_view
 from cxrdist.report.files import (
     known_splits,
     read_stages,
@@ -64,6 +65,7 @@ def report(config: ReportConfig) -> Path:
         audit=audit,
         stages=stage_views(run, info, recipe),
         splits=splits,
+        external=external_view(splits),
         texts=text_views(run),
         headline=headline,
         verdict=verdict_view(headline) if headline else None,

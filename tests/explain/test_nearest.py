@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from cxrdist.evaluate.mistakes import find_mistakes
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.explain.export import explain
-from cxrdist.explain.nearest import read_nearest
+from cxrdist.explain.nearest import read_nearest, was_trained_on
 from cxrdist.explain.targets import choose_samples
 from cxrdist.model.densenet import load_model
+from cxrdist.run import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +82,11 @@ def test_ranks_do_not_change_what_is_nearest(small, tmp_path):
 
 
 def test_other_shards_have_no_nearest_training_image(small):
-    """Where run.json names other shards their train split is not what the network has seen."""
-    path, test = small / "run" / "run.json", small / "run" / "test"
-    original = path.read_text()
-    info = json.loads(original)
-    info["shards"]["index_sha256"] = "0" * 64
-    path.write_text(json.dumps(info))
-    (test / "nearest.csv").unlink(missing_ok=True)
-    explain(ExplainConfig(small / "run", small / "shards", cache=small / "cache", limit=3))
-    path.write_text(original)
-    assert not (test / "nearest.csv").exists()
-    explain(ExplainConfig(small / "run", small / "shards", cache=small / "cache", limit=3))
-    assert len(read_nearest(test / "nearest.csv")) == 3
+    """Their train split is not what the network has seen; nor is that of a run without run.json."""
+    run, index = RunDirectory(small / "run"), read_index(small / "shards")
+    assert was_trained_on(run, index)
+    assert not was_trained_on(run, replace(index, sha256="0" * 64))
+    assert not was_trained_on(RunDirectory(small / "shards"), index)
 
 
 def test_the_mistakes_are_explained_first(small):
@@ -109,7 +104,7 @@ def test_the_mistakes_are_explained_first(small):
 
     assert explained(1) == {mistakes[0]}
     assert explained(len(mistakes) + 1) > {*mistakes}
-    path = run / "test" / "metrics.json"
+    path = run / "test" / "metrics.json"  # as if it were of other shards
     metrics = json.loads(path.read_text())
     path.write_text(json.dumps({**metrics, "index_sha256": "0" * 64}))
     index = read_index(small / "shards")

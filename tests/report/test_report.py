@@ -23,6 +23,7 @@ from cxrdist.report.files import Sample
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
 from cxrdist.report.values import number, percent
+from cxrdist.report.verdict import external_lines, gap_lines
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -127,7 +128,8 @@ def test_all_mistakes_are_in_the_page(run: Path, made: SimpleNamespace) -> None:
     places = [section.index(f" {row['key']} Truth {row['label']} ") for row in wrong]
     assert len(places) == len(wrong) == section.count("Predicted ") - 1 > 5
     assert places == sorted(places)
-    assert f"{len(wrong)} of 180 images are classified wrongly" in section
+    patients = len({row["patient"] for row in wrong})
+    assert f"{len(wrong)} of 180 images, of {patients} patients, are classified wrongly." in section
     for row in wrong:
         known = [f"{name} {row[name]}" for name in ("source", "view", "sex", "age") if row[name]]
         assert f"{' '.join(known)} patient {row['patient']}" in section
@@ -516,6 +518,26 @@ def test_charts_do_not_depend_on_the_users_settings() -> None:
     assert "DejaVu" not in before
 
 
+def test_the_verdict_names_gaps_and_external_sets() -> None:
+    """Flagged gaps with their corrected interval, at most five; each external set in a line."""
+    gap = {"column": "sex", "label": "Mass", "measure": "auroc", "higher": "M", "lower": "F"}
+    gap |= {"difference": 0.2, "interval": [0.05, 0.35], "flagged": True}
+    small = {**gap, "label": None, "measure": "accuracy", "flagged": False}
+    lines = gap_lines({"groups": {"gaps": [gap, small]}})
+    assert lines == [
+        "AUROC of Mass differs by sex: F is 0.200 below M (95 % interval 0.050 to 0.350, "
+        "corrected for all comparisons)."
+    ]
+    assert len(gap_lines({"groups": {"gaps": [gap] * 7}})) == 6
+    assert gap_lines({}) == []
+    metrics = {"task": "multiclass", "samples": 40, "accuracy": 0.75, "classes": {}}
+    metrics |= {"accuracy_interval": [0.6, 0.9], "external": {"name": "rural"}}
+    external = {"name": "external set rural", "metrics": metrics, "samples": None}
+    (line,) = external_lines([{"metrics": None}, {"metrics": {}}, external])
+    said = "External set rural: right on 75.0 % of 40 images; 95 % interval 60.0 % to 90.0 %."
+    assert line.replace("\u00a0", " ") == said
+
+
 # In a browser.
 
 
@@ -725,7 +747,8 @@ def test_the_verdict_comes_first(browser: webdriver.Chrome, run: Path) -> None:
     warnings = json.loads((run / "audit.json").read_text())["warnings"]
     assert all(" ".join(line.split()) in section for line in warnings)
     titles = [heading.text for heading in browser.find_elements(By.CSS_SELECTOR, "h2")]
-    assert titles[:3] == ["Verdict on test", "Results on test", "Mistakes on test"]
+    assert titles[:2] == ["Verdict on test", "Results on test"]
+    assert titles.index("Mistakes on test") < titles.index("Heat maps") < titles.index("Training")
     change_json(run / "test" / "metrics.json", lambda metrics: metrics.pop("accuracy_interval"))
     assert "Run cxrdist evaluate again for intervals by patient" in " ".join(write(run).split())
 
