@@ -233,7 +233,19 @@ def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
         else:
             metrics["accuracy"]
             _check_confusion(metrics)
+        _check_scores(metrics)
     return dict(metrics)
+
+
+def _check_scores(metrics: Metrics) -> None:
+    """All classes have the scores of the mean, and what the first of them has."""
+    classes = list(metrics["classes"].values())
+    if any(scores.keys() != classes[0].keys() for scores in classes):
+        raise ValueError("the classes do not all have the same scores")
+    means = metrics.get("macro_enough", metrics["macro"])
+    for scores in (*classes, means):
+        if missing := MEASURES[metrics["task"]].keys() & metrics["macro"].keys() - scores.keys():
+            raise ValueError(f"{' and '.join(sorted(missing))} of a class or a mean is missing")
 
 
 def _check_confusion(metrics: Metrics) -> None:

@@ -134,7 +134,7 @@ def _table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The table of classes: titles of its columns, a row for each class, rows of the mean."""
     measures, classes = _measures(metrics), metrics["classes"]
     several, few = metrics["task"] == "multilabel", few_of(metrics)
-    of_all = next(iter(classes.values()))
+    of_all = next(iter(classes.values()), {})
     counts = {
         title: names for title, names in COUNTS.items() if names[0] in of_all and names[1] in of_all
     }
