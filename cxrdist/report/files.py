@@ -19,7 +19,7 @@ from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics, predicted_classes
 from cxrdist.explain.sanity import RelevanceInfo, Rules, SanityInfo
 from cxrdist.info import RunInfo, WeightsInfo
-from cxrdist.report.values import MEASURES
+from cxrdist.report.values import COUNTS, MEASURES
 from cxrdist.run import (
     RunDirectory,
     open_regular,
@@ -238,14 +238,17 @@ def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
 
 
 def _check_scores(metrics: Metrics) -> None:
-    """All classes have the scores of the mean, and what the first of them has."""
+    """Make sure that all classes and means have the scores of the mean, and classes their counts.
+
+    Older versions wrote fewer scores and counts, but of all classes the same.
+    """
     classes = list(metrics["classes"].values())
-    if any(scores.keys() != classes[0].keys() for scores in classes):
-        raise ValueError("the classes do not all have the same scores")
-    means = metrics.get("macro_enough", metrics["macro"])
-    for scores in (*classes, means):
-        if missing := MEASURES[metrics["task"]].keys() & metrics["macro"].keys() - scores.keys():
-            raise ValueError(f"{' and '.join(sorted(missing))} of a class or a mean is missing")
+    scores = MEASURES[metrics["task"]].keys() & metrics["macro"].keys()
+    counts = {name for names in COUNTS.values() for name in names} & classes[0].keys()
+    if any((scores | counts) - values.keys() for values in classes):
+        raise ValueError(f"each class needs {', '.join(sorted(scores | counts))}")
+    if scores - metrics.get("macro_enough", metrics["macro"]).keys():
+        raise ValueError(f"macro_enough needs {', '.join(sorted(scores))}")
 
 
 def _check_confusion(metrics: Metrics) -> None:

@@ -11,7 +11,7 @@ from cxrdist.evaluate.intervals import wilson
 from cxrdist.evaluate.metrics import few_of
 from cxrdist.report import pictures
 from cxrdist.report.files import Sample
-from cxrdist.report.values import MEASURES, count, number, percent, share
+from cxrdist.report.values import COUNTS, MEASURES, count, number, percent, share
 from cxrdist.run import RunDirectory
 
 NEEDS = {
@@ -22,8 +22,6 @@ NEEDS = {
     "auroc": "it needs images of this class and of others",
     "average_precision": "it needs images of this class and of others",
 }
-COUNTS = {"Images": ("positives", "known"), "Patients": ("positive_patients", "patients")}
-"""Columns of counts: those with the class, and all of whom it is known."""
 INTERVAL = "95 % interval"
 TOO_FEW = "too few to say"
 _DIGITS = 1e-6  # of a score in metrics.json
@@ -134,7 +132,7 @@ def _table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """The table of classes: titles of its columns, a row for each class, rows of the mean."""
     measures, classes = _measures(metrics), metrics["classes"]
     several, few = metrics["task"] == "multilabel", few_of(metrics)
-    of_all = next(iter(classes.values()), {})
+    of_all = next(iter(classes.values()))
     counts = {
         title: names for title, names in COUNTS.items() if names[0] in of_all and names[1] in of_all
     }
