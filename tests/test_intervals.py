@@ -88,7 +88,7 @@ def test_the_interval_of_a_mean_adds_up_as_standard_errors_do():
 
 
 def test_the_mean_of_perfect_classes_is_not_certain():
-    """Recalls of 1 in two classes of 20 patients: the two gaps below 1 add up as independent ones."""
+    """Recalls of 1 in two classes of 20 patients: their two gaps add up as independent ones."""
     limits = [wilson(20, 20), wilson(20, 20)]
     low, high = of_mean([1.0, 1.0], limits, np.ones((2, 100)))
     assert high == 1

@@ -21,7 +21,7 @@ from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.sanity import RelevanceInfo, Rules, SanityInfo
 from cxrdist.info import RunInfo, WeightsInfo
 from cxrdist.model.description import Calibration, ModelFile
-from cxrdist.report.values import MEASURES
+from cxrdist.report.values import COUNTS, MEASURES
 from cxrdist.run import (
     RunDirectory,
     open_regular,
@@ -239,7 +239,22 @@ def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
         else:
             metrics["accuracy"]
             _check_confusion(metrics)
+        _check_scores(metrics)
     return dict(metrics)
+
+
+def _check_scores(metrics: Metrics) -> None:
+    """Make sure that all classes and means have the scores of the mean, and classes their counts.
+
+    Older versions wrote fewer scores and counts, but of all classes the same.
+    """
+    classes = list(metrics["classes"].values())
+    scores = MEASURES[metrics["task"]].keys() & metrics["macro"].keys()
+    counts = {name for names in COUNTS.values() for name in names} & classes[0].keys()
+    if any((scores | counts) - values.keys() for values in classes):
+        raise ValueError(f"each class needs {', '.join(sorted(scores | counts))}")
+    if scores - metrics.get("macro_enough", metrics["macro"]).keys():
+        raise ValueError(f"macro_enough needs {', '.join(sorted(scores))}")
 
 
 def _check_confusion(metrics: Metrics) -> None:

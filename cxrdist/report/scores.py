@@ -11,7 +11,7 @@ from cxrdist.evaluate.metrics import few_of
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
 from cxrdist.report.files import Sample
-from cxrdist.report.values import MEASURES, count, number, percent, share
+from cxrdist.report.values import COUNTS, MEASURES, count, number, percent, share
 from cxrdist.run import RunDirectory, options_of
 
 NEEDS = {
@@ -22,8 +22,6 @@ NEEDS = {
     "auroc": "it needs images of this class and of others",
     "average_precision": "it needs images of this class and of others",
 }
-COUNTS = {"Images": ("positives", "known"), "Patients": ("positive_patients", "patients")}
-"""Columns of counts: those with the class, and all of whom it is known."""
 INTERVAL = "95 % interval"
 TOO_FEW = "too few to say"
 _DIGITS = 1e-6  # of a score in metrics.json

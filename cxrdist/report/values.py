@@ -27,6 +27,8 @@ MEASURES = {
         "f1": "F1 score",
     },
 }
+# Columns of counts in the table of classes: those with the class, and all of whom it is known.
+COUNTS = {"Images": ("positives", "known"), "Patients": ("positive_patients", "patients")}
 
 
 def number(value: float | None) -> str:

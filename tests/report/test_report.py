@@ -18,11 +18,13 @@ from selenium.webdriver.common.keys import Keys
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.measure import Settings, measure
+from cxrdist.evaluate.scored import read_scored
 from cxrdist.report import mistakes, pictures
-from cxrdist.report.files import Sample
+from cxrdist.report.files import Sample, read_predictions
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
-from cxrdist.report.values import number, percent
+from cxrdist.report.values import MEASURES, number, percent
 from cxrdist.report.verdict import external_lines, gap_lines
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -208,6 +210,42 @@ def test_undefined_numbers_are_dashes_with_a_reason(run: Path) -> None:
     assert "Precision of COVID-19: it needs an image predicted as this" in text
     assert "Mean Precision: it needs the number of every class" in text
     assert "Recall of" not in text
+
+
+def test_every_number_has_its_interval_and_of_how_many(run: Path) -> None:
+    """In the headline and the table of classes; what metrics of older versions lack is left out."""
+    path = run / "test" / "metrics.json"
+    assert "Specificity" not in write(run)
+    images = read_scored(run / "test" / "predictions.csv", "multiclass")
+    metrics = measure(images, Settings(replicates=200))
+    path.write_text(json.dumps(metrics))
+    text = str(Text(write(run)))
+    low, high = map(percent, metrics["accuracy_interval"])
+    patients = metrics["intervals"]["patients"]
+    correct = int(np.trace(metrics["confusion_matrix"]))
+    of_all = f"{correct} of {len(images)} images correct; 95 % interval"
+    assert " ".join(f"{of_all} {low} to {high}, {patients} patients".split()) in text
+    for name, scores in metrics["classes"].items():
+        cells = [f"{scores['positives']} of {len(images)}"]
+        cells.append(f"{scores['positive_patients']} of {patients}")
+        for score in MEASURES["multiclass"]:
+            low, high = scores[f"{score}_interval"]
+            cells.append(f"{scores[score]:.3f} {low:.3f} to {high:.3f}")
+        assert f"{name} {' '.join(cells)}" in text
+    low, high = metrics["macro"]["auroc_interval"]
+    assert f"AUROC {metrics['macro']['auroc']:.3f} 95 % interval {low:.3f} to {high:.3f}" in text
+
+
+def test_a_headline_of_too_few_images_is_not_a_number(run: Path) -> None:
+    """All classes have fewer images than are asked for, and so has the split."""
+    images = read_scored(run / "test" / "predictions.csv", "multiclass")
+    metrics = measure(images, Settings(replicates=50, fewest=1000))
+    (run / "test" / "metrics.json").write_text(json.dumps(metrics))
+    text = str(Text(write(run)))
+    assert f"Accuracy too few to say {len(images)} images" in text
+    assert "AUROC too few to say mean of 0 of 3 classes" in text
+    few = metrics["classes"]["COVID-19"]["too_few"]
+    assert f"COVID-19 too few to say: {few} " in text
 
 
 @pytest.mark.filterwarnings("ignore:No positive samples")
