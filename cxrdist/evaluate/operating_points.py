@@ -172,14 +172,22 @@ def operating_points(
         prevalence: share of patients with each class, for predictive values elsewhere.
     """
     thresholds = calibration.thresholds
-    names = [name for name in scored.classes if name in thresholds]
+    sides = {
+        name: _Sides.of(scored, name, thresholds[name])
+        for name in scored.classes
+        if name in thresholds
+    }
+    cells = [cell for of_class in sides.values() for cell in of_class.cells()]
+    # All classes at once, which is much faster.
+    sums = replicates.sums(np.stack(cells, 1).astype(np.float64)) if cells else np.empty((0, 0))
+    drawn = np.split(sums, len(sides), axis=1) if sides else []
     return {
         "rule": calibration.rule,
         "chosen_on": chosen_on(calibration),
         "prevalence": prevalence,
         "classes": {
-            name: _operating_point(scored, replicates, name, thresholds[name], prevalence)
-            for name in names
+            name: _measure(of_class, replicates, counts, prevalence)
+            for (name, of_class), counts in zip(sides.items(), drawn, strict=True)
         },
         "reasons": {
             name: calibration.reasons.get(name, "it has no threshold")
@@ -211,35 +219,55 @@ def refuse_bad_prevalence(prevalence: float | None) -> None:
         )
 
 
-def _operating_point(
-    scored: Scored, replicates: Replicates, name: str, threshold: float, prevalence: float | None
-) -> OperatingPoint:
-    column = scored.classes.index(name)
-    truth = scored.targets[:, column] == POSITIVE
-    false = (scored.targets[:, column] >= 0) & ~truth
-    called = call(scored.logits[:, column], threshold)
-    cells = [truth & called, truth & ~called, false & called, false & ~called]
-    counts = np.array([np.count_nonzero(cell) for cell in cells], np.float64)
-    drawn = _rates(replicates.sums(np.stack(cells, 1).astype(np.float64)))
-    rates = _rates(counts[None])
-    wholes = {
-        "sensitivity": truth,
-        "specificity": false,
-        "ppv": called & (truth | false),
-        "npv": ~called & (truth | false),
+@dataclass(frozen=True)
+class _Sides:
+    """Images that have a class, that do not, and that a threshold calls: bool [N] each."""
+
+    threshold: float
+    has: NDArray[np.bool_]
+    lacks: NDArray[np.bool_]
+    called: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, scored: Scored, name: str, threshold: float) -> "_Sides":
+        column = scored.classes.index(name)
+        has = scored.targets[:, column] == POSITIVE
+        lacks = (scored.targets[:, column] >= 0) & ~has
+        return cls(threshold, has, lacks, call(scored.logits[:, column], threshold))
+
+    def cells(self) -> list[NDArray[np.bool_]]:
+        """The images of each of `CELLS`."""
+        called = self.called
+        return [self.has & called, self.has & ~called, self.lacks & called, self.lacks & ~called]
+
+
+def _measure(
+    sides: _Sides, replicates: Replicates, drawn: NDArray[np.float64], prevalence: float | None
+) -> Any:
+    """Count the cells of a class, and compute its rates with intervals.
+
+    Args:
+        sides: of the class.
+        replicates: of the images.
+        drawn: counts of the cells in each replicate, float [replicates, 4].
+        prevalence: for predictive values elsewhere.
+    """
+    has, known, called = sides.has, sides.has | sides.lacks, sides.called
+    counts = np.array([[np.count_nonzero(cell) for cell in sides.cells()]], np.float64)
+    rates, replicated = _rates(counts), _rates(drawn)
+    wholes = dict(zip(MEASURES, (has, sides.lacks, called & known, ~called & known), strict=True))
+    point: dict[str, Any] = {
+        "threshold": sides.threshold,
+        "probability": round(float(expit(sides.threshold)), 6),
+        **dict(zip(CELLS, counts[0].astype(int).tolist(), strict=True)),
     }
-    point: Any = {
-        "threshold": threshold,
-        "probability": round(float(expit(threshold)), 6),
-        **dict(zip(CELLS, counts.astype(int).tolist(), strict=True)),
-    }
-    for measure, whole in wholes.items():
-        right = called == truth
-        point[measure] = _digits(rates[measure][0])
-        point[f"{measure}_interval"] = of_share(replicates, right, whole, drawn[measure])
+    for name, whole in wholes.items():
+        point[name] = _digits(rates[name][0])
+        within = of_share(replicates, called == has, whole, replicated[name])
+        point[f"{name}_interval"] = within
     if prevalence is not None:
-        patients = min(replicates.patients(truth), replicates.patients(false))
-        point["at_prevalence"] = _elsewhere(point, rates, drawn, prevalence, patients)
+        patients = min(replicates.patients(has), replicates.patients(sides.lacks))
+        point["at_prevalence"] = _elsewhere(point, rates, replicated, prevalence, patients)
     return point
 
 
