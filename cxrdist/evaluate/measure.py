@@ -5,6 +5,7 @@ from typing import Any
 
 from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw, rarest_class
 from cxrdist.data.labels import POSITIVE
+from cxrdist.evaluate.groups import compare_groups
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import score
 from cxrdist.intervals import describe
@@ -48,4 +49,6 @@ def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
     replicates = replicate(scored, settings)
     metrics = score(scored, replicates, settings.fewest)
     metrics["intervals"] = describe(replicates, settings.seed)
+    thresholds = settings.calibration.thresholds if settings.calibration else None
+    metrics["groups"] = compare_groups(scored, replicates, settings.fewest, thresholds)
     return metrics

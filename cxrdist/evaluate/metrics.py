@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
+from cxrdist.evaluate.groups import Groups
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
 from cxrdist.terminal import table
@@ -114,6 +115,7 @@ class Metrics(TypedDict):
     fewest: NotRequired[Count]
     """Positives, and negatives, below which there are too few to say."""
     intervals: NotRequired[Intervals]
+    groups: NotRequired[Groups]
     classes: dict[str, Scores]
     macro: Scores
     macro_labels: NotRequired[dict[str, Count]]
