@@ -21,6 +21,7 @@ from cxrdist.report.files import (
     reading,
     within,
 )
+from cxrdist.report.groups import groups_view
 from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
 from cxrdist.report.values import share
 from cxrdist.run import RunDirectory
@@ -69,6 +70,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "scores": score_view(metrics) if metrics else None,
         "samples": samples,
         "roc": roc_charts(element, samples, metrics) if samples and metrics else None,
+        "groups": _groups(run, split, element, metrics) if metrics else None,
         "num_mistakes": sum(not sample.is_right for sample in samples or []),
         "mistakes": [_card(run, split, sample.key, by_key, relevance) for sample in mistakes],
         "explained": relevance is not None,
@@ -79,6 +81,14 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
             for label, keys in shown.items()
         ],
     }
+
+
+def _groups(
+    run: RunDirectory, split: str, element: str, metrics: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Gather what is shown of groups of patients; None where metrics are of an older version."""
+    with reading(run.metrics(split), "evaluate"):
+        return groups_view(element, metrics)
 
 
 def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
