@@ -111,25 +111,25 @@ def _overall(columns: Mapping[str, Any]) -> list[tuple[str, str, int, int, Cell 
 def _class(element: str, name: str, columns: Mapping[str, Any]) -> dict[str, Any]:
     """The rows and the chart of one class."""
     members = [
-        (column, group_of, group["classes"][name])
+        (column, group_of, group["classes"][name], group["patients"])
         for column, groups in columns.items()
         for group_of, group in groups.items()
     ]
     measures = [measure for measure in MEASURES if measure in members[0][2]]
     rows = [
         (
-            column,
-            group_of,
+            f"{column}: {group_of}",
+            patients,
             scores["positives"],
             scores["known"],
-            [_cell(scores, m) for m in measures],
+            [_cell(scores, measure) for measure in measures],
         )
-        for column, group_of, scores in members
+        for column, group_of, scores, patients in members
     ]
     chart = pictures.forest_chart(
         element,
-        [f"{column}: {group_of}" for column, group_of, _ in members],
-        {MEASURES[m]: [_point(scores, m) for _, _, scores in members] for m in CHARTED},
+        [row[0] for row in rows],
+        {MEASURES[m]: [_point(scores, m) for _, _, scores, _ in members] for m in CHARTED},
     )
     return {
         "name": name,

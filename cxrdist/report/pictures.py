@@ -231,7 +231,14 @@ def forest_chart(
         ]
         # A name may hold dollars, which matplotlib would take for a formula.
         axes.set_yticks(range(len(rows)), shown, parse_math=False)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3)
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            borderaxespad=0.2,
+            ncols=3,
+            handletextpad=0.2,
+            columnspacing=0.8,
+        )
 
     label = "Figures of each group with their intervals"
     return _chart(name, label, draw, (4.6, 0.9 + 0.42 * len(rows)))
