@@ -1,4 +1,4 @@
-"""The trivial baseline: what simple models tell from thumbnails in which no disease can be seen.
+"""The trivial baseline: what simple models tell from thumbnails that show hardly any disease.
 
 A network means something only above them. On X-rays of several sources they are often right, since
 a thumbnail shows age, position, collimation and the hospital's processing.

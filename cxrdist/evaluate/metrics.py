@@ -18,6 +18,7 @@ from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
 from cxrdist.evaluate.calibration import CalibrationFigures
 from cxrdist.evaluate.decision_curve import DecisionCurve
+from cxrdist.evaluate.groups import Groups
 from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
@@ -118,6 +119,7 @@ class Metrics(TypedDict):
     fewest: NotRequired[Count]
     """Positives, and negatives, below which there are too few to say."""
     intervals: NotRequired[Intervals]
+    groups: NotRequired[Groups]
     classes: dict[str, Scores]
     macro: Scores
     macro_labels: NotRequired[dict[str, Count]]

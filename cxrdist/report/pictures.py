@@ -4,7 +4,7 @@ import base64
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -279,6 +279,52 @@ def decision_chart(
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3)
 
     return _chart(name, "Net benefit over the threshold", draw, (4.0, 3.2))
+
+
+def forest_chart(
+    name: str,
+    rows: Sequence[str],
+    figures: Mapping[str, Sequence[tuple[float, float, float] | None]],
+) -> str:
+    """Draw figures of groups with their intervals, a row for each group.
+
+    Args:
+        name: unique in the page; letters, digits and hyphens.
+        rows: names of the groups, from above.
+        figures: up to three, by name: value, low and high of each group; None where there is none.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    styles = (("D", INK), ("o", FIRST), ("s", SECOND))
+
+    def draw(axes: Axes) -> None:
+        steps = np.linspace(-0.24, 0.24, len(figures))
+        for step, (marker, colour), (label, points) in zip(
+            steps, styles, figures.items(), strict=False
+        ):
+            drawn = [(y + step, *point) for y, point in enumerate(points) if point]
+            y, value, low, high = np.array(drawn).reshape(-1, 4).T
+            axes.hlines(y, low, high, color=colour, linewidth=1.4)
+            axes.plot(value, y, marker, color=colour, label=label)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        shown = [
+            text if len(text) <= 24 else f"{text[:23]}\N{HORIZONTAL ELLIPSIS}" for text in rows
+        ]
+        # A name may hold dollars, which matplotlib would take for a formula.
+        axes.set_yticks(range(len(rows)), shown, parse_math=False)
+        axes.legend(
+            loc="lower right",
+            bbox_to_anchor=(1, 1),
+            borderaxespad=0.2,
+            ncols=3,
+            handletextpad=0.2,
+            columnspacing=0.8,
+        )
+
+    label = "Figures of each group with their intervals"
+    return _chart(name, label, draw, (4.6, 0.9 + 0.42 * len(rows)))
 
 
 def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callable[[Axes], None]:

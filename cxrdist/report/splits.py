@@ -22,6 +22,7 @@ from cxrdist.report.files import (
     reading,
     within,
 )
+from cxrdist.report.groups import groups_view
 from cxrdist.report.mistakes import mistakes_view
 from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
 from cxrdist.report.values import share
@@ -77,6 +78,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "mistakes": (
             None if samples is None else mistakes_view(run, split, samples, task, relevance)
         ),
+        "groups": _groups(run, split, element, metrics) if metrics else None,
         "explained": relevance is not None,
         "ledger": _ledger(relevance or {}),
         "sanity": _sanity(run, split, element) if relevance else None,
@@ -85,6 +87,14 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
             for label, keys in shown.items()
         ],
     }
+
+
+def _groups(
+    run: RunDirectory, split: str, element: str, metrics: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Gather what is shown of groups of patients; None where metrics are of an older version."""
+    with reading(run.metrics(split), "evaluate"):
+        return groups_view(element, metrics)
 
 
 def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:

@@ -21,7 +21,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.report import mistakes, pictures
-from cxrdist.report.files import Sample, read_predictions
+from cxrdist.report.files import Sample
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
 from cxrdist.report.values import MEASURES, number, percent

@@ -1,0 +1,155 @@
+"""What the report shows of groups of patients: flagged gaps in words, tables, a chart per class."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from cxrdist.report import pictures
+from cxrdist.report.values import number
+
+MEASURES = {
+    "accuracy": "Accuracy",
+    "auroc": "AUROC",
+    "recall": "Sensitivity",
+    "specificity": "Specificity",
+    "recall_at_point": "Sensitivity at the operating point",
+    "specificity_at_point": "Specificity at the operating point",
+}
+CHARTED = ("auroc", "recall", "specificity")
+_SEXES = {"F": "female patients", "M": "male patients"}
+Cell = tuple[str, str, str, bool]  # a figure, the ends of its interval, whether of too few patients
+
+
+def groups_view(element: str, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Gather what the page shows of the groups of a split; None of older versions' metrics.
+
+    Args:
+        element: begins the ids of its elements in the page; unique.
+        metrics: the content of metrics.json.
+
+    Returns:
+        flagged: sentences; gaps: rows of the table of largest gaps; overall: rows of accuracies;
+        classes: name, measures, rows and chart of each; comparisons and fewest.
+    """
+    found = metrics.get("groups")
+    if found is None:
+        return None
+    columns = found["columns"]
+    return {
+        "columns": list(columns),
+        "comparisons": found["comparisons"],
+        "fewest": found["fewest"],
+        "flagged": flagged_gaps(metrics),
+        "gaps": [_gap(gap) for gap in found["gaps"]],
+        "overall": _overall(columns) if metrics["task"] == "multiclass" else [],
+        "classes": [
+            _class(f"{element}-groups{place}", name, columns)
+            for place, name in enumerate(metrics["classes"] if columns else [])
+        ],
+    }
+
+
+def flagged_gaps(metrics: Mapping[str, Any]) -> list[str]:
+    """Say each difference between groups that is too large for chance, the largest first."""
+    found = metrics.get("groups") or {"gaps": []}
+    return [_sentence(gap, found) for gap in found["gaps"] if gap["flagged"]]
+
+
+def _sentence(gap: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    groups = found["columns"][gap["column"]]
+    sides = []
+    for side in ("lower", "higher"):
+        group = groups[gap[side]]
+        scores = group if gap["label"] is None else group["classes"][gap["label"]]
+        figure = _within(scores[gap["measure"]], scores[f"{gap['measure']}_interval"])
+        sides.append(f"{figure} in {group_name(gap['column'], gap[side])}")
+    what = MEASURES[gap["measure"]] + (f" of {gap['label']}" if gap["label"] is not None else "")
+    difference = _within(gap["difference"], gap["interval"])
+    return (
+        f"{what} is {sides[0]}, {sides[1]}; difference {difference}, corrected for "
+        f"{found['comparisons']:,} comparisons of groups."
+    )
+
+
+def group_name(column: str, group: str) -> str:
+    """Name the images of a group in a sentence."""
+    if column == "sex":
+        return _SEXES.get(group, f"patients of sex {group}")
+    if column == "age":
+        return f"patients of {group} years"
+    return f"images of {column} {group}"
+
+
+def _within(value: float, limits: Sequence[float] | None) -> str:
+    ends = f" ({number(limits[0])} to {number(limits[1])})" if limits else ""
+    return number(value) + ends
+
+
+def _gap(gap: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of gaps."""
+    low, high = gap["interval"]
+    return {
+        **{name: gap[name] for name in ("column", "higher", "lower", "flagged", "groups")},
+        "label": "all" if gap["label"] is None else gap["label"],
+        "measure": MEASURES[gap["measure"]],
+        "difference": number(gap["difference"]),
+        "low": number(low),
+        "high": number(high),
+    }
+
+
+def _overall(columns: Mapping[str, Any]) -> list[tuple[str, str, int, int, Cell | None]]:
+    """A row for each group: column, group, images, patients, accuracy."""
+    return [
+        (column, name, group["images"], group["patients"], _cell(group, "accuracy"))
+        for column, groups in columns.items()
+        for name, group in groups.items()
+    ]
+
+
+def _class(element: str, name: str, columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows and the chart of one class."""
+    members = [
+        (column, group_of, group["classes"][name], group["patients"])
+        for column, groups in columns.items()
+        for group_of, group in groups.items()
+    ]
+    measures = [measure for measure in MEASURES if measure in members[0][2]]
+    rows = [
+        (
+            f"{column}: {group_of}",
+            patients,
+            scores["positives"],
+            scores["known"],
+            [_cell(scores, measure) for measure in measures],
+        )
+        for column, group_of, scores, patients in members
+    ]
+    chart = pictures.forest_chart(
+        element,
+        [row[0] for row in rows],
+        {MEASURES[m]: [_point(scores, m) for _, _, scores, _ in members] for m in CHARTED},
+    )
+    return {
+        "name": name,
+        "measures": [MEASURES[measure] for measure in measures],
+        "rows": rows,
+        "chart": Markup(chart),
+    }
+
+
+def _cell(scores: Mapping[str, Any], measure: str) -> Cell | None:
+    """A figure as the table shows it; None where it is undefined."""
+    value, limits = scores[measure], scores[f"{measure}_interval"]
+    if value is None or limits is None:
+        return None
+    return number(value), number(limits[0]), number(limits[1]), measure in scores["too_few"]
+
+
+def _point(scores: Mapping[str, Any], measure: str) -> tuple[float, float, float] | None:
+    """A figure and the ends of its interval as the chart shows it; None if it rests on too few."""
+    value, limits = scores[measure], scores[f"{measure}_interval"]
+    if value is None or limits is None or measure in scores["too_few"]:
+        return None
+    return value, limits[0], limits[1]

@@ -1,0 +1,31 @@
+import json
+from pathlib import Path
+
+from cxrdist.report.audit import audit_view
+from cxrdist.report.values import number
+
+
+def test_what_needs_no_lung_is_given_for_the_first_line_of_the_page(run: Path) -> None:
+    """The accuracy by size and border alone, and that of the better model on thumbnails."""
+    path = run / "audit.json"
+    found = json.loads(path.read_text())
+    models = [found["baseline"][name]["accuracy"] for name in ("logistic_regression", "perceptron")]
+    best = max(models, key=lambda score: score["value"])
+    view = audit_view(path)
+    assert view["trivial"] == [
+        ("size, border and brightness", "accuracy", found["shortcut"]["accuracy"]),
+        ("thumbnails of 32 px", "accuracy", best),
+    ]
+    shown = dict(view["baseline"]["rows"])["Accuracy"]
+    assert shown == [[number(score[end]) for end in ("value", "low", "high")] for score in models]
+
+
+def test_an_audit_of_an_older_version_has_no_baseline(run: Path) -> None:
+    """It opens, and the first line has nothing to compare with."""
+    path = run / "audit.json"
+    found = json.loads(path.read_text())
+    del found["baseline"], found["shortcut"]["accuracy"], found["shortcut"]["mean_auroc"]
+    path.write_text(json.dumps(found))
+    view = audit_view(path)
+    assert (view["baseline"], view["trivial"]) == (None, [])
+    assert len(view["shortcut"]["rows"]) == len(found["classes"])
