@@ -106,6 +106,11 @@ def open_subject(
         return index, place
 
     index, place = together(accelerator, prepare)
+    if place == split and not directory.info.is_file():
+        accelerator.print(
+            f"{run}: holds no run.json, so that nothing tells whether it was trained on {shards}; "
+            "they count as its own, --name makes them an external set"
+        )
     images = open_cache(index, cache, accelerator)
     subject = Subject(
         accelerator, directory, model.to(accelerator.device), index, images, place, index

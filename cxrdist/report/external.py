@@ -124,7 +124,7 @@ def _provenance(split: Mapping[str, Any]) -> dict[str, Any]:
         "seen_images": count(about["seen_images"]),
         "images": count(about["images"]),
         "reasons": [(why, count(times)) for why, times in about["reasons"].items()],
-        "compared_patients": count(about["compared_patients"]),
+        "patients_told": count(about["patients_told"]),
         "label_map": about["label_map"],
         "other_classes": [(n, count(times)) for n, times in about["other_classes"].items()],
         "lacking": [name for name in metrics["classes"] if name not in about["classes"]],
