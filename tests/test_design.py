@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "terminal", "config"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "documents", "run", "info"),
+        *("distributed", "documents", "run", "info", "bootstrap"),
     ],
     ["data"],
     ["model"],

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, special, stats
 
+from cxrdist.bootstrap import LEVEL, Limits, Replicates, Values
 from cxrdist.documents import Text
-from cxrdist.evaluate.bootstrap import LEVEL, Limits, Replicates, Values
 from cxrdist.info import Count
 
 METHOD = (

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw
 from cxrdist.data.labels import POSITIVE
-from cxrdist.evaluate.bootstrap import REPLICATES, SEED, Replicates, draw
 from cxrdist.evaluate.intervals import describe
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import score

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
-from cxrdist.evaluate.bootstrap import LEVEL, Limits
 from cxrdist.evaluate.intervals import Intervals
 from cxrdist.info import Count
 from cxrdist.terminal import table

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cxrdist.bootstrap import Limits, Replicates
 from cxrdist.data.labels import POSITIVE
-from cxrdist.evaluate.bootstrap import Limits, Replicates
 from cxrdist.evaluate.intervals import bounded, of_auroc, of_mean, of_share, wilson
 from cxrdist.evaluate.metrics import (
     SCORES,
