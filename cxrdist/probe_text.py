@@ -90,7 +90,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         CxrdistError: run, shards, boxes or options cannot be used.
     """
     _refuse_bad_options(config)
-    subject = open_subject(config.run, config.shards, config.cache, config.split)
+    subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
     together(accelerator, lambda: _refuse_covered(subject.index, config.split))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
@@ -109,7 +109,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )
     if accelerator.is_main_process:
-        sweep(subject.run.text(config.split).parent)
+        sweep(subject.run.text(subject.place).parent)
         found = {
             "format": TEXT_FORMAT,
             "split": config.split,
@@ -125,9 +125,9 @@ def probe_text(config: ProbeTextConfig) -> None:
                 config, subject, explainer, boxes, numbers, (plain, pasted)
             ),
         }
-        write_json(subject.run.text(config.split), found)
+        write_json(subject.run.text(subject.place), found)
         print(summary(found))
-        print(f"all of it: {subject.run.text(config.split)}, and in the report")
+        print(f"all of it: {subject.run.text(subject.place)}, and in the report")
     finish(accelerator)
 
 
@@ -160,10 +160,12 @@ def _boxes_by_number(
     config: ProbeTextConfig, subject: Subject, numbers: NDArray[np.int64]
 ) -> dict[int, Sequence[Box]]:
     """The boxes of each sample in px of its square, from the CSV or found in the squares."""
-    index, accelerator = subject.index, subject.accelerator
+    accelerator = subject.accelerator
     if config.boxes is not None:
         file = config.boxes
-        return together(accelerator, lambda: boxes_in_squares(index, config.split, file))
+        used = {*numbers.tolist()}
+        found = together(accelerator, lambda: boxes_in_squares(subject.packed, config.split, file))
+        return {number: there for number, there in found.items() if number in used}
     mine: list[tuple[int, list[Box]]] = []
     batches = list(rank_batches(numbers, config.batch_size, accelerator))
     total = sum(map(len, batches))
@@ -400,7 +402,7 @@ def _write_pictures(
         pictures = {"xray": Image.fromarray(pixels), "map": overlay(pixels, relevance)}
         names = {what: f"{sample.key}.{kind}.{what}.png" for what in pictures}
         for what, picture in pictures.items():
-            with atomic_file(subject.run.text_pictures(config.split) / names[what]) as partial:
+            with atomic_file(subject.run.text_pictures(subject.place) / names[what]) as partial:
                 _outlined(picture, shown).save(partial, "PNG")
         drawn.append(
             {

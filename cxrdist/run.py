@@ -97,6 +97,11 @@ class RunDirectory:
         return self.inside("audit.json")
 
     @property
+    def seen(self) -> Path:
+        """What is kept of the train and val images, to know them again in an external set."""
+        return self.inside("seen.npz")
+
+    @property
     def report(self) -> Path:
         """The self-contained report."""
         return self.inside("report.html")
@@ -146,6 +151,12 @@ def external_place(name: str) -> str:
             "give such a name with --name"
         )
     return f"external/{name}"
+
+
+def options_of(place: str) -> str:
+    """The option of evaluate and explain that leads to a place, for messages."""
+    name = place.removeprefix("external/")
+    return f"--split {place}" if name == place else f"--name {name}"
 
 
 def open_run(root: Path) -> RunDirectory:

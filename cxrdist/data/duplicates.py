@@ -144,13 +144,38 @@ def find_candidates(
     return found
 
 
+def find_candidates_between(
+    one: tuple[NDArray[np.uint8], NDArray[np.uint8]],
+    other: tuple[NDArray[np.uint8], NDArray[np.uint8]],
+    most_bits: int,
+) -> dict[tuple[int, int], int]:
+    """Pairs of an image of one set and one of another that may be copies, as `find_candidates`.
+
+    Args:
+        one: hashes of whole images and of their insides, uint8 [N, 32] each.
+        other: those of the other set, uint8 [M, 32] each.
+        most_bits: in which the hashes of a pair differ.
+
+    Returns:
+        The number of differing bits of each pair (number in one, number in the other).
+    """
+    found: dict[tuple[int, int], int] = {}
+    for queries, indexed in ((one[0], other[0]), (one[1], other[0]), (one[0], other[1])):
+        index = faiss.IndexBinaryFlat(8 * indexed.shape[1])
+        index.add(indexed)
+        for query, number, bits in _within(index, queries, most_bits):
+            pair = query, number
+            found[pair] = min(bits, found.get(pair, bits))
+    return found
+
+
 def _within(
-    index: faiss.IndexBinaryFlat, queries: NDArray[np.uint8]
+    index: faiss.IndexBinaryFlat, queries: NDArray[np.uint8], most_bits: int = MOST_BITS
 ) -> Iterator[tuple[int, int, int]]:
     """Number of a query, number of an image within reach of it, differing bits."""
     for start in range(0, len(queries), QUERIES):
         # faiss takes the radius as exclusive.
-        limits, bits, others = index.range_search(queries[start : start + QUERIES], MOST_BITS + 1)
+        limits, bits, others = index.range_search(queries[start : start + QUERIES], most_bits + 1)
         counts = np.asarray(limits[1:] - limits[:-1], np.int64)
         numbers = np.repeat(np.arange(start, start + len(counts)), counts)
         yield from zip(numbers.tolist(), others.tolist(), bits.astype(int).tolist(), strict=True)
@@ -173,12 +198,17 @@ def compare(one: Sequence[View], other: Sequence[View]) -> float:
     return best
 
 
-def views(pixels: NDArray[np.uint8]) -> list[View]:
-    """The fine structure of a square, uint8 [S, S], and of its ever smaller centres."""
-    return [_view(_detail(pixels, zoom)) for zoom in (1.0, *ZOOMS)]
+def views(pixels: NDArray[np.uint8], blur_px: float = BLUR_PX) -> list[View]:
+    """The fine structure of a square, uint8 [S, S], and of its ever smaller centres.
+
+    Args:
+        pixels: of the square.
+        blur_px: of `SIDE_PX`; what varies more slowly is not fine.
+    """
+    return [_view(_detail(pixels, zoom, blur_px)) for zoom in (1.0, *ZOOMS)]
 
 
-def _detail(pixels: NDArray[np.uint8], zoom: float) -> NDArray[np.float32]:
+def _detail(pixels: NDArray[np.uint8], zoom: float, blur_px: float) -> NDArray[np.float32]:
     """The fine structure of a square's centre at `SIDE_PX`, float32 [SIDE_PX, SIDE_PX]."""
     side = len(pixels)
     cut = (1 - zoom) / 2 * side
@@ -186,7 +216,7 @@ def _detail(pixels: NDArray[np.uint8], zoom: float) -> NDArray[np.float32]:
         (SIDE_PX, SIDE_PX), Image.Resampling.BILINEAR, (cut, cut, side - cut, side - cut)
     )
     values = np.asarray(image, np.float32)
-    return values - gaussian_filter(values, BLUR_PX)
+    return values - gaussian_filter(values, blur_px)
 
 
 def _view(detail: NDArray[np.float32]) -> View:

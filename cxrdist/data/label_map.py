@@ -91,7 +91,7 @@ def _mapped(
     """The record with other labels; few combinations are frequent, so they are kept in ``seen``."""
     cells = (record.label, record.uncertain, record.missing, record.assumed_absent)
     if cells not in seen:
-        seen[cells] = _combined(parts, *(set(labels_of(cell)) for cell in cells))
+        seen[cells] = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
     findings = tuple(
         finding._replace(label=ours)
         for finding in record.findings
@@ -100,7 +100,7 @@ def _mapped(
     return replace(record, findings=findings, **seen[cells])
 
 
-def _combined(
+def combine_cells(
     parts: Mapping[str, Iterable[str]],
     present: set[str],
     uncertain: set[str],

@@ -78,7 +78,8 @@ def pack(config: PackConfig) -> None:
     """
     _refuse_bad_options(config)
     work = config.out.with_name(f".{config.out.name}.partial")
-    source = read_source(config, (config.out, work))
+    least_classes = 2 if parse_split(config.split)[0] else 1  # one tells a sensitivity
+    source = read_source(config, (config.out, work), least_classes)
     if config.text_boxes:
         source = _with_boxes(source, config.text_boxes)
     decided = config.anonymise is not None or source.dicom

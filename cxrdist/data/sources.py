@@ -39,15 +39,18 @@ MOST_NAMED = 3  # texts in a note
 
 
 @collector_paused()
-def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
+def read_source(
+    config: SourceConfig, besides: Sequence[Path] = (), least_classes: int = 2
+) -> Source:
     """Read all records of a source, sorted by path: the order of a table's rows tells nothing.
 
     Args:
         config: the options.
         besides: folders that are not looked into, such as the one that is being written.
+        least_classes: that a source of one class per image must have.
 
     Raises:
-        CxrdistError: the source is missing, malformed, or has fewer than two classes.
+        CxrdistError: the source is missing, malformed, or has fewer classes.
     """
     if config.source == "several":
         labels = _label_map(config)
@@ -56,7 +59,7 @@ def read_source(config: SourceConfig, besides: Sequence[Path] = ()) -> Source:
     else:
         source = _read_one(config, besides)
     _refuse_no_records(config.input, source)
-    _refuse_bad_classes(config.input, source)
+    _refuse_bad_classes(config.input, source, least_classes)
     return replace(source, records=sorted(source.records, key=lambda record: record.path))
 
 
@@ -217,13 +220,14 @@ def _refuse_no_records(path: Path, source: Source) -> None:
         raise CxrdistError(f"--input {path}: no image is left to be packed: {listed}")
 
 
-def _refuse_bad_classes(path: Path, source: Source) -> None:
-    least = 1 if source.task == "multilabel" else 2
+def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
+    least = 1 if source.task == "multilabel" else least_classes
     if len(source.classes) < least:
         raise CxrdistError(
             f"--input {path}: found {len(source.classes)} class"
             f"{'' if len(source.classes) == 1 else 'es'} "
             f"({', '.join(source.classes) or 'none'}), expected at least {least}"
+            f"{' (1 with --split 0/0/1, for evaluation only)' if least == 2 else ''}"
         )
     bad = next((name for name in source.classes if not name or SEPARATOR in name), None)
     if bad is not None:

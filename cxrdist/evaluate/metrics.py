@@ -17,6 +17,7 @@ from torch import Tensor
 from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
 from cxrdist.evaluate.intervals import Intervals
+from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
 from cxrdist.terminal import table
 
@@ -117,6 +118,7 @@ class Metrics(TypedDict):
     classes: dict[str, Scores]
     macro: Scores
     macro_labels: NotRequired[dict[str, Count]]
+    external: NotRequired[ExternalInfo]
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Predictions: each sample of a split once, on any number of ranks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,23 @@ from numpy.typing import NDArray
 from cxrdist.config import EvaluateConfig
 from cxrdist.data.cache import Images, open_cache, read_rows
 from cxrdist.data.index import Index, read_index
+from cxrdist.data.label_map import read_label_map
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.external import (
+    Choices,
+    External,
+    as_model_takes,
+    choose_place,
+    find_overlap,
+    read_choices,
+    read_own,
+    refuse_choices,
+    refuse_other_set,
+    summary,
+    take_external,
+    write_lists,
+)
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
 from cxrdist.evaluate.scored import GROUP_COLUMNS, score_samples
@@ -30,8 +45,12 @@ class Subject:
         accelerator: of this rank.
         run: the run directory of the model.
         model: in evaluation mode, on the device.
-        index: the shards.
+        index: the shards as the model takes them: of an external set, samples that are not used
+            are in no split, and labels are the model's.
         images: uint8 [samples, size, size].
+        place: of the results in the run directory.
+        packed: the shards as they were packed; the same as `index` but for an external set.
+        external: what is known of an external set; None for the run's own shards.
     """
 
     accelerator: Accelerator
@@ -39,38 +58,87 @@ class Subject:
     model: Classifier
     index: Index
     images: Images
+    place: str
+    packed: Index
+    external: External | None = None
 
 
-def open_subject(run: Path, shards: Path, cache: Path | None, split: str) -> Subject:
+def open_subject(
+    run: Path,
+    shards: Path,
+    cache: Path | None,
+    split: str,
+    name: str | None = None,
+    choices: Choices | None = None,
+) -> Subject:
     """Load a model and the images to use it on.
+
+    Args:
+        run: the run directory.
+        shards: the run's own, or an external set.
+        cache: directory of the decoded images.
+        split: of the shards.
+        name: of an external set; that of its directory if None.
+        choices: how an external set is evaluated; as it was evaluated before if None.
 
     Raises:
         CxrdistError: there is no model, the shards are not whole, their task, classes or image
             size are not the model's, or they have no image in the split.
     """
-    accelerator = start()
+    accelerator, directory = start(), RunDirectory(run)
     model = together(accelerator, lambda: load_model(run))
-    index = together(accelerator, lambda: _matching_index(shards, model, split))
+
+    def prepare() -> tuple[Index, str]:
+        index = read_index(shards)
+        place = choose_place(read_own(directory), index, split, name)
+        _refuse_unlike(index, model, split)
+        if place == split:
+            _refuse_other_classes(index, model)
+            refuse_choices(choices, shards)
+        else:
+            refuse_other_set(directory, place, index, split)
+        return index, place
+
+    index, place = together(accelerator, prepare)
     images = open_cache(index, cache, accelerator)
-    return Subject(accelerator, RunDirectory(run), model.to(accelerator.device), index, images)
+    subject = Subject(
+        accelerator, directory, model.to(accelerator.device), index, images, place, index
+    )
+    if place == split:
+        return subject
+    external = _open_external(subject, split, choices, cache)
+    return replace(subject, index=external.index, external=external)
 
 
-def _matching_index(shards: Path, model: Classifier, split: str) -> Index:
-    index = read_index(shards)
-    if index.classes != model.classes:
-        raise CxrdistError(
-            f"--shards {shards}: have the classes {', '.join(index.classes)}, the model "
-            f"{', '.join(model.classes)}; give shards of the model's classes"
-        )
+def _open_external(
+    subject: Subject, split: str, choices: Choices | None, cache: Path | None
+) -> External:
+    accelerator, run, place = subject.accelerator, subject.run, subject.place
+    packed = subject.packed
+    chosen = choices or together(accelerator, lambda: read_choices(run, place))
+    mapped = together(
+        accelerator, lambda: as_model_takes(packed, subject.model.classes, chosen.label_map)
+    )
+    numbers = np.array(mapped.numbers(split), dtype=np.int64)
+    overlap = find_overlap(accelerator, run, packed, subject.images, numbers, cache)
+    return together(
+        accelerator, lambda: take_external(place, packed, mapped, split, chosen, overlap)
+    )
+
+
+def _refuse_unlike(index: Index, model: Classifier, split: str) -> None:
+    """Make sure that the model can take the images of a split."""
+    shards = index.directory
     if index.task != model.task:
         raise CxrdistError(
             f"--shards {shards}: are {index.task}, the model is {model.task}; give shards like "
             "those that it was trained on"
         )
-    if index.image_size_px != model.image_size_px:
+    if (index.image_size_px, index.fit) != (model.image_size_px, model.fit):
         raise CxrdistError(
-            f"--shards {shards}: have images of {index.image_size_px} px, the model was trained "
-            f"at {model.image_size_px} px; pack with --size {model.image_size_px}"
+            f"--shards {shards}: have images of {index.image_size_px} px (--fit {index.fit}), the "
+            f"model was trained at {model.image_size_px} px (--fit {model.fit}); pack with --size "
+            f"{model.image_size_px} --fit {model.fit}"
         )
     if not index.numbers(split):
         there = [name for name, counts in index.totals().items() if counts["images"]]
@@ -78,31 +146,49 @@ def _matching_index(shards: Path, model: Classifier, split: str) -> Index:
             f"--split {split}: --shards {shards} have no images in it, only in "
             f"{' and '.join(there)}; choose another split"
         )
-    return index
+
+
+def _refuse_other_classes(index: Index, model: Classifier) -> None:
+    if index.classes != model.classes:
+        raise CxrdistError(
+            f"--shards {index.directory}: have the classes {', '.join(index.classes)}, the model "
+            f"{', '.join(model.classes)}; give shards of the model's classes"
+        )
 
 
 def evaluate(config: EvaluateConfig) -> None:
     """Predict a split, write predictions.csv and metrics.json, and print the paper's Table 2.
 
+    Shards that are not the run's own are an external set with a place of its own; what of it the
+    network has seen is named in seen.csv and left out, or marked (``seen``).
+
     Raises:
         CxrdistError: run, shards or split cannot be used.
     """
     refuse_below_one(config, "batch_size")
-    subject = open_subject(config.run, config.shards, config.cache, config.split)
-    together(subject.accelerator, lambda: refuse_unwritable(subject.run.predictions(config.split)))
+    labels = {} if config.label_map is None else read_label_map(config.label_map)
+    choices = Choices(labels, config.seen)
+    subject = open_subject(
+        config.run, config.shards, config.cache, config.split, config.name, choices
+    )
+    accelerator, place = subject.accelerator, subject.place
+    together(accelerator, lambda: refuse_unwritable(subject.run.predictions(place)))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(subject, numbers, config.batch_size)
-    accelerator = subject.accelerator
     if accelerator.is_main_process:
         logits = in_order(rows, numbers)
-        sweep(subject.run.metrics(config.split).parent)
-        write_predictions(subject, config.split, numbers, logits)
+        sweep(subject.run.metrics(place).parent)
+        write_predictions(subject, numbers, logits)
         settings = Settings(config.fewest, config.prevalence, subject.model.calibration)
         metrics = measure(score_samples(subject.index, numbers, logits), settings)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
-        write_json(subject.run.metrics(config.split), metrics)
+        if subject.external is not None:
+            metrics["external"] = subject.external.info
+            write_lists(subject.run, place, subject.external)
+            print(summary(subject.external.info))
+        write_json(subject.run.metrics(place), metrics)
         print(metrics_table(metrics))
-        print(f"{config.split}: {headline(metrics)}")
+        print(f"{place}: {headline(metrics)}")
     finish(accelerator)
 
 
@@ -158,13 +244,14 @@ def in_order(
 
 
 def write_predictions(
-    subject: Subject, split: str, numbers: NDArray[np.int64], logits: NDArray[np.float32]
+    subject: Subject, numbers: NDArray[np.int64], logits: NDArray[np.float32]
 ) -> None:
     """Write predictions.csv: key, patient, label, prob_CLASS..., logit_CLASS...
 
-    After label stand uncertain and missing where labels of the shards are not known, then source,
-    view, sex and age where they say something. Nine significant digits each: a logit, float32, is
-    read back exactly.
+    Its rows are the images that are scored. After label stand uncertain and missing where labels of
+    the shards are not known, then source, view, sex and age where they say something, and ``seen``
+    (`Match.why` or nothing) where images that the network has seen are scored too. Nine significant
+    digits each: a logit, float32, is read back exactly.
     """
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in subject.index.classes]
     has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
@@ -172,8 +259,15 @@ def write_predictions(
     samples = [subject.index.samples[number] for number in numbers]
     groups = [name for name in GROUP_COLUMNS if any(getattr(s, name) for s in samples)]
     about = ["key", "patient", "label", *unknown, *groups]
+    external = subject.external
+    matches = external.matches if external and external.info["seen"] == "report" else None
     rows = []
-    for sample, values in zip(samples, np.hstack([to_probabilities(logits), logits]), strict=True):
+    for number, sample, values in zip(
+        numbers.tolist(), samples, np.hstack([to_probabilities(logits), logits]), strict=True
+    ):
         cells = [getattr(sample, column) for column in about]
+        if matches is not None:
+            cells.append(matches[number].why if number in matches else "")
         rows.append([*cells, *(f"{value:.9g}" for value in values)])
-    write_table(subject.run.predictions(split), [*about, *names], rows)
+    seen = [] if matches is None else ["seen"]
+    write_table(subject.run.predictions(subject.place), [*about, *seen, *names], rows)

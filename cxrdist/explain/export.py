@@ -77,7 +77,7 @@ def explain(config: ExplainConfig) -> None:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
     refuse_below_one(config, "limit", "batch_size")
-    subject = open_subject(config.run, config.shards, config.cache, config.split)
+    subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
     targets = together(accelerator, lambda: choose_targets(config, subject.model))
     explainer = together(accelerator, lambda: _explainer(config, subject.model))
@@ -91,7 +91,7 @@ def explain(config: ExplainConfig) -> None:
         def prepare() -> bool | None:
             if not accelerator.is_main_process:
                 return None
-            stack.enter_context(locked(subject.run.relevance_info(config.split).parent))
+            stack.enter_context(locked(subject.run.relevance_info(subject.place).parent))
             return _prepare(work, _how(config, subject, targets))
 
         is_tested = gather(accelerator, [together(accelerator, prepare)])[0]
@@ -132,8 +132,8 @@ def _prepare(work: _Work, how: dict[str, Any]) -> bool:
     Returns:
         Whether relevance that was made in this way stands there, tested already.
     """
-    run, split = work.subject.run, work.split
-    info, directories = run.relevance_info(split), (run.relevance(split), run.heatmaps(split))
+    run, place = work.subject.run, work.subject.place
+    info, directories = run.relevance_info(place), (run.relevance(place), run.heatmaps(place))
     found = _read_info(info) if info.is_file() else None
     if found and found["how"] == how:
         for directory in (*directories, info.parent):
@@ -141,7 +141,7 @@ def _prepare(work: _Work, how: dict[str, Any]) -> bool:
         return found["sanity"] is not None
     for directory in directories:
         _clear(directory)
-    run.relevance_table(split).unlink(missing_ok=True)
+    run.relevance_table(place).unlink(missing_ok=True)
     write_json(info, {"how": how, "sanity": None})
     return False
 
@@ -182,7 +182,7 @@ def _explain_units(work: _Work, numbers: NDArray[np.int64], batch_size: int) -> 
         ThreadPoolExecutor(_num_threads(work)) as pool,
     ):
         for i, unit in enumerate(units):
-            place = work.subject.run.relevance(work.split)
+            place = work.subject.run.relevance(work.subject.place)
             if work.is_compact:
                 number = i * accelerator.num_processes + accelerator.process_index
                 place /= f"{number:06d}.tar"
@@ -237,7 +237,7 @@ def _encode(
     """Write the pictures of a sample, which stand before its map does; give the map's bytes."""
     key, names = work.subject.index.samples[number].key, work.targets.names
     if work.with_pictures:
-        heatmaps = work.subject.run.heatmaps(work.split)
+        heatmaps = work.subject.run.heatmaps(work.subject.place)
         write_pictures(heatmaps, key, work.subject.images[number], relevance, names)
     return encode(Map(key, names, relevance, ledger), half=work.is_compact), ledger
 
@@ -248,7 +248,7 @@ def _finished(
     """The ledgers of a unit whose files all stand already, else None."""
     keys = _keys(work, unit)
     if work.with_pictures:
-        heatmaps = work.subject.run.heatmaps(work.split)
+        heatmaps = work.subject.run.heatmaps(work.subject.place)
         names = [name for key in keys for name in picture_names(key, work.targets.names)]
         if not all((heatmaps / name).is_file() for name in names):
             return None
@@ -310,13 +310,13 @@ def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:
 
 def _finish(work: _Work, rows: list[list[str]], flippings: list[tuple[int, Flipping]]) -> None:
     """Write relevance.csv, and what the tests found into relevance.json."""
-    run = work.subject.run
-    write_table(run.relevance_table(work.split), LEDGER_COLUMNS, rows)
+    run, place = work.subject.run, work.subject.place
+    write_table(run.relevance_table(place), LEDGER_COLUMNS, rows)
     if flippings:
-        info = _read_info(run.relevance_info(work.split))
+        info = _read_info(run.relevance_info(place))
         flipping = summarise([found for _, found in flippings])
         info["sanity"] = {"ledger_residual": ledger_residual(rows), "pixel_flipping": flipping}
-        write_json(run.relevance_info(work.split), info)
+        write_json(run.relevance_info(place), info)
 
 
 def ledger_residual(rows: list[list[str]]) -> float | None:
@@ -334,11 +334,11 @@ def ledger_residual(rows: list[list[str]]) -> float | None:
 
 def _said(work: _Work, num_images: int) -> str:
     """What the user reads in the end."""
-    run, split = work.subject.run, work.split
-    place = run.heatmaps(split) if work.with_pictures else run.relevance(split)
-    sanity = _read_info(run.relevance_info(split))["sanity"]
+    run, place = work.subject.run, work.subject.place
+    directory = run.heatmaps(place) if work.with_pictures else run.relevance(place)
+    sanity = _read_info(run.relevance_info(place))["sanity"]
     if sanity is None:
-        raise RunFailedError(f"{run.relevance_info(split)}: was replaced by another command")
+        raise RunFailedError(f"{run.relevance_info(place)}: was replaced by another command")
     residual, flipping = sanity["ledger_residual"], sanity["pixel_flipping"]
     ledger = "no ledger" if residual is None else f"ledger closed to {residual:.1e}"
     return (
@@ -346,5 +346,5 @@ def _said(work: _Work, num_images: int) -> str:
         f"{flipping['covered_share']:.0%} of an image takes "
         f"{flipping['area_over_relevant_first']:.2f} of the probability on average if the most "
         f"relevant goes first, {flipping['area_over_random_order']:.2f} in random order\n"
-        f"{'heat maps' if work.with_pictures else 'relevance'}: {place}"
+        f"{'heat maps' if work.with_pictures else 'relevance'}: {directory}"
     )

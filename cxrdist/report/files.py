@@ -385,11 +385,12 @@ def within(directory: Path, name: str) -> Path:
 
 
 def known_splits(root: Path) -> list[str]:
-    """List the splits that were evaluated or explained, test first."""
+    """List the places that were evaluated or explained: splits, test first, then external sets."""
     found = {
-        file.parent.name
+        file.parent.relative_to(root).as_posix()
         for name in ("metrics.json", "relevance.csv")
-        for file in root.glob(f"*/{name}")
+        for pattern in (f"*/{name}", f"external/*/{name}")
+        for file in root.glob(pattern)
     }
     rank = {split: place for place, split in enumerate(reversed(SPLITS))}
     return sorted(found, key=lambda split: (rank.get(split, len(rank)), split))

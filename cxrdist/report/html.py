@@ -11,6 +11,7 @@ from cxrdist.explain import heatmap
 from cxrdist.info import RunInfo, read_info
 from cxrdist.report import values
 from cxrdist.report.audit import audit_view
+from cxrdist.report.external import external_view
 from cxrdist.report.files import (
     known_splits,
     read_stages,
@@ -52,6 +53,7 @@ def report(config: ReportConfig) -> Path:
         audit=audit_view(run.audit),
         stages=stage_views(run, info, recipe),
         splits=splits,
+        external=external_view(splits),
         texts=text_views(run),
         headline=next((split for split in splits if split["metrics"]), None),
         heatmap=heatmap,

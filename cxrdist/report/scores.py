@@ -11,7 +11,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.report import pictures
 from cxrdist.report.files import Sample
 from cxrdist.report.values import MEASURES, count, number, percent, share
-from cxrdist.run import RunDirectory
+from cxrdist.run import RunDirectory, options_of
 
 NEEDS = {
     "recall": "it needs an image of this class",
@@ -126,14 +126,14 @@ def check_same_evaluation(
     if samples and list(samples[0].logits) != list(metrics["classes"]):
         raise CxrdistError(
             f"{run.metrics(split)}: expected the classes of predictions.csv beside it; run "
-            f"`cxrdist evaluate --split {split}` again"
+            f"`cxrdist evaluate {options_of(split)}` again"
         )
     same = _same_labels(metrics, samples) if several else _same_confusion(metrics, samples)
     if not same:
         what = "counts of the labels" if several else "confusion matrices"
         raise CxrdistError(
             f"{run.metrics(split)}: expected the metrics of predictions.csv beside it, but the "
-            f"{what} differ; run `cxrdist evaluate --split {split}` again"
+            f"{what} differ; run `cxrdist evaluate {options_of(split)}` again"
         )
 
 

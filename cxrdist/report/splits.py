@@ -23,7 +23,7 @@ from cxrdist.report.files import (
 )
 from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
 from cxrdist.report.values import share
-from cxrdist.run import RunDirectory
+from cxrdist.run import RunDirectory, options_of
 
 MOST_MISTAKES = 12
 MOST_OF_A_CLASS = 4
@@ -47,7 +47,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
 
     Args:
         run: the run directory.
-        split: the split.
+        split: the split, or the place of an external set.
         element: begins the ids of its elements in the page; unique.
         task: multiclass or multilabel.
 
@@ -63,7 +63,9 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
     mistakes = worst_mistakes(samples or []) if task == "multiclass" else []
     shown = _gallery(relevance or {}, by_key)
     return {
-        "name": split,
+        "name": split.replace("external/", "external set "),
+        "place": split,
+        "options": options_of(split),
         "element": element,
         "metrics": metrics,
         "scores": score_view(metrics) if metrics else None,

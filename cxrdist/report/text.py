@@ -18,8 +18,9 @@ def text_views(run: RunDirectory) -> list[dict[str, Any]]:
     Raises:
         CxrdistError: a file is not what the probe writes.
     """
-    splits = sorted(path.parent.name for path in run.root.glob("*/text.json"))
-    return [_text_view(run, split) for split in splits]
+    files = [file for name in ("*", "external/*") for file in run.root.glob(f"{name}/text.json")]
+    places = sorted(file.parent.relative_to(run.root).as_posix() for file in files)
+    return [_text_view(run, place) for place in places]
 
 
 def _text_view(run: RunDirectory, split: str) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def _text_view(run: RunDirectory, split: str) -> dict[str, Any]:
         classes = [str(name) for name in found["classes"]]
         drawn = [_picture(run, split, about, classes) for about in found["pictures"][:MOST_SHOWN]]
         return {
-            "split": split,
+            "split": split.replace("external/", "external set "),
             "several": found["task"] == "multilabel",
             "classes": classes,
             "index_sha256": str(found["index_sha256"]),

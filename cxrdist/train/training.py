@@ -19,6 +19,7 @@ from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.external import keep_seen
 from cxrdist.info import ShardsInfo, read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.description import Cover
@@ -192,6 +193,10 @@ def build_training(
     model = _build_model(config, index, weights)
     num_copied = apply_weights(weights, model)
     images = open_cache(index, config.cache, accelerator)
+    together(
+        accelerator,
+        lambda: keep_seen(run, index, images, config.init) if accelerator.is_main_process else None,
+    )
     if accelerator.is_main_process:
         before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
         about = _describe_start(accelerator, weights, num_copied)
