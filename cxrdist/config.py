@@ -311,9 +311,10 @@ class EvaluateConfig:
     label_map: Path | None = None
     """YAML file for an external set, its label: the model's. Labels that are not named there keep
     their names; the scores are of the classes that both have."""
-    operating_point: str = "youden"
+    operating_point: str | None = None
     """How the threshold of each class is chosen on the validation split: youden (largest
-    sensitivity + specificity), sensitivity=0.95 or specificity=0.95."""
+    sensitivity + specificity), sensitivity=0.95 or specificity=0.95. If not given, the model keeps
+    its rule; the first one is youden."""
     prevalence: float | None = None
     """Share of patients with each class where the model is to be used, for its predictive values;
     they are also given at the prevalence of the images."""

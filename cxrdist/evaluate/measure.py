@@ -7,7 +7,10 @@ import numpy as np
 
 from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw
 from cxrdist.data.labels import POSITIVE
+from cxrdist.evaluate.calibration import calibration_figures
+from cxrdist.evaluate.decision_curve import decision_curve
 from cxrdist.evaluate.intervals import describe
+from cxrdist.evaluate.operating_points import operating_points
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import score
 from cxrdist.model.description import Calibration
@@ -56,7 +59,12 @@ def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
 
     Each other part adds one line here, a key of its own, from (scored, replicates, settings).
     """
-    replicates = replicate(scored, settings)
+    replicates, calibration = replicate(scored, settings), settings.calibration
     metrics = score(scored, replicates, settings.fewest)
     metrics["intervals"] = describe(replicates, settings.seed)
+    if calibration:
+        points = operating_points(scored, replicates, calibration, settings.prevalence)
+        metrics["operating_points"] = points
+    metrics["calibration"] = calibration_figures(scored, replicates, calibration)
+    metrics["decision_curve"] = decision_curve(scored, replicates, calibration)
     return metrics

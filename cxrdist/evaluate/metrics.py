@@ -16,7 +16,10 @@ from torch import Tensor
 
 from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
+from cxrdist.evaluate.calibration import CalibrationFigures
+from cxrdist.evaluate.decision_curve import DecisionCurve
 from cxrdist.evaluate.intervals import Intervals
+from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
 from cxrdist.terminal import table
@@ -119,6 +122,9 @@ class Metrics(TypedDict):
     macro: Scores
     macro_labels: NotRequired[dict[str, Count]]
     external: NotRequired[ExternalInfo]
+    operating_points: NotRequired[OperatingPoints]
+    calibration: NotRequired[CalibrationFigures]
+    decision_curve: NotRequired[DecisionCurve]
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:

@@ -15,6 +15,12 @@ from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.calibration import (
+    choose_calibration,
+    describe_calibration,
+    probability_columns,
+    wanted_rule,
+)
 from cxrdist.evaluate.external import (
     Choices,
     External,
@@ -31,8 +37,10 @@ from cxrdist.evaluate.external import (
 )
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
+from cxrdist.evaluate.operating_points import Rule, read_rule, refuse_bad_prevalence
 from cxrdist.evaluate.scored import GROUP_COLUMNS, score_samples
-from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.model.densenet import Classifier, load_model, save_calibration
+from cxrdist.model.description import Calibration
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -165,7 +173,9 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         CxrdistError: run, shards or split cannot be used.
     """
-    refuse_below_one(config, "batch_size")
+    refuse_below_one(config, "batch_size", "fewest")
+    refuse_bad_prevalence(config.prevalence)
+    rule = read_rule(config.operating_point) if config.operating_point else None
     labels = {} if config.label_map is None else read_label_map(config.label_map)
     choices = Choices(labels, config.seen)
     subject = open_subject(
@@ -173,13 +183,14 @@ def evaluate(config: EvaluateConfig) -> None:
     )
     accelerator, place = subject.accelerator, subject.place
     together(accelerator, lambda: refuse_unwritable(subject.run.predictions(place)))
+    calibration = _calibrate(subject, config, rule)
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(subject, numbers, config.batch_size)
     if accelerator.is_main_process:
         logits = in_order(rows, numbers)
         sweep(subject.run.metrics(place).parent)
         write_predictions(subject, numbers, logits)
-        settings = Settings(config.fewest, config.prevalence, subject.model.calibration)
+        settings = Settings(config.fewest, config.prevalence, calibration)
         metrics = measure(score_samples(subject.index, numbers, logits), settings)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         if subject.external is not None:
@@ -188,8 +199,34 @@ def evaluate(config: EvaluateConfig) -> None:
             print(summary(subject.external.info))
         write_json(subject.run.metrics(place), metrics)
         print(metrics_table(metrics))
+        print(describe_calibration(metrics))
         print(f"{place}: {headline(metrics)}")
     finish(accelerator)
+
+
+def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> Calibration | None:
+    """Give the model its temperatures and thresholds, as far as its own shards are given.
+
+    Returns:
+        Those of the model; None if its own validation split was not evaluated yet.
+
+    Raises:
+        CxrdistError: another rule is wished for, and the shards are not the model's.
+    """
+    index, stored = subject.index, subject.model.calibration
+    is_own = subject.external is None and subject.run.info.is_file()
+    wanted = together(
+        subject.accelerator,
+        lambda: wanted_rule(stored, rule, config.fewest, index.sha256 if is_own else None),
+    )
+    if wanted is not None:
+        numbers = np.array(index.numbers("val"), dtype=np.int64)
+        logits = in_order(predict_split(subject, numbers, config.batch_size), numbers)
+        scored = score_samples(index, numbers, logits)
+        subject.model.calibration = choose_calibration(scored, wanted, config.fewest, index.sha256)
+        if subject.accelerator.is_main_process:
+            save_calibration(subject.model.calibration, subject.run.model)
+    return subject.model.calibration
 
 
 def rank_batches(
@@ -250,10 +287,13 @@ def write_predictions(
 
     Its rows are the images that are scored. After label stand uncertain and missing where labels of
     the shards are not known, then source, view, sex and age where they say something, and ``seen``
-    (`Match.why` or nothing) where images that the network has seen are scored too. Nine significant
-    digits each: a logit, float32, is read back exactly.
+    (`Match.why` or nothing) where images that the network has seen are scored too. After the logits
+    stand the columns of a calibrated model. Nine significant digits each: a logit, float32, is read
+    back exactly.
     """
-    names = [f"{what}_{name}" for what in ("prob", "logit") for name in subject.index.classes]
+    classes = subject.index.classes
+    names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]
+    more = probability_columns(logits, classes, subject.index.task, subject.model.calibration)
     has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
     samples = [subject.index.samples[number] for number in numbers]
@@ -262,12 +302,11 @@ def write_predictions(
     external = subject.external
     matches = external.matches if external and external.info["seen"] == "report" else None
     rows = []
-    for number, sample, values in zip(
-        numbers.tolist(), samples, np.hstack([to_probabilities(logits), logits]), strict=True
-    ):
+    numbers_of = np.column_stack([to_probabilities(logits), logits, *more.values()])
+    for number, sample, values in zip(numbers.tolist(), samples, numbers_of, strict=True):
         cells = [getattr(sample, column) for column in about]
         if matches is not None:
             cells.append(matches[number].why if number in matches else "")
         rows.append([*cells, *(f"{value:.9g}" for value in values)])
     seen = [] if matches is None else ["seen"]
-    write_table(subject.run.predictions(subject.place), [*about, *seen, *names], rows)
+    write_table(subject.run.predictions(subject.place), [*about, *seen, *names, *more], rows)

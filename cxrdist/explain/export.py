@@ -1,6 +1,7 @@
 """Explain a split: relevance, its ledger, heat maps and a test of them, on any number of ranks."""
 
 import hashlib
+import json
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -115,9 +116,12 @@ def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
 
 def _how(config: ExplainConfig, subject: Subject, targets: Targets) -> dict[str, Any]:
     """All that the bytes of the relevance depend on, but for the machine and its threads."""
-    weights = (subject.run.model / name for name in ("model.safetensors", "model.json"))
+    description = read_document(subject.run.model / "model.json", dict[str, Any])
+    description.pop("calibration", None)  # no map depends on it, and evaluate may come later
+    weights = (subject.run.model / "model.safetensors").read_bytes()
+    parts = (weights, json.dumps(description).encode())
     return {
-        "model_sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights],
+        "model_sha256": [hashlib.sha256(part).hexdigest() for part in parts],
         "index_sha256": subject.index.sha256,
         "maps": targets.names,
         **{name: getattr(config, name) for name in _OPTIONS},

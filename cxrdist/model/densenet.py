@@ -1,6 +1,7 @@
 """DenseNet121 on grey X-rays: the network, its blocks, and the model as it is saved for use."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -151,6 +152,16 @@ def save_model(model: Classifier, directory: Path) -> None:
         "calibration": model.calibration,
     }
     write_json(directory / "model.json", content)
+
+
+def save_calibration(calibration: Calibration, directory: Path) -> None:
+    """Put a calibration into model.json; all else there stays, and so does model.safetensors.
+
+    Raises:
+        CxrdistError: there is no model.json, or it is damaged.
+    """
+    content = read_document(directory / "model.json", dict[str, Any], MEND)
+    write_json(directory / "model.json", {**content, "calibration": calibration})
 
 
 def network_state(model: Classifier) -> dict[str, Tensor]:
