@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from cxrdist.config import EvaluateConfig
 from cxrdist.data.cache import Images, open_cache, read_rows
+from cxrdist.data.folds import cut_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
 from cxrdist.evaluate.scored import GROUP_COLUMNS, score_samples
-from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import Ensemble, load_predictor
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -29,14 +31,14 @@ class Subject:
     Attributes:
         accelerator: of this rank.
         run: the run directory of the model.
-        model: in evaluation mode, on the device.
+        model: in evaluation mode, on the device; one network or an ensemble.
         index: the shards.
         images: uint8 [samples, size, size].
     """
 
     accelerator: Accelerator
     run: RunDirectory
-    model: Classifier
+    model: Classifier | Ensemble
     index: Index
     images: Images
 
@@ -49,14 +51,14 @@ def open_subject(run: Path, shards: Path, cache: Path | None, split: str) -> Sub
             size are not the model's, or they have no image in the split.
     """
     accelerator = start()
-    model = together(accelerator, lambda: load_model(run))
+    model = together(accelerator, lambda: load_predictor(run))
     index = together(accelerator, lambda: _matching_index(shards, model, split))
     images = open_cache(index, cache, accelerator)
     return Subject(accelerator, RunDirectory(run), model.to(accelerator.device), index, images)
 
 
-def _matching_index(shards: Path, model: Classifier, split: str) -> Index:
-    index = read_index(shards)
+def _matching_index(shards: Path, model: Classifier | Ensemble, split: str) -> Index:
+    index = _splits_of_training(read_index(shards), model, split)
     if index.classes != model.classes:
         raise CxrdistError(
             f"--shards {shards}: have the classes {', '.join(index.classes)}, the model "
@@ -77,6 +79,22 @@ def _matching_index(shards: Path, model: Classifier, split: str) -> Index:
         raise CxrdistError(
             f"--split {split}: --shards {shards} have no images in it, only in "
             f"{' and '.join(there)}; choose another split"
+        )
+    return index
+
+
+def _splits_of_training(index: Index, model: Classifier | Ensemble, split: str) -> Index:
+    """Cut train and val as the model's training did.
+
+    Raises:
+        CxrdistError: the members of an ensemble have different ones, and one of them is asked for.
+    """
+    if not isinstance(model, Ensemble):
+        return cut_fold(index, model.fold)
+    if model.has_folds and split != "test":
+        raise CxrdistError(
+            f"--split {split}: each member of this ensemble was trained on other parts of train "
+            f"and val; evaluate test, or the fold of a member with --run RUN/{model.names[0]}"
         )
     return index
 
