@@ -33,6 +33,9 @@ COMMANDS = {
     "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
     "check": Command("data.check:check", "CheckConfig", "are the shards still whole?", "shards"),
     "train": Command("train.loop:train", "TrainConfig", "shards + recipe -> trained model"),
+    "seeds": Command(
+        "seeds:seeds", "SeedsConfig", "one recipe, several seeds or folds, and their ensemble"
+    ),
     "evaluate": Command(
         "evaluate.predictions:evaluate", "EvaluateConfig", "predictions and metrics of a split"
     ),
