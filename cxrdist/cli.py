@@ -48,6 +48,9 @@ COMMANDS = {
         "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
     ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
+    "compare": Command(
+        "report.compare:compare", "CompareConfig", "two runs on the same images", "run_a run_b"
+    ),
     "weights show": Command(
         "model.inventory:show_weights", "WeightsShowConfig", "what is in a checkpoint?", "file"
     ),
@@ -62,6 +65,8 @@ COMMANDS = {
 }
 
 POSITIONALS = {
+    "run_a": "Run directory.",
+    "run_b": "Run directory to compare it with.",
     "shards": "Directory of shards, a path or an fsspec URL.",
     "file": "A checkpoint file, or whatever else --init takes.",
     "out": "File to write, NAME.safetensors; it must not exist yet.",
