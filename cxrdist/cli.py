@@ -33,6 +33,9 @@ COMMANDS = {
     "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
     "check": Command("data.check:check", "CheckConfig", "are the shards still whole?", "shards"),
     "train": Command("train.loop:train", "TrainConfig", "shards + recipe -> trained model"),
+    "seeds": Command(
+        "seeds:seeds", "SeedsConfig", "one recipe, several seeds or folds, and their ensemble"
+    ),
     "evaluate": Command(
         "evaluate.predictions:evaluate", "EvaluateConfig", "predictions and metrics of a split"
     ),
@@ -45,6 +48,9 @@ COMMANDS = {
         "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
     ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
+    "compare": Command(
+        "report.compare:compare", "CompareConfig", "two runs on the same images", "run_a run_b"
+    ),
     "weights show": Command(
         "model.inventory:show_weights", "WeightsShowConfig", "what is in a checkpoint?", "file"
     ),
@@ -59,6 +65,8 @@ COMMANDS = {
 }
 
 POSITIONALS = {
+    "run_a": "Run directory.",
+    "run_b": "Run directory to compare it with.",
     "shards": "Directory of shards, a path or an fsspec URL.",
     "file": "A checkpoint file, or whatever else --init takes.",
     "out": "File to write, NAME.safetensors; it must not exist yet.",

@@ -25,6 +25,7 @@ from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.sanity import Flipping, RelevanceInfo, flip_pixels, summarise
 from cxrdist.explain.targets import Targets, choose_samples, choose_targets
 from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import one_network
 from cxrdist.run import locked, read_document, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -80,8 +81,9 @@ def explain(config: ExplainConfig) -> None:
     refuse_below_one(config, "limit", "batch_size")
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
-    targets = together(accelerator, lambda: choose_targets(config, subject.model))
-    explainer = together(accelerator, lambda: _explainer(config, subject.model))
+    model = together(accelerator, lambda: one_network(subject.model))
+    targets = together(accelerator, lambda: choose_targets(config, model))
+    explainer = together(accelerator, lambda: _explainer(config, model))
     numbers = together(
         accelerator, lambda: choose_samples(subject.index, config.split, config.limit)
     )
@@ -297,14 +299,14 @@ def ledger_rows(
 
 def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:
     """Flip pixels of this rank's share of a few samples of the split."""
-    subject = work.subject
+    subject, model = work.subject, one_network(work.subject.model)
     most = min(limit or FLIPPED_IMAGES, FLIPPED_IMAGES)
     numbers = choose_samples(subject.index, work.split, most)
     return [
         (
             number,
             flip_pixels(
-                subject.model, work.explainer, subject.images[number], work.targets.classes, number
+                model, work.explainer, subject.images[number], work.targets.classes, number
             ),
         )
         for batch in rank_batches(numbers, 1, subject.accelerator)

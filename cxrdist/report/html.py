@@ -43,7 +43,7 @@ def report(config: ReportConfig) -> Path:
         split_view(run, split, f"split{place}", info["shards"]["task"])
         for place, split in enumerate(known_splits(run.root))
     ]
-    page = _template().render(
+    page = template("report.html.jinja").render(
         name=run.root.resolve().name,
         info=info,
         weights=weights_chain(info),
@@ -63,8 +63,8 @@ def report(config: ReportConfig) -> Path:
     return run.report
 
 
-def _template() -> Template:
-    """Load the page; whatever comes from a file is escaped, a name it misses is an error."""
+def template(name: str) -> Template:
+    """Load a page; whatever comes from a file is escaped, a name it misses is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,9 +72,19 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("colour", "number", "percent", "count", "rate", "share", "moment"):
-        environment.filters[name] = getattr(values, name)
-    return environment.get_template("report.html.jinja")
+    for function in (
+        "colour",
+        "number",
+        "percent",
+        "count",
+        "rate",
+        "share",
+        "moment",
+        "signed",
+        "p_value",
+    ):
+        environment.filters[function] = getattr(values, function)
+    return environment.get_template(name)
 
 
 def _duration(path: Path, info: RunInfo) -> str:
