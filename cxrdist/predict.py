@@ -292,7 +292,7 @@ def _write(
     write_table(out, columns, rows)
 
 
-def _tell_calibration(model: Classifier) -> None:
+def _tell_calibration(model: Classifier | Ensemble) -> None:
     """Say what the columns calibrated_CLASS and called_CLASS come from, or how to get them."""
     if model.calibration is None:
         print(

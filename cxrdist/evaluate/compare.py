@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.bootstrap import LEVEL, Limits, Replicates, interval
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Real, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.bootstrap import LEVEL, Limits, Replicates, interval
 from cxrdist.evaluate.delong import DeLong, compare_aurocs
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import THRESHOLD_LOGIT, Share

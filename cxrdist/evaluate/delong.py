@@ -9,8 +9,8 @@ from typing import TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Real
-from cxrdist.evaluate.bootstrap import LEVEL, Limits
 from cxrdist.evaluate.metrics import Share
 
 

@@ -200,7 +200,7 @@ def split_groups(column: str, texts: Sequence[str]) -> dict[str, Bools]:
     shown, others = known[:MOST_GROUPS], known[MOST_GROUPS:]
     if column == "age":
         order = list(AGE_BANDS.values())
-        shown.sort(key=lambda place: order.index(values[place]))
+        shown.sort(key=lambda place: order.index(str(values[place])))
     members = {str(values[place]): places == place for place in shown}
     if others:
         members[OTHERS] = np.isin(places, others)
