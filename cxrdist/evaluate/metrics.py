@@ -125,6 +125,8 @@ class Metrics(TypedDict):
     operating_points: NotRequired[OperatingPoints]
     calibration: NotRequired[CalibrationFigures]
     decision_curve: NotRequired[DecisionCurve]
+    macro_enough: NotRequired[Scores]
+    """The means without the classes of too few images, for the headline; where there are some."""
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
@@ -318,18 +320,20 @@ def headline(metrics: dict[str, Any]) -> str:
 
 
 def _label_headline(metrics: dict[str, Any]) -> str:
-    classes, samples, macro = metrics["classes"], metrics["samples"], metrics["macro"]
-    labels = metrics["macro_labels"]["auroc"]
-    few = few_of(metrics)
+    classes, samples, few = metrics["classes"], metrics["samples"], few_of(metrics)
+    mean = metrics.get("macro_enough", metrics["macro"])
+    labels = sum(
+        scores["auroc"] is not None for scores in classes.values() if not scores.get("too_few")
+    )
+    shown = f"{mean['auroc']:.3f}" if labels else "too few to say" if few else "-"
     known = sum(scores["known"] for scores in classes.values()) / (samples * len(classes))
     unknown = f", {known:.0%} of their labels are known" if known < 1 else ""
-    shown = "-" if macro["auroc"] is None else f"{macro['auroc']:.3f}"
-    if labels and all(name in few for name, s in classes.items() if s["auroc"] is not None):
-        shown = "too few to say"
-    limits = "" if shown[0] in "-t" else _within(metrics, macro.get("auroc_interval"))
-    line = f"mean AUROC {shown} over {labels} of {len(classes)} labels ({samples} images"
-    left = "; ".join(f"{name}: {reason}" for name, reason in few.items())
-    return f"{line}{unknown}{limits})" + (f"; too few to say of {left}" if few else "")
+    limits = _within(metrics, mean.get("auroc_interval"))
+    left = ", ".join(f"{name} ({reason})" for name, reason in few.items())
+    return (
+        f"mean AUROC {shown} over {labels} of {len(classes)} labels ({samples} images{unknown}"
+        f"{limits})" + (f"; too few to say of {left}" if few else "")
+    )
 
 
 def few_of(metrics: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The scores of all classes and their means, with intervals by patient."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,8 @@ def score(scored: Scored, replicates: Replicates, fewest: int) -> dict[str, Any]
 
     Returns:
         what `compute_metrics` or `compute_label_metrics` does, NAME_interval beside each score,
-        and for each class its patients and whether there are too few images.
+        for each class its patients and whether there are too few images, and macro_enough, the
+        means without the classes of too few images, if there are such classes.
     """
     logits, targets = torch.from_numpy(scored.logits), torch.from_numpy(scored.targets)
     if scored.task == "multilabel":
@@ -126,16 +128,32 @@ def _rankings(
 
 
 def _add_intervals(metrics: dict[str, Any], what: str, figures: Figures) -> None:
-    """Put the intervals of one score beside it in each class and in their mean."""
-    limits, values = figures
-    classes = list(metrics["classes"].values())
-    for scores, pair in zip(classes, limits, strict=True):
+    """Put the intervals of one score beside it in each class and in their means."""
+    classes = metrics["classes"].values()
+    for scores, pair in zip(classes, figures[0], strict=True):
         scores[f"{what}_interval"] = pair
-    defined = {i: pair for i, pair in enumerate(limits) if pair}
     metrics["macro"][f"{what}_interval"] = (
         None
         if metrics["macro"][what] is None
-        else of_mean(
-            [classes[i][what] for i in defined], list(defined.values()), values[list(defined)]
-        )
+        else _mean(metrics, what, figures, [True] * len(classes))[f"{what}_interval"]
     )
+    enough = [not scores["too_few"] for scores in classes]
+    if not all(enough):
+        metrics.setdefault("macro_enough", {}).update(_mean(metrics, what, figures, enough))
+
+
+def _mean(
+    metrics: dict[str, Any], what: str, figures: Figures, counts: Sequence[bool]
+) -> dict[str, Any]:
+    """The mean of one score over the classes that count and have it, and its interval."""
+    columns = zip(metrics["classes"].values(), figures[0], counts, strict=True)
+    defined = {
+        i: (scores[what], pair) for i, (scores, pair, count) in enumerate(columns) if count and pair
+    }
+    if not defined:
+        return {what: None, f"{what}_interval": None}
+    estimates, limits = zip(*defined.values(), strict=True)
+    return {
+        what: round(float(np.mean(estimates)), 6),
+        f"{what}_interval": of_mean(estimates, limits, figures[1][list(defined)]),
+    }

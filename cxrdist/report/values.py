@@ -9,17 +9,20 @@ DASH = "\N{EM DASH}"
 # The scores of metrics.json by task, in the order of the page.
 MEASURES = {
     "multiclass": {
-        "recall": "Recall",
+        "recall": "Sensitivity",
+        "specificity": "Specificity",
         "precision": "Precision",
         "f1": "F1 score",
         "auroc": "AUROC",
+        "average_precision": "Average precision",
     },
     "multilabel": {
         "auroc": "AUROC",
         "average_precision": "Average precision",
-        "f1": "F1 score",
-        "recall": "Recall",
+        "recall": "Sensitivity",
+        "specificity": "Specificity",
         "precision": "Precision",
+        "f1": "F1 score",
     },
 }
 
