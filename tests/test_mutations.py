@@ -32,6 +32,7 @@ from cxrdist.data.pack import pack
 from cxrdist.data.shards import describe_shard, read_shard
 from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
+from cxrdist.evaluate.seen import read_seen
 from cxrdist.explain.maps import read_ledgers
 from cxrdist.info import read_info
 from cxrdist.model.densenet import load_model
@@ -106,6 +107,7 @@ def cases_of(folder: Path) -> list[Case]:
         "test/relevance.csv": lambda: read_relevance(run, "test"),
         "test/relevance.json": lambda: read_sanity(run, "test"),
         "test/text.json": lambda: text_views(run),
+        "seen.npz": lambda: read_seen(run.seen),
         "model/model.json": lambda: load_model(run.root),
         "model/model.safetensors": lambda: load_model(run.root),
     }

@@ -15,20 +15,24 @@ from cxrdist.config import (
     ExplainConfig,
     Network,
     PackConfig,
+    ProbeTextConfig,
     ReportConfig,
     Stage,
     TrainConfig,
 )
+from cxrdist.data.boxes import Box, write_boxes
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import PATIENT_PATTERN, write_phantoms
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.external import as_model_takes, started_from_chexnet
+from cxrdist.evaluate.external import as_model_takes, keep_seen, started_from_chexnet
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.seen import read_seen
 from cxrdist.explain.export import explain
 from cxrdist.model.layout import CHEXNET_LABELS
+from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
+from cxrdist.run import RunDirectory
 from cxrdist.train.loop import train
 
 SIZE_PX = 48
@@ -46,7 +50,7 @@ def pack_phantoms(folder: Path, name: str, seed: int) -> Path:
 def home(tmp_path_factory) -> Path:
     """A small run on phantoms, evaluated, and the same phantoms packed with another seed."""
     folder = tmp_path_factory.mktemp("external")
-    write_phantoms(folder / "images", 12, image_size_px=96)
+    write_phantoms(folder / "images", 8, image_size_px=96)
     shards = pack_phantoms(folder, "shards", seed=0)
     pack_phantoms(folder, "again", seed=1)
     blocks = ("denseblock4", "head")
@@ -87,6 +91,20 @@ def test_a_run_keeps_what_it_has_seen_of_train_and_val(home):
     found = {key: bytes(digest).hex() for key, digest in zip(seen.keys, seen.sha256, strict=True)}
     assert found == expected
     assert seen.index_sha256 == index.sha256
+
+
+def test_a_run_that_goes_on_keeps_what_it_has_and_takes_what_its_weights_have_seen(home, tmp_path):
+    """seen.npz is written once; a run from another run's weights has seen the images of both."""
+    index = read_index(home / "shards")
+    images = np.load(home / "cache" / f"{index.sha256[:32]}.npy", mmap_mode="r")
+    later = RunDirectory(tmp_path / "later")
+    later.root.mkdir()
+    keep_seen(later, index, images, init=str(home / "run"))
+    own = read_seen(home / "run" / "seen.npz").keys
+    assert read_seen(later.seen).keys == own * 2
+    before = later.seen.stat().st_mtime_ns
+    keep_seen(later, index, images, init="none")
+    assert later.seen.stat().st_mtime_ns == before
 
 
 def test_images_packed_anew_are_found_and_the_score_is_of_the_others(home, run, capsys):
@@ -187,6 +205,20 @@ def test_explain_and_report_take_an_external_set(home, run):
     page = report(ReportConfig(run)).read_text()
     assert "external set again" in page
     assert "External validation" in page
+
+
+def test_the_probe_for_words_takes_an_external_set_without_what_was_seen(home, run):
+    """Its scores are of the images of predictions.csv, in the place of the set."""
+    evaluate(EvaluateConfig(run, home / "again", cache=home / "cache"))
+    paths = [sample.path for sample in read_index(home / "again").samples]
+    boxes = run.parent / "boxes.csv"
+    write_boxes(boxes, {path: [Box(4, 4, 20, 9, "R", 0.9)] for path in paths})
+    probe_text(ProbeTextConfig(run, home / "again", boxes=boxes, limit=1, cache=home / "cache"))
+    found = json.loads((run / "external" / "again" / "text.json").read_text())
+    rows = read_rows(run / "external" / "again" / "predictions.csv")
+    assert found["covering"]["as_it_is"]["samples"] == len(rows)
+    assert found["text"]["with_text"] == len(rows)
+    assert not (run / "test" / "text.json").exists()
 
 
 def label_map(folder: Path, text: str) -> Path:
