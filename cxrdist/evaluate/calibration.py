@@ -83,18 +83,18 @@ def choose_calibration(scored: Scored, rule: Rule, fewest: int, index_sha256: st
         positives, negatives = int(truth.sum()), int((~truth).sum())
         if min(positives, negatives) < fewest:
             reasons[name].append(
-                f"of the {len(truth)} images of the validation split {positives} have it and "
-                f"{negatives} do not, expected at least {fewest} of each"
+                f"val has {positives} images with it and {negatives} without, expected at least "
+                f"{fewest} of each"
             )
             continue
         if (temperature := fit_temperature(logits, truth)) is None:
             reasons[name].append(
-                f"no temperature from {LEAST:g} to {MOST:g} fits its logits on the validation split"
+                f"no temperature from {LEAST:g} to {MOST:g} fits its logits on val"
             )
         else:
             temperatures[name] = temperature
         if np.isinf(threshold := choose_threshold(logits, truth, rule)):
-            reasons[name].append(f"no threshold gives {rule} on the validation split")
+            reasons[name].append(f"on val {rule} is best met by never calling it")
         else:
             thresholds[name] = threshold
     told = {name: " and ".join(texts) for name, texts in reasons.items() if texts}
@@ -222,10 +222,11 @@ def calibration_figures(
     """Measure the calibration of each class, before and after its temperature.
 
     The expected calibration error is the mean distance between probability and share of positives
-    over `BINS` bins of as many images each (equal logits share a bin). It is never 0: also of
-    perfect probabilities the share of a bin differs from its mean by chance, and ``chance_error``
-    says by how much. Drawing patients anew adds that bias once more, so its interval is the basic
-    one, which takes it away (Davison & Hinkley 1997, section 5.2).
+    over `BINS` bins of as many images each (equal logits share a bin). It is too large by chance:
+    also of perfect probabilities the share of a bin is not quite their mean. ``chance_error`` is
+    what they would get, from how far the bins of the replicates are from those of the images.
+    Drawing patients anew adds this bias once more, so the replicates are moved to have the figure
+    as their mean; and an error that chance alone makes larger in one of 20 sets may be 0.
     """
     temperatures = calibration.temperatures if calibration else {}
     classes: dict[str, ClassCalibration] = {}
@@ -264,14 +265,12 @@ class _Binned:
         positives: as `images`.
         sums: as `images`, of each of the probabilities.
         squares: float [1 + replicates], of the distances of each of them from the truth.
-        variances: float [bins], sums of p (1 - p) of each of them.
     """
 
     images: NDArray[np.float64]
     positives: NDArray[np.float64]
     sums: list[NDArray[np.float64]]
     squares: list[NDArray[np.float64]]
-    variances: list[NDArray[np.float64]]
 
 
 def _bin(
@@ -293,39 +292,44 @@ def _bin(
     totals = np.vstack([summed.sum(axis=0), replicates.sums(summed)])
     parts = np.split(totals, np.arange(1, len(of_bins) + 1) * inside.shape[1], axis=1)
     images, positives, *sums, squared = parts
-    variances = [np.bincount(bins, p * (1 - p)).astype(np.float64) for p in probabilities]
-    return _Binned(images, positives, sums, [*squared.T], variances)
+    return _Binned(images, positives, sums, [*squared.T])
 
 
 class _Figures(NamedTuple):
-    """Errors of one kind of probabilities; the first value of each is that of all images."""
+    """Errors of one kind of probabilities; the first value is that of all images."""
 
     calibration_error: Values
-    chance_error: float
+    chance_error: Values
+    """Those of perfect probabilities; of the replicates only."""
     brier: Values
 
 
 def _errors(binned: _Binned, kind: int) -> _Figures:
     """Compute the errors of the probabilities of one kind, by their place in `_Binned`."""
     images = binned.images.sum(axis=1)
-    distances = np.abs(binned.positives - binned.sums[kind]).sum(axis=1)
-    # The mean distance of a binomial from its mean is sqrt(2 / pi) of its standard deviation.
-    chance = np.sqrt(2 / np.pi * binned.variances[kind]).sum() / images[0]
     with np.errstate(invalid="ignore"):
-        return _Figures(distances / images, float(chance), binned.squares[kind] / images)
+        distances = (binned.positives - binned.sums[kind]) / images[:, None]
+        return _Figures(
+            np.abs(distances).sum(axis=1),
+            np.abs(distances[1:] - distances[0]).sum(axis=1),
+            binned.squares[kind] / images,
+        )
 
 
 def _mean(figures: Sequence[_Figures]) -> _Figures:
-    errors, chances, briers = zip(*figures, strict=True)
-    return _Figures(np.mean(errors, 0), float(np.mean(chances)), np.mean(briers, 0))
+    return _Figures(*(np.mean(values, axis=0) for values in zip(*figures, strict=True)))
 
 
 def _written(figures: _Figures) -> Errors:
-    error, brier = figures.calibration_error, figures.brier
+    (error, *_), chance, brier = figures
+    moved = figures.calibration_error[1:] - np.nanmean(figures.calibration_error[1:]) + error
+    within = interval(np.clip(moved, 0, 1))
+    if within and error <= np.nanquantile(chance, 0.95):
+        within[0] = 0.0
     return {
-        "calibration_error": round(float(error[0]), 6),
-        "calibration_error_interval": interval(np.clip(2 * error[0] - error[1:], 0, 1)),
-        "chance_error": round(figures.chance_error, 6),
+        "calibration_error": round(float(error), 6),
+        "calibration_error_interval": within,
+        "chance_error": round(float(np.nanmean(chance)), 6),
         "brier": round(float(brier[0]), 6),
         "brier_interval": interval(brier[1:]),
     }
@@ -364,13 +368,16 @@ def describe_calibration(metrics: Mapping[str, Any]) -> str:
             "the shards that the model was trained on; run `cxrdist evaluate` on those once"
         )
     of = points["chosen_on"]
-    where = f"the validation split ({of['images']} images of {of['patients']} patients)"
+    where = f"chosen on val ({of['images']} images of {of['patients']} patients)"
+    reasons = points["reasons"] | found["reasons"]
     return "\n".join(
         [
-            f"\nOperating points by {points['rule']}, chosen on {where}; from: probability",
+            f"\nOperating points by {points['rule']}, {where}; from: probability",
             operating_table(points),
-            f"\nCalibration; a temperature of each class, fitted on {where}",
-            f"{calibration_table(found)}\n",
+            f"\nCalibration with a temperature for each class, {where}",
+            calibration_table(found),
+            *(f"{name}: {reason}" for name, reason in reasons.items()),
+            "",
         ]
     )
 
@@ -385,8 +392,7 @@ def calibration_table(found: CalibrationFigures) -> str:
         errors = found["mean_before"], found["mean_after"]
         rows.append([f"Mean of {len(found['mean_of'])}", "", *map(_cell, errors)])
     headers = ("Class", "Temperature", "Calibration error", "with temperature")
-    reasons = [f"{name}: no temperature, {reason}" for name, reason in found["reasons"].items()]
-    return "\n".join([table(rows, headers), *reasons])
+    return table(rows, headers)
 
 
 def _cell(errors: Errors | None) -> str:

@@ -273,8 +273,7 @@ def operating_table(found: OperatingPoints) -> str:
             cells = _cells(point["at_prevalence"], ("ppv", "npv"))
             rows.append([f"- prevalence {found['prevalence']:g}", "", "", "", *cells])
     headers = ("Class", "From", "Sensitivity, %", "Specificity, %", "PPV, %", "NPV, %")
-    reasons = [f"{name}: no threshold, {reason}" for name, reason in found["reasons"].items()]
-    return "\n".join([*([table(rows, headers)] if rows else []), *reasons])
+    return table(rows, headers)
 
 
 def _cells(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
