@@ -8,9 +8,8 @@ import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Any
 
-import numpy as np
 from accelerate import Accelerator
 
 from cxrdist.cli import COMMANDS, parse
@@ -18,13 +17,12 @@ from cxrdist.config import EvaluateConfig, SeedsConfig, TrainConfig
 from cxrdist.data.folds import MOST_FOLDS
 from cxrdist.data.index import read_index
 from cxrdist.distributed import gather, start, staying_connected, together
-from cxrdist.documents import Between, Real, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.members import MembersFile, spread_table, spreads
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.info import read_info
 from cxrdist.model.densenet import is_ensemble
-from cxrdist.model.description import MOST_MEMBERS, Member
+from cxrdist.model.description import MOST_MEMBERS
 from cxrdist.model.ensemble import join, save_ensemble
 from cxrdist.run import (
     RunDirectory,
@@ -35,45 +33,10 @@ from cxrdist.run import (
     write_json,
     write_text,
 )
-from cxrdist.terminal import table
 from cxrdist.train.loop import train
 from cxrdist.train.training import recipe_yaml
 
-FIGURES = {
-    "accuracy": "Accuracy",
-    "auroc": "AUROC",
-    "average_precision": "Average precision",
-    "recall": "Sensitivity",
-    "specificity": "Specificity",
-    "precision": "Precision",
-    "f1": "F1 score",
-}
 COPIED = ("audit.json", "seen.npz")  # what is the same for all members
-
-
-class Spread(TypedDict):
-    """One figure over the members; None where it is not defined."""
-
-    figure: Text
-    of: Text | None
-    """The class; None for the mean of the classes, and for the accuracy."""
-    members: dict[str, Real | None]
-    mean: Real | None
-    standard_deviation: Real | None
-    """Of the members, with n - 1."""
-    smallest: Real | None
-    largest: Real | None
-    ensemble: Real | None
-
-
-class MembersFile(TypedDict):
-    """The content of members.json."""
-
-    format: Literal["cxrdist-members-1"]
-    kind: Literal["seeds", "folds"]
-    members: Annotated[list[Member], Between(2, MOST_MEMBERS)]
-    splits: dict[str, list[Spread]]
-    """By split: test; of folds also val, which is another part of the images for each member."""
 
 
 def seeds(config: SeedsConfig) -> None:
@@ -205,61 +168,10 @@ def _write_spread(config: SeedsConfig, names: list[str], splits: list[str]) -> N
         "format": "cxrdist-members-1",
         "kind": "folds" if config.folds else "seeds",
         "members": names,
-        "splits": {split: _spreads(run, names, split) for split in splits},
+        "splits": {split: spreads(run, names, split) for split in splits},
     }
     write_json(run.members, found)
-    for split, spreads in found["splits"].items():
+    for split, figures in found["splits"].items():
         print(f"\n{split}, {len(names)} members:")
-        print(spread_table([spread for spread in spreads if spread["of"] is None]))
+        print(spread_table([spread for spread in figures if spread["of"] is None]))
     print(f"the ensemble is a run: {run.root}; all figures: {run.members}")
-
-
-def _spreads(run: RunDirectory, names: list[str], split: str) -> list[Spread]:
-    """Gather each figure of metrics.json over the members."""
-    rows = {name: _figures(RunDirectory(run.inside(name)).metrics(split)) for name in names}
-    of_ensemble = _figures(run.metrics(split)) if run.metrics(split).is_file() else {}
-    return [
-        _spread(key, {name: figures.get(key) for name, figures in rows.items()}, of_ensemble)
-        for key in rows[names[0]]
-    ]
-
-
-Key = tuple[str, str | None]
-
-
-def _figures(file: Path) -> dict[Key, float | None]:
-    """Read the figures of a metrics.json by name and class."""
-    metrics = read_document(file, Metrics, "run `cxrdist evaluate` again")
-    tables: dict[str | None, Any] = {None: {**metrics, **metrics["macro"]}}
-    tables.update(metrics["classes"])
-    return {
-        (figure, of): values[figure]
-        for of, values in tables.items()
-        for figure in FIGURES
-        if figure in values
-    }
-
-
-def _spread(key: Key, values: dict[str, float | None], of_ensemble: dict[Key, Any]) -> Spread:
-    known = [value for value in values.values() if value is not None]
-    return {
-        "figure": key[0],
-        "of": key[1],
-        "members": values,
-        "mean": round(float(np.mean(known)), 6) if known else None,
-        "standard_deviation": round(float(np.std(known, ddof=1)), 6) if len(known) > 1 else None,
-        "smallest": min(known, default=None),
-        "largest": max(known, default=None),
-        "ensemble": of_ensemble.get(key),
-    }
-
-
-def spread_table(spreads: list[Spread]) -> str:
-    """Format the spread of some figures for the terminal."""
-    columns = ("mean", "standard_deviation", "smallest", "largest", "ensemble")
-    rows = []
-    for spread in spreads:
-        cells = [spread[name] for name in columns]  # type: ignore[literal-required]
-        shown = ["-" if value is None else f"{value:.3f}" for value in cells]
-        rows.append([FIGURES[spread["figure"]], *shown])
-    return table(rows, ("Figure", "Mean", "Standard deviation", "Smallest", "Largest", "Ensemble"))

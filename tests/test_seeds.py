@@ -1,21 +1,36 @@
 import csv
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
-from support import make_shards, run_ranks
+import torch
+from support import make_shards, run_ranks, run_script
 
-from cxrdist.cli import COMMANDS, parse
-from cxrdist.config import EvaluateConfig, ExplainConfig, PredictConfig, SeedsConfig
+from cxrdist.cli import main
+from cxrdist.config import (
+    EvaluateConfig,
+    ExplainConfig,
+    Network,
+    PredictConfig,
+    ProbeTextConfig,
+    ReportConfig,
+    SeedsConfig,
+)
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.members import MembersFile
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
-from cxrdist.model.densenet import load_model
+from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.model.ensemble import Ensemble, load_predictor
+from cxrdist.model.weights import read_weights
 from cxrdist.predict import predict
+from cxrdist.probe_text import probe_text
+from cxrdist.report.html import report
 from cxrdist.run import RunDirectory, read_document
-from cxrdist.seeds import MembersFile, seeds
+from cxrdist.seeds import seeds
 
 RECIPE = """
 stages:
@@ -210,22 +225,34 @@ def test_folds_on_two_ranks_one_by_one_and_joined(tmp_path):
         evaluate(EvaluateConfig(run, shards, split="val", cache=cache))
 
 
-def test_a_killed_member_goes_on(tmp_path):
-    """Stopped in the second member, the same command ends like one that was never stopped."""
-    shards = make_shards(tmp_path, {"a": 12, "b": 12})
-    recipe, cache = make_recipe(tmp_path), tmp_path / "cache"
-    script = """
+KILLED = """
 import os, signal, sys
 from cxrdist import cli
 from cxrdist.train import stage
-save, saved = stage.save_checkpoint, []
-def kill(*arguments, **options):
-    save(*arguments, **options)
-    saved.append(1)
-    if len(saved) == 3: os.kill(os.getpid(), signal.SIGKILL)
-stage.save_checkpoint = kill
+save = stage.save_checkpoint
+def save_and_die(directory, *rest):
+    save(directory, *rest)
+    if "member-1" in str(directory):
+        os.kill(os.getpid(), signal.SIGKILL)
+stage.save_checkpoint = save_and_die
 sys.exit(cli.main(sys.argv[1:]))
 """
+
+
+def test_a_killed_member_goes_on(tmp_path):
+    """Killed after an epoch of the second one, the same command goes on from there, and joins."""
+    shards = make_shards(tmp_path, {"a": 12, "b": 12})
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("epochs: 1", "epochs: 2"))
+    run = tmp_path / "run"
+    arguments = ["seeds", "--run", run, "--shards", shards, "--recipe", tmp_path / "recipe.yaml"]
+    arguments += ["--seeds", 2, "--cache", tmp_path / "cache"]
+    assert run_script(KILLED, *arguments).returncode == -signal.SIGKILL
+    assert not (run / "member-1" / "model").exists()
+    done = run_ranks(1, "-m", "cxrdist", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "member-0: is trained already" in done.stdout
+    assert "going on after all, epoch 1" in done.stdout
+    assert load_predictor(run).names == ["member-0", "member-1"]
 
 
 @pytest.mark.parametrize(

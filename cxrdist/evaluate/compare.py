@@ -3,24 +3,36 @@
 Both are computed on the same draws of patients, so that what makes an image hard for both cancels.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.bootstrap import LEVEL, Limits, Replicates, interval
+from cxrdist.bootstrap import LEVEL, Limits, Replicates
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Real, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.delong import DeLong, compare_aurocs
+from cxrdist.evaluate.intervals import Intervals, describe, wilson
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import THRESHOLD_LOGIT, Share
 from cxrdist.evaluate.scored import Scored
+from cxrdist.evaluate.scores import too_few
 from cxrdist.info import Count
 
 FIGURES = ("auroc", "average_precision", "recall", "specificity", "precision", "f1")
-METHOD = "percentiles of the paired differences; patients drawn within classes, for both alike"
+METHOD = (
+    "paired bootstrap over patients, drawn within the rarest class of each and the same for both; "
+    "limits from the standard error of the differences times sqrt(n / (n - 1)) and t with n - 1 "
+    "degrees of freedom, n the patients that the figure rests on, of AUROC those of its smaller "
+    "side (Hesterberg 2015). Where no replicate differs from another: Wilson (1927) for none of n "
+    "patients, to both sides. Means: the intervals of the classes and the correlation of their "
+    "replicates (Zou 2007)"
+)
+_QUANTILE = (1 + LEVEL) / 2
+_ALIKE = 1e-9  # standard error below which replicates are equal but for rounding
 
 
 class Difference(TypedDict):
@@ -50,23 +62,11 @@ class ClassComparison(TypedDict):
     positives: Count
     patients: Count
     """Of the images of which it is known."""
-    too_few: bool
-    """Whether it has fewer positives or negatives than a figure should rest on."""
+    too_few: Text | None
+    """What there is too little of, such as ``3 positives``; None if there are enough images."""
     figures: dict[str, Difference]
     mcnemar: McNemar
     delong: DeLong | None
-
-
-class Intervals(TypedDict):
-    """How all intervals of differences were made."""
-
-    method: Text
-    level: Share
-    replicates: Count
-    seed: Count
-    patients: Count
-    unit: Literal["patient", "image"]
-    """What was drawn; image where each patient has one."""
 
 
 class Statistics(TypedDict):
@@ -108,34 +108,53 @@ class Both(NamedTuple):
     observed: tuple[Figures, Figures]
     """Of the images as they are: one replicate, which has each patient once."""
     drawn: tuple[Figures, Figures]
+    patients: Mapping[str, NDArray[np.int64]]
+    """By name, [classes]: those that a figure rests on."""
 
-    def classes_of_mean(self, name: str, task: str) -> NDArray[np.bool_]:
-        """Which classes the mean of a figure is over, as in `cxrdist evaluate`: bool [classes].
+    def classes_of_mean(self, name: str, task: str) -> NDArray[np.int64]:
+        """Which classes the mean of a figure is over, as in `cxrdist evaluate`: their columns.
 
         Of several labels those for which both models have the figure, else all.
         """
         a, b = (figures[name][0] for figures in self.observed)
-        return np.isfinite(a + b) if task == "multilabel" else np.ones(len(a), bool)
+        return np.flatnonzero(np.isfinite(a + b)) if task == "multilabel" else np.arange(len(a))
 
-    def difference(self, name: str, columns: NDArray[np.bool_]) -> Difference:
-        """Compare one figure, the mean over some classes (a mask)."""
-        a, b = (_mean(figures[name], columns)[0] for figures in self.observed)
-        drawn_a, drawn_b = (_mean(figures[name], columns) for figures in self.drawn)
-        has_both = bool(np.isfinite(b - a))
+    def difference(self, name: str, columns: NDArray[np.int64]) -> Difference:
+        """Compare one figure, the mean over some classes."""
+        a, b = (figures[name][0, columns] for figures in self.observed)
+        drawn_a, drawn_b = (figures[name][:, columns] for figures in self.drawn)
+        means = [float(values.mean()) if len(columns) else np.nan for values in (a, b)]
+        change = means[1] - means[0]
+        limits = None
+        if np.isfinite(change):
+            reach = _reach(drawn_b - drawn_a, self.patients[name][columns])
+            limits = [round(max(-1.0, change - reach), 6), round(min(1.0, change + reach), 6)]
         return {
-            "a": round(float(a), 6) if np.isfinite(a) else None,
-            "b": round(float(b), 6) if np.isfinite(b) else None,
-            "difference": round(float(b - a), 6) if has_both else None,
-            "interval": interval(drawn_b - drawn_a) if has_both else None,
+            "a": round(means[0], 6) if np.isfinite(means[0]) else None,
+            "b": round(means[1], 6) if np.isfinite(means[1]) else None,
+            "difference": None if limits is None else round(change, 6),
+            "interval": limits,
         }
 
 
-def _mean(figures: NDArray[np.float64], columns: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The mean over some classes in each replicate; of no class it is NaN."""
-    if not columns.any():
-        return np.full(len(figures), np.nan)
-    found: NDArray[np.float64] = figures[:, columns].mean(axis=1)
-    return found
+def _reach(differences: NDArray[np.float64], patients: NDArray[np.int64]) -> float:
+    """How far the interval of the mean of K differences reaches to either side.
+
+    Args:
+        differences: float64 [replicates, K], NaN where a replicate lacks a figure.
+        patients: int64 [K], those that each rests on.
+    """
+    from scipy.stats import t
+
+    found = differences[np.isfinite(differences).all(axis=1)]
+    spread = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(patients))
+    varies, freedom = (spread > _ALIKE) & (patients > 1), np.maximum(patients - 1, 1)
+    wide = spread * np.sqrt(patients / freedom) * t.ppf(_QUANTILE, freedom)
+    reaches = np.where(varies, wide, [wilson(0, max(1, n))[1] for n in patients.tolist()])
+    correlation = np.eye(len(patients))
+    if varies.any():
+        correlation[np.ix_(varies, varies)] = np.corrcoef(found[:, varies].T)
+    return math.sqrt(max(0.0, float(reaches @ correlation @ reaches))) / len(patients)
 
 
 def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
@@ -145,22 +164,23 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
     both = Both(
         observed=(_figures(a, once), _figures(b, once)),
         drawn=(_figures(a, draws), _figures(b, draws)),
+        patients=_patients(a, b, draws),
     )
     means = {name: both.classes_of_mean(name, a.task) for name in FIGURES}
     found: Statistics = {
         "task": "multilabel" if a.task == "multilabel" else "multiclass",
         "samples": len(a),
-        "intervals": _describe(draws, settings),
+        "intervals": {**describe(draws, settings.seed), "method": METHOD},
         "fewest": settings.fewest,
         "macro": {name: both.difference(name, columns) for name, columns in means.items()},
-        "macro_labels": {name: int(columns.sum()) for name, columns in means.items()},
+        "macro_labels": {name: len(columns) for name, columns in means.items()},
         "classes": {
             name: _compare_class((a, b), column, both, draws, settings.fewest)
             for column, name in enumerate(a.classes)
         },
     }
     if a.task == "multiclass":
-        found["accuracy"] = both.difference("accuracy", np.array([True]))
+        found["accuracy"] = both.difference("accuracy", np.array([0]))
         found["mcnemar"] = _mcnemar(_is_right(a), _is_right(b))
     return found
 
@@ -203,6 +223,25 @@ def _figures(scored: Scored, draws: Replicates) -> Figures:
     return found
 
 
+def _patients(a: Scored, b: Scored, draws: Replicates) -> dict[str, NDArray[np.int64]]:
+    """Count the patients that each figure rests on: by name, int64 [classes]."""
+    truth, known = a.targets == POSITIVE, a.targets >= 0
+    guess = called(a) | called(b)
+    rests_on = {
+        "recall": truth,
+        "specificity": known & ~truth,
+        "precision": known & guess,
+        "f1": known & (truth | guess),
+        "accuracy": known[:, :1],
+    }
+    found = {
+        name: np.array([draws.patients(column) for column in images.T])
+        for name, images in rests_on.items()
+    }
+    found["average_precision"] = found["recall"]
+    return found | {"auroc": np.minimum(found["recall"], found["specificity"])}
+
+
 def _compare_class(
     models: tuple[Scored, Scored], column: int, both: Both, draws: Replicates, fewest: int
 ) -> ClassComparison:
@@ -216,10 +255,8 @@ def _compare_class(
         "known": len(truth),
         "positives": positives,
         "patients": draws.patients(known),
-        "too_few": min(positives, len(truth) - positives) < fewest,
-        "figures": {
-            name: both.difference(name, np.arange(len(a.classes)) == column) for name in FIGURES
-        },
+        "too_few": too_few(positives, len(truth) - positives, fewest),
+        "figures": {name: both.difference(name, np.array([column])) for name in FIGURES},
         "mcnemar": _mcnemar(*right),
         "delong": compare_aurocs(scores, truth),
     }
@@ -233,18 +270,6 @@ def _mcnemar(a_right: NDArray[np.bool_], b_right: NDArray[np.bool_]) -> McNemar:
     differing = only_a + only_b
     p_value = float(binomtest(only_a, differing).pvalue) if differing else 1.0
     return {"only_a": only_a, "only_b": only_b, "p_value": min(1.0, p_value)}
-
-
-def _describe(draws: Replicates, settings: Settings) -> Intervals:
-    num_patients = draws.draws.shape[1]
-    return {
-        "method": METHOD,
-        "level": LEVEL,
-        "replicates": settings.replicates,
-        "seed": settings.seed,
-        "patients": num_patients,
-        "unit": "patient" if num_patients < len(draws.patient) else "image",
-    }
 
 
 def aligned(a: Scored, b: Scored, names: tuple[str, str]) -> Scored:

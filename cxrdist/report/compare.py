@@ -162,7 +162,7 @@ def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
     for name, part in comparison["classes"].items():
         shown = _cells(part["figures"]["auroc"])
         test = p_value(part["delong"]["p_value"]) if part["delong"] else "-"
-        body.append([f"AUROC, {name}", *shown, test if not part["too_few"] else "too few to say"])
+        body.append([f"AUROC, {name}", *shown, "too few to say" if part["too_few"] else test])
     headers = ("Figure", "A", "B", "B - A", f"{intervals['level']:.0%} interval", "DeLong p")
     lines = [
         f"A: {comparison['runs']['a']}",

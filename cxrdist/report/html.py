@@ -7,6 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.members import FIGURES, read_members
 from cxrdist.explain import heatmap
 from cxrdist.info import RunInfo, read_info
 from cxrdist.report import values
@@ -54,6 +55,8 @@ def report(config: ReportConfig) -> Path:
         stages=stage_views(run, info, recipe),
         splits=splits,
         external=external_view(splits),
+        members=read_members(run),
+        figures=FIGURES,
         texts=text_views(run),
         headline=next((split for split in splits if split["metrics"]), None),
         heatmap=heatmap,

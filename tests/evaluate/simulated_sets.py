@@ -7,7 +7,7 @@
 import numpy as np
 from scipy import stats
 
-from cxrdist.evaluate.bootstrap import draw
+from cxrdist.bootstrap import draw
 from cxrdist.evaluate.intervals import of_auroc, of_share, wilson
 
 AUROC = 0.9

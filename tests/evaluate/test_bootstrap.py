@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from cxrdist.evaluate.bootstrap import draw, interval
+from cxrdist.bootstrap import draw, interval
 
 
 def tied_scores(seed, num_images=300, num_patients=80):

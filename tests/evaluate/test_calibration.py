@@ -12,11 +12,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import brier_score_loss
 from support import claim_shards, make_shards
 
+from cxrdist.bootstrap import draw
 from cxrdist.config import EvaluateConfig, Network
 from cxrdist.data.index import read_index
 from cxrdist.documents import parse_json, typed
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.bootstrap import draw
 from cxrdist.evaluate.calibration import (
     BINS,
     calibration_figures,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, logit
 
-from cxrdist.evaluate.bootstrap import draw
+from cxrdist.bootstrap import draw
 from cxrdist.evaluate.calibration import choose_calibration
 from cxrdist.evaluate.decision_curve import THRESHOLDS, decision_curve
 from cxrdist.evaluate.operating_points import Rule

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 from simulated_sets import coverage
 
-from cxrdist.evaluate.bootstrap import draw
+from cxrdist.bootstrap import draw
 from cxrdist.evaluate.intervals import bounded, newcombe, of_mean, of_share, wilson
 
 

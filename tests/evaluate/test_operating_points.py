@@ -9,8 +9,8 @@ from sklearn.metrics import (
     roc_curve,
 )
 
+from cxrdist.bootstrap import draw
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.bootstrap import draw
 from cxrdist.evaluate.calibration import choose_calibration
 from cxrdist.evaluate.operating_points import (
     Rule,
