@@ -29,12 +29,15 @@ from cxrdist.data.workers import (
     schedule,
 )
 from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
+from cxrdist.evaluate.calibration import probability_columns
 from cxrdist.evaluate.metrics import predicted_classes, to_probabilities
+from cxrdist.evaluate.operating_points import called_columns
 from cxrdist.explain.export import LEDGER_COLUMNS, ledger_rows
 from cxrdist.explain.maps import Map
 from cxrdist.explain.pictures import Drawing, draw
 from cxrdist.explain.relevance import Explainer
-from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.precision import use_full_float32
 from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
@@ -61,7 +64,7 @@ class Predictor:
         reasons: why an input could not be read or drawn.
     """
 
-    model: Classifier
+    model: Classifier | Ensemble
     explainer: Explainer | None
     heatmaps: Path
     pool: ProcessPool
@@ -180,7 +183,7 @@ def predict(config: PredictConfig) -> None:
     refuse_below_one(config, "batch_size")
     refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
-    model = load_model(config.run)
+    model = load_predictor(config.run)
     heatmaps = _beside(config.out, "heatmaps")
     found, left_out = find_inputs(config.images, heatmaps)
     given = [item.file for item in found] + ([config.text_boxes] if config.text_boxes else [])
@@ -190,7 +193,7 @@ def predict(config: PredictConfig) -> None:
     how = _preparation(config, model)
     inputs = dict(enumerate(with_boxes(found, config.text_boxes) if config.text_boxes else found))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    explainer = Explainer(model) if config.explain else None
+    explainer = Explainer(one_network(model)) if config.explain else None
     num_workers = min(num_cores(), -(-len(inputs) // CHUNK))
     with image_workers(num_workers, ["cxrdist.explain.pictures"]) as pool:
         predictor = Predictor(model, explainer, heatmaps, pool, config.batch_size)
@@ -201,13 +204,14 @@ def predict(config: PredictConfig) -> None:
         raise CxrdistError(_unread(list(predictor.reasons.values()), len(inputs)))
     _write(config.out, inputs, left_out, predictor)
     print(f"predicted {len(predictor.logits)} images: {config.out}")
+    _tell_calibration(model)
     _tell_depth(how, depth, used)
     _tell_views(inputs, predictor.prepared)
     _tell_cover(config, predictor)
     _tell_rest(config, len(inputs), left_out, predictor)
 
 
-def _preparation(config: PredictConfig, model: Classifier) -> Preparation:
+def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Preparation:
     """Prepare images as those that the model was trained on.
 
     Raises:
@@ -254,19 +258,26 @@ def _beside(out: Path, name: str) -> Path:
 def _write(
     out: Path, inputs: dict[int, Input], left_out: Sequence[LeftOut], predictor: Predictor
 ) -> None:
-    """Write path, prob_CLASS..., predicted; the class is that of the logits, as in `evaluate`."""
+    """Write path, prob_CLASS..., predicted; the class is that of the logits, as in `evaluate`.
+
+    A calibrated model has calibrated_CLASS... and softmax_CLASS... before predicted, and after it
+    called_CLASS, 1 or 0, of each class that has an operating point.
+    """
     model, numbers = predictor.model, sorted(predictor.logits)
-    logits = np.stack([predictor.logits[number] for number in numbers])
-    columns = ["path", *(f"prob_{name}" for name in model.classes), "predicted"]
+    logits, classes = np.stack([predictor.logits[number] for number in numbers]), model.classes
+    more = probability_columns(logits, classes, model.task, model.calibration)
+    called = called_columns(logits, classes, model.calibration)
+    probabilities = np.column_stack([to_probabilities(logits), *more.values()])
+    names = [f"prob_{name}" for name in classes]
+    columns = ["path", *names, *more, "predicted", *called]
     rows = [
         [
             inputs[number].file,
-            *(f"{value:.9g}" for value in probabilities),
-            SEPARATOR.join(predicted_classes(row.tolist(), model.classes, model.task)),
+            *(f"{value:.9g}" for value in probabilities[place]),
+            SEPARATOR.join(predicted_classes(logits[place].tolist(), classes, model.task)),
+            *(int(values[place]) for values in called.values()),
         ]
-        for number, probabilities, row in zip(
-            numbers, to_probabilities(logits), logits, strict=True
-        )
+        for place, number in enumerate(numbers)
     ]
     if predictor.explainer is not None:
         ledger = [row for number in sorted(predictor.ledgers) for row in predictor.ledgers[number]]
@@ -279,6 +290,23 @@ def _write(
     else:
         _beside(out, "rejected.csv").unlink(missing_ok=True)  # of an earlier call
     write_table(out, columns, rows)
+
+
+def _tell_calibration(model: Classifier | Ensemble) -> None:
+    """Say what the columns calibrated_CLASS and called_CLASS come from, or how to get them."""
+    if model.calibration is None:
+        print(
+            "probabilities are not calibrated and no class is called: run `cxrdist evaluate` on "
+            "the shards of the training once"
+        )
+        return
+    chosen = model.calibration
+    print(
+        f"calibrated and called by {chosen.rule}, as chosen on the {chosen.images} images of "
+        f"{chosen.patients} patients of the validation split"
+    )
+    for name, reason in chosen.reasons.items():
+        print(f"{name}: {reason}")
 
 
 def _tell_depth(how: Preparation, depth: int | None, used: Sequence[int | None]) -> None:

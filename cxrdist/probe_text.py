@@ -25,17 +25,19 @@ from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, to_probabilities
 from cxrdist.evaluate.predictions import (
     Subject,
     in_order,
-    measure,
     open_subject,
     predict_split,
     rank_batches,
 )
+from cxrdist.evaluate.scored import score_samples
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
+from cxrdist.model.ensemble import one_network
 from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 
@@ -91,6 +93,7 @@ def probe_text(config: ProbeTextConfig) -> None:
     _refuse_bad_options(config)
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
+    model = together(accelerator, lambda: one_network(subject.model))
     together(accelerator, lambda: _refuse_covered(subject.index, config.split))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     boxes = _boxes_by_number(config, subject, numbers)
@@ -103,7 +106,7 @@ def probe_text(config: ProbeTextConfig) -> None:
     plain = predict()
     covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
-    explainer = Explainer(subject.model)
+    explainer = Explainer(model)
     shares = _relevance_in_boxes(
         config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )
@@ -303,8 +306,8 @@ def _describe_covering(
     """The metrics of the split as it is, and with its text covered in each way."""
     likeliest = plain.argmax(1)
     return {
-        "as_it_is": measure(index, numbers, plain),
-        **{how: measure(index, numbers, covered[how]) for how in COVERS},
+        "as_it_is": measure(score_samples(index, numbers, plain), Settings()),
+        **{how: measure(score_samples(index, numbers, covered[how]), Settings()) for how in COVERS},
         "predicted_otherwise": {
             how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS
         },

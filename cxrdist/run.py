@@ -106,6 +106,11 @@ class RunDirectory:
         """The self-contained report."""
         return self.inside("report.html")
 
+    @property
+    def members(self) -> Path:
+        """The figures of an ensemble's members, and their spread."""
+        return self.inside("members.json")
+
     def predictions(self, place: str) -> Path:
         """One row a sample of the place."""
         return self.inside(place, "predictions.csv")

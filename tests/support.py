@@ -16,7 +16,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cxrdist.config import PackConfig
+from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
+from cxrdist.run import write_json
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 # ru_maxrss would not do: that of a child starts with the peak of its parent, here pytest's.
@@ -93,6 +95,19 @@ def make_shards(folder: Path, counts: dict[str, int], **options: object) -> Path
     }
     pack(PackConfig("folder", source, folder / "shards", **settings))
     return folder / "shards"
+
+
+def claim_shards(run: Path, shards: Path) -> Path:
+    """Write a run.json that says that a run was trained on some shards."""
+    index = read_index(shards)
+    of_shards = {"path": str(shards), "index_sha256": index.sha256, "split": "", "task": index.task}
+    of_shards |= {"image_size_px": index.image_size_px, "classes": index.classes}
+    of_shards |= {"counts": index.counts(), "totals": index.totals()}
+    about = {"format": "cxrdist-run-1", "started": "", "finished": None, "shards": of_shards}
+    about |= {"weights": {"source": "random"}, "versions": {}, "git_revision": None}
+    about |= {"world_size": 1, "device": "cpu", "mixed_precision": "no", "stages": {}}
+    write_json(run / "run.json", about)
+    return run
 
 
 def contents(directory: Path) -> dict[str, str]:

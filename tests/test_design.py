@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "terminal", "config"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "documents", "run", "info"),
+        *("distributed", "documents", "run", "info", "bootstrap"),
     ],
     ["data"],
     ["model"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["explain"],
     ["report"],
     ["predict", "probe_text", "demo", "bench"],
-    ["cli", "launch"],
+    ["cli", "launch", "seeds"],
     ["__init__", "__main__"],
 ]
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"

@@ -3,6 +3,7 @@
 import csv
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from cxrdist.data.shards import read_shard
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.relevance import attribute
 from cxrdist.model.densenet import Classifier, Cover, load_model, save_model
+from cxrdist.model.description import Calibration
 from cxrdist.predict import predict
 from cxrdist.run import write_table
 
@@ -65,7 +67,7 @@ def seen_squares(monkeypatch):
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(predicting, "load_model", load)
+        patch.setattr(predicting, "load_predictor", load)
         yield squares
 
 
@@ -109,7 +111,7 @@ def test_probabilities_are_those_of_the_loaded_model(run, tmp_path):
         assert row["predicted"] == ["a", "b c"][int(expected.argmax())]
 
 
-def test_the_class_is_that_of_the_larger_logit(run, tmp_path):
+def test_the_class_is_that_of_the_larger_logit(run, tmp_path, capsys):
     """Logits 18 and 25: the second class, although float32 gives both the probability 1."""
     model = load_model(run)
     torch.nn.init.zeros_(model.network.classifier.weight)
@@ -120,6 +122,45 @@ def test_the_class_is_that_of_the_larger_logit(run, tmp_path):
     rows = rows_of(tmp_path / "out.csv")
     assert [row["predicted"] for row in rows] == ["b c"] * 2
     assert list(rows[0]) == ["path", "prob_a", "prob_b c", "predicted"]
+    assert "not calibrated and no class is called" in capsys.readouterr().out
+
+
+def test_a_calibrated_model_calls_its_classes(run, tmp_path, capsys):
+    """Sigmoid and softmax of divided logits, and 1 from the threshold on; predicted stays argmax.
+
+    A class without a threshold is not called, and one without a temperature takes the softmax.
+    """
+    model = load_model(run)
+    torch.nn.init.zeros_(model.network.classifier.weight)
+    model.network.classifier.bias.data = torch.tensor([1.0, -0.5])
+    model.calibration = Calibration(
+        {"a": 2.0, "b c": 0.5},
+        "sensitivity=0.95",
+        {"a": 1.5, "b c": -0.5},
+        {},
+        10,
+        "0" * 64,
+        90,
+        70,
+    )
+    save_model(model, run / "model")
+    folder = make_images(tmp_path / "in", {"x": 1})
+    predict(PredictConfig(run, [folder], tmp_path / "out.csv"))
+    (row,) = rows_of(tmp_path / "out.csv")
+    names = [f"{what}_{n}" for what in ("prob", "calibrated", "softmax") for n in ("a", "b c")]
+    assert [*row] == ["path", *names, "predicted", "called_a", "called_b c"]
+    # Sigmoids of 1 and -0.5; of 1 / 2 and -0.5 / 0.5; and of their difference, 1.5.
+    expected = [0.731058579, 0.377540669, 0.622459331, 0.268941421, 0.817574476, 0.182425524]
+    assert [float(row[name]) for name in names] == pytest.approx(expected, rel=1e-7)
+    assert (row["predicted"], row["called_a"], row["called_b c"]) == ("a", "0", "1")
+    assert "called by sensitivity=0.95, as chosen on the 90 images of 70" in capsys.readouterr().out
+    few = replace(model.calibration, temperatures={"a": 2.0}, thresholds={"a": 1.0})
+    change_model(run, calibration=replace(few, reasons={"b c": "val has 3 images with it"}))
+    predict(PredictConfig(run, [folder], tmp_path / "out.csv"))
+    (row,) = rows_of(tmp_path / "out.csv")
+    assert [*row] == ["path", *names[:3], "predicted", "called_a"]
+    assert row["called_a"] == "1"
+    assert "b c: val has 3 images with it" in capsys.readouterr().out
 
 
 def test_heat_maps_lie_over_the_originals(run, tmp_path):

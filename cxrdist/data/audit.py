@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxrdist.data.baseline import measure_baseline
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint
 from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, label_matrix, labels_of
@@ -34,6 +35,7 @@ MOST_LISTED = 10  # in a line of the summary
 FLAT_SPREAD = 1.0  # standard deviation below which a square is constant
 FLAT_RANGE = 32  # mean and 3 standard deviations within so many levels of black or white
 UNKNOWN = "unknown"
+_WITHIN = "{value:.3f} ({low:.3f} to {high:.3f})"
 T = TypeVar("T")
 Targets = NDArray[np.int8]
 
@@ -101,7 +103,8 @@ def audit(
     targets = _targets(entries, classes)
     truth = targets, classes
     patients: dict[str, int] = {}
-    groups = [patients.setdefault(entry.patient, len(patients)) for entry in entries]
+    numbers = [patients.setdefault(entry.patient, len(patients)) for entry in entries]
+    groups = join_groups(numbers, duplicates.pairs)
     found = {
         "format": FORMAT,
         "task": task,
@@ -120,9 +123,10 @@ def audit(
         "statistics": part("statistics", lambda: _statistics(features, *truth)),
         "shortcut": part(
             "shortcut",
-            lambda: measure_shortcut(
-                features, targets, join_groups(groups, duplicates.pairs), classes
-            ),
+            lambda: measure_shortcut(features, targets, groups, classes, task),
+        ),
+        "baseline": part(
+            "baseline", lambda: measure_baseline(pixels, targets, groups, classes, task)
         ),
         "masks": part("masks", lambda: _masks(entries, *truth)),
         "flat": part("flat", lambda: _flat(entries)) or [],
@@ -359,6 +363,7 @@ def _warnings(found: dict[str, Any]) -> list[str]:
         *_confounded(found["views"], "views"),
         *_confounded(found["masks"], "masks"),
         *_shortcuts(found["shortcut"]),
+        *_baseline_warning(found["baseline"]),
         *_seen_before(found["in_pre_training"]),
     ]
 
@@ -417,6 +422,58 @@ def _shortcuts(shortcut: dict[str, Any] | None) -> list[str]:
     ]
 
 
+def best_model(baseline: dict[str, Any]) -> tuple[str, str, dict[str, float]] | None:
+    """Find what thumbnails alone give at best: the model, the figure and its interval.
+
+    Args:
+        baseline: of audit.json.
+
+    Returns:
+        The model's key; accuracy of one class per image, else mean_auroc; its value, low and high.
+        None where no model could be trained.
+    """
+    models = ("logistic_regression", "perceptron")
+    for figure in ("accuracy", "mean_auroc"):
+        scores = {name: score for name in models if (score := baseline[name][figure])}
+        if scores:
+            best = max(scores, key=lambda name: scores[name]["value"])
+            return best, figure, scores[best]
+    return None
+
+
+def _baseline_warning(baseline: dict[str, Any] | None) -> list[str]:
+    """What a network has to be better than, if thumbnails tell more than guessing does."""
+    best = best_model(baseline) if baseline else None
+    if baseline is None or best is None:
+        return []
+    _, figure, score = best
+    guessing = baseline["largest_class"] if figure == "accuracy" else 0.5
+    if score["low"] <= guessing:
+        return []
+    within = "{value:.1%} ({low:.1%} to {high:.1%})" if figure == "accuracy" else _WITHIN
+    reached = "are right on" if figure == "accuracy" else "reach a mean AUROC of"
+    return [
+        f"thumbnails of {baseline['size_px']} px alone {reached} {within.format(**score)}: a "
+        "network means something only above that"
+    ]
+
+
+def _baseline_line(baseline: dict[str, Any]) -> str:
+    """What both models tell from thumbnails, and of how many images."""
+    told = []
+    for name in ("logistic_regression", "perceptron"):
+        accuracy, auroc = (baseline[name][figure] for figure in ("accuracy", "mean_auroc"))
+        figures = [f"accuracy {_WITHIN.format(**accuracy)}"] if accuracy else []
+        figures += [f"mean AUROC {_WITHIN.format(**auroc)}"] if auroc else []
+        told.append(f"{name.replace('_', ' ')} {', '.join(figures) or 'of too few patients'}")
+    images, all_of_them = baseline["images"], baseline["of_images"]
+    drawn = f" drawn of {all_of_them} by patient" if images < all_of_them else ""
+    return (
+        f"audit: thumbnails of {baseline['size_px']} px alone, {baseline['folds']} folds by "
+        f"patient, {images} images{drawn}: {'; '.join(told)}"
+    )
+
+
 def _seen_before(table: dict[str, Any] | None) -> list[str]:
     if table is None:
         return []
@@ -445,6 +502,7 @@ def summary(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             *counts,
+            *([_baseline_line(found["baseline"])] if found["baseline"] else []),
             *(f"audit: {name} not made: {reason}" for name, reason in found["not_made"].items()),
             *(f"audit warning: {line}" for line in found["warnings"]),
         ]

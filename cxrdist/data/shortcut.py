@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.bootstrap import Replicates, Values, draw, interval
 from cxrdist.errors import CxrdistError
 
 FOLDS = 5
 Target = NDArray[np.int8]
+Scores = NDArray[np.float64]  # [N, classes], higher speaks for the class; NaN where not known
 Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # places of the images: training, test
 
 
@@ -18,6 +20,7 @@ def measure_shortcut(
     targets: NDArray[np.int8],
     groups: Sequence[int],
     classes: Sequence[str],
+    task: str,
 ) -> dict[str, Any]:
     """Tell each class against the rest by a logistic regression, cross-validated by patient.
 
@@ -27,42 +30,95 @@ def measure_shortcut(
             not known; such images do not count for the class.
         groups: a number for each image; images of one number stay in one fold.
         classes: names of the columns.
+        task: multiclass or multilabel.
 
     Returns:
-        The names of the features, the number of folds, and for each class its AUROC (chance: 0.5)
-        with a 95 % interval, None where a class has too few patients.
+        The names of the features, the number of folds, and what `judge` returns.
 
     Raises:
         CxrdistError: there are fewer than `FOLDS` groups.
     """
+    folds = fold_patients(groups)
+    values = np.array([list(row.values()) for row in features])
+    found = tell_apart(values, targets, groups, folds)
+    return {
+        "features": list(features[0]),
+        "folds": FOLDS,
+        **judge(found, targets, groups, classes, task),
+    }
+
+
+def fold_patients(groups: Sequence[int]) -> list[Fold]:
+    """Cut images into `FOLDS` folds, the images of a group into one.
+
+    Raises:
+        CxrdistError: there are fewer groups.
+    """
+    from sklearn.model_selection import GroupKFold
+
     if len(set(groups)) < FOLDS:
         raise CxrdistError(
             f"there are fewer than {FOLDS} patients (those of the same image count as one)"
         )
-    from sklearn.model_selection import GroupKFold
-
-    values = np.array([list(row.values()) for row in features])
-    folds = list(GroupKFold(FOLDS, shuffle=True, random_state=0).split(values, groups=groups))
-    return {
-        "features": list(features[0]),
-        "folds": FOLDS,
-        "auroc": {
-            name: _judge(values, target, np.asarray(groups), folds)
-            for name, target in zip(classes, targets.T, strict=True)
-        },
-    }
+    splitter = GroupKFold(FOLDS, shuffle=True, random_state=0)
+    return list(splitter.split(np.zeros((len(groups), 1)), groups=groups))
 
 
-def _judge(
-    values: NDArray[np.float64], target: Target, groups: NDArray[np.int64], folds: Sequence[Fold]
-) -> dict[str, float] | None:
-    """Return the AUROC of one class over the images of which it is known, None of too few."""
+def tell_apart(
+    values: NDArray[np.floating[Any]],
+    targets: NDArray[np.int8],
+    groups: Sequence[int],
+    folds: Sequence[Fold],
+    freedom: float = 1.0,
+) -> Scores:
+    """Score images by a logistic regression for each class, trained on the other folds.
+
+    Args:
+        values: [N, features].
+        targets: int8 [N, classes], below 0 where it is not known.
+        groups: a number for each image's patient.
+        folds: of the images.
+        freedom: scikit-learn's C, of standardised features.
+
+    Returns:
+        float64 [N, classes], log odds; NaN where the label is not known, and in the whole column of
+        a class that has too few patients.
+    """
+    numbers = np.asarray(groups)
+    scores = np.full(targets.shape, np.nan)
+    for column, target in zip(scores.T, targets.T, strict=True):
+        column[:] = _tell(values, target, numbers, folds, freedom)
+    return scores
+
+
+def _tell(
+    values: NDArray[np.floating[Any]],
+    target: Target,
+    groups: NDArray[np.int64],
+    folds: Sequence[Fold],
+    freedom: float,
+) -> NDArray[np.float64]:
+    """Score the images of which one class is known: float64 [N]."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    scores = np.full(len(target), np.nan)
     known = target >= 0
     place = np.cumsum(known) - 1
     folds = [(place[train[known[train]]], place[test[known[test]]]) for train, test in folds]
     folds = [(train, test) for train, test in folds if len(test)]
     values, target, groups = values[known], target[known], groups[known]
-    return _score(values, target, folds) if _has_enough_patients(target, groups, folds) else None
+    if _has_enough_patients(target, groups, folds):
+        model = make_pipeline(StandardScaler(), LogisticRegression(C=freedom, max_iter=1000))
+        # Small products: threads that wait for each other take ten times as long.
+        with threadpool_limits(1):
+            scores[known] = cross_val_predict(
+                model, values, target, cv=folds, method="decision_function"
+            )
+    return scores
 
 
 def _has_enough_patients(target: Target, groups: NDArray[np.int64], folds: Sequence[Fold]) -> bool:
@@ -72,31 +128,78 @@ def _has_enough_patients(target: Target, groups: NDArray[np.int64], folds: Seque
     )
 
 
-def _score(values: NDArray[np.float64], target: Target, folds: Sequence[Fold]) -> dict[str, float]:
-    """Return the AUROC of one class, float64 [N, features] against int8 [N]."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.metrics import roc_auc_score
-    from sklearn.model_selection import cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    found = cross_val_predict(model, values, target, cv=folds, method="predict_proba")[:, 1]
-    return _interval(float(roc_auc_score(target, found)), int(target.sum()), len(target))
+def is_scored(scores: Scores) -> NDArray[np.bool_]:
+    """Return which classes a model could be trained for: bool [classes]."""
+    return np.asarray(np.isfinite(scores).any(axis=0))
 
 
-def _interval(auroc: float, positives: int, images: int) -> dict[str, float]:
-    """The AUROC with 1.96 standard errors around it (Hanley & McNeil 1982, equation 1)."""
-    negatives = images - positives
-    first, second = auroc / (2 - auroc), 2 * auroc**2 / (1 + auroc)
-    variance = (
-        auroc * (1 - auroc)
-        + (positives - 1) * (first - auroc**2)
-        + (negatives - 1) * (second - auroc**2)
-    ) / (positives * negatives)
-    reach = 1.96 * variance**0.5
-    return {
-        "value": round(auroc, 4),
-        "low": round(max(0.0, auroc - reach), 4),
-        "high": round(min(1.0, auroc + reach), 4),
+def judge(
+    scores: Scores,
+    targets: NDArray[np.int8],
+    groups: Sequence[int],
+    classes: Sequence[str],
+    task: str,
+) -> dict[str, Any]:
+    """Say how well scores tell the classes, with 95 % intervals over patients.
+
+    Args:
+        scores: of images by models that have not seen them; NaN where there is none.
+        targets: int8 [N, classes], below 0 where it is not known.
+        groups: a number for each image's patient.
+        classes: names of the columns.
+        task: multiclass or multilabel; of one class per image there is an accuracy.
+
+    Returns:
+        accuracy, that of the class with the highest score; auroc by class (chance: 0.5); their
+        mean. Each is value, low and high, or None where classes have too few patients.
+    """
+    scored = is_scored(scores)
+    if not scored.any():
+        return {"accuracy": None, "auroc": dict.fromkeys(classes), "mean_auroc": None}
+    replicates = draw([str(group) for group in groups], _rarest(targets))
+    drawn = {
+        name: _auroc(scores[:, i], targets[:, i], replicates)
+        for i, name in enumerate(classes)
+        if scored[i]
     }
+    accuracy = None
+    if task == "multiclass" and scored.sum() > 1:
+        right = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1) == targets.argmax(axis=1)
+        everywhere = np.ones_like(right)
+        accuracy = _rounded(float(right.mean()), replicates.share(right, everywhere))
+    return {
+        "accuracy": accuracy,
+        "auroc": {name: _rounded(*drawn[name]) if name in drawn else None for name in classes},
+        "mean_auroc": _rounded(
+            float(np.mean([value for value, _ in drawn.values()])),
+            np.mean([values for _, values in drawn.values()], axis=0),
+        ),
+    }
+
+
+def _rarest(targets: NDArray[np.int8]) -> list[str]:
+    """The place of each image's rarest class, so that no replicate lacks one."""
+    has = targets == 1
+    rare_first = np.argsort(has.sum(axis=0), kind="stable")
+    rarest = np.where(has.any(axis=1), rare_first[has[:, rare_first].argmax(axis=1)], -1)
+    return [str(place) for place in rarest]
+
+
+def _auroc(
+    scores: NDArray[np.float64], target: Target, replicates: Replicates
+) -> tuple[float, Values]:
+    """The AUROC of one class over the images of which it is known, and in each replicate."""
+    from sklearn.metrics import roc_auc_score
+
+    known = target >= 0
+    truth, found = target[known] == 1, scores[known]
+    drawn = Replicates(replicates.draws, replicates.patient[known])
+    return float(roc_auc_score(truth, found)), drawn.auroc(found, truth)
+
+
+def _rounded(value: float, drawn: Values) -> dict[str, float] | None:
+    """A figure with its interval."""
+    ends = interval(drawn)
+    if ends is None:
+        return None
+    return {"value": round(value, 4), "low": round(ends[0], 4), "high": round(ends[1], 4)}

@@ -5,7 +5,8 @@ float32 the sigmoid of 18 and that of 25 are both 1.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -13,14 +14,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Between, Text
+from cxrdist.evaluate.calibration import CalibrationFigures
+from cxrdist.evaluate.decision_curve import DecisionCurve
+from cxrdist.evaluate.intervals import Intervals
+from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
 from cxrdist.terminal import table
 
-SCORES = ("recall", "precision", "f1", "auroc")
+SCORES = ("recall", "specificity", "precision", "f1", "auroc", "average_precision")
 Share = Annotated[float, Between(0, 1)]
-LABEL_SCORES = ("auroc", "average_precision", "f1", "recall", "precision")
+TITLES = {
+    "auroc": "AUROC",
+    "average_precision": "Average\nprec.",
+    "recall": "Recall",
+    "specificity": "Speci-\nficity",
+    "precision": "Precision",
+    "f1": "F1\nscore",
+}
+"""The scores in the order of the terminal's table."""
 THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
 THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit with this probability: 0
 
@@ -57,16 +71,32 @@ def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str
 
 
 class Scores(TypedDict):
-    """Scores of a class or label; None where a score is undefined."""
+    """Scores of a class or label, or their means; None where a score is undefined.
+
+    Beside each NAME of `SCORES` stands NAME_interval, its 95 % interval. Documents of older
+    versions have no intervals, no specificity, and less of the rest.
+    """
 
     recall: Share | None
     precision: Share | None
     f1: Share | None
     auroc: Share | None
+    specificity: NotRequired[Share | None]
     average_precision: NotRequired[Share | None]
+    recall_interval: NotRequired[Limits | None]
+    specificity_interval: NotRequired[Limits | None]
+    precision_interval: NotRequired[Limits | None]
+    f1_interval: NotRequired[Limits | None]
+    auroc_interval: NotRequired[Limits | None]
+    average_precision_interval: NotRequired[Limits | None]
     known: NotRequired[Count]
     """Images of which it is known whether they have the label."""
     positives: NotRequired[Count]
+    patients: NotRequired[Count]
+    """Patients of the known images."""
+    positive_patients: NotRequired[Count]
+    too_few: NotRequired[Text | None]
+    """Why scores of the class are no headline, such as "7 positives"; None if they may be one."""
     reason: NotRequired[Text | None]
     """Why there is no AUROC; None if there is one."""
 
@@ -78,13 +108,25 @@ class Metrics(TypedDict):
     task: Literal["multiclass", "multilabel"]
     index_sha256: NotRequired[str]
     accuracy: NotRequired[Share | None]
+    accuracy_interval: NotRequired[Limits | None]
+    accuracy_wilson: NotRequired[Limits | None]
+    """The interval for images that are taken as independent, which is too narrow if they are not
+    (Wilson 1927)."""
     confusion_matrix: NotRequired[list[list[Count]]]
     """Rows: truth, columns: prediction."""
     threshold: NotRequired[Share]
+    fewest: NotRequired[Count]
+    """Positives, and negatives, below which there are too few to say."""
+    intervals: NotRequired[Intervals]
     classes: dict[str, Scores]
     macro: Scores
     macro_labels: NotRequired[dict[str, Count]]
     external: NotRequired[ExternalInfo]
+    operating_points: NotRequired[OperatingPoints]
+    calibration: NotRequired[CalibrationFigures]
+    decision_curve: NotRequired[DecisionCurve]
+    macro_enough: NotRequired[Scores]
+    """The means without the classes of too few images, for the headline; where there are some."""
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
@@ -108,7 +150,7 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[
     predicted = logits.argmax(dim=1)
     task: dict[str, Any] = {"task": "multiclass", "num_classes": len(classes)}
     by_class = {
-        name: _one_against_rest(_ranks(logits[:, i]), predicted == i, labels == i)
+        name: _one_against_rest(logits[:, i], predicted == i, labels == i)
         for i, name in enumerate(classes)
     }
     return {
@@ -144,7 +186,7 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
     }
     defined = {
         score: [float(v) for c in by_class.values() if (v := c[score]) is not None]
-        for score in LABEL_SCORES
+        for score in SCORES
     }
     return {
         "samples": len(targets),
@@ -158,22 +200,12 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
 
 def _score_label(logits: Tensor, truth: Tensor) -> dict[str, Any]:
     """Score one label over the n images of which it is known: logits, float [n], and bool [n]."""
-    known, positives = len(truth), int(truth.sum())
-    ranks, average, reason = _ranks(logits), None, None
-    if 0 < positives < known:
-        average_precision = _functional().classification.binary_average_precision
-        average = _digits(average_precision(ranks, truth.long()))
-    elif not known:
+    known, positives, reason = len(truth), int(truth.sum()), None
+    if not known:
         reason = "the label is known of no image"
-    else:
+    elif positives in (0, known):
         reason = f"{'all' if positives else 'none'} of the {known} known images have the label"
-    return {
-        "known": known,
-        "positives": positives,
-        **_one_against_rest(ranks, logits >= THRESHOLD_LOGIT, truth),
-        "average_precision": average,
-        "reason": reason,
-    }
+    return {**_one_against_rest(logits, logits >= THRESHOLD_LOGIT, truth), "reason": reason}
 
 
 def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
@@ -201,18 +233,31 @@ def _ranks(logits: Tensor) -> Tensor:
     return (places.double() + 1) / (len(logits) + 1)
 
 
-def _one_against_rest(ranks: Tensor, predicted: Tensor, truth: Tensor) -> dict[str, float | None]:
+def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
+    """Count and score n images: logits, float [n], predictions and truth, bool [n]."""
     scores = _functional().classification
-    has_truth, has_prediction = bool(truth.any()), bool(predicted.any())
-    has_both = has_truth and not bool(truth.all())
-    guess, target = predicted.long(), truth.long()
+    positives = int(truth.sum())
+    has_truth, has_others, has_prediction = (
+        positives > 0,
+        positives < len(truth),
+        bool(predicted.any()),
+    )
+    guess, target, ranks = predicted.long(), truth.long(), _ranks(logits)
+    defined = {
+        "recall": (has_truth, scores.binary_recall, guess),
+        "specificity": (has_others, scores.binary_specificity, guess),
+        "precision": (has_prediction, scores.binary_precision, guess),
+        "f1": (has_truth or has_prediction, scores.binary_f1_score, guess),
+        "auroc": (has_truth and has_others, scores.binary_auroc, ranks),
+        "average_precision": (has_truth and has_others, scores.binary_average_precision, ranks),
+    }
     return {
-        "recall": _digits(scores.binary_recall(guess, target)) if has_truth else None,
-        "precision": _digits(scores.binary_precision(guess, target)) if has_prediction else None,
-        "f1": _digits(scores.binary_f1_score(guess, target))
-        if has_truth or has_prediction
-        else None,
-        "auroc": _digits(scores.binary_auroc(ranks, target)) if has_both else None,
+        "known": len(truth),
+        "positives": positives,
+        **{
+            name: _digits(function(values, target)) if is_defined else None
+            for name, (is_defined, function, values) in defined.items()
+        },
     }
 
 
@@ -227,46 +272,83 @@ def _mean(scores: list[float | None]) -> float | None:
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
-    """The paper's Table 2 for the terminal, with AUROC; of several labels their own table."""
-    if metrics["task"] == "multilabel":
-        return _label_table(metrics)
-    rows = [[name, *_cells(scores)] for name, scores in metrics["classes"].items()]
-    rows.append(["All classes mean", *_cells(metrics["macro"])])
-    return table(rows, ("Class", "Recall", "Precision", "F1 score", "AUROC"))
+    """The scores of all classes for the terminal, as in the paper's Table 2, with intervals.
 
-
-def _label_table(metrics: dict[str, Any]) -> str:
+    It fits 100 columns, of names too long in several lines.
+    """
+    several = metrics["task"] == "multilabel"
     rows = [
-        [name, str(scores["positives"]), str(scores["known"]), *_cells(scores, LABEL_SCORES)]
+        [fill(name, 18), f"{scores['positives']}\nof {scores['known']}", *_cells(scores)]
         for name, scores in metrics["classes"].items()
     ]
-    rows.append(["Mean", "", "", *_cells(metrics["macro"], LABEL_SCORES)])
-    rows.append(["of labels", "", "", *(str(metrics["macro_labels"][s]) for s in LABEL_SCORES)])
-    headers = ("AUROC", "Average precision", "F1 score", "Recall", "Precision")
+    rows.append(["Mean" if several else "All classes mean", "", *_cells(metrics["macro"])])
+    if several:
+        rows.append(["of labels", "", *(str(metrics["macro_labels"][score]) for score in TITLES)])
     reasons = [
         f"{name}: no AUROC, {scores['reason']}"
         for name, scores in metrics["classes"].items()
-        if scores["reason"]
+        if scores.get("reason")
     ]
-    return "\n".join([table(rows, ("Label", "Images", "of known", *headers)), *reasons])
+    headers = ("Label" if several else "Class", "Images", *TITLES.values())
+    return "\n".join([table(rows, headers), *reasons])
+
+
+def _cells(scores: dict[str, Any]) -> list[str]:
+    """Each score and below it its interval, without the zeros before the point to save columns."""
+    cells = []
+    for name in TITLES:
+        value, limits = scores[name], scores.get(f"{name}_interval")
+        cell = "-" if value is None else f"{value:.3f}"
+        cells.append(f"{cell}\n{_short(limits[0])}-{_short(limits[1])}" if limits else cell)
+    return cells
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0") if value < 0.9995 else "1.00"
 
 
 def headline(metrics: dict[str, Any]) -> str:
-    """The metrics in one line."""
-    if metrics["task"] == "multiclass":
-        right = f"{correct_of(metrics)} of {metrics['samples']}"
-        return f"accuracy {metrics['accuracy']:.3f} ({right})"
-    value, labels = metrics["macro"]["auroc"], metrics["macro_labels"]["auroc"]
-    shown = "-" if value is None else f"{value:.3f}"
-    classes, samples = metrics["classes"], metrics["samples"]
+    """The metrics in one line, with their interval, or why there are too few images to say."""
+    if metrics["task"] == "multilabel":
+        return _label_headline(metrics)
+    samples = metrics["samples"]
+    if samples < metrics.get("fewest", 0):
+        return f"accuracy: too few to say ({samples} images)"
+    limits = _within(metrics, metrics.get("accuracy_interval"))
+    right = f"{correct_of(metrics)} of {samples}"
+    return f"accuracy {metrics['accuracy']:.3f} ({right}{limits})"
+
+
+def _label_headline(metrics: dict[str, Any]) -> str:
+    classes, samples, few = metrics["classes"], metrics["samples"], few_of(metrics)
+    mean = metrics.get("macro_enough", metrics["macro"])
+    labels = sum(
+        scores["auroc"] is not None for scores in classes.values() if not scores.get("too_few")
+    )
+    shown = f"{mean['auroc']:.3f}" if labels else "too few to say" if few else "-"
     known = sum(scores["known"] for scores in classes.values()) / (samples * len(classes))
     unknown = f", {known:.0%} of their labels are known" if known < 1 else ""
-    return f"mean AUROC {shown} over {labels} of {len(classes)} labels ({samples} images{unknown})"
+    limits = _within(metrics, mean.get("auroc_interval"))
+    left = ", ".join(f"{name} ({reason})" for name, reason in few.items())
+    return (
+        f"mean AUROC {shown} over {labels} of {len(classes)} labels ({samples} images{unknown}"
+        f"{limits})" + (f"; too few to say of {left}" if few else "")
+    )
 
 
-def _cells(scores: dict[str, float | None], names: Sequence[str] = SCORES) -> list[str]:
-    values = [scores[name] for name in names]
-    return ["-" if value is None else f"{value:.3f}" for value in values]
+def few_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Name the classes of which there are too few images to say, and how many there are."""
+    reasons = {name: scores.get("too_few") for name, scores in metrics["classes"].items()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _within(metrics: dict[str, Any], limits: Limits | None) -> str:
+    if not limits:
+        return ""
+    return (
+        f"; {LEVEL:.0%} interval {limits[0]:.3f} to {limits[1]:.3f}, "
+        f"{metrics['intervals']['patients']} patients"
+    ).replace("%", " %")
 
 
 def correct_of(metrics: dict[str, Any]) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +11,17 @@ from numpy.typing import NDArray
 
 from cxrdist.config import EvaluateConfig
 from cxrdist.data.cache import Images, open_cache, read_rows
+from cxrdist.data.folds import cut_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.calibration import (
+    choose_calibration,
+    describe_calibration,
+    probability_columns,
+    wanted_rule,
+)
 from cxrdist.evaluate.external import (
     Choices,
     External,
@@ -30,15 +36,13 @@ from cxrdist.evaluate.external import (
     take_external,
     write_lists,
 )
-from cxrdist.evaluate.metrics import (
-    compute_label_metrics,
-    compute_metrics,
-    headline,
-    metrics_table,
-    to_probabilities,
-)
-from cxrdist.evaluate.scored import GROUP_COLUMNS
-from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.evaluate.measure import Settings, measure
+from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
+from cxrdist.evaluate.operating_points import Rule, read_rule, refuse_bad_prevalence
+from cxrdist.evaluate.scored import GROUP_COLUMNS, score_samples
+from cxrdist.model.densenet import Classifier, save_calibration
+from cxrdist.model.description import Calibration
+from cxrdist.model.ensemble import Ensemble, load_predictor
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -50,7 +54,7 @@ class Subject:
     Attributes:
         accelerator: of this rank.
         run: the run directory of the model.
-        model: in evaluation mode, on the device.
+        model: in evaluation mode, on the device; one network or an ensemble.
         index: the shards as the model takes them: of an external set, samples that are not used
             are in no split, and labels are the model's.
         images: uint8 [samples, size, size].
@@ -61,7 +65,7 @@ class Subject:
 
     accelerator: Accelerator
     run: RunDirectory
-    model: Classifier
+    model: Classifier | Ensemble
     index: Index
     images: Images
     place: str
@@ -92,11 +96,13 @@ def open_subject(
             size are not the model's, or they have no image in the split.
     """
     accelerator, directory = start(), RunDirectory(run)
-    model = together(accelerator, lambda: load_model(run))
+    model = together(accelerator, lambda: load_predictor(run))
 
     def prepare() -> tuple[Index, str]:
         index = read_index(shards)
         place = choose_place(read_own(directory), index, split, name)
+        if place == split:
+            index = _splits_of_training(index, model, split)
         _refuse_unlike(index, model, split)
         if place == split:
             _refuse_other_classes(index, model)
@@ -137,7 +143,7 @@ def _open_external(
     )
 
 
-def _refuse_unlike(index: Index, model: Classifier, split: str) -> None:
+def _refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:
     """Make sure that the model can take the images of a split."""
     shards = index.directory
     if index.task != model.task:
@@ -159,12 +165,28 @@ def _refuse_unlike(index: Index, model: Classifier, split: str) -> None:
         )
 
 
-def _refuse_other_classes(index: Index, model: Classifier) -> None:
+def _refuse_other_classes(index: Index, model: Classifier | Ensemble) -> None:
     if index.classes != model.classes:
         raise CxrdistError(
             f"--shards {index.directory}: have the classes {', '.join(index.classes)}, the model "
             f"{', '.join(model.classes)}; give shards of the model's classes"
         )
+
+
+def _splits_of_training(index: Index, model: Classifier | Ensemble, split: str) -> Index:
+    """Cut train and val as the model's training did.
+
+    Raises:
+        CxrdistError: the members of an ensemble have different ones, and one of them is asked for.
+    """
+    if not isinstance(model, Ensemble):
+        return cut_fold(index, model.fold)
+    if model.has_folds and split != "test":
+        raise CxrdistError(
+            f"--split {split}: each member of this ensemble was trained on other parts of train "
+            f"and val; evaluate test, or the fold of a member with --run RUN/{model.names[0]}"
+        )
+    return index
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -176,7 +198,9 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         CxrdistError: run, shards or split cannot be used.
     """
-    refuse_below_one(config, "batch_size")
+    refuse_below_one(config, "batch_size", "fewest")
+    refuse_bad_prevalence(config.prevalence)
+    rule = read_rule(config.operating_point) if config.operating_point else None
     labels = {} if config.label_map is None else read_label_map(config.label_map)
     choices = Choices(labels, config.seen)
     subject = open_subject(
@@ -184,13 +208,15 @@ def evaluate(config: EvaluateConfig) -> None:
     )
     accelerator, place = subject.accelerator, subject.place
     together(accelerator, lambda: refuse_unwritable(subject.run.predictions(place)))
+    calibration = _calibrate(subject, config, rule)
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(subject, numbers, config.batch_size)
     if accelerator.is_main_process:
         logits = in_order(rows, numbers)
         sweep(subject.run.metrics(place).parent)
         write_predictions(subject, numbers, logits)
-        metrics = measure(subject.index, numbers, logits)
+        settings = Settings(config.fewest, config.prevalence, calibration)
+        metrics = measure(score_samples(subject.index, numbers, logits), settings)
         metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
         if subject.external is not None:
             metrics["external"] = subject.external.info
@@ -198,18 +224,35 @@ def evaluate(config: EvaluateConfig) -> None:
             print(summary(subject.external.info))
         write_json(subject.run.metrics(place), metrics)
         print(metrics_table(metrics))
+        print(describe_calibration(metrics))
         print(f"{place}: {headline(metrics)}")
     finish(accelerator)
 
 
-def measure(
-    index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]
-) -> dict[str, Any]:
-    """The metrics of some samples, from their logits, float32 [N, classes], in order."""
-    targets, scores = torch.from_numpy(index.targets()[numbers]), torch.from_numpy(logits)
-    if index.task == "multilabel":
-        return compute_label_metrics(scores, targets, index.classes)
-    return compute_metrics(scores, targets.long().argmax(1), index.classes)
+def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> Calibration | None:
+    """Give the model its temperatures and thresholds, as far as its own shards are given.
+
+    Returns:
+        Those of the model; None if its own validation split was not evaluated yet.
+
+    Raises:
+        CxrdistError: another rule is wished for, and the shards are not the model's.
+    """
+    index, stored = subject.index, subject.model.calibration
+    has_val = not (isinstance(subject.model, Ensemble) and subject.model.has_folds)
+    is_own = subject.external is None and subject.run.info.is_file() and has_val
+    wanted = together(
+        subject.accelerator,
+        lambda: wanted_rule(stored, rule, config.fewest, index.sha256 if is_own else None),
+    )
+    if wanted is not None:
+        numbers = np.array(index.numbers("val"), dtype=np.int64)
+        logits = in_order(predict_split(subject, numbers, config.batch_size), numbers)
+        scored = score_samples(index, numbers, logits)
+        subject.model.calibration = choose_calibration(scored, wanted, config.fewest, index.sha256)
+        if subject.accelerator.is_main_process:
+            save_calibration(subject.model.calibration, subject.run.model)
+    return subject.model.calibration
 
 
 def rank_batches(
@@ -270,10 +313,13 @@ def write_predictions(
 
     Its rows are the images that are scored. After label stand uncertain and missing where labels of
     the shards are not known, then source, view, sex and age where they say something, and ``seen``
-    (`Match.why` or nothing) where images that the network has seen are scored too. Nine significant
-    digits each: a logit, float32, is read back exactly.
+    (`Match.why` or nothing) where images that the network has seen are scored too. After the logits
+    stand the columns of a calibrated model. Nine significant digits each: a logit, float32, is read
+    back exactly.
     """
-    names = [f"{what}_{name}" for what in ("prob", "logit") for name in subject.index.classes]
+    classes = subject.index.classes
+    names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]
+    more = probability_columns(logits, classes, subject.index.task, subject.model.calibration)
     has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
     samples = [subject.index.samples[number] for number in numbers]
@@ -282,12 +328,11 @@ def write_predictions(
     external = subject.external
     matches = external.matches if external and external.info["seen"] == "report" else None
     rows = []
-    for number, sample, values in zip(
-        numbers.tolist(), samples, np.hstack([to_probabilities(logits), logits]), strict=True
-    ):
+    numbers_of = np.column_stack([to_probabilities(logits), logits, *more.values()])
+    for number, sample, values in zip(numbers.tolist(), samples, numbers_of, strict=True):
         cells = [getattr(sample, column) for column in about]
         if matches is not None:
             cells.append(matches[number].why if number in matches else "")
         rows.append([*cells, *(f"{value:.9g}" for value in values)])
     seen = [] if matches is None else ["seen"]
-    write_table(subject.run.predictions(subject.place), [*about, *seen, *names], rows)
+    write_table(subject.run.predictions(subject.place), [*about, *seen, *names, *more], rows)

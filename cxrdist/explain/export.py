@@ -1,6 +1,7 @@
 """Explain a split: relevance, its ledger, heat maps and a test of them, on any number of ranks."""
 
 import hashlib
+import json
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.sanity import Flipping, RelevanceInfo, flip_pixels, summarise
 from cxrdist.explain.targets import Targets, choose_samples, choose_targets
 from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import one_network
 from cxrdist.run import locked, read_document, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -79,8 +81,9 @@ def explain(config: ExplainConfig) -> None:
     refuse_below_one(config, "limit", "batch_size")
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
-    targets = together(accelerator, lambda: choose_targets(config, subject.model))
-    explainer = together(accelerator, lambda: _explainer(config, subject.model))
+    model = together(accelerator, lambda: one_network(subject.model))
+    targets = together(accelerator, lambda: choose_targets(config, model))
+    explainer = together(accelerator, lambda: _explainer(config, model))
     numbers = together(
         accelerator, lambda: choose_samples(subject.index, config.split, config.limit)
     )
@@ -115,9 +118,12 @@ def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
 
 def _how(config: ExplainConfig, subject: Subject, targets: Targets) -> dict[str, Any]:
     """All that the bytes of the relevance depend on, but for the machine and its threads."""
-    weights = (subject.run.model / name for name in ("model.safetensors", "model.json"))
+    description = read_document(subject.run.model / "model.json", dict[str, Any])
+    description.pop("calibration", None)  # no map depends on it, and evaluate may come later
+    weights = (subject.run.model / "model.safetensors").read_bytes()
+    parts = (weights, json.dumps(description).encode())
     return {
-        "model_sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in weights],
+        "model_sha256": [hashlib.sha256(part).hexdigest() for part in parts],
         "index_sha256": subject.index.sha256,
         "maps": targets.names,
         **{name: getattr(config, name) for name in _OPTIONS},
@@ -293,14 +299,14 @@ def ledger_rows(
 
 def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:
     """Flip pixels of this rank's share of a few samples of the split."""
-    subject = work.subject
+    subject, model = work.subject, one_network(work.subject.model)
     most = min(limit or FLIPPED_IMAGES, FLIPPED_IMAGES)
     numbers = choose_samples(subject.index, work.split, most)
     return [
         (
             number,
             flip_pixels(
-                subject.model, work.explainer, subject.images[number], work.targets.classes, number
+                model, work.explainer, subject.images[number], work.targets.classes, number
             ),
         )
         for batch in rank_batches(numbers, 1, subject.accelerator)

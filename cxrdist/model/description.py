@@ -5,14 +5,17 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from cxrdist.config import Network
 from cxrdist.data.index import Classes, CoverHow, CoverSplit, Depth, Fit, SidePx, Task
-from cxrdist.documents import Between, Matching, Real, Sha256, Text
+from cxrdist.documents import Between, Distinct, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.info import WeightsInfo
+from cxrdist.info import Count, WeightsInfo
 
 MOST_OUTPUTS = 100_000
 LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
 MOST_GREY = 1e9
 
+MOST_MEMBERS = 20
+
+Member = Annotated[str, Matching(r"member-\d{1,2}", "member-NUMBER")]
 Label = Annotated[str, Matching(r"[^\0\ud800-\udfff]{0,255}", "at most 255 characters")]
 
 
@@ -63,16 +66,24 @@ class Calibration:
     """What was chosen on the validation split once the training had ended, by class.
 
     Attributes:
-        temperatures: a logit divided by its class's is calibrated.
+        temperatures: the logit of a class divided by its temperature is calibrated.
         rule: by which the thresholds were chosen, such as ``youden`` or ``sensitivity=0.95``.
-        thresholds: logits, not calibrated, from which on a class is called.
-        index_sha256: of the shards whose validation split that was.
+        thresholds: logits, not calibrated; a class is called if its logit is at least that.
+        reasons: of each class that has no temperature or no threshold, why.
+        fewest: positives, and negatives, that a class had to have.
+        index_sha256: of the shards whose validation split it was.
+        images: of the validation split.
+        patients: of the validation split.
     """
 
     temperatures: dict[str, Annotated[float, Between(1e-3, 1e3)]]
     rule: Text
     thresholds: dict[str, Real]
+    reasons: dict[str, Text]
+    fewest: Count
     index_sha256: Sha256
+    images: Count
+    patients: Count
 
 
 class ModelFile(TypedDict):
@@ -88,8 +99,19 @@ class ModelFile(TypedDict):
     depth: NotRequired[Depth | None]
     cover: NotRequired[Cover | None]
     calibration: NotRequired[Calibration | None]
+    fold: NotRequired[Text | None]
+    """Part of train and val that was its validation split, such as 2/5; None: as packed."""
     weights: NotRequired[WeightsInfo | None]
     """Those that the training started from."""
+
+
+class EnsembleFile(TypedDict):
+    """The content of model.json of an ensemble, whose members are runs in its own directory."""
+
+    format: Literal["cxrdist-ensemble-1"]
+    members: Annotated[list[Member], Between(2, MOST_MEMBERS), Distinct()]
+    calibration: NotRequired[Calibration | None]
+    """Of the ensemble itself; each member has its own."""
 
 
 class WeightsNote(TypedDict):

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cxrdist.data.audit import FORMAT, MOST_PICTURED
+from cxrdist.data.audit import FORMAT, MOST_PICTURED, best_model
 from cxrdist.report.files import reading
-from cxrdist.report.values import count, number
+from cxrdist.report.values import count, number, percent
 from cxrdist.run import read_document
 
 MOST_PATIENTS = 50
@@ -57,6 +57,9 @@ def audit_view(path: Path) -> dict[str, Any] | None:
             "statistics": found["statistics"]
             and _statistics(found["statistics"], found["classes"]),
             "shortcut": found["shortcut"] and _shortcut(found["shortcut"], found["classes"]),
+            # Audits of older versions know no baseline.
+            "baseline": found.get("baseline") and _baseline(found["baseline"], found["classes"]),
+            "trivial": _trivial(found),
             "seen": found["in_pre_training"] and _seen(found["in_pre_training"]),
         }
 
@@ -160,9 +163,53 @@ def _shortcut(found: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any
     rows = []
     for label in classes:
         score = found["auroc"][label]
-        shown = [number(score[name]) for name in ("value", "low", "high")] if score else None
-        rows.append((label, shown, bool(score) and score["low"] > 0.5))
-    return {"folds": count(found["folds"]), "rows": rows}
+        rows.append((label, _within(score), bool(score) and score["low"] > 0.5))
+    accuracy = _within(found.get("accuracy"))
+    return {"folds": count(found["folds"]), "rows": rows, "accuracy": accuracy}
+
+
+def _baseline(found: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """What thumbnails alone tell: a row for each figure, a cell for each model."""
+    models = found["logistic_regression"], found["perceptron"]
+    rows = [("Accuracy", [_within(model["accuracy"]) for model in models])]
+    rows += [
+        (f"AUROC {name}", [_within(model["auroc"][name]) for model in models]) for name in classes
+    ]
+    rows.append(("Mean AUROC", [_within(model["mean_auroc"]) for model in models]))
+    amounts = ("size_px", "folds", "images", "of_images", "patients")
+    return {
+        **{name: count(found[name]) for name in amounts},
+        "is_part": found["images"] < found["of_images"],
+        "largest_class": percent(found["largest_class"]),
+        "rows": [row for row in rows if any(row[1]) or row[0] != "Accuracy"],
+    }
+
+
+def _within(score: Mapping[str, float] | None) -> list[str] | None:
+    """A figure and the ends of its interval."""
+    return [number(score[name]) for name in ("value", "low", "high")] if score else None
+
+
+def _trivial(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
+    """Gather what would be reached without looking at a lung, for the first line of the page.
+
+    Returns:
+        What is looked at alone; accuracy of one class per image, else mean_auroc; the figure as
+        value, low and high. Empty for audits of older versions, and for too few patients.
+    """
+    told: list[tuple[str, str, dict[str, float]]] = []
+    shortcut, baseline = found["shortcut"] or {}, found.get("baseline")
+    for figure in ("accuracy", "mean_auroc"):
+        if not told and shortcut.get(figure):
+            told.append(("size, border and brightness", figure, _checked(shortcut[figure])))
+    best = best_model(baseline) if baseline else None
+    if baseline and best:
+        told.append((f"thumbnails of {count(baseline['size_px'])} px", best[1], _checked(best[2])))
+    return told
+
+
+def _checked(score: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(score[name]) for name in ("value", "low", "high")}
 
 
 def _seen(found: Mapping[str, Any]) -> dict[str, Any]:

@@ -228,7 +228,7 @@ def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
             for values in metrics["classes"].values():
                 values["positives"], values["average_precision"]
             metrics["macro"]["average_precision"], metrics["threshold"]
-            for score in MEASURES[task]:
+            for score in MEASURES[task].keys() & metrics["macro"].keys():
                 metrics["macro_labels"][score]
         else:
             metrics["accuracy"]

@@ -7,6 +7,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.members import FIGURES, read_members
 from cxrdist.explain import heatmap
 from cxrdist.info import RunInfo, read_info
 from cxrdist.report import values
@@ -43,7 +44,7 @@ def report(config: ReportConfig) -> Path:
         split_view(run, split, f"split{place}", info["shards"]["task"])
         for place, split in enumerate(known_splits(run.root))
     ]
-    page = _template().render(
+    page = template("report.html.jinja").render(
         name=run.root.resolve().name,
         info=info,
         weights=weights_chain(info),
@@ -54,6 +55,8 @@ def report(config: ReportConfig) -> Path:
         stages=stage_views(run, info, recipe),
         splits=splits,
         external=external_view(splits),
+        members=read_members(run),
+        figures=FIGURES,
         texts=text_views(run),
         headline=next((split for split in splits if split["metrics"]), None),
         heatmap=heatmap,
@@ -63,8 +66,8 @@ def report(config: ReportConfig) -> Path:
     return run.report
 
 
-def _template() -> Template:
-    """Load the page; whatever comes from a file is escaped, a name it misses is an error."""
+def template(name: str) -> Template:
+    """Load a page; whatever comes from a file is escaped, a name it misses is an error."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,9 +75,19 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("colour", "number", "percent", "count", "rate", "share", "moment"):
-        environment.filters[name] = getattr(values, name)
-    return environment.get_template("report.html.jinja")
+    for function in (
+        "colour",
+        "number",
+        "percent",
+        "count",
+        "rate",
+        "share",
+        "moment",
+        "signed",
+        "p_value",
+    ):
+        environment.filters[function] = getattr(values, function)
+    return environment.get_template(name)
 
 
 def _duration(path: Path, info: RunInfo) -> str:

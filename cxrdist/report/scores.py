@@ -1,6 +1,5 @@
 """The scores of a split as the report shows them, of one label an image or of several."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,8 @@ import numpy as np
 from markupsafe import Markup
 
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.intervals import wilson
+from cxrdist.evaluate.metrics import few_of
 from cxrdist.report import pictures
 from cxrdist.report.files import Sample
 from cxrdist.report.values import MEASURES, count, number, percent, share
@@ -15,25 +16,43 @@ from cxrdist.run import RunDirectory, options_of
 
 NEEDS = {
     "recall": "it needs an image of this class",
+    "specificity": "it needs an image of another class",
     "precision": "it needs an image predicted as this",
     "f1": "it needs an image of this class or one predicted as it",
     "auroc": "it needs images of this class and of others",
     "average_precision": "it needs images of this class and of others",
 }
+COUNTS = {"Images": ("positives", "known"), "Patients": ("positive_patients", "patients")}
+"""Columns of counts: those with the class, and all of whom it is known."""
+INTERVAL = "95 % interval"
+TOO_FEW = "too few to say"
 _DIGITS = 1e-6  # of a score in metrics.json
+
+
+Cell = tuple[str, str]  # what a cell of a table shows, and what stands small below it
 
 
 def score_view(metrics: Mapping[str, Any]) -> dict[str, Any]:
     """Gather what the page says of the scores: names, tiles, rows of the table, reasons."""
     known = {name: known_images(metrics, name) for name in metrics["classes"]}
     return {
-        "measures": MEASURES[metrics["task"]],
+        "measures": _measures(metrics),
         "tiles": _tiles(metrics),
+        "table": _table(metrics),
+        "basis": _basis(metrics),
+        "few": few_of(metrics),
         "undefined": _undefined(metrics),
         "num_correct": num_correct(metrics),
+        "within": {name: _below(scores, "auroc") for name, scores in metrics["classes"].items()},
         "known": known,
         "known_share": share(sum(known.values()), metrics["samples"] * len(known)),
     }
+
+
+def _measures(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """The scores that metrics have and what they are called; older versions have fewer."""
+    measures = MEASURES[metrics["task"]]
+    return {name: label for name, label in measures.items() if name in metrics["macro"]}
 
 
 def num_correct(metrics: Mapping[str, Any]) -> int | None:
@@ -45,36 +64,104 @@ def num_correct(metrics: Mapping[str, Any]) -> int | None:
 
 def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The headline: what, its value, what it is of."""
-    measures, macro, labels = MEASURES[metrics["task"]], metrics["macro"], len(metrics["classes"])
-    if metrics["task"] == "multilabel":
-        return [
-            (
-                label,
-                number(macro[measure]),
-                f"mean of {metrics['macro_labels'][measure]} of {labels} labels, "
-                "each counted alike",
-            )
-            for measure, label in measures.items()
-        ]
-    right = f"{count(num_correct(metrics))} of {count(metrics['samples'])} images correct"
+    means = [_mean_tile(metrics, name, label) for name, label in _measures(metrics).items()]
+    return means if metrics["task"] == "multilabel" else [_accuracy_tile(metrics), *means]
+
+
+def _accuracy_tile(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
+    samples = metrics["samples"]
+    if samples < metrics.get("fewest", 0):
+        return "Accuracy", TOO_FEW, f"{count(samples)} images"
+    more = f"{count(num_correct(metrics))} of {count(samples)} images correct"
     if within := interval(metrics):
-        right += f"; 95 % interval {percent(within[0])} to {percent(within[1])}"
-    means = [
-        (label, number(macro[measure]), f"mean of {labels} classes, each counted alike")
-        for measure, label in measures.items()
-    ]
-    return [("Accuracy", percent(metrics["accuracy"]), right), *means]
+        more += f"; {INTERVAL} {percent(within[0])} to {percent(within[1])}"
+    if "intervals" in metrics:
+        more += f", {count(metrics['intervals']['patients'])} patients"
+    return "Accuracy", percent(metrics["accuracy"]), more
+
+
+def _mean_tile(metrics: Mapping[str, Any], measure: str, label: str) -> tuple[str, str, str]:
+    """The mean of a score over the classes of enough images."""
+    several, few = metrics["task"] == "multilabel", few_of(metrics)
+    mean, classes = metrics.get("macro_enough", metrics["macro"]), metrics["classes"]
+    number_of = sum(v[measure] is not None for name, v in classes.items() if name not in few)
+    all_of_them = f"{len(classes)} {'labels' if several else 'classes'}"
+    over = f"mean of {number_of} of {all_of_them}" if several or few else f"mean of {all_of_them}"
+    more = f"{over}, each counted alike"
+    if limits := mean.get(f"{measure}_interval"):
+        more = f"{INTERVAL} {number(limits[0])} to {number(limits[1])}; {more}"
+    if few:
+        more += f"; too few to say of {', '.join(f'{name} ({n})' for name, n in few.items())}"
+    value = TOO_FEW if few and mean[measure] is None else number(mean[measure])
+    return label, value, more
 
 
 def interval(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Compute the 95 % interval of the accuracy for images taken as independent (Wilson 1927)."""
-    n, z = metrics["samples"], 1.959964
-    if not n:
-        return None
-    p = (num_correct(metrics) or 0) / n
-    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    """The 95 % interval of the accuracy; of metrics of older versions Wilson's."""
+    if "accuracy_interval" in metrics:
+        limits = metrics["accuracy_interval"]
+    elif metrics["samples"]:
+        limits = wilson(num_correct(metrics) or 0, metrics["samples"])
+    else:
+        limits = None
+    return (limits[0], limits[1]) if limits else None
+
+
+def _basis(metrics: Mapping[str, Any]) -> str:
+    """Say what the intervals rest on."""
+    if "intervals" not in metrics:
+        return (
+            "The interval (Wilson) takes the images as independent; several images of one patient "
+            "make it wider in truth. Run cxrdist evaluate again for intervals by patient."
+            if metrics["task"] == "multiclass" and metrics["samples"]
+            else ""
+        )
+    made = metrics["intervals"]
+    alone = made["unit"] == "image"
+    text = (
+        f"95 % intervals by a bootstrap over {count(made['patients'])} patients"
+        f"{', each of one image' if alone else ''}, of {count(made['replicates'])} replicates."
+    )
+    if within := metrics.get("accuracy_wilson"):
+        text += (
+            f" Wilson's interval of the accuracy, which takes the {count(metrics['samples'])} "
+            f"images as independent, is {percent(within[0])} to {percent(within[1])}."
+        )
+    return text
+
+
+def _table(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of classes: titles of its columns, a row for each class, rows of the mean."""
+    measures, classes = _measures(metrics), metrics["classes"]
+    several, few = metrics["task"] == "multilabel", few_of(metrics)
+    of_all = next(iter(classes.values()))
+    counts = {
+        title: names for title, names in COUNTS.items() if names[0] in of_all and names[1] in of_all
+    }
+    rows = [
+        (
+            (name, f"too few to say: {few[name]}" if name in few else ""),
+            [
+                *((count(v[part]), f"of {count(v[all_])}") for part, all_ in counts.values()),
+                *((number(v[measure]), _below(v, measure)) for measure in measures),
+            ],
+        )
+        for name, v in classes.items()
+    ]
+    nothing: list[Cell] = [("", "")] * len(counts)
+    macro = metrics["macro"]
+    means = [(number(macro[measure]), _below(macro, measure)) for measure in measures]
+    foot = [("Mean" if several else "All classes mean", [*nothing, *means])]
+    if several:
+        labels = [(count(metrics["macro_labels"][measure]), "") for measure in measures]
+        foot.append(("Labels in the mean", [*nothing, *labels]))
+    return {"titles": [*counts, *measures.values()], "rows": rows, "foot": foot}
+
+
+def _below(scores: Mapping[str, Any], measure: str) -> str:
+    """The interval of a score as it stands below it."""
+    limits = scores.get(f"{measure}_interval")
+    return f"{number(limits[0])} to {number(limits[1])}" if limits else ""
 
 
 def _undefined(metrics: Mapping[str, Any]) -> list[str]:
@@ -82,7 +169,7 @@ def _undefined(metrics: Mapping[str, Any]) -> list[str]:
     reasons = []
     if metrics["task"] == "multiclass" and metrics["accuracy"] is None:
         reasons.append("Accuracy: there are no images.")
-    measures = MEASURES[metrics["task"]]
+    measures = _measures(metrics)
     for measure, label in measures.items():
         without = [
             name

@@ -9,17 +9,20 @@ DASH = "\N{EM DASH}"
 # The scores of metrics.json by task, in the order of the page.
 MEASURES = {
     "multiclass": {
-        "recall": "Recall",
+        "recall": "Sensitivity",
+        "specificity": "Specificity",
         "precision": "Precision",
         "f1": "F1 score",
         "auroc": "AUROC",
+        "average_precision": "Average precision",
     },
     "multilabel": {
         "auroc": "AUROC",
         "average_precision": "Average precision",
-        "f1": "F1 score",
-        "recall": "Recall",
+        "recall": "Sensitivity",
+        "specificity": "Specificity",
         "precision": "Precision",
+        "f1": "F1 score",
     },
 }
 
@@ -27,6 +30,18 @@ MEASURES = {
 def number(value: float | None) -> str:
     """Write a value with three decimals; what is undefined is a dash."""
     return DASH if value is None or math.isnan(value) else f"{value:.3f}".replace("-", "\u2212")
+
+
+def signed(value: float | None) -> str:
+    """Write a difference with its sign and three decimals; what is undefined is a dash."""
+    if value is None or math.isnan(value):
+        return DASH
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "\u2212")
+
+
+def p_value(value: float) -> str:
+    """Write a p value; what is below the third decimal is said to be below it."""
+    return "< 0.001".replace(" ", "\N{NO-BREAK SPACE}") if value < 0.001 else f"{value:.3f}"
 
 
 def percent(value: float | None) -> str:

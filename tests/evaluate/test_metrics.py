@@ -11,6 +11,7 @@ from sklearn.metrics import (
 )
 
 from cxrdist.evaluate.metrics import (
+    SCORES,
     compute_label_metrics,
     compute_metrics,
     mean_auroc,
@@ -83,6 +84,10 @@ def test_scores_of_classes_are_scikit_learns(seed):
         assert scores["recall"] == pytest.approx(recall_score(is_class, guess), abs=1e-6)
         assert scores["precision"] == pytest.approx(precision_score(is_class, guess), abs=1e-6)
         assert scores["f1"] == pytest.approx(f1_score(is_class, guess), abs=1e-6)
+        others = recall_score(~is_class, ~guess)
+        assert scores["specificity"] == pytest.approx(others, abs=1e-6)
+        expected = average_precision_score(is_class, logits[:, i].numpy())
+        assert scores["average_precision"] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -125,6 +130,7 @@ def test_cells_that_are_not_known_are_dropped(seed):
             "f1": f1_score(truth, score >= 0),
             "recall": recall_score(truth, score >= 0),
             "precision": precision_score(truth, score >= 0),
+            "specificity": recall_score(truth == 0, score < 0),
         }
         assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-6)
         assert (scores["known"], scores["positives"]) == (known.sum(), truth.sum())
@@ -186,8 +192,10 @@ def test_the_papers_table_1_gives_its_table_2():
     assert [round(s["f1"], 3) for s in scores] == [0.975, 0.975, 0.983]
     assert round(metrics["accuracy"], 3) == 0.978
     assert [round(metrics["macro"][s], 3) for s in ("recall", "precision", "f1")] == [0.978] * 3
-    table = metrics_table(metrics)
-    assert "Viral Pneumonia   0.967     0.983        0.975" in table
+    row = next(row for row in metrics_table(metrics).splitlines() if row.startswith("Viral"))
+    # Two logits only: AUROC is the mean of recall and specificity, 58 / 60 and 119 / 120, average
+    # precision 58 / 60 at 58 / 59 and the other 2 / 60 at 1 / 3.
+    assert row.split()[2:] == ["60", "0.979", "0.961", "0.967", "0.992", "0.983", "0.975"]
 
 
 def test_auroc_is_the_share_of_ordered_pairs():
@@ -206,7 +214,8 @@ def test_what_is_undefined_is_none_and_not_zero():
     """A class without samples has no recall, one never predicted no precision."""
     logits = torch.tensor([[0.9, 0.1, 0.0], [0.8, 0.2, 0.0]])
     metrics = compute_metrics(logits, torch.tensor([0, 1]), ["a", "b", "c"])
-    assert metrics["classes"]["c"] == {"recall": None, "precision": None, "f1": None, "auroc": None}
+    expected = {"known": 2, "positives": 0, **dict.fromkeys(SCORES), "specificity": 1}
+    assert metrics["classes"]["c"] == expected
     assert metrics["classes"]["b"]["precision"] is None
     assert metrics["classes"]["b"]["recall"] == 0
     assert metrics["macro"]["recall"] is None

@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support import make_shards, run_ranks
+from support import claim_shards, make_shards, run_ranks
 
 from cxrdist.config import EvaluateConfig, ExplainConfig, Network
 from cxrdist.data.cache import open_cache
@@ -38,19 +38,23 @@ def read_rows(path):
 
 @pytest.mark.parametrize("world", [3])
 def test_seven_images_over_three_ranks_are_predicted_once_and_alike(tmp_path, world):
-    """One rank with fewer images and one with none: the same files, byte for byte, as one rank."""
+    """One rank with fewer images and one with none: the same files, byte for byte, as one rank.
+
+    So is what is chosen on val, in model.json.
+    """
     shards = make_shards(tmp_path, {"a": 10, "b c": 10, "d": 15}, **ALONE)
-    run = make_run(tmp_path / "run")
+    run = claim_shards(make_run(tmp_path / "run"), shards)
     command = ("-m", "cxrdist", "evaluate", "--run", run, "--shards", shards)
-    options = ("--cache", tmp_path / "cache", "--batch-size", 4)
-    found = {}
+    options = ("--cache", tmp_path / "cache", "--batch-size", 4, "--fewest", 2)
+    files = ("test/predictions.csv", "test/metrics.json", "model/model.json")
+    found, model = {}, (run / files[2]).read_bytes()
     for ranks in (1, world):
+        (run / files[2]).write_bytes(model)
         done = run_ranks(ranks, *command, *options)
         assert done.returncode == 0, done.stderr
-        found[ranks] = [
-            (run / "test" / name).read_bytes() for name in ("predictions.csv", "metrics.json")
-        ]
+        found[ranks] = [(run / name).read_bytes() for name in files]
     assert found[1] == found[world]
+    assert b"temperatures" in found[world][2]
     rows = list(csv.DictReader(found[1][0].decode().splitlines()))
     with open(shards / "samples.csv") as file:
         expected = [row["key"] for row in csv.DictReader(file) if row["split"] == "test"]
@@ -73,7 +77,7 @@ def test_predictions_and_metrics_agree(shards, tmp_path, capsys):
     assert metrics["confusion_matrix"] == matrix
     correct = sum(matrix[i][i] for i in range(3))
     assert metrics["accuracy"] == pytest.approx(correct / len(rows), abs=1e-6)
-    assert f"({correct} of {len(rows)})" in capsys.readouterr().out
+    assert f"({correct} of {len(rows)};" in capsys.readouterr().out
 
 
 def test_sure_predictions_are_told_apart(shards, tmp_path):

@@ -23,7 +23,8 @@ from cxrdist.explain.export import explain
 from cxrdist.explain.maps import decode
 from cxrdist.explain.relevance import attribute
 from cxrdist.explain.targets import choose_samples
-from cxrdist.model.densenet import Classifier, load_model, save_model
+from cxrdist.model.densenet import Classifier, load_model, save_calibration, save_model
+from cxrdist.model.description import Calibration
 
 CLASSES = ["a", "b c", "d"]
 FULL = "CXRDIST_FULL" in os.environ  # each world size, each form, five kills
@@ -109,7 +110,7 @@ def test_a_full_disk_is_one_line_and_the_maps_go_on_after_it(shards, run, tmp_pa
 
 
 def test_what_was_made_otherwise_is_made_anew(shards, run, tmp_path):
-    """The same command keeps each file, another option none, another model none."""
+    """The same command keeps each file, also of a model calibrated since; others keep none."""
 
     def explained(**options: object) -> dict[str, int]:
         explain(ExplainConfig(run, shards, cache=tmp_path / "cache", **options))
@@ -126,6 +127,9 @@ def test_what_was_made_otherwise_is_made_anew(shards, run, tmp_path):
         before, again = again, explained(limit=3, **options)
         assert again.keys() == before.keys()
         assert all(again[name] > before[name] for name in again)
+    calibration = Calibration({"a": 2.0}, "youden", {"a": 0.0}, {}, 1, "0" * 64, 3, 3)
+    save_calibration(calibration, run / "model")
+    assert explained(limit=3, preset="innvestigate") == again, "no map depends on it"
     weights = load_file(run / "model" / "model.safetensors")
     weights["classifier.bias"] += 1
     save_file(weights, run / "model" / "model.safetensors")

@@ -16,8 +16,10 @@ from cxrdist.model.densenet import (
     block_names,
     block_of,
     load_model,
+    save_calibration,
     save_model,
 )
+from cxrdist.model.description import Calibration
 from cxrdist.model.weights import read_weights
 
 LOAD_LARGE = """
@@ -109,6 +111,28 @@ def test_a_depth_or_cover_that_no_pack_makes_is_refused(tmp_path, field):
     about = tmp_path / "model" / "model.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | field))
     with pytest.raises(CxrdistError, match=r"model.json: (depth|cover)"):
+        load_model(tmp_path)
+
+
+def test_a_calibration_is_put_beside_the_weights(tmp_path):
+    """It is read with the model; all else of model.json, also of newer versions, stays."""
+    (tmp_path / "model").mkdir()
+    save_model(Classifier(SMALL, ["a", "b"], 32), tmp_path / "model")
+    file = tmp_path / "model" / "model.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "newer": [1]}))
+    before, weights = json.loads(file.read_text()), (file.parent / "model.safetensors").read_bytes()
+    assert load_model(tmp_path).calibration is None
+    of_b = "val has 3 images with it"
+    found = Calibration({"a": 1.7}, "youden", {"a": -0.3}, {"b": of_b}, 10, "0" * 64, 90, 70)
+    save_calibration(found, file.parent)
+    assert load_model(tmp_path).calibration == found
+    after = json.loads(file.read_text())
+    assert after.pop("calibration")["thresholds"] == {"a": -0.3}
+    before.pop("calibration")
+    assert after == before
+    assert (file.parent / "model.safetensors").read_bytes() == weights
+    file.write_text(file.read_text().replace("1.7", "0"))
+    with pytest.raises(CxrdistError, match=r"calibration\.temperatures\.a: is 0"):
         load_model(tmp_path)
 
 

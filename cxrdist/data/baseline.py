@@ -1,0 +1,122 @@
+"""The trivial baseline: what simple models tell from thumbnails in which no disease can be seen.
+
+A network means something only above them. On X-rays of several sources they are often right, since
+a thumbnail shows age, position, collimation and the hospital's processing.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.data.shortcut import FOLDS, Fold, Scores, fold_patients, is_scored, judge, tell_apart
+
+SIDE_PX = 32
+# Cross-validated accuracy on 3,157 X-rays like the paper's (paper_like): 0.926, with 0.001 0.917;
+# of the perceptron 0.94, also with 100 epochs and with 64 units.
+FREEDOM = 0.01
+UNITS = 128  # of the perceptron's hidden layer
+DECAY = 1.0  # scikit-learn's alpha
+EPOCHS = 30
+MOST_IMAGES = 10_000  # of more, those of patients drawn at random; minutes for 14 labels
+
+
+def measure_baseline(
+    pixels: Callable[[int], NDArray[np.uint8]],
+    targets: NDArray[np.int8],
+    groups: Sequence[int],
+    classes: Sequence[str],
+    task: str,
+) -> dict[str, Any]:
+    """Tell the classes from thumbnails, cross-validated by patient as in `measure_shortcut`.
+
+    Args:
+        pixels: the square of an image by its place, uint8 [S, S]; asked for one after the other.
+        targets: int8 [N, classes], 1 where an image has the label, 0 where not, below where that
+            is not known. The perceptron learns these as absent; they are never scored.
+        groups: a number for each image's patient.
+        classes: names of the columns.
+        task: multiclass or multilabel.
+
+    Returns:
+        size_px, folds, the images used (`MOST_IMAGES` at most) of all, their patients, the share of
+        the largest class in them, and of logistic_regression and perceptron what `judge` returns.
+
+    Raises:
+        CxrdistError: there are fewer patients than folds.
+    """
+    places = choose_images(groups, MOST_IMAGES)
+    chosen = [groups[place] for place in places]
+    folds = fold_patients(chosen)
+    thumbnails = np.stack([shrink(pixels(int(place))) for place in places])
+    values = thumbnails.reshape(len(places), -1).astype(np.float32)
+    truth = targets[places]
+    regression = tell_apart(values, truth, chosen, folds, FREEDOM)
+    usable = is_scored(regression)
+    models = {
+        "logistic_regression": regression,
+        "perceptron": _perceive(values, truth, folds, usable),
+    }
+    return {
+        "size_px": SIDE_PX,
+        "folds": FOLDS,
+        "images": len(places),
+        "of_images": len(groups),
+        "patients": len({*chosen}),
+        "largest_class": round(float((truth == 1).mean(axis=0).max(initial=0)), 4),
+        **{name: judge(s, truth, chosen, classes, task) for name, s in models.items()},
+    }
+
+
+def choose_images(groups: Sequence[int], most: int) -> NDArray[np.int64]:
+    """Choose all images of some patients, drawn with one seed; at most so many, all if they fit.
+
+    Returns:
+        Places of the images, int64, ascending.
+    """
+    numbers = np.unique(np.asarray(groups), return_inverse=True)[1]
+    counts = np.bincount(numbers)
+    drawn = np.random.default_rng(0).permutation(len(counts))
+    kept = drawn[np.cumsum(counts[drawn]) <= most]
+    return np.flatnonzero(np.isin(numbers, kept))
+
+
+def shrink(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Make the thumbnail of a square: uint8 [S, S] -> [SIDE_PX, SIDE_PX], means of its areas."""
+    return np.asarray(Image.fromarray(pixels).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX))
+
+
+def _perceive(
+    values: NDArray[np.floating[Any]],
+    targets: NDArray[np.int8],
+    folds: Sequence[Fold],
+    usable: NDArray[np.bool_],
+) -> Scores:
+    """Score images by a perceptron with one hidden layer, an output for each usable class.
+
+    Returns:
+        float64 [N, classes], NaN in the column of a class that has too few patients.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from threadpoolctl import threadpool_limits
+
+    scores = np.full(targets.shape, np.nan)
+    if not usable.any():
+        return scores
+    learnt = (targets[:, usable] == 1).astype(np.int64)
+    alone = learnt.shape[1] == 1
+    learnt = learnt[:, 0] if alone else learnt
+    network = MLPClassifier((UNITS,), alpha=DECAY, max_iter=EPOCHS, random_state=0)
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the epochs are a choice
+        for train, test in folds:
+            model = make_pipeline(StandardScaler(), network).fit(values[train], learnt[train])
+            told = model.predict_proba(values[test])
+            scores[np.ix_(test, usable)] = told[:, 1:] if alone else told
+    return scores

@@ -1,0 +1,402 @@
+"""Calibration: a temperature for each class, and how far probabilities are from shares.
+
+Each class is calibrated against the rest by its own logit, as the network was trained.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, softmax
+
+from cxrdist.bootstrap import Replicates, Values, interval
+from cxrdist.data.labels import POSITIVE
+from cxrdist.documents import Real, Text
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.operating_points import (
+    YOUDEN,
+    ChosenOn,
+    Interval,
+    Rule,
+    Share,
+    choose_threshold,
+    chosen_on,
+    operating_table,
+    read_rule,
+)
+from cxrdist.evaluate.scored import Scored
+from cxrdist.info import Count
+from cxrdist.model.description import Calibration
+from cxrdist.terminal import table
+
+BINS = 15  # as in Guo et al. 2017, section 2
+LEAST, MOST = 0.01, 100.0  # temperatures
+
+
+def wanted_rule(
+    stored: Calibration | None, asked: Rule | None, fewest: int, own_sha256: str | None
+) -> Rule | None:
+    """Say by which rule a model is to be calibrated now; None if it stays as it is.
+
+    Args:
+        stored: the model's calibration.
+        asked: the user's rule; None for that of the model, at first youden.
+        fewest: the user's.
+        own_sha256: of the index of the model's own shards; None if others are given.
+
+    Raises:
+        CxrdistError: a rule was asked for that these shards cannot give.
+    """
+    rule = asked or read_rule(stored.rule if stored else YOUDEN)
+    if own_sha256 is None:
+        if asked and stored and stored.rule != str(asked):
+            raise CxrdistError(
+                f"--operating-point {asked}: the model has thresholds by {stored.rule}, and others "
+                "are chosen on its own validation split; evaluate its own shards with "
+                f"--operating-point {asked} first"
+            )
+        return None
+    present = (str(rule), fewest, own_sha256)
+    if stored and (stored.rule, stored.fewest, stored.index_sha256) == present:
+        return None
+    return rule
+
+
+def choose_calibration(scored: Scored, rule: Rule, fewest: int, index_sha256: str) -> Calibration:
+    """Choose temperatures and thresholds on the images of a validation split.
+
+    Args:
+        scored: the images.
+        rule: of the thresholds.
+        fewest: positives, and negatives, below which a class gets neither.
+        index_sha256: of the shards.
+    """
+    temperatures: dict[str, float] = {}
+    thresholds: dict[str, float] = {}
+    reasons: dict[str, list[str]] = {name: [] for name in scored.classes}
+    for column, name in enumerate(scored.classes):
+        known = scored.targets[:, column] >= 0
+        truth, logits = scored.targets[known, column] == POSITIVE, scored.logits[known, column]
+        positives, negatives = int(truth.sum()), int((~truth).sum())
+        if min(positives, negatives) < fewest:
+            reasons[name].append(
+                f"val has {positives} images with it and {negatives} without, expected at least "
+                f"{fewest} of each"
+            )
+            continue
+        if (temperature := fit_temperature(logits, truth)) is None:
+            reasons[name].append(
+                f"no temperature from {LEAST:g} to {MOST:g} fits its logits on val"
+            )
+        else:
+            temperatures[name] = temperature
+        if np.isinf(threshold := choose_threshold(logits, truth, rule)):
+            reasons[name].append(f"on val {rule} is best met by never calling it")
+        else:
+            thresholds[name] = threshold
+    told = {name: " and ".join(texts) for name, texts in reasons.items() if texts}
+    patients = len(set(scored.patients))
+    return Calibration(
+        temperatures, str(rule), thresholds, told, fewest, index_sha256, len(scored), patients
+    )
+
+
+def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> float | None:
+    """Fit the temperature of one class by its negative log-likelihood (Guo et al. 2017, section 4).
+
+    The truth counts as Platt's targets (1999, section 2.2), a little less than 1 and more than 0,
+    so that a class that its logit tells without an error has a finite temperature, too.
+
+    Args:
+        logits: float [n].
+        truth: bool [n].
+
+    Returns:
+        The temperature; None where the best one is not within `LEAST` and `MOST`, such as of a
+        logit that speaks against its class.
+    """
+    positives, negatives = int(truth.sum()), int((~truth).sum())
+    target = np.where(truth, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+
+    def loss(log_temperature: float) -> float:
+        scaled = logits / np.exp(log_temperature)
+        return float(np.mean(np.logaddexp(0, scaled) - target * scaled))
+
+    # The loss is convex in 1 / temperature, so that it has one minimum on any scale.
+    bounds = np.log(LEAST), np.log(MOST)
+    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x
+    inside = bounds[0] + 1e-3 < found < bounds[1] - 1e-3
+    return float(np.exp(found)) if inside else None
+
+
+def calibrated_logits(
+    logits: NDArray[Any], classes: Sequence[str], calibration: Calibration
+) -> NDArray[np.float64]:
+    """Divide logits [N, classes] by the temperatures; NaN of a class that has none."""
+    temperatures = [calibration.temperatures.get(name, np.nan) for name in classes]
+    return logits.astype(np.float64) / np.array(temperatures)
+
+
+def probability_columns(
+    logits: NDArray[Any], classes: Sequence[str], task: str, calibration: Calibration | None
+) -> dict[str, NDArray[np.float64]]:
+    """Give the columns calibrated_CLASS and softmax_CLASS of a table, float64 [N] each.
+
+    calibrated_CLASS is the sigmoid of a calibrated logit, the probability of the class against the
+    rest. Where an image has one of the classes, softmax_CLASS is the softmax of all calibrated
+    logits, which adds up to 1; there is none if a class of the model is missing or not calibrated.
+    """
+    if calibration is None:
+        return {}
+    scaled = calibrated_logits(logits, classes, calibration)
+    calibrated = calibration.temperatures.keys()
+    columns = {
+        f"calibrated_{name}": expit(scaled[:, i])
+        for i, name in enumerate(classes)
+        if name in calibrated
+    }
+    whole = calibrated == {*classes} and calibration.reasons.keys() <= calibrated
+    if task == "multiclass" and whole:
+        shares = softmax(scaled, axis=1)
+        columns |= {f"softmax_{name}": shares[:, i] for i, name in enumerate(classes)}
+    return columns
+
+
+class Errors(TypedDict):
+    """How far probabilities are from the truth, in one or the other way."""
+
+    calibration_error: Share
+    calibration_error_interval: Interval
+    chance_error: Share
+    """The calibration error to expect of perfect probabilities with as many images."""
+    brier: Share
+    brier_interval: Interval
+
+
+class Bins(TypedDict):
+    """The bins of a class, a value for each."""
+
+    images: list[Count]
+    probability: list[Share]
+    """Mean of the network's probabilities."""
+    calibrated: list[Share] | None
+    """Mean of the calibrated ones."""
+    positives: list[Share]
+    """Share of images with the class."""
+    positives_interval: list[Interval]
+
+
+class ClassCalibration(TypedDict):
+    """The calibration of a class, on the images of which it is known."""
+
+    known: Count
+    positives: Count
+    temperature: Real | None
+    before: Errors
+    after: Errors | None
+    """With the temperature."""
+    bins: Bins
+
+
+class CalibrationFigures(TypedDict):
+    """The part ``calibration`` of metrics.json."""
+
+    chosen_on: ChosenOn | None
+    """None if the model has no temperatures: its validation split was not evaluated."""
+    classes: dict[str, ClassCalibration]
+    """Those of which something is known."""
+    mean_of: list[str]
+    """Classes with a temperature; all if none has one."""
+    mean_before: Errors | None
+    mean_after: Errors | None
+    reasons: dict[str, Text]
+    """Of each class without a temperature, why."""
+
+
+def calibration_figures(
+    scored: Scored, replicates: Replicates, calibration: Calibration | None
+) -> CalibrationFigures:
+    """Measure the calibration of each class, before and after its temperature.
+
+    The expected calibration error is the mean distance between probability and share of positives
+    over `BINS` bins of as many images each (equal logits share a bin). It is too large by chance:
+    also of perfect probabilities the share of a bin is not quite their mean. ``chance_error`` is
+    what they would get, from how far the bins of the replicates are from those of the images.
+    Drawing patients anew adds this bias once more, so the replicates are moved to have the figure
+    as their mean; and an error that chance alone makes larger in one of 20 sets may be 0.
+    """
+    temperatures = calibration.temperatures if calibration else {}
+    classes: dict[str, ClassCalibration] = {}
+    before: dict[str, _Figures] = {}
+    after: dict[str, _Figures] = {}
+    for column, name in enumerate(scored.classes):
+        binned = _bin(scored, column, temperatures.get(name), replicates)
+        if binned is not None:
+            before[name] = _errors(binned, 0)
+            if name in temperatures:
+                after[name] = _errors(binned, 1)
+            classes[name] = _describe(binned, temperatures.get(name), before[name], after.get(name))
+    mean_of = [*after] or [*before]
+    return {
+        "chosen_on": chosen_on(calibration) if calibration else None,
+        "classes": classes,
+        "mean_of": mean_of,
+        "mean_before": _written(_mean([before[name] for name in mean_of])) if mean_of else None,
+        "mean_after": _written(_mean([*after.values()])) if after else None,
+        "reasons": {
+            name: calibration.reasons.get(name, "the model has no temperature of it")
+            for name in scored.classes
+            if calibration and name not in temperatures
+        },
+    }
+
+
+@dataclass(frozen=True)
+class _Binned:
+    """The images of which a class is known, in bins by its logit.
+
+    Probabilities are those of the network and, with a temperature, calibrated ones.
+
+    Attributes:
+        images: float [1 + replicates, bins], of all images and of each replicate.
+        positives: as `images`.
+        sums: as `images`, of each of the probabilities.
+        squares: float [1 + replicates], of the distances of each of them from the truth.
+    """
+
+    images: NDArray[np.float64]
+    positives: NDArray[np.float64]
+    sums: list[NDArray[np.float64]]
+    squares: list[NDArray[np.float64]]
+
+
+def _bin(
+    scored: Scored, column: int, temperature: float | None, replicates: Replicates
+) -> _Binned | None:
+    """Sum up the images of each bin; None if the class is known of none."""
+    known = scored.targets[:, column] >= 0
+    if not known.any():
+        return None
+    logits, truth = scored.logits[known, column], scored.targets[known, column] == POSITIVE
+    probabilities = [expit(logits / value) for value in (1.0, temperature) if value]
+    edges = np.quantile(logits, np.arange(1, BINS) / BINS, method="inverted_cdf")
+    _, bins = np.unique(np.searchsorted(edges, logits), return_inverse=True)
+    inside = np.eye(bins.max() + 1)[bins]
+    of_bins = [inside, *(inside * values[:, None] for values in (truth, *probabilities))]
+    squares = np.stack([(values - truth) ** 2 for values in probabilities], 1)
+    summed = np.zeros((len(scored), len(of_bins) * inside.shape[1] + squares.shape[1]))
+    summed[known] = np.hstack([*of_bins, squares])
+    totals = np.vstack([summed.sum(axis=0), replicates.sums(summed)])
+    parts = np.split(totals, np.arange(1, len(of_bins) + 1) * inside.shape[1], axis=1)
+    images, positives, *sums, squared = parts
+    return _Binned(images, positives, sums, [*squared.T])
+
+
+class _Figures(NamedTuple):
+    """Errors of one kind of probabilities; the first value is that of all images."""
+
+    calibration_error: Values
+    chance_error: Values
+    """Those of perfect probabilities; of the replicates only."""
+    brier: Values
+
+
+def _errors(binned: _Binned, kind: int) -> _Figures:
+    """Compute the errors of the probabilities of one kind, by their place in `_Binned`."""
+    images = binned.images.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        distances = (binned.positives - binned.sums[kind]) / images[:, None]
+        return _Figures(
+            np.abs(distances).sum(axis=1),
+            np.abs(distances[1:] - distances[0]).sum(axis=1),
+            binned.squares[kind] / images,
+        )
+
+
+def _mean(figures: Sequence[_Figures]) -> _Figures:
+    return _Figures(*(np.mean(values, axis=0) for values in zip(*figures, strict=True)))
+
+
+def _written(figures: _Figures) -> Errors:
+    (error, *_), chance, brier = figures
+    moved = figures.calibration_error[1:] - np.nanmean(figures.calibration_error[1:]) + error
+    within = interval(np.clip(moved, 0, 1))
+    if within and error <= np.nanquantile(chance, 0.95):
+        within[0] = 0.0
+    return {
+        "calibration_error": round(float(error), 6),
+        "calibration_error_interval": within,
+        "chance_error": round(float(np.nanmean(chance)), 6),
+        "brier": round(float(brier[0]), 6),
+        "brier_interval": interval(brier[1:]),
+    }
+
+
+def _describe(
+    binned: _Binned, temperature: float | None, before: _Figures, after: _Figures | None
+) -> ClassCalibration:
+    """Write the calibration of a class, before and after if it has a temperature."""
+    images, positives = binned.images, binned.positives
+    with np.errstate(invalid="ignore"):
+        shares = positives / images
+    means = [np.round(sums[0] / images[0], 6).tolist() for sums in binned.sums]
+    return {
+        "known": int(images[0].sum()),
+        "positives": int(positives[0].sum()),
+        "temperature": temperature,
+        "before": _written(before),
+        "after": _written(after) if after else None,
+        "bins": {
+            "images": images[0].astype(np.int64).tolist(),
+            "probability": means[0],
+            "calibrated": means[1] if temperature else None,
+            "positives": np.round(shares[0], 6).tolist(),
+            "positives_interval": [interval(values) for values in shares[1:].T],
+        },
+    }
+
+
+def describe_calibration(metrics: Mapping[str, Any]) -> str:
+    """Say for the terminal how a split is calibrated, and what its operating points do."""
+    found, points = metrics["calibration"], metrics.get("operating_points")
+    if points is None:
+        return (
+            "no temperatures and no operating points: they are chosen on the validation split of "
+            "the shards that the model was trained on; run `cxrdist evaluate` on those once"
+        )
+    of = points["chosen_on"]
+    where = f"chosen on val ({of['images']} images of {of['patients']} patients)"
+    reasons = points["reasons"] | found["reasons"]
+    return "\n".join(
+        [
+            f"\nOperating points by {points['rule']}, {where}; from: probability",
+            operating_table(points),
+            f"\nCalibration with a temperature for each class, {where}",
+            calibration_table(found),
+            *(f"{name}: {reason}" for name, reason in reasons.items()),
+            "",
+        ]
+    )
+
+
+def calibration_table(found: CalibrationFigures) -> str:
+    """Lay the calibration errors out for the terminal, with their 95 % intervals."""
+    rows = []
+    for name, values in found["classes"].items():
+        temperature = "-" if values["temperature"] is None else f"{values['temperature']:.3g}"
+        rows.append([name, temperature, *map(_cell, (values["before"], values["after"]))])
+    if found["mean_before"]:
+        errors = found["mean_before"], found["mean_after"]
+        rows.append([f"Mean of {len(found['mean_of'])}", "", *map(_cell, errors)])
+    headers = ("Class", "Temperature", "Calibration error", "with temperature")
+    return table(rows, headers)
+
+
+def _cell(errors: Errors | None) -> str:
+    if errors is None:
+        return "-"
+    value, within = errors["calibration_error"], errors["calibration_error_interval"]
+    return f"{value:.3f} ({within[0]:.3f}-{within[1]:.3f})" if within else f"{value:.3f}"

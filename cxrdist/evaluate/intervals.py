@@ -1,0 +1,155 @@
+"""Intervals of figures between 0 and 1, and of their means, from replicates of patients.
+
+Percentiles of replicates are too narrow where patients are few: of 60 patients of 1 to 6 images
+with a correlation of 0.5, the 95 % intervals of sensitivity hold the truth in 90 of 100 cases. So
+the limits are taken on the scale of the logit, which they cannot leave and on which figures near 1
+are less skewed (Pepe 2003, section 5.2), from the standard error of the replicates times
+sqrt(n / (n - 1)) and the quantile of t with n - 1 degrees of freedom, n the patients that the
+figure rests on (Hesterberg 2015, The American Statistician 69, section 3.2).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import optimize, special, stats
+
+from cxrdist.bootstrap import LEVEL, Limits, Replicates, Values
+from cxrdist.documents import Text
+from cxrdist.info import Count
+
+METHOD = (
+    "bootstrap over patients, drawn within the rarest class of each; limits on the logit scale, "
+    "from the standard error of the replicates times sqrt(n / (n - 1)) and t with n - 1 degrees of "
+    "freedom, n the patients that the figure rests on, of AUROC those of its smaller side "
+    "(Hesterberg 2015). A figure of exactly 0 or 1, whose replicates are all equal: Wilson (1927) "
+    "of n patients; AUROC: Newcombe (2006, method 5); average precision: Wilson of the patients "
+    "with the class (Boyd et al. 2013). Means: the intervals of the classes and the correlation of "
+    "their replicates (Zou 2007)"
+)
+_QUANTILE = (1 + LEVEL) / 2
+_ALIKE = 1e-9  # standard error below which replicates are equal but for rounding
+
+
+class Intervals(TypedDict):
+    """How all intervals of a document were made."""
+
+    method: Text
+    level: float
+    replicates: Count
+    seed: int
+    patients: Count
+    unit: Text
+    """patient, or image where no patient has two images."""
+
+
+def describe(replicates: Replicates, seed: int) -> Intervals:
+    """Say how intervals are made, and of how many patients."""
+    patients = replicates.patients(np.ones(len(replicates.patient), bool))
+    return {
+        "method": METHOD,
+        "level": LEVEL,
+        "replicates": len(replicates.draws),
+        "seed": seed,
+        "patients": patients,
+        "unit": "image" if patients == len(replicates.patient) else "patient",
+    }
+
+
+def bounded(
+    estimate: float, values: Values, patients: int, edge: Callable[[], Limits] | None = None
+) -> Limits:
+    """The interval of a figure from 0 to 1.
+
+    Args:
+        estimate: the figure.
+        values: of the replicates.
+        patients: that it rests on, such as those with the class for its sensitivity.
+        edge: gives the interval of a figure of exactly 0 or 1; Wilson's of the patients if None.
+    """
+    if estimate in (0, 1):
+        return edge() if edge else wilson(round(estimate * patients), patients)
+    found = values[np.isfinite(values)]
+    spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    product = estimate * (1 - estimate)
+    if patients < 2 or spread < _ALIKE:  # as if each patient were one draw, right or wrong
+        spread, quantile = np.sqrt(product / max(patients, 1)), stats.norm.ppf(_QUANTILE)
+    else:
+        spread *= np.sqrt(patients / (patients - 1))
+        quantile = stats.t.ppf(_QUANTILE, patients - 1)
+    half = quantile * spread / product
+    middle = special.logit(estimate)
+    return _limits(special.expit(middle - half), special.expit(middle + half))
+
+
+def wilson(part: int, whole: int) -> Limits:
+    """The interval of a share of independent draws (Wilson 1927), by SciPy."""
+    low, high = stats.binomtest(part, whole).proportion_ci(LEVEL, method="wilson")
+    return _limits(low, high)
+
+
+def newcombe(auroc: float, positives: int, negatives: int) -> Limits:
+    """The interval of an AUROC of 0 or 1 of independent images.
+
+    Method 5 of Newcombe (2006, Statistics in Medicine 25, 559-573): the limit whose distance from
+    the AUROC is as many standard errors as the level asks for, the standard error being that of
+    the limit (Hanley & McNeil 1982, with the mean of the two numbers of images).
+    """
+    half = (positives + negatives) / 2 - 1
+    z = stats.norm.ppf(_QUANTILE)
+
+    def excess(limit: float) -> float:
+        shape = 1 + half * (1 - limit) / (2 - limit) + half * limit / (1 + limit)
+        return float((1 - limit) - z**2 * limit * shape / (positives * negatives))
+
+    low = float(optimize.brentq(excess, 0, 1))
+    return _limits(low, 1) if auroc == 1 else _limits(0, 1 - low)
+
+
+def of_share(
+    replicates: Replicates,
+    part: NDArray[np.bool_],
+    whole: NDArray[np.bool_],
+    values: Values | None = None,
+) -> Limits | None:
+    """The interval of the share of images [N] in `part` among those in `whole`; None without any.
+
+    The values of the replicates are computed if they are not given.
+    """
+    if not whole.any():
+        return None
+    found = replicates.share(part, whole) if values is None else values
+    return bounded(float(part[whole].mean()), found, replicates.patients(whole))
+
+
+def of_auroc(
+    replicates: Replicates, auroc: float, values: Values, truth: NDArray[np.bool_]
+) -> Limits:
+    """The interval of an AUROC with its replicates and the truth [N] that it ranks."""
+    sides = replicates.patients(truth), replicates.patients(~truth)
+    return bounded(auroc, values, min(sides), lambda: newcombe(auroc, *sides))
+
+
+def of_mean(
+    estimates: Sequence[float], limits: Sequence[Limits], values: NDArray[np.float64]
+) -> Limits:
+    """The interval of the mean of C figures from their intervals and replicates, [C, replicates].
+
+    The distances of the limits are added as standard errors are, with the correlations of the
+    replicates (Zou 2007, Psychological Methods 12, 399-413). So the mean keeps the width of a
+    class of few patients, and of one whose replicates are all equal.
+    """
+    correlation = np.eye(len(estimates))
+    have_all = values[:, np.isfinite(values).all(axis=0)]
+    varies = np.ptp(have_all, axis=1) > _ALIKE if have_all.size else np.zeros(len(values), bool)
+    if varies.any():
+        correlation[np.ix_(varies, varies)] = np.corrcoef(have_all[varies])
+    middle = np.mean(estimates)
+    low, high = (np.subtract(side, estimates) for side in zip(*limits, strict=True))
+    down, up = (np.sqrt(max(0.0, gap @ correlation @ gap)) / len(gap) for gap in (low, high))
+    return _limits(max(0.0, middle - down), min(1.0, middle + up))
+
+
+def _limits(low: Any, high: Any) -> Limits:
+    return [round(float(low), 6), round(float(high), 6)]

@@ -1,0 +1,70 @@
+"""All figures of some scored images: one function of each part, in one document, metrics.json."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw
+from cxrdist.data.labels import POSITIVE
+from cxrdist.evaluate.calibration import calibration_figures
+from cxrdist.evaluate.decision_curve import decision_curve
+from cxrdist.evaluate.intervals import describe
+from cxrdist.evaluate.operating_points import operating_points
+from cxrdist.evaluate.scored import Scored
+from cxrdist.evaluate.scores import score
+from cxrdist.model.description import Calibration
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What figures depend on besides the images.
+
+    Attributes:
+        fewest: positives, and negatives, below which a score rests on too few images.
+        prevalence: of each class where the model is to be used; None for that of the images only.
+        calibration: what was chosen on the validation split; None before it was evaluated.
+        replicates: of the bootstrap.
+        seed: of the bootstrap.
+    """
+
+    fewest: int = 10
+    prevalence: float | None = None
+    calibration: Calibration | None = None
+    replicates: int = REPLICATES
+    seed: int = SEED
+
+
+def replicate(scored: Scored, settings: Settings) -> Replicates:
+    """Draw the patients of some images for their intervals, within the rarest class of each."""
+    return draw(scored.patients, strata(scored), settings.replicates, settings.seed)
+
+
+def strata(scored: Scored) -> list[str]:
+    """Give each image the rarest class that its patient has, as its rank, the last one for none.
+
+    So there are at most as many strata as classes and one, and no replicate lacks the rarest class.
+    """
+    amounts = (scored.targets == POSITIVE).sum(axis=0)
+    rank = np.argsort(np.argsort(amounts, kind="stable"))
+    ranks = np.where(scored.targets == POSITIVE, rank, len(rank)).min(axis=1, initial=len(rank))
+    rarest: dict[str, int] = {}
+    for patient, own in zip(scored.patients, ranks.tolist(), strict=True):
+        rarest[patient] = min(own, rarest.get(patient, own))
+    return [str(rarest[patient]) for patient in scored.patients]
+
+
+def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
+    """Compute the figures of metrics.json.
+
+    Each other part adds one line here, a key of its own, from (scored, replicates, settings).
+    """
+    replicates, calibration = replicate(scored, settings), settings.calibration
+    metrics = score(scored, replicates, settings.fewest)
+    metrics["intervals"] = describe(replicates, settings.seed)
+    if calibration:
+        points = operating_points(scored, replicates, calibration, settings.prevalence)
+        metrics["operating_points"] = points
+    metrics["calibration"] = calibration_figures(scored, replicates, calibration)
+    metrics["decision_curve"] = decision_curve(scored, replicates, calibration)
+    return metrics

@@ -1,0 +1,159 @@
+"""The scores of all classes and their means, with intervals by patient."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cxrdist.bootstrap import Limits, Replicates
+from cxrdist.data.labels import POSITIVE
+from cxrdist.evaluate.intervals import bounded, of_auroc, of_mean, of_share, wilson
+from cxrdist.evaluate.metrics import (
+    SCORES,
+    THRESHOLD_LOGIT,
+    compute_label_metrics,
+    compute_metrics,
+)
+from cxrdist.evaluate.scored import Scored
+
+# Of each class: its interval, None where the score is undefined; its replicates.
+Figures = tuple[list[Limits | None], NDArray[np.float64]]
+
+
+def score(scored: Scored, replicates: Replicates, fewest: int) -> dict[str, Any]:
+    """Compute the scores of all classes and their means.
+
+    Args:
+        scored: the images.
+        replicates: of them.
+        fewest: positives, and negatives, below which there are too few to say.
+
+    Returns:
+        what `compute_metrics` or `compute_label_metrics` does, NAME_interval beside each score,
+        for each class its patients and whether there are too few images, and macro_enough, the
+        means without the classes of too few images, if there are such classes.
+    """
+    logits, targets = torch.from_numpy(scored.logits), torch.from_numpy(scored.targets)
+    if scored.task == "multilabel":
+        metrics = compute_label_metrics(logits, targets, scored.classes)
+    else:
+        metrics = compute_metrics(logits, targets.long().argmax(1), scored.classes)
+        metrics |= _accuracy_intervals(scored, replicates)
+    for name, target in zip(scored.classes, scored.targets.T, strict=True):
+        metrics["classes"][name] |= _count(target, replicates, fewest)
+    figures = _shares(scored, replicates) | _rankings(scored, replicates, metrics["classes"])
+    for what in SCORES:
+        _add_intervals(metrics, what, figures[what])
+    return metrics | {"fewest": fewest}
+
+
+def too_few(positives: int, negatives: int, fewest: int) -> str | None:
+    """Say of which images there are too few for a headline; None if there are enough."""
+    if min(positives, negatives) >= fewest:
+        return None
+    number, kind = min((positives, "positive"), (negatives, "negative"))
+    return f"{number} {kind}{'' if number == 1 else 's'}"
+
+
+def _count(target: NDArray[np.int8], replicates: Replicates, fewest: int) -> dict[str, Any]:
+    known, positive = target >= 0, target == POSITIVE
+    positives = int(positive.sum())
+    return {
+        "patients": replicates.patients(known),
+        "positive_patients": replicates.patients(positive),
+        "too_few": too_few(positives, int(known.sum()) - positives, fewest),
+    }
+
+
+def _accuracy_intervals(scored: Scored, replicates: Replicates) -> dict[str, Limits | None]:
+    right = scored.logits.argmax(1) == (scored.targets == POSITIVE).argmax(1)
+    return {
+        "accuracy_interval": of_share(replicates, right, np.ones(len(right), bool)),
+        "accuracy_wilson": wilson(int(right.sum()), len(right)) if len(right) else None,
+    }
+
+
+def _shares(scored: Scored, replicates: Replicates) -> dict[str, Figures]:
+    """The intervals of the scores that are shares of images, or follow from one as F1 does."""
+    if scored.task == "multilabel":
+        predicted = scored.logits >= THRESHOLD_LOGIT
+    else:
+        predicted = scored.logits.argmax(1)[:, None] == np.arange(len(scored.classes))
+    known, truth = scored.targets >= 0, scored.targets == POSITIVE
+    pairs = {
+        "recall": (predicted, truth),
+        "specificity": (~predicted, known & ~truth),
+        "precision": (truth, known & predicted),
+        "f1": (truth & predicted, known & (truth | predicted)),
+    }
+    figures: dict[str, Figures] = {}
+    for name, (parts, wholes) in pairs.items():
+        values = replicates.shares(parts, wholes)
+        columns = zip(parts.T, wholes.T, values, strict=True)
+        figures[name] = [of_share(replicates, *column) for column in columns], values
+    limits, values = figures["f1"]
+    figures["f1"] = (
+        [pair and [round(_f1(side), 6) for side in pair] for pair in limits],
+        _f1(values),
+    )
+    return figures
+
+
+def _f1(jaccard: Any) -> Any:
+    """F1 from Jaccard's index: true positives among all but true negatives; they rise together."""
+    return 2 * jaccard / (1 + jaccard)
+
+
+def _rankings(
+    scored: Scored, replicates: Replicates, classes: dict[str, Any]
+) -> dict[str, Figures]:
+    """The intervals of AUROC and average precision, whose values are in `classes`."""
+    limits: dict[str, list[Limits | None]] = {"auroc": [], "average_precision": []}
+    values = {name: np.full((len(classes), len(replicates.draws)), np.nan) for name in limits}
+    for i, scores in enumerate(classes.values()):
+        if scores["auroc"] is None:
+            for of_score in limits.values():
+                of_score.append(None)
+            continue
+        known = scored.targets[:, i] >= 0
+        truth, drawn = scored.targets[known, i] == POSITIVE, replicates.take(known)
+        auroc, average = drawn.ranking(scored.logits[known, i], truth)
+        limits["auroc"].append(of_auroc(drawn, scores["auroc"], auroc, truth))
+        positives = drawn.patients(truth)
+        limits["average_precision"].append(bounded(scores["average_precision"], average, positives))
+        values["auroc"][i], values["average_precision"][i] = auroc, average
+    return {name: (limits[name], values[name]) for name in limits}
+
+
+def _add_intervals(metrics: dict[str, Any], what: str, figures: Figures) -> None:
+    """Put the intervals of one score beside it in each class and in their means."""
+    classes = metrics["classes"].values()
+    for scores, pair in zip(classes, figures[0], strict=True):
+        scores[f"{what}_interval"] = pair
+    metrics["macro"][f"{what}_interval"] = (
+        None
+        if metrics["macro"][what] is None
+        else _mean(metrics, what, figures, [True] * len(classes))[f"{what}_interval"]
+    )
+    enough = [not scores["too_few"] for scores in classes]
+    if not all(enough):
+        metrics.setdefault("macro_enough", {}).update(_mean(metrics, what, figures, enough))
+
+
+def _mean(
+    metrics: dict[str, Any], what: str, figures: Figures, counts: Sequence[bool]
+) -> dict[str, Any]:
+    """The mean of one score over the classes that count and have it, and its interval."""
+    columns = zip(metrics["classes"].values(), figures[0], counts, strict=True)
+    defined = {
+        i: (scores[what], pair) for i, (scores, pair, count) in enumerate(columns) if count and pair
+    }
+    if not defined:
+        return {what: None, f"{what}_interval": None}
+    estimates, limits = zip(*defined.values(), strict=True)
+    return {
+        what: round(float(np.mean(estimates)), 6),
+        f"{what}_interval": of_mean(estimates, limits, figures[1][list(defined)]),
+    }
