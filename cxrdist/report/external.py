@@ -43,17 +43,18 @@ def _is_external(split: Mapping[str, Any]) -> bool:
 
 
 def _row(split: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """One set: its images and patients, how many were seen, and the scores of all classes."""
+    """One set: its images and patients, how many were seen, and means of its classes."""
     metrics = split["metrics"]
     about = metrics.get("external")
+    means = metrics.get("macro_enough") or metrics["macro"]
     return {
         **_named(split),
+        "num_classes": sum(not scores.get("too_few") for scores in metrics["classes"].values()),
         "images": count(metrics["samples"]),
         "patients": count(metrics.get("intervals", {}).get("patients")),
         "seen": _seen(about) if about else "none: no patient is in two splits",
         "scores": [
-            _with_interval(metrics if name == "accuracy" else metrics["macro"], name)
-            for name in columns
+            _with_interval(metrics if name == "accuracy" else means, name) for name in columns
         ],
     }
 

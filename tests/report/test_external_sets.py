@@ -59,6 +59,17 @@ def test_the_internal_test_and_the_sets_stand_in_one_table() -> None:
     ]
 
 
+def test_means_leave_out_the_classes_that_the_set_has_too_few_images_of() -> None:
+    """They are those of metrics.json over the others, and the table says of how many."""
+    classes = {"a": {"too_few": None, "recall": 0.5}, "b": {"too_few": "0 positives"}}
+    enough = {"recall": 0.5, "recall_interval": [0.25, 0.75]}
+    sets = [split_of("o", external=about(), classes=classes, macro_enough=enough)]
+    view = external_view(sets)
+    assert view is not None
+    assert view["rows"][0]["num_classes"] == 1
+    assert view["rows"][0]["scores"][2] == ("0.500", "0.250 to 0.750")
+
+
 def test_each_class_that_a_set_has_has_a_row_and_its_number_of_images() -> None:
     """The set lacks `b`, which stands with the internal test alone."""
     view = external_view([split_of("test"), split_of("external/other", external=about())])
