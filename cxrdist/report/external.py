@@ -47,15 +47,20 @@ def _row(split: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
     metrics = split["metrics"]
     about = metrics.get("external")
     means = metrics.get("macro_enough") or metrics["macro"]
+    num_classes = sum(not scores.get("too_few") for scores in metrics["classes"].values())
+    scores = [
+        _with_interval(means, name) if num_classes else ("too few to say", "")
+        for name in columns
+        if name != "accuracy"
+    ]
+    accuracy = [_with_interval(metrics, "accuracy")] if "accuracy" in columns else []
     return {
         **_named(split),
-        "num_classes": sum(not scores.get("too_few") for scores in metrics["classes"].values()),
+        "num_classes": num_classes,
         "images": count(metrics["samples"]),
         "patients": count(metrics.get("intervals", {}).get("patients")),
-        "seen": _seen(about) if about else "none: no patient is in two splits",
-        "scores": [
-            _with_interval(metrics if name == "accuracy" else means, name) for name in columns
-        ],
+        "seen": _seen(about) if about else "split by patient",
+        "scores": [*accuracy, *scores],
     }
 
 

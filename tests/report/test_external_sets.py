@@ -68,6 +68,8 @@ def test_means_leave_out_the_classes_that_the_set_has_too_few_images_of() -> Non
     assert view is not None
     assert view["rows"][0]["num_classes"] == 1
     assert view["rows"][0]["scores"][2] == ("0.500", "0.250 to 0.750")
+    sets = [split_of("o", external=about(), classes={"b": {"too_few": "0 positives"}})]
+    assert (external_view(sets) or {})["rows"][0]["scores"][1:] == [("too few to say", "")] * 3
 
 
 def test_each_class_that_a_set_has_has_a_row_and_its_number_of_images() -> None:
