@@ -33,6 +33,9 @@ COMMANDS = {
     "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
     "check": Command("data.check:check", "CheckConfig", "are the shards still whole?", "shards"),
     "train": Command("train.loop:train", "TrainConfig", "shards + recipe -> trained model"),
+    "seeds": Command(
+        "seeds:seeds", "SeedsConfig", "one recipe, several seeds or folds, and their ensemble"
+    ),
     "evaluate": Command(
         "evaluate.predictions:evaluate", "EvaluateConfig", "predictions and metrics of a split"
     ),
@@ -45,6 +48,9 @@ COMMANDS = {
         "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
     ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
+    "compare": Command(
+        "report.compare:compare", "CompareConfig", "two runs on the same images", "run_a run_b"
+    ),
     "weights show": Command(
         "model.inventory:show_weights", "WeightsShowConfig", "what is in a checkpoint?", "file"
     ),
@@ -59,6 +65,8 @@ COMMANDS = {
 }
 
 POSITIONALS = {
+    "run_a": "Run directory.",
+    "run_b": "Run directory to compare it with.",
     "shards": "Directory of shards, a path or an fsspec URL.",
     "file": "A checkpoint file, or whatever else --init takes.",
     "out": "File to write, NAME.safetensors; it must not exist yet.",
@@ -275,14 +283,14 @@ def _refuse_bad_recipes(arguments: list[str]) -> None:
     """Make sure that jsonargparse can parse a recipe in little time and memory.
 
     Raises:
-        CxrdistError: it is no YAML object with the bounds of `parse_yaml`.
+        CxrdistError: it is no regular file, or no YAML object with the bounds of `parse_yaml`.
     """
     from cxrdist.run import read_recipe  # with YAML a third of the time of --help
 
     for option, value in zip_longest(arguments, arguments[1:], fillvalue=""):
         name, _, own = option.partition("=")
         path = Path(own or value)
-        if name == "--config" and path.is_file():
+        if name == "--config" and path.exists():
             read_recipe(path.resolve(), "mend it, or give another with --config")
 
 

@@ -265,6 +265,9 @@ class TrainConfig:
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
     seed: int = 0
     """Seed of the new layers, the plan and the dropout."""
+    fold: str | None = None
+    """Cross-validation by patient over train and val: 2/5 validates on the second of five folds and
+    trains on the others; test stays untouched. As the shards were packed if not given."""
     cache: Path | None = None
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
     save_steps: int = 1000
@@ -464,11 +467,13 @@ class SeedsConfig:
     recipe: str = "bassi2020"
     """Recipe of all members: a YAML file, or the name of one that comes with cxrdist."""
     seeds: int = 5
-    """Members, whose seeds are 0, 1 ..."""
+    """Members, 2 to 20, whose seeds are 0, 1 ...; with --folds the number of folds."""
     folds: bool = False
     """Members are folds by patient: each trains and validates on other parts of train and val."""
     member: int | None = None
     """Train only this member, as a task of a SLURM array does; all in turn if not given."""
+    cache: Path | None = None
+    """Directory of decoded images; ~/.cache/cxrdist if not given."""
 
 
 @dataclass(frozen=True)

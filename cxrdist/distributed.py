@@ -2,8 +2,10 @@
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,9 @@ from cxrdist.precision import use_full_float32
 from cxrdist.signals import stop_requested
 
 T = TypeVar("T")
+
+_stay = False  # whether `finish` leaves the ranks connected
+_start_heartbeat = cache(start_heartbeat)  # once in a process, which may run several commands
 
 
 def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -> Accelerator:
@@ -69,7 +74,7 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
     refuse_other_mathematics(accelerator)
     use_full_float32()  # after Accelerate, which with torch.compile switches TensorFloat-32 on
     if launched > 1:
-        start_heartbeat(accelerator.process_index, launched)
+        _start_heartbeat(accelerator.process_index, launched)
     return accelerator
 
 
@@ -98,9 +103,31 @@ def refuse_other_mathematics(accelerator: Accelerator) -> None:
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Wait for all ranks and close their connections, whose threads may abort a rank that exits."""
+    """Wait for all ranks and close their connections, whose threads may abort a rank that exits.
+
+    Within `staying_connected` only the trackers are closed.
+    """
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    if not _stay:
+        accelerator.end_training()
+        return
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+@contextmanager
+def staying_connected() -> Iterator[None]:
+    """Let several commands run after each other on the same ranks, which can be joined only once.
+
+    At its end the connections are closed, but after an error: then other ranks may not answer.
+    """
+    global _stay
+    _stay = True
+    try:
+        yield
+    finally:
+        _stay = False
+    finish(start())
 
 
 def local_ranks(accelerator: Accelerator) -> tuple[int, int]:

@@ -36,7 +36,8 @@ from cxrdist.explain.export import LEDGER_COLUMNS, ledger_rows
 from cxrdist.explain.maps import Map
 from cxrdist.explain.pictures import Drawing, draw
 from cxrdist.explain.relevance import Explainer
-from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.precision import use_full_float32
 from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
@@ -63,7 +64,7 @@ class Predictor:
         reasons: why an input could not be read or drawn.
     """
 
-    model: Classifier
+    model: Classifier | Ensemble
     explainer: Explainer | None
     heatmaps: Path
     pool: ProcessPool
@@ -182,7 +183,7 @@ def predict(config: PredictConfig) -> None:
     refuse_below_one(config, "batch_size")
     refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
-    model = load_model(config.run)
+    model = load_predictor(config.run)
     heatmaps = _beside(config.out, "heatmaps")
     found, left_out = find_inputs(config.images, heatmaps)
     given = [item.file for item in found] + ([config.text_boxes] if config.text_boxes else [])
@@ -192,7 +193,7 @@ def predict(config: PredictConfig) -> None:
     how = _preparation(config, model)
     inputs = dict(enumerate(with_boxes(found, config.text_boxes) if config.text_boxes else found))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    explainer = Explainer(model) if config.explain else None
+    explainer = Explainer(one_network(model)) if config.explain else None
     num_workers = min(num_cores(), -(-len(inputs) // CHUNK))
     with image_workers(num_workers, ["cxrdist.explain.pictures"]) as pool:
         predictor = Predictor(model, explainer, heatmaps, pool, config.batch_size)
@@ -210,7 +211,7 @@ def predict(config: PredictConfig) -> None:
     _tell_rest(config, len(inputs), left_out, predictor)
 
 
-def _preparation(config: PredictConfig, model: Classifier) -> Preparation:
+def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Preparation:
     """Prepare images as those that the model was trained on.
 
     Raises:
@@ -291,7 +292,7 @@ def _write(
     write_table(out, columns, rows)
 
 
-def _tell_calibration(model: Classifier) -> None:
+def _tell_calibration(model: Classifier | Ensemble) -> None:
     """Say what the columns calibrated_CLASS and called_CLASS come from, or how to get them."""
     if model.calibration is None:
         print(

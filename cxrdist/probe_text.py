@@ -37,6 +37,7 @@ from cxrdist.evaluate.predictions import (
 from cxrdist.evaluate.scored import score_samples
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
+from cxrdist.model.ensemble import one_network
 from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 
@@ -92,6 +93,7 @@ def probe_text(config: ProbeTextConfig) -> None:
     _refuse_bad_options(config)
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
+    model = together(accelerator, lambda: one_network(subject.model))
     together(accelerator, lambda: _refuse_covered(subject.index, config.split))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     boxes = _boxes_by_number(config, subject, numbers)
@@ -104,7 +106,7 @@ def probe_text(config: ProbeTextConfig) -> None:
     plain = predict()
     covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
-    explainer = Explainer(subject.model)
+    explainer = Explainer(model)
     shares = _relevance_in_boxes(
         config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )

@@ -116,6 +116,11 @@ class RunDirectory:
         """The model card, in the form of Hugging Face."""
         return self.inside("model", "README.md")
 
+    @property
+    def members(self) -> Path:
+        """The figures of an ensemble's members, and their spread."""
+        return self.inside("members.json")
+
     def predictions(self, place: str) -> Path:
         """One row a sample of the place."""
         return self.inside(place, "predictions.csv")

@@ -26,7 +26,7 @@ LAYERS = [
     ["explain"],
     ["report"],
     ["predict", "probe_text", "demo", "bench"],
-    ["cli", "launch"],
+    ["cli", "launch", "seeds"],
     ["__init__", "__main__"],
 ]
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"

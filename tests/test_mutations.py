@@ -213,6 +213,16 @@ def limited() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
+def put_pipe(file: Path) -> None:
+    """Make a pipe that nobody writes to."""
+    os.mkfifo(file)
+
+
+def put_endless(file: Path) -> None:
+    """Make a link to a file without end."""
+    file.symlink_to("/dev/zero")
+
+
 def outcome_of(read: Callable[[], object]) -> str:
     """``read``, ``refused``, or a traceback."""
     try:
@@ -260,3 +270,23 @@ def test_damaged_documents_are_read_or_refused(folder, capsys):
         print(f"\n{dict(counts)} of {NUM_MUTATIONS}, the slowest took {slowest:.1f} s")
     assert not faults, "\n\n".join(f"{k}\n{v!r}" for k, v in faults.items())
     assert counts["refused"] > counts["read"] > 0
+
+
+@pytest.mark.parametrize("put", [put_pipe, put_endless, Path.mkdir])
+def test_what_is_no_regular_file_is_read_or_refused(folder, put):
+    """A pipe is not waited for, a file without end is not read to its end, in any reader."""
+    faults = []
+    cases = {case.file: case for case in cases_of(folder)}
+    shard = read_index(folder / "shards").packed()[0]
+    cases[shard.path] = Case(shard.path, lambda: list(read_shard(shard)))
+    for case in cases.values():
+        aside = case.file.with_name("aside")
+        case.file.rename(aside)
+        put(case.file)
+        outcome = outcome_of(case.read)
+        if case.file.is_dir() and not case.file.is_symlink():
+            case.file.rmdir()
+        aside.rename(case.file)
+        if outcome not in ("read", "refused"):
+            faults.append(f"{case.file.name}: {outcome}")
+    assert not faults, "\n\n".join(faults)

@@ -67,7 +67,7 @@ def seen_squares(monkeypatch):
         return model
 
     with monkeypatch.context() as patch:
-        patch.setattr(predicting, "load_model", load)
+        patch.setattr(predicting, "load_predictor", load)
         yield squares
 
 

@@ -146,6 +146,8 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
         size = file.stat().st_size
         if size > MOST_BYTES:
             raise CxrdistError(f"{file}: has {size} bytes, expected a table of at most 1 GiB")
+        if not file.is_file():  # a pipe would be waited for, and a device has no end
+            raise CxrdistError(f"{file}: cannot be read (not a regular file); expected a CSV")
         data = file.read_bytes()
     except OSError as error:
         raise CxrdistError(

@@ -63,12 +63,13 @@ class Overlap:
 
     Attributes:
         matches: by sample number why an image counts as seen.
-        compared_patients: images whose patient could be compared.
+        patients_told: images whose patient is told, and so was looked for among those of the
+            training.
         not_known: why it is not known what the network has seen; None if it is.
     """
 
     matches: Mapping[int, Match]
-    compared_patients: int
+    patients_told: int
     not_known: str | None
 
 
@@ -260,7 +261,7 @@ def take_external(
         "seen": choices.seen,
         "seen_images": len(matches),
         "reasons": dict(sorted(Counter(match.why for match in matches.values()).items())),
-        "compared_patients": overlap.compared_patients,
+        "patients_told": overlap.patients_told,
         "not_known": overlap.not_known,
     }
     return External(mapped, matches, others, info)
@@ -298,8 +299,8 @@ def find_overlap(
         if own_index is not None and own_images is not None:
             print(f"{run.root}: holds no seen.npz; its train and val images are read anew")
             seen = take_seen(own_index, own_images)
-        matches, compared = _find_matches(index, images, numbers, own, seen)
-        return Overlap(matches, compared, reason)
+        matches, told = _find_matches(index, images, numbers, own, seen)
+        return Overlap(matches, told, reason)
 
     found = gather(accelerator, [together(accelerator, look)])
     return next(overlap for overlap in found if overlap is not None)
@@ -383,19 +384,19 @@ def _find_matches(
         seen: of its train and val images; None where nothing is kept of them.
 
     Returns:
-        Matches by sample number, and of how many images the patient could be compared.
+        Matches by sample number, and of how many images both sides tell the patient.
     """
     matches: dict[int, Match] = {}
-    compared = 0
+    told = 0
     if own is not None and started_from_chexnet(own["weights"]):
         listed = [n for n in numbers.tolist() if is_of_chestxray14(index.samples[n])]
         matches |= dict.fromkeys(listed, Match("pre-training list", "ChestX-ray14"))
     if seen is not None:
         prints = take_prints(images, index.samples, numbers, index.sha256)
-        compared = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
+        told = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
         found = find_matches(prints, seen)
         matches |= {int(numbers[row]): match for row, match in found.items()}
-    return dict(sorted(matches.items())), compared
+    return dict(sorted(matches.items())), told
 
 
 def started_from_chexnet(weights: WeightsInfo) -> bool:

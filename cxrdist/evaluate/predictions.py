@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import EvaluateConfig
 from cxrdist.data.cache import Images, open_cache, read_rows
+from cxrdist.data.folds import cut_fold
 from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
@@ -41,9 +42,9 @@ from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
 from cxrdist.evaluate.mistakes import MOST_PICTURED, find_mistakes
 from cxrdist.evaluate.operating_points import Rule, read_rule, refuse_bad_prevalence
 from cxrdist.evaluate.scored import GROUP_COLUMNS, Scored, score_samples
-from cxrdist.info import read_info
-from cxrdist.model.densenet import Classifier, load_model, save_calibration
+from cxrdist.model.densenet import Classifier, save_calibration
 from cxrdist.model.description import Calibration
+from cxrdist.model.ensemble import Ensemble, load_predictor
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -55,7 +56,7 @@ class Subject:
     Attributes:
         accelerator: of this rank.
         run: the run directory of the model.
-        model: in evaluation mode, on the device.
+        model: in evaluation mode, on the device; one network or an ensemble.
         index: the shards as the model takes them: of an external set, samples that are not used
             are in no split, and labels are the model's.
         images: uint8 [samples, size, size].
@@ -66,7 +67,7 @@ class Subject:
 
     accelerator: Accelerator
     run: RunDirectory
-    model: Classifier
+    model: Classifier | Ensemble
     index: Index
     images: Images
     place: str
@@ -97,11 +98,13 @@ def open_subject(
             size are not the model's, or they have no image in the split.
     """
     accelerator, directory = start(), RunDirectory(run)
-    model = together(accelerator, lambda: load_model(run))
+    model = together(accelerator, lambda: load_predictor(run))
 
     def prepare() -> tuple[Index, str]:
         index = read_index(shards)
         place = choose_place(read_own(directory), index, split, name)
+        if place == split:
+            index = _splits_of_training(index, model, split)
         _refuse_unlike(index, model, split)
         if place == split:
             _refuse_other_classes(index, model)
@@ -111,6 +114,11 @@ def open_subject(
         return index, place
 
     index, place = together(accelerator, prepare)
+    if place == split and not directory.info.is_file():
+        accelerator.print(
+            f"{run}: holds no run.json, so that nothing tells whether it was trained on {shards}; "
+            "they count as its own, --name makes them an external set"
+        )
     images = open_cache(index, cache, accelerator)
     subject = Subject(
         accelerator, directory, model.to(accelerator.device), index, images, place, index
@@ -137,7 +145,7 @@ def _open_external(
     )
 
 
-def _refuse_unlike(index: Index, model: Classifier, split: str) -> None:
+def _refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:
     """Make sure that the model can take the images of a split."""
     shards = index.directory
     if index.task != model.task:
@@ -159,12 +167,28 @@ def _refuse_unlike(index: Index, model: Classifier, split: str) -> None:
         )
 
 
-def _refuse_other_classes(index: Index, model: Classifier) -> None:
+def _refuse_other_classes(index: Index, model: Classifier | Ensemble) -> None:
     if index.classes != model.classes:
         raise CxrdistError(
             f"--shards {index.directory}: have the classes {', '.join(index.classes)}, the model "
             f"{', '.join(model.classes)}; give shards of the model's classes"
         )
+
+
+def _splits_of_training(index: Index, model: Classifier | Ensemble, split: str) -> Index:
+    """Cut train and val as the model's training did.
+
+    Raises:
+        CxrdistError: the members of an ensemble have different ones, and one of them is asked for.
+    """
+    if not isinstance(model, Ensemble):
+        return cut_fold(index, model.fold)
+    if model.has_folds and split != "test":
+        raise CxrdistError(
+            f"--split {split}: each member of this ensemble was trained on other parts of train "
+            f"and val; evaluate test, or the fold of a member with --run RUN/{model.names[0]}"
+        )
+    return index
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -219,7 +243,8 @@ def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> C
         CxrdistError: another rule is wished for, and the shards are not the model's.
     """
     index, stored = subject.index, subject.model.calibration
-    is_own = together(subject.accelerator, lambda: _is_own(subject))
+    has_val = not (isinstance(subject.model, Ensemble) and subject.model.has_folds)
+    is_own = subject.external is None and subject.run.info.is_file() and has_val
     wanted = together(
         subject.accelerator,
         lambda: wanted_rule(stored, rule, config.fewest, index.sha256 if is_own else None),
@@ -232,14 +257,6 @@ def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> C
         if subject.accelerator.is_main_process:
             save_calibration(subject.model.calibration, subject.run.model)
     return subject.model.calibration
-
-
-def _is_own(subject: Subject) -> bool:
-    """Whether the shards are those that the run was trained on."""
-    run = subject.run
-    if not run.info.is_file():
-        return False
-    return read_info(run)["shards"]["index_sha256"] == subject.index.sha256
 
 
 def rank_batches(

@@ -25,7 +25,7 @@ class ExternalInfo(TypedDict):
     seen_images: Count
     reasons: dict[str, Count]
     """Seen images by reason."""
-    compared_patients: Count
-    """Images whose patient could be compared with those of the training."""
+    patients_told: Count
+    """Images whose patient was looked for among those of the training; 0 if a side tells none."""
     not_known: NotRequired[Text | None]
     """Why it is not known what the network has seen; None if it is."""

@@ -57,6 +57,8 @@ COMMON_SOURCES = frozenset(
         *("test", "train", "val", "x-rays", "xray", "xrays"),
     )
 )
+# Of `cxrdist.data.anonymise`: made anew for each pack, so that two of them tell nothing.
+_ANONYMOUS = re.compile(r"(?:.+:)?patient-[0-9a-f]{20}")
 _NIH_OF_SEVERAL = re.compile(r"chestxray14/\d{8}")
 _ROW_SHAPES = {
     "sha256": (32,),
@@ -124,7 +126,7 @@ def patient_name(sample: Sample) -> str:
     Patients of ChestX-ray14 have its number, also in RSNA's images and in sets that took its files
     in. Any other patient is compared within the same source, such as a data set or a hospital in a
     table's column `source`: patient 1 of another source is another person. A source that has the
-    name of any folder, such as ``images``, tells nothing.
+    name of any folder, such as ``images``, tells nothing, and neither do anonymised names.
     """
     file = sample.path.rsplit("/", 1)[-1]
     number = NIH_PATIENT.fullmatch(sample.patient) if sample.source in OF_NIH else None
@@ -135,7 +137,8 @@ def patient_name(sample: Sample) -> str:
     if KNOWN_NAMES["ChestX-ray14"].search(file):
         return f"chestxray14/{file[:8]}"
     told = sample.source and sample.source.casefold() not in COMMON_SOURCES
-    if sample.patient.startswith(NO_PATIENT) or not told:
+    unknown = sample.patient.startswith(NO_PATIENT) or _ANONYMOUS.fullmatch(sample.patient)
+    if unknown or not told:
         return ""
     return f"{sample.source}\0{sample.patient}"
 

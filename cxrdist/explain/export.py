@@ -31,6 +31,7 @@ from cxrdist.explain.targets import (
     mistaken_samples,
 )
 from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import one_network
 from cxrdist.run import locked, read_document, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -86,8 +87,9 @@ def explain(config: ExplainConfig) -> None:
     refuse_below_one(config, "limit", "batch_size")
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
-    targets = together(accelerator, lambda: choose_targets(config, subject.model))
-    explainer = together(accelerator, lambda: _explainer(config, subject.model))
+    model = together(accelerator, lambda: one_network(subject.model))
+    targets = together(accelerator, lambda: choose_targets(config, model))
+    explainer = together(accelerator, lambda: _explainer(config, model))
     numbers = together(accelerator, lambda: _choose_numbers(config, subject))
     is_compact = config.format == "webdataset"
     work = _Work(subject, config.split, targets, explainer, is_compact, config.pictures)
@@ -323,14 +325,14 @@ def ledger_rows(
 
 def _flip(work: _Work, limit: int | None) -> list[tuple[int, Flipping]]:
     """Flip pixels of this rank's share of a few samples of the split."""
-    subject = work.subject
+    subject, model = work.subject, one_network(work.subject.model)
     most = min(limit or FLIPPED_IMAGES, FLIPPED_IMAGES)
     numbers = choose_samples(subject.index, work.split, most)
     return [
         (
             number,
             flip_pixels(
-                subject.model, work.explainer, subject.images[number], work.targets.classes, number
+                model, work.explainer, subject.images[number], work.targets.classes, number
             ),
         )
         for batch in rank_batches(numbers, 1, subject.accelerator)

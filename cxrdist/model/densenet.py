@@ -1,7 +1,7 @@
 """DenseNet121 on grey X-rays: the network, its blocks, and the model as it is saved for use."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -19,6 +19,12 @@ from cxrdist.model.tensorfile import read_safetensors
 from cxrdist.run import open_run, read_document, write_json
 
 MEND = "copy the run directory again or train anew"
+
+
+class _Described(TypedDict):
+    """What any model.json begins with."""
+
+    format: Literal["cxrdist-model-1", "cxrdist-ensemble-1"]
 
 
 class GrowingBlock(DenseBlock):
@@ -51,6 +57,7 @@ class Classifier(nn.Module):
         cover: how burned-in text was covered in them; None where it was not.
         origin: the weights that its training started from (`InitialWeights.describe`), if known.
         calibration: what was chosen on the validation split; None before it was evaluated.
+        fold: part of train and val that was its validation split, such as 2/5; None: as packed.
     """
 
     mean: Tensor
@@ -75,6 +82,7 @@ class Classifier(nn.Module):
         self.cover: Cover | None = None
         self.origin: WeightsInfo | None = None
         self.calibration: Calibration | None = None
+        self.fold: str | None = None
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
             growth_rate=network.growth_rate,
@@ -150,6 +158,7 @@ def save_model(model: Classifier, directory: Path) -> None:
         "cover": model.cover,
         "weights": model.origin,
         "calibration": model.calibration,
+        "fold": model.fold,
     }
     write_json(directory / "model.json", content)
 
@@ -179,6 +188,11 @@ def load_model(run: str | Path) -> Classifier:
         CxrdistError: there is no model, its description is invalid, or its files do not belong
             together.
     """
+    if is_ensemble(run):
+        raise CxrdistError(
+            f"--run {run}: is an ensemble of several networks, and here one is needed; give one of "
+            f"its members, such as {Path(run) / 'member-0'}"
+        )
     directory = open_run(Path(run)).model
     content = read_document(directory / "model.json", ModelFile, MEND)
     try:
@@ -196,6 +210,16 @@ def load_model(run: str | Path) -> Classifier:
     return model.eval()
 
 
+def is_ensemble(run: str | Path) -> bool:
+    """Whether the model of a run directory is an ensemble.
+
+    Raises:
+        CxrdistError: there is no model, or none of this version.
+    """
+    file = open_run(Path(run)).model / "model.json"
+    return read_document(file, _Described, MEND)["format"] == "cxrdist-ensemble-1"
+
+
 def _build(content: ModelFile) -> Classifier:
     """Build the network that model.json describes, with random weights."""
     model = Classifier(
@@ -208,6 +232,7 @@ def _build(content: ModelFile) -> Classifier:
     )
     model.depth, model.cover = content.get("depth"), content.get("cover")
     model.origin, model.calibration = content.get("weights"), content.get("calibration")
+    model.fold = content.get("fold")
     return model
 
 

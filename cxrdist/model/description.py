@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from cxrdist.config import Network
 from cxrdist.data.index import Classes, CoverHow, CoverSplit, Depth, Fit, SidePx, Task
-from cxrdist.documents import Between, Matching, Real, Sha256, Text
+from cxrdist.documents import Between, Distinct, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.info import Count, WeightsInfo
 
@@ -13,6 +13,9 @@ MOST_OUTPUTS = 100_000
 LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
 MOST_GREY = 1e9
 
+MOST_MEMBERS = 20
+
+Member = Annotated[str, Matching(r"member-\d{1,2}", "member-NUMBER")]
 Label = Annotated[str, Matching(r"[^\0\ud800-\udfff]{0,255}", "at most 255 characters")]
 
 
@@ -96,8 +99,19 @@ class ModelFile(TypedDict):
     depth: NotRequired[Depth | None]
     cover: NotRequired[Cover | None]
     calibration: NotRequired[Calibration | None]
+    fold: NotRequired[Text | None]
+    """Part of train and val that was its validation split, such as 2/5; None: as packed."""
     weights: NotRequired[WeightsInfo | None]
     """Those that the training started from."""
+
+
+class EnsembleFile(TypedDict):
+    """The content of model.json of an ensemble, whose members are runs in its own directory."""
+
+    format: Literal["cxrdist-ensemble-1"]
+    members: Annotated[list[Member], Between(2, MOST_MEMBERS), Distinct()]
+    calibration: NotRequired[Calibration | None]
+    """Of the ensemble itself; each member has its own."""
 
 
 class WeightsNote(TypedDict):

@@ -139,6 +139,8 @@ def read_safetensors(file: Path) -> TensorFile:
         OSError, ValueError, SafetensorError: it is missing or damaged, or its tensors are not
             weights.
     """
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise ValueError(f"{file.name} is not a regular file")
     with open(file, "rb") as data:
         if int.from_bytes(data.read(8), "little") > MOST_HEADER_BYTES:
             raise ValueError(f"its header has more than {MOST_HEADER_BYTES >> 20} MiB")

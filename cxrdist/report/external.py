@@ -43,18 +43,24 @@ def _is_external(split: Mapping[str, Any]) -> bool:
 
 
 def _row(split: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """One set: its images and patients, how many were seen, and the scores of all classes."""
+    """One set: its images and patients, how many were seen, and means of its classes."""
     metrics = split["metrics"]
     about = metrics.get("external")
+    means = metrics.get("macro_enough") or metrics["macro"]
+    num_classes = sum(not scores.get("too_few") for scores in metrics["classes"].values())
+    scores = [
+        _with_interval(means, name) if num_classes else ("too few to say", "")
+        for name in columns
+        if name != "accuracy"
+    ]
+    accuracy = [_with_interval(metrics, "accuracy")] if "accuracy" in columns else []
     return {
         **_named(split),
+        "num_classes": num_classes,
         "images": count(metrics["samples"]),
         "patients": count(metrics.get("intervals", {}).get("patients")),
-        "seen": _seen(about) if about else "none: no patient is in two splits",
-        "scores": [
-            _with_interval(metrics if name == "accuracy" else metrics["macro"], name)
-            for name in columns
-        ],
+        "seen": _seen(about) if about else "split by patient",
+        "scores": [*accuracy, *scores],
     }
 
 
@@ -124,7 +130,7 @@ def _provenance(split: Mapping[str, Any]) -> dict[str, Any]:
         "seen_images": count(about["seen_images"]),
         "images": count(about["images"]),
         "reasons": [(why, count(times)) for why, times in about["reasons"].items()],
-        "compared_patients": count(about["compared_patients"]),
+        "patients_told": count(about["patients_told"]),
         "label_map": about["label_map"],
         "other_classes": [(n, count(times)) for n, times in about["other_classes"].items()],
         "lacking": [name for name in metrics["classes"] if name not in about["classes"]],

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.members import FIGURES, read_members
 from cxrdist.info import RunInfo, read_info
 from cxrdist.report.audit import audit_view
 from cxrdist.report.card import write_card
@@ -66,6 +67,8 @@ def report(config: ReportConfig) -> Path:
         stages=stage_views(run, info, recipe),
         splits=splits,
         external=external_view(splits),
+        members=read_members(run),
+        figures=FIGURES,
         texts=text_views(run),
         headline=headline,
         verdict=verdict_view(headline) if headline else None,

@@ -327,6 +327,32 @@ def forest_chart(
     return _chart(name, label, draw, (4.6, 0.9 + 0.42 * len(rows)))
 
 
+def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+    """Draw differences with their intervals below each other, and a line at 0.
+
+    Args:
+        name: unique in the page; letters, digits and hyphens.
+        rows: what differs, by how much, and the lower and upper limit of the interval.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    places = np.arange(len(rows))[::-1]
+    values, lows, highs = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
+
+    def draw(axes: Axes) -> None:
+        axes.axvline(0, color=INK, alpha=0.5, linewidth=1.2)
+        axes.hlines(places, lows, highs, color=FIRST)
+        axes.plot(values, places, color=FIRST, marker="o", linestyle="none")
+        axes.set_yticks(places, [row[0] for row in rows])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("difference, B \u2212 A")
+
+    size = (4.6, 0.7 + 0.28 * len(rows))
+    return _chart(name, "Differences with their intervals", draw, size)
+
+
 def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callable[[Axes], None]:
     """Add what every chart over epochs has: whole numbers below, the legend above."""
 

@@ -36,6 +36,18 @@ def number(value: float | None) -> str:
     return DASH if value is None or math.isnan(value) else f"{value:.3f}".replace("-", "\u2212")
 
 
+def signed(value: float | None) -> str:
+    """Write a difference with its sign and three decimals; what is undefined is a dash."""
+    if value is None or math.isnan(value):
+        return DASH
+    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "\u2212")
+
+
+def p_value(value: float) -> str:
+    """Write a p value; what is below the third decimal is said to be below it."""
+    return "< 0.001".replace(" ", "\N{NO-BREAK SPACE}") if value < 0.001 else f"{value:.3f}"
+
+
 def percent(value: float | None) -> str:
     """Write a share (0 to 1) in percent, from the three decimals that `number` shows."""
     if value is None or math.isnan(value):

@@ -3,14 +3,14 @@
 import sys
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
+from cxrdist.data.folds import cut_fold, read_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.labels import read_uncertain
-from cxrdist.distributed import gather, start, together
+from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> None:
     )
     together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
     main = accelerator.is_main_process
-    index = together(accelerator, lambda: _trainable_index(config.shards))
+    index = together(accelerator, lambda: _trainable_index(config))
     run = RunDirectory(config.run)
     with together(accelerator, lambda: locked(config.run) if main else nullcontext()):
         together(accelerator, lambda: refuse_other_run(run, config, index))
@@ -67,7 +67,7 @@ def train(config: TrainConfig) -> None:
             _run_stages(training)
         together(accelerator, lambda: _publish(training) if main else None)
         accelerator.print(f"trained; the model is in {run.model}")
-    accelerator.end_training()
+    finish(accelerator)
 
 
 def refuse_bad_recipe(config: TrainConfig) -> None:
@@ -80,6 +80,8 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     check_stages(config.stages, ["stem", *blocks, "head"])
     refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
     read_uncertain(config.uncertain)
+    if config.fold is not None:
+        read_fold(config.fold)
     if not 0 <= config.network.dropout < 1:
         raise CxrdistError(
             f"network.dropout: is {config.network.dropout}, expected at least 0 and below 1"
@@ -96,8 +98,8 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
         )
 
 
-def _trainable_index(shards: Path) -> Index:
-    index = read_index(shards)
+def _trainable_index(config: TrainConfig) -> Index:
+    shards, index = config.shards, cut_fold(read_index(config.shards), config.fold)
     for split in ("train", "val"):
         if not index.numbers(split):
             raise CxrdistError(

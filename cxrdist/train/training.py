@@ -45,7 +45,10 @@ NOT_SCIENCE = (
     "save_steps",
     "track",
 )  # paths and outputs stay out of the recipe
-ADDED = {"uncertain": "ignore"}  # fields that older recipes lack, and what their runs did
+ADDED = {
+    "uncertain": "ignore",
+    "fold": None,
+}  # fields that older recipes lack, and what their runs did
 
 
 @dataclass(frozen=True)
@@ -319,7 +322,7 @@ def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> 
         index.fit,
         index.task,
     )
-    model.depth = index.depth
+    model.depth, model.fold = index.depth, config.fold
     model.cover = Cover(index.cover["how"], index.cover["split"]) if index.cover else None
     return model
 

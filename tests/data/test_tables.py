@@ -1,9 +1,10 @@
 import gzip
+import os
 
 import pytest
 from support import run_measured
 
-from cxrdist.data.tables import read_table
+from cxrdist.data.tables import read_table, read_text
 from cxrdist.errors import CxrdistError
 
 
@@ -82,7 +83,7 @@ def test_a_damaged_gzip_file_is_one_line(tmp_path, damage):
 READ = """
 import sys
 from pathlib import Path
-from cxrdist.data.tables import read_table
+from cxrdist.data.tables import read_table, read_text
 from cxrdist.errors import CxrdistError
 try:
     read_table(Path(sys.argv[1]), {"path"})
@@ -99,3 +100,10 @@ def test_a_gzip_bomb_is_refused_before_memory_is_taken(tmp_path):
     assert done.code == 0, done.stderr
     assert done.stdout.endswith("t.csv.gz: unpacks to more than 1 GiB, expected a table")
     assert done.mib < 200
+
+
+def test_a_pipe_in_place_of_a_table_is_one_line(tmp_path):
+    """It would be waited for until somebody writes."""
+    os.mkfifo(tmp_path / "table.csv")
+    with pytest.raises(CxrdistError, match=r"table\.csv: cannot be read \(not a regular file\)"):
+        read_text(tmp_path / "table.csv")

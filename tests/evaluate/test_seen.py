@@ -104,6 +104,7 @@ def test_images_of_a_seen_patient_are_found_and_unknown_patients_are_nobody():
         ("1", "images", "1.png", ""),
         ("1", "", "1.png", ""),
         ("image:1.png", "St. Mary", "1.png", ""),
+        ("patient-0123456789abcdef0123", "source-1", "1f.png", ""),
     ],
 )
 def test_patients_are_compared_within_a_source_or_by_the_numbers_of_the_nih(

@@ -1,0 +1,94 @@
+"""Folds by patient: other parts of the training and validation images for each member."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.index import Index
+from cxrdist.data.labels import labels_of
+from cxrdist.errors import CxrdistError
+
+MOST_FOLDS = 20
+_SEED = 0  # all members of a cross-validation cut the same folds, whatever their own seed
+
+
+class Fold(NamedTuple):
+    """One fold of a cross-validation, written as ``2/5``."""
+
+    number: int
+    """From 1 to `total`."""
+    total: int
+
+
+def read_fold(text: str) -> Fold:
+    """Read a fold such as ``2/5``.
+
+    Raises:
+        CxrdistError: it is none.
+    """
+    match = re.fullmatch(r"(\d{1,2})/(\d{1,2})", text)
+    fold = Fold(int(match[1]), int(match[2])) if match else Fold(0, 0)
+    if not 1 <= fold.number <= fold.total or not 2 <= fold.total <= MOST_FOLDS:
+        raise CxrdistError(
+            f"fold: is {text!r:.40}, expected NUMBER/COUNT such as 2/5, of 2 to {MOST_FOLDS} folds"
+        )
+    return fold
+
+
+def cut_fold(index: Index, text: str | None) -> Index:
+    """Let one fold of the training and validation images be the validation split.
+
+    All images of a patient are in one fold, and the classes are spread over the folds as evenly as
+    patients allow. The test split stays as it is.
+
+    Args:
+        index: of the shards.
+        text: such as ``2/5``; None leaves the splits as they were packed.
+
+    Returns:
+        The index with train and val exchanged between samples; numbers and hashes are the same.
+
+    Raises:
+        CxrdistError: there are fewer patients than folds, or no such fold.
+    """
+    if text is None:
+        return index
+    fold = read_fold(text)
+    numbers = [i for i, sample in enumerate(index.samples) if sample.split in ("train", "val")]
+    patients = [index.samples[i].patient for i in numbers]
+    if len(set(patients)) < fold.total:
+        raise CxrdistError(
+            f"fold: {fold.total} folds need as many patients in train and val, "
+            f"--shards {index.directory} have {len(set(patients))}; take fewer folds"
+        )
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    cut = StratifiedGroupKFold(fold.total, shuffle=True, random_state=_SEED)
+    folds = list(cut.split(numbers, _strata(index, numbers, fold.total), patients))
+    held_out = {numbers[place] for place in folds[fold.number - 1][1]}
+    if not held_out:
+        raise CxrdistError(
+            f"fold: {text} has no images, since few patients have most of them; take fewer folds"
+        )
+    names = {i: "val" if i in held_out else "train" for i in numbers}
+    samples = [s._replace(split=names.get(i, s.split)) for i, s in enumerate(index.samples)]
+    rule = f"{index.split}; of train and val fold {text} by patient"
+    return replace(index, samples=samples, split=rule)
+
+
+def _strata(index: Index, numbers: list[int], num_folds: int) -> NDArray[np.int64]:
+    """Number the stratum of each sample, int64 [samples]: the rarest of its labels.
+
+    What has fewer images than there are folds cannot be spread over them and joins the largest.
+    """
+    labels = [labels_of(index.samples[i].label) for i in numbers]
+    images = Counter(label for found in labels for label in found)
+    rarest = [min(found, key=lambda label: images[label], default="") for found in labels]
+    sizes = Counter(rarest)
+    largest = sizes.most_common(1)[0][0]
+    names = [name if sizes[name] >= num_folds else largest for name in rarest]
+    return np.unique(names, return_inverse=True)[1]

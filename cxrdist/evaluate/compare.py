@@ -1,0 +1,312 @@
+"""Two models on the same images: differences of all figures, and the images that tell them apart.
+
+Both are computed on the same draws of patients, so that what makes an image hard for both cancels.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.bootstrap import LEVEL, Limits, Replicates
+from cxrdist.data.labels import POSITIVE
+from cxrdist.documents import Real, Text
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.delong import DeLong, compare_aurocs
+from cxrdist.evaluate.intervals import Intervals, describe, wilson
+from cxrdist.evaluate.measure import Settings, replicate
+from cxrdist.evaluate.metrics import THRESHOLD_LOGIT, Share
+from cxrdist.evaluate.scored import Scored
+from cxrdist.evaluate.scores import too_few
+from cxrdist.info import Count
+
+FIGURES = ("auroc", "average_precision", "recall", "specificity", "precision", "f1")
+METHOD = (
+    "paired bootstrap over patients, drawn within the rarest class of each and the same for both; "
+    "limits from the standard error of the differences times sqrt(n / (n - 1)) and t with n - 1 "
+    "degrees of freedom, n the patients that the figure rests on, of AUROC those of its smaller "
+    "side (Hesterberg 2015). Where no replicate differs from another: Wilson (1927) for none of n "
+    "patients, to both sides. Means: the intervals of the classes and the correlation of their "
+    "replicates (Zou 2007)"
+)
+_QUANTILE = (1 + LEVEL) / 2
+_ALIKE = 1e-9  # standard error below which replicates are equal but for rounding
+
+
+class Difference(TypedDict):
+    """One figure of both models; None where it is not defined."""
+
+    a: Share | None
+    b: Share | None
+    difference: Real | None
+    """b - a."""
+    interval: Limits | None
+
+
+class McNemar(TypedDict):
+    """The exact test of McNemar (1947) by image, which takes images as independent."""
+
+    only_a: Count
+    """Images that only the first model has right."""
+    only_b: Count
+    p_value: Share
+    """Of two sides, from the binomial distribution."""
+
+
+class ClassComparison(TypedDict):
+    """One class against the rest, or one label."""
+
+    known: Count
+    positives: Count
+    patients: Count
+    """Of the images of which it is known."""
+    too_few: Text | None
+    """What there is too little of, such as ``3 positives``; None if there are enough images."""
+    figures: dict[str, Difference]
+    mcnemar: McNemar
+    delong: DeLong | None
+
+
+class Statistics(TypedDict):
+    """What two models differ in, as far as it follows from their predictions."""
+
+    task: Literal["multiclass", "multilabel"]
+    samples: Count
+    intervals: Intervals
+    fewest: Count
+    accuracy: NotRequired[Difference]
+    mcnemar: NotRequired[McNemar]
+    """Of the accuracy."""
+    macro: dict[str, Difference]
+    macro_labels: dict[str, Count]
+    """Classes in each mean."""
+    classes: dict[str, ClassComparison]
+
+
+class Comparison(Statistics):
+    """The content of comparison.json."""
+
+    format: Literal["cxrdist-comparison-1"]
+    runs: dict[Literal["a", "b"], Text]
+    """Their directories, as they were given."""
+    place: Text
+    """test, val or train, or external/NAME."""
+    flipped: dict[str, Count]
+    """Images (or labels of images) that both decide differently, by what changed from a to b."""
+    recipe: list[Text] | None
+    """Fields in which the recipes differ, - of a and + of b; None where a run has no recipe."""
+
+
+Figures = Mapping[str, NDArray[np.float64]]  # by name, [replicates, classes]; NaN: not defined
+
+
+class Both(NamedTuple):
+    """The figures of both models."""
+
+    observed: tuple[Figures, Figures]
+    """Of the images as they are: one replicate, which has each patient once."""
+    drawn: tuple[Figures, Figures]
+    patients: Mapping[str, NDArray[np.int64]]
+    """By name, [classes]: those that a figure rests on."""
+
+    def classes_of_mean(self, name: str, task: str) -> NDArray[np.int64]:
+        """Which classes the mean of a figure is over, as in `cxrdist evaluate`: their columns.
+
+        Of several labels those for which both models have the figure, else all.
+        """
+        a, b = (figures[name][0] for figures in self.observed)
+        return np.flatnonzero(np.isfinite(a + b)) if task == "multilabel" else np.arange(len(a))
+
+    def difference(self, name: str, columns: NDArray[np.int64]) -> Difference:
+        """Compare one figure, the mean over some classes."""
+        a, b = (figures[name][0, columns] for figures in self.observed)
+        drawn_a, drawn_b = (figures[name][:, columns] for figures in self.drawn)
+        means = [float(values.mean()) if len(columns) else np.nan for values in (a, b)]
+        change = means[1] - means[0]
+        limits = None
+        if np.isfinite(change):
+            reach = _reach(drawn_b - drawn_a, self.patients[name][columns])
+            limits = [round(max(-1.0, change - reach), 6), round(min(1.0, change + reach), 6)]
+        return {
+            "a": round(means[0], 6) if np.isfinite(means[0]) else None,
+            "b": round(means[1], 6) if np.isfinite(means[1]) else None,
+            "difference": None if limits is None else round(change, 6),
+            "interval": limits,
+        }
+
+
+def _reach(differences: NDArray[np.float64], patients: NDArray[np.int64]) -> float:
+    """How far the interval of the mean of K differences reaches to either side.
+
+    Args:
+        differences: float64 [replicates, K], NaN where a replicate lacks a figure.
+        patients: int64 [K], those that each rests on.
+    """
+    from scipy.stats import t
+
+    found = differences[np.isfinite(differences).all(axis=1)]
+    spread = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(patients))
+    varies, freedom = (spread > _ALIKE) & (patients > 1), np.maximum(patients - 1, 1)
+    wide = spread * np.sqrt(patients / freedom) * t.ppf(_QUANTILE, freedom)
+    reaches = np.where(varies, wide, [wilson(0, max(1, n))[1] for n in patients.tolist()])
+    correlation = np.eye(len(patients))
+    if varies.any():
+        correlation[np.ix_(varies, varies)] = np.corrcoef(found[:, varies].T)
+    return math.sqrt(max(0.0, float(reaches @ correlation @ reaches))) / len(patients)
+
+
+def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
+    """Compare two models on the same images, in the same order (`aligned`)."""
+    draws = replicate(a, settings)
+    once = Replicates(np.ones((1, draws.draws.shape[1]), np.uint8), draws.patient)
+    both = Both(
+        observed=(_figures(a, once), _figures(b, once)),
+        drawn=(_figures(a, draws), _figures(b, draws)),
+        patients=_patients(a, b, draws),
+    )
+    means = {name: both.classes_of_mean(name, a.task) for name in FIGURES}
+    found: Statistics = {
+        "task": "multilabel" if a.task == "multilabel" else "multiclass",
+        "samples": len(a),
+        "intervals": {**describe(draws, settings.seed), "method": METHOD},
+        "fewest": settings.fewest,
+        "macro": {name: both.difference(name, columns) for name, columns in means.items()},
+        "macro_labels": {name: len(columns) for name, columns in means.items()},
+        "classes": {
+            name: _compare_class((a, b), column, both, draws, settings.fewest)
+            for column, name in enumerate(a.classes)
+        },
+    }
+    if a.task == "multiclass":
+        found["accuracy"] = both.difference("accuracy", np.array([0]))
+        found["mcnemar"] = _mcnemar(_is_right(a), _is_right(b))
+    return found
+
+
+def called(scored: Scored) -> NDArray[np.bool_]:
+    """Which classes each image is predicted to have: bool [N, classes]."""
+    if scored.task == "multilabel":
+        return scored.logits >= THRESHOLD_LOGIT
+    return scored.logits.argmax(axis=1)[:, None] == np.arange(len(scored.classes))
+
+
+def _is_right(scored: Scored) -> NDArray[np.bool_]:
+    """Whether the predicted class of each image is its own: bool [N], of a multiclass task."""
+    return (called(scored) & (scored.targets == POSITIVE)).any(axis=1)
+
+
+def _figures(scored: Scored, draws: Replicates) -> Figures:
+    """All figures in each replicate; NaN where one is not defined."""
+    guess, truth, known = called(scored), scored.targets == POSITIVE, scored.targets >= 0
+    cells = [guess & truth, guess & ~truth, ~guess & truth, ~guess & ~truth]
+    counts = draws.sums(np.hstack([cell & known for cell in cells]).astype(np.float64))
+    hits, alarms, misses, passes = np.split(counts, 4, axis=1)
+    ranked = [
+        draws.take(known[:, column]).ranking(
+            scored.logits[known[:, column], column], truth[known[:, column], column]
+        )
+        for column in range(len(scored.classes))
+    ]
+    with np.errstate(invalid="ignore"):
+        found = {
+            "auroc": np.stack([auroc for auroc, _ in ranked], 1),
+            "average_precision": np.stack([average for _, average in ranked], 1),
+            "recall": hits / (hits + misses),
+            "specificity": passes / (passes + alarms),
+            "precision": hits / (hits + alarms),
+            "f1": 2 * hits / (2 * hits + alarms + misses),
+        }
+    # A replicate has as many patients as there are, but not as many images.
+    found["accuracy"] = hits.sum(1, keepdims=True) / (hits + misses).sum(1, keepdims=True)
+    return found
+
+
+def _patients(a: Scored, b: Scored, draws: Replicates) -> dict[str, NDArray[np.int64]]:
+    """Count the patients that each figure rests on: by name, int64 [classes]."""
+    truth, known = a.targets == POSITIVE, a.targets >= 0
+    guess = called(a) | called(b)
+    rests_on = {
+        "recall": truth,
+        "specificity": known & ~truth,
+        "precision": known & guess,
+        "f1": known & (truth | guess),
+        "accuracy": known[:, :1],
+    }
+    found = {
+        name: np.array([draws.patients(column) for column in images.T])
+        for name, images in rests_on.items()
+    }
+    found["average_precision"] = found["recall"]
+    return found | {"auroc": np.minimum(found["recall"], found["specificity"])}
+
+
+def _compare_class(
+    models: tuple[Scored, Scored], column: int, both: Both, draws: Replicates, fewest: int
+) -> ClassComparison:
+    a, b = models
+    known = a.targets[:, column] >= 0
+    truth = a.targets[known, column] == POSITIVE
+    right = [called(scored)[known, column] == truth for scored in (a, b)]
+    scores = np.stack([scored.logits[known, column] for scored in (a, b)])
+    positives = int(truth.sum())
+    return {
+        "known": len(truth),
+        "positives": positives,
+        "patients": draws.patients(known),
+        "too_few": too_few(positives, len(truth) - positives, fewest),
+        "figures": {name: both.difference(name, np.array([column])) for name in FIGURES},
+        "mcnemar": _mcnemar(*right),
+        "delong": compare_aurocs(scores, truth),
+    }
+
+
+def _mcnemar(a_right: NDArray[np.bool_], b_right: NDArray[np.bool_]) -> McNemar:
+    """Test whether one model is right where the other is wrong more often than the other way."""
+    from scipy.stats import binomtest
+
+    only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
+    differing = only_a + only_b
+    p_value = float(binomtest(only_a, differing).pvalue) if differing else 1.0
+    return {"only_a": only_a, "only_b": only_b, "p_value": min(1.0, p_value)}
+
+
+def aligned(a: Scored, b: Scored, names: tuple[str, str]) -> Scored:
+    """Put the images and classes of the second model into the order of the first.
+
+    Args:
+        a: the first model's.
+        b: the second's.
+        names: of both, for the message.
+
+    Raises:
+        CxrdistError: they are not of the same images, classes, labels or patients.
+    """
+    if a.task != b.task or set(a.classes) != set(b.classes):
+        raise CxrdistError(
+            f"{names[1]}: has the classes {', '.join(b.classes)} ({b.task}), {names[0]} has "
+            f"{', '.join(a.classes)} ({a.task}); compare runs of the same classes"
+        )
+    places = {key: place for place, key in enumerate(b.keys)}
+    alone = [set(a.keys) - set(b.keys), set(b.keys) - set(a.keys)]
+    if alone[0] or alone[1]:
+        owner, keys = (names[0], alone[0]) if alone[0] else (names[1], alone[1])
+        raise CxrdistError(
+            f"{owner}: was evaluated on {len(keys)} images that the other run was not, such as "
+            f"{min(keys)}; evaluate both runs on the same shards"
+        )
+    columns = [b.classes.index(name) for name in a.classes]
+    b = b.take(np.array([places[key] for key in a.keys], np.int64))
+    targets, logits = b.targets[:, columns], b.logits[:, columns]
+    for what, differs in (
+        ("label", (targets != a.targets).any(axis=1)),
+        ("patient", np.array(a.patients) != np.array(b.patients)),
+    ):
+        if differs.any():
+            raise CxrdistError(
+                f"{names[1]}: the {what} of {int(differs.sum())} images is another than in "
+                f"{names[0]}, such as that of {a.keys[int(differs.argmax())]}; evaluate both runs "
+                "on the same shards"
+            )
+    return Scored(a.task, a.classes, a.keys, a.patients, targets, logits, a.groups)

@@ -1,0 +1,68 @@
+"""The images that two models decide differently."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from cxrdist.data.labels import POSITIVE
+from cxrdist.evaluate.compare import called
+from cxrdist.evaluate.scored import Scored
+
+CHANGES = ("right->wrong", "wrong->right", "wrong->wrong")
+
+
+class Flip(NamedTuple):
+    """An image, or one label of an image, that the models decide differently."""
+
+    place: int
+    """Number of the image."""
+    change: str
+    """right->wrong, wrong->right or wrong->wrong."""
+    of: str
+    """The class of the probabilities: the true one, or the label that flipped."""
+    predicted: tuple[str, str]
+    logits: tuple[float, float]
+
+
+def flips(a: Scored, b: Scored) -> list[Flip]:
+    """List the images that the models decide differently, those that got worse first.
+
+    Of several labels each label that is known and decided differently. Within a change the
+    largest difference of the logits comes first.
+    """
+    find = _label_flips if a.task == "multilabel" else _class_flips
+    return sorted(
+        find(a, b),
+        key=lambda flip: (
+            CHANGES.index(flip.change),
+            -abs(flip.logits[1] - flip.logits[0]),
+            a.keys[flip.place],
+        ),
+    )
+
+
+def _class_flips(a: Scored, b: Scored) -> list[Flip]:
+    guesses = a.logits.argmax(axis=1), b.logits.argmax(axis=1)
+    truth = (a.targets == POSITIVE).argmax(axis=1)
+    found = []
+    for place in np.flatnonzero(guesses[0] != guesses[1]).tolist():
+        first, second, own = (int(values[place]) for values in (*guesses, truth))
+        change = "right->wrong" if first == own else "wrong->right" if second == own else CHANGES[2]
+        names = a.classes[first], a.classes[second]
+        logits = float(a.logits[place, own]), float(b.logits[place, own])
+        found.append(Flip(place, change, a.classes[own], names, logits))
+    return found
+
+
+def _label_flips(a: Scored, b: Scored) -> list[Flip]:
+    guesses = called(a), called(b)
+    flipped = (guesses[0] != guesses[1]) & (a.targets >= 0)
+    found = []
+    for place, column in zip(*(axis.tolist() for axis in np.nonzero(flipped)), strict=True):
+        first, second = (bool(guess[place, column]) for guess in guesses)
+        is_first_right = first == (a.targets[place, column] == POSITIVE)
+        change = "right->wrong" if is_first_right else "wrong->right"
+        names = tuple("yes" if guess else "no" for guess in (first, second))
+        logits = float(a.logits[place, column]), float(b.logits[place, column])
+        found.append(Flip(place, change, a.classes[column], (names[0], names[1]), logits))
+    return found

@@ -1,0 +1,245 @@
+"""Two runs on the same images: a table in the terminal, comparison.json, flipped.csv and a page."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import NDArray
+from scipy.special import expit
+
+from cxrdist.config import CompareConfig
+from cxrdist.data.labels import POSITIVE, SEPARATOR
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.compare import Comparison, Difference, aligned, compare_scored
+from cxrdist.evaluate.flips import CHANGES, Flip, flips
+from cxrdist.evaluate.measure import Settings
+from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.scored import Scored, read_scored
+from cxrdist.explain import heatmap
+from cxrdist.report import pictures
+from cxrdist.report.page import template
+from cxrdist.report.values import p_value, signed
+from cxrdist.run import (
+    RunDirectory,
+    atomic_directory,
+    external_place,
+    read_document,
+    read_recipe,
+    write_json,
+    write_table,
+    write_text,
+)
+from cxrdist.terminal import table
+
+NAMES = {
+    "accuracy": "Accuracy",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "recall": "Sensitivity",
+    "specificity": "Specificity",
+    "precision": "Precision",
+    "f1": "F1 score",
+}
+COLUMNS = (
+    *("key", "patient", "label", "change", "predicted_a", "predicted_b"),
+    *("class", "prob_a", "prob_b"),
+)
+"""Of flipped.csv; the probabilities are those of `class`: the true one, or the label."""
+MOST_SHOWN = 10  # flipped images in the terminal
+MOST_IN_PAGE = 200
+
+
+def compare(config: CompareConfig) -> Path:
+    """Compare two runs that were evaluated on the same images.
+
+    Returns:
+        The directory, with comparison.json, flipped.csv and page.html.
+
+    Raises:
+        CxrdistError: a run was not evaluated there, they are not of the same images, or ``out``
+            already exists.
+    """
+    if config.out.exists():
+        raise CxrdistError(f"--out {config.out}: already exists; remove it or give another name")
+    place = external_place(config.name) if config.name else config.split
+    runs = RunDirectory(config.run_a), RunDirectory(config.run_b)
+    a, b = (_read(run, place) for run in runs)
+    b = aligned(a, b, (str(config.run_a), str(config.run_b)))
+    flipped = flips(a, b)
+    counted = Counter(flip.change for flip in flipped)
+    comparison: Comparison = {
+        "format": "cxrdist-comparison-1",
+        "runs": {"a": str(config.run_a), "b": str(config.run_b)},
+        "place": place,
+        **compare_scored(a, b, Settings()),
+        "flipped": {change: counted[change] for change in CHANGES},
+        "recipe": changed_fields(*runs),
+    }
+    rows = [_flipped_row(a, flip) for flip in flipped]
+    with atomic_directory(config.out) as directory:
+        write_json(directory / "comparison.json", comparison)
+        write_table(directory / "flipped.csv", COLUMNS, rows)
+        write_text(directory / "page.html", _page(comparison, rows))
+    print(_summary(comparison, rows))
+    print(f"all figures, all flipped images and a page: {config.out}")
+    return config.out
+
+
+def _read(run: RunDirectory, place: str) -> Scored:
+    """Read the predictions of a run.
+
+    Raises:
+        CxrdistError: it was not evaluated there.
+    """
+    if not (run.metrics(place).is_file() and run.predictions(place).is_file()):
+        option = place.replace("external/", "--name ") if "/" in place else f"--split {place}"
+        raise CxrdistError(
+            f"{run.root}: has no {place}/predictions.csv with its metrics.json; run `cxrdist "
+            f"evaluate --run {run.root} --shards SHARDS {option}`"
+        )
+    metrics = read_document(run.metrics(place), Metrics, "run `cxrdist evaluate` again")
+    return read_scored(run.predictions(place), metrics["task"])
+
+
+def changed_fields(a: RunDirectory, b: RunDirectory) -> list[str] | None:
+    """List the fields in which two recipes differ, each with its whole name.
+
+    Returns:
+        Lines that begin with - for the first and + for the second; None where one has no recipe.
+    """
+    if not (a.recipe.is_file() and b.recipe.is_file()):
+        return None
+    first, second = (
+        dict(_fields(read_recipe(run.recipe, "run `cxrdist train` again")[1])) for run in (a, b)
+    )
+    lines = []
+    for name in dict.fromkeys([*first, *second]):
+        if first.get(name) != second.get(name):
+            pairs = (("-", first), ("+", second))
+            lines += [f"{sign} {name}: {side[name]}" for sign, side in pairs if name in side]
+    return lines
+
+
+def _fields(recipe: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
+    """Name each value of a recipe, such as stages.head.epochs; of stages also their order."""
+    for name, value in recipe.items():
+        if isinstance(value, dict):
+            if name == "stages":
+                yield name, ", ".join(map(str, value))
+            yield from _fields(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", str(value)
+
+
+def _flipped_row(scored: Scored, flip: Flip) -> list[str]:
+    """A row of flipped.csv."""
+    has: NDArray[np.bool_] = scored.targets[flip.place] == POSITIVE
+    label = SEPARATOR.join(name for name, own in zip(scored.classes, has, strict=True) if own)
+    about = [scored.keys[flip.place], scored.patients[flip.place], label, flip.change]
+    probabilities = [f"{expit(logit):.6g}" for logit in flip.logits]
+    return [*about, *flip.predicted, flip.of, *probabilities]
+
+
+def _overall(comparison: Comparison) -> list[tuple[str, Difference]]:
+    """The figures over all classes by name."""
+    first = [("Accuracy", comparison["accuracy"])] if "accuracy" in comparison else []
+    means = comparison["macro"].items()
+    return first + [(f"Mean {_lower(NAMES[name])}", found) for name, found in means]
+
+
+def _lower(name: str) -> str:
+    """Write a name within a line: only an abbreviation such as AUROC keeps its capitals."""
+    return name if name[1].isupper() or name[1].isdigit() else name[0].lower() + name[1:]
+
+
+def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
+    """What the terminal shows: overall figures, AUROC of each class, tests, flips, recipes."""
+    intervals = comparison["intervals"]
+    body = [[name, *_cells(found), ""] for name, found in _overall(comparison)]
+    for name, part in comparison["classes"].items():
+        shown = _cells(part["figures"]["auroc"])
+        test = p_value(part["delong"]["p_value"]) if part["delong"] else "-"
+        body.append([f"AUROC, {name}", *shown, "too few to say" if part["too_few"] else test])
+    headers = ("Figure", "A", "B", "B - A", f"{intervals['level']:.0%} interval", "DeLong p")
+    lines = [
+        f"A: {comparison['runs']['a']}",
+        f"B: {comparison['runs']['b']}",
+        f"{comparison['place']}: {comparison['samples']} images of {intervals['patients']} "
+        f"patients; intervals by {intervals['unit']}, {intervals['replicates']} replicates",
+        table(body, headers),
+    ]
+    if "mcnemar" in comparison:
+        mcnemar = comparison["mcnemar"]
+        lines.append(
+            f"only A right: {mcnemar['only_a']} images, only B right: {mcnemar['only_b']}; "
+            f"McNemar's exact test p {p_value(mcnemar['p_value'])}"
+        )
+    lines.append("both tests take images as independent, also those of one patient")
+    lines += _flip_lines(comparison, rows)
+    lines += _recipe_lines(comparison["recipe"])
+    return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
+
+
+def _cells(found: Difference) -> list[str]:
+    values = [found["a"], found["b"]]
+    shown = ["-" if value is None else f"{value:.3f}" for value in values]
+    limits = found["interval"]
+    if found["difference"] is None or limits is None:
+        return [*shown, "-", "-"]
+    signs = [signed(value).replace("\u2212", "-") for value in (found["difference"], *limits)]
+    return [*shown, signs[0], f"{signs[1]} to {signs[2]}"]
+
+
+def _flip_lines(comparison: Comparison, rows: Sequence[Sequence[str]]) -> list[str]:
+    counts = ", ".join(f"{change} {count}" for change, count in comparison["flipped"].items())
+    lines = [f"\ndecided differently: {len(rows)} ({counts})"]
+    if rows:
+        lines.append(table(rows[:MOST_SHOWN], COLUMNS))
+    if len(rows) > MOST_SHOWN:
+        lines.append(f"and {len(rows) - MOST_SHOWN} more: flipped.csv")
+    return lines
+
+
+def _recipe_lines(changed: list[str] | None) -> list[str]:
+    if changed is None:
+        return ["\nthe recipes: a run has no recipe.yaml"]
+    if not changed:
+        return ["\nthe recipes are equal"]
+    return ["\nthe recipes differ:", *(f"  {line}" for line in changed)]
+
+
+def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
+    overall = _overall(comparison)
+    drawn = [
+        (name, found["difference"], limits[0], limits[1])
+        for name, found in overall
+        if found["difference"] is not None and (limits := found["interval"]) is not None
+    ]
+    return template("compare.html.jinja").render(
+        comparison=comparison,
+        overall=overall,
+        headline=_headline(comparison),
+        chart=Markup(pictures.differences_chart("differences", drawn)) if drawn else None,
+        names=NAMES,
+        columns=COLUMNS,
+        rows=rows[:MOST_IN_PAGE],
+        num_flipped=len(rows),
+        heatmap=heatmap,
+    )
+
+
+def _headline(comparison: Comparison) -> dict[str, Any]:
+    """The figure that the page begins with, and what its interval lets one say."""
+    name = "accuracy" if "accuracy" in comparison else "auroc"
+    found = comparison["accuracy"] if name == "accuracy" else comparison["macro"]["auroc"]
+    limits = found["interval"]
+    verdict = "cannot be told, as the figure is not defined for both"
+    if limits and limits[0] <= 0 <= limits[1]:
+        verdict = "no difference can be told from these images"
+    elif limits:
+        verdict = f"B is {'better' if limits[0] > 0 else 'worse'} than A on images like these"
+    what = NAMES[name] if name == "accuracy" else f"Mean {_lower(NAMES[name])}"
+    return {"name": what, "found": found, "verdict": verdict}

@@ -1,0 +1,177 @@
+"""Seeds and folds: one recipe trained several times, the spread of its figures, and the ensemble.
+
+Each member is a run as of `cxrdist train`; the directory around them is a run too, whose model is
+the ensemble.
+"""
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from cxrdist.cli import COMMANDS, parse
+from cxrdist.config import EvaluateConfig, SeedsConfig, TrainConfig
+from cxrdist.data.folds import MOST_FOLDS
+from cxrdist.data.index import read_index
+from cxrdist.distributed import gather, start, staying_connected, together
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.members import MembersFile, spread_table, spreads
+from cxrdist.evaluate.predictions import evaluate
+from cxrdist.info import read_info
+from cxrdist.model.densenet import is_ensemble
+from cxrdist.model.description import MOST_MEMBERS
+from cxrdist.model.ensemble import join, save_ensemble
+from cxrdist.run import (
+    RunDirectory,
+    atomic_directory,
+    atomic_file,
+    locked,
+    read_document,
+    write_json,
+    write_text,
+)
+from cxrdist.train.loop import train
+from cxrdist.train.training import recipe_yaml
+
+COPIED = ("audit.json", "seen.npz")  # what is the same for all members
+
+
+def seeds(config: SeedsConfig) -> None:
+    """Train the members in turn; once all are trained, evaluate them and their ensemble.
+
+    Called again it goes on: a member that is trained is left as it is. With ``member`` only that
+    one is trained; a last call without it joins them.
+
+    Raises:
+        Stopped: a rank was asked to stop.
+        CxrdistError: an option, the recipe, the shards or a member cannot be used.
+    """
+    _refuse_bad_options(config)
+    recipes = [_recipe(config, number) for number in range(config.seeds)]
+    chosen = range(config.seeds) if config.member is None else [config.member]
+    with staying_connected():
+        accelerator = start()
+        for number in chosen:
+            accelerator.print(f"{_name(number)} of {config.seeds}: {_what(recipes[number])}")
+            train(recipes[number])
+        if config.member is None:
+            _join_members(config, recipes, accelerator)
+        else:
+            accelerator.print(
+                f"{_name(config.member)} is done; once all {config.seeds} are, the same command "
+                "without --member evaluates them and makes the ensemble"
+            )
+
+
+def _refuse_bad_options(config: SeedsConfig) -> None:
+    most = MOST_FOLDS if config.folds else MOST_MEMBERS
+    if not 2 <= config.seeds <= most:
+        raise CxrdistError(f"--seeds {config.seeds}: expected 2 to {most} members")
+    if config.member is not None and not 0 <= config.member < config.seeds:
+        raise CxrdistError(
+            f"--member {config.member}: expected 0 to {config.seeds - 1}, as there are "
+            f"{config.seeds} members (--seeds)"
+        )
+
+
+def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
+    """Read the recipe as the training of one member.
+
+    Raises:
+        CxrdistError: it is none.
+    """
+    run = config.run / _name(number)
+    places = ["--shards", str(config.shards), "--run", str(run)]
+    places += ["--cache", str(config.cache)] if config.cache else []
+    parsed = parse(COMMANDS["train"], "train", ["--config", config.recipe, *places])
+    recipe: TrainConfig = parsed
+    if config.folds:
+        return replace(recipe, fold=f"{number + 1}/{config.seeds}")
+    return replace(recipe, seed=number)
+
+
+def _name(number: int) -> str:
+    return f"member-{number}"
+
+
+def _what(recipe: TrainConfig) -> str:
+    return f"seed {recipe.seed}" if recipe.fold is None else f"fold {recipe.fold}"
+
+
+def _join_members(
+    config: SeedsConfig, recipes: list[TrainConfig], accelerator: Accelerator
+) -> None:
+    """Evaluate the members, make the ensemble, evaluate it, and write members.json."""
+    run, names = RunDirectory(config.run), [_name(number) for number in range(config.seeds)]
+    splits = _splits(config)
+    main = accelerator.is_main_process
+    for name in names:
+        for split in splits:
+            _evaluate_once(config, run.inside(name), split, accelerator)
+    with together(accelerator, lambda: locked(run.root) if main else nullcontext()):
+        is_new = together(accelerator, lambda: _publish(run, names, recipes[0]) if main else False)
+    is_new = gather(accelerator, [is_new])[0]
+    if "test" in splits:
+        _evaluate_once(config, run.root, "test", accelerator, again=is_new)
+    together(accelerator, lambda: _write_spread(config, names, splits) if main else None)
+
+
+def _splits(config: SeedsConfig) -> list[str]:
+    """What the members are evaluated on: test where there is one, of folds also their own val."""
+    has_test = bool(read_index(config.shards).numbers("test"))
+    return ["test"] * has_test + ["val"] * (config.folds or not has_test)
+
+
+def _evaluate_once(
+    config: SeedsConfig, run: Path, split: Any, accelerator: Accelerator, *, again: bool = False
+) -> None:
+    """Evaluate a run, if an earlier call has not done it."""
+    is_done = gather(accelerator, [RunDirectory(run).metrics(split).is_file()])[0]
+    if again or not is_done:
+        accelerator.print(f"{run.name}:")
+        evaluate(EvaluateConfig(run, config.shards, split, cache=config.cache))
+
+
+def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
+    """Write what makes the directory a run: recipe, run.json and, as its last act, the model.
+
+    Returns:
+        Whether the ensemble is new, and not the one that stands there already.
+    """
+    members = [RunDirectory(run.inside(name)) for name in names]
+    ensemble = join(run, names)
+    if (run.model / "model.json").is_file() and is_ensemble(run.root):
+        old = read_document(run.model / "model.json", dict[str, Any])
+        if old["members"] == names:
+            return False
+    infos = [read_info(member) for member in members]
+    for name in COPIED:
+        if (file := members[0].inside(name)).is_file():
+            with atomic_file(run.inside(name)) as partial:
+                shutil.copyfile(file, partial)
+    write_text(run.recipe, recipe_yaml(replace(recipe, fold=None)))
+    finished = max(info["finished"] or "" for info in infos)
+    started = min(info["started"] for info in infos)
+    write_json(run.info, {**infos[0], "started": started, "finished": finished, "stages": {}})
+    with atomic_directory(run.model) as directory:
+        save_ensemble(ensemble, directory)
+    return True
+
+
+def _write_spread(config: SeedsConfig, names: list[str], splits: list[str]) -> None:
+    """Write members.json, and print a table of the means over the classes."""
+    run = RunDirectory(config.run)
+    found: MembersFile = {
+        "format": "cxrdist-members-1",
+        "kind": "folds" if config.folds else "seeds",
+        "members": names,
+        "splits": {split: spreads(run, names, split) for split in splits},
+    }
+    write_json(run.members, found)
+    for split, figures in found["splits"].items():
+        print(f"\n{split}, {len(names)} members:")
+        print(spread_table([spread for spread in figures if spread["of"] is None]))
+    print(f"the ensemble is a run: {run.root}; all figures: {run.members}")

@@ -1,0 +1,272 @@
+import csv
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from support import make_shards, run_ranks, run_script
+
+from cxrdist.cli import main
+from cxrdist.config import (
+    EvaluateConfig,
+    ExplainConfig,
+    Network,
+    PredictConfig,
+    ProbeTextConfig,
+    ReportConfig,
+    SeedsConfig,
+)
+from cxrdist.data.index import read_index
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.members import MembersFile
+from cxrdist.evaluate.predictions import evaluate
+from cxrdist.explain.export import explain
+from cxrdist.model.densenet import Classifier, load_model
+from cxrdist.model.ensemble import Ensemble, load_predictor
+from cxrdist.model.weights import read_weights
+from cxrdist.predict import predict
+from cxrdist.probe_text import probe_text
+from cxrdist.report.html import report
+from cxrdist.run import RunDirectory, read_document
+from cxrdist.seeds import seeds
+
+RECIPE = """
+stages:
+  all:
+    lr: {stem: 0.003, denseblock1: 0.003, denseblock2: 0.003, denseblock3: 0.003, \
+denseblock4: 0.003, head: 0.003}
+    epochs: 1
+    patience: 1
+init: none
+global_batch_size: 6
+optimizer: adamw
+network: {growth_rate: 4, block_config: [2, 2, 2, 2]}
+"""
+
+
+def make_recipe(folder):
+    (folder / "recipe.yaml").write_text(RECIPE)
+    return str(folder / "recipe.yaml")
+
+
+def read_probabilities(file):
+    with open(file, newline="") as text:
+        rows = list(csv.DictReader(text))
+    names = [name for name in rows[0] if name.startswith("prob_")]
+    return np.array([[float(row[name]) for name in names] for row in rows])
+
+
+@pytest.fixture(scope="module")
+def ensemble(tmp_path_factory):
+    """A folder with shards and a run of two seeds."""
+    folder = tmp_path_factory.mktemp("seeds")
+    shards = make_shards(folder, {"a": 12, "b": 12})
+    cache = folder / "cache"
+    seeds(SeedsConfig(folder / "run", shards, make_recipe(folder), seeds=2, cache=cache))
+    return folder
+
+
+def test_an_ensemble_is_the_mean_of_its_members(ensemble):
+    """Its probabilities in predictions.csv equal the mean of the members' by hand."""
+    run = ensemble / "run"
+    files = [run / name / "test" / "predictions.csv" for name in ("member-0", "member-1")]
+    members = [read_probabilities(file) for file in files]
+    assert np.abs(members[0] - members[1]).max() > 1e-3  # they are two networks
+    found = read_probabilities(run / "test" / "predictions.csv")
+    assert found == pytest.approx((members[0] + members[1]) / 2, abs=1e-6)
+
+
+def test_members_spread_is_written(ensemble):
+    """members.json has mean, deviation and range of the members' figures, and the ensemble's."""
+    run = RunDirectory(ensemble / "run")
+    found = read_document(run.members, MembersFile)
+    assert (found["kind"], found["members"]) == ("seeds", ["member-0", "member-1"])
+    values = [
+        json.loads((run.root / name / "test" / "metrics.json").read_text())["accuracy"]
+        for name in found["members"]
+    ]
+    (accuracy,) = [s for s in found["splits"]["test"] if s["figure"] == "accuracy"]
+    assert list(accuracy["members"].values()) == values
+    assert accuracy["mean"] == pytest.approx(np.mean(values), abs=1e-6)
+    assert accuracy["standard_deviation"] == pytest.approx(np.std(values, ddof=1), abs=1e-6)
+    assert (accuracy["smallest"], accuracy["largest"]) == (min(values), max(values))
+    own = json.loads(run.metrics("test").read_text())["accuracy"]
+    assert accuracy["ensemble"] == own
+    assert {s["of"] for s in found["splits"]["test"]} == {None, "a", "b"}
+
+
+def test_temperatures_of_the_members_are_applied(ensemble, tmp_path):
+    """A member of temperature 2 counts with the sigmoid of half its logits."""
+    run = tmp_path / "run"
+    shutil.copytree(ensemble / "run", run)
+    described = json.loads((run / "member-1" / "model" / "model.json").read_text())
+    described["calibration"] = {
+        "temperatures": {"a": 2.0, "b": 1.0},
+        "rule": "youden",
+        "thresholds": {"a": 0.0, "b": 0.0},
+        "index_sha256": "0" * 64,
+    }
+    (run / "member-1" / "model" / "model.json").write_text(json.dumps(described))
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 1, 32, 32), np.uint8))
+    with torch.inference_mode():
+        logits = [load_model(run / name)(images).double() for name in ("member-0", "member-1")]
+        found = torch.sigmoid(load_predictor(run)(images).double())
+    logits[1] = logits[1] / torch.tensor([2.0, 1.0])
+    expected = (torch.sigmoid(logits[0]) + torch.sigmoid(logits[1])) / 2
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_sure_members_do_not_run_together():
+    """Of logits 40 and 60 the mean probability is 1 in any float; its logit is still told."""
+    members = {}
+    for number, logit in enumerate((40.0, 60.0)):
+        member = Classifier(Network(growth_rate=4, block_config=(2, 2, 2, 2)), ["a", "b"], 32)
+        torch.nn.init.zeros_(member.network.classifier.weight)
+        member.network.classifier.bias.data = torch.tensor([logit, -logit])
+        members[f"member-{number}"] = member.eval()
+    found = Ensemble(members)(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
+    # The mean of 1 - p is exp(-40) / 2, so that the logit is 40 + log 2.
+    assert found[0].tolist() == pytest.approx([40.6931, -40.6931], abs=1e-4)
+
+
+def test_an_ensemble_predicts_files(ensemble, tmp_path):
+    """`predict` gives the mean of what it gives for the members, and names the likelier class."""
+    run, images = ensemble / "run", sorted((ensemble / "images").rglob("*.png"))[:3]
+    found = {}
+    for name in ("member-0", "member-1", "."):
+        out = tmp_path / "predictions.csv"
+        predict(PredictConfig(run / name, images, out))
+        found[name] = read_probabilities(out)
+    expected = (found["member-0"] + found["member-1"]) / 2
+    assert found["."] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_looks_into_a_network_needs_a_member(ensemble, tmp_path):
+    """Heat maps, the probe of words and the start of another training refuse an ensemble."""
+    run, shards, cache = ensemble / "run", ensemble / "shards", ensemble / "cache"
+    images = sorted((ensemble / "images").rglob("*.png"))[:1]
+    for use in (
+        lambda: explain(ExplainConfig(run, shards, cache=cache)),
+        lambda: predict(PredictConfig(run, images, tmp_path / "p.csv", explain=True)),
+        lambda: probe_text(ProbeTextConfig(run, shards, cache=cache)),
+        lambda: read_weights(str(run)),
+    ):
+        with pytest.raises(CxrdistError, match=r"is an ensemble of .* give one of its members"):
+            use()
+
+
+def test_the_report_takes_an_ensemble(ensemble):
+    """Its page has the spread of the members instead of a training, and its own results."""
+    page = report(ReportConfig(ensemble / "run")).read_text()
+    assert "Ensemble of 2 members" in page
+    assert "Results on test" in page
+    assert "This stage is not done" not in page
+
+
+def test_the_same_command_trains_nothing_again(ensemble, capsys):
+    """All members are there: their files stay as they are, and so does the ensemble."""
+    run = ensemble / "run"
+    before = {f: f.stat().st_mtime_ns for f in run.rglob("model*.*") if f.is_file()}
+    arguments = [run, ensemble / "shards", str(ensemble / "recipe.yaml")]
+    seeds(SeedsConfig(*arguments, seeds=2, cache=ensemble / "cache"))
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    assert capsys.readouterr().out.count("is trained already") == 2
+
+
+def test_another_recipe_is_refused(ensemble, tmp_path):
+    """A member that was begun with other options is not mixed with new ones."""
+    other = tmp_path / "other.yaml"
+    other.write_text(RECIPE.replace("epochs: 1", "epochs: 2"))
+    with pytest.raises(CxrdistError, match="member-0: holds a run of another recipe"):
+        seeds(SeedsConfig(ensemble / "run", ensemble / "shards", str(other), seeds=2))
+
+
+def test_members_of_other_classes_are_no_ensemble(ensemble, tmp_path):
+    """A stranger's directory whose members do not fit is refused in one line."""
+    run = tmp_path / "run"
+    shutil.copytree(ensemble / "run", run)
+    file = run / "member-1" / "model" / "model.json"
+    file.write_text(file.read_text().replace('"b"', '"c"'))
+    with pytest.raises(CxrdistError, match=r"member-1: has classes \['a', 'c'\], member-0 has"):
+        load_predictor(run)
+    model = run / "model" / "model.json"
+    model.write_text(model.read_text().replace("member-1", "../member-1"))
+    with pytest.raises(CxrdistError, match="expected member-NUMBER"):
+        load_predictor(run)
+
+
+def test_folds_on_two_ranks_one_by_one_and_joined(tmp_path):
+    """Tasks train a fold each; the last command evaluates each on its own part, and joins them."""
+    shards = make_shards(tmp_path, {"a": 12, "b": 12})
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    command = ("-m", "cxrdist", "seeds", "--run", run, "--shards", shards, "--folds", "--seeds", 2)
+    options = ("--recipe", make_recipe(tmp_path), "--cache", cache)
+    done = run_ranks(1, *command, *options, "--member", 1)
+    assert done.returncode == 0, done.stderr
+    assert not (run / "model").exists()
+    assert "once all 2 are, the same command without --member" in done.stdout
+    done = run_ranks(2, *command, *options)
+    assert done.returncode == 0, done.stderr
+    assert "member-1: is trained already" in done.stdout
+    index = read_index(shards)
+    keys = []
+    for number in (0, 1):
+        member = run / f"member-{number}"
+        assert load_model(member).fold == f"{number + 1}/2"
+        with open(member / "val" / "predictions.csv") as file:
+            keys += [row["key"] for row in csv.DictReader(file)]
+    development = {s.key for s in index.samples if s.split != "test"}
+    assert (len(keys), set(keys)) == (len(development), development)
+    found = read_document(RunDirectory(run).members, MembersFile)
+    assert (found["kind"], sorted(found["splits"])) == ("folds", ["test", "val"])
+    with pytest.raises(CxrdistError, match="each member of this ensemble was trained on other"):
+        evaluate(EvaluateConfig(run, shards, split="val", cache=cache))
+
+
+KILLED = """
+import os, signal, sys
+from cxrdist import cli
+from cxrdist.train import stage
+save = stage.save_checkpoint
+def save_and_die(directory, *rest):
+    save(directory, *rest)
+    if "member-1" in str(directory):
+        os.kill(os.getpid(), signal.SIGKILL)
+stage.save_checkpoint = save_and_die
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_member_goes_on(tmp_path):
+    """Killed after an epoch of the second one, the same command goes on from there, and joins."""
+    shards = make_shards(tmp_path, {"a": 12, "b": 12})
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("epochs: 1", "epochs: 2"))
+    run = tmp_path / "run"
+    arguments = ["seeds", "--run", run, "--shards", shards, "--recipe", tmp_path / "recipe.yaml"]
+    arguments += ["--seeds", 2, "--cache", tmp_path / "cache"]
+    assert run_script(KILLED, *arguments).returncode == -signal.SIGKILL
+    assert not (run / "member-1" / "model").exists()
+    done = run_ranks(1, "-m", "cxrdist", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "member-0: is trained already" in done.stdout
+    assert "going on after all, epoch 1" in done.stdout
+    assert load_predictor(run).names == ["member-0", "member-1"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--seeds", "1"], "--seeds 1: expected 2 to 20 members"),
+        (["--seeds", "3", "--member", "3"], "--member 3: expected 0 to 2"),
+        (["--recipe", "none"], "none"),
+    ],
+)
+def test_bad_options_are_one_line(options, message, tmp_path, capsys):
+    """Exit 2 before anything is made."""
+    arguments = ["seeds", "--run", str(tmp_path / "run"), "--shards", str(tmp_path)]
+    assert main([*arguments, "--recipe", "demo", *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
