@@ -34,7 +34,7 @@ from cxrdist.run import (
     write_text,
 )
 from cxrdist.train.loop import train
-from cxrdist.train.training import recipe_yaml
+from cxrdist.train.training import describe_shards, recipe_yaml
 
 COPIED = ("audit.json", "seen.npz")  # what is the same for all members
 
@@ -114,8 +114,9 @@ def _join_members(
     with together(accelerator, lambda: locked(run.root) if main else nullcontext()):
         is_new = together(accelerator, lambda: _publish(run, names, recipes[0]) if main else False)
     is_new = gather(accelerator, [is_new])[0]
-    if "test" in splits:
-        _evaluate_once(config, run.root, "test", accelerator, again=is_new)
+    for split in splits:
+        if not (config.folds and split == "val"):  # which is another one for each member
+            _evaluate_once(config, run.root, split, accelerator, again=is_new)
     together(accelerator, lambda: _write_spread(config, names, splits) if main else None)
 
 
@@ -155,7 +156,9 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
     write_text(run.recipe, recipe_yaml(replace(recipe, fold=None)))
     finished = max(info["finished"] or "" for info in infos)
     started = min(info["started"] for info in infos)
-    write_json(run.info, {**infos[0], "started": started, "finished": finished, "stages": {}})
+    times = {"started": started, "finished": finished}
+    shards = describe_shards(read_index(recipe.shards))  # of a fold's run those of the fold
+    write_json(run.info, {**infos[0], **times, "shards": shards, "stages": {}})
     with atomic_directory(run.model) as directory:
         save_ensemble(ensemble, directory)
     return True

@@ -2,6 +2,7 @@ import csv
 import json
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,22 +98,14 @@ def test_members_spread_is_written(ensemble):
     assert {s["of"] for s in found["splits"]["test"]} == {None, "a", "b"}
 
 
-def test_temperatures_of_the_members_are_applied(ensemble, tmp_path):
-    """A member of temperature 2 counts with the sigmoid of half its logits."""
-    run = tmp_path / "run"
-    shutil.copytree(ensemble / "run", run)
-    described = json.loads((run / "member-1" / "model" / "model.json").read_text())
-    described["calibration"] = {
-        "temperatures": {"a": 2.0, "b": 1.0},
-        "rule": "youden",
-        "thresholds": {"a": 0.0, "b": 0.0},
-        "index_sha256": "0" * 64,
-    }
-    (run / "member-1" / "model" / "model.json").write_text(json.dumps(described))
+def test_temperatures_of_the_members_are_applied(ensemble):
+    """A member whose class a has temperature 2 counts with the sigmoid of half its logits of a."""
+    members = {n: load_model(ensemble / "run" / n) for n in ("member-0", "member-1")}
+    members["member-1"].calibration = SimpleNamespace(temperatures={"a": 2.0})
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 1, 32, 32), np.uint8))
     with torch.inference_mode():
-        logits = [load_model(run / name)(images).double() for name in ("member-0", "member-1")]
-        found = torch.sigmoid(load_predictor(run)(images).double())
+        logits = [member(images).double() for member in members.values()]
+        found = torch.sigmoid(Ensemble(members).eval()(images).double())
     logits[1] = logits[1] / torch.tensor([2.0, 1.0])
     expected = (torch.sigmoid(logits[0]) + torch.sigmoid(logits[1])) / 2
     assert torch.allclose(found, expected, atol=1e-6)
@@ -197,17 +190,16 @@ def test_members_of_other_classes_are_no_ensemble(ensemble, tmp_path):
         load_predictor(run)
 
 
-def test_folds_on_two_ranks_one_by_one_and_joined(tmp_path):
+def test_folds_on_two_ranks_one_by_one_and_joined(tmp_path, capsys):
     """Tasks train a fold each; the last command evaluates each on its own part, and joins them."""
     shards = make_shards(tmp_path, {"a": 12, "b": 12})
     run, cache = tmp_path / "run", tmp_path / "cache"
-    command = ("-m", "cxrdist", "seeds", "--run", run, "--shards", shards, "--folds", "--seeds", 2)
-    options = ("--recipe", make_recipe(tmp_path), "--cache", cache)
-    done = run_ranks(1, *command, *options, "--member", 1)
-    assert done.returncode == 0, done.stderr
+    words = ["seeds", "--run", run, "--shards", shards, "--recipe", make_recipe(tmp_path)]
+    words = [*map(str, words), "--folds", "--seeds", "2", "--cache", str(cache)]
+    assert main([*words, "--member", "1"]) == 0
     assert not (run / "model").exists()
-    assert "once all 2 are, the same command without --member" in done.stdout
-    done = run_ranks(2, *command, *options)
+    assert "once all 2 are, the same command without --member" in capsys.readouterr().out
+    done = run_ranks(2, "-m", "cxrdist", *words)
     assert done.returncode == 0, done.stderr
     assert "member-1: is trained already" in done.stdout
     index = read_index(shards)
@@ -239,19 +231,19 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_a_killed_member_goes_on(tmp_path):
+def test_a_killed_member_goes_on(tmp_path, capsys):
     """Killed after an epoch of the second one, the same command goes on from there, and joins."""
     shards = make_shards(tmp_path, {"a": 12, "b": 12})
     (tmp_path / "recipe.yaml").write_text(RECIPE.replace("epochs: 1", "epochs: 2"))
     run = tmp_path / "run"
-    arguments = ["seeds", "--run", run, "--shards", shards, "--recipe", tmp_path / "recipe.yaml"]
-    arguments += ["--seeds", 2, "--cache", tmp_path / "cache"]
-    assert run_script(KILLED, *arguments).returncode == -signal.SIGKILL
+    words = ["seeds", "--run", run, "--shards", shards, "--recipe", tmp_path / "recipe.yaml"]
+    words = [*map(str, words), "--seeds", "2", "--cache", str(tmp_path / "cache")]
+    assert run_script(KILLED, *words).returncode == -signal.SIGKILL
     assert not (run / "member-1" / "model").exists()
-    done = run_ranks(1, "-m", "cxrdist", *arguments)
-    assert done.returncode == 0, done.stderr
-    assert "member-0: is trained already" in done.stdout
-    assert "going on after all, epoch 1" in done.stdout
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "member-0: is trained already" in printed
+    assert "going on after all, epoch 1" in printed
     assert load_predictor(run).names == ["member-0", "member-1"]
 
 

@@ -15,12 +15,12 @@ from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Real, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.delong import DeLong, compare_aurocs
-from cxrdist.evaluate.intervals import Intervals, describe, wilson
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import THRESHOLD_LOGIT, Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import too_few
 from cxrdist.info import Count
+from cxrdist.intervals import Intervals, describe, wilson
 
 FIGURES = ("auroc", "average_precision", "recall", "specificity", "precision", "f1")
 METHOD = (

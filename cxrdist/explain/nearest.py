@@ -22,6 +22,7 @@ from cxrdist.distributed import gather
 from cxrdist.evaluate.predictions import Subject, rank_batches
 from cxrdist.info import read_info
 from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import one_network
 from cxrdist.run import RunDirectory, judging, open_regular, write_table
 from cxrdist.terminal import progress
 
@@ -100,7 +101,7 @@ def _features(
     found: list[tuple[int, NDArray[np.float32]]] = []
     for batch in rank_batches(numbers, BATCH_SIZE, subject.accelerator):
         images = read_rows(subject.images, batch, subject.accelerator.device)
-        features = pooled(subject.model, images).cpu().numpy()
+        features = pooled(one_network(subject.model), images).cpu().numpy()
         found += list(zip(batch.tolist(), features, strict=True))
     return found
 
@@ -134,7 +135,7 @@ def _best(
         for batch in batches:
             images = read_rows(subject.images, batch, accelerator.device)
             others = torch.from_numpy(batch).to(accelerator.device)
-            alike = pooled(subject.model, images) @ wanted.T
+            alike = pooled(one_network(subject.model), images) @ wanted.T
             alike[others[:, None] == themselves] = -2.0
             value, place = alike.max(dim=0)  # of equal ones the first
             closer = value > similarity

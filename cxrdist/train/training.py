@@ -149,7 +149,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     return None if same_order else "its stages were in another order"
 
 
-def _describe_shards(index: Index) -> ShardsInfo:
+def describe_shards(index: Index) -> ShardsInfo:
+    """Describe the shards of a run, for run.json."""
     return {
         "path": str(index.directory),
         "index_sha256": index.sha256,
@@ -203,7 +204,7 @@ def build_training(
     if accelerator.is_main_process:
         before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
         about = _describe_start(accelerator, weights, num_copied)
-        shards = {"format": "cxrdist-run-1", "shards": _describe_shards(index)}
+        shards = {"format": "cxrdist-run-1", "shards": describe_shards(index)}
         write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
         if audit:
             write_text(run.audit, audit)
