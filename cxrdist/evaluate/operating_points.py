@@ -338,7 +338,7 @@ def operating_table(found: OperatingPoints) -> str:
         rows.append([name, f"{point['probability']:.3f}", *_cells(point, MEASURES)])
         if "at_prevalence" in point:
             cells = _cells(point["at_prevalence"], ("ppv", "npv"))
-            rows.append([f"- prevalence {found['prevalence']:g}", "", "", "", *cells])
+            rows.append([f"at {found['prevalence']:g}", "", "", "", *cells])
     headers = ("Class", "From", "Sensitivity, %", "Specificity, %", "PPV, %", "NPV, %")
     return table(rows, headers)
 
