@@ -8,7 +8,13 @@ from sklearn.metrics import recall_score, roc_auc_score
 
 from cxrdist.bootstrap import draw
 from cxrdist.documents import typed
-from cxrdist.evaluate.groups import MOST_GROUPS, Groups, age_band, compare_groups
+from cxrdist.evaluate.groups import (
+    MOST_GROUPS,
+    Groups,
+    age_band,
+    compare_groups,
+    split_groups,
+)
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.scored import Scored
 from cxrdist.intervals import of_auroc
@@ -202,6 +208,13 @@ def test_of_one_class_per_image_groups_have_an_accuracy():
 def test_ages_stand_in_bands(text, band):
     """Years with a fraction too; what is no age is unknown."""
     assert age_band(text) == band
+
+
+def test_bands_of_age_stand_in_their_order_and_unknown_ages_last():
+    """Not the largest first, as groups of other columns."""
+    members = split_groups("age", ["70", "", "", "", "20", "71", "5"])
+    assert list(members) == ["0-17", "18-39", "60-79", "unknown"]
+    assert members["60-79"].tolist() == [True, False, False, False, False, True, False]
 
 
 def test_of_a_column_with_many_groups_the_smallest_are_joined():
