@@ -25,6 +25,7 @@ from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.intervals import describe
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import headline, to_probabilities
 from cxrdist.evaluate.predictions import (
@@ -314,7 +315,9 @@ def _describe_covering(
 def _score(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> dict[str, Any]:
     """The scores of metrics.json without its other parts, which no covering is asked about."""
     scored, settings = score_samples(index, numbers, logits), Settings()
-    return score(scored, replicate(scored, settings), settings.fewest)
+    replicates = replicate(scored, settings)
+    metrics = score(scored, replicates, settings.fewest)
+    return metrics | {"intervals": describe(replicates, settings.seed)}
 
 
 def _describe_paste(
