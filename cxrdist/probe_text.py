@@ -25,7 +25,8 @@ from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.evaluate.measure import Settings, measure
+from cxrdist.evaluate.intervals import describe
+from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import headline, to_probabilities
 from cxrdist.evaluate.predictions import (
     Subject,
@@ -35,6 +36,7 @@ from cxrdist.evaluate.predictions import (
     rank_batches,
 )
 from cxrdist.evaluate.scored import score_samples
+from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.ensemble import one_network
@@ -306,12 +308,20 @@ def _describe_covering(
     """The metrics of the split as it is, and with its text covered in each way."""
     likeliest = plain.argmax(1)
     return {
-        "as_it_is": measure(score_samples(index, numbers, plain), Settings()),
-        **{how: measure(score_samples(index, numbers, covered[how]), Settings()) for how in COVERS},
+        "as_it_is": _score(index, numbers, plain),
+        **{how: _score(index, numbers, covered[how]) for how in COVERS},
         "predicted_otherwise": {
             how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS
         },
     }
+
+
+def _score(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> dict[str, Any]:
+    """The scores of metrics.json without its other parts, which no covering is asked about."""
+    scored, settings = score_samples(index, numbers, logits), Settings()
+    replicates = replicate(scored, settings)
+    metrics = score(scored, replicates, settings.fewest)
+    return metrics | {"intervals": describe(replicates, settings.seed)}
 
 
 def _describe_paste(
