@@ -25,7 +25,6 @@ from cxrdist.data.shards import open_shard
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.evaluate.intervals import describe
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import headline, to_probabilities
 from cxrdist.evaluate.predictions import (
@@ -39,6 +38,7 @@ from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
+from cxrdist.intervals import describe
 from cxrdist.model.ensemble import one_network
 from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table

@@ -81,8 +81,8 @@ def pack_with_findings(folder, monkeypatch, findings):
     """Pack images of which the first has some boxes."""
     read_source = packing.read_source
 
-    def with_findings(config, besides):
-        source = read_source(config, besides)
+    def with_findings(config, besides, *rest):
+        source = read_source(config, besides, *rest)
         first, *others = source.records
         return replace(source, records=[replace(first, findings=findings), *others])
 
