@@ -64,11 +64,11 @@ def pack_images(folder, out, **options):
     pack(PackConfig("folder", folder / "images", out, workers=1, **settings, **options))
 
 
-def probe(folder, **options):
+def probe(folder, place="test", **options):
     settings = {"boxes": folder / "boxes.csv", "height": 0.08, "cache": folder / "cache"}
     settings |= {"shards": folder / "shards", **options}
     probe_text(ProbeTextConfig(folder / "run", **settings))
-    return json.loads((folder / "run" / "test" / "text.json").read_text())
+    return json.loads((folder / "run" / place / "text.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -116,12 +116,13 @@ def test_relevance_says_where_the_network_looked(found):
 
 
 def test_covered_squares_are_those_of_covered_shards(trained, found, tmp_path):
-    """Shards that were packed with the text covered give the probe's numbers, and are refused."""
+    """Shards that were packed with the text covered, an external set, give the probe's numbers."""
     covered = tmp_path / "covered"
     boxes = trained / "boxes.csv"
     pack_images(trained, covered, text_boxes=boxes, cover="fill", cover_split="test")
     evaluate(EvaluateConfig(trained / "run", covered, cache=tmp_path))
-    metrics = json.loads((trained / "run" / "test" / "metrics.json").read_text())
+    place = trained / "run" / "external" / "covered"
+    metrics = json.loads((place / "metrics.json").read_text())
     assert metrics["confusion_matrix"] == found["covering"]["fill"]["confusion_matrix"]
     assert metrics["index_sha256"] != found["index_sha256"]
     with pytest.raises(CxrdistError, match="covered already"):
@@ -169,9 +170,9 @@ def test_the_paper_is_quoted_word_for_word():
 
 def test_without_a_table_the_squares_are_searched(trained, tmp_path):
     """The finder runs on the packed squares themselves, and the result says so."""
-    write_phantoms(tmp_path / "images", 5, SIZE_PX, word_share=1.0)
-    pack_images(tmp_path, tmp_path / "shards")
-    found = probe(trained, shards=tmp_path / "shards", boxes=None)
+    write_phantoms(tmp_path / "images", 5, SIZE_PX, word_share=1.0, seed=1)
+    pack_images(tmp_path, tmp_path / "others")
+    found = probe(trained, "external/others", shards=tmp_path / "others", boxes=None)
     assert found["text"]["found_in"] == "squares"
     assert found["relevance"]["all"]["images"] == found["text"]["with_text"]
 
