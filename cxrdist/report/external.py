@@ -12,7 +12,6 @@ COLUMNS = {
     "recall": "Sensitivity (recall)",
     "specificity": "Specificity",
 }
-CLASS_SCORES = ("recall", "specificity", "auroc")
 
 
 def external_view(splits: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

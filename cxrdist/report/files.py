@@ -74,11 +74,6 @@ class Sample:
         """Whether the predicted class is the truth."""
         return self.predicted == self.labels
 
-    @property
-    def confidence(self) -> float:
-        """The largest logit."""
-        return max(self.logits.values())
-
 
 @dataclass(frozen=True)
 class Explanation:
