@@ -522,19 +522,6 @@ def test_other_shards_are_pointed_out(run: Path) -> None:
     assert f"other shards than those of the training: sha256 of the index {'f' * 64}" in text
 
 
-def test_area_under_the_curve_is_the_auroc(run: Path) -> None:
-    """The drawn curve has the area that torchmetrics computes, ties included."""
-    random = np.random.default_rng(0)
-    is_class = random.random(300) < 0.3
-    score = np.round(random.normal(is_class * 1.0), 1)  # many ties
-    false_rate, true_rate = pictures.roc_points(is_class, score)
-    above = score[is_class][:, None] - score[~is_class][None]
-    assert np.trapezoid(true_rate, false_rate) == pytest.approx(
-        np.mean((above > 0) + 0.5 * (above == 0)), abs=1e-12
-    )
-    assert (false_rate[0], true_rate[0], false_rate[-1], true_rate[-1]) == (0, 0, 1, 1)
-
-
 def test_percent_agrees_with_three_decimals() -> None:
     """A share reads the same in percent and with three decimals, whatever its binary value."""
     for thousandths in range(0, 20001):
