@@ -28,8 +28,8 @@ METHOD = (
     "with the class (Boyd et al. 2013). Means: the intervals of the classes and the correlation of "
     "their replicates (Zou 2007)"
 )
-_QUANTILE = (1 + LEVEL) / 2
-_ALIKE = 1e-9  # standard error below which replicates are equal but for rounding
+QUANTILE = (1 + LEVEL) / 2
+ALIKE = 1e-9  # standard error below which replicates are equal but for rounding
 
 
 class Intervals(TypedDict):
@@ -73,11 +73,11 @@ def bounded(
     found = values[np.isfinite(values)]
     spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
     product = estimate * (1 - estimate)
-    if patients < 2 or spread < _ALIKE:  # as if each patient were one draw, right or wrong
-        spread, quantile = np.sqrt(product / max(patients, 1)), stats.norm.ppf(_QUANTILE)
+    if patients < 2 or spread < ALIKE:  # as if each patient were one draw, right or wrong
+        spread, quantile = np.sqrt(product / max(patients, 1)), stats.norm.ppf(QUANTILE)
     else:
         spread *= np.sqrt(patients / (patients - 1))
-        quantile = stats.t.ppf(_QUANTILE, patients - 1)
+        quantile = stats.t.ppf(QUANTILE, patients - 1)
     half = quantile * spread / product
     middle = special.logit(estimate)
     return _limits(special.expit(middle - half), special.expit(middle + half))
@@ -97,7 +97,7 @@ def newcombe(auroc: float, positives: int, negatives: int) -> Limits:
     the limit (Hanley & McNeil 1982, with the mean of the two numbers of images).
     """
     half = (positives + negatives) / 2 - 1
-    z = stats.norm.ppf(_QUANTILE)
+    z = stats.norm.ppf(QUANTILE)
 
     def excess(limit: float) -> float:
         shape = 1 + half * (1 - limit) / (2 - limit) + half * limit / (1 + limit)
@@ -142,7 +142,7 @@ def of_mean(
     """
     correlation = np.eye(len(estimates))
     have_all = values[:, np.isfinite(values).all(axis=0)]
-    varies = np.ptp(have_all, axis=1) > _ALIKE if have_all.size else np.zeros(len(values), bool)
+    varies = np.ptp(have_all, axis=1) > ALIKE if have_all.size else np.zeros(len(values), bool)
     if varies.any():
         correlation[np.ix_(varies, varies)] = np.corrcoef(have_all[varies])
     middle = np.mean(estimates)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.bootstrap import LEVEL, Limits, Replicates
+from cxrdist.bootstrap import Limits, Replicates
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Real, Text
 from cxrdist.errors import CxrdistError
@@ -20,7 +20,7 @@ from cxrdist.evaluate.metrics import THRESHOLD_LOGIT, Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import too_few
 from cxrdist.info import Count
-from cxrdist.intervals import Intervals, describe, wilson
+from cxrdist.intervals import ALIKE, QUANTILE, Intervals, describe, wilson
 
 FIGURES = ("auroc", "average_precision", "recall", "specificity", "precision", "f1")
 METHOD = (
@@ -31,8 +31,6 @@ METHOD = (
     "patients, to both sides. Means: the intervals of the classes and the correlation of their "
     "replicates (Zou 2007)"
 )
-_QUANTILE = (1 + LEVEL) / 2
-_ALIKE = 1e-9  # standard error below which replicates are equal but for rounding
 
 
 class Difference(TypedDict):
@@ -148,8 +146,8 @@ def _reach(differences: NDArray[np.float64], patients: NDArray[np.int64]) -> flo
 
     found = differences[np.isfinite(differences).all(axis=1)]
     spread = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(patients))
-    varies, freedom = (spread > _ALIKE) & (patients > 1), np.maximum(patients - 1, 1)
-    wide = spread * np.sqrt(patients / freedom) * t.ppf(_QUANTILE, freedom)
+    varies, freedom = (spread > ALIKE) & (patients > 1), np.maximum(patients - 1, 1)
+    wide = spread * np.sqrt(patients / freedom) * t.ppf(QUANTILE, freedom)
     reaches = np.where(varies, wide, [wilson(0, max(1, n))[1] for n in patients.tolist()])
     correlation = np.eye(len(patients))
     if varies.any():

@@ -1,7 +1,7 @@
 """The members of an ensemble: how far chance in the training, or in its images, moves a figure."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from cxrdist.terminal import table
 Figure = Literal[
     "accuracy", "auroc", "average_precision", "recall", "specificity", "precision", "f1"
 ]
-FIGURES: dict[Figure, str] = {
+FIGURES: dict[str, str] = {
     "accuracy": "Accuracy",
     "auroc": "AUROC",
     "average_precision": "Average precision",
@@ -82,7 +82,7 @@ def _figures(file: Path) -> dict[Key, float | None]:
     return {
         (figure, of): values[figure]
         for of, values in tables.items()
-        for figure in FIGURES
+        for figure in get_args(Figure)
         if figure in values
     }
 

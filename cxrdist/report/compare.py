@@ -16,6 +16,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.compare import Comparison, Difference, aligned, compare_scored
 from cxrdist.evaluate.flips import CHANGES, Flip, flips
 from cxrdist.evaluate.measure import Settings
+from cxrdist.evaluate.members import FIGURES
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import Scored, read_scored
 from cxrdist.explain import heatmap
@@ -34,15 +35,6 @@ from cxrdist.run import (
 )
 from cxrdist.terminal import table
 
-NAMES = {
-    "accuracy": "Accuracy",
-    "auroc": "AUROC",
-    "average_precision": "Average precision",
-    "recall": "Sensitivity",
-    "specificity": "Specificity",
-    "precision": "Precision",
-    "f1": "F1 score",
-}
 COLUMNS = (
     *("key", "patient", "label", "change", "predicted_a", "predicted_b"),
     *("class", "prob_a", "prob_b"),
@@ -147,7 +139,7 @@ def _overall(comparison: Comparison) -> list[tuple[str, Difference]]:
     """The figures over all classes by name."""
     first = [("Accuracy", comparison["accuracy"])] if "accuracy" in comparison else []
     means = comparison["macro"].items()
-    return first + [(f"Mean {_lower(NAMES[name])}", found) for name, found in means]
+    return first + [(f"Mean {_lower(FIGURES[name])}", found) for name, found in means]
 
 
 def _lower(name: str) -> str:
@@ -223,7 +215,7 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         overall=overall,
         headline=_headline(comparison),
         chart=Markup(pictures.differences_chart("differences", drawn)) if drawn else None,
-        names=NAMES,
+        names=FIGURES,
         columns=COLUMNS,
         rows=rows[:MOST_IN_PAGE],
         num_flipped=len(rows),
@@ -241,5 +233,5 @@ def _headline(comparison: Comparison) -> dict[str, Any]:
         verdict = "no difference can be told from these images"
     elif limits:
         verdict = f"B is {'better' if limits[0] > 0 else 'worse'} than A on images like these"
-    what = NAMES[name] if name == "accuracy" else f"Mean {_lower(NAMES[name])}"
+    what = FIGURES[name] if name == "accuracy" else f"Mean {_lower(FIGURES[name])}"
     return {"name": what, "found": found, "verdict": verdict}

@@ -63,6 +63,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         check_same_evaluation(run, split, metrics, samples)
     with reading(run.metrics(split), "evaluate"):
         calibration = calibration_view(element, metrics) if metrics else None
+        groups = groups_view(element, metrics) if metrics else None
     by_key = {sample.key: sample for sample in samples or []}
     shown = _gallery(relevance or {}, by_key)
     return {
@@ -78,7 +79,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "mistakes": (
             None if samples is None else mistakes_view(run, split, samples, task, relevance)
         ),
-        "groups": _groups(run, split, element, metrics) if metrics else None,
+        "groups": groups,
         "explained": relevance is not None,
         "ledger": _ledger(relevance or {}),
         "sanity": _sanity(run, split, element) if relevance else None,
@@ -87,14 +88,6 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
             for label, keys in shown.items()
         ],
     }
-
-
-def _groups(
-    run: RunDirectory, split: str, element: str, metrics: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """Gather what is shown of groups of patients; None where metrics are of an older version."""
-    with reading(run.metrics(split), "evaluate"):
-        return groups_view(element, metrics)
 
 
 def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:

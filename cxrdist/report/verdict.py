@@ -4,18 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cxrdist.evaluate.metrics import few_of
+from cxrdist.report.groups import MEASURES
 from cxrdist.report.scores import TOO_FEW, interval
 from cxrdist.report.values import count, number, percent
 
 MOST_GAPS = 5  # in the verdict; the table has all
-GAPS = {
-    "accuracy": "Accuracy",
-    "auroc": "AUROC",
-    "recall": "Sensitivity",
-    "specificity": "Specificity",
-    "recall_at_point": "Sensitivity at the operating point",
-    "specificity_at_point": "Specificity at the operating point",
-}
 
 
 def verdict_view(split: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +105,7 @@ def gap_lines(metrics: Mapping[str, Any]) -> list[str]:
         of_class = f" of {gap['label']}" if gap["label"] else ""
         low, high = (number(limit) for limit in gap["interval"])
         lines.append(
-            f"{GAPS.get(gap['measure'], gap['measure'])}{of_class} differs by {gap['column']}: "
+            f"{MEASURES.get(gap['measure'], gap['measure'])}{of_class} differs by {gap['column']}: "
             f"{gap['lower']} is {number(gap['difference'])} below {gap['higher']} (95 % interval "
             f"{low} to {high}, corrected for all comparisons)."
         )
