@@ -178,6 +178,21 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
+class Background:
+    """A part of the loss that keeps the network from reading what is not lung."""
+
+    weight: float
+    """What it counts, beside a mean cross-entropy per label of 1."""
+    region: str = "thorax"
+    """What counts as background, with commas between several: masks (outside the masks of the
+    lungs, where an image has one), text (inside the boxes of --text-boxes), border (the outer tenth
+    of the image), thorax (outside a fixed ellipse around the thorax)."""
+    method: Literal["lrp", "gradient"] = "lrp"
+    """lrp: the share of the relevance of the logits that lies there (ISNet, Bassi et al. 2024).
+    gradient: the squared gradient of the log-probabilities there (Ross et al. 2017)."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage of training; the blocks that `lr` does not name are frozen."""
 
@@ -193,6 +208,8 @@ class Stage:
     """cosine: the rates fall to 0 over the stage's epochs, along half a cosine."""
     warmup_epochs: int = 0
     """Epochs in which the rates rise linearly from near 0."""
+    background: Background | None = None
+    """Keep the network from reading the background; nothing of the kind if not given."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +282,8 @@ class TrainConfig:
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
     seed: int = 0
     """Seed of the new layers, the plan and the dropout."""
+    text_boxes: Path | None = None
+    """CSV of cxrdist find-text, for a stage with the background region text."""
     fold: str | None = None
     """Cross-validation by patient over train and val: 2/5 validates on the second of five folds and
     trains on the others; test stays untouched. As the shards were packed if not given."""
@@ -393,6 +412,47 @@ class ProbeTextConfig:
     """Explain this many images with text, the first in the shards; all if not given."""
     batch_size: int = 16
     """Images of one forward pass."""
+    cache: Path | None = None
+    """Directory of decoded images; ~/.cache/cxrdist if not given."""
+
+
+@dataclass(frozen=True)
+class LocaliseConfig:
+    """Score where the network looks against boxes or masks that people have drawn."""
+
+    run: Path
+    """Run directory of a finished training."""
+    shards: Path
+    """Directory of shards, a path or an fsspec URL."""
+    boxes: Path | None = None
+    """CSV with the columns image, label, x, y, width and height, in px of the originals as they are
+    shown, or the NIH's BBox_List_2017.csv."""
+    masks: Path | None = None
+    """Masks of the lungs, as in cxrdist pack. With neither of the two: the boxes and masks that the
+    shards hold."""
+    split: Literal["train", "val", "test"] = "test"
+    """Split to score."""
+    name: str | None = None
+    """Name of an external set, as in cxrdist evaluate."""
+    batch_size: int = 4
+    """Images of one forward pass."""
+    cache: Path | None = None
+    """Directory of decoded images; ~/.cache/cxrdist if not given."""
+
+
+@dataclass(frozen=True)
+class ProbeBackgroundConfig:
+    """Measure what a small network makes of the images without their lungs."""
+
+    shards: Path
+    """Directory of shards, a path or an fsspec URL."""
+    out: Path
+    """Directory to write; the same command goes on in it."""
+    masks: Path | None = None
+    """Masks of the lungs, as in cxrdist pack. If not given: the masks that the shards hold, or
+    without any a fixed ellipse."""
+    seed: int = 0
+    """Seed of the networks and of the shuffled pixels."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
 

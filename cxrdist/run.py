@@ -157,6 +157,18 @@ class RunDirectory:
         """Pictures of that probe."""
         return self.inside(place, "text")
 
+    def localisation(self, place: str) -> Path:
+        """How the relevance of the place agrees with boxes or masks."""
+        return self.inside(place, "localisation.json")
+
+    def localisation_pictures(self, place: str) -> Path:
+        """Pictures of that."""
+        return self.inside(place, "localisation")
+
+    def mean_maps(self, place: str) -> Path:
+        """Pictures of each class's mean map over the explained images of the place."""
+        return self.inside(place, "mean_maps")
+
     def relevance_info(self, place: str) -> Path:
         """How the relevance of the place was made, and whether it stands up to a test."""
         return self.inside(place, "relevance.json")

@@ -22,10 +22,10 @@ LAYERS = [
     ["data"],
     ["model"],
     ["evaluate"],
-    ["train"],
     ["explain"],
+    ["train"],
     ["report"],
-    ["predict", "probe_text", "demo", "bench"],
+    ["predict", "probe_text", "localise", "probe_background", "demo", "bench"],
     ["cli", "launch", "seeds"],
     ["__init__", "__main__"],
 ]

@@ -48,6 +48,7 @@ NOT_SCIENCE = (
 ADDED = {
     "uncertain": "ignore",
     "fold": None,
+    "text_boxes": None,
 }  # fields that older recipes lack, and what their runs did
 
 
