@@ -1,0 +1,50 @@
+"""Penalties on what a network reads of the background, as functions of its weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from cxrdist.model.densenet import Classifier
+
+
+def squared_gradient(
+    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
+) -> Tensor:
+    """Square the gradient of the log-probabilities in the input, and sum it over the background.
+
+    Ross et al. 2017 (IJCAI), equation 2, without its weight. Each label is a case of its own with
+    two outcomes, whose log-probabilities add up. The network is taken in evaluation mode: with the
+    statistics of a batch, an image's gradient would be that of all of them.
+
+    Args:
+        model: in any mode.
+        images: float [B, 1, H, W], grey values 0..255; the gradient is that of grey values 0..1.
+        targets: float [B, classes]; the method does not need them.
+        background: bool [B, 1, H, W].
+
+    Returns:
+        float [B], differentiable in the weights where gradients are enabled.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad(), evaluating(model):
+        shown = (images.detach() / 255).requires_grad_()
+        logits = model(shown * 255)
+        total = (logsigmoid(logits) + logsigmoid(-logits)).sum()
+        (gradient,) = torch.autograd.grad(total, shown, create_graph=differentiable)
+    return (gradient.square() * background).flatten(1).sum(1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a network compute as in evaluation mode; each module gets its mode back."""
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
