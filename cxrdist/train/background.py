@@ -16,14 +16,14 @@ from cxrdist.data.regions import Region, read_regions
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.distributed import together
 from cxrdist.errors import CxrdistError
-from cxrdist.explain.background import squared_gradient
+from cxrdist.explain.background import share_of_relevance, squared_gradient
 from cxrdist.info import BackgroundInfo, TextBoxesInfo
 from cxrdist.model.augment import warp, warp_masks
 from cxrdist.model.densenet import Classifier
 from cxrdist.run import judging, read_bytes
 
 MOST_TABLE_BYTES = 1 << 30
-PENALTIES = {"gradient": squared_gradient}
+PENALTIES = {"lrp": share_of_relevance, "gradient": squared_gradient}
 
 
 @dataclass(frozen=True)
