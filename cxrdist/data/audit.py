@@ -15,7 +15,7 @@ from PIL import Image
 
 from cxrdist.data.baseline import measure_baseline
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
-from cxrdist.data.fingerprint import Fingerprint
+from cxrdist.data.fingerprint import Fingerprint, shrink
 from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, label_matrix, labels_of
 from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
@@ -27,7 +27,7 @@ FORMAT = "cxrdist-audit-1"
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
 SAME_THING = 0.5  # of a class's images: then the class and its sources are taken for each other
 STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
-THUMBNAIL_PX = 96
+PICTURE_PX = 96
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 SHOWN = ("key", "path", "split", "label", "patient")  # of an image of a pair
 MOST_LISTED = 10  # in a line of the summary
@@ -79,15 +79,17 @@ def audit(
     pixels: Pixels,
     classes: Sequence[str],
     task: str,
+    thumbnails: Pixels | None = None,
 ) -> dict[str, Any]:
     """Look for what makes a class known without its disease, or a test image without a test.
 
     Args:
         entries: all images.
         duplicates: by the places of the images in ``entries``.
-        pixels: the square of an image by its place, for thumbnails.
+        pixels: the square of an image by its place.
         classes: names of the classes.
         task: multiclass or multilabel; only of one label an image is a patient in two classes odd.
+        thumbnails: what `shrink` makes of a square, by its place; made here if None.
 
     Returns:
         The content of audit.json (shards/README.md). A part that cannot be made is None, with the
@@ -126,7 +128,10 @@ def audit(
             lambda: measure_shortcut(features, targets, groups, classes, task),
         ),
         "baseline": part(
-            "baseline", lambda: measure_baseline(pixels, targets, groups, classes, task)
+            "baseline",
+            lambda: measure_baseline(
+                thumbnails or (lambda place: shrink(pixels(place))), targets, groups, classes, task
+            ),
         ),
         "masks": part("masks", lambda: _masks(entries, *truth)),
         "flat": part("flat", lambda: _flat(entries)) or [],
@@ -349,7 +354,7 @@ def _thumbnails(entries: Sequence[Entry], pairs: Sequence[Pair], pixels: Pixels)
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> str:
     buffer = io.BytesIO()
-    small = Image.fromarray(pixels).resize((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.BILINEAR)
+    small = Image.fromarray(pixels).resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BILINEAR)
     small.save(buffer, "JPEG", quality=75)
     return base64.b64encode(buffer.getvalue()).decode()
 

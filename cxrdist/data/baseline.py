@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from cxrdist.data.fingerprint import THUMBNAIL_PX
 from cxrdist.data.shortcut import FOLDS, Fold, Scores, fold_patients, is_scored, judge, tell_apart
 
-SIDE_PX = 32
 # Cross-validated accuracy on 3,157 X-rays like the paper's (paper_like): 0.926, with 0.001 0.917;
 # of the perceptron 0.94, also with 100 epochs and with 64 units.
 FREEDOM = 0.01
@@ -25,7 +24,7 @@ MOST_IMAGES = 10_000  # of more, those of patients drawn at random; minutes for 
 
 
 def measure_baseline(
-    pixels: Callable[[int], NDArray[np.uint8]],
+    thumbnails: Callable[[int], NDArray[np.uint8]],
     targets: NDArray[np.int8],
     groups: Sequence[int],
     classes: Sequence[str],
@@ -34,7 +33,7 @@ def measure_baseline(
     """Tell the classes from thumbnails, cross-validated by patient as in `measure_shortcut`.
 
     Args:
-        pixels: the square of an image by its place, uint8 [S, S]; asked for one after the other.
+        thumbnails: what `shrink` makes of an image's square, by its place.
         targets: int8 [N, classes], 1 where an image has the label, 0 where not, below where that
             is not known. The perceptron learns these as absent; they are never scored.
         groups: a number for each image's patient.
@@ -51,8 +50,7 @@ def measure_baseline(
     places = choose_images(groups, MOST_IMAGES)
     chosen = [groups[place] for place in places]
     folds = fold_patients(chosen)
-    thumbnails = np.stack([shrink(pixels(int(place))) for place in places])
-    values = thumbnails.reshape(len(places), -1).astype(np.float32)
+    values = np.stack([thumbnails(int(place)).ravel() for place in places]).astype(np.float32)
     truth = targets[places]
     regression = tell_apart(values, truth, chosen, folds, FREEDOM)
     usable = is_scored(regression)
@@ -61,7 +59,7 @@ def measure_baseline(
         "perceptron": _perceive(values, truth, folds, usable),
     }
     return {
-        "size_px": SIDE_PX,
+        "size_px": THUMBNAIL_PX,
         "folds": FOLDS,
         "images": len(places),
         "of_images": len(groups),
@@ -82,11 +80,6 @@ def choose_images(groups: Sequence[int], most: int) -> NDArray[np.int64]:
     drawn = np.random.default_rng(0).permutation(len(counts))
     kept = drawn[np.cumsum(counts[drawn]) <= most]
     return np.flatnonzero(np.isin(numbers, kept))
-
-
-def shrink(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Make the thumbnail of a square: uint8 [S, S] -> [SIDE_PX, SIDE_PX], means of its areas."""
-    return np.asarray(Image.fromarray(pixels).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX))
 
 
 def _perceive(

@@ -1,4 +1,4 @@
-"""Fingerprints: what tells whether two X-rays are the same, and what an X-ray's rim betrays.
+"""Fingerprints: what is kept of an X-ray to find it again, its statistics and its thumbnail.
 
 The perceptual hash is the one of the imagehash library bit for bit, at a third of its cost: only
 the frequencies that it keeps are computed.
@@ -18,6 +18,7 @@ FREQUENCIES = np.cos(
 )
 INNER = 0.94  # of the side: a copy may have lost 3 % of it on each
 BORDER = 1 / 16  # of the side; of a 224 px square the outer 14 px
+THUMBNAIL_PX = 32
 DARK, BRIGHT = 10, 245  # grey levels of what is all but black or white
 
 
@@ -48,6 +49,12 @@ def fingerprint(pixels: NDArray[np.uint8]) -> Fingerprint:
         inner_phash=_phash(image, (cut, cut, image.width - cut, image.height - cut)),
         statistics=_statistics(pixels, image),
     )
+
+
+def shrink(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Make a thumbnail: uint8 [S, S] -> [THUMBNAIL_PX, THUMBNAIL_PX], means of its areas."""
+    size = THUMBNAIL_PX, THUMBNAIL_PX
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
 
 
 def _phash(image: Image.Image, box: tuple[float, float, float, float]) -> bytes:

@@ -1,9 +1,9 @@
 """Squares: decoded and encoded images on their way into shards, kept until the shards are there.
 
 A pack decodes its records in parts of `PART_SIZE`. Each part is a file NNNNNN.squares: a line of
-JSON with what is known of each image, then the PNGs one after the other. It is there whole or not
-at all, also when it is written anew. A killed pack goes on with the parts that are missing, and the
-tasks of a SLURM array make parts side by side.
+JSON with what is known of each image, then the PNGs and thumbnails of one after the other. It is
+there whole or not at all, also when it is written anew. A killed pack goes on with the parts that
+are missing, and the tasks of a SLURM array make parts side by side.
 
 Images that do not declare their bit depth are scaled by what each uses at first. When all are there
 the depth of the source is known, and those that were scaled by another are decoded again.
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pebble import ProcessPool
 
 from cxrdist.data.anonymise import keyed, shared_key
-from cxrdist.data.fingerprint import Fingerprint, fingerprint
+from cxrdist.data.fingerprint import THUMBNAIL_PX, Fingerprint, fingerprint, shrink
 from cxrdist.data.images import decode, encode_png
 from cxrdist.data.records import Record
 from cxrdist.data.workers import Job, image_workers, schedule
@@ -37,9 +37,10 @@ PART_SIZE = 128
 CHUNK = 16  # images that a worker is given at once
 # Size and time of change (ns) of a record's file, and of its mask's if it has one.
 State = tuple[int, ...]
-Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs
+Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs and thumbnails
 Pending = tuple[list[State], Job[Record, Made]]
-Kept = dict[int, tuple["Square", bytes]]  # squares that are there, and their PNGs
+Kept = dict[int, tuple["Square", bytes]]  # squares that are there, and their bytes
+THUMBNAIL_BYTES = THUMBNAIL_PX**2
 PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
 
 
@@ -88,9 +89,10 @@ class Square:
     mask_share: float = 0.0
 
     @property
-    def num_bytes(self) -> int:
-        """Length of its PNGs together."""
-        return self.png_bytes + self.covered_bytes + self.mask_bytes
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths of its PNG, that of it covered, its mask, its thumbnail, that of it covered."""
+        of_pngs = self.png_bytes, self.covered_bytes, self.mask_bytes
+        return *of_pngs, *(THUMBNAIL_BYTES * (png > 0) for png in of_pngs[:2])
 
     def is_scaled_by(self, depth: int | None) -> bool:
         """Whether it is as if it were decoded by a depth; None is its own."""
@@ -155,12 +157,12 @@ def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
     path = part_file(directory, part.number)
     if not path.is_file():
         return {}
-    head, _, pngs = path.read_bytes().partition(b"\n")
+    head, _, content = path.read_bytes().partition(b"\n")
     kept, start = {}, 0
-    for i, square in enumerate(_squares(path, head)):
-        end = start + square.num_bytes
+    for i, square in enumerate(_squares(path, head, len(content))):
+        end = start + sum(square.lengths)
         if not square.reason and square.is_scaled_by(depth):
-            kept[i] = square, pngs[start:end]
+            kept[i] = square, content[start:end]
         start = end
     return kept
 
@@ -179,7 +181,7 @@ def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> li
 def _make_square(
     record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
 ) -> Made:
-    """Decode and encode one image: the fields of its square, and its PNGs."""
+    """Decode and encode one image: the fields of its square, and its PNGs and thumbnails."""
     decoded = decode(record.file, size_px, fit, record.boxes, cover, depth, record.mask)
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
@@ -199,7 +201,11 @@ def _make_square(
         "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
         "mask_bytes": len(mask),
         **({} if decoded.mask is None else _describe_mask(decoded.mask)),
-    }, png + covered + mask
+    }, b"".join([png, covered, mask, *map(_thumbnail, (decoded.pixels, decoded.covered))])
+
+
+def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:
+    return b"" if pixels is None else shrink(pixels).tobytes()
 
 
 def _describe_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:
@@ -230,7 +236,7 @@ def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending])
     squares = [kept[i] if i in kept else next(decoded) for i in range(len(part.records))]
     rows = json.dumps([_row(square) for square, _ in squares], default=bytes.hex).encode()
     with atomic_file(part_file(directory, part.number)) as file:
-        file.write_bytes(b"".join([rows, b"\n", *(png for _, png in squares)]))
+        file.write_bytes(b"".join([rows, b"\n", *(content for _, content in squares)]))
     return len(records)
 
 
@@ -273,7 +279,8 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     if not path.is_file():
         return None
     with path.open("rb") as file:
-        squares = _squares(path, file.readline())
+        head = file.readline()
+        squares = _squares(path, head, path.stat().st_size - len(head))
     for record, square in zip(part.records, squares, strict=True):
         state = file_state(record)
         if state != square.state:
@@ -287,14 +294,22 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
     return squares
 
 
-def _squares(path: Path, head: bytes) -> list[Square]:
+def _squares(path: Path, head: bytes, num_bytes: int) -> list[Square]:
     """The squares of a part by the first line of its file.
+
+    Args:
+        path: of the file.
+        head: the line.
+        num_bytes: what follows it.
 
     Raises:
         CxrdistError: another version of cxrdist wrote it, or it is damaged.
     """
     try:
-        return [_square(row) for row in json.loads(head)]
+        squares = [_square(row) for row in json.loads(head)]
+        if sum(sum(square.lengths) for square in squares) != num_bytes:
+            raise ValueError("holds other bytes than its first line says")
+        return squares
     except (ValueError, LookupError, TypeError) as error:
         raise CxrdistError(
             f"{path}: is of another version of cxrdist, or damaged; remove {path.parent.parent} to "
@@ -316,7 +331,7 @@ class Pngs:
     """The PNGs of squares, in files on this machine.
 
     Those of N records have the places 0 to N - 1, in their order; the covered square of the record
-    at a place has the place N + place, its mask 2 N + place.
+    at a place has the place N + place, its mask 2 N + place. What follows are their thumbnails.
     """
 
     directory: Path
@@ -329,16 +344,20 @@ class Pngs:
             file.seek(start)
             return file.read(length)
 
+    def thumbnail(self, place: int) -> NDArray[np.uint8]:
+        """The thumbnail of the square at a place, uint8 [THUMBNAIL_PX, THUMBNAIL_PX]."""
+        data = self[3 * len(self.places) // 5 + place]
+        return np.frombuffer(data, np.uint8).reshape(THUMBNAIL_PX, THUMBNAIL_PX)
+
 
 def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
     """Find the PNGs of all parts."""
-    places: tuple[list[tuple[int, int, int]], ...] = ([], [], [])
+    places: tuple[list[tuple[int, int, int]], ...] = ([], [], [], [], [])
     for number, squares in enumerate(parts):
         with open(part_file(directory, number), "rb") as file:
             start = len(file.readline())
         for square in squares:
-            lengths = (square.png_bytes, square.covered_bytes, square.mask_bytes)
-            for kind, length in zip(places, lengths, strict=True):
+            for kind, length in zip(places, square.lengths, strict=True):
                 kind.append((number, start, length))
                 start += length
     return Pngs(directory, [place for kind in places for place in kind])

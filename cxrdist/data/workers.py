@@ -1,5 +1,6 @@
 """Workers: processes that read images; a file that crashes or hangs one costs that file only."""
 
+import ctypes
 import multiprocessing
 import os
 from collections import deque
@@ -15,6 +16,9 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 from cxrdist.errors import CxrdistError
 
 SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; anything slower is malicious or broken
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+MOST_BLOCK_BYTES = 32 << 20  # the most that glibc takes on 64 bits
+MOST_KEPT_BYTES = 64 << 20  # of free memory, by a worker
 CHUNKS_AHEAD = 2  # of each worker, beside those that it is at
 
 
@@ -123,6 +127,17 @@ def _make_each(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made
     return made
 
 
+def _keep_memory() -> None:
+    """Keep the memory of an image for the next one.
+
+    By default glibc returns it to the system, which clears each page before it gives it out again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, MOST_BLOCK_BYTES)
+        mallopt(M_TRIM_THRESHOLD, MOST_KEPT_BYTES)
+
+
 @contextmanager
 def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[ProcessPool]:
     """Start processes from a small clean one, not from a copy of this one with its threads.
@@ -133,7 +148,7 @@ def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Proce
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
-    pool = ProcessPool(workers or num_cores(), context=context)
+    pool = ProcessPool(workers or num_cores(), initializer=_keep_memory, context=context)
     try:
         yield pool
         pool.close()

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from cxrdist.data.audit import best_model
-from cxrdist.data.baseline import SIDE_PX, choose_images, measure_baseline
+from cxrdist.data.baseline import choose_images, measure_baseline
+from cxrdist.data.fingerprint import THUMBNAIL_PX, shrink
 
 CLASSES = ["a", "b"]
 MODELS = ("logistic_regression", "perceptron")
@@ -11,6 +12,10 @@ MODELS = ("logistic_regression", "perceptron")
 def noise(seed: int, num_images: int) -> np.ndarray:
     """Squares that show nothing: uint8 [N, 64, 64]."""
     return np.random.default_rng(seed).integers(0, 256, (num_images, 64, 64), dtype=np.uint8)
+
+
+def thumbnails_of(squares: np.ndarray):
+    return lambda place: shrink(squares[place])
 
 
 def one_of_two(is_first: np.ndarray) -> np.ndarray:
@@ -23,9 +28,9 @@ def test_what_can_be_seen_in_a_thumbnail_is_found_by_both_models():
     squares, is_first = noise(0, 120) // 2, np.arange(120) % 2 == 0
     squares[is_first, :32] += 60
     found = measure_baseline(
-        squares.__getitem__, one_of_two(is_first), range(120), CLASSES, "multiclass"
+        thumbnails_of(squares), one_of_two(is_first), range(120), CLASSES, "multiclass"
     )
-    assert (found["size_px"], found["folds"], found["largest_class"]) == (SIDE_PX, 5, 0.5)
+    assert (found["size_px"], found["folds"], found["largest_class"]) == (THUMBNAIL_PX, 5, 0.5)
     assert (found["images"], found["of_images"], found["patients"]) == (120, 120, 120)
     for name in MODELS:
         assert found[name]["accuracy"]["value"] > 0.95
@@ -39,7 +44,7 @@ def test_a_model_is_judged_on_patients_that_it_has_not_seen():
     is_first = np.repeat(np.random.default_rng(1).permutation(30) % 2 == 0, 5)
     patients = np.repeat(np.arange(30), 5).tolist()
     found = measure_baseline(
-        squares.__getitem__, one_of_two(is_first), patients, CLASSES, "multiclass"
+        thumbnails_of(squares), one_of_two(is_first), patients, CLASSES, "multiclass"
     )
     for name in MODELS:
         score = found[name]["accuracy"]
@@ -54,7 +59,7 @@ def test_labels_that_are_not_known_are_learnt_as_absent_and_never_scored():
     targets = np.stack([has, np.arange(80) == 3], 1).astype(np.int8)
     targets[70:, 0] = -1
     squares[70:] = squares[70:, ::-1]
-    found = measure_baseline(squares.__getitem__, targets, range(80), CLASSES, "multilabel")
+    found = measure_baseline(thumbnails_of(squares), targets, range(80), CLASSES, "multilabel")
     for name in MODELS:
         assert found[name]["accuracy"] is None
         assert found[name]["auroc"]["b"] is None

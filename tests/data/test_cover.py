@@ -8,12 +8,16 @@ import pytest
 from PIL import Image
 from support import contents, make_images
 
-from cxrdist.config import CheckConfig, PackConfig
+from cxrdist.config import CheckConfig, PackConfig, SourceConfig
 from cxrdist.data.boxes import Box, inside, write_boxes
 from cxrdist.data.check import check
+from cxrdist.data.fingerprint import shrink
+from cxrdist.data.images import decode_png
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.shards import read_shard
+from cxrdist.data.sources import read_source
+from cxrdist.data.squares import locate_pngs, plan_parts, read_part
 from cxrdist.errors import CxrdistError
 
 SIZE_PX = 48
@@ -84,6 +88,21 @@ def test_only_the_chosen_split_is_covered(source, tmp_path, how):
     assert read_index(plain).cover is None
     assert "cover" not in json.loads((plain / "index.json").read_text())
     check(CheckConfig(covered))
+
+
+def test_thumbnails_are_of_the_squares_beside_them(source, tmp_path):
+    """Those that workers keep for the audit, plain and covered, are what their PNGs would give."""
+    pack_source(source, tmp_path / "s", text_boxes=source / "boxes.csv", task=0, num_tasks=1)
+    directory = tmp_path / ".s.partial" / "squares"
+    (part,) = plan_parts(read_source(SourceConfig("folder", source / "images")).records)
+    squares = read_part(directory, part, redo_bad=False)
+    pngs, count, num_covered = locate_pngs(directory, [squares]), len(squares), 0
+    for place, square in enumerate(squares):
+        places = [place, count + place] if square.covered_bytes else [place]
+        num_covered += len(places) - 1
+        for p in places:
+            np.testing.assert_array_equal(pngs.thumbnail(p), shrink(decode_png(pngs[p])))
+    assert num_covered == 12
 
 
 def test_the_bytes_do_not_depend_on_workers_or_tasks(source, tmp_path, monkeypatch):

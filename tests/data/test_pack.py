@@ -186,7 +186,7 @@ def test_equal_images_that_tie_all_patients_together_are_told_by_name(tmp_path):
     assert "those of the same image count as one" in found["not_made"]["shortcut"]
 
 
-@pytest.mark.parametrize("fault", ["state", "more", "cut"])
+@pytest.mark.parametrize("fault", ["state", "more", "cut", "no thumbnails"])
 def test_squares_of_another_version_are_named(tmp_path, fault):
     """Fields that were added or dropped since, or a damaged list: one line, no shards."""
     source = make_images(tmp_path / "images", COUNTS)
@@ -197,6 +197,7 @@ def test_squares_of_another_version_are_named(tmp_path, fault):
     rows = [{n: v for n, v in row.items() if n != fault} for row in json.loads(head)]
     rows = [row | {"older": 1} if fault == "more" else row for row in rows]
     text = json.dumps(rows).encode()[: -1 if fault == "cut" else None]
+    pngs = pngs[: -32 * 32] if fault == "no thumbnails" else pngs
     part.write_bytes(text + b"\n" + pngs)
     problem = r"squares: is of another version of cxrdist, or damaged; remove .*partial to begin"
     with pytest.raises(CxrdistError, match=problem):
