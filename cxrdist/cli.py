@@ -47,6 +47,9 @@ COMMANDS = {
     "probe-text": Command(
         "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
     ),
+    "localise": Command(
+        "localise:localise", "LocaliseConfig", "where the network looks, against boxes or masks"
+    ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
     "compare": Command(
         "report.compare:compare", "CompareConfig", "two runs on the same images", "run_a run_b"

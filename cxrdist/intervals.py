@@ -83,6 +83,20 @@ def bounded(
     return _limits(special.expit(middle - half), special.expit(middle + half))
 
 
+def positive(estimate: float, values: Values, patients: int) -> Limits:
+    """The interval of a figure above 0 without an upper bound, such as a ratio of two means.
+
+    As `bounded`, on the scale of the logarithm. Without spread, or of a figure of 0, both limits
+    are the figure itself.
+    """
+    found = values[np.isfinite(values) & (values > 0)]
+    spread = float(np.log(found).std(ddof=1)) if len(found) > 1 else 0.0
+    if estimate <= 0 or patients < 2 or spread < ALIKE:
+        return _limits(estimate, estimate)
+    half = stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
+    return _limits(estimate * np.exp(-half), estimate * np.exp(half))
+
+
 def wilson(part: int, whole: int) -> Limits:
     """The interval of a share of independent draws (Wilson 1927), by SciPy."""
     low, high = stats.binomtest(part, whole).proportion_ci(LEVEL, method="wilson")

@@ -9,6 +9,7 @@ from cxrdist.config import (
     Background,
     EvaluateConfig,
     ExplainConfig,
+    LocaliseConfig,
     Network,
     ProbeTextConfig,
     ReportConfig,
@@ -19,6 +20,7 @@ from cxrdist.data.boxes import Box, write_boxes
 from cxrdist.data.index import read_index
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
+from cxrdist.localise import localise
 from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
@@ -58,5 +60,6 @@ def make_run(folder: Path) -> Path:
     box = Box(4, 4, 20, 9, "R", 0.9)
     write_boxes(folder / "boxes.csv", {path: [box] for path in paths[:4]})
     probe_text(ProbeTextConfig(run, shards, boxes=folder / "boxes.csv", cache=cache, limit=2))
+    localise(LocaliseConfig(run, shards, cache=cache))
     report(ReportConfig(run))
     return folder

@@ -48,6 +48,7 @@ from cxrdist.report.files import (
     read_stages,
 )
 from cxrdist.report.html import report
+from cxrdist.report.localisation import localisation_views
 from cxrdist.report.text import text_views
 from cxrdist.run import RunDirectory
 from cxrdist.train.checkpoint import load_latest
@@ -60,7 +61,7 @@ MOST_BYTES = 1 << 30
 RUN_FILES = (
     *("run.json", "recipe.yaml", "log.jsonl", "audit.json", "test/predictions.csv"),
     *("test/metrics.json", "test/relevance.csv", "test/relevance.json", "test/text.json"),
-    "test/nearest.csv",
+    *("test/nearest.csv", "test/localisation.json"),
 )
 
 
@@ -110,6 +111,7 @@ def cases_of(folder: Path) -> list[Case]:
         "test/relevance.json": lambda: read_sanity(run, "test"),
         "test/nearest.csv": lambda: read_nearest(run.nearest("test")),
         "test/text.json": lambda: text_views(run),
+        "test/localisation.json": lambda: localisation_views(run),
         "seen.npz": lambda: read_seen(run.seen),
         "model/model.json": lambda: load_model(run.root),
         "model/model.safetensors": lambda: load_model(run.root),

@@ -8,7 +8,7 @@ import heapq
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from cxrdist.data.images import DICOM_SUFFIXES
@@ -140,6 +140,21 @@ def look_at(file: Path) -> tuple[str, str]:
 def path_below(folder: Path, file: Path) -> str:
     """The path of a file below a folder, with slashes; faster than `Path.relative_to`."""
     return file.as_posix().removeprefix(f"{folder.as_posix().rstrip('/')}/")
+
+
+def without_suffix(path: str) -> str:
+    """A path without the suffix of an image; a DICOM UID, all digits and dots, has none."""
+    suffix = PurePosixPath(path).suffix
+    return path.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else path
+
+
+def path_ends(paths: Sequence[str], depth: int) -> dict[str, list[int]]:
+    """Places of paths by their last ``depth`` folders and the name of the file without suffix."""
+    places: dict[str, list[int]] = {}
+    for i, path in enumerate(paths):
+        name = "/".join(without_suffix(path).rsplit("/", depth + 1)[-depth - 1 :])
+        places.setdefault(name, []).append(i)
+    return places
 
 
 def escaped(name: str) -> str:

@@ -3,10 +3,10 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
-from cxrdist.data.found import IMAGE_SUFFIXES, find_images, is_within, path_below
+from cxrdist.data.found import find_images, is_within, path_below, path_ends, without_suffix
 from cxrdist.data.masks import MaskPlace
 from cxrdist.data.records import Record, Source
 from cxrdist.data.run_lengths import LEAST_QUALITY, list_runs
@@ -57,7 +57,7 @@ def with_masks(source: Source, masks: Path) -> Source:
         )
     found, strays = _match(source.records, named)
     if not found:
-        example = _name(source.records[0].path) if source.records else "an image"
+        example = without_suffix(source.records[0].path) if source.records else "an image"
         there = named[0].where if named else "nothing"
         raise CxrdistError(
             f"--masks {masks}: none of its {len(named)} masks is named like an image; expected "
@@ -91,7 +91,7 @@ def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
         if _absolute(file) in images or (holds_images and MASKS not in folders):
             continue
         renamed = [IMAGES if name == MASKS else name for name in folders]
-        names = (_name(path), _name("/".join([*renamed, last])))
+        names = (without_suffix(path), without_suffix("/".join([*renamed, last])))
         yield _Named(path, names, MaskPlace(file))
 
 
@@ -105,7 +105,7 @@ def _rows(table: Path) -> tuple[list[_Named], list[str]]:
     named = [
         _Named(
             f"{row.where} ({row.name})",
-            (_name(row.name),),
+            (without_suffix(row.name),),
             MaskPlace(table, row.first_byte, row.num_bytes),
         )
         for row in rows
@@ -150,14 +150,4 @@ def _match(
 
 def _ends(records: Sequence[Record], depth: int) -> dict[str, list[int]]:
     """Places of the records by the last ``depth`` folders and the name of their files."""
-    places: dict[str, list[int]] = {}
-    for i, record in enumerate(records):
-        name = "/".join(_name(_absolute(record.file)).rsplit("/", depth + 1)[-depth - 1 :])
-        places.setdefault(name, []).append(i)
-    return places
-
-
-def _name(path: str) -> str:
-    """A path without the suffix of an image; a DICOM UID, all digits and dots, has none."""
-    suffix = PurePosixPath(path).suffix
-    return path.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else path
+    return path_ends([_absolute(record.file) for record in records], depth)

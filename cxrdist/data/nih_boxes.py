@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cxrdist.data.boxes import box_of
 from cxrdist.data.findings import ROUNDING_PX, Finding
-from cxrdist.data.found import look_at
+from cxrdist.data.found import look_at, without_suffix
 from cxrdist.data.geometry import scaled
 from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import Record
@@ -23,6 +23,7 @@ SIDE_PX = 1024  # of the originals' both sides (README_CHESTXRAY.pdf of the NIH)
 TABLE = "BBox_List_2017.csv"
 OWN_TABLE = "boxes.csv"  # with the columns below, in px of the images that are here
 COLUMNS = ("image", "label", "x", "y", "width", "height")
+NIH_COLUMNS = ("imageindex", "findinglabel")  # the first two of TABLE
 SPELLINGS = {"Infiltrate": "Infiltration"}  # TABLE has its own word for one label
 
 
@@ -88,6 +89,27 @@ def read_boxes(folder: Path, labels: Sequence[str]) -> Boxes:
     return Boxes(None, {})
 
 
+def read_box_table(file: Path) -> Boxes:
+    """Read a table of boxes of any labels: the NIH's, or one with `COLUMNS`.
+
+    Returns:
+        The boxes, by the images' names without suffix, which may have folders in `COLUMNS`.
+
+    Raises:
+        CxrdistError: it has other columns, or a row is not a box or leaves the NIH's original.
+    """
+    table = read_table(file, {*COLUMNS, *NIH_COLUMNS})
+    there = {*map(plain, table.columns)}
+    if {*NIH_COLUMNS} <= there:
+        return Boxes(file, _read(_nih_table(file), None, SIDE_PX))
+    if lacking := [name for name in COLUMNS if name not in there]:
+        raise CxrdistError(
+            f"{file}: has no column {lacking[0]!r}, expected {', '.join(COLUMNS)}, in px of the "
+            f"originals, or the NIH's {TABLE}; mend the header"
+        )
+    return Boxes(file, _read(table, None, None), None)
+
+
 def _nih_table(file: Path) -> Table:
     """Read the NIH's table, whose rows have six cells and whose header counts nine.
 
@@ -96,8 +118,8 @@ def _nih_table(file: Path) -> Table:
     Raises:
         CxrdistError: its first columns are others.
     """
-    table = read_table(file, {"imageindex", "findinglabel"})
-    if [plain(name) for name in table.columns[:2]] != ["imageindex", "findinglabel"]:
+    table = read_table(file, NIH_COLUMNS)
+    if tuple(plain(name) for name in table.columns[:2]) != NIH_COLUMNS:
         raise CxrdistError(
             f"{file}: begins with the columns {', '.join(table.columns[:2])}, expected Image Index "
             "and Finding Label; fetch it again"
@@ -105,15 +127,18 @@ def _nih_table(file: Path) -> Table:
     return replace(table, columns=COLUMNS)
 
 
-def _read(table: Table, labels: Sequence[str], side_px: int | None) -> dict[str, list[Finding]]:
+def _read(
+    table: Table, labels: Sequence[str] | None, side_px: int | None
+) -> dict[str, list[Finding]]:
+    """Read the boxes of each image by its name without suffix; of any label if None is given."""
     places = table.find_columns({name: {name} for name in COLUMNS})
     findings: dict[str, list[Finding]] = defaultdict(list)
     for where, cells in table.rows():
         row = {name: cells[place].strip() for name, place in places.items()}
         label = SPELLINGS.get(row["label"], row["label"])
-        if label not in labels:
+        if labels is not None and label not in labels:
             raise CxrdistError(f"{where}: {label!r:.40} is none of the {len(labels)} labels")
-        findings[row["image"].rpartition(".")[0]].append(finding_of(label, row, where, side_px))
+        findings[without_suffix(row["image"])].append(finding_of(label, row, where, side_px))
     return dict(findings)
 
 

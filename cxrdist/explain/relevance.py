@@ -98,7 +98,7 @@ class Explainer:
         """
         _check_images(images)
         indices = _class_indices(self.classes, targets)
-        with _exact(self._device):
+        with exact(self._device):
             inputs = self._normalise(images.to(self._device)).detach()
             return self._method.attribute(inputs, indices)
 
@@ -114,7 +114,7 @@ def attribute(
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> Iterator[None]:
     """Full precision with deterministic kernels, whatever the caller has switched on.
 
     TensorFloat-32 would unbalance the ledger by 1e-3.

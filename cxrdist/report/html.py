@@ -19,6 +19,7 @@ from cxrdist.report.files import (
     weights_chain,
 )
 from cxrdist.report.foreign import report_predictions
+from cxrdist.report.localisation import localisation_views
 from cxrdist.report.page import template
 from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
@@ -70,6 +71,7 @@ def report(config: ReportConfig) -> Path:
         members=read_members(run),
         figures=FIGURES,
         texts=text_views(run),
+        localisations=localisation_views(run),
         headline=headline,
         verdict=verdict_view(headline) if headline else None,
         baselines=baseline_lines(audit),

@@ -1,0 +1,254 @@
+"""Outlines: boxes and masks that people drew on the originals, in the squares of samples."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.boxes import Box, inside
+from cxrdist.data.cache import Masks
+from cxrdist.data.findings import Finding
+from cxrdist.data.found import path_ends
+from cxrdist.data.geometry import clipped, in_square, place, scaled
+from cxrdist.data.index import Index
+from cxrdist.data.labels import labels_of
+from cxrdist.data.masked import with_masks
+from cxrdist.data.masks import MaskPlace, mask_square, read_mask
+from cxrdist.data.nih_boxes import Boxes, read_box_table
+from cxrdist.data.records import Record, Source
+from cxrdist.data.shards import open_shard
+from cxrdist.errors import CxrdistError
+
+OF_SHARDS = "the shards"
+STRANGE = "of images that are not in the shards"
+UNKNOWN = "of labels that the model does not have"
+OUTSIDE = "outside the squares"
+CUT = "of images that are not squares, as the NIH's originals are"
+UNLABELLED = "of images without a label"
+Case = tuple[int, str]  # number of the sample, and class
+
+
+class Original(NamedTuple):
+    """What KEY.json tells of a sample: the size of its original, and boxes in px of its square."""
+
+    width_px: int
+    height_px: int
+    boxes: Sequence[Finding]
+
+
+@dataclass(frozen=True)
+class Outlines:
+    """What people drew on some samples.
+
+    Attributes:
+        kind: boxes, around signs of one class each; or masks of the lungs, where all classes of an
+            image are looked for.
+        origin: where they are from.
+        shapes: how many boxes or masks there are of each case.
+        left_out: how many are not used, by the reason.
+        read: the pixels of a case, bool [S, S]; perhaps none.
+        notes: what a user should know, a line each.
+    """
+
+    kind: Literal["boxes", "masks"]
+    origin: str
+    shapes: Mapping[Case, int]
+    left_out: Mapping[str, int]
+    read: Callable[[Case], NDArray[np.bool_]]
+    notes: tuple[str, ...] = ()
+
+
+def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Original]:
+    """Read what KEY.json tells of some samples, by their numbers.
+
+    Args:
+        packed: the shards as they were packed.
+        numbers: of the samples.
+
+    Raises:
+        CxrdistError: a shard holds something else than the index says.
+    """
+    wanted, found = {*numbers}, {}
+    for shard in packed.packed():
+        these = [i for i in range(len(shard.samples)) if shard.first + i in wanted]
+        if these:
+            with open_shard(shard) as opened:
+                for i in these:
+                    about = opened.describe(i)
+                    found[shard.first + i] = Original(
+                        about["width_px"], about["height_px"], about.get("boxes", ())
+                    )
+    return found
+
+
+def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines:
+    """Take the boxes that were packed with the samples."""
+    found, left_out = defaultdict(list), Counter[str]()
+    for number, original in originals.items():
+        for box in original.boxes:
+            if box.label in index.classes:
+                found[number, box.label].append(box)
+            else:
+                left_out[UNKNOWN] += 1
+    return _boxes(index, OF_SHARDS, found, left_out)
+
+
+def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) -> Outlines:
+    """Read a table of boxes and bring them into the squares of its images.
+
+    Args:
+        index: the shards as the model takes them.
+        originals: of the samples that may be used.
+        file: as in `read_box_table`.
+
+    Raises:
+        CxrdistError: it cannot be read, or none of its images is in the shards.
+    """
+    table = read_box_table(file)
+    found, left_out = defaultdict(list), Counter[str]()
+    named = _match(table.findings, index, file)
+    for name, boxes in table.findings.items():
+        number = named.get(name)
+        if number is None or number not in originals:
+            left_out[STRANGE if number is None else _elsewhere(index, number)] += len(boxes)
+            continue
+        for box in boxes:
+            fate = _fate(box, index, originals[number], table)
+            if isinstance(fate, str):
+                left_out[fate] += 1
+            else:
+                found[number, box.label].append(fate)
+    return _boxes(index, file.name, found, left_out)
+
+
+def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Finding | str:
+    """The box in its square, or why it is not used."""
+    if box.label not in index.classes:
+        return UNKNOWN
+    width, height, _ = original
+    if table.side_px is not None:
+        if width != height:
+            return CUT
+        box = scaled(box, width / table.side_px, width / table.side_px)
+    size_px = index.image_size_px
+    return clipped(in_square(box, width, height, size_px, index.fit), size_px) or OUTSIDE
+
+
+def _match(names: Collection[str], index: Index, file: Path) -> dict[str, int]:
+    """Find the sample whose path ends with each name, whatever their suffixes.
+
+    Raises:
+        CxrdistError: none has one, or one may be of two.
+    """
+    paths = [sample.path for sample in index.samples]
+    ends: dict[int, dict[str, list[int]]] = {}
+    found: dict[str, int] = {}
+    for name in names:
+        depth = name.count("/")
+        if depth not in ends:
+            ends[depth] = path_ends(paths, depth)
+        numbers = ends[depth].get(name, [])
+        if len(numbers) > 1:
+            raise CxrdistError(
+                f"{file}: {name} may be {paths[numbers[0]]} or {paths[numbers[1]]}; write the "
+                "images' folders as well"
+            )
+        if numbers:
+            found[name] = numbers[0]
+    if not found:
+        example = next(iter(names), "nothing")
+        raise CxrdistError(
+            f"--boxes {file}: has no image of the shards; expected names such as {paths[0]}, found "
+            f"such as {example}"
+        )
+    return found
+
+
+def _elsewhere(index: Index, number: int) -> str:
+    return f"of images in {index.samples[number].split or 'no split'}"
+
+
+def _boxes(
+    index: Index, origin: str, found: Mapping[Case, Sequence[Finding]], left_out: Mapping[str, int]
+) -> Outlines:
+    size_px = index.image_size_px
+
+    def read(case: Case) -> NDArray[np.bool_]:
+        boxes = [Box(box.x, box.y, box.width, box.height) for box in found[case]]
+        return inside(boxes, size_px, size_px)
+
+    shapes = {case: len(found[case]) for case in sorted(found)}
+    return Outlines("boxes", origin, shapes, left_out, read)
+
+
+def masks_of_shards(index: Index, masks: Masks, numbers: Collection[int]) -> Outlines:
+    """Take the masks that were packed with the samples.
+
+    Args:
+        index: the shards as the model takes them.
+        masks: as `open_masks` gives them.
+        numbers: of the samples that may be used.
+    """
+    size_px = index.image_size_px
+
+    def read(case: Case) -> NDArray[np.bool_]:
+        bits = np.unpackbits(masks[case[0]], count=size_px * size_px)
+        return bits.reshape(size_px, size_px).astype(bool)
+
+    with_mask = [number for number in numbers if index.samples[number].mask_sha256]
+    return _masks(index, OF_SHARDS, with_mask, Counter(), read)
+
+
+def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path) -> Outlines:
+    """Match masks with samples as `cxrdist pack` does with images; each is read when it is needed.
+
+    Args:
+        index: the shards as the model takes them.
+        originals: of the samples that may be used.
+        masks: a folder of pictures or a table of run lengths.
+
+    Raises:
+        CxrdistError: there are no masks, or none fits.
+    """
+    records = [
+        Record(Path("/") / sample.path, sample.path, sample.label, sample.patient, sample.source)
+        for sample in index.samples
+    ]
+    matched = with_masks(Source(records, index.task, index.classes, str(masks)), masks)
+    places = {i: r.mask for i, r in enumerate(matched.records) if r.mask is not None}
+    left_out = Counter(_elsewhere(index, i) for i in places if i not in originals)
+
+    def read(case: Case) -> NDArray[np.bool_]:
+        return _read_mask(places[case[0]], originals[case[0]], index)
+
+    found = _masks(index, masks.name, [i for i in places if i in originals], left_out, read)
+    return replace(found, notes=matched.notes)
+
+
+def _read_mask(mask: MaskPlace, original: Original, index: Index) -> NDArray[np.bool_]:
+    size_px, shown = index.image_size_px, (original.width_px, original.height_px)
+    placement = place(*shown, size_px, index.fit)
+    return mask_square(read_mask(mask, *shown), placement, shown, size_px) > 0
+
+
+def _masks(
+    index: Index,
+    origin: str,
+    numbers: Sequence[int],
+    left_out: Mapping[str, int],
+    read: Callable[[Case], NDArray[np.bool_]],
+) -> Outlines:
+    """Look for each class of an image within its mask."""
+    shapes: dict[Case, int] = {}
+    without = 0
+    for number in sorted(numbers):
+        labels = labels_of(index.samples[number].label)
+        shapes |= {(number, label): 1 for label in labels}
+        without += not labels
+    if without:
+        left_out = {**left_out, UNLABELLED: without}
+    return Outlines("masks", origin, shapes, left_out, read)

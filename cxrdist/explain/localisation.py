@@ -1,0 +1,258 @@
+"""Localisation: does a map point at what people have outlined?
+
+Three scores of a map [H, W] and an outline:
+
+- pointing game (Zhang et al. 2018, IJCV 126): whether the largest value lies inside;
+- share of the positive values that lies inside; the mean over the images, divided by the mean share
+  of the area, is how many times as much it is as chance gives (1);
+- overlap (intersection over union) of the outline with the pixels of the largest values.
+
+All maps are smoothed as the pictures of relevance are, which takes out the grid that the first
+layers print. A map without positive values points nowhere: it has 0 in all three. Of several equal
+largest values those inside count by their share, so that a map that is the same everywhere scores
+what chance does.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.bootstrap import Limits, Replicates, draw, interval, rarest_class
+from cxrdist.documents import Between, Sha256, Text
+from cxrdist.explain.heatmap import smooth
+from cxrdist.info import Count
+from cxrdist.intervals import Intervals, bounded, describe, positive
+
+TOPS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+"""Shares of the pixels that may count as what a map marks."""
+FIXED_TOP = 0.2
+"""Of them the one that is taken where none was chosen."""
+FEWEST_CASES = 10
+"""Cases of val from which one is chosen for each map."""
+ALL = "all"
+MOST_PICTURES = 100
+
+Method = Literal["lrp", "contrast", "grad_cam", "gradient", "mean_outline", "centre", "chance"]
+Share = Annotated[float, Between(0, 1)]
+Scores = NDArray[np.float64]
+"""Of a map: pointing, share inside, whether it has no positive value, and the overlaps of TOPS."""
+POINTING, INSIDE, BLANK, OVERLAPS = 0, 1, 2, slice(3, None)
+
+
+class MethodScores(TypedDict):
+    """What one kind of maps scores, means over the cases of a group."""
+
+    method: Method
+    pointing: Share
+    pointing_interval: Limits
+    inside: Share
+    inside_interval: Limits
+    times_chance: Annotated[float, Between(0, 1e9)]
+    times_chance_interval: Limits
+    overlap: Share
+    overlap_interval: Limits
+    marked: Share
+    """Of the pixels: those of the largest values, whose overlap it is."""
+    blank: Count
+    """Maps without positive values."""
+    pointing_gain_interval: Limits | None
+    """Of the difference to the centre prior on the same images."""
+    times_chance_gain_interval: Limits | None
+
+
+class Group(TypedDict):
+    """The cases of a class, or all of them."""
+
+    name: Text
+    images: Count
+    patients: Count
+    cases: Count
+    """Pairs of image and class."""
+    shapes: Count
+    """Boxes or masks of the cases."""
+    area: Share
+    """Mean share of the square that is outlined."""
+    methods: list[MethodScores]
+
+
+class Pictured(TypedDict):
+    """An image of the pictures, with the files that show it."""
+
+    key: Text
+    target: Text
+    """The class that is explained."""
+    other: Text | None
+    """The likeliest other class, which the contrast is against."""
+    rank: Literal["best", "worst"]
+    inside: Share
+    area: Share
+    points: bool
+    xray: Text
+    lrp: Text
+    contrast: Text | None
+
+
+class Localisation(TypedDict):
+    """The content of localisation.json."""
+
+    format: Literal["cxrdist-localisation-1"]
+    split: Text
+    index_sha256: Sha256
+    kind: Literal["boxes", "masks"]
+    origin: Text
+    left_out: dict[str, Count]
+    """Boxes or masks that are not used, by the reason."""
+    val_cases: Count
+    """Cases of val from which the marked share of each map was chosen; 0 if it is a fixed one."""
+    train_cases: Count
+    """Cases of train whose mean outline is a map; 0 if there is none."""
+    groups: list[Group]
+    intervals: Intervals
+    pictures: Annotated[list[Pictured], Between(0, MOST_PICTURES)]
+
+
+class Scored(NamedTuple):
+    """The scores of the maps of one image and class."""
+
+    number: int
+    target: str
+    shapes: int
+    area: float
+    scores: Mapping[Method, Scores]
+
+
+def score_map(values: NDArray[np.floating], outline: NDArray[np.bool_]) -> Scores:
+    """Compare a map with an outline.
+
+    Args:
+        values: [H, W], larger where the map points to.
+        outline: bool [H, W] with at least one pixel.
+    """
+    flat, within = smooth(values).ravel(), outline.ravel()
+    amounts = np.clip(flat, 0, None)
+    total = amounts.sum()
+    if not total:
+        return np.array([0.0, 0.0, 1.0, *[0.0] * len(TOPS)])
+    largest = flat == flat.max()
+    order = np.argsort(-flat, kind="stable")[: np.count_nonzero(amounts)]
+    hits = np.cumsum(within[order])
+    marked = np.minimum([round(top * len(flat)) or 1 for top in TOPS], len(order))
+    common = hits[marked - 1]
+    overlaps = common / (marked + within.sum() - common)
+    pointing = np.count_nonzero(largest & within) / np.count_nonzero(largest)
+    return np.array([pointing, amounts[within].sum() / total, 0.0, *overlaps])
+
+
+def score_chance(area: float) -> Scores:
+    """The scores of a map that is the same everywhere; all of it is what it marks."""
+    return np.array([area, area, 0.0, *[area] * len(TOPS)])
+
+
+def choose_tops(cases: Sequence[Scored]) -> dict[Method, int]:
+    """Choose for each kind of maps the share of pixels with the largest mean overlap, by place."""
+    return {
+        method: int(np.mean([case.scores[method][OVERLAPS] for case in cases], axis=0).argmax())
+        for method in (cases[0].scores if cases else ())
+    }
+
+
+def summarise(
+    cases: Sequence[Scored], patients: Sequence[str], tops: Mapping[Method, int]
+) -> tuple[list[Group], Intervals]:
+    """Average the scores of all cases and of each class, with intervals by patient.
+
+    Args:
+        cases: at least one.
+        patients: whose they are.
+        tops: the share of pixels of each kind of maps, by its place in `TOPS`; `FIXED_TOP` of one
+            that is not there.
+
+    Returns:
+        All cases and then the classes, and how the intervals were made.
+    """
+    names = sorted({case.target for case in cases})
+    has = np.array([[case.target == name for name in names] for case in cases])
+    replicates = draw(patients, rarest_class(has, patients))
+    chosen = {method: tops.get(method, TOPS.index(FIXED_TOP)) for method in cases[0].scores}
+    groups = [(ALL, np.ones(len(cases), bool)), *zip(names, has.T, strict=True)]
+    found = [_group(name, cases, own, replicates.take(own), chosen) for name, own in groups]
+    return found, describe(replicates, 0)
+
+
+def _group(
+    name: str,
+    cases: Sequence[Scored],
+    own: NDArray[np.bool_],
+    replicates: Replicates,
+    tops: Mapping[Method, int],
+) -> Group:
+    members = [case for case, is_own in zip(cases, own, strict=True) if is_own]
+    areas = np.array([case.area for case in members])
+    everyone = np.ones(len(members), bool)
+    patients = replicates.patients(everyone)
+    columns: dict[Method, NDArray[np.float64]] = {}
+    for method, top in tops.items():
+        scores = np.array([case.scores[method] for case in members])
+        overlap = scores[:, OVERLAPS][:, top]
+        columns[method] = np.column_stack([scores[:, : OVERLAPS.start], overlap])
+    sums = {
+        method: replicates.sums(np.column_stack([values, areas, everyone]))
+        for method, values in columns.items()
+    }
+    return {
+        "name": name,
+        "images": len({case.number for case in members}),
+        "patients": patients,
+        "cases": len(members),
+        "shapes": sum(case.shapes for case in members),
+        "area": float(areas.mean()),
+        "methods": [
+            _method_scores(method, columns, sums, float(areas.mean()), patients, TOPS[top])
+            for method, top in tops.items()
+        ],
+    }
+
+
+def _method_scores(
+    method: Method,
+    columns: Mapping[Method, NDArray[np.float64]],
+    sums: Mapping[Method, NDArray[np.float64]],
+    area: float,
+    patients: int,
+    marked: float,
+) -> MethodScores:
+    """Means of the columns pointing, inside, blank and overlap, of cases and of replicates."""
+    values = columns[method]
+    pointing, inside, _, overlap = (float(value) for value in values.mean(0))
+    (points, insides, _, overlaps), times = _replicated(sums[method])
+    gains: list[Limits | None] = [None, None]
+    if method not in ("centre", "chance"):
+        (centre, *_), centre_times = _replicated(sums["centre"])
+        gains = [interval(points - centre), interval(times - centre_times)]
+    return {
+        "method": method,
+        "pointing": pointing,
+        "pointing_interval": bounded(pointing, points, patients),
+        "inside": inside,
+        "inside_interval": bounded(inside, insides, patients),
+        "times_chance": inside / area,
+        "times_chance_interval": positive(inside / area, times, patients),
+        "overlap": overlap,
+        "overlap_interval": bounded(overlap, overlaps, patients),
+        "marked": 1.0 if method == "chance" else marked,
+        "blank": int(values[:, BLANK].sum()),
+        "pointing_gain_interval": gains[0],
+        "times_chance_gain_interval": gains[1],
+    }
+
+
+def _replicated(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Means of the scores in each replicate, [4, replicates], and times chance, [replicates].
+
+    A replicate may lack a class: then it has no mean.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = sums[:, :4] / sums[:, 5:]
+        return means.T, sums[:, INSIDE] / sums[:, 4]

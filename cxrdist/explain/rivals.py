@@ -1,0 +1,52 @@
+"""Maps that LRP is compared with: Grad-CAM, the plain gradient, and priors that see no image."""
+
+import numpy as np
+from captum.attr import LayerAttribution, LayerGradCam, Saliency
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxrdist.explain.relevance import exact
+from cxrdist.model.densenet import Classifier
+
+CENTRE_DEVIATION = 0.25
+"""Standard deviation of the centre prior along both axes, of the side."""
+
+
+def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
+    """Grad-CAM (Selvaraju et al. 2017) of the last features, by captum, enlarged bilinearly.
+
+    Args:
+        model: in evaluation mode.
+        images: uint8 [B, 1, H, W].
+        target: number of the class.
+
+    Returns:
+        [B, H, W], nowhere below 0.
+    """
+    method = LayerGradCam(model, model.network.features.norm5)
+    with exact(images.device):
+        coarse = method.attribute(images.float(), target, relu_attributions=True)
+        fine = LayerAttribution.interpolate(coarse.detach(), images.shape[2:], "bilinear")
+    return fine[:, 0]
+
+
+def plain_gradient(model: Classifier, images: Tensor, target: int) -> Tensor:
+    """Absolute gradient of the logit by each grey value (Simonyan et al. 2014), by captum.
+
+    Args:
+        model: in evaluation mode.
+        images: uint8 [B, 1, H, W].
+        target: number of the class.
+
+    Returns:
+        [B, H, W].
+    """
+    with exact(images.device):
+        return Saliency(model).attribute(images.float().requires_grad_(), target).detach()[:, 0]
+
+
+def centre_prior(size_px: int) -> NDArray[np.float64]:
+    """A Gaussian at the centre of the square, [size, size]: what a photographer would guess."""
+    across = (np.arange(size_px) + 0.5) / size_px - 0.5
+    slope = np.exp(-0.5 * (across / CENTRE_DEVIATION) ** 2)
+    return slope[:, None] * slope[None, :]

@@ -1,0 +1,412 @@
+"""Localise: where a network looks, scored against boxes and masks that people have drawn."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.ndimage import binary_erosion
+from torch import Tensor
+
+from cxrdist.config import LocaliseConfig
+from cxrdist.data.cache import open_masks, read_rows
+from cxrdist.data.outlines import (
+    Case,
+    Outlines,
+    boxes_of_shards,
+    boxes_of_table,
+    masks_of_files,
+    masks_of_shards,
+    read_originals,
+)
+from cxrdist.distributed import finish, gather, together
+from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.evaluate.predictions import (
+    Subject,
+    in_order,
+    open_subject,
+    predict_split,
+    rank_batches,
+)
+from cxrdist.explain.heatmap import overlay
+from cxrdist.explain.localisation import (
+    ALL,
+    FEWEST_CASES,
+    INSIDE,
+    POINTING,
+    Group,
+    Localisation,
+    Method,
+    Pictured,
+    Scored,
+    choose_tops,
+    score_chance,
+    score_map,
+    summarise,
+)
+from cxrdist.explain.relevance import Explainer
+from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import one_network
+from cxrdist.run import atomic_file, sweep, write_json
+from cxrdist.terminal import progress, table
+
+EMPTY = "that cover nothing"
+PICTURED = 4  # of the best and of the worst
+OUTLINE = (255, 210, 0)
+LEAST_PX = 300  # width of a picture
+DIGITS = 7  # of shares; float32 holds no more
+_MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\d+\.(xray|lrp|contrast)\.png")
+Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each
+NAMES: Mapping[Method, str] = {
+    "lrp": "LRP, the class",
+    "contrast": "LRP, contrast",
+    "grad_cam": "Grad-CAM",
+    "gradient": "plain gradient",
+    "mean_outline": "mean outline of train",
+    "centre": "centre prior",
+    "chance": "chance",
+}
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What each rank needs to score its part.
+
+    Attributes:
+        subject: the model and the shards.
+        split: whose images are scored.
+        model: its network.
+        explainer: of the network.
+        outlines: what people drew.
+        means: mean outline of the cases of train by class, [S, S], and of all; empty without any.
+        batch_size: images of one forward pass.
+    """
+
+    subject: Subject
+    split: str
+    model: Classifier
+    explainer: Explainer
+    outlines: Outlines
+    means: Mapping[str, NDArray[np.float64]]
+    batch_size: int
+
+
+def localise(config: LocaliseConfig) -> None:
+    """Score maps against outlines; write RUN/SPLIT/localisation.json and pictures, and print it.
+
+    Each map is compared with others on the same images: the contrast with the likeliest other
+    class, Grad-CAM, the plain gradient, the mean outline of train, a centre prior, and chance.
+    Exact for any number of ranks: each of them reads and explains whole batches.
+
+    Raises:
+        CxrdistError: run, shards, boxes or masks cannot be used.
+    """
+    refuse_below_one(config, "batch_size")
+    if config.boxes is not None and config.masks is not None:
+        raise CxrdistError("localise: expected --boxes or --masks, found both; give one of them")
+    subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
+    accelerator = subject.accelerator
+    model = together(accelerator, lambda: one_network(subject.model))
+    outlines = _read_outlines(config, subject)
+    for note in outlines.notes:
+        accelerator.print(f"{outlines.origin}: {note}")
+    cases = together(accelerator, lambda: _cases_by_split(config.split, subject, outlines))
+    means = _mean_outlines(subject, outlines, cases["train"])
+    explainer = Explainer(model)
+    work = _Work(subject, config.split, model, explainer, outlines, means, config.batch_size)
+    val = _score_cases(work, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
+    scored = _score_cases(work, cases[ALL])
+    if accelerator.is_main_process:
+        place = subject.place
+        sweep(subject.run.localisation(place).parent)
+        found = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
+        write_json(subject.run.localisation(place), found)
+        print(summary(found))
+        print(f"all of it: {subject.run.localisation(place)}, and in the report")
+    finish(accelerator)
+
+
+def _read_outlines(config: LocaliseConfig, subject: Subject) -> Outlines:
+    """Read what was drawn on the split, and on train and val if the shards are the run's own."""
+    accelerator, index = subject.accelerator, subject.index
+    splits = {config.split} | ({"train", "val"} if subject.external is None else set())
+    numbers = [i for i, sample in enumerate(index.samples) if sample.split in splits]
+
+    def read() -> Outlines:
+        originals = read_originals(subject.packed, numbers)
+        if config.boxes is not None:
+            return boxes_of_table(index, originals, config.boxes)
+        if config.masks is not None:
+            return masks_of_files(index, originals, config.masks)
+        return boxes_of_shards(index, originals)
+
+    outlines = together(accelerator, read)
+    if config.boxes is None and config.masks is None and not outlines.shapes:
+        masks = open_masks(subject.packed, config.cache, accelerator)
+        return masks_of_shards(index, masks, numbers)
+    return outlines
+
+
+def _cases_by_split(split: str, subject: Subject, outlines: Outlines) -> dict[str, list[Case]]:
+    """Cases to score, under `ALL`, and those of val and train that these are not among.
+
+    Raises:
+        CxrdistError: the split has none.
+    """
+    samples = subject.index.samples
+    found: dict[str, list[Case]] = {name: [] for name in (ALL, "val", "train")}
+    for case in outlines.shapes:
+        own = samples[case[0]].split
+        if own == split:
+            found[ALL].append(case)
+        elif own in found and subject.external is None:
+            found[own].append(case)
+    if not found[ALL]:
+        reasons = [f"{count} {reason}" for reason, count in outlines.left_out.items()]
+        others = [f"{len(found[name])} of images in {name}" for name in ("val", "train")]
+        raise CxrdistError(
+            f"--split {split}: has no image with {outlines.kind} of {outlines.origin} "
+            f"({'; '.join([*reasons, *others])}); give --boxes or --masks of its images"
+        )
+    return found
+
+
+def _mean_outlines(
+    subject: Subject, outlines: Outlines, cases: Sequence[Case]
+) -> dict[str, NDArray[np.float64]]:
+    """Average the outlines of each class, and of all; nothing without cases."""
+    accelerator = subject.accelerator
+    side = subject.index.image_size_px
+
+    def add() -> dict[str, NDArray[np.float64]]:
+        sums = {name: np.zeros((side, side)) for name in dict.fromkeys(label for _, label in cases)}
+        for batch in rank_batches(np.arange(len(cases)), 1, accelerator):
+            case = cases[int(batch[0])]
+            sums[case[1]] += outlines.read(case)
+        return sums
+
+    gathered = gather(accelerator, [together(accelerator, add)])
+    sums = {name: np.sum([part[name] for part in gathered], axis=0) for name in gathered[0]}
+    if not sums:
+        return {}
+    counts = {name: sum(label == name for _, label in cases) for name in sums}
+    means = {name: sums[name] / counts[name] for name in sums}
+    return means | {ALL: np.sum([*sums.values()], axis=0) / len(cases)}
+
+
+def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
+    """Score the maps of some cases, gathered from all ranks; those of empty outlines are left out.
+
+    Batches share their class and the likeliest other one, and are cut before ranks are known.
+    """
+    subject, accelerator = work.subject, work.subject.accelerator
+    numbers = np.array(sorted({number for number, _ in cases}), dtype=np.int64)
+    logits = dict(
+        zip(
+            numbers.tolist(),
+            in_order(predict_split(subject, numbers, work.batch_size), numbers),
+            strict=True,
+        )
+    )
+    pairs: dict[tuple[str, str | None], list[int]] = {}
+    for number, target in cases:
+        other = likeliest_other(logits[number], target, subject.index.classes)
+        pairs.setdefault((target, other), []).append(number)
+    batches = [
+        (target, other, batch)
+        for (target, other), own in pairs.items()
+        for batch in rank_batches(np.array(own, dtype=np.int64), work.batch_size, accelerator)
+    ]
+
+    def score() -> list[Scored]:
+        rows: list[Scored] = []
+        total, show = sum(len(batch) for *_, batch in batches), accelerator.is_main_process
+        with progress(total, "explaining", "images", show=show) as bar:
+            for target, other, batch in batches:
+                rows += _score_batch(work, batch.tolist(), target, other)
+                bar.update(len(batch))
+        return rows
+
+    return sorted(gather(accelerator, together(accelerator, score)), key=lambda row: row[:2])
+
+
+def likeliest_other(
+    logits: NDArray[np.floating], target: str, classes: Sequence[str]
+) -> str | None:
+    """The class with the largest of the logits [classes] beside a class; None if it is the only."""
+    others = [i for i, name in enumerate(classes) if name != target]
+    return classes[max(others, key=lambda i: logits[i])] if others else None
+
+
+def _score_batch(
+    work: _Work, numbers: Sequence[int], target: str, other: str | None
+) -> Iterator[Scored]:
+    outlines = {number: work.outlines.read((number, target)) for number in numbers}
+    drawn = [number for number in numbers if outlines[number].any()]
+    if not drawn:
+        return
+    subject = work.subject
+    images = read_rows(subject.images, np.array(drawn), subject.accelerator.device)
+    maps = _make_maps(work, images, target, other)
+    for i, number in enumerate(drawn):
+        outline = outlines[number]
+        area = float(outline.mean())
+        scores = {method: score_map(values[i], outline) for method, values in maps.items()}
+        scores["chance"] = score_chance(area)
+        yield Scored(number, target, work.outlines.shapes[number, target], area, scores)
+
+
+def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> Maps:
+    """The maps of a batch for a class, in the order of the table."""
+    size_px = images.shape[-1]
+    shape = len(images), size_px, size_px
+    place = work.model.classes.index(target)
+    maps = {
+        **_relevance(work.explainer, images, target, other),
+        "grad_cam": grad_cam(work.model, images, place).float().cpu().numpy(),
+        "gradient": plain_gradient(work.model, images, place).float().cpu().numpy(),
+    }
+    if work.means:
+        mean = work.means.get(target, work.means[ALL])
+        maps["mean_outline"] = np.broadcast_to(mean, shape)
+    return {**maps, "centre": np.broadcast_to(centre_prior(size_px), shape)}
+
+
+def _relevance(
+    explainer: Explainer, images: Tensor, target: str, other: str | None
+) -> dict[Method, NDArray[np.floating]]:
+    """Relevance for a class, and for it against another one."""
+    targets = [target] if other is None else [target, other]
+    relevance = explainer.attribute(images, targets).relevance.float().cpu().numpy()
+    maps: dict[Method, NDArray[np.floating]] = {"lrp": relevance[:, 0]}
+    if other is not None:
+        maps["contrast"] = relevance[:, 0] - relevance[:, 1]
+    return maps
+
+
+def _describe(
+    work: _Work, scored: Sequence[Scored], val: Sequence[Scored], num_train: int, num_cases: int
+) -> Localisation:
+    """Gather the content of localisation.json, and write the pictures.
+
+    Raises:
+        CxrdistError: nothing was scored.
+    """
+    samples, outlines = work.subject.index.samples, work.outlines
+    empty = {EMPTY: num_cases - len(scored)} if len(scored) < num_cases else {}
+    if not scored:
+        raise CxrdistError(f"{outlines.origin}: all of its {outlines.kind} here cover nothing")
+    patients = [samples[case.number].patient for case in scored]
+    groups, intervals = summarise(scored, patients, choose_tops(val))
+    return {
+        "format": "cxrdist-localisation-1",
+        "split": work.split,
+        "index_sha256": work.subject.index.sha256,
+        "kind": outlines.kind,
+        "origin": outlines.origin,
+        "left_out": {**outlines.left_out, **empty},
+        "val_cases": len(val),
+        "train_cases": num_train,
+        "groups": groups,
+        "intervals": intervals,
+        "pictures": _write_pictures(work, scored),
+    }
+
+
+def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
+    """Draw the cases with the largest and the least share of positive relevance inside."""
+    ranked = sorted(scored, key=lambda case: -case.scores["lrp"][INSIDE])
+    worst = ranked[PICTURED:][: -PICTURED - 1 : -1]
+    drawn = [_draw(work, case, "best") for case in ranked[:PICTURED]]
+    drawn += [_draw(work, case, "worst") for case in worst]
+    pictures = {name: picture for _, files in drawn for name, picture in files.items()}
+    directory = work.subject.run.localisation_pictures(work.subject.place)
+    for path in directory.glob("*.png"):
+        if _MADE.fullmatch(path.name) and path.name not in pictures:
+            path.unlink()
+    sweep(directory)
+    for name, picture in pictures.items():
+        with atomic_file(directory / name) as partial:
+            picture.save(partial, "PNG")
+    return [about for about, _ in drawn]
+
+
+def _draw(
+    work: _Work, case: Scored, rank: Literal["best", "worst"]
+) -> tuple[Pictured, dict[str, Image.Image]]:
+    """What is told of a case, and its pictures by the names of their files."""
+    subject = work.subject
+    images = read_rows(subject.images, np.array([case.number]), subject.accelerator.device)
+    logits = subject.model(images)[0].detach().cpu().numpy()
+    other = likeliest_other(logits, case.target, subject.index.classes)
+    pixels = np.asarray(subject.images[case.number])
+    outline = work.outlines.read((case.number, case.target))
+    maps = _relevance(work.explainer, images, case.target, other)
+    pictures = {"xray": Image.fromarray(pixels)}
+    pictures |= {method: overlay(pixels, values[0]) for method, values in maps.items()}
+    key, place = subject.index.samples[case.number].key, work.model.classes.index(case.target)
+    names = {what: f"{key}.{place}.{what}.png" for what in pictures}
+    about: Pictured = {
+        "key": key,
+        "target": case.target,
+        "other": other,
+        "rank": rank,
+        "inside": round(float(case.scores["lrp"][INSIDE]), DIGITS),
+        "area": round(case.area, DIGITS),
+        "points": bool(case.scores["lrp"][POINTING] > 0),
+        "xray": names["xray"],
+        "lrp": names["lrp"],
+        "contrast": names.get("contrast"),
+    }
+    return about, {names[what]: outlined(picture, outline) for what, picture in pictures.items()}
+
+
+def outlined(picture: Image.Image, outline: NDArray[np.bool_]) -> Image.Image:
+    """The picture at least 300 px wide, with a thin line along the inner edge of an outline."""
+    times = max(1, -(-LEAST_PX // picture.width))
+    size = (picture.width * times, picture.height * times)
+    large = np.array(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    area = outline.repeat(times, axis=0).repeat(times, axis=1)
+    large[area & ~binary_erosion(area)] = OUTLINE
+    return Image.fromarray(large)
+
+
+def summary(found: Localisation) -> str:
+    """What was measured, for the terminal."""
+    whole = found["groups"][0]
+    headers = ["Map", "Points inside", "Inside", "Times chance", "Overlap", "of pixels"]
+    rows = [
+        [
+            NAMES[row["method"]],
+            _with_limits(row["pointing"], row["pointing_interval"]),
+            _with_limits(row["inside"], row["inside_interval"]),
+            _with_limits(row["times_chance"], row["times_chance_interval"]),
+            _with_limits(row["overlap"], row["overlap_interval"]),
+            f"{row['marked']:.0%}",
+        ]
+        for row in whole["methods"]
+    ]
+    marked = (
+        f"chosen on {found['val_cases']} images of val"
+        if found["val_cases"]
+        else f"fixed: val has fewer than {FEWEST_CASES} images to choose from"
+    )
+    lines = [f"{_amount(found, group)}" for group in found["groups"]]
+    left_out = [f"left out: {count} {why}" for why, count in found["left_out"].items()]
+    return "\n".join([*lines, *left_out, table(rows, headers), f"share of the pixels: {marked}"])
+
+
+def _amount(found: Localisation, group: Group) -> str:
+    name = "" if group["name"] == ALL else f"{group['name']}: "
+    return (
+        f"{name}{group['shapes']} {found['kind']} on {group['images']} images of "
+        f"{group['patients']} patients, {group['area']:.1%} of the square on average"
+    )
+
+
+def _with_limits(value: float, limits: Sequence[float]) -> str:
+    return f"{value:.3f} ({limits[0]:.3f}-{limits[1]:.3f})"

@@ -1,0 +1,96 @@
+"""Where the network looks, against boxes and masks that people drew, as the report shows it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from cxrdist.explain.localisation import ALL, FEWEST_CASES, Group, Localisation, Pictured
+from cxrdist.report import pictures
+from cxrdist.report.files import reading, within
+from cxrdist.report.values import DASH, count, number, percent, signed
+from cxrdist.run import RunDirectory, read_document
+
+NAMES = {
+    "lrp": "LRP, the class",
+    "contrast": "LRP, the class against the likeliest other",
+    "grad_cam": "Grad-CAM",
+    "gradient": "Plain gradient",
+    "mean_outline": "Mean outline of the training images",
+    "centre": "Centre prior: a Gaussian in the middle",
+    "chance": "Chance",
+}
+
+
+def localisation_views(run: RunDirectory) -> list[dict[str, Any]]:
+    """Gather what is shown of each place that was scored, by name.
+
+    Raises:
+        CxrdistError: a file is not what `cxrdist localise` writes.
+    """
+    patterns = ("*/localisation.json", "external/*/localisation.json")
+    files = [file for pattern in patterns for file in run.root.glob(pattern)]
+    places = sorted(file.parent.relative_to(run.root).as_posix() for file in files)
+    return [_view(run, place) for place in places]
+
+
+def _view(run: RunDirectory, place: str) -> dict[str, Any]:
+    path = run.localisation(place)
+    with reading(path, "localise"):
+        found = read_document(path, Localisation, "run `cxrdist localise` again")
+        if not found["groups"] or found["groups"][0]["name"] != ALL:
+            raise ValueError(f"the first group is not {ALL!r}")
+        return {
+            "place": place.replace("external/", "external set "),
+            "index_sha256": found["index_sha256"],
+            "kind": found["kind"],
+            "origin": found["origin"],
+            "left_out": [(count(value), why) for why, value in found["left_out"].items()],
+            "val_cases": found["val_cases"],
+            "train_cases": found["train_cases"],
+            "fewest": FEWEST_CASES,
+            "groups": [_group(group) for group in found["groups"]],
+            "unit": found["intervals"]["unit"],
+            "pictures": [_picture(run, place, about) for about in found["pictures"]],
+        }
+
+
+def _group(group: Group) -> dict[str, Any]:
+    """The cases of a class, and a row for each kind of maps."""
+    return {
+        "name": "All" if group["name"] == ALL else group["name"],
+        **{what: count(group[what]) for what in ("images", "patients", "cases", "shapes")},
+        "area": percent(group["area"]),
+        "rows": [
+            {
+                "name": NAMES[row["method"]],
+                "pointing": _interval(row["pointing"], row["pointing_interval"]),
+                "inside": _interval(row["inside"], row["inside_interval"]),
+                "times_chance": _interval(row["times_chance"], row["times_chance_interval"]),
+                "gain": _limits(row["times_chance_gain_interval"]),
+                "overlap": _interval(row["overlap"], row["overlap_interval"]),
+                "marked": percent(row["marked"]),
+                "blank": count(row["blank"]),
+            }
+            for row in group["methods"]
+        ],
+    }
+
+
+def _interval(value: float, limits: Sequence[float]) -> str:
+    return f"{number(value)} ({number(limits[0])} to {number(limits[1])})"
+
+
+def _limits(limits: Sequence[float] | None) -> str:
+    return DASH if limits is None else f"{signed(limits[0])} to {signed(limits[1])}"
+
+
+def _picture(run: RunDirectory, place: str, about: Pictured) -> dict[str, Any]:
+    directory = run.localisation_pictures(place)
+    contrast = about["contrast"]
+    return {
+        **{what: about[what] for what in ("key", "target", "other", "rank", "points")},
+        "inside": percent(about["inside"]),
+        "area": percent(about["area"]),
+        "xray": pictures.embed(within(directory, about["xray"])),
+        "lrp": pictures.embed(within(directory, about["lrp"])),
+        "contrast": None if contrast is None else pictures.embed(within(directory, contrast)),
+    }

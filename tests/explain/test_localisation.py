@@ -1,0 +1,121 @@
+"""Scores of maps against outlines, by arithmetic."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cxrdist.config import Network
+from cxrdist.explain.localisation import (
+    BLANK,
+    INSIDE,
+    OVERLAPS,
+    POINTING,
+    TOPS,
+    Scored,
+    choose_tops,
+    score_chance,
+    score_map,
+    summarise,
+)
+from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
+from cxrdist.model.densenet import Classifier
+
+OUTLINE = np.zeros((20, 20), bool)
+OUTLINE[:10, :10] = True  # a quarter
+
+
+def test_a_map_that_is_the_outline_is_right_in_all():
+    """All inside; the best overlap is that of a quarter of the pixels, here between 20 and 30 %."""
+    found = score_map(np.pad(np.ones((6, 6)), ((2, 12), (2, 12))), OUTLINE)
+    assert found[[POINTING, INSIDE, BLANK]] == pytest.approx([1, 1, 0])
+    # smoothing makes 36 px 100: marked 20 % is 80 px of the 100 that are outlined
+    assert found[OVERLAPS][TOPS.index(0.2)] == pytest.approx(0.8)
+    assert found[OVERLAPS][TOPS.index(0.5)] == pytest.approx(1)
+
+
+def test_a_map_elsewhere_and_one_of_no_positive_value_score_nothing():
+    """The second is counted as blank."""
+    elsewhere = np.zeros((20, 20))
+    elsewhere[15, 15] = 1
+    assert score_map(elsewhere, OUTLINE).tolist() == [0.0] * (3 + len(TOPS))
+    assert score_map(-np.ones((20, 20)), OUTLINE)[BLANK] == 1
+
+
+def test_a_map_that_is_the_same_everywhere_scores_what_chance_does():
+    """A quarter in the pointing game and of the values; negative values never count."""
+    found = score_map(np.ones((20, 20)), OUTLINE)
+    chance = score_chance(0.25)
+    assert found[[POINTING, INSIDE]] == pytest.approx(chance[[POINTING, INSIDE]])
+    mixed = np.where(OUTLINE, 1.0, -1.0)
+    assert score_map(mixed, OUTLINE)[INSIDE] == pytest.approx(1)
+
+
+def test_means_are_of_the_cases_and_intervals_by_patient():
+    """Three of four point inside; ten copies of an image of one patient narrow nothing."""
+    rows = [score_chance(0.25) for _ in range(4)]
+    for row, points in zip(rows, (1, 1, 1, 0), strict=True):
+        row[POINTING], row[INSIDE] = points, 0.5
+    cases = [
+        Scored(i, "ab"[i % 2], 1, 0.25, {"lrp": row, "centre": score_chance(0.25)})
+        for i, row in enumerate(rows)
+    ]
+    groups, intervals = summarise(cases, list("pqrs"), {})
+    lrp, centre = groups[0]["methods"]
+    assert (lrp["pointing"], lrp["times_chance"]) == (0.75, 2)
+    assert centre["times_chance_interval"] == [1, 1]
+    assert lrp["times_chance_gain_interval"] == [1, 1]
+    assert [group["name"] for group in groups] == ["all", "a", "b"]
+    often, _ = summarise(cases * 10, list("pqrs") * 10, {})
+    assert often[0]["methods"][0]["pointing_interval"] == lrp["pointing_interval"]
+    assert intervals["patients"] == 4
+
+
+def test_the_share_of_pixels_is_the_one_with_the_largest_mean_overlap():
+    """Of two cases that differ the mean decides."""
+    first, second = score_chance(0.1), score_chance(0.1)
+    first[OVERLAPS], second[OVERLAPS] = 0.1, 0.1
+    first[OVERLAPS.start + 2], second[OVERLAPS.start + 4] = 0.5, 0.9
+    cases = [Scored(i, "a", 1, 0.1, {"lrp": row}) for i, row in enumerate((first, second))]
+    assert choose_tops(cases) == {"lrp": 4}
+    assert choose_tops([]) == {}
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = Classifier(Network(4, (2, 2, 2, 2), 0.0), ["a", "b"], 64)
+    model(torch.randint(0, 256, (8, 1, 64, 64), dtype=torch.uint8))
+    return model.eval()
+
+
+def test_the_plain_gradient_is_that_of_finite_differences(model):
+    """In float64, at a pixel of each image."""
+    model = model.double()
+    images = torch.randint(20, 200, (2, 1, 64, 64), dtype=torch.uint8)
+    found = plain_gradient(model, images, 1)
+    step = torch.zeros(2, 1, 64, 64)
+    step[:, :, 30, 31] = 1e-2
+    with torch.no_grad():
+        difference = model(images + step)[:, 1] - model(images - step)[:, 1]
+    model.float()
+    assert found[:, 30, 31] == pytest.approx((difference / 2e-2).abs().numpy(), rel=1e-2)
+
+
+def test_grad_cam_is_its_formula(model):
+    """ReLU of the features weighted with their mean gradients: here the head's weights / places."""
+    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        features = model.network.forward_features(model.normalise(images))
+    places = features.shape[2] * features.shape[3]
+    weights = model.network.classifier.weight[1].detach() / places
+    coarse = F.relu(torch.einsum("bchw,c->bhw", features, weights))
+    expected = F.interpolate(coarse[:, None], (64, 64), mode="bilinear")[:, 0]
+    assert torch.allclose(grad_cam(model, images, 1), expected, atol=1e-6)
+
+
+def test_the_centre_prior_is_largest_in_the_middle():
+    """And the same in all four corners."""
+    prior = centre_prior(32)
+    assert prior.max() == prior[15, 15] == prior[16, 16]
+    assert len({round(float(value), 12) for value in prior[[0, 0, -1, -1], [0, -1, 0, -1]]}) == 1

@@ -1,0 +1,150 @@
+"""Where a network looks, against planted truth: phantoms with a word in one class."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from support import contents, run_ranks
+
+from cxrdist.cli import main
+from cxrdist.config import (
+    Augmentation,
+    LocaliseConfig,
+    Network,
+    PackConfig,
+    ReportConfig,
+    Stage,
+    TrainConfig,
+)
+from cxrdist.data.index import read_index
+from cxrdist.data.pack import pack
+from cxrdist.data.phantom import COVID, PATIENT_PATTERN, write_phantoms
+from cxrdist.data.records import SPLITS
+from cxrdist.localise import NAMES, likeliest_other, localise
+from cxrdist.report.html import report
+from cxrdist.train.loop import train
+
+SIZE_PX = 48
+BLOCKS = ("stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The word on each COVID-19 image and no opacities, its boxes, and a network that reads it."""
+    folder = tmp_path_factory.mktemp("localise")
+    write_phantoms(folder / "images", 40, SIZE_PX, opacities=False, word_share=1.0)
+    with (
+        open(folder / "images" / "opacities.csv", newline="") as file,
+        open(folder / "boxes.csv", "w", newline="") as out,
+    ):
+        writer = csv.writer(out)
+        writer.writerow(["image", "label", "x", "y", "width", "height"])
+        for row in csv.DictReader(file):
+            box = [SIZE_PX * float(row[name]) for name in ("x", "y", "width", "height")]
+            writer.writerow([row["path"], COVID, *box])
+    settings = {"size": SIZE_PX, "split": "0.5/0.2/0.3", "patient_pattern": PATIENT_PATTERN}
+    pack(PackConfig("folder", folder / "images", folder / "shards", workers=1, **settings))
+    train(
+        TrainConfig(
+            folder / "shards",
+            folder / "run",
+            {"all": Stage(dict.fromkeys(BLOCKS, 3e-3), epochs=15, patience=15, schedule="cosine")},
+            init="none",
+            global_batch_size=10,
+            optimizer="adamw",
+            augmentation=Augmentation(degrees=3, shift_x=0.02, shift_y=0.02, flip=False),
+            network=Network(8, (2, 2, 2, 2), 0.0),
+            cache=folder / "cache",
+        )
+    )
+    return folder
+
+
+def run_on(folder, **options):
+    settings = {"boxes": folder / "boxes.csv", "cache": folder / "cache"}
+    localise(LocaliseConfig(folder / "run", folder / "shards", **{**settings, **options}))
+    return json.loads((folder / "run" / "test" / "localisation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def found(trained):
+    return run_on(trained)
+
+
+def methods(found, name="all"):
+    (group,) = (group for group in found["groups"] if group["name"] == name)
+    return {row["method"]: row for row in group["methods"]}
+
+
+def test_relevance_finds_what_was_planted_better_than_priors(found):
+    """LRP beats the centre prior and chance with intervals apart; chance is 1 and the area."""
+    rows = methods(found)
+    for method in ("lrp", "contrast"):
+        least = rows[method]["times_chance_interval"][0]
+        assert least > rows["centre"]["times_chance_interval"][1]
+        assert least > rows["chance"]["times_chance_interval"][1] == 1
+        assert rows[method]["times_chance_gain_interval"][0] > 0
+        assert rows[method]["pointing_interval"][0] > rows["chance"]["pointing_interval"][1]
+    assert rows["chance"]["pointing"] == pytest.approx(found["groups"][0]["area"])
+
+
+def test_all_maps_are_of_the_same_images(found, trained):
+    """All words of test, and the marked share is chosen on val, the mean outline made of train."""
+    samples = read_index(trained / "shards").samples
+    number = {
+        split: sum(s.split == split and s.label == COVID for s in samples) for split in SPLITS
+    }
+    whole, covid = found["groups"]
+    assert whole["images"] == whole["shapes"] == covid["cases"] == number["test"]
+    assert (found["val_cases"], found["train_cases"]) == (number["val"], number["train"])
+    assert list(methods(found)) == list(NAMES)
+    assert found["left_out"] == {}
+
+
+def test_ranks_do_not_change_the_result(trained, found):
+    """Two ranks write the same bytes as one process with as many threads."""
+    place = trained / "run" / "test"
+    result, pictures = (place / "localisation.json").read_bytes(), contents(place / "localisation")
+    done = run_ranks(
+        2,
+        *("-m", "cxrdist", "localise", "--run", trained / "run", "--shards", trained / "shards"),
+        *("--boxes", trained / "boxes.csv", "--cache", trained / "cache"),
+        threads=torch.get_num_threads(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert (place / "localisation.json").read_bytes() == result
+    assert contents(place / "localisation") == pictures
+
+
+def test_the_report_shows_it(trained, found):
+    """The figures with their intervals, and each picture with a text of its own."""
+    page = report(ReportConfig(trained / "run")).read_text(encoding="utf-8")
+    section = re.search(r'<section aria-labelledby="localisation">.*?</section>', page, re.DOTALL)[
+        0
+    ]
+    for row in methods(found).values():
+        low, high = row["times_chance_interval"]
+        assert f"{row['times_chance']:.3f} ({low:.3f} to {high:.3f})" in section
+    assert section.count("data:image/jpeg") == section.count("alt=") == 3 * len(found["pictures"])
+    assert len(found["pictures"]) == 8
+
+
+def test_without_truth_on_the_split_it_is_one_line(trained, capsys):
+    """The shards hold neither boxes nor masks; two options exclude each other."""
+    command = ["localise", "--run", str(trained / "run"), "--shards", str(trained / "shards")]
+    command += ["--cache", str(trained / "cache")]
+    assert main(command) == 2
+    assert "has no image with masks of the shards" in capsys.readouterr().err
+    assert main([*command, "--boxes", "b.csv", "--masks", "m"]) == 2
+    assert "found both" in capsys.readouterr().err
+
+
+def test_the_likeliest_other_class_is_not_the_class_itself():
+    """It is the second where the class is the likeliest, else the first; alone there is none."""
+    logits = np.array([3.0, 1.0, 2.0])
+    assert likeliest_other(logits, "a", "abc") == "c"
+    assert likeliest_other(logits, "b", "abc") == "a"
+    assert likeliest_other(logits[:1], "a", "a") is None
