@@ -44,7 +44,8 @@ def relevance(model: Classifier, inputs: Tensor, weights: Tensor) -> Tensor:
     """Relevance of the weighted sum of the logits by the canonical preset (relevance.py).
 
     The network is taken as it is used: running statistics and no dropout, whatever its mode. The
-    result can be differentiated once, with respect to the parameters.
+    result can be differentiated once, with respect to the parameters. torch.compile cannot record
+    it: call it beside what is compiled.
 
     Args:
         model: those of its parameters that require gradients get them; all others are constants.
@@ -140,7 +141,7 @@ def _gradient(
     """
     of_routed = _climb_stem(folded.stem, seen, gradient)
     v = (of_routed * seen.features).flatten(1)
-    passed = trace.passing[-1].parts[0][: len(of_routed)]
+    passed = trace.passing[-1].take(0, len(of_routed))[0]
     of_inputs = (of_routed * passed.reshape(of_routed.shape)).flatten(1)
     climbed = []
     for block, found in zip(folded.blocks, seen.blocks, strict=True):
@@ -222,13 +223,12 @@ def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _Cl
     It uses the trace up from its end.
     """
     passing, passed = trace.passing.pop(), trace.passed.pop()
-    parts = [torch.empty_like(seen.features.y) for _ in passing.parts]
-    rows = torch.cat([part[: block.size].flatten(1) for part in passing.parts])
+    parts = [torch.empty_like(seen.features.y) for _ in range(1 + block.is_mixed)]
     of_entry_back = None
     if block.entry_back is None:  # it has no negative weights
         of_rows = torch.cat([v, *(torch.zeros_like(v) for _ in parts[1:])])
     else:
-        of_rows, of_entry_back = block.entry_back.t() @ v, v @ rows.t()
+        of_rows, of_entry_back = block.entry_back.t() @ v, v @ _rows(passing, 0, block.size).t()
     _put(parts, 0, of_rows)
     layers = []
     for layer, found in zip(block.layers, seen.layers, strict=True):
@@ -239,7 +239,7 @@ def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _Cl
         of_ratio = v.t() @ layer.squeeze_back
         of_squeeze_back = v @ ratio
         of_g = of_ratio * (found.hidden / found.z)
-        rows = torch.cat([p[start : start + layer.size].flatten(1) for p in passing.parts])
+        rows = _rows(passing, start, start + layer.size)
         of_rows, of_grow_back = _convolution_back(
             as_images(of_g, seen.sides), _to_images(rows, seen.sides), layer.grow_back
         )
@@ -352,6 +352,11 @@ def _pick(consumer: Consumer, parts: list[Tensor], count: int) -> Tensor:
     if consumer.negative is None:
         return parts[0][:count]
     return torch.where(consumer.negative > 0, parts[1][:count], parts[0][:count])
+
+
+def _rows(passing: Passing, start: int, stop: int) -> Tensor:
+    """What a producer got, [1 or 2 times c, N]."""
+    return passing.take(start, stop).flatten(0, 1).flatten(1)
 
 
 def _put(parts: list[Tensor], start: int, rows: Tensor) -> None:
