@@ -47,6 +47,11 @@ COMMANDS = {
     "probe-text": Command(
         "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
     ),
+    "probe-background": Command(
+        "probe_background:probe_background",
+        "ProbeBackgroundConfig",
+        "what do the images tell without their lungs?",
+    ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
     "compare": Command(
         "report.compare:compare", "CompareConfig", "two runs on the same images", "run_a run_b"
