@@ -53,7 +53,7 @@ NETWORK = Network(growth_rate=8, block_config=(2, 2, 2, 2), dropout=0.0)
 BLOCKS = ("stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 16
-PASSES = 30_000
+PASSES = 15_000
 """Images that a training takes, each as often as there are epochs."""
 EPOCHS = (3, 30)
 """At least and at most."""
@@ -161,7 +161,7 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
     if config.seed < 0:
         raise CxrdistError(f"--seed {config.seed}: expected 0 or more")
     index = read_index(config.shards)
-    _refuse_empty(index)
+    _refuse_unusable(index)
     with locked(config.out):
         begun = _derive_once(config, index)
         print(_describe_region(begun["region"], len(index.samples)))
@@ -174,7 +174,12 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
     print(f"all of it: {config.out / 'background.json'}")
 
 
-def _refuse_empty(index: Index) -> None:
+def _refuse_unusable(index: Index) -> None:
+    if index.lungs_only:
+        raise CxrdistError(
+            f"--shards {index.directory}: are of the lungs only; give shards that "
+            "were packed without --lungs-only"
+        )
     for split in ("train", "val", "test"):
         if not index.numbers(split):
             raise CxrdistError(
