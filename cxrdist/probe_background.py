@@ -55,7 +55,7 @@ LEARNING_RATE = 3e-3
 BATCH_SIZE = 16
 PASSES = 15_000
 """Images that a training takes, each as often as there are epochs."""
-EPOCHS = (3, 30)
+EPOCHS = (3, 40)
 """At least and at most."""
 OUTLINE = (
     "The outline of a mask is left in the images without their lungs, and in the lungs alone: what "
