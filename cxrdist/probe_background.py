@@ -28,7 +28,7 @@ from cxrdist.data.derived import Original, derive_shards
 from cxrdist.data.index import Classes, Index, Task, read_index
 from cxrdist.data.lungs import Kind, Lungs, count_left_out, find_lungs, lost_class
 from cxrdist.distributed import start
-from cxrdist.documents import Between, Distinct, Real, Sha256, Text
+from cxrdist.documents import Between, Distinct, Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.compare import Difference, compare_scored
 from cxrdist.evaluate.measure import Settings
@@ -117,9 +117,9 @@ class VariantScore(TypedDict):
 
 
 class Estimate(TypedDict):
-    """The estimate of the AUROC elsewhere."""
+    """The estimate of the AUROC elsewhere, no further than an AUROC reaches."""
 
-    auroc: Real
+    auroc: Share
     interval: Limits
 
 
@@ -391,7 +391,7 @@ def _estimate(difference: Difference) -> Estimate | None:
     """The AUROC that Ong Ly et al. (2024) expect elsewhere, P_Est = P_Source - P_DABIS + O.
 
     P_DABIS is the AUROC of shuffled pixels and O, of an AUROC, 0.5 (their equations are in the
-    README of github.com/mcintoshML/Data-Bias-Analysis).
+    README of github.com/mcintoshML/Data-Bias-Analysis). It may leave 0 to 1, and is cut there.
 
     Args:
         difference: of the shuffled pixels to the images, with its interval.
@@ -399,11 +399,9 @@ def _estimate(difference: Difference) -> Estimate | None:
     if difference["difference"] is None or difference["interval"] is None:
         return None
     low, high = difference["interval"]
-    auroc = 0.5 - difference["difference"]
-    return {
-        "auroc": round(auroc, 6),
-        "interval": [round(0.5 - high, 6), round(0.5 - low, 6)],
-    }
+    figures = (0.5 - difference["difference"], 0.5 - high, 0.5 - low)
+    auroc, least, most = (round(min(1.0, max(0.0, figure)), 6) for figure in figures)
+    return {"auroc": auroc, "interval": [least, most]}
 
 
 def _describe_region(region: Region, num_images: int) -> str:
@@ -434,6 +432,11 @@ def _says(found: BackgroundFile) -> list[str]:
             f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is had without a lung (0.5 is "
             f"chance), and {of['shuffled']:.2f} from grey values alone."
         )
+        without, whole = (found["variants"][name]["classes"] for name in ("no_lungs", "images"))
+        told = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
+        if len(told) > 1:
+            most = max(told, key=lambda name: told[name] or 0.0)
+            says.append(f"Most for {most}: {told[most]:.2f} of {whole[most]['auroc']:.2f}.")
     if few:
         says.append(
             f"Fewer than {found['fewest']} test images with or without {', '.join(few)}: too few "

@@ -3,9 +3,11 @@
 import json
 import shutil
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
+from mutations import mutate
 from PIL import Image
 from support import contents
 
@@ -105,10 +107,10 @@ def test_the_document_says_what_was_masked_and_that_outlines_count(found, word):
 def test_the_estimate_is_that_of_ong_ly(found):
     """P_Source - P_DABIS + 0.5, the interval turned with the sign of the difference."""
     of, estimate = found["variants"], found["estimate"]
-    expected = of["images"]["auroc"] - of["shuffled"]["auroc"] + 0.5
+    expected = min(1, of["images"]["auroc"] - of["shuffled"]["auroc"] + 0.5)
     assert estimate["auroc"] == pytest.approx(expected, abs=2e-6)
     low, high = of["shuffled"]["difference"]["interval"]
-    assert estimate["interval"] == pytest.approx([0.5 - high, 0.5 - low])
+    assert estimate["interval"] == pytest.approx([0.5 - high, min(1, 0.5 - low)])
 
 
 def test_a_killed_probe_resumes_with_the_same_bytes(found, word):
@@ -227,3 +229,21 @@ def test_few_images_are_too_few_to_say(found):
     assert all(scores["too_few"] is None for scores in of["variants"]["images"]["classes"].values())
     of["variants"]["images"]["classes"]["a"]["too_few"] = "9 positives"
     assert any(line.startswith("Fewer than 10 test images") for line in probed._says(of))
+
+
+def test_a_damaged_list_of_what_was_made_is_read_or_refused(found, word, tmp_path):
+    """DIR/shards/probe.json and background.json, damaged 100 times each: one line, nothing else."""
+    random = Random(0)
+    for file, kind in (
+        (word / "out" / "shards" / "probe.json", probed.Begun),
+        (word / "out" / "background.json", BackgroundFile),
+    ):
+        data = file.read_bytes()
+        for _ in range(100):
+            (tmp_path / "damaged.json").write_bytes(mutate(file.name, data, random))
+            try:
+                content = read_document(tmp_path / "damaged.json", kind)
+            except CxrdistError as error:
+                assert "\n" not in str(error)
+            else:
+                assert content["format"] == json.loads(data)["format"]
