@@ -420,23 +420,10 @@ def _describe_region(region: Region, num_images: int) -> str:
 
 
 def _says(found: BackgroundFile) -> list[str]:
-    """The result in plain sentences."""
-    of = {name: found["variants"][name]["auroc"] for name in VARIANTS}
+    """The result in plain sentences; none of figures that rest on too few images."""
     classes = found["variants"]["images"]["classes"]
     few = [name for name, scores in classes.items() if scores["too_few"]]
-    says = []
-    if None in of.values():
-        says.append("An AUROC is not defined in test, so that there is nothing to say.")
-    else:
-        says.append(
-            f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is had without a lung (0.5 is "
-            f"chance), and {of['shuffled']:.2f} from grey values alone."
-        )
-        without, whole = (found["variants"][name]["classes"] for name in ("no_lungs", "images"))
-        told = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
-        if len(told) > 1:
-            most = max(told, key=lambda name: told[name] or 0.0)
-            says.append(f"Most for {most}: {told[most]:.2f} of {whole[most]['auroc']:.2f}.")
+    says = [] if len(few) == len(classes) else _says_of_scores(found)
     if few:
         says.append(
             f"Fewer than {found['fewest']} test images with or without {', '.join(few)}: too few "
@@ -444,6 +431,22 @@ def _says(found: BackgroundFile) -> list[str]:
         )
     if found["region"]["kind"] == "masks":
         says.append(OUTLINE)
+    return says
+
+
+def _says_of_scores(found: BackgroundFile) -> list[str]:
+    of = {name: found["variants"][name]["auroc"] for name in VARIANTS}
+    if None in of.values():
+        return ["An AUROC is not defined in test, so that there is nothing to say."]
+    says = [
+        f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is had without a lung (0.5 is chance), "
+        f"and {of['shuffled']:.2f} from grey values alone."
+    ]
+    without, whole = (found["variants"][name]["classes"] for name in ("no_lungs", "images"))
+    told = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
+    if len(told) > 1:
+        most = max(told, key=lambda name: told[name] or 0.0)
+        says.append(f"Most for {most}: {told[most]:.2f} of {whole[most]['auroc']:.2f}.")
     if estimate := found["estimate"]:
         low, high = estimate["interval"]
         says.append(f"{ESTIMATE}: {estimate['auroc']:.2f} ({low:.2f} to {high:.2f}).")
