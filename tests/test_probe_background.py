@@ -207,6 +207,20 @@ def test_the_four_squares_are_what_they_are_called():
     assert (shuffled != other).any()
 
 
+def test_each_image_is_shuffled_in_its_own_way(word, tmp_path, monkeypatch):
+    """By the seed and its key: a place that is the same in all images could be learnt."""
+    keys = []
+
+    def shuffle(pixels, lung, size_px, key):
+        keys.append(key)
+        return variants_of(pixels, lung, size_px, key)
+
+    monkeypatch.setattr(probed, "variants_of", shuffle)
+    index = read_index(word / "shards")
+    probed._derive(index, find_lungs(index, None), tmp_path, 5)
+    assert keys == [f"5 {sample.key}" for sample in index.samples]
+
+
 def test_the_ellipse_is_the_same_for_all_images(word):
     """Without masks, and it says so."""
     index = read_index(word / "shards")
