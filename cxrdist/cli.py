@@ -50,6 +50,11 @@ COMMANDS = {
     "localise": Command(
         "localise:localise", "LocaliseConfig", "where the network looks, against boxes or masks"
     ),
+    "probe-background": Command(
+        "probe_background:probe_background",
+        "ProbeBackgroundConfig",
+        "what do the images tell without their lungs?",
+    ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
     "compare": Command(
         "report.compare:compare", "CompareConfig", "two runs on the same images", "run_a run_b"

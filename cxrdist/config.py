@@ -128,6 +128,9 @@ class PackConfig(SourceConfig):
     network may take a black rectangle for the word below it; cxrdist probe-text measures both."""
     cover_split: Literal["train", "val", "test", "all"] = "all"
     """Where: the paper covered the test images only."""
+    lungs_only: bool = False
+    """Make all black but what --masks cover, and leave out images without a mask: shards for the
+    comparison with a network that sees nothing else."""
     task: int | None = None
     """Decode only this part of the images, 0 to num_tasks - 1: one task of a SLURM array."""
     num_tasks: int | None = None

@@ -184,6 +184,11 @@ def predict(config: PredictConfig) -> None:
     refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
     model = load_predictor(config.run)
+    if model.lungs_only:
+        raise CxrdistError(
+            f"--run {config.run}: was trained on lungs only, and new images have no masks; pack "
+            "them with --masks and --lungs-only, and use cxrdist evaluate"
+        )
     heatmaps = _beside(config.out, "heatmaps")
     found, left_out = find_inputs(config.images, heatmaps)
     given = [item.file for item in found] + ([config.text_boxes] if config.text_boxes else [])

@@ -119,6 +119,8 @@ def assemble(
     write_json(directory / "audit.json", found)
     index = _describe(config, packed, shards, entries, directory / "samples.csv")
     index |= _describe_squares(items)
+    if config.lungs_only:
+        index["lungs_only"] = True
     if config.text_boxes:
         index["cover"] = describe_cover(config, items, len(source.records))
     write_json(directory / "index.json", index)

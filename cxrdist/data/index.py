@@ -138,6 +138,8 @@ class IndexFile(SquaresEntry):
     samples_sha256: Sha256
     splits: dict[str, SplitEntry]
     cover: NotRequired[CoverEntry | None]
+    lungs_only: NotRequired[bool]
+    """Whether all but what the masks cover is black; it is not where this is missing."""
 
 
 class PackedShard(NamedTuple):
@@ -174,6 +176,7 @@ class Index:
         depth: bits by which images were scaled that do not declare their depth; None without such.
         shards: all shards, in the order of the samples.
         samples: all samples; their place in this list is their sample number.
+        lungs_only: whether all but what the masks cover is black.
     """
 
     directory: Path
@@ -187,6 +190,7 @@ class Index:
     depth: int | None
     shards: list[ShardEntry]
     samples: list[Sample]
+    lungs_only: bool = False
 
     def numbers(self, split: str) -> list[int]:
         """Sample numbers of a split, ascending."""
@@ -293,6 +297,7 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
         depth=content.get("depth"),
         shards=shards,
         samples=samples,
+        lungs_only=content.get("lungs_only", False),
     )
     changed = sha256 != content["samples_sha256"]
     declared = content.get("masks", {"images": 0})["images"]

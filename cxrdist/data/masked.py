@@ -6,7 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from cxrdist.data.found import find_images, is_within, path_below, path_ends, without_suffix
+from cxrdist.data.found import (
+    LeftOut,
+    find_images,
+    is_within,
+    path_below,
+    path_ends,
+    without_suffix,
+)
+from cxrdist.data.labels import labels_of
 from cxrdist.data.masks import MaskPlace
 from cxrdist.data.records import Record, Source
 from cxrdist.data.run_lengths import LEAST_QUALITY, list_runs
@@ -73,6 +81,25 @@ def with_masks(source: Source, masks: Path) -> Source:
             f"{strays[0].where}"
         )
     return replace(source, records=records, notes=(*source.notes, *notes))
+
+
+def lungs_alone(source: Source) -> Source:
+    """Leave out the images without a mask; of the others nothing but the lungs is to be packed.
+
+    Raises:
+        CxrdistError: no image has a mask, or none of a class has.
+    """
+    kept = [replace(record, lungs_only=True) for record in source.records if record.mask]
+    there = {label for record in kept for label in labels_of(record.label)}
+    known = {label for record in source.records for label in labels_of(record.label)}
+    if not kept:
+        raise CxrdistError("--lungs-only: no image has a mask; give their masks with --masks")
+    if lost := sorted(known - there):
+        raise CxrdistError(
+            f"--lungs-only: no image of {lost[0]} has a mask; give masks of all classes"
+        )
+    without = [LeftOut(r.path, "has no mask") for r in source.records if not r.mask]
+    return replace(source, records=kept, left_out=tuple(sorted((*source.left_out, *without))))
 
 
 def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:

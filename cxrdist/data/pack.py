@@ -28,6 +28,7 @@ from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, MOST_PX
 from cxrdist.data.found import LeftOut
 from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
 from cxrdist.data.label_map import read_label_map
+from cxrdist.data.masked import lungs_alone
 from cxrdist.data.patients import MOST_YEARS
 from cxrdist.data.records import NO_PATIENT, Record, Source
 from cxrdist.data.sources import read_source
@@ -60,7 +61,10 @@ DECODING = ("size", "fit", "cover", "anonymise")
 PATHS = ("input", "label_map", "masks")  # options that name files of the source
 MOST_NAMED = 20  # files in a message
 # What may differ between two calls that make the same shards.
-NOT_CONTENT = ("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect", "text_boxes")
+NOT_CONTENT = (
+    *("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect"),
+    *("text_boxes", "lungs_only"),  # which the hash of the records tells
+)
 Views = Mapping[str, tuple[str, ...]]  # that are packed, by the origin of a record
 
 
@@ -80,8 +84,7 @@ def pack(config: PackConfig) -> None:
     work = config.out.with_name(f".{config.out.name}.partial")
     least_classes = 2 if parse_split(config.split)[0] else 1  # one tells a sensitivity
     source = read_source(config, (config.out, work), least_classes)
-    if config.text_boxes:
-        source = _with_boxes(source, config.text_boxes)
+    source = _with_options(source, config)
     decided = config.anonymise is not None or source.dicom
     if config.anonymise is None:
         config = replace(config, anonymise=source.dicom)
@@ -140,6 +143,13 @@ def _refuse_bad_options(config: PackConfig) -> None:
         raise CxrdistError(f"--out {config.out}: expected the name of a directory to make")
 
 
+def _with_options(source: Source, config: PackConfig) -> Source:
+    """Note on the records what is to be covered or made black in their images."""
+    if config.text_boxes:
+        source = _with_boxes(source, config.text_boxes)
+    return lungs_alone(source) if config.lungs_only else source
+
+
 def _with_boxes(source: Source, file: Path) -> Source:
     """Give each record its boxes of burned-in text; images that are left out may have some too."""
     boxes = read_boxes(file)
@@ -195,6 +205,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
         digest.update(repr(record.findings).encode() if record.findings else b"")
         digest.update(f"mask {record.mask[1:]}".encode() if record.mask else b"")
+        digest.update(b"lungs only" if record.lungs_only else b"")
     return {**options, "records_sha256": digest.hexdigest()}
 
 
@@ -205,6 +216,7 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
         digest.update(f"{record.mask.file} {record.mask[1:]}".encode() if record.mask else b"")
+        digest.update(b"lungs only" if record.lungs_only else b"")
     shown = _shown(config, config.input)
     return {"input": shown, **options, "images_sha256": digest.hexdigest()}
 

@@ -52,6 +52,7 @@ class Record:
         assumed_absent: labels that count as absent though the source says nothing of them.
         findings: boxes around signs of disease.
         mask: of the lungs, where there is one.
+        lungs_only: make all of it black that its mask does not cover.
         origin: its name among several sources that are packed together, else empty.
     """
 
@@ -70,6 +71,7 @@ class Record:
     assumed_absent: str = ""
     findings: tuple[Finding, ...] = ()
     mask: MaskPlace | None = None
+    lungs_only: bool = False
     origin: str = ""
 
 

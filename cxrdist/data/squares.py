@@ -27,7 +27,7 @@ from pebble import ProcessPool
 
 from cxrdist.data.anonymise import keyed, shared_key
 from cxrdist.data.fingerprint import THUMBNAIL_PX, Fingerprint, fingerprint, shrink
-from cxrdist.data.images import decode, encode_png
+from cxrdist.data.images import Decoded, decode, encode_png
 from cxrdist.data.records import Record
 from cxrdist.data.workers import Job, image_workers, schedule
 from cxrdist.errors import CxrdistError
@@ -183,6 +183,8 @@ def _make_square(
 ) -> Made:
     """Decode and encode one image: the fields of its square, and its PNGs and thumbnails."""
     decoded = decode(record.file, size_px, fit, record.boxes, cover, depth, record.mask)
+    if record.lungs_only:
+        decoded = _lungs_alone(record, decoded)
     png = encode_png(decoded.pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     mask = b"" if decoded.mask is None else encode_png(decoded.mask)
@@ -206,6 +208,19 @@ def _make_square(
 
 def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:
     return b"" if pixels is None else shrink(pixels).tobytes()
+
+
+def _lungs_alone(record: Record, decoded: Decoded) -> Decoded:
+    """Make black what the mask does not cover.
+
+    Raises:
+        CxrdistError: it covers nothing.
+    """
+    mask = decoded.mask
+    if mask is None or not mask.any():
+        raise CxrdistError(f"{record.file}: its mask covers nothing of the square")
+    pixels, covered = decoded.pixels & mask, decoded.covered
+    return replace(decoded, pixels=pixels, covered=None if covered is None else covered & mask)
 
 
 def _describe_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:

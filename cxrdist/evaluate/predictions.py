@@ -159,6 +159,13 @@ def _refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> No
             f"model was trained at {model.image_size_px} px (--fit {model.fit}); pack with --size "
             f"{model.image_size_px} --fit {model.fit}"
         )
+    if index.lungs_only != model.lungs_only:
+        kinds = {True: "of the lungs only", False: "of whole images"}
+        raise CxrdistError(
+            f"--shards {shards}: are {kinds[index.lungs_only]}, the model was trained on shards "
+            f"{kinds[model.lungs_only]}; pack {'with' if model.lungs_only else 'without'} "
+            "--lungs-only"
+        )
     if not index.numbers(split):
         there = [name for name, counts in index.totals().items() if counts["images"]]
         raise CxrdistError(

@@ -58,6 +58,7 @@ class Classifier(nn.Module):
         origin: the weights that its training started from (`InitialWeights.describe`), if known.
         calibration: what was chosen on the validation split; None before it was evaluated.
         fold: part of train and val that was its validation split, such as 2/5; None: as packed.
+        lungs_only: whether all but the lungs was black in the images (pack --lungs-only).
     """
 
     mean: Tensor
@@ -83,6 +84,7 @@ class Classifier(nn.Module):
         self.origin: WeightsInfo | None = None
         self.calibration: Calibration | None = None
         self.fold: str | None = None
+        self.lungs_only = False
         self.normalisation = normalisation or Normalisation()
         self.network = DenseNet(
             growth_rate=network.growth_rate,
@@ -160,6 +162,8 @@ def save_model(model: Classifier, directory: Path) -> None:
         "calibration": model.calibration,
         "fold": model.fold,
     }
+    if model.lungs_only:
+        content["lungs_only"] = True
     write_json(directory / "model.json", content)
 
 
@@ -232,7 +236,7 @@ def _build(content: ModelFile) -> Classifier:
     )
     model.depth, model.cover = content.get("depth"), content.get("cover")
     model.origin, model.calibration = content.get("weights"), content.get("calibration")
-    model.fold = content.get("fold")
+    model.fold, model.lungs_only = content.get("fold"), content.get("lungs_only", False)
     return model
 
 

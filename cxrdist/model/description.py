@@ -101,6 +101,8 @@ class ModelFile(TypedDict):
     calibration: NotRequired[Calibration | None]
     fold: NotRequired[Text | None]
     """Part of train and val that was its validation split, such as 2/5; None: as packed."""
+    lungs_only: NotRequired[bool]
+    """Whether all but the lungs was black in its images; it was not where this is missing."""
     weights: NotRequired[WeightsInfo | None]
     """Those that the training started from."""
 

@@ -13,7 +13,7 @@ from cxrdist.model.densenet import MEND, Classifier, is_ensemble, load_model
 from cxrdist.model.description import Calibration, Cover, EnsembleFile
 from cxrdist.run import RunDirectory, open_run, read_document, write_json
 
-_ALIKE = ("classes", "task", "image_size_px", "fit", "depth", "cover")
+_ALIKE = ("classes", "task", "image_size_px", "fit", "depth", "cover", "lungs_only")
 
 
 class Ensemble(nn.Module):
@@ -71,6 +71,11 @@ class Ensemble(nn.Module):
     def cover(self) -> Cover | None:
         """How burned-in text was covered in them."""
         return self.first.cover
+
+    @property
+    def lungs_only(self) -> bool:
+        """Whether all but the lungs was black in them."""
+        return self.first.lungs_only
 
     @property
     def has_folds(self) -> bool:

@@ -341,7 +341,7 @@ def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> 
         index.fit,
         index.task,
     )
-    model.depth, model.fold = index.depth, config.fold
+    model.depth, model.fold, model.lungs_only = index.depth, config.fold, index.lungs_only
     model.cover = Cover(index.cover["how"], index.cover["split"]) if index.cover else None
     return model
 

@@ -1,0 +1,149 @@
+"""Derived shards: the images of other shards, each changed in the same way."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.images import encode_png
+from cxrdist.data.index import (
+    SAMPLE_COLUMNS,
+    Index,
+    IndexFile,
+    PackedShard,
+    Sample,
+    ShardEntry,
+    SplitEntry,
+    shard_name,
+)
+from cxrdist.data.labels import labels_of
+from cxrdist.data.records import SPLITS
+from cxrdist.data.shards import Packed, SampleFile, describe_shard, open_shard, write_shard
+from cxrdist.run import write_json, write_table
+from cxrdist.terminal import progress
+
+
+class Original(NamedTuple):
+    """A sample of the shards that others are derived from.
+
+    Attributes:
+        number: of the sample.
+        pixels: uint8 [size, size].
+        mask: uint8 [size, size] of 0 and 255; None without.
+        about: what its KEY.json says.
+    """
+
+    number: int
+    pixels: NDArray[np.uint8]
+    mask: NDArray[np.uint8] | None
+    about: SampleFile
+
+
+# One square for each set that is derived, all of the same size; None leaves the sample out.
+Change = Callable[[Original], Sequence[NDArray[np.uint8]] | None]
+
+
+class _Derived(NamedTuple):
+    """A sample of derived shards."""
+
+    sample: Sample
+    packed: Packed
+
+
+def derive_shards(
+    index: Index, directories: Sequence[Path], size_px: int, change: Change
+) -> list[int]:
+    """Write several sets of shards with the samples, labels and splits of some shards.
+
+    They have no masks and no boxes of findings, which would be of squares of another size.
+
+    Args:
+        index: the shards to read.
+        directories: one for each set; they must exist and be empty.
+        size_px: side of the squares that are written.
+        change: gives the squares of a sample, one for each set.
+
+    Returns:
+        The numbers of the samples that were left out.
+
+    Raises:
+        CxrdistError: the shards differ from their index.
+    """
+    samples: list[list[Sample]] = [[] for _ in directories]
+    entries: list[list[ShardEntry]] = [[] for _ in directories]
+    written, left_out = Counter[str](), list[int]()
+    with progress(len(index.samples), "changing", "images") as bar:
+        for shard in index.packed():
+            rows: list[list[_Derived]] = [[] for _ in directories]
+            split = shard.samples[0].split
+            name = shard_name(split, written[split])
+            for original in _originals(shard):
+                squares = change(original)
+                if squares is None:
+                    left_out.append(original.number)
+                for row, square in zip(rows, squares or (), strict=squares is not None):
+                    row.append(_derive(index.samples[original.number], name, original, square))
+                bar.update()
+            if not rows[0]:
+                continue
+            written[split] += 1
+            for directory, row, own, known in zip(directories, rows, samples, entries, strict=True):
+                write_shard(directory / name, (derived.packed for derived in row))
+                own += [derived.sample for derived in row]
+                known.append(describe_shard(directory / name, len(row)))
+    for directory, own, known in zip(directories, samples, entries, strict=True):
+        _write_index(directory, index, size_px, own, known)
+    return left_out
+
+
+def _originals(shard: PackedShard) -> Iterator[Original]:
+    with open_shard(shard) as opened:
+        for place in range(len(shard.samples)):
+            pixels, about = opened.read(place)
+            yield Original(shard.first + place, pixels, opened.read_mask(place), about)
+
+
+def _derive(sample: Sample, shard: str, original: Original, square: NDArray[np.uint8]) -> _Derived:
+    about = original.about.copy()
+    about.pop("boxes", None)
+    digest = hashlib.sha256(square.tobytes()).hexdigest()
+    row = sample._replace(shard=shard, sha256=digest, mask_sha256="")
+    return _Derived(row, Packed(about, encode_png(square)))
+
+
+def _write_index(
+    directory: Path, index: Index, size_px: int, samples: list[Sample], entries: list[ShardEntry]
+) -> None:
+    """Write samples.csv, then index.json."""
+    table = directory / "samples.csv"
+    write_table(table, SAMPLE_COLUMNS, samples)
+    content: IndexFile = {
+        "format": "cxrdist-shards-1",
+        "task": index.task,
+        "classes": index.classes,
+        "image_size_px": size_px,
+        "fit": index.fit,
+        "split": index.split,
+        "samples_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
+        "splits": {split: _describe_split(index, split, samples, entries) for split in SPLITS},
+        "cover": index.cover,
+        "depth": index.depth,
+    }
+    write_json(directory / "index.json", content)
+
+
+def _describe_split(
+    index: Index, split: str, samples: list[Sample], entries: list[ShardEntry]
+) -> SplitEntry:
+    own = [sample for sample in samples if sample.split == split]
+    shards = {sample.shard for sample in own}
+    labels = Counter(name for sample in own for name in labels_of(sample.label))
+    return {
+        "samples": len(own),
+        "classes": {name: labels[name] for name in index.classes},
+        "shards": [entry for entry in entries if entry.name in shards],
+    }

@@ -1,0 +1,137 @@
+"""Lungs: which pixels of a sample's square are lung, by its mask or by a fixed ellipse."""
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.derived import Original
+from cxrdist.data.geometry import place
+from cxrdist.data.index import Index
+from cxrdist.data.labels import POSITIVE
+from cxrdist.data.masked import with_masks
+from cxrdist.data.masks import MaskPlace, mask_square, read_mask
+from cxrdist.data.records import SPLITS, Record, Source
+from cxrdist.data.regions import thorax
+from cxrdist.errors import CxrdistError
+
+Kind = Literal["masks", "ellipse"]
+"""masks: of the lungs themselves. ellipse: `cxrdist.data.regions.thorax`, one for all images."""
+
+
+@dataclass(frozen=True)
+class Lungs:
+    """Where the lungs of all samples are found.
+
+    Attributes:
+        kind: masks or ellipse, the same for all samples.
+        why: the place of the masks, or why there is an ellipse.
+        index: the shards.
+        places: masks that are not in the shards, by sample number.
+    """
+
+    kind: Kind
+    why: str
+    index: Index
+    places: Mapping[int, MaskPlace] = field(default_factory=dict)
+
+    def of(self, original: Original) -> NDArray[np.bool_] | None:
+        """Which pixels of a sample are lung, bool [size, size]; None where no mask tells.
+
+        A mask that covers nothing, or everything, tells nothing.
+
+        Raises:
+            CxrdistError: the mask of a sample cannot be used.
+        """
+        if self.kind == "ellipse":
+            return thorax(self.index.image_size_px)
+        mask = original.mask
+        if self.places:
+            known = self.places.get(original.number)
+            mask = None if known is None else self._read(known, original)
+        return None if mask is None or mask.all() or not mask.any() else mask > 0
+
+    def _read(self, mask: MaskPlace, original: Original) -> NDArray[np.uint8]:
+        """Read a mask from its file, and move it as its image was moved."""
+        shown = original.about["width_px"], original.about["height_px"]
+        size_px = self.index.image_size_px
+        placement = place(*shown, size_px, self.index.fit)
+        return mask_square(read_mask(mask, *shown), placement, shown, size_px)
+
+
+def find_lungs(index: Index, masks: Path | None) -> Lungs:
+    """Choose masks or the ellipse for all samples: whether one has a mask must not tell its class.
+
+    Without masks in the shards it is the ellipse, and so it is where the masks of the shards are
+    of some classes only, as in a set where people outlined the diseased lungs alone.
+
+    Args:
+        index: the shards.
+        masks: as in `cxrdist.data.masked.with_masks`; those of the shards if None.
+
+    Raises:
+        CxrdistError: the masks fit no sample, or are of some classes only.
+    """
+    if masks is not None:
+        records = [
+            Record(Path(s.path), s.path, s.label, s.patient, s.source) for s in index.samples
+        ]
+        matched = with_masks(Source(records, index.task, index.classes, str(masks)), masks)
+        places = {i: record.mask for i, record in enumerate(matched.records) if record.mask}
+        if lost := lost_class(index, {*range(len(index.samples))} - {*places}):
+            raise CxrdistError(
+                f"--masks {masks}: {lost}, so that whether an image has a mask would tell its "
+                "class; give masks of all classes, or none for an ellipse"
+            )
+        return Lungs("masks", str(masks), index, places)
+    empty, full = _constant_masks(index.image_size_px)
+    without = {
+        number
+        for number, sample in enumerate(index.samples)
+        if sample.mask_sha256 in ("", empty, full)
+    }
+    if len(without) == len(index.samples):
+        return Lungs("ellipse", "the shards hold no masks", index)
+    if lost := lost_class(index, without):
+        return Lungs("ellipse", f"of the masks in the shards, {lost}", index)
+    return Lungs("masks", "the masks in the shards", index)
+
+
+def lost_class(index: Index, left_out: Collection[int]) -> str | None:
+    """Say which class has no image, or no image without it, in a split once some are left out.
+
+    Args:
+        index: the shards.
+        left_out: sample numbers.
+
+    Returns:
+        None if each split keeps what it has.
+    """
+    targets = index.targets()
+    splits = np.array([sample.split for sample in index.samples])
+    kept = np.ones(len(splits), bool)
+    kept[list(left_out)] = False
+    for split in SPLITS:
+        for column, name in enumerate(index.classes):
+            positive, known = targets[:, column] == POSITIVE, targets[:, column] >= 0
+            for what, images in (("with", positive), ("without", known & ~positive)):
+                here = images & (splits == split)
+                if here.any() and not (here & kept).any():
+                    return f"none is of an image {what} {name} in {split}"
+    return None
+
+
+def count_left_out(index: Index, left_out: Collection[int]) -> dict[str, int]:
+    """How many of some samples have each class; of several labels each counts."""
+    rows = index.targets()[sorted(left_out)] == POSITIVE
+    return {name: int(number) for name, number in zip(index.classes, rows.sum(0), strict=True)}
+
+
+def _constant_masks(size_px: int) -> tuple[str, str]:
+    """The sha256 of a mask that covers nothing, and of one that covers everything."""
+    empty, full = (bytes([value]) * size_px**2 for value in (0, 255))
+    return hashlib.sha256(empty).hexdigest(), hashlib.sha256(full).hexdigest()

@@ -1,0 +1,489 @@
+"""Probe: what can be told of the classes from images without their lungs?
+
+The same small network is trained on the images, on the images with the lungs made black (Maguolo &
+Nanni 2021, DeGrave et al. 2021), on the lungs alone, and on the pixels shuffled within each image,
+which leaves how it was acquired: its grey values (Ong Ly et al. 2024, npj Digital Medicine 7:124).
+Each of the four is a run of its own, so that a killed probe resumes as a training does.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.bootstrap import Limits
+from cxrdist.config import (
+    Augmentation,
+    EvaluateConfig,
+    Network,
+    ProbeBackgroundConfig,
+    Stage,
+    TrainConfig,
+)
+from cxrdist.data.derived import Original, derive_shards
+from cxrdist.data.index import Classes, Index, Task, read_index
+from cxrdist.data.lungs import Kind, Lungs, count_left_out, find_lungs, lost_class
+from cxrdist.distributed import start
+from cxrdist.documents import Between, Distinct, Sha256, Text
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.compare import Difference, compare_scored
+from cxrdist.evaluate.measure import Settings
+from cxrdist.evaluate.metrics import Metrics, Share
+from cxrdist.evaluate.predictions import evaluate
+from cxrdist.evaluate.scored import read_scored
+from cxrdist.info import Amount, Count
+from cxrdist.intervals import Intervals
+from cxrdist.run import RunDirectory, atomic_directory, locked, read_document, write_json
+from cxrdist.terminal import table
+from cxrdist.train.loop import train
+
+Variant = Literal["images", "no_lungs", "lungs", "shuffled"]
+VARIANTS: dict[Variant, str] = {
+    "images": "The images as they are",
+    "no_lungs": "The lungs made black",
+    "lungs": "Only the lungs",
+    "shuffled": "Pixels shuffled",
+}
+SIZE_PX = 64
+NETWORK = Network(growth_rate=8, block_config=(2, 2, 2, 2), dropout=0.0)
+BLOCKS = ("stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")
+LEARNING_RATE = 3e-3
+BATCH_SIZE = 16
+PASSES = 15_000
+"""Images that a training takes, each as often as there are epochs."""
+EPOCHS = (3, 40)
+"""At least and at most."""
+OUTLINE = (
+    "The outline of a mask is left in the images without their lungs, and in the lungs alone: what "
+    "it tells of the lungs' shape counts there too."
+)
+ESTIMATE = (
+    "AUROC of the images - AUROC of the shuffled pixels + 0.5: what Ong Ly et al. (2024) expect on "
+    "images from elsewhere"
+)
+
+
+class Region(TypedDict):
+    """What counts as lung."""
+
+    kind: Kind
+    why: Text
+    """Where the masks are from, or why there is an ellipse."""
+    share: Share
+    """Of the square, the mean over the images."""
+    left_out: Count
+    """Images without a mask, where masks are used; none of the four trainings has them."""
+    left_out_classes: dict[str, Count]
+
+
+class Begun(TypedDict):
+    """The content of shards/probe.json: what the four sets of shards were made of."""
+
+    format: Literal["cxrdist-probe-1"]
+    index_sha256: Sha256
+    masks: Text | None
+    seed: Count
+    region: Region
+
+
+class ClassScore(TypedDict):
+    """The AUROC of one class against the rest, or of one label."""
+
+    auroc: Share | None
+    auroc_interval: Limits | None
+    positives: Count
+    positive_patients: Count
+    too_few: Text | None
+    difference: Difference
+    """To that of the images as they are."""
+
+
+class VariantScore(TypedDict):
+    """What a network made of one kind of images."""
+
+    auroc: Share | None
+    """The mean over the classes."""
+    auroc_interval: Limits | None
+    difference: Difference
+    """To that of the images as they are."""
+    accuracy: Share | None
+    """None of a multilabel task."""
+    accuracy_interval: Limits | None
+    classes: dict[str, ClassScore]
+
+
+class Estimate(TypedDict):
+    """The estimate of the AUROC elsewhere, no further than an AUROC reaches."""
+
+    auroc: Share
+    interval: Limits
+
+
+class BackgroundFile(TypedDict):
+    """The content of background.json."""
+
+    format: Literal["cxrdist-background-1"]
+    index_sha256: Sha256
+    task: Task
+    classes: Classes
+    totals: dict[str, Amount]
+    """Images and patients by split."""
+    image_size_px: Count
+    epochs: Count
+    seed: Count
+    region: Region
+    fewest: Count
+    """Positives, and negatives, below which there are too few to say."""
+    intervals: Intervals
+    variants: dict[Variant, VariantScore]
+    estimate: Estimate | None
+    """None where an AUROC is not defined."""
+    says: Annotated[list[Text], Between(1, 10), Distinct()]
+
+
+def probe_background(config: ProbeBackgroundConfig) -> None:
+    """Train the four networks, write OUT/background.json, and print the table.
+
+    The same command resumes: shards that are made and networks that are trained are kept.
+
+    Raises:
+        CxrdistError: options, shards or masks cannot be used, or OUT holds another probe.
+        Stopped: the process was asked to stop.
+    """
+    if start().num_processes > 1:
+        raise CxrdistError(
+            "probe-background: trains small networks in one process; run it without a launcher"
+        )
+    if config.seed < 0:
+        raise CxrdistError(f"--seed {config.seed}: expected 0 or more")
+    index = read_index(config.shards)
+    _refuse_unusable(index)
+    with locked(config.out):
+        begun = _derive_once(config, index)
+        print(_describe_region(begun["region"], len(index.samples)))
+        for variant, title in VARIANTS.items():
+            print(f"\n{title}:")
+            _train_once(config, variant)
+        found = _describe(config, begun)
+        write_json(config.out / "background.json", found)
+    print(f"\n{summary(found)}")
+    print(f"all of it: {config.out / 'background.json'}")
+
+
+def _refuse_unusable(index: Index) -> None:
+    if index.lungs_only:
+        raise CxrdistError(
+            f"--shards {index.directory}: are of the lungs only; give shards that "
+            "were packed without --lungs-only"
+        )
+    for split in ("train", "val", "test"):
+        if not index.numbers(split):
+            raise CxrdistError(
+                f"--shards {index.directory}: have no images in {split}; the probe needs train, "
+                "val and test, pack with --split 0.7/0.1/0.2"
+            )
+
+
+def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
+    """Make the four sets of shards, if an earlier call has not done it.
+
+    Raises:
+        CxrdistError: they are of other shards, masks or another seed.
+    """
+    made = config.out / "shards"
+    masks = None if config.masks is None else str(config.masks)
+    if made.is_dir():
+        begun = read_document(made / "probe.json", Begun, f"remove {config.out} to begin anew")
+        for name, before, value in (
+            ("index of --shards", begun["index_sha256"], index.sha256),
+            ("--masks", begun["masks"], masks),
+            ("--seed", begun["seed"], config.seed),
+        ):
+            if before != value:
+                raise CxrdistError(
+                    f"--out {config.out}: holds another probe (the {name} was {before}, is "
+                    f"{value}); give the same to resume, or another directory"
+                )
+        return begun
+    lungs = find_lungs(index, config.masks)
+    with atomic_directory(made) as directory:
+        begun = {
+            "format": "cxrdist-probe-1",
+            "index_sha256": index.sha256,
+            "masks": masks,
+            "seed": config.seed,
+            "region": _derive(index, lungs, directory, config.seed),
+        }
+        write_json(directory / "probe.json", begun)
+    return begun
+
+
+def _derive(index: Index, lungs: Lungs, directory: Path, seed: int) -> Region:
+    """Write the four sets of shards; say what counts as lung in them."""
+    size_px, shares = min(SIZE_PX, index.image_size_px), list[float]()
+
+    def change(original: Original) -> list[NDArray[np.uint8]] | None:
+        lung = lungs.of(original)
+        if lung is None:
+            return None
+        shares.append(float(lung.mean()))
+        sample = index.samples[original.number]
+        return variants_of(original.pixels, lung, size_px, f"{seed} {sample.key}")
+
+    outs = [directory / name for name in VARIANTS]
+    for out in outs:
+        out.mkdir()
+    left_out = derive_shards(index, outs, size_px, change)
+    if lost := lost_class(index, left_out):
+        raise CxrdistError(
+            f"--masks: of those that cover neither nothing nor everything, {lost}; give masks of "
+            "all classes, or none for an ellipse"
+        )
+    return {
+        "kind": lungs.kind,
+        "why": lungs.why,
+        "share": round(float(np.mean(shares)), 4),
+        "left_out": len(left_out),
+        "left_out_classes": count_left_out(index, left_out),
+    }
+
+
+def variants_of(
+    pixels: NDArray[np.uint8], lung: NDArray[np.bool_], size_px: int, key: str
+) -> list[NDArray[np.uint8]]:
+    """Change a square in the ways of `VARIANTS`, in their order.
+
+    Pixels are made black before the square becomes smaller, so that none of them counts in a mean;
+    they are shuffled afterwards, since means of shuffled pixels are all alike.
+
+    Args:
+        pixels: uint8 [S, S].
+        lung: bool [S, S].
+        size_px: side of the new squares, at most S.
+        key: seed of the permutation.
+
+    Returns:
+        uint8 [size, size] each.
+    """
+    black = np.uint8(0)
+    whole, without, alone = (
+        _reduced(square, size_px)
+        for square in (pixels, np.where(lung, black, pixels), np.where(lung, pixels, black))
+    )
+    digest = hashlib.sha256(key.encode()).digest()
+    random = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
+    shuffled = random.permutation(whole.ravel()).reshape(whole.shape)
+    return [whole, without, alone, shuffled]
+
+
+def _reduced(square: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
+    """The means over areas, uint8 [size, size]."""
+    image = Image.fromarray(square).resize((size_px, size_px), Image.Resampling.BOX)
+    return np.asarray(image)
+
+
+def _train_once(config: ProbeBackgroundConfig, variant: Variant) -> None:
+    """Train and evaluate a network, as far as an earlier call has not done it."""
+    run, shards, cache = _run_of(config, variant), _shards_of(config, variant), config.cache
+    epochs = _epochs(read_index(shards))
+    stage = Stage(
+        dict.fromkeys(BLOCKS, LEARNING_RATE), epochs, epochs, weight_decay=0.01, schedule="cosine"
+    )
+    train(
+        TrainConfig(
+            shards,
+            run.root,
+            {"all": stage},
+            init="none",
+            global_batch_size=BATCH_SIZE,
+            # A turn or a shift would blur shuffled pixels, and so change their grey values.
+            augmentation=Augmentation(degrees=0, shift_x=0, shift_y=0),
+            network=NETWORK,
+            optimizer="adamw",
+            seed=config.seed,
+            cache=cache,
+        )
+    )
+    if not run.metrics("test").is_file():
+        evaluate(EvaluateConfig(run.root, shards, cache=cache))
+
+
+def _run_of(config: ProbeBackgroundConfig, variant: Variant) -> RunDirectory:
+    return RunDirectory(config.out / "runs" / variant)
+
+
+def _shards_of(config: ProbeBackgroundConfig, variant: Variant) -> Path:
+    return config.out / "shards" / variant
+
+
+def _epochs(index: Index) -> int:
+    """Epochs of a training: fewer of more images, so that it takes minutes."""
+    least, most = EPOCHS
+    return min(most, max(least, round(PASSES / len(index.numbers("train")))))
+
+
+def _describe(config: ProbeBackgroundConfig, begun: Begun) -> BackgroundFile:
+    """Gather the figures of the four runs, and compare each with the images as they are."""
+    index = read_index(_shards_of(config, "images"))
+    metrics = {name: _read_metrics(config, name) for name in VARIANTS}
+    own = metrics["images"]
+    found: BackgroundFile = {
+        "format": "cxrdist-background-1",
+        "index_sha256": begun["index_sha256"],
+        "task": index.task,
+        "classes": index.classes,
+        "totals": index.totals(),
+        "image_size_px": index.image_size_px,
+        "epochs": _epochs(index),
+        "seed": config.seed,
+        "region": begun["region"],
+        "fewest": own["fewest"],
+        "intervals": own["intervals"],
+        "variants": {name: _score(config, name, metrics[name]) for name in VARIANTS},
+        "estimate": None,
+        "says": [],
+    }
+    found["estimate"] = _estimate(found["variants"]["shuffled"]["difference"])
+    found["says"] = _says(found)
+    return found
+
+
+def _read_metrics(config: ProbeBackgroundConfig, variant: Variant) -> dict[str, Any]:
+    file = _run_of(config, variant).metrics("test")
+    return {**read_document(file, Metrics, f"remove {file} and run the same command again")}
+
+
+def _score(
+    config: ProbeBackgroundConfig, variant: Variant, metrics: Mapping[str, Any]
+) -> VariantScore:
+    """The figures of a run, and how they differ from those of the images as they are."""
+    images, here = (
+        read_scored(_run_of(config, name).predictions("test"), metrics["task"])
+        for name in ("images", variant)
+    )
+    compared = compare_scored(images, here, Settings(metrics["fewest"]))
+    classes: dict[str, ClassScore] = {
+        name: {
+            "auroc": scores["auroc"],
+            "auroc_interval": scores["auroc_interval"],
+            "positives": scores["positives"],
+            "positive_patients": scores["positive_patients"],
+            "too_few": scores["too_few"],
+            "difference": compared["classes"][name]["figures"]["auroc"],
+        }
+        for name, scores in metrics["classes"].items()
+    }
+    return {
+        "auroc": metrics["macro"]["auroc"],
+        "auroc_interval": metrics["macro"]["auroc_interval"],
+        "difference": compared["macro"]["auroc"],
+        "accuracy": metrics.get("accuracy"),
+        "accuracy_interval": metrics.get("accuracy_interval"),
+        "classes": classes,
+    }
+
+
+def _estimate(difference: Difference) -> Estimate | None:
+    """The AUROC that Ong Ly et al. (2024) expect elsewhere, P_Est = P_Source - P_DABIS + O.
+
+    P_DABIS is the AUROC of shuffled pixels and O, of an AUROC, 0.5 (their equations are in the
+    README of github.com/mcintoshML/Data-Bias-Analysis). It may leave 0 to 1, and is cut there.
+
+    Args:
+        difference: of the shuffled pixels to the images, with its interval.
+    """
+    if difference["difference"] is None or difference["interval"] is None:
+        return None
+    low, high = difference["interval"]
+    figures = (0.5 - difference["difference"], 0.5 - high, 0.5 - low)
+    auroc, least, most = (round(min(1.0, max(0.0, figure)), 6) for figure in figures)
+    return {"auroc": auroc, "interval": [least, most]}
+
+
+def _describe_region(region: Region, num_images: int) -> str:
+    """What counts as lung, a line or two."""
+    share = f"{region['share']:.0%} of the square on average"
+    if region["kind"] == "ellipse":
+        return f"lungs: a fixed ellipse around the thorax, {share} ({region['why']})"
+    line = f"lungs: {region['why']}, {share}"
+    if not region["left_out"]:
+        return line
+    classes = ", ".join(f"{name} {number}" for name, number in region["left_out_classes"].items())
+    return (
+        f"{line}\n{region['left_out']} of {num_images} images have no usable mask and are left out "
+        f"of all four trainings ({classes})"
+    )
+
+
+def _says(found: BackgroundFile) -> list[str]:
+    """The result in plain sentences; none of figures that rest on too few images."""
+    classes = found["variants"]["images"]["classes"]
+    few = [name for name, scores in classes.items() if scores["too_few"]]
+    says = [] if len(few) == len(classes) else _says_of_scores(found)
+    if few:
+        says.append(
+            f"Fewer than {found['fewest']} test images with or without {', '.join(few)}: too few "
+            "to say."
+        )
+    if found["region"]["kind"] == "masks":
+        says.append(OUTLINE)
+    return says
+
+
+def _says_of_scores(found: BackgroundFile) -> list[str]:
+    of = {name: found["variants"][name]["auroc"] for name in VARIANTS}
+    if None in of.values():
+        return ["An AUROC is not defined in test, so that there is nothing to say."]
+    says = [
+        f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is had without a lung (0.5 is chance), "
+        f"and {of['shuffled']:.2f} from grey values alone."
+    ]
+    without, whole = (found["variants"][name]["classes"] for name in ("no_lungs", "images"))
+    told = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
+    if len(told) > 1:
+        most = max(told, key=lambda name: told[name] or 0.0)
+        says.append(f"Most for {most}: {told[most]:.2f} of {whole[most]['auroc']:.2f}.")
+    if estimate := found["estimate"]:
+        low, high = estimate["interval"]
+        says.append(f"{ESTIMATE}: {estimate['auroc']:.2f} ({low:.2f} to {high:.2f}).")
+    return says
+
+
+def summary(found: BackgroundFile) -> str:
+    """The figures of the four trainings for the terminal."""
+    rows = []
+    for name, title in VARIANTS.items():
+        scores = found["variants"][name]
+        change = scores["difference"]
+        rows.append(
+            [
+                title,
+                _cell(scores["auroc"], scores["auroc_interval"]),
+                "" if name == "images" else _cell(change["difference"], change["interval"]),
+                *([_cell(scores["accuracy"], scores["accuracy_interval"])] * _has_accuracy(found)),
+                *(_cell(own["auroc"], own["auroc_interval"]) for own in scores["classes"].values()),
+            ]
+        )
+    headers = [
+        *("Trained and tested on", "AUROC, mean", "Difference"),
+        *(["Accuracy"] * _has_accuracy(found)),
+        *(f"AUROC {name}" for name in found["classes"]),
+    ]
+    test = found["totals"]["test"]
+    of = f"test: {test['images']} images of {test['patients']} patients"
+    return "\n".join([table(rows, headers), of, *found["says"]])
+
+
+def _has_accuracy(found: BackgroundFile) -> bool:
+    return found["task"] == "multiclass"
+
+
+def _cell(value: float | None, limits: Limits | None) -> str:
+    """A figure, and below it its interval."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" + (f"\n{limits[0]:.3f} to {limits[1]:.3f}" if limits else "")
