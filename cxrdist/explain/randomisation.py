@@ -2,8 +2,9 @@
 
 Sanity Checks for Saliency Maps, section 3, cascading: the weights of the head, then of the last
 block too, then of all blocks are drawn anew. A map that stays as it was does not show what these
-blocks have learned. Relevance of the z-plus rule hardly changes (Sixt et al. 2020, When
-Explanations Lie, section 4); the difference of two classes' maps does.
+blocks have learned. Relevance of the z-plus rule changes little (Sixt et al. 2020, When
+Explanations Lie, section 4); the difference of two classes' maps changes more. Of a DenseNet121
+trained on X-rays of COVID-19, with head and last block drawn anew, 0.67 against 0.22 (Pearson).
 
 A block that is drawn anew has the weights that a training from nothing begins with. The statistics
 of its BatchNorms are those of the images of the test, so that activations keep their scale.
