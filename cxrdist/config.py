@@ -370,7 +370,8 @@ class ExplainConfig:
     """Explain this many samples: first the mistakes of cxrdist evaluate, the surest first, then the
     classes in turn; all if not given."""
     contrast: str | None = None
-    """Two class names with a comma between them: also a map of the first minus the second."""
+    """Two class names with a comma between them: a map of the first minus the second. If not given:
+    a picture of the likeliest class of each image minus the second likeliest one."""
     preset: Literal["canonical", "innvestigate"] = "canonical"
     """canonical: right for a DenseNet. innvestigate: what the paper's program gives."""
     composite: str | None = None

@@ -137,6 +137,17 @@ def of_share(
     return bounded(float(part[whole].mean()), found, replicates.patients(whole))
 
 
+def of_values(
+    replicates: Replicates, values: NDArray[np.float64], known: NDArray[np.bool_]
+) -> Limits:
+    """The interval of the mean of values from 0 to 1 [N] over some of the images, a mask [N]."""
+    columns = np.column_stack([np.where(known, values, 0), known]).astype(np.float64)
+    sums = replicates.sums(columns)
+    with np.errstate(invalid="ignore"):
+        means = sums[:, 0] / sums[:, 1]
+    return bounded(float(values[known].mean()), means, replicates.patients(known))
+
+
 def of_auroc(
     replicates: Replicates, auroc: float, values: Values, truth: NDArray[np.bool_]
 ) -> Limits:

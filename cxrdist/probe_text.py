@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from cxrdist.bootstrap import draw
 from cxrdist.config import ProbeTextConfig
 from cxrdist.data.boxes import Box, cover, inside
 from cxrdist.data.cache import Images, read_rows
@@ -37,7 +38,7 @@ from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.relevance import Explainer
-from cxrdist.intervals import describe
+from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
@@ -327,7 +328,10 @@ def _describe_paste(
 
 
 def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
-    """Mean share of |relevance| and of the area in the boxes, over the images of each class."""
+    """Mean share of |relevance| and of the area in the boxes, over the images of each class.
+
+    The share of all images has an interval by patient.
+    """
     named = [("all", rows)] + [
         (name, [row for row in rows if name in labels_of(index.samples[row[0]].label)])
         for name in index.classes
@@ -344,7 +348,21 @@ def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) 
                 "times_chance": round(float(share / area), 3) if own and area else None,
             }
         )
-    return {"all": described[0], "classes": described[1:]}
+    return {"all": described[0] | _share_interval(index, rows), "classes": described[1:]}
+
+
+def _share_interval(index: Index, rows: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
+    """The interval of the mean share, and of how many patients it is; empty without images."""
+    if not rows:
+        return {}
+    samples = [index.samples[number] for number, *_ in rows]
+    patients, shares = [sample.patient for sample in samples], [share for _, share, _ in rows]
+    everything = np.ones(len(rows), bool)
+    replicates = draw(patients, [sample.label for sample in samples])
+    return {
+        "patients": replicates.patients(everything),
+        "share_interval": of_values(replicates, np.array(shares), everything),
+    }
 
 
 def _write_pictures(

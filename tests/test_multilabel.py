@@ -127,9 +127,9 @@ def test_one_rank_gives_the_bytes_of_two(whole, tmp_path):
 
 
 def test_heat_maps_are_of_every_label(whole):
-    """Each explained image has a map of each label, whose parts sum to the logit."""
+    """Each explained image has a map of each label and a contrast; parts sum to the logit."""
     rows = read_csv(whole / "run" / "test" / "relevance.csv")
-    assert len(rows) == 6 * len(LABELS)
+    assert len(rows) == 6 * (len(LABELS) + 1)
     for row in rows:
         parts = sum(float(row[name]) for name in ("relevance_sum", "bias_share", "epsilon_share"))
         assert parts == pytest.approx(float(row["logit"]), abs=1e-4)
@@ -211,7 +211,7 @@ def test_chestxray14_goes_the_whole_way(real_data, tmp_path):
     metrics = json.loads((run / "test" / "metrics.json").read_text())
     assert len(metrics["classes"]) == 14
     assert metrics["macro_labels"]["auroc"] == 14
-    assert len(read_csv(run / "test" / "relevance.csv")) == 15 * 14
+    assert len(read_csv(run / "test" / "relevance.csv")) == 15 * (14 + 1)  # and the contrast
 
 
 def test_what_is_covered_costs_its_label_alone(whole):

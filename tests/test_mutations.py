@@ -44,8 +44,8 @@ from cxrdist.report.files import (
     read_metrics,
     read_predictions,
     read_relevance,
-    read_sanity,
     read_stages,
+    read_tests,
 )
 from cxrdist.report.html import report
 from cxrdist.report.localisation import localisation_views
@@ -108,7 +108,7 @@ def cases_of(folder: Path) -> list[Case]:
         "test/predictions.csv": lambda: read_predictions(run.predictions("test"), "multiclass"),
         "test/metrics.json": lambda: read_metrics(run.metrics("test"), "multiclass"),
         "test/relevance.csv": lambda: read_relevance(run, "test"),
-        "test/relevance.json": lambda: read_sanity(run, "test"),
+        "test/relevance.json": lambda: read_tests(run, "test"),
         "test/nearest.csv": lambda: read_nearest(run.nearest("test")),
         "test/text.json": lambda: text_views(run),
         "test/localisation.json": lambda: localisation_views(run),

@@ -1,14 +1,15 @@
 """Files of relevance: an npz a sample, or WebDataset shards of them in half the space."""
 
 import io
+import math
 import os
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from cxrdist.data.shards import add_member
 from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file, open_regular
+
+T = TypeVar("T")
 
 BATCHES_A_SHARD = 16
 """A shard is what a killed run repeats at most, and what a rank takes at once."""
@@ -108,15 +111,62 @@ def read_ledgers(
     Raises:
         CxrdistError: a link or another special file has the name of a map.
     """
+
+    def read(_: str, npz: IO[bytes]) -> NDArray[np.float64]:
+        with zipfile.ZipFile(npz) as file:
+            return _array(file, "ledger", (num_maps, 4), np.float64)
+
+    return read_unit(place, keys, read)
+
+
+def read_map(npz: IO[bytes], key: str, names: list[str], size_px: int) -> Map:
+    """Read a map back, if it has the shape that it must have.
+
+    Args:
+        npz: what `encode` wrote.
+        key: of its sample.
+        names: of its K classes.
+        size_px: side of its image.
+
+    Raises:
+        ValueError, and what `zipfile` raises: it has not, or is not finite.
+    """
+    shape = len(names), size_px, size_px
+    with zipfile.ZipFile(npz) as file:
+        ledger = _array(file, "ledger", (len(names), 4), np.float64)
+        if "scale.npy" in file.namelist():
+            scale = _array(file, "scale", shape[:1], np.float32)
+            half = _array(file, "relevance", shape, np.float16)
+            relevance = half.astype(np.float32) * scale[:, None, None]
+        else:
+            relevance = _array(file, "relevance", shape, np.float32)
+    if not np.isfinite(relevance).all():
+        raise ValueError("relevance is not finite")
+    return Map(key, names, relevance, ledger)
+
+
+def read_unit(
+    place: Path, keys: Sequence[str], read: Callable[[str, IO[bytes]], T]
+) -> list[T] | None:
+    """Read something of each map of a unit; None unless all of its maps are whole.
+
+    Args:
+        place: of the unit, as in `write_maps`.
+        keys: of its samples.
+        read: takes a key and the npz.
+
+    Raises:
+        CxrdistError: a link or another special file has the name of a map.
+    """
     try:
         if place.suffix != ".tar":
-            return [_ledger_of(place / f"{key}.npz", num_maps) for key in keys]
+            return [_read_file(place / f"{key}.npz", key, read) for key in keys]
         with (
             open_regular(place, os.O_RDONLY) as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
-            members = [tar.extractfile(f"{key}.npz") for key in keys]
-            whole = [_ledger(member, num_maps) for member in members if member]
+            members = [(key, tar.extractfile(f"{key}.npz")) for key in keys]
+            whole = [read(key, member) for key, member in members if member]
             return whole if len(whole) == len(keys) else None
     except CxrdistError:
         raise
@@ -124,26 +174,27 @@ def read_ledgers(
         return None  # missing or damaged: the unit is made anew
 
 
-def _ledger_of(path: Path, num_maps: int) -> NDArray[np.float64]:
+def _read_file(path: Path, key: str, read: Callable[[str, IO[bytes]], T]) -> T:
     with open_regular(path, os.O_RDONLY) as file:
-        return _ledger(file, num_maps)
+        return read(key, file)
 
 
-def _ledger(npz: IO[bytes], num_maps: int) -> NDArray[np.float64]:
-    """Read the ledger of a map, if it has the size that it must have.
+def _array(
+    file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kind: type[np.generic]
+) -> NDArray[Any]:
+    """Read an array of an npz, if it has the size that it must have.
 
     Raises:
         ValueError, and what `zipfile` raises: it has not.
     """
-    with zipfile.ZipFile(npz) as file:
-        if file.getinfo("ledger.npy").file_size > _MOST_HEADER_BYTES + num_maps * 4 * 8:
-            raise ValueError("the ledger is too large")
-        array = io.BytesIO(file.read("ledger.npy"))
+    num_bytes = math.prod(shape) * np.dtype(kind).itemsize
+    if file.getinfo(f"{name}.npy").file_size > _MOST_HEADER_BYTES + num_bytes:
+        raise ValueError(f"{name} is too large")
+    array = io.BytesIO(file.read(f"{name}.npy"))
     if np.lib.format.read_magic(array) != (1, 0):
-        raise ValueError("the ledger is of another version")
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(array, _MOST_HEADER_BYTES)
+        raise ValueError(f"{name} is of another version")
+    found, is_fortran, dtype = np.lib.format.read_array_header_1_0(array, _MOST_HEADER_BYTES)
     values = array.read()
-    found = shape, is_fortran, dtype, len(values)
-    if found != ((num_maps, 4), False, np.float64, num_maps * 4 * 8):
-        raise ValueError("the ledger has another shape")
-    return np.frombuffer(values, np.float64).reshape(shape)
+    if (found, is_fortran, dtype, len(values)) != (shape, False, kind, num_bytes):
+        raise ValueError(f"{name} has another shape")
+    return np.frombuffer(values, kind).reshape(shape)

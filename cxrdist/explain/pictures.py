@@ -43,8 +43,8 @@ def draw(drawing: Drawing, directory: Path, how: Preparation) -> None:
     write_maps(directory, [(key, encode(drawing.found, half=False))])
 
 
-def picture_name(key: str, name: str) -> str:
-    """File name of a heat map.
+def safe_name(name: str) -> str:
+    """Name of a class as a part of a file's name.
 
     A class name may hold characters that a file name may not, or too many. What is left of such a
     name gets a hash, so that no two classes share a file.
@@ -53,7 +53,12 @@ def picture_name(key: str, name: str) -> str:
     safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
     if safe != name:
         safe += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return f"{key}.{safe}.png"
+    return safe
+
+
+def picture_name(key: str, name: str) -> str:
+    """File name of a heat map."""
+    return f"{key}.{safe_name(name)}.png"
 
 
 def picture_names(key: str, names: list[str]) -> list[str]:
@@ -84,13 +89,14 @@ def write_pictures(
     """
     image = np.asarray(image)  # a row of the cache is a memory map
     xray, *names = picture_names(key, classes)
-    _save(directory / xray, Image.fromarray(image))
+    save_picture(directory / xray, Image.fromarray(image))
     for name, values in zip(names, relevance, strict=True):
         xray_and_map = overlay_original(image, values, fit) if fit else overlay(image, values)
-        _save(directory / name, xray_and_map)
+        save_picture(directory / name, xray_and_map)
     return names
 
 
-def _save(path: Path, picture: Image.Image) -> None:
+def save_picture(path: Path, picture: Image.Image) -> None:
+    """Write a picture as PNG."""
     with atomic_file(path) as partial:
         picture.save(partial, "PNG")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,12 @@ from cxrdist.run import RunDirectory, read_document
 
 @dataclass(frozen=True)
 class Targets:
-    """What is explained: classes, and perhaps one of them minus another.
+    """What is explained: classes, and one of them minus another.
 
     Attributes:
         classes: names of the classes.
-        contrast: names of two classes; None for no contrast.
+        contrast: names of two classes, of every image; None for the two likeliest of each image,
+            whose contrast is drawn and not kept as a map: it is the difference of two that are.
     """
 
     classes: list[str]
@@ -35,8 +37,40 @@ class Targets:
 
     @property
     def names(self) -> list[str]:
-        """The name of each map: the classes, then the contrast."""
+        """The name of each map that is kept: the classes, then the contrast of every image."""
         return [*self.classes, *([" minus ".join(self.contrast)] if self.contrast else [])]
+
+    def leading(self, ledger: NDArray[np.float64]) -> tuple[int, int] | None:
+        """Places of an image's likeliest class and of the second likeliest one.
+
+        Their contrast is the map of an image that changes when the network does. None where a
+        contrast was asked for, or only one class is explained.
+
+        Args:
+            ledger: float64 [K, 4], as in `Map`.
+        """
+        if self.contrast is not None or len(self.classes) < 2:
+            return None
+        first, second, *_ = np.argsort(-ledger[:, 0], kind="stable").tolist()
+        return first, second
+
+    def names_of(self, ledger: NDArray[np.float64]) -> list[str]:
+        """The name of each picture and row of an image: its maps, then its leading contrast."""
+        places = self.leading(ledger)
+        if places is None:
+            return self.names
+        return [*self.names, " minus ".join(self.classes[place] for place in places)]
+
+    def with_leading(self, values: NDArray[Any], ledger: NDArray[np.float64]) -> NDArray[Any]:
+        """Add the leading contrast to what is known of each map of an image, [K, ...]."""
+        places = self.leading(ledger)
+        if places is None:
+            return values
+        return np.concatenate([values, (values[places[0]] - values[places[1]])[None]])
+
+    def likeliest(self, ledger: NDArray[np.float64]) -> int:
+        """Place of the image's likeliest class among those that are explained."""
+        return int(ledger[: len(self.classes), 0].argmax())
 
     def attribute(self, explainer: Explainer, images: torch.Tensor) -> Attribution:
         """Relevance and ledger of each map; those of the contrast are differences.

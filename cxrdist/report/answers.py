@@ -295,7 +295,7 @@ def explanations(e: Evidence) -> Answer:
     return Answer(
         HELD,
         "Layer-wise relevance propagation on a canonical network, with a ledger of each logit, and "
-        "tested by covering pixels in the order of their relevance.",
+        "tested by covering pixels in order of their relevance and by drawing weights anew.",
         (f"{e.explained[0]}/relevance.json", "report.html#reading"),
     )
 

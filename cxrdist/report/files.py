@@ -3,7 +3,7 @@
 import csv
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
@@ -18,7 +18,7 @@ from cxrdist.documents import Between, Real, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics, predicted_classes
 from cxrdist.evaluate.scored import GROUP_COLUMNS
-from cxrdist.explain.sanity import RelevanceInfo, Rules, SanityInfo
+from cxrdist.explain.description import RelevanceInfo, read_description
 from cxrdist.info import RunInfo, WeightsInfo
 from cxrdist.model.description import Calibration, ModelFile
 from cxrdist.report.values import COUNTS, MEASURES
@@ -93,6 +93,8 @@ class Explanation:
     epsilon: float | None
     picture: Path | None
     """The heat map; None where none was written."""
+    is_contrast: bool = False
+    """Whether it is of one class minus another."""
 
 
 @contextmanager
@@ -323,8 +325,16 @@ def read_calibration(run: RunDirectory) -> Calibration | None:
     return read_document(path, ModelFile, "run `cxrdist train` again").get("calibration")
 
 
-def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]] | None:
-    """Read the ledger of a split by key, in the order of the file; None if not explained."""
+def read_relevance(
+    run: RunDirectory, split: str, classes: Collection[str] | None = None
+) -> dict[str, list[Explanation]] | None:
+    """Read the ledger of a split by key, in the order of the file; None if not explained.
+
+    Args:
+        run: the run directory.
+        split: the split, or the place of an external set.
+        classes: of the model; what else is explained is a contrast. All are classes if None.
+    """
     path = run.relevance_table(split)
     if not path.is_file():
         return None
@@ -336,14 +346,24 @@ def read_relevance(run: RunDirectory, split: str) -> dict[str, list[Explanation]
             bias, epsilon = (_finite(text) if any(shares) else None for text in shares)
             picture = within(run.heatmaps(split), row["picture"]) if row["picture"] else None
             explanation = Explanation(
-                row["key"], row["class"], logit, pixels, bias, epsilon, picture
+                row["key"],
+                row["class"],
+                logit,
+                pixels,
+                bias,
+                epsilon,
+                picture,
+                classes is not None and row["class"] not in classes,
             )
             found.setdefault(row["key"], []).append(explanation)
     return found
 
 
-def read_sanity(run: RunDirectory, split: str) -> tuple[Rules, SanityInfo] | None:
-    """Read how the relevance of a split was made and tested; None if that is not known.
+def read_tests(run: RunDirectory, split: str) -> RelevanceInfo | None:
+    """Read how the relevance of a split was made and tested, and where it lies.
+
+    Returns:
+        None if that is not known, or explain is under way.
 
     Raises:
         CxrdistError: relevance.json is damaged.
@@ -351,16 +371,16 @@ def read_sanity(run: RunDirectory, split: str) -> tuple[Rules, SanityInfo] | Non
     path = run.relevance_info(split)
     if not path.is_file():
         return None
-    info = read_document(path, RelevanceInfo, "run `cxrdist explain` again")
-    if info["sanity"] is None:
+    info = read_description(path, "run `cxrdist explain` again")
+    flipping = info["pixel_flipping"]
+    if flipping is None:
         return None
-    flipping = info["sanity"]["pixel_flipping"]
     if len(flipping["relevant_first"]) != len(flipping["random_order"]):
         raise CxrdistError(
             f"{path}: the curves of pixel_flipping have different lengths; "
             "run `cxrdist explain` again"
         )
-    return info["how"], info["sanity"]
+    return info
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from cxrdist.report.files import (
 )
 from cxrdist.report.foreign import report_predictions
 from cxrdist.report.localisation import localisation_views
+from cxrdist.report.outside import outside_lines
 from cxrdist.report.page import template
 from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
@@ -50,13 +51,13 @@ def report(config: ReportConfig) -> Path:
     run = RunDirectory(config.run)
     sweep(run.root)
     info = read_info(run)
-    recipe = read_stages(run.recipe)
+    recipe, shards = read_stages(run.recipe), info["shards"]
     splits = [
-        split_view(run, split, f"split{place}", info["shards"]["task"])
+        split_view(run, split, f"split{place}", shards["task"], shards["classes"])
         for place, split in enumerate(known_splits(run.root))
     ]
     headline = next((split for split in splits if split["metrics"]), None)
-    audit = audit_view(run.audit)
+    audit, texts = audit_view(run.audit), text_views(run)
     page = template("report.html.jinja").render(
         name=run.root.resolve().name,
         info=info,
@@ -70,12 +71,16 @@ def report(config: ReportConfig) -> Path:
         external=external_view(splits),
         members=read_members(run),
         figures=FIGURES,
-        texts=text_views(run),
+        texts=texts,
         localisations=localisation_views(run),
         headline=headline,
         verdict=verdict_view(headline) if headline else None,
         baselines=baseline_lines(audit),
-        remarks=[*external_lines(splits), *(gap_lines(headline["metrics"]) if headline else [])],
+        remarks=[
+            *external_lines(splits),
+            *(gap_lines(headline["metrics"]) if headline else []),
+            *(outside_lines(headline, texts) if headline else []),
+        ],
     )
     write_text(run.report, page)
     evidence = gather(run)

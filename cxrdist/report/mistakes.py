@@ -19,7 +19,7 @@ from cxrdist.run import RunDirectory
 MOST_LISTED = 1000
 """Mistakes without a picture that have a row."""
 MOST_MAPS = 3
-"""Heat maps of a mistake: of the labels that were got wrong."""
+"""Heat maps of a mistake: the contrast, then those of the labels that were got wrong."""
 MOST_VALUES = 24
 """Values of a filter, the most frequent; what is left is one value together."""
 OTHERS, NOT_KNOWN = "others", "not known"
@@ -172,7 +172,7 @@ def _pictures(
     relevance: Mapping[str, list[Explanation]] | None,
     nearest: Mapping[str, Nearest],
 ) -> Pictures:
-    """Embed what evaluate and explain have written of a mistake."""
+    """Embed what evaluate and explain have written of a mistake, the contrast first."""
     key = case.sample.key
     xray = _embed(run.mistakes(place), key, "evaluate") or _embed(
         run.heatmaps(place), key, "explain"
@@ -180,9 +180,10 @@ def _pictures(
     drawn = [item for item in (relevance or {}).get(key, []) if item.picture]
     wrong = [item for item in drawn if item.target in case.called + case.missed]
     wrong.sort(key=lambda item: item.target not in case.called)
+    contrasts = [item for item in drawn if item.is_contrast]
     maps = [
         (item, pictures.embed(item.picture))
-        for item in (wrong or drawn[:1])[:MOST_MAPS]
+        for item in (contrasts + (wrong or drawn[:1]))[:MOST_MAPS]
         if item.picture
     ]
     alike = nearest.get(key)

@@ -1,7 +1,7 @@
 """What the report shows of one split: scores, mistakes, heat maps, ledger."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from markupsafe import Markup
 
 from cxrdist.data.labels import NOT_STATED
+from cxrdist.explain.description import RelevanceInfo
 from cxrdist.info import ShardsInfo
 from cxrdist.report import pictures
 from cxrdist.report.calibration import calibration_view
@@ -18,12 +19,13 @@ from cxrdist.report.files import (
     read_metrics,
     read_predictions,
     read_relevance,
-    read_sanity,
+    read_tests,
     reading,
     within,
 )
 from cxrdist.report.groups import groups_view
 from cxrdist.report.mistakes import mistakes_view
+from cxrdist.report.outside import outside_view
 from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
 from cxrdist.report.values import share
 from cxrdist.run import RunDirectory, options_of
@@ -44,7 +46,9 @@ class Card:
     maps: list[tuple[Explanation, pictures.Picture]]
 
 
-def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[str, Any]:
+def split_view(
+    run: RunDirectory, split: str, element: str, task: str, classes: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Gather all that is shown of one split; what was not made is None.
 
     Args:
@@ -52,13 +56,14 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         split: the split, or the place of an external set.
         element: begins the ids of its elements in the page; unique.
         task: multiclass or multilabel.
+        classes: of the model; None where nothing can have been explained.
 
     Raises:
         CxrdistError: a file is broken, or predictions and metrics are of different evaluations.
     """
     metrics = read_metrics(run.metrics(split), task)
     samples = read_predictions(run.predictions(split), task)
-    relevance = read_relevance(run, split)
+    relevance = read_relevance(run, split, classes)
     if metrics and samples is not None:
         check_same_evaluation(run, split, metrics, samples)
     with reading(run.metrics(split), "evaluate"):
@@ -66,6 +71,7 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         groups = groups_view(element, metrics) if metrics else None
     by_key = {sample.key: sample for sample in samples or []}
     shown = _gallery(relevance or {}, by_key)
+    tests = read_tests(run, split) if relevance else None
     return {
         "name": split.replace("external/", "external set "),
         "place": split,
@@ -82,7 +88,8 @@ def split_view(run: RunDirectory, split: str, element: str, task: str) -> dict[s
         "groups": groups,
         "explained": relevance is not None,
         "ledger": _ledger(relevance or {}),
-        "sanity": _sanity(run, split, element) if relevance else None,
+        "tests": tests and {**tests, "chart": _flipping_chart(tests, element)},
+        "outside": tests and outside_view(run, split, tests["outside"]),
         "gallery": [
             (label, [_card(run, split, key, by_key, relevance) for key in keys])
             for label, keys in shown.items()
@@ -130,15 +137,18 @@ def _card(
 ) -> Card:
     """Gather the X-ray and the heat maps of one sample, as far as they were written.
 
-    Of many heat maps those of the truth, of the prediction and of the likeliest classes stay.
+    The contrast comes first: it is the map that changes when the network does. Of many heat maps
+    those of the truth, of the prediction and of the likeliest classes stay.
     """
     sample = samples.get(key)
 
-    def interest(explanation: Explanation) -> tuple[bool, float]:
-        if sample is None:
-            return True, 0.0
+    def interest(explanation: Explanation) -> tuple[bool, bool, float]:
         target = explanation.target
-        return target not in sample.labels + sample.predicted, -sample.logits.get(target, -math.inf)
+        if sample is None:
+            return not explanation.is_contrast, True, 0.0
+        rank = -sample.logits.get(target, -math.inf)
+        is_asked = target in sample.labels + sample.predicted
+        return not explanation.is_contrast, not is_asked, rank
 
     with reading(run.relevance_table(split), "explain"):
         xray = within(run.heatmaps(split), f"{key}.png")
@@ -153,14 +163,14 @@ def _card(
 
 
 def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
-    """Average the ledger over the heat maps of each explained class; of rules that keep one.
+    """Average the ledger over the heat maps of each explained class, if the rules keep one.
 
     Shares are of the absolute amounts, since parts of opposite sign make no share of their sum.
     """
     by_class: dict[str, list[Explanation]] = {}
     for explanations in relevance.values():
         for explanation in explanations:
-            if explanation.bias is None:
+            if explanation.bias is None or explanation.is_contrast:
                 continue
             by_class.setdefault(explanation.target, []).append(explanation)
     rows = []
@@ -183,17 +193,14 @@ def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _sanity(run: RunDirectory, split: str, element: str) -> dict[str, Any] | None:
-    """Gather how the maps were made and what the tests of them found."""
-    found = read_sanity(run, split)
-    if found is None:
-        return None
-    how, sanity = found
-    flipping = sanity["pixel_flipping"]
-    chart = pictures.flipping_chart(
-        f"{element}-flipping",
-        flipping["covered_share"],
-        flipping["relevant_first"],
-        flipping["random_order"],
+def _flipping_chart(tests: RelevanceInfo, element: str) -> Markup | None:
+    """Draw the curves of pixel flipping."""
+    flipping = tests["pixel_flipping"]
+    return flipping and Markup(
+        pictures.flipping_chart(
+            f"{element}-flipping",
+            flipping["covered_share"],
+            flipping["relevant_first"],
+            flipping["random_order"],
+        )
     )
-    return {**sanity, "how": how, "chart": Markup(chart)}

@@ -32,6 +32,7 @@ def _text_view(run: RunDirectory, split: str) -> dict[str, Any]:
         classes = [str(name) for name in found["classes"]]
         drawn = [_picture(run, split, about, classes) for about in found["pictures"][:MOST_SHOWN]]
         return {
+            "place": split,
             "split": split.replace("external/", "external set "),
             "several": found["task"] == "multilabel",
             "classes": classes,
@@ -43,6 +44,7 @@ def _text_view(run: RunDirectory, split: str) -> dict[str, Any]:
             "covering": _covering(found["covering"], classes, found["task"]),
             "paste": _paste(found["paste"]),
             "relevance": _relevance(found["relevance"]),
+            "in_text": _in_text(found["relevance"]["all"]),
             "found": [about for about in drawn if about["kind"] == "found"],
             "pasted": [about for about in drawn if about["kind"] == "pasted"],
         }
@@ -121,6 +123,20 @@ def _relevance(about: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]
         )
         for name, row in named
     ]
+
+
+def _in_text(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The share of all images for the verdict; None without an interval, as of older versions."""
+    if not row["images"] or "share_interval" not in row:
+        return None
+    low, high = (float(limit) for limit in row["share_interval"])
+    return {
+        "images": int(row["images"]),
+        "patients": int(row["patients"]),
+        "share": float(row["share"]),
+        "share_interval": [low, high],
+        "area": float(row["area"]),
+    }
 
 
 def _picture(

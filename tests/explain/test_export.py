@@ -88,7 +88,9 @@ def test_ranks_and_kills_do_not_change_a_byte(shards, run, tmp_path, form, world
     assert all(file.stat().st_ino == inode for file, inode in inodes.items())
     assert files_of(killed / "test") == expected
     maps = 18 if form == "npz" else 2
-    assert len(expected) == 2 + maps + 18 * 4  # relevance.csv, relevance.json
+    means = len(list((run / "test" / "mean_maps").iterdir()))
+    assert 1 <= means <= 3
+    assert len(expected) == 2 + maps + 18 * 5 + means  # relevance.csv, relevance.json
 
 
 @pytest.mark.parametrize("form", ["npz", "webdataset"])
@@ -184,17 +186,17 @@ def test_rules_without_a_ledger_leave_it_empty(shards, run, tmp_path):
     with open(run / "test" / "relevance.csv") as file:
         rows = list(csv.DictReader(file))
     assert {row["bias_share"] + row["epsilon_share"] for row in rows} == {""}
-    sanity = json.loads((run / "test" / "relevance.json").read_text())["sanity"]
-    assert sanity["ledger_residual"] is None
-    assert sanity["pixel_flipping"]["images"] == 2
+    tests = json.loads((run / "test" / "relevance.json").read_text())
+    assert tests["ledger_residual"] is None
+    assert tests["pixel_flipping"]["images"] == 2
 
 
 def test_relevance_is_tested_on_the_spot(shards, run, tmp_path, capsys):
     """relevance.json says how far the ledger closes, and what covering pixels does."""
     explain(ExplainConfig(run, shards, limit=9, cache=tmp_path / "cache"))
-    sanity = json.loads((run / "test" / "relevance.json").read_text())["sanity"]
-    assert sanity["ledger_residual"] < 1e-5
-    flipping = sanity["pixel_flipping"]
+    tests = json.loads((run / "test" / "relevance.json").read_text())
+    assert tests["ledger_residual"] < 1e-5
+    flipping = tests["pixel_flipping"]
     assert flipping["images"] == 8
     assert flipping["relevant_first"][0] == flipping["random_order"][0] == 1
     assert "ledger closed to" in capsys.readouterr().out
@@ -207,8 +209,18 @@ def test_the_files_hold_the_relevance_of_the_library(shards, run, tmp_path):
     by_key = {sample.key: i for i, sample in enumerate(index.samples)}
     with open(run / "test" / "relevance.csv") as file:
         rows = list(csv.DictReader(file))
+    contrasts = [row for row in rows if " minus " in row["class"]]
+    rows = [row for row in rows if row not in contrasts]
     assert [row["class"] for row in rows] == ["d", "a"] * 4
     assert len({index.samples[by_key[row["key"]]].label for row in rows}) == 3
+    for contrast, *pair in zip(contrasts, rows[::2], rows[1::2], strict=True):
+        first, second = sorted(pair, key=lambda row: -float(row["logit"]))
+        assert contrast["class"] == f"{first['class']} minus {second['class']}"
+        assert contrast["picture"] == f"{contrast['key']}.{contrast['class']}.png"
+        assert (run / "test" / "heatmaps" / contrast["picture"]).is_file()
+        for part in ("logit", "relevance_sum", "bias_share", "epsilon_share"):
+            difference = float(first[part]) - float(second[part])
+            assert float(contrast[part]) == pytest.approx(difference, abs=1e-6)
     for row in rows:
         with np.load(run / "test" / "relevance" / f"{row['key']}.npz") as data:
             assert data["classes"].tolist() == ["d", "a"]

@@ -276,8 +276,9 @@ def write_explanation(directory: Path, rows: list[dict]) -> None:
         "area_over_random_order": 0.075,
     }
     how = {"preset": "canonical", "composite": None, "flat": True, "biases": True}
-    sanity = {"ledger_residual": 2.5e-7, "pixel_flipping": flipping}
-    (directory / "relevance.json").write_text(json.dumps({"how": how, "sanity": sanity}))
+    found = {"format": "cxrdist-relevance-1", "how": how, "ledger_residual": 2.5e-7}
+    found |= {"pixel_flipping": flipping, "randomisation": None, "outside": None}
+    (directory / "relevance.json").write_text(json.dumps(found))
 
 
 def write_pictures(directory: Path, rows: list[dict]) -> None:

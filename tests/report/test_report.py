@@ -385,7 +385,7 @@ def test_maps_are_shown_with_their_test(run: Path) -> None:
     assert "do not\n  read single places" not in page
     file = run / "test" / "relevance.json"
     info = json.loads(file.read_text())
-    info["sanity"]["pixel_flipping"]["area_over_relevant_first"] = 0.1
+    info["pixel_flipping"]["area_over_relevant_first"] = 0.1
     file.write_text(json.dumps(info))
     assert "do not\n  read single places" in write(run)
 

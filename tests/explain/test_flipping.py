@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cxrdist.explain.flipping import STEPS, Flipping, flip_pixels, summarise
 from cxrdist.explain.heatmap import smooth
 from cxrdist.explain.relevance import Explainer
-from cxrdist.explain.sanity import STEPS, Flipping, flip_pixels, summarise
 from cxrdist.model.densenet import Classifier, Network
 
 SIZE, MARKER = 64, 8

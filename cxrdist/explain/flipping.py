@@ -1,20 +1,18 @@
-"""Are the maps right? Measured on the network itself: pixel flipping, and the ledger.
+"""Pixel flipping: do the maps show what the network uses? (Samek et al. 2017, IEEE TNNLS 28(11)).
 
-Pixel flipping (Samek et al. 2017, IEEE TNNLS 28(11)): patches of the image are covered, the most
-relevant first, and the network is asked again. Relevance that shows what the network uses makes the
-probability fall faster than patches in random order do. The sum of a map proves nothing: a map that
-shows the wrong places has the same sum.
+Patches of the image are covered, the most relevant first, and the network is asked again. Relevance
+that shows what the network uses makes the probability fall faster than patches in random order do.
+The sum of a map proves nothing: a map that shows the wrong places has the same sum.
 """
 
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxrdist.documents import Real
+from cxrdist.explain.description import FlippingInfo
 from cxrdist.explain.relevance import Explainer
-from cxrdist.info import Count
 from cxrdist.model.densenet import Classifier
 
 PATCHES_A_SIDE = 28
@@ -34,41 +32,6 @@ class Flipping(NamedTuple):
     """The most relevant patches first."""
     random: NDArray[np.float64]
     """Patches in random order."""
-
-
-class FlippingInfo(TypedDict):
-    """Pixel flipping of several images, in relevance.json."""
-
-    images: Count
-    covered_share: Real
-    relevant_first: list[Real]
-    """Mean curve, from 1."""
-    random_order: list[Real]
-    area_over_relevant_first: Real
-    area_over_random_order: Real
-
-
-class SanityInfo(TypedDict):
-    """What the tests of the maps found."""
-
-    ledger_residual: Real | None
-    pixel_flipping: FlippingInfo
-
-
-class Rules(TypedDict):
-    """How the relevance was made, as far as the report shows it; explain adds what it compares."""
-
-    preset: str
-    composite: str | None
-    flat: bool
-    biases: bool
-
-
-class RelevanceInfo(TypedDict):
-    """The content of relevance.json; without the tests while explain is under way."""
-
-    how: Rules
-    sanity: SanityInfo | None
 
 
 def flip_pixels(

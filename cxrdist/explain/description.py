@@ -1,0 +1,170 @@
+"""relevance.json: how the relevance of a place was made, where it lies, and how it was tested."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
+
+from cxrdist.bootstrap import Limits
+from cxrdist.documents import Between, Real
+from cxrdist.info import Count
+from cxrdist.intervals import Intervals
+from cxrdist.run import read_document
+
+Share = Annotated[float, Between(0, 1)]
+Correlation = Annotated[float, Between(-1, 1)]
+Curve = Annotated[list[Real], Between(2, 1000)]
+
+
+class FlippingInfo(TypedDict):
+    """Pixel flipping of several images."""
+
+    images: Count
+    covered_share: Real
+    relevant_first: Curve
+    """Mean curve, from 1."""
+    random_order: Curve
+    area_over_relevant_first: Real
+    area_over_random_order: Real
+
+
+class Similarity(TypedDict):
+    """How alike the maps of two networks are, means over images; None where no map varies."""
+
+    spearman: Correlation | None
+    """Rank correlation of the absolute relevance of the pixels."""
+    pearson: Correlation | None
+    """Correlation of the relevance of the pixels, with its sign."""
+
+
+class Drawn(TypedDict):
+    """The maps of a network of which some blocks were drawn anew, beside those of the network."""
+
+    blocks: list[str]
+    class_map: Similarity
+    """Of the likeliest class."""
+    contrast: Similarity | None
+    """Of the likeliest class minus the second likeliest; None where one class is explained."""
+
+
+class RandomisationInfo(TypedDict):
+    """The randomisation test on several images, from the head downwards."""
+
+    images: Count
+    drawn: list[Drawn]
+
+
+class RegionInfo(TypedDict):
+    """How much of the relevance lies in a region, mean over images."""
+
+    images: Count
+    patients: Count
+    area: Share
+    """The region's share of the area: what chance would give."""
+    share: Share
+    """Of the absolute relevance."""
+    share_interval: Limits
+    peaks: Share
+    """Share of the images whose largest absolute relevance, smoothed, lies there."""
+    peaks_interval: Limits
+
+
+class OutsideRow(TypedDict):
+    """Where the relevance of some images lies."""
+
+    images: Count
+    patients: Count
+    regions: dict[str, RegionInfo]
+    """border, corners, and beside_lungs where images have masks."""
+
+
+class ClassRow(OutsideRow):
+    """Where the relevance of the images lies whose likeliest explained class is this one."""
+
+    alike: Share
+    """Share of the images whose largest relevance lies within a tenth of the side of that of the
+    mean map."""
+    alike_interval: Limits
+    alike_area: Share
+    """Share of the area that lies so near."""
+
+
+class OutsideInfo(TypedDict):
+    """Where the relevance for the likeliest explained class of each image lies."""
+
+    all: OutsideRow
+    classes: dict[str, ClassRow]
+    """Those that are the likeliest one of an image."""
+    intervals: Intervals
+
+
+class Rules(TypedDict):
+    """How the relevance was made, as far as the report shows it; explain adds what it compares."""
+
+    preset: str
+    composite: str | None
+    flat: bool
+    biases: bool
+
+
+class RelevanceInfo(TypedDict):
+    """The content of relevance.json.
+
+    Where the relevance lies and what the tests found is None while explain is under way; documents
+    of older versions know of pixel flipping only.
+    """
+
+    format: Literal["cxrdist-relevance-1"]
+    how: Rules
+    ledger_residual: Real | None
+    """Largest |logit - its parts|, relative to the largest |logit|; None for rules without a
+    ledger."""
+    pixel_flipping: FlippingInfo | None
+    randomisation: RandomisationInfo | None
+    outside: OutsideInfo | None
+
+
+class _OlderTests(TypedDict):
+    ledger_residual: Real | None
+    pixel_flipping: FlippingInfo
+
+
+class _Older(TypedDict):
+    """relevance.json before it had a format, when pixel flipping was called a sanity check."""
+
+    how: Rules
+    sanity: _OlderTests | None
+
+
+class _Versioned(TypedDict):
+    format: NotRequired[str]
+
+
+def under_way(how: Any) -> RelevanceInfo:
+    """Describe relevance that is under way."""
+    return {
+        "format": "cxrdist-relevance-1",
+        "how": how,
+        "ledger_residual": None,
+        "pixel_flipping": None,
+        "randomisation": None,
+        "outside": None,
+    }
+
+
+def read_description(path: Path, mend: str) -> RelevanceInfo:
+    """Read relevance.json, also of an older version.
+
+    Args:
+        path: of the file.
+        mend: what the user can do about a damaged one.
+
+    Raises:
+        CxrdistError: it is damaged.
+    """
+    if "format" in read_document(path, _Versioned, mend):
+        return read_document(path, RelevanceInfo, mend)
+    older = read_document(path, _Older, mend)
+    found = under_way(older["how"])
+    if older["sanity"] is not None:
+        found["ledger_residual"] = older["sanity"]["ledger_residual"]
+        found["pixel_flipping"] = older["sanity"]["pixel_flipping"]
+    return found

@@ -1,0 +1,200 @@
+"""Outside the body: how much of the relevance lies in border and corners, and beside the lungs.
+
+It needs no annotation but, for the last, masks. Of each image the map of its likeliest explained
+class counts: maps of other classes are nearly the same but for sign and scale.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from cxrdist.bootstrap import SEED, Replicates, draw, rarest_class
+from cxrdist.data.regions import border, corners
+from cxrdist.explain.description import ClassRow, OutsideInfo, OutsideRow, RegionInfo
+from cxrdist.explain.heatmap import overlay, smooth
+from cxrdist.intervals import describe, of_values
+
+NEAR = 0.1
+"""Of the side: how near the largest relevance of an image must be to that of the mean map."""
+
+_ONE = 1 << 40
+"""A relevance of 1 in the sums of mean maps. Whole numbers have the same sum in any order, so any
+number of ranks gives the same mean; 8 million images fit."""
+
+
+class Look(NamedTuple):
+    """Where the relevance of an image lies."""
+
+    number: int
+    """Of the sample."""
+    target: int
+    """Place of the class among those that are explained."""
+    peak: tuple[int, int]
+    """Row and column of the largest absolute relevance, smoothed."""
+    regions: dict[str, tuple[float, float, bool]]
+    """Share of the absolute relevance, share of the area, and whether the peak lies there."""
+
+
+@dataclass
+class Sums:
+    """Sums over the images of each class, from which the mean maps are made.
+
+    Attributes:
+        maps: int64 [S, S] by place of the class, of R / sum |R| in units of 1 / _ONE.
+        xrays: int64 [S, S] likewise, of the images.
+    """
+
+    maps: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    xrays: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+
+    def add(self, target: int, relevance: NDArray[np.float32], image: NDArray[np.uint8]) -> None:
+        """Add an image and its map, [S, S] both, whose relevance is not zero everywhere."""
+        exact = relevance.astype(np.float64)
+        whole = np.rint(exact / np.abs(exact).sum() * _ONE).astype(np.int64)
+        self.merge(Sums({target: whole}, {target: image.astype(np.int64)}))
+
+    def merge(self, other: "Sums") -> None:
+        """Add the sums of other images."""
+        for own, others in ((self.maps, other.maps), (self.xrays, other.xrays)):
+            for target, values in others.items():
+                own[target] = own[target] + values if target in own else values
+
+    def mean_map(self, target: int, num_images: int) -> NDArray[np.float64]:
+        """The mean of R / sum |R| over the images of a class, [S, S]."""
+        return self.maps[target] / (_ONE * num_images)
+
+    def picture(self, target: int, num_images: int) -> Image.Image:
+        """The mean map of a class over its mean X-ray."""
+        xray = np.rint(self.xrays[target] / num_images).astype(np.uint8)
+        return overlay(xray, self.mean_map(target, num_images))
+
+
+def look(
+    number: int,
+    target: int,
+    relevance: NDArray[np.float32],
+    lungs: NDArray[np.bool_] | None,
+) -> Look | None:
+    """Measure where the relevance of an image lies.
+
+    Args:
+        number: of the sample.
+        target: place of the class among those that are explained.
+        relevance: float32 [S, S].
+        lungs: its mask, bool [S, S]; None if it has none.
+
+    Returns:
+        None if the relevance is zero everywhere.
+
+    Raises:
+        CxrdistError: relevance is not finite.
+    """
+    smoothed = np.abs(smooth(relevance))
+    amount = np.abs(relevance).astype(np.float64)
+    total = amount.sum()
+    if total == 0:
+        return None
+    row, column = divmod(int(smoothed.argmax()), smoothed.shape[1])
+    masks = {"border": border(len(relevance)), "corners": corners(len(relevance))}
+    if lungs is not None:
+        masks["beside_lungs"] = ~lungs
+    regions = {
+        name: (
+            min(1.0, float(amount[mask].sum() / total)),  # sums in another order may be larger
+            float(mask.mean()),
+            bool(mask[row, column]),
+        )
+        for name, mask in masks.items()
+    }
+    return Look(number, target, (row, column), regions)
+
+
+def summarise(
+    looks: Sequence[Look], sums: Sums, names: Sequence[str], patients: Mapping[int, str]
+) -> OutsideInfo:
+    """Average over images, with intervals by patient.
+
+    Args:
+        looks: one of each of the N images, by number.
+        sums: of the same images.
+        names: of the explained classes.
+        patients: whose the images are, by number.
+    """
+    whose = [patients[one.number] for one in looks]
+    target = np.array([one.target for one in looks], np.int64)
+    has = target[:, None] == np.arange(len(names))
+    replicates = draw(whose, rarest_class(has, whose))
+    classes = {}
+    for place, name in enumerate(names):
+        own = has[:, place]
+        if own.any():
+            mean = np.abs(smooth(sums.mean_map(place, int(own.sum()))))
+            classes[name] = _class_row(looks, replicates, own, mean)
+    everything = np.ones(len(looks), bool)
+    return {
+        "all": _row(looks, replicates, everything),
+        "classes": classes,
+        "intervals": describe(replicates, SEED),
+    }
+
+
+def _row(looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]) -> OutsideRow:
+    """Describe some of the images, a mask [N]."""
+    names = dict.fromkeys(
+        name for one, is_own in zip(looks, own, strict=True) if is_own for name in one.regions
+    )
+    return {
+        "images": int(own.sum()),
+        "patients": replicates.patients(own),
+        "regions": {name: _region(name, looks, replicates, own) for name in names},
+    }
+
+
+def _region(
+    name: str, looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]
+) -> RegionInfo:
+    """Describe a region over those of some images that have it."""
+    known = own & np.array([name in one.regions for one in looks])
+    rows = [one.regions.get(name, (0.0, 0.0, False)) for one in looks]
+    share, area = (np.array([row[i] for row in rows], np.float64) for i in (0, 1))
+    peaks = np.array([row[2] for row in rows], np.float64)
+    return {
+        "images": int(known.sum()),
+        "patients": replicates.patients(known),
+        "area": float(area[known].mean()),
+        "share": float(share[known].mean()),
+        "share_interval": of_values(replicates, share, known),
+        "peaks": float(peaks[known].mean()),
+        "peaks_interval": of_values(replicates, peaks, known),
+    }
+
+
+def _class_row(
+    looks: Sequence[Look],
+    replicates: Replicates,
+    own: NDArray[np.bool_],
+    mean: NDArray[np.float64],
+) -> ClassRow:
+    """Describe the images of a class, and how many look where its mean map does.
+
+    Args:
+        looks: of the N images.
+        replicates: of them.
+        own: which are of the class, a mask [N].
+        mean: the absolute, smoothed mean map [S, S].
+    """
+    size_px = len(mean)
+    row, column = divmod(int(mean.argmax()), size_px)
+    places = np.arange(size_px)
+    near = np.hypot(places[:, None] - row, places - column) <= NEAR * size_px
+    alike = np.array([near[one.peak] for one in looks], np.float64)
+    return {
+        **_row(looks, replicates, own),
+        "alike": float(alike[own].mean()),
+        "alike_interval": of_values(replicates, alike, own),
+        "alike_area": float(near.mean()),
+    }

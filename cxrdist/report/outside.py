@@ -1,0 +1,114 @@
+"""Where the relevance lies outside the body, as the report shows it, and what the verdict says."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cxrdist.explain.description import OutsideInfo, OutsideRow
+from cxrdist.explain.pictures import safe_name
+from cxrdist.report import pictures
+from cxrdist.report.values import count, percent
+from cxrdist.run import RunDirectory
+
+REGIONS = {
+    "border": "Border (outer tenth)",
+    "corners": "Corners",
+    "beside_lungs": "Beside the lungs",
+}
+PLACES = {
+    "border": "in the outer tenth of the images",
+    "corners": "in their corners",
+    "beside_lungs": "beside the lungs",
+    "text": "in burned-in text",
+}
+
+
+def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> dict[str, Any] | None:
+    """Gather the shares of each class and its mean map; None where they were not measured.
+
+    Args:
+        run: the run directory.
+        split: the split, or the place of an external set.
+        info: of relevance.json.
+
+    Raises:
+        CxrdistError: a mean map is no picture.
+    """
+    if info is None or not info["all"]["images"]:
+        return None
+    classes = [
+        {
+            "name": name,
+            "images": count(row["images"]),
+            "patients": count(row["patients"]),
+            "alike": percent(row["alike"]),
+            "alike_interval": _limits(row["alike_interval"]),
+            "alike_area": percent(row["alike_area"]),
+            "picture": _mean_map(run, split, name),
+        }
+        for name, row in info["classes"].items()
+    ]
+    named: list[tuple[str, OutsideRow]] = [*info["classes"].items(), ("All images", info["all"])]
+    return {
+        "all": info["all"],
+        "images": count(info["all"]["images"]),
+        "patients": count(info["all"]["patients"]),
+        "classes": classes,
+        "rows": [
+            (name, REGIONS[region], _cells(row["regions"][region]))
+            for name, row in named
+            for region in REGIONS
+            if region in row["regions"]
+        ],
+    }
+
+
+def _cells(region: Mapping[str, Any]) -> dict[str, str]:
+    """A row of the table."""
+    return {
+        "images": count(region["images"]),
+        "patients": count(region["patients"]),
+        "area": percent(region["area"]),
+        "share": percent(region["share"]),
+        "share_interval": _limits(region["share_interval"]),
+        "peaks": percent(region["peaks"]),
+        "peaks_interval": _limits(region["peaks_interval"]),
+    }
+
+
+def _limits(limits: Sequence[float]) -> str:
+    return " to ".join(percent(limit) for limit in limits)
+
+
+def _mean_map(run: RunDirectory, split: str, name: str) -> pictures.Picture | None:
+    """The mean map of a class; None where no pictures were written."""
+    path = run.mean_maps(split) / f"{safe_name(name)}.png"
+    return pictures.embed(path) if path.is_file() else None
+
+
+def outside_lines(split: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say where more of the relevance lies than the area explains, as far as that is sure.
+
+    Args:
+        split: what `split_view` gathers.
+        texts: what `text_views` gathers of all places.
+    """
+    regions = dict(split["outside"]["all"]["regions"]) if split["outside"] else {}
+    for text in texts:
+        if text["place"] == split["place"] and text["in_text"]:
+            regions["text"] = text["in_text"]
+    return [
+        _line(name, regions[name])
+        for name in PLACES
+        if name in regions and regions[name]["share_interval"][0] > regions[name]["area"]
+    ]
+
+
+def _line(name: str, region: Mapping[str, Any]) -> str:
+    peaks = region.get("peaks")
+    largest = f", and the largest one in {percent(peaks)} of the images" if peaks else ""
+    return (
+        f"The network looks outside the lungs: {percent(region['share'])} of the relevance lies "
+        f"{PLACES[name]} (95 % interval {_limits(region['share_interval'])}){largest}. By chance "
+        f"it would be {percent(region['area'])}, the share of the area "
+        f"({count(region['images'])} explained images of {count(region['patients'])} patients)."
+    )
