@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-from cxrdist.documents import Between, Real
+from cxrdist.documents import Between, Real, Sha256
 from cxrdist.errors import CxrdistError
 from cxrdist.run import RunDirectory, read_document
 
@@ -70,6 +70,25 @@ class GroupInfo(TypedDict):
     parameters: Count
 
 
+class BackgroundInfo(TypedDict):
+    """The background loss of a stage."""
+
+    weight: Real
+    region: str
+    method: Literal["lrp", "gradient"]
+    images: Count
+    """Of train that have background."""
+    without: Count
+    """Images of train that have none, and no penalty."""
+
+
+class TextBoxesInfo(TypedDict):
+    """The table of boxes of burned-in text."""
+
+    file: str
+    sha256: Sha256
+
+
 class StageInfo(TypedDict):
     """A stage as far as it has come."""
 
@@ -79,6 +98,7 @@ class StageInfo(TypedDict):
     steps: Count
     best_epoch: Count
     best_val_loss: Real
+    background: NotRequired[BackgroundInfo | None]
 
 
 class RunInfo(TypedDict):
@@ -97,6 +117,7 @@ class RunInfo(TypedDict):
     mixed_precision: str
     tf32: NotRequired[Any]
     stages: dict[str, StageInfo]
+    text_boxes: NotRequired[TextBoxesInfo | None]
 
 
 def read_info(run: RunDirectory) -> RunInfo:

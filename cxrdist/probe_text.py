@@ -7,7 +7,6 @@ without covering, the word of one class pasted on an image of another, and where
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from cxrdist.config import ProbeTextConfig
-from cxrdist.data.boxes import Box, cover, inside, read_boxes
+from cxrdist.data.boxes import Box, cover, inside
 from cxrdist.data.cache import Images, read_rows
-from cxrdist.data.geometry import in_square, scaled
+from cxrdist.data.geometry import scaled
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE, labels_of
 from cxrdist.data.phantom import Finding, burn_text
-from cxrdist.data.shards import open_shard
+from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
@@ -67,7 +66,6 @@ COVERS = ("black", "fill")
 OUTLINE = (255, 210, 0)
 DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
 PICTURED = 2  # images with text of each class
-Boxes = Mapping[int, Sequence[Box]]  # of a sample's square, by sample number; only where some are
 Edit = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
 
 
@@ -135,7 +133,9 @@ def probe_text(config: ProbeTextConfig) -> None:
     finish(accelerator)
 
 
-def _cover(boxes: Boxes, how: str, number: int, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def _cover(
+    boxes: SquareBoxes, how: str, number: int, pixels: NDArray[np.uint8]
+) -> NDArray[np.uint8]:
     return cover(pixels, boxes[number], how) if number in boxes else pixels
 
 
@@ -162,14 +162,14 @@ def _refuse_covered(index: Index, split: str) -> None:
 
 def _boxes_by_number(
     config: ProbeTextConfig, subject: Subject, numbers: NDArray[np.int64]
-) -> dict[int, Sequence[Box]]:
+) -> SquareBoxes:
     """The boxes of each sample in px of its square, from the CSV or found in the squares."""
     accelerator = subject.accelerator
     if config.boxes is not None:
         file = config.boxes
-        used = {*numbers.tolist()}
-        found = together(accelerator, lambda: boxes_in_squares(subject.packed, config.split, file))
-        return {number: there for number, there in found.items() if number in used}
+        return together(
+            accelerator, lambda: boxes_in_squares(subject.packed, numbers, file, "--boxes")
+        )
     mine: list[tuple[int, list[Box]]] = []
     batches = list(rank_batches(numbers, config.batch_size, accelerator))
     total = sum(map(len, batches))
@@ -178,45 +178,6 @@ def _boxes_by_number(
             mine.append((number, find_boxes(np.asarray(subject.images[number]))))
             bar.update()
     return {number: found for number, found in sorted(gather(accelerator, mine)) if found}
-
-
-def boxes_in_squares(index: Index, split: str, file: Path) -> dict[int, Sequence[Box]]:
-    """Read the CSV of boxes and bring them into the squares of a split's samples.
-
-    Raises:
-        CxrdistError: the CSV cannot be read, or none of its images is in the shards.
-    """
-    boxes = read_boxes(file)
-    if boxes and not boxes.keys() & {sample.path for sample in index.samples}:
-        raise CxrdistError(
-            f"--boxes {file}: has no image of the shards; make it with cxrdist find-text of the "
-            "source that was packed"
-        )
-    sizes = _sizes(index, split)
-    found: dict[int, Sequence[Box]] = {}
-    size_px = index.image_size_px
-    for number in index.numbers(split):
-        sample = index.samples[number]
-        mapped = [
-            in_square(box, *sizes[sample.key], size_px, index.fit)
-            for box in boxes.get(sample.path, ())
-        ]
-        seen = [box for box in mapped if inside([box], size_px, size_px).any()]
-        if seen:
-            found[number] = seen
-    return found
-
-
-def _sizes(index: Index, split: str) -> dict[str, tuple[int, int]]:
-    """Width and height in px of the originals of a split, by key, from the samples' KEY.json."""
-    sizes = {}
-    for shard in index.packed():
-        if shard.samples[0].split == split:
-            with open_shard(shard) as opened:
-                for number, sample in enumerate(shard.samples):
-                    about = opened.describe(number)
-                    sizes[sample.key] = about["width_px"], about["height_px"]
-    return sizes
 
 
 def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[np.uint8], Box]:
@@ -232,7 +193,7 @@ def _relevance_in_boxes(
     config: ProbeTextConfig,
     subject: Subject,
     explainer: Explainer,
-    boxes: Boxes,
+    boxes: SquareBoxes,
     logits: Mapping[int, NDArray[np.float32]],
 ) -> list[tuple[int, float, float]]:
     """How much of |relevance| for the likeliest class lies in the boxes of each image.
@@ -273,7 +234,7 @@ def share_inside(relevance: NDArray[np.floating], boxes: Sequence[Box]) -> tuple
 
 
 def _describe_text(
-    config: ProbeTextConfig, index: Index, numbers: NDArray[np.int64], boxes: Boxes
+    config: ProbeTextConfig, index: Index, numbers: NDArray[np.int64], boxes: SquareBoxes
 ) -> dict[str, Any]:
     """How many images of each class have text, and what it reads most often."""
     samples = [index.samples[n] for n in numbers]
@@ -390,7 +351,7 @@ def _write_pictures(
     config: ProbeTextConfig,
     subject: Subject,
     explainer: Explainer,
-    boxes: Boxes,
+    boxes: SquareBoxes,
     numbers: NDArray[np.int64],
     logits: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> list[dict[str, Any]]:
@@ -434,7 +395,7 @@ def _write_pictures(
 
 
 def _choose_pictures(
-    index: Index, boxes: Boxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
+    index: Index, boxes: SquareBoxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
 ) -> list[tuple[str, int, int]]:
     """Kind of picture, place among the numbers, and class to explain; no picture twice."""
     likeliest = plain.argmax(1).tolist()

@@ -16,7 +16,7 @@ class Again:
     def replay(self) -> None:
         self.replays += 1
         for own, result in zip(self.outputs, self.step(*self.static), strict=True):
-            own.copy_(result)
+            own.resize_as_(result).copy_(result)
 
 
 def record_again(step: Step, static: Tensors) -> tuple[Again, Tensors]:

@@ -19,15 +19,14 @@ from cxrdist.config import (
     Stage,
     TrainConfig,
 )
-from cxrdist.data.boxes import Box, read_boxes, write_boxes
-from cxrdist.data.index import read_index
+from cxrdist.data.boxes import Box, write_boxes
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import COVID, NORMAL, PATIENT_PATTERN, write_phantoms
 from cxrdist.demo import write_word_boxes
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.model.densenet import load_model, save_model
-from cxrdist.probe_text import PAPER, boxes_in_squares, paste, probe_text, share_inside
+from cxrdist.probe_text import PAPER, paste, probe_text, share_inside
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
 
@@ -175,17 +174,6 @@ def test_without_a_table_the_squares_are_searched(trained, tmp_path):
     found = probe(trained, "external/others", shards=tmp_path / "others", boxes=None)
     assert found["text"]["found_in"] == "squares"
     assert found["relevance"]["all"]["images"] == found["text"]["with_text"]
-
-
-def test_boxes_reach_the_squares_of_cropped_images(trained):
-    """Each box of the table is found again in the square of its sample, and no other."""
-    index = read_index(trained / "shards")
-    boxes = read_boxes(trained / "boxes.csv")
-    found = boxes_in_squares(index, "test", trained / "boxes.csv")
-    paths = {index.samples[number].path for number in found}
-    assert paths == {s.path for s in index.samples if s.split == "test"} & boxes.keys()
-    for number, (box,) in found.items():
-        assert box[:4] == pytest.approx(boxes[index.samples[number].path][0][:4])
 
 
 def test_a_word_is_pasted_into_each_corner():

@@ -119,7 +119,7 @@ def plain_step(
 
     def step() -> None:
         with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-            loss = learner(images, matrices, targets) / targets.numel()
+            loss = learner(images, matrices, targets)[0] / targets.numel()
         updater.backward(loss)
         updater.step()
 

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -384,11 +384,18 @@ def _accept(path: Path, checked: Checked) -> NDArray[np.uint8]:
     return checked.images
 
 
-def read_rows(images: Images, numbers: NDArray[np.int64], device: torch.device) -> Tensor:
+class Squares(Protocol):
+    """Squares of samples: images as `open_cache` gives them, or what is made of them."""
+
+    def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """The squares of some samples, uint8 [B, size, size]."""
+
+
+def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device) -> Tensor:
     """Bring some images to the device.
 
     Args:
-        images: uint8 [samples, size, size], as `open_cache` gives.
+        images: of all samples.
         numbers: int64 [B], sample numbers.
         device: where they are needed; a copy to a GPU does not wait.
 

@@ -96,6 +96,7 @@ class Checkpoint:
         optimizer: tensors of the optimiser's state, named PLACE.NAME.
         average: the moving average of the weights; empty where the recipe has none.
         losses: float64 [step], mean loss of each step of the epoch under way.
+        penalties: float64 [step], mean penalty of each of these steps.
         best: weights of the stage's best epoch; empty before there is one.
     """
 
@@ -104,6 +105,7 @@ class Checkpoint:
     optimizer: State
     average: State
     losses: Tensor
+    penalties: Tensor
     best: State = field(default_factory=dict)
 
 
@@ -134,7 +136,7 @@ def save_checkpoint(
     tensors = {f"network.{k}": v for k, v in checkpoint.network.items()}
     tensors |= {f"optimizer.{k}": v for k, v in checkpoint.optimizer.items()}
     tensors |= {f"average.{k}": v for k, v in checkpoint.average.items()}
-    content = save(tensors | {"losses": checkpoint.losses})
+    content = save(tensors | {"losses": checkpoint.losses, "penalties": checkpoint.penalties})
     document = _Document(CHECKPOINT_FORMAT, _sha256(recipe.encode()), _sha256(content), position)
     about = asdict(document)
     about["sha256"] = _sha256_of(about)
@@ -216,8 +218,11 @@ def _load(path: Path, recipe: str) -> Checkpoint:
     if position.name != path.name or not all(map(_BEST.fullmatch, _bests_of(position))):
         raise ValueError(f"{_POSITION} is not that of this directory")
     tensors = _read_tensors(path / _STATE, document.state_sha256)
-    if "losses" not in tensors or tensors["losses"].shape != (position.step,):
-        raise ValueError(f"{_STATE} does not hold the losses of {position.step} steps")
+    # Older versions had no penalties.
+    tensors.setdefault("penalties", torch.zeros(position.step, dtype=torch.float64))
+    for name in ("losses", "penalties"):
+        if name not in tensors or tensors[name].shape != (position.step,):
+            raise ValueError(f"{_STATE} does not hold the {name} of {position.step} steps")
     best: State = {}
     if position.stage in position.bests:
         name, digest = position.bests[position.stage]
@@ -228,6 +233,7 @@ def _load(path: Path, recipe: str) -> Checkpoint:
         _with_prefix(tensors, "optimizer."),
         _with_prefix(tensors, "average."),
         tensors["losses"],
+        tensors["penalties"],
         best,
     )
 

@@ -19,7 +19,9 @@ class Epoch:
         plan: of the epoch.
         step: steps done.
         settled: steps whose losses are brought together.
-        losses: float64 [steps], mean loss of each settled step over its known labels.
+        losses: float64 [steps], mean loss of each settled step over its known labels; with what
+            the background adds to it.
+        penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
         skipped: the last settled steps that the scaler has skipped, in a row; counts over epochs.
     """
@@ -30,15 +32,23 @@ class Epoch:
         self.step = self.settled = self.logged_step = 0
         self.skipped = skipped
         self.losses = torch.zeros(self.plan.num_steps, dtype=torch.float64)
-        # Of each step the share of its loss, and the norm of its gradients.
-        self._numbers = torch.zeros(self.plan.num_steps, 2, device=batches.targets.device)
+        self.penalties = torch.zeros_like(self.losses)
+        # Of each step the shares of its loss and its penalty, and the norm of its gradients.
+        self._numbers = torch.zeros(self.plan.num_steps, 3, device=batches.targets.device)
         self._taken_before = self._taken = 0
 
-    def resume(self, step: int, logged_step: int, losses: Tensor, taken: int) -> None:
-        """Continue from a checkpoint, on any number of ranks."""
+    def resume(self, step: int, logged_step: int, means: Tensor, taken: int) -> None:
+        """Continue from a checkpoint, on any number of ranks.
+
+        Args:
+            step: steps done.
+            logged_step: steps that have a row in the log.
+            means: float64 [2, step], losses and penalties of these steps.
+            taken: digest of what they took.
+        """
         self.step = self.settled = step
         self.logged_step = logged_step
-        self.losses[:step] = losses
+        self.losses[:step], self.penalties[:step] = means
         self._taken_before = taken
 
     @property
@@ -46,15 +56,15 @@ class Epoch:
         """Whether all steps are taken."""
         return self.step == self.plan.num_steps
 
-    def count(self, share: Tensor, norm: Tensor, part: Slice) -> None:
+    def count(self, shares: Tensor, norm: Tensor, part: Slice) -> None:
         """Count a step of this rank; nothing is read from the device.
 
         Args:
-            share: its share of the loss, float32 [].
+            shares: its shares of the loss and of the mean penalty, float32 [2].
             norm: of the gradients of all ranks, float32 [].
             part: what it took.
         """
-        torch.stack([share, norm], out=self._numbers[self.step])
+        torch.cat([shares, norm.reshape(1)], out=self._numbers[self.step])
         self._taken += self.plan.digest(part.rows)
         self.step += 1
 
@@ -71,8 +81,8 @@ class Epoch:
         new = slice(self.settled, self.step)
         if new.start < new.stop:
             of_ranks = gather_tensor(accelerator, self._numbers[new]).double()
-            self.losses[new] = of_ranks[:, :, 0].sum(0)
-            self._check_steps(of_ranks[0, :, 1], updater.scale)
+            self.losses[new], self.penalties[new] = of_ranks[:, :, :2].sum(0).T
+            self._check_steps(of_ranks[0, :, 2], updater.scale)
             self.settled = self.step
         mine = torch.tensor(_signed(self._taken), device=accelerator.device)
         taken = (self._taken_before + sum(gather_tensor(accelerator, mine).tolist())) % 2**64
@@ -114,6 +124,10 @@ class Epoch:
         """
         known = torch.from_numpy(self.batches.num_known[first : self.settled] > 0)
         return float(self.losses[first : self.settled][known].mean()) if known.any() else None
+
+    def mean_penalty(self, first: int = 0) -> float:
+        """Mean penalty of the settled steps from one on."""
+        return float(self.penalties[first : self.settled].mean())
 
 
 def _signed(number: int) -> int:

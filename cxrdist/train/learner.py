@@ -1,4 +1,7 @@
-"""The learner: warp, network and loss of one pass, as one graph that can be compiled."""
+"""The learner: warp, network and loss of one pass, as one graph that can be compiled.
+
+The penalty on the background is computed beside that graph.
+"""
 
 import copy
 from typing import Any
@@ -11,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from cxrdist.model.augment import warp
 from cxrdist.model.densenet import Classifier
+from cxrdist.train.background import BackgroundLoss
 
 COMPILE_BACKEND = "inductor"
 
@@ -24,7 +28,13 @@ class Learner(nn.Module):
     """
 
     def __init__(
-        self, model: Classifier, trained: set[str], precision: torch.dtype, *, compiled: bool
+        self,
+        model: Classifier,
+        trained: set[str],
+        precision: torch.dtype,
+        background: BackgroundLoss | None = None,
+        *,
+        compiled: bool,
     ) -> None:
         """Set up the passes of a stage.
 
@@ -32,11 +42,13 @@ class Learner(nn.Module):
             model: the network; what is frozen is known to it already.
             trained: blocks that the stage trains.
             precision: of the convolutions, as in autocast.
+            background: what the stage adds to its loss, if anything.
             compiled: make one graph of warp, network and loss. Shapes are fixed: slices differ by
                 one image at the most, so a stage has two.
         """
         super().__init__()
         self.model = model
+        self._background = background
         # In a list, so that it is no part of what DDP and optimisers see.
         self._trunk = [folded(model.network.features, precision)] if trained == {"head"} else []
         self._loss = self.loss
@@ -46,10 +58,32 @@ class Learner(nn.Module):
                 self.loss, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND
             )
 
-    def forward(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
-        """Sum of the binary cross-entropy over the known labels of all images, float32 []."""
+    def forward(
+        self,
+        images: Tensor,
+        matrices: Tensor,
+        targets: Tensor,
+        foreground: Tensor | None = None,
+    ) -> Tensor:
+        """Sum up what the loss is made of.
+
+        Args:
+            images: as of `loss`.
+            matrices: as of `loss`.
+            targets: as of `loss`.
+            foreground: uint8 [B, 1, H, W], what may be read; in a stage with a background loss.
+
+        Returns:
+            float32 [2]: the binary cross-entropy over the known labels of all images, and the
+            penalties of all images, 0 without a background loss.
+        """
         loss: Tensor = self._loss(images, matrices, targets)
-        return loss
+        if self._background is None or foreground is None:
+            return torch.stack([loss, torch.zeros_like(loss)])
+        # After the pass that trains: BatchNorm moves the running statistics in it, in place, and
+        # the penalty's gradient needs those that it was computed with.
+        penalties = self._background.penalties(self.model, images, matrices, targets, foreground)
+        return torch.stack([loss, penalties.sum().to(loss.dtype)])
 
     def loss(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
         """The loss (paper, section 3.3), on logits; that of `forward`, not compiled.

@@ -24,6 +24,7 @@ from cxrdist.run import (
     write_json,
 )
 from cxrdist.signals import stopping_at_a_boundary
+from cxrdist.train.background import check_backgrounds, check_regions
 from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import check_stages
@@ -78,6 +79,7 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     """
     blocks = [f"denseblock{i + 1}" for i in range(len(config.network.block_config))]
     check_stages(config.stages, ["stem", *blocks, "head"])
+    check_backgrounds(config)
     refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
     read_uncertain(config.uncertain)
     if config.fold is not None:
@@ -106,6 +108,7 @@ def _trainable_index(config: TrainConfig) -> Index:
                 f"--shards {shards}: have no images in {split}; training needs train and val, pack "
                 "with --split 0.7/0.1/0.2"
             )
+    check_regions(config, index)
     return index
 
 

@@ -6,6 +6,7 @@ import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from cxrdist.info import read_info
 from cxrdist.model.densenet import block_names, network_state
 from cxrdist.run import append_log, settle_log, write_json
 from cxrdist.terminal import progress, table
+from cxrdist.train.background import describe_background
 from cxrdist.train.capture import CapturedStep, Recorder, can_capture, record_cuda_graph
 from cxrdist.train.checkpoint import (
     Checkpoint,
@@ -71,6 +73,7 @@ class StageRun:
         self.training, self.name, self.before = training, name, before
         self.recipe = training.recipe
         self.stage = self.recipe.stages[name]
+        self.background = training.backgrounds.get(name)
         self.trained = set(self.stage.lr)
         self.stopping = EarlyStopping(self.stage.patience)
         self.epoch: Epoch | None = None
@@ -111,11 +114,18 @@ class StageRun:
         )
         precision = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
         self.model = accelerator.prepare(
-            Learner(training.model, self.trained, precision, compiled=recipe.compile)
+            Learner(
+                *(training.model, self.trained, precision, self.background),
+                compiled=recipe.compile,
+            )
         )
         device, world_size = accelerator.device, accelerator.num_processes
         most = -(-recipe.global_batch_size // world_size)
-        self.staging = Staging(training.material.images, most, device)
+        size_px = training.model.image_size_px
+        self.staging = Staging(training.material.images, size_px, most, device)
+        self.foregrounds = (
+            Staging(self.background.foreground, size_px, most, device) if self.background else None
+        )
         self.captured: CapturedStep | None = None
         one_pass = recipe.max_images_per_rank is None or recipe.max_images_per_rank >= most
         if recipe.compile and one_pass and can_capture(device, world_size, most):
@@ -143,7 +153,8 @@ class StageRun:
             self.epoch = self._next_epoch()
             if not position.logged_step <= position.step <= self.epoch.plan.num_steps:
                 raise ValueError(f"step {position.step} of {self.epoch.plan.num_steps}")
-            self.epoch.resume(position.step, position.logged_step, resumed.losses, position.taken)
+            losses = torch.stack([resumed.losses, resumed.penalties])
+            self.epoch.resume(position.step, position.logged_step, losses, position.taken)
 
     def _next_epoch(self) -> Epoch:
         training, number = self.training, self.stopping.epoch + 1
@@ -185,7 +196,7 @@ class StageRun:
             self._keep_best()
         self._log("epoch", {"step": self.steps_done, **row})
         if self.training.accelerator.is_main_process:
-            bar.write(f"{self.name} begins: val loss {row['val_loss']:.4f}, {_score(row)}")
+            bar.write(f"{self.name} begins: {_validated(row)}")
 
     def train_and_validate(self, bar: tqdm) -> tuple[dict[str, Any], dict[str, float], bool]:
         """Train the epoch or what is left of it, and validate.
@@ -213,6 +224,7 @@ class StageRun:
             training.material,
             training.validation,
             self._stop_if_asked,
+            self.background,
         )
         if not math.isfinite(scores["val_loss"]):
             where = self.epoch.where if self.epoch else f"stage {self.name}, before its first epoch"
@@ -233,13 +245,22 @@ class StageRun:
         self.skipped = epoch.skipped
         num_images = int(epoch.plan.bounds[-1] - epoch.plan.bounds[first])
         rate = round(num_images / (time.perf_counter() - began), 2)
-        row = {"step": self.steps_done, "loss": epoch.mean_loss(), "taken": f"{taken:016x}"}
-        return row, rate
+        return self._losses(epoch, 0) | {"taken": f"{taken:016x}"}, rate
+
+    def _losses(self, epoch: Epoch, first: int) -> dict[str, Any]:
+        """What a row of the log says of the steps from one on."""
+        row = {"step": self.steps_done, "loss": epoch.mean_loss(first)}
+        return row | {"background": epoch.mean_penalty(first)} if self.background else row
 
     def _take_steps(self, epoch: Epoch, bar: tqdm) -> None:
         training, accelerator, plan = self.training, self.training.accelerator, epoch.plan
         set_modes(training.model, self.trained)  # validation has undone it
-        part = read_slice(epoch.batches, self.staging, epoch.step, accelerator)
+        read = partial(
+            read_slice,
+            *(epoch.batches, self.staging, self.foregrounds),
+            accelerator=accelerator,
+        )
+        part = read(step=epoch.step)
         for step in range(epoch.step, plan.num_steps):
             where = f"{epoch.where}, step {step + 1}"
             _seed(self.recipe.seed, where, accelerator.process_index)
@@ -247,10 +268,10 @@ class StageRun:
                 rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps)
             )
             with memory_for(part, self.recipe.max_images_per_rank, where):
-                share, norm = self._take_step(part)
-            epoch.count(share, norm, part)
+                shares, norm = self._take_step(part)
+            epoch.count(shares, norm, part)
             if step + 1 < plan.num_steps:  # read while a GPU is still busy with this step
-                part = read_slice(epoch.batches, self.staging, step + 1, accelerator)
+                part = read(step=step + 1)
             self.steps_done += 1
             bar.update(plan.step_size(step))
             if epoch.step % STEPS_PER_LOG_ROW == 0:
@@ -261,31 +282,40 @@ class StageRun:
                     self.save(epoch)
 
     def _take_step(self, part: Slice) -> tuple[Tensor, Tensor]:
-        """Take a step; this rank's share of the loss, and the norm of all gradients."""
+        """Take a step; this rank's shares of loss and penalty, and the norm of all gradients."""
         if self.captured is not None:
-            share, norm = self.captured(part.images, part.matrices, part.targets)
-            return share, norm
-        share = backward(
+            shares, norm = self.captured(*part.inputs)
+            return shares, norm
+        shares = backward(
             *(self.training.accelerator, self.model, self.updater, part),
-            *(self.recipe.max_images_per_rank, self.statistics.before_pass),
+            *(self.recipe.max_images_per_rank, self.statistics.before_pass, self.weight),
         )
         norm = self.updater.step()
         self.statistics.after_step(part.sizes)
-        return share, norm
+        return shares, norm
 
-    def _one_pass(self, images: Tensor, matrices: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def _one_pass(
+        self, images: Tensor, matrices: Tensor, targets: Tensor, *foreground: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """What `_take_step` does on one rank in one pass, on tensors alone."""
         num_known = (targets >= 0).sum().clamp(min=1)  # a replayed step reads the device only
-        loss = self.model(images, matrices, targets) * num_known.reciprocal()
+        loss, penalty = self.model(images, matrices, targets, *foreground).unbind()
+        mean = penalty * (1 / len(images))
+        loss = loss * num_known.reciprocal() + mean * self.weight
         self.updater.backward(loss)
-        return loss.detach(), self.updater.step()
+        return torch.stack([loss, mean]).detach(), self.updater.step()
+
+    @property
+    def weight(self) -> float:
+        """Of the background loss; 0 without."""
+        return self.background.recipe.weight if self.background else 0.0
 
     def _log_steps(self, epoch: Epoch) -> None:
         """Log the steps since the last such row: their mean loss, and proof of what was taken."""
         taken = epoch.settle(self.training.accelerator, self.updater)
-        loss = epoch.mean_loss(epoch.logged_step)
+        row = self._losses(epoch, epoch.logged_step)
         epoch.logged_step = epoch.step
-        self._log("step", {"step": self.steps_done, "loss": loss, "taken": f"{taken:016x}"})
+        self._log("step", row | {"taken": f"{taken:016x}"})
 
     def _stop_if_asked(self) -> None:
         """At a boundary of steps or of validation batches: save and stop if a rank was asked to.
@@ -314,8 +344,7 @@ class StageRun:
         if main:
             bar.write(
                 f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
-                f"loss {row['loss']:.4f}, val loss {row['val_loss']:.4f}, "
-                f"{_score(row)}, "
+                f"loss {row['loss']:.4f}{_background(row, 'background')}, {_validated(row)}, "
                 f"{speed['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
             )
         together(training.accelerator, lambda: self._note_stage() if main else None)
@@ -366,6 +395,7 @@ class StageRun:
             optimizer_tensors(updater.optimizer) if main else {},
             {k: on_cpu(v) for k, v in average.state.items()} if main and average else {},
             epoch.losses[: epoch.step] if epoch else torch.zeros(0, dtype=torch.float64),
+            epoch.penalties[: epoch.step] if epoch else torch.zeros(0, dtype=torch.float64),
             self.best,
         )
         together(accelerator, lambda: self._write(checkpoint) if main else None)
@@ -399,6 +429,7 @@ class StageRun:
             "steps": self.steps_done,
             "best_epoch": stopping.best_epoch,
             "best_val_loss": stopping.best_loss,
+            "background": self.background.info if self.background else None,
         }
         write_json(run.info, info)
 
@@ -411,6 +442,19 @@ class StageRun:
         frozen = [[b, "frozen"] for b in self._blocks if b not in self.trained]
         print(f"\nstage {self.name}: up to {self.stage.epochs} epochs")
         print(table(frozen + rows, list(self.groups[0])))
+        if self.background:
+            print(describe_background(self.background.info))
+
+
+def _validated(row: dict[str, Any]) -> str:
+    """Validation loss and score of an epoch for the terminal."""
+    background = _background(row, "val_background")
+    return f"val loss {row['val_loss']:.4f}{background}, {_score(row)}"
+
+
+def _background(row: dict[str, Any], name: str) -> str:
+    """The mean penalty that a loss of a row has in it, for the terminal; empty without one."""
+    return f" (background {row[name]:.4f})" if name in row else ""
 
 
 def _score(row: dict[str, Any]) -> str:

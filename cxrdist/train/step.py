@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,15 +12,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cxrdist.data.cache import Images, read_rows
+from cxrdist.data.foreground import Foreground
 from cxrdist.data.labels import UNCERTAIN
 from cxrdist.data.plan import Plan
 from cxrdist.distributed import gather, sum_over_ranks
 from cxrdist.evaluate.metrics import mean_auroc
 from cxrdist.model.augment import sampling_matrices, warp
+from cxrdist.model.densenet import Classifier
+from cxrdist.train.background import BackgroundLoss
 from cxrdist.train.learner import sum_of_losses
 from cxrdist.train.update import Updater
 
 VAL_IMAGES_PER_PASS = 64
+PENALTIES_PER_PASS = 8
+"""Images whose penalty is computed at once in the validation: a map takes several times the memory
+of a prediction."""
 
 
 @dataclass(frozen=True)
@@ -60,27 +66,28 @@ class Batches:
 
 
 class Staging:
-    """Two host buffers, made once, that images pass through in turn on their way to the device.
+    """Two host buffers, made once, that squares pass through in turn on their way to the device.
 
     While the device still copies from one, the other is filled.
     """
 
-    def __init__(self, images: Images, most: int, device: torch.device) -> None:
+    def __init__(self, rows: Images | Foreground, size_px: int, most: int, device: torch.device):
         """Make the buffers.
 
         Args:
-            images: uint8 [samples, size, size], all images.
-            most: images that are read at once, at most.
+            rows: uint8 [samples, size, size], all images, or what may be read of them.
+            size_px: their side.
+            most: squares that are read at once, at most.
             device: where they are needed.
         """
-        self._images, self._device, self._turn = images, device, 0
+        self._rows, self._device, self._turn = rows, device, 0
         self._pinned = device.type == "cuda"
-        shape = (2, most, 1, *images.shape[1:])
+        shape = (2, most, 1, size_px, size_px)
         self._buffers = torch.empty(shape, dtype=torch.uint8, pin_memory=self._pinned)
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
     def read(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Bring images to the device.
+        """Bring squares to the device.
 
         Args:
             numbers: int64 [B], sample numbers.
@@ -93,8 +100,11 @@ class Staging:
         if copied is not None:
             copied.synchronize()
         here = self._buffers[turn, : len(numbers)]
-        # Numbers are in range; other modes than raise gather into the buffer without another one.
-        np.take(self._images, numbers, axis=0, out=here[:, 0].numpy(), mode="clip")
+        if isinstance(self._rows, Foreground):
+            here[:, 0].numpy()[...] = self._rows[numbers]
+        else:
+            # Numbers are in range; other modes than raise gather into the buffer without another.
+            np.take(self._rows, numbers, axis=0, out=here[:, 0].numpy(), mode="clip")
         if not self._pinned:
             return here
         there = here.to(self._device, non_blocking=True)
@@ -111,6 +121,7 @@ class Slice:
         images: uint8 [B, 1, H, W], B is at least 1.
         matrices: float32 [B, 2, 3], their warps.
         targets: float32 [B, classes], 1 where an image has the label, -1 where that is not known.
+        foreground: uint8 [B, 1, H, W], what may be read; None without a background loss.
         rows: of the plan that are this rank's; none where the step has no image for it. It takes
             part all the same, with one image that counts for nothing.
         sizes: images of each rank.
@@ -120,9 +131,16 @@ class Slice:
     images: Tensor
     matrices: Tensor
     targets: Tensor
+    foreground: Tensor | None
     rows: slice
     sizes: tuple[int, ...]
     num_known: int
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """What a `Learner` takes."""
+        inputs = (self.images, self.matrices, self.targets)
+        return inputs if self.foreground is None else (*inputs, self.foreground)
 
     @property
     def num_images(self) -> int:
@@ -130,8 +148,22 @@ class Slice:
         return self.rows.stop - self.rows.start
 
 
-def read_slice(batches: Batches, staging: Staging, step: int, accelerator: Accelerator) -> Slice:
-    """Read this rank's part of a step."""
+def read_slice(
+    batches: Batches,
+    staging: Staging,
+    foregrounds: Staging | None,
+    step: int,
+    accelerator: Accelerator,
+) -> Slice:
+    """Read this rank's part of a step.
+
+    Args:
+        batches: of the epoch.
+        staging: of the images.
+        foregrounds: of what may be read of them, in a stage with a background loss.
+        step: of the epoch.
+        accelerator: of this rank.
+    """
     plan, world_size = batches.plan, accelerator.num_processes
     all_rows = [plan.rank_rows(step, rank, world_size) for rank in range(world_size)]
     rows = all_rows[accelerator.process_index]
@@ -142,6 +174,7 @@ def read_slice(batches: Batches, staging: Staging, step: int, accelerator: Accel
         staging.read(plan.samples[taken]),
         batches.matrices[taken],
         batches.targets[taken],
+        None if foregrounds is None else foregrounds.read(plan.samples[taken]),
         rows,
         tuple(r.stop - r.start for r in all_rows),
         int(batches.num_known[step]),
@@ -184,11 +217,13 @@ def backward(
     part: Slice,
     max_images: int | None,
     before_pass: Callable[[tuple[int, ...]], None],
+    weight: float,
 ) -> Tensor:
     """Add the gradients of a step; DDP's mean over ranks is then the mean over the known labels.
 
     Each rank weights its loss by world size / known labels of the whole step, since slices differ
-    in them. Micro-batches synchronise once, with the last.
+    in them, and its penalties by world size / images. Micro-batches synchronise once, with the
+    last.
 
     Args:
         accelerator: of this rank.
@@ -197,22 +232,25 @@ def backward(
         part: this rank's slice.
         max_images: images of one forward pass; None for all.
         before_pass: is told the images of each rank, before each pass.
+        weight: of the background loss; 0 without.
 
     Returns:
-        This rank's share of the loss, float32 []; the shares of all ranks add up to the mean
-        binary cross-entropy over the known labels of all images (paper, section 3.3), 0 without.
+        This rank's shares of the loss and of the mean penalty, float32 [2]. Those of all ranks add
+        up: the loss to the mean binary cross-entropy over the known labels of all images (paper,
+        section 3.3; 0 without) and the weight times the mean penalty over all images.
     """
-    per_label = 1 / max(1, part.num_known)
-    total = torch.zeros((), device=accelerator.device)
+    per_label, per_image = 1 / max(1, part.num_known), 1 / sum(part.sizes)
+    total = torch.zeros(2, device=accelerator.device)
     passes = list(passes_of(part, accelerator.process_index, max_images))
     for one in passes:
         before_pass(one.sizes)
         with nullcontext() if one is passes[-1] else accelerator.no_sync(model):
             rows = one.rows
-            loss = model(part.images[rows], part.matrices[rows], part.targets[rows])
-            share = loss * (one.weight * per_label)
+            loss, penalty = model(*(tensor[rows] for tensor in part.inputs)).unbind()
+            mean = penalty * (one.weight * per_image)
+            share = loss * (one.weight * per_label) + mean * weight
             updater.backward(share * accelerator.num_processes)
-        total += share.detach()
+        total += torch.stack([share, mean]).detach()
     return total
 
 
@@ -223,6 +261,7 @@ def validate(
     material: Material,
     batches: Batches,
     at_boundary: Callable[[], None],
+    background: BackgroundLoss | None,
 ) -> dict[str, Any]:
     """Mean loss and score over a plan of the validation split, each row once; in float32.
 
@@ -232,16 +271,19 @@ def validate(
         material: images and targets.
         batches: the expanded validation split, the same in every epoch.
         at_boundary: called before each batch, on all ranks as often; may stop them all.
+        background: of a stage that has a background loss.
 
     Returns:
-        val_loss: mean binary cross-entropy over the known labels of all rows. With it val_accuracy:
+        val_loss: mean binary cross-entropy over the known labels of all rows. With a background
+        loss val_background, the mean penalty of all rows, which val_loss has in it by its weight:
+        the network that reads least of the background may be the best. With it val_accuracy:
         the share of rows whose largest logit is the label's; or, of several labels an image,
         val_auroc: the mean over the labels that some rows are known to have and some not to have,
         None if there is no such one.
     """
     model.eval()
     plan, device = batches.plan, accelerator.device
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
     mine = []
     starts = range(0, len(plan.samples), VAL_IMAGES_PER_PASS)
     for turn in range(0, len(starts), accelerator.num_processes):
@@ -255,12 +297,36 @@ def validate(
         logits = model(warp(images, batches.matrices[rows])).float()
         loss = sum_of_losses(logits, targets)
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
-        sums += torch.stack([loss.double(), correct.double()])
+        sums[:2] += torch.stack([loss.double(), correct.double()])
+        if background is not None:
+            sums[2] += _sum_of_penalties(model, images, batches, rows, background)
         mine.append((start, logits))
-    loss_sum, num_correct = sum_over_ranks(accelerator, sums).tolist()
-    val_loss = loss_sum / int(batches.num_known.sum())
+    loss_sum, num_correct, penalty_sum = sum_over_ranks(accelerator, sums).tolist()
+    scores = {"val_loss": loss_sum / int(batches.num_known.sum())}
+    if background is not None:
+        scores["val_background"] = penalty_sum / len(plan.samples)
+        scores["val_loss"] += background.recipe.weight * scores["val_background"]
     if material.task == "multiclass":
-        return {"val_loss": val_loss, "val_accuracy": num_correct / len(plan.samples)}
+        return {**scores, "val_accuracy": num_correct / len(plan.samples)}
     of_all = gather(accelerator, [(start, logits.cpu()) for start, logits in mine])
     logits = torch.cat([logits for _, logits in sorted(of_all, key=lambda row: row[0])])
-    return {"val_loss": val_loss, "val_auroc": mean_auroc(logits, batches.targets.cpu())}
+    return {**scores, "val_auroc": mean_auroc(logits, batches.targets.cpu())}
+
+
+def _sum_of_penalties(
+    model: nn.Module,
+    images: Tensor,
+    batches: Batches,
+    rows: slice,
+    background: BackgroundLoss,
+) -> Tensor:
+    """Sum the penalties of some rows of a plan, whose images are on the device, float64 []."""
+    inputs = (
+        images,
+        batches.matrices[rows],
+        batches.targets[rows],
+        read_rows(background.foreground, batches.plan.samples[rows], images.device),
+    )
+    passes = zip(*(tensor.split(PENALTIES_PER_PASS) for tensor in inputs), strict=True)
+    found = [background.penalties(cast(Classifier, model), *one) for one in passes]
+    return torch.cat(found).sum(dtype=torch.float64)

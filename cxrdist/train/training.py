@@ -1,7 +1,7 @@
 """What a training run stands on: run directory, images, plans, network."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,12 @@ from cxrdist.run import (
     write_json,
     write_text,
 )
+from cxrdist.train.background import (
+    BackgroundLoss,
+    describe_text_boxes,
+    open_backgrounds,
+    refuse_other_text_boxes,
+)
 from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.step import Batches, Material
 
@@ -42,13 +48,13 @@ NOT_SCIENCE = (
     "shards",
     "run",
     "cache",
+    "text_boxes",
     "save_steps",
     "track",
 )  # paths and outputs stay out of the recipe
 ADDED = {
     "uncertain": "ignore",
     "fold": None,
-    "text_boxes": None,
 }  # fields that older recipes lack, and what their runs did
 
 
@@ -66,6 +72,7 @@ class Training:
         copies: int64 [m], copies of each in an epoch.
         validation: the expanded validation split, the same in every epoch.
         vote: on stopping.
+        backgrounds: of each stage that has a background loss.
     """
 
     accelerator: Accelerator
@@ -77,6 +84,7 @@ class Training:
     copies: NDArray[np.int64]
     validation: Batches
     vote: StopVote
+    backgrounds: Mapping[str, BackgroundLoss] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -113,6 +121,9 @@ def fixed_recipe(config: TrainConfig) -> str:
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
     fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
+    for stage in fields["stages"].values():
+        if stage["background"] is None:  # older recipes lack it, and are the same
+            del stage["background"]
     fields["network"]["block_config"] = list(config.network.block_config)
     return fields
 
@@ -133,7 +144,9 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
             f"--run {run.root}: holds a run of another recipe ({difference}); "
             "give the same recipe to go on, or a new directory"
         )
-    if read_info(run)["shards"]["index_sha256"] != index.sha256:
+    info = read_info(run)
+    refuse_other_text_boxes(config, info.get("text_boxes"))
+    if info["shards"]["index_sha256"] != index.sha256:
         raise CxrdistError(
             f"--run {run.root}: was begun with other shards than {index.directory}; "
             "give the same shards to go on, or a new directory"
@@ -198,6 +211,8 @@ def build_training(
     model = _build_model(config, index, weights)
     num_copied = apply_weights(weights, model)
     images = open_cache(index, config.cache, accelerator)
+    backgrounds = open_backgrounds(config, index, accelerator)
+    text_boxes = together(accelerator, lambda: describe_text_boxes(config))
     together(
         accelerator,
         lambda: keep_seen(run, index, images, config.init) if accelerator.is_main_process else None,
@@ -206,6 +221,7 @@ def build_training(
         before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
         about = _describe_start(accelerator, weights, num_copied)
         shards = {"format": "cxrdist-run-1", "shards": describe_shards(index)}
+        about["text_boxes"] = text_boxes
         write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
         if audit:
             write_text(run.audit, audit)
@@ -227,6 +243,7 @@ def build_training(
         copies[train],
         Batches(material, val_plan, accelerator.device),
         StopVote(accelerator),
+        backgrounds,
     )
 
 

@@ -100,11 +100,15 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     set_modes(training.model, set() if mode == "frozen" else set(BLOCKS))
     epoch = Batches(training.material, training.plan("all", 1), training.accelerator.device)
     epoch.targets = epoch.targets.to(training.model.mean.dtype)
-    part = read_slice(epoch, under_way.staging, 0, training.accelerator)
+    part = read_slice(*(epoch, under_way.staging, under_way.foregrounds, 0, training.accelerator))
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = backward(
             *(training.accelerator, under_way.model, under_way.updater, part),
-            *(int(per_pass) if per_pass else None, under_way.statistics.before_pass),
+            *(
+                int(per_pass) if per_pass else None,
+                under_way.statistics.before_pass,
+                under_way.weight,
+            ),
         )
     under_way.statistics.after_step(part.sizes)
     gradients = {k: p.grad.clone() for k, p in training.model.network.named_parameters()}

@@ -1,0 +1,77 @@
+"""The foreground: what a network may read of each image; all else of it is background."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.boxes import inside
+from cxrdist.data.cache import Masks
+from cxrdist.data.regions import Region, border, thorax
+from cxrdist.data.square_boxes import SquareBoxes
+
+FULL = 255
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """Squares of what may be read, by sample number, made as they are asked for.
+
+    An image of which nothing is background, such as one without a mask where only masks count, is
+    foreground everywhere. A mask that covers nothing says nothing of the lungs and counts as none.
+
+    Attributes:
+        fixed: uint8 [S, S], 1 where no image has background, else 0.
+        masks: of the lungs, as `open_masks` gives them; None if they do not count.
+        boxes: of text; none if they do not count.
+    """
+
+    fixed: NDArray[np.uint8]
+    masks: Masks | None
+    boxes: SquareBoxes
+
+    def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """What may be read of some samples, uint8 [B, S, S], `FULL` or 0."""
+        readable = np.repeat(self.fixed[None] * np.uint8(FULL), len(numbers), axis=0)
+        if self.masks is not None:
+            bits = np.unpackbits(self.masks[numbers], axis=1, count=self.fixed.size)
+            bits[~bits.any(axis=1)] = 1
+            readable *= bits.reshape(readable.shape)
+        for row, number in enumerate(numbers.tolist()):
+            if number in self.boxes:
+                readable[row][inside(self.boxes[number], *self.fixed.shape)] = 0
+        return readable
+
+    def has_background(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of some samples have background of their own, bool [N]."""
+        if not self.fixed.all():
+            return np.ones(len(numbers), dtype=bool)
+        found = np.isin(numbers, list(self.boxes))
+        return found if self.masks is None else found | has_mask(self.masks, numbers)
+
+
+def foreground_of(
+    regions: Collection[Region], size_px: int, masks: Masks | None, boxes: SquareBoxes
+) -> Foreground:
+    """Take away the regions that count as background.
+
+    Args:
+        regions: what counts as background; they add up.
+        size_px: side of the squares.
+        masks: of all samples; needed where they count.
+        boxes: of text; needed where they count.
+    """
+    fixed = np.ones((size_px, size_px), np.uint8)
+    if "border" in regions:
+        fixed[border(size_px)] = 0
+    if "thorax" in regions:
+        fixed[~thorax(size_px)] = 0
+    return Foreground(
+        fixed, masks if "masks" in regions else None, boxes if "text" in regions else {}
+    )
+
+
+def has_mask(masks: Masks, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of some samples have a mask that covers something, bool [N]."""
+    return np.array([masks[number].any() for number in numbers.tolist()], dtype=bool)

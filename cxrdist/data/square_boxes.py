@@ -1,0 +1,63 @@
+"""Boxes of burned-in text in the squares of packed images."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.boxes import Box, inside, read_boxes
+from cxrdist.data.geometry import in_square
+from cxrdist.data.index import Index
+from cxrdist.data.shards import open_shard
+from cxrdist.errors import CxrdistError
+
+SquareBoxes = Mapping[int, Sequence[Box]]
+"""By sample number, in px of the square; only of samples that have some."""
+
+
+def boxes_in_squares(
+    index: Index, numbers: NDArray[np.int64], file: Path, option: str
+) -> SquareBoxes:
+    """Read the CSV of boxes and bring them into the squares of some samples.
+
+    Args:
+        index: of the shards.
+        numbers: int64 [N], sample numbers.
+        file: as `cxrdist find-text` writes it.
+        option: that names the file, for messages.
+
+    Raises:
+        CxrdistError: the CSV cannot be read, or none of its images is in the shards.
+    """
+    boxes = read_boxes(file)
+    if boxes and not boxes.keys() & {sample.path for sample in index.samples}:
+        raise CxrdistError(
+            f"{option} {file}: has no image of the shards; make it with cxrdist find-text of the "
+            "source that was packed"
+        )
+    size_px = index.image_size_px
+    found: dict[int, Sequence[Box]] = {}
+    wanted = {n for n in numbers.tolist() if index.samples[n].path in boxes}
+    for number, (width_px, height_px) in _sizes(index, wanted).items():
+        mapped = [
+            in_square(box, width_px, height_px, size_px, index.fit)
+            for box in boxes[index.samples[number].path]
+        ]
+        seen = [box for box in mapped if inside([box], size_px, size_px).any()]
+        if seen:
+            found[number] = seen
+    return found
+
+
+def _sizes(index: Index, numbers: set[int]) -> dict[int, tuple[int, int]]:
+    """Width and height in px of the originals of some samples, from their KEY.json."""
+    sizes = {}
+    for shard in index.packed():
+        mine = [n for n in range(len(shard.samples)) if shard.first + n in numbers]
+        if mine:
+            with open_shard(shard) as opened:
+                for number in mine:
+                    about = opened.describe(number)
+                    sizes[shard.first + number] = about["width_px"], about["height_px"]
+    return sizes

@@ -1,0 +1,83 @@
+"""Penalties on what a network reads of the background, as functions of its weights.
+
+Each takes (model, images, targets, background) and gives a penalty for each image.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+from cxrdist.explain.gradient import relevance
+from cxrdist.model.densenet import Classifier
+
+LEAST = 1e-12
+"""Of a sum of |relevance|, in logits; an image with less has the share 0."""
+
+
+def share_of_relevance(
+    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
+) -> Tensor:
+    """Return the share of |relevance| in the background: sum over it / sum over the image.
+
+    A share has no scale: neither a map that vanishes nor one that explodes pays off, which ISNet
+    (Bassi et al. 2024, Nature Communications 15:291) needs a second term for. The map is that of
+    the contrast of an image's labels: each class that it has counts for 1 and those that it does
+    not have for -1 together, since the maps of single classes hardly differ.
+
+    Args:
+        model: in any mode; it is taken in evaluation mode.
+        images: float [B, 1, H, W], grey values 0..255.
+        targets: float [B, classes], 1 where an image has the label, -1 where that is unknown.
+        background: bool [B, 1, H, W].
+
+    Returns:
+        float [B], 0 to 1, differentiable in the weights where gradients are enabled.
+    """
+    present, absent = (targets == 1).to(images.dtype), (targets == 0).to(images.dtype)
+    weights = present - absent / absent.sum(1, keepdim=True).clamp(min=1)
+    amounts = relevance(model, images, weights).abs()
+    outside = (amounts * background[:, 0]).flatten(1).sum(1)
+    return outside / amounts.flatten(1).sum(1).clamp(min=LEAST)
+
+
+def squared_gradient(
+    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
+) -> Tensor:
+    """Square the gradient of the log-probabilities in the input, and sum it over the background.
+
+    Ross et al. 2017 (IJCAI), equation 2, without its weight. Each label is a case of its own with
+    two outcomes, whose log-probabilities add up. The network is taken in evaluation mode: with the
+    statistics of a batch, an image's gradient would be that of all of them.
+
+    Args:
+        model: in any mode.
+        images: float [B, 1, H, W], grey values 0..255; the gradient is that of grey values 0..1.
+        targets: float [B, classes]; the method does not need them.
+        background: bool [B, 1, H, W].
+
+    Returns:
+        float [B], differentiable in the weights where gradients are enabled.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad(), evaluating(model):
+        shown = (images.detach() / 255).requires_grad_()
+        logits = model(shown * 255)
+        total = (logsigmoid(logits) + logsigmoid(-logits)).sum()
+        (gradient,) = torch.autograd.grad(total, shown, create_graph=differentiable)
+    return (gradient.square() * background).flatten(1).sum(1)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a network compute as in evaluation mode; each module gets its mode back."""
+    modules = [module for module in model.modules() if module.training]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True

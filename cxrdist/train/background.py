@@ -1,0 +1,215 @@
+"""The background part of a stage's loss: what counts as background, and how much of it is read."""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from cxrdist.config import Background, TrainConfig
+from cxrdist.data.cache import open_masks
+from cxrdist.data.foreground import FULL, Foreground, foreground_of, has_mask
+from cxrdist.data.index import Index
+from cxrdist.data.regions import Region, read_regions
+from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
+from cxrdist.distributed import together
+from cxrdist.errors import CxrdistError
+from cxrdist.explain.background import share_of_relevance, squared_gradient
+from cxrdist.info import BackgroundInfo, TextBoxesInfo
+from cxrdist.model.augment import warp, warp_masks
+from cxrdist.model.densenet import Classifier
+from cxrdist.run import judging, read_bytes
+
+MOST_TABLE_BYTES = 1 << 30
+PENALTIES = {"lrp": share_of_relevance, "gradient": squared_gradient}
+
+
+@dataclass(frozen=True)
+class BackgroundLoss:
+    """What a stage adds to its loss: weight times the mean penalty of the images of a step.
+
+    Attributes:
+        recipe: weight, regions and method.
+        foreground: what may be read of each sample.
+        info: how many images of train have background.
+    """
+
+    recipe: Background
+    foreground: Foreground
+    info: BackgroundInfo
+
+    def penalties(
+        self,
+        model: Classifier,
+        images: Tensor,
+        matrices: Tensor,
+        targets: Tensor,
+        foreground: Tensor,
+    ) -> Tensor:
+        """Return the penalty of each image; of one without background of its own it is 0.
+
+        What a warp brings in from outside of the other images is background too.
+
+        Args:
+            model: that is trained.
+            images: uint8 [B, 1, H, W].
+            matrices: float32 [B, 2, 3], how they are warped.
+            targets: float [B, classes], 1 where an image has the label, -1 where that is unknown.
+            foreground: uint8 [B, 1, H, W], rows of `foreground`.
+
+        Returns:
+            Floats [B] in the precision of the model, never in that of autocast.
+        """
+        own = (foreground < FULL).flatten(1).any(1)
+        background = warp_masks(foreground, matrices) < FULL
+        with torch.autocast(images.device.type, enabled=False):
+            warped = warp(images, matrices)
+            found = PENALTIES[self.recipe.method](model, warped, targets, background)
+        return found * own
+
+
+def check_backgrounds(config: TrainConfig) -> None:
+    """Refuse a background loss that cannot be meant.
+
+    Raises:
+        CxrdistError: a weight or a region is invalid, or boxes of text are missing or not used.
+    """
+    has_text = False
+    for name, stage in config.stages.items():
+        if stage.background is None:
+            continue
+        field, weight = f"stages.{name}.background", stage.background.weight
+        if not 0 < weight < float("inf"):
+            raise CxrdistError(
+                f"{field}.weight: is {weight}, expected a number above 0; leave background out "
+                "for none"
+            )
+        try:
+            has_text |= "text" in read_regions(stage.background.region)
+        except CxrdistError as error:
+            raise CxrdistError(f"{field}.{error}") from error
+    if has_text and config.text_boxes is None:
+        raise CxrdistError(
+            "--text-boxes: is missing, and a stage has the background region text; give the CSV "
+            "that cxrdist find-text makes"
+        )
+    if config.text_boxes is not None and not has_text:
+        raise CxrdistError(
+            "--text-boxes: no stage of the recipe has the background region text; leave it out"
+        )
+
+
+def check_regions(config: TrainConfig, index: Index) -> None:
+    """Refuse regions that the shards cannot give.
+
+    Raises:
+        CxrdistError: no image of train has a mask, or the text is covered already.
+    """
+    regions = _needed(config)
+    train = [index.samples[number] for number in index.numbers("train")]
+    if "masks" in regions and not any(sample.mask_sha256 for sample in train):
+        raise CxrdistError(
+            f"--shards {index.directory}: no image of train has a mask, which the background "
+            "region masks needs; pack with --masks, or take the region thorax"
+        )
+    if "text" in regions and index.cover and index.cover["split"] in ("all", "train"):
+        raise CxrdistError(
+            f"--shards {index.directory}: their burned-in text is covered already; give shards "
+            "that were packed without --text-boxes, or leave out the background region text"
+        )
+
+
+def _recipes(config: TrainConfig) -> dict[str, tuple[Background, tuple[Region, ...]]]:
+    """The background loss and its regions of each stage that has one."""
+    return {
+        name: (stage.background, read_regions(stage.background.region))
+        for name, stage in config.stages.items()
+        if stage.background
+    }
+
+
+def _needed(config: TrainConfig) -> set[Region]:
+    return {region for _, regions in _recipes(config).values() for region in regions}
+
+
+def open_backgrounds(
+    config: TrainConfig, index: Index, accelerator: Accelerator
+) -> dict[str, BackgroundLoss]:
+    """Open what the stages' background losses need; by stage, of those that have one.
+
+    Raises:
+        CxrdistError: masks or boxes cannot be read, or no image of train has any.
+    """
+    masks = open_masks(index, config.cache, accelerator) if "masks" in _needed(config) else None
+    boxes = together(accelerator, lambda: _read_boxes(config, index))
+    train = np.array(index.numbers("train"))
+    if masks is not None and not has_mask(masks, train).any():
+        raise CxrdistError(
+            f"--shards {index.directory}: the masks of train are empty; pack with other --masks, "
+            "or take the background region thorax"
+        )
+    opened = {}
+    for name, (recipe, regions) in _recipes(config).items():
+        foreground = foreground_of(regions, index.image_size_px, masks, boxes)
+        counted = int(foreground.has_background(train).sum())
+        info: BackgroundInfo = {
+            "weight": recipe.weight,
+            "region": ",".join(regions),
+            "method": recipe.method,
+            "images": counted,
+            "without": len(train) - counted,
+        }
+        opened[name] = BackgroundLoss(recipe, foreground, info)
+    return opened
+
+
+def _read_boxes(config: TrainConfig, index: Index) -> SquareBoxes:
+    """The boxes of text of train and val in their squares; none where no stage needs them."""
+    if config.text_boxes is None:
+        return {}
+    train, val = (index.numbers(split) for split in ("train", "val"))
+    boxes = boxes_in_squares(index, np.array(train + val), config.text_boxes, "--text-boxes")
+    if not boxes.keys() & {*train}:
+        raise CxrdistError(
+            f"--text-boxes {config.text_boxes}: no image of train has text in it; leave out the "
+            "background region text"
+        )
+    return boxes
+
+
+def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
+    """Describe the CSV of boxes for run.json; None without one.
+
+    Raises:
+        CxrdistError: it cannot be read.
+    """
+    if config.text_boxes is None:
+        return None
+    with judging(config.text_boxes, "make it with cxrdist find-text"):
+        content = read_bytes(config.text_boxes.resolve(), MOST_TABLE_BYTES)
+    return {"file": config.text_boxes.name, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def refuse_other_text_boxes(config: TrainConfig, before: TextBoxesInfo | None) -> None:
+    """Make sure that a run goes on with the boxes that it began with.
+
+    Raises:
+        CxrdistError: they are others.
+    """
+    found = describe_text_boxes(config)
+    if found and before and found["sha256"] != before["sha256"]:
+        raise CxrdistError(
+            f"--text-boxes {config.text_boxes}: has the sha256 {found['sha256']}, but the run "
+            f"began with {before['sha256']}; put the file back, or train in a new directory"
+        )
+
+
+def describe_background(info: BackgroundInfo) -> str:
+    """What a user reads of a stage's background loss before it begins."""
+    without = f"; {info['without']} have none and no penalty" if info["without"] else ""
+    return (
+        f"background: {info['weight']:g} times the penalty ({info['method']}) of "
+        f"{info['region']}, on {info['images']} images of train{without}"
+    )
