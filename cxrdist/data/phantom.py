@@ -8,7 +8,7 @@ of the opacities are carried along, so every image comes with the boxes of what 
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -133,7 +133,7 @@ def write_phantoms(
     num_patients_per_class: int,
     image_size_px: int = 256,
     seed: int = 0,
-    opacities: bool = True,
+    opacities: float = 1.0,
     word_share: float = WORD_SHARE,
     word_alone: bool = True,
 ) -> Path:
@@ -148,7 +148,7 @@ def write_phantoms(
         num_patients_per_class: Patients in each of the three classes.
         image_size_px: Side of the square images in pixels.
         seed: Any number from 0 on; equal seeds give equal bytes.
-        opacities: Whether to plant them; without them nothing but the word tells a class.
+        opacities: How dense they are, times the usual; with 0 nothing but the word tells a class.
         word_share: Share of the COVID-19 patients who have the word.
         word_alone: Whether those patients have no opacities.
 
@@ -212,7 +212,7 @@ def draw_patient(
     number: int,
     image_size_px: int,
     seed: int,
-    opacities: bool = True,
+    opacities: float = 1.0,
     word_share: float = WORD_SHARE,
     word_alone: bool = True,
 ) -> Iterator[Phantom]:
@@ -223,7 +223,7 @@ def draw_patient(
         number: The patient's number; with the seed it decides every draw.
         image_size_px: Side of the square images in pixels.
         seed: Seed of the data set.
-        opacities: Whether to plant them. Without them all else stays the same.
+        opacities: How dense they are, times the usual; with 0 all else stays the same.
         word_share: Share of the COVID-19 patients who have the word.
         word_alone: Whether those patients have no opacities.
 
@@ -245,8 +245,9 @@ def draw_patient(
     patient_rng, findings_rng = _generator(seed, number, 3), _generator(seed, number, 2)
     num_images = int(patient_rng.integers(1, MAX_IMAGES_PER_PATIENT + 1))
     has_word = label == COVID and patient_rng.random() < word_share
-    bare = not opacities or (has_word and word_alone)
+    bare = opacities == 0 or (has_word and word_alone)
     planted = [] if bare else _draw_opacities(label, lungs, findings_rng)
+    planted = [replace(opacity, density=opacity.density * opacities) for opacity in planted]
     body = body + air * _render_opacities(planted, len(body), findings_rng)
     for image in range(1, num_images + 1):
         rng = _generator(seed, number, 3 + image)
