@@ -6,6 +6,7 @@ from support import make_shards
 
 from cxrdist.config import (
     Augmentation,
+    Background,
     EvaluateConfig,
     ExplainConfig,
     Network,
@@ -36,7 +37,8 @@ def make_run(folder: Path) -> Path:
         folder / "run",
         folder / "cache",
     )
-    stages = {"all": Stage(dict.fromkeys(BLOCKS, 0.003), epochs=2, patience=2)}
+    background = Background(0.1, "masks", "gradient")
+    stages = {"all": Stage(dict.fromkeys(BLOCKS, 0.003), 2, 2, background=background)}
     train(
         TrainConfig(
             shards,

@@ -63,7 +63,7 @@ def squared_gradient(
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), evaluating(model):
-        shown = (images.detach() / 255).requires_grad_()
+        shown = (images.detach().to(model.mean.dtype) / 255).requires_grad_()
         logits = model(shown * 255)
         total = (logsigmoid(logits) + logsigmoid(-logits)).sum()
         (gradient,) = torch.autograd.grad(total, shown, create_graph=differentiable)

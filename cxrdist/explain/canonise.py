@@ -148,7 +148,7 @@ def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> n
     affines = [affine(norm) for norm in norms]
     scale = torch.stack([scale[channels] for scale, _ in affines], 1)
     shift = torch.stack([shift[channels] for _, shift in affines], 1)
-    weight = conv.weight.detach().double().unsqueeze(1) * scale[..., None, None, None]
+    weight = conv.weight.double().unsqueeze(1) * scale[..., None, None, None]
     folded = nn.Conv2d(
         conv.in_channels,
         conv.out_channels * len(norms),
@@ -158,8 +158,8 @@ def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> n
         groups=conv.groups,
         device="meta",
     )
-    folded.weight = nn.Parameter(weight.flatten(0, 1).to(conv.weight.dtype))
-    folded.bias = nn.Parameter(shift.flatten().to(conv.weight.dtype))
+    folded.weight = nn.Parameter(weight.detach().flatten(0, 1).to(conv.weight.dtype))
+    folded.bias = nn.Parameter(shift.detach().flatten().to(conv.weight.dtype))
     return folded
 
 
@@ -170,8 +170,8 @@ def affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
             "cannot explain a network whose BatchNorm keeps no running statistics; "
             "build it as cxrdist's Classifier does"
         )
-    scale = norm.weight.detach().double() / torch.sqrt(norm.running_var.double() + norm.eps)
-    return scale, norm.bias.detach().double() - norm.running_mean.double() * scale
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
 
 
 def _identity_like(conv: nn.Conv2d) -> nn.Conv2d:

@@ -1,10 +1,12 @@
 """A DenseNet folded for the engine: weights, their positive and negative parts, and what absorbs.
 
 It is the canonical network (canonise.py) without its copies. A consumer with scale s and shift t
-reads a producer's output y as relu(s y + t) = |s| relu(sign(s) y + t / |s|); the factor |s| moves
-into the weights behind it. The copy of the producer that it has in the canonical network has the
-z-plus |s| (P + max(t, 0) / |s|), where P is conv(h, W+), or conv(h, W-) if s is negative: the same
-two convolutions for all consumers.
+reads a producer's output y as relu(s y + t). The copy of the producer that it has in the canonical
+network has the z-plus |s| P + max(t, 0), where P is conv(h, W+), or conv(h, W-) if s is negative:
+the same two convolutions for all consumers. The second costs nothing where the consumer is active:
+|s| conv(h, W-) = |s| conv(h, W+) + s y, so the z-plus is |s| conv(h, W+) + output + max(-t, 0).
+
+Everything here is a differentiable function of the weights; the running statistics are constants.
 """
 
 from typing import NamedTuple
@@ -15,36 +17,46 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cxrdist.explain.attribution import STABILISER
-from cxrdist.explain.canonise import affine, blocks_of, check, fold_conv
+from cxrdist.explain.canonise import affine, blocks_of
 
 LEAST_SCALE = 1e-25
 """A smaller |s| is taken as this: such a channel is constant either way."""
 
 
 class Consumer(NamedTuple):
-    """A BatchNorm that reads C features of N pixels; its results are divided by |s|."""
+    """A BatchNorm that reads C features of N pixels."""
 
-    sign: Tensor | None
-    """[C, 1], 1 or -1; None where all are 1."""
-    shift: Tensor
-    """[C, 1], t / |s|."""
-    floor: Tensor
-    """[C, 1], what its z-plus has besides P: bias and stabiliser."""
-    absorbed: Tensor
-    """[2, C], what bias and stabiliser take of each ratio R / z."""
     scale: Tensor
-    """[C, 1], |s|."""
+    """[C], s."""
+    shift: Tensor
+    """[C], t."""
+    size: Tensor
+    """[C], |s|."""
+    floor: Tensor
+    """[C], what its z-plus has besides P and perhaps the output: bias and stabiliser."""
+    absorbed: Tensor
+    """[2, C], what bias and stabiliser take of each |s| R / z."""
+    negative: Tensor | None
+    """[C, 1], 1 where s is negative, else 0; None where none is."""
 
     def read(self, features: Tensor) -> Tensor:
         """Its output behind its ReLU, [C, N]."""
-        signed = features if self.sign is None else features * self.sign
-        return (signed + self.shift).relu_()
+        return scaled(features, self.scale, self.shift).relu_()
 
-    def denominator(self, plus: Tensor, minus: Tensor | None) -> Tensor:
-        """Its z-plus from the producers' two P, [C, N] each."""
-        if self.sign is None or minus is None:
-            return plus + self.floor
-        return torch.where(self.sign > 0, plus, minus) + self.floor
+    def denominator(self, plus: Tensor, minus: Tensor | None, outputs: Tensor) -> Tensor:
+        """Its z-plus, [C, N]; right where it is active.
+
+        Args:
+            plus: the producers' P of W+, [C, N].
+            minus: their P of W-, which is needed where there is no bias in the z-plus.
+            outputs: what `read` gave.
+        """
+        if minus is not None and self.negative is not None:
+            plus = torch.where(self.negative > 0, minus, plus)
+        z = scaled(plus, self.size, self.floor)
+        return (
+            z if minus is not None or self.negative is None else z.addcmul_(self.negative, outputs)
+        )
 
 
 class Layer(NamedTuple):
@@ -56,7 +68,7 @@ class Layer(NamedTuple):
     squeeze_bias: Tensor
     """[2 M], the bias, and what its z-plus has besides."""
     squeeze_back: Tensor
-    """[C, M], the positive part."""
+    """[C, M], the positive part times |s|."""
     absorbed: Tensor
     """[M, 2], what bias and stabiliser of the 1x1 convolution take of each ratio R / z."""
     grow: Tensor
@@ -80,17 +92,29 @@ class Block(NamedTuple):
     """C."""
     pool_px: int | None
     """Side of the pool's windows; None: it takes the mean of all pixels."""
+    with_minus: bool
+    """Whether the forward pass computes P of W-."""
     is_mixed: bool
-    """Whether some consumer's scale is negative, so that it takes negative parts."""
+    """Whether some consumer's scale may be negative, so that it takes negative parts."""
+
+
+class Stem(NamedTuple):
+    """The first convolution with its BatchNorm, and the max pool behind it."""
+
+    weight: Tensor
+    """[C, channels, 7, 7]."""
+    bias: Tensor
+    """[C]."""
+    place: tuple[int, int]
+    """Stride and padding of the convolution in pixels."""
+    max_pool: tuple[int, int, int]
+    """Window, stride and padding in pixels."""
 
 
 class Folded(NamedTuple):
     """A whole network."""
 
-    stem: nn.Conv2d
-    """The first convolution with its BatchNorm."""
-    max_pool: tuple[int, int, int]
-    """Window, stride and padding in pixels."""
+    stem: Stem
     blocks: list[Block]
     weight: Tensor
     """[classes, C] of the linear layer."""
@@ -98,30 +122,38 @@ class Folded(NamedTuple):
     """[classes]."""
 
 
-def fold(network: DenseNet, biases: bool) -> Folded:
-    """Fold a network, which is left as it is.
+def fold(network: DenseNet, biases: bool, *, ask: bool = True) -> Folded:
+    """Fold a network, which is left as it is; no result shares memory with it.
 
     Args:
-        network: timm's DenseNet in evaluation mode.
+        network: timm's DenseNet, as Classifier builds it.
         biases: whether biases are part of the denominators and absorb their share.
-
-    Raises:
-        CxrdistError: the network is in training mode, or has a layer that is not known here.
+        ask: look which scales are negative; if not, all may be, and no device is waited for.
     """
-    check(network)
     features = network.features
     blocks, transitions = blocks_of(network)
     entries = [None, *(transition.conv for transition in transitions)]
     exits = [*(transition.norm for transition in transitions), features.norm5]
     pools = [*(transition.pool.kernel_size for transition in transitions), None]
-    pool, linear = features.pool0, network.classifier
     return Folded(
-        fold_conv(features.conv0, [features.norm0]),
-        (pool.kernel_size, pool.stride, pool.padding),
-        [_block(*parts, biases) for parts in zip(entries, blocks, exits, pools, strict=True)],
-        linear.weight.detach().clone(),
-        linear.bias.detach().clone(),
+        _stem(features),
+        [_block(*parts, biases, ask) for parts in zip(entries, blocks, exits, pools, strict=True)],
+        network.classifier.weight.clone(),
+        network.classifier.bias.clone(),
     )
+
+
+def _stem(features: nn.Module) -> Stem:
+    conv, pool = features.get_submodule("conv0"), features.get_submodule("pool0")
+    weight, bias = _folded(conv.weight, features.get_submodule("norm0"))
+    window = pool.kernel_size, pool.stride, pool.padding
+    return Stem(weight, bias, (conv.stride[0], int(conv.padding[0])), window)
+
+
+def _folded(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Weights [out, ...] and bias [out] of a convolution with the BatchNorm behind it."""
+    scale, shift = (value.to(weight.dtype) for value in affine(norm))
+    return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift
 
 
 def _block(
@@ -130,37 +162,38 @@ def _block(
     exit_norm: _BatchNorm,
     pool_px: int | None,
     biases: bool,
+    ask: bool,
 ) -> Block:
     dense_layers = list(block.children())
     norms = [*(layer.norm1 for layer in dense_layers), exit_norm]
-    is_mixed = any(bool((affine(norm)[0] < 0).any()) for norm in norms)
+    is_mixed = not ask or any(bool((norm.weight < 0).any()) for norm in norms)
     with_minus = is_mixed and not biases
-    weight = None if entry is None else entry.weight.detach().flatten(1)
+    weight = None if entry is None else entry.weight.flatten(1)
     return Block(
         None if weight is None else torch.cat([weight, *_parts(weight, with_minus)]),
         None if weight is None else torch.cat(_parts(weight, is_mixed)).t().contiguous(),
         [_layer(layer, is_mixed, biases) for layer in dense_layers],
-        _consumer(exit_norm, biases),
+        _consumer(exit_norm, is_mixed, biases),
         len(exit_norm.weight) - sum(layer.conv2.out_channels for layer in dense_layers),
         pool_px,
+        with_minus,
         is_mixed,
     )
 
 
 def _layer(layer: DenseLayer, is_mixed: bool, biases: bool) -> Layer:
-    consumer = _consumer(layer.norm1, biases)
-    squeeze = fold_conv(layer.conv1, [layer.norm2])
-    weight = squeeze.weight.detach().flatten(1) * consumer.scale.t()
-    bias = bias_of(squeeze)
+    consumer = _consumer(layer.norm1, is_mixed, biases)
+    weight, bias = _folded(layer.conv1.weight.flatten(1), layer.norm2)
+    positive = weight.clamp(min=0)
     absorbing = bias.clamp(min=0) * biases
-    grow = layer.conv2.weight.detach()
+    grow = layer.conv2.weight
     nhwc = torch.channels_last
     turned = torch.cat(_parts(grow, is_mixed)).flip(2, 3).transpose(0, 1)
     return Layer(
         consumer,
-        torch.cat([weight, *_parts(weight, False)]).t().contiguous(),
+        torch.cat([weight, positive]).t().contiguous(),
         torch.cat([bias, absorbing + STABILISER]),
-        weight.clamp(min=0).t().contiguous(),
+        (positive.t() * consumer.size[:, None]).contiguous(),
         torch.stack([absorbing, torch.full_like(bias, STABILISER)], 1),
         torch.cat([grow, *_parts(grow, is_mixed and not biases)]).contiguous(memory_format=nhwc),
         turned.contiguous(memory_format=nhwc),
@@ -168,27 +201,37 @@ def _layer(layer: DenseLayer, is_mixed: bool, biases: bool) -> Layer:
     )
 
 
-def _consumer(norm: _BatchNorm, biases: bool) -> Consumer:
-    signed, shift = affine(norm)
-    scale = signed.abs().clamp(min=LEAST_SCALE)
-    absorbing = shift.clamp(min=0) * biases / scale
-    stabiliser = STABILISER / scale
+def _consumer(norm: _BatchNorm, is_mixed: bool, biases: bool) -> Consumer:
+    scale, shift = affine(norm)
+    size = scale.abs().clamp(min=LEAST_SCALE)
+    negative = (scale < 0)[:, None]
+    bias = shift.clamp(min=0) * biases
+    # The output holds the bias already where it is part of the z-plus.
+    floor = torch.where(scale < 0, -shift, shift).clamp(min=0) * biases + STABILISER
+    absorbed = torch.stack([bias / size, STABILISER / size])
     dtype = norm.weight.dtype
-    sign = torch.where(signed < 0, -1.0, 1.0)
     return Consumer(
-        sign[:, None].to(dtype) if bool((sign < 0).any()) else None,
-        (shift / scale)[:, None].to(dtype),
-        (absorbing + stabiliser)[:, None].to(dtype),
-        torch.stack([absorbing, stabiliser]).to(dtype),
-        scale[:, None].to(dtype),
+        *(value.to(dtype) for value in (scale, shift, size, floor, absorbed.detach())),
+        negative.to(dtype) if is_mixed else None,
     )
 
 
-def bias_of(conv: nn.Conv2d) -> Tensor:
-    """The bias of a folded convolution, [channels]; it always has one."""
-    if conv.bias is None:
-        raise RuntimeError("a folded convolution has lost its bias")
-    return conv.bias.detach()
+def scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return scale * rows + shift, [C, N], in one pass over the memory, with BatchNorm's kernel."""
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    return torch.batch_norm(
+        rows.unsqueeze(0), scale, shift, zero, one, False, 0.0, 0.0, False
+    ).squeeze(0)
+
+
+def scaled_back(gradient: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `scaled` with respect to the rows [C, N], the scale and the shift, [C]."""
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    of_rows, of_scale, of_shift = torch.ops.aten.native_batch_norm_backward(
+        *(gradient.unsqueeze(0), rows.unsqueeze(0), scale, zero, one, None, None),
+        *(False, 0.0, [True] * 3),
+    )
+    return of_rows.squeeze(0), of_scale, of_shift
 
 
 def _parts(weight: Tensor, with_minus: bool) -> list[Tensor]:

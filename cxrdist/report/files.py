@@ -31,6 +31,8 @@ from cxrdist.run import (
 )
 
 MOST_EPOCHS = 100_000  # of all stages
+NUMBERS = ("loss", "val_loss", "background", "val_background", "images_per_second", "seconds")
+"""Of an epoch, beside its score."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,8 @@ class EpochRow(TypedDict):
     val_accuracy: NotRequired[Real | None]
     val_auroc: NotRequired[Real | None]
     loss: NotRequired[Real | None]
+    background: NotRequired[Real]
+    val_background: NotRequired[Real]
     images_per_second: NotRequired[Real | None]
     seconds: NotRequired[Real | None]
 
@@ -207,7 +211,7 @@ def _numbers(row: EpochRow, task: str) -> dict[str, Any]:
     score = row["val_auroc"] if task == "multilabel" else row["val_accuracy"]
     numbers = {
         "val_score": score,
-        **{name: row.get(name) for name in ("loss", "val_loss", "images_per_second", "seconds")},
+        **{name: row.get(name) for name in NUMBERS},
     }
     known = {name: math.nan if value is None else value for name, value in numbers.items()}
     return {"epoch": row["epoch"], **known}

@@ -26,6 +26,7 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
             {
                 "name": name,
                 "facts": facts,
+                "background": facts.get("background") if facts else None,
                 "frozen": facts["frozen"] if facts else [],
                 "best_epoch": best,
                 "rows": rows,

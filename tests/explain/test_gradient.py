@@ -4,8 +4,11 @@ import pytest
 import torch
 from test_canonise import SMALL, images, randomised, relative_error
 
+from cxrdist.explain import gradient
+from cxrdist.explain.fold import fold
 from cxrdist.explain.gradient import relevance
 from cxrdist.explain.relevance import Explainer
+from cxrdist.model.densenet import Classifier, Network
 
 
 def starts(dtype: torch.dtype) -> torch.Tensor:
@@ -24,3 +27,100 @@ def test_map_equals_the_engine(dtype, tolerance):
     expected = torch.einsum("bk,bkhw->bhw", starts(dtype), maps)
     found = relevance(model.train(), pixels.to(dtype), starts(dtype))
     assert relative_error(found, expected) < tolerance
+
+
+def share_outside(model: Classifier, pixels: torch.Tensor) -> torch.Tensor:
+    """Share of |relevance| in the upper half, summed over the images."""
+    size = relevance(model, pixels, starts(pixels.dtype)).abs().flatten(1)
+    half = size.shape[1] // 2
+    return (size[:, :half].sum(1) / size.sum(1)).sum()
+
+
+def slope(model: Classifier, pixels: torch.Tensor, name: str, step: float) -> tuple[float, float]:
+    """Slope along a random direction of a parameter: by the gradient, and by differences."""
+    parameter = model.get_parameter(name)
+    way = torch.randn_like(parameter)
+    (of_parameter,) = torch.autograd.grad(share_outside(model, pixels), parameter)
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            parameter += sign * step * way
+            values.append(share_outside(model, pixels).item())
+            parameter -= sign * step * way
+    return (of_parameter * way).sum().item(), (values[0] - values[1]) / (2 * step)
+
+
+def test_gradient_equals_finite_differences():
+    """Of every parameter, gammas of both signs; of a scalar of the map, in float64."""
+    model = randomised(SMALL).train()
+    pixels = images(64).double()
+    torch.manual_seed(4)
+    with torch.no_grad():  # a gamma of 0 stands on a kink: the sign of what it reads changes there
+        for norm in model.norms:
+            norm.weight[norm.weight == 0] = 0.7
+    slopes = {n: slope(model, pixels, n, 1e-7) for n, _ in model.named_parameters()}
+    scale = max(abs(found) for found, _ in slopes.values())
+    for name, (found, expected) in slopes.items():
+        assert abs(found - expected) < 1e-6 * scale, name
+        assert found != 0, name
+
+
+def test_frozen_parameters_get_no_gradient():
+    """What does not require a gradient gets none, and the others the same as without freezing."""
+    model = randomised(SMALL)
+    pixels = images(64).double()
+    share_outside(model, pixels).backward()
+    expected = model.network.classifier.weight.grad.clone()
+    model.zero_grad()
+    model.network.features.requires_grad_(False)
+    share_outside(model, pixels).backward()
+    assert torch.equal(model.network.classifier.weight.grad, expected)
+    assert all(parameter.grad is None for parameter in model.network.features.parameters())
+
+
+def test_running_statistics_and_modes_are_left_alone():
+    """A model in training mode stays in it, and its running statistics keep their bits."""
+    model = randomised(SMALL).train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    share_outside(model, images(64).double()).backward()
+    assert all(torch.equal(before[name], value) for name, value in model.named_buffers())
+    assert all(module.training for module in model.modules())
+
+
+def test_dropout_has_no_part_in_it():
+    """The map of a network with dropout in training mode is the one of its use."""
+    model = randomised(Network(growth_rate=4, block_config=(2, 1), dropout=0.5))
+    pixels = images(64).double()
+    expected = share_outside(model, pixels)
+    assert share_outside(model.train(), pixels) == expected
+
+
+def test_gradient_has_the_same_bytes_twice_and_under_autocast():
+    """Neither a repetition nor autocast changes a bit of the map or its gradient."""
+    model = randomised(SMALL, dtype=torch.float32)
+    pixels = images(64).float()
+    gradients = []
+    for enabled in (False, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            share = share_outside(model, pixels)
+        model.zero_grad()
+        share.backward()
+        gradients.append([share.detach(), *(p.grad.clone() for p in model.parameters())])
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+def test_gradient_is_the_same_where_signs_are_not_looked_at(monkeypatch):
+    """A device is not asked which scales are negative; all may be, with the same result."""
+    model = randomised(SMALL)
+    with torch.no_grad():
+        for norm in model.norms:
+            norm.weight.abs_()
+    pixels = images(64).double()
+    share_outside(model, pixels).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    monkeypatch.setattr(gradient, "fold", lambda *args, ask: fold(*args, ask=False))
+    share_outside(model, pixels).backward()
+    for parameter, value in zip(model.parameters(), expected, strict=True):
+        assert (parameter.grad - value).abs().max() <= 1e-11 * value.abs().max()

@@ -5,6 +5,7 @@ usage: ranks.py SHARDS RUN OUT JOB...
 A job is `stages`, or MODE/BATCH[:IMAGES_PER_PASS] for the gradient of a step. The mode is `frozen`
 or `trained`, which BatchNorm is then, `compiled`, which is `trained` in one compiled graph,
 `bf16`, which is `trained` under autocast, or `per_rank`, which is `trained` on its own slice.
+`lrp` and `gradient` are `trained` with a background loss by that method, `frozen_lrp` is `frozen`.
 """
 
 import sys
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from cxrdist.config import Augmentation, Network, Stage, TrainConfig
+from cxrdist.config import Augmentation, Background, Network, Stage, TrainConfig
 from cxrdist.data.index import read_index
 from cxrdist.distributed import start
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 from cxrdist.train import learner
+from cxrdist.train.background import open_backgrounds
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import set_modes
 from cxrdist.train.step import Batches, backward, read_slice
@@ -84,6 +86,14 @@ def run_stages(training: Training) -> dict:
     return found
 
 
+def with_background(training: Training, method: str) -> Training:
+    """Let the stage `all` have a background loss whose gradient is not small."""
+    stage = replace(STAGES["all"], background=Background(30.0, "masks", method))
+    config = replace(training.recipe, stages={"all": stage})
+    index = read_index(config.shards)
+    return replace(training, backgrounds=open_backgrounds(config, index, training.accelerator))
+
+
 def take_gradient(training: Training, mode: str, batch: str) -> dict:
     """The synchronised gradient of the first step of an epoch, in float64 but under autocast."""
     size, _, per_pass = batch.partition(":")
@@ -94,10 +104,13 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
         batch_norm="per_rank" if mode == "per_rank" else "synchronised",
     )
     training = replace(training, recipe=recipe)
+    method = mode.rpartition("_")[2]
+    if method in ("lrp", "gradient"):
+        training = with_background(training, method)
     half = mode == "bf16"
     training.model.to(torch.float32 if half else torch.float64)
     under_way = StageRun(training, "all", None)
-    set_modes(training.model, set() if mode == "frozen" else set(BLOCKS))
+    set_modes(training.model, set() if mode.startswith("frozen") else set(BLOCKS))
     epoch = Batches(training.material, training.plan("all", 1), training.accelerator.device)
     epoch.targets = epoch.targets.to(training.model.mean.dtype)
     part = read_slice(*(epoch, under_way.staging, under_way.foregrounds, 0, training.accelerator))

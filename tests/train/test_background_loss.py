@@ -1,6 +1,7 @@
 """The background loss: its penalties, what they do to a training, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,23 @@ from safetensors.torch import load_file
 from support import make_shards
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cxrdist.config import Augmentation, Background, Network, Stage, TrainConfig
+from cxrdist.config import (
+    Augmentation,
+    Background,
+    Network,
+    ReportConfig,
+    Stage,
+    TrainConfig,
+)
 from cxrdist.data.boxes import Box, write_boxes
 from cxrdist.data.foreground import foreground_of
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError
+from cxrdist.explain import gradient
 from cxrdist.explain.background import evaluating, share_of_relevance, squared_gradient
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, block_of
+from cxrdist.report.html import report
 from cxrdist.run import RunDirectory, read_log
 from cxrdist.train import learner, stage
 from cxrdist.train.background import BackgroundLoss
@@ -146,8 +156,15 @@ def test_an_image_without_background_has_no_penalty_wherever_it_is_moved():
 
 @pytest.mark.parametrize("method", ["lrp", "gradient"])
 @pytest.mark.parametrize("trained", [BLOCKS, ["head"]])
-def test_a_step_with_a_penalty_reads_nothing_and_trains_what_is_not_frozen(method, trained):
-    """It runs on fake tensors, where every read would raise, under autocast as well."""
+def test_a_step_with_a_penalty_reads_nothing_and_trains_what_is_not_frozen(
+    monkeypatch, method, trained
+):
+    """It runs on fake tensors, where every read would raise, under autocast as well.
+
+    The map as on a GPU: on a CPU, where a read costs nothing, it asks for the signs of the gammas.
+    """
+    fold = gradient.fold
+    monkeypatch.setattr(gradient, "fold", lambda *given, ask: fold(*given, ask=False))
     model = network(torch.float32)
     freeze(model, set(trained))
     set_modes(model, set(trained))
@@ -255,6 +272,12 @@ def test_selection_and_log_see_the_penalty(shards, tmp_path, monkeypatch):
         **{"weight": 3.0, "region": "masks", "method": "gradient"},
         **{"images": masked, "without": len(train_split) - masked},
     }
+    page = report(ReportConfig(tmp_path / "run")).read_text(encoding="utf-8")
+    words = " ".join(re.sub(r"<[^>]+>", " ", page).replace("\xa0", " ").split())
+    assert (
+        f"squared input gradient) in the region masks, on {masked} of {len(train_split)}" in words
+    )
+    assert page.count("Validation penalty") == 2
     assert info["all"]["background"]["images"] == len(train_split)
 
 

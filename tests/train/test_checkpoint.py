@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cxrdist.errors import CxrdistError
+from cxrdist.train import checkpoint
 from cxrdist.train.checkpoint import (
     Checkpoint,
     Position,
@@ -36,7 +37,7 @@ def save(directory: Path, epochs: int, before: Position | None) -> Position:
     now = position(epochs, bests)
     losses = torch.zeros(0, dtype=torch.float64)
     save_checkpoint(
-        directory, Checkpoint(now, {"w": torch.ones(2)}, {}, {}, losses), RECIPE, before
+        directory, Checkpoint(now, {"w": torch.ones(2)}, {}, {}, losses, losses), RECIPE, before
     )
     return now
 
@@ -79,7 +80,7 @@ def test_a_checkpoint_that_leads_elsewhere_is_damaged(tmp_path):
     assert "is a link" in said[0]
     outside = replace(first, bests={"all": ("../home", "0")}, epochs_done=3)
     losses = torch.zeros(0, dtype=torch.float64)
-    save_checkpoint(tmp_path, Checkpoint(outside, {}, {}, {}, losses), RECIPE, first)
+    save_checkpoint(tmp_path, Checkpoint(outside, {}, {}, {}, losses, losses), RECIPE, first)
     assert load_latest(tmp_path, RECIPE, said.append).position == first
 
 
@@ -109,3 +110,17 @@ def test_states_of_another_network_are_one_line(network, optimizer):
 
     with pytest.raises(CxrdistError, match=r"checkpoints/x: does not fit"):
         take_over()
+
+
+def test_a_checkpoint_of_an_older_version_has_no_penalties(tmp_path, monkeypatch):
+    """It had no background loss: its steps have penalties of 0."""
+    losses = torch.tensor([0.5, 0.25], dtype=torch.float64)
+    now = replace(position(0, {}), step=2)
+    write = checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda tensors: write({k: tensors[k] for k in ("losses",)})
+    )
+    save_checkpoint(tmp_path, Checkpoint(now, {}, {}, {}, losses, losses), RECIPE, None)
+    found = load_latest(tmp_path, RECIPE, print)
+    assert torch.equal(found.losses, losses)
+    assert found.penalties.tolist() == [0, 0]

@@ -17,19 +17,24 @@ SCRIPT = Path(__file__).parent / "ranks.py"
 
 @pytest.fixture(scope="module")
 def balanced(tmp_path_factory) -> Path:
-    """Shards whose training split has 28 images, 108 with copies: twelve steps of nine."""
-    counts = {"a": 28, "b": 24}
-    return make_shards(tmp_path_factory.mktemp("balanced"), counts, split="0.5/0.25/0.25")
+    """Shards whose training split has 28 images, 108 with copies: twelve steps of nine.
+
+    Two of three images have a mask.
+    """
+    counts, folder = {"a": 28, "b": 24}, tmp_path_factory.mktemp("balanced")
+    return make_shards(folder, counts, split="0.5/0.25/0.25", masks=True)
 
 
 TRAINED = ("trained/9", "trained/16", "trained/2")
+BACKGROUND = ("lrp/9", "lrp/2", "gradient/2", "gradient/9")
 JOBS = {
-    1: ("frozen/9", "frozen/2", *TRAINED, "bf16/9"),
+    1: ("frozen/9", "frozen/2", *TRAINED, "bf16/9", *BACKGROUND, "frozen_lrp/9"),
     2: (
         *("stages", "frozen/9", "frozen/9:2", *TRAINED),
         *("trained/9:1", "trained/9:3", "compiled/9", "bf16/9", "per_rank/9"),
+        *("lrp/9", "gradient/9", "frozen_lrp/9:2"),
     ),
-    3: ("stages", "frozen/9", "frozen/2", *TRAINED),
+    3: ("stages", "frozen/9", "frozen/2", *TRAINED, *BACKGROUND),
     4: TRAINED,
     8: TRAINED,
 }
@@ -79,23 +84,36 @@ def relative_difference(found: dict, expected: dict) -> float:
 @pytest.mark.parametrize(
     ("world", "job"),
     [(2, "frozen/9"), (2, "frozen/9:2"), (3, "frozen/9"), (3, "frozen/2"), (2, "compiled/9")]
-    + [(world, job) for world in (2, 3, 4, 8) for job in TRAINED],
+    + [(world, job) for world in (2, 3, 4, 8) for job in TRAINED]
+    + [(2, "lrp/9"), (2, "gradient/9"), (2, "frozen_lrp/9:2"), *((3, job) for job in BACKGROUND)],
 )
 def test_the_gradient_is_that_of_the_whole_batch_for_any_world(outcomes, world, job):
     """Slices of unequal size, of one image and of none change neither gradient nor statistics.
 
-    Nor do micro-batches where BatchNorm is frozen, nor does compiling. At 32 px the last features
-    have one pixel: one image alone would have no variance.
+    Nor do micro-batches where BatchNorm is frozen, nor does compiling, with a background loss or
+    without. At 32 px the last features have one pixel: one image alone would have no variance.
     """
     mode, batch = job.split("/")
     alone = f"{mode.replace('compiled', 'trained')}/{batch.partition(':')[0]}"
     (expected,) = (rank[alone] for rank in outcomes[1])
     parts = [rank[job] for rank in outcomes[world]]
     assert sum(part["images"] for part in parts) == expected["images"]
-    assert float(sum(p["loss"] for p in parts)) == pytest.approx(float(expected["loss"]))
+    loss = sum(part["loss"] for part in parts)  # and the mean penalty
+    assert loss.tolist() == pytest.approx(expected["loss"].tolist())
     for part in parts:
         for what in ("gradients", "statistics"):
             assert relative_difference(part[what], expected[what]) < 1e-10, what
+
+
+def test_the_background_loss_has_a_part_in_the_gradient(outcomes):
+    """As a control of the comparison above: the loss, and another gradient than without."""
+    (alone,) = outcomes[1]
+    for method in ("lrp", "gradient"):
+        with_it, without = alone[f"{method}/9"], alone["trained/9"]
+        assert float(with_it["loss"][1]) > 0 == float(without["loss"][1])
+        added = with_it["loss"] - without["loss"]
+        assert float(added[0]) == pytest.approx(30 * float(with_it["loss"][1]), rel=1e-4)
+        assert relative_difference(with_it["gradients"], without["gradients"]) > 0.1
 
 
 def test_synchronised_batchnorm_works_under_autocast(outcomes):
