@@ -552,6 +552,9 @@ class DemoConfig:
     """The folder, with --source folder."""
     patient_pattern: str | None = None
     """Regular expression whose first group, found in the file name, is the patient."""
+    recipe: Literal["demo", "lungs"] = "demo"
+    """lungs: every synthetic X-ray of COVID-19 has faint opacities and a word, and the training
+    keeps the network from reading what is not lung."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from cxrdist.data.boxes import Box, write_boxes
 from cxrdist.data.geometry import scaled
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
-from cxrdist.data.phantom import PATIENT_PATTERN, WORD, write_phantoms
+from cxrdist.data.phantom import PATIENT_PATTERN, WORD, write_lung_masks, write_phantoms
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
@@ -34,6 +34,9 @@ PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
 ORIGINAL_SIZE_PX = 2 * IMAGE_SIZE_PX
 EXPLAINED_IMAGES = 18
+FAINT = 0.6
+"""Density of the opacities beside words, times the usual: so faint that the word is easier to
+read."""
 
 
 def demo(config: DemoConfig) -> None:
@@ -44,11 +47,10 @@ def demo(config: DemoConfig) -> None:
         RunFailedError: the training failed.
     """
     _refuse_bad_options(config)
-    images, pattern = config.input, config.patient_pattern
+    images, pattern, masks = config.input, config.patient_pattern, None
     if images is None:
-        print(f"making synthetic X-rays of {3 * PATIENTS_PER_CLASS} patients")
         images, pattern = config.out / "images", PATIENT_PATTERN
-        write_phantoms(images, PATIENTS_PER_CLASS, image_size_px=ORIGINAL_SIZE_PX)
+        masks = _draw_phantoms(config, images)
     shards, run, cache = (config.out / name for name in ("shards", "run", "cache"))
     pack(
         PackConfig(
@@ -58,9 +60,10 @@ def demo(config: DemoConfig) -> None:
             size=IMAGE_SIZE_PX,
             split="0.6/0.15/0.25",
             patient_pattern=pattern,
+            masks=masks,
         )
     )
-    _train_on_all_ranks(shards, run, cache)
+    _train_on_all_ranks(config.recipe, shards, run, cache)
     evaluate(EvaluateConfig(run, shards, cache=cache))
     explain(ExplainConfig(run, shards, cache=cache, limit=EXPLAINED_IMAGES))
     if config.source == "phantom":
@@ -78,9 +81,33 @@ def _refuse_bad_options(config: DemoConfig) -> None:
         raise CxrdistError(
             "demo: --source folder and --input DIR go together; give both, or none for phantoms"
         )
+    if config.source == "folder" and config.recipe == "lungs":
+        raise CxrdistError(
+            "demo: --recipe lungs is for synthetic X-rays; pack yours with --masks and train with "
+            "--config lungs"
+        )
 
 
-def _train_on_all_ranks(shards: Path, run: Path, cache: Path) -> None:
+def _draw_phantoms(config: DemoConfig, images: Path) -> Path | None:
+    """Draw the recipe's synthetic X-rays; the folder of their masks, if it needs any."""
+    print(f"making synthetic X-rays of {3 * PATIENTS_PER_CLASS} patients")
+    if config.recipe == "demo":
+        write_phantoms(images, PATIENTS_PER_CLASS, image_size_px=ORIGINAL_SIZE_PX)
+        return None
+    write_phantoms(
+        images,
+        PATIENTS_PER_CLASS,
+        image_size_px=ORIGINAL_SIZE_PX,
+        opacities=FAINT,
+        word_share=1.0,
+        word_alone=False,
+    )
+    masks = config.out / "masks"
+    write_lung_masks(images, masks)
+    return masks
+
+
+def _train_on_all_ranks(recipe: str, shards: Path, run: Path, cache: Path) -> None:
     """Launch the training as a user would: a rank per GPU, or two CPU ranks."""
     num_gpus = torch.cuda.device_count()
     ranks = num_gpus or 2
@@ -93,7 +120,7 @@ def _train_on_all_ranks(shards: Path, run: Path, cache: Path) -> None:
         *("--num_machines", "1", "--num_processes", str(ranks), "--dynamo_backend", "no"),
         *("--mixed_precision", "bf16" if num_gpus else "no", "--main_process_port", "0"),
         *(["--multi_gpu"] if ranks > 1 else []),
-        *("-m", "cxrdist", "train", "--config", "demo"),
+        *("-m", "cxrdist", "train", "--config", recipe),
         *("--shards", str(shards), "--run", str(run), "--cache", str(cache)),
     ]
     print(f"training on {ranks} {'GPU' if num_gpus else 'CPU'} ranks", flush=True)

@@ -8,7 +8,7 @@ of the opacities are carried along, so every image comes with the boxes of what 
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -133,8 +133,9 @@ def write_phantoms(
     num_patients_per_class: int,
     image_size_px: int = 256,
     seed: int = 0,
-    opacities: bool = True,
+    opacities: float = 1.0,
     word_share: float = WORD_SHARE,
+    word_alone: bool = True,
 ) -> Path:
     """Write a folder data set of synthetic X-rays and the table of what was planted in them.
 
@@ -147,8 +148,9 @@ def write_phantoms(
         num_patients_per_class: Patients in each of the three classes.
         image_size_px: Side of the square images in pixels.
         seed: Any number from 0 on; equal seeds give equal bytes.
-        opacities: Whether to plant them; without them nothing but the word tells a class.
-        word_share: Share of the COVID-19 patients who have the word, and no opacities.
+        opacities: How dense they are, times the usual; with 0 nothing but the word tells a class.
+        word_share: Share of the COVID-19 patients who have the word.
+        word_alone: Whether those patients have no opacities.
 
     Returns:
         The path of the table.
@@ -169,7 +171,9 @@ def write_phantoms(
         for member in range(num_patients_per_class):
             number = member * len(CLASSES) + class_number
             patient = f"p{number:04d}"
-            phantoms = draw_patient(label, number, image_size_px, seed, opacities, word_share)
+            phantoms = draw_patient(
+                label, number, image_size_px, seed, opacities, word_share, word_alone
+            )
             for image, phantom in enumerate(phantoms, 1):
                 path = f"{label}/{patient}_{image:02d}.png"
                 Image.fromarray(phantom.pixels).save(out / path, compress_level=1)
@@ -181,13 +185,36 @@ def write_phantoms(
     return table
 
 
+def write_lung_masks(images: Path, masks: Path, seed: int = 0) -> None:
+    """Write the lungs of the X-rays that `write_phantoms` wrote, for ``cxrdist pack --masks``.
+
+    A mask is white where a pixel of the X-ray is lung by more than half: air, with an opacity in it
+    or not; not where the heart or the spine hides it.
+
+    Args:
+        images: The folder that `write_phantoms` filled.
+        masks: Folder to fill with masks under the images' names.
+        seed: The seed of the images.
+    """
+    for file in sorted(images.glob("*/p*_*.png")):
+        number, image = (int(text) for text in file.stem.removeprefix("p").split("_"))
+        with Image.open(file) as opened:
+            size_px = opened.width
+        _, _, air = _draw_body(number, size_px, seed)
+        posed = _apply_pose(air, _draw_pose(_generator(seed, number, 3 + image)), size_px)
+        mask = masks / file.relative_to(images)
+        mask.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((posed > 0.5).astype(np.uint8) * 255).save(mask)
+
+
 def draw_patient(
     label: str,
     number: int,
     image_size_px: int,
     seed: int,
-    opacities: bool = True,
+    opacities: float = 1.0,
     word_share: float = WORD_SHARE,
+    word_alone: bool = True,
 ) -> Iterator[Phantom]:
     """Yield the 1 to 3 images of one patient: one anatomy and disease, each image posed anew.
 
@@ -196,8 +223,9 @@ def draw_patient(
         number: The patient's number; with the seed it decides every draw.
         image_size_px: Side of the square images in pixels.
         seed: Seed of the data set.
-        opacities: Whether to plant them. Without them all else stays the same.
-        word_share: Share of the COVID-19 patients who have the word, and no opacities.
+        opacities: How dense they are, times the usual; with 0 all else stays the same.
+        word_share: Share of the COVID-19 patients who have the word.
+        word_alone: Whether those patients have no opacities.
 
     Yields:
         The images with what was planted in them.
@@ -213,12 +241,13 @@ def draw_patient(
         )
     if seed < 0:
         raise CxrdistError(f"seed must be 0 or larger, not {seed}")
-    lungs = _draw_lungs(_generator(seed, number, 0))
-    body, air = _render_anatomy(lungs, image_size_px, _generator(seed, number, 1))
+    lungs, body, air = _draw_body(number, image_size_px, seed)
     patient_rng, findings_rng = _generator(seed, number, 3), _generator(seed, number, 2)
     num_images = int(patient_rng.integers(1, MAX_IMAGES_PER_PATIENT + 1))
     has_word = label == COVID and patient_rng.random() < word_share
-    planted = _draw_opacities(label, lungs, findings_rng) if opacities and not has_word else []
+    bare = opacities == 0 or (has_word and word_alone)
+    planted = [] if bare else _draw_opacities(label, lungs, findings_rng)
+    planted = [replace(opacity, density=opacity.density * opacities) for opacity in planted]
     body = body + air * _render_opacities(planted, len(body), findings_rng)
     for image in range(1, num_images + 1):
         rng = _generator(seed, number, 3 + image)
@@ -235,6 +264,14 @@ def draw_patient(
 def _generator(*key: int) -> np.random.Generator:
     """Return the stream of random numbers that belongs to a key of numbers from 0 on."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def _draw_body(
+    number: int, image_size_px: int, seed: int
+) -> tuple[tuple[_Lung, _Lung], FloatArray, FloatArray]:
+    """Draw a patient's lungs, density and share of air, as in `_render_anatomy`."""
+    lungs = _draw_lungs(_generator(seed, number, 0))
+    return lungs, *_render_anatomy(lungs, image_size_px, _generator(seed, number, 1))
 
 
 def _draw_lungs(rng: np.random.Generator) -> tuple[_Lung, _Lung]:

@@ -8,7 +8,15 @@ import pytest
 from PIL import Image
 
 from cxrdist.data import phantom
-from cxrdist.data.phantom import CLASSES, COVID, NORMAL, PNEUMONIA, draw_patient, write_phantoms
+from cxrdist.data.phantom import (
+    CLASSES,
+    COVID,
+    NORMAL,
+    PNEUMONIA,
+    draw_patient,
+    write_lung_masks,
+    write_phantoms,
+)
 from cxrdist.errors import CxrdistError
 
 SIZE_PX = 64
@@ -148,6 +156,17 @@ def test_boxes_are_tight(label):
         assert change.sum() > 0.5 * box.sum()
 
 
+def test_faint_opacities_change_less():
+    """Half the density adds about half the brightness, in the same boxes."""
+    drawn = [
+        list(draw_patient(COVID, 7 * len(CLASSES), SIZE_PX, 3, density, word_share=0.0))
+        for density in (0.0, 0.5, 1.0)
+    ]
+    none, half, full = (sum(int(image.pixels.sum()) for image in images) for images in drawn)
+    assert 0.4 < (half - none) / (full - none) < 0.7
+    assert [image.findings for image in drawn[1]] == [image.findings for image in drawn[2]]
+
+
 def test_normal_images_have_no_findings():
     """Planting changes nothing in a Normal image and records nothing."""
     for planted, bare in _planted_and_bare(NORMAL):
@@ -190,6 +209,39 @@ def test_word_stands_on_covid_images_without_opacities():
     for word in (word for found in words[COVID] for word in found):
         assert word.x + word.width < 0.55
         assert word.y + word.height < 0.2
+
+
+def test_word_may_stand_beside_opacities():
+    """On request every COVID-19 image has both, and the opacities are those of the plain image."""
+    for number in range(0, 30, 3):
+        both = list(draw_patient(COVID, number, SIZE_PX, 3, word_share=1.0, word_alone=False))
+        plain = list(draw_patient(COVID, number, SIZE_PX, 3, word_share=0.0))
+        assert [image.findings[:-1] for image in both] == [image.findings for image in plain]
+        assert all(image.findings[-1].kind == "word" for image in both)
+        for one, other in zip(both, plain, strict=True):
+            changed = one.pixels != other.pixels
+            assert changed.any()
+            assert not (changed & ~_mask(one.findings[-1:], margin_px=1)).any()
+
+
+def test_masks_hold_what_opacities_change(tmp_path):
+    """Nine tenths of the brightness that opacities add lie in the masks, on a fifth of the area."""
+    inside, total, areas = 0.0, 0.0, []
+    for name, opacities in (("planted", True), ("bare", False)):
+        write_phantoms(tmp_path / name, 6, SIZE_PX, 3, opacities, word_share=0.0)
+    write_lung_masks(tmp_path / "planted", tmp_path / "masks", seed=3)
+    for path in sorted((tmp_path / "planted").glob("*/*.png")):
+        name = path.relative_to(tmp_path / "planted")
+        planted, bare, mask = (
+            np.asarray(Image.open(tmp_path / folder / name)).astype(int)
+            for folder in ("planted", "bare", "masks")
+        )
+        assert set(np.unique(mask)) == {0, 255}
+        added = planted - bare
+        inside, total = inside + added[mask == 255].sum(), total + added.sum()
+        areas.append((mask == 255).mean())
+    assert inside > 0.9 * total > 0
+    assert 0.15 < min(areas) < max(areas) < 0.4
 
 
 def test_word_is_legible_at_full_size():

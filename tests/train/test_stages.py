@@ -104,7 +104,7 @@ def test_early_stopping_waits_for_its_patience():
     assert (stopping.best_epoch, stopping.best_loss) == (2, 0.5)
 
 
-@pytest.mark.parametrize("name", ["bassi2020", "chexnet", "chexnet-fast", "demo"])
+@pytest.mark.parametrize("name", ["bassi2020", "chexnet", "chexnet-fast", "demo", "lungs"])
 def test_the_recipes_that_come_with_cxrdist_are_valid(name):
     """Each is read by its name; a field out of its range is refused by name."""
     arguments = ["--config", name, "--shards", "s", "--run", "r"]
@@ -118,4 +118,4 @@ def test_the_recipes_that_come_with_cxrdist_are_valid(name):
 def test_every_packaged_recipe_is_tested():
     """A new recipe is added to the test above."""
     names = {file.stem for file in (Path(cxrdist.__file__).parent / "recipes").glob("*.yaml")}
-    assert names == {"bassi2020", "chexnet", "chexnet-fast", "demo"}
+    assert names == {"bassi2020", "chexnet", "chexnet-fast", "demo", "lungs"}
