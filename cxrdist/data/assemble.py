@@ -93,9 +93,6 @@ def assemble(
     def pixels(place: int) -> NDArray[np.uint8]:
         return decode_png(pngs[items[place].place])
 
-    def thumbnails(place: int) -> NDArray[np.uint8]:
-        return pngs.thumbnail(items[place].place)
-
     duplicates = find_duplicates([_fingerprint(item) for item in items], pixels)
     num_read = len(items)
     if config.duplicates == "drop":
@@ -114,8 +111,10 @@ def assemble(
     shards = _plan_shards(config, items, splits)
     _write_samples([_sample(shard, item) for shard in shards for item in shard.items], directory)
     entries = _write_shards(config, shards, pngs, directory)
-    audited = _entries(items, splits)
-    found = audit(audited, duplicates, pixels, source.classes, source.task, thumbnails)
+    found = audit(
+        *(_entries(items, splits), duplicates, pixels, source.classes, source.task),
+        thumbnails=lambda place: pngs.thumbnail(items[place].place),
+    )
     write_json(directory / "audit.json", found)
     index = _describe(config, packed, shards, entries, directory / "samples.csv")
     index |= _describe_squares(items)
