@@ -28,8 +28,10 @@ from cxrdist.data.images import encode_png, read_square
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
+from cxrdist.data.regions import border
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.explain.gradient import relevance
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.model.densenet import Classifier
@@ -294,6 +296,31 @@ def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
     ]
 
 
+def _background(config: BenchConfig, scratch: Path) -> list[Contender]:
+    """A plain training step against one whose loss has the relevance in the outer tenth, too."""
+    threads = torch.get_num_threads()
+    model = Classifier(Network(), CLASSES, config.size).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+    images = torch.rand(BATCH, 1, config.size, config.size) * 255
+    targets = torch.eye(len(CLASSES)).repeat(BATCH, 1)[:BATCH]
+    region = torch.from_numpy(border(config.size))
+
+    def step(with_map: bool) -> int:
+        loss = nn.functional.binary_cross_entropy_with_logits(model(images), targets)
+        if with_map:
+            size = relevance(model, images, targets).abs()
+            loss = loss + size[:, region].sum() / size.sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return BATCH
+
+    return [
+        Contender("plain step", lambda: step(False), threads),
+        Contender("the same with the map's gradient", lambda: step(True), threads),
+    ]
+
+
 def _lrp(negative: float, config: BenchConfig, scratch: Path) -> list[Contender]:
     """Relevance maps in gradients with respect to the input, by the engine and by zennit.
 
@@ -342,6 +369,7 @@ JOBS: dict[str, Callable[[BenchConfig, Path], list[Contender]]] = {
     "warp": _warp,
     "train": _train,
     "frozen": _frozen,
+    "background": _background,
     "lrp": partial(_lrp, 0.0),
     "lrp-signs": partial(_lrp, 0.15),
 }

@@ -290,32 +290,25 @@ class Features:
 
 
 class Passing:
-    """What consumers pass back to the producers of a block.
-
-    Attributes:
-        parts: [C, K, B, H * W], for W+, and for W- if needed.
-    """
+    """What consumers pass back to the producers of a block: for W+, and for W- if needed."""
 
     def __init__(self, block: Block, amounts: Tensor) -> None:
-        parts = _by_sign(block.exit, amounts)
-        self.parts = [amounts.clone()] if len(parts) == 1 else list(parts)
+        self._parts = [torch.zeros_like(amounts) for _ in range(1 + block.is_mixed)]
+        self.add(block.exit, amounts)
 
     def add(self, consumer: Consumer, amounts: Tensor) -> None:
-        """Add what a consumer passes, [C, K, B, H * W]."""
-        for total, part in zip(self.parts, _by_sign(consumer, amounts), strict=True):
-            total[: len(part)] += part
+        """Add what a consumer passes, [C, K, B, H * W], by the sign of its scale."""
+        totals = [part[: len(amounts)] for part in self._parts]
+        if consumer.negative is None:
+            totals[0] += amounts
+            return
+        negative = consumer.negative[..., None, None]
+        for total, is_part in zip(totals, (1 - negative, negative), strict=True):
+            total.addcmul_(amounts, is_part)
 
     def take(self, start: int, stop: int | None = None) -> Tensor:
         """What the producer with these channels gets, [1 or 2, c, K, B, H * W]."""
-        return torch.stack([part[start:stop] for part in self.parts])
-
-
-def _by_sign(consumer: Consumer, amounts: Tensor) -> tuple[Tensor, ...]:
-    """Split amounts [C, ...] by the sign of the consumer's scale; the others are 0."""
-    if consumer.negative is None:
-        return (amounts,)
-    minus = amounts * consumer.negative.reshape(-1, *[1] * (amounts.ndim - 1))
-    return amounts - minus, minus
+        return torch.stack([part[start:stop] for part in self._parts])
 
 
 def _forward_block(block: Block, inputs: Tensor) -> SeenBlock:

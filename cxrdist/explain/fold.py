@@ -6,10 +6,11 @@ network has the z-plus |s| P + max(t, 0), where P is conv(h, W+), or conv(h, W-)
 the same two convolutions for all consumers. The second costs nothing where the consumer is active:
 |s| conv(h, W-) = |s| conv(h, W+) + s y, so the z-plus is |s| conv(h, W+) + output + max(-t, 0).
 
-Everything here is a differentiable function of the weights; the running statistics are constants.
+Everything but what is absorbed is a differentiable function of the weights; the running statistics
+are constants.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.densenet import DenseBlock, DenseLayer, DenseNet
@@ -143,14 +144,14 @@ def fold(network: DenseNet, biases: bool, *, ask: bool = True) -> Folded:
     )
 
 
-def _stem(features: nn.Module) -> Stem:
-    conv, pool = features.get_submodule("conv0"), features.get_submodule("pool0")
-    weight, bias = _folded(conv.weight, features.get_submodule("norm0"))
+def _stem(features: Any) -> Stem:
+    conv, pool = features.conv0, features.pool0
+    weight, bias = _folded(conv.weight, features.norm0)
     window = pool.kernel_size, pool.stride, pool.padding
     return Stem(weight, bias, (conv.stride[0], int(conv.padding[0])), window)
 
 
-def _folded(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _folded(weight: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Weights [out, ...] and bias [out] of a convolution with the BatchNorm behind it."""
     scale, shift = (value.to(weight.dtype) for value in affine(norm))
     return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift
@@ -194,7 +195,7 @@ def _layer(layer: DenseLayer, is_mixed: bool, biases: bool) -> Layer:
         torch.cat([weight, positive]).t().contiguous(),
         torch.cat([bias, absorbing + STABILISER]),
         (positive.t() * consumer.size[:, None]).contiguous(),
-        torch.stack([absorbing, torch.full_like(bias, STABILISER)], 1),
+        torch.stack([absorbing, torch.full_like(bias, STABILISER)], 1).detach(),
         torch.cat([grow, *_parts(grow, is_mixed and not biases)]).contiguous(memory_format=nhwc),
         turned.contiguous(memory_format=nhwc),
         len(grow),
@@ -210,10 +211,9 @@ def _consumer(norm: _BatchNorm, is_mixed: bool, biases: bool) -> Consumer:
     floor = torch.where(scale < 0, -shift, shift).clamp(min=0) * biases + STABILISER
     absorbed = torch.stack([bias / size, STABILISER / size])
     dtype = norm.weight.dtype
-    return Consumer(
-        *(value.to(dtype) for value in (scale, shift, size, floor, absorbed.detach())),
-        negative.to(dtype) if is_mixed else None,
-    )
+    values = (scale, shift, size, floor, absorbed.detach())
+    scale, shift, size, floor, absorbed = (value.to(dtype) for value in values)
+    return Consumer(scale, shift, size, floor, absorbed, negative.to(dtype) if is_mixed else None)
 
 
 def scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

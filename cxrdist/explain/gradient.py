@@ -44,7 +44,8 @@ def relevance(model: Classifier, inputs: Tensor, weights: Tensor) -> Tensor:
     """Relevance of the weighted sum of the logits by the canonical preset (relevance.py).
 
     The network is taken as it is used: running statistics and no dropout, whatever its mode. The
-    result can be differentiated once, with respect to the parameters.
+    result can be differentiated once, with respect to the parameters. torch.compile cannot record
+    it: call it beside what is compiled.
 
     Args:
         model: those of its parameters that require gradients get them; all others are constants.
@@ -82,13 +83,23 @@ class _Map(torch.autograd.Function):
         """Gradients with respect to the leaves of the folded network."""
         if ctx.kept is None:
             raise RuntimeError("the map can be differentiated once: what that needs is used up")
-        kept, ctx.kept = ctx.kept, None
+        (folded, weights, seen, trace), ctx.kept = ctx.kept, None
+        needed = ctx.needs_input_grad[3:]
+        structure = tree_flatten(folded)[1]
+        lowest = _lowest(tree_unflatten(needed, structure))
         with torch.autocast(gradient.device.type, enabled=False):
-            found = tree_flatten(_gradient(*kept, gradient.contiguous()))[0]
-        of_leaves = (
-            f if needed else None for f, needed in zip(found, ctx.needs_input_grad[3:], strict=True)
-        )
+            of_folded = _gradient(folded, weights, seen, trace, gradient.contiguous(), lowest)
+        found = tree_flatten(of_folded)[0]
+        of_leaves = (f if is_needed else None for f, is_needed in zip(found, needed, strict=True))
         return None, None, None, *of_leaves
+
+
+def _lowest(needed: Folded) -> int:
+    """Number of the first block that has a part with a gradient, -1 if the stem has one."""
+    for number, part in enumerate([needed.stem, *needed.blocks], -1):
+        if any(tree_flatten(part)[0]):
+            return number
+    return len(needed.blocks)
 
 
 @dataclass(frozen=True)
@@ -122,24 +133,29 @@ class _Trace:
 
 
 def _gradient(
-    folded: Folded, weights: Tensor, seen: Seen, trace: _Trace, gradient: Tensor
+    folded: Folded, weights: Tensor, seen: Seen, trace: _Trace, gradient: Tensor, lowest: int
 ) -> Folded:
-    """Gradients with respect to all parts of a folded network, from that of the map [B, H, W]."""
+    """Gradients with respect to the parts of a folded network, from that of the map [B, H, W].
+
+    Blocks below the lowest are frozen; the parts themselves stand there, and for other constants.
+    """
     of_routed = _climb_stem(folded.stem, seen, gradient)
     v = (of_routed * seen.features).flatten(1)
-    of_inputs = of_routed * trace.passing[-1].parts[0][: len(of_routed)].reshape(of_routed.shape)
+    passed = trace.passing[-1].take(0, len(of_routed))[0]
+    of_inputs = (of_routed * passed.reshape(of_routed.shape)).flatten(1)
     climbed = []
     for block, found in zip(folded.blocks, seen.blocks, strict=True):
         climbed.append(_climb_block(block, found, trace, v))
         v = climbed[-1].of_passed.flatten(1)
     of_weight, of_bias, of_pooled = _head(folded, weights, seen, v)
-    of_blocks = []
-    for block, found in zip(folded.blocks[::-1], seen.blocks[::-1], strict=True):
-        of_block, of_pooled = _descend_block(block, found, climbed.pop(), of_pooled)
-        of_blocks.append(of_block)
-    of_features = of_inputs + of_pooled.reshape(of_inputs.shape)
-    of_stem = _descend_stem(folded.stem, seen, of_features)
-    return Folded(of_stem, of_blocks[::-1], of_weight, of_bias)
+    of_blocks = list(folded.blocks)
+    for number in range(len(of_blocks) - 1, max(lowest, 0) - 1, -1):
+        parts = folded.blocks[number], seen.blocks[number], climbed.pop()
+        of_blocks[number], of_pooled = _descend_block(*parts, of_pooled)
+    of_stem = folded.stem
+    if lowest < 0:
+        of_stem = _descend_stem(folded.stem, seen, (of_inputs + of_pooled).reshape(of_routed.shape))
+    return Folded(of_stem, of_blocks, of_weight, of_bias)
 
 
 def _climb_stem(stem: Stem, seen: Seen, gradient: Tensor) -> Tensor:
@@ -207,13 +223,12 @@ def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _Cl
     It uses the trace up from its end.
     """
     passing, passed = trace.passing.pop(), trace.passed.pop()
-    parts = [torch.empty_like(seen.features.y) for _ in passing.parts]
-    rows = torch.cat([part[: block.size].flatten(1) for part in passing.parts])
+    parts = [torch.empty_like(seen.features.y) for _ in range(1 + block.is_mixed)]
     of_entry_back = None
     if block.entry_back is None:  # it has no negative weights
         of_rows = torch.cat([v, *(torch.zeros_like(v) for _ in parts[1:])])
     else:
-        of_rows, of_entry_back = block.entry_back.t() @ v, v @ rows.t()
+        of_rows, of_entry_back = block.entry_back.t() @ v, v @ _rows(passing, 0, block.size).t()
     _put(parts, 0, of_rows)
     layers = []
     for layer, found in zip(block.layers, seen.layers, strict=True):
@@ -224,7 +239,7 @@ def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _Cl
         of_ratio = v.t() @ layer.squeeze_back
         of_squeeze_back = v @ ratio
         of_g = of_ratio * (found.hidden / found.z)
-        rows = torch.cat([p[start : start + layer.size].flatten(1) for p in passing.parts])
+        rows = _rows(passing, start, start + layer.size)
         of_rows, of_grow_back = _convolution_back(
             as_images(of_g, seen.sides), _to_images(rows, seen.sides), layer.grow_back
         )
@@ -274,15 +289,13 @@ def _descend_block(
             layer.consumer, features, layer.squeeze @ of_both.t(), shares.shares, of_features
         )
         of_layers.append(
-            Layer(
-                of_consumer,
-                outputs @ of_both,
-                of_both.sum(0),
-                shares.of_squeeze_back,
-                None,
-                of_grow,
-                shares.of_grow_back,
-                None,
+            layer._replace(
+                consumer=of_consumer,
+                squeeze=outputs @ of_both,
+                squeeze_bias=of_both.sum(0),
+                squeeze_back=shares.of_squeeze_back,
+                grow=of_grow,
+                grow_back=shares.of_grow_back,
             )
         )
     rows = torch.cat([part[: block.size] for part in of_features])
@@ -323,10 +336,15 @@ def _consumer_back(
     # A selection: what is 0 / 0 where an output is 0 does not get through.
     of_sums = torch.ops.aten.threshold_backward(of_outputs, outputs, 0)
     of_y, of_scale, of_shift = scaled_back(of_sums, features.y[:count], consumer.scale)
-    less_of_plus, *less = scaled_back(less_of_z, features.plus[:count], consumer.size)
+    less_of_plus, less_of_size, less_of_floor = scaled_back(
+        less_of_z, features.plus[:count], consumer.size
+    )
     of_features[0][:count] += of_y
     of_features[1][:count] -= less_of_plus
-    return Consumer(of_scale, of_shift, -less[0], -less[1], None, None), outputs
+    of_consumer = consumer._replace(
+        scale=of_scale, shift=of_shift, size=-less_of_size, floor=-less_of_floor
+    )
+    return of_consumer, outputs
 
 
 def _pick(consumer: Consumer, parts: list[Tensor], count: int) -> Tensor:
@@ -334,6 +352,11 @@ def _pick(consumer: Consumer, parts: list[Tensor], count: int) -> Tensor:
     if consumer.negative is None:
         return parts[0][:count]
     return torch.where(consumer.negative > 0, parts[1][:count], parts[0][:count])
+
+
+def _rows(passing: Passing, start: int, stop: int) -> Tensor:
+    """What a producer got, [1 or 2 times c, N]."""
+    return passing.take(start, stop).flatten(0, 1).flatten(1)
 
 
 def _put(parts: list[Tensor], start: int, rows: Tensor) -> None:
