@@ -191,8 +191,9 @@ class Background:
     lungs, where an image has one), text (inside the boxes of --text-boxes), border (the outer tenth
     of the image), thorax (outside a fixed ellipse around the thorax)."""
     method: Literal["lrp", "gradient"] = "lrp"
-    """lrp: the share of the relevance of the logits that lies there (ISNet, Bassi et al. 2024).
-    gradient: the squared gradient of the log-probabilities there (Ross et al. 2017)."""
+    """lrp: the share of the relevance of the logits that lies there (ISNet, Bassi et al. 2024), and
+    that of their gradient, which sees what inhibits; the mean of both. gradient: the squared
+    gradient of the log-probabilities there (Ross et al. 2017)."""
 
 
 @dataclass(frozen=True)

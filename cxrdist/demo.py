@@ -34,9 +34,9 @@ PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
 ORIGINAL_SIZE_PX = 2 * IMAGE_SIZE_PX
 EXPLAINED_IMAGES = 18
-FAINT = 0.6
-"""Density of the opacities beside words, times the usual: so faint that the word is easier to
-read."""
+LUNGS_PATIENTS_PER_CLASS = 120
+FAINT = 0.45
+"""Density of the opacities beside words, times the usual: a network that may takes the word."""
 
 
 def demo(config: DemoConfig) -> None:
@@ -50,7 +50,7 @@ def demo(config: DemoConfig) -> None:
     images, pattern, masks = config.input, config.patient_pattern, None
     if images is None:
         images, pattern = config.out / "images", PATIENT_PATTERN
-        masks = _draw_phantoms(config, images)
+        masks = _draw_phantoms(config.recipe, images, config.out / "masks")
     shards, run, cache = (config.out / name for name in ("shards", "run", "cache"))
     pack(
         PackConfig(
@@ -88,21 +88,14 @@ def _refuse_bad_options(config: DemoConfig) -> None:
         )
 
 
-def _draw_phantoms(config: DemoConfig, images: Path) -> Path | None:
-    """Draw the recipe's synthetic X-rays; the folder of their masks, if it needs any."""
-    print(f"making synthetic X-rays of {3 * PATIENTS_PER_CLASS} patients")
-    if config.recipe == "demo":
-        write_phantoms(images, PATIENTS_PER_CLASS, image_size_px=ORIGINAL_SIZE_PX)
+def _draw_phantoms(recipe: str, images: Path, masks: Path) -> Path | None:
+    """Draw the recipe's synthetic X-rays; return the folder of their masks if it needs any."""
+    count = PATIENTS_PER_CLASS if recipe == "demo" else LUNGS_PATIENTS_PER_CLASS
+    print(f"making synthetic X-rays of {3 * count} patients")
+    if recipe == "demo":
+        write_phantoms(images, count, ORIGINAL_SIZE_PX)
         return None
-    write_phantoms(
-        images,
-        PATIENTS_PER_CLASS,
-        image_size_px=ORIGINAL_SIZE_PX,
-        opacities=FAINT,
-        word_share=1.0,
-        word_alone=False,
-    )
-    masks = config.out / "masks"
+    write_phantoms(images, count, ORIGINAL_SIZE_PX, 0, FAINT, word_share=1.0, word_alone=False)
     write_lung_masks(images, masks)
     return masks
 

@@ -5,7 +5,8 @@ import pytest
 
 from cxrdist import demo as module
 from cxrdist.config import DemoConfig
-from cxrdist.demo import _inside, demo
+from cxrdist.data.phantom import COVID
+from cxrdist.demo import _draw_phantoms, _inside, _planted_boxes, demo
 from cxrdist.errors import CxrdistError
 
 
@@ -29,6 +30,24 @@ def test_source_and_input_go_together(tmp_path, options):
     """A folder that would be ignored, or one that is missing, is refused."""
     with pytest.raises(CxrdistError, match="go together"):
         demo(DemoConfig(tmp_path / "demo", **options))
+
+
+def test_lungs_are_those_of_phantoms(tmp_path):
+    """A folder has no masks that the demo knows of: refused, with the way to train on it."""
+    with pytest.raises(CxrdistError, match="--masks and train with --config lungs"):
+        demo(DemoConfig(tmp_path / "demo", "folder", tmp_path, recipe="lungs"))
+
+
+def test_every_covid_phantom_of_the_lungs_recipe_has_a_word_and_opacities(tmp_path, monkeypatch):
+    """Each image has a mask; words stand on all images of COVID-19 and on no others."""
+    monkeypatch.setattr(module, "LUNGS_PATIENTS_PER_CLASS", 3)
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    assert _draw_phantoms("lungs", images, masks) == masks
+    drawn = {path.relative_to(images) for path in images.glob("*/*.png")}
+    assert {path.relative_to(masks) for path in masks.glob("*/*.png")} == drawn
+    covid = {path.as_posix() for path in drawn if path.parts[0] == COVID}
+    table = images / "opacities.csv"
+    assert set(_planted_boxes(table, "word")) == covid < set(_planted_boxes(table, "opacity"))
 
 
 def test_an_existing_directory_is_not_touched(tmp_path):

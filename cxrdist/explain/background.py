@@ -3,7 +3,7 @@
 Each takes (model, images, targets, background) and gives a penalty for each image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,12 +20,19 @@ LEAST = 1e-12
 def share_of_relevance(
     model: Classifier, images: Tensor, targets: Tensor, background: Tensor
 ) -> Tensor:
-    """Return the share of |relevance| in the background: sum over it / sum over the image.
+    """Return the mean of the shares of |relevance| and |gradient| that lie in the background.
 
     A share has no scale: neither a map that vanishes nor one that explodes pays off, which ISNet
     (Bassi et al. 2024, Nature Communications 15:291) needs a second term for. The map is that of
     the contrast of an image's labels: each class that it has counts for 1 and those that it does
     not have for -1 together, since the maps of single classes hardly differ.
+
+    The gradient is that of the same contrast. It is needed because the z-plus rule follows positive
+    weights only: a word that inhibits a feature of the lungs has no relevance and decides all the
+    same. Phantoms with word and faint opacities show it, 40 epochs, region masks. With relevance
+    alone (weight 0.5) 0.5 % of it lay on the words, and yet a word pasted on 62 normal images made
+    all of them COVID-19; with both (0.5 each) it did so on 3, and the recall of COVID-19 was 0.917
+    with the words and without.
 
     Args:
         model: in any mode; it is taken in evaluation mode.
@@ -38,8 +45,15 @@ def share_of_relevance(
     """
     present, absent = (targets == 1).to(images.dtype), (targets == 0).to(images.dtype)
     weights = present - absent / absent.sum(1, keepdim=True).clamp(min=1)
-    amounts = relevance(model, images, weights).abs()
-    outside = (amounts * background[:, 0]).flatten(1).sum(1)
+    found = relevance(model, images, weights)
+    sensitivity = input_gradient(model, images, lambda logits: (logits * weights).sum())
+    return (share(found, background[:, 0]) + share(sensitivity[:, 0], background[:, 0])) / 2
+
+
+def share(amounts: Tensor, background: Tensor) -> Tensor:
+    """Return the share of |amounts| [B, H, W] in the background [B, H, W], floats [B]."""
+    amounts = amounts.abs()
+    outside = (amounts * background).flatten(1).sum(1)
     return outside / amounts.flatten(1).sum(1).clamp(min=LEAST)
 
 
@@ -61,13 +75,25 @@ def squared_gradient(
     Returns:
         float [B], differentiable in the weights where gradients are enabled.
     """
+    gradient = input_gradient(
+        model, images, lambda logits: (logsigmoid(logits) + logsigmoid(-logits)).sum()
+    )
+    return (gradient.square() * background).flatten(1).sum(1)
+
+
+def input_gradient(model: Classifier, images: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the gradient of a score of the logits in grey values 0..1, float [B, 1, H, W].
+
+    The network is taken in evaluation mode: with the statistics of a batch, an image's gradient
+    would be that of all of them. It is differentiable in the weights where gradients are enabled.
+    """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad(), evaluating(model):
         shown = (images.detach().to(model.mean.dtype) / 255).requires_grad_()
-        logits = model(shown * 255)
-        total = (logsigmoid(logits) + logsigmoid(-logits)).sum()
-        (gradient,) = torch.autograd.grad(total, shown, create_graph=differentiable)
-    return (gradient.square() * background).flatten(1).sum(1)
+        (gradient,) = torch.autograd.grad(
+            score(model(shown * 255)), shown, create_graph=differentiable
+        )
+    return gradient
 
 
 @contextmanager

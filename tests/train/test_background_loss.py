@@ -75,14 +75,23 @@ def left_half(count: int) -> torch.Tensor:
 
 
 def test_the_share_is_that_of_the_engines_maps():
-    """Of the contrast: the class less the mean of those that the image is known not to have."""
+    """Of the contrast, a class less the mean of those that the image is known not to have.
+
+    The other half of the penalty is the share of the contrast's gradient, here by autograd.
+    """
     model, (images, targets) = network(), batch()
     with torch.no_grad():
         found = share_of_relevance(model, images, targets, left_half(4))
     maps = Explainer(model.eval()).attribute(images, [0, 1, 2]).relevance
     weights = torch.tensor([[1, -0.5, -0.5], [-0.5, 1, -0.5], [-0.5, -0.5, 1], [1, -1, 0]])
     amounts = (maps * weights.to(maps)[..., None, None]).sum(1).abs()
-    expected = amounts[..., : SIZE_PX // 2].sum((1, 2)) / amounts.sum((1, 2))
+    shown = images.clone().requires_grad_()
+    (model(shown) * weights).sum().backward()
+    shares = [
+        of[..., : SIZE_PX // 2].sum((1, 2)) / of.sum((1, 2))
+        for of in (amounts, shown.grad[:, 0].abs())
+    ]
+    expected = (shares[0] + shares[1]) / 2
     assert torch.allclose(found, expected, rtol=1e-9)
     assert 0 < float(found.min()) < float(found.max()) < 1
 
