@@ -1,14 +1,19 @@
 """Run on each rank of a test: train an epoch of each stage, and take gradients.
 
-usage: ranks.py SHARDS RUN OUT JOB...
+usage: ranks.py SHARDS FOLDER WORLD=JOB,... ...
 
-A job is `stages`, or MODE/BATCH[:IMAGES_PER_PASS] for the gradient of a step. The mode is `frozen`
-or `trained`, which BatchNorm is then, `compiled`, which is `trained` in one compiled graph,
-`bf16`, which is `trained` under autocast, or `per_rank`, which is `trained` on its own slice.
-`lrp` and `gradient` are `trained` with a background loss by that method, `frozen_lrp` is `frozen`.
+For each number of ranks it forks so many gloo ranks, which write FOLDER/WORLD/rank0.pt and so on:
+torch is loaded once for all of them. A job is `stages`, or MODE/BATCH[:IMAGES_PER_PASS] for the
+gradient of a step. The mode is `frozen` or `trained`, which BatchNorm is then, `compiled`, which is
+`trained` in one compiled graph, `bf16`, which is `trained` under autocast, or `per_rank`, which is
+`trained` on its own slice. `lrp` and `gradient` are `trained` with a background loss by that
+method, `frozen_lrp` is `frozen`.
 """
 
+import os
+import socket
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,21 +140,54 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     }
 
 
-def main() -> None:
-    shards, run, out = map(Path, sys.argv[1:4])
-    learner.COMPILE_BACKEND = "aot_eager"
-    training = build(shards, run)
+def take_jobs(shards: Path, folder: Path, jobs: list[str]) -> None:
+    """Do the jobs of this rank."""
+    training = build(shards, folder / "run")
     before, found = state(training), {}
-    for job in sys.argv[4:]:
+    for job in jobs:
         training.model.float().network.load_state_dict(before)
         mode, _, batch = job.partition("/")
         found[job] = (
             run_stages(training) if mode == "stages" else take_gradient(training, mode, batch)
         )
-    out.mkdir(exist_ok=True)
-    torch.save(found, out / f"rank{training.accelerator.process_index}.pt")
+    torch.save(found, folder / f"rank{training.accelerator.process_index}.pt")
     training.accelerator.wait_for_everyone()
     training.accelerator.end_training()
+
+
+def fork(shards: Path, folder: Path, world: int, jobs: list[str]) -> None:
+    """Do jobs on some ranks, as `torchrun` would start them; torch has no threads before."""
+    folder.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(world):
+        if child := os.fork():
+            children.append(child)
+            continue
+        if world > 1:
+            numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+            numbers |= {"LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+            os.environ |= {name: str(number) for name, number in numbers.items()}
+            os.environ["MASTER_ADDR"] = "127.0.0.1"
+        try:
+            take_jobs(shards, folder, jobs)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    failed = [child for child in children if os.waitpid(child, 0)[1]]
+    if failed:
+        sys.exit(f"{len(failed)} of {world} ranks failed")
+
+
+def main() -> None:
+    shards, folder = map(Path, sys.argv[1:3])
+    learner.COMPILE_BACKEND = "aot_eager"
+    for argument in sys.argv[3:]:
+        world, _, jobs = argument.partition("=")
+        fork(shards, folder / world, int(world), jobs.split(","))
 
 
 if __name__ == "__main__":

@@ -43,13 +43,18 @@ JOBS = {
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory, balanced) -> dict[int, list[dict]]:
     """What each rank reports of its jobs, by the number of ranks; each number is started once."""
-    folder, found = tmp_path_factory.mktemp("outcomes"), {}
-    for world, jobs in JOBS.items():
-        out = folder / f"out{world}"
-        done = run_ranks(world, SCRIPT, balanced, folder / f"run{world}", out, *jobs)
-        assert done.returncode == 0, done.stderr
-        found[world] = [torch.load(out / f"rank{r}.pt", weights_only=True) for r in range(world)]
-    return found
+    folder = tmp_path_factory.mktemp("outcomes")
+    done = run_ranks(
+        1, SCRIPT, balanced, folder, *(f"{world}={','.join(jobs)}" for world, jobs in JOBS.items())
+    )
+    assert done.returncode == 0, done.stderr
+    return {
+        world: [
+            torch.load(folder / str(world) / f"rank{rank}.pt", weights_only=True)
+            for rank in range(world)
+        ]
+        for world in JOBS
+    }
 
 
 @pytest.mark.parametrize("world", [2, 3])
