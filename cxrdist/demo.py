@@ -35,7 +35,7 @@ IMAGE_SIZE_PX = 64
 ORIGINAL_SIZE_PX = 2 * IMAGE_SIZE_PX
 EXPLAINED_IMAGES = 18
 LUNGS_PATIENTS_PER_CLASS = 120
-FAINT = 0.45
+FAINT = 0.5
 """Density of the opacities beside words, times the usual: a network that may takes the word."""
 
 
@@ -95,7 +95,7 @@ def _draw_phantoms(recipe: str, images: Path, masks: Path) -> Path | None:
     if recipe == "demo":
         write_phantoms(images, count, ORIGINAL_SIZE_PX)
         return None
-    write_phantoms(images, count, ORIGINAL_SIZE_PX, 0, FAINT, word_share=1.0, word_alone=False)
+    write_phantoms(images, count, ORIGINAL_SIZE_PX, word_share=1.0, beside_word=FAINT)
     write_lung_masks(images, masks)
     return masks
 

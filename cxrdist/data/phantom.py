@@ -133,9 +133,9 @@ def write_phantoms(
     num_patients_per_class: int,
     image_size_px: int = 256,
     seed: int = 0,
-    opacities: float = 1.0,
+    opacities: bool = True,
     word_share: float = WORD_SHARE,
-    word_alone: bool = True,
+    beside_word: float = 0.0,
 ) -> Path:
     """Write a folder data set of synthetic X-rays and the table of what was planted in them.
 
@@ -148,9 +148,9 @@ def write_phantoms(
         num_patients_per_class: Patients in each of the three classes.
         image_size_px: Side of the square images in pixels.
         seed: Any number from 0 on; equal seeds give equal bytes.
-        opacities: How dense they are, times the usual; with 0 nothing but the word tells a class.
+        opacities: Whether to plant them; without them nothing but the word tells a class.
         word_share: Share of the COVID-19 patients who have the word.
-        word_alone: Whether those patients have no opacities.
+        beside_word: Density of the opacities of those, times the usual; with 0 they have none.
 
     Returns:
         The path of the table.
@@ -172,7 +172,7 @@ def write_phantoms(
             number = member * len(CLASSES) + class_number
             patient = f"p{number:04d}"
             phantoms = draw_patient(
-                label, number, image_size_px, seed, opacities, word_share, word_alone
+                label, number, image_size_px, seed, opacities, word_share, beside_word
             )
             for image, phantom in enumerate(phantoms, 1):
                 path = f"{label}/{patient}_{image:02d}.png"
@@ -212,9 +212,9 @@ def draw_patient(
     number: int,
     image_size_px: int,
     seed: int,
-    opacities: float = 1.0,
+    opacities: bool = True,
     word_share: float = WORD_SHARE,
-    word_alone: bool = True,
+    beside_word: float = 0.0,
 ) -> Iterator[Phantom]:
     """Yield the 1 to 3 images of one patient: one anatomy and disease, each image posed anew.
 
@@ -223,9 +223,9 @@ def draw_patient(
         number: The patient's number; with the seed it decides every draw.
         image_size_px: Side of the square images in pixels.
         seed: Seed of the data set.
-        opacities: How dense they are, times the usual; with 0 all else stays the same.
+        opacities: Whether to plant them. Without them all else stays the same.
         word_share: Share of the COVID-19 patients who have the word.
-        word_alone: Whether those patients have no opacities.
+        beside_word: Density of the opacities of those, times the usual; with 0 they have none.
 
     Yields:
         The images with what was planted in them.
@@ -245,9 +245,9 @@ def draw_patient(
     patient_rng, findings_rng = _generator(seed, number, 3), _generator(seed, number, 2)
     num_images = int(patient_rng.integers(1, MAX_IMAGES_PER_PATIENT + 1))
     has_word = label == COVID and patient_rng.random() < word_share
-    bare = opacities == 0 or (has_word and word_alone)
-    planted = [] if bare else _draw_opacities(label, lungs, findings_rng)
-    planted = [replace(opacity, density=opacity.density * opacities) for opacity in planted]
+    density = opacities * (beside_word if has_word else 1.0)
+    planted = _draw_opacities(label, lungs, findings_rng) if density else []
+    planted = [replace(opacity, density=opacity.density * density) for opacity in planted]
     body = body + air * _render_opacities(planted, len(body), findings_rng)
     for image in range(1, num_images + 1):
         rng = _generator(seed, number, 3 + image)

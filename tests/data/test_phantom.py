@@ -159,7 +159,7 @@ def test_boxes_are_tight(label):
 def test_faint_opacities_change_less():
     """Half the density adds about half the brightness, in the same boxes."""
     drawn = [
-        list(draw_patient(COVID, 7 * len(CLASSES), SIZE_PX, 3, density, word_share=0.0))
+        list(draw_patient(COVID, 21, SIZE_PX, 3, word_share=1.0, beside_word=density))
         for density in (0.0, 0.5, 1.0)
     ]
     none, half, full = (sum(int(image.pixels.sum()) for image in images) for images in drawn)
@@ -214,7 +214,7 @@ def test_word_stands_on_covid_images_without_opacities():
 def test_word_may_stand_beside_opacities():
     """On request every COVID-19 image has both, and the opacities are those of the plain image."""
     for number in range(0, 30, 3):
-        both = list(draw_patient(COVID, number, SIZE_PX, 3, word_share=1.0, word_alone=False))
+        both = list(draw_patient(COVID, number, SIZE_PX, 3, word_share=1.0, beside_word=1.0))
         plain = list(draw_patient(COVID, number, SIZE_PX, 3, word_share=0.0))
         assert [image.findings[:-1] for image in both] == [image.findings for image in plain]
         assert all(image.findings[-1].kind == "word" for image in both)
