@@ -191,7 +191,7 @@ def _within(score: Mapping[str, float] | None) -> list[str] | None:
 
 
 def _trivial(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]]:
-    """Gather what would be reached without looking at a lung, for the first line of the page.
+    """Gather what is reached without a deep network, for the first line of the page.
 
     Returns:
         What is looked at alone; accuracy of one class per image, else mean_auroc; the figure as
@@ -201,10 +201,12 @@ def _trivial(found: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float]]
     shortcut, baseline = found["shortcut"] or {}, found.get("baseline")
     for figure in ("accuracy", "mean_auroc"):
         if not told and shortcut.get(figure):
-            told.append(("size, border and brightness", figure, _checked(shortcut[figure])))
+            what = "size, border and brightness alone, without the lungs"
+            told.append((what, figure, _checked(shortcut[figure])))
     best = best_model(baseline) if baseline else None
     if baseline and best:
-        told.append((f"thumbnails of {count(baseline['size_px'])} px", best[1], _checked(best[2])))
+        what = f"thumbnails of {count(baseline['size_px'])} px alone, without a deep network"
+        told.append((what, best[1], _checked(best[2])))
     return told
 
 

@@ -63,7 +63,7 @@ def _patients(metrics: Mapping[str, Any], samples: Sequence[Any] | None) -> str 
 
 
 def baseline_lines(audit: Mapping[str, Any] | None) -> list[str]:
-    """Say what is reached without looking at the lungs.
+    """Say what is reached without a deep network.
 
     Args:
         audit: what `audit_view` gathers; None without an audit.
@@ -77,7 +77,7 @@ def baseline_lines(audit: Mapping[str, Any] | None) -> list[str]:
             (number if several else percent)(score[name]) for name in ("value", "low", "high")
         )
         lines.append(
-            f"For comparison, {what} alone, without the lungs, give "
+            f"For comparison, {what}, give "
             f"{'a mean AUROC' if several else 'an accuracy'} of {value} (95 % interval {low} to "
             f"{high}), cross-validated by patient over all images."
         )

@@ -13,8 +13,12 @@ def test_what_needs_no_lung_is_given_for_the_first_line_of_the_page(run: Path) -
     best = max(models, key=lambda score: score["value"])
     view = audit_view(path)
     assert view["trivial"] == [
-        ("size, border and brightness", "accuracy", found["shortcut"]["accuracy"]),
-        ("thumbnails of 32 px", "accuracy", best),
+        (
+            "size, border and brightness alone, without the lungs",
+            "accuracy",
+            found["shortcut"]["accuracy"],
+        ),
+        ("thumbnails of 32 px alone, without a deep network", "accuracy", best),
     ]
     shown = dict(view["baseline"]["rows"])["Accuracy"]
     assert shown == [[number(score[end]) for end in ("value", "low", "high")] for score in models]
