@@ -34,8 +34,8 @@ PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
 ORIGINAL_SIZE_PX = 2 * IMAGE_SIZE_PX
 EXPLAINED_IMAGES = 18
-LUNGS_PATIENTS_PER_CLASS = 120
-FAINT = 0.5
+LUNGS_PATIENTS_PER_CLASS = 160
+FAINT = 0.55
 """Density of the opacities beside words, times the usual: a network that may takes the word."""
 
 

@@ -22,7 +22,7 @@ def fail(error: Exception) -> None:
 def step_of(num_images: int) -> Slice:
     """A slice of a rank beside another one."""
     images = torch.zeros(num_images, 1, 1, 1)
-    return Slice(images, images, images, slice(0, num_images), (num_images, num_images), 1)
+    return Slice(images, images, images, None, slice(0, num_images), (num_images, num_images), 1)
 
 
 @pytest.mark.parametrize(
