@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import webdataset
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from zennit.composites import EpsilonPlusFlat
 
@@ -31,6 +31,7 @@ from cxrdist.data.plan import plan_epoch
 from cxrdist.data.regions import border
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.explain.background import share, share_of_relevance
 from cxrdist.explain.gradient import relevance
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.augment import sampling_matrices, warp
@@ -297,27 +298,35 @@ def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _background(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """A plain training step against one whose loss has the relevance in the outer tenth, too."""
+    """A plain training step against those whose loss has a share in the outer tenth, too."""
     threads = torch.get_num_threads()
     model = Classifier(Network(), CLASSES, config.size).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
     images = torch.rand(BATCH, 1, config.size, config.size) * 255
     targets = torch.eye(len(CLASSES)).repeat(BATCH, 1)[:BATCH]
-    region = torch.from_numpy(border(config.size))
+    region = torch.from_numpy(border(config.size)).expand(BATCH, 1, -1, -1)
 
-    def step(with_map: bool) -> int:
+    def of_map() -> Tensor:
+        return share(relevance(model, images, targets), region[:, 0])
+
+    def of_map_and_gradient() -> Tensor:
+        return share_of_relevance(model, images, targets, region)
+
+    def step(penalty: Callable[[], Tensor] | None = None) -> int:
         loss = nn.functional.binary_cross_entropy_with_logits(model(images), targets)
-        if with_map:
-            size = relevance(model, images, targets).abs()
-            loss = loss + size[:, region].sum() / size.sum()
+        if penalty is not None:
+            loss = loss + penalty().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return BATCH
 
     return [
-        Contender("plain step", lambda: step(False), threads),
-        Contender("the same with the map's gradient", lambda: step(True), threads),
+        Contender("plain step", step, threads),
+        Contender("the same with the map", lambda: step(of_map), threads),
+        Contender(
+            "the same with map and gradient (lrp)", lambda: step(of_map_and_gradient), threads
+        ),
     ]
 
 
