@@ -10,12 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.derived import Original
-from cxrdist.data.geometry import place
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE
-from cxrdist.data.masked import with_masks
-from cxrdist.data.masks import MaskPlace, mask_square, read_mask
-from cxrdist.data.records import SPLITS, Record, Source
+from cxrdist.data.masked import masks_of_samples
+from cxrdist.data.masks import MaskPlace, read_square
+from cxrdist.data.records import SPLITS
 from cxrdist.data.regions import thorax
 from cxrdist.errors import CxrdistError
 
@@ -52,15 +51,10 @@ class Lungs:
         mask = original.mask
         if self.places:
             known = self.places.get(original.number)
-            mask = None if known is None else self._read(known, original)
+            shown = original.about["width_px"], original.about["height_px"]
+            size_px, fit = self.index.image_size_px, self.index.fit
+            mask = None if known is None else read_square(known, shown, size_px, fit)
         return None if mask is None or mask.all() or not mask.any() else mask > 0
-
-    def _read(self, mask: MaskPlace, original: Original) -> NDArray[np.uint8]:
-        """Read a mask from its file, and move it as its image was moved."""
-        shown = original.about["width_px"], original.about["height_px"]
-        size_px = self.index.image_size_px
-        placement = place(*shown, size_px, self.index.fit)
-        return mask_square(read_mask(mask, *shown), placement, shown, size_px)
 
 
 def find_lungs(index: Index, masks: Path | None) -> Lungs:
@@ -77,11 +71,7 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
         CxrdistError: the masks fit no sample, or are of some classes only.
     """
     if masks is not None:
-        records = [
-            Record(Path(s.path), s.path, s.label, s.patient, s.source) for s in index.samples
-        ]
-        matched = with_masks(Source(records, index.task, index.classes, str(masks)), masks)
-        places = {i: record.mask for i, record in enumerate(matched.records) if record.mask}
+        places, _ = masks_of_samples(index, masks)
         if lost := lost_class(index, {*range(len(index.samples))} - {*places}):
             raise CxrdistError(
                 f"--masks {masks}: {lost}, so that whether an image has a mask would tell its "

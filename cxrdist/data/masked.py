@@ -14,6 +14,7 @@ from cxrdist.data.found import (
     path_ends,
     without_suffix,
 )
+from cxrdist.data.index import Index
 from cxrdist.data.labels import labels_of
 from cxrdist.data.masks import MaskPlace
 from cxrdist.data.records import Record, Source
@@ -100,6 +101,29 @@ def lungs_alone(source: Source) -> Source:
         )
     without = [LeftOut(r.path, "has no mask") for r in source.records if not r.mask]
     return replace(source, records=kept, left_out=tuple(sorted((*source.left_out, *without))))
+
+
+def masks_of_samples(index: Index, masks: Path) -> tuple[dict[int, MaskPlace], tuple[str, ...]]:
+    """Match masks with samples as `with_masks` does with the images that they were packed from.
+
+    Args:
+        index: the shards.
+        masks: a folder of pictures or a table of run lengths.
+
+    Returns:
+        The masks by sample number; and notes on those that are not taken.
+
+    Raises:
+        CxrdistError: as `with_masks`.
+    """
+    # The root, so that no folder above the source counts as a part of a name.
+    records = [
+        Record(Path("/") / sample.path, sample.path, sample.label, sample.patient, sample.source)
+        for sample in index.samples
+    ]
+    matched = with_masks(Source(records, index.task, index.classes, str(masks)), masks)
+    places = {i: record.mask for i, record in enumerate(matched.records) if record.mask is not None}
+    return places, matched.notes
 
 
 def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:

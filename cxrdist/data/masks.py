@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.data.geometry import Placement, resample
+from cxrdist.data.geometry import Placement, place, resample
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.data.pictures import read_file, read_picture
 from cxrdist.data.run_lengths import read_runs
@@ -130,6 +130,26 @@ def mask_square(
     height, width = mask.shape
     here = placement.at_scale(width / shown[0], height / shown[1])
     return _halved(np.asarray(resample(Image.fromarray(mask), here, size_px)))
+
+
+def read_square(
+    mask: MaskPlace, shown: tuple[int, int], size_px: int, fit: str
+) -> NDArray[np.uint8]:
+    """Read the mask of a sample and move it as its image was moved.
+
+    Args:
+        mask: where it is.
+        shown: width and height of the original, px.
+        size_px: side of the square.
+        fit: how the original became square.
+
+    Returns:
+        As `mask_square`.
+
+    Raises:
+        CxrdistError: as `read_mask`.
+    """
+    return mask_square(read_mask(mask, *shown), place(*shown, size_px, fit), shown, size_px)
 
 
 def _read_grey(file: Path) -> NDArray[np.uint8]:

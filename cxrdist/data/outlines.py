@@ -13,14 +13,13 @@ from cxrdist.data.boxes import Box, inside
 from cxrdist.data.cache import Masks
 from cxrdist.data.findings import Finding
 from cxrdist.data.found import path_ends
-from cxrdist.data.geometry import clipped, in_square, place, scaled
+from cxrdist.data.geometry import clipped, in_square, scaled
 from cxrdist.data.index import Index
 from cxrdist.data.labels import labels_of
-from cxrdist.data.masked import with_masks
-from cxrdist.data.masks import MaskPlace, mask_square, read_mask
+from cxrdist.data.masked import masks_of_samples
+from cxrdist.data.masks import read_square
 from cxrdist.data.nih_boxes import Boxes, read_box_table
-from cxrdist.data.records import Record, Source
-from cxrdist.data.shards import open_shard
+from cxrdist.data.shards import describe_samples
 from cxrdist.errors import CxrdistError
 
 OF_SHARDS = "the shards"
@@ -72,17 +71,10 @@ def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Origina
     Raises:
         CxrdistError: a shard holds something else than the index says.
     """
-    wanted, found = {*numbers}, {}
-    for shard in packed.packed():
-        these = [i for i in range(len(shard.samples)) if shard.first + i in wanted]
-        if these:
-            with open_shard(shard) as opened:
-                for i in these:
-                    about = opened.describe(i)
-                    found[shard.first + i] = Original(
-                        about["width_px"], about["height_px"], about.get("boxes", ())
-                    )
-    return found
+    return {
+        number: Original(about["width_px"], about["height_px"], about.get("boxes", ()))
+        for number, about in describe_samples(packed.packed(), {*numbers})
+    }
 
 
 def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines:
@@ -214,25 +206,16 @@ def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path)
     Raises:
         CxrdistError: there are no masks, or none fits.
     """
-    records = [
-        Record(Path("/") / sample.path, sample.path, sample.label, sample.patient, sample.source)
-        for sample in index.samples
-    ]
-    matched = with_masks(Source(records, index.task, index.classes, str(masks)), masks)
-    places = {i: r.mask for i, r in enumerate(matched.records) if r.mask is not None}
+    places, notes = masks_of_samples(index, masks)
     left_out = Counter(_elsewhere(index, i) for i in places if i not in originals)
 
     def read(case: Case) -> NDArray[np.bool_]:
-        return _read_mask(places[case[0]], originals[case[0]], index)
+        width_px, height_px, _ = originals[case[0]]
+        shown = width_px, height_px
+        return read_square(places[case[0]], shown, index.image_size_px, index.fit) > 0
 
     found = _masks(index, masks.name, [i for i in places if i in originals], left_out, read)
-    return replace(found, notes=matched.notes)
-
-
-def _read_mask(mask: MaskPlace, original: Original, index: Index) -> NDArray[np.bool_]:
-    size_px, shown = index.image_size_px, (original.width_px, original.height_px)
-    placement = place(*shown, size_px, index.fit)
-    return mask_square(read_mask(mask, *shown), placement, shown, size_px) > 0
+    return replace(found, notes=notes)
 
 
 def _masks(

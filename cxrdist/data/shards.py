@@ -10,7 +10,7 @@ import struct
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -330,6 +330,24 @@ def open_shard(shard: PackedShard) -> Iterator[OpenShard]:
                 f"{path}: the shard's content differs from the index (sha256); {MEND}"
             )
         yield OpenShard(shard, file)
+
+
+def describe_samples(
+    shards: Iterable[PackedShard], numbers: Container[int]
+) -> Iterator[tuple[int, SampleFile]]:
+    """Yield what KEY.json says of some samples, with their numbers, ascending.
+
+    Shards that hold none of them are not opened.
+
+    Raises:
+        CxrdistError: a shard holds something else than the index says.
+    """
+    for shard in shards:
+        places = [i for i in range(len(shard.samples)) if shard.first + i in numbers]
+        if places:
+            with open_shard(shard) as opened:
+                for place in places:
+                    yield shard.first + place, opened.describe(place)
 
 
 def _open(path: Path, num_bytes: int) -> _File:

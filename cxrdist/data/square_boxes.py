@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from cxrdist.data.boxes import Box, inside, read_boxes
 from cxrdist.data.geometry import in_square
 from cxrdist.data.index import Index
-from cxrdist.data.shards import open_shard
+from cxrdist.data.shards import describe_samples
 from cxrdist.errors import CxrdistError
 
 SquareBoxes = Mapping[int, Sequence[Box]]
@@ -39,25 +39,12 @@ def boxes_in_squares(
     size_px = index.image_size_px
     found: dict[int, Sequence[Box]] = {}
     wanted = {n for n in numbers.tolist() if index.samples[n].path in boxes}
-    for number, (width_px, height_px) in _sizes(index, wanted).items():
+    for number, about in describe_samples(index.packed(), wanted):
         mapped = [
-            in_square(box, width_px, height_px, size_px, index.fit)
+            in_square(box, about["width_px"], about["height_px"], size_px, index.fit)
             for box in boxes[index.samples[number].path]
         ]
         seen = [box for box in mapped if inside([box], size_px, size_px).any()]
         if seen:
             found[number] = seen
     return found
-
-
-def _sizes(index: Index, numbers: set[int]) -> dict[int, tuple[int, int]]:
-    """Width and height in px of the originals of some samples, from their KEY.json."""
-    sizes = {}
-    for shard in index.packed():
-        mine = [n for n in range(len(shard.samples)) if shard.first + n in numbers]
-        if mine:
-            with open_shard(shard) as opened:
-                for number in mine:
-                    about = opened.describe(number)
-                    sizes[shard.first + number] = about["width_px"], about["height_px"]
-    return sizes
