@@ -452,7 +452,7 @@ class ProbeBackgroundConfig:
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
     out: Path
-    """Directory to write; the same command goes on in it."""
+    """Directory to write; a killed command, given again, resumes there."""
     masks: Path | None = None
     """Masks of the lungs, as in cxrdist pack. If not given: the masks that the shards hold, or
     without any a fixed ellipse."""

@@ -348,9 +348,10 @@ def _encode(
         heatmaps = work.subject.run.heatmaps(work.subject.place)
         drawn, names = targets.with_leading(relevance, ledger), targets.names_of(ledger)
         write_pictures(heatmaps, key, work.subject.images[number], drawn, names)
-    data = encode(Map(key, targets.names, relevance, ledger), half=work.is_compact)
+    found = Map(key, targets.names, relevance, ledger)
+    data = encode(found, half=work.is_compact)
     # What is measured is what the file holds, so that a map that is read back gives the same.
-    return data, _look(work, number, decode(key, data))
+    return data, _look(work, number, decode(key, data) if work.is_compact else found)
 
 
 def _look(work: _Work, number: int, found: Map) -> _Explained:
