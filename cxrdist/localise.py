@@ -31,7 +31,7 @@ from cxrdist.evaluate.predictions import (
     predict_split,
     rank_batches,
 )
-from cxrdist.explain.heatmap import overlay
+from cxrdist.explain.heatmap import enlarged, overlay
 from cxrdist.explain.localisation import (
     ALL,
     FEWEST_CASES,
@@ -57,7 +57,6 @@ from cxrdist.terminal import progress, table
 EMPTY = "that cover nothing"
 PICTURED = 4  # of the best and of the worst
 OUTLINE = (255, 210, 0)
-LEAST_PX = 300  # width of a picture
 DIGITS = 7  # of shares; float32 holds no more
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\d+\.(xray|lrp|contrast)\.png")
 Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each
@@ -367,9 +366,8 @@ def _draw(
 
 def outlined(picture: Image.Image, outline: NDArray[np.bool_]) -> Image.Image:
     """The picture at least 300 px wide, with a thin line along the inner edge of an outline."""
-    times = max(1, -(-LEAST_PX // picture.width))
-    size = (picture.width * times, picture.height * times)
-    large = np.array(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+    resized, times = enlarged(picture)
+    large = np.array(resized)
     area = outline.repeat(times, axis=0).repeat(times, axis=1)
     large[area & ~binary_erosion(area)] = OUTLINE
     return Image.fromarray(large)

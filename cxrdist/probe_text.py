@@ -36,7 +36,7 @@ from cxrdist.evaluate.predictions import (
 )
 from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
-from cxrdist.explain.heatmap import overlay
+from cxrdist.explain.heatmap import enlarged, overlay
 from cxrdist.explain.relevance import Explainer
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
@@ -429,9 +429,7 @@ def _choose_pictures(
 
 def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     """The picture at least 300 px wide, with a thin line around each box."""
-    times = max(1, -(-300 // picture.width))
-    size = (picture.width * times, picture.height * times)
-    large = picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    large, times = enlarged(picture)
     draw = ImageDraw.Draw(large)
     for box in boxes:
         x, y, width, height = (value * times for value in box[:4])

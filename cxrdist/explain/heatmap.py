@@ -15,6 +15,9 @@ BLUE = (20.0, 70.0, 255.0)
 MAX_OPACITY = 0.85
 """Opacity of the colour at the limit of the scale; the X-ray always shows through."""
 
+LEAST_PX = 300
+"""Width of a picture in which outlines are drawn: their lines stay thin."""
+
 LIMIT_PERCENTILE = 99.0
 """Percentage of the pixels that the default colour scale does not clip."""
 
@@ -45,6 +48,13 @@ def overlay(
             f"{image.shape}: expected [H, W] for both"
         )
     return _tint(image, _strength(relevance, limit))
+
+
+def enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
+    """A picture in colour, at least `LEAST_PX` wide, and how many times larger it is."""
+    times = max(1, -(-LEAST_PX // picture.width))
+    size = (picture.width * times, picture.height * times)
+    return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), times
 
 
 def overlay_original(
