@@ -1,4 +1,7 @@
-"""The lifetime of a rank: it ends with its launcher, and joins no job whose first launcher died."""
+"""The lifetime of a rank: it ends with its launcher and with its own exit code.
+
+It joins no job whose first launcher died.
+"""
 
 import ctypes
 import os
@@ -6,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,6 +50,25 @@ def end_with_launcher() -> None:
 def joined() -> None:
     """End the watch over the first node's launcher: from now on a lost connection is an error."""
     _joined.set()
+
+
+def exit_with(command: Callable[[], int]) -> NoReturn:
+    """Run a command and end this process with its exit code.
+
+    A rank that stops early is still connected, and cannot close its connections: other ranks may
+    not answer. Their threads now and then abort a process that Python takes apart (SIGABRT in place
+    of 75 in 2 of 80 ranks of gloo), so such a rank ends without that.
+    """
+    try:
+        code: object = command()
+    except SystemExit as end:
+        code = end.code
+    distributed = sys.modules.get("torch.distributed")
+    if isinstance(code, int) and distributed is not None and distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)  # type: ignore[arg-type]
 
 
 def _below_python() -> bool:

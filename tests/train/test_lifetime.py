@@ -224,3 +224,28 @@ def test_a_rank_whose_launcher_died_before_it_began_ends_at_once(command, tmp_pa
     orphan = [psutil.Process(int(started.stdout))]
     assert seconds_outlived(orphan) < OUTLIVED_S
     assert "the launcher of this rank has died" in errors.read_text()
+
+
+@pytest.mark.parametrize(
+    ("ending", "code"), [("return 75", 75), ("raise SystemExit(2)", 2), ("return 0", 0)]
+)
+def test_a_connected_rank_ends_with_its_code_whatever_its_threads_would_do(ending, code):
+    """A process that is taken apart with gloo's threads in it is aborted now and then."""
+    script = f"""
+import atexit, os
+import torch.distributed
+from cxrdist.lifetime import exit_with
+
+atexit.register(os.abort)  # runs where Python takes the process apart
+store = torch.distributed.HashStore()
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+def command():
+    print("a line in a buffer")
+    {ending}
+
+exit_with(command)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout == "a line in a buffer\n"
