@@ -22,7 +22,7 @@ from cxrdist.train.learner import Learner
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import build_optimizer, parameter_groups
 from cxrdist.train.step import Batches, Material
-from cxrdist.train.training import Training, memory_format
+from cxrdist.train.training import Training
 from cxrdist.train.update import Updater
 
 CLASSES = ["COVID-19", "Normal", "Viral Pneumonia"]
@@ -54,7 +54,7 @@ def stage_run(
     }
     model = Classifier(fields.get("network", Network()), CLASSES, size_px)
     model.to(accelerator.device)
-    model.to(memory_format=memory_format(accelerator.device))
+    model.to(memory_format=torch.channels_last)
     lr = dict.fromkeys(blocks or block_names(model.network), RATE)
     stages = {"bench": Stage(lr=lr, epochs=1, patience=1)}
     config = TrainConfig(scratch, scratch / "run", stages, **fields)

@@ -329,7 +329,7 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> 
     """Give a new optimiser the state that `optimizer_tensors` took.
 
     Each tensor gets the memory layout of its parameter: fused kernels read both element by element,
-    and on a GPU parameters are channels_last.
+    and parameters are channels_last.
 
     Raises:
         ValueError: a tensor belongs to no parameter, or is no state of it.

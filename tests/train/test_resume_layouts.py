@@ -1,4 +1,4 @@
-"""Resuming with what only a GPU has, forced on the CPU: memory layout, fused kernels, scaler."""
+"""Resuming in mid-stage: memory layout, fused kernels, and a GPU's scaler forced on the CPU."""
 
 import itertools
 import random
@@ -13,17 +13,11 @@ from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.distributed import StopVote
 from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.run import read_log
-from cxrdist.train import learner, stage, training
+from cxrdist.train import learner, stage
 from cxrdist.train.loop import train
 
 NUM_STOPS = 10
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
-
-
-@pytest.fixture(autouse=True)
-def channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let parameters and features lie in memory as on a GPU."""
-    monkeypatch.setattr(training, "memory_format", lambda _: torch.channels_last)
 
 
 def recipe(shards: Path, run: Path, **changes: object) -> TrainConfig:
