@@ -257,6 +257,10 @@ class TrainConfig:
     torch.save), its URL (#sha256=DIGITS behind it is checked), or a run directory."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
+    balance: Literal["none", "classes"] = "none"
+    """classes: copies from the counts of the training split, which give each class about as many
+    images in an epoch as the most frequent one; whole numbers, at most 50, in place of `copies`. No
+    copies where an image may have several labels: those of one label would be of others too."""
     uncertain: str = "ignore"
     """What a label that is uncertain counts as in training: ignore (no loss), positive (U-Ones of
     Irvin et al. 2019) or negative (U-Zeros); labels of their own behind it, as in

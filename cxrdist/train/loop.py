@@ -82,6 +82,11 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     check_backgrounds(config)
     refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
     read_uncertain(config.uncertain)
+    if config.balance == "classes" and config.copies:
+        raise CxrdistError(
+            f"balance: classes chooses the copies from the counts, but copies has {config.copies}; "
+            "leave one out, such as with --balance none or --copies {}"
+        )
     if config.fold is not None:
         read_fold(config.fold)
     if not 0 <= config.network.dropout < 1:
