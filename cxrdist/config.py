@@ -283,8 +283,9 @@ class TrainConfig:
     max_gradient_norm: float | None = None
     """The gradient of all parameters together is shortened to this norm; as it is if not given."""
     average: float | None = None
-    """Decay per step of an exponential moving average of the weights, such as 0.999. It is what is
-    validated and published; the weights as they are if not given."""
+    """Decay per step of an exponential moving average of the weights, such as 0.999; less in the
+    first steps of a stage, (1 + t) / (10 + t) after t. It is what is validated and published; the
+    weights as they are if not given."""
     compile: bool = False
     """Compile warp, network and loss into one graph; on one GPU, with small batches, capture the
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
