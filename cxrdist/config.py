@@ -534,7 +534,7 @@ class SeedsConfig:
     """Directory to make: RUN/member-0 ... are runs, RUN itself is their ensemble."""
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
-    recipe: str = "bassi2020"
+    recipe: str = "finetune"
     """Recipe of all members: a YAML file, or the name of one that comes with cxrdist."""
     seeds: int = 5
     """Members, 2 to 20, whose seeds are 0, 1 ...; with --folds the number of folds."""

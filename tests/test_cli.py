@@ -61,6 +61,11 @@ def test_each_command_explains_its_options(capsys, name):
         (["weights", "show", "/lost"], "cxrdist: /lost: no such file"),
         (["weights", "convert", "/lost", "y"], "y: expected a name in .safetensors"),
         (["train", "--config", "/lost.yaml", "--shards", "s", "--run", "r"], "/lost.yaml"),
+        (
+            ["train", "--config", "covid"],
+            "covid: no such file, and no recipe of this name",
+        ),
+        (["train", "--config=covid"], "the recipes are bassi2020, chexnet, chexnet-fast, compare,"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):

@@ -1,16 +1,18 @@
 """Train: stages of epochs of steps, saved within and at the end of each epoch."""
 
+import os
 import sys
 from contextlib import nullcontext
 from functools import partial
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
 from cxrdist.data.folds import cut_fold, read_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.labels import read_uncertain
-from cxrdist.distributed import finish, gather, start, together
+from cxrdist.distributed import finish, gather, local_ranks, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
@@ -62,6 +64,7 @@ def train(config: TrainConfig) -> None:
         training = build_training(accelerator, run, config, index)
         together(accelerator, lambda: _refuse_single_values(training))
         accelerator.print(_advice(config, accelerator.num_processes), end="")
+        accelerator.print(_advice_on_cores(accelerator), end="")
         if config.track:
             accelerator.init_trackers("cxrdist")
         with stopping_at_a_boundary():
@@ -162,6 +165,17 @@ def _advice(config: TrainConfig, world_size: int) -> str:
             "the whole step"
         )
     return "".join(f"{line}\n" for line in lines)
+
+
+def _advice_on_cores(accelerator: Accelerator) -> str:
+    """A line on more CPU ranks than cores, such as of a config for GPUs where there are none."""
+    (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
+    if accelerator.device.type != "cpu" or ranks <= cores:
+        return ""
+    return (
+        f"{ranks} CPU ranks on {cores} core{'s' if cores > 1 else ''} are slower than fewer; launch "
+        f"with --num_processes {cores}\n"
+    )
 
 
 def _run_stages(training: Training) -> None:
