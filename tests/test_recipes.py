@@ -90,7 +90,9 @@ def test_a_table_of_several_labels_is_taken_as_it_is(tmp_path, capsys):
 
 def test_the_papers_recipe_names_one_for_other_classes(shards, tmp_path, capsys):
     """Its copies are of its own classes; nothing is begun."""
-    assert train(shards, tmp_path / "run", "--config", "bassi2020", "--init", "none") == 2
+    places = ("--shards", shards, "--run", tmp_path / "run", "--cache", tmp_path / "cache")
+    options = map(str, (*places, *SMALL, "--init", "none"))
+    assert main(["train", "--config", "bassi2020", *options]) == 2
     said = capsys.readouterr().err
     assert "copies: no class 'COVID-19' in the shards; they have a, b c, d. For classes of" in said
     assert "take the recipe finetune, or with --init none scratch" in said

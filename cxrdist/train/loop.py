@@ -173,8 +173,8 @@ def _advice_on_cores(accelerator: Accelerator) -> str:
     if accelerator.device.type != "cpu" or ranks <= cores:
         return ""
     return (
-        f"{ranks} CPU ranks on {cores} core{'s' if cores > 1 else ''} are slower than fewer; launch "
-        f"with --num_processes {cores}\n"
+        f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
+        f"launch with --num_processes {cores}\n"
     )
 
 
