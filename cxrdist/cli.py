@@ -333,7 +333,22 @@ def _refuse_bad_recipes(command: str, arguments: list[str]) -> None:
         if not path.exists():
             mend = f"; the recipes are {', '.join(recipe_names())}" if command == "train" else ""
             raise CxrdistError(f"--config {path}: no such file, and no recipe of this name{mend}")
-        read_recipe(path.resolve(), "mend it, or give another with --config")
+        _, recipe = read_recipe(path.resolve(), "mend it, or give another with --config")
+        _refuse_other_stages(arguments, recipe.get("stages"))
+
+
+def _refuse_other_stages(arguments: list[str], stages: object) -> None:
+    """Make sure that options such as --stages.head.epochs are of stages that the recipe has.
+
+    Raises:
+        CxrdistError: one is not.
+    """
+    names = [str(name) for name in stages] if isinstance(stages, dict) else []
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        is_known = any(option.startswith(f"--stages.{name}.") for name in names)
+        if names and re.match(r"--stages\..+\.", option) and not is_known:
+            raise CxrdistError(f"{option}: no such stage in the recipe; it has {', '.join(names)}")
 
 
 def _refuse_plain_groups(command: str, config: type, parsed: Any) -> None:
