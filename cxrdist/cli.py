@@ -259,6 +259,9 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             kind = str if positional == "file" else Path
             parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
+    if name == "train":
+        # Those of the default network are filled in: another architecture would be given its shape.
+        parser.set_defaults({"network.growth_rate": None, "network.block_config": None})
     flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
     arguments = _normalise(arguments, flags)
     _refuse_bad_recipes(name, arguments)
