@@ -13,6 +13,7 @@ from support import make_shards
 from cxrdist.cli import main
 from cxrdist.config import PackConfig
 from cxrdist.data.pack import pack
+from cxrdist.model import download
 from cxrdist.run import read_log
 from cxrdist.train.loop import _advice_on_cores
 
@@ -53,6 +54,7 @@ def test_three_classes_from_random_weights_and_then_from_that_run(shards, tmp_pa
     said = capsys.readouterr().out
     assert said.startswith("recipe: scratch, as --init none gives random weights and no --config")
     assert "balance: images x copies in an epoch: a 10 x 1 = 10, b c 10 x 1 = 10, d 10" in said
+    assert "4 optimiser steps in all, 2 per epoch, are few; give more, such as" in said
     assert list(epochs_of(tmp_path / "one")) == ["all"]
     assert train(shards, tmp_path / "two", "--init", tmp_path / "one") == 0
     said = capsys.readouterr().out
@@ -86,6 +88,20 @@ def test_a_table_of_several_labels_is_taken_as_it_is(tmp_path, capsys):
     )
     first = epochs_of(tmp_path / "run")["all"][0]
     assert first["step"] == 1  # 12 images, a batch has 16
+
+
+def test_without_a_network_the_way_from_random_weights_is_named(
+    shards, tmp_path, capsys, monkeypatch
+):
+    """ImageNet's weights, which finetune starts from, cannot be fetched: nothing is begun."""
+    refuse = OSError("no network")
+    monkeypatch.setattr(download, "_fetch", lambda *_, **__: (_ for _ in ()).throw(refuse))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    assert train(shards, tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "could not be fetched (no network); run the same command again" in said
+    assert said.endswith(". --init none starts from random weights\n")
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_the_papers_recipe_names_one_for_other_classes(shards, tmp_path, capsys):

@@ -34,6 +34,8 @@ from cxrdist.train.stages import check_stages, rates_of
 from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
 
 LEAST_IMAGES_PER_RANK = 4
+FEW_STEPS = 300
+"""Optimiser steps that are few: AdamW moves a weight by about its rate in a step, at most."""
 
 
 def train(config: TrainConfig) -> None:
@@ -65,7 +67,7 @@ def train(config: TrainConfig) -> None:
         training = build_training(accelerator, run, config, index)
         together(accelerator, lambda: _refuse_single_values(training))
         accelerator.print(_advice(config, accelerator.num_processes), end="")
-        accelerator.print(_advice_on_cores(accelerator), end="")
+        accelerator.print(_advice_on_cores(accelerator), _advice_on_steps(training), sep="", end="")
         if config.track:
             accelerator.init_trackers("cxrdist")
         with stopping_at_a_boundary():
@@ -175,6 +177,19 @@ def _advice_on_cores(accelerator: Accelerator) -> str:
     return (
         f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
         f"launch with --num_processes {cores}\n"
+    )
+
+
+def _advice_on_steps(training: Training) -> str:
+    """A line on a recipe whose epochs are few for so few images."""
+    recipe = training.recipe
+    per_epoch = -(-training.num_images // recipe.global_batch_size)
+    total = per_epoch * sum(stage.epochs for stage in recipe.stages.values())
+    if total >= FEW_STEPS:
+        return ""
+    return (
+        f"{total} optimiser steps in all, {per_epoch} per epoch, are few; give more, such as "
+        f"--stages.{list(recipe.stages)[-1]}.epochs {-(-FEW_STEPS // per_epoch)}\n"
     )
 
 

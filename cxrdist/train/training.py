@@ -349,6 +349,8 @@ def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
         weights = read_weights(config.init, architecture=config.network.architecture)
     except CxrdistError as error:
         reason = error
+        if config.init in ("chexnet", "imagenet"):
+            reason = CxrdistError(f"{error}. --init none starts from random weights")
 
         def fail() -> InitialWeights:
             raise reason
