@@ -236,7 +236,7 @@ def build_training(
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
         if config.balance == "classes":
-            print(_describe_balance(index, targets[train], by_class))
+            print(_describe_balance(index, by_class))
         print(_describe_unknown(stated[train], targets[train]), end="")
     model.to(accelerator.device)
     model.to(memory_format=memory_format(accelerator.device))
@@ -266,23 +266,15 @@ def _copies_by_class(
     return config.copies
 
 
-def _describe_balance(index: Index, targets: NDArray[np.int8], by_class: dict[str, int]) -> str:
-    """A line for the terminal on the copies that `balance: classes` has chosen.
-
-    Args:
-        index: of the shards.
-        targets: int8 [T, classes] of train.
-        by_class: copies of each class.
-    """
+def _describe_balance(index: Index, by_class: dict[str, int]) -> str:
+    """Tell for the terminal which copies `balance: classes` has chosen."""
     if index.task == "multilabel":
         return (
             "balance: each image once per epoch, as images may have several labels: copies for a "
             "rare one would be copies of the others"
         )
-    counts = (targets == POSITIVE).sum(axis=0)
-    rows = zip(index.classes, counts.tolist(), strict=True)
-    shown = [f"{name} {n} x {by_class[name]} = {n * by_class[name]}" for name, n in rows]
-    return f"balance: images x copies in an epoch: {', '.join(shown)}"
+    chosen = ", ".join(f"{name} {number}" for name, number in by_class.items())
+    return f"balance: copies of each image in an epoch, from the counts of train: {chosen}"
 
 
 def _settle_targets(
