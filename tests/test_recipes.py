@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from support import make_shards
 
-from cxrdist.cli import main
+from cxrdist.cli import _default_recipe, main
 from cxrdist.config import PackConfig
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
@@ -113,6 +113,23 @@ def test_the_papers_recipe_names_one_for_other_classes(shards, tmp_path, capsys)
     assert "copies: no class 'COVID-19' in the shards; they have a, b c, d. For classes of" in said
     assert "take the recipe finetune, or with --init none scratch" in said
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "recipe"),
+    [
+        ([], "finetune"),
+        (["--init", "chexnet"], "finetune"),
+        (["--init=none"], "scratch"),
+        (["--config", "demo"], None),
+        (["--config=demo", "--init", "none"], None),
+        (["--stages={one: {lr: {head: 0.1}, epochs: 1, patience: 1}}"], None),
+        (["--help"], None),
+    ],
+)
+def test_a_recipe_is_taken_only_where_none_is_given(options, recipe):
+    """Stages that are given whole are a recipe of their own."""
+    assert _default_recipe(["--shards", "s", *options])[0] == recipe
 
 
 def test_copies_and_balance_together_are_refused(shards, tmp_path, capsys):
