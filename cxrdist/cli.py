@@ -370,10 +370,6 @@ def _refuse_plain_groups(command: str, config: type, parsed: Any) -> None:
 
 def _readable(message: str) -> str:
     message = re.sub(r"Problem with given class_path '[\w.]+\.(\w+)':", r"in \1:", message)
-    # What --stages.NAME.epochs gives where the recipe has no such stage.
-    message = re.sub(
-        r"Expected a dot import path string: .*", "no such stage in the recipe", message
-    )
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     return message.replace("Parser key", "option")
 
