@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 
 from cxrdist.cli import COMMANDS, parse, recipe_names
-from cxrdist.config import DENSENETS, Architecture, Network, Stage
+from cxrdist.config import Architecture, Network, Stage
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_names
@@ -117,18 +117,24 @@ def test_the_recipes_that_come_with_cxrdist_are_valid(name):
             refuse_bad_recipe(replace(config, **{field: value}))
 
 
-def test_recipes_for_ones_own_classes_serve_every_architecture():
-    """They differ in one line; finetune halves the rate from block to block, head to stem."""
-    for recipe in ("finetune", "scratch", "compare"):
-        for name in get_args(Architecture):
-            arguments = ["--config", recipe, "--shards", "s", "--run", "r"]
-            arguments += ["--network.architecture", name]
-            config = parse(COMMANDS["train"], "train", arguments)
-            refuse_bad_recipe(config)
-            rates = list(rates_of(config.stages["all"], config.network).values())
-            assert len(rates) == len(block_names(config.network))
-            halves = 2.0 if recipe == "finetune" else 1.0
-            assert rates == pytest.approx([rates[-1] / halves**i for i in range(len(rates))][::-1])
-            assert not config.copies
-            if config.network.is_densenet:
-                assert config.network.dense_shape == DENSENETS[name]
+@pytest.mark.parametrize(("recipe", "lowered"), [("finetune", 0.5), ("scratch", 1.0)])
+def test_recipes_for_ones_own_classes_serve_every_architecture(recipe, lowered):
+    """Rates fall to the half from block to block, head to stem, or are all the same."""
+    arguments = ["--config", recipe, "--shards", "s", "--run", "r"]
+    config = parse(COMMANDS["train"], "train", arguments)
+    for name in get_args(Architecture):
+        network = Network(architecture=name)
+        refuse_bad_recipe(replace(config, network=network))
+        rates = rates_of(config.stages["all"], network)
+        assert list(rates) == block_names(network)
+        blocks = list(rates.values())[::-1]
+        assert blocks == pytest.approx([blocks[0] * lowered**i for i in range(len(blocks))])
+
+
+@pytest.mark.parametrize("name", ["densenet169", "resnet18"])
+def test_recipes_of_a_comparison_differ_in_one_line(name):
+    """An architecture given by its flag has its own shape, and not the default one's."""
+    arguments = ["--config", "compare", "--shards", "s", "--run", "r"]
+    config = parse(COMMANDS["train"], "train", [*arguments, "--network.architecture", name])
+    refuse_bad_recipe(config)
+    assert config.network == Network(architecture=name, dropout=0.2)
