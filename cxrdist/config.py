@@ -350,6 +350,10 @@ class TrainConfig:
     directory."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
+    balance: Literal["none", "classes"] = "none"
+    """classes: copies from the counts of the training split, which give each class about as many
+    images in an epoch as the most frequent one; whole numbers, at most 50, in place of `copies`. No
+    copies where an image may have several labels: those of one label would be of others too."""
     uncertain: str = "ignore"
     """What a label that is uncertain counts as in training: ignore (no loss), positive (U-Ones of
     Irvin et al. 2019) or negative (U-Zeros); labels of their own behind it, as in
@@ -372,8 +376,9 @@ class TrainConfig:
     max_gradient_norm: float | None = None
     """The gradient of all parameters together is shortened to this norm; as it is if not given."""
     average: float | None = None
-    """Decay per step of an exponential moving average of the weights, such as 0.999. It is what is
-    validated and published; the weights as they are if not given."""
+    """Decay per step of an exponential moving average of the weights, such as 0.999; less in the
+    first steps of a stage, (1 + t) / (10 + t) after t. It is what is validated and published; the
+    weights as they are if not given."""
     compile: bool = False
     """Compile warp, network and loss into one graph; on one GPU, with small batches, capture the
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
@@ -622,7 +627,7 @@ class SeedsConfig:
     """Directory to make: RUN/member-0 ... are runs, RUN itself is their ensemble."""
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
-    recipe: str = "bassi2020"
+    recipe: str = "finetune"
     """Recipe of all members: a YAML file, or the name of one that comes with cxrdist."""
     seeds: int = 5
     """Members, 2 to 20, whose seeds are 0, 1 ...; with --folds the number of folds."""

@@ -1,16 +1,18 @@
 """Train: stages of epochs of steps, saved within and at the end of each epoch."""
 
+import os
 import sys
 from contextlib import nullcontext
 from functools import partial
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
 from cxrdist.data.folds import cut_fold, read_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.labels import read_uncertain
-from cxrdist.distributed import finish, gather, start, together
+from cxrdist.distributed import finish, gather, local_ranks, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
@@ -32,6 +34,8 @@ from cxrdist.train.stages import check_stages, rates_of
 from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
 
 LEAST_IMAGES_PER_RANK = 4
+FEW_STEPS = 300
+"""Optimiser steps that are few: AdamW moves a weight by about its rate in a step, at most."""
 
 
 def train(config: TrainConfig) -> None:
@@ -63,6 +67,7 @@ def train(config: TrainConfig) -> None:
         training = build_training(accelerator, run, config, index)
         together(accelerator, lambda: _refuse_single_values(training))
         accelerator.print(_advice(config, accelerator.num_processes), end="")
+        accelerator.print(_advice_on_cores(accelerator), _advice_on_steps(training), sep="", end="")
         if config.track:
             accelerator.init_trackers("cxrdist")
         with stopping_at_a_boundary():
@@ -82,6 +87,11 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     check_backgrounds(config)
     refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
     read_uncertain(config.uncertain)
+    if config.balance == "classes" and config.copies:
+        raise CxrdistError(
+            f"balance: classes chooses the copies from the counts, but copies has {config.copies}; "
+            "leave one out, such as with --balance none or --copies {}"
+        )
     if config.fold is not None:
         read_fold(config.fold)
     if config.average is not None and not 0 < config.average < 1:
@@ -157,6 +167,30 @@ def _advice(config: TrainConfig, world_size: int) -> str:
             "the whole step"
         )
     return "".join(f"{line}\n" for line in lines)
+
+
+def _advice_on_cores(accelerator: Accelerator) -> str:
+    """A line on more CPU ranks than cores, such as of a config for GPUs where there are none."""
+    (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
+    if accelerator.device.type != "cpu" or ranks <= cores:
+        return ""
+    return (
+        f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
+        f"launch with --num_processes {cores}\n"
+    )
+
+
+def _advice_on_steps(training: Training) -> str:
+    """A line on a recipe whose epochs are few for so few images."""
+    recipe = training.recipe
+    per_epoch = -(-training.num_images // recipe.global_batch_size)
+    total = per_epoch * sum(stage.epochs for stage in recipe.stages.values())
+    if total >= FEW_STEPS:
+        return ""
+    return (
+        f"{total} optimiser steps in all, {per_epoch} per epoch, are few; give more, such as "
+        f"--stages.{list(recipe.stages)[-1]}.epochs {-(-FEW_STEPS // per_epoch)}\n"
+    )
 
 
 def _run_stages(training: Training) -> None:

@@ -267,7 +267,8 @@ class StageRun:
             where = f"{epoch.where}, step {step + 1}"
             _seed(self.recipe.seed, where, accelerator.process_index)
             self.updater.set_rates(
-                rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps)
+                rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps),
+                self.stopping.epoch * plan.num_steps + step,
             )
             with memory_for(part, self.recipe.max_images_per_rank, where):
                 shares, norm = self._take_step(part)

@@ -14,7 +14,7 @@ from cxrdist.config import Network, TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
-from cxrdist.data.plan import Plan, copies_of, plan_epoch
+from cxrdist.data.plan import Plan, balanced_copies, copies_of, plan_epoch
 from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
@@ -54,6 +54,7 @@ NOT_SCIENCE = (
 )  # paths and outputs stay out of the recipe
 ADDED = {
     "uncertain": "ignore",
+    "balance": "none",
     "fold": None,
 }  # fields that older recipes lack, and what their runs did
 
@@ -208,7 +209,8 @@ def build_training(
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
     stated = index.targets()
     targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
-    copies = copies_of(targets, index.classes, config.copies)
+    by_class = _copies_by_class(config, index, targets[train])
+    copies = together(accelerator, lambda: copies_of(targets, index.classes, by_class))
     with accelerator.local_main_process_first():  # one download a node
         read = _attempt(config)
     weights = together(accelerator, read)
@@ -233,6 +235,8 @@ def build_training(
             write_text(run.audit, audit)
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
+        if config.balance == "classes":
+            print(_describe_balance(index, by_class))
         print(_describe_unknown(stated[train], targets[train]), end="")
     model.to(accelerator.device)
     model.to(memory_format=torch.channels_last)  # faster on GPUs, and by 1.1 to 1.3 on CPUs
@@ -251,6 +255,26 @@ def build_training(
         StopVote(accelerator),
         backgrounds,
     )
+
+
+def _copies_by_class(
+    config: TrainConfig, index: Index, targets: NDArray[np.int8]
+) -> dict[str, int]:
+    """Copies of each class: those of the recipe, or from the counts of train [T, classes]."""
+    if config.balance == "classes" and index.task == "multiclass":
+        return balanced_copies(targets, index.classes)
+    return config.copies
+
+
+def _describe_balance(index: Index, by_class: dict[str, int]) -> str:
+    """Tell for the terminal which copies `balance: classes` has chosen."""
+    if index.task == "multilabel":
+        return (
+            "balance: each image once per epoch, as images may have several labels: copies for a "
+            "rare one would be copies of the others"
+        )
+    chosen = ", ".join(f"{name} {number}" for name, number in by_class.items())
+    return f"balance: copies of each image in an epoch, from the counts of train: {chosen}"
 
 
 def _settle_targets(
@@ -312,6 +336,8 @@ def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
         weights = read_weights(config.init, architecture=config.network.architecture)
     except CxrdistError as error:
         reason = error
+        if config.init in ("chexnet", "imagenet"):
+            reason = CxrdistError(f"{error}. --init none starts from random weights")
 
         def fail() -> InitialWeights:
             raise reason

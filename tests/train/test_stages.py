@@ -2,14 +2,15 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-import cxrdist
-from cxrdist.cli import COMMANDS, parse
-from cxrdist.config import Network, Stage
+from cxrdist.cli import COMMANDS, parse, recipe_names
+from cxrdist.config import Architecture, Network, Stage
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
+from cxrdist.model.networks import block_names
 from cxrdist.train.loop import refuse_bad_recipe
 from cxrdist.train.stages import (
     EarlyStopping,
@@ -17,6 +18,7 @@ from cxrdist.train.stages import (
     describe_groups,
     freeze,
     parameter_groups,
+    rates_of,
     set_modes,
 )
 
@@ -104,7 +106,7 @@ def test_early_stopping_waits_for_its_patience():
     assert (stopping.best_epoch, stopping.best_loss) == (2, 0.5)
 
 
-@pytest.mark.parametrize("name", ["bassi2020", "chexnet", "chexnet-fast", "demo", "lungs"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_the_recipes_that_come_with_cxrdist_are_valid(name):
     """Each is read by its name; a field out of its range is refused by name."""
     arguments = ["--config", name, "--shards", "s", "--run", "r"]
@@ -115,7 +117,24 @@ def test_the_recipes_that_come_with_cxrdist_are_valid(name):
             refuse_bad_recipe(replace(config, **{field: value}))
 
 
-def test_every_packaged_recipe_is_tested():
-    """A new recipe is added to the test above."""
-    names = {file.stem for file in (Path(cxrdist.__file__).parent / "recipes").glob("*.yaml")}
-    assert names == {"bassi2020", "chexnet", "chexnet-fast", "demo", "lungs"}
+@pytest.mark.parametrize(("recipe", "lowered"), [("finetune", 0.5), ("scratch", 1.0)])
+def test_recipes_for_ones_own_classes_serve_every_architecture(recipe, lowered):
+    """Rates fall to the half from block to block, head to stem, or are all the same."""
+    arguments = ["--config", recipe, "--shards", "s", "--run", "r"]
+    config = parse(COMMANDS["train"], "train", arguments)
+    for name in get_args(Architecture):
+        network = Network(architecture=name)
+        refuse_bad_recipe(replace(config, network=network))
+        rates = rates_of(config.stages["all"], network)
+        assert list(rates) == block_names(network)
+        blocks = list(rates.values())[::-1]
+        assert blocks == pytest.approx([blocks[0] * lowered**i for i in range(len(blocks))])
+
+
+@pytest.mark.parametrize("name", ["densenet169", "resnet18"])
+def test_recipes_of_a_comparison_differ_in_one_line(name):
+    """An architecture given by its flag has its own shape, and not the default one's."""
+    arguments = ["--config", "compare", "--shards", "s", "--run", "r"]
+    config = parse(COMMANDS["train"], "train", [*arguments, "--network.architecture", name])
+    refuse_bad_recipe(config)
+    assert config.network == Network(architecture=name, dropout=0.2)
