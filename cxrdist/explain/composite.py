@@ -19,7 +19,7 @@ from zennit.rules import ClampMod, Epsilon, Flat, Norm, ZPlus
 
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.attribution import STABILISER, Attribution
-from cxrdist.explain.canonise import untangle
+from cxrdist.explain.canonical import Classifying, canonical_network
 
 CANONICAL = "canonical"
 """The name of the canonical composite among zennit's."""
@@ -55,7 +55,7 @@ class ByZennit:
         Raises:
             CxrdistError: zennit has no such composite, or the network cannot be explained.
         """
-        self.network = untangle(network)
+        self.network = canonical_network(network)
         self._ledger = _Ledger() if name == CANONICAL else None
         zero_params = [] if biases else ["bias"]
         if self._ledger is not None:
@@ -192,6 +192,7 @@ def _canonical(
 
     pool = _Booked(Norm, STABILISER, ledger)
     layer_map = [
+        (Classifying, booked(Epsilon, epsilon)),
         (nn.Conv2d, booked(_z_plus_of_relu)),
         ((nn.AvgPool2d, nn.AdaptiveAvgPool2d), pool),
         (nn.Linear, booked(Epsilon, epsilon)),
