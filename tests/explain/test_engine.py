@@ -64,6 +64,13 @@ def test_engine_equals_zennit_on_densenet121(dtype, tolerance):
     assert largest_error(randomised(Network(), dtype=dtype), 64) < tolerance
 
 
+@pytest.mark.parametrize("architecture", ["densenet169", "densenet201"])
+def test_engine_equals_zennit_on_deeper_densenets(architecture):
+    """The blocks of DenseNet169 and DenseNet201, narrow."""
+    model = randomised(Network(architecture=architecture, growth_rate=2), 32)
+    assert largest_error(model, 32) < 1e-10
+
+
 def test_many_targets_take_several_passes(monkeypatch):
     """Targets beyond the bound of memory give the same, in their order."""
     explainer = Explainer(randomised())
