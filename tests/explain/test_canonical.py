@@ -1,6 +1,8 @@
 """Canonical networks of the architectures beside the DenseNet, and the rules on them."""
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from test_canonise import images, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import resnet50
+from zennit.composites import EpsilonPlusFlat
 
 from cxrdist.config import Network
 from cxrdist.errors import CxrdistError
@@ -29,12 +32,23 @@ PRECISIONS = pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str
 )
 SIZE_PX, EPSILON, STABILISER = 64, 0.1, 1e-6
+IMAGE = images(SIZE_PX, count=1)
 
 
+def built(architecture: str, normalisation: Normalisation | None = None) -> Classifier:
+    """A classifier with random weights; AlexNet's hidden linear layers are narrow, to save time."""
+    torch.manual_seed(0)
+    model = Classifier(Network(architecture=architecture), ["a", "b", "c"], SIZE_PX, normalisation)
+    if architecture == "alexnet":
+        for place, sizes in ((1, (9216, 32)), (4, (32, 32)), (6, (32, 3))):
+            model.network.classifier[place] = nn.Linear(*sizes)
+    return model
+
+
+@cache
 def randomised(architecture: str, dtype: torch.dtype = torch.float64) -> Classifier:
     """A classifier with gammas of both signs, biases, and statistics that fit its activations."""
-    torch.manual_seed(0)
-    model = Classifier(Network(architecture=architecture), ["a", "b", "c"], SIZE_PX).to(dtype)
+    model = built(architecture).to(dtype)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -58,6 +72,10 @@ def test_the_logits_are_the_same(architecture, dtype, tolerance):
         assert relative_error(logits, model(images(SIZE_PX))) < tolerance
     leaves = {type(module) for module in canonical.modules() if not any(module.children())}
     assert leaves <= SIMPLE
+    assert [type(layer) for layer in canonical if type(layer) in (nn.Linear, nn.Flatten)] == [
+        nn.Flatten,
+        *[nn.Linear] * (3 if architecture == "alexnet" else 1),
+    ]
     assert not canonical.training
     assert not any(parameter.requires_grad for parameter in canonical.parameters())
 
@@ -97,9 +115,9 @@ def test_the_network_is_left_as_it_is(architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_ledger_balances(architecture, dtype, tolerance):
     """The logit is relevance plus bias share plus epsilon share, and biases matter."""
-    result = Explainer(randomised(architecture, dtype)).attribute(images(SIZE_PX))
+    result = Explainer(randomised(architecture, dtype)).attribute(IMAGE, ["b", "c"])
     parts = result.relevance_sum + result.bias_share + result.epsilon_share
-    assert result.relevance.shape == (2, 3, SIZE_PX, SIZE_PX)
+    assert result.relevance.shape == (1, 2, SIZE_PX, SIZE_PX)
     assert relative_error(parts, result.logits) < tolerance
     assert relative_error(result.relevance.sum((2, 3)), result.relevance_sum) < tolerance
     assert (result.bias_share / result.logits).abs().max() > 0.01
@@ -111,9 +129,8 @@ def test_relevance_is_input_times_gradient_where_no_rule_differs(architecture):
 
     That gradient is of the network itself, which knows of no canonical network and no rule.
     """
-    torch.manual_seed(0)
     grey = Normalisation((0.0,) * 3, (1.0,) * 3)  # images are never negative
-    model = Classifier(Network(architecture=architecture), ["a", "b"], SIZE_PX, grey).double()
+    model = built(architecture, grey).double()
     with torch.no_grad():
         for module in model.modules():
             if hasattr(module, "weight"):
@@ -121,13 +138,31 @@ def test_relevance_is_input_times_gradient_where_no_rule_differs(architecture):
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
     model.eval()
-    inputs = model.normalise(images(SIZE_PX)).requires_grad_()
+    inputs = model.normalise(IMAGE).requires_grad_()
     (gradient,) = torch.autograd.grad(model.network(inputs)[:, 1].sum(), inputs)
     explainer = Explainer(model, flat=False, epsilon=1e-12)
-    result = explainer.attribute(images(SIZE_PX), ["b"])
+    result = explainer.attribute(IMAGE, ["b"])
     expected = (inputs * gradient).sum(1).detach()
     assert relative_error(result.relevance[:, 0], expected) < 1e-4  # the stabilisers take some
     assert not result.bias_share.any()
+
+
+@pytest.mark.parametrize("architecture", ["squeezenet1_1", "alexnet"])
+def test_maps_are_those_of_zennit_where_nothing_is_to_be_folded(architecture):
+    """Without BatchNorm and sums, zennit's own composite is right on the network as it stands."""
+    model = randomised(architecture)
+    network = deepcopy(model.network)
+    if architecture == "squeezenet1_1":
+        conv = network.classifier[1]
+        linear = nn.Linear(512, 3).double()
+        linear.load_state_dict({"weight": conv.weight.flatten(1), "bias": conv.bias})
+        network.classifier = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    inputs = model.normalise(IMAGE).requires_grad_()
+    with EpsilonPlusFlat(epsilon=EPSILON).context(network):
+        logit = network(inputs)[:, 2]
+        (expected,) = torch.autograd.grad(logit, inputs, logit.detach())
+    result = Explainer(model).attribute(IMAGE, ["c"])
+    assert relative_error(result.relevance[:, 0], expected.sum(1)) < 1e-10
 
 
 def affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -206,9 +241,9 @@ class ResidualReference:
 def test_relevance_of_a_resnet_follows_the_formulas():
     """Map and shares equal those of a direct computation that shares no code."""
     model = randomised("resnet18")
-    result = Explainer(model).attribute(images(SIZE_PX, count=1), ["b"])
+    result = Explainer(model).attribute(IMAGE, ["b"])
     with torch.no_grad():
-        expected = ResidualReference(model, images(SIZE_PX, count=1), 1)
+        expected = ResidualReference(model, IMAGE, 1)
     assert relative_error(result.relevance[0, 0], expected.relevance) < 1e-10
     assert result.logits.item() == pytest.approx(expected.logit, rel=1e-10)
     assert result.bias_share.item() == pytest.approx(expected.bias, rel=1e-10)
@@ -221,20 +256,19 @@ def test_relevance_of_a_resnet_follows_the_formulas():
         ("convnext", "a ConvNeXt: no rules of relevance are proven for it; train one of densenet"),
         ("bottleneck", "a ResNet of Bottleneck"),
         ("relu", "a ReLU behind its logits"),
-        ("leaky", r"layer classifier\.5 \(LeakyReLU\)"),
+        ("leaky", r"layer features\.1 \(LeakyReLU\)"),
         ("training", r"training mode.*model\.eval\(\)"),
     ],
 )
 def test_networks_without_proven_rules_are_refused(change, message):
     """What would be shown wrongly is refused in one line, before anything is computed."""
-    architectures = {"convnext": "convnext_atto", "relu": "squeezenet1_1", "leaky": "alexnet"}
-    model = randomised(architectures.get(change, "squeezenet1_1"), torch.float32)
+    model = built("convnext_atto" if change == "convnext" else "squeezenet1_1").eval()
     if change == "bottleneck":
         model.network = resnet50(num_classes=3).eval()
     elif change == "relu":
         model.network.classifier[2] = nn.ReLU().eval()
     elif change == "leaky":
-        model.network.classifier[5] = nn.LeakyReLU().eval()
+        model.network.features[1] = nn.LeakyReLU().eval()
     elif change == "training":
         model.train()
     with pytest.raises(CxrdistError, match=f"cannot explain.*{message}") as raised:
