@@ -10,7 +10,7 @@ import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from cxrdist.config import TrainConfig
+from cxrdist.config import Network, TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
@@ -121,11 +121,17 @@ def fixed_recipe(config: TrainConfig) -> str:
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
     fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
-    for stage in fields["stages"].values():
-        if stage["background"] is None:  # older recipes lack it, and are the same
+    for stage in fields["stages"].values():  # older recipes lack these fields, and are the same
+        if stage["background"] is None:
             del stage["background"]
-    fields["network"]["block_config"] = list(config.network.block_config)
-    return fields
+        if stage["block_decay"] == 1:
+            del stage["block_decay"]
+    network = {k: v for k, v in fields["network"].items() if v is not None}
+    if "block_config" in network:
+        network["block_config"] = list(network["block_config"])
+    if network["architecture"] == Network().architecture:
+        del network["architecture"]
+    return {**fields, "network": network}
 
 
 def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
@@ -204,7 +210,7 @@ def build_training(
     targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
     copies = copies_of(targets, index.classes, config.copies)
     with accelerator.local_main_process_first():  # one download a node
-        read = _attempt(config.init)
+        read = _attempt(config)
     weights = together(accelerator, read)
     together(accelerator, lambda: _refuse_other_weights(run, weights))
     audit = together(accelerator, lambda: _read_audit(index))
@@ -305,10 +311,10 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def _attempt(init: str) -> Callable[[], InitialWeights]:
+def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
     """Read the weights now; an error waits for the moment when all ranks can stop together."""
     try:
-        weights = read_weights(init)
+        weights = read_weights(config.init, architecture=config.network.architecture)
     except CxrdistError as error:
         reason = error
 
