@@ -32,9 +32,7 @@ from torchvision.models.squeezenet import Fire
 
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.canonise import check_layers, fold_conv, untangle
-
-ARCHITECTURES = "densenet121, densenet169, densenet201, resnet18, alexnet, squeezenet1_1"
-"""Those that have a canonical network, for error lines."""
+from cxrdist.explain.description import WITH_RULES
 
 
 @torch.inference_mode(False)
@@ -59,7 +57,7 @@ def canonical_network(network: nn.Module) -> nn.Sequential:
     if type(network) not in builders:
         raise CxrdistError(
             f"cannot explain a {type(network).__name__}: no rules of relevance are proven for it; "
-            f"train one of {ARCHITECTURES} for heat maps"
+            f"train one of {', '.join(WITH_RULES)} for heat maps"
         )
     check_layers(network)
     return nn.Sequential(*builders[type(network)](network)).eval().requires_grad_(False)
