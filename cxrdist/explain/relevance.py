@@ -31,6 +31,8 @@ class _Method(Protocol):
 class Explainer:
     """Explains a model: builds the canonical network once, then gives relevance batch by batch.
 
+    A DenseNet is explained by the engine, other networks by zennit (canonical.py says which).
+
     It keeps its own copy of the weights as they are when it is built. For DenseNet121 in float32
     that takes 0.1 GB, a batch 0.1 GB for each image of 224 px, and the targets up to 0.2 GB more
     (measured with four images and up to 14 targets).
