@@ -71,8 +71,8 @@ def test_engine_equals_zennit_on_densenet201():
 
 
 def test_ledger_balances_on_densenet169():
-    """DenseNet169 in its own width: its logits, and all of them in the ledger."""
-    model = randomised(Network(architecture="densenet169"), 32)
+    """The blocks of DenseNet169, narrow: its logits, and all of them in the ledger."""
+    model = randomised(Network(architecture="densenet169", growth_rate=8), 32)
     result = Explainer(model).attribute(images(32))
     parts = result.relevance_sum + result.bias_share + result.epsilon_share
     with torch.no_grad():
