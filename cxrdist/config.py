@@ -192,8 +192,8 @@ class Background:
     of the image), thorax (outside a fixed ellipse around the thorax)."""
     method: Literal["lrp", "gradient"] = "lrp"
     """lrp: the share of the relevance of the logits that lies there (ISNet, Bassi et al. 2024), and
-    that of their gradient, which sees what inhibits; the mean of both. gradient: the squared
-    gradient of the log-probabilities there (Ross et al. 2017)."""
+    that of their gradient, which sees what inhibits; the mean of both; DenseNets only. gradient:
+    the squared gradient of the log-probabilities there (Ross et al. 2017)."""
 
 
 @dataclass(frozen=True)
@@ -472,7 +472,8 @@ class ExplainConfig:
     """Two class names with a comma between them: a map of the first minus the second. If not given:
     a picture of the likeliest class of each image minus the second likeliest one."""
     preset: Literal["canonical", "innvestigate"] = "canonical"
-    """canonical: right for a DenseNet. innvestigate: what the paper's program gives."""
+    """canonical: right for every network but convnext_atto, which has no proven rules and cannot be
+    explained. innvestigate: what the paper's program gives of a DenseNet."""
     composite: str | None = None
     """Name of a zennit composite to use instead, on the canonical network; has no ledger."""
     flat: bool = True

@@ -110,12 +110,12 @@ def localise(config: LocaliseConfig) -> None:
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
     model = together(accelerator, lambda: one_network(subject.model))
+    explainer = together(accelerator, lambda: Explainer(model))
     outlines = _read_outlines(config, subject)
     for note in outlines.notes:
         accelerator.print(f"{outlines.origin}: {note}")
     cases = together(accelerator, lambda: _cases_by_split(config.split, subject, outlines))
     means = _mean_outlines(subject, outlines, cases["train"])
-    explainer = Explainer(model)
     work = _Work(subject, config.split, model, explainer, outlines, means, config.batch_size)
     val = _score_cases(work, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
     scored = _score_cases(work, cases[ALL])

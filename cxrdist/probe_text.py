@@ -95,6 +95,7 @@ def probe_text(config: ProbeTextConfig) -> None:
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
     model = together(accelerator, lambda: one_network(subject.model))
+    explainer = together(accelerator, lambda: Explainer(model))
     together(accelerator, lambda: _refuse_covered(subject.index, config.split))
     numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
     boxes = _boxes_by_number(config, subject, numbers)
@@ -107,7 +108,6 @@ def probe_text(config: ProbeTextConfig) -> None:
     plain = predict()
     covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
-    explainer = Explainer(model)
     shares = _relevance_in_boxes(
         config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )

@@ -190,16 +190,30 @@ def _copy_linear(linear: nn.Linear) -> nn.Linear:
 
 
 def check(network: nn.Module) -> None:
-    """Make sure that a network can be explained.
+    """Make sure that a network is a DenseNet that can be explained.
 
     Raises:
-        CxrdistError: it is in training mode, or has a layer that is not known here.
+        CxrdistError: it is none, is in training mode, or has a layer that is not known here.
     """
     if type(network) is not DenseNet:
         raise CxrdistError(
             f"cannot explain a {type(network).__name__}: expected timm's DenseNet; "
             "pass the network of a Classifier"
         )
+    check_layers(network)
+    if hasattr(network.features, "conv1"):
+        raise CxrdistError(
+            "cannot explain a DenseNet with a deep stem: expected one 7x7 convolution; "
+            "build it as cxrdist's Classifier does"
+        )
+
+
+def check_layers(network: nn.Module) -> None:
+    """Make sure that a network has only layers with rules, and is ready for use.
+
+    Raises:
+        CxrdistError: it is in training mode, or has a layer that is not known here.
+    """
     if any(module.training for module in network.modules()):
         raise CxrdistError(
             "cannot explain a network in training mode: its BatchNorms must use their running "
@@ -209,12 +223,7 @@ def check(network: nn.Module) -> None:
         is_leaf = not any(module.children())
         if is_leaf and not isinstance(module, _KNOWN_LAYERS):
             raise CxrdistError(
-                f"cannot explain layer {name} ({type(module).__name__}): expected a DenseNet of "
-                "BatchNorm, ReLU, convolutions, average pools and one linear layer; build it as "
+                f"cannot explain layer {name} ({type(module).__name__}): expected BatchNorm, ReLU, "
+                "convolutions, average and max pools and linear layers; build the network as "
                 "cxrdist's Classifier does"
             )
-    if hasattr(network.features, "conv1"):
-        raise CxrdistError(
-            "cannot explain a DenseNet with a deep stem: expected one 7x7 convolution; "
-            "build it as cxrdist's Classifier does"
-        )

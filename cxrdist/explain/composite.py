@@ -2,8 +2,8 @@
 
 Rules of the canonical composite (Bassi & Attux 2020, section 4.1; iNNvestigate 1.0's
 LRP-PresetAFlat): epsilon for the linear layer, z-plus for convolutions, flat for the first of them;
-average pools pass relevance on in proportion to their inputs, max pools to their maximum. The
-engine does the same in a sixth of the time; this is what it is held against.
+average pools pass relevance on in proportion to their inputs, max pools to their maximum. Of a
+DenseNet the engine does the same in a sixth of the time; this is what it is held against.
 """
 
 import inspect
@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from timm.models.densenet import DenseNet
 from torch import Tensor, nn
 from zennit.composites import COMPOSITES, SpecialFirstLayerMapComposite
 from zennit.core import BasicHook, Composite, ParamMod, Stabilizer
@@ -19,14 +18,14 @@ from zennit.rules import ClampMod, Epsilon, Flat, Norm, ZPlus
 
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.attribution import STABILISER, Attribution
-from cxrdist.explain.canonise import untangle
+from cxrdist.explain.canonical import canonical_network
 
 CANONICAL = "canonical"
 """The name of the canonical composite among zennit's."""
 
 
 class ByZennit:
-    """Explains a DenseNet with a composite; keeps a canonical network of its own.
+    """Explains a network with a composite; keeps a canonical network of its own.
 
     Attributes:
         network: the canonical network.
@@ -34,7 +33,7 @@ class ByZennit:
 
     def __init__(
         self,
-        network: DenseNet,
+        network: nn.Module,
         name: str,
         bounds: tuple[Tensor, Tensor],
         *,
@@ -42,10 +41,10 @@ class ByZennit:
         biases: bool,
         epsilon: float,
     ) -> None:
-        """Build the canonical network of a DenseNet, which is left as it is.
+        """Build the canonical network of another one, which is left as it is.
 
         Args:
-            network: timm's DenseNet in evaluation mode.
+            network: of a Classifier, in evaluation mode.
             name: ``canonical`` or a name in ``zennit.composites.COMPOSITES``.
             bounds: least and largest normalised inputs [1, C, 1, 1], for the box rule.
             flat: the rule of the first convolution of the canonical composite.
@@ -55,7 +54,7 @@ class ByZennit:
         Raises:
             CxrdistError: zennit has no such composite, or the network cannot be explained.
         """
-        self.network = untangle(network)
+        self.network = canonical_network(network)
         self._ledger = _Ledger() if name == CANONICAL else None
         zero_params = [] if biases else ["bias"]
         if self._ledger is not None:

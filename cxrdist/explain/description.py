@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from cxrdist.bootstrap import Limits
+from cxrdist.config import Architecture
 from cxrdist.documents import Between, Real
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
@@ -12,6 +13,15 @@ from cxrdist.run import read_document
 Share = Annotated[float, Between(0, 1)]
 Correlation = Annotated[float, Between(-1, 1)]
 Curve = Annotated[list[Real], Between(2, 1000)]
+WITH_RULES: tuple[Architecture, ...] = (
+    "densenet121",
+    "densenet169",
+    "densenet201",
+    "resnet18",
+    "alexnet",
+    "squeezenet1_1",
+)
+"""Architectures whose relevance has proven rules (canonical.py)."""
 
 
 class FlippingInfo(TypedDict):

@@ -131,7 +131,8 @@ def smooth(relevance: NDArray[np.floating]) -> NDArray[np.float64]:
 
     The flat rule of a 7x7 convolution with stride 2 gives even and odd pixels different shares,
     and the max pool behind it prints a grid of 4 px. The weights 1 2 2 2 1 along both axes (a mean
-    of 2 and one of 4) remove both, and shift nothing.
+    of 2 and one of 4) remove both, and shift nothing. ResNet18 and SqueezeNet have the same
+    strides. The first convolution of AlexNet has stride 4: the grid of its max pool, 8 px, is left.
 
     Args:
         relevance: signed floats [H, W].

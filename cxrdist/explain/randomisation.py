@@ -46,7 +46,7 @@ Found = list[tuple[Likeness, Likeness | None]]
 def randomise(
     model: Classifier, images: Tensor, explainer_of: Callable[[Classifier], Explainer]
 ) -> list[Explainer]:
-    """Draw the head anew, the head and the last dense block, and all blocks.
+    """Draw the head anew, the head and the last block before it, and all blocks.
 
     Args:
         model: in evaluation mode; it is left as it is.
@@ -57,7 +57,7 @@ def randomise(
 
 
 def levels(model: Classifier) -> list[list[str]]:
-    """Blocks that are drawn anew together: the head, the head and the last dense block, all."""
+    """Blocks that are drawn anew together: the head, the head and the block before it, all."""
     names = block_names(model.shape)
     return [names[-1:], names[-2:], names]
 

@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, Protocol
 
 import torch
+from timm.models.densenet import DenseNet
 from torch import Tensor
 
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.attribution import Attribution
-from cxrdist.explain.composite import ByZennit
+from cxrdist.explain.composite import CANONICAL, ByZennit
 from cxrdist.explain.engine import Engine
 from cxrdist.explain.innvestigate import Innvestigate
 from cxrdist.model.densenet import Classifier
@@ -29,6 +30,8 @@ class _Method(Protocol):
 
 class Explainer:
     """Explains a model: builds the canonical network once, then gives relevance batch by batch.
+
+    A DenseNet is explained by the engine, other networks by zennit (canonical.py says which).
 
     It keeps its own copy of the weights as they are when it is built. For DenseNet121 in float32
     that takes 0.1 GB, a batch 0.1 GB for each image of 224 px, and the targets up to 0.2 GB more
@@ -61,8 +64,8 @@ class Explainer:
             epsilon: of the linear layer's rule, in units of the logit.
 
         Raises:
-            CxrdistError: the model is in training mode, or no DenseNet that can be explained, or
-                the settings exclude each other.
+            CxrdistError: the model is in training mode, or its network has no proven rules, or the
+                settings exclude each other.
         """
         self.classes = list(model.classes)
         self._normalise = model.normalise
@@ -74,14 +77,19 @@ class Explainer:
                     "--preset innvestigate: has its own rules and keeps biases; leave out "
                     "--composite and --biases"
                 )
+            if type(network) is not DenseNet:
+                raise CxrdistError(
+                    f"--preset innvestigate: is for DenseNets, and this is a "
+                    f"{type(network).__name__}; leave it out"
+                )
             self._method: _Method = Innvestigate(network, flat, epsilon)
-        elif composite is not None:
+        elif composite is not None or type(network) is not DenseNet:
             darkest, brightest = (
                 torch.full((1, 1, 1, 1), v, device=self._device) for v in (0, 255)
             )
             bounds = model.normalise(darkest), model.normalise(brightest)
             self._method = ByZennit(
-                network, composite, bounds, flat=flat, biases=biases, epsilon=epsilon
+                network, composite or CANONICAL, bounds, flat=flat, biases=biases, epsilon=epsilon
             )
         else:
             self._method = Engine(network, flat, biases, epsilon)

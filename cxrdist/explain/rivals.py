@@ -3,7 +3,7 @@
 import numpy as np
 from captum.attr import LayerAttribution, LayerGradCam, Saliency
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from cxrdist.explain.relevance import exact
 from cxrdist.model.densenet import Classifier
@@ -15,6 +15,8 @@ CENTRE_DEVIATION = 0.25
 def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
     """Grad-CAM (Selvaraju et al. 2017) of the last features, by captum, enlarged bilinearly.
 
+    These are what the average before the head reads; of AlexNet, what its last max pool reads.
+
     Args:
         model: in evaluation mode.
         images: uint8 [B, 1, H, W].
@@ -23,11 +25,22 @@ def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
     Returns:
         [B, H, W], nowhere below 0.
     """
-    method = LayerGradCam(model, model.network.get_submodule("features.norm5"))
+    method = LayerGradCam(model, _last_features(model))
     with exact(images.device):
         coarse = method.attribute(images.float(), target, relu_attributions=True)
         fine = LayerAttribution.interpolate(coarse.detach(), images.shape[2:], "bilinear")
     return fine[:, 0]
+
+
+def _last_features(model: Classifier) -> nn.Module:
+    """The module that puts out the last features [B, C, h, w], behind their activation."""
+    names = {
+        "resnet18": "layer4",
+        "alexnet": "features.11",
+        "squeezenet1_1": "features",
+        "convnext_atto": "stages",
+    }
+    return model.network.get_submodule(names.get(model.shape.architecture, "features.norm5"))
 
 
 def plain_gradient(model: Classifier, images: Tensor, target: int) -> Tensor:

@@ -288,6 +288,10 @@ def robustness(e: Evidence) -> Answer:
 
 def explanations(e: Evidence) -> Answer:
     """Whether it can be seen what the network looks at."""
+    if e.without_rules:
+        return Answer(
+            NOT_DONE, f"No heat maps: no rules of relevance are proven for {e.without_rules}."
+        )
     if not e.explained:
         return Answer(NOT_DONE, "No heat maps: run cxrdist explain --run RUN --shards SHARDS.")
     return Answer(
@@ -403,7 +407,9 @@ def failures(e: Evidence) -> Answer:
     if not e.explained:
         return Answer(
             PARTLY,
-            "The mistakes are listed; run cxrdist explain, and they have pictures.",
+            "The mistakes are listed; run cxrdist explain, and they have pictures."
+            if e.without_rules is None
+            else "The mistakes are listed, without heat maps.",
             ("test/predictions.csv", "report.html#headline"),
         )
     return Answer(

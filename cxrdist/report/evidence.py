@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cxrdist.explain.description import WITH_RULES
 from cxrdist.info import RunInfo, read_info
 from cxrdist.model.description import ModelFile
 from cxrdist.report.audit import audit_view
@@ -56,6 +57,13 @@ class Evidence:
     def has_groups(self) -> bool:
         """Whether the figures of the test split are also given for groups of patients."""
         return bool(self.test and self.test.get("groups", {}).get("columns"))
+
+    @property
+    def without_rules(self) -> str | None:
+        """The network, if its relevance has no proven rules: it has no heat maps."""
+        if self.model is None or self.model["architecture"].architecture in WITH_RULES:
+            return None
+        return self.model["architecture"].title
 
     def has(self, part: str) -> bool:
         """Whether the metrics of the test split have a part, such as ``calibration``."""

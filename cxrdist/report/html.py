@@ -58,7 +58,9 @@ def report(config: ReportConfig) -> Path:
     ]
     headline = next((split for split in splits if split["metrics"]), None)
     audit, texts = audit_view(run.audit), text_views(run)
+    evidence = gather(run)
     page = template("report.html.jinja").render(
+        without_rules=evidence.without_rules,
         name=run.root.resolve().name,
         info=info,
         weights=weights_chain(info),
@@ -83,7 +85,6 @@ def report(config: ReportConfig) -> Path:
         ],
     )
     write_text(run.report, page)
-    evidence = gather(run)
     write_checklist(evidence)
     write_card(evidence)
     print(f"the report: {run.report}")

@@ -64,6 +64,22 @@ def test_engine_equals_zennit_on_densenet121(dtype, tolerance):
     assert largest_error(randomised(Network(), dtype=dtype), 64) < tolerance
 
 
+def test_engine_equals_zennit_on_densenet201():
+    """The blocks of DenseNet201, narrow."""
+    model = randomised(Network(architecture="densenet201", growth_rate=2), 32)
+    assert largest_error(model, 32) < 1e-10
+
+
+def test_ledger_balances_on_densenet169():
+    """The blocks of DenseNet169, narrow: its logits, and all of them in the ledger."""
+    model = randomised(Network(architecture="densenet169", growth_rate=8), 32)
+    result = Explainer(model).attribute(images(32))
+    parts = result.relevance_sum + result.bias_share + result.epsilon_share
+    with torch.no_grad():
+        assert relative_error(result.logits, model(images(32))) < 1e-12
+    assert relative_error(parts, result.logits) < 1e-12
+
+
 def test_many_targets_take_several_passes(monkeypatch):
     """Targets beyond the bound of memory give the same, in their order."""
     explainer = Explainer(randomised())

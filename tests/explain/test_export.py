@@ -16,15 +16,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from support import run_ranks, small_disk, start_ranks
 
-from cxrdist.config import ExplainConfig, Network
+from cxrdist.config import (
+    ExplainConfig,
+    LocaliseConfig,
+    Network,
+    PredictConfig,
+    ProbeTextConfig,
+)
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.explain.export import explain
 from cxrdist.explain.maps import decode
 from cxrdist.explain.relevance import attribute
 from cxrdist.explain.targets import choose_samples
+from cxrdist.localise import localise
 from cxrdist.model.densenet import Classifier, load_model, save_calibration, save_model
 from cxrdist.model.description import Calibration
+from cxrdist.predict import predict
+from cxrdist.probe_text import probe_text
 
 CLASSES = ["a", "b c", "d"]
 FULL = "CXRDIST_FULL" in os.environ  # each world size, each form, five kills
@@ -138,6 +147,41 @@ def test_what_was_made_otherwise_is_made_anew(shards, run, tmp_path):
     before, again = again, explained(limit=3, preset="innvestigate")
     assert all(again[name] > before[name] for name in again)
     assert len(explained(limit=2)) == 2
+
+
+def test_a_squeezenet_is_explained_as_a_densenet_is(shards, run, tmp_path):
+    """The same files and columns, a ledger that closes, and its own blocks drawn anew."""
+    torch.manual_seed(0)
+    save_model(Classifier(Network(architecture="squeezenet1_1"), CLASSES, 32), run / "model")
+    explain(ExplainConfig(run, shards, cache=tmp_path / "cache", limit=2))
+    with open(run / "test" / "relevance.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        parts = (row[name] for name in ("relevance_sum", "bias_share", "epsilon_share"))
+        assert float(row["logit"]) == pytest.approx(sum(map(float, parts)), abs=1e-5)
+        assert (run / "test" / "heatmaps" / row["picture"]).is_file()
+    info = json.loads((run / "test" / "relevance.json").read_text())
+    first, second, last = (drawn["blocks"] for drawn in info["randomisation"]["drawn"])
+    assert (first, second) == (["head"], ["fire9", "head"])
+    assert last == ["stem", *(f"fire{number}" for number in range(2, 10)), "head"]
+
+
+def test_a_network_without_rules_is_refused_by_all_that_explains(shards, run, tmp_path):
+    """In one line that says which networks have rules, before anything is written."""
+    save_model(Classifier(Network(architecture="convnext_atto"), CLASSES, 32), run / "model")
+    before, cache = files_of(run), tmp_path / "cache"
+    picture, out = tmp_path / "xray.png", tmp_path / "out.csv"
+    Image.new("L", (40, 40), 90).save(picture)
+    for command in (
+        lambda: explain(ExplainConfig(run, shards, cache=cache)),
+        lambda: localise(LocaliseConfig(run, shards, cache=cache)),
+        lambda: probe_text(ProbeTextConfig(run, shards, boxes=tmp_path, cache=cache)),
+        lambda: predict(PredictConfig(run, [picture], out, explain=True)),
+    ):
+        with pytest.raises(CxrdistError, match=r"cannot explain a ConvNeXt: .* resnet18, alexnet"):
+            command()
+    assert files_of(run) == before
+    assert not out.exists()
 
 
 def test_shards_of_maps_are_read_by_webdataset(shards, run, tmp_path):

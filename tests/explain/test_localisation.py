@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from cxrdist.config import Network
@@ -119,3 +120,35 @@ def test_the_centre_prior_is_largest_in_the_middle():
     prior = centre_prior(32)
     assert prior.max() == prior[15, 15] == prior[16, 16]
     assert len({round(float(value), 12) for value in prior[[0, 0, -1, -1], [0, -1, 0, -1]]}) == 1
+
+
+def split_network(network: nn.Module, architecture: str) -> tuple[nn.Module, nn.Module]:
+    """The network up to its last features, and what follows them."""
+    if architecture == "resnet18":
+        *trunk, pool, linear = network.children()
+        return nn.Sequential(*trunk), nn.Sequential(pool, nn.Flatten(), linear)
+    if architecture == "squeezenet1_1":
+        return network.features, nn.Sequential(network.classifier, nn.Flatten())
+    if architecture == "alexnet":
+        rest = (network.features[12:], network.avgpool, nn.Flatten(), network.classifier)
+        return network.features[:12], nn.Sequential(*rest)
+    return nn.Sequential(network.stem, network.stages), network.head
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "squeezenet1_1", "alexnet", "convnext_atto"])
+def test_grad_cam_is_its_formula_for_other_networks(architecture):
+    """Of the last features before the average: cut there, both halves are the network."""
+    torch.manual_seed(0)
+    model = Classifier(Network(architecture=architecture), ["a", "b"], 64).eval()
+    images = torch.randint(0, 256, (2, 1, 64, 64), dtype=torch.uint8)
+    trunk, rest = split_network(model.network, architecture)
+    features = trunk(model.normalise(images)).detach().requires_grad_()
+    logits = rest(features)
+    assert torch.allclose(logits, model(images), atol=1e-6)
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), features)
+    coarse = F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
+    expected = F.interpolate(coarse.detach(), (64, 64), mode="bilinear")[:, 0]
+    found = grad_cam(model, images, 1)
+    assert found.any()
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * float(expected.max()))
+    assert plain_gradient(model, images, 1).any()

@@ -16,10 +16,11 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from cxrdist.config import ReportConfig
+from cxrdist.config import Network, ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.scored import read_scored
+from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.report import mistakes, pictures
 from cxrdist.report.files import Sample
 from cxrdist.report.html import report
@@ -287,6 +288,21 @@ def test_absent_files_leave_a_line_with_the_command(
     text = str(Text(write(run)))
     assert text.count(command) == times
     assert "How it was split" in text
+
+
+def test_a_network_without_rules_has_no_heat_maps(run: Path) -> None:
+    """The page and the checklist say why, and no command is named that would be refused."""
+    classes = json.loads((run / "run.json").read_text())["shards"]["classes"]
+    (run / "model").mkdir()
+    save_model(Classifier(Network(architecture="convnext_atto"), classes, 32), run / "model")
+    for path in ("relevance.csv", "relevance.json", "text.json"):
+        (run / "test" / path).unlink()
+    text = str(Text(write(run)))
+    assert "Heat maps There are none: no rules of relevance are proven for ConvNeXt-Atto" in text
+    for command in ("explain", "localise", "probe-text"):
+        assert f"cxrdist {command}" not in text
+    checklist = (run / "checklist.html").read_text()
+    assert "No heat maps: no rules of relevance are proven for ConvNeXt-Atto." in checklist
 
 
 def test_run_that_is_not_finished(run: Path) -> None:

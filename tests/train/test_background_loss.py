@@ -33,7 +33,7 @@ from cxrdist.model.networks import block_of
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory, read_log
 from cxrdist.train import learner, stage
-from cxrdist.train.background import BackgroundLoss
+from cxrdist.train.background import BackgroundLoss, check_backgrounds
 from cxrdist.train.learner import Learner
 from cxrdist.train.loop import train
 from cxrdist.train.stages import freeze, set_modes
@@ -345,6 +345,21 @@ def test_a_background_that_cannot_be_meant_is_refused(shards, tmp_path, changes,
     with pytest.raises(CxrdistError, match=said):
         train(with_background(recipe(shards, tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_relevance_of_other_networks_is_refused(shards, tmp_path):
+    """Only a DenseNet's can be differentiated; the gradient is any network's."""
+    config = replace(
+        recipe(shards, tmp_path / "run"), network=Network(architecture="squeezenet1_1")
+    )
+    config = replace(config, stages={"head": Stage({"head": 1e-3}, 1, 1)})
+    with pytest.raises(CxrdistError, match=r"stages\.head\.background\.method: lrp is for Dense"):
+        train(with_background(config))
+    assert not (tmp_path / "run").exists()
+    check_backgrounds(with_background(config, method="gradient"))
+    model = Classifier(config.network, ["a", "b", "c"], SIZE_PX)
+    squared_gradient(model, *batch(torch.float32), left_half(4)).sum().backward()
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.ndim > 1)
 
 
 def test_masks_and_text_that_the_shards_cannot_give_are_refused(shards, tmp_path):

@@ -1,0 +1,138 @@
+"""The canonical network of each architecture that has proven rules: equal to it, and simpler.
+
+Nothing is left but convolutions, ReLUs, pools and linear layers, and each convolution but the first
+reads what is never negative: that is what the rules of composite.py are made for. canonise.py does
+it for DenseNets, this file for the others.
+
+ResNet: each BatchNorm is folded into the convolution before it. The sum of a residual block becomes
+part of the block's second convolution, which reads the shortcut beside its own input; so both share
+relevance by their positive contributions to one sum. zennit's ResNetCanonizer gives the bare sum a
+rule of its own, which divides terms of both signs by a sum that may be almost zero: of a ResNet18
+with random weights, its maps correlate 0.08 to 0.89 with these, and the sum of |relevance| can be
+1.7 times that of relevance (1.0 here).
+
+SqueezeNet: the two ways of a Fire module read one input, where relevance of both adds up. The
+average stands before the 1x1 convolution that gives the logits (the two commute), which makes that
+a linear layer, as a DenseNet has one.
+
+AlexNet: as it is.
+"""
+
+from collections.abc import Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from timm.models.densenet import DenseNet
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models import AlexNet, ResNet, SqueezeNet
+from torchvision.models.resnet import BasicBlock
+from torchvision.models.squeezenet import Fire
+
+from cxrdist.errors import CxrdistError
+from cxrdist.explain.canonise import check_layers, fold_conv, untangle
+from cxrdist.explain.description import WITH_RULES
+
+
+@torch.inference_mode(False)
+def canonical_network(network: nn.Module) -> nn.Sequential:
+    """Build the canonical network, which gives the same logits; the original is left as it is.
+
+    Args:
+        network: of a Classifier, in evaluation mode.
+
+    Returns:
+        A network in evaluation mode on the device and in the dtype of the original, that takes
+        normalised images [B, C, H, W] and gives logits [B, classes]. It shares no weights with the
+        original, and none of them requires a gradient.
+
+    Raises:
+        CxrdistError: the network has no proven rules, or a layer that is not known, or is in
+            training mode.
+    """
+    builders = {ResNet: _of_resnet, SqueezeNet: _of_squeezenet, AlexNet: _of_alexnet}
+    if type(network) is DenseNet:
+        return untangle(network)
+    if type(network) not in builders:
+        raise CxrdistError(
+            f"cannot explain a {type(network).__name__}: no rules of relevance are proven for it; "
+            f"train one of {', '.join(WITH_RULES)} for heat maps"
+        )
+    check_layers(network)
+    return nn.Sequential(*builders[type(network)](network)).eval().requires_grad_(False)
+
+
+class Fork(nn.Module):
+    """Several ways from one input, whose outputs are concatenated."""
+
+    def __init__(self, *ways: nn.Module) -> None:
+        super().__init__()
+        self.ways = nn.ModuleList(ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From [B, in, H, W] to the channels of all ways, [B, out, h, w]."""
+        return torch.cat([way(x) for way in self.ways], 1)
+
+
+def _of_alexnet(network: AlexNet) -> list[nn.Module]:
+    features, classifier = _copies(network.features), _copies(network.classifier)
+    return [*features, deepcopy(network.avgpool), nn.Flatten(), *classifier]
+
+
+def _of_resnet(network: ResNet) -> list[nn.Module]:
+    layers = [fold_conv(network.conv1, [network.bn1]), nn.ReLU(), deepcopy(network.maxpool)]
+    for stage in (network.layer1, network.layer2, network.layer3, network.layer4):
+        for block in stage:
+            layers += _of_block(block)
+    return [*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), deepcopy(network.fc)]
+
+
+def _of_block(block: Any) -> list[nn.Module]:
+    """Its first convolution beside its input; behind them, in one, its second one and the sum."""
+    if type(block) is not BasicBlock:
+        raise CxrdistError(
+            f"cannot explain a ResNet of {type(block).__name__}: expected the blocks of ResNet18"
+        )
+    inner = nn.Sequential(fold_conv(block.conv1, [block.bn1]), nn.ReLU())
+    step = block.conv1.stride[0]
+    # A window of one pixel takes every other pixel, as the shortcut's convolution does.
+    shortcut = nn.MaxPool2d(1, step) if step > 1 else nn.Identity()
+    joined: Any = fold_conv(block.conv2, [block.bn2])
+    if block.downsample is None:
+        direct = torch.eye(joined.out_channels).to(joined.weight)[..., None, None]
+    else:
+        conv, norm = block.downsample
+        folded: Any = fold_conv(conv, [norm])
+        direct = folded.weight
+        joined.bias = nn.Parameter(joined.bias + folded.bias)
+    joined.weight = nn.Parameter(torch.cat([joined.weight, F.pad(direct, [1] * 4)], 1))
+    joined.in_channels = joined.weight.shape[1]
+    return [Fork(inner, shortcut), joined, nn.ReLU()]
+
+
+def _of_squeezenet(network: SqueezeNet) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for module in network.features:
+        layers += _of_fire(module) if isinstance(module, Fire) else _copies([module])
+    _, conv, between, pool = network.classifier
+    if not isinstance(between, nn.Identity):
+        raise CxrdistError(
+            f"cannot explain a SqueezeNet with a {type(between).__name__} behind its logits: "
+            "expected none; build it as cxrdist's Classifier does"
+        )
+    linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
+    linear.weight = nn.Parameter(conv.weight.detach().flatten(1).clone())
+    linear.bias = nn.Parameter(conv.bias.detach().clone())
+    return [*layers, deepcopy(pool), nn.Flatten(), linear]
+
+
+def _of_fire(fire: Fire) -> list[nn.Module]:
+    ways = (nn.Sequential(deepcopy(conv), nn.ReLU()) for conv in (fire.expand1x1, fire.expand3x3))
+    return [deepcopy(fire.squeeze), nn.ReLU(), Fork(*ways)]
+
+
+def _copies(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """Copy layers; ReLUs leave their inputs as they are, and dropout, which does nothing, goes."""
+    kept = [layer for layer in layers if not isinstance(layer, nn.Dropout)]
+    return [nn.ReLU() if isinstance(layer, nn.ReLU) else deepcopy(layer) for layer in kept]
