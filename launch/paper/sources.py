@@ -1,0 +1,138 @@
+"""Tables that `cxrdist pack` reads, made from the folders of launch/paper.sh.
+
+Images stay where they are: beside each table is a link to their folder.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from cxrdist.data.chestxray14 import read_chestxray14
+from cxrdist.data.index import read_index
+from cxrdist.errors import CxrdistError
+from cxrdist.run import write_table, write_text
+
+ADULT_YEARS = 18
+DAY = re.compile(r"[-_]?day[-_]?\d+.*")  # X-rays of one patient on several days share what is before
+NIH_NAME = re.compile(r"(\d{8})_\d{3}")
+
+
+def findings(data: Path, folder: Path) -> None:
+    """ChestX-ray14's labels of nih14 and adult_normal, for the 14-label stage."""
+    rows = read_rows(data / "adult_normal" / "table.csv")
+    columns = {name: name for name in ("path", "patient", "age", "sex", "view")}
+    _write(folder / "adult_normal", rows, columns | {"labels": "nih_labels"})
+    _link(folder / "adult_normal" / "images", data / "adult_normal" / "images")
+    text = f"nih14: {{source: chestxray14, input: '{(data / 'nih14').resolve()}'}}\n"
+    write_text(folder / "sources.yaml", f"{text}adult: {{source: csv, input: adult_normal/table.csv}}\n")
+
+
+def adults(data: Path, folder: Path) -> None:
+    """Adults only, so that age tells no class: COVID-19, normal and pneumonia.
+
+    COVID-19 of paper_like (ages are not known, but the collection is of adults), adult_normal, and
+    the pneumonia of covid3, whose ages nih14's table tells. The last two are of one hospital.
+    """
+    columns = {name: name for name in ("path", "patient", "age", "sex", "view", "label")}
+    rows = read_rows(data / "adult_normal" / "table.csv")
+    normal = [row | {"label": "Normal"} for row in rows if float(row["age"]) >= ADULT_YEARS]
+    _write(folder / "normal", normal, columns)
+    _link(folder / "normal" / "images", data / "adult_normal" / "images")
+    names = {file.stem for file in (data / "covid3" / "Pneumonia").iterdir()}
+    pneumonia = [
+        {"path": f"images/{r.path}", "patient": r.patient, "age": f"{r.age:g}", "sex": r.sex}
+        | {"view": r.view, "label": "Pneumonia"}
+        for r in read_chestxray14(data / "nih14").records
+        if Path(r.path).stem in names and r.age is not None and r.age >= ADULT_YEARS
+    ]
+    _write(folder / "pneumonia", pneumonia, columns)
+    _link(folder / "pneumonia" / "images", data / "nih14" / "images")
+    write_text(folder / "covid.yaml", "Normal: null\nViral Pneumonia: null\n")
+    table = (data / "paper_like" / "table.csv").resolve()
+    write_text(
+        folder / "sources.yaml",
+        f"covid: {{source: csv, input: '{table}', label_map: covid.yaml}}\n"
+        "normal: {source: csv, input: normal/table.csv}\n"
+        "pneumonia: {source: csv, input: pneumonia/table.csv}\n",
+    )
+
+
+def covid3(data: Path, folder: Path) -> None:
+    """covid3 with its patients: NIH's numbers, and for COVID-19 the patients of paper_like.
+
+    Both hold X-rays of one collection under the same names. An image that paper_like does not name
+    has the patient of another day's image, or is a patient of its own.
+    """
+    known: dict[str, str] = {}
+    for row in read_rows(data / "paper_like" / "table.csv"):
+        stem = Path(row["path"]).stem
+        known |= {stem: row["patient"], DAY.sub("", stem): row["patient"]}
+    rows = []
+    for file in sorted((data / "covid3").glob("*/*")):
+        number = NIH_NAME.fullmatch(file.stem)
+        found = known.get(file.stem) or known.get(DAY.sub("", file.stem), "")
+        label = file.parent.name
+        rows.append(
+            {"path": f"images/{label}/{file.name}", "label": label}
+            | {"patient": number[1] if number else found}
+        )
+    _write(folder, rows, {name: name for name in ("path", "label", "patient")})
+    _link(folder / "images", data / "covid3")
+
+
+def words(data: Path, folder: Path) -> None:
+    """The test images of a draw, in which text is looked for: FOLDER is words-K beside shards-K."""
+    index = read_index(folder.parent / folder.name.replace("words", "shards"))
+    test = {index.samples[number].path for number in index.numbers("test")}
+    rows = [row for row in read_rows(data / "paper_like" / "table.csv") if row["path"] in test]
+    _write(folder, rows, {name: name for name in ("path", "label", "patient")})
+    for name in sorted({row["path"].split("/")[0] for row in rows}):
+        _link(folder / name, data / "paper_like" / name)
+
+
+TABLES = {"findings": findings, "adults": adults, "covid3": covid3, "words": words}
+
+
+def read_rows(file: Path) -> Iterator[dict[str, str]]:
+    """Read the rows of a table.
+
+    Raises:
+        CxrdistError: it is not there.
+    """
+    if not file.is_file():
+        raise CxrdistError(f"{file}: no such file; see the head of launch/paper.sh for the folders")
+    with open(file, newline="", encoding="utf-8-sig") as text:
+        yield from csv.DictReader(text)
+
+
+def _write(folder, rows, columns) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = ([row[name] for name in columns.values()] for row in rows)
+    write_table(folder / "table.csv", list(columns), cells)
+
+
+def _link(link: Path, folder: Path) -> None:
+    if not link.is_symlink():
+        link.symlink_to(folder.resolve())
+
+
+def main() -> int:
+    """Read the command line; 2 for bad input, with one line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("data", type=Path, help="as of launch/paper.sh")
+    parser.add_argument("folder", type=Path, help="directory to write the table into")
+    options = parser.parse_args()
+    try:
+        TABLES[options.table](options.data, options.folder)
+    except (CxrdistError, KeyError, OSError) as error:
+        print(f"sources: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
