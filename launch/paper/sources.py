@@ -7,7 +7,7 @@ import argparse
 import csv
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from cxrdist.data.chestxray14 import read_chestxray14
@@ -16,7 +16,9 @@ from cxrdist.errors import CxrdistError
 from cxrdist.run import write_table, write_text
 
 ADULT_YEARS = 18
-DAY = re.compile(r"[-_]?day[-_]?\d+.*")  # X-rays of one patient on several days share what is before
+DAY = re.compile(
+    r"[-_]?day[-_]?\d+.*"
+)  # X-rays of one patient on several days share what is before
 NIH_NAME = re.compile(r"(\d{8})_\d{3}")
 
 
@@ -27,7 +29,9 @@ def findings(data: Path, folder: Path) -> None:
     _write(folder / "adult_normal", rows, columns | {"labels": "nih_labels"})
     _link(folder / "adult_normal" / "images", data / "adult_normal" / "images")
     text = f"nih14: {{source: chestxray14, input: '{(data / 'nih14').resolve()}'}}\n"
-    write_text(folder / "sources.yaml", f"{text}adult: {{source: csv, input: adult_normal/table.csv}}\n")
+    write_text(
+        folder / "sources.yaml", f"{text}adult: {{source: csv, input: adult_normal/table.csv}}\n"
+    )
 
 
 def adults(data: Path, folder: Path) -> None:
@@ -108,7 +112,8 @@ def read_rows(file: Path) -> Iterator[dict[str, str]]:
         yield from csv.DictReader(text)
 
 
-def _write(folder, rows, columns) -> None:
+def _write(folder: Path, rows: Iterable[Mapping[str, str]], columns: Mapping[str, str]) -> None:
+    """Write FOLDER/table.csv: columns by name, with the names that they have in the rows."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = ([row[name] for name in columns.values()] for row in rows)
     write_table(folder / "table.csv", list(columns), cells)
