@@ -1,21 +1,27 @@
 """The table of launch/paper.sh and its thumbnails, against scikit-learn."""
 
+import json
+import shutil
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
 from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from support import claim_shards
-from table import Row, differ, interval, overview, pool, seconds, table2, write_table
+from table import Row, differ, interval, pool, table2, write_table
 from thumbnails import thumbnails
 
 from cxrdist.config import Network
 from cxrdist.data.index import read_index
 from cxrdist.data.shards import read_shard
 from cxrdist.evaluate.scored import Scored, read_scored
+from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.run import RunDirectory, write_json
 
 CLASSES = ["a", "b c", "d"]
@@ -23,10 +29,9 @@ CLASSES = ["a", "b c", "d"]
 
 @pytest.fixture(scope="module")
 def drawn(shards, tmp_path_factory):
-    """What the thumbnails of two seeds leave in a folder of runs."""
+    """What the thumbnails of a draw leave in a folder of runs."""
     out = tmp_path_factory.mktemp("out") / "paper"
-    for seed in (0, 1):
-        thumbnails(shards, out, seed, out.parent / "cache")
+    thumbnails(shards, out, 1, out.parent / "cache")
     return out
 
 
@@ -47,9 +52,11 @@ def test_thumbnails_are_told_apart_as_by_scikit_learn(drawn, shards):
         ("logistic_regression", LogisticRegression(C=0.01, max_iter=1000)),
         ("perceptron", MLPClassifier((128,), alpha=1.0, max_iter=30, random_state=1)),
     ):
-        fitted = make_pipeline(StandardScaler(), model).fit(
-            values[of["train"]].astype(np.float32), labels[of["train"]]
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = make_pipeline(StandardScaler(), model).fit(
+                values[of["train"]].astype(np.float32), labels[of["train"]]
+            )
         expected = fitted.predict_proba(values[of["test"]].astype(np.float32))
         run = RunDirectory(drawn / f"{name}-1")
         found = read_scored(run.predictions("test"), "multiclass")
@@ -60,7 +67,7 @@ def test_thumbnails_are_told_apart_as_by_scikit_learn(drawn, shards):
 def test_thumbnails_that_are_there_are_left_as_they_are(drawn, shards):
     """The same call again writes nothing."""
     files = {file: file.stat().st_mtime_ns for file in drawn.rglob("*") if file.is_file()}
-    thumbnails(shards, drawn, 0)
+    thumbnails(shards, drawn, 1)
     assert files == {f: f.stat().st_mtime_ns for f in drawn.rglob("*") if f.is_file()}
 
 
@@ -134,9 +141,49 @@ def test_the_difference_is_of_the_draws_that_both_have():
 
 def test_the_interval_of_one_draw_is_that_of_evaluate(drawn):
     """accuracy_interval of its metrics.json."""
-    import json
-
-    run = RunDirectory(drawn / "perceptron-0")
+    run = RunDirectory(drawn / "perceptron-1")
     metrics = json.loads(run.metrics("test").read_text())
     found = read_scored(run.predictions("test"), "multiclass")
     assert interval(found) == metrics["accuracy_interval"]
+
+
+def cells(page: str, run: str) -> list[str]:
+    """The cells of a row of table.md by the run's name."""
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
+    return next(row for row in rows if row[1:2] == [run])
+
+
+def test_the_page_shows_what_was_run_and_says_what_was_not(drawn, shards):
+    """Parameters, time and commit are those of the run's documents; the rest says "not run"."""
+    run = claim_shards(drawn / "resnet18-1", shards)
+    shutil.copytree(drawn / "perceptron-1" / "test", run / "test")
+    info = json.loads((run / "run.json").read_text()) | {"git_revision": "0123456789ab"}
+    write_json(run / "run.json", info)
+    network = Classifier(Network(4, (1, 1, 1, 1)), CLASSES, 32)
+    (run / "model").mkdir()
+    save_model(network, run / "model")
+    about = {"kind": "epoch", "stage": "all", "val_loss": 1.0, "val_accuracy": 0.5}
+    speed = {"kind": "speed", "stage": "all", "images_per_second": 1.0, "seconds": 90.0}
+    rows = [{**kind, "epoch": epoch} for epoch in (1, 2) for kind in (about, speed)]
+    (run / "log.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    page = write_table(drawn.parent).read_text()
+    found = cells(page, "resnet18")
+    right = accuracy_score(
+        *truth_and_guess(read_scored(run / "test/predictions.csv", "multiclass"))
+    )
+    count = sum(p.numel() for p in network.parameters())
+    assert found[:5] == [
+        "`paper/resnet18`",
+        "resnet18",
+        f"{count:,}",
+        f"1: {100 * right:.1f}",
+        found[4],
+    ]
+    assert found[7].startswith("+0.0 (")
+    assert found[-3:] == ["3.0", "1 cpu", "012345678"]
+    sizes = [3 * (1024 + 1), 1024 * 128 + 128 + 128 * 3 + 3]
+    assert [cells(page, name)[2] for name in ("logistic_regression", "perceptron")] == [
+        f"{size:,}" for size in sizes
+    ]
+    assert cells(page, "alexnet")[2] == "not run"
+    assert "### paper/resnet18" in page
