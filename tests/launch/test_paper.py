@@ -133,7 +133,7 @@ def test_a_signal_lets_the_training_save_and_ends_with_its_code(tmp_path):
     started = paper.start("paper/alexnet", BLOCKED="alexnet-0", FIFO=str(fifo))
     assert fifo.read_text() == "started\n"
     started.send_signal(signal.SIGTERM)
-    started.communicate()
+    started.communicate(timeout=60)
     assert started.returncode == 75
     assert paper.log.read_text().splitlines()[-1] == "saved"
 
