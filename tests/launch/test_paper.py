@@ -18,13 +18,14 @@ while [ $# -gt 0 ]; do
         --run) run=$2 ;;
         --out) out=$2 ;;
         --seed) seed=$2 ;;
+        --init) from=" from ${2##*/}" ;;
         --name) place=external/$2 ;;
         pack | find-text | evaluate | probe-text | train) name=$1 ;;
         */sources.py | */table.py | */thumbnails.py) name=${1##*/} ;;
     esac
     shift
 done
-echo "$name ${run:-${out:-${words[2]:-${words[1]}}}}" >> "$LOG"
+echo "$name ${run:-${out:-${words[2]:-${words[1]}}}}${from:-}" >> "$LOG"
 if [ "$name ${run##*/}" = "train ${BLOCKED:-}" ]; then
     trap 'echo saved >> "$LOG"; exit 75' TERM
     echo started > "$FIFO"
@@ -107,12 +108,21 @@ def test_a_stage_of_the_paper_starts_from_the_one_before(tmp_path):
     """The chain begins with one training on 14 labels, which all draws and rows share."""
     paper = Paper(tmp_path, ("nih14", "adult_normal"))
     done = paper.run("paper/densenet121-findings", "paper/bassi2020")
-    trained = [line.split()[1] for line in done if line.startswith("train")]
-    stages = [f"paper/bassi2020-{name}" for name in ("head", "unfreeze", "no_decay", "all_equal")]
+    trained = [line.removeprefix("train ") for line in done if line.startswith("train")]
+    first = "densenet121-0"
     assert trained == [
-        *("findings/densenet121-0", "paper/densenet121-findings-0", "paper/densenet121-findings-1"),
-        *(f"{stage}-0" for stage in stages),
-        *(f"{stage}-1" for stage in stages),
+        f"findings/{first}",
+        *(f"paper/densenet121-findings-{draw} from {first}" for draw in (0, 1)),
+        *(
+            f"paper/bassi2020-{stage}-{draw} from {before}"
+            for draw in (0, 1)
+            for stage, before in (
+                ("head", first),
+                ("unfreeze", f"bassi2020-head-{draw}"),
+                ("no_decay", f"bassi2020-unfreeze-{draw}"),
+                ("all_equal", f"bassi2020-no_decay-{draw}"),
+            )
+        ),
     ]
 
 
