@@ -80,6 +80,9 @@ POSITIONALS = {
     "out": "File to write, NAME.safetensors; it must not exist yet.",
 }
 
+# Names of classes, as in --copies.COVID-19, and of stages keep their dashes.
+OPTION = re.compile(r"--(network\.|augmentation\.|stages\.[^=]+\.)?([a-z][a-z-]*)(=.*)?", re.DOTALL)
+
 USAGE = """usage: cxrdist COMMAND [options]
 
 Chest X-ray classifiers, from folders of images to a report. Not a medical device.
@@ -132,11 +135,29 @@ def _answer(arguments: list[str]) -> int:
         return 0
     name, rest = _command(arguments)
     command = COMMANDS[name]
+    recipe, why = _default_recipe(rest) if name == "train" else (None, "")
     with stopping_at_once():
         with ending_at_once():
+            rest = ["--config", recipe, *rest] if recipe else rest
             config, entry = parse(command, name, rest), _entry(command)
+        if recipe and os.environ.get("RANK", "0") == "0":
+            print(f"recipe: {recipe}, {why}; --config takes another: {', '.join(recipe_names())}")
         entry(config)
     return 0
+
+
+def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
+    """The recipe of a training whose options name none, and why it is this one.
+
+    None where there is one, where the options give the stages themselves, or ask for help.
+    """
+    given = {argument.partition("=")[0] for argument in arguments}
+    if given & {"--config", "--stages", "--help", "-h"}:
+        return None, ""
+    pairs = zip_longest(arguments, arguments[1:], fillvalue="")
+    if any(" ".join(pair) == "--init none" or pair[0] == "--init=none" for pair in pairs):
+        return "scratch", "as --init none gives random weights and no --config is given"
+    return "finetune", "which suits any classes, as no --config is given"
 
 
 def _report_failure(error: Exception) -> int:
@@ -238,9 +259,12 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             kind = str if positional == "file" else Path
             parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
+    if name == "train":
+        # Those of the default network are filled in: another architecture would be given its shape.
+        parser.set_defaults({"network.growth_rate": None, "network.block_config": None})
     flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
     arguments = _normalise(arguments, flags)
-    _refuse_bad_recipes(arguments)
+    _refuse_bad_recipes(name, arguments)
     if strange := [argument for argument in arguments if _shown(argument) != argument]:
         raise CxrdistError(
             f"{name}: {_shown(strange[0])} is not valid UTF-8; rename it, or give the folder that "
@@ -271,15 +295,23 @@ def recipe_path(name: str) -> str:
     return str(packaged) if not Path(name).is_file() and packaged.is_file() else name
 
 
+def recipe_names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(Path(file.name).stem for file in (files("cxrdist") / "recipes").iterdir())
+
+
 def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
     """Accept --skip-bad for skip_bad, a bare flag for true, and a recipe's name for its file."""
     result = []
     for i, argument in enumerate(arguments):
         after = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        if match := re.fullmatch(r"--([a-z][a-z-]*)(=.*)?", argument, re.DOTALL):
-            option, value = match.group(1).replace("-", "_"), match.group(2) or ""
+        if match := OPTION.fullmatch(argument):
+            group, option, value = (part or "" for part in match.groups())
+            option = group + option.replace("-", "_")
             if option in flags and not value and after not in ("true", "false"):
                 value = "=true"
+            elif option == "config" and value:
+                value = f"={recipe_path(value[1:])}"
             argument = f"--{option}{value}"
         elif i and arguments[i - 1] == "--config":
             argument = recipe_path(argument)
@@ -287,19 +319,39 @@ def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
     return result
 
 
-def _refuse_bad_recipes(arguments: list[str]) -> None:
+def _refuse_bad_recipes(command: str, arguments: list[str]) -> None:
     """Make sure that jsonargparse can parse a recipe in little time and memory.
 
     Raises:
-        CxrdistError: it is no regular file, or no YAML object with the bounds of `parse_yaml`.
+        CxrdistError: there is none of this name, it is no regular file, or no YAML object with the
+            bounds of `parse_yaml`.
     """
     from cxrdist.run import read_recipe  # with YAML a third of the time of --help
 
     for option, value in zip_longest(arguments, arguments[1:], fillvalue=""):
         name, _, own = option.partition("=")
         path = Path(own or value)
-        if name == "--config" and path.exists():
-            read_recipe(path.resolve(), "mend it, or give another with --config")
+        if name != "--config":
+            continue
+        if not path.exists():
+            mend = f"; the recipes are {', '.join(recipe_names())}" if command == "train" else ""
+            raise CxrdistError(f"--config {path}: no such file, and no recipe of this name{mend}")
+        _, recipe = read_recipe(path.resolve(), "mend it, or give another with --config")
+        _refuse_other_stages(arguments, recipe.get("stages"))
+
+
+def _refuse_other_stages(arguments: list[str], stages: object) -> None:
+    """Make sure that options such as --stages.head.epochs are of stages that the recipe has.
+
+    Raises:
+        CxrdistError: one is not.
+    """
+    names = [str(name) for name in stages] if isinstance(stages, dict) else []
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        is_known = any(option.startswith(f"--stages.{name}.") for name in names)
+        if names and re.match(r"--stages\..+\.", option) and not is_known:
+            raise CxrdistError(f"{option}: no such stage in the recipe; it has {', '.join(names)}")
 
 
 def _refuse_plain_groups(command: str, config: type, parsed: Any) -> None:
@@ -318,6 +370,10 @@ def _refuse_plain_groups(command: str, config: type, parsed: Any) -> None:
 
 def _readable(message: str) -> str:
     message = re.sub(r"Problem with given class_path '[\w.]+\.(\w+)':", r"in \1:", message)
+    # What --stages.NAME.epochs gives where the recipe has no such stage.
+    message = re.sub(
+        r"Expected a dot import path string: .*", "no such stage in the recipe", message
+    )
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
     return message.replace("Parser key", "option")
 

@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from cxrdist.errors import CxrdistError
 
@@ -201,11 +201,16 @@ class Stage:
     """One stage of training; the blocks that `lr` does not name are frozen."""
 
     lr: dict[str, float]
-    """Learning rate of each block that is trained: stem, denseblock1 to denseblock4, head."""
+    """Learning rate of each block that is trained. Of a DenseNet: stem, denseblock1 to denseblock4,
+    head; cxrdist/model/networks.py lists those of the others. `all` stands for all blocks that are
+    not named."""
     epochs: int
     """Passes over the plan, at most."""
     patience: int
     """Epochs without a better validation loss before the stage ends early."""
+    block_decay: float = 1.0
+    """The rate of `all` is multiplied by this from each block to the one before it, from the head
+    to the stem (Howard & Ruder 2018, section 3.2: 1/2.6)."""
     weight_decay: float = 0.0
     """L2 penalty (SGD), decoupled decay (AdamW)."""
     schedule: Literal["constant", "cosine"] = "constant"
@@ -216,35 +221,122 @@ class Stage:
     """Keep the network from reading the background; nothing of the kind if not given."""
 
 
+Architecture = Literal[
+    "densenet121",
+    "densenet169",
+    "densenet201",
+    "resnet18",
+    "alexnet",
+    "squeezenet1_1",
+    "convnext_atto",
+]
+# Growth rate and layers of each block (Huang et al. 2016, Table 1).
+DENSENETS = {
+    "densenet121": (32, (6, 12, 24, 16)),
+    "densenet169": (32, (6, 12, 32, 32)),
+    "densenet201": (32, (6, 12, 48, 32)),
+}
+TITLES = {
+    "densenet121": "DenseNet121",
+    "densenet169": "DenseNet169",
+    "densenet201": "DenseNet201",
+    "resnet18": "ResNet18",
+    "alexnet": "AlexNet",
+    "squeezenet1_1": "SqueezeNet 1.1",
+    "convnext_atto": "ConvNeXt-Atto",
+}
+
+
 @dataclass(frozen=True)
 class Network:
-    """Shape of the DenseNet; the default is DenseNet121 (Huang et al. 2016, Table 1)."""
+    """The network; the default is DenseNet121."""
 
-    growth_rate: int = 32
-    """Channels that each dense layer adds; the first convolution has twice as many."""
-    block_config: tuple[int, int, int, int] = (6, 12, 24, 16)
-    """Dense layers of each block."""
+    architecture: Architecture = field(
+        default="densenet121", kw_only=True, metadata={"newer": True}
+    )
+    """densenet121, densenet169 or densenet201 (Huang et al. 2016), resnet18 (He et al. 2015),
+    alexnet (Krizhevsky 2014), squeezenet1_1 (Iandola et al. 2016), or convnext_atto (timm, after
+    Liu et al. 2022). cxrdist/model/networks.py has a table of their blocks."""
+    growth_rate: int | None = None
+    """DenseNets only: channels that each dense layer adds; the first convolution has twice as many.
+    If not given: the published 32."""
+    block_config: tuple[int, int, int, int] | None = None
+    """DenseNets only: dense layers of each block. If not given: as published."""
     dropout: float = 0.5
-    """Probability before the output layer (paper, section 3.2)."""
+    """Probability before the output layer (paper, section 3.2); of alexnet before each of its two
+    hidden layers."""
 
     def __post_init__(self) -> None:
-        """Bound the memory that the network can take.
+        """Fill in the published shape of a DenseNet, and bound the memory that it can take.
 
         Raises:
-            CxrdistError: it is larger than any published DenseNet by far.
+            CxrdistError: there is no such network, it has no such shape, or it is larger than any
+                published DenseNet by far.
         """
-        bounds = [("growth_rate", self.growth_rate, MOST_GROWTH_RATE)]
-        bounds += [("block_config", layers, MOST_DENSE_LAYERS) for layers in self.block_config]
+        names = get_args(Architecture)
+        if self.architecture not in names:
+            raise CxrdistError(
+                f"architecture: is {self.architecture!r:.40}, expected one of {', '.join(names)}"
+            )
+        shape = (("growth_rate", self.growth_rate), ("block_config", self.block_config))
+        if self.is_densenet:
+            for (name, value), published in zip(shape, DENSENETS[self.architecture], strict=True):
+                object.__setattr__(self, name, published if value is None else value)
+            self._refuse_large()
+        else:
+            for name, value in shape:
+                if value is not None:
+                    raise CxrdistError(
+                        f"{name}: is for DenseNets, and architecture is {self.architecture}; "
+                        "leave it out"
+                    )
+        if not 0 <= self.dropout < 1:
+            raise CxrdistError(f"dropout: is {self.dropout}, expected 0 or more, less than 1")
+
+    def _refuse_large(self) -> None:
+        growth_rate, block_config = self.dense_shape
+        bounds = [("growth_rate", growth_rate, MOST_GROWTH_RATE)]
+        bounds += [("block_config", layers, MOST_DENSE_LAYERS) for layers in block_config]
         for name, value, most in bounds:
             if type(value) is not int or not 1 <= value <= most:
                 raise CxrdistError(f"{name}: has {value!r:.40}, expected 1 to {most}")
-        if not 0 <= self.dropout < 1:
-            raise CxrdistError(f"dropout: is {self.dropout}, expected 0 or more, less than 1")
+
+    @property
+    def is_densenet(self) -> bool:
+        """Whether it is a DenseNet, of a published shape or of another."""
+        return self.architecture in DENSENETS
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether it has BatchNorms; the other networks do not."""
+        return self.is_densenet or self.architecture == "resnet18"
+
+    @property
+    def dense_shape(self) -> tuple[int, tuple[int, ...]]:
+        """Growth rate and layers of each block of a DenseNet.
+
+        Raises:
+            ValueError: it is another network.
+        """
+        if self.growth_rate is None or self.block_config is None:
+            raise ValueError(f"{self.architecture} is not a DenseNet")
+        return self.growth_rate, tuple(self.block_config)
+
+    @property
+    def title(self) -> str:
+        """The architecture for people; of a DenseNet that is not published, its shape."""
+        if self.is_densenet and self.dense_shape != DENSENETS[self.architecture]:
+            growth_rate, layers = self.dense_shape
+            return (
+                f"DenseNet with blocks of {'-'.join(map(str, layers))} layers and growth rate "
+                f"{growth_rate}"
+            )
+        return TITLES[self.architecture]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a DenseNet in stages; the same command in the same run directory goes on."""
+    """Train a network in stages; the same command in the same run directory goes on."""
 
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
@@ -253,10 +345,15 @@ class TrainConfig:
     stages: dict[str, Stage]
     """Stages by name, in their order. Each starts from the best weights of the one before."""
     init: str = "imagenet"
-    """chexnet or imagenet (downloaded), none (random), a checkpoint file (safetensors or
-    torch.save), its URL (#sha256=DIGITS behind it is checked), or a run directory."""
+    """chexnet (densenet121 only) or imagenet (downloaded), none (random), a checkpoint file
+    (safetensors or torch.save), its URL (#sha256=DIGITS behind it is checked), or a run
+    directory."""
     copies: dict[str, int] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
+    balance: Literal["none", "classes"] = "none"
+    """classes: copies from the counts of the training split, which give each class about as many
+    images in an epoch as the most frequent one; whole numbers, at most 50, in place of `copies`. No
+    copies where an image may have several labels: those of one label would be of others too."""
     uncertain: str = "ignore"
     """What a label that is uncertain counts as in training: ignore (no loss), positive (U-Ones of
     Irvin et al. 2019) or negative (U-Zeros); labels of their own behind it, as in
@@ -273,14 +370,15 @@ class TrainConfig:
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Ranges of the random warp."""
     network: Network = field(default_factory=Network)
-    """Shape of the DenseNet."""
+    """Architecture and its shape."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9 (paper, section 3.3)."""
     max_gradient_norm: float | None = None
     """The gradient of all parameters together is shortened to this norm; as it is if not given."""
     average: float | None = None
-    """Decay per step of an exponential moving average of the weights, such as 0.999. It is what is
-    validated and published; the weights as they are if not given."""
+    """Decay per step of an exponential moving average of the weights, such as 0.999; less in the
+    first steps of a stage, (1 + t) / (10 + t) after t. It is what is validated and published; the
+    weights as they are if not given."""
     compile: bool = False
     """Compile warp, network and loss into one graph; on one GPU, with small batches, capture the
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
@@ -301,7 +399,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class WeightsShowConfig:
-    """Show what a checkpoint holds; it must be a whole DenseNet. Fetches what has to be fetched."""
+    """Show what a checkpoint holds; it must be a whole network. Fetches what has to be fetched."""
 
     file: str
     """A checkpoint file, or whatever else --init takes."""
@@ -529,7 +627,7 @@ class SeedsConfig:
     """Directory to make: RUN/member-0 ... are runs, RUN itself is their ensemble."""
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
-    recipe: str = "bassi2020"
+    recipe: str = "finetune"
     """Recipe of all members: a YAML file, or the name of one that comes with cxrdist."""
     seeds: int = 5
     """Members, 2 to 20, whose seeds are 0, 1 ...; with --folds the number of folds."""

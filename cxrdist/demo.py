@@ -27,14 +27,21 @@ from cxrdist.data.phantom import PATIENT_PATTERN, WORD, write_lung_masks, write_
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
+from cxrdist.info import read_info
 from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
+from cxrdist.run import RunDirectory, write_json
 
 PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
 ORIGINAL_SIZE_PX = 2 * IMAGE_SIZE_PX
 EXPLAINED_IMAGES = 18
 LUNGS_PATIENTS_PER_CLASS = 160
+SMOKE_TEST = (
+    "a smoke test, not a result: it shows that your images go the whole way. The network is "
+    f"trained for minutes, from random weights, on squares of {IMAGE_SIZE_PX} px; for figures that "
+    "mean something use cxrdist pack and cxrdist train"
+)
 FAINT = 0.55
 """Density of the opacities beside words, times the usual: a network that may takes the word."""
 
@@ -47,6 +54,8 @@ def demo(config: DemoConfig) -> None:
         RunFailedError: the training failed.
     """
     _refuse_bad_options(config)
+    if config.source == "folder":
+        print(SMOKE_TEST)
     images, pattern, masks = config.input, config.patient_pattern, None
     if images is None:
         images, pattern = config.out / "images", PATIENT_PATTERN
@@ -64,6 +73,9 @@ def demo(config: DemoConfig) -> None:
         )
     )
     _train_on_all_ranks(config.recipe, shards, run, cache)
+    if config.source == "folder":
+        place = RunDirectory(run)
+        write_json(place.info, {**read_info(place), "smoke_test": True})
     evaluate(EvaluateConfig(run, shards, cache=cache))
     explain(ExplainConfig(run, shards, cache=cache, limit=EXPLAINED_IMAGES))
     if config.source == "phantom":
@@ -72,6 +84,8 @@ def demo(config: DemoConfig) -> None:
         write_word_boxes(images / "opacities.csv", boxes, ORIGINAL_SIZE_PX)
         probe_text(ProbeTextConfig(run, shards, boxes=boxes, cache=cache))
     report(ReportConfig(run))
+    if config.source == "folder":
+        print(SMOKE_TEST)
 
 
 def _refuse_bad_options(config: DemoConfig) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import (
@@ -209,9 +209,10 @@ def typed(value: Any, kind: type[T]) -> T:
     """Check parsed JSON against a type and build it.
 
     Dataclasses and NamedTuples become instances, with their own checks; all their fields must be
-    there, as defaults are for code. A TypedDict stays a dict. Names that a class does not declare
-    are left aside: a newer version may write more, and what changes the meaning changes `format`,
-    which is declared first because members are checked in their order.
+    there, as defaults are for code, but those with the metadata ``newer``, which older documents
+    lack and whose default says what they meant. A TypedDict stays a dict. Names that a class does
+    not declare are left aside: a newer version may write more, and what changes the meaning changes
+    `format`, which is declared first because members are checked in their order.
 
     Args:
         value: of `parse_json`.
@@ -311,6 +312,8 @@ def _record(content: dict[str, Any], kind: Any, where: str) -> Any:
 def _members(kind: Any) -> tuple[dict[str, Any], set[str]]:
     """Types of the members of a class, and the names that must be there."""
     kinds = get_type_hints(kind, include_extras=True)
+    if is_dataclass(kind):
+        return kinds, {field.name for field in fields(kind) if not field.metadata.get("newer")}
     return kinds, set(kind.__required_keys__ if is_typeddict(kind) else kinds)
 
 

@@ -118,6 +118,8 @@ class RunInfo(TypedDict):
     tf32: NotRequired[Any]
     stages: dict[str, StageInfo]
     text_boxes: NotRequired[TextBoxesInfo | None]
+    smoke_test: NotRequired[bool]
+    """Whether `cxrdist demo` trained it on images that are not its own."""
 
 
 def read_info(run: RunDirectory) -> RunInfo:

@@ -61,6 +61,11 @@ def test_each_command_explains_its_options(capsys, name):
         (["weights", "show", "/lost"], "cxrdist: /lost: no such file"),
         (["weights", "convert", "/lost", "y"], "y: expected a name in .safetensors"),
         (["train", "--config", "/lost.yaml", "--shards", "s", "--run", "r"], "/lost.yaml"),
+        (
+            ["train", "--config", "covid"],
+            "covid: no such file, and no recipe of this name",
+        ),
+        (["train", "--config=covid"], "the recipes are bassi2020, chexnet, chexnet-fast, compare,"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
@@ -113,7 +118,7 @@ def test_an_override_of_an_unknown_stage_is_refused(capsys, tmp_path, shards):
     recipe = write_recipe(tmp_path)
     paths = ("--shards", shards, "--run", tmp_path / "run")
     said = refused(capsys, "train", "--config", recipe, *paths, "--stages.tow.epochs", "3")
-    assert "stages" in said
+    assert "--stages.tow.epochs: no such stage in the recipe; it has one" in said
 
 
 def test_flags_take_dashes_and_need_no_value():

@@ -2,12 +2,18 @@ import json
 
 import numpy as np
 import pytest
+import yaml
+from support import make_images
 
 from cxrdist import demo as module
+from cxrdist.cli import main
 from cxrdist.config import DemoConfig
 from cxrdist.data.phantom import COVID
 from cxrdist.demo import _draw_phantoms, _inside, _planted_boxes, demo
 from cxrdist.errors import CxrdistError
+
+SMALL = {"growth_rate": 4, "block_config": [1, 1, 1, 1]}
+ONE_EPOCH = {"lr": {"head": 1e-3}, "epochs": 1, "patience": 1}
 
 
 def test_the_demo_goes_the_whole_way(tmp_path, monkeypatch, capfd):
@@ -20,9 +26,31 @@ def test_the_demo_goes_the_whole_way(tmp_path, monkeypatch, capfd):
     assert "training on 2 CPU ranks" in said
     assert "positive relevance" in said
     assert said.strip().endswith(f"the report: {tmp_path / 'demo' / 'run' / 'report.html'}")
+    assert "smoke test" not in said
+    assert "smoke test" not in (tmp_path / "demo" / "run" / "report.html").read_text()
     info = json.loads((tmp_path / "demo" / "run" / "run.json").read_text())
     assert info["world_size"] == 2
     assert list(info["stages"]) == ["all", "fine"]
+
+
+def test_an_answer_on_other_images_is_marked_as_a_smoke_test(tmp_path, monkeypatch, capfd):
+    """On a folder terminal, report and card say that figures mean nothing; not on our own."""
+    small = {"optimizer": "adamw", "init": "none", "network": SMALL, "stages": {"one": ONE_EPOCH}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small))
+
+    def train_here(_recipe, shards, run, cache):
+        places = ("--shards", shards, "--run", run, "--cache", cache)
+        assert main(["train", *map(str, ("--config", tmp_path / "small.yaml", *places))]) == 0
+
+    monkeypatch.setattr(module, "_train_on_all_ranks", train_here)
+    monkeypatch.setattr(module, "explain", lambda _: None)
+    images = make_images(tmp_path / "images", {"a": 16, "b": 16})
+    demo(DemoConfig(tmp_path / "demo", "folder", images, r"^(\w+)_"))
+    first, *_, last = capfd.readouterr().out.splitlines()
+    assert first == last == module.SMOKE_TEST
+    run = tmp_path / "demo" / "run"
+    assert "A smoke test, not a result" in (run / "report.html").read_text()
+    assert "A smoke test, not a result" in (run / "model" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("options", [{"source": "folder"}, {"input": "somewhere"}])

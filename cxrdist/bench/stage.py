@@ -15,7 +15,8 @@ from cxrdist.bench.measure import quiet
 from cxrdist.config import Network, Stage, TrainConfig
 from cxrdist.data.plan import plan_epoch
 from cxrdist.distributed import StopVote
-from cxrdist.model.densenet import Classifier, block_names
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.networks import block_names
 from cxrdist.run import RunDirectory, write_json
 from cxrdist.terminal import progress
 from cxrdist.train.learner import Learner
@@ -55,7 +56,7 @@ def stage_run(
     model = Classifier(fields.get("network", Network()), CLASSES, size_px)
     model.to(accelerator.device)
     model.to(memory_format=memory_format(accelerator.device))
-    lr = dict.fromkeys(blocks or block_names(model.network), RATE)
+    lr = dict.fromkeys(blocks or block_names(model.shape), RATE)
     stages = {"bench": Stage(lr=lr, epochs=1, patience=1)}
     config = TrainConfig(scratch, scratch / "run", stages, **fields)
     random, count = np.random.Generator(np.random.Philox(0)), config.global_batch_size
@@ -111,7 +112,7 @@ def plain_step(
         images = torch.zeros(num_images, 1, size_px, size_px, dtype=torch.uint8)
         matrices = torch.zeros(num_images, 2, 3)
         targets = torch.zeros(num_images, len(CLASSES))
-    blocks = block_names(model.network)
+    blocks = block_names(model.shape)
     learner = Learner(model, set(blocks), precision, compiled=False)
     stage = Stage(lr=dict.fromkeys(blocks, RATE), epochs=1, patience=1)
     scaler = torch.amp.GradScaler(device.type) if precision == torch.float16 else None

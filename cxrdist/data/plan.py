@@ -10,6 +10,9 @@ from cxrdist.config import Augmentation
 from cxrdist.data.labels import POSITIVE
 from cxrdist.errors import CxrdistError
 
+MOST_BALANCED_COPIES = 50
+"""Of an image, when copies come from counts: more of so few images would be learnt by heart."""
+
 
 @dataclass(frozen=True)
 class Draws:
@@ -138,12 +141,30 @@ def copies_of(
     for name, number in copies.items():
         if name not in classes:
             raise CxrdistError(
-                f"copies: no class {name!r} in the shards; they have {', '.join(classes)}"
+                f"copies: no class {name!r} in the shards; they have {', '.join(classes)}. For "
+                "classes of your own take the recipe finetune, or with --init none scratch, which "
+                "balance by counts"
             )
         if number < 1:
             raise CxrdistError(f"copies: {name} has {number}, expected at least 1")
     by_class = np.array([copies.get(name, 1) for name in classes], dtype=np.int64)
     return np.where(targets == POSITIVE, by_class, 1).max(axis=1, initial=1)
+
+
+def balanced_copies(targets: NDArray[np.int8], classes: list[str]) -> dict[str, int]:
+    """Choose copies by class that make each class about as frequent as the most frequent one.
+
+    Args:
+        targets: int8 [m, classes] of the training split, with one label per image.
+        classes: names of the columns.
+
+    Returns:
+        The nearest whole numbers, 1 to `MOST_BALANCED_COPIES`; 1 for a class without images.
+    """
+    counts = (targets == POSITIVE).sum(axis=0)
+    wanted = np.rint(counts.max() / np.maximum(counts, 1))
+    chosen = np.where(counts > 0, np.clip(wanted, 1, MOST_BALANCED_COPIES), 1)
+    return {name: int(number) for name, number in zip(classes, chosen, strict=True)}
 
 
 def _philox_key(key: tuple[int, str, int]) -> NDArray[np.uint64]:

@@ -23,6 +23,7 @@ from cxrdist.evaluate.predictions import Subject, rank_batches
 from cxrdist.info import read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
+from cxrdist.model.networks import output_layer
 from cxrdist.run import RunDirectory, judging, open_regular, write_table
 from cxrdist.terminal import progress
 
@@ -82,15 +83,23 @@ def find_nearest(subject: Subject, numbers: NDArray[np.int64]) -> list[Nearest]:
 
 
 def pooled(model: Classifier, images: Tensor) -> Tensor:
-    """What the last layer of a network sees: float [B, features] of unit length.
+    """What the output layer of a network sees: float [B, features] of unit length.
+
+    SqueezeNet averages over the image behind that layer; here it is done before, which is the same.
 
     Args:
         model: in evaluation mode.
         images: uint8 [B, 1, H, W], on its device.
     """
-    network = model.network
-    found = network.forward_features(model.normalise(images))
-    return torch.nn.functional.normalize(network.forward_head(found, pre_logits=True), dim=1)
+    seen: list[Tensor] = []
+    layer = model.network.get_submodule(output_layer(model.shape))
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        model(images)
+    finally:
+        hook.remove()
+    features = seen[0].reshape(*seen[0].shape[:2], -1).mean(2)
+    return torch.nn.functional.normalize(features, dim=1)
 
 
 @torch.inference_mode()

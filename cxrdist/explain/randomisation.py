@@ -24,7 +24,8 @@ from cxrdist.explain.attribution import Attribution
 from cxrdist.explain.description import Drawn, RandomisationInfo, Similarity
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.batchnorm import BatchNorm
-from cxrdist.model.densenet import Classifier, block_names, block_of
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.networks import block_names, block_of
 
 SEED = 2018
 """Unlike the seeds of trainings, whose first weights would not be independent of the last ones."""
@@ -57,7 +58,7 @@ def randomise(
 
 def levels(model: Classifier) -> list[list[str]]:
     """Blocks that are drawn anew together: the head, the head and the last dense block, all."""
-    names = block_names(model.network)
+    names = block_names(model.shape)
     return [names[-1:], names[-2:], names]
 
 
@@ -70,17 +71,16 @@ def draw_anew(model: Classifier, blocks: Sequence[str], images: Tensor) -> Class
         images: uint8 [B, 1, H, W], on its device.
     """
     drawn = copy.deepcopy(model)
-    num_blocks = len(model.shape.block_config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         fresh = Classifier(model.shape, model.classes, model.image_size_px, model.normalisation)
     state = fresh.network.state_dict()
-    new = {name: value for name, value in state.items() if block_of(name, num_blocks) in blocks}
+    new = {name: value for name, value in state.items() if block_of(name, model.shape) in blocks}
     drawn.network.load_state_dict(new, strict=False)
     norms = [
         norm
         for name, norm in drawn.network.named_modules()
-        if isinstance(norm, BatchNorm) and block_of(name, num_blocks) in blocks
+        if isinstance(norm, BatchNorm) and block_of(name, model.shape) in blocks
     ]
     hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
     with torch.no_grad():

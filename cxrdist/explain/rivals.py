@@ -23,7 +23,7 @@ def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
     Returns:
         [B, H, W], nowhere below 0.
     """
-    method = LayerGradCam(model, model.network.features.norm5)
+    method = LayerGradCam(model, model.network.get_submodule("features.norm5"))
     with exact(images.device):
         coarse = method.attribute(images.float(), target, relu_attributions=True)
         fine = LayerAttribution.interpolate(coarse.detach(), images.shape[2:], "bilinear")

@@ -1,4 +1,4 @@
-"""DenseNet121 on grey X-rays: the network, its blocks, and the model as it is saved for use."""
+"""A network on grey X-rays, and the model as it is saved for use."""
 
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -6,7 +6,6 @@ from typing import Any, Literal, TypedDict
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save
-from timm.models.densenet import DenseBlock, DenseNet
 from torch import Tensor, nn
 
 from cxrdist.config import Network
@@ -15,6 +14,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.info import WeightsInfo
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.description import Calibration, Cover, ModelFile, Normalisation
+from cxrdist.model.networks import build_network, refuse_small_squares
 from cxrdist.model.tensorfile import read_safetensors
 from cxrdist.run import open_run, read_document, write_json
 
@@ -27,28 +27,13 @@ class _Described(TypedDict):
     format: Literal["cxrdist-model-1", "cxrdist-ensemble-1"]
 
 
-class GrowingBlock(DenseBlock):
-    """A dense block whose features grow by one concatenation per layer.
-
-    timm concatenates all earlier features anew in each layer. The forward pass moves as many bytes
-    either way; but the backward pass of that has a slice and a sum for each pair of layers, a third
-    of all operations of a step, and of this one for each layer.
-    """
-
-    def forward(self, features: Tensor) -> Tensor:
-        """All features [B, C + layers * growth rate, H, W] of the first ones, [B, C, H, W]."""
-        for layer in self.values():
-            squeezed = layer.conv1(layer.norm1(features))
-            features = torch.cat([features, layer.conv2(layer.norm2(squeezed))], 1)
-        return features
-
-
 class Classifier(nn.Module):
-    """A DenseNet that takes uint8 X-rays and gives one logit per class; owns its normalisation.
+    """A network that takes uint8 X-rays and gives one logit per class; owns its normalisation.
 
     Attributes:
-        network: timm's DenseNet, key names as in torchvision.
-        norms: its BatchNorms.
+        shape: which network it is.
+        network: timm's or torchvision's (`networks.build_network`), with the library's own names.
+        norms: its BatchNorms; alexnet, squeezenet1_1 and convnext_atto have none.
         classes: class names in the order of the logits.
         image_size_px: side of the square images that it was made for.
         fit: how those images became square: crop, pad or stretch.
@@ -86,17 +71,7 @@ class Classifier(nn.Module):
         self.fold: str | None = None
         self.lungs_only = False
         self.normalisation = normalisation or Normalisation()
-        self.network = DenseNet(
-            growth_rate=network.growth_rate,
-            block_config=tuple(network.block_config),
-            num_classes=len(classes),
-            in_chans=len(self.normalisation.mean),
-            drop_rate=network.dropout,
-            norm_layer=lambda *sizes, **options: BatchNorm(*sizes, **options),
-        )
-        for module in self.network.features.children():
-            if isinstance(module, DenseBlock):
-                module.__class__ = GrowingBlock
+        self.network = build_network(network, len(classes), len(self.normalisation.mean))
         self.norms = [m for m in self.network.modules() if isinstance(m, BatchNorm)]
         self.register_buffer("mean", _per_channel(self.normalisation.mean), persistent=False)
         self.register_buffer("std", _per_channel(self.normalisation.std), persistent=False)
@@ -115,32 +90,6 @@ class Classifier(nn.Module):
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values).reshape(1, -1, 1, 1)
-
-
-def block_names(network: nn.Module) -> list[str]:
-    """Blocks in the order of the data: stem, denseblock1 ..., head."""
-    features = network.get_submodule("features")
-    return ["stem", *(n for n, _ in features.named_children() if n.startswith("dense")), "head"]
-
-
-def block_of(name: str, num_blocks: int = 4) -> str:
-    """The block that a parameter or module of the network belongs to.
-
-    A transition belongs to the block before it, norm5 to the last dense block (design.md, Words).
-
-    Args:
-        name: as in ``network.named_parameters()``, such as ``features.denseblock1.denselayer1...``.
-        num_blocks: how many dense blocks the network has.
-    """
-    top, *rest = name.split(".")
-    if top == "classifier":
-        return "head"
-    child = rest[0]
-    if child.startswith("denseblock"):
-        return child
-    if child.startswith("transition"):
-        return child.replace("transition", "denseblock")
-    return f"denseblock{num_blocks}" if child == "norm5" else "stem"
 
 
 def save_model(model: Classifier, directory: Path) -> None:
@@ -226,6 +175,7 @@ def is_ensemble(run: str | Path) -> bool:
 
 def _build(content: ModelFile) -> Classifier:
     """Build the network that model.json describes, with random weights."""
+    refuse_small_squares(content["architecture"], content["image_size_px"], "image_size_px")
     model = Classifier(
         content["architecture"],
         content["classes"],

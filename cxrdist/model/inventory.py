@@ -15,10 +15,10 @@ from cxrdist.run import atomic_file, refuse_unwritable
 
 
 def show_weights(config: WeightsShowConfig) -> None:
-    """Print what a checkpoint is, once it is known to be a whole DenseNet.
+    """Print what a checkpoint is, once it is known to be a whole network.
 
     Raises:
-        CxrdistError: it cannot be read, or is no whole DenseNet.
+        CxrdistError: it cannot be read, or is no whole network.
     """
     for name, value in _rows(_read(config.file)):
         print(f"{name:<12}{value}")
@@ -28,7 +28,7 @@ def convert_weights(config: WeightsConvertConfig) -> None:
     """Write a checkpoint as safetensors under torchvision's names, with what is known of it.
 
     Raises:
-        CxrdistError: it cannot be read, is no whole DenseNet, or OUT stands already.
+        CxrdistError: it cannot be read, is no whole network, or OUT stands already.
     """
     if config.out.suffix != ".safetensors" or config.out.exists():
         problem = "stands already" if config.out.exists() else "expected a name in .safetensors"
@@ -65,16 +65,12 @@ def _rows(weights: InitialWeights) -> list[list[str]]:
     )
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()})
     mean, std = weights.normalisation.mean, weights.normalisation.std
-    outputs = len(weights.head["classifier.bias"]) if weights.head else 0
+    outputs = len(next(iter(weights.head.values()), ()))
     rows = [
         ["source", weights.source],
         ["sha256", str(weights.record["sha256"])],
         ["layout", str(weights.record["layout"])],
-        [
-            "network",
-            f"DenseNet, blocks of {', '.join(map(str, shape.block_config))} layers, "
-            f"growth rate {shape.growth_rate}",
-        ],
+        ["network", shape.title],
         ["tensors", f"{len(weights.tensors)} without the head, none missing or left over"],
         ["parameters", f"{parameters:,} ({', '.join(dtypes)})"],
         ["channels", str(weights.channels)],

@@ -1,15 +1,16 @@
-"""Layouts: which published copy of DenseNet121 a set of tensors is, by names and shapes alone."""
+"""Layouts: which network or published copy of it a set of tensors is, by names and shapes alone."""
 
 import re
 from dataclasses import dataclass
+from typing import cast, get_args
 
 import torch
-from timm.models.densenet import DenseNet
 from torch import Tensor
 
-from cxrdist.config import Network
+from cxrdist.config import DENSENETS, Architecture, Network
 from cxrdist.errors import CxrdistError
 from cxrdist.model.description import Normalisation
+from cxrdist.model.networks import build_network, output_layer
 from cxrdist.model.tensorfile import TensorFile
 
 # torchxrayvision scales grey values to (2x - 1) * 1024 and feeds one channel.
@@ -27,7 +28,6 @@ TORCHXRAYVISION_LABELS = [
     *("Hernia", "Lung Lesion", "Fracture", "Lung Opacity", "Enlarged Cardiomediastinum"),
 ]
 IMAGENET_CLASSES = 1000
-HEAD = ("classifier.weight", "classifier.bias")
 
 _PREFIX = re.compile(r"^(module\.)?(densenet121\.|model\.|backbone\.)?")
 _OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
@@ -36,12 +36,13 @@ _CONV2 = re.compile(r"features\.denseblock([1-4])\.denselayer(\d{1,3})\.conv2\.w
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint under the names of torchvision's DenseNet121.
+    """A checkpoint under the names of torchvision, or timm where torchvision lacks the network.
 
     Attributes:
         name: which published layout it is.
         tensors: the network without its head.
-        head: ``classifier.weight`` and ``classifier.bias``, empty if there is no head.
+        head: weight and bias of the output layer, such as ``classifier.weight`` and
+            ``classifier.bias``; empty if there is no head.
         labels: of the head's outputs in their order; None where they are not known.
         normalisation: what the first convolution expects.
     """
@@ -71,11 +72,13 @@ def recognise(file: TensorFile, where: str) -> Layout:
             raise CxrdistError(f"{where}: holds two tensors {new}; expected one network")
         renamed[new] = tensor
     thresholds = renamed.pop("op_threshs", None)
-    head = {
-        k: renamed.pop(k) for k in list(renamed) if k in ("classifier.weight", "classifier.bias")
-    }
+    network = _network_of(renamed)
+    head = {k: renamed.pop(k) for k in head_names(network or Network()) if k in renamed}
     channels = _channels(renamed, where)
-    name, labels = _identify(file, head, thresholds, channels)
+    if network is None:
+        name, labels = _identify(file, head, thresholds, channels)
+    else:
+        name, labels = _identify_other(file, head, network)
     _check_head(head, renamed, labels, where)
     if thresholds is not None and head and thresholds.numel() != len(head["classifier.weight"]):
         raise CxrdistError(
@@ -90,6 +93,31 @@ def recognise(file: TensorFile, where: str) -> Layout:
             f"{where}: its normalisation is not of {channels} channels; convert the file again"
         )
     return Layout(name, renamed, head, labels, normalisation)
+
+
+def head_names(network: Network) -> tuple[str, str]:
+    """Names of the weight and the bias of a network's output layer."""
+    layer = output_layer(network)
+    return f"{layer}.weight", f"{layer}.bias"
+
+
+def _network_of(tensors: dict[str, Tensor]) -> Network | None:
+    """The network that has all these names, or None if there is none but perhaps a DenseNet."""
+    if any(map(_CONV2.fullmatch, tensors)):
+        return None
+    for architecture in get_args(Architecture):
+        if architecture not in DENSENETS:
+            network = Network(architecture=architecture)
+            if trunk_of(network).keys() <= tensors.keys():
+                return network
+    return None
+
+
+def trunk_of(network: Network, channels: int = 3) -> dict[str, Tensor]:
+    """Parameters and buffers of a network without its head; on the meta device, without values."""
+    with torch.device("meta"):
+        state = build_network(network, 1, channels).state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in head_names(network)}
 
 
 def torchvision_name(name: str) -> str:
@@ -134,6 +162,18 @@ def _identify(
     return "DenseNet", file.labels
 
 
+def _identify_other(
+    file: TensorFile, head: dict[str, Tensor], network: Network
+) -> tuple[str, list[str] | None]:
+    """As `_identify`, of another network than a DenseNet."""
+    if file.note:
+        return file.note["layout"], file.note.get("labels")
+    num_outputs = next((len(tensor) for tensor in head.values() if tensor.dim()), 0)
+    if num_outputs == IMAGENET_CLASSES:
+        return f"ImageNet, {network.title}", None
+    return network.title, file.labels
+
+
 def _check_head(
     head: dict[str, Tensor], trunk: dict[str, Tensor], labels: list[str] | None, where: str
 ) -> None:
@@ -144,10 +184,13 @@ def _check_head(
     """
     if not head:
         return
-    weight, bias = head.get("classifier.weight"), head.get("classifier.bias")
+    weight, bias = (
+        next((tensor for name, tensor in head.items() if name.endswith(end)), None)
+        for end in (".weight", ".bias")
+    )
     last = trunk.get("features.norm5.weight")
     inputs = last.numel() if last is not None else None
-    if weight is None or bias is None or weight.dim() != 2 or bias.shape != weight.shape[:1]:
+    if weight is None or bias is None or weight.dim() < 2 or bias.shape != weight.shape[:1]:
         raise CxrdistError(
             f"{where}: the head's weight and bias do not belong together; fetch the file again"
         )
@@ -164,60 +207,70 @@ def _check_head(
 
 
 def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
-    """Shape of the DenseNet that the tensors are of.
+    """The network that the tensors are of, a DenseNet of any shape or another.
 
     Raises:
-        CxrdistError: they are of no DenseNet of four blocks.
+        CxrdistError: they are of none that is known here.
     """
+    network = _network_of(tensors)
+    if network is not None:
+        return network
     places = [(_CONV2.fullmatch(name), tensor) for name, tensor in tensors.items()]
     found = [(int(m[1]), int(m[2]), tensor) for m, tensor in places if m and tensor.dim() == 4]
     layers = [
         max((layer for b, layer, _ in found if b == block), default=0) for block in range(1, 5)
     ]
+    expected = ", ".join(get_args(Architecture))
     if not all(layers):
         raise CxrdistError(
-            f"{where}: holds no DenseNet: no features.denseblock1 to 4 among the names of "
-            f"its {len(tensors)} tensors; give weights of a DenseNet121"
+            f"{where}: the names of its {len(tensors)} tensors are of no network that is known "
+            f"here; give weights of {expected}"
         )
     first, second, third, fourth = layers
+    growth_rate, block_config = int(found[0][2].shape[0]), (first, second, third, fourth)
+    published = [name for name, shape in DENSENETS.items() if shape == (growth_rate, block_config)]
+    architecture = cast(Architecture, published[0]) if published else "densenet121"
     try:
-        return Network(int(found[0][2].shape[0]), (first, second, third, fourth))
+        return Network(growth_rate, block_config, architecture=architecture)
     except CxrdistError as error:
-        raise CxrdistError(f"{where}: {error}; give weights of a DenseNet121") from None
+        raise CxrdistError(f"{where}: {error}; give weights of {expected}") from None
 
 
 def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:
-    """Make sure that tensors are exactly those of a DenseNet without its head.
+    """Make sure that tensors are exactly those of a network without its head.
 
     ``num_batches_tracked`` may be missing: files before PyTorch 0.4.1 have none.
 
     Raises:
         CxrdistError: one is missing, left over, or of another shape.
     """
-    with torch.device("meta"):
-        network = DenseNet(
-            growth_rate=shape.growth_rate,
-            block_config=tuple(shape.block_config),
-            num_classes=1,
-            in_chans=channels,
-        )
-    own = {k: v for k, v in network.state_dict().items() if not k.startswith("classifier.")}
+    own = trunk_of(shape, channels)
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
     extra = [k for k in given if k not in own]
     wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
+    expected = f"{_found(given, shape)}the recipe's network is a {shape.title}"
     for problem, names in (("the file lacks", missing), ("the network has no place for", extra)):
         if names:
             raise CxrdistError(
-                f"{where}: {problem} {_few(names)}; expected the "
-                "weights of a DenseNet of the recipe's shape (DenseNet121 unless it says otherwise)"
+                f"{where}: {problem} {_few(names)}; {expected}; give weights of it, or set "
+                "network.architecture to that of the weights"
             )
     if wrong:
         name = wrong[0]
         raise CxrdistError(
             f"{where}: {len(wrong)} tensors have wrong shapes, {name} is "
-            f"{list(given[name].shape)}, expected {list(own[name].shape)}; give weights of a "
-            "DenseNet of the recipe's shape"
+            f"{list(given[name].shape)}, expected {list(own[name].shape)}; {expected}; give "
+            "weights of it"
         )
+
+
+def _found(tensors: dict[str, Tensor], shape: Network) -> str:
+    """A note on the network that tensors are of, if it is another one that is known."""
+    try:
+        title = shape_of(tensors, "").title
+    except CxrdistError:
+        return ""
+    return "" if title == shape.title else f"the weights are of a {title}, "
 
 
 def _few(names: list[str]) -> str:

@@ -1,17 +1,18 @@
-"""Weights to start from: published checkpoints of DenseNet121 and finished runs, read strictly."""
+"""Weights to start from: published checkpoints and finished runs, read strictly."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
-from torchvision.models import DenseNet121_Weights
 
+from cxrdist.config import Architecture
 from cxrdist.errors import CxrdistError
 from cxrdist.info import WeightsInfo, read_info
 from cxrdist.model.densenet import Classifier, load_model, network_state
 from cxrdist.model.description import Normalisation
 from cxrdist.model.download import download, sha256_of
-from cxrdist.model.layout import check_fit, recognise
+from cxrdist.model.layout import check_fit, head_names, recognise
+from cxrdist.model.networks import IMAGENET_URLS
 from cxrdist.model.tensorfile import read_tensor_file
 from cxrdist.run import RunDirectory
 
@@ -21,16 +22,15 @@ CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"
 )
-PUBLISHED = {"chexnet": CHEXNET_URL, "imagenet": DenseNet121_Weights.IMAGENET1K_V1.url}
 
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Tensors by their names in torchvision's DenseNet121, and where they come from.
+    """Tensors by their names in torchvision's or timm's network, and where they come from.
 
     Attributes:
         tensors: the network without its head; empty for random weights.
-        head: ``classifier.weight`` and ``classifier.bias`` as published; not used in training.
+        head: weight and bias of the output layer as published; not used in training.
         normalisation: what the first convolution expects.
         labels: of the head's outputs in their order; None where they are not known.
         record: for run.json and model.json: source, sha256, layout, and for a run what it was
@@ -67,12 +67,15 @@ class InitialWeights:
         }
 
 
-def read_weights(init: str, option: str = "--init ") -> InitialWeights:
+def read_weights(
+    init: str, option: str = "--init ", architecture: Architecture = "densenet121"
+) -> InitialWeights:
     """Read what `--init` names.
 
     Args:
         init: ``chexnet``, ``imagenet``, ``none``, a URL, a run directory, or a file.
         option: before which it stood, for the error line.
+        architecture: whose published weights ``imagenet`` are.
 
     Raises:
         CxrdistError: it is missing, unreadable or of no known layout, or the download failed.
@@ -80,8 +83,14 @@ def read_weights(init: str, option: str = "--init ") -> InitialWeights:
     where = f"{option}{init}"
     if init == "none":
         return InitialWeights({}, {}, Normalisation(), None, {"source": "random", "sha256": None})
-    if init in PUBLISHED or "://" in init:
-        url = PUBLISHED.get(init, init)
+    if init == "chexnet" and architecture != "densenet121":
+        raise CxrdistError(
+            f"{where}: is a DenseNet121, and network.architecture is {architecture}; take "
+            "imagenet, or densenet121"
+        )
+    published = {"chexnet": CHEXNET_URL, "imagenet": IMAGENET_URLS[architecture]}
+    if init in published or "://" in init:
+        url = published.get(init, init)
         return _read_file(download(url, where), where, url)
     if Path(init).is_dir():
         return _read_run(Path(init), where)
@@ -107,7 +116,7 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
         )
     model = load_model(directory)
     state = network_state(model)
-    head = {name: state.pop(name) for name in ("classifier.weight", "classifier.bias")}
+    head = {name: state.pop(name) for name in head_names(model.shape)}
     record: WeightsInfo = {
         "source": str(directory),
         "sha256": sha256_of(run.model / "model.safetensors"),

@@ -179,12 +179,10 @@ def model(e: Evidence) -> Answer:
         )
     if not e.model:
         return Answer(NOT_DONE, "The training is not finished: run cxrdist train again.")
-    layers = "-".join(map(str, e.model["architecture"].block_config))
     size = e.model["image_size_px"]
     return Answer(
         HELD,
-        f"A DenseNet with blocks of {layers} layers and growth rate "
-        f"{e.model['architecture'].growth_rate}. Input: one grey image of {size} x {size} px. "
+        f"Network: {e.model['architecture'].title}. Input: one grey image of {size} x {size} px. "
         f"Output: a logit for each of {len(e.model['classes'])} classes.",
         ("model/model.json", "model/model.safetensors"),
     )

@@ -90,12 +90,17 @@ def _head(name: str, evidence: Evidence) -> dict[str, Any]:
         "pipeline_tag": "image-classification",
         "license": "other",
         "license_name": "to-be-stated-by-the-authors",
-        "tags": ["chest-x-ray", "medical-imaging", "densenet", "not-for-diagnosis"],
+        "tags": ["chest-x-ray", "medical-imaging", *_network(evidence), "not-for-diagnosis"],
         "metrics": used,
     }
     if results:
         head["model-index"] = [{"name": name, "results": results}]
     return head
+
+
+def _network(evidence: Evidence) -> list[str]:
+    """The architecture as a tag; none of an ensemble, whose members have it."""
+    return [evidence.model["architecture"].architecture] if evidence.model else []
 
 
 def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ import copy
 from typing import Any
 
 import torch
-from timm.models.densenet import DenseLayer
+from timm.models.densenet import DenseLayer, DenseNet
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -24,7 +24,8 @@ class Learner(nn.Module):
 
     Attributes:
         model: the network that is trained.
-        trunk: where all blocks but the head are frozen, its features with folded BatchNorms.
+        trunk: where all blocks of a DenseNet but the head are frozen, its features with folded
+            BatchNorms.
     """
 
     def __init__(
@@ -50,7 +51,9 @@ class Learner(nn.Module):
         self.model = model
         self._background = background
         # In a list, so that it is no part of what DDP and optimisers see.
-        self._trunk = [folded(model.network.features, precision)] if trained == {"head"} else []
+        self._trunk: list[nn.Module] = []
+        if trained == {"head"} and isinstance(model.network, DenseNet):
+            self._trunk = [folded(model.network.features, precision)]
         self._loss = self.loss
         if compiled:
             torch.compiler.reset()  # PyTorch counts the graphs of all stages together
@@ -102,7 +105,8 @@ class Learner(nn.Module):
             return logits
         with torch.no_grad():
             features = self._trunk[0](self.model.normalise(images))
-        logits = self.model.network.forward_head(features)
+        head: Any = self.model.network
+        logits = head.forward_head(features)
         return logits
 
 

@@ -1,19 +1,22 @@
 """Train: stages of epochs of steps, saved within and at the end of each epoch."""
 
+import os
 import sys
 from contextlib import nullcontext
 from functools import partial
 
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
 from cxrdist.data.folds import cut_fold, read_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.labels import read_uncertain
-from cxrdist.distributed import finish, gather, start, together
+from cxrdist.distributed import finish, gather, local_ranks, start, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
+from cxrdist.model.networks import block_names, norms_of_one_value, refuse_small_squares
 from cxrdist.run import (
     RunDirectory,
     atomic_directory,
@@ -27,7 +30,7 @@ from cxrdist.signals import stopping_at_a_boundary
 from cxrdist.train.background import check_backgrounds, check_regions
 from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
 from cxrdist.train.stage import StageRun
-from cxrdist.train.stages import check_stages
+from cxrdist.train.stages import check_stages, rates_of
 from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
 
 LEAST_IMAGES_PER_RANK = 4
@@ -62,6 +65,7 @@ def train(config: TrainConfig) -> None:
         training = build_training(accelerator, run, config, index)
         together(accelerator, lambda: _refuse_single_values(training))
         accelerator.print(_advice(config, accelerator.num_processes), end="")
+        accelerator.print(_advice_on_cores(accelerator), end="")
         if config.track:
             accelerator.init_trackers("cxrdist")
         with stopping_at_a_boundary():
@@ -77,17 +81,17 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     Raises:
         CxrdistError: a field has an invalid value.
     """
-    blocks = [f"denseblock{i + 1}" for i in range(len(config.network.block_config))]
-    check_stages(config.stages, ["stem", *blocks, "head"])
+    check_stages(config.stages, block_names(config.network))
     check_backgrounds(config)
     refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
     read_uncertain(config.uncertain)
+    if config.balance == "classes" and config.copies:
+        raise CxrdistError(
+            f"balance: classes chooses the copies from the counts, but copies has {config.copies}; "
+            "leave one out, such as with --balance none or --copies {}"
+        )
     if config.fold is not None:
         read_fold(config.fold)
-    if not 0 <= config.network.dropout < 1:
-        raise CxrdistError(
-            f"network.dropout: is {config.network.dropout}, expected at least 0 and below 1"
-        )
     if config.average is not None and not 0 < config.average < 1:
         raise CxrdistError(
             f"average: is {config.average}, expected a decay between 0 and 1, such as 0.999; "
@@ -109,6 +113,7 @@ def _trainable_index(config: TrainConfig) -> Index:
                 "with --split 0.7/0.1/0.2"
             )
     check_regions(config, index)
+    refuse_small_squares(config.network, index.image_size_px, f"--shards {shards}")
     return index
 
 
@@ -123,17 +128,19 @@ def _refuse_large_world(config: TrainConfig, world_size: int) -> None:
 def _refuse_single_values(training: Training) -> None:
     """Make sure that no BatchNorm has to find the variance of one value.
 
-    That of the last dense block does where its features are of 1 x 1 px, in a step of one image.
+    One does where its features are of 1 x 1 px, in a step of one image.
     """
     recipe, world_size = training.recipe, training.accelerator.num_processes
-    size_px = training.model.image_size_px
-    trained = [name for name, stage in recipe.stages.items() if "denseblock4" in stage.lr]
+    model, size_px = training.model, training.model.image_size_px
+    blocks = norms_of_one_value(model.shape, len(model.normalisation.mean), size_px)
+    stages = recipe.stages.items()
+    trained = [name for name, stage in stages if blocks & rates_of(stage, model.shape).keys()]
     smallest = training.num_images // -(-training.num_images // recipe.global_batch_size)
     if recipe.batch_norm == "per_rank":
         smallest = max(1, smallest // world_size)
     if recipe.max_images_per_rank:
         smallest = min(smallest, recipe.max_images_per_rank)
-    if trained and smallest == 1 and size_px < 64:
+    if trained and smallest == 1:
         raise CxrdistError(
             f"global_batch_size: {recipe.global_batch_size} images leave BatchNorm with one image "
             f"of {size_px} px, which has no variance in stage {trained[0]}; take a larger batch, "
@@ -150,13 +157,25 @@ def _advice(config: TrainConfig, world_size: int) -> str:
             f"{batch} images per step on {world_size} ranks: most of the time goes into "
             f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
         )
-    trains_norms = any(set(stage.lr) - {"head"} for stage in config.stages.values())
+    has_norms = config.network.has_batch_norm
+    trains_norms = has_norms and any(set(s.lr) - {"head"} for s in config.stages.values())
     if most is not None and trains_norms and -(-batch // world_size) > most:
         lines.append(
             f"micro-batches of {most} images per rank: trained BatchNorm sees one at a time, not "
             "the whole step"
         )
     return "".join(f"{line}\n" for line in lines)
+
+
+def _advice_on_cores(accelerator: Accelerator) -> str:
+    """A line on more CPU ranks than cores, such as of a config for GPUs where there are none."""
+    (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
+    if accelerator.device.type != "cpu" or ranks <= cores:
+        return ""
+    return (
+        f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
+        f"launch with --num_processes {cores}\n"
+    )
 
 
 def _run_stages(training: Training) -> None:

@@ -17,7 +17,8 @@ from cxrdist.distributed import together
 from cxrdist.documents import typed
 from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.info import read_info
-from cxrdist.model.densenet import block_names, network_state
+from cxrdist.model.densenet import network_state
+from cxrdist.model.networks import block_names
 from cxrdist.run import append_log, settle_log, write_json
 from cxrdist.terminal import progress, table
 from cxrdist.train.background import describe_background
@@ -45,6 +46,7 @@ from cxrdist.train.stages import (
     freeze,
     parameter_groups,
     rate_factor,
+    rates_of,
     set_modes,
     trained_norms,
 )
@@ -74,7 +76,7 @@ class StageRun:
         self.recipe = training.recipe
         self.stage = self.recipe.stages[name]
         self.background = training.backgrounds.get(name)
-        self.trained = set(self.stage.lr)
+        self.trained = set(rates_of(self.stage, training.model.shape))
         self.stopping = EarlyStopping(self.stage.patience)
         self.epoch: Epoch | None = None
         self.best: State = {}
@@ -265,7 +267,8 @@ class StageRun:
             where = f"{epoch.where}, step {step + 1}"
             _seed(self.recipe.seed, where, accelerator.process_index)
             self.updater.set_rates(
-                rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps)
+                rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps),
+                self.stopping.epoch * plan.num_steps + step,
             )
             with memory_for(part, self.recipe.max_images_per_rank, where):
                 shares, norm = self._take_step(part)
@@ -435,7 +438,7 @@ class StageRun:
 
     @property
     def _blocks(self) -> list[str]:
-        return block_names(self.training.model.network)
+        return block_names(self.training.model.shape)
 
     def _print_groups(self) -> None:
         rows = [list(map(str, group.values())) for group in self.groups]

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from cxrdist.config import Stage
+from cxrdist.config import Network, Stage
 from cxrdist.errors import CxrdistError
 from cxrdist.info import GroupInfo
 from cxrdist.model.batchnorm import BatchNorm
-from cxrdist.model.densenet import Classifier, block_names, block_of
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.networks import block_names, block_of, modules_of
 
 MOMENTUM = 0.9  # paper, section 3.3
+ALL = "all"
+"""What stands in a stage's rates for all blocks that it does not name."""
 
 
 def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
@@ -21,15 +24,16 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
 
     Raises:
         CxrdistError: there is no stage, or one names an unknown block, trains nothing, or has a
-            rate or a number that is not above 0.
+            rate or a number that is out of its range.
     """
     if not stages:
         raise CxrdistError("stages: the recipe has none; see recipes/bassi2020.yaml for four")
     for name, stage in stages.items():
         for block, lr in stage.lr.items():
-            if block not in blocks:
+            if block not in (*blocks, ALL):
                 raise CxrdistError(
-                    f"stages.{name}.lr: no block {block!r}; expected {', '.join(blocks)}"
+                    f"stages.{name}.lr: no block {block!r}; expected {', '.join(blocks)}, or all "
+                    "for those that are not named"
                 )
             if not lr > 0:
                 raise CxrdistError(
@@ -38,6 +42,16 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
                 )
         if not stage.lr:
             raise CxrdistError(f"stages.{name}: trains nothing; name the blocks to train under lr")
+        if not 0 < stage.block_decay <= 1:
+            raise CxrdistError(
+                f"stages.{name}.block_decay: is {stage.block_decay}, expected a factor above 0, at "
+                "most 1"
+            )
+        if stage.block_decay != 1 and ALL not in stage.lr:
+            raise CxrdistError(
+                f"stages.{name}.block_decay: is {stage.block_decay}, but lr has no `all`, whose "
+                "rate it lowers; give lr.all, or leave block_decay out"
+            )
         for field, value in (("epochs", stage.epochs), ("patience", stage.patience)):
             if value < 1:
                 raise CxrdistError(f"stages.{name}.{field}: is {value}, expected at least 1")
@@ -46,6 +60,22 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
                 f"stages.{name}.warmup_epochs: is {stage.warmup_epochs}, expected at least 0 and "
                 f"fewer than the stage's {stage.epochs} epochs"
             )
+
+
+def rates_of(stage: Stage, shape: Network) -> dict[str, float]:
+    """The learning rate of each block that a stage trains, in the order of the data.
+
+    The rate of ``all``, for the blocks that are not named, is that of the head; it is multiplied by
+    ``block_decay`` for each block between the head and its own (Howard & Ruder 2018, section 3.2).
+    """
+    named, blocks = stage.lr, block_names(shape)
+    rates = {}
+    for depth, block in enumerate(blocks):
+        if block in named:
+            rates[block] = named[block]
+        elif ALL in named:
+            rates[block] = named[ALL] * stage.block_decay ** (len(blocks) - 1 - depth)
+    return rates
 
 
 def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
@@ -69,9 +99,8 @@ def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
 
 def freeze(model: Classifier, trained: set[str]) -> None:
     """Let gradients reach the trained blocks only; before the optimiser and DDP are made."""
-    num_blocks = len(model.shape.block_config)
     for name, parameter in model.network.named_parameters():
-        parameter.requires_grad_(block_of(name, num_blocks) in trained)
+        parameter.requires_grad_(block_of(name, model.shape) in trained)
 
 
 def set_modes(model: Classifier, trained: set[str]) -> None:
@@ -80,24 +109,13 @@ def set_modes(model: Classifier, trained: set[str]) -> None:
     Every later ``train()`` or ``eval()`` of the model undoes this.
     """
     model.eval()
-    for module in trained_modules(model, trained):
+    for module in modules_of(model.network, model.shape, trained):
         module.train()
-    model.network.head_drop.train("head" in trained)
-
-
-def trained_modules(model: Classifier, trained: set[str]) -> list[nn.Module]:
-    """The parts of the trunk that belong to trained blocks."""
-    num_blocks = len(model.shape.block_config)
-    return [
-        module
-        for name, module in model.network.features.named_children()
-        if block_of(f"features.{name}", num_blocks) in trained
-    ]
 
 
 def trained_norms(model: Classifier, trained: set[str]) -> list[BatchNorm]:
-    """The BatchNorms of trained blocks."""
-    modules = trained_modules(model, trained)
+    """The BatchNorms of trained blocks; none where the network has none."""
+    modules = modules_of(model.network, model.shape, trained)
     return [norm for m in modules for norm in m.modules() if isinstance(norm, BatchNorm)]
 
 
@@ -107,19 +125,12 @@ def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
     Returns:
         dicts with name, params, lr and weight_decay.
     """
-    members: dict[str, list[nn.Parameter]] = {block: [] for block in block_names(model.network)}
-    num_blocks = len(model.shape.block_config)
+    members: dict[str, list[nn.Parameter]] = {block: [] for block in block_names(model.shape)}
     for name, parameter in model.network.named_parameters():
-        members[block_of(name, num_blocks)].append(parameter)
+        members[block_of(name, model.shape)].append(parameter)
     return [
-        {
-            "name": block,
-            "params": parameters,
-            "lr": stage.lr[block],
-            "weight_decay": stage.weight_decay,
-        }
-        for block, parameters in members.items()
-        if block in stage.lr
+        {"name": block, "params": members[block], "lr": lr, "weight_decay": stage.weight_decay}
+        for block, lr in rates_of(stage, model.shape).items()
     ]
 
 

@@ -10,11 +10,11 @@ import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from cxrdist.config import TrainConfig
+from cxrdist.config import Network, TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
-from cxrdist.data.plan import Plan, copies_of, plan_epoch
+from cxrdist.data.plan import Plan, balanced_copies, copies_of, plan_epoch
 from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
@@ -54,6 +54,7 @@ NOT_SCIENCE = (
 )  # paths and outputs stay out of the recipe
 ADDED = {
     "uncertain": "ignore",
+    "balance": "none",
     "fold": None,
 }  # fields that older recipes lack, and what their runs did
 
@@ -121,11 +122,17 @@ def fixed_recipe(config: TrainConfig) -> str:
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
     fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
-    for stage in fields["stages"].values():
-        if stage["background"] is None:  # older recipes lack it, and are the same
+    for stage in fields["stages"].values():  # older recipes lack these fields, and are the same
+        if stage["background"] is None:
             del stage["background"]
-    fields["network"]["block_config"] = list(config.network.block_config)
-    return fields
+        if stage["block_decay"] == 1:
+            del stage["block_decay"]
+    network = {k: v for k, v in fields["network"].items() if v is not None}
+    if "block_config" in network:
+        network["block_config"] = list(network["block_config"])
+    if network["architecture"] == Network().architecture:
+        del network["architecture"]
+    return {**fields, "network": network}
 
 
 def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
@@ -202,9 +209,10 @@ def build_training(
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
     stated = index.targets()
     targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
-    copies = copies_of(targets, index.classes, config.copies)
+    by_class = _copies_by_class(config, index, targets[train])
+    copies = together(accelerator, lambda: copies_of(targets, index.classes, by_class))
     with accelerator.local_main_process_first():  # one download a node
-        read = _attempt(config.init)
+        read = _attempt(config)
     weights = together(accelerator, read)
     together(accelerator, lambda: _refuse_other_weights(run, weights))
     audit = together(accelerator, lambda: _read_audit(index))
@@ -227,6 +235,8 @@ def build_training(
             write_text(run.audit, audit)
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
+        if config.balance == "classes":
+            print(_describe_balance(index, targets[train], by_class))
         print(_describe_unknown(stated[train], targets[train]), end="")
     model.to(accelerator.device)
     model.to(memory_format=memory_format(accelerator.device))
@@ -245,6 +255,34 @@ def build_training(
         StopVote(accelerator),
         backgrounds,
     )
+
+
+def _copies_by_class(
+    config: TrainConfig, index: Index, targets: NDArray[np.int8]
+) -> dict[str, int]:
+    """Copies of each class: those of the recipe, or from the counts of train [T, classes]."""
+    if config.balance == "classes" and index.task == "multiclass":
+        return balanced_copies(targets, index.classes)
+    return config.copies
+
+
+def _describe_balance(index: Index, targets: NDArray[np.int8], by_class: dict[str, int]) -> str:
+    """A line for the terminal on the copies that `balance: classes` has chosen.
+
+    Args:
+        index: of the shards.
+        targets: int8 [T, classes] of train.
+        by_class: copies of each class.
+    """
+    if index.task == "multilabel":
+        return (
+            "balance: each image once per epoch, as images may have several labels: copies for a "
+            "rare one would be copies of the others"
+        )
+    counts = (targets == POSITIVE).sum(axis=0)
+    rows = zip(index.classes, counts.tolist(), strict=True)
+    shown = [f"{name} {n} x {by_class[name]} = {n * by_class[name]}" for name, n in rows]
+    return f"balance: images x copies in an epoch: {', '.join(shown)}"
 
 
 def _settle_targets(
@@ -305,10 +343,10 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def _attempt(init: str) -> Callable[[], InitialWeights]:
+def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
     """Read the weights now; an error waits for the moment when all ranks can stop together."""
     try:
-        weights = read_weights(init)
+        weights = read_weights(config.init, architecture=config.network.architecture)
     except CxrdistError as error:
         reason = error
 

@@ -64,9 +64,18 @@ class Updater:
             group["lr"] = torch.tensor(rate, device=device)
             if "capturable" in group:  # AdamW refuses to be recorded without; fused SGD is as it is
                 group["capturable"] = True
+        if self.average:
+            self.average.prepare_capture(device)
 
-    def set_rates(self, factor: float) -> None:
-        """Multiply the stage's learning rates by a factor, for the next step."""
+    def set_rates(self, factor: float, steps_done: int) -> None:
+        """Multiply the stage's learning rates by a factor, for the next step.
+
+        Args:
+            factor: as of `rate_factor`.
+            steps_done: in the stage; the average of few steps remembers less.
+        """
+        if self.average:
+            self.average.set_weight(steps_done)
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * factor)
@@ -121,11 +130,31 @@ class Average:
         self.state = {name: tensor.clone() for name, tensor in live.items()}
         self.set_aside: dict[str, Tensor] = {}
         self._live, self._average = list(live.values()), list(self.state.values())
-        self._weight = 1 - decay
+        self._decay = decay
+        self._weight: float | Tensor = 1 - decay
+
+    def prepare_capture(self, device: torch.device) -> None:
+        """Let the weight of the next step be memory on the device."""
+        self._weight = torch.tensor(self._weight, device=device)
+
+    def set_weight(self, steps_done: int) -> None:
+        """Choose how far the next step moves the average.
+
+        It keeps at most (1 + t) / (10 + t) after t steps (tf.train.ExponentialMovingAverage, with
+        num_updates). With its whole decay, a stage of few steps would publish little but the
+        weights that it began with, which may be random.
+        """
+        weight = 1 - min(self._decay, (1 + steps_done) / (10 + steps_done))
+        if isinstance(self._weight, Tensor):
+            self._weight.fill_(weight)
+        else:
+            self._weight = weight
 
     def update(self) -> None:
         """Move towards the weights."""
-        torch._foreach_lerp_(self._average, self._live, self._weight)
+        moves = torch._foreach_sub(self._live, self._average)
+        torch._foreach_mul_(moves, self._weight)  # no lerp, which takes no weight on the device
+        torch._foreach_add_(self._average, moves)
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take over the average of a checkpoint."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cxrdist.config import Augmentation
-from cxrdist.data.plan import copies_of, plan_epoch
+from cxrdist.data.plan import balanced_copies, copies_of, plan_epoch
 from cxrdist.errors import CxrdistError
 
 
@@ -86,3 +86,21 @@ def test_of_several_labels_the_one_of_most_copies_counts():
     """An image without a label, or with unknown ones, or one of a single copy, is taken once."""
     targets = np.array([[1, 1, 0], [0, 0, 0], [-1, -2, 1], [1, 0, 1]], np.int8)
     assert copies_of(targets, ["a", "b", "c"], {"a": 2, "b": 5}).tolist() == [5, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("counts", "copies"),
+    [
+        ((131, 1025, 1028), (8, 1, 1)),  # the paper's classes; it took 72 and 8
+        ((400, 20), (1, 20)),
+        ((100, 60, 90), (1, 2, 1)),
+        ((1000, 3), (1, 50)),  # and not 333
+        ((7, 0), (1, 1)),
+        ((5, 5), (1, 1)),
+    ],
+)
+def test_balance_makes_each_class_about_as_frequent_as_the_most_frequent(counts, copies):
+    """The nearest whole number of copies, within bounds; an absent class asks for none."""
+    classes = [f"class {i}" for i in range(len(counts))]
+    targets = np.repeat(np.eye(len(counts), dtype=np.int8), counts, axis=0)
+    assert balanced_copies(targets, classes) == dict(zip(classes, copies, strict=True))

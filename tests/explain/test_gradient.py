@@ -8,7 +8,8 @@ from cxrdist.explain import gradient
 from cxrdist.explain.fold import fold
 from cxrdist.explain.gradient import relevance
 from cxrdist.explain.relevance import Explainer
-from cxrdist.model.densenet import Classifier, Network, block_names, block_of
+from cxrdist.model.densenet import Classifier, Network
+from cxrdist.model.networks import block_names, block_of
 
 
 def starts(dtype: torch.dtype) -> torch.Tensor:
@@ -71,13 +72,13 @@ def test_frozen_parameters_get_no_gradient(frozen):
     share_outside(model, pixels).backward()
     expected = {name: p.grad.clone() for name, p in model.network.named_parameters()}
     model.zero_grad()
-    blocks = block_names(model.network)
+    blocks = block_names(model.shape)
     below = blocks[: blocks.index(frozen) + 1]
     for name, parameter in model.network.named_parameters():
-        parameter.requires_grad_(block_of(name, 3) not in below)
+        parameter.requires_grad_(block_of(name, model.shape) not in below)
     share_outside(model, pixels).backward()
     for name, parameter in model.network.named_parameters():
-        if block_of(name, 3) in below:
+        if block_of(name, model.shape) in below:
             assert parameter.grad is None, name
         else:
             assert torch.equal(parameter.grad, expected[name]), name

@@ -13,13 +13,12 @@ from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import (
     Classifier,
     Cover,
-    block_names,
-    block_of,
     load_model,
     save_calibration,
     save_model,
 )
 from cxrdist.model.description import Calibration
+from cxrdist.model.networks import block_names, block_of
 from cxrdist.model.weights import read_weights
 
 LOAD_LARGE = """
@@ -54,8 +53,8 @@ def test_it_is_torchvisions_densenet121_with_a_head_of_its_own():
 def test_every_parameter_has_its_block():
     """A transition belongs to the block before it, norm5 to the last dense block."""
     model = Classifier(Network(), ["a", "b"], 64)
-    blocks = {name: block_of(name) for name, _ in model.network.named_parameters()}
-    assert set(blocks.values()) == set(block_names(model.network))
+    blocks = {name: block_of(name, model.shape) for name, _ in model.network.named_parameters()}
+    assert set(blocks.values()) == set(block_names(model.shape))
     assert blocks["features.conv0.weight"] == "stem"
     assert blocks["features.norm0.bias"] == "stem"
     assert blocks["features.transition2.conv.weight"] == "denseblock2"

@@ -270,7 +270,7 @@ def test_thresholds_of_another_number_are_refused(tmp_path):
 
 
 CUT = ("cut.pt", "cut-legacy.pt", "cut-pickled.pt", "cut.safetensors")
-OTHERS = ("text.pt", "list.pt", "lost.pt", "page.pt", "lfs.pt", "resnet.pt", "folder", "script.pt")
+OTHERS = ("text.pt", "list.pt", "lost.pt", "page.pt", "lfs.pt", "mnasnet.pt", "folder", "script.pt")
 
 
 @pytest.mark.parametrize("name", [*CUT, *OTHERS])
@@ -294,8 +294,8 @@ def test_files_without_weights_are_refused(tmp_path, name):
         file.mkdir()
     elif name == "list.pt":
         torch.save([torch.zeros(1)], file)
-    elif name == "resnet.pt":
-        torch.save(torchvision.models.resnet18().state_dict(), file)
+    elif name == "mnasnet.pt":
+        torch.save(torchvision.models.mnasnet0_5().state_dict(), file)
     elif name == "script.pt":
         torch.jit.script(nn.Linear(1, 1)).save(file)
     elif name != "lost.pt":
@@ -308,7 +308,7 @@ def test_files_without_weights_are_refused(tmp_path, name):
         "lost.pt": "no such file",
         "page.pt": "a web page",
         "lfs.pt": "a pointer of Git LFS",
-        "resnet.pt": "holds no DenseNet",
+        "mnasnet.pt": "of no network that is known here",
         "folder": "without a trained model",
         "script.pt": "TorchScript",
         "text.pt": "neither safetensors nor",
@@ -368,7 +368,7 @@ def test_show_says_what_a_file_is(tmp_path, capsys):
     assert main(["weights", "show", str(tmp_path / "w.pt")]) == 0
     said = capsys.readouterr().out
     for text in (
-        *("CheXNet, as in arnoweng/CheXNet", "blocks of 2, 2, 2, 2 layers", "growth rate 4"),
+        *("CheXNet, as in arnoweng/CheXNet", "blocks of 2-2-2-2 layers", "growth rate 4"),
         *("Atelectasis, Cardiomegaly", "0.485, 0.456, 0.406", "none missing or left over"),
     ):
         assert text in said

@@ -28,7 +28,8 @@ from cxrdist.errors import CxrdistError
 from cxrdist.explain import gradient
 from cxrdist.explain.background import evaluating, share_of_relevance, squared_gradient
 from cxrdist.explain.relevance import Explainer
-from cxrdist.model.densenet import Classifier, block_of
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.networks import block_of
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory, read_log
 from cxrdist.train import learner, stage
@@ -186,7 +187,7 @@ def test_a_step_with_a_penalty_reads_nothing_and_trains_what_is_not_frozen(
         assert sums.dtype == torch.float32
         sums[1].backward()
     reached = {
-        block_of(name)
+        block_of(name, SMALL)
         for name, parameter in model.network.named_parameters()
         if parameter.grad is not None
     }

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ranks import BLOCKS
+from ranks import BLOCKS, SMALL
 from safetensors.torch import load_file
 from support import make_shards, run_ranks
 
-from cxrdist.model.densenet import block_of
+from cxrdist.model.networks import block_of
 from cxrdist.run import read_log
 
 SCRIPT = Path(__file__).parent / "ranks.py"
@@ -68,13 +68,13 @@ def test_every_stage_keeps_ranks_equal_and_frozen_blocks_untouched(outcomes, wor
     for stage, one in first.items():
         two, trained = last[stage], set(one["trained"])
         assert one["steps"] >= 10
-        assert {block_of(k) for k in one["gradients"]} == trained
+        assert {block_of(k, SMALL) for k in one["gradients"]} == trained
         for key, gradient in one["gradients"].items():
             assert torch.equal(gradient, two["gradients"][key]), (stage, key)
             assert not torch.equal(one["after"][key], one["before"][key]), (stage, key)
         for key, before in one["before"].items():
             assert torch.equal(one["after"][key], two["after"][key]), (stage, key)
-            if block_of(key) not in trained:
+            if block_of(key, SMALL) not in trained:
                 assert torch.equal(one["after"][key], before), (stage, key)
             elif "running_mean" in key:
                 assert not torch.equal(one["after"][key], before), (stage, key)

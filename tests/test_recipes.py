@@ -1,0 +1,117 @@
+"""`cxrdist train --shards S --run R` alone, as a new user types it, on small sets of every kind."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support import make_shards
+
+from cxrdist.cli import main
+from cxrdist.config import PackConfig
+from cxrdist.data.pack import pack
+from cxrdist.run import read_log
+from cxrdist.train.loop import _advice_on_cores
+
+# A network that trains in no time; all else is the recipe's own.
+SMALL = ("--network.growth-rate", 4, "--network.block-config", "[1,1,1,1]")
+SHORT = ("--stages.all.epochs", 2)
+
+
+def train(shards: Path, run: Path, *options: object) -> int:
+    """Run the command with what makes it short."""
+    places = ("--shards", shards, "--run", run, "--cache", run.parent / "cache")
+    return main(["train", *map(str, (*places, *SMALL, *SHORT, *options))])
+
+
+def epochs_of(run: Path) -> dict[str, list[dict]]:
+    """Rows of the log by stage, one per epoch, without what the stage began with."""
+    stages: dict[str, list[dict]] = {}
+    for row in read_log(run / "log.jsonl"):
+        if row["kind"] == "epoch" and row["epoch"]:
+            stages.setdefault(row["stage"], []).append(row)
+    return stages
+
+
+def write_table(folder: Path, num_images: int = 24) -> Path:
+    """A table of noise whose images have two labels, one of them, or none."""
+    random = np.random.default_rng(0)
+    rows = ["path,labels,patient"]
+    for i in range(num_images):
+        Image.fromarray(random.integers(0, 255, (40, 40), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,{('Edema|Mass', 'Mass', 'Mass', '')[i % 4]},p{i}")
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    return folder / "table.csv"
+
+
+def test_three_classes_from_random_weights_and_then_from_that_run(shards, tmp_path, capsys):
+    """`--init none` takes scratch, weights take finetune; 30 images are less than a batch of 32."""
+    assert train(shards, tmp_path / "one", "--init", "none") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("recipe: scratch, as --init none gives random weights and no --config")
+    assert "balance: images x copies in an epoch: a 10 x 1 = 10, b c 10 x 1 = 10, d 10" in said
+    assert list(epochs_of(tmp_path / "one")) == ["all"]
+    assert train(shards, tmp_path / "two", "--init", tmp_path / "one") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("recipe: finetune, which suits any classes, as no --config is given")
+    stages = epochs_of(tmp_path / "two")
+    assert {name: len(rows) for name, rows in stages.items()} == {"head": 3, "all": 2}
+    assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+
+
+def test_two_classes_of_20_to_1_have_as_many_images_in_an_epoch(tmp_path, capsys):
+    """Of 60 and 3 images the 3 are taken 20 times each: eight steps of 15 images."""
+    shards = make_shards(tmp_path, {"common": 120, "rare": 6}, split="0.5/0.2/0.3")
+    assert train(shards, tmp_path / "run", "--init=none") == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith("balance: "))
+    numbers = [int(word) for word in line.replace(",", "").split() if word.isdigit()]
+    (common, once, all_common), (rare, copies, all_rare) = numbers[:3], numbers[3:]
+    assert (once, copies) == (1, round(common / rare))
+    assert abs(all_common - all_rare) <= rare / 2
+    first = epochs_of(tmp_path / "run")["all"][0]
+    assert first["step"] == -(-(all_common + all_rare) // 16)
+
+
+def test_a_table_of_several_labels_is_taken_as_it_is(tmp_path, capsys):
+    """No copies: those for a rare label would be copies of the others too."""
+    table = write_table(tmp_path)
+    pack(PackConfig("csv", table, tmp_path / "shards", size=32, split="0.5/0.25/0.25", workers=1))
+    assert train(tmp_path / "shards", tmp_path / "run", "--init", "none") == 0
+    assert (
+        "balance: each image once per epoch, as images may have several" in capsys.readouterr().out
+    )
+    first = epochs_of(tmp_path / "run")["all"][0]
+    assert first["step"] == 1  # 12 images, a batch has 16
+
+
+def test_the_papers_recipe_names_one_for_other_classes(shards, tmp_path, capsys):
+    """Its copies are of its own classes; nothing is begun."""
+    places = ("--shards", shards, "--run", tmp_path / "run", "--cache", tmp_path / "cache")
+    options = map(str, (*places, *SMALL, "--init", "none"))
+    assert main(["train", "--config", "bassi2020", *options]) == 2
+    said = capsys.readouterr().err
+    assert "copies: no class 'COVID-19' in the shards; they have a, b c, d. For classes of" in said
+    assert "take the recipe finetune, or with --init none scratch" in said
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_copies_and_balance_together_are_refused(shards, tmp_path, capsys):
+    """Either the recipe says the copies, or the counts do."""
+    assert train(shards, tmp_path / "run", "--init", "none", "--copies.d", 3) == 2
+    assert "balance: classes chooses the copies from the counts" in capsys.readouterr().err
+
+
+def test_more_cpu_ranks_than_cores_are_advised_against():
+    """As with a config for eight GPUs on a laptop; nothing is said of a rank per core."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    cores = len(os.sched_getaffinity(0))
+    with pytest.MonkeyPatch.context() as patch:
+        accelerator.local_process_index = 0
+        patch.setenv("LOCAL_WORLD_SIZE", str(cores))
+        assert _advice_on_cores(accelerator) == ""
+        patch.setenv("LOCAL_WORLD_SIZE", str(cores + 1))
+        assert f"launch with --num_processes {cores}\n" in _advice_on_cores(accelerator)
