@@ -45,20 +45,20 @@ NAMES = {
     "densenet201": "densenet201",
     "densenet121": "densenet121",
     "densenet121-findings": "densenet121-findings",
-    "bassi2020-head": "bassi2020",
-    "bassi2020-unfreeze": "bassi2020",
-    "bassi2020-no_decay": "bassi2020",
-    "bassi2020-all_equal": "bassi2020",
+    "bassi2020 head": "bassi2020",
+    "bassi2020 unfreeze": "bassi2020",
+    "bassi2020 no_decay": "bassi2020",
+    "bassi2020": "bassi2020",
 }
 """The row of launch/paper.sh that makes a run, by the run's name."""
 BASELINE = "perceptron"
 PAPER = {
     "squeezenet1_1": 98.3,
     "densenet201": 96.7,
-    "bassi2020-head": 89.5,
-    "bassi2020-unfreeze": 96.1,
-    "bassi2020-no_decay": 96.7,
-    "bassi2020-all_equal": 97.8,
+    "bassi2020 head": 89.5,
+    "bassi2020 unfreeze": 96.1,
+    "bassi2020 no_decay": 96.7,
+    "bassi2020": 97.8,
 }
 """Accuracy in % that the paper gives (sections 3.3 and 4), of one draw; the first two are those of
 Chowdhury et al. 2020."""
@@ -112,11 +112,14 @@ def _thumbnails(run: RunDirectory) -> ThumbnailsInfo | None:
 
 
 def seconds(run: RunDirectory) -> float:
-    """The time of a training, without starts and pauses."""
+    """The time of a training, without starts and pauses; of RUN/stages/NAME that of the stage."""
     if thumbnails := _thumbnails(run):
         return thumbnails["seconds"]
-    stages = read_epochs(run.log, "multiclass").values()
-    return float(np.nansum([epoch["seconds"] for epochs in stages for epoch in epochs]))
+    is_stage = run.root.parent.name == "stages"
+    log = RunDirectory(run.root.parents[1] if is_stage else run.root).log
+    epochs = read_epochs(log, "multiclass")
+    stages = [run.root.name] if is_stage else list(epochs)
+    return float(np.nansum([epoch["seconds"] for stage in stages for epoch in epochs[stage]]))
 
 
 def is_right(scored: Scored) -> np.ndarray:
@@ -154,12 +157,14 @@ def differ(a: dict[int, Scored], b: dict[int, Scored]) -> Difference:
 
 
 def find_rows(folder: Path) -> dict[str, Row]:
-    """Find the evaluated runs of a set by their names."""
+    """Find the evaluated runs of a set by their names; NAME STAGE is NAME-K/stages/STAGE."""
     found: dict[str, dict[int, RunDirectory]] = {}
-    for metrics in sorted(folder.glob("*/test/metrics.json")):
-        run = metrics.parent.parent
-        if match := DRAWN.fullmatch(run.name):
-            found.setdefault(match[1], {})[int(match[2])] = RunDirectory(run)
+    for pattern in ("*/test/metrics.json", "*/stages/*/test/metrics.json"):
+        for metrics in sorted(folder.glob(pattern)):
+            first, *stage = metrics.parents[1].relative_to(folder).parts
+            if match := DRAWN.fullmatch(first):
+                name = " ".join([match[1], *stage[1:]])
+                found.setdefault(name, {})[int(match[2])] = RunDirectory(metrics.parents[1])
     names = [*NAMES, *(name for name in found if name not in NAMES)]
     return {name: Row(dict(sorted(found[name].items()))) for name in names if name in found}
 
