@@ -25,9 +25,8 @@ data=$1 out=$2 launch=$(dirname "${BASH_SOURCE[0]}")
 rows=("${@:3}")
 [ ${#rows[@]} -gt 0 ] || rows=(
     paper/thumbnails adults/thumbnails covid3/thumbnails
-    paper/squeezenet1_1 paper/resnet18 paper/alexnet paper/densenet121 paper/words
-    covid3/densenet121 adults/densenet121 paper/densenet121-findings paper/bassi2020
-    paper/densenet201
+    paper/squeezenet1_1 paper/resnet18 paper/alexnet paper/densenet121 covid3/densenet121
+    adults/densenet121 paper/densenet121-findings paper/bassi2020 paper/densenet201 paper/words
 )
 
 # A signal is passed on to the command, which saves, and then ends this shell too.
