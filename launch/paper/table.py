@@ -7,7 +7,7 @@ them, so intervals draw patients with all their images, as in `cxrdist evaluate`
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -248,15 +248,19 @@ def table2(row: Row) -> str:
     metrics = compute_metrics(
         torch.from_numpy(pooled.logits), torch.from_numpy(labels), pooled.classes
     )
-    scores = ("recall", "precision", "f1")
     rows = [
-        [name, *map(str, counts), *(f"{metrics['classes'][name][s]:.3f}" for s in scores)]
+        [name, *map(str, counts), *_three(metrics["classes"][name])]
         for name, counts in zip(pooled.classes, metrics["confusion_matrix"], strict=True)
     ]
-    means = [f"{metrics['macro'][score]:.3f}" for score in scores]
-    rows.append(["All classes mean", *[""] * len(pooled.classes), *means])
+    rows.append(["All classes mean", *[""] * len(pooled.classes), *_three(metrics["macro"])])
     predicted = [f"Predicted {name}" for name in pooled.classes]
     return markdown(rows, ["Truth", *predicted, "Recall", "Precision", "F1 score"])
+
+
+def _three(scores: Mapping[str, float | None]) -> list[str]:
+    """The scores of the paper's Table 2; a dash where one is not defined."""
+    values = [scores[name] for name in ("recall", "precision", "f1")]
+    return ["-" if value is None else f"{value:.3f}" for value in values]
 
 
 def findings(out: Path) -> str:

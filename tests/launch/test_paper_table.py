@@ -117,6 +117,15 @@ def test_the_papers_table_2_is_of_all_draws_together():
     assert lines[3][-3:] == [f"{score.mean():.3f}" for score in (recall, precision, f1)]
 
 
+def test_a_class_that_is_never_predicted_has_no_precision():
+    """A dash, also for the mean; its recall is 0."""
+    test = make_scored(0)
+    test.logits[:, 2] = -9
+    lines = [line.split("|")[-4:-1] for line in table2(row_of(test)).splitlines()]
+    assert [cell.strip() for cell in lines[4]] == ["0.000", "-", "0.000"]
+    assert [cell.strip() for cell in lines[5]][1] == "-"
+
+
 def test_a_patient_of_two_draws_counts_once():
     """The same images in two draws make no interval narrower, other patients do."""
     test = make_scored(0)
