@@ -58,7 +58,8 @@ def twice(tmp_path_factory) -> Path:
     stages = [(f"--stages.{name}.epochs", 1) for name in names]
     run(
         *("train", "--config", "bassi2020", *common, *(x for stage in stages for x in stage)),
-        *("--shards", folder / "shards", "--run", folder / "run-bassi", "--copies", "{}"),
+        *("--shards", folder / "shards", "--run", folder / "run-bassi"),
+        *("--copies", "{COVID-19: 8, NORMAL: 2, Viral Pneumonia: 2}"),
         *("--init", folder / "run-chexnet"),
     )
     return folder

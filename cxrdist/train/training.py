@@ -14,7 +14,7 @@ from cxrdist.config import TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
-from cxrdist.data.plan import Plan, copies_of, plan_epoch
+from cxrdist.data.plan import Plan, copies_of, plan_epoch, refuse_uncrossed
 from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
@@ -55,6 +55,7 @@ NOT_SCIENCE = (
 ADDED = {
     "uncertain": "ignore",
     "fold": None,
+    "frozen_batch_norm": "kept",
 }  # fields that older recipes lack, and what their runs did
 
 
@@ -124,6 +125,8 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
     for stage in fields["stages"].values():
         if stage["background"] is None:  # older recipes lack it, and are the same
             del stage["background"]
+    if config.augmentation.draws == "free":  # as above
+        del fields["augmentation"]["draws"]
     fields["network"]["block_config"] = list(config.network.block_config)
     return fields
 
@@ -203,6 +206,8 @@ def build_training(
     stated = index.targets()
     targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
     copies = copies_of(targets, index.classes, config.copies)
+    taken = np.concatenate([train, val])
+    together(accelerator, lambda: refuse_uncrossed(copies[taken], config.augmentation))
     with accelerator.local_main_process_first():  # one download a node
         read = _attempt(config.init)
     weights = together(accelerator, read)
