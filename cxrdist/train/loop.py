@@ -127,7 +127,8 @@ def _refuse_single_values(training: Training) -> None:
     """
     recipe, world_size = training.recipe, training.accelerator.num_processes
     size_px = training.model.image_size_px
-    trained = [name for name, stage in recipe.stages.items() if "denseblock4" in stage.lr]
+    all_move = recipe.frozen_batch_norm == "moving"
+    trained = [name for name, s in recipe.stages.items() if all_move or "denseblock4" in s.lr]
     smallest = training.num_images // -(-training.num_images // recipe.global_batch_size)
     if recipe.batch_norm == "per_rank":
         smallest = max(1, smallest // world_size)
@@ -151,10 +152,11 @@ def _advice(config: TrainConfig, world_size: int) -> str:
             f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
         )
     trains_norms = any(set(stage.lr) - {"head"} for stage in config.stages.values())
-    if most is not None and trains_norms and -(-batch // world_size) > most:
+    norms_move = trains_norms or config.frozen_batch_norm == "moving"
+    if most is not None and norms_move and -(-batch // world_size) > most:
         lines.append(
-            f"micro-batches of {most} images per rank: trained BatchNorm sees one at a time, not "
-            "the whole step"
+            f"micro-batches of {most} images per rank: BatchNorm that moves sees one at a time, "
+            "not the whole step"
         )
     return "".join(f"{line}\n" for line in lines)
 

@@ -74,14 +74,21 @@ def freeze(model: Classifier, trained: set[str]) -> None:
         parameter.requires_grad_(block_of(name, num_blocks) in trained)
 
 
-def set_modes(model: Classifier, trained: set[str]) -> None:
+def set_modes(model: Classifier, trained: set[str], *, moving: bool = False) -> None:
     """Put trained blocks in training mode, frozen ones with their BatchNorm in evaluation mode.
 
     Every later ``train()`` or ``eval()`` of the model undoes this.
+
+    Args:
+        model: to be trained.
+        trained: blocks that are trained.
+        moving: put the BatchNorm of frozen blocks in training mode as well.
     """
     model.eval()
     for module in trained_modules(model, trained):
         module.train()
+    for norm in moving_norms(model, trained, moving=moving):
+        norm.train()
     model.network.head_drop.train("head" in trained)
 
 
@@ -95,8 +102,10 @@ def trained_modules(model: Classifier, trained: set[str]) -> list[nn.Module]:
     ]
 
 
-def trained_norms(model: Classifier, trained: set[str]) -> list[BatchNorm]:
-    """The BatchNorms of trained blocks."""
+def moving_norms(model: Classifier, trained: set[str], *, moving: bool = False) -> list[BatchNorm]:
+    """List the BatchNorms whose statistics move: of trained blocks, or if `moving` of all."""
+    if moving:
+        return model.norms
     modules = trained_modules(model, trained)
     return [norm for m in modules for norm in m.modules() if isinstance(norm, BatchNorm)]
 

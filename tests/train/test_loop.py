@@ -41,9 +41,10 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("frozen", ["kept", "moving"])
+def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch, frozen):
     """Killed after each epoch and started again, a run ends in the weights of an unbroken one."""
-    train(recipe(shards, tmp_path / "whole"))
+    train(recipe(shards, tmp_path / "whole", frozen_batch_norm=frozen))
     save = stage.save_checkpoint
 
     def save_and_die(*arguments):
@@ -53,9 +54,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "save_checkpoint", save_and_die)
     for _ in range(4):
         with pytest.raises(Killed):
-            train(recipe(shards, tmp_path / "broken"))
+            train(recipe(shards, tmp_path / "broken", frozen_batch_norm=frozen))
     monkeypatch.undo()
-    train(recipe(shards, tmp_path / "broken"))
+    train(recipe(shards, tmp_path / "broken", frozen_batch_norm=frozen))
     whole, broken = (
         (tmp_path / name / "model" / "model.safetensors").read_bytes()
         for name in ("whole", "broken")
