@@ -35,6 +35,7 @@ from cxrdist.run import (
     write_json,
     write_text,
 )
+from cxrdist.terminal import table
 from cxrdist.train.background import (
     BackgroundLoss,
     describe_text_boxes,
@@ -233,6 +234,8 @@ def build_training(
         write_text(run.recipe, recipe_yaml(config))
         print(f"weights: {weights.source}, {num_copied} tensors")
         print(_describe_unknown(stated[train], targets[train]), end="")
+        print(epoch_table(targets, index.classes, copies, (train, val)))
+        print(_describe_steps(int(copies[train].sum()), config))
     model.to(accelerator.device)
     model.to(memory_format=memory_format(accelerator.device))
     # One fixed draw of the expanded validation split, so that epochs can be compared.
@@ -303,6 +306,36 @@ def _describe_unknown(stated: NDArray[np.int8], learnt: NDArray[np.int8]) -> str
         f"labels of train: {int(uncertain.sum())} uncertain (count as {', '.join(counted)}), "
         f"{num_missing} missing, of {stated.size}; what is ignored or missing has no loss\n"
     )
+
+
+def epoch_table(
+    targets: NDArray[np.int8],
+    classes: list[str],
+    copies: NDArray[np.int64],
+    splits: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> str:
+    """Tell for the terminal what an epoch and a validation take of each class.
+
+    An image of several labels counts in the row of each of them.
+
+    Args:
+        targets: int8 [samples, classes], as `Material` has them.
+        classes: names of the columns.
+        copies: int64 [samples], of each in an epoch.
+        splits: sample numbers of train, and of val.
+    """
+    rows = []
+    for name, has in [*zip(classes, (targets == POSITIVE).T, strict=True), ("all", None)]:
+        chosen = [split if has is None else split[has[split]] for split in splits]
+        counts = [(len(numbers), int(copies[numbers].sum())) for numbers in chosen]
+        rows.append([name, *(str(count) for pair in counts for count in pair)])
+    return table(rows, ["class", "train", "per epoch", "val", "per validation"])
+
+
+def _describe_steps(num_images: int, config: TrainConfig) -> str:
+    """Tell for the terminal how many steps an epoch has."""
+    batch = config.global_batch_size
+    return f"an epoch: {num_images:,} images in {-(-num_images // batch):,} steps of up to {batch}"
 
 
 def memory_format(device: torch.device) -> torch.memory_format:

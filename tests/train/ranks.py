@@ -7,7 +7,7 @@ torch is loaded once for all of them. A job is `stages`, or MODE/BATCH[:IMAGES_P
 gradient of a step. The mode is `frozen` or `trained`, which BatchNorm is then, `compiled`, which is
 `trained` in one compiled graph, `bf16`, which is `trained` under autocast, or `per_rank`, which is
 `trained` on its own slice. `lrp` and `gradient` are `trained` with a background loss by that
-method, `frozen_lrp` is `frozen`. The job `moving` is `stages` where BatchNorm of frozen blocks moves.
+method, `frozen_lrp` is `frozen`. The job `moving` is `stages` where frozen BatchNorm moves.
 """
 
 import os
