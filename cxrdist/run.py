@@ -86,6 +86,10 @@ class RunDirectory:
         """The weights for use, with model.json."""
         return self.inside("model")
 
+    def stage(self, name: str) -> "RunDirectory":
+        """A run of a stage before the last one, with the model of its best epoch."""
+        return RunDirectory(self.inside("stages", name))
+
     @property
     def tracking(self) -> Path:
         """What the trackers of --track write."""

@@ -1,6 +1,7 @@
 """Stages: which blocks are trained at which rates, and when a stage ends."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,16 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
 
     Raises:
         CxrdistError: there is no stage, or one names an unknown block, trains nothing, or has a
-            rate or a number that is not above 0.
+            name that is none for a directory, or a rate or a number that is not above 0.
     """
     if not stages:
         raise CxrdistError("stages: the recipe has none; see recipes/bassi2020.yaml for four")
     for name, stage in stages.items():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}", name):
+            raise CxrdistError(
+                f"stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
+                "digits, dots, -, _ and spaces, at most 100 of them"
+            )
         for block, lr in stage.lr.items():
             if block not in blocks:
                 raise CxrdistError(

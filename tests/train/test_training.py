@@ -1,8 +1,10 @@
 """What a run tells of its plan before it begins."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from cxrdist.cli import COMMANDS, parse
 from cxrdist.data.plan import copies_of, plan_epoch, refuse_uncrossed
@@ -53,3 +55,41 @@ def test_an_image_of_several_labels_counts_for_each_of_them():
         ["b", "2", "7", "1", "1"],
         ["all", "3", "8", "1", "1"],
     ]
+
+
+def commands_of(recipe: Path) -> list[list[str]]:
+    """Read the commands that stand in the head of a recipe, as a shell would."""
+    lines = [line[1:] for line in recipe.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(lines).replace("\\\n", " ")
+    starts = ("   cxrdist ", "   accelerate ")
+    return [
+        shlex.split(line, comments=True) for line in text.splitlines() if line.startswith(starts)
+    ]
+
+
+def test_the_papers_commands_are_the_papers_protocol(monkeypatch):
+    """Two ranks in float32, and words covered with black on the test images only.
+
+    Accelerate itself reads the launch, and cxrdist the rest.
+    """
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(root)
+    find, pack, train, evaluate = commands_of(root / "cxrdist" / "recipes" / "bassi2020.yaml")
+    launch = train.index("-m")
+    options, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args([*train[2:launch], "x.py"])
+    )
+    assert (options.num_processes, options.mixed_precision) == (2, "no")
+    assert train[launch + 1 : launch + 3] == ["cxrdist", "train"]
+    trained = parse(COMMANDS["train"], "train", train[launch + 3 :])
+    assert trained.augmentation.draws == "crossed"
+    assert trained.frozen_batch_norm == "moving"
+    packed = parse(COMMANDS["pack"], "pack", pack[2:])
+    assert (packed.cover, packed.cover_split, packed.split) == ("black", "test", "paper")
+    found = parse(COMMANDS["find-text"], "find-text", find[2:])
+    assert (found.out, found.input, found.source) == (
+        *(packed.text_boxes, packed.input, packed.source),
+    )
+    assert packed.out == trained.shards
+    evaluated = parse(COMMANDS["evaluate"], "evaluate", evaluate[2:])
+    assert evaluated.run.parent.parent == trained.run
