@@ -1,7 +1,6 @@
 """Stages: which blocks are trained at which rates, and when a stage ends."""
 
 import math
-import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.info import GroupInfo
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.densenet import Classifier, block_names, block_of
+from cxrdist.run import refuse_bad_stage_name
 
 MOMENTUM = 0.9  # paper, section 3.3
 
@@ -27,11 +27,7 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
     if not stages:
         raise CxrdistError("stages: the recipe has none; see recipes/bassi2020.yaml for four")
     for name, stage in stages.items():
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}", name):
-            raise CxrdistError(
-                f"stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
-                "digits, dots, -, _ and spaces, at most 100 of them"
-            )
+        refuse_bad_stage_name(name)
         for block, lr in stage.lr.items():
             if block not in blocks:
                 raise CxrdistError(
