@@ -168,7 +168,7 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of the random affine warp; the defaults are the paper's (section 2.3)."""
+    """The random affine warp; the ranges by default are the paper's (section 2.3)."""
 
     degrees: float = 40.0
     """Rotation, drawn from -degrees to degrees."""
@@ -178,6 +178,10 @@ class Augmentation:
     """Shift up or down, at most this fraction of the height (28 of 224 px)."""
     flip: bool = True
     """Mirror every second copy of an image, and one without a partner by chance."""
+    draws: Literal["free", "crossed"] = "free"
+    """free: each copy of an image has a rotation and a shift of its own. crossed: 2 x k x k copies
+    are k rotations, each with the same k shifts, each plain and mirrored (paper, section 2.3: 8
+    copies are 2 x 2 x 2, 72 are 2 x 6 x 6); without flip k x k copies."""
 
 
 @dataclass(frozen=True)
@@ -367,6 +371,10 @@ class TrainConfig:
     """synchronised: where a stage trains BatchNorm, its statistics are those of all ranks, and any
     number of ranks trains the same network. per_rank: no communication in the layers; but the
     gradient is not that of the whole batch, and more ranks train another, often worse network."""
+    frozen_batch_norm: Literal["kept", "moving"] = "kept"
+    """BatchNorm of frozen blocks in training. kept: it normalises by its running statistics, which
+    stay as they are. moving: as PyTorch has it by default, it normalises by the images of the step,
+    and its running statistics follow them; only the parameters are frozen."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Ranges of the random warp."""
     network: Network = field(default_factory=Network)

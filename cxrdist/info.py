@@ -94,6 +94,8 @@ class StageInfo(TypedDict):
 
     parameter_groups: list[GroupInfo]
     frozen: list[str]
+    frozen_batch_norm: NotRequired[Literal["kept", "moving"]]
+    """Whether the statistics of frozen blocks moved; runs of older versions kept them."""
     epochs: Count
     steps: Count
     best_epoch: Count

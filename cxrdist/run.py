@@ -29,6 +29,9 @@ MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batche
 
 T = TypeVar("T")
 
+STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
+"""A stage has a directory of its name in the run."""
+
 _PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
 
@@ -85,6 +88,15 @@ class RunDirectory:
     def model(self) -> Path:
         """The weights for use, with model.json."""
         return self.inside("model")
+
+    def stage(self, name: str) -> "RunDirectory":
+        """A run of a stage before the last one, with the model of its best epoch.
+
+        Raises:
+            CxrdistError: the name is none for a directory, or a link is in the way.
+        """
+        refuse_bad_stage_name(name)
+        return RunDirectory(self.inside("stages", name))
 
     @property
     def tracking(self) -> Path:
@@ -176,6 +188,19 @@ class RunDirectory:
     def relevance_table(self, place: str) -> Path:
         """One row a sample and class: the ledger of the logit."""
         return self.inside(place, "relevance.csv")
+
+
+def refuse_bad_stage_name(name: str) -> None:
+    """Make sure that a stage can have a directory of its name.
+
+    Raises:
+        CxrdistError: it cannot.
+    """
+    if not STAGE_NAME.fullmatch(name):
+        raise CxrdistError(
+            f"stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
+            "digits, dots, -, _ and spaces, at most 100 of them"
+        )
 
 
 def external_place(name: str) -> str:

@@ -1,6 +1,7 @@
 """Trained twice: ImageNet's weights -> several labels -> three classes, by the own recipes."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cxrdist.model.densenet import load_model
 from cxrdist.model.download import sha256_of
 from cxrdist.model.layout import ONE_CHANNEL
 from cxrdist.model.weights import read_weights
+from cxrdist.run import read_log
 
 SHAPE = ("--network.growth_rate", 4, "--network.block_config", "[2, 2, 2, 2]")
 CLASSES = {"COVID-19": 12, "NORMAL": 12, "Viral Pneumonia": 12}
@@ -58,7 +60,8 @@ def twice(tmp_path_factory) -> Path:
     stages = [(f"--stages.{name}.epochs", 1) for name in names]
     run(
         *("train", "--config", "bassi2020", *common, *(x for stage in stages for x in stage)),
-        *("--shards", folder / "shards", "--run", folder / "run-bassi", "--copies", "{}"),
+        *("--shards", folder / "shards", "--run", folder / "run-bassi"),
+        *("--copies", "{COVID-19: 8, NORMAL: 2, Viral Pneumonia: 2}"),
         *("--init", folder / "run-chexnet"),
     )
     return folder
@@ -90,10 +93,21 @@ def test_the_chain_of_weights_is_recorded(twice):
     assert "started_from" not in first
 
 
-def test_the_report_shows_the_chain(twice):
+@pytest.fixture(scope="module")
+def page(twice) -> str:
+    """The report of the second run, after an evaluation of its first and its last stage."""
+    bassi = twice / "run-bassi"
+    for place in (bassi / "stages" / "head", bassi):
+        run(
+            *("evaluate", "--run", place, "--shards", twice / "shards"),
+            *("--cache", twice / "cache"),
+        )
+    run("report", "--run", bassi)
+    return (bassi / "report.html").read_text()
+
+
+def test_the_report_shows_the_chain(twice, page):
     """From the ImageNet file to this run, in this order, with the hashes."""
-    run("report", "--run", twice / "run-bassi")
-    page = (twice / "run-bassi" / "report.html").read_text()
     chain = page[page.index('<ol class="chain">') :].split("</ol>")[0]
     places = [
         chain.index(text)
@@ -104,6 +118,23 @@ def test_the_report_shows_the_chain(twice):
         )
     ]
     assert places == sorted(places)
+
+
+def test_the_report_shows_the_score_of_each_stage_that_was_evaluated(twice, page):
+    """As the paper gives test accuracy after each stage; the last stage is the run itself."""
+    bassi = twice / "run-bassi"
+    table = page.split("The best weights of each stage")[2]
+    rows = [re.sub(r"<[^>]*>", " ", row).split() for row in table.split("<tr>")[2:6]]
+    scores = [
+        f"{json.loads((place / 'test' / 'metrics.json').read_text())['accuracy']:.3f}"
+        for place in (bassi / "stages" / "head", bassi)
+    ]
+    assert [row[0] for row in rows] == ["head", "unfreeze", "no_decay", "all_equal"]
+    assert [row[6] for row in rows] == [scores[0], "\N{EM DASH}", "\N{EM DASH}", scores[1]]
+    assert len(list((bassi / "stages").iterdir())) == 3
+    log = [row for row in read_log(bassi / "log.jsonl") if row["kind"] == "epoch"]
+    reached = [f"{row['val_accuracy']:.3f}" for row in log if row["stage"] == "head"]
+    assert rows[0][4] == reached[int(rows[0][2])]
 
 
 def test_convert_keeps_the_chain_of_a_run(twice, tmp_path, capsys):

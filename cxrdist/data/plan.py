@@ -1,6 +1,7 @@
 """The plan: the order and the draws of an epoch, a pure function of (seed, stage, epoch)."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ class Draws:
     shift_y: NDArray[np.float32]
     flip: NDArray[np.bool_]
 
-    def rows(self, rows: slice) -> "Draws":
+    def rows(self, rows: slice | NDArray[np.int64]) -> "Draws":
         """The draws of some of the images."""
         return Draws(self.degrees[rows], self.shift_x[rows], self.shift_y[rows], self.flip[rows])
 
@@ -89,13 +90,13 @@ def plan_epoch(
     """Plan an epoch.
 
     Every second copy of an image is mirrored, so that 8 copies are 4 pairs as in the paper
-    (section 2.3), and a copy without a partner by chance; each copy has a rotation and a shift of
-    its own.
+    (section 2.3), and a copy without a partner by chance. Free draws give each copy a rotation and
+    a shift of its own; crossed ones give each image k rotations and k shifts.
 
     Args:
         samples: int64 [m], sample numbers of the split.
-        copies: int64 [m], how often each is taken.
-        augmentation: ranges of the draws.
+        copies: int64 [m], how often each is taken; for crossed draws see `refuse_uncrossed`.
+        augmentation: ranges of the draws, and whether they are crossed.
         batch_size: images of a step over all ranks, at most.
         key: seed, name of the stage, epoch.
     """
@@ -103,15 +104,82 @@ def plan_epoch(
     rows = np.repeat(samples, copies)
     copy = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
     order = random.permutation(len(rows))
-    draws = Draws(
-        degrees=_uniform(random, augmentation.degrees, len(rows)),
-        shift_x=_uniform(random, augmentation.shift_x, len(rows)),
-        shift_y=_uniform(random, augmentation.shift_y, len(rows)),
-        flip=_mirrored(random, copy[order], np.repeat(copies, copies)[order]) & augmentation.flip,
-    )
+    if augmentation.draws == "crossed":
+        draws = _crossed_draws(random, copy, copies, augmentation).rows(order)
+    else:
+        draws = _free_draws(random, copy[order], np.repeat(copies, copies)[order], augmentation)
     num_steps = -(-len(rows) // batch_size)
     bounds = np.arange(num_steps + 1, dtype=np.int64) * len(rows) // num_steps
     return Plan(rows[order], draws, bounds)
+
+
+def _free_draws(
+    random: np.random.Generator,
+    copy: NDArray[np.int64],
+    copies: NDArray[np.int64],
+    augmentation: Augmentation,
+) -> Draws:
+    """Draws of n rows, each with a rotation and a shift of its own; see `_mirrored`."""
+    return Draws(
+        degrees=_uniform(random, augmentation.degrees, len(copy)),
+        shift_x=_uniform(random, augmentation.shift_x, len(copy)),
+        shift_y=_uniform(random, augmentation.shift_y, len(copy)),
+        flip=_mirrored(random, copy, copies) & augmentation.flip,
+    )
+
+
+def _crossed_draws(
+    random: np.random.Generator,
+    copy: NDArray[np.int64],
+    copies: NDArray[np.int64],
+    augmentation: Augmentation,
+) -> Draws:
+    """Draws of n rows that cross each image's rotations, shifts and mirror (paper, section 2.3).
+
+    The paper mirrors last and `warp` first, so that a mirrored copy turns and shifts the other way:
+    it is the mirror image of the copy before it.
+
+    Args:
+        random: source of the draws.
+        copy: int64 [n], number of the copy among those of its image, which are in a row.
+        copies: int64 [m], of each image; see `refuse_uncrossed`.
+        augmentation: ranges, with or without mirror.
+    """
+    mirrors = 2 if augmentation.flip else 1
+    factor = np.repeat(np.sqrt(copies // mirrors).round().astype(np.int64), copies)
+    first = np.arange(len(copy)) - copy
+    rotation, shift = first + copy // mirrors // factor, first + copy // mirrors % factor
+    flip = copy % mirrors == 1
+    turn = np.where(flip, -1, 1).astype(np.float32)
+    return Draws(
+        degrees=_uniform(random, augmentation.degrees, len(copy))[rotation] * turn,
+        shift_x=_uniform(random, augmentation.shift_x, len(copy))[shift] * turn,
+        shift_y=_uniform(random, augmentation.shift_y, len(copy))[shift],
+        flip=flip,
+    )
+
+
+def refuse_uncrossed(copies: NDArray[np.int64], augmentation: Augmentation) -> None:
+    """Make sure that the copies of each image can be crossed, where the draws are to be.
+
+    Args:
+        copies: int64 [m], of each image.
+        augmentation: of the recipe.
+
+    Raises:
+        CxrdistError: a number of copies is not k rotations x k shifts, x 2 with the mirror.
+    """
+    if augmentation.draws != "crossed":
+        return
+    mirrors, product = (2, "2 x k x k") if augmentation.flip else (1, "k x k")
+    for number in np.unique(copies).tolist():
+        if mirrors * math.isqrt(number // mirrors) ** 2 != number:
+            fitting = ", ".join(str(mirrors * k * k) for k in range(1, 8))
+            raise CxrdistError(
+                f"copies: images with {number} {'copies' if number > 1 else 'copy'} in an epoch "
+                f"cannot have augmentation.draws crossed, which takes {product} copies of every "
+                f"image ({fitting} ...); change copies, or give --augmentation.draws free"
+            )
 
 
 def _mirrored(

@@ -16,7 +16,7 @@ from cxrdist.distributed import add_over_ranks, stack_over_ranks
 
 
 class BatchNorm(BatchNormAct2d):
-    """BatchNorm and ReLU. It leaves counting to its network (`Classifier.forward`).
+    """BatchNorm and ReLU. It leaves counting to its network (`Classifier.count_pass`).
 
     Attributes:
         shares: [ranks + 2] in the weights' dtype where the statistics are those of all ranks, else

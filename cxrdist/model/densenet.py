@@ -80,11 +80,15 @@ class Classifier(nn.Module):
         """Spread grey values 0..255, uint8 or float [B, 1, H, W], to float [B, C, H, W]."""
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of grey images, uint8 or float [B, 1, H, W] with values 0..255."""
+    def count_pass(self) -> None:
+        """Count a pass in each BatchNorm in training mode, which would each take an operation."""
         counters = [norm.num_batches_tracked for norm in self.norms if norm.training]
         if counters:
             torch._foreach_add_(counters, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of grey images, uint8 or float [B, 1, H, W] with values 0..255."""
+        self.count_pass()
         return self.network(self.normalise(images))
 
 

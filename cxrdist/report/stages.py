@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from cxrdist.info import RunInfo
 from cxrdist.report import pictures
-from cxrdist.report.files import Recipe, read_epochs
-from cxrdist.run import RunDirectory
+from cxrdist.report.files import Recipe, read_epochs, read_metrics
+from cxrdist.run import STAGE_NAME, RunDirectory
 
 
 def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list[dict[str, Any]]:
@@ -29,6 +29,11 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
                 "background": facts.get("background") if facts else None,
                 "frozen": facts["frozen"] if facts else [],
                 "best_epoch": best,
+                "val_score": next((row["val_score"] for row in rows if row["epoch"] == best), None),
+                "evaluated": {
+                    split: _own_score(run, None if name == [*names][-1] else name, split, task)
+                    for split in ("val", "test")
+                },
                 "rows": rows,
                 "score": "accuracy" if task == "multiclass" else "mean AUROC",
                 "charts": _charts(f"stage{place}", rows, best, task) if rows else [],
@@ -40,6 +45,20 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
             }
         )
     return views
+
+
+def _own_score(run: RunDirectory, stage: str | None, split: str, task: str) -> float | None:
+    """Read the score of a stage's model, of the last one for None; None if not evaluated.
+
+    Stages of older versions had any names, and no models of their own.
+    """
+    if stage is not None and not STAGE_NAME.fullmatch(stage):
+        return None
+    metrics = read_metrics((run.stage(stage) if stage else run).metrics(split), task)
+    if metrics is None:
+        return None
+    score: float | None = metrics["accuracy"] if task == "multiclass" else metrics["macro"]["auroc"]
+    return score
 
 
 def _charts(name: str, rows: list[dict[str, Any]], best: int | None, task: str) -> list[Markup]:

@@ -24,8 +24,8 @@ class Learner(nn.Module):
 
     Attributes:
         model: the network that is trained.
-        trunk: where all blocks of a DenseNet but the head are frozen, its features with folded
-            BatchNorms.
+        trunk: where all blocks of a DenseNet but the head are frozen, what gives the features: a
+            copy with folded BatchNorms, or if these move the network's own.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class Learner(nn.Module):
         background: BackgroundLoss | None = None,
         *,
         compiled: bool,
+        moving: bool = False,
     ) -> None:
         """Set up the passes of a stage.
 
@@ -46,6 +47,7 @@ class Learner(nn.Module):
             background: what the stage adds to its loss, if anything.
             compiled: make one graph of warp, network and loss. Shapes are fixed: slices differ by
                 one image at the most, so a stage has two.
+            moving: whether the statistics of frozen BatchNorms move.
         """
         super().__init__()
         self.model = model
@@ -53,7 +55,8 @@ class Learner(nn.Module):
         # In a list, so that it is no part of what DDP and optimisers see.
         self._trunk: list[nn.Module] = []
         if trained == {"head"} and isinstance(model.network, DenseNet):
-            self._trunk = [folded(model.network.features, precision)]
+            features = model.network.features
+            self._trunk = [features if moving else folded(features, precision)]
         self._loss = self.loss
         if compiled:
             torch.compiler.reset()  # PyTorch counts the graphs of all stages together
@@ -103,6 +106,7 @@ class Learner(nn.Module):
         if not self._trunk:
             logits: Tensor = self.model(images)
             return logits
+        self.model.count_pass()
         with torch.no_grad():
             features = self._trunk[0](self.model.normalise(images))
         head: Any = self.model.network

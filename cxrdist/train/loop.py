@@ -23,15 +23,25 @@ from cxrdist.run import (
     cut_log,
     locked,
     now,
+    read_log,
+    room_for,
     sweep,
     write_json,
+    write_text,
 )
 from cxrdist.signals import stopping_at_a_boundary
+from cxrdist.terminal import table
 from cxrdist.train.background import check_backgrounds, check_regions
 from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import check_stages, rates_of
-from cxrdist.train.training import Training, build_training, fixed_recipe, refuse_other_run
+from cxrdist.train.training import (
+    Training,
+    build_training,
+    fixed_recipe,
+    recipe_yaml,
+    refuse_other_run,
+)
 
 LEAST_IMAGES_PER_RANK = 4
 FEW_STEPS = 300
@@ -136,7 +146,8 @@ def _refuse_single_values(training: Training) -> None:
     model, size_px = training.model, training.model.image_size_px
     blocks = norms_of_one_value(model.shape, len(model.normalisation.mean), size_px)
     stages = recipe.stages.items()
-    trained = [name for name, stage in stages if blocks & rates_of(stage, model.shape).keys()]
+    moving = blocks if recipe.frozen_batch_norm == "moving" else set[str]()
+    trained = [n for n, stage in stages if blocks & (moving | rates_of(stage, model.shape).keys())]
     smallest = training.num_images // -(-training.num_images // recipe.global_batch_size)
     if recipe.batch_norm == "per_rank":
         smallest = max(1, smallest // world_size)
@@ -159,12 +170,13 @@ def _advice(config: TrainConfig, world_size: int) -> str:
             f"{batch} images per step on {world_size} ranks: most of the time goes into "
             f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
         )
-    has_norms = config.network.has_batch_norm
-    trains_norms = has_norms and any(set(s.lr) - {"head"} for s in config.stages.values())
-    if most is not None and trains_norms and -(-batch // world_size) > most:
+    trains_norms = any(set(stage.lr) - {"head"} for stage in config.stages.values())
+    moves = trains_norms or config.frozen_batch_norm == "moving"
+    norms_move = config.network.has_batch_norm and moves
+    if most is not None and norms_move and -(-batch // world_size) > most:
         lines.append(
-            f"micro-batches of {most} images per rank: trained BatchNorm sees one at a time, not "
-            "the whole step"
+            f"micro-batches of {most} images per rank: BatchNorm that moves sees one at a time, "
+            "not the whole step"
         )
     return "".join(f"{line}\n" for line in lines)
 
@@ -194,8 +206,17 @@ def _advice_on_steps(training: Training) -> str:
 
 
 def _run_stages(training: Training) -> None:
-    """Run the stages that are not done yet, each from the best weights of the one before."""
+    """Run the stages that are not done yet, each from the best weights of the one before.
+
+    The model of each but the last becomes a run, so that its own figures can be evaluated.
+    """
     accelerator, names = training.accelerator, list(training.recipe.stages)
+    last = names[-1]
+
+    def keep(stage: str) -> None:
+        if accelerator.is_main_process and stage != last:
+            _save_stage(training, stage)
+
     checkpoint = _resume(training)
     if checkpoint is not None:
         position = checkpoint.position
@@ -207,9 +228,12 @@ def _run_stages(training: Training) -> None:
             names = names[names.index(position.stage) + position.finished :]
             if checkpoint.best:
                 load_network(training.model.network, checkpoint.best)
+        if position.finished:  # killed before it was kept, perhaps
+            together(accelerator, lambda: keep(position.stage))
     for name in names:
         checkpoint = StageRun(training, name, checkpoint).run()
         training.model.network.load_state_dict(checkpoint.best)
+        together(accelerator, partial(keep, name))
 
 
 def _resume(training: Training) -> Checkpoint | None:
@@ -234,9 +258,41 @@ def _resume(training: Training) -> Checkpoint | None:
     return checkpoint
 
 
+def _save_stage(training: Training, name: str) -> None:
+    """Write RUN/stages/NAME with the model that a stage ends in."""
+    stage = training.run.stage(name)
+    with room_for(stage.root):
+        stage.root.mkdir(parents=True, exist_ok=True)
+    write_text(stage.recipe, recipe_yaml(training.recipe))
+    _write_model(training, stage)
+
+
 def _publish(training: Training) -> None:
     """Say in run.json when the run was finished; then, as its last act, write the model."""
-    run = training.run
-    write_json(run.info, {**read_info(run), "finished": now()})
+    _write_model(training, training.run)
+    print(_stage_table(training.run))
+
+
+def _write_model(training: Training, run: RunDirectory) -> None:
+    """Write run.json of a run that ends now, and then its model."""
+    write_json(run.info, {**read_info(training.run), "finished": now()})
     with atomic_directory(run.model) as directory:
         save_model(training.model, directory)
+
+
+def _stage_table(run: RunDirectory) -> str:
+    """Tell for the terminal what the best weights of each stage reach on the validation split."""
+    stages = read_info(run)["stages"]
+    scores: dict[tuple[str, int], float | None] = {}
+    name = "val_accuracy"
+    for row in read_log(run.log):
+        if row["kind"] == "epoch":
+            name = "val_auroc" if "val_auroc" in row else name
+            scores[row["stage"], row["epoch"]] = row[name]
+    rows = []
+    for stage, info in stages.items():
+        score = scores.get((stage, info["best_epoch"]))
+        shown = "-" if score is None else f"{score:.4f}"
+        of = f"{info['best_epoch']} of {info['epochs']}"
+        rows.append([stage, of, f"{info['best_val_loss']:.4f}", shown])
+    return table(rows, ["stage", "best epoch", "val loss", name.replace("_", " ")])

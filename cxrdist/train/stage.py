@@ -44,11 +44,11 @@ from cxrdist.train.stages import (
     build_optimizer,
     describe_groups,
     freeze,
+    moving_norms,
     parameter_groups,
     rate_factor,
     rates_of,
     set_modes,
-    trained_norms,
 )
 from cxrdist.train.statistics import Statistics
 from cxrdist.train.step import Batches, Slice, Staging, backward, read_slice, validate
@@ -77,6 +77,7 @@ class StageRun:
         self.stage = self.recipe.stages[name]
         self.background = training.backgrounds.get(name)
         self.trained = set(rates_of(self.stage, training.model.shape))
+        self.moving = self.recipe.frozen_batch_norm == "moving"
         self.stopping = EarlyStopping(self.stage.patience)
         self.epoch: Epoch | None = None
         self.best: State = {}
@@ -111,7 +112,7 @@ class StageRun:
         )
         self.statistics = Statistics(
             accelerator,
-            trained_norms(training.model, self.trained),
+            moving_norms(training.model, self.trained, moving=self.moving),
             synchronised=recipe.batch_norm == "synchronised",
         )
         precision = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
@@ -119,6 +120,7 @@ class StageRun:
             Learner(
                 *(training.model, self.trained, precision, self.background),
                 compiled=recipe.compile,
+                moving=self.moving,
             )
         )
         device, world_size = accelerator.device, accelerator.num_processes
@@ -256,7 +258,8 @@ class StageRun:
 
     def _take_steps(self, epoch: Epoch, bar: tqdm) -> None:
         training, accelerator, plan = self.training, self.training.accelerator, epoch.plan
-        set_modes(training.model, self.trained)  # validation has undone it
+        # Validation has undone it.
+        set_modes(training.model, self.trained, moving=self.moving)
         read = partial(
             read_slice,
             *(epoch.batches, self.staging, self.foregrounds),
@@ -428,6 +431,7 @@ class StageRun:
         info["stages"][self.name] = {
             "parameter_groups": self.groups,
             "frozen": frozen,
+            "frozen_batch_norm": self.recipe.frozen_batch_norm,
             "epochs": stopping.epoch,
             "steps": self.steps_done,
             "best_epoch": stopping.best_epoch,
@@ -442,7 +446,8 @@ class StageRun:
 
     def _print_groups(self) -> None:
         rows = [list(map(str, group.values())) for group in self.groups]
-        frozen = [[b, "frozen"] for b in self._blocks if b not in self.trained]
+        how = "frozen, its BatchNorm moves" if self.moving else "frozen"
+        frozen = [[b, how] for b in self._blocks if b not in self.trained]
         print(f"\nstage {self.name}: up to {self.stage.epochs} epochs")
         print(table(frozen + rows, list(self.groups[0])))
         if self.background:

@@ -13,6 +13,7 @@ from cxrdist.info import GroupInfo
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_names, block_of, modules_of
+from cxrdist.run import refuse_bad_stage_name
 
 MOMENTUM = 0.9  # paper, section 3.3
 ALL = "all"
@@ -24,11 +25,12 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
 
     Raises:
         CxrdistError: there is no stage, or one names an unknown block, trains nothing, or has a
-            rate or a number that is out of its range.
+            name that is none for a directory, or a rate or a number that is out of its range.
     """
     if not stages:
         raise CxrdistError("stages: the recipe has none; see recipes/bassi2020.yaml for four")
     for name, stage in stages.items():
+        refuse_bad_stage_name(name)
         for block, lr in stage.lr.items():
             if block not in (*blocks, ALL):
                 raise CxrdistError(
@@ -103,18 +105,27 @@ def freeze(model: Classifier, trained: set[str]) -> None:
         parameter.requires_grad_(block_of(name, model.shape) in trained)
 
 
-def set_modes(model: Classifier, trained: set[str]) -> None:
+def set_modes(model: Classifier, trained: set[str], *, moving: bool = False) -> None:
     """Put trained blocks in training mode, frozen ones with their BatchNorm in evaluation mode.
 
     Every later ``train()`` or ``eval()`` of the model undoes this.
+
+    Args:
+        model: to be trained.
+        trained: blocks that are trained.
+        moving: put the BatchNorm of frozen blocks in training mode as well.
     """
     model.eval()
     for module in modules_of(model.network, model.shape, trained):
         module.train()
+    for norm in moving_norms(model, trained, moving=moving):
+        norm.train()
 
 
-def trained_norms(model: Classifier, trained: set[str]) -> list[BatchNorm]:
-    """The BatchNorms of trained blocks; none where the network has none."""
+def moving_norms(model: Classifier, trained: set[str], *, moving: bool = False) -> list[BatchNorm]:
+    """List the BatchNorms whose statistics move: of trained blocks, or if `moving` of all."""
+    if moving:
+        return model.norms
     modules = modules_of(model.network, model.shape, trained)
     return [norm for m in modules for norm in m.modules() if isinstance(norm, BatchNorm)]
 

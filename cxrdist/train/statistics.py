@@ -1,4 +1,4 @@
-"""BatchNorm statistics of a stage's trained blocks: over all ranks, or per rank."""
+"""BatchNorm statistics that move in a stage: over all ranks, or per rank."""
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ class Statistics:
 
         Args:
             accelerator: of this rank.
-            norms: the BatchNorms of the trained blocks.
+            norms: the BatchNorms whose statistics move.
             synchronised: or per rank.
         """
         self._accelerator, self._norms = accelerator, norms

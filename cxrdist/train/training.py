@@ -14,7 +14,7 @@ from cxrdist.config import Network, TrainConfig
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
-from cxrdist.data.plan import Plan, balanced_copies, copies_of, plan_epoch
+from cxrdist.data.plan import Plan, balanced_copies, copies_of, plan_epoch, refuse_uncrossed
 from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
@@ -35,6 +35,7 @@ from cxrdist.run import (
     write_json,
     write_text,
 )
+from cxrdist.terminal import table
 from cxrdist.train.background import (
     BackgroundLoss,
     describe_text_boxes,
@@ -56,6 +57,7 @@ ADDED = {
     "uncertain": "ignore",
     "balance": "none",
     "fold": None,
+    "frozen_batch_norm": "kept",
 }  # fields that older recipes lack, and what their runs did
 
 
@@ -211,6 +213,8 @@ def build_training(
     targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
     by_class = _copies_by_class(config, index, targets[train])
     copies = together(accelerator, lambda: copies_of(targets, index.classes, by_class))
+    taken = np.concatenate([train, val])
+    together(accelerator, lambda: refuse_uncrossed(copies[taken], config.augmentation))
     with accelerator.local_main_process_first():  # one download a node
         read = _attempt(config)
     weights = together(accelerator, read)
@@ -238,6 +242,8 @@ def build_training(
         if config.balance == "classes":
             print(_describe_balance(index, by_class))
         print(_describe_unknown(stated[train], targets[train]), end="")
+        print(epoch_table(targets, index.classes, copies, (train, val)))
+        print(_describe_steps(int(copies[train].sum()), config))
     model.to(accelerator.device)
     model.to(memory_format=torch.channels_last)  # faster on GPUs, and by 1.1 to 1.3 on CPUs
     # One fixed draw of the expanded validation split, so that epochs can be compared.
@@ -328,6 +334,36 @@ def _describe_unknown(stated: NDArray[np.int8], learnt: NDArray[np.int8]) -> str
         f"labels of train: {int(uncertain.sum())} uncertain (count as {', '.join(counted)}), "
         f"{num_missing} missing, of {stated.size}; what is ignored or missing has no loss\n"
     )
+
+
+def epoch_table(
+    targets: NDArray[np.int8],
+    classes: list[str],
+    copies: NDArray[np.int64],
+    splits: tuple[NDArray[np.int64], NDArray[np.int64]],
+) -> str:
+    """Tell for the terminal what an epoch and a validation take of each class.
+
+    An image of several labels counts in the row of each of them.
+
+    Args:
+        targets: int8 [samples, classes], as `Material` has them.
+        classes: names of the columns.
+        copies: int64 [samples], of each in an epoch.
+        splits: sample numbers of train, and of val.
+    """
+    rows = []
+    for name, has in [*zip(classes, (targets == POSITIVE).T, strict=True), ("all", None)]:
+        chosen = [split if has is None else split[has[split]] for split in splits]
+        counts = [(len(numbers), int(copies[numbers].sum())) for numbers in chosen]
+        rows.append([name, *(str(count) for pair in counts for count in pair)])
+    return table(rows, ["class", "train", "per epoch", "val", "per validation"])
+
+
+def _describe_steps(num_images: int, config: TrainConfig) -> str:
+    """Tell for the terminal how many steps an epoch has."""
+    batch = config.global_batch_size
+    return f"an epoch: {num_images:,} images in {-(-num_images // batch):,} steps of up to {batch}"
 
 
 def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:

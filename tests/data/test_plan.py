@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cxrdist.config import Augmentation
-from cxrdist.data.plan import balanced_copies, copies_of, plan_epoch
+from cxrdist.data.plan import balanced_copies, copies_of, plan_epoch, refuse_uncrossed
 from cxrdist.errors import CxrdistError
 
 
@@ -104,3 +104,67 @@ def test_balance_makes_each_class_about_as_frequent_as_the_most_frequent(counts,
     classes = [f"class {i}" for i in range(len(counts))]
     targets = np.repeat(np.eye(len(counts), dtype=np.int8), counts, axis=0)
     assert balanced_copies(targets, classes) == dict(zip(classes, copies, strict=True))
+
+
+def crossed(copies: list[int], key=(0, "head", 1), **ranges: object):
+    """An epoch of samples 0, 1 ... with crossed draws, and the rows of each."""
+    augmentation = Augmentation(draws="crossed", **ranges)
+    numbers = np.array(copies)
+    refuse_uncrossed(numbers, augmentation)
+    epoch = plan_epoch(np.arange(len(copies)), numbers, augmentation, 9, key)
+    return epoch, [np.flatnonzero(epoch.samples == i) for i in range(len(copies))]
+
+
+def test_crossed_draws_are_every_rotation_with_every_shift_and_its_mirror_image():
+    """Section 2.3: 8 copies are 2 rotations x 2 shifts x mirror, 72 are 6 x 6 x mirror.
+
+    Mirroring comes last, so a mirrored copy has its partner's rotation and shift the other way.
+    """
+    epoch, rows_of = crossed([8, 72, 2, 8])
+    kept = []
+    for rows, factor in zip(rows_of, (2, 6, 1, 2), strict=True):
+        draws = epoch.draws.rows(rows)
+        sign = np.where(draws.flip, -1, 1)
+        rotations, shifts_x = draws.degrees * sign, draws.shift_x * sign
+        assert len(set(rotations.tolist())) == len(set(shifts_x.tolist())) == factor
+        assert len(set(zip(shifts_x.tolist(), draws.shift_y.tolist(), strict=True))) == factor
+        of_each = zip(rotations.tolist(), shifts_x.tolist(), draws.flip.tolist(), strict=True)
+        assert len(rows) == len(set(of_each)) == 2 * factor**2
+        assert draws.flip.sum() == factor**2
+        kept += set(rotations.tolist())
+    assert len(set(kept)) == 2 + 6 + 1 + 2  # no image has a rotation of another one
+    assert not np.array_equal(epoch.samples, np.sort(epoch.samples))
+
+
+def test_crossed_draws_fill_the_ranges_and_belong_to_seed_stage_and_epoch():
+    """As free ones do; the same key gives the same plan, another epoch other draws."""
+    epoch, _ = crossed([8] * 2000)
+    for values, limit in ((epoch.draws.degrees, 40), (epoch.draws.shift_y, 1 / 8)):
+        assert 0.99 * limit < np.abs(values).max() <= limit * (1 + 1e-6)
+        assert abs(values.mean()) < 0.03 * limit
+    again, _ = crossed([8] * 2000)
+    assert np.array_equal(epoch.samples, again.samples)
+    assert np.array_equal(epoch.draws.degrees, again.draws.degrees)
+    other, _ = crossed([8] * 2000, (0, "head", 2))
+    assert not np.array_equal(epoch.draws.degrees, other.draws.degrees)
+
+
+def test_without_mirror_rotations_and_shifts_are_crossed_alone():
+    """9 copies are 3 x 3, and 72 are not a square."""
+    epoch, (rows,) = crossed([9], flip=False)
+    assert len({*epoch.draws.degrees[rows].tolist()}) == 3
+    assert len({*epoch.draws.shift_x[rows].tolist()}) == 3
+    assert not epoch.draws.flip.any()
+    with pytest.raises(CxrdistError, match=r"takes k x k copies of every image \(1, 4, 9, 16"):
+        crossed([72], flip=False)
+
+
+@pytest.mark.parametrize("number", [1, 7, 9, 16, 71])
+def test_copies_that_cannot_be_crossed_are_refused(number):
+    """One line says which numbers can; free draws take any."""
+    with pytest.raises(
+        CxrdistError,
+        match=rf"images with {number} cop.* takes 2 x k x k .*\(2, 8, 18, 32, 50, 72, 98 \.\.\.\)",
+    ):
+        crossed([8, number, 72])
+    refuse_uncrossed(np.array([8, number]), Augmentation())

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from cxrdist.data.plan import Draws
+from cxrdist.config import Augmentation
+from cxrdist.data.plan import Draws, plan_epoch
 from cxrdist.model.augment import sampling_matrices, warp, warp_masks
 
 
@@ -92,3 +93,12 @@ def test_the_warp_is_float32_under_autocast():
         cast = warped(image, draws(degrees=10.0, shift_x=0.1))
     assert cast.dtype == torch.float32
     assert torch.equal(plain, cast)
+
+
+def test_a_crossed_copy_and_its_mirrored_one_are_mirror_images():
+    """The paper rotates, shifts and then mirrors (section 2.3)."""
+    epoch = plan_epoch(np.array([0]), np.array([8]), Augmentation(draws="crossed"), 8, (0, "a", 1))
+    copies = warped(picture().repeat(8, 1, 1, 1), epoch.draws)
+    plain, mirrored = copies[~epoch.draws.flip], copies[epoch.draws.flip].flip(3)
+    nearest = (plain[:, None] - mirrored[None]).abs().amax((2, 3, 4))
+    assert (nearest < 0.1).sum(1).tolist() == (nearest < 0.1).sum(0).tolist() == [1] * 4

@@ -7,7 +7,7 @@ torch is loaded once for all of them. A job is `stages`, or MODE/BATCH[:IMAGES_P
 gradient of a step. The mode is `frozen` or `trained`, which BatchNorm is then, `compiled`, which is
 `trained` in one compiled graph, `bf16`, which is `trained` under autocast, or `per_rank`, which is
 `trained` on its own slice. `lrp` and `gradient` are `trained` with a background loss by that
-method, `frozen_lrp` is `frozen`.
+method, `frozen_lrp` is `frozen`. The job `moving` is `stages` where frozen BatchNorm moves.
 """
 
 import os
@@ -91,6 +91,12 @@ def run_stages(training: Training) -> dict:
     return found
 
 
+def with_norms(training: Training, mode: str) -> Training:
+    """Let BatchNorm of frozen blocks move, or stay."""
+    norms = "moving" if mode == "moving" else "kept"
+    return replace(training, recipe=replace(training.recipe, frozen_batch_norm=norms))
+
+
 def with_background(training: Training, method: str) -> Training:
     """Let the stage `all` have a background loss whose gradient is not small."""
     stage = replace(STAGES["all"], background=Background(30.0, "masks", method))
@@ -148,7 +154,9 @@ def take_jobs(shards: Path, folder: Path, jobs: list[str]) -> None:
         training.model.float().network.load_state_dict(before)
         mode, _, batch = job.partition("/")
         found[job] = (
-            run_stages(training) if mode == "stages" else take_gradient(training, mode, batch)
+            run_stages(with_norms(training, mode))
+            if mode in ("stages", "moving")
+            else take_gradient(training, mode, batch)
         )
     torch.save(found, folder / f"rank{training.accelerator.process_index}.pt")
     training.accelerator.wait_for_everyone()

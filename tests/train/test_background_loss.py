@@ -419,6 +419,13 @@ def test_recipes_without_a_background_are_those_of_older_versions(shards, tmp_pa
             *("lr", "epochs", "patience", "weight_decay", "schedule", "warmup_epochs")
         }
         assert "text_boxes" not in text
+        assert set(yaml.safe_load(text)["augmentation"]) == {
+            "degrees",
+            "shift_x",
+            "shift_y",
+            "flip",
+        }
+    assert "frozen_batch_norm" not in fixed_recipe(config)
     other = with_background(replace(config, stages=recipe(shards, tmp_path).stages), weight=2.0)
     assert yaml.safe_load(fixed_recipe(other))["stages"]["head"]["background"] == {
         **{"weight": 2.0, "region": "thorax", "method": "lrp"}

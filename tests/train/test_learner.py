@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from support import Dispatched
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from cxrdist.config import Network, Stage
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.densenet import Classifier
+from cxrdist.model.networks import block_of
 from cxrdist.train import learner
 from cxrdist.train.learner import Learner
 from cxrdist.train.stages import build_optimizer, freeze, parameter_groups, set_modes
@@ -18,7 +20,7 @@ BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "h
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
 
 
-def model_of(network: Network, trained: list[str]) -> Classifier:
+def model_of(network: Network, trained: list[str], *, moving: bool = False) -> Classifier:
     """A network as a stage has it, with statistics that are not 0 and 1."""
     torch.manual_seed(0)
     model = Classifier(network, ["a", "b", "c"], 64)
@@ -26,7 +28,7 @@ def model_of(network: Network, trained: list[str]) -> Classifier:
         norm.running_mean.normal_(0, 0.2)
         norm.running_var.uniform_(0.5, 2)
     freeze(model, set(trained))
-    set_modes(model, set(trained))
+    set_modes(model, set(trained), moving=moving)
     return model
 
 
@@ -59,6 +61,42 @@ def test_a_step_of_densenet121_dispatches_a_third_fewer_operations_than_timms():
     assert sum((counted.operations + counted.views).values()) <= 0.65 * (1684 + 1278)
     assert counted.operations["aten.add.Tensor"] <= 60
     assert not [name for name in counted.operations if "local_scalar" in name or "item" in name]
+
+
+@pytest.mark.parametrize("trained", [["denseblock4", "head"], ["head"]])
+def test_moving_batchnorm_of_frozen_blocks_is_pytorchs_default(trained):
+    """Losses, gradients and statistics are those of torchvision's network in train().
+
+    Of a wholly frozen trunk nothing is kept for a backward pass.
+    """
+    model = model_of(SMALL, trained, moving=True)
+    kept = {k: v.clone() for k, v in model.network.state_dict().items()}
+    plain = torchvision.models.DenseNet(4, (2, 2, 2, 2), 8, num_classes=3)
+    plain.load_state_dict(kept)
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_(block_of(name, SMALL) in trained)
+    ours = Learner(model, set(trained), torch.float32, compiled=False, moving=True)
+    images, matrices, targets = batch(4)
+    for _ in range(2):
+        expected = learner.sum_of_losses(plain(model.normalise(images)), targets)
+        found = ours(images, matrices, targets)[0]
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.ndim) or x, lambda x: x):
+        ours.logits(images.float())
+    assert (4 in saved) == (trained != ["head"])  # features of an image have four dimensions
+    expected.backward()
+    found.backward()
+    for name, parameter in plain.named_parameters():
+        gradient = model.network.get_parameter(name).grad
+        assert (
+            (gradient is None) == (parameter.grad is None) == (block_of(name, SMALL) not in trained)
+        )
+        assert gradient is None or torch.allclose(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
+    plain(model.normalise(images))  # as often as ours
+    for name, buffer in plain.named_buffers():
+        assert torch.allclose(model.network.get_buffer(name), buffer, rtol=1e-4, atol=1e-5), name
+        assert not torch.equal(buffer, kept[name])
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])

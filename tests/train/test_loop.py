@@ -41,9 +41,10 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("frozen", ["kept", "moving"])
+def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch, frozen):
     """Killed after each epoch and started again, a run ends in the weights of an unbroken one."""
-    train(recipe(shards, tmp_path / "whole"))
+    train(recipe(shards, tmp_path / "whole", frozen_batch_norm=frozen))
     save = stage.save_checkpoint
 
     def save_and_die(*arguments):
@@ -53,14 +54,12 @@ def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch):
     monkeypatch.setattr(stage, "save_checkpoint", save_and_die)
     for _ in range(4):
         with pytest.raises(Killed):
-            train(recipe(shards, tmp_path / "broken"))
+            train(recipe(shards, tmp_path / "broken", frozen_batch_norm=frozen))
     monkeypatch.undo()
-    train(recipe(shards, tmp_path / "broken"))
-    whole, broken = (
-        (tmp_path / name / "model" / "model.safetensors").read_bytes()
-        for name in ("whole", "broken")
-    )
-    assert whole == broken
+    train(recipe(shards, tmp_path / "broken", frozen_batch_norm=frozen))
+    for model in ("model/model.safetensors", "stages/all/model/model.safetensors"):
+        whole, broken = ((tmp_path / name / model).read_bytes() for name in ("whole", "broken"))
+        assert whole == broken
     rows = [
         [row for row in read_log(tmp_path / name / "log.jsonl") if row["kind"] != "speed"]
         for name in ("whole", "broken")
@@ -86,17 +85,19 @@ def test_rows_of_an_epoch_that_was_lost_are_not_logged_twice(shards, tmp_path, m
     ]
 
 
-def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch):
+def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch, capsys):
     """A worse last epoch does not become the model, and the next stage starts from the best.
 
+    The earlier stage's best is a run of its own, and the terminal has a table of both.
     The model says how its images were scaled and covered, so that predict does the same.
     """
     losses = iter([1.0, 0.9, 0.5, 0.5, 0.4, 0.7])
+    accuracies = iter([0.1, 0.2, 0.75, 0.75, 0.25, 0.9])
     states = []
 
     def validate(accelerator, model, *_):
         states.append({k: v.clone() for k, v in model.network.state_dict().items()})
-        return {"val_loss": next(losses), "val_accuracy": 0.5}
+        return {"val_loss": next(losses), "val_accuracy": next(accuracies)}
 
     monkeypatch.setattr(stage, "validate", validate)
     shards = shutil.copytree(shards, tmp_path / "shards")
@@ -114,6 +115,12 @@ def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypat
     info = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [info["stages"][s]["best_epoch"] for s in ("all", "late")] == [2, 1]
     assert info["finished"]
+    first = load_model(tmp_path / "run" / "stages" / "all").network.state_dict()
+    assert all(torch.equal(first[k], v) for k, v in states[2].items())
+    assert [file.name for file in (tmp_path / "run" / "stages").iterdir()] == ["all"]
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["all", "2", "of", "2", "0.5000", "0.7500"] in told
+    assert ["late", "1", "of", "2", "0.4000", "0.2500"] in told
 
 
 def test_a_stage_that_only_gets_worse_publishes_what_it_began_with(shards, tmp_path, monkeypatch):

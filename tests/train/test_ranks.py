@@ -28,9 +28,9 @@ def balanced(tmp_path_factory) -> Path:
 TRAINED = ("trained/9", "trained/16", "trained/2")
 BACKGROUND = ("lrp/9", "lrp/2", "gradient/2", "gradient/9")
 JOBS = {
-    1: ("frozen/9", "frozen/2", *TRAINED, "bf16/9", *BACKGROUND, "frozen_lrp/9"),
+    1: ("moving", "frozen/9", "frozen/2", *TRAINED, "bf16/9", *BACKGROUND, "frozen_lrp/9"),
     2: (
-        *("stages", "frozen/9", "frozen/9:2", *TRAINED),
+        *("stages", "moving", "frozen/9", "frozen/9:2", *TRAINED),
         *("trained/9:1", "trained/9:3", "compiled/9", "bf16/9", "per_rank/9"),
         *("lrp/9", "gradient/9", "frozen_lrp/9:2"),
     ),
@@ -78,6 +78,21 @@ def test_every_stage_keeps_ranks_equal_and_frozen_blocks_untouched(outcomes, wor
                 assert torch.equal(one["after"][key], before), (stage, key)
             elif "running_mean" in key:
                 assert not torch.equal(one["after"][key], before), (stage, key)
+
+
+def test_moving_batchnorm_of_frozen_blocks_is_that_of_one_rank(outcomes):
+    """Its parameters are bitwise kept, its statistics move, equal on both ranks and as on one."""
+    (alone,), (first, second) = outcomes[1], outcomes[2]
+    for stage, one in first["moving"].items():
+        for key, before in one["before"].items():
+            after = one["after"][key]
+            assert torch.equal(after, second["moving"][stage]["after"][key]), (stage, key)
+            if "running" in key:
+                assert not torch.equal(after, before), (stage, key)
+                expected = alone["moving"][stage]["after"][key]
+                assert torch.allclose(after, expected, rtol=1e-3, atol=1e-5), (stage, key)
+            elif block_of(key, SMALL) not in one["trained"] and "tracked" not in key:
+                assert torch.equal(after, before), (stage, key)
 
 
 def relative_difference(found: dict, expected: dict) -> float:

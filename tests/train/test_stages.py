@@ -78,6 +78,7 @@ def test_frozen_blocks_have_no_gradient_and_their_batchnorm_is_in_evaluation_mod
     ("stages", "message"),
     [
         ({}, "has none"),
+        ({"../one": Stage({"head": 1e-3}, 1, 1)}, r"name '\.\./one' cannot be that of a directory"),
         ({"one": Stage({}, 1, 1)}, r"stages\.one: trains nothing"),
         ({"one": Stage({"haed": 1e-3}, 1, 1)}, r"no block 'haed'; expected stem, .*, head"),
         ({"one": Stage({"head": 0.0}, 1, 1)}, r"stages\.one\.lr\.head: is 0\.0"),
