@@ -22,7 +22,7 @@ from typing import IO
 
 PRELOADED = (
     *("cxrdist.config", "cxrdist.seeds", "cxrdist.explain.export"),
-    *("docstring_parser", "jsonargparse", "sklearn.metrics", "torchmetrics"),
+    *("docstring_parser", "jsonargparse", "scipy.stats", "sklearn.metrics", "torchmetrics"),
 )
 
 
