@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 from faults import DEADLINE_S, Launched, is_over
-from support import RUN_CXRDIST, run_command, run_ranks, run_script, small_disk
+from support import LOG_EACH_STEP, RUN_CXRDIST, run_command, run_ranks, run_script, small_disk
 
 from cxrdist.errors import CxrdistError
 from cxrdist.run import locked, read_log
@@ -48,9 +48,6 @@ def whole(command, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     assert finish(2, command, run).endswith(f"{run / 'model'}\n")
     return run
-
-
-LOG_EACH_STEP = "from cxrdist.train import stage; stage.STEPS_PER_LOG_ROW = 1\n"
 
 
 def finish(world: int, command: list[object], run: Path) -> str:
