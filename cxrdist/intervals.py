@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
+import scipy  # loads its parts on first use; a rank that trains needs no statistics
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
 
 from cxrdist.bootstrap import LEVEL, Limits, Replicates, Values
 from cxrdist.documents import Text
@@ -74,13 +74,13 @@ def bounded(
     spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
     product = estimate * (1 - estimate)
     if patients < 2 or spread < ALIKE:  # as if each patient were one draw, right or wrong
-        spread, quantile = np.sqrt(product / max(patients, 1)), stats.norm.ppf(QUANTILE)
+        spread, quantile = np.sqrt(product / max(patients, 1)), scipy.stats.norm.ppf(QUANTILE)
     else:
         spread *= np.sqrt(patients / (patients - 1))
-        quantile = stats.t.ppf(QUANTILE, patients - 1)
+        quantile = scipy.stats.t.ppf(QUANTILE, patients - 1)
     half = quantile * spread / product
-    middle = special.logit(estimate)
-    return _limits(special.expit(middle - half), special.expit(middle + half))
+    middle = scipy.special.logit(estimate)
+    return _limits(scipy.special.expit(middle - half), scipy.special.expit(middle + half))
 
 
 def positive(estimate: float, values: Values, patients: int) -> Limits:
@@ -93,13 +93,13 @@ def positive(estimate: float, values: Values, patients: int) -> Limits:
     spread = float(np.log(found).std(ddof=1)) if len(found) > 1 else 0.0
     if estimate <= 0 or patients < 2 or spread < ALIKE:
         return _limits(estimate, estimate)
-    half = stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
+    half = scipy.stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
     return _limits(estimate * np.exp(-half), estimate * np.exp(half))
 
 
 def wilson(part: int, whole: int) -> Limits:
     """The interval of a share of independent draws (Wilson 1927), by SciPy."""
-    low, high = stats.binomtest(part, whole).proportion_ci(LEVEL, method="wilson")
+    low, high = scipy.stats.binomtest(part, whole).proportion_ci(LEVEL, method="wilson")
     return _limits(low, high)
 
 
@@ -111,13 +111,13 @@ def newcombe(auroc: float, positives: int, negatives: int) -> Limits:
     the limit (Hanley & McNeil 1982, with the mean of the two numbers of images).
     """
     half = (positives + negatives) / 2 - 1
-    z = stats.norm.ppf(QUANTILE)
+    z = scipy.stats.norm.ppf(QUANTILE)
 
     def excess(limit: float) -> float:
         shape = 1 + half * (1 - limit) / (2 - limit) + half * limit / (1 + limit)
         return float((1 - limit) - z**2 * limit * shape / (positives * negatives))
 
-    low = float(optimize.brentq(excess, 0, 1))
+    low = float(scipy.optimize.brentq(excess, 0, 1))
     return _limits(low, 1) if auroc == 1 else _limits(0, 1 - low)
 
 

@@ -9,4 +9,4 @@ mypy
 shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch shards/*.sbatch .ci/run
 # A test waits half of its time, so two run side by side; waiting threads leave them the cores.
 export OMP_WAIT_POLICY=passive
-exec pytest --numprocesses 2 --dist loadfile "$@"
+exec pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

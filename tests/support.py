@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import forks
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +29,7 @@ from pathlib import Path
 status = Path("/proc/self/status")
 atexit.register(lambda: print(status.read_text().split("VmHWM:")[1].split()[0]))
 """
+LOG_EACH_STEP = "from cxrdist.train import stage; stage.STEPS_PER_LOG_ROW = 1\n"
 RUN_CXRDIST = "import runpy; runpy.run_module('cxrdist', run_name='__main__')"
 
 
@@ -131,14 +133,19 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[], None]]:
 
 
 def run_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
-    """Run `python ARGUMENTS` (a script or -m MODULE) as a group of gloo ranks."""
-    return _run(_ranks(world, *arguments), threads)
+    """Run `python ARGUMENTS` (a script or -m MODULE) as a group of forked gloo ranks."""
+    return forks.run(world, list(map(str, arguments)), _environment(threads), threads)
 
 
-def start_ranks(world: int, *arguments: object, threads: int = 1) -> subprocess.Popen:
-    """Start what `run_ranks` runs, and do not wait for it."""
+def launch_ranks(world: int, *arguments: object) -> subprocess.CompletedProcess:
+    """Run what `run_ranks` runs by `accelerate launch`, which takes seconds to start."""
+    return _run(_ranks(world, *arguments))
+
+
+def start_ranks(world: int, *arguments: object) -> subprocess.Popen:
+    """Start what `launch_ranks` runs, and do not wait for it."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    return subprocess.Popen(_ranks(world, *arguments), env=_environment(threads), **quiet)
+    return subprocess.Popen(_ranks(world, *arguments), env=_environment(1), **quiet)
 
 
 def _ranks(world: int, *arguments: object) -> list[str]:
@@ -150,28 +157,26 @@ def _ranks(world: int, *arguments: object) -> list[str]:
 
 
 def run_command(*arguments: object, threads: int = 1) -> subprocess.CompletedProcess:
-    """Run `cxrdist ARGUMENTS` in a process of its own."""
-    return _run([sys.executable, "-m", "cxrdist", *map(str, arguments)], threads)
+    """Run `cxrdist ARGUMENTS` in a forked process."""
+    return run_ranks(1, "-m", "cxrdist", *arguments, threads=threads)
 
 
 def run_script(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    """Run a Python program in a process of its own."""
-    return _run([sys.executable, "-c", script, *map(str, arguments)], threads=1)
+    """Run a Python program in a forked process."""
+    return run_ranks(1, "-c", script, *arguments)
 
 
 def run_measured(script: str, *arguments: object) -> Measured:
-    """Run a script, such as `RUN_CXRDIST`, in a process of its own; one that hangs fails."""
+    """Run a script, such as `RUN_CXRDIST`, in a new process; one that hangs fails."""
     command = [sys.executable, "-c", PRINT_PEAK + script, *map(str, arguments)]
-    done = _run(command, threads=1, timeout=120)
+    done = _run(command, timeout=120)
     *lines, peak = done.stdout.splitlines()
     return Measured(done.returncode, "\n".join(lines), done.stderr, int(peak) / 1024)
 
 
-def _run(
-    command: list[str], threads: int, timeout: float | None = None
-) -> subprocess.CompletedProcess:
+def _run(command: list[str], timeout: float | None = None) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, capture_output=True, text=True, env=_environment(threads), timeout=timeout
+        command, capture_output=True, text=True, env=_environment(1), timeout=timeout
     )
 
 

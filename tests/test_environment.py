@@ -4,7 +4,7 @@ import json
 
 import pytest
 import yaml
-from support import run_command, run_ranks, run_script
+from support import launch_ranks, run_command, run_script
 
 from cxrdist.environment import refuse_settings
 from cxrdist.errors import CxrdistError
@@ -77,7 +77,7 @@ def test_what_the_launcher_sets_is_accepted_and_known(tmp_path):
         "rank = start().process_index\n"
         "pathlib.Path(sys.argv[1], str(rank)).write_text(json.dumps(settings()))\n"
     )
-    done = run_ranks(2, script, tmp_path)
+    done = launch_ranks(2, script, tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in "01":
         found = json.loads((tmp_path / rank).read_text())

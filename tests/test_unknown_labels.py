@@ -24,7 +24,7 @@ from sklearn.metrics import (
     recall_score,
     roc_auc_score,
 )
-from support import run_ranks
+from support import LOG_EACH_STEP, RUN_CXRDIST, run_ranks
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from cxrdist.cli import main
@@ -183,9 +183,7 @@ def train_command(whole: Path, way: str) -> list[str]:
 @pytest.fixture(scope="module")
 def two_ranks(whole) -> Path:
     """A run on two ranks with a row in its log for each step."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CXRDIST_STEPS_PER_LOG_ROW", "1")
-        done = run_ranks(2, "-m", "cxrdist", *train_command(whole, "two ranks"))
+    done = run_ranks(2, "-c", LOG_EACH_STEP + RUN_CXRDIST, *train_command(whole, "two ranks"))
     assert done.returncode == 0, done.stderr
     return whole / "two ranks"
 

@@ -134,13 +134,19 @@ def find_candidates(
         The number of differing bits of each pair (i, j), i < j.
     """
     index = faiss.IndexBinaryFlat(8 * hashes.shape[1])
-    index.add(hashes)
     found: dict[tuple[int, int], int] = {}
-    for queries in (hashes, inner):
+
+    def keep(queries: NDArray[np.uint8], start: int = 0) -> None:
         for query, other, bits in _within(index, queries):
-            if query != other:
-                pair = min(query, other), max(query, other)
+            if start + query != other:
+                pair = min(start + query, other), max(start + query, other)
                 found[pair] = min(bits, found.get(pair, bits))
+
+    for start in range(0, len(hashes), QUERIES):
+        block = hashes[start : start + QUERIES]
+        index.add(block)  # before those that follow, which will find it: half of all comparisons
+        keep(block, start)
+    keep(inner)
     return found
 
 

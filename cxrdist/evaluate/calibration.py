@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
+import scipy  # loads its parts on first use
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
 from scipy.special import expit, softmax
 
 from cxrdist.bootstrap import Limits, Replicates, Values, interval
@@ -129,7 +129,9 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> fl
 
     # The loss is convex in 1 / temperature, so that it has one minimum on any scale.
     bounds = np.log(LEAST), np.log(MOST)
-    found = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-7}).x
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=bounds, method="bounded", options={"xatol": 1e-7}
+    ).x
     inside = bounds[0] + 1e-3 < found < bounds[1] - 1e-3
     return float(np.exp(found)) if inside else None
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
+import scipy  # loads its parts on first use
 from numpy.typing import NDArray
 from scipy.special import expit, logit
-from scipy.stats import rankdata, t
 
 from cxrdist.bootstrap import LEVEL, Limits, Replicates
 from cxrdist.data.labels import NEGATIVE, POSITIVE
@@ -304,9 +304,9 @@ def _placements(scores: Floats, positive: Bools, negative: Bools) -> tuple[float
         return float("nan"), moves
     known = positive | negative
     ranks = np.zeros(len(scores))
-    ranks[known] = rankdata(scores[known])
-    above = (ranks[positive] - rankdata(scores[positive])) / num_negatives
-    below = 1 - (ranks[negative] - rankdata(scores[negative])) / num_positives
+    ranks[known] = scipy.stats.rankdata(scores[known])
+    above = (ranks[positive] - scipy.stats.rankdata(scores[positive])) / num_negatives
+    below = 1 - (ranks[negative] - scipy.stats.rankdata(scores[negative])) / num_positives
     auroc = float(above.mean())
     moves[positive] = (above - auroc) / num_positives
     moves[negative] = (below - auroc) / num_negatives
@@ -409,7 +409,7 @@ def _spread(measure: str, value: Floats) -> Floats:
 def _largest(found: _Differences, comparisons: int) -> Gap:
     """The largest difference of those that are flagged, else of all."""
     sizes = np.abs(found.value)
-    reach = found.error * t.ppf(1 - (1 - LEVEL) / 2 / comparisons, found.freedom)
+    reach = found.error * scipy.stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, found.freedom)
     flagged = sizes > reach
     place = int(np.argmax(np.where(flagged, sizes + 1, sizes)))
     first, second = found.pairs[:, place]

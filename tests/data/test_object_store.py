@@ -2,14 +2,11 @@
 
 import io
 import logging
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
-from support import contents, make_images, make_masks
+from support import contents, make_images, make_masks, run_command
 
 moto = pytest.importorskip("moto.server", reason="moto is not installed")
 upath = pytest.importorskip("upath")
@@ -39,13 +36,6 @@ def store(server, tmp_path):
     return bucket
 
 
-def cxrdist(*arguments: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "cxrdist", *map(str, arguments)],
-        **{"capture_output": True, "text": True, "env": os.environ | {"ACCELERATE_USE_CPU": "yes"}},
-    )
-
-
 def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     """The bytes of a pack on this machine, also by tasks; check and training read them there."""
     source = make_images(tmp_path / "images", {"a": 70, "b": 70})
@@ -55,7 +45,7 @@ def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     options = ("--size", 32, "--split", "0.5/0.25/0.25", "--shard-size", 50)
     pack = ("pack", "--source", "folder", *options)
     here = (*pack, "--input", source, "--masks", masks, "--out", tmp_path / "images.out")
-    assert not cxrdist(*here).returncode
+    assert not run_command(*here).returncode
     there = (
         "--input",
         store / "images",
@@ -66,10 +56,10 @@ def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     )
     remote = (*pack, *there)
     for task in (1, 0):
-        done = cxrdist(*remote, "--num-tasks", 2, "--task", task)
+        done = run_command(*remote, "--num-tasks", 2, "--task", task)
         assert done.returncode == 0, done.stderr
     assert not (store / "shards").exists()
-    done = cxrdist(*remote, "--merge")
+    done = run_command(*remote, "--merge")
     assert done.returncode == 0, done.stderr
     assert sorted(f.name for f in store.iterdir()) == ["images", "shards"]
     fetched = tmp_path / "fetched"
@@ -80,11 +70,11 @@ def test_a_bucket_is_packed_into_a_bucket(store, tmp_path):
     assert ours.keys() == theirs.keys()
     differing = {name for name in ours if ours[name] != theirs[name]}
     assert differing == {"pack.json"}, "only the names of the input and the masks may differ"
-    again = cxrdist(*remote, "--merge")
+    again = run_command(*remote, "--merge")
     assert "is packed already" in again.stdout
-    assert cxrdist("check", store / "shards").returncode == 0
+    assert run_command("check", store / "shards").returncode == 0
     (store / "shards" / "train-000000.tar").write_bytes(b"damage")
-    done = cxrdist("check", store / "shards")
+    done = run_command("check", store / "shards")
     assert done.returncode == 2
     assert "train-000000.tar: the shard has 6 bytes" in done.stderr
 
@@ -96,7 +86,7 @@ def test_an_unreadable_object_is_named(store, tmp_path):
     for name in ("a/1.png", "a/2.png", "b/1.png", "b/2.png", "b/3.png"):
         (store / "images" / name).write_bytes(picture.getvalue())
     (store / "images" / "a" / "3.png").write_bytes(b"no image")
-    done = cxrdist(
+    done = run_command(
         *("pack", "--source", "folder", "--input", store / "images", "--out", tmp_path / "out"),
         *("--size", 32, "--split", "0.5/0.25/0.25"),
     )

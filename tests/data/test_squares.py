@@ -60,20 +60,23 @@ def many_images(tmp_path_factory) -> Path:
 def test_a_killed_pack_goes_on_to_the_same_bytes(tmp_path, many_images, whole_group):
     """SIGKILL at random moments, the same command again: the bytes of an undisturbed pack."""
 
-    def command(out: str) -> subprocess.Popen:
+    def command(out: str) -> list[str]:
         options = ("--size", "96", "--split", "0.5/0.25/0.25", "--shard-size", "50")
         arguments = ("pack", "--source", "folder", "--input", many_images, "--out", tmp_path / out)
+        return [*map(str, (*arguments, *options))]
+
+    def start(out: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "cxrdist", *map(str, (*arguments, *options))],
+            [sys.executable, "-m", "cxrdist", *command(out)],
             **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL},
             start_new_session=True,
         )
 
     began = time.monotonic()
-    assert command("whole").wait() == 0
+    assert start("whole").wait() == 0
     seconds, moments, killed = time.monotonic() - began, random.Random(whole_group), 0
     for attempt in range(KILLS):
-        process = command(f"out{attempt}")
+        process = start(f"out{attempt}")
         try:
             process.wait(moments.uniform(0.25, 0.9) * seconds)
             seconds *= 0.9  # the machine became faster
@@ -85,7 +88,7 @@ def test_a_killed_pack_goes_on_to_the_same_bytes(tmp_path, many_images, whole_gr
             process.wait()
         half = [f for f in tmp_path.glob("out*") if not (f / "index.json").is_file()]
         assert not half, "something half-made is visible"
-        assert command(f"out{attempt}").wait() == 0
+        assert run_command(*command(f"out{attempt}")).returncode == 0
         assert contents(tmp_path / f"out{attempt}") == contents(tmp_path / "whole")
         assert not list(tmp_path.glob(".out*"))
     assert killed >= KILLS / 2

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from faults import Launched, is_over, wait_until
+from support import LOG_EACH_STEP, RUN_CXRDIST, run_ranks
 
 KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "6"))
 OUTLIVED_S = 10
@@ -100,6 +101,13 @@ class Watched:
             self.ranks[int(victim[-1])].kill()
 
 
+def finish(command: list[object], run: Path, cache: Path) -> None:
+    """Begin or resume a run on two forked ranks until its end, with a log row for each step."""
+    program = LOG_EACH_STEP + RUN_CXRDIST
+    done = run_ranks(2, "-c", program, *command, "--run", run, "--cache", cache)
+    assert done.returncode == 0, done.stderr
+
+
 def contents(run: Path) -> tuple[bytes, list[dict[str, object]]]:
     """The model and the log of a run, but its speed."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -110,7 +118,7 @@ def contents(run: Path) -> tuple[bytes, list[dict[str, object]]]:
 def test_no_rank_outlives_its_job_and_the_run_ends_in_the_same_bytes(command, tmp_path):
     """SIGKILL to the launcher, its group or a rank, from joining to the end."""
     whole, run, chance = tmp_path / "whole", tmp_path / "run", random.Random(KILLS)
-    Launched(2, whole, *command, "--run", whole, "--cache", tmp_path / "cache").end()
+    finish(command, whole, tmp_path / "cache")
     moments: dict[str, Callable[[Watched], bool]] = {
         "joining": lambda job: job.joins(until=time.monotonic() + chance.uniform(0, 5)),
         "training": lambda job: job.job.wait_for(chance.randint(1, 4), chance.uniform(0, 0.05)),
@@ -141,7 +149,7 @@ def test_no_rank_outlives_its_job_and_the_run_ends_in_the_same_bytes(command, tm
             assert job.job.process.returncode == 1
     print(f"the longest that a rank outlived its job, of {KILLS} kills: {sorted(outlived)[-3:]}")
     assert max(outlived)[0] < OUTLIVED_S
-    Launched(2, run, *command, "--run", run, "--cache", tmp_path / "cache").end()
+    finish(command, run, tmp_path / "cache")
     assert contents(run) == contents(whole)
     assert not [*run.rglob(".*.partial")]
 

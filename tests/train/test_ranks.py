@@ -7,7 +7,7 @@ import torch
 import yaml
 from ranks import BLOCKS, SMALL
 from safetensors.torch import load_file
-from support import make_shards, run_ranks
+from support import launch_ranks, make_shards, run_ranks
 
 from cxrdist.model.networks import block_of
 from cxrdist.run import read_log
@@ -161,7 +161,10 @@ def test_micro_batches_with_trained_batchnorm_pass_as_often_on_each_rank(outcome
 
 
 def three_stages(shards: Path, folder: Path, world: int, **changes: object) -> Path:
-    """Train three stages on some ranks, without dropout; the run directory."""
+    """Train three stages on some ranks, without dropout; the run directory.
+
+    Two ranks are started by `accelerate launch`.
+    """
     stages = {
         name: {"lr": dict.fromkeys(blocks, 0.01), "epochs": 1, "patience": 1}
         for name, blocks in (("head", ["head"]), ("all", BLOCKS), ("late", BLOCKS[4:]))
@@ -174,7 +177,8 @@ def three_stages(shards: Path, folder: Path, world: int, **changes: object) -> P
     folder.mkdir(exist_ok=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     run = folder / f"run{world}"
-    done = run_ranks(
+    start = launch_ranks if world == 2 else run_ranks
+    done = start(
         *(world, "-m", "cxrdist", "train", "--config", folder / "recipe.yaml"),
         *("--shards", shards, "--run", run, "--cache", folder / "cache"),
     )
