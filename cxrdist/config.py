@@ -196,8 +196,9 @@ class Background:
     of the image), thorax (outside a fixed ellipse around the thorax)."""
     method: Literal["lrp", "gradient"] = "lrp"
     """lrp: the share of the relevance of the logits that lies there (ISNet, Bassi et al. 2024), and
-    that of their gradient, which sees what inhibits; the mean of both; DenseNets only. gradient:
-    the squared gradient of the log-probabilities there (Ross et al. 2017)."""
+    that of their gradient, which sees what inhibits; steps pay them in turn, the validation their
+    mean; DenseNets only. gradient: the squared gradient of the log-probabilities there (Ross et al.
+    2017)."""
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,7 @@ from cxrdist.data.plan import plan_epoch
 from cxrdist.data.regions import border
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.explain.background import share, share_of_relevance
-from cxrdist.explain.gradient import relevance
+from cxrdist.explain.background import share_of_contrast
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.model.densenet import Classifier
@@ -41,6 +40,8 @@ from cxrdist.terminal import table
 GPU = "gpu"
 MIN_ORIGINALS = 500
 NUM_STEPS = 4
+LUNGS_NETWORK, LUNGS_BATCH = Network(growth_rate=8, block_config=(2, 2, 2, 2)), 16
+"""Of recipes/lungs.yaml, which takes images of 64 px."""
 
 
 def bench(config: BenchConfig) -> None:
@@ -297,36 +298,38 @@ def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
     ]
 
 
-def _background(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """A plain training step against those whose loss has a share in the outer tenth, too."""
+def _background(
+    shape: Network, num_images: int, config: BenchConfig, scratch: Path
+) -> list[Contender]:
+    """Plain training steps against those whose loss has a share in the outer tenth, too.
+
+    Steps with the background loss take turns with one of two shares, so two of them are a round.
+    """
     threads = torch.get_num_threads()
-    model = Classifier(Network(), CLASSES, config.size).train()
+    model = Classifier(shape, CLASSES, config.size).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
-    images = torch.rand(BATCH, 1, config.size, config.size) * 255
-    targets = torch.eye(len(CLASSES)).repeat(BATCH, 1)[:BATCH]
-    region = torch.from_numpy(border(config.size)).expand(BATCH, 1, -1, -1)
+    images = torch.rand(num_images, 1, config.size, config.size) * 255
+    targets = torch.eye(len(CLASSES)).repeat(num_images, 1)[:num_images]
+    region = torch.from_numpy(border(config.size)).expand(num_images, 1, -1, -1)
 
-    def of_map() -> Tensor:
-        return share(relevance(model, images, targets), region[:, 0])
+    relevance, gradient, both = (
+        partial(share_of_contrast, model, images, targets, region, turn) for turn in (0, 1, None)
+    )
 
-    def of_map_and_gradient() -> Tensor:
-        return share_of_relevance(model, images, targets, region)
-
-    def step(penalty: Callable[[], Tensor] | None = None) -> int:
-        loss = nn.functional.binary_cross_entropy_with_logits(model(images), targets)
-        if penalty is not None:
-            loss = loss + penalty().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return BATCH
+    def steps(*penalties: Callable[[], Tensor]) -> int:
+        for penalty in penalties:
+            loss = nn.functional.binary_cross_entropy_with_logits(model(images), targets)
+            (loss + penalty().mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return num_images * len(penalties)
 
     return [
-        Contender("plain step", step, threads),
-        Contender("the same with the map", lambda: step(of_map), threads),
-        Contender(
-            "the same with map and gradient (lrp)", lambda: step(of_map_and_gradient), threads
-        ),
+        Contender("plain step", lambda: steps(*[lambda: torch.zeros(1)] * 2), threads),
+        Contender("with the background loss (lrp)", lambda: steps(relevance, gradient), threads),
+        Contender("with the share of relevance", lambda: steps(relevance), threads),
+        Contender("with the share of the gradient", lambda: steps(gradient), threads),
+        Contender("with both in each step", lambda: steps(both), threads),
     ]
 
 
@@ -378,7 +381,8 @@ JOBS: dict[str, Callable[[BenchConfig, Path], list[Contender]]] = {
     "warp": _warp,
     "train": _train,
     "frozen": _frozen,
-    "background": _background,
+    "background": partial(_background, Network(), BATCH),
+    "background-small": partial(_background, LUNGS_NETWORK, LUNGS_BATCH),
     "lrp": partial(_lrp, 0.0),
     "lrp-signs": partial(_lrp, 0.15),
 }

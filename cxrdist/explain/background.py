@@ -17,37 +17,67 @@ LEAST = 1e-12
 """Of a sum of |relevance|, in logits; an image with less has the share 0."""
 
 
-def share_of_relevance(
-    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
+def share_of_contrast(
+    model: Classifier,
+    images: Tensor,
+    targets: Tensor,
+    background: Tensor,
+    turn: int | None,
 ) -> Tensor:
-    """Return the mean of the shares of |relevance| and |gradient| that lie in the background.
+    """Return the share of what decides the labels of an image that lies in the background.
 
-    A share has no scale: neither a map that vanishes nor one that explodes pays off, which ISNet
-    (Bassi et al. 2024, Nature Communications 15:291) needs a second term for. The map is that of
-    the contrast of an image's labels: each class that it has counts for 1 and those that it does
-    not have for -1 together, since the maps of single classes hardly differ.
+    It is the mean of two shares, of |relevance| and of |gradient|. A share has no scale: neither a
+    map that vanishes nor one that explodes pays off, which ISNet (Bassi et al. 2024, Nature
+    Communications 15:291) needs a second term for. Both are those of the contrast of an image's
+    labels: each class that it has counts for 1 and those that it does not have for -1 together,
+    since the maps of single classes hardly differ.
 
-    The gradient is that of the same contrast. It is needed because the z-plus rule follows positive
-    weights only: a word that inhibits a feature of the lungs has no relevance and decides all the
-    same. Phantoms with word and faint opacities show it, 40 epochs, region masks. With relevance
-    alone (weight 0.5) 0.5 % of it lay on the words, and yet a word pasted on 62 normal images made
-    all of them COVID-19; with both (0.5 each) it did so on 3, and the recall of COVID-19 was 0.917
-    with the words and without.
+    The gradient is needed because the z-plus rule follows positive weights only: a word that
+    inhibits a feature of the lungs has no relevance and decides all the same. Phantoms with word
+    and faint opacities show it, 40 epochs, region masks. With relevance alone (weight 0.5) 0.5 % of
+    it lay on the words, and yet a word pasted on 62 normal images made all of them COVID-19; with
+    both (0.5 each) it did so on 3, and the recall of COVID-19 was 0.917 with the words and without.
+
+    Both shares together cost five plain steps. So the steps of a training take turns, and each pays
+    one of the two in full: over two steps their mean counts as if each had paid half of both. All
+    ranks and micro-batches of a step pay the same one, so its gradient does not depend on them.
 
     Args:
         model: in any mode; it is taken in evaluation mode.
         images: float [B, 1, H, W], grey values 0..255.
         targets: float [B, classes], 1 where an image has the label, -1 where that is unknown.
         background: bool [B, 1, H, W].
+        turn: 0 for the share of relevance, 1 for that of the gradient; None for the mean of both.
 
     Returns:
         float [B], 0 to 1, differentiable in the weights where gradients are enabled.
     """
-    present, absent = (targets == 1).to(images.dtype), (targets == 0).to(images.dtype)
-    weights = present - absent / absent.sum(1, keepdim=True).clamp(min=1)
-    found = relevance(model, images, weights)
-    sensitivity = input_gradient(model, images, lambda logits: (logits * weights).sum())
-    return (share(found, background[:, 0]) + share(sensitivity[:, 0], background[:, 0])) / 2
+    shares = (share_of_relevance, share_of_gradient)
+    paid = shares if turn is None else (shares[turn],)
+    found = [share_of(model, images, targets, background) for share_of in paid]
+    return torch.stack(found).mean(0)
+
+
+def share_of_relevance(
+    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
+) -> Tensor:
+    """Return the share of |relevance|; arguments and result as of `share_of_contrast`."""
+    return share(relevance(model, images, _contrast(targets)), background[:, 0])
+
+
+def share_of_gradient(
+    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
+) -> Tensor:
+    """Return the share of |gradient|; arguments and result as of `share_of_contrast`."""
+    weights = _contrast(targets)
+    gradient = input_gradient(model, images, lambda logits: (logits * weights).sum())
+    return share(gradient[:, 0], background[:, 0])
+
+
+def _contrast(targets: Tensor) -> Tensor:
+    """Weights of the logits [B, classes]: 1 for each label, -1 over those known to be absent."""
+    present, absent = (targets == 1).to(targets.dtype), (targets == 0).to(targets.dtype)
+    return present - absent / absent.sum(1, keepdim=True).clamp(min=1)
 
 
 def share(amounts: Tensor, background: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class _Map(torch.autograd.Function):
         seen = forward_pass(folded, inputs)
         trace = _Trace([], [], [], [])
         relevance = backward_pass(folded, _RULES, seen, weights.unsqueeze(0), trace)
-        ctx.kept = folded, weights, seen, trace
+        ctx.kept = folded, structure, weights, seen, trace
         return relevance.squeeze(0)
 
     @staticmethod
@@ -83,9 +83,8 @@ class _Map(torch.autograd.Function):
         """Gradients with respect to the leaves of the folded network."""
         if ctx.kept is None:
             raise RuntimeError("the map can be differentiated once: what that needs is used up")
-        (folded, weights, seen, trace), ctx.kept = ctx.kept, None
+        (folded, structure, weights, seen, trace), ctx.kept = ctx.kept, None
         needed = ctx.needs_input_grad[3:]
-        structure = tree_flatten(folded)[1]
         lowest = _lowest(tree_unflatten(needed, structure))
         with torch.autocast(gradient.device.type, enabled=False):
             of_folded = _gradient(folded, weights, seen, trace, gradient.contiguous(), lowest)

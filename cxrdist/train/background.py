@@ -16,14 +16,13 @@ from cxrdist.data.regions import Region, read_regions
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.distributed import together
 from cxrdist.errors import CxrdistError
-from cxrdist.explain.background import share_of_relevance, squared_gradient
+from cxrdist.explain.background import share_of_contrast, squared_gradient
 from cxrdist.info import BackgroundInfo, TextBoxesInfo
 from cxrdist.model.augment import warp, warp_masks
 from cxrdist.model.densenet import Classifier
 from cxrdist.run import judging, read_bytes
 
 MOST_TABLE_BYTES = 1 << 30
-PENALTIES = {"lrp": share_of_relevance, "gradient": squared_gradient}
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class BackgroundLoss:
         matrices: Tensor,
         targets: Tensor,
         foreground: Tensor,
+        turn: int | None,
     ) -> Tensor:
         """Return the penalty of each image; of one without background of its own it is 0.
 
@@ -58,6 +58,7 @@ class BackgroundLoss:
             matrices: float32 [B, 2, 3], how they are warped.
             targets: float [B, classes], 1 where an image has the label, -1 where that is unknown.
             foreground: uint8 [B, 1, H, W], rows of `foreground`.
+            turn: which of the two shares of lrp a step pays, 0 or 1; None for their mean.
 
         Returns:
             Floats [B] in the precision of the model, never in that of autocast.
@@ -66,7 +67,10 @@ class BackgroundLoss:
         background = warp_masks(foreground, matrices) < FULL
         with torch.autocast(images.device.type, enabled=False):
             warped = warp(images, matrices)
-            found = PENALTIES[self.recipe.method](model, warped, targets, background)
+            if self.recipe.method == "lrp":
+                found = share_of_contrast(model, warped, targets, background, turn)
+            else:
+                found = squared_gradient(model, warped, targets, background)
         return found * own
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -38,9 +39,11 @@ def can_capture(device: torch.device, world_size: int, num_images: int) -> bool:
 
 
 class CapturedStep:
-    """Takes steps by replaying a graph; one for each number of images, of which a stage has two.
+    """Takes steps by replaying a graph; one for each turn and number of images.
 
-    The first steps of each number are taken as they are, on a stream of their own: kernels choose
+    A stage has two numbers of images, and with a background loss two turns.
+
+    The first steps of each graph are taken as they are, on a stream of their own: kernels choose
     their algorithms and libraries allocate in them. Recording computes nothing, so all steps count.
     """
 
@@ -48,24 +51,25 @@ class CapturedStep:
         """Wrap a step.
 
         Args:
-            step: takes tensors on the device, changes the network, and returns tensors; without a
-                read by the host.
-            record: records a step on given inputs, see `record_cuda_graph`.
+            step: takes a turn and tensors on the device, changes the network, and returns tensors;
+                without a read by the host.
+            record: records a step of a turn on given inputs, see `record_cuda_graph`.
         """
         self._step, self._record = step, record
-        self._taken: dict[int, int] = {}
-        self._graphs: dict[int, tuple[Tensors, Graph, Tensors]] = {}
+        self._taken: dict[tuple[int, int], int] = {}
+        self._graphs: dict[tuple[int, int], tuple[Tensors, Graph, Tensors]] = {}
 
-    def __call__(self, *inputs: Tensor) -> Tensors:
-        """Take a step; what it returns is good until the next one of as many images."""
-        count = len(inputs[0])
-        if count not in self._graphs:
-            taken = self._taken[count] = self._taken.get(count, 0) + 1
+    def __call__(self, turn: int, *inputs: Tensor) -> Tensors:
+        """Take a step; what it returns is good until the next one of its turn and size."""
+        key = turn, len(inputs[0])
+        if key not in self._graphs:
+            step = partial(self._step, turn)
+            taken = self._taken[key] = self._taken.get(key, 0) + 1
             if taken <= WARM_UP_STEPS:
-                return on_side_stream(self._step, inputs)
+                return on_side_stream(step, inputs)
             static = tuple(tensor.clone() for tensor in inputs)
-            self._graphs[count] = (static, *self._record(self._step, static))
-        static, graph, outputs = self._graphs[count]
+            self._graphs[key] = (static, *self._record(step, static))
+        static, graph, outputs = self._graphs[key]
         for own, tensor in zip(static, inputs, strict=True):
             own.copy_(tensor)
         graph.replay()

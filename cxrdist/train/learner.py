@@ -70,6 +70,7 @@ class Learner(nn.Module):
         matrices: Tensor,
         targets: Tensor,
         foreground: Tensor | None = None,
+        turn: int = 0,
     ) -> Tensor:
         """Sum up what the loss is made of.
 
@@ -78,6 +79,7 @@ class Learner(nn.Module):
             matrices: as of `loss`.
             targets: as of `loss`.
             foreground: uint8 [B, 1, H, W], what may be read; in a stage with a background loss.
+            turn: of the step, as of `BackgroundLoss.penalties`.
 
         Returns:
             float32 [2]: the binary cross-entropy over the known labels of all images, and the
@@ -88,7 +90,8 @@ class Learner(nn.Module):
             return torch.stack([loss, torch.zeros_like(loss)])
         # After the pass that trains: BatchNorm moves the running statistics in it, in place, and
         # the penalty's gradient needs those that it was computed with.
-        penalties = self._background.penalties(self.model, images, matrices, targets, foreground)
+        inputs = (images, matrices, targets, foreground)
+        penalties = self._background.penalties(self.model, *inputs, turn=turn)
         return torch.stack([loss, penalties.sum().to(loss.dtype)])
 
     def loss(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ class StageRun:
             *(epoch.batches, self.staging, self.foregrounds),
             accelerator=accelerator,
         )
-        part = read(step=epoch.step)
+        part = read(step=epoch.step, turn=self.steps_done % 2)
         for step in range(epoch.step, plan.num_steps):
             where = f"{epoch.where}, step {step + 1}"
             _seed(self.recipe.seed, where, accelerator.process_index)
@@ -276,9 +276,9 @@ class StageRun:
             with memory_for(part, self.recipe.max_images_per_rank, where):
                 shares, norm = self._take_step(part)
             epoch.count(shares, norm, part)
-            if step + 1 < plan.num_steps:  # read while a GPU is still busy with this step
-                part = read(step=step + 1)
             self.steps_done += 1
+            if step + 1 < plan.num_steps:  # read while a GPU is still busy with this step
+                part = read(step=step + 1, turn=self.steps_done % 2)
             bar.update(plan.step_size(step))
             if epoch.step % STEPS_PER_LOG_ROW == 0:
                 self._log_steps(epoch)
@@ -290,7 +290,8 @@ class StageRun:
     def _take_step(self, part: Slice) -> tuple[Tensor, Tensor]:
         """Take a step; this rank's shares of loss and penalty, and the norm of all gradients."""
         if self.captured is not None:
-            shares, norm = self.captured(*part.inputs)
+            turn = part.turn if self.background else 0  # other steps are all alike
+            shares, norm = self.captured(turn, *part.inputs)
             return shares, norm
         shares = backward(
             *(self.training.accelerator, self.model, self.updater, part),
@@ -301,11 +302,11 @@ class StageRun:
         return shares, norm
 
     def _one_pass(
-        self, images: Tensor, matrices: Tensor, targets: Tensor, *foreground: Tensor
+        self, turn: int, images: Tensor, matrices: Tensor, targets: Tensor, *foreground: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What `_take_step` does on one rank in one pass, on tensors alone."""
         num_known = (targets >= 0).sum().clamp(min=1)  # a replayed step reads the device only
-        loss, penalty = self.model(images, matrices, targets, *foreground).unbind()
+        loss, penalty = self.model(images, matrices, targets, *foreground, turn=turn).unbind()
         mean = penalty * (1 / len(images))
         loss = loss * num_known.reciprocal() + mean * self.weight
         self.updater.backward(loss)

@@ -126,6 +126,7 @@ class Slice:
             part all the same, with one image that counts for nothing.
         sizes: images of each rank.
         num_known: known labels of the images of all ranks.
+        turn: 0 or 1, of all ranks: which share of the background loss the step pays.
     """
 
     images: Tensor
@@ -135,6 +136,7 @@ class Slice:
     rows: slice
     sizes: tuple[int, ...]
     num_known: int
+    turn: int
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -153,6 +155,7 @@ def read_slice(
     staging: Staging,
     foregrounds: Staging | None,
     step: int,
+    turn: int,
     accelerator: Accelerator,
 ) -> Slice:
     """Read this rank's part of a step.
@@ -162,6 +165,7 @@ def read_slice(
         staging: of the images.
         foregrounds: of what may be read of them, in a stage with a background loss.
         step: of the epoch.
+        turn: of the slice.
         accelerator: of this rank.
     """
     plan, world_size = batches.plan, accelerator.num_processes
@@ -178,6 +182,7 @@ def read_slice(
         rows,
         tuple(r.stop - r.start for r in all_rows),
         int(batches.num_known[step]),
+        turn,
     )
 
 
@@ -246,7 +251,8 @@ def backward(
         before_pass(one.sizes)
         with nullcontext() if one is passes[-1] else accelerator.no_sync(model):
             rows = one.rows
-            loss, penalty = model(*(tensor[rows] for tensor in part.inputs)).unbind()
+            inputs = (tensor[rows] for tensor in part.inputs)
+            loss, penalty = model(*inputs, turn=part.turn).unbind()
             mean = penalty * (one.weight * per_image)
             share = loss * (one.weight * per_label) + mean * weight
             updater.backward(share * accelerator.num_processes)
@@ -328,5 +334,5 @@ def _sum_of_penalties(
         read_rows(background.foreground, batches.plan.samples[rows], images.device),
     )
     passes = zip(*(tensor.split(PENALTIES_PER_PASS) for tensor in inputs), strict=True)
-    found = [background.penalties(cast(Classifier, model), *one) for one in passes]
+    found = [background.penalties(cast(Classifier, model), *one, turn=None) for one in passes]
     return torch.cat(found).sum(dtype=torch.float64)

@@ -7,7 +7,8 @@ torch is loaded once for all of them. A job is `stages`, or MODE/BATCH[:IMAGES_P
 gradient of a step. The mode is `frozen` or `trained`, which BatchNorm is then, `compiled`, which is
 `trained` in one compiled graph, `bf16`, which is `trained` under autocast, or `per_rank`, which is
 `trained` on its own slice. `lrp` and `gradient` are `trained` with a background loss by that
-method, `frozen_lrp` is `frozen`. The job `moving` is `stages` where frozen BatchNorm moves.
+method, `frozen_lrp` is `frozen`; `lrp_turn` is `lrp` in a step that pays the gradient's share. The
+job `moving` is `stages` where frozen BatchNorm moves.
 """
 
 import os
@@ -115,7 +116,8 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
         batch_norm="per_rank" if mode == "per_rank" else "synchronised",
     )
     training = replace(training, recipe=recipe)
-    method = mode.rpartition("_")[2]
+    turn = int(mode == "lrp_turn")
+    method = mode.removesuffix("_turn").rpartition("_")[2]
     if method in ("lrp", "gradient"):
         training = with_background(training, method)
     half = mode == "bf16"
@@ -124,7 +126,8 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     set_modes(training.model, set() if mode.startswith("frozen") else set(BLOCKS))
     epoch = Batches(training.material, training.plan("all", 1), training.accelerator.device)
     epoch.targets = epoch.targets.to(training.model.mean.dtype)
-    part = read_slice(*(epoch, under_way.staging, under_way.foregrounds, 0, training.accelerator))
+    staging = under_way.staging, under_way.foregrounds
+    part = read_slice(epoch, *staging, 0, turn, training.accelerator)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         loss = backward(
             *(training.accelerator, under_way.model, under_way.updater, part),

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from cxrdist.data.foreground import foreground_of
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError
 from cxrdist.explain import gradient
-from cxrdist.explain.background import evaluating, share_of_relevance, squared_gradient
+from cxrdist.explain.background import evaluating, share_of_contrast, squared_gradient
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_of
@@ -75,26 +76,29 @@ def left_half(count: int) -> torch.Tensor:
     return background
 
 
-def test_the_share_is_that_of_the_engines_maps():
+def test_the_shares_are_those_of_the_engines_maps_and_of_the_gradient():
     """Of the contrast, a class less the mean of those that the image is known not to have.
 
-    The other half of the penalty is the share of the contrast's gradient, here by autograd.
+    The first turn pays the share of the maps, the second that of the gradient, here by autograd;
+    without turns it is the mean of both.
     """
     model, (images, targets) = network(), batch()
     with torch.no_grad():
-        found = share_of_relevance(model, images, targets, left_half(4))
+        inputs = (model, images, targets, left_half(4))
+        first, second, mean = (share_of_contrast(*inputs, turn) for turn in (0, 1, None))
     maps = Explainer(model.eval()).attribute(images, [0, 1, 2]).relevance
     weights = torch.tensor([[1, -0.5, -0.5], [-0.5, 1, -0.5], [-0.5, -0.5, 1], [1, -1, 0]])
     amounts = (maps * weights.to(maps)[..., None, None]).sum(1).abs()
     shown = images.clone().requires_grad_()
     (model(shown) * weights).sum().backward()
-    shares = [
+    of_maps, of_gradient = (
         of[..., : SIZE_PX // 2].sum((1, 2)) / of.sum((1, 2))
         for of in (amounts, shown.grad[:, 0].abs())
-    ]
-    expected = (shares[0] + shares[1]) / 2
-    assert torch.allclose(found, expected, rtol=1e-9)
-    assert 0 < float(found.min()) < float(found.max()) < 1
+    )
+    assert torch.allclose(first, of_maps, rtol=1e-9)
+    assert torch.allclose(second, of_gradient, rtol=1e-9)
+    assert torch.allclose(mean, (of_maps + of_gradient) / 2, rtol=1e-9)
+    assert 0 < float(mean.min()) < float(mean.max()) < 1
 
 
 def test_the_squared_gradient_is_that_of_differences():
@@ -119,7 +123,7 @@ def test_the_squared_gradient_is_that_of_differences():
     assert found.requires_grad
 
 
-@pytest.mark.parametrize("penalty", [share_of_relevance, squared_gradient])
+@pytest.mark.parametrize("penalty", [partial(share_of_contrast, turn=None), squared_gradient])
 def test_a_penalty_leaves_modes_and_statistics_alone(penalty):
     """It is computed in evaluation mode, also by a network in training; twice it is the same."""
     model, (images, targets) = network(), batch()
@@ -150,7 +154,7 @@ def test_an_image_without_background_has_no_penalty_wherever_it_is_moved():
     matrices[2:, 0, 2] = 2 * 16 / (SIZE_PX - 1)  # what is on the right comes 16 px to the left
     inputs = (model, images, matrices, targets.float(), foreground)
     with torch.no_grad():
-        found = loss.penalties(*inputs)
+        found = loss.penalties(*inputs, turn=None)
     assert found[1] == found[3] == 0
     background = torch.zeros(4, 1, SIZE_PX, SIZE_PX, dtype=torch.bool)
     background[0, ..., :8] = True
@@ -159,15 +163,15 @@ def test_an_image_without_background_has_no_penalty_wherever_it_is_moved():
     warped[2:] = 0
     warped[2:, ..., :16] = images[2:, ..., 16:].float()
     with torch.no_grad():
-        expected = share_of_relevance(model, warped, targets.float(), background)
+        expected = share_of_contrast(model, warped, targets.float(), background, None)
     assert torch.allclose(found[[0, 2]], expected[[0, 2]], atol=1e-4)
     assert found[0] > 0 < found[2]
 
 
-@pytest.mark.parametrize("method", ["lrp", "gradient"])
+@pytest.mark.parametrize(("method", "turn"), [("lrp", 0), ("lrp", 1), ("gradient", 0)])
 @pytest.mark.parametrize("trained", [BLOCKS, ["head"]])
 def test_a_step_with_a_penalty_reads_nothing_and_trains_what_is_not_frozen(
-    monkeypatch, method, trained
+    monkeypatch, method, turn, trained
 ):
     """It runs on fake tensors, where every read would raise, under autocast as well.
 
@@ -183,7 +187,8 @@ def test_a_step_with_a_penalty_reads_nothing_and_trains_what_is_not_frozen(
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = torch.empty(4, 1, SIZE_PX, SIZE_PX, dtype=torch.uint8)
         with torch.autocast("cpu", torch.bfloat16):
-            sums = ours(images, torch.empty(4, 2, 3), torch.empty(4, 3), torch.empty_like(images))
+            inputs = (torch.empty(4, 2, 3), torch.empty(4, 3), torch.empty_like(images), turn)
+            sums = ours(images, *inputs)
         assert sums.dtype == torch.float32
         sums[1].backward()
     reached = {
@@ -227,9 +232,22 @@ def rows_of(run: Path) -> list[dict]:
 def test_a_killed_training_with_a_background_loss_ends_in_the_same_bytes(
     shards, tmp_path, monkeypatch
 ):
-    """Killed after each save, within epochs and between stages; the log is the same, too."""
+    """Killed after each save, within epochs and between stages; the log is the same, too.
+
+    The shares take turns from step to step, also over the end of an epoch of three steps.
+    """
     monkeypatch.setattr(stage, "STEPS_PER_LOG_ROW", 2)
-    train(recipe(shards, tmp_path / "whole"))
+    turns, penalties = [], BackgroundLoss.penalties
+
+    def keep_turn(*given, turn):
+        turns.append(turn)
+        return penalties(*given, turn=turn)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(BackgroundLoss, "penalties", keep_turn)
+        train(recipe(shards, tmp_path / "whole"))
+    of_steps = [turn for turn in turns if turn is not None][::2]  # a step has two micro-batches
+    assert of_steps == [0, 1, 0, 1, 0, 1, 0, 1, 0]
     save, config = stage.save_checkpoint, recipe(shards, tmp_path / "broken")
 
     def save_and_die(*arguments):

@@ -1,42 +1,45 @@
 """Captured steps, with a stand-in for the GPU's recorder: replaying is doing the step again."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from recorder import Again, record_again
 
-from cxrdist.config import Augmentation, Network, Stage, TrainConfig
+from cxrdist.config import Augmentation, Background, Network, Stage, TrainConfig
 from cxrdist.run import read_log
 from cxrdist.train import learner, stage
-from cxrdist.train.capture import WARM_UP_STEPS, CapturedStep, Step, Tensors, can_capture
+from cxrdist.train.capture import WARM_UP_STEPS, CapturedStep, Tensors, can_capture
 from cxrdist.train.loop import train
 
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
 
 
-def test_each_size_is_recorded_once_and_every_step_counts():
+def test_each_size_and_turn_is_recorded_once_and_every_step_counts():
     """Warm-up steps, the recording and replays change the state as plain steps do, once each."""
     total = torch.zeros(())
 
-    def step(numbers: torch.Tensor) -> Tensors:
-        total.add_(numbers.sum())
+    def step(turn: int, numbers: torch.Tensor) -> Tensors:
+        total.add_(numbers.sum() + 100 * turn)
         return numbers.max(), total.clone()
 
     recorded = []
 
-    def record(step: Step, static: Tensors) -> tuple[Again, Tensors]:
-        recorded.append(len(static[0]))
+    def record(step: partial, static: Tensors) -> tuple[Again, Tensors]:
+        recorded.append((step.args[0], len(static[0])))
         return record_again(step, static)
 
     captured, expected = CapturedStep(step, record), 0.0
-    for turn in range(2 * WARM_UP_STEPS + 4):
-        numbers = torch.arange(4 + turn % 2) + float(turn)
-        expected += float(numbers.sum())
-        largest, found = captured(numbers)
+    for number in range(4 * WARM_UP_STEPS + 8):
+        turn, size = number // 2 % 2, 4 + number % 2
+        numbers = torch.arange(size) + float(number)
+        expected += float(numbers.sum()) + 100 * turn
+        largest, found = captured(turn, numbers)
         assert float(largest) == float(numbers.max())
         assert float(found) == expected
-    assert recorded == [4, 5]
+    assert recorded == [(0, 4), (0, 5), (1, 4), (1, 5)]
 
 
 def test_only_small_steps_of_one_gpu_are_captured():
@@ -54,12 +57,15 @@ def test_a_captured_training_ends_in_the_bytes_of_a_plain_one(
 ):
     """With rates that rise and fall, an average and a limit of the norm, over two stages.
 
+    The first has a background loss, whose steps take turns.
+
     The rates are such that float32, which they have on the device, holds them.
     """
     stages = {
         name: Stage(dict.fromkeys(blocks, 0.0625), epochs=2, patience=2)
         for name, blocks in (("all", BLOCKS), ("head", ["head"]))
     }
+    stages["all"] = replace(stages["all"], background=Background(0.5, "border"))
     monkeypatch.setattr(learner, "COMPILE_BACKEND", "eager")
     for name, captured in (("plain", False), ("captured", True)):
         monkeypatch.setattr(stage, "can_capture", lambda *_, captured=captured: captured)

@@ -22,7 +22,8 @@ def fail(error: Exception) -> None:
 def step_of(num_images: int) -> Slice:
     """A slice of a rank beside another one."""
     images = torch.zeros(num_images, 1, 1, 1)
-    return Slice(images, images, images, None, slice(0, num_images), (num_images, num_images), 1)
+    sizes = (num_images, num_images)
+    return Slice(images, images, images, None, slice(0, num_images), sizes, num_known=1, turn=0)
 
 
 @pytest.mark.parametrize(

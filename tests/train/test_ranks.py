@@ -26,7 +26,7 @@ def balanced(tmp_path_factory) -> Path:
 
 
 TRAINED = ("trained/9", "trained/16", "trained/2")
-BACKGROUND = ("lrp/9", "lrp/2", "gradient/2", "gradient/9")
+BACKGROUND = ("lrp/9", "lrp/2", "lrp_turn/9", "gradient/2", "gradient/9")
 JOBS = {
     1: ("moving", "frozen/9", "frozen/2", *TRAINED, "bf16/9", *BACKGROUND, "frozen_lrp/9"),
     2: (
@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_the_whole_batch_for_any_world(outcomes, world, 
 def test_the_background_loss_has_a_part_in_the_gradient(outcomes):
     """As a control of the comparison above: the loss, and another gradient than without."""
     (alone,) = outcomes[1]
-    for method in ("lrp", "gradient"):
+    for method in ("lrp", "lrp_turn", "gradient"):
         with_it, without = alone[f"{method}/9"], alone["trained/9"]
         assert float(with_it["loss"][1]) > 0 == float(without["loss"][1])
         added = with_it["loss"] - without["loss"]
