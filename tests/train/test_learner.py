@@ -89,9 +89,8 @@ def test_moving_batchnorm_of_frozen_blocks_is_pytorchs_default(trained):
     found.backward()
     for name, parameter in plain.named_parameters():
         gradient = model.network.get_parameter(name).grad
-        assert (
-            (gradient is None) == (parameter.grad is None) == (block_of(name, SMALL) not in trained)
-        )
+        is_frozen = block_of(name, SMALL) not in trained
+        assert (gradient is None) == (parameter.grad is None) == is_frozen
         assert gradient is None or torch.allclose(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
     plain(model.normalise(images))  # as often as ours
     for name, buffer in plain.named_buffers():
