@@ -263,7 +263,7 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
         # Those of the default network are filled in: another architecture would be given its shape.
         parser.set_defaults({"network.growth_rate": None, "network.block_config": None})
     flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
-    arguments = _normalise(arguments, flags)
+    arguments = _recipes_first(_normalise(arguments, flags))
     _refuse_bad_recipes(name, arguments)
     if strange := [argument for argument in arguments if _shown(argument) != argument]:
         raise CxrdistError(
@@ -317,6 +317,16 @@ def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
             argument = recipe_path(argument)
         result.append(argument)
     return result
+
+
+def _recipes_first(arguments: list[str]) -> list[str]:
+    """Put --config before the options that override a recipe; behind them it would undo them."""
+    recipes: list[str] = []
+    others: list[str] = []
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        is_recipe = "--config" in (argument, before) or argument.startswith("--config=")
+        (recipes if is_recipe else others).append(argument)
+    return recipes + others
 
 
 def _refuse_bad_recipes(command: str, arguments: list[str]) -> None:

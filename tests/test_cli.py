@@ -132,6 +132,16 @@ def test_flags_take_dashes_and_need_no_value():
     assert config.patient_pattern == r"^(\d+)_"
 
 
+@pytest.mark.parametrize("recipe", [["--config", "demo"], ["--config=demo"]])
+def test_options_override_a_recipe_wherever_they_stand(recipe):
+    """Before --config as well, where they are not undone by the recipe."""
+    options = ["--shards=s", "--run=r", "--global-batch-size", "5", "--stages.fine.epochs", "7"]
+    for arguments in ([*recipe, *options], [*options, *recipe]):
+        config = parse(COMMANDS["train"], "train", arguments)
+        assert (config.global_batch_size, config.stages["fine"].epochs) == (5, 7)
+        assert config.stages["all"].epochs == 12
+
+
 def test_a_recipes_name_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
     """`--config demo` is the packaged recipe, also where a folder ./demo stands."""
     monkeypatch.chdir(tmp_path)
