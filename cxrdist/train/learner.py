@@ -90,8 +90,8 @@ class Learner(nn.Module):
             return torch.stack([loss, torch.zeros_like(loss)])
         # After the pass that trains: BatchNorm moves the running statistics in it, in place, and
         # the penalty's gradient needs those that it was computed with.
-        inputs = (images, matrices, targets, foreground)
-        penalties = self._background.penalties(self.model, *inputs, turn=turn)
+        inputs = (images, matrices, targets, foreground, turn)
+        penalties = self._background.penalties(self.model, *inputs)
         return torch.stack([loss, penalties.sum().to(loss.dtype)])
 
     def loss(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
