@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import yaml
+
 from cxrdist.data.chestxray14 import read_chestxray14
 from cxrdist.data.index import read_index
 from cxrdist.data.patients import age_of
@@ -18,9 +20,7 @@ from cxrdist.run import write_table, write_text
 
 ABOUT = ("path", "patient", "age", "sex", "view")
 ADULT_YEARS = 18
-DAY = re.compile(
-    r"[-_]?day[-_]?\d+.*"
-)  # X-rays of one patient on several days share what is before
+DAY = re.compile(r"[-_]?day[-_]?\d+.*")  # follows a name that all days of a patient share
 NIH_NAME = re.compile(r"(\d{8})_\d{3}")
 
 
@@ -30,10 +30,8 @@ def findings(data: Path, folder: Path) -> None:
     labelled = [row | {"labels": row["nih_labels"]} for row in rows]
     _write(folder / "adult_normal", labelled, *ABOUT, "labels")
     _link(folder / "adult_normal" / "images", data / "adult_normal" / "images")
-    text = f"nih14: {{source: chestxray14, input: '{(data / 'nih14').resolve()}'}}\n"
-    write_text(
-        folder / "sources.yaml", f"{text}adult: {{source: csv, input: adult_normal/table.csv}}\n"
-    )
+    nih14 = {"source": "chestxray14", "input": str((data / "nih14").resolve())}
+    _write_sources(folder, nih14=nih14, adult={"source": "csv", "input": "adult_normal/table.csv"})
 
 
 def adults(data: Path, folder: Path) -> None:
@@ -55,13 +53,14 @@ def adults(data: Path, folder: Path) -> None:
     ]
     _write(folder / "pneumonia", pneumonia, *ABOUT, "label")
     _link(folder / "pneumonia" / "images", data / "nih14" / "images")
-    write_text(folder / "covid.yaml", "Normal: null\nViral Pneumonia: null\n")
-    table = (data / "paper_like" / "table.csv").resolve()
-    write_text(
-        folder / "sources.yaml",
-        f"covid: {{source: csv, input: '{table}', label_map: covid.yaml}}\n"
-        "normal: {source: csv, input: normal/table.csv}\n"
-        "pneumonia: {source: csv, input: pneumonia/table.csv}\n",
+    only = folder / "covid.yaml"
+    write_text(only, yaml.safe_dump({"Normal": None, "Viral Pneumonia": None}))
+    table = str((data / "paper_like" / "table.csv").resolve())
+    _write_sources(
+        folder,
+        covid={"source": "csv", "input": table, "label_map": only.name},
+        normal={"source": "csv", "input": "normal/table.csv"},
+        pneumonia={"source": "csv", "input": "pneumonia/table.csv"},
     )
 
 
@@ -126,6 +125,12 @@ def _is_adult(years: float | None) -> bool:
 def _write(folder: Path, rows: Iterable[Mapping[str, str]], *columns: str) -> None:
     """Write some columns of rows as FOLDER/table.csv."""
     write_table(folder / "table.csv", columns, ([row[name] for name in columns] for row in rows))
+
+
+def _write_sources(folder: Path, **sources: Mapping[str, str]) -> None:
+    """Write FOLDER/sources.yaml, an input of `cxrdist pack --source several`."""
+    content = {name: dict(source) for name, source in sources.items()}
+    write_text(folder / "sources.yaml", yaml.safe_dump(content, sort_keys=False))
 
 
 def _link(link: Path, folder: Path) -> None:
