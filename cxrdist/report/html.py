@@ -58,9 +58,11 @@ def report(config: ReportConfig) -> Path:
     ]
     headline = next((split for split in splits if split["metrics"]), None)
     audit, texts = audit_view(run.audit), text_views(run)
+    evidence = gather(run)
     page = template("report.html.jinja").render(
         name=run.root.resolve().name,
         info=info,
+        network=evidence.model["architecture"] if evidence.model else None,
         weights=weights_chain(info),
         duration=_duration(run.info, info),
         recipe=recipe,
@@ -83,7 +85,6 @@ def report(config: ReportConfig) -> Path:
         ],
     )
     write_text(run.report, page)
-    evidence = gather(run)
     write_checklist(evidence)
     write_card(evidence)
     print(f"the report: {run.report}")

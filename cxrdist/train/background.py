@@ -74,7 +74,8 @@ def check_backgrounds(config: TrainConfig) -> None:
     """Refuse a background loss that cannot be meant.
 
     Raises:
-        CxrdistError: a weight or a region is invalid, or boxes of text are missing or not used.
+        CxrdistError: a weight or a region is invalid, the network has no such loss, or boxes of
+            text are missing or not used.
     """
     has_text = False
     for name, stage in config.stages.items():
@@ -85,6 +86,11 @@ def check_backgrounds(config: TrainConfig) -> None:
             raise CxrdistError(
                 f"{field}.weight: is {weight}, expected a number above 0; leave background out "
                 "for none"
+            )
+        if stage.background.method == "lrp" and not config.network.is_densenet:
+            raise CxrdistError(
+                f"{field}.method: lrp is for DenseNets, and network.architecture is "
+                f"{config.network.architecture}; take gradient"
             )
         try:
             has_text |= "text" in read_regions(stage.background.region)
