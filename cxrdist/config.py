@@ -267,7 +267,7 @@ class Network:
     hidden layers."""
 
     def __post_init__(self) -> None:
-        """Fill in the published shape of a DenseNet, and bound the memory that it can take.
+        """Bound the memory that the network can take.
 
         Raises:
             CxrdistError: there is no such network, it has no such shape, or it is larger than any
@@ -278,12 +278,10 @@ class Network:
             raise CxrdistError(
                 f"architecture: is {self.architecture!r:.40}, expected one of {', '.join(names)}"
             )
-        shape = (("growth_rate", self.growth_rate), ("block_config", self.block_config))
         if self.is_densenet:
-            for (name, value), published in zip(shape, DENSENETS[self.architecture], strict=True):
-                object.__setattr__(self, name, published if value is None else value)
             self._refuse_large()
         else:
+            shape = (("growth_rate", self.growth_rate), ("block_config", self.block_config))
             for name, value in shape:
                 if value is not None:
                     raise CxrdistError(
@@ -318,9 +316,13 @@ class Network:
         Raises:
             ValueError: it is another network.
         """
-        if self.growth_rate is None or self.block_config is None:
+        if not self.is_densenet:
             raise ValueError(f"{self.architecture} is not a DenseNet")
-        return self.growth_rate, tuple(self.block_config)
+        growth_rate, block_config = DENSENETS[self.architecture]
+        return (
+            growth_rate if self.growth_rate is None else self.growth_rate,
+            block_config if self.block_config is None else tuple(self.block_config),
+        )
 
     @property
     def title(self) -> str:

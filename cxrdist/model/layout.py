@@ -248,29 +248,27 @@ def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: st
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
     extra = [k for k in given if k not in own]
     wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
-    expected = f"{_found(given, shape)}the recipe's network is a {shape.title}"
+    expected = f"expected those of a {shape.title}{_other(given, shape)}"
     for problem, names in (("the file lacks", missing), ("the network has no place for", extra)):
         if names:
-            raise CxrdistError(
-                f"{where}: {problem} {_few(names)}; {expected}; give weights of it, or set "
-                "network.architecture to that of the weights"
-            )
+            raise CxrdistError(f"{where}: {problem} {_few(names)}; {expected}")
     if wrong:
         name = wrong[0]
         raise CxrdistError(
             f"{where}: {len(wrong)} tensors have wrong shapes, {name} is "
-            f"{list(given[name].shape)}, expected {list(own[name].shape)}; {expected}; give "
-            "weights of it"
+            f"{list(given[name].shape)}, expected {list(own[name].shape)}; {expected}"
         )
 
 
-def _found(tensors: dict[str, Tensor], shape: Network) -> str:
-    """A note on the network that tensors are of, if it is another one that is known."""
+def _other(tensors: dict[str, Tensor], shape: Network) -> str:
+    """A note for the error line on the network that tensors are of, if it is another known one."""
     try:
-        title = shape_of(tensors, "").title
+        found = shape_of(tensors, "")
     except CxrdistError:
         return ""
-    return "" if title == shape.title else f"the weights are of a {title}, "
+    if found.title == shape.title:
+        return ""
+    return f", and these are of a {found.title}; give other weights or another network.architecture"
 
 
 def _few(names: list[str]) -> str:

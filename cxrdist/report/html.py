@@ -63,6 +63,7 @@ def report(config: ReportConfig) -> Path:
         without_rules=evidence.without_rules,
         name=run.root.resolve().name,
         info=info,
+        network=evidence.model["architecture"] if evidence.model else None,
         weights=weights_chain(info),
         duration=_duration(run.info, info),
         recipe=recipe,

@@ -115,6 +115,7 @@ def fixed_recipe(config: TrainConfig) -> str:
     is of the same recipe.
     """
     fields = _fields(replace(config, max_images_per_rank=None))
+    fields["network"] = _whole_network(fields["network"])
     kept = {k: v for k, v in fields.items() if k not in ADDED or v != ADDED[k]}
     return yaml.safe_dump(kept, sort_keys=False)
 
@@ -126,12 +127,24 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
             del stage["background"]
         if stage["block_decay"] == 1:
             del stage["block_decay"]
-    network = {k: v for k, v in fields["network"].items() if v is not None}
-    if "block_config" in network:
-        network["block_config"] = list(network["block_config"])
-    if network["architecture"] == Network().architecture:
-        del network["architecture"]
-    return {**fields, "network": network}
+    given = {k: v for k, v in fields["network"].items() if v is not None}
+    if "block_config" in given:
+        given["block_config"] = list(given["block_config"])
+    return {**fields, "network": given}
+
+
+def _whole_network(given: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a network as older recipes have them: a DenseNet with its shape, and no name.
+
+    Raises:
+        CxrdistError: they are of no network.
+    """
+    network = Network(**given)
+    if not network.is_densenet:
+        return given
+    growth_rate, block_config = network.dense_shape
+    shape = {"growth_rate": growth_rate, "block_config": list(block_config)}
+    return {**shape, "dropout": network.dropout}
 
 
 def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
@@ -163,6 +176,8 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     """The first field in which two recipes differ; the order of the stages counts."""
     for name in new:
         before = old.get(name, ADDED.get(name))
+        if name == "network" and before and _whole_network(before) == _whole_network(new[name]):
+            continue
         if name != "max_images_per_rank" and before != new[name]:
             return f"{name} was {before!s:.200}, is {new[name]!s:.200}"
     same_order = list(old["stages"]) == list(new["stages"])

@@ -17,6 +17,7 @@ from cxrdist.train.stages import (
     describe_groups,
     freeze,
     parameter_groups,
+    rates_of,
     set_modes,
 )
 
@@ -72,12 +73,36 @@ def test_frozen_blocks_have_no_gradient_and_their_batchnorm_is_in_evaluation_mod
     assert features.norm5.weight.requires_grad
 
 
+def test_the_rate_of_all_falls_from_the_head_to_the_stem():
+    """A block that is named has its own rate; the others lie on the line of `all`."""
+    every = Stage({"all": 8.0}, 1, 1, block_decay=0.5)
+    assert rates_of(every, SMALL) == {
+        "stem": 0.25,
+        "denseblock1": 0.5,
+        "denseblock2": 1.0,
+        "denseblock3": 2.0,
+        "denseblock4": 4.0,
+        "head": 8.0,
+    }
+    named = Stage({"head": 3.0, "all": 8.0}, 1, 1, block_decay=0.5)
+    squeezenet = Network(architecture="squeezenet1_1")
+    rates = rates_of(named, squeezenet)
+    assert list(rates.values()) == [8 / 2**i for i in range(9, 0, -1)] + [3.0]
+    assert list(rates_of(Stage({"all": 1.0}, 1, 1), squeezenet).values()) == [1.0] * 10
+    assert list(rates_of(Stage({"head": 1.0, "stem": 2.0}, 1, 1), SMALL)) == ["stem", "head"]
+
+
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
         ({}, "has none"),
         ({"one": Stage({}, 1, 1)}, r"stages\.one: trains nothing"),
         ({"one": Stage({"haed": 1e-3}, 1, 1)}, r"no block 'haed'; expected stem, .*, head"),
+        ({"one": Stage({"layer1": 1e-3}, 1, 1)}, r"no block 'layer1'; expected stem, .*, or all"),
+        ({"one": Stage({"all": 0.0}, 1, 1)}, r"stages\.one\.lr\.all: is 0\.0"),
+        ({"one": Stage({"all": 1.0}, 1, 1, block_decay=0.0)}, r"one\.block_decay: is 0\.0"),
+        ({"one": Stage({"all": 1.0}, 1, 1, block_decay=1.1)}, r"one\.block_decay: is 1\.1"),
+        ({"one": Stage({"head": 1.0}, 1, 1, block_decay=0.5)}, r"block_decay: .*lr has no `all`"),
         ({"one": Stage({"head": 0.0}, 1, 1)}, r"stages\.one\.lr\.head: is 0\.0"),
         ({"one": Stage({"head": float("nan")}, 1, 1)}, r"stages\.one\.lr\.head: is nan"),
         ({"one": Stage({"head": 1e-3}, 0, 1)}, r"stages\.one\.epochs: is 0"),
