@@ -78,13 +78,8 @@ def check_backgrounds(config: TrainConfig) -> None:
     """Refuse a background loss that cannot be meant.
 
     Raises:
-<<<<<<< HEAD
-        CxrdistError: a weight or a region is invalid, the network has no relevance that can be
-            differentiated, or boxes of text are missing or not used.
-=======
         CxrdistError: a weight or a region is invalid, the network has no such loss, or boxes of
             text are missing or not used.
->>>>>>> nets
     """
     has_text = False
     for name, stage in config.stages.items():
@@ -99,11 +94,7 @@ def check_backgrounds(config: TrainConfig) -> None:
         if stage.background.method == "lrp" and not config.network.is_densenet:
             raise CxrdistError(
                 f"{field}.method: lrp is for DenseNets, and network.architecture is "
-<<<<<<< HEAD
                 f"{config.network.architecture}; take the method gradient, or a DenseNet"
-=======
-                f"{config.network.architecture}; take gradient"
->>>>>>> nets
             )
         try:
             has_text |= "text" in read_regions(stage.background.region)

@@ -34,7 +34,7 @@ from cxrdist.model.networks import block_of
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory, read_log
 from cxrdist.train import learner, stage
-from cxrdist.train.background import BackgroundLoss, check_backgrounds
+from cxrdist.train.background import BackgroundLoss
 from cxrdist.train.learner import Learner
 from cxrdist.train.loop import train
 from cxrdist.train.stages import freeze, set_modes
@@ -365,17 +365,9 @@ def test_a_background_that_cannot_be_meant_is_refused(shards, tmp_path, changes,
     assert not (tmp_path / "run").exists()
 
 
-def test_relevance_of_other_networks_is_refused(shards, tmp_path):
-    """Only a DenseNet's can be differentiated; the gradient is any network's."""
-    config = replace(
-        recipe(shards, tmp_path / "run"), network=Network(architecture="squeezenet1_1")
-    )
-    config = replace(config, stages={"head": Stage({"head": 1e-3}, 1, 1)})
-    with pytest.raises(CxrdistError, match=r"stages\.head\.background\.method: lrp is for Dense"):
-        train(with_background(config))
-    assert not (tmp_path / "run").exists()
-    check_backgrounds(with_background(config, method="gradient"))
-    model = Classifier(config.network, ["a", "b", "c"], SIZE_PX)
+def test_the_squared_gradient_is_of_any_network():
+    """Each weight of a SqueezeNet gets a gradient through it."""
+    model = Classifier(Network(architecture="squeezenet1_1"), ["a", "b", "c"], SIZE_PX)
     squared_gradient(model, *batch(torch.float32), left_half(4)).sum().backward()
     assert all(parameter.grad.any() for parameter in model.parameters() if parameter.ndim > 1)
 
