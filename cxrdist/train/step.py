@@ -334,5 +334,9 @@ def _sum_of_penalties(
         read_rows(background.foreground, batches.plan.samples[rows], images.device),
     )
     passes = zip(*(tensor.split(PENALTIES_PER_PASS) for tensor in inputs), strict=True)
-    found = [background.penalties(cast(Classifier, model), *one, None) for one in passes]
-    return torch.cat(found).sum(dtype=torch.float64)
+    classifier = cast(Classifier, model)
+    penalties = [
+        background.penalties(classifier, squares, matrices, targets, foreground, None)
+        for squares, matrices, targets, foreground in passes
+    ]
+    return torch.cat(penalties).sum(dtype=torch.float64)

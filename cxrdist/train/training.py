@@ -130,6 +130,8 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
             del stage["background"]
         if stage["block_decay"] == 1:
             del stage["block_decay"]
+    if config.augmentation.draws == "free":
+        del fields["augmentation"]["draws"]
     given = {k: v for k, v in fields["network"].items() if v is not None}
     if "block_config" in given:
         given["block_config"] = list(given["block_config"])
