@@ -7,6 +7,7 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch shards/*.sbatch .ci/run
-# A test waits half of its time, so two run side by side; waiting threads leave them the cores.
+# A test waits half of its time, so two run side by side, the longest files first (tests/conftest.py);
+# waiting threads leave them the cores.
 export OMP_WAIT_POLICY=passive
 exec pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
