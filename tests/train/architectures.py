@@ -50,7 +50,7 @@ def take_gradient(shards: Path, folder: Path, architecture: str) -> dict:
     set_modes(training.model, under_way.trained)
     epoch = Batches(training.material, training.plan("every", 1), training.accelerator.device)
     epoch.targets = epoch.targets.double()
-    part = read_slice(epoch, under_way.staging, None, 1, training.accelerator)
+    part = read_slice(epoch, under_way.staging, None, 1, 0, training.accelerator)
     loss = backward(
         *(training.accelerator, under_way.model, under_way.updater, part),
         *(None, under_way.statistics.before_pass, 0.0),
