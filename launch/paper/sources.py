@@ -38,7 +38,8 @@ def adults(data: Path, folder: Path) -> None:
     """Adults only, so that age tells no class: COVID-19, normal and pneumonia.
 
     COVID-19 of paper_like (ages are not known, but the collection is of adults), adult_normal, and
-    the pneumonia of covid3, whose ages nih14's table tells. The last two are of one hospital.
+    the pneumonia of covid3, whose ages nih14's table tells. The last two are of one hospital, but
+    were saved at 224 and 512 px: normal against pneumonia of one processing is covid3.
     """
     rows = read_rows(data / "adult_normal" / "table.csv", *ABOUT)
     normal = [row | {"label": "Normal"} for row in rows if _is_adult(age_of(row["age"]))]

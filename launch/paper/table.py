@@ -34,7 +34,7 @@ from cxrdist.run import RunDirectory, read_document, write_text
 SETS = {
     "paper": "COVID-19, normal and viral pneumonia, 60 of each for test",
     "adults": "COVID-19, normal and pneumonia of adults, 60 of each for test",
-    "covid3": "covid3, 70/10/20 by patient",
+    "covid3": "COVID-19, and normal and pneumonia of one hospital, 70/10/20 by patient",
 }
 NAMES = {
     "logistic_regression": "thumbnails",
