@@ -8,6 +8,7 @@ code, and several ranks meet over gloo. A test of the launcher itself uses `supp
 usage: forks.py, which reads one request per line, see `run`, and answers with the exit code
 """
 
+import atexit
 import json
 import os
 import runpy
@@ -53,13 +54,15 @@ def run(
 @cache
 def _server() -> subprocess.Popen[str]:
     """Start the process that is forked; it ends with this one."""
-    return subprocess.Popen(
+    server = subprocess.Popen(
         [sys.executable, __file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
+    atexit.register(server.communicate)  # closes its input and waits for its end
+    return server
 
 
 def _pipe(pipe: IO[str] | None) -> IO[str]:
