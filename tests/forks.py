@@ -9,6 +9,7 @@ usage: forks.py, which reads one request per line, see `run`, and answers with t
 """
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -141,6 +142,7 @@ def main() -> None:
     threads = len(os.listdir("/proc/self/task"))
     if threads > 1:
         sys.exit(f"forks.py: {threads} threads, of which a forked process would have one")
+    gc.freeze()  # a collection in a forked process would copy all of the memory that they share
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else is printed is no answer
     if (request := _serve(sys.stdin, answers)) is not None:
