@@ -137,11 +137,18 @@ def test_the_background_loss_has_a_part_in_the_gradient(outcomes):
 
 
 def test_synchronised_batchnorm_works_under_autocast(outcomes):
-    """Statistics of bf16 features are float32, and the gradient is one rank's up to rounding."""
+    """Statistics of bf16 features are float32, and the gradient is as exact as that of one rank.
+
+    Of nine images bf16 leaves about a third of the gradient uncertain; with statistics of each
+    slice alone it would be another one altogether.
+    """
     (alone,), ranks = outcomes[1], outcomes[2]
+    exact, one = alone["trained/9"], alone["bf16/9"]
     for rank in ranks:
-        for what, limit in (("gradients", 0.1), ("statistics", 0.01)):
-            assert relative_difference(rank["bf16/9"][what], alone["bf16/9"][what]) < limit, what
+        both = rank["bf16/9"]
+        for what, limit in (("gradients", 0.5), ("statistics", 0.01)):
+            assert relative_difference(one[what], exact[what]) < limit, what
+            assert relative_difference(both[what], exact[what]) < limit, what
     statistics = ranks[0]["bf16/9"]["statistics"]
     assert statistics["features.norm5.running_var"].dtype == torch.float32
     assert relative_difference(statistics, ranks[1]["bf16/9"]["statistics"]) == 0
