@@ -155,7 +155,7 @@ def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
     if given & {"--config", "--stages", "--help", "-h"}:
         return None, ""
     pairs = zip_longest(arguments, arguments[1:], fillvalue="")
-    if any(" ".join(pair) == "--init none" or pair[0] == "--init=none" for pair in pairs):
+    if "--init=none" in arguments or ("--init", "none") in pairs:
         return "scratch", "as --init none gives random weights and no --config is given"
     return "finetune", "which suits any classes, as no --config is given"
 
@@ -259,9 +259,6 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             kind = str if positional == "file" else Path
             parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
-    if name == "train":
-        # Those of the default network are filled in: another architecture would be given its shape.
-        parser.set_defaults({"network.growth_rate": None, "network.block_config": None})
     flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
     arguments = _recipes_first(_normalise(arguments, flags))
     _refuse_bad_recipes(name, arguments)
