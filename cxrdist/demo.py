@@ -74,8 +74,8 @@ def demo(config: DemoConfig) -> None:
     )
     _train_on_all_ranks(config.recipe, shards, run, cache)
     if config.source == "folder":
-        place = RunDirectory(run)
-        write_json(place.info, {**read_info(place), "smoke_test": True})
+        trained = RunDirectory(run)
+        write_json(trained.info, {**read_info(trained), "smoke_test": True})
     evaluate(EvaluateConfig(run, shards, cache=cache))
     explain(ExplainConfig(run, shards, cache=cache, limit=EXPLAINED_IMAGES))
     if config.source == "phantom":
