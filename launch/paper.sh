@@ -12,9 +12,10 @@
 #   adults  the same of COVID-19, pneumonia and normal, of adults only
 #   covid3  70/10/20 by patient
 # NAME is thumbnails (logistic regression and perceptron), a network of the recipe compare,
-# densenet121 (the recipe scratch), densenet121-findings (the recipe finetune, after 14 labels of
-# nih14 and adult_normal), bassi2020 (the paper's stages after the same 14 labels, in small), words
-# (of paper/densenet121: text on the test images, needs cxrdist[text]).
+# densenet121 (the recipe scratch at 64 px, which is the run densenet121-64px, and from there at
+# 128 px), densenet121-findings (the recipe finetune, after 14 labels of nih14 and adult_normal),
+# bassi2020 (the paper's stages after the same 14 labels, in small), words (of paper/densenet121:
+# text on the test images, needs cxrdist[text]).
 # Environment: DRAWS ("0 1 2 3 4" if not given), and RANKS and PRECISION of launch/local.sh.
 set -euo pipefail
 if [ $# -lt 2 ] || [ ! -f "$1/paper_like/table.csv" ]; then
@@ -45,8 +46,8 @@ run() { # COMMAND [OPTIONS]
     [ "$code" -eq 0 ] || exit "$code"
 }
 
-pack() { # SET DRAW
-    local shards=$out/$1/shards-$2 options=(--source several --input "$out/$1/sources.yaml")
+pack() { # SET DRAW [SIZE]
+    local shards=$out/$1/shards-${3:+$3px-}$2 options=(--source several --input "$out/$1/sources.yaml")
     [ -f "$shards/index.json" ] && return
     case $1 in
         paper) options=(--source csv --input "$data/paper_like/table.csv" --split paper) ;;
@@ -56,7 +57,7 @@ pack() { # SET DRAW
     [ "$1" = paper ] || run python "$launch/paper/sources.py" "$1" "$data" "$out/$1"
     # NIH's and Kermany's images are stretched to squares already: cut at the sides, the others
     # alone would keep their proportions, which tells the class.
-    run cxrdist pack "${options[@]}" --size 128 --fit stretch --seed "$2" --out "$shards"
+    run cxrdist pack "${options[@]}" --size "${3:-128}" --fit stretch --seed "$2" --out "$shards"
 }
 
 thumbnails() { # SET DRAW
@@ -69,6 +70,16 @@ train() { # RUN SHARDS DRAW [OPTIONS]: train a run and evaluate it
         run bash "$launch/local.sh" train --run "$1" --shards "$2" --cache "$out/cache" \
             --seed "$3" "${@:4}"
     evaluate "$1" "$2"
+}
+
+# From random weights, at half the size first, where an epoch takes a quarter of the time.
+densenet121() { # SET DRAW
+    local small=$out/$1/densenet121-64px-$2
+    pack "$1" "$2" 64
+    train "$small" "$out/$1/shards-64px-$2" "$2" --config scratch
+    train "$out/$1/densenet121-$2" "$out/$1/shards-$2" "$2" --config scratch --init "$small" --stages '
+        all: {lr: {all: 5.0e-4}, weight_decay: 0.05, schedule: cosine, warmup_epochs: 1,
+            epochs: 6, patience: 6}'
 }
 
 evaluate() { # RUN SHARDS
@@ -145,7 +156,7 @@ main() {
             pack "$set" "$draw"
             case $row in
                 */thumbnails) thumbnails "$set" "$draw" ;;
-                */densenet121) train "$out/$row-$draw" "$shards" "$draw" --config scratch ;;
+                */densenet121) densenet121 "$set" "$draw" ;;
                 paper/densenet121-findings)
                     findings
                     train "$out/$row-$draw" "$shards" "$draw" --config finetune --init "$init"

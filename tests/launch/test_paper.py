@@ -119,6 +119,19 @@ def test_the_chain_begins_with_one_training_on_14_labels(tmp_path):
     assert evaluated == [f"evaluate paper/bassi2020-1{stage}" for stage in ("", *stages)]
 
 
+def test_densenet121_goes_on_from_its_run_at_half_the_size(tmp_path):
+    """Both are of the same draw, each on the shards of its size."""
+    paper = Paper(tmp_path)
+    assert [
+        line for line in paper.run("paper/densenet121", DRAWS="3") if "table.py" not in line
+    ] == [
+        *("pack paper/shards-3", "pack paper/shards-64px-3"),
+        *("train paper/densenet121-64px-3", "evaluate paper/densenet121-64px-3"),
+        "train paper/densenet121-3 from densenet121-64px-3",
+        "evaluate paper/densenet121-3",
+    ]
+
+
 def test_a_failed_training_ends_the_script_and_is_the_first_of_the_next_call(tmp_path):
     """What was done before it is not done again."""
     paper = Paper(tmp_path)

@@ -197,5 +197,5 @@ def test_the_page_shows_what_was_run_and_says_what_was_not(drawn, shards):
     assert cells(page, "alexnet")[2] == "not run"
     assert [line.split("|")[3].strip() for line in page.splitlines() if "`covid3/" in line] == [
         "not run"
-    ] * 3
+    ] * 4
     assert "### paper/resnet18" in page
