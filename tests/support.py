@@ -29,7 +29,7 @@ from pathlib import Path
 status = Path("/proc/self/status")
 atexit.register(lambda: print(status.read_text().split("VmHWM:")[1].split()[0]))
 """
-LOG_EACH_STEP = "from cxrdist.train import stage; stage.STEPS_PER_LOG_ROW = 1\n"
+LOG_EACH_STEP = "from cxrdist.train import loop; loop.STEPS_PER_LOG_ROW = 1\n"
 RUN_CXRDIST = "import runpy; runpy.run_module('cxrdist', run_name='__main__')"
 
 

@@ -16,7 +16,7 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.model import download
 from cxrdist.run import read_log
-from cxrdist.train.loop import _advice_on_cores
+from cxrdist.train.advice import _advice_on_cores
 
 # A network that trains in no time; all else is the recipe's own.
 SMALL = ("--network.growth-rate", 4, "--network.block-config", "[1,1,1,1]")

@@ -243,7 +243,7 @@ def test_a_killed_member_goes_on(tmp_path, capsys):
     assert main(words) == 0
     printed = capsys.readouterr().out
     assert "member-0: is trained already" in printed
-    assert "going on after all, epoch 1" in printed
+    assert "resuming after all, epoch 1" in printed
     assert load_predictor(run).names == ["member-0", "member-1"]
 
 

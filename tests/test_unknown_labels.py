@@ -36,6 +36,7 @@ from cxrdist.evaluate.metrics import SCORES
 from cxrdist.explain.targets import choose_samples
 from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.run import RunDirectory, read_log
+from cxrdist.train import loop
 from cxrdist.train import stage as stage_module
 from cxrdist.train.stages import build_optimizer, freeze, parameter_groups, set_modes
 from cxrdist.train.training import build_training
@@ -197,7 +198,7 @@ def test_losses_are_those_of_the_known_cells(whole, two_ranks, tmp_path, monkeyp
     recipe, uncertain, ways = WAYS[way]
     expected = list(plain_losses(whole, tmp_path, recipe, uncertain, ways))
     assert (None in expected) == (uncertain == "ignore")
-    monkeypatch.setattr(stage_module, "STEPS_PER_LOG_ROW", 1)
+    monkeypatch.setattr(loop, "STEPS_PER_LOG_ROW", 1)
     if "captured" in way:
         set_up = stage_module.StageRun._set_up
         monkeypatch.setattr(

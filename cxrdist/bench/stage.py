@@ -20,6 +20,7 @@ from cxrdist.model.networks import block_names
 from cxrdist.run import RunDirectory, write_json
 from cxrdist.terminal import progress
 from cxrdist.train.learner import Learner
+from cxrdist.train.loop import train_epoch
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import build_optimizer, parameter_groups
 from cxrdist.train.step import Batches, Material
@@ -88,7 +89,9 @@ def take_steps(stage: StageRun, num_steps: int) -> int:
     stage.training = replace(stage.training, copies=copies)
     stage.epoch = None
     with progress(0, "", "images", show=False) as bar:
-        stage.train_epoch(bar)
+        epoch = stage.open_epoch()
+        train_epoch(stage, epoch, bar)
+        stage.settle(epoch)
     return stage.training.num_images
 
 

@@ -1,5 +1,7 @@
 """The epoch under way: its steps, their losses and gradients, and proof of what it has taken."""
 
+import time
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -23,6 +25,7 @@ class Epoch:
             the background adds to it.
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
+        images_per_second: of the steps that this call of the command took, after `trained`.
         skipped: the last settled steps that the scaler has skipped, in a row; counts over epochs.
     """
 
@@ -36,6 +39,7 @@ class Epoch:
         # Of each step the shares of its loss and its penalty, and the norm of its gradients.
         self._numbers = torch.zeros(self.plan.num_steps, 3, device=batches.targets.device)
         self._taken_before = self._taken = 0
+        self.began, self.first_step, self.images_per_second = time.perf_counter(), 0, 0.0
 
     def resume(self, step: int, logged_step: int, means: Tensor, taken: int) -> None:
         """Continue from a checkpoint, on any number of ranks.
@@ -46,7 +50,7 @@ class Epoch:
             means: float64 [2, step], losses and penalties of these steps.
             taken: digest of what they took.
         """
-        self.step = self.settled = step
+        self.step = self.settled = self.first_step = step
         self.logged_step = logged_step
         self.losses[:step], self.penalties[:step] = means
         self._taken_before = taken
@@ -116,6 +120,16 @@ class Epoch:
                 f"{self.where}, step {self.step}: the gradient scaler has fallen to {scale:g}; "
                 "nothing was published. Train with mixed precision bf16, or without"
             )
+
+    def trained(self) -> None:
+        """Note how fast the steps of this call of the command were."""
+        num_images = int(self.plan.bounds[-1] - self.plan.bounds[self.first_step])
+        self.images_per_second = round(num_images / (time.perf_counter() - self.began), 2)
+
+    def speed(self) -> dict[str, float]:
+        """What the log says of the time until now, with that of the validation."""
+        seconds = round(time.perf_counter() - self.began, 3)
+        return {"images_per_second": self.images_per_second, "seconds": seconds}
 
     def mean_loss(self, first: int = 0) -> float | None:
         """Mean loss of the settled steps from one on; None if no label of them is known.

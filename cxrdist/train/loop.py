@@ -1,298 +1,150 @@
 """Train: stages of epochs of steps, saved within and at the end of each epoch."""
 
 import os
-import sys
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
-from accelerate import Accelerator
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
-from cxrdist.data.folds import cut_fold, read_fold
-from cxrdist.data.index import Index, read_index
-from cxrdist.data.labels import read_uncertain
-from cxrdist.distributed import finish, gather, local_ranks, start, together
-from cxrdist.errors import CxrdistError, refuse_below_one
-from cxrdist.info import read_info
-from cxrdist.model.densenet import save_model
-from cxrdist.model.networks import block_names, norms_of_one_value, refuse_small_squares
-from cxrdist.run import (
-    RunDirectory,
-    atomic_directory,
-    cut_log,
-    locked,
-    now,
-    read_log,
-    room_for,
-    sweep,
-    write_json,
-    write_text,
-)
+from cxrdist.distributed import finish, start, together
+from cxrdist.run import RunDirectory, locked, sweep
 from cxrdist.signals import stopping_at_a_boundary
-from cxrdist.terminal import table
-from cxrdist.train.background import check_backgrounds, check_regions
-from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
-from cxrdist.train.stage import StageRun
-from cxrdist.train.stages import check_stages, rates_of
-from cxrdist.train.training import (
-    Training,
-    build_training,
-    fixed_recipe,
-    recipe_yaml,
-    refuse_other_run,
+from cxrdist.train.advice import advice
+from cxrdist.train.checks import (
+    refuse_bad_recipe,
+    refuse_large_world,
+    refuse_single_values,
+    trainable_index,
 )
+from cxrdist.train.epoch import Epoch
+from cxrdist.train.memory import memory_for
+from cxrdist.train.publish import publish, publish_stage
+from cxrdist.train.resume import resume
+from cxrdist.train.stage import StageRun
+from cxrdist.train.step import Slice, passes_of
+from cxrdist.train.training import Training, build_training, refuse_other_run
 
-LEAST_IMAGES_PER_RANK = 4
-FEW_STEPS = 300
-"""Optimiser steps that are few: AdamW moves a weight by about its rate in a step, at most."""
+# More rows show the plan positions step by step, when a run has to be traced.
+STEPS_PER_LOG_ROW = int(os.environ.get("CXRDIST_STEPS_PER_LOG_ROW", "50"))
 
 
 def train(config: TrainConfig) -> None:
     """Train the recipe's stages in turn and publish the model of the last stage's best epoch.
 
-    Called again with the same run directory it goes on after the last save.
+    Called again with the same run directory, it resumes after the last save.
 
     Raises:
         Stopped: a rank was asked to stop.
         CxrdistError: the recipe, shards, weights or run directory cannot be used.
         RunFailedError: a loss or gradient was not finite; nothing is published.
     """
+    with _open_training(config) as training:
+        if training is None:
+            return
+        with stopping_at_a_boundary():
+            checkpoint, stages_left = resume(training)
+            for name in stages_left:
+                stage = StageRun(training, name, checkpoint)
+                with stage.progress() as bar:
+                    stage.begin(bar)
+                    while not stage.finished:
+                        epoch = stage.open_epoch()
+                        train_epoch(stage, epoch, bar)
+                        scores = stage.settle(epoch) | stage.validate()
+                        checkpoint = stage.end_epoch(epoch, scores, bar)
+                stage.close()
+                publish_stage(training, name)
+        publish(training)
+
+
+def train_epoch(stage: StageRun, epoch: Epoch, bar: tqdm) -> None:
+    """Take the steps that are left of an epoch.
+
+    Raises:
+        Stopped: a rank was asked to stop; all is saved.
+        RunFailedError: a step was not finite or did not fit into memory.
+    """
+    recipe = stage.recipe
+    for step in range(epoch.step, epoch.plan.num_steps):
+        batch = stage.prepare_step(epoch)
+        with memory_for(batch, recipe.max_images_per_rank, f"{epoch.where}, step {step + 1}"):
+            if stage.captured is not None:
+                shares, norm = stage.captured(batch.turn, *batch.inputs)
+            else:
+                shares = backward(stage, batch)
+                norm = stage.update(batch)
+        epoch.count(shares, norm, batch)
+        stage.steps_done += 1
+        bar.update(epoch.plan.step_size(step))
+        if epoch.step % STEPS_PER_LOG_ROW == 0:
+            stage.log_steps(epoch)
+        if not epoch.done:
+            stage.stop_if_asked()
+            if epoch.step % recipe.save_steps == 0:
+                stage.save(epoch)
+
+
+def backward(stage: StageRun, batch: Slice) -> Tensor:
+    """Add the gradients of a step; DDP's mean over ranks is then the mean over the known labels.
+
+    Each rank weights its loss by world size / known labels of the whole step, since slices differ
+    in them, and its penalties by world size / images. Micro-batches synchronise once, with the
+    last.
+
+    Args:
+        stage: its learner, as `accelerator.prepare` gave it, takes the batch.
+        batch: this rank's slice of the step.
+
+    Returns:
+        This rank's shares of the loss and of the mean penalty, float32 [2]. Those of all ranks add
+        up: the loss to the mean binary cross-entropy over the known labels of all images (paper,
+        section 3.3; 0 without) and the weight times the mean penalty over all images.
+    """
+    accelerator = stage.training.accelerator
+    per_label, per_image = 1 / max(1, batch.num_known), 1 / sum(batch.sizes)
+    total = torch.zeros(2, device=accelerator.device)
+    passes = list(passes_of(batch, accelerator.process_index, stage.recipe.max_images_per_rank))
+    for one in passes:
+        stage.statistics.before_pass(one.sizes)
+        with nullcontext() if one is passes[-1] else accelerator.no_sync(stage.model):
+            inputs = (tensor[one.rows] for tensor in batch.inputs)
+            loss, penalty = stage.model(*inputs, turn=batch.turn).unbind()
+            mean = penalty * (one.weight * per_image)
+            share = loss * (one.weight * per_label) + mean * stage.background_weight
+            stage.updater.backward(share * accelerator.num_processes)
+        total += torch.stack([share, mean]).detach()
+    return total
+
+
+@contextmanager
+def _open_training(config: TrainConfig) -> Iterator[Training | None]:
+    """Start the ranks, lock the run directory and build what all stages share.
+
+    Yields:
+        None if the run is trained already.
+    """
     refuse_bad_recipe(config)
-    accelerator = start(
-        config.track.split(",") if config.track else [], RunDirectory(config.run).tracking
-    )
-    together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
-    main = accelerator.is_main_process
-    index = together(accelerator, lambda: _trainable_index(config))
     run = RunDirectory(config.run)
+    accelerator = start(config.track.split(",") if config.track else [], run.tracking)
+    main = accelerator.is_main_process
+    together(accelerator, lambda: refuse_large_world(config, accelerator.num_processes))
+    index = together(accelerator, lambda: trainable_index(config))
     with together(accelerator, lambda: locked(config.run) if main else nullcontext()):
         together(accelerator, lambda: refuse_other_run(run, config, index))
         if (run.model / "model.json").is_file():
             accelerator.print(f"{run.root}: is trained already; the model is in {run.model}")
+            yield None
             return
         if main:
             sweep(run.root, alone=True)
             sweep(run.checkpoints, alone=True)
         training = build_training(accelerator, run, config, index)
-        together(accelerator, lambda: _refuse_single_values(training))
-        accelerator.print(_advice(config, accelerator.num_processes), end="")
-        accelerator.print(_advice_on_cores(accelerator), _advice_on_steps(training), sep="", end="")
+        together(accelerator, lambda: refuse_single_values(training))
+        accelerator.print(advice(training), end="")
         if config.track:
             accelerator.init_trackers("cxrdist")
-        with stopping_at_a_boundary():
-            _run_stages(training)
-        together(accelerator, lambda: _publish(training) if main else None)
-        accelerator.print(f"trained; the model is in {run.model}")
+        yield training
     finish(accelerator)
-
-
-def refuse_bad_recipe(config: TrainConfig) -> None:
-    """Make sure that a recipe can be trained, as far as that is known without its shards.
-
-    Raises:
-        CxrdistError: a field has an invalid value.
-    """
-    check_stages(config.stages, block_names(config.network))
-    check_backgrounds(config)
-    refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
-    read_uncertain(config.uncertain)
-    if config.balance == "classes" and config.copies:
-        raise CxrdistError(
-            f"balance: classes chooses the copies from the counts, but copies has {config.copies}; "
-            "leave one out, such as with --balance none or --copies {}"
-        )
-    if config.fold is not None:
-        read_fold(config.fold)
-    if config.average is not None and not 0 < config.average < 1:
-        raise CxrdistError(
-            f"average: is {config.average}, expected a decay between 0 and 1, such as 0.999; "
-            "leave it out for the weights as they are"
-        )
-    if config.max_gradient_norm is not None and not config.max_gradient_norm > 0:
-        raise CxrdistError(
-            f"max_gradient_norm: is {config.max_gradient_norm}, expected a norm above 0; leave it "
-            "out for gradients as they are"
-        )
-
-
-def _trainable_index(config: TrainConfig) -> Index:
-    shards, index = config.shards, cut_fold(read_index(config.shards), config.fold)
-    for split in ("train", "val"):
-        if not index.numbers(split):
-            raise CxrdistError(
-                f"--shards {shards}: have no images in {split}; training needs train and val, pack "
-                "with --split 0.7/0.1/0.2"
-            )
-    check_regions(config, index)
-    refuse_small_squares(config.network, index.image_size_px, f"--shards {shards}")
-    return index
-
-
-def _refuse_large_world(config: TrainConfig, world_size: int) -> None:
-    if world_size > config.global_batch_size:
-        raise CxrdistError(
-            f"global_batch_size: {config.global_batch_size} images for {world_size} ranks; "
-            "launch at most as many ranks as images in a step"
-        )
-
-
-def _refuse_single_values(training: Training) -> None:
-    """Make sure that no BatchNorm has to find the variance of one value.
-
-    One does where its features are of 1 x 1 px, in a step of one image.
-    """
-    recipe, world_size = training.recipe, training.accelerator.num_processes
-    model, size_px = training.model, training.model.image_size_px
-    blocks = norms_of_one_value(model.shape, len(model.normalisation.mean), size_px)
-    stages = recipe.stages.items()
-    moving = blocks if recipe.frozen_batch_norm == "moving" else set[str]()
-    trained = [n for n, stage in stages if blocks & (moving | rates_of(stage, model.shape).keys())]
-    smallest = training.num_images // -(-training.num_images // recipe.global_batch_size)
-    if recipe.batch_norm == "per_rank":
-        smallest = max(1, smallest // world_size)
-    if recipe.max_images_per_rank:
-        smallest = min(smallest, recipe.max_images_per_rank)
-    if trained and smallest == 1:
-        raise CxrdistError(
-            f"global_batch_size: {recipe.global_batch_size} images leave BatchNorm with one image "
-            f"of {size_px} px, which has no variance in stage {trained[0]}; take a larger batch, "
-            "larger images, or batch_norm: synchronised"
-        )
-
-
-def _advice(config: TrainConfig, world_size: int) -> str:
-    """Lines on a launch that works, but not as well as it could."""
-    lines, batch, most = [], config.global_batch_size, config.max_images_per_rank
-    if world_size > 1 and batch < LEAST_IMAGES_PER_RANK * world_size:
-        good = max(1, batch // LEAST_IMAGES_PER_RANK)
-        lines.append(
-            f"{batch} images per step on {world_size} ranks: most of the time goes into "
-            f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
-        )
-    trains_norms = any(set(stage.lr) - {"head"} for stage in config.stages.values())
-    moves = trains_norms or config.frozen_batch_norm == "moving"
-    norms_move = config.network.has_batch_norm and moves
-    if most is not None and norms_move and -(-batch // world_size) > most:
-        lines.append(
-            f"micro-batches of {most} images per rank: BatchNorm that moves sees one at a time, "
-            "not the whole step"
-        )
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _advice_on_cores(accelerator: Accelerator) -> str:
-    """A line on more CPU ranks than cores, such as of a config for GPUs where there are none."""
-    (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
-    if accelerator.device.type != "cpu" or ranks <= cores:
-        return ""
-    return (
-        f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
-        f"launch with --num_processes {cores}\n"
-    )
-
-
-def _advice_on_steps(training: Training) -> str:
-    """A line on a recipe whose epochs are few for so few images."""
-    recipe = training.recipe
-    per_epoch = -(-training.num_images // recipe.global_batch_size)
-    total = per_epoch * sum(stage.epochs for stage in recipe.stages.values())
-    if total >= FEW_STEPS:
-        return ""
-    return (
-        f"{total} optimiser steps in all, {per_epoch} per epoch, are few; give more, such as "
-        f"--stages.{list(recipe.stages)[-1]}.epochs {-(-FEW_STEPS // per_epoch)}\n"
-    )
-
-
-def _run_stages(training: Training) -> None:
-    """Run the stages that are not done yet, each from the best weights of the one before.
-
-    The model of each but the last becomes a run, so that its own figures can be evaluated.
-    """
-    accelerator, names = training.accelerator, list(training.recipe.stages)
-    last = names[-1]
-
-    def keep(stage: str) -> None:
-        if accelerator.is_main_process and stage != last:
-            _save_stage(training, stage)
-
-    checkpoint = _resume(training)
-    if checkpoint is not None:
-        position = checkpoint.position
-        accelerator.print(
-            f"going on after {position.stage}, epoch {position.epoch}"
-            + (f" and step {position.step} of the next" if position.step else "")
-        )
-        with fitting(position.name):
-            names = names[names.index(position.stage) + position.finished :]
-            if checkpoint.best:
-                load_network(training.model.network, checkpoint.best)
-        if position.finished:  # killed before it was kept, perhaps
-            together(accelerator, lambda: keep(position.stage))
-    for name in names:
-        checkpoint = StageRun(training, name, checkpoint).run()
-        training.model.network.load_state_dict(checkpoint.best)
-        together(accelerator, partial(keep, name))
-
-
-def _resume(training: Training) -> Checkpoint | None:
-    """Read the latest whole checkpoint on all ranks, and cut off what was logged after it.
-
-    Raises:
-        CxrdistError: it cannot be used, or the ranks see different ones.
-    """
-    accelerator, run = training.accelerator, training.run
-    warn = partial(tqdm.write, file=sys.stderr) if accelerator.is_main_process else lambda _: None
-    recipe = fixed_recipe(training.recipe)
-    checkpoint = together(accelerator, lambda: load_latest(run.checkpoints, recipe, warn))
-    seen = set(gather(accelerator, [checkpoint.position.name if checkpoint else "none"]))
-    if len(seen) > 1:
-        raise CxrdistError(
-            f"{run.checkpoints}: the ranks see different checkpoints ({', '.join(sorted(seen))}); "
-            "give a run directory that all nodes share"
-        )
-    log_bytes = checkpoint.position.log_bytes if checkpoint else 0
-    main = accelerator.is_main_process
-    together(accelerator, lambda: cut_log(run.log, log_bytes) if main else None)
-    return checkpoint
-
-
-def _save_stage(training: Training, name: str) -> None:
-    """Write RUN/stages/NAME with the model that a stage ends in."""
-    stage = training.run.stage(name)
-    with room_for(stage.root):
-        stage.root.mkdir(parents=True, exist_ok=True)
-    write_text(stage.recipe, recipe_yaml(training.recipe))
-    _write_model(training, stage)
-
-
-def _publish(training: Training) -> None:
-    """Say in run.json when the run was finished; then, as its last act, write the model."""
-    _write_model(training, training.run)
-    print(_stage_table(training.run))
-
-
-def _write_model(training: Training, run: RunDirectory) -> None:
-    """Write run.json of a run that ends now, and then its model."""
-    write_json(run.info, {**read_info(training.run), "finished": now()})
-    with atomic_directory(run.model) as directory:
-        save_model(training.model, directory)
-
-
-def _stage_table(run: RunDirectory) -> str:
-    """Tell for the terminal what the best weights of each stage reach on the validation split."""
-    stages = read_info(run)["stages"]
-    scores: dict[tuple[str, int], float | None] = {}
-    name = "val_accuracy"
-    for row in read_log(run.log):
-        if row["kind"] == "epoch":
-            name = "val_auroc" if "val_auroc" in row else name
-            scores[row["stage"], row["epoch"]] = row[name]
-    rows = []
-    for stage, info in stages.items():
-        score = scores.get((stage, info["best_epoch"]))
-        shown = "-" if score is None else f"{score:.4f}"
-        of = f"{info['best_epoch']} of {info['epochs']}"
-        rows.append([stage, of, f"{info['best_val_loss']:.4f}", shown])
-    return table(rows, ["stage", "best epoch", "val loss", name.replace("_", " ")])

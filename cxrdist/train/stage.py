@@ -2,11 +2,8 @@
 
 import hashlib
 import math
-import os
-import time
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +35,6 @@ from cxrdist.train.checkpoint import (
 )
 from cxrdist.train.epoch import Epoch
 from cxrdist.train.learner import Learner
-from cxrdist.train.memory import memory_for
 from cxrdist.train.stages import (
     EarlyStopping,
     build_optimizer,
@@ -51,12 +47,10 @@ from cxrdist.train.stages import (
     set_modes,
 )
 from cxrdist.train.statistics import Statistics
-from cxrdist.train.step import Batches, Slice, Staging, backward, read_slice, validate
+from cxrdist.train.step import Batches, Slice, Staging, read_slice, validate
 from cxrdist.train.training import Training, fixed_recipe
 from cxrdist.train.update import Average, Updater, gradient_scaler
 
-# More rows show the plan positions step by step, when a run has to be traced.
-STEPS_PER_LOG_ROW = int(os.environ.get("CXRDIST_STEPS_PER_LOG_ROW", "50"))
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -166,68 +160,92 @@ class StageRun:
         batches = Batches(training.material, plan, training.accelerator.device)
         return Epoch(f"stage {self.name}, epoch {number}", batches, self.skipped)
 
-    def run(self) -> Checkpoint:
-        """Train until the epochs or the patience are used up; the last epoch's checkpoint.
-
-        Raises:
-            Stopped: a rank was asked to stop; all is saved.
-        """
-        training = self.training
-        total = self.stage.epochs * training.num_images
-        done = self.stopping.epoch * training.num_images
+    def progress(self) -> tqdm:
+        """Open the bar of the stage's images, with those of earlier runs of the command done."""
+        per_epoch = self.training.num_images
+        done = self.stopping.epoch * per_epoch
         if self.epoch is not None:
             done += int(self.epoch.plan.bounds[self.epoch.step])
-        show = training.accelerator.is_main_process
-        with progress(total, self.name, "images", show=show, done=done) as bar:
-            if not self.best:
-                self._begin(bar)
-            while True:
-                checkpoint = self._end_epoch(*self.train_and_validate(bar), bar)
-                if checkpoint.position.finished:
-                    break
-        self.statistics.close()
-        training.accelerator.free_memory()
-        return checkpoint
+        show = self.training.accelerator.is_main_process
+        return progress(self.stage.epochs * per_epoch, self.name, "images", show=show, done=done)
 
-    def _begin(self, bar: tqdm) -> None:
-        """Validate what the stage begins with, as its epoch 0: no epoch may do worse unnoticed."""
-        row = self._validate()
-        self.stopping.begin(row["val_loss"])
+    def begin(self, bar: tqdm) -> None:
+        """Validate what the stage begins with, as its epoch 0: no epoch may do worse unnoticed.
+
+        A resumed stage has done so.
+        """
+        if self.best:
+            return
+        scores = self._scores()
+        self.stopping.begin(scores["val_loss"])
         if self.before:
             self.best = self.before.best
             self.bests[self.name] = self.bests[self.before.position.stage]
         else:
             self._keep_best()
-        self._log("epoch", {"step": self.steps_done, **row})
+        self._log("epoch", {"step": self.steps_done, **scores})
         if self.training.accelerator.is_main_process:
-            bar.write(f"{self.name} begins: {_validated(row)}")
+            bar.write(f"{self.name} begins: {_validated(scores)}")
 
-    def train_and_validate(self, bar: tqdm) -> tuple[dict[str, Any], dict[str, float], bool]:
-        """Train the epoch or what is left of it, and validate.
+    @property
+    def finished(self) -> bool:
+        """Whether the epochs or the patience are used up."""
+        return self.stopping.epoch >= self.stage.epochs or self.stopping.exhausted
 
-        Returns:
-            The epoch's row of the log, a function of recipe and shards; its speed; and whether it
-            is the best of the stage.
+    def open_epoch(self) -> Epoch:
+        """Make the next epoch, or take the one that a checkpoint was saved in."""
+        self.epoch = self.epoch or self._next_epoch()
+        # Validation has undone it.
+        set_modes(self.training.model, self.trained, moving=self.moving)
+        return self.epoch
+
+    def prepare_step(self, epoch: Epoch) -> Slice:
+        """Seed dropout, set the learning rates, and read this rank's slice of the next step."""
+        accelerator, num_steps = self.training.accelerator, epoch.plan.num_steps
+        where = f"{epoch.where}, step {epoch.step + 1}"
+        _seed(self.recipe.seed, where, accelerator.process_index)
+        self.updater.set_rates(
+            rate_factor(self.stage, self.stopping.epoch, epoch.step, num_steps),
+            self.stopping.epoch * num_steps + epoch.step,
+        )
+        staging = self.staging, self.foregrounds
+        turn = self.steps_done % 2 if self.background else 0  # other steps are all alike
+        return read_slice(epoch.batches, *staging, epoch.step, turn, accelerator)
+
+    def update(self, batch: Slice) -> Tensor:
+        """Take the optimiser's step; return the norm of all gradients, float32 []."""
+        norm = self.updater.step()
+        self.statistics.after_step(batch.sizes)
+        return norm
+
+    def settle(self, epoch: Epoch) -> dict[str, Any]:
+        """Bring the ranks' counts of a whole epoch together: its losses, and proof of its images.
+
+        Raises:
+            RunFailedError: a step was not finite, or an image was not taken once.
         """
-        began = time.perf_counter()
-        row, rate = self.train_epoch(bar)
+        taken = epoch.settle(self.training.accelerator, self.updater)
+        self.skipped = epoch.skipped
+        epoch.trained()
+        return self._losses(epoch, 0) | {"taken": f"{taken:016x}"}
+
+    def validate(self) -> dict[str, Any]:
+        """Validate after an epoch, and keep the weights if they are the stage's best."""
         average = self.updater.average
         with average.in_network() if average else nullcontext():
-            row |= self._validate()
-            is_best = self.stopping.update(row["val_loss"])
-            if is_best:
+            scores = self._scores()
+            if self.stopping.update(scores["val_loss"]):
                 self._keep_best()
-        seconds = round(time.perf_counter() - began, 3)
-        return row, {"images_per_second": rate, "seconds": seconds}, is_best
+        return scores
 
-    def _validate(self) -> dict[str, Any]:
+    def _scores(self) -> dict[str, Any]:
         training = self.training
         scores = validate(
             training.accelerator,
             training.model,
             training.material,
             training.validation,
-            self._stop_if_asked,
+            self.stop_if_asked,
             self.background,
         )
         if not math.isfinite(scores["val_loss"]):
@@ -238,93 +256,41 @@ class StageRun:
             )
         return scores
 
-    def train_epoch(self, bar: tqdm) -> tuple[dict[str, Any], float]:
-        """Take the steps of the epoch that are left; its row of the log, and images per second."""
-        accelerator = self.training.accelerator
-        self.epoch = epoch = self.epoch or self._next_epoch()
-        began, first = time.perf_counter(), epoch.step
-        if not epoch.done:
-            self._take_steps(epoch, bar)
-        taken = epoch.settle(accelerator, self.updater)
-        self.skipped = epoch.skipped
-        num_images = int(epoch.plan.bounds[-1] - epoch.plan.bounds[first])
-        rate = round(num_images / (time.perf_counter() - began), 2)
-        return self._losses(epoch, 0) | {"taken": f"{taken:016x}"}, rate
+    def close(self) -> None:
+        """Leave the network with the stage's best weights, and free what only the stage needed."""
+        self.statistics.close()
+        self.training.accelerator.free_memory()
+        self.training.model.network.load_state_dict(self.best)
 
     def _losses(self, epoch: Epoch, first: int) -> dict[str, Any]:
         """What a row of the log says of the steps from one on."""
         row = {"step": self.steps_done, "loss": epoch.mean_loss(first)}
         return row | {"background": epoch.mean_penalty(first)} if self.background else row
 
-    def _take_steps(self, epoch: Epoch, bar: tqdm) -> None:
-        training, accelerator, plan = self.training, self.training.accelerator, epoch.plan
-        # Validation has undone it.
-        set_modes(training.model, self.trained, moving=self.moving)
-        read = partial(
-            read_slice,
-            *(epoch.batches, self.staging, self.foregrounds),
-            accelerator=accelerator,
-        )
-        part = read(step=epoch.step, turn=self.steps_done % 2)
-        for step in range(epoch.step, plan.num_steps):
-            where = f"{epoch.where}, step {step + 1}"
-            _seed(self.recipe.seed, where, accelerator.process_index)
-            self.updater.set_rates(
-                rate_factor(self.stage, self.stopping.epoch, step, plan.num_steps),
-                self.stopping.epoch * plan.num_steps + step,
-            )
-            with memory_for(part, self.recipe.max_images_per_rank, where):
-                shares, norm = self._take_step(part)
-            epoch.count(shares, norm, part)
-            self.steps_done += 1
-            if step + 1 < plan.num_steps:  # read while a GPU is still busy with this step
-                part = read(step=step + 1, turn=self.steps_done % 2)
-            bar.update(plan.step_size(step))
-            if epoch.step % STEPS_PER_LOG_ROW == 0:
-                self._log_steps(epoch)
-            if not epoch.done:
-                self._stop_if_asked()
-                if epoch.step % self.recipe.save_steps == 0:
-                    self.save(epoch)
-
-    def _take_step(self, part: Slice) -> tuple[Tensor, Tensor]:
-        """Take a step; this rank's shares of loss and penalty, and the norm of all gradients."""
-        if self.captured is not None:
-            turn = part.turn if self.background else 0  # other steps are all alike
-            shares, norm = self.captured(turn, *part.inputs)
-            return shares, norm
-        shares = backward(
-            *(self.training.accelerator, self.model, self.updater, part),
-            *(self.recipe.max_images_per_rank, self.statistics.before_pass, self.weight),
-        )
-        norm = self.updater.step()
-        self.statistics.after_step(part.sizes)
-        return shares, norm
-
     def _one_pass(
         self, turn: int, images: Tensor, matrices: Tensor, targets: Tensor, *foreground: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What `_take_step` does on one rank in one pass, on tensors alone."""
+        """Take a whole step on one rank in one pass, on tensors alone; it can be recorded."""
         num_known = (targets >= 0).sum().clamp(min=1)  # a replayed step reads the device only
         loss, penalty = self.model(images, matrices, targets, *foreground, turn=turn).unbind()
         mean = penalty * (1 / len(images))
-        loss = loss * num_known.reciprocal() + mean * self.weight
+        loss = loss * num_known.reciprocal() + mean * self.background_weight
         self.updater.backward(loss)
         return torch.stack([loss, mean]).detach(), self.updater.step()
 
     @property
-    def weight(self) -> float:
-        """Of the background loss; 0 without."""
+    def background_weight(self) -> float:
+        """The weight of the background loss; 0 without one."""
         return self.background.recipe.weight if self.background else 0.0
 
-    def _log_steps(self, epoch: Epoch) -> None:
+    def log_steps(self, epoch: Epoch) -> None:
         """Log the steps since the last such row: their mean loss, and proof of what was taken."""
         taken = epoch.settle(self.training.accelerator, self.updater)
         row = self._losses(epoch, epoch.logged_step)
         epoch.logged_step = epoch.step
         self._log("step", row | {"taken": f"{taken:016x}"})
 
-    def _stop_if_asked(self) -> None:
+    def stop_if_asked(self) -> None:
         """At a boundary of steps or of validation batches: save and stop if a rank was asked to.
 
         Raises:
@@ -339,20 +305,22 @@ class StageRun:
         line = f"stopped and saved at {where}; run the same command again to go on"
         raise Stopped(line if self.training.accelerator.is_main_process else "")
 
-    def _end_epoch(
-        self, row: dict[str, Any], speed: dict[str, float], is_best: bool, bar: tqdm
-    ) -> Checkpoint:
-        """Log the epoch, then make it last: a checkpoint is written when all else stands."""
+    def end_epoch(self, epoch: Epoch, scores: dict[str, Any], bar: tqdm) -> Checkpoint:
+        """Log an epoch with its losses and scores, then make it last.
+
+        The checkpoint is written when all else is there.
+        """
         training, stopping = self.training, self.stopping
-        main = training.accelerator.is_main_process
+        main, is_best = training.accelerator.is_main_process, stopping.best_epoch == stopping.epoch
         self.epochs_done += 1
-        self._log("epoch", row)
-        self._log("speed", {"step": self.steps_done, **speed})
+        self._log("epoch", scores)
+        self._log("speed", {"step": self.steps_done, **epoch.speed()})
         if main:
             bar.write(
                 f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
-                f"loss {row['loss']:.4f}{_background(row, 'background')}, {_validated(row)}, "
-                f"{speed['images_per_second']:.1f} images/s{' (best)' if is_best else ''}"
+                f"loss {scores['loss']:.4f}{_background(scores, 'background')}, "
+                f"{_validated(scores)}, {epoch.images_per_second:.1f} images/s"
+                f"{' (best)' if is_best else ''}"
             )
         together(training.accelerator, lambda: self._note_stage() if main else None)
         self.epoch = None
@@ -389,7 +357,7 @@ class StageRun:
             taken=taken,
             skipped=epoch.skipped if epoch else self.skipped,
             stopping=asdict(stopping),
-            finished=not epoch and (stopping.epoch >= self.stage.epochs or stopping.exhausted),
+            finished=not epoch and self.finished,
             bests=dict(self.bests),
             scaler=updater.scaler.state_dict() if updater.scaler else {},
         )

@@ -1,7 +1,6 @@
-"""One step over all ranks: read a slice, add its gradients; and the validation after an epoch."""
+"""What a rank takes of a step over all ranks; and the validation after an epoch."""
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,7 +20,6 @@ from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.model.densenet import Classifier
 from cxrdist.train.background import BackgroundLoss
 from cxrdist.train.learner import sum_of_losses
-from cxrdist.train.update import Updater
 
 VAL_IMAGES_PER_PASS = 64
 PENALTIES_PER_PASS = 8
@@ -213,51 +211,6 @@ def passes_of(part: Slice, rank: int, max_images: int | None) -> Iterator[Pass]:
             yield Pass(rows, 1.0, sizes)
         else:
             yield Pass(slice(0, 1), 0.0, sizes)
-
-
-def backward(
-    accelerator: Accelerator,
-    model: nn.Module,
-    updater: Updater,
-    part: Slice,
-    max_images: int | None,
-    before_pass: Callable[[tuple[int, ...]], None],
-    weight: float,
-) -> Tensor:
-    """Add the gradients of a step; DDP's mean over ranks is then the mean over the known labels.
-
-    Each rank weights its loss by world size / known labels of the whole step, since slices differ
-    in them, and its penalties by world size / images. Micro-batches synchronise once, with the
-    last.
-
-    Args:
-        accelerator: of this rank.
-        model: a `Learner` as `accelerator.prepare` gave it.
-        updater: scales the loss.
-        part: this rank's slice.
-        max_images: images of one forward pass; None for all.
-        before_pass: is told the images of each rank, before each pass.
-        weight: of the background loss; 0 without.
-
-    Returns:
-        This rank's shares of the loss and of the mean penalty, float32 [2]. Those of all ranks add
-        up: the loss to the mean binary cross-entropy over the known labels of all images (paper,
-        section 3.3; 0 without) and the weight times the mean penalty over all images.
-    """
-    per_label, per_image = 1 / max(1, part.num_known), 1 / sum(part.sizes)
-    total = torch.zeros(2, device=accelerator.device)
-    passes = list(passes_of(part, accelerator.process_index, max_images))
-    for one in passes:
-        before_pass(one.sizes)
-        with nullcontext() if one is passes[-1] else accelerator.no_sync(model):
-            rows = one.rows
-            inputs = (tensor[rows] for tensor in part.inputs)
-            loss, penalty = model(*inputs, turn=part.turn).unbind()
-            mean = penalty * (one.weight * per_image)
-            share = loss * (one.weight * per_label) + mean * weight
-            updater.backward(share * accelerator.num_processes)
-        total += torch.stack([share, mean]).detach()
-    return total
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ from torch._dynamo import lookup_backend
 from cxrdist.bench import gpu, jobs
 from cxrdist.cli import main
 from cxrdist.config import BenchConfig, Network
-from cxrdist.train import learner
+from cxrdist.train import learner, loop
 from cxrdist.train.capture import Step, Tensors
-from cxrdist.train.stage import StageRun
 
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
 SCRIPT = Path(__file__).parent / "gpu_ranks.py"
@@ -77,14 +76,14 @@ def test_each_batch_is_timed_in_each_way(small, capsys):
 
 def test_what_does_not_fit_into_memory_is_a_row(small, capsys, monkeypatch):
     """Other batches are measured all the same."""
-    take_step = StageRun._take_step
+    backward = loop.backward
 
-    def full(self, part):
-        if len(part.images) == 8:
+    def full(stage, batch):
+        if len(batch.images) == 8:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return take_step(self, part)
+        return backward(stage, batch)
 
-    monkeypatch.setattr(StageRun, "_take_step", full)
+    monkeypatch.setattr(loop, "backward", full)
     monkeypatch.setattr(gpu, "WAYS", gpu.WAYS[:1])
     gpu.bench_gpu(BenchConfig(size=32, repeats=1))
     four, eight = rows(capsys.readouterr().out)
@@ -95,10 +94,10 @@ def test_what_does_not_fit_into_memory_is_a_row(small, capsys, monkeypatch):
 def test_an_error_of_another_kind_is_not_taken_for_a_lack_of_memory(small, monkeypatch):
     """It ends the command."""
 
-    def broken(self, part):
+    def broken(stage, batch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(StageRun, "_take_step", broken)
+    monkeypatch.setattr(loop, "backward", broken)
     with pytest.raises(RuntimeError, match="illegal"):
         gpu.bench_gpu(BenchConfig(size=32, repeats=1))
 

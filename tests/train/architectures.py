@@ -18,9 +18,10 @@ from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.data.index import read_index
 from cxrdist.distributed import start
 from cxrdist.run import RunDirectory
+from cxrdist.train.loop import backward
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import set_modes
-from cxrdist.train.step import Batches, backward, read_slice
+from cxrdist.train.step import Batches, read_slice
 from cxrdist.train.training import build_training
 
 STAGES = {"every": Stage({"all": 0.01}, epochs=1, patience=1, block_decay=0.5)}
@@ -51,10 +52,7 @@ def take_gradient(shards: Path, folder: Path, architecture: str) -> dict:
     epoch = Batches(training.material, training.plan("every", 1), training.accelerator.device)
     epoch.targets = epoch.targets.double()
     part = read_slice(epoch, under_way.staging, None, 1, 0, training.accelerator)
-    loss = backward(
-        *(training.accelerator, under_way.model, under_way.updater, part),
-        *(None, under_way.statistics.before_pass, 0.0),
-    )
+    loss = backward(under_way, part)
     under_way.statistics.after_step(part.sizes)
     network = training.model.network
     found = {name: digest(p.grad) for name, p in network.named_parameters()}

@@ -27,9 +27,10 @@ from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 from cxrdist.train import learner
 from cxrdist.train.background import open_backgrounds
+from cxrdist.train.loop import backward, train_epoch
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import set_modes
-from cxrdist.train.step import Batches, backward, read_slice
+from cxrdist.train.step import Batches, read_slice
 from cxrdist.train.training import Training, build_training
 
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
@@ -80,7 +81,10 @@ def run_stages(training: Training) -> dict:
 
         under_way.updater.optimizer.step = keep_gradients
         with progress(0, "", "images", show=False) as bar:
-            under_way.train_and_validate(bar)
+            epoch = under_way.open_epoch()
+            train_epoch(under_way, epoch, bar)
+            under_way.settle(epoch)
+            under_way.validate()
         training.accelerator.free_memory()
         found[name] = {
             "trained": list(stage.lr),
@@ -112,6 +116,7 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     recipe = replace(
         training.recipe,
         global_batch_size=int(size),
+        max_images_per_rank=int(per_pass) if per_pass else None,
         compile=mode == "compiled",
         batch_norm="per_rank" if mode == "per_rank" else "synchronised",
     )
@@ -129,14 +134,7 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     staging = under_way.staging, under_way.foregrounds
     part = read_slice(epoch, *staging, 0, turn, training.accelerator)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        loss = backward(
-            *(training.accelerator, under_way.model, under_way.updater, part),
-            *(
-                int(per_pass) if per_pass else None,
-                under_way.statistics.before_pass,
-                under_way.weight,
-            ),
-        )
+        loss = backward(under_way, part)
     under_way.statistics.after_step(part.sizes)
     gradients = {k: p.grad.clone() for k, p in training.model.network.named_parameters()}
     under_way.updater.optimizer.zero_grad()

@@ -13,7 +13,8 @@ from cxrdist.cli import COMMANDS, main, parse
 from cxrdist.config import Architecture, Augmentation, Background, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.model.networks import block_names
-from cxrdist.train.loop import refuse_bad_recipe, train
+from cxrdist.train.checks import refuse_bad_recipe
+from cxrdist.train.loop import train
 
 SCRIPT = Path(__file__).parent / "architectures.py"
 # DenseNets differ in their numbers of layers alone, and the other tests are of one.

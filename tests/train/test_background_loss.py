@@ -33,7 +33,7 @@ from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_of
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory, read_log
-from cxrdist.train import learner, stage
+from cxrdist.train import learner, loop, stage
 from cxrdist.train.background import BackgroundLoss
 from cxrdist.train.learner import Learner
 from cxrdist.train.loop import train
@@ -236,7 +236,7 @@ def test_a_killed_training_with_a_background_loss_ends_in_the_same_bytes(
 
     The shares take turns from step to step, also over the end of an epoch of three steps.
     """
-    monkeypatch.setattr(stage, "STEPS_PER_LOG_ROW", 2)
+    monkeypatch.setattr(loop, "STEPS_PER_LOG_ROW", 2)
     turns, penalties = [], BackgroundLoss.penalties
 
     def keep_turn(*given):

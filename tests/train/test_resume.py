@@ -162,7 +162,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(command, whole, tmp_
     assert job.process.returncode == 75, output
     assert "stopped and saved at stage all" in output
     assert "Traceback" not in output
-    assert "going on after all" in finish(2, command, run)
+    assert "resuming after all" in finish(2, command, run)
     assert_same(run, whole)
 
 
@@ -201,20 +201,20 @@ def test_another_number_of_ranks_takes_the_same_batches_to_the_same_losses(comma
 
 STOP_AFTER_STEPS = """
 import os, signal
-from cxrdist.train import stage
+from cxrdist.train import loop
 
-take_step, steps = stage.StageRun._take_step, 0
+backward, steps = loop.backward, 0
 
 
-def take_step_and_stop(*arguments):
+def backward_and_stop(*arguments):
     global steps
     steps += 1
     if steps == 3:
         os.kill(os.getpid(), signal.SIGUSR1)
-    return take_step(*arguments)
+    return backward(*arguments)
 
 
-stage.StageRun._take_step = take_step_and_stop
+loop.backward = backward_and_stop
 """
 
 
@@ -456,4 +456,4 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_do(command, shards, t
     assert "try --max-images-per-rank 300" in last
     done = run_script(LITTLE_MEMORY + RUN_CXRDIST, *command, "--max-images-per-rank", 20)
     assert done.returncode == 0, done.stderr
-    assert "going on after head" in done.stdout
+    assert "resuming after head" in done.stdout

@@ -12,6 +12,7 @@ from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
+from cxrdist.train.loop import train_epoch
 from cxrdist.train.stage import StageRun
 from cxrdist.train.training import build_training
 
@@ -34,9 +35,9 @@ def test_nothing_is_read_from_the_device_between_two_log_rows(shards: Path, tmp_
     )
     training = build_training(start(), RunDirectory(config.run), config, read_index(shards))
     under_way = StageRun(training, "all", None)
-    epoch = under_way._next_epoch()
+    epoch = under_way.open_epoch()
     with progress(0, "", "images", show=False) as bar, Dispatched() as counted:
-        under_way._take_steps(epoch, bar)
+        train_epoch(under_way, epoch, bar)
     assert epoch.step == epoch.plan.num_steps == 5
     assert counted.operations["aten.convolution.default"] == 5 * (2 * 4 + 4)
     reads = ("local_scalar", "item", "nonzero", "equal.default", "masked_select", "unique")

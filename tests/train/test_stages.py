@@ -11,7 +11,7 @@ from cxrdist.config import Architecture, Network, Stage
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_names
-from cxrdist.train.loop import refuse_bad_recipe
+from cxrdist.train.checks import refuse_bad_recipe
 from cxrdist.train.stages import (
     EarlyStopping,
     check_stages,

@@ -1,0 +1,67 @@
+"""Advice: lines on a launch that works, but not as well as it could."""
+
+import os
+
+from accelerate import Accelerator
+
+from cxrdist.config import TrainConfig
+from cxrdist.distributed import local_ranks
+from cxrdist.train.training import Training
+
+LEAST_IMAGES_PER_RANK = 4
+FEW_STEPS = 300
+"""Optimiser steps that are few: AdamW moves a weight by about its rate in a step, at most."""
+
+
+def advice(training: Training) -> str:
+    """Give all lines of advice on a launch, each with its newline; empty if it is fine."""
+    recipe, accelerator = training.recipe, training.accelerator
+    return (
+        _advice_on_ranks(recipe, accelerator.num_processes)
+        + _advice_on_cores(accelerator)
+        + _advice_on_steps(training)
+    )
+
+
+def _advice_on_ranks(config: TrainConfig, world_size: int) -> str:
+    """Lines on batches that are small for their ranks, and on micro-batches."""
+    lines, batch, most = [], config.global_batch_size, config.max_images_per_rank
+    if world_size > 1 and batch < LEAST_IMAGES_PER_RANK * world_size:
+        good = max(1, batch // LEAST_IMAGES_PER_RANK)
+        lines.append(
+            f"{batch} images per step on {world_size} ranks: most of the time goes into "
+            f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
+        )
+    trains_norms = any(set(stage.lr) - {"head"} for stage in config.stages.values())
+    moves = trains_norms or config.frozen_batch_norm == "moving"
+    norms_move = config.network.has_batch_norm and moves
+    if most is not None and norms_move and -(-batch // world_size) > most:
+        lines.append(
+            f"micro-batches of {most} images per rank: BatchNorm that moves sees one at a time, "
+            "not the whole step"
+        )
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _advice_on_cores(accelerator: Accelerator) -> str:
+    """A line on more CPU ranks than cores, such as of a config for GPUs where there are none."""
+    (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
+    if accelerator.device.type != "cpu" or ranks <= cores:
+        return ""
+    return (
+        f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
+        f"launch with --num_processes {cores}\n"
+    )
+
+
+def _advice_on_steps(training: Training) -> str:
+    """A line on a recipe whose epochs are few for so few images."""
+    recipe = training.recipe
+    per_epoch = -(-training.num_images // recipe.global_batch_size)
+    total = per_epoch * sum(stage.epochs for stage in recipe.stages.values())
+    if total >= FEW_STEPS:
+        return ""
+    return (
+        f"{total} optimiser steps in all, {per_epoch} per epoch, are few; give more, such as "
+        f"--stages.{list(recipe.stages)[-1]}.epochs {-(-FEW_STEPS // per_epoch)}\n"
+    )

@@ -1,0 +1,59 @@
+"""Resume: the latest checkpoint of a run, and the stages that are left after it."""
+
+import sys
+from functools import partial
+
+from tqdm import tqdm
+
+from cxrdist.distributed import gather, together
+from cxrdist.errors import CxrdistError
+from cxrdist.run import cut_log
+from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
+from cxrdist.train.publish import publish_stage
+from cxrdist.train.training import Training, fixed_recipe
+
+
+def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
+    """Bring the network to the latest checkpoint, if there is one.
+
+    Returns:
+        The checkpoint, and the stages from the one that it belongs to on, or from the next one if
+        that is finished.
+
+    Raises:
+        CxrdistError: the checkpoint cannot be used, or the ranks see different ones.
+    """
+    names = list(training.recipe.stages)
+    checkpoint = _read_latest(training)
+    if checkpoint is None:
+        return None, names
+    position = checkpoint.position
+    training.accelerator.print(
+        f"resuming after {position.stage}, epoch {position.epoch}"
+        + (f" and step {position.step} of the next" if position.step else "")
+    )
+    with fitting(position.name):
+        left = names[names.index(position.stage) + position.finished :]
+        if checkpoint.best:
+            load_network(training.model.network, checkpoint.best)
+    if position.finished:  # perhaps it was killed before it published that stage
+        publish_stage(training, position.stage)
+    return checkpoint, left
+
+
+def _read_latest(training: Training) -> Checkpoint | None:
+    """Read the latest whole checkpoint on all ranks, and cut off what was logged after it."""
+    accelerator, run = training.accelerator, training.run
+    warn = partial(tqdm.write, file=sys.stderr) if accelerator.is_main_process else lambda _: None
+    recipe = fixed_recipe(training.recipe)
+    checkpoint = together(accelerator, lambda: load_latest(run.checkpoints, recipe, warn))
+    names = set(gather(accelerator, [checkpoint.position.name if checkpoint else "none"]))
+    if len(names) > 1:
+        raise CxrdistError(
+            f"{run.checkpoints}: the ranks see different checkpoints ({', '.join(sorted(names))}); "
+            "give a run directory that all nodes share"
+        )
+    log_bytes = checkpoint.position.log_bytes if checkpoint else 0
+    main = accelerator.is_main_process
+    together(accelerator, lambda: cut_log(run.log, log_bytes) if main else None)
+    return checkpoint
