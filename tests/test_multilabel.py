@@ -19,7 +19,7 @@ from cxrdist.config import Augmentation
 from cxrdist.data.plan import plan_epoch
 from cxrdist.distributed import start
 from cxrdist.report.values import MEASURES
-from cxrdist.train.step import Batches, Material, validate
+from cxrdist.train.step import Batches, TrainingData, validate
 
 LABELS = ["Edema", "Hernia", "Mass"]
 
@@ -111,7 +111,7 @@ def test_validation_tells_sure_predictions_apart():
     images = np.stack([np.full((8, 8), value, np.uint8) for value in (18, 25)])
     still = Augmentation(degrees=0, shift_x=0, shift_y=0, flip=False)
     plan = plan_epoch(np.arange(2), np.ones(2, np.int64), still, 1, (0, "validation", 0))
-    material = Material(images, np.array([[0], [1]], np.int8), "multilabel")
+    material = TrainingData(images, np.array([[0], [1]], np.int8), "multilabel")
     batches = Batches(material, plan, torch.device("cpu"))
     scores = validate(start(), Brightness(), material, batches, lambda: None, None)
     assert scores["val_auroc"] == 1

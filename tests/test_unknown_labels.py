@@ -137,7 +137,7 @@ def plain_losses(
         **{"cache": scratch / "cache", "uncertain": uncertain},
     )
     training = build_training(start(), RunDirectory(scratch / "plain"), config, index)
-    model, images = training.model, training.material.images
+    model, images = training.model, training.data.images
     freeze(model, set(stage.lr))
     optimizer = build_optimizer("sgd", parameter_groups(model, stage))
 

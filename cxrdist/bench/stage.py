@@ -23,7 +23,7 @@ from cxrdist.train.learner import Learner
 from cxrdist.train.loop import train_epoch
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import build_optimizer, parameter_groups
-from cxrdist.train.step import Batches, Material
+from cxrdist.train.step import Batches, TrainingData
 from cxrdist.train.training import Training
 from cxrdist.train.update import Updater
 
@@ -66,17 +66,17 @@ def stage_run(
     run = RunDirectory(scratch / "run")
     write_json(run.info, {"stages": {}})
     run.log.touch()
-    material = Material(images, np.eye(3, dtype=np.int8)[everyone % 3], "multiclass")
+    data = TrainingData(images, np.eye(3, dtype=np.int8)[everyone % 3], "multiclass")
     val_plan = plan_epoch(everyone[:1], ones[:1], config.augmentation, 1, (0, "val", 0))
     training = Training(
         accelerator=accelerator,
         run=run,
         recipe=config,
         model=model,
-        material=material,
+        data=data,
         samples=everyone,
         copies=ones,
-        validation=Batches(material, val_plan, accelerator.device),
+        validation=Batches(data, val_plan, accelerator.device),
         vote=StopVote(accelerator),
     )
     with quiet():

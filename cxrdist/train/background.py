@@ -1,4 +1,4 @@
-"""The background part of a stage's loss: what counts as background, and how much of it is read."""
+"""The background part of a stage's loss: which pixels it is of, and what they cost."""
 
 import hashlib
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ MOST_TABLE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class BackgroundLoss:
-    """What a stage adds to its loss: weight times the mean penalty of the images of a step.
+    """The term that a stage adds to its loss: weight times the mean penalty of a step's images.
 
     Attributes:
         recipe: weight, regions and method.
@@ -48,9 +48,9 @@ class BackgroundLoss:
         foreground: Tensor,
         turn: int | None,
     ) -> Tensor:
-        """Return the penalty of each image; of one without background of its own it is 0.
+        """Return the penalty of each image, which is 0 for one without a background.
 
-        What a warp brings in from outside of the other images is background too.
+        In the other images, what a warp brings in from outside is background too.
 
         Args:
             model: that is trained.
@@ -68,14 +68,14 @@ class BackgroundLoss:
         with torch.autocast(images.device.type, enabled=False):
             warped = warp(images, matrices)
             if self.recipe.method == "lrp":
-                found = share_of_contrast(model, warped, targets, background, turn)
+                penalties = share_of_contrast(model, warped, targets, background, turn)
             else:
-                found = squared_gradient(model, warped, targets, background)
-        return found * own
+                penalties = squared_gradient(model, warped, targets, background)
+        return penalties * own
 
 
 def check_backgrounds(config: TrainConfig) -> None:
-    """Refuse a background loss that cannot be meant.
+    """Reject invalid background losses.
 
     Raises:
         CxrdistError: a weight or a region is invalid, the network has no such loss, or boxes of
@@ -112,7 +112,7 @@ def check_backgrounds(config: TrainConfig) -> None:
 
 
 def check_regions(config: TrainConfig, index: Index) -> None:
-    """Refuse regions that the shards cannot give.
+    """Reject regions that the shards do not have.
 
     Raises:
         CxrdistError: no image of train has a mask, or the text is covered already.
@@ -132,7 +132,7 @@ def check_regions(config: TrainConfig, index: Index) -> None:
 
 
 def _recipes(config: TrainConfig) -> dict[str, tuple[Background, tuple[Region, ...]]]:
-    """The background loss and its regions of each stage that has one."""
+    """Return the background loss and its regions, for each stage that has one."""
     return {
         name: (stage.background, read_regions(stage.background.region))
         for name, stage in config.stages.items()
@@ -147,7 +147,7 @@ def _needed(config: TrainConfig) -> set[Region]:
 def open_backgrounds(
     config: TrainConfig, index: Index, accelerator: Accelerator
 ) -> dict[str, BackgroundLoss]:
-    """Open what the stages' background losses need; by stage, of those that have one.
+    """Open masks and boxes for the background losses; return these by stage.
 
     Raises:
         CxrdistError: masks or boxes cannot be read, or no image of train has any.
@@ -176,7 +176,7 @@ def open_backgrounds(
 
 
 def _read_boxes(config: TrainConfig, index: Index) -> SquareBoxes:
-    """The boxes of text of train and val in their squares; none where no stage needs them."""
+    """Read the boxes of text of train and val, in px of their squares; empty if not needed."""
     if config.text_boxes is None:
         return {}
     train, val = (index.numbers(split) for split in ("train", "val"))
@@ -203,21 +203,21 @@ def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
 
 
 def refuse_other_text_boxes(config: TrainConfig, before: TextBoxesInfo | None) -> None:
-    """Make sure that a run goes on with the boxes that it began with.
+    """Make sure that a run resumes with the boxes that it began with.
 
     Raises:
-        CxrdistError: they are others.
+        CxrdistError: they differ.
     """
-    found = describe_text_boxes(config)
-    if found and before and found["sha256"] != before["sha256"]:
+    boxes = describe_text_boxes(config)
+    if boxes and before and boxes["sha256"] != before["sha256"]:
         raise CxrdistError(
-            f"--text-boxes {config.text_boxes}: has the sha256 {found['sha256']}, but the run "
+            f"--text-boxes {config.text_boxes}: has the sha256 {boxes['sha256']}, but the run "
             f"began with {before['sha256']}; put the file back, or train in a new directory"
         )
 
 
 def describe_background(info: BackgroundInfo) -> str:
-    """What a user reads of a stage's background loss before it begins."""
+    """Describe a stage's background loss, for the terminal."""
     without = f"; {info['without']} have none and no penalty" if info["without"] else ""
     return (
         f"background: {info['weight']:g} times the penalty ({info['method']}) of "

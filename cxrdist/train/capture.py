@@ -18,17 +18,17 @@ WARM_UP_STEPS = 3
 
 
 class Graph(Protocol):
-    """A step as it was recorded."""
+    """A recorded step."""
 
     def replay(self) -> None:
-        """Do it again, on the same memory."""
+        """Repeat it, on the same memory."""
 
 
 Recorder = Callable[[Step, Tensors], tuple[Graph, Tensors]]
 
 
 def can_capture(device: torch.device, world_size: int, num_images: int) -> bool:
-    """Whether a stage's steps are captured: on one GPU, where DDP has no part in them.
+    """Return whether a stage's steps are captured: on one GPU, without DDP.
 
     Args:
         device: of this rank.
@@ -60,7 +60,7 @@ class CapturedStep:
         self._graphs: dict[tuple[int, int], tuple[Tensors, Graph, Tensors]] = {}
 
     def __call__(self, turn: int, *inputs: Tensor) -> Tensors:
-        """Take a step; what it returns is good until the next one of its turn and size."""
+        """Take a step; its results are valid until the next one of its turn and size."""
         key = turn, len(inputs[0])
         if key not in self._graphs:
             step = partial(self._step, turn)
@@ -77,7 +77,7 @@ class CapturedStep:
 
 
 def on_side_stream(step: Step, inputs: Tensors) -> Tensors:
-    """Take a step on another stream than the default one, which cannot be recorded."""
+    """Take a step on a side stream: the default one cannot be recorded."""
     if inputs[0].device.type != "cuda":
         return step(*inputs)
     side = torch.cuda.Stream()
@@ -95,10 +95,10 @@ def record_cuda_graph(step: Step, static: Tensors) -> tuple[Graph, Tensors]:
 
     Args:
         step: as of `CapturedStep`.
-        static: the memory that it will read in each replay.
+        static: the memory that each replay reads.
 
     Returns:
-        The graph, and the memory that it will write its results to.
+        The graph, and the memory that each replay writes its results to.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -24,7 +24,7 @@ _NAME = re.compile(r"\d{5,}-\d{7,}")
 _BEST = re.compile(r"best-\d{5,}")
 _STATE, _POSITION = "state.safetensors", "position.json"
 
-# What PyTorch keeps of each parameter.
+# Tensors that PyTorch keeps per parameter.
 _STATES: dict[type, tuple[str, ...]] = {
     torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
     torch.optim.SGD: ("momentum_buffer",),
@@ -93,7 +93,7 @@ class Checkpoint:
     Attributes:
         position: how far the run has come.
         network: the weights.
-        optimizer: tensors of the optimiser's state, named PLACE.NAME.
+        optimizer: tensors of the optimiser's state, named PARAMETER.NAME.
         average: the moving average of the weights; empty where the recipe has none.
         losses: float64 [step], mean loss of each step of the epoch under way.
         penalties: float64 [step], mean penalty of each of these steps.
@@ -110,7 +110,7 @@ class Checkpoint:
 
 
 def save_best(directory: Path, epochs_done: int, network: State) -> tuple[str, str]:
-    """Write the best weights of a stage beside the checkpoints; their directory and sha256."""
+    """Write the best weights of a stage beside the checkpoints; return directory and sha256."""
     name = f"best-{epochs_done:05d}"
     content = save(network)
     with atomic_directory(directory / name) as partial:
@@ -138,11 +138,11 @@ def save_checkpoint(
     tensors |= {f"average.{k}": v for k, v in checkpoint.average.items()}
     content = save(tensors | {"losses": checkpoint.losses, "penalties": checkpoint.penalties})
     document = _Document(CHECKPOINT_FORMAT, _sha256(recipe.encode()), _sha256(content), position)
-    about = asdict(document)
-    about["sha256"] = _sha256_of(about)
+    written = asdict(document)
+    written["sha256"] = _sha256_of(written)
     with atomic_directory(directory / position.name) as partial:
         (partial / _STATE).write_bytes(content)
-        (partial / _POSITION).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n")
+        (partial / _POSITION).write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
     kept = {name for p in (position, before) if p for name in (p.name, *_bests_of(p))}
     for path in _directories(directory, _NAME) + _directories(directory, _BEST):
         if path.name not in kept:
@@ -151,12 +151,12 @@ def save_checkpoint(
 
 
 def _bests_of(position: Position) -> list[str]:
-    """Directories of the best weights that a checkpoint refers to."""
+    """List the directories of best weights that a checkpoint refers to."""
     return [name for name, _ in position.bests.values()]
 
 
 def _directories(directory: Path, name: re.Pattern[str]) -> list[Path]:
-    """Directories of a name's pattern, sorted; no links and no files."""
+    """List the directories whose names match, sorted, without links."""
     return sorted(
         path
         for path in directory.iterdir()
@@ -165,7 +165,7 @@ def _directories(directory: Path, name: re.Pattern[str]) -> list[Path]:
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether a checkpoint was written, whole or damaged by now."""
+    """Return whether a checkpoint was written, even if it is damaged now."""
     return directory.is_dir() and bool(_directories(directory, _NAME))
 
 
@@ -175,7 +175,7 @@ def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Che
     Args:
         directory: of all checkpoints.
         recipe: text of the recipe.
-        say: is told of each damaged checkpoint that is passed over.
+        say: called with a line per damaged checkpoint.
 
     Raises:
         CxrdistError: the latest is of another recipe, or of another format of cxrdist.
@@ -189,7 +189,7 @@ def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Che
             if isinstance(error, CxrdistError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            say(f"{path}: the checkpoint is damaged ({reason:.100}); going on from one before it")
+            say(f"{path}: the checkpoint is damaged ({reason:.100}); resuming from an older one")
     return None
 
 
@@ -200,15 +200,15 @@ def _load(path: Path, recipe: str) -> Checkpoint:
         ValueError, OSError, SafetensorError: it is damaged.
         CxrdistError: it is of another recipe or format.
     """
-    about = typed(parse_json(_read(path / _POSITION, _MOST_POSITION_BYTES)), dict[str, Any])
-    if about.pop("sha256", None) != _sha256_of(about):
-        raise ValueError(f"{_POSITION} is not what was written")
-    if about.get("format") != CHECKPOINT_FORMAT:
+    written = typed(parse_json(_read(path / _POSITION, _MOST_POSITION_BYTES)), dict[str, Any])
+    if written.pop("sha256", None) != _sha256_of(written):
+        raise ValueError(f"{_POSITION} was changed after it was written")
+    if written.get("format") != CHECKPOINT_FORMAT:
         raise CxrdistError(
-            f"{path}: has format {about.get('format')!r}, expected {CHECKPOINT_FORMAT!r}; go on "
+            f"{path}: has format {written.get('format')!r}, expected {CHECKPOINT_FORMAT!r}; resume "
             "with the version of cxrdist that wrote it, or remove it"
         )
-    document = typed(about, _Document)
+    document = typed(written, _Document)
     if document.recipe_sha256 != _sha256(recipe.encode()):
         raise CxrdistError(
             f"{path}: is a checkpoint of another recipe; remove it, or give the recipe that it "
@@ -239,15 +239,15 @@ def _load(path: Path, recipe: str) -> Checkpoint:
 
 
 def _read_tensors(path: Path, digest: str) -> State:
-    """Read tensors, and nothing that could run code, if they are the bytes that were written."""
+    """Read tensors if the file has the digest; safetensors cannot hold code."""
     content = _read(path, _MOST_STATE_BYTES)
     if _sha256(content) != digest:
-        raise ValueError(f"{path.parent.name}/{path.name} is not what was written")
+        raise ValueError(f"{path.parent.name}/{path.name} was changed after it was written")
     return load(content)
 
 
 def _read(path: Path, most: int) -> bytes:
-    """Read a file of a checkpoint; one that is too large or no file is damage like any other.
+    """Read a file of a checkpoint; one that is too large or not a file counts as damage.
 
     Raises:
         ValueError, OSError: it cannot be read.
@@ -262,10 +262,10 @@ def _read(path: Path, most: int) -> bytes:
 
 @contextmanager
 def fitting(name: str) -> Iterator[None]:
-    """Say in one line that a checkpoint's content is not that of its recipe.
+    """Turn an error while a checkpoint is restored into one line.
 
     Raises:
-        CxrdistError: it is not.
+        CxrdistError: its content does not fit the recipe or the network.
     """
     try:
         yield
@@ -280,7 +280,7 @@ def fitting(name: str) -> Iterator[None]:
 
 
 def load_network(network: torch.nn.Module, state: State) -> None:
-    """Give a network weights of a checkpoint.
+    """Load the weights of a checkpoint into a network.
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape or type.
@@ -290,17 +290,17 @@ def load_network(network: torch.nn.Module, state: State) -> None:
 
 
 def refuse_others(state: State, expected: State) -> None:
-    """Make sure that a checkpoint's tensors have the names, shapes and types of those in use.
+    """Make sure that tensors have the expected names, shapes and types.
 
     Raises:
         ValueError: a tensor is missing, left over, or of another shape or type.
     """
     for name in state.keys() | expected.keys():
-        found, like = state.get(name), expected.get(name)
-        if found is None or like is None:
-            raise ValueError(f"{name} is {'missing' if found is None else 'not expected'}")
-        if (found.shape, found.dtype) != (like.shape, like.dtype):
-            raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}")
+        tensor, like = state.get(name), expected.get(name)
+        if tensor is None or like is None:
+            raise ValueError(f"{name} is {'missing' if tensor is None else 'not expected'}")
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}")
 
 
 def _with_prefix(tensors: State, prefix: str) -> State:
@@ -311,35 +311,35 @@ def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _sha256_of(about: dict[str, Any]) -> str:
-    return _sha256(json.dumps(about, sort_keys=True).encode())
+def _sha256_of(document: dict[str, Any]) -> str:
+    return _sha256(json.dumps(document, sort_keys=True).encode())
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> State:
-    """The state of an optimiser without its groups, which the recipe makes anew, on the CPU."""
+    """Copy an optimiser's state to the CPU, without its groups, which the recipe defines."""
     return {
-        f"{place}.{name}": on_cpu(value)
-        for place, values in optimizer.state_dict()["state"].items()
+        f"{number}.{name}": on_cpu(value)
+        for number, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
         if value is not None
     }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> None:
-    """Give a new optimiser the state that `optimizer_tensors` took.
+    """Load the state that `optimizer_tensors` copied into a new optimiser.
 
     Each tensor gets the memory layout of its parameter: fused kernels read both element by element,
     and parameters are channels_last.
 
     Raises:
-        ValueError: a tensor belongs to no parameter, or is no state of it.
+        ValueError: a tensor belongs to no parameter, or is not a state of it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    by_place = {str(place): parameter for place, parameter in enumerate(parameters)}
+    by_number = {str(number): parameter for number, parameter in enumerate(parameters)}
     for key, value in tensors.items():
-        place, _, name = key.partition(".")
-        parameter, names = by_place.get(place), _STATES[type(optimizer)]
-        if parameter is None or any(f"{place}.{n}" not in tensors for n in names):
+        number, _, name = key.partition(".")
+        parameter, names = by_number.get(number), _STATES[type(optimizer)]
+        if parameter is None or any(f"{number}.{n}" not in tensors for n in names):
             raise ValueError(f"optimizer.{key} is of no parameter, or others are missing")
         like_parameter = value.shape == parameter.shape
         if (
@@ -354,5 +354,5 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> 
 
 
 def on_cpu(tensor: Tensor) -> Tensor:
-    """A contiguous copy on the CPU."""
+    """Return a contiguous copy on the CPU."""
     return tensor.detach().to("cpu", copy=True).contiguous()

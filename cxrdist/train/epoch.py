@@ -1,4 +1,4 @@
-"""The epoch under way: its steps, their losses and gradients, and proof of what it has taken."""
+"""The epoch under way: its steps, their losses and gradients, and the digest of its images."""
 
 import time
 
@@ -21,11 +21,11 @@ class Epoch:
         plan: of the epoch.
         step: steps done.
         settled: steps whose losses are brought together.
-        losses: float64 [steps], mean loss of each settled step over its known labels; with what
-            the background adds to it.
+        losses: float64 [steps], mean loss of each settled step over its known labels, with its
+            background penalty.
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
-        images_per_second: of the steps that this call of the command took, after `trained`.
+        images_per_second: of the steps of this launch, after `trained`.
         skipped: the last settled steps that the scaler has skipped, in a row; counts over epochs.
     """
 
@@ -48,7 +48,7 @@ class Epoch:
             step: steps done.
             logged_step: steps that have a row in the log.
             means: float64 [2, step], losses and penalties of these steps.
-            taken: digest of what they took.
+            taken: digest of the images that they took.
         """
         self.step = self.settled = self.first_step = step
         self.logged_step = logged_step
@@ -57,26 +57,26 @@ class Epoch:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are taken."""
+        """Whether all steps are done."""
         return self.step == self.plan.num_steps
 
-    def count(self, shares: Tensor, norm: Tensor, part: Slice) -> None:
-        """Count a step of this rank; nothing is read from the device.
+    def count(self, shares: Tensor, norm: Tensor, batch: Slice) -> None:
+        """Count a step of this rank, without a read from the device.
 
         Args:
             shares: its shares of the loss and of the mean penalty, float32 [2].
             norm: of the gradients of all ranks, float32 [].
-            part: what it took.
+            batch: its slice.
         """
         torch.cat([shares, norm.reshape(1)], out=self._numbers[self.step])
-        self._taken += self.plan.digest(part.rows)
+        self._taken += self.plan.digest(batch.rows)
         self.step += 1
 
     def settle(self, accelerator: Accelerator, updater: Updater) -> int:
-        """Sum the losses up over all ranks, in their order, and check what all have done.
+        """Sum the losses over the ranks, in their order, and check what all have done.
 
         Returns:
-            The digest of what was taken so far.
+            The digest of the images taken so far.
 
         Raises:
             RunFailedError: the ranks did not take each planned image once; or a step was not
@@ -122,17 +122,17 @@ class Epoch:
             )
 
     def trained(self) -> None:
-        """Note how fast the steps of this call of the command were."""
+        """Compute how fast the steps of this launch were."""
         num_images = int(self.plan.bounds[-1] - self.plan.bounds[self.first_step])
         self.images_per_second = round(num_images / (time.perf_counter() - self.began), 2)
 
     def speed(self) -> dict[str, float]:
-        """What the log says of the time until now, with that of the validation."""
+        """Return the speed for the log; its seconds include the validation."""
         seconds = round(time.perf_counter() - self.began, 3)
         return {"images_per_second": self.images_per_second, "seconds": seconds}
 
     def mean_loss(self, first: int = 0) -> float | None:
-        """Mean loss of the settled steps from one on; None if no label of them is known.
+        """Return the mean loss of the settled steps from `first` on; None if no label is known.
 
         A step without a known label has no loss, and does not count as one of 0.
         """
@@ -140,11 +140,11 @@ class Epoch:
         return float(self.losses[first : self.settled][known].mean()) if known.any() else None
 
     def mean_penalty(self, first: int = 0) -> float:
-        """Mean penalty of the settled steps from one on."""
+        """Return the mean penalty of the settled steps from `first` on."""
         return float(self.penalties[first : self.settled].mean())
 
 
 def _signed(number: int) -> int:
-    """The same 64 bits as a signed number, for a tensor."""
+    """Reinterpret 64 bits as a signed number, for a tensor."""
     number %= 2**64
     return number - 2**64 if number >= 2**63 else number

@@ -20,7 +20,7 @@ COMPILE_BACKEND = "inductor"
 
 
 class Learner(nn.Module):
-    """Gives the loss of images as they stand in the cache.
+    """Computes the loss of images as they are in the cache.
 
     Attributes:
         model: the network that is trained.
@@ -38,21 +38,21 @@ class Learner(nn.Module):
         compiled: bool,
         moving: bool = False,
     ) -> None:
-        """Set up the passes of a stage.
+        """Set up the graph of a stage.
 
         Args:
-            model: the network; what is frozen is known to it already.
+            model: the network, with its frozen parameters marked.
             trained: blocks that the stage trains.
             precision: of the convolutions, as in autocast.
-            background: what the stage adds to its loss, if anything.
-            compiled: make one graph of warp, network and loss. Shapes are fixed: slices differ by
-                one image at the most, so a stage has two.
+            background: the stage's background loss, if it has one.
+            compiled: make one graph of warp, network and loss. Shapes are fixed: slices differ
+                by at most one image, so a stage has two.
             moving: whether the statistics of frozen BatchNorms move.
         """
         super().__init__()
         self.model = model
         self._background = background
-        # In a list, so that it is no part of what DDP and optimisers see.
+        # In a list, so that DDP and optimisers do not see it.
         self._trunk: list[nn.Module] = []
         if trained == {"head"} and isinstance(model.network, DenseNet):
             features = model.network.features
@@ -72,7 +72,7 @@ class Learner(nn.Module):
         foreground: Tensor | None = None,
         turn: int = 0,
     ) -> Tensor:
-        """Sum up what the loss is made of.
+        """Return the two sums that the loss is made of.
 
         Args:
             images: as of `loss`.
@@ -95,7 +95,7 @@ class Learner(nn.Module):
         return torch.stack([loss, penalties.sum().to(loss.dtype)])
 
     def loss(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
-        """The loss (paper, section 3.3), on logits; that of `forward`, not compiled.
+        """Return the loss on logits (paper, section 3.3): that of `forward`, not compiled.
 
         Args:
             images: uint8 [B, 1, H, W].
@@ -105,7 +105,7 @@ class Learner(nn.Module):
         return sum_of_losses(self.logits(warp(images, matrices)), targets)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of warped images, float [B, 1, H, W]."""
+        """Return the logits [B, classes] of warped images, float [B, 1, H, W]."""
         if not self._trunk:
             logits: Tensor = self.model(images)
             return logits

@@ -1,4 +1,4 @@
-"""A step that does not fit into memory: recognise it, and say what to do."""
+"""Out of memory: recognise a step that does not fit, and tell the user what to do."""
 
 import resource
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ import torch
 from cxrdist.errors import RunFailedError
 from cxrdist.train.step import Slice
 
-# What libraries say of an allocation that failed: PyTorch, the C++ library, cuBLAS and cuDNN.
+# Messages of a failed allocation by PyTorch, the C++ library, cuBLAS and cuDNN.
 _SURE = ("out of memory", "allocate memory", "not enough memory", "std::bad_alloc", "ALLOC_FAILED")
-# What they also say of other faults: oneDNN, and handles of cuBLAS and cuDNN.
+# Messages that may also mean other faults, by oneDNN, cuBLAS and cuDNN.
 _UNSURE = ("could not create a primitive", "could not execute a primitive", "NOT_INITIALIZED")
 _FULL = 0.9  # of a limit: the rest is less than the allocation that failed, or fragmented
 
 
 @contextmanager
-def memory_for(part: Slice, max_images: int | None, where: str) -> Iterator[None]:
-    """Say what to do when a step does not fit into memory.
+def memory_for(batch: Slice, max_images: int | None, where: str) -> Iterator[None]:
+    """Tell the user what to do if a step does not fit into memory.
 
     Raises:
         RunFailedError: it did not.
@@ -27,12 +27,12 @@ def memory_for(part: Slice, max_images: int | None, where: str) -> Iterator[None
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error, part.images.device):
+        if not is_out_of_memory(error, batch.images.device):
             raise
-        images = min(len(part.images), max_images or len(part.images))
+        images = min(len(batch.images), max_images or len(batch.images))
         mend = f"try --max-images-per-rank {images // 2}" if images > 1 else "take a larger machine"
         raise RunFailedError(
-            f"{where}: out of memory with {images} images in a pass, of {sum(part.sizes)} in the "
+            f"{where}: out of memory with {images} images in a pass, of {sum(batch.sizes)} in the "
             f"step over all ranks; {mend}; the results are the same but for BatchNorm"
         ) from error
 
@@ -57,7 +57,7 @@ def is_out_of_memory(error: BaseException | None, device: torch.device) -> bool:
 
 
 def _host_was_full() -> bool:
-    """Whether this process has come near a limit of its memory; without a limit none has failed.
+    """Return whether this process came near a limit of its memory; False if there is none.
 
     The kernel keeps the peak of the address space only. What was freed since, while the error
     was passed up, counts as data of the peak.

@@ -1,4 +1,4 @@
-"""A stage under way: its epochs of steps, saved within and at the end of each epoch."""
+"""A stage under way: its optimiser, epochs, log rows and checkpoints."""
 
 import hashlib
 import math
@@ -120,7 +120,7 @@ class StageRun:
         device, world_size = accelerator.device, accelerator.num_processes
         most = -(-recipe.global_batch_size // world_size)
         size_px = training.model.image_size_px
-        self.staging = Staging(training.material.images, size_px, most, device)
+        self.staging = Staging(training.data.images, size_px, most, device)
         self.foregrounds = (
             Staging(self.background.foreground, size_px, most, device) if self.background else None
         )
@@ -130,12 +130,12 @@ class StageRun:
             self.capture(record_cuda_graph)
 
     def capture(self, record: Recorder) -> None:
-        """Take each step as a whole from now on, by replaying what a recorder makes of it."""
+        """Record each step from now on and replay it as a whole."""
         self.updater.prepare_capture(self.training.accelerator.device)
         self.captured = CapturedStep(self._one_pass, record)
 
     def _resume(self, resumed: Checkpoint) -> None:
-        """Take over the rest of a checkpoint of this stage, written by any number of ranks."""
+        """Restore optimiser, early stopping and epoch from a checkpoint, of any number of ranks."""
         position, updater = resumed.position, self.updater
         self.stopping = typed(position.stopping, EarlyStopping)
         if not 0 <= self.stopping.best_epoch <= self.stopping.epoch <= self.stage.epochs:
@@ -157,7 +157,7 @@ class StageRun:
     def _next_epoch(self) -> Epoch:
         training, number = self.training, self.stopping.epoch + 1
         plan = training.plan(self.name, number)
-        batches = Batches(training.material, plan, training.accelerator.device)
+        batches = Batches(training.data, plan, training.accelerator.device)
         return Epoch(f"stage {self.name}, epoch {number}", batches, self.skipped)
 
     def progress(self) -> tqdm:
@@ -243,7 +243,7 @@ class StageRun:
         scores = validate(
             training.accelerator,
             training.model,
-            training.material,
+            training.data,
             training.validation,
             self.stop_if_asked,
             self.background,
@@ -263,7 +263,7 @@ class StageRun:
         self.training.model.network.load_state_dict(self.best)
 
     def _losses(self, epoch: Epoch, first: int) -> dict[str, Any]:
-        """What a row of the log says of the steps from one on."""
+        """Return the losses of the steps from `first` on, for a row of the log."""
         row = {"step": self.steps_done, "loss": epoch.mean_loss(first)}
         return row | {"background": epoch.mean_penalty(first)} if self.background else row
 
@@ -284,17 +284,17 @@ class StageRun:
         return self.background.recipe.weight if self.background else 0.0
 
     def log_steps(self, epoch: Epoch) -> None:
-        """Log the steps since the last such row: their mean loss, and proof of what was taken."""
+        """Log the mean loss of the steps since the last row, and the digest of what they took."""
         taken = epoch.settle(self.training.accelerator, self.updater)
         row = self._losses(epoch, epoch.logged_step)
         epoch.logged_step = epoch.step
         self._log("step", row | {"taken": f"{taken:016x}"})
 
     def stop_if_asked(self) -> None:
-        """At a boundary of steps or of validation batches: save and stop if a rank was asked to.
+        """Save and stop if a rank was asked to, between two steps or validation batches.
 
         Raises:
-            Stopped: on all ranks together, with the line for the user on the main one.
+            Stopped: on all ranks together, on the main one with the line for the user.
         """
         if not self.training.vote.passed():
             return
@@ -302,14 +302,11 @@ class StageRun:
         if self.epoch is not None:
             self.save(self.epoch)
             where = f"{self.epoch.where}, step {self.epoch.step}"
-        line = f"stopped and saved at {where}; run the same command again to go on"
+        line = f"stopped and saved at {where}; run the same command again to resume"
         raise Stopped(line if self.training.accelerator.is_main_process else "")
 
     def end_epoch(self, epoch: Epoch, scores: dict[str, Any], bar: tqdm) -> Checkpoint:
-        """Log an epoch with its losses and scores, then make it last.
-
-        The checkpoint is written when all else is there.
-        """
+        """Log an epoch with its losses and scores, then write its checkpoint, last of all."""
         training, stopping = self.training, self.stopping
         main, is_best = training.accelerator.is_main_process, stopping.best_epoch == stopping.epoch
         self.epochs_done += 1
@@ -327,9 +324,9 @@ class StageRun:
         return self.save(None)
 
     def _keep_best(self) -> None:
-        """Write the weights that the network has as the stage's best, on the main rank.
+        """Save the current weights as the stage's best, on the main rank.
 
-        In a new directory, since older checkpoints need theirs.
+        They go into a new directory, since older checkpoints refer to theirs.
         """
         training = self.training
         self.best = {k: on_cpu(v) for k, v in network_state(training.model).items()}
@@ -342,7 +339,7 @@ class StageRun:
         self.bests[self.name] = together(training.accelerator, write)
 
     def save(self, epoch: Epoch | None) -> Checkpoint:
-        """Write a checkpoint of an epoch under way, or of the end of one; on all ranks together."""
+        """Write a checkpoint of the epoch, or of its end if None; on all ranks together."""
         training, accelerator, updater = self.training, self.training.accelerator, self.updater
         main, stopping = accelerator.is_main_process, self.stopping
         taken = epoch.settle(accelerator, updater) if epoch else 0
@@ -393,7 +390,7 @@ class StageRun:
             training.accelerator.log(values, step=row["step"])
 
     def _note_stage(self) -> None:
-        """Bring run.json up to date with this stage."""
+        """Update the entry of this stage in run.json."""
         run, stopping = self.training.run, self.stopping
         info = read_info(run)
         frozen = [b for b in self._blocks if b not in self.trained]
@@ -424,24 +421,24 @@ class StageRun:
 
 
 def _validated(row: dict[str, Any]) -> str:
-    """Validation loss and score of an epoch for the terminal."""
+    """Format the validation loss and score of an epoch for the terminal."""
     background = _background(row, "val_background")
     return f"val loss {row['val_loss']:.4f}{background}, {_score(row)}"
 
 
 def _background(row: dict[str, Any], name: str) -> str:
-    """The mean penalty that a loss of a row has in it, for the terminal; empty without one."""
+    """Format the mean penalty within a loss; empty without one."""
     return f" (background {row[name]:.4f})" if name in row else ""
 
 
 def _score(row: dict[str, Any]) -> str:
-    """The validation score of an epoch for the terminal."""
+    """Format the validation score of an epoch."""
     if "val_accuracy" in row:
         return f"val accuracy {row['val_accuracy']:.4f}"
     return "val AUROC -" if row["val_auroc"] is None else f"val AUROC {row['val_auroc']:.4f}"
 
 
 def _seed(seed: int, where: str, rank: int) -> None:
-    """Seed the dropout of a step, so that a resumed run draws what the unbroken one would."""
+    """Seed the dropout of a step, so that a resumed run draws what an unbroken one draws."""
     digest = hashlib.sha256(f"{seed}, {where}, rank {rank}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -17,15 +17,15 @@ from cxrdist.run import refuse_bad_stage_name
 
 MOMENTUM = 0.9  # paper, section 3.3
 ALL = "all"
-"""What stands in a stage's rates for all blocks that it does not name."""
+"""The name, in a stage's rates, of all blocks that it does not list."""
 
 
 def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
-    """Refuse a stage that cannot be meant.
+    """Reject invalid stages.
 
     Raises:
         CxrdistError: there is no stage, or one names an unknown block, trains nothing, or has a
-            name that is none for a directory, or a rate or a number that is out of its range.
+            name that cannot be a directory, or a rate or number out of its range.
     """
     if not stages:
         raise CxrdistError("stages: the recipe has none; see recipes/bassi2020.yaml for four")
@@ -65,7 +65,7 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
 
 
 def rates_of(stage: Stage, shape: Network) -> dict[str, float]:
-    """The learning rate of each block that a stage trains, in the order of the data.
+    """Return the learning rate of each block that a stage trains, in the order of the data.
 
     The rate of ``all``, for the blocks that are not named, is that of the head; it is multiplied by
     ``block_decay`` for each block between the head and its own (Howard & Ruder 2018, section 3.2).
@@ -81,7 +81,7 @@ def rates_of(stage: Stage, shape: Network) -> dict[str, float]:
 
 
 def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
-    """What the stage's learning rates are multiplied by in a step; a function of its place alone.
+    """Return the factor of the stage's learning rates in a step.
 
     Args:
         stage: with its schedule: a linear warm-up (Goyal et al. 2017, section 2.2), then constant
@@ -100,7 +100,7 @@ def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
 
 
 def freeze(model: Classifier, trained: set[str]) -> None:
-    """Let gradients reach the trained blocks only; before the optimiser and DDP are made."""
+    """Let gradients reach only the trained blocks; call it before building optimiser and DDP."""
     for name, parameter in model.network.named_parameters():
         parameter.requires_grad_(block_of(name, model.shape) in trained)
 
@@ -131,7 +131,7 @@ def moving_norms(model: Classifier, trained: set[str], *, moving: bool = False) 
 
 
 def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
-    """One optimiser group for each trained block, in the order of the data.
+    """Return one optimiser group per trained block, in the order of the data.
 
     Returns:
         dicts with name, params, lr and weight_decay.
@@ -146,7 +146,7 @@ def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
 
 
 def describe_groups(groups: list[dict[str, Any]]) -> list[GroupInfo]:
-    """What is in each group, for run.json and the printed table."""
+    """Describe the parameter groups, for run.json and the terminal."""
     return [
         {
             "block": group["name"],
@@ -160,7 +160,7 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[GroupInfo]:
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or AdamW, over named groups; one fused kernel per step."""
+    """Build SGD with momentum 0.9, or AdamW, with one fused kernel per step."""
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, fused=True)
@@ -180,11 +180,11 @@ class EarlyStopping:
     epoch: int = 0
 
     def begin(self, loss: float) -> None:
-        """Let the weights that the stage begins with compete."""
+        """Set the loss of the weights that the stage begins with, as epoch 0."""
         self.best_loss = loss
 
     def update(self, loss: float) -> bool:
-        """Count an epoch; whether it is the best so far."""
+        """Count an epoch; return whether it is the best so far."""
         self.epoch += 1
         if loss < self.best_loss:
             self.best_loss, self.best_epoch = loss, self.epoch

@@ -12,7 +12,7 @@ class Statistics:
     """Keeps the running statistics of all ranks equal, after every step.
 
     Synchronised, each BatchNorm normalises by the images of all ranks. Per rank, it normalises by
-    those of its own rank, and only the running statistics are averaged, in one collective a step;
+    those of its own rank, and only the running statistics are averaged, in one collective per step;
     they then lack the variance between slices.
     """
 
@@ -37,20 +37,20 @@ class Statistics:
             norm.shares = self._shares
 
     def before_pass(self, sizes: tuple[int, ...]) -> None:
-        """Tell the BatchNorms how many images each rank has in the next pass."""
+        """Set how many images each rank has in the next pass."""
         if self._shares is not None:
             if sizes not in self._known:  # a stage has a few; a copy from the host would wait
                 self._known[sizes] = self._shares_of(sizes)
             self._shares.copy_(self._known[sizes])
 
     def _shares_of(self, sizes: tuple[int, ...]) -> Tensor:
-        """What `BatchNorm.shares` holds for a pass."""
+        """Return what `BatchNorm.shares` holds for a pass."""
         total, mine = sum(sizes), sizes[self._accelerator.process_index]
         numbers = [*(size / total for size in sizes), float(total), float(mine > 0)]
         return self._norms[0].weight.new_tensor(numbers)
 
     def after_step(self, sizes: tuple[int, ...]) -> None:
-        """Average the running statistics that the ranks have moved apart."""
+        """Average the running statistics over the ranks."""
         if not self._averages:
             return
         moving = [b for norm in self._norms for b in (norm.running_mean, norm.running_var)]
@@ -60,6 +60,6 @@ class Statistics:
         torch._foreach_copy_(moving, list(parts))
 
     def close(self) -> None:
-        """Leave the BatchNorms as they are for use."""
+        """Detach the BatchNorms from the other ranks."""
         for norm in self._norms:
             norm.shares = None

@@ -28,13 +28,13 @@ of a prediction."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """What is learnt from.
+class TrainingData:
+    """Images and labels that a run is trained and validated on.
 
     Attributes:
         images: uint8 [samples, size, size].
         targets: int8 [samples, classes], 1 where a sample has the label, below 0 where that is not
-            known or not to be learnt.
+            known, or is left out of the loss.
         task: multiclass or multilabel.
     """
 
@@ -44,7 +44,7 @@ class Material:
 
 
 class Batches:
-    """A plan with all that its steps need on the device but the images, which are staged.
+    """A plan with what its steps need on the device, except the images, which are staged.
 
     Attributes:
         plan: which rows a step takes.
@@ -53,30 +53,30 @@ class Batches:
         num_known: int64 [steps], known labels of all images of each step, over all ranks.
     """
 
-    def __init__(self, material: Material, plan: Plan, device: torch.device) -> None:
+    def __init__(self, data: TrainingData, plan: Plan, device: torch.device) -> None:
         """Bring the plan's draws and targets to the device."""
         self.plan = plan
-        self.matrices = sampling_matrices(plan.draws, material.images.shape[1], device)
-        targets = material.targets[plan.samples]
+        self.matrices = sampling_matrices(plan.draws, data.images.shape[1], device)
+        targets = data.targets[plan.samples]
         self.num_known = np.add.reduceat((targets >= 0).sum(axis=1), plan.bounds[:-1])
         unknown_alike = torch.from_numpy(np.maximum(targets, UNCERTAIN))
         self.targets = unknown_alike.float().to(device)
 
 
 class Staging:
-    """Two host buffers, made once, that squares pass through in turn on their way to the device.
+    """Two host buffers that images pass through in turn on their way to the device.
 
-    While the device still copies from one, the other is filled.
+    One is filled while the device still copies from the other.
     """
 
     def __init__(self, rows: Images | Foreground, size_px: int, most: int, device: torch.device):
         """Make the buffers.
 
         Args:
-            rows: uint8 [samples, size, size], all images, or what may be read of them.
+            rows: uint8 [samples, size, size], all images, or their foregrounds.
             size_px: their side.
-            most: squares that are read at once, at most.
-            device: where they are needed.
+            most: largest number of images that are read at once.
+            device: where they go.
         """
         self._rows, self._device, self._turn = rows, device, 0
         self._pinned = device.type == "cuda"
@@ -85,13 +85,13 @@ class Staging:
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
     def read(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Bring squares to the device.
+        """Bring images to the device.
 
         Args:
             numbers: int64 [B], sample numbers.
 
         Returns:
-            uint8 [B, 1, size, size]; on a CPU the buffer itself, good until the read after next.
+            uint8 [B, 1, size, size]; on a CPU the buffer itself, valid until the read after next.
         """
         turn, self._turn = self._turn, 1 - self._turn
         copied = self._copied[turn]
@@ -120,8 +120,8 @@ class Slice:
         matrices: float32 [B, 2, 3], their warps.
         targets: float32 [B, classes], 1 where an image has the label, -1 where that is not known.
         foreground: uint8 [B, 1, H, W], what may be read; None without a background loss.
-        rows: of the plan that are this rank's; none where the step has no image for it. It takes
-            part all the same, with one image that counts for nothing.
+        rows: of the plan that are this rank's; empty where the step has no image for it. The rank
+            still takes part, with one image of weight 0.
         sizes: images of each rank.
         num_known: known labels of the images of all ranks.
         turn: 0 or 1, of all ranks: which share of the background loss the step pays.
@@ -138,13 +138,13 @@ class Slice:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """What a `Learner` takes."""
+        """The inputs of a `Learner`."""
         inputs = (self.images, self.matrices, self.targets)
         return inputs if self.foreground is None else (*inputs, self.foreground)
 
     @property
     def num_images(self) -> int:
-        """Images that count, 0 to B."""
+        """Number of images that count, 0 to B."""
         return self.rows.stop - self.rows.start
 
 
@@ -186,11 +186,11 @@ def read_slice(
 
 @dataclass(frozen=True)
 class Pass:
-    """Part of a slice that goes through the network at once.
+    """The rows of a slice that go through the network at once.
 
     Attributes:
         rows: of the slice, at least one.
-        weight: 1, or 0 where they only stand in for none.
+        weight: 1, or 0 where they only keep the rank in step.
         sizes: images of each rank that count.
     """
 
@@ -199,12 +199,12 @@ class Pass:
     sizes: tuple[int, ...]
 
 
-def passes_of(part: Slice, rank: int, max_images: int | None) -> Iterator[Pass]:
-    """Cut a slice into equal passes, as many on each rank: BatchNorm waits for all in each one."""
-    num_passes = -(-max(part.sizes) // max_images) if max_images else 1
+def passes_of(batch: Slice, rank: int, max_images: int | None) -> Iterator[Pass]:
+    """Cut a slice into equal passes, the same number on each rank: BatchNorm waits for all."""
+    num_passes = -(-max(batch.sizes) // max_images) if max_images else 1
     for i in range(num_passes):
-        starts = [size * i // num_passes for size in part.sizes]
-        stops = [size * (i + 1) // num_passes for size in part.sizes]
+        starts = [size * i // num_passes for size in batch.sizes]
+        stops = [size * (i + 1) // num_passes for size in batch.sizes]
         sizes = tuple(b - a for a, b in zip(starts, stops, strict=True))
         rows = slice(starts[rank], stops[rank])
         if sizes[rank]:
@@ -217,7 +217,7 @@ def passes_of(part: Slice, rank: int, max_images: int | None) -> Iterator[Pass]:
 def validate(
     accelerator: Accelerator,
     model: nn.Module,
-    material: Material,
+    data: TrainingData,
     batches: Batches,
     at_boundary: Callable[[], None],
     background: BackgroundLoss | None,
@@ -227,18 +227,19 @@ def validate(
     Args:
         accelerator: of this rank.
         model: the network itself: DDP would wait for ranks that have no batch.
-        material: images and targets.
+        data: images and targets.
         batches: the expanded validation split, the same in every epoch.
-        at_boundary: called before each batch, on all ranks as often; may stop them all.
+        at_boundary: called before each batch, the same number of times on every rank; may stop
+            them all.
         background: of a stage that has a background loss.
 
     Returns:
         val_loss: mean binary cross-entropy over the known labels of all rows. With a background
         loss val_background, the mean penalty of all rows, which val_loss has in it by its weight:
         the network that reads least of the background may be the best. With it val_accuracy:
-        the share of rows whose largest logit is the label's; or, of several labels an image,
+        the share of rows whose largest logit is the label's; or, with several labels per image,
         val_auroc: the mean over the labels that some rows are known to have and some not to have,
-        None if there is no such one.
+        None if there is none.
     """
     model.eval()
     plan, device = batches.plan, accelerator.device
@@ -251,7 +252,7 @@ def validate(
             continue
         start = starts[turn + accelerator.process_index]
         rows = slice(start, min(start + VAL_IMAGES_PER_PASS, len(plan.samples)))
-        images = read_rows(material.images, plan.samples[rows], device)
+        images = read_rows(data.images, plan.samples[rows], device)
         targets = batches.targets[rows]
         logits = model(warp(images, batches.matrices[rows])).float()
         loss = sum_of_losses(logits, targets)
@@ -265,7 +266,7 @@ def validate(
     if background is not None:
         scores["val_background"] = penalty_sum / len(plan.samples)
         scores["val_loss"] += background.recipe.weight * scores["val_background"]
-    if material.task == "multiclass":
+    if data.task == "multiclass":
         return {**scores, "val_accuracy": num_correct / len(plan.samples)}
     of_all = gather(accelerator, [(start, logits.cpu()) for start, logits in mine])
     logits = torch.cat([logits for _, logits in sorted(of_all, key=lambda row: row[0])])

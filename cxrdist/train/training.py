@@ -1,4 +1,4 @@
-"""What a training run stands on: run directory, images, plans, network."""
+"""State that all stages of a run share: run directory, images, plans, network."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -43,7 +43,7 @@ from cxrdist.train.background import (
     refuse_other_text_boxes,
 )
 from cxrdist.train.checkpoint import has_checkpoint
-from cxrdist.train.step import Batches, Material
+from cxrdist.train.step import Batches, TrainingData
 
 NOT_SCIENCE = (
     "shards",
@@ -63,14 +63,14 @@ ADDED = {
 
 @dataclass(frozen=True)
 class Training:
-    """What all epochs of a run share.
+    """State that all stages of a run share.
 
     Attributes:
         accelerator: of this rank.
         run: the run directory; written by the main rank only.
         recipe: the whole recipe.
         model: the network that is trained.
-        material: images and labels.
+        data: images and labels.
         samples: int64 [m], sample numbers of the training split.
         copies: int64 [m], copies of each in an epoch.
         validation: the expanded validation split, the same in every epoch.
@@ -82,7 +82,7 @@ class Training:
     run: RunDirectory
     recipe: TrainConfig
     model: Classifier
-    material: Material
+    data: TrainingData
     samples: NDArray[np.int64]
     copies: NDArray[np.int64]
     validation: Batches
@@ -95,7 +95,7 @@ class Training:
         return int(self.copies.sum())
 
     def plan(self, stage: str, epoch: int) -> Plan:
-        """The plan of an epoch, the same for any number of ranks."""
+        """Draw the plan of an epoch, which is the same for any number of ranks."""
         recipe = self.recipe
         return plan_epoch(
             self.samples,
@@ -107,15 +107,15 @@ class Training:
 
 
 def recipe_yaml(config: TrainConfig) -> str:
-    """The resolved recipe, without paths and outputs; can be passed back with --config."""
+    """Format the resolved recipe, without paths and outputs; --config reads it back."""
     return yaml.safe_dump(_fields(config), sort_keys=False)
 
 
 def fixed_recipe(config: TrainConfig) -> str:
-    """The recipe without what may change when a run goes on: images in memory at a time.
+    """Format the recipe without the field that may change when a run resumes.
 
-    A field that older versions lack is left out where it says what they did: a checkpoint of theirs
-    is of the same recipe.
+    That is the number of images in memory at a time. A field that older versions lack is left out
+    where its value describes what they did, so that their checkpoints still match.
     """
     fields = _fields(replace(config, max_images_per_rank=None))
     fields["network"] = _whole_network(fields["network"])
@@ -125,7 +125,7 @@ def fixed_recipe(config: TrainConfig) -> str:
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
     fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
-    for stage in fields["stages"].values():  # older recipes lack these fields, and are the same
+    for stage in fields["stages"].values():  # older recipes lack these fields and mean the same
         if stage["background"] is None:
             del stage["background"]
         if stage["block_decay"] == 1:
@@ -139,10 +139,10 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def _whole_network(given: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a network as older recipes have them: a DenseNet with its shape, and no name.
+    """Return the fields of a network as older recipes have them: a DenseNet by shape, unnamed.
 
     Raises:
-        CxrdistError: they are of no network.
+        CxrdistError: they describe no network.
     """
     network = Network(**given)
     if not network.is_densenet:
@@ -160,25 +160,25 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
     """
     begun = has_checkpoint(run.checkpoints)
     if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
-        return  # without a checkpoint there is nothing to mix up: a mended recipe may start
+        return  # without a checkpoint nothing can be mixed up: a corrected recipe may start
     _, old = read_recipe(run.recipe, "give a new directory")
     difference = _difference(old, _fields(config))
     if difference:
         raise CxrdistError(
             f"--run {run.root}: holds a run of another recipe ({difference}); "
-            "give the same recipe to go on, or a new directory"
+            "give the same recipe to resume it, or a new directory"
         )
     info = read_info(run)
     refuse_other_text_boxes(config, info.get("text_boxes"))
     if info["shards"]["index_sha256"] != index.sha256:
         raise CxrdistError(
             f"--run {run.root}: was begun with other shards than {index.directory}; "
-            "give the same shards to go on, or a new directory"
+            "give the same shards to resume it, or a new directory"
         )
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """The first field in which two recipes differ; the order of the stages counts."""
+    """Name the first field in which two recipes differ; the order of the stages counts."""
     for name in new:
         before = old.get(name, ADDED.get(name))
         if name == "network" and before and _whole_network(before) == _whole_network(new[name]):
@@ -205,10 +205,10 @@ def describe_shards(index: Index) -> ShardsInfo:
 
 
 def _read_audit(index: Index) -> str:
-    """The audit of the shards, if there is one.
+    """Read the audit of the shards; empty if they have none.
 
     Raises:
-        CxrdistError: it is no text, or too large.
+        CxrdistError: it is not UTF-8 text, or too large.
     """
     path = index.directory / "audit.json"
     if not path.is_file():
@@ -220,7 +220,7 @@ def _read_audit(index: Index) -> str:
 def build_training(
     accelerator: Accelerator, run: RunDirectory, config: TrainConfig, index: Index
 ) -> Training:
-    """Read weights and images; only then begin the run directory, or go on in it.
+    """Read weights and images; only then begin the run directory, or resume it.
 
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
@@ -232,7 +232,7 @@ def build_training(
     copies = together(accelerator, lambda: copies_of(targets, index.classes, by_class))
     taken = np.concatenate([train, val])
     together(accelerator, lambda: refuse_uncrossed(copies[taken], config.augmentation))
-    with accelerator.local_main_process_first():  # one download a node
+    with accelerator.local_main_process_first():  # one download per node
         read = _attempt(config)
     weights = together(accelerator, read)
     together(accelerator, lambda: _refuse_other_weights(run, weights))
@@ -248,10 +248,10 @@ def build_training(
     )
     if accelerator.is_main_process:
         before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
-        about = _describe_start(accelerator, weights, num_copied)
+        launch = _describe_start(accelerator, weights, num_copied)
         shards = {"format": "cxrdist-run-1", "shards": describe_shards(index)}
-        about["text_boxes"] = text_boxes
-        write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **about})
+        launch["text_boxes"] = text_boxes
+        write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **launch})
         if audit:
             write_text(run.audit, audit)
         write_text(run.recipe, recipe_yaml(config))
@@ -265,16 +265,16 @@ def build_training(
     model.to(memory_format=torch.channels_last)  # faster on GPUs, and by 1.1 to 1.3 on CPUs
     # One fixed draw of the expanded validation split, so that epochs can be compared.
     val_plan = plan_epoch(val, copies[val], config.augmentation, 1, (config.seed, "validation", 0))
-    material = Material(images, targets, index.task)
+    data = TrainingData(images, targets, index.task)
     return Training(
         accelerator,
         run,
         config,
         model,
-        material,
+        data,
         train,
         copies[train],
-        Batches(material, val_plan, accelerator.device),
+        Batches(data, val_plan, accelerator.device),
         StopVote(accelerator),
         backgrounds,
     )
@@ -283,14 +283,14 @@ def build_training(
 def _copies_by_class(
     config: TrainConfig, index: Index, targets: NDArray[np.int8]
 ) -> dict[str, int]:
-    """Copies of each class: those of the recipe, or from the counts of train [T, classes]."""
+    """Return the copies of each class: the recipe's, or from the counts of train [T, classes]."""
     if config.balance == "classes" and index.task == "multiclass":
         return balanced_copies(targets, index.classes)
     return config.copies
 
 
 def _describe_balance(index: Index, by_class: dict[str, int]) -> str:
-    """Tell for the terminal which copies `balance: classes` has chosen."""
+    """Describe which copies `balance: classes` has chosen, for the terminal."""
     if index.task == "multilabel":
         return (
             "balance: each image once per epoch, as images may have several labels: copies for a "
@@ -307,7 +307,7 @@ def _settle_targets(
     index: Index,
     config: TrainConfig,
 ) -> NDArray[np.int8]:
-    """Let uncertain labels of the training split count as the recipe says.
+    """Replace uncertain labels of the training split by what the recipe says.
 
     Those of the other splits stay uncertain: no score counts them.
 
@@ -319,10 +319,10 @@ def _settle_targets(
         config: the recipe.
 
     Returns:
-        int8 [samples, classes], as `Material` has them.
+        int8 [samples, classes], as `TrainingData` has them.
 
     Raises:
-        CxrdistError: the recipe names no class, or a split has no known label.
+        CxrdistError: the recipe names an unknown class, or a split has no known label.
     """
     targets = stated.copy()
     targets[train] = settle_uncertain(stated[train], index.classes, config.uncertain)
@@ -336,7 +336,7 @@ def _settle_targets(
 
 
 def _describe_unknown(stated: NDArray[np.int8], learnt: NDArray[np.int8]) -> str:
-    """A line on the training labels that the source does not state, for the terminal, or none.
+    """Describe the training labels that the source does not state, in a line or none.
 
     Args:
         stated: int8 [T, classes], as the source states them.
@@ -359,12 +359,12 @@ def epoch_table(
     copies: NDArray[np.int64],
     splits: tuple[NDArray[np.int64], NDArray[np.int64]],
 ) -> str:
-    """Tell for the terminal what an epoch and a validation take of each class.
+    """Tabulate how many images an epoch and a validation take per class.
 
     An image of several labels counts in the row of each of them.
 
     Args:
-        targets: int8 [samples, classes], as `Material` has them.
+        targets: int8 [samples, classes], as `TrainingData` has them.
         classes: names of the columns.
         copies: int64 [samples], of each in an epoch.
         splits: sample numbers of train, and of val.
@@ -378,13 +378,13 @@ def epoch_table(
 
 
 def _describe_steps(num_images: int, config: TrainConfig) -> str:
-    """Tell for the terminal how many steps an epoch has."""
+    """Describe how many steps an epoch has, for the terminal."""
     batch = config.global_batch_size
     return f"an epoch: {num_images:,} images in {-(-num_images // batch):,} steps of up to {batch}"
 
 
 def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
-    """Read the weights now; an error waits for the moment when all ranks can stop together."""
+    """Read the weights now; an error waits until all ranks can stop together."""
     try:
         weights = read_weights(config.init, architecture=config.network.architecture)
     except CxrdistError as error:
@@ -400,7 +400,7 @@ def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
 
 
 def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
-    """Make sure that a run goes on from the weights that it began with."""
+    """Make sure that a run resumes with the weights that it began with."""
     if not run.recipe.is_file():
         return
     began = read_info(run)["weights"].get("sha256")
@@ -429,7 +429,7 @@ def _build_model(config: TrainConfig, index: Index, weights: InitialWeights) -> 
 def _describe_start(
     accelerator: Accelerator, weights: InitialWeights, num_copied: int
 ) -> dict[str, Any]:
-    """What computes in this launch, and what it starts from, for run.json."""
+    """Describe the hardware and the weights of this launch, for run.json."""
     device = accelerator.device
     cuda = device.type == "cuda"
     return {

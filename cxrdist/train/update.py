@@ -1,4 +1,4 @@
-"""The optimiser step: what is not finite is withheld on the device, and read late."""
+"""The optimiser step: non-finite updates are withheld on the device and reported later."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 MOST_SKIPS = 15
-"""Steps in a row that the scaler may skip; from its first scale, 2^16, that many halve it to 2."""
+"""Steps in a row that the scaler may skip; that many halve its first scale, 2^16, to 2."""
 LEAST_SCALE = 1.0
-"""Below it the loss is made smaller, not larger: half precision has gradients it cannot hold."""
+"""A smaller scale would shrink the loss: the gradients do not fit into half precision."""
 
 
 def gradient_scaler(accelerator: Accelerator) -> torch.amp.GradScaler | None:
@@ -25,7 +25,7 @@ class Updater:
 
     A step whose gradients are not finite changes no weight and no state of the optimiser: fused
     optimisers look at `found_inf` on the device, as with a gradient scaler. With a scaler such a
-    step is an overflow, which lowers the scale. What the host makes of it, see `Epoch.settle`.
+    step is an overflow, which lowers the scale. `Epoch.settle` reports it to the host.
 
     Attributes:
         optimizer: a fused one, all of whose state is defined (`build_optimizer`).
@@ -59,7 +59,7 @@ class Updater:
         scaled.backward()
 
     def prepare_capture(self, device: torch.device) -> None:
-        """Let the rates be memory on the device, and the optimiser agree to be recorded."""
+        """Move the rates to memory on the device, and make the optimiser capturable."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = torch.tensor(rate, device=device)
             if "capturable" in group:  # AdamW refuses to be recorded without; fused SGD is as it is
@@ -107,7 +107,7 @@ class Updater:
 
     @property
     def scale(self) -> float | None:
-        """The scaler's scale, None without one; waits for the device."""
+        """The scaler's scale; None without one. Reading it waits for the device."""
         return self.scaler.get_scale() if self.scaler else None
 
 
@@ -134,11 +134,11 @@ class Average:
         self._weight: float | Tensor = 1 - decay
 
     def prepare_capture(self, device: torch.device) -> None:
-        """Let the weight of the next step be memory on the device."""
+        """Move the weight of the next step to memory on the device."""
         self._weight = torch.tensor(self._weight, device=device)
 
     def set_weight(self, steps_done: int) -> None:
-        """Choose how far the next step moves the average.
+        """Set how far the next step moves the average.
 
         It keeps at most (1 + t) / (10 + t) after t steps (tf.train.ExponentialMovingAverage, with
         num_updates). With its whole decay, a stage of few steps would publish little but the
@@ -157,13 +157,13 @@ class Average:
         torch._foreach_add_(self._average, moves)
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take over the average of a checkpoint."""
+        """Load the average of a checkpoint."""
         for name, tensor in self.state.items():
             tensor.copy_(state[name])
 
     @contextmanager
     def in_network(self) -> Iterator[None]:
-        """Let the network have the averaged weights for a while."""
+        """Swap the averaged weights into the network, and back at the end."""
         trained = [tensor.clone() for tensor in self._live]
         self.set_aside = dict(zip(self.state, trained, strict=True))
         torch._foreach_copy_(self._live, self._average)

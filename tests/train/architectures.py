@@ -49,7 +49,7 @@ def take_gradient(shards: Path, folder: Path, architecture: str) -> dict:
     training.model.double()
     under_way = StageRun(training, "every", None)
     set_modes(training.model, under_way.trained)
-    epoch = Batches(training.material, training.plan("every", 1), training.accelerator.device)
+    epoch = Batches(training.data, training.plan("every", 1), training.accelerator.device)
     epoch.targets = epoch.targets.double()
     part = read_slice(epoch, under_way.staging, None, 1, 0, training.accelerator)
     loss = backward(under_way, part)

@@ -129,7 +129,7 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     training.model.to(torch.float32 if half else torch.float64)
     under_way = StageRun(training, "all", None)
     set_modes(training.model, set() if mode.startswith("frozen") else set(BLOCKS))
-    epoch = Batches(training.material, training.plan("all", 1), training.accelerator.device)
+    epoch = Batches(training.data, training.plan("all", 1), training.accelerator.device)
     epoch.targets = epoch.targets.to(training.model.mean.dtype)
     staging = under_way.staging, under_way.foregrounds
     part = read_slice(epoch, *staging, 0, turn, training.accelerator)
