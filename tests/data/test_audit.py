@@ -111,6 +111,16 @@ def test_a_class_with_sources_of_its_own_is_warned_of():
     assert mixed["sources"]["own"] == {"a": 0, "b": 0}
 
 
+@pytest.mark.parametrize(("own", "warned"), [(4, False), (5, True), (6, True)])
+def test_half_a_class_with_sources_of_its_own_is_enough_for_the_warning(own, warned):
+    """Of ten images of a class, `own` come from a source that no other class has."""
+    sources = ["atlas"] * own + ["hospital"] * (10 - own)
+    entries = [entry(i, "a", source=source) for i, source in enumerate(sources)]
+    entries += [entry(10 + i, "b", source="hospital") for i in range(10)]
+    line = f"{own}0% of the images of a have sources that no other image has"
+    assert (line in summary(audited(entries))) is warned
+
+
 def test_a_class_told_by_the_image_size_is_a_shortcut_and_noise_is_none():
     """The cross-validated AUROC is 1 for a class of larger originals and about 0.5 for noise."""
     labels = np.random.default_rng(0).permutation(["a", "b"] * 60)
