@@ -223,7 +223,7 @@ def predict(config: PredictConfig) -> None:
     refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
     if config.dicom is not None:
-        refuse_bad_folder(config.dicom)
+        refuse_bad_folder(config.dicom, config.out, _beside(config.out, "heatmaps"))
     model = load_predictor(config.run)
     if model.lungs_only:
         raise CxrdistError(

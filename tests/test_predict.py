@@ -516,6 +516,15 @@ def test_images_that_are_no_dicom_are_refused_by_dicom(run, tmp_path, patients, 
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "run"]
 
 
+@pytest.mark.parametrize("folder", ["new", "new/out.csv", "new/out-heatmaps", "."])
+def test_a_folder_of_dicom_results_holds_nothing_else(run, tmp_path, patients, folder):
+    """It is refused where the table or the heat maps go, which it would replace."""
+    config = PredictConfig(run, [patients], tmp_path / "new" / "out.csv", dicom=tmp_path / folder)
+    with pytest.raises(CxrdistError, match=r"--dicom .*: (--out writes there|already exists)"):
+        predict(config)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "run"]
+
+
 def test_dicom_results_of_no_image_leave_no_folder(run, tmp_path):
     """If no image can be read there is neither a table nor a folder, or a half of one."""
     (tmp_path / "bad.dcm").write_bytes(b"\0" * 128 + b"DICM")

@@ -85,11 +85,16 @@ class Output:
         return UID(f"2.25.{uuid5(self.call, repr(names)).int}")
 
 
-def refuse_bad_folder(folder: Path) -> None:
+def refuse_bad_folder(folder: Path, *others: Path) -> None:
     """Make sure before the work that DICOM results can be written to a new folder.
 
+    Args:
+        folder: of the results; it replaces what has its name.
+        others: what else is written.
+
     Raises:
-        CxrdistError: highdicom is not installed, or the folder exists and is not empty.
+        CxrdistError: highdicom is not installed, the folder exists and is not empty, or something
+            else is written to it.
         RunFailedError: the folder above it is read-only.
     """
     try:
@@ -99,6 +104,8 @@ def refuse_bad_folder(folder: Path) -> None:
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not is_empty):
         raise CxrdistError(f"--dicom {folder}: already exists; name a new or empty folder")
+    if any(other.resolve().is_relative_to(folder.resolve()) for other in others):
+        raise CxrdistError(f"--dicom {folder}: --out writes there, too; name a folder of its own")
     refuse_unwritable(folder / "UID.dcm")
 
 

@@ -136,6 +136,8 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
         source.DeidentificationMethod = "See the source image"
     if not all(source.get(keyword) for keyword in INSTANCE):
         raise RefusedError("it has no SOPClassUID and SOPInstanceUID to refer to; export it again")
+    if "Image Storage" not in UID(source.SOPClassUID).name:
+        raise RefusedError("its SOPClassUID is not of an image of the standard; export it as DX")
     new = [keyword for keyword in HIERARCHY if not source.get(keyword)]
     for keyword in new:
         setattr(source, keyword, output.uid(keyword))

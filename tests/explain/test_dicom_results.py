@@ -10,8 +10,13 @@ import pydicom
 import pytest
 from dicoms import write_dicom
 from highdicom.sr import srread
+from PIL import ImageDraw
 from pydicom.sr.codedict import codes
-from pydicom.uid import EnhancedSRStorage, SecondaryCaptureImageStorage
+from pydicom.uid import (
+    DigitalXRayImageStorageForPresentation,
+    EnhancedSRStorage,
+    SecondaryCaptureImageStorage,
+)
 
 from cxrdist.data.boxes import Box
 from cxrdist.data.inputs import Input, Preparation, read_original
@@ -32,7 +37,7 @@ STUDY = {
     "ReferringPhysicianName": "Haus^Gregor",
     "PatientSex": "F",
     "IssuerOfPatientID": "Klinik",
-    "PatientOrientation": ["L", "F"],
+    "PatientOrientation": ["R", "F"],
 }
 SHA = "0123456789abcdef" * 4
 HOW = Preparation(32, "pad", None, "black", False)
@@ -101,7 +106,9 @@ def test_results_are_of_the_patient_and_study_of_the_image(tmp_path, charset, na
 
 def test_a_heat_map_shows_the_image_below_words(tmp_path):
     """The overlay pixel by pixel, below a caption; its tags tell what it is and of what."""
-    file = xray(tmp_path / "x.dcm", LossyImageCompression="01", LossyImageCompressionRatio=8)
+    lossy = {"LossyImageCompression": "01", "LossyImageCompressionRatio": 8}
+    dx = DigitalXRayImageStorageForPresentation
+    file = xray(tmp_path / "x.dcm", SOPClassUID=dx, **lossy)
     maps, _ = results_of(file, tmp_path / "out")
     original = read_original(Input(file, file.name), HOW)
     given = explained(file).drawing.found.relevance
@@ -125,7 +132,26 @@ def test_a_heat_map_shows_the_image_below_words(tmp_path):
         assert source.ReferencedSOPInstanceUID == image.SOPInstanceUID
         assert source.ReferencedSOPClassUID == image.SOPClassUID
         assert (result.LossyImageCompression, result.LossyImageCompressionRatio) == ("01", 8)
-        assert list(result.PatientOrientation) == ["L", "F"]
+        assert list(result.PatientOrientation) == ["R", "F"]
+
+
+def test_the_words_are_burned_in(tmp_path, monkeypatch):
+    """Research only, the class and its probability are drawn, and fit the width."""
+    drawn, boxes = [], []
+
+    def record(self, place, text, **settings):
+        drawn.append(text)
+        boxes.append(self.multiline_textbbox(place, text, **settings))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", record)
+    maps, _ = results_of(xray(tmp_path / "x.dcm"), tmp_path / "out", ("a", "b" * 90))
+    for text, (left, top, right, bottom), result in zip(drawn, boxes, maps, strict=True):
+        assert text.startswith("RESEARCH ONLY, NOT FOR DIAGNOSIS\n")
+        assert min(left, top) >= 0
+        assert right <= result.Columns
+        assert bottom <= result.Rows - 400
+    assert "relevance for a (probability 0.123, calibrated)" in drawn[0]
+    assert "(probability 0.062, not calibrated)" in drawn[1]
 
 
 def test_a_large_image_is_shown_smaller(tmp_path):
@@ -197,6 +223,7 @@ def test_what_the_image_lacks_is_empty_or_new_and_named(tmp_path):
     assert new == ["StudyInstanceUID", "SeriesInstanceUID"]
     maps, report = read_all(tmp_path / "out")
     assert len({each.StudyInstanceUID for each in (*maps, report)}) == 1
+    assert not any(each.PatientOrientation for each in maps)
     for keyword in ("PatientName", "PatientID", "PatientSex", "StudyDate", "AccessionNumber"):
         assert all(not each[keyword].value for each in (*maps, report)), keyword
     assert write_results(explained(xray(tmp_path / "y.dcm")), output(tmp_path / "other")) == []
@@ -249,7 +276,7 @@ def test_an_invalid_date_is_left_empty(tmp_path, caplog):
     [
         ({"SOPInstanceUID": ""}, "x.dcm: it has no SOPClassUID and SOPInstanceUID to refer to"),
         ({"PatientID": "Secret" * 500}, "x.dcm: its PatientID has more than 1024 characters"),
-        ({"SOPClassUID": "1.2.3.99"}, "x.dcm: its tags cannot be copied .KeyError.; export"),
+        ({"SOPClassUID": "1.2.3.99"}, "x.dcm: its SOPClassUID is not of an image of the standard"),
     ],
 )
 def test_tags_that_cannot_be_used_are_refused(tmp_path, tags, message):
