@@ -9,7 +9,6 @@ Of the tags of an X-ray `COPIED` are taken over, and no others. No tag's value i
 
 import hashlib
 import io
-import logging
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,8 +59,6 @@ NOT_CALIBRATED = Code("not-calibrated", SCHEME, "Sigmoid of the logit, not calib
 # Numbers of the two series in their study, above those that devices give.
 HEAT_MAPS, REPORT = 9001, 9002
 
-logging.getLogger("highdicom").setLevel(logging.CRITICAL)  # its warnings would print names
-
 
 def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes], list[str]]:
     """Make the heat maps of an X-ray and the report of its probabilities.
@@ -83,7 +80,7 @@ def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes]
     pictures = [overlay_original(original, values, output.how.fit) for values in relevance]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they would print tags
+            warnings.simplefilter("ignore")  # they would print names
             source, new_uids = _read_source(data, output)
             results: list[Dataset] = [
                 _heat_map(source, picture, k, probability, output)
@@ -126,7 +123,6 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
         if len(str(element.value)) > MOST_CHARACTERS:
             raise RefusedError(f"its {element.keyword} has more than {MOST_CHARACTERS} characters")
         source.add(element)
-    source.SpecificCharacterSet = "ISO_IR 192"
     for keyword, kind in CHECKED:
         if not _is_valid(source[keyword].value, kind):
             setattr(source, keyword, None)

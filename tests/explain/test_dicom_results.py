@@ -199,10 +199,11 @@ def texts_of(items):
 
 
 @pytest.mark.skipif(not shutil.which("dciodvfy"), reason="needs dciodvfy (Debian's dicom3tools)")
-@pytest.mark.parametrize("make", ["xray", "bare"])
+@pytest.mark.parametrize("make", ["xray", "bare", "pseudonymous"])
 def test_dciodvfy_finds_no_error(tmp_path, make):
-    """Neither in the results of a complete image nor of one that lacks its study."""
-    results_of({"xray": xray, "bare": bare}[make](tmp_path / "x.dcm"), tmp_path / "out")
+    """Neither in results of a complete image, nor if it lacks its study, or a method it needs."""
+    makers = {"xray": xray, "bare": bare, "pseudonymous": pseudonymous}
+    results_of(makers[make](tmp_path / "x.dcm"), tmp_path / "out")
     for result in sorted((tmp_path / "out").iterdir()):
         done = subprocess.run(["dciodvfy", result], capture_output=True, text=True)
         lines = (done.stdout + done.stderr).splitlines()
@@ -214,6 +215,11 @@ def bare(file):
     """A radiograph without any of the tags of `STUDY`, and with none of its patient."""
     pixels = np.full((400, 300), 90, np.uint8)
     return write_dicom(file, pixels, PatientName=None, PatientID=None, PatientBirthDate=None)
+
+
+def pseudonymous(file):
+    """A radiograph that says that its patient's identity was removed, and not how."""
+    return xray(file, PatientIdentityRemoved="YES")
 
 
 def test_what_the_image_lacks_is_empty_or_new_and_named(tmp_path):
