@@ -256,7 +256,7 @@ def predict(config: PredictConfig) -> None:
         depth = how.depth or predictor.share_depth(inputs, how)
         if not predictor.logits:
             raise CxrdistError(_unread(list(predictor.reasons.values()), len(inputs)))
-    _write(config.out, inputs, left_out, predictor)
+        _write(config.out, inputs, left_out, predictor)
     print(f"predicted {len(predictor.logits)} images: {config.out}")
     _tell_calibration(model)
     _tell_depth(how, depth, used)
