@@ -491,6 +491,10 @@ def test_dicom_results_say_what_the_table_says(run, tmp_path, patients, capsys):
         assert {result.StudyInstanceUID for result in own} == {f"1.2.{number}"}
         assert sorted(result.Modality for result in own) == ["OT", "OT", "SR"]
         (report,) = (result for result in own if result.Modality == "SR")
+        (heatmap, _) = (result for result in own if result.Modality == "OT")
+        # The 200 px below the caption; colours have a dark channel, so the lightest grey is left.
+        lightest = heatmap.pixel_array[-200:].min(-1).max()
+        assert lightest > 120 if number == 1 else 40 < lightest < 80  # 1000 of 4095 is 62 of 255
         content = MeasurementReport.from_sequence([report])
         values = {
             group.tracking_identifier: group.get_measurements()[0].value
