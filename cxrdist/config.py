@@ -586,6 +586,10 @@ class PredictConfig:
     explain: bool = False
     """Also write NAME-heatmaps/ beside the CSV: heat maps over the original images (at most 2048 px
     wide and high), their relevance as arrays, and relevance.csv, which says whose they are."""
+    dicom: Path | None = None
+    """New folder of DICOM files, for DICOM images only: of each image a structured report with the
+    probabilities and a secondary capture with the heat map of each class, in the study of the
+    image, marked as research only (needs cxrdist[dicom])."""
     skip_bad: bool = False
     """End with exit code 0 although some images could not be read."""
     fit: Literal["crop", "pad", "stretch"] | None = None

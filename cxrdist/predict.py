@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +33,16 @@ from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
 from cxrdist.evaluate.calibration import probability_columns
 from cxrdist.evaluate.metrics import predicted_classes, to_probabilities
 from cxrdist.evaluate.operating_points import called_columns
+from cxrdist.explain.dicom_output import (
+    Explained,
+    Output,
+    class_probabilities,
+    open_output,
+    refuse_bad_folder,
+    refuse_other_images,
+    tell_results,
+    write_results,
+)
 from cxrdist.explain.export import LEDGER_COLUMNS, ledger_rows
 from cxrdist.explain.maps import Map
 from cxrdist.explain.pictures import Drawing, draw
@@ -48,6 +59,14 @@ CHUNK = 4  # images that a worker decodes at once
 SECONDS_WITH_TEXT = 60  # to find text in an image, which takes 2, and once to load the finder
 
 
+class Made(NamedTuple):
+    """Files of an image that a worker makes."""
+
+    number: int
+    what: str
+    job: Job[Any, Any]
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A model at work, and what is known of each input so far, by its number.
@@ -55,31 +74,35 @@ class Predictor:
     Attributes:
         model: on the device.
         explainer: of it; None without heat maps.
-        heatmaps: the folder of the heat maps.
+        heatmaps: the folder of the heat maps; None without ``explain``.
+        output: of DICOM results; None without ``dicom``.
         pool: processes that decode and draw.
         batch_size: images of one forward pass.
         prepared: what was read, without its pixels.
         logits: float32 [classes].
         ledgers: rows of relevance.csv.
         reasons: why an input could not be read or drawn.
+        new_uids: UIDs that an input lacks, and that were made for its DICOM results.
     """
 
     model: Classifier | Ensemble
     explainer: Explainer | None
-    heatmaps: Path
+    heatmaps: Path | None
+    output: Output | None
     pool: ProcessPool
     batch_size: int
     prepared: dict[int, Prepared] = field(default_factory=dict)
     logits: dict[int, NDArray[np.float32]] = field(default_factory=dict)
     ledgers: dict[int, list[list[str]]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    new_uids: dict[int, list[str]] = field(default_factory=dict)
 
     def run(self, inputs: dict[int, Input], how: Preparation) -> None:
         """Predict the inputs of some numbers, batch by batch, while workers decode and draw."""
         chunk, seconds = (1, SECONDS_WITH_TEXT) if how.finds_text else (CHUNK, SECONDS_PER_IMAGE)
         items = list(inputs.values())
         squares = in_order(self.pool, partial(prepare, how=how), items, chunk, seconds)
-        drawing: deque[tuple[int, Job[Drawing, None]]] = deque()
+        drawing: deque[Made] = deque()
         batch: dict[int, Prepared] = {}
         with progress(len(items), "predicting", "images") as bar:
             for number, square in zip(inputs, squares, strict=True):
@@ -97,7 +120,7 @@ class Predictor:
 
     def _run_batch(
         self, batch: dict[int, Prepared], inputs: dict[int, Input], how: Preparation
-    ) -> list[tuple[int, Job[Drawing, None]]]:
+    ) -> list[Made]:
         """Compute logits and relevance, and let the workers draw it."""
         device = self.model.mean.device
         pixels = np.stack([square.pixels for square in batch.values()])
@@ -117,8 +140,9 @@ class Predictor:
         for number, square in batch.items():
             self.prepared[number] = replace(square, pixels=np.empty((0, 0), np.uint8))
         return [
-            (number, self._draw(number, replace(inputs[number], boxes=square.boxes), found, how))
+            made
             for (number, square), found in zip(batch.items(), maps, strict=False)
+            for made in self._draw(number, replace(inputs[number], boxes=square.boxes), found, how)
         ]
 
     def _explain(self, images: torch.Tensor, keys: list[str]) -> list[Map]:
@@ -131,21 +155,35 @@ class Predictor:
         parts = zip(keys, relevance, ledgers, strict=True)
         return [Map(key, self.model.classes, values, ledger) for key, values, ledger in parts]
 
-    def _draw(self, number: int, item: Input, found: Map, how: Preparation) -> Job[Drawing, None]:
-        rows = ledger_rows(found.key, found.classes, found.ledger, with_pictures=True)
-        self.ledgers[number] = [[str(item.file), *row] for row in rows]
-        make = partial(draw, directory=self.heatmaps, how=how)
+    def _draw(self, number: int, item: Input, found: Map, how: Preparation) -> list[Made]:
+        """Let the workers write the heat maps and DICOM results of an image."""
+        drawing, made = Drawing(item, found), list[Made]()
         seconds = SECONDS_PER_IMAGE * (1 + len(found.classes))
-        return schedule(self.pool, make, [Drawing(item, found)], seconds)
+        if self.heatmaps is not None:
+            rows = ledger_rows(found.key, found.classes, found.ledger, with_pictures=True)
+            self.ledgers[number] = [[str(item.file), *row] for row in rows]
+            make = partial(draw, directory=self.heatmaps, how=how)
+            drawn = schedule(self.pool, make, [drawing], seconds)
+            made.append(Made(number, "heat maps", drawn))
+        if self.output is not None:
+            logits, model = self.logits[number], self.model
+            values = class_probabilities(logits, model.classes, model.task, model.calibration)
+            write = partial(write_results, output=replace(self.output, how=how))
+            written = schedule(self.pool, write, [Explained(drawing, values)], seconds)
+            made.append(Made(number, "DICOM results", written))
+        return made
 
-    def _finish_drawings(self, drawing: deque[tuple[int, Job[Drawing, None]]], most: int) -> None:
+    def _finish_drawings(self, drawing: deque[Made], most: int) -> None:
         """Wait until no more than some drawings are left."""
         while len(drawing) > most:
-            number, job = drawing.popleft()
-            (fault,) = job.results()
-            if fault is not None:
-                self.reasons[number] = f"{fault}; has no heat maps"
-                del self.ledgers[number]
+            number, what, job = drawing.popleft()
+            (result,) = job.results()
+            if isinstance(result, CxrdistError):
+                self.reasons[number] = f"{result}; has no {what}"
+                if what == "heat maps":
+                    del self.ledgers[number]
+            elif result:
+                self.new_uids[number] = result
 
     def share_depth(self, inputs: dict[int, Input], how: Preparation) -> int | None:
         """Scale images that do not declare their bit depth alike, as a pack does with a source.
@@ -170,9 +208,10 @@ class Predictor:
 
 
 def predict(config: PredictConfig) -> None:
-    """Write a CSV of probabilities, and with ``explain`` heat maps into a folder beside it.
+    """Write a CSV of probabilities, with ``explain`` heat maps, and with ``dicom`` DICOM results.
 
-    All images are read; what could not be read stands in a second CSV.
+    All images are read; what could not be read stands in a second CSV. The folder of DICOM results
+    appears when all are complete.
 
     Raises:
         CxrdistError: run, images or options cannot be used, or no image could be read; nothing is
@@ -183,6 +222,8 @@ def predict(config: PredictConfig) -> None:
     refuse_below_one(config, "batch_size")
     refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
+    if config.dicom is not None:
+        refuse_bad_folder(config.dicom, config.out, _beside(config.out, "heatmaps"))
     model = load_predictor(config.run)
     if model.lungs_only:
         raise CxrdistError(
@@ -194,26 +235,34 @@ def predict(config: PredictConfig) -> None:
     given = [item.file for item in found] + ([config.text_boxes] if config.text_boxes else [])
     if config.out.exists() and any(file.samefile(config.out) for file in given if file.exists()):
         raise CxrdistError(f"--out {config.out}: is one of the files given; name a CSV to write")
+    if config.dicom is not None:
+        refuse_other_images([item.file for item in found])
     use_full_float32()
     how = _preparation(config, model)
     inputs = dict(enumerate(with_boxes(found, config.text_boxes) if config.text_boxes else found))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    explainer = Explainer(one_network(model)) if config.explain else None
+    explains = config.explain or config.dicom is not None
+    explainer = Explainer(one_network(model)) if explains else None
     num_workers = min(num_cores(), -(-len(inputs) // CHUNK))
-    with image_workers(num_workers, ["cxrdist.explain.pictures"]) as pool:
-        predictor = Predictor(model, explainer, heatmaps, pool, config.batch_size)
+    preload = ["cxrdist.explain.dicom_results" if config.dicom else "cxrdist.explain.pictures"]
+    with (
+        open_output(config.dicom, config.run, how) as output,
+        image_workers(num_workers, preload) as pool,
+    ):
+        folder = heatmaps if config.explain else None
+        predictor = Predictor(model, explainer, folder, output, pool, config.batch_size)
         predictor.run(inputs, how)
         used = [square.used_depth for square in predictor.prepared.values()]
         depth = how.depth or predictor.share_depth(inputs, how)
-    if not predictor.logits:
-        raise CxrdistError(_unread(list(predictor.reasons.values()), len(inputs)))
-    _write(config.out, inputs, left_out, predictor)
+        if not predictor.logits:
+            raise CxrdistError(_unread(list(predictor.reasons.values()), len(inputs)))
+        _write(config.out, inputs, left_out, predictor)
     print(f"predicted {len(predictor.logits)} images: {config.out}")
     _tell_calibration(model)
     _tell_depth(how, depth, used)
     _tell_views(inputs, predictor.prepared)
     _tell_cover(config, predictor)
-    _tell_rest(config, len(inputs), left_out, predictor)
+    _tell_rest(config, inputs, left_out, predictor)
 
 
 def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Preparation:
@@ -284,7 +333,7 @@ def _write(
         ]
         for place, number in enumerate(numbers)
     ]
-    if predictor.explainer is not None:
+    if predictor.heatmaps is not None:
         ledger = [row for number in sorted(predictor.ledgers) for row in predictor.ledgers[number]]
         write_table(predictor.heatmaps / "relevance.csv", ("path", *LEDGER_COLUMNS), ledger)
     unread = sorted(predictor.reasons.items())
@@ -356,7 +405,10 @@ def _tell_cover(config: PredictConfig, predictor: Predictor) -> None:
 
 
 def _tell_rest(
-    config: PredictConfig, num_inputs: int, left_out: Sequence[LeftOut], predictor: Predictor
+    config: PredictConfig,
+    inputs: dict[int, Input],
+    left_out: Sequence[LeftOut],
+    predictor: Predictor,
 ) -> None:
     """Say where the other files are, and what could not be read.
 
@@ -366,10 +418,12 @@ def _tell_rest(
     rejected = _beside(config.out, "rejected.csv")
     if config.explain:
         print(f"heat maps: {predictor.heatmaps}")
+    if config.dicom is not None:
+        tell_results(config.dicom, {inputs[n].file: u for n, u in predictor.new_uids.items()})
     if left_out:
         print(f"not an image, and left out: {len(left_out)} files, listed in {rejected}")
     if predictor.reasons:
-        line = _unread(list(predictor.reasons.values()), num_inputs)
+        line = _unread(list(predictor.reasons.values()), len(inputs))
         line += f"; all of them: {rejected}"
         if not config.skip_bad:
             raise RunFailedError(f"{line}; mend or remove them, or accept it with --skip-bad")

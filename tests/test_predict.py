@@ -1,15 +1,20 @@
 """Prediction of image files: all are read, prepared as pack does, explained over the original."""
 
 import csv
+import hashlib
+import platform
 import shutil
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from dicoms import write_dicom
+from highdicom.sr import MeasurementReport
 from PIL import Image
 from support import make_images
 
@@ -447,3 +452,88 @@ def test_lateral_images_are_predicted_and_named(run, tmp_path, capsys):
     ) in capsys.readouterr().out
     predict(PredictConfig(run, [folder / "f.png", folder / "d.dcm"], tmp_path / "other.csv"))
     assert "frontal" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def patients(tmp_path):
+    """Radiographs of two patients, of which only the first uses 12 bits."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, top in ((1, 4095), (2, 1000)):
+        tags = {"PatientID": f"ID-{number}", "StudyInstanceUID": f"1.2.{number}"}
+        write_dicom(folder / f"{number}.dcm", ramp(top), 16, SeriesInstanceUID="", **tags)
+    return folder
+
+
+def test_dicom_results_say_what_the_table_says(run, tmp_path, patients, capsys):
+    """A report and two heat maps for each image in its study, with the probabilities of the CSV.
+
+    The darker image is scaled by 12 bits once the other is known, and has results only once. What
+    a killed call has left is removed.
+    """
+    calibration = Calibration({"a": 2.0}, "youden", {}, {}, 10, "0" * 64, 90, 70)
+    change_model(run, calibration=calibration)
+    killed = tmp_path / f".dicom.{platform.node().replace('.', '-')}.{2**22 + 1}.partial"
+    killed.mkdir()
+    (killed / "1.2.dcm").write_text("half")
+    out, folder = tmp_path / "out.csv", tmp_path / "dicom"
+    predict(PredictConfig(run, [patients], out, dicom=folder))
+    said = capsys.readouterr().out
+    assert f"DICOM results, for research only: {folder}\n" in said
+    assert "2 images have no SeriesInstanceUID, and their results have a new one: " in said
+    assert "StudyInstanceUID" not in said
+    assert not list(tmp_path.glob(".*.partial"))
+    assert not (tmp_path / "out-heatmaps").exists(), "without --explain"
+    results = [pydicom.dcmread(file) for file in folder.iterdir()]
+    assert len(results) == 2 * 3
+    for number, row in enumerate(rows_of(out), start=1):
+        own = [result for result in results if result.PatientID == f"ID-{number}"]
+        assert {result.StudyInstanceUID for result in own} == {f"1.2.{number}"}
+        assert sorted(result.Modality for result in own) == ["OT", "OT", "SR"]
+        (report,) = (result for result in own if result.Modality == "SR")
+        (heatmap, _) = (result for result in own if result.Modality == "OT")
+        # The 200 px below the caption; colours have a dark channel, so the lightest grey is left.
+        lightest = heatmap.pixel_array[-200:].min(-1).max()
+        assert lightest > 120 if number == 1 else 40 < lightest < 80  # 1000 of 4095 is 62 of 255
+        content = MeasurementReport.from_sequence([report])
+        values = {
+            group.tracking_identifier: group.get_measurements()[0].value
+            for group in content.get_image_measurement_groups()
+        }
+        expected = {"a": float(row["calibrated_a"]), "b c": float(row["prob_b c"])}
+        assert values == pytest.approx(expected, rel=1e-8)
+        sha256 = hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+        assert report.DeviceSerialNumber == sha256
+    with pytest.raises(CxrdistError, match=r"--dicom .*dicom: already exists; name a new or empty"):
+        predict(PredictConfig(run, [patients], out, dicom=folder))
+
+
+def test_images_that_are_no_dicom_are_refused_by_dicom(run, tmp_path, patients, monkeypatch):
+    """In one line before anything is written; so is highdicom where it is not installed."""
+    Image.fromarray(ramp(200)).save(patients / "x.png")
+    config = PredictConfig(run, [patients], tmp_path / "new" / "out.csv", dicom=tmp_path / "dicom")
+    with pytest.raises(CxrdistError, match=r"--dicom: 1 of 3 images .* the first: .*x.png"):
+        predict(config)
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(CxrdistError, match=r'--dicom: .*highdicom.*pip install "cxrdist\[dicom\]"'):
+        predict(config)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "run"]
+
+
+@pytest.mark.parametrize("folder", ["new", "new/out.csv", "new/out-heatmaps", "."])
+def test_a_folder_of_dicom_results_holds_nothing_else(run, tmp_path, patients, folder):
+    """It is refused where the table or the heat maps go, which it would replace."""
+    config = PredictConfig(run, [patients], tmp_path / "new" / "out.csv", dicom=tmp_path / folder)
+    with pytest.raises(CxrdistError, match=r"--dicom .*: (--out writes there|already exists)"):
+        predict(config)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "run"]
+
+
+def test_dicom_results_of_no_image_leave_no_folder(run, tmp_path):
+    """If no image can be read there is neither a table nor a folder, or a half of one."""
+    (tmp_path / "bad.dcm").write_bytes(b"\0" * 128 + b"DICM")
+    with pytest.raises(CxrdistError, match="1 of 1 images could not be read"):
+        predict(
+            PredictConfig(run, [tmp_path / "bad.dcm"], tmp_path / "o.csv", dicom=tmp_path / "d")
+        )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bad.dcm", "run"]

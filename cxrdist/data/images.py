@@ -153,7 +153,7 @@ def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
     """
     data = read_file(file)
     kind = kind_of(data[:HEAD_BYTES])
-    if kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM_SUFFIXES):
+    if _is_dicom(kind, file):
         from cxrdist.data.dicom import read_dicom  # pydicom costs most of a second
 
         dicom = read_dicom(data, file, depth)
@@ -166,6 +166,16 @@ def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
         )
     picture = read_picture(data, kind, file, least_px, depth)
     return Grey(picture.image, *picture.size_px, used_depth=picture.used_depth)
+
+
+def is_dicom(file: Path) -> bool:
+    """Tell whether `read_grey` takes a file for DICOM."""
+    with file.open("rb") as content:
+        return _is_dicom(kind_of(content.read(HEAD_BYTES)), file)
+
+
+def _is_dicom(kind: str | None, file: Path) -> bool:
+    return kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM_SUFFIXES)
 
 
 def read_square(file: Path, size_px: int, fit: str, depth: int | None = None) -> NDArray[np.uint8]:

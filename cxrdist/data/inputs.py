@@ -156,22 +156,22 @@ def prepare(item: Input, how: Preparation) -> Prepared:
     return Prepared(pixels, decoded.used_depth, boxes, view)
 
 
-def read_original(item: Input, how: Preparation) -> NDArray[np.uint8]:
+def read_original(item: Input, how: Preparation, most_px: int = MOST_SIDE_PX) -> NDArray[np.uint8]:
     """Read the whole image for a picture, its text covered as in its square.
 
     Returns:
-        uint8 [H, W], at most `MOST_SIDE_PX` wide and high.
+        uint8 [H, W], at most ``most_px`` wide and high.
 
     Raises:
         CxrdistError: it is no readable X-ray.
     """
-    grey = read_grey(item.file, MOST_SIDE_PX, how.depth)
+    grey = read_grey(item.file, most_px, how.depth)
     image = grey.image
     if item.boxes:
         here = [scaled(box, *grey.scale()) for box in item.boxes]
         image = Image.fromarray(cover(np.asarray(image), here, how.cover))
     shown = grey.width_px, grey.height_px
-    smaller = min(1, MOST_SIDE_PX / max(shown))
+    smaller = min(1, most_px / max(shown))
     width, height = (max(1, round(side * smaller)) for side in shown)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)

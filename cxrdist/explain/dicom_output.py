@@ -1,0 +1,196 @@
+"""DICOM output: a new folder of results that appears when all of them are complete."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID, uuid4, uuid5
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.uid import UID
+
+from cxrdist.data.images import is_dicom
+from cxrdist.data.inputs import Preparation
+from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.calibration import probability_columns
+from cxrdist.evaluate.metrics import to_probabilities
+from cxrdist.explain.pictures import Drawing
+from cxrdist.model.description import Calibration
+from cxrdist.model.download import sha256_of
+from cxrdist.run import (
+    RunDirectory,
+    atomic_directory,
+    atomic_file,
+    refuse_unwritable,
+    room_for,
+    sweep,
+)
+
+MOST_NAMED = 3  # files in a line
+
+
+class Probability(NamedTuple):
+    """The probability of a class."""
+
+    name: str
+    value: float
+    is_calibrated: bool
+
+    def __str__(self) -> str:
+        calibrated = "calibrated" if self.is_calibrated else "not calibrated"
+        return f"probability {self.value:.3f}, {calibrated}"
+
+
+@dataclass(frozen=True)
+class Explained:
+    """An X-ray with the relevance and the probability of each class."""
+
+    drawing: Drawing
+    probabilities: Sequence[Probability]
+
+    @property
+    def file(self) -> Path:
+        """The file of the X-ray."""
+        return self.drawing.file
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the results of all X-rays of a call have in common.
+
+    Attributes:
+        directory: where the files go.
+        how: the X-rays became squares.
+        model_sha256: of the model's weights.
+        call: a random number, of which the UIDs of this call are made.
+    """
+
+    directory: Path
+    how: Preparation
+    model_sha256: str
+    call: UUID
+
+    def of(self, file: Path) -> "Output":
+        """The output of one X-ray, with UIDs of its own."""
+        return replace(self, call=uuid5(self.call, str(file)))
+
+    def uid(self, *names: object) -> UID:
+        """Make the UID of something by its names (PS3.5, B.2).
+
+        An X-ray that is predicted again in a call, by another depth, gets the same UIDs again.
+        """
+        return UID(f"2.25.{uuid5(self.call, repr(names)).int}")
+
+
+def refuse_bad_folder(folder: Path, *others: Path) -> None:
+    """Make sure before the work that DICOM results can be written to a new folder.
+
+    Args:
+        folder: of the results; it replaces what has its name.
+        others: what else is written.
+
+    Raises:
+        CxrdistError: highdicom is not installed, the folder exists and is not empty, or something
+            else is written to it.
+        RunFailedError: the folder above it is read-only.
+    """
+    try:
+        import_module("highdicom")
+    except ImportError as error:
+        raise CxrdistError(f'--dicom: {error}; pip install "cxrdist[dicom]"') from error
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.is_symlink() or (folder.exists() and not is_empty):
+        raise CxrdistError(f"--dicom {folder}: already exists; name a new or empty folder")
+    if any(other.resolve().is_relative_to(folder.resolve()) for other in others):
+        raise CxrdistError(f"--dicom {folder}: --out writes there, too; name a folder of its own")
+    refuse_unwritable(folder / "UID.dcm")
+
+
+def refuse_other_images(files: Sequence[Path]) -> None:
+    """Make sure that all images are DICOM.
+
+    Raises:
+        CxrdistError: one is not.
+    """
+    others = [file for file in files if not is_dicom(file)]
+    if others:
+        raise CxrdistError(
+            f"--dicom: {len(others)} of {len(files)} images are not DICOM and have no study to "
+            f"add results to, the first: {others[0]}; give DICOM images only"
+        )
+
+
+@contextmanager
+def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Output | None]:
+    """Yield where the DICOM results of a call go; None without a folder.
+
+    What a killed call has left beside the folder is removed.
+
+    Raises:
+        CxrdistError: the folder, or the model of the run, cannot be used.
+        RunFailedError: the disk is full or read-only.
+    """
+    if folder is None:
+        yield None
+        return
+    folder = folder.absolute()
+    with room_for(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    sweep(folder.parent)
+    weights = RunDirectory(run).inside("model", "model.safetensors")
+    with atomic_directory(folder) as directory:
+        yield Output(directory, how, sha256_of(weights), uuid4())
+
+
+def class_probabilities(
+    logits: NDArray[np.float32], classes: Sequence[str], task: str, calibration: Calibration | None
+) -> list[Probability]:
+    """Return the probability of each class: calibrated where the model has a temperature for it.
+
+    Args:
+        logits: [K] of one image.
+        classes: names of the K classes.
+        task: of the model.
+        calibration: of the model.
+    """
+    columns = probability_columns(logits[None], classes, task, calibration)
+    probabilities = []
+    for name, raw in zip(classes, to_probabilities(logits), strict=True):
+        calibrated = columns.get(f"calibrated_{name}")
+        value = raw if calibrated is None else calibrated[0]
+        probabilities.append(Probability(name, float(value), calibrated is not None))
+    return probabilities
+
+
+def write_results(explained: Explained, output: Output) -> list[str]:
+    """Write UID.dcm for the report of an X-ray, and for its heat map of each class.
+
+    Returns:
+        The UIDs that the X-ray lacks and that were made for it: StudyInstanceUID,
+        SeriesInstanceUID.
+
+    Raises:
+        CxrdistError: its file is no readable X-ray, or its tags cannot be used.
+    """
+    from cxrdist.explain.dicom_results import make_results  # highdicom is an extra
+
+    results, new_uids = make_results(explained, output.of(explained.file))
+    for uid, content in results.items():
+        with atomic_file(output.directory / f"{uid}.dcm") as partial:
+            partial.write_bytes(content)
+    return new_uids
+
+
+def tell_results(folder: Path, new_uids: Mapping[Path, Sequence[str]]) -> None:
+    """Say where the results are, and which of them are not in the study of their image."""
+    print(f"DICOM results, for research only: {folder}")
+    for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
+        files = [str(file) for file, keywords in new_uids.items() if keyword in keywords]
+        if files:
+            print(
+                f"{len(files)} images have no {keyword}, and their results have a new one: "
+                f"{', '.join(files[:MOST_NAMED])}{' ...' if len(files) > MOST_NAMED else ''}"
+            )
