@@ -105,7 +105,7 @@ def open_subject(
         place = choose_place(read_own(directory), index, split, name)
         if place == split:
             index = _splits_of_training(index, model, split)
-        _refuse_unlike(index, model, split)
+        refuse_unlike(index, model, split)
         if place == split:
             _refuse_other_classes(index, model)
             refuse_choices(choices, shards)
@@ -145,7 +145,7 @@ def _open_external(
     )
 
 
-def _refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:
+def refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:
     """Make sure that the model can take the images of a split."""
     shards = index.directory
     if index.task != model.task:

@@ -150,7 +150,18 @@ def load_model(run: str | Path) -> Classifier:
             f"--run {run}: is an ensemble of several networks, and here one is needed; give one of "
             f"its members, such as {Path(run) / 'member-0'}"
         )
-    directory = open_run(Path(run)).model
+    return read_model(open_run(Path(run)).model)
+
+
+def read_model(directory: Path) -> Classifier:
+    """Read model.json and model.safetensors, in evaluation mode, on the CPU.
+
+    Args:
+        directory: RUN/model, or the folder of ``cxrdist export --to huggingface``.
+
+    Raises:
+        CxrdistError: a file is missing or invalid, or they do not belong together.
+    """
     content = read_document(directory / "model.json", ModelFile, MEND)
     try:
         weights = read_safetensors(directory / "model.safetensors").tensors
