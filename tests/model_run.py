@@ -48,7 +48,8 @@ def make_model_run(run: Path, model: Classifier, shards: Path) -> Path:
     (run / "model").mkdir(parents=True)
     save_model(model, run / "model")
     claim_shards(run, shards)
-    write_json(run / "run.json", {**read_json(run / "run.json"), "versions": {"cxrdist": "0.1.0"}})
+    more = {"started": "2026-01-01T00:00:00+00:00", "versions": {"cxrdist": "0.1.0"}}
+    write_json(run / "run.json", {**read_json(run / "run.json"), **more})
     return run
 
 

@@ -1,8 +1,6 @@
 """Folders of weights for other libraries: timm and torchxrayvision, and the Hugging Face Hub."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
@@ -24,7 +22,6 @@ from cxrdist.model.ensemble import Ensemble
 from cxrdist.model.networks import output_layer
 from cxrdist.report.card import OURS, read_card
 from cxrdist.report.page import template
-from cxrdist.report.values import base
 from cxrdist.run import atomic_directory, write_json, write_text
 
 # timm's names of the ways to make an image square; its resampling is not that of cxrdist.
@@ -84,7 +81,7 @@ def write_timm(source: Source, out: Path) -> ExportNote:
         runtime = f"timm {version('timm')}"
         parity = measure_parity(model, logits_of, source.squares, runtime)
         note = write_note(source, parity, in_graph=False)
-        _write_note_file(folder, note)
+        write_json(folder / "cxrdist.json", note)
         card = f"# Weights of {model.shape.title} for timm\n{_section(model, parity, 'timm')}"
         write_text(folder / "README.md", card)
     return note
@@ -113,7 +110,7 @@ def write_huggingface(source: Source, out: Path) -> ExportNote:
         runtime = f"cxrdist {__version__}"
         parity = measure_parity(model, logits_of, source.squares, runtime)
         note = write_note(source, parity, in_graph=False)
-        _write_note_file(folder, note)
+        write_json(folder / "cxrdist.json", note)
         text = f"{card.rstrip()}\n\n{_section(model, parity, 'huggingface')}"
         write_text(folder / "README.md", text)
     return note
@@ -172,17 +169,13 @@ def without_folders(origin: WeightsInfo | None) -> WeightsInfo | None:
     """Leave out of a chain of weights in which folders of this machine they were."""
     if origin is None:
         return None
-    copy: WeightsInfo = {**origin, "source": base(origin["source"])}
+    source = origin["source"]
+    copy: WeightsInfo = {**origin, "source": source if "://" in source else Path(source).name}
     if trained_on := origin.get("trained_on"):
         shards = trained_on.get("shards")
-        copy["trained_on"] = {**trained_on, "shards": shards and base(shards)}
+        copy["trained_on"] = {**trained_on, "shards": shards and Path(shards).name}
     copy["started_from"] = without_folders(origin.get("started_from"))
     return copy
-
-
-def _write_note_file(folder: Path, note: ExportNote) -> None:
-    text = json.dumps(note, indent=2, ensure_ascii=False, default=asdict)
-    write_text(folder / "cxrdist.json", f"{text}\n")
 
 
 def _section(model: Classifier, parity: Parity, target: str) -> str:

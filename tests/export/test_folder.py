@@ -12,6 +12,7 @@ from model_run import CLASSES, SMALL, make_model, make_model_run
 from safetensors.torch import load_file
 
 from cxrdist.config import ExportConfig, Network
+from cxrdist.data.index import read_index
 from cxrdist.export.command import export
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.run import read_json
@@ -103,6 +104,8 @@ def test_the_hub_folder_is_complete_and_read_back(shards: Path, tmp_path: Path) 
     assert (card.data.library_name, card.data.pipeline_tag) == ("cxrdist", "image-classification")
     assert "Parity: logits by cxrdist" in card.text
     assert "18 X-rays of the test split" in card.text
+    parity = read_json(out / "cxrdist.json")["parity"]
+    assert (parity["images"], parity["index_sha256"]) == (18, read_index(shards).sha256)
     assert "which overwrites it" not in card.text
     images, expected = images_and_logits(run)
     ours, theirs, _ = (names["model"] for names in run_blocks(out))
