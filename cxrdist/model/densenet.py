@@ -12,6 +12,7 @@ from cxrdist.config import Network
 from cxrdist.data.index import Fit, Task
 from cxrdist.errors import CxrdistError
 from cxrdist.info import WeightsInfo
+from cxrdist.model.batch import check_batch
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.description import Calibration, Cover, ModelFile, Normalisation
 from cxrdist.model.networks import build_network, refuse_small_squares
@@ -87,9 +88,34 @@ class Classifier(nn.Module):
             torch._foreach_add_(counters, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of grey images, uint8 or float [B, 1, H, W] with values 0..255."""
+        """Give the logits of grey images.
+
+        Args:
+            images: uint8 [B, 1, S, S] on the device of the model, with S = `image_size_px`.
+
+        Returns:
+            float [B, classes].
+
+        Raises:
+            CxrdistError: they have another type, shape or device; the line says the mend.
+        """
+        check_batch(images, self.image_size_px, self.mean.device)
+        return self.logits(images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Give the logits of grey images that nobody checks: for training, and for export.
+
+        A training loop warps its images, and so has floats, and knows what they are.
+
+        Args:
+            images: uint8 or float [B, 1, H, W] with values 0..255, on the device of the model.
+
+        Returns:
+            float [B, classes].
+        """
         self.count_pass()
-        return self.network(self.normalise(images))
+        logits: Tensor = self.network(self.normalise(images))
+        return logits
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:
