@@ -17,7 +17,7 @@ _PUBLIC = {
     "load_model": "cxrdist.model.published",
     "open_shards": "cxrdist.data.dataset",
     "overlay": "cxrdist.explain.heatmap",
-    "read_image": "cxrdist.model.images",
+    "read_image": "cxrdist.model.reading",
 }
 __all__ = [
     "Attribution",
@@ -42,9 +42,9 @@ if TYPE_CHECKING:  # so that a type checker knows each name, and that there is n
     from cxrdist.explain.heatmap import overlay
     from cxrdist.explain.relevance import Explainer, attribute
     from cxrdist.model.densenet import Classifier
-    from cxrdist.model.images import read_image
     from cxrdist.model.prediction import Predictions
     from cxrdist.model.published import load_model
+    from cxrdist.model.reading import read_image
 else:
 
     def __getattr__(name: str) -> object:

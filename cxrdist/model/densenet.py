@@ -17,9 +17,9 @@ from cxrdist.info import WeightsInfo
 from cxrdist.model.batch import check_batch
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.description import Calibration, Cover, ModelFile, Normalisation
-from cxrdist.model.images import ImageSource, read_squares
 from cxrdist.model.networks import build_network, refuse_small_squares
 from cxrdist.model.prediction import Predictions
+from cxrdist.model.reading import ImageSource, read_squares
 from cxrdist.model.tensorfile import read_safetensors
 from cxrdist.precision import full_float32
 from cxrdist.run import open_run, read_document, write_json

@@ -84,8 +84,9 @@ def read_squares(
         CxrdistError: there are none, a file is not a readable X-ray, or an array has another type
             or shape.
     """
-    single = isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 2)
-    sources = [images] if single else list(images)
+    if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 2):
+        images = [images]
+    sources: list[ImageSource] = [*images]
     if not sources:
         raise CxrdistError("images is empty: expected at least one file or array")
     files = {i: _input(_existing(s)) for i, s in enumerate(sources) if isinstance(s, str | Path)}
