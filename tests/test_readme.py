@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from dicoms import write_dicom
 from PIL import Image
 from support import make_shards
@@ -48,8 +49,9 @@ def test_the_script_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     classes = ["COVID-19", "NORMAL"]
     model = Classifier(Network(growth_rate=4, block_config=(2, 2, 2, 2)), classes, 32, fit="pad")
     model.calibration = Calibration(
-        dict.fromkeys(classes, 2.0), "youden", {"COVID-19": -99.0}, {}, 10, "0" * 64, 9, 9
+        dict.fromkeys(classes, 2.0), "youden", {"COVID-19": -9.0}, {}, 10, "0" * 64, 9, 9
     )
+    model.network.classifier.bias.data = torch.tensor([2.0, -2.0])
     (tmp_path / "RUN" / "model").mkdir(parents=True)
     save_model(model, tmp_path / "RUN" / "model")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 60), np.uint8)
@@ -58,9 +60,11 @@ def test_the_script_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     make_shards(tmp_path, dict.fromkeys(classes, 6)).rename(tmp_path / "SHARDS")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
+    capsys.readouterr()
     exec(compile(SCRIPT, "README.md", "exec"), names)
     said = capsys.readouterr().out
-    assert said.startswith("[['") and "array([ True,  True])" in said
+    assert "[['COVID-19'], ['COVID-19']] {'COVID-19': array([0." in said
+    assert "array([ True,  True])" in said
     assert names["found"].calibrated.keys() == {*classes}
     assert len(names["found"]) == 2
     assert names["logits"].shape[1] == 2
