@@ -32,14 +32,17 @@ def load_model(source: str | Path) -> Classifier:
             they have an output layer with known labels (CheXNet's copies, torchxrayvision).
 
     Raises:
-        CxrdistError: there is no such model, it cannot be read or fetched, or its outputs have no
-            names.
+        CxrdistError: there is no such model, it cannot be read or fetched, it is an ensemble (load
+            its members), or its outputs have no names.
     """
     name, path = str(source), Path(source)
     if name.startswith(HUB):
         return _load_hub(name)
     if (RunDirectory(path).model / _FILES[0]).is_file():
-        return load_run(path)
+        try:
+            return load_run(path)
+        except CxrdistError as error:  # of the commands, whose option it names
+            raise CxrdistError(str(error).removeprefix("--run ")) from error
     if (path / _FILES[0]).is_file():
         return read_model(path)
     if path.is_dir() or not (path.is_file() or "://" in name or name in ("chexnet", "imagenet")):

@@ -13,6 +13,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.model.layout import CHEXNET_LABELS
 from cxrdist.model.published import load_model
+from cxrdist.run import write_json
 
 SMALL = Network(growth_rate=4, block_config=(1, 1, 1, 1))
 IMAGES = torch.arange(2 * 224**2).remainder(251).to(torch.uint8).reshape(2, 1, 224, 224)
@@ -68,9 +69,13 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path, run):
     """The line says what a model may be; weights without names of classes are none."""
     torch.save(torchvision_network().state_dict(), tmp_path / "nameless.pt")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "ensemble" / "model").mkdir(parents=True)
+    members = {"format": "cxrdist-ensemble-1", "members": ["member-0", "member-1"]}
+    write_json(tmp_path / "ensemble" / "model" / "model.json", members)
     cases = [
         ("chexnett", r"chexnett: is not a model; expected the run directory.*chexnet, or hf:"),
         (tmp_path / "empty", r"empty: is not a model"),
+        (tmp_path / "ensemble", r"^/.*ensemble: is an ensemble.*such as .*member-0"),
         ("none", r"none: is not a model"),
         (tmp_path / "nameless.pt", r"nameless\.pt: has no output layer with names of classes"),
         ("hf:", r"hf:: expected hf:OWNER/NAME"),
