@@ -263,7 +263,7 @@ def backward(
 @torch.no_grad()
 def validate(
     accelerator: Accelerator,
-    model: nn.Module,
+    model: Classifier,
     material: Material,
     batches: Batches,
     at_boundary: Callable[[], None],
@@ -300,7 +300,7 @@ def validate(
         rows = slice(start, min(start + VAL_IMAGES_PER_PASS, len(plan.samples)))
         images = read_rows(material.images, plan.samples[rows], device)
         targets = batches.targets[rows]
-        logits = model(warp(images, batches.matrices[rows])).float()
+        logits = model.logits(warp(images, batches.matrices[rows])).float()
         loss = sum_of_losses(logits, targets)
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums[:2] += torch.stack([loss.double(), correct.double()])
