@@ -104,7 +104,7 @@ def to_onnx(graph: Graph) -> Any:
         (_example(graph.model),),
         dynamo=True,
         input_names=["images"],
-        output_names=["logits", "probabilities"],
+        output_names=["logits", "calibrated_probabilities"],
         dynamic_shapes=({0: "batch"},),
         external_data=False,
         verbose=False,

@@ -18,8 +18,8 @@ IN_GRAPH = (
 )
 OF_GRAPH = (
     "logits: float32 [batch, classes], not calibrated, to be compared with thresholds; "
-    "probabilities: float32 [batch, classes], sigmoid(logit / temperature) of each class against "
-    "the rest"
+    "calibrated_probabilities: float32 [batch, classes], sigmoid(logit / temperature) of each "
+    "class against the rest"
 )
 IN_LIBRARY = (
     "float32 [batch, channels, size, size]: grey values divided by 255, the same in each channel, "

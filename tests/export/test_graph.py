@@ -46,7 +46,9 @@ def run_onnx(file: Path, images: torch.Tensor) -> tuple[np.ndarray, np.ndarray, 
     size_px = images.shape[2]
     assert (taken.name, taken.type) == ("images", "tensor(uint8)")
     assert taken.shape == ["batch", 1, size_px, size_px]
-    logits, probabilities = session.run(["logits", "probabilities"], {"images": images.numpy()})
+    given = [output.name for output in session.get_outputs()]
+    assert given == ["logits", "calibrated_probabilities"]
+    logits, probabilities = session.run(None, {"images": images.numpy()})
     return logits, probabilities, session.get_modelmeta().custom_metadata_map
 
 
