@@ -82,7 +82,7 @@ def write_timm(source: Source, out: Path) -> ExportNote:
         parity = measure_parity(model, logits_of, source.squares, runtime)
         note = write_note(source, parity, in_graph=False)
         write_json(folder / "cxrdist.json", note)
-        card = f"# Weights of {model.shape.title} for timm\n{_section(model, parity, 'timm')}"
+        card = f"# Weights of {model.shape.title} for timm\n\n{_section(model, parity, 'timm')}"
         write_text(folder / "README.md", card)
     return note
 

@@ -131,7 +131,6 @@ def measure_parity(
 
 def describe_parity(parity: Parity) -> str:
     """Say in a sentence what was compared and how far it is apart."""
-    return (
-        f"logits by {parity['runtime']} differ from PyTorch's by at most "
-        f"{parity['largest_difference']:.2g} on {parity['images']} {parity['source']}"
-    )
+    largest = parity["largest_difference"]
+    how = f"differ from PyTorch's by at most {largest:.2g}" if largest else "equal PyTorch's"
+    return f"logits by {parity['runtime']} {how} on {parity['images']} {parity['source']}"
