@@ -111,4 +111,8 @@ def open_shards(directory: str | Path, split: str) -> ShardDataset:
     Raises:
         CxrdistError: there are no shards, they disagree with their index, or the split is empty.
     """
-    return ShardDataset(read_index(Path(directory)), split)
+    try:
+        index = read_index(Path(directory))
+    except CxrdistError as error:  # of the commands, whose option it names
+        raise CxrdistError(str(error).removeprefix("--shards ")) from error
+    return ShardDataset(index, split)
