@@ -68,6 +68,9 @@ COMMANDS = {
         "checkpoint -> safetensors",
         "file out",
     ),
+    "export": Command(
+        "export.command:export", "ExportConfig", "run -> ONNX, torch.export, timm, the Hub", "out"
+    ),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
     "bench": Command("bench.jobs:bench", "BenchConfig", "measure this machine side by side"),
 }
@@ -77,7 +80,7 @@ POSITIONALS = {
     "run_b": "Run directory to compare it with.",
     "shards": "Directory of shards, a path or an fsspec URL.",
     "file": "A checkpoint file, or whatever else --init takes.",
-    "out": "File to write, NAME.safetensors; it must not exist yet.",
+    "out": "File or folder to write; it must not exist yet.",
 }
 
 # Names of classes, as in --copies.COVID-19, and of stages keep their dashes.

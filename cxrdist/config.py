@@ -636,6 +636,24 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model for other programs, once its logits are known to be the same there."""
+
+    run: Path
+    """Run directory of a finished training; onnx and torch-export also take an ensemble."""
+    to: Literal["onnx", "torch-export", "timm", "huggingface"]
+    """onnx: one file, from uint8 images to logits and calibrated probabilities, with classes and
+    thresholds as its metadata (needs cxrdist[export]). torch-export: the same graph as a file that
+    PyTorch runs without cxrdist. timm: a folder that timm loads, and for a DenseNet
+    torchxrayvision. huggingface: a folder for the Hub, with the model card."""
+    out: Path
+    """File (.onnx, .pt2) or folder to write; it must not exist yet."""
+    shards: Path | None = None
+    """Directory of shards, a path or an fsspec URL: the logits are compared on up to 100 images of
+    its test split. If not given: on squares of random grey values, and the metadata says so."""
+
+
+@dataclass(frozen=True)
 class SeedsConfig:
     """Train one recipe several times, and join the members into an ensemble, which is a run."""
 

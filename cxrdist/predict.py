@@ -13,9 +13,17 @@ from numpy.typing import NDArray
 from pebble import ProcessPool
 
 from cxrdist.config import PredictConfig
-from cxrdist.data.depth import describe_depth, refuse_bad_depth, source_depth
+from cxrdist.data.depth import describe_depth, refuse_bad_depth
 from cxrdist.data.found import LeftOut
-from cxrdist.data.inputs import Input, Preparation, Prepared, find_inputs, prepare, with_boxes
+from cxrdist.data.inputs import (
+    Input,
+    Preparation,
+    Prepared,
+    find_inputs,
+    prepare,
+    unlike_source,
+    with_boxes,
+)
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.shards import sample_key
 from cxrdist.data.text import require_extra
@@ -30,9 +38,6 @@ from cxrdist.data.workers import (
     schedule,
 )
 from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
-from cxrdist.evaluate.calibration import probability_columns
-from cxrdist.evaluate.metrics import predicted_classes, to_probabilities
-from cxrdist.evaluate.operating_points import called_columns
 from cxrdist.explain.dicom_output import (
     Explained,
     Output,
@@ -49,6 +54,7 @@ from cxrdist.explain.pictures import Drawing, draw
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
+from cxrdist.model.prediction import Predictions, probability_columns
 from cxrdist.precision import use_full_float32
 from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
@@ -166,8 +172,10 @@ class Predictor:
             drawn = schedule(self.pool, make, [drawing], seconds)
             made.append(Made(number, "heat maps", drawn))
         if self.output is not None:
-            logits, model = self.logits[number], self.model
-            values = class_probabilities(logits, model.classes, model.task, model.calibration)
+            model, logits = self.model, self.logits[number][None]
+            values = class_probabilities(
+                Predictions(logits, model.classes, model.task, model.calibration)
+            )
             write = partial(write_results, output=replace(self.output, how=how))
             written = schedule(self.pool, write, [Explained(drawing, values)], seconds)
             made.append(Made(number, "DICOM results", written))
@@ -194,12 +202,8 @@ class Predictor:
             The depth of all of them; None if there are none.
         """
         used = {number: square.used_depth for number, square in self.prepared.items()}
-        depth = source_depth(used.values())
-        again = {
-            number: replace(inputs[number], boxes=self.prepared[number].boxes)
-            for number, bits in used.items()
-            if bits not in (None, depth)
-        }
+        depth, numbers = unlike_source(used)
+        again = {n: replace(inputs[n], boxes=self.prepared[n].boxes) for n in numbers}
         for number in again:
             del self.logits[number], self.prepared[number]
         if again:
@@ -271,8 +275,8 @@ def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Prepara
     Raises:
         CxrdistError: text is to be looked for, and the finder is not installed.
     """
-    learned_covered = model.cover is not None and model.cover.is_of_training
-    finds_text = learned_covered and config.text_boxes is None
+    how = model.preparation()
+    finds_text = how.finds_text and config.text_boxes is None
     if finds_text:
         try:
             require_extra()
@@ -281,13 +285,8 @@ def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Prepara
                 f"--run {config.run}: was trained on images with their text covered, so text is "
                 f"looked for in new ones: {error}, or give the boxes with --text-boxes"
             ) from error
-    return Preparation(
-        size_px=model.image_size_px,
-        fit=config.fit or model.fit,
-        depth=config.depth or model.depth,
-        cover=model.cover.how if model.cover else "black",
-        finds_text=finds_text,
-    )
+    fit, depth = config.fit or how.fit, config.depth or how.depth
+    return replace(how, fit=fit, depth=depth, finds_text=finds_text)
 
 
 def _refuse_bad_out(out: Path) -> None:
@@ -319,16 +318,18 @@ def _write(
     """
     model, numbers = predictor.model, sorted(predictor.logits)
     logits, classes = np.stack([predictor.logits[number] for number in numbers]), model.classes
-    more = probability_columns(logits, classes, model.task, model.calibration)
-    called = called_columns(logits, classes, model.calibration)
-    probabilities = np.column_stack([to_probabilities(logits), *more.values()])
+    said = Predictions(logits, classes, model.task, model.calibration)
+    more = probability_columns(said)
+    called = {f"called_{name}": values for name, values in said.called.items()}
+    predicted = [SEPARATOR.join(names) for names in said.predicted]
+    probabilities = np.column_stack([*said.probabilities.values(), *more.values()])
     names = [f"prob_{name}" for name in classes]
     columns = ["path", *names, *more, "predicted", *called]
     rows = [
         [
             inputs[number].file,
             *(f"{value:.9g}" for value in probabilities[place]),
-            SEPARATOR.join(predicted_classes(logits[place].tolist(), classes, model.task)),
+            predicted[place],
             *(int(values[place]) for values in called.values()),
         ]
         for place, number in enumerate(numbers)

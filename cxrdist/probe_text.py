@@ -26,7 +26,7 @@ from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.measure import Settings, replicate
-from cxrdist.evaluate.metrics import headline, to_probabilities
+from cxrdist.evaluate.metrics import headline
 from cxrdist.evaluate.predictions import (
     Subject,
     in_order,
@@ -40,6 +40,7 @@ from cxrdist.explain.heatmap import enlarged, overlay
 from cxrdist.explain.relevance import Explainer
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
+from cxrdist.model.prediction import to_probabilities
 from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 

@@ -25,7 +25,7 @@ LAYERS = [
     ["explain"],
     ["train"],
     ["report"],
-    ["predict", "probe_text", "localise", "probe_background", "demo", "bench"],
+    ["predict", "probe_text", "localise", "probe_background", "export", "demo", "bench"],
     ["cli", "launch", "seeds"],
     ["__init__", "__main__"],
 ]

@@ -143,7 +143,7 @@ def plain_losses(
 
     def forward(samples: np.ndarray, draws: object) -> torch.Tensor:
         squares = torch.from_numpy(np.asarray(images[samples]))[:, None]
-        return model(warp(squares, sampling_matrices(draws, 32, torch.device("cpu"))))
+        return model.logits(warp(squares, sampling_matrices(draws, 32, torch.device("cpu"))))
 
     set_modes(model, set(stage.lr))
     plan, truth = training.plan(name, 1), truth_of(folder, index, ways)

@@ -318,7 +318,7 @@ def _background(
 
     def steps(*penalties: Callable[[], Tensor]) -> int:
         for penalty in penalties:
-            loss = nn.functional.binary_cross_entropy_with_logits(model(images), targets)
+            loss = nn.functional.binary_cross_entropy_with_logits(model.logits(images), targets)
             (loss + penalty().mean()).backward()
             optimizer.step()
             optimizer.zero_grad()

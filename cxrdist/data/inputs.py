@@ -1,6 +1,6 @@
 """Inputs: image files for a trained model, made into squares as `pack` made its training images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.data.boxes import Box, cover, read_boxes
+from cxrdist.data.depth import source_depth
 from cxrdist.data.found import LeftOut, find_images, refuse_undecodable_name
 from cxrdist.data.geometry import scaled
 from cxrdist.data.images import decode, read_grey
@@ -154,6 +155,19 @@ def prepare(item: Input, how: Preparation) -> Prepared:
     pixels = decoded.pixels if decoded.covered is None else decoded.covered
     view = decoded.view or view_in_name(item.file.name)
     return Prepared(pixels, decoded.used_depth, boxes, view)
+
+
+def unlike_source(used: Mapping[int, int | None]) -> tuple[int | None, list[int]]:
+    """Say which images are to be read again because their source uses more bits than they do.
+
+    Args:
+        used: bits that an image uses where its file does not declare them, by its number.
+
+    Returns:
+        The depth of the source, None without such images, and the numbers of the others.
+    """
+    depth = source_depth(used.values())
+    return depth, [number for number, bits in used.items() if bits not in (None, depth)]
 
 
 def read_original(item: Input, how: Preparation, most_px: int = MOST_SIDE_PX) -> NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 import numpy as np
 import scipy  # loads its parts on first use
 from numpy.typing import NDArray
-from scipy.special import expit, softmax
+from scipy.special import expit
 
 from cxrdist.bootstrap import Limits, Replicates, Values, interval
 from cxrdist.data.labels import POSITIVE
@@ -134,39 +134,6 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> fl
     ).x
     inside = bounds[0] + 1e-3 < found < bounds[1] - 1e-3
     return float(np.exp(found)) if inside else None
-
-
-def calibrated_logits(
-    logits: NDArray[Any], classes: Sequence[str], calibration: Calibration
-) -> NDArray[np.float64]:
-    """Divide logits [N, classes] by the temperatures; NaN of a class that has none."""
-    temperatures = [calibration.temperatures.get(name, np.nan) for name in classes]
-    return logits.astype(np.float64) / np.array(temperatures)
-
-
-def probability_columns(
-    logits: NDArray[Any], classes: Sequence[str], task: str, calibration: Calibration | None
-) -> dict[str, NDArray[np.float64]]:
-    """Give the columns calibrated_CLASS and softmax_CLASS of a table, float64 [N] each.
-
-    calibrated_CLASS is the sigmoid of a calibrated logit, the probability of the class against the
-    rest. Where an image has one of the classes, softmax_CLASS is the softmax of all calibrated
-    logits, which adds up to 1; there is none if a class of the model is missing or not calibrated.
-    """
-    if calibration is None:
-        return {}
-    scaled = calibrated_logits(logits, classes, calibration)
-    calibrated = calibration.temperatures.keys()
-    columns = {
-        f"calibrated_{name}": expit(scaled[:, i])
-        for i, name in enumerate(classes)
-        if name in calibrated
-    }
-    whole = calibrated == {*classes} and calibration.reasons.keys() <= calibrated
-    if task == "multiclass" and whole:
-        shares = softmax(scaled, axis=1)
-        columns |= {f"softmax_{name}": shares[:, i] for i, name in enumerate(classes)}
-    return columns
 
 
 class Errors(TypedDict):

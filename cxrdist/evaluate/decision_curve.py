@@ -8,11 +8,11 @@ from scipy.special import expit
 from cxrdist.bootstrap import Replicates, interval
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Between, Real
-from cxrdist.evaluate.calibration import calibrated_logits
 from cxrdist.evaluate.operating_points import Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.model.description import Calibration
+from cxrdist.model.prediction import calibrated_logits
 
 # Rare findings are acted on from low probabilities, so those are closer together.
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.075, *(place / 20 for place in range(2, 20)))

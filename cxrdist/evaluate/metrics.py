@@ -4,14 +4,11 @@ Classes are chosen and images ranked by logits and never by probabilities, which
 float32 the sigmoid of 18 and that of 25 are both 1.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from textwrap import fill
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.bootstrap import LEVEL, Limits
@@ -23,6 +20,7 @@ from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
+from cxrdist.model.prediction import THRESHOLD, THRESHOLD_LOGIT
 from cxrdist.terminal import table
 
 SCORES = ("recall", "specificity", "precision", "f1", "auroc", "average_precision")
@@ -36,8 +34,6 @@ TITLES = {
     "f1": "F1\nscore",
 }
 """The scores in the order of the terminal's table."""
-THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
-THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit with this probability: 0
 
 
 def _functional() -> Any:
@@ -45,30 +41,6 @@ def _functional() -> Any:
     from torchmetrics import functional
 
     return functional
-
-
-def to_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return the sigmoid of logits of any shape, in float64."""
-    probabilities: NDArray[np.float64] = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
-    return probabilities
-
-
-def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str) -> list[str]:
-    """Name the classes that the logits of one image predict.
-
-    Args:
-        logits: one for each class.
-        classes: names in the order of the logits.
-        task: multiclass or multilabel.
-
-    Returns:
-        The class of the largest logit, the first one of equal ones; of several labels all whose
-        probability is at least `THRESHOLD`, or none.
-    """
-    if task == "multilabel":
-        pairs = zip(classes, logits, strict=True)
-        return [name for name, logit in pairs if logit >= THRESHOLD_LOGIT]
-    return [classes[logits.index(max(logits))]]
 
 
 class Scores(TypedDict):

@@ -17,6 +17,7 @@ from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.intervals import bounded, of_share
 from cxrdist.model.description import Calibration
+from cxrdist.model.prediction import call
 from cxrdist.terminal import table
 
 YOUDEN = "youden"
@@ -86,26 +87,6 @@ def choose_threshold(logits: NDArray[np.float64], truth: NDArray[np.bool_], rule
         return float(thresholds[np.argmax(hits / positives >= rule.least)])
     allowed = np.flatnonzero(spared / negatives >= rule.least)
     return float(thresholds[np.argmax(hits == hits[allowed[-1]])])
-
-
-def call(logits: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """Whether each of some logits, of any shape, calls its class.
-
-    Compared are float32, as the network gives them: nine digits of a file are not the same double.
-    """
-    return logits.astype(np.float32) >= np.float32(threshold)
-
-
-def called_columns(
-    logits: NDArray[Any], classes: Sequence[str], calibration: Calibration | None
-) -> dict[str, NDArray[np.bool_]]:
-    """Give the columns called_CLASS, bool [N] each, of the classes that have a threshold."""
-    thresholds = calibration.thresholds if calibration else {}
-    return {
-        f"called_{name}": call(logits[:, i], thresholds[name])
-        for i, name in enumerate(classes)
-        if name in thresholds
-    }
 
 
 class AtPrevalence(TypedDict):

@@ -20,7 +20,6 @@ from cxrdist.errors import CxrdistError, refuse_below_one
 from cxrdist.evaluate.calibration import (
     choose_calibration,
     describe_calibration,
-    probability_columns,
     wanted_rule,
 )
 from cxrdist.evaluate.external import (
@@ -38,13 +37,14 @@ from cxrdist.evaluate.external import (
     write_lists,
 )
 from cxrdist.evaluate.measure import Settings, measure
-from cxrdist.evaluate.metrics import headline, metrics_table, to_probabilities
+from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.mistakes import MOST_PICTURED, find_mistakes
 from cxrdist.evaluate.operating_points import Rule, read_rule, refuse_bad_prevalence
 from cxrdist.evaluate.scored import GROUP_COLUMNS, Scored, score_samples
 from cxrdist.model.densenet import Classifier, save_calibration
 from cxrdist.model.description import Calibration
 from cxrdist.model.ensemble import Ensemble, load_predictor
+from cxrdist.model.prediction import Predictions, probability_columns, to_probabilities
 from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
@@ -105,7 +105,7 @@ def open_subject(
         place = choose_place(read_own(directory), index, split, name)
         if place == split:
             index = _splits_of_training(index, model, split)
-        _refuse_unlike(index, model, split)
+        refuse_unlike(index, model, split)
         if place == split:
             _refuse_other_classes(index, model)
             refuse_choices(choices, shards)
@@ -145,7 +145,7 @@ def _open_external(
     )
 
 
-def _refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:
+def refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:
     """Make sure that the model can take the images of a split."""
     shards = index.directory
     if index.task != model.task:
@@ -330,7 +330,8 @@ def write_predictions(
     """
     classes = subject.index.classes
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]
-    more = probability_columns(logits, classes, subject.index.task, subject.model.calibration)
+    calibration = subject.model.calibration
+    more = probability_columns(Predictions(logits, classes, subject.index.task, calibration))
     has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
     samples = [subject.index.samples[number] for number in numbers]

@@ -1,7 +1,7 @@
 """What an explanation is: relevance of each pixel, and the ledger of the logit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Attribution:
         epsilon_share: [B, K], what epsilon and the stabilisers of the other rules absorbed, or NaN.
     """
 
-    relevance: Tensor
+    relevance: Tensor = field(repr=False)
     logits: Tensor
     relevance_sum: Tensor
     bias_share: Tensor
@@ -36,5 +36,5 @@ class Attribution:
 
 def concatenate(parts: Sequence[Attribution]) -> Attribution:
     """Put the targets of several attributions of one batch side by side, in their order."""
-    names = [field.name for field in fields(Attribution)]
+    names = [column.name for column in fields(Attribution)]
     return Attribution(*(torch.cat([getattr(part, name) for part in parts], 1) for name in names))

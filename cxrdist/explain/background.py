@@ -121,7 +121,7 @@ def input_gradient(model: Classifier, images: Tensor, score: Callable[[Tensor], 
     with torch.enable_grad(), evaluating(model):
         shown = (images.detach().to(model.mean.dtype) / 255).requires_grad_()
         (gradient,) = torch.autograd.grad(
-            score(model(shown * 255)), shown, create_graph=differentiable
+            score(model.logits(shown * 255)), shown, create_graph=differentiable
         )
     return gradient
 

@@ -8,18 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID, uuid4, uuid5
 
-import numpy as np
-from numpy.typing import NDArray
 from pydicom.uid import UID
 
 from cxrdist.data.images import is_dicom
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.calibration import probability_columns
-from cxrdist.evaluate.metrics import to_probabilities
 from cxrdist.explain.pictures import Drawing
-from cxrdist.model.description import Calibration
 from cxrdist.model.download import sha256_of
+from cxrdist.model.prediction import Predictions
 from cxrdist.run import (
     RunDirectory,
     atomic_directory,
@@ -145,24 +141,17 @@ def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Ou
         yield Output(directory, how, sha256_of(weights), uuid4())
 
 
-def class_probabilities(
-    logits: NDArray[np.float32], classes: Sequence[str], task: str, calibration: Calibration | None
-) -> list[Probability]:
+def class_probabilities(predictions: Predictions) -> list[Probability]:
     """Return the probability of each class: calibrated where the model has a temperature for it.
 
     Args:
-        logits: [K] of one image.
-        classes: names of the K classes.
-        task: of the model.
-        calibration: of the model.
+        predictions: of one image.
     """
-    columns = probability_columns(logits[None], classes, task, calibration)
-    probabilities = []
-    for name, raw in zip(classes, to_probabilities(logits), strict=True):
-        calibrated = columns.get(f"calibrated_{name}")
-        value = raw if calibrated is None else calibrated[0]
-        probabilities.append(Probability(name, float(value), calibrated is not None))
-    return probabilities
+    calibrated = predictions.calibrated
+    return [
+        Probability(name, float(calibrated.get(name, raw)[0]), name in calibrated)
+        for name, raw in predictions.probabilities.items()
+    ]
 
 
 def write_results(explained: Explained, output: Output) -> list[str]:

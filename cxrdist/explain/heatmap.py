@@ -3,9 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from cxrdist.data.boxes import Box
 from cxrdist.data.geometry import in_square
+from cxrdist.data.index import Fit
 from cxrdist.errors import CxrdistError
 
 RED = (225.0, 15.0, 25.0)
@@ -23,7 +25,11 @@ LIMIT_PERCENTILE = 99.0
 
 
 def overlay(
-    image: NDArray[np.uint8], relevance: NDArray[np.floating], limit: float | None = None
+    image: NDArray[np.uint8],
+    relevance: NDArray[np.floating] | Tensor,
+    limit: float | None = None,
+    *,
+    fit: Fit | None = None,
 ) -> Image.Image:
     """Draw relevance over an X-ray on a colour scale symmetric around zero.
 
@@ -31,10 +37,11 @@ def overlay(
     A map of zeros gives the plain X-ray.
 
     Args:
-        image: uint8 [H, W].
-        relevance: signed floats [H, W].
+        image: uint8 [H, W], the square that the network saw, or with ``fit`` its original.
+        relevance: signed floats [H, W] of the square, such as ``attribution.relevance[0, 0]``.
         limit: relevance of the strongest colour, per pixel in units of the logit. Pictures with
             the same limit can be compared; None takes ``colour_limit(relevance)``.
+        fit: how the square was made of the original, as the model's ``fit`` tells.
 
     Returns:
         An RGB picture of the image's size.
@@ -42,10 +49,14 @@ def overlay(
     Raises:
         CxrdistError: shapes differ, relevance is not finite, or the limit is not positive.
     """
+    if isinstance(relevance, Tensor):
+        relevance = relevance.detach().cpu().numpy()
+    if image.ndim == 2 and relevance.ndim == 2 and fit is not None:
+        return overlay_original(image, relevance, fit, limit)
     if image.ndim != 2 or image.shape != relevance.shape:
         raise CxrdistError(
             f"cannot draw relevance of shape {relevance.shape} over an image of shape "
-            f"{image.shape}: expected [H, W] for both"
+            f"{image.shape}: expected the same [H, W] for both; over an original give fit=model.fit"
         )
     return _tint(image, _strength(relevance, limit))
 
@@ -58,7 +69,10 @@ def enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
 
 
 def overlay_original(
-    original: NDArray[np.uint8], relevance: NDArray[np.floating], fit: str
+    original: NDArray[np.uint8],
+    relevance: NDArray[np.floating],
+    fit: str,
+    limit: float | None = None,
 ) -> Image.Image:
     """Draw relevance over the image that its square was made of, as `overlay` does.
 
@@ -69,6 +83,7 @@ def overlay_original(
         original: uint8 [H, W], the whole image at any scale.
         relevance: signed floats [S, S], of the square.
         fit: how the image became square: ``crop``, ``pad`` or ``stretch``.
+        limit: as in `overlay`.
 
     Returns:
         An RGB picture of the original's size, on the colour scale of the whole square.
@@ -79,7 +94,7 @@ def overlay_original(
     height, width = original.shape
     place = in_square(Box(0, 0, width, height), width, height, relevance.shape[0], fit)
     across, down = place.width / width, place.height / height
-    strength = Image.fromarray(_strength(relevance, None).astype(np.float32))
+    strength = Image.fromarray(_strength(relevance, limit).astype(np.float32))
     placed = strength.transform(
         (width, height),
         Image.Transform.AFFINE,

@@ -5,7 +5,7 @@ The canonical rules stand in composite.py, with their sources; the engine applie
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, TypedDict, Unpack
 
 import torch
 from timm.models.densenet import DenseNet
@@ -16,10 +16,21 @@ from cxrdist.explain.attribution import Attribution
 from cxrdist.explain.composite import CANONICAL, ByZennit
 from cxrdist.explain.engine import Engine
 from cxrdist.explain.innvestigate import Innvestigate
+from cxrdist.model.batch import check_batch
 from cxrdist.model.densenet import Classifier
 from cxrdist.precision import full_float32
 
 Preset = Literal["canonical", "innvestigate"]
+
+
+class Settings(TypedDict, total=False):
+    """Keywords of an `Explainer`, which says what they are."""
+
+    preset: Preset
+    composite: str | None
+    flat: bool
+    biases: bool
+    epsilon: float
 
 
 class _Method(Protocol):
@@ -69,6 +80,7 @@ class Explainer:
         """
         self.classes = list(model.classes)
         self._normalise = model.normalise
+        self._size_px = model.image_size_px
         self._device = model.mean.device
         network = model.network
         if preset == "innvestigate":
@@ -98,13 +110,14 @@ class Explainer:
         """Relevance of grey images for some of the classes.
 
         Args:
-            images: uint8 or float [B, 1, H, W] with values 0..255, on any device.
+            images: uint8 [B, 1, S, S] as the model takes them, on any device.
             targets: names or numbers of the K classes to explain in each image; None for all.
 
         Raises:
-            CxrdistError: the images have another shape, or a target is no class of the model.
+            CxrdistError: the images have another type or shape, or a target is not a class of the
+                model.
         """
-        _check_images(images)
+        check_batch(images, self._size_px)
         indices = _class_indices(self.classes, targets)
         with exact(self._device):
             inputs = self._normalise(images.to(self._device)).detach()
@@ -115,7 +128,7 @@ def attribute(
     model: Classifier,
     images: Tensor,
     targets: Sequence[int | str] | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> Attribution:
     """Explain one batch; an Explainer (with these settings) does the same for many batches."""
     return Explainer(model, **settings).attribute(images, targets)
@@ -134,14 +147,6 @@ def exact(device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
     ):
         yield
-
-
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 1:
-        raise CxrdistError(
-            f"cannot explain images of shape {list(images.shape)}: expected grey ones, "
-            "[B, 1, H, W]; add the missing axes"
-        )
 
 
 def _class_indices(classes: list[str], targets: Sequence[int | str] | None) -> list[int]:

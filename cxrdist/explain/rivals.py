@@ -25,7 +25,7 @@ def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
     Returns:
         [B, H, W], nowhere below 0.
     """
-    method = LayerGradCam(model, _last_features(model))
+    method = LayerGradCam(model.logits, _last_features(model))
     with exact(images.device):
         coarse = method.attribute(images.float(), target, relu_attributions=True)
         fine = LayerAttribution.interpolate(coarse.detach(), images.shape[2:], "bilinear")
@@ -55,7 +55,8 @@ def plain_gradient(model: Classifier, images: Tensor, target: int) -> Tensor:
         [B, H, W].
     """
     with exact(images.device):
-        return Saliency(model).attribute(images.float().requires_grad_(), target).detach()[:, 0]
+        method, grey = Saliency(model.logits), images.float().requires_grad_()
+        return method.attribute(grey, target).detach()[:, 0]
 
 
 def centre_prior(size_px: int) -> NDArray[np.float64]:

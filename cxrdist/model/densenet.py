@@ -1,5 +1,6 @@
 """A network on grey X-rays, and the model as it is saved for use."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -10,12 +11,17 @@ from torch import Tensor, nn
 
 from cxrdist.config import Network
 from cxrdist.data.index import Fit, Task
+from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError
 from cxrdist.info import WeightsInfo
+from cxrdist.model.batch import check_batch
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.description import Calibration, Cover, ModelFile, Normalisation
 from cxrdist.model.networks import build_network, refuse_small_squares
+from cxrdist.model.prediction import Predictions
+from cxrdist.model.reading import ImageSource, read_squares
 from cxrdist.model.tensorfile import read_safetensors
+from cxrdist.precision import full_float32
 from cxrdist.run import open_run, read_document, write_json
 
 MEND = "copy the run directory again or train anew"
@@ -76,6 +82,47 @@ class Classifier(nn.Module):
         self.register_buffer("mean", _per_channel(self.normalisation.mean), persistent=False)
         self.register_buffer("std", _per_channel(self.normalisation.std), persistent=False)
 
+    def preparation(self) -> Preparation:
+        """Say how an image file becomes a square of the model.
+
+        Raises:
+            CxrdistError: it needs a mask, which no file has.
+        """
+        if self.lungs_only:
+            raise CxrdistError(
+                "the model was trained on lungs only, and new images have no masks; pack them with "
+                "--masks and --lungs-only, and use cxrdist evaluate"
+            )
+        return Preparation(
+            size_px=self.image_size_px,
+            fit=self.fit,
+            depth=self.depth,
+            cover=self.cover.how if self.cover else "black",
+            finds_text=self.cover is not None and self.cover.is_of_training,
+        )
+
+    def predict(
+        self, images: ImageSource | Sequence[ImageSource], *, batch_size: int = 16
+    ) -> Predictions:
+        """Predict image files and squares, in this process, with the numbers of `cxrdist predict`.
+
+        Args:
+            images: files, read as those of the training; and uint8 [S, S], as `read_image` gives.
+            batch_size: images in one forward pass.
+
+        Raises:
+            CxrdistError: an image cannot be used, or the model is in training mode.
+        """
+        if self.training:
+            raise CxrdistError("the model is in training mode; call model.eval() before predict")
+        if batch_size < 1:
+            raise CxrdistError(f"batch_size is {batch_size}: expected at least 1")
+        squares = torch.from_numpy(read_squares(images, self)).unsqueeze(1)
+        with torch.inference_mode(), full_float32():
+            logits = [self(batch.to(self.mean.device)).cpu() for batch in squares.split(batch_size)]
+        values = torch.cat(logits).float().numpy()
+        return Predictions(values, self.classes, self.task, self.calibration)
+
     def normalise(self, images: Tensor) -> Tensor:
         """Spread grey values 0..255, uint8 or float [B, 1, H, W], to float [B, C, H, W]."""
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
@@ -87,9 +134,34 @@ class Classifier(nn.Module):
             torch._foreach_add_(counters, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of grey images, uint8 or float [B, 1, H, W] with values 0..255."""
+        """Give the logits of grey images.
+
+        Args:
+            images: uint8 [B, 1, S, S] on the device of the model, with S = `image_size_px`.
+
+        Returns:
+            float [B, classes].
+
+        Raises:
+            CxrdistError: they have another type, shape or device; the line says the mend.
+        """
+        check_batch(images, self.image_size_px, self.mean.device)
+        return self.logits(images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Give the logits of grey images that nobody checks: for training, and for export.
+
+        A training loop warps its images, and so has floats, and knows what they are.
+
+        Args:
+            images: uint8 or float [B, 1, H, W] with values 0..255, on the device of the model.
+
+        Returns:
+            float [B, classes].
+        """
         self.count_pass()
-        return self.network(self.normalise(images))
+        logits: Tensor = self.network(self.normalise(images))
+        return logits
 
 
 def _per_channel(values: tuple[float, ...]) -> Tensor:
@@ -150,7 +222,18 @@ def load_model(run: str | Path) -> Classifier:
             f"--run {run}: is an ensemble of several networks, and here one is needed; give one of "
             f"its members, such as {Path(run) / 'member-0'}"
         )
-    directory = open_run(Path(run)).model
+    return read_model(open_run(Path(run)).model)
+
+
+def read_model(directory: Path) -> Classifier:
+    """Read model.json and model.safetensors, in evaluation mode, on the CPU.
+
+    Args:
+        directory: RUN/model, or the folder of ``cxrdist export --to huggingface``.
+
+    Raises:
+        CxrdistError: a file is missing or invalid, or they do not belong together.
+    """
     content = read_document(directory / "model.json", ModelFile, MEND)
     try:
         weights = read_safetensors(directory / "model.safetensors").tensors

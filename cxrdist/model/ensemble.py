@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from cxrdist.data.index import Fit, Task
+from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import MEND, Classifier, is_ensemble, load_model
 from cxrdist.model.description import Calibration, Cover, EnsembleFile
@@ -76,6 +77,10 @@ class Ensemble(nn.Module):
     def lungs_only(self) -> bool:
         """Whether all but the lungs was black in them."""
         return self.first.lungs_only
+
+    def preparation(self) -> Preparation:
+        """Say how an image file becomes a square of the ensemble, as of each of its members."""
+        return self.first.preparation()
 
     @property
     def has_folds(self) -> bool:

@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from cxrdist.report.evidence import Evidence
+from cxrdist.report.evidence import Evidence, gather
 from cxrdist.report.files import weights_chain
 from cxrdist.report.page import template
 from cxrdist.report.verdict import gap_lines
-from cxrdist.run import RunDirectory, write_text
+from cxrdist.run import RunDirectory, read_bytes, write_text
 
 OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
 MOST_BYTES = 1 << 20  # of a card that is looked at
@@ -48,6 +48,23 @@ def write_card(evidence: Evidence) -> bool:
     """
     if not (evidence.model or evidence.members) or _is_kept(evidence.run):
         return False
+    write_text(evidence.run.card, _render(evidence))
+    return True
+
+
+def read_card(run: RunDirectory) -> str:
+    """Read the card that the authors keep, or make one of what the run holds.
+
+    Raises:
+        CxrdistError: one of the run's files is not what its command writes.
+    """
+    if _is_kept(run):
+        return read_bytes(run.card, MOST_BYTES).decode("utf-8", "replace")
+    return _render(gather(run))
+
+
+def _render(evidence: Evidence) -> str:
+    """Fill in the card."""
     name = evidence.run.root.resolve().name
     head = yaml.safe_dump(_head(name, evidence), sort_keys=False, allow_unicode=True)
     content = {
@@ -63,8 +80,7 @@ def write_card(evidence: Evidence) -> bool:
         "sources": _sources(evidence),
         "gaps": [(place_title(place), gap_lines(m)) for place, m in evidence.metrics.items()],
     }
-    write_text(evidence.run.card, template("card.md.jinja").render(content))
-    return True
+    return template("card.md.jinja").render(content)
 
 
 def _is_kept(run: RunDirectory) -> bool:

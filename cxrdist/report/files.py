@@ -16,11 +16,12 @@ from cxrdist.data.labels import labels_of
 from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Real, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
-from cxrdist.evaluate.metrics import Metrics, predicted_classes
+from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.description import RelevanceInfo, read_description
 from cxrdist.info import RunInfo, WeightsInfo
 from cxrdist.model.description import Calibration, ModelFile
+from cxrdist.model.prediction import predicted_classes
 from cxrdist.report.values import COUNTS, MEASURES
 from cxrdist.run import (
     RunDirectory,

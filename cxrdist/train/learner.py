@@ -107,13 +107,12 @@ class Learner(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits [B, classes] of warped images, float [B, 1, H, W]."""
         if not self._trunk:
-            logits: Tensor = self.model(images)
-            return logits
+            return self.model.logits(images)
         self.model.count_pass()
         with torch.no_grad():
             features = self._trunk[0](self.model.normalise(images))
         head: Any = self.model.network
-        logits = head.forward_head(features)
+        logits: Tensor = head.forward_head(features)
         return logits
 
 

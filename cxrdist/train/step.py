@@ -216,7 +216,7 @@ def passes_of(batch: Slice, rank: int, max_images: int | None) -> Iterator[Pass]
 @torch.no_grad()
 def validate(
     accelerator: Accelerator,
-    model: nn.Module,
+    model: Classifier,
     data: TrainingData,
     batches: Batches,
     at_boundary: Callable[[], None],
@@ -254,7 +254,7 @@ def validate(
         rows = slice(start, min(start + VAL_IMAGES_PER_PASS, len(plan.samples)))
         images = read_rows(data.images, plan.samples[rows], device)
         targets = batches.targets[rows]
-        logits = model(warp(images, batches.matrices[rows])).float()
+        logits = model.logits(warp(images, batches.matrices[rows])).float()
         loss = sum_of_losses(logits, targets)
         correct = (logits.argmax(1) == targets.argmax(1)).sum()
         sums[:2] += torch.stack([loss.double(), correct.double()])

@@ -23,7 +23,6 @@ from cxrdist.evaluate.calibration import (
     choose_calibration,
     describe_calibration,
     fit_temperature,
-    probability_columns,
     wanted_rule,
 )
 from cxrdist.evaluate.metrics import Metrics
@@ -31,6 +30,7 @@ from cxrdist.evaluate.operating_points import Rule, operating_points, read_rule
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import Scored
 from cxrdist.model.densenet import Classifier, load_model, save_model
+from cxrdist.model.prediction import Predictions, probability_columns
 
 SHA = "0" * 64
 YOUDEN = Rule("youden", None)
@@ -176,22 +176,26 @@ def make_calibration(**temperatures):
 
 def test_columns_are_sigmoid_and_softmax_of_the_divided_logits():
     """By torch; softmax only of all classes of the model, of images that have one of them."""
+
+    def columns(*of_model):
+        return probability_columns(Predictions(*of_model))
+
     logits = np.array([[1.0, -2.0, 0.5], [30.0, 18.0, 25.0]], np.float32)
     classes = ["a", "b", "c"]
     calibration = make_calibration(a=2.0, b=0.5, c=1.0)
     divided = torch.tensor(logits).double() / torch.tensor([2.0, 0.5, 1.0])
-    found = probability_columns(logits, classes, "multiclass", calibration)
+    found = columns(logits, classes, "multiclass", calibration)
     names = [f"{what}_{name}" for what in ("calibrated", "softmax") for name in classes]
     assert [*found] == names
     expected = torch.cat([torch.sigmoid(divided), torch.softmax(divided, 1)], 1)
     assert np.column_stack([*found.values()]) == pytest.approx(expected.numpy(), abs=1e-12)
-    assert [*probability_columns(logits, classes, "multilabel", calibration)] == names[:3]
-    assert [*probability_columns(logits[:, :2], ["a", "b"], "multiclass", calibration)] == names[:2]
-    assert probability_columns(logits, classes, "multiclass", None) == {}
+    assert [*columns(logits, classes, "multilabel", calibration)] == names[:3]
+    assert [*columns(logits[:, :2], ["a", "b"], "multiclass", calibration)] == names[:2]
+    assert columns(logits, classes, "multiclass", None) == {}
     some = replace(make_calibration(a=2.0, c=1.0), reasons={"b": "too few"})
-    found = probability_columns(logits, classes, "multiclass", some)
+    found = columns(logits, classes, "multiclass", some)
     assert [*found] == ["calibrated_a", "calibrated_c"]
-    found = probability_columns(logits[:, [0, 2]], ["a", "c"], "multiclass", some)
+    found = columns(logits[:, [0, 2]], ["a", "c"], "multiclass", some)
     assert [*found] == ["calibrated_a", "calibrated_c"]
 
 

@@ -16,9 +16,8 @@ from cxrdist.evaluate.metrics import (
     compute_metrics,
     mean_auroc,
     metrics_table,
-    predicted_classes,
-    to_probabilities,
 )
+from cxrdist.model.prediction import predicted_classes, to_probabilities
 
 PAPER_TABLE_1 = [[59, 1, 0], [1, 58, 1], [1, 0, 59]]
 CLASSES = ["Normal", "Viral Pneumonia", "COVID-19"]

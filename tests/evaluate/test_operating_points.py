@@ -14,13 +14,13 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.calibration import choose_calibration
 from cxrdist.evaluate.operating_points import (
     Rule,
-    called_columns,
     choose_threshold,
     operating_points,
     read_rule,
     refuse_bad_prevalence,
 )
 from cxrdist.evaluate.scored import Scored
+from cxrdist.model.prediction import Predictions
 
 RULES = ["youden", "sensitivity=0.95", "specificity=0.9"]
 
@@ -193,6 +193,6 @@ def test_a_logit_read_from_nine_digits_is_called_as_the_networks_own():
     calibration.thresholds["a"] = float(exact)
     logits = np.array([[exact, 0], [float(f"{exact:.9g}"), 0], [0.0999, 0]])
     assert logits[1, 0] < logits[0, 0]
-    found = called_columns(logits, ["a", "b"], calibration)
-    assert [*found] == ["called_a", "called_b"]
-    assert found["called_a"].tolist() == [True, True, False]
+    found = Predictions(logits, ["a", "b"], "multiclass", calibration).called
+    assert [*found] == ["a", "b"]
+    assert found["a"].tolist() == [True, True, False]

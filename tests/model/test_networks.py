@@ -81,7 +81,7 @@ def test_a_logit_of_squeezenet_may_be_below_0():
     """With the published last ReLU no probability could be below one half."""
     model = Classifier(Network(architecture="squeezenet1_1"), ["a", "b"], 32).eval()
     model.network.classifier[1].bias.data.fill_(-3.0)
-    assert (model(torch.zeros(1, 1, 32, 32)) < -1).all()
+    assert (model(torch.zeros(1, 1, 32, 32, dtype=torch.uint8)) < -1).all()
 
 
 @every_architecture

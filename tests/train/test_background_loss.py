@@ -83,14 +83,15 @@ def test_the_shares_are_those_of_the_engines_maps_and_of_the_gradient():
     without turns it is the mean of both.
     """
     model, (images, targets) = network(), batch()
+    images = images.round()
     with torch.no_grad():
         inputs = (model, images, targets, left_half(4))
         first, second, mean = (share_of_contrast(*inputs, turn) for turn in (0, 1, None))
-    maps = Explainer(model.eval()).attribute(images, [0, 1, 2]).relevance
+    maps = Explainer(model.eval()).attribute(images.to(torch.uint8), [0, 1, 2]).relevance
     weights = torch.tensor([[1, -0.5, -0.5], [-0.5, 1, -0.5], [-0.5, -0.5, 1], [1, -1, 0]])
     amounts = (maps * weights.to(maps)[..., None, None]).sum(1).abs()
     shown = images.clone().requires_grad_()
-    (model(shown) * weights).sum().backward()
+    (model.logits(shown) * weights).sum().backward()
     of_maps, of_gradient = (
         of[..., : SIZE_PX // 2].sum((1, 2)) / of.sum((1, 2))
         for of in (amounts, shown.grad[:, 0].abs())
@@ -116,7 +117,7 @@ def test_the_squared_gradient_is_that_of_differences():
             for sign in (1, -1):
                 other = images.clone()
                 other[..., y, x] += sign * step * 255
-                p = torch.sigmoid(model(other))
+                p = torch.sigmoid(model.logits(other))
                 moved.append((p.log() + (1 - p).log()).sum(1))
             expected += ((moved[0] - moved[1]) / (2 * step)).square()
     assert torch.allclose(found, expected, rtol=1e-5)

@@ -1,0 +1,58 @@
+"""The command export: a trained model as a file or folder of another program."""
+
+from cxrdist.config import ExportConfig
+from cxrdist.errors import CxrdistError
+from cxrdist.export.folder import write_huggingface, write_timm
+from cxrdist.export.graph import require_onnx, write_onnx, write_torch_export
+from cxrdist.export.note import Source
+from cxrdist.export.parity import describe_parity, read_squares
+from cxrdist.model.ensemble import load_predictor
+from cxrdist.precision import use_full_float32
+from cxrdist.run import RunDirectory, refuse_unwritable
+
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
+
+
+def export(config: ExportConfig) -> None:
+    """Write OUT, once its logits are known to be PyTorch's.
+
+    Raises:
+        CxrdistError: run, shards or OUT cannot be used, or the network cannot be exported so.
+        RunFailedError: the exported network computes other logits; nothing is written.
+    """
+    _refuse_bad_out(config)
+    if config.to == "onnx":
+        require_onnx()
+    model = load_predictor(config.run)
+    use_full_float32()
+    source = Source(RunDirectory(config.run), model, read_squares(config.shards, model))
+    match config.to:
+        case "onnx":
+            note = write_onnx(source, config.out)
+        case "torch-export":
+            note = write_torch_export(source, config.out)
+        case "timm":
+            note = write_timm(source, config.out)
+        case "huggingface":
+            note = write_huggingface(source, config.out)
+    if model.calibration is None:
+        print(
+            "probabilities are not calibrated and there are no thresholds: run `cxrdist evaluate` "
+            "on the shards of the training once, then export again"
+        )
+    print(f"{config.out}: {note['network']}; {describe_parity(note['parity'])}")
+
+
+def _refuse_bad_out(config: ExportConfig) -> None:
+    """Make sure that OUT can be written before any work is done for it.
+
+    Raises:
+        CxrdistError: it already exists, or has another suffix than the files of its kind.
+        RunFailedError: its directory is read-only.
+    """
+    out, suffix = config.out, SUFFIXES.get(config.to)
+    if out.exists() or out.is_symlink():
+        raise CxrdistError(f"{out}: already exists; name another, or move it away")
+    if suffix and out.suffix != suffix:
+        raise CxrdistError(f"{out}: --to {config.to} writes a file; expected a name in {suffix}")
+    refuse_unwritable(out)

@@ -1,0 +1,190 @@
+"""Folders of weights for other libraries: timm and torchxrayvision, and the Hugging Face Hub."""
+
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict, cast
+
+import numpy as np
+import timm
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from cxrdist import __version__
+from cxrdist.data.index import Fit
+from cxrdist.errors import CxrdistError
+from cxrdist.export.note import ExportNote, Source, write_note
+from cxrdist.export.parity import Parity, describe_parity, measure_parity
+from cxrdist.info import WeightsInfo
+from cxrdist.model.densenet import Classifier, network_state, read_model, save_model
+from cxrdist.model.ensemble import Ensemble
+from cxrdist.model.networks import output_layer
+from cxrdist.report.card import OURS, read_card
+from cxrdist.report.page import template
+from cxrdist.run import atomic_directory, write_json, write_text
+
+# timm's names of the ways to make an image square; its resampling is not that of cxrdist.
+CROP_MODES: dict[Fit, Literal["center", "squash", "border"]] = {
+    "crop": "center",
+    "stretch": "squash",
+    "pad": "border",
+}
+
+
+class PretrainedConfig(TypedDict):
+    """What timm needs to know of weights."""
+
+    input_size: list[int]
+    mean: list[float]
+    std: list[float]
+    interpolation: Literal["bilinear"]
+    crop_pct: float
+    crop_mode: Literal["center", "squash", "border"]
+    num_classes: int
+    first_conv: str
+    classifier: str
+
+
+class LibraryConfig(TypedDict):
+    """The content of config.json, in timm's form (``timm.models.load_model_config_from_path``)."""
+
+    architecture: str
+    num_classes: int
+    label_names: list[str]
+    model_args: NotRequired[dict[str, Any]]
+    """Of a network that is not as published: its shape, or one input channel."""
+    pretrained_cfg: PretrainedConfig
+
+
+def write_timm(source: Source, out: Path) -> ExportNote:
+    """Write a folder that ``timm.create_model("local-dir:OUT", pretrained=True)`` loads strictly.
+
+    It holds model.safetensors under timm's names, config.json for timm, cxrdist.json with the note
+    and README.md. A DenseNet's weights have the names of torchxrayvision's DenseNet too.
+
+    Raises:
+        CxrdistError: the model is an ensemble, or timm has no such network.
+        RunFailedError: timm's network computes other logits.
+    """
+    model = _one_network(source.model, "timm")
+    if not timm.is_model(model.shape.architecture):
+        raise CxrdistError(
+            f"--to timm: timm has no {model.shape.title}, which is torchvision's; take --to onnx, "
+            "torch-export or huggingface"
+        )
+    with atomic_directory(out) as folder:
+        (folder / "model.safetensors").write_bytes(save(network_state(model)))
+        write_json(folder / "config.json", library_config(model))
+        network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        logits_of = _logits_of(network, model.normalise)
+        runtime = f"timm {version('timm')}"
+        parity = measure_parity(model, logits_of, source.squares, runtime)
+        note = write_note(source, parity, in_graph=False)
+        write_json(folder / "cxrdist.json", note)
+        card = f"# Weights of {model.shape.title} for timm\n\n{_section(model, parity, 'timm')}"
+        write_text(folder / "README.md", card)
+    return note
+
+
+def write_huggingface(source: Source, out: Path) -> ExportNote:
+    """Write a folder that ``huggingface_hub.upload_folder`` takes as it is.
+
+    It holds model.safetensors and model.json, which `load_model` reads; config.json, which counts
+    downloads on the Hub and lets timm load a network that it has; cxrdist.json with the note; and
+    README.md, the model card of the run. Names of folders of this machine are in none of them.
+
+    Raises:
+        CxrdistError: the model is an ensemble, or the run holds no run.json.
+        RunFailedError: the weights that were read back give other logits.
+    """
+    model = _one_network(source.model, "huggingface")
+    card = read_card(source.run).replace(f"{OURS}\n", "")
+    with atomic_directory(out) as folder:
+        origin = model.origin
+        model.origin = without_folders(origin)
+        save_model(model, folder)
+        model.origin = origin
+        write_json(folder / "config.json", library_config(model))
+        logits_of = _logits_of(read_model(folder), lambda images: images)
+        runtime = f"cxrdist {__version__}"
+        parity = measure_parity(model, logits_of, source.squares, runtime)
+        note = write_note(source, parity, in_graph=False)
+        write_json(folder / "cxrdist.json", note)
+        text = f"{card.rstrip()}\n\n{_section(model, parity, 'huggingface')}"
+        write_text(folder / "README.md", text)
+    return note
+
+
+def _one_network(model: Classifier | Ensemble, target: str) -> Classifier:
+    """Return the network of a model.
+
+    Raises:
+        CxrdistError: there are several.
+    """
+    if isinstance(model, Ensemble):
+        raise CxrdistError(
+            f"--to {target}: takes one network, and --run is an ensemble of {len(model.names)}; "
+            f"give a member, such as RUN/{model.names[0]}, or take --to onnx or torch-export"
+        )
+    return model
+
+
+def _logits_of(
+    network: nn.Module, prepare: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], NDArray[np.float32]]:
+    return lambda images: cast(NDArray[np.float32], network(prepare(images)).numpy())
+
+
+def library_config(model: Classifier) -> LibraryConfig:
+    """Describe a network in the form of timm."""
+    mean, std = model.normalisation.mean, model.normalisation.std
+    modules = model.network.named_modules()
+    content: LibraryConfig = {
+        "architecture": model.shape.architecture,
+        "num_classes": len(model.classes),
+        "label_names": model.classes,
+        "pretrained_cfg": {
+            "input_size": [len(mean), model.image_size_px, model.image_size_px],
+            "mean": list(mean),
+            "std": list(std),
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": CROP_MODES[model.fit],
+            "num_classes": len(model.classes),
+            "first_conv": next(name for name, m in modules if isinstance(m, nn.Conv2d)),
+            "classifier": output_layer(model.shape),
+        },
+    }
+    arguments: dict[str, Any] = {"in_chans": len(mean)} if len(mean) != 3 else {}
+    if model.shape.is_densenet:
+        growth_rate, block_config = model.shape.dense_shape
+        arguments |= {"growth_rate": growth_rate, "block_config": list(block_config)}
+    if arguments:
+        content["model_args"] = arguments
+    return content
+
+
+def without_folders(origin: WeightsInfo | None) -> WeightsInfo | None:
+    """Leave out of a chain of weights in which folders of this machine they were."""
+    if origin is None:
+        return None
+    source = origin["source"]
+    copy: WeightsInfo = {**origin, "source": source if "://" in source else Path(source).name}
+    if trained_on := origin.get("trained_on"):
+        shards = trained_on.get("shards")
+        copy["trained_on"] = {**trained_on, "shards": shards and Path(shards).name}
+    copy["started_from"] = without_folders(origin.get("started_from"))
+    return copy
+
+
+def _section(model: Classifier, parity: Parity, target: str) -> str:
+    """The part of a README that says how the weights are loaded, and how far they were compared."""
+    content = {
+        "model": model,
+        "channels": len(model.normalisation.mean),
+        "parity": describe_parity(parity),
+        "target": target,
+        "in_timm": timm.is_model(model.shape.architecture),
+    }
+    return template("export.md.jinja").render(content)

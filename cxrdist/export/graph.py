@@ -1,0 +1,173 @@
+"""The network as one graph, from grey values to probabilities, in files of other programs."""
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from cxrdist.errors import CxrdistError
+from cxrdist.export.note import ExportNote, Source, write_note
+from cxrdist.export.parity import measure_parity
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import Ensemble
+from cxrdist.run import atomic_file
+
+NOTE_NAME = "cxrdist.json"  # of the note in a .pt2 file
+# A protobuf message, such as an ONNX file, has less than 2 GiB; a graph takes some MB beside them.
+MOST_ONNX_BYTES = (1 << 31) - (64 << 20)
+
+
+class Graph(nn.Module):
+    """A model that gives logits and calibrated probabilities of uint8 images.
+
+    The probabilities are the columns calibrated_CLASS of `cxrdist predict`; of a class without a
+    temperature its column prob_CLASS.
+    """
+
+    temperatures: Tensor
+
+    def __init__(self, model: Classifier | Ensemble) -> None:
+        super().__init__()
+        self.model = model
+        known = model.calibration.temperatures if model.calibration else {}
+        temperatures = torch.tensor([known.get(name, 1.0) for name in model.classes])
+        self.register_buffer("temperatures", temperatures)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and probabilities, float32 [B, classes] each, of uint8 images [B, 1, S, S]."""
+        logits = self.model(images)
+        return logits, torch.sigmoid(logits / self.temperatures)
+
+
+def require_onnx() -> None:
+    """Make sure that what ONNX needs is installed.
+
+    Raises:
+        CxrdistError: it is not.
+    """
+    try:
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            import_module(name)
+    except ImportError as error:
+        raise CxrdistError(f'--to onnx: {error}; pip install "cxrdist[export]"') from error
+
+
+def write_onnx(source: Source, out: Path) -> ExportNote:
+    """Write one ONNX file with the weights in it and the note as its metadata.
+
+    Each member of the note is a metadata property; what is not text is JSON.
+
+    Raises:
+        CxrdistError: the weights are too large for one file.
+        RunFailedError: onnxruntime computes other logits.
+    """
+    import onnx
+
+    num_bytes = sum(tensor.nbytes for tensor in source.model.state_dict().values())
+    if num_bytes > MOST_ONNX_BYTES:
+        raise CxrdistError(
+            f"--to onnx: the weights have {num_bytes / 2**30:.1f} GiB, expected less than 2 GiB "
+            "for an ONNX file; take --to torch-export, or a member of the ensemble"
+        )
+    proto = to_onnx(Graph(source.model).eval())
+    logits_of = _run_onnx(proto.SerializeToString())
+    runtime = f"onnxruntime {version('onnxruntime')}"
+    note = write_note(
+        source, measure_parity(source.model, logits_of, source.squares, runtime), in_graph=True
+    )
+    for name, value in note.items():
+        text = value if isinstance(value, str) else json.dumps(value, default=asdict)
+        proto.metadata_props.add(key=name, value=text)
+    onnx.checker.check_model(proto, full_check=True)
+    with atomic_file(out) as partial:
+        partial.write_bytes(proto.SerializeToString())
+    return note
+
+
+def to_onnx(graph: Graph) -> Any:
+    """Translate a graph into an ``onnx.ModelProto`` with a free batch size.
+
+    Nodes keep no metadata: PyTorch notes there where the code lies on this machine.
+    """
+    program = torch.onnx.export(
+        graph,
+        (_example(graph.model),),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits", "calibrated_probabilities"],
+        dynamic_shapes=({0: "batch"},),
+        external_data=False,
+        verbose=False,
+    )
+    proto = program.model_proto  # type: ignore[union-attr]
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+    return proto
+
+
+def _run_onnx(model: bytes) -> Callable[[Tensor], NDArray[np.float32]]:
+    """Open a model in onnxruntime, with as many threads as PyTorch has."""
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
+
+
+def write_torch_export(source: Source, out: Path) -> ExportNote:
+    """Write a file of torch.export, which PyTorch runs without cxrdist and timm.
+
+    The note is the extra file `NOTE_NAME` in it.
+
+    Raises:
+        RunFailedError: the file computes other logits.
+    """
+    program = to_program(Graph(source.model).eval())
+    loaded = torch.export.load(io.BytesIO(_saved(program))).module()
+    runtime = f"torch.export {torch.__version__}"
+
+    def logits_of(images: Tensor) -> NDArray[np.float32]:
+        logits: NDArray[np.float32] = loaded(images)[0].numpy()
+        return logits
+
+    parity = measure_parity(source.model, logits_of, source.squares, runtime)
+    note = write_note(source, parity, in_graph=True)
+    content = json.dumps(note, default=asdict, indent=2)
+    with atomic_file(out) as partial:
+        partial.write_bytes(_saved(program, {NOTE_NAME: content}))
+    return note
+
+
+def to_program(graph: Graph) -> ExportedProgram:
+    """Trace a graph with a free batch size.
+
+    Its nodes keep no stack traces, which say where the code lies on this machine.
+    """
+    shapes = ({0: Dim("batch", min=1)},)
+    with torch.no_grad():
+        program = torch.export.export(graph, (_example(graph.model),), dynamic_shapes=shapes)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _example(model: Classifier | Ensemble) -> Tensor:
+    """Two images; a batch of one would be taken for a fixed size."""
+    return torch.zeros(2, 1, model.image_size_px, model.image_size_px, dtype=torch.uint8)
+
+
+def _saved(program: ExportedProgram, extra_files: dict[str, str] | None = None) -> bytes:
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files=extra_files)
+    return content.getvalue()

@@ -1,0 +1,120 @@
+"""The note: what a program that gets an exported network must know to use it."""
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from cxrdist.data.index import Classes, Depth, Fit, SidePx, Task
+from cxrdist.documents import Real, Sha256, Text
+from cxrdist.export.parity import Parity, Squares
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.description import Calibration, Cover, Normalisation
+from cxrdist.model.download import sha256_of
+from cxrdist.model.ensemble import Ensemble
+from cxrdist.run import RunDirectory, environment
+
+USE = "research only, not a medical device"
+IN_GRAPH = (
+    "images: uint8 [batch, 1, size, size], grey values 0 to 255; the normalisation is in the graph"
+)
+OF_GRAPH = (
+    "logits: float32 [batch, classes], not calibrated, to be compared with thresholds; "
+    "calibrated_probabilities: float32 [batch, classes], sigmoid(logit / temperature) of each "
+    "class against the rest"
+)
+IN_LIBRARY = (
+    "float32 [batch, channels, size, size]: grey values divided by 255, the same in each channel, "
+    "then (x - mean) / std"
+)
+OF_LIBRARY = "logits: float32 [batch, classes], not calibrated, to be compared with thresholds"
+
+
+class ExportNote(TypedDict):
+    """The metadata of an exported network."""
+
+    format: Literal["cxrdist-export-1"]
+    use: str
+    network: str
+    classes: Classes
+    """In the order of the outputs."""
+    task: Task
+    """Whether an image has one of the classes or any number of them."""
+    input: str
+    output: str
+    image_size_px: SidePx
+    normalisation: Normalisation | None
+    """Of grey values 0 to 1; None of an ensemble, whose members have their own in the graph."""
+    fit: Fit
+    """How images were made square for the training."""
+    depth: Depth | None
+    """Bits that hold the values of images which do not declare their depth."""
+    cover: Cover | None
+    """How burned-in text was covered in the training images; None where it was not."""
+    lungs_only: bool
+    """Whether all but the lungs was black in the training images."""
+    temperatures: dict[str, Real]
+    """By class; a class that has none is not calibrated."""
+    thresholds: dict[str, Real]
+    """By class: it is called where its logit is at least that."""
+    operating_points: Text | None
+    """The rule by which the thresholds were chosen on the validation split."""
+    source_sha256: dict[str, Sha256]
+    """Of the weights in the run directory, by their path in it."""
+    versions: dict[str, str]
+    parity: Parity
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run whose model is exported.
+
+    Attributes:
+        run: its directory.
+        model: in evaluation mode, on the CPU.
+        squares: images that the export is compared on.
+    """
+
+    run: RunDirectory
+    model: Classifier | Ensemble
+    squares: Squares
+
+
+def write_note(source: Source, parity: Parity, *, in_graph: bool) -> ExportNote:
+    """Describe an exported network.
+
+    Args:
+        source: the run.
+        parity: of the exported network.
+        in_graph: whether normalisation and calibration are in the graph.
+    """
+    model = source.model
+    calibration: Calibration | None = model.calibration
+    members = [] if isinstance(model, Classifier) else model.names
+    files = [f"{name}/model/model.safetensors" for name in members] or ["model/model.safetensors"]
+    return {
+        "format": "cxrdist-export-1",
+        "use": USE,
+        "network": title_of(model),
+        "classes": model.classes,
+        "task": model.task,
+        "input": IN_GRAPH if in_graph else IN_LIBRARY,
+        "output": OF_GRAPH if in_graph else OF_LIBRARY,
+        "image_size_px": model.image_size_px,
+        "normalisation": model.normalisation if isinstance(model, Classifier) else None,
+        "fit": model.fit,
+        "depth": model.depth,
+        "cover": model.cover,
+        "lungs_only": model.lungs_only,
+        "temperatures": dict(calibration.temperatures) if calibration else {},
+        "thresholds": dict(calibration.thresholds) if calibration else {},
+        "operating_points": calibration.rule if calibration else None,
+        "source_sha256": {file: sha256_of(source.run.inside(file)) for file in files},
+        "versions": environment()["versions"],
+        "parity": parity,
+    }
+
+
+def title_of(model: Classifier | Ensemble) -> str:
+    """Name the network for people."""
+    if isinstance(model, Classifier):
+        return model.shape.title
+    return f"mean of {len(model.names)} networks, the first a {model.first.shape.title}"

@@ -1,0 +1,136 @@
+"""Parity: how far the logits of an exported network are from PyTorch's, on the same images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cxrdist.data.index import read_index
+from cxrdist.data.shards import read_shard
+from cxrdist.documents import Real, Sha256
+from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.evaluate.predictions import refuse_unlike
+from cxrdist.info import Count
+from cxrdist.model.densenet import Classifier
+from cxrdist.model.ensemble import Ensemble
+from cxrdist.run import now
+
+MOST_IMAGES = 100
+RANDOM_SQUARES = 17  # two batches and a batch of one image
+BATCH_SIZE = 8
+SEED = 0
+# float32 adds in another order in each program: DenseNet121 differs by about 1e-5.
+MOST_DIFFERENCE = 1e-4
+
+
+class Parity(TypedDict):
+    """What was compared."""
+
+    images: Count
+    source: str
+    """Which images these are, for people."""
+    index_sha256: Sha256 | None
+    """Of the shards that they are from; None for random squares."""
+    largest_difference: Real
+    """The largest absolute difference of a logit."""
+    runtime: str
+    """The program that computed the exported network, with its version."""
+    measured: str
+    """ISO time, UTC."""
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Images to compare on.
+
+    Attributes:
+        pixels: uint8 [N, 1, S, S].
+        source: which images these are, for people.
+        index_sha256: of the shards that they are from; None for random squares.
+    """
+
+    pixels: Tensor
+    source: str
+    index_sha256: str | None
+
+
+def read_squares(shards: Path | None, model: Classifier | Ensemble) -> Squares:
+    """Read the first images of a test split, whose order pack has drawn, or make random squares.
+
+    Args:
+        shards: a directory of shards; None for random squares.
+        model: that takes the images.
+
+    Raises:
+        CxrdistError: the shards are not whole, have no test split, or are unlike the model's.
+    """
+    if shards is None:
+        shape = (RANDOM_SQUARES, 1, model.image_size_px, model.image_size_px)
+        pixels = torch.randint(
+            0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(SEED)
+        )
+        return Squares(pixels, "squares of random grey values, which are not X-rays", None)
+    index = read_index(shards)
+    if not index.numbers("test"):
+        raise CxrdistError(
+            f"--shards {shards}: have no image in the test split, on which the export is compared; "
+            "give shards that have one, or leave --shards out"
+        )
+    refuse_unlike(index, model, "test")
+    packed = [shard for shard in index.packed() if shard.samples[0].split == "test"]
+    samples = chain.from_iterable(read_shard(shard) for shard in packed)
+    found = [square for square, _ in islice(samples, MOST_IMAGES)]
+    source = f"X-rays of the test split ({len(index.numbers('test'))} images)"
+    return Squares(torch.from_numpy(np.stack(found)).unsqueeze(1), source, index.sha256)
+
+
+@torch.inference_mode()
+def measure_parity(
+    model: Classifier | Ensemble,
+    exported: Callable[[Tensor], NDArray[np.float32]],
+    squares: Squares,
+    runtime: str,
+) -> Parity:
+    """Compare logits, batch by batch; the last batch is smaller, so the batch size is free.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        exported: gives the logits, float32 [B, classes], of uint8 images [B, 1, S, S].
+        squares: the images.
+        runtime: the program that computes the exported network, with its version.
+
+    Raises:
+        RunFailedError: a logit differs by more than `MOST_DIFFERENCE`, or is not finite.
+    """
+    differences = [
+        np.abs(exported(images) - model(images).numpy()).max()
+        for images in squares.pixels.split(BATCH_SIZE)
+    ]
+    largest = float(np.max(differences))
+    if not largest <= MOST_DIFFERENCE:  # NaN is not either
+        raise RunFailedError(
+            f"logits by {runtime} differ from PyTorch's by up to {largest:.3g} on "
+            f"{len(squares.pixels)} {squares.source}, expected at most {MOST_DIFFERENCE:g}; "
+            "nothing was written; try another version of it"
+        )
+    return {
+        "images": len(squares.pixels),
+        "source": squares.source,
+        "index_sha256": squares.index_sha256,
+        "largest_difference": largest,
+        "runtime": runtime,
+        "measured": now(),
+    }
+
+
+def describe_parity(parity: Parity) -> str:
+    """Say in a sentence what was compared and how far it is apart."""
+    largest = parity["largest_difference"]
+    how = f"differ from PyTorch's by at most {largest:.2g}" if largest else "equal PyTorch's"
+    return f"logits by {parity['runtime']} {how} on {parity['images']} {parity['source']}"

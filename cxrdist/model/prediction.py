@@ -1,0 +1,139 @@
+"""What a model says of images: from logits to probabilities, predicted and called classes.
+
+Classes are chosen by logits and never by probabilities, which run together: in float32 the sigmoid
+of 18 and that of 25 are both 1.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.special import expit, softmax
+
+from cxrdist.data.index import Task
+from cxrdist.model.description import Calibration
+
+THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
+THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit with this probability: 0
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N images; the columns of `cxrdist predict`, by class.
+
+    Attributes:
+        logits: float32 [N, classes].
+        classes: names in the order of the logits.
+        task: multiclass (an image has one of the classes) or multilabel (any number of them).
+        calibration: of the model; None before it was evaluated.
+    """
+
+    logits: NDArray[np.float32] = field(repr=False)
+    classes: list[str]
+    task: Task
+    calibration: Calibration | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.logits)
+
+    @property
+    def predicted(self) -> list[list[str]]:
+        """The classes of each image: one, or of several labels all those from 0.5 on."""
+        return [predicted_classes(row.tolist(), self.classes, self.task) for row in self.logits]
+
+    @property
+    def probabilities(self) -> dict[str, NDArray[np.float64]]:
+        """The sigmoid of the logits of each class, float64 [N] each, not calibrated."""
+        return dict(zip(self.classes, to_probabilities(self.logits).T, strict=True))
+
+    @property
+    def calibrated(self) -> dict[str, NDArray[np.float64]]:
+        """The probability of a class against the rest, float64 [N] each.
+
+        It is the sigmoid of the logit over the temperature that was chosen on the validation split.
+        A class without a temperature is missing: all of them before `cxrdist evaluate`.
+        """
+        if self.calibration is None:
+            return {}
+        scaled = calibrated_logits(self.logits, self.classes, self.calibration)
+        columns = zip(self.classes, expit(scaled).T, strict=True)
+        return {name: v for name, v in columns if name in self.calibration.temperatures}
+
+    @property
+    def softmax(self) -> dict[str, NDArray[np.float64]]:
+        """The softmax of all calibrated logits, which adds up to 1, float64 [N] each.
+
+        It is empty where an image may have several labels, and where a class of the model is
+        missing or not calibrated.
+        """
+        if self.calibration is None or self.task == "multilabel":
+            return {}
+        calibrated = self.calibration.temperatures.keys()
+        if calibrated != {*self.classes} or not self.calibration.reasons.keys() <= calibrated:
+            return {}
+        shares = softmax(calibrated_logits(self.logits, self.classes, self.calibration), axis=1)
+        return dict(zip(self.classes, shares.T, strict=True))
+
+    @property
+    def called(self) -> dict[str, NDArray[np.bool_]]:
+        """Whether the logit reaches the operating point of a class, bool [N] each.
+
+        A class without an operating point is missing.
+        """
+        thresholds = self.calibration.thresholds if self.calibration else {}
+        return {
+            name: call(self.logits[:, i], thresholds[name])
+            for i, name in enumerate(self.classes)
+            if name in thresholds
+        }
+
+
+def to_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Return the sigmoid of logits of any shape, in float64."""
+    probabilities: NDArray[np.float64] = torch.sigmoid(torch.from_numpy(logits).double()).numpy()
+    return probabilities
+
+
+def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str) -> list[str]:
+    """Name the classes that the logits of one image predict.
+
+    Args:
+        logits: one for each class.
+        classes: names in the order of the logits.
+        task: multiclass or multilabel.
+
+    Returns:
+        The class of the largest logit, the first one of equal ones; of several labels all whose
+        probability is at least `THRESHOLD`, or none.
+    """
+    if task == "multilabel":
+        pairs = zip(classes, logits, strict=True)
+        return [name for name, logit in pairs if logit >= THRESHOLD_LOGIT]
+    return [classes[logits.index(max(logits))]]
+
+
+def calibrated_logits(
+    logits: NDArray[Any], classes: Sequence[str], calibration: Calibration
+) -> NDArray[np.float64]:
+    """Divide logits [N, classes] by the temperatures; NaN of a class that has none."""
+    temperatures = [calibration.temperatures.get(name, np.nan) for name in classes]
+    return logits.astype(np.float64) / np.array(temperatures)
+
+
+def probability_columns(predictions: Predictions) -> dict[str, NDArray[np.float64]]:
+    """Give the columns calibrated_CLASS and softmax_CLASS of a table, float64 [N] each."""
+    kinds = {"calibrated": predictions.calibrated, "softmax": predictions.softmax}
+    return {f"{kind}_{name}": v for kind, values in kinds.items() for name, v in values.items()}
+
+
+def call(logits: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
+    """Whether each of some logits, of any shape, calls its class.
+
+    Compared are float32, as the network gives them: nine digits of a file are not the same double.
+    """
+    return logits.astype(np.float32) >= np.float32(threshold)

@@ -1,0 +1,107 @@
+"""A model for use by its name: a run, an exported folder, published weights, or the Hub's."""
+
+import re
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from cxrdist.errors import CxrdistError
+from cxrdist.model.densenet import Classifier, read_model
+from cxrdist.model.densenet import load_model as load_run
+from cxrdist.model.layout import check_fit, shape_of
+from cxrdist.model.weights import InitialWeights, read_weights
+from cxrdist.run import RunDirectory
+
+HUB = "hf:"
+PUBLISHED_SIZE_PX = 224
+"""Side of the squares of the published CheXNet copies and of torchxrayvision's DenseNets, both of
+which take the centre of an X-ray."""
+_HUB_NAME = re.compile(r"hf:([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,100}))?")
+_FILES = ("model.json", "model.safetensors")
+
+
+def load_model(source: str | Path) -> Classifier:
+    """Load a model for use, in evaluation mode, on the CPU.
+
+    Args:
+        source: a run directory; a folder of ``cxrdist export --to huggingface``;
+            ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION``, such a folder on the Hugging Face Hub;
+            ``chexnet``; or the file or URL of published weights that ``--init`` recognises, if
+            they have an output layer with known labels (CheXNet's copies, torchxrayvision).
+
+    Raises:
+        CxrdistError: there is no such model, it cannot be read or fetched, it is an ensemble (load
+            its members), or its outputs have no names.
+    """
+    name, path = str(source), Path(source)
+    if name.startswith(HUB):
+        return _load_hub(name)
+    if (RunDirectory(path).model / _FILES[0]).is_file():
+        try:
+            return load_run(path)
+        except CxrdistError as error:  # of the commands, whose option it names
+            raise CxrdistError(str(error).removeprefix("--run ")) from error
+    if (path / _FILES[0]).is_file():
+        return read_model(path)
+    if path.is_dir() or not (path.is_file() or "://" in name or name in ("chexnet", "imagenet")):
+        raise CxrdistError(
+            f"{name}: is not a model; expected the run directory of a finished training, a folder "
+            "of `cxrdist export`, a file of published weights or its URL, chexnet, or "
+            "hf:OWNER/NAME"
+        )
+    return _with_published_head(read_weights(name, option=""), name)
+
+
+def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
+    """Build the network of published weights, with those of their outputs that have a name.
+
+    torchxrayvision's files name the outputs that were not trained with an empty text.
+
+    Raises:
+        CxrdistError: a tensor is missing or left over, or no output has a name.
+    """
+    named = [i for i, label in enumerate(weights.labels or []) if label]
+    classes = [(weights.labels or [])[i] for i in named]
+    if not classes or not weights.head:
+        raise CxrdistError(
+            f"{name}: has no output layer with names of classes; train from it with --init, or "
+            "give chexnet, a checkpoint of torchxrayvision or a run"
+        )
+    shape = shape_of(weights.tensors, name)
+    check_fit(weights.tensors, shape, weights.channels, name)
+    size_px, normalisation = PUBLISHED_SIZE_PX, weights.normalisation
+    model = Classifier(shape, classes, size_px, normalisation, fit="crop", task="multilabel")
+    head = {key: tensor[torch.tensor(named)] for key, tensor in weights.head.items()}
+    model.network.load_state_dict({**weights.tensors, **head}, strict=False)
+    model.origin = weights.describe(len(weights.tensors) + len(head))
+    return model.eval()
+
+
+def _load_hub(name: str) -> Classifier:
+    """Fetch a folder of the Hugging Face Hub into its own cache, and load it.
+
+    Raises:
+        CxrdistError: the name is invalid, there is no such folder, or it cannot be fetched.
+    """
+    from huggingface_hub import hf_hub_download  # a second to import
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not (match := _HUB_NAME.fullmatch(name)):
+        raise CxrdistError(f"{name:.200}: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
+    # The Hub's cache is made of links, which the readers of a model do not follow.
+    with TemporaryDirectory() as folder:
+        try:
+            for file in _FILES:
+                shutil.copy(hf_hub_download(match[1], file, revision=match[2]), folder)
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise CxrdistError(
+                f"{name}: {file} cannot be fetched ({reason:.160}); give a folder that "
+                "`cxrdist export --to huggingface` made, and fetch it once where there is a network"
+            ) from error
+        try:
+            return read_model(Path(folder))
+        except CxrdistError as error:
+            raise CxrdistError(str(error).replace(folder, name)) from error

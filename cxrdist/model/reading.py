@@ -1,0 +1,142 @@
+"""X-rays for a model: files, read as those of its training, and squares that are arrays."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cxrdist.data.depth import DEPTHS
+from cxrdist.data.images import decode
+from cxrdist.data.index import MOST_SIDE_PX, Fit
+from cxrdist.data.inputs import Input, Preparation, prepare, read_original, unlike_source
+from cxrdist.data.kinds import FORMATS
+from cxrdist.errors import CxrdistError
+
+if TYPE_CHECKING:  # it needs this module to predict
+    from cxrdist.model.densenet import Classifier
+
+ImageSource = str | Path | NDArray[np.uint8]
+
+
+def read_image(
+    file: str | Path,
+    model: "Classifier | None" = None,
+    *,
+    size_px: int | None = None,
+    fit: Fit = "crop",
+    depth: int | None = None,
+) -> NDArray[np.uint8]:
+    """Read an X-ray in grey: PNG, JPEG, DICOM and what else `cxrdist pack` reads.
+
+    Args:
+        file: the image; its kind is known by its content.
+        model: gives the square that this model takes, the same bytes as in its shards.
+        size_px: without a model, side of the square; None for the whole image, at most
+            2048 px wide and high.
+        fit: without a model, how the image becomes square: ``crop`` the centre, ``pad`` with black
+            or ``stretch``.
+        depth: bits that hold the values of an image of more than 8 bits that does not declare them,
+            8 to 16; the model's if None, and without a model what the image itself uses.
+
+    Returns:
+        uint8 [S, S] or, without model and size, [H, W].
+
+    Raises:
+        CxrdistError: the file is not a readable X-ray, the settings exclude each other or are out
+            of range, or the model needs what a file does not tell (lungs only).
+    """
+    path = _existing(file)
+    if depth is not None and not DEPTHS[0] <= depth <= DEPTHS[-1]:
+        raise CxrdistError(f"depth is {depth}: expected {DEPTHS[0]} to {DEPTHS[-1]} bits")
+    if model is not None:
+        if size_px is not None:
+            raise CxrdistError(
+                f"size_px is {size_px}: the model says the size itself; give one or the other"
+            )
+        how = model.preparation()
+        return prepare(_input(path), replace(how, depth=depth or how.depth)).pixels.copy()
+    if size_px is None:
+        how = Preparation(MOST_SIDE_PX, fit, depth, cover="black", finds_text=False)
+        return read_original(_input(path), how).copy()
+    if not 1 <= size_px <= MOST_SIDE_PX:
+        raise CxrdistError(f"size_px is {size_px}: expected 1 to {MOST_SIDE_PX}")
+    return decode(path, size_px, fit, depth=depth).pixels.copy()
+
+
+def read_squares(
+    images: ImageSource | Sequence[ImageSource], model: "Classifier"
+) -> NDArray[np.uint8]:
+    """Make the squares that a model takes of files and arrays.
+
+    Files that do not declare their bit depth are scaled alike, as by `cxrdist predict`.
+
+    Args:
+        images: files, and uint8 [S, S] of the model's size, in any order; or one of them.
+        model: that they are for.
+
+    Returns:
+        uint8 [N, S, S].
+
+    Raises:
+        CxrdistError: there are none, a file is not a readable X-ray, or an array has another type
+            or shape.
+    """
+    if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 2):
+        images = [images]
+    sources: list[ImageSource] = [*images]
+    if not sources:
+        raise CxrdistError("images is empty: expected at least one file or array")
+    files = {i: _input(_existing(s)) for i, s in enumerate(sources) if isinstance(s, str | Path)}
+    squares = _read_files(files, model.preparation()) if files else {}
+    for number, source in enumerate(sources):
+        if number not in files:
+            squares[number] = _checked_square(source, number, model.image_size_px)
+    return np.stack([squares[number] for number in range(len(sources))])
+
+
+def _read_files(files: Mapping[int, Input], how: Preparation) -> dict[int, NDArray[np.uint8]]:
+    """Read image files; those of another bit depth than their source's are read twice."""
+    read = {number: prepare(item, how) for number, item in files.items()}
+    depth, again = unlike_source({number: square.used_depth for number, square in read.items()})
+    if how.depth is None:
+        known = replace(how, depth=depth, finds_text=False)
+        for number in again:
+            item = replace(files[number], boxes=read[number].boxes)
+            read[number] = prepare(item, known)
+    return {number: square.pixels for number, square in read.items()}
+
+
+def _input(path: Path) -> Input:
+    return Input(path, path.name)
+
+
+def _existing(file: str | Path) -> Path:
+    path = Path(file)
+    if not path.is_file():
+        raise CxrdistError(
+            f"{path}: no such file; name an image, {', '.join(FORMATS)} or DICOM, or list several"
+        )
+    return path
+
+
+def _checked_square(image: object, number: int, size_px: int) -> NDArray[np.uint8]:
+    """Make sure that an array is a square of the model.
+
+    Raises:
+        CxrdistError: it is not; the line says how to make one.
+    """
+    expected = f"expected the path of a file or uint8 [{size_px}, {size_px}]"
+    if not isinstance(image, np.ndarray):
+        raise CxrdistError(
+            f"image {number} is a {type(image).__name__}: {expected} as a NumPy array; a batch "
+            "that is a tensor goes into model(batch), which gives the logits"
+        )
+    if image.dtype != np.uint8 or image.shape != (size_px, size_px):
+        raise CxrdistError(
+            f"image {number} is {image.dtype} {list(image.shape)}: {expected}, grey values from 0 "
+            "to 255, as cxrdist.read_image(file, model) gives it"
+        )
+    return image
