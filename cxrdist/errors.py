@@ -1,6 +1,7 @@
 """Errors for users, and what the operating system's errors are among them."""
 
 import errno
+from collections.abc import Iterable
 
 
 class CxrdistError(ValueError):
@@ -59,13 +60,18 @@ def failure_of(
     return None
 
 
-def refuse_below_one(options: object, *names: str) -> None:
-    """Make sure that numbers among the options are 1 or more; None is left alone.
+def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:
+    """Return the end of an error about an unknown name: those there are, and the nearest one.
 
-    Raises:
-        CxrdistError: one is less.
+    Args:
+        name: that is unknown.
+        names: that are known.
+        nearest: names to be called the nearest ones; found by their letters if empty.
     """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise CxrdistError(f"{name}: is {value}, expected at least 1")
+    from difflib import get_close_matches  # which `cxrdist --help` does not need
+
+    folded = {known.casefold().strip("-"): known for known in names}
+    alike = [folded[match] for match in get_close_matches(name.casefold().strip("-"), folded, 1)]
+    near = " or ".join([*nearest] or alike)
+    mend = f"; nearest is {near}" if near else ""
+    return f"expected {'one of ' if len(folded) > 1 else ''}{', '.join(folded.values())}{mend}"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pebble import ProcessPool
 
 from cxrdist.config import PredictConfig
-from cxrdist.data.depth import describe_depth, refuse_bad_depth, source_depth
+from cxrdist.data.depth import describe_depth, source_depth
 from cxrdist.data.found import LeftOut
 from cxrdist.data.inputs import Input, Preparation, Prepared, find_inputs, prepare, with_boxes
 from cxrdist.data.labels import SEPARATOR
@@ -28,7 +28,7 @@ from cxrdist.data.workers import (
     num_cores,
     schedule,
 )
-from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
+from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.evaluate.calibration import probability_columns
 from cxrdist.evaluate.metrics import predicted_classes, to_probabilities
 from cxrdist.evaluate.operating_points import called_columns
@@ -180,8 +180,6 @@ def predict(config: PredictConfig) -> None:
         RunFailedError: some images could not be read, and ``skip_bad`` is not set; all the others
             are predicted.
     """
-    refuse_below_one(config, "batch_size")
-    refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
     model = load_predictor(config.run)
     if model.lungs_only:

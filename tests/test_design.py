@@ -14,10 +14,10 @@ from cxrdist.cli import COMMANDS
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
-    ["errors", "terminal", "config"],
+    ["errors", "terminal", "documents", "config", "fields", "packaged"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "documents", "run", "info", "bootstrap", "intervals"),
+        *("distributed", "run", "info", "bootstrap", "intervals"),
     ],
     ["data"],
     ["model"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["train"],
     ["report"],
     ["predict", "probe_text", "localise", "probe_background", "demo", "bench"],
-    ["cli", "launch", "seeds"],
+    ["options", "help", "cli", "launch", "seeds"],
     ["__init__", "__main__"],
 ]
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"

@@ -85,15 +85,10 @@ def check_backgrounds(config: TrainConfig) -> None:
     for name, stage in config.stages.items():
         if stage.background is None:
             continue
-        field, weight = f"stages.{name}.background", stage.background.weight
-        if not 0 < weight < float("inf"):
-            raise CxrdistError(
-                f"{field}.weight: is {weight}, expected a number above 0; leave background out "
-                "for none"
-            )
+        field = f"--stages.{name}.background"
         if stage.background.method == "lrp" and not config.network.is_densenet:
             raise CxrdistError(
-                f"{field}.method: lrp is for DenseNets, and network.architecture is "
+                f"{field}.method: lrp is for DenseNets, and --network.architecture is "
                 f"{config.network.architecture}; take the method gradient, or a DenseNet"
             )
         try:

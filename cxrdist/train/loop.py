@@ -13,7 +13,7 @@ from cxrdist.data.folds import cut_fold, read_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.labels import read_uncertain
 from cxrdist.distributed import finish, gather, local_ranks, start, together
-from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.errors import CxrdistError
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
 from cxrdist.model.networks import block_names, norms_of_one_value, refuse_small_squares
@@ -95,7 +95,6 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     """
     check_stages(config.stages, block_names(config.network))
     check_backgrounds(config)
-    refuse_below_one(config, "global_batch_size", "max_images_per_rank", "save_steps")
     read_uncertain(config.uncertain)
     if config.balance == "classes" and config.copies:
         raise CxrdistError(
@@ -104,16 +103,6 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
         )
     if config.fold is not None:
         read_fold(config.fold)
-    if config.average is not None and not 0 < config.average < 1:
-        raise CxrdistError(
-            f"average: is {config.average}, expected a decay between 0 and 1, such as 0.999; "
-            "leave it out for the weights as they are"
-        )
-    if config.max_gradient_norm is not None and not config.max_gradient_norm > 0:
-        raise CxrdistError(
-            f"max_gradient_norm: is {config.max_gradient_norm}, expected a norm above 0; leave it "
-            "out for gradients as they are"
-        )
 
 
 def _trainable_index(config: TrainConfig) -> Index:
