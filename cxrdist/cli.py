@@ -8,15 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from importlib import import_module
-from importlib.resources import files
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 from cxrdist import __version__
 from cxrdist.config import location
-from cxrdist.errors import CxrdistError, RunFailedError, Stopped, failure_of
-from cxrdist.lifetime import end_with_launcher
+from cxrdist.errors import CxrdistError, RunFailedError, Stopped, failure_of, is_lost_connection
+from cxrdist.lifetime import another_rank_failed, end_with_launcher, report_error
+from cxrdist.packaged import RECIPES, SHARD_RECIPES, names_in, path_of
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
 
 
@@ -90,7 +90,7 @@ Chest X-ray classifiers, from folders of images to a report. Not a medical devic
 {commands}
 
 `cxrdist COMMAND --help` lists a command's options. On several GPUs or nodes:
-`accelerate launch --config_file FILE -m cxrdist COMMAND ...`
+`cxrdist launch --config_file FILE COMMAND ...`, with the options of `accelerate launch`.
 """
 
 
@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
         _is_flushed(sys.stdout)
         code = _report_failure(error)
     except Stopped as stop:
-        if str(stop):
+        if str(stop) and not another_rank_failed():
             print(f"cxrdist: {stop}", file=sys.stderr)
         code = STOP_CODE
     return code
@@ -133,17 +133,32 @@ def _answer(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"cxrdist {__version__}")
         return 0
-    name, rest = _command(arguments)
-    command = COMMANDS[name]
-    recipe, why = _default_recipe(rest) if name == "train" else (None, "")
     with stopping_at_once():
         with ending_at_once():
-            rest = ["--config", recipe, *rest] if recipe else rest
-            config, entry = parse(command, name, rest), _entry(command)
-        if recipe and os.environ.get("RANK", "0") == "0":
-            print(f"recipe: {recipe}, {why}; --config takes another: {', '.join(recipe_names())}")
+            command, config, note = read_arguments(arguments)
+            entry = _entry(command)
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note)
         entry(config)
     return 0
+
+
+def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
+    """Read a command and its options.
+
+    Returns:
+        The command, its config, and a line for the user on a recipe that was not asked for.
+
+    Raises:
+        CxrdistError: there is no such command, or its options are wrong.
+    """
+    name, rest = _command(arguments)
+    recipe, why = _default_recipe(rest) if name == "train" else (None, "")
+    if recipe is None:
+        return COMMANDS[name], parse(COMMANDS[name], name, rest), ""
+    config = parse(COMMANDS[name], name, ["--config", recipe, *rest])
+    others = ", ".join(names_in(RECIPES))
+    return COMMANDS[name], config, f"recipe: {recipe}, {why}; --config takes another: {others}"
 
 
 def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
@@ -169,14 +184,16 @@ def _report_failure(error: Exception) -> int:
     line: object = error
     if isinstance(error, OSError):
         line = failure_of(error)
-    elif isinstance(error, RuntimeError) and _is_lost_connection(error):
+    elif isinstance(error, RuntimeError) and "RANK" in os.environ and is_lost_connection(error):
+        if another_rank_failed():
+            return 1
         line = RunFailedError(
             f"rank {os.environ['RANK']}: the connection to another rank was lost; that one's own "
             "message, or its launcher's, says why"
         )
     if not isinstance(line, (CxrdistError, RunFailedError)):
         raise error
-    print(f"cxrdist: {_one_line(line)}", file=sys.stderr)
+    report_error(_one_line(line))
     return 2 if isinstance(line, CxrdistError) else 1
 
 
@@ -204,12 +221,6 @@ def _print_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended; gloo and NCCL say so."""
-    text = str(error)
-    return "RANK" in os.environ and ("gloo/transport" in text or "NCCL" in text)
-
-
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
     """The command, of one word or two, and what stands behind it.
 
@@ -220,7 +231,7 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    given, expected = arguments[0], list(COMMANDS)
+    given, expected = "".join(arguments[:1]), list(COMMANDS)
     if _is_group(given):
         given = " ".join(arguments[:2])
         expected = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
@@ -260,7 +271,7 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
             parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
     flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
-    arguments = _recipes_first(_normalise(arguments, flags))
+    arguments = _recipes_first(_normalise(name, arguments, flags))
     _refuse_bad_recipes(name, arguments)
     if strange := [argument for argument in arguments if _shown(argument) != argument]:
         raise CxrdistError(
@@ -286,20 +297,9 @@ def _refuse_urls(command: str, values: dict[str, Any]) -> None:
             raise CxrdistError(f"--{name} {value}: expected a path on this machine, no URL")
 
 
-def recipe_path(name: str) -> str:
-    """The file of a recipe that comes with the package; any other name is a path already."""
-    packaged = files("cxrdist") / "recipes" / f"{name}.yaml"
-    return str(packaged) if not Path(name).is_file() and packaged.is_file() else name
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(Path(file.name).stem for file in (files("cxrdist") / "recipes").iterdir())
-
-
-def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
+def _normalise(command: str, arguments: list[str], flags: set[str]) -> list[str]:
     """Accept --skip-bad for skip_bad, a bare flag for true, and a recipe's name for its file."""
-    result = []
+    result, recipes = [], _recipes_of(command)
     for i, argument in enumerate(arguments):
         after = arguments[i + 1] if i + 1 < len(arguments) else "--"
         if match := OPTION.fullmatch(argument):
@@ -308,12 +308,17 @@ def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
             if option in flags and not value and after not in ("true", "false"):
                 value = "=true"
             elif option == "config" and value:
-                value = f"={recipe_path(value[1:])}"
+                value = f"={path_of(recipes, value[1:])}"
             argument = f"--{option}{value}"
         elif i and arguments[i - 1] == "--config":
-            argument = recipe_path(argument)
+            argument = path_of(recipes, argument)
         result.append(argument)
     return result
+
+
+def _recipes_of(command: str) -> str:
+    """The folder of the recipes that --config of a command takes by name."""
+    return SHARD_RECIPES if command == "pack" else RECIPES
 
 
 def _recipes_first(arguments: list[str]) -> list[str]:
@@ -341,8 +346,10 @@ def _refuse_bad_recipes(command: str, arguments: list[str]) -> None:
         if name != "--config":
             continue
         if not path.exists():
-            mend = f"; the recipes are {', '.join(recipe_names())}" if command == "train" else ""
-            raise CxrdistError(f"--config {path}: no such file, and no recipe of this name{mend}")
+            raise CxrdistError(
+                f"--config {path}: no such file, and no recipe of this name; the recipes are "
+                f"{', '.join(names_in(_recipes_of(command)))}"
+            )
         _, recipe = read_recipe(path.resolve(), "mend it, or give another with --config")
         _refuse_other_stages(arguments, recipe.get("stages"))
 

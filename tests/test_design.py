@@ -14,7 +14,7 @@ from cxrdist.cli import COMMANDS
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
-    ["errors", "terminal", "config"],
+    ["errors", "terminal", "config", "packaged"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
         *("distributed", "documents", "run", "info", "bootstrap", "intervals"),
