@@ -193,7 +193,7 @@ def _report_failure(error: Exception) -> int:
         )
     if not isinstance(line, (CxrdistError, RunFailedError)):
         raise error
-    report_error(_one_line(line))
+    report_error(line)
     return 2 if isinstance(line, CxrdistError) else 1
 
 
@@ -391,10 +391,6 @@ def _readable(message: str) -> str:
 def _shown(argument: str) -> str:
     """An argument with codes for the bytes that are no UTF-8, which Python keeps as surrogates."""
     return argument.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _entry(command: Command) -> Callable[[Any], Any]:

@@ -21,6 +21,7 @@ import psutil
 
 from cxrdist.cli import read_arguments
 from cxrdist.errors import CxrdistError
+from cxrdist.lifetime import report_error
 from cxrdist.packaged import HARDWARE, names_in, path_of
 from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS
 
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = _read(sys.argv[1:] if arguments is None else arguments)
         return _launch(options)
     except CxrdistError as error:
-        print(f"cxrdist: {error}", file=sys.stderr)
+        report_error(error)
         return 2
 
 

@@ -57,12 +57,13 @@ def joined() -> None:
     _joined.set()
 
 
-def report_error(line: str) -> None:
-    """Print why a command failed, once for all ranks of a node that have the same line.
+def report_error(error: Exception) -> None:
+    """Print in one line why a command failed, once for all ranks of a node that have this line.
 
     The launcher of several ranks names a file to each of them for its error (torchelastic's
     TORCHELASTIC_ERROR_FILE), and shows the text in its own report on the ranks that failed.
     """
+    line = " ".join(str(error).split())
     if file := os.environ.get(_ERROR_FILE):
         entry = {"message": f"cxrdist: {line}", "timestamp": str(int(time.time()))}
         reported = Path(file).parents[1] / f"{hashlib.sha256(line.encode()).hexdigest()}.reported"
