@@ -10,8 +10,15 @@ from itertools import zip_longest
 from typing import Any, TextIO
 
 from cxrdist import __version__
-from cxrdist.errors import CxrdistError, RunFailedError, Stopped, choices, failure_of
-from cxrdist.lifetime import end_with_launcher
+from cxrdist.errors import (
+    CxrdistError,
+    RunFailedError,
+    Stopped,
+    choices,
+    failure_of,
+    is_lost_connection,
+)
+from cxrdist.lifetime import another_rank_failed, end_with_launcher, report_error
 from cxrdist.options import Command, parse
 from cxrdist.packaged import RECIPES, names_in
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
@@ -66,7 +73,7 @@ Chest X-ray classifiers, from folders of images to a report. Not a medical devic
 {commands}
 
 `cxrdist COMMAND --help` lists a command's options. On several GPUs or nodes:
-`accelerate launch --config_file FILE -m cxrdist COMMAND ...`
+`cxrdist launch --config_file FILE COMMAND ...`, with the options of `accelerate launch`.
 """
 
 
@@ -92,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         _is_flushed(sys.stdout)
         code = _report_failure(error)
     except Stopped as stop:
-        if str(stop):
+        if str(stop) and not another_rank_failed():
             print(f"cxrdist: {stop}", file=sys.stderr)
         code = STOP_CODE
     return code
@@ -109,24 +116,38 @@ def _answer(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"cxrdist {__version__}")
         return 0
+    with stopping_at_once():
+        with ending_at_once():
+            command, config, note = read_arguments(arguments)
+            entry = _entry(command)
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note)
+        entry(config)
+    return 0
+
+
+def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
+    """Read a command and its options.
+
+    Returns:
+        The command, its config, and a line for the user on a recipe that was not asked for.
+
+    Raises:
+        CxrdistError: there is no such command, or its options are wrong.
+        SystemExit: the help was asked for, and is printed.
+    """
     name, rest = _command(arguments)
-    command = COMMANDS[name]
     if {"-h", "--help"} & {*rest}:
         from cxrdist.help import help_of
 
-        print(help_of(command, name), end="")
-        return 0
+        print(help_of(COMMANDS[name], name), end="")
+        raise SystemExit(0)
     recipe, why = _default_recipe(rest) if name == "train" else (None, "")
-    with stopping_at_once():
-        with ending_at_once():
-            rest = ["--config", recipe, *rest] if recipe else rest
-            config, entry = parse(command, name, rest), _entry(command)
-        if recipe and os.environ.get("RANK", "0") == "0":
-            print(
-                f"recipe: {recipe}, {why}; --config takes another: {', '.join(names_in(RECIPES))}"
-            )
-        entry(config)
-    return 0
+    if recipe is None:
+        return COMMANDS[name], parse(COMMANDS[name], name, rest), ""
+    config = parse(COMMANDS[name], name, ["--config", recipe, *rest])
+    others = ", ".join(names_in(RECIPES))
+    return COMMANDS[name], config, f"recipe: {recipe}, {why}; --config takes another: {others}"
 
 
 def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
@@ -152,14 +173,16 @@ def _report_failure(error: Exception) -> int:
     line: object = error
     if isinstance(error, OSError):
         line = failure_of(error)
-    elif isinstance(error, RuntimeError) and _is_lost_connection(error):
+    elif isinstance(error, RuntimeError) and "RANK" in os.environ and is_lost_connection(error):
+        if another_rank_failed():
+            return 1
         line = RunFailedError(
             f"rank {os.environ['RANK']}: the connection to another rank was lost; that one's own "
             "message, or its launcher's, says why"
         )
     if not isinstance(line, (CxrdistError, RunFailedError)):
         raise error
-    print(f"cxrdist: {_one_line(line)}", file=sys.stderr)
+    report_error(line)
     return 2 if isinstance(line, CxrdistError) else 1
 
 
@@ -187,12 +210,6 @@ def _print_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended; gloo and NCCL say so."""
-    text = str(error)
-    return "RANK" in os.environ and ("gloo/transport" in text or "NCCL" in text)
-
-
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
     """The command, of one word or two, and what stands behind it.
 
@@ -203,7 +220,7 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    given, expected = arguments[0], list(COMMANDS)
+    given, expected = "".join(arguments[:1]), list(COMMANDS)
     if _is_group(given):
         given = " ".join(arguments[:2])
         expected = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
@@ -213,10 +230,6 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 def _is_group(word: str) -> bool:
     """Whether a word is the first of commands of two words."""
     return any(name.startswith(f"{word} ") for name in COMMANDS)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _entry(command: Command) -> Callable[[Any], Any]:

@@ -1,6 +1,7 @@
-"""Errors for users, and what the operating system's errors are among them."""
+"""Errors for users, and what the errors of the operating system and of PyTorch are among them."""
 
 import errno
+import re
 from collections.abc import Iterable
 
 
@@ -52,12 +53,28 @@ def failure_of(
     if not path:
         return None
     if error.errno in _FORBIDDEN:
-        return RunFailedError(f"{line}; {mend or 'get the right to it, or name another place'}")
+        return RunFailedError(f"{line}; {mend or 'change its permissions, or name another path'}")
     if error.errno in _MACHINE:
-        return RunFailedError(f"{line}; {mend or 'see to the machine, then run the command again'}")
+        return RunFailedError(
+            f"{line}; {mend or 'mend that on this machine, then run the same command again'}"
+        )
     if error.errno in _NAMES:
         return CxrdistError(f"{line}; {mend or 'name another file or directory'}")
     return None
+
+
+# Messages of gloo (transport/tcp) and NCCL about a peer that is gone. Both also report that no
+# network interface or no GPU was found, which is a fault of this machine.
+_LOST_CONNECTION = re.compile(
+    r"gloo/transport/\w+/(pair|unbound_buffer)\.cc"
+    r"|Connection (closed|reset) by (remote )?peer|ncclRemoteError|NCCL communicator was aborted"
+    r"|Watchdog caught collective operation timeout"
+)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another rank has ended or does not answer."""
+    return bool(_LOST_CONNECTION.search(str(error)))
 
 
 def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:

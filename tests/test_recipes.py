@@ -16,7 +16,7 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.model import download
 from cxrdist.run import read_log
-from cxrdist.train.loop import _advice_on_cores
+from cxrdist.train.loop import _advice_on_cpu
 
 # A network that trains in no time; all else is the recipe's own.
 SMALL = ("--network.growth-rate", 4, "--network.block-config", "[1,1,1,1]")
@@ -138,12 +138,14 @@ def test_copies_and_balance_together_are_refused(shards, tmp_path, capsys):
 
 
 def test_more_cpu_ranks_than_cores_are_advised_against():
-    """As with a config for eight GPUs on a laptop; nothing is said of a rank per core."""
-    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    """As with a config for eight GPUs on a laptop, in bf16; a rank per core gets no line."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")
     cores = len(os.sched_getaffinity(0))
     with pytest.MonkeyPatch.context() as patch:
         accelerator.local_process_index = 0
         patch.setenv("LOCAL_WORLD_SIZE", str(cores))
-        assert _advice_on_cores(accelerator) == ""
+        assert _advice_on_cpu(accelerator) == ""
         patch.setenv("LOCAL_WORLD_SIZE", str(cores + 1))
-        assert f"launch with --num_processes {cores}\n" in _advice_on_cores(accelerator)
+        assert f"launch with --num_processes {cores}\n" in _advice_on_cpu(accelerator)
+        accelerator.mixed_precision = "bf16"
+        assert "launch with --mixed_precision no\n" in _advice_on_cpu(accelerator)

@@ -146,9 +146,9 @@ def test_what_may_not_be_read_or_written_is_no_damage(tmp_path):
     if root:
         os.seteuid(65534)
     try:
-        with pytest.raises(RunFailedError, match=r"run\.json: Permission denied; get the right"):
+        with pytest.raises(RunFailedError, match=r"run\.json: Permission denied; change"):
             read_json(tmp_path / "run.json")
-        with pytest.raises(RunFailedError, match=r"log\.jsonl: Permission denied; get the right"):
+        with pytest.raises(RunFailedError, match=r"log\.jsonl: Permission denied; change"):
             append_log(tmp_path / "log.jsonl", {})
     finally:
         if root:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from cxrdist.distributed import finish, gather, local_ranks, start, together
 from cxrdist.errors import CxrdistError
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
-from cxrdist.model.networks import block_names, norms_of_one_value, refuse_small_squares
+from cxrdist.model.networks import block_names, refuse_small_squares
 from cxrdist.run import (
     RunDirectory,
     atomic_directory,
@@ -34,7 +34,7 @@ from cxrdist.terminal import table
 from cxrdist.train.background import check_backgrounds, check_regions
 from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
 from cxrdist.train.stage import StageRun
-from cxrdist.train.stages import check_stages, rates_of
+from cxrdist.train.stages import check_stages
 from cxrdist.train.training import (
     Training,
     build_training,
@@ -66,7 +66,9 @@ def train(config: TrainConfig) -> None:
     main = accelerator.is_main_process
     index = together(accelerator, lambda: _trainable_index(config))
     run = RunDirectory(config.run)
-    with together(accelerator, lambda: locked(config.run) if main else nullcontext()):
+    with ExitStack() as stack:
+        lock = locked(config.run)
+        together(accelerator, lambda: stack.enter_context(lock) if main else None)
         together(accelerator, lambda: refuse_other_run(run, config, index))
         if (run.model / "model.json").is_file():
             accelerator.print(f"{run.root}: is trained already; the model is in {run.model}")
@@ -75,9 +77,8 @@ def train(config: TrainConfig) -> None:
             sweep(run.root, alone=True)
             sweep(run.checkpoints, alone=True)
         training = build_training(accelerator, run, config, index)
-        together(accelerator, lambda: _refuse_single_values(training))
         accelerator.print(_advice(config, accelerator.num_processes), end="")
-        accelerator.print(_advice_on_cores(accelerator), _advice_on_steps(training), sep="", end="")
+        accelerator.print(_advice_on_cpu(accelerator), _advice_on_steps(training), sep="", end="")
         if config.track:
             accelerator.init_trackers("cxrdist")
         with stopping_at_a_boundary():
@@ -126,30 +127,6 @@ def _refuse_large_world(config: TrainConfig, world_size: int) -> None:
         )
 
 
-def _refuse_single_values(training: Training) -> None:
-    """Make sure that no BatchNorm has to find the variance of one value.
-
-    One does where its features are of 1 x 1 px, in a step of one image.
-    """
-    recipe, world_size = training.recipe, training.accelerator.num_processes
-    model, size_px = training.model, training.model.image_size_px
-    blocks = norms_of_one_value(model.shape, len(model.normalisation.mean), size_px)
-    stages = recipe.stages.items()
-    moving = blocks if recipe.frozen_batch_norm == "moving" else set[str]()
-    trained = [n for n, stage in stages if blocks & (moving | rates_of(stage, model.shape).keys())]
-    smallest = training.num_images // -(-training.num_images // recipe.global_batch_size)
-    if recipe.batch_norm == "per_rank":
-        smallest = max(1, smallest // world_size)
-    if recipe.max_images_per_rank:
-        smallest = min(smallest, recipe.max_images_per_rank)
-    if trained and smallest == 1:
-        raise CxrdistError(
-            f"global_batch_size: {recipe.global_batch_size} images leave BatchNorm with one image "
-            f"of {size_px} px, which has no variance in stage {trained[0]}; take a larger batch, "
-            "larger images, or batch_norm: synchronised"
-        )
-
-
 def _advice(config: TrainConfig, world_size: int) -> str:
     """Lines on a launch that works, but not as well as it could."""
     lines, batch, most = [], config.global_batch_size, config.max_images_per_rank
@@ -170,15 +147,21 @@ def _advice(config: TrainConfig, world_size: int) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _advice_on_cores(accelerator: Accelerator) -> str:
-    """A line on more CPU ranks than cores, such as of a config for GPUs where there are none."""
+def _advice_on_cpu(accelerator: Accelerator) -> str:
+    """Lines on CPU ranks that are slower than need be, such as of a config for GPUs without any."""
     (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
-    if accelerator.device.type != "cpu" or ranks <= cores:
-        return ""
-    return (
-        f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
-        f"launch with --num_processes {cores}\n"
-    )
+    lines = []
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        lines.append(
+            "no GPU is used, and most CPUs are many times slower in bf16 than in float32; launch "
+            "with --mixed_precision no"
+        )
+    if accelerator.device.type == "cpu" and ranks > cores:
+        lines.append(
+            f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
+            f"launch with --num_processes {cores}"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _advice_on_steps(training: Training) -> str:
