@@ -63,6 +63,9 @@ COMMANDS = {
         "file out",
     ),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
+    "recipes": Command(
+        "catalogue:recipes", "RecipesConfig", "what there is for --config, with figures", "name"
+    ),
     "bench": Command("bench.jobs:bench", "BenchConfig", "measure this machine side by side"),
 }
 

@@ -676,6 +676,14 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
+class RecipesConfig:
+    """List the recipes that come with cxrdist, with their figures, or print one of them."""
+
+    name: str | None = None
+    """Recipe to print; all are listed if not given."""
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Measure this machine side by side: packing, reading, warping, training, explaining."""
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -18,7 +19,7 @@ from accelerate.utils import (
 )
 
 from cxrdist.environment import ON, PRECISION, USE_CPU, refuse_settings
-from cxrdist.errors import CxrdistError, RunFailedError, failure_of
+from cxrdist.errors import CxrdistError, RunFailedError, choices, failure_of
 from cxrdist.heartbeat import start_heartbeat
 from cxrdist.lifetime import joined
 from cxrdist.precision import use_full_float32
@@ -28,6 +29,26 @@ T = TypeVar("T")
 
 _stay = False  # whether `finish` leaves the ranks connected
 _start_heartbeat = cache(start_heartbeat)  # once in a process, which may run several commands
+
+
+def read_trackers(text: str | None) -> list[str]:
+    """Read names of Accelerate's trackers with commas between them.
+
+    Raises:
+        CxrdistError: one is unknown or not installed, of which Accelerate only warns.
+    """
+    names = [name.strip() for name in text.split(",")] if text else []
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise CxrdistError(
+                f"--track: no tracker {name!r}; {choices(name, LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in installed:
+            raise CxrdistError(
+                f"--track {name}: is not installed; run `pip install {name}`, or leave --track out"
+            )
+    return names
 
 
 def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -> Accelerator:

@@ -198,7 +198,7 @@ def refuse_bad_stage_name(name: str) -> None:
     """
     if not STAGE_NAME.fullmatch(name):
         raise CxrdistError(
-            f"stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
+            f"--stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
             "digits, dots, -, _ and spaces, at most 100 of them"
         )
 

@@ -134,7 +134,7 @@ def test_a_recipe_is_taken_only_where_none_is_given(options, recipe):
 def test_copies_and_balance_together_are_refused(shards, tmp_path, capsys):
     """Either the recipe says the copies, or the counts do."""
     assert train(shards, tmp_path / "run", "--init", "none", "--copies.d", 3) == 2
-    assert "balance: classes chooses the copies from the counts" in capsys.readouterr().err
+    assert "--balance classes: chooses the copies from the counts" in capsys.readouterr().err
 
 
 def test_more_cpu_ranks_than_cores_are_advised_against():

@@ -113,7 +113,7 @@ def read_uncertain(text: str) -> tuple[str, dict[str, str]]:
         name, equals, counts_as = (part.strip() for part in item.rpartition("="))
         if counts_as not in COUNTS_AS or name in found or (equals and not name):
             raise CxrdistError(
-                f"uncertain: is {text!r:.200}, expected ignore, positive or negative, once, and "
+                f"--uncertain: is {text!r:.200}, expected ignore, positive or negative, once, and "
                 "for labels of their own NAME=positive and the like, with commas between them"
             )
         found[name] = counts_as

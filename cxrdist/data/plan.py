@@ -176,7 +176,7 @@ def refuse_uncrossed(copies: NDArray[np.int64], augmentation: Augmentation) -> N
         if mirrors * math.isqrt(number // mirrors) ** 2 != number:
             fitting = ", ".join(str(mirrors * k * k) for k in range(1, 8))
             raise CxrdistError(
-                f"copies: images with {number} {'copies' if number > 1 else 'copy'} in an epoch "
+                f"--copies: images with {number} {'copies' if number > 1 else 'copy'} in an epoch "
                 f"cannot have augmentation.draws crossed, which takes {product} copies of every "
                 f"image ({fitting} ...); change copies, or give --augmentation.draws free"
             )

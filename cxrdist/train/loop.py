@@ -12,7 +12,7 @@ from cxrdist.config import TrainConfig
 from cxrdist.data.folds import cut_fold, read_fold
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.labels import read_uncertain
-from cxrdist.distributed import finish, gather, local_ranks, start, together
+from cxrdist.distributed import finish, gather, local_ranks, read_trackers, start, together
 from cxrdist.errors import CxrdistError
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
@@ -59,9 +59,7 @@ def train(config: TrainConfig) -> None:
         RunFailedError: a loss or gradient was not finite; nothing is published.
     """
     refuse_bad_recipe(config)
-    accelerator = start(
-        config.track.split(",") if config.track else [], RunDirectory(config.run).tracking
-    )
+    accelerator = start(read_trackers(config.track), RunDirectory(config.run).tracking)
     together(accelerator, lambda: _refuse_large_world(config, accelerator.num_processes))
     main = accelerator.is_main_process
     index = together(accelerator, lambda: _trainable_index(config))
@@ -97,10 +95,11 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     check_stages(config.stages, block_names(config.network))
     check_backgrounds(config)
     read_uncertain(config.uncertain)
+    read_trackers(config.track)
     if config.balance == "classes" and config.copies:
         raise CxrdistError(
-            f"balance: classes chooses the copies from the counts, but copies has {config.copies}; "
-            "leave one out, such as with --balance none or --copies {}"
+            "--balance classes: chooses the copies from the counts, but --copies has "
+            f"{config.copies}; leave one out, such as with --balance none or --copies {{}}"
         )
     if config.fold is not None:
         read_fold(config.fold)
@@ -122,7 +121,7 @@ def _trainable_index(config: TrainConfig) -> Index:
 def _refuse_large_world(config: TrainConfig, world_size: int) -> None:
     if world_size > config.global_batch_size:
         raise CxrdistError(
-            f"global_batch_size: {config.global_batch_size} images for {world_size} ranks; "
+            f"--global-batch-size: {config.global_batch_size} images for {world_size} ranks; "
             "launch at most as many ranks as images in a step"
         )
 

@@ -329,9 +329,9 @@ def _refuse_single_values(
         smallest = min(smallest, recipe.max_images_per_rank)
     if trained and smallest == 1:
         raise CxrdistError(
-            f"global_batch_size: {recipe.global_batch_size} images leave BatchNorm with one image "
-            f"of {size_px} px, which has no variance in stage {trained[0]}; take a larger batch, "
-            "larger images, or batch_norm: synchronised"
+            f"--global-batch-size: {recipe.global_batch_size} images leave BatchNorm with one "
+            f"image of {size_px} px, which has no variance in stage {trained[0]}; take a larger batch, "
+            "larger images, or --batch-norm synchronised"
         )
 
 
