@@ -330,8 +330,8 @@ def _refuse_single_values(
     if trained and smallest == 1:
         raise CxrdistError(
             f"--global-batch-size: {recipe.global_batch_size} images leave BatchNorm with one "
-            f"image of {size_px} px, which has no variance in stage {trained[0]}; take a larger batch, "
-            "larger images, or --batch-norm synchronised"
+            f"image of {size_px} px, which has no variance in stage {trained[0]}; take a larger "
+            "batch, larger images, or --batch-norm synchronised"
         )
 
 
