@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import (
@@ -36,7 +36,9 @@ _MOST_WHOLE = 1 << 64  # the digest of a plan is the largest number that is writ
 NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-class Between(NamedTuple):
+# No NamedTuples: those of the same numbers are equal, and `typing` keeps one of equal annotations.
+@dataclass(frozen=True)
+class Between:
     """Bounds of a number or of the length of a list, as in ``Annotated[int, Between(1, 4096)]``.
 
     Both are included; ``Between(1)`` has no upper one.
@@ -58,7 +60,8 @@ class Between(NamedTuple):
         return f"{self.least} to {self.most}"
 
 
-class Inside(NamedTuple):
+@dataclass(frozen=True)
+class Inside:
     """Bounds of a number which are not included themselves."""
 
     least: float = -math.inf

@@ -56,9 +56,9 @@ def own_signals(monkeypatch) -> Iterator[None]:
     [
         (["--config_file", "cpu", "trian"], "no command 'trian'; expected one of pack, check"),
         (["--config_file", "cpu", "train", "--config", "finetun"], "--config finetun: no such"),
-        (["--config_file", "cpu", "train", "--run", "r"], "train: the following arguments are"),
+        (["--config_file", "cpu", "train", "--run", "r"], "train: --shards: missing; see"),
         (["-m", "cxrdist", "train", "--sed", "3"], "--sed"),
-        (["-m", "cxrdist", "train", "--run", "r", "--seed", "x"], "Got value: x"),
+        (["-m", "cxrdist", "train", "--run", "r", "--seed", "x"], '--seed: is "x", expected a whole'),
         (["--config_file", "gpu", "check", "x"], "no such file; expected one, or cpu, multi_node"),
         (["--num_proceses", "2", "check", "x"], "launch: "),
         (["--num_processes", "two", "check", "x"], "num-processes: invalid int value: 'two'"),
