@@ -118,5 +118,5 @@ def test_bounds_of_the_same_numbers_are_told_apart():
         Annotated[float, Inside(0, 1)] | None,
     )
     assert typed(1.0, closed) == 1.0
-    with pytest.raises(ValueError, match="x: is 1.0, expected more than 0 and less than 1"):
+    with pytest.raises(ValueError, match=r"x: is 1\.0, expected more than 0 and less"):
         typed(1.0, opened, "x")
