@@ -58,7 +58,10 @@ def own_signals(monkeypatch) -> Iterator[None]:
         (["--config_file", "cpu", "train", "--config", "finetun"], "--config finetun: no such"),
         (["--config_file", "cpu", "train", "--run", "r"], "train: --shards: missing; see"),
         (["-m", "cxrdist", "train", "--sed", "3"], "--sed"),
-        (["-m", "cxrdist", "train", "--run", "r", "--seed", "x"], '--seed: is "x", expected a whole'),
+        (
+            ["-m", "cxrdist", "train", "--run=r", "--shards=s", "--seed=x"],
+            '--seed: is "x", expected a whole',
+        ),
         (["--config_file", "gpu", "check", "x"], "no such file; expected one, or cpu, multi_node"),
         (["--num_proceses", "2", "check", "x"], "launch: "),
         (["--num_processes", "two", "check", "x"], "num-processes: invalid int value: 'two'"),

@@ -284,3 +284,12 @@ def test_random_words_are_one_line():
     assert all(line.startswith(f"{name}: ") for name, line in lines)
     with pytest.raises(CxrdistError, match="not valid UTF-8"):
         parse(COMMANDS["check"], "check", ["--shards", os.fsdecode(b"\xe9")])
+
+
+def test_ends_of_a_range_are_in_it_or_not():
+    """A shift by the whole width is one; an average that keeps all of the old weights is none."""
+    words = ["--config=demo", *PATHS]
+    config = parse(COMMANDS["train"], "train", [*words, "--augmentation.shift-x", "1"])
+    assert config.augmentation.shift_x == 1.0
+    with pytest.raises(CxrdistError, match=r"--average: is 1\.0, expected more than 0 and less"):
+        parse(COMMANDS["train"], "train", [*words, "--average", "1"])
