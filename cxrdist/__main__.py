@@ -1,9 +1,14 @@
+import sys
+
 from cxrdist.cli import main
+from cxrdist.launch import main as launch
 from cxrdist.lifetime import exit_with
 
 
 def run() -> None:
     """Run the command line of this process."""
+    if sys.argv[1:2] == ["launch"]:
+        sys.exit(launch(sys.argv[2:]))
     exit_with(main)
 
 

@@ -2,32 +2,26 @@
 
 import io
 import os
-import re
 import select
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
 from importlib import import_module
-from importlib.resources import files
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 from cxrdist import __version__
-from cxrdist.config import location
-from cxrdist.errors import CxrdistError, RunFailedError, Stopped, failure_of
-from cxrdist.lifetime import end_with_launcher
+from cxrdist.errors import (
+    CxrdistError,
+    RunFailedError,
+    Stopped,
+    choices,
+    failure_of,
+    is_lost_connection,
+)
+from cxrdist.lifetime import another_rank_failed, end_with_launcher, report_error
+from cxrdist.options import Command, parse
+from cxrdist.packaged import RECIPES, names_in
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
-
-
-class Command(NamedTuple):
-    """Where a command's entry function and options are, and which options stand without a name."""
-
-    entry: str
-    config: str
-    help: str
-    positional: str | None = None
-
 
 COMMANDS = {
     "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
@@ -72,19 +66,11 @@ COMMANDS = {
         "export.command:export", "ExportConfig", "run -> ONNX, torch.export, timm, the Hub", "out"
     ),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
+    "recipes": Command(
+        "catalogue:recipes", "RecipesConfig", "what there is for --config, with figures", "name"
+    ),
     "bench": Command("bench.jobs:bench", "BenchConfig", "measure this machine side by side"),
 }
-
-POSITIONALS = {
-    "run_a": "Run directory.",
-    "run_b": "Run directory to compare it with.",
-    "shards": "Directory of shards, a path or an fsspec URL.",
-    "file": "A checkpoint file, or whatever else --init takes.",
-    "out": "File or folder to write; it must not exist yet.",
-}
-
-# Names of classes, as in --copies.COVID-19, and of stages keep their dashes.
-OPTION = re.compile(r"--(network\.|augmentation\.|stages\.[^=]+\.)?([a-z][a-z-]*)(=.*)?", re.DOTALL)
 
 USAGE = """usage: cxrdist COMMAND [options]
 
@@ -93,7 +79,7 @@ Chest X-ray classifiers, from folders of images to a report. Not a medical devic
 {commands}
 
 `cxrdist COMMAND --help` lists a command's options. On several GPUs or nodes:
-`accelerate launch --config_file FILE -m cxrdist COMMAND ...`
+`cxrdist launch --config_file FILE COMMAND ...`, with the options of `accelerate launch`.
 """
 
 
@@ -119,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         _is_flushed(sys.stdout)
         code = _report_failure(error)
     except Stopped as stop:
-        if str(stop):
+        if str(stop) and not another_rank_failed():
             print(f"cxrdist: {stop}", file=sys.stderr)
         code = STOP_CODE
     return code
@@ -136,26 +122,47 @@ def _answer(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"cxrdist {__version__}")
         return 0
-    name, rest = _command(arguments)
-    command = COMMANDS[name]
-    recipe, why = _default_recipe(rest) if name == "train" else (None, "")
     with stopping_at_once():
         with ending_at_once():
-            rest = ["--config", recipe, *rest] if recipe else rest
-            config, entry = parse(command, name, rest), _entry(command)
-        if recipe and os.environ.get("RANK", "0") == "0":
-            print(f"recipe: {recipe}, {why}; --config takes another: {', '.join(recipe_names())}")
+            command, config, note = read_arguments(arguments)
+            entry = _entry(command)
+        if note and os.environ.get("RANK", "0") == "0":
+            print(note)
         entry(config)
     return 0
+
+
+def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
+    """Read a command and its options.
+
+    Returns:
+        The command, its config, and a line for the user on a recipe that was not asked for.
+
+    Raises:
+        CxrdistError: there is no such command, or its options are wrong.
+        SystemExit: the help was asked for, and is printed.
+    """
+    name, rest = _command(arguments)
+    if {"-h", "--help"} & {*rest}:
+        from cxrdist.help import help_of
+
+        print(help_of(COMMANDS[name], name), end="")
+        raise SystemExit(0)
+    recipe, why = _default_recipe(rest) if name == "train" else (None, "")
+    if recipe is None:
+        return COMMANDS[name], parse(COMMANDS[name], name, rest), ""
+    config = parse(COMMANDS[name], name, ["--config", recipe, *rest])
+    others = ", ".join(names_in(RECIPES))
+    return COMMANDS[name], config, f"recipe: {recipe}, {why}; --config takes another: {others}"
 
 
 def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
     """The recipe of a training whose options name none, and why it is this one.
 
-    None where there is one, where the options give the stages themselves, or ask for help.
+    None where there is one, or where the options give the stages themselves.
     """
     given = {argument.partition("=")[0] for argument in arguments}
-    if given & {"--config", "--stages", "--help", "-h"}:
+    if given & {"--config", "--stages"}:
         return None, ""
     pairs = zip_longest(arguments, arguments[1:], fillvalue="")
     if "--init=none" in arguments or ("--init", "none") in pairs:
@@ -172,14 +179,16 @@ def _report_failure(error: Exception) -> int:
     line: object = error
     if isinstance(error, OSError):
         line = failure_of(error)
-    elif isinstance(error, RuntimeError) and _is_lost_connection(error):
+    elif isinstance(error, RuntimeError) and "RANK" in os.environ and is_lost_connection(error):
+        if another_rank_failed():
+            return 1
         line = RunFailedError(
             f"rank {os.environ['RANK']}: the connection to another rank was lost; that one's own "
             "message, or its launcher's, says why"
         )
     if not isinstance(line, (CxrdistError, RunFailedError)):
         raise error
-    print(f"cxrdist: {_one_line(line)}", file=sys.stderr)
+    report_error(line)
     return 2 if isinstance(line, CxrdistError) else 1
 
 
@@ -207,12 +216,6 @@ def _print_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has ended; gloo and NCCL say so."""
-    text = str(error)
-    return "RANK" in os.environ and ("gloo/transport" in text or "NCCL" in text)
-
-
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
     """The command, of one word or two, and what stands behind it.
 
@@ -223,174 +226,16 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    given, expected = arguments[0], list(COMMANDS)
+    given, expected = "".join(arguments[:1]), list(COMMANDS)
     if _is_group(given):
         given = " ".join(arguments[:2])
         expected = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
-    raise CxrdistError(f"no command {given!r}; expected one of {', '.join(expected)}")
+    raise CxrdistError(f"no command {given!r}; {choices(given, expected)}")
 
 
 def _is_group(word: str) -> bool:
     """Whether a word is the first of commands of two words."""
     return any(name.startswith(f"{word} ") for name in COMMANDS)
-
-
-def parse(command: Command, name: str, arguments: list[str]) -> Any:
-    """Read options and recipe into the command's config.
-
-    Raises:
-        CxrdistError: an option or a recipe field is unknown, missing, or of the wrong type.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
-    from jsonargparse.typing import register_type
-
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    register_type(Path, str, location, type_check=lambda value, _: hasattr(value, "joinpath"))
-    config = getattr(import_module("cxrdist.config"), command.config)
-    parser = ArgumentParser(prog=f"cxrdist {name}", exit_on_error=False)
-    if name in ("pack", "train"):
-        parser.add_argument(
-            "--config",
-            action="config",
-            help="Recipe: a YAML file, or the name of one that comes with cxrdist.",
-        )
-    positionals = (command.positional or "").split()
-    if positionals == ["images"]:
-        parser.add_argument("images", nargs="+", type=Path, help="Image files, or folders.")
-    else:
-        for positional in positionals:
-            kind = str if positional == "file" else Path
-            parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
-    parser.add_class_arguments(config, None, skip=set(positionals))
-    flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
-    arguments = _recipes_first(_normalise(arguments, flags))
-    _refuse_bad_recipes(name, arguments)
-    if strange := [argument for argument in arguments if _shown(argument) != argument]:
-        raise CxrdistError(
-            f"{name}: {_shown(strange[0])} is not valid UTF-8; rename it, or give the folder that "
-            "it is in"
-        )
-    try:
-        parsed = parser.parse_args(arguments)
-        _refuse_plain_groups(name, config, parsed)
-        parsed = parser.instantiate(parsed)
-    except ArgumentError as error:
-        raise CxrdistError(f"{name}: {_readable(str(error))}; see cxrdist {name} --help") from error
-    values = {f.name: parsed[f.name] for f in fields(config)}
-    _refuse_urls(name, values)
-    return config(**values)
-
-
-def _refuse_urls(command: str, values: dict[str, Any]) -> None:
-    """Make sure that an option which needs a path on this machine has none elsewhere."""
-    allowed = {"pack": {"input", "masks", "out"}, "find-text": {"input"}}.get(command, {"shards"})
-    for name, value in values.items():
-        if name not in allowed and hasattr(value, "protocol"):
-            raise CxrdistError(f"--{name} {value}: expected a path on this machine, no URL")
-
-
-def recipe_path(name: str) -> str:
-    """The file of a recipe that comes with the package; any other name is a path already."""
-    packaged = files("cxrdist") / "recipes" / f"{name}.yaml"
-    return str(packaged) if not Path(name).is_file() and packaged.is_file() else name
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(Path(file.name).stem for file in (files("cxrdist") / "recipes").iterdir())
-
-
-def _normalise(arguments: list[str], flags: set[str]) -> list[str]:
-    """Accept --skip-bad for skip_bad, a bare flag for true, and a recipe's name for its file."""
-    result = []
-    for i, argument in enumerate(arguments):
-        after = arguments[i + 1] if i + 1 < len(arguments) else "--"
-        if match := OPTION.fullmatch(argument):
-            group, option, value = (part or "" for part in match.groups())
-            option = group + option.replace("-", "_")
-            if option in flags and not value and after not in ("true", "false"):
-                value = "=true"
-            elif option == "config" and value:
-                value = f"={recipe_path(value[1:])}"
-            argument = f"--{option}{value}"
-        elif i and arguments[i - 1] == "--config":
-            argument = recipe_path(argument)
-        result.append(argument)
-    return result
-
-
-def _recipes_first(arguments: list[str]) -> list[str]:
-    """Put --config before the options that override a recipe; behind them it would undo them."""
-    recipes: list[str] = []
-    others: list[str] = []
-    for before, argument in zip(["", *arguments], arguments, strict=False):
-        is_recipe = "--config" in (argument, before) or argument.startswith("--config=")
-        (recipes if is_recipe else others).append(argument)
-    return recipes + others
-
-
-def _refuse_bad_recipes(command: str, arguments: list[str]) -> None:
-    """Make sure that jsonargparse can parse a recipe in little time and memory.
-
-    Raises:
-        CxrdistError: there is none of this name, it is no regular file, or no YAML object with the
-            bounds of `parse_yaml`.
-    """
-    from cxrdist.run import read_recipe  # with YAML a third of the time of --help
-
-    for option, value in zip_longest(arguments, arguments[1:], fillvalue=""):
-        name, _, own = option.partition("=")
-        path = Path(own or value)
-        if name != "--config":
-            continue
-        if not path.exists():
-            mend = f"; the recipes are {', '.join(recipe_names())}" if command == "train" else ""
-            raise CxrdistError(f"--config {path}: no such file, and no recipe of this name{mend}")
-        _, recipe = read_recipe(path.resolve(), "mend it, or give another with --config")
-        _refuse_other_stages(arguments, recipe.get("stages"))
-
-
-def _refuse_other_stages(arguments: list[str], stages: object) -> None:
-    """Make sure that options such as --stages.head.epochs are of stages that the recipe has.
-
-    Raises:
-        CxrdistError: one is not.
-    """
-    names = [str(name) for name in stages] if isinstance(stages, dict) else []
-    for argument in arguments:
-        option = argument.partition("=")[0]
-        is_known = any(option.startswith(f"--stages.{name}.") for name in names)
-        if names and re.match(r"--stages\..+\.", option) and not is_known:
-            raise CxrdistError(f"{option}: no such stage in the recipe; it has {', '.join(names)}")
-
-
-def _refuse_plain_groups(command: str, config: type, parsed: Any) -> None:
-    """Make sure that a group of fields, such as `network`, has fields; jsonargparse does not.
-
-    Raises:
-        CxrdistError: one is a plain value.
-    """
-    for group in (f.name for f in fields(config) if is_dataclass(f.type)):
-        if not hasattr(parsed[group], "items"):
-            raise CxrdistError(
-                f"{command}: {group} is {parsed[group]!r:.40}, expected its fields; see cxrdist "
-                f"{command} --help"
-            )
-
-
-def _readable(message: str) -> str:
-    message = re.sub(r"Problem with given class_path '[\w.]+\.(\w+)':", r"in \1:", message)
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    return message.replace("Parser key", "option")
-
-
-def _shown(argument: str) -> str:
-    """An argument with codes for the bytes that are no UTF-8, which Python keeps as surrogates."""
-    return argument.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _entry(command: Command) -> Callable[[Any], Any]:

@@ -2,13 +2,23 @@
 
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
-from cxrdist.errors import CxrdistError
+from cxrdist.documents import Between, Inside
+from cxrdist.errors import CxrdistError, choices
+
+PositiveInt = Annotated[int, Between(1)]
+NonNegativeInt = Annotated[int, Between(0)]
+PositiveFloat = Annotated[float, Inside(0)]
+NonNegativeFloat = Annotated[float, Between(0)]
+OpenUnitInterval = Annotated[float, Inside(0, 1)]
+ClosedUnitInterval = Annotated[float, Between(0, 1)]
+Depth = Annotated[int, Between(8, 16)]
 
 # DenseNet161 has the growth rate 48, DenseNet264 a block of 64 layers (Huang et al. 2016, Table 1).
 MOST_GROWTH_RATE = 128
 MOST_DENSE_LAYERS = 128
+DenseLayers = Annotated[int, Between(1, MOST_DENSE_LAYERS)]
 
 
 def location(text: str) -> Path:
@@ -90,12 +100,12 @@ class PackConfig(SourceConfig):
 
     out: Path
     """The directory of shards to make, a path or an fsspec URL; it must not exist yet."""
-    size: int = 224
+    size: PositiveInt = 224
     """Side of the packed squares, in pixels."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """How an image becomes square. pad and stretch let the border's shape or the heart's width tell
     the source of an image, crop (centre) does not."""
-    depth: int | None = None
+    depth: Depth | None = None
     """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
     to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
     values of the whole source, but for one pixel in a thousand of an image."""
@@ -110,14 +120,14 @@ class PackConfig(SourceConfig):
     anonymise: bool | None = None
     """Give images, patients and sources names that tell nothing; OUT.names.csv, which stays with
     the owner, says what they stand for. If not given: true for a source with DICOM files."""
-    expect: dict[str, int] = field(default_factory=dict)
+    expect: dict[str, NonNegativeInt] = field(default_factory=dict)
     """Images that each class should have, after --label-map and --views; other counts are reported.
     For recipes of public data sets."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the splits and of the order inside the shards."""
-    shard_size: int = 1000
+    shard_size: PositiveInt = 1000
     """Samples per shard."""
-    workers: int | None = None
+    workers: PositiveInt | None = None
     """Processes that decode; all cores if not given. The bytes do not depend on it."""
     skip_bad: bool = False
     """List unreadable images in rejected.csv instead of stopping."""
@@ -131,9 +141,9 @@ class PackConfig(SourceConfig):
     lungs_only: bool = False
     """Make all black but what --masks cover, and leave out images without a mask: shards for the
     comparison with a network that sees nothing else."""
-    task: int | None = None
+    task: NonNegativeInt | None = None
     """Decode only this part of the images, 0 to num_tasks - 1: one task of a SLURM array."""
-    num_tasks: int | None = None
+    num_tasks: PositiveInt | None = None
     """Parts that the images are decoded in."""
     merge: bool = False
     """Make the shards of what the tasks have decoded."""
@@ -152,7 +162,7 @@ class FindTextConfig:
     as it is shown), text, score."""
     allow_outside: bool = False
     """As in cxrdist pack."""
-    workers: int | None = None
+    workers: PositiveInt | None = None
     """Processes that look; all cores if not given."""
 
 
@@ -170,11 +180,11 @@ class CheckConfig:
 class Augmentation:
     """The random affine warp; the ranges by default are the paper's (section 2.3)."""
 
-    degrees: float = 40.0
+    degrees: Annotated[float, Between(0, 180)] = 40.0
     """Rotation, drawn from -degrees to degrees."""
-    shift_x: float = 40 / 224
+    shift_x: ClosedUnitInterval = 40 / 224
     """Shift to the left or right, at most this fraction of the width (40 of 224 px)."""
-    shift_y: float = 28 / 224
+    shift_y: ClosedUnitInterval = 28 / 224
     """Shift up or down, at most this fraction of the height (28 of 224 px)."""
     flip: bool = True
     """Mirror every second copy of an image, and one without a partner by chance."""
@@ -188,7 +198,7 @@ class Augmentation:
 class Background:
     """A part of the loss that keeps the network from reading what is not lung."""
 
-    weight: float
+    weight: PositiveFloat
     """What it counts, beside a mean cross-entropy per label of 1."""
     region: str = "thorax"
     """What counts as background, with commas between several: masks (outside the masks of the
@@ -205,22 +215,22 @@ class Background:
 class Stage:
     """One stage of training; the blocks that `lr` does not name are frozen."""
 
-    lr: dict[str, float]
+    lr: dict[str, PositiveFloat]
     """Learning rate of each block that is trained. Of a DenseNet: stem, denseblock1 to denseblock4,
     head; cxrdist/model/networks.py lists those of the others. `all` stands for all blocks that are
     not named."""
-    epochs: int
+    epochs: PositiveInt
     """Passes over the plan, at most."""
-    patience: int
+    patience: PositiveInt
     """Epochs without a better validation loss before the stage ends early."""
-    block_decay: float = 1.0
+    block_decay: Annotated[float, Inside(0), Between(0, 1)] = 1.0
     """The rate of `all` is multiplied by this from each block to the one before it, from the head
     to the stem (Howard & Ruder 2018, section 3.2: 1/2.6)."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """L2 penalty (SGD), decoupled decay (AdamW)."""
     schedule: Literal["constant", "cosine"] = "constant"
     """cosine: the rates fall to 0 over the stage's epochs, along half a cosine."""
-    warmup_epochs: int = 0
+    warmup_epochs: NonNegativeInt = 0
     """Epochs in which the rates rise linearly from near 0."""
     background: Background | None = None
     """Keep the network from reading the background; nothing of the kind if not given."""
@@ -262,12 +272,12 @@ class Network:
     """densenet121, densenet169 or densenet201 (Huang et al. 2016), resnet18 (He et al. 2015),
     alexnet (Krizhevsky 2014), squeezenet1_1 (Iandola et al. 2016), or convnext_atto (timm, after
     Liu et al. 2022). cxrdist/model/networks.py has a table of their blocks."""
-    growth_rate: int | None = None
+    growth_rate: Annotated[int, Between(1, MOST_GROWTH_RATE)] | None = None
     """DenseNets only: channels that each dense layer adds; the first convolution has twice as many.
     If not given: the published 32."""
-    block_config: tuple[int, int, int, int] | None = None
+    block_config: tuple[DenseLayers, DenseLayers, DenseLayers, DenseLayers] | None = None
     """DenseNets only: dense layers of each block. If not given: as published."""
-    dropout: float = 0.5
+    dropout: Annotated[float, Between(0), Inside(most=1)] = 0.5
     """Probability before the output layer (paper, section 3.2); of alexnet before each of its two
     hidden layers."""
 
@@ -280,9 +290,8 @@ class Network:
         """
         names = get_args(Architecture)
         if self.architecture not in names:
-            raise CxrdistError(
-                f"architecture: is {self.architecture!r:.40}, expected one of {', '.join(names)}"
-            )
+            known = choices(str(self.architecture), names)
+            raise CxrdistError(f"architecture: is {self.architecture!r:.40}, {known}")
         if self.is_densenet:
             self._refuse_large()
         else:
@@ -293,8 +302,6 @@ class Network:
                         f"{name}: is for DenseNets, and architecture is {self.architecture}; "
                         "leave it out"
                     )
-        if not 0 <= self.dropout < 1:
-            raise CxrdistError(f"dropout: is {self.dropout}, expected 0 or more, less than 1")
 
     def _refuse_large(self) -> None:
         growth_rate, block_config = self.dense_shape
@@ -355,7 +362,7 @@ class TrainConfig:
     """chexnet (densenet121 only) or imagenet (downloaded), none (random), a checkpoint file
     (safetensors or torch.save), its URL (#sha256=DIGITS behind it is checked), or a run
     directory."""
-    copies: dict[str, int] = field(default_factory=dict)
+    copies: dict[str, PositiveInt] = field(default_factory=dict)
     """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
     balance: Literal["none", "classes"] = "none"
     """classes: copies from the counts of the training split, which give each class about as many
@@ -365,9 +372,9 @@ class TrainConfig:
     """What a label that is uncertain counts as in training: ignore (no loss), positive (U-Ones of
     Irvin et al. 2019) or negative (U-Zeros); labels of their own behind it, as in
     positive,Edema=negative. No score counts an uncertain label."""
-    global_batch_size: int = 9
+    global_batch_size: PositiveInt = 9
     """Images in an optimiser step over all ranks."""
-    max_images_per_rank: int | None = None
+    max_images_per_rank: PositiveInt | None = None
     """Images of one forward pass on a rank; a larger slice is taken in equal micro-batches, and
     trained BatchNorm sees one micro-batch of each rank at a time."""
     batch_norm: Literal["synchronised", "per_rank"] = "synchronised"
@@ -384,16 +391,16 @@ class TrainConfig:
     """Architecture and its shape."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9 (paper, section 3.3)."""
-    max_gradient_norm: float | None = None
+    max_gradient_norm: PositiveFloat | None = None
     """The gradient of all parameters together is shortened to this norm; as it is if not given."""
-    average: float | None = None
+    average: OpenUnitInterval | None = None
     """Decay per step of an exponential moving average of the weights, such as 0.999; less in the
     first steps of a stage, (1 + t) / (10 + t) after t. It is what is validated and published; the
     weights as they are if not given."""
     compile: bool = False
     """Compile warp, network and loss into one graph; on one GPU, with small batches, capture the
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the new layers, the plan and the dropout."""
     text_boxes: Path | None = None
     """CSV of cxrdist find-text, for a stage with the background region text."""
@@ -402,7 +409,7 @@ class TrainConfig:
     trains on the others; test stays untouched. As the shards were packed if not given."""
     cache: Path | None = None
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
-    save_steps: int = 1000
+    save_steps: PositiveInt = 1000
     """Optimiser steps between two saves within an epoch; each epoch ends with one in any case."""
     track: str | None = None
     """Accelerate trackers, names with commas between them; their files go to RUN/tracking."""
@@ -450,13 +457,13 @@ class EvaluateConfig:
     """How the threshold of each class is chosen on the validation split: youden (largest
     sensitivity + specificity), sensitivity=0.95 or specificity=0.95. If not given, the model keeps
     its rule; the first one is youden."""
-    prevalence: float | None = None
+    prevalence: OpenUnitInterval | None = None
     """Share of patients with each class where the model is to be used, for its predictive values;
     they are also given at the prevalence of the images."""
-    fewest: int = 10
+    fewest: PositiveInt = 10
     """Positives, and negatives, below which a score is not headlined but said to rest on too few
     images."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Images of one forward pass."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
@@ -476,7 +483,7 @@ class ExplainConfig:
     """Name of an external set, as in cxrdist evaluate."""
     classes: str = "all"
     """all, or class names with commas between them."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Explain this many samples: first the mistakes of cxrdist evaluate, the surest first, then the
     classes in turn; all if not given."""
     contrast: str | None = None
@@ -496,7 +503,7 @@ class ExplainConfig:
     pictures: bool = True
     """Write heat maps as well, and look for the nearest training image of each sample, which takes
     a forward pass of all training images."""
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     """Images of one forward pass."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
@@ -520,12 +527,12 @@ class ProbeTextConfig:
     """Word to paste on the images (paper, section 4.1)."""
     place: Literal["upper-left", "upper-right", "lower-left", "lower-right"] = "upper-left"
     """Corner to paste it into."""
-    height: float = 0.06
+    height: Annotated[float, Inside(0), Between(0, 0.5)] = 0.06
     """Size of its font as a fraction of the image's side, at least 6 px; capital letters are about
     three quarters as high."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Explain this many images with text, the first in the shards; all if not given."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images of one forward pass."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
@@ -549,7 +556,7 @@ class LocaliseConfig:
     """Split to score."""
     name: str | None = None
     """Name of an external set, as in cxrdist evaluate."""
-    batch_size: int = 4
+    batch_size: PositiveInt = 4
     """Images of one forward pass."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
@@ -566,7 +573,7 @@ class ProbeBackgroundConfig:
     masks: Path | None = None
     """Masks of the lungs, as in cxrdist pack. If not given: the masks that the shards hold, or
     without any a fixed ellipse."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Seed of the networks and of the shuffled pixels."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
@@ -594,7 +601,7 @@ class PredictConfig:
     """End with exit code 0 although some images could not be read."""
     fit: Literal["crop", "pad", "stretch"] | None = None
     """How an image becomes square; as the training images if not given."""
-    depth: int | None = None
+    depth: Depth | None = None
     """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
     to 16, as in cxrdist pack. If not given: as the training images; if these had no such depth,
     what cxrdist pack would take for the images given."""
@@ -602,7 +609,7 @@ class PredictConfig:
     """Cover burned-in text in the boxes of this CSV, with paths as given here or relative to the
     folder given. Without it, text is looked for and covered if the model was trained on images with
     covered text (needs cxrdist[text]), and left as it is if it was not."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images of one forward pass."""
 
 
@@ -663,11 +670,11 @@ class SeedsConfig:
     """Directory of shards, a path or an fsspec URL."""
     recipe: str = "finetune"
     """Recipe of all members: a YAML file, or the name of one that comes with cxrdist."""
-    seeds: int = 5
+    seeds: Annotated[int, Between(2)] = 5
     """Members, 2 to 20, whose seeds are 0, 1 ...; with --folds the number of folds."""
     folds: bool = False
     """Members are folds by patient: each trains and validates on other parts of train and val."""
-    member: int | None = None
+    member: NonNegativeInt | None = None
     """Train only this member, as a task of a SLURM array does; all in turn if not given."""
     cache: Path | None = None
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
@@ -691,6 +698,14 @@ class DemoConfig:
 
 
 @dataclass(frozen=True)
+class RecipesConfig:
+    """List the recipes that come with cxrdist, with their figures, or print one of them."""
+
+    name: str | None = None
+    """Recipe to print; all are listed if not given."""
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Measure this machine side by side: packing, reading, warping, training, explaining."""
 
@@ -700,7 +715,7 @@ class BenchConfig:
     launch/local.sh bench --only gpu; done"""
     input: Path | None = None
     """Folder of original images for the packing rows; synthetic 1024 px ones if not given."""
-    size: int = 224
+    size: PositiveInt = 224
     """Side of the images, in pixels."""
-    repeats: int = 5
+    repeats: PositiveInt = 5
     """Rounds; each runs all contenders of a row in turn, the table shows medians."""

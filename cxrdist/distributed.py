@@ -11,14 +11,15 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     gather_object,
 )
 
-from cxrdist.environment import PRECISION, refuse_settings
-from cxrdist.errors import CxrdistError, RunFailedError, failure_of
+from cxrdist.environment import ON, PRECISION, USE_CPU, refuse_settings
+from cxrdist.errors import CxrdistError, RunFailedError, choices, failure_of
 from cxrdist.heartbeat import start_heartbeat
 from cxrdist.lifetime import joined
 from cxrdist.precision import use_full_float32
@@ -28,6 +29,26 @@ T = TypeVar("T")
 
 _stay = False  # whether `finish` leaves the ranks connected
 _start_heartbeat = cache(start_heartbeat)  # once in a process, which may run several commands
+
+
+def read_trackers(text: str | None) -> list[str]:
+    """Read names of Accelerate's trackers with commas between them.
+
+    Raises:
+        CxrdistError: one is unknown or not installed, of which Accelerate only warns.
+    """
+    names = [name.strip() for name in text.split(",")] if text else []
+    installed = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise CxrdistError(
+                f"--track: no tracker {name!r}; {choices(name, LOGGER_TYPE_TO_CLASS)}"
+            )
+        if name not in installed:
+            raise CxrdistError(
+                f"--track {name}: is not installed; run `pip install {name}`, or leave --track out"
+            )
+    return names
 
 
 def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -> Accelerator:
@@ -41,9 +62,11 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
 
     Raises:
         CxrdistError: a tracker is unknown or not installed, the process was launched as one of
-            several ranks and stands alone, or the environment would change the mathematics.
+            several ranks and stands alone, there are more ranks than GPUs, or the environment would
+            change the mathematics.
     """
     refuse_settings(gpu=torch.cuda.is_available())
+    _refuse_too_few_gpus()
     # torch 2.14 wants other spellings, which accelerate and torch 2.10 have not got.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor` is deprecated", FutureWarning)
@@ -69,13 +92,28 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
     if accelerator.num_processes != launched:
         raise CxrdistError(
             f"WORLD_SIZE is {launched} but this process is one of {accelerator.num_processes}; "
-            "launch with accelerate launch --config_file, see launch/ for configs"
+            "start the ranks with cxrdist launch --config_file FILE COMMAND, not with torchrun"
         )
     refuse_other_mathematics(accelerator)
     use_full_float32()  # after Accelerate, which with torch.compile switches TensorFloat-32 on
     if launched > 1:
         _start_heartbeat(accelerator.process_index, launched)
     return accelerator
+
+
+def _refuse_too_few_gpus() -> None:
+    """Make sure that each rank of this machine has a GPU of its own, if it has any.
+
+    Raises:
+        CxrdistError: there are more ranks than GPUs.
+    """
+    ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if ranks > gpus > 0 and os.environ.get(USE_CPU, "no").lower() not in ON:
+        raise CxrdistError(
+            f"--num_processes: {ranks} ranks on this machine, which has {gpus} "
+            f"GPU{'s' if gpus > 1 else ''}; launch one rank per GPU, with num_processes {gpus} on "
+            "each machine"
+        )
 
 
 def refuse_other_mathematics(accelerator: Accelerator) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import (
@@ -33,23 +33,48 @@ MOST_YAML_BYTES = 1 << 16  # a recipe has 2 kB; PyYAML takes a second for this m
 MOST_YAML_VALUES = 10_000
 MOST_DEPTH = 32  # the deepest document of cxrdist has 8 levels
 _MOST_WHOLE = 1 << 64  # the digest of a plan is the largest number that is written
-_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-class Between(NamedTuple):
+# No NamedTuples: those of the same numbers are equal, and `typing` keeps one of equal annotations.
+@dataclass(frozen=True)
+class Between:
     """Bounds of a number or of the length of a list, as in ``Annotated[int, Between(1, 4096)]``.
 
-    Both are included.
+    Both are included; ``Between(1)`` has no upper one.
     """
 
     least: float
-    most: float
+    most: float = math.inf
 
     def expected(self, value: Any) -> str | None:
         """Say what was expected of a value that is out of bounds; None if it is within them."""
         listed = isinstance(value, (list, tuple))
         within = self.least <= (len(value) if listed else value) <= self.most
-        return None if within else f"{self.least} to {self.most}{' values' if listed else ''}"
+        return None if within else f"{self}{' values' if listed else ''}"
+
+    def __str__(self) -> str:
+        """Return the bounds in words."""
+        if self.most == math.inf:
+            return f"at least {self.least}"
+        return f"{self.least} to {self.most}"
+
+
+@dataclass(frozen=True)
+class Inside:
+    """Bounds of a number which are not included themselves."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+    def expected(self, value: float) -> str | None:
+        """Say what was expected of a value that is out of bounds; None if it is within them."""
+        return None if self.least < value < self.most else str(self)
+
+    def __str__(self) -> str:
+        """Return the bounds in words."""
+        bounds = (("more than", self.least), ("less than", self.most))
+        return " and ".join(f"{word} {at}" for word, at in bounds if math.isfinite(at))
 
 
 class Matching(NamedTuple):
@@ -140,8 +165,28 @@ def _refuse_deep(value: Any) -> None:
     raise ValueError(f"is nested deeper than {MOST_DEPTH} levels")
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's numbers and those of YAML 1.2, such as 1e-4, which it would take for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
+    list("-+.0123456789"),
+)
+
+
 def parse_yaml(data: bytes) -> dict[str, Any]:
     """Parse a recipe: YAML of plain values with bounds, an object without a name twice.
+
+    Raises:
+        ValueError: it is not such a document.
+    """
+    return _object(parse_yaml_value(data), "")
+
+
+def parse_yaml_value(data: bytes) -> Any:
+    """Parse YAML as `parse_yaml` does, but of any value: an object, a list, a number ...
 
     Raises:
         ValueError: it is not such a document.
@@ -149,7 +194,7 @@ def parse_yaml(data: bytes) -> dict[str, Any]:
     if len(data) > MOST_YAML_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_YAML_BYTES}")
     try:
-        loader = yaml.SafeLoader(data.decode("utf-8-sig"))
+        loader = _Loader(data.decode("utf-8-sig"))
         node = loader.get_single_node()
         _refuse_twice(node)
         value = None if node is None else loader.construct_document(node)
@@ -163,7 +208,7 @@ def parse_yaml(data: bytes) -> dict[str, Any]:
         raise ValueError("is nested too deeply") from None
     if size > MOST_YAML_VALUES:
         raise ValueError(f"holds more than {MOST_YAML_VALUES} values")
-    return _object(value, "")
+    return value
 
 
 def _refuse_twice(root: yaml.Node | None) -> None:
@@ -205,7 +250,7 @@ def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
     return known[id(value)]
 
 
-def typed(value: Any, kind: type[T]) -> T:
+def typed(value: Any, kind: type[T], where: str = "") -> T:
     """Check parsed JSON against a type and build it.
 
     Dataclasses and NamedTuples become instances, with their own checks; all their fields must be
@@ -218,11 +263,12 @@ def typed(value: Any, kind: type[T]) -> T:
         value: of `parse_json`.
         kind: built of those, list, tuple, dict[str, ...], Literal, unions, str, int, float, bool,
             None and Any.
+        where: name of the value in errors, which of a whole document is empty.
 
     Raises:
         ValueError: it is of another type; the text says where.
     """
-    return cast(T, _typed(value, kind, ""))
+    return cast(T, _typed(value, kind, where))
 
 
 def _typed(value: Any, kind: Any, where: str) -> Any:
@@ -256,8 +302,10 @@ def _plain(value: Any, kind: Any, where: str) -> Any:
     """Check text, a number, true or false, or null; a whole number may stand for any number."""
     if kind is float and type(value) is int:
         return float(value)
+    if kind is float and type(value) is float and not math.isfinite(value):  # YAML has .inf
+        raise _wrong(value, "a finite number", where)
     if type(value) is not kind and not (value is None and kind in (None, NoneType)):
-        raise _wrong(value, _NAMES.get(kind, "null"), where)
+        raise _wrong(value, NAMES.get(kind, "null"), where)
     return value
 
 

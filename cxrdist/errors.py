@@ -1,6 +1,8 @@
-"""Errors for users, and what the operating system's errors are among them."""
+"""Errors for users, and what the errors of the operating system and of PyTorch are among them."""
 
 import errno
+import re
+from collections.abc import Iterable
 
 
 class CxrdistError(ValueError):
@@ -51,21 +53,42 @@ def failure_of(
     if not path:
         return None
     if error.errno in _FORBIDDEN:
-        return RunFailedError(f"{line}; {mend or 'get the right to it, or name another place'}")
+        return RunFailedError(f"{line}; {mend or 'change its permissions, or name another path'}")
     if error.errno in _MACHINE:
-        return RunFailedError(f"{line}; {mend or 'see to the machine, then run the command again'}")
+        return RunFailedError(
+            f"{line}; {mend or 'mend that on this machine, then run the same command again'}"
+        )
     if error.errno in _NAMES:
         return CxrdistError(f"{line}; {mend or 'name another file or directory'}")
     return None
 
 
-def refuse_below_one(options: object, *names: str) -> None:
-    """Make sure that numbers among the options are 1 or more; None is left alone.
+# Messages of gloo (transport/tcp) and NCCL about a peer that is gone. Both also report that no
+# network interface or no GPU was found, which is a fault of this machine.
+_LOST_CONNECTION = re.compile(
+    r"gloo/transport/\w+/(pair|unbound_buffer)\.cc"
+    r"|Connection (closed|reset) by (remote )?peer|ncclRemoteError|NCCL communicator was aborted"
+    r"|Watchdog caught collective operation timeout"
+)
 
-    Raises:
-        CxrdistError: one is less.
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective operation failed because another rank has ended or does not answer."""
+    return bool(_LOST_CONNECTION.search(str(error)))
+
+
+def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:
+    """Return the end of an error about an unknown name: those there are, and the nearest one.
+
+    Args:
+        name: that is unknown.
+        names: that are known.
+        nearest: names to be called the nearest ones; found by their letters if empty.
     """
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise CxrdistError(f"{name}: is {value}, expected at least 1")
+    from difflib import get_close_matches  # which `cxrdist --help` does not need
+
+    folded = {known.casefold().strip("-"): known for known in names}
+    alike = [folded[match] for match in get_close_matches(name.casefold().strip("-"), folded, 1)]
+    near = " or ".join([*nearest] or alike)
+    mend = f"; nearest is {near}" if near else ""
+    return f"expected {'one of ' if len(folded) > 1 else ''}{', '.join(folded.values())}{mend}"

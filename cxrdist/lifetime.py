@@ -1,15 +1,19 @@
-"""The lifetime of a rank: it ends with its launcher and with its own exit code.
+"""The lifetime of a rank: it ends with its launcher, with its own exit code, and says why once.
 
 It joins no job whose first launcher died.
 """
 
 import ctypes
+import hashlib
+import json
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,6 +24,7 @@ _OF_SIMPLE_LAUNCH = {
     *("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_DYNAMIC"),
     *("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"),
 }
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 _joined = threading.Event()
 
 
@@ -50,6 +55,36 @@ def end_with_launcher() -> None:
 def joined() -> None:
     """End the watch over the first node's launcher: from now on a lost connection is an error."""
     _joined.set()
+
+
+def report_error(error: Exception) -> None:
+    """Print in one line why a command failed, once for all ranks of a node that have this line.
+
+    The launcher of several ranks names a file to each of them for its error (torchelastic's
+    TORCHELASTIC_ERROR_FILE), and shows the text in its own report on the ranks that failed.
+    """
+    line = " ".join(str(error).split())
+    if file := os.environ.get(_ERROR_FILE):
+        entry = {"message": f"cxrdist: {line}", "timestamp": str(int(time.time()))}
+        reported = Path(file).parents[1] / f"{hashlib.sha256(line.encode()).hexdigest()}.reported"
+        with suppress(OSError):  # such as a full disk of temporary files: the line is still due
+            Path(file).write_text(json.dumps(entry))
+            try:
+                reported.touch(exist_ok=False)
+            except FileExistsError:
+                return
+    print(f"cxrdist: {line}", file=sys.stderr, flush=True)
+
+
+def another_rank_failed() -> bool:
+    """Whether another rank of this node has reported an error, after which the launcher ends all.
+
+    What the other ranks then meet, a signal or a lost connection, follows from that error.
+    """
+    if not (file := os.environ.get(_ERROR_FILE)):
+        return False
+    own = Path(file)
+    return any(other != own for other in own.parents[1].glob(f"*/{own.name}"))
 
 
 def exit_with(command: Callable[[], int]) -> NoReturn:

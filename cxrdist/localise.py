@@ -23,7 +23,7 @@ from cxrdist.data.outlines import (
     read_originals,
 )
 from cxrdist.distributed import finish, gather, together
-from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import (
     Subject,
     in_order,
@@ -104,7 +104,6 @@ def localise(config: LocaliseConfig) -> None:
     Raises:
         CxrdistError: run, shards, boxes or masks cannot be used.
     """
-    refuse_below_one(config, "batch_size")
     if config.boxes is not None and config.masks is not None:
         raise CxrdistError("localise: expected --boxes or --masks, found both; give one of them")
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)

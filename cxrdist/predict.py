@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pebble import ProcessPool
 
 from cxrdist.config import PredictConfig
-from cxrdist.data.depth import describe_depth, refuse_bad_depth
+from cxrdist.data.depth import describe_depth
 from cxrdist.data.found import LeftOut
 from cxrdist.data.inputs import (
     Input,
@@ -37,7 +37,7 @@ from cxrdist.data.workers import (
     num_cores,
     schedule,
 )
-from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
+from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.explain.dicom_output import (
     Explained,
     Output,
@@ -223,8 +223,6 @@ def predict(config: PredictConfig) -> None:
         RunFailedError: some images could not be read, and ``skip_bad`` is not set; all the others
             are predicted.
     """
-    refuse_below_one(config, "batch_size")
-    refuse_bad_depth(config.depth)
     _refuse_bad_out(config.out)
     if config.dicom is not None:
         refuse_bad_folder(config.dicom, config.out, _beside(config.out, "heatmaps"))

@@ -158,8 +158,6 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
         raise CxrdistError(
             "probe-background: trains small networks in one process; run it without a launcher"
         )
-    if config.seed < 0:
-        raise CxrdistError(f"--seed {config.seed}: expected 0 or more")
     index = read_index(config.shards)
     _refuse_unusable(index)
     with locked(config.out):

@@ -24,7 +24,7 @@ from cxrdist.data.phantom import Finding, burn_text
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
-from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import headline
 from cxrdist.evaluate.predictions import (
@@ -63,7 +63,6 @@ PLACES = {
     "lower-right": (0.97, 0.97, "rb"),
 }
 """Where a word's corner stands, in fractions of the side, and which corner (Pillow's anchors)."""
-LARGEST_HEIGHT = 0.5
 COVERS = ("black", "fill")
 OUTLINE = (255, 210, 0)
 DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
@@ -142,14 +141,8 @@ def _cover(
 
 
 def _refuse_bad_options(config: ProbeTextConfig) -> None:
-    refuse_below_one(config, "limit", "batch_size")
     if not config.word.strip():
         raise CxrdistError("--word: is empty, expected a word such as SEDUTO")
-    if not 0 < config.height <= LARGEST_HEIGHT:
-        raise CxrdistError(
-            f"--height {config.height:g}: expected a fraction of the side, above 0 and at most "
-            f"{LARGEST_HEIGHT}"
-        )
     if config.boxes is None:
         require_extra()
 

@@ -37,7 +37,7 @@ _PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Names of the files of one run (design.md, Contracts).
+    """Names of the files of one run (.github/DESIGN.md, Files).
 
     What belongs to a set of images lies in a place of its own: ``train``, ``val`` or ``test``, or
     ``external/NAME`` for shards that are not the run's own.
@@ -198,7 +198,7 @@ def refuse_bad_stage_name(name: str) -> None:
     """
     if not STAGE_NAME.fullmatch(name):
         raise CxrdistError(
-            f"stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
+            f"--stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
             "digits, dots, -, _ and spaces, at most 100 of them"
         )
 
@@ -277,14 +277,18 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
 
     The kernel frees the lock of a dead holder. It holds on local disks, on NFS (Linux makes it a
     lock of the server) and on Lustre mounted with `flock`; with `localflock` only within a node.
+    Directories that did not exist before are removed again where nothing was written to them.
 
     Raises:
         CxrdistError: another process holds it.
     """
+    made = [path for path in (root, *root.parents) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
     with open_regular(root / ".lock", os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # its holder has just removed it
+                raise BlockingIOError
         except BlockingIOError:
             holder = lock.read(200).decode("utf-8", "replace").strip()
             raise CxrdistError(
@@ -293,7 +297,20 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{_holder()}\n".encode())
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            if made and not shared and os.listdir(root) == [".lock"]:
+                _remove_empty(made)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove a directory that holds a lock alone, and those above it that are empty then."""
+    (directories[0] / ".lock").unlink()
+    for directory in directories:
+        if any(directory.iterdir()):
+            return
+        directory.rmdir()
 
 
 def _holder() -> str:

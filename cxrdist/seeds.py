@@ -5,7 +5,7 @@ the ensemble.
 """
 
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,9 @@ def _join_members(
     for name in names:
         for split in splits:
             _evaluate_once(config, run.inside(name), split, accelerator)
-    with together(accelerator, lambda: locked(run.root) if main else nullcontext()):
+    with ExitStack() as stack:
+        lock = locked(run.root)
+        together(accelerator, lambda: stack.enter_context(lock) if main else None)
         is_new = together(accelerator, lambda: _publish(run, names, recipes[0]) if main else False)
     is_new = gather(accelerator, [is_new])[0]
     for split in splits:

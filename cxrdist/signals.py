@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from cxrdist.errors import Stopped
+from cxrdist.lifetime import another_rank_failed
 
 STOP_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -139,8 +140,9 @@ def _end_on_second(numbers: Iterator[int]) -> None:
 
 def _end(number: int) -> None:
     """End the process here and now, as `Stopped` would."""
-    line = f"cxrdist: stopped on {signal.Signals(number).name}; run the same command again\n"
-    os.write(sys.stderr.fileno(), line.encode())
+    if not another_rank_failed():
+        line = f"cxrdist: stopped on {signal.Signals(number).name}; run the same command again\n"
+        os.write(sys.stderr.fileno(), line.encode())
     os._exit(STOP_CODE)
 
 

@@ -1,6 +1,6 @@
 # Sourced by demo.sh and test.sh: make the virtual environment in the checkout and install into it.
 # shellcheck shell=bash
-# usage: install EXTRAS, such as "" or "[dev]"
+# usage: install EXTRAS, such as "" or "[dev]"; a PyTorch that is in .venv already, such as the CPU build, stays
 install() {
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {

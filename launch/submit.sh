@@ -2,7 +2,7 @@
 # The whole way as SLURM jobs that wait for each other: pack (an array, and a job that joins its
 # parts) -> train -> evaluate -> explain -> report.
 #   bash launch/submit.sh SHARDS RUN \
-#       --pack --config shards/chestxray14.yaml --input /data/ChestX-ray14 \
+#       --pack --config chestxray14 --input /data/ChestX-ray14 \
 #       --train --config bassi2020 --init CHEXNET.pth.tar \
 #       --explain --limit 300
 # What follows --pack, --train, --evaluate and --explain are options of that command; without --pack

@@ -24,7 +24,7 @@ from typing import IO
 
 PRELOADED = (
     *("cxrdist.config", "cxrdist.seeds", "cxrdist.explain.export"),
-    *("docstring_parser", "jsonargparse", "scipy.stats", "sklearn.metrics", "torchmetrics"),
+    *("scipy.stats", "sklearn.metrics", "torchmetrics"),
 )
 
 

@@ -9,6 +9,7 @@ import yaml
 from support import make_images, small_disk
 
 from cxrdist.cli import COMMANDS, main, parse
+from cxrdist.fields import leaves
 from cxrdist.run import RunDirectory
 
 STAGES = {"one": {"lr": {"head": 0.1}, "epochs": 1, "patience": 1}}
@@ -42,14 +43,17 @@ def test_each_command_explains_its_options(capsys, name):
     with pytest.raises(SystemExit) as stop:
         main([*name.split(), "--help"])
     assert stop.value.code == 0
-    assert f"usage: cxrdist {name}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"usage: cxrdist {name}" in said
+    for field in leaves(COMMANDS[name].config_class):
+        assert f"  {field.flag} " in said
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["trian"], "no command 'trian'; expected one of pack, check, train"),
-        (["pack", "--source", "folder"], "required: input"),
+        (["pack", "--source", "folder"], "pack: --input, --out: missing; see"),
         (["pack", "--source", "dicom", "--input", "x", "--out", "y"], "source"),
         (["pack", "--source", "folder", "--input", "/lost", "--out", "y"], "/lost: no such folder"),
         (["check", "/lost"], "/lost: has no index.json"),
@@ -65,7 +69,7 @@ def test_each_command_explains_its_options(capsys, name):
             ["train", "--config", "covid"],
             "covid: no such file, and no recipe of this name",
         ),
-        (["train", "--config=covid"], "the recipes are bassi2020, chexnet, chexnet-fast, compare,"),
+        (["train", "--config=covid"], "expected one of bassi2020, chexnet, chexnet-fast, comp"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
@@ -94,15 +98,21 @@ def test_bad_folders_are_refused(capsys, tmp_path):
     [
         ({"global_batch_sise": 3}, "global_batch_sise"),
         ({"stages": {"one": {**STAGES["one"], "epoks": 3}}}, "epoks"),
-        ({"stages": {"one": {**STAGES["one"], "lr": {"haed": 0.1}}}}, "no block 'haed'"),
-        ({"stages": {"one": {**STAGES["one"], "lr": {}}}}, "stages.one: trains nothing"),
+        (
+            {"stages": {"one": {**STAGES["one"], "lr": {"haed": 0.1}}}},
+            "--stages.one.lr: no block 'haed'",
+        ),
+        ({"stages": {"one": {**STAGES["one"], "lr": {}}}}, "--stages.one: trains nothing"),
         ({"stages": {}}, "stages: the recipe has none"),
-        ({"copies": {"covid": 3}}, "no class 'covid' in the shards; they have a, b c, d"),
-        ({"global_batch_size": 0}, "global_batch_size: is 0, expected at least 1"),
-        ({"global_batch_size": "many"}, "global_batch_size"),
+        (
+            {"copies": {"covid": 3}},
+            "--copies: no class 'covid' in the shards; expected one of a, b",
+        ),
+        ({"global_batch_size": 0}, "--global-batch-size: is 0, expected at least 1"),
+        ({"global_batch_size": "many"}, '--global-batch-size: is "many", expected a'),
         ({"init": "/lost.pth"}, "--init /lost.pth: no such file"),
         ({"optimizer": "adam"}, "optimizer"),
-        ({"network": 3}, "network is 3, expected its fields"),
+        ({"network": 3}, "--network: is 3, expected its fields"),
     ],
 )
 def test_bad_recipes_are_refused(capsys, tmp_path, shards, changes, message):
@@ -118,7 +128,7 @@ def test_an_override_of_an_unknown_stage_is_refused(capsys, tmp_path, shards):
     recipe = write_recipe(tmp_path)
     paths = ("--shards", shards, "--run", tmp_path / "run")
     said = refused(capsys, "train", "--config", recipe, *paths, "--stages.tow.epochs", "3")
-    assert "--stages.tow.epochs: no such stage in the recipe; it has one" in said
+    assert "--stages.tow.epochs: no such stage in the recipe; expected one" in said
 
 
 def test_flags_take_dashes_and_need_no_value():

@@ -14,10 +14,10 @@ from cxrdist.cli import COMMANDS
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
 LAYERS = [
-    ["errors", "terminal", "config"],
+    ["errors", "terminal", "documents", "config", "fields", "packaged"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "documents", "run", "info", "bootstrap", "intervals"),
+        *("distributed", "run", "info", "bootstrap", "intervals"),
     ],
     ["data"],
     ["model"],
@@ -26,7 +26,7 @@ LAYERS = [
     ["train"],
     ["report"],
     ["predict", "probe_text", "localise", "probe_background", "export", "demo", "bench"],
-    ["cli", "launch", "seeds"],
+    ["options", "help", "catalogue", "cli", "launch", "seeds"],
     ["__init__", "__main__"],
 ]
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"
@@ -52,7 +52,7 @@ def test_the_options_are_those_that_were_agreed_on():
     options = {
         name: sorted(field.name for field in fields(value))
         for name, value in vars(cxrdist.config).items()
-        if is_dataclass(value)
+        if is_dataclass(value) and value.__module__ == "cxrdist.config"
     }
     assert options == yaml.safe_load(GOLDEN.read_text())
     assert {command.config for command in COMMANDS.values()} <= options.keys()

@@ -6,7 +6,7 @@ from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import pytest
 
-from cxrdist.documents import Between, Distinct, Matching, Text, parse_json, typed
+from cxrdist.documents import Between, Distinct, Inside, Matching, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
 from cxrdist.run import judging
 
@@ -109,3 +109,14 @@ def test_documents_without_bounds_are_refused(data):
     """Deep, huge, not finite, not UTF-8, too many values or bytes: a ValueError before memory."""
     with pytest.raises(ValueError, match=r"nested|finite|too large|decode|more than|at most"):
         parse_json(data)
+
+
+def test_bounds_of_the_same_numbers_are_told_apart():
+    """`typing` returns the same type for annotations that are equal; 1 is in the one only."""
+    closed, opened = (
+        Annotated[float, Between(0, 1)] | None,
+        Annotated[float, Inside(0, 1)] | None,
+    )
+    assert typed(1.0, closed) == 1.0
+    with pytest.raises(ValueError, match=r"x: is 1\.0, expected more than 0 and less"):
+        typed(1.0, opened, "x")

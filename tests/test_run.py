@@ -1,5 +1,6 @@
 """What a run directory names, writes and removes: nothing through links, only names of its own."""
 
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -146,9 +147,9 @@ def test_what_may_not_be_read_or_written_is_no_damage(tmp_path):
     if root:
         os.seteuid(65534)
     try:
-        with pytest.raises(RunFailedError, match=r"run\.json: Permission denied; get the right"):
+        with pytest.raises(RunFailedError, match=r"run\.json: Permission denied; change"):
             read_json(tmp_path / "run.json")
-        with pytest.raises(RunFailedError, match=r"log\.jsonl: Permission denied; get the right"):
+        with pytest.raises(RunFailedError, match=r"log\.jsonl: Permission denied; change"):
             append_log(tmp_path / "log.jsonl", {})
     finally:
         if root:
@@ -170,3 +171,29 @@ def test_a_full_disk_is_named_at_the_first_byte(tmp_path, make):
         with pytest.raises(RunFailedError, match=r"disk/out: No space left on device; make room"):
             write()
         assert os.listdir(tmp_path / "disk") == ["rest"]
+
+
+def test_a_lock_leaves_no_empty_directory(tmp_path):
+    """Directories that it made go again where nothing was written; what was there before stays."""
+    run = tmp_path / "runs" / "a"
+    with locked(run):
+        assert [file.name for file in run.iterdir()] == [".lock"]
+    assert list(tmp_path.iterdir()) == []
+    with locked(run):
+        (run / "log.jsonl").touch()
+    with locked(run):
+        pass
+    assert sorted(file.name for file in run.iterdir()) == [".lock", "log.jsonl"]
+
+
+def test_a_lock_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
+    """A file without a name locks nothing: the next process would make another one."""
+    run = tmp_path / "run"
+    run.mkdir()
+    flock = fcntl.flock
+    monkeypatch.setattr(
+        "cxrdist.run.fcntl.flock",
+        lambda file, how: (flock(file, how), (run / ".lock").unlink()),
+    )
+    with pytest.raises(CxrdistError, match="another cxrdist process is writing here"), locked(run):
+        pass

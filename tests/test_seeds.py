@@ -250,7 +250,7 @@ def test_a_killed_member_goes_on(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "1"], "--seeds 1: expected 2 to 20 members"),
+        (["--seeds", "1"], "--seeds: is 1, expected at least 2"),
         (["--seeds", "3", "--member", "3"], "--member 3: expected 0 to 2"),
         (["--recipe", "none"], "none"),
     ],

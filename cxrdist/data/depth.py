@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.errors import CxrdistError
-
 DEPTHS = (8, 10, 12, 14, 16)  # of detectors and their converters
 BLOCK_PIXELS = 1 << 20
 HOT_PIXELS = 0.001  # of an image may lie above its depth: defects of a detector, not the X-ray
@@ -37,18 +35,6 @@ def used_depth(values: NDArray[np.integer], counts: NDArray[np.int64]) -> int:
     """
     allowed = HOT_PIXELS * int(counts.sum())
     return next(d for d in DEPTHS if counts[values > white_of(d)].sum() <= allowed)
-
-
-def refuse_bad_depth(depth: int | None) -> None:
-    """Make sure that ``--depth``, if it is given, is within `DEPTHS`.
-
-    Raises:
-        CxrdistError: it is not.
-    """
-    if depth is not None and not DEPTHS[0] <= depth <= DEPTHS[-1]:
-        raise CxrdistError(
-            f"--depth {depth}: expected {DEPTHS[0]} to {DEPTHS[-1]} bits, such as 12"
-        )
 
 
 def white_of(depth: int) -> int:

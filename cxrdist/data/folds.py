@@ -34,7 +34,8 @@ def read_fold(text: str) -> Fold:
     fold = Fold(int(match[1]), int(match[2])) if match else Fold(0, 0)
     if not 1 <= fold.number <= fold.total or not 2 <= fold.total <= MOST_FOLDS:
         raise CxrdistError(
-            f"fold: is {text!r:.40}, expected NUMBER/COUNT such as 2/5, of 2 to {MOST_FOLDS} folds"
+            f"--fold: is {text!r:.40}, expected NUMBER/COUNT such as 2/5, of 2 to {MOST_FOLDS} "
+            "folds"
         )
     return fold
 
@@ -62,7 +63,7 @@ def cut_fold(index: Index, text: str | None) -> Index:
     patients = [index.samples[i].patient for i in numbers]
     if len(set(patients)) < fold.total:
         raise CxrdistError(
-            f"fold: {fold.total} folds need as many patients in train and val, "
+            f"--fold: {fold.total} folds need as many patients in train and val, "
             f"--shards {index.directory} have {len(set(patients))}; take fewer folds"
         )
     from sklearn.model_selection import StratifiedGroupKFold
@@ -72,7 +73,7 @@ def cut_fold(index: Index, text: str | None) -> Index:
     held_out = {numbers[place] for place in folds[fold.number - 1][1]}
     if not held_out:
         raise CxrdistError(
-            f"fold: {text} has no images, since few patients have most of them; take fewer folds"
+            f"--fold: {text} has no images, since few patients have most of them; take fewer folds"
         )
     names = {i: "val" if i in held_out else "train" for i in numbers}
     samples = [s._replace(split=names.get(i, s.split)) for i, s in enumerate(index.samples)]

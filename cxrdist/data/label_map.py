@@ -9,6 +9,7 @@ from cxrdist.data.found import LeftOut
 from cxrdist.data.labels import NOT_STATED, SEPARATOR, labels_of
 from cxrdist.data.records import Record, Source
 from cxrdist.errors import CxrdistError
+from cxrdist.packaged import LABEL_MAPS, path_of
 from cxrdist.run import judging, read_recipe
 
 Cells = tuple[str, str, str, str]
@@ -20,9 +21,13 @@ MEND = "expected THEIRS: OURS on each line, or THEIRS: null to leave a label out
 def read_label_map(file: Path) -> LabelMap:
     """Read a YAML file of labels and those that take their place.
 
+    Args:
+        file: its path, or the name of one that comes with cxrdist.
+
     Raises:
         CxrdistError: it is missing, empty, or holds something else.
     """
+    file = path_of(LABEL_MAPS, file)
     file = file.resolve() if isinstance(file, Path) else file
     with judging(file, MEND):
         _, content = read_recipe(file, MEND)

@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, choices
 
 SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
 # Of a cell of a matrix of labels; what is below 0 is not known.
@@ -113,7 +113,7 @@ def read_uncertain(text: str) -> tuple[str, dict[str, str]]:
         name, equals, counts_as = (part.strip() for part in item.rpartition("="))
         if counts_as not in COUNTS_AS or name in found or (equals and not name):
             raise CxrdistError(
-                f"uncertain: is {text!r:.200}, expected ignore, positive or negative, once, and "
+                f"--uncertain: is {text!r:.200}, expected ignore, positive or negative, once, and "
                 "for labels of their own NAME=positive and the like, with commas between them"
             )
         found[name] = counts_as
@@ -139,7 +139,7 @@ def settle_uncertain(
     default, by_label = read_uncertain(text)
     if stray := [name for name in by_label if name not in classes]:
         raise CxrdistError(
-            f"uncertain: no class {stray[0]!r} in the shards; they have {', '.join(classes)}"
+            f"--uncertain: no class {stray[0]!r} in the shards; {choices(stray[0], classes)}"
         )
     codes = [COUNTS_AS[by_label.get(name, default)] for name in classes]
     return np.where(targets == UNCERTAIN, np.array(codes, np.int8), targets)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import Augmentation
 from cxrdist.data.labels import POSITIVE
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, choices
 
 MOST_BALANCED_COPIES = 50
 """Of an image, when copies come from counts: more of so few images would be learnt by heart."""
@@ -176,7 +176,7 @@ def refuse_uncrossed(copies: NDArray[np.int64], augmentation: Augmentation) -> N
         if mirrors * math.isqrt(number // mirrors) ** 2 != number:
             fitting = ", ".join(str(mirrors * k * k) for k in range(1, 8))
             raise CxrdistError(
-                f"copies: images with {number} {'copies' if number > 1 else 'copy'} in an epoch "
+                f"--copies: images with {number} {'copies' if number > 1 else 'copy'} in an epoch "
                 f"cannot have augmentation.draws crossed, which takes {product} copies of every "
                 f"image ({fitting} ...); change copies, or give --augmentation.draws free"
             )
@@ -204,17 +204,15 @@ def copies_of(
         copies: by class.
 
     Raises:
-        CxrdistError: a class is unknown, or a number is below 1.
+        CxrdistError: a class is unknown.
     """
-    for name, number in copies.items():
+    for name in copies:
         if name not in classes:
             raise CxrdistError(
-                f"copies: no class {name!r} in the shards; they have {', '.join(classes)}. For "
+                f"--copies: no class {name!r} in the shards; {choices(name, classes)}. For "
                 "classes of your own take the recipe finetune, or with --init none scratch, which "
                 "balance by counts"
             )
-        if number < 1:
-            raise CxrdistError(f"copies: {name} has {number}, expected at least 1")
     by_class = np.array([copies.get(name, 1) for name in classes], dtype=np.int64)
     return np.where(targets == POSITIVE, by_class, 1).max(axis=1, initial=1)
 

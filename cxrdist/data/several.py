@@ -15,7 +15,7 @@ from cxrdist.data.found import LeftOut
 from cxrdist.data.labels import SEPARATOR, labels_of
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, Record, Source, own_patient
 from cxrdist.documents import Text, typed
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, choices
 from cxrdist.run import judging, read_recipe
 
 MEND = (
@@ -129,11 +129,11 @@ def _entry(name: str, value: Any) -> Entry:
     entry = typed({name: value}, dict[str, Entry])[name]
     strange = next((field for field in entry if field not in Entry.__annotations__), None)
     if strange is not None:
-        raise ValueError(
-            f"{name}.{strange!s:.80}: is no option; there are {', '.join(Entry.__annotations__)}"
-        )
+        known = choices(str(strange), Entry.__annotations__)
+        raise ValueError(f"{name}.{strange!s:.80}: is no option; {known}")
     if entry["source"] not in SINGLE:
-        raise ValueError(f"{name}.source: is {entry['source']!r:.80}, expected {', '.join(SINGLE)}")
+        known = choices(entry["source"], SINGLE)
+        raise ValueError(f"{name}.source: is {entry['source']!r:.80}, {known}")
     return entry
 
 

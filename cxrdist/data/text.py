@@ -23,7 +23,7 @@ from cxrdist.data.images import read_grey
 from cxrdist.data.records import Record
 from cxrdist.data.sources import read_source
 from cxrdist.data.squares import file_state
-from cxrdist.errors import CxrdistError, RunFailedError, refuse_below_one
+from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.run import read_json, remove, write_json
 from cxrdist.terminal import progress
 
@@ -52,7 +52,6 @@ def find_text(config: FindTextConfig) -> None:
     Raises:
         CxrdistError: the source or the options cannot be used, or RapidOCR is not installed.
     """
-    refuse_below_one(config, "workers")
     if config.out.exists():
         raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
     require_extra()

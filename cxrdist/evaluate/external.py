@@ -345,7 +345,20 @@ def take_seen(index: Index, images: Images) -> Prints:
     return take_prints(images, index.samples, numbers, index.sha256)
 
 
-def keep_seen(run: RunDirectory, index: Index, images: Images, init: str) -> None:
+def seen_before(init: str) -> Prints | None:
+    """Read what the run that another one starts from has seen; None where that is not known.
+
+    Args:
+        init: what the weights are from.
+
+    Raises:
+        CxrdistError: its seen.npz is damaged.
+    """
+    earlier = RunDirectory(Path(init))
+    return read_seen(earlier.seen) if earlier.root.is_dir() and earlier.seen.is_file() else None
+
+
+def keep_seen(run: RunDirectory, index: Index, images: Images, earlier: Prints | None) -> None:
     """Write seen.npz of a run before its first step; one that goes on has it already.
 
     A run that starts from another one has seen what that one has seen, as far as it has kept it.
@@ -354,17 +367,15 @@ def keep_seen(run: RunDirectory, index: Index, images: Images, init: str) -> Non
         run: the run directory.
         index: its shards.
         images: uint8 [samples, S, S], of them.
-        init: what its weights are from.
+        earlier: as `seen_before` returns it.
 
     Raises:
-        CxrdistError: a seen.npz is damaged.
+        CxrdistError: the run's own seen.npz is damaged.
     """
     if run.seen.is_file() and read_seen(run.seen).index_sha256 == index.sha256:
         return
-    seen, earlier = take_seen(index, images), RunDirectory(Path(init))
-    if earlier.root.is_dir() and earlier.seen.is_file():
-        seen = seen.followed_by(read_seen(earlier.seen))
-    write_seen(run.seen, seen)
+    seen = take_seen(index, images)
+    write_seen(run.seen, seen.followed_by(earlier) if earlier else seen)
 
 
 def _find_matches(

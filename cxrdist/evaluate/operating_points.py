@@ -188,18 +188,6 @@ def chosen_on(calibration: Calibration) -> ChosenOn:
     }
 
 
-def refuse_bad_prevalence(prevalence: float | None) -> None:
-    """Make sure that a prevalence is a share.
-
-    Raises:
-        CxrdistError: it is not.
-    """
-    if prevalence is not None and not 0 < prevalence < 1:
-        raise CxrdistError(
-            f"--prevalence {prevalence:g}: expected a share between 0 and 1, such as 0.05"
-        )
-
-
 @dataclass(frozen=True)
 class _Sides:
     """Images that have a class, that do not, and that a threshold calls: bool [N] each."""

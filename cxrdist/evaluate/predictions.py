@@ -16,7 +16,7 @@ from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
 from cxrdist.distributed import finish, gather, start, together
-from cxrdist.errors import CxrdistError, refuse_below_one
+from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.calibration import (
     choose_calibration,
     describe_calibration,
@@ -39,7 +39,7 @@ from cxrdist.evaluate.external import (
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.mistakes import MOST_PICTURED, find_mistakes
-from cxrdist.evaluate.operating_points import Rule, read_rule, refuse_bad_prevalence
+from cxrdist.evaluate.operating_points import Rule, read_rule
 from cxrdist.evaluate.scored import GROUP_COLUMNS, Scored, score_samples
 from cxrdist.model.densenet import Classifier, save_calibration
 from cxrdist.model.description import Calibration
@@ -207,8 +207,6 @@ def evaluate(config: EvaluateConfig) -> None:
     Raises:
         CxrdistError: run, shards or split cannot be used.
     """
-    refuse_below_one(config, "batch_size", "fewest")
-    refuse_bad_prevalence(config.prevalence)
     rule = read_rule(config.operating_point) if config.operating_point else None
     labels = {} if config.label_map is None else read_label_map(config.label_map)
     choices = Choices(labels, config.seen)

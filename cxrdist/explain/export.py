@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import Masks, open_masks, read_mask_rows, read_rows
 from cxrdist.distributed import finish, gather, local_ranks, together
-from cxrdist.errors import RunFailedError, refuse_below_one
+from cxrdist.errors import RunFailedError
 from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
 from cxrdist.explain import flipping, outside, randomisation
 from cxrdist.explain.description import RelevanceInfo, read_description, under_way
@@ -120,7 +120,6 @@ def explain(config: ExplainConfig) -> None:
     Raises:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
-    refuse_below_one(config, "limit", "batch_size")
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
     model = together(accelerator, lambda: one_network(subject.model))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from cxrdist.config import ExplainConfig
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, choices
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.mistakes import find_mistakes
 from cxrdist.evaluate.scored import MEND, read_scored
@@ -101,11 +101,13 @@ def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
     if config.contrast is None:
         return Targets(classes)
     pair = [name.strip() for name in config.contrast.split(",")]
-    if len(set(pair)) != 2 or len(pair) != 2 or not set(pair) <= set(model.classes):
+    if len(set(pair)) != 2 or len(pair) != 2:
         raise CxrdistError(
             f"--contrast {config.contrast}: expected two of {', '.join(model.classes)} with a "
             "comma between them"
         )
+    for name in pair:
+        _refuse_unknown("--contrast", name, model.classes)
     return Targets(classes, (pair[0], pair[1]))
 
 
@@ -117,11 +119,13 @@ def choose_classes(classes: str, model: Classifier) -> list[str]:
     """
     names = model.classes if classes == "all" else [name.strip() for name in classes.split(",")]
     for name in names:
-        if name not in model.classes:
-            raise CxrdistError(
-                f"--classes: no class {name!r}; expected all or some of {', '.join(model.classes)}"
-            )
+        _refuse_unknown("--classes", name, model.classes)
     return list(names)
+
+
+def _refuse_unknown(option: str, name: str, classes: list[str]) -> None:
+    if name not in classes:
+        raise CxrdistError(f"{option}: no class {name!r} in the model; {choices(name, classes)}")
 
 
 def choose_samples(

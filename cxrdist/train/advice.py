@@ -18,7 +18,7 @@ def advice(training: Training) -> str:
     recipe, accelerator = training.recipe, training.accelerator
     return (
         _advice_on_ranks(recipe, accelerator.num_processes)
-        + _advice_on_cores(accelerator)
+        + _advice_on_cpu(accelerator)
         + _advice_on_steps(training)
     )
 
@@ -43,15 +43,21 @@ def _advice_on_ranks(config: TrainConfig, world_size: int) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def _advice_on_cores(accelerator: Accelerator) -> str:
-    """A line on more CPU ranks than cores, such as of a config for GPUs where there are none."""
+def _advice_on_cpu(accelerator: Accelerator) -> str:
+    """Lines on CPU ranks that are slower than need be, such as of a config for GPUs without any."""
     (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
-    if accelerator.device.type != "cpu" or ranks <= cores:
-        return ""
-    return (
-        f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
-        f"launch with --num_processes {cores}\n"
-    )
+    lines = []
+    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
+        lines.append(
+            "no GPU is used, and most CPUs are many times slower in bf16 than in float32; launch "
+            "with --mixed_precision no"
+        )
+    if accelerator.device.type == "cpu" and ranks > cores:
+        lines.append(
+            f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
+            f"launch with --num_processes {cores}"
+        )
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _advice_on_steps(training: Training) -> str:

@@ -14,7 +14,6 @@ from cxrdist.data.foreground import FULL, Foreground, foreground_of, has_mask
 from cxrdist.data.index import Index
 from cxrdist.data.regions import Region, read_regions
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
-from cxrdist.distributed import together
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.background import share_of_contrast, squared_gradient
 from cxrdist.info import BackgroundInfo, TextBoxesInfo
@@ -85,15 +84,10 @@ def check_backgrounds(config: TrainConfig) -> None:
     for name, stage in config.stages.items():
         if stage.background is None:
             continue
-        field, weight = f"stages.{name}.background", stage.background.weight
-        if not 0 < weight < float("inf"):
-            raise CxrdistError(
-                f"{field}.weight: is {weight}, expected a number above 0; leave background out "
-                "for none"
-            )
+        field = f"--stages.{name}.background"
         if stage.background.method == "lrp" and not config.network.is_densenet:
             raise CxrdistError(
-                f"{field}.method: lrp is for DenseNets, and network.architecture is "
+                f"{field}.method: lrp is for DenseNets, and --network.architecture is "
                 f"{config.network.architecture}; take the method gradient, or a DenseNet"
             )
         try:
@@ -145,15 +139,20 @@ def _needed(config: TrainConfig) -> set[Region]:
 
 
 def open_backgrounds(
-    config: TrainConfig, index: Index, accelerator: Accelerator
+    config: TrainConfig, index: Index, boxes: SquareBoxes, accelerator: Accelerator
 ) -> dict[str, BackgroundLoss]:
     """Open masks and boxes for the background losses; return these by stage.
 
+    Args:
+        config: the whole recipe.
+        index: of the shards.
+        boxes: of text, as `read_text_boxes` returns them.
+        accelerator: its ranks share the work of their node.
+
     Raises:
-        CxrdistError: masks or boxes cannot be read, or no image of train has any.
+        CxrdistError: masks cannot be read, or those of train are empty.
     """
     masks = open_masks(index, config.cache, accelerator) if "masks" in _needed(config) else None
-    boxes = together(accelerator, lambda: _read_boxes(config, index))
     train = np.array(index.numbers("train"))
     if masks is not None and not has_mask(masks, train).any():
         raise CxrdistError(
@@ -175,8 +174,12 @@ def open_backgrounds(
     return opened
 
 
-def _read_boxes(config: TrainConfig, index: Index) -> SquareBoxes:
-    """Read the boxes of text of train and val, in px of their squares; empty if not needed."""
+def read_text_boxes(config: TrainConfig, index: Index) -> SquareBoxes:
+    """Return the boxes of text of train and val in their squares; none where no stage needs them.
+
+    Raises:
+        CxrdistError: they cannot be read, or no image of train has any.
+    """
     if config.text_boxes is None:
         return {}
     train, val = (index.numbers(split) for split in ("train", "val"))

@@ -2,21 +2,20 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
-from cxrdist.distributed import finish, start, together
+from cxrdist.distributed import finish, read_trackers, start, together
 from cxrdist.run import RunDirectory, locked, sweep
 from cxrdist.signals import stopping_at_a_boundary
 from cxrdist.train.advice import advice
 from cxrdist.train.checks import (
     refuse_bad_recipe,
     refuse_large_world,
-    refuse_single_values,
     trainable_index,
 )
 from cxrdist.train.epoch import Epoch
@@ -128,11 +127,13 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
     """
     refuse_bad_recipe(config)
     run = RunDirectory(config.run)
-    accelerator = start(config.track.split(",") if config.track else [], run.tracking)
+    accelerator = start(read_trackers(config.track), run.tracking)
     main = accelerator.is_main_process
     together(accelerator, lambda: refuse_large_world(config, accelerator.num_processes))
     index = together(accelerator, lambda: trainable_index(config))
-    with together(accelerator, lambda: locked(config.run) if main else nullcontext()):
+    with ExitStack() as stack:
+        lock = locked(config.run)
+        together(accelerator, lambda: stack.enter_context(lock) if main else None)
         together(accelerator, lambda: refuse_other_run(run, config, index))
         if (run.model / "model.json").is_file():
             accelerator.print(f"{run.root}: is trained already; the model is in {run.model}")
@@ -142,7 +143,6 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
             sweep(run.root, alone=True)
             sweep(run.checkpoints, alone=True)
         training = build_training(accelerator, run, config, index)
-        together(accelerator, lambda: refuse_single_values(training))
         accelerator.print(advice(training), end="")
         if config.track:
             accelerator.init_trackers("cxrdist")

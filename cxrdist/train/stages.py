@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cxrdist.config import Network, Stage
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, choices
 from cxrdist.info import GroupInfo
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.densenet import Classifier
@@ -28,39 +28,27 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
             name that cannot be a directory, or a rate or number out of its range.
     """
     if not stages:
-        raise CxrdistError("stages: the recipe has none; see recipes/bassi2020.yaml for four")
+        raise CxrdistError("--stages: the recipe has none; `cxrdist recipes bassi2020` shows four")
     for name, stage in stages.items():
         refuse_bad_stage_name(name)
-        for block, lr in stage.lr.items():
+        for block in stage.lr:
             if block not in (*blocks, ALL):
                 raise CxrdistError(
-                    f"stages.{name}.lr: no block {block!r}; expected {', '.join(blocks)}, or all "
-                    "for those that are not named"
-                )
-            if not lr > 0:
-                raise CxrdistError(
-                    f"stages.{name}.lr.{block}: is {lr}, expected a rate above 0; "
-                    "leave the block out to freeze it"
+                    f"--stages.{name}.lr: no block {block!r}; {choices(block, (*blocks, ALL))}"
                 )
         if not stage.lr:
-            raise CxrdistError(f"stages.{name}: trains nothing; name the blocks to train under lr")
-        if not 0 < stage.block_decay <= 1:
             raise CxrdistError(
-                f"stages.{name}.block_decay: is {stage.block_decay}, expected a factor above 0, at "
-                "most 1"
+                f"--stages.{name}: trains nothing; name the blocks to train under lr"
             )
         if stage.block_decay != 1 and ALL not in stage.lr:
             raise CxrdistError(
-                f"stages.{name}.block_decay: is {stage.block_decay}, but lr has no `all`, whose "
-                "rate it lowers; give lr.all, or leave block_decay out"
+                f"--stages.{name}.block-decay: is {stage.block_decay}, but lr has no `all`, whose "
+                "rate it lowers; give lr.all, or leave block-decay out"
             )
-        for field, value in (("epochs", stage.epochs), ("patience", stage.patience)):
-            if value < 1:
-                raise CxrdistError(f"stages.{name}.{field}: is {value}, expected at least 1")
-        if not 0 <= stage.warmup_epochs < stage.epochs:
+        if stage.warmup_epochs >= stage.epochs:
             raise CxrdistError(
-                f"stages.{name}.warmup_epochs: is {stage.warmup_epochs}, expected at least 0 and "
-                f"fewer than the stage's {stage.epochs} epochs"
+                f"--stages.{name}.warmup-epochs: is {stage.warmup_epochs}, expected fewer than the "
+                f"stage's {stage.epochs} epochs"
             )
 
 

@@ -19,10 +19,11 @@ from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.external import keep_seen
+from cxrdist.evaluate.external import keep_seen, seen_before
 from cxrdist.info import ShardsInfo, read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.description import Cover
+from cxrdist.model.networks import norms_of_one_value
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import (
@@ -40,9 +41,11 @@ from cxrdist.train.background import (
     BackgroundLoss,
     describe_text_boxes,
     open_backgrounds,
+    read_text_boxes,
     refuse_other_text_boxes,
 )
 from cxrdist.train.checkpoint import has_checkpoint
+from cxrdist.train.stages import rates_of
 from cxrdist.train.step import Batches, TrainingData
 
 NOT_SCIENCE = (
@@ -222,6 +225,8 @@ def build_training(
 ) -> Training:
     """Read weights and images; only then begin the run directory, or resume it.
 
+    What can be refused is refused before anything is written, the cache of images included.
+
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
     """
@@ -238,29 +243,25 @@ def build_training(
     together(accelerator, lambda: _refuse_other_weights(run, weights))
     audit = together(accelerator, lambda: _read_audit(index))
     model = _build_model(config, index, weights)
-    num_copied = apply_weights(weights, model)
-    images = open_cache(index, config.cache, accelerator)
-    backgrounds = open_backgrounds(config, index, accelerator)
+    num_copied, num_images = apply_weights(weights, model), int(copies[train].sum())
+    world_size = accelerator.num_processes
+    together(accelerator, lambda: _refuse_single_values(config, model, num_images, world_size))
+    boxes = together(accelerator, lambda: read_text_boxes(config, index))
     text_boxes = together(accelerator, lambda: describe_text_boxes(config))
-    together(
-        accelerator,
-        lambda: keep_seen(run, index, images, config.init) if accelerator.is_main_process else None,
-    )
+    earlier = together(accelerator, lambda: seen_before(config.init))
+    images = open_cache(index, config.cache, accelerator)
+    backgrounds = open_backgrounds(config, index, boxes, accelerator)
+    main = accelerator.is_main_process
+    together(accelerator, lambda: keep_seen(run, index, images, earlier) if main else None)
     if accelerator.is_main_process:
-        before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
-        launch = _describe_start(accelerator, weights, num_copied)
-        shards = {"format": "cxrdist-run-1", "shards": describe_shards(index)}
-        launch["text_boxes"] = text_boxes
-        write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **launch})
-        if audit:
-            write_text(run.audit, audit)
-        write_text(run.recipe, recipe_yaml(config))
+        about = _describe_start(accelerator, weights, num_copied)
+        _begin_run(run, config, index, {**about, "text_boxes": text_boxes}, audit)
         print(f"weights: {weights.source}, {num_copied} tensors")
         if config.balance == "classes":
             print(_describe_balance(index, by_class))
         print(_describe_unknown(stated[train], targets[train]), end="")
         print(epoch_table(targets, index.classes, copies, (train, val)))
-        print(_describe_steps(int(copies[train].sum()), config))
+        print(_describe_steps(num_images, config))
     model.to(accelerator.device)
     model.to(memory_format=torch.channels_last)  # faster on GPUs, and by 1.1 to 1.3 on CPUs
     # One fixed draw of the expanded validation split, so that epochs can be compared.
@@ -278,6 +279,60 @@ def build_training(
         StopVote(accelerator),
         backgrounds,
     )
+
+
+def _begin_run(
+    run: RunDirectory, config: TrainConfig, index: Index, start: dict[str, Any], audit: str
+) -> None:
+    """Write the first files of a run, or describe in them how it resumes.
+
+    Args:
+        run: the run directory.
+        config: the whole recipe.
+        index: of the shards.
+        start: what computes in this launch, and what it starts from.
+        audit: of the shards; empty where they have none.
+    """
+    before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
+    shards = {"format": "cxrdist-run-1", "shards": describe_shards(index)}
+    write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **start})
+    if audit:
+        write_text(run.audit, audit)
+    write_text(run.recipe, recipe_yaml(config))
+
+
+def _refuse_single_values(
+    recipe: TrainConfig, model: Classifier, num_images: int, world_size: int
+) -> None:
+    """Make sure that no BatchNorm has to find the variance of one value.
+
+    One does where its features are of 1 x 1 px, in a step of one image.
+
+    Args:
+        recipe: the whole recipe.
+        model: the network that is trained.
+        num_images: of an epoch, each copy counted.
+        world_size: number of ranks.
+
+    Raises:
+        CxrdistError: one has.
+    """
+    size_px = model.image_size_px
+    blocks = norms_of_one_value(model.shape, len(model.normalisation.mean), size_px)
+    stages = recipe.stages.items()
+    moving = blocks if recipe.frozen_batch_norm == "moving" else set[str]()
+    trained = [n for n, stage in stages if blocks & (moving | rates_of(stage, model.shape).keys())]
+    smallest = num_images // -(-num_images // recipe.global_batch_size)
+    if recipe.batch_norm == "per_rank":
+        smallest = max(1, smallest // world_size)
+    if recipe.max_images_per_rank:
+        smallest = min(smallest, recipe.max_images_per_rank)
+    if trained and smallest == 1:
+        raise CxrdistError(
+            f"--global-batch-size: {recipe.global_batch_size} images leave BatchNorm with one "
+            f"image of {size_px} px, which has no variance in stage {trained[0]}; take a larger "
+            "batch, larger images, or --batch-norm synchronised"
+        )
 
 
 def _copies_by_class(

@@ -13,7 +13,6 @@ from cxrdist.data import squares
 from cxrdist.data.images import read_square
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
-from cxrdist.errors import CxrdistError
 
 
 @pytest.fixture
@@ -77,10 +76,3 @@ def test_a_given_depth_holds_and_is_kept(config):
 def test_a_source_that_declares_its_depth_has_none(tmp_path):
     """Of 8 bits, also with an option that no image needs."""
     assert read_index(make_shards(tmp_path, {"a": 8, "b": 8}, depth=12)).depth is None
-
-
-@pytest.mark.parametrize("depth", [7, 17, 0, -12])
-def test_a_depth_that_cannot_be_is_refused(config, depth):
-    """Before an image is opened."""
-    with pytest.raises(CxrdistError, match=f"--depth {depth}: expected 8 to 16 bits, such as 12"):
-        pack(replace(config, depth=depth))

@@ -78,8 +78,6 @@ def test_copies_of_an_unknown_class_are_refused():
     assert copies_of(targets, ["a", "b"], {"b": 4}).tolist() == [1, 4, 4]
     with pytest.raises(CxrdistError, match="no class 'c'"):
         copies_of(targets, ["a", "b"], {"c": 4})
-    with pytest.raises(CxrdistError, match="at least 1"):
-        copies_of(targets, ["a", "b"], {"a": 0})
 
 
 def test_of_several_labels_the_one_of_most_copies_counts():

@@ -158,10 +158,10 @@ def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both
         ("x: {source: folder, input: 3}", "x.input: is 3, expected text"),
         (
             "x: {source: fodler, input: x}",
-            "x.source: is 'fodler', expected folder, csv, chestxray14",
+            "x.source: is 'fodler', expected one of folder, csv, chestxray14",
         ),
-        ("x: {source: several, input: x}", "x.source: is 'several', expected folder, csv, "),
-        ("x: {source: folder, input: x, size: 3}", "x.size: is no option; there are source, input"),
+        ("x: {source: several, input: x}", "x.source: is 'several', expected one of folder, csv"),
+        ("x: {source: folder, input: x, size: 3}", "x.size: is no option; expected one of source"),
         ("x: {source: csv, input: x, allow_outside: 1}", "x.allow_outside: is 1, expected true or"),
         (
             "x: {source: csv, input: x, empty_cells: u}",

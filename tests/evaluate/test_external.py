@@ -25,7 +25,12 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import PATIENT_PATTERN, write_phantoms
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.external import as_model_takes, keep_seen, started_from_chexnet
+from cxrdist.evaluate.external import (
+    as_model_takes,
+    keep_seen,
+    seen_before,
+    started_from_chexnet,
+)
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.seen import read_seen
 from cxrdist.explain.export import explain
@@ -99,11 +104,11 @@ def test_a_run_that_goes_on_keeps_what_it_has_and_takes_what_its_weights_have_se
     images = np.load(home / "cache" / f"{index.sha256[:32]}.npy", mmap_mode="r")
     later = RunDirectory(tmp_path / "later")
     later.root.mkdir()
-    keep_seen(later, index, images, init=str(home / "run"))
+    keep_seen(later, index, images, seen_before(str(home / "run")))
     own = read_seen(home / "run" / "seen.npz").keys
     assert read_seen(later.seen).keys == own * 2
     before = later.seen.stat().st_mtime_ns
-    keep_seen(later, index, images, init="none")
+    keep_seen(later, index, images, seen_before("none"))
     assert later.seen.stat().st_mtime_ns == before
 
 

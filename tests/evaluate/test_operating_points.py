@@ -17,7 +17,6 @@ from cxrdist.evaluate.operating_points import (
     choose_threshold,
     operating_points,
     read_rule,
-    refuse_bad_prevalence,
 )
 from cxrdist.evaluate.scored import Scored
 from cxrdist.model.prediction import Predictions
@@ -96,13 +95,6 @@ def test_another_rule_is_one_line(text):
 def test_a_rule_is_written_as_it_is_read():
     """model.json keeps its text."""
     assert [str(read_rule(text)) for text in RULES] == RULES
-
-
-@pytest.mark.parametrize("prevalence", [0, 1, -0.1, 5, float("nan")])
-def test_a_prevalence_is_a_share(prevalence):
-    """0 and 1 leave nothing to predict."""
-    with pytest.raises(CxrdistError, match="--prevalence"):
-        refuse_bad_prevalence(prevalence)
 
 
 def test_points_of_val_on_test_are_those_of_scikit_learn():

@@ -26,7 +26,7 @@ from cxrdist.distributed import start
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 from cxrdist.train import learner
-from cxrdist.train.background import open_backgrounds
+from cxrdist.train.background import open_backgrounds, read_text_boxes
 from cxrdist.train.loop import backward, train_epoch
 from cxrdist.train.stage import StageRun
 from cxrdist.train.stages import set_modes
@@ -107,7 +107,9 @@ def with_background(training: Training, method: str) -> Training:
     stage = replace(STAGES["all"], background=Background(30.0, "masks", method))
     config = replace(training.recipe, stages={"all": stage})
     index = read_index(config.shards)
-    return replace(training, backgrounds=open_backgrounds(config, index, training.accelerator))
+    boxes = read_text_boxes(config, index)
+    opened = open_backgrounds(config, index, boxes, training.accelerator)
+    return replace(training, backgrounds=opened)
 
 
 def take_gradient(training: Training, mode: str, batch: str) -> dict:

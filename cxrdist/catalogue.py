@@ -1,0 +1,69 @@
+"""The recipes that come with cxrdist: what each is for, and what it reaches.
+
+A recipe's file begins with a comment. Its first sentence says what the recipe is for; in recipes of
+`cxrdist train`, paragraphs that begin with ``Expected:`` and ``Measured:`` have the figures.
+"""
+
+import re
+from itertools import takewhile
+from pathlib import Path
+from textwrap import fill
+
+from cxrdist.config import RecipesConfig
+from cxrdist.documents import parse_yaml
+from cxrdist.errors import CxrdistError, choices
+from cxrdist.packaged import RECIPES, SHARD_RECIPES, names_in, path_of
+
+FIGURES = ("Expected:", "Measured:")
+COMMANDS = {RECIPES: "train", SHARD_RECIPES: "pack"}
+
+
+def recipes(config: RecipesConfig) -> None:
+    """Print what the recipes are for, or the file of one.
+
+    Raises:
+        CxrdistError: there is no recipe of this name.
+    """
+    if config.name is not None:
+        print(_file(config.name).read_text(encoding="utf-8"), end="")
+        return
+    for folder, command in COMMANDS.items():
+        print(f"cxrdist {command} --config NAME:\n")
+        for name in names_in(folder):
+            text = Path(path_of(folder, name)).read_text(encoding="utf-8")
+            lines = [*summary(text), *_counts(text)]
+            print("\n".join([f"  {name}", *map(_indented, lines)]) + "\n")
+    print("`cxrdist recipes NAME` prints one; any of its fields is a flag, see README, Recipes")
+
+
+def summary(text: str) -> list[str]:
+    """Return the first sentence of a recipe's comment, and the paragraphs with its figures."""
+    head = takewhile(lambda line: line.startswith("#"), text.splitlines())
+    paragraphs = "\n".join(line.removeprefix("#").strip() for line in head).split("\n\n")
+    joined = [" ".join(paragraph.split()) for paragraph in paragraphs]
+    purpose = re.split(r"(?<=\.) (?=[A-Z])", joined[0])[0]
+    return [purpose, *(line for line in joined if line.startswith(FIGURES))]
+
+
+def _counts(text: str) -> list[str]:
+    """Return a line with the images that a recipe of `cxrdist pack` expects of each class."""
+    expected = parse_yaml(text.encode()).get("expect", {})
+    counts = ", ".join(f"{name} {images:,}" for name, images in expected.items())
+    return [f"Expected images per class: {counts}."] if counts else []
+
+
+def _file(name: str) -> Path:
+    """Return the file of a recipe.
+
+    Raises:
+        CxrdistError: there is none of this name.
+    """
+    for folder in COMMANDS:
+        if name in names_in(folder):
+            return Path(path_of(folder, name))
+    known = [known for folder in COMMANDS for known in names_in(folder)]
+    raise CxrdistError(f"recipes: no recipe {name!r}; {choices(name, known)}")
+
+
+def _indented(line: str) -> str:
+    return fill(line, 100, initial_indent="    ", subsequent_indent="      ")

@@ -1,0 +1,364 @@
+"""Options: flags and a recipe in, the config of a command out.
+
+A flag is the path of a field, such as ``--stages.head.lr.stem``: fields with hyphens (underscores
+do as well), names of stages, blocks and classes as they are. Flags override the recipe.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import MISSING, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+from cxrdist.config import location
+from cxrdist.documents import parse_yaml_value, typed
+from cxrdist.errors import CxrdistError, choices
+from cxrdist.fields import described, fields_of, hyphened, leaves, plain, without_none
+from cxrdist.packaged import RECIPES, SHARD_RECIPES, names_in, path_of
+
+RECIPES_OF = {"pack": SHARD_RECIPES, "train": RECIPES}
+"""Commands that take --config, and the folder of the recipes that they take by name."""
+
+
+class Command(NamedTuple):
+    """Where a command's entry function and options are, and which options need no flag."""
+
+    entry: str
+    config: str
+    help: str
+    positional: str | None = None
+
+    @property
+    def positionals(self) -> list[str]:
+        """Fields that are given without their flags, in this order."""
+        return (self.positional or "").split()
+
+    @property
+    def config_class(self) -> Any:
+        """The dataclass of the options."""
+        return getattr(import_module("cxrdist.config"), self.config)
+
+
+class Option(NamedTuple):
+    """A flag, the path of names that it stands for, and the type of the value there."""
+
+    flag: str
+    path: tuple[str, ...]
+    kind: Any
+
+
+def parse(command: Command, name: str, arguments: Sequence[str]) -> Any:
+    """Read flags and recipe into the command's config.
+
+    Raises:
+        CxrdistError: an option or a field of the recipe is unknown, missing, repeated or invalid.
+    """
+    try:
+        given = _read_arguments(command, name, arguments)
+        recipe = given.pop(("config",), None)
+        content = {} if recipe is None else _read_recipe(recipe, name, command.config_class)
+        for path in sorted(given, key=len):  # a group as a whole, then what is within it
+            _refuse_other_stage(path, content.get("stages"))
+            _place(content, path, given[path])
+        _refuse_missing(command, name, content)
+        config = build(content, command.config_class, "")
+        _refuse_urls(name, config)
+    except CxrdistError as error:
+        raise CxrdistError(f"{name}: {error}") from error
+    return config
+
+
+def _read_arguments(
+    command: Command, name: str, arguments: Sequence[str]
+) -> dict[tuple[str, ...], Any]:
+    """Read the words of the command line into values by path.
+
+    Raises:
+        CxrdistError: a word is no option or has no value, or an option is given twice.
+    """
+    words, loose = deque(arguments), []
+    texts: dict[tuple[str, ...], str] = {}
+    values: dict[tuple[str, ...], Any] = {}
+    while words:
+        word = _utf8(words.popleft())
+        if not word.startswith("-"):
+            loose.append(word)
+            continue
+        flag, equals, text = word.partition("=")
+        option = find(flag, command, name)
+        if not equals:
+            text = _next_value(option, words)
+        if option.path in values:
+            raise CxrdistError(
+                f"{option.flag}: is given twice, {texts[option.path]!r} and {text!r}; keep one"
+            )
+        texts[option.path] = text
+        values[option.path] = _read_text(text, option)
+    for field in command.positionals:
+        if loose and (field,) not in values:
+            is_list = get_origin(get_type_hints(command.config_class)[field]) is list
+            values[(field,)] = loose if is_list else loose[0]
+            loose = [] if is_list else loose[1:]
+    if loose:
+        raise CxrdistError(
+            f"{loose[0]!r} is no option; expected --OPTION VALUE, see cxrdist {name} --help"
+        )
+    return values
+
+
+def find(flag: str, command: Command, name: str) -> Option:
+    """Return the option of a flag in either spelling.
+
+    Raises:
+        CxrdistError: there is none.
+    """
+    if flag == "--config" and name in RECIPES_OF:
+        return Option(flag, ("config",), str)
+    path: list[str] = []
+    canonical: list[str] = []
+    kind, left = command.config_class, flag.removeprefix("--") if flag.startswith("--") else ""
+    while left or not path:
+        kind = plain(kind)
+        if is_dataclass(kind):
+            hints = get_type_hints(kind, include_extras=True)
+            word, _, left = left.partition(".")
+            field = word.replace("-", "_")
+            if field not in hints or field == "_":
+                raise _unknown_flag(flag, command, name, canonical, list(hints))
+            kind = hints[field]
+            canonical.append(hyphened(field))
+        elif get_origin(kind) is dict:
+            kind = get_args(kind)[1]
+            field, left = _split_name(left, plain(kind))
+            canonical.append(field)
+        else:
+            raise CxrdistError(f"{flag}: --{'.'.join(canonical)} is one value, without fields")
+        path.append(field)
+    return Option("--" + ".".join(canonical), tuple(path), kind)
+
+
+def _split_name(text: str, kind: Any) -> tuple[str, str]:
+    """Split NAME.FIELD behind the name, which may have dots; without fields all of it is a name."""
+    if not is_dataclass(kind):
+        return text, ""
+    words = text.split(".")
+    known = {field.name for field in fields_of(kind)}
+    for i in range(1, len(words)):
+        if words[i].replace("-", "_") in known:
+            return ".".join(words[:i]), ".".join(words[i:])
+    return words[0], ".".join(words[1:])
+
+
+def _unknown_flag(
+    flag: str, command: Command, name: str, above: list[str], names: list[str]
+) -> CxrdistError:
+    """Describe a flag that does not exist, with those there are and the nearest one."""
+    prefix = "--" + "".join(f"{word}." for word in above)
+    expected = [prefix + hyphened(field) for field in names if field != "_"]
+    expected += ["--config"] if name in RECIPES_OF and not above else []
+    word = flag.strip("-").rpartition(".")[2].replace("_", "-")
+    deeper = [field.flag for field in leaves(command.config_class) if word in field.flag.split(".")]
+    known = choices(flag.replace("_", "-"), expected, deeper)
+    return CxrdistError(f"{flag}: no such option; {known}; see cxrdist {name} --help")
+
+
+def _next_value(option: Option, words: deque[str]) -> str:
+    """Take the value behind a flag; a flag alone is true where that can be meant.
+
+    Raises:
+        CxrdistError: there is no value.
+    """
+    if plain(option.kind) is bool and (not words or words[0] not in ("true", "false")):
+        return "true"
+    if not words or words[0].startswith("--"):
+        raise CxrdistError(f"{option.flag}: expected a value behind it, {described(option.kind)}")
+    return _utf8(words.popleft())
+
+
+def _utf8(word: str) -> str:
+    """Return a word of the command line.
+
+    Raises:
+        CxrdistError: it has bytes that are not UTF-8, which Python keeps as surrogates.
+    """
+    shown = word.encode("utf-8", "backslashreplace").decode("utf-8")
+    if shown != word:
+        raise CxrdistError(
+            f"{shown} is not valid UTF-8; rename it, or give the folder that it is in"
+        )
+    return word
+
+
+def _read_text(text: str, option: Option) -> Any:
+    """Read a flag's text: paths and words as they are, all else as YAML.
+
+    Raises:
+        CxrdistError: it is no YAML.
+    """
+    kind = plain(option.kind)
+    if text == "null" and NoneType in get_args(option.kind):
+        return None
+    if get_origin(kind) is list:
+        return [text]
+    if kind in (str, Path) or get_origin(kind) is Literal:
+        return text
+    try:
+        return parse_yaml_value(text.encode())
+    except ValueError as error:
+        raise CxrdistError(f"{option.flag} {text!r:.80}: {error}") from error
+
+
+def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
+    """Read a recipe: a file, or one that comes with cxrdist.
+
+    Raises:
+        CxrdistError: there is none of this name, it is no regular file, no YAML object with the
+            bounds of `parse_yaml`, or has a field that the config does not have.
+    """
+    from cxrdist.run import read_recipe  # which is a third of the time of --help
+
+    folder = RECIPES_OF[command]
+    path = Path(path_of(folder, name))
+    if not path.exists():
+        raise CxrdistError(
+            f"--config {name}: no such file, and no recipe of this name; "
+            f"{choices(name, names_in(folder))}"
+        )
+    _, content = read_recipe(path.resolve(), "mend it, or give another with --config")
+    _refuse_unknown(content, config, f"--config {name}")
+    return content
+
+
+def _refuse_other_stage(path: tuple[str, ...], stages: Any) -> None:
+    """Make sure that a flag within a stage is of one that the recipe has.
+
+    Raises:
+        CxrdistError: it is not.
+    """
+    if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and stages:
+        if path[1] not in stages:
+            raise CxrdistError(
+                f"--stages.{'.'.join(map(hyphened, path[1:]))}: no such stage in the recipe; "
+                f"{choices(path[1], map(str, stages))}"
+            )
+
+
+def _place(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    """Put a value at its path in nested objects.
+
+    Raises:
+        CxrdistError: something on the way is no object.
+    """
+    for depth, name in enumerate(path[:-1], 1):
+        if content.get(name) is None:
+            content[name] = {}
+        content = content[name]
+        if not isinstance(content, dict):
+            raise CxrdistError(f"--{'.'.join(path[:depth])}: is {content!r:.40}, expected fields")
+    content[path[-1]] = value
+
+
+def _refuse_missing(command: Command, name: str, content: dict[str, Any]) -> None:
+    """Make sure that options without a default are given.
+
+    Raises:
+        CxrdistError: some are not.
+    """
+    needed = [field.name for field in fields_of(command.config_class) if field.default is MISSING]
+    missing = [
+        field.upper() if field in command.positionals else f"--{hyphened(field)}"
+        for field in needed
+        if field not in content
+    ]
+    if missing:
+        raise CxrdistError(f"{', '.join(missing)}: missing; see cxrdist {name} --help")
+
+
+def build(value: Any, kind: Any, flag: str) -> Any:
+    """Check a value against the type of its field and build it, dataclasses from their fields.
+
+    Args:
+        value: of a recipe, or of flags.
+        kind: of the field; numbers have their bounds in it.
+        flag: of the field, for errors; empty for the whole config.
+
+    Raises:
+        CxrdistError: it is of another type or out of bounds, or a dataclass refuses it.
+    """
+    if value is None and NoneType in get_args(kind):
+        return None
+    kind = without_none(kind)
+    if is_dataclass(kind):
+        return _build_fields(value, kind, flag)
+    if get_origin(kind) is dict:
+        _refuse_plain(value, flag, "names with a value each")
+        return {n: build(v, get_args(kind)[1], f"{flag}.{n}") for n, v in value.items()}
+    if get_origin(kind) is list and isinstance(value, list):
+        return [build(item, get_args(kind)[0], flag) for item in value]
+    if get_origin(kind) is Literal and isinstance(value, str) and value not in get_args(kind):
+        raise CxrdistError(f"{flag}: is {value!r:.80}, {choices(value, get_args(kind))}")
+    try:
+        return location(typed(value, str, flag)) if kind is Path else typed(value, kind, flag)
+    except CxrdistError:
+        raise
+    except ValueError as error:
+        raise CxrdistError(str(error)) from error
+
+
+def _build_fields(value: Any, kind: Any, flag: str) -> Any:
+    _refuse_plain(value, flag, "its fields")
+    _refuse_unknown(value, kind, flag)
+    prefix = f"{flag}." if flag else "--"
+    missing = [
+        field for field in fields_of(kind) if field.default is MISSING and field.name not in value
+    ]
+    if missing:
+        raise CxrdistError(f"{prefix}{hyphened(missing[0].name)}: is missing")
+    hints = get_type_hints(kind, include_extras=True)
+    built = {name: build(v, hints[name], prefix + hyphened(name)) for name, v in value.items()}
+    try:
+        return kind(**built)
+    except CxrdistError as error:  # of the class's own checks, which begin with a field
+        field, colon, reason = str(error).partition(":")
+        raise CxrdistError(f"{prefix}{hyphened(field)}{colon}{reason}") from error
+
+
+def _refuse_plain(value: Any, flag: str, expected: str) -> None:
+    """Make sure that a group is an object with names that are text.
+
+    Raises:
+        CxrdistError: it is not.
+    """
+    if not isinstance(value, dict):
+        raise CxrdistError(f"{flag}: is {value!r:.40}, expected {expected}")
+    for name in value:
+        if not isinstance(name, str):
+            raise CxrdistError(f"{flag}: the name {name!r:.40} is no text; put quotes around it")
+
+
+def _refuse_unknown(value: dict[str, Any], kind: Any, where: str) -> None:
+    """Make sure that an object has no field that its dataclass does not have.
+
+    Raises:
+        CxrdistError: it has one.
+    """
+    known = [field.name for field in fields_of(kind)]
+    for name in value:
+        if name not in known:
+            raise CxrdistError(f"{where}: no field {name!r:.80}; {choices(str(name), known)}")
+
+
+def _refuse_urls(command: str, config: Any) -> None:
+    """Make sure that an option which needs a path on this machine has none elsewhere.
+
+    Raises:
+        CxrdistError: it has a URL.
+    """
+    allowed = {"pack": {"input", "masks", "out"}, "find-text": {"input"}}.get(command, {"shards"})
+    for name, value in vars(config).items():
+        if name not in allowed and hasattr(value, "protocol"):
+            raise CxrdistError(
+                f"--{hyphened(name)} {value}: expected a path on this machine, no URL"
+            )
