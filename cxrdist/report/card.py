@@ -131,7 +131,6 @@ def _kinds(result: Mapping[str, Any]) -> set[str]:
 
 
 def _sources(evidence: Evidence) -> list[tuple[str, int]]:
-    """Images by source, as the audit counted them."""
-    origins = dict(evidence.audit["origins"]) if evidence.audit else {}
-    table = origins.get("source")
-    return list(zip(table["names"], table["all"], strict=True)) if table else []
+    """List the images by source, as the audit counted them."""
+    sources = evidence.audit["sources"] if evidence.audit else None
+    return [(name, row["all"]) for name, row in sources["counts"].items()] if sources else []

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cxrdist.data.audit_file import AuditFile, read_audit
 from cxrdist.explain.description import WITH_RULES
 from cxrdist.info import RunInfo, read_info
 from cxrdist.model.description import ModelFile
-from cxrdist.report.audit import audit_view
 from cxrdist.report.files import read_metrics, reading
 from cxrdist.run import RunDirectory, read_document, read_recipe
 
@@ -27,7 +27,7 @@ class Evidence:
         model: model.json of a network.
         members: names of the networks of an ensemble, whose mean the model is.
         recipe: the resolved recipe.
-        audit: of the shards, as the report shows it.
+        audit: of the shards; None if there was none when the training began.
         metrics: metrics.json by the place of the images: test, val, train, external/NAME.
         explained: places that have heat maps and a test of them.
         probed: places where it was tested whether the network reads the words on the images.
@@ -38,7 +38,7 @@ class Evidence:
     model: ModelFile | None
     members: list[str]
     recipe: Mapping[str, Any]
-    audit: Mapping[str, Any] | None
+    audit: AuditFile | None
     metrics: Mapping[str, Mapping[str, Any]]
     explained: list[str]
     probed: list[str]
@@ -88,7 +88,7 @@ def gather(run: RunDirectory) -> Evidence:
         read_document(description, ModelFile) if held and not members else None,
         members,
         read_recipe(run.recipe, "run `cxrdist train` again")[1] if run.recipe.is_file() else {},
-        audit_view(run.audit),
+        read_audit(run.audit) if run.audit.is_file() else None,
         {place: metrics for place, metrics in found.items() if metrics},
         [place for place in places if run.relevance_info(place).is_file()],
         [place for place in places if run.text(place).is_file()],

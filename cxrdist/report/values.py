@@ -36,6 +36,11 @@ def number(value: float | None) -> str:
     return DASH if value is None or math.isnan(value) else f"{value:.3f}".replace("-", "\u2212")
 
 
+def grey(value: float) -> str:
+    """Write a grey level, a size in px or a share: from ten on without decimals."""
+    return number(value) if abs(value) < 10 else f"{value:,.0f}"
+
+
 def signed(value: float | None) -> str:
     """Write a difference with its sign and three decimals; what is undefined is a dash."""
     if value is None or math.isnan(value):

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cxrdist.data.audit_file import Shortcut
 from cxrdist.evaluate.metrics import few_of
+from cxrdist.report.audit import AuditView
 from cxrdist.report.groups import MEASURES
 from cxrdist.report.scores import TOO_FEW, interval
 from cxrdist.report.values import count, number, percent
@@ -62,38 +64,34 @@ def _patients(metrics: Mapping[str, Any], samples: Sequence[Any] | None) -> str 
     return None if samples is None else count(len({sample.patient for sample in samples}))
 
 
-def baseline_lines(audit: Mapping[str, Any] | None) -> list[str]:
-    """Say what is reached without a deep network.
-
-    Args:
-        audit: what `audit_view` gathers; None without an audit.
-    """
+def baseline_lines(audit: AuditView | None) -> list[str]:
+    """Say what is reached without a deep network; nothing without an audit."""
     if not audit:
         return []
     lines = []
-    for what, figure, score in audit["trivial"]:
+    for what, figure, score in audit.trivial:
         several = figure == "mean_auroc"
-        value, low, high = (
-            (number if several else percent)(score[name]) for name in ("value", "low", "high")
-        )
+        write = number if several else percent
         lines.append(
             f"For comparison, {what}, give "
-            f"{'a mean AUROC' if several else 'an accuracy'} of {value} (95 % interval {low} to "
-            f"{high}), cross-validated by patient over all images."
+            f"{'a mean AUROC' if several else 'an accuracy'} of {write(score['value'])} (95 % "
+            f"interval {write(score['low'])} to {write(score['high'])}), cross-validated by "
+            "patient over all images."
         )
-    return lines or _shortcut_line(audit)
+    return lines or _shortcut_line(audit.content["shortcut"])
 
 
-def _shortcut_line(audit: Mapping[str, Any]) -> list[str]:
-    """The same of audits of older versions, which know the AUROC of each class only."""
-    rows = audit["shortcut"]["rows"] if audit["shortcut"] else []
-    known = [(label, score) for label, score, _ in rows if score]
+def _shortcut_line(shortcut: Shortcut | None) -> list[str]:
+    """Say the same of audits of older versions, which know the AUROC of each class only."""
+    scores = shortcut["auroc"] if shortcut else {}
+    known = {label: score for label, score in scores.items() if score}
     if not known:
         return []
-    label, (value, low, high) = max(known, key=lambda row: row[1][0])
+    label, score = max(known.items(), key=lambda item: item[1]["value"])
     return [
         f"Size, border and brightness alone, without the lungs, tell {label} from the rest with "
-        f"an AUROC of {value} (95 % interval {low} to {high}); no other class more easily."
+        f"an AUROC of {number(score['value'])} (95 % interval {number(score['low'])} to "
+        f"{number(score['high'])}); no other class more easily."
     ]
 
 
