@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 from accelerate import Accelerator
@@ -35,13 +35,20 @@ IN_NO_SPLIT = ""  # the split of a sample that is not used
 MEND = "run `cxrdist evaluate` again"
 
 
+class _Made(TypedDict):
+    """What relevance.json says of its shards."""
+
+    index_sha256: NotRequired[Sha256]
+    split: NotRequired[Text]
+
+
 class _Evaluated(TypedDict):
     """What a file of a place says of its shards."""
 
     index_sha256: NotRequired[Sha256]
     split: NotRequired[Text]
     external: NotRequired[ExternalInfo]
-    how: NotRequired[dict[str, Any]]
+    how: NotRequired[_Made]
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,10 @@ def refuse_other_set(run: RunDirectory, place: str, index: Index, split: str) ->
         if not path.is_file():
             continue
         found = read_document(path, _Evaluated, f"remove {path.parent} to begin anew")
-        there = {**found.get("how", {}), **found}
-        if (there.get("index_sha256"), there.get("split", split)) != (index.sha256, split):
+        made = found.get("how", found)
+        sha256 = found.get("index_sha256", made.get("index_sha256"))
+        there = sha256, found.get("split", made.get("split", split))
+        if there != (index.sha256, split):
             raise CxrdistError(
                 f"{path.parent}: holds results of other shards or of another split; give these "
                 "another name with --name"

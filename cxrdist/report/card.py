@@ -3,8 +3,8 @@
 A YAML head (huggingface.co/docs/hub/model-cards), then what the run holds about the model.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypedDict
 
 import yaml
 
@@ -12,6 +12,7 @@ from cxrdist.report.evidence import Evidence
 from cxrdist.report.files import weights_chain
 from cxrdist.report.page import template
 from cxrdist.report.verdict import gap_lines
+from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, write_text
 
 OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
@@ -81,11 +82,15 @@ def place_title(place: str) -> str:
     return f"external set {name}" if name else f"{kind} split"
 
 
-def _head(name: str, evidence: Evidence) -> dict[str, Any]:
-    """The YAML head: what Hugging Face filters and lists models by."""
+def _head(name: str, evidence: Evidence) -> View:
+    """Write the YAML head: what Hugging Face filters and lists models by."""
     results = list(_results(evidence))
-    used = [kind for kind in METRICS.values() if any(kind in _kinds(result) for result in results)]
-    head: dict[str, Any] = {
+    used = [
+        kind
+        for kind in METRICS.values()
+        if any(figure["type"] == kind for result in results for figure in result["metrics"])
+    ]
+    head: View = {
         "library_name": "cxrdist",
         "pipeline_tag": "image-classification",
         "license": "other",
@@ -103,13 +108,29 @@ def _network(evidence: Evidence) -> list[str]:
     return [evidence.model["architecture"].architecture] if evidence.model else []
 
 
-def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
-    """The figures of test and external sets that have an interval and rest on enough images."""
+class Figure(TypedDict):
+    """A figure as Hugging Face lists it."""
+
+    type: str
+    name: str
+    value: object
+
+
+class Result(TypedDict):
+    """The figures of a set of images, as Hugging Face lists them."""
+
+    task: dict[str, str]
+    dataset: dict[str, str]
+    metrics: list[Figure]
+
+
+def _results(evidence: Evidence) -> Iterator[Result]:
+    """Yield figures of test and external sets that have an interval and rest on enough images."""
     for place, metrics in evidence.metrics.items():
         if place in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
             continue
-        values = {**metrics, **metrics["macro"]}
-        figures = [
+        values: dict[str, Any] = {**metrics, **metrics["macro"]}
+        figures: list[Figure] = [
             {
                 "type": kind,
                 "name": f"{TITLES[figure]} ({interval[0]:.3f} to {interval[1]:.3f})",
@@ -124,10 +145,6 @@ def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
                 "dataset": {"type": "chest-x-rays", "name": place_title(place), "split": "test"},
                 "metrics": figures,
             }
-
-
-def _kinds(result: Mapping[str, Any]) -> set[str]:
-    return {figure["type"] for figure in result["metrics"]}
 
 
 def _sources(evidence: Evidence) -> list[tuple[str, int]]:

@@ -23,6 +23,7 @@ from cxrdist.explain import heatmap
 from cxrdist.report import pictures
 from cxrdist.report.page import template
 from cxrdist.report.values import p_value, signed
+from cxrdist.report.view import View
 from cxrdist.run import (
     RunDirectory,
     atomic_directory,
@@ -223,8 +224,8 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _headline(comparison: Comparison) -> dict[str, Any]:
-    """The figure that the page begins with, and what its interval lets one say."""
+def _headline(comparison: Comparison) -> View:
+    """Choose the figure that the page begins with, and what its interval lets one say."""
     name = "accuracy" if "accuracy" in comparison else "auroc"
     found = comparison["accuracy"] if name == "accuracy" else comparison["macro"]["auroc"]
     limits = found["interval"]

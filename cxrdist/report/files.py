@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -31,8 +31,6 @@ from cxrdist.run import (
 )
 
 MOST_EPOCHS = 100_000  # of all stages
-NUMBERS = ("loss", "val_loss", "background", "val_background", "images_per_second", "seconds")
-"""Of an epoch, beside its score."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,7 @@ def reading(path: Path, command: str) -> Iterator[None]:
         ) from error
 
 
-def weights_chain(info: RunInfo) -> list[dict[str, Any]]:
+def weights_chain(info: RunInfo) -> list[dict[str, object]]:
     """List what a run's weights were made from, the first one first.
 
     Returns:
@@ -152,9 +150,9 @@ def read_stages(path: Path) -> Recipe | None:
         return None
     text, recipe = read_recipe(path, "run `cxrdist train` again")
     with reading(path, "train"):
-        stages = typed(recipe.get("stages") or {}, dict[str, Any])
+        stages = typed(recipe.get("stages") or {}, dict[str, object])
         uncertain = typed(recipe.get("uncertain", "ignore"), str)
-        return Recipe(text, [str(name) for name in stages], uncertain)
+        return Recipe(text, list(stages), uncertain)
 
 
 class EpochRow(TypedDict):
@@ -181,45 +179,61 @@ class SpeedRow(TypedDict):
     seconds: Real
 
 
-def read_epochs(path: Path, task: str) -> dict[str, list[dict[str, Any]]]:
-    """Read the epochs of each stage from the log, those that were done twice as done last.
+class Epoch(TypedDict):
+    """The numbers of an epoch; NaN for what is undefined or not there."""
 
-    ``val_score`` is the validation score of the task. What is undefined is NaN.
+    epoch: int
+    val_score: float
+    """The validation score of the task."""
+    loss: float
+    val_loss: float
+    background: float
+    val_background: float
+    images_per_second: float
+    seconds: float
+
+
+def read_epochs(path: Path, task: str) -> dict[str, list[Epoch]]:
+    """Read the epochs of each stage from the log, those that were done twice as done last.
 
     Raises:
         CxrdistError: it is not what a training logs.
     """
     if not path.is_file():
         return {}
-    epochs: dict[str, dict[int, dict[str, Any]]] = {}
+    epochs: dict[str, dict[int, Epoch]] = {}
     with reading(path, "train"):
         for row in read_log(path):
             if row.get("kind") == "speed":
                 speed = typed(row, SpeedRow)
-                epochs[speed["stage"]][speed["epoch"]] |= {
-                    "images_per_second": speed["images_per_second"],
-                    "seconds": speed["seconds"],
-                }
+                epoch = epochs[speed["stage"]][speed["epoch"]]
+                epoch["images_per_second"] = speed["images_per_second"]
+                epoch["seconds"] = speed["seconds"]
             elif row.get("kind") == "epoch":
-                found = typed(row, EpochRow)
-                epochs.setdefault(found["stage"], {})[found["epoch"]] = _numbers(found, task)
+                logged = typed(row, EpochRow)
+                epochs.setdefault(logged["stage"], {})[logged["epoch"]] = _numbers(logged, task)
                 if sum(map(len, epochs.values())) > MOST_EPOCHS:
                     raise ValueError(f"it has more than {MOST_EPOCHS} epochs")
     return {stage: [rows[epoch] for epoch in sorted(rows)] for stage, rows in epochs.items()}
 
 
-def _numbers(row: EpochRow, task: str) -> dict[str, Any]:
-    """The numbers of an epoch, NaN for what it does not have."""
-    score = row["val_auroc"] if task == "multilabel" else row["val_accuracy"]
-    numbers = {
-        "val_score": score,
-        **{name: row.get(name) for name in NUMBERS},
+def _numbers(row: EpochRow, task: str) -> Epoch:
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return {
+        "epoch": row["epoch"],
+        "val_score": number(row["val_auroc"] if task == "multilabel" else row["val_accuracy"]),
+        "loss": number(row.get("loss")),
+        "val_loss": number(row["val_loss"]),
+        "background": number(row.get("background")),
+        "val_background": number(row.get("val_background")),
+        "images_per_second": number(row.get("images_per_second")),
+        "seconds": number(row.get("seconds")),
     }
-    known = {name: math.nan if value is None else value for name, value in numbers.items()}
-    return {"epoch": row["epoch"], **known}
 
 
-def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
+def read_metrics(path: Path, task: str) -> Metrics | None:
     """Read the metrics of a split; None if it was not evaluated.
 
     Raises:
@@ -241,7 +255,7 @@ def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
             metrics["accuracy"]
             _check_confusion(metrics)
         _check_scores(metrics)
-    return dict(metrics)
+    return metrics
 
 
 def _check_scores(metrics: Metrics) -> None:
