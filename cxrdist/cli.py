@@ -68,6 +68,9 @@ COMMANDS = {
         "checkpoint -> safetensors",
         "file out",
     ),
+    "schema": Command(
+        "schema:print_schema", "SchemaConfig", "JSON schema of each document", "document"
+    ),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
     "bench": Command("bench.jobs:bench", "BenchConfig", "measure this machine side by side"),
 }
@@ -76,6 +79,7 @@ POSITIONALS = {
     "run_a": "Run directory.",
     "run_b": "Run directory to compare it with.",
     "shards": "Directory of shards, a path or an fsspec URL.",
+    "document": "run, model, metrics, audit ...; all of them if not given.",
     "file": "A checkpoint file, or whatever else --init takes.",
     "out": "File to write, NAME.safetensors; it must not exist yet.",
 }
@@ -256,8 +260,9 @@ def parse(command: Command, name: str, arguments: list[str]) -> Any:
         parser.add_argument("images", nargs="+", type=Path, help="Image files, or folders.")
     else:
         for positional in positionals:
-            kind = str if positional == "file" else Path
-            parser.add_argument(positional, type=kind, help=POSITIONALS[positional])
+            kind = str if positional in ("file", "document") else Path
+            nargs = "?" if positional == "document" else None
+            parser.add_argument(positional, type=kind, nargs=nargs, help=POSITIONALS[positional])
     parser.add_class_arguments(config, None, skip=set(positionals))
     flags = {f.name for f in fields(config) if f.type in (bool, bool | None)}
     arguments = _recipes_first(_normalise(arguments, flags))

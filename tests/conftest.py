@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from small_run import make_run
 from support import make_shards
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -38,6 +39,12 @@ def real_data() -> Path:
 def shards(tmp_path_factory) -> Path:
     """Shards of three classes, 20 images of each, two a patient."""
     return make_shards(tmp_path_factory.mktemp("shards"), {"a": 20, "b c": 20, "d": 20})
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """A small run with every document that the real commands write (small_run.py)."""
+    return make_run(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture

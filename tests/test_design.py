@@ -26,7 +26,7 @@ LAYERS = [
     ["train"],
     ["report"],
     ["predict", "probe_text", "localise", "probe_background", "demo", "bench"],
-    ["cli", "launch", "seeds"],
+    ["cli", "launch", "seeds", "schema"],
     ["__init__", "__main__"],
 ]
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"
