@@ -52,7 +52,7 @@ class Between(NamedTuple):
         within = self.least <= (len(value) if listed else value) <= self.most
         return None if within else f"{self.least} to {self.most}{' values' if listed else ''}"
 
-    def keywords(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+    def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
         """Write the bounds as keywords of a JSON schema of the number or list."""
         names = ("minItems", "maxItems") if schema["type"] == "array" else ("minimum", "maximum")
         return dict(zip(names, self, strict=True))
@@ -68,7 +68,7 @@ class Matching(NamedTuple):
         """Say what was expected of a text that does not match; None if it does."""
         return None if re.fullmatch(self.pattern, value) else self.meaning
 
-    def keywords(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+    def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
         """Write the pattern as a keyword of a JSON schema, which searches if it is not anchored."""
         return {"pattern": f"^(?:{self.pattern})$", "description": self.meaning}
 
@@ -80,7 +80,7 @@ class Distinct(NamedTuple):
         """Say what was expected of a list that holds a text twice; None if it does not."""
         return None if len({*value}) == len(value) else "values that differ from each other"
 
-    def keywords(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+    def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
         """Write it as a keyword of a JSON schema."""
         return {"uniqueItems": True}
 

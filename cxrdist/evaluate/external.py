@@ -21,7 +21,7 @@ from cxrdist.data.cache import Images, open_cache
 from cxrdist.data.index import Index, Sample, read_index
 from cxrdist.data.label_map import LabelMap, combine_cells
 from cxrdist.data.labels import labels_of
-from cxrdist.data.records import KNOWN_NAMES
+from cxrdist.data.records import KNOWN_NAMES, LabelCells
 from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
@@ -203,7 +203,7 @@ def as_model_takes(index: Index, classes: list[str], labels: LabelMap) -> Index:
             f"{', '.join(classes)}; none is in both: name theirs and the model's in --label-map"
         )
     lacking = {name for name in classes if not parts[name]} if index.task == "multilabel" else set()
-    known: dict[tuple[str, ...], dict[str, str]] = {}
+    known: dict[tuple[str, ...], LabelCells] = {}
     samples = [_relabelled(sample, parts, lacking, known) for sample in index.samples]
     if index.task == "multiclass":
         samples = [s if s.label else s._replace(split=IN_NO_SPLIT) for s in samples]
@@ -214,14 +214,14 @@ def _relabelled(
     sample: Sample,
     parts: Mapping[str, list[str]],
     lacking: set[str],
-    known: dict[tuple[str, ...], dict[str, str]],
+    known: dict[tuple[str, ...], LabelCells],
 ) -> Sample:
     """The sample with the model's labels; few combinations are frequent, so they are kept."""
     cells = (sample.label, sample.uncertain, sample.missing, sample.assumed_absent)
     if cells not in known:
-        found = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
-        missing = {*labels_of(found["missing"]), *lacking}
-        known[cells] = {**found, "missing": "|".join(name for name in parts if name in missing)}
+        ours = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
+        missing = {*labels_of(ours["missing"]), *lacking}
+        known[cells] = {**ours, "missing": "|".join(name for name in parts if name in missing)}
     return sample._replace(**known[cells])
 
 
