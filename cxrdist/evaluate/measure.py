@@ -50,7 +50,8 @@ def measure(scored: Scored, settings: Settings) -> Metrics:
     Each group of figures is a member of its own, from (scored, replicates, settings).
     """
     replicates, calibration = replicate(scored, settings), settings.calibration
-    metrics = score(scored, replicates, settings.fewest)
+    scores = score(scored, replicates, settings.fewest)
+    metrics: Metrics = {"format": "cxrdist-metrics-1", **scores}
     metrics["intervals"] = describe(replicates, settings.seed)
     if calibration:
         points = operating_points(scored, replicates, calibration, settings.prevalence)

@@ -123,6 +123,8 @@ class Scores(TypedDict):
 class Metrics(TypedDict):
     """The content of metrics.json; further figures may stand beside these."""
 
+    format: NotRequired[Literal["cxrdist-metrics-1"]]
+    """Missing in documents of older versions."""
     samples: Count
     task: Literal["multiclass", "multilabel"]
     split: NotRequired[str]
