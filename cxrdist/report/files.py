@@ -31,6 +31,11 @@ from cxrdist.run import (
 )
 
 MOST_EPOCHS = 100_000  # of all stages
+NEEDED = {
+    "multiclass": ("accuracy", "confusion_matrix"),
+    "multilabel": ("threshold", "macro_labels"),
+}
+"""Members of metrics.json beside those of every task."""
 
 
 @dataclass(frozen=True)
@@ -245,14 +250,9 @@ def read_metrics(path: Path, task: str) -> Metrics | None:
     with reading(path, "evaluate"):
         if metrics["task"] != task:
             raise ValueError(f"they are {metrics['task']}, the run is {task}")
-        if task == "multilabel":
-            for values in metrics["classes"].values():
-                values["positives"], values["average_precision"]
-            metrics["macro"]["average_precision"], metrics["threshold"]
-            for score in MEASURES[task].keys() & metrics["macro"].keys():
-                metrics["macro_labels"][score]
-        else:
-            metrics["accuracy"]
+        if lacking := [name for name in NEEDED[task] if name not in metrics]:
+            raise ValueError(f"{lacking[0]} is missing")
+        if task == "multiclass":
             _check_confusion(metrics)
         _check_scores(metrics)
     return metrics
@@ -263,9 +263,12 @@ def _check_scores(metrics: Metrics) -> None:
 
     Older versions wrote fewer scores and counts, but of all classes the same.
     """
-    classes = list(metrics["classes"].values())
+    classes, several = list(metrics["classes"].values()), metrics["task"] == "multilabel"
     scores = MEASURES[metrics["task"]].keys() & metrics["macro"].keys()
+    if several and ("average_precision" not in scores or scores - metrics["macro_labels"].keys()):
+        raise ValueError(f"macro and macro_labels need {', '.join(MEASURES['multilabel'])}")
     counts = {name for names in COUNTS.values() for name in names} & classes[0].keys()
+    counts |= {"positives"} if several else set()
     if any((scores | counts) - values.keys() for values in classes):
         raise ValueError(f"each class needs {', '.join(sorted(scores | counts))}")
     if scores - metrics.get("macro_enough", metrics["macro"]).keys():
