@@ -43,11 +43,11 @@ def measure_shortcut(
     """
     folds = fold_patients(groups)
     values = np.array([list(row.values()) for row in features])
-    found = tell_apart(values, targets, groups, folds)
+    scores = tell_apart(values, targets, groups, folds)
     return {
         "features": list(features[0]),
         "folds": FOLDS,
-        **judge(found, targets, groups, classes, task),
+        **judge(scores, targets, groups, classes, task),
     }
 
 
@@ -186,8 +186,8 @@ def _auroc(
     from sklearn.metrics import roc_auc_score
 
     known = target >= 0
-    truth, found, own = target[known] == 1, scores[known], replicates.take(known)
-    value, drawn = float(roc_auc_score(truth, found)), own.auroc(found, truth)
+    truth, own_scores, own = target[known] == 1, scores[known], replicates.take(known)
+    value, drawn = float(roc_auc_score(truth, own_scores)), own.auroc(own_scores, truth)
     return value, of_auroc(own, value, drawn, truth), drawn
 
 

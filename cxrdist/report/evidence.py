@@ -86,7 +86,7 @@ def gather(run: RunDirectory) -> Evidence:
     elif path.is_file():
         model = read_document(path, ModelFile)
     places = [*PLACES, *_external(run)]
-    found = {place: read_metrics(run.metrics(place), info["shards"]["task"]) for place in places}
+    metrics = {place: read_metrics(run.metrics(place), info["shards"]["task"]) for place in places}
     return Evidence(
         run,
         info,
@@ -94,7 +94,7 @@ def gather(run: RunDirectory) -> Evidence:
         members,
         read_recipe(run.recipe, "run `cxrdist train` again")[1] if run.recipe.is_file() else {},
         read_audit(run.audit) if run.audit.is_file() else None,
-        {place: metrics for place, metrics in found.items() if metrics},
+        {place: of_place for place, of_place in metrics.items() if of_place},
         [place for place in places if run.relevance_info(place).is_file()],
         [place for place in places if run.text(place).is_file()],
     )

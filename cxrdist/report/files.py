@@ -355,7 +355,7 @@ def read_relevance(
     path = run.relevance_table(split)
     if not path.is_file():
         return None
-    found: dict[str, list[Explanation]] = {}
+    by_key: dict[str, list[Explanation]] = {}
     with _table(path, "explain") as table:
         for row in _rows(table):
             logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
@@ -372,8 +372,8 @@ def read_relevance(
                 picture,
                 classes is not None and row["class"] not in classes,
             )
-            found.setdefault(row["key"], []).append(explanation)
-    return found
+            by_key.setdefault(row["key"], []).append(explanation)
+    return by_key
 
 
 def read_tests(run: RunDirectory, split: str) -> RelevanceInfo | None:
@@ -458,11 +458,11 @@ def within(directory: Path, name: str) -> Path:
 
 def known_splits(root: Path) -> list[str]:
     """List the places that were evaluated or explained: splits, test first, then external sets."""
-    found = {
+    splits = {
         file.parent.relative_to(root).as_posix()
         for name in ("metrics.json", "relevance.csv")
         for pattern in (f"*/{name}", f"external/*/{name}")
         for file in root.glob(pattern)
     }
     rank = {split: place for place, split in enumerate(reversed(SPLITS))}
-    return sorted(found, key=lambda split: (rank.get(split, len(rank)), split))
+    return sorted(splits, key=lambda split: (rank.get(split, len(rank)), split))

@@ -35,21 +35,21 @@ def localisation_views(run: RunDirectory) -> list[View]:
 def _view(run: RunDirectory, place: str) -> View:
     path = run.localisation(place)
     with reading(path, "localise"):
-        found = read_document(path, Localisation, "run `cxrdist localise` again")
-        if not found["groups"] or found["groups"][0]["name"] != ALL:
+        content = read_document(path, Localisation, "run `cxrdist localise` again")
+        if not content["groups"] or content["groups"][0]["name"] != ALL:
             raise ValueError(f"the first group is not {ALL!r}")
         return {
             "place": place.replace("external/", "external set "),
-            "index_sha256": found["index_sha256"],
-            "kind": found["kind"],
-            "origin": found["origin"],
-            "left_out": [(count(value), why) for why, value in found["left_out"].items()],
-            "val_cases": found["val_cases"],
-            "train_cases": found["train_cases"],
+            "index_sha256": content["index_sha256"],
+            "kind": content["kind"],
+            "origin": content["origin"],
+            "left_out": [(count(value), why) for why, value in content["left_out"].items()],
+            "val_cases": content["val_cases"],
+            "train_cases": content["train_cases"],
             "fewest": FEWEST_CASES,
-            "groups": [_group(group) for group in found["groups"]],
-            "unit": found["intervals"]["unit"],
-            "pictures": [_picture(run, place, item) for item in found["pictures"]],
+            "groups": [_group(group) for group in content["groups"]],
+            "unit": content["intervals"]["unit"],
+            "pictures": [_picture(run, place, item) for item in content["pictures"]],
         }
 
 
