@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from small_run import make_run
 from support import make_shards
 
 REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -44,6 +43,8 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory) -> Path:
     """A small run with every document that the real commands write (small_run.py)."""
+    from small_run import make_run  # loads PyTorch, which many tests do without
+
     return make_run(tmp_path_factory.mktemp("small"))
 
 
