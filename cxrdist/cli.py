@@ -65,6 +65,9 @@ COMMANDS = {
     "export": Command(
         "export.command:export", "ExportConfig", "run -> ONNX, torch.export, timm, the Hub", "out"
     ),
+    "schema": Command(
+        "schema:print_schema", "SchemaConfig", "JSON schema of each document", "document"
+    ),
     "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
     "recipes": Command(
         "catalogue:recipes", "RecipesConfig", "what there is for --config, with figures", "name"

@@ -681,6 +681,14 @@ class SeedsConfig:
 
 
 @dataclass(frozen=True)
+class SchemaConfig:
+    """Print the JSON schema (2020-12) of a document that cxrdist writes."""
+
+    document: str | None = None
+    """Its name: run, model, metrics, audit ...; an object of all of them if not given."""
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The whole way on synthetic X-rays: pack, train, evaluate, explain, report."""
 

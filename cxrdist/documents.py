@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
@@ -59,6 +60,11 @@ class Between:
             return f"at least {self.least}"
         return f"{self.least} to {self.most}"
 
+    def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
+        """Write the bounds as keywords of a JSON schema of the number or list."""
+        names = ("minItems", "maxItems") if schema["type"] == "array" else ("minimum", "maximum")
+        return _finite_bounds(names, (self.least, self.most))
+
 
 @dataclass(frozen=True)
 class Inside:
@@ -76,6 +82,16 @@ class Inside:
         bounds = (("more than", self.least), ("less than", self.most))
         return " and ".join(f"{word} {at}" for word, at in bounds if math.isfinite(at))
 
+    def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
+        """Write the bounds as keywords of a JSON schema of the number."""
+        return _finite_bounds(("exclusiveMinimum", "exclusiveMaximum"), (self.least, self.most))
+
+
+def _finite_bounds(names: tuple[str, str], bounds: tuple[float, float]) -> dict[str, object]:
+    """Pair keywords with the bounds that there are."""
+    pairs = zip(names, bounds, strict=True)
+    return {name: bound for name, bound in pairs if math.isfinite(bound)}
+
 
 class Matching(NamedTuple):
     """A regular expression for the whole of a text, and what it means."""
@@ -87,6 +103,10 @@ class Matching(NamedTuple):
         """Say what was expected of a text that does not match; None if it does."""
         return None if re.fullmatch(self.pattern, value) else self.meaning
 
+    def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
+        """Write the pattern as a keyword of a JSON schema, which searches if it is not anchored."""
+        return {"pattern": f"^(?:{self.pattern})$", "description": self.meaning}
+
 
 class Distinct(NamedTuple):
     """The texts of a list differ from each other."""
@@ -94,6 +114,10 @@ class Distinct(NamedTuple):
     def expected(self, value: list[str]) -> str | None:
         """Say what was expected of a list that holds a text twice; None if it does not."""
         return None if len({*value}) == len(value) else "values that differ from each other"
+
+    def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
+        """Write it as a keyword of a JSON schema."""
+        return {"uniqueItems": True}
 
 
 # A number that was computed in float32.
@@ -293,9 +317,14 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
     if origin is dict:
         content = _object(value, where)
         return {name: _typed(content[name], arguments[1], _below(where, name)) for name in content}
-    if is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields"):
+    if is_record(kind):
         return _record(_object(value, where), kind, where)
     return _plain(value, kind, where)
+
+
+def is_record(kind: Any) -> bool:
+    """Whether a type is a class with named members: a dataclass, TypedDict or NamedTuple."""
+    return is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields")
 
 
 def _plain(value: Any, kind: Any, where: str) -> Any:
@@ -341,7 +370,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 def _record(content: dict[str, Any], kind: Any, where: str) -> Any:
     """Build a dataclass or NamedTuple, or check a TypedDict, from an object."""
-    kinds, needed = _members(kind)
+    kinds, needed = members(kind)
     known = {}
     for name in kinds:
         if name in content:
@@ -357,8 +386,8 @@ def _record(content: dict[str, Any], kind: Any, where: str) -> Any:
 
 
 @cache
-def _members(kind: Any) -> tuple[dict[str, Any], set[str]]:
-    """Types of the members of a class, and the names that must be there."""
+def members(kind: Any) -> tuple[dict[str, Any], set[str]]:
+    """Return the types of the members of a class, and the names that must be there."""
     kinds = get_type_hints(kind, include_extras=True)
     if is_dataclass(kind):
         return kinds, {field.name for field in fields(kind) if not field.metadata.get("newer")}

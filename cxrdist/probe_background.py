@@ -7,9 +7,8 @@ Each of the four is a run of its own, so that a killed probe resumes as a traini
 """
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -350,14 +349,12 @@ def _describe(config: ProbeBackgroundConfig, begun: Begun) -> BackgroundFile:
     return found
 
 
-def _read_metrics(config: ProbeBackgroundConfig, variant: Variant) -> dict[str, Any]:
+def _read_metrics(config: ProbeBackgroundConfig, variant: Variant) -> Metrics:
     file = _run_of(config, variant).metrics("test")
-    return {**read_document(file, Metrics, f"remove {file} and run the same command again")}
+    return read_document(file, Metrics, f"remove {file} and run the same command again")
 
 
-def _score(
-    config: ProbeBackgroundConfig, variant: Variant, metrics: Mapping[str, Any]
-) -> VariantScore:
+def _score(config: ProbeBackgroundConfig, variant: Variant, metrics: Metrics) -> VariantScore:
     """The figures of a run, and how they differ from those of the images as they are."""
     images, here = (
         read_scored(_run_of(config, name).predictions("test"), metrics["task"])

@@ -7,13 +7,13 @@ without covering, the word of one class pasted on an image of another, and where
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cxrdist.bootstrap import draw
+from cxrdist.bootstrap import Limits, draw
 from cxrdist.config import ProbeTextConfig
 from cxrdist.data.boxes import Box, cover, inside
 from cxrdist.data.cache import Images, read_rows
@@ -26,7 +26,7 @@ from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, replicate
-from cxrdist.evaluate.metrics import headline
+from cxrdist.evaluate.metrics import Metrics, headline
 from cxrdist.evaluate.predictions import (
     Subject,
     in_order,
@@ -38,13 +38,26 @@ from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import enlarged, overlay
 from cxrdist.explain.relevance import Explainer
+from cxrdist.explain.text_file import (
+    CONDITIONS,
+    ClassText,
+    Covering,
+    PaperWords,
+    PastedClass,
+    Pasting,
+    RelevanceInText,
+    TextAmount,
+    TextFile,
+    TextPicture,
+    TextRelevance,
+)
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
-from cxrdist.run import TEXT_FORMAT, atomic_file, sweep, write_json
+from cxrdist.run import atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 
-PAPER = {
+PAPER: PaperWords = {
     "covering": "\u201cA DNN with about 94% test accuracy had its accuracy increased in almost 1% "
     "and our best network had its accuracy decreased from 97.8% to 97.3%\u201d when the words were "
     "not covered (section 4.1; they were covered in the test images only, section 2.2).",
@@ -67,6 +80,7 @@ COVERS = ("black", "fill")
 OUTLINE = (255, 210, 0)
 DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
 PICTURED = 2  # images with text of each class
+Kind = Literal["found", "pasted"]
 Edit = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
 
 
@@ -113,8 +127,8 @@ def probe_text(config: ProbeTextConfig) -> None:
     )
     if accelerator.is_main_process:
         sweep(subject.run.text(subject.place).parent)
-        found = {
-            "format": TEXT_FORMAT,
+        content: TextFile = {
+            "format": "cxrdist-text-1",
             "split": config.split,
             "task": subject.index.task,
             "classes": subject.index.classes,
@@ -128,8 +142,8 @@ def probe_text(config: ProbeTextConfig) -> None:
                 config, subject, explainer, boxes, numbers, (plain, pasted)
             ),
         }
-        write_json(subject.run.text(subject.place), found)
-        print(summary(found))
+        write_json(subject.run.text(subject.place), content)
+        print(summary(content))
         print(f"all of it: {subject.run.text(subject.place)}, and in the report")
     finish(accelerator)
 
@@ -230,10 +244,10 @@ def share_inside(relevance: NDArray[np.floating], boxes: Sequence[Box]) -> tuple
 
 def _describe_text(
     config: ProbeTextConfig, index: Index, numbers: NDArray[np.int64], boxes: SquareBoxes
-) -> dict[str, Any]:
-    """How many images of each class have text, and what it reads most often."""
+) -> TextAmount:
+    """Count how many images of each class have text, and what it reads most often."""
     samples = [index.samples[n] for n in numbers]
-    rows = []
+    rows: list[ClassText] = []
     for name in index.classes:
         own = [int(n) for n, s in zip(numbers, samples, strict=True) if name in labels_of(s.label)]
         words = [box.text for n in own for box in boxes.get(n, ()) if box.text]
@@ -243,7 +257,7 @@ def _describe_text(
                 "class": name,
                 "images": len(own),
                 "with_text": sum(n in boxes for n in own),
-                "words": [[word, words.count(word)] for word in often],
+                "words": [(word, words.count(word)) for word in often],
             }
         )
     return {
@@ -260,24 +274,25 @@ def _describe_covering(
     numbers: NDArray[np.int64],
     plain: NDArray[np.float32],
     covered: Mapping[str, NDArray[np.float32]],
-) -> dict[str, Any]:
-    """The metrics of the split as it is, and with its text covered in each way."""
+) -> Covering:
+    """Score the split as it is, and with its text covered in each way."""
     likeliest = plain.argmax(1)
+    changed = {how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS}
     return {
         "as_it_is": _score(index, numbers, plain),
-        **{how: _score(index, numbers, covered[how]) for how in COVERS},
-        "predicted_otherwise": {
-            how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS
-        },
+        "black": _score(index, numbers, covered["black"]),
+        "fill": _score(index, numbers, covered["fill"]),
+        "predicted_otherwise": {"black": changed["black"], "fill": changed["fill"]},
     }
 
 
-def _score(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> dict[str, Any]:
-    """The scores of metrics.json without its other parts, which no covering is asked about."""
+def _score(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> Metrics:
+    """Compute the scores of metrics.json, without the figures that covering does not concern."""
     scored, settings = score_samples(index, numbers, logits), Settings()
     replicates = replicate(scored, settings)
     metrics = score(scored, replicates, settings.fewest)
-    return metrics | {"intervals": describe(replicates, settings.seed)}
+    metrics["intervals"] = describe(replicates, settings.seed)
+    return metrics
 
 
 def _describe_paste(
@@ -286,13 +301,13 @@ def _describe_paste(
     numbers: NDArray[np.int64],
     plain: NDArray[np.float32],
     pasted: NDArray[np.float32],
-) -> dict[str, Any]:
-    """Mean probability of each class before and after pasting, over the images of each class.
+) -> Pasting:
+    """Average the probabilities before and after pasting, over the images of each class.
 
     The two logits are float32 [N, classes] each.
     """
     positive = index.targets()[numbers] == POSITIVE
-    rows = []
+    rows: list[PastedClass] = []
     for i, name in enumerate(index.classes):
         own = positive[:, i]
         means = [
@@ -321,42 +336,43 @@ def _describe_paste(
     }
 
 
-def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
-    """Mean share of |relevance| and of the area in the boxes, over the images of each class.
+def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) -> RelevanceInText:
+    """Average the shares of |relevance| and of the area in the boxes, over each class and all.
 
     The share of all images has an interval by patient.
     """
-    named = [("all", rows)] + [
-        (name, [row for row in rows if name in labels_of(index.samples[row[0]].label)])
+    of_classes = {
+        name: [row for row in rows if name in labels_of(index.samples[row[0]].label)]
         for name in index.classes
-    ]
-    described = []
-    for name, own in named:
-        share, area = np.mean([row[1:] for row in own], axis=0) if own else (np.nan, np.nan)
-        described.append(
-            {
-                "class": name,
-                "images": len(own),
-                "share": round(float(share), DIGITS) if own else None,
-                "area": round(float(area), DIGITS) if own else None,
-                "times_chance": round(float(share / area), 3) if own and area else None,
-            }
-        )
-    return {"all": described[0] | _share_interval(index, rows), "classes": described[1:]}
+    }
+    everything = _mean_shares("all", rows)
+    if rows:
+        everything["patients"], everything["share_interval"] = _share_interval(index, rows)
+    return {
+        "all": everything,
+        "classes": [_mean_shares(name, own) for name, own in of_classes.items()],
+    }
 
 
-def _share_interval(index: Index, rows: Sequence[tuple[int, float, float]]) -> dict[str, Any]:
-    """The interval of the mean share, and of how many patients it is; empty without images."""
-    if not rows:
-        return {}
+def _mean_shares(name: str, rows: Sequence[tuple[int, float, float]]) -> TextRelevance:
+    share, area = np.mean([row[1:] for row in rows], axis=0) if rows else (np.nan, np.nan)
+    return {
+        "class": name,
+        "images": len(rows),
+        "share": round(float(share), DIGITS) if rows else None,
+        "area": round(float(area), DIGITS) if rows else None,
+        "times_chance": round(float(share / area), 3) if rows and area else None,
+    }
+
+
+def _share_interval(index: Index, rows: Sequence[tuple[int, float, float]]) -> tuple[int, Limits]:
+    """Count the patients of some images, at least one, and give the interval of the mean share."""
     samples = [index.samples[number] for number, *_ in rows]
     patients, shares = [sample.patient for sample in samples], [share for _, share, _ in rows]
     everything = np.ones(len(rows), bool)
     replicates = draw(patients, [sample.label for sample in samples])
-    return {
-        "patients": replicates.patients(everything),
-        "share_interval": of_values(replicates, np.array(shares), everything),
-    }
+    interval = of_values(replicates, np.array(shares), everything)
+    return replicates.patients(everything), interval
 
 
 def _write_pictures(
@@ -366,14 +382,14 @@ def _write_pictures(
     boxes: SquareBoxes,
     numbers: NDArray[np.int64],
     logits: tuple[NDArray[np.float32], NDArray[np.float32]],
-) -> list[dict[str, Any]]:
+) -> list[TextPicture]:
     """Draw images with text, and of each class one that is right with the word pasted on it.
 
     The two logits, [N, classes] each, are those before and after pasting.
     """
     index, (plain, _) = subject.index, logits
     before, after = map(to_probabilities, logits)
-    drawn = []
+    drawn: list[TextPicture] = []
     for kind, place, target in _choose_pictures(index, boxes, numbers, plain):
         number = int(numbers[place])
         pixels, shown = np.asarray(subject.images[number]), boxes.get(number, ())
@@ -400,7 +416,8 @@ def _write_pictures(
                 "relevance_inside": float(f"{relevance[inside(shown, *pixels.shape)].sum():.6g}"),
                 "before": [round(float(value), DIGITS) for value in before[place]],
                 "after": [round(float(value), DIGITS) for value in after[place]],
-                **names,
+                "xray": names["xray"],
+                "map": names["map"],
             }
         )
     return drawn
@@ -408,10 +425,10 @@ def _write_pictures(
 
 def _choose_pictures(
     index: Index, boxes: SquareBoxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
-) -> list[tuple[str, int, int]]:
-    """Kind of picture, place among the numbers, and class to explain; no picture twice."""
+) -> list[tuple[Kind, int, int]]:
+    """Choose kind of picture, place among the numbers, and class to explain; no picture twice."""
     likeliest = plain.argmax(1).tolist()
-    chosen: list[tuple[str, int, int]] = []
+    chosen: list[tuple[Kind, int, int]] = []
     for target, name in enumerate(index.classes):
         own = [i for i, n in enumerate(numbers) if name in labels_of(index.samples[n].label)]
         with_text = [i for i in own if int(numbers[i]) in boxes]
@@ -431,21 +448,21 @@ def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     return large
 
 
-def summary(found: Mapping[str, Any]) -> str:
-    """What was measured, for the terminal."""
-    text, covering, word = found["text"], found["covering"], found["paste"]
-    score = "recall" if found["task"] == "multiclass" else "auroc"
+def summary(content: TextFile) -> str:
+    """Write what was measured for the terminal."""
+    text, covering, word = content["text"], content["covering"], content["paste"]
+    score: Literal["recall", "auroc"] = "recall" if content["task"] == "multiclass" else "auroc"
     rows = [
         [
             row["class"],
             str(row["images"]),
             str(row["with_text"]),
-            *(_three(covering[c]["classes"][row["class"]][score]) for c in ("as_it_is", *COVERS)),
+            *(_three(covering[c]["classes"][row["class"]][score]) for c in CONDITIONS),
         ]
         for row in text["classes"]
     ]
     headers = ["Class", "Images", "With text", f"{score} as it is", "black", "filled"]
-    relevance = found["relevance"]["all"]
+    relevance = content["relevance"]["all"]
     where = (
         f"|relevance| in the boxes: {relevance['share']:.1%}, their area {relevance['area']:.1%}: "
         f"{relevance['times_chance']:.2f} times chance, mean of {relevance['images']} images"
@@ -457,14 +474,14 @@ def summary(found: Mapping[str, Any]) -> str:
             row["class"],
             *(
                 [f"{b:.4f} -> {a:.4f}" for b, a in zip(row["before"], row["after"], strict=True)]
-                if row["images"]
-                else ["-"] * len(found["classes"])
+                if row["before"] and row["after"]
+                else ["-"] * len(content["classes"])
             ),
             str(row["predicted_otherwise"]),
         ]
         for row in word["classes"]
     ]
-    titles = ["Truth", *found["classes"], "Predicted otherwise"]
+    titles = ["Truth", *content["classes"], "Predicted otherwise"]
     return "\n".join(
         [
             table(rows, headers),

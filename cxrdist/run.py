@@ -23,7 +23,6 @@ from typing import Any, BinaryIO, TypeVar, cast
 from cxrdist.documents import MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 
-TEXT_FORMAT = "cxrdist-text-1"
 MOST_LINE_BYTES = 1 << 16  # of a log; a row has 300
 MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
 

@@ -22,7 +22,7 @@ from cxrdist.evaluate.members import MembersFile, spread_table, spreads
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.info import read_info
 from cxrdist.model.densenet import is_ensemble
-from cxrdist.model.description import MOST_MEMBERS
+from cxrdist.model.description import MOST_MEMBERS, EnsembleFile
 from cxrdist.model.ensemble import join, save_ensemble
 from cxrdist.run import (
     RunDirectory,
@@ -147,7 +147,7 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
     members = [RunDirectory(run.inside(name)) for name in names]
     ensemble = join(run, names)
     if (run.model / "model.json").is_file() and is_ensemble(run.root):
-        old = read_document(run.model / "model.json", dict[str, Any])
+        old = read_document(run.model / "model.json", EnsembleFile)
         if old["members"] == names:
             return False
     infos = [read_info(member) for member in members]

@@ -40,6 +40,14 @@ def shards(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("shards"), {"a": 20, "b c": 20, "d": 20})
 
 
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory) -> Path:
+    """A small run with every document that the real commands write (small_run.py)."""
+    from small_run import make_run  # loads PyTorch, which many tests do without
+
+    return make_run(tmp_path_factory.mktemp("small"))
+
+
 @pytest.fixture
 def fresh_accelerator() -> Iterator[None]:
     """Let the next Accelerator of this process read the environment anew, precision and all."""

@@ -26,7 +26,7 @@ LAYERS = [
     ["train"],
     ["report"],
     ["predict", "probe_text", "localise", "probe_background", "export", "demo", "bench"],
-    ["options", "help", "catalogue", "cli", "launch", "seeds"],
+    ["options", "help", "catalogue", "cli", "launch", "seeds", "schema"],
     ["__init__", "__main__"],
 ]
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"

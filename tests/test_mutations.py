@@ -21,7 +21,6 @@ import pytest
 import torch
 from mutations import mutate
 from public_sets import DOCUMENTS, write_public_set
-from small_run import make_run
 
 from cxrdist.cli import COMMANDS, parse
 from cxrdist.config import PackConfig, ReportConfig, SourceConfig
@@ -78,9 +77,9 @@ class Case(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(small_run) -> Path:
     """What the real commands write, and the tables that they read."""
-    folder = make_run(tmp_path_factory.mktemp("mutations"))
+    folder = small_run
     images = sorted((folder / "images").rglob("*.png"))
     rows = [
         f"{file.relative_to(folder)},{file.parent.name},p{i // 2}" for i, file in enumerate(images)

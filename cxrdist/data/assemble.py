@@ -79,7 +79,7 @@ def assemble(
     pngs: Pngs,
     work: Path,
     rejected: list[Square],
-    content: dict[str, Any],
+    content: dict[str, object],
 ) -> int:
     """Find duplicates, draw splits, write shards, index and audit into ``work/shards``.
 
@@ -135,7 +135,7 @@ def assemble(
     return len(items)
 
 
-def _begin(directory: Path, content: dict[str, Any]) -> None:
+def _begin(directory: Path, content: dict[str, object]) -> None:
     """Remove what a killed pack left, but for whole shards and their list if it was this pack.
 
     The options are written first: the squares may be the same while shards made of them differ.

@@ -7,34 +7,55 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxrdist.data.audit_file import (
+    AuditFile,
+    Baseline,
+    Estimate,
+    FlatImage,
+    FlatKind,
+    MaskOrigins,
+    Moments,
+    Origins,
+    Pair,
+    Pairs,
+    PreTraining,
+    SharedPatient,
+    Shortcut,
+    ShownImage,
+)
 from cxrdist.data.baseline import measure_baseline
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint, shrink
+from cxrdist.data.index import Task
 from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, label_matrix, labels_of
 from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
 
-FORMAT = "cxrdist-audit-1"
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
 SAME_THING = 0.5  # of a class's images: then the class and its sources are taken for each other
 STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
 PICTURE_PX = 96
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
-SHOWN = ("key", "path", "split", "label", "patient")  # of an image of a pair
 MOST_LISTED = 10  # in a line of the summary
 # Grey levels. X-rays spread over 40 to 80; a wrong window or depth leaves none or a few.
 FLAT_SPREAD = 1.0  # standard deviation below which a square is constant
 FLAT_RANGE = 32  # mean and 3 standard deviations within so many levels of black or white
 UNKNOWN = "unknown"
+MODELS: tuple[Literal["logistic_regression", "perceptron"], ...] = (
+    "logistic_regression",
+    "perceptron",
+)
+FIGURES: tuple[Literal["accuracy", "mean_auroc"], ...] = ("accuracy", "mean_auroc")
+PairKind = Literal["exact", "near"]
 _WITHIN = "{value:.3f} ({low:.3f} to {high:.3f})"
 T = TypeVar("T")
 Targets = NDArray[np.int8]
@@ -78,9 +99,9 @@ def audit(
     duplicates: Duplicates,
     pixels: Pixels,
     classes: Sequence[str],
-    task: str,
+    task: Task,
     thumbnails: Pixels | None = None,
-) -> dict[str, Any]:
+) -> AuditFile:
     """Look for what makes a class known without its disease, or a test image without a test.
 
     Args:
@@ -92,58 +113,63 @@ def audit(
         thumbnails: what `shrink` makes of a square, by its place; made here if None.
 
     Returns:
-        The content of audit.json (shards/README.md). A part that cannot be made is None, with the
-        reason in ``not_made``.
+        The content of audit.json (shards/README.md). A finding that cannot be made is None, with
+        the reason in ``not_made``.
     """
     not_made: dict[str, str] = {}
 
-    def part(name: str, make: Callable[[], T]) -> T | None:
+    def attempt(name: str, make: Callable[[], T]) -> T | None:
         return _attempt(name, make, not_made)
 
-    pairs = part("duplicates", lambda: _pairs(entries, duplicates))
+    pairs = attempt("duplicates", lambda: _pairs(entries, duplicates))
     features = [_features(entry) for entry in entries]
     targets = _targets(entries, classes)
     truth = targets, classes
     patients: dict[str, int] = {}
     numbers = [patients.setdefault(entry.patient, len(patients)) for entry in entries]
     groups = join_groups(numbers, duplicates.pairs)
-    found = {
-        "format": FORMAT,
+    audit_file: AuditFile = {
+        "format": "cxrdist-audit-1",
         "task": task,
         "classes": list(classes),
         "images": len(entries),
         "patients": len(patients),
-        "duplicates": None if pairs is None else _count_pairs(pairs),
+        "duplicates": None if pairs is None else _count_pairs([pair for _, pair in pairs]),
         "patients_in_several_splits": shared_patients(entries, lambda entry: [entry.split]),
         "patients_in_several_classes": (
             shared_patients(entries, lambda entry: labels_of(entry.label))
             if task == "multiclass"
             else []
         ),
-        "sources": part("sources", lambda: _cross_table([e.source for e in entries], *truth)),
-        "views": part("views", lambda: _cross_table([e.view or UNKNOWN for e in entries], *truth)),
-        "statistics": part("statistics", lambda: _statistics(features, *truth)),
-        "shortcut": part(
+        "sources": attempt("sources", lambda: _cross_table([e.source for e in entries], *truth)),
+        "views": attempt(
+            "views", lambda: _cross_table([e.view or UNKNOWN for e in entries], *truth)
+        ),
+        "statistics": attempt("statistics", lambda: _statistics(features, *truth)),
+        "shortcut": attempt(
             "shortcut",
             lambda: measure_shortcut(features, targets, groups, classes, task),
         ),
-        "baseline": part(
+        "baseline": attempt(
             "baseline",
             lambda: measure_baseline(
                 thumbnails or (lambda place: shrink(pixels(place))), targets, groups, classes, task
             ),
         ),
-        "masks": part("masks", lambda: _masks(entries, *truth)),
-        "flat": part("flat", lambda: _flat(entries)) or [],
-        "in_pre_training": part("in_pre_training", lambda: _in_pre_training(entries, *truth)),
-        "thumbnails": part("thumbnails", lambda: _thumbnails(entries, pairs or [], pixels)) or {},
+        "masks": attempt("masks", lambda: _masks(entries, *truth)),
+        "flat": attempt("flat", lambda: _flat(entries)) or [],
+        "in_pre_training": attempt("in_pre_training", lambda: _in_pre_training(entries, *truth)),
+        "thumbnails": attempt("thumbnails", lambda: _thumbnails(entries, pairs or [], pixels))
+        or {},
         "not_made": not_made,
+        "warnings": [],
     }
-    return found | {"warnings": _warnings(found)}
+    audit_file["warnings"] = _warnings(audit_file)
+    return audit_file
 
 
 def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | None:
-    """Return a part of the audit, or None and note why it could not be made.
+    """Return a finding of the audit, or None and note why it could not be made.
 
     Shards are whole without their audit, so no error in it may lose them, not even a programming
     error; that one is noted with its kind and place.
@@ -162,8 +188,8 @@ def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | 
 
 def shared_patients(
     entries: Sequence[Entry], places_of: Callable[[Entry], list[str]]
-) -> list[dict[str, Any]]:
-    """Patients with images in several places, with the number of images in each."""
+) -> list[SharedPatient]:
+    """List the patients with images in several places, with the number of images in each."""
     seen: dict[str, Counter[str]] = {}
     for entry in entries:
         seen.setdefault(entry.patient, Counter()).update(places_of(entry))
@@ -183,45 +209,56 @@ def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> Targets:
     return label_matrix(columns, classes)
 
 
-Pair = tuple[tuple[int, int], dict[str, Any]]
-
-
-def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[Pair]:
-    """All pairs as audit.json tells them; what lies in two splits or classes stands first."""
-    exact = [(pair, {"kind": "exact", "bits": 0, "correlation": 1.0}) for pair in duplicates.exact]
-    near = [
-        ((p.first, p.second), {"kind": "near", "bits": p.bits, "correlation": p.correlation})
-        for p in duplicates.near
-    ]
-    pairs = []
-    for places, about in [*near, *exact]:
-        one, other = (entries[place] for place in places)
-        about |= {
-            "two_splits": one.split != other.split,
-            "two_classes": not agree((e.label, e.unknown) for e in (one, other)),
-            "images": [{name: getattr(entry, name) for name in SHOWN} for entry in (one, other)],
-        }
-        pairs.append((places, about))
-    return sorted(pairs, key=lambda pair: (-pair[1]["two_splits"], -pair[1]["two_classes"]))
-
-
-def _count_pairs(pairs: Sequence[Pair]) -> dict[str, Any]:
-    abouts = [about for _, about in pairs]
+def _shown(entry: Entry) -> ShownImage:
     return {
-        "exact": sum(about["kind"] == "exact" for about in abouts),
-        "near": sum(about["kind"] == "near" for about in abouts),
-        "in_two_splits": sum(about["two_splits"] for about in abouts),
-        "in_two_classes": sum(about["two_classes"] for about in abouts),
-        "pairs": abouts,
+        "key": entry.key,
+        "path": entry.path,
+        "split": entry.split,
+        "label": entry.label,
+        "patient": entry.patient,
     }
 
 
-def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str]) -> dict[str, Any]:
-    """Images by name and class, and how far a class and where it comes from are the same thing.
+def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[tuple[tuple[int, int], Pair]]:
+    """Describe all pairs, by the numbers of their images; two splits or classes come first."""
+
+    def describe(first: int, second: int, kind: PairKind, bits: int, correlation: float) -> Pair:
+        one, other = entries[first], entries[second]
+        return {
+            "kind": kind,
+            "bits": bits,
+            "correlation": correlation,
+            "two_splits": one.split != other.split,
+            "two_classes": not agree((e.label, e.unknown) for e in (one, other)),
+            "images": [_shown(one), _shown(other)],
+        }
+
+    near = [
+        ((p.first, p.second), describe(p.first, p.second, "near", p.bits, p.correlation))
+        for p in duplicates.near
+    ]
+    exact = [(numbers, describe(*numbers, "exact", 0, 1.0)) for numbers in duplicates.exact]
+    return sorted(
+        [*near, *exact], key=lambda pair: (-pair[1]["two_splits"], -pair[1]["two_classes"])
+    )
+
+
+def _count_pairs(pairs: list[Pair]) -> Pairs:
+    return {
+        "exact": sum(pair["kind"] == "exact" for pair in pairs),
+        "near": sum(pair["kind"] == "near" for pair in pairs),
+        "in_two_splits": sum(pair["two_splits"] for pair in pairs),
+        "in_two_classes": sum(pair["two_classes"] for pair in pairs),
+        "pairs": pairs,
+    }
+
+
+def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str]) -> Origins:
+    """Count images by name and class, and measure how far name and class are the same thing.
 
     Returns:
         counts: images of each class, and all, by name; association: Cramér's V of each class
-        against the rest, 0 (none) to 1, None where there is nothing to compare; own: the part of
+        against the rest, 0 (none) to 1, None where there is nothing to compare; own: the share of
         each class's images that have a name which no image outside of the class has. Images of
         which the class is not known are neither in the class nor in the rest; an unknown name is no
         name.
@@ -229,14 +266,14 @@ def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str])
     from scipy.stats.contingency import association  # takes longer than all else of `check`
 
     known = sorted(set(names))
-    place = {name: i for i, name in enumerate(known)}
-    rows = np.array([place[name] for name in names])
+    row_of = {name: i for i, name in enumerate(known)}
+    rows = np.array([row_of[name] for name in names])
     of_class = [np.bincount(rows[target == 1], minlength=len(known)) for target in targets.T]
     inside = np.array(of_class, np.int64).reshape(-1, len(known))
     outside = [np.bincount(rows[target == 0], minlength=len(known)) for target in targets.T]
     total = np.bincount(rows, minlength=len(known))
-    result: dict[str, Any] = {"counts": {}, "association": {}, "own": {}}
-    for name, i in place.items():
+    result: Origins = {"counts": {}, "association": {}, "own": {}}
+    for name, i in row_of.items():
         by_class = dict(zip(classes, inside[:, i].tolist(), strict=True))
         result["counts"][name] = {**by_class, "all": int(total[i])}
     told = np.array(known) != UNKNOWN
@@ -262,8 +299,8 @@ def _features(entry: Entry) -> dict[str, float]:
 
 def _masks(
     entries: Sequence[Entry], targets: Targets, classes: Sequence[str]
-) -> dict[str, Any] | None:
-    """Images with a mask and without by split and class, and what masks cover; None without any.
+) -> MaskOrigins | None:
+    """Count images with and without a mask by split and class; None where no image has one.
 
     Masks that only some classes have tell the class to whatever uses them.
     """
@@ -275,7 +312,10 @@ def _masks(
     return {
         **described,
         "splits": {
-            split: {what: counts[split, what] for what in ("with a mask", "without a mask")}
+            split: {
+                "with a mask": counts[split, "with a mask"],
+                "without a mask": counts[split, "without a mask"],
+            }
             for split in SPLITS
         },
         **_cross_table(have, targets, classes),
@@ -284,10 +324,10 @@ def _masks(
 
 def _statistics(
     features: Sequence[dict[str, float]], targets: Targets, classes: Sequence[str]
-) -> dict[str, dict[str, dict[str, float] | None]]:
+) -> dict[str, dict[str, Moments | None]]:
     """Mean and standard deviation of each feature by class, None for a class without images."""
     values = np.array([list(row.values()) for row in features])
-    result: dict[str, dict[str, dict[str, float] | None]] = {}
+    result: dict[str, dict[str, Moments | None]] = {}
     for column, name in enumerate(features[0]):
         chosen = [values[target == 1, column] for target in targets.T]
         result[name] = {
@@ -299,17 +339,15 @@ def _statistics(
     return result
 
 
-def _flat(entries: Sequence[Entry]) -> list[dict[str, Any]]:
-    """Squares that show nothing: constant, nearly black or nearly white."""
+def _flat(entries: Sequence[Entry]) -> list[FlatImage]:
+    """List the squares that show nothing: constant, nearly black or nearly white."""
     kinds = [_flat_kind(entry.fingerprint.statistics) for entry in entries]
     return [
-        {"kind": kind, **{name: getattr(entry, name) for name in SHOWN}}
-        for entry, kind in zip(entries, kinds, strict=True)
-        if kind
+        {"kind": kind, **_shown(entry)} for entry, kind in zip(entries, kinds, strict=True) if kind
     ]
 
 
-def _flat_kind(statistics: dict[str, float]) -> str | None:
+def _flat_kind(statistics: dict[str, float]) -> FlatKind | None:
     mean, spread = statistics["mean"], statistics["spread"]
     if spread < FLAT_SPREAD:
         return "constant"
@@ -320,8 +358,8 @@ def _flat_kind(statistics: dict[str, float]) -> str | None:
 
 def _in_pre_training(
     entries: Sequence[Entry], targets: Targets, classes: Sequence[str]
-) -> dict[str, Any]:
-    """Images of ChestX-ray14, by split and class: a CheXNet has seen most of them."""
+) -> PreTraining:
+    """Count the images of ChestX-ray14, by split and class: a CheXNet has seen most of them."""
     form = KNOWN_NAMES["ChestX-ray14"]
     seen = np.array(
         [
@@ -345,11 +383,13 @@ def _in_pre_training(
     }
 
 
-def _thumbnails(entries: Sequence[Entry], pairs: Sequence[Pair], pixels: Pixels) -> dict[str, str]:
-    """Small JPEGs of the images of the first pairs, base64 by key; of equal images the first."""
-    shown = [places[:1] if about["kind"] == "exact" else places for places, about in pairs]
-    chosen = dict.fromkeys(place for places in shown[:MOST_PICTURED] for place in places)
-    return {entries[place].key: _thumbnail(pixels(place)) for place in chosen}
+def _thumbnails(
+    entries: Sequence[Entry], pairs: Sequence[tuple[tuple[int, int], Pair]], pixels: Pixels
+) -> dict[str, str]:
+    """Make small JPEGs of the first pairs, base64 by key; of equal images of the first one."""
+    shown = [numbers[:1] if pair["kind"] == "exact" else numbers for numbers, pair in pairs]
+    chosen = dict.fromkeys(number for numbers in shown[:MOST_PICTURED] for number in numbers)
+    return {entries[number].key: _thumbnail(pixels(number)) for number in chosen}
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> str:
@@ -359,46 +399,45 @@ def _thumbnail(pixels: NDArray[np.uint8]) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _warnings(found: dict[str, Any]) -> list[str]:
-    """What a reader of the run's numbers must know, a line each."""
+def _warnings(audit_file: AuditFile) -> list[str]:
+    """List what a reader of the run's numbers must know, a line for each."""
     return [
-        *_leaks(found),
-        *_empty(found["flat"]),
-        *_confounded(found["sources"], "sources"),
-        *_confounded(found["views"], "views"),
-        *_confounded(found["masks"], "masks"),
-        *_shortcuts(found["shortcut"]),
-        *_baseline_warning(found["baseline"]),
-        *_seen_before(found["in_pre_training"]),
+        *_leaks(audit_file),
+        *_empty(audit_file["flat"]),
+        *_confounded(audit_file["sources"], "sources"),
+        *_confounded(audit_file["views"], "views"),
+        *_confounded(audit_file["masks"], "masks"),
+        *_shortcuts(audit_file["shortcut"]),
+        *_baseline_warning(audit_file["baseline"]),
+        *_seen_before(audit_file["in_pre_training"]),
     ]
 
 
-def _leaks(found: dict[str, Any]) -> list[str]:
-    duplicates, lines = found["duplicates"] or {}, []
-    for number, what in (
-        (len(found["patients_in_several_splits"]), "patients with images in several splits"),
-        (duplicates.get("in_two_splits"), "pairs of the same image in two splits"),
-        (duplicates.get("in_two_classes"), "pairs of the same image with different labels"),
-    ):
-        if number:
-            lines.append(f"{what}: {number}")
-    names = [about["patient"] for about in found["patients_in_several_classes"]]
+def _leaks(audit_file: AuditFile) -> list[str]:
+    pairs = audit_file["duplicates"]
+    counts = {
+        "patients with images in several splits": len(audit_file["patients_in_several_splits"]),
+        "pairs of the same image in two splits": pairs["in_two_splits"] if pairs else 0,
+        "pairs of the same image with different labels": pairs["in_two_classes"] if pairs else 0,
+    }
+    lines = [f"{what}: {number}" for what, number in counts.items() if number]
+    names = [shared["patient"] for shared in audit_file["patients_in_several_classes"]]
     if names:
         lines.append(f"patients with images in several classes: {len(names)} ({_few(names)})")
     return lines
 
 
-def _empty(flat: list[dict[str, Any]]) -> list[str]:
-    """Squares that show nothing, by kind."""
+def _empty(flat: Sequence[FlatImage]) -> list[str]:
+    """Name the squares that show nothing, by kind."""
     return [
         f"{kind} images: {len(paths)}, such as by a wrong window or bit depth ({_few(paths)})"
         for kind in ("constant", "nearly black", "nearly white")
-        if (paths := [about["path"] for about in flat if about["kind"] == kind])
+        if (paths := [image["path"] for image in flat if image["kind"] == kind])
     ]
 
 
-def _confounded(table: dict[str, Any] | None, what: str) -> list[str]:
-    """Classes that are known by their source, view or mask, or nearly so."""
+def _confounded(table: Origins | None, what: str) -> list[str]:
+    """Name the classes that are known by their source, view or mask, or nearly so."""
     if table is None:
         return []
     lines = [
@@ -415,8 +454,9 @@ def _confounded(table: dict[str, Any] | None, what: str) -> list[str]:
     return lines
 
 
-def _shortcuts(shortcut: dict[str, Any] | None) -> list[str]:
-    scores = {name: s for name, s in (shortcut or {"auroc": {}})["auroc"].items() if s}
+def _shortcuts(shortcut: Shortcut | None) -> list[str]:
+    auroc = shortcut["auroc"] if shortcut else {}
+    scores = {name: score for name, score in auroc.items() if score}
     above = sorted((n for n in scores if scores[n]["low"] > 0.5), key=lambda n: -scores[n]["value"])
     if not above:
         return []
@@ -427,7 +467,7 @@ def _shortcuts(shortcut: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def best_model(baseline: dict[str, Any]) -> tuple[str, str, dict[str, float]] | None:
+def best_model(baseline: Baseline) -> tuple[str, str, Estimate] | None:
     """Find what thumbnails alone give at best: the model, the figure and its interval.
 
     Args:
@@ -437,17 +477,16 @@ def best_model(baseline: dict[str, Any]) -> tuple[str, str, dict[str, float]] | 
         The model's key; accuracy of one class per image, else mean_auroc; its value, low and high.
         None where no model could be trained.
     """
-    models = ("logistic_regression", "perceptron")
-    for figure in ("accuracy", "mean_auroc"):
-        scores = {name: score for name in models if (score := baseline[name][figure])}
+    for figure in FIGURES:
+        scores = {name: score for name in MODELS if (score := baseline[name][figure])}
         if scores:
             best = max(scores, key=lambda name: scores[name]["value"])
             return best, figure, scores[best]
     return None
 
 
-def _baseline_warning(baseline: dict[str, Any] | None) -> list[str]:
-    """What a network has to be better than, if thumbnails tell more than guessing does."""
+def _baseline_warning(baseline: Baseline | None) -> list[str]:
+    """Say what a network has to be better than, if thumbnails tell more than guessing does."""
     best = best_model(baseline) if baseline else None
     if baseline is None or best is None:
         return []
@@ -463,11 +502,11 @@ def _baseline_warning(baseline: dict[str, Any] | None) -> list[str]:
     ]
 
 
-def _baseline_line(baseline: dict[str, Any]) -> str:
-    """What both models tell from thumbnails, and of how many images."""
+def _baseline_line(baseline: Baseline) -> str:
+    """Say what both models tell from thumbnails, and of how many images."""
     told = []
-    for name in ("logistic_regression", "perceptron"):
-        accuracy, auroc = (baseline[name][figure] for figure in ("accuracy", "mean_auroc"))
+    for name in MODELS:
+        accuracy, auroc = (baseline[name][figure] for figure in FIGURES)
         figures = [f"accuracy {_WITHIN.format(**accuracy)}"] if accuracy else []
         figures += [f"mean AUROC {_WITHIN.format(**auroc)}"] if auroc else []
         told.append(f"{name.replace('_', ' ')} {', '.join(figures) or 'of too few patients'}")
@@ -479,7 +518,7 @@ def _baseline_line(baseline: dict[str, Any]) -> str:
     )
 
 
-def _seen_before(table: dict[str, Any] | None) -> list[str]:
+def _seen_before(table: PreTraining | None) -> list[str]:
     if table is None:
         return []
     seen = {split: counts["all"] for split, counts in table["splits"].items()}
@@ -496,9 +535,10 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:MOST_LISTED]) + more
 
 
-def summary(found: dict[str, Any]) -> str:
-    """The audit for the terminal."""
-    pairs = found["duplicates"]
+def summary(audit_file: AuditFile) -> str:
+    """Write the audit for the terminal."""
+    pairs, baseline = audit_file["duplicates"], audit_file["baseline"]
+    not_made = audit_file["not_made"].items()
     counts = (
         [f"audit: pairs of equal images: {pairs['exact']}, of altered copies: {pairs['near']}"]
         if pairs
@@ -507,8 +547,8 @@ def summary(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             *counts,
-            *([_baseline_line(found["baseline"])] if found["baseline"] else []),
-            *(f"audit: {name} not made: {reason}" for name, reason in found["not_made"].items()),
-            *(f"audit warning: {line}" for line in found["warnings"]),
+            *([_baseline_line(baseline)] if baseline else []),
+            *(f"audit: {name} not made: {reason}" for name, reason in not_made),
+            *(f"audit warning: {line}" for line in audit_file["warnings"]),
         ]
     )

@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.data.audit_file import Baseline
 from cxrdist.data.fingerprint import THUMBNAIL_PX
+from cxrdist.data.index import Task
 from cxrdist.data.shortcut import FOLDS, Fold, Scores, fold_patients, is_scored, judge, tell_apart
 
 # Cross-validated accuracy on 3,157 X-rays like the paper's (paper_like): 0.926, with 0.001 0.917;
@@ -28,8 +30,8 @@ def measure_baseline(
     targets: NDArray[np.int8],
     groups: Sequence[int],
     classes: Sequence[str],
-    task: str,
-) -> dict[str, Any]:
+    task: Task,
+) -> Baseline:
     """Tell the classes from thumbnails, cross-validated by patient as in `measure_shortcut`.
 
     Args:
@@ -54,10 +56,7 @@ def measure_baseline(
     truth = targets[places]
     regression = tell_apart(values, truth, chosen, folds, FREEDOM)
     usable = is_scored(regression)
-    models = {
-        "logistic_regression": regression,
-        "perceptron": _perceive(values, truth, folds, usable),
-    }
+    perceptron = _perceive(values, truth, folds, usable)
     return {
         "size_px": THUMBNAIL_PX,
         "folds": FOLDS,
@@ -65,7 +64,8 @@ def measure_baseline(
         "of_images": len(groups),
         "patients": len({*chosen}),
         "largest_class": round(float((truth == 1).mean(axis=0).max(initial=0)), 4),
-        **{name: judge(s, truth, chosen, classes, task) for name, s in models.items()},
+        "logistic_regression": judge(regression, truth, chosen, classes, task),
+        "perceptron": judge(perceptron, truth, chosen, classes, task),
     }
 
 

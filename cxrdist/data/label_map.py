@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cxrdist.data.found import LeftOut
 from cxrdist.data.labels import NOT_STATED, SEPARATOR, labels_of
-from cxrdist.data.records import Record, Source
+from cxrdist.data.records import LabelCells, Record, Source
 from cxrdist.errors import CxrdistError
 from cxrdist.packaged import LABEL_MAPS, path_of
 from cxrdist.run import judging, read_recipe
@@ -78,7 +77,7 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
         for record in source.records
         if record.label in gone
     ]
-    seen: dict[Cells, dict[str, Any]] = {}
+    seen: dict[Cells, LabelCells] = {}
     return replace(
         source,
         records=[_mapped(r, parts, labels, seen) for r in source.records if r.label not in gone],
@@ -91,7 +90,7 @@ def _mapped(
     record: Record,
     parts: Mapping[str, list[str]],
     labels: LabelMap,
-    seen: dict[Cells, dict[str, Any]],
+    seen: dict[Cells, LabelCells],
 ) -> Record:
     """The record with other labels; few combinations are frequent, so they are kept in ``seen``."""
     cells = (record.label, record.uncertain, record.missing, record.assumed_absent)
@@ -111,12 +110,17 @@ def combine_cells(
     uncertain: set[str],
     missing: set[str],
     assumed: set[str],
-) -> dict[str, Any]:
-    """The cells of the new labels, as `Record` has them."""
-    found: dict[str, list[str]] = {name: [] for name in NAMES}
+) -> LabelCells:
+    """Write the cells of the new labels, as `Record` has them."""
+    names_in: dict[str, list[str]] = {name: [] for name in NAMES}
     for ours, theirs in parts.items():
         for name, those in zip(NAMES, (present, uncertain, missing, assumed), strict=True):
             if not those.isdisjoint(theirs):
-                found[name].append(ours)
+                names_in[name].append(ours)
                 break
-    return {name: SEPARATOR.join(labels) for name, labels in found.items()}
+    return {
+        "label": SEPARATOR.join(names_in["label"]),
+        "uncertain": SEPARATOR.join(names_in["uncertain"]),
+        "missing": SEPARATOR.join(names_in["missing"]),
+        "assumed_absent": SEPARATOR.join(names_in["assumed_absent"]),
+    }

@@ -181,13 +181,14 @@ def _known_salt(config: PackConfig, work: Path) -> str | None:
     return salt
 
 
-def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, Any]:
+def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, object]:
     """All that decides the bytes of the shards but the images themselves.
 
     Where names are to tell nothing, none is in it, and the hash of the list has a salt.
     """
-    options = {name: v for name, v in asdict(config).items() if name not in NOT_CONTENT}
-    options |= {name: _shown(config, options[name]) for name in PATHS}
+    options: dict[str, object] = asdict(config)
+    options = {name: value for name, value in options.items() if name not in NOT_CONTENT}
+    options |= {name: _shown(config, getattr(config, name)) for name in PATHS}
     digest = hashlib.sha256((salt or "").encode())
     digest.update(repr((source.task, source.classes, sorted(source.views.items()))).encode())
     for record in source.records:
@@ -202,7 +203,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
     return {**options, "records_sha256": digest.hexdigest()}
 
 
-def _decoding(config: PackConfig, source: Source) -> dict[str, Any]:
+def _decoding(config: PackConfig, source: Source) -> dict[str, object]:
     """All that decides the decoded squares but the images themselves."""
     options = {name: getattr(config, name) for name in DECODING}
     digest = hashlib.sha256()
@@ -274,7 +275,7 @@ def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
     assign_splits(source, config.split, config.seed)
 
 
-def _is_packed(out: Path, work: Path, content: dict[str, Any]) -> bool:
+def _is_packed(out: Path, work: Path, content: dict[str, object]) -> bool:
     """Whether the shards stand already; a kill may have left the work directory.
 
     Raises:
@@ -307,7 +308,7 @@ def _held(work: Path, *, shared: bool) -> Any:
     return locked(work, shared=shared)
 
 
-def _begin(work: Path, decoding: dict[str, Any]) -> None:
+def _begin(work: Path, decoding: dict[str, object]) -> None:
     """Begin a pack, or make sure that the squares of an unfinished one are those of this one.
 
     Raises:
@@ -317,7 +318,7 @@ def _begin(work: Path, decoding: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, decoding)
         return
-    before = read_document(path, dict[str, Any], f"remove {work} to begin anew")
+    before = read_document(path, dict[str, object], f"remove {work} to begin anew")
     for name, value in decoding.items():
         if before.get(name) != value:
             what = (

@@ -22,12 +22,11 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
-from cxrdist.data.records import Record, Source, own_patient
+from cxrdist.data.records import LabelCells, Record, Source, own_patient
 from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
@@ -218,8 +217,8 @@ def _why_unknown(labels: Sequence[str]) -> str:
     return ONLY_UNCHANGED if UNCHANGED in labels else SILENT
 
 
-def _known(labels: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
-    """The fields label and missing of a record."""
+def _known(labels: Sequence[str], classes: Sequence[str]) -> LabelCells:
+    """Write the labels of a record, and those that its source says nothing of."""
     findings = {*labels} - REMARKS
     missing = {*classes} - findings if UNCHANGED in labels and NORMAL not in labels else ()
     return {
@@ -238,7 +237,7 @@ def _read_patient(where: str, text: str) -> str:
 
 
 def _record(
-    taken: tuple[Path, str], cells: dict[str, str], patient: str, known: dict[str, Any]
+    taken: tuple[Path, str], cells: dict[str, str], patient: str, known: LabelCells
 ) -> Record:
     views = (view_of(cells[name]) for name in ("Projection", "ViewPosition_DICOM"))
     return Record(

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NotRequired, TypedDict
 
 from cxrdist.data.boxes import Box
 from cxrdist.data.findings import Finding
@@ -73,6 +73,15 @@ class Record:
     mask: MaskPlace | None = None
     lungs_only: bool = False
     origin: str = ""
+
+
+class LabelCells(TypedDict):
+    """What a record states of its labels, as in `Record`."""
+
+    label: str
+    uncertain: NotRequired[str]
+    missing: NotRequired[str]
+    assumed_absent: NotRequired[str]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.bootstrap import Limits, Replicates, Values, draw, rarest_class
+from cxrdist.data.audit_file import Estimate, Judgement, Shortcut
+from cxrdist.data.index import Task
 from cxrdist.errors import CxrdistError
 from cxrdist.intervals import of_auroc, of_mean, of_share
 
@@ -21,8 +23,8 @@ def measure_shortcut(
     targets: NDArray[np.int8],
     groups: Sequence[int],
     classes: Sequence[str],
-    task: str,
-) -> dict[str, Any]:
+    task: Task,
+) -> Shortcut:
     """Tell each class against the rest by a logistic regression, cross-validated by patient.
 
     Args:
@@ -41,11 +43,11 @@ def measure_shortcut(
     """
     folds = fold_patients(groups)
     values = np.array([list(row.values()) for row in features])
-    found = tell_apart(values, targets, groups, folds)
+    scores = tell_apart(values, targets, groups, folds)
     return {
         "features": list(features[0]),
         "folds": FOLDS,
-        **judge(found, targets, groups, classes, task),
+        **judge(scores, targets, groups, classes, task),
     }
 
 
@@ -139,8 +141,8 @@ def judge(
     targets: NDArray[np.int8],
     groups: Sequence[int],
     classes: Sequence[str],
-    task: str,
-) -> dict[str, Any]:
+    task: Task,
+) -> Judgement:
     """Say how well scores tell the classes, with 95 % intervals over patients.
 
     Args:
@@ -159,12 +161,12 @@ def judge(
         return {"accuracy": None, "auroc": dict.fromkeys(classes), "mean_auroc": None}
     patients = [str(group) for group in groups]
     replicates = draw(patients, rarest_class(targets == 1, patients))
-    found = {
+    told = {
         name: _auroc(scores[:, i], targets[:, i], replicates)
         for i, name in enumerate(classes)
         if scored[i]
     }
-    values, limits, drawn = zip(*found.values(), strict=True)
+    values, limits, drawn = zip(*told.values(), strict=True)
     accuracy = None
     if task == "multiclass" and scored.sum() > 1:
         right = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1) == targets.argmax(axis=1)
@@ -172,7 +174,7 @@ def judge(
         accuracy = _rounded(right.mean(), of_share(replicates, right, everywhere))
     return {
         "accuracy": accuracy,
-        "auroc": {name: _rounded(*found[name][:2]) if name in found else None for name in classes},
+        "auroc": {name: _rounded(*told[name][:2]) if name in told else None for name in classes},
         "mean_auroc": _rounded(np.mean(values), of_mean(values, limits, np.stack(drawn))),
     }
 
@@ -184,13 +186,13 @@ def _auroc(
     from sklearn.metrics import roc_auc_score
 
     known = target >= 0
-    truth, found, own = target[known] == 1, scores[known], replicates.take(known)
-    value, drawn = float(roc_auc_score(truth, found)), own.auroc(found, truth)
+    truth, own_scores, own = target[known] == 1, scores[known], replicates.take(known)
+    value, drawn = float(roc_auc_score(truth, own_scores)), own.auroc(own_scores, truth)
     return value, of_auroc(own, value, drawn, truth), drawn
 
 
-def _rounded(value: float, limits: Limits | None) -> dict[str, float] | None:
-    """A figure with its interval."""
+def _rounded(value: float, limits: Limits | None) -> Estimate | None:
+    """Round a figure with its interval."""
     if limits is None:
         return None
     return {

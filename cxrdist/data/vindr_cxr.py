@@ -19,14 +19,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cxrdist.data.findings import MOST_PX, ROUNDING_PX, Finding
 from cxrdist.data.found import look_at
 from cxrdist.data.labels import SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.pictures import picture_size
-from cxrdist.data.records import DEVELOPMENT, Record, Source, own_patient
+from cxrdist.data.records import DEVELOPMENT, LabelCells, Record, Source, own_patient
 from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.errors import CxrdistError
 
@@ -138,23 +138,27 @@ def _record(
     )
 
 
-def _agree(readings: Sequence[_Reading], classes: Sequence[str]) -> dict[str, Any]:
+def _agree(readings: Sequence[_Reading], classes: Sequence[str]) -> LabelCells:
     """Make one label of what the readers of an image state.
 
     Returns:
         The fields label, uncertain and missing of a record.
     """
-    known: dict[str, list[str]] = {"label": [], "uncertain": [], "missing": []}
+    label, uncertain, missing = list[str](), list[str](), list[str]()
     for name in classes:
         votes = [reading for reading in readings if name not in reading.missing]
         present = sum(name in reading.present for reading in votes)
         if not votes:
-            known["missing"].append(name)
+            missing.append(name)
         elif 2 * present > len(votes):
-            known["label"].append(name)
+            label.append(name)
         elif present or any(name in reading.uncertain for reading in votes):
-            known["uncertain"].append(name)
-    return {name: SEPARATOR.join(labels) for name, labels in known.items()}
+            uncertain.append(name)
+    return {
+        "label": SEPARATOR.join(label),
+        "uncertain": SEPARATOR.join(uncertain),
+        "missing": SEPARATOR.join(missing),
+    }
 
 
 def _read_physionet(tables: Sequence[Path]) -> _Content:

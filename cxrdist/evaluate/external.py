@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import numpy as np
 from accelerate import Accelerator
@@ -21,7 +21,7 @@ from cxrdist.data.cache import Images, open_cache
 from cxrdist.data.index import Index, Sample, read_index
 from cxrdist.data.label_map import LabelMap, combine_cells
 from cxrdist.data.labels import labels_of
-from cxrdist.data.records import KNOWN_NAMES
+from cxrdist.data.records import KNOWN_NAMES, LabelCells
 from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
@@ -35,13 +35,20 @@ IN_NO_SPLIT = ""  # the split of a sample that is not used
 MEND = "run `cxrdist evaluate` again"
 
 
+class _Made(TypedDict):
+    """What relevance.json says of its shards."""
+
+    index_sha256: NotRequired[Sha256]
+    split: NotRequired[Text]
+
+
 class _Evaluated(TypedDict):
     """What a file of a place says of its shards."""
 
     index_sha256: NotRequired[Sha256]
     split: NotRequired[Text]
     external: NotRequired[ExternalInfo]
-    how: NotRequired[dict[str, Any]]
+    how: NotRequired[_Made]
 
 
 @dataclass(frozen=True)
@@ -127,8 +134,10 @@ def refuse_other_set(run: RunDirectory, place: str, index: Index, split: str) ->
         if not path.is_file():
             continue
         found = read_document(path, _Evaluated, f"remove {path.parent} to begin anew")
-        there = {**found.get("how", {}), **found}
-        if (there.get("index_sha256"), there.get("split", split)) != (index.sha256, split):
+        made = found.get("how", found)
+        sha256 = found.get("index_sha256", made.get("index_sha256"))
+        there = sha256, found.get("split", made.get("split", split))
+        if there != (index.sha256, split):
             raise CxrdistError(
                 f"{path.parent}: holds results of other shards or of another split; give these "
                 "another name with --name"
@@ -194,7 +203,7 @@ def as_model_takes(index: Index, classes: list[str], labels: LabelMap) -> Index:
             f"{', '.join(classes)}; none is in both: name theirs and the model's in --label-map"
         )
     lacking = {name for name in classes if not parts[name]} if index.task == "multilabel" else set()
-    known: dict[tuple[str, ...], dict[str, str]] = {}
+    known: dict[tuple[str, ...], LabelCells] = {}
     samples = [_relabelled(sample, parts, lacking, known) for sample in index.samples]
     if index.task == "multiclass":
         samples = [s if s.label else s._replace(split=IN_NO_SPLIT) for s in samples]
@@ -205,14 +214,14 @@ def _relabelled(
     sample: Sample,
     parts: Mapping[str, list[str]],
     lacking: set[str],
-    known: dict[tuple[str, ...], dict[str, str]],
+    known: dict[tuple[str, ...], LabelCells],
 ) -> Sample:
     """The sample with the model's labels; few combinations are frequent, so they are kept."""
     cells = (sample.label, sample.uncertain, sample.missing, sample.assumed_absent)
     if cells not in known:
-        found = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
-        missing = {*labels_of(found["missing"]), *lacking}
-        known[cells] = {**found, "missing": "|".join(name for name in parts if name in missing)}
+        ours = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
+        missing = {*labels_of(ours["missing"]), *lacking}
+        known[cells] = {**ours, "missing": "|".join(name for name in parts if name in missing)}
     return sample._replace(**known[cells])
 
 

@@ -13,7 +13,7 @@ of 100 data sets of 600 patients, and in 99 of 100 of 1,000.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, NotRequired, TypedDict, cast
 
 import numpy as np
 import scipy  # loads its parts on first use
@@ -319,7 +319,7 @@ def _describe(scored: Scored, mask: Bools, figures: Mapping[str, _Figures], fewe
     positives = (targets == POSITIVE).sum(axis=0)
     known = (targets >= 0).sum(axis=0)
     of_classes = {name: found for name, found in figures.items() if name != "accuracy"}
-    group: dict[str, Any] = {
+    group: dict[str, object] = {
         "images": int(mask.sum()),
         "patients": len({scored.patients[place] for place in np.flatnonzero(mask)}),
         "too_few": [],
@@ -334,19 +334,19 @@ def _describe(scored: Scored, mask: Bools, figures: Mapping[str, _Figures], fewe
     }
     if "accuracy" in figures:
         group |= _row({"accuracy": figures["accuracy"]}, 0, fewest)
-    return group  # type: ignore[return-value]
+    return cast(Group, group)
 
 
-def _row(figures: Mapping[str, _Figures], place: int, fewest: int) -> dict[str, Any]:
-    """The figures of one class with their intervals, and which rest on too few patients."""
-    row: dict[str, Any] = {}
+def _row(figures: Mapping[str, _Figures], column: int, fewest: int) -> dict[str, object]:
+    """Write the figures of one class with their intervals, and which rest on too few patients."""
+    row: dict[str, object] = {}
     too_few = []
     for measure, found in figures.items():
-        value = float(found.value[place])
+        value = float(found.value[column])
         defined = np.isfinite(value)
         row[measure] = round(value, _DIGITS) if defined else None
-        patients = int(found.patients[place])
-        drawn = found.drawn[:, place]
+        patients = int(found.patients[column])
+        drawn = found.drawn[:, column]
         row[f"{measure}_interval"] = bounded(value, drawn, patients) if defined else None
         if defined and patients < fewest:
             too_few.append(measure)

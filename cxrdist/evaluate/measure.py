@@ -1,13 +1,13 @@
 """All figures of some scored images: one function of each part, in one document, metrics.json."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw, rarest_class
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.calibration import calibration_figures
 from cxrdist.evaluate.decision_curve import decision_curve
 from cxrdist.evaluate.groups import compare_groups
+from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.operating_points import operating_points
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import score
@@ -44,13 +44,14 @@ def strata(scored: Scored) -> list[str]:
     return rarest_class(scored.targets == POSITIVE, scored.patients)
 
 
-def measure(scored: Scored, settings: Settings) -> dict[str, Any]:
+def measure(scored: Scored, settings: Settings) -> Metrics:
     """Compute the figures of metrics.json.
 
-    Each other part adds one line here, a key of its own, from (scored, replicates, settings).
+    Each group of figures is a member of its own, from (scored, replicates, settings).
     """
     replicates, calibration = replicate(scored, settings), settings.calibration
-    metrics = score(scored, replicates, settings.fewest)
+    scores = score(scored, replicates, settings.fewest)
+    metrics: Metrics = {"format": "cxrdist-metrics-1", **scores}
     metrics["intervals"] = describe(replicates, settings.seed)
     if calibration:
         points = operating_points(scored, replicates, calibration, settings.prevalence)

@@ -4,9 +4,9 @@ Classes are chosen and images ranked by logits and never by probabilities, which
 float32 the sigmoid of 18 and that of 25 are both 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,27 @@ from cxrdist.intervals import Intervals
 from cxrdist.model.prediction import THRESHOLD, THRESHOLD_LOGIT
 from cxrdist.terminal import table
 
-SCORES = ("recall", "specificity", "precision", "f1", "auroc", "average_precision")
+ScoreName = Literal["recall", "specificity", "precision", "f1", "auroc", "average_precision"]
+IntervalName = Literal[
+    "recall_interval",
+    "specificity_interval",
+    "precision_interval",
+    "f1_interval",
+    "auroc_interval",
+    "average_precision_interval",
+]
+INTERVALS: dict[ScoreName, IntervalName] = {
+    "recall": "recall_interval",
+    "specificity": "specificity_interval",
+    "precision": "precision_interval",
+    "f1": "f1_interval",
+    "auroc": "auroc_interval",
+    "average_precision": "average_precision_interval",
+}
+"""The member of `Scores` that holds the interval of a score."""
+SCORES = tuple(INTERVALS)
 Share = Annotated[float, Between(0, 1)]
-TITLES = {
+TITLES: dict[ScoreName, str] = {
     "auroc": "AUROC",
     "average_precision": "Average\nprec.",
     "recall": "Recall",
@@ -46,7 +64,7 @@ def _functional() -> Any:
 class Scores(TypedDict):
     """Scores of a class or label, or their means; None where a score is undefined.
 
-    Beside each NAME of `SCORES` stands NAME_interval, its 95 % interval. Documents of older
+    Beside each score stands its 95 % interval (`INTERVALS`). Documents of older
     versions have no intervals, no specificity, and less of the rest.
     """
 
@@ -77,8 +95,11 @@ class Scores(TypedDict):
 class Metrics(TypedDict):
     """The content of metrics.json; further figures may stand beside these."""
 
+    format: NotRequired[Literal["cxrdist-metrics-1"]]
+    """Missing in documents of older versions."""
     samples: Count
     task: Literal["multiclass", "multilabel"]
+    split: NotRequired[str]
     index_sha256: NotRequired[str]
     accuracy: NotRequired[Share | None]
     accuracy_interval: NotRequired[Limits | None]
@@ -103,8 +124,8 @@ class Metrics(TypedDict):
     external: NotRequired[ExternalInfo]
 
 
-def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[str, Any]:
-    """Accuracy, confusion matrix, and each class against the rest, as in the paper's Table 2.
+def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> Metrics:
+    """Score each class against the rest, as in the paper's Table 2, and all by their accuracy.
 
     The predicted class is the one with the largest logit, the first one of equal ones. What is
     undefined is None: recall of a class without samples, precision of a class that was never
@@ -121,8 +142,7 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[
         macro.
     """
     functional = _functional()
-    predicted = logits.argmax(dim=1)
-    task: dict[str, Any] = {"task": "multiclass", "num_classes": len(classes)}
+    predicted, task = logits.argmax(dim=1), {"task": "multiclass", "num_classes": len(classes)}
     by_class = {
         name: _one_against_rest(logits[:, i], predicted == i, labels == i)
         for i, name in enumerate(classes)
@@ -133,12 +153,12 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> dict[
         "accuracy": _digits(functional.accuracy(predicted, labels, average="micro", **task)),
         "confusion_matrix": functional.confusion_matrix(predicted, labels, **task).tolist(),
         "classes": by_class,
-        "macro": {score: _mean([by_class[name][score] for name in classes]) for score in SCORES},
+        "macro": means({score: [c[score] for c in by_class.values()] for score in SCORES}),
     }
 
 
-def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> dict[str, Any]:
-    """The scores of each label of images that may have several, over the images where it is known.
+def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> Metrics:
+    """Score each label of images that may have several, over the images of which it is known.
 
     A label is predicted where its logit is at least that of the probability `THRESHOLD`. What is
     undefined is None, as in `compute_metrics`; a label that all known images have, or none, has no
@@ -154,25 +174,24 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
         samples, task, threshold, classes (with ``known``, ``positives`` and ``reason``), macro, and
         macro_labels: the number of labels that each mean is over.
     """
-    by_class: dict[str, dict[str, Any]] = {
+    by_class = {
         name: _score_label(logits[known, i], targets[known, i] == 1)
         for i, (name, known) in enumerate(zip(classes, (targets >= 0).T, strict=True))
     }
-    defined = {
-        score: [float(v) for c in by_class.values() if (v := c[score]) is not None]
-        for score in SCORES
+    defined: dict[ScoreName, list[float | None]] = {
+        score: [c[score] for c in by_class.values() if c[score] is not None] for score in SCORES
     }
     return {
         "samples": len(targets),
         "task": "multilabel",
         "threshold": THRESHOLD,
         "classes": by_class,
-        "macro": {score: _mean(list(values)) for score, values in defined.items()},
+        "macro": means(defined),
         "macro_labels": {score: len(values) for score, values in defined.items()},
     }
 
 
-def _score_label(logits: Tensor, truth: Tensor) -> dict[str, Any]:
+def _score_label(logits: Tensor, truth: Tensor) -> Scores:
     """Score one label over the n images of which it is known: logits, float [n], and bool [n]."""
     known, positives, reason = len(truth), int(truth.sum()), None
     if not known:
@@ -207,31 +226,28 @@ def _ranks(logits: Tensor) -> Tensor:
     return (places.double() + 1) / (len(logits) + 1)
 
 
-def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> dict[str, Any]:
+def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> Scores:
     """Count and score n images: logits, float [n], predictions and truth, bool [n]."""
     scores = _functional().classification
     positives = int(truth.sum())
-    has_truth, has_others, has_prediction = (
-        positives > 0,
-        positives < len(truth),
-        bool(predicted.any()),
-    )
+    has_truth, has_both = positives > 0, 0 < positives < len(truth)
+    has_prediction = bool(predicted.any())
     guess, target, ranks = predicted.long(), truth.long(), _ranks(logits)
-    defined = {
-        "recall": (has_truth, scores.binary_recall, guess),
-        "specificity": (has_others, scores.binary_specificity, guess),
-        "precision": (has_prediction, scores.binary_precision, guess),
-        "f1": (has_truth or has_prediction, scores.binary_f1_score, guess),
-        "auroc": (has_truth and has_others, scores.binary_auroc, ranks),
-        "average_precision": (has_truth and has_others, scores.binary_average_precision, ranks),
-    }
+
+    def score(
+        function: Callable[[Tensor, Tensor], Tensor], values: Tensor, is_defined: bool
+    ) -> float | None:
+        return _digits(function(values, target)) if is_defined else None
+
     return {
         "known": len(truth),
         "positives": positives,
-        **{
-            name: _digits(function(values, target)) if is_defined else None
-            for name, (is_defined, function, values) in defined.items()
-        },
+        "recall": score(scores.binary_recall, guess, has_truth),
+        "specificity": score(scores.binary_specificity, guess, positives < len(truth)),
+        "precision": score(scores.binary_precision, guess, has_prediction),
+        "f1": score(scores.binary_f1_score, guess, has_truth or has_prediction),
+        "auroc": score(scores.binary_auroc, ranks, has_both),
+        "average_precision": score(scores.binary_average_precision, ranks, has_both),
     }
 
 
@@ -240,13 +256,19 @@ def _digits(value: Tensor) -> float:
     return round(float(value), 6)
 
 
-def _mean(scores: list[float | None]) -> float | None:
-    defined = [score for score in scores if score is not None]
-    return round(sum(defined) / len(defined), 6) if 0 < len(defined) == len(scores) else None
+def means(values: Mapping[ScoreName, Sequence[float | None]]) -> Scores:
+    """Average each score over the classes; None where there is no class or one has no score."""
+    averages = {
+        score: round(sum(defined) / len(defined), 6)
+        if (defined := [v for v in column if v is not None]) and len(defined) == len(column)
+        else None
+        for score, column in values.items()
+    }
+    return cast(Scores, averages)
 
 
-def metrics_table(metrics: dict[str, Any]) -> str:
-    """The scores of all classes for the terminal, as in the paper's Table 2, with intervals.
+def metrics_table(metrics: Metrics) -> str:
+    """Lay out the scores of all classes and their intervals for the terminal (the paper's Table 2).
 
     It fits 100 columns, of names too long in several lines.
     """
@@ -267,11 +289,11 @@ def metrics_table(metrics: dict[str, Any]) -> str:
     return "\n".join([table(rows, headers), *reasons])
 
 
-def _cells(scores: dict[str, Any]) -> list[str]:
-    """Each score and below it its interval, without the zeros before the point to save columns."""
+def _cells(scores: Scores) -> list[str]:
+    """Write each score above its interval, without the zeros before the point to save columns."""
     cells = []
     for name in TITLES:
-        value, limits = scores[name], scores.get(f"{name}_interval")
+        value, limits = scores[name], scores.get(INTERVALS[name])
         cell = "-" if value is None else f"{value:.3f}"
         cells.append(f"{cell}\n{_short(limits[0])}-{_short(limits[1])}" if limits else cell)
     return cells
@@ -281,8 +303,8 @@ def _short(value: float) -> str:
     return f"{value:.3f}".removeprefix("0") if value < 0.9995 else "1.00"
 
 
-def headline(metrics: dict[str, Any]) -> str:
-    """The metrics in one line, with their interval, or why there are too few images to say."""
+def headline(metrics: Metrics) -> str:
+    """Write the main figure and its interval, or why there are too few images for one."""
     if metrics["task"] == "multilabel":
         return _label_headline(metrics)
     samples = metrics["samples"]
@@ -293,7 +315,7 @@ def headline(metrics: dict[str, Any]) -> str:
     return f"accuracy {metrics['accuracy']:.3f} ({right}{limits})"
 
 
-def _label_headline(metrics: dict[str, Any]) -> str:
+def _label_headline(metrics: Metrics) -> str:
     classes, samples, few = metrics["classes"], metrics["samples"], few_of(metrics)
     mean = metrics.get("macro_enough", metrics["macro"])
     labels = sum(
@@ -310,13 +332,13 @@ def _label_headline(metrics: dict[str, Any]) -> str:
     )
 
 
-def few_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+def few_of(metrics: Metrics) -> dict[str, str]:
     """Name the classes of which there are too few images to say, and how many there are."""
     reasons = {name: scores.get("too_few") for name, scores in metrics["classes"].items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _within(metrics: dict[str, Any], limits: Limits | None) -> str:
+def _within(metrics: Metrics, limits: Limits | None) -> str:
     if not limits:
         return ""
     return (
@@ -325,6 +347,6 @@ def _within(metrics: dict[str, Any], limits: Limits | None) -> str:
     ).replace("%", " %")
 
 
-def correct_of(metrics: dict[str, Any]) -> int:
-    """How many samples were predicted right."""
+def correct_of(metrics: Metrics) -> int:
+    """Count the samples that were predicted right."""
     return int(torch.tensor(metrics["confusion_matrix"]).trace())

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -212,7 +212,7 @@ class _Sides:
 
 def _measure(
     sides: _Sides, replicates: Replicates, drawn: NDArray[np.float64], prevalence: float | None
-) -> Any:
+) -> OperatingPoint:
     """Count the cells of a class, and compute its rates with intervals.
 
     Args:
@@ -225,19 +225,20 @@ def _measure(
     counts = np.array([[np.count_nonzero(cell) for cell in sides.cells()]], np.float64)
     rates, replicated = _rates(counts), _rates(drawn)
     wholes = dict(zip(MEASURES, (has, sides.lacks, called & known, ~called & known), strict=True))
-    point: dict[str, Any] = {
+    point: dict[str, object] = {
         "threshold": sides.threshold,
         "probability": round(float(expit(sides.threshold)), 6),
         **dict(zip(CELLS, counts[0].astype(int).tolist(), strict=True)),
     }
+    limits: dict[str, Limits | None] = {}
     for name, whole in wholes.items():
         point[name] = _digits(rates[name][0])
-        within = of_share(replicates, called == has, whole, replicated[name])
-        point[f"{name}_interval"] = within
+        limits[name] = of_share(replicates, called == has, whole, replicated[name])
+        point[f"{name}_interval"] = limits[name]
     if prevalence is not None:
         patients = min(replicates.patients(has), replicates.patients(sides.lacks))
-        point["at_prevalence"] = _elsewhere(point, rates, replicated, prevalence, patients)
-    return point
+        point["at_prevalence"] = _elsewhere(limits, rates, replicated, prevalence, patients)
+    return cast(OperatingPoint, point)
 
 
 def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
@@ -253,30 +254,30 @@ def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
 
 
 def _elsewhere(
-    point: Mapping[str, Any],
+    intervals: Mapping[str, Limits | None],
     rates: Mapping[str, Values],
     drawn: Mapping[str, Values],
     prevalence: float,
     patients: int,
-) -> dict[str, Any]:
-    """Compute predictive values at a prevalence and their intervals, from those of `point`.
+) -> AtPrevalence:
+    """Compute predictive values at a prevalence and their intervals.
 
     A value of exactly 0 or 1 gets the limits that those of sensitivity and specificity give.
 
     Args:
-        point: sensitivity and specificity with intervals.
-        rates: the same, not rounded, one value each.
+        intervals: of sensitivity and specificity.
+        rates: sensitivity and specificity, one value each.
         drawn: of the replicates.
         prevalence: share of patients with the class.
         patients: with the class or without it, whichever are fewer.
     """
     if not patients:
-        return dict.fromkeys(("ppv", "ppv_interval", "npv", "npv_interval"))
-    limits = {name: np.array(point[f"{name}_interval"]) for name in ("sensitivity", "specificity")}
+        return {"ppv": None, "ppv_interval": None, "npv": None, "npv_interval": None}
+    limits = {name: np.array(intervals[name]) for name in ("sensitivity", "specificity")}
     found, replicated, extremes = (
         _predictive(values, prevalence) for values in (rates, drawn, limits)
     )
-    written: dict[str, Any] = {}
+    written: dict[str, float | Limits | None] = {}
     for name, (value,) in found.items():
         written[name], written[f"{name}_interval"] = _digits(value), None
         if value in (0, 1):
@@ -284,7 +285,7 @@ def _elsewhere(
         elif not np.isnan(value):
             within = bounded(float(value), replicated[name], patients)
             written[f"{name}_interval"] = within
-    return written
+    return cast(AtPrevalence, written)
 
 
 def _predictive(rates: Mapping[str, Values], prevalence: float) -> dict[str, Values]:

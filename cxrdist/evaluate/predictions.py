@@ -226,7 +226,7 @@ def evaluate(config: EvaluateConfig) -> None:
         scored = score_samples(subject.index, numbers, logits)
         metrics = measure(scored, settings)
         picture_mistakes(subject, scored, numbers)
-        metrics |= {"split": config.split, "index_sha256": subject.index.sha256}
+        metrics["split"], metrics["index_sha256"] = config.split, subject.index.sha256
         if subject.external is not None:
             metrics["external"] = subject.external.info
             write_lists(subject.run, place, subject.external)

@@ -1,7 +1,7 @@
 """The scores of all classes and their means, with intervals by patient."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from cxrdist.bootstrap import Limits, Replicates
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.metrics import (
-    SCORES,
+    INTERVALS,
     THRESHOLD_LOGIT,
+    Metrics,
+    ScoreName,
+    Scores,
     compute_label_metrics,
     compute_metrics,
 )
@@ -22,7 +25,7 @@ from cxrdist.intervals import bounded, of_auroc, of_mean, of_share, wilson
 Figures = tuple[list[Limits | None], NDArray[np.float64]]
 
 
-def score(scored: Scored, replicates: Replicates, fewest: int) -> dict[str, Any]:
+def score(scored: Scored, replicates: Replicates, fewest: int) -> Metrics:
     """Compute the scores of all classes and their means.
 
     Args:
@@ -40,13 +43,20 @@ def score(scored: Scored, replicates: Replicates, fewest: int) -> dict[str, Any]
         metrics = compute_label_metrics(logits, targets, scored.classes)
     else:
         metrics = compute_metrics(logits, targets.long().argmax(1), scored.classes)
-        metrics |= _accuracy_intervals(scored, replicates)
+        _add_accuracy_intervals(metrics, scored, replicates)
     for name, target in zip(scored.classes, scored.targets.T, strict=True):
-        metrics["classes"][name] |= _count(target, replicates, fewest)
+        _count(metrics["classes"][name], target, replicates, fewest)
     figures = _shares(scored, replicates) | _rankings(scored, replicates, metrics["classes"])
-    for what in SCORES:
-        _add_intervals(metrics, what, figures[what])
-    return metrics | {"fewest": fewest}
+    for name, of_score in figures.items():
+        _add_intervals(metrics, name, of_score)
+    enough = [not scores["too_few"] for scores in metrics["classes"].values()]
+    if not all(enough):
+        means: dict[str, float | Limits | None] = {}
+        for name, of_score in figures.items():
+            means[name], means[INTERVALS[name]] = _mean(metrics, name, of_score, enough)
+        metrics["macro_enough"] = cast(Scores, means)
+    metrics["fewest"] = fewest
+    return metrics
 
 
 def too_few(positives: int, negatives: int, fewest: int) -> str | None:
@@ -57,38 +67,35 @@ def too_few(positives: int, negatives: int, fewest: int) -> str | None:
     return f"{number} {kind}{'' if number == 1 else 's'}"
 
 
-def _count(target: NDArray[np.int8], replicates: Replicates, fewest: int) -> dict[str, Any]:
+def _count(scores: Scores, target: NDArray[np.int8], replicates: Replicates, fewest: int) -> None:
     known, positive = target >= 0, target == POSITIVE
     positives = int(positive.sum())
-    return {
-        "patients": replicates.patients(known),
-        "positive_patients": replicates.patients(positive),
-        "too_few": too_few(positives, int(known.sum()) - positives, fewest),
-    }
+    scores["patients"] = replicates.patients(known)
+    scores["positive_patients"] = replicates.patients(positive)
+    scores["too_few"] = too_few(positives, int(known.sum()) - positives, fewest)
 
 
-def _accuracy_intervals(scored: Scored, replicates: Replicates) -> dict[str, Limits | None]:
+def _add_accuracy_intervals(metrics: Metrics, scored: Scored, replicates: Replicates) -> None:
     right = scored.logits.argmax(1) == (scored.targets == POSITIVE).argmax(1)
-    return {
-        "accuracy_interval": of_share(replicates, right, np.ones(len(right), bool)),
-        "accuracy_wilson": wilson(int(right.sum()), len(right)) if len(right) else None,
-    }
+    everything = np.ones(len(right), bool)
+    metrics["accuracy_interval"] = of_share(replicates, right, everything)
+    metrics["accuracy_wilson"] = wilson(int(right.sum()), len(right)) if len(right) else None
 
 
-def _shares(scored: Scored, replicates: Replicates) -> dict[str, Figures]:
-    """The intervals of the scores that are shares of images, or follow from one as F1 does."""
+def _shares(scored: Scored, replicates: Replicates) -> dict[ScoreName, Figures]:
+    """Compute the intervals of the scores that are shares of images, or follow from one (F1)."""
     if scored.task == "multilabel":
         predicted = scored.logits >= THRESHOLD_LOGIT
     else:
         predicted = scored.logits.argmax(1)[:, None] == np.arange(len(scored.classes))
     known, truth = scored.targets >= 0, scored.targets == POSITIVE
-    pairs = {
+    pairs: dict[ScoreName, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {
         "recall": (predicted, truth),
         "specificity": (~predicted, known & ~truth),
         "precision": (truth, known & predicted),
         "f1": (truth & predicted, known & (truth | predicted)),
     }
-    figures: dict[str, Figures] = {}
+    figures: dict[ScoreName, Figures] = {}
     for name, (parts, wholes) in pairs.items():
         values = replicates.shares(parts, wholes)
         columns = zip(parts.T, wholes.T, values, strict=True)
@@ -107,53 +114,47 @@ def _f1(jaccard: Any) -> Any:
 
 
 def _rankings(
-    scored: Scored, replicates: Replicates, classes: dict[str, Any]
-) -> dict[str, Figures]:
-    """The intervals of AUROC and average precision, whose values are in `classes`."""
-    limits: dict[str, list[Limits | None]] = {"auroc": [], "average_precision": []}
+    scored: Scored, replicates: Replicates, classes: dict[str, Scores]
+) -> dict[ScoreName, Figures]:
+    """Compute the intervals of AUROC and average precision, whose values are in `classes`."""
+    limits: dict[ScoreName, list[Limits | None]] = {"auroc": [], "average_precision": []}
     values = {name: np.full((len(classes), len(replicates.draws)), np.nan) for name in limits}
     for i, scores in enumerate(classes.values()):
-        if scores["auroc"] is None:
+        area, precision = scores["auroc"], scores["average_precision"]
+        if area is None or precision is None:
             for of_score in limits.values():
                 of_score.append(None)
             continue
         known = scored.targets[:, i] >= 0
         truth, drawn = scored.targets[known, i] == POSITIVE, replicates.take(known)
         auroc, average = drawn.ranking(scored.logits[known, i], truth)
-        limits["auroc"].append(of_auroc(drawn, scores["auroc"], auroc, truth))
+        limits["auroc"].append(of_auroc(drawn, area, auroc, truth))
         positives = drawn.patients(truth)
-        limits["average_precision"].append(bounded(scores["average_precision"], average, positives))
+        limits["average_precision"].append(bounded(precision, average, positives))
         values["auroc"][i], values["average_precision"][i] = auroc, average
     return {name: (limits[name], values[name]) for name in limits}
 
 
-def _add_intervals(metrics: dict[str, Any], what: str, figures: Figures) -> None:
-    """Put the intervals of one score beside it in each class and in their means."""
-    classes = metrics["classes"].values()
-    for scores, pair in zip(classes, figures[0], strict=True):
-        scores[f"{what}_interval"] = pair
-    metrics["macro"][f"{what}_interval"] = (
-        None
-        if metrics["macro"][what] is None
-        else _mean(metrics, what, figures, [True] * len(classes))[f"{what}_interval"]
+def _add_intervals(metrics: Metrics, name: ScoreName, figures: Figures) -> None:
+    """Put the intervals of one score beside it in each class and in their mean."""
+    classes, macro = metrics["classes"].values(), metrics["macro"]
+    for scores, limits in zip(classes, figures[0], strict=True):
+        scores[INTERVALS[name]] = limits
+    macro[INTERVALS[name]] = (
+        None if macro[name] is None else _mean(metrics, name, figures, [True] * len(classes))[1]
     )
-    enough = [not scores["too_few"] for scores in classes]
-    if not all(enough):
-        metrics.setdefault("macro_enough", {}).update(_mean(metrics, what, figures, enough))
 
 
 def _mean(
-    metrics: dict[str, Any], what: str, figures: Figures, counts: Sequence[bool]
-) -> dict[str, Any]:
-    """The mean of one score over the classes that count and have it, and its interval."""
+    metrics: Metrics, name: ScoreName, figures: Figures, counts: Sequence[bool]
+) -> tuple[float | None, Limits | None]:
+    """Average one score over the classes that count and have it, with the interval of the mean."""
     columns = zip(metrics["classes"].values(), figures[0], counts, strict=True)
     defined = {
-        i: (scores[what], pair) for i, (scores, pair, count) in enumerate(columns) if count and pair
+        i: (scores[name], pair) for i, (scores, pair, count) in enumerate(columns) if count and pair
     }
     if not defined:
-        return {what: None, f"{what}_interval": None}
+        return None, None
     estimates, limits = zip(*defined.values(), strict=True)
-    return {
-        what: round(float(np.mean(estimates)), 6),
-        f"{what}_interval": of_mean(estimates, limits, figures[1][list(defined)]),
-    }
+    value = round(float(np.mean(estimates)), 6)
+    return value, of_mean(estimates, limits, figures[1][list(defined)])

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
@@ -174,9 +174,9 @@ def _choose_numbers(config: ExplainConfig, subject: Subject) -> NDArray[np.int64
 
 def _how(
     config: ExplainConfig, subject: Subject, targets: Targets, numbers: NDArray[np.int64]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """All that the bytes of the relevance depend on, but for the machine and its threads."""
-    description = read_document(subject.run.model / "model.json", dict[str, Any])
+    description = read_document(subject.run.model / "model.json", dict[str, object])
     description.pop("calibration", None)  # no map depends on it, and evaluate may come later
     weights = (subject.run.model / "model.safetensors").read_bytes()
     parts = (weights, json.dumps(description).encode())
@@ -200,7 +200,7 @@ class _Left(NamedTuple):
     """Whether nearest training images are to be looked for: the report shows them beside maps."""
 
 
-def _prepare(work: _Work, how: dict[str, Any]) -> _Left:
+def _prepare(work: _Work, how: dict[str, object]) -> _Left:
     """Clear away what a killed command left half-written, and relevance that was made otherwise."""
     run, place = work.subject.run, work.subject.place
     directories = run.relevance(place), run.heatmaps(place), run.nearest_pictures(place)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from safetensors import SafetensorError
@@ -198,7 +198,7 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
     Raises:
         CxrdistError: there is no model.json, or it is damaged.
     """
-    content = read_document(directory / "model.json", dict[str, Any], MEND)
+    content = read_document(directory / "model.json", dict[str, object], MEND)
     write_json(directory / "model.json", {**content, "calibration": calibration})
 
 

@@ -149,7 +149,7 @@ def disjointness(e: Evidence) -> Answer:
             NOT_DONE,
             "The shards have no audit: run cxrdist check --audit SHARDS before the training.",
         )
-    patients = {what: number for what, number, _ in e.audit["shared"]}["splits"]
+    patients = len(e.audit["patients_in_several_splits"])
     duplicates = e.audit["duplicates"]
     text = f"Patients with images in several splits: {count(patients)}."
     if duplicates:

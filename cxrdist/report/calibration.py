@@ -5,8 +5,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cxrdist.evaluate.calibration import CalibrationFigures
+from cxrdist.evaluate.decision_curve import ClassCurve, DecisionCurve
+from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.report import pictures
 from cxrdist.report.values import number, percent
+from cxrdist.report.view import View
 
 RATES = {
     "sensitivity": "Sensitivity",
@@ -22,7 +27,7 @@ RULES = {
 ERRORS = {"calibration_error": "Calibration error", "brier": "Brier score"}
 
 
-def calibration_view(element: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+def calibration_view(element: str, metrics: Metrics) -> View:
     """Gather what the page says of thresholds and probabilities; None for what was not measured.
 
     Args:
@@ -40,24 +45,24 @@ def calibration_view(element: str, metrics: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _points(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of the table: what, probability, with and without the class, rates with intervals."""
+def _points(figures: OperatingPoints) -> View:
+    """Write the rows of the table: class, probability, counts, rates with intervals."""
     rows, few = [], []
-    for name, point in found["classes"].items():
+    for name, point in figures["classes"].items():
         having = point["true_positives"] + point["false_negatives"]
         lacking = point["false_positives"] + point["true_negatives"]
         counts = (point["true_positives"], having), (point["true_negatives"], lacking)
         rows.append((name, point, counts, [_rate(point, rate) for rate in RATES]))
-        if min(having, lacking) < found["chosen_on"]["fewest"]:
+        if min(having, lacking) < figures["chosen_on"]["fewest"]:
             few.append(f"{name}: {having} images with it, {lacking} without")
     elsewhere = [
         (name, [_rate(point["at_prevalence"], rate) for rate in ("ppv", "npv")])
-        for name, point in found["classes"].items()
+        for name, point in figures["classes"].items()
         if "at_prevalence" in point
     ]
-    rule, _, least = found["rule"].partition("=")
-    described = RULES.get(rule, found["rule"]).format(least=least)
-    return {**found, "described": described, "rows": rows, "few": few, "elsewhere": elsewhere}
+    rule, _, least = figures["rule"].partition("=")
+    described = RULES.get(rule, figures["rule"]).format(least=least)
+    return {**figures, "described": described, "rows": rows, "few": few, "elsewhere": elsewhere}
 
 
 def _rate(values: Mapping[str, Any], name: str) -> tuple[str, str]:
@@ -73,10 +78,10 @@ def _error(values: Mapping[str, Any] | None, name: str) -> tuple[str, str]:
     return number(values[name]), f"{number(within[0])} to {number(within[1])}" if within else ""
 
 
-def _calibration(element: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows of the table (name, temperature, chance, cells) and a chart for each class."""
+def _calibration(element: str, figures: CalibrationFigures) -> View:
+    """Write the rows of the table (name, temperature, chance, cells) and a chart for each class."""
     rows, charts = [], []
-    for place, (name, values) in enumerate(found["classes"].items()):
+    for place, (name, values) in enumerate(figures["classes"].items()):
         rows.append((name, values, _cells(values["before"], values["after"])))
         bins = values["bins"]
         chart = pictures.reliability_chart(
@@ -87,17 +92,17 @@ def _calibration(element: str, found: Mapping[str, Any]) -> dict[str, Any]:
             bins["calibrated"],
         )
         charts.append((name, values, Markup(chart)))
-    mean = found["mean_before"]
-    cells = _cells(mean, found["mean_after"]) if mean else None
-    return {**found, "rows": rows, "mean": mean, "mean_cells": cells, "charts": charts}
+    mean = figures["mean_before"]
+    cells = _cells(mean, figures["mean_after"]) if mean else None
+    return {**figures, "rows": rows, "mean": mean, "mean_cells": cells, "charts": charts}
 
 
 def _cells(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [_error(values, name) for name in ERRORS for values in (before, after)]
 
 
-def _curves(element: str, found: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], Markup]]:
-    """A chart for each class, with its name and numbers of images."""
+def _curves(element: str, figures: DecisionCurve) -> list[tuple[str, ClassCurve, Markup]]:
+    """Draw a chart for each class, with its name and numbers of images."""
     return [
         (
             name,
@@ -105,12 +110,12 @@ def _curves(element: str, found: Mapping[str, Any]) -> list[tuple[str, Mapping[s
             Markup(
                 pictures.decision_chart(
                     f"{element}-decision{place}",
-                    found["thresholds"],
+                    figures["thresholds"],
                     curve["net_benefit"],
                     curve["net_benefit_interval"],
                     curve["treat_all"],
                 )
             ),
         )
-        for place, (name, curve) in enumerate(found["classes"].items())
+        for place, (name, curve) in enumerate(figures["classes"].items())
     ]

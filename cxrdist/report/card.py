@@ -3,8 +3,8 @@
 A YAML head (huggingface.co/docs/hub/model-cards), then what the run holds about the model.
 """
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypedDict
 
 import yaml
 
@@ -12,6 +12,7 @@ from cxrdist.report.evidence import Evidence, gather
 from cxrdist.report.files import weights_chain
 from cxrdist.report.page import template
 from cxrdist.report.verdict import gap_lines
+from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, read_bytes, write_text
 
 OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
@@ -97,11 +98,15 @@ def place_title(place: str) -> str:
     return f"external set {name}" if name else f"{kind} split"
 
 
-def _head(name: str, evidence: Evidence) -> dict[str, Any]:
-    """The YAML head: what Hugging Face filters and lists models by."""
+def _head(name: str, evidence: Evidence) -> View:
+    """Write the YAML head: what Hugging Face filters and lists models by."""
     results = list(_results(evidence))
-    used = [kind for kind in METRICS.values() if any(kind in _kinds(result) for result in results)]
-    head: dict[str, Any] = {
+    used = [
+        kind
+        for kind in METRICS.values()
+        if any(figure["type"] == kind for result in results for figure in result["metrics"])
+    ]
+    head: View = {
         "library_name": "cxrdist",
         "pipeline_tag": "image-classification",
         "license": "other",
@@ -119,13 +124,29 @@ def _network(evidence: Evidence) -> list[str]:
     return [evidence.model["architecture"].architecture] if evidence.model else []
 
 
-def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
-    """The figures of test and external sets that have an interval and rest on enough images."""
+class Figure(TypedDict):
+    """A figure as Hugging Face lists it."""
+
+    type: str
+    name: str
+    value: object
+
+
+class Result(TypedDict):
+    """The figures of a set of images, as Hugging Face lists them."""
+
+    task: dict[str, str]
+    dataset: dict[str, str]
+    metrics: list[Figure]
+
+
+def _results(evidence: Evidence) -> Iterator[Result]:
+    """Yield figures of test and external sets that have an interval and rest on enough images."""
     for place, metrics in evidence.metrics.items():
         if place in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
             continue
-        values = {**metrics, **metrics["macro"]}
-        figures = [
+        values: dict[str, Any] = {**metrics, **metrics["macro"]}
+        figures: list[Figure] = [
             {
                 "type": kind,
                 "name": f"{TITLES[figure]} ({interval[0]:.3f} to {interval[1]:.3f})",
@@ -142,12 +163,7 @@ def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
             }
 
 
-def _kinds(result: Mapping[str, Any]) -> set[str]:
-    return {figure["type"] for figure in result["metrics"]}
-
-
 def _sources(evidence: Evidence) -> list[tuple[str, int]]:
-    """Images by source, as the audit counted them."""
-    origins = dict(evidence.audit["origins"]) if evidence.audit else {}
-    table = origins.get("source")
-    return list(zip(table["names"], table["all"], strict=True)) if table else []
+    """List the images by source, as the audit counted them."""
+    sources = evidence.audit["sources"] if evidence.audit else None
+    return [(name, row["all"]) for name, row in sources["counts"].items()] if sources else []

@@ -1,13 +1,13 @@
 """The checklist page: the reporting checklists of the field, filled in as far as a run can."""
 
 from collections import Counter
-from typing import Any
 
 from cxrdist.report.answers import STATES, Section
 from cxrdist.report.claim import CLAIM
 from cxrdist.report.evidence import Evidence
 from cxrdist.report.page import template
 from cxrdist.report.tripod import TRIPOD
+from cxrdist.report.view import View
 from cxrdist.run import write_text
 
 CHECKLISTS = (
@@ -47,7 +47,7 @@ def write_checklist(evidence: Evidence) -> None:
     write_text(evidence.run.checklist, page)
 
 
-def _answer(sections: tuple[Section, ...], evidence: Evidence) -> dict[str, Any]:
+def _answer(sections: tuple[Section, ...], evidence: Evidence) -> View:
     """Answer each item, and count the answers by state."""
     answered = [
         (section.name, [(item, item.answer(evidence)) for item in section.items])

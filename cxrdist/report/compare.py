@@ -23,6 +23,7 @@ from cxrdist.explain import heatmap
 from cxrdist.report import pictures
 from cxrdist.report.page import template
 from cxrdist.report.values import p_value, signed
+from cxrdist.report.view import View
 from cxrdist.run import (
     RunDirectory,
     atomic_directory,
@@ -139,7 +140,7 @@ def _overall(comparison: Comparison) -> list[tuple[str, Difference]]:
     """The figures over all classes by name."""
     first = [("Accuracy", comparison["accuracy"])] if "accuracy" in comparison else []
     means = comparison["macro"].items()
-    return first + [(f"Mean {_lower(FIGURES[name])}", found) for name, found in means]
+    return first + [(f"Mean {_lower(FIGURES[name])}", figure) for name, figure in means]
 
 
 def _lower(name: str) -> str:
@@ -150,7 +151,7 @@ def _lower(name: str) -> str:
 def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
     """What the terminal shows: overall figures, AUROC of each class, tests, flips, recipes."""
     intervals = comparison["intervals"]
-    body = [[name, *_cells(found), ""] for name, found in _overall(comparison)]
+    body = [[name, *_cells(figure), ""] for name, figure in _overall(comparison)]
     for name, part in comparison["classes"].items():
         shown = _cells(part["figures"]["auroc"])
         test = p_value(part["delong"]["p_value"]) if part["delong"] else "-"
@@ -175,13 +176,13 @@ def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
-def _cells(found: Difference) -> list[str]:
-    values = [found["a"], found["b"]]
+def _cells(figure: Difference) -> list[str]:
+    values = [figure["a"], figure["b"]]
     shown = ["-" if value is None else f"{value:.3f}" for value in values]
-    limits = found["interval"]
-    if found["difference"] is None or limits is None:
+    limits = figure["interval"]
+    if figure["difference"] is None or limits is None:
         return [*shown, "-", "-"]
-    signs = [signed(value).replace("\u2212", "-") for value in (found["difference"], *limits)]
+    signs = [signed(value).replace("\u2212", "-") for value in (figure["difference"], *limits)]
     return [*shown, signs[0], f"{signs[1]} to {signs[2]}"]
 
 
@@ -206,9 +207,9 @@ def _recipe_lines(changed: list[str] | None) -> list[str]:
 def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
     overall = _overall(comparison)
     drawn = [
-        (name, found["difference"], limits[0], limits[1])
-        for name, found in overall
-        if found["difference"] is not None and (limits := found["interval"]) is not None
+        (name, figure["difference"], limits[0], limits[1])
+        for name, figure in overall
+        if figure["difference"] is not None and (limits := figure["interval"]) is not None
     ]
     return template("compare.html.jinja").render(
         comparison=comparison,
@@ -223,15 +224,15 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _headline(comparison: Comparison) -> dict[str, Any]:
-    """The figure that the page begins with, and what its interval lets one say."""
+def _headline(comparison: Comparison) -> View:
+    """Choose the figure that the page begins with, and what its interval lets one say."""
     name = "accuracy" if "accuracy" in comparison else "auroc"
-    found = comparison["accuracy"] if name == "accuracy" else comparison["macro"]["auroc"]
-    limits = found["interval"]
+    figure = comparison["accuracy"] if name == "accuracy" else comparison["macro"]["auroc"]
+    limits = figure["interval"]
     verdict = "cannot be told, as the figure is not defined for both"
     if limits and limits[0] <= 0 <= limits[1]:
         verdict = "no difference can be told from these images"
     elif limits:
         verdict = f"B is {'better' if limits[0] > 0 else 'worse'} than A on images like these"
     what = FIGURES[name] if name == "accuracy" else f"Mean {_lower(FIGURES[name])}"
-    return {"name": what, "found": found, "verdict": verdict}
+    return {"name": what, "found": figure, "verdict": verdict}

@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cxrdist.data.audit_file import AuditFile, read_audit
+from cxrdist.evaluate.metrics import Metrics
 from cxrdist.explain.description import WITH_RULES
 from cxrdist.info import RunInfo, read_info
-from cxrdist.model.description import ModelFile
-from cxrdist.report.audit import audit_view
+from cxrdist.model.densenet import is_ensemble
+from cxrdist.model.description import EnsembleFile, ModelFile
 from cxrdist.report.files import read_metrics, reading
 from cxrdist.run import RunDirectory, read_document, read_recipe
 
@@ -27,7 +29,7 @@ class Evidence:
         model: model.json of a network.
         members: names of the networks of an ensemble, whose mean the model is.
         recipe: the resolved recipe.
-        audit: of the shards, as the report shows it.
+        audit: of the shards; None if there was none when the training began.
         metrics: metrics.json by the place of the images: test, val, train, external/NAME.
         explained: places that have heat maps and a test of them.
         probed: places where it was tested whether the network reads the words on the images.
@@ -38,8 +40,8 @@ class Evidence:
     model: ModelFile | None
     members: list[str]
     recipe: Mapping[str, Any]
-    audit: Mapping[str, Any] | None
-    metrics: Mapping[str, Mapping[str, Any]]
+    audit: AuditFile | None
+    metrics: Mapping[str, Metrics]
     explained: list[str]
     probed: list[str]
 
@@ -49,14 +51,15 @@ class Evidence:
         return [place for place in self.metrics if place not in PLACES]
 
     @property
-    def test(self) -> Mapping[str, Any] | None:
+    def test(self) -> Metrics | None:
         """The metrics of the test split."""
         return self.metrics.get("test")
 
     @property
     def has_groups(self) -> bool:
         """Whether the figures of the test split are also given for groups of patients."""
-        return bool(self.test and self.test.get("groups", {}).get("columns"))
+        groups = self.test.get("groups") if self.test else None
+        return bool(groups and groups["columns"])
 
     @property
     def without_rules(self) -> str | None:
@@ -77,19 +80,21 @@ def gather(run: RunDirectory) -> Evidence:
         CxrdistError: one of its files is not what its command writes.
     """
     info = read_info(run)
-    description = run.inside("model", "model.json")
-    held = read_document(description, dict[str, Any]) if description.is_file() else {}
-    members = [str(name) for name in held.get("members", [])]
+    path, model, members = run.inside("model", "model.json"), None, list[str]()
+    if path.is_file() and is_ensemble(run.root):
+        members = read_document(path, EnsembleFile)["members"]
+    elif path.is_file():
+        model = read_document(path, ModelFile)
     places = [*PLACES, *_external(run)]
-    found = {place: read_metrics(run.metrics(place), info["shards"]["task"]) for place in places}
+    metrics = {place: read_metrics(run.metrics(place), info["shards"]["task"]) for place in places}
     return Evidence(
         run,
         info,
-        read_document(description, ModelFile) if held and not members else None,
+        model,
         members,
         read_recipe(run.recipe, "run `cxrdist train` again")[1] if run.recipe.is_file() else {},
-        audit_view(run.audit),
-        {place: metrics for place, metrics in found.items() if metrics},
+        read_audit(run.audit) if run.audit.is_file() else None,
+        {place: of_place for place, of_place in metrics.items() if of_place},
         [place for place in places if run.relevance_info(place).is_file()],
         [place for place in places if run.text(place).is_file()],
     )

@@ -1,10 +1,13 @@
 """External sets side by side with the run's own test images, as the report shows them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.report.scores import known_images
 from cxrdist.report.values import DASH, count, number
+from cxrdist.report.view import SplitView, View
 
 COLUMNS = {
     "accuracy": "Accuracy",
@@ -14,37 +17,43 @@ COLUMNS = {
 }
 
 
-def external_view(splits: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Gather the results of external sets beside those of the run's own test images.
+class _Evaluated(NamedTuple):
+    """A set that was evaluated; the run's own test images are not external."""
 
-    Args:
-        splits: of `split_view`, all places of the run.
+    split: SplitView
+    metrics: Metrics
+    external: ExternalInfo | None
+
+
+def external_view(splits: Sequence[SplitView]) -> View | None:
+    """Gather the results of external sets beside those of the run's own test images.
 
     Returns:
         What the page shows; None if no external set was evaluated.
     """
-    shown = [s for s in splits if s["metrics"] and (s["place"] == "test" or _is_external(s))]
-    sets = [split for split in shown if _is_external(split)]
+    evaluated = [
+        _Evaluated(split, metrics, metrics.get("external"))
+        for split in splits
+        if (metrics := split["metrics"])
+    ]
+    shown = [one for one in evaluated if one.split["place"] == "test" or one.external]
+    sets = [(one, one.external) for one in shown if one.external]
     if not sets:
         return None
-    task = sets[0]["metrics"]["task"]
+    task = sets[0][0].metrics["task"]
     columns = {n: label for n, label in COLUMNS.items() if n != "accuracy" or task == "multiclass"}
     return {
         "columns": list(columns.values()),
-        "rows": [_row(split, columns) for split in shown],
+        "rows": [_row(one, columns) for one in shown],
         "classes": _class_rows(shown),
-        "sets": [_provenance(split) for split in sets],
+        "sets": [_provenance(one, external) for one, external in sets],
     }
 
 
-def _is_external(split: Mapping[str, Any]) -> bool:
-    return "external" in (split["metrics"] or {})
-
-
-def _row(split: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """One set: its images and patients, how many were seen, and means of its classes."""
-    metrics = split["metrics"]
-    about = metrics.get("external")
+def _row(evaluated: _Evaluated, columns: Mapping[str, str]) -> View:
+    """Show one set: its images and patients, how many were seen, and means of its classes."""
+    metrics, external = evaluated.metrics, evaluated.external
+    intervals = metrics.get("intervals")
     means = metrics.get("macro_enough") or metrics["macro"]
     num_classes = sum(not scores.get("too_few") for scores in metrics["classes"].values())
     scores = [
@@ -54,39 +63,39 @@ def _row(split: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]
     ]
     accuracy = [_with_interval(metrics, "accuracy")] if "accuracy" in columns else []
     return {
-        **_named(split),
+        **_named(evaluated),
         "num_classes": num_classes,
         "images": count(metrics["samples"]),
-        "patients": count(metrics.get("intervals", {}).get("patients")),
-        "seen": _seen(about) if about else "split by patient",
+        "patients": count(intervals["patients"] if intervals else None),
+        "seen": _seen(external) if external else "split by patient",
         "scores": [*accuracy, *scores],
     }
 
 
-def _named(split: Mapping[str, Any]) -> dict[str, Any]:
-    is_external = _is_external(split)
+def _named(evaluated: _Evaluated) -> View:
+    split, external = evaluated.split, evaluated.external
     return {
-        "name": split["metrics"]["external"]["name"] if is_external else split["name"],
+        "name": external["name"] if external else split["name"],
         "element": split["element"],
-        "kind": "external" if is_external else "internal",
+        "kind": "external" if external else "internal",
     }
 
 
-def _seen(about: Mapping[str, Any]) -> str:
-    """How many images the network has seen, and what was done with them."""
-    if about.get("not_known"):
+def _seen(external: ExternalInfo) -> str:
+    """Say how many images the network has seen, and what was done with them."""
+    if external.get("not_known"):
         return "not known"
-    done = "left out" if about["seen"] == "drop" else "scored"
-    return f"{count(about['seen_images'])} of {count(about['images'])}, {done}"
+    done = "left out" if external["seen"] == "drop" else "scored"
+    return f"{count(external['seen_images'])} of {count(external['images'])}, {done}"
 
 
-def _class_rows(splits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The scores of each class that a set has, the sets of a class one below the other."""
-    rows = []
-    for place, name in enumerate(splits[0]["metrics"]["classes"]):
-        for split in splits:
-            metrics = split["metrics"]
-            if name not in metrics.get("external", {}).get("classes", [name]):
+def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
+    """Show the scores of each class that a set has, the sets of a class one below the other."""
+    rows: list[View] = []
+    for place, name in enumerate(shown[0].metrics["classes"]):
+        for evaluated in shown:
+            metrics, external = evaluated.metrics, evaluated.external
+            if external and name not in external["classes"]:
                 continue
             scores = metrics["classes"][name]
             positives = scores.get("positives")
@@ -95,7 +104,7 @@ def _class_rows(splits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "class": name,
-                    **_named(split),
+                    **_named(evaluated),
                     "images": f"{count(positives)} of {count(known_images(metrics, name))}",
                     "scores": [
                         _with_interval(scores, score)
@@ -116,21 +125,21 @@ def _with_interval(scores: Mapping[str, Any], name: str) -> tuple[str, str]:
     )
 
 
-def _provenance(split: Mapping[str, Any]) -> dict[str, Any]:
-    """What is to be known of an external set before its scores are read."""
-    metrics, about = split["metrics"], split["metrics"]["external"]
+def _provenance(evaluated: _Evaluated, external: ExternalInfo) -> View:
+    """Show what is to be known of an external set before its scores are read."""
+    metrics = evaluated.metrics
     return {
-        **_named(split),
-        "place": split["place"],
+        **_named(evaluated),
+        "place": evaluated.split["place"],
         "index_sha256": metrics.get("index_sha256", DASH),
         "split": metrics.get("split", DASH),
-        "not_known": about.get("not_known"),
-        "seen": about["seen"],
-        "seen_images": count(about["seen_images"]),
-        "images": count(about["images"]),
-        "reasons": [(why, count(times)) for why, times in about["reasons"].items()],
-        "patients_told": count(about["patients_told"]),
-        "label_map": about["label_map"],
-        "other_classes": [(n, count(times)) for n, times in about["other_classes"].items()],
-        "lacking": [name for name in metrics["classes"] if name not in about["classes"]],
+        "not_known": external.get("not_known"),
+        "seen": external["seen"],
+        "seen_images": count(external["seen_images"]),
+        "images": count(external["images"]),
+        "reasons": [(why, count(times)) for why, times in external["reasons"].items()],
+        "patients_told": count(external["patients_told"]),
+        "label_map": external["label_map"],
+        "other_classes": [(n, count(times)) for n, times in external["other_classes"].items()],
+        "lacking": [name for name in metrics["classes"] if name not in external["classes"]],
     }

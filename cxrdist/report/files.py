@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
@@ -32,8 +32,11 @@ from cxrdist.run import (
 )
 
 MOST_EPOCHS = 100_000  # of all stages
-NUMBERS = ("loss", "val_loss", "background", "val_background", "images_per_second", "seconds")
-"""Of an epoch, beside its score."""
+NEEDED = {
+    "multiclass": ("accuracy", "confusion_matrix"),
+    "multilabel": ("threshold", "macro_labels"),
+}
+"""Members of metrics.json beside those of every task."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def reading(path: Path, command: str) -> Iterator[None]:
         ) from error
 
 
-def weights_chain(info: RunInfo) -> list[dict[str, Any]]:
+def weights_chain(info: RunInfo) -> list[dict[str, object]]:
     """List what a run's weights were made from, the first one first.
 
     Returns:
@@ -153,9 +156,9 @@ def read_stages(path: Path) -> Recipe | None:
         return None
     text, recipe = read_recipe(path, "run `cxrdist train` again")
     with reading(path, "train"):
-        stages = typed(recipe.get("stages") or {}, dict[str, Any])
+        stages = typed(recipe.get("stages") or {}, dict[str, object])
         uncertain = typed(recipe.get("uncertain", "ignore"), str)
-        return Recipe(text, [str(name) for name in stages], uncertain)
+        return Recipe(text, list(stages), uncertain)
 
 
 class EpochRow(TypedDict):
@@ -182,45 +185,61 @@ class SpeedRow(TypedDict):
     seconds: Real
 
 
-def read_epochs(path: Path, task: str) -> dict[str, list[dict[str, Any]]]:
-    """Read the epochs of each stage from the log, those that were done twice as done last.
+class Epoch(TypedDict):
+    """The numbers of an epoch; NaN for what is undefined or not there."""
 
-    ``val_score`` is the validation score of the task. What is undefined is NaN.
+    epoch: int
+    val_score: float
+    """The validation score of the task."""
+    loss: float
+    val_loss: float
+    background: float
+    val_background: float
+    images_per_second: float
+    seconds: float
+
+
+def read_epochs(path: Path, task: str) -> dict[str, list[Epoch]]:
+    """Read the epochs of each stage from the log, those that were done twice as done last.
 
     Raises:
         CxrdistError: it is not what a training logs.
     """
     if not path.is_file():
         return {}
-    epochs: dict[str, dict[int, dict[str, Any]]] = {}
+    epochs: dict[str, dict[int, Epoch]] = {}
     with reading(path, "train"):
         for row in read_log(path):
             if row.get("kind") == "speed":
                 speed = typed(row, SpeedRow)
-                epochs[speed["stage"]][speed["epoch"]] |= {
-                    "images_per_second": speed["images_per_second"],
-                    "seconds": speed["seconds"],
-                }
+                epoch = epochs[speed["stage"]][speed["epoch"]]
+                epoch["images_per_second"] = speed["images_per_second"]
+                epoch["seconds"] = speed["seconds"]
             elif row.get("kind") == "epoch":
-                found = typed(row, EpochRow)
-                epochs.setdefault(found["stage"], {})[found["epoch"]] = _numbers(found, task)
+                logged = typed(row, EpochRow)
+                epochs.setdefault(logged["stage"], {})[logged["epoch"]] = _numbers(logged, task)
                 if sum(map(len, epochs.values())) > MOST_EPOCHS:
                     raise ValueError(f"it has more than {MOST_EPOCHS} epochs")
     return {stage: [rows[epoch] for epoch in sorted(rows)] for stage, rows in epochs.items()}
 
 
-def _numbers(row: EpochRow, task: str) -> dict[str, Any]:
-    """The numbers of an epoch, NaN for what it does not have."""
-    score = row["val_auroc"] if task == "multilabel" else row["val_accuracy"]
-    numbers = {
-        "val_score": score,
-        **{name: row.get(name) for name in NUMBERS},
+def _numbers(row: EpochRow, task: str) -> Epoch:
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    return {
+        "epoch": row["epoch"],
+        "val_score": number(row["val_auroc"] if task == "multilabel" else row["val_accuracy"]),
+        "loss": number(row.get("loss")),
+        "val_loss": number(row["val_loss"]),
+        "background": number(row.get("background")),
+        "val_background": number(row.get("val_background")),
+        "images_per_second": number(row.get("images_per_second")),
+        "seconds": number(row.get("seconds")),
     }
-    known = {name: math.nan if value is None else value for name, value in numbers.items()}
-    return {"epoch": row["epoch"], **known}
 
 
-def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
+def read_metrics(path: Path, task: str) -> Metrics | None:
     """Read the metrics of a split; None if it was not evaluated.
 
     Raises:
@@ -232,17 +251,12 @@ def read_metrics(path: Path, task: str) -> dict[str, Any] | None:
     with reading(path, "evaluate"):
         if metrics["task"] != task:
             raise ValueError(f"they are {metrics['task']}, the run is {task}")
-        if task == "multilabel":
-            for values in metrics["classes"].values():
-                values["positives"], values["average_precision"]
-            metrics["macro"]["average_precision"], metrics["threshold"]
-            for score in MEASURES[task].keys() & metrics["macro"].keys():
-                metrics["macro_labels"][score]
-        else:
-            metrics["accuracy"]
+        if lacking := [name for name in NEEDED[task] if name not in metrics]:
+            raise ValueError(f"{lacking[0]} is missing")
+        if task == "multiclass":
             _check_confusion(metrics)
         _check_scores(metrics)
-    return dict(metrics)
+    return metrics
 
 
 def _check_scores(metrics: Metrics) -> None:
@@ -250,9 +264,12 @@ def _check_scores(metrics: Metrics) -> None:
 
     Older versions wrote fewer scores and counts, but of all classes the same.
     """
-    classes = list(metrics["classes"].values())
+    classes, several = list(metrics["classes"].values()), metrics["task"] == "multilabel"
     scores = MEASURES[metrics["task"]].keys() & metrics["macro"].keys()
+    if several and ("average_precision" not in scores or scores - metrics["macro_labels"].keys()):
+        raise ValueError(f"macro and macro_labels need {', '.join(MEASURES['multilabel'])}")
     counts = {name for names in COUNTS.values() for name in names} & classes[0].keys()
+    counts |= {"positives"} if several else set()
     if any((scores | counts) - values.keys() for values in classes):
         raise ValueError(f"each class needs {', '.join(sorted(scores | counts))}")
     if scores - metrics.get("macro_enough", metrics["macro"]).keys():
@@ -339,7 +356,7 @@ def read_relevance(
     path = run.relevance_table(split)
     if not path.is_file():
         return None
-    found: dict[str, list[Explanation]] = {}
+    by_key: dict[str, list[Explanation]] = {}
     with _table(path, "explain") as table:
         for row in _rows(table):
             logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
@@ -356,8 +373,8 @@ def read_relevance(
                 picture,
                 classes is not None and row["class"] not in classes,
             )
-            found.setdefault(row["key"], []).append(explanation)
-    return found
+            by_key.setdefault(row["key"], []).append(explanation)
+    return by_key
 
 
 def read_tests(run: RunDirectory, split: str) -> RelevanceInfo | None:
@@ -442,11 +459,11 @@ def within(directory: Path, name: str) -> Path:
 
 def known_splits(root: Path) -> list[str]:
     """List the places that were evaluated or explained: splits, test first, then external sets."""
-    found = {
+    splits = {
         file.parent.relative_to(root).as_posix()
         for name in ("metrics.json", "relevance.csv")
         for pattern in (f"*/{name}", f"external/*/{name}")
         for file in root.glob(pattern)
     }
     rank = {split: place for place, split in enumerate(reversed(SPLITS))}
-    return sorted(found, key=lambda split: (rank.get(split, len(rank)), split))
+    return sorted(splits, key=lambda split: (rank.get(split, len(rank)), split))

@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from cxrdist.model.description import Calibration
 from cxrdist.report.page import template
 from cxrdist.report.splits import split_view
 from cxrdist.report.verdict import gap_lines, verdict_view
+from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table, write_text
 
 HERE = ""  # the place of the predictions: the directory itself
@@ -52,7 +52,8 @@ def report_predictions(file: Path, out: Path) -> Path:
         run = RunDirectory(folder)
         _write_predictions(run, scored, probabilities)
         write_json(run.metrics(HERE), metrics)
-        view = split_view(run, HERE, "results", scored.task) | {"name": file.name}
+        view = split_view(run, HERE, "results", scored.task)
+        view["name"] = file.name
         page = template("foreign.html.jinja").render(
             about,
             headline=view,
@@ -119,7 +120,7 @@ def _about(
     table: PredictionTable,
     scored: Scored,
     probabilities: NDArray[np.float64],
-) -> dict[str, Any]:
+) -> View:
     """Gather what the page says of the file and of the images that are scored."""
     sums = probabilities.sum(axis=1)
     patients = {*scored.patients}

@@ -5,8 +5,11 @@ from typing import Any
 
 from markupsafe import Markup
 
+from cxrdist.evaluate.groups import Gap, Group, Groups
+from cxrdist.evaluate.metrics import Metrics
 from cxrdist.report import pictures
 from cxrdist.report.values import number
+from cxrdist.report.view import View
 
 MEASURES = {
     "accuracy": "Accuracy",
@@ -18,10 +21,11 @@ MEASURES = {
 }
 CHARTED = ("auroc", "recall", "specificity")
 _SEXES = {"F": "female patients", "M": "male patients"}
+Columns = dict[str, dict[str, Group]]
 Cell = tuple[str, str, str, bool]  # a figure, the ends of its interval, whether of too few patients
 
 
-def groups_view(element: str, metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+def groups_view(element: str, metrics: Metrics) -> View | None:
     """Gather what the page shows of the groups of a split; None of older versions' metrics.
 
     Args:
@@ -50,25 +54,27 @@ def groups_view(element: str, metrics: Mapping[str, Any]) -> dict[str, Any] | No
     }
 
 
-def flagged_gaps(metrics: Mapping[str, Any]) -> list[str]:
+def flagged_gaps(metrics: Metrics) -> list[str]:
     """Say each difference between groups that is too large for chance, the largest first."""
-    found = metrics.get("groups") or {"gaps": []}
-    return [_sentence(gap, found) for gap in found["gaps"] if gap["flagged"]]
+    groups = metrics.get("groups")
+    return [_sentence(gap, groups) for gap in groups["gaps"] if gap["flagged"]] if groups else []
 
 
-def _sentence(gap: Mapping[str, Any], found: Mapping[str, Any]) -> str:
-    groups = found["columns"][gap["column"]]
+def _sentence(gap: Gap, all_groups: Groups) -> str:
+    groups = all_groups["columns"][gap["column"]]
     sides = []
     for side in ("lower", "higher"):
         group = groups[gap[side]]
-        scores = group if gap["label"] is None else group["classes"][gap["label"]]
+        scores: Mapping[str, Any] = (
+            group if gap["label"] is None else group["classes"][gap["label"]]
+        )
         figure = _within(scores[gap["measure"]], scores[f"{gap['measure']}_interval"])
         sides.append(f"{figure} in {group_name(gap['column'], gap[side])}")
     what = MEASURES[gap["measure"]] + (f" of {gap['label']}" if gap["label"] is not None else "")
     difference = _within(gap["difference"], gap["interval"])
     return (
         f"{what} is {sides[0]}, {sides[1]}; difference {difference}, corrected for "
-        f"{found['comparisons']:,} comparisons of groups."
+        f"{all_groups['comparisons']:,} comparisons of groups."
     )
 
 
@@ -86,11 +92,11 @@ def _within(value: float, limits: Sequence[float] | None) -> str:
     return number(value) + ends
 
 
-def _gap(gap: Mapping[str, Any]) -> dict[str, Any]:
-    """A row of the table of gaps."""
+def _gap(gap: Gap) -> View:
+    """Write a row of the table of gaps."""
     low, high = gap["interval"]
     return {
-        **{name: gap[name] for name in ("column", "higher", "lower", "flagged", "groups")},
+        **gap,
         "label": "all" if gap["label"] is None else gap["label"],
         "measure": MEASURES[gap["measure"]],
         "difference": number(gap["difference"]),
@@ -99,7 +105,7 @@ def _gap(gap: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _overall(columns: Mapping[str, Any]) -> list[tuple[str, str, int, int, Cell | None]]:
+def _overall(columns: Columns) -> list[tuple[str, str, int, int, Cell | None]]:
     """A row for each group: column, group, images, patients, accuracy."""
     return [
         (column, name, group["images"], group["patients"], _cell(group, "accuracy"))
@@ -108,8 +114,8 @@ def _overall(columns: Mapping[str, Any]) -> list[tuple[str, str, int, int, Cell 
     ]
 
 
-def _class(element: str, name: str, columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The rows and the chart of one class."""
+def _class(element: str, name: str, columns: Columns) -> View:
+    """Write the rows and the chart of one class."""
     members = [
         (column, group_of, group["classes"][name], group["patients"])
         for column, groups in columns.items()

@@ -56,7 +56,7 @@ def report(config: ReportConfig) -> Path:
         split_view(run, split, f"split{place}", shards["task"], shards["classes"])
         for place, split in enumerate(known_splits(run.root))
     ]
-    headline = next((split for split in splits if split["metrics"]), None)
+    headline, metrics = next(((s, s["metrics"]) for s in splits if s["metrics"]), (None, None))
     audit, texts = audit_view(run.audit), text_views(run)
     evidence = gather(run)
     page = template("report.html.jinja").render(
@@ -81,7 +81,7 @@ def report(config: ReportConfig) -> Path:
         baselines=baseline_lines(audit),
         remarks=[
             *external_lines(splits),
-            *(gap_lines(headline["metrics"]) if headline else []),
+            *(gap_lines(metrics) if metrics else []),
             *(outside_lines(headline, texts) if headline else []),
         ],
     )

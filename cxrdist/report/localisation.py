@@ -1,12 +1,12 @@
 """Where the network looks, against boxes and masks that people drew, as the report shows it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from cxrdist.explain.localisation import ALL, FEWEST_CASES, Group, Localisation, Pictured
 from cxrdist.report import pictures
 from cxrdist.report.files import reading, within
 from cxrdist.report.values import DASH, count, number, percent, signed
+from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, read_document
 
 NAMES = {
@@ -20,7 +20,7 @@ NAMES = {
 }
 
 
-def localisation_views(run: RunDirectory) -> list[dict[str, Any]]:
+def localisation_views(run: RunDirectory) -> list[View]:
     """Gather what is shown of each place that was scored, by name.
 
     Raises:
@@ -32,32 +32,35 @@ def localisation_views(run: RunDirectory) -> list[dict[str, Any]]:
     return [_view(run, place) for place in places]
 
 
-def _view(run: RunDirectory, place: str) -> dict[str, Any]:
+def _view(run: RunDirectory, place: str) -> View:
     path = run.localisation(place)
     with reading(path, "localise"):
-        found = read_document(path, Localisation, "run `cxrdist localise` again")
-        if not found["groups"] or found["groups"][0]["name"] != ALL:
+        content = read_document(path, Localisation, "run `cxrdist localise` again")
+        if not content["groups"] or content["groups"][0]["name"] != ALL:
             raise ValueError(f"the first group is not {ALL!r}")
         return {
             "place": place.replace("external/", "external set "),
-            "index_sha256": found["index_sha256"],
-            "kind": found["kind"],
-            "origin": found["origin"],
-            "left_out": [(count(value), why) for why, value in found["left_out"].items()],
-            "val_cases": found["val_cases"],
-            "train_cases": found["train_cases"],
+            "index_sha256": content["index_sha256"],
+            "kind": content["kind"],
+            "origin": content["origin"],
+            "left_out": [(count(value), why) for why, value in content["left_out"].items()],
+            "val_cases": content["val_cases"],
+            "train_cases": content["train_cases"],
             "fewest": FEWEST_CASES,
-            "groups": [_group(group) for group in found["groups"]],
-            "unit": found["intervals"]["unit"],
-            "pictures": [_picture(run, place, about) for about in found["pictures"]],
+            "groups": [_group(group) for group in content["groups"]],
+            "unit": content["intervals"]["unit"],
+            "pictures": [_picture(run, place, item) for item in content["pictures"]],
         }
 
 
-def _group(group: Group) -> dict[str, Any]:
-    """The cases of a class, and a row for each kind of maps."""
+def _group(group: Group) -> View:
+    """Show the cases of a class, and a row for each kind of maps."""
     return {
         "name": "All" if group["name"] == ALL else group["name"],
-        **{what: count(group[what]) for what in ("images", "patients", "cases", "shapes")},
+        "images": count(group["images"]),
+        "patients": count(group["patients"]),
+        "cases": count(group["cases"]),
+        "shapes": count(group["shapes"]),
         "area": percent(group["area"]),
         "rows": [
             {
@@ -83,14 +86,14 @@ def _limits(limits: Sequence[float] | None) -> str:
     return DASH if limits is None else f"{signed(limits[0])} to {signed(limits[1])}"
 
 
-def _picture(run: RunDirectory, place: str, about: Pictured) -> dict[str, Any]:
+def _picture(run: RunDirectory, place: str, item: Pictured) -> View:
     directory = run.localisation_pictures(place)
-    contrast = about["contrast"]
+    contrast = item["contrast"]
     return {
-        **{what: about[what] for what in ("key", "target", "other", "rank", "points")},
-        "inside": percent(about["inside"]),
-        "area": percent(about["area"]),
-        "xray": pictures.embed(within(directory, about["xray"])),
-        "lrp": pictures.embed(within(directory, about["lrp"])),
+        **item,
+        "inside": percent(item["inside"]),
+        "area": percent(item["area"]),
+        "xray": pictures.embed(within(directory, item["xray"])),
+        "lrp": pictures.embed(within(directory, item["lrp"])),
         "contrast": None if contrast is None else pictures.embed(within(directory, contrast)),
     }

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from scipy.special import expit
 
@@ -14,6 +13,7 @@ from cxrdist.evaluate.scored import read_scored
 from cxrdist.explain.nearest import Nearest, read_nearest
 from cxrdist.report import pictures
 from cxrdist.report.files import Explanation, Sample, read_calibration, reading, within
+from cxrdist.report.view import View
 from cxrdist.run import RunDirectory
 
 MOST_LISTED = 1000
@@ -87,7 +87,7 @@ def mistakes_view(
     samples: Sequence[Sample],
     task: str,
     relevance: Mapping[str, list[Explanation]] | None,
-) -> dict[str, Any]:
+) -> View:
     """Gather what is shown of the images that were got wrong.
 
     Args:
@@ -202,11 +202,11 @@ def _embed(directory: Path, key: str, command: str) -> pictures.Picture | None:
 
 def _label_rows(
     mistakes: Sequence[Mistake], samples: Sequence[Sample], limits: Mapping[str, float]
-) -> list[dict[str, Any]]:
+) -> list[View]:
     """Count the mistakes of each label, and of how many images."""
     missed = Counter(label for mistake in mistakes for label in mistake.missed)
     called = Counter(label for mistake in mistakes for label in mistake.called)
-    rows = []
+    rows: list[View] = []
     for name in samples[0].logits if samples else []:
         known = [sample for sample in samples if sample.knows(name)]
         positives = sum(name in sample.labels for sample in known)

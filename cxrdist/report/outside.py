@@ -3,10 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cxrdist.explain.description import OutsideInfo, OutsideRow
+from cxrdist.explain.description import OutsideInfo, OutsideRow, RegionInfo
 from cxrdist.explain.pictures import safe_name
+from cxrdist.explain.text_file import TextRelevance
 from cxrdist.report import pictures
+from cxrdist.report.text import TextView
 from cxrdist.report.values import count, percent
+from cxrdist.report.view import SplitView, View
 from cxrdist.run import RunDirectory
 
 REGIONS = {
@@ -22,7 +25,7 @@ PLACES = {
 }
 
 
-def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> dict[str, Any] | None:
+def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> View | None:
     """Gather the shares of each class and its mean map; None where they were not measured.
 
     Args:
@@ -62,8 +65,8 @@ def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> dic
     }
 
 
-def _cells(region: Mapping[str, Any]) -> dict[str, str]:
-    """A row of the table."""
+def _cells(region: RegionInfo) -> dict[str, str]:
+    """Write a row of the table."""
     return {
         "images": count(region["images"]),
         "patients": count(region["patients"]),
@@ -85,21 +88,19 @@ def _mean_map(run: RunDirectory, split: str, name: str) -> pictures.Picture | No
     return pictures.embed(path) if path.is_file() else None
 
 
-def outside_lines(split: Mapping[str, Any], texts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say where more of the relevance lies than the area explains, as far as that is sure.
-
-    Args:
-        split: what `split_view` gathers.
-        texts: what `text_views` gathers of all places.
-    """
-    regions = dict(split["outside"]["all"]["regions"]) if split["outside"] else {}
+def outside_lines(split: SplitView, texts: Sequence[TextView]) -> list[str]:
+    """Say where more of the relevance lies than the area explains, as far as that is sure."""
+    info = split["tests"]["outside"] if split["tests"] else None
+    regions: dict[str, RegionInfo | TextRelevance] = {}
+    if info and info["all"]["images"]:
+        regions |= info["all"]["regions"]
     for text in texts:
-        if text["place"] == split["place"] and text["in_text"]:
-            regions["text"] = text["in_text"]
+        if text.place == split["place"] and text.region:
+            regions["text"] = text.region
     return [
         _line(name, regions[name])
         for name in PLACES
-        if name in regions and regions[name]["share_interval"][0] > regions[name]["area"]
+        if name in regions and regions[name]["share_interval"][0] > (regions[name]["area"] or 0)
     ]
 
 

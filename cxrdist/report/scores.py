@@ -1,20 +1,20 @@
 """The scores of a split as the report shows them, of one label an image or of several."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from markupsafe import Markup
 
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.metrics import few_of
+from cxrdist.evaluate.metrics import INTERVALS, Metrics, ScoreName, Scores, few_of
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
 from cxrdist.report.files import Sample
 from cxrdist.report.values import COUNTS, MEASURES, count, number, percent, share
+from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, options_of
 
-NEEDS = {
+NEEDS: dict[ScoreName, str] = {
     "recall": "it needs an image of this class",
     "specificity": "it needs an image of another class",
     "precision": "it needs an image predicted as this",
@@ -30,7 +30,7 @@ _DIGITS = 1e-6  # of a score in metrics.json
 Cell = tuple[str, str]  # what a cell of a table shows, and what stands small below it
 
 
-def score_view(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def score_view(metrics: Metrics) -> View:
     """Gather what the page says of the scores: names, tiles, rows of the table, reasons."""
     known = {name: known_images(metrics, name) for name in metrics["classes"]}
     return {
@@ -47,26 +47,26 @@ def score_view(metrics: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _measures(metrics: Mapping[str, Any]) -> dict[str, str]:
+def _measures(metrics: Metrics) -> dict[ScoreName, str]:
     """The scores that metrics have and what they are called; older versions have fewer."""
     measures = MEASURES[metrics["task"]]
     return {name: label for name, label in measures.items() if name in metrics["macro"]}
 
 
-def num_correct(metrics: Mapping[str, Any]) -> int | None:
+def num_correct(metrics: Metrics) -> int | None:
     """Count the images whose class was predicted; None for images with several labels."""
     if metrics["task"] == "multilabel":
         return None
     return int(np.trace(metrics["confusion_matrix"]))
 
 
-def _tiles(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
     """The headline: what, its value, what it is of."""
     means = [_mean_tile(metrics, name, label) for name, label in _measures(metrics).items()]
     return means if metrics["task"] == "multilabel" else [_accuracy_tile(metrics), *means]
 
 
-def _accuracy_tile(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
+def _accuracy_tile(metrics: Metrics) -> tuple[str, str, str]:
     samples = metrics["samples"]
     if samples < metrics.get("fewest", 0):
         return "Accuracy", TOO_FEW, f"{count(samples)} images"
@@ -78,7 +78,7 @@ def _accuracy_tile(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
     return "Accuracy", percent(metrics["accuracy"]), more
 
 
-def _mean_tile(metrics: Mapping[str, Any], measure: str, label: str) -> tuple[str, str, str]:
+def _mean_tile(metrics: Metrics, measure: ScoreName, label: str) -> tuple[str, str, str]:
     """The mean of a score over the classes of enough images."""
     several, few = metrics["task"] == "multilabel", few_of(metrics)
     mean, classes = metrics.get("macro_enough", metrics["macro"]), metrics["classes"]
@@ -86,7 +86,7 @@ def _mean_tile(metrics: Mapping[str, Any], measure: str, label: str) -> tuple[st
     all_of_them = f"{len(classes)} {'labels' if several else 'classes'}"
     over = f"mean of {number_of} of {all_of_them}" if several or few else f"mean of {all_of_them}"
     more = f"{over}, each counted alike"
-    if limits := mean.get(f"{measure}_interval"):
+    if limits := mean.get(INTERVALS[measure]):
         more = f"{INTERVAL} {number(limits[0])} to {number(limits[1])}; {more}"
     if few:
         more += f"; too few to say of {', '.join(f'{name} ({n})' for name, n in few.items())}"
@@ -94,7 +94,7 @@ def _mean_tile(metrics: Mapping[str, Any], measure: str, label: str) -> tuple[st
     return label, value, more
 
 
-def interval(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
+def interval(metrics: Metrics) -> tuple[float, float] | None:
     """The 95 % interval of the accuracy; of metrics of older versions Wilson's."""
     if "accuracy_interval" in metrics:
         limits = metrics["accuracy_interval"]
@@ -105,7 +105,7 @@ def interval(metrics: Mapping[str, Any]) -> tuple[float, float] | None:
     return (limits[0], limits[1]) if limits else None
 
 
-def _basis(metrics: Mapping[str, Any]) -> str:
+def _basis(metrics: Metrics) -> str:
     """Say what the intervals rest on."""
     if "intervals" not in metrics:
         return (
@@ -128,7 +128,7 @@ def _basis(metrics: Mapping[str, Any]) -> str:
     return text
 
 
-def _table(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _table(metrics: Metrics) -> View:
     """The table of classes: titles of its columns, a row for each class, rows of the mean."""
     measures, classes = _measures(metrics), metrics["classes"]
     several, few = metrics["task"] == "multilabel", few_of(metrics)
@@ -156,13 +156,13 @@ def _table(metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {"titles": [*counts, *measures.values()], "rows": rows, "foot": foot}
 
 
-def _below(scores: Mapping[str, Any], measure: str) -> str:
+def _below(scores: Scores, measure: ScoreName) -> str:
     """The interval of a score as it stands below it."""
-    limits = scores.get(f"{measure}_interval")
+    limits = scores.get(INTERVALS[measure])
     return f"{number(limits[0])} to {number(limits[1])}" if limits else ""
 
 
-def _undefined(metrics: Mapping[str, Any]) -> list[str]:
+def _undefined(metrics: Metrics) -> list[str]:
     """Say of each undefined number of the page why it is one."""
     reasons = []
     if metrics["task"] == "multiclass" and metrics["accuracy"] is None:
@@ -190,14 +190,14 @@ def _undefined(metrics: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _has_reason(values: Mapping[str, Any], measure: str) -> bool:
+def _has_reason(values: Scores, measure: ScoreName) -> bool:
     """Whether the reason of a label says why it lacks a score."""
     ranking = measure in ("auroc", "average_precision")
     return bool(values.get("reason")) and (ranking or not values["known"])
 
 
 def check_same_evaluation(
-    run: RunDirectory, split: str, metrics: Mapping[str, Any], samples: Sequence[Sample]
+    run: RunDirectory, split: str, metrics: Metrics, samples: Sequence[Sample]
 ) -> None:
     """Refuse metrics that are not those of the predictions beside them.
 
@@ -222,7 +222,7 @@ def check_same_evaluation(
         )
 
 
-def _same_confusion(metrics: Mapping[str, Any], samples: Sequence[Sample]) -> bool:
+def _same_confusion(metrics: Metrics, samples: Sequence[Sample]) -> bool:
     classes = list(metrics["classes"])
     counted = {(label, predicted): 0 for label in classes for predicted in classes}
     for sample in samples:
@@ -231,28 +231,28 @@ def _same_confusion(metrics: Mapping[str, Any], samples: Sequence[Sample]) -> bo
     return list(counted.values()) == [n for row in metrics["confusion_matrix"] for n in row]
 
 
-def _same_labels(metrics: Mapping[str, Any], samples: Sequence[Sample]) -> bool:
+def _same_labels(metrics: Metrics, samples: Sequence[Sample]) -> bool:
     for name, scores in metrics["classes"].items():
         having = [sample for sample in samples if name in sample.labels]
         known = sum(sample.knows(name) for sample in samples)
         if known_images(metrics, name) != known:
             return False
         found = sum(name in sample.predicted for sample in having)
-        recall = found / len(having) if having else None
-        if scores["positives"] != len(having) or (recall is None) != (scores["recall"] is None):
+        recall, expected = scores["recall"], found / len(having) if having else None
+        if scores["positives"] != len(having) or (recall is None) != (expected is None):
             return False
-        if recall is not None and abs(recall - scores["recall"]) > _DIGITS:
+        if recall is not None and expected is not None and abs(recall - expected) > _DIGITS:
             return False
     return len(samples) == metrics["samples"]
 
 
-def known_images(metrics: Mapping[str, Any], name: str) -> int:
+def known_images(metrics: Metrics, name: str) -> int:
     """Count the images of which a label is known; of metrics of older versions, all."""
     return int(metrics["classes"][name].get("known", metrics["samples"]))
 
 
 def roc_charts(
-    element: str, samples: Sequence[Sample], metrics: Mapping[str, Any]
+    element: str, samples: Sequence[Sample], metrics: Metrics
 ) -> list[tuple[str, int, Markup | None]]:
     """Draw each class against the rest: name, number of its images, chart (None if undefined).
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
@@ -28,6 +27,7 @@ from cxrdist.report.mistakes import mistakes_view
 from cxrdist.report.outside import outside_view
 from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
 from cxrdist.report.values import share
+from cxrdist.report.view import SplitView, View
 from cxrdist.run import RunDirectory, options_of
 
 MOST_OF_A_CLASS = 4
@@ -48,7 +48,7 @@ class Card:
 
 def split_view(
     run: RunDirectory, split: str, element: str, task: str, classes: Sequence[str] | None = None
-) -> dict[str, Any]:
+) -> SplitView:
     """Gather all that is shown of one split; what was not made is None.
 
     Args:
@@ -88,7 +88,8 @@ def split_view(
         "groups": groups,
         "explained": relevance is not None,
         "ledger": _ledger(relevance or {}),
-        "tests": tests and {**tests, "chart": _flipping_chart(tests, element)},
+        "tests": tests,
+        "flipping_chart": tests and _flipping_chart(tests, element),
         "outside": tests and outside_view(run, split, tests["outside"]),
         "gallery": [
             (label, [_card(run, split, key, by_key, relevance) for key in keys])
@@ -162,7 +163,7 @@ def _card(
     )
 
 
-def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
+def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[View]:
     """Average the ledger over the heat maps of each explained class, if the rules keep one.
 
     Shares are of the absolute amounts, since parts of opposite sign make no share of their sum.
@@ -173,7 +174,7 @@ def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[dict[str, Any]]:
             if explanation.bias is None or explanation.is_contrast:
                 continue
             by_class.setdefault(explanation.target, []).append(explanation)
-    rows = []
+    rows: list[View] = []
     for name, found in by_class.items():
         parts = np.array([[item.pixels, item.bias, item.epsilon] for item in found])
         logits = np.array([item.logit for item in found])

@@ -1,23 +1,23 @@
 """The stages of a training as the report shows them."""
 
 import math
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
 from cxrdist.info import RunInfo
 from cxrdist.report import pictures
-from cxrdist.report.files import Recipe, read_epochs, read_metrics
+from cxrdist.report.files import Epoch, Recipe, read_epochs, read_metrics
+from cxrdist.report.view import View
 from cxrdist.run import STAGE_NAME, RunDirectory
 
 
-def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list[dict[str, Any]]:
+def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list[View]:
     """Gather each stage in the order of the recipe: what it trained and how it went."""
     task = info["shards"]["task"]
     epochs = read_epochs(run.log, task)
     names = dict.fromkeys([*(recipe.stages if recipe else []), *info["stages"], *epochs])
-    views = []
+    views: list[View] = []
     for place, name in enumerate(names):
         facts = info["stages"].get(name)
         best = facts["best_epoch"] if facts else None
@@ -57,17 +57,17 @@ def _own_score(run: RunDirectory, stage: str | None, split: str, task: str) -> f
     metrics = read_metrics((run.stage(stage) if stage else run).metrics(split), task)
     if metrics is None:
         return None
-    score: float | None = metrics["accuracy"] if task == "multiclass" else metrics["macro"]["auroc"]
-    return score
+    return metrics["accuracy"] if task == "multiclass" else metrics["macro"]["auroc"]
 
 
-def _charts(name: str, rows: list[dict[str, Any]], best: int | None, task: str) -> list[Markup]:
+def _charts(name: str, rows: list[Epoch], best: int | None, task: str) -> list[Markup]:
     """Draw loss and validation score of one stage."""
-    column = {key: [row[key] for row in rows] for key in ("loss", "val_loss", "val_score")}
+    loss, val_loss = [row["loss"] for row in rows], [row["val_loss"] for row in rows]
+    scores = [row["val_score"] for row in rows]
     epochs = [int(row["epoch"]) for row in rows]
     score = "accuracy" if task == "multiclass" else "AUROC"
     charts = (
-        pictures.loss_chart(f"{name}-loss", epochs, column["loss"], column["val_loss"], best),
-        pictures.score_chart(f"{name}-score", epochs, column["val_score"], best, score),
+        pictures.loss_chart(f"{name}-loss", epochs, loss, val_loss, best),
+        pictures.score_chart(f"{name}-score", epochs, scores, best, score),
     )
     return [Markup(chart) for chart in charts]

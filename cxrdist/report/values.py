@@ -5,11 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
+from cxrdist.evaluate.metrics import ScoreName
+
+Counted = Literal["positives", "known", "positive_patients", "patients"]
 DASH = "\N{EM DASH}"
 # The scores of metrics.json by task, in the order of the page.
-MEASURES = {
+MEASURES: dict[str, dict[ScoreName, str]] = {
     "multiclass": {
         "recall": "Sensitivity",
         "specificity": "Specificity",
@@ -28,12 +31,20 @@ MEASURES = {
     },
 }
 # Columns of counts in the table of classes: those with the class, and all of whom it is known.
-COUNTS = {"Images": ("positives", "known"), "Patients": ("positive_patients", "patients")}
+COUNTS: dict[str, tuple[Counted, Counted]] = {
+    "Images": ("positives", "known"),
+    "Patients": ("positive_patients", "patients"),
+}
 
 
 def number(value: float | None) -> str:
     """Write a value with three decimals; what is undefined is a dash."""
     return DASH if value is None or math.isnan(value) else f"{value:.3f}".replace("-", "\u2212")
+
+
+def grey(value: float) -> str:
+    """Write a grey level, a size in px or a share: from ten on without decimals."""
+    return number(value) if abs(value) < 10 else f"{value:,.0f}"
 
 
 def signed(value: float | None) -> str:

@@ -1,23 +1,28 @@
 """The verdict: the one figure with its interval, and all that must be known to judge it."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from cxrdist.evaluate.metrics import few_of
+from cxrdist.data.audit_file import Shortcut
+from cxrdist.evaluate.metrics import Metrics, few_of
+from cxrdist.report.audit import AuditView
+from cxrdist.report.files import Sample
 from cxrdist.report.groups import MEASURES
 from cxrdist.report.scores import TOO_FEW, interval
 from cxrdist.report.values import count, number, percent
+from cxrdist.report.view import SplitView, Verdict
 
 MOST_GAPS = 5  # in the verdict; the table has all
 
 
-def verdict_view(split: Mapping[str, Any]) -> dict[str, Any]:
+def verdict_view(split: SplitView) -> Verdict:
     """Gather the figure of a split, its interval, and of how many images and patients it is.
 
-    Args:
-        split: what `split_view` gathers, of a split that was evaluated.
+    Raises:
+        ValueError: it was not evaluated.
     """
     metrics = split["metrics"]
+    if metrics is None:
+        raise ValueError(f"{split['place']} was not evaluated")
     figure = _accuracy if metrics["task"] == "multiclass" else _mean_auroc
     return {
         "several": metrics["task"] == "multilabel",
@@ -30,76 +35,73 @@ def verdict_view(split: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _accuracy(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def _accuracy(metrics: Metrics) -> Verdict:
     if metrics["samples"] < metrics.get("fewest", 0):
         return {"value": TOO_FEW, "interval": None}
     limits = interval(metrics)
     return {
         "value": percent(metrics["accuracy"]),
-        "interval": limits and [percent(limit) for limit in limits],
+        "interval": [percent(limit) for limit in limits] if limits else None,
     }
 
 
-def _mean_auroc(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The mean over the labels of enough images, and of which there are too few."""
+def _mean_auroc(metrics: Metrics) -> Verdict:
+    """Average over the labels of enough images, and of which there are too few."""
     few, classes = few_of(metrics), metrics["classes"]
     mean = metrics.get("macro_enough", metrics["macro"])
     limits = mean.get("auroc_interval")
     enough = [name for name in classes if name not in few]
     return {
         "value": TOO_FEW if few and mean["auroc"] is None else number(mean["auroc"]),
-        "interval": limits and [number(limit) for limit in limits],
+        "interval": [number(limit) for limit in limits] if limits else None,
         "labels": count(sum(classes[name]["auroc"] is not None for name in enough)),
         "all_labels": count(len(classes)),
         "few": few,
     }
 
 
-def _patients(metrics: Mapping[str, Any], samples: Sequence[Any] | None) -> str | None:
+def _patients(metrics: Metrics, samples: Sequence[Sample] | None) -> str | None:
     """Count the patients of the images; None where predictions.csv is gone."""
     if "intervals" in metrics:
         return count(metrics["intervals"]["patients"])
     return None if samples is None else count(len({sample.patient for sample in samples}))
 
 
-def baseline_lines(audit: Mapping[str, Any] | None) -> list[str]:
-    """Say what is reached without a deep network.
-
-    Args:
-        audit: what `audit_view` gathers; None without an audit.
-    """
+def baseline_lines(audit: AuditView | None) -> list[str]:
+    """Say what is reached without a deep network; nothing without an audit."""
     if not audit:
         return []
     lines = []
-    for what, figure, score in audit["trivial"]:
+    for what, figure, score in audit.trivial:
         several = figure == "mean_auroc"
-        value, low, high = (
-            (number if several else percent)(score[name]) for name in ("value", "low", "high")
-        )
+        write = number if several else percent
         lines.append(
             f"For comparison, {what}, give "
-            f"{'a mean AUROC' if several else 'an accuracy'} of {value} (95 % interval {low} to "
-            f"{high}), cross-validated by patient over all images."
+            f"{'a mean AUROC' if several else 'an accuracy'} of {write(score['value'])} (95 % "
+            f"interval {write(score['low'])} to {write(score['high'])}), cross-validated by "
+            "patient over all images."
         )
-    return lines or _shortcut_line(audit)
+    return lines or _shortcut_line(audit.content["shortcut"])
 
 
-def _shortcut_line(audit: Mapping[str, Any]) -> list[str]:
-    """The same of audits of older versions, which know the AUROC of each class only."""
-    rows = audit["shortcut"]["rows"] if audit["shortcut"] else []
-    known = [(label, score) for label, score, _ in rows if score]
+def _shortcut_line(shortcut: Shortcut | None) -> list[str]:
+    """Say the same of audits of older versions, which know the AUROC of each class only."""
+    scores = shortcut["auroc"] if shortcut else {}
+    known = {label: score for label, score in scores.items() if score}
     if not known:
         return []
-    label, (value, low, high) = max(known, key=lambda row: row[1][0])
+    label, score = max(known.items(), key=lambda item: item[1]["value"])
     return [
         f"Size, border and brightness alone, without the lungs, tell {label} from the rest with "
-        f"an AUROC of {value} (95 % interval {low} to {high}); no other class more easily."
+        f"an AUROC of {number(score['value'])} (95 % interval {number(score['low'])} to "
+        f"{number(score['high'])}); no other class more easily."
     ]
 
 
-def gap_lines(metrics: Mapping[str, Any]) -> list[str]:
+def gap_lines(metrics: Metrics) -> list[str]:
     """Say between which groups of patients the figures differ, as far as that is sure."""
-    gaps = [gap for gap in metrics.get("groups", {}).get("gaps", []) if gap["flagged"]]
+    groups = metrics.get("groups")
+    gaps = [gap for gap in groups["gaps"] if gap["flagged"]] if groups else []
     lines = []
     for gap in gaps[:MOST_GAPS]:
         of_class = f" of {gap['label']}" if gap["label"] else ""
@@ -114,22 +116,19 @@ def gap_lines(metrics: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def external_lines(splits: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Give the figure of each external set in one line.
-
-    Args:
-        splits: what `split_view` gathers of all places of the run.
-    """
+def external_lines(splits: Sequence[SplitView]) -> list[str]:
+    """Give the figure of each external set in one line."""
     lines = []
     for split in splits:
-        if not (split["metrics"] or {}).get("external"):
+        external = split["metrics"].get("external") if split["metrics"] else None
+        if not external:
             continue
         found = verdict_view(split)
         figure = "mean AUROC " if found["several"] else "right on "
         within = found["interval"]
         patients = f" of {found['patients']} patients" if found["patients"] else ""
         lines.append(
-            f"External set {split['metrics']['external']['name']}: {figure}{found['value']} "
+            f"External set {external['name']}: {figure}{found['value']} "
             f"{'on' if found['several'] else 'of'} {found['images']} images{patients}; "
             + (f"95 % interval {within[0]} to {within[1]}." if within else "no interval.")
         )

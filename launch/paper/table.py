@@ -7,11 +7,10 @@ them, so intervals draw patients with all their images, as in `cxrdist evaluate`
 import argparse
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +21,9 @@ from cxrdist.data.labels import POSITIVE
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.compare import Difference, aligned, compare_scored
 from cxrdist.evaluate.measure import Settings, replicate
-from cxrdist.evaluate.metrics import Metrics, compute_metrics, headline
+from cxrdist.evaluate.metrics import Metrics, Scores, compute_metrics, headline
 from cxrdist.evaluate.scored import Scored, read_scored
+from cxrdist.explain.text_file import read_text_file
 from cxrdist.info import read_info
 from cxrdist.intervals import of_share
 from cxrdist.model.ensemble import load_predictor
@@ -260,9 +260,9 @@ def table2(row: Row) -> str:
     return markdown(rows, ["Truth", *predicted, "Recall", "Precision", "F1 score"])
 
 
-def _three(scores: Mapping[str, float | None]) -> list[str]:
+def _three(scores: Scores) -> list[str]:
     """The scores of the paper's Table 2; a dash where one is not defined."""
-    values = [scores[name] for name in ("recall", "precision", "f1")]
+    values = scores["recall"], scores["precision"], scores["f1"]
     return ["-" if value is None else f"{value:.3f}" for value in values]
 
 
@@ -273,7 +273,7 @@ def findings(out: Path) -> str:
         return ""
     metrics = read_document(run.metrics("test"), Metrics)
     took = f"{seconds(run) / MINUTE:.1f} minutes"
-    return f"## 14 labels of nih14 and adult_normal\n\n{headline(dict(metrics))}; {took}"
+    return f"## 14 labels of nih14 and adult_normal\n\n{headline(metrics)}; {took}"
 
 
 def words(out: Path, rows: dict[str, Row]) -> Iterator[str]:
@@ -287,7 +287,7 @@ def words(out: Path, rows: dict[str, Row]) -> Iterator[str]:
             f"## Words: densenet121, draw {draw}\n\nTest images as they are: accuracy "
             f"{both['a']:.3f}; with text covered: {both['b']:.3f}, {_signed(both)} points. The "
             "paper: 97.3 % and 97.8 %.\n\n```\n"
-            f"{summary(read_document(run.text('test'), dict[str, Any]))}\n```"
+            f"{summary(read_text_file(run.text('test')))}\n```"
         )
 
 

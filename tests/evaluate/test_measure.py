@@ -44,6 +44,9 @@ def test_every_score_stands_within_its_interval(images):
     """Of each class and the means; the document is read back with its types."""
     metrics = measure(images, SMALL)
     assert typed(json.loads(json.dumps(metrics)), Metrics) == metrics
+    assert metrics["format"] == "cxrdist-metrics-1"
+    with pytest.raises(ValueError, match='format: is "cxrdist-metrics-2", expected'):
+        typed({**metrics, "format": "cxrdist-metrics-2"}, Metrics)
     for scores in (*metrics["classes"].values(), metrics["macro"]):
         for name in SCORES:
             low, high = scores[f"{name}_interval"]

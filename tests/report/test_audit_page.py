@@ -1,7 +1,13 @@
 import json
+import re
 from pathlib import Path
 
+import pytest
+
+from cxrdist.config import ReportConfig
+from cxrdist.errors import CxrdistError
 from cxrdist.report.audit import audit_view
+from cxrdist.report.html import report
 from cxrdist.report.values import number
 
 
@@ -12,7 +18,7 @@ def test_what_needs_no_lung_is_given_for_the_first_line_of_the_page(run: Path) -
     models = [found["baseline"][name]["accuracy"] for name in ("logistic_regression", "perceptron")]
     best = max(models, key=lambda score: score["value"])
     view = audit_view(path)
-    assert view["trivial"] == [
+    assert view.trivial == [
         (
             "size, border and brightness alone, without the lungs",
             "accuracy",
@@ -20,8 +26,11 @@ def test_what_needs_no_lung_is_given_for_the_first_line_of_the_page(run: Path) -
         ),
         ("thumbnails of 32 px alone, without a deep network", "accuracy", best),
     ]
-    shown = dict(view["baseline"]["rows"])["Accuracy"]
-    assert shown == [[number(score[end]) for end in ("value", "low", "high")] for score in models]
+    page = report(ReportConfig(run)).read_text()
+    table = page.partition("Simple models on thumbnails")[2]
+    row = table.partition(">Accuracy</th>")[2].partition("</tr>")[0]
+    shown = [[number(score[end]) for end in ("value", "low", "high")] for score in models]
+    assert [re.findall(r"\d\.\d{3}", cell) for cell in row.split("</td>")[:2]] == shown
 
 
 def test_an_audit_of_an_older_version_has_no_baseline(run: Path) -> None:
@@ -31,5 +40,10 @@ def test_an_audit_of_an_older_version_has_no_baseline(run: Path) -> None:
     del found["baseline"], found["shortcut"]["accuracy"], found["shortcut"]["mean_auroc"]
     path.write_text(json.dumps(found))
     view = audit_view(path)
-    assert (view["baseline"], view["trivial"]) == (None, [])
-    assert len(view["shortcut"]["rows"]) == len(found["classes"])
+    assert (view.content.get("baseline"), view.trivial) == (None, [])
+    page = report(ReportConfig(run)).read_text()
+    assert "What thumbnails alone tell" not in page
+    assert page.count("with an AUROC of") == 1
+    path.write_text(json.dumps(found | {"classes": [*found["classes"], "another"]}))
+    with pytest.raises(CxrdistError, match=r"audit.json: .*: lacks the class 'another'; run"):
+        audit_view(path)
