@@ -41,7 +41,7 @@ class Replicates:
     patient: NDArray[np.int64]
 
     def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> "Replicates":
-        """The same draws for some of the images, by place or by a mask [N]."""
+        """Return the same draws for some of the images, by place or by a mask [N]."""
         return replace(self, patient=self.patient[places])
 
     def patients(self, images: NDArray[np.bool_]) -> int:
@@ -65,11 +65,11 @@ class Replicates:
             return inside / all_of_them
 
     def auroc(self, scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> Values:
-        """The AUROC of scores [N] for a truth [N] in each replicate; ties count for half."""
+        """Return the AUROC of scores [N] for a truth [N] in each replicate; ties count for half."""
         return self.ranking(scores, truth)[0]
 
     def average_precision(self, scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> Values:
-        """The average precision of scores [N] for a truth [N] in each replicate."""
+        """Return the average precision of scores [N] for a truth [N] in each replicate."""
         return self.ranking(scores, truth)[1]
 
     def ranking(
@@ -179,7 +179,7 @@ def _draw_block(random: np.random.Generator, size: int, replicates: int) -> NDAr
 
 
 def interval(values: Values) -> list[float] | None:
-    """The percentile interval of a difference or another unbounded figure.
+    """Return the percentile interval of a difference or another unbounded figure.
 
     Figures from 0 to 1 have better ones in `cxrdist.intervals`. None where no replicate
     has the figure.

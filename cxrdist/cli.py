@@ -160,7 +160,7 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
 
 
 def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
-    """The recipe of a training whose options name none, and why it is this one.
+    """Return the recipe of a training whose options name none, and why it is this one.
 
     None where there is one, or where the options give the stages themselves.
     """
@@ -196,7 +196,7 @@ def _report_failure(error: Exception) -> int:
 
 
 def _is_flushed(stream: TextIO) -> bool:
-    """Whether a stream takes what is printed; if not, let that go nowhere from now on."""
+    """Return whether a stream takes what is printed; if not, let that go nowhere from now on."""
     try:
         stream.flush()
         # Without a buffer (PYTHONUNBUFFERED) nothing is left to be flushed: ask for the reader.
@@ -220,7 +220,7 @@ def _print_what_cannot_be_encoded() -> None:
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
-    """The command, of one word or two, and what stands behind it.
+    """Return the command, of one word or two, and what stands behind it.
 
     Raises:
         CxrdistError: there is no such command.
@@ -237,7 +237,7 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _is_group(word: str) -> bool:
-    """Whether a word is the first of commands of two words."""
+    """Return whether a word is the first of commands of two words."""
     return any(name.startswith(f"{word} ") for name in COMMANDS)
 
 

@@ -137,7 +137,7 @@ def _train_on_all_ranks(recipe: str, shards: Path, run: Path, cache: Path) -> No
 
 
 def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None:
-    """How much of the positive relevance for the true class lies where the opacities are."""
+    """Return how much of the positive relevance for the true class lies where the opacities are."""
     boxes = _planted_boxes(images / "opacities.csv", "opacity")
     shares, areas = [], []
     for sample in read_index(shards).samples:
@@ -188,7 +188,7 @@ def _planted_boxes(table: Path, kind: str) -> dict[str, list[NDArray[np.float64]
 
 
 def _inside(boxes: list[NDArray[np.float64]], size_px: int) -> NDArray[np.bool_]:
-    """Pixels in any of the boxes, bool [size_px, size_px]."""
+    """Return the pixels in any of the boxes, bool [size_px, size_px]."""
     centres = (np.arange(size_px) + 0.5) / size_px
     inside = np.zeros((size_px, size_px), dtype=bool)
     for x, y, width, height in boxes:

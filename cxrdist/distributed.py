@@ -211,7 +211,7 @@ class StopVote:
         self.cast: torch.distributed.Work | None = None
 
     def passed(self) -> bool:
-        """Whether all ranks stop here; to be asked on all ranks as often."""
+        """Return whether all ranks stop here; to be asked on all ranks as often."""
         if self.alone:
             return bool(stop_requested())
         if self.cast is not None:

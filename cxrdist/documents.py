@@ -323,7 +323,7 @@ def _typed(value: Any, kind: Any, where: str) -> Any:
 
 
 def is_record(kind: Any) -> bool:
-    """Whether a type is a class with named members: a dataclass, TypedDict or NamedTuple."""
+    """Return whether a type is a class with named members: a dataclass, TypedDict or NamedTuple."""
     return is_dataclass(kind) or is_typeddict(kind) or hasattr(kind, "_fields")
 
 

@@ -81,10 +81,10 @@ def refuse_settings(*, gpu: bool) -> None:
 
 
 def _spelt(name: str, value: str) -> str:
-    """A value as it is compared; accelerate ignores a precision in capitals."""
+    """Return a value as it is compared; accelerate ignores a precision in capitals."""
     return value if name == PRECISION else value.lower()
 
 
 def settings() -> dict[str, str]:
-    """The honoured variables that are set, for run.json."""
+    """Return the honoured variables that are set, for run.json."""
     return {name: os.environ[name] for name in HONOURED if name in os.environ}

@@ -60,7 +60,7 @@ def describe(replicates: Replicates, seed: int) -> Intervals:
 def bounded(
     estimate: float, values: Values, patients: int, edge: Callable[[], Limits] | None = None
 ) -> Limits:
-    """The interval of a figure from 0 to 1.
+    """Return the interval of a figure from 0 to 1.
 
     Args:
         estimate: the figure.
@@ -84,7 +84,7 @@ def bounded(
 
 
 def positive(estimate: float, values: Values, patients: int) -> Limits:
-    """The interval of a figure above 0 without an upper bound, such as a ratio of two means.
+    """Return the interval of a figure above 0 without an upper bound, such as a ratio of two means.
 
     As `bounded`, on the scale of the logarithm. Without spread, or of a figure of 0, both limits
     are the figure itself.
@@ -98,13 +98,13 @@ def positive(estimate: float, values: Values, patients: int) -> Limits:
 
 
 def wilson(part: int, whole: int) -> Limits:
-    """The interval of a share of independent draws (Wilson 1927), by SciPy."""
+    """Return the interval of a share of independent draws (Wilson 1927), by SciPy."""
     low, high = scipy.stats.binomtest(part, whole).proportion_ci(LEVEL, method="wilson")
     return _limits(low, high)
 
 
 def newcombe(auroc: float, positives: int, negatives: int) -> Limits:
-    """The interval of an AUROC of 0 or 1 of independent images.
+    """Return the interval of an AUROC of 0 or 1 of independent images.
 
     Method 5 of Newcombe (2006, Statistics in Medicine 25, 559-573): the limit whose distance from
     the AUROC is as many standard errors as the level asks for, the standard error being that of
@@ -151,7 +151,7 @@ def of_values(
 def of_auroc(
     replicates: Replicates, auroc: float, values: Values, truth: NDArray[np.bool_]
 ) -> Limits:
-    """The interval of an AUROC with its replicates and the truth [N] that it ranks."""
+    """Return the interval of an AUROC with its replicates and the truth [N] that it ranks."""
     sides = replicates.patients(truth), replicates.patients(~truth)
     return bounded(auroc, values, min(sides), lambda: newcombe(auroc, *sides))
 

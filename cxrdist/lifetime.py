@@ -121,7 +121,7 @@ def _below_python() -> bool:
 
 
 def _launcher_keeps_store() -> bool:
-    """Whether the ranks meet at a store that was there before any of them."""
+    """Return whether the ranks meet at a store that was there before any of them."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 

@@ -259,7 +259,7 @@ def _score_batch(
 
 
 def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> Maps:
-    """The maps of a batch for a class, in the order of the table."""
+    """Return the maps of a batch for a class, in the order of the table."""
     size_px = images.shape[-1]
     shape = len(images), size_px, size_px
     place = work.model.classes.index(target)
@@ -277,7 +277,7 @@ def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> M
 def _relevance(
     explainer: Explainer, images: Tensor, target: str, other: str | None
 ) -> dict[Method, NDArray[np.floating]]:
-    """Relevance for a class, and for it against another one."""
+    """Return the relevance for a class, and for it against another one."""
     targets = [target] if other is None else [target, other]
     relevance = explainer.attribute(images, targets).relevance.float().cpu().numpy()
     maps: dict[Method, NDArray[np.floating]] = {"lrp": relevance[:, 0]}
@@ -336,7 +336,7 @@ def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
 def _draw(
     work: _Work, case: Scored, rank: Literal["best", "worst"]
 ) -> tuple[Pictured, dict[str, Image.Image]]:
-    """What is told of a case, and its pictures by the names of their files."""
+    """Return what is told of a case, and its pictures by the names of their files."""
     subject = work.subject
     images = read_rows(subject.images, np.array([case.number]), subject.accelerator.device)
     logits = subject.model(images)[0].detach().cpu().numpy()
@@ -373,7 +373,7 @@ def outlined(picture: Image.Image, outline: NDArray[np.bool_]) -> Image.Image:
 
 
 def summary(found: Localisation) -> str:
-    """What was measured, for the terminal."""
+    """Return what was measured, for the terminal."""
     whole = found["groups"][0]
     headers = ["Map", "Points inside", "Inside", "Times chance", "Overlap", "of pixels"]
     rows = [

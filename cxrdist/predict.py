@@ -302,7 +302,7 @@ def _refuse_bad_out(out: Path) -> None:
 
 
 def _beside(out: Path, name: str) -> Path:
-    """A folder or file that belongs to a CSV, such as NAME-heatmaps."""
+    """Return a folder or file that belongs to a CSV, such as NAME-heatmaps."""
     return out.with_name(f"{out.stem}-{name}")
 
 

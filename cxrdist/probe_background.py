@@ -278,7 +278,7 @@ def variants_of(
 
 
 def _reduced(square: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
-    """The means over areas, uint8 [size, size]."""
+    """Return the means over areas, uint8 [size, size]."""
     image = Image.fromarray(square).resize((size_px, size_px), Image.Resampling.BOX)
     return np.asarray(image)
 
@@ -355,7 +355,7 @@ def _read_metrics(config: ProbeBackgroundConfig, variant: Variant) -> Metrics:
 
 
 def _score(config: ProbeBackgroundConfig, variant: Variant, metrics: Metrics) -> VariantScore:
-    """The figures of a run, and how they differ from those of the images as they are."""
+    """Return the figures of a run, and how they differ from those of the images as they are."""
     images, here = (
         read_scored(_run_of(config, name).predictions("test"), metrics["task"])
         for name in ("images", variant)
@@ -383,7 +383,7 @@ def _score(config: ProbeBackgroundConfig, variant: Variant, metrics: Metrics) ->
 
 
 def _estimate(difference: Difference) -> Estimate | None:
-    """The AUROC that Ong Ly et al. (2024) expect elsewhere, P_Est = P_Source - P_DABIS + O.
+    """Return the AUROC that Ong Ly et al. (2024) expect elsewhere, P_Est = P_Source - P_DABIS + O.
 
     P_DABIS is the AUROC of shuffled pixels and O, of an AUROC, 0.5 (their equations are in the
     README of github.com/mcintoshML/Data-Bias-Analysis). It may leave 0 to 1, and is cut there.
@@ -400,7 +400,7 @@ def _estimate(difference: Difference) -> Estimate | None:
 
 
 def _describe_region(region: Region, num_images: int) -> str:
-    """What counts as lung, a line or two."""
+    """Return what counts as lung, a line or two."""
     share = f"{region['share']:.0%} of the square on average"
     if region["kind"] == "ellipse":
         return f"lungs: a fixed ellipse around the thorax, {share} ({region['why']})"
@@ -415,7 +415,7 @@ def _describe_region(region: Region, num_images: int) -> str:
 
 
 def _says(found: BackgroundFile) -> list[str]:
-    """The result in plain sentences; none of figures that rest on too few images."""
+    """Return the result in plain sentences; none of figures that rest on too few images."""
     classes = found["variants"]["images"]["classes"]
     few = [name for name, scores in classes.items() if scores["too_few"]]
     says = [] if len(few) == len(classes) else _says_of_scores(found)
@@ -449,7 +449,7 @@ def _says_of_scores(found: BackgroundFile) -> list[str]:
 
 
 def summary(found: BackgroundFile) -> str:
-    """The figures of the four trainings for the terminal."""
+    """Return the figures of the four trainings for the terminal."""
     rows = []
     for name, title in VARIANTS.items():
         scores = found["variants"][name]
@@ -478,7 +478,7 @@ def _has_accuracy(found: BackgroundFile) -> bool:
 
 
 def _cell(value: float | None, limits: Limits | None) -> str:
-    """A figure, and below it its interval."""
+    """Return a figure, and below it its interval."""
     if value is None:
         return "-"
     return f"{value:.3f}" + (f"\n{limits[0]:.3f} to {limits[1]:.3f}" if limits else "")

@@ -92,7 +92,7 @@ class Edited:
         self._images, self._edit = images, edit
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The changed squares of some samples, uint8 [B, S, S]."""
+        """Return the changed squares of some samples, uint8 [B, S, S]."""
         return np.stack([self._edit(int(n), np.asarray(self._images[n])) for n in numbers])
 
 
@@ -172,7 +172,7 @@ def _refuse_covered(index: Index, split: str) -> None:
 def _boxes_by_number(
     config: ProbeTextConfig, subject: Subject, numbers: NDArray[np.int64]
 ) -> SquareBoxes:
-    """The boxes of each sample in px of its square, from the CSV or found in the squares."""
+    """Return the boxes of each sample in px of its square, from the CSV or found in the squares."""
     accelerator = subject.accelerator
     if config.boxes is not None:
         file = config.boxes
@@ -205,7 +205,7 @@ def _relevance_in_boxes(
     boxes: SquareBoxes,
     logits: Mapping[int, NDArray[np.float32]],
 ) -> list[tuple[int, float, float]]:
-    """How much of |relevance| for the likeliest class lies in the boxes of each image.
+    """Return how much of |relevance| for the likeliest class lies in the boxes of each image.
 
     Returns:
         (sample number, share, the boxes' share of the area) of each explained image.
@@ -232,7 +232,7 @@ def _relevance_in_boxes(
 
 
 def share_inside(relevance: NDArray[np.floating], boxes: Sequence[Box]) -> tuple[float, float]:
-    """Which share of |relevance| [H, W] lies in the boxes, and their share of the area.
+    """Return which share of |relevance| [H, W] lies in the boxes, and their share of the area.
 
     A map of zeros has the share 0.
     """
@@ -439,7 +439,7 @@ def _choose_pictures(
 
 
 def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
-    """The picture at least 300 px wide, with a thin line around each box."""
+    """Return the picture at least 300 px wide, with a thin line around each box."""
     large, times = enlarged(picture)
     draw = ImageDraw.Draw(large)
     for box in boxes:

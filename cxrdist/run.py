@@ -89,7 +89,7 @@ class RunDirectory:
         return self.inside("model")
 
     def stage(self, name: str) -> "RunDirectory":
-        """A run of a stage before the last one, with the model of its best epoch.
+        """Return a run of a stage before the last one, with the model of its best epoch.
 
         Raises:
             CxrdistError: the name is none for a directory, or a link is in the way.
@@ -161,7 +161,7 @@ class RunDirectory:
         return self.inside(place, "relevance")
 
     def text(self, place: str) -> Path:
-        """What the probe for words on the images found."""
+        """Return what the probe for words on the images found."""
         return self.inside(place, "text.json")
 
     def text_pictures(self, place: str) -> Path:
@@ -169,7 +169,7 @@ class RunDirectory:
         return self.inside(place, "text")
 
     def localisation(self, place: str) -> Path:
-        """How the relevance of the place agrees with boxes or masks."""
+        """Return how the relevance of the place agrees with boxes or masks."""
         return self.inside(place, "localisation.json")
 
     def localisation_pictures(self, place: str) -> Path:
@@ -181,7 +181,7 @@ class RunDirectory:
         return self.inside(place, "mean_maps")
 
     def relevance_info(self, place: str) -> Path:
-        """How the relevance of the place was made, and whether it stands up to a test."""
+        """Return how the relevance of the place was made, and whether it stands up to a test."""
         return self.inside(place, "relevance.json")
 
     def relevance_table(self, place: str) -> Path:
@@ -203,7 +203,7 @@ def refuse_bad_stage_name(name: str) -> None:
 
 
 def external_place(name: str) -> str:
-    """The place of an external set in a run.
+    """Return the place of an external set in a run.
 
     Raises:
         CxrdistError: the name is none for a directory.
@@ -217,7 +217,7 @@ def external_place(name: str) -> str:
 
 
 def options_of(place: str) -> str:
-    """The option of evaluate and explain that leads to a place, for messages."""
+    """Return the option of evaluate and explain that leads to a place, for messages."""
     name = place.removeprefix("external/")
     return f"--split {place}" if name == place else f"--name {name}"
 
@@ -348,7 +348,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def _partial(path: Path) -> Path:
-    """Where a file or directory is made; says who makes it, so that `sweep` can tell."""
+    """Return where a file or directory is made; says who makes it, so that `sweep` can tell."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
 
 
@@ -624,7 +624,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def now() -> str:
-    """The time for run.json: ISO, UTC, to the second."""
+    """Return the time for run.json: ISO, UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 

@@ -113,7 +113,7 @@ def _watched(watch: Callable[[Iterator[int]], None]) -> Iterator[None]:
 
 
 def _stop_signals(pipe: int) -> Iterator[int]:
-    """The stop signals among those that come, until the pipe is closed."""
+    """Yield the stop signals among those that come, until the pipe is closed."""
     with open(pipe, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] in STOP_SIGNALS:
@@ -152,5 +152,5 @@ def _die(number: int) -> None:
 
 
 def stop_requested() -> str:
-    """Name of the signal that was received, or an empty string."""
+    """Return the name of the signal that was received, or an empty string."""
     return _request.name

@@ -205,7 +205,7 @@ def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """The paper's augmentation of 64 images, on one core."""
+    """Return the paper's augmentation of 64 images, on one core."""
     random = np.random.Generator(np.random.Philox(0))
     pixels = random.integers(0, 256, (64, 1, config.size, config.size), dtype=np.uint8)
     images = torch.from_numpy(pixels)
@@ -237,7 +237,7 @@ def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """A training step of the real loop against a bare PyTorch step on ready tensors.
+    """Return a training step of the real loop against a bare PyTorch step on ready tensors.
 
     The loop checks each step for what is not finite and asks whether it was told to stop. By
     default it saves after a thousand steps: the ratio of a save, in steps, over a thousand is its
@@ -275,7 +275,7 @@ def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """The head's stage, its trunk frozen, against a forward pass alone."""
+    """Return the head's stage, its trunk frozen, against a forward pass alone."""
     accelerator = start()
     device, threads = accelerator.device, torch.get_num_threads()
     stage = stage_run(accelerator, scratch, config.size, ["head"])

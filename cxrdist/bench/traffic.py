@@ -45,7 +45,7 @@ class StepTraffic(NamedTuple):
     per_step: Traffic
 
     def bytes_of(self, num_images: float) -> Traffic:
-        """Bytes of a step of some images."""
+        """Return the bytes of a step of some images."""
         pairs = zip(self.per_image, self.per_step, strict=True)
         return Traffic(*(num_images * image + step for image, step in pairs))
 
@@ -72,7 +72,7 @@ class _Counter(TorchDispatchMode):
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: Any) -> int:
-    """Bytes of an operation's new results and of the operands that it changes."""
+    """Return the bytes of an operation's new results and of the operands that it changes."""
     total = 0
     for i, argument in enumerate(func._schema.arguments):
         changed = argument.alias_info is not None and argument.alias_info.is_write
@@ -89,7 +89,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: 
 
 
 def _size(values: Any) -> int:
-    """Bytes of all tensors among some values; elements that share memory count once."""
+    """Return the bytes of all tensors among some values; elements that share memory count once."""
     total = 0
     for tensor in tree_leaves(values):
         if isinstance(tensor, Tensor):

@@ -125,7 +125,7 @@ def _anonymous(record: Record, key: bytes) -> Record:
 
 
 def private_age(age: float | None) -> float | None:
-    """The age, at most `OLDEST`."""
+    """Return the age, at most `OLDEST`."""
     return None if age is None else min(age, OLDEST)
 
 
@@ -138,7 +138,7 @@ def _patient_named(record: Record) -> str:
 
 
 def names_file(out: Path) -> Path:
-    """The table of names of a directory of shards, beside it."""
+    """Return the table of names of a directory of shards, beside it."""
     return out.with_name(f"{out.name}.names.csv")
 
 

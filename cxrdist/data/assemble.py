@@ -51,7 +51,7 @@ class Item(NamedTuple):
     mask_place: int
 
     def covered(self, num_records: int) -> "Item":
-        """The item with its burned-in text covered, as far as it has some."""
+        """Return the item with its burned-in text covered, as far as it has some."""
         if not self.square.covered_bytes:
             return self
         square = replace(self.square, fingerprint=self.square.covered_fingerprint)
@@ -257,13 +257,13 @@ def _write_shards(
 
 
 def _packed(config: PackConfig, item: Item, pngs: Pngs) -> Packed:
-    """What is written of a sample."""
+    """Return what is written of a sample."""
     mask = pngs[item.mask_place] if item.square.mask_bytes else b""
     return Packed(_about(config, item), pngs[item.place], mask)
 
 
 def _about(config: PackConfig, item: Item) -> SampleFile:
-    """What a sample's KEY.json says."""
+    """Return what a sample's KEY.json says."""
     record, square = item.record, item.square
     about: SampleFile = {
         "key": sample_key(record.path),
@@ -286,14 +286,14 @@ def _about(config: PackConfig, item: Item) -> SampleFile:
 
 
 def _boxes(config: PackConfig, item: Item) -> list[Finding]:
-    """The boxes of a record's findings, as far as they lie in its square."""
+    """Return the boxes of a record's findings, as far as they lie in its square."""
     original = item.square.width_px, item.square.height_px
     there = (in_square(f, *original, config.size, config.fit) for f in item.record.findings)
     return [box for box in (clipped(f, config.size) for f in there) if box is not None]
 
 
 def _lines(config: PackConfig, items: list[Item], index: IndexFile) -> Iterator[str]:
-    """What a user reads of depths, masks and boxes, as far as there are any."""
+    """Yield what a user reads of depths, masks and boxes, as far as there are any."""
     if depth := index.get("depth"):
         yield describe_depth(depth, [item.square.used_depth for item in items])
     if masks := index.get("masks"):
@@ -332,7 +332,7 @@ def _sample(shard: Shard, item: Item) -> Sample:
 
 
 def _entries(items: list[Item], splits: list[str]) -> list[Entry]:
-    """What the audit needs to know of each item."""
+    """Return what the audit needs to know of each item."""
     return [
         Entry(
             key=sample_key(item.record.path),
@@ -359,7 +359,7 @@ def _describe(
     entries: list[ShardEntry],
     samples: Path,
 ) -> IndexFile:
-    """The content of index.json."""
+    """Return the content of index.json."""
     splits: dict[str, SplitEntry] = {}
     for split in SPLITS:
         own = [(s, e) for s, e in zip(shards, entries, strict=True) if s.split == split]
@@ -388,7 +388,7 @@ def _describe(
 
 
 def _describe_squares(items: list[Item]) -> SquaresEntry:
-    """What index.json says of depths and masks."""
+    """Return what index.json says of depths and masks."""
     squares = [item.square for item in items]
     masks = describe_masks([square.mask_share for square in squares if square.mask_sha256])
     depth = next((square.depth for square in squares if square.depth), None)

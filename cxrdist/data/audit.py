@@ -201,7 +201,7 @@ def shared_patients(
 
 
 def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> Targets:
-    """Which labels the images have: int8 [N, classes], 1, 0, or -1 for an unknown one."""
+    """Return which labels the images have: int8 [N, classes], 1, 0, or -1 for an unknown one."""
     columns = {
         POSITIVE: [entry.label for entry in entries],
         UNCERTAIN: [entry.unknown for entry in entries],

@@ -90,7 +90,7 @@ def box_of(row: Mapping[str, str], where: str) -> Box:
 
 
 def _number(text: str) -> float:
-    """A number, also with the decimal comma of some spreadsheets."""
+    """Return a number, also with the decimal comma of some spreadsheets."""
     return float(text.replace(",", "."))
 
 
@@ -105,7 +105,7 @@ def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bo
 
 
 def cover(pixels: NDArray[np.uint8], boxes: Sequence[Box], how: str) -> NDArray[np.uint8]:
-    """A copy of an image in which the boxes are covered.
+    """Return a copy of an image in which the boxes are covered.
 
     Args:
         pixels: uint8 [H, W].
@@ -148,7 +148,7 @@ def fill(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8
 def _halved(
     pixels: NDArray[np.uint8], mask: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Means of what is known of each 2 x 2 pixels; where nothing is, the mask stays."""
+    """Return the means of what is known of each 2 x 2 pixels; where nothing is, the mask stays."""
     odd = [(0, side % 2) for side in mask.shape]
     known = ~np.pad(mask, odd, mode="edge")
     values = np.pad(pixels, odd, mode="edge") * known.astype(np.uint16)
@@ -159,7 +159,7 @@ def _halved(
 
 
 def _solve_laplace(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """The values of the pixels in the mask, in the order of `numpy.nonzero`."""
+    """Return the values of the pixels in the mask, in the order of `numpy.nonzero`."""
     from scipy.sparse import coo_matrix, diags
     from scipy.sparse.linalg import spsolve
 

@@ -371,7 +371,7 @@ def _fill(layer: Layer, partial: Path, cached: Checked, accelerator: Accelerator
 
 
 def _accept(path: Path, checked: Checked) -> NDArray[np.uint8]:
-    """The array of a cache without a fault.
+    """Return the array of a cache without a fault.
 
     Raises:
         CxrdistError: it has one.
@@ -388,7 +388,7 @@ class Squares(Protocol):
     """Squares of samples: images as `open_cache` gives them, or what is made of them."""
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """The squares of some samples, uint8 [B, size, size]."""
+        """Return the squares of some samples, uint8 [B, size, size]."""
 
 
 def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device) -> Tensor:

@@ -74,7 +74,7 @@ def _refuse(shards: Path, faults: list[str]) -> None:
 
 
 def _reserve(index: Index, scratch: Path) -> Path:
-    """A file for the pixels of all samples."""
+    """Return a file for the pixels of all samples."""
     shape = (len(index.samples), index.image_size_px, index.image_size_px)
     path = scratch / "squares.npy"
     np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -131,7 +131,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
 def entry_of(
     sample: Sample, about: SampleFile, pixels: NDArray[np.uint8], mask_share: float | None
 ) -> Entry:
-    """What the audit needs to know of a sample."""
+    """Return what the audit needs to know of a sample."""
     return Entry(
         key=sample.key,
         path=sample.path,

@@ -111,7 +111,7 @@ def _name_of(path: str) -> str | None:
 
 
 def _splits(folder: Path) -> dict[str, str]:
-    """The official split of each image; empty without the lists."""
+    """Return the official split of each image; empty without the lists."""
     there = [name for name in LISTS if (folder / name).is_file()]
     if len(there) == 1:
         raise CxrdistError(f"{folder}: has {there[0]} alone; expected both {' and '.join(LISTS)}")

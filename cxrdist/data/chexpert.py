@@ -110,7 +110,7 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
 
 def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The table of each part, and the names of those that are here and not read.
+    """Return the table of each part, and the names of those that are here and not read.
 
     Raises:
         CxrdistError: there is no table, or one stands in two folders.
@@ -166,7 +166,7 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
 
 
 def _asked(row: Row, text: str, form: re.Pattern[str]) -> str:
-    """The image or study that a row is about, as `_name_of` names it."""
+    """Return the image or study that a row is about, as `_name_of` names it."""
     if not (match := form.fullmatch(text)):
         raise CxrdistError(
             f"{row.where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "
@@ -176,7 +176,7 @@ def _asked(row: Row, text: str, form: re.Pattern[str]) -> str:
 
 
 def _view(name: str, cells: dict[str, str]) -> View:
-    """The view of an image by its row, or by its name where the row tells none."""
+    """Return the view of an image by its row, or by its name where the row tells none."""
     frontal_lateral, ap_pa = cells.get("Frontal/Lateral", ""), cells.get("AP/PA", "")
     side, position = view_of(frontal_lateral), view_of(ap_pa)
     named = view_in_name(name.rpartition("/")[2])

@@ -132,7 +132,7 @@ def _refuse_empty_classes(
     records: Sequence[Record],
     found: Found,
 ) -> None:
-    """Each class folder needs an image; what was left out of it may say why it has none."""
+    """Return each class folder needs an image; what was left out of it may say why it has none."""
     tops = _class_folders(folder, besides)
     if split_level == 0:
         splits = [top for top in tops if top.name.lower() in SPLIT_NAMES]

@@ -128,7 +128,7 @@ def _why_left_out(release: Release, parts: Sequence[str], drop_unusable: bool) -
 
 
 def _recognise(folder: Path) -> tuple[Path, Release]:
-    """The release's folder, and which release it is."""
+    """Return the release's folder, and which release it is."""
     for root in (folder, *(child for child in folder.iterdir() if child.is_dir())):
         for release in RELEASES:
             if all((root / name / release.images).is_dir() for name in release.classes):
@@ -165,7 +165,7 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
 
 
 def _read_rows(book: Path) -> list[tuple[Any, ...]]:
-    """The cells of a workbook's first sheet.
+    """Return the cells of a workbook's first sheet.
 
     Raises:
         CxrdistError: it is damaged, or larger than a workbook of this data set.
@@ -194,6 +194,6 @@ def _number(name: str) -> int | None:
 
 
 def source_of(url: str) -> str:
-    """The name of the collection that a URL belongs to, else its host."""
+    """Return the name of the collection that a URL belongs to, else its host."""
     known = next((name for part, name in SOURCES.items() if part in url.lower()), None)
     return known or urlparse(url).netloc.removeprefix("www.") or NAME

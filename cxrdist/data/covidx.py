@@ -63,7 +63,7 @@ class Line(NamedTuple):
     """As the list has it; empty where it lacks it."""
 
     def source(self) -> str:
-        """Where the image comes from."""
+        """Return where the image comes from."""
         word = "rsna" if not self.collection and UUID.fullmatch(self.patient) else self.collection
         return SOURCES.get(word, word or NAME)
 
@@ -121,7 +121,7 @@ def _name_of(path: str) -> str | None:
 
 
 def _find_lists(folder: Path) -> dict[str, Path]:
-    """The list of each split, in the order of `SPLITS`; older versions have no val.
+    """Return the list of each split, in the order of `SPLITS`; older versions have no val.
 
     Raises:
         CxrdistError: no version has its lists of train and test there, or several have.
@@ -170,7 +170,7 @@ def _read_list(split: str, file: Path) -> Iterator[Line]:
 
 
 def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
-    """The classes that the lists have.
+    """Return the classes that the lists have.
 
     Raises:
         CxrdistError: they mix those of two kinds of lists.
@@ -183,7 +183,7 @@ def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def _patient(line: Line, origins: Mapping[str, str]) -> str:
-    """The patient's name among all collections: two of them number theirs from 1."""
+    """Return the patient's name among all collections: two of them number theirs from 1."""
     source = line.source()
     return f"{source}/{origins.get(line.patient, line.patient) if source == RSNA else line.patient}"
 
@@ -203,7 +203,7 @@ def _why_left_out(line: Line, last: str) -> str:
 def _notes(
     records: Sequence[Record], left_out: Mapping[str, Counter[str]], origins: Mapping[str, str]
 ) -> list[str]:
-    """What a user should know, a line each."""
+    """Return what a user should know, a line each."""
     notes = []
     for reason, images in left_out.items():
         names = ", ".join(sorted(images)[:MOST_NAMED])

@@ -139,7 +139,7 @@ def _read(data: bytes, depth: int | None) -> Dicom:
 
 
 def _view(dataset: Dataset) -> str | None:
-    """The view that ViewPosition names, else the meaning of the first view code."""
+    """Return the view that ViewPosition names, else the meaning of the first view code."""
     codes = [text(item, "CodeMeaning") for item in items(dataset, "ViewCodeSequence")[:1]]
     texts = (text(dataset, "ViewPosition"), *codes)
     named = [view_of(each[:MOST_VIEW_CHARACTERS]) for each in texts]
@@ -194,7 +194,7 @@ def _shown_size(dataset: Dataset) -> tuple[int, int]:
 
 
 def _cells(dataset: Dataset) -> Cells:
-    """The pixel cells as they are stored or decompressed."""
+    """Return the pixel cells as they are stored or decompressed."""
     syntax = dataset.file_meta.get("TransferSyntaxUID") or ImplicitVRLittleEndian
     bits = whole(dataset, "BitsStored")
     shift = whole(dataset, "HighBit", bits - 1) + 1 - bits

@@ -178,7 +178,7 @@ def find_candidates_between(
 def _within(
     index: faiss.IndexBinaryFlat, queries: NDArray[np.uint8], most_bits: int = MOST_BITS
 ) -> Iterator[tuple[int, int, int]]:
-    """Number of a query, number of an image within reach of it, differing bits."""
+    """Yield the number of a query, number of an image within reach of it, differing bits."""
     for start in range(0, len(queries), QUERIES):
         # faiss takes the radius as exclusive.
         limits, bits, others = index.range_search(queries[start : start + QUERIES], most_bits + 1)
@@ -188,7 +188,7 @@ def _within(
 
 
 def compare(one: Sequence[View], other: Sequence[View]) -> float:
-    """The correlation of two X-rays' fine structure, laid over each other as well as may be.
+    """Return the correlation of two X-rays' fine structure, laid over each other as well as may be.
 
     Args:
         one: views of an X-ray.
@@ -205,7 +205,7 @@ def compare(one: Sequence[View], other: Sequence[View]) -> float:
 
 
 def views(pixels: NDArray[np.uint8], blur_px: float = BLUR_PX) -> list[View]:
-    """The fine structure of a square, uint8 [S, S], and of its ever smaller centres.
+    """Return the fine structure of a square, uint8 [S, S], and of its ever smaller centres.
 
     Args:
         pixels: of the square.
@@ -215,7 +215,7 @@ def views(pixels: NDArray[np.uint8], blur_px: float = BLUR_PX) -> list[View]:
 
 
 def _detail(pixels: NDArray[np.uint8], zoom: float, blur_px: float) -> NDArray[np.float32]:
-    """The fine structure of a square's centre at `SIDE_PX`, float32 [SIDE_PX, SIDE_PX]."""
+    """Return the fine structure of a square's centre at `SIDE_PX`, float32 [SIDE_PX, SIDE_PX]."""
     side = len(pixels)
     cut = (1 - zoom) / 2 * side
     image = Image.fromarray(pixels).resize(
@@ -238,7 +238,7 @@ def _view(detail: NDArray[np.float32]) -> View:
 
 
 def _correlate(image: View, other: View) -> float:
-    """The best normalised cross-correlation of the inside of `other` with places in `image`.
+    """Return the best normalised cross-correlation of the inside of `other` with places in `image`.
 
     As `skimage.feature.match_template` computes it (Lewis 1995, Fast Normalized Cross-Correlation),
     for the few shifts that matter.

@@ -77,7 +77,7 @@ def items(dataset: Dataset, keyword: str | int) -> list[Dataset]:
 
 
 def _parts(dataset: Dataset, keyword: str | int) -> Sequence[object]:
-    """The values of an element: texts, or numbers where it is binary."""
+    """Return the values of an element: texts, or numbers where it is binary."""
     element = dataset.get_item(keyword)
     value = getattr(element, "value", None)
     if value is None:

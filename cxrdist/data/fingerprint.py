@@ -66,7 +66,7 @@ def _phash(image: Image.Image, box: tuple[float, float, float, float]) -> bytes:
 
 
 def _statistics(pixels: NDArray[np.uint8], image: Image.Image) -> dict[str, float]:
-    """What a network could tell a source by without looking at a lung."""
+    """Return what a network could tell a source by without looking at a lung."""
     width = max(1, round(len(pixels) * BORDER))
     histogram = np.array(image.histogram()) / pixels.size
     levels = np.arange(256)

@@ -32,7 +32,7 @@ class Foreground:
     boxes: SquareBoxes
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """What may be read of some samples, uint8 [B, S, S], `FULL` or 0."""
+        """Return what may be read of some samples, uint8 [B, S, S], `FULL` or 0."""
         readable = np.repeat(self.fixed[None] * np.uint8(FULL), len(numbers), axis=0)
         if self.masks is not None:
             bits = np.unpackbits(self.masks[numbers], axis=1, count=self.fixed.size)
@@ -44,7 +44,7 @@ class Foreground:
         return readable
 
     def has_background(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Which of some samples have background of their own, bool [N]."""
+        """Return which of some samples have background of their own, bool [N]."""
         if not self.fixed.all():
             return np.ones(len(numbers), dtype=bool)
         found = np.isin(numbers, list(self.boxes))
@@ -73,5 +73,5 @@ def foreground_of(
 
 
 def has_mask(masks: Masks, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which of some samples have a mask that covers something, bool [N]."""
+    """Return which of some samples have a mask that covers something, bool [N]."""
     return np.array([masks[number].any() for number in numbers.tolist()], dtype=bool)

@@ -122,7 +122,7 @@ def _walk_store(folder: Path, besides: Sequence[Path]) -> Iterator[tuple[Path, s
 
 
 def look_at(file: Path) -> tuple[str, str]:
-    """The kind of an image, and why a file is none; one of the two is empty."""
+    """Return the kind of an image, and why a file is none; one of the two is empty."""
     suffix = file.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return "DICOM" if suffix in DICOM_SUFFIXES else "picture", ""
@@ -138,12 +138,12 @@ def look_at(file: Path) -> tuple[str, str]:
 
 
 def path_below(folder: Path, file: Path) -> str:
-    """The path of a file below a folder, with slashes; faster than `Path.relative_to`."""
+    """Return the path of a file below a folder, with slashes; faster than `Path.relative_to`."""
     return file.as_posix().removeprefix(f"{folder.as_posix().rstrip('/')}/")
 
 
 def without_suffix(path: str) -> str:
-    """A path without the suffix of an image; a DICOM UID, all digits and dots, has none."""
+    """Return a path without the suffix of an image; a DICOM UID, all digits and dots, has none."""
     suffix = PurePosixPath(path).suffix
     return path.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else path
 
@@ -158,7 +158,7 @@ def path_ends(paths: Sequence[str], depth: int) -> dict[str, list[int]]:
 
 
 def escaped(name: str) -> str:
-    """A file's name as text that can be printed; bytes that are not UTF-8 are escaped."""
+    """Return a file's name as text that can be printed; bytes that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -177,19 +177,19 @@ def refuse_undecodable_name(file: Path) -> None:
 
 
 def is_hidden(*names: str) -> bool:
-    """Whether a file or folder, or one above it, is hidden or the system's own."""
+    """Return whether a file or folder, or one above it, is hidden or the system's own."""
     return any(name.startswith(".") or name in SYSTEM_NAMES for name in names)
 
 
 def is_same_folder(one: Path, other: Path) -> bool:
-    """Whether two paths lead to one folder."""
+    """Return whether two paths lead to one folder."""
     if isinstance(one, Path) and isinstance(other, Path):
         return one.is_dir() and other.is_dir() and _identity(one) == _identity(other)
     return is_within(one, other) and is_within(other, one)
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Whether a path is that of a folder, or of something below it."""
+    """Return whether a path is that of a folder, or of something below it."""
     if isinstance(path, Path) and isinstance(folder, Path):
         return path.resolve().is_relative_to(folder.resolve())
     return f"{str(path).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")

@@ -77,12 +77,12 @@ def resample(
 
 
 def scaled(box: R, x: float, y: float) -> R:
-    """The box in a picture that is ``x`` times as wide and ``y`` times as high."""
+    """Return the box in a picture that is ``x`` times as wide and ``y`` times as high."""
     return box._replace(x=box.x * x, y=box.y * y, width=box.width * x, height=box.height * y)
 
 
 def in_square(box: R, width_px: int, height_px: int, size_px: int, fit: str) -> R:
-    """The box of an original in its square; it may lie outside of it.
+    """Return the box of an original in its square; it may lie outside of it.
 
     Args:
         box: in the original.
@@ -99,7 +99,7 @@ def in_square(box: R, width_px: int, height_px: int, size_px: int, fit: str) -> 
 
 
 def clipped(box: R, size_px: int) -> R | None:
-    """The part of a box that lies in the square; None if nothing of it does."""
+    """Return the part of a box that lies in the square; None if nothing of it does."""
     left, top = max(0.0, box.x), max(0.0, box.y)
     right, bottom = min(size_px, box.x + box.width), min(size_px, box.y + box.height)
     if min(right - left, bottom - top) < LEAST_PX:

@@ -67,7 +67,7 @@ class _Reader:
     allow_outside: bool
 
     def record(self, row: Row) -> Record:
-        """The record of a row.
+        """Return the record of a row.
 
         Raises:
             CxrdistError: a cell is no such thing, or the file is missing.
@@ -115,7 +115,7 @@ class _Reader:
         return found
 
     def _path(self, where: str, cell: str) -> str:
-        """The path without ``./`` and ``a/../``, so that one file has one spelling."""
+        """Return the path without ``./`` and ``a/../``, so that one file has one spelling."""
         path = os.path.normpath(cell).replace(os.sep, "/")
         outside = path.startswith(("/", "../")) or path == ".."
         if outside and not self.allow_outside:
@@ -241,13 +241,13 @@ def _find_labels(table: Table, places: dict[str, int], rows: Sequence[Row]) -> d
 
 
 def _classes(records: Sequence[Record]) -> list[str]:
-    """All labels that some row names, also where it does not know them."""
+    """Return all labels that some row names, also where it does not know them."""
     texts = {text for r in records for text in (r.label, r.uncertain, r.missing)}
     return sorted({label for text in texts for label in labels_of(text)})
 
 
 def _one_label(where: str, name: str) -> str:
-    """The label of a row whose image has one."""
+    """Return the label of a row whose image has one."""
     if SEPARATOR in name:
         raise CxrdistError(f"{where}: label {name!r} holds several; call the column labels")
     if name.casefold() in MISSING:
@@ -308,7 +308,7 @@ def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Recor
 
 
 def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> list[str]:
-    """What was taken for labels, and what was not taken from the table, a line each."""
+    """Return what was taken for labels, and what was not taken from the table, a line each."""
     places, labels = reader.places, reader.label_places
     taken = {*places.values(), *labels.values()}
     aside = [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in taken]

@@ -76,7 +76,7 @@ class Grey:
     age: float | None = None
 
     def scale(self) -> tuple[float, float]:
-        """How wide and high the image is, of the original."""
+        """Return how wide and high the image is, of the original."""
         return self.image.width / self.width_px, self.image.height / self.height_px
 
 
@@ -121,7 +121,7 @@ def decode(
 def _mask_square(
     file: Path, place_of_mask: MaskPlace, grey: Grey, size_px: int, fit: str
 ) -> NDArray[np.uint8]:
-    """The mask of an image as a square.
+    """Return the mask of an image as a square.
 
     Raises:
         CxrdistError: it cannot be used; the line names the image.
@@ -179,7 +179,7 @@ def _is_dicom(kind: str | None, file: Path) -> bool:
 
 
 def read_square(file: Path, size_px: int, fit: str, depth: int | None = None) -> NDArray[np.uint8]:
-    """The square alone of `decode`, uint8 [size_px, size_px]."""
+    """Return the square alone of `decode`, uint8 [size_px, size_px]."""
     return decode(file, size_px, fit, depth=depth).pixels
 
 

@@ -197,7 +197,7 @@ class Index:
         return [i for i, sample in enumerate(self.samples) if sample.split == split]
 
     def packed(self) -> list[PackedShard]:
-        """All shards, each with its samples."""
+        """Return all shards, each with its samples."""
         ends = accumulate(shard.samples for shard in self.shards)
         return [
             PackedShard(
@@ -211,7 +211,7 @@ class Index:
         ]
 
     def targets(self) -> NDArray[np.int8]:
-        """The truth: int8 [samples, classes], codes of `cxrdist.data.labels`.
+        """Return the truth: int8 [samples, classes], codes of `cxrdist.data.labels`.
 
         What is below 0 is not known, which only images of several labels have.
         """
@@ -247,7 +247,7 @@ class Index:
         }
 
     def totals(self) -> dict[str, Amount]:
-        """Images and patients by split, those without a label too."""
+        """Return the images and patients by split, those without a label too."""
         images = Counter(s.split for s in self.samples)
         patients = Counter(split for split, _ in {(s.split, s.patient) for s in self.samples})
         return {split: {"images": images[split], "patients": patients[split]} for split in SPLITS}
@@ -310,7 +310,7 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
 
 
 def _shards_of(content: IndexFile) -> list[ShardEntry]:
-    """All shards; each name is the one that pack gives, and so lies in the directory.
+    """Return all shards; each name is the one that pack gives, and so lies in the directory.
 
     Raises:
         ValueError: a split is missing, a shard has another name, or there are too many samples.
@@ -335,7 +335,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Sample]]:
-    """The sha256 and the rows of samples.csv, not one more than the index names.
+    """Return the sha256 and the rows of samples.csv, not one more than the index names.
 
     Raises:
         CxrdistError: it is not a table of samples.
@@ -360,7 +360,7 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
 
 
 def _lines(table: io.TextIOWrapper) -> Iterator[str]:
-    """The lines of a table, with a bound on each."""
+    """Yield the lines of a table, with a bound on each."""
     while line := table.readline(MOST_LINE_CHARACTERS):
         if len(line) == MOST_LINE_CHARACTERS:
             raise ValueError(f"a line of more than {MOST_LINE_CHARACTERS} characters")
@@ -368,7 +368,7 @@ def _lines(table: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _read_sample(row: list[str], header: list[str], num_columns: int) -> Sample:
-    """A row of samples.csv, of which the first columns are known.
+    """Return a row of samples.csv, of which the first columns are known.
 
     Raises:
         ValueError: it is no row of a sample.

@@ -33,12 +33,12 @@ COUNTS_AS = {"ignore": UNCERTAIN, "positive": POSITIVE, "negative": NEGATIVE}
 
 
 def labels_of(label: str) -> list[str]:
-    """The labels that a text of labels with ``|`` between them holds."""
+    """Return the labels that a text of labels with ``|`` between them holds."""
     return label.split(SEPARATOR) if label else []
 
 
 def joined(*labels: str) -> str:
-    """The labels of several such texts as one text."""
+    """Return the labels of several such texts as one text."""
     return SEPARATOR.join(filter(None, labels))
 
 

@@ -61,7 +61,7 @@ class Listed:
         self._taken: set[str] = set()
 
     def take(self, name: str) -> tuple[Path, str] | None:
-        """The file of a row, and its path relative to the folder; each is taken once.
+        """Return the file of a row, and its path relative to the folder; each is taken once.
 
         Returns:
             None where it is not here, or was taken before, which is noted.
@@ -76,7 +76,7 @@ class Listed:
         return taken
 
     def names(self) -> list[str]:
-        """Names of the images that no row has taken yet."""
+        """Return the names of the images that no row has taken yet."""
         return list(self._waiting)
 
     def leave(self, path: str, reason: str) -> None:
@@ -84,15 +84,15 @@ class Listed:
         self._left_out.append(LeftOut(path, reason))
 
     def left_out(self) -> tuple[LeftOut, ...]:
-        """All that is not packed, sorted; images that no row has taken too."""
+        """Return all that is not packed, sorted; images that no row has taken too."""
         strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
         return tuple(sorted((*self._left_out, *strays)))
 
     def account(self) -> tuple[tuple[LeftOut, ...], int, bool]:
-        """What `Source` says of the files: left_out, num_found, dicom."""
+        """Return what `Source` says of the files: left_out, num_found, dicom."""
         return self.left_out(), self.num_found, self.dicom
 
     def notes(self, *tables: Path) -> list[str]:
-        """What a user should know of it, a line each."""
+        """Return what a user should know of it, a line each."""
         names = " and ".join(table.name for table in tables)
         return [f"{self._num_missing} images of {names} are not here"] * bool(self._num_missing)

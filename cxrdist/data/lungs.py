@@ -39,7 +39,7 @@ class Lungs:
     places: Mapping[int, MaskPlace] = field(default_factory=dict)
 
     def of(self, original: Original) -> NDArray[np.bool_] | None:
-        """Which pixels of a sample are lung, bool [size, size]; None where no mask tells.
+        """Return which pixels of a sample are lung, bool [size, size]; None where no mask tells.
 
         A mask that covers nothing, or everything, tells nothing.
 
@@ -116,12 +116,12 @@ def lost_class(index: Index, left_out: Collection[int]) -> str | None:
 
 
 def count_left_out(index: Index, left_out: Collection[int]) -> dict[str, int]:
-    """How many of some samples have each class; of several labels each counts."""
+    """Count how many of some samples have each class; of several labels each counts."""
     rows = index.targets()[sorted(left_out)] == POSITIVE
     return {name: int(number) for name, number in zip(index.classes, rows.sum(0), strict=True)}
 
 
 def _constant_masks(size_px: int) -> tuple[str, str]:
-    """The sha256 of a mask that covers nothing, and of one that covers everything."""
+    """Return the sha256 of a mask that covers nothing, and of one that covers everything."""
     empty, full = (bytes([value]) * size_px**2 for value in (0, 255))
     return hashlib.sha256(empty).hexdigest(), hashlib.sha256(full).hexdigest()

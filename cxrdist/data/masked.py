@@ -127,12 +127,12 @@ def masks_of_samples(index: Index, masks: Path) -> tuple[dict[int, MaskPlace], t
 
 
 def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
-    """The folder of masks, which is not searched for images, unless it holds the source."""
+    """Return the folder of masks, which is not searched for images, unless it holds the source."""
     return () if masks is None or not masks.is_dir() or is_within(source, masks) else (masks,)
 
 
 def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
-    """The pictures of a folder; if it holds the images too, those in folders called masks."""
+    """Yield the pictures of a folder; if it holds the images too, those in folders called masks."""
     images = {_absolute(record.file) for record in records}
     files = find_images(folder).images
     holds_images = any(_absolute(file) in images for file in files)
@@ -151,7 +151,7 @@ def _absolute(file: Path) -> str:
 
 
 def _rows(table: Path) -> tuple[list[_Named], list[str]]:
-    """The rows of a table of run lengths that are good enough, and how many are not."""
+    """Return the rows of a table of run lengths that are good enough, and how many are not."""
     rows = list(list_runs(table))
     named = [
         _Named(
@@ -172,7 +172,7 @@ def _rows(table: Path) -> tuple[list[_Named], list[str]]:
 def _match(
     records: Sequence[Record], named: Sequence[_Named]
 ) -> tuple[dict[int, _Named], list[_Named]]:
-    """The masks by the place of their record, and those of no record."""
+    """Return the masks by the place of their record, and those of no record."""
     ends: dict[int, dict[str, list[int]]] = {}  # by number of folders in a name, then by name
     found: dict[int, _Named] = {}
     strays = []

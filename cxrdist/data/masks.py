@@ -74,7 +74,7 @@ def describe_masks(shares: Sequence[float]) -> MasksEntry | None:
 
 
 def masks_line(masks: MasksEntry, num_images: int) -> str:
-    """What a user reads of the masks of some images."""
+    """Return what a user reads of the masks of some images."""
     without = num_images - masks["images"]
     line = (
         f"masks: {masks['images']} images have one, {without} do not; they cover "

@@ -130,7 +130,7 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
 def _notes(
     folder: Path, tables: Mapping[str, Table], records: Sequence[Record], unknown: Counter[str]
 ) -> Iterator[str]:
-    """What a user should know of the tables and their records, a line each."""
+    """Yield what a user should know of the tables and their records, a line each."""
     for table in tables.values():
         yield from table.notes
     if SPLIT not in tables:
@@ -147,7 +147,7 @@ def _notes(
 
 
 def _find_file(folder: Path, name: str) -> Path | None:
-    """A table of the data set as it is, or packed by gzip; None if neither is there."""
+    """Return a table of the data set as it is, or packed by gzip; None if neither is there."""
     files = (folder / name, folder / f"{name}.gz")
     return next((file for file in files if file.is_file()), None)
 
@@ -159,14 +159,14 @@ def _name_of(path: str) -> str | None:
 def _rows(
     table: Table, needed: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where each row is, and its cells by column."""
+    """Yield where each row is, and its cells by column."""
     places = table.find_columns({name: {plain(name)} for name in (*needed, *optional)}, needed)
     for where, cells in table.rows():
         yield where, {name: cells[place].strip() for name, place in places.items()}
 
 
 def _read_studies(table: Table) -> dict[str, Study]:
-    """The labels of each study by its number.
+    """Return the labels of each study by its number.
 
     Raises:
         CxrdistError: a study has two rows, or a cell is no label's.
@@ -184,7 +184,7 @@ def _read_studies(table: Table) -> dict[str, Study]:
 
 
 def _read_splits(table: Table) -> dict[str, str]:
-    """The split of each image by its dicom_id.
+    """Return the split of each image by its dicom_id.
 
     Raises:
         CxrdistError: a split has another name.
@@ -210,7 +210,7 @@ def _read_patients(table: Table) -> dict[str, Patient]:
 
 
 def _facts(where: str, row: Mapping[str, str], known: Known) -> dict[str, Any] | None:
-    """What the record of an image takes from the tables; None if its study has no labels.
+    """Return what the record of an image takes from the tables; None if its study has no labels.
 
     Raises:
         CxrdistError: the tables contradict each other.

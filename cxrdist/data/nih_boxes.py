@@ -42,12 +42,12 @@ class Boxes:
     side_px: int | None = SIDE_PX
 
     def on(self, stem: str, file: Path) -> tuple[Finding, ...]:
-        """The boxes of an image, in px of its file as it is shown."""
+        """Return the boxes of an image, in px of its file as it is shown."""
         findings = tuple(self.findings.get(stem, ()))
         return fitted(findings, file) if findings and self.side_px else findings
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """What a user should know of them, a line each."""
+        """Return what a user should know of them, a line each."""
         if self.table is None:
             return []
         num_with = sum(bool(record.findings) for record in records)

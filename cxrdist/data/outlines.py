@@ -118,7 +118,7 @@ def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) 
 
 
 def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Finding | str:
-    """The box in its square, or why it is not used."""
+    """Return the box in its square, or why it is not used."""
     if box.label not in index.classes:
         return UNKNOWN
     width, height, _ = original

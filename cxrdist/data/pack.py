@@ -163,7 +163,7 @@ def _with_boxes(source: Source, file: Path) -> Source:
 
 
 def _known_salt(config: PackConfig, work: Path) -> str | None:
-    """The salt of an anonymised pack that was begun or finished before.
+    """Return the salt of an anonymised pack that was begun or finished before.
 
     Raises:
         CxrdistError: a table of names of another pack would be overwritten.
@@ -182,7 +182,7 @@ def _known_salt(config: PackConfig, work: Path) -> str | None:
 
 
 def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, object]:
-    """All that decides the bytes of the shards but the images themselves.
+    """Return all that decides the bytes of the shards but the images themselves.
 
     Where names are to tell nothing, none is in it, and the hash of the list has a salt.
     """
@@ -204,7 +204,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
 
 
 def _decoding(config: PackConfig, source: Source) -> dict[str, object]:
-    """All that decides the decoded squares but the images themselves."""
+    """Return all that decides the decoded squares but the images themselves."""
     options = {name: getattr(config, name) for name in DECODING}
     digest = hashlib.sha256()
     for record in source.records:
@@ -216,7 +216,7 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, object]:
 
 
 def _shown(config: PackConfig, path: Path | None) -> str | None:
-    """The path of an option, empty where names are to tell nothing."""
+    """Return the path of an option, empty where names are to tell nothing."""
     return None if path is None else "" if config.anonymise else str(path)
 
 
@@ -276,7 +276,7 @@ def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
 
 
 def _is_packed(out: Path, work: Path, content: dict[str, object]) -> bool:
-    """Whether the shards stand already; a kill may have left the work directory.
+    """Return whether the shards stand already; a kill may have left the work directory.
 
     Raises:
         CxrdistError: something else stands there.
@@ -447,7 +447,7 @@ def _with_one_depth(
 def _items(
     parts: list[Part], found: list[list[Square]], work: Path, config: PackConfig
 ) -> tuple[list[Item], Pngs]:
-    """The images that were read, and where their PNGs are."""
+    """Return the images that were read, and where their PNGs are."""
     squares = [square for part in found for square in part]
     records = [record for part in parts for record in part.records]
     known = _with_tags(config, records, squares)

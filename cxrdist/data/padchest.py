@@ -169,7 +169,7 @@ def _read_records(
 
 
 def _name_of(path: str) -> str | None:
-    """The image's name in the table; None outside of the image folders."""
+    """Return the image's name in the table; None outside of the image folders."""
     folder, slash, name = path.rpartition("/")
     return name if FOLDERS.fullmatch(folder + slash) else None
 

@@ -34,7 +34,7 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def patient_of(path: str, pattern: re.Pattern[str] | None) -> str:
-    """The first group of the pattern that matches in a file's name; else an own patient."""
+    """Return the first group of the pattern that matches in a file's name; else an own patient."""
     match = pattern.search(path.rsplit("/", 1)[-1]) if pattern else None
     named = next((group for group in match.groups() if group), None) if match else None
     return named or own_patient(path)

@@ -168,7 +168,7 @@ def _grey(image: Image.Image) -> Image.Image:
 
 
 def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
-    """Whether Pillow dropped the lower 8 bits of 16-bit colours."""
+    """Return whether Pillow dropped the lower 8 bits of 16-bit colours."""
     if image.format == "TIFF":
         return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) == 16  # type: ignore[attr-defined]
     return image.format == "PNG" and data[24] == 16  # its depth in IHDR
@@ -190,7 +190,7 @@ def _grey_of_deep(
 
 
 def _declared_white(image: ImageFile.ImageFile, data: bytes) -> int | None:
-    """The value that is white by what the file declares; None if it only says 16 bits."""
+    """Return the value that is white by what the file declares; None if it only says 16 bits."""
     if image.format == "TIFF":
         bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
         return white_of(bits) if bits < 16 else None
@@ -211,7 +211,7 @@ def _values(image: Image.Image) -> NDArray[np.uint16]:
 
 
 def _is_inverted(image: Image.Image) -> bool:
-    """Whether 0 is white; of TIFFs Pillow turns those of 8 bits only."""
+    """Return whether 0 is white; of TIFFs Pillow turns those of 8 bits only."""
     if image.format != "TIFF":
         return False
     white: bool = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]

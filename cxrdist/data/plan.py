@@ -32,7 +32,7 @@ class Draws:
     flip: NDArray[np.bool_]
 
     def rows(self, rows: slice | NDArray[np.int64]) -> "Draws":
-        """The draws of some of the images."""
+        """Return the draws of some of the images."""
         return Draws(self.degrees[rows], self.shift_x[rows], self.shift_y[rows], self.flip[rows])
 
 
@@ -57,11 +57,11 @@ class Plan:
         return len(self.bounds) - 1
 
     def step_size(self, step: int) -> int:
-        """Images of a step over all ranks."""
+        """Return the images of a step over all ranks."""
         return int(self.bounds[step + 1] - self.bounds[step])
 
     def rank_rows(self, step: int, rank: int, world_size: int) -> slice:
-        """The rows of a step that a rank takes; slices differ by one image at the most."""
+        """Return the rows of a step that a rank takes; slices differ by one image at the most."""
         start, size = int(self.bounds[step]), self.step_size(step)
         return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 
@@ -194,7 +194,7 @@ def _mirrored(
 def copies_of(
     targets: NDArray[np.int8], classes: list[str], copies: dict[str, int]
 ) -> NDArray[np.int64]:
-    """Copies of each sample from the copies of each class; 1 where a class is not named.
+    """Return the copies of each sample from the copies of each class; 1 where a class is not named.
 
     Of a sample's several labels the one of the most copies counts.
 

@@ -100,7 +100,7 @@ def present(
 
 
 def _interpret(words: NDArray[np.int64], cells: Cells) -> NDArray[np.int64]:
-    """The value of words, negative where values are signed and their highest bit is set.
+    """Return the value of words, negative where values are signed and their highest bit is set.
 
     The bits above a value are those of its sign or empty; other words are a number as a whole.
     """
@@ -120,12 +120,12 @@ def _twos_complement(words: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
 
 
 def _has_overlay(dataset: Dataset) -> bool:
-    """Whether a plane of an overlay lies in the bits around the values (PS3.5, 8.1.2)."""
+    """Return whether a plane of an overlay lies in the bits around the values (PS3.5, 8.1.2)."""
     return any(any(shorts(dataset, group << 16 | 0x0102)) for group in OVERLAYS)
 
 
 def _is_padding(dataset: Dataset, values: NDArray[np.int64], cells: Cells) -> NDArray[np.bool_]:
-    """Which values are PixelPaddingValue, or from there to PixelPaddingRangeLimit.
+    """Return which values are PixelPaddingValue, or from there to PixelPaddingRangeLimit.
 
     Pixel Representation tells whether the two are signed: their own VR is often wrong.
     """
@@ -179,7 +179,7 @@ def _used_range(values: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[i
 
 
 def _first_lut(dataset: Dataset, keyword: str, signed: bool) -> Lut | None:
-    """The first LUT of a sequence that is not empty (PS3.3, C.11.1.1 and C.11.2.1.1)."""
+    """Return the first LUT of a sequence that is not empty (PS3.3, C.11.1.1 and C.11.2.1.1)."""
     for item in items(dataset, keyword):
         descriptor = numbers(item, "LUTDescriptor")
         if len(descriptor) == 3 and "LUTData" in item:
@@ -206,7 +206,7 @@ def _lut(item: Dataset, descriptor: list[int], signed: bool) -> Lut:
 
 
 def _windowed(dataset: Dataset, values: Table) -> Table | None:
-    """The first window that can be used; None without any."""
+    """Return the first window that can be used; None without any."""
     centers, widths = numbers(dataset, "WindowCenter"), numbers(dataset, "WindowWidth")
     function = text(dataset, "VOILUTFunction").upper() or "LINEAR"
     if not centers or not widths:

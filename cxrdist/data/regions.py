@@ -37,7 +37,7 @@ def read_regions(text: str) -> tuple[Region, ...]:
 
 
 def border(size_px: int) -> NDArray[np.bool_]:
-    """Pixels of the outer tenth of a square, bool [size, size]."""
+    """Return the pixels of the outer tenth of a square, bool [size, size]."""
     width = round(size_px * BORDER)
     inner = np.zeros((size_px, size_px), bool)
     inner[width : size_px - width, width : size_px - width] = True
@@ -45,7 +45,7 @@ def border(size_px: int) -> NDArray[np.bool_]:
 
 
 def corners(size_px: int) -> NDArray[np.bool_]:
-    """Pixels of the four corners of a square, bool [size, size]."""
+    """Return the pixels of the four corners of a square, bool [size, size]."""
     width = round(size_px * CORNER)
     outer = np.zeros(size_px, bool)
     outer[:width] = outer[size_px - width :] = True
@@ -53,7 +53,7 @@ def corners(size_px: int) -> NDArray[np.bool_]:
 
 
 def thorax(size_px: int) -> NDArray[np.bool_]:
-    """Pixels of a fixed ellipse around the thorax, bool [size, size]."""
+    """Return the pixels of a fixed ellipse around the thorax, bool [size, size]."""
     x, y, half_width, half_height = THORAX
     centres = (np.arange(size_px) + 0.5) / size_px
     across, down = (centres - x) / half_width, (centres - y) / half_height

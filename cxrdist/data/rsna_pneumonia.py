@@ -113,7 +113,7 @@ def _name_of(path: str) -> str | None:
 
 
 def _table(file: Path, names: Sequence[str]) -> tuple[Table, list[int]]:
-    """A table, and where these columns of it are."""
+    """Return a table, and where these columns of it are."""
     if not file.is_file():
         raise CxrdistError(
             f"--input {file.parent}: has no {file.name}; expected the files of stage 2 as Kaggle "
@@ -125,7 +125,7 @@ def _table(file: Path, names: Sequence[str]) -> tuple[Table, list[int]]:
 
 
 def _read_readings(folder: Path) -> dict[str, str]:
-    """The class of each image; it stands there once for each box."""
+    """Return the class of each image; it stands there once for each box."""
     table, (name_at, class_at) = _table(folder / READINGS, ("patientId", "class"))
     readings: dict[str, str] = {}
     for where, row in table.rows():
@@ -138,7 +138,7 @@ def _read_readings(folder: Path) -> dict[str, str]:
 
 
 def _read_boxes(folder: Path) -> dict[str, list[Finding]]:
-    """The boxes of each image, in px of the originals; none where it has no opacity."""
+    """Return the boxes of each image, in px of the originals; none where it has no opacity."""
     table, places = _table(folder / BOXES, COLUMNS)
     boxes: dict[str, list[Finding]] = {}
     for where, cells in table.rows():

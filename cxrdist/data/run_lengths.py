@@ -173,7 +173,7 @@ def _refuse_compressed(file: Path, head: bytes) -> None:
 
 
 def _next_row(content: BinaryIO, where: str) -> bytes:
-    """The bytes of a row, with the line breaks in its quotes; empty at the end."""
+    """Return the bytes of a row, with the line breaks in its quotes; empty at the end."""
     lines, size, open_quote = [], 0, False
     while line := content.readline(MOST_ROW_BYTES):
         lines.append(line)
@@ -208,7 +208,7 @@ def _columns(file: Path, header: bytes) -> _Columns:
 
 
 def _cells(row: bytes, where: str, count: int | None = None) -> list[str]:
-    """The cells of a row.
+    """Return the cells of a row.
 
     Raises:
         CxrdistError: it is no row of a CSV, or has another number of cells.

@@ -106,7 +106,7 @@ def _refuse_options_of_one(config: SourceConfig) -> None:
 
 
 def _read_file(config: SourceConfig) -> dict[str, SourceConfig]:
-    """The options of each source."""
+    """Return the options of each source."""
     file = config.input
     with judging(file, MEND):
         _, content = read_recipe(file.resolve() if isinstance(file, Path) else file, MEND)
@@ -189,7 +189,7 @@ def _renamed(
 
 
 def _patient(name: str, path: str, record: Record) -> str:
-    """The patient's name among all sources."""
+    """Return the patient's name among all sources."""
     if record.patient.startswith(NO_PATIENT):
         return own_patient(path)
     number = NIH_PATIENT.fullmatch(record.patient) if record.source in OF_NIH else None

@@ -130,7 +130,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def describe_shard(path: Path, num_samples: int) -> ShardEntry:
-    """The index's entry of a shard that was written."""
+    """Return the index's entry of a shard that was written."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardEntry(path.name, num_samples, path.stat().st_size, digest)
@@ -225,7 +225,7 @@ class OpenShard:
             return np.asarray(image)
 
     def describe(self, number: int) -> SampleFile:
-        """What KEY.json says of a sample.
+        """Return what KEY.json says of a sample.
 
         Raises:
             CxrdistError: it differs from samples.csv, has no valid size of the original, or a box
@@ -410,6 +410,6 @@ def read_masks(shard: PackedShard) -> Iterator[NDArray[np.uint8] | None]:
 
 
 def _is_within(box: Finding, side_px: int) -> bool:
-    """Whether a box lies in the square, but for rounding."""
+    """Return whether a box lies in the square, but for rounding."""
     most = side_px + LEAST_PX
     return min(box.x, box.y) >= 0 and max(box.x + box.width, box.y + box.height) <= most

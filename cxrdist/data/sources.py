@@ -85,7 +85,7 @@ def _read_one(config: SourceConfig, besides: Sequence[Path]) -> Source:
 
 
 def _label_map(config: SourceConfig) -> LabelMap:
-    """The label map, which is read before a source that may be large."""
+    """Return the label map, which is read before a source that may be large."""
     return {} if config.label_map is None else read_label_map(config.label_map)
 
 

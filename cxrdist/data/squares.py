@@ -95,7 +95,7 @@ class Square:
         return *of_pngs, *(THUMBNAIL_BYTES * (png > 0) for png in of_pngs[:2])
 
     def is_scaled_by(self, depth: int | None) -> bool:
-        """Whether it is as if it were decoded by a depth; None is its own."""
+        """Return whether it is as if it were decoded by a depth; None is its own."""
         return self.used_depth is None or self.depth == (depth or self.used_depth)
 
 
@@ -153,7 +153,7 @@ def make_squares(
 
 
 def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
-    """What is there of a part and need not be decoded again, by the number of the record."""
+    """Return what is there of a part and need not be decoded again, by the number of the record."""
     path = part_file(directory, part.number)
     if not path.is_file():
         return {}
@@ -168,7 +168,7 @@ def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
 
 
 def _without(part: Part, kept: Kept) -> Part:
-    """The part with the records that are to be decoded."""
+    """Return the part with the records that are to be decoded."""
     return replace(part, records=[r for i, r in enumerate(part.records) if i not in kept])
 
 
@@ -229,7 +229,7 @@ def _describe_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def _unnamed(file: Path, error: CxrdistError) -> str:
-    """The message without the file's name, which may be a patient's."""
+    """Return the message without the file's name, which may be a patient's."""
     return str(error).removeprefix(f"{file}: ").replace(str(file), "the file")
 
 
@@ -261,12 +261,12 @@ def _row(square: Square) -> dict[str, Any]:
 
 
 def part_file(directory: Path, number: int) -> Path:
-    """Where the squares of a part are."""
+    """Return where the squares of a part are."""
     return directory / f"{number:06d}.squares"
 
 
 def file_state(record: Record) -> State:
-    """The state of a record's files; that one is missing will be said by its reader."""
+    """Return the state of a record's files; that one is missing will be said by its reader."""
     mask = () if record.mask is None else (record.mask.file,)
     return tuple(number for file in (record.file, *mask) for number in _state(file))
 
@@ -280,7 +280,7 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | None:
-    """What is known of a part's records; None if the part must still be made.
+    """Return what is known of a part's records; None if the part must still be made.
 
     Args:
         directory: of the parts' files.
@@ -310,7 +310,7 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
 
 
 def _squares(path: Path, head: bytes, num_bytes: int) -> list[Square]:
-    """The squares of a part by the first line of its file.
+    """Return the squares of a part by the first line of its file.
 
     Args:
         path: of the file.
@@ -353,14 +353,14 @@ class Pngs:
     places: Sequence[tuple[int, int, int]]  # part, first byte, length
 
     def __getitem__(self, place: int) -> bytes:
-        """The PNG at a place."""
+        """Return the PNG at a place."""
         part, start, length = self.places[place]
         with open(part_file(self.directory, part), "rb") as file:
             file.seek(start)
             return file.read(length)
 
     def thumbnail(self, place: int) -> NDArray[np.uint8]:
-        """The thumbnail of the square at a place, uint8 [THUMBNAIL_PX, THUMBNAIL_PX]."""
+        """Return the thumbnail of the square at a place, uint8 [THUMBNAIL_PX, THUMBNAIL_PX]."""
         data = self[3 * len(self.places) // 5 + place]
         return np.frombuffer(data, np.uint8).reshape(THUMBNAIL_PX, THUMBNAIL_PX)
 

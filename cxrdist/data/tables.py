@@ -168,7 +168,7 @@ def plain(name: str) -> str:
 
 
 def _unpack(file: Path, data: bytes) -> bytes:
-    """The content of a gzip file.
+    """Return the content of a gzip file.
 
     It is measured before it is kept: 1 MiB can unpack to 1 GiB.
     """
@@ -186,7 +186,7 @@ def _unpack(file: Path, data: bytes) -> bytes:
 
 
 def _decode(file: Path, data: bytes) -> tuple[str, str]:
-    """The text, and what was assumed of its encoding where that is not UTF-8."""
+    """Return the text, and what was assumed of its encoding where that is not UTF-8."""
     mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
     encoding = MARKS.get(mark, "utf-8")
     try:

@@ -129,7 +129,7 @@ def find_in_file(file: Path) -> tuple[Box, ...]:
 
 
 def _whole(box: Box, width_px: int, height_px: int) -> Box:
-    """The box in whole px, cut at the border of the image."""
+    """Return the box in whole px, cut at the border of the image."""
     left, top = max(0, round(box.x)), max(0, round(box.y))
     right = min(width_px, max(left + 1, round(box.x + box.width)))
     bottom = min(height_px, max(top + 1, round(box.y + box.height)))
@@ -235,7 +235,7 @@ def _around(a: Box, b: Box) -> Box:
 
 
 def _read(image: Image.Image, box: Box) -> Box:
-    """The box with what it reads."""
+    """Return the box with what it reads."""
     right, bottom = round(box.x + box.width), round(box.y + box.height)
     crop = image.crop((round(box.x), round(box.y), right, bottom)).convert("RGB")
     found = _engine()(np.asarray(crop), use_det=False, use_cls=False, use_rec=True)

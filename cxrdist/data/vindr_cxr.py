@@ -118,7 +118,7 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
 
 def _name_of(path: str) -> str | None:
-    """The split and the image's name; None outside of the two folders."""
+    """Return the split and the image's name; None outside of the two folders."""
     named = re.fullmatch(r"(train|test)/(?:\1/)?([^/]+)", path)  # Kaggle's copies nest them
     return f"{named[1]}/{named[2]}" if named else None
 
@@ -233,7 +233,7 @@ def _read_boxes(file: Path, split: str, labels: Sequence[str]) -> Iterator[tuple
 
 
 def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, float]:
-    """The edges of a box; all 0 if its cells are empty, as those of global labels are."""
+    """Return the edges of a box; all 0 if its cells are empty, as those of global labels are."""
     if not any(cells):
         return 0.0, 0.0, 0.0, 0.0
     try:
@@ -251,7 +251,7 @@ def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, 
 def _find_columns(
     table: Table, names: Mapping[str, set[str]], needed: Sequence[str]
 ) -> dict[str, int]:
-    """The places of the image's name, the reader's if it is there, and further columns."""
+    """Return the places of the image's name, the reader's if it is there, and further columns."""
     return table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names}, needed)
 
 
@@ -273,7 +273,7 @@ def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]
 
 
 def _reaches_out(record: Record) -> bool:
-    """Whether a box does not fit into the picture, as far as that can be read."""
+    """Return whether a box does not fit into the picture, as far as that can be read."""
     size = picture_size(record.file) if record.findings else None
     return size is not None and any(
         box.x + box.width > size[0] + ROUNDING_PX or box.y + box.height > size[1] + ROUNDING_PX

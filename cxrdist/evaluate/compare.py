@@ -136,7 +136,7 @@ class Both(NamedTuple):
 
 
 def _reach(differences: NDArray[np.float64], patients: NDArray[np.int64]) -> float:
-    """How far the interval of the mean of K differences reaches to either side.
+    """Return how far the interval of the mean of K differences reaches to either side.
 
     Args:
         differences: float64 [replicates, K], NaN where a replicate lacks a figure.
@@ -184,7 +184,7 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
 
 
 def called(scored: Scored) -> NDArray[np.bool_]:
-    """Which classes each image is predicted to have: bool [N, classes]."""
+    """Return which classes each image is predicted to have: bool [N, classes]."""
     if scored.task == "multilabel":
         return scored.logits >= THRESHOLD_LOGIT
     return scored.logits.argmax(axis=1)[:, None] == np.arange(len(scored.classes))
@@ -196,7 +196,7 @@ def _is_right(scored: Scored) -> NDArray[np.bool_]:
 
 
 def _figures(scored: Scored, draws: Replicates) -> Figures:
-    """All figures in each replicate; NaN where one is not defined."""
+    """Return all figures in each replicate; NaN where one is not defined."""
     guess, truth, known = called(scored), scored.targets == POSITIVE, scored.targets >= 0
     cells = [guess & truth, guess & ~truth, ~guess & truth, ~guess & ~truth]
     counts = draws.sums(np.hstack([cell & known for cell in cells]).astype(np.float64))

@@ -435,7 +435,7 @@ def started_from_chexnet(weights: WeightsInfo) -> bool:
 
 
 def is_of_chestxray14(sample: Sample) -> bool:
-    """Whether an image is of ChestX-ray14, by its source or the name of its file."""
+    """Return whether an image is of ChestX-ray14, by its source or the name of its file."""
     named = KNOWN_NAMES["ChestX-ray14"].search(sample.path.rsplit("/", 1)[-1])
     return sample.source in PRE_TRAINING_SOURCES or bool(named)
 
@@ -449,7 +449,7 @@ def write_lists(run: RunDirectory, place: str, external: External) -> None:
 
 
 def summary(info: ExternalInfo) -> str:
-    """What the user reads of an external set."""
+    """Return what the user reads of an external set."""
     name = info["name"]
     lines = []
     if info["other_classes"]:

@@ -262,7 +262,7 @@ def _count_patients(side: Bools, patient: NDArray[np.int64]) -> NDArray[np.int64
 
 
 def _share(part: Bools, whole: Bools, own: Replicates) -> _Figures:
-    """The shares of images that are in `part` among those in `whole`, bool [n, C] each."""
+    """Return the shares of images that are in `part` among those in `whole`, bool [n, C] each."""
     size = whole.shape[1]
     sums = own.sums(np.hstack([part, whole]).astype(np.float64))
     images, patients = whole.sum(axis=0), _count_patients(whole, own.patient)
@@ -273,7 +273,7 @@ def _share(part: Bools, whole: Bools, own: Replicates) -> _Figures:
 
 
 def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> _Figures:
-    """The AUROC of each class, from [n, C] each.
+    """Return the AUROC of each class, from [n, C] each.
 
     A replicate's is that of all images, moved by what each of them contributes (its placement;
     DeLong et al. 1988, for patients with several images Obuchowski 1997) on the scale of log odds,
@@ -407,7 +407,7 @@ def _spread(measure: str, value: Floats) -> Floats:
 
 
 def _largest(found: _Differences, comparisons: int) -> Gap:
-    """The largest difference of those that are flagged, else of all."""
+    """Return the largest difference of those that are flagged, else of all."""
     sizes = np.abs(found.value)
     reach = found.error * scipy.stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, found.freedom)
     flagged = sizes > reach

@@ -202,7 +202,7 @@ def _score_label(logits: Tensor, truth: Tensor) -> Scores:
 
 
 def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
-    """The mean AUROC of the labels for which it is defined, None if there is none.
+    """Return the mean AUROC of the labels for which it is defined, None if there is none.
 
     Args:
         logits: float [N, classes].
@@ -227,7 +227,7 @@ def _ranks(logits: Tensor) -> Tensor:
 
 
 def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> Scores:
-    """Count and score n images: logits, float [n], predictions and truth, bool [n]."""
+    """Return the count and score n images: logits, float [n], predictions and truth, bool [n]."""
     scores = _functional().classification
     positives = int(truth.sum())
     has_truth, has_both = positives > 0, 0 < positives < len(truth)

@@ -45,7 +45,7 @@ class Rule:
     least: float | None
 
     def __str__(self) -> str:
-        """The text that `read_rule` reads."""
+        """Return the text that `read_rule` reads."""
         return self.measure if self.least is None else f"{self.measure}={self.least:g}"
 
 
@@ -205,7 +205,7 @@ class _Sides:
         return cls(threshold, has, lacks, call(scored.logits[:, column], threshold))
 
     def cells(self) -> list[NDArray[np.bool_]]:
-        """The images of each of `CELLS`."""
+        """Return the images of each of `CELLS`."""
         called = self.called
         return [self.has & called, self.has & ~called, self.lacks & called, self.lacks & ~called]
 

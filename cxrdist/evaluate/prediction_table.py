@@ -223,7 +223,7 @@ def _labels(
 
 
 def _names(cell: str, classes: Sequence[str]) -> list[str]:
-    """The labels of a cell; No Finding stands for none unless it is a class."""
+    """Return the labels of a cell; No Finding stands for none unless it is a class."""
     names = [name for part in cell.split(SEPARATOR) if (name := part.strip())]
     return [name for name in names if name in classes or plain(name) != image_table.NO_FINDING]
 

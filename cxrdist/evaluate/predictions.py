@@ -281,7 +281,7 @@ def rank_batches(
 def predict_split(
     subject: Subject, numbers: NDArray[np.int64], batch_size: int
 ) -> list[tuple[int, NDArray[np.float32]]]:
-    """Logits of some samples, gathered from all ranks; in float32 for any launch.
+    """Return the logits of some samples, gathered from all ranks; in float32 for any launch.
 
     Returns:
         (sample number, float32 [classes]) of each, in no promised order, on every rank.
@@ -301,7 +301,7 @@ def predict_split(
 def in_order(
     rows: list[tuple[int, NDArray[np.float32]]], numbers: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Logits in the order of the samples; each must be there once.
+    """Return the logits in the order of the samples; each must be there once.
 
     Raises:
         CxrdistError: a sample is missing or was predicted twice.

@@ -47,7 +47,7 @@ class Scored:
     groups: Mapping[str, Sequence[str]]
 
     def __len__(self) -> int:
-        """The number of images."""
+        """Return the number of images."""
         return len(self.keys)
 
     def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> "Scored":

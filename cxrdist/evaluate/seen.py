@@ -184,7 +184,7 @@ def take_prints(
 def _prints_of(
     images: Images, numbers: NDArray[np.int64]
 ) -> list[tuple[bytes, bytes, bytes, bytes, int]]:
-    """The hashes of some images, their thumbnails, and whether they are flat."""
+    """Return the hashes of some images, their thumbnails, and whether they are flat."""
     rows = []
     for number in numbers.tolist():
         pixels = np.asarray(images[number])
@@ -224,7 +224,7 @@ def find_matches(images: Prints, seen: Prints) -> dict[int, Match]:
 
 
 def _first_rows(values: NDArray[np.uint8]) -> dict[bytes, int]:
-    """The first row of each value."""
+    """Return the first row of each value."""
     rows: dict[bytes, int] = {}
     for place, value in enumerate(values):
         rows.setdefault(value.tobytes(), place)

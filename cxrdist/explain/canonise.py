@@ -74,7 +74,7 @@ def untangle(network: DenseNet) -> nn.Sequential:
 
 
 def blocks_of(network: DenseNet) -> tuple[list[DenseBlock], list[DenseTransition]]:
-    """The dense blocks of a network, and the transitions, one behind each but the last."""
+    """Return the dense blocks of a network, and the transitions, one behind each but the last."""
     children = list(network.features.named_children())
     blocks = [child for name, child in children if name.startswith("denseblock")]
     return blocks, [child for name, child in children if name.startswith("transition")]

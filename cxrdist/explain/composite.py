@@ -94,7 +94,7 @@ class _Ledger:
 
 
 def _unknown(logit: Tensor) -> _Ledger:
-    """The ledger of rules that keep none."""
+    """Return the ledger of rules that keep none."""
     ledger = _Ledger()
     ledger.bias = ledger.epsilon = torch.full_like(logit, torch.nan, dtype=torch.float64)
     return ledger
@@ -113,7 +113,7 @@ class _Denominator:
         return stabilised
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """The last denominator, plain and stabilised; not kept any longer."""
+        """Return the last denominator, plain and stabilised; not kept any longer."""
         if self._last is None:
             raise RuntimeError("a rule of zennit made no use of its stabiliser")
         last, self._last = self._last, None
@@ -144,7 +144,7 @@ class _Booked(BasicHook):
         )
 
     def copy(self) -> "_Booked":
-        """A hook for another layer, on the same ledger."""
+        """Return a hook for another layer, on the same ledger."""
         return _Booked(self._rule, self._epsilon, self._ledger)
 
     def backward(
@@ -180,7 +180,7 @@ def _z_plus_of_relu(denominator: _Denominator, zero_params: list[str]) -> BasicH
 def _canonical(
     ledger: _Ledger, flat: bool, zero_params: list[str], epsilon: float
 ) -> SpecialFirstLayerMapComposite:
-    """The rule of each layer of a canonical network.
+    """Return the rule of each layer of a canonical network.
 
     ReLU and the max pool need none. Where a ReLU puts out zero, the layer behind it assigns no
     relevance, so its gradient passes everything; a max pool's gradient passes all to the maximum.
@@ -201,7 +201,7 @@ def _canonical(
 def _from_zennit(
     name: str, bounds: tuple[Tensor, Tensor], zero_params: list[str], epsilon: float
 ) -> Composite:
-    """One of zennit's own composites, with those of the settings that it takes.
+    """Return one of zennit's own composites, with those of the settings that it takes.
 
     Raises:
         CxrdistError: there is none of this name.

@@ -70,7 +70,7 @@ class Output:
     call: UUID
 
     def of(self, file: Path) -> "Output":
-        """The output of one X-ray, with UIDs of its own."""
+        """Return the output of one X-ray, with UIDs of its own."""
         return replace(self, call=uuid5(self.call, str(file)))
 
     def uid(self, *names: object) -> UID:

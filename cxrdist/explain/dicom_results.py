@@ -149,7 +149,7 @@ def _is_valid(value: object, kind: Callable[[Any], object]) -> bool:
 
 
 def _equipment(output: Output) -> dict[str, Any]:
-    """The General Equipment module (PS3.3, C.7.5.1) and the character set of a result."""
+    """Return the General Equipment module (PS3.3, C.7.5.1) and the character set of a result."""
     return {
         "manufacturer": "cxrdist",
         "manufacturer_model_name": "cxrdist",

@@ -93,10 +93,10 @@ class Watcher(Protocol):
         """R / z of the 1x1 convolution, [K, N, M]."""
 
     def see_absorbed(self, bias: Tensor | None, stabiliser: Tensor) -> None:
-        """What another rule's bias and stabiliser absorb, [K, B, ...]."""
+        """Return what another rule's bias and stabiliser absorb, [K, B, ...]."""
 
     def see_block(self, passed: Tensor, passing: "Passing") -> None:
-        """What a block got, [C, K, B, h, w], and all that its producers get."""
+        """Return what a block got, [C, K, B, h, w], and all that its producers get."""
 
 
 def forward_pass(folded: Folded, inputs: Tensor) -> "Seen":
@@ -138,7 +138,7 @@ def backward_pass(
 
 
 def head_quotients(rules: Rules, folded: Folded, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The epsilon rule's stabiliser and logit / z of each logit."""
+    """Return the epsilon rule's stabiliser and logit / z of each logit."""
     z = logits if rules.biases else logits - folded.bias
     stabiliser = rules.epsilon * (1 - 2 * (z < 0).to(z.dtype))
     return stabiliser, logits / (z + stabiliser)
@@ -155,7 +155,7 @@ def _backward_head(
 
 
 def window_sizes(stem: Stem, inputs: Tensor) -> Tensor:
-    """The number of input values in each window of the first convolution, [1, 1, h, w]."""
+    """Return the number of input values in each window of the first convolution, [1, 1, h, w]."""
     ones = torch.ones_like(stem.weight[:1, :1])
     return F.conv2d(torch.ones_like(inputs[:1, :1]), ones, None, *stem.place) * inputs.shape[1]
 
@@ -282,7 +282,7 @@ class Features:
         self._count = rows.stop
 
     def read(self, consumer: Consumer) -> tuple[Tensor, Tensor]:
-        """What a consumer makes of them and its z-plus, [C, N] each."""
+        """Return what a consumer makes of them and its z-plus, [C, N] each."""
         count = len(consumer.scale)
         outputs = consumer.read(self.y[:count])
         minus = None if self._minus is None else self._minus[:count]
@@ -307,7 +307,7 @@ class Passing:
             total.addcmul_(amounts, is_part)
 
     def take(self, start: int, stop: int | None = None) -> Tensor:
-        """What the producer with these channels gets, [1 or 2, c, K, B, H * W]."""
+        """Return what the producer with these channels gets, [1 or 2, c, K, B, H * W]."""
         return torch.stack([part[start:stop] for part in self._parts])
 
 
@@ -339,7 +339,7 @@ def as_images(hidden: Tensor, sides: tuple[int, int]) -> Tensor:
 
 
 def pool_quotients(seen: SeenBlock) -> Tensor:
-    """The quotients a / z of the pool behind a block, [C, B, h, w]."""
+    """Return the quotients a / z of the pool behind a block, [C, B, h, w]."""
     return seen.pooled / (seen.pooled + STABILISER)
 
 

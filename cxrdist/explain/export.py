@@ -89,7 +89,7 @@ class _Work:
     """Of all samples; None where no explained one has any."""
 
     def lungs_of(self, number: int) -> NDArray[np.bool_] | None:
-        """The mask of a sample, bool [S, S]; None if it has none."""
+        """Return the mask of a sample, bool [S, S]; None if it has none."""
         index = self.subject.index
         if self.masks is None or not index.samples[number].mask_sha256:
             return None
@@ -175,7 +175,7 @@ def _choose_numbers(config: ExplainConfig, subject: Subject) -> NDArray[np.int64
 def _how(
     config: ExplainConfig, subject: Subject, targets: Targets, numbers: NDArray[np.int64]
 ) -> dict[str, object]:
-    """All that the bytes of the relevance depend on, but for the machine and its threads."""
+    """Return all that the bytes of the relevance depend on, but for the machine and its threads."""
     description = read_document(subject.run.model / "model.json", dict[str, object])
     description.pop("calibration", None)  # no map depends on it, and evaluate may come later
     weights = (subject.run.model / "model.safetensors").read_bytes()
@@ -220,7 +220,7 @@ def _prepare(work: _Work, how: dict[str, object]) -> _Left:
 
 
 def _is_tested(work: _Work, found: RelevanceInfo) -> bool:
-    """Whether all of relevance.json is there, and with pictures those of the mean maps."""
+    """Return whether all of relevance.json is there, and with pictures those of the mean maps."""
     outside = found["outside"]
     if outside is None or found["pixel_flipping"] is None or found["randomisation"] is None:
         return False
@@ -229,7 +229,7 @@ def _is_tested(work: _Work, found: RelevanceInfo) -> bool:
 
 
 def _mean_map(work: _Work, name: str) -> Path:
-    """The picture of a class's mean map."""
+    """Return the picture of a class's mean map."""
     return work.subject.run.mean_maps(work.subject.place) / f"{safe_name(name)}.png"
 
 
@@ -364,7 +364,7 @@ def _look(work: _Work, number: int, found: Map) -> _Explained:
 def _finished(
     work: _Work, place: Path, unit: NDArray[np.int64], *, look: bool
 ) -> list[_Explained] | None:
-    """The samples of a unit whose files all stand already, else None.
+    """Return the samples of a unit whose files all stand already, else None.
 
     Args:
         work: what each rank needs.
@@ -389,7 +389,7 @@ def _finished(
 
 
 def _are_drawn(work: _Work, explained: list[_Explained]) -> bool:
-    """Whether all pictures of some samples stand already."""
+    """Return whether all pictures of some samples stand already."""
     if not work.with_pictures:
         return True
     heatmaps = work.subject.run.heatmaps(work.subject.place)
@@ -407,13 +407,13 @@ def _keys(work: _Work, numbers: NDArray[np.int64]) -> list[str]:
 
 
 def _num_threads(work: _Work) -> int:
-    """Threads that draw and encode, on each rank of a node."""
+    """Return the threads that draw and encode, on each rank of a node."""
     _, num_ranks = local_ranks(work.subject.accelerator)
     return max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
 def _rows(work: _Work, one: _Explained) -> list[Row]:
-    """The rows of relevance.csv of a sample, with their places in it."""
+    """Return the rows of relevance.csv of a sample, with their places in it."""
     (key,) = _keys(work, np.array([one.number]))
     names, ledger = (
         work.targets.names_of(one.ledger),
@@ -426,7 +426,7 @@ def _rows(work: _Work, one: _Explained) -> list[Row]:
 def ledger_rows(
     key: str, names: list[str], ledger: NDArray[np.float64], *, with_pictures: bool
 ) -> list[list[str]]:
-    """A sample's rows of relevance.csv, one per class; what is not known stays empty.
+    """Return a sample's rows of relevance.csv, one per class; what is not known stays empty.
 
     Args:
         key: of the sample.
@@ -510,7 +510,7 @@ def ledger_residual(rows: list[list[str]]) -> float | None:
 
 
 def _said(work: _Work, num_images: int) -> str:
-    """What the user reads in the end."""
+    """Return what the user reads in the end."""
     run, place = work.subject.run, work.subject.place
     directory = run.heatmaps(place) if work.with_pictures else run.relevance(place)
     info = _read_info(run.relevance_info(place))

@@ -63,7 +63,7 @@ def flip_pixels(
 
 
 def _patches(height: int, width: int) -> NDArray[np.int64]:
-    """The number of each pixel's patch, int64 [H, W]."""
+    """Return the number of each pixel's patch, int64 [H, W]."""
     rows, columns = (np.arange(n) * min(n, PATCHES_A_SIDE) // n for n in (height, width))
     return rows[:, None] * (columns[-1] + 1) + columns
 

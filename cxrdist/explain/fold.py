@@ -41,11 +41,11 @@ class Consumer(NamedTuple):
     """[C, 1], 1 where s is negative, else 0; None where none is."""
 
     def read(self, features: Tensor) -> Tensor:
-        """Its output behind its ReLU, [C, N]."""
+        """Return its output behind its ReLU, [C, N]."""
         return scaled(features, self.scale, self.shift).relu_()
 
     def denominator(self, plus: Tensor, minus: Tensor | None, outputs: Tensor) -> Tensor:
-        """Its z-plus, [C, N]; right where it is active.
+        """Return its z-plus, [C, N]; right where it is active.
 
         Args:
             plus: the producers' P of W+, [C, N].

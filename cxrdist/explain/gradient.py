@@ -80,7 +80,7 @@ class _Map(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients with respect to the leaves of the folded network."""
+        """Return the gradients with respect to the leaves of the folded network."""
         if ctx.kept is None:
             raise RuntimeError("the map can be differentiated once: what that needs is used up")
         (folded, structure, weights, seen, trace), ctx.kept = ctx.kept, None
@@ -314,7 +314,7 @@ def _consumer_back(
     shares: Tensor,
     of_features: tuple[Tensor, Tensor],
 ) -> tuple[Consumer, Tensor]:
-    """Gradients of a consumer; those of the features are added to what is there.
+    """Return the gradients of a consumer; those of the features are added to what is there.
 
     Args:
         consumer: that read the features.
@@ -347,14 +347,14 @@ def _consumer_back(
 
 
 def _pick(consumer: Consumer, parts: list[Tensor], count: int) -> Tensor:
-    """Gradients of what a consumer passes, [C, N], by the sign of its scale."""
+    """Return the gradients of what a consumer passes, [C, N], by the sign of its scale."""
     if consumer.negative is None:
         return parts[0][:count]
     return torch.where(consumer.negative > 0, parts[1][:count], parts[0][:count])
 
 
 def _rows(passing: Passing, start: int, stop: int) -> Tensor:
-    """What a producer got, [1 or 2 times c, N]."""
+    """Return what a producer got, [1 or 2 times c, N]."""
     return passing.take(start, stop).flatten(0, 1).flatten(1)
 
 
@@ -376,7 +376,7 @@ def _to_images(rows: Tensor, sides: tuple[int, int]) -> Tensor:
 
 
 def _convolution_back(gradient: Tensor, images: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of images and weight of a 3x3 convolution, padded by 1."""
+    """Return the gradients of images and weight of a 3x3 convolution, padded by 1."""
     of_images, of_weight, _ = torch.ops.aten.convolution_backward(
         *(gradient, images, weight, None, [1, 1], [1, 1], [1, 1]),
         *(False, [0, 0], 1, [True, True, False]),

@@ -62,7 +62,7 @@ def overlay(
 
 
 def enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
-    """A picture in colour, at least `LEAST_PX` wide, and how many times larger it is."""
+    """Return a picture in colour, at least `LEAST_PX` wide, and how many times larger it is."""
     times = max(1, -(-LEAST_PX // picture.width))
     size = (picture.width * times, picture.height * times)
     return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), times

@@ -136,7 +136,7 @@ def _beside_itself(layer: DenseLayer) -> Step:
 
 
 def _norm(norm: _BatchNorm) -> Step:
-    """A BatchNorm, whose rule does not conserve, and its ReLU, which passes everything."""
+    """Return a BatchNorm, whose rule does not conserve, and its ReLU, which passes everything."""
     scale, shift = (value.to(norm.weight.dtype)[:, None, None] for value in affine(norm))
     beta, mean = norm.bias[:, None, None], cast(Tensor, norm.running_mean)[:, None, None]
 
@@ -156,7 +156,7 @@ def _norm(norm: _BatchNorm) -> Step:
 
 
 def _alpha1_beta0(conv: nn.Conv2d) -> Step:
-    """The z-plus rule for inputs of both signs: the parts x+ w+ and x- w-."""
+    """Return the z-plus rule for inputs of both signs: the parts x+ w+ and x- w-."""
     positive = _like(conv, conv.weight.clamp(min=0))
     negative = _like(conv, conv.weight.clamp(max=0))
 
@@ -175,7 +175,7 @@ def _alpha1_beta0(conv: nn.Conv2d) -> Step:
 
 
 def _flat(conv: nn.Conv2d) -> Step:
-    """The flat rule: every pixel of a window gets the same."""
+    """Return the flat rule: every pixel of a window gets the same."""
     ones = _like(conv, torch.ones_like(conv.weight))
 
     def step(x: Tensor) -> tuple[Tensor, Back]:
@@ -189,7 +189,7 @@ def _flat(conv: nn.Conv2d) -> Step:
 
 
 def _proportional(pool: Layer) -> Step:
-    """An average pool: each input gets its part of the sum, whatever the signs."""
+    """Return an average pool: each input gets its part of the sum, whatever the signs."""
 
     def step(x: Tensor) -> tuple[Tensor, Back]:
         y, pull = _linear(pool, x)
@@ -217,11 +217,11 @@ def _ratio(relevance: Tensor, z: Tensor, ledger: _Ledger) -> Tensor:
 
 
 def _linear(layer: Layer, x: Tensor) -> tuple[Tensor, Layer]:
-    """The output of a layer, and its transpose where it is linear around the input."""
+    """Return the output of a layer, and its transpose where it is linear around the input."""
     y, pull = cast(tuple[Tensor, Callable[[Tensor], tuple[Tensor]]], vjp(layer, x))
     return y, lambda ratio: pull(ratio)[0]
 
 
 def _like(conv: nn.Conv2d, weight: Tensor) -> Layer:
-    """The convolution with other weights and no bias."""
+    """Return the convolution with other weights and no bias."""
     return lambda x: nn.functional.conv2d(x, weight, None, conv.stride, conv.padding)

@@ -146,7 +146,7 @@ def score_map(values: NDArray[np.floating], outline: NDArray[np.bool_]) -> Score
 
 
 def score_chance(area: float) -> Scores:
-    """The scores of a map that is the same everywhere; all of it is what it marks."""
+    """Return the scores of a map that is the same everywhere; all of it is what it marks."""
     return np.array([area, area, 0.0, *[area] * len(TOPS)])
 
 

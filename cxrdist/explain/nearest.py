@@ -83,7 +83,7 @@ def find_nearest(subject: Subject, numbers: NDArray[np.int64]) -> list[Nearest]:
 
 
 def pooled(model: Classifier, images: Tensor) -> Tensor:
-    """What the output layer of a network sees: float [B, features] of unit length.
+    """Return what the output layer of a network sees: float [B, features] of unit length.
 
     SqueezeNet averages over the image behind that layer; here it is done before, which is the same.
 
@@ -106,7 +106,7 @@ def pooled(model: Classifier, images: Tensor) -> Tensor:
 def _features(
     subject: Subject, numbers: NDArray[np.int64]
 ) -> list[tuple[int, NDArray[np.float32]]]:
-    """The features of this rank's share of some samples, float32 [features] each."""
+    """Return the features of this rank's share of some samples, float32 [features] each."""
     found: list[tuple[int, NDArray[np.float32]]] = []
     for batch in rank_batches(numbers, BATCH_SIZE, subject.accelerator):
         images = read_rows(subject.images, batch, subject.accelerator.device)
@@ -119,7 +119,7 @@ def _features(
 def _best(
     subject: Subject, train: NDArray[np.int64], numbers: NDArray[np.int64], wanted: Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The most similar image of this rank's share of the training images, for each sample.
+    """Return the most similar image of this rank's share of the training images, for each sample.
 
     Args:
         subject: the model and the shards.

@@ -64,11 +64,11 @@ class Sums:
                 own[target] = own[target] + values if target in own else values
 
     def mean_map(self, target: int, num_images: int) -> NDArray[np.float64]:
-        """The mean of R / sum |R| over the images of a class, [S, S]."""
+        """Return the mean of R / sum |R| over the images of a class, [S, S]."""
         return self.maps[target] / (_ONE * num_images)
 
     def picture(self, target: int, num_images: int) -> Image.Image:
-        """The mean map of a class over its mean X-ray."""
+        """Return the mean map of a class over its mean X-ray."""
         xray = np.rint(self.xrays[target] / num_images).astype(np.uint8)
         return overlay(xray, self.mean_map(target, num_images))
 

@@ -44,7 +44,7 @@ def draw(drawing: Drawing, directory: Path, how: Preparation) -> None:
 
 
 def safe_name(name: str) -> str:
-    """Name of a class as a part of a file's name.
+    """Return the name of a class as a part of a file's name.
 
     A class name may hold characters that a file name may not, or too many. What is left of such a
     name gets a hash, so that no two classes share a file.

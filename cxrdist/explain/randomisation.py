@@ -129,7 +129,7 @@ def compare_maps(
 def _maps(
     found: Attribution, places: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """The map of the first of one or two places, and what it has more than the second's."""
+    """Return the map of the first of one or two places, and what it has more than the second's."""
     first, *others = (found.relevance[0, place].double().cpu().numpy() for place in places)
     return first, first - others[0] if others else None
 
@@ -164,7 +164,7 @@ def summarise(blocks: Sequence[list[str]], of_images: Sequence[Found]) -> Random
 
 
 def _mean(found: Sequence[Likeness]) -> Similarity:
-    """The means of what is defined, within -1 to 1 whatever the rounding."""
+    """Return the means of what is defined, within -1 to 1 whatever the rounding."""
     means = []
     for values in zip(*found, strict=True):
         defined = [value for value in values if np.isfinite(value)]

@@ -107,7 +107,7 @@ class Explainer:
             self._method = Engine(network, flat, biases, epsilon)
 
     def attribute(self, images: Tensor, targets: Sequence[int | str] | None = None) -> Attribution:
-        """Relevance of grey images for some of the classes.
+        """Return the relevance of grey images for some of the classes.
 
         Args:
             images: uint8 [B, 1, S, S] as the model takes them, on any device.
@@ -150,7 +150,7 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def _class_indices(classes: list[str], targets: Sequence[int | str] | None) -> list[int]:
-    """Position of each target among the classes; all of them if ``targets`` is None."""
+    """Return the position of each target among the classes; all of them if ``targets`` is None."""
     if targets is None:
         return list(range(len(classes)))
     if isinstance(targets, str) or len(targets) == 0:

@@ -33,7 +33,7 @@ def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
 
 
 def _last_features(model: Classifier) -> nn.Module:
-    """The module that puts out the last features [B, C, h, w], behind their activation."""
+    """Return the module that puts out the last features [B, C, h, w], behind their activation."""
     names = {
         "resnet18": "layer4",
         "alexnet": "features.11",

@@ -41,7 +41,7 @@ class Targets:
         return [*self.classes, *([" minus ".join(self.contrast)] if self.contrast else [])]
 
     def leading(self, ledger: NDArray[np.float64]) -> tuple[int, int] | None:
-        """Places of an image's likeliest class and of the second likeliest one.
+        """Return the places of an image's likeliest class and of the second likeliest one.
 
         Their contrast is the map of an image that changes when the network does. None where a
         contrast was asked for, or only one class is explained.
@@ -69,11 +69,11 @@ class Targets:
         return np.concatenate([values, (values[places[0]] - values[places[1]])[None]])
 
     def likeliest(self, ledger: NDArray[np.float64]) -> int:
-        """Place of the image's likeliest class among those that are explained."""
+        """Return the place of the image's likeliest class among those that are explained."""
         return int(ledger[: len(self.classes), 0].argmax())
 
     def attribute(self, explainer: Explainer, images: torch.Tensor) -> Attribution:
-        """Relevance and ledger of each map; those of the contrast are differences.
+        """Return the relevance and ledger of each map; those of the contrast are differences.
 
         The rules behind the logits are linear in the relevance, so R_a - R_b is the relevance of
         the difference of the two logits.

@@ -85,7 +85,7 @@ class _OverRanks(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """The gradient through the statistics is one affine map of x in each channel."""
+        """Return the gradient through the statistics is one affine map of x in each channel."""
         x, weight, mean, var, shares = ctx.saved_tensors
         direct, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
             *(gradient, x, weight, mean, var, None, None, False, ctx.eps, [True] * 3)

@@ -251,7 +251,7 @@ def read_model(directory: Path) -> Classifier:
 
 
 def is_ensemble(run: str | Path) -> bool:
-    """Whether the model of a run directory is an ensemble.
+    """Return whether the model of a run directory is an ensemble.
 
     Raises:
         CxrdistError: there is no model, or none of this version.

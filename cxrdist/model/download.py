@@ -87,7 +87,7 @@ def download(url: str, where: str) -> Path:
 
 
 def _parsed(url: str) -> ParseResult | None:
-    """The parts of an http or https URL that names a host; None if it is none."""
+    """Return the parts of an http or https URL that names a host; None if it is none."""
     try:
         parsed = urlparse(url)
         is_web = parsed.scheme in ("http", "https") and bool(parsed.hostname)
@@ -98,7 +98,7 @@ def _parsed(url: str) -> ParseResult | None:
 
 
 def _noted(note: Path) -> str:
-    """The sha256 that was noted when the file was fetched.
+    """Return the sha256 that was noted when the file was fetched.
 
     Raises:
         CxrdistError: the note is damaged.
@@ -110,7 +110,7 @@ def _noted(note: Path) -> str:
 
 
 def place_of(url: str) -> Path:
-    """Where a URL's file stands in the cache of torch.hub.
+    """Return where a URL's file stands in the cache of torch.hub.
 
     Two URLs may end in the same name, such as model.pth.tar; only one with a hash in it is unique.
     """
@@ -122,7 +122,7 @@ def place_of(url: str) -> Path:
 
 
 def sha256_of(file: Path) -> str:
-    """The sha256 of a file, hexadecimal."""
+    """Return the sha256 of a file, hexadecimal."""
     with open(file, "rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
@@ -274,7 +274,7 @@ class _SecureOpener(urllib.request.HTTPSHandler):
 
 
 def _known_version(note: Path) -> str:
-    """The version of a half file as `_version` named it; empty if it is not known."""
+    """Return the version of a half file as `_version` named it; empty if it is not known."""
     if not note.is_file():
         return ""
     text = read_bytes(note, _MOST_NOTE_BYTES).decode("latin-1")
@@ -282,7 +282,7 @@ def _known_version(note: Path) -> str:
 
 
 def _version(headers: Message) -> str:
-    """What names this content of the URL: a strong ETag, or the date of its last change."""
+    """Return what names this content of the URL: a strong ETag, or the date of its last change."""
     tag = headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
 

@@ -96,7 +96,7 @@ def recognise(file: TensorFile, where: str) -> Layout:
 
 
 def head_names(network: Network) -> tuple[str, str]:
-    """Names of the weight and the bias of a network's output layer."""
+    """Return the names of the weight and the bias of a network's output layer."""
     layer = output_layer(network)
     return f"{layer}.weight", f"{layer}.bias"
 
@@ -121,7 +121,7 @@ def trunk_of(network: Network, channels: int = 3) -> dict[str, Tensor]:
 
 
 def torchvision_name(name: str) -> str:
-    """The name that a tensor has in torchvision's current DenseNet121."""
+    """Return the name that a tensor has in torchvision's current DenseNet121."""
     name = _OLD_DENSE_LAYER.sub(r"\1\2.", _PREFIX.sub("", name))
     return re.sub(r"^classifier\.0\.", "classifier.", name)
 
@@ -142,7 +142,7 @@ def _channels(tensors: dict[str, Tensor], where: str) -> int:
 def _identify(
     file: TensorFile, head: dict[str, Tensor], thresholds: Tensor | None, channels: int
 ) -> tuple[str, list[str] | None]:
-    """Name of the layout, and the labels of its head where they are known."""
+    """Return the name of the layout, and the labels of its head where they are known."""
     names = file.tensors
     weight = head.get("classifier.weight")
     num_outputs = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
@@ -207,7 +207,7 @@ def _check_head(
 
 
 def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
-    """The network that the tensors are of, a DenseNet of any shape or another.
+    """Return the network that the tensors are of, a DenseNet of any shape or another.
 
     Raises:
         CxrdistError: they are of none that is known here.

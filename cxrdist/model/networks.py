@@ -103,7 +103,7 @@ def _build_densenet(shape: Network, num_classes: int, channels: int) -> DenseNet
 
 
 def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
-    """The modules of each block by name, blocks in the order of the data.
+    """Return the modules of each block by name, blocks in the order of the data.
 
     ============= ==================================== ===================================
     architecture  blocks between stem and head         which are
@@ -152,7 +152,7 @@ def block_names(shape: Network) -> list[str]:
 
 
 def block_of(name: str, shape: Network) -> str:
-    """The block that a parameter, a buffer or a module with such belongs to.
+    """Return the block that a parameter, a buffer or a module with such belongs to.
 
     Args:
         name: as in ``network.named_parameters()``, such as ``features.denseblock1.denselayer1...``.

@@ -132,7 +132,7 @@ def probability_columns(predictions: Predictions) -> dict[str, NDArray[np.float6
 
 
 def call(logits: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """Whether each of some logits, of any shape, calls its class.
+    """Return whether each of some logits, of any shape, calls its class.
 
     Compared are float32, as the network gives them: nine digits of a file are not the same double.
     """

@@ -107,7 +107,7 @@ def read_tensor_file(file: Path, where: str) -> TensorFile:
 
 
 def container_of(file: Path) -> str | None:
-    """How a checkpoint file is written, by its first bytes; None if it is none."""
+    """Return how a checkpoint file is written, by its first bytes; None if it is none."""
     with open(file, "rb") as data:
         start = data.read(16)
     if start.startswith(b"PK\x03\x04"):
@@ -336,7 +336,7 @@ def _entries(attributes: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _labels(network: Stub) -> list[str] | None:
-    """Labels of the outputs, as torchxrayvision keeps them in its networks."""
+    """Return the labels of the outputs, as torchxrayvision keeps them in its networks."""
     for name in LABEL_ATTRIBUTES:
         labels = network.attributes.get(name)
         if isinstance(labels, list) and labels and all(isinstance(x, str) for x in labels):

@@ -371,7 +371,7 @@ _KEYS: dict[bytes, Callable[[list[Any]], list[Any]]] = {
 
 
 def _counted(code: bytes, operation: _Operation) -> _Operation:
-    """An operation that is counted first, and whose keys are plain values."""
+    """Return an operation that is counted first, and whose keys are plain values."""
     keys = _KEYS.get(code)
 
     def run(unpickler: Unpickler) -> None:
@@ -400,7 +400,7 @@ Unpickler.dispatch = {
 
 
 def _view(whole: StorageRef, view: Any) -> StorageRef:
-    """Part of a storage, as files before PyTorch 0.4 have it: key, offset, elements."""
+    """Return the part of a storage, as files before PyTorch 0.4 have it: key, offset, elements."""
     _, offset, size = view
     if not all(type(n) is int and n >= 0 for n in (offset, size)):
         raise RefusedError("it holds a view with a shape that is none")

@@ -54,7 +54,7 @@ class InitialWeights:
         return len(self.normalisation.mean)
 
     def describe(self, num_tensors: int) -> WeightsInfo:
-        """All that run.json and model.json say of the weights.
+        """Return all that run.json and model.json say of the weights.
 
         Args:
             num_tensors: how many the network took.

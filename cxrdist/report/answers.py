@@ -52,7 +52,7 @@ def authors(text: str = "") -> Rule:
 
 
 def sources(e: Evidence) -> Answer:
-    """Where the images come from."""
+    """Return where the images come from."""
     sizes = [f"{name} {count(n['images'])}" for name, n in e.info["shards"]["totals"].items()]
     return Answer(
         PARTLY,
@@ -63,7 +63,7 @@ def sources(e: Evidence) -> Answer:
 
 
 def selection(e: Evidence) -> Answer:
-    """Which images were taken."""
+    """Return which images were taken."""
     return Answer(
         PARTLY,
         "The images that were used are counted by class and split; rejected.csv of the shards "
@@ -74,7 +74,7 @@ def selection(e: Evidence) -> Answer:
 
 
 def preparation(e: Evidence) -> Answer:
-    """How images are prepared."""
+    """Return how images are prepared."""
     size = e.info["shards"]["image_size_px"]
     fit = e.info["shards"].get("fit")
     made = f"made square by {fit} and " if fit else ""
@@ -87,7 +87,7 @@ def preparation(e: Evidence) -> Answer:
 
 
 def privacy(e: Evidence) -> Answer:
-    """How patients were made unrecognisable."""
+    """Return how patients were made unrecognisable."""
     cover = e.model and e.model.get("cover")
     text = (
         f"Burned-in text was covered ({cover.how}) in {cover.split}. "
@@ -102,7 +102,7 @@ def privacy(e: Evidence) -> Answer:
 
 
 def missing_data(e: Evidence) -> Answer:
-    """What was done where labels are not known."""
+    """Return what was done where labels are not known."""
     counts = e.info["shards"]["counts"]
     amounts = [amount for labels in counts.values() for amount in labels.values()]
     sums = {what: sum(amount.get(what, 0) for amount in amounts) for what in NOT_STATED}
@@ -124,7 +124,7 @@ def missing_data(e: Evidence) -> Answer:
 
 
 def acquisition(e: Evidence) -> Answer:
-    """How the X-rays were taken."""
+    """Return how the X-rays were taken."""
     return Answer(
         PARTLY if e.audit else AUTHORS,
         "The authors must say which machines, settings and positions were used."
@@ -134,7 +134,7 @@ def acquisition(e: Evidence) -> Answer:
 
 
 def partitions(e: Evidence) -> Answer:
-    """How images came to their splits."""
+    """Return how images came to their splits."""
     return Answer(
         HELD,
         f"The rule of cxrdist pack: {e.info['shards']['split']}.",
@@ -143,7 +143,7 @@ def partitions(e: Evidence) -> Answer:
 
 
 def disjointness(e: Evidence) -> Answer:
-    """Whether patients and images are in one split only."""
+    """Return whether patients and images are in one split only."""
     if not e.audit:
         return Answer(
             NOT_DONE,
@@ -158,7 +158,7 @@ def disjointness(e: Evidence) -> Answer:
 
 
 def sample_size(e: Evidence) -> Answer:
-    """How large the sets are, and why."""
+    """Return how large the sets are, and why."""
     totals = e.info["shards"]["totals"]
     shown = [f"{n} {count(t['images'])} of {count(t['patients'])}" for n, t in totals.items()]
     return Answer(
@@ -170,7 +170,7 @@ def sample_size(e: Evidence) -> Answer:
 
 
 def model(e: Evidence) -> Answer:
-    """What the network is."""
+    """Return what the network is."""
     if e.members:
         return Answer(
             HELD,
@@ -189,13 +189,13 @@ def model(e: Evidence) -> Answer:
 
 
 def software(e: Evidence) -> Answer:
-    """The programs that were used."""
+    """Return the programs that were used."""
     versions = ", ".join(f"{name} {version}" for name, version in e.info["versions"].items())
     return Answer(HELD, f"Versions: {versions}.", ("run.json", "report.html#run"))
 
 
 def initial_weights(e: Evidence) -> Answer:
-    """Where the weights came from."""
+    """Return where the weights came from."""
     return Answer(
         HELD,
         f"The training began with {e.info['weights']['source']}; the chain of weights before that "
@@ -205,7 +205,7 @@ def initial_weights(e: Evidence) -> Answer:
 
 
 def training(e: Evidence) -> Answer:
-    """How the network was trained."""
+    """Return how the network was trained."""
     stages = ", ".join(e.info["stages"])
     if e.info["finished"] is None or not e.recipe:
         return Answer(NOT_DONE, "The training is not finished: run cxrdist train again.")
@@ -217,7 +217,7 @@ def training(e: Evidence) -> Answer:
 
 
 def final_model(e: Evidence) -> Answer:
-    """How the published weights were chosen."""
+    """Return how the published weights were chosen."""
     best = [f"{name} epoch {stage['best_epoch']}" for name, stage in e.info["stages"].items()]
     return Answer(
         HELD if best else NOT_DONE,
@@ -228,7 +228,7 @@ def final_model(e: Evidence) -> Answer:
 
 
 def ensemble(e: Evidence) -> Answer:
-    """Whether several networks vote."""
+    """Return whether several networks vote."""
     if not e.members:
         return Answer(HELD, "This is one network; nothing is averaged over several.")
     return Answer(
@@ -239,7 +239,7 @@ def ensemble(e: Evidence) -> Answer:
 
 
 def measures(e: Evidence) -> Answer:
-    """Which figures are given."""
+    """Return which figures are given."""
     if not e.test:
         return _evaluate()
     names = [name for name in next(iter(e.test["classes"].values())) if _is_figure(name)]
@@ -255,7 +255,7 @@ def measures(e: Evidence) -> Answer:
 
 
 def uncertainty(e: Evidence) -> Answer:
-    """How uncertain the figures are."""
+    """Return how uncertain the figures are."""
     how = e.test and e.test.get("intervals")
     if not how:
         return Answer(
@@ -271,7 +271,7 @@ def uncertainty(e: Evidence) -> Answer:
 
 
 def robustness(e: Evidence) -> Answer:
-    """Whether the result holds under other conditions."""
+    """Return whether the result holds under other conditions."""
     done = [
         *(["words on the images covered and pasted"] if e.probed else []),
         *(["groups of patients"] if e.has_groups else []),
@@ -287,7 +287,7 @@ def robustness(e: Evidence) -> Answer:
 
 
 def explanations(e: Evidence) -> Answer:
-    """Whether it can be seen what the network looks at."""
+    """Return whether it can be seen what the network looks at."""
     if e.without_rules:
         return Answer(
             NOT_DONE, f"No heat maps: no rules of relevance are proven for {e.without_rules}."
@@ -303,7 +303,7 @@ def explanations(e: Evidence) -> Answer:
 
 
 def internal(e: Evidence) -> Answer:
-    """The result on held-out images of the same sources."""
+    """Return the result on held-out images of the same sources."""
     if not e.test:
         return _evaluate()
     return Answer(
@@ -315,7 +315,7 @@ def internal(e: Evidence) -> Answer:
 
 
 def external(e: Evidence) -> Answer:
-    """The result on images from elsewhere."""
+    """Return the result on images from elsewhere."""
     if not e.external:
         return Answer(
             NOT_DONE, "No external set: run cxrdist evaluate --run RUN --shards OTHER --name NAME."
@@ -330,7 +330,7 @@ def external(e: Evidence) -> Answer:
 
 
 def flow(e: Evidence) -> Answer:
-    """How many were taken and how many not."""
+    """Count how many were taken and how many not."""
     return Answer(
         PARTLY,
         "Images and patients of each class and split; rejected.csv of the shards lists what "
@@ -351,7 +351,7 @@ def characteristics(e: Evidence) -> Answer:
 
 
 def comparison(e: Evidence) -> Answer:
-    """How the evaluated images differ from those of the training."""
+    """Return how the evaluated images differ from those of the training."""
     return Answer(
         PARTLY,
         "Classes of train, val and test are counted side by side"
@@ -362,7 +362,7 @@ def comparison(e: Evidence) -> Answer:
 
 
 def numbers(e: Evidence) -> Answer:
-    """How many images and patients each analysis rests on."""
+    """Count how many images and patients each analysis rests on."""
     return Answer(
         HELD,
         "Images and patients of each class for training (train), for selection and calibration "
@@ -372,7 +372,7 @@ def numbers(e: Evidence) -> Answer:
 
 
 def performance(e: Evidence) -> Answer:
-    """The figures with their intervals."""
+    """Return the figures with their intervals."""
     if not e.test:
         return _evaluate()
     state = HELD if e.has("intervals") else PARTLY
@@ -401,7 +401,7 @@ def diagnostic(e: Evidence) -> Answer:
 
 
 def failures(e: Evidence) -> Answer:
-    """The mistakes."""
+    """Return the mistakes."""
     if not e.test:
         return _evaluate()
     if not e.explained:
@@ -420,7 +420,7 @@ def failures(e: Evidence) -> Answer:
 
 
 def limits(e: Evidence) -> Answer:
-    """What weakens the study."""
+    """Return what weakens the study."""
     warnings = e.audit["warnings"] if e.audit else []
     text = "The authors must discuss them."
     if not warnings:
@@ -434,7 +434,7 @@ def limits(e: Evidence) -> Answer:
 
 
 def details(e: Evidence) -> Answer:
-    """Where the protocol is."""
+    """Return where the protocol is."""
     return Answer(
         PARTLY,
         "The recipe and the run hold all technical details. The authors must say whether there was "
@@ -444,7 +444,7 @@ def details(e: Evidence) -> Answer:
 
 
 def availability(e: Evidence) -> Answer:
-    """Where program, model and data can be had."""
+    """Return where program, model and data can be had."""
     revision = e.info["git_revision"]
     return Answer(
         PARTLY,
@@ -456,7 +456,7 @@ def availability(e: Evidence) -> Answer:
 
 
 def outcome(e: Evidence) -> Answer:
-    """What is predicted."""
+    """Return what is predicted."""
     classes = ", ".join(e.info["shards"]["classes"])
     return Answer(
         PARTLY,
@@ -467,7 +467,7 @@ def outcome(e: Evidence) -> Answer:
 
 
 def predictors(e: Evidence) -> Answer:
-    """What the prediction rests on."""
+    """Return what the prediction rests on."""
     size = e.info["shards"]["image_size_px"]
     return Answer(
         HELD,
@@ -478,12 +478,12 @@ def predictors(e: Evidence) -> Answer:
 
 
 def no_reading(e: Evidence) -> Answer:
-    """Whether somebody judges the input."""
+    """Return whether somebody judges the input."""
     return Answer(HELD, "The input is pixels; nobody has to judge them first.")
 
 
 def clusters(e: Evidence) -> Answer:
-    """Whether the result differs between hospitals or sources."""
+    """Return whether the result differs between hospitals or sources."""
     if not e.has_groups and not e.external:
         return Answer(
             NOT_DONE,
@@ -494,7 +494,7 @@ def clusters(e: Evidence) -> Answer:
 
 
 def updating(e: Evidence) -> Answer:
-    """Whether outputs were recalibrated."""
+    """Return whether outputs were recalibrated."""
     calibration = e.model and e.model.get("calibration")
     if not calibration:
         return Answer(NOT_DONE, "Nothing was recalibrated: run cxrdist evaluate again.")
@@ -506,7 +506,7 @@ def updating(e: Evidence) -> Answer:
 
 
 def calculation(e: Evidence) -> Answer:
-    """How predictions were calculated."""
+    """Return how predictions were calculated."""
     return Answer(
         HELD if e.test else NOT_DONE,
         "By cxrdist evaluate, each image once; logits and their sigmoids are in the table. New "
@@ -516,7 +516,7 @@ def calculation(e: Evidence) -> Answer:
 
 
 def imbalance(e: Evidence) -> Answer:
-    """What was done where classes are not alike in number."""
+    """Return what was done where classes are not alike in number."""
     copies = e.recipe.get("copies") or {}
     if not copies:
         return Answer(HELD, "Nothing was done about it.", _if(e.recipe, "recipe.yaml"))
@@ -530,7 +530,7 @@ def imbalance(e: Evidence) -> Answer:
 
 
 def fairness(e: Evidence) -> Answer:
-    """Whether the network is as good for everybody."""
+    """Return whether the network is as good for everybody."""
     if not e.has_groups:
         return Answer(
             NOT_DONE,
@@ -545,7 +545,7 @@ def fairness(e: Evidence) -> Answer:
 
 
 def output(e: Evidence) -> Answer:
-    """What the network gives, and how thresholds were chosen."""
+    """Return what the network gives, and how thresholds were chosen."""
     calibration = e.model and e.model.get("calibration")
     if not calibration:
         return Answer(
@@ -562,7 +562,7 @@ def output(e: Evidence) -> Answer:
 
 
 def specification(e: Evidence) -> Answer:
-    """Whether others can use the model."""
+    """Return whether others can use the model."""
     if not e.model:
         return model(e)
     return Answer(
@@ -574,7 +574,7 @@ def specification(e: Evidence) -> Answer:
 
 
 def bad_input(e: Evidence) -> Answer:
-    """What happens to images that are not fit."""
+    """Return what happens to images that are not fit."""
     return Answer(
         PARTLY,
         "cxrdist predict lists files that cannot be read, and predicts all others, also bad X-rays "

@@ -85,7 +85,7 @@ def _render(evidence: Evidence) -> str:
 
 
 def _is_kept(run: RunDirectory) -> bool:
-    """Whether there is a card without the line of those that are overwritten."""
+    """Return whether there is a card without the line of those that are overwritten."""
     if not run.card.is_file():
         return False
     with open(run.card, encoding="utf-8", errors="replace") as file:
@@ -120,7 +120,7 @@ def _head(name: str, evidence: Evidence) -> View:
 
 
 def _network(evidence: Evidence) -> list[str]:
-    """The architecture as a tag; none of an ensemble, whose members have it."""
+    """Return the architecture as a tag; none of an ensemble, whose members have it."""
     return [evidence.model["architecture"].architecture] if evidence.model else []
 
 

@@ -128,7 +128,7 @@ def _fields(recipe: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, s
 
 
 def _flipped_row(scored: Scored, flip: Flip) -> list[str]:
-    """A row of flipped.csv."""
+    """Return a row of flipped.csv."""
     has: NDArray[np.bool_] = scored.targets[flip.place] == POSITIVE
     label = SEPARATOR.join(name for name, own in zip(scored.classes, has, strict=True) if own)
     about = [scored.keys[flip.place], scored.patients[flip.place], label, flip.change]
@@ -137,7 +137,7 @@ def _flipped_row(scored: Scored, flip: Flip) -> list[str]:
 
 
 def _overall(comparison: Comparison) -> list[tuple[str, Difference]]:
-    """The figures over all classes by name."""
+    """Return the figures over all classes by name."""
     first = [("Accuracy", comparison["accuracy"])] if "accuracy" in comparison else []
     means = comparison["macro"].items()
     return first + [(f"Mean {_lower(FIGURES[name])}", figure) for name, figure in means]

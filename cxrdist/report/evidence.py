@@ -69,7 +69,7 @@ class Evidence:
         return self.model["architecture"].title
 
     def has(self, part: str) -> bool:
-        """Whether the metrics of the test split have a part, such as ``calibration``."""
+        """Return whether the metrics of the test split have a part, such as ``calibration``."""
         return bool(self.test and self.test.get(part))
 
 
@@ -101,7 +101,7 @@ def gather(run: RunDirectory) -> Evidence:
 
 
 def _external(run: RunDirectory) -> list[str]:
-    """The places of external sets."""
+    """Return the places of external sets."""
     root = run.inside("external")
     with reading(root, "evaluate"):
         return sorted(f"external/{path.name}" for path in root.glob("*") if path.is_dir())

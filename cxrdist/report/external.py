@@ -116,7 +116,7 @@ def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
 
 
 def _with_interval(scores: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """A score, and its interval in words."""
+    """Return a score, and its interval in words."""
     value, interval = scores.get(name), scores.get(f"{name}_interval")
     if value is None:
         return DASH, ""

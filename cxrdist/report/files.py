@@ -67,7 +67,7 @@ class Sample:
         return labels_of(self.label)
 
     def knows(self, label: str) -> bool:
-        """Whether it is known if the image has a label."""
+        """Return whether it is known if the image has a label."""
         return label not in labels_of(self.uncertain) + labels_of(self.missing)
 
     @property

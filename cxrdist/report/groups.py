@@ -106,7 +106,7 @@ def _gap(gap: Gap) -> View:
 
 
 def _overall(columns: Columns) -> list[tuple[str, str, int, int, Cell | None]]:
-    """A row for each group: column, group, images, patients, accuracy."""
+    """Return a row for each group: column, group, images, patients, accuracy."""
     return [
         (column, name, group["images"], group["patients"], _cell(group, "accuracy"))
         for column, groups in columns.items()
@@ -146,7 +146,7 @@ def _class(element: str, name: str, columns: Columns) -> View:
 
 
 def _cell(scores: Mapping[str, Any], measure: str) -> Cell | None:
-    """A figure as the table shows it; None where it is undefined."""
+    """Return a figure as the table shows it; None where it is undefined."""
     value, limits = scores[measure], scores[f"{measure}_interval"]
     if value is None or limits is None:
         return None

@@ -83,7 +83,7 @@ def _limits(limits: Sequence[float]) -> str:
 
 
 def _mean_map(run: RunDirectory, split: str, name: str) -> pictures.Picture | None:
-    """The mean map of a class; None where no pictures were written."""
+    """Return the mean map of a class; None where no pictures were written."""
     path = run.mean_maps(split) / f"{safe_name(name)}.png"
     return pictures.embed(path) if path.is_file() else None
 

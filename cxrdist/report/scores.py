@@ -48,7 +48,7 @@ def score_view(metrics: Metrics) -> View:
 
 
 def _measures(metrics: Metrics) -> dict[ScoreName, str]:
-    """The scores that metrics have and what they are called; older versions have fewer."""
+    """Return the scores that metrics have and what they are called; older versions have fewer."""
     measures = MEASURES[metrics["task"]]
     return {name: label for name, label in measures.items() if name in metrics["macro"]}
 
@@ -61,7 +61,7 @@ def num_correct(metrics: Metrics) -> int | None:
 
 
 def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """The headline: what, its value, what it is of."""
+    """Return the headline: what, its value, what it is of."""
     means = [_mean_tile(metrics, name, label) for name, label in _measures(metrics).items()]
     return means if metrics["task"] == "multilabel" else [_accuracy_tile(metrics), *means]
 
@@ -79,7 +79,7 @@ def _accuracy_tile(metrics: Metrics) -> tuple[str, str, str]:
 
 
 def _mean_tile(metrics: Metrics, measure: ScoreName, label: str) -> tuple[str, str, str]:
-    """The mean of a score over the classes of enough images."""
+    """Return the mean of a score over the classes of enough images."""
     several, few = metrics["task"] == "multilabel", few_of(metrics)
     mean, classes = metrics.get("macro_enough", metrics["macro"]), metrics["classes"]
     number_of = sum(v[measure] is not None for name, v in classes.items() if name not in few)
@@ -95,7 +95,7 @@ def _mean_tile(metrics: Metrics, measure: ScoreName, label: str) -> tuple[str, s
 
 
 def interval(metrics: Metrics) -> tuple[float, float] | None:
-    """The 95 % interval of the accuracy; of metrics of older versions Wilson's."""
+    """Return the 95 % interval of the accuracy; of metrics of older versions Wilson's."""
     if "accuracy_interval" in metrics:
         limits = metrics["accuracy_interval"]
     elif metrics["samples"]:
@@ -157,7 +157,7 @@ def _table(metrics: Metrics) -> View:
 
 
 def _below(scores: Scores, measure: ScoreName) -> str:
-    """The interval of a score as it stands below it."""
+    """Return the interval of a score as it stands below it."""
     limits = scores.get(INTERVALS[measure])
     return f"{number(limits[0])} to {number(limits[1])}" if limits else ""
 
@@ -191,7 +191,7 @@ def _undefined(metrics: Metrics) -> list[str]:
 
 
 def _has_reason(values: Scores, measure: ScoreName) -> bool:
-    """Whether the reason of a label says why it lacks a score."""
+    """Return whether the reason of a label says why it lacks a score."""
     ranking = measure in ("auroc", "average_precision")
     return bool(values.get("reason")) and (ranking or not values["known"])
 

@@ -61,7 +61,7 @@ def _advice_on_cpu(accelerator: Accelerator) -> str:
 
 
 def _advice_on_steps(training: Training) -> str:
-    """A line on a recipe whose epochs are few for so few images."""
+    """Return a line on a recipe whose epochs are few for so few images."""
     recipe = training.recipe
     per_epoch = -(-training.num_images // recipe.global_batch_size)
     total = per_epoch * sum(stage.epochs for stage in recipe.stages.values())
