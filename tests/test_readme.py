@@ -65,8 +65,8 @@ def test_the_script_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "[['COVID-19'], ['COVID-19']] {'COVID-19': array([0." in said
     assert "array([ True,  True])" in said
-    assert names["found"].calibrated.keys() == {*classes}
-    assert len(names["found"]) == 2
+    assert names["result"].calibrated.keys() == {*classes}
+    assert len(names["result"]) == 2
     assert names["logits"].shape[1] == 2
     with Image.open("heatmap.png") as picture:
         assert (picture.size, picture.mode) == ((60, 40), "RGB")
