@@ -265,7 +265,7 @@ def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated
     classes = json.loads((evaluated / "test" / "metrics.json").read_text())["classes"]
     assert [classes[NEVER_KNOWN][score] for score in SCORES] == [None] * 6
     assert [classes[NEVER_KNOWN][f"{score}_interval"] for score in SCORES] == [None] * 6
-    nothing = "the label is known of no image"
+    nothing = "the label is known for no image"
     assert classes[NEVER_KNOWN]["reason"] == nothing
     known = classes[ONE_KIND]["known"]
     assert classes[ONE_KIND]["reason"] == f"all of the {known} known images have the label"

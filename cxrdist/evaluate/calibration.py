@@ -1,4 +1,4 @@
-"""Calibration: a temperature for each class, and how far probabilities are from shares.
+"""Calibration: a temperature per class, and how far probabilities are from observed shares.
 
 Each class is calibrated against the rest by its own logit, as the network was trained.
 """
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
-import scipy  # loads its parts on first use
+import scipy  # loads submodules on first use
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -41,23 +41,23 @@ LEAST, MOST = 0.01, 100.0  # temperatures
 def wanted_rule(
     stored: Calibration | None, asked: Rule | None, fewest: int, own_sha256: str | None
 ) -> Rule | None:
-    """Say by which rule a model is to be calibrated now; None if it stays as it is.
+    """Return the rule by which the model must be calibrated now; None if its calibration stays.
 
     Args:
         stored: the model's calibration.
-        asked: the user's rule; None for that of the model, at first youden.
-        fewest: the user's.
-        own_sha256: of the index of the model's own shards; None if others are given.
+        asked: the rule of --operating-point; None for that of the model, which starts as youden.
+        fewest: the value of --fewest.
+        own_sha256: sha256 of the index of the model's own shards; None for other shards.
 
     Raises:
-        CxrdistError: a rule was asked for that these shards cannot give.
+        CxrdistError: these shards cannot give the rule that was asked for.
     """
     rule = asked or read_rule(stored.rule if stored else YOUDEN)
     if own_sha256 is None:
         if asked and stored and stored.rule != str(asked):
             raise CxrdistError(
-                f"--operating-point {asked}: the model has thresholds by {stored.rule}, and others "
-                "are chosen on its own validation split; evaluate its own shards with "
+                f"--operating-point {asked}: the model has thresholds by {stored.rule}, and new "
+                "ones can only be chosen on its own validation split; evaluate its own shards with "
                 f"--operating-point {asked} first"
             )
         return None
@@ -72,9 +72,9 @@ def choose_calibration(scored: Scored, rule: Rule, fewest: int, index_sha256: st
 
     Args:
         scored: the images.
-        rule: of the thresholds.
-        fewest: positives, and negatives, below which a class gets neither.
-        index_sha256: of the shards.
+        rule: how to choose the thresholds.
+        fewest: a class with fewer positives, or fewer negatives, gets neither.
+        index_sha256: sha256 of the index of the shards.
     """
     temperatures: dict[str, float] = {}
     thresholds: dict[str, float] = {}
@@ -99,26 +99,26 @@ def choose_calibration(scored: Scored, rule: Rule, fewest: int, index_sha256: st
             reasons[name].append(f"on val {rule} is best met by never calling it")
         else:
             thresholds[name] = threshold
-    told = {name: " and ".join(texts) for name, texts in reasons.items() if texts}
+    joined = {name: " and ".join(texts) for name, texts in reasons.items() if texts}
     patients = len(set(scored.patients))
     return Calibration(
-        temperatures, str(rule), thresholds, told, fewest, index_sha256, len(scored), patients
+        temperatures, str(rule), thresholds, joined, fewest, index_sha256, len(scored), patients
     )
 
 
 def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> float | None:
     """Fit the temperature of one class by its negative log-likelihood (Guo et al. 2017, section 4).
 
-    The truth counts as Platt's targets (1999, section 2.2), a little less than 1 and more than 0,
-    so that a class that its logit tells without an error has a finite temperature, too.
+    Platt's targets (1999, section 2.2), slightly below 1 and above 0, replace the truth, because a
+    class that its logit separates perfectly would have no finite temperature.
 
     Args:
         logits: float [n].
         truth: bool [n].
 
     Returns:
-        The temperature; None where the best one is not within `LEAST` and `MOST`, such as of a
-        logit that speaks against its class.
+        The temperature; None if the best one is not between `LEAST` and `MOST`, for example if the
+        logit falls where the class is present.
     """
     positives, negatives = int(truth.sum()), int((~truth).sum())
     target = np.where(truth, (positives + 1) / (positives + 2), 1 / (negatives + 2))
@@ -127,41 +127,41 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> fl
         scaled = logits / np.exp(log_temperature)
         return float(np.mean(np.logaddexp(0, scaled) - target * scaled))
 
-    # The loss is convex in 1 / temperature, so that it has one minimum on any scale.
+    # The loss is convex in 1 / temperature, so it has one minimum on any scale.
     bounds = np.log(LEAST), np.log(MOST)
-    found = scipy.optimize.minimize_scalar(
+    best = scipy.optimize.minimize_scalar(
         loss, bounds=bounds, method="bounded", options={"xatol": 1e-7}
     ).x
-    inside = bounds[0] + 1e-3 < found < bounds[1] - 1e-3
-    return float(np.exp(found)) if inside else None
+    inside = bounds[0] + 1e-3 < best < bounds[1] - 1e-3
+    return float(np.exp(best)) if inside else None
 
 
 class Errors(TypedDict):
-    """How far probabilities are from the truth, in one or the other way."""
+    """Distances between probabilities and the truth."""
 
     calibration_error: Share
     calibration_error_interval: Interval
     chance_error: Share
-    """The calibration error to expect of perfect probabilities with as many images."""
+    """Calibration error that perfect probabilities would have by chance on the same images."""
     brier: Share
     brier_interval: Interval
 
 
 class Bins(TypedDict):
-    """The bins of a class, a value for each."""
+    """The bins of a class: one value per bin."""
 
     images: Annotated[list[Count], Between(1, 100)]
     probability: Shares
     """Mean of the network's probabilities."""
     calibrated: Shares | None
-    """Mean of the calibrated ones."""
+    """Mean of the calibrated probabilities."""
     positives: Shares
     """Share of images with the class."""
     positives_interval: Annotated[list[Interval], Between(1, 100)]
 
 
 class ClassCalibration(TypedDict):
-    """The calibration of a class, on the images of which it is known."""
+    """The calibration of a class, over the images for which the class is known."""
 
     known: Count
     positives: Count
@@ -173,18 +173,18 @@ class ClassCalibration(TypedDict):
 
 
 class CalibrationFigures(TypedDict):
-    """The part ``calibration`` of metrics.json."""
+    """The member ``calibration`` of metrics.json."""
 
     chosen_on: ChosenOn | None
     """None if the model has no temperatures: its validation split was not evaluated."""
     classes: dict[str, ClassCalibration]
-    """Those of which something is known."""
+    """Classes that are known for at least one image."""
     mean_of: list[str]
-    """Classes with a temperature; all if none has one."""
+    """Classes with a temperature; all classes if none has one."""
     mean_before: Errors | None
     mean_after: Errors | None
     reasons: dict[str, Text]
-    """Of each class without a temperature, why."""
+    """Why a class has no temperature, by class."""
 
 
 def calibration_figures(
@@ -193,11 +193,12 @@ def calibration_figures(
     """Measure the calibration of each class, before and after its temperature.
 
     The expected calibration error is the mean distance between probability and share of positives
-    over `BINS` bins of as many images each (equal logits share a bin). It is too large by chance:
-    also of perfect probabilities the share of a bin is not quite their mean. ``chance_error`` is
-    what they would get, from how far the bins of the replicates are from those of the images.
-    Drawing patients anew adds this bias once more, so the replicates are moved to have the figure
-    as their mean; and an error that chance alone makes larger in one of 20 sets may be 0.
+    over `BINS` bins of equal size (equal logits share a bin). It is biased upwards: even with
+    perfect probabilities the share of positives in a bin differs from their mean by chance.
+    ``chance_error`` estimates this error of perfect probabilities from the distances between the
+    bins of the replicates and those of the images. Resampling patients adds the same bias again, so
+    the replicates are shifted to have the measured error as their mean. If chance alone gives a
+    larger error in one of 20 data sets, the interval begins at 0.
     """
     temperatures = calibration.temperatures if calibration else {}
     classes: dict[str, ClassCalibration] = {}
@@ -218,7 +219,7 @@ def calibration_figures(
         "mean_before": _written(_mean([before[name] for name in mean_of])) if mean_of else None,
         "mean_after": _written(_mean([*after.values()])) if after else None,
         "reasons": {
-            name: calibration.reasons.get(name, "the model has no temperature of it")
+            name: calibration.reasons.get(name, "the model has no temperature for it")
             for name in scored.classes
             if calibration and name not in temperatures
         },
@@ -227,17 +228,18 @@ def calibration_figures(
 
 @dataclass(frozen=True)
 class _Binned:
-    """The images of which a class is known, in bins by its logit.
+    """The images for which a class is known, in bins by its logit.
 
-    Probabilities are those of the network and, with a temperature, calibrated ones.
+    There are one or two kinds of probabilities: the network's and, with a temperature, the
+    calibrated ones.
 
     Attributes:
-        patients: of the images.
-        images: float [1 + replicates, bins], of all images and of each replicate.
-        positives: as `images`.
-        positives_interval: of their share in each bin.
-        sums: as `images`, of each of the probabilities.
-        squares: float [1 + replicates], of the distances of each of them from the truth.
+        patients: number of patients of the images.
+        images: counts, float [1 + replicates, bins]; row 0 is the images, then each replicate.
+        positives: counts, as `images`.
+        positives_interval: interval of the share of positives in each bin.
+        sums: sums of the probabilities, as `images`, one array per kind.
+        squares: summed squared distances from the truth, float [1 + replicates], one per kind.
     """
 
     patients: int
@@ -251,7 +253,7 @@ class _Binned:
 def _bin(
     scored: Scored, column: int, temperature: float | None, replicates: Replicates
 ) -> _Binned | None:
-    """Sum up the images of each bin; None if the class is known of none."""
+    """Sum up the images of each bin; return None if the class is known for no image."""
     known = scored.targets[:, column] >= 0
     if not known.any():
         return None
@@ -265,8 +267,8 @@ def _bin(
     summed = np.zeros((len(scored), len(of_bins) * inside.shape[1] + squares.shape[1]))
     summed[known] = np.hstack([*of_bins, squares])
     totals = np.vstack([summed.sum(axis=0), replicates.sums(summed)])
-    parts = np.split(totals, np.arange(1, len(of_bins) + 1) * inside.shape[1], axis=1)
-    images, positives, *sums, squared = parts
+    blocks = np.split(totals, np.arange(1, len(of_bins) + 1) * inside.shape[1], axis=1)
+    images, positives, *sums, squared = blocks
     with np.errstate(invalid="ignore"):
         shares = (positives[1:] / images[1:]).T
     has, bin_of = scored.targets[:, column] == POSITIVE, np.full(len(scored), -1)
@@ -277,18 +279,18 @@ def _bin(
 
 
 class _Figures(NamedTuple):
-    """Errors of one kind of probabilities; the first value is that of all images."""
+    """Errors of one kind of probabilities; value 0 is for the images, then the replicates."""
 
     calibration_error: Values
     chance_error: Values
-    """Those of perfect probabilities; of the replicates only."""
+    """Calibration error of perfect probabilities; for the replicates only."""
     brier: Values
     patients: int
-    """Those that they rest on; of a mean the fewest of a class."""
+    """Number of patients behind the errors; for a mean, that of the class with the fewest."""
 
 
 def _errors(binned: _Binned, kind: int) -> _Figures:
-    """Compute the errors of the probabilities of one kind, by their place in `_Binned`."""
+    """Compute the errors of one kind of probabilities, by its position in `_Binned.sums`."""
     images = binned.images.sum(axis=1)
     with np.errstate(invalid="ignore"):
         distances = (binned.positives - binned.sums[kind]) / images[:, None]
@@ -324,7 +326,7 @@ def _written(figures: _Figures) -> Errors:
 def _describe(
     binned: _Binned, temperature: float | None, before: _Figures, after: _Figures | None
 ) -> ClassCalibration:
-    """Write the calibration of a class, before and after if it has a temperature."""
+    """Write the calibration of a class, before and, if it has a temperature, after."""
     images, positives = binned.images, binned.positives
     means = [np.round(sums[0] / images[0], 6).tolist() for sums in binned.sums]
     return {
@@ -344,37 +346,37 @@ def _describe(
 
 
 def describe_calibration(metrics: Mapping[str, Any]) -> str:
-    """Say for the terminal how a split is calibrated, and what its operating points do."""
-    found, points = metrics["calibration"], metrics.get("operating_points")
+    """Format the calibration and the operating points of a split for the terminal."""
+    calibration, points = metrics["calibration"], metrics.get("operating_points")
     if points is None:
         return (
             "no temperatures and no operating points: they are chosen on the validation split of "
             "the shards that the model was trained on; run `cxrdist evaluate` on those once"
         )
-    of = points["chosen_on"]
-    where = f"chosen on val ({of['images']} images of {of['patients']} patients)"
-    reasons = points["reasons"] | found["reasons"]
+    val = points["chosen_on"]
+    where = f"chosen on val ({val['images']} images of {val['patients']} patients)"
+    reasons = points["reasons"] | calibration["reasons"]
     return "\n".join(
         [
             f"\nOperating points by {points['rule']}, {where}; from: probability",
             operating_table(points),
             f"\nCalibration with a temperature for each class, {where}",
-            calibration_table(found),
+            calibration_table(calibration),
             *(f"{name}: {reason}" for name, reason in reasons.items()),
             "",
         ]
     )
 
 
-def calibration_table(found: CalibrationFigures) -> str:
-    """Lay the calibration errors out for the terminal, with their 95 % intervals."""
+def calibration_table(figures: CalibrationFigures) -> str:
+    """Format the calibration errors with their 95 % intervals for the terminal."""
     rows = []
-    for name, values in found["classes"].items():
+    for name, values in figures["classes"].items():
         temperature = "-" if values["temperature"] is None else f"{values['temperature']:.3g}"
         rows.append([name, temperature, *map(_cell, (values["before"], values["after"]))])
-    if found["mean_before"]:
-        errors = found["mean_before"], found["mean_after"]
-        rows.append([f"Mean of {len(found['mean_of'])}", "", *map(_cell, errors)])
+    if figures["mean_before"]:
+        errors = figures["mean_before"], figures["mean_after"]
+        rows.append([f"Mean of {len(figures['mean_of'])}", "", *map(_cell, errors)])
     headers = ("Class", "Temperature", "Calibration error", "with temperature")
     return table(rows, headers)
 

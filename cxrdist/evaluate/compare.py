@@ -1,6 +1,6 @@
-"""Two models on the same images: differences of all figures, and the images that tell them apart.
+"""Comparison of two models on the same images: the differences of all figures with intervals.
 
-Both are computed on the same draws of patients, so that what makes an image hard for both cancels.
+Both use the same draws of patients, so that the difficulty of the images cancels out.
 """
 
 import math
@@ -34,7 +34,7 @@ METHOD = (
 
 
 class Difference(TypedDict):
-    """One figure of both models; None where it is not defined."""
+    """One figure of both models; None where it is undefined."""
 
     a: Share | None
     b: Share | None
@@ -44,13 +44,13 @@ class Difference(TypedDict):
 
 
 class McNemar(TypedDict):
-    """The exact test of McNemar (1947) by image, which takes images as independent."""
+    """The exact test of McNemar (1947) by image; it treats images as independent."""
 
     only_a: Count
-    """Images that only the first model has right."""
+    """Images that only the first model predicts correctly."""
     only_b: Count
     p_value: Share
-    """Of two sides, from the binomial distribution."""
+    """Two-sided, from the binomial distribution."""
 
 
 class ClassComparison(TypedDict):
@@ -59,16 +59,16 @@ class ClassComparison(TypedDict):
     known: Count
     positives: Count
     patients: Count
-    """Of the images of which it is known."""
+    """Patients of the images for which the class is known."""
     too_few: Text | None
-    """What there is too little of, such as ``3 positives``; None if there are enough images."""
+    """Which images are too few, such as ``3 positives``; None if there are enough."""
     figures: dict[str, Difference]
     mcnemar: McNemar
     delong: DeLong | None
 
 
 class Statistics(TypedDict):
-    """What two models differ in, as far as it follows from their predictions."""
+    """The differences between two models that follow from their predictions."""
 
     task: Literal["multiclass", "multilabel"]
     samples: Count
@@ -76,10 +76,10 @@ class Statistics(TypedDict):
     fewest: Count
     accuracy: NotRequired[Difference]
     mcnemar: NotRequired[McNemar]
-    """Of the accuracy."""
+    """The test for the accuracy."""
     macro: dict[str, Difference]
     macro_labels: dict[str, Count]
-    """Classes in each mean."""
+    """Number of classes in each mean."""
     classes: dict[str, ClassComparison]
 
 
@@ -88,37 +88,38 @@ class Comparison(Statistics):
 
     format: Literal["cxrdist-comparison-1"]
     runs: dict[Literal["a", "b"], Text]
-    """Their directories, as they were given."""
+    """The two run directories, as given."""
     place: Text
-    """test, val or train, or external/NAME."""
+    """test, val, train or external/NAME."""
     flipped: dict[str, Count]
-    """Images (or labels of images) that both decide differently, by what changed from a to b."""
+    """Number of images (or labels of images) that the two decide differently, by kind of change."""
     recipe: list[Text] | None
-    """Fields in which the recipes differ, - of a and + of b; None where a run has no recipe."""
+    """Recipe fields that differ, - for a and + for b; None if a run has no recipe."""
 
 
-Figures = Mapping[str, NDArray[np.float64]]  # by name, [replicates, classes]; NaN: not defined
+Figures = Mapping[str, NDArray[np.float64]]  # by name, [replicates, classes]; NaN: undefined
 
 
 class Both(NamedTuple):
     """The figures of both models."""
 
     observed: tuple[Figures, Figures]
-    """Of the images as they are: one replicate, which has each patient once."""
+    """For the images themselves: one replicate that has each patient once."""
     drawn: tuple[Figures, Figures]
+    """For the replicates."""
     patients: Mapping[str, NDArray[np.int64]]
-    """By name, [classes]: those that a figure rests on."""
+    """Number of patients behind each figure, by name, [classes]."""
 
     def classes_of_mean(self, name: str, task: str) -> NDArray[np.int64]:
-        """Which classes the mean of a figure is over, as in `cxrdist evaluate`: their columns.
+        """Return the columns of the classes in the mean of a figure, as in `cxrdist evaluate`.
 
-        Of several labels those for which both models have the figure, else all.
+        With several labels those for which both models have the figure, else all classes.
         """
         a, b = (figures[name][0] for figures in self.observed)
         return np.flatnonzero(np.isfinite(a + b)) if task == "multilabel" else np.arange(len(a))
 
     def difference(self, name: str, columns: NDArray[np.int64]) -> Difference:
-        """Compare one figure, the mean over some classes."""
+        """Compare the mean of one figure over some classes."""
         a, b = (figures[name][0, columns] for figures in self.observed)
         drawn_a, drawn_b = (figures[name][:, columns] for figures in self.drawn)
         means = [float(values.mean()) if len(columns) else np.nan for values in (a, b)]
@@ -136,22 +137,22 @@ class Both(NamedTuple):
 
 
 def _reach(differences: NDArray[np.float64], patients: NDArray[np.int64]) -> float:
-    """Return how far the interval of the mean of K differences reaches to either side.
+    """Return the half-width of the interval of the mean of K differences.
 
     Args:
         differences: float64 [replicates, K], NaN where a replicate lacks a figure.
-        patients: int64 [K], those that each rests on.
+        patients: int64 [K], number of patients behind each difference.
     """
     from scipy.stats import t
 
-    found = differences[np.isfinite(differences).all(axis=1)]
-    spread = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(patients))
+    complete = differences[np.isfinite(differences).all(axis=1)]
+    spread = complete.std(axis=0, ddof=1) if len(complete) > 1 else np.zeros(len(patients))
     varies, freedom = (spread > ALIKE) & (patients > 1), np.maximum(patients - 1, 1)
     wide = spread * np.sqrt(patients / freedom) * t.ppf(QUANTILE, freedom)
     reaches = np.where(varies, wide, [wilson(0, max(1, n))[1] for n in patients.tolist()])
     correlation = np.eye(len(patients))
     if varies.any():
-        correlation[np.ix_(varies, varies)] = np.corrcoef(found[:, varies].T)
+        correlation[np.ix_(varies, varies)] = np.corrcoef(complete[:, varies].T)
     return math.sqrt(max(0.0, float(reaches @ correlation @ reaches))) / len(patients)
 
 
@@ -165,7 +166,7 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
         patients=_patients(a, b, draws),
     )
     means = {name: both.classes_of_mean(name, a.task) for name in FIGURES}
-    found: Statistics = {
+    statistics: Statistics = {
         "task": "multilabel" if a.task == "multilabel" else "multiclass",
         "samples": len(a),
         "intervals": {**describe(draws, settings.seed), "method": METHOD},
@@ -178,9 +179,9 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
         },
     }
     if a.task == "multiclass":
-        found["accuracy"] = both.difference("accuracy", np.array([0]))
-        found["mcnemar"] = _mcnemar(_is_right(a), _is_right(b))
-    return found
+        statistics["accuracy"] = both.difference("accuracy", np.array([0]))
+        statistics["mcnemar"] = _mcnemar(_is_right(a), _is_right(b))
+    return statistics
 
 
 def called(scored: Scored) -> NDArray[np.bool_]:
@@ -191,12 +192,12 @@ def called(scored: Scored) -> NDArray[np.bool_]:
 
 
 def _is_right(scored: Scored) -> NDArray[np.bool_]:
-    """Whether the predicted class of each image is its own: bool [N], of a multiclass task."""
+    """Return whether the predicted class of each image is correct: bool [N], multiclass only."""
     return (called(scored) & (scored.targets == POSITIVE)).any(axis=1)
 
 
 def _figures(scored: Scored, draws: Replicates) -> Figures:
-    """Return all figures in each replicate; NaN where one is not defined."""
+    """Return all figures of each replicate; NaN where one is undefined."""
     guess, truth, known = called(scored), scored.targets == POSITIVE, scored.targets >= 0
     cells = [guess & truth, guess & ~truth, ~guess & truth, ~guess & ~truth]
     counts = draws.sums(np.hstack([cell & known for cell in cells]).astype(np.float64))
@@ -208,7 +209,7 @@ def _figures(scored: Scored, draws: Replicates) -> Figures:
         for column in range(len(scored.classes))
     ]
     with np.errstate(invalid="ignore"):
-        found = {
+        figures = {
             "auroc": np.stack([auroc for auroc, _ in ranked], 1),
             "average_precision": np.stack([average for _, average in ranked], 1),
             "recall": hits / (hits + misses),
@@ -216,13 +217,13 @@ def _figures(scored: Scored, draws: Replicates) -> Figures:
             "precision": hits / (hits + alarms),
             "f1": 2 * hits / (2 * hits + alarms + misses),
         }
-    # A replicate has as many patients as there are, but not as many images.
-    found["accuracy"] = hits.sum(1, keepdims=True) / (hits + misses).sum(1, keepdims=True)
-    return found
+    # Patients have different numbers of images, so the number of images varies by replicate.
+    figures["accuracy"] = hits.sum(1, keepdims=True) / (hits + misses).sum(1, keepdims=True)
+    return figures
 
 
 def _patients(a: Scored, b: Scored, draws: Replicates) -> dict[str, NDArray[np.int64]]:
-    """Count the patients that each figure rests on: by name, int64 [classes]."""
+    """Count the patients behind each figure: by name, int64 [classes]."""
     truth, known = a.targets == POSITIVE, a.targets >= 0
     guess = called(a) | called(b)
     rests_on = {
@@ -232,12 +233,12 @@ def _patients(a: Scored, b: Scored, draws: Replicates) -> dict[str, NDArray[np.i
         "f1": known & (truth | guess),
         "accuracy": known[:, :1],
     }
-    found = {
+    counts = {
         name: np.array([draws.patients(column) for column in images.T])
         for name, images in rests_on.items()
     }
-    found["average_precision"] = found["recall"]
-    return found | {"auroc": np.minimum(found["recall"], found["specificity"])}
+    counts["average_precision"] = counts["recall"]
+    return counts | {"auroc": np.minimum(counts["recall"], counts["specificity"])}
 
 
 def _compare_class(
@@ -261,7 +262,7 @@ def _compare_class(
 
 
 def _mcnemar(a_right: NDArray[np.bool_], b_right: NDArray[np.bool_]) -> McNemar:
-    """Test whether one model is right where the other is wrong more often than the other way."""
+    """Test whether one model alone is right more often than the other alone."""
     from scipy.stats import binomtest
 
     only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
@@ -274,19 +275,19 @@ def aligned(a: Scored, b: Scored, names: tuple[str, str]) -> Scored:
     """Put the images and classes of the second model into the order of the first.
 
     Args:
-        a: the first model's.
-        b: the second's.
-        names: of both, for the message.
+        a: images of the first model.
+        b: images of the second model.
+        names: names of both, for error messages.
 
     Raises:
-        CxrdistError: they are not of the same images, classes, labels or patients.
+        CxrdistError: their images, classes, labels or patients differ.
     """
     if a.task != b.task or set(a.classes) != set(b.classes):
         raise CxrdistError(
             f"{names[1]}: has the classes {', '.join(b.classes)} ({b.task}), {names[0]} has "
             f"{', '.join(a.classes)} ({a.task}); compare runs of the same classes"
         )
-    places = {key: place for place, key in enumerate(b.keys)}
+    positions = {key: position for position, key in enumerate(b.keys)}
     alone = [set(a.keys) - set(b.keys), set(b.keys) - set(a.keys)]
     if alone[0] or alone[1]:
         owner, keys = (names[0], alone[0]) if alone[0] else (names[1], alone[1])
@@ -295,7 +296,7 @@ def aligned(a: Scored, b: Scored, names: tuple[str, str]) -> Scored:
             f"{min(keys)}; evaluate both runs on the same shards"
         )
     columns = [b.classes.index(name) for name in a.classes]
-    b = b.take(np.array([places[key] for key in a.keys], np.int64))
+    b = b.take(np.array([positions[key] for key in a.keys], np.int64))
     targets, logits = b.targets[:, columns], b.logits[:, columns]
     for what, differs in (
         ("label", (targets != a.targets).any(axis=1)),
@@ -303,8 +304,8 @@ def aligned(a: Scored, b: Scored, names: tuple[str, str]) -> Scored:
     ):
         if differs.any():
             raise CxrdistError(
-                f"{names[1]}: the {what} of {int(differs.sum())} images is another than in "
-                f"{names[0]}, such as that of {a.keys[int(differs.argmax())]}; evaluate both runs "
+                f"{names[1]}: the {what} of {int(differs.sum())} images differs from that in "
+                f"{names[0]}, for example for {a.keys[int(differs.argmax())]}; evaluate both runs "
                 "on the same shards"
             )
     return Scored(a.task, a.classes, a.keys, a.patients, targets, logits, a.groups)

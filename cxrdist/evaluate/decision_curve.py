@@ -1,4 +1,4 @@
-"""Decision curves: what calling a class is worth to whom (Vickers & Elkin 2006)."""
+"""Decision curves: the net benefit of calling a class (Vickers & Elkin 2006)."""
 
 from typing import Annotated, Literal, TypedDict
 
@@ -14,20 +14,20 @@ from cxrdist.info import Count
 from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import calibrated_logits
 
-# Rare findings are acted on from low probabilities, so those are closer together.
-THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.075, *(place / 20 for place in range(2, 20)))
+# Denser at low probabilities, where readers act on rare findings.
+THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.075, *(step / 20 for step in range(2, 20)))
 
 Values = Annotated[list[Real], Between(1, 1000)]
 Intervals = Annotated[list[Annotated[list[Real], Between(2, 2)] | None], Between(1, 1000)]
 
 
 class ClassCurve(TypedDict):
-    """The curve of a class, a value for each threshold, on the images of which it is known."""
+    """The curve of a class, one value per threshold, over the images for which it is known."""
 
     known: Count
     positives: Count
     probabilities: Literal["calibrated", "network"]
-    """Which ones are compared with the thresholds."""
+    """Which probabilities are compared with the thresholds."""
     net_benefit: Values
     net_benefit_interval: Intervals
     treat_all: Values
@@ -35,21 +35,21 @@ class ClassCurve(TypedDict):
 
 
 class DecisionCurve(TypedDict):
-    """The part ``decision_curve`` of metrics.json; to treat none has the net benefit 0."""
+    """The member ``decision_curve`` of metrics.json; treating none has a net benefit of 0."""
 
     thresholds: Annotated[list[Share], Between(1, 1000)]
-    """Probabilities from which on a reader would act."""
+    """Probabilities at or above which a reader would act."""
     classes: dict[str, ClassCurve]
 
 
 def decision_curve(
     scored: Scored, replicates: Replicates, calibration: Calibration | None
 ) -> DecisionCurve:
-    """Compute the net benefit of acting on each class from each of `THRESHOLDS` on.
+    """Compute the net benefit of acting on each class at each of `THRESHOLDS`.
 
-    The net benefit is the share of true positives minus that of false positives, of all images,
-    where a false positive weighs the odds of the threshold: who acts from 0.1 on takes nine false
-    alarms for one case. Probabilities are calibrated for the classes that have a temperature.
+    The net benefit is the number of true positives minus that of false positives, weighted by the
+    odds of the threshold, per image: a reader who acts from 0.1 on accepts nine false alarms per
+    case. Probabilities are calibrated for the classes that have a temperature.
     """
     return {
         "thresholds": [*THRESHOLDS],
@@ -71,7 +71,7 @@ def _curve(
         logits, is_calibrated = calibrated_logits(logits[:, None], [name], calibration)[:, 0], True
     thresholds = np.array(THRESHOLDS)
     called = known[:, None] & (expit(logits)[:, None] >= thresholds)
-    worth = np.where(truth[:, None], 1.0, -thresholds / (1 - thresholds))  # of a call
+    worth = np.where(truth[:, None], 1.0, -thresholds / (1 - thresholds))  # of one call
     counts = np.column_stack([called * worth, truth, known])
     totals = np.vstack([counts.sum(axis=0), replicates.sums(counts)])
     images, positives = totals[:, [-1]], totals[:, [-2]]

@@ -1,6 +1,6 @@
-"""Two AUROCs on the same images (DeLong, DeLong & Clarke-Pearson 1988).
+"""Comparison of two AUROCs on the same images (DeLong, DeLong & Clarke-Pearson 1988).
 
-Images are taken as independent of each other, also those of one patient.
+The test treats images as independent, even those of one patient.
 """
 
 import math
@@ -15,13 +15,13 @@ from cxrdist.evaluate.metrics import Share
 
 
 class DeLong(TypedDict):
-    """The difference of two AUROCs, the second minus the first."""
+    """The difference between two AUROCs, the second minus the first."""
 
     difference: Real
     interval: Limits
-    """Of the level of the other intervals, by the normal distribution."""
+    """At the same level as the other intervals, from the normal distribution."""
     p_value: Share
-    """Of two sides."""
+    """Two-sided."""
 
 
 def covariance(
@@ -30,11 +30,12 @@ def covariance(
     """Compute AUROCs and their covariance from midranks (Sun & Xu 2014, algorithm 2).
 
     The structural components of DeLong et al. (1988, section 3) follow from the ranks of an image
-    among all images and among those of its own side, so that no pair of images is looked at.
+    among all images and among those with the same truth. This needs N log N steps, where comparing
+    all pairs of images would need N squared.
 
     Args:
-        scores: of K models, float64 [K, N].
-        truth: bool [N], with at least two of each side.
+        scores: scores of K models, float64 [K, N].
+        truth: bool [N], with at least two images of each value.
 
     Returns:
         The AUROCs, float64 [K], and their covariance, float64 [K, K].
@@ -54,11 +55,11 @@ def compare_aurocs(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> DeL
     """Test whether two models rank the same images equally well.
 
     Args:
-        scores: of both models, float64 [2, N].
+        scores: scores of both models, float64 [2, N].
         truth: bool [N].
 
     Returns:
-        The difference; None where a side has fewer than two images, which have no variance.
+        The difference; None with fewer than two positives or negatives, which have no variance.
     """
     from scipy.stats import norm
 
@@ -68,7 +69,7 @@ def compare_aurocs(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> DeL
     difference = float(aurocs[1] - aurocs[0])
     error = math.sqrt(max(0.0, float(spread[0, 0] + spread[1, 1] - 2 * spread[0, 1])))
     reach = float(norm.ppf((1 + LEVEL) / 2)) * error
-    # Without an error the models rank alike, and then the difference is 0 but for rounding.
+    # Without variance both models rank alike, and the difference is 0 up to rounding.
     p_value = 2 * float(norm.sf(abs(difference) / error)) if error > 1e-12 else 1.0
     return {
         "difference": round(difference, 6),

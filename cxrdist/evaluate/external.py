@@ -1,8 +1,8 @@
-"""External validation: shards that a run was not trained on, as its model takes them.
+"""External validation: shards that a run was not trained on, converted for its model.
 
-Their classes become the model's, and images of classes that it does not know are in no split. What
-the model predicts is chosen among all of its classes, also where the set has fewer: that is what it
-would say in use.
+Their classes are mapped to the model's, and images of unknown classes are put into no split. The
+prediction is chosen among all classes of the model, even if the set has fewer, because that is what
+the model would predict in use.
 """
 
 from collections import Counter
@@ -36,14 +36,14 @@ MEND = "run `cxrdist evaluate` again"
 
 
 class _Made(TypedDict):
-    """What relevance.json says of its shards."""
+    """The members of relevance.json that identify its shards."""
 
     index_sha256: NotRequired[Sha256]
     split: NotRequired[Text]
 
 
 class _Evaluated(TypedDict):
-    """What a file of a place says of its shards."""
+    """The members of a result file that identify its shards."""
 
     index_sha256: NotRequired[Sha256]
     split: NotRequired[Text]
@@ -56,7 +56,8 @@ class Choices:
     """How an external set is evaluated.
 
     Attributes:
-        label_map: their label: the model's, None to leave it out; others keep their names.
+        label_map: from a label of the set to the model's, or to None to leave it out; labels that
+            are not in the map keep their names.
         seen: ``drop`` leaves out images that the network has seen, ``report`` marks them.
     """
 
@@ -66,13 +67,13 @@ class Choices:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What of an external set the network has seen.
+    """The images of an external set that the network has seen.
 
     Attributes:
-        matches: by sample number why an image counts as seen.
-        patients_told: images whose patient is told, and so was looked for among those of the
-            training.
-        not_known: why it is not known what the network has seen; None if it is.
+        matches: why an image counts as seen, by sample number.
+        patients_told: number of images whose patient is known and was searched for among those of
+            the training.
+        not_known: why it is unknown what the network has seen; None if it is known.
     """
 
     matches: Mapping[int, Match]
@@ -82,13 +83,13 @@ class Overlap:
 
 @dataclass(frozen=True)
 class External:
-    """An external set as the model takes it.
+    """An external set, converted for the model.
 
     Attributes:
-        index: its samples with the model's classes; what is not used is in no split.
-        matches: by sample number why the network has seen an image.
+        index: its samples with the model's classes; unused samples are in no split.
+        matches: why an image counts as seen, by sample number.
         others: key and class of each image whose class the model does not know.
-        info: for metrics.json.
+        info: the member ``external`` of metrics.json.
     """
 
     index: Index
@@ -98,24 +99,24 @@ class External:
 
 
 def read_own(run: RunDirectory) -> RunInfo | None:
-    """Read what a run was trained on; None for a model without its run.json."""
+    """Read run.json of a model's training; None for a model without one."""
     return read_info(run) if run.info.is_file() else None
 
 
 def choose_place(own: RunInfo | None, index: Index, split: str, name: str | None) -> str:
-    """Name the place of results: the split for the run's own shards, else that of an external set.
+    """Choose the place of the results: the split for the run's own shards, else external/NAME.
 
-    Shards are a run's own if their index has the sha256 that run.json names, wherever they lie.
-    Those of a model without run.json count as its own unless they are given a name.
+    Shards are a run's own if their index has the sha256 in run.json, wherever they are stored.
+    For a model without run.json all shards count as its own unless a name is given.
 
     Raises:
-        CxrdistError: own shards are given a name, or the name is none for a directory.
+        CxrdistError: a name is given for the run's own shards, or it is not a valid directory name.
     """
     is_own = own is not None and own["shards"]["index_sha256"] == index.sha256
     if is_own and name is not None:
         raise CxrdistError(
-            f"--name {name}: --shards {index.directory} are the run's own, no external set; leave "
-            "--name out"
+            f"--name {name}: is for an external set, and --shards {index.directory} are the run's "
+            "own; leave --name out"
         )
     if is_own or (own is None and name is None):
         return split
@@ -125,30 +126,30 @@ def choose_place(own: RunInfo | None, index: Index, split: str, name: str | None
 
 
 def refuse_other_set(run: RunDirectory, place: str, index: Index, split: str) -> None:
-    """Make sure that the results in a place are of these shards and this split, if there are any.
+    """Check that existing results in a place belong to these shards and this split.
 
     Raises:
-        CxrdistError: they are of others.
+        CxrdistError: they belong to others.
     """
     for path in (run.metrics(place), run.relevance_info(place), run.text(place)):
         if not path.is_file():
             continue
-        found = read_document(path, _Evaluated, f"remove {path.parent} to begin anew")
-        made = found.get("how", found)
-        sha256 = found.get("index_sha256", made.get("index_sha256"))
-        there = sha256, found.get("split", made.get("split", split))
-        if there != (index.sha256, split):
+        document = read_document(path, _Evaluated, f"remove {path.parent} to start over")
+        how = document.get("how", document)
+        sha256 = document.get("index_sha256", how.get("index_sha256"))
+        existing = sha256, document.get("split", how.get("split", split))
+        if existing != (index.sha256, split):
             raise CxrdistError(
-                f"{path.parent}: holds results of other shards or of another split; give these "
-                "another name with --name"
+                f"{path.parent}: holds results of other shards or of another split; choose another "
+                "name with --name"
             )
 
 
 def refuse_choices(choices: Choices | None, shards: Path) -> None:
-    """Refuse options of an external set for shards that are none.
+    """Reject options for external sets if the shards are the run's own.
 
     Raises:
-        CxrdistError: one is given.
+        CxrdistError: such an option is given.
     """
     if choices is None or choices == Choices():
         return
@@ -159,7 +160,7 @@ def refuse_choices(choices: Choices | None, shards: Path) -> None:
 
 
 def read_choices(run: RunDirectory, place: str) -> Choices:
-    """Read how an external set was evaluated, so that other commands take the same images.
+    """Read how an external set was evaluated, so that other commands use the same images.
 
     Raises:
         CxrdistError: metrics.json is damaged.
@@ -167,44 +168,46 @@ def read_choices(run: RunDirectory, place: str) -> Choices:
     path = run.metrics(place)
     if not path.is_file():
         return Choices()
-    found = read_document(path, _Evaluated, MEND).get("external")
-    return Choices(found["label_map"], found["seen"]) if found else Choices()
+    info = read_document(path, _Evaluated, MEND).get("external")
+    return Choices(info["label_map"], info["seen"]) if info else Choices()
 
 
 def as_model_takes(index: Index, classes: list[str], labels: LabelMap) -> Index:
-    """Give the samples of an external set the model's classes.
+    """Map the labels of an external set to the model's classes.
 
-    Of one class per image, images of a class that the model does not know are in no split. Of
-    several labels, those that the set does not have are missing.
+    With one class per image, images of a class that the model does not know are put into no split.
+    With several labels per image, labels that the set does not have count as missing.
 
     Args:
-        index: of the external set, of the model's task.
-        classes: the model's.
-        labels: their label: the model's, None to leave it out.
+        index: index of the external set, which has the model's task.
+        classes: classes of the model.
+        labels: from a label of the set to the model's, or to None to leave it out.
 
     Raises:
-        CxrdistError: the map names a label that one side does not have, or no class is shared.
+        CxrdistError: the map names a label that the set or the model lacks, or they share no class.
     """
     for theirs, ours in labels.items():
         if theirs not in index.classes:
             raise CxrdistError(
-                f"--label-map: {theirs!r:.80} is no class of --shards {index.directory}, which "
+                f"--label-map: {theirs!r:.80} is not a class of --shards {index.directory}, which "
                 f"have {', '.join(index.classes)}"
             )
         if ours is not None and ours not in classes:
             raise CxrdistError(
-                f"--label-map: {ours!r:.80} is no class of the model, which has "
+                f"--label-map: {ours!r:.80} is not a class of the model, which has "
                 f"{', '.join(classes)}"
             )
-    parts = {name: [t for t in index.classes if labels.get(t, t) == name] for name in classes}
-    if not any(parts.values()):
+    merged = {name: [t for t in index.classes if labels.get(t, t) == name] for name in classes}
+    if not any(merged.values()):
         raise CxrdistError(
             f"--shards {index.directory}: have the classes {', '.join(index.classes)}, the model "
-            f"{', '.join(classes)}; none is in both: name theirs and the model's in --label-map"
+            f"{', '.join(classes)}; none is in both: map their classes to the model's with "
+            "--label-map"
         )
-    lacking = {name for name in classes if not parts[name]} if index.task == "multilabel" else set()
+    is_multilabel = index.task == "multilabel"
+    lacking = {name for name in classes if is_multilabel and not merged[name]}
     known: dict[tuple[str, ...], LabelCells] = {}
-    samples = [_relabelled(sample, parts, lacking, known) for sample in index.samples]
+    samples = [_relabelled(sample, merged, lacking, known) for sample in index.samples]
     if index.task == "multiclass":
         samples = [s if s.label else s._replace(split=IN_NO_SPLIT) for s in samples]
     return replace(index, classes=classes, samples=samples)
@@ -216,7 +219,7 @@ def _relabelled(
     lacking: set[str],
     known: dict[tuple[str, ...], LabelCells],
 ) -> Sample:
-    """The sample with the model's labels; few combinations are frequent, so they are kept."""
+    """Return the sample with the model's labels; `known` caches the few combinations."""
     cells = (sample.label, sample.uncertain, sample.missing, sample.assumed_absent)
     if cells not in known:
         ours = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
@@ -228,15 +231,15 @@ def _relabelled(
 def take_external(
     place: str, packed: Index, mapped: Index, split: str, choices: Choices, overlap: Overlap
 ) -> External:
-    """Take the images of an external set that are to be used, and describe it.
+    """Select the images of an external set to use, and describe the set.
 
     Args:
-        place: of its results.
-        packed: its index.
-        mapped: the same as the model takes it.
-        split: that is used.
+        place: the place of its results.
+        packed: its index as packed.
+        mapped: its index with the model's classes.
+        split: the split to use.
         choices: how it is evaluated.
-        overlap: what of the split the network has seen.
+        overlap: which images of the split the network has seen.
 
     Raises:
         CxrdistError: no image is left.
@@ -246,14 +249,14 @@ def take_external(
     others = [(a.key, a.label) for a, b in pairs if a.split == split and b.split == IN_NO_SPLIT]
     if not images:
         raise CxrdistError(
-            f"--shards {packed.directory}: no image of {split} has a class of the model; name "
-            "their classes and the model's in --label-map"
+            f"--shards {packed.directory}: no image of {split} has a class of the model; map "
+            "their classes to the model's with --label-map"
         )
     if choices.seen == "drop":
         if images == len(matches):
             raise CxrdistError(
                 f"--shards {packed.directory}: the network has seen all {images} images of "
-                f"{split}, so that nothing is left to score; --seen report scores and marks them"
+                f"{split}, so nothing is left to score; give --seen report to score and mark them"
             )
         samples = list(mapped.samples)
         for number in matches:
@@ -284,17 +287,17 @@ def find_overlap(
     numbers: NDArray[np.int64],
     cache: Path | None,
 ) -> Overlap:
-    """Find what of an external set the network has seen; must be called on every rank.
+    """Find the images of an external set that the network has seen; call it on every rank.
 
-    The main rank looks. Where a run holds no seen.npz, as those of older versions, its shards are
-    looked at if they are still where they were.
+    The main rank does the search. Runs of older versions have no seen.npz: then the run's shards
+    are read, if they are still at their path.
 
     Args:
-        accelerator: of this rank.
+        accelerator: the accelerator of this rank.
         run: the run directory of the model.
-        index: of the external set.
-        images: uint8 [samples, S, S], of its samples.
-        numbers: int64 [N], of the samples to look at.
+        index: index of the external set.
+        images: its images, uint8 [samples, S, S].
+        numbers: numbers of the samples to search for, int64 [N].
         cache: directory of the decoded images.
     """
     own = together(accelerator, lambda: read_own(run))
@@ -306,28 +309,28 @@ def find_overlap(
             return None
         seen = kept
         if own_index is not None and own_images is not None:
-            print(f"{run.root}: holds no seen.npz; its train and val images are read anew")
+            print(f"{run.root}: holds no seen.npz; its train and val images are read again")
             seen = take_seen(own_index, own_images)
         matches, told = _find_matches(index, images, numbers, own, seen)
         return Overlap(matches, told, reason)
 
-    found = gather(accelerator, [together(accelerator, look)])
-    return next(overlap for overlap in found if overlap is not None)
+    of_ranks = gather(accelerator, [together(accelerator, look)])
+    return next(overlap for overlap in of_ranks if overlap is not None)
 
 
 def _find_kept(
     run: RunDirectory, own: RunInfo | None
 ) -> tuple[Prints | None, Index | None, str | None]:
-    """Find what is known of a run's train and val images.
+    """Find a record of a run's train and val images.
 
     Returns:
-        seen.npz; else the run's shards, if they are still where they were; else why nothing is
-        known.
+        seen.npz, else the index of the run's shards if they are still at their path, else the
+        reason why neither exists; the other two are None.
 
     Raises:
-        CxrdistError: seen.npz is damaged, or of other shards than run.json names.
+        CxrdistError: seen.npz is damaged, or belongs to other shards than run.json.
     """
-    unknown = "what the network has seen of it is not known, because"
+    unknown = "it is not known which of its images the network has seen, because"
     if own is None:
         return None, None, f"{unknown} the run holds no run.json"
     digest = own["shards"]["index_sha256"]
@@ -335,7 +338,7 @@ def _find_kept(
         seen = read_seen(run.seen)
         if seen.index_sha256 != digest:
             raise CxrdistError(
-                f"{run.seen}: is of other shards than run.json names; copy the run directory again"
+                f"{run.seen}: belongs to other shards than run.json; copy the run directory again"
             )
         return seen, None, None
     where = own["shards"]["path"]
@@ -349,34 +352,34 @@ def _find_kept(
 
 
 def take_seen(index: Index, images: Images) -> Prints:
-    """Take what is kept of the train and val images of a run's shards."""
+    """Compute the prints of the train and val images of a run's shards."""
     numbers = np.array([*index.numbers("train"), *index.numbers("val")], np.int64)
     return take_prints(images, index.samples, numbers, index.sha256)
 
 
 def seen_before(init: str) -> Prints | None:
-    """Read what the run that another one starts from has seen; None where that is not known.
+    """Read seen.npz of the run that a training starts from; None if there is none.
 
     Args:
-        init: what the weights are from.
+        init: the value of --init.
 
     Raises:
-        CxrdistError: its seen.npz is damaged.
+        CxrdistError: the seen.npz is damaged.
     """
     earlier = RunDirectory(Path(init))
     return read_seen(earlier.seen) if earlier.root.is_dir() and earlier.seen.is_file() else None
 
 
 def keep_seen(run: RunDirectory, index: Index, images: Images, earlier: Prints | None) -> None:
-    """Write seen.npz of a run before its first step; one that goes on has it already.
+    """Write seen.npz of a run before its first step; a resumed run already has it.
 
-    A run that starts from another one has seen what that one has seen, as far as it has kept it.
+    A run that starts from another run has also seen that run's images, if they were recorded.
 
     Args:
         run: the run directory.
-        index: its shards.
-        images: uint8 [samples, S, S], of them.
-        earlier: as `seen_before` returns it.
+        index: index of its shards.
+        images: images of the shards, uint8 [samples, S, S].
+        earlier: the result of `seen_before`.
 
     Raises:
         CxrdistError: the run's own seen.npz is damaged.
@@ -397,14 +400,15 @@ def _find_matches(
     """Find the images of an external set that the network has seen.
 
     Args:
-        index: of the external set.
-        images: uint8 [samples, S, S], of its samples.
-        numbers: int64 [N], of the samples to look at.
-        own: what the run was trained on; None if that is not known.
-        seen: of its train and val images; None where nothing is kept of them.
+        index: index of the external set.
+        images: its images, uint8 [samples, S, S].
+        numbers: numbers of the samples to search for, int64 [N].
+        own: run.json of the run; None if there is none.
+        seen: prints of the run's train and val images; None if there are none.
 
     Returns:
-        Matches by sample number, and of how many images both sides tell the patient.
+        Matches by sample number, and the number of images whose patient is known, or 0 if the run
+        knows no patients.
     """
     matches: dict[int, Match] = {}
     told = 0
@@ -414,16 +418,16 @@ def _find_matches(
     if seen is not None:
         prints = take_prints(images, index.samples, numbers, index.sha256)
         told = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
-        found = find_matches(prints, seen)
-        matches |= {int(numbers[row]): match for row, match in found.items()}
+        by_row = find_matches(prints, seen)
+        matches |= {int(numbers[row]): match for row, match in by_row.items()}
     return dict(sorted(matches.items())), told
 
 
 def started_from_chexnet(weights: WeightsInfo) -> bool:
-    """Whether a network's weights go back to a published one that was trained on ChestX-ray14.
+    """Return whether a network's weights derive from a published one trained on ChestX-ray14.
 
-    It is told by the labels of its outputs. What a run of cxrdist was trained on is in its own
-    seen.npz.
+    Such a network is recognised by the labels of its outputs. Runs of cxrdist are skipped, because
+    their training images are in their own seen.npz.
     """
     link: WeightsInfo | None = weights
     while link:
@@ -435,7 +439,7 @@ def started_from_chexnet(weights: WeightsInfo) -> bool:
 
 
 def is_of_chestxray14(sample: Sample) -> bool:
-    """Return whether an image is of ChestX-ray14, by its source or the name of its file."""
+    """Return whether an image is from ChestX-ray14, by its source or file name."""
     named = KNOWN_NAMES["ChestX-ray14"].search(sample.path.rsplit("/", 1)[-1])
     return sample.source in PRE_TRAINING_SOURCES or bool(named)
 
@@ -449,21 +453,21 @@ def write_lists(run: RunDirectory, place: str, external: External) -> None:
 
 
 def summary(info: ExternalInfo) -> str:
-    """Return what the user reads of an external set."""
+    """Return the terminal lines about an external set."""
     name = info["name"]
     lines = []
     if info["other_classes"]:
         counts = ", ".join(f"{n} of {label}" for label, n in info["other_classes"].items())
         lines.append(
             f"{name}: images of classes that the model does not know are left out: {counts} "
-            "(left_out.csv names them)"
+            "(listed in left_out.csv)"
         )
     if info.get("not_known"):
         lines.append(f"{name}: {info['not_known']}")
     reasons = ", ".join(f"{why} {n}" for why, n in info["reasons"].items())
     done = "left out of the scores" if info["seen"] == "drop" else "scored too, and marked"
     lines.append(
-        f"{name}: of {info['images']} images the network has seen {info['seen_images']}"
-        + (f" ({reasons}); they are {done} (seen.csv names them)" if reasons else "")
+        f"{name}: the network has seen {info['seen_images']} of {info['images']} images"
+        + (f" ({reasons}); they are {done} (listed in seen.csv)" if reasons else "")
     )
     return "\n".join(lines)

@@ -15,11 +15,11 @@ class Flip(NamedTuple):
     """An image, or one label of an image, that the models decide differently."""
 
     place: int
-    """Number of the image."""
+    """Position of the image in both `Scored`."""
     change: str
     """right->wrong, wrong->right or wrong->wrong."""
     of: str
-    """The class of the probabilities: the true one, or the label that flipped."""
+    """The class of the logits: the true class, or the label that flipped."""
     predicted: tuple[str, str]
     logits: tuple[float, float]
 
@@ -27,8 +27,8 @@ class Flip(NamedTuple):
 def flips(a: Scored, b: Scored) -> list[Flip]:
     """List the images that the models decide differently, those that got worse first.
 
-    Of several labels each label that is known and decided differently. Within a change the
-    largest difference of the logits comes first.
+    With several labels per image, list each known label that is decided differently. Within a kind
+    of change the largest difference of the logits comes first.
     """
     find = _label_flips if a.task == "multilabel" else _class_flips
     return sorted(
@@ -44,25 +44,25 @@ def flips(a: Scored, b: Scored) -> list[Flip]:
 def _class_flips(a: Scored, b: Scored) -> list[Flip]:
     guesses = a.logits.argmax(axis=1), b.logits.argmax(axis=1)
     truth = (a.targets == POSITIVE).argmax(axis=1)
-    found = []
-    for place in np.flatnonzero(guesses[0] != guesses[1]).tolist():
-        first, second, own = (int(values[place]) for values in (*guesses, truth))
+    flipped = []
+    for position in np.flatnonzero(guesses[0] != guesses[1]).tolist():
+        first, second, own = (int(values[position]) for values in (*guesses, truth))
         change = "right->wrong" if first == own else "wrong->right" if second == own else CHANGES[2]
         names = a.classes[first], a.classes[second]
-        logits = float(a.logits[place, own]), float(b.logits[place, own])
-        found.append(Flip(place, change, a.classes[own], names, logits))
-    return found
+        logits = float(a.logits[position, own]), float(b.logits[position, own])
+        flipped.append(Flip(position, change, a.classes[own], names, logits))
+    return flipped
 
 
 def _label_flips(a: Scored, b: Scored) -> list[Flip]:
     guesses = called(a), called(b)
     flipped = (guesses[0] != guesses[1]) & (a.targets >= 0)
-    found = []
-    for place, column in zip(*(axis.tolist() for axis in np.nonzero(flipped)), strict=True):
-        first, second = (bool(guess[place, column]) for guess in guesses)
-        is_first_right = first == (a.targets[place, column] == POSITIVE)
+    changes = []
+    for position, column in zip(*(axis.tolist() for axis in np.nonzero(flipped)), strict=True):
+        first, second = (bool(guess[position, column]) for guess in guesses)
+        is_first_right = first == (a.targets[position, column] == POSITIVE)
         change = "right->wrong" if is_first_right else "wrong->right"
         names = tuple("yes" if guess else "no" for guess in (first, second))
-        logits = float(a.logits[place, column]), float(b.logits[place, column])
-        found.append(Flip(place, change, a.classes[column], (names[0], names[1]), logits))
-    return found
+        logits = float(a.logits[position, column]), float(b.logits[position, column])
+        changes.append(Flip(position, change, a.classes[column], (names[0], names[1]), logits))
+    return changes

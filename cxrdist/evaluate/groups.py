@@ -1,14 +1,14 @@
-"""Groups: how far the figures of a model differ between groups of patients, such as women and men.
+"""Groups: differences in the figures of a model between patient groups, such as women and men.
 
-Many differences are looked at, of which some are large by chance. Their intervals are corrected for
-all of them together, over columns, classes and figures, so that where no group differs at most 5 of
-100 data sets have one that does not hold 0 (Bonferroni). Each is the difference and some standard
-errors of its bootstrap replicates, as many as Welch's t-test with patients as its samples takes.
+Some of the many differences are large by chance. Their intervals are therefore corrected for all
+comparisons together, over columns, classes and figures: if no group differs, at most 5 of 100 data
+sets have an interval that excludes 0 (Bonferroni). An interval is the difference plus and minus a
+multiple of its bootstrap standard error, the multiple of Welch's t-test with patients as samples.
 
-Simulated with two labels, two sexes, three sources and four bands of age, patients of 1 to 4
-images with a correlation of 0.5: without a difference 7 of 200 data sets of 600 patients are
-flagged, and 3 of 200 of 150 patients; a sensitivity of 0.6 and not 0.8 in one sex is flagged in 80
-of 100 data sets of 600 patients, and in 99 of 100 of 1,000.
+Simulated with two labels, two sexes, three sources and four age bands, patients with 1 to 4 images
+and a correlation of 0.5: without a difference 7 of 200 data sets with 600 patients are flagged, and
+3 of 200 with 150 patients. A sensitivity of 0.6 instead of 0.8 in one sex is flagged in 80 of 100
+data sets with 600 patients, and in 99 of 100 with 1,000.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, NotRequired, TypedDict, cast
 
 import numpy as np
-import scipy  # loads its parts on first use
+import scipy  # loads submodules on first use
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
@@ -27,12 +27,12 @@ from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.intervals import bounded
 
-# Children apart, since their chests differ; then twenty years each, as Seyyed-Kalantari et al.
-# (Nature Medicine 27, 2021, 2176) cut the ages of the public sets of chest X-rays.
+# Children are separate because their chests differ; then bands of twenty years, as in
+# Seyyed-Kalantari et al. (Nature Medicine 27, 2021, 2176) for public chest X-ray data sets.
 AGE_BANDS = {0: "0-17", 18: "18-39", 40: "40-59", 60: "60-79", 80: "80+"}
-OLDEST = 130  # years; what is more is a mistake or hides an age
-UNKNOWN = "unknown"  # shown, and not compared
-OTHERS = "others"  # of a column with more groups, all but the largest; shown, and not compared
+OLDEST = 130  # years; higher values are errors or anonymised ages
+UNKNOWN = "unknown"  # shown, not compared
+OTHERS = "others"  # all groups beyond MOST_GROUPS; shown, not compared
 MOST_GROUPS = 12
 _DIGITS = 6
 Share = Annotated[float, Between(0, 1)]
@@ -42,7 +42,7 @@ Floats = NDArray[np.float64]
 
 
 class GroupScores(TypedDict):
-    """A class or label in a group; None where a figure is undefined."""
+    """The scores of a class or label in a group; None where a figure is undefined."""
 
     known: Count
     positives: Count
@@ -53,12 +53,12 @@ class GroupScores(TypedDict):
     specificity: Share | None
     specificity_interval: Limits | None
     recall_at_point: NotRequired[Share | None]
-    """At the operating point that was chosen on the validation split."""
+    """Recall at the operating point chosen on the validation split."""
     recall_at_point_interval: NotRequired[Limits | None]
     specificity_at_point: NotRequired[Share | None]
     specificity_at_point_interval: NotRequired[Limits | None]
     too_few: list[str]
-    """Figures that rest on too few patients; they are shown, and not compared."""
+    """Figures with too few patients; they are shown, not compared."""
 
 
 class Group(TypedDict):
@@ -69,7 +69,7 @@ class Group(TypedDict):
     accuracy: NotRequired[Share | None]
     accuracy_interval: NotRequired[Limits | None]
     too_few: list[str]
-    """accuracy, where it rests on too few patients."""
+    """``accuracy`` if it has too few patients."""
     classes: dict[str, GroupScores]
 
 
@@ -89,29 +89,30 @@ class Gap(TypedDict):
     flagged: bool
     """Whether the interval is above 0."""
     groups: Count
-    """Groups of the column that were compared."""
+    """Number of groups of the column that were compared."""
 
 
 class Groups(TypedDict):
-    """The part ``groups`` of metrics.json."""
+    """The member ``groups`` of metrics.json."""
 
     fewest: Count
     comparisons: Count
-    """Differences between two groups that were looked at, for which the intervals are corrected."""
+    """Number of differences between two groups, for which the intervals are corrected."""
     columns: dict[str, dict[str, Group]]
     gaps: list[Gap]
-    """Flagged ones first, then the larger ones."""
+    """Flagged gaps first, then by falling difference."""
 
 
 @dataclass(frozen=True)
 class _Figures:
-    """One measure of the images of a group, for each of C classes, or once for the accuracy.
+    """One measure of a group, for each of C classes (C = 1 for the accuracy).
 
     Attributes:
-        value: float64 [C], NaN where it is undefined.
-        drawn: float64 [replicates, C].
-        images: int64 [C], on which it rests; of an AUROC the fewer ones of both sides.
-        patients: int64 [C], likewise.
+        value: float64 [C], NaN where undefined.
+        drawn: values of the replicates, float64 [replicates, C].
+        images: number of images behind it, int64 [C]; for an AUROC the smaller of positives and
+            negatives.
+        patients: number of patients, int64 [C], likewise.
     """
 
     value: Floats
@@ -122,17 +123,17 @@ class _Figures:
 
 @dataclass(frozen=True)
 class _Differences:
-    """Those between all pairs of some groups in one figure of one class.
+    """The differences in one figure of one class between all pairs of groups.
 
     Attributes:
-        column: by which the groups are told apart.
+        column: the column that defines the groups.
         label: the class; None for the accuracy.
         measure: name of the figure.
-        groups: names, of those with enough patients.
-        pairs: int64 [2, pairs], places of the groups.
-        value: float64 [pairs], of the first minus the second.
-        error: float64 [pairs], standard errors.
-        freedom: float64 [pairs], degrees of it in Welch's t-test.
+        groups: names of the groups with enough patients.
+        pairs: positions of both groups in `groups`, int64 [2, pairs].
+        value: first group minus second, float64 [pairs].
+        error: standard errors, float64 [pairs].
+        freedom: degrees of freedom of Welch's t-test, float64 [pairs].
     """
 
     column: str
@@ -155,9 +156,10 @@ def compare_groups(
 
     Args:
         scored: the images.
-        replicates: of their patients.
-        fewest: patients with the class, and without it, below which a figure is not compared.
-        thresholds: logits from which on a class is called, by class; None if there are none.
+        replicates: bootstrap replicates of their patients.
+        fewest: a figure is only compared with at least so many patients, with the class and
+            without it.
+        thresholds: logits at or above which a class is called, by class; None if there are none.
     """
     decisions = _decide(scored, thresholds)
     columns: dict[str, dict[str, Group]] = {}
@@ -166,51 +168,51 @@ def compare_groups(
         members = split_groups(column, texts)
         if len(members) < 2:
             continue
-        found = {
+        by_group = {
             name: _measure(scored, decisions, replicates, mask) for name, mask in members.items()
         }
         columns[column] = {
             name: _describe(scored, members[name], figures, fewest)
-            for name, figures in found.items()
+            for name, figures in by_group.items()
         }
-        differences += _subtract(column, scored.classes, found, fewest)
-    comparisons = sum(len(found.value) for found in differences)
+        differences += _subtract(column, scored.classes, by_group, fewest)
+    comparisons = sum(len(of_class.value) for of_class in differences)
     return {
         "fewest": fewest,
         "comparisons": comparisons,
         "columns": columns,
         "gaps": sorted(
-            (_largest(found, comparisons) for found in differences),
+            (_largest(of_class, comparisons) for of_class in differences),
             key=lambda gap: (not gap["flagged"], -gap["difference"]),
         ),
     }
 
 
 def split_groups(column: str, texts: Sequence[str]) -> dict[str, Bools]:
-    """Tell the groups of a column apart.
+    """Split the images into the groups of a column.
 
     Returns:
-        bool [N] by the name of the group: bands of age in their order, else the largest first;
+        A mask, bool [N], by group name: age bands in their order, other groups by falling size;
         `OTHERS` and `UNKNOWN` last.
     """
     names = [age_band(text) for text in texts] if column == "age" else texts
-    values, places = np.unique([name or UNKNOWN for name in names], return_inverse=True)
-    counts = np.bincount(places)
-    known = [place for place in np.argsort(-counts, kind="stable") if values[place] != UNKNOWN]
+    values, indices = np.unique([name or UNKNOWN for name in names], return_inverse=True)
+    counts = np.bincount(indices)
+    known = [index for index in np.argsort(-counts, kind="stable") if values[index] != UNKNOWN]
     shown, others = known[:MOST_GROUPS], known[MOST_GROUPS:]
     if column == "age":
         order = list(AGE_BANDS.values())
-        shown.sort(key=lambda place: order.index(str(values[place])))
-    members = {str(values[place]): places == place for place in shown}
+        shown.sort(key=lambda index: order.index(str(values[index])))
+    members = {str(values[index]): indices == index for index in shown}
     if others:
-        members[OTHERS] = np.isin(places, others)
+        members[OTHERS] = np.isin(indices, others)
     if UNKNOWN in values:
-        members[UNKNOWN] = values[places] == UNKNOWN
+        members[UNKNOWN] = values[indices] == UNKNOWN
     return members
 
 
 def age_band(text: str) -> str:
-    """Name the band of an age in years; empty for a text that is no age."""
+    """Return the band of an age in years; empty if the text is not a valid age."""
     try:
         years = float(text)
     except ValueError:
@@ -221,7 +223,7 @@ def age_band(text: str) -> str:
 
 
 def _decide(scored: Scored, thresholds: Mapping[str, float] | None) -> dict[str, Bools]:
-    """Which classes are called by each rule: bool [N, C]; as predicted, and at the points."""
+    """Return which classes are called, bool [N, C], by suffix: as predicted, at the points."""
     if scored.task == "multilabel":
         predicted = scored.logits >= 0  # probability 0.5
     else:
@@ -237,7 +239,7 @@ def _decide(scored: Scored, thresholds: Mapping[str, float] | None) -> dict[str,
 def _measure(
     scored: Scored, decisions: Mapping[str, Bools], replicates: Replicates, mask: Bools
 ) -> dict[str, _Figures]:
-    """Compute all figures of the images in a mask [N], by measure."""
+    """Compute all figures of the images in a mask, bool [N], by measure."""
     columns, patient = np.unique(replicates.patient[mask], return_inverse=True)
     own = Replicates(replicates.draws.T[columns].T, patient)
     targets = scored.targets[mask]
@@ -254,7 +256,7 @@ def _measure(
 
 
 def _count_patients(side: Bools, patient: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Count the patients with an image on a side, bool [n, C]: int64 [C]."""
+    """Count the patients with at least one image in a mask, bool [n, C]: int64 [C]."""
     there = np.zeros((patient.max() + 1, side.shape[1]), np.bool_)
     rows, columns = np.nonzero(side)
     there[patient[rows], columns] = True
@@ -262,7 +264,7 @@ def _count_patients(side: Bools, patient: NDArray[np.int64]) -> NDArray[np.int64
 
 
 def _share(part: Bools, whole: Bools, own: Replicates) -> _Figures:
-    """Return the shares of images that are in `part` among those in `whole`, bool [n, C] each."""
+    """Return the share of the images in `whole` that are in `part`, bool [n, C] each."""
     size = whole.shape[1]
     sums = own.sums(np.hstack([part, whole]).astype(np.float64))
     images, patients = whole.sum(axis=0), _count_patients(whole, own.patient)
@@ -273,17 +275,17 @@ def _share(part: Bools, whole: Bools, own: Replicates) -> _Figures:
 
 
 def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> _Figures:
-    """Return the AUROC of each class, from [n, C] each.
+    """Return the AUROC of each class; all arguments are [n, C].
 
-    A replicate's is that of all images, moved by what each of them contributes (its placement;
-    DeLong et al. 1988, for patients with several images Obuchowski 1997) on the scale of log odds,
-    on which it stays within 0 and 1 (Pepe 2003, section 5.2.3): one product of matrices instead of
-    thousands of sorts.
+    The AUROC of a replicate is approximated: that of all images, shifted by the sum of the
+    contributions of its images (their placements; DeLong et al. 1988, for patients with several
+    images Obuchowski 1997). The shift is made in log odds, which keeps the result within 0 and 1
+    (Pepe 2003, section 5.2.3). This needs one matrix product instead of thousands of sorts.
     """
     columns = zip(logits.T, positive.T, negative.T, strict=True)
-    found = [_placements(*column) for column in columns]
-    value = np.array([auroc for auroc, _ in found])
-    moves = own.sums(np.stack([moves for _, moves in found], axis=1))
+    of_classes = [_placements(*column) for column in columns]
+    value = np.array([auroc for auroc, _ in of_classes])
+    moves = own.sums(np.stack([moves for _, moves in of_classes], axis=1))
     edge = (value == 0) | (value == 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = expit(logit(value) + moves / (value * (1 - value)))
@@ -294,9 +296,9 @@ def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> 
 
 
 def _placements(scores: Floats, positive: Bools, negative: Bools) -> tuple[float, Floats]:
-    """The AUROC of scores [n], and what each image contributes to its deviation, float64 [n].
+    """Return the AUROC of scores [n], and the contribution of each image to it, float64 [n].
 
-    By ranks, as Sun & Xu 2014 compute what DeLong et al. define; ties count for half.
+    Ranks give the placements of DeLong et al. (Sun & Xu 2014); ties count one half.
     """
     moves = np.zeros(len(scores))
     num_positives, num_negatives = int(positive.sum()), int(negative.sum())
@@ -314,14 +316,14 @@ def _placements(scores: Floats, positive: Bools, negative: Bools) -> tuple[float
 
 
 def _describe(scored: Scored, mask: Bools, figures: Mapping[str, _Figures], fewest: int) -> Group:
-    """Write the figures of a group as metrics.json has them."""
+    """Write the figures of a group for metrics.json."""
     targets = scored.targets[mask]
     positives = (targets == POSITIVE).sum(axis=0)
     known = (targets >= 0).sum(axis=0)
-    of_classes = {name: found for name, found in figures.items() if name != "accuracy"}
+    of_classes = {name: of_class for name, of_class in figures.items() if name != "accuracy"}
     group: dict[str, object] = {
         "images": int(mask.sum()),
-        "patients": len({scored.patients[place] for place in np.flatnonzero(mask)}),
+        "patients": len({scored.patients[i] for i in np.flatnonzero(mask)}),
         "too_few": [],
         "classes": {
             name: {
@@ -338,15 +340,15 @@ def _describe(scored: Scored, mask: Bools, figures: Mapping[str, _Figures], fewe
 
 
 def _row(figures: Mapping[str, _Figures], column: int, fewest: int) -> dict[str, object]:
-    """Write the figures of one class with their intervals, and which rest on too few patients."""
+    """Write the figures of one class with intervals, and list those with too few patients."""
     row: dict[str, object] = {}
     too_few = []
-    for measure, found in figures.items():
-        value = float(found.value[column])
+    for measure, of_measure in figures.items():
+        value = float(of_measure.value[column])
         defined = np.isfinite(value)
         row[measure] = round(value, _DIGITS) if defined else None
-        patients = int(found.patients[column])
-        drawn = found.drawn[:, column]
+        patients = int(of_measure.patients[column])
+        drawn = of_measure.drawn[:, column]
         row[f"{measure}_interval"] = bounded(value, drawn, patients) if defined else None
         if defined and patients < fewest:
             too_few.append(measure)
@@ -356,37 +358,38 @@ def _row(figures: Mapping[str, _Figures], column: int, fewest: int) -> dict[str,
 def _subtract(
     column: str,
     classes: Sequence[str],
-    found: Mapping[str, Mapping[str, _Figures]],
+    by_group: Mapping[str, Mapping[str, _Figures]],
     fewest: int,
 ) -> Iterator[_Differences]:
-    """Compare all pairs of the groups of a column that have enough patients, figure by figure."""
-    names = [name for name in found if name not in (OTHERS, UNKNOWN)]
-    for measure in next(iter(found.values())):
+    """Compare all pairs of groups of a column that have enough patients, figure by figure."""
+    names = [name for name in by_group if name not in (OTHERS, UNKNOWN)]
+    for measure in next(iter(by_group.values())):
         labels = [None] if measure == "accuracy" else classes
-        for place, label in enumerate(labels):
-            groups = [name for name in names if found[name][measure].patients[place] >= fewest]
+        for i, label in enumerate(labels):
+            groups = [name for name in names if by_group[name][measure].patients[i] >= fewest]
             if len(groups) < 2:
                 continue
-            figures = [found[name][measure] for name in groups]
-            yield _Differences(column, label, measure, groups, *_pairwise(figures, place, measure))
+            figures = [by_group[name][measure] for name in groups]
+            yield _Differences(column, label, measure, groups, *_pairwise(figures, i, measure))
 
 
 def _pairwise(
-    figures: Sequence[_Figures], place: int, measure: str
+    figures: Sequence[_Figures], column: int, measure: str
 ) -> tuple[NDArray[np.int64], Floats, Floats, Floats]:
-    """Pairs, differences, standard errors and degrees of freedom, as `_Differences` has them."""
+    """Return pairs, values, errors and freedom, as in `_Differences`."""
     pairs = np.stack(np.triu_indices(len(figures), 1))
-    value = np.array([found.value[place] for found in figures])[pairs]
-    drawn = np.stack([found.drawn[:, place] for found in figures], axis=1)
-    images = np.array([found.images[place] for found in figures])[pairs]
-    patients = np.array([found.patients[place] for found in figures])[pairs]
-    # A replicate without a group's patients of a class, which is rare, says nothing of it.
+    value = np.array([of_group.value[column] for of_group in figures])[pairs]
+    drawn = np.stack([of_group.drawn[:, column] for of_group in figures], axis=1)
+    images = np.array([of_group.images[column] for of_group in figures])[pairs]
+    patients = np.array([of_group.patients[column] for of_group in figures])[pairs]
+    # NaN: the rare replicates without any patient of a group and class are ignored.
     alone = np.nanvar(drawn, axis=0)[pairs]
-    # Groups may share patients, such as those with images of two views.
+    # The variance of the difference, because groups may share patients (e.g. with two views).
     both = np.nanvar(drawn[:, pairs[0]] - drawn[:, pairs[1]], axis=0)
-    # Half an image more on each side, so that of two faultless groups nothing is certain.
+    # Half an image is added to each side: two groups without errors must not have zero variance.
     pooled = ((value * images).sum(axis=0) + 0.5) / (images.sum(axis=0) + 1)
-    # Where all images are right nothing tells how alike those of a patient are.
+    # If all images are right (or all wrong), the correlation within patients cannot be estimated,
+    # so each patient counts as one independent image.
     count = np.where((value == 0) | (value == 1), patients, images)
     variance = np.maximum(alone, _spread(measure, pooled) / count)
     error = np.sqrt(both + (variance - alone).sum(axis=0))
@@ -395,35 +398,37 @@ def _pairwise(
 
 
 def _spread(measure: str, value: Floats) -> Floats:
-    """The variance of what one image adds to a figure, if it has the value that both groups share.
+    """Return the variance that one image adds to a figure, at the pooled value of both groups.
 
-    No group's error is below it: a few images that are all right have no spread of their own, and
-    are no proof. So a score test does for shares (Newcombe 1998, Statistics in Medicine 17, 857);
-    of an AUROC it is that of placements of exponential scores (Hanley & McNeil 1982).
+    It is a lower limit for the variance of a group, because a few images that are all right have no
+    spread of their own but prove little. For shares a score test does the same (Newcombe 1998,
+    Statistics in Medicine 17, 857); for an AUROC it is the variance of placements of exponential
+    scores (Hanley & McNeil 1982).
     """
     if measure == "auroc":
         return np.minimum(value / (2 - value), 2 * value**2 / (1 + value)) - value**2
     return value * (1 - value)
 
 
-def _largest(found: _Differences, comparisons: int) -> Gap:
-    """Return the largest difference of those that are flagged, else of all."""
-    sizes = np.abs(found.value)
-    reach = found.error * scipy.stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, found.freedom)
+def _largest(differences: _Differences, comparisons: int) -> Gap:
+    """Return the largest flagged difference, or the largest if none is flagged."""
+    sizes = np.abs(differences.value)
+    quantile = 1 - (1 - LEVEL) / 2 / comparisons
+    reach = differences.error * scipy.stats.t.ppf(quantile, differences.freedom)
     flagged = sizes > reach
-    place = int(np.argmax(np.where(flagged, sizes + 1, sizes)))
-    first, second = found.pairs[:, place]
-    if found.value[place] < 0:
+    largest = int(np.argmax(np.where(flagged, sizes + 1, sizes)))
+    first, second = differences.pairs[:, largest]
+    if differences.value[largest] < 0:
         first, second = second, first
-    ends = sizes[place] + reach[place] * np.array([-1, 1])
+    ends = sizes[largest] + reach[largest] * np.array([-1, 1])
     return {
-        "column": found.column,
-        "label": found.label,
-        "measure": found.measure,
-        "higher": found.groups[first],
-        "lower": found.groups[second],
-        "difference": round(float(sizes[place]), _DIGITS),
+        "column": differences.column,
+        "label": differences.label,
+        "measure": differences.measure,
+        "higher": differences.groups[first],
+        "lower": differences.groups[second],
+        "difference": round(float(sizes[largest]), _DIGITS),
         "interval": [round(float(end), _DIGITS) for end in np.clip(ends, -1, 1)],
-        "flagged": bool(flagged[place]),
-        "groups": len(found.groups),
+        "flagged": bool(flagged[largest]),
+        "groups": len(differences.groups),
     }

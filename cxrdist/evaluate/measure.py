@@ -1,4 +1,4 @@
-"""All figures of some scored images: one function of each part, in one document, metrics.json."""
+"""All figures of scored images for metrics.json; each member has its own function."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,15 @@ from cxrdist.model.description import Calibration
 
 @dataclass(frozen=True)
 class Settings:
-    """What figures depend on besides the images.
+    """The settings that figures depend on besides the images.
 
     Attributes:
-        fewest: positives, and negatives, below which a score rests on too few images.
-        prevalence: of each class where the model is to be used; None for that of the images only.
-        calibration: what was chosen on the validation split; None before it was evaluated.
-        replicates: of the bootstrap.
-        seed: of the bootstrap.
+        fewest: a score with fewer positives, or fewer negatives, has too few images.
+        prevalence: share of patients with each class where the model will be used; None for that of
+            the images only.
+        calibration: temperatures and thresholds chosen on the validation split; None before that.
+        replicates: number of bootstrap replicates.
+        seed: seed of the bootstrap.
     """
 
     fewest: int = 10
@@ -35,20 +36,17 @@ class Settings:
 
 
 def replicate(scored: Scored, settings: Settings) -> Replicates:
-    """Draw the patients of some images for their intervals, within the rarest class of each."""
+    """Draw bootstrap replicates of the patients, stratified by the rarest class of each."""
     return draw(scored.patients, strata(scored), settings.replicates, settings.seed)
 
 
 def strata(scored: Scored) -> list[str]:
-    """Give each image the rarest class that its patient has."""
+    """Return for each image the rarest class of its patient."""
     return rarest_class(scored.targets == POSITIVE, scored.patients)
 
 
 def measure(scored: Scored, settings: Settings) -> Metrics:
-    """Compute the figures of metrics.json.
-
-    Each group of figures is a member of its own, from (scored, replicates, settings).
-    """
+    """Compute the figures of metrics.json."""
     replicates, calibration = replicate(scored, settings), settings.calibration
     scores = score(scored, replicates, settings.fewest)
     metrics: Metrics = {"format": "cxrdist-metrics-1", **scores}

@@ -1,4 +1,4 @@
-"""The members of an ensemble: how far chance in the training, or in its images, moves a figure."""
+"""The members of an ensemble: how much figures vary with the seed or the fold of the training."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args
@@ -26,7 +26,7 @@ FIGURES: dict[str, str] = {
 
 
 class Spread(TypedDict):
-    """One figure over the members; None where it is not defined."""
+    """One figure over the members; None where it is undefined."""
 
     figure: Figure
     of: Text | None
@@ -34,7 +34,7 @@ class Spread(TypedDict):
     members: dict[str, Real | None]
     mean: Real | None
     standard_deviation: Real | None
-    """Of the members, with n - 1."""
+    """Standard deviation over the members, with n - 1."""
     smallest: Real | None
     largest: Real | None
     ensemble: Real | None
@@ -47,14 +47,14 @@ class MembersFile(TypedDict):
     kind: Literal["seeds", "folds"]
     members: Annotated[list[Member], Between(2, MOST_MEMBERS)]
     splits: dict[str, list[Spread]]
-    """By split: test; of folds also val, which is another part of the images for each member."""
+    """By split: test; for folds also val, which has other images for each member."""
 
 
 def read_members(run: RunDirectory) -> MembersFile | None:
-    """Read members.json; None if the run is no ensemble.
+    """Read members.json; return None if the run is not an ensemble.
 
     Raises:
-        CxrdistError: it is damaged, or names a figure that there is not.
+        CxrdistError: it is damaged, or names an unknown figure.
     """
     if not run.members.is_file():
         return None
@@ -62,7 +62,7 @@ def read_members(run: RunDirectory) -> MembersFile | None:
 
 
 def spreads(run: RunDirectory, names: list[str], split: str) -> list[Spread]:
-    """Gather each figure of metrics.json over the members."""
+    """Return the spread of each figure of metrics.json over the members."""
     rows = {name: _figures(RunDirectory(run.inside(name)).metrics(split)) for name in names}
     of_ensemble = _figures(run.metrics(split)) if run.metrics(split).is_file() else {}
     return [
@@ -75,7 +75,7 @@ Key = tuple[Figure, str | None]
 
 
 def _figures(file: Path) -> dict[Key, float | None]:
-    """Read the figures of a metrics.json by name and class."""
+    """Read the figures of a metrics.json, by name and class."""
     metrics = read_document(file, Metrics, "run `cxrdist evaluate` again")
     tables: dict[str | None, Any] = {None: {**metrics, **metrics["macro"]}}
     tables.update(metrics["classes"])
@@ -102,7 +102,7 @@ def _spread(key: Key, values: dict[str, float | None], of_ensemble: dict[Key, An
 
 
 def spread_table(spreads: list[Spread]) -> str:
-    """Format the spread of some figures for the terminal."""
+    """Format the spread of figures for the terminal."""
     columns = ("mean", "standard_deviation", "smallest", "largest", "ensemble")
     rows = []
     for spread in spreads:

@@ -1,7 +1,7 @@
-"""Metrics of one split from all its logits, by torchmetrics.
+"""Metrics of one split from all its logits, computed with torchmetrics.
 
-Classes are chosen and images ranked by logits and never by probabilities, which run together: in
-float32 the sigmoid of 18 and that of 25 are both 1.
+Classes are chosen and images ranked by logits, never by probabilities, because those coincide: in
+float32 the sigmoids of 18 and 25 are both 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,7 +55,7 @@ TITLES: dict[ScoreName, str] = {
 
 
 def _functional() -> Any:
-    """Import torchmetrics on first use: it loads SciPy and matplotlib, a third of a start."""
+    """Import torchmetrics on first use: it loads SciPy and matplotlib, a third of start-up."""
     from torchmetrics import functional
 
     return functional
@@ -64,8 +64,8 @@ def _functional() -> Any:
 class Scores(TypedDict):
     """Scores of a class or label, or their means; None where a score is undefined.
 
-    Beside each score stands its 95 % interval (`INTERVALS`). Documents of older
-    versions have no intervals, no specificity, and less of the rest.
+    Each score has its 95 % interval beside it (`INTERVALS`). Documents of older versions lack
+    intervals, specificity and other members.
     """
 
     recall: Share | None
@@ -81,19 +81,19 @@ class Scores(TypedDict):
     auroc_interval: NotRequired[Limits | None]
     average_precision_interval: NotRequired[Limits | None]
     known: NotRequired[Count]
-    """Images of which it is known whether they have the label."""
+    """Images for which it is known whether they have the label."""
     positives: NotRequired[Count]
     patients: NotRequired[Count]
     """Patients of the known images."""
     positive_patients: NotRequired[Count]
     too_few: NotRequired[Text | None]
-    """Why scores of the class are no headline, such as "7 positives"; None if they may be one."""
+    """Which images are too few for a headline, such as "7 positives"; None if there are enough."""
     reason: NotRequired[Text | None]
     """Why there is no AUROC; None if there is one."""
 
 
 class Metrics(TypedDict):
-    """The content of metrics.json; further figures may stand beside these."""
+    """The content of metrics.json; other programs may add members."""
 
     format: NotRequired[Literal["cxrdist-metrics-1"]]
     """Missing in documents of older versions."""
@@ -104,13 +104,13 @@ class Metrics(TypedDict):
     accuracy: NotRequired[Share | None]
     accuracy_interval: NotRequired[Limits | None]
     accuracy_wilson: NotRequired[Limits | None]
-    """The interval for images that are taken as independent, which is too narrow if they are not
-    (Wilson 1927)."""
+    """Wilson's interval (1927), which treats images as independent and is too narrow if they are
+    not."""
     confusion_matrix: NotRequired[list[list[Count]]]
     """Rows: truth, columns: prediction."""
     threshold: NotRequired[Share]
     fewest: NotRequired[Count]
-    """Positives, and negatives, below which there are too few to say."""
+    """A class with fewer positives, or fewer negatives, has too few images."""
     intervals: NotRequired[Intervals]
     groups: NotRequired[Groups]
     classes: dict[str, Scores]
@@ -120,17 +120,16 @@ class Metrics(TypedDict):
     calibration: NotRequired[CalibrationFigures]
     decision_curve: NotRequired[DecisionCurve]
     macro_enough: NotRequired[Scores]
-    """The means without the classes of too few images, for the headline; where there are some."""
+    """Means without the classes with too few images, for the headline; only if there are such."""
     external: NotRequired[ExternalInfo]
 
 
 def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> Metrics:
-    """Score each class against the rest, as in the paper's Table 2, and all by their accuracy.
+    """Score each class against the rest, as in the paper's Table 2, and compute the accuracy.
 
-    The predicted class is the one with the largest logit, the first one of equal ones. What is
-    undefined is None: recall of a class without samples, precision of a class that was never
-    predicted, AUROC where one side is empty. The macro mean of a score is None where one class has
-    none.
+    The predicted class has the largest logit; of equal ones the first. Undefined scores are None:
+    recall of a class without samples, precision of a class that was never predicted, AUROC without
+    positives or without negatives. The macro mean of a score is None if a class lacks it.
 
     Args:
         logits: float [N, classes].
@@ -158,21 +157,21 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> Metri
 
 
 def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -> Metrics:
-    """Score each label of images that may have several, over the images of which it is known.
+    """Score each label of images with several labels, over the images for which it is known.
 
-    A label is predicted where its logit is at least that of the probability `THRESHOLD`. What is
-    undefined is None, as in `compute_metrics`; a label that all known images have, or none, has no
-    AUROC and no average precision, and a reason. The macro mean is over the labels for which a
-    score is defined, and says of how many.
+    A label is predicted if its logit is at least that of the probability `THRESHOLD`. Undefined
+    scores are None, as in `compute_metrics`; a label that all or none of the known images have gets
+    no AUROC and no average precision, but a reason. The macro mean is over the labels for which a
+    score is defined; macro_labels has their number.
 
     Args:
         logits: float [N, classes].
-        targets: [N, classes], 1 where an image has the label, below 0 where that is not known.
+        targets: [N, classes], 1 where an image has the label, below 0 where that is unknown.
         classes: names in the order of the columns.
 
     Returns:
         samples, task, threshold, classes (with ``known``, ``positives`` and ``reason``), macro, and
-        macro_labels: the number of labels that each mean is over.
+        macro_labels, the number of labels in each mean.
     """
     by_class = {
         name: _score_label(logits[known, i], targets[known, i] == 1)
@@ -192,21 +191,21 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
 
 
 def _score_label(logits: Tensor, truth: Tensor) -> Scores:
-    """Score one label over the n images of which it is known: logits, float [n], and bool [n]."""
+    """Score one label over the n images for which it is known: logits, float [n], and bool [n]."""
     known, positives, reason = len(truth), int(truth.sum()), None
     if not known:
-        reason = "the label is known of no image"
+        reason = "the label is known for no image"
     elif positives in (0, known):
         reason = f"{'all' if positives else 'none'} of the {known} known images have the label"
     return {**_one_against_rest(logits, logits >= THRESHOLD_LOGIT, truth), "reason": reason}
 
 
 def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
-    """Return the mean AUROC of the labels for which it is defined, None if there is none.
+    """Return the mean AUROC of the labels for which it is defined; None if there are none.
 
     Args:
         logits: float [N, classes].
-        targets: [N, classes], 1 where an image has the label, below 0 where that is not known.
+        targets: [N, classes], 1 where an image has the label, below 0 where that is unknown.
     """
     auroc, values = _functional().classification.binary_auroc, []
     for i, known in enumerate((targets >= 0).T):
@@ -217,17 +216,17 @@ def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
 
 
 def _ranks(logits: Tensor) -> Tensor:
-    """Replace logits [N] by their places in order: float64 between 0 and 1, equal for equal ones.
+    """Replace logits [N] by their ranks, scaled to float64 between 0 and 1; equal ones stay equal.
 
-    Scores of a ranking stay as they are. torchmetrics would take the float32 sigmoid of values
-    that are not within 0 and 1 (`normalize_logits_if_needed`) and tie the largest logits.
+    Ranking scores do not change. Logits cannot be passed as they are: torchmetrics takes the
+    float32 sigmoid of values outside 0 to 1 (`normalize_logits_if_needed`), which ties the largest.
     """
-    places = torch.unique(logits, return_inverse=True)[1]
-    return (places.double() + 1) / (len(logits) + 1)
+    ranks = torch.unique(logits, return_inverse=True)[1]
+    return (ranks.double() + 1) / (len(logits) + 1)
 
 
 def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> Scores:
-    """Return the count and score n images: logits, float [n], predictions and truth, bool [n]."""
+    """Count and score n images: logits, float [n], predictions and truth, bool [n]."""
     scores = _functional().classification
     positives = int(truth.sum())
     has_truth, has_both = positives > 0, 0 < positives < len(truth)
@@ -252,12 +251,12 @@ def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> Score
 
 
 def _digits(value: Tensor) -> float:
-    """Six decimals, which torchmetrics' float32 holds; more would be made up."""
+    """Round to six decimals, the precision of torchmetrics' float32."""
     return round(float(value), 6)
 
 
 def means(values: Mapping[ScoreName, Sequence[float | None]]) -> Scores:
-    """Average each score over the classes; None where there is no class or one has no score."""
+    """Average each score over the classes; None without classes or if one lacks the score."""
     averages = {
         score: round(sum(defined) / len(defined), 6)
         if (defined := [v for v in column if v is not None]) and len(defined) == len(column)
@@ -268,9 +267,9 @@ def means(values: Mapping[ScoreName, Sequence[float | None]]) -> Scores:
 
 
 def metrics_table(metrics: Metrics) -> str:
-    """Lay out the scores of all classes and their intervals for the terminal (the paper's Table 2).
+    """Format the scores of all classes with intervals for the terminal (the paper's Table 2).
 
-    It fits 100 columns, of names too long in several lines.
+    The table fits into 100 columns; long names are wrapped.
     """
     several = metrics["task"] == "multilabel"
     rows = [
@@ -290,7 +289,7 @@ def metrics_table(metrics: Metrics) -> str:
 
 
 def _cells(scores: Scores) -> list[str]:
-    """Write each score above its interval, without the zeros before the point to save columns."""
+    """Write each score above its interval, without leading zeros to save columns."""
     cells = []
     for name in TITLES:
         value, limits = scores[name], scores.get(INTERVALS[name])
@@ -304,7 +303,7 @@ def _short(value: float) -> str:
 
 
 def headline(metrics: Metrics) -> str:
-    """Write the main figure and its interval, or why there are too few images for one."""
+    """Write the main figure with its interval, or that there are too few images for one."""
     if metrics["task"] == "multilabel":
         return _label_headline(metrics)
     samples = metrics["samples"]
@@ -325,15 +324,15 @@ def _label_headline(metrics: Metrics) -> str:
     known = sum(scores["known"] for scores in classes.values()) / (samples * len(classes))
     unknown = f", {known:.0%} of their labels are known" if known < 1 else ""
     limits = _within(metrics, mean.get("auroc_interval"))
-    left = ", ".join(f"{name} ({reason})" for name, reason in few.items())
+    excluded = ", ".join(f"{name} ({reason})" for name, reason in few.items())
     return (
         f"mean AUROC {shown} over {labels} of {len(classes)} labels ({samples} images{unknown}"
-        f"{limits})" + (f"; too few to say of {left}" if few else "")
+        f"{limits})" + (f"; too few to say for {excluded}" if few else "")
     )
 
 
 def few_of(metrics: Metrics) -> dict[str, str]:
-    """Name the classes of which there are too few images to say, and how many there are."""
+    """Return the classes with too few images, each with its number, such as "7 positives"."""
     reasons = {name: scores.get("too_few") for name, scores in metrics["classes"].items()}
     return {name: reason for name, reason in reasons.items() if reason}
 
@@ -348,5 +347,5 @@ def _within(metrics: Metrics, limits: Limits | None) -> str:
 
 
 def correct_of(metrics: Metrics) -> int:
-    """Count the samples that were predicted right."""
+    """Count the correctly predicted samples."""
     return int(torch.tensor(metrics["confusion_matrix"]).trace())

@@ -1,4 +1,4 @@
-"""Mistakes: the images that a model got wrong, the surest first."""
+"""Mistakes: the images that a model got wrong, the most confident first."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -11,36 +11,36 @@ from cxrdist.evaluate.metrics import THRESHOLD_LOGIT
 from cxrdist.evaluate.scored import Scored
 
 MOST_PICTURED = 200
-"""Mistakes that have a picture. At 224 px, with two heat maps each, they are 20 MB of a page."""
+"""Number of mistakes with pictures. At 224 px, with two heat maps each, they take 20 MB."""
 
 
 class Mistake(NamedTuple):
-    """An image that was got wrong."""
+    """An image that the model got wrong."""
 
     place: int
-    """Of the image in its `Scored`."""
+    """Position of the image in its `Scored`."""
     missed: list[str]
-    """Labels that it has and that were not called."""
+    """Labels that the image has but that were not called."""
     called: list[str]
-    """Labels that were called and that it has not."""
+    """Labels that were called but that the image does not have."""
 
 
 def find_mistakes(scored: Scored, thresholds: Mapping[str, float] | None = None) -> list[Mistake]:
-    """List the images that were got wrong.
+    """List the images that the model got wrong.
 
-    With one class per image these are the images whose likeliest class is not theirs. The surest
-    comes first, that with the largest logit.
+    With one class per image, a mistake is an image whose likeliest class is not its own. The most
+    confident, with the largest logit, comes first.
 
-    With several labels an image is wrong in each known label that it has and that is not called,
-    or that is called and that it has not. The labels take turns, each with its surest false
-    positive and its surest false negative: that whose logit is farthest from the threshold.
+    With several labels, an image is a mistake for each known label that is missed or called in
+    error. The labels take turns, each with its most confident false positive and false negative,
+    whose logit is farthest from the threshold.
 
     Ties keep the order of the images.
 
     Args:
         scored: N images.
-        thresholds: logits from which on a label is called, as in `Calibration`; without one it is
-            called from a probability of 0.5 on. With one class per image they mean nothing.
+        thresholds: logits at or above which a label is called, as in `Calibration`; a label without
+            one is called from a probability of 0.5 on. Not used with one class per image.
     """
     truth, known = scored.targets == POSITIVE, scored.targets >= NEGATIVE
     several = scored.task == "multilabel"
@@ -61,11 +61,11 @@ def find_mistakes(scored: Scored, thresholds: Mapping[str, float] | None = None)
 
 
 def _in_turn(sureness: NDArray[np.float64], *kinds: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Order images by kinds of mistakes in turn: the surest of each label and kind, then the next.
+    """Order images round-robin: the most confident of each label and kind, then the next of each.
 
     Args:
-        sureness: float64 [N, classes].
-        kinds: where an image has a mistake of the kind, bool [N, classes] each.
+        sureness: distance from the threshold, float64 [N, classes].
+        kinds: masks of the mistakes of each kind, bool [N, classes].
 
     Returns:
         int64 [n], each image once.

@@ -1,4 +1,4 @@
-"""Operating points: thresholds chosen on the validation split, and what they do on another one."""
+"""Operating points: thresholds chosen on the validation split, and their rates on any split."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -32,13 +32,13 @@ Interval = Limits | None
 class Rule:
     """How a threshold is chosen.
 
-    ``youden``: the largest sensitivity + specificity (Youden 1950). ``sensitivity`` and
-    ``specificity``: at least that much of it, and then as much as possible of the other one. Of
-    equally good thresholds it is the largest.
+    ``youden`` maximises sensitivity + specificity (Youden 1950). ``sensitivity`` and
+    ``specificity`` reach at least the given value, then maximise the other one. Of equally good
+    thresholds the largest is taken.
 
     Attributes:
         measure: youden, sensitivity or specificity.
-        least: of a sensitivity or specificity, above 0 and at most 1; None for youden.
+        least: the value to reach, above 0 and at most 1; None for youden.
     """
 
     measure: str
@@ -53,7 +53,7 @@ def read_rule(text: str) -> Rule:
     """Read a rule such as ``youden`` or ``sensitivity=0.95``.
 
     Raises:
-        CxrdistError: it is something else.
+        CxrdistError: the text is not a valid rule.
     """
     if text == YOUDEN:
         return Rule(text, None)
@@ -67,18 +67,18 @@ def read_rule(text: str) -> Rule:
 
 
 def choose_threshold(logits: NDArray[np.float64], truth: NDArray[np.bool_], rule: Rule) -> float:
-    """Choose the logit from which on a class is called; infinity where none is better than never.
+    """Choose the logit at or above which a class is called; infinity if never calling is best.
 
     Args:
-        logits: float [n], of the class.
+        logits: logits of the class, float [n].
         truth: bool [n], with both values.
-        rule: how.
+        rule: the rule to choose by.
     """
     from sklearn.metrics import roc_curve  # a third of a second to import
 
     false_rate, true_rate, thresholds = roc_curve(truth, logits, drop_intermediate=False)
     positives, negatives = int(truth.sum()), int((~truth).sum())
-    # Whole numbers, since rates that are equal may differ in their last bit.
+    # Whole numbers, because equal rates may differ in their last bit.
     hits = np.rint(true_rate * positives).astype(np.int64)
     spared = negatives - np.rint(false_rate * negatives).astype(np.int64)
     if rule.least is None:
@@ -90,7 +90,7 @@ def choose_threshold(logits: NDArray[np.float64], truth: NDArray[np.bool_], rule
 
 
 class AtPrevalence(TypedDict):
-    """Predictive values where another share of patients has the class (Bayes' rule)."""
+    """Predictive values at another prevalence of the class (Bayes' rule)."""
 
     ppv: Share | None
     ppv_interval: Interval
@@ -99,12 +99,12 @@ class AtPrevalence(TypedDict):
 
 
 class OperatingPoint(TypedDict):
-    """What the threshold of a class does, on the images of which it is known."""
+    """Counts and rates at the threshold of a class, over the images for which it is known."""
 
     threshold: Real
-    """A logit, not calibrated."""
+    """A logit before calibration."""
     probability: Share
-    """Its sigmoid, in the terms of prob_CLASS."""
+    """Sigmoid of the threshold, comparable with prob_CLASS."""
     true_positives: Count
     false_negatives: Count
     false_positives: Count
@@ -130,27 +130,28 @@ class ChosenOn(TypedDict):
 
 
 class OperatingPoints(TypedDict):
-    """The part ``operating_points`` of metrics.json."""
+    """The member ``operating_points`` of metrics.json."""
 
     rule: Text
     chosen_on: ChosenOn
     prevalence: Share | None
-    """The reader's, to which at_prevalence belongs."""
+    """The value of --prevalence, for at_prevalence."""
     classes: dict[str, OperatingPoint]
     reasons: dict[str, Text]
-    """Of each class without an operating point, why."""
+    """Why a class has no operating point, by class."""
 
 
 def operating_points(
     scored: Scored, replicates: Replicates, calibration: Calibration, prevalence: float | None
 ) -> OperatingPoints:
-    """Apply the thresholds of a model to some images.
+    """Apply the thresholds of a model to images.
 
     Args:
         scored: the images.
-        replicates: of them.
-        calibration: of the model.
-        prevalence: share of patients with each class, for predictive values elsewhere.
+        replicates: bootstrap replicates of their patients.
+        calibration: calibration of the model.
+        prevalence: share of patients with each class where the model will be used; None for that of
+            the images only.
     """
     thresholds = calibration.thresholds
     sides = {
@@ -159,7 +160,7 @@ def operating_points(
         if name in thresholds
     }
     cells = [cell for of_class in sides.values() for cell in of_class.cells()]
-    # All classes at once, which is much faster.
+    # All classes in one matrix product, which is much faster than one product per class.
     sums = replicates.sums(np.stack(cells, 1).astype(np.float64)) if cells else np.empty((0, 0))
     drawn = np.split(sums, len(sides), axis=1) if sides else []
     return {
@@ -179,7 +180,7 @@ def operating_points(
 
 
 def chosen_on(calibration: Calibration) -> ChosenOn:
-    """Say on which images a calibration was chosen."""
+    """Return on which images a calibration was chosen."""
     return {
         "index_sha256": calibration.index_sha256,
         "images": calibration.images,
@@ -190,7 +191,7 @@ def chosen_on(calibration: Calibration) -> ChosenOn:
 
 @dataclass(frozen=True)
 class _Sides:
-    """Images that have a class, that do not, and that a threshold calls: bool [N] each."""
+    """Masks of the images that have a class, lack it, and are called: bool [N] each."""
 
     threshold: float
     has: NDArray[np.bool_]
@@ -205,7 +206,7 @@ class _Sides:
         return cls(threshold, has, lacks, call(scored.logits[:, column], threshold))
 
     def cells(self) -> list[NDArray[np.bool_]]:
-        """Return the images of each of `CELLS`."""
+        """Return the mask of each of `CELLS`."""
         called = self.called
         return [self.has & called, self.has & ~called, self.lacks & called, self.lacks & ~called]
 
@@ -216,10 +217,10 @@ def _measure(
     """Count the cells of a class, and compute its rates with intervals.
 
     Args:
-        sides: of the class.
-        replicates: of the images.
+        sides: masks of the class.
+        replicates: bootstrap replicates of the patients.
         drawn: counts of the cells in each replicate, float [replicates, 4].
-        prevalence: for predictive values elsewhere.
+        prevalence: as in `operating_points`.
     """
     has, known, called = sides.has, sides.has | sides.lacks, sides.called
     counts = np.array([[np.count_nonzero(cell) for cell in sides.cells()]], np.float64)
@@ -242,7 +243,7 @@ def _measure(
 
 
 def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
-    """Compute the rates of `CELLS`, float [n, 4]; NaN of nothing."""
+    """Compute the rates from counts of `CELLS`, float [n, 4]; NaN where undefined."""
     hits, missed, false_alarms, spared = counts.T
     with np.errstate(invalid="ignore"):
         return {
@@ -260,25 +261,26 @@ def _elsewhere(
     prevalence: float,
     patients: int,
 ) -> AtPrevalence:
-    """Compute predictive values at a prevalence and their intervals.
+    """Compute predictive values at a prevalence with their intervals.
 
-    A value of exactly 0 or 1 gets the limits that those of sensitivity and specificity give.
+    A value of exactly 0 or 1 does not vary between replicates; its limits follow from those of
+    sensitivity and specificity.
 
     Args:
-        intervals: of sensitivity and specificity.
+        intervals: intervals of sensitivity and specificity.
         rates: sensitivity and specificity, one value each.
-        drawn: of the replicates.
+        drawn: the same for the replicates.
         prevalence: share of patients with the class.
-        patients: with the class or without it, whichever are fewer.
+        patients: number of patients with the class or without it, whichever is smaller.
     """
     if not patients:
         return {"ppv": None, "ppv_interval": None, "npv": None, "npv_interval": None}
     limits = {name: np.array(intervals[name]) for name in ("sensitivity", "specificity")}
-    found, replicated, extremes = (
-        _predictive(values, prevalence) for values in (rates, drawn, limits)
+    values, replicated, extremes = (
+        _predictive(given, prevalence) for given in (rates, drawn, limits)
     )
     written: dict[str, float | Limits | None] = {}
-    for name, (value,) in found.items():
+    for name, (value,) in values.items():
         written[name], written[f"{name}_interval"] = _digits(value), None
         if value in (0, 1):
             written[f"{name}_interval"] = np.round(extremes[name], 6).tolist()
@@ -293,22 +295,22 @@ def _predictive(rates: Mapping[str, Values], prevalence: float) -> dict[str, Val
     sensitivity, specificity = rates["sensitivity"], rates["specificity"]
     hits, missed = sensitivity * prevalence, (1 - sensitivity) * prevalence
     spared, false_alarms = specificity * (1 - prevalence), (1 - specificity) * (1 - prevalence)
-    found = _rates(np.stack([hits, missed, false_alarms, spared], 1))
-    return {name: found[name] for name in ("ppv", "npv")}
+    computed = _rates(np.stack([hits, missed, false_alarms, spared], 1))
+    return {name: computed[name] for name in ("ppv", "npv")}
 
 
 def _digits(value: float) -> float | None:
     return None if np.isnan(value) else round(float(value), 6)
 
 
-def operating_table(found: OperatingPoints) -> str:
-    """Lay the operating points out for the terminal, in percent, with their 95 % intervals."""
+def operating_table(points: OperatingPoints) -> str:
+    """Format the operating points with 95 % intervals for the terminal, in percent."""
     rows = []
-    for name, point in found["classes"].items():
+    for name, point in points["classes"].items():
         rows.append([name, f"{point['probability']:.3f}", *_cells(point, MEASURES)])
         if "at_prevalence" in point:
             cells = _cells(point["at_prevalence"], ("ppv", "npv"))
-            rows.append([f"at {found['prevalence']:g}", "", "", "", *cells])
+            rows.append([f"at {points['prevalence']:g}", "", "", "", *cells])
     headers = ("Class", "From", "Sensitivity, %", "Specificity, %", "PPV, %", "NPV, %")
     return table(rows, headers)
 

@@ -1,14 +1,14 @@
-"""Predictions of any program: a CSV file that people give, read as scored images.
+"""Predictions of any program: a CSV file, read as scored images.
 
-It has a column key (or path), one prob_CLASS for each class, and label or labels; where they are
-known also patient, split, source, view, sex, age, uncertain and missing. Where there is also one
-logit_CLASS for each class, as in predictions.csv, images are ranked by these: probabilities of sure
-predictions run together. File encodings and separators are those of `cxrdist.data.tables`, names of
-columns those of `cxrdist.data.image_table`.
+It has a column key (or path), one prob_CLASS per class, and label or labels; optionally also
+patient, split, source, view, sex, age, uncertain and missing. If there is also one logit_CLASS per
+class, as in predictions.csv, these rank the images, because the probabilities of confident
+predictions coincide. File encodings and separators are those of `cxrdist.data.tables`, column names
+those of `cxrdist.data.image_table`.
 
 An image has one label if the column is called label and each of its cells names one class. It may
-have several or none if the column is called labels, if a cell of label has ``|``, if there is a
-column uncertain or missing, or if there is only one class.
+have several or none if the column is called labels, if a cell of label contains ``|``, if there is
+a column uncertain or missing, or if there is only one class.
 """
 
 from collections import Counter
@@ -32,8 +32,8 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.scored import Scored
 
 COLUMNS = {"key": {"key"}, **image_table.COLUMNS}
-MOST_IMAGES = 500_000  # MIMIC-CXR has 377,110; the replicates of the intervals are 1 GB then
-CERTAIN_LOGIT = 40.0  # at least; its sigmoid is 1 in float64
+MOST_IMAGES = 500_000  # MIMIC-CXR has 377,110; the replicates then take 1 GB
+CERTAIN_LOGIT = 40.0  # at least, for a probability of 1; its sigmoid is 1 in float64
 FINITE = Between(-3.4e38, 3.4e38)
 SCALE = "prob_ columns are probabilities, logit_ columns log(p / (1 - p)); convert other scores"
 _STATED = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
@@ -46,9 +46,9 @@ class PredictionTable:
     Attributes:
         scored: the images.
         probabilities: float64 [N, classes], as given.
-        splits: of each image; empty if the table does not tell.
-        num_own: images without a patient, each of which counts as a patient of its own.
-        notes: what was assumed of the table, a line each.
+        splits: split of each image; empty if the table has no column split.
+        num_own: number of images without a patient; each counts as a separate patient.
+        notes: assumptions made about the table, one per line.
     """
 
     scored: Scored
@@ -59,10 +59,10 @@ class PredictionTable:
 
 
 def read_prediction_table(file: Path) -> PredictionTable:
-    """Read predictions of any program.
+    """Read the predictions of any program.
 
     Raises:
-        CxrdistError: the table or a row of it is malformed, or it has too many rows or classes.
+        CxrdistError: the table or a row is malformed, or it has too many rows or classes.
     """
     table = read_table(file, {name for names in COLUMNS.values() for name in names})
     places, classes = _find_columns(table), _find_classes(table, "prob_")
@@ -86,7 +86,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
     patients = cells.get("patient") or [""] * len(rows)
     groups, notes = _groups(cells)
     taken = {*places.values(), *classes.values(), *logit_places}
-    aside = [name or "(no name)" for i, name in enumerate(table.columns) if i not in taken]
+    unused = [name or "(no name)" for i, name in enumerate(table.columns) if i not in taken]
     scored = Scored(
         task,
         list(classes),
@@ -96,16 +96,16 @@ def read_prediction_table(file: Path) -> PredictionTable:
         logits,
         {name: values for name, values in groups.items() if any(values)},
     )
-    notes += [f"columns left aside: {', '.join(aside)}"] if aside else []
+    notes += [f"columns that were not used: {', '.join(unused)}"] if unused else []
     return PredictionTable(
         scored, probabilities, _splits(rows, cells), patients.count(""), (*table.notes, *notes)
     )
 
 
 def to_logits(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return log(p / (1 - p)) of probabilities of any shape, in the same order.
+    """Return log(p / (1 - p)) of probabilities of any shape.
 
-    A probability of exactly 0 or 1 becomes a finite logit beyond all others of the table.
+    Probabilities of exactly 0 or 1 become finite logits beyond all others of the table.
     """
     with np.errstate(divide="ignore"):
         logits: NDArray[np.float64] = logit(probabilities)
@@ -115,18 +115,18 @@ def to_logits(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _find_columns(table: Table) -> dict[str, int]:
-    """Find the columns of what is known of the images; ``key`` and ``label`` are among them.
+    """Find the position of each known column, with ``path`` as ``key``.
 
     Raises:
-        CxrdistError: one is missing, there twice, or may be meant by another name.
+        CxrdistError: key or label is missing, a column is doubled, or a name is ambiguous.
     """
     places = table.find_columns(COLUMNS)
     if "path" in places:  # as `cxrdist predict` calls it
         places.setdefault("key", places.pop("path"))
         places.pop("path", None)
     has_label = [name for name in ("label", "labels") if name in places]
-    for name, found in (("key", ["key"] if "key" in places else []), ("label", has_label)):
-        if not found:
+    for name, present in (("key", "key" in places), ("label", bool(has_label))):
+        if not present:
             raise CxrdistError(
                 f"{table.file}: has no column {name}; expected key, label and prob_CLASS for each "
                 f"class, found {', '.join(table.columns)[:300] or 'no header'}"
@@ -138,43 +138,43 @@ def _find_columns(table: Table) -> dict[str, int]:
         like = next((column for column in table.columns if plain(column) in spellings), None)
         if like and name not in places:
             raise CxrdistError(
-                f"{table.file}: the column {like!r} may be meant as the {name}; call it {name} if "
-                f"it is, or rename it, such as to other_{like}"
+                f"{table.file}: the column {like!r} may be the {name}; rename it to {name} if it "
+                f"is, or else to another name such as other_{like}"
             )
     return places
 
 
 def _find_classes(table: Table, prefix: str) -> dict[str, int]:
-    """Find the place of the number of each class, in the order of the table.
+    """Find the column of each class, in the order of the table.
 
     Raises:
-        CxrdistError: a name stands twice, or is none of a class.
+        CxrdistError: a class is doubled, or its name is invalid.
     """
-    found: dict[str, int] = {}
-    for place, column in enumerate(table.columns):
+    columns: dict[str, int] = {}
+    for i, column in enumerate(table.columns):
         name = column.removeprefix(prefix).strip()
         if not column.startswith(prefix):
             continue
-        if not name or SEPARATOR in name or len(name) > 255 or name in found:
-            fault = "a second time" if name in found else "with no valid name"
+        if not name or SEPARATOR in name or len(name) > 255 or name in columns:
+            fault = "a second time" if name in columns else "without a valid class name"
             raise CxrdistError(
                 f"{table.file}: has the column {column!r:.80} {fault}; expected {prefix}CLASS once "
                 "for each class, 1 to 255 characters without |"
             )
-        found[name] = place
-    return found
+        columns[name] = i
+    return columns
 
 
 def _keys(rows: Sequence[Row], keys: list[str]) -> list[str]:
-    """Make sure that each image has a key of its own."""
+    """Check that each image has a unique key."""
     first: dict[str, Row] = {}
     for row, key in zip(rows, keys, strict=True):
         if not key:
             raise CxrdistError(f"{row.where}: key is empty; fill it or drop the row")
         if key in first:
             raise CxrdistError(
-                f"{row.where}: key {key!r:.80} is also that of {first[key].where}; keep one row "
-                "for each image"
+                f"{row.where}: key {key!r:.80} is also in {first[key].where}; keep one row per "
+                "image"
             )
         first[key] = row
     return keys
@@ -183,13 +183,13 @@ def _keys(rows: Sequence[Row], keys: list[str]) -> list[str]:
 def _labels(
     rows: Sequence[Row], cells: Mapping[str, list[str]], classes: list[str]
 ) -> tuple[str, dict[str, list[str]]]:
-    """Read what is known of the labels.
+    """Read the labels and infer the task.
 
     Returns:
-        The task, and labels with ``|`` between them: label, uncertain and missing of each image.
+        The task, and the columns label, uncertain and missing with ``|`` between labels.
 
     Raises:
-        CxrdistError: a label has no probability or stands twice, or one that must be is lacking.
+        CxrdistError: a label has no probability or is doubled, or a required label is missing.
     """
     stated = cells.get("label") or cells["labels"]
     several = (
@@ -201,7 +201,7 @@ def _labels(
     )
     nothing = [""] * len(rows)
     texts = {"label": stated, **{name: cells.get(name, nothing) for name in image_table.OPEN}}
-    found: dict[str, list[str]] = {name: [] for name in texts}
+    columns: dict[str, list[str]] = {name: [] for name in texts}
     for i, row in enumerate(rows):
         named = {name: _names(texts[name][i], classes) for name in texts}
         every = [label for names in named.values() for label in names]
@@ -218,12 +218,12 @@ def _labels(
         if twice := [label for label, times in Counter(every).items() if times > 1]:
             raise CxrdistError(f"{row.where}: {twice[0]} is named twice; keep one of them")
         for name, names in named.items():
-            found[name].append(SEPARATOR.join(names))
-    return "multilabel" if several else "multiclass", found
+            columns[name].append(SEPARATOR.join(names))
+    return "multilabel" if several else "multiclass", columns
 
 
 def _names(cell: str, classes: Sequence[str]) -> list[str]:
-    """Return the labels of a cell; No Finding stands for none unless it is a class."""
+    """Return the labels of a cell; No Finding means no label unless it is a class."""
     names = [name for part in cell.split(SEPARATOR) if (name := part.strip())]
     return [name for name in names if name in classes or plain(name) != image_table.NO_FINDING]
 
@@ -231,10 +231,10 @@ def _names(cell: str, classes: Sequence[str]) -> list[str]:
 def _numbers(
     rows: Sequence[Row], prefix: str, places: Mapping[str, int], bounds: Between, mend: str
 ) -> NDArray[np.float64]:
-    """Read a number of each class, float64 [N, classes]; a decimal comma is read as a point.
+    """Read one number per class, float64 [N, classes]; a decimal comma is read as a point.
 
     Raises:
-        CxrdistError: one is no number within the bounds; the line ends with the mend.
+        CxrdistError: a number is invalid or out of bounds; the message ends with `mend`.
     """
     values = np.empty((len(rows), len(places)))
     for i, row in enumerate(rows):
@@ -257,15 +257,15 @@ def _logits(
     classes: Mapping[str, int],
     probabilities: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], list[int]]:
-    """Read the logits, or compute them if the table lacks one of a class.
+    """Read the logits, or compute them unless the table has one for each class.
 
     Returns:
-        float64 [N, classes], and the places of the columns that they were read from.
+        float64 [N, classes], and the positions of the columns that they were read from.
     """
-    found = _find_classes(table, "logit_")
-    if found.keys() != classes.keys():
+    columns = _find_classes(table, "logit_")
+    if columns.keys() != classes.keys():
         return to_logits(probabilities), []
-    places = {name: found[name] for name in classes}
+    places = {name: columns[name] for name in classes}
     return _numbers(rows, "logit_", places, FINITE, SCALE), list(places.values())
 
 
@@ -273,7 +273,7 @@ def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:
     """Read the splits.
 
     Raises:
-        CxrdistError: one is none, or no image is of test.
+        CxrdistError: a split is invalid, or no image is in test.
     """
     splits = []
     for row, text in zip(rows, cells.get("split", ()), strict=False):
@@ -290,7 +290,7 @@ def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:
 
 
 def _groups(cells: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], list[str]]:
-    """Read source, view, sex and age as in shards, with a note on what could not be read."""
+    """Read source, view, sex and age as in shards, with notes on cells that could not be read."""
     groups = {"source": list(cells.get("source", ()))}
     notes = []
     for name, read, expected in (
@@ -303,7 +303,7 @@ def _groups(cells: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], list[
         lost = sum(
             bool(text) and not value for text, value in zip(texts, groups[name], strict=True)
         )
-        notes += [f"{name} is not {expected} in {lost} rows, and empty there"] if lost else []
+        notes += [f"{name} is not {expected} in {lost} rows, and counts as unknown"] if lost else []
     return groups, notes
 
 

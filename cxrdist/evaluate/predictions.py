@@ -1,4 +1,4 @@
-"""Predictions: each sample of a split once, on any number of ranks."""
+"""Predictions of a split: each sample once, on any number of ranks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -51,18 +51,18 @@ from cxrdist.terminal import progress
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model and the shards that it is used on, on this rank.
+    """A trained model and the shards to use it on, on this rank.
 
     Attributes:
-        accelerator: of this rank.
+        accelerator: the accelerator of this rank.
         run: the run directory of the model.
-        model: in evaluation mode, on the device; one network or an ensemble.
-        index: the shards as the model takes them: of an external set, samples that are not used
-            are in no split, and labels are the model's.
+        model: one network or an ensemble, in evaluation mode, on the device.
+        index: the shards converted for the model: for an external set, labels are the model's and
+            unused samples are in no split.
         images: uint8 [samples, size, size].
-        place: of the results in the run directory.
-        packed: the shards as they were packed; the same as `index` but for an external set.
-        external: what is known of an external set; None for the run's own shards.
+        place: place of the results in the run directory.
+        packed: the shards as packed; differs from `index` only for an external set.
+        external: the external set; None for the run's own shards.
     """
 
     accelerator: Accelerator
@@ -87,15 +87,15 @@ def open_subject(
 
     Args:
         run: the run directory.
-        shards: the run's own, or an external set.
+        shards: the run's own shards, or an external set.
         cache: directory of the decoded images.
-        split: of the shards.
-        name: of an external set; that of its directory if None.
-        choices: how an external set is evaluated; as it was evaluated before if None.
+        split: split of the shards.
+        name: name of an external set; None for that of its directory.
+        choices: how an external set is evaluated; None for the same way as before.
 
     Raises:
-        CxrdistError: there is no model, the shards are not whole, their task, classes or image
-            size are not the model's, or they have no image in the split.
+        CxrdistError: there is no model, the shards are incomplete, their task, classes or image
+            size differ from the model's, or they have no image in the split.
     """
     accelerator, directory = start(), RunDirectory(run)
     model = together(accelerator, lambda: load_predictor(run))
@@ -116,8 +116,8 @@ def open_subject(
     index, place = together(accelerator, prepare)
     if place == split and not directory.info.is_file():
         accelerator.print(
-            f"{run}: holds no run.json, so that nothing tells whether it was trained on {shards}; "
-            "they count as its own, --name makes them an external set"
+            f"{run}: holds no run.json, so it is unknown whether it was trained on {shards}; they "
+            "count as its own; give --name to evaluate them as an external set"
         )
     images = open_cache(index, cache, accelerator)
     subject = Subject(
@@ -146,7 +146,11 @@ def _open_external(
 
 
 def refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:
-    """Make sure that the model can take the images of a split."""
+    """Check that the model can take the images of a split.
+
+    Raises:
+        CxrdistError: it cannot, or there are none.
+    """
     shards = index.directory
     if index.task != model.task:
         raise CxrdistError(
@@ -183,16 +187,16 @@ def _refuse_other_classes(index: Index, model: Classifier | Ensemble) -> None:
 
 
 def _splits_of_training(index: Index, model: Classifier | Ensemble, split: str) -> Index:
-    """Cut train and val as the model's training did.
+    """Split train and val as in the model's training.
 
     Raises:
-        CxrdistError: the members of an ensemble have different ones, and one of them is asked for.
+        CxrdistError: train or val was asked for, but the members of an ensemble have other ones.
     """
     if not isinstance(model, Ensemble):
         return cut_fold(index, model.fold)
     if model.has_folds and split != "test":
         raise CxrdistError(
-            f"--split {split}: each member of this ensemble was trained on other parts of train "
+            f"--split {split}: each member of this ensemble was trained on another fold of train "
             f"and val; evaluate test, or the fold of a member with --run RUN/{model.names[0]}"
         )
     return index
@@ -201,8 +205,8 @@ def _splits_of_training(index: Index, model: Classifier | Ensemble, split: str) 
 def evaluate(config: EvaluateConfig) -> None:
     """Predict a split, write predictions.csv and metrics.json, and print the paper's Table 2.
 
-    Shards that are not the run's own are an external set with a place of its own; what of it the
-    network has seen is named in seen.csv and left out, or marked (``seen``).
+    Shards that are not the run's own are an external set with its own place; images that the
+    network has seen are listed in seen.csv and left out, or marked (``seen``).
 
     Raises:
         CxrdistError: run, shards or split cannot be used.
@@ -239,13 +243,13 @@ def evaluate(config: EvaluateConfig) -> None:
 
 
 def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> Calibration | None:
-    """Give the model its temperatures and thresholds, as far as its own shards are given.
+    """Set the model's temperatures and thresholds if the shards are its own.
 
     Returns:
-        Those of the model; None if its own validation split was not evaluated yet.
+        The model's calibration; None if its own validation split was not evaluated yet.
 
     Raises:
-        CxrdistError: another rule is wished for, and the shards are not the model's.
+        CxrdistError: another rule was asked for, but the shards are not the model's.
     """
     index, stored = subject.index, subject.model.calibration
     has_val = not (isinstance(subject.model, Ensemble) and subject.model.has_folds)
@@ -267,10 +271,10 @@ def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> C
 def rank_batches(
     numbers: NDArray[np.int64], batch_size: int, accelerator: Accelerator
 ) -> Iterator[NDArray[np.int64]]:
-    """Cut batches before ranks are known, and give each rank whole ones.
+    """Yield this rank's batches; the batches do not depend on the number of ranks.
 
-    So each batch, and with it each result, is the same for any number of ranks; a rank may get
-    fewer or none.
+    Results depend slightly on the images in a batch, so splitting the samples among ranks first
+    would change them with the number of ranks. A rank may get fewer batches than others, or none.
     """
     starts = range(0, len(numbers), batch_size)
     for begin in starts[accelerator.process_index :: accelerator.num_processes]:
@@ -281,10 +285,10 @@ def rank_batches(
 def predict_split(
     subject: Subject, numbers: NDArray[np.int64], batch_size: int
 ) -> list[tuple[int, NDArray[np.float32]]]:
-    """Return the logits of some samples, gathered from all ranks; in float32 for any launch.
+    """Return the logits of samples, gathered from all ranks; in float32 for any launch.
 
     Returns:
-        (sample number, float32 [classes]) of each, in no promised order, on every rank.
+        (sample number, float32 [classes]) per sample, in any order, on every rank.
     """
     accelerator, mine = subject.accelerator, []
     batches = list(rank_batches(numbers, batch_size, accelerator))
@@ -301,7 +305,7 @@ def predict_split(
 def in_order(
     rows: list[tuple[int, NDArray[np.float32]]], numbers: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Return the logits in the order of the samples; each must be there once.
+    """Return the logits in the order of the samples; each must be present exactly once.
 
     Raises:
         CxrdistError: a sample is missing or was predicted twice.
@@ -320,44 +324,44 @@ def write_predictions(
 ) -> None:
     """Write predictions.csv: key, patient, label, prob_CLASS..., logit_CLASS...
 
-    Its rows are the images that are scored. After label stand uncertain and missing where labels of
-    the shards are not known, then source, view, sex and age where they say something, and ``seen``
-    (`Match.why` or nothing) where images that the network has seen are scored too. After the logits
-    stand the columns of a calibrated model. Nine significant digits each: a logit, float32, is read
-    back exactly.
+    There is one row per scored image. After label come uncertain and missing if the shards have
+    unknown labels, then those of source, view, sex and age that are known, and ``seen``
+    (`Match.why` or empty) if images that the network has seen are scored too. After the logits come the columns
+    of a calibrated model. Numbers have nine significant digits, so a float32 logit is read back
+    exactly.
     """
     classes = subject.index.classes
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]
     calibration = subject.model.calibration
-    more = probability_columns(Predictions(logits, classes, subject.index.task, calibration))
+    extra = probability_columns(Predictions(logits, classes, subject.index.task, calibration))
     has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
     samples = [subject.index.samples[number] for number in numbers]
     groups = [name for name in GROUP_COLUMNS if any(getattr(s, name) for s in samples)]
-    about = ["key", "patient", "label", *unknown, *groups]
+    columns = ["key", "patient", "label", *unknown, *groups]
     external = subject.external
     matches = external.matches if external and external.info["seen"] == "report" else None
     rows = []
-    numbers_of = np.column_stack([to_probabilities(logits), logits, *more.values()])
-    for number, sample, values in zip(numbers.tolist(), samples, numbers_of, strict=True):
-        cells = [getattr(sample, column) for column in about]
+    values_of_rows = np.column_stack([to_probabilities(logits), logits, *extra.values()])
+    for number, sample, values in zip(numbers.tolist(), samples, values_of_rows, strict=True):
+        cells = [getattr(sample, column) for column in columns]
         if matches is not None:
             cells.append(matches[number].why if number in matches else "")
         rows.append([*cells, *(f"{value:.9g}" for value in values)])
     seen = [] if matches is None else ["seen"]
-    write_table(subject.run.predictions(subject.place), [*about, *seen, *names, *more], rows)
+    write_table(subject.run.predictions(subject.place), [*columns, *seen, *names, *extra], rows)
 
 
 def picture_mistakes(subject: Subject, scored: Scored, numbers: NDArray[np.int64]) -> None:
-    """Write the X-rays of the surest mistakes for the report, which has no shards.
+    """Write the X-rays of the most confident mistakes for the report, which has no shards.
 
     Args:
         subject: the model and the shards.
-        scored: N images of an evaluation.
-        numbers: of the samples, int64 [N].
+        scored: the N images of an evaluation.
+        numbers: numbers of their samples, int64 [N].
     """
     calibration = subject.model.calibration
-    found = find_mistakes(scored, calibration.thresholds if calibration else None)
-    pictured = [int(numbers[mistake.place]) for mistake in found[:MOST_PICTURED]]
+    mistakes = find_mistakes(scored, calibration.thresholds if calibration else None)
+    pictured = [int(numbers[mistake.place]) for mistake in mistakes[:MOST_PICTURED]]
     directory = subject.run.mistakes(subject.place)
     write_gallery(directory, subject.index, subject.images, pictured)

@@ -1,4 +1,4 @@
-"""Provenance: what metrics.json says of an external set and of what the network has seen of it."""
+"""Provenance: the record of an external set in metrics.json, and which images were seen."""
 
 from typing import Literal, NotRequired, TypedDict
 
@@ -7,25 +7,25 @@ from cxrdist.info import Count
 
 
 class ExternalInfo(TypedDict):
-    """What metrics.json says of an external set, under ``external``."""
+    """The member ``external`` of metrics.json."""
 
     name: Text
     shards: Text
-    """Where they were."""
+    """Their path."""
     label_map: dict[str, str | None]
-    """Their label: the model's, or null where it was left out."""
+    """From a label of the set to the model's, or to null if it was left out."""
     classes: list[str]
-    """That both have; scores of the others are not defined."""
+    """Classes that both have; scores of the others are undefined."""
     other_classes: dict[str, Count]
-    """Images that were left out, by a class that the model does not know."""
+    """Number of images left out, by class that the model does not know."""
     images: Count
-    """Of the split, without those of other classes."""
+    """Number of images of the split, without those of other classes."""
     seen: Literal["drop", "report"]
     """Whether images that the network has seen were left out of the scores or marked."""
     seen_images: Count
     reasons: dict[str, Count]
-    """Seen images by reason."""
+    """Number of seen images by reason."""
     patients_told: Count
-    """Images whose patient was looked for among those of the training; 0 if a side tells none."""
+    """Images whose patient was searched for among those of the training; 0 if these are unknown."""
     not_known: NotRequired[Text | None]
-    """Why it is not known what the network has seen; None if it is."""
+    """Why it is unknown what the network has seen; None if it is known."""

@@ -1,7 +1,7 @@
-"""Scored images: what is known of each, what a model said of it, and whose it is.
+"""Scored images: the truth, the logits, the patient and the groups of each image.
 
-Every figure of an evaluation is computed from these and nothing else, so that it can be computed
-anew from predictions.csv, and for the predictions of any other program.
+Every figure of an evaluation is computed from these alone, so it can be recomputed from
+predictions.csv, and computed for the predictions of any other program.
 """
 
 import csv
@@ -20,22 +20,21 @@ from cxrdist.run import judging, open_regular
 
 MEND = "run `cxrdist evaluate` again"
 GROUP_COLUMNS = ("source", "view", "sex", "age")
-"""Columns of samples.csv by which figures are told apart; in predictions.csv those that say
-something of an image."""
+"""Columns of samples.csv that define groups; predictions.csv has those known for some image."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The N images of a figure, in the order of predictions.csv.
+    """N scored images, in the order of predictions.csv.
 
     Attributes:
         task: multiclass or multilabel.
-        classes: their order is that of the columns of targets and logits.
-        keys: of the samples.
-        patients: whose X-rays they are.
-        targets: int8 [N, classes], codes of `cxrdist.data.labels`; below 0 where it is not known.
-        logits: float64 [N, classes]; float32 as the network gave them.
-        groups: texts of the N images by column, such as sex; empty where nothing tells.
+        classes: names, in the order of the columns of targets and logits.
+        keys: keys of the samples.
+        patients: patient of each image.
+        targets: int8 [N, classes], codes of `cxrdist.data.labels`; below 0 where unknown.
+        logits: float64 [N, classes]; the float32 values of the network.
+        groups: cells of the N images by column, such as sex; empty where unknown.
     """
 
     task: str
@@ -50,27 +49,27 @@ class Scored:
         """Return the number of images."""
         return len(self.keys)
 
-    def take(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> "Scored":
-        """Some of the images, by place or by a mask [N]."""
-        places = np.arange(len(self))[places]
+    def take(self, positions: NDArray[np.int64] | NDArray[np.bool_]) -> "Scored":
+        """Return some of the images, by position or by a mask, bool [N]."""
+        positions = np.arange(len(self))[positions]
         return Scored(
             self.task,
             self.classes,
-            [self.keys[place] for place in places],
-            [self.patients[place] for place in places],
-            self.targets[places],
-            self.logits[places],
-            {name: [texts[place] for place in places] for name, texts in self.groups.items()},
+            [self.keys[i] for i in positions],
+            [self.patients[i] for i in positions],
+            self.targets[positions],
+            self.logits[positions],
+            {name: [texts[i] for i in positions] for name, texts in self.groups.items()},
         )
 
 
 def score_samples(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> Scored:
-    """Put samples of shards together with the logits of a model.
+    """Combine samples of shards with the logits of a model.
 
     Args:
         index: the shards.
-        numbers: of the samples, int64 [N].
-        logits: float32 [N, classes], in their order.
+        numbers: sample numbers, int64 [N].
+        logits: logits in the same order, float32 [N, classes].
     """
     samples = [index.samples[number] for number in numbers]
     groups = {name: [getattr(sample, name) for sample in samples] for name in GROUP_COLUMNS}

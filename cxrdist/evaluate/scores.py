@@ -21,7 +21,7 @@ from cxrdist.evaluate.metrics import (
 from cxrdist.evaluate.scored import Scored
 from cxrdist.intervals import bounded, of_auroc, of_mean, of_share, wilson
 
-# Of each class: its interval, None where the score is undefined; its replicates.
+# The interval of each class, None where the score is undefined; the replicates of each class.
 Figures = tuple[list[Limits | None], NDArray[np.float64]]
 
 
@@ -30,13 +30,13 @@ def score(scored: Scored, replicates: Replicates, fewest: int) -> Metrics:
 
     Args:
         scored: the images.
-        replicates: of them.
-        fewest: positives, and negatives, below which there are too few to say.
+        replicates: bootstrap replicates of their patients.
+        fewest: a class with fewer positives, or fewer negatives, has too few images.
 
     Returns:
-        what `compute_metrics` or `compute_label_metrics` does, NAME_interval beside each score,
-        for each class its patients and whether there are too few images, and macro_enough, the
-        means without the classes of too few images, if there are such classes.
+        The result of `compute_metrics` or `compute_label_metrics`, with NAME_interval beside each
+        score, the number of patients and ``too_few`` of each class, and, if some classes have too
+        few images, macro_enough, the means without them.
     """
     logits, targets = torch.from_numpy(scored.logits), torch.from_numpy(scored.targets)
     if scored.task == "multilabel":
@@ -60,7 +60,7 @@ def score(scored: Scored, replicates: Replicates, fewest: int) -> Metrics:
 
 
 def too_few(positives: int, negatives: int, fewest: int) -> str | None:
-    """Say of which images there are too few for a headline; None if there are enough."""
+    """Return which images are too few for a headline, such as "7 positives"; None if enough."""
     if min(positives, negatives) >= fewest:
         return None
     number, kind = min((positives, "positive"), (negatives, "negative"))
@@ -83,7 +83,7 @@ def _add_accuracy_intervals(metrics: Metrics, scored: Scored, replicates: Replic
 
 
 def _shares(scored: Scored, replicates: Replicates) -> dict[ScoreName, Figures]:
-    """Compute the intervals of the scores that are shares of images, or follow from one (F1)."""
+    """Compute the intervals of scores that are shares of images, or derive from one (F1)."""
     if scored.task == "multilabel":
         predicted = scored.logits >= THRESHOLD_LOGIT
     else:
@@ -109,14 +109,14 @@ def _shares(scored: Scored, replicates: Replicates) -> dict[ScoreName, Figures]:
 
 
 def _f1(jaccard: Any) -> Any:
-    """F1 from Jaccard's index: true positives among all but true negatives; they rise together."""
+    """Return F1 from Jaccard's index; it is monotonic, so limits can be converted as well."""
     return 2 * jaccard / (1 + jaccard)
 
 
 def _rankings(
     scored: Scored, replicates: Replicates, classes: dict[str, Scores]
 ) -> dict[ScoreName, Figures]:
-    """Compute the intervals of AUROC and average precision, whose values are in `classes`."""
+    """Compute the intervals of AUROC and average precision; their values are in `classes`."""
     limits: dict[ScoreName, list[Limits | None]] = {"auroc": [], "average_precision": []}
     values = {name: np.full((len(classes), len(replicates.draws)), np.nan) for name in limits}
     for i, scores in enumerate(classes.values()):
@@ -148,7 +148,7 @@ def _add_intervals(metrics: Metrics, name: ScoreName, figures: Figures) -> None:
 def _mean(
     metrics: Metrics, name: ScoreName, figures: Figures, counts: Sequence[bool]
 ) -> tuple[float | None, Limits | None]:
-    """Average one score over the classes that count and have it, with the interval of the mean."""
+    """Average one score over the counted classes that have it, with the interval of the mean."""
     columns = zip(metrics["classes"].values(), figures[0], counts, strict=True)
     defined = {
         i: (scores[name], pair) for i, (scores, pair, count) in enumerate(columns) if count and pair

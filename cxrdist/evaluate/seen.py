@@ -1,16 +1,16 @@
-"""Seen: what a run keeps of its train and val images, to know them again in an external set.
+"""Prints of a run's train and val images, to recognise them in an external set.
 
-RUN/seen.npz holds of each image the sha256 of its pixels, two perceptual hashes, a thumbnail and,
-hashed, whose X-ray it is: 1.8 kB, 180 MB for 100,000 images. The shards need not be at hand later.
+RUN/seen.npz holds per image the sha256 of its pixels, two perceptual hashes, a thumbnail and the
+hashed patient: 1.8 kB, 180 MB for 100,000 images. The shards are not needed later.
 
-Copies are found as in `cxrdist.data.duplicates`: hashes name candidates, thumbnails laid over each
-other decide. Measured at 224 px:
+Copies are found as in `cxrdist.data.duplicates`: hashes give candidates, and the correlation of
+aligned thumbnails decides. Measured at 224 px:
 
-- copies of 60 X-rays of nih14 and covid3 (stored as JPEG 60; scaled by 0.7; cropped by 3 % on each
+- Copies of 60 X-rays of nih14 and covid3 (stored as JPEG 60; scaled by 0.7; cropped by 3 % on each
   side; all of these and 10 % brighter; squared to 256 px) differ in at most 12 of 256 bits, and
-  their thumbnails correlate at least 0.88; copies of the demo's synthetic X-rays: 18 bits, 0.93;
-- of the 24.4 million pairs of 6,985 X-rays of four public sets, the audit takes 131 for copies at
-  full size, which others made with larger cuts: up to 52 bits, 0.896 and more. Of the other pairs
+  their thumbnails correlate at least 0.88. Copies of the demo's synthetic X-rays: 18 bits, 0.93.
+- Of the 24.4 million pairs of 6,985 X-rays of four public data sets, the audit at full size finds
+  131 copies, made by others with larger crops: up to 52 bits, at least 0.896. Of the other pairs
   none is within 32 bits and above 0.8, and none within 56 bits is above 0.863.
 """
 
@@ -41,23 +41,23 @@ from cxrdist.run import atomic_file, judging, open_regular
 from cxrdist.terminal import progress
 
 FORMAT = "cxrdist-seen-1"
-SIDE_PX = 40  # of a thumbnail; at 32 px copies of 0.854 and other X-rays of 0.865 run together
-BLUR_PX = 3.0  # of 128: a thumbnail has no finer structure than this
-NEAR_BITS = 32  # of 256; planted copies have up to 18
-SAME_NEAR = 0.8  # correlation of a pair whose hashes are near
-SAME = 0.88  # of any other candidate, between 0.863 and 0.896
-KEPT_IMAGES = 128  # whose views are kept, as in `cxrdist.data.duplicates`
+SIDE_PX = 40  # of a thumbnail; at 32 px copies (0.854) and other X-rays (0.865) overlap
+BLUR_PX = 3.0  # of 128; thumbnails have no finer structure
+NEAR_BITS = 32  # of 256; artificial copies differ in up to 18
+SAME_NEAR = 0.8  # least correlation of copies whose hashes are near
+SAME = 0.88  # least correlation of other copies, between 0.863 and 0.896
+KEPT_IMAGES = 128  # images whose views are cached, as in `cxrdist.data.duplicates`
 NUM_THREADS = 8
 PATIENT_BYTES = 16
 MEND = "copy the run directory again"
-# Folders of any hospital: "patient 1 of images" may be anybody.
+# Generic folder names: "patient 1 of images" may be any patient.
 COMMON_SOURCES = frozenset(
     (
         *("cxr", "data", "dataset", "dicom", "image", "images", "img", "jpeg", "jpg", "png"),
         *("test", "train", "val", "x-rays", "xray", "xrays"),
     )
 )
-# Of `cxrdist.data.anonymise`: made anew for each pack, so that two of them tell nothing.
+# Names by `cxrdist.data.anonymise`: they differ between packs, so they cannot be compared.
 _ANONYMOUS = re.compile(r"(?:.+:)?patient-[0-9a-f]{20}")
 _NIH_OF_SEVERAL = re.compile(r"chestxray14/\d{8}")
 _ROW_SHAPES = {
@@ -79,17 +79,17 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Prints:
-    """What is kept of M images.
+    """The prints of M images.
 
     Attributes:
-        index_sha256: of their shards.
-        keys: of their samples.
-        sha256: of their pixels, uint8 [M, 32].
-        phash: uint8 [M, 32].
-        inner_phash: of their insides, uint8 [M, 32].
+        index_sha256: sha256 of the index of their shards.
+        keys: keys of their samples.
+        sha256: sha256 of their pixels, uint8 [M, 32].
+        phash: perceptual hash, uint8 [M, 32].
+        inner_phash: perceptual hash of the inner part, uint8 [M, 32].
         thumbnails: uint8 [M, SIDE_PX, SIDE_PX].
-        flat: 1 where the square is flat, so that its hashes are noise; uint8 [M].
-        patients: the start of the sha256 of `patient_name`, zeros where it is not known; uint8 [M,
+        flat: 1 where the square is flat and its hashes are noise, uint8 [M].
+        patients: the first bytes of the sha256 of `patient_name`, zeros where unknown, uint8 [M,
             PATIENT_BYTES].
     """
 
@@ -103,7 +103,7 @@ class Prints:
     patients: NDArray[np.uint8]
 
     def followed_by(self, other: "Prints") -> "Prints":
-        """These images, and those of a run that this one's weights started from."""
+        """Return these prints and those of the run that this one's weights came from."""
         joined = {
             name: np.concatenate([getattr(self, name), getattr(other, name)])
             for name in _ROW_SHAPES
@@ -117,16 +117,16 @@ class Match(NamedTuple):
     why: str
     """``equal image``, ``altered copy``, ``same patient`` or ``pre-training list``."""
     of: str
-    """Key of the seen image, one of a seen patient, or the data set of the list."""
+    """Key of the seen image or of an image of the seen patient, or the data set of the list."""
 
 
 def patient_name(sample: Sample) -> str:
-    """Name the patient so that the names of two sets of shards can be compared; empty if unknown.
+    """Return a patient name that can be compared between shards; empty if the patient is unknown.
 
-    Patients of ChestX-ray14 have its number, also in RSNA's images and in sets that took its files
-    in. Any other patient is compared within the same source, such as a data set or a hospital in a
-    table's column `source`: patient 1 of another source is another person. A source that has the
-    name of any folder, such as ``images``, tells nothing, and neither do anonymised names.
+    Patients of ChestX-ray14 get its number, also in RSNA's images and in data sets that include its
+    files. Other patients are only compared within the same source, such as a data set or a hospital
+    in a table's column `source`, because patient 1 of another source is another person. Generic
+    folder names such as ``images`` and anonymised names cannot be compared.
     """
     file = sample.path.rsplit("/", 1)[-1]
     number = NIH_PATIENT.fullmatch(sample.patient) if sample.source in OF_NIH else None
@@ -136,9 +136,9 @@ def patient_name(sample: Sample) -> str:
         return sample.patient
     if KNOWN_NAMES["ChestX-ray14"].search(file):
         return f"chestxray14/{file[:8]}"
-    told = sample.source and sample.source.casefold() not in COMMON_SOURCES
+    has_source = sample.source and sample.source.casefold() not in COMMON_SOURCES
     unknown = sample.patient.startswith(NO_PATIENT) or _ANONYMOUS.fullmatch(sample.patient)
-    if unknown or not told:
+    if unknown or not has_source:
         return ""
     return f"{sample.source}\0{sample.patient}"
 
@@ -146,13 +146,13 @@ def patient_name(sample: Sample) -> str:
 def take_prints(
     images: Images, samples: Sequence[Sample], numbers: NDArray[np.int64], index_sha256: str
 ) -> Prints:
-    """Take what is kept of some images, by threads.
+    """Compute the prints of images, in threads.
 
     Args:
         images: uint8 [samples, S, S].
         samples: all samples of the shards.
-        numbers: int64 [M], of the images.
-        index_sha256: of the shards.
+        numbers: numbers of the samples to take, int64 [M].
+        index_sha256: sha256 of the index of the shards.
     """
     blocks = [numbers[i : i + 64] for i in range(0, len(numbers), 64)]
     rows: list[tuple[bytes, bytes, bytes, bytes, int]] = []
@@ -184,14 +184,14 @@ def take_prints(
 def _prints_of(
     images: Images, numbers: NDArray[np.int64]
 ) -> list[tuple[bytes, bytes, bytes, bytes, int]]:
-    """Return the hashes of some images, their thumbnails, and whether they are flat."""
+    """Return the hashes and the thumbnails of images, and whether they are flat."""
     rows = []
     for number in numbers.tolist():
         pixels = np.asarray(images[number])
-        found = fingerprint(pixels)
+        prints = fingerprint(pixels)
         small = Image.fromarray(pixels).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
-        is_flat = int(found.statistics["spread"] < FLAT)
-        hashes = bytes.fromhex(found.sha256), found.phash, found.inner_phash
+        is_flat = int(prints.statistics["spread"] < FLAT)
+        hashes = bytes.fromhex(prints.sha256), prints.phash, prints.inner_phash
         rows.append((*hashes, small.tobytes(), is_flat))
     return rows
 
@@ -202,23 +202,23 @@ def _hashed(patient: str) -> bytes:
 
 
 def find_matches(images: Prints, seen: Prints) -> dict[int, Match]:
-    """Find the images that were seen, altered copies of them, and other images of their patients.
+    """Find images that were seen, altered copies of seen images, and images of seen patients.
 
     Args:
-        images: of an external set, N.
-        seen: of a run.
+        images: prints of the N images of an external set.
+        seen: prints of a run.
 
     Returns:
-        By the number of the image, 0 to N - 1, the first of these reasons.
+        The first of these matches by the position of the image, 0 to N - 1.
     """
     equal, patients = _first_rows(seen.sha256), _first_rows(seen.patients)
     patients.pop(bytes(PATIENT_BYTES), None)
     matches: dict[int, Match] = {}
     for row, (digest, patient) in enumerate(zip(images.sha256, images.patients, strict=True)):
-        if (place := equal.get(digest.tobytes())) is not None:
-            matches[row] = Match("equal image", seen.keys[place])
-        elif (place := patients.get(patient.tobytes())) is not None:
-            matches[row] = Match("same patient", seen.keys[place])
+        if (original := equal.get(digest.tobytes())) is not None:
+            matches[row] = Match("equal image", seen.keys[original])
+        elif (original := patients.get(patient.tobytes())) is not None:
+            matches[row] = Match("same patient", seen.keys[original])
     copies = _find_copies(images, seen, {r for r, m in matches.items() if m.why == "equal image"})
     return dict(sorted((matches | copies).items()))
 
@@ -226,30 +226,30 @@ def find_matches(images: Prints, seen: Prints) -> dict[int, Match]:
 def _first_rows(values: NDArray[np.uint8]) -> dict[bytes, int]:
     """Return the first row of each value."""
     rows: dict[bytes, int] = {}
-    for place, value in enumerate(values):
-        rows.setdefault(value.tobytes(), place)
+    for row, value in enumerate(values):
+        rows.setdefault(value.tobytes(), row)
     return rows
 
 
 def _find_copies(images: Prints, seen: Prints, known: set[int]) -> dict[int, Match]:
-    """Altered copies among the images that are not known yet, each with the nearest it is of."""
+    """Find altered copies among the images outside `known`, each with its nearest original."""
     rows = np.array([r for r in np.flatnonzero(images.flat == 0) if r not in known], np.int64)
-    places = np.flatnonzero(seen.flat == 0)
+    originals = np.flatnonzero(seen.flat == 0)
     candidates = find_candidates_between(
         (images.phash[rows], images.inner_phash[rows]),
-        (seen.phash[places], seen.inner_phash[places]),
+        (seen.phash[originals], seen.inner_phash[originals]),
         MOST_BITS,
     )
     views_of = lru_cache(KEPT_IMAGES)(lambda row: views(images.thumbnails[row], BLUR_PX))
-    seen_views = lru_cache(KEPT_IMAGES)(lambda place: views(seen.thumbnails[place], BLUR_PX))
+    seen_views = lru_cache(KEPT_IMAGES)(lambda original: views(seen.thumbnails[original], BLUR_PX))
     matches: dict[int, Match] = {}
     nearest_first = sorted(candidates.items(), key=lambda item: (item[0][0], item[1], item[0][1]))
     with progress(len(candidates), "comparing", "pairs", show=len(candidates) > 1000) as bar:
         for (one, other), bits in nearest_first:
-            row, place = int(rows[one]), int(places[other])
+            row, original = int(rows[one]), int(originals[other])
             least = SAME_NEAR if bits <= NEAR_BITS else SAME
-            if row not in matches and compare(views_of(row), seen_views(place)) >= least:
-                matches[row] = Match("altered copy", seen.keys[place])
+            if row not in matches and compare(views_of(row), seen_views(original)) >= least:
+                matches[row] = Match("altered copy", seen.keys[original])
             bar.update()
     return matches
 
@@ -257,7 +257,7 @@ def _find_copies(images: Prints, seen: Prints, known: set[int]) -> dict[int, Mat
 def write_seen(path: Path, seen: Prints) -> None:
     """Write seen.npz; the same images give the same bytes.
 
-    Its members are stored and not compressed, so that none is larger than the file says.
+    Its members are stored uncompressed, so that a small file cannot expand to a huge array.
     """
     arrays = {
         "format": np.array(FORMAT, "S"),
@@ -267,7 +267,7 @@ def write_seen(path: Path, seen: Prints) -> None:
     }
     with atomic_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
         for name, array in arrays.items():
-            entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that bytes do not vary
+            entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that the bytes do not vary
             with file.open(entry, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
 
@@ -287,15 +287,15 @@ def read_seen(path: Path) -> Prints:
 
 
 def _read_prints(archive: zipfile.ZipFile, num_bytes: int) -> Prints:
-    """Read the arrays, whose sizes together are at most that of the file.
+    """Read the arrays; together they may not be larger than the file.
 
     Raises:
-        ValueError, LookupError: an array is missing, or of another type or shape.
+        ValueError, LookupError: an array is missing, or has another type or shape.
     """
     names = ("format", "index_sha256", "keys", *_ROW_SHAPES)
     sizes = [archive.getinfo(f"{name}.npy").file_size for name in names]
     if sum(sizes) > num_bytes:
-        raise ValueError(f"its arrays have {sum(sizes)} bytes, the file {num_bytes}")
+        raise ValueError(f"its arrays have {sum(sizes)} bytes, the file has {num_bytes}")
     arrays = {name: _read_array(archive, name) for name in names}
     if arrays["format"].item() != FORMAT.encode():
         raise ValueError(f"its format is not {FORMAT}")
@@ -312,10 +312,10 @@ def _read_prints(archive: zipfile.ZipFile, num_bytes: int) -> Prints:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """Read an array of bytes or texts whose size is the one that its header tells.
+    """Read an array of bytes or strings; its size must match its header.
 
     Raises:
-        ValueError: it is compressed, of another type, or of another size.
+        ValueError: it is compressed, or has another type or size.
     """
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED:
@@ -330,5 +330,7 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     if is_fortran or not (dtype == np.uint8 if name in _ROW_SHAPES else is_text):
         raise ValueError(f"{name} is of another type")
     if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(f"{name} has {len(data)} bytes, which is not its shape {shape!s:.80}")
+        raise ValueError(
+            f"{name} has {len(data)} bytes, which does not fit its shape {shape!s:.80}"
+        )
     return np.frombuffer(data, dtype).reshape(shape)

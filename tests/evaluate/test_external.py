@@ -134,7 +134,7 @@ def test_images_packed_anew_are_found_and_the_score_is_of_the_others(home, run, 
     assert (info["images"], info["seen_images"]) == (len(tests), len(seen))
     assert info["reasons"] == {"equal image": len(seen)}
     assert contents(run / "test") == before
-    assert f"of {len(tests)} images the network has seen {len(seen)}" in capsys.readouterr().out
+    assert f"the network has seen {len(seen)} of {len(tests)} images" in capsys.readouterr().out
 
 
 def test_seen_images_can_be_scored_and_are_marked(home, run):
@@ -165,7 +165,7 @@ def test_another_split_has_another_name_and_no_place_is_overwritten(home, run):
     evaluate(EvaluateConfig(run, home / "again", split="val", seen="report", cache=home / "cache"))
     assert metrics_of(run, "external/again-val")["split"] == "val"
     before = contents(run / "external")
-    with pytest.raises(CxrdistError, match="of another split; give these another name"):
+    with pytest.raises(CxrdistError, match="of another split; choose another name"):
         evaluate(EvaluateConfig(run, home / "again", name="again-val", cache=home / "cache"))
     with pytest.raises(CxrdistError, match=r"--name '\.\./x': expected letters"):
         evaluate(EvaluateConfig(run, home / "again", name="../x", cache=home / "cache"))
@@ -176,14 +176,14 @@ def test_an_older_run_takes_its_shards_or_says_that_it_cannot_know(home, run, ca
     """Without seen.npz the shards are read where run.json names them; gone, that is said."""
     (run / "seen.npz").unlink()
     evaluate(EvaluateConfig(run, home / "again", cache=home / "cache"))
-    assert "holds no seen.npz; its train and val images are read anew" in capsys.readouterr().out
+    assert "holds no seen.npz; its train and val images are read again" in capsys.readouterr().out
     info = metrics_of(run, "external/again")["external"]
     assert info["seen_images"] == len(read_rows(run / "external" / "again" / "seen.csv")) > 0
     about = json.loads((run / "run.json").read_text())
     about["shards"]["path"] = "/nowhere"
     (run / "run.json").write_text(json.dumps(about))
     evaluate(EvaluateConfig(run, home / "again", cache=home / "cache"))
-    said = "what the network has seen of it is not known, because the run holds no seen.npz"
+    said = "which of its images the network has seen, because the run holds no seen.npz"
     assert said in capsys.readouterr().out
     info = metrics_of(run, "external/again")["external"]
     assert (info["seen_images"], info["not_known"][: len(said)]) == (0, said)
@@ -245,7 +245,7 @@ def test_their_labels_become_the_models_and_others_are_left_out(tmp_path, capsys
     assert metrics["external"]["other_classes"] == {"z": 4}
     assert metrics["confusion_matrix"] == [[0, 6, 0], [0, 6, 0], [0, 0, 0]]
     assert metrics["classes"]["d"]["recall"] is None
-    assert "4 of z (left_out.csv names them)" in capsys.readouterr().out
+    assert "4 of z (listed in left_out.csv)" in capsys.readouterr().out
 
 
 def test_a_set_of_one_class_has_its_recall_and_no_auroc(tmp_path):
@@ -260,8 +260,8 @@ def test_a_set_of_one_class_has_its_recall_and_no_auroc(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nobody: a\n", "'nobody' is no class of --shards"),
-        ("x: nobody\n", "'nobody' is no class of the model, which has a, b c, d"),
+        ("nobody: a\n", "'nobody' is not a class of --shards"),
+        ("x: nobody\n", "'nobody' is not a class of the model, which has a, b c, d"),
         ("x: null\n", "the model a, b c, d; none is in both"),
     ],
 )

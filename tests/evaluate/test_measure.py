@@ -107,7 +107,7 @@ def test_one_positive_is_never_the_headline():
     assert others["auroc"] != metrics["macro"]["auroc"]
     line = headline(metrics)
     assert line.startswith(f"mean AUROC {others['auroc']:.3f} over 2 of 3 labels (200 images")
-    assert line.endswith("60 patients); too few to say of Hernia (1 positive)")
+    assert line.endswith("60 patients); too few to say for Hernia (1 positive)")
     assert "Hernia              1         1.000" in metrics_table(metrics)
 
 

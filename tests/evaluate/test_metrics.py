@@ -147,7 +147,7 @@ def test_a_label_of_one_kind_has_no_auroc_and_a_reason():
     assert {name: scores["reason"] for name, scores in classes.items()} == {
         "all": "all of the 2 known images have the label",
         "none": "none of the 2 known images have the label",
-        "unknown": "the label is known of no image",
+        "unknown": "the label is known for no image",
         "both": None,
     }
     assert [classes[name]["auroc"] for name in classes] == [None, None, None, 1]

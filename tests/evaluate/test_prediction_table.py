@@ -35,9 +35,10 @@ def test_a_spreadsheets_table_is_read(tmp_path):
     assert scored.groups == {"sex": ["F", "M"], "age": ["45", ""], "view": ["PA", ""]}
     assert (read.num_own, read.splits) == (1, [])
     assert any("windows-1252" in note for note in read.notes)
-    assert {"view is not a known view in 1 rows, and empty there", "columns left aside: more"} <= {
-        *read.notes
-    }
+    assert {
+        "view is not a known view in 1 rows, and counts as unknown",
+        "columns that were not used: more",
+    } <= {*read.notes}
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_logits_of_the_table_are_taken(tmp_path):
         (("0.9", "-0.1"), "row 2: prob_a is '-0.1', expected 0 to 1"),
         (("0.9", "nan"), "row 2: prob_a is 'nan', expected 0 to 1"),
         (("0.9", ""), "row 2: prob_a is '', expected 0 to 1"),
-        (("y,b", "x,b"), "row 3: key 'x' is also that of .*given.csv row 2; keep one"),
+        (("y,b", "x,b"), "row 3: key 'x' is also in .*given.csv row 2; keep one"),
         (("y,b", ",b"), "row 3: key is empty; fill it or drop the row"),
         (("y,b", "y,c"), "row 3: label 'c' has no column prob_c; the table has a, b"),
         (("y,b", "y,"), "row 3: label is empty; fill it or drop the row"),
@@ -92,11 +93,11 @@ def test_logits_of_the_table_are_taken(tmp_path):
         (("key", "image"), "has no column key"),
         (("prob_", "p_"), "has 0 columns prob_CLASS, expected 1 to"),
         (("prob_b", "prob_a"), "has the column 'prob_a' a second time"),
-        (("prob_b", "prob_"), "has the column 'prob_' with no valid name"),
+        (("prob_b", "prob_"), "has the column 'prob_' without a valid class name"),
         (("key,", "key,path,patient,"), "fewer cells"),
         ((",prob_a", ",labels,prob_a"), "has the columns label and labels"),
         (("\nx,a,0.9,0.1\ny,b,0.2,0.8", ""), "has no rows below the header"),
-        (("key,label", "key,Subject_ID,label"), "'Subject_ID' may be meant as the patient"),
+        (("key,label", "key,Subject_ID,label"), "'Subject_ID' may be the patient"),
         (("key,label,", "key,split,label,"), "fewer cells"),
     ],
 )
