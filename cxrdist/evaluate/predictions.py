@@ -326,9 +326,9 @@ def write_predictions(
 
     There is one row per scored image. After label come uncertain and missing if the shards have
     unknown labels, then those of source, view, sex and age that are known, and ``seen``
-    (`Match.why` or empty) if images that the network has seen are scored too. After the logits come the columns
-    of a calibrated model. Numbers have nine significant digits, so a float32 logit is read back
-    exactly.
+    (`Match.why` or empty) if images that the network has seen are scored too. After the logits
+    come the columns of a calibrated model. Numbers have nine significant digits, so a float32 logit
+    is read back exactly.
     """
     classes = subject.index.classes
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]

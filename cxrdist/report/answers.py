@@ -1,6 +1,6 @@
-"""Answers to the items of reporting checklists: where a run says something, and what it does not.
+"""Answers to the items of reporting checklists: what a run documents, and what it does not.
 
-Each function takes what a run holds and gives an answer.
+Each function takes the evidence of a run and returns an answer.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ class Answer(NamedTuple):
 
     Attributes:
         state: one of `STATES`.
-        text: what the run says, what the authors must say, or how it is done.
-        links: files of the run, each perhaps with a section of the report.
+        text: what the run documents, what the authors must state, or how to do it.
+        links: files of the run, optionally with a section of the report.
     """
 
     state: str
@@ -32,7 +32,7 @@ Rule = Callable[[Evidence], Answer]
 
 
 class Item(NamedTuple):
-    """An item of a checklist: its number, its topic in our own words, and how it is answered."""
+    """An item of a checklist: its number, its topic in our own words, and its rule."""
 
     number: str
     topic: str
@@ -47,7 +47,7 @@ class Section(NamedTuple):
 
 
 def authors(text: str = "") -> Rule:
-    """Make the rule of an item that no run can answer."""
+    """Return the rule for an item that only the authors can answer."""
     return lambda evidence: Answer(AUTHORS, text)
 
 
@@ -57,7 +57,7 @@ def sources(e: Evidence) -> Answer:
     return Answer(
         PARTLY,
         f"Images by split: {', '.join(sizes)}; their sources are counted in the audit. The authors "
-        "must say who collected them, where, when and why these.",
+        "must say who collected them, where, when and why these were chosen.",
         ("run.json", "report.html#data", *_if(e.audit, "audit.json")),
     )
 
@@ -68,7 +68,7 @@ def selection(e: Evidence) -> Answer:
         PARTLY,
         "The images that were used are counted by class and split; rejected.csv of the shards "
         "lists what cxrdist pack left out, and why. The authors must say by which criteria "
-        "patients were included before that.",
+        "patients were selected before that.",
         ("report.html#data",),
     )
 
@@ -87,7 +87,7 @@ def preparation(e: Evidence) -> Answer:
 
 
 def privacy(e: Evidence) -> Answer:
-    """Return how patients were made unrecognisable."""
+    """Return how patients were de-identified."""
     cover = e.model and e.model.get("cover")
     text = (
         f"Burned-in text was covered ({cover.how}) in {cover.split}. "
@@ -102,7 +102,7 @@ def privacy(e: Evidence) -> Answer:
 
 
 def missing_data(e: Evidence) -> Answer:
-    """Return what was done where labels are not known."""
+    """Return how unknown labels were handled."""
     counts = e.info["shards"]["counts"]
     amounts = [amount for labels in counts.values() for amount in labels.values()]
     sums = {what: sum(amount.get(what, 0) for amount in amounts) for what in NOT_STATED}
@@ -134,7 +134,7 @@ def acquisition(e: Evidence) -> Answer:
 
 
 def partitions(e: Evidence) -> Answer:
-    """Return how images came to their splits."""
+    """Return how images were assigned to splits."""
     return Answer(
         HELD,
         f"The rule of cxrdist pack: {e.info['shards']['split']}.",
@@ -164,7 +164,7 @@ def sample_size(e: Evidence) -> Answer:
     return Answer(
         PARTLY,
         f"Images and patients: {', '.join(shown)} patients. The authors must say how this size was "
-        "arrived at, and whether it is enough; how wide the intervals are tells it afterwards.",
+        "chosen, and whether it is enough; the width of the intervals shows it afterwards.",
         ("report.html#data",),
     )
 
@@ -189,17 +189,17 @@ def model(e: Evidence) -> Answer:
 
 
 def software(e: Evidence) -> Answer:
-    """Return the programs that were used."""
+    """Return the software versions."""
     versions = ", ".join(f"{name} {version}" for name, version in e.info["versions"].items())
     return Answer(HELD, f"Versions: {versions}.", ("run.json", "report.html#run"))
 
 
 def initial_weights(e: Evidence) -> Answer:
-    """Return where the weights came from."""
+    """Return where the initial weights came from."""
     return Answer(
         HELD,
-        f"The training began with {e.info['weights']['source']}; the chain of weights before that "
-        "is in the report, with hashes.",
+        f"The training started from {e.info['weights']['source']}; the weights that it derives "
+        "from are in the report, with hashes.",
         ("run.json", "report.html#run"),
     )
 
@@ -211,7 +211,7 @@ def training(e: Evidence) -> Answer:
         return Answer(NOT_DONE, "The training is not finished: run cxrdist train again.")
     return Answer(
         HELD,
-        f"The whole recipe as it was in force; stages: {stages}. The log has each epoch.",
+        f"The complete recipe of the run; stages: {stages}. The log has each epoch.",
         ("recipe.yaml", "log.jsonl", "report.html#training"),
     )
 
@@ -221,14 +221,14 @@ def final_model(e: Evidence) -> Answer:
     best = [f"{name} epoch {stage['best_epoch']}" for name, stage in e.info["stages"].items()]
     return Answer(
         HELD if best else NOT_DONE,
-        "Of each stage the epoch with the lowest loss on the validation split is kept"
-        f"{': ' if best else ''}{', '.join(best)}. The test split takes no part in it.",
+        "For each stage the epoch with the lowest loss on the validation split is kept"
+        f"{': ' if best else ''}{', '.join(best)}. The test split is not used for it.",
         ("run.json", "report.html#training"),
     )
 
 
 def ensemble(e: Evidence) -> Answer:
-    """Return whether several networks vote."""
+    """Return whether the model is an ensemble."""
     if not e.members:
         return Answer(HELD, "This is one network; nothing is averaged over several.")
     return Answer(
@@ -247,19 +247,19 @@ def measures(e: Evidence) -> Answer:
     parts += ["groups"] if e.has_groups else []
     return Answer(
         PARTLY,
-        f"Of each class: {', '.join(name.replace('_', ' ') for name in names)}"
+        f"For each class: {', '.join(name.replace('_', ' ') for name in names)}"
         f"{'; beside them ' if parts else ''}{', '.join(parts).replace('_', ' ')}. The authors "
-        "must say why these, and which one was chosen beforehand as the main one.",
+        "must say why these were chosen, and which was the primary one in advance.",
         ("test/metrics.json", "report.html#headline"),
     )
 
 
 def uncertainty(e: Evidence) -> Answer:
-    """Return how uncertain the figures are."""
+    """Return how the intervals were computed."""
     how = e.test and e.test.get("intervals")
     if not how:
         return Answer(
-            NOT_DONE, "The figures have no intervals: run cxrdist evaluate of this version again."
+            NOT_DONE, "The figures have no intervals: run this version of cxrdist evaluate again."
         )
     share = f"{how['level']:.0%}".replace("%", " %")
     return Answer(
@@ -276,28 +276,28 @@ def robustness(e: Evidence) -> Answer:
         *(["words on the images covered and pasted"] if e.probed else []),
         *(["groups of patients"] if e.has_groups else []),
         *(["external sets"] if e.external else []),
-        *(["what size, border and brightness alone would give"] if _shortcut(e) else []),
+        *(["what size, border and brightness alone give"] if _shortcut(e) else []),
     ]
     if not done:
         return Answer(
-            NOT_DONE, "None was made: see cxrdist probe-text, check --audit, and external sets."
+            NOT_DONE, "None was done: see cxrdist probe-text, check --audit, and external sets."
         )
     links = ("report.html#text",) if e.probed else ()
     return Answer(PARTLY, f"Measured: {', '.join(done)}.", (*links, *_results(e)))
 
 
 def explanations(e: Evidence) -> Answer:
-    """Return whether it can be seen what the network looks at."""
+    """Return whether there are heat maps and tests of them."""
     if e.without_rules:
         return Answer(
-            NOT_DONE, f"No heat maps: no rules of relevance are proven for {e.without_rules}."
+            NOT_DONE, f"No heat maps: no relevance rules are proven for {e.without_rules}."
         )
     if not e.explained:
         return Answer(NOT_DONE, "No heat maps: run cxrdist explain --run RUN --shards SHARDS.")
     return Answer(
         HELD,
-        "Layer-wise relevance propagation on a canonical network, with a ledger of each logit, and "
-        "tested by covering pixels in order of their relevance and by drawing weights anew.",
+        "Layer-wise relevance propagation on a canonical network, with a ledger for each logit, "
+        "tested by covering pixels in order of relevance and by randomising weights.",
         (f"{e.explained[0]}/relevance.json", "report.html#reading"),
     )
 
@@ -324,13 +324,13 @@ def external(e: Evidence) -> Answer:
     return Answer(
         PARTLY,
         f"External sets: {', '.join(shown)}. Images that the network has seen are named and "
-        "counted. The authors must say where these sets differ from those of the training.",
+        "counted. The authors must say how these sets differ from the training data.",
         tuple(f"{place}/metrics.json" for place in e.external),
     )
 
 
 def flow(e: Evidence) -> Answer:
-    """Count how many were taken and how many not."""
+    """Return how many images were included and excluded."""
     return Answer(
         PARTLY,
         "Images and patients of each class and split; rejected.csv of the shards lists what "
@@ -340,18 +340,18 @@ def flow(e: Evidence) -> Answer:
 
 
 def characteristics(e: Evidence) -> Answer:
-    """Who the patients are."""
+    """Return the characteristics of the patients."""
     held = e.has_groups
     return Answer(
         PARTLY if held or e.audit else AUTHORS,
         ("Sex, age, view and source of the test images, as far as they are known. " if held else "")
-        + "The authors must say what else tells the patients of the splits apart.",
+        + "The authors must describe how else the patients of the splits differ.",
         (*_if(held, "test/metrics.json"), *_if(e.audit, "report.html#audit")),
     )
 
 
 def comparison(e: Evidence) -> Answer:
-    """Return how the evaluated images differ from those of the training."""
+    """Return how the evaluated images differ from the training images."""
     return Answer(
         PARTLY,
         "Classes of train, val and test are counted side by side"
@@ -362,7 +362,7 @@ def comparison(e: Evidence) -> Answer:
 
 
 def numbers(e: Evidence) -> Answer:
-    """Count how many images and patients each analysis rests on."""
+    """Return the numbers of images and patients of each analysis."""
     return Answer(
         HELD,
         "Images and patients of each class for training (train), for selection and calibration "
@@ -382,14 +382,14 @@ def performance(e: Evidence) -> Answer:
 
 
 def diagnostic(e: Evidence) -> Answer:
-    """Sensitivity and specificity at a threshold that was chosen beforehand."""
+    """Return sensitivity and specificity at thresholds chosen in advance."""
     if not e.test:
         return _evaluate()
     if not e.has("operating_points"):
         return Answer(
             PARTLY,
             "Sensitivity at a threshold that was not chosen for a purpose. Run cxrdist evaluate "
-            "again: then there are operating points.",
+            "again to get operating points.",
             ("test/metrics.json",),
         )
     return Answer(
@@ -407,7 +407,7 @@ def failures(e: Evidence) -> Answer:
     if not e.explained:
         return Answer(
             PARTLY,
-            "The mistakes are listed; run cxrdist explain, and they have pictures."
+            "The mistakes are listed; run cxrdist explain to add heat maps."
             if e.without_rules is None
             else "The mistakes are listed, without heat maps.",
             ("test/predictions.csv", "report.html#headline"),
@@ -420,7 +420,7 @@ def failures(e: Evidence) -> Answer:
 
 
 def limits(e: Evidence) -> Answer:
-    """Return what weakens the study."""
+    """Return the limitations of the study."""
     warnings = e.audit["warnings"] if e.audit else []
     text = "The authors must discuss them."
     if not warnings:
@@ -444,13 +444,13 @@ def details(e: Evidence) -> Answer:
 
 
 def availability(e: Evidence) -> Answer:
-    """Return where program, model and data can be had."""
+    """Return where program, model and data are available."""
     revision = e.info["git_revision"]
     return Answer(
         PARTLY,
         f"Program: cxrdist {e.info['versions'].get('cxrdist', '')}"
         f"{f', revision {revision}' if revision else ''}; the model is ready to be shared with its "
-        "card. The authors must say where program, model and data can be had, and on what terms.",
+        "card. The authors must say where program, model and data are available, on what terms.",
         ("run.json", *_if(e.model, "model/README.md")),
     )
 
@@ -460,26 +460,25 @@ def outcome(e: Evidence) -> Answer:
     classes = ", ".join(e.info["shards"]["classes"])
     return Answer(
         PARTLY,
-        f"Classes: {classes}. The authors must define each, and say when and how it was found to "
-        "be there.",
+        f"Classes: {classes}. The authors must define each, and say when and how it was diagnosed.",
         ("run.json",),
     )
 
 
 def predictors(e: Evidence) -> Answer:
-    """Return what the prediction rests on."""
+    """Return the inputs of the model."""
     size = e.info["shards"]["image_size_px"]
     return Answer(
         HELD,
-        f"The only input is the X-ray, {size} x {size} px; sex, age and all else of the patient "
-        "are not given to the network.",
+        f"The only input is the X-ray, {size} x {size} px; sex, age and other patient data are not "
+        "given to the network.",
         _if(e.model, "model/model.json"),
     )
 
 
 def no_reading(e: Evidence) -> Answer:
-    """Return whether somebody judges the input."""
-    return Answer(HELD, "The input is pixels; nobody has to judge them first.")
+    """Return whether a person assesses the input."""
+    return Answer(HELD, "The input is pixels; nobody has to assess them first.")
 
 
 def clusters(e: Evidence) -> Answer:
@@ -487,10 +486,9 @@ def clusters(e: Evidence) -> Answer:
     if not e.has_groups and not e.external:
         return Answer(
             NOT_DONE,
-            "Give the column source when packing, or evaluate external sets: then the figures are "
-            "given for each.",
+            "No figures by source: give a column source when packing, or evaluate external sets.",
         )
-    return Answer(PARTLY, "Figures of each source and external set, as far as known.", _results(e))
+    return Answer(PARTLY, "Figures for each known source and external set.", _results(e))
 
 
 def updating(e: Evidence) -> Answer:
@@ -500,7 +498,7 @@ def updating(e: Evidence) -> Answer:
         return Answer(NOT_DONE, "Nothing was recalibrated: run cxrdist evaluate again.")
     return Answer(
         HELD,
-        "A temperature of each class, fitted on the validation split; weights are not changed.",
+        "One temperature per class, fitted on the validation split; the weights are not changed.",
         ("model/model.json", *_if(e.has("calibration"), "test/metrics.json")),
     )
 
@@ -516,21 +514,21 @@ def calculation(e: Evidence) -> Answer:
 
 
 def imbalance(e: Evidence) -> Answer:
-    """Return what was done where classes are not alike in number."""
+    """Return how class imbalance was handled."""
     copies = e.recipe.get("copies") or {}
     if not copies:
         return Answer(HELD, "Nothing was done about it.", _if(e.recipe, "recipe.yaml"))
     shown = ", ".join(f"{name} {times}" for name, times in copies.items())
     return Answer(
         PARTLY,
-        f"Augmented copies of each training image: {shown}. Probabilities are those of classes "
-        "balanced in this way, unless they are recalibrated. The authors must say why it was done.",
+        f"Augmented copies of each training image: {shown}. Unless recalibrated, probabilities "
+        "refer to classes balanced in this way. The authors must say why it was done.",
         ("recipe.yaml",),
     )
 
 
 def fairness(e: Evidence) -> Answer:
-    """Return whether the network is as good for everybody."""
+    """Return whether the figures differ between groups of patients."""
     if not e.has_groups:
         return Answer(
             NOT_DONE,
@@ -538,24 +536,24 @@ def fairness(e: Evidence) -> Answer:
         )
     return Answer(
         PARTLY,
-        "Figures by sex, age and further groups, and the largest gap. Nothing in the training aims "
-        "at equal figures; the authors must say what they think of the gaps.",
+        "Figures by sex, age and further groups, and the largest gap. The training does not aim "
+        "at equal figures; the authors must discuss the gaps.",
         _results(e),
     )
 
 
 def output(e: Evidence) -> Answer:
-    """Return what the network gives, and how thresholds were chosen."""
+    """Return the output of the model, and how thresholds were chosen."""
     calibration = e.model and e.model.get("calibration")
     if not calibration:
         return Answer(
             PARTLY,
-            "A probability of each class. No threshold was chosen: run cxrdist evaluate again.",
+            "A probability for each class. No threshold was chosen: run cxrdist evaluate again.",
             _if(e.model, "model/model.json"),
         )
     return Answer(
         HELD,
-        f"A probability of each class. Thresholds by the rule {calibration.rule}, on the "
+        f"A probability for each class. Thresholds by the rule {calibration.rule}, on the "
         "validation split.",
         ("model/model.json",),
     )
@@ -574,11 +572,11 @@ def specification(e: Evidence) -> Answer:
 
 
 def bad_input(e: Evidence) -> Answer:
-    """Return what happens to images that are not fit."""
+    """Return what happens to unsuitable input."""
     return Answer(
         PARTLY,
-        "cxrdist predict lists files that cannot be read, and predicts all others, also bad X-rays "
-        "and what is none. The authors must say how these are to be found and handled.",
+        "cxrdist predict lists files that cannot be read and predicts all others, even poor X-rays "
+        "and images that are not X-rays. The authors must say how to detect and handle these.",
     )
 
 

@@ -1,4 +1,4 @@
-"""The audit of the shards as the report shows it."""
+"""The view of the shards' audit for the report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,16 @@ from cxrdist.report.values import count
 
 @dataclass(frozen=True)
 class AuditView:
-    """What the page shows of audit.json beside what it holds as it is.
+    """The values that the page shows of audit.json.
 
     Attributes:
-        content: of audit.json.
-        pairs: those that have pictures, with these; equal images have one in common.
-        shared: patients with images in several splits and classes: who, and how many in each.
-        origins: the tables of classes by source, view and mask, those that were made.
-        trivial: what is reached without a deep network, for the first line of the page: what is
-            looked at, accuracy or mean_auroc, the figure. Empty for audits of older versions, and
-            for too few patients.
+        content: the content of audit.json.
+        pairs: pairs of copies with their pictures; equal images share one picture.
+        shared: patients with images in several splits and classes, with the numbers of images.
+        origins: the existing tables of classes by source, view and mask.
+        trivial: baselines without a deep network for the verdict: their input, accuracy or
+            mean_auroc, and the estimate. Empty for audits of older versions, and for too few
+            patients.
     """
 
     content: AuditFile
@@ -30,10 +30,10 @@ class AuditView:
 
 
 def audit_view(path: Path) -> AuditView | None:
-    """Gather what the page shows of an audit; None if there was none when the training began.
+    """Gather the values for the page; None if there was no audit when the training began.
 
     Raises:
-        CxrdistError: the file is not what the audit writes.
+        CxrdistError: audit.json is damaged.
     """
     if not path.is_file():
         return None
@@ -56,7 +56,7 @@ def audit_view(path: Path) -> AuditView | None:
 
 
 def _pictured(audit: AuditFile) -> list[tuple[Pair, list[str]]]:
-    """Find the thumbnails of the first pairs, base64; leave out pairs that have none."""
+    """Return the first pairs with their base64 thumbnails; pairs without any are left out."""
     thumbnails, pictured = audit["thumbnails"], []
     for pair in audit["duplicates"]["pairs"][:MOST_PICTURED] if audit["duplicates"] else []:
         keys = [image["key"] for image in pair["images"] if image["key"] in thumbnails]
@@ -71,14 +71,14 @@ def _amounts(images: dict[str, int]) -> str:
 
 
 def _trivial(audit: AuditFile) -> list[tuple[str, str, Estimate]]:
-    told: list[tuple[str, str, Estimate]] = []
+    baselines: list[tuple[str, str, Estimate]] = []
     if shortcut := audit["shortcut"]:
         what = "size, border and brightness alone, without the lungs"
         scores = {name: shortcut.get(name) for name in FIGURES}
-        told += [(what, name, score) for name, score in scores.items() if score][:1]
+        baselines += [(what, name, score) for name, score in scores.items() if score][:1]
     baseline = audit.get("baseline")
     best = best_model(baseline) if baseline else None
     if baseline and best:
         what = f"thumbnails of {count(baseline['size_px'])} px alone, without a deep network"
-        told.append((what, *best[1:]))
-    return told
+        baselines.append((what, *best[1:]))
+    return baselines

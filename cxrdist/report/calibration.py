@@ -1,4 +1,4 @@
-"""Operating points, calibration and decision curves as the report shows them."""
+"""Views of operating points, calibration and decision curves for the report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,11 +28,11 @@ ERRORS = {"calibration_error": "Calibration error", "brier": "Brier score"}
 
 
 def calibration_view(element: str, metrics: Metrics) -> View:
-    """Gather what the page says of thresholds and probabilities; None for what was not measured.
+    """Gather the values for thresholds and probabilities; None for what was not measured.
 
     Args:
-        element: begins the ids of the charts; unique in the page.
-        metrics: of a split; those of older versions have none of this.
+        element: prefix of the ids of the charts, unique in the page.
+        metrics: metrics of a split; older versions wrote none of this.
     """
     points, errors = metrics.get("operating_points"), metrics.get("calibration")
     curves = metrics.get("decision_curve")
@@ -66,7 +66,7 @@ def _points(figures: OperatingPoints) -> View:
 
 
 def _rate(values: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """Write a rate in percent, and its interval; both are a dash or empty where undefined."""
+    """Write a rate in percent and its interval; a dash and an empty text where undefined."""
     within = values[f"{name}_interval"]
     return percent(values[name]), f"{percent(within[0])} to {percent(within[1])}" if within else ""
 
@@ -79,13 +79,13 @@ def _error(values: Mapping[str, Any] | None, name: str) -> tuple[str, str]:
 
 
 def _calibration(element: str, figures: CalibrationFigures) -> View:
-    """Write the rows of the table (name, temperature, chance, cells) and a chart for each class."""
+    """Write the rows of the table (name, values, cells) and a chart per class."""
     rows, charts = [], []
-    for place, (name, values) in enumerate(figures["classes"].items()):
+    for i, (name, values) in enumerate(figures["classes"].items()):
         rows.append((name, values, _cells(values["before"], values["after"])))
         bins = values["bins"]
         chart = pictures.reliability_chart(
-            f"{element}-reliability{place}",
+            f"{element}-reliability{i}",
             bins["positives"],
             bins["positives_interval"],
             bins["probability"],
@@ -102,14 +102,14 @@ def _cells(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[t
 
 
 def _curves(element: str, figures: DecisionCurve) -> list[tuple[str, ClassCurve, Markup]]:
-    """Draw a chart for each class, with its name and numbers of images."""
+    """Draw a chart per class; return it with the name and the curve."""
     return [
         (
             name,
             curve,
             Markup(
                 pictures.decision_chart(
-                    f"{element}-decision{place}",
+                    f"{element}-decision{i}",
                     figures["thresholds"],
                     curve["net_benefit"],
                     curve["net_benefit_interval"],
@@ -117,5 +117,5 @@ def _curves(element: str, figures: DecisionCurve) -> list[tuple[str, ClassCurve,
                 )
             ),
         )
-        for place, (name, curve) in enumerate(figures["classes"].items())
+        for i, (name, curve) in enumerate(figures["classes"].items())
     ]

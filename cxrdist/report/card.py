@@ -1,6 +1,6 @@
-"""The model card: RUN/model/README.md, in the form that Hugging Face reads.
+"""The model card: RUN/model/README.md, in the format of Hugging Face.
 
-A YAML head (huggingface.co/docs/hub/model-cards), then what the run holds about the model.
+A YAML head (huggingface.co/docs/hub/model-cards), then the run's facts about the model.
 """
 
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, read_bytes, write_text
 
 OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
-MOST_BYTES = 1 << 20  # of a card that is looked at
-# Figures of metrics.json under the names of Hugging Face's metrics.
+MOST_BYTES = 1 << 20  # of a card that is read
+# Figures of metrics.json with their names at Hugging Face.
 METRICS = {
     "accuracy": "accuracy",
     "auroc": "roc_auc",
@@ -54,10 +54,10 @@ def write_card(evidence: Evidence) -> bool:
 
 
 def read_card(run: RunDirectory) -> str:
-    """Read the card that the authors keep, or make one of what the run holds.
+    """Read the card that the authors keep, or render one from the run.
 
     Raises:
-        CxrdistError: one of the run's files is not what its command writes.
+        CxrdistError: a file of the run is damaged.
     """
     if _is_kept(run):
         return read_bytes(run.card, MOST_BYTES).decode("utf-8", "replace")
@@ -65,7 +65,7 @@ def read_card(run: RunDirectory) -> str:
 
 
 def _render(evidence: Evidence) -> str:
-    """Fill in the card."""
+    """Render the card."""
     name = evidence.run.root.resolve().name
     head = yaml.safe_dump(_head(name, evidence), sort_keys=False, allow_unicode=True)
     content = {
@@ -85,7 +85,7 @@ def _render(evidence: Evidence) -> str:
 
 
 def _is_kept(run: RunDirectory) -> bool:
-    """Return whether there is a card without the line of those that are overwritten."""
+    """Return whether the authors keep their own card, which lacks the line `OURS`."""
     if not run.card.is_file():
         return False
     with open(run.card, encoding="utf-8", errors="replace") as file:
@@ -93,13 +93,13 @@ def _is_kept(run: RunDirectory) -> bool:
 
 
 def place_title(place: str) -> str:
-    """Write the place of some images for people."""
+    """Return a readable name for a place."""
     kind, _, name = place.partition("/")
     return f"external set {name}" if name else f"{kind} split"
 
 
 def _head(name: str, evidence: Evidence) -> View:
-    """Write the YAML head: what Hugging Face filters and lists models by."""
+    """Return the YAML head, by which Hugging Face lists and filters models."""
     results = list(_results(evidence))
     used = [
         kind
@@ -120,7 +120,7 @@ def _head(name: str, evidence: Evidence) -> View:
 
 
 def _network(evidence: Evidence) -> list[str]:
-    """Return the architecture as a tag; none of an ensemble, whose members have it."""
+    """Return the architecture as a tag; none for an ensemble, because its members have it."""
     return [evidence.model["architecture"].architecture] if evidence.model else []
 
 
@@ -141,7 +141,7 @@ class Result(TypedDict):
 
 
 def _results(evidence: Evidence) -> Iterator[Result]:
-    """Yield figures of test and external sets that have an interval and rest on enough images."""
+    """Yield the figures of test and external sets with an interval and enough images."""
     for place, metrics in evidence.metrics.items():
         if place in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
             continue

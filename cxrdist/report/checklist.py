@@ -1,4 +1,4 @@
-"""The checklist page: the reporting checklists of the field, filled in as far as a run can."""
+"""The checklist page: reporting checklists, filled in as far as a run can."""
 
 from collections import Counter
 

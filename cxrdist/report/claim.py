@@ -1,7 +1,7 @@
 """CLAIM 2024: the Checklist for Artificial Intelligence in Medical Imaging.
 
-Tejani et al., Radiology: Artificial Intelligence 6(4), e240300 (2024), 44 items. Their topics are
-in our own words; the wording that counts is in the paper.
+Tejani et al., Radiology: Artificial Intelligence 6(4), e240300 (2024), 44 items. The topics
+are paraphrased; the paper has the authoritative wording.
 """
 
 from cxrdist.report import answers as a

@@ -1,4 +1,4 @@
-"""Two runs on the same images: a table in the terminal, comparison.json, flipped.csv and a page."""
+"""Command compare: two runs on the same images, as terminal table, JSON, CSV and page."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ COLUMNS = (
     *("key", "patient", "label", "change", "predicted_a", "predicted_b"),
     *("class", "prob_a", "prob_b"),
 )
-"""Of flipped.csv; the probabilities are those of `class`: the true one, or the label."""
+"""Columns of flipped.csv; probabilities are for `class`, the true class or the flipped label."""
 MOST_SHOWN = 10  # flipped images in the terminal
 MOST_IN_PAGE = 200
 
@@ -52,8 +52,7 @@ def compare(config: CompareConfig) -> Path:
         The directory, with comparison.json, flipped.csv and page.html.
 
     Raises:
-        CxrdistError: a run was not evaluated there, they are not of the same images, or ``out``
-            already exists.
+        CxrdistError: a run was not evaluated there, their images differ, or ``out`` already exists.
     """
     if config.out.exists():
         raise CxrdistError(f"--out {config.out}: already exists; remove it or give another name")
@@ -98,10 +97,10 @@ def _read(run: RunDirectory, place: str) -> Scored:
 
 
 def changed_fields(a: RunDirectory, b: RunDirectory) -> list[str] | None:
-    """List the fields in which two recipes differ, each with its whole name.
+    """List the fields that differ between two recipes, with their full names.
 
     Returns:
-        Lines that begin with - for the first and + for the second; None where one has no recipe.
+        Lines with - for the first and + for the second; None if a run has no recipe.
     """
     if not (a.recipe.is_file() and b.recipe.is_file()):
         return None
@@ -117,7 +116,10 @@ def changed_fields(a: RunDirectory, b: RunDirectory) -> list[str] | None:
 
 
 def _fields(recipe: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]:
-    """Name each value of a recipe, such as stages.head.epochs; of stages also their order."""
+    """Yield each value of a recipe by its full name, such as stages.head.epochs.
+
+    The order of the stages is also yielded, because it matters.
+    """
     for name, value in recipe.items():
         if isinstance(value, dict):
             if name == "stages":
@@ -131,9 +133,9 @@ def _flipped_row(scored: Scored, flip: Flip) -> list[str]:
     """Return a row of flipped.csv."""
     has: NDArray[np.bool_] = scored.targets[flip.place] == POSITIVE
     label = SEPARATOR.join(name for name, own in zip(scored.classes, has, strict=True) if own)
-    about = [scored.keys[flip.place], scored.patients[flip.place], label, flip.change]
+    cells = [scored.keys[flip.place], scored.patients[flip.place], label, flip.change]
     probabilities = [f"{expit(logit):.6g}" for logit in flip.logits]
-    return [*about, *flip.predicted, flip.of, *probabilities]
+    return [*cells, *flip.predicted, flip.of, *probabilities]
 
 
 def _overall(comparison: Comparison) -> list[tuple[str, Difference]]:
@@ -144,18 +146,18 @@ def _overall(comparison: Comparison) -> list[tuple[str, Difference]]:
 
 
 def _lower(name: str) -> str:
-    """Write a name within a line: only an abbreviation such as AUROC keeps its capitals."""
+    """Write a name for use within a sentence; abbreviations such as AUROC keep their capitals."""
     return name if name[1].isupper() or name[1].isdigit() else name[0].lower() + name[1:]
 
 
 def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
-    """What the terminal shows: overall figures, AUROC of each class, tests, flips, recipes."""
+    """Format overall figures, AUROC per class, tests, flips and recipes for the terminal."""
     intervals = comparison["intervals"]
     body = [[name, *_cells(figure), ""] for name, figure in _overall(comparison)]
-    for name, part in comparison["classes"].items():
-        shown = _cells(part["figures"]["auroc"])
-        test = p_value(part["delong"]["p_value"]) if part["delong"] else "-"
-        body.append([f"AUROC, {name}", *shown, "too few to say" if part["too_few"] else test])
+    for name, of_class in comparison["classes"].items():
+        shown = _cells(of_class["figures"]["auroc"])
+        test = p_value(of_class["delong"]["p_value"]) if of_class["delong"] else "-"
+        body.append([f"AUROC, {name}", *shown, "too few to say" if of_class["too_few"] else test])
     headers = ("Figure", "A", "B", "B - A", f"{intervals['level']:.0%} interval", "DeLong p")
     lines = [
         f"A: {comparison['runs']['a']}",
@@ -170,7 +172,7 @@ def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
             f"only A right: {mcnemar['only_a']} images, only B right: {mcnemar['only_b']}; "
             f"McNemar's exact test p {p_value(mcnemar['p_value'])}"
         )
-    lines.append("both tests take images as independent, also those of one patient")
+    lines.append("both tests treat images as independent, even those of one patient")
     lines += _flip_lines(comparison, rows)
     lines += _recipe_lines(comparison["recipe"])
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
@@ -225,13 +227,13 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
 
 
 def _headline(comparison: Comparison) -> View:
-    """Choose the figure that the page begins with, and what its interval lets one say."""
+    """Choose the main figure of the page, and state the conclusion that its interval allows."""
     name = "accuracy" if "accuracy" in comparison else "auroc"
     figure = comparison["accuracy"] if name == "accuracy" else comparison["macro"]["auroc"]
     limits = figure["interval"]
-    verdict = "cannot be told, as the figure is not defined for both"
+    verdict = "unknown, because the figure is undefined for one of the runs"
     if limits and limits[0] <= 0 <= limits[1]:
-        verdict = "no difference can be told from these images"
+        verdict = "no difference can be shown with these images"
     elif limits:
         verdict = f"B is {'better' if limits[0] > 0 else 'worse'} than A on images like these"
     what = FIGURES[name] if name == "accuracy" else f"Mean {_lower(FIGURES[name])}"

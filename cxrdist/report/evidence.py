@@ -1,6 +1,6 @@
-"""What a run holds that a reader of its model must know: the ground of model card and checklist.
+"""The facts of a run behind the model card and the checklists.
 
-Each part is None, or empty, where the run does not hold it.
+A member is None or empty if the run does not have it.
 """
 
 from collections.abc import Mapping
@@ -21,18 +21,18 @@ PLACES = ("test", "val", "train")
 
 @dataclass(frozen=True)
 class Evidence:
-    """The parts of a run.
+    """The facts of a run.
 
     Attributes:
         run: the directory.
         info: run.json.
-        model: model.json of a network.
-        members: names of the networks of an ensemble, whose mean the model is.
+        model: model.json of a single network.
+        members: names of the networks of an ensemble.
         recipe: the resolved recipe.
-        audit: of the shards; None if there was none when the training began.
-        metrics: metrics.json by the place of the images: test, val, train, external/NAME.
-        explained: places that have heat maps and a test of them.
-        probed: places where it was tested whether the network reads the words on the images.
+        audit: audit of the shards; None if there was none when the training began.
+        metrics: metrics.json by place: test, val, train, external/NAME.
+        explained: places with heat maps and tests of them.
+        probed: places with a test of whether the network reads words on the images.
     """
 
     run: RunDirectory
@@ -63,21 +63,21 @@ class Evidence:
 
     @property
     def without_rules(self) -> str | None:
-        """The network, if its relevance has no proven rules: it has no heat maps."""
+        """The network's name if no relevance rules are proven for it and it has no heat maps."""
         if self.model is None or self.model["architecture"].architecture in WITH_RULES:
             return None
         return self.model["architecture"].title
 
     def has(self, part: str) -> bool:
-        """Return whether the metrics of the test split have a part, such as ``calibration``."""
+        """Return whether the metrics of the test split have a member, such as ``calibration``."""
         return bool(self.test and self.test.get(part))
 
 
 def gather(run: RunDirectory) -> Evidence:
-    """Read a run.
+    """Read the facts of a run.
 
     Raises:
-        CxrdistError: one of its files is not what its command writes.
+        CxrdistError: a file of the run is damaged.
     """
     info = read_info(run)
     path, model, members = run.inside("model", "model.json"), None, list[str]()

@@ -1,4 +1,4 @@
-"""External sets side by side with the run's own test images, as the report shows them."""
+"""The view of external sets beside the run's own test images for the report."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ COLUMNS = {
 
 
 class _Evaluated(NamedTuple):
-    """A set that was evaluated; the run's own test images are not external."""
+    """An evaluated set; `external` is None for the run's own test images."""
 
     split: SplitView
     metrics: Metrics
@@ -29,7 +29,7 @@ def external_view(splits: Sequence[SplitView]) -> View | None:
     """Gather the results of external sets beside those of the run's own test images.
 
     Returns:
-        What the page shows; None if no external set was evaluated.
+        The values for the page; None if no external set was evaluated.
     """
     evaluated = [
         _Evaluated(split, metrics, metrics.get("external"))
@@ -51,7 +51,7 @@ def external_view(splits: Sequence[SplitView]) -> View | None:
 
 
 def _row(evaluated: _Evaluated, columns: Mapping[str, str]) -> View:
-    """Show one set: its images and patients, how many were seen, and means of its classes."""
+    """Write the row of a set: images, patients, seen images, and means over its classes."""
     metrics, external = evaluated.metrics, evaluated.external
     intervals = metrics.get("intervals")
     means = metrics.get("macro_enough") or metrics["macro"]
@@ -82,7 +82,7 @@ def _named(evaluated: _Evaluated) -> View:
 
 
 def _seen(external: ExternalInfo) -> str:
-    """Say how many images the network has seen, and what was done with them."""
+    """Write how many images the network has seen, and whether they are scored."""
     if external.get("not_known"):
         return "not known"
     done = "left out" if external["seen"] == "drop" else "scored"
@@ -90,9 +90,9 @@ def _seen(external: ExternalInfo) -> str:
 
 
 def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
-    """Show the scores of each class that a set has, the sets of a class one below the other."""
+    """Write a row per class and set, for the classes that the set has."""
     rows: list[View] = []
-    for place, name in enumerate(shown[0].metrics["classes"]):
+    for i, name in enumerate(shown[0].metrics["classes"]):
         for evaluated in shown:
             metrics, external = evaluated.metrics, evaluated.external
             if external and name not in external["classes"]:
@@ -100,7 +100,7 @@ def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
             scores = metrics["classes"][name]
             positives = scores.get("positives")
             if positives is None and metrics["task"] == "multiclass":
-                positives = sum(metrics["confusion_matrix"][place])
+                positives = sum(metrics["confusion_matrix"][i])
             rows.append(
                 {
                     "class": name,
@@ -126,7 +126,7 @@ def _with_interval(scores: Mapping[str, Any], name: str) -> tuple[str, str]:
 
 
 def _provenance(evaluated: _Evaluated, external: ExternalInfo) -> View:
-    """Show what is to be known of an external set before its scores are read."""
+    """Gather the facts about an external set that its scores depend on."""
     metrics = evaluated.metrics
     return {
         **_named(evaluated),

@@ -1,4 +1,4 @@
-"""The files of a run as the report reads them: each is checked whole, so that the page is sound."""
+"""Readers of a run's files for the report; each file is checked completely before use."""
 
 import csv
 import math
@@ -36,7 +36,7 @@ NEEDED = {
     "multiclass": ("accuracy", "confusion_matrix"),
     "multilabel": ("threshold", "macro_labels"),
 }
-"""Members of metrics.json beside those of every task."""
+"""Members of metrics.json that only one task has."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ class Sample:
 
     key: str
     label: str
-    """The truth; of several labels with ``|`` between them, empty for none."""
+    """The truth; several labels with ``|`` between them, empty for none."""
     probabilities: dict[str, float]
     """By class, 0 to 1; for display only."""
     logits: dict[str, float]
-    """By class; what is predicted, and how surely, is read from these."""
+    """By class; predictions and their confidence are computed from these."""
     task: str = "multiclass"
     """multiclass or multilabel."""
     uncertain: str = ""
-    """Labels of which the source is not sure, with ``|`` between them."""
+    """Labels that the source marks as uncertain, with ``|`` between them."""
     missing: str = ""
-    """Labels of which the source says nothing, with ``|`` between them."""
+    """Labels that the source does not state, with ``|`` between them."""
     patient: str = ""
-    """Whose X-ray it is."""
+    """Patient of the X-ray."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """Source, view, sex and age, those that are known of the split; empty where nothing tells."""
+    """Source, view, sex and age if known in the split; empty where unknown."""
 
     @property
     def labels(self) -> list[str]:
@@ -67,7 +67,7 @@ class Sample:
         return labels_of(self.label)
 
     def knows(self, label: str) -> bool:
-        """Return whether it is known if the image has a label."""
+        """Return whether the truth of a label is known."""
         return label not in labels_of(self.uncertain) + labels_of(self.missing)
 
     @property
@@ -85,29 +85,29 @@ class Sample:
 class Explanation:
     """One row of relevance.csv: ``logit = pixels + bias + epsilon``, all in logit units.
 
-    Rules that keep no ledger leave the two shares empty.
+    `bias` and `epsilon` are None for rules without a ledger.
     """
 
     key: str
     target: str
-    """The class that is explained."""
+    """The explained class."""
     logit: float
     pixels: float
     bias: float | None
     epsilon: float | None
     picture: Path | None
-    """The heat map; None where none was written."""
+    """The heat map; None if none was written."""
     is_contrast: bool = False
-    """Whether it is of one class minus another."""
+    """Whether the target is one class minus another."""
 
 
 @contextmanager
 def reading(path: Path, command: str) -> Iterator[None]:
-    """Turn whatever is wrong with a file into one line with the command that writes it.
+    """Turn any error while reading a file into one line that names the command to repeat.
 
     Raises:
-        CxrdistError: the file does not hold what the command writes.
-        RunFailedError: it may not be read.
+        CxrdistError: the file is not what the command writes.
+        RunFailedError: there is no permission to read it.
     """
     try:
         yield
@@ -125,10 +125,10 @@ def reading(path: Path, command: str) -> Iterator[None]:
 
 
 def weights_chain(info: RunInfo) -> list[dict[str, object]]:
-    """List what a run's weights were made from, the first one first.
+    """List the weights that a run derives from, the oldest first.
 
     Returns:
-        For each: source, sha256, layout, labels, tensors, trained_on; None for what is not known.
+        For each: source, sha256, layout, labels, tensors, trained_on; None where unknown.
     """
     names = ("source", "sha256", "layout", "labels", "tensors", "trained_on")
     chain = []
@@ -140,14 +140,14 @@ def weights_chain(info: RunInfo) -> list[dict[str, object]]:
 
 
 class Recipe(NamedTuple):
-    """What the page says of the resolved recipe."""
+    """The parts of the resolved recipe that the page shows."""
 
     text: str
-    """As it stands."""
+    """The text of the file."""
     stages: list[str]
-    """Their names in order."""
+    """Names of the stages, in order."""
     uncertain: str
-    """What uncertain labels counted as."""
+    """What uncertain labels count as in training."""
 
 
 def read_stages(path: Path) -> Recipe | None:
@@ -162,7 +162,7 @@ def read_stages(path: Path) -> Recipe | None:
 
 
 class EpochRow(TypedDict):
-    """A row of the log for an epoch; what a stage begins with is its epoch 0, without training."""
+    """A log row of an epoch; epoch 0 is the start of a stage, before training."""
 
     stage: str
     epoch: Annotated[int, Between(0, MOST_EPOCHS)]
@@ -177,7 +177,7 @@ class EpochRow(TypedDict):
 
 
 class SpeedRow(TypedDict):
-    """A row of the log for how fast an epoch was."""
+    """A log row of the speed of an epoch."""
 
     stage: str
     epoch: int
@@ -186,7 +186,7 @@ class SpeedRow(TypedDict):
 
 
 class Epoch(TypedDict):
-    """The numbers of an epoch; NaN for what is undefined or not there."""
+    """The numbers of an epoch; NaN where undefined or missing."""
 
     epoch: int
     val_score: float
@@ -200,10 +200,10 @@ class Epoch(TypedDict):
 
 
 def read_epochs(path: Path, task: str) -> dict[str, list[Epoch]]:
-    """Read the epochs of each stage from the log, those that were done twice as done last.
+    """Read the epochs of each stage from the log; of repeated epochs the last one counts.
 
     Raises:
-        CxrdistError: it is not what a training logs.
+        CxrdistError: the log is damaged.
     """
     if not path.is_file():
         return {}
@@ -243,14 +243,14 @@ def read_metrics(path: Path, task: str) -> Metrics | None:
     """Read the metrics of a split; None if it was not evaluated.
 
     Raises:
-        CxrdistError: they are damaged, or of another task than the run.
+        CxrdistError: metrics.json is damaged, or has another task than the run.
     """
     if not path.is_file():
         return None
     metrics = read_document(path, Metrics, "run `cxrdist evaluate` again")
     with reading(path, "evaluate"):
         if metrics["task"] != task:
-            raise ValueError(f"they are {metrics['task']}, the run is {task}")
+            raise ValueError(f"its task is {metrics['task']}, that of the run is {task}")
         if lacking := [name for name in NEEDED[task] if name not in metrics]:
             raise ValueError(f"{lacking[0]} is missing")
         if task == "multiclass":
@@ -260,9 +260,9 @@ def read_metrics(path: Path, task: str) -> Metrics | None:
 
 
 def _check_scores(metrics: Metrics) -> None:
-    """Make sure that all classes and means have the scores of the mean, and classes their counts.
+    """Check that all classes and means have the same scores, and all classes the same counts.
 
-    Older versions wrote fewer scores and counts, but of all classes the same.
+    Older versions wrote fewer scores and counts, but the same ones for each class.
     """
     classes, several = list(metrics["classes"].values()), metrics["task"] == "multilabel"
     scores = MEASURES[metrics["task"]].keys() & metrics["macro"].keys()
@@ -289,7 +289,7 @@ def read_predictions(path: Path, task: str) -> list[Sample] | None:
     """Read the predictions of a split; None if it was not evaluated.
 
     Raises:
-        CxrdistError: it is broken, or an older version wrote it, without logits.
+        CxrdistError: predictions.csv is damaged, or from an older version, without logits.
     """
     if not path.is_file():
         return None
@@ -298,7 +298,7 @@ def read_predictions(path: Path, task: str) -> list[Sample] | None:
         classes = [name.removeprefix("prob_") for name in columns if name.startswith("prob_")]
         if not classes:
             raise ValueError("there is no column prob_CLASS")
-        # Probabilities cannot stand in for logits: those of sure predictions are equal.
+        # Probabilities cannot replace logits: those of confident predictions are equal.
         if missing := [name for name in classes if f"logit_{name}" not in columns]:
             raise ValueError(
                 f"there is no column logit_{missing[0]}, which an older cxrdist did not write"
@@ -310,7 +310,7 @@ def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> S
     """Read a row of predictions.csv.
 
     Raises:
-        ValueError: it names no class of the table, or holds an impossible number.
+        ValueError: it has a label without a column, or an invalid number.
     """
     probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
     logits = {name: _finite(row[f"logit_{name}"]) for name in classes}
@@ -323,16 +323,16 @@ def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> S
         raise ValueError(f"{row['label']!r} is not one label")
     named = [*sample.labels, *(label for text in unknown for label in labels_of(text))]
     if stray := [label for label in named if label not in probabilities]:
-        raise ValueError(f"no probability of {stray[0]!r}")
+        raise ValueError(f"there is no column prob_{stray[0]}")
     if len({*named}) != len(named):
-        raise ValueError("a label stands in two of label, uncertain and missing")
+        raise ValueError("a label is named twice in label, uncertain and missing")
     if not all(0 <= value <= 1 for value in probabilities.values()):
         raise ValueError("a probability is not within 0 and 1")
     return sample
 
 
 def read_calibration(run: RunDirectory) -> Calibration | None:
-    """Read what was chosen on the validation split; None without a model or before that.
+    """Read temperatures and thresholds from model.json; None if there are none yet.
 
     Raises:
         CxrdistError: model.json is damaged.
@@ -346,12 +346,12 @@ def read_calibration(run: RunDirectory) -> Calibration | None:
 def read_relevance(
     run: RunDirectory, split: str, classes: Collection[str] | None = None
 ) -> dict[str, list[Explanation]] | None:
-    """Read the ledger of a split by key, in the order of the file; None if not explained.
+    """Read relevance.csv of a split by key, in the order of the file; None if not explained.
 
     Args:
         run: the run directory.
         split: the split, or the place of an external set.
-        classes: of the model; what else is explained is a contrast. All are classes if None.
+        classes: classes of the model; other targets are contrasts. None: all targets are classes.
     """
     path = run.relevance_table(split)
     if not path.is_file():
@@ -378,10 +378,10 @@ def read_relevance(
 
 
 def read_tests(run: RunDirectory, split: str) -> RelevanceInfo | None:
-    """Read how the relevance of a split was made and tested, and where it lies.
+    """Read relevance.json of a split: how the maps were made and tested, and where they point.
 
     Returns:
-        None if that is not known, or explain is under way.
+        None if there is none, or explain has not finished.
 
     Raises:
         CxrdistError: relevance.json is damaged.
@@ -403,10 +403,10 @@ def read_tests(run: RunDirectory, split: str) -> RelevanceInfo | None:
 
 @contextmanager
 def _table(path: Path, command: str) -> Iterator["csv.DictReader[str]"]:
-    """Open a CSV file of the run; what is wrong with it while it is read is said with its line.
+    """Open a CSV file of the run; errors while reading it name the line.
 
     Raises:
-        CxrdistError: it is not what the command writes.
+        CxrdistError: the file is not what the command writes.
     """
     with (
         reading(path, command),
@@ -420,10 +420,10 @@ def _table(path: Path, command: str) -> Iterator["csv.DictReader[str]"]:
 
 
 def _rows(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
-    """Give rows that have a value for each column.
+    """Yield the rows; each has a value for each column.
 
     Raises:
-        ValueError: one has not, or two columns have the same name.
+        ValueError: a row has too few or too many values, or two columns have the same name.
     """
     columns = table.fieldnames or []
     if len(set(columns)) < len(columns):
@@ -435,10 +435,10 @@ def _rows(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
 
 
 def _finite(text: str) -> float:
-    """Read a number that was computed in float32.
+    """Read a number of the float32 range.
 
     Raises:
-        ValueError: it is none, or not a finite one.
+        ValueError: it is not a finite number of that range.
     """
     value = float(text)
     if not abs(value) <= np.finfo(np.float32).max:
@@ -447,10 +447,10 @@ def _finite(text: str) -> float:
 
 
 def within(directory: Path, name: str) -> Path:
-    """Name a file of a directory.
+    """Return the path of a file in a directory.
 
     Raises:
-        ValueError: the name leads elsewhere.
+        ValueError: the name leads out of the directory.
     """
     if Path(name).name != name or (directory / name).is_symlink():
         raise ValueError(f"{name!r} is not the name of a file in {directory.name}/")
@@ -458,12 +458,12 @@ def within(directory: Path, name: str) -> Path:
 
 
 def known_splits(root: Path) -> list[str]:
-    """List the places that were evaluated or explained: splits, test first, then external sets."""
+    """List the evaluated or explained places: splits, test first, then external sets."""
     splits = {
         file.parent.relative_to(root).as_posix()
         for name in ("metrics.json", "relevance.csv")
         for pattern in (f"*/{name}", f"external/*/{name}")
         for file in root.glob(pattern)
     }
-    rank = {split: place for place, split in enumerate(reversed(SPLITS))}
+    rank = {split: i for i, split in enumerate(reversed(SPLITS))}
     return sorted(splits, key=lambda split: (rank.get(split, len(rank)), split))

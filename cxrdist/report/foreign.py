@@ -1,4 +1,4 @@
-"""The report of predictions that any program has made: the section of a split, without a run."""
+"""The report of any program's predictions: the sections of one split, without a run."""
 
 import hashlib
 from pathlib import Path
@@ -25,15 +25,15 @@ from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table,
 HERE = ""  # the place of the predictions: the directory itself
 NO_POINTS = "no temperatures and no operating points: they need rows with val in a column split"
 FEWEST = Settings().fewest
-SUMS_TO_ONE = 0.01  # programs write two digits at least
+SUMS_TO_ONE = 0.01  # tolerance; programs write at least two digits
 
 
 def report_predictions(file: Path, out: Path) -> Path:
-    """Write ``OUT/report.html``, metrics.json and the predictions as they were read.
+    """Write ``OUT/report.html``, metrics.json and the predictions as read.
 
     Args:
-        file: as `read_prediction_table` takes it. Scored are the images of its split test, or all.
-        out: a directory that does not exist or is empty.
+        file: as for `read_prediction_table`; its test images are scored, or all without splits.
+        out: a new or empty directory.
 
     Returns:
         The page.
@@ -47,7 +47,7 @@ def report_predictions(file: Path, out: Path) -> Path:
     scored, probabilities = table.scored.take(is_test), table.probabilities[is_test]
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     metrics = measure(scored, Settings(calibration=_calibrate(table, sha256)))
-    about = _about(file, sha256, table, scored, probabilities)
+    values = _values(file, sha256, table, scored, probabilities)
     with atomic_directory(out) as folder:
         run = RunDirectory(folder)
         _write_predictions(run, scored, probabilities)
@@ -55,7 +55,7 @@ def report_predictions(file: Path, out: Path) -> Path:
         view = split_view(run, HERE, "results", scored.task)
         view["name"] = file.name
         page = template("foreign.html.jinja").render(
-            about,
+            values,
             headline=view,
             splits=[view],
             verdict=verdict_view(view),
@@ -96,7 +96,7 @@ def _write_predictions(
 
 
 def _label_texts(scored: Scored) -> dict[str, list[str]]:
-    """Write label, and uncertain and missing where there are some, with ``|`` between labels."""
+    """Return the columns label and, if not empty, uncertain and missing; ``|`` between labels."""
     names = np.array(scored.classes, dtype=object)
     codes = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
     return {
@@ -107,21 +107,21 @@ def _label_texts(scored: Scored) -> dict[str, list[str]]:
 
 
 def _calibrate(table: PredictionTable, sha256: str) -> Calibration | None:
-    """Choose temperatures and thresholds on the images of val; None if there are none."""
+    """Choose temperatures and thresholds on the val images; None if there are none."""
     is_val = np.array([split == "val" for split in table.splits], dtype=bool)
     if not is_val.any():
         return None
     return choose_calibration(table.scored.take(is_val), read_rule(YOUDEN), FEWEST, sha256)
 
 
-def _about(
+def _values(
     file: Path,
     sha256: str,
     table: PredictionTable,
     scored: Scored,
     probabilities: NDArray[np.float64],
 ) -> View:
-    """Gather what the page says of the file and of the images that are scored."""
+    """Gather the values for the file and the scored images."""
     sums = probabilities.sum(axis=1)
     patients = {*scored.patients}
     return {

@@ -1,4 +1,4 @@
-"""What the report shows of groups of patients: flagged gaps in words, tables, a chart per class."""
+"""The view of patient groups for the report: flagged gaps in words, tables, a chart per class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,40 +22,40 @@ MEASURES = {
 CHARTED = ("auroc", "recall", "specificity")
 _SEXES = {"F": "female patients", "M": "male patients"}
 Columns = dict[str, dict[str, Group]]
-Cell = tuple[str, str, str, bool]  # a figure, the ends of its interval, whether of too few patients
+Cell = tuple[str, str, str, bool]  # figure, lower limit, upper limit, has too few patients
 
 
 def groups_view(element: str, metrics: Metrics) -> View | None:
-    """Gather what the page shows of the groups of a split; None of older versions' metrics.
+    """Gather the values for the groups of a split; None for metrics of older versions.
 
     Args:
-        element: begins the ids of its elements in the page; unique.
+        element: prefix of the ids of the elements, unique in the page.
         metrics: the content of metrics.json.
 
     Returns:
         flagged: sentences; gaps: rows of the table of largest gaps; overall: rows of accuracies;
         classes: name, measures, rows and chart of each; comparisons and fewest.
     """
-    found = metrics.get("groups")
-    if found is None:
+    groups = metrics.get("groups")
+    if groups is None:
         return None
-    columns = found["columns"]
+    columns = groups["columns"]
     return {
         "columns": list(columns),
-        "comparisons": found["comparisons"],
-        "fewest": found["fewest"],
+        "comparisons": groups["comparisons"],
+        "fewest": groups["fewest"],
         "flagged": flagged_gaps(metrics),
-        "gaps": [_gap(gap) for gap in found["gaps"]],
+        "gaps": [_gap(gap) for gap in groups["gaps"]],
         "overall": _overall(columns) if metrics["task"] == "multiclass" else [],
         "classes": [
-            _class(f"{element}-groups{place}", name, columns)
-            for place, name in enumerate(metrics["classes"] if columns else [])
+            _class(f"{element}-groups{i}", name, columns)
+            for i, name in enumerate(metrics["classes"] if columns else [])
         ],
     }
 
 
 def flagged_gaps(metrics: Metrics) -> list[str]:
-    """Say each difference between groups that is too large for chance, the largest first."""
+    """Describe each difference between groups that is larger than chance, the largest first."""
     groups = metrics.get("groups")
     return [_sentence(gap, groups) for gap in groups["gaps"] if gap["flagged"]] if groups else []
 
@@ -79,7 +79,7 @@ def _sentence(gap: Gap, all_groups: Groups) -> str:
 
 
 def group_name(column: str, group: str) -> str:
-    """Name the images of a group in a sentence."""
+    """Return the name of a group for use in a sentence."""
     if column == "sex":
         return _SEXES.get(group, f"patients of sex {group}")
     if column == "age":
@@ -146,7 +146,7 @@ def _class(element: str, name: str, columns: Columns) -> View:
 
 
 def _cell(scores: Mapping[str, Any], measure: str) -> Cell | None:
-    """Return a figure as the table shows it; None where it is undefined."""
+    """Return the table cell of a figure; None where undefined."""
     value, limits = scores[measure], scores[f"{measure}_interval"]
     if value is None or limits is None:
         return None
@@ -154,7 +154,7 @@ def _cell(scores: Mapping[str, Any], measure: str) -> Cell | None:
 
 
 def _point(scores: Mapping[str, Any], measure: str) -> tuple[float, float, float] | None:
-    """A figure and the ends of its interval as the chart shows it; None if it rests on too few."""
+    """Return a figure and its limits for the chart; None if undefined or with too few patients."""
     value, limits = scores[measure], scores[f"{measure}_interval"]
     if value is None or limits is None or measure in scores["too_few"]:
         return None

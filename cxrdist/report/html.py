@@ -1,4 +1,4 @@
-"""The report: a run directory read and checked, shown as one HTML file that needs nothing else."""
+"""The report: a run directory, read and checked, as one self-contained HTML file."""
 
 from datetime import datetime
 from pathlib import Path
@@ -32,29 +32,28 @@ from cxrdist.run import RunDirectory, sweep, write_text
 def report(config: ReportConfig) -> Path:
     """Write ``RUN/report.html``: one file, the same bytes for the same run directory.
 
-    Beside it stand checklist.html and, where there is a model, its card (model/README.md). With
-    ``--predictions`` the page is of these, in ``--out``.
+    Also write checklist.html and, if there is a model, its card (model/README.md). With
+    ``--predictions`` the page describes those, and is written to ``--out``.
 
     Returns:
         The file.
 
     Raises:
-        CxrdistError: there is no run, or one of its files is not what its command writes.
+        CxrdistError: there is no run, or one of its files is damaged.
     """
     if config.predictions is not None and config.out is not None and config.run is None:
         return report_predictions(config.predictions, config.out)
     if config.run is None or config.predictions is not None or config.out is not None:
         raise CxrdistError(
-            "report: expected --run RUN, or --predictions FILE.csv and --out DIR; give one or the "
-            "other"
+            "report: expected --run RUN, or --predictions FILE.csv with --out DIR; give one of them"
         )
     run = RunDirectory(config.run)
     sweep(run.root)
     info = read_info(run)
     recipe, shards = read_stages(run.recipe), info["shards"]
     splits = [
-        split_view(run, split, f"split{place}", shards["task"], shards["classes"])
-        for place, split in enumerate(known_splits(run.root))
+        split_view(run, split, f"split{i}", shards["task"], shards["classes"])
+        for i, split in enumerate(known_splits(run.root))
     ]
     headline, metrics = next(((s, s["metrics"]) for s in splits if s["metrics"]), (None, None))
     audit, texts = audit_view(run.audit), text_views(run)
@@ -93,10 +92,10 @@ def report(config: ReportConfig) -> Path:
 
 
 def _duration(path: Path, info: RunInfo) -> str:
-    """Write how long a run took from its start to its end, pauses included.
+    """Write how long a run took from start to end, pauses included.
 
     Raises:
-        CxrdistError: these are no times.
+        CxrdistError: its times are invalid.
     """
     with reading(path, "train"):
         started = datetime.fromisoformat(info["started"])

@@ -1,4 +1,4 @@
-"""Where the network looks, against boxes and masks that people drew, as the report shows it."""
+"""The view of localisation for the report: heat maps against human boxes and masks."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ NAMES = {
 
 
 def localisation_views(run: RunDirectory) -> list[View]:
-    """Gather what is shown of each place that was scored, by name.
+    """Gather the values for each scored place, sorted by name.
 
     Raises:
         CxrdistError: a file is not what `cxrdist localise` writes.
@@ -54,7 +54,7 @@ def _view(run: RunDirectory, place: str) -> View:
 
 
 def _group(group: Group) -> View:
-    """Show the cases of a class, and a row for each kind of maps."""
+    """Gather the values of a group, with a row per kind of map."""
     return {
         "name": "All" if group["name"] == ALL else group["name"],
         "images": count(group["images"]),

@@ -1,4 +1,4 @@
-"""The mistakes as the report shows them: each with its X-ray, its heat maps and what is alike."""
+"""The view of mistakes for the report: X-ray, heat maps and nearest training image of each."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from cxrdist.report.view import View
 from cxrdist.run import RunDirectory
 
 MOST_LISTED = 1000
-"""Mistakes without a picture that have a row."""
+"""Number of mistakes shown as a table row only."""
 MOST_MAPS = 3
-"""Heat maps of a mistake: the contrast, then those of the labels that were got wrong."""
+"""Heat maps per mistake: the contrast, then those of the wrong labels."""
 MOST_VALUES = 24
-"""Values of a filter, the most frequent; what is left is one value together."""
+"""Values per filter, the most frequent; all others are one value, `OTHERS`."""
 OTHERS, NOT_KNOWN = "others", "not known"
 
 _FILTERED_GROUPS = ("view", "sex", "source")
@@ -33,9 +33,9 @@ class Case:
 
     Attributes:
         sample: its row of predictions.csv.
-        missed: labels that it has and that were not called.
-        called: labels that were called and that it has not.
-        tags: CSS classes by which the filters know it.
+        missed: labels that the image has but that were not called.
+        called: labels that were called but that the image does not have.
+        tags: CSS classes that the filters select by.
     """
 
     sample: Sample
@@ -46,12 +46,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What there is to see of a mistake; None where it was not made.
+    """The pictures of a mistake; None where they were not made.
 
     Attributes:
         xray: the square as the network saw it.
-        maps: heat maps of the labels that were got wrong.
-        nearest: the training image that the network takes for most alike, and its picture.
+        maps: heat maps of the contrast and of the wrong labels.
+        nearest: the training image most similar for the network, and its picture.
     """
 
     xray: pictures.Picture | None
@@ -60,20 +60,20 @@ class Pictures:
 
     @property
     def num_bytes(self) -> int:
-        """Their part of the page."""
-        found = [self.xray, *(picture for _, picture in self.maps)]
-        found += [self.nearest[1]] if self.nearest else []
-        return sum(len(picture.uri) for picture in found if picture)
+        """The size of the pictures in the page."""
+        embedded = [self.xray, *(picture for _, picture in self.maps)]
+        embedded += [self.nearest[1]] if self.nearest else []
+        return sum(len(picture.uri) for picture in embedded if picture)
 
 
 @dataclass(frozen=True)
 class Filter:
-    """One question by which the page can be narrowed.
+    """A filter of the page.
 
     Attributes:
-        name: of the column, such as truth; begins the CSS classes.
-        title: for people.
-        values: CSS class, value and number of mistakes of each.
+        name: name of the column, such as truth; prefix of the CSS classes.
+        title: title for readers.
+        values: CSS class, value and number of mistakes of each value.
     """
 
     name: str
@@ -88,17 +88,17 @@ def mistakes_view(
     task: str,
     relevance: Mapping[str, list[Explanation]] | None,
 ) -> View:
-    """Gather what is shown of the images that were got wrong.
+    """Gather the values for the images that the model got wrong.
 
     Args:
         run: the run directory.
-        place: of the evaluation.
+        place: place of the evaluation.
         samples: the rows of its predictions.csv.
         task: multiclass or multilabel.
-        relevance: its heat maps by key; None where nothing was explained.
+        relevance: its heat maps by key; None if nothing was explained.
 
     Raises:
-        CxrdistError: a file is broken.
+        CxrdistError: a file is damaged.
     """
     calibration = read_calibration(run) if task == "multilabel" else None
     limits = calibration.thresholds if calibration else {}
@@ -120,9 +120,9 @@ def mistakes_view(
         "cards": list(zip(cases[:MOST_PICTURED], seen, strict=True)),
         "listed": listed,
         "num_left": len(cases) - len(seen) - len(listed),
-        "num_bare": sum(found.xray is None for found in seen),
-        "num_unexplained": sum(not found.maps for found in seen),
-        "megabytes": sum(found.num_bytes for found in seen) / 1e6,
+        "num_bare": sum(shown.xray is None for shown in seen),
+        "num_unexplained": sum(not shown.maps for shown in seen),
+        "megabytes": sum(shown.num_bytes for shown in seen) / 1e6,
         "filters": filters,
         "rule": calibration.rule if calibration else None,
         "labels": _label_rows(mistakes, samples, limits) if task == "multilabel" else [],
@@ -132,7 +132,7 @@ def mistakes_view(
 def _filters(
     mistakes: Sequence[Mistake], samples: Sequence[Sample], task: str
 ) -> tuple[list[Filter], list[str]]:
-    """Make the questions with two answers and more, and the CSS classes of each mistake."""
+    """Return the filters with at least two values, and the CSS classes of each mistake."""
     several = task == "multilabel"
     titles = {
         "missed": "Missed label" if several else "Truth",
@@ -155,12 +155,12 @@ def _filters(
         frequent = [value for value, _ in counted.most_common(MOST_VALUES)]
         shown = [*sorted(frequent), *([OTHERS] if len(counted) > MOST_VALUES else [])]
         classes = {value: f"{name}-{i}" for i, value in enumerate(shown)}
-        left = classes.get(OTHERS, "")
+        other_tag = classes.get(OTHERS, "")
         amounts: Counter[str] = Counter()
         for of_one, texts in zip(tags, values[name], strict=True):
-            found = {classes.get(value, left) for value in texts}
-            amounts.update(found)
-            of_one += sorted(found)
+            selected = {classes.get(value, other_tag) for value in texts}
+            amounts.update(selected)
+            of_one += sorted(selected)
         filters.append(Filter(name, title, [(tag, v, amounts[tag]) for v, tag in classes.items()]))
     return filters, [" ".join(of_one) for of_one in tags]
 
@@ -172,7 +172,7 @@ def _pictures(
     relevance: Mapping[str, list[Explanation]] | None,
     nearest: Mapping[str, Nearest],
 ) -> Pictures:
-    """Embed what evaluate and explain have written of a mistake, the contrast first."""
+    """Embed the pictures that evaluate and explain wrote for a mistake, the contrast first."""
     key = case.sample.key
     xray = _embed(run.mistakes(place), key, "evaluate") or _embed(
         run.heatmaps(place), key, "explain"
@@ -192,7 +192,7 @@ def _pictures(
 
 
 def _embed(directory: Path, key: str, command: str) -> pictures.Picture | None:
-    """Embed KEY.png of a directory, if it is there."""
+    """Embed KEY.png of a directory, if it exists."""
     if not directory.is_dir():
         return None
     with reading(directory, command):
@@ -203,7 +203,7 @@ def _embed(directory: Path, key: str, command: str) -> pictures.Picture | None:
 def _label_rows(
     mistakes: Sequence[Mistake], samples: Sequence[Sample], limits: Mapping[str, float]
 ) -> list[View]:
-    """Count the mistakes of each label, and of how many images."""
+    """Count the mistakes of each label, and the images that could be mistaken."""
     missed = Counter(label for mistake in mistakes for label in mistake.missed)
     called = Counter(label for mistake in mistakes for label in mistake.called)
     rows: list[View] = []

@@ -1,4 +1,4 @@
-"""Where the relevance lies outside the body, as the report shows it, and what the verdict says."""
+"""The view of relevance outside the body for the report, and its lines in the verdict."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,7 +26,7 @@ PLACES = {
 
 
 def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> View | None:
-    """Gather the shares of each class and its mean map; None where they were not measured.
+    """Gather the shares of relevance and the mean map of each class; None if not measured.
 
     Args:
         run: the run directory.
@@ -34,7 +34,7 @@ def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> Vie
         info: of relevance.json.
 
     Raises:
-        CxrdistError: a mean map is no picture.
+        CxrdistError: a mean map is not a valid picture.
     """
     if info is None or not info["all"]["images"]:
         return None
@@ -83,13 +83,13 @@ def _limits(limits: Sequence[float]) -> str:
 
 
 def _mean_map(run: RunDirectory, split: str, name: str) -> pictures.Picture | None:
-    """Return the mean map of a class; None where no pictures were written."""
+    """Return the mean map of a class; None if no pictures were written."""
     path = run.mean_maps(split) / f"{safe_name(name)}.png"
     return pictures.embed(path) if path.is_file() else None
 
 
 def outside_lines(split: SplitView, texts: Sequence[TextView]) -> list[str]:
-    """Say where more of the relevance lies than the area explains, as far as that is sure."""
+    """Describe the regions whose share of relevance is significantly above their share of area."""
     info = split["tests"]["outside"] if split["tests"] else None
     regions: dict[str, RegionInfo | TextRelevance] = {}
     if info and info["all"]["images"]:

@@ -1,4 +1,4 @@
-"""A page: one self-contained HTML file; its head and style are those of report.html.jinja."""
+"""Templates of the pages, each a self-contained HTML file."""
 
 from pathlib import Path
 
@@ -16,8 +16,7 @@ FILTERS = (
 def template(name: str) -> Template:
     """Load a template of this package.
 
-    Whatever is filled in is escaped, but in a template that is no page; a name that it misses is
-    an error.
+    Values are escaped in HTML templates only; an undefined name is an error.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

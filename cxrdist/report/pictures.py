@@ -1,4 +1,4 @@
-"""What the report shows as a picture: charts as inline SVG, images as data URIs."""
+"""Pictures of the report: charts as inline SVG, images as data URIs."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from PIL import Image
 from cxrdist.errors import CxrdistError
 from cxrdist.run import open_regular
 
-# Colours that stand for the page's own while matplotlib draws: the page knows whether it is dark.
+# Placeholders while matplotlib draws: CSS variables replace them, to follow the dark mode.
 INK, FIRST, SECOND = "#010203", "#010204", "#010205"
 _PAGE_COLOURS = {
     INK: "currentColor",
@@ -49,7 +49,7 @@ _JPEG_QUALITY = 88
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that stands in the page itself."""
+    """An image embedded in the page."""
 
     uri: str
     """``data:`` URI."""
@@ -63,7 +63,7 @@ def embed(path: Path) -> Picture:
     """Encode an image file for the page: JPEG with full colour resolution, at most 512 px wide.
 
     Raises:
-        CxrdistError: the file is no image.
+        CxrdistError: the file is not a valid PNG image.
     """
     try:
         with open_regular(path, os.O_RDONLY) as data, Image.open(data, formats=["PNG"]) as file:
@@ -72,11 +72,11 @@ def embed(path: Path) -> Picture:
             image = file.convert("L" if file.mode in {"1", "L"} else "RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CxrdistError(
-            f"{path}: expected a picture ({error}); write it anew with `cxrdist explain`"
+            f"{path}: expected a PNG picture ({error}); write it again with `cxrdist explain`"
         ) from error
     image.thumbnail((_LARGEST_PX, _LARGEST_PX))
     encoded = io.BytesIO()
-    # Heat maps are red and blue edge to edge: halved colour resolution would smear them.
+    # In heat maps red and blue pixels are adjacent: chroma subsampling would smear them.
     image.save(encoded, "JPEG", quality=_JPEG_QUALITY, subsampling=0, optimize=True)
     code = base64.b64encode(encoded.getvalue()).decode("ascii")
     return Picture(f"data:image/jpeg;base64,{code}", image.width, image.height)
@@ -93,10 +93,10 @@ def loss_chart(
 
     Args:
         name: unique in the page; letters, digits and hyphens.
-        epochs: from 0, what the stage begins with.
+        epochs: epoch numbers from 0, the start of the stage.
         train: mean training loss of each epoch; NaN where undefined, as in epoch 0.
         validation: validation loss after each epoch; NaN where undefined.
-        best_epoch: the epoch that gets a mark.
+        best_epoch: the epoch to mark.
 
     Returns:
         An ``<svg>`` element.
@@ -118,7 +118,7 @@ def score_chart(
     best_epoch: int | None,
     score: str,
 ) -> str:
-    """Draw a validation score (0 to 1) by its name over the epochs; else as `loss_chart`."""
+    """Draw a validation score (0 to 1) over the epochs; arguments as for `loss_chart`."""
 
     def draw(axes: Axes) -> None:
         axes.plot(epochs, validation, color=FIRST, marker="o", label="validation")
@@ -136,7 +136,7 @@ def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> str:
     Args:
         name: unique in the page; letters, digits and hyphens.
         is_class: bool [N], with at least one True and one False.
-        score: float [N], higher speaks for the class; equal scores are one threshold.
+        score: float [N], higher for the class; equal scores share a threshold.
 
     Returns:
         An ``<svg>`` element.
@@ -161,11 +161,11 @@ def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> str:
 def flipping_chart(
     name: str, covered_share: float, relevant_first: Sequence[float], random_order: Sequence[float]
 ) -> str:
-    """Draw how a probability falls while more and more of an image is covered.
+    """Draw the probability over the covered share of the image (pixel flipping).
 
     Args:
         name: unique in the page; letters, digits and hyphens.
-        covered_share: of the image at the last point, 0 to 1; the points are equally far apart.
+        covered_share: covered share at the last point, 0 to 1; points are equally spaced.
         relevant_first: probability relative to the first point, 1.
         random_order: the same for patches in random order.
 
@@ -198,10 +198,10 @@ def reliability_chart(
 
     Args:
         name: unique in the page; letters, digits and hyphens.
-        positives: share of each bin, 0 to 1.
-        intervals: of those shares.
+        positives: share of positives per bin, 0 to 1.
+        intervals: intervals of those shares.
         probability: mean of the network's probabilities in each bin.
-        calibrated: mean of the calibrated ones, which get the intervals then.
+        calibrated: mean of the calibrated ones; if given, the intervals are drawn on these.
 
     Returns:
         An ``<svg>`` element.
@@ -209,19 +209,19 @@ def reliability_chart(
     low, high = np.array(
         [within or (share, share) for within, share in zip(intervals, positives, strict=True)]
     ).T
-    # A rare class has all of its bins in a corner.
+    # Without this the bins of a rare class would all be in one corner.
     top = min(1.0, 1.08 * max(*positives, *probability, *(calibrated or ()), 0.01))
 
     def draw(axes: Axes) -> None:
         axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=":", linewidth=1.2)
-        places = calibrated or probability
-        axes.vlines(places, low, high, color=FIRST, alpha=0.5, linewidth=1.2)
+        means = calibrated or probability
+        axes.vlines(means, low, high, color=FIRST, alpha=0.5, linewidth=1.2)
         if calibrated:
             axes.plot(
                 probability, positives, color=SECOND, marker="s", linestyle="--", label="network"
             )
         label = "calibrated" if calibrated else "network"
-        axes.plot(places, positives, color=FIRST, marker="o", label=label)
+        axes.plot(means, positives, color=FIRST, marker="o", label=label)
         axes.set_xlim(0, top)
         axes.set_ylim(0, top)
         axes.set_aspect("equal")
@@ -239,13 +239,13 @@ def decision_chart(
     intervals: Sequence[Sequence[float] | None],
     call_all: Sequence[float],
 ) -> str:
-    """Draw the net benefit over the probability from which on a reader acts.
+    """Draw the net benefit over the probability threshold of the reader.
 
     Args:
         name: unique in the page; letters, digits and hyphens.
-        thresholds: those probabilities, 0 to 1.
-        net_benefit: of the model at each.
-        intervals: of the net benefit.
+        thresholds: probability thresholds, 0 to 1.
+        net_benefit: net benefit of the model at each threshold.
+        intervals: intervals of the net benefit.
         call_all: net benefit of calling every image.
 
     Returns:
@@ -275,12 +275,12 @@ def forest_chart(
     rows: Sequence[str],
     figures: Mapping[str, Sequence[tuple[float, float, float] | None]],
 ) -> str:
-    """Draw figures of groups with their intervals, a row for each group.
+    """Draw figures of groups with their intervals, one row per group.
 
     Args:
         name: unique in the page; letters, digits and hyphens.
-        rows: names of the groups, from above.
-        figures: up to three, by name: value, low and high of each group; None where there is none.
+        rows: names of the groups, from the top.
+        figures: up to three, by name: value, low and high per group; None where undefined.
 
     Returns:
         An ``<svg>`` element.
@@ -301,7 +301,7 @@ def forest_chart(
         shown = [
             text if len(text) <= 24 else f"{text[:23]}\N{HORIZONTAL ELLIPSIS}" for text in rows
         ]
-        # A name may hold dollars, which matplotlib would take for a formula.
+        # Names may contain dollar signs, which matplotlib would parse as a formula.
         axes.set_yticks(range(len(rows)), shown, parse_math=False)
         axes.legend(
             loc="lower right",
@@ -317,23 +317,23 @@ def forest_chart(
 
 
 def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
-    """Draw differences with their intervals below each other, and a line at 0.
+    """Draw differences with their intervals, one row each, and a line at 0.
 
     Args:
         name: unique in the page; letters, digits and hyphens.
-        rows: what differs, by how much, and the lower and upper limit of the interval.
+        rows: name, difference, lower limit and upper limit of each.
 
     Returns:
         An ``<svg>`` element.
     """
-    places = np.arange(len(rows))[::-1]
+    rows_from_top = np.arange(len(rows))[::-1]
     values, lows, highs = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
 
     def draw(axes: Axes) -> None:
         axes.axvline(0, color=INK, alpha=0.5, linewidth=1.2)
-        axes.hlines(places, lows, highs, color=FIRST)
-        axes.plot(values, places, color=FIRST, marker="o", linestyle="none")
-        axes.set_yticks(places, [row[0] for row in rows])
+        axes.hlines(rows_from_top, lows, highs, color=FIRST)
+        axes.plot(values, rows_from_top, color=FIRST, marker="o", linestyle="none")
+        axes.set_yticks(rows_from_top, [row[0] for row in rows])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("difference, B \u2212 A")
@@ -343,12 +343,12 @@ def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]
 
 
 def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callable[[Axes], None]:
-    """Add what every chart over epochs has: whole numbers below, the legend above."""
+    """Add the parts of all charts over epochs: integer ticks on the x axis, the legend on top."""
 
     def draw_all(axes: Axes) -> None:
         draw(axes)
         axes.set_xlabel("epoch")
-        # Less than 1, or the axis names an epoch that does not exist.
+        # Less than 1, or the axis would show an epoch that does not exist.
         margin = min(0.9, max(0.5, 0.015 * len(epochs)))
         axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -367,7 +367,7 @@ def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callabl
 def _mark_best(
     axes: Axes, epochs: Sequence[int], values: Sequence[float], best_epoch: int | None
 ) -> None:
-    """Mark the epoch whose weights were kept, by a line and a ring that need no colour."""
+    """Mark the epoch whose weights were kept by a line and a ring, visible without colour."""
     if best_epoch is None or best_epoch not in epochs:
         return
     axes.axvline(best_epoch, color=INK, alpha=0.5, linestyle=":", linewidth=1.2)
@@ -386,9 +386,9 @@ def _mark_best(
 def _chart(
     name: str, label: str, draw: Callable[[Axes], None], size_inches: tuple[float, float]
 ) -> str:
-    """Draw one chart as an ``<svg>`` that takes its colours and its font from the page.
+    """Draw a chart as an ``<svg>`` with the colours and the font of the page.
 
-    The user's own matplotlib settings are left out, so that a run always gives the same bytes.
+    The user's matplotlib settings are ignored, so that a run always gives the same bytes.
     """
     with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
         figure = Figure(figsize=size_inches, layout="constrained")
@@ -399,7 +399,7 @@ def _chart(
 
 
 def _inline(svg: str, name: str, label: str) -> str:
-    """Turn matplotlib's SVG file into an element that can stand with others in one page."""
+    """Turn matplotlib's SVG file into an element; prefix its ids to be unique in the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\s*<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""The scores of a split as the report shows them, of one label an image or of several."""
+"""The view of the scores of a split for the report, for one or several labels per image."""
 
 from collections.abc import Sequence
 
@@ -24,14 +24,14 @@ NEEDS: dict[ScoreName, str] = {
 }
 INTERVAL = "95 % interval"
 TOO_FEW = "too few to say"
-_DIGITS = 1e-6  # of a score in metrics.json
+_DIGITS = 1e-6  # precision of a score in metrics.json
 
 
-Cell = tuple[str, str]  # what a cell of a table shows, and what stands small below it
+Cell = tuple[str, str]  # text of a table cell, and the small text below it
 
 
 def score_view(metrics: Metrics) -> View:
-    """Gather what the page says of the scores: names, tiles, rows of the table, reasons."""
+    """Gather the values for the scores: names, tiles, table rows, reasons."""
     known = {name: known_images(metrics, name) for name in metrics["classes"]}
     return {
         "measures": _measures(metrics),
@@ -48,20 +48,20 @@ def score_view(metrics: Metrics) -> View:
 
 
 def _measures(metrics: Metrics) -> dict[ScoreName, str]:
-    """Return the scores that metrics have and what they are called; older versions have fewer."""
+    """Return the existing scores with their titles; older versions have fewer."""
     measures = MEASURES[metrics["task"]]
     return {name: label for name, label in measures.items() if name in metrics["macro"]}
 
 
 def num_correct(metrics: Metrics) -> int | None:
-    """Count the images whose class was predicted; None for images with several labels."""
+    """Count the correctly predicted images; None for images with several labels."""
     if metrics["task"] == "multilabel":
         return None
     return int(np.trace(metrics["confusion_matrix"]))
 
 
 def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
-    """Return the headline: what, its value, what it is of."""
+    """Return the tiles of the headline: title, value, small text."""
     means = [_mean_tile(metrics, name, label) for name, label in _measures(metrics).items()]
     return means if metrics["task"] == "multilabel" else [_accuracy_tile(metrics), *means]
 
@@ -79,23 +79,23 @@ def _accuracy_tile(metrics: Metrics) -> tuple[str, str, str]:
 
 
 def _mean_tile(metrics: Metrics, measure: ScoreName, label: str) -> tuple[str, str, str]:
-    """Return the mean of a score over the classes of enough images."""
+    """Return the tile of the mean of a score over the classes with enough images."""
     several, few = metrics["task"] == "multilabel", few_of(metrics)
     mean, classes = metrics.get("macro_enough", metrics["macro"]), metrics["classes"]
     number_of = sum(v[measure] is not None for name, v in classes.items() if name not in few)
     all_of_them = f"{len(classes)} {'labels' if several else 'classes'}"
     over = f"mean of {number_of} of {all_of_them}" if several or few else f"mean of {all_of_them}"
-    more = f"{over}, each counted alike"
+    more = f"{over}, equally weighted"
     if limits := mean.get(INTERVALS[measure]):
         more = f"{INTERVAL} {number(limits[0])} to {number(limits[1])}; {more}"
     if few:
-        more += f"; too few to say of {', '.join(f'{name} ({n})' for name, n in few.items())}"
+        more += f"; too few to say for {', '.join(f'{name} ({n})' for name, n in few.items())}"
     value = TOO_FEW if few and mean[measure] is None else number(mean[measure])
     return label, value, more
 
 
 def interval(metrics: Metrics) -> tuple[float, float] | None:
-    """Return the 95 % interval of the accuracy; of metrics of older versions Wilson's."""
+    """Return the 95 % interval of the accuracy; Wilson's for metrics of older versions."""
     if "accuracy_interval" in metrics:
         limits = metrics["accuracy_interval"]
     elif metrics["samples"]:
@@ -106,11 +106,11 @@ def interval(metrics: Metrics) -> tuple[float, float] | None:
 
 
 def _basis(metrics: Metrics) -> str:
-    """Say what the intervals rest on."""
+    """Describe how the intervals were computed."""
     if "intervals" not in metrics:
         return (
-            "The interval (Wilson) takes the images as independent; several images of one patient "
-            "make it wider in truth. Run cxrdist evaluate again for intervals by patient."
+            "The interval (Wilson) treats the images as independent; with several images per "
+            "patient the true one is wider. Run cxrdist evaluate again for intervals by patient."
             if metrics["task"] == "multiclass" and metrics["samples"]
             else ""
         )
@@ -118,18 +118,18 @@ def _basis(metrics: Metrics) -> str:
     alone = made["unit"] == "image"
     text = (
         f"95 % intervals by a bootstrap over {count(made['patients'])} patients"
-        f"{', each of one image' if alone else ''}, of {count(made['replicates'])} replicates."
+        f"{', each with one image' if alone else ''}, with {count(made['replicates'])} replicates."
     )
     if within := metrics.get("accuracy_wilson"):
         text += (
-            f" Wilson's interval of the accuracy, which takes the {count(metrics['samples'])} "
+            f" Wilson's interval of the accuracy, which treats the {count(metrics['samples'])} "
             f"images as independent, is {percent(within[0])} to {percent(within[1])}."
         )
     return text
 
 
 def _table(metrics: Metrics) -> View:
-    """The table of classes: titles of its columns, a row for each class, rows of the mean."""
+    """Return the table of classes: column titles, a row per class, rows of the mean."""
     measures, classes = _measures(metrics), metrics["classes"]
     several, few = metrics["task"] == "multilabel", few_of(metrics)
     of_all = next(iter(classes.values()))
@@ -157,13 +157,13 @@ def _table(metrics: Metrics) -> View:
 
 
 def _below(scores: Scores, measure: ScoreName) -> str:
-    """Return the interval of a score as it stands below it."""
+    """Return the interval of a score, to show below it."""
     limits = scores.get(INTERVALS[measure])
     return f"{number(limits[0])} to {number(limits[1])}" if limits else ""
 
 
 def _undefined(metrics: Metrics) -> list[str]:
-    """Say of each undefined number of the page why it is one."""
+    """Explain each undefined score."""
     reasons = []
     if metrics["task"] == "multiclass" and metrics["accuracy"] is None:
         reasons.append("Accuracy: there are no images.")
@@ -191,7 +191,7 @@ def _undefined(metrics: Metrics) -> list[str]:
 
 
 def _has_reason(values: Scores, measure: ScoreName) -> bool:
-    """Return whether the reason of a label says why it lacks a score."""
+    """Return whether the reason of a label explains why it lacks a score."""
     ranking = measure in ("auroc", "average_precision")
     return bool(values.get("reason")) and (ranking or not values["known"])
 
@@ -199,10 +199,10 @@ def _has_reason(values: Scores, measure: ScoreName) -> bool:
 def check_same_evaluation(
     run: RunDirectory, split: str, metrics: Metrics, samples: Sequence[Sample]
 ) -> None:
-    """Refuse metrics that are not those of the predictions beside them.
+    """Check that metrics.json and predictions.csv are of the same evaluation.
 
-    Compared is what follows from counts: the confusion matrix; of several labels the images of
-    each and their recall.
+    Only counts are compared: the confusion matrix, or with several labels per image the images and
+    the recall of each label.
 
     Raises:
         CxrdistError: they differ.
@@ -237,8 +237,8 @@ def _same_labels(metrics: Metrics, samples: Sequence[Sample]) -> bool:
         known = sum(sample.knows(name) for sample in samples)
         if known_images(metrics, name) != known:
             return False
-        found = sum(name in sample.predicted for sample in having)
-        recall, expected = scores["recall"], found / len(having) if having else None
+        hits = sum(name in sample.predicted for sample in having)
+        recall, expected = scores["recall"], hits / len(having) if having else None
         if scores["positives"] != len(having) or (recall is None) != (expected is None):
             return False
         if recall is not None and expected is not None and abs(recall - expected) > _DIGITS:
@@ -247,16 +247,16 @@ def _same_labels(metrics: Metrics, samples: Sequence[Sample]) -> bool:
 
 
 def known_images(metrics: Metrics, name: str) -> int:
-    """Count the images of which a label is known; of metrics of older versions, all."""
+    """Count the images for which a label is known; all images in metrics of older versions."""
     return int(metrics["classes"][name].get("known", metrics["samples"]))
 
 
 def roc_charts(
     element: str, samples: Sequence[Sample], metrics: Metrics
 ) -> list[tuple[str, int, Markup | None]]:
-    """Draw each class against the rest: name, number of its images, chart (None if undefined).
+    """Draw the ROC curve of each class: name, number of positives, chart (None if undefined).
 
-    Of a label the images count of which it is known.
+    A label is drawn over the images for which it is known.
     """
     charts = []
     for place, name in enumerate(metrics["classes"]):

@@ -1,4 +1,4 @@
-"""What the report shows of one split: scores, mistakes, heat maps, ledger."""
+"""The view of one split for the report: scores, mistakes, heat maps, ledger."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -37,11 +37,11 @@ MOST_MAPS_OF_A_SAMPLE = 4
 
 @dataclass(frozen=True)
 class Card:
-    """One sample as the page shows it."""
+    """One sample of the gallery."""
 
     key: str
     sample: Sample | None
-    """None where the split was explained and not evaluated."""
+    """None if the split was explained but not evaluated."""
     xray: pictures.Picture | None
     maps: list[tuple[Explanation, pictures.Picture]]
 
@@ -49,17 +49,17 @@ class Card:
 def split_view(
     run: RunDirectory, split: str, element: str, task: str, classes: Sequence[str] | None = None
 ) -> SplitView:
-    """Gather all that is shown of one split; what was not made is None.
+    """Gather all values for one split; None for what was not made.
 
     Args:
         run: the run directory.
         split: the split, or the place of an external set.
-        element: begins the ids of its elements in the page; unique.
+        element: prefix of the ids of its elements, unique in the page.
         task: multiclass or multilabel.
-        classes: of the model; None where nothing can have been explained.
+        classes: classes of the model; None if there can be no heat maps.
 
     Raises:
-        CxrdistError: a file is broken, or predictions and metrics are of different evaluations.
+        CxrdistError: a file is damaged, or predictions and metrics are of different evaluations.
     """
     metrics = read_metrics(run.metrics(split), task)
     samples = read_predictions(run.predictions(split), task)
@@ -99,10 +99,10 @@ def split_view(
 
 
 def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
-    """Count what the source does not state: uncertain, missing and assumed absent by split.
+    """Count the labels that the source does not state: uncertain, missing, assumed absent by split.
 
     Returns:
-        A row for each label; none if the source states all.
+        A row per label; empty if the source states all labels.
     """
     rows = []
     for name in shards["classes"]:
@@ -114,10 +114,10 @@ def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
 def _gallery(
     relevance: Mapping[str, list[Explanation]], samples: Mapping[str, Sample]
 ) -> dict[str | None, list[str]]:
-    """Pick a few samples of each class that have heat maps, the first ones by the file's order.
+    """Pick the first few samples of each class that have heat maps, in the order of the file.
 
-    They are not picked by how well the network did, so that they show how it usually looks. A
-    sample of several labels stands with its first one, one without any under an empty name.
+    The network's success plays no role, so that the gallery shows typical maps. A sample with
+    several labels is listed under its first one, one without labels under an empty name.
     """
     classes = next(iter(samples.values())).probabilities if samples else {}
     keys: dict[str | None, list[str]] = {name: [] for name in classes}
@@ -126,7 +126,7 @@ def _gallery(
             label = next(iter(samples[key].labels), "") if key in samples else None
             keys.setdefault(label, []).append(key)
     most = max(1, min(MOST_OF_A_CLASS, MOST_IN_GALLERY // max(1, len(keys))))
-    return {label: found[:most] for label, found in keys.items() if found}
+    return {label: of_label[:most] for label, of_label in keys.items() if of_label}
 
 
 def _card(
@@ -136,10 +136,10 @@ def _card(
     samples: Mapping[str, Sample],
     relevance: Mapping[str, list[Explanation]] | None,
 ) -> Card:
-    """Gather the X-ray and the heat maps of one sample, as far as they were written.
+    """Gather the existing X-ray and heat maps of one sample.
 
-    The contrast comes first: it is the map that changes when the network does. Of many heat maps
-    those of the truth, of the prediction and of the likeliest classes stay.
+    The contrast comes first: it depends most on the trained weights. Of many heat maps those of the
+    truth, the prediction and the likeliest classes are kept.
     """
     sample = samples.get(key)
 
@@ -148,8 +148,8 @@ def _card(
         if sample is None:
             return not explanation.is_contrast, True, 0.0
         rank = -sample.logits.get(target, -math.inf)
-        is_asked = target in sample.labels + sample.predicted
-        return not explanation.is_contrast, not is_asked, rank
+        is_relevant = target in sample.labels + sample.predicted
+        return not explanation.is_contrast, not is_relevant, rank
 
     with reading(run.relevance_table(split), "explain"):
         xray = within(run.heatmaps(split), f"{key}.png")
@@ -166,7 +166,7 @@ def _card(
 def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[View]:
     """Average the ledger over the heat maps of each explained class, if the rules keep one.
 
-    Shares are of the absolute amounts, since parts of opposite sign make no share of their sum.
+    Shares are of the absolute amounts, because parts of opposite sign have no share of their sum.
     """
     by_class: dict[str, list[Explanation]] = {}
     for explanations in relevance.values():
@@ -175,14 +175,14 @@ def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[View]:
                 continue
             by_class.setdefault(explanation.target, []).append(explanation)
     rows: list[View] = []
-    for name, found in by_class.items():
-        parts = np.array([[item.pixels, item.bias, item.epsilon] for item in found])
-        logits = np.array([item.logit for item in found])
+    for name, maps in by_class.items():
+        parts = np.array([[item.pixels, item.bias, item.epsilon] for item in maps])
+        logits = np.array([item.logit for item in maps])
         amount = np.abs(parts).sum(axis=0)
         rows.append(
             {
                 "name": name,
-                "num_maps": len(found),
+                "num_maps": len(maps),
                 "logit": float(logits.mean()),
                 "parts": [
                     (float(mean), share(float(part), float(amount.sum())))

@@ -1,4 +1,4 @@
-"""The stages of a training as the report shows them."""
+"""The view of the training stages for the report."""
 
 import math
 
@@ -13,12 +13,12 @@ from cxrdist.run import STAGE_NAME, RunDirectory
 
 
 def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list[View]:
-    """Gather each stage in the order of the recipe: what it trained and how it went."""
+    """Gather the values for each stage, in the order of the recipe."""
     task = info["shards"]["task"]
     epochs = read_epochs(run.log, task)
     names = dict.fromkeys([*(recipe.stages if recipe else []), *info["stages"], *epochs])
     views: list[View] = []
-    for place, name in enumerate(names):
+    for i, name in enumerate(names):
         facts = info["stages"].get(name)
         best = facts["best_epoch"] if facts else None
         rows = epochs.get(name, [])
@@ -36,7 +36,7 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
                 },
                 "rows": rows,
                 "score": "accuracy" if task == "multiclass" else "mean AUROC",
-                "charts": _charts(f"stage{place}", rows, best, task) if rows else [],
+                "charts": _charts(f"stage{i}", rows, best, task) if rows else [],
                 "images_per_second": (
                     float(np.nanmedian([row["images_per_second"] for row in rows]))
                     if any(not math.isnan(row["images_per_second"]) for row in rows)
@@ -48,9 +48,9 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
 
 
 def _own_score(run: RunDirectory, stage: str | None, split: str, task: str) -> float | None:
-    """Read the score of a stage's model, of the last one for None; None if not evaluated.
+    """Read the score of a stage's model (None: the last stage); return None if not evaluated.
 
-    Stages of older versions had any names, and no models of their own.
+    In older versions stages could have any name and no model of their own.
     """
     if stage is not None and not STAGE_NAME.fullmatch(stage):
         return None

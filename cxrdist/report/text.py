@@ -1,4 +1,4 @@
-"""The probe for words on the images as the report shows it, beside what the paper says."""
+"""The view of the probe for words on the images for the report."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from cxrdist.report import pictures
 from cxrdist.report.files import reading, within
 from cxrdist.run import RunDirectory
 
-MOST_SHOWN = 500  # pictures, of 50 kB each; the probe draws a few of each class
+MOST_SHOWN = 500  # pictures of 50 kB each; the probe draws a few per class
 
 
 class Shown(NamedTuple):
-    """An image with its boxes: what the probe says of it, its X-ray, and its heat map."""
+    """An image with its text boxes: its entry in text.json, its X-ray and its heat map."""
 
     item: TextPicture
     xray: pictures.Picture
@@ -19,7 +19,7 @@ class Shown(NamedTuple):
 
 
 class TextView(NamedTuple):
-    """What is shown of a split that was probed, beside what text.json holds as it is."""
+    """The values for a probed split."""
 
     place: str
     split: str
@@ -31,16 +31,16 @@ class TextView(NamedTuple):
 
     @property
     def region(self) -> TextRelevance | None:
-        """Where relevance lies for the verdict; None without an interval, as of older versions."""
+        """The relevance in text for the verdict; None without an interval, as in older versions."""
         row = self.content["relevance"]["all"]
         return row if row["images"] and "share_interval" in row else None
 
 
 def text_views(run: RunDirectory) -> list[TextView]:
-    """Gather what is shown of each split that was probed, by name.
+    """Gather the values for each probed split, sorted by name.
 
     Raises:
-        CxrdistError: a file is not what the probe writes.
+        CxrdistError: a file is not what `cxrdist probe-text` writes.
     """
     files = [file for name in ("*", "external/*") for file in run.root.glob(f"{name}/text.json")]
     places = sorted(file.parent.relative_to(run.root).as_posix() for file in files)

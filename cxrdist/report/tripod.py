@@ -1,7 +1,7 @@
 """TRIPOD+AI: reporting of clinical prediction models that use regression or machine learning.
 
-Collins et al., BMJ 385, e078378 (2024), Table 2: 27 items, 52 with their parts. Their topics are in
-our own words; the wording that counts is in the paper.
+Collins et al., BMJ 385, e078378 (2024), Table 2: 27 items, 52 with their sub-items. The
+topics are paraphrased; the paper has the authoritative wording.
 """
 
 from cxrdist.report import answers as a

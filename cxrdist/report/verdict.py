@@ -1,4 +1,4 @@
-"""The verdict: the one figure with its interval, and all that must be known to judge it."""
+"""The verdict: the main figure with its interval, and what is needed to judge it."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ MOST_GAPS = 5  # in the verdict; the table has all
 
 
 def verdict_view(split: SplitView) -> Verdict:
-    """Gather the figure of a split, its interval, and of how many images and patients it is.
+    """Gather the main figure of a split, its interval, and the numbers of images and patients.
 
     Raises:
-        ValueError: it was not evaluated.
+        ValueError: the split was not evaluated.
     """
     metrics = split["metrics"]
     if metrics is None:
@@ -46,7 +46,7 @@ def _accuracy(metrics: Metrics) -> Verdict:
 
 
 def _mean_auroc(metrics: Metrics) -> Verdict:
-    """Average over the labels of enough images, and of which there are too few."""
+    """Return the mean over the labels with enough images, and the labels with too few."""
     few, classes = few_of(metrics), metrics["classes"]
     mean = metrics.get("macro_enough", metrics["macro"])
     limits = mean.get("auroc_interval")
@@ -61,14 +61,14 @@ def _mean_auroc(metrics: Metrics) -> Verdict:
 
 
 def _patients(metrics: Metrics, samples: Sequence[Sample] | None) -> str | None:
-    """Count the patients of the images; None where predictions.csv is gone."""
+    """Count the patients of the images; None if predictions.csv is missing."""
     if "intervals" in metrics:
         return count(metrics["intervals"]["patients"])
     return None if samples is None else count(len({sample.patient for sample in samples}))
 
 
 def baseline_lines(audit: AuditView | None) -> list[str]:
-    """Say what is reached without a deep network; nothing without an audit."""
+    """Describe what is reached without a deep network; empty without an audit."""
     if not audit:
         return []
     lines = []
@@ -85,21 +85,21 @@ def baseline_lines(audit: AuditView | None) -> list[str]:
 
 
 def _shortcut_line(shortcut: Shortcut | None) -> list[str]:
-    """Say the same of audits of older versions, which know the AUROC of each class only."""
+    """Describe the same for audits of older versions, which only have the AUROC per class."""
     scores = shortcut["auroc"] if shortcut else {}
     known = {label: score for label, score in scores.items() if score}
     if not known:
         return []
     label, score = max(known.items(), key=lambda item: item[1]["value"])
     return [
-        f"Size, border and brightness alone, without the lungs, tell {label} from the rest with "
-        f"an AUROC of {number(score['value'])} (95 % interval {number(score['low'])} to "
-        f"{number(score['high'])}); no other class more easily."
+        f"Size, border and brightness alone, without the lungs, separate {label} from the rest "
+        f"with an AUROC of {number(score['value'])} (95 % interval {number(score['low'])} to "
+        f"{number(score['high'])}), the highest of all classes."
     ]
 
 
 def gap_lines(metrics: Metrics) -> list[str]:
-    """Say between which groups of patients the figures differ, as far as that is sure."""
+    """Describe the flagged differences between groups of patients."""
     groups = metrics.get("groups")
     gaps = [gap for gap in groups["gaps"] if gap["flagged"]] if groups else []
     lines = []
@@ -112,24 +112,24 @@ def gap_lines(metrics: Metrics) -> list[str]:
             f"{low} to {high}, corrected for all comparisons)."
         )
     if len(gaps) > MOST_GAPS:
-        lines.append(f"{count(len(gaps) - MOST_GAPS)} more such differences stand below.")
+        lines.append(f"{count(len(gaps) - MOST_GAPS)} more such differences are listed below.")
     return lines
 
 
 def external_lines(splits: Sequence[SplitView]) -> list[str]:
-    """Give the figure of each external set in one line."""
+    """Describe the main figure of each external set in one line."""
     lines = []
     for split in splits:
         external = split["metrics"].get("external") if split["metrics"] else None
         if not external:
             continue
-        found = verdict_view(split)
-        figure = "mean AUROC " if found["several"] else "right on "
-        within = found["interval"]
-        patients = f" of {found['patients']} patients" if found["patients"] else ""
+        verdict = verdict_view(split)
+        figure = "mean AUROC " if verdict["several"] else "right on "
+        within = verdict["interval"]
+        patients = f" of {verdict['patients']} patients" if verdict["patients"] else ""
         lines.append(
-            f"External set {external['name']}: {figure}{found['value']} "
-            f"{'on' if found['several'] else 'of'} {found['images']} images{patients}; "
+            f"External set {external['name']}: {figure}{verdict['value']} "
+            f"{'on' if verdict['several'] else 'of'} {verdict['images']} images{patients}; "
             + (f"95 % interval {within[0]} to {within[1]}." if within else "no interval.")
         )
     return lines

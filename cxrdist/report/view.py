@@ -1,4 +1,4 @@
-"""What templates show."""
+"""Types of the values that templates show."""
 
 from typing import TypeAlias, TypedDict
 
@@ -9,20 +9,20 @@ from cxrdist.explain.description import RelevanceInfo
 from cxrdist.report.files import Sample
 
 View: TypeAlias = dict[str, object]
-"""Values by name that a template alone reads; what Python code reads as well has a class."""
+"""Values by name that only templates read; values that Python code reads have a class."""
 
 
 class SplitView(TypedDict):
-    """All that is shown of one split or external set; what was not made is None."""
+    """All values for one split or external set; None for what was not made."""
 
     name: str
-    """For people."""
+    """Name for readers."""
     place: str
-    """In the run directory."""
+    """Place in the run directory."""
     options: str
-    """Of the commands that make what is missing."""
+    """Options of the commands that make missing results."""
     element: str
-    """Begins the ids of its elements in the page; unique."""
+    """Prefix of the ids of its elements, unique in the page."""
     metrics: Metrics | None
     scores: View | None
     calibration: View | None
@@ -40,16 +40,16 @@ class SplitView(TypedDict):
 
 
 class Verdict(TypedDict, total=False):
-    """The figure of a split, its interval, and what both rest on, as text."""
+    """The main figure of a split, its interval and its basis, as text."""
 
     several: bool
     few: dict[str, str]
-    """Classes of too few images, and how many there are."""
+    """Classes with too few images, each with its number."""
     too_few: str
     value: str
     interval: list[str] | None
     labels: str
-    """That have a figure, where images have several."""
+    """Number of labels that have a figure, if images have several."""
     all_labels: str
     split: str
     images: str

@@ -183,7 +183,7 @@ def test_an_older_run_takes_its_shards_or_says_that_it_cannot_know(home, run, ca
     about["shards"]["path"] = "/nowhere"
     (run / "run.json").write_text(json.dumps(about))
     evaluate(EvaluateConfig(run, home / "again", cache=home / "cache"))
-    said = "which of its images the network has seen, because the run holds no seen.npz"
+    said = "it is not known which of its images the network has seen, because the run holds no"
     assert said in capsys.readouterr().out
     info = metrics_of(run, "external/again")["external"]
     assert (info["seen_images"], info["not_known"][: len(said)]) == (0, said)

@@ -298,11 +298,11 @@ def test_a_network_without_rules_has_no_heat_maps(run: Path) -> None:
     for path in ("relevance.csv", "relevance.json", "text.json"):
         (run / "test" / path).unlink()
     text = str(Text(write(run)))
-    assert "Heat maps There are none: no rules of relevance are proven for ConvNeXt-Atto" in text
+    assert "Heat maps There are none: no relevance rules are proven for ConvNeXt-Atto" in text
     for command in ("explain", "localise", "probe-text"):
         assert f"cxrdist {command}" not in text
     checklist = (run / "checklist.html").read_text()
-    assert "No heat maps: no rules of relevance are proven for ConvNeXt-Atto." in checklist
+    assert "No heat maps: no relevance rules are proven for ConvNeXt-Atto." in checklist
 
 
 def test_run_that_is_not_finished(run: Path) -> None:
@@ -347,7 +347,7 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("test/metrics.json", '{"format": "cxrdist-metrics-9"}', "run `cxrdist evaluate` again"),
         ("test/predictions.csv", "key,label\n1,2\n", "no column prob_CLASS"),
         ("test/predictions.csv", "key,patient,label,prob_a\nk,p,a,0.5\n", "no column logit_a"),
-        ("test/predictions.csv", f"{PREDICTED}k,p,b,0.5,0\n", "line 2: no probability of 'b'"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,b,0.5,0\n", "line 2: there is no column prob_b"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,nan,0\n", "not within 0 and 1"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,nan\n", "nan is not a finite number"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5\n", "run `cxrdist evaluate` again"),
