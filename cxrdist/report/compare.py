@@ -237,4 +237,4 @@ def _headline(comparison: Comparison) -> View:
     elif limits:
         verdict = f"B is {'better' if limits[0] > 0 else 'worse'} than A on images like these"
     what = FIGURES[name] if name == "accuracy" else f"Mean {_lower(FIGURES[name])}"
-    return {"name": what, "found": figure, "verdict": verdict}
+    return {"name": what, "figure": figure, "verdict": verdict}

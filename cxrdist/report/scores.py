@@ -259,13 +259,13 @@ def roc_charts(
     A label is drawn over the images for which it is known.
     """
     charts = []
-    for place, name in enumerate(metrics["classes"]):
+    for i, name in enumerate(metrics["classes"]):
         known = [sample for sample in samples if sample.knows(name)]
         is_class = np.array([name in sample.labels for sample in known])
         score = np.array([sample.logits[name] for sample in known])
         num_images = int(is_class.sum())
         chart = None
         if 0 < num_images < len(known):
-            chart = Markup(pictures.roc_chart(f"{element}-roc{place}", is_class, score))
+            chart = Markup(pictures.roc_chart(f"{element}-roc{i}", is_class, score))
         charts.append((name, num_images, chart))
     return charts

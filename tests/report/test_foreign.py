@@ -168,4 +168,4 @@ def test_nothing_is_written_where_something_is(tmp_path):
 def test_a_run_or_predictions_are_given(capsys, options):
     """Neither, both, or half of the second way is one line and exit code 2."""
     assert main(["report", *options]) == 2
-    assert "expected --run RUN, or --predictions FILE.csv and --out DIR" in capsys.readouterr().err
+    assert "expected --run RUN, or --predictions FILE.csv with --out DIR" in capsys.readouterr().err

@@ -511,7 +511,7 @@ def test_the_probe_for_words_stands_after_the_results(run: Path, made: SimpleNam
     text = str(Text(page))
     section = text[text.index("Does the network read the words? X-rays") :]
     assert text.index("are classified wrongly") < text.index(section)
-    assert "7 of 180 images have text, in 9 boxes. They stand in <i>boxes & more.csv" in section
+    assert "7 of 180 images have text, in 9 boxes. They are in <i>boxes & more.csv" in section
     assert f"{made.ODD_CLASS} 60 7 <b>R (4), AP (1)" in section
     assert "Likeliest class changes \N{EM DASH} 3 5" in section
     assert (
