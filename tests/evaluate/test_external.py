@@ -193,7 +193,7 @@ def test_a_set_of_which_all_was_seen_is_refused(home, run, tmp_path):
     """The train split under an index of another hash leaves nothing to score."""
     same = shutil.copytree(home / "shards", tmp_path / "same")
     (same / "index.json").write_text((same / "index.json").read_text() + " ")
-    with pytest.raises(CxrdistError, match=r"has seen all \d+ images of train, so that nothing"):
+    with pytest.raises(CxrdistError, match=r"has seen all \d+ images of train, so nothing"):
         evaluate(EvaluateConfig(run, same, split="train", cache=home / "cache"))
     assert not (run / "external").exists()
 
