@@ -13,6 +13,7 @@ from sklearn.metrics import brier_score_loss
 from support import claim_shards, make_shards
 
 from cxrdist.bootstrap import draw
+from cxrdist.cli import main
 from cxrdist.config import EvaluateConfig, Network
 from cxrdist.data.index import read_index
 from cxrdist.documents import parse_json, typed
@@ -294,13 +295,13 @@ def test_with_too_few_on_val_nothing_is_chosen_and_it_says_so(shards, tmp_path, 
     assert not [name for name in row if name.startswith(("calibrated_", "softmax_"))]
 
 
-def test_bad_options_are_refused_before_any_work(shards, tmp_path):
-    """A rule, a prevalence and a least number that mean nothing; no cache is made for them."""
+def test_bad_options_are_refused_before_any_work(shards, tmp_path, capsys):
+    """An unknown rule, and numbers out of their range; no cache is made for them."""
     run = make_run(tmp_path / "run", shards)
-    for options in ({"operating_point": "best"}, {"prevalence": 2.0}, {"fewest": 0}):
-        (name,) = options
-        with pytest.raises(CxrdistError, match=name.replace("_", "[-_]")):
-            evaluate(EvaluateConfig(run, shards, cache=tmp_path / "cache", **options))
+    where = ("--run", run, "--shards", shards, "--cache", tmp_path / "cache")
+    for option in (("--operating-point", "best"), ("--prevalence", 2.0), ("--fewest", 0)):
+        assert main(["evaluate", *map(str, (*where, *option))]) == 2
+        assert option[0] in capsys.readouterr().err
     assert not (tmp_path / "cache").exists()
 
 

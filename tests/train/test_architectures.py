@@ -133,7 +133,7 @@ def test_one_recipe_serves_every_architecture(tmp_path, capsys):
     assert "densenet121" in said
     assert len(said.strip().splitlines()) == 1
     assert main(["train", *common, "--network.growth_rate", "4"]) == 2
-    assert "growth_rate: is for DenseNets" in capsys.readouterr().err
+    assert "--network.growth-rate: is for DenseNets" in capsys.readouterr().err
 
 
 def test_the_loss_on_relevance_is_for_densenets(shards, tmp_path):

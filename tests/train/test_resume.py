@@ -42,6 +42,12 @@ def command(shards, tmp_path_factory) -> list[object]:
     return ["train", *paths, "--save-steps", 2]
 
 
+def with_recipe(command: list[object], recipe: Path) -> list[object]:
+    """The command with another recipe."""
+    at = command.index("--config") + 1
+    return [*command[:at], recipe, *command[at + 1 :]]
+
+
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory) -> Path:
     """The run that nobody disturbs, on two ranks."""
@@ -191,7 +197,7 @@ def test_another_number_of_ranks_takes_the_same_batches_to_the_same_losses(comma
         stage["lr"] = dict.fromkeys(stage["lr"], 0.005)
     old["network"]["dropout"] = 0.0
     recipe.write_text(yaml.safe_dump(old, sort_keys=False))
-    command = [*command, "--config", recipe]
+    command = with_recipe(command, recipe)
     finish(2, command, tmp_path / "whole")
     expected = taken_and_losses(tmp_path / "whole")
     found = taken_and_losses(run_on_changing_worlds(command, tmp_path / "run"))
@@ -448,7 +454,7 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_do(command, shards, t
         **{"network": {"growth_rate": 16, "block_config": [6, 6, 6, 6]}},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-    command = [*command, "--config", tmp_path / "recipe.yaml", "--run", tmp_path / "run"]
+    command = [*with_recipe(command, tmp_path / "recipe.yaml"), "--run", tmp_path / "run"]
     failed = run_script(LITTLE_MEMORY + RUN_CXRDIST, *command)
     assert failed.returncode == 1, failed.stderr
     last = failed.stderr.splitlines()[-1]

@@ -4,8 +4,9 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command
 
+from cxrdist import launch
 from cxrdist.cli import COMMANDS, parse
 from cxrdist.data.plan import copies_of, plan_epoch, refuse_uncrossed
 from cxrdist.data.records import Record, Source
@@ -75,13 +76,12 @@ def test_the_papers_commands_are_the_papers_protocol(monkeypatch):
     root = Path(__file__).parents[2]
     monkeypatch.chdir(root)
     find, pack, train, evaluate = commands_of(root / "cxrdist" / "recipes" / "bassi2020.yaml")
-    launch = train.index("-m")
-    options, _, _ = _validate_launch_command(
-        launch_command_parser().parse_args([*train[2:launch], "x.py"])
-    )
+    assert train[:2] == ["cxrdist", "launch"]
+    options, _, _ = _validate_launch_command(launch._read(train[2:]))
     assert (options.num_processes, options.mixed_precision) == (2, "no")
-    assert train[launch + 1 : launch + 3] == ["cxrdist", "train"]
-    trained = parse(COMMANDS["train"], "train", train[launch + 3 :])
+    command, *arguments = options.training_script_args
+    assert (options.training_script, command) == ("cxrdist", "train")
+    trained = parse(COMMANDS["train"], "train", arguments)
     assert trained.augmentation.draws == "crossed"
     assert trained.frozen_batch_norm == "moving"
     packed = parse(COMMANDS["pack"], "pack", pack[2:])
