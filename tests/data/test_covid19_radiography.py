@@ -138,7 +138,7 @@ def test_what_is_no_release_is_one_line(tmp_path):
         read(tmp_path / "empty")
     root = first_release(tmp_path, 3, 3, 3)
     (root / "NORMAL.metadata.xlsx").write_bytes(b"no workbook")
-    with pytest.raises(CxrdistError, match=r"NORMAL\.metadata\.xlsx: no readable workbook"):
+    with pytest.raises(CxrdistError, match=r"NORMAL\.metadata\.xlsx: is not a readable workbook"):
         read(root)
     (root / "NORMAL.metadata.xlsx").unlink()
     for file in (root / "Viral Pneumonia").iterdir():

@@ -128,7 +128,7 @@ def test_another_map_is_another_pack_of_the_same_squares(tmp_path, capsys):
     pack(config)
     assert "is packed already" in capsys.readouterr().out
     write_map(tmp_path, "viral: influenza\nnormal: flu")
-    with pytest.raises(CxrdistError, match="stands already"):
+    with pytest.raises(CxrdistError, match="already exists"):
         pack(config)
 
 

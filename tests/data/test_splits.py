@@ -275,7 +275,7 @@ def test_val_is_drawn_of_what_is_given_for_train_and_val_together():
     assert Counter(assign_splits(source, None, 0)) == {"train": 70, "val": 10, "test": 20}
     assert split_notes(source, "0.7/0.1/0.2", [], []) == []
     assert split_notes(source, "paper", [], []) == [
-        "--split paper is not used, the source gives the splits"
+        "--split paper is not used, since the source gives the splits"
     ]
     assert describe_split(source, "paper") == "given by the source, val drawn (0.7/0.1/0.2)"
     assert Counter(assign_splits(source, "0.5/0/0.5", 0)) == {"train": 80, "test": 20}
