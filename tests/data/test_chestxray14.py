@@ -200,7 +200,7 @@ def test_boxes_in_px_of_the_images_here_stay_as_they_are(tmp_path):
     [
         ("Atelectasis,1,2,3", "row 2: fewer cells than columns"),
         ("Cold,1,2,3,4", "row 2: 'Cold' is none of the 14 labels"),
-        ("Mass,1,2,nan,4", "row 2: nan x 4 px at 1, 2 is no box"),
+        ("Mass,1,2,nan,4", "row 2: nan x 4 px at 1, 2 is not a valid box"),
         ("Mass,1,2,much,4", "row 2: could not convert"),
         ("Mass,1000,2,26,4", r"row 2: 26 x 4 px at 1000, 2 is not within the image of 1024 px"),
     ],

@@ -239,7 +239,7 @@ def test_all_that_is_found_is_packed_or_left_out(tmp_path):
         ({"Labels": "[['nodule']]"}, "row 2: Labels is"),
         ({"Labels": "['nodule'"}, "row 2: Labels is"),
         ({"Labels": "["}, "row 2: Labels is"),
-        ({"Labels": "['cold', 'Cold']"}, "are one name in two spellings"),
+        ({"Labels": "['cold', 'Cold']"}, "are two spellings of one name"),
         ({"ImageID": ""}, "row 2: ImageID is empty"),
         ({"ImageID": "b.png"}, r"row 3: b stands in .* row 2 too"),
     ],

@@ -130,7 +130,7 @@ def test_a_killed_search_goes_on(images, tmp_path, monkeypatch):
     )
     find_text(FindTextConfig("folder", images, out, workers=1))
     assert read_boxes(out)["a/x.jpg"][0].text == "was there"
-    with pytest.raises(CxrdistError, match="stands already"):
+    with pytest.raises(CxrdistError, match="already exists"):
         find_text(FindTextConfig("folder", images, out, workers=1))
 
 
