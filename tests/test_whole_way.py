@@ -147,4 +147,6 @@ def test_two_data_sets_go_the_whole_way_together(tmp_path, capsys):
     run("evaluate", *where)
     run("report", "--run", out)
     assert json.loads((out / "test" / "metrics.json").read_text())["samples"] == 18
-    assert "Effusion is associated with the source" in html.unescape((out / "report.html").read_text())
+    assert "Effusion is associated with the source" in html.unescape(
+        (out / "report.html").read_text()
+    )

@@ -183,7 +183,7 @@ def _read_rows(book: Path) -> list[tuple[Any, ...]]:
     except Exception as error:
         # openpyxl and the zip and XML readers below it raise errors of any kind on damaged files.
         raise CxrdistError(
-            f"{book}: no readable workbook ({type(error).__name__}); unpack the release again"
+            f"{book}: is not a readable workbook ({type(error).__name__}); unpack the release again"
         ) from error
 
 

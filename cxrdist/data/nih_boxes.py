@@ -1,8 +1,7 @@
-"""Boxes of disease on the NIH's X-rays, of which ChestX-ray14 and RSNA are made.
+"""Boxes around findings on the NIH's X-rays, the images of ChestX-ray14 and RSNA.
 
-Both sets count in px of the squares of 1024 px that are handed out. Where the images here are
-smaller copies, a box is scaled with its image. A copy that is not a square was cut in a way that
-nothing tells: its boxes are left out.
+Both sets give boxes in px of the published squares of 1024 px. For smaller copies a box is scaled
+with its image. A copy that is not a square was cropped in an unknown way: its boxes are left out.
 """
 
 from collections import defaultdict
@@ -29,12 +28,12 @@ SPELLINGS = {"Infiltrate": "Infiltration"}  # TABLE has its own word for one lab
 
 @dataclass(frozen=True)
 class Boxes:
-    """The boxes that a table has for images.
+    """The boxes of a table.
 
     Attributes:
-        table: where they stand; None if there is no table.
-        findings: by the image's name without its suffix.
-        side_px: of the originals in whose px they are; None if they are in px of the images here.
+        table: the file; None if there is no table.
+        findings: boxes by the image's name without suffix.
+        side_px: side of the originals in whose px they are; None if they are in px of the images.
     """
 
     table: Path | None
@@ -47,20 +46,20 @@ class Boxes:
         return fitted(findings, file) if findings and self.side_px else findings
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """Return what a user should know of them, a line each."""
+        """Return notes for the user, one line each."""
         if self.table is None:
             return []
         num_with = sum(bool(record.findings) for record in records)
         if num_with == len(self.findings):
             return []
         return [
-            f"{self.table.name} has boxes on {len(self.findings)} images, {num_with} of which are "
-            "here and are squares as the NIH's are; the boxes of the others are left out"
+            f"{self.table.name} has boxes on {len(self.findings)} images; {num_with} of them are "
+            "here as squares like the NIH's, the boxes of the others are left out"
         ]
 
 
 def fitted(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
-    """Take boxes from px of an original of the NIH to px of a file.
+    """Convert boxes from px of an original of the NIH to px of a file.
 
     Returns:
         None of them if the file is not a square, or cannot be read, which its decoder reports.

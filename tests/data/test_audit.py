@@ -292,7 +292,9 @@ def test_a_class_that_goes_with_its_source_is_warned_of():
     entries = [entry(i, "ab"[(i % 10 == 0) ^ (i < 40)], source="xy"[i < 40]) for i in range(80)]
     found = audited(entries)
     assert found["sources"]["association"] == {"a": 0.8, "b": 0.8}
-    assert "a is associated with the source: Cramér's V is 0.80 (0 not at all, 1 fully)" in summary(found)
+    assert "a is associated with the source: Cramér's V is 0.80 (0 not at all, 1 fully)" in summary(
+        found
+    )
 
 
 def test_equal_images_contradict_each_other_only_by_labels_that_are_known_of_both():

@@ -117,7 +117,7 @@ def test_old_dicoms_without_a_preamble_are_read_by_their_suffix(tmp_path):
     [
         ({"NumberOfFrames": 3}, "several frames"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "in colour"),
-        ({"Modality": "CT"}, "no radiography"),
+        ({"Modality": "CT"}, "not radiography"),
         ({"Rows": 0}, "rows and columns"),
         ({"Rows": 60_000, "Columns": 60_000}, "rows and columns"),
         ({"Rows": 4000}, "cut off"),
@@ -125,7 +125,7 @@ def test_old_dicoms_without_a_preamble_are_read_by_their_suffix(tmp_path):
         ({"BitsAllocated": 32}, "bits are not 2 to 16"),
         ({"HighBit": 5}, "not within its bits"),
         ({"WindowCenter": 1, "WindowWidth": 0}, "no width"),
-        ({"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "X"}, "no known function"),
+        ({"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "X"}, "an unknown function"),
         ({"RescaleSlope": "nan", "RescaleIntercept": 0}, "no number"),
         ({"PixelRepresentation": None}, "PixelRepresentation is missing"),
     ],

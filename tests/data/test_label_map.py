@@ -78,7 +78,10 @@ def test_images_of_a_class_that_is_left_out_are_left_out_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flu: pneumonia", "'flu' is not a label of t.csv, which has bacterial, normal, opacity, vir"),
+        (
+            "flu: pneumonia",
+            "'flu' is not a label of t.csv, which has bacterial, normal, opacity, vir",
+        ),
         ("", "the document: is null, expected an object"),
         ("{}", "is empty"),
         ("[viral]", "is a list, expected an object"),

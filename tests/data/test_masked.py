@@ -116,7 +116,7 @@ def strange(images: Path, masks: Path) -> None:
 
 REFUSED = {
     "no folder": (no_folder, "no such folder or table"),
-    "none fits": (none_fits, r"none of its 1 masks .* such as a/0\.png, found c/0\.png"),
+    "none fits": (none_fits, r"none of its 1 masks .* like a/0\.png, found c/0\.png"),
     "of two images": (ambiguous, r"0\.png matches both a/0\.jpg and b/0\.jpg"),
     "two masks": (two, r"a/0\.gif and a/0\.png both match a/0\.jpg; remove one"),
     "a poor table": (poor, r"0 masks .* found nothing; 1 masks have a Dice RCA below 0\.7"),

@@ -162,7 +162,10 @@ def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both
             "x.source: is 'fodler', expected one of folder, csv, chestxray14",
         ),
         ("x: {source: several, input: x}", "x.source: is 'several', expected one of folder, csv"),
-        ("x: {source: folder, input: x, size: 3}", "x.size: is not an option; expected one of source"),
+        (
+            "x: {source: folder, input: x, size: 3}",
+            "x.size: is not an option; expected one of source",
+        ),
         ("x: {source: csv, input: x, allow_outside: 1}", "x.allow_outside: is 1, expected true or"),
         (
             "x: {source: csv, input: x, empty_cells: u}",
@@ -177,7 +180,10 @@ def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both
         ("x: {source: folder, input: x}\nX: {source: csv, input: y}", "differ in case only"),
         ("x: {source: folder, input: lost}", "x: --input"),
         ("x: {source: folder, input: x, views: side}", "x: --views side: 'SIDE' is not a view"),
-        ("x: {source: folder, input: x, against_rest: Mass}", "x: --against-rest: works only with --source"),
+        (
+            "x: {source: folder, input: x, against_rest: Mass}",
+            "x: --against-rest: works only with --source",
+        ),
         (
             f"{TWO}\nf: {{source: folder, input: f}}",
             "f has one class per image, nih several labels, and one network learns one of the two; "
@@ -199,7 +205,9 @@ def test_bad_lists_of_sources_are_refused_in_one_line(both, text, message):
 def test_options_of_one_source_are_not_for_all(both):
     """They would mean something else for each."""
     for option in ({"patient_pattern": "(.)"}, {"masks": both}, {"allow_outside": True}):
-        with pytest.raises(CxrdistError, match=r"applies to a single source; give it for that source in .*yaml"):
+        with pytest.raises(
+            CxrdistError, match=r"applies to a single source; give it for that source in .*yaml"
+        ):
             read(both, TWO, **option)
 
 

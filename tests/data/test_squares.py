@@ -236,7 +236,10 @@ REFUSED = {
     "pattern": ({"patient_pattern": "("}, r"--patient-pattern '\(': no regular expression"),
     "pattern without a group": ({"patient_pattern": "a"}, "expected a group around the patient"),
     "one patient": ({"patient_pattern": "(_)"}, "60 of 60 images have the same patient ID"),
-    "expected class": ({"expect": {"c": 3}}, "--expect.c: is not a class of images, which has a, b c"),
+    "expected class": (
+        {"expect": {"c": 3}},
+        "--expect.c: is not a class of images, which has a, b c",
+    ),
     "size": ({"size": 4501}, "--size 4501: makes 4501 px, expected at most 4500"),
 }
 
