@@ -136,7 +136,7 @@ def _read(
         row = {name: cells[place].strip() for name, place in places.items()}
         label = SPELLINGS.get(row["label"], row["label"])
         if labels is not None and label not in labels:
-            raise CxrdistError(f"{where}: {label!r:.40} is none of the {len(labels)} labels")
+            raise CxrdistError(f"{where}: {label!r:.40} is not one of the {len(labels)} labels")
         findings[without_suffix(row["image"])].append(finding_of(label, row, where, side_px))
     return dict(findings)
 
@@ -158,6 +158,6 @@ def finding_of(label: str, row: Mapping[str, str], where: str, side_px: int | No
     if x < 0 or y < 0 or x + width > most or y + height > most:
         raise CxrdistError(
             f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is not within the image of "
-            f"{side_px or most:g} px; mend or remove the row"
+            f"{side_px or most:g} px; correct or remove the row"
         )
     return Finding(label, x, y, width, height)

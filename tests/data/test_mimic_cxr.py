@@ -101,7 +101,7 @@ def test_tables_packed_or_not_give_the_same_records(tmp_path, packed):
     assert {(r.sex, r.age, r.source) for r in source.records} == {("", None, "MIMIC-CXR")}
     assert set(source.notes) == {
         "1 images have the view 'SIDEWAYS', which counts as unknown",
-        "without patients.csv.gz of MIMIC-IV nothing tells sex and age",
+        "without patients.csv.gz of MIMIC-IV sex and age are not known",
     }
 
 

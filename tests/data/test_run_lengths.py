@@ -88,7 +88,7 @@ def test_long_cells_are_read_and_others_keep_their_limit(tmp_path):
 @pytest.mark.parametrize(
     ("cells", "problem"),
     [
-        ({"Left Lung": "1 2 3"}, "no pairs of a start and a length"),
+        ({"Left Lung": "1 2 3"}, "not pairs of a start and a length"),
         ({"Left Lung": "0 5"}, "leave the 2000 pixels"),
         ({"Left Lung": "1999 3"}, "leave the 2000 pixels"),
         ({"Left Lung": "5 -3"}, "leave the 2000 pixels"),
@@ -125,7 +125,7 @@ def test_a_compressed_table_is_refused_by_name(tmp_path):
         ("Path,dicom_id,Left Lung,Right Lung,Height,Width\n", "one column that names the image"),
         ("Path,Left Lung,Left Lung,Right Lung,Height,Width\n", "each once"),
         ("Path,Left Lung,Right Lung,Height,Width\na,1 2,\n", "row 2: has 3 cells, expected 5"),
-        ('Path,Left Lung,Right Lung,Height,Width\na,"1 2,,9,9\n', "row 2: no row of a CSV"),
+        ('Path,Left Lung,Right Lung,Height,Width\na,"1 2,,9,9\n', "row 2: is not a valid CSV row"),
         (
             "Path,Left Lung,Right Lung,Height,Width,Dice RCA (Mean)\na,,,9,9,good\n",
             "row 2: Dice RCA is 'good', expected 0 to 1",

@@ -89,7 +89,7 @@ def test_two_sources_become_one_with_their_own_patients_and_labels(both):
     assert ("clinic/2.png", "lateral view (--views)") in source.left_out
     assert ("clinic/map.yaml", "not in the table") in source.left_out
     assert source.num_found == len(source.records) + len(source.left_out)
-    assert "nih: 4 images have no age from 0 to 120 years, and none here" in source.notes
+    assert "nih: 4 images have no age from 0 to 120 years; left empty" in source.notes
 
 
 def test_options_of_all_are_for_sources_without_their_own(both):

@@ -233,7 +233,10 @@ def test_shards_of_other_views_are_not_taken_for_these(config, tmp_path, monkeyp
 REFUSED = {
     "fractions": ({"split": "0.8/0.3/-0.1"}, "--split 0.8/0.3/-0.1: expected paper, or three"),
     "too small for paper": ({"split": "paper"}, "--split paper: takes 60 test images"),
-    "pattern": ({"patient_pattern": "("}, r"--patient-pattern '\(': no regular expression"),
+    "pattern": (
+        {"patient_pattern": "("},
+        r"--patient-pattern '\(': is not a valid regular expression",
+    ),
     "pattern without a group": ({"patient_pattern": "a"}, "expected a group around the patient"),
     "one patient": ({"patient_pattern": "(_)"}, "60 of 60 images have the same patient ID"),
     "expected class": (
