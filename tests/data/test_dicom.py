@@ -121,12 +121,12 @@ def test_old_dicoms_without_a_preamble_are_read_by_their_suffix(tmp_path):
         ({"Rows": 0}, "rows and columns"),
         ({"Rows": 60_000, "Columns": 60_000}, "rows and columns"),
         ({"Rows": 4000}, "cut off"),
-        ({"BitsStored": 12}, "bits are not 2 to 16"),
-        ({"BitsAllocated": 32}, "bits are not 2 to 16"),
-        ({"HighBit": 5}, "not within its bits"),
+        ({"BitsStored": 12}, "bits are unusual"),
+        ({"BitsAllocated": 32}, "bits are unusual"),
+        ({"HighBit": 5}, "not within the allocated bits"),
         ({"WindowCenter": 1, "WindowWidth": 0}, "no width"),
         ({"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "X"}, "an unknown function"),
-        ({"RescaleSlope": "nan", "RescaleIntercept": 0}, "no number"),
+        ({"RescaleSlope": "nan", "RescaleIntercept": 0}, "not a number"),
         ({"PixelRepresentation": None}, "PixelRepresentation is missing"),
     ],
 )
@@ -159,7 +159,7 @@ def test_pydicoms_own_files_are_read_or_refused(capsys):
         assert time.perf_counter() - start < 10
     assert len(files) > 100
     assert read > 10
-    assert all(reason.startswith(f"{file}: no ") for file, reason in reasons)
+    assert all("DICOM" in reason.removeprefix(str(file)) for file, reason in reasons)
     assert capsys.readouterr() == ("", "")
 
 

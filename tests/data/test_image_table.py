@@ -53,7 +53,7 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,label\na.png,x\nb.png,nan\n", "row 3: label 'nan' stands for a missing value"),
         ("path,labels\na.png,x\nb.png,None\n", "row 3: label 'None' stands for a missing value"),
         ("path,label\na.png,0\nb.png,0.0\n", "'0' and '0.0' are two spellings of one name"),
-        ("path,label\na.png,Normal\nb.png,normal\n", "'Normal' and 'normal' are one name"),
+        ("path,label\na.png,Normal\nb.png,normal\n", "'Normal' and 'normal' are two spellings"),
         ("path,labels,uncertain\na.png,x,x|y\n", "row 2: x is in two of labels, uncertain"),
         ("path,labels,missing\na.png,x,nan\n", "row 2: label 'nan' stands for a missing value"),
         ("path,label,uncertain\na.png,x,y\n", "the column 'uncertain' needs a column labels"),
@@ -70,7 +70,10 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,label,Patient,patient_id\n", "the columns 'Patient' and 'patient_id' are both the"),
         ("path,label,subject_id\na.png,x,1\n", "'subject_id' may be meant as the patient"),
         ("path,label,Partition\na.png,x,1\n", "'Partition' may be meant as the split"),
-        ("path,label,patient\na.png,x,1\nb.png,y,1.0\n", "patients '1' and '1.0' are written in"),
+        (
+            "path,label,patient\na.png,x,1\nb.png,y,1.0\n",
+            "patients '1' and '1.0' are two spellings",
+        ),
         ("path,label,patient\na.png,x,NaN\n", "row 2: patient 'NaN' stands for a missing value"),
     ],
 )

@@ -276,5 +276,5 @@ def test_pixels_become_square(tmp_path, tags, size):
 def test_what_cannot_be_shown_is_named(tmp_path, tags, reason):
     """Not as damaged."""
     file = write_dicom(tmp_path / "x.dcm", RAMP, 12, **tags)
-    with pytest.raises(CxrdistError, match=rf"DICOM cannot be used \(its .*{reason}"):
+    with pytest.raises(CxrdistError, match=rf"DICOM cannot be used \(.*{reason}"):
         read_grey(file, 1)
