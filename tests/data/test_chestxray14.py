@@ -116,7 +116,7 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(CxrdistError, match=r"row 12: 00000004_001\.png is in neither"):
         read(folder)
     (folder / "test_list.txt").unlink()
-    with pytest.raises(CxrdistError, match=r"has train_val_list\.txt alone"):
+    with pytest.raises(CxrdistError, match=r"has only train_val_list\.txt"):
         read(folder)
     (folder / "train_val_list.txt").unlink()
     (folder / "images" / "00000099_000.png").touch()

@@ -194,5 +194,5 @@ def test_a_missing_table_is_named(tmp_path, table):
     """Before any folder is looked into."""
     folder = write_set(tmp_path)
     (folder / f"mimic-cxr-2.0.0-{table}.csv.gz").unlink()
-    with pytest.raises(CxrdistError, match=rf"has no mimic-cxr-2.0.0-{table}.csv, nor mimic"):
+    with pytest.raises(CxrdistError, match=rf"has neither mimic-cxr-2.0.0-{table}.csv nor mimic"):
         read(folder)
