@@ -178,7 +178,7 @@ def test_equal_images_that_tie_all_patients_together_are_told_by_name(tmp_path):
         for i in range(15):
             Image.new("L", (40, 40)).save(tmp_path / "images" / name / f"{name}{i}.png")
     config = PackConfig("folder", tmp_path / "images", tmp_path / "out", size=32, workers=1)
-    with pytest.raises(CxrdistError, match="30 of 30 images are of patients that are joined"):
+    with pytest.raises(CxrdistError, match="30 of 30 images belong to patients that are joined"):
         pack(config)
     pack(replace(config, duplicates="report"))
     found = json.loads((tmp_path / "out" / "audit.json").read_text())

@@ -188,7 +188,7 @@ def test_copies_that_join_most_images_are_named():
     """Where not a patient but equal images tie everything together, --duplicates is named."""
     with pytest.raises(
         CxrdistError,
-        match=r"25 of 40 images are of patients that are joined by equal images; see --dup",
+        match=r"25 of 40 images belong to patients that are joined by equal images; see --dup",
     ):
         assign_splits(
             source_of(records_of({"a": 20, "b": 20})), None, 0, [0] * 25 + [*range(1, 16)]
@@ -290,7 +290,7 @@ def test_a_split_that_large_patients_keep_from_its_target_is_told():
     groups = group_by_patient(source.records)
     splits = assign_splits(source, "0.8/0.1/0.1", 0)
     told = split_notes(source, "0.8/0.1/0.1", groups, splits)
-    assert told[0].startswith("train has 50% of the images instead of 80%: ")
+    assert told[0].startswith("train has 50% of the images instead of 80%, since ")
     assert "up to 10 images" in told[0]
     source = source_of(records_of({"a": 40, "b": 40}))
     splits = assign_splits(source, "0.8/0.1/0.1", 0)

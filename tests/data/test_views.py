@@ -190,7 +190,7 @@ def test_lateral_images_are_left_out_by_table_tag_and_name(views, tmp_path, caps
     said = capsys.readouterr().out
     for line in (
         "views: 16 PA, 10 unknown, 8 AP\n",
-        "'chest xray'\n",
+        "'chest xray'; it is left empty\n",
         "1 DICOM files have a view tag that cxrdist does not know\n",
         "8 images have different views in the table and in their tag; the table's is used\n",
         "left out: lateral view (--views)  24\n",
