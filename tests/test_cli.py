@@ -89,7 +89,7 @@ def test_bad_folders_are_refused(capsys, tmp_path):
     pack = ("pack", "--source", "folder", "--split", "0.5/0.25/0.25", "--out", tmp_path / "out")
     assert "empty/c: the class has no image" in refused(capsys, *pack, "--input", empty)
     assert "found 1 class (a), expected at least 2" in refused(capsys, *pack, "--input", one)
-    assert "a/z.png: no readable image" in refused(capsys, *pack, "--input", text)
+    assert "a/z.png: is not a readable image" in refused(capsys, *pack, "--input", text)
     assert not (tmp_path / "out").exists()
 
 

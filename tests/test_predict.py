@@ -216,8 +216,8 @@ def test_what_cannot_be_read_is_listed_and_the_rest_predicted(run, tmp_path, cap
         assert [Path(row["path"]).name for row in rows_of(out)] == ["x000_0.png", "x001_0.png"]
         first, second = rows_of(rejected)
         assert (first["path"], second["path"]) == (str(bad), str(folder / "notes.txt"))
-        assert first["reason"].startswith("no readable PNG")
-        line = f"1 of 3 images could not be read, the first: {bad}: no readable PNG"
+        assert first["reason"].startswith("is not a readable PNG")
+        line = f"1 of 3 images could not be read, the first: {bad}: is not a readable PNG"
         assert line in (said.err if code else said.out)
         assert "predicted 2 images" in said.out
     bad.write_bytes(data)

@@ -225,7 +225,7 @@ def test_the_ellipse_is_the_same_for_all_images(word):
     """Without masks, and it says so."""
     index = read_index(word / "shards")
     lungs = find_lungs(index, None)
-    assert (lungs.kind, lungs.why) == ("ellipse", "the shards hold no masks")
+    assert (lungs.kind, lungs.why) == ("ellipse", "the shards have no masks")
     with open_shard(index.packed()[0]) as opened:
         original = probed.Original(0, *opened.read(0)[:1], None, opened.describe(0))
     np.testing.assert_array_equal(lungs.of(original), thorax(SIZE))

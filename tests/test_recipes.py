@@ -111,7 +111,7 @@ def test_the_papers_recipe_names_one_for_other_classes(shards, tmp_path, capsys)
     assert main(["train", "--config", "bassi2020", *options]) == 2
     said = capsys.readouterr().err
     assert "copies: no class 'COVID-19' in the shards; expected one of a, b c, d. For" in said
-    assert "take the recipe finetune, or with --init none scratch" in said
+    assert "use the recipe finetune, or scratch with --init none" in said
     assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 

@@ -353,7 +353,7 @@ def test_what_is_not_known_is_counted_and_kept(whole, evaluated):
     ("text", "message"),
     [
         ("maybe", "expected ignore, positive or negative"),
-        ("positive,negative", "expected ignore, positive or negative, once"),
+        ("positive,negative", "expected ignore, positive or negative, and for single labels"),
         ("ignore,Edema=perhaps", "expected ignore, positive or negative"),
         ("ignore,Oedema=positive", "no class 'Oedema' in the shards"),
     ],

@@ -110,7 +110,7 @@ def test_two_data_sets_go_the_whole_way_together(tmp_path, capsys):
     assert re.search(r"^label +present +absent +uncertain +missing +assumed absent$", said, re.M)
     assert re.search(r"^Pacemaker +4 +36 +0 +40 +0$", said, re.M)
     assert "left out: lateral view (--views)  40\n" in said
-    assert "audit warning: Effusion goes with the source: Cramér's V is 0.80" in said
+    assert "audit warning: Effusion is associated with the source: Cramér's V is 0.80" in said
     with open(shards / "samples.csv") as file:
         rows = list(csv.DictReader(file))
     nih = [row for row in rows if row["path"].startswith("nih/")]
@@ -147,4 +147,6 @@ def test_two_data_sets_go_the_whole_way_together(tmp_path, capsys):
     run("evaluate", *where)
     run("report", "--run", out)
     assert json.loads((out / "test" / "metrics.json").read_text())["samples"] == 18
-    assert "Effusion goes with the source" in html.unescape((out / "report.html").read_text())
+    assert "Effusion is associated with the source" in html.unescape(
+        (out / "report.html").read_text()
+    )

@@ -1,8 +1,8 @@
-"""Anonymise: names that tell nothing in place of those of files, folders, patients and sources.
+"""Anonymise: replace the names of files, folders, patients and sources by pseudonyms.
 
-A name is an HMAC-SHA256 under a key that is random for each pack, so that nobody who lacks the key
-can guess a name and compare. While a pack is unfinished its key is in its work directory, in a file
-that only the owner can read; a finished pack has none.
+A pseudonym is an HMAC-SHA256 under a random key per pack: with a plain hash, anybody could guess a
+name and compare. While a pack is unfinished, its key is in its work directory, in a file that only
+the owner can read; it is deleted when the pack is finished.
 """
 
 import csv
@@ -25,21 +25,21 @@ from cxrdist.run import atomic_file
 
 KEY_BYTES = 32
 KEY_FILE = ".key"
-DIGITS = 20  # of a name, 80 bits: among 10 million names two are equal with a chance of 1e-10
+DIGITS = 20  # of a pseudonym, 80 bits: a collision among 10 million has a probability of 1e-10
 SALT = "(salt)"
-OLDEST = 90.0  # ages above 89 tell a person (HIPAA Privacy Rule, 45 CFR 164.514(b)(2)(i)(C))
+OLDEST = 90.0  # ages above 89 identify a person (HIPAA Privacy Rule, 45 CFR 164.514(b)(2)(i)(C))
 
 
 class Name(NamedTuple):
     """A row of the table of names, which stays with the owner."""
 
     name: str
-    """Stands in place of the path in the shards and in rejected.csv."""
+    """Replaces the path in the shards and in rejected.csv."""
     key: str
-    """Of the sample; empty for what was left out."""
+    """Key of the sample; empty for files that were left out."""
     path: str
     patient: str
-    """Of the table or the file name; empty where neither tells it."""
+    """Patient from the table or the file name; empty if unknown."""
     source: str
 
 
@@ -49,20 +49,20 @@ def keyed(key: bytes, text: str) -> str:
 
 
 def read_key(directory: Path) -> bytes | None:
-    """Return the key of an unfinished pack, or None for a pack that has not begun."""
+    """Return the key of an unfinished pack, or None for a pack that has not started."""
     path = directory / KEY_FILE
     key = path.read_bytes() if path.is_file() else b""
     return key if len(key) == KEY_BYTES else None
 
 
 def shared_key(directory: Path) -> bytes:
-    """Return the key of a pack; the first of its processes that asks makes it.
+    """Return the key of a pack; the first process that asks for it creates it.
 
     Args:
         directory: of the unfinished pack, local or an fsspec path.
     """
     path = directory / KEY_FILE
-    if not isinstance(path, Path):  # an object store makes an object once; others then read it
+    if not isinstance(path, Path):  # an object store creates an object once; others then read it
         with suppress(FileExistsError):
             path.fs.pipe_file(path.path, secrets.token_bytes(KEY_BYTES), mode="create")
         return path.read_bytes()
@@ -71,7 +71,7 @@ def shared_key(directory: Path) -> bytes:
     with os.fdopen(descriptor, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         key = file.read()
-        if len(key) != KEY_BYTES:  # new, or its maker was killed before anyone could read it
+        if len(key) != KEY_BYTES:  # new, or its creator was killed before anyone could read it
             key = secrets.token_bytes(KEY_BYTES)
             file.seek(0)
             file.truncate()
@@ -82,20 +82,20 @@ def shared_key(directory: Path) -> bytes:
 
 
 def make_private(directory: Path) -> None:
-    """Make a directory of this machine that only its owner can read."""
+    """Create a local directory that only its owner can read."""
     if isinstance(directory, Path):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory.chmod(0o700)
 
 
 def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
-    """Rename the paths, patients and sources of all records and of what is left out.
+    """Rename the paths, patients and sources of all records, and the paths of left-out files.
 
-    The records are sorted by their new names, so that their order tells nothing either. Names of
-    public data sets stay as sources, since the audit knows them.
+    The records are sorted by their new names, so that their order reveals nothing. Names of public
+    data sets stay as sources, since the audit needs them.
 
     Returns:
-        The renamed source, and what each name stands for.
+        The renamed source, and the table of names.
     """
     pairs = sorted(
         ((_anonymous(record, key), record) for record in source.records), key=lambda p: p[0].path
@@ -138,20 +138,20 @@ def _patient_named(record: Record) -> str:
 
 
 def names_file(out: Path) -> Path:
-    """Return the table of names of a directory of shards, beside it."""
+    """Return the path of the table of names of a directory of shards, next to it."""
     return out.with_name(f"{out.name}.names.csv")
 
 
 def salt_of(key: bytes) -> str:
-    """Salt of the hash of the source's list in pack.json; it does not tell the key."""
+    """Return the salt of the image list's hash in pack.json; it does not reveal the key."""
     return keyed(key, "salt")
 
 
 def read_salt(file: Path) -> str | None:
-    """Return the salt of the pack that a table of names is of, None if there is no such table.
+    """Return the salt of the pack that a table of names belongs to; None if there is no table.
 
     Raises:
-        CxrdistError: the file is no table of names.
+        CxrdistError: the file is not a table of names.
     """
     if not file.is_file():
         return None
@@ -164,7 +164,7 @@ def read_salt(file: Path) -> str | None:
 
 
 def write_names(file: Path, key: bytes, names: Iterable[Name]) -> None:
-    """Write the table of names for its owner's eyes only."""
+    """Write the table of names, readable by its owner only."""
     rows: Sequence[Name] = [Name(SALT, "", salt_of(key), "", ""), *sorted(names)]
     with atomic_file(file) as partial:
         partial.touch(mode=0o600)

@@ -43,7 +43,7 @@ from cxrdist.terminal import progress, table
 
 
 class Item(NamedTuple):
-    """A record whose image was read, and the places of the PNGs that are packed of it."""
+    """A decoded record, with the places (`Pngs`) of its square and its mask."""
 
     record: Record
     square: Square
@@ -51,7 +51,7 @@ class Item(NamedTuple):
     mask_place: int
 
     def covered(self, num_records: int) -> "Item":
-        """Return the item with its burned-in text covered, as far as it has some."""
+        """Return the item with its burned-in text covered, if it has any."""
         if not self.square.covered_bytes:
             return self
         square = replace(self.square, fingerprint=self.square.covered_fingerprint)
@@ -60,7 +60,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard to be written: its split, its place among the split's shards, its items."""
+    """A shard to write: its split, its number among the split's shards, its items."""
 
     split: str
     number: int
@@ -84,7 +84,7 @@ def assemble(
     """Find duplicates, draw splits, write shards, index and audit into ``work/shards``.
 
     Returns:
-        How many images were packed.
+        The number of packed images.
     """
     directory = work / "shards"
     _begin(directory, content)
@@ -111,11 +111,11 @@ def assemble(
     shards = _plan_shards(config, items, splits)
     _write_samples([_sample(shard, item) for shard in shards for item in shard.items], directory)
     entries = _write_shards(config, shards, pngs, directory)
-    found = audit(
+    audit_file = audit(
         *(_entries(items, splits), duplicates, pixels, source.classes, source.task),
         thumbnails=lambda place: pngs.thumbnail(items[place].place),
     )
-    write_json(directory / "audit.json", found)
+    write_json(directory / "audit.json", audit_file)
     index = _describe(config, packed, shards, entries, directory / "samples.csv")
     index |= _describe_squares(items)
     if config.lungs_only:
@@ -128,17 +128,17 @@ def assemble(
         print(line)
     for line in split_notes(packed, config.split, groups, splits):
         print(f"splits: {line}")
-    print(summary(found))
+    print(summary(audit_file))
     print(table(fates, ("files", "")))
     if left_out:
-        print(f"each one that is left out is in {config.out / 'rejected.csv'}, with the reason")
+        print(f"{config.out / 'rejected.csv'}: the files left out, with the reason of each")
     return len(items)
 
 
 def _begin(directory: Path, content: dict[str, object]) -> None:
-    """Remove what a killed pack left, but for whole shards and their list if it was this pack.
+    """Remove the files of a killed pack, except complete shards and their list of the same pack.
 
-    The options are written first: the squares may be the same while shards made of them differ.
+    The options are compared, since equal squares can be packed into different shards.
     """
     directory.mkdir(parents=True, exist_ok=True)
     options = directory / "pack.json"
@@ -151,7 +151,10 @@ def _begin(directory: Path, content: dict[str, object]) -> None:
 
 
 def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Square]) -> None:
-    """Make sure that no class is lost; a label may be, where all its images have other views."""
+    """Check that each class has an image left.
+
+    In a multilabel source a label may lose all its images if they have views that are not packed.
+    """
     other_views = LEFT_OUT.values() if source.task == "multilabel" else ()
     reasons = {square.path: square.reason for square in rejected}
     there = {label for item in items for label in labels_of(item.record.label)}
@@ -160,13 +163,13 @@ def _refuse_lost_classes(source: Source, items: list[Item], rejected: list[Squar
         lost = [label for label in labels_of(record.label) if label not in there]
         if reason and reason not in other_views and lost:
             raise CxrdistError(
-                f"class {lost[0]!r} has no image left; the first that is left out is "
-                f"{record.file}: {reason}"
+                f"class {lost[0]!r} has no image left; add images of it, or repair those that are "
+                f"left out, first {record.file}: {reason}"
             )
 
 
 def _of_views(source: Source, rejected: list[Square]) -> Source:
-    """The source without the images whose tags tell that they are not packed, to be counted."""
+    """Return the source without images that have views which are not packed, for the counts."""
     others = {square.path for square in rejected if square.reason in LEFT_OUT.values()}
     return replace(source, records=[r for r in source.records if r.path not in others])
 
@@ -174,9 +177,9 @@ def _of_views(source: Source, rejected: list[Square]) -> Source:
 def _cover(
     config: PackConfig, items: list[Item], splits: list[str], num_records: int
 ) -> list[Item]:
-    """Take the covered squares of the split that is to be covered.
+    """Use the covered squares in the split to be covered.
 
-    Splits and duplicates are found before, so that they do not depend on what is covered.
+    Splits and duplicates are determined before, so that they do not depend on what is covered.
     """
     chosen = SPLITS if config.cover_split == "all" else (config.cover_split,)
     return [
@@ -186,29 +189,29 @@ def _cover(
 
 
 def _drop(items: list[Item], duplicates: Duplicates, listed: Path) -> tuple[list[Item], Duplicates]:
-    """Keep one image of those that are the same, none where their labels differ.
+    """Keep one image of each group of copies, none if their labels differ.
 
-    Of an image that stands in several splits given by the source the test image stays.
+    If the source gives the copies several splits, the one in test is kept.
     """
     rank = {"test": 0, "val": 1}
     groups = join_groups(range(len(items)), duplicates.pairs)
     members: dict[int, list[int]] = {}
-    for place, group in enumerate(groups):
-        members.setdefault(group, []).append(place)
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
     dropped: dict[int, tuple[str, str]] = {}
-    for places in members.values():
-        places.sort(key=lambda place: rank.get(str(items[place].record.split), 2))
-        first = items[places[0]].record
-        records = [items[place].record for place in places]
+    for copies in members.values():
+        copies.sort(key=lambda i: rank.get(str(items[i].record.split), 2))
+        first = items[copies[0]].record
+        records = [items[i].record for i in copies]
         alike = agree(
             (record.label, joined(record.uncertain, record.missing)) for record in records
         )
         reason = "is the same image" if alike else "is the same image with another label"
-        for place in places[1:] if alike else places if len(places) > 1 else ():
-            dropped[place] = first.path, reason
-    rows = [(items[place].record.path, *dropped[place]) for place in sorted(dropped)]
+        for i in copies[1:] if alike else copies if len(copies) > 1 else ():
+            dropped[i] = first.path, reason
+    rows = [(items[i].record.path, *dropped[i]) for i in sorted(dropped)]
     write_table(listed, ("path", "as", "reason"), rows)
-    kept = [item for place, item in enumerate(items) if place not in dropped]
+    kept = [item for i, item in enumerate(items) if i not in dropped]
     return kept, Duplicates([], [])
 
 
@@ -227,7 +230,7 @@ def _plan_shards(config: PackConfig, items: list[Item], splits: list[str]) -> li
 
 
 def _write_samples(samples: list[Sample], directory: Path) -> None:
-    """Write samples.csv before the shards: shards of other samples, if any, are removed."""
+    """Write samples.csv before the shards; if it has changed, remove shards written before."""
     keys = Counter(sample.key for sample in samples)
     clash = next((key for key, times in keys.items() if times > 1), None)
     if clash:
@@ -243,7 +246,7 @@ def _write_samples(samples: list[Sample], directory: Path) -> None:
 def _write_shards(
     config: PackConfig, shards: list[Shard], pngs: Pngs, directory: Path
 ) -> list[ShardEntry]:
-    """Write the shards that are not there yet; their entries in the index."""
+    """Write the missing shards; return the index entries of all."""
     entries = []
     total = sum(len(shard.items) for shard in shards)
     with progress(total, "writing", "images") as bar:
@@ -257,13 +260,13 @@ def _write_shards(
 
 
 def _packed(config: PackConfig, item: Item, pngs: Pngs) -> Packed:
-    """Return what is written of a sample."""
+    """Return the files of a sample."""
     mask = pngs[item.mask_place] if item.square.mask_bytes else b""
     return Packed(_about(config, item), pngs[item.place], mask)
 
 
 def _about(config: PackConfig, item: Item) -> SampleFile:
-    """Return what a sample's KEY.json says."""
+    """Return the content of a sample's KEY.json."""
     record, square = item.record, item.square
     about: SampleFile = {
         "key": sample_key(record.path),
@@ -286,24 +289,24 @@ def _about(config: PackConfig, item: Item) -> SampleFile:
 
 
 def _boxes(config: PackConfig, item: Item) -> list[Finding]:
-    """Return the boxes of a record's findings, as far as they lie in its square."""
+    """Return the boxes of a record's findings in px of its square, clipped to it."""
     original = item.square.width_px, item.square.height_px
     there = (in_square(f, *original, config.size, config.fit) for f in item.record.findings)
     return [box for box in (clipped(f, config.size) for f in there) if box is not None]
 
 
 def _lines(config: PackConfig, items: list[Item], index: IndexFile) -> Iterator[str]:
-    """Yield what a user reads of depths, masks and boxes, as far as there are any."""
+    """Yield lines for the user about depths, masks and boxes, if there are any."""
     if depth := index.get("depth"):
         yield describe_depth(depth, [item.square.used_depth for item in items])
     if masks := index.get("masks"):
         yield masks_line(masks, len(items))
     with_boxes = [item for item in items if item.record.findings]
-    found = sum(len(item.record.findings) for item in with_boxes)
-    lost = found - sum(len(_boxes(config, item)) for item in with_boxes)
-    if found:
+    num_boxes = sum(len(item.record.findings) for item in with_boxes)
+    lost = num_boxes - sum(len(_boxes(config, item)) for item in with_boxes)
+    if num_boxes:
         outside = f"; {lost} lie outside of the square and are left out" if lost else ""
-        yield f"findings: {found} boxes in {len(with_boxes)} images{outside}"
+        yield f"findings: {num_boxes} boxes in {len(with_boxes)} images{outside}"
 
 
 def _fingerprint(item: Item) -> Any:
@@ -388,7 +391,7 @@ def _describe(
 
 
 def _describe_squares(items: list[Item]) -> SquaresEntry:
-    """Return what index.json says of depths and masks."""
+    """Return the fields of index.json on depths and masks."""
     squares = [item.square for item in items]
     masks = describe_masks([square.mask_share for square in squares if square.mask_sha256])
     depth = next((square.depth for square in squares if square.depth), None)
@@ -396,7 +399,7 @@ def _describe_squares(items: list[Item]) -> SquaresEntry:
 
 
 def describe_cover(config: PackConfig, items: list[Item], num_records: int) -> CoverEntry:
-    """What index.json says of burned-in text that was covered; it says nothing where none was."""
+    """Return the entry of index.json on covered burned-in text; only for packs that cover some."""
     covered = [item for item in items if item.place >= num_records]
     return {
         "how": config.cover,

@@ -1,4 +1,4 @@
-"""Audit: what makes a data set's numbers untrue, found before the training starts."""
+"""Audit: find what would invalidate results on a data set, before the training starts."""
 
 import base64
 import io
@@ -41,14 +41,14 @@ from cxrdist.errors import CxrdistError
 
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
-SAME_THING = 0.5  # of a class's images: then the class and its sources are taken for each other
+SAME_THING = 0.5  # of a class's images: above this share, class and source count as confounded
 STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
 PICTURE_PX = 96
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 MOST_LISTED = 10  # in a line of the summary
-# Grey levels. X-rays spread over 40 to 80; a wrong window or depth leaves none or a few.
+# Grey levels. X-rays have a standard deviation of 40 to 80; a wrong window or depth leaves few.
 FLAT_SPREAD = 1.0  # standard deviation below which a square is constant
-FLAT_RANGE = 32  # mean and 3 standard deviations within so many levels of black or white
+FLAT_RANGE = 32  # mean and 3 standard deviations are within this many levels of black or white
 UNKNOWN = "unknown"
 MODELS: tuple[Literal["logistic_regression", "perceptron"], ...] = (
     "logistic_regression",
@@ -63,21 +63,21 @@ Targets = NDArray[np.int8]
 
 @dataclass(frozen=True)
 class Entry:
-    """What the audit needs to know of an image.
+    """An image as the audit needs it.
 
     Attributes:
-        key: of the sample.
-        path: relative to the source.
+        key: key of the sample.
+        path: path relative to the source.
         split: train, val or test.
-        label: one or several with ``|`` between them.
-        patient: whose X-ray it is.
-        source: where it comes from.
+        label: its labels, separated by ``|``.
+        patient: who was X-rayed.
+        source: where the image comes from.
         view: PA, AP ... or empty.
-        width_px: of the original.
-        height_px: of the original.
-        fingerprint: of the square.
-        unknown: labels that are uncertain or missing, with ``|`` between them.
-        mask_share: of the square that its mask covers; None without one.
+        width_px: width of the original.
+        height_px: height of the original.
+        fingerprint: fingerprint of the square.
+        unknown: labels that are uncertain or missing, separated by ``|``.
+        mask_share: share of the square that its mask covers; None without a mask.
     """
 
     key: str
@@ -102,18 +102,18 @@ def audit(
     task: Task,
     thumbnails: Pixels | None = None,
 ) -> AuditFile:
-    """Look for what makes a class known without its disease, or a test image without a test.
+    """Find leaks between splits, and ways to tell a class without looking at the disease.
 
     Args:
         entries: all images.
-        duplicates: by the places of the images in ``entries``.
-        pixels: the square of an image by its place.
+        duplicates: duplicates by position in ``entries``.
+        pixels: gives the square of an image by its position.
         classes: names of the classes.
-        task: multiclass or multilabel; only of one label an image is a patient in two classes odd.
-        thumbnails: what `shrink` makes of a square, by its place; made here if None.
+        task: multiclass or multilabel; only multiclass reports patients in two classes.
+        thumbnails: gives the result of `shrink` by position; computed here if None.
 
     Returns:
-        The content of audit.json (shards/README.md). A finding that cannot be made is None, with
+        The content of audit.json (shards/README.md). A field that cannot be computed is None, with
         the reason in ``not_made``.
     """
     not_made: dict[str, str] = {}
@@ -169,10 +169,10 @@ def audit(
 
 
 def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | None:
-    """Return a finding of the audit, or None and note why it could not be made.
+    """Return a field of the audit, or None and record why it could not be computed.
 
-    Shards are whole without their audit, so no error in it may lose them, not even a programming
-    error; that one is noted with its kind and place.
+    Every error is caught, even a programming error (recorded with its type and line): shards are
+    valid without an audit, and packing them again may take hours.
     """
     try:
         return make()
@@ -187,12 +187,12 @@ def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | 
 
 
 def shared_patients(
-    entries: Sequence[Entry], places_of: Callable[[Entry], list[str]]
+    entries: Sequence[Entry], groups_of: Callable[[Entry], list[str]]
 ) -> list[SharedPatient]:
-    """List the patients with images in several places, with the number of images in each."""
+    """List the patients with images in several groups, with the number of images in each."""
     seen: dict[str, Counter[str]] = {}
     for entry in entries:
-        seen.setdefault(entry.patient, Counter()).update(places_of(entry))
+        seen.setdefault(entry.patient, Counter()).update(groups_of(entry))
     return [
         {"patient": patient, "images": dict(sorted(counts.items()))}
         for patient, counts in sorted(seen.items())
@@ -201,7 +201,7 @@ def shared_patients(
 
 
 def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> Targets:
-    """Return which labels the images have: int8 [N, classes], 1, 0, or -1 for an unknown one."""
+    """Return the labels of the images: int8 [N, classes], 1, 0, or -1 if not known."""
     columns = {
         POSITIVE: [entry.label for entry in entries],
         UNCERTAIN: [entry.unknown for entry in entries],
@@ -220,7 +220,7 @@ def _shown(entry: Entry) -> ShownImage:
 
 
 def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[tuple[tuple[int, int], Pair]]:
-    """Describe all pairs, by the numbers of their images; two splits or classes come first."""
+    """Describe all pairs, with the numbers of their images; those in two splits come first."""
 
     def describe(first: int, second: int, kind: PairKind, bits: int, correlation: float) -> Pair:
         one, other = entries[first], entries[second]
@@ -254,16 +254,15 @@ def _count_pairs(pairs: list[Pair]) -> Pairs:
 
 
 def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str]) -> Origins:
-    """Count images by name and class, and measure how far name and class are the same thing.
+    """Count images per name and class, and measure how closely name and class are related.
 
     Returns:
-        counts: images of each class, and all, by name; association: Cramér's V of each class
-        against the rest, 0 (none) to 1, None where there is nothing to compare; own: the share of
-        each class's images that have a name which no image outside of the class has. Images of
-        which the class is not known are neither in the class nor in the rest; an unknown name is no
-        name.
+        counts: images per class, and all, by name; association: Cramér's V of each class against
+        the rest, 0 (none) to 1, None where there is nothing to compare; own: the share of each
+        class's images that have a name which no image outside of the class has. Images whose class
+        is not known are neither in the class nor in the rest; the name `UNKNOWN` is ignored.
     """
-    from scipy.stats.contingency import association  # takes longer than all else of `check`
+    from scipy.stats.contingency import association  # slower to import than the rest of `check`
 
     known = sorted(set(names))
     row_of = {name: i for i, name in enumerate(known)}
@@ -288,7 +287,7 @@ def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str])
 
 
 def _features(entry: Entry) -> dict[str, float]:
-    """Size, border and brightness."""
+    """Return size, border and brightness of an image."""
     return {
         "width_px": entry.width_px,
         "height_px": entry.height_px,
@@ -300,9 +299,9 @@ def _features(entry: Entry) -> dict[str, float]:
 def _masks(
     entries: Sequence[Entry], targets: Targets, classes: Sequence[str]
 ) -> MaskOrigins | None:
-    """Count images with and without a mask by split and class; None where no image has one.
+    """Count images with and without a mask per split and class; None if no image has one.
 
-    Masks that only some classes have tell the class to whatever uses them.
+    If only some classes have masks, a model that uses masks can learn the class from that.
     """
     described = describe_masks([e.mask_share for e in entries if e.mask_share is not None])
     if described is None:
@@ -325,7 +324,7 @@ def _masks(
 def _statistics(
     features: Sequence[dict[str, float]], targets: Targets, classes: Sequence[str]
 ) -> dict[str, dict[str, Moments | None]]:
-    """Mean and standard deviation of each feature by class, None for a class without images."""
+    """Return mean and standard deviation of each feature per class; None without images."""
     values = np.array([list(row.values()) for row in features])
     result: dict[str, dict[str, Moments | None]] = {}
     for column, name in enumerate(features[0]):
@@ -359,7 +358,7 @@ def _flat_kind(statistics: dict[str, float]) -> FlatKind | None:
 def _in_pre_training(
     entries: Sequence[Entry], targets: Targets, classes: Sequence[str]
 ) -> PreTraining:
-    """Count the images of ChestX-ray14, by split and class: a CheXNet has seen most of them."""
+    """Count images of ChestX-ray14 per split and class: a CheXNet was trained on most of them."""
     form = KNOWN_NAMES["ChestX-ray14"]
     seen = np.array(
         [
@@ -386,7 +385,7 @@ def _in_pre_training(
 def _thumbnails(
     entries: Sequence[Entry], pairs: Sequence[tuple[tuple[int, int], Pair]], pixels: Pixels
 ) -> dict[str, str]:
-    """Make small JPEGs of the first pairs, base64 by key; of equal images of the first one."""
+    """Return small JPEGs of the first pairs, base64 by key; equal images need only one."""
     shown = [numbers[:1] if pair["kind"] == "exact" else numbers for numbers, pair in pairs]
     chosen = dict.fromkeys(number for numbers in shown[:MOST_PICTURED] for number in numbers)
     return {entries[number].key: _thumbnail(pixels(number)) for number in chosen}
@@ -400,7 +399,7 @@ def _thumbnail(pixels: NDArray[np.uint8]) -> str:
 
 
 def _warnings(audit_file: AuditFile) -> list[str]:
-    """List what a reader of the run's numbers must know, a line for each."""
+    """Return what a reader of the run's results must know, one line each."""
     return [
         *_leaks(audit_file),
         *_empty(audit_file["flat"]),
@@ -430,24 +429,24 @@ def _leaks(audit_file: AuditFile) -> list[str]:
 def _empty(flat: Sequence[FlatImage]) -> list[str]:
     """Name the squares that show nothing, by kind."""
     return [
-        f"{kind} images: {len(paths)}, such as by a wrong window or bit depth ({_few(paths)})"
+        f"{kind} images: {len(paths)}; check window and bit depth ({_few(paths)})"
         for kind in ("constant", "nearly black", "nearly white")
         if (paths := [image["path"] for image in flat if image["kind"] == kind])
     ]
 
 
 def _confounded(table: Origins | None, what: str) -> list[str]:
-    """Name the classes that are known by their source, view or mask, or nearly so."""
+    """Name the classes that source, view or mask identify, at least for most of their images."""
     if table is None:
         return []
     lines = [
         f"{own:.0%} of the images of {name} have {what} that no other image has: "
-        f"whoever knows the {what[:-1]} knows the class"
+        f"the {what[:-1]} alone tells the class"
         for name, own in table["own"].items()
         if own >= SAME_THING
     ]
     lines += [
-        f"{name} goes with the {what[:-1]}: Cramér's V is {v:.2f} (0 none, 1 the same thing)"
+        f"{name} is associated with the {what[:-1]}: Cramér's V is {v:.2f} (0 not at all, 1 fully)"
         for name, v in table["association"].items()
         if (v or 0) >= STRONG and table["own"][name] < SAME_THING
     ]
@@ -460,22 +459,22 @@ def _shortcuts(shortcut: Shortcut | None) -> list[str]:
     above = sorted((n for n in scores if scores[n]["low"] > 0.5), key=lambda n: -scores[n]["value"])
     if not above:
         return []
-    told = [f"{name} {scores[name]['value']:.2f}" for name in above]
+    listed = [f"{name} {scores[name]['value']:.2f}" for name in above]
     return [
         "size, border and brightness alone tell classes from the rest, AUROC (chance 0.5): "
-        f"{_few(told)}"
+        f"{_few(listed)}"
     ]
 
 
 def best_model(baseline: Baseline) -> tuple[str, str, Estimate] | None:
-    """Find what thumbnails alone give at best: the model, the figure and its interval.
+    """Return the better model on thumbnails alone, with its score and interval.
 
     Args:
         baseline: of audit.json.
 
     Returns:
-        The model's key; accuracy of one class per image, else mean_auroc; its value, low and high.
-        None where no model could be trained.
+        The model's key; ``accuracy`` with one class per image, else ``mean_auroc``; its value, low
+        and high. None if no model could be trained.
     """
     for figure in FIGURES:
         scores = {name: score for name in MODELS if (score := baseline[name][figure])}
@@ -486,7 +485,7 @@ def best_model(baseline: Baseline) -> tuple[str, str, Estimate] | None:
 
 
 def _baseline_warning(baseline: Baseline | None) -> list[str]:
-    """Say what a network has to be better than, if thumbnails tell more than guessing does."""
+    """Return the score that a network has to beat, if thumbnails are better than guessing."""
     best = best_model(baseline) if baseline else None
     if baseline is None or best is None:
         return []
@@ -497,24 +496,24 @@ def _baseline_warning(baseline: Baseline | None) -> list[str]:
     within = "{value:.1%} ({low:.1%} to {high:.1%})" if figure == "accuracy" else _WITHIN
     reached = "are right on" if figure == "accuracy" else "reach a mean AUROC of"
     return [
-        f"thumbnails of {baseline['size_px']} px alone {reached} {within.format(**score)}: a "
-        "network means something only above that"
+        f"thumbnails of {baseline['size_px']} px alone {reached} {within.format(**score)}: only "
+        "a higher score of a network means something"
     ]
 
 
 def _baseline_line(baseline: Baseline) -> str:
-    """Say what both models tell from thumbnails, and of how many images."""
-    told = []
+    """Return the scores of both models on thumbnails, and the number of images."""
+    scores = []
     for name in MODELS:
         accuracy, auroc = (baseline[name][figure] for figure in FIGURES)
         figures = [f"accuracy {_WITHIN.format(**accuracy)}"] if accuracy else []
         figures += [f"mean AUROC {_WITHIN.format(**auroc)}"] if auroc else []
-        told.append(f"{name.replace('_', ' ')} {', '.join(figures) or 'of too few patients'}")
+        scores.append(f"{name.replace('_', ' ')} {', '.join(figures) or 'has too few patients'}")
     images, all_of_them = baseline["images"], baseline["of_images"]
-    drawn = f" drawn of {all_of_them} by patient" if images < all_of_them else ""
+    drawn = f" drawn from {all_of_them} by patient" if images < all_of_them else ""
     return (
         f"audit: thumbnails of {baseline['size_px']} px alone, {baseline['folds']} folds by "
-        f"patient, {images} images{drawn}: {'; '.join(told)}"
+        f"patient, {images} images{drawn}: {'; '.join(scores)}"
     )
 
 
@@ -525,7 +524,7 @@ def _seen_before(table: PreTraining | None) -> list[str]:
     if not any(seen.values()):
         return []
     return [
-        f"{sum(seen.values())} images ({seen['test']} of test) are of {table['data_set']}: a "
+        f"{sum(seen.values())} images ({seen['test']} in test) are from {table['data_set']}: a "
         "network that starts from CheXNet may have seen them in its pre-training"
     ]
 
@@ -536,7 +535,7 @@ def _few(names: Sequence[str]) -> str:
 
 
 def summary(audit_file: AuditFile) -> str:
-    """Write the audit for the terminal."""
+    """Return the audit as text for the terminal."""
     pairs, baseline = audit_file["duplicates"], audit_file["baseline"]
     not_made = audit_file["not_made"].items()
     counts = (

@@ -1,4 +1,4 @@
-"""audit.json: what makes a data set's numbers untrue; written by the audit, read by the report."""
+"""The format of audit.json, which the audit writes and the report reads."""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ MaskCounts = TypedDict("MaskCounts", {"with a mask": Count, "without a mask": Co
 
 
 class ShownImage(TypedDict):
-    """What is shown of an image."""
+    """An image in a list of the audit."""
 
     key: str
     path: str
@@ -31,7 +31,7 @@ class ShownImage(TypedDict):
 
 
 class FlatImage(ShownImage):
-    """An image that shows nothing."""
+    """An image that is constant, nearly black or nearly white."""
 
     kind: FlatKind
 
@@ -41,9 +41,9 @@ class Pair(TypedDict):
 
     kind: Literal["exact", "near"]
     bits: Count
-    """In which their perceptual hashes differ, of 256."""
+    """Bits in which their perceptual hashes differ, of 256."""
     correlation: Correlation
-    """Of their fine structure."""
+    """Correlation of their fine structure."""
     two_splits: bool
     two_classes: bool
     images: Annotated[list[ShownImage], Between(2, 2)]
@@ -67,18 +67,18 @@ class SharedPatient(TypedDict):
 
 
 class Origins(TypedDict):
-    """How far a class and where its images come from are the same thing."""
+    """How closely the classes are related to the origin (source, view or mask) of their images."""
 
     counts: dict[str, dict[str, Count]]
-    """Images of each class, and ``all``, by origin."""
+    """Images per class, and ``all``, by origin."""
     association: dict[str, Share | None]
-    """Cramér's V of each class against the others; None where there is nothing to compare."""
+    """Cramér's V of each class against the others; None if there is nothing to compare."""
     own: dict[str, Share]
     """The share of each class's images whose origin no image of another class has."""
 
 
 class MaskOrigins(MasksEntry, Origins):
-    """Masks of the images, and how far having one tells the class."""
+    """Masks of the images, and how well having one predicts the class."""
 
     splits: dict[str, MaskCounts]
 
@@ -91,7 +91,7 @@ class Moments(TypedDict):
 
 
 class Estimate(TypedDict):
-    """A figure and the limits of its 95 % interval over patients."""
+    """A score and the limits of its 95 % interval over patients."""
 
     value: Share
     low: Share
@@ -99,16 +99,16 @@ class Estimate(TypedDict):
 
 
 class Judgement(TypedDict):
-    """How well the scores of a model tell the classes; None where classes have too few patients."""
+    """How well a model separates the classes; None if classes have too few patients."""
 
     accuracy: Estimate | None
     auroc: dict[str, Estimate | None]
-    """By class; chance is 0.5."""
+    """AUROC per class; chance is 0.5."""
     mean_auroc: Estimate | None
 
 
 class Shortcut(TypedDict):
-    """How well size, border and brightness tell the classes; audits of older versions lack means.
+    """How well size, border and brightness separate the classes; old versions lack means.
 
     The members are those of `Judgement`.
     """
@@ -121,22 +121,22 @@ class Shortcut(TypedDict):
 
 
 class Baseline(TypedDict):
-    """How well simple models tell the classes from thumbnails."""
+    """How well simple models separate the classes on thumbnails."""
 
     size_px: Count
     folds: Count
     images: Count
-    """That the models were trained and tested on."""
+    """Images that the models were trained and tested on."""
     of_images: Count
     patients: Count
     largest_class: Share
-    """Share of the images that have it."""
+    """Share of the images in the largest class."""
     logistic_regression: Judgement
     perceptron: Judgement
 
 
 class PreTraining(TypedDict):
-    """Images of the data set that a CheXNet was trained on, by split: of each class and ``all``."""
+    """Images of the data set that CheXNet was trained on, by split: per class and ``all``."""
 
     data_set: str
     splits: dict[str, dict[str, Count]]
@@ -145,8 +145,8 @@ class PreTraining(TypedDict):
 class AuditFile(TypedDict):
     """The content of audit.json.
 
-    What could not be made is None, with the reason in ``not_made``. Audits of older versions lack
-    the members that are not required.
+    A member that could not be computed is None, with the reason in ``not_made``. Audits of older
+    versions lack the members that are not required.
     """
 
     format: Literal["cxrdist-audit-1"]
@@ -167,7 +167,7 @@ class AuditFile(TypedDict):
     flat: NotRequired[list[FlatImage]]
     in_pre_training: PreTraining | None
     thumbnails: dict[str, Thumbnail]
-    """Of the first pairs, by key."""
+    """JPEGs of the first pairs, by key."""
     not_made: NotRequired[dict[str, str]]
     warnings: list[str]
 
@@ -189,7 +189,7 @@ def read_audit(path: Path) -> AuditFile:
 
 
 def _columns(audit: AuditFile) -> Iterator[tuple[str, Collection[str]]]:
-    """Yield the name of each table, and what each of its rows has a value for."""
+    """Yield the name of each table by class, and the classes that each of its rows has."""
     for origins in filter(None, (audit["sources"], audit["views"], audit.get("masks"))):
         yield from (("counts", row) for row in origins["counts"].values())
         yield "association", origins["association"]

@@ -1,7 +1,7 @@
-"""The trivial baseline: what simple models tell from thumbnails that show hardly any disease.
+"""The trivial baseline: scores of simple models on thumbnails that show hardly any disease.
 
-A network means something only above them. On X-rays of several sources they are often right, since
-a thumbnail shows age, position, collimation and the hospital's processing.
+Only a higher score of a network means something. On X-rays from several sources such models are
+often right, since a thumbnail shows age, position, collimation and the hospital's processing.
 """
 
 import warnings
@@ -32,19 +32,20 @@ def measure_baseline(
     classes: Sequence[str],
     task: Task,
 ) -> Baseline:
-    """Tell the classes from thumbnails, cross-validated by patient as in `measure_shortcut`.
+    """Predict the classes from thumbnails, cross-validated by patient as in `measure_shortcut`.
 
     Args:
-        thumbnails: what `shrink` makes of an image's square, by its place.
-        targets: int8 [N, classes], 1 where an image has the label, 0 where not, below where that
-            is not known. The perceptron learns these as absent; they are never scored.
-        groups: a number for each image's patient.
+        thumbnails: returns the result of `shrink` for an image by its position.
+        targets: int8 [N, classes]: 1 if an image has the label, 0 if not, below 0 if not known.
+            The perceptron learns unknown labels as absent; they are never scored.
+        groups: the patient's number for each image.
         classes: names of the columns.
         task: multiclass or multilabel.
 
     Returns:
-        size_px, folds, the images used (`MOST_IMAGES` at most) of all, their patients, the share of
-        the largest class in them, and of logistic_regression and perceptron what `judge` returns.
+        size_px, folds, the number of images used (at most `MOST_IMAGES`) and of all, their
+        patients, the share of the largest class in them, and the result of `judge` for
+        logistic_regression and perceptron.
 
     Raises:
         CxrdistError: there are fewer patients than folds.
@@ -70,10 +71,10 @@ def measure_baseline(
 
 
 def choose_images(groups: Sequence[int], most: int) -> NDArray[np.int64]:
-    """Choose all images of some patients, drawn with one seed; at most so many, all if they fit.
+    """Choose at most ``most`` images: all of randomly drawn patients, with a fixed seed.
 
     Returns:
-        Places of the images, int64, ascending.
+        Positions of the images, int64, ascending.
     """
     numbers = np.unique(np.asarray(groups), return_inverse=True)[1]
     counts = np.bincount(numbers)
@@ -88,7 +89,7 @@ def _perceive(
     folds: Sequence[Fold],
     usable: NDArray[np.bool_],
 ) -> Scores:
-    """Score images by a perceptron with one hidden layer, an output for each usable class.
+    """Score images by a perceptron with one hidden layer and one output per usable class.
 
     Returns:
         float64 [N, classes], NaN in the column of a class that has too few patients.

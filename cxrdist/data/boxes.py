@@ -1,4 +1,4 @@
-"""Boxes of burned-in text: a table that a person can edit, and how what is in them is covered."""
+"""Boxes of burned-in text: their CSV, which users may edit, and how they are covered."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,14 +15,14 @@ from cxrdist.run import write_table
 
 COLUMNS = ("path", "x", "y", "width", "height", "text", "score")
 NEEDED = COLUMNS[:5]
-MOST_PX = 1_000_000  # of an edge or a side
-MOST_SOLVED = 50_000  # pixels of Laplace's equation that are solved at once, in half a second
+MOST_PX = 1_000_000  # for the position of an edge, or a side
+MOST_SOLVED = 50_000  # unknowns of Laplace's equation that are solved at once, in half a second
 
 
 class Box(NamedTuple):
-    """A box around burned-in text, in px of the original image as it is shown (after an EXIF turn).
+    """A box around burned-in text, in px of the original as it is shown (after EXIF rotation).
 
-    Its pixels are those of columns floor(x) to ceil(x + width) - 1, rows likewise.
+    It covers the pixels of columns floor(x) to ceil(x + width) - 1, rows likewise.
     """
 
     x: float
@@ -32,13 +32,13 @@ class Box(NamedTuple):
     width: float
     height: float
     text: str = ""
-    """What it reads, as far as it is known; may be wrong without harm."""
+    """Recognised text, for information only."""
     score: float = 1.0
-    """How sure the finder was, 0 to 1; 1 if a person drew it."""
+    """Certainty of the detector, 0 to 1; 1 if a person drew the box."""
 
 
 def write_boxes(file: Path, boxes: Mapping[str, Sequence[Box]]) -> None:
-    """Write the boxes of each image by its path, sorted, with the columns `COLUMNS`."""
+    """Write boxes by path of the image, sorted, with the columns `COLUMNS`."""
     rows = [
         (path, *(f"{value:g}" for value in box[:4]), box.text, f"{box.score:.3f}")
         for path in sorted(boxes)
@@ -48,10 +48,10 @@ def write_boxes(file: Path, boxes: Mapping[str, Sequence[Box]]) -> None:
 
 
 def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
-    """Read the boxes of each image by its path; the columns text and score may be missing.
+    """Read boxes by path of the image; the columns text and score may be missing.
 
     Raises:
-        CxrdistError: the file is missing, or a row is no box.
+        CxrdistError: the file is missing, or a row is not a valid box.
     """
     table = read_table(file, NEEDED)
     places = table.find_columns({name: {name} for name in COLUMNS})
@@ -63,18 +63,22 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
         )
     for note in table.notes:
         print(f"{file}: {note}")
-    found: dict[str, list[Box]] = {}
+    boxes: dict[str, list[Box]] = {}
     for where, cells in table.rows():
         row = {name: cells[place] for name, place in places.items()}
-        found.setdefault(row["path"], []).append(box_of(row, where))
-    return {path: tuple(boxes) for path, boxes in found.items()}
+        boxes.setdefault(row["path"], []).append(box_of(row, where))
+    return {path: tuple(group) for path, group in boxes.items()}
 
 
 def box_of(row: Mapping[str, str], where: str) -> Box:
-    """Read a box of a table's row.
+    """Read a box from a table row.
+
+    Args:
+        row: cells by column.
+        where: file and row, for messages.
 
     Raises:
-        CxrdistError: it is not one; ``where``, file and row, is in the message.
+        CxrdistError: it is not a valid box.
     """
     try:
         x, y, width, height = (_number(row[name]) for name in NEEDED[1:])
@@ -84,18 +88,19 @@ def box_of(row: Mapping[str, str], where: str) -> Box:
     inside = all(-MOST_PX <= value <= MOST_PX for value in (x, y, width, height, score))
     if not inside or width <= 0 or height <= 0:
         raise CxrdistError(
-            f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is no box; mend or remove the row"
+            f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is not a valid box; correct or "
+            "remove the row"
         )
     return Box(x, y, width, height, row.get("text", ""), score)
 
 
 def _number(text: str) -> float:
-    """Return a number, also with the decimal comma of some spreadsheets."""
+    """Parse a number, also with the decimal comma of some spreadsheets."""
     return float(text.replace(",", "."))
 
 
 def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bool_]:
-    """Pixels in any of the boxes, bool [height_px, width_px]; a pixel partly inside counts."""
+    """Return the pixels in any box, bool [height_px, width_px]; pixels partly inside count."""
     mask = np.zeros((height_px, width_px), dtype=bool)
     for box in boxes:
         top, left = max(0, math.floor(box.y)), max(0, math.floor(box.x))
@@ -109,9 +114,8 @@ def cover(pixels: NDArray[np.uint8], boxes: Sequence[Box], how: str) -> NDArray[
 
     Args:
         pixels: uint8 [H, W].
-        boxes: in its px.
-        how: ``black`` (Bassi & Attux 2020, section 2.2), or ``fill`` from the surroundings, as
-            `fill` does.
+        boxes: in px of the image.
+        how: ``black`` (Bassi & Attux 2020, section 2.2), or ``fill`` as `fill` does.
     """
     mask = inside(boxes, *pixels.shape)
     if how == "fill":
@@ -122,11 +126,11 @@ def cover(pixels: NDArray[np.uint8], boxes: Sequence[Box], how: str) -> NDArray[
 
 
 def fill(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Fill part of an image with the smoothest continuation of what surrounds it.
+    """Fill pixels of an image with the smoothest continuation of their surroundings.
 
     Each filled pixel is the mean of its neighbours above, below, left and right (Laplace's
-    equation), so that no edge tells of what was there. Of parts of more than `MOST_SOLVED` pixels
-    that is so at half the size. An image without surroundings gets black.
+    equation), so that no edge shows where something was. More than `MOST_SOLVED` pixels are filled
+    at half the size. If all pixels are to be filled, the image becomes black.
 
     Args:
         pixels: uint8 [H, W].
@@ -148,7 +152,7 @@ def fill(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8
 def _halved(
     pixels: NDArray[np.uint8], mask: NDArray[np.bool_]
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Return the means of what is known of each 2 x 2 pixels; where nothing is, the mask stays."""
+    """Halve an image to the means of the known pixels of each 2 x 2; none known stays masked."""
     odd = [(0, side % 2) for side in mask.shape]
     known = ~np.pad(mask, odd, mode="edge")
     values = np.pad(pixels, odd, mode="edge") * known.astype(np.uint16)
@@ -164,8 +168,8 @@ def _solve_laplace(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArra
     from scipy.sparse.linalg import spsolve
 
     y, x = np.nonzero(mask)
-    place = np.full(mask.shape, -1)
-    place[mask] = np.arange(len(y))
+    unknown = np.full(mask.shape, -1)  # number of a masked pixel among the unknowns
+    unknown[mask] = np.arange(len(y))
     degree, known = np.zeros(len(y)), np.zeros(len(y))
     pairs = []
     for down, right in ((0, 1), (0, -1), (1, 0), (-1, 0)):
@@ -173,7 +177,7 @@ def _solve_laplace(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArra
         there = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
         own, rows, columns = np.flatnonzero(there), rows[there], columns[there]
         degree[own] += 1
-        other = place[rows, columns]
+        other = unknown[rows, columns]
         outer = other < 0
         known[own[outer]] += pixels[rows[outer], columns[outer]]
         pairs.append(np.stack([own[~outer], other[~outer]]))

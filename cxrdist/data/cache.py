@@ -1,6 +1,6 @@
 """The decoded cache: all samples as one memory-mapped uint8 array on local disk.
 
-Their masks are another file of the same make, written when something asks for them.
+Their masks are a second array file, written when they are first needed.
 """
 
 import fcntl
@@ -33,21 +33,21 @@ Images = NDArray[np.uint8]
 Masks = NDArray[np.uint8]
 MISSING = "is missing"
 OTHER_PLACE = "choose a directory with room on a local disk with --cache"
-NUM_THREADS = 8  # per rank; what they read comes from memory or one disk
+NUM_THREADS = 8  # per rank; all of them read from memory or one disk
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What a file of the cache holds of each sample.
+    """Description of a cache file, which has one row per sample.
 
     Attributes:
-        noun: what it holds, for messages.
-        suffix: of the file's name.
+        noun: what a row is, for messages.
+        suffix: suffix of the file's name.
         index: the shards.
-        row_shape: of a sample's row, uint8.
-        sha256: what a row should have as `digest`, by the number of the sample.
-        digest: of a row.
-        decode: the rows of a shard.
+        row_shape: shape of a row, uint8.
+        sha256: expected `digest` of each row, by sample number.
+        digest: computes the hash of a row.
+        decode: yields the rows of a shard.
     """
 
     noun: str
@@ -60,18 +60,21 @@ class Layer:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the array."""
+        """Shape of the array."""
         return len(self.index.samples), *self.row_shape
 
     def header(self) -> bytes:
-        """The first bytes of the array file: compared, so that no header of another's is parsed."""
+        """Return the expected header of the array file.
+
+        An existing file's header is compared with it, so that no untrusted header is parsed.
+        """
         header = io.BytesIO()
-        about = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-        np.lib.format.write_array_header_1_0(header, about)
+        description = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+        np.lib.format.write_array_header_1_0(header, description)
         return header.getvalue()
 
     def num_bytes(self) -> int:
-        """Size of the array file."""
+        """Return the size of the array file."""
         return len(self.header()) + math.prod(self.shape)
 
 
@@ -88,15 +91,15 @@ def _images_of(index: Index) -> Layer:
 
 
 def _masks_of(index: Index) -> Layer:
-    """A bit per pixel: a mask costs an eighth of its image's disk and memory, and 10 us to unpack.
+    """Describe the cache of masks: one bit per pixel, zeros for a sample without a mask.
 
-    A sample without a mask has a row of zeros.
+    A mask takes an eighth of its image's disk and memory, and 10 us to unpack.
     """
     num_pixels = index.image_size_px**2
     empty = np.zeros(-(-num_pixels // 8), np.uint8)
 
     def digest(row: NDArray[np.uint8]) -> str:
-        # Of the pixels alone no bit behind the last one would be seen.
+        # The hash covers the pixels only; a set padding bit after the last one is a fault too.
         mask = np.unpackbits(row) * np.uint8(255)
         whole = not mask[num_pixels:].any()
         return hashlib.sha256(mask[:num_pixels].data).hexdigest() if whole else ""
@@ -118,12 +121,12 @@ def _masks_of(index: Index) -> Layer:
 
 
 class Checked(NamedTuple):
-    """A cache file of this node compared with the index.
+    """Result of comparing a cache file of this node with the index.
 
     Attributes:
         images: the array of a layer; None if the file cannot be used at all.
         stale: numbers of the shards that must be decoded.
-        fault: what is wrong with the file; empty if nothing is, or if nobody looked.
+        fault: what is wrong with the file; empty if nothing is, or if it was not compared.
     """
 
     images: Images | None
@@ -134,21 +137,21 @@ class Checked(NamedTuple):
 def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -> Images:
     """Map all images of the shards, decoding those that the cache of this node lacks.
 
-    The shards are compared with their index every time, each decoded sample with its hash, and so
-    is each row of an existing cache: shards with a row that differs are decoded anew, and a line
-    of the main rank says so.
+    Each call compares the shards with their index, and each decoded sample and each row of an
+    existing cache with its hash. Shards with a differing row are decoded again, and the main rank
+    prints a line about it.
 
     Args:
         index: the shards.
         directory: on local disk; ``~/.cache/cxrdist`` if None.
-        accelerator: its ranks share the work of their node.
+        accelerator: the ranks of a node share the decoding.
 
     Returns:
         uint8 [samples, size, size], read-only, in the order of the index.
 
     Raises:
-        CxrdistError: a shard or a sample differs from the index, a name of the cache is taken by
-            a link or another special file, or the cache differs on a node that may not mend it.
+        CxrdistError: a shard or a sample differs from the index, a link or another special file
+            has the name of a cache file, or the cache differs on a node that may not repair it.
     """
     part, num_parts = local_ranks(accelerator)
     together(accelerator, lambda: _verify(index, part, num_parts))
@@ -156,11 +159,11 @@ def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -
 
 
 def open_masks(index: Index, directory: Path | None, accelerator: Accelerator) -> Masks:
-    """Map the masks of all samples, as `open_cache` does the images; call that one before.
+    """Map the masks of all samples as `open_cache` maps the images; call `open_cache` first.
 
     Returns:
-        uint8 [samples, ceil(size * size / 8)], read-only: the pixels of a mask as bits, as
-        `numpy.packbits` has them; zeros where a sample has none (its ``mask_sha256`` is empty).
+        uint8 [samples, ceil(size * size / 8)], read-only: the pixels of each mask as bits, as
+        `numpy.packbits` returns them; zeros without a mask (``mask_sha256`` is empty).
 
     Raises:
         CxrdistError: as in `open_cache`.
@@ -178,22 +181,25 @@ def _open(layer: Layer, directory: Path | None, accelerator: Accelerator) -> NDA
         cached = _check(layer, path, accelerator, look=ours)
         _report(path, cached, accelerator)
         _rebuild(layer, path, cached, accelerator)
-        # Another node's work and a file written just now are checked too: nothing else is mapped.
+        # Files written just now, or by another node, are checked before they are used.
         unchecked = not ours or bool(cached.fault)
         latest = _check(layer, path, accelerator, look=unchecked)
     return together(accelerator, lambda: _accept(path, latest if unchecked else cached))
 
 
 def map_images(path: Path) -> Images:
-    """Map an array file read-only; as a plain array, whose rows numpy gathers a quarter faster."""
+    """Map an array file read-only.
+
+    It is returned as a plain array: numpy gathers its rows a quarter faster than a memmap's.
+    """
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def default_cache() -> Path:
-    """~/.cache/cxrdist, or where XDG_CACHE_HOME points.
+    """Return ~/.cache/cxrdist, or cxrdist in XDG_CACHE_HOME.
 
     Raises:
-        CxrdistError: the user has no home.
+        CxrdistError: the user has no home directory.
     """
     if where := os.environ.get("XDG_CACHE_HOME"):
         return Path(where) / "cxrdist"
@@ -204,10 +210,10 @@ def default_cache() -> Path:
 
 
 def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
-    """Whether this node fills the directory: of nodes that share one, such as a home, one does.
+    """Return whether this node fills the directory; of nodes that share one, exactly one does.
 
-    The others neither write there nor look before it is full: they would wait for each other's
-    lock, and a network file system remembers for a while that a file was not there.
+    The others neither write nor look until it is full: they would wait for each other's locks, and
+    a network file system caches for a while that a file did not exist.
     """
     part, _ = local_ranks(accelerator)
     mark = directory / f".{gather(accelerator, [secrets.token_hex(8)])[0]}.node"
@@ -216,7 +222,7 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
         with room_for(mark, OTHER_PLACE):
             directory.mkdir(parents=True, exist_ok=True)
             try:
-                mark.touch(exist_ok=False)  # of several nodes one succeeds, on NFS as well
+                mark.touch(exist_ok=False)  # exactly one of several nodes succeeds, also on NFS
             except FileExistsError:
                 return False
         return True
@@ -229,14 +235,14 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
 
 @contextmanager
 def _held(lock: Path) -> Iterator[None]:
-    """Let one run of a node decode at a time; the system frees the lock of a killed one."""
+    """Let one run per node decode at a time; the system releases the lock of a killed run."""
     with open_regular(lock, os.O_RDWR | os.O_CREAT) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _verify(index: Index, part: int, num_parts: int) -> None:
-    """Compare this rank's shards with the index; remote ones when they are fetched."""
+    """Compare this rank's shards with the index; remote ones are compared when fetched."""
     for shard in index.packed()[part::num_parts]:
         if isinstance(shard.path, Path):
             with open_shard(shard):
@@ -244,11 +250,11 @@ def _verify(index: Index, part: int, num_parts: int) -> None:
 
 
 def _check(layer: Layer, path: Path, accelerator: Accelerator, *, look: bool) -> Checked:
-    """Compare the cache with the index, each rank a part of its rows; must be called on every rank.
+    """Compare the cache with the index, each rank some of its rows; must be called on every rank.
 
     Args:
         layer: what the cache holds.
-        path: of the cache.
+        path: path of the cache.
         accelerator: the ranks of a node share its rows.
         look: whether this node compares; the same on all ranks of the node.
     """
@@ -269,7 +275,7 @@ def _check(layer: Layer, path: Path, accelerator: Accelerator, *, look: bool) ->
 
 
 def _load(layer: Layer, path: Path) -> tuple[NDArray[np.uint8] | None, str]:
-    """Map a cache that has the size and the shape that the index asks for.
+    """Map a cache file if it has the expected size and header.
 
     Returns:
         The array and an empty text, or None and what is wrong with the file.
@@ -280,23 +286,23 @@ def _load(layer: Layer, path: Path) -> tuple[NDArray[np.uint8] | None, str]:
         return None, MISSING
     with file:
         size, expected = os.fstat(file.fileno()).st_size, layer.num_bytes()
-        if size != expected:  # rows beyond the end of a mapped file would be a bus error
+        if size != expected:  # reading beyond the end of a mapped file is a bus error
             return None, f"has {size} bytes, expected {expected}"
         header = layer.header()
         if file.read(len(header)) != header:
             shape = " x ".join(map(str, layer.shape))
             return None, f"does not begin like an array of {shape} bytes"
-        # The reader that checks the rows is the one that reads them later: the file behind this
-        # map stays the same when another run gives its name to a new one.
+        # The map that is checked is the one that is used: it keeps this file even if another run
+        # gives its name to a new one.
         return np.asarray(np.memmap(file, np.uint8, "r", len(header), layer.shape)), ""
 
 
 def _differing(
     layer: Layer, images: NDArray[np.uint8] | None, part: int, num_parts: int
 ) -> list[int]:
-    """Sample numbers of this rank's part whose rows differ from their sha256 in samples.csv.
+    """Return the samples of this rank whose rows differ from their sha256 in samples.csv.
 
-    112,120 rows of 224 px take 4 s on a core with SHA instructions and 14 s on one without them.
+    112,120 rows of 224 px take 4 s on a core with SHA instructions and 14 s on one without.
     """
     if images is None:
         return []
@@ -309,13 +315,13 @@ def _differing(
     blocks = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
     cores = len(os.sched_getaffinity(0)) // num_parts
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, cores))) as pool:
-        return [i for found in pool.map(differing, blocks) for i in found]
+        return [i for block in pool.map(differing, blocks) for i in block]
 
 
 def _report(path: Path, cached: Checked, accelerator: Accelerator) -> None:
     """Print on the main rank what is wrong with the caches of all nodes."""
     damaged = cached.fault not in ("", MISSING)
-    line = f"cache {path}: {cached.fault}; decoded anew"
+    line = f"cache {path}: {cached.fault}; decoding again"
     lines = dict.fromkeys(gather(accelerator, [line] if damaged else []))
     if accelerator.is_main_process:  # Accelerator.print would repeat them on every node
         for text in lines:
@@ -323,9 +329,9 @@ def _report(path: Path, cached: Checked, accelerator: Accelerator) -> None:
 
 
 def _rebuild(layer: Layer, path: Path, cached: Checked, accelerator: Accelerator) -> None:
-    """Replace a cache that has a fault; must be called on every rank.
+    """Replace a faulty cache; must be called on every rank.
 
-    The old file is replaced and never written to: other runs may have mapped it.
+    The old file is replaced, never written to: other runs may have mapped it.
     """
     part, _ = local_ranks(accelerator)
     partial = path.with_suffix(".partial")
@@ -344,7 +350,7 @@ def _reserve(layer: Layer, partial: Path) -> None:
         RunFailedError: there is no room for it.
     """
     with room_for(partial, OTHER_PLACE):
-        partial.unlink(missing_ok=True)  # of a killed run, or a link: nothing is written through it
+        partial.unlink(missing_ok=True)  # left by a killed run, or a link, which is never followed
         with open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
             file.write(layer.header())
             # A full disk is an error here, not a bus error in the middle of the decoding.
@@ -352,7 +358,7 @@ def _reserve(layer: Layer, partial: Path) -> None:
 
 
 def _fill(layer: Layer, partial: Path, cached: Checked, accelerator: Accelerator) -> None:
-    """Write this rank's shards into the new cache: stale ones decoded, the others copied."""
+    """Write this rank's shards into the new cache: decode stale ones, copy the others."""
     part, num_parts = local_ranks(accelerator)
     with open_regular(partial, os.O_RDWR) as file:
         rows = np.memmap(file, np.uint8, "r+", len(layer.header()), layer.shape)
@@ -371,33 +377,33 @@ def _fill(layer: Layer, partial: Path, cached: Checked, accelerator: Accelerator
 
 
 def _accept(path: Path, checked: Checked) -> NDArray[np.uint8]:
-    """Return the array of a cache without a fault.
+    """Return the array of a cache.
 
     Raises:
-        CxrdistError: it has one.
+        CxrdistError: the cache has a fault.
     """
     if checked.images is None or checked.fault:
         raise CxrdistError(
-            f"{path}: {checked.fault}, though it was written or checked just now; run the same "
+            f"{path}: {checked.fault}, though it was just written or checked; run the same "
             "command again, or choose a directory on a local disk with --cache"
         )
     return checked.images
 
 
 class Squares(Protocol):
-    """Squares of samples: images as `open_cache` gives them, or what is made of them."""
+    """Squares by sample number: images of `open_cache`, or squares derived from them."""
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the squares of some samples, uint8 [B, size, size]."""
 
 
 def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Bring some images to the device.
+    """Copy some images to the device.
 
     Args:
         images: of all samples.
         numbers: int64 [B], sample numbers.
-        device: where they are needed; a copy to a GPU does not wait.
+        device: where they are needed; a copy to a GPU is asynchronous.
 
     Returns:
         uint8 [B, 1, size, size].
@@ -408,10 +414,10 @@ def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device)
 def read_mask_rows(
     masks: Masks, numbers: NDArray[np.int64], size_px: int, device: torch.device
 ) -> Tensor:
-    """Bring some masks to the device.
+    """Copy some masks to the device.
 
     Args:
-        masks: uint8 [samples, bytes], as `open_masks` gives.
+        masks: uint8 [samples, bytes], as `open_masks` returns.
         numbers: int64 [B], sample numbers.
         size_px: side of the squares.
         device: as in `read_rows`.

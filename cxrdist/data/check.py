@@ -1,4 +1,4 @@
-"""Check: are the shards still what their index says?"""
+"""Check: compare shards with their index."""
 
 import multiprocessing
 import os
@@ -25,12 +25,12 @@ from cxrdist.terminal import progress
 
 
 class Inspected(NamedTuple):
-    """What was found in a shard.
+    """Result of the inspection of a shard.
 
     Attributes:
         faults: what is wrong with it.
-        entries: for an audit.
-        num_samples: that it should have.
+        entries: its samples for an audit; empty if none is wanted.
+        num_samples: number of samples that it should have.
         mask_shares: share of the square that each of its masks covers.
     """
 
@@ -41,11 +41,11 @@ class Inspected(NamedTuple):
 
 
 def check(config: CheckConfig) -> None:
-    """Compare all that shards hold with their index, and print all that is wrong.
+    """Compare the whole content of shards with their index, and print every fault.
 
-    Compared are sizes and hashes of the shards, each sample's pixels, mask, label, patient, source
-    and path, the counts of index.json and samples.csv, and shards that the index does not know.
-    With ``audit`` SHARDS/audit.json is written.
+    The comparison covers sizes and hashes of the shards, each sample's pixels, mask, label,
+    patient, source and path, the counts in index.json and samples.csv, and unlisted shards.
+    With ``audit`` it also writes SHARDS/audit.json.
 
     Raises:
         CxrdistError: something differs.
@@ -53,16 +53,16 @@ def check(config: CheckConfig) -> None:
     index, faults = inspect_index(config.shards)
     with scratch_directory() as scratch:
         squares = _reserve(index, scratch) if config.audit else None
-        found = _inspect_all(index, squares)
-        faults += [fault for shard in found for fault in shard.faults]
+        inspected = _inspect_all(index, squares)
+        faults += [fault for shard in inspected for fault in shard.faults]
         faults += _strangers(index)
         _refuse(config.shards, faults)
         samples, shards = len(index.samples), len(index.shards)
-        print(f"{config.shards}: {samples} samples in {shards} shards are whole")
-        if masks := describe_masks([share for shard in found for share in shard.mask_shares]):
+        print(f"{config.shards}: {samples} samples in {shards} shards match the index")
+        if masks := describe_masks([share for shard in inspected for share in shard.mask_shares]):
             print(masks_line(masks, samples))
         if squares is not None:
-            _audit(index, [entry for shard in found for entry in shard.entries], squares)
+            _audit(index, [entry for shard in inspected for entry in shard.entries], squares)
 
 
 def _refuse(shards: Path, faults: list[str]) -> None:
@@ -74,7 +74,7 @@ def _refuse(shards: Path, faults: list[str]) -> None:
 
 
 def _reserve(index: Index, scratch: Path) -> Path:
-    """Return a file for the pixels of all samples."""
+    """Create a file for the pixels of all samples, so that workers need not send them back."""
     shape = (len(index.samples), index.image_size_px, index.image_size_px)
     path = scratch / "squares.npy"
     np.lib.format.open_memmap(path, "w+", np.uint8, shape)
@@ -85,23 +85,23 @@ def _reserve(index: Index, scratch: Path) -> Path:
 
 def _inspect_all(index: Index, squares: Path | None) -> list[Inspected]:
     context = multiprocessing.get_context("forkserver")
-    found = []
+    inspected = []
     with (
         ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool,
         progress(len(index.samples), "checking", "images") as bar,
     ):
         for shard in pool.map(partial(_inspect, squares=squares), index.packed()):
-            found.append(shard)
+            inspected.append(shard)
             bar.update(shard.num_samples)
-    return found
+    return inspected
 
 
 def _inspect(shard: PackedShard, squares: Path | None) -> Inspected:
     """Open a shard, then decode each of its samples.
 
     Args:
-        shard: to be inspected, in a process of its own.
-        squares: a file of uint8 [samples, size, size] to keep the pixels in, or None.
+        shard: the shard to inspect.
+        squares: a file of uint8 [samples, size, size] to store the pixels in, or None.
     """
     try:
         with open_shard(shard) as opened:
@@ -152,20 +152,20 @@ def _strangers(index: Index) -> Iterator[str]:
     known = {shard.name for shard in index.shards}
     for path in sorted(index.directory.glob("*.tar"), key=str):
         if path.name not in known:
-            yield f"{path}: is no shard of index.json; remove it"
+            yield f"{path}: is not listed in index.json; remove it"
 
 
 def _audit(index: Index, entries: list[Entry], squares: Path) -> None:
-    """Audit the samples in the order in which pack does."""
+    """Audit the samples in the same order as `pack` does, so that audit.json is the same."""
     rows = np.load(squares, mmap_mode="r")
-    order = sorted(range(len(entries)), key=lambda place: entries[place].path)
-    entries = [entries[place] for place in order]
+    order = sorted(range(len(entries)), key=lambda i: entries[i].path)
+    entries = [entries[i] for i in order]
 
-    def pixels(place: int) -> NDArray[np.uint8]:
-        return np.asarray(rows[order[place]])
+    def pixels(i: int) -> NDArray[np.uint8]:
+        return np.asarray(rows[order[i]])
 
     duplicates = find_duplicates([entry.fingerprint for entry in entries], pixels)
-    found = audit(entries, duplicates, pixels, index.classes, index.task)
-    write_json(index.directory / "audit.json", found)
-    print(summary(found))
+    audit_file = audit(entries, duplicates, pixels, index.classes, index.task)
+    write_json(index.directory / "audit.json", audit_file)
+    print(summary(audit_file))
     print(f"the audit is in {index.directory / 'audit.json'}")

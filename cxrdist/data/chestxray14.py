@@ -1,4 +1,4 @@
-"""ChestX-ray14 (Wang et al. 2017) as Kaggle and the NIH hand it out."""
+"""ChestX-ray14 (Wang et al. 2017) as published by the NIH and on Kaggle."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -29,34 +29,36 @@ COLUMNS = {
     **{name: {plain(name)} for name in (*NEEDED, "Patient Age")},
     "Patient Sex": {"patientsex", "patientgender"},  # in the newer and in the older table
 }
-FOLDERS = re.compile(r"images(_[^/]+/images)?")  # as the NIH and as Kaggle hand them out
+FOLDERS = re.compile(r"images(_[^/]+/images)?")  # of the NIH, and of Kaggle
 
 
 def read_chestxray14(
     folder: Path, against_rest: str | None = None, besides: Sequence[Path] = ()
 ) -> Source:
-    """Read the table, the official lists and boxes where they are there, and the images.
+    """Read the table, the images, and the official lists and boxes if present.
 
     Args:
-        folder: holds a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
+        folder: has a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
             ``images_012/images/`` (Kaggle).
-        against_rest: this label against all other images, instead of the 14 labels.
-        besides: folders that are not looked into.
+        against_rest: classify this label against all other images, instead of the 14 labels.
+        besides: folders to skip.
 
     Returns:
-        Records with the splits ``train+val`` and ``test`` of the official lists, if these are
-        there. Images without a row and rows without an image are left out.
+        Records with the splits ``train+val`` and ``test`` of the official lists, if present.
+        Images without a row and rows without an image are left out.
 
     Raises:
         CxrdistError: there is no table, a row or list is malformed, or a row is in no list.
     """
     if against_rest is not None and against_rest not in LABELS:
         raise CxrdistError(
-            f"--against-rest {against_rest}: is no label; expected one of {', '.join(LABELS)}"
+            f"--against-rest {against_rest}: is not a label; expected one of {', '.join(LABELS)}"
         )
     place = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if place is None:
-        raise CxrdistError(f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}")
+        raise CxrdistError(
+            f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}; download one of them"
+        )
     table = read_table(place, {plain(name) for name in NEEDED})
     listed = Listed(folder, _name_of, besides)
     splits, boxes = _splits(folder), read_boxes(folder, LABELS)
@@ -92,7 +94,7 @@ def _notes(records: Sequence[Record], splits: dict[str, str]) -> list[str]:
         )
     ageless = sum(record.age is None for record in records)
     if ageless:
-        notes.append(f"{ageless} images have no age from 0 to {MOST_YEARS:g} years, and none here")
+        notes.append(f"{ageless} images have no age from 0 to {MOST_YEARS:g} years; left empty")
     return notes
 
 
@@ -101,7 +103,7 @@ def _stem(name: str) -> str:
 
 
 def _official(name: str) -> str:
-    """An image's name as the NIH's tables have it: smaller copies are JPEGs of the same names."""
+    """Return an image's name in the NIH's tables; smaller copies may be JPEGs."""
     return f"{_stem(name)}.png"
 
 
@@ -114,18 +116,18 @@ def _splits(folder: Path) -> dict[str, str]:
     """Return the official split of each image; empty without the lists."""
     there = [name for name in LISTS if (folder / name).is_file()]
     if len(there) == 1:
-        raise CxrdistError(f"{folder}: has {there[0]} alone; expected both {' and '.join(LISTS)}")
+        raise CxrdistError(f"{folder}: has only {there[0]}; expected both {' and '.join(LISTS)}")
     splits: dict[str, str] = {}
     for list_name in there:
         text, _ = read_text(folder / list_name)
         for name in text.split():
             if splits.setdefault(_official(name), LISTS[list_name]) != LISTS[list_name]:
-                raise CxrdistError(f"{folder / list_name}: {name} stands in both lists")
+                raise CxrdistError(f"{folder / list_name}: {name} is in both lists")
     return splits
 
 
 def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Where a row is, the image's name, and what its record takes from it; labels in their order.
+    """Yield file and number of each row, the image's name, and fields of its record.
 
     The header has an unquoted comma in ``OriginalImage[Width,Height]``, and so have the rows.
     """
@@ -135,9 +137,9 @@ def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
         name, patient = cells["Image Index"], cells["Patient ID"]
         labels = set(cells["Finding Labels"].split(SEPARATOR)) - {NO_FINDING}
         if unknown := labels - {*LABELS}:
-            raise CxrdistError(f"{where}: {min(unknown)!r} is none of the 14 labels")
+            raise CxrdistError(f"{where}: {min(unknown)!r} is not one of the 14 labels")
         if not patient.isdecimal() or f"{int(patient):08d}" != name[:8]:
-            raise CxrdistError(f"{where}: {name} is not of patient {patient!r}")
+            raise CxrdistError(f"{where}: {name} does not belong to patient {patient!r}")
         known = {
             "label": SEPARATOR.join(x for x in LABELS if x in labels),
             "patient": name[:8],

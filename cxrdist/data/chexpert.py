@@ -1,7 +1,7 @@
-"""CheXpert (Irvin et al. 2019) as Stanford AIMI and Kaggle hand it out, v1.0 and v1.0-small.
+"""CheXpert (Irvin et al. 2019) as published by Stanford AIMI and on Kaggle, v1.0 and v1.0-small.
 
-Not read: labels of other labellers (CheXbert, visualCheXbert), what each radiologist said of the
-test set, the segmentations of CheXlocalize, and the table and reports of CheXpert Plus.
+Not read: labels of other labellers (CheXbert, visualCheXbert), the single readings of radiologists
+on the test set, the segmentations of CheXlocalize, and the table and reports of CheXpert Plus.
 """
 
 import re
@@ -25,8 +25,8 @@ LABELS = (
     *("Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion"),
     *("Pleural Other", "Fracture", "Support Devices"),
 )
-# By the folder of its images the names of a table: of CheXpert, of CheXlocalize (which has the
-# images of the test set), of the repository cheXpert-test-set-labels. The first one is read.
+# Names of the table of each image folder: in CheXpert, in CheXlocalize (which has the images of the
+# test set), and in the repository cheXpert-test-set-labels. The first one that exists is read.
 TABLES = {
     "train": ("train.csv",),
     "valid": ("valid.csv", "val_labels.csv"),
@@ -34,7 +34,7 @@ TABLES = {
 }
 OTHER_TABLES = ("train_cheXbert.csv", "train_visualCheXbert.csv")
 SPLITS_WITH_TEST = {"train": "train", "valid": "val", "test": "test"}
-# Nothing may be chosen on the one set that radiologists have labelled and then be scored on it.
+# valid.csv, the only set labelled by radiologists, must not select a model and then score it.
 SPLITS_WITHOUT_TEST = {"train": DEVELOPMENT, "valid": "test"}
 COLUMNS = {
     **{name: {plain(name)} for name in ("Path", "Study", "Sex", "Age")},
@@ -49,7 +49,7 @@ FORMS = {  # of a row's cell, by the name of the column
 
 
 class View(NamedTuple):
-    """What a table says of an image's view, and what it is taken for."""
+    """The view of an image according to a table, and the view that is used."""
 
     frontal_lateral: str
     ap_pa: str
@@ -57,18 +57,18 @@ class View(NamedTuple):
 
 
 def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
-    """Read the tables and the images that are there.
+    """Read the tables and the images that exist.
 
     Args:
-        folder: holds tables and images, in it or in folders below it. Patient, study and view of
-            an image are told by the end of its path, ``patientNNNNN/studyN/viewN_frontal.jpg``, so
-            that the four parts of v1.0, Kaggle's copy and CheXlocalize may lie as they are.
-        besides: folders that are not looked into.
+        folder: has tables and images, in it or in folders below it. The end of an image's path,
+            ``patientNNNNN/studyN/viewN_frontal.jpg``, identifies it, so that the four parts of
+            v1.0, Kaggle's copy and CheXlocalize can stay as unpacked.
+        besides: folders to skip.
 
     Returns:
-        Records whose path is ``train/``, ``valid/`` or ``test/`` and that end. With a table of the
-        test set the splits are the official ones; without it valid.csv is the test split, and
-        train.csv is ``train+val``.
+        Records whose path is ``train/``, ``valid/`` or ``test/`` followed by that end. With a table
+        of the test set the splits are the official ones; without it valid.csv is the test split,
+        and train.csv is ``train+val``.
 
     Raises:
         CxrdistError: there is no table or no image, or a table is malformed.
@@ -89,7 +89,9 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
                 path, split = f"{part}/{name}{taken[0].suffix}", splits[part]
                 records.append(Record(taken[0], path, source=NAME, split=split, **facts))
         if part == "test" and len(records) == num_before:
-            raise CxrdistError(f"{file}: none of its images is here; fetch them or move it away")
+            raise CxrdistError(
+                f"{file}: none of its images is here; download them or move the table away"
+            )
     if "test" not in tables:
         test = (
             "valid.csv, labelled by radiologists, is test" if "valid" in tables else "test is empty"
@@ -110,10 +112,10 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
 
 def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """Return the table of each part, and the names of those that are here and not read.
+    """Return the table of each image folder, and the names of tables that are not read.
 
     Raises:
-        CxrdistError: there is no table, or one stands in two folders.
+        CxrdistError: there is no table, or one is in two folders.
     """
     below = sorted(child for child in folder.iterdir() if child.is_dir())
     tables, not_read = {}, []
@@ -123,7 +125,7 @@ def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
         ]
         twice = next((file for file in found[1:] if file.name == found[0].name), None)
         if twice and part:
-            raise CxrdistError(f"{twice}: stands in {found[0].parent} too; remove one")
+            raise CxrdistError(f"{twice}: is also in {found[0].parent}; remove one")
         if part and found:
             tables[part] = found.pop(0)
         not_read += [file.name for file in found]
@@ -140,9 +142,9 @@ def _name_of(path: str) -> str | None:
 
 
 def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str, Any]]]:
-    """Name of each image that a table asks for, its view, and what its record takes from the row.
+    """Yield the name of each image in a table, its view, and fields of its record.
 
-    A table of studies asks for all images of each.
+    In a table of studies, a row stands for all images of its study.
     """
     columns = {plain(name) for name in table.columns}
     key = "Study" if "study" in columns and "path" not in columns else "Path"
@@ -166,7 +168,7 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
 
 
 def _asked(row: Row, text: str, form: re.Pattern[str]) -> str:
-    """Return the image or study that a row is about, as `_name_of` names it."""
+    """Return the image or study of a row, as `_name_of` names it."""
     if not (match := form.fullmatch(text)):
         raise CxrdistError(
             f"{row.where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "
@@ -176,7 +178,7 @@ def _asked(row: Row, text: str, form: re.Pattern[str]) -> str:
 
 
 def _view(name: str, cells: dict[str, str]) -> View:
-    """Return the view of an image by its row, or by its name where the row tells none."""
+    """Return the view of an image by its row, or by its name if the row has none."""
     frontal_lateral, ap_pa = cells.get("Frontal/Lateral", ""), cells.get("AP/PA", "")
     side, position = view_of(frontal_lateral), view_of(ap_pa)
     named = view_in_name(name.rpartition("/")[2])
@@ -185,7 +187,7 @@ def _view(name: str, cells: dict[str, str]) -> View:
 
 
 def _view_notes(views: Counter[View]) -> list[str]:
-    """Tell of views that a table states in two ways, or in words that are not known."""
+    """Return notes on views whose two columns contradict each other or have unknown words."""
     notes = []
     for view, number in sorted(views.items()):
         side, position = view_of(view.frontal_lateral), view_of(view.ap_pa)

@@ -1,6 +1,6 @@
-"""Class folders: images whose folders tell their class, and perhaps their split.
+"""Class folders: images in folders that are named after classes, and perhaps splits.
 
-Read are CLASS/..., SPLIT/CLASS/... and CLASS/SPLIT/..., where SPLIT is one of `SPLIT_NAMES`.
+The layouts are CLASS/..., SPLIT/CLASS/... and CLASS/SPLIT/..., with SPLIT from `SPLIT_NAMES`.
 """
 
 import re
@@ -24,10 +24,10 @@ def read_class_folders(
     """Read the images of class folders.
 
     Args:
-        folder: holds a folder of images for each class, or such folders for each split.
+        folder: has a folder of images per class, or such folders per split.
         patient_pattern: regular expression; the first group that matches in the file name is the
-            patient. Without it, or where it does not match, an image is a patient of its own.
-        besides: folders that are not looked into.
+            patient. Without it, or if it does not match, the image has a patient of its own.
+        besides: folders to skip.
 
     Raises:
         CxrdistError: a class has no image, or it is unclear which folders are classes and which
@@ -62,10 +62,10 @@ def read_class_folders(
 
 
 def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | None:
-    """Which folders above the images are splits: the upper ones 0, the lower ones 1, none None.
+    """Return the level of the folders that are splits: 0 upper, 1 lower, None if none are.
 
     Raises:
-        CxrdistError: some are and others are not, or two are the same split.
+        CxrdistError: only some folders of a level are splits, or two are the same split.
     """
     below: dict[str, set[str]] = defaultdict(set)
     for parts in levels:
@@ -83,10 +83,10 @@ def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | 
             others = sorted(name for name in lower if name.lower() in SPLIT_NAMES)
         if others:
             raise CxrdistError(
-                f"--input {folder}: holds folders of splits ({', '.join(splits[:3])}) and others "
+                f"--input {folder}: has folders of splits ({', '.join(splits[:3])}) and others "
                 f"({', '.join(name or 'images' for name in others[:3])}); expected SPLIT/CLASS or "
-                "CLASS/SPLIT for all images, or no folder that is named as a split: move or rename "
-                "the others, or list the images in a table (--source csv)"
+                "CLASS/SPLIT for all images, or no folder named like a split: move or rename the "
+                "others, or list the images in a table (--source csv)"
             )
         for names in siblings:
             _refuse_equal_splits(folder, names)
@@ -95,7 +95,7 @@ def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | 
 
 
 def _refuse_like_splits(folder: Path, siblings: Iterable[set[str]]) -> None:
-    """Names such as train_images and test_images are no classes, a single one may be."""
+    """Reject folders such as train_images and test_images; a single such name may be a class."""
     for names in siblings:
         like = {
             name: match[1] for name in names if (match := LOOKS_LIKE_SPLIT.search(name.lower()))
@@ -103,7 +103,7 @@ def _refuse_like_splits(folder: Path, siblings: Iterable[set[str]]) -> None:
         if len(set(like.values())) > 1:
             raise CxrdistError(
                 f"--input {folder}: the folders {', '.join(sorted(like)[:3])} look like splits; "
-                "call them train, val and test, or otherwise if they are classes"
+                "rename them to train, val and test, or to other names if they are classes"
             )
 
 
@@ -119,7 +119,7 @@ def _refuse_equal_splits(folder: Path, names: Iterable[str]) -> None:
 
 
 def _leave_val_open(records: list[Record]) -> list[Record]:
-    """Without a folder of validation images these are drawn from the training images."""
+    """Let validation images be drawn from the training images if there is no val folder."""
     if {record.split for record in records} & {None, "val"}:
         return records
     return [replace(r, split=DEVELOPMENT) if r.split == "train" else r for r in records]
@@ -132,7 +132,7 @@ def _refuse_empty_classes(
     records: Sequence[Record],
     found: Found,
 ) -> None:
-    """Return each class folder needs an image; what was left out of it may say why it has none."""
+    """Reject class folders without an image, with the reason from the files left out of them."""
     tops = _class_folders(folder, besides)
     if split_level == 0:
         splits = [top for top in tops if top.name.lower() in SPLIT_NAMES]

@@ -1,4 +1,4 @@
-"""Codestreams: the precision that a JPEG, JPEG-LS or JPEG 2000 stream declares of its samples."""
+"""Codestreams: the sample precision that a JPEG, JPEG-LS or JPEG 2000 stream declares."""
 
 JPEG2000_SIZE = (
     b"\xff\x4f\xff\x51"  # SOC and SIZ (ISO 15444-1, section A.5.1), in a JP2 box or bare
@@ -9,10 +9,10 @@ WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 
 
 def precision(stream: bytes) -> tuple[int, bool] | None:
-    """Return the bits of a sample of the first component, and whether it is signed.
+    """Return the bits per sample of the first component, and whether samples are signed.
 
     Returns:
-        None where the stream has no header that tells it.
+        Bits and sign; None if no header declares them.
     """
     if stream[:2] == b"\xff\xd8":
         return _jpeg_precision(stream)
@@ -24,7 +24,7 @@ def precision(stream: bytes) -> tuple[int, bool] | None:
 
 
 def _jpeg_precision(stream: bytes) -> tuple[int, bool] | None:
-    """Walk over the marker segments to the frame's."""
+    """Read the precision from the frame header, skipping the marker segments before it."""
     place = 2
     while place + 5 <= len(stream) and stream[place] == 0xFF:
         marker = stream[place + 1]

@@ -1,4 +1,4 @@
-"""The COVID-19 Radiography Database (Chowdhury et al. 2020, Rahman et al. 2021) as it is unpacked.
+"""The COVID-19 Radiography Database (Chowdhury et al. 2020, Rahman et al. 2021) as unpacked.
 
 Kaggle: tawsifurrahman/covid19-radiography-database. The paper used the first release.
 """
@@ -20,7 +20,7 @@ NAME = "COVID-19 Radiography Database"
 # COVID-19 images of the first release that COVID-Net leaves out (its create_COVIDx notebooks).
 UNUSABLE = {*range(100, 106), *range(110, 114), *range(122, 127), 217}
 MOST_BYTES = 64 << 20  # of a workbook, unpacked; the largest of the releases has 2 MB
-# What a workbook's URL tells of an image's source.
+# Sources by part of an image's URL in a workbook.
 SOURCES = {
     "rsna": "RSNA",
     "paultimothymooney": "Kermany",
@@ -36,11 +36,11 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Release:
-    """One of the three layouts.
+    """A release, recognised by its folders.
 
     Attributes:
         name: first, middle or current release.
-        classes: folder of each class, and the source of images of which no workbook tells; the
+        classes: folder of each class, and the source of its images that no workbook lists; the
             children's images are Kermany's (2018), the opacities RSNA's (2018).
         images: folder within a class's folder, or empty.
     """
@@ -72,19 +72,19 @@ RELEASES = (
 def read_covid19_radiography(
     folder: Path, *, drop_unusable: bool, besides: Sequence[Path] = ()
 ) -> Source:
-    """Read one of the three releases, told by its folders; the lung masks are left out.
+    """Read one of the three releases, recognised by its folders; lung masks are left out.
 
     The label is the folder's name. No patient is known. The source is that of the URL in the
-    metadata workbooks, where there is none that of the class (`Release`).
+    metadata workbooks, else that of the class (`Release`).
 
     Args:
-        folder: the release's, or the one that holds it.
-        drop_unusable: leave out what COVID-Net lists as unusable.
-        besides: folders that are not looked into.
+        folder: folder of the release, or the one above it.
+        drop_unusable: leave out images that COVID-Net lists as unusable.
+        besides: folders to skip.
 
     Raises:
-        CxrdistError: the folder holds no release, a class has no image, a workbook cannot be read,
-            or ``drop_unusable`` is set for another release than the first.
+        CxrdistError: the folder has no release, a class has no image, a workbook cannot be read, or
+            ``drop_unusable`` is set for another release than the first.
     """
     root, release = _recognise(folder)
     if drop_unusable and release.name != "first release":
@@ -118,7 +118,7 @@ def read_covid19_radiography(
 
 
 def _why_left_out(release: Release, parts: Sequence[str], drop_unusable: bool) -> str:
-    """Why an image of the release's folder is not packed; empty if it is."""
+    """Return why an image in the release's folder is not packed; empty if it is."""
     folders = [part for part in (parts[0], release.images) if part]
     if list(parts[:-1]) != folders or parts[0] not in release.classes:
         return "lung mask" if "masks" in parts[1:-1] else "outside of the release's folders"
@@ -135,15 +135,15 @@ def _recognise(folder: Path) -> tuple[Path, Release]:
                 return root, release
     expected = "; ".join(", ".join(release.classes) for release in RELEASES)
     raise CxrdistError(
-        f"--input {folder}: is no release of the {NAME}; expected the folders of one: {expected}"
+        f"--input {folder}: is not a release of the {NAME}; expected the folders of one: {expected}"
     )
 
 
 def _read_workbook(root: Path, name: str) -> dict[int, str]:
-    """URLs of a class's images by their numbers; empty where the release has no workbook.
+    """Return the URLs of a class's images by their numbers; empty without a workbook.
 
-    Names in the workbooks are written in several ways, such as COVID-19(1) for ``COVID-19 (1)`` and
-    NORMAL-1 for ``Normal-1``: only the number tells the image.
+    Names in the workbooks are spelt in several ways, such as COVID-19(1) for ``COVID-19 (1)`` and
+    NORMAL-1 for ``Normal-1``: only the number identifies an image.
     """
     books = [
         file for file in root.glob("*.xlsx") if file.name.split(".")[0].lower() == name.lower()
@@ -183,12 +183,12 @@ def _read_rows(book: Path) -> list[tuple[Any, ...]]:
     except Exception as error:
         # openpyxl and the zip and XML readers below it raise errors of any kind on damaged files.
         raise CxrdistError(
-            f"{book}: no readable workbook ({type(error).__name__}); unpack the release again"
+            f"{book}: is not a readable workbook ({type(error).__name__}); unpack the release again"
         ) from error
 
 
 def _number(name: str) -> int | None:
-    """The last number in an image's name, its suffix left away: 7 of ``COVID-19 (7).png``."""
+    """Return the last number in an image's name without suffix: 7 for ``COVID-19 (7).png``."""
     match = re.search(r"(\d+)\)?$", re.sub(r"\.\w+$", "", name.strip()))
     return int(match.group(1)) if match else None
 

@@ -5,8 +5,8 @@ older ones the lists are in COVID-Net's repository, such as train_COVIDx9A.txt. 
 ``patient file label source``; in the oldest lists some lines lack the source.
 
 Not read: the severity lists (COVIDxSev), competition_test/, which has no labels, copies of images
-under other suffixes, since two images may differ in theirs alone, and the sex and age that some of
-the gathered collections tell.
+with other suffixes, since two images may differ only in theirs, and the sex and age that some
+collections have.
 """
 
 import re
@@ -27,7 +27,7 @@ LIST = re.compile(r"(train|val|test)(_[A-Za-z0-9_.-]+)?\.txt")
 # In the order of COVID-Net's outputs (its data.py).
 CLASSES = (("negative", "positive"), ("normal", "pneumonia", "COVID-19"))
 LABELS = tuple(label for classes in CLASSES for label in classes)
-# What the lists call the collections; one spelling is COVIDx 9's slip.
+# Names of the collections in the lists; rnsa is a typo in COVIDx 9.
 SOURCES = {
     **dict.fromkeys(("rsna", "rnsa"), RSNA),
     "cohen": "covid-chestxray-dataset",
@@ -38,12 +38,13 @@ SOURCES = {
     "bimcv": "BIMCV",
     "stonybrook": "Stony Brook",
 }
-# Images of RSNA are named by a UUID, also where a line lacks its source.
+# RSNA's images are named by a UUID, which identifies them if a line lacks its source.
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 BIMCV_VIEW = re.compile(r"_vp-([a-z]+)_")  # in a file's name, of BIDS
 # COVID-Net's create_COVIDx.ipynb and create_COVIDx_binary.ipynb list their test patients as
-# ``'190', '191' 'COVID-00024', 'COVID-00025'``. Without a comma Python joins the two in the middle
-# to one that nobody has, so both went to train: in the lists of COVIDx 3 to 9 and of CXR-4.
+# ``'190', '191' 'COVID-00024', 'COVID-00025'``. Because of the missing comma Python joins the two
+# in the middle to an ID that does not exist, so both patients went to train: in the lists of
+# COVIDx 3 to 9 and of CXR-4.
 TEST_PATIENTS = {("cohen", "191"), ("fig1", "COVID-00024")}
 MISPLACED = "of a patient whom COVID-Net meant for test, and a missing comma put into train"
 MOST_NAMED = 5  # patients in a note
@@ -57,10 +58,10 @@ class Line(NamedTuple):
     image: str
     """Name in the folder of the split."""
     patient: str
-    """As the list has it, which is unique within a collection."""
+    """Patient as in the list, unique within a collection."""
     label: str
     collection: str
-    """As the list has it; empty where it lacks it."""
+    """Collection as in the list, or empty."""
 
     def source(self) -> str:
         """Return where the image comes from."""
@@ -69,22 +70,23 @@ class Line(NamedTuple):
 
 
 def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
-    """Read the lists of one version and the images of them that are there.
+    """Read the lists of one version and those of their images that exist.
 
-    A patient of two lists stays in the later one of train, val and test, so that the test list is
-    the published one: the other images are left out, and so are `TEST_PATIENTS` of train and val.
+    A patient in two lists stays in the later one of train, val and test, so that the test list is
+    the published one: the other images are left out, and so are `TEST_PATIENTS` in train and val.
 
     Args:
-        folder: holds the lists, and the images in ``train/``, ``val/`` and ``test/``.
-        besides: folders that are not looked into.
+        folder: has the lists, and the images in ``train/``, ``val/`` and ``test/``.
+        besides: folders to skip.
 
     Returns:
-        Records of two classes or of three, as the lists have them, with their splits: ``train+val``
-        for the training list of a version without val. A patient is that of a collection; of
-        RSNA's images the NIH's patient, where `rsna_pneumonia.MAPPING` lies beside the lists.
+        Records of two or three classes, as in the lists, with their splits: ``train+val`` for the
+        training list of a version without val. Patients are those of the collections; for RSNA's
+        images those of the NIH, if `rsna_pneumonia.MAPPING` is next to the lists.
 
     Raises:
-        CxrdistError: there are not the lists of one version, or a line is malformed.
+        CxrdistError: the lists of a version are missing, several versions are mixed, or a line is
+            malformed.
     """
     listed, lists = Listed(folder, _name_of, besides, suffixes=True), _find_lists(folder)
     lines = [line for split, file in lists.items() for line in _read_list(split, file)]
@@ -124,7 +126,7 @@ def _find_lists(folder: Path) -> dict[str, Path]:
     """Return the list of each split, in the order of `SPLITS`; older versions have no val.
 
     Raises:
-        CxrdistError: no version has its lists of train and test there, or several have.
+        CxrdistError: no version has both train and test lists, or several have.
     """
     versions: dict[str, dict[str, Path]] = defaultdict(dict)
     for file in sorted(folder.iterdir()):
@@ -143,10 +145,10 @@ def _find_lists(folder: Path) -> dict[str, Path]:
 
 
 def _read_list(split: str, file: Path) -> Iterator[Line]:
-    """Yield the lines of a list; an image that stands there again, as in some, is given once.
+    """Yield the lines of a list, each image once, since some lists repeat images.
 
     Raises:
-        CxrdistError: a line has no label, or two lines tell different things of one image.
+        CxrdistError: a line has no label, or two lines of an image differ.
     """
     before: dict[str, Line] = {}
     text, _ = read_text(file)
@@ -173,7 +175,7 @@ def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
     """Return the classes that the lists have.
 
     Raises:
-        CxrdistError: they mix those of two kinds of lists.
+        CxrdistError: they mix labels of lists with two and with three classes.
     """
     labels = {line.label for line in lines}
     classes = next((classes for classes in CLASSES if labels <= {*classes}), None)
@@ -183,13 +185,13 @@ def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def _patient(line: Line, origins: Mapping[str, str]) -> str:
-    """Return the patient's name among all collections: two of them number theirs from 1."""
+    """Return a patient's name that is unique among collections: two of them number from 1."""
     source = line.source()
     return f"{source}/{origins.get(line.patient, line.patient) if source == RSNA else line.patient}"
 
 
 def _why_left_out(line: Line, last: str) -> str:
-    """Why an image is not packed; empty if it is.
+    """Return why an image is not packed; empty if it is.
 
     Args:
         line: of the image.
@@ -203,7 +205,7 @@ def _why_left_out(line: Line, last: str) -> str:
 def _notes(
     records: Sequence[Record], left_out: Mapping[str, Counter[str]], origins: Mapping[str, str]
 ) -> list[str]:
-    """Return what a user should know, a line each."""
+    """Return notes for the user, one line each."""
     notes = []
     for reason, images in left_out.items():
         names = ", ".join(sorted(images)[:MOST_NAMED])

@@ -1,4 +1,4 @@
-"""Shards as a torch Dataset, for training loops other than `cxrdist train`."""
+"""Dataset: packed shards as a torch Dataset, for training loops other than `cxrdist train`."""
 
 import os
 from contextlib import ExitStack
@@ -17,12 +17,11 @@ from cxrdist.errors import CxrdistError
 
 
 class LabelledImage(NamedTuple):
-    """A sample, or what `torch.utils.data.default_collate` makes of several.
+    """A sample, or a batch of several made by `torch.utils.data.default_collate`.
 
     Attributes:
         image: uint8 [1, S, S], as a `Classifier` takes it in a batch.
-        target: float32 [classes]: 1 where the image has the class, 0 where it has not, -1 where
-            that is not known.
+        target: float32 [classes]: 1 if the image has the class, 0 if not, -1 if not known.
         key: of the sample.
         patient: of the sample.
     """
@@ -34,20 +33,20 @@ class LabelledImage(NamedTuple):
 
 
 class ShardDataset(Dataset[LabelledImage]):
-    """The samples of a split, in the order of samples.csv, each decoded when it is asked for.
+    """The samples of a split, in the order of samples.csv, each decoded on access.
 
-    A process checks a shard as a whole against the index when it first needs one of its samples
-    (sha256), then each sample against samples.csv, and keeps the shard open: a descriptor for 1000
-    images. Workers of a DataLoader open their own, however they are started.
+    On the first access to a shard, a process compares its sha256 with the index; it then compares
+    each sample with samples.csv. Shards stay open: one file descriptor per shard (1000 images by
+    default). Workers of a DataLoader open their own files, with any start method.
 
     Attributes:
         index: of the shards.
         classes: names in the order of the targets.
-        numbers: sample numbers in the index, one for each item.
+        numbers: sample numbers in the index, one per item.
     """
 
     def __init__(self, index: Index, split: str) -> None:
-        """Find the samples of a split; no shard is opened yet.
+        """Select the samples of a split; no shard is opened yet.
 
         Raises:
             CxrdistError: the split is invalid or empty.
@@ -58,7 +57,7 @@ class ShardDataset(Dataset[LabelledImage]):
         self.classes = list(index.classes)
         self.numbers = index.numbers(split)
         if not self.numbers:
-            raise CxrdistError(f"{index.directory}: has no samples in {split}; name another split")
+            raise CxrdistError(f"{index.directory}: has no samples in {split}; give another split")
         self._targets = np.maximum(index.targets(), -1).astype(np.float32)
         self._shards = index.packed()
         self._ends = np.cumsum([shard.entry.samples for shard in self._shards])
@@ -78,26 +77,26 @@ class ShardDataset(Dataset[LabelledImage]):
             IndexError: there is no such sample.
         """
         number = self.numbers[item]
-        place = int(np.searchsorted(self._ends, number, side="right"))
-        pixels, _ = self._opened(place).read(number - self._shards[place].first)
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        pixels, _ = self._opened(shard).read(number - self._shards[shard].first)
         sample = self.index.samples[number]
         image = torch.from_numpy(pixels.copy()).unsqueeze(0)
         target = torch.from_numpy(self._targets[number])
         return LabelledImage(image, target, sample.key, sample.patient)
 
-    def _opened(self, place: int) -> OpenShard:
-        """Return a shard that this process has checked."""
-        if self._process != os.getpid():  # a forked worker would share the positions in the files
+    def _opened(self, shard: int) -> OpenShard:
+        """Return an open shard by its number, checked by this process."""
+        if self._process != os.getpid():  # forked workers would share the read position of a file
             self._forget()
-        if place not in self._open:
-            self._open[place] = self._files.enter_context(open_shard(self._shards[place]))
-        return self._open[place]
+        if shard not in self._open:
+            self._open[shard] = self._files.enter_context(open_shard(self._shards[shard]))
+        return self._open[shard]
 
     def _forget(self) -> None:
         self._open, self._files, self._process = {}, ExitStack(), os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the open shards, for workers that are spawned."""
+        """Return the state without open shards, which spawned workers cannot inherit."""
         return {**vars(self), "_open": {}, "_files": ExitStack(), "_process": -1}
 
 
@@ -113,6 +112,6 @@ def open_shards(directory: str | Path, split: str) -> ShardDataset:
     """
     try:
         index = read_index(Path(directory))
-    except CxrdistError as error:  # of the commands, whose option it names
+    except CxrdistError as error:  # its text names an option of the commands
         raise CxrdistError(str(error).removeprefix("--shards ")) from error
     return ShardDataset(index, split)

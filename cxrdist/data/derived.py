@@ -31,10 +31,10 @@ class Original(NamedTuple):
     """A sample of the shards that others are derived from.
 
     Attributes:
-        number: of the sample.
+        number: sample number.
         pixels: uint8 [size, size].
         mask: uint8 [size, size] of 0 and 255; None without.
-        about: what its KEY.json says.
+        about: content of its KEY.json.
     """
 
     number: int
@@ -43,7 +43,7 @@ class Original(NamedTuple):
     about: SampleFile
 
 
-# One square for each set that is derived, all of the same size; None leaves the sample out.
+# One square per derived set, all of the same size; None leaves the sample out.
 Change = Callable[[Original], Sequence[NDArray[np.uint8]] | None]
 
 
@@ -57,15 +57,15 @@ class _Derived(NamedTuple):
 def derive_shards(
     index: Index, directories: Sequence[Path], size_px: int, change: Change
 ) -> list[int]:
-    """Write several sets of shards with the samples, labels and splits of some shards.
+    """Write sets of shards with the samples, labels and splits of existing shards.
 
-    They have no masks and no boxes of findings, which would be of squares of another size.
+    Masks and boxes of findings are not written, since they fit squares of the original size.
 
     Args:
         index: the shards to read.
-        directories: one for each set; they must exist and be empty.
-        size_px: side of the squares that are written.
-        change: gives the squares of a sample, one for each set.
+        directories: one per set; they must exist and be empty.
+        size_px: side of the written squares.
+        change: returns the squares of a sample, one per set.
 
     Returns:
         The numbers of the samples that were left out.
@@ -102,9 +102,9 @@ def derive_shards(
 
 def _originals(shard: PackedShard) -> Iterator[Original]:
     with open_shard(shard) as opened:
-        for place in range(len(shard.samples)):
-            pixels, about = opened.read(place)
-            yield Original(shard.first + place, pixels, opened.read_mask(place), about)
+        for i in range(len(shard.samples)):
+            pixels, about = opened.read(i)
+            yield Original(shard.first + i, pixels, opened.read_mask(i), about)
 
 
 def _derive(sample: Sample, shard: str, original: Original, square: NDArray[np.uint8]) -> _Derived:

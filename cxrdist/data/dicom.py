@@ -1,13 +1,13 @@
-"""DICOM: grey pixels as they are meant to be seen, and of all tags only patient, view, sex and age.
+"""DICOM: read grey pixels for display, and of all tags only patient, view, sex and age.
 
-No tag's value stands in a message: a damaged file has a name where a number is expected.
+Messages never contain the value of a tag: in a damaged file it may be a person's name.
 
-What is not read is refused by name: several frames, colour (also grey stored as RGB or YBR),
-modalities that are no projection, 1-bit, 32-bit and float pixels, deflated and video transfer
-syntaxes, and palettes. Not honoured: overlays and annotations (bits of overlays in pixel cells are
-taken out), shutters, presentation states, a Presentation LUT Sequence, the second and further VOI
-LUTs and windows, and SmallestImagePixelValue and LargestImagePixelValue. Of view codes the meaning
-in English is read, not the code; PatientOrientation and SeriesDescription are not.
+Refused: several frames, colour (also grey stored as RGB or YBR), modalities other than projections,
+1-bit, 32-bit and float pixels, deflated and video transfer syntaxes, and palettes. Ignored:
+overlays and annotations (bits of overlays in pixel cells are removed), shutters, presentation
+states, a Presentation LUT Sequence, all but the first VOI LUT and window, SmallestImagePixelValue,
+LargestImagePixelValue, PatientOrientation and SeriesDescription. For view codes the English meaning
+is read, not the code.
 """
 
 import io
@@ -47,8 +47,8 @@ from cxrdist.errors import CxrdistError
 
 # Projections, and what secondary captures and converters write.
 MODALITIES = ("CR", "DX", "RG", "OT", "SC", "")
-# Functions of the imagecodecs library: maintained, permissive decoders that take the size which the
-# caller expects. GDCM's ends the whole process on some input.
+# Functions of the imagecodecs library: maintained decoders with permissive licences that decode
+# into an array of the expected size. GDCM's ends the whole process on some input.
 DECODERS = {
     RLELossless: "dicomrle_decode",
     JPEGBaseline8Bit: "jpeg_decode",
@@ -60,29 +60,29 @@ DECODERS = {
     JPEG2000Lossless: "jpeg2k_decode",
     JPEG2000: "jpeg2k_decode",
 }
-# Where the distance of rows and columns stands, the patient's plane before the detector's
+# Tags with the distance of rows and columns, in the patient's plane before the detector's
 # (PS3.3, 10.7.1.3 and C.8.11.4).
 SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 MOST_VIEW_CHARACTERS = 64  # of a long string (PS3.5, section 6.2, LO)
-SQUARE = 0.01  # pixels whose sides differ less are square: spacings are measured and rounded
-MOST_STRETCH = 10  # of a pixel's sides; anything more is damaged
+SQUARE = 0.01  # sides of a pixel that differ less count as equal: spacings are rounded
+MOST_STRETCH = 10  # ratio of a pixel's sides; files with more are damaged
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings would print tags
 
 
 @dataclass(frozen=True)
 class Dicom:
-    """What is taken from a DICOM.
+    """Pixels and tags from a DICOM file.
 
     Attributes:
         pixels: uint8 [H, W], bright where the body absorbs.
         size_px: width and height with square pixels.
         patient: PatientID, or empty.
-        view: one of `VIEWS` that ViewPosition or ViewCodeSequence names, empty without them, None
-            if they name no known one.
-        used_depth: bits that the pixels use where no tag tells their depth, else None.
+        view: one of `VIEWS` from ViewPosition or ViewCodeSequence, empty without them, None if they
+            name an unknown one.
+        used_depth: bits that the pixels use if no tag gives their depth, else None.
         sex: PatientSex, M or F, else empty.
-        age: PatientAge in years; None if absent, NaN if it is no age from 0 to 120 years.
+        age: PatientAge in years; None if absent, NaN if it is not from 0 to 120 years.
     """
 
     pixels: NDArray[np.uint8]
@@ -95,34 +95,35 @@ class Dicom:
 
 
 def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Dicom:
-    """Read a radiograph as it is meant to be seen (`cxrdist.data.presentation`).
+    """Read a radiograph as it would be displayed (`cxrdist.data.presentation`).
 
     Args:
         data: the file's content.
         file: its name, for messages.
-        depth: bits that hold the values of the source, for a file that does not tell its own; what
-            it uses if None.
+        depth: bit depth of the source, for a file that does not declare one; if None, the bits
+            that the file uses.
 
     Raises:
-        CxrdistError: it is damaged, no radiograph, or its decoder is missing.
+        CxrdistError: it is damaged, not a radiograph, or its decoder is not installed.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they would print tags
             return _read(data, depth)
     except RefusedError as refused:
-        raise CxrdistError(f"{file}: no usable DICOM ({refused})") from None
+        raise CxrdistError(f"{file}: the DICOM cannot be used ({refused})") from None
     except Exception as error:
-        # pydicom and its decoders raise errors of any kind on damaged files, with tags in them.
+        # pydicom and its decoders raise errors of any kind on damaged files, with values of tags.
         raise CxrdistError(
-            f"{file}: no readable DICOM ({type(error).__name__}); it is damaged, export it again"
+            f"{file}: is not a readable DICOM ({type(error).__name__}); it is damaged, export it "
+            "again"
         ) from None
 
 
 def _read(data: bytes, depth: int | None) -> Dicom:
     if DeflatedExplicitVRLittleEndian.encode() in data:
-        # pydicom would inflate it without a bound.
-        raise RefusedError("it is deflated; store it uncompressed, such as by dcmconv +te")
+        # pydicom would inflate it without a limit, so that a small file could fill the memory.
+        raise RefusedError("it is deflated; store it uncompressed, for example with dcmconv +te")
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     _refuse_no_radiograph(dataset)
     size_px = _shown_size(dataset)
@@ -158,23 +159,23 @@ def _refuse_no_radiograph(dataset: Dataset) -> None:
     ):
         raise RefusedError("it is in colour; expected MONOCHROME1 or MONOCHROME2")
     if text(dataset, "Modality") not in MODALITIES:
-        raise RefusedError("its modality is no radiography; expected CR, DX or RG")
+        raise RefusedError("its modality is not radiography; expected CR, DX or RG")
     if not 1 <= whole(dataset, "Rows") * whole(dataset, "Columns") <= MOST_PIXELS:
         raise RefusedError(f"its rows and columns are not 1 to {MOST_PIXELS} pixels")
     allocated, stored = whole(dataset, "BitsAllocated"), whole(dataset, "BitsStored")
     if allocated not in (8, 16) or not 1 < stored <= allocated:
-        raise RefusedError("its bits are not 2 to 16, in 8 or 16")
+        raise RefusedError("its bits are unusual; expected 2 to 16 stored in 8 or 16 allocated")
     if not stored <= whole(dataset, "HighBit", stored - 1) + 1 <= allocated:
-        raise RefusedError("its high bit is not within its bits")
+        raise RefusedError("its HighBit is not within the allocated bits")
     if whole(dataset, "PixelRepresentation") not in (0, 1):
-        raise RefusedError("its pixel representation is not 0 or 1")
+        raise RefusedError("its PixelRepresentation is not 0 or 1")
 
 
 def _shown_size(dataset: Dataset) -> tuple[int, int]:
-    """Width and height with square pixels; the side with the larger pixels is stretched.
+    """Return width and height with square pixels; the side with the larger pixels is stretched.
 
-    The distances of rows and columns go before PixelAspectRatio, which only stands in for them
-    (PS3.3, C.7.6.3.1.7).
+    PixelAspectRatio is used only if the distances of rows and columns are missing (PS3.3,
+    C.7.6.3.1.7).
     """
     width, height = whole(dataset, "Columns"), whole(dataset, "Rows")
     ratio = 1.0
@@ -186,10 +187,10 @@ def _shown_size(dataset: Dataset) -> tuple[int, int]:
     if abs(ratio - 1) <= SQUARE:
         return width, height
     if not 1 / MOST_STRETCH <= ratio <= MOST_STRETCH:
-        raise RefusedError(f"its pixels are more than {MOST_STRETCH} times as long as wide")
+        raise RefusedError(f"one side of its pixels is more than {MOST_STRETCH} times the other")
     size_px = (width, round(height * ratio)) if ratio > 1 else (round(width / ratio), height)
     if size_px[0] * size_px[1] > MOST_PIXELS:
-        raise RefusedError(f"with square pixels it has more than {MOST_PIXELS}")
+        raise RefusedError(f"with square pixels it has more than {MOST_PIXELS} of them")
     return size_px
 
 
@@ -200,17 +201,20 @@ def _cells(dataset: Dataset) -> Cells:
     shift = whole(dataset, "HighBit", bits - 1) + 1 - bits
     if syntax in DECODERS:
         words, precise = _decompress(dataset, DECODERS[syntax])
-        if precise <= bits:  # the samples of a codec are in the low bits
+        if precise <= bits:  # decoders return samples in the low bits
             bits, shift = precise, 0
     elif syntax.is_private or syntax.is_compressed:
-        raise RefusedError(f"its transfer syntax is not one of {len(DECODERS)} known ones")
+        raise RefusedError(
+            f"its transfer syntax is not one of {len(DECODERS)} known ones; store it uncompressed, "
+            "for example with dcmconv +te"
+        )
     else:
         words = _native(dataset)
     return Cells(words, bits, shift, whole(dataset, "PixelRepresentation") == 1)
 
 
 def _native(dataset: Dataset) -> NDArray[Any]:
-    """Pixel cells that are not compressed (PS3.5, annex A.1 to A.3)."""
+    """Return uncompressed pixel cells (PS3.5, annex A.1 to A.3)."""
     shape = whole(dataset, "Rows"), whole(dataset, "Columns")
     size = whole(dataset, "BitsAllocated") // 8
     data, order = octets(dataset, "PixelData")
@@ -223,16 +227,16 @@ def _native(dataset: Dataset) -> NDArray[Any]:
 
 
 def _decompress(dataset: Dataset, decoder: str) -> tuple[NDArray[Any], int]:
-    """Decode into an array of the right size, so that a forged header takes no memory.
+    """Decode into an array of the expected size, so that a forged header cannot fill the memory.
 
     Returns:
-        uint8 or uint16 [H, W], and how many bits the stream has.
+        uint8 or uint16 [H, W], and the bits per sample of the stream.
     """
     try:
         import imagecodecs
     except ImportError:
         raise RefusedError(
-            "it is compressed and the decoder is missing; pip install 'cxrdist[dicom]'"
+            "it is compressed and the decoder is not installed; pip install 'cxrdist[dicom]'"
         ) from None
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
     shape = whole(dataset, "Rows"), whole(dataset, "Columns")

@@ -1,9 +1,9 @@
-"""Duplicates: images that stand in a data set more than once, byte for byte or altered.
+"""Duplicates: images that are in a data set more than once, identical or altered.
 
-Altered copies are looked for in two steps. A perceptual hash finds pairs that may be the same; then
-their pixels are laid over each other. Two X-rays of one patient, taken alike, have similar hashes,
-but their fine structure does not match; that of a copy does, also after re-encoding, scaling,
-brightening and cropping.
+Altered copies are found in two steps. A perceptual hash selects candidate pairs; then their fine
+structure is correlated. Two similar X-rays of one patient have similar hashes, but their fine
+structure does not match; that of a copy does, even after re-encoding, scaling, brightening and
+cropping.
 
 Measured on the 917 and 1,293 X-rays of covid3 and nih14 at 224 px: copies with 3 % cut from each
 side, scaled by 0.7, brightened by 10 % and stored as JPEG 60 differ from the hash of the inner
@@ -28,15 +28,15 @@ from scipy.sparse.csgraph import connected_components
 from cxrdist.data.fingerprint import HASH_SIDE, INNER, Fingerprint
 from cxrdist.terminal import progress
 
-MOST_BITS = 56  # differing ones of 256: 5 of 2.4 million pairs of different X-rays are as near
+MOST_BITS = 56  # differing bits of 256; 5 of 2.4 million pairs of different X-rays are that close
 SAME = 0.85  # correlation; below copies (0.95), above different X-rays (0.63) and phantoms (0.81)
-SIDE_PX = 128  # at which pixels are compared
-SHIFT_PX = 8  # at most, of SIDE_PX: a sixteenth of the side
-BLUR_PX = 2.0  # what varies more slowly is brightness and the outline of a chest, alike in all
-ZOOMS = np.linspace(1, INNER, 5)[1:].round(3)  # centre of one image that may be all of the other
-KEPT_IMAGES = 128  # whose views are kept, 0.7 MB each: one image is often in several candidates
-FLAT = 1.0  # grey levels of spread; the hashes of flatter squares are noise, and all are alike
-QUERIES = 512  # at a time, so that no result of a search is large
+SIDE_PX = 128  # side of the images that are correlated
+SHIFT_PX = 8  # largest shift, of SIDE_PX: a sixteenth of the side
+BLUR_PX = 2.0  # removes brightness and the outline of the chest, which are alike in all X-rays
+ZOOMS = np.linspace(1, INNER, 5)[1:].round(3)  # shares of an image that a cropped copy may show
+KEPT_IMAGES = 128  # images with cached views, 0.7 MB each: one is often in several candidates
+FLAT = 1.0  # standard deviation in grey levels; hashes of flatter squares are noise
+QUERIES = 512  # per search, which bounds the size of its result
 Pixels = Callable[[int], NDArray[np.uint8]]
 
 
@@ -45,10 +45,10 @@ class Near:
     """Two images of which one is an altered copy of the other.
 
     Attributes:
-        first: number of one of them.
+        first: number of one image.
         second: number of the other, larger than `first`.
-        bits: in which their hashes differ, of 256.
-        correlation: of their fine structure, -1..1.
+        bits: bits in which their hashes differ, of 256.
+        correlation: correlation of their fine structure, -1..1.
     """
 
     first: int
@@ -58,14 +58,14 @@ class Near:
 
 
 class View(NamedTuple):
-    """What `compare` needs of the fine structure of an X-ray, or of the centre of one."""
+    """Fine structure of an X-ray, or of the centre of one, prepared for `compare`."""
 
     spectrum: NDArray[np.complex64]
-    """Of the whole, complex64 [SIDE_PX, SIDE_PX // 2 + 1]."""
+    """Spectrum of the whole, complex64 [SIDE_PX, SIDE_PX // 2 + 1]."""
     energies: NDArray[np.float64]
-    """Of the places where an inside may lie, float64 [2 SHIFT_PX + 1, 2 SHIFT_PX + 1]."""
+    """Energy under the inside at each shift, float64 [2 SHIFT_PX + 1, 2 SHIFT_PX + 1]."""
     inside_spectrum: NDArray[np.complex64]
-    """Of its inside, conjugated."""
+    """Spectrum of the inside (without a margin of SHIFT_PX), conjugated."""
     inside_energy: np.float32
 
 
@@ -74,8 +74,8 @@ class Duplicates:
     """All duplicates of a data set, by the numbers of the images.
 
     Attributes:
-        exact: pairs of the same pixels; of several equal images each with the first.
-        near: altered copies, ascending; equal images take part with their first.
+        exact: pairs with the same pixels; each of several equal images is paired with the first.
+        near: altered copies, ascending; only the first of equal images is compared.
     """
 
     exact: list[tuple[int, int]]
@@ -83,7 +83,7 @@ class Duplicates:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """Exact and near ones."""
+        """All pairs, exact and near."""
         return [*self.exact, *((pair.first, pair.second) for pair in self.near)]
 
 
@@ -91,8 +91,9 @@ def find_duplicates(fingerprints: Sequence[Fingerprint], pixels: Pixels) -> Dupl
     """Find equal images and altered copies.
 
     Args:
-        fingerprints: of all images; those of flat squares tell equal ones only.
-        pixels: the square of an image by its number, uint8 [S, S]; asked for candidates only.
+        fingerprints: of all images; for flat squares only equal images are found.
+        pixels: gives the square of an image by its number, uint8 [S, S]; called for candidates
+            only.
     """
     first: dict[str, int] = {}
     numbers = [first.setdefault(f.sha256, i) for i, f in enumerate(fingerprints)]
@@ -124,30 +125,30 @@ def _stack(
 def find_candidates(
     hashes: NDArray[np.uint8], inner: NDArray[np.uint8]
 ) -> dict[tuple[int, int], int]:
-    """Pairs that may be copies: whole images that are alike, or one like the inside of the other.
+    """Find pairs that may be copies: similar images, or one similar to the inside of the other.
 
     Args:
-        hashes: uint8 [N, 32], of whole images.
-        inner: uint8 [N, 32], of their insides.
+        hashes: uint8 [N, 32], hashes of whole images.
+        inner: uint8 [N, 32], hashes of their insides.
 
     Returns:
         The number of differing bits of each pair (i, j), i < j.
     """
     index = faiss.IndexBinaryFlat(8 * hashes.shape[1])
-    found: dict[tuple[int, int], int] = {}
+    candidates: dict[tuple[int, int], int] = {}
 
     def keep(queries: NDArray[np.uint8], start: int = 0) -> None:
         for query, other, bits in _within(index, queries):
             if start + query != other:
                 pair = min(start + query, other), max(start + query, other)
-                found[pair] = min(bits, found.get(pair, bits))
+                candidates[pair] = min(bits, candidates.get(pair, bits))
 
     for start in range(0, len(hashes), QUERIES):
         block = hashes[start : start + QUERIES]
-        index.add(block)  # before those that follow, which will find it: half of all comparisons
+        index.add(block)  # later blocks search this one: half the comparisons of a full index
         keep(block, start)
     keep(inner)
-    return found
+    return candidates
 
 
 def find_candidates_between(
@@ -155,30 +156,30 @@ def find_candidates_between(
     other: tuple[NDArray[np.uint8], NDArray[np.uint8]],
     most_bits: int,
 ) -> dict[tuple[int, int], int]:
-    """Pairs of an image of one set and one of another that may be copies, as `find_candidates`.
+    """Find pairs across two sets that may be copies, as `find_candidates` does in one set.
 
     Args:
         one: hashes of whole images and of their insides, uint8 [N, 32] each.
         other: those of the other set, uint8 [M, 32] each.
-        most_bits: in which the hashes of a pair differ.
+        most_bits: bits in which the hashes of a pair may differ.
 
     Returns:
         The number of differing bits of each pair (number in one, number in the other).
     """
-    found: dict[tuple[int, int], int] = {}
+    candidates: dict[tuple[int, int], int] = {}
     for queries, indexed in ((one[0], other[0]), (one[1], other[0]), (one[0], other[1])):
         index = faiss.IndexBinaryFlat(8 * indexed.shape[1])
         index.add(indexed)
         for query, number, bits in _within(index, queries, most_bits):
             pair = query, number
-            found[pair] = min(bits, found.get(pair, bits))
-    return found
+            candidates[pair] = min(bits, candidates.get(pair, bits))
+    return candidates
 
 
 def _within(
     index: faiss.IndexBinaryFlat, queries: NDArray[np.uint8], most_bits: int = MOST_BITS
 ) -> Iterator[tuple[int, int, int]]:
-    """Yield the number of a query, number of an image within reach of it, differing bits."""
+    """Yield for each match the number of the query, that of the image, and the differing bits."""
     for start in range(0, len(queries), QUERIES):
         # faiss takes the radius as exclusive.
         limits, bits, others = index.range_search(queries[start : start + QUERIES], most_bits + 1)
@@ -188,7 +189,7 @@ def _within(
 
 
 def compare(one: Sequence[View], other: Sequence[View]) -> float:
-    """Return the correlation of two X-rays' fine structure, laid over each other as well as may be.
+    """Return the correlation of two X-rays' fine structure at the best alignment.
 
     Args:
         one: views of an X-ray.
@@ -205,11 +206,11 @@ def compare(one: Sequence[View], other: Sequence[View]) -> float:
 
 
 def views(pixels: NDArray[np.uint8], blur_px: float = BLUR_PX) -> list[View]:
-    """Return the fine structure of a square, uint8 [S, S], and of its ever smaller centres.
+    """Return the fine structure of a square and of its centres, one per zoom.
 
     Args:
-        pixels: of the square.
-        blur_px: of `SIDE_PX`; what varies more slowly is not fine.
+        pixels: uint8 [S, S].
+        blur_px: at `SIDE_PX`; slower variations are removed.
     """
     return [_view(_detail(pixels, zoom, blur_px)) for zoom in (1.0, *ZOOMS)]
 
@@ -238,10 +239,10 @@ def _view(detail: NDArray[np.float32]) -> View:
 
 
 def _correlate(image: View, other: View) -> float:
-    """Return the best normalised cross-correlation of the inside of `other` with places in `image`.
+    """Return the best normalised cross-correlation of the inside of `other` with `image`.
 
-    As `skimage.feature.match_template` computes it (Lewis 1995, Fast Normalized Cross-Correlation),
-    for the few shifts that matter.
+    It equals `skimage.feature.match_template` (Lewis 1995, Fast Normalized Cross-Correlation) but
+    computes only shifts of up to `SHIFT_PX`.
     """
     num_shifts = 2 * SHIFT_PX + 1
     products = fft.irfft2(image.spectrum * other.inside_spectrum, (SIDE_PX, SIDE_PX))
@@ -250,20 +251,20 @@ def _correlate(image: View, other: View) -> float:
 
 
 def _window_sums(values: NDArray[np.float32], side: int) -> NDArray[np.float64]:
-    """Sums of all squares of that side, from one table of sums."""
+    """Return the sums of all windows of that side, from a summed-area table."""
     table = np.pad(values.cumsum(0, dtype=np.float64).cumsum(1), ((1, 0), (1, 0)))
     return table[side:, side:] - table[:-side, side:] - table[side:, :-side] + table[:-side, :-side]
 
 
 def join_groups(groups: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """Let the groups of images that are the same become one.
+    """Merge groups that share an image.
 
     Args:
-        groups: a number for each image, such as of its patient.
-        pairs: numbers of images that are the same.
+        groups: a number per image, such as of its patient.
+        pairs: pairs of images that are the same.
 
     Returns:
-        A number for each image; images that are the same, or of one group, have one number.
+        A number per image, equal for images of one merged group.
     """
     first: dict[int, int] = {}
     edges = [(first.setdefault(group, i), i) for i, group in enumerate(groups)]

@@ -1,7 +1,7 @@
 """Elements of a DICOM data set as plain numbers and texts; an empty one counts as absent.
 
-They are read from the bytes of the file: pydicom refuses numbers that are written wrongly, such as
-with a decimal comma, and guesses which values have a sign.
+They are read from the bytes of the file: pydicom refuses malformed numbers, such as those with a
+decimal comma, and guesses which values are signed.
 """
 
 import math
@@ -20,11 +20,11 @@ BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8"
 
 
 class RefusedError(ValueError):
-    """Why a DICOM cannot be used, without a value of its tags."""
+    """Why a DICOM cannot be used; its text never contains the value of a tag."""
 
 
 def numbers(dataset: Dataset, keyword: str | int) -> list[float]:
-    """Return the values of an element, NaN for one that is no number; a comma counts as a point."""
+    """Return the values of an element, NaN if not a number; a decimal comma counts as a point."""
     return [_number(part) for part in _parts(dataset, keyword)]
 
 
@@ -32,11 +32,11 @@ def number(dataset: Dataset, keyword: str, absent: float) -> float:
     """Return the first value of an element.
 
     Raises:
-        RefusedError: it is no finite number.
+        RefusedError: it is not a finite number.
     """
     first = next(iter(numbers(dataset, keyword)), absent)
     if not math.isfinite(first):
-        raise RefusedError(f"its {keyword} is no number")
+        raise RefusedError(f"its {keyword} is not a number")
     return first
 
 
@@ -44,7 +44,7 @@ def whole(dataset: Dataset, keyword: str, absent: int | None = None) -> int:
     """Return the first value of an element as an integer.
 
     Raises:
-        RefusedError: it is no number, or it is absent and nothing stands in for it.
+        RefusedError: it is not a number, or it is absent and has no default.
     """
     found = numbers(dataset, keyword)
     if not found and absent is None:
@@ -53,12 +53,12 @@ def whole(dataset: Dataset, keyword: str, absent: int | None = None) -> int:
 
 
 def text(dataset: Dataset, keyword: str | int) -> str:
-    """Return the first value of an element without spaces around it, or an empty string."""
+    """Return the first value of an element, stripped, or an empty string."""
     return next((str(part).strip(" \0") for part in _parts(dataset, keyword)), "")
 
 
 def shorts(dataset: Dataset, keyword: str | int) -> NDArray[np.int64]:
-    """Return the values of an element as 16 bits without a sign, whatever its VR says."""
+    """Return the values of an element as unsigned 16-bit numbers, whatever its VR says."""
     return np.array([int(value) & 0xFFFF for value in numbers(dataset, keyword)], np.int64)
 
 
@@ -77,7 +77,7 @@ def items(dataset: Dataset, keyword: str | int) -> list[Dataset]:
 
 
 def _parts(dataset: Dataset, keyword: str | int) -> Sequence[object]:
-    """Return the values of an element: texts, or numbers where it is binary."""
+    """Return the values of an element: texts, or numbers if it is binary."""
     element = dataset.get_item(keyword)
     value = getattr(element, "value", None)
     if value is None:

@@ -4,20 +4,20 @@ from typing import Annotated, NamedTuple
 
 from cxrdist.documents import Between, Text
 
-MOST_PX = 100_000  # of an edge; more than any detector and any square has
-LEAST_PX = 1e-6  # of a side
-ROUNDING_PX = 1.0  # by which tables let a box reach out of its image
-MOST_FINDINGS = 1000  # of an image; the readers of VinDr-CXR drew some dozens
+MOST_PX = 100_000  # for the position of an edge; more than any detector or square has
+LEAST_PX = 1e-6  # for a side
+ROUNDING_PX = 1.0  # by which boxes of tables may exceed their image
+MOST_FINDINGS = 1000  # per image; the readers of VinDr-CXR drew some dozens
 
 Px = Annotated[float, Between(-MOST_PX, MOST_PX)]
 PositivePx = Annotated[float, Between(LEAST_PX, MOST_PX)]
 
 
 class Finding(NamedTuple):
-    """A box around a finding, in px of the original as it is shown (after an EXIF turn).
+    """A box around a finding, in px of the original as it is shown (after EXIF rotation).
 
-    Edges lie between pixels: a box of x 0 and the image's width covers all columns. In a sample it
-    is in px of the square.
+    Edges lie between pixels: a box with x 0 and the image's width covers all columns. In samples,
+    boxes are in px of the square.
     """
 
     label: Text
@@ -28,4 +28,4 @@ class Finding(NamedTuple):
     width: PositivePx
     height: PositivePx
     reader: Text = ""
-    """Who drew it, where several have; empty where nothing tells."""
+    """Who drew it, if several people drew boxes; empty if unknown."""

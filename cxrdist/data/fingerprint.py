@@ -1,7 +1,7 @@
-"""Fingerprints: what is kept of an X-ray to find it again, its statistics and its thumbnail.
+"""Fingerprints: hashes and statistics of an X-ray, to find its copies; and its thumbnail.
 
-The perceptual hash is the one of the imagehash library bit for bit, at a third of its cost: only
-the frequencies that it keeps are computed.
+The perceptual hash equals that of the imagehash library bit for bit, at a third of its cost: only
+the frequencies that the hash uses are computed.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-HASH_SIDE = 16  # 256 bits; with 64, different X-rays are as near as altered copies
+HASH_SIDE = 16  # 256 bits; with 64, different X-rays are as similar as altered copies
 # Rows of the discrete cosine transform of 64 values, those of the lowest frequencies.
 FREQUENCIES = np.cos(
     np.pi * np.outer(np.arange(HASH_SIDE), np.arange(4 * HASH_SIDE) + 0.5) / (4 * HASH_SIDE)
@@ -24,12 +24,12 @@ DARK, BRIGHT = 10, 245  # grey levels of what is all but black or white
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What is kept of a square once its pixels are gone.
+    """Hashes and statistics of a square, kept without its pixels.
 
     Attributes:
-        sha256: of the pixels.
-        phash: 32 bytes; similar images differ in few bits.
-        inner_phash: the same of the inside, to find copies that were cropped.
+        sha256: hash of the pixels.
+        phash: perceptual hash, 32 bytes; similar images differ in few bits.
+        inner_phash: perceptual hash of the inside, to find cropped copies.
         statistics: brightness and border by name, grey levels 0..255 or fractions 0..1.
     """
 
@@ -40,7 +40,7 @@ class Fingerprint:
 
 
 def fingerprint(pixels: NDArray[np.uint8]) -> Fingerprint:
-    """Take the fingerprint of a square, uint8 [S, S]."""
+    """Return the fingerprint of a square, uint8 [S, S]."""
     image = Image.fromarray(pixels)
     cut = (1 - INNER) / 2 * len(pixels)
     return Fingerprint(
@@ -52,13 +52,13 @@ def fingerprint(pixels: NDArray[np.uint8]) -> Fingerprint:
 
 
 def shrink(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Make a thumbnail: uint8 [S, S] -> [THUMBNAIL_PX, THUMBNAIL_PX], means of its areas."""
+    """Return a thumbnail: uint8 [S, S] -> [THUMBNAIL_PX, THUMBNAIL_PX], area means."""
     size = THUMBNAIL_PX, THUMBNAIL_PX
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
 
 
 def _phash(image: Image.Image, box: tuple[float, float, float, float]) -> bytes:
-    """The perceptual hash of a part: which of the lowest 16 of 64 frequencies are above average."""
+    """Return the perceptual hash of a crop: which of the lowest frequencies exceed the average."""
     side = FREQUENCIES.shape[1]
     small = np.asarray(image.resize((side, side), Image.Resampling.BOX, box), np.float64)
     low = FREQUENCIES @ small @ FREQUENCIES.T
@@ -66,7 +66,7 @@ def _phash(image: Image.Image, box: tuple[float, float, float, float]) -> bytes:
 
 
 def _statistics(pixels: NDArray[np.uint8], image: Image.Image) -> dict[str, float]:
-    """Return what a network could tell a source by without looking at a lung."""
+    """Return features outside of the lungs by which a network could recognise a source."""
     width = max(1, round(len(pixels) * BORDER))
     histogram = np.array(image.histogram()) / pixels.size
     levels = np.arange(256)

@@ -1,4 +1,4 @@
-"""Folds by patient: other parts of the training and validation images for each member."""
+"""Folds by patient: another split of training and validation images per ensemble member."""
 
 import re
 from collections import Counter
@@ -25,10 +25,10 @@ class Fold(NamedTuple):
 
 
 def read_fold(text: str) -> Fold:
-    """Read a fold such as ``2/5``.
+    """Parse a fold such as ``2/5``.
 
     Raises:
-        CxrdistError: it is none.
+        CxrdistError: the text is not a valid fold.
     """
     match = re.fullmatch(r"(\d{1,2})/(\d{1,2})", text)
     fold = Fold(int(match[1]), int(match[2])) if match else Fold(0, 0)
@@ -41,20 +41,20 @@ def read_fold(text: str) -> Fold:
 
 
 def cut_fold(index: Index, text: str | None) -> Index:
-    """Let one fold of the training and validation images be the validation split.
+    """Use one fold of the training and validation images as the validation split.
 
     All images of a patient are in one fold, and the classes are spread over the folds as evenly as
-    patients allow. The test split stays as it is.
+    patients allow. The test split is unchanged.
 
     Args:
         index: of the shards.
         text: such as ``2/5``; None leaves the splits as they were packed.
 
     Returns:
-        The index with train and val exchanged between samples; numbers and hashes are the same.
+        The index with new train and val splits; numbers and hashes are the same.
 
     Raises:
-        CxrdistError: there are fewer patients than folds, or no such fold.
+        CxrdistError: there are fewer patients than folds, or the fold is invalid or empty.
     """
     if text is None:
         return index
@@ -82,9 +82,9 @@ def cut_fold(index: Index, text: str | None) -> Index:
 
 
 def _strata(index: Index, numbers: list[int], num_folds: int) -> NDArray[np.int64]:
-    """Number the stratum of each sample, int64 [samples]: the rarest of its labels.
+    """Return the stratum of each sample, int64 [samples]: the rarest of its labels.
 
-    What has fewer images than there are folds cannot be spread over them and joins the largest.
+    Strata with fewer images than folds cannot be spread over them and join the largest one.
     """
     labels = [labels_of(index.samples[i].label) for i in numbers]
     images = Counter(label for found in labels for label in found)

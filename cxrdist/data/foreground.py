@@ -1,4 +1,4 @@
-"""The foreground: what a network may read of each image; all else of it is background."""
+"""The foreground: the pixels that a network may use; all others are background."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ FULL = 255
 
 @dataclass(frozen=True)
 class Foreground:
-    """Squares of what may be read, by sample number, made as they are asked for.
+    """Foreground squares by sample number, computed on access.
 
-    An image of which nothing is background, such as one without a mask where only masks count, is
-    foreground everywhere. A mask that covers nothing says nothing of the lungs and counts as none.
+    An image without background, such as one without a mask if only masks are used, is foreground
+    everywhere. A mask that covers nothing counts as none.
 
     Attributes:
-        fixed: uint8 [S, S], 1 where no image has background, else 0.
-        masks: of the lungs, as `open_masks` gives them; None if they do not count.
-        boxes: of text; none if they do not count.
+        fixed: uint8 [S, S]: 0 for pixels that are background in all images, else 1.
+        masks: masks of the lungs, as `open_masks` returns them; None if they are not used.
+        boxes: boxes of text; empty if they are not used.
     """
 
     fixed: NDArray[np.uint8]
@@ -32,7 +32,7 @@ class Foreground:
     boxes: SquareBoxes
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Return what may be read of some samples, uint8 [B, S, S], `FULL` or 0."""
+        """Return the foreground of some samples, uint8 [B, S, S], `FULL` or 0."""
         readable = np.repeat(self.fixed[None] * np.uint8(FULL), len(numbers), axis=0)
         if self.masks is not None:
             bits = np.unpackbits(self.masks[numbers], axis=1, count=self.fixed.size)
@@ -44,7 +44,7 @@ class Foreground:
         return readable
 
     def has_background(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which of some samples have background of their own, bool [N]."""
+        """Return which of some samples have background from a mask or a box, bool [N]."""
         if not self.fixed.all():
             return np.ones(len(numbers), dtype=bool)
         found = np.isin(numbers, list(self.boxes))
@@ -54,13 +54,13 @@ class Foreground:
 def foreground_of(
     regions: Collection[Region], size_px: int, masks: Masks | None, boxes: SquareBoxes
 ) -> Foreground:
-    """Take away the regions that count as background.
+    """Return the foreground that is left outside of some regions.
 
     Args:
-        regions: what counts as background; they add up.
+        regions: regions that count as background, all together.
         size_px: side of the squares.
-        masks: of all samples; needed where they count.
-        boxes: of text; needed where they count.
+        masks: of all samples; required if the regions use them.
+        boxes: of text; required if the regions use them.
     """
     fixed = np.ones((size_px, size_px), np.uint8)
     if "border" in regions:

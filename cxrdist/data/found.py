@@ -1,7 +1,7 @@
-"""Found: every file below a folder, as an image to be read or left out with a reason.
+"""Found: every file below a folder, as an image or left out with a reason.
 
-Content decides. A file whose suffix promises an image is left to its decoder, which reports what it
-cannot read; of any other file the first bytes tell.
+A file with an image suffix counts as an image, and its decoder reports what it cannot read. For any
+other file the first bytes decide.
 """
 
 import heapq
@@ -19,12 +19,12 @@ IMAGE_SUFFIXES = {
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".tif", ".tiff", ".bmp", ".webp", ".gif"),
     *(".jp2", ".j2k", ".pgm", ".ppm", ".pnm", *DICOM_SUFFIXES),
 }
-# Of archivers, desktops, photo servers and file systems; a dot in front hides a name too.
+# Made by archivers, desktops, photo servers and file systems; names with a leading dot are hidden.
 SYSTEM_NAMES = {
     *("__MACOSX", "Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "@eaDir"),
     *("$RECYCLE.BIN", "System Volume Information", "lost+found"),
 }
-HEAD_BYTES = 1024  # DICOM's file meta information, which tells a DICOMDIR, lies within
+HEAD_BYTES = 1024  # contains DICOM's file meta information, which identifies a DICOMDIR
 DICOMDIR = b"1.2.840.10008.1.3.10"  # Media Storage Directory Storage (DICOM PS3.4, table B.5-1)
 
 HIDDEN = "hidden or system file"
@@ -36,7 +36,7 @@ DIRECTORY = "DICOMDIR"
 
 
 class LeftOut(NamedTuple):
-    """A file, or a folder that was not entered, that is not packed."""
+    """A file that is not packed, or a folder that was not entered."""
 
     path: str
     """Relative to the source, with slashes; bytes that are not UTF-8 are escaped."""
@@ -45,13 +45,13 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """All that lies below a folder.
+    """All files below a folder.
 
     Attributes:
-        images: files to be decoded, sorted by name.
+        images: files to decode, sorted by name.
         left_out: everything else, sorted by name.
-        num_files: how many files were counted; images and left_out together.
-        dicom: whether DICOM files are among the images, as far as suffix or first bytes tell.
+        num_files: number of images and left_out together.
+        dicom: whether any image is a DICOM file, judged by suffix or first bytes.
     """
 
     images: tuple[Path, ...]
@@ -61,14 +61,14 @@ class Found:
 
 
 def find_images(folder: Path, besides: Sequence[Path] = ()) -> Found:
-    """Look at every file below a folder.
+    """Classify every file below a folder.
 
     Args:
         folder: local or an fsspec path.
-        besides: folders that are passed over, such as the one that is being written.
+        besides: folders to skip, such as the one that is being written.
 
     Raises:
-        CxrdistError: an image has a name that is not UTF-8, which no table could hold.
+        CxrdistError: an image has a name that is not UTF-8, so that it cannot be in a table.
     """
     images, left_out, num_files, dicom = [], [], 0, False
     for file, reason in walk(folder, besides):
@@ -87,14 +87,15 @@ def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str
     """Yield every file below a folder, and why it cannot be an image; an empty reason if it may.
 
     Linked folders are followed. A folder that can be reached in several ways is read once, under
-    its own name rather than a link's, so that links in circles end; the other ways are yielded.
+    its own name rather than a link's, so that circular links end; the other ways are yielded with
+    the reason `SEEN`.
     """
     if not isinstance(folder, Path):  # an object store has neither links nor special files
         yield from _walk_store(folder, besides)
         return
     own = {_identity(path) for path in besides if path.is_dir()}
     seen = set(own)
-    waiting = [(False, False, str(folder))]  # hidden folders come last, before them links
+    waiting = [(False, False, str(folder))]  # plain folders first, then links, then hidden ones
     while waiting:
         hidden, _, name = heapq.heappop(waiting)
         try:
@@ -122,7 +123,7 @@ def _walk_store(folder: Path, besides: Sequence[Path]) -> Iterator[tuple[Path, s
 
 
 def look_at(file: Path) -> tuple[str, str]:
-    """Return the kind of an image, and why a file is none; one of the two is empty."""
+    """Return the kind of an image, and why a file is not an image; one of the two is empty."""
     suffix = file.suffix.lower()
     if suffix in IMAGE_SUFFIXES:
         return "DICOM" if suffix in DICOM_SUFFIXES else "picture", ""
@@ -149,12 +150,12 @@ def without_suffix(path: str) -> str:
 
 
 def path_ends(paths: Sequence[str], depth: int) -> dict[str, list[int]]:
-    """Places of paths by their last ``depth`` folders and the name of the file without suffix."""
-    places: dict[str, list[int]] = {}
+    """Index paths by their last ``depth`` folders and file name without suffix."""
+    positions: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
         name = "/".join(without_suffix(path).rsplit("/", depth + 1)[-depth - 1 :])
-        places.setdefault(name, []).append(i)
-    return places
+        positions.setdefault(name, []).append(i)
+    return positions
 
 
 def escaped(name: str) -> str:
@@ -163,7 +164,7 @@ def escaped(name: str) -> str:
 
 
 def refuse_undecodable_name(file: Path) -> None:
-    """Make sure that a table can hold a file's name.
+    """Reject a file name that cannot be written to a table.
 
     Raises:
         CxrdistError: it is not UTF-8.
@@ -171,25 +172,25 @@ def refuse_undecodable_name(file: Path) -> None:
     name = str(file)
     if escaped(name) != name:
         raise CxrdistError(
-            f"{escaped(name)}: the name is not UTF-8; rename it, such as by convmv -r -f latin1 "
-            "-t utf8 --notest FOLDER"
+            f"{escaped(name)}: the name is not UTF-8; rename it, for example with convmv -r "
+            "-f latin1 -t utf8 --notest FOLDER"
         )
 
 
 def is_hidden(*names: str) -> bool:
-    """Return whether a file or folder, or one above it, is hidden or the system's own."""
+    """Return whether any of these names belongs to a hidden or system file or folder."""
     return any(name.startswith(".") or name in SYSTEM_NAMES for name in names)
 
 
 def is_same_folder(one: Path, other: Path) -> bool:
-    """Return whether two paths lead to one folder."""
+    """Return whether two paths lead to the same folder."""
     if isinstance(one, Path) and isinstance(other, Path):
         return one.is_dir() and other.is_dir() and _identity(one) == _identity(other)
     return is_within(one, other) and is_within(other, one)
 
 
 def is_within(path: Path, folder: Path) -> bool:
-    """Return whether a path is that of a folder, or of something below it."""
+    """Return whether a path is a folder itself or below it."""
     if isinstance(path, Path) and isinstance(folder, Path):
         return path.resolve().is_relative_to(folder.resolve())
     return f"{str(path).rstrip('/')}/".startswith(f"{str(folder).rstrip('/')}/")
@@ -201,12 +202,12 @@ def _identity(path: str | Path) -> tuple[int, int]:
 
 
 def _fault(entry: "os.DirEntry[str]") -> str | None:
-    """Why an entry is no regular file, empty if it is one, None for a folder."""
+    """Return why an entry is not a regular file; empty if it is one, None for a folder."""
     try:
         if entry.is_dir():
             return None
         if entry.is_file():
             return ""
         return NO_FILE if os.path.exists(entry.path) else LOST_LINK
-    except OSError as error:  # links in a circle
+    except OSError as error:  # circular links
         return f"cannot be read ({error.strerror})"

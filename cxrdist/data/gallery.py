@@ -1,4 +1,4 @@
-"""A gallery: a directory of some images of shards, KEY.png each, as the network sees them."""
+"""A gallery: a directory of images from shards, KEY.png each, as the network sees them."""
 
 import re
 from collections.abc import Iterable
@@ -15,13 +15,13 @@ _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.png")  # a key ends in digits of a hash
 
 
 def write_gallery(directory: Path, index: Index, images: Images, numbers: Iterable[int]) -> None:
-    """Write some images, and remove pictures that an earlier gallery had there.
+    """Write some images, and remove those of an earlier gallery.
 
     Args:
-        directory: of the gallery; files of other names stay.
+        directory: of the gallery; files with other names stay.
         index: the shards.
         images: uint8 [samples, S, S].
-        numbers: of the samples.
+        numbers: sample numbers.
     """
     wanted = {f"{index.samples[number].key}.png": number for number in numbers}
     for path in directory.glob("*.png"):

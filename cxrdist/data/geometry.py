@@ -1,4 +1,4 @@
-"""Geometry: how a picture becomes a square. Pixels, masks and boxes all go the way told here."""
+"""Geometry: how pictures become squares; the same for pixels, masks and boxes."""
 
 from typing import NamedTuple, TypeVar
 
@@ -11,14 +11,14 @@ R = TypeVar("R", Box, Finding)  # edges lie between pixels
 
 
 class Placement(NamedTuple):
-    """The part of a picture that fills a part of the square; what else the square has is black.
+    """The part of a picture that is drawn into a square, and where; the rest of it is black.
 
     Attributes:
         part: left, top, right and bottom edge in the picture, px.
         x: left edge in the square, px.
         y: top edge in the square, px.
-        width: in the square, px.
-        height: in the square, px.
+        width: width in the square, px.
+        height: height in the square, px.
     """
 
     part: tuple[float, float, float, float]
@@ -28,7 +28,7 @@ class Placement(NamedTuple):
     height: int
 
     def at_scale(self, x: float, y: float) -> "Placement":
-        """The placement of a picture of the same that is ``x`` times as wide, ``y`` as high."""
+        """Return the placement of the same picture scaled to ``x`` and ``y`` times its sides."""
         left, top, right, bottom = self.part
         return self._replace(part=(left * x, top * y, right * x, bottom * y))
 
@@ -37,8 +37,8 @@ def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
     """Place a picture in a square.
 
     Args:
-        width_px: of the picture.
-        height_px: of the picture.
+        width_px: width of the picture.
+        height_px: height of the picture.
         size_px: side of the square.
         fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
     """
@@ -50,7 +50,7 @@ def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
     if fit == "stretch":
         return Placement(whole, 0, 0, size_px, size_px)
     longer = max(width_px, height_px)
-    # Pillow's ImageOps.pad takes whole pixels: in an original of 4000 px half of one is nine.
+    # Pillow's ImageOps.pad rounds to whole pixels: half a pixel is nine px of a 4000 px original.
     width, height = (max(1, round(side / longer * size_px)) for side in (width_px, height_px))
     x, y = round((size_px - width) / 2), round((size_px - height) / 2)
     return Placement(whole, x, y, width, height)
@@ -59,13 +59,13 @@ def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
 def resample(
     image: Image.Image, placement: Placement, size_px: int, reducing_gap: float | None = None
 ) -> Image.Image:
-    """Fill a square, with an anti-aliased bilinear filter.
+    """Resample a picture into a square with an anti-aliased bilinear filter.
 
     Args:
         image: mode L.
-        placement: of it.
+        placement: placement of the image.
         size_px: side of the square.
-        reducing_gap: as in Pillow: faster, and not quite the same pixels; exact if None.
+        reducing_gap: as in Pillow: faster, with slightly different pixels; exact if None.
     """
     size = (placement.width, placement.height)
     filled = image.resize(size, Image.Resampling.BILINEAR, placement.part, reducing_gap)
@@ -85,9 +85,9 @@ def in_square(box: R, width_px: int, height_px: int, size_px: int, fit: str) -> 
     """Return the box of an original in its square; it may lie outside of it.
 
     Args:
-        box: in the original.
-        width_px: of the original.
-        height_px: of the original.
+        box: in px of the original.
+        width_px: width of the original.
+        height_px: height of the original.
         size_px: side of the square.
         fit: how the original became square: crop, pad or stretch.
     """
@@ -99,7 +99,7 @@ def in_square(box: R, width_px: int, height_px: int, size_px: int, fit: str) -> 
 
 
 def clipped(box: R, size_px: int) -> R | None:
-    """Return the part of a box that lies in the square; None if nothing of it does."""
+    """Return a box clipped to the square; None if it lies outside."""
     left, top = max(0.0, box.x), max(0.0, box.y)
     right, bottom = min(size_px, box.x + box.width), min(size_px, box.y + box.height)
     if min(right - left, bottom - top) < LEAST_PX:

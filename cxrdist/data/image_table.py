@@ -1,7 +1,7 @@
 """Image tables: a CSV file that lists images with their labels.
 
-An image has one label (column label), or several (labels, with uncertain and missing beside it), or
-there is a column for each label, with the cells that `cxrdist.data.labels` reads.
+Images have one label (column label) or several: in the columns labels, uncertain and missing, or
+in one column per label, with the cells that `cxrdist.data.labels` reads.
 """
 
 import os
@@ -33,7 +33,7 @@ COLUMNS = {
     "sex": {"sex", "gender", "patientsex", "patientgender"},
     "age": {"age", "patientage", "ageyears"},
 }
-# Columns that may be meant, and would mislead if they were left aside without a word.
+# Columns that may be meant as one of `COLUMNS`: silently ignoring them would mislead the user.
 LOOK_ALIKES = {
     "patient": {
         *("subject", "subjectid", "person", "personid", "participant", "participantid", "case"),
@@ -58,7 +58,7 @@ MISSING = {"nan", "null", "n/a", "na", "#n/a", "<na>", "nat"}  # as programs wri
 
 @dataclass(frozen=True)
 class _Reader:
-    """What is needed to make a record of a row."""
+    """Turns the rows of a table into records."""
 
     table: Table
     places: dict[str, int]
@@ -70,7 +70,7 @@ class _Reader:
         """Return the record of a row.
 
         Raises:
-            CxrdistError: a cell is no such thing, or the file is missing.
+            CxrdistError: a cell is invalid, or the file is missing.
         """
         cells = {name: row.cells[place].strip() for name, place in self.places.items()}
         for name in ("path", "label"):
@@ -98,21 +98,21 @@ class _Reader:
         )
 
     def _labels(self, row: Row, cells: dict[str, str]) -> dict[str, str]:
-        """Label, uncertain and missing, as `Record` has them."""
+        """Return label, uncertain and missing, as `Record` has them."""
         if self.label_places:
             return read_cells(row.where, {n: row.cells[i] for n, i in self.label_places.items()})
         if "label" in cells:
             return {"label": _one_label(row.where, cells["label"])}
-        found = {
+        labels = {
             "label": _several_labels(row.where, cells["labels"]),
             **{n: _several_labels(row.where, cells[n]) for n in OPEN if n in cells},
         }
-        named = Counter(name for text in found.values() for name in labels_of(text))
+        named = Counter(name for text in labels.values() for name in labels_of(text))
         if twice := [name for name, times in named.items() if times > 1]:
             raise CxrdistError(
-                f"{row.where}: {twice[0]} stands in two of labels, uncertain and missing; keep one"
+                f"{row.where}: {twice[0]} is in two of labels, uncertain and missing; keep one"
             )
-        return found
+        return labels
 
     def _path(self, where: str, cell: str) -> str:
         """Return the path without ``./`` and ``a/../``, so that one file has one spelling."""
@@ -120,8 +120,8 @@ class _Reader:
         outside = path.startswith(("/", "../")) or path == ".."
         if outside and not self.allow_outside:
             raise CxrdistError(
-                f"{where}: {cell} is outside of the table's folder; move the images there, or read "
-                "them where they are with --allow-outside"
+                f"{where}: {cell} is outside of the table's folder; move the images there, or give "
+                "--allow-outside"
             )
         return path
 
@@ -136,11 +136,11 @@ def read_image_table(
     """Read the images that a CSV file lists.
 
     Args:
-        file: has the columns path, and label or labels, or one for each label; optionally patient,
-            split, source, view, sex, age, and beside labels uncertain and missing.
-        patient_pattern: as for `read_class_folders`, for rows without a patient.
+        file: has the columns path, and label or labels or one per label; optionally patient, split,
+            source, view, sex, age, and with labels also uncertain and missing.
+        patient_pattern: as in `read_class_folders`, for rows without a patient.
         allow_outside: whether paths may lead out of the table's folder.
-        besides: folders that are not looked into for images that the table does not list.
+        besides: folders to skip when looking for images that the table does not list.
 
     Raises:
         CxrdistError: the table or a row of it is malformed, or a file is missing.
@@ -183,8 +183,8 @@ def _find_columns(table: Table) -> dict[str, int]:
     stray = next((table.columns[places[name]] for name in OPEN if name in places), None)
     if stray is not None and labels != ["labels"]:
         raise CxrdistError(
-            f"{table.file}: the column {stray!r} goes with labels, of several labels per image; "
-            "rename one of them"
+            f"{table.file}: the column {stray!r} needs a column labels, for several labels per "
+            "image; rename one of them"
         )
     for name, spellings in LOOK_ALIKES.items():
         like = [column for column in table.columns if plain(column) in spellings]
@@ -199,57 +199,59 @@ def _find_columns(table: Table) -> dict[str, int]:
 def _is_file(file: Path) -> bool:
     try:
         return file.is_file()
-    except OSError:  # its name is too long, or a folder above it closed
+    except OSError:  # its name is too long, or a folder above it may not be read
         return False
 
 
 def _find_labels(table: Table, places: dict[str, int], rows: Sequence[Row]) -> dict[str, int]:
-    """Find the columns of labels of a table that has one for each: all cells are of `CELLS`.
+    """Find the columns of labels: those whose cells are all in `CELLS`.
 
-    Left aside are columns without a name, and those in which most cells are something else. A
-    column in which a few are is refused: a label may be meant.
+    Columns without a name, and those in which most cells are something else, are ignored. A column
+    in which a few cells are something else is refused: it may be meant as a label.
 
     Raises:
-        CxrdistError: there is no such column, or it cannot be told which ones are.
+        CxrdistError: there is no such column, or it is unclear which ones are.
     """
-    found: dict[str, int] = {}
+    label_columns: dict[str, int] = {}
     for place, name in enumerate(table.columns):
         if place in places.values() or not name:
             continue
         cells = [row.cells[place].strip().casefold() for row in rows]
         stray = next((i for i, cell in enumerate(cells) if cell not in CELLS), None)
         if stray is None:
-            if name in found:
-                raise CxrdistError(f"{table.file}: two columns of labels are called {name}")
-            found[name] = place
+            if name in label_columns:
+                raise CxrdistError(
+                    f"{table.file}: two columns of labels are called {name}; rename or remove one"
+                )
+            label_columns[name] = place
             continue
         filled = [cell for cell in cells if cell]
         num_like = sum(cell in CELLS or cell in MISSING for cell in filled)
         if 2 * num_like > len(filled) and any(cell in CELLS for cell in filled):
             raise CxrdistError(
                 f"{rows[stray].where}: {name} is {rows[stray].cells[place]!r:.40}, but most of its "
-                "column is 1, 0, -1 or U as of a label; mend the cell (empty: not known), or "
+                "column is 1, 0, -1 or U like a label; correct the cell (empty: not known), or "
                 "remove the column"
             )
-    if not any(row.cells[place].strip() for row in rows for place in found.values()):
+    if not any(row.cells[place].strip() for row in rows for place in label_columns.values()):
         raise CxrdistError(
             f"{table.file}: has no column label; expected path and label (or labels), or a column "
-            "of 1, 0, -1, U or nothing for each label, found "
+            "of 1, 0, -1, U or empty cells per label, found "
             f"{', '.join(table.columns)}"
         )
-    return found
+    return label_columns
 
 
 def _classes(records: Sequence[Record]) -> list[str]:
-    """Return all labels that some row names, also where it does not know them."""
+    """Return all labels that some row names, also as uncertain or missing."""
     texts = {text for r in records for text in (r.label, r.uncertain, r.missing)}
     return sorted({label for text in texts for label in labels_of(text)})
 
 
 def _one_label(where: str, name: str) -> str:
-    """Return the label of a row whose image has one."""
+    """Return the label of a row, which must be a single one."""
     if SEPARATOR in name:
-        raise CxrdistError(f"{where}: label {name!r} holds several; call the column labels")
+        raise CxrdistError(f"{where}: label {name!r} has several; call the column labels")
     if name.casefold() in MISSING:
         raise CxrdistError(
             f"{where}: label {name!r} stands for a missing value; fill it or drop the row"
@@ -258,7 +260,7 @@ def _one_label(where: str, name: str) -> str:
 
 
 def _several_labels(where: str, cell: str) -> str:
-    """The labels of a cell with ``|`` between them; ``No Finding`` stands for none of several."""
+    """Return the labels of a cell separated by ``|``; ``No Finding`` means that there is none."""
     names = sorted({name.strip() for name in cell.split(SEPARATOR)} - {""})
     known = [name for name in names if plain(name) != NO_FINDING]
     if known and len(known) < len(names):
@@ -275,7 +277,7 @@ def _patient(where: str, cells: dict[str, str]) -> str:
     patient = cells.get("patient", "")
     if patient.casefold() in {*MISSING, "none"}:
         raise CxrdistError(
-            f"{where}: patient {patient!r} stands for a missing value; leave it empty, then the "
+            f"{where}: patient {patient!r} stands for a missing value; leave it empty, so that the "
             "image counts as a patient of its own"
         )
     return patient
@@ -289,10 +291,10 @@ def _split(where: str, cells: dict[str, str]) -> str | None:
 
 
 def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Record]) -> None:
-    """What a row alone does not tell: paths twice, splits in part, names that are almost equal."""
+    """Reject duplicate paths, splits in only some rows, and patients in two spellings."""
     for path, times in Counter(record.path for record in records).items():
         if times > 1:
-            raise CxrdistError(f"{file}: {path} stands in {times} rows; keep one of them")
+            raise CxrdistError(f"{file}: {path} is in {times} rows; keep one of them")
     bare = next((row for row, r in zip(rows, records, strict=True) if not r.split), None)
     if bare is not None and any(record.split for record in records):
         raise CxrdistError(
@@ -302,20 +304,20 @@ def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Recor
     number = next((name for name in patients if f"{name}.0" in patients), None)
     if number is not None:
         raise CxrdistError(
-            f"{file}: patients {number!r} and {number + '.0'!r} are written in two ways; write "
-            "each in one"
+            f"{file}: patients {number!r} and {number + '.0'!r} are two spellings of one; write "
+            "all in the same way"
         )
 
 
 def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> list[str]:
-    """Return what was taken for labels, and what was not taken from the table, a line each."""
+    """Return notes on the columns of labels, ignored columns and invalid cells, a line each."""
     places, labels = reader.places, reader.label_places
-    taken = {*places.values(), *labels.values()}
-    aside = [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in taken]
+    used = {*places.values(), *labels.values()}
+    ignored = [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in used]
     notes = [f"columns of labels: {', '.join(labels)}"] if labels else []
     empty = [n for n, i in labels.items() if not any(row.cells[i].strip() for row in rows)]
     notes += [f"columns of labels without a filled cell: {', '.join(empty)}"] if empty else []
-    notes += [f"columns left aside: {', '.join(aside)}"] if aside else []
+    notes += [f"ignored columns: {', '.join(ignored)}"] if ignored else []
     for name, what, expected in (
         ("sex", [record.sex for record in records], "M or F"),
         ("age", [record.age for record in records], "0 to 120 years"),
@@ -325,14 +327,14 @@ def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> l
             lost = sum(
                 bool(row.cells[places[name]].strip()) and x in ("", None) for row, x in pairs
             )
-            notes += [f"{name} is not {expected} in {lost} rows, and empty there"] if lost else []
+            notes += [f"{name} is not {expected} in {lost} rows; it is left empty"] if lost else []
     if "view" in places:
         views = Counter(row.cells[places["view"]].strip() for row in rows)
         strange = {view: times for view, times in views.items() if view_of(view) is None}
         if strange:
             notes.append(
-                f"view is none that is known in {sum(strange.values())} rows, and empty there, "
-                f"such as {next(iter(strange))!r:.40}"
+                f"view is not known in {sum(strange.values())} rows, such as "
+                f"{next(iter(strange))!r:.40}; it is left empty"
             )
     nones = sum(record.label.casefold() == "none" for record in records)
     if nones:
@@ -343,7 +345,7 @@ def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> l
 def _find_unlisted(
     file: Path, records: Sequence[Record], besides: Sequence[Path]
 ) -> tuple[list[LeftOut], int]:
-    """Files below the table's folder that no row lists, and how many files there are in all."""
+    """Return the files below the table's folder that no row lists, and the number of all files."""
     walked = dict(walk(file.parent, besides))
     listed = {record.file for record in records}
     # A row may lead through a link, or out of the folder, to a file of another name.

@@ -1,6 +1,6 @@
-"""Images of the wild -> uint8 grey squares -> PNG.
+"""Images in the wild -> uint8 grey squares -> PNG.
 
-What decides a kind and a value of a pixel stands in `kinds`, `pictures`, `dicom` and `depth`.
+File kinds are recognised in `kinds`; pixel values are read in `pictures`, `dicom` and `depth`.
 """
 
 import io
@@ -24,19 +24,19 @@ DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
 
 @dataclass(frozen=True)
 class Decoded:
-    """A raw image as a square, and what its file tells.
+    """A raw image as a square, with facts from its file.
 
     Attributes:
         pixels: uint8 [S, S].
         width_px: of the original as it is shown.
         height_px: of the original as it is shown.
         patient: the DICOM's PatientID, or empty.
-        view: one of `VIEWS` that the DICOM's tags name, empty without one, None if it is unknown.
+        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
         covered: uint8 [S, S], the square of the original with its boxes covered; None without.
-        used_depth: bits that the pixels use where the file does not declare its depth, else None.
-        sex: M or F where the DICOM tells it, else empty.
-        age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
-        mask: uint8 [S, S] of 0 and 255, moved like the pixels; None without.
+        used_depth: bits that the pixels use if the file does not declare its depth, else None.
+        sex: M or F from the DICOM, else empty.
+        age: age of the patient in years; None if unknown, NaN if the DICOM's is not a valid age.
+        mask: uint8 [S, S] of 0 and 255, cropped or padded like the pixels; None without.
     """
 
     pixels: NDArray[np.uint8]
@@ -53,17 +53,17 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Grey:
-    """A raw image in grey, and what its file tells.
+    """A raw image in grey, with facts from its file.
 
     Attributes:
         image: mode L; a JPEG may be smaller than its original.
         width_px: of the original as it is shown.
         height_px: of the original as it is shown.
         patient: the DICOM's PatientID, or empty.
-        view: one of `VIEWS` that the DICOM's tags name, empty without one, None if it is unknown.
-        used_depth: bits that the pixels use where the file does not declare its depth, else None.
-        sex: M or F where the DICOM tells it, else empty.
-        age: of the patient in years; None if unknown, NaN if the DICOM's is no age.
+        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
+        used_depth: bits that the pixels use if the file does not declare its depth, else None.
+        sex: M or F from the DICOM, else empty.
+        age: age of the patient in years; None if unknown, NaN if the DICOM's is not a valid age.
     """
 
     image: Image.Image
@@ -76,7 +76,7 @@ class Grey:
     age: float | None = None
 
     def scale(self) -> tuple[float, float]:
-        """Return how wide and high the image is, of the original."""
+        """Return width and height of the image as fractions of the original's."""
         return self.image.width / self.width_px, self.image.height / self.height_px
 
 
@@ -89,22 +89,22 @@ def decode(
     depth: int | None = None,
     mask: MaskPlace | None = None,
 ) -> Decoded:
-    """Decode an image to a grey square, and to another one with boxes covered.
+    """Decode an image to a grey square, and with boxes to a second one where they are covered.
 
-    The filter is anti-aliased. Boxes are covered in the original, before it becomes square.
-    Nothing is covered in the mask.
+    The filter is anti-aliased. Boxes are covered in the original, before it becomes square; the
+    mask is not changed by them.
 
     Args:
         file: the image, local or an fsspec path.
         size_px: side of the square.
         fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
-        boxes: of burned-in text, in px of the original.
+        boxes: boxes of burned-in text, in px of the original.
         how: as in `cover`.
         depth: as in `read_grey`.
-        mask: of the image.
+        mask: where the mask of the image is.
 
     Raises:
-        CxrdistError: the file is no readable X-ray, or its mask cannot be used.
+        CxrdistError: the file is not a readable X-ray, or its mask cannot be used.
     """
     grey = read_grey(file, 2 * size_px, depth)
     square = np.asarray(_square(grey.image, size_px, fit))
@@ -124,12 +124,12 @@ def _mask_square(
     """Return the mask of an image as a square.
 
     Raises:
-        CxrdistError: it cannot be used; the line names the image.
+        CxrdistError: the mask cannot be used; the message names the image.
     """
     try:
         mask = read_mask(place_of_mask, grey.width_px, grey.height_px)
     except CxrdistError as error:
-        # The mask's own name may be a patient's; a line that names the image can be anonymised.
+        # The mask's file name may identify a patient; the caller can anonymise the image's name.
         problem = str(error).removeprefix(f"{place_of_mask.file}: ")
         problem = problem.replace(str(place_of_mask.file), "the table of masks")
         raise CxrdistError(f"{file}: its mask: {problem}") from error
@@ -140,21 +140,21 @@ def _mask_square(
 def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
     """Read an image of one of `FORMATS`, or a DICOM, in grey.
 
-    Colour becomes luma (ITU-R 601), transparency black, an EXIF turn is applied.
+    Colour becomes luma (ITU-R 601), transparency black; an EXIF rotation is applied.
 
     Args:
-        file: the image, local or an fsspec path; its kind is known by its content.
-        least_px: sides down to which a JPEG may be decoded smaller, and so faster.
-        depth: bits that hold the values of the source, for images of more than 8 bits that do not
-            declare it (`cxrdist.data.depth`); what the image itself uses if None.
+        file: the image, local or an fsspec path; its content decides its kind.
+        least_px: a JPEG may be decoded at a smaller, faster scale, but not below these sides.
+        depth: bit depth of the source, for images of more than 8 bits that do not declare one
+            (`cxrdist.data.depth`); if None, the bits that the image itself uses.
 
     Raises:
-        CxrdistError: the file is no readable X-ray.
+        CxrdistError: the file is not a readable X-ray.
     """
     data = read_file(file)
     kind = kind_of(data[:HEAD_BYTES])
     if _is_dicom(kind, file):
-        from cxrdist.data.dicom import read_dicom  # pydicom costs most of a second
+        from cxrdist.data.dicom import read_dicom  # importing pydicom takes most of a second
 
         dicom = read_dicom(data, file, depth)
         image = Image.fromarray(dicom.pixels).resize(dicom.size_px, Image.Resampling.BILINEAR)
@@ -162,14 +162,15 @@ def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
         return Grey(image, dicom.size_px[0], dicom.size_px[1], *tags)
     if kind is None:
         raise CxrdistError(
-            f"{file}: no readable image (unknown format); expected {', '.join(FORMATS)} or DICOM"
+            f"{file}: is not a readable image (unknown format); expected {', '.join(FORMATS)} or "
+            "DICOM"
         )
     picture = read_picture(data, kind, file, least_px, depth)
     return Grey(picture.image, *picture.size_px, used_depth=picture.used_depth)
 
 
 def is_dicom(file: Path) -> bool:
-    """Tell whether `read_grey` takes a file for DICOM."""
+    """Return whether `read_grey` would read a file as DICOM."""
     with file.open("rb") as content:
         return _is_dicom(kind_of(content.read(HEAD_BYTES)), file)
 
@@ -179,14 +180,14 @@ def _is_dicom(kind: str | None, file: Path) -> bool:
 
 
 def read_square(file: Path, size_px: int, fit: str, depth: int | None = None) -> NDArray[np.uint8]:
-    """Return the square alone of `decode`, uint8 [size_px, size_px]."""
+    """Return only the square of `decode`, uint8 [size_px, size_px]."""
     return decode(file, size_px, fit, depth=depth).pixels
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     """Encode a grey image, uint8 [H, W].
 
-    Compression level 1: 4 times as fast as Pillow's default 6 and 15 % larger, so that encoding
+    Compression level 1 is 4 times as fast as Pillow's default 6 and 15 % larger; encoding then
     costs a sixth of decoding.
     """
     buffer = io.BytesIO()
@@ -201,6 +202,6 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
 
 
 def _square(image: Image.Image, size_px: int, fit: str) -> Image.Image:
-    # Padded squares were never reduced first: their bytes stay as they are in older shards.
+    # Padded squares get no reducing gap, so that their bytes equal those of older shards.
     gap = None if fit == "pad" else 2.0
     return resample(image, place(*image.size, size_px, fit), size_px, gap)

@@ -1,4 +1,4 @@
-"""The index of a directory of shards: what is in it, and the proof that it is still so."""
+"""The index of a directory of shards: its content, with hashes to detect any change."""
 
 import csv
 import hashlib
@@ -34,11 +34,11 @@ from cxrdist.run import judging, read_bytes
 
 MEND = "copy it again or pack the shards again"
 MOST_CLASSES = 1000  # ImageNet's; the longest list of findings, PadChest's, has 193
-MOST_SIDE_PX = 4500  # of a square; the largest detectors have 4302 px (43 cm of 0.1 mm)
+MOST_SIDE_PX = 4500  # of a square; the largest detectors have 4302 px (43 cm at 0.1 mm)
 MOST_SAMPLES = 10_000_000  # all public chest X-rays together are 2 million
-MOST_SHARDS = 1_000_000  # of a split: a name has six digits
+MOST_SHARDS = 1_000_000  # per split: a name has six digits
 MOST_SHARD_BYTES = 1 << 40
-MOST_INDEX_BYTES = 8 << 20  # of index.json, which has 200 bytes for each shard
+MOST_INDEX_BYTES = 8 << 20  # of index.json, which has 200 bytes per shard
 MOST_LINE_CHARACTERS = 1 << 16  # of samples.csv; a path has at most 4096 bytes
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its suffix it fits a tar's 100 bytes for a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -72,24 +72,24 @@ class Sample(NamedTuple):
     path: str
     sha256: str
     sex: str = ""
-    """M, F, or empty where nothing tells."""
+    """M, F, or empty if unknown."""
     age: str = ""
     """In years, or empty."""
     view: str = ""
-    """One of `cxrdist.data.views.VIEWS`, or empty where nothing tells."""
+    """One of `cxrdist.data.views.VIEWS`, or empty if unknown."""
     uncertain: str = ""
-    """Labels of which the source is not sure, with ``|`` between them."""
+    """Labels that the source is unsure about, separated by ``|``."""
     missing: str = ""
-    """Labels of which the source says nothing, with ``|`` between them."""
+    """Labels that the source does not mention, separated by ``|``."""
     assumed_absent: str = ""
-    """Labels that count as absent though the source says nothing of them."""
+    """Labels that count as absent though the source does not mention them."""
     mask_sha256: str = ""
-    """Of the mask's pixels, rows from the top, a byte of 0 or 255 each; empty without a mask."""
+    """Hash of the mask's pixels, rows from the top, one byte of 0 or 255 each; empty without."""
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """What the index says of a shard."""
+    """Entry of a shard in index.json."""
 
     name: str
     samples: Annotated[int, Between(1, MOST_SAMPLES)]
@@ -98,11 +98,11 @@ class ShardEntry:
 
 
 class SplitEntry(TypedDict):
-    """What the index says of a split."""
+    """Entry of a split in index.json."""
 
     samples: NotRequired[Count]
     classes: dict[str, Count]
-    """Images of each class; one of two labels counts for both."""
+    """Images per class; an image with two labels counts for both."""
     shards: Annotated[list[ShardEntry], Between(0, MOST_SHARDS)]
 
 
@@ -116,10 +116,10 @@ class CoverEntry(TypedDict):
 
 
 class SquaresEntry(TypedDict):
-    """What the squares and masks tell."""
+    """Fields of index.json that are known once all squares and masks are decoded."""
 
     depth: NotRequired[Depth | None]
-    """Bits by which images were scaled that do not declare their depth."""
+    """Bit depth assumed for images that do not declare theirs."""
     masks: NotRequired[MasksEntry]
     """Only where images have a mask."""
 
@@ -139,17 +139,17 @@ class IndexFile(SquaresEntry):
     splits: dict[str, SplitEntry]
     cover: NotRequired[CoverEntry | None]
     lungs_only: NotRequired[bool]
-    """Whether all but what the masks cover is black; it is not where this is missing."""
+    """Whether everything outside the masks is black; false if missing."""
 
 
 class PackedShard(NamedTuple):
-    """A shard with all that is needed to read it.
+    """A shard with everything needed to read it.
 
     Attributes:
         path: where it is, local or an fsspec path.
-        entry: what the index says of it.
+        entry: its entry in the index.
         samples: its samples in order.
-        first: sample number of the first of them.
+        first: sample number of its first sample.
         size_px: side of the squares.
     """
 
@@ -166,17 +166,17 @@ class Index:
 
     Attributes:
         directory: where the shards are, local or an fsspec path.
-        sha256: of index.json; since that holds the hashes of all else, it names the whole content.
+        sha256: of index.json; since that holds all other hashes, it identifies the whole content.
         task: multiclass (each sample has one label) or multilabel (any number).
         classes: class names; their order is the order of labels and logits.
         image_size_px: side of the squares.
         fit: how the images became square.
         split: how the splits were drawn.
         cover: how burned-in text was covered; None if it was not.
-        depth: bits by which images were scaled that do not declare their depth; None without such.
+        depth: bit depth assumed for images that do not declare theirs; None without such images.
         shards: all shards, in the order of the samples.
-        samples: all samples; their place in this list is their sample number.
-        lungs_only: whether all but what the masks cover is black.
+        samples: all samples; a sample number is a position in this list.
+        lungs_only: whether everything outside the masks is black.
     """
 
     directory: Path
@@ -193,7 +193,7 @@ class Index:
     lungs_only: bool = False
 
     def numbers(self, split: str) -> list[int]:
-        """Sample numbers of a split, ascending."""
+        """Return the sample numbers of a split, ascending."""
         return [i for i, sample in enumerate(self.samples) if sample.split == split]
 
     def packed(self) -> list[PackedShard]:
@@ -211,9 +211,10 @@ class Index:
         ]
 
     def targets(self) -> NDArray[np.int8]:
-        """Return the truth: int8 [samples, classes], codes of `cxrdist.data.labels`.
+        """Return the labels of all samples, int8 [samples, classes].
 
-        What is below 0 is not known, which only images of several labels have.
+        Codes are those of `cxrdist.data.labels`; below 0, which only multilabel shards have, a
+        label is not known.
         """
         columns = {
             POSITIVE: [sample.label for sample in self.samples],
@@ -223,7 +224,7 @@ class Index:
         return label_matrix(columns, self.classes)
 
     def counts(self) -> dict[str, dict[str, LabelAmount]]:
-        """Images and patients by split and class; an image of two labels counts for both."""
+        """Count images and patients per split and class; an image of two labels counts for both."""
         rows = [(s.split, label, s.patient) for s in self.samples for label in labels_of(s.label)]
         images = Counter((split, label) for split, label, _ in rows)
         patients = Counter((split, label) for split, label, _ in set(rows))
@@ -247,14 +248,14 @@ class Index:
         }
 
     def totals(self) -> dict[str, Amount]:
-        """Return the images and patients by split, those without a label too."""
+        """Count images and patients per split, including those without a label."""
         images = Counter(s.split for s in self.samples)
         patients = Counter(split for split, _ in {(s.split, s.patient) for s in self.samples})
         return {split: {"images": images[split], "patients": patients[split]} for split in SPLITS}
 
 
 def read_index(directory: Path) -> Index:
-    """Read index.json and samples.csv and make sure that they agree with each other.
+    """Read index.json and samples.csv and check that they agree with each other.
 
     Raises:
         CxrdistError: a file is missing or malformed, the two disagree, or a patient is in two
@@ -268,10 +269,10 @@ def read_index(directory: Path) -> Index:
 
 @collector_paused()
 def inspect_index(directory: Path) -> tuple[Index, list[str]]:
-    """Read index.json and samples.csv and list all in which they disagree.
+    """Read index.json and samples.csv and list every disagreement between them.
 
     Raises:
-        CxrdistError: a file is missing, malformed, or names what no shards have.
+        CxrdistError: a file is missing, malformed, or exceeds a limit.
     """
     path, table = directory / "index.json", directory / "samples.csv"
     if not path.is_file():
@@ -305,12 +306,14 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
     faults = faults if changed else []
     held = sum(sample.mask_sha256 != "" for sample in samples)
     if held != declared:
-        faults.append(f"{table}: has {held} masks, index.json {declared}; {MEND}")
+        faults.append(f"{table}: has {held} masks, index.json says {declared}; {MEND}")
     return index, [*faults, *_disagreements(index, content["splits"])]
 
 
 def _shards_of(content: IndexFile) -> list[ShardEntry]:
-    """Return all shards; each name is the one that pack gives, and so lies in the directory.
+    """Return all shards, checking that each has the name that pack gives it.
+
+    A name from untrusted JSON could otherwise lead out of the directory.
 
     Raises:
         ValueError: a split is missing, a shard has another name, or there are too many samples.
@@ -330,12 +333,12 @@ def _shards_of(content: IndexFile) -> list[ShardEntry]:
 
 
 def shard_name(split: str, number: int) -> str:
-    """File name of a shard, SPLIT-000000.tar."""
+    """Return the file name of a shard, SPLIT-000000.tar."""
     return f"{split}-{number:06d}.tar"
 
 
 def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Sample]]:
-    """Return the sha256 and the rows of samples.csv, not one more than the index names.
+    """Return the sha256 and the rows of samples.csv, at most as many as the index names.
 
     Raises:
         CxrdistError: it is not a table of samples.
@@ -355,12 +358,14 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
             text.detach().seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, csv.Error) as error:
-        raise CxrdistError(f"{table}: no table of samples ({error!s:.150}); {MEND}") from error
+        raise CxrdistError(
+            f"{table}: is not a valid table of samples ({error!s:.150}); {MEND}"
+        ) from error
     return digest, samples
 
 
 def _lines(table: io.TextIOWrapper) -> Iterator[str]:
-    """Yield the lines of a table, with a bound on each."""
+    """Yield the lines of a table, refusing overlong ones before they fill the memory."""
     while line := table.readline(MOST_LINE_CHARACTERS):
         if len(line) == MOST_LINE_CHARACTERS:
             raise ValueError(f"a line of more than {MOST_LINE_CHARACTERS} characters")
@@ -368,10 +373,10 @@ def _lines(table: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _read_sample(row: list[str], header: list[str], num_columns: int) -> Sample:
-    """Return a row of samples.csv, of which the first columns are known.
+    """Return a row of samples.csv; only its first ``num_columns`` columns are known.
 
     Raises:
-        ValueError: it is no row of a sample.
+        ValueError: a field is invalid.
     """
     if len(row) != len(header):
         raise ValueError(f"a row of {len(row)} fields, expected {len(header)}: {row!r:.80}")
@@ -379,16 +384,16 @@ def _read_sample(row: list[str], header: list[str], num_columns: int) -> Sample:
     if not KEY.fullmatch(sample.key):
         raise ValueError(f"the key {sample.key!r:.80}, expected letters, digits, _ and -")
     if sample.split not in SPLITS or not SHA256.fullmatch(sample.sha256):
-        raise ValueError(f"the split or the sha256 of {sample.key} is none")
+        raise ValueError(f"the split or the sha256 of {sample.key} is invalid")
     if sample.mask_sha256 and not SHA256.fullmatch(sample.mask_sha256):
-        raise ValueError(f"the mask_sha256 of {sample.key} is none")
+        raise ValueError(f"the mask_sha256 of {sample.key} is invalid")
     if sample.view not in (*VIEWS, UNKNOWN):
         raise ValueError(f"the view of {sample.key} is {sample.view!r:.40}")
     return sample
 
 
 def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
-    """In what samples.csv and index.json differ, and patients and keys that stand twice."""
+    """List disagreements of samples.csv and index.json, duplicate keys, and shared patients."""
     table, faults = index.directory / "samples.csv", []
     expected = [(shard.name.split("-")[0], shard.name, shard.samples) for shard in index.shards]
     held = groupby(index.samples, lambda sample: (sample.split, sample.shard))
@@ -396,8 +401,8 @@ def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
         there = Counter(sample.shard for sample in index.samples)
         names = [s.name for s in index.shards if there[s.name] != s.samples] or ["a shard"]
         faults += [
-            f"{table}: lists {there[name]} samples of {name}, unlike index.json, or in another "
-            f"order; {MEND}"
+            f"{table}: lists {there[name]} samples of {name}, another number or order than "
+            f"index.json; {MEND}"
             for name in names
         ]
     known, single = {*index.classes}, index.task == "multiclass"
@@ -411,9 +416,11 @@ def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
         number = splits[split]["classes"].get(name)
         images = counts[split][name]["images"]
         if number != images:
-            faults.append(f"{table}: has {images} images of {name} in {split}, index.json {number}")
+            faults.append(
+                f"{table}: has {images} images of {name} in {split}, index.json says {number}"
+            )
     keys = Counter(sample.key for sample in index.samples)
-    faults += [f"{table}: key {key} stands in {n} rows" for key, n in keys.items() if n > 1]
+    faults += [f"{table}: key {key} is in {n} rows" for key, n in keys.items() if n > 1]
     home: dict[str, str] = {}
     for sample in index.samples:
         if home.setdefault(sample.patient, sample.split) != sample.split:
@@ -424,16 +431,16 @@ def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
 def _bad_label(
     known: set[str], labels: list[str], others: list[str], *, single: bool
 ) -> str | None:
-    """Say what is wrong with the labels of a sample; None if nothing is.
+    """Return what is wrong with the labels of a sample; None if nothing is.
 
     Args:
         known: all classes.
-        labels: that it has.
-        others: that its source does not state.
-        single: whether a sample has one label.
+        labels: labels that the sample has.
+        others: labels that its source does not state.
+        single: whether a sample has exactly one label.
     """
     if unknown := [name for name in (*labels, *others) if name not in known]:
-        return f"label {unknown[0]!r:.80} is no class of index.json"
+        return f"label {unknown[0]!r:.80} is not a class of index.json"
     if len({*labels}) != len(labels) or (single and len(labels) != 1):
         task = "multiclass" if single else "multilabel"
         return f"{'|'.join(labels)!r:.80} is not a valid label of a {task} sample"
@@ -441,5 +448,5 @@ def _bad_label(
         return f"{others[0]!r:.80} is uncertain or missing in a multiclass sample"
     if len({*labels, *others}) != len(labels) + len(others):
         twice = next(name for name, n in Counter((*labels, *others)).items() if n > 1)
-        return f"{twice!r:.80} stands in two of label, {', '.join(NOT_STATED)}"
+        return f"{twice!r:.80} is in two of label, {', '.join(NOT_STATED)}"
     return None

@@ -1,4 +1,4 @@
-"""Inputs: image files for a trained model, made into squares as `pack` made its training images."""
+"""Inputs: image files for a trained model, prepared like the images that `pack` made for it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from cxrdist.data.views import view_in_name
 from cxrdist.errors import CxrdistError
 
 MOST_SIDE_PX = 2048
-"""Longer side of an original in pictures: twice a screen's height, and a PNG of a few MB."""
+"""Longer side of an original in pictures, at most: twice a screen's height, a PNG of a few MB."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Input:
 
     Attributes:
         file: where it is; its name in the tables.
-        name: relative to the folder that was given, with slashes; without one that of the file.
+        name: path relative to the given folder, with slashes; for a given file its name.
         boxes: burned-in text to cover, in px of the original.
     """
 
@@ -43,10 +43,10 @@ class Preparation:
     Attributes:
         size_px: side of the square.
         fit: how it becomes square: crop, pad or stretch.
-        depth: bits that hold its values where it has more than 8 and does not declare them; what
-            each image uses if None.
+        depth: bit depth of images of more than 8 bits that do not declare one; if None, the bits
+            that each image uses.
         cover: how text is covered: black or fill.
-        finds_text: whether text is looked for, instead of taken from `Input.boxes`.
+        finds_text: whether text is searched for, instead of taken from `Input.boxes`.
     """
 
     size_px: int
@@ -62,9 +62,9 @@ class Prepared:
 
     Attributes:
         pixels: uint8 [S, S].
-        used_depth: bits that the image uses where its file does not declare them.
-        boxes: of the text that is covered in it, in px of the original.
-        view: one of `VIEWS` that a tag or the file's name tells, or empty.
+        used_depth: bits that the image uses if its file does not declare its depth.
+        boxes: boxes of the covered text, in px of the original.
+        view: one of `VIEWS` from a tag or the file's name, or empty.
     """
 
     pixels: NDArray[np.uint8]
@@ -74,15 +74,16 @@ class Prepared:
 
 
 def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list[LeftOut]]:
-    """List the image files of files and folders.
+    """List image files, given as files and folders.
 
     Args:
-        paths: files, which are taken whatever they hold, and folders, of which `find_images` tells
-            what is an image.
-        besides: a folder that is passed over: heat maps of an earlier call.
+        paths: files, which are taken whatever they hold, and folders, whose images `find_images`
+            selects.
+        besides: a folder to skip: heat maps of an earlier call.
 
     Returns:
-        The files in the given order, folders sorted, each once; and what folders hold besides.
+        The files in the given order, folders sorted, each once; and the files of folders that are
+        not images.
 
     Raises:
         CxrdistError: a path does not exist, a folder has no image, or a name is not UTF-8.
@@ -94,7 +95,7 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
             found = find_images(path, [besides])
             if not found.images:
                 raise CxrdistError(
-                    f"{path}: has no image among its {found.num_files} files; name a folder of "
+                    f"{path}: has no image among its {found.num_files} files; give a folder of "
                     "X-rays"
                 )
             for file in found.images:
@@ -104,7 +105,7 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
             refuse_undecodable_name(path)
             inputs.setdefault(path, Input(path, path.name))
         else:
-            raise CxrdistError(f"{path}: no such file or folder; name image files, or folders")
+            raise CxrdistError(f"{path}: no such file or folder; give image files or folders")
     return list(inputs.values()), left_out
 
 
@@ -113,7 +114,7 @@ def with_boxes(inputs: Sequence[Input], table: Path) -> list[Input]:
 
     Args:
         inputs: the files.
-        table: names a file as it was given, or relative to the folder that was given.
+        table: its paths are as given on the command line, or relative to the given folder.
 
     Raises:
         CxrdistError: the table cannot be read, has none of the files, or a name fits two of them.
@@ -148,7 +149,7 @@ def prepare(item: Input, how: Preparation) -> Prepared:
     """Read an image file as `pack` does.
 
     Raises:
-        CxrdistError: it is no readable X-ray.
+        CxrdistError: it is not a readable X-ray.
     """
     boxes = find_in_file(item.file) if how.finds_text else item.boxes
     decoded = decode(item.file, how.size_px, how.fit, boxes, how.cover, how.depth)
@@ -158,26 +159,26 @@ def prepare(item: Input, how: Preparation) -> Prepared:
 
 
 def unlike_source(used: Mapping[int, int | None]) -> tuple[int | None, list[int]]:
-    """Say which images are to be read again because their source uses more bits than they do.
+    """Return which images must be read again, since their source uses more bits than they do.
 
     Args:
-        used: bits that an image uses where its file does not declare them, by its number.
+        used: by number of the image the bits that it uses; None if its file declares its depth.
 
     Returns:
-        The depth of the source, None without such images, and the numbers of the others.
+        The depth of the source, None if all files declare theirs; and the numbers of the images.
     """
     depth = source_depth(used.values())
     return depth, [number for number, bits in used.items() if bits not in (None, depth)]
 
 
 def read_original(item: Input, how: Preparation, most_px: int = MOST_SIDE_PX) -> NDArray[np.uint8]:
-    """Read the whole image for a picture, its text covered as in its square.
+    """Read the whole image for a picture, with its text covered as in its square.
 
     Returns:
         uint8 [H, W], at most ``most_px`` wide and high.
 
     Raises:
-        CxrdistError: it is no readable X-ray.
+        CxrdistError: it is not a readable X-ray.
     """
     grey = read_grey(item.file, most_px, how.depth)
     image = grey.image

@@ -1,15 +1,15 @@
-"""Kinds of image files, told by their first bytes and never by their names."""
+"""Kinds of image files, recognised by their first bytes and never by their names."""
 
 import re
 
-HEAD_BYTES = 144  # that `kind_of` looks at
-DICOM_PREAMBLE = 128  # bytes before the mark (DICOM PS3.10, section 7.1)
-# Names are Pillow's, as `formats` of Image.open takes them.
+HEAD_BYTES = 144  # needed by `kind_of`
+DICOM_PREAMBLE = 128  # bytes before DICM (DICOM PS3.10, section 7.1)
+# Names are Pillow's, for the argument `formats` of Image.open.
 SIGNATURES = {
     "PNG": rb"\x89PNG\r\n\x1a\n",
     "JPEG": rb"\xff\xd8\xff",
     "TIFF": rb"II[*+]\0|MM\0[*+]",
-    # The size of the header behind the mark: a text may well begin with BM.
+    # Includes the size of the header, since a text may begin with BM.
     "BMP": rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0",
     "WEBP": rb"RIFF....WEBP",
     "GIF": rb"GIF8[79]a",
@@ -18,8 +18,8 @@ SIGNATURES = {
 }
 FORMATS = tuple(SIGNATURES)
 _VR = rb"(AE|AS|CS|DA|DT|LO|OB|PN|SH|SQ|ST|TM|UI|UL|US|UT)"
-# A data set without a preamble begins with an element of group 0002 or 0008. Behind its tag stands
-# a VR, or a length: 4 of a group length, else even and short.
+# A data set without a preamble begins with an element of group 0002 or 0008. Its tag is followed by
+# a VR, or by a length: 4 for a group length, else even and short.
 BARE_DICOM = re.compile(
     rb"[\x02\x08]\0(\0\0\x04\0\0\0|..%b|[^\0][\0-\x1f][^\0]\0\0\0)|\0[\x02\x08]..%b" % (_VR, _VR),
     re.DOTALL,
@@ -27,10 +27,10 @@ BARE_DICOM = re.compile(
 
 
 def kind_of(head: bytes) -> str | None:
-    """Tell the kind of a file by its first `HEAD_BYTES` bytes.
+    """Return the kind of a file by its first `HEAD_BYTES` bytes.
 
     Returns:
-        ``DICOM``, one of `FORMATS`, or None for what is none of the images that are read.
+        ``DICOM``, one of `FORMATS`, or None for any other file.
     """
     if head[DICOM_PREAMBLE : DICOM_PREAMBLE + 4] == b"DICM":
         return "DICOM"

@@ -1,4 +1,4 @@
-"""Label map: the labels of a source, and those that are packed in their place."""
+"""Label map: rename, merge and drop the labels of a source."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,19 +12,19 @@ from cxrdist.packaged import LABEL_MAPS, path_of
 from cxrdist.run import judging, read_recipe
 
 Cells = tuple[str, str, str, str]
-NAMES = ("label", *NOT_STATED)  # of the cells of a `Record`
+NAMES = ("label", *NOT_STATED)  # fields of a `Record`, in the order of `Cells`
 LabelMap = dict[str, str | None]
 MEND = "expected THEIRS: OURS on each line, or THEIRS: null to leave a label out"
 
 
 def read_label_map(file: Path) -> LabelMap:
-    """Read a YAML file of labels and those that take their place.
+    """Read a YAML file that maps labels of a source to those to pack.
 
     Args:
         file: its path, or the name of one that comes with cxrdist.
 
     Raises:
-        CxrdistError: it is missing, empty, or holds something else.
+        CxrdistError: it is missing, empty or malformed.
     """
     file = path_of(LABEL_MAPS, file)
     file = file.resolve() if isinstance(file, Path) else file
@@ -37,29 +37,31 @@ def read_label_map(file: Path) -> LabelMap:
                 if not isinstance(label, str):
                     raise ValueError(f"{label!r:.80} is not a text; write it in quotes")
                 if not label.strip() or SEPARATOR in label:
-                    raise ValueError(f"{label!r:.80} is not a label, which has no {SEPARATOR}")
+                    raise ValueError(
+                        f"{label!r:.80} is not a valid label; expected a text without {SEPARATOR}"
+                    )
         return {theirs: ours and ours.strip() for theirs, ours in content.items()}
 
 
 def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
-    """Give the records of a source other labels.
+    """Replace the labels of a source's records.
 
-    Several labels may become one: it is there if one of them is; else uncertain if one of them is;
-    else absent only if all of them are known to be absent or count as such; else missing. In a
-    source of one class per image, images of a class that is left out are left out.
+    Several labels may become one: it is present if one of them is; else uncertain if one of them
+    is; else absent only if all of them are known to be absent or count as such; else missing. In a
+    source with one class per image, images of a dropped class are left out.
 
     Args:
         source: of any task.
-        labels: by the source's label the one to pack, None to leave it out; others stay.
-        where: they are from, for messages.
+        labels: maps a label of the source to the one to pack, None to drop it; others stay.
+        where: origin of the labels, for messages.
 
     Raises:
-        CxrdistError: a label is none of the source's, or none is left.
+        CxrdistError: a label is not one of the source, or none is left.
     """
     unknown = next((label for label in labels if label not in source.classes), None)
     if unknown is not None:
         raise CxrdistError(
-            f"{where}: {unknown!r:.80} is no label of {source.name}, which has "
+            f"{where}: {unknown!r:.80} is not a label of {source.name}, which has "
             f"{', '.join(source.classes)}"
         )
     if not labels:
@@ -69,7 +71,7 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
         if (ours := labels.get(label, label)) is not None:
             parts.setdefault(ours, []).append(label)
     if not parts:
-        raise CxrdistError(f"{where}: leaves no label of {source.name}")
+        raise CxrdistError(f"{where}: drops all labels of {source.name}; keep at least one")
     gone = {label for label in source.classes if labels.get(label, label) is None}
     gone = gone if source.task == "multiclass" else set()
     left_out = [
@@ -92,7 +94,10 @@ def _mapped(
     labels: LabelMap,
     seen: dict[Cells, LabelCells],
 ) -> Record:
-    """The record with other labels; few combinations are frequent, so they are kept in ``seen``."""
+    """Return the record with new labels.
+
+    Most records share few combinations of labels, so results are cached in ``seen``.
+    """
     cells = (record.label, record.uncertain, record.missing, record.assumed_absent)
     if cells not in seen:
         seen[cells] = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
@@ -111,7 +116,7 @@ def combine_cells(
     missing: set[str],
     assumed: set[str],
 ) -> LabelCells:
-    """Write the cells of the new labels, as `Record` has them."""
+    """Return the cells of the new labels, as `Record` has them."""
     names_in: dict[str, list[str]] = {name: [] for name in NAMES}
     for ours, theirs in parts.items():
         for name, those in zip(NAMES, (present, uncertain, missing, assumed), strict=True):

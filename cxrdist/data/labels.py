@@ -1,7 +1,7 @@
-"""Labels: what is known of each label of an image.
+"""Labels: what is known about each label of an image.
 
-A label is stated to be there or absent, is uncertain (-1 or U of a report's labeller), or is
-missing (an empty cell): not looked for, or not mentioned.
+A label is present, absent, uncertain (-1 or U from a labeller of reports), or missing (an empty
+cell): not looked for, or not mentioned.
 """
 
 import re
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cxrdist.errors import CxrdistError, choices
 
 SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
-# Of a cell of a matrix of labels; what is below 0 is not known.
+# Codes of the cells of a label matrix; below 0 the label is not known.
 POSITIVE, NEGATIVE, UNCERTAIN, MISSING = 1, 0, -1, -2
 # Fields of a record and of a sample: labels that its source does not state.
 NOT_STATED: tuple[Literal["uncertain", "missing", "assumed_absent"], ...] = (
@@ -28,44 +28,45 @@ CELLS = {
     **dict.fromkeys(("-1", "-1.0", "u"), UNCERTAIN),
     "": MISSING,
 }
-# What an uncertain label may count as in training; U-Ones and U-Zeros of Irvin et al. 2019.
+# What uncertain labels may count as in training; U-Ones and U-Zeros of Irvin et al. 2019.
 COUNTS_AS = {"ignore": UNCERTAIN, "positive": POSITIVE, "negative": NEGATIVE}
 
 
 def labels_of(label: str) -> list[str]:
-    """Return the labels that a text of labels with ``|`` between them holds."""
+    """Split a text of labels separated by ``|``."""
     return label.split(SEPARATOR) if label else []
 
 
 def joined(*labels: str) -> str:
-    """Return the labels of several such texts as one text."""
+    """Join several texts of labels into one."""
     return SEPARATOR.join(filter(None, labels))
 
 
 def label_matrix(columns: Mapping[int, Sequence[str]], classes: Sequence[str]) -> NDArray[np.int8]:
-    """Make a matrix of what is known of the labels of some images.
+    """Return the codes of the labels of some images as a matrix.
 
     Args:
-        columns: by the code of a cell the labels that have it, a text for each image.
+        columns: for each code the labels that have it, one text per image.
         classes: names of the columns.
 
     Returns:
-        int8 [images, classes]; `NEGATIVE` where an image has a label in no text.
+        int8 [images, classes]; `NEGATIVE` where no text names the label.
     """
-    place = {name: i for i, name in enumerate(classes)}
-    matrix = np.full((len(columns[POSITIVE]), len(place)), NEGATIVE, np.int8)
-    for code, texts in columns.items():
-        places = {text: [place[label] for label in labels_of(text)] for text in {*texts}}
-        rows = np.repeat(np.arange(len(texts)), [len(places[text]) for text in texts])
-        matrix[rows, [column for text in texts for column in places[text]]] = code
+    column_of = {name: i for i, name in enumerate(classes)}
+    matrix = np.full((len(columns[POSITIVE]), len(column_of)), NEGATIVE, np.int8)
+    for code, texts in columns.items():  # each distinct text is split once: there are few of them
+        columns_of = {text: [column_of[label] for label in labels_of(text)] for text in {*texts}}
+        rows = np.repeat(np.arange(len(texts)), [len(columns_of[text]) for text in texts])
+        matrix[rows, [column for text in texts for column in columns_of[text]]] = code
     return matrix
 
 
 def agree(images: Iterable[tuple[str, str]]) -> bool:
-    """Return whether no label is there in one image and absent in another.
+    """Return whether no label is present in one image and absent in another.
 
     Args:
-        images: labels of each, and those that are uncertain or missing, with ``|`` between them.
+        images: for each the labels that are present, and those that are uncertain or missing, both
+            separated by ``|``.
     """
     cells = [(set(labels_of(label)), set(labels_of(unknown))) for label, unknown in images]
     present = set[str]().union(*(labels for labels, _ in cells))
@@ -73,7 +74,7 @@ def agree(images: Iterable[tuple[str, str]]) -> bool:
 
 
 def read_cells(where: str, cells: Mapping[str, str]) -> dict[str, str]:
-    """Read a row of a table that has a column for each label: 1, 0, -1 or U, or empty.
+    """Read a row of a table with a column per label: 1, 0, -1 or U, or empty.
 
     Args:
         where: file and row, for messages.
@@ -89,7 +90,7 @@ def read_cells(where: str, cells: Mapping[str, str]) -> dict[str, str]:
     for name, text in cells.items():
         cell = CELLS.get(text.strip().casefold())
         if cell is None:
-            raise CxrdistError(f"{where}: {name} is {text!r:.40}, expected 1, 0, -1, U or nothing")
+            raise CxrdistError(f"{where}: {name} is {text!r:.40}, expected 1, 0, -1, U or empty")
         chosen[cell].append(name)
     return {
         "label": SEPARATOR.join(chosen[POSITIVE]),
@@ -99,31 +100,31 @@ def read_cells(where: str, cells: Mapping[str, str]) -> dict[str, str]:
 
 
 def read_uncertain(text: str) -> tuple[str, dict[str, str]]:
-    """Read what uncertain labels count as, such as ``positive,Edema=negative``.
+    """Parse --uncertain, such as ``positive,Edema=negative``.
 
     Returns:
         A key of `COUNTS_AS` for all labels, and one for each label that has its own.
 
     Raises:
-        CxrdistError: it says something else, or says it twice.
+        CxrdistError: the text is malformed, or names a label twice.
     """
-    found: dict[str, str] = {}
-    # Names may hold commas; an item ends with one of the three words.
+    counts_as_of: dict[str, str] = {}
+    # A plain split at commas fails: names may hold commas. An item ends with one of three words.
     for item in re.split(r"(?:(?<=ignore)|(?<=positive)|(?<=negative))\s*,", text):
         name, equals, counts_as = (part.strip() for part in item.rpartition("="))
-        if counts_as not in COUNTS_AS or name in found or (equals and not name):
+        if counts_as not in COUNTS_AS or name in counts_as_of or (equals and not name):
             raise CxrdistError(
-                f"--uncertain: is {text!r:.200}, expected ignore, positive or negative, once, and "
-                "for labels of their own NAME=positive and the like, with commas between them"
+                f"--uncertain: is {text!r:.200}, expected ignore, positive or negative, and for "
+                "single labels NAME=positive and the like, separated by commas, each label once"
             )
-        found[name] = counts_as
-    return found.pop("", "ignore"), found
+        counts_as_of[name] = counts_as
+    return counts_as_of.pop("", "ignore"), counts_as_of
 
 
 def settle_uncertain(
     targets: NDArray[np.int8], classes: Sequence[str], text: str
 ) -> NDArray[np.int8]:
-    """Let uncertain labels count as a recipe says.
+    """Replace uncertain labels by what a recipe counts them as.
 
     Args:
         targets: int8 [samples, classes], cells as `Index.targets` gives them.
@@ -131,10 +132,10 @@ def settle_uncertain(
         text: as `read_uncertain` takes it.
 
     Returns:
-        int8 [samples, classes]; labels that are to be ignored stay uncertain.
+        int8 [samples, classes]; labels to ignore stay uncertain.
 
     Raises:
-        CxrdistError: the text is malformed, or names no class.
+        CxrdistError: the text is malformed, or names an unknown class.
     """
     default, by_label = read_uncertain(text)
     if stray := [name for name in by_label if name not in classes]:

@@ -1,4 +1,4 @@
-"""Listed: the files of a public data set, each to be taken by a row of its tables."""
+"""Listed: match the files of a public data set with the rows of its tables."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,11 +13,11 @@ OUTSIDE = "outside of the data set's folders"
 
 
 class Listed:
-    """The images below a data set's folder, and which of them its tables have taken.
+    """The images below a data set's folder; each can be taken by one row of a table.
 
     Attributes:
-        num_found: files that were found, and rows without a file.
-        dicom: whether DICOM files are among the images.
+        num_found: number of files and of rows without a file.
+        dicom: whether any image is a DICOM file.
     """
 
     def __init__(
@@ -28,16 +28,16 @@ class Listed:
         *,
         suffixes: bool = False,
     ) -> None:
-        """Look at every file.
+        """List every file.
 
         Args:
             folder: of the data set.
-            name_of: of a path relative to the folder, without its suffix, the name by which tables
-                ask for it; None for what lies outside of the data set's own folders. Smaller copies
-                of a data set have the same names with other suffixes.
-            besides: folders that are not looked into.
-            suffixes: give ``name_of`` the path with its suffix, where only that tells two images
-                apart.
+            name_of: maps a path relative to the folder, without suffix, to its name in the tables;
+                None for files outside of the data set's own folders. Suffixes are ignored since
+                smaller copies of a data set have others.
+            besides: folders to skip.
+            suffixes: give ``name_of`` the path with its suffix, where two images differ only in
+                theirs.
 
         Raises:
             CxrdistError: there is no image in the data set's folders, or two have one name.
@@ -53,7 +53,7 @@ class Listed:
                 self._left_out.append(LeftOut(path, OUTSIDE))
                 continue
             if name in self._waiting:
-                raise CxrdistError(f"{file}: stands in {self._waiting[name][0]} too; remove one")
+                raise CxrdistError(f"{file}: is also in {self._waiting[name][0]}; remove one")
             self._waiting[name] = file, path
         if not self._waiting:
             raise CxrdistError(f"--input {folder}: has no images in the data set's folders")
@@ -61,10 +61,11 @@ class Listed:
         self._taken: set[str] = set()
 
     def take(self, name: str) -> tuple[Path, str] | None:
-        """Return the file of a row, and its path relative to the folder; each is taken once.
+        """Take the file of a row; each can be taken once.
 
         Returns:
-            None where it is not here, or was taken before, which is noted.
+            The file, and its path relative to the folder. None if it is missing or was taken
+            before, which is recorded.
         """
         taken = self._waiting.pop(name, None)
         if taken is None:
@@ -80,19 +81,19 @@ class Listed:
         return list(self._waiting)
 
     def leave(self, path: str, reason: str) -> None:
-        """Note why an image that was taken is not packed."""
+        """Record why an image that was taken is not packed."""
         self._left_out.append(LeftOut(path, reason))
 
     def left_out(self) -> tuple[LeftOut, ...]:
-        """Return all that is not packed, sorted; images that no row has taken too."""
+        """Return the files that are not packed, sorted, including images that no row has taken."""
         strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
         return tuple(sorted((*self._left_out, *strays)))
 
     def account(self) -> tuple[tuple[LeftOut, ...], int, bool]:
-        """Return what `Source` says of the files: left_out, num_found, dicom."""
+        """Return the fields of `Source` on files: left_out, num_found, dicom."""
         return self.left_out(), self.num_found, self.dicom
 
     def notes(self, *tables: Path) -> list[str]:
-        """Return what a user should know of it, a line each."""
+        """Return notes for the user, one line each."""
         names = " and ".join(table.name for table in tables)
         return [f"{self._num_missing} images of {names} are not here"] * bool(self._num_missing)

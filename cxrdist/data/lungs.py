@@ -1,4 +1,4 @@
-"""Lungs: which pixels of a sample's square are lung, by its mask or by a fixed ellipse."""
+"""Lungs: the pixels of a sample's square that are lung, by its mask or by a fixed ellipse."""
 
 import hashlib
 from collections.abc import Collection, Mapping
@@ -19,16 +19,16 @@ from cxrdist.data.regions import thorax
 from cxrdist.errors import CxrdistError
 
 Kind = Literal["masks", "ellipse"]
-"""masks: of the lungs themselves. ellipse: `cxrdist.data.regions.thorax`, one for all images."""
+"""masks: a mask per image. ellipse: `cxrdist.data.regions.thorax`, the same for all images."""
 
 
 @dataclass(frozen=True)
 class Lungs:
-    """Where the lungs of all samples are found.
+    """The lungs of all samples.
 
     Attributes:
         kind: masks or ellipse, the same for all samples.
-        why: the place of the masks, or why there is an ellipse.
+        why: where the masks come from, or why the ellipse is used.
         index: the shards.
         places: masks that are not in the shards, by sample number.
     """
@@ -39,9 +39,9 @@ class Lungs:
     places: Mapping[int, MaskPlace] = field(default_factory=dict)
 
     def of(self, original: Original) -> NDArray[np.bool_] | None:
-        """Return which pixels of a sample are lung, bool [size, size]; None where no mask tells.
+        """Return which pixels of a sample are lung, bool [size, size]; None if not known.
 
-        A mask that covers nothing, or everything, tells nothing.
+        A mask that covers nothing or everything counts as none.
 
         Raises:
             CxrdistError: the mask of a sample cannot be used.
@@ -58,24 +58,24 @@ class Lungs:
 
 
 def find_lungs(index: Index, masks: Path | None) -> Lungs:
-    """Choose masks or the ellipse for all samples: whether one has a mask must not tell its class.
+    """Choose masks or the ellipse, the same for all samples.
 
-    Without masks in the shards it is the ellipse, and so it is where the masks of the shards are
-    of some classes only, as in a set where people outlined the diseased lungs alone.
+    The ellipse is used if the shards have no masks, or only for some classes, as in a set where
+    people outlined only diseased lungs: having a mask would then reveal the class.
 
     Args:
         index: the shards.
         masks: as in `cxrdist.data.masked.with_masks`; those of the shards if None.
 
     Raises:
-        CxrdistError: the masks fit no sample, or are of some classes only.
+        CxrdistError: ``masks`` match no sample, or only samples of some classes.
     """
     if masks is not None:
         places, _ = masks_of_samples(index, masks)
         if lost := lost_class(index, {*range(len(index.samples))} - {*places}):
             raise CxrdistError(
-                f"--masks {masks}: {lost}, so that whether an image has a mask would tell its "
-                "class; give masks of all classes, or none for an ellipse"
+                f"--masks {masks}: {lost}, so that having a mask would reveal the class; give "
+                "masks for all classes, or leave out --masks to use an ellipse"
             )
         return Lungs("masks", str(masks), index, places)
     empty, full = _constant_masks(index.image_size_px)
@@ -85,21 +85,21 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
         if sample.mask_sha256 in ("", empty, full)
     }
     if len(without) == len(index.samples):
-        return Lungs("ellipse", "the shards hold no masks", index)
+        return Lungs("ellipse", "the shards have no masks", index)
     if lost := lost_class(index, without):
         return Lungs("ellipse", f"of the masks in the shards, {lost}", index)
     return Lungs("masks", "the masks in the shards", index)
 
 
 def lost_class(index: Index, left_out: Collection[int]) -> str | None:
-    """Say which class has no image, or no image without it, in a split once some are left out.
+    """Find a class whose images, or all others, vanish from a split if samples are left out.
 
     Args:
         index: the shards.
         left_out: sample numbers.
 
     Returns:
-        None if each split keeps what it has.
+        A clause for messages; None if there is no such class.
     """
     targets = index.targets()
     splits = np.array([sample.split for sample in index.samples])
@@ -116,7 +116,7 @@ def lost_class(index: Index, left_out: Collection[int]) -> str | None:
 
 
 def count_left_out(index: Index, left_out: Collection[int]) -> dict[str, int]:
-    """Count how many of some samples have each class; of several labels each counts."""
+    """Count the left-out samples per class; a sample with several labels counts for each."""
     rows = index.targets()[sorted(left_out)] == POSITIVE
     return {name: int(number) for name, number in zip(index.classes, rows.sum(0), strict=True)}
 

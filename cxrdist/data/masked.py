@@ -1,4 +1,4 @@
-"""Masked: the images of a source matched with their masks."""
+"""Masked: match the images of a source with their masks."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -25,12 +25,12 @@ MASKS, IMAGES = "masks", "images"
 
 
 class _Named(NamedTuple):
-    """A mask, and what its image may be called.
+    """A mask, and possible names of its image.
 
     Attributes:
         where: file or row, for messages.
-        names: ends of the image's path, without the suffix; the first that an image has counts.
-        place: where it is.
+        names: ends of the image's path, without the suffix; the first one that matches is used.
+        place: where the mask is.
     """
 
     where: str
@@ -39,21 +39,22 @@ class _Named(NamedTuple):
 
 
 def with_masks(source: Source, masks: Path) -> Source:
-    """Give the records of a source their masks.
+    """Assign masks to the records of a source.
 
-    A mask belongs to the image whose path ends with the mask's name, whatever the suffix: its path
-    in the folder of masks, also with ``images`` in place of ``masks`` in it, or the table's name of
-    the image.
+    A mask belongs to the image whose path ends with the mask's name, whatever the suffix. The name
+    is the mask's path in its folder (a folder ``masks`` in it also matches ``images``), or the
+    image's name in the table.
 
     Args:
         source: what was read.
         masks: a folder of pictures or a table of run lengths.
 
     Returns:
-        The source with notes on the masks that are not taken.
+        The source, with notes on masks that are not used.
 
     Raises:
-        CxrdistError: there are no masks or none fits, or one mask or image is meant twice.
+        CxrdistError: there are no masks or none matches, a mask matches two images, or an image
+            has two masks.
     """
     if masks.is_dir():
         named, notes = list(_pictures(source.records, masks)), list[str]()
@@ -64,31 +65,30 @@ def with_masks(source: Source, masks: Path) -> Source:
             f"--masks {masks}: no such folder or table; expected masks under the images' names, or "
             "a table of run lengths"
         )
-    found, strays = _match(source.records, named)
-    if not found:
+    matched, strays = _match(source.records, named)
+    if not matched:
         example = without_suffix(source.records[0].path) if source.records else "an image"
         there = named[0].where if named else "nothing"
         raise CxrdistError(
             f"--masks {masks}: none of its {len(named)} masks is named like an image; expected "
-            f"such as {example}.png, found such as {'; '.join([there, *notes])}"
+            f"names like {example}.png, found {'; '.join([there, *notes])}"
         )
     records = [
-        replace(record, mask=found[i].place) if i in found else record
+        replace(record, mask=matched[i].place) if i in matched else record
         for i, record in enumerate(source.records)
     ]
     if strays:
         notes.append(
-            f"{len(strays)} of {len(named)} masks are of no image here, the first is "
-            f"{strays[0].where}"
+            f"{len(strays)} of {len(named)} masks match no image, the first is {strays[0].where}"
         )
     return replace(source, records=records, notes=(*source.notes, *notes))
 
 
 def lungs_alone(source: Source) -> Source:
-    """Leave out the images without a mask; of the others nothing but the lungs is to be packed.
+    """Leave out images without a mask, and mark the others to be packed with only the lungs.
 
     Raises:
-        CxrdistError: no image has a mask, or none of a class has.
+        CxrdistError: no image, or no image of some class, has a mask.
     """
     kept = [replace(record, lungs_only=True) for record in source.records if record.mask]
     there = {label for record in kept for label in labels_of(record.label)}
@@ -104,19 +104,19 @@ def lungs_alone(source: Source) -> Source:
 
 
 def masks_of_samples(index: Index, masks: Path) -> tuple[dict[int, MaskPlace], tuple[str, ...]]:
-    """Match masks with samples as `with_masks` does with the images that they were packed from.
+    """Match masks with samples, as `with_masks` does with the images of a source.
 
     Args:
         index: the shards.
         masks: a folder of pictures or a table of run lengths.
 
     Returns:
-        The masks by sample number; and notes on those that are not taken.
+        The masks by sample number; and notes on masks that are not used.
 
     Raises:
         CxrdistError: as `with_masks`.
     """
-    # The root, so that no folder above the source counts as a part of a name.
+    # Paths start at the root, so that no folder above the source can match a name.
     records = [
         Record(Path("/") / sample.path, sample.path, sample.label, sample.patient, sample.source)
         for sample in index.samples
@@ -127,12 +127,15 @@ def masks_of_samples(index: Index, masks: Path) -> tuple[dict[int, MaskPlace], t
 
 
 def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
-    """Return the folder of masks, which is not searched for images, unless it holds the source."""
+    """Return the folder of masks, to be skipped in the search for images.
+
+    It is not skipped if it contains the source.
+    """
     return () if masks is None or not masks.is_dir() or is_within(source, masks) else (masks,)
 
 
 def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
-    """Yield the pictures of a folder; if it holds the images too, those in folders called masks."""
+    """Yield the pictures of a folder; if it also holds the images, only those in masks folders."""
     images = {_absolute(record.file) for record in records}
     files = find_images(folder).images
     holds_images = any(_absolute(file) in images for file in files)
@@ -151,7 +154,7 @@ def _absolute(file: Path) -> str:
 
 
 def _rows(table: Path) -> tuple[list[_Named], list[str]]:
-    """Return the rows of a table of run lengths that are good enough, and how many are not."""
+    """Return the rows of a table of run lengths with sufficient quality, and notes on others."""
     rows = list(list_runs(table))
     named = [
         _Named(
@@ -165,40 +168,40 @@ def _rows(table: Path) -> tuple[list[_Named], list[str]]:
     poor = len(rows) - len(named)
     unknown = sum(row.quality != row.quality for row in rows)
     notes = [f"{poor} masks have a Dice RCA below {LEAST_QUALITY} and are left out"] * bool(poor)
-    notes += [f"{unknown} masks have no Dice RCA and are taken as they are"] * bool(unknown)
+    notes += [f"{unknown} masks have no Dice RCA and are used as they are"] * bool(unknown)
     return named, notes
 
 
 def _match(
     records: Sequence[Record], named: Sequence[_Named]
 ) -> tuple[dict[int, _Named], list[_Named]]:
-    """Return the masks by the place of their record, and those of no record."""
+    """Return the masks by position of their record, and the masks without a record."""
     ends: dict[int, dict[str, list[int]]] = {}  # by number of folders in a name, then by name
-    found: dict[int, _Named] = {}
+    matched: dict[int, _Named] = {}
     strays = []
     for mask in named:
         depth = mask.names[0].count("/")
         if depth not in ends:
             ends[depth] = _ends(records, depth)
-        places = next((ends[depth][name] for name in mask.names if name in ends[depth]), [])
-        if len(places) > 1:
-            one, other = (records[place].path for place in places[:2])
+        positions = next((ends[depth][name] for name in mask.names if name in ends[depth]), [])
+        if len(positions) > 1:
+            one, other = (records[i].path for i in positions[:2])
             raise CxrdistError(
-                f"--masks: {mask.where} may be of {one} or of {other}; give masks their images' "
-                "folders"
+                f"--masks: {mask.where} matches both {one} and {other}; put the masks into folders "
+                "named like those of the images"
             )
-        if not places:
+        if not positions:
             strays.append(mask)
             continue
-        before = found.setdefault(places[0], mask)
+        before = matched.setdefault(positions[0], mask)
         if before is not mask:
             raise CxrdistError(
-                f"--masks: {before.where} and {mask.where} are both of {records[places[0]].path}; "
-                "remove one"
+                f"--masks: {before.where} and {mask.where} both match "
+                f"{records[positions[0]].path}; remove one"
             )
-    return found, strays
+    return matched, strays
 
 
 def _ends(records: Sequence[Record], depth: int) -> dict[str, list[int]]:
-    """Places of the records by the last ``depth`` folders and the name of their files."""
+    """Index the records by the last ``depth`` folders and the name of their files."""
     return path_ends([_absolute(record.file) for record in records], depth)

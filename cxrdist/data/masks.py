@@ -1,7 +1,7 @@
-"""Masks: which pixels of an image are lung.
+"""Masks: the pixels of an image that are lung.
 
-A mask is a picture of two levels, or a row of a table of run lengths. Not read, and refused by
-name: DICOM, pictures of several organs, and what is no mask but an X-ray.
+A mask is a picture of two levels, or a row of a table of run lengths. Refused: DICOM, pictures of
+several organs, and X-rays.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ from cxrdist.data.run_lengths import read_runs
 from cxrdist.documents import Between
 from cxrdist.errors import CxrdistError
 
-HALF = 128  # grey levels from which a pixel is covered: more than half of it
-# A mask that was smoothed or stored as JPEG is neither black nor white at its outline. Of an X-ray
-# more than half of the pixels are.
+HALF = 128  # grey level from which a pixel counts as covered
+# A mask that was smoothed or stored as JPEG has grey pixels at its outline. In an X-ray more than
+# half of the pixels are grey.
 SOFT, MOST_SOFT = (32, 224), 0.1
-WHOLE_SIZE = 1 << 16  # px; no JPEG is decoded smaller
+WHOLE_SIZE = 1 << 16  # px; larger than any JPEG, so that masks are decoded at full size
 
 
 Count = Annotated[int, Between(0, 1 << 32)]
@@ -35,8 +35,8 @@ class MaskPlace(NamedTuple):
 
     Attributes:
         file: a picture, or a table of run lengths.
-        first_byte: of the image's row in a table.
-        num_bytes: of that row; 0 for a picture.
+        first_byte: position of the image's row in a table.
+        num_bytes: length of that row; 0 for a picture.
     """
 
     file: Path
@@ -45,10 +45,10 @@ class MaskPlace(NamedTuple):
 
 
 class MasksEntry(TypedDict):
-    """The masks of some images: how many there are, and the share of the square that they cover."""
+    """The masks of some images: their number, and the share of the square that they cover."""
 
     images: Count
-    """With a mask."""
+    """Images with a mask."""
     least: Share
     median: Share
     most: Share
@@ -59,7 +59,7 @@ class MasksEntry(TypedDict):
 
 
 def describe_masks(shares: Sequence[float]) -> MasksEntry | None:
-    """Describe masks by the shares of the squares that they cover; None if there are none."""
+    """Summarise the shares of the squares that masks cover; None if there are no masks."""
     if not shares:
         return None
     least, median, most = (round(float(q), 4) for q in np.quantile(shares, (0, 0.5, 1)))
@@ -74,7 +74,7 @@ def describe_masks(shares: Sequence[float]) -> MasksEntry | None:
 
 
 def masks_line(masks: MasksEntry, num_images: int) -> str:
-    """Return what a user reads of the masks of some images."""
+    """Return a line for the user on the masks of some images."""
     without = num_images - masks["images"]
     line = (
         f"masks: {masks['images']} images have one, {without} do not; they cover "
@@ -89,26 +89,26 @@ def read_mask(place: MaskPlace, width_px: int, height_px: int) -> NDArray[np.uin
 
     Args:
         place: where it is.
-        width_px: of the image as it is shown.
-        height_px: of the image as it is shown.
+        width_px: width of the image as it is shown.
+        height_px: height of the image as it is shown.
 
     Returns:
-        uint8 [H, W] of 0 and 255; H and W may be another size than the image's, of its shape.
+        uint8 [H, W] of 0 and 255; its size may differ from the image's, its aspect ratio does not.
 
     Raises:
-        CxrdistError: it cannot be read, is no mask, or has another shape than the image.
+        CxrdistError: it cannot be read, is not a mask, or has another aspect ratio than the image.
     """
     if place.num_bytes:
         mask = read_runs(place.file, place.first_byte, place.num_bytes)
     else:
         mask = _two_levels(_read_grey(place.file), place.file)
     height, width = mask.shape
-    # Each side of the smaller one may be rounded by a pixel.
+    # Each side of the smaller of the two may be rounded by a pixel.
     rounding = max(width + height, width_px + height_px)
     if abs(width * height_px - height * width_px) > rounding:
         raise CxrdistError(
-            f"{place.file}: has {width} x {height} px, which is not the shape of the image "
-            f"({width_px} x {height_px} px): it is the mask of another image, or turned or cut"
+            f"{place.file}: has {width} x {height} px, which is not the aspect ratio of the image "
+            f"({width_px} x {height_px} px): it belongs to another image, or is rotated or cropped"
         )
     return mask
 
@@ -116,16 +116,16 @@ def read_mask(place: MaskPlace, width_px: int, height_px: int) -> NDArray[np.uin
 def mask_square(
     mask: NDArray[np.uint8], placement: Placement, shown: tuple[int, int], size_px: int
 ) -> NDArray[np.uint8]:
-    """Move a mask into the square as its image is moved.
+    """Transform a mask into the square like its image.
 
     Args:
         mask: uint8 [H, W] of 0 and 255.
-        placement: of the image.
+        placement: placement of the image.
         shown: width and height of the image that was placed, px.
         size_px: side of the square.
 
     Returns:
-        uint8 [size, size], 255 where at least half of a pixel is covered, else 0.
+        uint8 [size, size]: 255 if at least half of a pixel is covered, else 0.
     """
     height, width = mask.shape
     here = placement.at_scale(width / shown[0], height / shown[1])
@@ -135,7 +135,7 @@ def mask_square(
 def read_square(
     mask: MaskPlace, shown: tuple[int, int], size_px: int, fit: str
 ) -> NDArray[np.uint8]:
-    """Read the mask of a sample and move it as its image was moved.
+    """Read the mask of a sample and transform it into the square like its image.
 
     Args:
         mask: where it is.
@@ -156,12 +156,14 @@ def _read_grey(file: Path) -> NDArray[np.uint8]:
     data = read_file(file)
     kind = kind_of(data[:HEAD_BYTES])
     if kind is None or kind not in FORMATS:
-        raise CxrdistError(f"{file}: no readable mask; expected a picture ({', '.join(FORMATS)})")
+        raise CxrdistError(
+            f"{file}: is not a readable mask; expected a picture ({', '.join(FORMATS)})"
+        )
     return np.asarray(read_picture(data, kind, file, WHOLE_SIZE).image)
 
 
 def _two_levels(grey: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
-    """Make a mask of a picture: black and one other level, or black and white with a soft edge."""
+    """Convert a picture to a mask: black and one other level, or black and white with soft edge."""
     pixels = np.bincount(grey.ravel(), minlength=256)
     levels = np.flatnonzero(pixels)
     if len(levels) == 1 or (len(levels) == 2 and levels[0] == 0):

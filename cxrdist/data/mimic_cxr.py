@@ -1,8 +1,8 @@
-"""MIMIC-CXR-JPG (Johnson et al. 2019), 2.0.0 and 2.1.0, as PhysioNet hands it out.
+"""MIMIC-CXR-JPG (Johnson et al. 2019), 2.0.0 and 2.1.0, as published by PhysioNet.
 
-The labels are those of CheXpert's labeller, of a study's report. Not read: NegBio's labels, the 687
-reports of the test split that a radiologist labelled (2.1.0: other studies of the split have none),
-the reports, and what else the metadata say.
+The labels are those of CheXpert's labeller for a study's report. Not read: NegBio's labels, the
+labels of a radiologist for 687 reports of the test split (2.1.0; other studies of the split have
+none), the reports, and other metadata.
 """
 
 import re
@@ -45,7 +45,7 @@ IMAGE = re.compile(r"(?:.*/)?(p\d+/s\d+/[0-9a-f-]+)")
 
 
 class Study(NamedTuple):
-    """What the labels say of a study."""
+    """The labels of a study."""
 
     subject: str
     cells: dict[str, str]
@@ -53,22 +53,22 @@ class Study(NamedTuple):
 
 
 class Patient(NamedTuple):
-    """What MIMIC-IV says of a patient."""
+    """A patient in MIMIC-IV."""
 
     sex: str
     age: float | None
-    """In years in ``year``; 91 stands for all above 89."""
+    """Age in years in ``year``; 91 stands for all above 89."""
     year: int | None
-    """On the patient's own calendar, which is shifted; that of ``StudyDate`` too."""
+    """Year on the patient's own shifted calendar, which ``StudyDate`` uses too."""
 
 
 class Known(NamedTuple):
-    """What the tables say beside the metadata.
+    """Content of the tables other than the metadata.
 
     Attributes:
         studies: labels by study.
-        splits: by image; None without their table.
-        patients: by subject; empty without their table.
+        splits: split by image; None without the table.
+        patients: patient by subject; empty without the table.
     """
 
     studies: dict[str, Study]
@@ -77,20 +77,20 @@ class Known(NamedTuple):
 
 
 def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
-    """Read the tables, packed by gzip or not, and the images that are there.
+    """Read the tables, gzipped or not, and the images that exist.
 
     Args:
-        folder: holds the tables, and the images in ``files/p10/p10000032/s50414267/DICOM_ID.jpg``;
-            ``patients.csv`` or ``patients.csv.gz`` of MIMIC-IV tells sex and age if it is there.
-        besides: folders that are not looked into.
+        folder: has the tables, and the images in ``files/p10/p10000032/s50414267/DICOM_ID.jpg``;
+            ``patients.csv`` or ``patients.csv.gz`` of MIMIC-IV, if present, gives sex and age.
+        besides: folders to skip.
 
     Returns:
-        Records with the official splits, if their table is there. Left out are images without a
-        row, rows without an image, and images of studies that the labeller could not read: nothing
-        is known of them, so that what is missing must not be assumed to be absent.
+        Records with the official splits, if their table is present. Images without a row, rows
+        without an image, and images of studies without labels are left out. The labeller could not
+        read the reports of such studies, so that missing labels must not be assumed absent.
 
     Raises:
-        CxrdistError: the metadata or the labels are not there, a table is malformed, or two tables
+        CxrdistError: the metadata or the labels are missing, a table is malformed, or two tables
             contradict each other.
     """
     tables = {
@@ -100,7 +100,7 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     }
     for name in (METADATA, CHEXPERT):
         if name not in tables:
-            raise CxrdistError(f"--input {folder}: has no {name}, nor {name}.gz; fetch it")
+            raise CxrdistError(f"--input {folder}: has neither {name} nor {name}.gz; fetch it")
     known = Known(
         _read_studies(tables[CHEXPERT]),
         _read_splits(tables[SPLIT]) if SPLIT in tables else None,
@@ -130,13 +130,13 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
 def _notes(
     folder: Path, tables: Mapping[str, Table], records: Sequence[Record], unknown: Counter[str]
 ) -> Iterator[str]:
-    """Yield what a user should know of the tables and their records, a line each."""
+    """Yield notes for the user on the tables and their records, one line each."""
     for table in tables.values():
         yield from table.notes
     if SPLIT not in tables:
         yield f"without {SPLIT}.gz the split is drawn here and is not the official one"
     if PATIENTS not in tables:
-        yield f"without {PATIENTS}.gz of MIMIC-IV nothing tells sex and age"
+        yield f"without {PATIENTS}.gz of MIMIC-IV sex and age are not known"
     elif ageless := sum(record.age is None for record in records):
         yield f"{ageless} images have no age by {tables[PATIENTS].file.name}"
     for name in OTHER_TABLES:
@@ -147,7 +147,7 @@ def _notes(
 
 
 def _find_file(folder: Path, name: str) -> Path | None:
-    """Return a table of the data set as it is, or packed by gzip; None if neither is there."""
+    """Return a table of the data set, plain or gzipped; None if neither exists."""
     files = (folder / name, folder / f"{name}.gz")
     return next((file for file in files if file.is_file()), None)
 
@@ -159,7 +159,7 @@ def _name_of(path: str) -> str | None:
 def _rows(
     table: Table, needed: Sequence[str], optional: Sequence[str] = ()
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield where each row is, and its cells by column."""
+    """Yield file and number of each row, and its cells by column."""
     places = table.find_columns({name: {plain(name)} for name in (*needed, *optional)}, needed)
     for where, cells in table.rows():
         yield where, {name: cells[place].strip() for name, place in places.items()}
@@ -169,10 +169,10 @@ def _read_studies(table: Table) -> dict[str, Study]:
     """Return the labels of each study by its number.
 
     Raises:
-        CxrdistError: a study has two rows, or a cell is no label's.
+        CxrdistError: a study has two rows, or a cell is not a label's.
     """
     studies: dict[str, Study] = {}
-    alike: dict[tuple[str, ...], dict[str, str]] = {}  # most studies have the cells of another
+    alike: dict[tuple[str, ...], dict[str, str]] = {}  # most studies repeat the cells of another
     for where, row in _rows(table, NEEDED[CHEXPERT]):
         cells = tuple(row[label] for label in LABELS)
         if cells not in alike:
@@ -200,7 +200,7 @@ def _read_splits(table: Table) -> dict[str, str]:
 
 
 def _read_patients(table: Table) -> dict[str, Patient]:
-    """Sex and age of each patient by the number."""
+    """Return sex and age of each patient by number."""
     patients = {}
     for _, row in _rows(table, NEEDED[PATIENTS]):
         year = int(row["anchor_year"]) if YEAR.fullmatch(row["anchor_year"]) else None
@@ -210,7 +210,7 @@ def _read_patients(table: Table) -> dict[str, Patient]:
 
 
 def _facts(where: str, row: Mapping[str, str], known: Known) -> dict[str, Any] | None:
-    """Return what the record of an image takes from the tables; None if its study has no labels.
+    """Return the fields of an image's record from the tables; None if its study has no labels.
 
     Raises:
         CxrdistError: the tables contradict each other.
@@ -234,7 +234,7 @@ def _facts(where: str, row: Mapping[str, str], known: Known) -> dict[str, Any] |
 
 
 def _age(patient: Patient | None, date: str) -> float | None:
-    """Years of a patient at a study: MIMIC-IV's anchor_age and the years from its anchor_year."""
+    """Return a patient's age at a study: MIMIC-IV's anchor_age plus the years since anchor_year."""
     year = YEAR.match(date)
     if year is None or patient is None or patient.age is None or patient.year is None:
         return None
@@ -243,5 +243,5 @@ def _age(patient: Patient | None, date: str) -> float | None:
 
 
 def _view(row: Mapping[str, str]) -> str | None:
-    """The view by ViewPosition, or by its code where that is empty; None for unknown words."""
+    """Return the view by ViewPosition, or by its code if that is empty; None for unknown words."""
     return view_of(row["ViewPosition"] or row.get(VIEW_CODE, ""))

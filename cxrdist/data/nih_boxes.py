@@ -1,8 +1,7 @@
-"""Boxes of disease on the NIH's X-rays, of which ChestX-ray14 and RSNA are made.
+"""Boxes around findings on the NIH's X-rays, the images of ChestX-ray14 and RSNA.
 
-Both sets count in px of the squares of 1024 px that are handed out. Where the images here are
-smaller copies, a box is scaled with its image. A copy that is not a square was cut in a way that
-nothing tells: its boxes are left out.
+Both sets give boxes in px of the published squares of 1024 px. For smaller copies a box is scaled
+with its image. A copy that is not a square was cropped in an unknown way: its boxes are left out.
 """
 
 from collections import defaultdict
@@ -29,12 +28,12 @@ SPELLINGS = {"Infiltrate": "Infiltration"}  # TABLE has its own word for one lab
 
 @dataclass(frozen=True)
 class Boxes:
-    """The boxes that a table has for images.
+    """The boxes of a table.
 
     Attributes:
-        table: where they stand; None if there is no table.
-        findings: by the image's name without its suffix.
-        side_px: of the originals in whose px they are; None if they are in px of the images here.
+        table: the file; None if there is no table.
+        findings: boxes by the image's name without suffix.
+        side_px: side of the originals in whose px they are; None if they are in px of the images.
     """
 
     table: Path | None
@@ -47,20 +46,20 @@ class Boxes:
         return fitted(findings, file) if findings and self.side_px else findings
 
     def notes(self, records: Sequence[Record]) -> list[str]:
-        """Return what a user should know of them, a line each."""
+        """Return notes for the user, one line each."""
         if self.table is None:
             return []
         num_with = sum(bool(record.findings) for record in records)
         if num_with == len(self.findings):
             return []
         return [
-            f"{self.table.name} has boxes on {len(self.findings)} images, {num_with} of which are "
-            "here and are squares as the NIH's are; the boxes of the others are left out"
+            f"{self.table.name} has boxes on {len(self.findings)} images; {num_with} of them are "
+            "here as squares like the NIH's, the boxes of the others are left out"
         ]
 
 
 def fitted(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
-    """Take boxes from px of an original of the NIH to px of a file.
+    """Convert boxes from px of an original of the NIH to px of a file.
 
     Returns:
         None of them if the file is not a square, or cannot be read, which its decoder reports.
@@ -137,7 +136,7 @@ def _read(
         row = {name: cells[place].strip() for name, place in places.items()}
         label = SPELLINGS.get(row["label"], row["label"])
         if labels is not None and label not in labels:
-            raise CxrdistError(f"{where}: {label!r:.40} is none of the {len(labels)} labels")
+            raise CxrdistError(f"{where}: {label!r:.40} is not one of the {len(labels)} labels")
         findings[without_suffix(row["image"])].append(finding_of(label, row, where, side_px))
     return dict(findings)
 
@@ -159,6 +158,6 @@ def finding_of(label: str, row: Mapping[str, str], where: str, side_px: int | No
     if x < 0 or y < 0 or x + width > most or y + height > most:
         raise CxrdistError(
             f"{where}: {width:g} x {height:g} px at {x:g}, {y:g} is not within the image of "
-            f"{side_px or most:g} px; mend or remove the row"
+            f"{side_px or most:g} px; correct or remove the row"
         )
     return Finding(label, x, y, width, height)

@@ -1,4 +1,4 @@
-"""Outlines: boxes and masks that people drew on the originals, in the squares of samples."""
+"""Outlines: boxes and masks that people drew, in px of the squares of samples."""
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,7 +32,7 @@ Case = tuple[int, str]  # number of the sample, and class
 
 
 class Original(NamedTuple):
-    """What KEY.json tells of a sample: the size of its original, and boxes in px of its square."""
+    """Facts of KEY.json: the size of a sample's original, and boxes in px of its square."""
 
     width_px: int
     height_px: int
@@ -41,16 +41,16 @@ class Original(NamedTuple):
 
 @dataclass(frozen=True)
 class Outlines:
-    """What people drew on some samples.
+    """Boxes or masks of some samples.
 
     Attributes:
-        kind: boxes, around signs of one class each; or masks of the lungs, where all classes of an
-            image are looked for.
-        origin: where they are from.
-        shapes: how many boxes or masks there are of each case.
-        left_out: how many are not used, by the reason.
-        read: the pixels of a case, bool [S, S]; perhaps none.
-        notes: what a user should know, a line each.
+        kind: boxes, around signs of one class each; or masks of the lungs, which count for all
+            classes of an image.
+        origin: where they come from.
+        shapes: number of boxes or masks per case.
+        left_out: number of unused ones, by reason.
+        read: returns the pixels of a case, bool [S, S]; possibly none.
+        notes: what a user should know, one line each.
     """
 
     kind: Literal["boxes", "masks"]
@@ -62,14 +62,14 @@ class Outlines:
 
 
 def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Original]:
-    """Read what KEY.json tells of some samples, by their numbers.
+    """Read the KEY.json of some samples, by their numbers.
 
     Args:
         packed: the shards as they were packed.
-        numbers: of the samples.
+        numbers: sample numbers.
 
     Raises:
-        CxrdistError: a shard holds something else than the index says.
+        CxrdistError: a shard differs from the index.
     """
     return {
         number: Original(about["width_px"], about["height_px"], about.get("boxes", ()))
@@ -78,7 +78,7 @@ def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Origina
 
 
 def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines:
-    """Take the boxes that were packed with the samples."""
+    """Return the boxes that were packed with the samples."""
     found, left_out = defaultdict(list), Counter[str]()
     for number, original in originals.items():
         for box in original.boxes:
@@ -90,7 +90,7 @@ def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines
 
 
 def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) -> Outlines:
-    """Read a table of boxes and bring them into the squares of its images.
+    """Read a table of boxes and convert them to px of the squares of its images.
 
     Args:
         index: the shards as the model takes them.
@@ -131,10 +131,10 @@ def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Findi
 
 
 def _match(names: Collection[str], index: Index, file: Path) -> dict[str, int]:
-    """Find the sample whose path ends with each name, whatever their suffixes.
+    """Find the sample whose path ends with each name, ignoring suffixes.
 
     Raises:
-        CxrdistError: none has one, or one may be of two.
+        CxrdistError: no name matches, or a name matches two samples.
     """
     paths = [sample.path for sample in index.samples]
     ends: dict[int, dict[str, list[int]]] = {}
@@ -178,7 +178,7 @@ def _boxes(
 
 
 def masks_of_shards(index: Index, masks: Masks, numbers: Collection[int]) -> Outlines:
-    """Take the masks that were packed with the samples.
+    """Return the masks that were packed with the samples.
 
     Args:
         index: the shards as the model takes them.
@@ -196,7 +196,7 @@ def masks_of_shards(index: Index, masks: Masks, numbers: Collection[int]) -> Out
 
 
 def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path) -> Outlines:
-    """Match masks with samples as `cxrdist pack` does with images; each is read when it is needed.
+    """Match masks with samples as `cxrdist pack` does with images; each is read on demand.
 
     Args:
         index: the shards as the model takes them.
@@ -225,7 +225,7 @@ def _masks(
     left_out: Mapping[str, int],
     read: Callable[[Case], NDArray[np.bool_]],
 ) -> Outlines:
-    """Look for each class of an image within its mask."""
+    """Return the masks as outlines, with a case for each label of an image."""
     shapes: dict[Case, int] = {}
     without = 0
     for number in sorted(numbers):

@@ -56,24 +56,24 @@ from cxrdist.run import (
 )
 from cxrdist.terminal import progress
 
-# Options that decide the decoded squares, beside the input; the others only how they are packed.
+# Options that, with the input, decide the decoded squares; the others decide how they are packed.
 DECODING = ("size", "fit", "cover", "anonymise")
 PATHS = ("input", "label_map", "masks")  # options that name files of the source
 MOST_NAMED = 20  # files in a message
 # What may differ between two calls that make the same shards.
 NOT_CONTENT = (
     *("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect"),
-    *("text_boxes", "lungs_only"),  # which the hash of the records tells
+    *("text_boxes", "lungs_only"),  # covered by the hash of the records
 )
-Views = Mapping[str, tuple[str, ...]]  # that are packed, by the origin of a record
+Views = Mapping[str, tuple[str, ...]]  # views to pack, by the origin of a record
 
 
 def pack(config: PackConfig) -> None:
-    """Pack a source into a new directory of shards and print what is in it.
+    """Pack a source into a new directory of shards and print a summary.
 
     The bytes depend on the source, the options and the seed, not on the number of workers or tasks.
-    Until the directory appears, what is done is in a hidden one beside it; after a kill the same
-    command resumes with it, and so does one with other options that do not decide the squares.
+    Until the directory appears, the work is kept in a hidden one next to it. After a kill the same
+    command resumes from there, even with other options, unless they change the decoded squares.
 
     Raises:
         CxrdistError: bad options or source, an unreadable image without ``skip_bad``, or a source
@@ -82,7 +82,8 @@ def pack(config: PackConfig) -> None:
     """
     _refuse_bad_options(config)
     work = config.out.with_name(f".{config.out.name}.partial")
-    least_classes = 2 if parse_split(config.split)[0] else 1  # one tells a sensitivity
+    # Without training images one class is enough: its sensitivity can be measured.
+    least_classes = 2 if parse_split(config.split)[0] else 1
     source = read_source(config, (config.out, work), least_classes)
     source = _with_options(source, config)
     decided = config.anonymise is not None or source.dicom
@@ -104,13 +105,13 @@ def pack(config: PackConfig) -> None:
         if not config.merge:
             _decode(parts, work / "squares", config)
         if config.task is None:
-            found = _read_parts(parts, work, config, source.views)
-            found = _with_one_depth(parts, found, work / "squares", config, source.views)
+            squares = _read_parts(parts, work, config, source.views)
+            squares = _with_one_depth(parts, squares, work / "squares", config, source.views)
             with _on_this_machine(work) as here:
-                items, pngs = _items(parts, found, here, config)
+                items, pngs = _items(parts, squares, here, config)
                 if not decided:
                     _refuse_late_dicom(items, work)
-                rejected = [square for part in found for square in part if square.reason]
+                rejected = [square for part in squares for square in part if square.reason]
                 num_packed = assemble(config, source, items, pngs, here, rejected, content)
                 if names:
                     write_names(names_file(config.out), key, names)
@@ -118,15 +119,15 @@ def pack(config: PackConfig) -> None:
             remove(work)
             print(f"packed {num_packed} images into {config.out}")
             if names:
-                print(f"{names_file(config.out)}: what each name stands for; keep it to yourself")
+                print(f"{names_file(config.out)}: the original of each name; keep it private")
 
 
 def _refuse_bad_options(config: PackConfig) -> None:
     if (config.task is None) != (config.num_tasks is None):
-        raise CxrdistError("--task and --num-tasks: go together, such as --task 0 --num-tasks 4")
+        raise CxrdistError("--task and --num-tasks: give both, such as --task 0 --num-tasks 4")
     if config.task is not None and config.num_tasks is not None:
         if config.merge:
-            raise CxrdistError("--merge: comes after the tasks, without --task")
+            raise CxrdistError("--merge: run it without --task, after all tasks are done")
         if config.task >= config.num_tasks:
             raise CxrdistError(f"--task {config.task}: expected 0 to {config.num_tasks - 1}")
     if not config.text_boxes and (config.cover, config.cover_split) != ("black", "all"):
@@ -137,33 +138,33 @@ def _refuse_bad_options(config: PackConfig) -> None:
 
 
 def _with_options(source: Source, config: PackConfig) -> Source:
-    """Note on the records what is to be covered or made black in their images."""
+    """Add the boxes and masks to the records that --text-boxes and --lungs-only ask for."""
     if config.text_boxes:
         source = _with_boxes(source, config.text_boxes)
     return lungs_alone(source) if config.lungs_only else source
 
 
 def _with_boxes(source: Source, file: Path) -> Source:
-    """Give each record its boxes of burned-in text; images that are left out may have some too."""
+    """Give each record its boxes of burned-in text; the table may list left-out images too."""
     boxes = read_boxes(file)
     records = [replace(r, boxes=boxes.get(r.path, ())) for r in source.records]
     known = {record.path for record in records} | {left.path for left in source.left_out}
     strangers = sorted(boxes.keys() - known)
     if strangers:
         print(
-            f"{file}: {len(strangers)} of its {len(boxes)} images are none of the source, the "
+            f"{file}: {len(strangers)} of its {len(boxes)} images are not in the source, the "
             f"first is {strangers[0]}"
         )
     if boxes and len(strangers) == len(boxes):
         raise CxrdistError(
-            f"--text-boxes {file}: has no image of the source; make it with cxrdist find-text of "
-            "the same --source and --input"
+            f"--text-boxes {file}: has no image of the source; make it with cxrdist find-text "
+            "and the same --source and --input"
         )
     return replace(source, records=records)
 
 
 def _known_salt(config: PackConfig, work: Path) -> str | None:
-    """Return the salt of an anonymised pack that was begun or finished before.
+    """Return the salt of an anonymised pack that was started or finished before.
 
     Raises:
         CxrdistError: a table of names of another pack would be overwritten.
@@ -176,15 +177,16 @@ def _known_salt(config: PackConfig, work: Path) -> str | None:
         return None if key is None else salt_of(key)
     if salt != salt_of(key) if key is not None else not config.out.exists():
         raise CxrdistError(
-            f"{table}: is the table of names of another pack; move it to where its shards are"
+            f"{table}: belongs to another pack and would be overwritten; move it next to the "
+            "shards it belongs to"
         )
     return salt
 
 
 def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, object]:
-    """Return all that decides the bytes of the shards but the images themselves.
+    """Return everything but the images that decides the bytes of the shards.
 
-    Where names are to tell nothing, none is in it, and the hash of the list has a salt.
+    An anonymised pack contains no names here, and the hash of the list of images has a salt.
     """
     options: dict[str, object] = asdict(config)
     options = {name: value for name, value in options.items() if name not in NOT_CONTENT}
@@ -204,7 +206,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
 
 
 def _decoding(config: PackConfig, source: Source) -> dict[str, object]:
-    """Return all that decides the decoded squares but the images themselves."""
+    """Return everything but the images that decides the decoded squares."""
     options = {name: getattr(config, name) for name in DECODING}
     digest = hashlib.sha256()
     for record in source.records:
@@ -216,12 +218,12 @@ def _decoding(config: PackConfig, source: Source) -> dict[str, object]:
 
 
 def _shown(config: PackConfig, path: Path | None) -> str | None:
-    """Return the path of an option, empty where names are to tell nothing."""
+    """Return the path given to an option, empty for an anonymised pack."""
     return None if path is None else "" if config.anonymise else str(path)
 
 
 def _refuse_large_index(config: PackConfig, source: Source) -> None:
-    """Refuse what no reader of the index would take (`cxrdist.data.index`)."""
+    """Reject sizes and counts that readers of the index refuse (`cxrdist.data.index`)."""
     shards, most_shards = -(-len(source.records) // config.shard_size), MOST_INDEX_BYTES // 256
     for option, number, most, unit in (
         (f"--size {config.size}", config.size, MOST_SIDE_PX, "px"),
@@ -229,11 +231,11 @@ def _refuse_large_index(config: PackConfig, source: Source) -> None:
         (f"--shard-size {config.shard_size}", shards, most_shards, "shards"),
     ):
         if number > most:
-            raise CxrdistError(f"{option}: makes {number} {unit}, expected at most {most}")
+            raise CxrdistError(f"{option}: gives {number} {unit}, expected at most {most}")
 
 
 def _refuse_bad_findings(source: Source) -> None:
-    """Refuse boxes that no reader of the shards would take (`cxrdist.data.findings`)."""
+    """Reject boxes that readers of the shards refuse (`cxrdist.data.findings`)."""
     for record in source.records:
         if len(record.findings) > MOST_FINDINGS:
             raise CxrdistError(
@@ -251,53 +253,56 @@ def _refuse_bad_findings(source: Source) -> None:
 
 
 def _refuse_bad_splits(config: PackConfig, source: Source) -> None:
-    """Judge the options by the list of records, before any image is decoded.
+    """Check the options against the list of records, before any image is decoded.
 
-    Patients in DICOM tags and copies are found later and can only join what is apart here, so
-    what is refused here would be refused then.
+    Patients in DICOM tags and copies are found later. They can only join groups that are separate
+    here, so whatever is rejected here would also be rejected then.
 
     Raises:
-        CxrdistError: the splits cannot be drawn, the one to be covered is empty, or a class is
-            expected that the source lacks.
+        CxrdistError: the splits cannot be drawn, the one to be covered is empty, or the source
+            lacks an expected class.
     """
     mapped = {} if config.label_map is None else read_label_map(config.label_map)
     for name in config.expect:
         if name not in source.classes and name not in mapped:
             raise CxrdistError(
-                f"--expect.{name}: is no class of {source.name}, which has "
+                f"--expect.{name}: is not a class of {source.name}, which has "
                 f"{', '.join(source.classes)}"
             )
     covered = config.cover_split
     if config.text_boxes and covered not in ("all", *asked_splits(source, config.split)):
-        raise CxrdistError(f"--cover-split {covered}: has no images by --split and the source")
+        raise CxrdistError(
+            f"--cover-split {covered}: this split has no images; choose another one, or change "
+            "--split"
+        )
     if config.duplicates == "drop":  # a patient's second image may be a copy that is dropped
         source = replace(source, records=[replace(r, patient=r.path) for r in source.records])
     assign_splits(source, config.split, config.seed)
 
 
 def _is_packed(out: Path, work: Path, content: dict[str, object]) -> bool:
-    """Return whether the shards stand already; a kill may have left the work directory.
+    """Return whether the same shards already exist; remove a work directory left by a kill.
 
     Raises:
-        CxrdistError: something else stands there.
+        CxrdistError: something else exists there.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     index, options = out / "index.json", out / "pack.json"
     if not index.is_file() and not isinstance(out, Path) and work.exists():
-        return False  # an object store: killed while the shards were copied to their place
+        return False  # an object store: killed while the shards were copied to it
     if not index.is_file() or not options.is_file() or read_json(options) != content:
-        raise CxrdistError(f"--out {out}: stands already; remove it or choose another name")
+        raise CxrdistError(f"--out {out}: already exists; remove it or choose another name")
     remove(work)
     print(f"{out}: is packed already")
     return True
 
 
 def _held(work: Path, *, shared: bool) -> Any:
-    """Keep others out while shards are put together; object stores have no locks.
+    """Lock the work directory; object stores have no locks.
 
     Raises:
-        CxrdistError: the work directory, which is removed in the end, is somebody else's.
+        CxrdistError: the directory holds other files, and a pack would remove them in the end.
     """
     if not isinstance(work, Path):
         return nullcontext()
@@ -309,16 +314,16 @@ def _held(work: Path, *, shared: bool) -> Any:
 
 
 def _begin(work: Path, decoding: dict[str, object]) -> None:
-    """Begin a pack, or make sure that the squares of an unfinished one are those of this one.
+    """Start a pack, or check that an unfinished one has the same squares.
 
     Raises:
-        CxrdistError: its squares were decoded of other images or in another way.
+        CxrdistError: its squares were decoded from other images or with other options.
     """
     path = work / "pack.json"
     if not path.is_file():
         write_json(path, decoding)
         return
-    before = read_document(path, dict[str, object], f"remove {work} to begin anew")
+    before = read_document(path, dict[str, object], f"remove {work} to start over")
     for name, value in decoding.items():
         if before.get(name) != value:
             what = (
@@ -327,13 +332,13 @@ def _begin(work: Path, decoding: dict[str, object]) -> None:
                 else f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
             )
             raise CxrdistError(
-                f"{work}: holds an unfinished pack of another kind ({what}); pack as before, or "
-                "remove it to begin anew"
+                f"{work}: holds an unfinished pack with other options ({what}); use the earlier "
+                "ones, or remove it to start over"
             )
 
 
 def _decode(parts: list[Part], squares: Path, config: PackConfig) -> None:
-    """Decode the parts of this task that are not there yet."""
+    """Decode the parts of this task that do not exist yet."""
     mine = parts[config.task or 0 :: config.num_tasks or 1]
     missing = [part for part in mine if read_part(squares, part, redo_bad=True) is None]
     total = sum(len(part.records) for part in mine)
@@ -365,43 +370,43 @@ def _on_this_machine(work: Path) -> Iterator[Path]:
 def _read_parts(
     parts: list[Part], work: Path, config: PackConfig, views: Views
 ) -> list[list[Square]]:
-    """Read what the workers found of each part; images of other views have that as their reason.
+    """Read the squares of each part; images of views that are not packed get that as reason.
 
     Raises:
         CxrdistError: images are not decoded yet, or cannot be read and ``skip_bad`` is not set.
     """
     read = [read_part(work / "squares", part, redo_bad=False) for part in parts]
-    found = [squares for squares in read if squares is not None]
-    total, decoded = sum(len(part.records) for part in parts), sum(map(len, found))
+    made = [squares for squares in read if squares is not None]
+    total, decoded = sum(len(part.records) for part in parts), sum(map(len, made))
     if decoded < total:
         raise CxrdistError(
             f"{work}: {total - decoded} of {total} images are not decoded yet; run all tasks "
             "before --merge"
         )
-    rejected = [square for squares in found for square in squares if square.reason]
+    rejected = [square for squares in made for square in squares if square.reason]
     if rejected and not config.skip_bad:
         rows = [(square.path, square.reason) for square in rejected]
         write_table(work / "rejected.csv", LeftOut._fields, rows)
         bad = {square.path for square in rejected}
         files = [str(r.file) for part in parts for r in part.records if r.path in bad]
         listed = f"all in {work / 'rejected.csv'}"
-        if config.anonymise:  # that table has no name of a file
+        if config.anonymise:  # that table has no file names
             listed = ", ".join(files[:MOST_NAMED]) + (" ..." if len(files) > MOST_NAMED else "")
         more = f" ({len(rejected)} such images, {listed})"
         raise CxrdistError(
             f"{files[0]}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
-            "mend or remove it, or leave it out with --skip-bad; what is decoded is kept"
+            "repair or remove it, or leave it out with --skip-bad; decoded images are kept"
         )
     return [
         [_with_reason(r, s, views) for r, s in zip(part.records, squares, strict=True)]
-        for part, squares in zip(parts, found, strict=True)
+        for part, squares in zip(parts, made, strict=True)
     ]
 
 
 def _with_reason(record: Record, square: Square, views: Views) -> Square:
-    """The square, not to be used if a tag or the name of a DICOM file tells that it is not packed.
+    """Return the square, with a reason to leave it out if its view is not one to pack.
 
-    It then has no say in the depth of the source either.
+    A square with a reason does not count for the depth of the source either.
     """
     view = _view(record, square)
     if square.reason or view in views[record.origin]:
@@ -410,45 +415,45 @@ def _with_reason(record: Record, square: Square, views: Views) -> Square:
 
 
 def _view(record: Record, square: Square) -> str:
-    """The view by the table, else by a tag, else by the name, which anonymising has left alone."""
+    """Return the view by the table, else the tag, else the file's name, which is the original."""
     return record.view or square.view or view_in_name(record.file.name)
 
 
 def _with_one_depth(
     parts: list[Part],
-    found: list[list[Square]],
+    squares: list[list[Square]],
     directory: Path,
     config: PackConfig,
     views: Views,
 ) -> list[list[Square]]:
-    """Decode again what was scaled by another depth than the source's.
+    """Decode images again that were not scaled by the depth of the source.
 
     Which images these are depends on the source alone, so any number of workers, tasks and kills
     ends with the same bytes.
     """
-    squares = [square for part in found for square in part if not square.reason]
-    depth = config.depth or source_depth(square.used_depth for square in squares)
+    usable = [square for part in squares for square in part if not square.reason]
+    depth = config.depth or source_depth(square.used_depth for square in usable)
     stale = [
         part
-        for part, read in zip(parts, found, strict=True)
+        for part, read in zip(parts, squares, strict=True)
         if not all(square.reason or square.is_scaled_by(depth) for square in read)
     ]
     if not stale:
-        return found
-    total = sum(not square.is_scaled_by(depth) for square in squares)
+        return squares
+    total = sum(not square.is_scaled_by(depth) for square in usable)
     with progress(total, f"scaling by {depth} bits", "images") as bar:
         for count in _make(stale, directory, config, depth):
             bar.update(count)
     # Once more: an image that cannot be read now no longer counts for the depth.
-    found = _read_parts(parts, directory.parent, config, views)
-    return _with_one_depth(parts, found, directory, config, views)
+    squares = _read_parts(parts, directory.parent, config, views)
+    return _with_one_depth(parts, squares, directory, config, views)
 
 
 def _items(
-    parts: list[Part], found: list[list[Square]], work: Path, config: PackConfig
+    parts: list[Part], by_part: list[list[Square]], work: Path, config: PackConfig
 ) -> tuple[list[Item], Pngs]:
     """Return the images that were read, and where their PNGs are."""
-    squares = [square for part in found for square in part]
+    squares = [square for part in by_part for square in part]
     records = [record for part in parts for record in part.records]
     known = _with_tags(config, records, squares)
     pairs = zip(known, squares, strict=True)
@@ -457,24 +462,27 @@ def _items(
         for i, (r, square) in enumerate(pairs)
         if not square.reason
     ]
-    return items, locate_pngs(work / "squares", found)
+    return items, locate_pngs(work / "squares", by_part)
 
 
 def _refuse_late_dicom(items: list[Item], work: Path) -> None:
-    """Whether names are to be hidden was decided before the content of this file was known."""
+    """Reject DICOM files that were not recognised when --anonymise was chosen by default."""
     late = next((item.record.file for item in items if item.square.patient), None)
     if late is not None:
         raise CxrdistError(
-            f"{late}: is a DICOM file of a patient, though not named as one; say --anonymise true "
-            f"or --anonymise false, and remove {work} to begin anew"
+            f"{late}: is a DICOM file with a patient, though not named as one; give --anonymise "
+            f"true or --anonymise false, and remove {work} to start over"
         )
 
 
 def _with_tags(
     config: PackConfig, records: Sequence[Record], squares: Sequence[Square]
 ) -> list[Record]:
-    """Add what DICOM tags tell. A patient there becomes a number: the tag names a person."""
-    numbers: dict[tuple[str, str], int] = {}  # of a patient in one of several sources
+    """Add patient, view, sex and age from DICOM tags.
+
+    A patient becomes a number, since the tag identifies a person.
+    """
+    numbers: dict[tuple[str, str], int] = {}  # by source and patient
     known = []
     for record, square in zip(records, squares, strict=True):
         if square.patient and record.patient.startswith(NO_PATIENT):
@@ -487,20 +495,20 @@ def _with_tags(
         known.append(replace(record, view=view, sex=sex, age=age))
     ageless = sum(square.age is not None and math.isnan(square.age) for square in squares)
     if ageless:
-        print(f"{ageless} DICOM ages are not 0 to {MOST_YEARS:g} years, and left empty")
+        print(f"{ageless} DICOM ages are not 0 to {MOST_YEARS:g} years; they are left empty")
     _tell_views(records, squares)
     return known
 
 
 def _tell_views(records: Sequence[Record], squares: Sequence[Square]) -> None:
-    """Say where a tag names no known view, or another one than the table."""
+    """Print how many tags name an unknown view, or another one than the table."""
     pairs = [(record.view, s.view) for record, s in zip(records, squares, strict=True)]
     unknown = sum(tag is None for _, tag in pairs)
     if unknown:
-        print(f"{unknown} DICOM files have a tag of a view that is unknown here")
+        print(f"{unknown} DICOM files have a view tag that cxrdist does not know")
     differing = sum(disagree(told, tag or UNKNOWN) for told, tag in pairs)
     if differing:
         print(
-            f"{differing} images have another view by their table than by their tag; the table's "
-            "is taken"
+            f"{differing} images have different views in the table and in their tag; the table's "
+            "is used"
         )

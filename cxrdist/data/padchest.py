@@ -1,17 +1,17 @@
-"""PadChest (Bustos et al. 2020) as BIMCV hands it out.
+"""PadChest (Bustos et al. 2020) as published by BIMCV.
 
 Labels are those of an image's report, given by a physician or, for 73 % of the reports, by a
-network that read it (MethodLabel). A label that the report does not name is absent. What a report
-only supposes counts as there: no label is ever uncertain. Four labels are remarks on the report and
-no classes; of the first two the authors' own counts say so (github.com/auriml/
+network that read it (MethodLabel). A label that the report does not name is absent. Suspected
+findings count as present: no label is ever uncertain. Four labels are remarks on the report rather
+than classes; for the first two, the authors' own counts confirm this (github.com/auriml/
 Rx-thorax-automatic-captioning, util.py):
 
 - ``normal``: no finding.
-- ``exclude``: alone, the report tells neither a finding nor that there is none, and the image is
-  left out; beside other labels it is of one sentence and changes nothing.
-- ``suboptimal study``: of the image's quality, so alone it tells as little as ``exclude``.
-- ``unchanged``: what an earlier report said still holds, and is not told. Alone, the image is left
-  out; beside findings, all labels that are not named are missing.
+- ``exclude``: alone, the report states neither a finding nor that there is none, and the image is
+  left out; next to other labels it concerns one sentence and is ignored.
+- ``suboptimal study``: about the image's quality; alone it is treated like ``exclude``.
+- ``unchanged``: an unknown earlier report still holds. Alone, the image is left out; next to
+  findings, all labels that are not named are missing.
 
 Not read: ImageDir (an image's name is unique), the report and its sentences, anatomical locations,
 concept identifiers (labelCUIS), the hierarchy of the labels, Pediatric, StudyID and the technical
@@ -42,8 +42,8 @@ COLUMNS = (
 # 0/ to 54/ as the zip files unpack, or all in one folder; resized copies are in images-224/ ...
 FOLDERS = re.compile(r"([^/]*images?[^/]*/)*(\d{1,2}/)?", re.IGNORECASE)
 
-# The 174 findings and 19 differential diagnoses of the released table but for the remarks, as the
-# authors' notebook lists them (image_prediction/Dataset-maintenance.ipynb).
+# The 174 findings and 19 differential diagnoses of the released table without the remarks, as
+# listed in the authors' notebook (image_prediction/Dataset-maintenance.ipynb).
 LABELS = (
     *("COPD signs", "Chilaiditi sign", "NSG tube", "abnormal foreign body", "abscess"),
     *("adenopathy", "air bronchogram", "air fluid level", "air trapping", "alveolar pattern"),
@@ -112,17 +112,17 @@ NETWORK = "RNN_model"
 
 
 def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
-    """Read the table and the images that are there.
+    """Read the table and the images that exist.
 
     Args:
-        folder: holds the table, which may stay compressed, and the images, in ``0/`` to ``54/`` or
-            in one folder; a copy may have smaller images of the same names.
-        besides: folders that are not looked into.
+        folder: has the table, which may stay compressed, and the images, in ``0/`` to ``54/`` or
+            in one folder; a copy may have smaller images with the same names.
+        besides: folders to skip.
 
     Returns:
-        Records without splits: PadChest has no official ones. Classes are `LABELS`, also if only
-        some of the images are there, and further labels of the table. Images without a row, rows
-        without an image, and images of which no label is known are left out.
+        Records without splits: PadChest has no official ones. Classes are `LABELS`, even if only
+        some of the images exist, and further labels of the table. Images without a row, rows
+        without an image, and images without a known label are left out.
 
     Raises:
         CxrdistError: there is no table, or a row is malformed.
@@ -143,7 +143,7 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
 def _read_records(
     table: Table, listed: Listed, classes: Sequence[str]
 ) -> tuple[list[Record], Counter[str]]:
-    """Make a record of each row whose image is there and has known labels.
+    """Return a record for each row whose image exists and has known labels.
 
     Returns:
         The records, and how many of them have each MethodLabel.
@@ -154,7 +154,7 @@ def _read_records(
         if not name:
             raise CxrdistError(f"{where}: ImageID is empty; fetch the table again")
         if (first := seen.setdefault(name, where)) != where:
-            raise CxrdistError(f"{where}: {name} stands in {first} too; remove one of the rows")
+            raise CxrdistError(f"{where}: {name} is also in {first}; remove one of the rows")
         taken = listed.take(name)
         if taken is None:
             continue
@@ -175,7 +175,7 @@ def _name_of(path: str) -> str | None:
 
 
 def _rows(table: Table) -> Iterator[tuple[str, dict[str, str]]]:
-    """Where a row is, and its cells by the names of `COLUMNS`; empty of a column that it lacks."""
+    """Yield file and number of each row, and its cells by `COLUMNS`, empty for missing columns."""
     places = table.find_columns({name: {plain(name)} for name in COLUMNS}, NEEDED)
     for where, row in table.rows():
         cells = {name: row[place].strip() for name, place in places.items()}
@@ -190,10 +190,10 @@ def _read_labels(where: str, text: str) -> list[str]:
     """Read a Python list of texts, such as ``['cardiomegaly', ' pleural effusion', '', nan]``.
 
     Returns:
-        Each label once, spelt as in `LABELS` or `REMARKS`; none of an empty text.
+        Each label once, spelt as in `LABELS` or `REMARKS`; none for an empty text.
 
     Raises:
-        CxrdistError: it is no such list.
+        CxrdistError: it is not such a list.
     """
     if _is_nothing(text):
         return []
@@ -209,7 +209,7 @@ def _read_labels(where: str, text: str) -> list[str]:
 
 
 def _why_unknown(labels: Sequence[str]) -> str:
-    """Why nothing is known of an image with these labels; empty if something is."""
+    """Return why labels tell nothing about an image; empty if they do."""
     if not labels:
         return UNLABELLED
     if NORMAL in labels or {*labels} - REMARKS:
@@ -218,7 +218,7 @@ def _why_unknown(labels: Sequence[str]) -> str:
 
 
 def _known(labels: Sequence[str], classes: Sequence[str]) -> LabelCells:
-    """Write the labels of a record, and those that its source says nothing of."""
+    """Return the labels of a record, and those that are missing."""
     findings = {*labels} - REMARKS
     missing = {*classes} - findings if UNCHANGED in labels and NORMAL not in labels else ()
     return {
@@ -230,8 +230,8 @@ def _known(labels: Sequence[str], classes: Sequence[str]) -> LabelCells:
 def _read_patient(where: str, text: str) -> str:
     if ROUNDED.fullmatch(text):
         raise CxrdistError(
-            f"{where}: PatientID {text} is a rounded number, as spreadsheets write it, and may "
-            "stand for several patients; fetch the table again"
+            f"{where}: PatientID {text} was rounded by a spreadsheet and may stand for several "
+            "patients; fetch the table again"
         )
     return "" if _is_nothing(text) else text
 
@@ -253,7 +253,7 @@ def _record(
 
 
 def _age(study: str, birth: str) -> float | None:
-    """Years between the year of the study and that of the birth; the day of the birth is hidden."""
+    """Return the years from birth to study; the table hides the day of the birth."""
     years = YEAR.fullmatch(study), YEAR.fullmatch(birth)
     return age_of(str(int(years[0][1]) - int(years[1][1]))) if years[0] and years[1] else None
 
@@ -264,13 +264,13 @@ def _notes(
     yield "has no official splits: they are drawn here, by patient"
     if further:
         yield (
-            f"{len(further)} labels of the table are none of the {len(LABELS)} known ones, and "
-            f"classes too, such as {min(further)!r:.40}"
+            f"{len(further)} labels of the table are not among the {len(LABELS)} known ones, and "
+            f"become classes too, such as {min(further)!r:.40}"
         )
     if methods[NETWORK]:
         yield (
             f"{methods[NETWORK]} of {len(records)} images have labels that a network read from the "
-            f"report (MethodLabel {NETWORK}), the others those of a physician"
+            f"report (MethodLabel {NETWORK}); the others have labels of a physician"
         )
     for number, what in (
         (

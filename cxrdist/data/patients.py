@@ -1,4 +1,4 @@
-"""Patients: what names and tables tell of who was X-rayed."""
+"""Patients: parse patient, sex and age from file names, tables and tags."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
         compiled = re.compile(pattern)
     except re.error as error:
         raise CxrdistError(
-            f"--patient-pattern {pattern!r}: no regular expression ({error})"
+            f"--patient-pattern {pattern!r}: is not a valid regular expression ({error})"
         ) from error
     if compiled.groups == 0:
         raise CxrdistError(
@@ -34,25 +34,25 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def patient_of(path: str, pattern: re.Pattern[str] | None) -> str:
-    """Return the first group of the pattern that matches in a file's name; else an own patient."""
+    """Return the first matching group of the pattern in a file's name; else an own patient."""
     match = pattern.search(path.rsplit("/", 1)[-1]) if pattern else None
     named = next((group for group in match.groups() if group), None) if match else None
     return named or own_patient(path)
 
 
 def sex_of(text: str) -> str:
-    """M, F, or empty for all else."""
+    """Return M, F, or empty for any other text."""
     return SEXES.get(text.strip().casefold(), "")
 
 
 def stated_age(text: str) -> float | None:
-    """The age in years; None of an empty text, NaN of one that is no age from 0 to 120 years."""
+    """Return the age in years; None if the text is empty, NaN if it is not 0 to 120 years."""
     age = age_of(text)
     return math.nan if age is None and text.strip() else age
 
 
 def age_of(text: str) -> float | None:
-    """Years of an age such as 45, 45.5, 045Y, 018M, 003W or 010D; None outside of 0 to 120."""
+    """Return the years of an age such as 45, 45.5, 045Y, 018M, 003W or 010D; else None."""
     match = re.fullmatch(r"(\d{1,6}(?:[.,]\d{1,9})?) ?([YMWD]?)", text.strip().upper())
     if not match:
         return None

@@ -1,9 +1,9 @@
-"""Synthetic frontal chest X-rays with planted opacities, so that the whole way runs without data.
+"""Synthetic frontal chest X-rays with planted opacities, to run the whole workflow without data.
 
 The body frame has its origin in the middle of the chest; x points to the right of the image (the
 patient's left), y down, and the image spans about -1 to 1 both ways. An anatomy is drawn in that
-frame once for each patient and then shifted, turned and exposed anew for each image. The places
-of the opacities are carried along, so every image comes with the boxes of what was planted.
+frame once per patient and then shifted, rotated and exposed for each image. The positions of the
+opacities are transformed too, so every image has boxes of what was planted.
 """
 
 import csv
@@ -23,14 +23,14 @@ CLASSES = (COVID, NORMAL, PNEUMONIA)
 PATIENT_PATTERN = r"^(p\d+)_"
 WORD = "SEDUTO"
 WORD_SHARE = 0.5
-"""Share of the COVID-19 patients who have the word and no opacity: it alone tells their class."""
+"""Share of the COVID-19 patients who have the word and no opacity: only the word tells."""
 MAX_IMAGES_PER_PATIENT = 3
 MIN_IMAGE_SIZE_PX = 32
 
 AIR_CONTRAST = 0.4
-"""Density that air takes away, and a wholly opaque patch gives back."""
+"""Density that air removes, and a fully opaque patch restores."""
 CANVAS_DETAIL = 0.75
-"""Canvas pixels for each image pixel: an X-ray is soft, and the canvas is most of the work."""
+"""Canvas pixels per image pixel: X-rays are soft, and the canvas takes most of the time."""
 CANVAS_SPAN = 1.3
 """Half the side of the canvas in the body frame: leaves room to shift and turn the image."""
 
@@ -115,7 +115,7 @@ class _Opacity:
 
 @dataclass(frozen=True)
 class _Pose:
-    """How the body lies in one image: turned, scaled, then shifted."""
+    """Pose of the body in one image: rotated, scaled, then shifted."""
 
     radians: float
     scale: float
@@ -139,12 +139,12 @@ def write_phantoms(
 ) -> Path:
     """Write a folder data set of synthetic X-rays and the table of what was planted in them.
 
-    The layout is `out/CLASS/PATIENT_IMAGE.png` (8-bit grey, 1 to 3 images for each patient, every
+    The layout is `out/CLASS/PATIENT_IMAGE.png` (8-bit grey, 1 to 3 images per patient, every
     patient in one class) and `out/opacities.csv` with the columns of `Row`. An image of patient n
     depends on the seed, n and the size alone: a larger data set contains the smaller one.
 
     Args:
-        out: Folder to fill; made where it is missing.
+        out: Folder to fill; created if missing.
         num_patients_per_class: Patients in each of the three classes.
         image_size_px: Side of the square images in pixels.
         seed: Any number from 0 on; equal seeds give equal bytes.

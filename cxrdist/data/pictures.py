@@ -1,9 +1,8 @@
-"""Pictures: PNG, JPEG, TIFF and the other formats of Pillow -> grey of 8 bits.
+"""Pictures: PNG, JPEG, TIFF and other formats of Pillow -> 8-bit grey.
 
-Refused by name are several pages or frames, float and 32-bit values, 12-bit JPEG, and what has more
-pixels than an X-ray. Not honoured: colour profiles, gamma, resolution, the bits that a PNG calls
-significant (sBIT) and a TIFF's smallest and largest values. Of 16-bit colours the upper 8 bits are
-read.
+Refused: several pages or frames, float and 32-bit values, 12-bit JPEG, and more pixels than an
+X-ray has. Ignored: colour profiles, gamma, resolution, a PNG's significant bits (sBIT), a TIFF's
+smallest and largest values, and the lower 8 bits of 16-bit colours.
 """
 
 import io
@@ -24,14 +23,14 @@ from cxrdist.errors import CxrdistError
 
 MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
 MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
-ORIENTATION = 0x0112  # EXIF tag; from 5 on the image is shown on its side
+ORIENTATION = 0x0112  # EXIF tag; values from 5 on exchange width and height
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 3 and 4
 # What Pillow and the libraries below it raise on damaged files.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
-NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below use 14 bits at most
+NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below it use at most 14 bits
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Picture:
     Attributes:
         image: mode L; a JPEG may be smaller than its original.
         size_px: width and height of the original as it is shown.
-        used_depth: bits that the pixels use where the file does not declare its depth, else None.
+        used_depth: bits that the pixels use if the file does not declare its depth, else None.
     """
 
     image: Image.Image
@@ -69,42 +68,42 @@ def read_file(file: Path) -> bytes:
 def read_picture(
     data: bytes, kind: str, file: Path, least_px: int, depth: int | None = None
 ) -> Picture:
-    """Read a picture in grey: colour by luma (ITU-R 601), transparency black, an EXIF turn applied.
+    """Read a picture in grey: colour as luma (ITU-R 601), transparency black, EXIF rotation done.
 
     Args:
         data: the file's content.
         kind: which of `kinds.FORMATS` it is.
         file: its name, for messages.
-        least_px: sides down to which a JPEG may be decoded smaller, and so faster.
-        depth: bits that hold the values, where the file does not declare it; what it uses if None.
+        least_px: a JPEG may be decoded at a smaller, faster scale, but not below these sides.
+        depth: bit depth if the file does not declare one; if None, the bits that it uses.
 
     Raises:
-        CxrdistError: it is damaged, or is none of the pictures that are read.
+        CxrdistError: it is damaged, or a variant that is not supported.
     """
     try:
         return _read(data, kind, least_px, depth)
     except UnidentifiedImageError:
-        found = precision(data) if kind == "JPEG" else None
-        reason = "its header is damaged, or of a variant that is not read"
-        if found and found[0] != 8:
-            reason = f"it has {found[0]} bits, expected 8; store it as 16-bit PNG or DICOM"
+        declared = precision(data) if kind == "JPEG" else None
+        reason = "its header is damaged, or of a variant that is not supported"
+        if declared and declared[0] != 8:
+            reason = f"it has {declared[0]} bits, expected 8; store it as 16-bit PNG or DICOM"
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise CxrdistError(f"{file}: no readable {kind} ({reason})")
+    raise CxrdistError(f"{file}: is not a readable {kind} ({reason})")
 
 
 def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
     if kind == "WEBP":
-        _refuse_size(*_webp_size(data))  # Pillow's decoder allocates when it is opened
+        _refuse_size(*_webp_size(data))  # Pillow allocates the pixels as soon as it opens a WebP
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=(kind,)) as image:
             _refuse_size(*image.size)
             if getattr(image, "is_animated", False) and image.format != "MPO":
-                raise ValueError("it has several pages or frames; store each in a file of its own")
+                raise ValueError("it has several pages or frames; store each in its own file")
             size_px = _shown_size(image)
-            # A JPEG can be decoded at a fraction of its size, straight to grey: several times
-            # faster, and still at least as fine as is asked for.
+            # A JPEG can be decoded at a fraction of its size, directly to grey: several times
+            # faster, and still not smaller than least_px.
             image.draft("L", (least_px, least_px))
             if image.mode[0] in "IF":
                 grey, used = _grey_of_deep(image, data, depth)
@@ -116,7 +115,7 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
 
 
 def picture_size(file: Path) -> tuple[int, int] | None:
-    """Width and height of a picture as it is shown, by its header; None if that cannot be read."""
+    """Return width and height of a picture as it is shown, by its header; None if unreadable."""
     try:
         with file.open("rb") as content, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -133,7 +132,7 @@ def picture_size(file: Path) -> tuple[int, int] | None:
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height after an EXIF turn; a TIFF is turned by Pillow itself."""
+    """Return width and height after EXIF rotation; Pillow itself rotates TIFFs."""
     width, height = image.size
     on_its_side = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) >= 5
     return (height, width) if on_its_side else (width, height)
@@ -141,11 +140,11 @@ def _shown_size(image: Image.Image) -> tuple[int, int]:
 
 def _refuse_size(width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, an X-ray has at most {MOST_PIXELS}")
+        raise ValueError(f"{width} x {height} pixels, expected at most {MOST_PIXELS}")
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Width and height of a WebP (RFC 9649, sections 2.5 to 2.7); 0 where it is damaged."""
+    """Return width and height of a WebP (RFC 9649, sections 2.5 to 2.7); 0 if it is damaged."""
     kind, head = data[12:16], data[20:30].ljust(10, b"\0")
     if kind == b"VP8X":
         return 1 + int.from_bytes(head[4:7], "little"), 1 + int.from_bytes(head[7:10], "little")
@@ -157,7 +156,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _grey(image: Image.Image) -> Image.Image:
-    """Convert an image of 8 bits to mode L, transparency on black."""
+    """Convert an 8-bit image to mode L, with transparency on black."""
     if image.mode == "L":
         return image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -177,7 +176,7 @@ def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
 def _grey_of_deep(
     image: ImageFile.ImageFile, data: bytes, depth: int | None
 ) -> tuple[Image.Image, int | None]:
-    """Scale an image of more than 8 bits to mode L, upright; tell its used depth if it matters."""
+    """Scale an image of more than 8 bits to mode L, upright; return it and its used depth."""
     white, used = _declared_white(image, data), None  # before Pillow forgets the header
     values = _values(ImageOps.exif_transpose(image))
     if white is None:
@@ -190,14 +189,14 @@ def _grey_of_deep(
 
 
 def _declared_white(image: ImageFile.ImageFile, data: bytes) -> int | None:
-    """Return the value that is white by what the file declares; None if it only says 16 bits."""
+    """Return the value that the file declares as white; None if it only declares 16 bits."""
     if image.format == "TIFF":
         bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
         return white_of(bits) if bits < 16 else None
-    if image.format == "JPEG2000":  # Pillow moves the samples to the upper bits of 16
+    if image.format == "JPEG2000":  # Pillow shifts the samples to the upper bits of 16
         bits = (precision(data) or (16, False))[0]
         return white_of(bits) << (16 - bits) if bits < 16 else None
-    if image.format == "PPM":  # Pillow scales to 65535 what has a smaller largest value
+    if image.format == "PPM":  # Pillow scales images with a smaller largest value to 65535
         decoder = image.tile[0].args
         return 0xFFFF if isinstance(decoder, tuple) and decoder[1] < 0xFFFF else None
     return None
@@ -211,7 +210,7 @@ def _values(image: Image.Image) -> NDArray[np.uint16]:
 
 
 def _is_inverted(image: Image.Image) -> bool:
-    """Return whether 0 is white; of TIFFs Pillow turns those of 8 bits only."""
+    """Return whether 0 is white; Pillow inverts only 8-bit TIFFs."""
     if image.format != "TIFF":
         return False
     white: bool = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The plan: the order and the draws of an epoch, a pure function of (seed, stage, epoch)."""
+"""The plan: order and augmentation of an epoch, a pure function of (seed, stage, epoch)."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ from cxrdist.data.labels import POSITIVE
 from cxrdist.errors import CxrdistError, choices
 
 MOST_BALANCED_COPIES = 50
-"""Of an image, when copies come from counts: more of so few images would be learnt by heart."""
+"""Copies per image, at most, when balancing: with more the network would memorise the images."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Draws:
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch: which sample is taken when, how it is warped, and where steps begin.
+    """One epoch: the order of the samples, their warps, and the bounds of the steps.
 
     Attributes:
-        samples: int64 [n], sample numbers, each as often as its class has copies.
+        samples: int64 [n], sample numbers, each repeated once per copy.
         draws: the warps of the n images.
-        bounds: int64 [steps + 1]; step i takes rows bounds[i] to bounds[i + 1]. Sizes differ by
-            one at the most, so that no step has a tiny rest.
+        bounds: int64 [steps + 1]; step i takes rows bounds[i] to bounds[i + 1]. Sizes differ by at
+            most one, so that no step is tiny.
     """
 
     samples: NDArray[np.int64]
@@ -57,19 +57,19 @@ class Plan:
         return len(self.bounds) - 1
 
     def step_size(self, step: int) -> int:
-        """Return the images of a step over all ranks."""
+        """Return the number of images in a step, over all ranks."""
         return int(self.bounds[step + 1] - self.bounds[step])
 
     def rank_rows(self, step: int, rank: int, world_size: int) -> slice:
-        """Return the rows of a step that a rank takes; slices differ by one image at the most."""
+        """Return the rows of a step that a rank takes; slices differ by at most one image."""
         start, size = int(self.bounds[step]), self.step_size(step)
         return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
 
     def digest(self, rows: slice) -> int:
-        """Sum of a hash of (row, sample) over some rows, modulo 2^64.
+        """Return the sum of a hash of (row, sample) over some rows, modulo 2^64.
 
-        Whichever rank took which rows, the sum over all ranks is that of the whole plan only if
-        each row was taken once, with its sample.
+        Summed over all ranks it equals the digest of the whole plan only if each row was taken
+        exactly once, with its sample, whichever rank took it.
         """
         first = np.uint64(rows.start)
         places = first + np.arange(rows.stop - rows.start, dtype=np.uint64) + np.uint64(1)
@@ -90,14 +90,14 @@ def plan_epoch(
     """Plan an epoch.
 
     Every second copy of an image is mirrored, so that 8 copies are 4 pairs as in the paper
-    (section 2.3), and a copy without a partner by chance. Free draws give each copy a rotation and
-    a shift of its own; crossed ones give each image k rotations and k shifts.
+    (section 2.3); a last copy without a partner is mirrored at random. Free draws give each copy
+    its own rotation and shift; crossed ones give each image k rotations and k shifts.
 
     Args:
         samples: int64 [m], sample numbers of the split.
-        copies: int64 [m], how often each is taken; for crossed draws see `refuse_uncrossed`.
+        copies: int64 [m], copies per sample; for crossed draws see `refuse_uncrossed`.
         augmentation: ranges of the draws, and whether they are crossed.
-        batch_size: images of a step over all ranks, at most.
+        batch_size: images per step over all ranks, at most.
         key: seed, name of the stage, epoch.
     """
     random = np.random.Generator(np.random.Philox(key=_philox_key(key)))
@@ -119,7 +119,7 @@ def _free_draws(
     copies: NDArray[np.int64],
     augmentation: Augmentation,
 ) -> Draws:
-    """Draws of n rows, each with a rotation and a shift of its own; see `_mirrored`."""
+    """Draw a rotation and a shift for each of n rows; for the mirror see `_mirrored`."""
     return Draws(
         degrees=_uniform(random, augmentation.degrees, len(copy)),
         shift_x=_uniform(random, augmentation.shift_x, len(copy)),
@@ -134,15 +134,15 @@ def _crossed_draws(
     copies: NDArray[np.int64],
     augmentation: Augmentation,
 ) -> Draws:
-    """Draws of n rows that cross each image's rotations, shifts and mirror (paper, section 2.3).
+    """Draw n rows that combine each image's rotations, shifts and mirror (paper, section 2.3).
 
-    The paper mirrors last and `warp` first, so that a mirrored copy turns and shifts the other way:
-    it is the mirror image of the copy before it.
+    The paper mirrors last, but `warp` mirrors first. Rotation and horizontal shift of a mirrored
+    copy are therefore negated: it becomes the mirror image of the copy before it.
 
     Args:
         random: source of the draws.
-        copy: int64 [n], number of the copy among those of its image, which are in a row.
-        copies: int64 [m], of each image; see `refuse_uncrossed`.
+        copy: int64 [n], number of the copy among those of its image, which are consecutive.
+        copies: int64 [m], copies per image; see `refuse_uncrossed`.
         augmentation: ranges, with or without mirror.
     """
     mirrors = 2 if augmentation.flip else 1
@@ -160,10 +160,10 @@ def _crossed_draws(
 
 
 def refuse_uncrossed(copies: NDArray[np.int64], augmentation: Augmentation) -> None:
-    """Make sure that the copies of each image can be crossed, where the draws are to be.
+    """Check that crossed draws are possible with the copies of each image.
 
     Args:
-        copies: int64 [m], of each image.
+        copies: int64 [m], copies per image.
         augmentation: of the recipe.
 
     Raises:
@@ -185,7 +185,7 @@ def refuse_uncrossed(copies: NDArray[np.int64], augmentation: Augmentation) -> N
 def _mirrored(
     random: np.random.Generator, copy: NDArray[np.int64], copies: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which rows are mirrored: every second copy, and a last one without a partner by chance."""
+    """Return which rows are mirrored: every second copy; a last one without partner at random."""
     odd: NDArray[np.bool_] = copy % 2 == 1
     alone = (copies % 2 == 1) & (copy == copies - 1)
     return odd | (alone & (random.random(len(copy)) < 0.5))
@@ -194,9 +194,9 @@ def _mirrored(
 def copies_of(
     targets: NDArray[np.int8], classes: list[str], copies: dict[str, int]
 ) -> NDArray[np.int64]:
-    """Return the copies of each sample from the copies of each class; 1 where a class is not named.
+    """Return the copies of each sample from the copies of each class; 1 for unnamed classes.
 
-    Of a sample's several labels the one of the most copies counts.
+    A sample with several labels gets the copies of the label that has most.
 
     Args:
         targets: int8 [samples, classes], 1 where a sample has the label.
@@ -209,16 +209,16 @@ def copies_of(
     for name in copies:
         if name not in classes:
             raise CxrdistError(
-                f"--copies: no class {name!r} in the shards; {choices(name, classes)}. For "
-                "classes of your own take the recipe finetune, or with --init none scratch, which "
-                "balance by counts"
+                f"--copies: no class {name!r} in the shards; {choices(name, classes)}. For your "
+                "own classes use the recipe finetune, or scratch with --init none: they balance "
+                "the classes by their counts"
             )
     by_class = np.array([copies.get(name, 1) for name in classes], dtype=np.int64)
     return np.where(targets == POSITIVE, by_class, 1).max(axis=1, initial=1)
 
 
 def balanced_copies(targets: NDArray[np.int8], classes: list[str]) -> dict[str, int]:
-    """Choose copies by class that make each class about as frequent as the most frequent one.
+    """Choose copies per class that make each class about as frequent as the most frequent one.
 
     Args:
         targets: int8 [m, classes] of the training split, with one label per image.

@@ -4,9 +4,10 @@ Modality LUT or rescale (PS3.3, C.11.1), then the first VOI LUT or window that c
 then the inversion of MONOCHROME1 (C.7.6.3.1.2) or of the Presentation LUT Shape (C.11.6), then
 padding in black (C.7.5.1.1.2).
 
-Without a VOI LUT or window the full range of the stored bits is kept: a stretch to the values of an
-image would make its brightness depend on a collimator or marker. 16 bits of 16 tell nothing of the
-detector; then the depth of the source is the range, as for a 16-bit PNG (`cxrdist.data.depth`).
+Without a VOI LUT or window the full range of the stored bits is kept: stretching the range of each
+image would make its brightness depend on a collimator or marker. 16 stored of 16 allocated bits say
+nothing about the detector; then the depth of the source is used, as for a 16-bit PNG
+(`cxrdist.data.depth`).
 """
 
 from dataclasses import dataclass
@@ -25,11 +26,11 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cells:
-    """Pixel cells: words that hold a value each (PS3.5, 8.1.1).
+    """Pixel cells: words with one value each (PS3.5, 8.1.1).
 
     Attributes:
         words: uint8 or uint16 [H, W].
-        bits: of a value.
+        bits: bits of a value.
         shift: bits of a word below its value.
         signed: whether values are two's complement.
     """
@@ -49,8 +50,7 @@ class Lut(NamedTuple):
     """A look-up table.
 
     Attributes:
-        first: input of the first entry; what lies below has the first entry, what lies above the
-            last one has that.
+        first: input of the first entry; smaller inputs get the first entry, larger ones the last.
         entries: int64 [N].
     """
 
@@ -58,7 +58,7 @@ class Lut(NamedTuple):
     entries: NDArray[np.int64]
 
     def __call__(self, values: Table) -> Table:
-        """Look the nearest inputs up."""
+        """Look up values, clipping them to the inputs of the table."""
         place = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
         return self.entries[place.astype(np.int64)].astype(np.float64)
 
@@ -66,19 +66,19 @@ class Lut(NamedTuple):
 def present(
     dataset: Dataset, cells: Cells, depth: int | None
 ) -> tuple[NDArray[np.uint8], int | None]:
-    """Show the pixels as they are meant to be seen.
+    """Convert pixel cells to grey levels for display.
 
     Args:
-        dataset: whose tags tell how.
+        dataset: its tags define the conversion.
         cells: its pixels.
-        depth: bits that hold the values of the source, for an image that does not tell its own;
-            what it uses if None.
+        depth: bit depth of the source, for an image that does not declare one; if None, the bits
+            that the image uses.
 
     Returns:
-        Grey levels, uint8 [H, W], and the bits that the image uses if it does not tell its depth.
+        Grey levels, uint8 [H, W], and the bits that the image uses if it does not declare a depth.
 
     Raises:
-        RefusedError: a tag that is needed cannot be used.
+        RefusedError: a required tag cannot be used.
     """
     words = np.arange(1 << cells.size)
     if _has_overlay(dataset):
@@ -90,7 +90,7 @@ def present(
     stored = values.clip(low, low + white_of(cells.bits))
     levels, used = _as_seen(dataset, stored, cells, is_padding, depth)
     if not np.isfinite(levels).all():
-        raise RefusedError("its rescale or window is no number")
+        raise RefusedError("its rescale or window is not a number")
     inverse = text(dataset, "PresentationLUTShape") == "INVERSE"
     if inverse or text(dataset, "PhotometricInterpretation") == "MONOCHROME1":
         levels = 1 - levels.clip(0, 1)
@@ -100,9 +100,9 @@ def present(
 
 
 def _interpret(words: NDArray[np.int64], cells: Cells) -> NDArray[np.int64]:
-    """Return the value of words, negative where values are signed and their highest bit is set.
+    """Return the values of words, negative if values are signed and their highest bit is set.
 
-    The bits above a value are those of its sign or empty; other words are a number as a whole.
+    The bits above a value must repeat its sign or be empty; otherwise the whole word is the value.
     """
     if not cells.signed:
         return words
@@ -120,14 +120,14 @@ def _twos_complement(words: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
 
 
 def _has_overlay(dataset: Dataset) -> bool:
-    """Return whether a plane of an overlay lies in the bits around the values (PS3.5, 8.1.2)."""
+    """Return whether an overlay plane is stored in the bits around the values (PS3.5, 8.1.2)."""
     return any(any(shorts(dataset, group << 16 | 0x0102)) for group in OVERLAYS)
 
 
 def _is_padding(dataset: Dataset, values: NDArray[np.int64], cells: Cells) -> NDArray[np.bool_]:
-    """Return which values are PixelPaddingValue, or from there to PixelPaddingRangeLimit.
+    """Return which values are padding: PixelPaddingValue, or up to PixelPaddingRangeLimit.
 
-    Pixel Representation tells whether the two are signed: their own VR is often wrong.
+    Pixel Representation decides whether the two are signed: their own VR is often wrong.
     """
     found = [shorts(dataset, name)[:1] for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     ends = _interpret(np.concatenate(found) & white_of(cells.size), cells)
@@ -144,7 +144,7 @@ def _as_seen(
     is_padding: NDArray[np.bool_],
     depth: int | None,
 ) -> tuple[Table, int | None]:
-    """The brightness of each word, 0..1 within the window, and its depth if that is not told."""
+    """Return the brightness of each word, 0..1 within the window, and the used depth, if any."""
     modality = _first_lut(dataset, "ModalityLUTSequence", cells.signed)
     slope = number(dataset, "RescaleSlope", 1)
     if modality is None and slope == 0:
@@ -154,7 +154,7 @@ def _as_seen(
     values = modality(values) if modality is not None else values * slope + intercept
     voi = _first_lut(dataset, "VOILUTSequence", bool(values.min() < 0))
     if voi is not None:
-        # The largest entry is white: many declare 16 bits and use 12.
+        # The largest entry is white: many tables declare 16 bits and use 12.
         return voi(values) / max(1, voi.entries.max()), None
     windowed = _windowed(dataset, values)
     if windowed is not None:
@@ -171,9 +171,9 @@ def _as_seen(
 
 
 def _used_range(values: NDArray[np.int64], counts: NDArray[np.int64]) -> tuple[int, int]:
-    """-1 if more than hot pixels are negative, else 0; and the bits that hold the values."""
+    """Return -1 if more than the hot pixels are negative, else 0; and the bits of the values."""
     if counts[values < 0].sum() > HOT_PIXELS * counts.sum():
-        # As many bits hold the number with its sign as hold twice its size.
+        # A signed number needs as many bits as an unsigned one of twice its size.
         return -1, used_depth(2 * np.where(values < 0, -values - 1, values) + 1, counts)
     return 0, used_depth(values, counts)
 
@@ -188,9 +188,9 @@ def _first_lut(dataset: Dataset, keyword: str, signed: bool) -> Lut | None:
 
 
 def _lut(item: Dataset, descriptor: list[int], signed: bool) -> Lut:
-    """Read a LUT; whether its first input is signed is told by what goes in.
+    """Read a LUT; its first input is signed if the input values are.
 
-    Entries of 8 bits stand in a byte or in a word each.
+    An 8-bit entry takes a byte or a word.
     """
     count, first = descriptor[0] & 0xFFFF or 1 << 16, descriptor[1]
     if signed and first >= 1 << 15:
@@ -201,7 +201,7 @@ def _lut(item: Dataset, descriptor: list[int], signed: bool) -> Lut:
     elif len(data) >= count:
         entries = np.frombuffer(data, np.uint8, count)
     else:
-        raise RefusedError("its look-up table has fewer entries than it says")
+        raise RefusedError("its look-up table has fewer entries than it declares")
     return Lut(first, entries.astype(np.int64))
 
 
@@ -212,17 +212,17 @@ def _windowed(dataset: Dataset, values: Table) -> Table | None:
     if not centers or not widths:
         return None
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise RefusedError("its window has no known function")
+        raise RefusedError("its window has an unknown function")
     for center, width in zip(centers, widths, strict=False):
         if np.isfinite([center, width]).all() and (
             width >= 1 if function == "LINEAR" else width > 0
         ):
             return _window(values, center, width, function)
-    raise RefusedError("its window has no width, or is no number")
+    raise RefusedError("its window has no width, or is not a number")
 
 
 def _window(values: Table, center: float, width: float, function: str) -> Table:
-    """PS3.3, sections C.11.2.1.2 and C.11.2.1.3, with outputs 0..1."""
+    """Apply a window (PS3.3, sections C.11.2.1.2 and C.11.2.1.3) with outputs 0..1."""
     if function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (values - center) / width))
     if function == "LINEAR_EXACT":

@@ -1,4 +1,4 @@
-"""Records: one row about a raw image."""
+"""Records: one row per raw image."""
 
 import re
 from collections import Counter
@@ -16,14 +16,14 @@ from cxrdist.data.views import PACKED
 
 SPLITS = ("train", "val", "test")
 DEVELOPMENT = "train+val"  # a given split of which validation is still to be drawn
-# What folders and tables call them, in small letters.
+# Names of the splits in folders and tables, in lower case.
 SPLIT_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 
-# File names that tell where an image comes from.
+# File names that reveal which data set an image comes from.
 KNOWN_NAMES = {
     "ChestX-ray14": re.compile(r"^\d{8}_\d{3}\."),
     "Kermany": re.compile(r"^person\d+_(virus|bacteria)_\d+\.|^(NORMAL2-)?IM-\d{4}-\d{4}"),
@@ -37,23 +37,23 @@ class Record:
 
     Attributes:
         file: where to read it, local or an fsspec path.
-        path: its name relative to the source, with slashes; stable between machines.
-        label: class name; of several labels with ``|`` between them, or empty for none.
+        path: its name relative to the source, with slashes; the same on every machine.
+        label: class name; several labels are separated by ``|``; empty for none.
         patient: who was X-rayed; all images of a patient stay in one split.
         source: where the image comes from, for audits.
-        split: train, val or test where the source fixes it; ``train+val`` where it leaves open
-            which of the two.
-        view: one of `cxrdist.data.views.VIEWS` where the source tells it, else empty.
+        split: train, val or test if the source fixes it; ``train+val`` if it leaves open which of
+            the two; None if the split is to be drawn.
+        view: one of `cxrdist.data.views.VIEWS` if the source gives it, else empty.
         boxes: burned-in text that may be covered, in px of the original.
-        sex: M, F, or empty where nothing tells.
-        age: of the patient in years, where something tells.
-        uncertain: labels of which the source is not sure, with ``|`` between them.
-        missing: labels of which the source says nothing, with ``|`` between them.
-        assumed_absent: labels that count as absent though the source says nothing of them.
+        sex: M, F, or empty if unknown.
+        age: age of the patient in years; None if unknown.
+        uncertain: labels that the source is unsure about, separated by ``|``.
+        missing: labels that the source does not mention, separated by ``|``.
+        assumed_absent: labels that count as absent though the source does not mention them.
         findings: boxes around signs of disease.
-        mask: of the lungs, where there is one.
-        lungs_only: make all of it black that its mask does not cover.
-        origin: its name among several sources that are packed together, else empty.
+        mask: where the mask of the lungs is, if there is one.
+        lungs_only: whether everything outside the mask is made black.
+        origin: name of its source when several sources are packed together, else empty.
     """
 
     file: Path
@@ -76,7 +76,7 @@ class Record:
 
 
 class LabelCells(TypedDict):
-    """What a record states of its labels, as in `Record`."""
+    """The labels of a record, as in `Record`."""
 
     label: str
     uncertain: NotRequired[str]
@@ -89,15 +89,15 @@ class Source:
     """All records of a source.
 
     Attributes:
-        records: one for each image.
+        records: one per image.
         task: multiclass (each image has one label) or multilabel (any number).
         classes: names in the order of the network's outputs.
         name: what was read, such as a data set and its release.
-        notes: what a user should know of it, a line each.
-        left_out: files that are there and not among the records, and rows without a file.
-        num_found: files that were found, and rows without a file; records and left out together.
-        dicom: whether DICOM files are among the images, as far as suffix or first bytes tell.
-        views: which views are packed, by the `Record.origin`; some are told by a tag only.
+        notes: what a user should know about it, one line each.
+        left_out: files that are not among the records, and rows without a file.
+        num_found: number of files and of rows without a file: records and left out together.
+        dicom: whether any image is a DICOM file, judged by suffix or first bytes.
+        views: views to pack, by `Record.origin`; some views are known only from a tag, later.
         public: names of public data sets among the records' sources.
     """
 
@@ -114,28 +114,28 @@ class Source:
 
 
 def count_unmatched(records: list[Record]) -> int:
-    """How many images are a patient of their own for want of a name that tells the patient."""
+    """Return the number of images without a known patient."""
     return sum(record.patient.startswith(NO_PATIENT) for record in records)
 
 
 def known_source(name: str, otherwise: str) -> str:
-    """The data set whose file names look like this one, or what else the source is called."""
+    """Return the data set whose file names look like this one, else ``otherwise``."""
     return next((known for known, form in KNOWN_NAMES.items() if form.search(name)), otherwise)
 
 
 def own_patient(path: str) -> str:
-    """Stands for the patient of an image of which nothing tells the patient."""
+    """Return a placeholder ID for an image with an unknown patient, unique to the image."""
     return f"{NO_PATIENT}{path}"
 
 
 def differences(source: Source, expect: Mapping[str, int]) -> list[str]:
-    """In what the number of images of each class is not as expected, a line each.
+    """List classes with an unexpected number of images, a line each.
 
-    Labels that a label map took away are not compared.
+    Labels that a label map removed are not compared.
     """
-    found = Counter(label for record in source.records for label in labels_of(record.label))
+    counts = Counter(label for record in source.records for label in labels_of(record.label))
     return [
-        f"{name} has {found[name]} images, expected {number}"
+        f"{name} has {counts[name]} images, expected {number}"
         for name, number in expect.items()
-        if name in source.classes and found[name] != number
+        if name in source.classes and counts[name] != number
     ]

@@ -10,20 +10,20 @@ from cxrdist.errors import CxrdistError
 Region = Literal["masks", "text", "border", "thorax"]
 
 BORDER = 0.1
-"""Of the side: the outer tenth."""
+"""Width of the border, of the side: the outer tenth."""
 CORNER = 0.2
-"""Of the side: four squares of a fifth of it."""
+"""Side of the four corner squares, of the side: a fifth."""
 THORAX = (0.5, 0.48, 0.49, 0.48)
-"""Centre x, centre y, half the width and half the height, of the side. Of 416 masks of the lungs on
-X-rays of COVID-19 patients (COVID-19 image data collection) it holds 96 % on average, on 74 % of
+"""Centre x, centre y, half the width and half the height, of the side. It contains on average 96 %
+of the lungs in 416 masks of COVID-19 patients' X-rays (COVID-19 image data collection), on 74 % of
 the square."""
 
 
 def read_regions(text: str) -> tuple[Region, ...]:
-    """Read names of regions with commas between them.
+    """Parse names of regions separated by commas.
 
     Raises:
-        CxrdistError: one is unknown, or stands twice.
+        CxrdistError: a name is unknown, or is given twice.
     """
     names = [name.strip() for name in text.split(",")]
     known = get_args(Region)

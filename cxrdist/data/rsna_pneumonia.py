@@ -1,8 +1,8 @@
-"""RSNA Pneumonia Detection Challenge (Shih et al. 2019), stage 2, as Kaggle hands it out.
+"""RSNA Pneumonia Detection Challenge (Shih et al. 2019), stage 2, as published on Kaggle.
 
 Its images are ChestX-ray14's under other names, with labels and boxes of radiologists.
 
-Not read: the test images, of which Kaggle gives no label, the readings of each radiologist that
+Not read: the test images, which have no labels on Kaggle, the readings of each radiologist that
 RSNA published later, and the tables of stage 1.
 """
 
@@ -26,12 +26,12 @@ BOXES, READINGS = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
 NO_LABEL = "test image of the challenge, of which no label is given"
-# Of each image the name that the NIH gave it; from RSNA's page of the challenge.
+# Maps each image to its name in ChestX-ray14; from RSNA's page of the challenge.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 
 
 class Origin(NamedTuple):
-    """The part that is read of an entry of `MAPPING`."""
+    """An entry of `MAPPING`, with only the fields that are used."""
 
     subset_img_id: Text
     """Name in the challenge, without a suffix."""
@@ -40,13 +40,13 @@ class Origin(NamedTuple):
 
 
 def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
-    """Read both tables, the images that are there, and the patients where `MAPPING` is there.
+    """Read both tables, the images that exist, and the patients if `MAPPING` exists.
 
-    View, sex and age stand in the DICOM files, whose PatientID tells the image alone.
+    View, sex and age are in the DICOM files, but their PatientID is unique to each image.
 
     Args:
-        folder: holds the two tables and ``stage_2_train_images/``.
-        besides: folders that are not looked into.
+        folder: has the two tables and ``stage_2_train_images/``.
+        besides: folders to skip.
 
     Returns:
         Records of one of three classes, with the boxes of opacities. Images without a row and rows
@@ -58,8 +58,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
     boxes, readings = _read_boxes(folder), _read_readings(folder)
     if unmatched := sorted(boxes.keys() ^ readings.keys()):
         raise CxrdistError(
-            f"{folder}: {unmatched[0]} stands in one alone of {BOXES} and {READINGS}; fetch both "
-            "again"
+            f"{folder}: {unmatched[0]} is in only one of {BOXES} and {READINGS}; fetch both again"
         )
     patients = read_nih_patients(folder)
     listed = Listed(folder, _name_of, besides)
@@ -95,7 +94,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
 
 def read_nih_patients(folder: Path) -> dict[str, str]:
-    """ChestX-ray14's patient of each image of the challenge; empty without `MAPPING`.
+    """Return ChestX-ray14's patient of each image of the challenge; empty without `MAPPING`.
 
     Raises:
         CxrdistError: the file is damaged.
@@ -113,11 +112,10 @@ def _name_of(path: str) -> str | None:
 
 
 def _table(file: Path, names: Sequence[str]) -> tuple[Table, list[int]]:
-    """Return a table, and where these columns of it are."""
+    """Return a table, and the positions of some columns."""
     if not file.is_file():
         raise CxrdistError(
-            f"--input {file.parent}: has no {file.name}; expected the files of stage 2 as Kaggle "
-            "hands them out"
+            f"--input {file.parent}: has no {file.name}; expected the files of stage 2 from Kaggle"
         )
     table = read_table(file, {plain(name) for name in names})
     places = table.find_columns({name: {plain(name)} for name in names}, names)
@@ -125,7 +123,7 @@ def _table(file: Path, names: Sequence[str]) -> tuple[Table, list[int]]:
 
 
 def _read_readings(folder: Path) -> dict[str, str]:
-    """Return the class of each image; it stands there once for each box."""
+    """Return the class of each image; the table repeats it for each box."""
     table, (name_at, class_at) = _table(folder / READINGS, ("patientId", "class"))
     readings: dict[str, str] = {}
     for where, row in table.rows():
@@ -138,7 +136,7 @@ def _read_readings(folder: Path) -> dict[str, str]:
 
 
 def _read_boxes(folder: Path) -> dict[str, list[Finding]]:
-    """Return the boxes of each image, in px of the originals; none where it has no opacity."""
+    """Return the boxes of each image, in px of the originals; none without an opacity."""
     table, places = _table(folder / BOXES, COLUMNS)
     boxes: dict[str, list[Finding]] = {}
     for where, cells in table.rows():
@@ -152,10 +150,10 @@ def _read_boxes(folder: Path) -> dict[str, list[Finding]]:
 
 
 def patients_note(num_images: int) -> str:
-    """Say what is not known of images of the challenge without `MAPPING`."""
+    """Return the note that without `MAPPING` the patients are not known."""
     return (
-        f"without {MAPPING} nothing tells which of RSNA's {num_images} images are of one patient: "
-        "each counts as a patient of its own"
+        f"without {MAPPING} the patients of RSNA's {num_images} images are not known: each image "
+        "counts as a patient of its own"
     )
 
 

@@ -1,8 +1,8 @@
 """Run lengths: tables of masks as CheXmask has them (Gaggion et al. 2024, PhysioNet).
 
 A row has the name of an image, and for each lung pairs of a first pixel, counted from 1 along the
-rows of the image, and a number of pixels. The tables have up to some GB, so only places in them are
-kept. Not read: the heart, the landmarks, compressed tables.
+rows of the image, and a number of pixels. The tables have up to some GB, so only positions of rows
+are kept in memory. Not read: the heart, the landmarks, compressed tables.
 """
 
 import csv
@@ -25,9 +25,9 @@ from cxrdist.errors import CxrdistError
 NAMES = ("imageindex", "path", "dicomid", "imageid")
 LUNGS = ("leftlung", "rightlung")
 SIZE = ("height", "width")
-# CheXmask's authors advise to use masks from 0.7 on of the mean Dice coefficient that reverse
-# classification accuracy predicts (its README, Quality Threshold). In most rows of PadChest's table
-# the two are swapped (the "mean" is the larger one), so the smaller of the two is taken.
+# CheXmask's authors advise to use masks with a mean Dice coefficient of at least 0.7, as predicted
+# by reverse classification accuracy (its README, Quality Threshold). In most rows of PadChest's
+# table mean and maximum are swapped, so the smaller of the two is used.
 QUALITY, LEAST_QUALITY = ("dicerca(mean)", "dicerca(max)"), 0.7
 MOST_ROW_BYTES = 4 << 20  # three organs of a 4000 px image have 0.2 MB
 COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
@@ -38,10 +38,10 @@ class RunsRow(NamedTuple):
 
     Attributes:
         where: file and row, for messages.
-        name: of the image.
-        first_byte: of the row in the file.
-        num_bytes: of the row.
-        quality: predicted Dice coefficient, 0 to 1; NaN where the table does not tell it.
+        name: name of the image.
+        first_byte: position of the row in the file.
+        num_bytes: length of the row.
+        quality: predicted Dice coefficient, 0 to 1; NaN if the table lacks it.
     """
 
     where: str
@@ -53,7 +53,7 @@ class RunsRow(NamedTuple):
 
 @dataclass(frozen=True)
 class _Columns:
-    """Where things stand in a row; of the quality one or two columns, or none."""
+    """Positions of the columns; the quality may have up to two."""
 
     name: int
     lungs: tuple[int, ...]
@@ -66,7 +66,7 @@ def list_runs(file: Path) -> Iterator[RunsRow]:
     """Yield the rows of a table of run lengths, reading one at a time.
 
     Raises:
-        CxrdistError: it cannot be read, is compressed, or is no such table.
+        CxrdistError: it cannot be read, is compressed, or is not a table of run lengths.
     """
     try:
         with file.open("rb") as content:
@@ -94,8 +94,8 @@ def read_runs(file: Path, first_byte: int, num_bytes: int) -> NDArray[np.uint8]:
 
     Args:
         file: the table.
-        first_byte: of the row.
-        num_bytes: of the row.
+        first_byte: position of the row.
+        num_bytes: length of the row.
 
     Returns:
         uint8 [H, W], 255 in either lung, else 0.
@@ -124,18 +124,18 @@ def read_runs(file: Path, first_byte: int, num_bytes: int) -> NDArray[np.uint8]:
 
 
 def _runs(cell: str, num_pixels: int, where: str) -> tuple[list[int], list[int]]:
-    """First pixels from 0 on, and those behind the last ones."""
+    """Return the first pixel of each run, from 0 on, and the pixel after its last one."""
     try:
         numbers = np.array(cell.split(), np.int64)
     except (ValueError, OverflowError) as error:
-        raise CxrdistError(f"{where}: its run lengths are no whole numbers") from error
+        raise CxrdistError(f"{where}: its run lengths are not whole numbers") from error
     starts, lengths = numbers[::2] - 1, numbers[1::2]
     if len(starts) != len(lengths):
-        raise CxrdistError(f"{where}: its run lengths are no pairs of a start and a length")
+        raise CxrdistError(f"{where}: its run lengths are not pairs of a start and a length")
     inside = (starts >= 0) & (lengths > 0) & (lengths <= num_pixels - starts)
     if not inside.all():
-        raise CxrdistError(f"{where}: its run lengths leave the {num_pixels} pixels of its size")
-    if lengths.sum() > num_pixels:  # else a row of 4 MB could fill each pixel a million times
+        raise CxrdistError(f"{where}: its run lengths exceed the {num_pixels} pixels of its size")
+    if lengths.sum() > num_pixels:  # otherwise a row of 4 MB could fill each pixel a million times
         raise CxrdistError(f"{where}: its run lengths cover a pixel more than once")
     return starts.tolist(), (starts + lengths).tolist()
 
@@ -187,7 +187,7 @@ def _next_row(content: BinaryIO, where: str) -> bytes:
 
 
 def _columns(file: Path, header: bytes) -> _Columns:
-    """Find the columns in any order; a first column without a name is pandas' index."""
+    """Find the columns, in any order; a first column without a name is the index of pandas."""
     names = [plain(name) for name in _cells(header, f"{file} row 1")]
     place: Mapping[str, int] = {name: i for i, name in enumerate(names)}
     keys = [name for name in NAMES if name in place]
@@ -211,24 +211,26 @@ def _cells(row: bytes, where: str, count: int | None = None) -> list[str]:
     """Return the cells of a row.
 
     Raises:
-        CxrdistError: it is no row of a CSV, or has another number of cells.
+        CxrdistError: it is not a valid CSV row, or has another number of cells.
     """
     try:
         with _large_cells():
             text = io.StringIO(row.decode("utf-8-sig"), newline="")
             cells = next(csv.reader(text, strict=True), [])
     except (ValueError, csv.Error) as error:
-        raise CxrdistError(f"{where}: no row of a CSV ({error}); fetch the table again") from error
+        raise CxrdistError(
+            f"{where}: is not a valid CSV row ({error}); download the table again"
+        ) from error
     if count is not None and len(cells) != count:
         raise CxrdistError(
-            f"{where}: has {len(cells)} cells, expected {count}; fetch the table again"
+            f"{where}: has {len(cells)} cells, expected {count}; download the table again"
         )
     return cells
 
 
 @contextmanager
 def _large_cells() -> Iterator[None]:
-    """Let a cell be as long as a row may be."""
+    """Raise the csv module's limit of a cell to the length of a row."""
     before = csv.field_size_limit(MOST_ROW_BYTES)
     try:
         yield

@@ -1,6 +1,6 @@
-"""Several: sources that are packed together, named in a YAML file, one on a line.
+"""Several: sources that are packed together, listed in a YAML file, one per line.
 
-Such as ``ours: {source: csv, input: clinic/images.csv, label_map: clinic/labels.yaml}``.
+Example: ``ours: {source: csv, input: clinic/images.csv, label_map: clinic/labels.yaml}``.
 """
 
 import re
@@ -19,11 +19,11 @@ from cxrdist.errors import CxrdistError, choices
 from cxrdist.run import judging, read_recipe
 
 MEND = (
-    "expected NAME: {source: ..., input: ...} for each source, with options as of cxrdist pack and "
+    "expected NAME: {source: ..., input: ...} for each source, with options of cxrdist pack and "
     "paths relative to this file"
 )
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-# RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), and other sets took RSNA's in.
+# RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), and other sets include RSNA's.
 OF_NIH = {"ChestX-ray14", "RSNA"}
 NIH_PATIENT = re.compile(r"(?:RSNA/)?(\d{8})")
 SINGLE = tuple(name for name in get_args(SourceName) if name != "several")
@@ -31,7 +31,7 @@ Reader = Callable[[SourceConfig, Sequence[Path]], Source]
 
 
 class Entry(TypedDict):
-    """A source of the file; fields as of `SourceConfig`."""
+    """A source in the file; fields as in `SourceConfig`."""
 
     source: str
     input: Text
@@ -46,16 +46,16 @@ class Entry(TypedDict):
 
 
 def read_several(config: SourceConfig, besides: Sequence[Path], read: Reader) -> Source:
-    """Read the sources that a file names, and put their records together.
+    """Read the sources that a file lists, and merge their records.
 
-    Paths become NAME/path, patients NAME:patient, since the same number in two sets is two people;
-    those of ChestX-ray14, which several sets hold, are one where their number is known.
-    The classes are those of the first source in their order, then what the next ones add. Labels
-    that a source does not have are missing for its images.
+    Paths become NAME/path, patients NAME:patient, since the same number in two sets is two people.
+    Patients of ChestX-ray14, which several sets contain, are merged if their number is known.
+    The classes are those of the first source in their order, then those that the next ones add.
+    Labels that a source does not have are missing for its images.
 
     Args:
-        config: the file is its input; its views and empty_cells are for sources without their own.
-        besides: folders that are not looked into.
+        config: its input is the file; its views and empty_cells apply to sources without their own.
+        besides: folders to skip.
         read: reads a source.
 
     Raises:
@@ -100,8 +100,8 @@ def _refuse_options_of_one(config: SourceConfig) -> None:
     for option in ("patient_pattern", "against_rest", "drop_unusable", "allow_outside", "masks"):
         if getattr(config, option) not in (None, False):
             raise CxrdistError(
-                f"--{option.replace('_', '-')}: belongs to one source; give it there, in "
-                f"{config.input}"
+                f"--{option.replace('_', '-')}: applies to a single source; give it for that "
+                f"source in {config.input}"
             )
 
 
@@ -111,7 +111,7 @@ def _read_file(config: SourceConfig) -> dict[str, SourceConfig]:
     with judging(file, MEND):
         _, content = read_recipe(file.resolve() if isinstance(file, Path) else file, MEND)
         if not content:
-            raise ValueError("names no source")
+            raise ValueError("lists no source")
         entries = {_name(name): _entry(name, value) for name, value in content.items()}
         alike = {name.casefold() for name in entries}
         if len(alike) < len(entries):
@@ -130,7 +130,7 @@ def _entry(name: str, value: Any) -> Entry:
     strange = next((field for field in entry if field not in Entry.__annotations__), None)
     if strange is not None:
         known = choices(str(strange), Entry.__annotations__)
-        raise ValueError(f"{name}.{strange!s:.80}: is no option; {known}")
+        raise ValueError(f"{name}.{strange!s:.80}: is not an option; {known}")
     if entry["source"] not in SINGLE:
         known = choices(entry["source"], SINGLE)
         raise ValueError(f"{name}.source: is {entry['source']!r:.80}, {known}")
@@ -145,7 +145,7 @@ def _config(entry: Entry, above: SourceConfig) -> SourceConfig:
 
 
 def _refuse_mixed_tasks(file: Path, sources: dict[str, Source]) -> None:
-    """One network has one task."""
+    """Check that all sources have the same task, since one network has one task."""
     first = {one.task: name for name, one in reversed(sources.items())}
     if len(first) > 1:
         raise CxrdistError(
@@ -157,9 +157,9 @@ def _refuse_mixed_tasks(file: Path, sources: dict[str, Source]) -> None:
 
 
 def _shared_names(sources: dict[str, Source]) -> set[str]:
-    """What folders and tables of several sources are called, such as `images`: it tells no source.
+    """Return the record sources that several sources share, such as `images`, to rename them.
 
-    Names of data sets stay as they are.
+    Names of public data sets stay as they are.
     """
     users: dict[str, set[str]] = defaultdict(set)
     for name, one in sources.items():
@@ -197,7 +197,7 @@ def _patient(name: str, path: str, record: Record) -> str:
 
 
 def _notes(sources: dict[str, Source]) -> list[str]:
-    """Tell of images of one patient that nothing joins."""
+    """Warn about images of the same patient that cannot be matched."""
     of_nih = {n: [r for r in one.records if r.source in OF_NIH] for n, one in sources.items()}
     names = [name for name, records in of_nih.items() if records]
     unknown = sum(
@@ -206,7 +206,7 @@ def _notes(sources: dict[str, Source]) -> list[str]:
     if len(names) < 2 or not unknown:
         return []
     return [
-        f"{', '.join(names)} hold X-rays of ChestX-ray14, and of {unknown} of them nothing tells "
-        "the patient: equal images are found (--duplicates), others of one patient may be in two "
-        "splits"
+        f"{', '.join(names)} contain X-rays of ChestX-ray14, and the patient of {unknown} of them "
+        "is not known: equal images are found (--duplicates), but other images of one patient may "
+        "be in two splits"
     ]

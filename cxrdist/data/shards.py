@@ -1,4 +1,4 @@
-"""Shards: tars of samples that any WebDataset client reads."""
+"""Shards: tars of samples that any WebDataset client can read."""
 
 import hashlib
 import io
@@ -39,7 +39,7 @@ _File = io.BufferedReader | io.BufferedRandom
 
 
 class SampleFile(TypedDict):
-    """The content of KEY.json; the first five are those of samples.csv."""
+    """The content of KEY.json; the first five fields are columns of samples.csv."""
 
     key: Text
     label: Text
@@ -48,7 +48,7 @@ class SampleFile(TypedDict):
     path: Text
     view: Text
     width_px: Pixels
-    """Of the original."""
+    """Width of the original; height_px is its height."""
     height_px: Pixels
     sex: NotRequired[Text]
     age: NotRequired[Real | None]
@@ -61,11 +61,11 @@ class SampleFile(TypedDict):
 
 
 class Packed(NamedTuple):
-    """What is written of a sample.
+    """The files of a sample in a shard.
 
     Attributes:
-        about: of KEY.json.
-        png: of the square.
+        about: content of KEY.json.
+        png: the square as a PNG.
         mask: a PNG of 0 and 255 of the square's size; empty without a mask.
     """
 
@@ -75,17 +75,17 @@ class Packed(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where the content of a member is in its shard."""
+    """Position of a member's content in its shard."""
 
     first: int
     num_bytes: int
 
 
 def sample_key(path: str) -> str:
-    """Stable key of a sample from its path in the source.
+    """Return the key of a sample, which depends only on its path in the source.
 
-    WebDataset cuts a name at its first dot, so a key has none; the hash keeps keys apart that look
-    alike once cleaned. A DICOM UID, which is all digits and dots, leaves nothing of itself.
+    WebDataset cuts a name at its first dot, so a key has none; the hash distinguishes names that
+    are equal once cleaned. A DICOM UID, all digits and dots, becomes ``image``.
     """
     name = Path(path).name
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", re.sub(r"\.[A-Za-z]\w*$", "", name))[:40].strip("-")
@@ -95,7 +95,7 @@ def sample_key(path: str) -> str:
 
 
 class _Places(NamedTuple):
-    """The members of a sample."""
+    """Positions of the members of a sample."""
 
     about: _Place
     mask: _Place | None
@@ -103,7 +103,7 @@ class _Places(NamedTuple):
 
 
 def write_shard(path: Path, samples: Iterable[Packed]) -> None:
-    """Write a shard atomically; the same samples give the same bytes."""
+    """Write a shard atomically and reproducibly: the same samples give the same bytes."""
     with (
         atomic_file(path) as partial,
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
@@ -123,36 +123,36 @@ def _encoded(about: SampleFile) -> bytes:
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """Add a file to a tar; the same content gives the same bytes."""
-    member = tarfile.TarInfo(name)  # time, owner and group 0: the same bytes every time
+    """Add a file to a tar reproducibly: the same content gives the same bytes."""
+    member = tarfile.TarInfo(name)  # its defaults for time, owner and group are 0
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
 
 
 def describe_shard(path: Path, num_samples: int) -> ShardEntry:
-    """Return the index's entry of a shard that was written."""
+    """Return the index entry of a shard that was written."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ShardEntry(path.name, num_samples, path.stat().st_size, digest)
 
 
 class OpenShard:
-    """A shard that is open, equals the index, and holds its samples and nothing else.
+    """An open shard that matches the index and holds its samples and nothing else.
 
-    It is what `write_shard` writes: KEY.json, KEY.mask.png if samples.csv tells of a mask, and
-    KEY.png of each sample in order, regular files in an uncompressed ustar, then zeros. No other
-    archive format begins with such a name, so no other reader can find something else in it.
+    Its layout is that of `write_shard`: KEY.json, KEY.mask.png if samples.csv lists a mask, and
+    KEY.png of each sample in order, as regular files in an uncompressed ustar, then zeros. No other
+    archive format begins with such a name, so no other reader can see other content in it.
     """
 
     def __init__(self, shard: PackedShard, file: _File) -> None:
-        """Find the samples; sizes are bounded before anything is read.
+        """Locate the samples, checking each size before anything is read.
 
         Raises:
-            CxrdistError: the shard holds something else.
+            CxrdistError: the content differs from the index.
         """
         self._shard, self._file = shard, file
         side = shard.size_px
-        # Without compression a grey PNG has a byte for each pixel and row, and its frames.
+        # An uncompressed grey PNG has a byte per pixel and per row, plus its chunk headers.
         most_png_bytes = 2 * side * (side + 1) + 4096
         self._places: list[_Places] = []
         file.seek(0)
@@ -169,10 +169,10 @@ class OpenShard:
         """Decode a sample and compare it with samples.csv.
 
         Args:
-            number: of the sample in the shard.
+            number: position of the sample in the shard.
 
         Returns:
-            uint8 [size, size], and what KEY.json says.
+            uint8 [size, size], and the content of KEY.json.
 
         Raises:
             CxrdistError: they differ.
@@ -184,7 +184,7 @@ class OpenShard:
         """Decode the mask of a sample and compare it with samples.csv.
 
         Args:
-            number: of the sample in the shard.
+            number: position of the sample in the shard.
 
         Returns:
             uint8 [size, size] of 0 and 255; None if the sample has no mask.
@@ -198,7 +198,7 @@ class OpenShard:
         mask = self._square(f"{sample.key}.mask", place, sample.mask_sha256)
         if ((mask != 0) & (mask != 255)).any():
             raise CxrdistError(
-                f"{self._shard.path}: {sample.key}.mask has values beside 0 and 255; pack the "
+                f"{self._shard.path}: {sample.key}.mask has values other than 0 and 255; pack the "
                 "shards again"
             )
         return mask
@@ -210,14 +210,17 @@ class OpenShard:
             pixels = self._decode(self._content(place))
         except (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.error) as error:
             raise CxrdistError(
-                f"{where}{name} has no readable PNG ({error!r:.100}); {mend}"
+                f"{where}{name} is not a readable PNG ({error!r:.100}); {mend}"
             ) from error
         if hashlib.sha256(pixels.tobytes()).hexdigest() != sha256:
             raise CxrdistError(f"{where}the pixels of {name} differ from samples.csv; {mend}")
         return pixels
 
     def _decode(self, png: bytes) -> NDArray[np.uint8]:
-        """Decode a PNG, uint8 [size, size]; a second header may ask for more than the first."""
+        """Decode a PNG, uint8 [size, size].
+
+        The size is checked once more: a malicious file may have a second header with another one.
+        """
         side = self._shard.size_px
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
             if (*image.size, image.mode) != (side, side, "L"):
@@ -225,17 +228,17 @@ class OpenShard:
             return np.asarray(image)
 
     def describe(self, number: int) -> SampleFile:
-        """Return what KEY.json says of a sample.
+        """Return the content of a sample's KEY.json.
 
         Raises:
-            CxrdistError: it differs from samples.csv, has no valid size of the original, or a box
-                that leaves the square.
+            CxrdistError: it differs from samples.csv, lacks a valid size of the original, or has a
+                box that leaves the square.
         """
         sample, path = self._shard.samples[number], self._shard.path
         with judging(f"{path}: {sample.key}.json", "pack the shards again"):
             about = typed(parse_json(self._content(self._places[number].about)), SampleFile)
         given: dict[str, object] = {**about}
-        if not sample.view:  # shards of older versions have it here alone
+        if not sample.view:  # shards of older versions have the view only in KEY.json
             given["view"] = ""
         for column in ("key", "label", "patient", "source", "path", "view", *NOT_STATED):
             if given.get(column, "") != getattr(sample, column):
@@ -252,12 +255,12 @@ class OpenShard:
         return about
 
     def _next(self, expected: str, most_bytes: int) -> _Place:
-        """Read the header of a member, and go on behind its content."""
+        """Read the header of the next member, and seek to the end of its content."""
         header = self._file.read(tarfile.BLOCKSIZE)
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
-            found = "the end" if not header.strip(b"\0") else "no header of a plain tar"
+            found = "the end" if not header.strip(b"\0") else "an invalid header"
             raise self._wrong(f"expected {expected}, found {found}") from error
         if member.name != expected:
             raise self._wrong(f"expected {expected}, found {member.name!r:.120}")
@@ -273,9 +276,9 @@ class OpenShard:
         return place
 
     def _next_square(self, name: str, most_bytes: int) -> _Place:
-        """Read the header of a PNG's member, and compare what it declares before it is decoded.
+        """Read the header of a PNG member, and compare its declared size before it is decoded.
 
-        The latter is in ISO 15948, section 11.2.2.
+        A small PNG can declare a huge image. The PNG's header: ISO 15948, section 11.2.2.
         """
         png = self._next(name, most_bytes)
         side, after = self._shard.size_px, self._file.tell()
@@ -283,7 +286,7 @@ class OpenShard:
         self._file.seek(after)
         declared = PNG_START.unpack(start) if len(start) == PNG_START.size else ()
         if declared[:1] != (PNG_SIGNATURE,):
-            raise self._wrong(f"{name} is no PNG")
+            raise self._wrong(f"{name} is not a PNG")
         width, height, bits, colour, *_ = declared[1:]
         if declared[1:] != (side, side, *GREY):
             raise self._wrong(
@@ -293,7 +296,7 @@ class OpenShard:
         return png
 
     def _refuse_more(self) -> None:
-        """Behind the samples only the zeros follow that fill a tar's last record."""
+        """Check that only the zeros that fill a tar's last record follow the samples."""
         rest = self._file.read(2 * tarfile.RECORDSIZE)
         if len(rest) >= 2 * tarfile.RECORDSIZE or rest.strip(b"\0"):
             raise self._wrong("holds more than the samples that samples.csv lists")
@@ -312,11 +315,12 @@ class OpenShard:
 def open_shard(shard: PackedShard) -> Iterator[OpenShard]:
     """Open a shard, and compare it with the index.
 
-    What is compared and what is read later is one open file, whatever happens to its name. A link
-    to a shard on another disk is followed: only a regular file of the right content passes.
+    The compared file stays open and is the one that is read later, even if its name is given to
+    another file meanwhile. Links to shards on another disk are followed: only a regular file with
+    the right content passes.
 
     Raises:
-        CxrdistError: it is missing, cannot be read, differs, or is no tar of its samples.
+        CxrdistError: it is missing, cannot be read, or differs from the index.
     """
     path, entry = shard.path, shard.entry
     with _open(path, entry.bytes) as file:
@@ -335,31 +339,31 @@ def open_shard(shard: PackedShard) -> Iterator[OpenShard]:
 def describe_samples(
     shards: Iterable[PackedShard], numbers: Container[int]
 ) -> Iterator[tuple[int, SampleFile]]:
-    """Yield what KEY.json says of some samples, with their numbers, ascending.
+    """Yield the numbers of some samples, ascending, with the content of their KEY.json.
 
     Shards that hold none of them are not opened.
 
     Raises:
-        CxrdistError: a shard holds something else than the index says.
+        CxrdistError: a shard differs from the index.
     """
     for shard in shards:
-        places = [i for i in range(len(shard.samples)) if shard.first + i in numbers]
-        if places:
+        positions = [i for i in range(len(shard.samples)) if shard.first + i in numbers]
+        if positions:
             with open_shard(shard) as opened:
-                for place in places:
-                    yield shard.first + place, opened.describe(place)
+                for position in positions:
+                    yield shard.first + position, opened.describe(position)
 
 
 def _open(path: Path, num_bytes: int) -> _File:
-    """Open a regular file of this machine, or a copy of a remote one no longer than it should be.
+    """Open a local regular file, or a temporary copy of a remote one.
 
     Raises:
-        CxrdistError: it is missing, is something else, or cannot be read.
+        CxrdistError: it is missing, not a regular file, or cannot be read.
     """
     try:
         if not isinstance(path, Path):
             return _fetch(path, num_bytes)
-        # Without O_NONBLOCK a pipe would be waited for.
+        # Without O_NONBLOCK opening a pipe would block.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return os.fdopen(descriptor, "rb")
@@ -372,7 +376,7 @@ def _open(path: Path, num_bytes: int) -> _File:
 
 
 def _fetch(path: Path, num_bytes: int) -> io.BufferedRandom:
-    """Copy a file of an object store, at most a little more than it should have."""
+    """Copy a file of an object store, stopping soon after its expected size."""
     copy = tempfile.TemporaryFile(prefix="cxrdist-")
     with path.open("rb") as content:
         while copy.tell() <= num_bytes and (block := content.read(1 << 22)):
@@ -382,13 +386,13 @@ def _fetch(path: Path, num_bytes: int) -> io.BufferedRandom:
 
 
 def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], SampleFile]]:
-    """Decode the samples of a shard, comparing all that it holds with the index.
+    """Decode the samples of a shard, comparing each with the index.
 
     Yields:
-        uint8 [size, size] and what KEY.json says, in the order of samples.csv.
+        uint8 [size, size] and the content of KEY.json, in the order of samples.csv.
 
     Raises:
-        CxrdistError: the shard holds something else.
+        CxrdistError: the shard differs from the index.
     """
     with open_shard(shard) as opened:
         for number in range(len(shard.samples)):
@@ -396,13 +400,13 @@ def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], SampleFi
 
 
 def read_masks(shard: PackedShard) -> Iterator[NDArray[np.uint8] | None]:
-    """Decode the masks of a shard as `read_shard` does the squares.
+    """Decode the masks of a shard as `read_shard` decodes the squares.
 
     Yields:
         uint8 [size, size] of 0 and 255 or None, in the order of samples.csv.
 
     Raises:
-        CxrdistError: the shard holds something else.
+        CxrdistError: the shard differs from the index.
     """
     with open_shard(shard) as opened:
         for number in range(len(shard.samples)):
@@ -410,6 +414,6 @@ def read_masks(shard: PackedShard) -> Iterator[NDArray[np.uint8] | None]:
 
 
 def _is_within(box: Finding, side_px: int) -> bool:
-    """Return whether a box lies in the square, but for rounding."""
+    """Return whether a box lies in the square, up to rounding."""
     most = side_px + LEAST_PX
     return min(box.x, box.y) >= 0 and max(box.x + box.width, box.y + box.height) <= most

@@ -1,4 +1,4 @@
-"""Shortcuts: how well a class can be told without looking at a lung."""
+"""Shortcuts: how well classes can be predicted without looking at the lungs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,13 +25,13 @@ def measure_shortcut(
     classes: Sequence[str],
     task: Task,
 ) -> Shortcut:
-    """Tell each class against the rest by a logistic regression, cross-validated by patient.
+    """Predict each class by a logistic regression on features, cross-validated by patient.
 
     Args:
-        features: of each image, all with the same names.
-        targets: int8 [N, classes], 1 where an image has the label, 0 where not, -1 where that is
-            not known; such images do not count for the class.
-        groups: a number for each image; images of one number stay in one fold.
+        features: features of each image, all with the same names.
+        targets: int8 [N, classes]: 1 if an image has the label, 0 if not, -1 if not known; such
+            images do not count for the class.
+        groups: a number per image; images with the same number stay in one fold.
         classes: names of the columns.
         task: multiclass or multilabel.
 
@@ -52,10 +52,10 @@ def measure_shortcut(
 
 
 def fold_patients(groups: Sequence[int]) -> list[Fold]:
-    """Cut images into `FOLDS` folds, the images of a group into one.
+    """Divide images into `FOLDS` folds, the images of a group into the same one.
 
     Raises:
-        CxrdistError: there are fewer groups.
+        CxrdistError: there are fewer groups than folds.
     """
     from sklearn.model_selection import GroupKFold
 
@@ -74,18 +74,18 @@ def tell_apart(
     folds: Sequence[Fold],
     freedom: float = 1.0,
 ) -> Scores:
-    """Score images by a logistic regression for each class, trained on the other folds.
+    """Score images by a logistic regression per class, trained on the other folds.
 
     Args:
         values: [N, features].
-        targets: int8 [N, classes], below 0 where it is not known.
-        groups: a number for each image's patient.
-        folds: of the images.
-        freedom: scikit-learn's C, of standardised features.
+        targets: int8 [N, classes], below 0 if not known.
+        groups: the patient's number for each image.
+        folds: folds of the images.
+        freedom: scikit-learn's C, for standardised features.
 
     Returns:
-        float64 [N, classes], log odds; NaN where the label is not known, and in the whole column of
-        a class that has too few patients.
+        float64 [N, classes], log odds; NaN if the label is not known, and in the whole column of a
+        class that has too few patients.
     """
     numbers = np.asarray(groups)
     scores = np.full(targets.shape, np.nan)
@@ -101,7 +101,7 @@ def _tell(
     folds: Sequence[Fold],
     freedom: float,
 ) -> NDArray[np.float64]:
-    """Score the images of which one class is known: float64 [N]."""
+    """Score the images whose label of one class is known: float64 [N]."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -125,7 +125,7 @@ def _tell(
 
 
 def _has_enough_patients(target: Target, groups: NDArray[np.int64], folds: Sequence[Fold]) -> bool:
-    """Return whether the class and the rest have a patient per fold, and are in each training."""
+    """Return whether class and rest have a patient per fold, and are in each training set."""
     return all(len(set(groups[target == side])) >= FOLDS for side in (0, 1)) and all(
         len(set(target[train])) == 2 for train, _ in folds
     )
@@ -143,18 +143,18 @@ def judge(
     classes: Sequence[str],
     task: Task,
 ) -> Judgement:
-    """Say how well scores tell the classes, with 95 % intervals over patients.
+    """Measure how well scores separate the classes, with 95 % intervals over patients.
 
     Args:
-        scores: of images by models that have not seen them; NaN where there is none.
-        targets: int8 [N, classes], below 0 where it is not known.
-        groups: a number for each image's patient.
+        scores: scores of images by models that have not seen them; NaN if there is none.
+        targets: int8 [N, classes], below 0 if not known.
+        groups: the patient's number for each image.
         classes: names of the columns.
-        task: multiclass or multilabel; of one class per image there is an accuracy.
+        task: multiclass or multilabel; only multiclass has an accuracy.
 
     Returns:
-        accuracy, that of the class with the highest score; auroc by class (chance: 0.5); their
-        mean. Each is value, low and high, or None where classes have too few patients.
+        accuracy of the class with the highest score; auroc by class (chance: 0.5); their mean. Each
+        has value, low and high, or is None if classes have too few patients.
     """
     scored = is_scored(scores)
     if not scored.any():
@@ -182,7 +182,7 @@ def judge(
 def _auroc(
     scores: NDArray[np.float64], target: Target, replicates: Replicates
 ) -> tuple[float, Limits, Values]:
-    """The AUROC of one class over the images of which it is known, its interval, its replicates."""
+    """Return the AUROC of one class over images with a known label, its interval and replicates."""
     from sklearn.metrics import roc_auc_score
 
     known = target >= 0

@@ -42,12 +42,12 @@ MOST_NAMED = 3  # texts in a note
 def read_source(
     config: SourceConfig, besides: Sequence[Path] = (), least_classes: int = 2
 ) -> Source:
-    """Read all records of a source, sorted by path: the order of a table's rows tells nothing.
+    """Read all records of a source, sorted by path, so that the order of rows does not matter.
 
     Args:
         config: the options.
-        besides: folders that are not looked into, such as the one that is being written.
-        least_classes: that a source of one class per image must have.
+        besides: folders to skip, such as the one that is being written.
+        least_classes: classes that a source with one class per image must have.
 
     Raises:
         CxrdistError: the source is missing, malformed, or has fewer classes.
@@ -85,7 +85,7 @@ def _read_one(config: SourceConfig, besides: Sequence[Path]) -> Source:
 
 
 def _label_map(config: SourceConfig) -> LabelMap:
-    """Return the label map, which is read before a source that may be large."""
+    """Return the label map; it is read first, since reading the source may take long."""
     return {} if config.label_map is None else read_label_map(config.label_map)
 
 
@@ -130,14 +130,14 @@ def _refuse_options_of_others(config: SourceConfig) -> None:
     for option, sources in ONLY_FOR.items():
         if getattr(config, option) not in (None, False) and config.source not in sources:
             raise CxrdistError(
-                f"--{option.replace('_', '-')}: is for --source {' and '.join(sources)} only"
+                f"--{option.replace('_', '-')}: works only with --source {' and '.join(sources)}"
             )
 
 
 def _with_views(config: SourceConfig, source: Source, wanted: tuple[str, ...]) -> Source:
-    """Give each record the view that its table or its name tells, and leave out other views.
+    """Set the view of each record from its table or file name, and leave out unwanted views.
 
-    A DICOM file's tag goes before its name, so its name is left to `pack`, which reads the tag.
+    For a DICOM file the tag goes before the name, so `pack` decides once it has read the tag.
 
     Raises:
         CxrdistError: no image is left, or none of a class.
@@ -164,14 +164,14 @@ def _with_views(config: SourceConfig, source: Source, wanted: tuple[str, ...]) -
 
 
 def _read_before(source: Source, num_kept: int) -> Iterable[str]:
-    """The notes of a source; of numbers it is said if they count images of other views too."""
+    """Return the notes of a source; those that count images mention it if views are left out."""
     if num_kept == len(source.records):
         return source.notes
     return (f"{n} (before views are chosen)" if n[:1].isdigit() else n for n in source.notes)
 
 
 def _may_be_dicom(file: Path) -> bool:
-    """Whether tags may tell the view: a name without an image's suffix may be a DICOM file's."""
+    """Return whether a file may be DICOM, by its suffix; one without an image suffix may be."""
     return file.suffix.lower() not in IMAGE_SUFFIXES - DICOM_SUFFIXES
 
 
@@ -180,7 +180,7 @@ def _view_notes(strange: Counter[str]) -> list[str]:
         return []
     texts = ", ".join(repr(text)[:40] for text, _ in strange.most_common(MOST_NAMED))
     more = f" and {len(strange) - MOST_NAMED} more" if len(strange) > MOST_NAMED else ""
-    return [f"{strange.total()} images have a view that is unknown here: {texts}{more}"]
+    return [f"{strange.total()} images have a view that cxrdist does not know: {texts}{more}"]
 
 
 def _refuse_lost_classes(
@@ -192,12 +192,12 @@ def _refuse_lost_classes(
         what = f"image of class {lost[0]!r}" if there else "image"
         raise CxrdistError(
             f"--input {config.input}: has no {what} of the views that are packed "
-            f"({', '.join(NAMES[view] for view in wanted)}); say --views all to pack all"
+            f"({', '.join(NAMES[view] for view in wanted)}); give --views all to pack all"
         )
 
 
 def assume_absent(source: Source) -> Source:
-    """Count the labels of which a source says nothing as absent; each record tells which."""
+    """Count missing labels as absent; each record lists them as assumed absent."""
     records = [
         replace(
             record,
@@ -216,8 +216,8 @@ def assume_absent(source: Source) -> Source:
 def _refuse_no_records(path: Path, source: Source) -> None:
     if not source.records:
         reasons = Counter(left.reason for left in source.left_out).most_common(MOST_NAMED)
-        listed = ", ".join(f"{number} {reason}" for reason, number in reasons) or "nothing is there"
-        raise CxrdistError(f"--input {path}: no image is left to be packed: {listed}")
+        listed = ", ".join(f"{number} {reason}" for reason, number in reasons) or "it is empty"
+        raise CxrdistError(f"--input {path}: no image is left to pack: {listed}")
 
 
 def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
@@ -236,10 +236,10 @@ def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
 
 
 def _refuse_equal_labels(where: str, labels: Iterable[str]) -> None:
-    """Make sure that no two class names differ only in case, blanks, or as ``0`` and ``0.0``.
+    """Reject class names that differ only in case, blanks, or as ``0`` and ``0.0`` do.
 
     Raises:
-        CxrdistError: two do.
+        CxrdistError: two names do.
     """
     alike: dict[str, list[str]] = defaultdict(list)
     for label in sorted(labels):
@@ -249,6 +249,6 @@ def _refuse_equal_labels(where: str, labels: Iterable[str]) -> None:
     twice = next((names for names in alike.values() if len(names) > 1), None)
     if twice:
         raise CxrdistError(
-            f"{where}: the classes {twice[0]!r} and {twice[1]!r} are one name in two spellings; "
-            "write it in one way"
+            f"{where}: the classes {twice[0]!r} and {twice[1]!r} are two spellings of one name; "
+            "use one of them"
         )

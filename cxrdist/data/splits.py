@@ -16,8 +16,8 @@ PAPER = "paper"
 PAPER_TEST_IMAGES = 60  # of each class (paper, section 2.2)
 PAPER_VAL_FRACTION = 0.2  # of what is left (paper, section 2.2)
 DEFAULT_FRACTIONS = "0.7/0.1/0.2"  # CheXNet's (Rajpurkar et al. 2017)
-DOMINANT_IMAGES = 20  # a patient of more, and of most of all images, looks like a placeholder
-MISSED = 0.03  # of all images; a split that is further from its target is reported
+DOMINANT_IMAGES = 20  # a patient with more, and with most of all images, looks like a placeholder
+MISSED = 0.03  # of all images; splits further from their target are reported
 
 Counts = NDArray[np.int64]
 
@@ -28,24 +28,24 @@ def assign_splits(
     """Choose the split of each record so that no patient is in two.
 
     Args:
-        source: all records; a split given by them is kept, and what they leave open is drawn. Of
-            several sources some may give splits, and others not.
+        source: all records; splits that they give are kept, the others are drawn. Of several
+            sources some may give splits and others not.
         split: ``paper``, fractions of train/val/test such as ``0.7/0.1/0.2`` (a split of fraction
             0 stays empty), or None for the default fractions.
         seed: seed of the order of groups.
-        groups: a number for each record; records of the same number stay together. By patient if
-            not given.
+        groups: a number per record; records with the same number stay together. Default: by
+            patient.
 
     Returns:
         ``train``, ``val`` or ``test`` for each record.
 
     Raises:
-        CxrdistError: a given split has a patient twice, one patient has most of the images, or a
-            split would lack a class.
+        CxrdistError: the source gives a patient two splits, one patient has most of the images, or
+            a split would lack a class.
     """
     records = source.records
     if not records:
-        raise CxrdistError("no image is left to be split; see what was left out, and why")
+        raise CxrdistError("no image is left to split; rejected.csv lists why images are left out")
     numbers = np.asarray(group_by_patient(records) if groups is None else groups)
     asked = asked_splits(source, split)
     given = [record.split for record in records]
@@ -66,20 +66,20 @@ def is_drawn(source: Source) -> bool:
 
 
 def asked_splits(source: Source, split: str | None) -> list[str]:
-    """List the splits that must have images; arguments as of `assign_splits`."""
+    """List the splits that must have images; arguments as in `assign_splits`."""
     given = {record.split for record in source.records}
     asked = given & {*SPLITS}
     if None in given:
         fractions = parse_split(split)
-        asked |= {name for name, part in zip(SPLITS, fractions, strict=True) if part > 0}
+        asked |= {name for name, fraction in zip(SPLITS, fractions, strict=True) if fraction > 0}
     if DEVELOPMENT in given:
         train, val = _development_fractions(split)
-        asked |= {name for name, part in (("train", train), ("val", val)) if part > 0}
+        asked |= {name for name, fraction in (("train", train), ("val", val)) if fraction > 0}
     return [name for name in SPLITS if name in asked]
 
 
 def describe_split(source: Source, split: str | None) -> str:
-    """Tell how the splits came about, for index.json; arguments as of `assign_splits`."""
+    """Describe how the splits were made, for index.json; arguments as in `assign_splits`."""
     num_drawn = sum(record.split is None for record in source.records)
     if num_drawn == len(source.records):
         return split or DEFAULT_FRACTIONS
@@ -96,16 +96,16 @@ def describe_split(source: Source, split: str | None) -> str:
 
 
 def group_by_patient(records: Sequence[Record]) -> list[int]:
-    """Number the records, the same for all images of a patient."""
+    """Return a number per record, the same for all images of a patient."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(record.patient, len(numbers)) for record in records]
 
 
 def parse_split(split: str | None) -> tuple[float, float, float]:
-    """Read ``TRAIN/VAL/TEST``; all three of ``paper`` are above 0.
+    """Parse ``TRAIN/VAL/TEST``; ``paper`` and None give the default fractions, all above 0.
 
     Raises:
-        CxrdistError: these are not three numbers from 0 to 1 that add up to 1.
+        CxrdistError: the text is not three numbers from 0 to 1 that add up to 1.
     """
     text = _known_fractions(split)
     try:
@@ -126,16 +126,16 @@ def _known_fractions(split: str | None) -> str:
 
 
 def _development_fractions(split: str | None) -> tuple[float, float]:
-    """Return the parts of train and val in what the source gives for both together.
+    """Return the fractions of train and val among images given for both together.
 
     Raises:
-        CxrdistError: the split has neither.
+        CxrdistError: both fractions are 0.
     """
     train, val, _ = parse_split(split)
     if train + val == 0:
         raise CxrdistError(
             f"--split {split}: leaves no split for the images that the source gives for training "
-            "and validation together; give train or val a fraction, such as 0.7/0.1/0.2"
+            "and validation together; give train or val more than 0, such as 0.7/0.1/0.2"
         )
     return train / (train + val), val / (train + val)
 
@@ -143,10 +143,10 @@ def _development_fractions(split: str | None) -> tuple[float, float]:
 def _draw(
     source: Source, split: str, seed: int, groups: Counts, given: Sequence[str | None]
 ) -> list[str]:
-    """Draw the splits of the groups that have none; the rest is as given.
+    """Draw the splits of the groups that have none, and keep the given ones.
 
-    A record without a split whose group has one, as a copy of another source's image, goes there:
-    into test rather than val, and into val rather than train.
+    If only some records of a group have a split, such as copies of another source's image, the
+    others follow: into test before val, and into val before train.
     """
     known: dict[int, str] = {}
     for name in SPLITS:
@@ -158,13 +158,13 @@ def _draw(
         total = counts[order].sum(axis=0)
         if split == PAPER:
             _refuse_small_classes(source, total)
-        places = _place_groups(order, counts, *_targets(split, total))
-        known |= {int(group): SPLITS[places[group]] for group in order}
+        chosen = _place_groups(order, counts, *_targets(split, total))
+        known |= {int(group): SPLITS[chosen[group]] for group in order}
     return [name or known[group] for group, name in zip(groups.tolist(), given, strict=True)]
 
 
 def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> list[str | None]:
-    """Draw val from what the source gives for train and val together; the rest is as given."""
+    """Draw val from images that the source gives for train and val together; keep the others."""
     given = [record.split for record in source.records]
     counts = _images_by_group(source, groups)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
@@ -173,36 +173,36 @@ def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> l
     order = order[np.isin(order, by_split[DEVELOPMENT]) & ~np.isin(order, closed)]
     fractions = (*_development_fractions(split), 0.0)
     targets = _targets_of(fractions, counts[order].sum(axis=0))
-    places = _place_groups(order, counts, *targets)
+    chosen = _place_groups(order, counts, *targets)
     return [
-        SPLITS[place] if name == DEVELOPMENT else name
-        for place, name in zip(places[groups], given, strict=True)
+        SPLITS[number] if name == DEVELOPMENT else name
+        for number, name in zip(chosen[groups], given, strict=True)
     ]
 
 
 def _images_by_group(source: Source, groups: Counts) -> Counts:
-    """Count the images of each class in each group, and in a last column those without a label.
+    """Count the images per group and class, and in a last column those without a label.
 
     Returns:
         int64 [groups, classes + 1].
     """
-    place = {name: i for i, name in enumerate(source.classes)}
-    counts = np.zeros((groups.max() + 1, len(place) + 1), np.int64)
+    column_of = {name: i for i, name in enumerate(source.classes)}
+    counts = np.zeros((groups.max() + 1, len(column_of) + 1), np.int64)
     for group, record in zip(groups, source.records, strict=True):
-        counts[group, [place[name] for name in labels_of(record.label)] or [-1]] += 1
+        counts[group, [column_of[name] for name in labels_of(record.label)] or [-1]] += 1
     return counts
 
 
 def _targets(split: str, total: Counts) -> tuple[Counts, list[int]]:
-    """Return how many images of each class a split should have, and which splits are asked for.
+    """Return how many images of each class a split should have, and which splits are requested.
 
     Args:
         split: ``paper`` or fractions.
-        total: int64 [classes + 1], images of each class.
+        total: int64 [classes + 1], images per class.
 
     Returns:
-        int64 [3, classes + 1], and numbers of the splits; the first of them takes what rounding
-        leaves.
+        int64 [3, classes + 1], and the numbers of the requested splits; the first of them takes the
+        remainder of rounding.
     """
     if split != PAPER:
         return _targets_of(parse_split(split), total)
@@ -219,10 +219,10 @@ def _targets_of(fractions: Sequence[float], total: Counts) -> tuple[Counts, list
 
 
 def _place_groups(order: Counts, counts: Counts, targets: Counts, asked: list[int]) -> Counts:
-    """Choose the split of each group: first test, then val; the first split asked for has the rest.
+    """Choose the split of each group: first test, then val; the other groups go to ``asked[0]``.
 
     Args:
-        order: groups in random order; others stay out of it.
+        order: the groups to place, in random order.
         counts: int64 [groups, columns], images.
         targets: int64 [3, columns].
         asked: numbers of the splits that may take groups.
@@ -230,20 +230,20 @@ def _place_groups(order: Counts, counts: Counts, targets: Counts, asked: list[in
     Returns:
         int64 [groups], the number of the split.
     """
-    places = np.full(len(counts), asked[0])
+    chosen = np.full(len(counts), asked[0])
     for split in reversed(asked[1:]):
-        left = order[places[order] == asked[0]]
-        places[_take(left, counts, targets[split])] = split
-    _give_each_split_each_class(order, counts, targets, asked, places)
-    return places
+        left = order[chosen[order] == asked[0]]
+        chosen[_take(left, counts, targets[split])] = split
+    _give_each_split_each_class(order, counts, targets, asked, chosen)
+    return chosen
 
 
 def _take(order: Counts, counts: Counts, target: Counts) -> Counts:
-    """Take groups for a split until none brings it nearer to its target.
+    """Take groups for a split until none brings it closer to its target.
 
-    First those after which no class exceeds its target, then those that lower the sum over the
-    classes of the relative distance from it. So a class misses its target by at most half of its
-    largest group, if no group has two classes.
+    First groups are taken that let no class exceed its target, then groups that reduce the relative
+    distance from the target, summed over the classes. So a class misses its target by at most half
+    of its largest group, if no group has two classes.
     """
     taken, left = [], []
     missing = target.copy()
@@ -263,18 +263,18 @@ def _take(order: Counts, counts: Counts, target: Counts) -> Counts:
 
 
 def _give_each_split_each_class(
-    order: Counts, counts: Counts, targets: Counts, asked: list[int], places: Counts
+    order: Counts, counts: Counts, targets: Counts, asked: list[int], chosen: Counts
 ) -> None:
-    """Move groups, in place, so that each split asked for has an image of each class.
+    """Move groups, changing ``chosen``, so that each requested split has an image of each class.
 
-    A class of four images has 0.4 in a tenth of them, and a patient of many images may have left
-    no room. Moved is the group after which the two splits are nearest to their targets; no other
-    class is taken away from a split by it.
+    A tenth of a class of four images rounds to none, and a patient with many images may have left
+    no room. The group is moved that leaves the two splits closest to their targets, among those
+    whose move takes no other class away from a split.
     """
     has = counts > 0
 
     def per_split(table: NDArray[Any]) -> Counts:
-        return np.stack([table[order[places[order] == i]].sum(axis=0) for i in range(len(SPLITS))])
+        return np.stack([table[order[chosen[order] == i]].sum(axis=0) for i in range(len(SPLITS))])
 
     absent = (per_split(has) == 0) & has[order].any(axis=0)
     for split, column in np.argwhere(absent)[::-1]:
@@ -282,37 +282,37 @@ def _give_each_split_each_class(
         if split not in asked or held[split, column]:
             continue
         groups = order[has[order, column]]
-        groups = groups[np.all((held[places[groups]] > 1) | ~has[groups], axis=1)]
+        groups = groups[np.all((held[chosen[groups]] > 1) | ~has[groups], axis=1)]
         if len(groups):
-            old, moved = places[groups], counts[groups]
+            old, moved = chosen[groups], counts[groups]
             gained = np.abs(off[split] + moved) - np.abs(off[split])
             lost = np.abs(off[old] - moved) - np.abs(off[old])
             distance = (gained + lost).sum(axis=1)
-            places[groups[np.lexsort((old, distance))[0]]] = split
+            chosen[groups[np.lexsort((old, distance))[0]]] = split
 
 
 def split_notes(
     source: Source, split: str | None, groups: Sequence[int], splits: Sequence[str]
 ) -> list[str]:
-    """Tell what the user should know of the splits.
+    """Return lines about the splits for the user.
 
     Args:
-        source: as for `assign_splits`, as are ``split`` and ``groups``.
-        split: see there.
-        groups: see there.
-        splits: what it returned.
+        source: as in `assign_splits`.
+        split: as in `assign_splits`.
+        groups: as in `assign_splits`.
+        splits: result of `assign_splits`.
 
     Returns:
-        A line if ``split`` was not used, since the source gives the splits; else one for a patient
-        of more than a tenth of all images, and for each split whose images differ from the target
-        by more than `MISSED` of all images, and by more than an image per class, which is rounding.
+        A line if ``split`` was not used, since the source gives the splits; else a line for a
+        patient with more than a tenth of all images, and one for each split that misses its target
+        by more than `MISSED` of all images and by more than rounding (an image per class).
     """
     drawn = [i for i, record in enumerate(source.records) if record.split is None]
     if not drawn:
         is_open = any(record.split == DEVELOPMENT for record in source.records)
         if split is None or (is_open and split != PAPER):
             return []
-        return [f"--split {split} is not used, the source gives the splits"]
+        return [f"--split {split} is not used, since the source gives the splits"]
     of_all = "of the images" if is_drawn(source) else "of the images whose split is drawn"
     source = replace(source, records=[source.records[i] for i in drawn])
     groups, splits = [groups[i] for i in drawn], [splits[i] for i in drawn]
@@ -323,16 +323,16 @@ def split_notes(
     lines = []
     if of_one > max(DOMINANT_IMAGES, len(splits) / 10):
         lines.append(
-            f"one patient ID has {of_one} of {len(splits)} images; if it is a placeholder, tell "
-            "the patients by --patient-pattern or a csv column patient"
+            f"one patient ID has {of_one} of {len(splits)} images; if it is a placeholder, give "
+            "the patients with --patient-pattern or a csv column patient"
         )
     for number in asked:
         share = splits.count(SPLITS[number]) / len(splits)
         target = targets[number].sum() / counts.sum()
         if abs(share - target) > max(MISSED, len(source.classes) / len(splits)):
             lines.append(
-                f"{SPLITS[number]} has {share:.0%} {of_all} instead of {target:.0%}: "
-                f"patients and copies stay together, up to {largest} images"
+                f"{SPLITS[number]} has {share:.0%} {of_all} instead of {target:.0%}, since "
+                f"patients and copies stay together (up to {largest} images)"
             )
     return lines
 
@@ -347,9 +347,10 @@ def _refuse_small_classes(source: Source, total: Counts) -> None:
 
 
 def _refuse_dominant_group(records: Sequence[Record], groups: Counts) -> None:
-    """Refuse a patient, or patients joined by copies, of more than half of all images.
+    """Reject a patient, or patients joined by copies, with more than half of all images.
 
-    An anonymiser may have given all patients one ID. Its value is not told: it may be a person's.
+    An anonymiser may have given all patients one ID. The message omits the ID: it may identify a
+    person.
     """
     images = max(Counter(groups.tolist()).values())
     if images <= max(DOMINANT_IMAGES, len(records) / 2):
@@ -357,10 +358,10 @@ def _refuse_dominant_group(records: Sequence[Record], groups: Counts) -> None:
     if images == _images_of_largest_patient(records):
         why = (
             "have the same patient ID, which looks like a placeholder (ANONYMIZED, UNKNOWN, 0); "
-            "tell the patients by --patient-pattern or a csv column patient"
+            "give the patients with --patient-pattern or a csv column patient"
         )
     else:
-        why = "are of patients that are joined by equal images; see --duplicates"
+        why = "belong to patients that are joined by equal images; see --duplicates"
     raise CxrdistError(
         f"{images} of {len(records)} images {why}, or pack one split only, such as --split 0/0/1"
     )
@@ -383,7 +384,7 @@ def _refuse_shared_patients(records: Sequence[Record], splits: Sequence[str]) ->
 
 
 def _refuse_missing_classes(source: Source, splits: Sequence[str], asked: Sequence[str]) -> None:
-    """Each split that is asked for needs images; of one label an image, also of each class."""
+    """Check that each requested split has images; with one label per image, of each class."""
     lacking = [split for split in asked if split not in splits]
     if lacking:
         _refuse_dominant_group(source.records, np.asarray(group_by_patient(source.records)))

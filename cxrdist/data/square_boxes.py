@@ -19,7 +19,7 @@ SquareBoxes = Mapping[int, Sequence[Box]]
 def boxes_in_squares(
     index: Index, numbers: NDArray[np.int64], file: Path, option: str
 ) -> SquareBoxes:
-    """Read the CSV of boxes and bring them into the squares of some samples.
+    """Read the CSV of boxes and convert them to px of the squares of some samples.
 
     Args:
         index: of the shards.

@@ -1,15 +1,15 @@
-"""Squares: decoded and encoded images on their way into shards, kept until the shards are there.
+"""Squares: decoded and encoded images, kept on disk until they are packed into shards.
 
 A pack decodes its records in parts of `PART_SIZE`. Each part is a file NNNNNN.squares: a line of
-JSON with what is known of each image, then the PNGs and thumbnails of one after the other. It is
-there whole or not at all, also when it is written anew. A killed pack goes on with the parts that
-are missing, and the tasks of a SLURM array make parts side by side.
+JSON that describes each image, then the PNGs and thumbnails, image by image. A part is written
+atomically. A killed pack resumes with the missing parts, and the tasks of a SLURM array make parts
+in parallel.
 
-Images that do not declare their bit depth are scaled by what each uses at first. When all are there
-the depth of the source is known, and those that were scaled by another are decoded again.
+Images that do not declare their bit depth are first scaled by the bits that each uses. Once all
+are decoded, the depth of the source is known, and images scaled by another one are decoded again.
 
-An image with burned-in text to be covered has two PNGs, as it is and covered: which of them is
-used depends on its split, and the splits are drawn when all images are known. Its mask is one more.
+An image with burned-in text to cover has two PNGs, original and covered: its split decides which
+one is used, and the splits are drawn once all images are decoded. Its mask is a third PNG.
 """
 
 import hashlib
@@ -34,39 +34,39 @@ from cxrdist.errors import CxrdistError
 from cxrdist.run import atomic_file
 
 PART_SIZE = 128
-CHUNK = 16  # images that a worker is given at once
-# Size and time of change (ns) of a record's file, and of its mask's if it has one.
+CHUNK = 16  # images sent to a worker at once
+# Size and time of change (ns) of a record's file, and of its mask file if it has one.
 State = tuple[int, ...]
 Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs and thumbnails
 Pending = tuple[list[State], Job[Record, Made]]
-Kept = dict[int, tuple["Square", bytes]]  # squares that are there, and their bytes
+Kept = dict[int, tuple["Square", bytes]]  # squares that need no decoding, and their bytes
 THUMBNAIL_BYTES = THUMBNAIL_PX**2
-PARTS_AHEAD = 4  # submitted to the workers before the first of them is written
+PARTS_AHEAD = 4  # parts submitted to the workers before the first of them is written
 
 
 @dataclass(frozen=True)
 class Square:
-    """What is known of a record once its image was read.
+    """A decoded record, without its pixels.
 
     Attributes:
-        path: of the record.
-        state: of its files when they were read.
-        reason: why it cannot be used, without its name, or empty; then all below is known.
+        path: path of the record.
+        state: state of its files when they were read.
+        reason: why it cannot be used, without its name; if empty, the fields below are known.
         png_bytes: length of its PNG in the part's file.
-        fingerprint: of the pixels.
-        width_px: of the original.
-        height_px: of the original.
+        fingerprint: fingerprint of the pixels.
+        width_px: width of the original.
+        height_px: height of the original.
         patient: the DICOM patient under the pack's key (`keyed`), or empty.
-        view: one of `VIEWS` that the DICOM tells, empty without one, None if it is unknown.
-        covered_bytes: length of the PNG with burned-in text covered, 0 if none is to be covered.
-        covered_fingerprint: of the pixels with burned-in text covered.
-        sex: M or F where the DICOM tells it, else empty.
-        age: of the DICOM patient in years; None if unknown, NaN if it is no age.
+        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
+        covered_bytes: length of the PNG with burned-in text covered, 0 if nothing is to be covered.
+        covered_fingerprint: fingerprint of the pixels with burned-in text covered.
+        sex: M or F from the DICOM, else empty.
+        age: age of the DICOM patient in years; None if unknown, NaN if it is not a valid age.
         used_depth: bits that its values use if its file does not declare its depth, else None.
-        depth: bits by which it was scaled then, else None.
+        depth: bit depth that it was scaled by in that case, else None.
         mask_bytes: length of the PNG of its mask, 0 without one.
-        mask_sha256: of the mask's pixels, empty without one.
-        mask_share: of the square that the mask covers.
+        mask_sha256: hash of the mask's pixels, empty without one.
+        mask_share: share of the square that the mask covers.
     """
 
     path: str
@@ -90,25 +90,25 @@ class Square:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Lengths of its PNG, that of it covered, its mask, its thumbnail, that of it covered."""
+        """Lengths of the PNG, the covered PNG, the mask, the thumbnail and the covered one."""
         of_pngs = self.png_bytes, self.covered_bytes, self.mask_bytes
         return *of_pngs, *(THUMBNAIL_BYTES * (png > 0) for png in of_pngs[:2])
 
     def is_scaled_by(self, depth: int | None) -> bool:
-        """Return whether it is as if it were decoded by a depth; None is its own."""
+        """Return whether decoding by a depth would give the same square; None is its own depth."""
         return self.used_depth is None or self.depth == (depth or self.used_depth)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some records that are decoded together; `number` names the files."""
+    """Records that are decoded together; `number` names their file."""
 
     number: int
     records: Sequence[Record]
 
 
 def plan_parts(records: Sequence[Record]) -> list[Part]:
-    """Cut records into parts; the same records give the same parts."""
+    """Divide records into parts; the same records always give the same parts."""
     starts = range(0, len(records), PART_SIZE)
     return [Part(i, records[start : start + PART_SIZE]) for i, start in enumerate(starts)]
 
@@ -122,22 +122,22 @@ def make_squares(
     cover: str = "black",
     depth: int | None = None,
 ) -> Iterator[int]:
-    """Decode the parts in processes of their own; what crashes, hangs or is unreadable is noted.
+    """Decode the parts in worker processes; images that crash or hang one get a `Square.reason`.
 
-    Of a part that is there already, what could not be read or was scaled by another depth is
-    decoded again.
+    In a part that already exists, only images are decoded again that could not be read or were
+    scaled by another depth.
 
     Args:
         parts: what to decode.
-        directory: where the parts' files go, local or an fsspec path; the pack's key is beside it.
+        directory: where the parts' files go, local or an fsspec path; the pack's key is next to it.
         size_px: side of the squares.
         fit: how an image becomes square.
-        workers: number of processes; one for each core if None.
+        workers: number of processes; one per core if None.
         cover: how the boxes of a record are covered.
-        depth: bits of images that do not declare their depth; what each uses if None.
+        depth: bit depth of images that do not declare theirs; if None, the bits that each uses.
 
     Yields:
-        The number of images of each part that were decoded, when it is written.
+        The number of decoded images of each part, once it is written.
     """
     key = shared_key(directory.parent)
     make = partial(_make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=key)
@@ -153,7 +153,7 @@ def make_squares(
 
 
 def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
-    """Return what is there of a part and need not be decoded again, by the number of the record."""
+    """Return the squares of a part that need not be decoded again, by position of the record."""
     path = part_file(directory, part.number)
     if not path.is_file():
         return {}
@@ -168,12 +168,15 @@ def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
 
 
 def _without(part: Part, kept: Kept) -> Part:
-    """Return the part with the records that are to be decoded."""
+    """Return the part with only the records that must be decoded."""
     return replace(part, records=[r for i, r in enumerate(part.records) if i not in kept])
 
 
 def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> list[Pending]:
-    """Let the workers begin with a part; the state of a file is noted before it is read."""
+    """Submit a part to the workers.
+
+    The state of a file is taken before it is read, so that a change meanwhile is noticed.
+    """
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
     return [([file_state(r) for r in chunk], schedule(pool, make, chunk)) for chunk in chunks]
 
@@ -181,7 +184,7 @@ def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> li
 def _make_square(
     record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
 ) -> Made:
-    """Decode and encode one image: the fields of its square, and its PNGs and thumbnails."""
+    """Decode and encode one image; return fields of its `Square`, and its PNGs and thumbnails."""
     decoded = decode(record.file, size_px, fit, record.boxes, cover, depth, record.mask)
     if record.lungs_only:
         decoded = _lungs_alone(record, decoded)
@@ -211,10 +214,10 @@ def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:
 
 
 def _lungs_alone(record: Record, decoded: Decoded) -> Decoded:
-    """Make black what the mask does not cover.
+    """Make everything outside the mask black.
 
     Raises:
-        CxrdistError: it covers nothing.
+        CxrdistError: the mask covers nothing.
     """
     mask = decoded.mask
     if mask is None or not mask.any():
@@ -229,12 +232,12 @@ def _describe_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:
 
 
 def _unnamed(file: Path, error: CxrdistError) -> str:
-    """Return the message without the file's name, which may be a patient's."""
+    """Return the message without the file's name, which may identify a patient."""
     return str(error).removeprefix(f"{file}: ").replace(str(file), "the file")
 
 
 def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending]) -> int:
-    """Write the file of a part when all its images are done; how many were decoded."""
+    """Write the file of a part when its images are done; return how many were decoded."""
     records = _without(part, kept).records
     states = [state for known, _ in pending for state in known]
     results = [result for _, job in pending for result in job.results()]
@@ -256,17 +259,17 @@ def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending])
 
 
 def _row(square: Square) -> dict[str, Any]:
-    """A square as JSON tells it; `dataclasses.asdict` copies deeply, at a tenth of the work."""
+    """Return a square for JSON; `dataclasses.asdict` would copy deeply, a tenth of all the work."""
     return {name: vars(v) if isinstance(v, Fingerprint) else v for name, v in vars(square).items()}
 
 
 def part_file(directory: Path, number: int) -> Path:
-    """Return where the squares of a part are."""
+    """Return the file of a part."""
     return directory / f"{number:06d}.squares"
 
 
 def file_state(record: Record) -> State:
-    """Return the state of a record's files; that one is missing will be said by its reader."""
+    """Return the state of a record's files; a missing one is reported later, when it is read."""
     mask = () if record.mask is None else (record.mask.file,)
     return tuple(number for file in (record.file, *mask) for number in _state(file))
 
@@ -280,12 +283,12 @@ def _state(file: Path) -> tuple[int, int]:
 
 
 def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | None:
-    """Return what is known of a part's records; None if the part must still be made.
+    """Return the squares of a part; None if the part must still be made.
 
     Args:
-        directory: of the parts' files.
+        directory: where the parts' files are.
         part: the records.
-        redo_bad: make a part again of which an unreadable file was changed.
+        redo_bad: make a part again if one of its unreadable files was changed.
 
     Raises:
         CxrdistError: a file was changed since it was read.
@@ -303,19 +306,19 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
                 return None
             whose = "its mask " if state[:2] == square.state[:2] else ""
             raise CxrdistError(
-                f"{record.file}: {whose}was changed since this pack was begun; restore it, or "
-                f"remove {directory.parent} to begin anew"
+                f"{record.file}: {whose}was changed after this pack started; restore it, or "
+                f"remove {directory.parent} to start over"
             )
     return squares
 
 
 def _squares(path: Path, head: bytes, num_bytes: int) -> list[Square]:
-    """Return the squares of a part by the first line of its file.
+    """Parse the squares of a part from the first line of its file.
 
     Args:
-        path: of the file.
-        head: the line.
-        num_bytes: what follows it.
+        path: the file, for messages.
+        head: its first line.
+        num_bytes: length of what follows.
 
     Raises:
         CxrdistError: another version of cxrdist wrote it, or it is damaged.
@@ -327,26 +330,26 @@ def _squares(path: Path, head: bytes, num_bytes: int) -> list[Square]:
         return squares
     except (ValueError, LookupError, TypeError) as error:
         raise CxrdistError(
-            f"{path}: is of another version of cxrdist, or damaged; remove {path.parent.parent} to "
-            "begin anew"
+            f"{path}: is damaged, or was written by another version of cxrdist; remove "
+            f"{path.parent.parent} to start over"
         ) from error
 
 
 def _square(row: dict[str, Any]) -> Square:
     for name in ("fingerprint", "covered_fingerprint"):
-        found = row[name]
-        if found is not None:
-            hashes = {name: bytes.fromhex(found[name]) for name in ("phash", "inner_phash")}
-            row[name] = Fingerprint(**{**found, **hashes})
+        fields = row[name]
+        if fields is not None:
+            hashes = {name: bytes.fromhex(fields[name]) for name in ("phash", "inner_phash")}
+            row[name] = Fingerprint(**{**fields, **hashes})
     return Square(**row | {"state": tuple(row["state"])})
 
 
 @dataclass(frozen=True)
 class Pngs:
-    """The PNGs of squares, in files on this machine.
+    """The PNGs of squares, in local files, by place.
 
-    Those of N records have the places 0 to N - 1, in their order; the covered square of the record
-    at a place has the place N + place, its mask 2 N + place. What follows are their thumbnails.
+    With N records, the square of record i is at place i, its covered square at N + i, its mask at
+    2 N + i. Their thumbnails follow: of the square at 3 N + i, of the covered one at 4 N + i.
     """
 
     directory: Path
@@ -366,7 +369,7 @@ class Pngs:
 
 
 def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
-    """Find the PNGs of all parts."""
+    """Return the positions of the PNGs of all parts."""
     places: tuple[list[tuple[int, int, int]], ...] = ([], [], [], [], [])
     for number, squares in enumerate(parts):
         with open(part_file(directory, number), "rb") as file:

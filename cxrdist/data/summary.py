@@ -1,4 +1,4 @@
-"""Summary: what a pack prints of the shards that it made."""
+"""Summary: what a pack prints about its shards."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,16 +21,16 @@ from cxrdist.terminal import table
 
 Counts = dict[str, dict[str, LabelAmount]]  # by split and class
 MOST_SOURCES = 10  # in a line
-_PATIENT_HINT = " (--patient-pattern or a csv column `patient` tells them)"
+_PATIENT_HINT = " (give patients with --patient-pattern or a csv column `patient`)"
 
 
 def print_summary(config: PackConfig, source: Source, records: list[Record], index: Index) -> None:
-    """Print how many images and patients were packed, and what is to be known of them.
+    """Print how many images and patients were packed, with notes and unexpected counts.
 
     Args:
         config: the options.
         source: what was read.
-        records: those that are packed.
+        records: the packed records.
         index: of the shards.
     """
     counts = index.counts()
@@ -42,8 +42,8 @@ def print_summary(config: PackConfig, source: Source, records: list[Record], ind
     unmatched = count_unmatched(records)
     if unmatched:
         print(
-            f"{unmatched} of {len(records)} images have no known patient and count as a patient "
-            f"each{_PATIENT_HINT if config.source in ONLY_FOR['patient_pattern'] else ''}"
+            f"{unmatched} of {len(records)} images have no known patient; each counts as a patient "
+            f"of its own{_PATIENT_HINT if config.source in ONLY_FOR['patient_pattern'] else ''}"
         )
     if cover := index.cover:
         print(
@@ -53,11 +53,11 @@ def print_summary(config: PackConfig, source: Source, records: list[Record], ind
     for line in source.notes:
         print(f"{source.name}: {line}")
     for line in differences(source, config.expect):
-        print(f"not as expected of {source.name}: {line}")
+        print(f"unexpected count in {source.name}: {line}")
 
 
 def _print_labels(index: Index, counts: Counts) -> None:
-    """Print how often each label is not stated, where some are not."""
+    """Print the counts of present, absent and unknown labels, if any are unknown."""
     rows, num_not_stated = [], 0
     for label in index.classes:
         amounts = [counts[split][label] for split in SPLITS]
@@ -71,7 +71,7 @@ def _print_labels(index: Index, counts: Counts) -> None:
 
 
 def _tell_origins(index: Index) -> Iterator[str]:
-    """Yield a line of the views, and one of the sources where there are several."""
+    """Yield a line on the views, and one on the sources if there are several."""
     views = Counter(sample.view for sample in index.samples)
     yield f"views: {_listed((NAMES.get(view, view), n) for view, n in views.most_common())}"
     sources = Counter(sample.source for sample in index.samples)
@@ -88,16 +88,16 @@ def _listed(counts: Iterable[tuple[str, int]]) -> str:
 def count_fates(
     source: Source, num_packed: int, rejected: Sequence[str], num_copies: int
 ) -> list[tuple[str, str]]:
-    """Rows of the table of what became of all that was found, the most frequent reasons first.
+    """Return the rows of the table that accounts for all files, most frequent reasons first.
 
     Args:
         source: what was read.
         num_packed: images in the shards.
-        rejected: why records are not among them once their files were read.
-        num_copies: records that are not among them as copies.
+        rejected: reasons of records that were left out after their files were read.
+        num_copies: records that were dropped as copies.
 
     Raises:
-        RunFailedError: the numbers do not add up, so something was lost on the way.
+        RunFailedError: the numbers do not add up, so a file was lost.
     """
     reasons = Counter(left.reason for left in source.left_out)
     views = LEFT_OUT.values()
@@ -106,14 +106,14 @@ def count_fates(
     if source.num_found != num_packed + reasons.total():
         raise RunFailedError(
             f"{source.num_found} files were found, but {num_packed} are packed and "
-            f"{reasons.total()} left out; this is a fault of cxrdist, please report it"
+            f"{reasons.total()} left out; this is a bug in cxrdist, please report it"
         )
     left_out = [(f"left out: {reason}", str(number)) for reason, number in reasons.most_common()]
     return [("found", str(source.num_found)), ("packed", str(num_packed)), *left_out]
 
 
 def _class_by_split(index: Index, counts: Counts) -> list[list[str]]:
-    """Rows of the class x split table: images, with the patients of the class at the end."""
+    """Return the rows of the class x split table: images, then the patients of the class."""
     rows = []
     for name in index.classes:
         images = [counts[split][name]["images"] for split in SPLITS]

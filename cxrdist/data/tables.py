@@ -1,7 +1,7 @@
-"""Tables: CSV files that people give, in the encodings and with the separators of spreadsheets.
+"""Tables: CSV files in the encodings and with the separators of spreadsheets.
 
-A table may be a gzip file. Not read, and refused by name: other text encodings, other separators,
-other compressed files, workbooks.
+A table may be a gzip file. Refused: other text encodings, other separators, other compressed files,
+workbooks.
 """
 
 import codecs
@@ -21,7 +21,7 @@ MOST_BYTES = 1 << 30  # the largest public tables of X-rays (PadChest, MIMIC-CXR
 GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
 CHUNK_BYTES = 1 << 20
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
-# UTF-32's mark begins with UTF-16's, so it comes first.
+# UTF-32's byte order mark begins with UTF-16's, so it comes first.
 MARKS = {
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -39,7 +39,7 @@ class Row(NamedTuple):
     where: str
     """File and number, for messages; counted as a spreadsheet does, the header is row 1."""
     cells: list[str]
-    """As many as there are columns."""
+    """One per column."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Table:
         for number, cells in records:
             where = f"{self.file} row {number}"
             while len(cells) > len(self.columns) and not cells[-1].strip():
-                cells.pop()  # of columns that a spreadsheet has used once
+                cells.pop()  # spreadsheets export empty cells for columns that were once used
             if not any(cells) or not any(map(str.strip, cells)):
                 continue
             if len(cells) != len(self.columns):
@@ -85,28 +85,28 @@ class Table:
     def find_columns(
         self, names: Mapping[str, Collection[str]], needed: Collection[str] = ()
     ) -> dict[str, int]:
-        """Find columns whatever the case, blanks, ``_`` and ``-`` of their names.
+        """Find columns by name, ignoring case, blanks, ``_`` and ``-``.
 
         Args:
-            names: of each thing to be found the names of its column, as `plain` gives them.
-            needed: the things that the table of a public data set must have.
+            names: for each field the names that its column may have, as `plain` returns them.
+            needed: fields that the table of a public data set must have.
 
         Returns:
-            The place of each thing that has a column.
+            The position of each field's column, if it has one.
 
         Raises:
-            CxrdistError: two columns are for one thing, or none for one that is needed.
+            CxrdistError: a field has two columns, or a needed one has none.
         """
         places: dict[str, int] = {}
         for name, spellings in names.items():
-            found = [i for i, column in enumerate(self.columns) if plain(column) in spellings]
-            if len(found) > 1:
-                both = " and ".join(repr(self.columns[i]) for i in found)
+            columns = [i for i, column in enumerate(self.columns) if plain(column) in spellings]
+            if len(columns) > 1:
+                both = " and ".join(repr(self.columns[i]) for i in columns)
                 raise CxrdistError(
                     f"{self.file}: the columns {both} are both the {name}; remove or rename one"
                 )
-            if found:
-                places[name] = found[0]
+            if columns:
+                places[name] = columns[0]
         if lacking := [name for name in needed if name not in places]:
             raise CxrdistError(f"{self.file}: has no column {lacking[0]!r}; fetch the table again")
         return places
@@ -117,8 +117,8 @@ def read_table(file: Path, expected: Collection[str]) -> Table:
 
     Args:
         file: local or an fsspec path.
-        expected: names of columns as `plain` gives them; the separator that yields most of them is
-            taken.
+        expected: names of columns as `plain` returns them; the separator that yields most of them
+            is used.
 
     Raises:
         CxrdistError: the file is missing, too large, or not a CSV text.
@@ -132,12 +132,12 @@ def read_table(file: Path, expected: Collection[str]) -> Table:
 
 
 def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
-    """Read a text file: UTF-8, UTF-16 and UTF-32 with their marks, otherwise Windows-1252.
+    """Read a text file: UTF-8, UTF-16 and UTF-32 with byte order marks, otherwise Windows-1252.
 
     A gzip file is unpacked, whatever its name.
 
     Returns:
-        The text, and a note where its encoding was assumed.
+        The text, and a note if its encoding was assumed.
 
     Raises:
         CxrdistError: the file is missing, too large, a damaged gzip file, or not a text.
@@ -146,7 +146,7 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
         size = file.stat().st_size
         if size > MOST_BYTES:
             raise CxrdistError(f"{file}: has {size} bytes, expected a table of at most 1 GiB")
-        if not file.is_file():  # a pipe would be waited for, and a device has no end
+        if not file.is_file():  # reading a pipe may block, and a device has no end
             raise CxrdistError(f"{file}: cannot be read (not a regular file); expected a CSV")
         data = file.read_bytes()
     except OSError as error:
@@ -158,19 +158,19 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
     text, note = _decode(file, data)
     if "\0" in text:
         row = text.count("\n", 0, text.index("\0")) + 1
-        raise CxrdistError(f"{file} row {row}: has a NUL, so it is not a CSV text; {SAVE}")
+        raise CxrdistError(f"{file} row {row}: has a NUL, so it is not a text file; {SAVE}")
     return text, ((note,) if note else ())
 
 
 def plain(name: str) -> str:
-    """A column's name without case, blanks, ``_`` and ``-``: Patient ID and patient_id are one."""
+    """Return a column's name without case, blanks, ``_`` and ``-``: Patient ID is patient_id."""
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
 def _unpack(file: Path, data: bytes) -> bytes:
     """Return the content of a gzip file.
 
-    It is measured before it is kept: 1 MiB can unpack to 1 GiB.
+    Its size is checked before it is kept, since 1 MiB can unpack to 1 GiB.
     """
     size = 0
     try:
@@ -186,7 +186,7 @@ def _unpack(file: Path, data: bytes) -> bytes:
 
 
 def _decode(file: Path, data: bytes) -> tuple[str, str]:
-    """Return the text, and what was assumed of its encoding where that is not UTF-8."""
+    """Return the text, and a note on its assumed encoding if that is not UTF-8."""
     mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
     encoding = MARKS.get(mark, "utf-8")
     try:
@@ -197,7 +197,7 @@ def _decode(file: Path, data: bytes) -> tuple[str, str]:
         encoding = "windows-1252"
         try:
             text = data.decode(encoding)
-        except UnicodeDecodeError:  # five bytes have no letter there
+        except UnicodeDecodeError:  # five bytes are undefined in Windows-1252
             encoding = "latin-1"
             text = data.decode(encoding)
     assumed = f"the table is read as {encoding}; {SAVE} if letters are wrong"
@@ -205,12 +205,12 @@ def _decode(file: Path, data: bytes) -> tuple[str, str]:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The lines of a text with their ends; `io.StringIO` would hold it again, in four times it."""
+    """Yield the lines of a text with their ends; `io.StringIO` would copy it, 4 times as large."""
     return (line[0] for line in LINE.finditer(text))
 
 
 def _header(text: str, separator: str) -> tuple[str, ...]:
-    """The names of the columns, none if there is no row or its quotes do not fit the separator."""
+    """Return the column names; none if there is no row or its quotes do not fit the separator."""
     reader = csv.reader(_lines(text), delimiter=separator, strict=True)
     try:
         return tuple(name.strip() for name in next(reader, []))

@@ -1,4 +1,4 @@
-"""Find burned-in text and markers: RapidOCR's detector (PP-OCRv6 small), run at several sizes."""
+"""Find burned-in text and markers with RapidOCR's detector (PP-OCRv6 small), at several sizes."""
 
 import hashlib
 import json
@@ -27,33 +27,33 @@ from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.run import read_json, remove, write_json
 from cxrdist.terminal import progress
 
-# Chosen on 120 images of COVID-19 patients and ChestX-ray14 with 119 marks: no size alone finds
-# more than three quarters of them, these three 106. Letters are found best when they are small;
-# above 800 px clips, wires and ribs are taken for text.
+# Chosen on 120 images of COVID-19 patients and ChestX-ray14 with 119 marks: no single size finds
+# more than three quarters of them, these three find 106. Letters are found best when they are
+# small; above 800 px clips, wires and ribs are mistaken for text.
 SIDES_PX = (384, 512, 800)
-"""Longer sides at which the detector looks, each a multiple of its stride of 32 px."""
+"""Longer sides of the images that the detector gets, each a multiple of its stride of 32 px."""
 STRIDE_PX = 32
 PIXEL_THRESHOLD, BOX_THRESHOLD = 0.15, 0.3
-"""Least probability of a pixel, and mean of a box, to be text (0.3 and 0.5 by default)."""
+"""Least probability of a pixel, and mean of a box, to be text (RapidOCR's default: 0.3, 0.5)."""
 MOST_HEIGHT = 0.15
-"""Of the shorter side of the image: what is taller is the spine or the whole chest."""
+"""Largest height of letters, of the image's shorter side; above it is the spine or the chest."""
 MARGIN = 0.15
-"""Of the letters' height is added to a box on each side, for their soft edge."""
+"""Margin added to each side of a box, of the letters' height, for their soft edge."""
 READ_FROM = 0.5
-"""Least certainty of the reader; below it the text stays empty."""
-PART_SIZE = 16  # images of one piece of work, which is done again when it was killed
+"""Least certainty of the recogniser; below it the text stays empty."""
+PART_SIZE = 16  # images per saved part; a killed part is searched again
 
 
 def find_text(config: FindTextConfig) -> None:
-    """Look for text in all images of a source and write the CSV of its boxes.
+    """Find text in all images of a source and write a CSV of its boxes.
 
-    A killed search goes on with the parts that are missing.
+    A killed search resumes with the missing parts.
 
     Raises:
         CxrdistError: the source or the options cannot be used, or RapidOCR is not installed.
     """
     if config.out.exists():
-        raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
+        raise CxrdistError(f"--out {config.out}: already exists; remove it or choose another name")
     require_extra()
     source = SourceConfig(
         config.source, config.input, allow_outside=config.allow_outside, views="all"
@@ -64,9 +64,9 @@ def find_text(config: FindTextConfig) -> None:
     unreadable: list[str] = []
     with progress(len(records), "looking for text", "images") as bar:
         for part in _find_parts(records, work, config.workers):
-            for path, found, reason in part:
-                if found:
-                    boxes[path] = [Box(*box) for box in found]
+            for path, rows, reason in part:
+                if rows:
+                    boxes[path] = [Box(*row) for row in rows]
                 unreadable += [reason] if reason else []
             bar.update(len(part))
     write_boxes(config.out, boxes)
@@ -74,13 +74,13 @@ def find_text(config: FindTextConfig) -> None:
     if unreadable:
         print(f"{len(unreadable)} images could not be read, the first: {unreadable[0]}")
     total = sum(map(len, boxes.values()))
-    print(f"{config.out}: {total} boxes in {len(boxes)} of {len(records)} images; look through it")
+    print(f"{config.out}: {total} boxes in {len(boxes)} of {len(records)} images; review them")
 
 
 def _find_parts(
     records: Sequence[Record], work: Path, workers: int | None
 ) -> Iterator[list[list[Any]]]:
-    """Yield path, boxes and why it could not be read of each image, part by part in their order."""
+    """Yield the parts in order; each image has path, boxes, and why it could not be read."""
     parts = [records[i : i + PART_SIZE] for i in range(0, len(records), PART_SIZE)]
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=context) as pool:
@@ -88,8 +88,8 @@ def _find_parts(
             yield from pool.map(_find_part, parts, [work] * len(parts))
         except BrokenProcessPool as error:
             raise RunFailedError(
-                f"a process that looked for text died; what was found is in {work}: run the same "
-                "command again, with fewer --workers if memory was short"
+                f"a process that looked for text died; finished parts are in {work}: run the same "
+                "command again, with fewer --workers if memory ran out"
             ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -97,13 +97,13 @@ def _find_parts(
 
 
 def _find_part(records: Sequence[Record], work: Path) -> list[list[Any]]:
-    """Look through a part, or take what was found before in the same unchanged files."""
+    """Search a part, or read the result of an earlier search of the same unchanged files."""
     known = [(record.path, file_state(record)) for record in records]
-    place = work / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()}.json"
-    if not place.is_file():
-        write_json(place, [_find_in_record(record) for record in records])
-    found: list[list[Any]] = read_json(place)
-    return found
+    file = work / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()}.json"
+    if not file.is_file():
+        write_json(file, [_find_in_record(record) for record in records])
+    rows: list[list[Any]] = read_json(file)
+    return rows
 
 
 def _find_in_record(record: Record) -> tuple[str, tuple[Box, ...], str]:
@@ -114,22 +114,22 @@ def _find_in_record(record: Record) -> tuple[str, tuple[Box, ...], str]:
 
 
 def find_in_file(file: Path) -> tuple[Box, ...]:
-    """Look for text in an image file.
+    """Find text in an image file.
 
     Returns:
         Boxes in whole px of the original.
 
     Raises:
-        CxrdistError: it is no readable X-ray, or RapidOCR is not installed.
+        CxrdistError: it is not a readable X-ray, or RapidOCR is not installed.
     """
     grey = read_grey(file, max(SIDES_PX))
     x, y = grey.scale()
-    found = find_boxes(np.asarray(grey.image))
-    return tuple(_whole(scaled(box, 1 / x, 1 / y), grey.width_px, grey.height_px) for box in found)
+    boxes = find_boxes(np.asarray(grey.image))
+    return tuple(_whole(scaled(box, 1 / x, 1 / y), grey.width_px, grey.height_px) for box in boxes)
 
 
 def _whole(box: Box, width_px: int, height_px: int) -> Box:
-    """Return the box in whole px, cut at the border of the image."""
+    """Return the box in whole px, clipped to the image."""
     left, top = max(0, round(box.x)), max(0, round(box.y))
     right = min(width_px, max(left + 1, round(box.x + box.width)))
     bottom = min(height_px, max(top + 1, round(box.y + box.height)))
@@ -137,24 +137,24 @@ def _whole(box: Box, width_px: int, height_px: int) -> Box:
 
 
 def find_boxes(pixels: NDArray[np.uint8]) -> list[Box]:
-    """Look for text in one grey image.
+    """Find text in one grey image.
 
     Args:
         pixels: uint8 [H, W].
 
     Returns:
-        Boxes in its px with what they read, none of them overlapping another.
+        Boxes in its px with their text; they do not overlap.
 
     Raises:
         CxrdistError: RapidOCR is not installed.
     """
     image = Image.fromarray(pixels)
-    found = [box for side in SIDES_PX for box in _detect(image, side)]
-    return [_read(image, box) for box in merge(found)]
+    boxes = [box for side in SIDES_PX for box in _detect(image, side)]
+    return [_read(image, box) for box in merge(boxes)]
 
 
 def require_extra() -> None:
-    """Make sure that what the finder needs is installed.
+    """Check that RapidOCR is installed.
 
     Raises:
         CxrdistError: it is not.
@@ -168,7 +168,7 @@ def require_extra() -> None:
 
 @cache
 def _engine() -> Any:
-    """RapidOCR with one thread; made once in each process."""
+    """Return RapidOCR, created once per process, with one thread: processes run in parallel."""
     require_extra()
     return import_module("rapidocr").RapidOCR(
         params={
@@ -184,19 +184,19 @@ def _engine() -> Any:
 
 
 def _detect(image: Image.Image, side_px: int) -> list[Box]:
-    """What the detector finds when the longer side has ``side_px``; boxes in px of the image."""
+    """Run the detector on the image scaled to a longer side; return boxes in px of the image."""
     scale = side_px / max(image.size)
     size = [max(STRIDE_PX, round(n * scale / STRIDE_PX) * STRIDE_PX) for n in image.size]
     small = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
-    # The engine keeps these switches from call to call, so each call sets all of them.
+    # The engine remembers these switches between calls, so each call sets all of them.
     pixels = np.asarray(small.convert("RGB"))
-    found = _engine()(pixels, use_det=True, use_cls=False, use_rec=False)
-    if found.boxes is None:
+    result = _engine()(pixels, use_det=True, use_cls=False, use_rec=False)
+    if result.boxes is None:
         return []
     x, y = image.width / size[0], image.height / size[1]
     boxes = []
-    for corners, score in zip(found.boxes, found.scores, strict=True):
-        # The rectangle may be turned: its shorter edge is the height of the letters.
+    for corners, score in zip(result.boxes, result.scores, strict=True):
+        # The rectangle may be rotated: its shorter edge is the height of the letters.
         letters = float(np.linalg.norm(corners[1:3] - corners[:2], axis=1).min())
         if letters > MOST_HEIGHT * min(size):
             continue
@@ -209,7 +209,7 @@ def _detect(image: Image.Image, side_px: int) -> list[Box]:
 
 
 def merge(boxes: Sequence[Box]) -> list[Box]:
-    """Put overlapping boxes together, until none overlaps another; the best score stays."""
+    """Merge overlapping boxes until none overlaps another, keeping the best score."""
     merged: list[Box] = []
     for box in boxes:
         while (other := next((b for b in merged if _overlap(b, box)), None)) is not None:
@@ -235,9 +235,9 @@ def _around(a: Box, b: Box) -> Box:
 
 
 def _read(image: Image.Image, box: Box) -> Box:
-    """Return the box with what it reads."""
+    """Return the box with its recognised text."""
     right, bottom = round(box.x + box.width), round(box.y + box.height)
     crop = image.crop((round(box.x), round(box.y), right, bottom)).convert("RGB")
-    found = _engine()(np.asarray(crop), use_det=False, use_cls=False, use_rec=True)
-    text, score = (found.txts[0], found.scores[0]) if found.txts else ("", 0.0)
+    result = _engine()(np.asarray(crop), use_det=False, use_cls=False, use_rec=True)
+    text, score = (result.txts[0], result.scores[0]) if result.txts else ("", 0.0)
     return box._replace(text=text if score >= READ_FROM else "")

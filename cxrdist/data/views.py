@@ -1,6 +1,6 @@
-"""Views: from where an X-ray was taken, as tags, tables and file names tell it.
+"""Views: the projection of an X-ray, according to tables, DICOM tags and file names.
 
-Trusted is a table before a DICOM tag, and a tag before a file's name. A text that names no known
+A table takes precedence over a DICOM tag, and a tag over a file's name. A text that names no known
 view, or both a frontal and a lateral one, counts as unknown and is reported.
 """
 
@@ -11,20 +11,20 @@ from cxrdist.errors import CxrdistError
 
 UNKNOWN = ""
 FRONTAL = ("PA", "AP", "FRONTAL")
-"""FRONTAL: PA or AP, which of them is not told."""
+"""FRONTAL: PA or AP, it is not known which."""
 LATERAL = "LATERAL"
 OTHER = "OTHER"
 """Known, and neither frontal nor lateral: oblique, axial, decubitus, ribs."""
 VIEWS = (*FRONTAL, LATERAL, OTHER)
-PACKED = (*FRONTAL, UNKNOWN)  # if --views does not say otherwise
+PACKED = (*FRONTAL, UNKNOWN)  # the default of --views
 NAMES = {
     **{"PA": "PA", "AP": "AP", "FRONTAL": "frontal", LATERAL: "lateral", OTHER: "other"},
     UNKNOWN: "unknown",
 }
 LEFT_OUT = {view: f"{name} view (--views)" for view, name in NAMES.items()}
 
-# Texts in capitals with one blank between the words; the first rule that fits decides. The words
-# of DICOM's View Position (PS3.3, C.8.1.1.1) and View codes (PS3.16, CID 4010), of MIMIC-CXR's
+# For texts in capitals with one blank between words; the first rule that matches decides. The words
+# are from DICOM's View Position (PS3.3, C.8.1.1.1) and View codes (PS3.16, CID 4010), MIMIC-CXR's
 # ViewPosition, PadChest's Projection, CheXpert's AP/PA and Cohen et al.'s view (2020).
 _PA = r"\b(PA|POSTERO ?ANTERIOR|POSTERIOR ANTERIOR)\b"
 _AP = r"\b(AP|ANTERO ?POSTERIOR|ANTERIOR POSTERIOR)\b"
@@ -38,7 +38,7 @@ RULES = (
     ("FRONTAL", re.compile(r"\bFRONTAL\b")),
 )
 NOTHING = re.compile(r"(UNK(NOWN)?|NAN?|NONE|NULL|N A)?")
-# In a file's name only whole words tell it: `view2_lateral.jpg`, not `bilateral.jpg`, `PA017.png`.
+# In a file's name only whole words count: `view2_lateral.jpg`, not `bilateral.jpg`, `PA017.png`.
 # BIMCV's names have `vp-ll`.
 NAMED = (
     (OTHER, re.compile(r"(?<![a-z])(decubitus|oblique|lordotic)(?![a-z])", re.IGNORECASE)),
@@ -50,7 +50,7 @@ NAMED = (
 )
 
 
-@lru_cache(maxsize=1024)  # a table says the same few texts in each of its rows
+@lru_cache(maxsize=1024)  # the rows of a table repeat a few texts
 def view_of(text: str) -> str | None:
     """Return the view that a tag or a cell of a table names.
 
@@ -66,9 +66,9 @@ def view_of(text: str) -> str | None:
 
 
 def view_in_name(name: str) -> str:
-    """Return the view that a file's name tells; `UNKNOWN` if none, or a frontal and a lateral one.
+    """Return the view that a file's name contains; `UNKNOWN` if none, or frontal and lateral.
 
-    The names of its folders tell nothing: they may be classes.
+    The names of its folders are ignored: they may be classes.
     """
     named = [view for view, form in NAMED if form.search(name)]
     return UNKNOWN if _is_both(named) else next(iter(named), UNKNOWN)
@@ -79,16 +79,16 @@ def _is_both(named: list[str]) -> bool:
 
 
 def disagree(one: str, other: str) -> bool:
-    """Return whether two known views are not of one image; FRONTAL may be PA or AP."""
+    """Return whether two views contradict each other; FRONTAL may be PA or AP."""
     both = {one, other}
     return UNKNOWN not in both and len(both) > 1 and not ("FRONTAL" in both <= {*FRONTAL})
 
 
 def parse_views(text: str | None) -> tuple[str, ...]:
-    """Read ``--views``.
+    """Parse ``--views``.
 
     Raises:
-        CxrdistError: it names no view.
+        CxrdistError: it has an unknown view.
     """
     if text is None:
         return PACKED
@@ -99,6 +99,6 @@ def parse_views(text: str | None) -> tuple[str, ...]:
     if bad is not None:
         raise CxrdistError(
             f"--views {text}: {bad or 'an empty name'!r} is not a view; expected "
-            f"{', '.join(VIEWS)}, UNKNOWN, with commas between them, or all"
+            f"{', '.join(VIEWS)}, UNKNOWN, separated by commas, or all"
         )
     return tuple(UNKNOWN if name == "UNKNOWN" else name for name in dict.fromkeys(names))

@@ -1,13 +1,13 @@
-"""VinDr-CXR (Nguyen et al. 2022) as PhysioNet hands it out, and as Kaggle's competition did.
+"""VinDr-CXR (Nguyen et al. 2022) as published by PhysioNet, and in Kaggle's competition.
 
 Three radiologists read each training image. As in the authors' counts ("the numbers of positive
-labels were reported based on the majority vote of the participating radiologists") a label is there
-if most readers of an image state it. What fewer of them state is uncertain here, and a label is
-absent if no reader states it. Test images have the labels on which five radiologists agreed. The
-boxes of all readers are kept, each with its reader.
+labels were reported based on the majority vote of the participating radiologists") a label is
+present if most readers of an image state it. If fewer state it, it is uncertain here; if none does,
+it is absent. Test images have the labels on which five radiologists agreed. The boxes of all
+readers are kept, each with its reader.
 
 The authors removed all DICOM tags but sex, age, size, weight and those of the pixels
-(github.com/vinbigdata-medical/vindr-cxr, de-identification/tags.csv): nothing tells the patient, so
+(github.com/vinbigdata-medical/vindr-cxr, de-identification/tags.csv): patients are not known, so
 each image counts as a patient of its own. All images are PA views.
 
 Not read: size and weight, Kaggle's class_id and sample_submission.csv. Kaggle's test images have no
@@ -53,7 +53,7 @@ EDGES = ("x_min", "y_min", "x_max", "y_max")
 
 
 class _Reading(NamedTuple):
-    """What a reader states of an image: labels that are there, doubted, and not mentioned."""
+    """A reader's labels of an image: present, uncertain and not mentioned."""
 
     present: set[str]
     uncertain: set[str]
@@ -62,12 +62,12 @@ class _Reading(NamedTuple):
 
 @dataclass
 class _Content:
-    """What the tables say of each image, which is named as ``train/0123456789abcdef``.
+    """Content of the tables by image, named like ``train/0123456789abcdef``.
 
     Attributes:
-        readings: by image and reader; a consensus has the reader "".
-        findings: by image.
-        notes: what a user should know of the tables, a line each.
+        readings: readings by image and reader; a consensus has the reader "".
+        findings: boxes by image.
+        notes: notes for the user on the tables, one line each.
     """
 
     readings: dict[str, dict[str, _Reading]] = field(default_factory=dict)
@@ -76,18 +76,18 @@ class _Content:
 
 
 def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
-    """Read the tables, and the images that are there.
+    """Read the tables, and the images that exist.
 
     Args:
-        folder: holds ``train/`` and ``test/`` with the images, and the tables: those of PhysioNet
-            in ``annotations/`` or beside these two, at least one image_labels_*.csv; or Kaggle's
+        folder: has ``train/`` and ``test/`` with the images, and the tables: those of PhysioNet in
+            ``annotations/`` or next to these two, at least one image_labels_*.csv; or Kaggle's
             train.csv. The images may be copies of the DICOM files in another format.
-        besides: folders that are not looked into.
+        besides: folders to skip.
 
     Returns:
         Records with the splits ``train+val`` and ``test`` of the authors. Images without a row and
-        rows without an image are left out. Boxes are in px of the DICOM files: if they do not fit
-        into copies in another format, these have none.
+        rows without an image are left out. Boxes are in px of the DICOM files; if they exceed
+        copies in another format, all boxes of such copies are dropped.
 
     Raises:
         CxrdistError: there is no table, or a row is malformed.
@@ -139,7 +139,7 @@ def _record(
 
 
 def _agree(readings: Sequence[_Reading], classes: Sequence[str]) -> LabelCells:
-    """Make one label of what the readers of an image state.
+    """Combine the readings of an image by majority vote.
 
     Returns:
         The fields label, uncertain and missing of a record.
@@ -162,7 +162,7 @@ def _agree(readings: Sequence[_Reading], classes: Sequence[str]) -> LabelCells:
 
 
 def _read_physionet(tables: Sequence[Path]) -> _Content:
-    """Read tables of labels, and beside each its table of boxes."""
+    """Read tables of labels, and the table of boxes next to each."""
     content = _Content()
     for file in tables:
         split = file.stem.rpartition("_")[2]
@@ -183,7 +183,7 @@ def _read_physionet(tables: Sequence[Path]) -> _Content:
 
 
 def _read_labels(file: Path, split: str, content: _Content) -> None:
-    """Read a table with a row for each image and reader, and a column for each label."""
+    """Read a table with a row per image and reader, and a column per label."""
     table = read_table(file, {*SPELLINGS, "imageid", "radid"})
     spelt = {name: {text for text, meant in SPELLINGS.items() if meant == name} for name in LABELS}
     places = _find_columns(table, spelt, ("image_id", *LABELS))
@@ -192,7 +192,9 @@ def _read_labels(file: Path, split: str, content: _Content) -> None:
         image, reader = f"{split}/{cells.pop('image_id')}", cells.pop("rad_id", "")
         readings = content.readings.setdefault(image, {})
         if reader in readings:
-            raise CxrdistError(f"{where}: {image} has a row of {reader or 'no reader'} already")
+            raise CxrdistError(
+                f"{where}: {image} already has a row of {reader or 'no reader'}; remove one"
+            )
         known = read_cells(where, cells)
         fields = (known[name] for name in ("label", "uncertain", "missing"))
         readings[reader] = _Reading(*({*labels_of(text)} for text in fields))
@@ -211,10 +213,10 @@ def _read_kaggle(file: Path) -> _Content:
 
 
 def _read_boxes(file: Path, split: str, labels: Sequence[str]) -> Iterator[tuple[str, Finding]]:
-    """Yield the image and the box of each row; the box is of no size if the row has none.
+    """Yield the image and the box of each row; the box has size 0 if the row has none.
 
     Raises:
-        CxrdistError: a row has another label, or something else than a box.
+        CxrdistError: a row has an unknown label or an invalid box.
     """
     table = read_table(file, {plain(name) for name in ("image_id", "class_name", "rad_id", *EDGES)})
     known = {name: {plain(name)} for name in ("class_name", *EDGES)}
@@ -224,7 +226,7 @@ def _read_boxes(file: Path, split: str, labels: Sequence[str]) -> Iterator[tuple
         label = SPELLINGS.get(plain(cells["class_name"]), "")
         if label not in labels:
             raise CxrdistError(
-                f"{where}: {cells['class_name']!r:.40} is none of the {len(labels)} labels"
+                f"{where}: {cells['class_name']!r:.40} is not one of the {len(labels)} labels"
             )
         edges = [cells[name] for name in EDGES]
         x, y, right, bottom = (0.0,) * 4 if label == NO_FINDING else _read_edges(where, edges)
@@ -251,15 +253,15 @@ def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, 
 def _find_columns(
     table: Table, names: Mapping[str, set[str]], needed: Sequence[str]
 ) -> dict[str, int]:
-    """Return the places of the image's name, the reader's if it is there, and further columns."""
+    """Return the positions of the image's name, the reader's if present, and further columns."""
     return table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names}, needed)
 
 
 def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """Take the boxes from pictures if these are smaller copies of the DICOM files.
+    """Drop the boxes of pictures if these are smaller copies of the DICOM files.
 
     Returns:
-        The records, and a note if boxes were taken away.
+        The records, and a note if boxes were dropped.
     """
     pictures = {record.path for record in records if look_at(record.file)[0] != "DICOM"}
     unfit = sum(_reaches_out(record) for record in records if record.path in pictures)
@@ -267,13 +269,13 @@ def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]
         return records, []
     bare = [replace(r, findings=()) if r.path in pictures else r for r in records]
     return bare, [
-        f"the boxes of {unfit} images reach out of them, so that these are smaller copies: no "
-        f"picture has boxes; take the DICOM files, or copies of their size"
+        f"the boxes of {unfit} images exceed them, so the pictures are smaller copies, and their "
+        f"boxes are dropped; use the DICOM files, or copies of the same size"
     ]
 
 
 def _reaches_out(record: Record) -> bool:
-    """Return whether a box does not fit into the picture, as far as that can be read."""
+    """Return whether a box exceeds its picture; False if the picture cannot be read."""
     size = picture_size(record.file) if record.findings else None
     return size is not None and any(
         box.x + box.width > size[0] + ROUNDING_PX or box.y + box.height > size[1] + ROUNDING_PX
@@ -282,11 +284,11 @@ def _reaches_out(record: Record) -> bool:
 
 
 def _notes(records: Sequence[Record]) -> Iterator[str]:
-    yield "no patient is known: images of one may be in two splits, also of the official ones"
+    yield "no patient is known: images of one may be in two splits, also in the official ones"
     uncertain = sum(bool(record.uncertain) for record in records)
     if uncertain:
-        yield f"{uncertain} images have labels that some readers state, but not most: uncertain"
+        yield f"{uncertain} images have uncertain labels: some readers state them, but not most"
     held = [labels_of(record.label) for record in records]
     both = sum(NO_FINDING in labels and len(labels) > 1 for labels in held)
     if both:
-        yield f"{both} images have {NO_FINDING} beside a finding"
+        yield f"{both} images have both {NO_FINDING} and a finding"

@@ -1,4 +1,4 @@
-"""Workers: processes that read images; a file that crashes or hangs one costs that file only."""
+"""Workers: processes that read images; a file that crashes or hangs one fails alone."""
 
 import ctypes
 import multiprocessing
@@ -23,7 +23,7 @@ CHUNKS_AHEAD = 2  # of each worker, beside those that it is at
 
 
 class HasFile(Protocol):
-    """What a worker is given: something about a file."""
+    """An item for a worker, which belongs to a file."""
 
     @property
     def file(self) -> Path:
@@ -36,7 +36,7 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True)
 class Job(Generic[Item, Made]):
-    """Some items that a worker is given together, and what it is to make of each."""
+    """Items that one worker processes together, and their results."""
 
     pool: ProcessPool
     make: Callable[[Item], Made]
@@ -45,9 +45,9 @@ class Job(Generic[Item, Made]):
     future: ProcessFuture
 
     def results(self) -> list[Made | CxrdistError]:
-        """Wait for what was made of each item, in their order, or why its file cannot be used.
+        """Wait for the result of each item, in order, or the error why its file cannot be used.
 
-        If the worker died or was too slow, the items are taken one by one.
+        If the worker died or was too slow, the items are tried one by one, to find the culprit.
         """
         try:
             made: list[Made | CxrdistError] = self.future.result()
@@ -70,13 +70,13 @@ def schedule(
     items: Sequence[Item],
     seconds: float | None = None,
 ) -> Job[Item, Made]:
-    """Let the workers begin with some items.
+    """Submit items to the workers.
 
     Args:
         pool: of `image_workers`.
         make: called in a worker with each item; a CxrdistError that it raises is its result.
-        items: what one worker takes at once.
-        seconds: that the items may take together; `SECONDS_PER_IMAGE` if None.
+        items: processed by one worker.
+        seconds: time limit for all items together; `SECONDS_PER_IMAGE` if None.
     """
     limit = SECONDS_PER_IMAGE if seconds is None else seconds
     future = pool.schedule(_make_each, args=(make, items), timeout=limit)
@@ -90,16 +90,16 @@ def in_order(
     chunk: int,
     seconds: float | None = None,
 ) -> Iterator[Made | CxrdistError]:
-    """Yield what is made of each item, in their order, or why its file cannot be used.
+    """Yield the result of each item, in order, or the error why its file cannot be used.
 
-    The workers are some chunks ahead, and no more: what waits to be taken stays small.
+    The workers are at most some chunks ahead, so that waiting results take little memory.
 
     Args:
         pool: of `image_workers`.
         make: as in `schedule`.
-        items: what it is called with.
-        chunk: items that a worker takes at once.
-        seconds: that a chunk may take; `SECONDS_PER_IMAGE` if None.
+        items: its arguments.
+        chunk: items that one worker processes together.
+        seconds: time limit for a chunk; `SECONDS_PER_IMAGE` if None.
     """
     waiting: deque[Job[Item, Made]] = deque()
     for start in range(0, len(items), chunk):
@@ -111,7 +111,7 @@ def in_order(
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -128,9 +128,9 @@ def _make_each(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made
 
 
 def _keep_memory() -> None:
-    """Keep the memory of an image for the next one.
+    """Reuse the memory of an image for the next one.
 
-    By default glibc returns it to the system, which clears each page before it gives it out again.
+    By default glibc returns it to the system, which clears each page before it is used again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
@@ -140,10 +140,12 @@ def _keep_memory() -> None:
 
 @contextmanager
 def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[ProcessPool]:
-    """Start processes from a small clean one, not from a copy of this one with its threads.
+    """Start worker processes.
+
+    They are forked from a small clean process, since this one may have threads.
 
     Args:
-        workers: number of processes; one for each core if None.
+        workers: number of processes; one per core if None.
         preload: modules that all of them need.
     """
     context = multiprocessing.get_context("forkserver")

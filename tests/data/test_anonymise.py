@@ -201,7 +201,7 @@ def test_a_table_of_pictures_is_anonymised_when_asked(tmp_path):
             **{"masks": masks, "skip_bad": True},
         )
     )
-    reason = "its mask: has 9 x 30 px, which is not the shape of the image"
+    reason = "its mask: has 9 x 30 px, which is not the aspect ratio of the image"
     assert reason in (tmp_path / "out" / "rejected.csv").read_text()
     data = left_by(tmp_path / "out")
     assert not [name for name in NAMES if name.lower().encode() in data.lower()]

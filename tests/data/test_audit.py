@@ -73,7 +73,7 @@ def test_squares_that_show_nothing_are_named(low, high, kind):
     )
     about = {"key": "k0", "path": "a/0.png", "split": "train", "label": "a", "patient": "p0"}
     assert found["flat"] == [{"kind": kind, **about}]
-    assert f"{kind} images: 1, such as by a wrong window or bit depth (a/0.png)" in summary(found)
+    assert f"{kind} images: 1; check window and bit depth (a/0.png)" in summary(found)
 
 
 def test_several_labels_of_a_patient_are_no_fault():
@@ -155,7 +155,7 @@ def test_chestxray14_images_are_told_by_name_and_source():
     found = audited(entries)
     assert found["in_pre_training"]["splits"]["test"] == {"all": 1, "a": 1, "b": 0}
     assert found["in_pre_training"]["splits"]["train"]["all"] == 1
-    assert "2 images (1 of test) are of ChestX-ray14" in summary(found)
+    assert "2 images (1 in test) are from ChestX-ray14" in summary(found)
 
 
 def test_real_covid3_is_packed_with_its_leaks_found(real_data, tmp_path):
@@ -292,7 +292,9 @@ def test_a_class_that_goes_with_its_source_is_warned_of():
     entries = [entry(i, "ab"[(i % 10 == 0) ^ (i < 40)], source="xy"[i < 40]) for i in range(80)]
     found = audited(entries)
     assert found["sources"]["association"] == {"a": 0.8, "b": 0.8}
-    assert "a goes with the source: Cramér's V is 0.80 (0 none, 1 the same thing)" in summary(found)
+    assert "a is associated with the source: Cramér's V is 0.80 (0 not at all, 1 fully)" in summary(
+        found
+    )
 
 
 def test_equal_images_contradict_each_other_only_by_labels_that_are_known_of_both():

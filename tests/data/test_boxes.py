@@ -118,8 +118,8 @@ def test_the_table_can_be_edited(tmp_path):
         ("path,x,y,width\na,1,2,3\n", "no column 'height'"),
         ("path,x,y,width,height\na,1,2,3,4\nb,1,2,x,4\n", "row 3: .*expected numbers"),
         ("path,x,y,width,height\na,1,2,,4\n", "row 2: .*expected numbers"),
-        ("path,x,y,width,height\na,1,2,0,4\n", "row 2: 0 x 4 px at 1, 2 is no box"),
-        ("path,x,y,width,height\na,1,nan,3,4\n", "row 2: .* is no box"),
+        ("path,x,y,width,height\na,1,2,0,4\n", "row 2: 0 x 4 px at 1, 2 is not a valid box"),
+        ("path,x,y,width,height\na,1,nan,3,4\n", "row 2: .* is not a valid box"),
         (None, "cannot be read"),
     ],
 )

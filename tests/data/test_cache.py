@@ -85,7 +85,7 @@ def test_a_damaged_cache_of_masks_is_decoded_anew(masked, tmp_path, capsys, bit)
     wrong[number, -1 if bit == "behind the last pixel" else 40] ^= 1
     np.save(file, wrong)
     assert np.array_equal(open_masks(index, tmp_path, Accelerator(cpu=True)), right)
-    said = f"cache {file}: 1 of 24 masks differ from the index; decoded anew\n"
+    said = f"cache {file}: 1 of 24 masks differ from the index; decoding again\n"
     assert capsys.readouterr().out == said
 
 
@@ -230,7 +230,7 @@ def test_a_damaged_cache_is_decoded_anew(shards, cached, capsys, damage, fault):
     damage(cached)
     images = open_cache(index, cached.parent, Accelerator(cpu=True))
     assert np.array_equal(images, right)
-    assert capsys.readouterr().out == f"cache {cached}: {fault}; decoded anew\n"
+    assert capsys.readouterr().out == f"cache {cached}: {fault}; decoding again\n"
     assert np.array_equal(open_cache(index, cached.parent, Accelerator(cpu=True)), right)
     assert capsys.readouterr().out == ""
     assert sorted(file.suffix for file in cached.parent.iterdir()) == [".lock", ".npy"]
@@ -323,7 +323,7 @@ def test_the_ranks_of_a_node_share_the_verification(shards, cached):
     invert(cached, [0, 58, 59])
     done = run_ranks(2, NODES, shards, cached.parent, cached.parent)
     assert done.returncode == 0, done.stderr
-    line = f"cache {cached}: 3 of 60 images differ from the index; decoded anew"
+    line = f"cache {cached}: 3 of 60 images differ from the index; decoding again"
     assert sorted(done.stdout.splitlines()) == sorted([line, right, right])
 
 
@@ -334,7 +334,7 @@ def test_two_nodes_mend_a_damaged_cache(shards, cached, shared):
     invert(cached)
     other = cached.parent if shared else cached.parent / "other"
     found = open_on_two_nodes(shards, [other, cached.parent])
-    line = f"cache {cached}: {DIFFER}; decoded anew"
+    line = f"cache {cached}: {DIFFER}; decoding again"
     assert [text.splitlines() for text in found] == [[line, right], [right]]
 
 

@@ -42,7 +42,7 @@ def test_shards_with_an_empty_split_are_whole(tmp_path, capsys):
     index = json.loads((shards / "index.json").read_text())
     assert index["splits"]["val"] == {"samples": 0, "classes": {"a": 0, "b c": 0}, "shards": []}
     check(CheckConfig(shards))
-    assert "16 samples in 2 shards are whole" in capsys.readouterr().out
+    assert "16 samples in 2 shards match the index" in capsys.readouterr().out
 
 
 def cut_at_sample(shards: Path) -> None:
@@ -229,4 +229,4 @@ def test_masks_are_counted_and_their_share_is_told(tmp_path, capsys):
 def test_whole_shards_pass(whole, capsys):
     """What pack made is whole."""
     check(CheckConfig(whole))
-    assert "48 samples in 10 shards are whole" in capsys.readouterr().out
+    assert "48 samples in 10 shards match the index" in capsys.readouterr().out

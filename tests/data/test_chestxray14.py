@@ -98,7 +98,9 @@ def test_one_label_against_the_rest_is_of_two_classes(tmp_path):
     assert source.classes == ["Pneumonia", "rest"]
     assert Counter(record.label for record in source.records) == {"Pneumonia": 48, "rest": 72}
     assert {record.split for record in source.records} == {None}
-    with pytest.raises(CxrdistError, match="against-rest Flu: is no label; expected one of Atel"):
+    with pytest.raises(
+        CxrdistError, match="against-rest Flu: is not a label; expected one of Atel"
+    ):
         read(folder, against_rest="Flu")
 
 
@@ -114,7 +116,7 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(CxrdistError, match=r"row 12: 00000004_001\.png is in neither"):
         read(folder)
     (folder / "test_list.txt").unlink()
-    with pytest.raises(CxrdistError, match=r"has train_val_list\.txt alone"):
+    with pytest.raises(CxrdistError, match=r"has only train_val_list\.txt"):
         read(folder)
     (folder / "train_val_list.txt").unlink()
     (folder / "images" / "00000099_000.png").touch()
@@ -124,7 +126,7 @@ def test_what_is_wrong_is_named(tmp_path):
     assert any("is not the official one" in note for note in source.notes)
     table = folder / "Data_Entry_2017_v2020.csv"
     table.write_text(table.read_text().replace("Hernia", "Cold"))
-    with pytest.raises(CxrdistError, match="row 4: 'Cold' is none of the 14 labels"):
+    with pytest.raises(CxrdistError, match="row 4: 'Cold' is not one of the 14 labels"):
         read(folder)
     table.unlink()
     with pytest.raises(CxrdistError, match="has neither"):
@@ -181,7 +183,7 @@ def test_the_nihs_boxes_are_in_px_of_the_images_that_are_here(tmp_path):
     rounded = NIH_BOXES.replace("225.084745762712,", "937.3,")  # to 1024.08 px
     assert rounded != NIH_BOXES
     assert read(write_boxes(tmp_path, rounded)).records[0].findings[0].x == 937.3
-    assert any("boxes on 4 images, 2 of which are here" in note for note in source.notes)
+    assert any("boxes on 4 images; 2 of them are here" in note for note in source.notes)
 
 
 def test_boxes_in_px_of_the_images_here_stay_as_they_are(tmp_path):
@@ -199,8 +201,8 @@ def test_boxes_in_px_of_the_images_here_stay_as_they_are(tmp_path):
     ("row", "fault"),
     [
         ("Atelectasis,1,2,3", "row 2: fewer cells than columns"),
-        ("Cold,1,2,3,4", "row 2: 'Cold' is none of the 14 labels"),
-        ("Mass,1,2,nan,4", "row 2: nan x 4 px at 1, 2 is no box"),
+        ("Cold,1,2,3,4", "row 2: 'Cold' is not one of the 14 labels"),
+        ("Mass,1,2,nan,4", "row 2: nan x 4 px at 1, 2 is not a valid box"),
         ("Mass,1,2,much,4", "row 2: could not convert"),
         ("Mass,1000,2,26,4", r"row 2: 26 x 4 px at 1000, 2 is not within the image of 1024 px"),
     ],

@@ -205,15 +205,17 @@ def test_what_is_no_chexpert_is_refused(tmp_path):
     (folder / "groundtruth.csv").write_text(
         f"Study,{FINDINGS}\ntest/patient64741/study1{',1' * 14}"
     )
-    with pytest.raises(CxrdistError, match=r"groundtruth.csv: none of its images is here; fetch"):
+    with pytest.raises(
+        CxrdistError, match=r"groundtruth.csv: none of its images is here; download"
+    ):
         read(folder)
     (folder / "groundtruth.csv").unlink()
     small = write_set(tmp_path / "both" / "CheXpert-v1.0-small")
-    with pytest.raises(CxrdistError, match=r"train.csv: stands in .*CheXpert-v1.0 too; remove one"):
+    with pytest.raises(CxrdistError, match=r"train.csv: is also in .*CheXpert-v1.0; remove one"):
         read(small.parent)
     for table in small.glob("*.csv"):
         table.unlink()
-    with pytest.raises(CxrdistError, match=r"view1_frontal.jpg: stands in .* too; remove one"):
+    with pytest.raises(CxrdistError, match=r"view1_frontal.jpg: is also in .*; remove one"):
         read(small.parent)
 
 

@@ -125,7 +125,7 @@ def test_a_pack_of_other_boxes_is_another_pack(source, tmp_path, capsys):
     pack_source(source, out, text_boxes=copy)
     assert "is packed already" in capsys.readouterr().out
     copy.write_text(copy.read_text() + "b/b000_0.png,1,1,5,5,,\n")
-    with pytest.raises(CxrdistError, match="stands already"):
+    with pytest.raises(CxrdistError, match="already exists"):
         pack_source(source, out, text_boxes=copy)
 
 
@@ -145,5 +145,5 @@ def test_strangers_among_the_boxes_are_counted(source, tmp_path, capsys):
     table.write_text((source / "boxes.csv").read_text() + "a/typo.png,1,1,5,5,,\n")
     pack_source(source, tmp_path / "out", text_boxes=table)
     said = capsys.readouterr().out
-    assert "1 of its 13 images are none of the source, the first is a/typo.png" in said
+    assert "1 of its 13 images are not in the source, the first is a/typo.png" in said
     assert "burned-in text: 12 boxes in 12 images are covered (black, all)" in said

@@ -134,11 +134,11 @@ def test_of_the_current_release_only_the_images_are_read(tmp_path):
 def test_what_is_no_release_is_one_line(tmp_path):
     """Another folder, an empty class, and a damaged workbook are named."""
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CxrdistError, match="is no release of the COVID-19 Radiography Database"):
+    with pytest.raises(CxrdistError, match="is not a release of the COVID-19 Radiography Database"):
         read(tmp_path / "empty")
     root = first_release(tmp_path, 3, 3, 3)
     (root / "NORMAL.metadata.xlsx").write_bytes(b"no workbook")
-    with pytest.raises(CxrdistError, match=r"NORMAL\.metadata\.xlsx: no readable workbook"):
+    with pytest.raises(CxrdistError, match=r"NORMAL\.metadata\.xlsx: is not a readable workbook"):
         read(root)
     (root / "NORMAL.metadata.xlsx").unlink()
     for file in (root / "Viral Pneumonia").iterdir():

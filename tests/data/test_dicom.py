@@ -117,16 +117,16 @@ def test_old_dicoms_without_a_preamble_are_read_by_their_suffix(tmp_path):
     [
         ({"NumberOfFrames": 3}, "several frames"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "in colour"),
-        ({"Modality": "CT"}, "no radiography"),
+        ({"Modality": "CT"}, "not radiography"),
         ({"Rows": 0}, "rows and columns"),
         ({"Rows": 60_000, "Columns": 60_000}, "rows and columns"),
         ({"Rows": 4000}, "cut off"),
-        ({"BitsStored": 12}, "bits are not 2 to 16"),
-        ({"BitsAllocated": 32}, "bits are not 2 to 16"),
-        ({"HighBit": 5}, "not within its bits"),
+        ({"BitsStored": 12}, "bits are unusual"),
+        ({"BitsAllocated": 32}, "bits are unusual"),
+        ({"HighBit": 5}, "not within the allocated bits"),
         ({"WindowCenter": 1, "WindowWidth": 0}, "no width"),
-        ({"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "X"}, "no known function"),
-        ({"RescaleSlope": "nan", "RescaleIntercept": 0}, "no number"),
+        ({"WindowCenter": 1, "WindowWidth": 2, "VOILUTFunction": "X"}, "an unknown function"),
+        ({"RescaleSlope": "nan", "RescaleIntercept": 0}, "not a number"),
         ({"PixelRepresentation": None}, "PixelRepresentation is missing"),
     ],
 )
@@ -159,7 +159,8 @@ def test_pydicoms_own_files_are_read_or_refused(capsys):
         assert time.perf_counter() - start < 10
     assert len(files) > 100
     assert read > 10
-    assert all(reason.startswith(f"{file}: no ") for file, reason in reasons)
+    refusals = ("the DICOM cannot be used (", "is not a readable ")
+    assert all(why.removeprefix(f"{file}: ").startswith(refusals) for file, why in reasons)
     assert capsys.readouterr() == ("", "")
 
 

@@ -39,9 +39,9 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,label\na.png,x\nlost.png,y\n", "row 3: no file"),
         (f"path,label\n{'a' * 5000}.png,x\n", "row 2: no file"),
         ("path,label\na.png,x\n\n\nlost.png,y\n", "row 5: no file"),
-        ("path,label\na.png,x\na.png,y\n", "a.png stands in 2 rows"),
-        ("path,label\na.png,x\n./a.png,y\n", "a.png stands in 2 rows"),
-        ("path,label\na.png,x\nsub/../a.png,y\n", "a.png stands in 2 rows"),
+        ("path,label\na.png,x\na.png,y\n", "a.png is in 2 rows"),
+        ("path,label\na.png,x\n./a.png,y\n", "a.png is in 2 rows"),
+        ("path,label\na.png,x\nsub/../a.png,y\n", "a.png is in 2 rows"),
         ("path,label\na.png,x\n../out.png,y\n", "row 3: ../out.png is outside of the table's"),
         ("path,label\na.png,x\nsub/../../out.png,y\n", "is outside of the table's folder"),
         ("path,label\na.png,x\n/etc/hostname,y\n", "row 3: /etc/hostname is outside"),
@@ -52,12 +52,12 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,label\na.png,x\n", "found 1 class (x), expected at least 2"),
         ("path,label\na.png,x\nb.png,nan\n", "row 3: label 'nan' stands for a missing value"),
         ("path,labels\na.png,x\nb.png,None\n", "row 3: label 'None' stands for a missing value"),
-        ("path,label\na.png,0\nb.png,0.0\n", "'0' and '0.0' are one name in two spellings"),
-        ("path,label\na.png,Normal\nb.png,normal\n", "'Normal' and 'normal' are one name"),
-        ("path,labels,uncertain\na.png,x,x|y\n", "row 2: x stands in two of labels, uncertain"),
+        ("path,label\na.png,0\nb.png,0.0\n", "'0' and '0.0' are two spellings of one name"),
+        ("path,label\na.png,Normal\nb.png,normal\n", "'Normal' and 'normal' are two spellings"),
+        ("path,labels,uncertain\na.png,x,x|y\n", "row 2: x is in two of labels, uncertain"),
         ("path,labels,missing\na.png,x,nan\n", "row 2: label 'nan' stands for a missing value"),
-        ("path,label,uncertain\na.png,x,y\n", "the column 'uncertain' goes with labels"),
-        ("path,x,missing\na.png,1,y\n", "the column 'missing' goes with labels"),
+        ("path,label,uncertain\na.png,x,y\n", "the column 'uncertain' needs a column labels"),
+        ("path,x,missing\na.png,1,y\n", "the column 'missing' needs a column labels"),
         ("path,x\na.png,1\nb.png,0\nsub/c.png,2\n", "row 4: x is '2', but most of its column"),
         ("path,x\na.png,1\nb.png,nan\n", "row 3: x is 'nan', but most of its column is 1, 0"),
         ("path,x,x\na.png,1,0\n", "two columns of labels are called x"),
@@ -70,7 +70,10 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,label,Patient,patient_id\n", "the columns 'Patient' and 'patient_id' are both the"),
         ("path,label,subject_id\na.png,x,1\n", "'subject_id' may be meant as the patient"),
         ("path,label,Partition\na.png,x,1\n", "'Partition' may be meant as the split"),
-        ("path,label,patient\na.png,x,1\nb.png,y,1.0\n", "patients '1' and '1.0' are written in"),
+        (
+            "path,label,patient\na.png,x,1\nb.png,y,1.0\n",
+            "patients '1' and '1.0' are two spellings",
+        ),
         ("path,label,patient\na.png,x,NaN\n", "row 2: patient 'NaN' stands for a missing value"),
     ],
 )
@@ -93,7 +96,7 @@ def test_columns_are_known_whatever_their_spelling(table, patient):
     assert (first.patient, first.split, first.source, first.view) == ("7", "train", "here", "PA")
     assert (first.sex, first.age) == ("F", 45)
     assert (second.patient, second.split, second.sex, second.age) == ("8", "test", "M", 61.5)
-    assert source.notes == ("columns left aside: Height, (no name)",)
+    assert source.notes == ("ignored columns: Height, (no name)",)
 
 
 def test_a_table_may_have_a_column_for_each_label(table):
@@ -113,7 +116,7 @@ def test_a_table_may_have_a_column_for_each_label(table):
     assert source.notes == (
         "columns of labels: No Finding, Edema, Fracture",
         "columns of labels without a filled cell: Fracture",
-        "columns left aside: AP/PA, Days, Told, (no name)",
+        "ignored columns: AP/PA, Days, Told, (no name)",
     )
 
 
@@ -137,7 +140,7 @@ def test_a_view_is_one_of_the_known_and_other_texts_are_counted(table):
     source = read_image_table(table)
     assert [record.view for record in source.records] == ["PA", "", ""]
     (note,) = (note for note in source.notes if "view" in note)
-    assert note == "view is none that is known in 1 rows, and empty there, such as 'sideways'"
+    assert note == "view is not known in 1 rows, such as 'sideways'; it is left empty"
 
 
 def test_what_is_no_sex_or_age_is_empty_and_counted(table):
@@ -145,8 +148,8 @@ def test_what_is_no_sex_or_age_is_empty_and_counted(table):
     source = read(table, "path,label,sex,age\na.png,x,O,411\nb.png,none,M,12\n")
     assert [(record.sex, record.age) for record in source.records] == [("", None), ("M", 12)]
     assert source.notes == (
-        "sex is not M or F in 1 rows, and empty there",
-        "age is not 0 to 120 years in 1 rows, and empty there",
+        "sex is not M or F in 1 rows; it is left empty",
+        "age is not 0 to 120 years in 1 rows; it is left empty",
         "1 images have the label 'none', which is a class like any other",
     )
 

@@ -103,5 +103,5 @@ def test_unreadable_files_are_named(tmp_path, damage):
         file.touch()
     else:
         Image.new("1", (12_000, 12_000)).save(file)
-    with pytest.raises(CxrdistError, match=r"bad\.png: no readable (PNG|image) \("):
+    with pytest.raises(CxrdistError, match=r"bad\.png: is not a readable (PNG|image) \("):
         read_square(file, 32, "crop")

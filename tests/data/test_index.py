@@ -229,7 +229,7 @@ def test_a_label_is_of_a_class_and_in_one_column(several, tmp_path, column, text
         return rows
 
     change_samples(shards, change)
-    with pytest.raises(CxrdistError, match=r"samples\.csv: .*(is no class|stands in two of)"):
+    with pytest.raises(CxrdistError, match=r"samples\.csv: .*(is not a class|is in two of)"):
         read_index(shards)
 
 

@@ -78,20 +78,23 @@ def test_images_of_a_class_that_is_left_out_are_left_out_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flu: pneumonia", "'flu' is no label of t.csv, which has bacterial, normal, opacity, vir"),
+        (
+            "flu: pneumonia",
+            "'flu' is not a label of t.csv, which has bacterial, normal, opacity, vir",
+        ),
         ("", "the document: is null, expected an object"),
         ("{}", "is empty"),
         ("[viral]", "is a list, expected an object"),
         ("viral: [a]", "['a'] is not a text"),
         ("viral: 1", "1 is not a text; write it in quotes"),
         ("no: viral", "False is not a text; write it in quotes"),
-        ("viral: a|b", "'a|b' is not a label"),
-        ("viral: ' '", "' ' is not a label"),
+        ("viral: a|b", "'a|b' is not a valid label"),
+        ("viral: ' '", "' ' is not a valid label"),
         ("viral: a\nviral: b", "has the name 'viral' twice; keep one of them"),
         ("viral: !!python/object/new:os.system [ls]", "could not determine a constructor"),
         ("viral: &a [*a]", "holds more than 10000 values"),
-        ("viral: Normal", "'Normal' and 'normal' are one name in two spellings"),
-        ("{viral: , bacterial: , normal: , opacity: }", "leaves no label of t.csv"),
+        ("viral: Normal", "'Normal' and 'normal' are two spellings of one name"),
+        ("{viral: , bacterial: , normal: , opacity: }", "drops all labels of t.csv"),
         ("{viral: , bacterial: , normal: x, opacity: x}", "found 1 class (x), expected at least 2"),
     ],
 )
@@ -122,13 +125,13 @@ def test_another_map_is_another_pack_of_the_same_squares(tmp_path, capsys):
     pack(config)
     assert read_index(out).classes == ["normal", "flu"]
     said = capsys.readouterr().out
-    assert "not as expected of in: normal has 8 images, expected 9\n" in said
+    assert "unexpected count in in: normal has 8 images, expected 9\n" in said
     assert "flu has" not in said
     assert "viral has" not in said
     pack(config)
     assert "is packed already" in capsys.readouterr().out
     write_map(tmp_path, "viral: influenza\nnormal: flu")
-    with pytest.raises(CxrdistError, match="stands already"):
+    with pytest.raises(CxrdistError, match="already exists"):
         pack(config)
 
 

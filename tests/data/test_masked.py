@@ -38,7 +38,7 @@ def test_a_mask_has_the_name_of_its_image_and_any_suffix(images, tmp_path):
     (folder / "readme.txt").write_text("lungs")
     named, notes = masks_of(images, folder)
     assert named == {"a/0.jpg": "a/0.png", "a/1.jpg": None, "b/0.jpg": None, "b/1.jpg": "b/1.jpg"}
-    assert notes == "1 of 3 masks are of no image here, the first is c/7.png"
+    assert notes == "1 of 3 masks match no image, the first is c/7.png"
 
 
 def test_masks_beside_the_classes_are_no_class(images):
@@ -68,7 +68,7 @@ def test_the_masks_of_the_radiography_database_are_found_beside_its_images(
     assert len(named) == 4
     assert named == expected
     stray = f"{start}COVID/masks/COVID-2.png"
-    assert notes == f"1 of 5 masks are of no image here, the first is {stray}"
+    assert notes == f"1 of 5 masks match no image, the first is {stray}"
 
 
 def test_a_table_of_run_lengths_names_its_images_by_the_end_of_their_paths(images, tmp_path):
@@ -80,7 +80,7 @@ def test_a_table_of_run_lengths_names_its_images_by_the_end_of_their_paths(image
     assert all(record.mask.num_bytes for record in source.records if record.mask)
     assert source.notes == (
         "1 masks have a Dice RCA below 0.7 and are left out",
-        f"1 of 3 masks are of no image here, the first is {table} row 5 (z.jpg)",
+        f"1 of 3 masks match no image, the first is {table} row 5 (z.jpg)",
     )
 
 
@@ -116,11 +116,11 @@ def strange(images: Path, masks: Path) -> None:
 
 REFUSED = {
     "no folder": (no_folder, "no such folder or table"),
-    "none fits": (none_fits, r"none of its 1 masks .* such as a/0\.png, found such as c/0\.png"),
-    "of two images": (ambiguous, r"0\.png may be of a/0\.jpg or of b/0\.jpg"),
-    "two masks": (two, r"a/0\.gif and a/0\.png are both of a/0\.jpg; remove one"),
-    "a poor table": (poor, r"0 masks .* found such as nothing; 1 masks have a Dice RCA below 0\.7"),
-    "a table of others": (strange, r"found such as .*m row 2 \(z\.png\)"),
+    "none fits": (none_fits, r"none of its 1 masks .* like a/0\.png, found c/0\.png"),
+    "of two images": (ambiguous, r"0\.png matches both a/0\.jpg and b/0\.jpg"),
+    "two masks": (two, r"a/0\.gif and a/0\.png both match a/0\.jpg; remove one"),
+    "a poor table": (poor, r"0 masks .* found nothing; 1 masks have a Dice RCA below 0\.7"),
+    "a table of others": (strange, r"found .*m row 2 \(z\.png\)"),
     "links in a circle": (outside, "none of its 0 masks"),
 }
 

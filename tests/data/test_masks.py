@@ -118,12 +118,15 @@ def huge(folder):
 REFUSED = {
     "an X-ray": (xray, "grey levels, .* between black and white; expected a mask of two levels"),
     "several organs": (organs, "has 4 grey levels, .*; expected a mask of two levels"),
-    "turned": (turned, r"has 64 x 80 px, which is not the shape of the image \(80 x 64 px\)"),
-    "cut": (cut, r"has 72 x 64 px, which is not the shape"),
-    "DICOM": (dicom, "no readable mask; expected a picture"),
-    "text": (text, "no readable mask; expected a picture"),
-    "damaged": (damaged, "no readable PNG"),
-    "huge": (huge, "8000 x 6400 pixels, an X-ray has at most"),
+    "turned": (
+        turned,
+        r"has 64 x 80 px, which is not the aspect ratio of the image \(80 x 64 px\)",
+    ),
+    "cut": (cut, r"has 72 x 64 px, which is not the aspect ratio"),
+    "DICOM": (dicom, "is not a readable mask; expected a picture"),
+    "text": (text, "is not a readable mask; expected a picture"),
+    "damaged": (damaged, "is not a readable PNG"),
+    "huge": (huge, "8000 x 6400 pixels, expected at most"),
     "missing": (lambda folder: None, "cannot be read"),
 }
 

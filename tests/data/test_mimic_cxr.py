@@ -101,7 +101,7 @@ def test_tables_packed_or_not_give_the_same_records(tmp_path, packed):
     assert {(r.sex, r.age, r.source) for r in source.records} == {("", None, "MIMIC-CXR")}
     assert set(source.notes) == {
         "1 images have the view 'SIDEWAYS', which counts as unknown",
-        "without patients.csv.gz of MIMIC-IV nothing tells sex and age",
+        "without patients.csv.gz of MIMIC-IV sex and age are not known",
     }
 
 
@@ -194,5 +194,5 @@ def test_a_missing_table_is_named(tmp_path, table):
     """Before any folder is looked into."""
     folder = write_set(tmp_path)
     (folder / f"mimic-cxr-2.0.0-{table}.csv.gz").unlink()
-    with pytest.raises(CxrdistError, match=rf"has no mimic-cxr-2.0.0-{table}.csv, nor mimic"):
+    with pytest.raises(CxrdistError, match=rf"has neither mimic-cxr-2.0.0-{table}.csv nor mimic"):
         read(folder)

@@ -91,7 +91,7 @@ def test_an_unreadable_object_is_named(store, tmp_path):
         *("--size", 32, "--split", "0.5/0.25/0.25"),
     )
     assert done.returncode == 2
-    assert f"{str(store).rstrip('/')}/images/a/3.png: no readable" in done.stderr
+    assert f"{str(store).rstrip('/')}/images/a/3.png: is not a readable" in done.stderr
 
 
 def test_the_cache_is_filled_from_a_bucket(store, tmp_path):

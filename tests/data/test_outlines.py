@@ -101,7 +101,7 @@ def test_masks_of_files_are_those_that_pack_takes(packed):
     [
         ("image,label,x,y,width\n", "has no column 'height'"),
         (f"{HEADER}other.png,a,1,1,2,2\n", "has no image of the shards"),
-        (f"{HEADER}x.png,a,1,1,0,2\n", "is no box"),
+        (f"{HEADER}x.png,a,1,1,0,2\n", "is not a valid box"),
     ],
 )
 def test_bad_tables_are_refused(packed, tmp_path, text, said):

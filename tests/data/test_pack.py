@@ -120,7 +120,7 @@ def test_skipped_images_are_listed(tmp_path, capsys):
     with open(out / "rejected.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["path"] for row in rows] == ["a/a000_0.png"]
-    assert "no readable image" in rows[0]["reason"]
+    assert "is not a readable image" in rows[0]["reason"]
     assert len(read_index(out).samples) == 23
     assert re.search(r"left out: unreadable +1\n", capsys.readouterr().out)
 
@@ -145,7 +145,7 @@ def test_an_existing_directory_is_not_touched(tmp_path):
     source = make_images(tmp_path / "images", COUNTS)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
-    with pytest.raises(CxrdistError, match="stands already"):
+    with pytest.raises(CxrdistError, match="already exists"):
         pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
 
 
@@ -178,7 +178,7 @@ def test_equal_images_that_tie_all_patients_together_are_told_by_name(tmp_path):
         for i in range(15):
             Image.new("L", (40, 40)).save(tmp_path / "images" / name / f"{name}{i}.png")
     config = PackConfig("folder", tmp_path / "images", tmp_path / "out", size=32, workers=1)
-    with pytest.raises(CxrdistError, match="30 of 30 images are of patients that are joined"):
+    with pytest.raises(CxrdistError, match="30 of 30 images belong to patients that are joined"):
         pack(config)
     pack(replace(config, duplicates="report"))
     found = json.loads((tmp_path / "out" / "audit.json").read_text())
@@ -199,7 +199,7 @@ def test_squares_of_another_version_are_named(tmp_path, fault):
     text = json.dumps(rows).encode()[: -1 if fault == "cut" else None]
     pngs = pngs[: -32 * 32] if fault == "no thumbnails" else pngs
     part.write_bytes(text + b"\n" + pngs)
-    problem = r"squares: is of another version of cxrdist, or damaged; remove .*partial to begin"
+    problem = r"squares: is damaged, or was written by another version of cxrdist; remove .*partial"
     with pytest.raises(CxrdistError, match=problem):
         pack(replace(config, num_tasks=None, merge=True))
     assert not (tmp_path / "out").exists()
@@ -212,6 +212,6 @@ def test_a_damaged_work_directory_is_named(tmp_path, text):
     work = tmp_path / ".out.partial"
     work.mkdir()
     (work / "pack.json").write_text(text)
-    with pytest.raises(CxrdistError, match=r"pack\.json: .*remove .*partial to begin anew"):
+    with pytest.raises(CxrdistError, match=r"pack\.json: .*remove .*partial to start over"):
         pack(PackConfig("folder", source, tmp_path / "out", size=32))
     assert not (tmp_path / "out").exists()

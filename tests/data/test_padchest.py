@@ -207,7 +207,9 @@ def test_a_patient_of_several_images_is_one_and_an_unknown_one_is_the_image_s_ow
     patients = [record.patient for record in read(write_set(tmp_path, rows)).records]
     assert patients == [PATIENT, PATIENT, "image:15/c.png", "image:15/d.png"]
     write_set(tmp_path, rows | {"b.png": {**NODULE, "PatientID": "2.11947E+37"}})
-    with pytest.raises(CxrdistError, match=r"row 3: PatientID 2.11947E\+37 is a rounded number"):
+    with pytest.raises(
+        CxrdistError, match=r"row 3: PatientID 2.11947E\+37 was rounded by a spreadsheet"
+    ):
         read(tmp_path)
 
 
@@ -239,9 +241,9 @@ def test_all_that_is_found_is_packed_or_left_out(tmp_path):
         ({"Labels": "[['nodule']]"}, "row 2: Labels is"),
         ({"Labels": "['nodule'"}, "row 2: Labels is"),
         ({"Labels": "["}, "row 2: Labels is"),
-        ({"Labels": "['cold', 'Cold']"}, "are one name in two spellings"),
+        ({"Labels": "['cold', 'Cold']"}, "are two spellings of one name"),
         ({"ImageID": ""}, "row 2: ImageID is empty"),
-        ({"ImageID": "b.png"}, r"row 3: b stands in .* row 2 too"),
+        ({"ImageID": "b.png"}, r"row 3: b is also in .* row 2"),
     ],
 )
 def test_a_malformed_row_is_refused_by_its_number(tmp_path, row, message):

@@ -269,12 +269,12 @@ def test_pixels_become_square(tmp_path, tags, size):
     [
         ({"PixelAspectRatio": [1, 1000]}, "more than 10 times"),
         ({"RescaleSlope": 0}, "RescaleSlope is 0"),
-        ({"RescaleSlope": "one"}, "RescaleSlope is no number"),
+        ({"RescaleSlope": "one"}, "RescaleSlope is not a number"),
         ({"VOILUTSequence": short_lut()}, "look-up table has fewer entries"),
     ],
 )
 def test_what_cannot_be_shown_is_named(tmp_path, tags, reason):
     """Not as damaged."""
     file = write_dicom(tmp_path / "x.dcm", RAMP, 12, **tags)
-    with pytest.raises(CxrdistError, match=rf"no usable DICOM \(its .*{reason}"):
+    with pytest.raises(CxrdistError, match=rf"DICOM cannot be used \(.*{reason}"):
         read_grey(file, 1)

@@ -130,7 +130,7 @@ def test_boxes_shrink_with_copies_of_the_images(tmp_path):
         ("labels", "577.0,160.0", "577.0,800.0", "row 5: 800 x 104 px at 323, 577 is not within"),
         ("labels", "160.0,104.0,1", "160.0,104.0,2", "row 5: Target is '2', expected 0 or 1"),
         ("labels", "patientId,x", "patient,x", "has no column 'patientId'"),
-        ("labels", f"{NAMES[4]},,,,,0\n", "", f"{NAMES[4]} stands in one alone of"),
+        ("labels", f"{NAMES[4]},,,,,0\n", "", f"{NAMES[4]} is in only one of"),
         ("class", f"{NAMES[3]},Normal", f"{NAMES[3]},Well", "row 6: the class 'Well', expected"),
         ("class", f"{NAMES[3]},Normal", f"{NAMES[3]},{OPACITY}", "but has 0 boxes in"),
         ("class", f"{NAMES[1]},{OPACITY}\n{NAMES[2]}", f"{NAMES[1]},Normal\n{NAMES[2]}", "before"),

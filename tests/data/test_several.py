@@ -89,7 +89,7 @@ def test_two_sources_become_one_with_their_own_patients_and_labels(both):
     assert ("clinic/2.png", "lateral view (--views)") in source.left_out
     assert ("clinic/map.yaml", "not in the table") in source.left_out
     assert source.num_found == len(source.records) + len(source.left_out)
-    assert "nih: 4 images have no age from 0 to 120 years, and none here" in source.notes
+    assert "nih: 4 images have no age from 0 to 120 years; left empty" in source.notes
 
 
 def test_options_of_all_are_for_sources_without_their_own(both):
@@ -140,11 +140,12 @@ def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both
     assert patients["nih/00000004_000.png"] == patients["rsna/a.png"] == "chestxray14/00000004"
     assert patients["names/Mass/00000003_001.png"] == patients["nih/00000003_000.png"]
     assert patients["rsna/b.png"] == "rsna:00000003"
-    assert not any("nothing tells" in note for note in source.notes)
+    assert not any("is not known" in note for note in source.notes)
     write_csv(both / "rsna.csv", header, *rows, ("c.png", "Mass", "1f-2e", "RSNA"))
     assert (
-        "nih, rsna, names hold X-rays of ChestX-ray14, and of 1 of them nothing tells the patient: "
-        "equal images are found (--duplicates), others of one patient may be in two splits"
+        "nih, rsna, names contain X-rays of ChestX-ray14, and the patient of 1 of them is "
+        "not known: equal images are found (--duplicates), but other images of one patient may be "
+        "in two splits"
     ) in read(both, RSNA).notes
 
 
@@ -152,7 +153,7 @@ def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both
     ("text", "message"),
     [
         ("", "the document: is null, expected an object"),
-        ("{}", "names no source"),
+        ("{}", "lists no source"),
         ("x: folder", 'x: is "folder", expected an object'),
         ("x: {source: folder}", "x.input: is missing"),
         ("x: {source: folder, input: 3}", "x.input: is 3, expected text"),
@@ -161,7 +162,10 @@ def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both
             "x.source: is 'fodler', expected one of folder, csv, chestxray14",
         ),
         ("x: {source: several, input: x}", "x.source: is 'several', expected one of folder, csv"),
-        ("x: {source: folder, input: x, size: 3}", "x.size: is no option; expected one of source"),
+        (
+            "x: {source: folder, input: x, size: 3}",
+            "x.size: is not an option; expected one of source",
+        ),
         ("x: {source: csv, input: x, allow_outside: 1}", "x.allow_outside: is 1, expected true or"),
         (
             "x: {source: csv, input: x, empty_cells: u}",
@@ -176,7 +180,10 @@ def test_patients_of_chestxray14_are_one_in_all_sets_that_know_their_number(both
         ("x: {source: folder, input: x}\nX: {source: csv, input: y}", "differ in case only"),
         ("x: {source: folder, input: lost}", "x: --input"),
         ("x: {source: folder, input: x, views: side}", "x: --views side: 'SIDE' is not a view"),
-        ("x: {source: folder, input: x, against_rest: Mass}", "x: --against-rest: is for --source"),
+        (
+            "x: {source: folder, input: x, against_rest: Mass}",
+            "x: --against-rest: works only with --source",
+        ),
         (
             f"{TWO}\nf: {{source: folder, input: f}}",
             "f has one class per image, nih several labels, and one network learns one of the two; "
@@ -198,7 +205,9 @@ def test_bad_lists_of_sources_are_refused_in_one_line(both, text, message):
 def test_options_of_one_source_are_not_for_all(both):
     """They would mean something else for each."""
     for option in ({"patient_pattern": "(.)"}, {"masks": both}, {"allow_outside": True}):
-        with pytest.raises(CxrdistError, match=r"belongs to one source; give it there, in .*yaml"):
+        with pytest.raises(
+            CxrdistError, match=r"applies to a single source; give it for that source in .*yaml"
+        ):
             read(both, TWO, **option)
 
 

@@ -107,16 +107,16 @@ CHANGES = {
     "another size": (first_with(encode_png(np.zeros((31, 32), np.uint8))), "has 32 x 31 px"),
     "colour": (first_with(png(32, 32, colour=2)), "colour type 2, expected 32 x 32"),
     "16 bits": (first_with(png(32, 32, bits=16)), "of 16 bits"),
-    "no PNG": (first_with(b"GIF89a" * 20), "is no PNG"),
-    "half a header": (first_with(png(32, 32)[:20]), "is no PNG"),
-    "no pixels": (first_with(png(32, 32)), "has no readable PNG"),
+    "no PNG": (first_with(b"GIF89a" * 20), "is not a PNG"),
+    "half a header": (first_with(png(32, 32)[:20]), "is not a PNG"),
+    "no pixels": (first_with(png(32, 32)), "is not a readable PNG"),
     "a bomb": (
         first_with(png(32, 32, data=zlib.compress(bytes(10**6)))),
         "the pixels of .* differ",
     ),
     "a second header": (
         first_with(png(32, 32)[:33] + png(9000, 9000)[8:]),
-        "no readable PNG .*9000 x 9000",
+        "is not a readable PNG .*9000 x 9000",
     ),
     "a long PNG": (first_with(bytes(10_000)), r"\.png has 10000 bytes, expected 1 to"),
     "an empty PNG": (first_with(b""), r"\.png has 0 bytes"),
@@ -179,7 +179,7 @@ MASK_CHANGES = {
     "a huge mask": (with_mask(png(60_000, 60_000)), r"\.mask\.png has 60000 x 60000 px"),
     "a coloured mask": (with_mask(png(32, 32, colour=2)), r"\.mask\.png has .* colour type 2"),
     "a long mask": (with_mask(bytes(10_000)), r"\.mask\.png has 10000 bytes, expected 1 to"),
-    "no pixels": (with_mask(png(32, 32)), r"\.mask has no readable PNG"),
+    "no pixels": (with_mask(png(32, 32)), r"\.mask is not a readable PNG"),
     "another mask": (
         with_mask(encode_png(np.zeros((32, 32), np.uint8))),
         r"the pixels of .*\.mask differ",
@@ -204,7 +204,7 @@ def test_a_mask_of_other_values_is_refused_whatever_its_hash(masked, tmp_path):
     shard = read_index(shards).packed()[0]
     digest = hashlib.sha256(grey.tobytes()).hexdigest()
     shard.samples[0] = shard.samples[0]._replace(mask_sha256=digest)
-    with pytest.raises(CxrdistError, match=r"\.mask has values beside 0 and 255"):
+    with pytest.raises(CxrdistError, match=r"\.mask has values other than 0 and 255"):
         list(read_masks(shard))
 
 
@@ -214,9 +214,9 @@ def test_a_mask_that_the_table_does_not_know_is_refused(masked, tmp_path):
     table, index = (shards / "samples.csv").read_text(), read_index(shards)
     digest = index.samples[0].mask_sha256
     (shards / "samples.csv").write_text(table.replace(digest, "", 1))
-    assert any("has 15 masks, index.json 16" in fault for fault in inspect_index(shards)[1])
+    assert any("has 15 masks, index.json says 16" in fault for fault in inspect_index(shards)[1])
     (shards / "samples.csv").write_text(table.replace(digest, "x", 1))
-    with pytest.raises(CxrdistError, match=r"the mask_sha256 of .* is none"):
+    with pytest.raises(CxrdistError, match=r"the mask_sha256 of .* is invalid"):
         inspect_index(shards)
     shard = index.packed()[0]
     shard.samples[0] = shard.samples[0]._replace(mask_sha256="")

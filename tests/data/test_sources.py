@@ -41,5 +41,5 @@ def test_a_source_of_which_nothing_is_packed_says_why(tmp_path):
     """Lists without a line, as of another version: all images are strangers."""
     for file in write_public_set(tmp_path, "covidx"):
         file.write_text("")
-    with pytest.raises(CxrdistError, match=r"to be packed: 3 not in the table, 2 not an image$"):
+    with pytest.raises(CxrdistError, match=r"to pack: 3 not in the table, 2 not an image$"):
         read_source(SourceConfig("covidx", tmp_path))

@@ -188,7 +188,7 @@ def test_copies_that_join_most_images_are_named():
     """Where not a patient but equal images tie everything together, --duplicates is named."""
     with pytest.raises(
         CxrdistError,
-        match=r"25 of 40 images are of patients that are joined by equal images; see --dup",
+        match=r"25 of 40 images belong to patients that are joined by equal images; see --dup",
     ):
         assign_splits(
             source_of(records_of({"a": 20, "b": 20})), None, 0, [0] * 25 + [*range(1, 16)]
@@ -275,7 +275,7 @@ def test_val_is_drawn_of_what_is_given_for_train_and_val_together():
     assert Counter(assign_splits(source, None, 0)) == {"train": 70, "val": 10, "test": 20}
     assert split_notes(source, "0.7/0.1/0.2", [], []) == []
     assert split_notes(source, "paper", [], []) == [
-        "--split paper is not used, the source gives the splits"
+        "--split paper is not used, since the source gives the splits"
     ]
     assert describe_split(source, "paper") == "given by the source, val drawn (0.7/0.1/0.2)"
     assert Counter(assign_splits(source, "0.5/0/0.5", 0)) == {"train": 80, "test": 20}
@@ -290,7 +290,7 @@ def test_a_split_that_large_patients_keep_from_its_target_is_told():
     groups = group_by_patient(source.records)
     splits = assign_splits(source, "0.8/0.1/0.1", 0)
     told = split_notes(source, "0.8/0.1/0.1", groups, splits)
-    assert told[0].startswith("train has 50% of the images instead of 80%: ")
+    assert told[0].startswith("train has 50% of the images instead of 80%, since ")
     assert "up to 10 images" in told[0]
     source = source_of(records_of({"a": 40, "b": 40}))
     splits = assign_splits(source, "0.8/0.1/0.1", 0)

@@ -108,7 +108,7 @@ def test_the_table_has_the_px_of_the_original(images, tmp_path, capsys):
     assert all(value == round(value) for value in box[:4])
     said = capsys.readouterr().out
     assert "1 images could not be read, the first: " in said
-    assert "bad.png: no readable image" in said
+    assert "bad.png: is not a readable image" in said
     assert "1 boxes in 1 of 3 images" in said
     assert sorted(file.name for file in tmp_path.iterdir()) == ["boxes.csv", "in"]
 
@@ -130,7 +130,7 @@ def test_a_killed_search_goes_on(images, tmp_path, monkeypatch):
     )
     find_text(FindTextConfig("folder", images, out, workers=1))
     assert read_boxes(out)["a/x.jpg"][0].text == "was there"
-    with pytest.raises(CxrdistError, match="stands already"):
+    with pytest.raises(CxrdistError, match="already exists"):
         find_text(FindTextConfig("folder", images, out, workers=1))
 
 

@@ -188,7 +188,7 @@ def test_pictures_have_boxes_unless_these_reach_out_of_them(tmp_path, size, num_
         Image.new("L", size).save(tmp_path / "train" / "train" / f"{name}.png")
     source = read(tmp_path)
     assert [len(record.findings) for record in source.records] == [num_boxes] * 2
-    told = [note for note in source.notes if "reach out of them" in note]
+    told = [note for note in source.notes if "exceed them" in note]
     assert len(told) == 1 - num_boxes
 
 
@@ -239,7 +239,7 @@ BOX = ("b", "R9", "Lung Opacity", 1, 2, 11, 30)
     [
         (
             (*BOX[:2], "Flu", *BOX[3:]),
-            "annotations_train.csv row 2: 'Flu' is none of the 28 labels",
+            "annotations_train.csv row 2: 'Flu' is not one of the 28 labels",
         ),
         ((*BOX[:3], 11, 2, 1, 30), "row 2: the box '11, 2, 1, 30', expected x_min, y_min, x_max"),
         ((*BOX[:3], 1, 2, 1, 30), "row 2: the box '1, 2, 1, 30'"),
@@ -272,7 +272,7 @@ def test_malformed_tables_of_labels_are_refused(tmp_path):
     with pytest.raises(CxrdistError, match="row 2: Aortic enlargement is '2', expected 1, 0"):
         read(tmp_path)
     write_csv(file, header, [["a", "R8", *[0] * 28]] * 2)
-    with pytest.raises(CxrdistError, match="row 3: train/a has a row of R8 already"):
+    with pytest.raises(CxrdistError, match="row 3: train/a already has a row of R8"):
         read(tmp_path)
 
 
