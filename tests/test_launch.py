@@ -175,7 +175,7 @@ def test_a_refused_training_leaves_nothing(shards, recipe, monkeypatch, capsys, 
         (errno.EACCES, RunFailedError, "x.csv: Permission denied; change its permissions"),
         (errno.EROFS, RunFailedError, "x.csv: Read-only file system; change its permissions"),
         (errno.ENOSPC, RunFailedError, "x.csv: No space left on device; make room"),
-        (errno.EIO, RunFailedError, "x.csv: Input/output error; mend that on this machine"),
+        (errno.EIO, RunFailedError, "x.csv: Input/output error; fix this on the machine"),
     ],
 )
 def test_an_error_of_the_system_is_told_as_what_it_is(number, kind, line):

@@ -251,7 +251,7 @@ def test_without_a_readable_image_nothing_is_written(run, tmp_path, given, messa
         (".", "is not a regular file; name a CSV"),
         ("in", "is not a regular file; name a CSV"),
         ("in/x/x000_0.png", "is one of the files given"),
-        ("in/x/x000_0.png/out.csv", "x000_0.png is no directory; name another place"),
+        ("in/x/x000_0.png/out.csv", "x000_0.png is not a directory; name another place"),
     ],
 )
 def test_a_bad_out_is_refused_before_any_work(run, tmp_path, monkeypatch, out, message):
