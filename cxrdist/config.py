@@ -368,8 +368,8 @@ class TrainConfig:
     """Augmented copies of each image per epoch, by class; 1 for classes that are not named."""
     balance: Literal["none", "classes"] = "none"
     """classes: choose copies so that each class has about as many images per epoch as the most
-    frequent class of the training split; whole numbers, at most 50, in place of `copies`. Not
-    available for multi-label data: copies for one label would also multiply the others."""
+    frequent class of the training split; whole numbers, at most 50, in place of `copies`. No copies
+    for multi-label data, where copies for one label would also multiply the others."""
     uncertain: str = "ignore"
     """How uncertain labels are trained: ignore (no loss), positive (U-Ones of Irvin et al. 2019) or
     negative (U-Zeros); exceptions for single labels follow it, as in positive,Edema=negative.

@@ -245,7 +245,7 @@ def half(weights):
     [
         (boolean, r"features\.norm0\.weight holds bool numbers, expected floating point"),
         (integer, r"features\.conv0\.weight holds int8 numbers, expected floating point"),
-        (not_finite, r"features\.conv0\.weight holds numbers that are not finite"),
+        (not_finite, r"features\.conv0\.weight contains numbers that are not finite"),
         (other_counter, r"features\.norm0\.num_batches_tracked holds bool numbers"),
         (half, None),
     ],

@@ -203,7 +203,7 @@ def test_a_tensor_cannot_reach_beyond_its_numbers(tmp_path):
         storage = torch.ones(2)._typed_storage()
         tensor = Call(torch._utils._rebuild_tensor_v2, storage, *arguments, False, {})
         torch.save({"a": tensor}, tmp_path / "w.pt")
-        assert "holds a tensor" in refused(tmp_path / "w.pt", tmp_path / "marker")
+        assert "contains a tensor" in refused(tmp_path / "w.pt", tmp_path / "marker")
 
 
 def test_what_checkpoints_hold_beside_tensors_is_read_past(tmp_path):
@@ -335,7 +335,7 @@ def test_the_head_of_an_old_file_is_plain(tmp_path, place):
     else:
         head[0] = b"\x80\x02" + long_integer(0) + b"."
     (tmp_path / "w.pt").write_bytes(b"".join(head) + pickle.dumps({}, 2) + pickle.dumps([], 2))
-    assert "--init x: no readable checkpoint" in refused(tmp_path / "w.pt", tmp_path / "marker")
+    assert "--init x: not a readable checkpoint" in refused(tmp_path / "w.pt", tmp_path / "marker")
 
 
 def test_the_number_of_a_memo_costs_nothing(tmp_path):
