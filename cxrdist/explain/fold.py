@@ -106,7 +106,7 @@ class Stem(NamedTuple):
     """[C, channels, 7, 7]."""
     bias: Tensor
     """[C]."""
-    place: tuple[int, int]
+    stride_padding: tuple[int, int]
     """Stride and padding of the convolution in pixels."""
     max_pool: tuple[int, int, int]
     """Window, stride and padding in pixels."""

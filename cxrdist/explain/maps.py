@@ -20,7 +20,7 @@ from cxrdist.run import atomic_file, open_regular
 
 T = TypeVar("T")
 
-BATCHES_A_SHARD = 16
+BATCHES_PER_SHARD = 16
 """A shard is what a killed run repeats at most, and what a rank takes at once."""
 
 _DEFLATE_LEVEL = 1
