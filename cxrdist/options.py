@@ -185,9 +185,7 @@ def _utf8(word: str) -> str:
     """
     shown = word.encode("utf-8", "backslashreplace").decode("utf-8")
     if shown != word:
-        raise CxrdistError(
-            f"{shown} is not valid UTF-8; rename it, or give its folder instead"
-        )
+        raise CxrdistError(f"{shown} is not valid UTF-8; rename it, or give its folder instead")
     return word
 
 

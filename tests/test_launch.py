@@ -101,7 +101,7 @@ def test_what_accelerate_refuses_is_one_line(monkeypatch, capsys, own_signals):
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
     assert launch.main(["--config_file", "cpu", "check", "x"]) == 2
     assert capsys.readouterr().err == (
-        "cxrdist: launch: Tried to launch on port `29500`, but another process has it; mend the "
+        "cxrdist: launch: Tried to launch on port `29500`, but another process has it; fix the "
         "options before the command\n"
     )
 
