@@ -73,7 +73,7 @@ _OPTIONS = (
 # NNNNNN.tar.
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
 Row = tuple[int, int, list[str]]
-Tested = tuple[int, Flipping, randomisation.Found]
+Tested = tuple[int, Flipping, randomisation.Comparison]
 
 
 @dataclass(frozen=True)
