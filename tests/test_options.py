@@ -183,7 +183,7 @@ REFUSED = [
     (["evaluate", "--run=r", "--shards=s", "--split", "tset"], "nearest is test"),
     (["pack", "--source", "chexprt", "--input=i", "--out=o"], "nearest is chexpert"),
     (["pack", "--source", "csv", "--input"], "--input: expected a value after it, a path"),
-    (["check", "a", "b"], "'b' is no option"),
+    (["check", "a", "b"], "'b' is not an option"),
     (["train", *PATHS, "--seed.x", "3"], "--seed.x: --seed is a single value without fields"),
     (["train", *PATHS, "--network", "3"], "--network: is 3, expected its fields"),
     (["train", *PATHS, "--copies.a", "{"], "--copies.a '{': "),

@@ -172,7 +172,7 @@ def test_a_call_is_refused_and_does_not_run(tmp_path, name, new):
     payload = calls(marker)[name]
     content = {"state_dict": {"a": torch.ones(2)}, "extra": payload}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=new)
-    assert "holds more than data (it calls " in refused(tmp_path / "w.pt", marker)
+    assert "contains more than data (it calls " in refused(tmp_path / "w.pt", marker)
     if name not in WITHOUT_MARKER:
         result = pickle.loads(pickle.dumps(payload))
         if isinstance(result, subprocess.Popen):

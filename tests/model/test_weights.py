@@ -348,7 +348,7 @@ def test_convert_writes_what_any_library_reads_and_keeps_what_is_known(tmp_path,
     assert after.record["layout"] == before.record["layout"]
     assert after.record["started_from"]["sha256"] == before.record["sha256"]
     assert main(arguments) == 2
-    assert "stands already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_convert_keeps_one_channel_and_its_scale(tmp_path):
@@ -411,8 +411,8 @@ def entry(shape, kind="F32", num_bytes=0):
         ({f"t{i}": entry([0]) for i in range(20_000)}, "more than 10000 tensors"),
         ({"t": entry([1] * 100_000, num_bytes=4)}, "more than 8 dimensions"),
         ({"t": entry([2**62, 2**62, 0])}, "not a readable checkpoint"),
-        ({"t": entry([1], "F8_E4M3", 1)}, "t holds float8_e4m3fn numbers"),
-        ({"t": entry([1], "BOOL", 1)}, "t holds bool numbers"),
+        ({"t": entry([1], "F8_E4M3", 1)}, "t contains float8_e4m3fn numbers"),
+        ({"t": entry([1], "BOOL", 1)}, "t contains bool numbers"),
         (b'{"a":' * 10**5, "not a readable checkpoint"),
         (b"{" + b" " * (5 << 20), "its header has more than 4 MiB"),
     ],
