@@ -35,7 +35,7 @@ __all__ = [
     "read_image",
 ]
 
-if TYPE_CHECKING:  # so that a type checker knows each name, and that there is no other one
+if TYPE_CHECKING:  # a type checker cannot see the names that __getattr__ imports
     from cxrdist.data.dataset import LabelledImage, ShardDataset, open_shards
     from cxrdist.errors import CxrdistError
     from cxrdist.explain.attribution import Attribution

@@ -1,7 +1,7 @@
-"""The recipes that come with cxrdist: what each is for, and what it reaches.
+"""The recipes that come with cxrdist: their purpose and their results.
 
-A recipe's file begins with a comment. Its first sentence says what the recipe is for; in recipes of
-`cxrdist train`, paragraphs that begin with ``Expected:`` and ``Measured:`` have the figures.
+A recipe's file begins with a comment. Its first sentence describes the purpose; in recipes of
+`cxrdist train`, paragraphs that begin with ``Expected:`` and ``Measured:`` contain the results.
 """
 
 import re
@@ -19,7 +19,7 @@ COMMANDS = {RECIPES: "train", SHARD_RECIPES: "pack"}
 
 
 def recipes(config: RecipesConfig) -> None:
-    """Print what the recipes are for, or the file of one.
+    """Print the purpose and results of all recipes, or the file of one.
 
     Raises:
         CxrdistError: there is no recipe of this name.
@@ -46,7 +46,7 @@ def summary(text: str) -> list[str]:
 
 
 def _counts(text: str) -> list[str]:
-    """Return a line with the images that a recipe of `cxrdist pack` expects of each class."""
+    """Return a line with the images per class that a recipe of `cxrdist pack` expects."""
     expected = parse_yaml(text.encode()).get("expect", {})
     counts = ", ".join(f"{name} {images:,}" for name, images in expected.items())
     return [f"Expected images per class: {counts}."] if counts else []

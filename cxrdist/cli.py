@@ -1,4 +1,4 @@
-"""The command `cxrdist`: options in, exit code out."""
+"""The command line of cxrdist: parse the options, run the command, return the exit code."""
 
 import io
 import os
@@ -39,7 +39,7 @@ COMMANDS = {
         "data.text:find_text", "FindTextConfig", "burned-in text -> CSV of boxes, to be covered"
     ),
     "probe-text": Command(
-        "probe_text:probe_text", "ProbeTextConfig", "does the network read words on the images?"
+        "probe_text:probe_text", "ProbeTextConfig", "does the network use words on the images?"
     ),
     "localise": Command(
         "localise:localise", "LocaliseConfig", "where the network looks, against boxes or masks"
@@ -47,7 +47,7 @@ COMMANDS = {
     "probe-background": Command(
         "probe_background:probe_background",
         "ProbeBackgroundConfig",
-        "what do the images tell without their lungs?",
+        "can the classes be told without the lungs?",
     ),
     "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
     "compare": Command(
@@ -68,9 +68,9 @@ COMMANDS = {
     "schema": Command(
         "schema:print_schema", "SchemaConfig", "JSON schema of each document", "document"
     ),
-    "demo": Command("demo:demo", "DemoConfig", "the whole way on synthetic X-rays"),
+    "demo": Command("demo:demo", "DemoConfig", "all steps on synthetic X-rays"),
     "recipes": Command(
-        "catalogue:recipes", "RecipesConfig", "what there is for --config, with figures", "name"
+        "catalogue:recipes", "RecipesConfig", "recipes for --config, with measured results", "name"
     ),
     "bench": Command("bench.jobs:bench", "BenchConfig", "measure this machine side by side"),
 }
@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         if _is_flushed(sys.stdout):
             raise
-        code = 1  # who reads has seen enough, such as `| head`
+        code = 1  # the reader of the pipe has seen enough, such as `| head`
     except (CxrdistError, RunFailedError, RuntimeError, OSError) as error:
         _is_flushed(sys.stdout)
         code = _report_failure(error)
@@ -139,11 +139,11 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
     """Read a command and its options.
 
     Returns:
-        The command, its config, and a line for the user on a recipe that was not asked for.
+        The command, its config, and a line for the user if a default recipe is used.
 
     Raises:
         CxrdistError: there is no such command, or its options are wrong.
-        SystemExit: the help was asked for, and is printed.
+        SystemExit: help was requested, and is printed.
     """
     name, rest = _command(arguments)
     if {"-h", "--help"} & {*rest}:
@@ -160,9 +160,9 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
 
 
 def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
-    """Return the recipe of a training whose options name none, and why it is this one.
+    """Return the default recipe of a training, and the reason for it.
 
-    None where there is one, or where the options give the stages themselves.
+    The recipe is None if the options name a recipe or give the stages themselves.
     """
     given = {argument.partition("=")[0] for argument in arguments}
     if given & {"--config", "--stages"}:
@@ -174,10 +174,10 @@ def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
 
 
 def _report_failure(error: Exception) -> int:
-    """Print one line on an error for users; the exit code.
+    """Print an error for users in one line, and return the exit code.
 
     Raises:
-        Exception: the error itself, if it is a fault of the program.
+        Exception: the error itself, if it is a bug and not an error for users.
     """
     line: object = error
     if isinstance(error, OSError):
@@ -186,8 +186,8 @@ def _report_failure(error: Exception) -> int:
         if another_rank_failed():
             return 1
         line = RunFailedError(
-            f"rank {os.environ['RANK']}: the connection to another rank was lost; that one's own "
-            "message, or its launcher's, says why"
+            f"rank {os.environ['RANK']}: the connection to another rank was lost; see the message "
+            "of that rank or its launcher"
         )
     if not isinstance(line, (CxrdistError, RunFailedError)):
         raise error
@@ -196,15 +196,15 @@ def _report_failure(error: Exception) -> int:
 
 
 def _is_flushed(stream: TextIO) -> bool:
-    """Return whether a stream takes what is printed; if not, let that go nowhere from now on."""
+    """Return whether a stream accepts output; if not, redirect it to /dev/null."""
     try:
         stream.flush()
-        # Without a buffer (PYTHONUNBUFFERED) nothing is left to be flushed: ask for the reader.
+        # Flushing an unbuffered stream (PYTHONUNBUFFERED) never fails, so check for a reader.
         pipe = select.poll()
         pipe.register(stream.fileno(), select.POLLOUT)
         if not any(event & select.POLLERR for _, event in pipe.poll(0)):
             return True
-    except io.UnsupportedOperation:  # no file of the system
+    except io.UnsupportedOperation:  # a stream without a file descriptor
         return True
     except OSError:
         pass
@@ -213,14 +213,14 @@ def _is_flushed(stream: TextIO) -> bool:
 
 
 def _print_what_cannot_be_encoded() -> None:
-    r"""Let a terminal without the letters of a name, such as an ASCII one, show them as \uXXXX."""
+    r"""Make terminals show characters outside their encoding as \uXXXX instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
-    """Return the command, of one word or two, and what stands behind it.
+    """Return the command, of one or two words, and the arguments after it.
 
     Raises:
         CxrdistError: there is no such command.
@@ -237,7 +237,7 @@ def _command(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _is_group(word: str) -> bool:
-    """Return whether a word is the first of commands of two words."""
+    """Return whether a word is the first of a command of two words."""
     return any(name.startswith(f"{word} ") for name in COMMANDS)
 
 

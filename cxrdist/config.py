@@ -15,27 +15,28 @@ OpenUnitInterval = Annotated[float, Inside(0, 1)]
 ClosedUnitInterval = Annotated[float, Between(0, 1)]
 Depth = Annotated[int, Between(8, 16)]
 
-# DenseNet161 has the growth rate 48, DenseNet264 a block of 64 layers (Huang et al. 2016, Table 1).
+# The largest published: growth rate 48 (DenseNet161), a block of 64 layers (DenseNet264); Huang et
+# al. 2016, Table 1.
 MOST_GROWTH_RATE = 128
 MOST_DENSE_LAYERS = 128
 DenseLayers = Annotated[int, Between(1, MOST_DENSE_LAYERS)]
 
 
 def location(text: str) -> Path:
-    """Return a path, or for an fsspec URL such as s3://bucket/folder its counterpart.
+    """Return a Path, or a UPath for an fsspec URL such as s3://bucket/folder.
 
     Raises:
-        CxrdistError: it is neither.
+        CxrdistError: the text is neither.
     """
     if "://" not in text:
         try:
-            return Path(text).expanduser()  # the shell leaves the ~ of --out=~/shards as it is
+            return Path(text).expanduser()  # shells do not expand the ~ in --out=~/shards
         except RuntimeError as error:
             raise CxrdistError(f"{text}: {error}; write the directory out") from error
     from upath import UPath
 
     try:
-        return cast(Path, UPath(text))  # not a Path in name, but in what it does
+        return cast(Path, UPath(text))  # not a subclass of Path, but it has the same methods
     except (ValueError, ImportError) as error:
         raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
 
@@ -57,7 +58,7 @@ SourceName = Literal[
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """What is read, and how."""
+    """The images to read, and how to read them."""
 
     source: SourceName
     """folder: one sub-folder per class, also within train/ val/ test/ or with these below it. csv:
@@ -83,11 +84,11 @@ class SourceConfig:
     table tells the view, else a DICOM tag, else the file's name."""
     label_map: Path | None = None
     """A YAML file of the source's labels and those to pack in their place; several may become one,
-    null leaves a label out (of one class per image, its images). Labels that it does not name stay
-    as they are."""
+    null leaves a label out (and with one class per image, its images). Labels that it does not name
+    stay as they are."""
     empty_cells: Literal["ignore", "negative"] = "ignore"
-    """What an empty cell of a label stands for: ignore (nothing is known: no loss and no score), or
-    negative. The shards tell which negatives are such."""
+    """Meaning of an empty cell of a label: ignore (unknown: no loss and no score), or negative. The
+    shards record which negatives were empty cells."""
     masks: Path | None = None
     """Masks of the lungs: a folder with masks under their images' names (or in masks/ in place of
     images/, as the COVID-19 Radiography Database has them), or a table of run lengths as CheXmask
@@ -103,55 +104,56 @@ class PackConfig(SourceConfig):
     size: PositiveInt = 224
     """Side of the packed squares, in pixels."""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """How an image becomes square. pad and stretch let the border's shape or the heart's width tell
-    the source of an image, crop (centre) does not."""
+    """How an image becomes square. pad and stretch reveal the source of an image by the shape of
+    its border or the width of the heart; crop (centre) does not."""
     depth: Depth | None = None
     """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
     to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
-    values of the whole source, but for one pixel in a thousand of an image."""
+    values of the whole source, except for one pixel in a thousand per image."""
     split: str | None = None
     """Fractions of train/val/test, by patient; 0 leaves a split empty: 0/0/1 packs a set for
     evaluation only. Or paper: 60 images of each class for test, the rest 80/20 train/val. Splits
-    that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence; of
-    several sources those without splits are drawn. 0.7/0.1/0.2 if not given."""
+    that the source fixes (a csv column `split`, ChestX-ray14's official lists) take precedence;
+    with several sources, only those without splits are split here. 0.7/0.1/0.2 if not given."""
     duplicates: Literal["join", "drop", "report"] = "join"
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
     anonymise: bool | None = None
-    """Give images, patients and sources names that tell nothing; OUT.names.csv, which stays with
-    the owner, says what they stand for. If not given: true for a source with DICOM files."""
+    """Replace the names of images, patients and sources by meaningless ones; OUT.names.csv, which
+    stays with the owner, maps them back. If not given: true for a source with DICOM files."""
     expect: dict[str, NonNegativeInt] = field(default_factory=dict)
-    """Images that each class should have, after --label-map and --views; other counts are reported.
-    For recipes of public data sets."""
+    """Expected images per class, after --label-map and --views; mismatches are reported. For
+    recipes of public data sets."""
     seed: NonNegativeInt = 0
     """Seed of the splits and of the order inside the shards."""
     shard_size: PositiveInt = 1000
     """Samples per shard."""
     workers: PositiveInt | None = None
-    """Processes that decode; all cores if not given. The bytes do not depend on it."""
+    """Processes that decode; one per core if not given. The shards do not depend on it."""
     skip_bad: bool = False
     """List unreadable images in rejected.csv instead of stopping."""
     text_boxes: Path | None = None
     """Cover burned-in text in the boxes of this CSV, which cxrdist find-text makes."""
     cover: Literal["black", "fill"] = "black"
-    """How: with black rectangles (paper, section 2.2), or filled smoothly from the surroundings. A
-    network may take a black rectangle for the word below it; cxrdist probe-text measures both."""
+    """How to cover the text: with black rectangles (paper, section 2.2), or filled smoothly from
+    the surroundings. A network may learn a black rectangle as a proxy for the word; cxrdist
+    probe-text measures both."""
     cover_split: Literal["train", "val", "test", "all"] = "all"
-    """Where: the paper covered the test images only."""
+    """Split in which to cover the text; the paper covered the test images only."""
     lungs_only: bool = False
-    """Make all black but what --masks cover, and leave out images without a mask: shards for the
-    comparison with a network that sees nothing else."""
+    """Black out everything outside --masks, and leave out images without a mask: shards to compare
+    with a network that sees nothing but the lungs."""
     task: NonNegativeInt | None = None
-    """Decode only this part of the images, 0 to num_tasks - 1: one task of a SLURM array."""
+    """Decode only this share of the images, 0 to num_tasks - 1: one task of a SLURM array."""
     num_tasks: PositiveInt | None = None
-    """Parts that the images are decoded in."""
+    """Number of tasks among which the images are divided."""
     merge: bool = False
-    """Make the shards of what the tasks have decoded."""
+    """Make shards from the images that the tasks have decoded."""
 
 
 @dataclass(frozen=True)
 class FindTextConfig:
-    """Find burned-in text and markers; what is found is a CSV that a person can edit."""
+    """Find burned-in text and markers, and write them to a CSV that a person can edit."""
 
     source: SourceName
     """As in cxrdist pack."""
@@ -159,16 +161,16 @@ class FindTextConfig:
     """As in cxrdist pack."""
     out: Path
     """The CSV to write: path (relative to the source), x, y, width, height (in px of the original
-    as it is shown), text, score."""
+    as displayed), text, score."""
     allow_outside: bool = False
     """As in cxrdist pack."""
     workers: PositiveInt | None = None
-    """Processes that look; all cores if not given."""
+    """Processes that search; one per core if not given."""
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Check that shards are what their index says."""
+    """Check that shards match their index."""
 
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
@@ -178,7 +180,7 @@ class CheckConfig:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The random affine warp; the ranges by default are the paper's (section 2.3)."""
+    """The random affine warp; the default ranges are the paper's (section 2.3)."""
 
     degrees: Annotated[float, Between(0, 180)] = 40.0
     """Rotation, drawn from -degrees to degrees."""
@@ -196,19 +198,19 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Background:
-    """A part of the loss that keeps the network from reading what is not lung."""
+    """A loss term that keeps the network from using the background of the lungs."""
 
     weight: PositiveFloat
-    """What it counts, beside a mean cross-entropy per label of 1."""
+    """Weight of this term; the mean cross-entropy per label has the weight 1."""
     region: str = "thorax"
     """What counts as background, with commas between several: masks (outside the masks of the
     lungs, where an image has one), text (inside the boxes of --text-boxes), border (the outer tenth
     of the image), thorax (outside a fixed ellipse around the thorax)."""
     method: Literal["lrp", "gradient"] = "lrp"
-    """lrp: the share of the relevance of the logits that lies there (ISNet, Bassi et al. 2024), and
-    that of their gradient, which sees what inhibits; steps pay them in turn, the validation their
-    mean; DenseNets only. gradient: the squared gradient of the log-probabilities there (Ross et al.
-    2017)."""
+    """lrp: the share of the logits' relevance in the background (ISNet, Bassi et al. 2024), and the
+    share of their gradient, which also shows inhibition; training steps alternate between the two,
+    validation uses their mean; DenseNets only. gradient: the squared gradient of the
+    log-probabilities in the background (Ross et al. 2017)."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +218,11 @@ class Stage:
     """One stage of training; the blocks that `lr` does not name are frozen."""
 
     lr: dict[str, PositiveFloat]
-    """Learning rate of each block that is trained. Of a DenseNet: stem, denseblock1 to denseblock4,
-    head; cxrdist/model/networks.py lists those of the others. `all` stands for all blocks that are
-    not named."""
+    """Learning rate of each block that is trained. Blocks of a DenseNet: stem, denseblock1 to
+    denseblock4, head; cxrdist/model/networks.py lists those of other networks. `all` stands for all
+    blocks that are not named."""
     epochs: PositiveInt
-    """Passes over the plan, at most."""
+    """Passes over the training images, at most."""
     patience: PositiveInt
     """Epochs without a better validation loss before the stage ends early."""
     block_decay: Annotated[float, Inside(0), Between(0, 1)] = 1.0
@@ -233,7 +235,7 @@ class Stage:
     warmup_epochs: NonNegativeInt = 0
     """Epochs in which the rates rise linearly from near 0."""
     background: Background | None = None
-    """Keep the network from reading the background; nothing of the kind if not given."""
+    """Loss term that keeps the network from using the background; none if not given."""
 
 
 Architecture = Literal[
@@ -278,15 +280,15 @@ class Network:
     block_config: tuple[DenseLayers, DenseLayers, DenseLayers, DenseLayers] | None = None
     """DenseNets only: dense layers of each block. If not given: as published."""
     dropout: Annotated[float, Between(0), Inside(most=1)] = 0.5
-    """Probability before the output layer (paper, section 3.2); of alexnet before each of its two
-    hidden layers."""
+    """Dropout probability before the output layer (paper, section 3.2); in alexnet before each of
+    its two hidden layers."""
 
     def __post_init__(self) -> None:
-        """Bound the memory that the network can take.
+        """Reject unknown, invalid and excessively large networks.
 
         Raises:
-            CxrdistError: there is no such network, it has no such shape, or it is larger than any
-                published DenseNet by far.
+            CxrdistError: the architecture is unknown, does not take these options, or would be much
+                larger than any published DenseNet.
         """
         names = get_args(Architecture)
         if self.architecture not in names:
@@ -313,7 +315,7 @@ class Network:
 
     @property
     def is_densenet(self) -> bool:
-        """Whether it is a DenseNet, of a published shape or of another."""
+        """Whether it is a DenseNet, of a published or another shape."""
         return self.architecture in DENSENETS
 
     @property
@@ -323,10 +325,10 @@ class Network:
 
     @property
     def dense_shape(self) -> tuple[int, tuple[int, ...]]:
-        """Growth rate and layers of each block of a DenseNet.
+        """Growth rate, and layers of each block, of a DenseNet.
 
         Raises:
-            ValueError: it is another network.
+            ValueError: the network is not a DenseNet.
         """
         if not self.is_densenet:
             raise ValueError(f"{self.architecture} is not a DenseNet")
@@ -338,7 +340,7 @@ class Network:
 
     @property
     def title(self) -> str:
-        """The architecture for people; of a DenseNet that is not published, its shape."""
+        """Display name of the architecture; for an unpublished DenseNet, its shape."""
         if self.is_densenet and self.dense_shape != DENSENETS[self.architecture]:
             growth_rate, layers = self.dense_shape
             return (
@@ -350,41 +352,42 @@ class Network:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a network in stages; the same command in the same run directory goes on."""
+    """Train a network in stages; the same command with the same run directory resumes."""
 
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
     run: Path
     """Run directory."""
     stages: dict[str, Stage]
-    """Stages by name, in their order. Each starts from the best weights of the one before."""
+    """Stages by name, in order. Each starts from the best weights of the one before."""
     init: str = "imagenet"
     """chexnet (densenet121 only) or imagenet (downloaded), none (random), a checkpoint file
-    (safetensors or torch.save), its URL (#sha256=DIGITS behind it is checked), or a run
+    (safetensors or torch.save), its URL (#sha256=DIGITS at its end is checked), or a run
     directory."""
     copies: dict[str, PositiveInt] = field(default_factory=dict)
-    """Augmented copies of each image in an epoch, by class; 1 where a class is not named."""
+    """Augmented copies of each image per epoch, by class; 1 for classes that are not named."""
     balance: Literal["none", "classes"] = "none"
-    """classes: copies from the counts of the training split, which give each class about as many
-    images in an epoch as the most frequent one; whole numbers, at most 50, in place of `copies`. No
-    copies where an image may have several labels: those of one label would be of others too."""
+    """classes: choose copies so that each class has about as many images per epoch as the most
+    frequent class of the training split; whole numbers, at most 50, in place of `copies`. No copies
+    for multi-label data, where copies for one label would also multiply the others."""
     uncertain: str = "ignore"
-    """What a label that is uncertain counts as in training: ignore (no loss), positive (U-Ones of
-    Irvin et al. 2019) or negative (U-Zeros); labels of their own behind it, as in
-    positive,Edema=negative. No score counts an uncertain label."""
+    """How uncertain labels are trained: ignore (no loss), positive (U-Ones of Irvin et al. 2019) or
+    negative (U-Zeros); exceptions for single labels follow it, as in positive,Edema=negative.
+    Uncertain labels are never scored."""
     global_batch_size: PositiveInt = 9
-    """Images in an optimiser step over all ranks."""
+    """Images per optimiser step over all ranks."""
     max_images_per_rank: PositiveInt | None = None
-    """Images of one forward pass on a rank; a larger slice is taken in equal micro-batches, and
+    """Images per forward pass on a rank; a larger slice is split into equal micro-batches, and
     trained BatchNorm sees one micro-batch of each rank at a time."""
     batch_norm: Literal["synchronised", "per_rank"] = "synchronised"
-    """synchronised: where a stage trains BatchNorm, its statistics are those of all ranks, and any
-    number of ranks trains the same network. per_rank: no communication in the layers; but the
-    gradient is not that of the whole batch, and more ranks train another, often worse network."""
+    """synchronised: where a stage trains BatchNorm, its statistics are those of all ranks, and the
+    trained network does not depend on the number of ranks. per_rank: no communication in the
+    layers, but the gradient is not that of the whole batch, and more ranks often train a worse
+    network."""
     frozen_batch_norm: Literal["kept", "moving"] = "kept"
     """BatchNorm of frozen blocks in training. kept: it normalises by its running statistics, which
-    stay as they are. moving: as PyTorch has it by default, it normalises by the images of the step,
-    and its running statistics follow them; only the parameters are frozen."""
+    do not change. moving: PyTorch's default: it normalises by the images of the step and updates
+    its running statistics; only the parameters are frozen."""
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Ranges of the random warp."""
     network: Network = field(default_factory=Network)
@@ -392,11 +395,11 @@ class TrainConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """sgd has momentum 0.9 (paper, section 3.3)."""
     max_gradient_norm: PositiveFloat | None = None
-    """The gradient of all parameters together is shortened to this norm; as it is if not given."""
+    """Clip the gradient of all parameters together to this norm; no clipping if not given."""
     average: OpenUnitInterval | None = None
-    """Decay per step of an exponential moving average of the weights, such as 0.999; less in the
-    first steps of a stage, (1 + t) / (10 + t) after t. It is what is validated and published; the
-    weights as they are if not given."""
+    """Decay per step of an exponential moving average of the weights, such as 0.999; in the first
+    steps of a stage at most (1 + t) / (10 + t) after t steps. The average is validated and
+    published; the weights themselves if not given."""
     compile: bool = False
     """Compile warp, network and loss into one graph; on one GPU, with small batches, capture the
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
@@ -406,18 +409,18 @@ class TrainConfig:
     """CSV of cxrdist find-text, for a stage with the background region text."""
     fold: str | None = None
     """Cross-validation by patient over train and val: 2/5 validates on the second of five folds and
-    trains on the others; test stays untouched. As the shards were packed if not given."""
+    trains on the others; test stays untouched. The packed splits if not given."""
     cache: Path | None = None
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
     save_steps: PositiveInt = 1000
-    """Optimiser steps between two saves within an epoch; each epoch ends with one in any case."""
+    """Optimiser steps between two saves within an epoch; the end of each epoch is always saved."""
     track: str | None = None
-    """Accelerate trackers, names with commas between them; their files go to RUN/tracking."""
+    """Comma-separated names of Accelerate trackers; their files go to RUN/tracking."""
 
 
 @dataclass(frozen=True)
 class WeightsShowConfig:
-    """Show what a checkpoint holds; it must be a whole network. Fetches what has to be fetched."""
+    """Show the content of a checkpoint of a whole network; downloads it if needed."""
 
     file: str
     """A checkpoint file, or whatever else --init takes."""
@@ -444,25 +447,25 @@ class EvaluateConfig:
     split: Literal["train", "val", "test"] = "test"
     """Split to evaluate."""
     name: str | None = None
-    """Name of an external set, which shards are that the run was not trained on; its results go to
+    """Name of an external set, for shards that the run was not trained on; its results go to
     RUN/external/NAME. The name of its directory if not given."""
     seen: Literal["drop", "report"] = "drop"
     """Images of an external set that the network has seen in training or validation, copies of
-    them, and other images of the same patients: drop counts them and leaves them out of the scores,
+    them, and other images of the same patients: drop counts them and leaves them out of the scores;
     report scores them too, and marks them."""
     label_map: Path | None = None
-    """YAML file for an external set, its label: the model's. Labels that are not named there keep
-    their names; the scores are of the classes that both have."""
+    """YAML file that maps each label of an external set to a label of the model. Labels that are
+    not listed keep their names; only classes that both have are scored."""
     operating_point: str | None = None
     """How the threshold of each class is chosen on the validation split: youden (largest
     sensitivity + specificity), sensitivity=0.95 or specificity=0.95. If not given, the model keeps
-    its rule; the first one is youden."""
+    its rule, at first youden."""
     prevalence: OpenUnitInterval | None = None
-    """Share of patients with each class where the model is to be used, for its predictive values;
-    they are also given at the prevalence of the images."""
+    """Share of patients with each class where the model will be used, for predictive values; they
+    are also given at the prevalence in the images."""
     fewest: PositiveInt = 10
-    """Positives, and negatives, below which a score is not headlined but said to rest on too few
-    images."""
+    """Fewest positives, and fewest negatives, for a headline score; with less, the report says that
+    it rests on too few images."""
     batch_size: PositiveInt = 32
     """Images of one forward pass."""
     cache: Path | None = None
@@ -482,27 +485,27 @@ class ExplainConfig:
     name: str | None = None
     """Name of an external set, as in cxrdist evaluate."""
     classes: str = "all"
-    """all, or class names with commas between them."""
+    """all, or comma-separated class names."""
     limit: PositiveInt | None = None
-    """Explain this many samples: first the mistakes of cxrdist evaluate, the surest first, then the
-    classes in turn; all if not given."""
+    """Explain this many samples: first the mistakes found by cxrdist evaluate, most confident
+    first, then the classes in turn; all if not given."""
     contrast: str | None = None
-    """Two class names with a comma between them: a map of the first minus the second. If not given:
-    a picture of the likeliest class of each image minus the second likeliest one."""
+    """Two comma-separated class names: a map of the first minus the second. If not given: a picture
+    of the likeliest class of each image minus the second likeliest one."""
     preset: Literal["canonical", "innvestigate"] = "canonical"
-    """canonical: right for every network but convnext_atto, which has no proven rules and cannot be
-    explained. innvestigate: what the paper's program gives of a DenseNet."""
+    """canonical: for every network except convnext_atto, which has no proven rules and cannot be
+    explained. innvestigate: the maps of the paper's program, for DenseNets."""
     composite: str | None = None
     """Name of a zennit composite to use instead, on the canonical network; has no ledger."""
     flat: bool = True
-    """Flat rule in the first layer; without it the z+ rule."""
+    """Use the flat rule in the first layer; if false, the z+ rule."""
     biases: bool = True
-    """Biases absorb their share of the relevance; without, denominators have none."""
+    """Biases absorb their share of the relevance; if false, denominators leave them out."""
     format: Literal["npz", "webdataset"] = "npz"
     """npz: a float32 file per image. webdataset: tars of float16 maps, half the space."""
     pictures: bool = True
-    """Write heat maps as well, and look for the nearest training image of each sample, which takes
-    a forward pass of all training images."""
+    """Write heat maps as well, and find the nearest training image of each sample, which takes a
+    forward pass over all training images."""
     batch_size: PositiveInt = 4
     """Images of one forward pass."""
     cache: Path | None = None
@@ -526,10 +529,10 @@ class ProbeTextConfig:
     word: str = "SEDUTO"
     """Word to paste on the images (paper, section 4.1)."""
     place: Literal["upper-left", "upper-right", "lower-left", "lower-right"] = "upper-left"
-    """Corner to paste it into."""
+    """Corner to paste the word into."""
     height: Annotated[float, Inside(0), Between(0, 0.5)] = 0.06
-    """Size of its font as a fraction of the image's side, at least 6 px; capital letters are about
-    three quarters as high."""
+    """Font size as a fraction of the image's side, at least 6 px; capital letters are about three
+    quarters as high."""
     limit: PositiveInt | None = None
     """Explain this many images with text, the first in the shards; all if not given."""
     batch_size: PositiveInt = 16
@@ -540,18 +543,17 @@ class ProbeTextConfig:
 
 @dataclass(frozen=True)
 class LocaliseConfig:
-    """Score where the network looks against boxes or masks that people have drawn."""
+    """Score where the network looks against boxes or masks drawn by people."""
 
     run: Path
     """Run directory of a finished training."""
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
     boxes: Path | None = None
-    """CSV with the columns image, label, x, y, width and height, in px of the originals as they are
-    shown, or the NIH's BBox_List_2017.csv."""
+    """CSV with the columns image, label, x, y, width and height, in px of the originals as
+    displayed, or the NIH's BBox_List_2017.csv."""
     masks: Path | None = None
-    """Masks of the lungs, as in cxrdist pack. With neither of the two: the boxes and masks that the
-    shards hold."""
+    """Masks of the lungs, as in cxrdist pack. With neither boxes nor masks: those in the shards."""
     split: Literal["train", "val", "test"] = "test"
     """Split to score."""
     name: str | None = None
@@ -564,15 +566,15 @@ class LocaliseConfig:
 
 @dataclass(frozen=True)
 class ProbeBackgroundConfig:
-    """Measure what a small network makes of the images without their lungs."""
+    """Measure how well a small network classifies the images without their lungs."""
 
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
     out: Path
-    """Directory to write; a killed command, given again, resumes there."""
+    """Directory to write; the same command resumes there after it was killed."""
     masks: Path | None = None
-    """Masks of the lungs, as in cxrdist pack. If not given: the masks that the shards hold, or
-    without any a fixed ellipse."""
+    """Masks of the lungs, as in cxrdist pack. If not given: the masks in the shards, or a fixed
+    ellipse if there are none."""
     seed: NonNegativeInt = 0
     """Seed of the networks and of the shuffled pixels."""
     cache: Path | None = None
@@ -581,34 +583,34 @@ class ProbeBackgroundConfig:
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """Probabilities of image files as a CSV, with the images prepared as in training."""
+    """Write class probabilities of image files to a CSV, with images prepared as in training."""
 
     run: Path
     """Run directory of a finished training."""
     images: list[Path]
-    """Image files (whatever cxrdist pack reads), or folders, in which links are followed."""
+    """Image files (any kind that cxrdist pack reads), or folders, in which links are followed."""
     out: Path
-    """CSV to write: path, prob_CLASS..., predicted (of several labels all from 0.5 on). What could
-    not be read, and files that are no images, are listed in NAME-rejected.csv beside it."""
+    """CSV to write: path, prob_CLASS..., predicted (with several labels, all of at least 0.5).
+    Unreadable images, and files that are not images, are listed in NAME-rejected.csv beside it."""
     explain: bool = False
     """Also write NAME-heatmaps/ beside the CSV: heat maps over the original images (at most 2048 px
-    wide and high), their relevance as arrays, and relevance.csv, which says whose they are."""
+    wide and high), their relevance as arrays, and relevance.csv, which maps them to the images."""
     dicom: Path | None = None
-    """New folder of DICOM files, for DICOM images only: of each image a structured report with the
+    """New folder of DICOM files, for DICOM images only: for each image a structured report with the
     probabilities and a secondary capture with the heat map of each class, in the study of the
     image, marked as research only (needs cxrdist[dicom])."""
     skip_bad: bool = False
     """End with exit code 0 although some images could not be read."""
     fit: Literal["crop", "pad", "stretch"] | None = None
-    """How an image becomes square; as the training images if not given."""
+    """How an image becomes square; as in training if not given."""
     depth: Depth | None = None
     """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
-    to 16, as in cxrdist pack. If not given: as the training images; if these had no such depth,
-    what cxrdist pack would take for the images given."""
+    to 16, as in cxrdist pack. If not given: as in training; if that had none, the depth that
+    cxrdist pack would choose for these images."""
     text_boxes: Path | None = None
     """Cover burned-in text in the boxes of this CSV, with paths as given here or relative to the
-    folder given. Without it, text is looked for and covered if the model was trained on images with
-    covered text (needs cxrdist[text]), and left as it is if it was not."""
+    folder given. Without it, text is found and covered if the model was trained on images with
+    covered text (needs cxrdist[text]), and left as it is otherwise."""
     batch_size: PositiveInt = 16
     """Images of one forward pass."""
 
@@ -620,8 +622,8 @@ class ReportConfig:
     run: Path | None = None
     """Run directory; the page is RUN/report.html."""
     predictions: Path | None = None
-    """Instead of a run: a CSV with key, label and prob_CLASS... of each image, and patient, source,
-    view, sex, age where they are known."""
+    """Instead of a run: a CSV with key, label and prob_CLASS... for each image, and patient,
+    source, view, sex, age where known."""
     out: Path | None = None
     """Directory for the page and its metrics.json, with --predictions."""
 
@@ -633,7 +635,7 @@ class CompareConfig:
     run_a: Path
     """Run directory."""
     run_b: Path
-    """Another one."""
+    """Run directory of the other run."""
     out: Path
     """Directory for comparison.json, flipped.csv and the page; it must not exist yet."""
     split: Literal["train", "val", "test"] = "test"
@@ -644,7 +646,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Write a trained model for other programs, once its logits are known to be the same there."""
+    """Write a trained model for other programs, after checking that its logits are the same."""
 
     run: Path
     """Run directory of a finished training; onnx and torch-export also take an ensemble."""
@@ -662,7 +664,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class SeedsConfig:
-    """Train one recipe several times, and join the members into an ensemble, which is a run."""
+    """Train one recipe several times, and join the members into an ensemble."""
 
     run: Path
     """Directory to make: RUN/member-0 ... are runs, RUN itself is their ensemble."""
@@ -671,9 +673,9 @@ class SeedsConfig:
     recipe: str = "finetune"
     """Recipe of all members: a YAML file, or the name of one that comes with cxrdist."""
     seeds: Annotated[int, Between(2)] = 5
-    """Members, 2 to 20, whose seeds are 0, 1 ...; with --folds the number of folds."""
+    """Number of members, 2 to 20, with seeds 0, 1 ...; with --folds the number of folds."""
     folds: bool = False
-    """Members are folds by patient: each trains and validates on other parts of train and val."""
+    """Members are folds by patient: each validates on another part of train and val."""
     member: NonNegativeInt | None = None
     """Train only this member, as a task of a SLURM array does; all in turn if not given."""
     cache: Path | None = None
@@ -690,7 +692,7 @@ class SchemaConfig:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """The whole way on synthetic X-rays: pack, train, evaluate, explain, report."""
+    """Run all steps on synthetic X-rays: pack, train, evaluate, explain, report."""
 
     out: Path = Path("demo")
     """Directory for the images, the shards and the run; it must not exist yet."""
@@ -702,12 +704,12 @@ class DemoConfig:
     """Regular expression whose first group, found in the file name, is the patient."""
     recipe: Literal["demo", "lungs"] = "demo"
     """lungs: every synthetic X-ray of COVID-19 has faint opacities and a word, and the training
-    keeps the network from reading what is not lung."""
+    keeps the network from using the background of the lungs."""
 
 
 @dataclass(frozen=True)
 class RecipesConfig:
-    """List the recipes that come with cxrdist, with their figures, or print one of them."""
+    """List the recipes that come with cxrdist and their measured results, or print one."""
 
     name: str | None = None
     """Recipe to print; all are listed if not given."""
@@ -718,8 +720,8 @@ class BenchConfig:
     """Measure this machine side by side: packing, reading, warping, training, explaining."""
 
     only: str | None = None
-    """Measurements to run, names with commas between them; all that this machine can run if not
-    given. gpu times training steps on 1 to n GPUs: for n in 1 2 4 8; do RANKS=$n bash
+    """Comma-separated names of measurements to run; all that this machine can run if not given. gpu
+    times training steps on 1 to n GPUs: for n in 1 2 4 8; do RANKS=$n bash
     launch/local.sh bench --only gpu; done"""
     input: Path | None = None
     """Folder of original images for the packing rows; synthetic 1024 px ones if not given."""

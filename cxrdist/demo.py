@@ -1,4 +1,4 @@
-"""Demo: the whole way, from images to a report, on synthetic X-rays or on a folder of yours."""
+"""Demo: run all steps, from images to a report, on synthetic X-rays or on a folder of yours."""
 
 import csv
 import os
@@ -38,16 +38,17 @@ ORIGINAL_SIZE_PX = 2 * IMAGE_SIZE_PX
 EXPLAINED_IMAGES = 18
 LUNGS_PATIENTS_PER_CLASS = 160
 SMOKE_TEST = (
-    "a smoke test, not a result: it shows that your images go the whole way. The network is "
-    f"trained for minutes, from random weights, on squares of {IMAGE_SIZE_PX} px; for figures that "
-    "mean something use cxrdist pack and cxrdist train"
+    "a smoke test, not a result: it shows that all steps work with your images. The network is "
+    f"trained for minutes, from random weights, on squares of {IMAGE_SIZE_PX} px; for meaningful "
+    "results use cxrdist pack and cxrdist train"
 )
 FAINT = 0.55
-"""Density of the opacities beside words, times the usual: a network that may takes the word."""
+"""Density of opacities in images with words, relative to the usual one: low enough that a network
+prefers to learn the word."""
 
 
 def demo(config: DemoConfig) -> None:
-    """Pack, train on all ranks that the machine offers, evaluate, explain and report.
+    """Pack, train on all GPUs of the machine, evaluate, explain and report.
 
     Raises:
         CxrdistError: bad options, or the folder cannot be packed.
@@ -90,10 +91,11 @@ def demo(config: DemoConfig) -> None:
 
 def _refuse_bad_options(config: DemoConfig) -> None:
     if config.out.exists():
-        raise CxrdistError(f"--out {config.out}: stands already; remove it or choose another name")
+        raise CxrdistError(f"--out {config.out}: already exists; remove it or choose another name")
     if (config.source == "folder") != (config.input is not None):
         raise CxrdistError(
-            "demo: --source folder and --input DIR go together; give both, or none for phantoms"
+            "demo: --source folder and --input DIR go together; give both, or neither for "
+            "synthetic X-rays"
         )
     if config.source == "folder" and config.recipe == "lungs":
         raise CxrdistError(
@@ -133,11 +135,11 @@ def _train_on_all_ranks(recipe: str, shards: Path, run: Path, cache: Path) -> No
     print(f"training on {ranks} {'GPU' if num_gpus else 'CPU'} ranks", flush=True)
     code = subprocess.run(command, env=environment).returncode
     if code:
-        raise RunFailedError(f"the training ended with exit code {code}; its message stands above")
+        raise RunFailedError(f"the training ended with exit code {code}; see its message above")
 
 
 def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None:
-    """Return how much of the positive relevance for the true class lies where the opacities are."""
+    """Print the share of the positive relevance for the true class that lies in the opacities."""
     boxes = _planted_boxes(images / "opacities.csv", "opacity")
     shares, areas = [], []
     for sample in read_index(shards).samples:
@@ -162,7 +164,7 @@ def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None
 
 
 def write_word_boxes(table: Path, out: Path, image_size_px: int) -> None:
-    """Write the boxes of the words that stand in phantoms, as `cxrdist find-text` does.
+    """Write the boxes of the words in phantoms, in the format of `cxrdist find-text`.
 
     Args:
         table: opacities.csv of `write_phantoms`.
@@ -170,14 +172,14 @@ def write_word_boxes(table: Path, out: Path, image_size_px: int) -> None:
         image_size_px: side of the phantoms.
     """
     boxes = {
-        path: [scaled(Box(x, y, w, h, WORD), image_size_px, image_size_px) for x, y, w, h in found]
-        for path, found in _planted_boxes(table, "word").items()
+        path: [scaled(Box(x, y, w, h, WORD), image_size_px, image_size_px) for x, y, w, h in words]
+        for path, words in _planted_boxes(table, "word").items()
     }
     write_boxes(out, boxes)
 
 
 def _planted_boxes(table: Path, kind: str) -> dict[str, list[NDArray[np.float64]]]:
-    """x, y, width, height of an image's opacities or words, in fractions of its side."""
+    """Return x, y, width, height of each image's opacities or words, as fractions of its side."""
     boxes = defaultdict(list)
     with open(table, newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):

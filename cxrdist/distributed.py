@@ -1,4 +1,4 @@
-"""The ranks: start them, refuse a world that is not the one launched, agree, gather."""
+"""The ranks: start them, check the world size, agree on errors and stops, gather results."""
 
 import os
 import warnings
@@ -28,14 +28,14 @@ from cxrdist.signals import stop_requested
 T = TypeVar("T")
 
 _stay = False  # whether `finish` leaves the ranks connected
-_start_heartbeat = cache(start_heartbeat)  # once in a process, which may run several commands
+_start_heartbeat = cache(start_heartbeat)  # once per process, which may run several commands
 
 
 def read_trackers(text: str | None) -> list[str]:
-    """Read names of Accelerate's trackers with commas between them.
+    """Parse comma-separated names of Accelerate's trackers.
 
     Raises:
-        CxrdistError: one is unknown or not installed, of which Accelerate only warns.
+        CxrdistError: a tracker is unknown or not installed; Accelerate would only warn.
     """
     names = [name.strip() for name in text.split(",")] if text else []
     installed = {str(tracker) for tracker in get_available_trackers()}
@@ -54,7 +54,7 @@ def read_trackers(text: str | None) -> list[str]:
 def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -> Accelerator:
     """Build the Accelerator of this process: the launched ranks, GPU or CPU, mixed precision.
 
-    What mixed precision leaves in float32 is computed in full float32, without TensorFloat-32.
+    Operations that mixed precision keeps in float32 use full float32, without TensorFloat-32.
 
     Args:
         tracking: Accelerate trackers by name.
@@ -62,23 +62,23 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
 
     Raises:
         CxrdistError: a tracker is unknown or not installed, the process was launched as one of
-            several ranks and stands alone, there are more ranks than GPUs, or the environment would
-            change the mathematics.
+            several ranks but found no others, there are more ranks than GPUs, or the environment
+            would change the results.
     """
     refuse_settings(gpu=torch.cuda.is_available())
     _refuse_too_few_gpus()
-    # torch 2.14 wants other spellings, which accelerate and torch 2.10 have not got.
+    # torch 2.14 deprecates these names, but accelerate and torch 2.10 lack the new ones.
     warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     warnings.filterwarnings("ignore", ".*all_gather_into_tensor` is deprecated", FutureWarning)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
-            # Without this the launched CPU ranks stay single processes (accelerate 1.15).
+            # Without this, launched CPU ranks do not join a process group (accelerate 1.15).
             cpu=not torch.cuda.is_available(),
             log_with=tracking or None,
             project_dir=str(tracking_dir) if tracking else None,
             kwargs_handlers=[
-                # The statistics of all ranks are kept equal by train/statistics.
+                # train/statistics keeps the running statistics of all ranks equal.
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False, gradient_as_bucket_view=True
                 ),
@@ -95,14 +95,14 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
             "start the ranks with cxrdist launch --config_file FILE COMMAND, not with torchrun"
         )
     refuse_other_mathematics(accelerator)
-    use_full_float32()  # after Accelerate, which with torch.compile switches TensorFloat-32 on
+    use_full_float32()  # must come last: with torch.compile Accelerate turns TensorFloat-32 on
     if launched > 1:
         _start_heartbeat(accelerator.process_index, launched)
     return accelerator
 
 
 def _refuse_too_few_gpus() -> None:
-    """Make sure that each rank of this machine has a GPU of its own, if it has any.
+    """Check that each rank of this machine has its own GPU, if the machine has any.
 
     Raises:
         CxrdistError: there are more ranks than GPUs.
@@ -117,12 +117,13 @@ def _refuse_too_few_gpus() -> None:
 
 
 def refuse_other_mathematics(accelerator: Accelerator) -> None:
-    """Make sure that accelerate does what it was asked for and nothing else.
+    """Reject accelerate settings that would change the results.
 
-    `refuse_settings` reads the variables; this sees what a version of accelerate made of them.
+    `refuse_settings` reads the environment variables; this checks the state that this version of
+    accelerate derived from them.
 
     Raises:
-        CxrdistError: it would accumulate gradients, compile, shard, or compute in another
+        CxrdistError: accelerate would accumulate gradients, compile, shard, or use another
             precision.
     """
     state = accelerator.state
@@ -141,9 +142,10 @@ def refuse_other_mathematics(accelerator: Accelerator) -> None:
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Wait for all ranks and close their connections, whose threads may abort a rank that exits.
+    """Wait for all ranks and close their connections.
 
-    Within `staying_connected` only the trackers are closed.
+    Open connections have threads that may abort an exiting rank. Within `staying_connected` only
+    the trackers are closed.
     """
     accelerator.wait_for_everyone()
     if not _stay:
@@ -155,9 +157,9 @@ def finish(accelerator: Accelerator) -> None:
 
 @contextmanager
 def staying_connected() -> Iterator[None]:
-    """Let several commands run after each other on the same ranks, which can be joined only once.
+    """Let several commands run one after another on the same ranks, which can join only once.
 
-    At its end the connections are closed, but after an error: then other ranks may not answer.
+    The connections are closed at the end, except after an error: then other ranks may not answer.
     """
     global _stay
     _stay = True
@@ -169,12 +171,12 @@ def staying_connected() -> Iterator[None]:
 
 
 def local_ranks(accelerator: Accelerator) -> tuple[int, int]:
-    """This process's place on its node, and how many there are."""
+    """Return this process's rank on its node, and the number of ranks there."""
     return accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Do a part of shared work on each rank; where one fails, all stop with its error.
+    """Call a function on each rank; if one rank fails, all ranks stop with its error.
 
     Raises:
         CxrdistError, RunFailedError: on the main rank, the first error of any rank; the others
@@ -196,22 +198,22 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 class StopVote:
-    """Lets all ranks find out at the same boundary that one of them was asked to stop.
+    """Makes all ranks stop at the same step boundary when one of them receives a stop request.
 
-    The flags are summed up while the ranks compute: a vote is counted one boundary after it was
-    cast. The votes have a gloo group of their own, since collectives of one group must come in the
-    same order on all ranks and DDP starts its own from another thread.
+    The flags are summed while the ranks compute, so a vote counts one boundary after it was cast.
+    The votes have their own gloo group: collectives of a group must run in the same order on all
+    ranks, and DDP starts its own from another thread.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        """Make the group; on all ranks together."""
+        """Create the group; must be called on all ranks together."""
         self.alone = accelerator.num_processes == 1
         self.group: Any = None if self.alone else torch.distributed.new_group(backend="gloo")
         self.votes = torch.zeros(1, dtype=torch.int32)
         self.cast: torch.distributed.Work | None = None
 
     def passed(self) -> bool:
-        """Return whether all ranks stop here; to be asked on all ranks as often."""
+        """Return whether all ranks stop here; call it the same number of times on every rank."""
         if self.alone:
             return bool(stop_requested())
         if self.cast is not None:
@@ -224,7 +226,7 @@ class StopVote:
 
 
 def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
-    """Concatenate the lists of all ranks, in the order of the ranks, on each of them."""
+    """Return the lists of all ranks concatenated in rank order, on every rank."""
     if accelerator.num_processes == 1:
         return rows
     gathered: list[Any] = gather_object(rows)
@@ -232,15 +234,15 @@ def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
 
 
 def gather_tensor(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """Stack a tensor of each rank on all of them, [world size, ...], on the CPU."""
+    """Stack the tensors of all ranks to [world size, ...], on every rank, on the CPU."""
     stacked: torch.Tensor = accelerator.gather(values.unsqueeze(0))
     return stacked.cpu()
 
 
-# Operators of their own, which torch.compile takes as they are, into the one graph of a step.
+# Custom operators, so that torch.compile does not break the graph of a step at a collective.
 @torch.library.custom_op("cxrdist::stack_over_ranks", mutates_args=())
 def stack_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Stack a tensor of each rank on all of them, [world size, ...], on the device."""
+    """Stack the tensors of all ranks to [world size, ...], on every rank, on the device."""
     stacked = values.new_empty(torch.distributed.get_world_size(), *values.shape)
     torch.distributed.all_gather_into_tensor(stacked.flatten(), values.flatten())
     return stacked

@@ -1,4 +1,4 @@
-"""JSON and YAML of anybody: bounded while it is parsed, then checked against its type."""
+"""Parse untrusted JSON and YAML: bound it while parsing, then check it against its type."""
 
 import json
 import math
@@ -29,27 +29,28 @@ import yaml
 T = TypeVar("T")
 
 MOST_BYTES = 64 << 20  # an audit with pictures of 1000 pairs has 8 MB
-MOST_VALUES = 4_000_000  # of up to 100 bytes in memory each
+MOST_VALUES = 4_000_000  # each takes up to 100 bytes of memory
 MOST_YAML_BYTES = 1 << 16  # a recipe has 2 kB; PyYAML takes a second for this much
 MOST_YAML_VALUES = 10_000
 MOST_DEPTH = 32  # the deepest document of cxrdist has 8 levels
-_MOST_WHOLE = 1 << 64  # the digest of a plan is the largest number that is written
+_MOST_WHOLE = 1 << 64  # the digest of a plan is the largest integer that cxrdist writes
 NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-# No NamedTuples: those of the same numbers are equal, and `typing` keeps one of equal annotations.
+# Not NamedTuples: Between(0, 1) and Inside(0, 1) would be equal, and `typing` caches annotations by
+# equality.
 @dataclass(frozen=True)
 class Between:
     """Bounds of a number or of the length of a list, as in ``Annotated[int, Between(1, 4096)]``.
 
-    Both are included; ``Between(1)`` has no upper one.
+    Both bounds are included; ``Between(1)`` has no upper bound.
     """
 
     least: float
     most: float = math.inf
 
     def expected(self, value: Any) -> str | None:
-        """Say what was expected of a value that is out of bounds; None if it is within them."""
+        """Describe the expected value if a value is out of bounds; else return None."""
         listed = isinstance(value, (list, tuple))
         within = self.least <= (len(value) if listed else value) <= self.most
         return None if within else f"{self}{' values' if listed else ''}"
@@ -68,13 +69,13 @@ class Between:
 
 @dataclass(frozen=True)
 class Inside:
-    """Bounds of a number which are not included themselves."""
+    """Bounds of a number, which are excluded."""
 
     least: float = -math.inf
     most: float = math.inf
 
     def expected(self, value: float) -> str | None:
-        """Say what was expected of a value that is out of bounds; None if it is within them."""
+        """Describe the expected value if a value is out of bounds; else return None."""
         return None if self.least < value < self.most else str(self)
 
     def __str__(self) -> str:
@@ -88,19 +89,19 @@ class Inside:
 
 
 def _finite_bounds(names: tuple[str, str], bounds: tuple[float, float]) -> dict[str, object]:
-    """Pair keywords with the bounds that there are."""
+    """Pair the keywords with those bounds that are finite."""
     pairs = zip(names, bounds, strict=True)
     return {name: bound for name, bound in pairs if math.isfinite(bound)}
 
 
 class Matching(NamedTuple):
-    """A regular expression for the whole of a text, and what it means."""
+    """A regular expression for a whole text, and its meaning in words."""
 
     pattern: str
     meaning: str
 
     def expected(self, value: str) -> str | None:
-        """Say what was expected of a text that does not match; None if it does."""
+        """Describe the expected text if a text does not match; else return None."""
         return None if re.fullmatch(self.pattern, value) else self.meaning
 
     def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
@@ -112,7 +113,7 @@ class Distinct(NamedTuple):
     """The texts of a list differ from each other."""
 
     def expected(self, value: list[str]) -> str | None:
-        """Say what was expected of a list that holds a text twice; None if it does not."""
+        """Describe the expected list if a list contains a text twice; else return None."""
         return None if len({*value}) == len(value) else "values that differ from each other"
 
     def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:
@@ -122,7 +123,7 @@ class Distinct(NamedTuple):
 
 # A number that was computed in float32.
 Real = Annotated[float, Between(-3.4028235e38, 3.4028235e38)]
-# JSON may hold half of a surrogate pair, which no file can.
+# JSON may contain half of a surrogate pair, which cannot be encoded as UTF-8.
 Text = Annotated[
     str, Matching(r"[^\0\ud800-\udfff]{0,65536}", "a UTF-8 text of at most 65536 characters")
 ]
@@ -130,10 +131,10 @@ Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "64 hexadecimal digits")]
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON whose numbers are finite and whose size, depth and numbers have bounds.
+    """Parse JSON with finite numbers and bounded size, depth and integers.
 
     Raises:
-        ValueError: it is not such a document; the text says where or why.
+        ValueError: the document is different; the message says how.
     """
     if len(data) > MOST_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_BYTES}")
@@ -167,7 +168,7 @@ def _finite(text: str) -> float:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build an object; of a name that stands twice, readers take different values."""
+    """Build an object; reject duplicate names, which parsers treat differently."""
     value = dict(pairs)
     if len(value) < len(pairs):
         raise ValueError("holds an object with the same name twice")
@@ -175,7 +176,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_deep(value: Any) -> None:
-    """Walk the levels one by one, without recursion."""
+    """Reject deep nesting; checks level by level, since recursion could overflow the stack."""
     level = [value]
     for _ in range(MOST_DEPTH):
         level = [
@@ -190,7 +191,7 @@ def _refuse_deep(value: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's numbers and those of YAML 1.2, such as 1e-4, which it would take for text."""
+    """PyYAML's loader that also parses numbers of YAML 1.2 such as 1e-4, which it reads as text."""
 
 
 _Loader.add_implicit_resolver(
@@ -201,19 +202,19 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(data: bytes) -> dict[str, Any]:
-    """Parse a recipe: YAML of plain values with bounds, an object without a name twice.
+    """Parse a recipe: a YAML object of plain values, bounded, without duplicate names.
 
     Raises:
-        ValueError: it is not such a document.
+        ValueError: the document is different; the message says how.
     """
     return _object(parse_yaml_value(data), "")
 
 
 def parse_yaml_value(data: bytes) -> Any:
-    """Parse YAML as `parse_yaml` does, but of any value: an object, a list, a number ...
+    """Parse YAML of any value (an object, a list, a number ...) with the checks of `parse_yaml`.
 
     Raises:
-        ValueError: it is not such a document.
+        ValueError: the document is different; the message says how.
     """
     if len(data) > MOST_YAML_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_YAML_BYTES}")
@@ -236,10 +237,10 @@ def parse_yaml_value(data: bytes) -> Any:
 
 
 def _refuse_twice(root: yaml.Node | None) -> None:
-    """Make sure that no object has a name twice, of which PyYAML takes the last in silence.
+    """Reject duplicate names in an object, of which PyYAML would silently take the last.
 
     Raises:
-        ValueError: one has.
+        ValueError: an object has duplicate names.
     """
     waiting, seen = [root], set[int]()
     while waiting:
@@ -258,10 +259,10 @@ def _refuse_twice(root: yaml.Node | None) -> None:
 
 
 def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
-    """Count the values that are there when each alias is written out; one within itself never ends.
+    """Count the values with all aliases expanded; infinite if an alias contains itself.
 
     Raises:
-        ValueError: they are nested deeper than `MOST_DEPTH`.
+        ValueError: the values are nested deeper than `MOST_DEPTH`.
     """
     if depth > MOST_DEPTH:
         raise ValueError(f"is nested deeper than {MOST_DEPTH} levels")
@@ -275,22 +276,22 @@ def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
 
 
 def typed(value: Any, kind: type[T], where: str = "") -> T:
-    """Check parsed JSON against a type and build it.
+    """Check parsed JSON against a type, and build instances of it.
 
-    Dataclasses and NamedTuples become instances, with their own checks; all their fields must be
-    there, as defaults are for code, but those with the metadata ``newer``, which older documents
-    lack and whose default says what they meant. A TypedDict stays a dict. Names that a class does
-    not declare are left aside: a newer version may write more, and what changes the meaning changes
-    `format`, which is declared first because members are checked in their order.
+    Dataclasses and NamedTuples become instances and run their own checks. All their fields must be
+    present, even those with defaults, which are meant for code; except fields with the metadata
+    ``newer``, which older documents lack and whose default is right for these. A TypedDict stays a
+    dict. Undeclared names are ignored: a newer version may write more. Changes of meaning change
+    `format`, which is declared first because members are checked in order.
 
     Args:
-        value: of `parse_json`.
-        kind: built of those, list, tuple, dict[str, ...], Literal, unions, str, int, float, bool,
-            None and Any.
-        where: name of the value in errors, which of a whole document is empty.
+        value: from `parse_json`.
+        kind: a type made of such classes, list, tuple, dict[str, ...], Literal, unions, str, int,
+            float, bool, None and Any.
+        where: name of the value in errors; empty for a whole document.
 
     Raises:
-        ValueError: it is of another type; the text says where.
+        ValueError: the value has another type; the message says where.
     """
     return cast(T, _typed(value, kind, where))
 
@@ -328,7 +329,7 @@ def is_record(kind: Any) -> bool:
 
 
 def _plain(value: Any, kind: Any, where: str) -> Any:
-    """Check text, a number, true or false, or null; a whole number may stand for any number."""
+    """Check text, a number, true or false, or null; integers are accepted as floats."""
     if kind is float and type(value) is int:
         return float(value)
     if kind is float and type(value) is float and not math.isfinite(value):  # YAML has .inf
@@ -339,7 +340,7 @@ def _plain(value: Any, kind: Any, where: str) -> Any:
 
 
 def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
-    """Build the first type of a union that fits; the last one's reason stands if none does."""
+    """Build the first type of a union that fits; if none does, raise the error of the last one."""
     if value is None and NoneType in kinds:
         return None
     *others, last = (kind for kind in kinds if kind is not NoneType)
@@ -358,8 +359,8 @@ def _sequence(value: Any, origin: Any, kinds: tuple[Any, ...], where: str) -> An
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
         raise _wrong(value, f"a list of {len(kinds)}", where)
-    places = enumerate(zip(value, kinds, strict=True))
-    return origin(_typed(item, kind, f"{where}[{i}]") for i, (item, kind) in places)
+    items = enumerate(zip(value, kinds, strict=True))
+    return origin(_typed(item, kind, f"{where}[{i}]") for i, (item, kind) in items)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -387,7 +388,7 @@ def _record(content: dict[str, Any], kind: Any, where: str) -> Any:
 
 @cache
 def members(kind: Any) -> tuple[dict[str, Any], set[str]]:
-    """Return the types of the members of a class, and the names that must be there."""
+    """Return the types of the members of a class, and the names of required members."""
     kinds = get_type_hints(kind, include_extras=True)
     if is_dataclass(kind):
         return kinds, {field.name for field in fields(kind) if not field.metadata.get("newer")}

@@ -1,11 +1,11 @@
-"""Environment variables that would change what is computed: honoured, or refused by name."""
+"""Environment variables that would change results: some are honoured, others are rejected."""
 
 import os
 
 from cxrdist.errors import CxrdistError
 
-# All variables of these kinds are refused unless they are known below or switch something off, so
-# that what a later version of accelerate reads is not obeyed, or ignored, without a word.
+# All variables with these prefixes are rejected unless they are listed below or turn something off,
+# so that new variables of later accelerate versions are neither obeyed nor ignored silently.
 KINDS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
 OFF = {"n", "no", "f", "false", "off", "0"}
 ON = {"y", "yes", "t", "true", "on", "1"}
@@ -26,20 +26,20 @@ EXPECTED = {
     "ONEDNN_DEFAULT_FPMATH_MODE": {"strict"},
     "DNNL_DEFAULT_FPMATH_MODE": {"strict"},
 }
-# What changes a result within its contract, at most in the last bits; written into run.json.
+# These may change results, at most in the last bits, and are recorded in run.json.
 HONOURED = (
     *(PRECISION, USE_CPU, "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "MKL_NUM_THREADS"),
     *("MKL_CBWR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "CUBLAS_WORKSPACE_CONFIG"),
 )
 _ARITHMETIC = "cxrdist computes in float32, or in the accelerate config's mixed_precision"
-_DATA_PARALLEL = "each rank holds the whole network; take distributed_type MULTI_GPU"
-# The first name that a variable begins with has the mend.
+_DATA_PARALLEL = "each rank holds the whole network; use distributed_type MULTI_GPU"
+# The first prefix that matches a variable gives the fix.
 MENDS = {
     PRECISION: "set mixed_precision in the accelerate config",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "a step has the recipe's global_batch_size images, "
-    "and --max-images-per-rank takes them in parts",
-    "ACCELERATE_GRADIENT_CLIPPING": "the recipe's max_gradient_norm shortens gradients",
-    "ACCELERATE_DYNAMO_": "the recipe's compile compiles; take dynamo out of the accelerate config",
+    "and --max-images-per-rank splits them into micro-batches",
+    "ACCELERATE_GRADIENT_CLIPPING": "use the recipe's max_gradient_norm to clip gradients",
+    "ACCELERATE_DYNAMO_": "use the recipe's compile; take dynamo out of the accelerate config",
     "ACCELERATE_TORCH_DEVICE": "GPUs are chosen by CUDA_VISIBLE_DEVICES, the CPU by " + USE_CPU,
     "ACCELERATE_FP8_": _ARITHMETIC,
     "ACCELERATE_USE_": _DATA_PARALLEL,
@@ -53,14 +53,14 @@ MENDS = {
 
 
 def refuse_settings(*, gpu: bool) -> None:
-    """Make sure that no environment variable changes the mathematics behind the recipe's back.
+    """Reject environment variables that would change results against the recipe.
 
     Args:
         gpu: whether this machine has a GPU.
 
     Raises:
-        CxrdistError: a variable asks for what cxrdist does not do, or accelerate's mixed precision
-            for fp16 where a CPU computes: there accelerate would take float32 without a word.
+        CxrdistError: a variable requests something that cxrdist does not do, or fp16 on a CPU,
+            where accelerate would silently use float32.
     """
     for name, value in sorted(os.environ.items()):
         expected = EXPECTED.get(name, OFF if name.startswith(KINDS) else None)
@@ -69,19 +69,19 @@ def refuse_settings(*, gpu: bool) -> None:
         words = sorted(expected) if len(expected) < 4 else sorted(expected & {"yes", "no"})
         mend = next(mend for start, mend in MENDS.items() if name.startswith(start))
         raise CxrdistError(
-            f"{name}={value}: would change what is computed; expected {' or '.join(words)} or "
+            f"{name}={value}: would change results; expected {' or '.join(words)} or "
             f"not set; unset it: {mend}"
         )
     cpu = not gpu or os.environ.get(USE_CPU, "no").lower() in ON
     if cpu and os.environ.get(PRECISION) == "fp16":
         raise CxrdistError(
-            f"{PRECISION}=fp16: needs a GPU, and this rank computes on the CPU; {MENDS[PRECISION]} "
+            f"{PRECISION}=fp16: needs a GPU, but this rank uses the CPU; {MENDS[PRECISION]} "
             "to no or bf16"
         )
 
 
 def _spelt(name: str, value: str) -> str:
-    """Return a value as it is compared; accelerate ignores a precision in capitals."""
+    """Return a value in lower case, except a precision: accelerate ignores one in capitals."""
     return value if name == PRECISION else value.lower()
 
 

@@ -1,4 +1,4 @@
-"""Errors for users, and what the errors of the operating system and of PyTorch are among them."""
+"""Errors for users, and the translation of operating system and PyTorch errors into them."""
 
 import errno
 import re
@@ -6,17 +6,18 @@ from collections.abc import Iterable
 
 
 class CxrdistError(ValueError):
-    """Wrong usage or bad input: one line that says what, where and how to mend it (exit code 2)."""
+    """Wrong usage or bad input: one line with the problem, the place and the fix (exit code 2)."""
 
 
 class RunFailedError(RuntimeError):
-    """A run that started well and could not go on, such as a loss that is not finite (exit 1)."""
+    """A run that started but cannot continue, such as one with a non-finite loss (exit code 1)."""
 
 
 class Stopped(BaseException):
-    """A request to stop was followed and nothing is lost (exit 75); no error to be caught as one.
+    """The process stops on request and nothing is lost (exit code 75).
 
-    Its text is the line for the user, empty on ranks that leave it to the main one.
+    It derives from BaseException so that `except Exception` does not catch it. Its text is the line
+    for the user; it is empty where the main rank prints that line.
     """
 
 
@@ -35,16 +36,16 @@ _NAMES = (
 def failure_of(
     error: OSError, path: object = None, mend: str = ""
 ) -> CxrdistError | RunFailedError | None:
-    """Say in one line what the operating system refused, and how to mend it.
+    """Turn an operating system error about a file into one line for the user.
 
     Args:
-        error: of a call that had to do with a file.
-        path: the file as the user knows it; what the error names if None.
-        mend: what the user can do where this place cannot be used; else a general word.
+        error: raised by a call that used a file.
+        path: the file as the user knows it; if None, the file that the error names.
+        mend: what the user can do if this path cannot be used; a general hint if empty.
 
     Returns:
-        RunFailedError for a fault of the machine, such as a full disk, CxrdistError for a name that
-        cannot be used, None for what has nothing to do with a file that the error names.
+        RunFailedError for a fault of the machine, such as a full disk; CxrdistError for a path that
+        cannot be used; None if the error is not about a file.
     """
     path = path or error.filename or ("" if error.errno not in _FULL else "the output")
     line = f"{path}: {error.strerror}"
@@ -56,15 +57,15 @@ def failure_of(
         return RunFailedError(f"{line}; {mend or 'change its permissions, or name another path'}")
     if error.errno in _MACHINE:
         return RunFailedError(
-            f"{line}; {mend or 'mend that on this machine, then run the same command again'}"
+            f"{line}; {mend or 'fix this on the machine, then run the same command again'}"
         )
     if error.errno in _NAMES:
         return CxrdistError(f"{line}; {mend or 'name another file or directory'}")
     return None
 
 
-# Messages of gloo (transport/tcp) and NCCL about a peer that is gone. Both also report that no
-# network interface or no GPU was found, which is a fault of this machine.
+# Messages of gloo (transport/tcp) and NCCL about a lost peer. Not every gloo or NCCL error is one:
+# both also report a missing network interface or GPU, which is a fault of this machine.
 _LOST_CONNECTION = re.compile(
     r"gloo/transport/\w+/(pair|unbound_buffer)\.cc"
     r"|Connection (closed|reset) by (remote )?peer|ncclRemoteError|NCCL communicator was aborted"
@@ -73,22 +74,22 @@ _LOST_CONNECTION = re.compile(
 
 
 def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective operation failed because another rank has ended or does not answer."""
+    """Return whether a collective failed because another rank has ended or does not answer."""
     return bool(_LOST_CONNECTION.search(str(error)))
 
 
 def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:
-    """Return the end of an error about an unknown name: those there are, and the nearest one.
+    """Return the end of an error about an unknown name: the known names and the nearest one.
 
     Args:
-        name: that is unknown.
-        names: that are known.
-        nearest: names to be called the nearest ones; found by their letters if empty.
+        name: the unknown name.
+        names: the known names.
+        nearest: names to suggest as the nearest; if empty, the most similarly spelled one.
     """
-    from difflib import get_close_matches  # which `cxrdist --help` does not need
+    from difflib import get_close_matches  # imported late: `cxrdist --help` does not need it
 
     folded = {known.casefold().strip("-"): known for known in names}
-    alike = [folded[match] for match in get_close_matches(name.casefold().strip("-"), folded, 1)]
-    near = " or ".join([*nearest] or alike)
+    similar = [folded[match] for match in get_close_matches(name.casefold().strip("-"), folded, 1)]
+    near = " or ".join([*nearest] or similar)
     mend = f"; nearest is {near}" if near else ""
     return f"expected {'one of ' if len(folded) > 1 else ''}{', '.join(folded.values())}{mend}"

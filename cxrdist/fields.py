@@ -1,4 +1,4 @@
-"""Fields of the configs: what they are called as flags, and what they take."""
+"""Fields of the configs: their flags, and descriptions of the values that they take."""
 
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -11,7 +11,7 @@ NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or f
 class Field(NamedTuple):
     """A field of a config: its flag, type, name, dataclass, and default (MISSING without one).
 
-    In the flag of a field below names, NAME stands for any of them.
+    In the flag of a field inside a named group, NAME stands for any name.
     """
 
     flag: str
@@ -40,7 +40,7 @@ def plain(kind: Any) -> Any:
 
 
 def described(kind: Any) -> str:
-    """Return in words what a field takes, such as ``a whole number, at least 1``."""
+    """Describe the values that a field takes, such as ``a whole number, at least 1``."""
     kind = without_none(kind)
     if get_origin(kind) is Annotated:
         base, *bounds = get_args(kind)
@@ -55,7 +55,7 @@ def described(kind: Any) -> str:
 
 
 def fields_of(config: Any, prefix: str = "--") -> Iterator[Field]:
-    """Yield the fields of a dataclass, those of its groups unopened."""
+    """Yield the fields of a dataclass, with groups as single fields."""
     kinds = get_type_hints(config, include_extras=True)
     for field in fields(config):
         factory = field.default_factory
@@ -64,7 +64,7 @@ def fields_of(config: Any, prefix: str = "--") -> Iterator[Field]:
 
 
 def leaves(config: Any, prefix: str = "--") -> Iterator[Field]:
-    """Yield the fields that hold one value, also those within groups and below names."""
+    """Yield the fields with a single value, including those in groups and named groups."""
     for field in fields_of(config, prefix):
         flag, kind = field.flag, field.kind
         while get_origin(plain(kind)) is dict:

@@ -1,4 +1,4 @@
-"""The heartbeat of the ranks: one that is stopped or cut off ends the job, and is named."""
+"""The heartbeat of the ranks: if one is stopped or cut off, end the job and name the rank."""
 
 import atexit
 import contextlib
@@ -19,16 +19,16 @@ _DONE = "done"
 
 
 def start_heartbeat(rank: int, world_size: int) -> None:
-    """Beat from a thread and watch the others, until the process ends.
+    """Start a thread that sends beats and watches other ranks until the process ends.
 
-    The thread beats through long work of the main thread (decoding, downloads, writing), but not
-    in a process that is stopped, swapped out or cut off from the network. The main rank watches
-    all others, and they watch the main rank. The beats go through the store of the first node's
-    launcher; where that one does not answer, a second thread ends this process.
-    CXRDIST_HANG_SECONDS changes the limit of 120 s.
+    The thread beats during long work of the main thread (decoding, downloads, writing), but not in
+    a process that is stopped, swapped out or cut off from the network. The main rank watches all
+    others, and they watch the main rank. Beats go through the store of the first node's launcher;
+    if the store does not answer, a second thread ends this process. CXRDIST_HANG_SECONDS changes
+    the limit of 120 s.
 
     Raises:
-        CxrdistError: that is no number of seconds above 0.
+        CxrdistError: CXRDIST_HANG_SECONDS is not a number above 0.
     """
     given = os.environ.get("CXRDIST_HANG_SECONDS", str(HANG_SECONDS))
     try:
@@ -43,12 +43,12 @@ def start_heartbeat(rank: int, world_size: int) -> None:
 
 
 class _Heart:
-    """Beats and watches, ten times in the limit."""
+    """Sends beats and watches other ranks, ten times per limit."""
 
     def __init__(self, rank: int, others: list[int], limit: float) -> None:
         self.rank, self.others, self.limit = rank, others, limit
         self.store = torch.distributed.distributed_c10d._get_default_store().clone()
-        self.beaten = time.monotonic()  # when the store last took a beat
+        self.beaten = time.monotonic()  # time at which the store last accepted a beat
         self.ending = threading.Event()
         self.beating = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -57,7 +57,7 @@ class _Heart:
         threading.Thread(target=self._watch_the_store, name="heartbeat watch", daemon=True).start()
 
     def end(self) -> None:
-        """Say that this rank is done; waits for the store, as long as the limit."""
+        """Report that this rank is done; wait for the store, at most for the limit."""
         self.ending.set()
         self.beating.join()
 
@@ -71,7 +71,8 @@ class _Heart:
                 count += 1
                 store.set(f"beat/{self.rank}", str(count))
                 now, before = time.monotonic(), self.beaten
-                if now - before > 3 * period:  # this process was stopped itself, perhaps all were
+                # This process was stopped itself, perhaps like all others: give them a new limit.
+                if now - before > 3 * period:
                     seen = {other: (beat, now) for other, (beat, _) in seen.items()}
                 self.beaten = now
                 for other in self.others:
@@ -82,7 +83,7 @@ class _Heart:
                         self._end_job(other, now - seen[other][1])
             store.set(f"beat/{self.rank}", _DONE)
         except RuntimeError:
-            # The store's process has ended; its launcher or the next collective says so.
+            # The store's process has ended; its launcher or the next collective reports that.
             return
 
     def _watch_the_store(self) -> None:
@@ -91,7 +92,7 @@ class _Heart:
         while self.beating.is_alive():
             time.sleep(period)
             now = time.monotonic()
-            if now - before > 3 * period:  # this process was stopped itself
+            if now - before > 3 * period:  # this process was stopped itself: start a new limit
                 self.beaten = now
             before = now
             if now - self.beaten > self.limit:
@@ -102,14 +103,14 @@ class _Heart:
 
     def _end_job(self, rank: int, seconds: float) -> None:
         known = self.store.check([f"about/{rank}"])
-        about = self.store.get(f"about/{rank}").decode() if known else "it never began"
-        _kill_neighbour(rank, about)
-        _end_process(f"rank {rank} ({about}) has not answered for {seconds:.0f} s")
+        location = self.store.get(f"about/{rank}").decode() if known else "it never started"
+        _kill_neighbour(rank, location)
+        _end_process(f"rank {rank} ({location}) has not answered for {seconds:.0f} s")
 
 
-def _kill_neighbour(rank: int, about: str) -> None:
-    """Kill a rank that hangs on this node; its launcher would first wait 30 s for it."""
-    host, _, pid = about.partition(", pid ")
+def _kill_neighbour(rank: int, location: str) -> None:
+    """Kill a hanging rank if it is on this node; its launcher would first wait 30 s for it."""
+    host, _, pid = location.partition(", pid ")
     if host == platform.node():
         with contextlib.suppress(psutil.Error, ValueError):
             neighbour = psutil.Process(int(pid))
@@ -118,9 +119,9 @@ def _kill_neighbour(rank: int, about: str) -> None:
 
 
 def _end_process(reason: str) -> None:
-    """End this process at once, and with it the job, whatever its other threads wait for."""
+    """End this process, and so the job, at once, even if other threads wait."""
     print(
-        f"cxrdist: {reason}; the job ends. See to that machine, then run the same command again",
+        f"cxrdist: {reason}; the job ends. Check that machine, then run the same command again",
         file=sys.stderr,
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""Help of a command: its options, from the fields of its config and their docstrings."""
+"""Print the help of a command from the fields of its config and their docstrings."""
 
 from argparse import ArgumentParser
 from dataclasses import MISSING
@@ -11,8 +11,7 @@ from cxrdist.fields import Field, described, hyphened, leaves, plain
 from cxrdist.options import RECIPES_OF, Command
 
 EPILOG = """NAME stands for the name of a stage, block or class. A group of options can be given
-as a whole, in YAML: {example}. null resets an option that may be left out. Underscores may stand
-for hyphens."""
+as a whole, in YAML: {example}. null resets an optional option. Underscores may replace hyphens."""
 
 
 def help_of(command: Command, name: str) -> str:
@@ -48,7 +47,7 @@ def _metavar(field: Field) -> str:
 
 
 def _text(field: Field, *, needs_flag: bool) -> str:
-    """Return what a field is for, what it takes, and what it is by default."""
+    """Return the description, the accepted values and the default of a field."""
     facts = [] if get_origin(plain(field.kind)) is Literal else [described(field.kind)]
     if field.default is MISSING:
         facts.append("required")
@@ -68,7 +67,7 @@ def _default(value: Any) -> str:
 
 @cache
 def _docs(config: Any) -> dict[str, str]:
-    """Return the docstrings of a dataclass and of its fields, by name; its own has none."""
+    """Return the docstrings of a dataclass's fields by name; its own has the name ""."""
     docs: dict[str, str] = {}
     for owner in reversed(config.__mro__[:-1]):
         doc = parse_from_object(owner)

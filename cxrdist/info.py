@@ -1,4 +1,4 @@
-"""run.json: what was run, with what, and how far it came."""
+"""run.json: the inputs, environment and progress of a run."""
 
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
@@ -10,14 +10,14 @@ Count = Annotated[int, Between(0, 10**12)]
 
 
 class Amount(TypedDict):
-    """How much a part of the shards holds."""
+    """Numbers of images and patients in a subset of the shards."""
 
     images: Count
     patients: Count
 
 
 class LabelAmount(Amount):
-    """How many images have a label, and for how many the source does not state it.
+    """Numbers of images with a label, and of images for which the source does not state it.
 
     Runs of older versions lack the last three.
     """
@@ -25,7 +25,7 @@ class LabelAmount(Amount):
     uncertain: NotRequired[Count]
     missing: NotRequired[Count]
     assumed_absent: NotRequired[Count]
-    """Images that count as without the label though the source says nothing of it."""
+    """Images that count as negative although the source does not state the label."""
 
 
 class ShardsInfo(TypedDict):
@@ -45,9 +45,9 @@ class ShardsInfo(TypedDict):
 
 
 class WeightsInfo(TypedDict):
-    """Where weights come from; the chain of `started_from` leads to the first ones.
+    """The origin of weights; the chain of `started_from` leads to the first ones.
 
-    It stands in run.json, in model.json and in files of converted weights.
+    It is written to run.json, to model.json and to files of converted weights.
     """
 
     source: str
@@ -77,9 +77,9 @@ class BackgroundInfo(TypedDict):
     region: str
     method: Literal["lrp", "gradient"]
     images: Count
-    """Of train that have background."""
+    """Images of train with background."""
     without: Count
-    """Images of train that have none, and no penalty."""
+    """Images of train without background, which have no penalty."""
 
 
 class TextBoxesInfo(TypedDict):
@@ -90,7 +90,7 @@ class TextBoxesInfo(TypedDict):
 
 
 class StageInfo(TypedDict):
-    """A stage as far as it has come."""
+    """The progress of a stage."""
 
     parameter_groups: list[GroupInfo]
     frozen: list[str]
@@ -121,19 +121,19 @@ class RunInfo(TypedDict):
     stages: dict[str, StageInfo]
     text_boxes: NotRequired[TextBoxesInfo | None]
     smoke_test: NotRequired[bool]
-    """Whether `cxrdist demo` trained it on images that are not its own."""
+    """Whether `cxrdist demo` trained it on the user's images."""
 
 
 def read_info(run: RunDirectory) -> RunInfo:
     """Read run.json.
 
     Raises:
-        CxrdistError: there is none, or it is not one of this format.
+        CxrdistError: the file is missing, or has another format.
     """
     mend = "run `cxrdist train` again"
     if not run.info.is_file():
         raise CxrdistError(
-            f"--run {run.root}: holds no run.json; give the directory of a `cxrdist train`"
+            f"--run {run.root}: contains no run.json; give the directory of a `cxrdist train`"
         )
     info = read_document(run.info, RunInfo, mend)
     shards = info["shards"]

@@ -1,18 +1,18 @@
-"""Intervals of figures between 0 and 1, and of their means, from replicates of patients.
+"""Confidence intervals of figures between 0 and 1, and of their means, from patient replicates.
 
-Percentiles of replicates are too narrow where patients are few: of 60 patients of 1 to 6 images
-with a correlation of 0.5, the 95 % intervals of sensitivity hold the truth in 90 of 100 cases. So
-the limits are taken on the scale of the logit, which they cannot leave and on which figures near 1
-are less skewed (Pepe 2003, section 5.2), from the standard error of the replicates times
-sqrt(n / (n - 1)) and the quantile of t with n - 1 degrees of freedom, n the patients that the
-figure rests on (Hesterberg 2015, The American Statistician 69, section 3.2).
+Percentiles of replicates are too narrow with few patients: for 60 patients with 1 to 6 images and a
+correlation of 0.5, 95 % intervals of sensitivity contain the truth in 90 of 100 cases. Instead, the
+limits are computed on the logit scale, which keeps them in 0..1 and makes figures near 1 less
+skewed (Pepe 2003, section 5.2). They are the standard error of the replicates times
+sqrt(n / (n - 1)) and the quantile of t with n - 1 degrees of freedom, where n is the number of
+patients behind the figure (Hesterberg 2015, The American Statistician 69, section 3.2).
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-import scipy  # loads its parts on first use; a rank that trains needs no statistics
+import scipy  # loads submodules on first use; ranks that train need none of them
 from numpy.typing import NDArray
 
 from cxrdist.bootstrap import LEVEL, Limits, Replicates, Values
@@ -29,11 +29,11 @@ METHOD = (
     "their replicates (Zou 2007)"
 )
 QUANTILE = (1 + LEVEL) / 2
-ALIKE = 1e-9  # standard error below which replicates are equal but for rounding
+ALIKE = 1e-9  # standard error below which replicates are equal except for rounding
 
 
 class Intervals(TypedDict):
-    """How all intervals of a document were made."""
+    """The method of all intervals of a document."""
 
     method: Text
     level: float
@@ -45,7 +45,7 @@ class Intervals(TypedDict):
 
 
 def describe(replicates: Replicates, seed: int) -> Intervals:
-    """Say how intervals are made, and of how many patients."""
+    """Return the description of the intervals for a document."""
     patients = replicates.patients(np.ones(len(replicates.patient), bool))
     return {
         "method": METHOD,
@@ -65,15 +65,15 @@ def bounded(
     Args:
         estimate: the figure.
         values: of the replicates.
-        patients: that it rests on, such as those with the class for its sensitivity.
-        edge: gives the interval of a figure of exactly 0 or 1; Wilson's of the patients if None.
+        patients: number behind the figure, such as patients with the class for its sensitivity.
+        edge: returns the interval of a figure of exactly 0 or 1; if None, Wilson's.
     """
     if estimate in (0, 1):
         return edge() if edge else wilson(round(estimate * patients), patients)
-    found = values[np.isfinite(values)]
-    spread = float(found.std(ddof=1)) if len(found) > 1 else 0.0
+    finite = values[np.isfinite(values)]
+    spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
     product = estimate * (1 - estimate)
-    if patients < 2 or spread < ALIKE:  # as if each patient were one draw, right or wrong
+    if patients < 2 or spread < ALIKE:  # use the binomial error, with one draw per patient
         spread, quantile = np.sqrt(product / max(patients, 1)), scipy.stats.norm.ppf(QUANTILE)
     else:
         spread *= np.sqrt(patients / (patients - 1))
@@ -86,11 +86,11 @@ def bounded(
 def positive(estimate: float, values: Values, patients: int) -> Limits:
     """Return the interval of a figure above 0 without an upper bound, such as a ratio of two means.
 
-    As `bounded`, on the scale of the logarithm. Without spread, or of a figure of 0, both limits
+    Like `bounded`, but on the logarithmic scale. Without spread, or for a figure of 0, both limits
     are the figure itself.
     """
-    found = values[np.isfinite(values) & (values > 0)]
-    spread = float(np.log(found).std(ddof=1)) if len(found) > 1 else 0.0
+    usable = values[np.isfinite(values) & (values > 0)]
+    spread = float(np.log(usable).std(ddof=1)) if len(usable) > 1 else 0.0
     if estimate <= 0 or patients < 2 or spread < ALIKE:
         return _limits(estimate, estimate)
     half = scipy.stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
@@ -104,11 +104,11 @@ def wilson(part: int, whole: int) -> Limits:
 
 
 def newcombe(auroc: float, positives: int, negatives: int) -> Limits:
-    """Return the interval of an AUROC of 0 or 1 of independent images.
+    """Return the interval of an AUROC of 0 or 1 for independent images.
 
-    Method 5 of Newcombe (2006, Statistics in Medicine 25, 559-573): the limit whose distance from
-    the AUROC is as many standard errors as the level asks for, the standard error being that of
-    the limit (Hanley & McNeil 1982, with the mean of the two numbers of images).
+    Method 5 of Newcombe (2006, Statistics in Medicine 25, 559-573): the distance of the limit from
+    the AUROC is z times the standard error at the limit (Hanley & McNeil 1982, with the mean of the
+    two numbers of images).
     """
     half = (positives + negatives) / 2 - 1
     z = scipy.stats.norm.ppf(QUANTILE)
@@ -127,20 +127,20 @@ def of_share(
     whole: NDArray[np.bool_],
     values: Values | None = None,
 ) -> Limits | None:
-    """The interval of the share of images [N] in `part` among those in `whole`; None without any.
+    """Return the interval of the share of images in `part` among those in `whole`, [N] each.
 
-    The values of the replicates are computed if they are not given.
+    None if `whole` is empty. The values of the replicates are computed if not given.
     """
     if not whole.any():
         return None
-    found = replicates.share(part, whole) if values is None else values
-    return bounded(float(part[whole].mean()), found, replicates.patients(whole))
+    shares = replicates.share(part, whole) if values is None else values
+    return bounded(float(part[whole].mean()), shares, replicates.patients(whole))
 
 
 def of_values(
     replicates: Replicates, values: NDArray[np.float64], known: NDArray[np.bool_]
 ) -> Limits:
-    """The interval of the mean of values from 0 to 1 [N] over some of the images, a mask [N]."""
+    """Return the interval of the mean of values 0..1 [N] over some of the images, a mask [N]."""
     columns = np.column_stack([np.where(known, values, 0), known]).astype(np.float64)
     sums = replicates.sums(columns)
     with np.errstate(invalid="ignore"):
@@ -151,7 +151,7 @@ def of_values(
 def of_auroc(
     replicates: Replicates, auroc: float, values: Values, truth: NDArray[np.bool_]
 ) -> Limits:
-    """Return the interval of an AUROC with its replicates and the truth [N] that it ranks."""
+    """Return the interval of an AUROC from its replicates and the truth [N]."""
     sides = replicates.patients(truth), replicates.patients(~truth)
     return bounded(auroc, values, min(sides), lambda: newcombe(auroc, *sides))
 
@@ -159,11 +159,11 @@ def of_auroc(
 def of_mean(
     estimates: Sequence[float], limits: Sequence[Limits], values: NDArray[np.float64]
 ) -> Limits:
-    """The interval of the mean of C figures from their intervals and replicates, [C, replicates].
+    """Return the interval of the mean of C figures, from their intervals and replicates.
 
-    The distances of the limits are added as standard errors are, with the correlations of the
-    replicates (Zou 2007, Psychological Methods 12, 399-413). So the mean keeps the width of a
-    class of few patients, and of one whose replicates are all equal.
+    The distances of the limits are added like standard errors, with the correlations of the
+    replicates [C, replicates] (Zou 2007, Psychological Methods 12, 399-413). So the mean includes
+    the width of a class with few patients, and of one whose replicates are all equal.
     """
     correlation = np.eye(len(estimates))
     have_all = values[:, np.isfinite(values).all(axis=0)]

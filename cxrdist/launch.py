@@ -1,11 +1,12 @@
-"""Launch: the ranks of a command, by `accelerate launch`, which fails less well by itself.
+"""Launch the ranks of a command with `accelerate launch`, with better errors and exit codes.
 
 usage: cxrdist launch [OPTIONS OF accelerate launch] COMMAND [OPTIONS]
        python -m cxrdist.launch [OPTIONS OF accelerate launch] -m cxrdist COMMAND [OPTIONS]
 
-`accelerate launch` exits with 1 whatever its ranks did, prints a traceback of its own below their
-message, passes no signal on to a single process, and knows no USR1. Here the command is read once
-before any rank starts, a failed rank has the last word, and its exit code is kept.
+`accelerate launch` by itself exits with 1 whatever its ranks return, prints its own traceback after
+their message, does not pass signals on to a single process, and does not handle USR1. Here the
+command is parsed once before any rank starts, the message of a failed rank is printed last, and its
+exit code is returned.
 """
 
 import logging
@@ -26,23 +27,23 @@ from cxrdist.packaged import HARDWARE, names_in, path_of
 from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS
 
 _received: dict[int, float] = {}
-"""When each signal first came."""
+"""Time at which each signal first arrived."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Launch the ranks and wait for them.
 
     Args:
-        arguments: those of the command line if None.
+        arguments: of the command line; sys.argv if None.
 
     Returns:
-        The ranks' exit code; of different ones 75 before 2 before 1. It is 1 where a rank was
-        killed or crashed and nobody asked the launcher to stop: the others then were. It is 2
-        where the command or the launch is refused; no rank is started then.
+        The ranks' exit code; if they differ, 75 before 2 before 1. It is 1 if a rank was killed or
+        crashed without a stop request, because the launcher then stops the others. It is 2 if the
+        command or the launch is rejected; then no rank is started.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, _pass_on)
-    # torchrun would kill the ranks after a while, and end with another code than theirs.
+    # torchrun would handle the other signals itself: kill the ranks, and exit with its own code.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     try:
         options = _read(sys.argv[1:] if arguments is None else arguments)
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _read(arguments: list[str]) -> Any:
-    """Read the options of `accelerate launch`, and the command of cxrdist behind them.
+    """Parse the options of `accelerate launch`, and the cxrdist command after them.
 
     Raises:
         CxrdistError: an option, the hardware or the command is wrong.
@@ -63,7 +64,7 @@ def _read(arguments: list[str]) -> Any:
     parser = launch_command_parser()
     parser.error = _refuse  # argparse would print 40 lines of usage
     options = parser.parse_args(arguments)
-    if not options.module:  # a command stands where accelerate has a script
+    if not options.module:  # the command is in the position of accelerate's script
         command = [options.training_script, *options.training_script_args]
         options.module, options.training_script = True, "cxrdist"
         options.training_script_args = command
@@ -93,7 +94,7 @@ def _launch(options: Any) -> int:
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # It would report the exit code of each rank below the rank's own message.
+    # This logger would report the exit code of each rank after the rank's own message.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     try:
         launch_command(options)
@@ -103,15 +104,15 @@ def _launch(options: Any) -> int:
         return _code_of({0: error.returncode})
     except (ValueError, ConnectionError, DistNetworkError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise CxrdistError(f"launch: {reason}; mend the options before the command") from error
+        raise CxrdistError(f"launch: {reason}; fix the options before the command") from error
     return 0
 
 
 def _code_of(codes: dict[int, int]) -> int:
-    """Return the exit code of a job by those of its failed ranks, and name ranks that were killed.
+    """Return the exit code of a job, and print which of its ranks were killed.
 
     Args:
-        codes: by rank; the negative number of a signal where one has ended it.
+        codes: exit codes of the failed ranks by rank; negative signal numbers for killed ranks.
     """
     for rank, code in sorted(codes.items()):
         if code < 0 and -code not in _received:
@@ -120,13 +121,13 @@ def _code_of(codes: dict[int, int]) -> int:
     crashed = {code for code in codes.values() if code < 0 and -code not in STOP_SIGNALS}
     if crashed and not _received:
         return 1
-    # A rank that had not yet begun to listen ends by the signal itself; nothing is lost then.
+    # A rank without a handler yet is ended by the signal itself; nothing is lost then.
     endings = {STOP_CODE if -code in _received else code for code in codes.values()}
     return next(code for code in (STOP_CODE, 2, 1) if code in endings or code == 1)
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:
-    """Pass a signal on; a second request kills, since a rank that hangs listens to nothing else."""
+    """Pass a signal on to the ranks; kill them on a second request, since they may hang."""
     now = time.monotonic()
     second = any(now - came > SAME_REQUEST_SECONDS for came in _received.values())
     _received.setdefault(number, now)

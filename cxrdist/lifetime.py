@@ -1,6 +1,6 @@
-"""The lifetime of a rank: it ends with its launcher, with its own exit code, and says why once.
+"""The end of a rank: with its launcher, with its own exit code, and with one error message.
 
-It joins no job whose first launcher died.
+A rank also ends if the launcher of the first node dies before all have joined.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CONNECT_SECONDS = 10.0
-# What `accelerate launch` gives to a single process; several are started by torchrun's agent.
+# Variables that `accelerate launch` sets for a single process; it starts several with torchrun.
 _OF_SIMPLE_LAUNCH = {
     *("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE", "ACCELERATE_DYNAMO_USE_DYNAMIC"),
     *("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"),
@@ -29,15 +29,16 @@ _joined = threading.Event()
 
 
 def end_with_launcher() -> None:
-    """Let this process end when its launcher dies, whatever either is doing; on Linux.
+    """Make this process end when its launcher dies; on Linux only.
 
-    The kernel sends one of several ranks SIGKILL: nothing can be saved without the others, and a
-    rank that waits in C++ for the launcher's store would hear nothing else for 30 minutes. A single
-    process gets SIGTERM and saves: Ctrl-C, or a TERM to the group, ends `accelerate launch` first.
-    Without a launcher nothing is changed.
+    The kernel sends SIGKILL to one of several ranks: nothing can be saved without the others, and
+    a rank that waits in C++ for the launcher's store would ignore other signals for 30 minutes. A
+    single process gets SIGTERM and saves: Ctrl-C, or a TERM to the group, ends `accelerate launch`
+    first. Without a launcher this does nothing.
 
     The kernel watches the thread that started this process; launchers start ranks from their main
-    thread. A process in between, such as a shell script, is watched in the launcher's place.
+    thread. If there is a process in between, such as a shell script, it is watched instead of the
+    launcher.
     """
     several = "TORCHELASTIC_RUN_ID" in os.environ
     if sys.platform != "linux" or not (several or os.environ.keys() >= _OF_SIMPLE_LAUNCH):
@@ -46,28 +47,28 @@ def end_with_launcher() -> None:
     number = signal.SIGKILL if several else signal.SIGTERM
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number)):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent or not _below_python():  # it died before the kernel was asked
+    if os.getppid() != parent or not _below_python():  # the launcher died before prctl
         _end("the launcher of this rank has died; run the same command again")
     if os.environ.get("GROUP_RANK", "0") != "0" and _launcher_keeps_store():
         threading.Thread(target=_watch_first_launcher, daemon=True).start()
 
 
 def joined() -> None:
-    """End the watch over the first node's launcher: from now on a lost connection is an error."""
+    """Stop watching the first node's launcher: all ranks are connected to each other now."""
     _joined.set()
 
 
 def report_error(error: Exception) -> None:
-    """Print in one line why a command failed, once for all ranks of a node that have this line.
+    """Print the error of a command in one line; on several ranks of a node, only once.
 
-    The launcher of several ranks names a file to each of them for its error (torchelastic's
-    TORCHELASTIC_ERROR_FILE), and shows the text in its own report on the ranks that failed.
+    The launcher of several ranks gives each of them a file for its error (torchelastic's
+    TORCHELASTIC_ERROR_FILE), and shows the text in its own report on failed ranks.
     """
     line = " ".join(str(error).split())
     if file := os.environ.get(_ERROR_FILE):
         entry = {"message": f"cxrdist: {line}", "timestamp": str(int(time.time()))}
         reported = Path(file).parents[1] / f"{hashlib.sha256(line.encode()).hexdigest()}.reported"
-        with suppress(OSError):  # such as a full disk of temporary files: the line is still due
+        with suppress(OSError):  # such as a full disk: the line must still be printed
             Path(file).write_text(json.dumps(entry))
             try:
                 reported.touch(exist_ok=False)
@@ -77,9 +78,9 @@ def report_error(error: Exception) -> None:
 
 
 def another_rank_failed() -> bool:
-    """Whether another rank of this node has reported an error, after which the launcher ends all.
+    """Return whether another rank of this node has reported an error.
 
-    What the other ranks then meet, a signal or a lost connection, follows from that error.
+    The launcher then ends all ranks, so a signal or a lost connection follows from that error.
     """
     if not (file := os.environ.get(_ERROR_FILE)):
         return False
@@ -90,9 +91,9 @@ def another_rank_failed() -> bool:
 def exit_with(command: Callable[[], int]) -> NoReturn:
     """Run a command and end this process with its exit code.
 
-    A rank that stops early is still connected, and cannot close its connections: other ranks may
-    not answer. Their threads now and then abort a process that Python takes apart (SIGABRT in place
-    of 75 in 2 of 80 ranks of gloo), so such a rank ends without that.
+    A rank that stops early is still connected, and cannot close its connections, since other ranks
+    may not answer. The threads of the connections sometimes abort a process while Python shuts down
+    (SIGABRT instead of 75 in 2 of 80 ranks with gloo), so such a rank skips the shutdown.
     """
     try:
         code: object = command()
@@ -107,7 +108,7 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
 
 
 def _below_python() -> bool:
-    """Whether an ancestor runs the Python of this process, as a launcher does and init does not."""
+    """Return whether an ancestor runs this Python, as a launcher does and init does not."""
     python, pid = os.readlink("/proc/self/exe"), os.getppid()
     while pid:
         try:
@@ -115,21 +116,21 @@ def _below_python() -> bool:
                 return True
         except OSError:  # of another user, such as init
             pass
-        # pid (name) state parent ...; a name may hold spaces and brackets
+        # pid (name) state parent ...; a name may contain spaces and brackets
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return False
 
 
 def _launcher_keeps_store() -> bool:
-    """Return whether the ranks meet at a store that was there before any of them."""
+    """Return whether the ranks connect through a store of the first node's launcher."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _watch_first_launcher() -> None:
-    """End a rank of another node when the launcher of the first one dies before all have joined.
+    """End this rank if the launcher of the first node dies before all ranks have joined.
 
-    Its own launcher learns nothing of that, and torch tries to connect for 30 minutes. So this
-    holds a connection to the store, which the kernel closes with the process that keeps it.
+    The launcher of this node does not notice that, and torch would try to connect for 30 minutes.
+    So this holds a connection to the store, which the kernel closes when the launcher dies.
     """
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
@@ -146,7 +147,7 @@ def _watch_first_launcher() -> None:
             where = "{}:{}".format(*address)
             _end(
                 f"rank {os.environ['RANK']}: the launcher of the first node, at {where}, has "
-                f"died ({error}); see to that node, then run the same command again"
+                f"died ({error}); check that node, then run the same command again"
             )
 
 

@@ -1,4 +1,4 @@
-"""Localise: where a network looks, scored against boxes and masks that people have drawn."""
+"""Localise: score where a network looks against boxes and masks drawn by people."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,9 +55,9 @@ from cxrdist.run import atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 
 EMPTY = "that cover nothing"
-PICTURED = 4  # of the best and of the worst
+PICTURED = 4  # cases with pictures: this many of the best, and of the worst
 OUTLINE = (255, 210, 0)
-DIGITS = 7  # of shares; float32 holds no more
+DIGITS = 7  # of shares; float32 has no more
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\d+\.(xray|lrp|contrast)\.png")
 Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each
 NAMES: Mapping[Method, str] = {
@@ -73,16 +73,16 @@ NAMES: Mapping[Method, str] = {
 
 @dataclass(frozen=True)
 class _Work:
-    """What each rank needs to score its part.
+    """Inputs that each rank needs to score its share of the cases.
 
     Attributes:
         subject: the model and the shards.
-        split: whose images are scored.
-        model: its network.
+        split: the scored split.
+        model: the network.
         explainer: of the network.
-        outlines: what people drew.
-        means: mean outline of the cases of train by class, [S, S], and of all; empty without any.
-        batch_size: images of one forward pass.
+        outlines: drawn by people.
+        means: mean outlines [S, S] of the cases of train by class, and of all; empty without cases.
+        batch_size: images per forward pass.
     """
 
     subject: Subject
@@ -95,17 +95,17 @@ class _Work:
 
 
 def localise(config: LocaliseConfig) -> None:
-    """Score maps against outlines; write RUN/SPLIT/localisation.json and pictures, and print it.
+    """Score maps against outlines; write RUN/SPLIT/localisation.json and pictures; print a table.
 
-    Each map is compared with others on the same images: the contrast with the likeliest other
+    Relevance is compared with other maps of the same images: the contrast with the likeliest other
     class, Grad-CAM, the plain gradient, the mean outline of train, a centre prior, and chance.
-    Exact for any number of ranks: each of them reads and explains whole batches.
+    The result is the same for any number of ranks, since each explains whole batches.
 
     Raises:
         CxrdistError: run, shards, boxes or masks cannot be used.
     """
     if config.boxes is not None and config.masks is not None:
-        raise CxrdistError("localise: expected --boxes or --masks, found both; give one of them")
+        raise CxrdistError("localise: --boxes and --masks exclude each other; give one of them")
     subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = subject.accelerator
     model = together(accelerator, lambda: one_network(subject.model))
@@ -121,15 +121,15 @@ def localise(config: LocaliseConfig) -> None:
     if accelerator.is_main_process:
         place = subject.place
         sweep(subject.run.localisation(place).parent)
-        found = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
-        write_json(subject.run.localisation(place), found)
-        print(summary(found))
-        print(f"all of it: {subject.run.localisation(place)}, and in the report")
+        scores = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
+        write_json(subject.run.localisation(place), scores)
+        print(summary(scores))
+        print(f"all scores: {subject.run.localisation(place)}, and in the report")
     finish(accelerator)
 
 
 def _read_outlines(config: LocaliseConfig, subject: Subject) -> Outlines:
-    """Read what was drawn on the split, and on train and val if the shards are the run's own."""
+    """Read the outlines of the split, and of train and val if the shards are the run's own."""
     accelerator, index = subject.accelerator, subject.index
     splits = {config.split} | ({"train", "val"} if subject.external is None else set())
     numbers = [i for i, sample in enumerate(index.samples) if sample.split in splits]
@@ -150,33 +150,33 @@ def _read_outlines(config: LocaliseConfig, subject: Subject) -> Outlines:
 
 
 def _cases_by_split(split: str, subject: Subject, outlines: Outlines) -> dict[str, list[Case]]:
-    """Cases to score, under `ALL`, and those of val and train that these are not among.
+    """Return the cases to score, under `ALL`, and cases of val and train unless they are scored.
 
     Raises:
-        CxrdistError: the split has none.
+        CxrdistError: the split has no cases.
     """
     samples = subject.index.samples
-    found: dict[str, list[Case]] = {name: [] for name in (ALL, "val", "train")}
+    cases: dict[str, list[Case]] = {name: [] for name in (ALL, "val", "train")}
     for case in outlines.shapes:
         own = samples[case[0]].split
         if own == split:
-            found[ALL].append(case)
-        elif own in found and subject.external is None:
-            found[own].append(case)
-    if not found[ALL]:
+            cases[ALL].append(case)
+        elif own in cases and subject.external is None:
+            cases[own].append(case)
+    if not cases[ALL]:
         reasons = [f"{count} {reason}" for reason, count in outlines.left_out.items()]
-        others = [f"{len(found[name])} of images in {name}" for name in ("val", "train")]
+        others = [f"{len(cases[name])} of images in {name}" for name in ("val", "train")]
         raise CxrdistError(
             f"--split {split}: has no image with {outlines.kind} of {outlines.origin} "
             f"({'; '.join([*reasons, *others])}); give --boxes or --masks of its images"
         )
-    return found
+    return cases
 
 
 def _mean_outlines(
     subject: Subject, outlines: Outlines, cases: Sequence[Case]
 ) -> dict[str, NDArray[np.float64]]:
-    """Average the outlines of each class, and of all; nothing without cases."""
+    """Return the mean outline of each class, and of all cases; empty without cases."""
     accelerator = subject.accelerator
     side = subject.index.image_size_px
 
@@ -188,7 +188,7 @@ def _mean_outlines(
         return sums
 
     gathered = gather(accelerator, [together(accelerator, add)])
-    sums = {name: np.sum([part[name] for part in gathered], axis=0) for name in gathered[0]}
+    sums = {name: np.sum([own[name] for own in gathered], axis=0) for name in gathered[0]}
     if not sums:
         return {}
     counts = {name: sum(label == name for _, label in cases) for name in sums}
@@ -197,9 +197,10 @@ def _mean_outlines(
 
 
 def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
-    """Score the maps of some cases, gathered from all ranks; those of empty outlines are left out.
+    """Score the maps of the cases on all ranks; cases with empty outlines are left out.
 
-    Batches share their class and the likeliest other one, and are cut before ranks are known.
+    The cases of a batch share their class and the likeliest other class. Batches do not depend on
+    the number of ranks.
     """
     subject, accelerator = work.subject, work.subject.accelerator
     numbers = np.array(sorted({number for number, _ in cases}), dtype=np.int64)
@@ -235,7 +236,7 @@ def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
 def likeliest_other(
     logits: NDArray[np.floating], target: str, classes: Sequence[str]
 ) -> str | None:
-    """The class with the largest of the logits [classes] beside a class; None if it is the only."""
+    """Return the class with the largest logit besides the target; None if there is no other."""
     others = [i for i, name in enumerate(classes) if name != target]
     return classes[max(others, key=lambda i: logits[i])] if others else None
 
@@ -262,11 +263,11 @@ def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> M
     """Return the maps of a batch for a class, in the order of the table."""
     size_px = images.shape[-1]
     shape = len(images), size_px, size_px
-    place = work.model.classes.index(target)
+    class_index = work.model.classes.index(target)
     maps = {
         **_relevance(work.explainer, images, target, other),
-        "grad_cam": grad_cam(work.model, images, place).float().cpu().numpy(),
-        "gradient": plain_gradient(work.model, images, place).float().cpu().numpy(),
+        "grad_cam": grad_cam(work.model, images, class_index).float().cpu().numpy(),
+        "gradient": plain_gradient(work.model, images, class_index).float().cpu().numpy(),
     }
     if work.means:
         mean = work.means.get(target, work.means[ALL])
@@ -277,7 +278,7 @@ def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> M
 def _relevance(
     explainer: Explainer, images: Tensor, target: str, other: str | None
 ) -> dict[Method, NDArray[np.floating]]:
-    """Return the relevance for a class, and for it against another one."""
+    """Return the relevance for a class, and the contrast with another class if given."""
     targets = [target] if other is None else [target, other]
     relevance = explainer.attribute(images, targets).relevance.float().cpu().numpy()
     maps: dict[Method, NDArray[np.floating]] = {"lrp": relevance[:, 0]}
@@ -289,15 +290,17 @@ def _relevance(
 def _describe(
     work: _Work, scored: Sequence[Scored], val: Sequence[Scored], num_train: int, num_cases: int
 ) -> Localisation:
-    """Gather the content of localisation.json, and write the pictures.
+    """Return the content of localisation.json, and write the pictures.
 
     Raises:
-        CxrdistError: nothing was scored.
+        CxrdistError: no case was scored.
     """
     samples, outlines = work.subject.index.samples, work.outlines
     empty = {EMPTY: num_cases - len(scored)} if len(scored) < num_cases else {}
     if not scored:
-        raise CxrdistError(f"{outlines.origin}: all of its {outlines.kind} here cover nothing")
+        raise CxrdistError(
+            f"{outlines.origin}: all {outlines.kind} of the split are empty; check their positions"
+        )
     patients = [samples[case.number].patient for case in scored]
     groups, intervals = summarise(scored, patients, choose_tops(val))
     return {
@@ -330,13 +333,13 @@ def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
     for name, picture in pictures.items():
         with atomic_file(directory / name) as partial:
             picture.save(partial, "PNG")
-    return [about for about, _ in drawn]
+    return [case for case, _ in drawn]
 
 
 def _draw(
     work: _Work, case: Scored, rank: Literal["best", "worst"]
 ) -> tuple[Pictured, dict[str, Image.Image]]:
-    """Return what is told of a case, and its pictures by the names of their files."""
+    """Return the entry of a case in localisation.json, and its pictures by file name."""
     subject = work.subject
     images = read_rows(subject.images, np.array([case.number]), subject.accelerator.device)
     logits = subject.model(images)[0].detach().cpu().numpy()
@@ -346,9 +349,10 @@ def _draw(
     maps = _relevance(work.explainer, images, case.target, other)
     pictures = {"xray": Image.fromarray(pixels)}
     pictures |= {method: overlay(pixels, values[0]) for method, values in maps.items()}
-    key, place = subject.index.samples[case.number].key, work.model.classes.index(case.target)
-    names = {what: f"{key}.{place}.{what}.png" for what in pictures}
-    about: Pictured = {
+    key = subject.index.samples[case.number].key
+    class_index = work.model.classes.index(case.target)
+    names = {kind: f"{key}.{class_index}.{kind}.png" for kind in pictures}
+    entry: Pictured = {
         "key": key,
         "target": case.target,
         "other": other,
@@ -360,11 +364,11 @@ def _draw(
         "lrp": names["lrp"],
         "contrast": names.get("contrast"),
     }
-    return about, {names[what]: outlined(picture, outline) for what, picture in pictures.items()}
+    return entry, {names[kind]: outlined(picture, outline) for kind, picture in pictures.items()}
 
 
 def outlined(picture: Image.Image, outline: NDArray[np.bool_]) -> Image.Image:
-    """The picture at least 300 px wide, with a thin line along the inner edge of an outline."""
+    """Return a picture at least 300 px wide, with a thin line along an outline's inner edge."""
     resized, times = enlarged(picture)
     large = np.array(resized)
     area = outline.repeat(times, axis=0).repeat(times, axis=1)
@@ -372,9 +376,9 @@ def outlined(picture: Image.Image, outline: NDArray[np.bool_]) -> Image.Image:
     return Image.fromarray(large)
 
 
-def summary(found: Localisation) -> str:
-    """Return what was measured, for the terminal."""
-    whole = found["groups"][0]
+def summary(scores: Localisation) -> str:
+    """Return the scores as a table for the terminal."""
+    whole = scores["groups"][0]
     headers = ["Map", "Points inside", "Inside", "Times chance", "Overlap", "of pixels"]
     rows = [
         [
@@ -388,19 +392,19 @@ def summary(found: Localisation) -> str:
         for row in whole["methods"]
     ]
     marked = (
-        f"chosen on {found['val_cases']} images of val"
-        if found["val_cases"]
+        f"chosen on {scores['val_cases']} images of val"
+        if scores["val_cases"]
         else f"fixed: val has fewer than {FEWEST_CASES} images to choose from"
     )
-    lines = [f"{_amount(found, group)}" for group in found["groups"]]
-    left_out = [f"left out: {count} {why}" for why, count in found["left_out"].items()]
+    lines = [f"{_amount(scores, group)}" for group in scores["groups"]]
+    left_out = [f"left out: {count} {why}" for why, count in scores["left_out"].items()]
     return "\n".join([*lines, *left_out, table(rows, headers), f"share of the pixels: {marked}"])
 
 
-def _amount(found: Localisation, group: Group) -> str:
+def _amount(scores: Localisation, group: Group) -> str:
     name = "" if group["name"] == ALL else f"{group['name']}: "
     return (
-        f"{name}{group['shapes']} {found['kind']} on {group['images']} images of "
+        f"{name}{group['shapes']} {scores['kind']} on {group['images']} images of "
         f"{group['patients']} patients, {group['area']:.1%} of the square on average"
     )
 

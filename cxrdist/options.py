@@ -1,7 +1,7 @@
-"""Options: flags and a recipe in, the config of a command out.
+"""Parse flags and a recipe into the config of a command.
 
 A flag is the path of a field, such as ``--stages.head.lr.stem``: fields with hyphens (underscores
-do as well), names of stages, blocks and classes as they are. Flags override the recipe.
+are accepted, too), names of stages, blocks and classes as they are. Flags override the recipe.
 """
 
 from collections import deque
@@ -19,11 +19,11 @@ from cxrdist.fields import described, fields_of, hyphened, leaves, plain, withou
 from cxrdist.packaged import RECIPES, SHARD_RECIPES, names_in, path_of
 
 RECIPES_OF = {"pack": SHARD_RECIPES, "train": RECIPES}
-"""Commands that take --config, and the folder of the recipes that they take by name."""
+"""Commands that take --config, and the folder of their named recipes."""
 
 
 class Command(NamedTuple):
-    """Where a command's entry function and options are, and which options need no flag."""
+    """The entry function and the options of a command, and the options that need no flag."""
 
     entry: str
     config: str
@@ -32,7 +32,7 @@ class Command(NamedTuple):
 
     @property
     def positionals(self) -> list[str]:
-        """Fields that are given without their flags, in this order."""
+        """Fields that may be given without their flags, in this order."""
         return (self.positional or "").split()
 
     @property
@@ -42,7 +42,7 @@ class Command(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A flag, the path of names that it stands for, and the type of the value there."""
+    """A flag, the path of its field in the config, and the type of its value."""
 
     flag: str
     path: tuple[str, ...]
@@ -59,7 +59,7 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> Any:
         given = _read_arguments(command, name, arguments)
         recipe = given.pop(("config",), None)
         content = {} if recipe is None else _read_recipe(recipe, name, command.config_class)
-        for path in sorted(given, key=len):  # a group as a whole, then what is within it
+        for path in sorted(given, key=len):  # a whole group before single fields in it
             _refuse_other_stage(path, content.get("stages"))
             _place(content, path, given[path])
         _refuse_missing(command, name, content)
@@ -73,10 +73,10 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> Any:
 def _read_arguments(
     command: Command, name: str, arguments: Sequence[str]
 ) -> dict[tuple[str, ...], Any]:
-    """Read the words of the command line into values by path.
+    """Parse the words of the command line into values by path.
 
     Raises:
-        CxrdistError: a word is no option or has no value, or an option is given twice.
+        CxrdistError: a word is not an option, or an option has no value or is given twice.
     """
     words, loose = deque(arguments), []
     texts: dict[tuple[str, ...], str] = {}
@@ -103,16 +103,16 @@ def _read_arguments(
             loose = [] if is_list else loose[1:]
     if loose:
         raise CxrdistError(
-            f"{loose[0]!r} is no option; expected --OPTION VALUE, see cxrdist {name} --help"
+            f"{loose[0]!r} is not an option; expected --OPTION VALUE, see cxrdist {name} --help"
         )
     return values
 
 
 def find(flag: str, command: Command, name: str) -> Option:
-    """Return the option of a flag in either spelling.
+    """Return the option of a flag, with hyphens or underscores.
 
     Raises:
-        CxrdistError: there is none.
+        CxrdistError: there is no such option.
     """
     if flag == "--config" and name in RECIPES_OF:
         return Option(flag, ("config",), str)
@@ -134,13 +134,13 @@ def find(flag: str, command: Command, name: str) -> Option:
             field, left = _split_name(left, plain(kind))
             canonical.append(field)
         else:
-            raise CxrdistError(f"{flag}: --{'.'.join(canonical)} is one value, without fields")
+            raise CxrdistError(f"{flag}: --{'.'.join(canonical)} is a single value without fields")
         path.append(field)
     return Option("--" + ".".join(canonical), tuple(path), kind)
 
 
 def _split_name(text: str, kind: Any) -> tuple[str, str]:
-    """Split NAME.FIELD behind the name, which may have dots; without fields all of it is a name."""
+    """Split NAME.FIELD into both, with dots allowed in NAME; values without fields are all NAME."""
     if not is_dataclass(kind):
         return text, ""
     words = text.split(".")
@@ -154,7 +154,7 @@ def _split_name(text: str, kind: Any) -> tuple[str, str]:
 def _unknown_flag(
     flag: str, command: Command, name: str, above: list[str], names: list[str]
 ) -> CxrdistError:
-    """Describe a flag that does not exist, with those there are and the nearest one."""
+    """Return the error for an unknown flag, with the known flags and the nearest one."""
     prefix = "--" + "".join(f"{word}." for word in above)
     expected = [prefix + hyphened(field) for field in names if field != "_"]
     expected += ["--config"] if name in RECIPES_OF and not above else []
@@ -165,7 +165,7 @@ def _unknown_flag(
 
 
 def _next_value(option: Option, words: deque[str]) -> str:
-    """Take the value behind a flag; a flag alone is true where that can be meant.
+    """Take the value after a flag; a boolean flag without a value is true.
 
     Raises:
         CxrdistError: there is no value.
@@ -173,7 +173,7 @@ def _next_value(option: Option, words: deque[str]) -> str:
     if plain(option.kind) is bool and (not words or words[0] not in ("true", "false")):
         return "true"
     if not words or words[0].startswith("--"):
-        raise CxrdistError(f"{option.flag}: expected a value behind it, {described(option.kind)}")
+        raise CxrdistError(f"{option.flag}: expected a value after it, {described(option.kind)}")
     return _utf8(words.popleft())
 
 
@@ -185,17 +185,15 @@ def _utf8(word: str) -> str:
     """
     shown = word.encode("utf-8", "backslashreplace").decode("utf-8")
     if shown != word:
-        raise CxrdistError(
-            f"{shown} is not valid UTF-8; rename it, or give the folder that it is in"
-        )
+        raise CxrdistError(f"{shown} is not valid UTF-8; rename it, or give its folder instead")
     return word
 
 
 def _read_text(text: str, option: Option) -> Any:
-    """Read a flag's text: paths and words as they are, all else as YAML.
+    """Parse a flag's text: paths and words as they are, everything else as YAML.
 
     Raises:
-        CxrdistError: it is no YAML.
+        CxrdistError: the text is not valid YAML.
     """
     kind = plain(option.kind)
     if text == "null" and NoneType in get_args(option.kind):
@@ -214,10 +212,10 @@ def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
     """Read a recipe: a file, or one that comes with cxrdist.
 
     Raises:
-        CxrdistError: there is none of this name, it is no regular file, no YAML object with the
-            bounds of `parse_yaml`, or has a field that the config does not have.
+        CxrdistError: the recipe does not exist, is not a regular file, is not a YAML object within
+            the bounds of `parse_yaml`, or has a field that the config does not have.
     """
-    from cxrdist.run import read_recipe  # which is a third of the time of --help
+    from cxrdist.run import read_recipe  # imported late: it would add half to the time of --help
 
     folder = RECIPES_OF[command]
     path = Path(path_of(folder, name))
@@ -226,16 +224,16 @@ def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
             f"--config {name}: no such file, and no recipe of this name; "
             f"{choices(name, names_in(folder))}"
         )
-    _, content = read_recipe(path.resolve(), "mend it, or give another with --config")
+    _, content = read_recipe(path.resolve(), "fix it, or give another with --config")
     _refuse_unknown(content, config, f"--config {name}")
     return content
 
 
 def _refuse_other_stage(path: tuple[str, ...], stages: Any) -> None:
-    """Make sure that a flag within a stage is of one that the recipe has.
+    """Reject a flag for a stage that the recipe does not have.
 
     Raises:
-        CxrdistError: it is not.
+        CxrdistError: the recipe has no such stage.
     """
     if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and stages:
         if path[1] not in stages:
@@ -246,10 +244,10 @@ def _refuse_other_stage(path: tuple[str, ...], stages: Any) -> None:
 
 
 def _place(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Put a value at its path in nested objects.
+    """Set a value at its path in nested objects.
 
     Raises:
-        CxrdistError: something on the way is no object.
+        CxrdistError: a value on the path is not an object.
     """
     for depth, name in enumerate(path[:-1], 1):
         if content.get(name) is None:
@@ -261,10 +259,10 @@ def _place(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _refuse_missing(command: Command, name: str, content: dict[str, Any]) -> None:
-    """Make sure that options without a default are given.
+    """Check that all options without a default are given.
 
     Raises:
-        CxrdistError: some are not.
+        CxrdistError: some are missing.
     """
     needed = [field.name for field in fields_of(command.config_class) if field.default is MISSING]
     missing = [
@@ -277,15 +275,15 @@ def _refuse_missing(command: Command, name: str, content: dict[str, Any]) -> Non
 
 
 def build(value: Any, kind: Any, flag: str) -> Any:
-    """Check a value against the type of its field and build it, dataclasses from their fields.
+    """Check a value against the type of its field, and build dataclasses from their fields.
 
     Args:
-        value: of a recipe, or of flags.
-        kind: of the field; numbers have their bounds in it.
+        value: from a recipe or flags.
+        kind: type of the field, with the bounds of numbers.
         flag: of the field, for errors; empty for the whole config.
 
     Raises:
-        CxrdistError: it is of another type or out of bounds, or a dataclass refuses it.
+        CxrdistError: the value has another type or is out of bounds, or a dataclass rejects it.
     """
     if value is None and NoneType in get_args(kind):
         return None
@@ -320,13 +318,13 @@ def _build_fields(value: Any, kind: Any, flag: str) -> Any:
     built = {name: build(v, hints[name], prefix + hyphened(name)) for name, v in value.items()}
     try:
         return kind(**built)
-    except CxrdistError as error:  # of the class's own checks, which begin with a field
+    except CxrdistError as error:  # from __post_init__, whose messages begin with a field
         field, colon, reason = str(error).partition(":")
         raise CxrdistError(f"{prefix}{hyphened(field)}{colon}{reason}") from error
 
 
 def _refuse_plain(value: Any, flag: str, expected: str) -> None:
-    """Make sure that a group is an object with names that are text.
+    """Check that a group is an object whose names are text.
 
     Raises:
         CxrdistError: it is not.
@@ -335,14 +333,14 @@ def _refuse_plain(value: Any, flag: str, expected: str) -> None:
         raise CxrdistError(f"{flag}: is {value!r:.40}, expected {expected}")
     for name in value:
         if not isinstance(name, str):
-            raise CxrdistError(f"{flag}: the name {name!r:.40} is no text; put quotes around it")
+            raise CxrdistError(f"{flag}: the name {name!r:.40} is not text; put quotes around it")
 
 
 def _refuse_unknown(value: dict[str, Any], kind: Any, where: str) -> None:
-    """Make sure that an object has no field that its dataclass does not have.
+    """Reject an object with a field that its dataclass does not have.
 
     Raises:
-        CxrdistError: it has one.
+        CxrdistError: a field is unknown.
     """
     known = [field.name for field in fields_of(kind)]
     for name in value:
@@ -351,14 +349,14 @@ def _refuse_unknown(value: dict[str, Any], kind: Any, where: str) -> None:
 
 
 def _refuse_urls(command: str, config: Any) -> None:
-    """Make sure that an option which needs a path on this machine has none elsewhere.
+    """Reject URLs for options that need a local path.
 
     Raises:
-        CxrdistError: it has a URL.
+        CxrdistError: an option that needs a local path has a URL.
     """
     allowed = {"pack": {"input", "masks", "out"}, "find-text": {"input"}}.get(command, {"shards"})
     for name, value in vars(config).items():
         if name not in allowed and hasattr(value, "protocol"):
             raise CxrdistError(
-                f"--{hyphened(name)} {value}: expected a path on this machine, no URL"
+                f"--{hyphened(name)} {value}: expected a path on this machine, not a URL"
             )

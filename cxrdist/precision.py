@@ -1,4 +1,4 @@
-"""Full float32 arithmetic: the switches of torch that would shorten it, TensorFloat-32 among them.
+"""Full float32 arithmetic: set the switches of torch that reduce it, such as TensorFloat-32.
 
 cuDNN's convolutions use TensorFloat-32 (10 bits of mantissa instead of 23) unless told not to, and
 some containers switch it on for matrix products too (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``).
@@ -20,10 +20,10 @@ def _switches() -> list[Any]:
 
 
 def use_full_float32() -> None:
-    """Compute float32 in full on every device from now on, whatever was switched on before."""
-    # torch keeps older switches beside the newer ones, and whoever reads an older one that
-    # disagrees gets an error, so both are set. The older ones come first: they leave an operator
-    # to its parent, which may be tf32.
+    """Use full float32 on every device from now on, whatever was enabled before."""
+    # torch has older and newer switches, and raises an error when an older one is read that
+    # disagrees, so both are set. The older ones come first: they make an operator inherit from its
+    # parent, which may be tf32.
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
     for switch in _switches():
@@ -32,7 +32,7 @@ def use_full_float32() -> None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute float32 in full inside, and leave the caller's switches as they were."""
+    """Use full float32 inside the context, and restore the caller's switches at its end."""
     switches, matmul, convolution = _switches(), _older_matmul(), _older_convolution()
     before = []
     for switch in switches:

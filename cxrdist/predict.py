@@ -60,13 +60,13 @@ from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
 from cxrdist.train.memory import is_out_of_memory
 
-MOST_NAMED = 3  # files in a line
+MOST_NAMED = 3  # files per message
 CHUNK = 4  # images that a worker decodes at once
-SECONDS_WITH_TEXT = 60  # to find text in an image, which takes 2, and once to load the finder
+SECONDS_WITH_TEXT = 60  # limit for finding text in an image, which takes 2 s after a slow start
 
 
 class Made(NamedTuple):
-    """Files of an image that a worker makes."""
+    """A job of a worker that writes files of an image."""
 
     number: int
     what: str
@@ -75,20 +75,20 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model at work, and what is known of each input so far, by its number.
+    """A model with its workers, and the results of each input so far, by its number.
 
     Attributes:
         model: on the device.
-        explainer: of it; None without heat maps.
+        explainer: of the model; None without heat maps.
         heatmaps: the folder of the heat maps; None without ``explain``.
         output: of DICOM results; None without ``dicom``.
         pool: processes that decode and draw.
-        batch_size: images of one forward pass.
-        prepared: what was read, without its pixels.
+        batch_size: images per forward pass.
+        prepared: prepared inputs without their pixels.
         logits: float32 [classes].
         ledgers: rows of relevance.csv.
         reasons: why an input could not be read or drawn.
-        new_uids: UIDs that an input lacks, and that were made for its DICOM results.
+        new_uids: names of UIDs that an input lacks, and that were created for its DICOM results.
     """
 
     model: Classifier | Ensemble
@@ -104,7 +104,7 @@ class Predictor:
     new_uids: dict[int, list[str]] = field(default_factory=dict)
 
     def run(self, inputs: dict[int, Input], how: Preparation) -> None:
-        """Predict the inputs of some numbers, batch by batch, while workers decode and draw."""
+        """Predict inputs by number, batch by batch, while workers decode and draw."""
         chunk, seconds = (1, SECONDS_WITH_TEXT) if how.finds_text else (CHUNK, SECONDS_PER_IMAGE)
         items = list(inputs.values())
         squares = in_order(self.pool, partial(prepare, how=how), items, chunk, seconds)
@@ -127,7 +127,7 @@ class Predictor:
     def _run_batch(
         self, batch: dict[int, Prepared], inputs: dict[int, Input], how: Preparation
     ) -> list[Made]:
-        """Compute logits and relevance, and let the workers draw it."""
+        """Compute logits and relevance, and start drawing it in the workers."""
         device = self.model.mean.device
         pixels = np.stack([square.pixels for square in batch.values()])
         images = torch.from_numpy(pixels).unsqueeze(1).to(device)
@@ -147,26 +147,26 @@ class Predictor:
             self.prepared[number] = replace(square, pixels=np.empty((0, 0), np.uint8))
         return [
             made
-            for (number, square), found in zip(batch.items(), maps, strict=False)
-            for made in self._draw(number, replace(inputs[number], boxes=square.boxes), found, how)
+            for (number, square), own in zip(batch.items(), maps, strict=False)
+            for made in self._draw(number, replace(inputs[number], boxes=square.boxes), own, how)
         ]
 
     def _explain(self, images: torch.Tensor, keys: list[str]) -> list[Map]:
         if self.explainer is None:
             return []
-        found = self.explainer.attribute(images)
-        sums = (found.logits, found.relevance_sum, found.bias_share, found.epsilon_share)
+        result = self.explainer.attribute(images)
+        sums = (result.logits, result.relevance_sum, result.bias_share, result.epsilon_share)
         ledgers = torch.stack(sums, 2).double().cpu().numpy()
-        relevance = found.relevance.float().cpu().numpy()
-        parts = zip(keys, relevance, ledgers, strict=True)
-        return [Map(key, self.model.classes, values, ledger) for key, values, ledger in parts]
+        relevance = result.relevance.float().cpu().numpy()
+        rows = zip(keys, relevance, ledgers, strict=True)
+        return [Map(key, self.model.classes, values, ledger) for key, values, ledger in rows]
 
-    def _draw(self, number: int, item: Input, found: Map, how: Preparation) -> list[Made]:
-        """Let the workers write the heat maps and DICOM results of an image."""
-        drawing, made = Drawing(item, found), list[Made]()
-        seconds = SECONDS_PER_IMAGE * (1 + len(found.classes))
+    def _draw(self, number: int, item: Input, own: Map, how: Preparation) -> list[Made]:
+        """Start jobs that write the heat maps and DICOM results of an image from its map."""
+        drawing, made = Drawing(item, own), list[Made]()
+        seconds = SECONDS_PER_IMAGE * (1 + len(own.classes))
         if self.heatmaps is not None:
-            rows = ledger_rows(found.key, found.classes, found.ledger, with_pictures=True)
+            rows = ledger_rows(own.key, own.classes, own.ledger, with_pictures=True)
             self.ledgers[number] = [[str(item.file), *row] for row in rows]
             make = partial(draw, directory=self.heatmaps, how=how)
             drawn = schedule(self.pool, make, [drawing], seconds)
@@ -182,7 +182,7 @@ class Predictor:
         return made
 
     def _finish_drawings(self, drawing: deque[Made], most: int) -> None:
-        """Wait until no more than some drawings are left."""
+        """Wait until at most the given number of drawings are left."""
         while len(drawing) > most:
             number, what, job = drawing.popleft()
             (result,) = job.results()
@@ -194,12 +194,12 @@ class Predictor:
                 self.new_uids[number] = result
 
     def share_depth(self, inputs: dict[int, Input], how: Preparation) -> int | None:
-        """Scale images that do not declare their bit depth alike, as a pack does with a source.
+        """Use one bit depth for all images that do not declare theirs, as `cxrdist pack` does.
 
-        Those that were scaled by fewer bits than the deepest uses are predicted again.
+        Images that were scaled by fewer bits than the deepest one uses are predicted again.
 
         Returns:
-            The depth of all of them; None if there are none.
+            Their common depth; None if all images declare theirs.
         """
         used = {number: square.used_depth for number, square in self.prepared.items()}
         depth, numbers = unlike_source(used)
@@ -214,8 +214,8 @@ class Predictor:
 def predict(config: PredictConfig) -> None:
     """Write a CSV of probabilities, with ``explain`` heat maps, and with ``dicom`` DICOM results.
 
-    All images are read; what could not be read stands in a second CSV. The folder of DICOM results
-    appears when all are complete.
+    Unreadable images are listed in a second CSV. The folder of DICOM results appears once all are
+    complete.
 
     Raises:
         CxrdistError: run, images or options cannot be used, or no image could be read; nothing is
@@ -229,19 +229,19 @@ def predict(config: PredictConfig) -> None:
     model = load_predictor(config.run)
     if model.lungs_only:
         raise CxrdistError(
-            f"--run {config.run}: was trained on lungs only, and new images have no masks; pack "
+            f"--run {config.run}: was trained on lungs only, but new images have no masks; pack "
             "them with --masks and --lungs-only, and use cxrdist evaluate"
         )
     heatmaps = _beside(config.out, "heatmaps")
-    found, left_out = find_inputs(config.images, heatmaps)
-    given = [item.file for item in found] + ([config.text_boxes] if config.text_boxes else [])
+    items, left_out = find_inputs(config.images, heatmaps)
+    given = [item.file for item in items] + ([config.text_boxes] if config.text_boxes else [])
     if config.out.exists() and any(file.samefile(config.out) for file in given if file.exists()):
         raise CxrdistError(f"--out {config.out}: is one of the files given; name a CSV to write")
     if config.dicom is not None:
-        refuse_other_images([item.file for item in found])
+        refuse_other_images([item.file for item in items])
     use_full_float32()
     how = _preparation(config, model)
-    inputs = dict(enumerate(with_boxes(found, config.text_boxes) if config.text_boxes else found))
+    inputs = dict(enumerate(with_boxes(items, config.text_boxes) if config.text_boxes else items))
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     explains = config.explain or config.dicom is not None
     explainer = Explainer(one_network(model)) if explains else None
@@ -268,10 +268,10 @@ def predict(config: PredictConfig) -> None:
 
 
 def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Preparation:
-    """Prepare images as those that the model was trained on.
+    """Return how to prepare images: as in training, or as the options say.
 
     Raises:
-        CxrdistError: text is to be looked for, and the finder is not installed.
+        CxrdistError: text must be found, but the finder is not installed.
     """
     how = model.preparation()
     finds_text = how.finds_text and config.text_boxes is None
@@ -280,18 +280,18 @@ def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Prepara
             require_extra()
         except CxrdistError as error:
             raise CxrdistError(
-                f"--run {config.run}: was trained on images with their text covered, so text is "
-                f"looked for in new ones: {error}, or give the boxes with --text-boxes"
+                f"--run {config.run}: was trained on images with covered text, so text must be "
+                f"found in new images: {error}, or give the boxes with --text-boxes"
             ) from error
     fit, depth = config.fit or how.fit, config.depth or how.depth
     return replace(how, fit=fit, depth=depth, finds_text=finds_text)
 
 
 def _refuse_bad_out(out: Path) -> None:
-    """Make sure that the files can be written before any work is done for them.
+    """Check that the output files can be written, before any work starts.
 
     Raises:
-        CxrdistError: they cannot.
+        CxrdistError: a path cannot be used.
         RunFailedError: the folder is read-only.
     """
     if not out.name or (out.exists() and not out.is_file()):
@@ -302,35 +302,35 @@ def _refuse_bad_out(out: Path) -> None:
 
 
 def _beside(out: Path, name: str) -> Path:
-    """Return a folder or file that belongs to a CSV, such as NAME-heatmaps."""
+    """Return the path of a folder or file beside a CSV, such as NAME-heatmaps."""
     return out.with_name(f"{out.stem}-{name}")
 
 
 def _write(
     out: Path, inputs: dict[int, Input], left_out: Sequence[LeftOut], predictor: Predictor
 ) -> None:
-    """Write path, prob_CLASS..., predicted; the class is that of the logits, as in `evaluate`.
+    """Write the CSVs: path, prob_CLASS..., predicted (by the logits, as in `evaluate`).
 
-    A calibrated model has calibrated_CLASS... and softmax_CLASS... before predicted, and after it
-    called_CLASS, 1 or 0, of each class that has an operating point.
+    For a calibrated model there are also calibrated_CLASS... and softmax_CLASS... before predicted,
+    and after it called_CLASS, 1 or 0, for each class with a threshold.
     """
     model, numbers = predictor.model, sorted(predictor.logits)
     logits, classes = np.stack([predictor.logits[number] for number in numbers]), model.classes
-    said = Predictions(logits, classes, model.task, model.calibration)
-    more = probability_columns(said)
-    called = {f"called_{name}": values for name, values in said.called.items()}
-    predicted = [SEPARATOR.join(names) for names in said.predicted]
-    probabilities = np.column_stack([*said.probabilities.values(), *more.values()])
+    predictions = Predictions(logits, classes, model.task, model.calibration)
+    more = probability_columns(predictions)
+    called = {f"called_{name}": values for name, values in predictions.called.items()}
+    predicted = [SEPARATOR.join(names) for names in predictions.predicted]
+    probabilities = np.column_stack([*predictions.probabilities.values(), *more.values()])
     names = [f"prob_{name}" for name in classes]
     columns = ["path", *names, *more, "predicted", *called]
     rows = [
         [
             inputs[number].file,
-            *(f"{value:.9g}" for value in probabilities[place]),
-            predicted[place],
-            *(int(values[place]) for values in called.values()),
+            *(f"{value:.9g}" for value in probabilities[row]),
+            predicted[row],
+            *(int(values[row]) for values in called.values()),
         ]
-        for place, number in enumerate(numbers)
+        for row, number in enumerate(numbers)
     ]
     if predictor.heatmaps is not None:
         ledger = [row for number in sorted(predictor.ledgers) for row in predictor.ledgers[number]]
@@ -346,7 +346,7 @@ def _write(
 
 
 def _tell_calibration(model: Classifier | Ensemble) -> None:
-    """Say what the columns calibrated_CLASS and called_CLASS come from, or how to get them."""
+    """Print the source of the columns calibrated_CLASS and called_CLASS, or how to get them."""
     if model.calibration is None:
         print(
             "probabilities are not calibrated and no class is called: run `cxrdist evaluate` on "
@@ -363,32 +363,32 @@ def _tell_calibration(model: Classifier | Ensemble) -> None:
 
 
 def _tell_depth(how: Preparation, depth: int | None, used: Sequence[int | None]) -> None:
-    """Say by which depth images that do not declare theirs were scaled, where that is news."""
+    """Print the bit depth of images that do not declare theirs, unless it was given."""
     if depth and how.depth is None:
         print(describe_depth(depth, used))
     deeper = sum(bits is not None and depth is not None and bits > depth for bits in used)
     if deeper:
         print(
-            f"{deeper} images use more bits than the {depth} by which they are scaled: what is "
-            "brighter is white; --depth sets another"
+            f"{deeper} images use more than the {depth} bits by which they are scaled: brighter "
+            "values become white; set another depth with --depth"
         )
 
 
 def _tell_views(inputs: dict[int, Input], prepared: dict[int, Prepared]) -> None:
-    """Say which images are not frontal, by their tags or names."""
+    """Print which images are not frontal, by their tags or names."""
     side = [n for n in sorted(prepared) if prepared[n].view in (LATERAL, OTHER)]
     if side:
         names = ", ".join(str(inputs[number].file) for number in side[:MOST_NAMED])
         kinds = Counter(NAMES[prepared[number].view] for number in side)
         listed = ", ".join(f"{number} {view}" for view, number in kinds.most_common())
         print(
-            f"{len(side)} images are no frontal views by their tag or name ({listed}) and are "
-            f"predicted all the same: {names}{' ...' if len(side) > MOST_NAMED else ''}"
+            f"{len(side)} images are not frontal views by their tag or name ({listed}) but are "
+            f"predicted, too: {names}{' ...' if len(side) > MOST_NAMED else ''}"
         )
 
 
 def _tell_cover(config: PredictConfig, predictor: Predictor) -> None:
-    """Say what was done about burned-in text."""
+    """Print how burned-in text was handled."""
     cover = predictor.model.cover
     if config.text_boxes or (cover and cover.is_of_training):
         counts = [len(s.boxes) for s in predictor.prepared.values() if s.boxes]
@@ -398,8 +398,8 @@ def _tell_cover(config: PredictConfig, predictor: Predictor) -> None:
         )
     elif cover:
         print(
-            f"text is not covered: the model learned with it, and only its {cover.split} images "
-            "were covered; to cover it here too, give --text-boxes"
+            f"text is not covered, as in training: only {cover.split} images were covered; to "
+            "cover it here, too, give --text-boxes"
         )
 
 
@@ -409,10 +409,10 @@ def _tell_rest(
     left_out: Sequence[LeftOut],
     predictor: Predictor,
 ) -> None:
-    """Say where the other files are, and what could not be read.
+    """Print the paths of the other files, and the images that could not be read.
 
     Raises:
-        RunFailedError: something, without ``skip_bad``.
+        RunFailedError: images could not be read, and ``skip_bad`` is not set.
     """
     rejected = _beside(config.out, "rejected.csv")
     if config.explain:
@@ -425,7 +425,7 @@ def _tell_rest(
         line = _unread(list(predictor.reasons.values()), len(inputs))
         line += f"; all of them: {rejected}"
         if not config.skip_bad:
-            raise RunFailedError(f"{line}; mend or remove them, or accept it with --skip-bad")
+            raise RunFailedError(f"{line}; fix or remove them, or accept this with --skip-bad")
         print(line)
 
 

@@ -1,4 +1,4 @@
-"""Probe: what can be told of the classes from images without their lungs?
+"""Probe how well the classes can be predicted from images without their lungs.
 
 The same small network is trained on the images, on the images with the lungs made black (Maguolo &
 Nanni 2021, DeGrave et al. 2021), on the lungs alone, and on the pixels shuffled within each image,
@@ -57,8 +57,8 @@ PASSES = 15_000
 EPOCHS = (3, 40)
 """At least and at most."""
 OUTLINE = (
-    "The outline of a mask is left in the images without their lungs, and in the lungs alone: what "
-    "it tells of the lungs' shape counts there too."
+    "The outline of the masks remains visible without the lungs, and in the lungs alone: what it "
+    "shows of the lungs' shape counts there, too."
 )
 ESTIMATE = (
     "AUROC of the images - AUROC of the shuffled pixels + 0.5: what Ong Ly et al. (2024) expect on "
@@ -102,7 +102,7 @@ class ClassScore(TypedDict):
 
 
 class VariantScore(TypedDict):
-    """What a network made of one kind of images."""
+    """The scores of a network on one kind of images."""
 
     auroc: Share | None
     """The mean over the classes."""
@@ -168,7 +168,7 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
         found = _describe(config, begun)
         write_json(config.out / "background.json", found)
     print(f"\n{summary(found)}")
-    print(f"all of it: {config.out / 'background.json'}")
+    print(f"all results: {config.out / 'background.json'}")
 
 
 def _refuse_unusable(index: Index) -> None:
@@ -186,7 +186,7 @@ def _refuse_unusable(index: Index) -> None:
 
 
 def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
-    """Make the four sets of shards, if an earlier call has not done it.
+    """Make the four sets of shards, unless an earlier command has done it.
 
     Raises:
         CxrdistError: they are of other shards, masks or another seed.
@@ -202,7 +202,7 @@ def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
         ):
             if before != value:
                 raise CxrdistError(
-                    f"--out {config.out}: holds another probe (the {name} was {before}, is "
+                    f"--out {config.out}: contains another probe (the {name} was {before}, is "
                     f"{value}); give the same to resume, or another directory"
                 )
         return begun
@@ -284,7 +284,7 @@ def _reduced(square: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
 
 
 def _train_once(config: ProbeBackgroundConfig, variant: Variant) -> None:
-    """Train and evaluate a network, as far as an earlier call has not done it."""
+    """Train and evaluate a network, unless an earlier command has done it."""
     run, shards, cache = _run_of(config, variant), _shards_of(config, variant), config.cache
     epochs = _epochs(read_index(shards))
     stage = Stage(
@@ -434,8 +434,8 @@ def _says_of_scores(found: BackgroundFile) -> list[str]:
     if None in of.values():
         return ["An AUROC is not defined in test, so that there is nothing to say."]
     says = [
-        f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is had without a lung (0.5 is chance), "
-        f"and {of['shuffled']:.2f} from grey values alone."
+        f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is reached without lungs "
+        f"(0.5 is chance), and {of['shuffled']:.2f} from grey values alone."
     ]
     without, whole = (found["variants"][name]["classes"] for name in ("no_lungs", "images"))
     told = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}

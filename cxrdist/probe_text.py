@@ -75,7 +75,7 @@ PLACES = {
     "lower-left": (0.03, 0.97, "lb"),
     "lower-right": (0.97, 0.97, "rb"),
 }
-"""Where a word's corner stands, in fractions of the side, and which corner (Pillow's anchors)."""
+"""Position of a word as fractions of the side, and its anchor (Pillow's names)."""
 COVERS = ("black", "fill")
 OUTLINE = (255, 210, 0)
 DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
@@ -97,7 +97,7 @@ class Edited:
 
 
 def probe_text(config: ProbeTextConfig) -> None:
-    """Measure what text on the images does, write RUN/SPLIT/text.json and pictures, and print it.
+    """Measure the effect of text on the images; write RUN/SPLIT/text.json, pictures and a summary.
 
     Exact for any number of ranks: each of them predicts, finds and explains whole batches. Boxes
     are covered in the squares that the network sees; `pack` covers them in the originals.
@@ -144,7 +144,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         }
         write_json(subject.run.text(subject.place), content)
         print(summary(content))
-        print(f"all of it: {subject.run.text(subject.place)}, and in the report")
+        print(f"all results: {subject.run.text(subject.place)}, and in the report")
     finish(accelerator)
 
 
@@ -164,7 +164,7 @@ def _refuse_bad_options(config: ProbeTextConfig) -> None:
 def _refuse_covered(index: Index, split: str) -> None:
     if index.cover and index.cover["split"] in ("all", split):
         raise CxrdistError(
-            f"--shards {index.directory}: their burned-in text is covered already; give shards "
+            f"--shards {index.directory}: burned-in text is already covered; give shards "
             "that were packed without --text-boxes"
         )
 

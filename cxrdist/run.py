@@ -1,4 +1,4 @@
-"""The run directory: where each file stands, and how it is written."""
+"""The run directory: the path of each file, and how files are read and written."""
 
 import csv
 import ctypes
@@ -23,13 +23,13 @@ from typing import Any, BinaryIO, TypeVar, cast
 from cxrdist.documents import MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 
-MOST_LINE_BYTES = 1 << 16  # of a log; a row has 300
+MOST_LINE_BYTES = 1 << 16  # of a line in a log; a usual row has 300
 MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
 
 T = TypeVar("T")
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
-"""A stage has a directory of its name in the run."""
+"""Stage names are restricted because each stage has a directory of its name in the run."""
 
 _PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 
@@ -38,20 +38,23 @@ _PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 class RunDirectory:
     """Names of the files of one run (.github/DESIGN.md, Files).
 
-    What belongs to a set of images lies in a place of its own: ``train``, ``val`` or ``test``, or
-    ``external/NAME`` for shards that are not the run's own.
+    Results for a set of images are in a directory of their own, called its place: ``train``,
+    ``val`` or ``test``, or ``external/NAME`` for shards that the run was not trained on.
 
-    ``root`` may be a link, such as one to a scratch disk; below it no name is given out that is
-    one, so that nothing is read, written or removed elsewhere.
+    ``root`` may be a link, such as one to a scratch disk. Links below it are rejected, so that
+    nothing outside the run is read, written or removed.
     """
 
     root: Path
 
     def inside(self, *names: str) -> Path:
-        """Name a file or directory of the run, by names that may hold several with / between them.
+        """Return the path of a file or directory of the run.
+
+        Args:
+            names: components of the path; each may contain several, separated by /.
 
         Raises:
-            CxrdistError: it, or a directory above it in the run, is a link.
+            CxrdistError: the path, or a directory above it in the run, is a link.
         """
         path = self.root
         for name in "/".join(names).split("/"):
@@ -70,12 +73,12 @@ class RunDirectory:
 
     @property
     def info(self) -> Path:
-        """What was run: versions, world, precision, git revision, shard index hash, weights."""
+        """Facts of the run: versions, world size, precision, git revision, index hash, weights."""
         return self.inside("run.json")
 
     @property
     def log(self) -> Path:
-        """One JSON object a line."""
+        """One JSON object per line."""
         return self.inside("log.jsonl")
 
     @property
@@ -89,27 +92,27 @@ class RunDirectory:
         return self.inside("model")
 
     def stage(self, name: str) -> "RunDirectory":
-        """Return a run of a stage before the last one, with the model of its best epoch.
+        """Return the directory of a stage before the last one, with the model of its best epoch.
 
         Raises:
-            CxrdistError: the name is none for a directory, or a link is in the way.
+            CxrdistError: the name is not valid for a directory, or the directory is a link.
         """
         refuse_bad_stage_name(name)
         return RunDirectory(self.inside("stages", name))
 
     @property
     def tracking(self) -> Path:
-        """What the trackers of --track write."""
+        """Files of the trackers chosen with --track."""
         return self.inside("tracking")
 
     @property
     def audit(self) -> Path:
-        """The audit of the shards, as it was when the training began."""
+        """The audit of the shards, as of the start of the training."""
         return self.inside("audit.json")
 
     @property
     def seen(self) -> Path:
-        """What is kept of the train and val images, to know them again in an external set."""
+        """Fingerprints of the train and val images, to recognise them in an external set."""
         return self.inside("seen.npz")
 
     @property
@@ -119,12 +122,12 @@ class RunDirectory:
 
     @property
     def checklist(self) -> Path:
-        """The reporting checklists, filled in as far as the run can."""
+        """The reporting checklists, with the answers that the run knows filled in."""
         return self.inside("checklist.html")
 
     @property
     def card(self) -> Path:
-        """The model card, in the form of Hugging Face."""
+        """The model card, in Hugging Face's format."""
         return self.inside("model", "README.md")
 
     @property
@@ -133,7 +136,7 @@ class RunDirectory:
         return self.inside("members.json")
 
     def predictions(self, place: str) -> Path:
-        """One row a sample of the place."""
+        """One row per sample of the place."""
         return self.inside(place, "predictions.csv")
 
     def metrics(self, place: str) -> Path:
@@ -145,11 +148,11 @@ class RunDirectory:
         return self.inside(place, "heatmaps")
 
     def mistakes(self, place: str) -> Path:
-        """Pictures KEY.png of the images that were got wrong, the surest ones."""
+        """Pictures KEY.png of the most confident wrong predictions."""
         return self.inside(place, "mistakes")
 
     def nearest(self, place: str) -> Path:
-        """One row an explained sample: the training image that the network takes for most alike."""
+        """One row per explained sample: the training image most similar to it for the network."""
         return self.inside(place, "nearest.csv")
 
     def nearest_pictures(self, place: str) -> Path:
@@ -157,11 +160,11 @@ class RunDirectory:
         return self.inside(place, "nearest")
 
     def relevance(self, place: str) -> Path:
-        """Signed relevance, one KEY.npz a sample or tars of them."""
+        """Signed relevance, one KEY.npz per sample or tars of them."""
         return self.inside(place, "relevance")
 
     def text(self, place: str) -> Path:
-        """Return what the probe for words on the images found."""
+        """Results of the probe for words on the images."""
         return self.inside(place, "text.json")
 
     def text_pictures(self, place: str) -> Path:
@@ -169,88 +172,88 @@ class RunDirectory:
         return self.inside(place, "text")
 
     def localisation(self, place: str) -> Path:
-        """Return how the relevance of the place agrees with boxes or masks."""
+        """Agreement of the relevance with boxes or masks."""
         return self.inside(place, "localisation.json")
 
     def localisation_pictures(self, place: str) -> Path:
-        """Pictures of that."""
+        """Pictures of the relevance with those boxes or masks."""
         return self.inside(place, "localisation")
 
     def mean_maps(self, place: str) -> Path:
-        """Pictures of each class's mean map over the explained images of the place."""
+        """Pictures of the mean map of each class over the explained images of the place."""
         return self.inside(place, "mean_maps")
 
     def relevance_info(self, place: str) -> Path:
-        """Return how the relevance of the place was made, and whether it stands up to a test."""
+        """How the relevance was computed, and the results of its sanity checks."""
         return self.inside(place, "relevance.json")
 
     def relevance_table(self, place: str) -> Path:
-        """One row a sample and class: the ledger of the logit."""
+        """One row per sample and class: the ledger of the logit."""
         return self.inside(place, "relevance.csv")
 
 
 def refuse_bad_stage_name(name: str) -> None:
-    """Make sure that a stage can have a directory of its name.
+    """Reject a stage name that is not valid for a directory.
 
     Raises:
-        CxrdistError: it cannot.
+        CxrdistError: the name is not valid.
     """
     if not STAGE_NAME.fullmatch(name):
         raise CxrdistError(
-            f"--stages: the name {name!r:.120} cannot be that of a directory; expected letters, "
-            "digits, dots, -, _ and spaces, at most 100 of them"
+            f"--stages: the name {name!r:.120} is not valid for a directory; expected letters, "
+            "digits, dots, -, _ and spaces, at most 100 characters"
         )
 
 
 def external_place(name: str) -> str:
-    """Return the place of an external set in a run.
+    """Return the place of an external set in a run, external/NAME.
 
     Raises:
-        CxrdistError: the name is none for a directory.
+        CxrdistError: the name is not valid for a directory.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise CxrdistError(
-            f"--name {name!r:.120}: expected letters, digits, dots, - and _, at most 100 of them; "
-            "give such a name with --name"
+            f"--name {name!r:.120}: expected letters, digits, dots, - and _, at most 100 "
+            "characters; give such a name with --name"
         )
     return f"external/{name}"
 
 
 def options_of(place: str) -> str:
-    """Return the option of evaluate and explain that leads to a place, for messages."""
+    """Return the option of evaluate and explain that selects a place, for messages."""
     name = place.removeprefix("external/")
     return f"--split {place}" if name == place else f"--name {name}"
 
 
 def open_run(root: Path) -> RunDirectory:
-    """Name the files of a finished run.
+    """Return the directory of a finished run.
 
     Raises:
-        CxrdistError: there is no trained model in ``root``.
+        CxrdistError: ``root`` contains no trained model.
     """
     run = RunDirectory(root)
     files = [run.inside("model", name) for name in ("model.json", "model.safetensors")]
     if not files[0].is_file():
         raise CxrdistError(
-            f"--run {root}: holds no trained model (model/model.json); "
+            f"--run {root}: contains no trained model (model/model.json); "
             "give the directory of a finished `cxrdist train`"
         )
     return run
 
 
 def open_regular(path: Path, flags: int) -> BinaryIO:
-    """Open a regular file, buffered; its directory may hold links and pipes of other people.
+    """Open a regular file, buffered; reject links and pipes, since its directory is untrusted.
 
     Args:
         path: of the file; directories above it may be links.
         flags: of `os.open`; a new file gets the mode that the umask leaves.
 
     Raises:
-        CxrdistError: something else has this name.
-        OSError: it cannot be opened.
+        CxrdistError: the path is not a regular file.
+        OSError: the file cannot be opened.
     """
     try:
-        # Without O_NONBLOCK a pipe would be waited for.
+        # Without O_NONBLOCK, opening a pipe would wait for its other end.
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
@@ -272,14 +275,14 @@ def _irregular(path: Path) -> CxrdistError:
 
 @contextmanager
 def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold a directory for one writing process, or for several that share it.
+    """Lock a directory for one writing process, or for several that share the lock.
 
-    The kernel frees the lock of a dead holder. It holds on local disks, on NFS (Linux makes it a
-    lock of the server) and on Lustre mounted with `flock`; with `localflock` only within a node.
-    Directories that did not exist before are removed again where nothing was written to them.
+    The kernel frees the lock when its holder dies. The lock works on local disks, on NFS (where
+    Linux locks on the server) and on Lustre mounted with `flock`; with `localflock` only within a
+    node. Directories created for the lock are removed again if nothing was written to them.
 
     Raises:
-        CxrdistError: another process holds it.
+        CxrdistError: another process holds the lock.
     """
     made = [path for path in (root, *root.parents) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
@@ -304,7 +307,7 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def _remove_empty(directories: list[Path]) -> None:
-    """Remove a directory that holds a lock alone, and those above it that are empty then."""
+    """Remove a directory that contains only a lock, and its parents as far as they are empty."""
     (directories[0] / ".lock").unlink()
     for directory in directories:
         if any(directory.iterdir()):
@@ -313,23 +316,23 @@ def _remove_empty(directories: list[Path]) -> None:
 
 
 def _holder() -> str:
-    """Who holds a lock, for the message of the next one who wants it."""
+    """Describe this process as the holder of a lock, for the error of a process that waits."""
     job = os.environ.get("SLURM_JOB_ID")
-    about = [f"host {platform.node()}", f"pid {os.getpid()}", *([f"job {job}"] if job else [])]
-    return f"{', '.join(about)}, since {now()}"
+    facts = [f"host {platform.node()}", f"pid {os.getpid()}", *([f"job {job}"] if job else [])]
+    return f"{', '.join(facts)}, since {now()}"
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; the file appears under its own name when it is complete.
 
-    A link of that name is replaced, and what it points to is left alone.
+    A link of that name is replaced; its target stays as it is.
 
     Raises:
         RunFailedError: the disk is full or read-only.
         CxrdistError: the name cannot be used.
     """
-    if not isinstance(path, Path):  # an object store shows a file when it is whole
+    if not isinstance(path, Path):  # an object store shows a file only once it is complete
         with scratch_directory() as here:
             yield here / path.name
             path.fs.put_file(f"{here}/{path.name}", path.path)
@@ -348,7 +351,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def _partial(path: Path) -> Path:
-    """Return where a file or directory is made; says who makes it, so that `sweep` can tell."""
+    """Return a temporary path beside the final one, with host and process ID for `sweep`."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
 
 
@@ -357,12 +360,12 @@ def _host() -> str:
 
 
 def sweep(directory: Path, *, alone: bool = False) -> None:
-    """Remove what dead processes have left half-written in a directory.
+    """Remove half-written files and directories that dead processes have left in a directory.
 
     Args:
-        directory: its own entries only, and of them those that `_partial` names.
-        alone: whether a lock says that no other process writes here; without it only what
-            processes of this host have left is known to be dead.
+        directory: where to look, without its subfolders, for names made by `_partial`.
+        alone: whether the caller holds the lock, so that no other process writes here. Without it,
+            only processes of this host can be checked, and only their leftovers are removed.
     """
     for partial in directory.glob(".*.partial"):
         match = _PARTIAL.fullmatch(partial.name)
@@ -372,27 +375,27 @@ def sweep(directory: Path, *, alone: bool = False) -> None:
 
 
 def _discard(partial: Path) -> None:
-    """Remove what was made under a name of `_partial`: a file, a directory, or only a link."""
+    """Remove a partial file or directory; of a link only the link itself."""
     try:
         partial.unlink(missing_ok=True)
-    except (IsADirectoryError, PermissionError):  # Linux and other systems say so of a directory
+    except (IsADirectoryError, PermissionError):  # a directory, on Linux and on other systems
         shutil.rmtree(partial, ignore_errors=True)
     except OSError:
-        # The name is too long or the disk read-only: then nothing of that name was made.
+        # The name is too long or the disk is read-only: then it was never created.
         return
 
 
 @contextmanager
 def room_for(path: Path, mend: str = "") -> Iterator[None]:
-    """Turn what the operating system refuses into one line about a file, such as a full disk.
+    """Turn operating system errors, such as a full disk, into one line about a file.
 
     Args:
-        path: what is written, under the name that the user knows; an error that names a file
-            elsewhere keeps that name.
-        mend: what the user can do where this place cannot be used.
+        path: the file being written, as the user knows it; an error about a file elsewhere keeps
+            the name of that file.
+        mend: what the user can do if this path cannot be used.
 
     Raises:
-        RunFailedError: the disk is full, read-only or not allowed.
+        RunFailedError: the disk is full or read-only, or permissions are missing.
         CxrdistError: the name cannot be used.
     """
     try:
@@ -413,12 +416,12 @@ def scratch_directory() -> Iterator[Path]:
     """Yield a directory for temporary files, removed at the end.
 
     Raises:
-        RunFailedError, CxrdistError: there is none that can be written to, or it is full.
+        RunFailedError, CxrdistError: no directory for temporary files is writable, or it is full.
     """
     mend = "set TMPDIR to a directory with room"
     try:
         directory = tempfile.gettempdir()
-    except FileNotFoundError as error:  # it tried to write in each place that it knows
+    except FileNotFoundError as error:  # tempfile tried to write to every directory it knows
         raise RunFailedError(f"{error.strerror}; {mend}") from error
     with (
         room_for(Path(directory) / "cxrdist-", mend),
@@ -428,17 +431,17 @@ def scratch_directory() -> Iterator[Path]:
 
 
 def refuse_unwritable(path: Path) -> None:
-    """Make sure before the work that its file can be written, as far as permissions tell.
+    """Reject an output file that cannot be written, before the work for it starts.
 
     Raises:
-        CxrdistError: a directory has this name, or a file stands where its directory would be.
+        CxrdistError: the path is a directory, or one of its parents is a file.
         RunFailedError: its directory is read-only.
     """
     if path.is_dir():
         raise CxrdistError(f"{path}: is a directory; name a file to write")
     directory = next(parent for parent in path.absolute().parents if parent.exists())
     if not directory.is_dir():
-        raise CxrdistError(f"{path}: {directory} is no directory; name another place")
+        raise CxrdistError(f"{path}: {directory} is not a directory; name another place")
     if not os.access(directory, os.W_OK | os.X_OK):
         raise RunFailedError(f"{path}: {directory} is read-only; name another place")
 
@@ -481,7 +484,7 @@ def _exchange(new: Path, old: Path) -> None:
         number = ctypes.get_errno()
         if number not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(number, os.strerror(number), str(old))
-        # NFS has no exchange: for a moment there is neither, never half of one.
+        # NFS cannot exchange: for a moment neither directory exists, but never a half-written one.
         aside = _partial(old.with_name(f"{old.name}.old"))
         os.replace(old, aside)
         os.replace(new, old)
@@ -489,11 +492,14 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def publish(made: Path, path: Path) -> None:
-    """Give a complete directory its name; in an object store its index.json comes last.
+    """Move a complete directory to its final path.
+
+    An object store has no atomic rename, so index.json is uploaded last: a directory with an index
+    is complete.
 
     Args:
         made: on this machine; all files in it are complete.
-        path: where it is to stand, local or an fsspec path; an empty directory may be there.
+        path: final path, local or fsspec; may exist as an empty directory.
     """
     if isinstance(path, Path):
         _sync(made)
@@ -505,7 +511,7 @@ def publish(made: Path, path: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Remove a directory, local or an fsspec path, as far as it is there."""
+    """Remove a directory, a local or fsspec path, if it exists."""
     if isinstance(directory, Path):
         shutil.rmtree(directory, ignore_errors=True)
     elif directory.exists():
@@ -513,7 +519,7 @@ def remove(directory: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file or a directory's entries to the disk, so that a power cut leaves it whole."""
+    """Flush a file or a directory's entries to disk, so that they survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -539,7 +545,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file of plain values and dataclasses atomically; a NaN is refused."""
+    """Write a JSON file of plain values and dataclasses atomically; a NaN raises ValueError."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False, default=asdict) + "\n")
 
 
@@ -553,16 +559,16 @@ def read_json(path: Path) -> Any:
 
 
 def read_document(path: Path, kind: type[T], mend: str = "copy the directory again") -> T:
-    """Read a JSON file as the type that it is declared with; see `typed`.
+    """Read a JSON file and check it against its declared type; see `typed`.
 
     Args:
-        path: local, or an fsspec path.
+        path: local or fsspec.
         kind: type of the document.
         mend: what the user can do about a damaged one.
 
     Raises:
-        CxrdistError: it is missing, damaged or of another type.
-        RunFailedError: it may not be read.
+        CxrdistError: the file is missing, damaged or of another type.
+        RunFailedError: permission to read it is missing.
     """
     with judging(path, mend):
         return typed(parse_json(read_bytes(path, MOST_BYTES)), kind)
@@ -570,15 +576,15 @@ def read_document(path: Path, kind: type[T], mend: str = "copy the directory aga
 
 @contextmanager
 def judging(where: Path | str, mend: str) -> Iterator[None]:
-    """Turn what is wrong with a document into one line.
+    """Turn errors in reading a document into one line.
 
     Args:
-        where: its file, and where in it the document is.
+        where: the file, and the position of the document in it.
         mend: what the user can do about it.
 
     Raises:
-        CxrdistError: it is missing or holds something else.
-        RunFailedError: it may not be read.
+        CxrdistError: the document is missing or invalid.
+        RunFailedError: permission to read it is missing.
     """
     try:
         yield
@@ -593,10 +599,10 @@ def judging(where: Path | str, mend: str) -> Iterator[None]:
 
 
 def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
-    """Read a recipe: its text, and what it holds.
+    """Return the text of a recipe and its parsed content.
 
     Raises:
-        CxrdistError: it cannot be read, or is no YAML object with the bounds of `parse_yaml`.
+        CxrdistError: it cannot be read, or is not a YAML object within the bounds of `parse_yaml`.
     """
     with judging(path, mend):
         data = read_bytes(path, MOST_YAML_BYTES)
@@ -604,15 +610,15 @@ def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
 
 
 def read_bytes(path: Path, most: int) -> bytes:
-    """Read a file of an untrusted directory whole.
+    """Read a whole file from an untrusted directory.
 
     Args:
-        path: local, where neither a link nor a pipe is followed, or an fsspec path.
-        most: bytes that it may have.
+        path: local, where links and pipes are rejected, or fsspec.
+        most: largest allowed size in bytes.
 
     Raises:
-        CxrdistError: it is larger, or no regular file.
-        OSError: it cannot be read.
+        CxrdistError: the file is larger, or not a regular file.
+        OSError: the file cannot be read.
     """
     is_local = isinstance(path, Path)
     with open_regular(path, os.O_RDONLY) if is_local else path.open("rb") as file:
@@ -629,7 +635,7 @@ def now() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of what computes, and the git revision when cxrdist runs from a checkout."""
+    """Return library versions, and the git revision when cxrdist runs from a checkout."""
     names = ("cxrdist", "torch", "accelerate", "timm", "kornia", "webdataset", "torchmetrics")
     versions = {name: version(name) for name in (*names, "zennit", "numpy", "pillow")}
     return {
@@ -639,7 +645,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_revision(checkout: Path) -> str | None:
-    """HEAD of the checkout that the package lies in, with + where it was changed; else None."""
+    """Return HEAD of the checkout with the package, and + if it has changes; None without one."""
     if not (checkout / ".git").exists() or not shutil.which("git"):
         return None
     git = ["git", "-C", str(checkout)]
@@ -661,13 +667,13 @@ def append_log(path: Path, row: dict[str, Any]) -> None:
 
 
 def settle_log(path: Path) -> int:
-    """Bring a log to the disk; its length in bytes."""
+    """Flush a log to disk, and return its length in bytes."""
     _sync(path)
     return path.stat().st_size
 
 
 def cut_log(path: Path, num_bytes: int) -> None:
-    """Cut off what was logged after a checkpoint.
+    """Truncate a log to its length at a checkpoint.
 
     Raises:
         CxrdistError: the log is shorter than it was then.
@@ -682,11 +688,11 @@ def cut_log(path: Path, num_bytes: int) -> None:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """Read a JSON-lines log; a last line without an end was cut off when the run was killed.
+    """Read a JSON-lines log, without an incomplete last line of a killed run.
 
     Raises:
-        CxrdistError: a line is not an object, or lines or their number have no bounds.
-        OSError: it cannot be read.
+        CxrdistError: a line is not an object, a line is too long, or there are too many lines.
+        OSError: the log cannot be read.
     """
     with open_regular(path, os.O_RDONLY) as log:
         for number in range(1, MOST_LOG_ROWS + 1):

@@ -1,4 +1,4 @@
-"""JSON schemas of the documents that cxrdist writes, made of the classes that read them.
+"""JSON schemas of the documents that cxrdist writes, generated from the classes that read them.
 
 pydantic would make them too, but on Python 3.11 it takes no `typing.TypedDict`, and what it calls
 required is not what `cxrdist.documents.typed` does (defaults, NamedTuples, ``newer`` fields).

@@ -1,7 +1,7 @@
-"""Seeds and folds: one recipe trained several times, the spread of its figures, and the ensemble.
+"""Seeds and folds: train one recipe several times, measure the spread, and make the ensemble.
 
-Each member is a run as of `cxrdist train`; the directory around them is a run too, whose model is
-the ensemble.
+Each member is a run of `cxrdist train`; their parent directory is also a run, whose model is the
+ensemble.
 """
 
 import shutil
@@ -36,14 +36,14 @@ from cxrdist.run import (
 from cxrdist.train.loop import train
 from cxrdist.train.training import describe_shards, recipe_yaml
 
-COPIED = ("audit.json", "seen.npz")  # what is the same for all members
+COPIED = ("audit.json", "seen.npz")  # files that are the same for all members
 
 
 def seeds(config: SeedsConfig) -> None:
     """Train the members in turn; once all are trained, evaluate them and their ensemble.
 
-    Called again it goes on: a member that is trained is left as it is. With ``member`` only that
-    one is trained; a last call without it joins them.
+    The same command resumes: trained members are not trained again. With ``member`` only that one
+    is trained; a last call without it joins them.
 
     Raises:
         Stopped: a rank was asked to stop.
@@ -78,15 +78,15 @@ def _refuse_bad_options(config: SeedsConfig) -> None:
 
 
 def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
-    """Read the recipe as the training of one member.
+    """Return the training options of one member.
 
     Raises:
-        CxrdistError: it is none.
+        CxrdistError: the recipe is not valid.
     """
     run = config.run / _name(number)
-    places = ["--shards", str(config.shards), "--run", str(run)]
-    places += ["--cache", str(config.cache)] if config.cache else []
-    parsed = parse(COMMANDS["train"], "train", ["--config", config.recipe, *places])
+    paths = ["--shards", str(config.shards), "--run", str(run)]
+    paths += ["--cache", str(config.cache)] if config.cache else []
+    parsed = parse(COMMANDS["train"], "train", ["--config", config.recipe, *paths])
     recipe: TrainConfig = parsed
     if config.folds:
         return replace(recipe, fold=f"{number + 1}/{config.seeds}")
@@ -117,13 +117,13 @@ def _join_members(
         is_new = together(accelerator, lambda: _publish(run, names, recipes[0]) if main else False)
     is_new = gather(accelerator, [is_new])[0]
     for split in splits:
-        if not (config.folds and split == "val"):  # which is another one for each member
+        if not (config.folds and split == "val"):  # val differs between folds
             _evaluate_once(config, run.root, split, accelerator, again=is_new)
     together(accelerator, lambda: _write_spread(config, names, splits) if main else None)
 
 
 def _splits(config: SeedsConfig) -> list[str]:
-    """What the members are evaluated on: test where there is one, of folds also their own val."""
+    """Return the splits to evaluate: test if there is one; for folds, or without test, val."""
     has_test = bool(read_index(config.shards).numbers("test"))
     return ["test"] * has_test + ["val"] * (config.folds or not has_test)
 
@@ -131,7 +131,7 @@ def _splits(config: SeedsConfig) -> list[str]:
 def _evaluate_once(
     config: SeedsConfig, run: Path, split: Any, accelerator: Accelerator, *, again: bool = False
 ) -> None:
-    """Evaluate a run, if an earlier call has not done it."""
+    """Evaluate a run unless an earlier command has done it."""
     is_done = gather(accelerator, [RunDirectory(run).metrics(split).is_file()])[0]
     if again or not is_done:
         accelerator.print(f"{run.name}:")
@@ -139,10 +139,10 @@ def _evaluate_once(
 
 
 def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
-    """Write what makes the directory a run: recipe, run.json and, as its last act, the model.
+    """Write the files that make the directory a run: recipe, run.json and, last, the model.
 
     Returns:
-        Whether the ensemble is new, and not the one that stands there already.
+        Whether the ensemble is new; False if the same one already exists.
     """
     members = [RunDirectory(run.inside(name)) for name in names]
     ensemble = join(run, names)
@@ -159,7 +159,7 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
     finished = max(info["finished"] or "" for info in infos)
     started = min(info["started"] for info in infos)
     times = {"started": started, "finished": finished}
-    shards = describe_shards(read_index(recipe.shards))  # of a fold's run those of the fold
+    shards = describe_shards(read_index(recipe.shards))  # run.json of a fold counts its own splits
     write_json(run.info, {**infos[0], **times, "shards": shards, "stages": {}})
     with atomic_directory(run.model) as directory:
         save_ensemble(ensemble, directory)
@@ -169,14 +169,14 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
 def _write_spread(config: SeedsConfig, names: list[str], splits: list[str]) -> None:
     """Write members.json, and print a table of the means over the classes."""
     run = RunDirectory(config.run)
-    found: MembersFile = {
+    content: MembersFile = {
         "format": "cxrdist-members-1",
         "kind": "folds" if config.folds else "seeds",
         "members": names,
         "splits": {split: spreads(run, names, split) for split in splits},
     }
-    write_json(run.members, found)
-    for split, figures in found["splits"].items():
+    write_json(run.members, content)
+    for split, figures in content["splits"].items():
         print(f"\n{split}, {len(names)} members:")
         print(spread_table([spread for spread in figures if spread["of"] is None]))
     print(f"the ensemble is a run: {run.root}; all figures: {run.members}")

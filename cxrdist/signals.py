@@ -1,4 +1,4 @@
-"""Requests to stop: TERM, INT and USR1, followed at once or at the next step boundary."""
+"""Stop requests (TERM, INT and USR1), handled at once or at the next step boundary."""
 
 import contextlib
 import os
@@ -14,14 +14,15 @@ from cxrdist.lifetime import another_rank_failed
 
 STOP_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# Slurm signals a whole process tree and launchers pass signals on: what comes so soon is the same.
+# Slurm signals a whole process tree, and launchers also pass signals on, so one request may arrive
+# several times within this period.
 SAME_REQUEST_SECONDS = 5.0
-# So long may the main thread be in C++ before it hears a signal; beyond it waits for a dead rank.
+# After this time without handling a signal, the main thread waits in C++, such as for a dead rank.
 UNHEARD_SECONDS = 3.0
 
 
 class _Request:
-    """The signal that was received, by this process."""
+    """The stop signal that this process received, if any."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -30,8 +31,8 @@ class _Request:
         self.waits = False
 
     def receive(self, number: int, _: FrameType | None) -> None:
-        """Note a signal; outside training it ends the command here."""
-        if os.getpid() != self.pid:  # a worker process that was forked from this one
+        """Record a signal; outside training, end the command."""
+        if os.getpid() != self.pid:  # this is a worker process, forked with the handler
             _die(number)
         if not self.name:
             self.name = signal.Signals(number).name
@@ -46,10 +47,10 @@ _request = _Request()
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Let a signal raise `Stopped` wherever the main thread is; files in the making are removed.
+    """Make a signal raise `Stopped` in the main thread, so that unfinished files are removed.
 
-    Where the main thread waits in C++, as a rank does for one that died before it had joined,
-    nothing can be raised: the process ends after UNHEARD_SECONDS.
+    If the main thread waits in C++, for example for a rank that died before it joined, nothing can
+    be raised: then the process ends after UNHEARD_SECONDS.
     """
     global _request
     if threading.current_thread() is not threading.main_thread():
@@ -61,7 +62,7 @@ def stopping_at_once() -> Iterator[None]:
         with _watched(_end_unheard):
             yield
     finally:
-        # What a launcher sends to the ranks that are still ending must not change their exit code.
+        # Launchers signal ranks that are still exiting; that must not change their exit code.
         ending = signal.SIG_IGN if _request.name and "RANK" in os.environ else None
         for number, handler in before.items():
             signal.signal(number, ending or handler)
@@ -69,9 +70,9 @@ def stopping_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_at_once() -> Iterator[None]:
-    """Let a signal end the process without an exception, within `stopping_at_once`.
+    """Make a signal end the process without an exception, within `stopping_at_once`.
 
-    For imports: some modules catch everything that is raised while they are imported.
+    Used during imports: some modules catch every exception while they are imported.
     """
     _request.begun = False
     try:
@@ -82,10 +83,10 @@ def ending_at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopping_at_a_boundary() -> Iterator[None]:
-    """Let a signal only be noted, for `stop_requested`; a second one ends the process at once.
+    """Make a signal only set `stop_requested`; a second one ends the process at once.
 
-    Python runs a handler between two instructions of the main thread, which may wait in a
-    collective for a rank that hangs. So the second signal is seen by a thread.
+    A thread handles the second signal: Python runs handlers between two instructions of the main
+    thread, which may wait in a collective for a rank that hangs.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -93,14 +94,14 @@ def stopping_at_a_boundary() -> Iterator[None]:
     _request.waits = True
     with _watched(_end_on_second):
         yield
-    # After an error, such as a lost rank, it stays set: a signal that comes while it is reported
-    # changes neither the message nor the exit code. The launcher ends the ranks that are left.
+    # Not reset after an error, such as a lost rank: a signal that arrives while the error is
+    # reported must change neither the message nor the exit code.
     _request.waits = False
 
 
 @contextlib.contextmanager
 def _watched(watch: Callable[[Iterator[int]], None]) -> Iterator[None]:
-    """Give the numbers of stop signals to a thread, through the pipe of the kernel's handler."""
+    """Run a thread that receives the numbers of stop signals through a wakeup pipe."""
     receiving, sending = os.pipe()
     os.set_blocking(sending, False)
     threading.Thread(target=watch, args=(_stop_signals(receiving),), daemon=True).start()
@@ -113,7 +114,7 @@ def _watched(watch: Callable[[Iterator[int]], None]) -> Iterator[None]:
 
 
 def _stop_signals(pipe: int) -> Iterator[int]:
-    """Yield the stop signals among those that come, until the pipe is closed."""
+    """Yield stop signals from the pipe until it is closed."""
     with open(pipe, "rb", buffering=0) as numbers:
         while number := numbers.read(1):
             if number[0] in STOP_SIGNALS:
@@ -121,7 +122,7 @@ def _stop_signals(pipe: int) -> Iterator[int]:
 
 
 def _end_unheard(numbers: Iterator[int]) -> None:
-    """End the process after a signal that the main thread does not come to."""
+    """End the process after a signal that the main thread does not handle."""
     request = _request
     for number in numbers:
         time.sleep(UNHEARD_SECONDS)
@@ -130,7 +131,7 @@ def _end_unheard(numbers: Iterator[int]) -> None:
 
 
 def _end_on_second(numbers: Iterator[int]) -> None:
-    """End the process on a signal that is a second request."""
+    """End the process on a second stop request."""
     first = 0.0
     for number in numbers:
         first = first or time.monotonic()
@@ -139,7 +140,7 @@ def _end_on_second(numbers: Iterator[int]) -> None:
 
 
 def _end(number: int) -> None:
-    """End the process here and now, as `Stopped` would."""
+    """End the process at once, with the message and exit code of `Stopped`."""
     if not another_rank_failed():
         line = f"cxrdist: stopped on {signal.Signals(number).name}; run the same command again\n"
         os.write(sys.stderr.fileno(), line.encode())

@@ -1,4 +1,4 @@
-"""What a user sees while and after a command runs: progress bars and tables."""
+"""Progress bars and tables for the terminal."""
 
 import sys
 from collections.abc import Sequence

@@ -80,7 +80,7 @@ def test_every_covid_phantom_of_the_lungs_recipe_has_a_word_and_opacities(tmp_pa
 
 def test_an_existing_directory_is_not_touched(tmp_path):
     """The demo never writes into what stands."""
-    with pytest.raises(CxrdistError, match="stands already"):
+    with pytest.raises(CxrdistError, match="already exists"):
         demo(DemoConfig(tmp_path))
 
 

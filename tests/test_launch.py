@@ -101,7 +101,7 @@ def test_what_accelerate_refuses_is_one_line(monkeypatch, capsys, own_signals):
     monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
     assert launch.main(["--config_file", "cpu", "check", "x"]) == 2
     assert capsys.readouterr().err == (
-        "cxrdist: launch: Tried to launch on port `29500`, but another process has it; mend the "
+        "cxrdist: launch: Tried to launch on port `29500`, but another process has it; fix the "
         "options before the command\n"
     )
 
@@ -175,7 +175,7 @@ def test_a_refused_training_leaves_nothing(shards, recipe, monkeypatch, capsys, 
         (errno.EACCES, RunFailedError, "x.csv: Permission denied; change its permissions"),
         (errno.EROFS, RunFailedError, "x.csv: Read-only file system; change its permissions"),
         (errno.ENOSPC, RunFailedError, "x.csv: No space left on device; make room"),
-        (errno.EIO, RunFailedError, "x.csv: Input/output error; mend that on this machine"),
+        (errno.EIO, RunFailedError, "x.csv: Input/output error; fix this on the machine"),
     ],
 )
 def test_an_error_of_the_system_is_told_as_what_it_is(number, kind, line):

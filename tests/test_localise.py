@@ -139,7 +139,7 @@ def test_without_truth_on_the_split_it_is_one_line(trained, capsys):
     assert main(command) == 2
     assert "has no image with masks of the shards" in capsys.readouterr().err
     assert main([*command, "--boxes", "b.csv", "--masks", "m"]) == 2
-    assert "found both" in capsys.readouterr().err
+    assert "exclude each other" in capsys.readouterr().err
 
 
 def test_the_likeliest_other_class_is_not_the_class_itself():

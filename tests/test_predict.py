@@ -251,7 +251,7 @@ def test_without_a_readable_image_nothing_is_written(run, tmp_path, given, messa
         (".", "is not a regular file; name a CSV"),
         ("in", "is not a regular file; name a CSV"),
         ("in/x/x000_0.png", "is one of the files given"),
-        ("in/x/x000_0.png/out.csv", "x000_0.png is no directory; name another place"),
+        ("in/x/x000_0.png/out.csv", "x000_0.png is not a directory; name another place"),
     ],
 )
 def test_a_bad_out_is_refused_before_any_work(run, tmp_path, monkeypatch, out, message):
@@ -309,7 +309,7 @@ def test_the_depth_is_that_of_the_training_images_unless_told(run, tmp_path, mon
     assert brightest() == [round(255 * v / 16383) for v in (1000, 4000)]
     assert "bits" not in capsys.readouterr().out
     assert brightest(depth=10) == [round(255 * 1000 / 1023), 255]
-    assert "1 images use more bits than the 10" in capsys.readouterr().out
+    assert "1 images use more than the 10 bits" in capsys.readouterr().out
     change_model(run, depth=None)
     assert brightest()[1:] == [round(255 * v / 4095) for v in (4000, 1000)], "the low one again"
     assert "are scaled by 12 bits" in capsys.readouterr().out
@@ -445,8 +445,8 @@ def test_lateral_images_are_predicted_and_named(run, tmp_path, capsys):
     assert len(rows_of(tmp_path / "out.csv")) == 7
     names = ", ".join(str(folder / name) for name in ("a.dcm", "c.dcm", "e-lateral.png"))
     assert (
-        "3 images are no frontal views by their tag or name (2 lateral, 1 other) and are predicted "
-        f"all the same: {names}\n"
+        "3 images are not frontal views by their tag or name (2 lateral, 1 other) but are "
+        f"predicted, too: {names}\n"
     ) in capsys.readouterr().out
     predict(PredictConfig(run, [folder / "f.png", folder / "d.dcm"], tmp_path / "other.csv"))
     assert "frontal" not in capsys.readouterr().out

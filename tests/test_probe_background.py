@@ -92,7 +92,7 @@ def test_a_word_in_the_corner_tells_the_class_without_a_lung(found):
     assert of["lungs"]["difference"]["interval"][1] < 0
     images, without = of["images"]["auroc"], of["no_lungs"]["auroc"]
     assert found["says"][0].startswith(
-        f"Of AUROC {images:.2f}, {without:.2f} is had without a lung"
+        f"Of AUROC {images:.2f}, {without:.2f} is reached without lungs"
     )
 
 

@@ -122,7 +122,7 @@ def test_what_is_written_and_where_is_judged_before_the_work(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CxrdistError, match="is a directory"):
         refuse_unwritable(tmp_path)
-    with pytest.raises(CxrdistError, match="file is no directory"):
+    with pytest.raises(CxrdistError, match="file is not a directory"):
         refuse_unwritable(tmp_path / "file" / "out.csv")
     refuse_unwritable(tmp_path / "new" / "out.csv")
 

@@ -1,21 +1,21 @@
-"""The canonical network of each architecture that has proven rules: equal to it, and simpler.
+"""Canonical networks of the architectures with proven rules: the same function, simpler layers.
 
-Nothing is left but convolutions, ReLUs, pools and linear layers, and each convolution but the first
-reads what is never negative: that is what the rules of composite.py are made for. canonise.py does
-it for DenseNets, this file for the others.
+A canonical network has only convolutions, ReLUs, pools and linear layers, and inputs of all
+convolutions except the first are never negative, as the rules of composite.py require. canonise.py
+builds it for DenseNets, this file for other networks.
 
 ResNet: each BatchNorm is folded into the convolution before it. The sum of a residual block becomes
-part of the block's second convolution, which reads the shortcut beside its own input; so both share
-relevance by their positive contributions to one sum. zennit's ResNetCanonizer gives the bare sum a
-rule of its own, which divides terms of both signs by a sum that may be almost zero: of a ResNet18
-with random weights, its maps correlate 0.08 to 0.89 with these, and the sum of |relevance| can be
-1.8 times that of relevance (1.0 here).
+part of the block's second convolution, which reads the shortcut beside its own input, so that both
+share relevance by their positive contributions to one sum. zennit's ResNetCanonizer instead has a
+rule for the sum alone, which divides terms of both signs by a sum that may be almost zero: for a
+ResNet18 with random weights, its maps correlate 0.08 to 0.89 with these, and the sum of |relevance|
+can be 1.8 times that of relevance (1.0 here).
 
-SqueezeNet: the two ways of a Fire module read one input, where relevance of both adds up. The
-average stands before the 1x1 convolution that gives the logits (the two commute), which makes that
-a linear layer, as a DenseNet has one.
+SqueezeNet: the two branches of a Fire module read the same input, where their relevance is added.
+The average is moved before the 1x1 convolution that returns the logits (the two commute), which
+makes that a linear layer as in DenseNets.
 
-AlexNet: as it is.
+AlexNet: unchanged.
 """
 
 from collections.abc import Iterable
@@ -37,26 +37,25 @@ from cxrdist.explain.description import WITH_RULES
 
 @torch.inference_mode(False)
 def canonical_network(network: nn.Module) -> nn.Sequential:
-    """Build the canonical network, which gives the same logits; the original is left as it is.
+    """Build the canonical network, a copy with the same logits.
 
     Args:
         network: of a Classifier, in evaluation mode.
 
     Returns:
         A network in evaluation mode on the device and in the dtype of the original, that takes
-        normalised images [B, C, H, W] and gives logits [B, classes]. It shares no weights with the
-        original, and none of them requires a gradient.
+        normalised images [B, C, H, W] and returns logits [B, classes]. It shares no weights with
+        the original, and none of them requires a gradient.
 
     Raises:
-        CxrdistError: the network has no proven rules, or a layer that is not known, or is in
-            training mode.
+        CxrdistError: the network has no proven rules or an unknown layer, or is in training mode.
     """
     builders = {ResNet: _of_resnet, SqueezeNet: _of_squeezenet, AlexNet: _of_alexnet}
     if type(network) is DenseNet:
         return untangle(network)
     if type(network) not in builders:
         raise CxrdistError(
-            f"cannot explain a {type(network).__name__}: no rules of relevance are proven for it; "
+            f"cannot explain a {type(network).__name__}: it has no proven rules of relevance; "
             f"train one of {', '.join(WITH_RULES)} for heat maps"
         )
     check_layers(network)
@@ -64,15 +63,15 @@ def canonical_network(network: nn.Module) -> nn.Sequential:
 
 
 class Fork(nn.Module):
-    """Several ways from one input, whose outputs are concatenated."""
+    """Several branches with the same input, whose outputs are concatenated."""
 
-    def __init__(self, *ways: nn.Module) -> None:
+    def __init__(self, *branches: nn.Module) -> None:
         super().__init__()
-        self.ways = nn.ModuleList(ways)
+        self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From [B, in, H, W] to the channels of all ways, [B, out, h, w]."""
-        return torch.cat([way(x) for way in self.ways], 1)
+        """Return the channels of all branches [B, out, h, w] for an input [B, in, H, W]."""
+        return torch.cat([branch(x) for branch in self.branches], 1)
 
 
 def _of_alexnet(network: AlexNet) -> list[nn.Module]:
@@ -89,14 +88,14 @@ def _of_resnet(network: ResNet) -> list[nn.Module]:
 
 
 def _of_block(block: Any) -> list[nn.Module]:
-    """Its first convolution beside its input; behind them, in one, its second one and the sum."""
+    """Return a block as a fork (first convolution, shortcut) and a convolution of both."""
     if type(block) is not BasicBlock:
         raise CxrdistError(
             f"cannot explain a ResNet of {type(block).__name__}: expected the blocks of ResNet18"
         )
     inner = nn.Sequential(fold_conv(block.conv1, [block.bn1]), nn.ReLU())
     step = block.conv1.stride[0]
-    # A window of one pixel takes every other pixel, as the shortcut's convolution does.
+    # A max pool of one pixel subsamples like the strided 1x1 convolution of the shortcut.
     shortcut = nn.MaxPool2d(1, step) if step > 1 else nn.Identity()
     joined: Any = fold_conv(block.conv2, [block.bn2])
     if block.downsample is None:
@@ -118,7 +117,7 @@ def _of_squeezenet(network: SqueezeNet) -> list[nn.Module]:
     _, conv, between, pool = network.classifier
     if not isinstance(between, nn.Identity):
         raise CxrdistError(
-            f"cannot explain a SqueezeNet with a {type(between).__name__} behind its logits: "
+            f"cannot explain a SqueezeNet with a {type(between).__name__} after its logits: "
             "expected none; build it as cxrdist's Classifier does"
         )
     linear = nn.Linear(conv.in_channels, conv.out_channels, device="meta")
@@ -128,11 +127,12 @@ def _of_squeezenet(network: SqueezeNet) -> list[nn.Module]:
 
 
 def _of_fire(fire: Fire) -> list[nn.Module]:
-    ways = (nn.Sequential(deepcopy(conv), nn.ReLU()) for conv in (fire.expand1x1, fire.expand3x3))
-    return [deepcopy(fire.squeeze), nn.ReLU(), Fork(*ways)]
+    expansions = fire.expand1x1, fire.expand3x3
+    branches = (nn.Sequential(deepcopy(conv), nn.ReLU()) for conv in expansions)
+    return [deepcopy(fire.squeeze), nn.ReLU(), Fork(*branches)]
 
 
 def _copies(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Copy layers; ReLUs leave their inputs as they are, and dropout, which does nothing, goes."""
+    """Copy layers, with ReLUs that are not in place, and without dropout."""
     kept = [layer for layer in layers if not isinstance(layer, nn.Dropout)]
     return [nn.ReLU() if isinstance(layer, nn.ReLU) else deepcopy(layer) for layer in kept]

@@ -1,10 +1,9 @@
-"""The canonical network: equal to a DenseNet, of convolutions, ReLU, pools and a linear layer.
+"""The canonical network of a DenseNet: convolutions, ReLUs, pools and a linear layer only.
 
 LRP's rules are defined for a linear layer followed by ReLU. A DenseNet has the opposite order
-(BatchNorm, ReLU, convolution) and lets many BatchNorms read one convolution, so rules applied to it
-as it stands give a map that conserves relevance and is nevertheless wrong. Here every BatchNorm
-disappears into the convolution before it, with one copy of that convolution for each BatchNorm
-that reads it.
+(BatchNorm, ReLU, convolution), and many BatchNorms read the same convolution. Rules applied to it
+directly give a map that conserves relevance but is wrong. Here every BatchNorm is folded into the
+convolution before it, with one copy of that convolution for each BatchNorm that reads it.
 
 Words: a producer is a convolution whose output is concatenated (a block's entry or a conv2), a
 consumer is a BatchNorm that reads the concatenation (a later norm1, the transition's norm, norm5).
@@ -35,23 +34,23 @@ _KNOWN_LAYERS = (
 
 @torch.inference_mode(False)
 def untangle(network: DenseNet) -> nn.Sequential:
-    """Build the canonical network, which gives the same logits; the original is left as it is.
+    """Build the canonical network, a copy with the same logits.
 
-    Nothing is left but Conv2d, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten and Linear.
-    The inputs of all convolutions but the first are non-negative. A transition pools before its
-    1x1 convolution (the two commute): behind the convolution the pool's rule would divide signed
-    sums by almost zero. DenseNet121 becomes 36 million weights (146 MB in float32), none of them
-    shared with the original, none requiring a gradient.
+    It has only Conv2d, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten and Linear. The
+    inputs of all convolutions except the first are non-negative. A transition pools before its 1x1
+    convolution (the two commute): after it the pool's rule would divide signed sums by almost zero.
+    DenseNet121 becomes 36 million weights (146 MB in float32), not shared with the original and
+    without gradients.
 
     Args:
         network: timm's DenseNet in evaluation mode, with any block_config, growth_rate, in_chans.
 
     Returns:
         A network in evaluation mode on the device and in the dtype of the original, that takes
-        normalised images [B, C, H, W] and gives logits [B, classes].
+        normalised images [B, C, H, W] and returns logits [B, classes].
 
     Raises:
-        CxrdistError: the network is in training mode, or has a layer that is not known here.
+        CxrdistError: the network is in training mode, or has an unknown layer.
     """
     check(network)
     features = network.features
@@ -74,14 +73,14 @@ def untangle(network: DenseNet) -> nn.Sequential:
 
 
 def blocks_of(network: DenseNet) -> tuple[list[DenseBlock], list[DenseTransition]]:
-    """Return the dense blocks of a network, and the transitions, one behind each but the last."""
+    """Return the dense blocks of a network, and the transitions, one after each but the last."""
     children = list(network.features.named_children())
     blocks = [child for name, child in children if name.startswith("denseblock")]
     return blocks, [child for name, child in children if name.startswith("transition")]
 
 
 class Producer(nn.Module):
-    """A producer that puts out one copy for each consumer, behind its BatchNorm and ReLU."""
+    """A producer with one output per consumer, after the consumer's BatchNorm and ReLU."""
 
     def __init__(self, conv: nn.Conv2d, num_consumers: int) -> None:
         super().__init__()
@@ -90,7 +89,7 @@ class Producer(nn.Module):
         self.num_consumers = num_consumers
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """From [B, in, H, W] to num_consumers tensors [B, out, H, W], the first consumer first."""
+        """Return one tensor [B, out, H, W] per consumer, in order, for an input [B, in, H, W]."""
         copies = self.relu(self.conv(x))
         return copies.unflatten(1, (-1, self.num_consumers)).unbind(2)
 
@@ -108,7 +107,7 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """From the input of the entry [B, in, H, W] to the last consumer's [B, out, H, W]."""
+        """Return the last consumer's input [B, out, H, W] for an input [B, in, H, W]."""
         copies = [iter(self.entry(x))]
         for layer in self.layers:
             copies.append(iter(layer(torch.cat([next(copy) for copy in copies], 1))))
@@ -133,7 +132,7 @@ def _untangle_block(entry: nn.Conv2d, block: DenseBlock, exit_norm: _BatchNorm) 
 
 
 def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> nn.Conv2d:
-    """One convolution that does the work of ``conv`` followed by each of ``norms``.
+    """Return one convolution that computes ``conv`` followed by each of ``norms``.
 
     Args:
         conv: a square convolution without bias, with any number of groups.
@@ -142,7 +141,7 @@ def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> n
 
     Returns:
         A convolution of ``out_channels * len(norms)`` channels; channel ``c * len(norms) + n`` is
-        channel c behind norm n.
+        channel c after norm n.
     """
     channels = slice(start, start + conv.out_channels)
     affines = [affine(norm) for norm in norms]
@@ -164,7 +163,7 @@ def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> n
 
 
 def affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Scale and shift, float64 [channels], of a BatchNorm that uses its running statistics."""
+    """Return scale and shift, float64 [channels], of a BatchNorm with running statistics."""
     if norm.running_mean is None or norm.running_var is None:
         raise CxrdistError(
             "cannot explain a network whose BatchNorm keeps no running statistics; "
@@ -175,7 +174,7 @@ def affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 def _identity_like(conv: nn.Conv2d) -> nn.Conv2d:
-    """A 1x1 convolution that hands on each channel of ``conv``: the entry of the first block."""
+    """Return a 1x1 convolution that copies each channel of ``conv``, as entry of block 1."""
     channels = conv.out_channels
     identity = nn.Conv2d(channels, channels, 1, groups=channels, bias=False, device="meta")
     identity.weight = nn.Parameter(conv.weight.new_ones(channels, 1, 1, 1))
@@ -190,10 +189,10 @@ def _copy_linear(linear: nn.Linear) -> nn.Linear:
 
 
 def check(network: nn.Module) -> None:
-    """Make sure that a network is a DenseNet that can be explained.
+    """Check that a network is a DenseNet that can be explained.
 
     Raises:
-        CxrdistError: it is none, is in training mode, or has a layer that is not known here.
+        CxrdistError: it is not a DenseNet, is in training mode, or has an unknown layer.
     """
     if type(network) is not DenseNet:
         raise CxrdistError(
@@ -209,10 +208,10 @@ def check(network: nn.Module) -> None:
 
 
 def check_layers(network: nn.Module) -> None:
-    """Make sure that a network has only layers with rules, and is ready for use.
+    """Check that a network has only layers with rules, and is in evaluation mode.
 
     Raises:
-        CxrdistError: it is in training mode, or has a layer that is not known here.
+        CxrdistError: it is in training mode, or has an unknown layer.
     """
     if any(module.training for module in network.modules()):
         raise CxrdistError(

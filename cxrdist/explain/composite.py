@@ -2,8 +2,8 @@
 
 Rules of the canonical composite (Bassi & Attux 2020, section 4.1; iNNvestigate 1.0's
 LRP-PresetAFlat): epsilon for the linear layer, z-plus for convolutions, flat for the first of them;
-average pools pass relevance on in proportion to their inputs, max pools to their maximum. Of a
-DenseNet the engine does the same in a sixth of the time; this is what it is held against.
+average pools pass relevance on in proportion to their inputs, max pools to their maximum. For
+DenseNets the engine computes the same in a sixth of the time; tests compare it with this module.
 """
 
 import inspect
@@ -21,11 +21,11 @@ from cxrdist.explain.attribution import STABILISER, Attribution
 from cxrdist.explain.canonical import canonical_network
 
 CANONICAL = "canonical"
-"""The name of the canonical composite among zennit's."""
+"""The name of the canonical composite, beside the names of zennit's composites."""
 
 
 class ByZennit:
-    """Explains a network with a composite; keeps a canonical network of its own.
+    """Explains a network with a composite, on its own canonical copy of the network.
 
     Attributes:
         network: the canonical network.
@@ -41,7 +41,7 @@ class ByZennit:
         biases: bool,
         epsilon: float,
     ) -> None:
-        """Build the canonical network of another one, which is left as it is.
+        """Build the canonical copy of a network; the network itself does not change.
 
         Args:
             network: of a Classifier, in evaluation mode.
@@ -63,7 +63,7 @@ class ByZennit:
             self._composite = _from_zennit(name, bounds, zero_params, epsilon)
 
     def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution:
-        """Relevance of normalised images [B, C, H, W] for the classes of these numbers."""
+        """Return the relevance of normalised images [B, C, H, W] for the target class indices."""
         with torch.inference_mode(False), torch.enable_grad():
             inputs = inputs.detach().clone().requires_grad_()
             with self._composite.context(self.network):
@@ -72,7 +72,7 @@ class ByZennit:
         return Attribution(*(torch.stack(column, 1) for column in zip(*rows, strict=True)))
 
     def _propagate(self, logit: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Carry one target's logit [B] to the inputs; gives the columns of Attribution."""
+        """Propagate one target's logit [B] to the inputs; return the columns of Attribution."""
         if self._ledger is not None:
             self._ledger.open(logit)
         (relevance,) = torch.autograd.grad(logit, inputs, logit.detach(), retain_graph=True)
@@ -82,26 +82,26 @@ class ByZennit:
 
 
 class _Ledger:
-    """What biases and stabilisers absorb in one pass from the logits to the pixels, [B] each."""
+    """Relevance absorbed by biases and stabilisers in one backward pass, [B] each."""
 
     bias: Tensor
     epsilon: Tensor
 
     def open(self, logit: Tensor) -> None:
-        """Set both to zero for a new pass, float64 in the shape of ``logit`` [B]."""
+        """Reset both to zero for a new pass, float64 in the shape of ``logit`` [B]."""
         self.bias = torch.zeros_like(logit, dtype=torch.float64)
         self.epsilon = torch.zeros_like(logit, dtype=torch.float64)
 
 
 def _unknown(logit: Tensor) -> _Ledger:
-    """Return the ledger of rules that keep none."""
+    """Return a ledger of NaN, for rules without one."""
     ledger = _Ledger()
     ledger.bias = ledger.epsilon = torch.full_like(logit, torch.nan, dtype=torch.float64)
     return ledger
 
 
 class _Denominator:
-    """A stabiliser for zennit's rules that keeps the last denominator before and after itself."""
+    """A stabiliser for zennit's rules that keeps the last denominator, plain and stabilised."""
 
     def __init__(self, epsilon: float) -> None:
         self._stabilise = Stabilizer(epsilon)
@@ -113,18 +113,18 @@ class _Denominator:
         return stabilised
 
     def take(self) -> tuple[Tensor, Tensor]:
-        """Return the last denominator, plain and stabilised; not kept any longer."""
+        """Return the last denominator, plain and stabilised, and forget it."""
         if self._last is None:
-            raise RuntimeError("a rule of zennit made no use of its stabiliser")
+            raise RuntimeError("a rule of zennit did not use its stabiliser")
         last, self._last = self._last, None
         return last
 
 
 class _Booked(BasicHook):
-    """A rule of zennit that books in a ledger what it does not pass on.
+    """A rule of zennit that records in a ledger the relevance that it absorbs.
 
     Each rule divides the relevance R_j of neuron j by d_j = z_j + epsilon * sign(z_j), where z_j
-    is a sum of parts, and gives every input its part times R_j / d_j. If one of the parts is a
+    is a sum of terms, and assigns every input its term times R_j / d_j. If one of the terms is a
     bias b_j, it absorbs b_j * R_j / d_j; the stabiliser absorbs (d_j - z_j) * R_j / d_j
     (Bach et al. 2015, PLoS ONE 10(7), equations 58 and 59).
     """
@@ -150,7 +150,7 @@ class _Booked(BasicHook):
     def backward(
         self, module: nn.Module, grad_input: tuple[Tensor, ...], grad_output: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
-        """Relevance of the inputs from that of the outputs (zennit calls it ``grad_output``)."""
+        """Return the relevance of the inputs from that of the outputs (``grad_output``)."""
         relevance: tuple[Tensor | None, ...] = super().backward(module, grad_input, grad_output)
         plain, stabilised = self._denominator.take()
         ratio = grad_output[0] / stabilised
@@ -170,7 +170,7 @@ def _sum_per_image(values: Tensor) -> Tensor:
 
 
 def _z_plus_of_relu(denominator: _Denominator, zero_params: list[str]) -> BasicHook:
-    """Zennit's ZPlus for inputs that are never negative: the same bits for half the work."""
+    """Return zennit's ZPlus for non-negative inputs: bitwise the same with half the work."""
     return BasicHook(
         param_modifiers=[ClampMod(min=0.0, zero_params=zero_params)],
         gradient_mapper=lambda relevance, outputs: relevance / denominator(outputs[0]),
@@ -182,8 +182,8 @@ def _canonical(
 ) -> SpecialFirstLayerMapComposite:
     """Return the rule of each layer of a canonical network.
 
-    ReLU and the max pool need none. Where a ReLU puts out zero, the layer behind it assigns no
-    relevance, so its gradient passes everything; a max pool's gradient passes all to the maximum.
+    ReLU and max pool need none: a ReLU whose output is zero gets no relevance from the layer after
+    it, and the gradient of a max pool assigns everything to the maximum.
     """
 
     def booked(rule: Callable[..., BasicHook], epsilon: float = STABILISER) -> _Booked:
@@ -201,10 +201,10 @@ def _canonical(
 def _from_zennit(
     name: str, bounds: tuple[Tensor, Tensor], zero_params: list[str], epsilon: float
 ) -> Composite:
-    """Return one of zennit's own composites, with those of the settings that it takes.
+    """Return one of zennit's composites, with those settings that it accepts.
 
     Raises:
-        CxrdistError: there is none of this name.
+        CxrdistError: there is no composite of this name.
     """
     if name not in COMPOSITES:
         names = ", ".join((CANONICAL, *COMPOSITES))

@@ -1,4 +1,4 @@
-"""relevance.json: how the relevance of a place was made, where it lies, and how it was tested."""
+"""relevance.json: the settings of the relevance, where it lies, and the results of its tests."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
@@ -37,7 +37,7 @@ class FlippingInfo(TypedDict):
 
 
 class Similarity(TypedDict):
-    """How alike the maps of two networks are, means over images; None where no map varies."""
+    """Similarity of the maps of two networks, means over images; None if all maps are constant."""
 
     spearman: Correlation | None
     """Rank correlation of the absolute relevance of the pixels."""
@@ -46,29 +46,29 @@ class Similarity(TypedDict):
 
 
 class Drawn(TypedDict):
-    """The maps of a network of which some blocks were drawn anew, beside those of the network."""
+    """Comparison of the maps of a network with those after some blocks were randomised."""
 
     blocks: list[str]
     class_map: Similarity
     """Of the likeliest class."""
     contrast: Similarity | None
-    """Of the likeliest class minus the second likeliest; None where one class is explained."""
+    """Of the likeliest class minus the second likeliest; None if only one class is explained."""
 
 
 class RandomisationInfo(TypedDict):
-    """The randomisation test on several images, from the head downwards."""
+    """The randomisation test on several images, starting from the head."""
 
     images: Count
     drawn: list[Drawn]
 
 
 class RegionInfo(TypedDict):
-    """How much of the relevance lies in a region, mean over images."""
+    """The share of the relevance in a region, mean over images."""
 
     images: Count
     patients: Count
     area: Share
-    """The region's share of the area: what chance would give."""
+    """The region's share of the area, the share expected by chance."""
     share: Share
     """Of the absolute relevance."""
     share_interval: Limits
@@ -87,14 +87,14 @@ class OutsideRow(TypedDict):
 
 
 class ClassRow(OutsideRow):
-    """Where the relevance of the images lies whose likeliest explained class is this one."""
+    """Where the relevance lies for images whose likeliest explained class is this one."""
 
     alike: Share
     """Share of the images whose largest relevance lies within a tenth of the side of that of the
     mean map."""
     alike_interval: Limits
     alike_area: Share
-    """Share of the area that lies so near."""
+    """Share of the area within this distance, the share expected by chance."""
 
 
 class OutsideInfo(TypedDict):
@@ -102,12 +102,12 @@ class OutsideInfo(TypedDict):
 
     all: OutsideRow
     classes: dict[str, ClassRow]
-    """Those that are the likeliest one of an image."""
+    """Classes that are the likeliest one of at least one image."""
     intervals: Intervals
 
 
 class Rules(TypedDict):
-    """How the relevance was made, as far as the report shows it; explain adds what it compares."""
+    """Settings of the relevance that the report shows; explain adds more to detect changes."""
 
     preset: str
     composite: str | None
@@ -118,15 +118,14 @@ class Rules(TypedDict):
 class RelevanceInfo(TypedDict):
     """The content of relevance.json.
 
-    Where the relevance lies and what the tests found is None while explain is under way; documents
-    of older versions know of pixel flipping only.
+    Results are None until explain is finished; older versions have only pixel flipping.
     """
 
     format: Literal["cxrdist-relevance-1"]
     how: Rules
     ledger_residual: Real | None
-    """Largest |logit - its parts|, relative to the largest |logit|; None for rules without a
-    ledger."""
+    """Largest |logit - sum of its shares|, relative to the largest |logit|; None for rules without
+    a ledger."""
     pixel_flipping: FlippingInfo | None
     randomisation: RandomisationInfo | None
     outside: OutsideInfo | None
@@ -149,7 +148,7 @@ class _Versioned(TypedDict):
 
 
 def under_way(how: Any) -> RelevanceInfo:
-    """Describe relevance that is under way."""
+    """Return the content of relevance.json before explain is finished."""
     return {
         "format": "cxrdist-relevance-1",
         "how": how,
@@ -173,8 +172,8 @@ def read_description(path: Path, mend: str) -> RelevanceInfo:
     if "format" in read_document(path, _Versioned, mend):
         return read_document(path, RelevanceInfo, mend)
     older = read_document(path, _Older, mend)
-    found = under_way(older["how"])
+    info = under_way(older["how"])
     if older["sanity"] is not None:
-        found["ledger_residual"] = older["sanity"]["ledger_residual"]
-        found["pixel_flipping"] = older["sanity"]["pixel_flipping"]
-    return found
+        info["ledger_residual"] = older["sanity"]["ledger_residual"]
+        info["pixel_flipping"] = older["sanity"]["pixel_flipping"]
+    return info

@@ -55,13 +55,13 @@ class Explained:
 
 @dataclass(frozen=True)
 class Output:
-    """What the results of all X-rays of a call have in common.
+    """Settings shared by the results of all X-rays in a call.
 
     Attributes:
-        directory: where the files go.
-        how: the X-rays became squares.
+        directory: of the files.
+        how: the preparation of the X-rays.
         model_sha256: of the model's weights.
-        call: a random number, of which the UIDs of this call are made.
+        call: a random number from which the UIDs of this call are derived.
     """
 
     directory: Path
@@ -74,23 +74,23 @@ class Output:
         return replace(self, call=uuid5(self.call, str(file)))
 
     def uid(self, *names: object) -> UID:
-        """Make the UID of something by its names (PS3.5, B.2).
+        """Derive a UID from names (PS3.5, B.2).
 
-        An X-ray that is predicted again in a call, by another depth, gets the same UIDs again.
+        An X-ray that is predicted twice in a call, with another depth, gets the same UIDs.
         """
         return UID(f"2.25.{uuid5(self.call, repr(names)).int}")
 
 
 def refuse_bad_folder(folder: Path, *others: Path) -> None:
-    """Make sure before the work that DICOM results can be written to a new folder.
+    """Check before the work starts that DICOM results can be written to a new folder.
 
     Args:
-        folder: of the results; it replaces what has its name.
-        others: what else is written.
+        folder: of the results; new or empty.
+        others: other output files of the command.
 
     Raises:
-        CxrdistError: highdicom is not installed, the folder exists and is not empty, or something
-            else is written to it.
+        CxrdistError: highdicom is not installed, the folder is not empty, or another output is
+            written to it.
         RunFailedError: the folder above it is read-only.
     """
     try:
@@ -101,15 +101,15 @@ def refuse_bad_folder(folder: Path, *others: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not is_empty):
         raise CxrdistError(f"--dicom {folder}: already exists; name a new or empty folder")
     if any(other.resolve().is_relative_to(folder.resolve()) for other in others):
-        raise CxrdistError(f"--dicom {folder}: --out writes there, too; name a folder of its own")
+        raise CxrdistError(f"--dicom {folder}: --out writes there, too; name a separate folder")
     refuse_unwritable(folder / "UID.dcm")
 
 
 def refuse_other_images(files: Sequence[Path]) -> None:
-    """Make sure that all images are DICOM.
+    """Check that all images are DICOM.
 
     Raises:
-        CxrdistError: one is not.
+        CxrdistError: an image is not DICOM.
     """
     others = [file for file in files if not is_dicom(file)]
     if others:
@@ -121,9 +121,9 @@ def refuse_other_images(files: Sequence[Path]) -> None:
 
 @contextmanager
 def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Output | None]:
-    """Yield where the DICOM results of a call go; None without a folder.
+    """Yield the output of the DICOM results of a call; None without a folder.
 
-    What a killed call has left beside the folder is removed.
+    Half-written folders of killed calls are removed.
 
     Raises:
         CxrdistError: the folder, or the model of the run, cannot be used.
@@ -142,7 +142,7 @@ def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Ou
 
 
 def class_probabilities(predictions: Predictions) -> list[Probability]:
-    """Return the probability of each class: calibrated where the model has a temperature for it.
+    """Return the probability of each class, calibrated if the model has a temperature for it.
 
     Args:
         predictions: of one image.
@@ -158,11 +158,11 @@ def write_results(explained: Explained, output: Output) -> list[str]:
     """Write UID.dcm for the report of an X-ray, and for its heat map of each class.
 
     Returns:
-        The UIDs that the X-ray lacks and that were made for it: StudyInstanceUID,
+        Names of UIDs that the X-ray lacks and that were created: StudyInstanceUID,
         SeriesInstanceUID.
 
     Raises:
-        CxrdistError: its file is no readable X-ray, or its tags cannot be used.
+        CxrdistError: its file is not a readable X-ray, or its tags cannot be used.
     """
     from cxrdist.explain.dicom_results import make_results  # highdicom is an extra
 
@@ -174,12 +174,12 @@ def write_results(explained: Explained, output: Output) -> list[str]:
 
 
 def tell_results(folder: Path, new_uids: Mapping[Path, Sequence[str]]) -> None:
-    """Say where the results are, and which of them are not in the study of their image."""
+    """Print where the results are, and which of them are not in the study of their image."""
     print(f"DICOM results, for research only: {folder}")
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
         files = [str(file) for file, keywords in new_uids.items() if keyword in keywords]
         if files:
             print(
-                f"{len(files)} images have no {keyword}, and their results have a new one: "
+                f"{len(files)} images have no {keyword}; their results have a new one: "
                 f"{', '.join(files[:MOST_NAMED])}{' ...' if len(files) > MOST_NAMED else ''}"
             )

@@ -1,10 +1,10 @@
-"""DICOM results: a report of the probabilities of an X-ray, and its heat maps as images.
+"""Create DICOM results: a report of the probabilities of an X-ray, and its heat maps as images.
 
 For each X-ray there is one Enhanced SR of template TID 1500 (DICOM PS3.16) with a measurement group
 per class, and one Secondary Capture (PS3.3, A.8.1) per class. They belong to the study and patient
 of the X-ray, in two new series, and each says that it is for research only.
 
-Of the tags of an X-ray `COPIED` are taken over, and no others. No tag's value is printed.
+Only the tags `COPIED` of an X-ray are copied. Values of tags are never printed.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ COPIED = (
     *("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
 )
 MOST_CHARACTERS = 1024
-"""Of a value that is copied; the standard allows 64 in most, and 194 in a name."""
+"""Limit for a value that is copied; the standard allows 64 in most, and 194 in a name."""
 
 CHECKED = (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM))
 SCHEME = "99CXRDIST"
@@ -56,7 +56,7 @@ SCHEME = "99CXRDIST"
 PLAIN_CHEST_XRAY = Code("399208008", "SCT", "Plain chest X-ray")
 CALIBRATED = Code("calibrated", SCHEME, "Sigmoid of the logit divided by its temperature")
 NOT_CALIBRATED = Code("not-calibrated", SCHEME, "Sigmoid of the logit, not calibrated")
-# Numbers of the two series in their study, above those that devices give.
+# Numbers of the two series in their study, higher than those that devices use.
 HEAT_MAPS, REPORT = 9001, 9002
 
 
@@ -68,11 +68,11 @@ def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes]
         output: with UIDs for this X-ray.
 
     Returns:
-        Files of PS3.10 by SOPInstanceUID, and the UIDs that the X-ray lacks and that were made for
-        it: StudyInstanceUID, SeriesInstanceUID.
+        Files of PS3.10 by SOPInstanceUID; and the names of UIDs that the X-ray lacks and that were
+        created: StudyInstanceUID, SeriesInstanceUID.
 
     Raises:
-        CxrdistError: its file is no readable X-ray, or its tags cannot be used.
+        CxrdistError: its file is not a readable X-ray, or its tags cannot be used.
     """
     file, relevance = explained.file, explained.drawing.found.relevance
     data = read_file(file)
@@ -80,7 +80,7 @@ def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes]
     pictures = [overlay_original(original, values, output.how.fit) for values in relevance]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they would print names
+            warnings.simplefilter("ignore")  # their texts may contain names of patients
             source, new_uids = _read_source(data, output)
             results: list[Dataset] = [
                 _heat_map(source, picture, k, probability, output)
@@ -107,10 +107,11 @@ def _encode(result: Dataset) -> tuple[UID, bytes]:
 
 
 def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
-    """Return `COPIED` of an X-ray, and which UIDs it lacks and were made for it.
+    """Return the tags `COPIED` of an X-ray, and the names of UIDs that had to be created.
 
-    Dates and times that are not valid become empty; all else stays as it is, so that a PACS knows
-    the patient and the study again. Elements of type 2 (PS3.5, section 7.4.3) are empty if absent.
+    Invalid dates and times become empty; everything else is copied unchanged, so that a PACS
+    recognises the patient and the study. Elements of type 2 (PS3.5, section 7.4.3) are empty if
+    absent.
 
     Raises:
         RefusedError: it cannot be referred to, or a value is too long.
@@ -133,7 +134,7 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
     if not all(source.get(keyword) for keyword in INSTANCE):
         raise RefusedError("it has no SOPClassUID and SOPInstanceUID to refer to; export it again")
     if "Image Storage" not in UID(source.SOPClassUID).name:
-        raise RefusedError("its SOPClassUID is not of an image of the standard; export it as DX")
+        raise RefusedError("its SOPClassUID is not that of a standard image; export it as DX")
     new = [keyword for keyword in HIERARCHY if not source.get(keyword)]
     for keyword in new:
         setattr(source, keyword, output.uid(keyword))
@@ -180,7 +181,7 @@ def _heat_map(
         **_equipment(output),
     )
     image.copy_patient_and_study_information(source)
-    # highdicom wants an orientation; of an image that does not tell it the element is empty.
+    # highdicom requires an orientation, but it is unknown if the source image does not state it.
     image.PatientOrientation = source.get("PatientOrientation")
     image.BodyPartExamined = "CHEST"
     image.ConversionType = "WSD"
@@ -203,7 +204,7 @@ def _heat_map(
 
 
 def _captioned(picture: Image.Image, probability: Probability) -> Image.Image:
-    """Write what a picture shows on black above it, so that the words travel with the pixels."""
+    """Add a caption above a picture, in its pixels so that no viewer can drop it."""
     picture, _ = enlarged(picture)
     lines = (
         RESEARCH_ONLY.upper(),
@@ -281,6 +282,6 @@ def _measured(
 
 
 def _coded(name: str) -> Code:
-    """The code of a class: a hash, since a code has 16 characters at most, and a meaning 64."""
+    """Return the code of a class: a hash, since a code has at most 16 characters, a meaning 64."""
     meaning = "".join(c if c.isprintable() and c != "\\" else " " for c in name)[:64]
     return Code(hashlib.sha256(name.encode()).hexdigest()[:16], SCHEME, meaning)

@@ -1,4 +1,4 @@
-"""Explain a split: relevance, its ledger, heat maps and a test of them, on any number of ranks."""
+"""Explain a split on any number of ranks: relevance, its ledger, heat maps, sanity checks."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from cxrdist.explain import flipping, outside, randomisation
 from cxrdist.explain.description import RelevanceInfo, read_description, under_way
 from cxrdist.explain.flipping import Flipping, flip_pixels
 from cxrdist.explain.maps import (
-    BATCHES_A_SHARD,
+    BATCHES_PER_SHARD,
     Map,
     decode,
     encode,
@@ -57,7 +57,7 @@ LEDGER_COLUMNS = (
     "picture",
 )
 TESTED_IMAGES = 8
-"""Images of pixel flipping and randomisation: their mean tells a right map from a wrong one."""
+"""Images for pixel flipping and randomisation; enough to tell a right map from a wrong one."""
 
 _OPTIONS = (
     "split",
@@ -69,15 +69,16 @@ _OPTIONS = (
     "format",
     "batch_size",
 )
-# KEY.png, KEY.CLASS.png, KEY.npz, where a key ends in digits of a hash, and NNNNNN.tar.
+# Files that may be removed: KEY.png, KEY.CLASS.png, KEY.npz (a key ends in digits of a hash), and
+# NNNNNN.tar.
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
 Row = tuple[int, int, list[str]]
-Tested = tuple[int, Flipping, randomisation.Found]
+Tested = tuple[int, Flipping, randomisation.Comparison]
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What each rank needs to explain its part."""
+    """Inputs that each rank needs to explain its share of the samples."""
 
     subject: Subject
     split: str
@@ -86,7 +87,7 @@ class _Work:
     is_compact: bool
     with_pictures: bool
     masks: Masks | None
-    """Of all samples; None where no explained one has any."""
+    """Lung masks of all samples; None if no explained sample has one."""
 
     def lungs_of(self, number: int) -> NDArray[np.bool_] | None:
         """Return the mask of a sample, bool [S, S]; None if it has none."""
@@ -99,23 +100,23 @@ class _Work:
 
 
 class _Explained(NamedTuple):
-    """What is known of a sample whose map is written."""
+    """Results of a sample whose map is written."""
 
     number: int
     ledger: NDArray[np.float64]
     """[K, 4], as in `Map`."""
     look: Look | None
-    """None if its relevance is zero everywhere, or nobody asks any more."""
+    """None if its relevance is zero everywhere, or if it is no longer needed."""
     relevance: NDArray[np.float32] | None
-    """[S, S], of the likeliest class; None as the look is."""
+    """[S, S], of the likeliest class; None if the look is no longer needed."""
 
 
 def explain(config: ExplainConfig) -> None:
     """Write relevance, its table and description, heatmaps/, mean_maps/ and nearest.csv of a split.
 
-    Batches are cut before ranks are known, so the files are the same bytes for any number of ranks
-    (with the same number of threads). What a killed command has finished is kept by the next one
-    with the same model, shards and options; what was made otherwise is made anew.
+    Batches do not depend on the number of ranks, so the files are the same bytes for any number
+    (with the same number of threads). After a killed command, the next one with the same model,
+    shards and options keeps finished files; relevance of other settings is computed again.
 
     Raises:
         CxrdistError: run, shards, classes or numbers cannot be used.
@@ -132,25 +133,25 @@ def explain(config: ExplainConfig) -> None:
     work = _Work(subject, config.split, targets, explainer, is_compact, config.pictures, masks)
     with ExitStack() as stack:
 
-        def prepare() -> _Left | None:
+        def prepare() -> _Todo | None:
             if not accelerator.is_main_process:
                 return None
             stack.enter_context(locked(subject.run.relevance_info(subject.place).parent))
-            return _prepare(work, _how(config, subject, targets, numbers))
+            return _prepare(work, _settings(config, subject, targets, numbers))
 
-        left = gather(accelerator, [together(accelerator, prepare)])[0]
-        found = _explain_units(work, numbers, config.batch_size, look=not left.is_tested)
-        rows = sorted(gather(accelerator, found.rows))
-        looks, sums = gather(accelerator, found.looks), gather(accelerator, [found.sums])
-        tested = [] if left.is_tested else gather(accelerator, _test(work, config))
-        nearest = find_nearest(subject, numbers) if left.lacks_nearest else []
+        todo = gather(accelerator, [together(accelerator, prepare)])[0]
+        results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
+        rows = sorted(gather(accelerator, results.rows))
+        looks, sums = gather(accelerator, results.looks), gather(accelerator, [results.sums])
+        tested = [] if todo.is_tested else gather(accelerator, _test(work, config))
+        nearest = find_nearest(subject, numbers) if todo.lacks_nearest else []
         if accelerator.is_main_process:
             if nearest:
                 write_nearest(subject, nearest)
             _finish(work, [row for _, _, row in rows], sorted(tested, key=lambda row: row[0]))
-            if not left.is_tested:
+            if not todo.is_tested:
                 _write_outside(work, sorted(looks), sums)
-            print(_said(work, len(numbers)))
+            print(_summary(work, len(numbers)))
         finish(accelerator)
 
 
@@ -165,23 +166,23 @@ def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
 
 
 def _choose_numbers(config: ExplainConfig, subject: Subject) -> NDArray[np.int64]:
-    """The samples to explain, int64 [n]; with a limit the mistakes of `evaluate` come first."""
+    """Return the samples to explain, int64 [n]; with a limit, mistakes of `evaluate` first."""
     calibration = subject.model.calibration
     thresholds = calibration.thresholds if calibration else None
     mistakes = mistaken_samples(subject.run, subject.place, subject.index, thresholds)
     return choose_samples(subject.index, config.split, config.limit, mistakes)
 
 
-def _how(
+def _settings(
     config: ExplainConfig, subject: Subject, targets: Targets, numbers: NDArray[np.int64]
 ) -> dict[str, object]:
-    """Return all that the bytes of the relevance depend on, but for the machine and its threads."""
+    """Return everything that the relevance depends on, except the machine and its threads."""
     description = read_document(subject.run.model / "model.json", dict[str, object])
-    description.pop("calibration", None)  # no map depends on it, and evaluate may come later
+    description.pop("calibration", None)  # maps do not depend on it, and evaluate may add it later
     weights = (subject.run.model / "model.safetensors").read_bytes()
-    parts = (weights, json.dumps(description).encode())
+    files = (weights, json.dumps(description).encode())
     return {
-        "model_sha256": [hashlib.sha256(part).hexdigest() for part in parts],
+        "model_sha256": [hashlib.sha256(data).hexdigest() for data in files],
         "index_sha256": subject.index.sha256,
         "samples_sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
         "maps": targets.names,
@@ -191,50 +192,50 @@ def _how(
     }
 
 
-class _Left(NamedTuple):
-    """What an earlier command has left to do."""
+class _Todo(NamedTuple):
+    """What remains to be done after an earlier command."""
 
     is_tested: bool
-    """Whether the relevance is there, made in this way, tested and described."""
+    """Whether the relevance exists with these settings, and its tests are done."""
     lacks_nearest: bool
-    """Whether nearest training images are to be looked for: the report shows them beside maps."""
+    """Whether nearest training images are missing; the report shows them beside the maps."""
 
 
-def _prepare(work: _Work, how: dict[str, object]) -> _Left:
-    """Clear away what a killed command left half-written, and relevance that was made otherwise."""
+def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
+    """Remove half-written files of a killed command, and relevance of other settings."""
     run, place = work.subject.run, work.subject.place
     directories = run.relevance(place), run.heatmaps(place), run.nearest_pictures(place)
     info, nearest = run.relevance_info(place), run.nearest(place)
-    found = _read_info(info) if info.is_file() else None
-    can_look = work.with_pictures and was_trained_on(run, work.subject.index)
-    if found and found["how"] == how:
+    earlier = _read_info(info) if info.is_file() else None
+    wants_nearest = work.with_pictures and was_trained_on(run, work.subject.index)
+    if earlier and earlier["how"] == how:
         for directory in (*directories, info.parent):
             sweep(directory, alone=True)
-        return _Left(_is_tested(work, found), can_look and not nearest.is_file())
+        return _Todo(_is_tested(work, earlier), wants_nearest and not nearest.is_file())
     for directory in directories:
         _clear(directory)
     for table in (run.relevance_table(place), nearest):
         table.unlink(missing_ok=True)
     write_json(info, under_way(how))
-    return _Left(False, can_look)
+    return _Todo(False, wants_nearest)
 
 
-def _is_tested(work: _Work, found: RelevanceInfo) -> bool:
-    """Return whether all of relevance.json is there, and with pictures those of the mean maps."""
-    outside = found["outside"]
-    if outside is None or found["pixel_flipping"] is None or found["randomisation"] is None:
+def _is_tested(work: _Work, info: RelevanceInfo) -> bool:
+    """Return whether relevance.json is complete, and the pictures of mean maps if needed."""
+    outside = info["outside"]
+    if outside is None or info["pixel_flipping"] is None or info["randomisation"] is None:
         return False
     names = outside["classes"] if work.with_pictures else {}
     return all(_mean_map(work, name).is_file() for name in names)
 
 
 def _mean_map(work: _Work, name: str) -> Path:
-    """Return the picture of a class's mean map."""
+    """Return the path of the picture of a class's mean map."""
     return work.subject.run.mean_maps(work.subject.place) / f"{safe_name(name)}.png"
 
 
 def _clear(directory: Path) -> None:
-    """Remove the maps and pictures of a directory; files of other names and folders stay."""
+    """Remove maps and pictures from a directory; keep folders and files with other names."""
     for path in directory.glob("*"):
         if _MADE.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
             path.unlink()
@@ -249,38 +250,38 @@ def _read_info(path: Path) -> RelevanceInfo:
     Raises:
         CxrdistError: it is damaged.
     """
-    return read_description(path, "remove it to explain the split anew")
+    return read_description(path, "remove it to explain the split again")
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What this rank has explained."""
+class _Results:
+    """Results of the samples that this rank has explained."""
 
     rows: list[Row]
     looks: list[Look]
     sums: Sums
 
     def add(self, work: _Work, explained: list[_Explained]) -> None:
-        """Take the samples of a unit whose maps are written."""
-        for one in explained:
-            self.rows.extend(_rows(work, one))
-            if one.look is not None and one.relevance is not None:
-                self.looks.append(one.look)
-                image = np.asarray(work.subject.images[one.number])
-                self.sums.add(one.look.target, one.relevance, image)
+        """Add the samples of a unit whose maps are written."""
+        for sample in explained:
+            self.rows.extend(_rows(work, sample))
+            if sample.look is not None and sample.relevance is not None:
+                self.looks.append(sample.look)
+                image = np.asarray(work.subject.images[sample.number])
+                self.sums.add(sample.look.target, sample.relevance, image)
 
 
 def _explain_units(
     work: _Work, numbers: NDArray[np.int64], batch_size: int, *, look: bool
-) -> _Found:
-    """Explain this rank's share of the samples, a batch or a shard at a time.
+) -> _Results:
+    """Explain this rank's share of the samples, one batch or shard at a time.
 
     While a unit is computed, threads write the one before it.
     """
     accelerator = work.subject.accelerator
-    unit_size = batch_size * (BATCHES_A_SHARD if work.is_compact else 1)
+    unit_size = batch_size * (BATCHES_PER_SHARD if work.is_compact else 1)
     units = list(rank_batches(numbers, unit_size, accelerator))
-    found = _Found([], [], Sums())
+    results = _Results([], [], Sums())
     waiting: _Unit | None = None
     with (
         progress(
@@ -289,36 +290,36 @@ def _explain_units(
         ThreadPoolExecutor(_num_threads(work)) as pool,
     ):
         for i, unit in enumerate(units):
-            place = work.subject.run.relevance(work.subject.place)
+            path = work.subject.run.relevance(work.subject.place)
             if work.is_compact:
                 number = i * accelerator.num_processes + accelerator.process_index
-                place /= f"{number:06d}.tar"
-            finished = _finished(work, place, unit, look=look)
+                path /= f"{number:06d}.tar"
+            finished = _read_finished(work, path, unit, look=look)
             if finished is None:
-                started = _Unit(place, unit, _start(work, unit, batch_size, pool))
-                found.add(work, waiting.finish(work) if waiting else [])
+                started = _Unit(path, unit, _start(work, unit, batch_size, pool))
+                results.add(work, waiting.finish(work) if waiting else [])
                 waiting = started
             else:
-                found.add(work, finished)
+                results.add(work, finished)
             bar.update(len(unit))
-        found.add(work, waiting.finish(work) if waiting else [])
-    return found
+        results.add(work, waiting.finish(work) if waiting else [])
+    return results
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """Samples whose files appear together: a batch, or the shard of several."""
+    """Samples whose files are written together: a batch, or several in one shard."""
 
-    place: Path
+    path: Path
     numbers: NDArray[np.int64]
     encoded: list[Future[tuple[bytes, _Explained]]]
 
     def finish(self, work: _Work) -> list[_Explained]:
-        """Write the maps when all are encoded."""
-        found = [future.result() for future in self.encoded]
+        """Write the maps once all are encoded."""
+        encoded = [future.result() for future in self.encoded]
         keys = _keys(work, self.numbers)
-        write_maps(self.place, list(zip(keys, (data for data, _ in found), strict=True)))
-        return [explained for _, explained in found]
+        write_maps(self.path, list(zip(keys, (data for data, _ in encoded), strict=True)))
+        return [explained for _, explained in encoded]
 
 
 def _start(
@@ -329,9 +330,9 @@ def _start(
     for begin in range(0, len(unit), batch_size):
         batch = unit[begin : begin + batch_size]
         images = read_rows(work.subject.images, batch, work.subject.accelerator.device)
-        found = work.targets.attribute(work.explainer, images)
-        relevance = found.relevance.float().cpu().numpy()
-        sums = (found.logits, found.relevance_sum, found.bias_share, found.epsilon_share)
+        result = work.targets.attribute(work.explainer, images)
+        relevance = result.relevance.float().cpu().numpy()
+        sums = (result.logits, result.relevance_sum, result.bias_share, result.epsilon_share)
         ledgers = torch.stack(sums, 2).double().cpu().numpy()
         for number, values, ledger in zip(batch.tolist(), relevance, ledgers, strict=True):
             encoded.append(pool.submit(_encode, work, number, values, ledger))
@@ -341,63 +342,63 @@ def _start(
 def _encode(
     work: _Work, number: int, relevance: NDArray[np.float32], ledger: NDArray[np.float64]
 ) -> tuple[bytes, _Explained]:
-    """Write the pictures of a sample, which stand before its map does; give the map's bytes."""
+    """Write the pictures of a sample before its map, and return the bytes of the map."""
     key, targets = work.subject.index.samples[number].key, work.targets
     if work.with_pictures:
         heatmaps = work.subject.run.heatmaps(work.subject.place)
         drawn, names = targets.with_leading(relevance, ledger), targets.names_of(ledger)
         write_pictures(heatmaps, key, work.subject.images[number], drawn, names)
-    found = Map(key, targets.names, relevance, ledger)
-    data = encode(found, half=work.is_compact)
-    # What is measured is what the file holds, so that a map that is read back gives the same.
-    return data, _look(work, number, decode(key, data) if work.is_compact else found)
+    sample_map = Map(key, targets.names, relevance, ledger)
+    data = encode(sample_map, half=work.is_compact)
+    # Measure the rounded values of the file, so that a resumed command gets the same results.
+    return data, _look(work, number, decode(key, data) if work.is_compact else sample_map)
 
 
-def _look(work: _Work, number: int, found: Map) -> _Explained:
+def _look(work: _Work, number: int, sample_map: Map) -> _Explained:
     """Measure where the relevance of a sample lies, for its likeliest class."""
-    target = work.targets.likeliest(found.ledger)
-    relevance = found.relevance[target].copy()  # or all of its maps stay in memory
+    target = work.targets.likeliest(sample_map.ledger)
+    relevance = sample_map.relevance[target].copy()  # a view would keep all maps in memory
     look = outside.look(number, target, relevance, work.lungs_of(number))
-    return _Explained(number, found.ledger, look, relevance)
+    return _Explained(number, sample_map.ledger, look, relevance)
 
 
-def _finished(
-    work: _Work, place: Path, unit: NDArray[np.int64], *, look: bool
+def _read_finished(
+    work: _Work, path: Path, unit: NDArray[np.int64], *, look: bool
 ) -> list[_Explained] | None:
-    """Return the samples of a unit whose files all stand already, else None.
+    """Read the results of a unit if all of its files already exist, else return None.
 
     Args:
-        work: what each rank needs.
-        place: of the unit's maps.
+        work: inputs of the rank.
+        path: of the unit's maps.
         unit: numbers of the samples.
-        look: whether their maps are measured; else only the ledgers are read, which is fast.
+        look: whether to measure the maps; if not, only the ledgers are read, which is fast.
     """
     keys, names = _keys(work, unit), work.targets.names
     number_of = dict(zip(keys, unit.tolist(), strict=True))
 
     def read(key: str, npz: IO[bytes]) -> _Explained:
-        found = read_map(npz, key, names, work.subject.index.image_size_px)
-        return _look(work, number_of[key], found)
+        sample_map = read_map(npz, key, names, work.subject.index.image_size_px)
+        return _look(work, number_of[key], sample_map)
 
     explained: list[_Explained] | None = None
     if look:
-        explained = read_unit(place, keys, read)
-    elif ledgers := read_ledgers(place, keys, len(names)):
+        explained = read_unit(path, keys, read)
+    elif ledgers := read_ledgers(path, keys, len(names)):
         pairs = zip(unit.tolist(), ledgers, strict=True)
         explained = [_Explained(number, ledger, None, None) for number, ledger in pairs]
     return explained if explained and _are_drawn(work, explained) else None
 
 
 def _are_drawn(work: _Work, explained: list[_Explained]) -> bool:
-    """Return whether all pictures of some samples stand already."""
+    """Return whether all pictures of the samples already exist."""
     if not work.with_pictures:
         return True
     heatmaps = work.subject.run.heatmaps(work.subject.place)
     return all(
         (heatmaps / name).is_file()
-        for one in explained
+        for sample in explained
         for name in picture_names(
-            work.subject.index.samples[one.number].key, work.targets.names_of(one.ledger)
+            work.subject.index.samples[sample.number].key, work.targets.names_of(sample.ledger)
         )
     )
 
@@ -407,26 +408,24 @@ def _keys(work: _Work, numbers: NDArray[np.int64]) -> list[str]:
 
 
 def _num_threads(work: _Work) -> int:
-    """Return the threads that draw and encode, on each rank of a node."""
+    """Return the number of threads per rank that draw and encode."""
     _, num_ranks = local_ranks(work.subject.accelerator)
     return max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
-def _rows(work: _Work, one: _Explained) -> list[Row]:
-    """Return the rows of relevance.csv of a sample, with their places in it."""
-    (key,) = _keys(work, np.array([one.number]))
-    names, ledger = (
-        work.targets.names_of(one.ledger),
-        work.targets.with_leading(one.ledger, one.ledger),
-    )
-    made = ledger_rows(key, names, ledger, with_pictures=work.with_pictures)
-    return [(one.number, k, row) for k, row in enumerate(made)]
+def _rows(work: _Work, sample: _Explained) -> list[Row]:
+    """Return the rows of relevance.csv of a sample, with their positions for sorting."""
+    (key,) = _keys(work, np.array([sample.number]))
+    names = work.targets.names_of(sample.ledger)
+    ledger = work.targets.with_leading(sample.ledger, sample.ledger)
+    rows = ledger_rows(key, names, ledger, with_pictures=work.with_pictures)
+    return [(sample.number, k, row) for k, row in enumerate(rows)]
 
 
 def ledger_rows(
     key: str, names: list[str], ledger: NDArray[np.float64], *, with_pictures: bool
 ) -> list[list[str]]:
-    """Return a sample's rows of relevance.csv, one per class; what is not known stays empty.
+    """Return a sample's rows of relevance.csv, one per class; unknown values stay empty.
 
     Args:
         key: of the sample.
@@ -436,12 +435,12 @@ def ledger_rows(
     """
     pictures = picture_names(key, names)[1:] if with_pictures else [""] * len(names)
     digits = [["" if np.isnan(value) else f"{value:.9g}" for value in row] for row in ledger]
-    parts = zip(names, digits, pictures, strict=True)
-    return [[key, name, *values, picture] for name, values, picture in parts]
+    columns = zip(names, digits, pictures, strict=True)
+    return [[key, name, *values, picture] for name, values, picture in columns]
 
 
 def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
-    """Flip pixels, and draw the network anew, on this rank's share of a few samples."""
+    """Run pixel flipping and model randomisation on this rank's share of a few samples."""
     subject, model = work.subject, one_network(work.subject.model)
     index, accelerator, classes = subject.index, subject.accelerator, work.targets.classes
     most = min(config.limit or TESTED_IMAGES, TESTED_IMAGES)
@@ -449,7 +448,7 @@ def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
     batches = list(rank_batches(numbers, 1, accelerator))
     if not batches:
         return []
-    # All ranks take the same images for the statistics, and so the same networks.
+    # All ranks use all images for the running statistics, so that their networks are the same.
     images = read_rows(subject.images, numbers, accelerator.device)
     drawn = randomisation.randomise(model, images, lambda other: _explainer(config, other))
     tested = []
@@ -465,7 +464,7 @@ def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
 
 
 def _finish(work: _Work, rows: list[list[str]], tested: list[Tested]) -> None:
-    """Write relevance.csv, and what the tests found into relevance.json."""
+    """Write relevance.csv, and the results of the tests into relevance.json."""
     run, place = work.subject.run, work.subject.place
     write_table(run.relevance_table(place), LEDGER_COLUMNS, rows)
     if tested:
@@ -478,7 +477,7 @@ def _finish(work: _Work, rows: list[list[str]], tested: list[Tested]) -> None:
 
 
 def _write_outside(work: _Work, looks: list[Look], of_ranks: list[Sums]) -> None:
-    """Write the mean maps, and where the relevance lies into relevance.json."""
+    """Write the mean maps, and the relevance by region into relevance.json."""
     run, place, names = work.subject.run, work.subject.place, work.targets.classes
     sums = Sums()
     for others in of_ranks:
@@ -497,20 +496,24 @@ def _write_outside(work: _Work, looks: list[Look], of_ranks: list[Sums]) -> None
 
 
 def ledger_residual(rows: list[list[str]]) -> float | None:
-    """Largest |logit - its parts| of rows of relevance.csv, relative to the largest |logit|.
+    """Return the largest |logit - sum of its shares| relative to the largest |logit|.
 
-    Rules without a ledger have none.
+    Args:
+        rows: of relevance.csv.
+
+    Returns:
+        None for rules without a ledger.
     """
-    parts = [row[2:6] for row in rows]
-    if any("" in row for row in parts):
+    ledgers = [row[2:6] for row in rows]
+    if any("" in ledger for ledger in ledgers):
         return None
-    values = np.array(parts, dtype=np.float64)
+    values = np.array(ledgers, dtype=np.float64)
     gap, largest = np.abs(values[:, 0] - values[:, 1:].sum(1)).max(), np.abs(values[:, 0]).max()
-    return float(gap / largest if largest else gap)  # a dead network gives nothing but zeros
+    return float(gap / largest if largest else gap)  # the logits of a dead network are all 0
 
 
-def _said(work: _Work, num_images: int) -> str:
-    """Return what the user reads in the end."""
+def _summary(work: _Work, num_images: int) -> str:
+    """Return the summary that is printed at the end."""
     run, place = work.subject.run, work.subject.place
     directory = run.heatmaps(place) if work.with_pictures else run.relevance(place)
     info = _read_info(run.relevance_info(place))
@@ -526,7 +529,7 @@ def _said(work: _Work, num_images: int) -> str:
         f"explained {num_images} images for {', '.join(work.targets.names)}: {ledger}; covering "
         f"{flipped['covered_share']:.0%} of an image takes "
         f"{flipped['area_over_relevant_first']:.2f} of the probability on average if the most "
-        f"relevant goes first, {flipped['area_over_random_order']:.2f} in random order\n"
+        f"relevant pixels go first, {flipped['area_over_random_order']:.2f} in random order\n"
         f"relevance for the likeliest class: {regions}\n"
         f"{'heat maps' if work.with_pictures else 'relevance'}: {directory}"
     )

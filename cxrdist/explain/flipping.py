@@ -1,8 +1,8 @@
-"""Pixel flipping: do the maps show what the network uses? (Samek et al. 2017, IEEE TNNLS 28(11)).
+"""Pixel flipping: test whether maps show what the network uses (Samek et al. 2017, TNNLS 28(11)).
 
-Patches of the image are covered, the most relevant first, and the network is asked again. Relevance
-that shows what the network uses makes the probability fall faster than patches in random order do.
-The sum of a map proves nothing: a map that shows the wrong places has the same sum.
+Patches of the image are covered, the most relevant first, and the network predicts again. If the
+relevance shows what the network uses, the probability falls faster than in random order. The sum of
+a map is not a test: a map of the wrong positions has the same sum.
 """
 
 from typing import NamedTuple
@@ -15,14 +15,14 @@ from cxrdist.explain.description import FlippingInfo
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier
 
-PATCHES_A_SIDE = 28
+PATCHES_PER_SIDE = 28
 """Patches of 8 px at 224 px."""
 
 COVERED_SHARE = 0.2
-"""Share of the image that is covered in the end; beyond it there is no X-ray to speak of."""
+"""Share of the image that is covered in the end; with more, it is hardly an X-ray."""
 
 STEPS = 10
-"""Points of the curve behind its start."""
+"""Points of the curve after its start."""
 
 
 class Flipping(NamedTuple):
@@ -47,11 +47,11 @@ def flip_pixels(
         seed: of the random order.
     """
     pixels = torch.from_numpy(np.array(image))[None, None].to(model.mean.device)
-    found = explainer.attribute(pixels, classes)
-    place = int(found.logits[0].argmax())
-    target = model.classes.index(classes[place])
+    result = explainer.attribute(pixels, classes)
+    likeliest = int(result.logits[0].argmax())
+    target = model.classes.index(classes[likeliest])
     patches = _patches(*image.shape)
-    relevance = found.relevance[0, place].double().cpu().numpy()
+    relevance = result.relevance[0, likeliest].double().cpu().numpy()
     amount = np.bincount(patches.ravel(), relevance.ravel())
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(amount))
     curves = []
@@ -63,8 +63,8 @@ def flip_pixels(
 
 
 def _patches(height: int, width: int) -> NDArray[np.int64]:
-    """Return the number of each pixel's patch, int64 [H, W]."""
-    rows, columns = (np.arange(n) * min(n, PATCHES_A_SIDE) // n for n in (height, width))
+    """Return the patch number of each pixel, int64 [H, W]."""
+    rows, columns = (np.arange(n) * min(n, PATCHES_PER_SIDE) // n for n in (height, width))
     return rows[:, None] * (columns[-1] + 1) + columns
 
 
@@ -72,7 +72,7 @@ def _patches(height: int, width: int) -> NDArray[np.int64]:
 def _curve(
     model: Classifier, image: NDArray[np.uint8], rank: NDArray[np.int64], target: int
 ) -> NDArray[np.float64]:
-    """Cover the pixels of the lowest ranks [H, W] with the image's mean grey, more in each step."""
+    """Return the probability while pixels of the lowest ranks [H, W] are set to the mean grey."""
     limits = np.linspace(0, COVERED_SHARE * (rank.max() + 1), STEPS + 1)[:, None, None]
     covered = np.where(rank < limits, np.uint8(round(image.mean())), image)
     images = torch.from_numpy(covered).unsqueeze(1).to(model.mean.device)
@@ -81,7 +81,7 @@ def _curve(
 
 
 def summarise(flippings: list[Flipping]) -> FlippingInfo:
-    """Mean curves and the areas over them: 0 where nothing happens, 1 where all is lost at once."""
+    """Return mean curves and areas over them: 0 without effect, 1 for an immediate drop to 0."""
     relevance, random = (np.mean(curves, axis=0) for curves in zip(*flippings, strict=True))
     return {
         "images": len(flippings),

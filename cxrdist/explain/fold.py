@@ -1,13 +1,14 @@
-"""A DenseNet folded for the engine: weights, their positive and negative parts, and what absorbs.
+"""A DenseNet folded for the engine: weights with their positive and negative parts.
 
-It is the canonical network (canonise.py) without its copies. A consumer with scale s and shift t
-reads a producer's output y as relu(s y + t). The copy of the producer that it has in the canonical
+It represents the canonical network (canonise.py) without its copies. A consumer with scale s and
+shift t reads a producer's output y as relu(s y + t). Its copy of the producer in the canonical
 network has the z-plus |s| P + max(t, 0), where P is conv(h, W+), or conv(h, W-) if s is negative:
-the same two convolutions for all consumers. The second costs nothing where the consumer is active:
-|s| conv(h, W-) = |s| conv(h, W+) + s y, so the z-plus is |s| conv(h, W+) + output + max(-t, 0).
+the same two convolutions for all consumers. The second is not needed where the consumer is active:
+|s| conv(h, W-) = |s| conv(h, W+) + s y for negative s, so that the z-plus is
+|s| conv(h, W+) + output + max(-t, 0).
 
-Everything but what is absorbed is a differentiable function of the weights; the running statistics
-are constants.
+Everything except the absorbed shares is a differentiable function of the weights; running
+statistics are constants.
 """
 
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from cxrdist.explain.attribution import STABILISER
 from cxrdist.explain.canonise import affine, blocks_of
 
 LEAST_SCALE = 1e-25
-"""A smaller |s| is taken as this: such a channel is constant either way."""
+"""Lower bound of |s|, against division by zero; a channel with a smaller scale is constant."""
 
 
 class Consumer(NamedTuple):
@@ -34,23 +35,23 @@ class Consumer(NamedTuple):
     size: Tensor
     """[C], |s|."""
     floor: Tensor
-    """[C], what its z-plus has besides P and perhaps the output: bias and stabiliser."""
+    """[C], bias and stabiliser in its z-plus."""
     absorbed: Tensor
-    """[2, C], what bias and stabiliser take of each |s| R / z."""
+    """[2, C], the factors of |s| R / z that bias and stabiliser absorb."""
     negative: Tensor | None
-    """[C, 1], 1 where s is negative, else 0; None where none is."""
+    """[C, 1], 1 where s is negative, else 0; None if no scale is negative."""
 
     def read(self, features: Tensor) -> Tensor:
-        """Return its output behind its ReLU, [C, N]."""
+        """Return its output after the ReLU, [C, N]."""
         return scaled(features, self.scale, self.shift).relu_()
 
     def denominator(self, plus: Tensor, minus: Tensor | None, outputs: Tensor) -> Tensor:
-        """Return its z-plus, [C, N]; right where it is active.
+        """Return its z-plus, [C, N]; correct only where it is active.
 
         Args:
             plus: the producers' P of W+, [C, N].
-            minus: their P of W-, which is needed where there is no bias in the z-plus.
-            outputs: what `read` gave.
+            minus: their P of W-, which is needed if biases are not in the z-plus.
+            outputs: result of `read`.
         """
         if minus is not None and self.negative is not None:
             plus = torch.where(self.negative > 0, minus, plus)
@@ -67,21 +68,21 @@ class Layer(NamedTuple):
     squeeze: Tensor
     """[C, 2 M], 1x1 weights and their positive part."""
     squeeze_bias: Tensor
-    """[2 M], the bias, and what its z-plus has besides."""
+    """[2 M], the bias, and bias and stabiliser in its z-plus."""
     squeeze_back: Tensor
     """[C, M], the positive part times |s|."""
     absorbed: Tensor
-    """[M, 2], what bias and stabiliser of the 1x1 convolution take of each ratio R / z."""
+    """[M, 2], the factors of R / z that bias and stabiliser of the 1x1 convolution absorb."""
     grow: Tensor
     """[2 G or 3 G, M, 3, 3], weights and their parts."""
     grow_back: Tensor
-    """[M, G or 2 G, 3, 3], the parts, turned round."""
+    """[M, G or 2 G, 3, 3], the parts, flipped for the transposed convolution."""
     size: int
     """G."""
 
 
 class Block(NamedTuple):
-    """A dense block, the 1x1 convolution before it, and the BatchNorm and the pool behind it."""
+    """A dense block, the 1x1 convolution before it, and the BatchNorm and the pool after it."""
 
     entry: Tensor | None
     """[2 C or 3 C, in], weights and their parts; None: the first block reads the max pool."""
@@ -92,21 +93,21 @@ class Block(NamedTuple):
     size: int
     """C."""
     pool_px: int | None
-    """Side of the pool's windows; None: it takes the mean of all pixels."""
+    """Side of the pool's windows; None for a global pool."""
     with_minus: bool
     """Whether the forward pass computes P of W-."""
     is_mixed: bool
-    """Whether some consumer's scale may be negative, so that it takes negative parts."""
+    """Whether some consumer's scale may be negative, so that negative parts are needed."""
 
 
 class Stem(NamedTuple):
-    """The first convolution with its BatchNorm, and the max pool behind it."""
+    """The first convolution with its BatchNorm, and the max pool after it."""
 
     weight: Tensor
     """[C, channels, 7, 7]."""
     bias: Tensor
     """[C]."""
-    place: tuple[int, int]
+    stride_padding: tuple[int, int]
     """Stride and padding of the convolution in pixels."""
     max_pool: tuple[int, int, int]
     """Window, stride and padding in pixels."""
@@ -124,12 +125,13 @@ class Folded(NamedTuple):
 
 
 def fold(network: DenseNet, biases: bool, *, ask: bool = True) -> Folded:
-    """Fold a network, which is left as it is; no result shares memory with it.
+    """Fold a network into new tensors; the network does not change.
 
     Args:
         network: timm's DenseNet, as Classifier builds it.
         biases: whether biases are part of the denominators and absorb their share.
-        ask: look which scales are negative; if not, all may be, and no device is waited for.
+        ask: whether to check which scales are negative. If not, any may be, which needs more work
+            but does not wait for the GPU.
     """
     features = network.features
     blocks, transitions = blocks_of(network)
@@ -152,7 +154,7 @@ def _stem(features: Any) -> Stem:
 
 
 def _folded(weight: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Weights [out, ...] and bias [out] of a convolution with the BatchNorm behind it."""
+    """Return weights [out, ...] and bias [out] of a convolution with the BatchNorm after it."""
     scale, shift = (value.to(weight.dtype) for value in affine(norm))
     return weight * scale.reshape(-1, *[1] * (weight.ndim - 1)), shift
 
@@ -207,7 +209,7 @@ def _consumer(norm: _BatchNorm, is_mixed: bool, biases: bool) -> Consumer:
     size = scale.abs().clamp(min=LEAST_SCALE)
     negative = (scale < 0)[:, None]
     bias = shift.clamp(min=0) * biases
-    # The output holds the bias already where it is part of the z-plus.
+    # Where the output is part of the z-plus, it already includes the bias.
     floor = torch.where(scale < 0, -shift, shift).clamp(min=0) * biases + STABILISER
     absorbed = torch.stack([bias / size, STABILISER / size])
     dtype = norm.weight.dtype
@@ -225,7 +227,7 @@ def scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def scaled_back(gradient: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `scaled` with respect to the rows [C, N], the scale and the shift, [C]."""
+    """Return gradients of `scaled` with respect to rows [C, N], scale and shift [C]."""
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     of_rows, of_scale, of_shift = torch.ops.aten.native_batch_norm_backward(
         *(gradient.unsqueeze(0), rows.unsqueeze(0), scale, zero, one, None, None),
@@ -235,6 +237,6 @@ def scaled_back(gradient: Tensor, rows: Tensor, scale: Tensor) -> tuple[Tensor, 
 
 
 def _parts(weight: Tensor, with_minus: bool) -> list[Tensor]:
-    """The positive part of weights, and the negative part (as positive numbers) if asked for."""
+    """Return the positive part of weights, and the absolute negative part if requested."""
     parts = [weight.clamp(min=0)]
     return [*parts, (-weight).clamp(min=0)] if with_minus else parts

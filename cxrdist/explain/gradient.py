@@ -1,12 +1,14 @@
 """The relevance map as a differentiable function of the weights, for a loss on it.
 
-The map is the engine's, pass forward and pass back. Its gradient takes both again in the opposite
-order (reverse mode): from the pixels up to the logits through the pass back, which is linear in
-what it passes, and down from the logits through the pass forward. Within a block the engine writes
-all features into one array, and so does this: nothing is copied for each consumer.
+The map is computed by the forward and backward pass of engine.py. Its gradient goes through both in
+reverse order: first up from the pixels to the logits through the backward pass (functions named
+climb), which is linear in the relevance, then down from the logits through the forward pass (named
+descend). Like the engine, this keeps all features of a block in one array without a copy for each
+consumer. ``of_X`` is the gradient with respect to X.
 
-What a rule passes on is A = g a / z. With v, the gradient with respect to A, those with respect to
-a and z are v A / a and - v A / z: the share v A serves both. Where a is 0, its ReLU stops it.
+A rule passes on A = g a / z. If v is the gradient with respect to A, those with respect to a and z
+are v A / a and - v A / z, so the product v A is kept for both. Where a is 0, its ReLU blocks the
+gradient.
 """
 
 from dataclasses import dataclass
@@ -41,17 +43,17 @@ _RULES = Rules()
 
 
 def relevance(model: Classifier, inputs: Tensor, weights: Tensor) -> Tensor:
-    """Relevance of the weighted sum of the logits by the canonical preset (relevance.py).
+    """Return the relevance of a weighted sum of the logits by the canonical preset.
 
-    The network is taken as it is used: running statistics and no dropout, whatever its mode. The
-    result can be differentiated once, with respect to the parameters. torch.compile cannot record
-    it: call it beside what is compiled.
+    The network is evaluated with running statistics and without dropout, whatever its mode. The
+    result can be differentiated once, with respect to the parameters. torch.compile cannot trace
+    it: call it outside compiled functions.
 
     Args:
-        model: those of its parameters that require gradients get them; all others are constants.
+        model: parameters that require gradients get them; all others are constants.
         inputs: grey images, float [B, 1, H, W] with values 0..255.
-        weights: float [B, classes], constants; an image starts with weights times logits. A one is
-            the map of a class, a one and a minus one that of a contrast.
+        weights: float [B, classes], constants; factors of the logits. A single 1 gives the map of a
+            class, 1 and -1 that of a contrast.
 
     Returns:
         Float [B, H, W], in the dtype of the model.
@@ -65,11 +67,11 @@ def relevance(model: Classifier, inputs: Tensor, weights: Tensor) -> Tensor:
 
 
 class _Map(torch.autograd.Function):
-    """The map of a folded network, and its gradient."""
+    """The relevance map of a folded network, and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weights: Tensor, structure: Any, *leaves: Any) -> Tensor:
-        """Relevance [B, H, W] of normalised images [B, C, H, W]."""
+        """Return the relevance [B, H, W] of normalised images [B, C, H, W]."""
         folded: Folded = tree_unflatten(leaves, structure)
         seen = forward_pass(folded, inputs)
         trace = _Trace([], [], [], [])
@@ -82,40 +84,41 @@ class _Map(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients with respect to the leaves of the folded network."""
         if ctx.kept is None:
-            raise RuntimeError("the map can be differentiated once: what that needs is used up")
+            raise RuntimeError("the map can be differentiated only once: its buffers are reused")
         (folded, structure, weights, seen, trace), ctx.kept = ctx.kept, None
         needed = ctx.needs_input_grad[3:]
         lowest = _lowest(tree_unflatten(needed, structure))
         with torch.autocast(gradient.device.type, enabled=False):
             of_folded = _gradient(folded, weights, seen, trace, gradient.contiguous(), lowest)
-        found = tree_flatten(of_folded)[0]
-        of_leaves = (f if is_needed else None for f, is_needed in zip(found, needed, strict=True))
+        gradients = tree_flatten(of_folded)[0]
+        pairs = zip(gradients, needed, strict=True)
+        of_leaves = (leaf if is_needed else None for leaf, is_needed in pairs)
         return None, None, None, *of_leaves
 
 
 def _lowest(needed: Folded) -> int:
-    """Number of the first block that has a part with a gradient, -1 if the stem has one."""
-    for number, part in enumerate([needed.stem, *needed.blocks], -1):
-        if any(tree_flatten(part)[0]):
+    """Return the number of the first block that needs a gradient; -1 if the stem does."""
+    for number, block in enumerate([needed.stem, *needed.blocks], -1):
+        if any(tree_flatten(block)[0]):
             return number
     return len(needed.blocks)
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """What the pass back multiplies with, in its order; a `Watcher`."""
+    """The intermediate values of the backward pass, in its order; a `Watcher`."""
 
     amounts: list[Tensor]
-    """What each consumer passes, [C, N]."""
+    """Values from each consumer to its producers, [C, N]."""
     ratios: list[Tensor]
     """R / z of each 1x1 convolution, [N, M]."""
     passing: list[Passing]
-    """What each block passes to its producers."""
+    """Sums of these values for the producers of each block."""
     passed: list[Tensor]
-    """What each block gets, [C, B, h, w]."""
+    """g of the pooled outputs of each block, [C, B, h, w]."""
 
     def see_amounts(self, consumer: Consumer, amounts: Tensor) -> None:
-        """Keep what a consumer passes."""
+        """Keep the values from a consumer to its producers."""
         self.amounts.append(amounts.flatten(1))
 
     def see_ratio(self, layer: Layer, ratio: Tensor) -> None:
@@ -126,7 +129,7 @@ class _Trace:
         """Keep nothing: only the ledger needs it."""
 
     def see_block(self, passed: Tensor, passing: Passing) -> None:
-        """Keep what a block gets and what it passes."""
+        """Keep g of a block's outputs and the sums for its producers."""
         self.passed.append(passed.squeeze(1))
         self.passing.append(passing)
 
@@ -134,23 +137,24 @@ class _Trace:
 def _gradient(
     folded: Folded, weights: Tensor, seen: Seen, trace: _Trace, gradient: Tensor, lowest: int
 ) -> Folded:
-    """Gradients with respect to the parts of a folded network, from that of the map [B, H, W].
+    """Return gradients with respect to a folded network, from the gradient of the map [B, H, W].
 
-    Blocks below the lowest are frozen; the parts themselves stand there, and for other constants.
+    Blocks below the lowest are frozen: for them, and for other constants, the values themselves are
+    returned as placeholders.
     """
     of_routed = _climb_stem(folded.stem, seen, gradient)
     v = (of_routed * seen.features).flatten(1)
     passed = trace.passing[-1].take(0, len(of_routed))[0]
     of_inputs = (of_routed * passed.reshape(of_routed.shape)).flatten(1)
     climbed = []
-    for block, found in zip(folded.blocks, seen.blocks, strict=True):
-        climbed.append(_climb_block(block, found, trace, v))
+    for block, seen_block in zip(folded.blocks, seen.blocks, strict=True):
+        climbed.append(_climb_block(block, seen_block, trace, v))
         v = climbed[-1].of_passed.flatten(1)
     of_weight, of_bias, of_pooled = _head(folded, weights, seen, v)
     of_blocks = list(folded.blocks)
     for number in range(len(of_blocks) - 1, max(lowest, 0) - 1, -1):
-        parts = folded.blocks[number], seen.blocks[number], climbed.pop()
-        of_blocks[number], of_pooled = _descend_block(*parts, of_pooled)
+        block_values = folded.blocks[number], seen.blocks[number], climbed.pop()
+        of_blocks[number], of_pooled = _descend_block(*block_values, of_pooled)
     of_stem = folded.stem
     if lowest < 0:
         of_stem = _descend_stem(folded.stem, seen, (of_inputs + of_pooled).reshape(of_routed.shape))
@@ -158,20 +162,22 @@ def _gradient(
 
 
 def _climb_stem(stem: Stem, seen: Seen, gradient: Tensor) -> Tensor:
-    """From the map's gradient to that of the relevance behind the max pool, [C, B, H, W]."""
+    """Return the gradient of g at the max pool's output [C, B, h, w], from that of the map."""
     ones = torch.ones_like(stem.weight[:1, :1])
-    spread = F.conv2d(gradient.unsqueeze(1), ones, None, *stem.place) * seen.inputs.shape[1]
+    spread = (
+        F.conv2d(gradient.unsqueeze(1), ones, None, *stem.stride_padding) * seen.inputs.shape[1]
+    )
     of_first = (spread / (window_sizes(stem, seen.inputs) + STABILISER)).flatten(2)
     num_channels = len(stem.weight)
-    picked = of_first.expand(-1, num_channels, -1).gather(2, seen.places.flatten(2))
-    return picked.reshape(seen.places.shape).transpose(0, 1).contiguous()
+    picked = of_first.expand(-1, num_channels, -1).gather(2, seen.max_indices.flatten(2))
+    return picked.reshape(seen.max_indices.shape).transpose(0, 1).contiguous()
 
 
 def _descend_stem(stem: Stem, seen: Seen, of_features: Tensor) -> Stem:
-    """From the gradient behind the max pool [C, B, H, W] to those of the first convolution."""
+    """Return the gradients of the first convolution, from that of the max pool's output."""
     of_first = backward_max_pool(stem, seen, of_features.transpose(0, 1).contiguous())
     of_sums = torch.ops.aten.threshold_backward(of_first, seen.first, 0)
-    stride, padding = ([side] * 2 for side in stem.place)
+    stride, padding = ([side] * 2 for side in stem.stride_padding)
     _, of_weight, of_bias = torch.ops.aten.convolution_backward(
         *(of_sums, seen.inputs, stem.weight, [len(stem.weight)], stride, padding, [1, 1]),
         *(False, [0, 0], 1, [False, True, True]),
@@ -180,7 +186,7 @@ def _descend_stem(stem: Stem, seen: Seen, of_features: Tensor) -> Stem:
 
 
 def _head(folded: Folded, weights: Tensor, seen: Seen, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of weight, bias and pooled features [C, B], from that of the relevance's g."""
+    """Return gradients of weight, bias and pooled features [C, B], from that of g."""
     pooled = seen.blocks[-1].pooled.flatten(1)
     stabiliser, quotient = head_quotients(_RULES, folded, seen.logits)
     ratio = weights * quotient
@@ -192,7 +198,7 @@ def _head(folded: Folded, weights: Tensor, seen: Seen, v: Tensor) -> tuple[Tenso
 
 
 class _ClimbedLayer(NamedTuple):
-    """What the way up through a dense layer leaves for the way down."""
+    """Values of a dense layer from the climb that the descent needs."""
 
     shares: Tensor
     """v A of the consumer, [C, N]."""
@@ -203,7 +209,7 @@ class _ClimbedLayer(NamedTuple):
 
 
 class _ClimbedBlock(NamedTuple):
-    """What the way up through a block leaves for the way down."""
+    """Values of a block from the climb that the descent needs."""
 
     layers: list[_ClimbedLayer]
     exit_shares: Tensor
@@ -211,15 +217,15 @@ class _ClimbedBlock(NamedTuple):
     of_entry_back: Tensor | None
     of_exit_size: Tensor
     of_pooled: Tensor
-    """By way of the pool's quotients, [C, B, h, w]."""
+    """Through the pool's quotients, [C, B, h, w]."""
     of_passed: Tensor
     """With respect to g of the pooled outputs, [C, B, h, w]."""
 
 
 def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _ClimbedBlock:
-    """From the gradient of g of a block's inputs [C, N] to that of g of its pooled outputs.
+    """Climb a block from the gradient of g of its inputs [C, N] to that of its pooled outputs.
 
-    It uses the trace up from its end.
+    It removes the last entries from the trace, to free their memory early.
     """
     passing, passed = trace.passing.pop(), trace.passed.pop()
     parts = [torch.empty_like(seen.features.y) for _ in range(1 + block.is_mixed)]
@@ -230,14 +236,14 @@ def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _Cl
         of_rows, of_entry_back = block.entry_back.t() @ v, v @ _rows(passing, 0, block.size).t()
     _put(parts, 0, of_rows)
     layers = []
-    for layer, found in zip(block.layers, seen.layers, strict=True):
-        start = len(found.quotient)
+    for layer, seen_layer in zip(block.layers, seen.layers, strict=True):
+        start = len(seen_layer.quotient)
         amounts, ratio = trace.amounts.pop(), trace.ratios.pop()
         of_amounts = _pick(layer.consumer, parts, start)
-        v = of_amounts * found.quotient
+        v = of_amounts * seen_layer.quotient
         of_ratio = v.t() @ layer.squeeze_back
         of_squeeze_back = v @ ratio
-        of_g = of_ratio * (found.hidden / found.z)
+        of_g = of_ratio * (seen_layer.hidden / seen_layer.z)
         rows = _rows(passing, start, start + layer.size)
         of_rows, of_grow_back = _convolution_back(
             as_images(of_g, seen.sides), _to_images(rows, seen.sides), layer.grow_back
@@ -263,7 +269,7 @@ def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _Cl
 def _descend_block(
     block: Block, seen: SeenBlock, climbed: _ClimbedBlock, of_pooled: Tensor
 ) -> tuple[Block, Tensor]:
-    """From the gradient of the pooled outputs [C, N] to those of all parts and of the inputs."""
+    """Return the gradients of a block and of its inputs, from that of its pooled outputs."""
     features = seen.features
     of_pooled = of_pooled.reshape(seen.pooled.shape) + climbed.of_pooled
     of_outputs = unpool(of_pooled.unsqueeze(1), block.pool_px, seen.sides)
@@ -272,18 +278,18 @@ def _descend_block(
     of_exit, _ = _consumer_back(block.exit, features, of_outputs, climbed.exit_shares, of_features)
     of_exit = of_exit._replace(size=of_exit.size + climbed.of_exit_size)
     of_layers = []
-    for layer, found in zip(block.layers[::-1], seen.layers[::-1], strict=True):
+    for layer, seen_layer in zip(block.layers[::-1], seen.layers[::-1], strict=True):
         shares = climbed.layers.pop()
-        start = len(found.quotient)
+        hidden, start = seen_layer.hidden, len(seen_layer.quotient)
         rows = torch.cat([part[start : start + layer.size] for part in of_features])
         of_hidden, of_grow = _convolution_back(
-            _to_images(rows, seen.sides), as_images(found.hidden, seen.sides), layer.grow
+            _to_images(rows, seen.sides), as_images(hidden, seen.sides), layer.grow
         )
-        of_hidden = of_hidden.permute(0, 2, 3, 1).reshape(found.hidden.shape)
+        of_hidden = of_hidden.permute(0, 2, 3, 1).reshape(hidden.shape)
         of_sums = torch.ops.aten.threshold_backward(
-            of_hidden + shares.hidden_shares / found.hidden, found.hidden, 0
+            of_hidden + shares.hidden_shares / hidden, hidden, 0
         )
-        of_both = torch.cat([of_sums, -shares.hidden_shares / found.z], 1)
+        of_both = torch.cat([of_sums, -shares.hidden_shares / seen_layer.z], 1)
         of_consumer, outputs = _consumer_back(
             layer.consumer, features, layer.squeeze @ of_both.t(), shares.shares, of_features
         )
@@ -314,14 +320,14 @@ def _consumer_back(
     shares: Tensor,
     of_features: tuple[Tensor, Tensor],
 ) -> tuple[Consumer, Tensor]:
-    """Return the gradients of a consumer; those of the features are added to what is there.
+    """Return the gradients of a consumer, and add its gradients of the features in place.
 
     Args:
-        consumer: that read the features.
+        consumer: reads the features.
         features: of its block.
-        of_outputs: gradient of its outputs, but for their part in quotients, [C, N].
+        of_outputs: gradient of its outputs, except through quotients, [C, N].
         shares: v A, [C, N].
-        of_features: gradients of y and P, [C, N] each.
+        of_features: gradients of y and P, [C, N] each; changed in place.
 
     Returns:
         Gradients of the consumer; and its outputs [C, N].
@@ -332,7 +338,7 @@ def _consumer_back(
     of_outputs = of_outputs + shares.div_(outputs)
     if consumer.negative is not None:
         of_outputs.addcmul_(consumer.negative, less_of_z, value=-1)
-    # A selection: what is 0 / 0 where an output is 0 does not get through.
+    # Not a product with a mask: this drops the NaN of 0 / 0 where an output is 0.
     of_sums = torch.ops.aten.threshold_backward(of_outputs, outputs, 0)
     of_y, of_scale, of_shift = scaled_back(of_sums, features.y[:count], consumer.scale)
     less_of_plus, less_of_size, less_of_floor = scaled_back(
@@ -347,31 +353,31 @@ def _consumer_back(
 
 
 def _pick(consumer: Consumer, parts: list[Tensor], count: int) -> Tensor:
-    """Return the gradients of what a consumer passes, [C, N], by the sign of its scale."""
+    """Return the gradients of a consumer's values, [C, N], by the sign of its scale."""
     if consumer.negative is None:
         return parts[0][:count]
     return torch.where(consumer.negative > 0, parts[1][:count], parts[0][:count])
 
 
 def _rows(passing: Passing, start: int, stop: int) -> Tensor:
-    """Return what a producer got, [1 or 2 times c, N]."""
+    """Return the sums for a producer, [1 or 2 times c, N]."""
     return passing.take(start, stop).flatten(0, 1).flatten(1)
 
 
 def _put(parts: list[Tensor], start: int, rows: Tensor) -> None:
-    """Write the gradient of a producer's rows [1 or 2 times c, N] where they belong."""
+    """Write the gradient of a producer's rows [1 or 2 times c, N] at its position."""
     for part, of_part in zip(parts, rows.chunk(len(parts)), strict=True):
         part[start : start + len(of_part)] = of_part
 
 
 def _pooled(rows: Tensor, pool_px: int | None, seen: SeenBlock) -> Tensor:
-    """Means [C, B, h, w] over the windows of rows [C, N]: what `unpool` is transposed."""
+    """Return means [C, B, h, w] over the windows of rows [C, N], the transpose of `unpool`."""
     images = rows.reshape(len(rows), -1, *seen.sides)
     return F.avg_pool2d(images, pool_px) if pool_px else F.adaptive_avg_pool2d(images, 1)
 
 
 def _to_images(rows: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Features [c, N] as images [B, c, H, W], channels last."""
+    """View features [c, N] as images [B, c, H, W], channels last."""
     return as_images(rows.t().contiguous(), sides)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of relevance over the X-ray: red for the class, blue against it."""
+"""Draw relevance over the X-ray: red for the class, blue against it."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +12,13 @@ from cxrdist.errors import CxrdistError
 
 RED = (225.0, 15.0, 25.0)
 BLUE = (20.0, 70.0, 255.0)
-"""Colours (R, G, B) in 0..255, far from both black and white, so that they show on either."""
+"""Colours (R, G, B) in 0..255, chosen to be visible on both black and white."""
 
 MAX_OPACITY = 0.85
 """Opacity of the colour at the limit of the scale; the X-ray always shows through."""
 
 LEAST_PX = 300
-"""Width of a picture in which outlines are drawn: their lines stay thin."""
+"""Smallest width of a picture with outlines, so that their lines look thin."""
 
 LIMIT_PERCENTILE = 99.0
 """Percentage of the pixels that the default colour scale does not clip."""
@@ -37,11 +37,11 @@ def overlay(
     A map of zeros gives the plain X-ray.
 
     Args:
-        image: uint8 [H, W], the square that the network saw, or with ``fit`` its original.
+        image: uint8 [H, W], the square given to the network, or with ``fit`` its original.
         relevance: signed floats [H, W] of the square, such as ``attribution.relevance[0, 0]``.
-        limit: relevance of the strongest colour, per pixel in units of the logit. Pictures with
-            the same limit can be compared; None takes ``colour_limit(relevance)``.
-        fit: how the square was made of the original, as the model's ``fit`` tells.
+        limit: relevance per pixel of the strongest colour, in units of the logit. Pictures with
+            the same limit can be compared; if None, ``colour_limit(relevance)``.
+        fit: how the square was made from the original: the model's ``fit``.
 
     Returns:
         An RGB picture of the image's size.
@@ -56,13 +56,13 @@ def overlay(
     if image.ndim != 2 or image.shape != relevance.shape:
         raise CxrdistError(
             f"cannot draw relevance of shape {relevance.shape} over an image of shape "
-            f"{image.shape}: expected the same [H, W] for both; over an original give fit=model.fit"
+            f"{image.shape}: expected the same [H, W] for both; for an original give fit=model.fit"
         )
     return _tint(image, _strength(relevance, limit))
 
 
 def enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
-    """Return a picture in colour, at least `LEAST_PX` wide, and how many times larger it is."""
+    """Return a colour picture at least `LEAST_PX` wide, and the factor of its enlargement."""
     times = max(1, -(-LEAST_PX // picture.width))
     size = (picture.width * times, picture.height * times)
     return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), times
@@ -74,10 +74,10 @@ def overlay_original(
     fit: str,
     limit: float | None = None,
 ) -> Image.Image:
-    """Draw relevance over the image that its square was made of, as `overlay` does.
+    """Draw the relevance of a square over the original image; see `overlay`.
 
-    With ``crop`` the image beside the centre has no map, and with ``pad`` the map of the black bars
-    is not shown.
+    With ``crop`` the image has no colours outside the centre, and with ``pad`` the map of the black
+    bars is not shown.
 
     Args:
         original: uint8 [H, W], the whole image at any scale.
@@ -92,13 +92,13 @@ def overlay_original(
         CxrdistError: relevance is not finite.
     """
     height, width = original.shape
-    place = in_square(Box(0, 0, width, height), width, height, relevance.shape[0], fit)
-    across, down = place.width / width, place.height / height
+    frame = in_square(Box(0, 0, width, height), width, height, relevance.shape[0], fit)
+    across, down = frame.width / width, frame.height / height
     strength = Image.fromarray(_strength(relevance, limit).astype(np.float32))
     placed = strength.transform(
         (width, height),
         Image.Transform.AFFINE,
-        (across, 0, place.x, 0, down, place.y),
+        (across, 0, frame.x, 0, down, frame.y),
         Image.Resampling.BILINEAR,
         fillcolor=0,
     )
@@ -106,7 +106,7 @@ def overlay_original(
 
 
 def _strength(relevance: NDArray[np.floating], limit: float | None) -> NDArray[np.float64]:
-    """Smoothed relevance on the colour scale, -1 to 1, [H, W]."""
+    """Return smoothed relevance on the colour scale, -1 to 1, [H, W]."""
     if limit is None:
         limit = colour_limit(relevance)
     if not 0 < limit < np.inf:
@@ -125,14 +125,14 @@ def _tint(image: NDArray[np.uint8], strength: NDArray[np.floating]) -> Image.Ima
 
 
 def colour_limit(relevance: NDArray[np.floating]) -> float:
-    """Limit of the colour scale that shows most of a map and lets no few pixels dim the rest.
+    """Return a limit of the colour scale that keeps a few extreme pixels from dimming the rest.
 
     Args:
         relevance: signed floats [H, W].
 
     Returns:
-        The LIMIT_PERCENTILE of the smoothed map's absolute values. Its maximum, if it is zero
-        nearly everywhere, and 1 if it is zero everywhere.
+        The LIMIT_PERCENTILE of the smoothed map's absolute values; their maximum if the percentile
+        is zero, and 1 if the map is zero everywhere.
 
     Raises:
         CxrdistError: relevance is not finite.
@@ -142,24 +142,24 @@ def colour_limit(relevance: NDArray[np.floating]) -> float:
 
 
 def smooth(relevance: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Take out the grid that the first layers print; for display only.
+    """Remove the grid that the strides of the first layers cause; for display only.
 
     The flat rule of a 7x7 convolution with stride 2 gives even and odd pixels different shares,
-    and the max pool behind it prints a grid of 4 px. The weights 1 2 2 2 1 along both axes (a mean
-    of 2 and one of 4) remove both, and shift nothing. ResNet18 and SqueezeNet have the same
-    strides. The first convolution of AlexNet has stride 4: the grid of its max pool, 8 px, is left.
+    and the max pool after it adds a grid of 4 px. The weights 1 2 2 2 1 along both axes (a mean
+    of 2 and one of 4) remove both without a shift. ResNet18 and SqueezeNet have the same strides.
+    The first convolution of AlexNet has stride 4: the 8 px grid of its max pool remains.
 
     Args:
         relevance: signed floats [H, W].
 
     Returns:
-        [H, W]; pixels at the border are repeated outwards.
+        [H, W]; the image is padded by repeating its border.
 
     Raises:
         CxrdistError: relevance is not finite.
     """
     if not np.isfinite(relevance).all():
-        raise CxrdistError("cannot draw relevance that is not finite; look at the model's weights")
+        raise CxrdistError("cannot draw relevance that is not finite; check the model's weights")
     smoothed = relevance.astype(np.float64)
     for axis in (0, 1):
         padding = [(2, 2) if a == axis else (0, 0) for a in (0, 1)]

@@ -1,16 +1,15 @@
-"""Localisation: does a map point at what people have outlined?
+"""Localisation: score whether maps point at regions outlined by people.
 
-Three scores of a map [H, W] and an outline:
+Three scores compare a map [H, W] with an outline:
 
 - pointing game (Zhang et al. 2018, IJCV 126): whether the largest value lies inside;
-- share of the positive values that lies inside; the mean over the images, divided by the mean share
-  of the area, is how many times as much it is as chance gives (1);
+- share of the positive values inside; its mean over the images divided by the mean share of the
+  area is the ratio to chance (1);
 - overlap (intersection over union) of the outline with the pixels of the largest values.
 
-All maps are smoothed as the pictures of relevance are, which takes out the grid that the first
-layers print. A map without positive values points nowhere: it has 0 in all three. Of several equal
-largest values those inside count by their share, so that a map that is the same everywhere scores
-what chance does.
+All maps are smoothed like the pictures of relevance, which removes the grid of the first layers. A
+map without positive values has 0 in all three. If several values are the largest, the share of them
+inside counts, so that a constant map scores like chance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,23 +25,23 @@ from cxrdist.info import Count
 from cxrdist.intervals import Intervals, bounded, describe, positive
 
 TOPS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
-"""Shares of the pixels that may count as what a map marks."""
+"""Candidates for the share of pixels that a map marks."""
 FIXED_TOP = 0.2
-"""Of them the one that is taken where none was chosen."""
+"""The share that is used if none was chosen on val."""
 FEWEST_CASES = 10
-"""Cases of val from which one is chosen for each map."""
+"""Fewest cases of val to choose a share for each map."""
 ALL = "all"
 MOST_PICTURES = 100
 
 Method = Literal["lrp", "contrast", "grad_cam", "gradient", "mean_outline", "centre", "chance"]
 Share = Annotated[float, Between(0, 1)]
 Scores = NDArray[np.float64]
-"""Of a map: pointing, share inside, whether it has no positive value, and the overlaps of TOPS."""
+"""Scores of a map: pointing, share inside, 1 without positive values, and the overlaps of TOPS."""
 POINTING, INSIDE, BLANK, OVERLAPS = 0, 1, 2, slice(3, None)
 
 
 class MethodScores(TypedDict):
-    """What one kind of maps scores, means over the cases of a group."""
+    """The scores of one method, means over the cases of a group."""
 
     method: Method
     pointing: Share
@@ -54,11 +53,11 @@ class MethodScores(TypedDict):
     overlap: Share
     overlap_interval: Limits
     marked: Share
-    """Of the pixels: those of the largest values, whose overlap it is."""
+    """Share of the pixels, those of the largest values, that the overlap is for."""
     blank: Count
     """Maps without positive values."""
     pointing_gain_interval: Limits | None
-    """Of the difference to the centre prior on the same images."""
+    """Interval of the difference to the centre prior on the same images."""
     times_chance_gain_interval: Limits | None
 
 
@@ -73,7 +72,7 @@ class Group(TypedDict):
     shapes: Count
     """Boxes or masks of the cases."""
     area: Share
-    """Mean share of the square that is outlined."""
+    """Mean share of the square inside the outline."""
     methods: list[MethodScores]
 
 
@@ -103,11 +102,11 @@ class Localisation(TypedDict):
     kind: Literal["boxes", "masks"]
     origin: Text
     left_out: dict[str, Count]
-    """Boxes or masks that are not used, by the reason."""
+    """Boxes or masks that are not used, by reason."""
     val_cases: Count
-    """Cases of val from which the marked share of each map was chosen; 0 if it is a fixed one."""
+    """Cases of val on which the marked share of each method was chosen; 0 if it is fixed."""
     train_cases: Count
-    """Cases of train whose mean outline is a map; 0 if there is none."""
+    """Cases of train in the mean outline; 0 if there is none."""
     groups: list[Group]
     intervals: Intervals
     pictures: Annotated[list[Pictured], Between(0, MOST_PICTURES)]
@@ -146,12 +145,12 @@ def score_map(values: NDArray[np.floating], outline: NDArray[np.bool_]) -> Score
 
 
 def score_chance(area: float) -> Scores:
-    """Return the scores of a map that is the same everywhere; all of it is what it marks."""
+    """Return the scores of a constant map, which marks all pixels."""
     return np.array([area, area, 0.0, *[area] * len(TOPS)])
 
 
 def choose_tops(cases: Sequence[Scored]) -> dict[Method, int]:
-    """Choose for each kind of maps the share of pixels with the largest mean overlap, by place."""
+    """Choose for each method the share in `TOPS` with the largest mean overlap, by index."""
     return {
         method: int(np.mean([case.scores[method][OVERLAPS] for case in cases], axis=0).argmax())
         for method in (cases[0].scores if cases else ())
@@ -165,20 +164,20 @@ def summarise(
 
     Args:
         cases: at least one.
-        patients: whose they are.
-        tops: the share of pixels of each kind of maps, by its place in `TOPS`; `FIXED_TOP` of one
-            that is not there.
+        patients: of the cases.
+        tops: the share of pixels of each method, by its index in `TOPS`; `FIXED_TOP` for methods
+            that are missing.
 
     Returns:
-        All cases and then the classes, and how the intervals were made.
+        The groups (all cases, then each class), and the description of the intervals.
     """
     names = sorted({case.target for case in cases})
     has = np.array([[case.target == name for name in names] for case in cases])
     replicates = draw(patients, rarest_class(has, patients))
     chosen = {method: tops.get(method, TOPS.index(FIXED_TOP)) for method in cases[0].scores}
     groups = [(ALL, np.ones(len(cases), bool)), *zip(names, has.T, strict=True)]
-    found = [_group(name, cases, own, replicates.take(own), chosen) for name, own in groups]
-    return found, describe(replicates, 0)
+    rows = [_group(name, cases, own, replicates.take(own), chosen) for name, own in groups]
+    return rows, describe(replicates, 0)
 
 
 def _group(
@@ -223,7 +222,7 @@ def _method_scores(
     patients: int,
     marked: float,
 ) -> MethodScores:
-    """Means of the columns pointing, inside, blank and overlap, of cases and of replicates."""
+    """Return the mean scores of a method with their intervals."""
     values = columns[method]
     pointing, inside, _, overlap = (float(value) for value in values.mean(0))
     (points, insides, _, overlaps), times = _replicated(sums[method])
@@ -249,9 +248,9 @@ def _method_scores(
 
 
 def _replicated(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Means of the scores in each replicate, [4, replicates], and times chance, [replicates].
+    """Return mean scores [4, replicates] and the ratio to chance [replicates] of the replicates.
 
-    A replicate may lack a class: then it has no mean.
+    Both are NaN for replicates without cases.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         means = sums[:, :4] / sums[:, 5:]

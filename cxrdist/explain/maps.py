@@ -1,4 +1,4 @@
-"""Files of relevance: an npz a sample, or WebDataset shards of them in half the space."""
+"""Read and write relevance: an npz per sample, or WebDataset shards in half the space."""
 
 import io
 import math
@@ -20,15 +20,15 @@ from cxrdist.run import atomic_file, open_regular
 
 T = TypeVar("T")
 
-BATCHES_A_SHARD = 16
-"""A shard is what a killed run repeats at most, and what a rank takes at once."""
+BATCHES_PER_SHARD = 16
+"""Batches per shard; a killed run repeats at most one shard, and a rank processes whole shards."""
 
 _DEFLATE_LEVEL = 1
-"""Relevance is noise to a compressor: level 6 saves 1 % more and takes twice as long."""
+"""Relevance hardly compresses: level 6 saves 1 % more and takes twice as long."""
 
 
 _MOST_HEADER_BYTES = 1000
-# What zipfile, tarfile, zlib and numpy raise on damaged content.
+# Errors that zipfile, tarfile, zlib and numpy raise for damaged content.
 _DAMAGE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error),
@@ -36,7 +36,7 @@ _DAMAGE = (
 
 
 class Map(NamedTuple):
-    """What is kept of a sample."""
+    """The relevance and the ledger of a sample."""
 
     key: str
     classes: list[str]
@@ -46,24 +46,24 @@ class Map(NamedTuple):
     """[K, 4]: logit, relevance sum, bias share, epsilon share."""
 
 
-def encode(found: Map, *, half: bool) -> bytes:
-    """Write a map as npz; the same map gives the same bytes.
+def encode(sample_map: Map, *, half: bool) -> bytes:
+    """Encode a map as npz; the same map always gives the same bytes.
 
     Args:
-        found: the map.
-        half: as float16 of maps divided by their largest absolute values, ``scale`` [K]; each value
-            is exact to 2.5e-4 of its map's largest.
+        sample_map: the map.
+        half: whether to store float16 of maps divided by their largest absolute values, ``scale``
+            [K]; then each value is exact to 2.5e-4 of the largest of its map.
 
     Returns:
         An npz of ``relevance``, ``classes``, ``ledger`` and with ``half`` ``scale``.
     """
-    arrays: dict[str, NDArray[Any]] = {"relevance": found.relevance}
+    arrays: dict[str, NDArray[Any]] = {"relevance": sample_map.relevance}
     if half:
-        largest = np.abs(found.relevance).max((1, 2))
+        largest = np.abs(sample_map.relevance).max((1, 2))
         scale = np.where(largest > 0, largest, 1).astype(np.float32)
-        arrays["relevance"] = (found.relevance / scale[:, None, None]).astype(np.float16)
+        arrays["relevance"] = (sample_map.relevance / scale[:, None, None]).astype(np.float16)
         arrays["scale"] = scale
-    arrays |= {"classes": np.array(found.classes), "ledger": found.ledger}
+    arrays |= {"classes": np.array(sample_map.classes), "ledger": sample_map.ledger}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_DEFLATE_LEVEL) as file:
         for name, array in arrays.items():
@@ -75,7 +75,7 @@ def encode(found: Map, *, half: bool) -> bytes:
 
 
 def decode(key: str, data: bytes) -> Map:
-    """Read what `encode` wrote."""
+    """Decode the bytes of `encode`."""
     with np.load(io.BytesIO(data)) as arrays:
         relevance = arrays["relevance"]
         if "scale" in arrays:
@@ -84,7 +84,7 @@ def decode(key: str, data: bytes) -> Map:
 
 
 def write_maps(place: Path, encoded: Sequence[tuple[str, bytes]]) -> None:
-    """Write the maps of a unit: an npz each in a folder, or a shard (``place`` ends in .tar)."""
+    """Write the maps of a unit: one npz each into a folder, or a shard (``place`` ends in .tar)."""
     if place.suffix != ".tar":
         for key, data in encoded:
             with atomic_file(place / f"{key}.npz") as partial:
@@ -101,7 +101,7 @@ def write_maps(place: Path, encoded: Sequence[tuple[str, bytes]]) -> None:
 def read_ledgers(
     place: Path, keys: Sequence[str], num_maps: int
 ) -> list[NDArray[np.float64]] | None:
-    """Read the ledgers of a unit back, [K, 4] each; None unless all of its maps are whole.
+    """Read the ledgers of a unit, [K, 4] each; None if any of its maps is missing or damaged.
 
     Args:
         place: of the unit, as in `write_maps`.
@@ -109,7 +109,7 @@ def read_ledgers(
         num_maps: K.
 
     Raises:
-        CxrdistError: a link or another special file has the name of a map.
+        CxrdistError: the name of a map is that of a link or another special file.
     """
 
     def read(_: str, npz: IO[bytes]) -> NDArray[np.float64]:
@@ -120,16 +120,16 @@ def read_ledgers(
 
 
 def read_map(npz: IO[bytes], key: str, names: list[str], size_px: int) -> Map:
-    """Read a map back, if it has the shape that it must have.
+    """Read a map, and check its shape.
 
     Args:
-        npz: what `encode` wrote.
+        npz: written by `encode`.
         key: of its sample.
         names: of its K classes.
         size_px: side of its image.
 
     Raises:
-        ValueError, and what `zipfile` raises: it has not, or is not finite.
+        ValueError, and errors of `zipfile`: the shape differs, or values are not finite.
     """
     shape = len(names), size_px, size_px
     with zipfile.ZipFile(npz) as file:
@@ -148,7 +148,7 @@ def read_map(npz: IO[bytes], key: str, names: list[str], size_px: int) -> Map:
 def read_unit(
     place: Path, keys: Sequence[str], read: Callable[[str, IO[bytes]], T]
 ) -> list[T] | None:
-    """Read something of each map of a unit; None unless all of its maps are whole.
+    """Read each map of a unit with a function; None if any of them is missing or damaged.
 
     Args:
         place: of the unit, as in `write_maps`.
@@ -156,7 +156,7 @@ def read_unit(
         read: takes a key and the npz.
 
     Raises:
-        CxrdistError: a link or another special file has the name of a map.
+        CxrdistError: the name of a map is that of a link or another special file.
     """
     try:
         if place.suffix != ".tar":
@@ -171,7 +171,7 @@ def read_unit(
     except CxrdistError:
         raise
     except (*_DAMAGE, OSError):
-        return None  # missing or damaged: the unit is made anew
+        return None  # the caller computes a missing or damaged unit again
 
 
 def _read_file(path: Path, key: str, read: Callable[[str, IO[bytes]], T]) -> T:
@@ -182,10 +182,10 @@ def _read_file(path: Path, key: str, read: Callable[[str, IO[bytes]], T]) -> T:
 def _array(
     file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kind: type[np.generic]
 ) -> NDArray[Any]:
-    """Read an array of an npz, if it has the size that it must have.
+    """Read an array of an npz, and check its shape and type.
 
     Raises:
-        ValueError, and what `zipfile` raises: it has not.
+        ValueError, and errors of `zipfile`: it has another shape or type.
     """
     num_bytes = math.prod(shape) * np.dtype(kind).itemsize
     if file.getinfo(f"{name}.npy").file_size > _MOST_HEADER_BYTES + num_bytes:
@@ -193,8 +193,8 @@ def _array(
     array = io.BytesIO(file.read(f"{name}.npy"))
     if np.lib.format.read_magic(array) != (1, 0):
         raise ValueError(f"{name} is of another version")
-    found, is_fortran, dtype = np.lib.format.read_array_header_1_0(array, _MOST_HEADER_BYTES)
+    actual, is_fortran, dtype = np.lib.format.read_array_header_1_0(array, _MOST_HEADER_BYTES)
     values = array.read()
-    if (found, is_fortran, dtype, len(values)) != (shape, False, kind, num_bytes):
+    if (actual, is_fortran, dtype, len(values)) != (shape, False, kind, num_bytes):
         raise ValueError(f"{name} has another shape")
     return np.frombuffer(values, kind).reshape(shape)

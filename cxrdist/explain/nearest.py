@@ -1,6 +1,6 @@
-"""The nearest training image of an explained one, by the features that the network decides on.
+"""Find the nearest training image of an explained one, by the features before the output layer.
 
-It shows what the network takes for alike, and copies of an image that the split has missed.
+It shows which images are similar for the network, and copies of an image in different splits.
 """
 
 import csv
@@ -33,7 +33,7 @@ BATCH_SIZE = 32
 
 
 class Nearest(NamedTuple):
-    """A row of nearest.csv; the training image of the largest similarity to one of the place."""
+    """A row of nearest.csv: the training image that is most similar to an explained image."""
 
     key: str
     """Of the image that is explained."""
@@ -42,23 +42,23 @@ class Nearest(NamedTuple):
     similarity: float
     """Cosine of their features, -1 to 1; 1 for the same image."""
     label: str
-    """Of the training image; of several labels with ``|`` between them."""
+    """Of the training image; several labels are separated by ``|``."""
     patient: str
     """Of the training image."""
 
 
 def was_trained_on(run: RunDirectory, index: Index) -> bool:
-    """Whether shards are those that a run was trained on, with images in their train split."""
+    """Return whether a run was trained on these shards, and they have a train split."""
     if not run.info.is_file():
         return False
     return read_info(run)["shards"]["index_sha256"] == index.sha256 and bool(index.numbers("train"))
 
 
 def find_nearest(subject: Subject, numbers: NDArray[np.int64]) -> list[Nearest]:
-    """Look for the nearest training image of each of some samples, on all ranks together.
+    """Find the nearest training image of each of the given samples, on all ranks together.
 
-    It costs a forward pass of all training images, and 4 kB of memory for each sample that is
-    looked for. An image is not its own neighbour; of equal similarities the first image counts.
+    It takes a forward pass over all training images, and 4 kB of memory per sample. An image is not
+    its own neighbour; of equally similar images the first one counts.
 
     Args:
         subject: the model and the shards that it was trained on.
@@ -70,22 +70,22 @@ def find_nearest(subject: Subject, numbers: NDArray[np.int64]) -> list[Nearest]:
     wanted = wanted.to(subject.accelerator.device)
     best = gather(subject.accelerator, [_best(subject, train, numbers, wanted)])
     similarity, nearest = (np.stack(arrays) for arrays in zip(*best, strict=True))
-    # Of the ranks' best the most similar, and of equal ones the image that comes first.
+    # Take the most similar one of the ranks' best, and of equal ones the first image.
     order = np.lexsort((nearest, -similarity), axis=0)[0]
     columns = np.arange(len(numbers))
     samples = subject.index.samples
     rows = []
     for number, rank, column in zip(numbers.tolist(), order, columns, strict=True):
-        found = samples[nearest[rank, column]]
+        match = samples[nearest[rank, column]]
         value = float(similarity[rank, column])
-        rows.append(Nearest(samples[number].key, found.key, value, found.label, found.patient))
+        rows.append(Nearest(samples[number].key, match.key, value, match.label, match.patient))
     return rows
 
 
 def pooled(model: Classifier, images: Tensor) -> Tensor:
-    """Return what the output layer of a network sees: float [B, features] of unit length.
+    """Return the inputs of a network's output layer, float [B, features] of unit length.
 
-    SqueezeNet averages over the image behind that layer; here it is done before, which is the same.
+    SqueezeNet averages over the image after that layer; here it is done before, which is the same.
 
     Args:
         model: in evaluation mode.
@@ -106,13 +106,13 @@ def pooled(model: Classifier, images: Tensor) -> Tensor:
 def _features(
     subject: Subject, numbers: NDArray[np.int64]
 ) -> list[tuple[int, NDArray[np.float32]]]:
-    """Return the features of this rank's share of some samples, float32 [features] each."""
-    found: list[tuple[int, NDArray[np.float32]]] = []
+    """Return the features of this rank's share of the samples, float32 [features] each."""
+    rows: list[tuple[int, NDArray[np.float32]]] = []
     for batch in rank_batches(numbers, BATCH_SIZE, subject.accelerator):
         images = read_rows(subject.images, batch, subject.accelerator.device)
         features = pooled(one_network(subject.model), images).cpu().numpy()
-        found += list(zip(batch.tolist(), features, strict=True))
-    return found
+        rows += list(zip(batch.tolist(), features, strict=True))
+    return rows
 
 
 @torch.inference_mode()
@@ -144,17 +144,17 @@ def _best(
         for batch in batches:
             images = read_rows(subject.images, batch, accelerator.device)
             others = torch.from_numpy(batch).to(accelerator.device)
-            alike = pooled(one_network(subject.model), images) @ wanted.T
-            alike[others[:, None] == themselves] = -2.0
-            value, place = alike.max(dim=0)  # of equal ones the first
+            cosines = pooled(one_network(subject.model), images) @ wanted.T
+            cosines[others[:, None] == themselves] = -2.0
+            value, row = cosines.max(dim=0)  # of equal ones the first
             closer = value > similarity
-            similarity[closer], nearest[closer] = value[closer], others[place[closer]]
+            similarity[closer], nearest[closer] = value[closer], others[row[closer]]
             bar.update(len(batch))
     return similarity.cpu().numpy(), nearest.cpu().numpy()
 
 
 def write_nearest(subject: Subject, found: Sequence[Nearest]) -> None:
-    """Write the pictures of the training images, and nearest.csv when they are there."""
+    """Write the pictures of the nearest training images, and then nearest.csv."""
     place = subject.place
     number_of = {sample.key: number for number, sample in enumerate(subject.index.samples)}
     numbers = dict.fromkeys(number_of[row.nearest] for row in found)
@@ -167,7 +167,7 @@ def read_nearest(path: Path) -> dict[str, Nearest]:
     """Read nearest.csv, by the key of the explained image; empty if there is none.
 
     Raises:
-        CxrdistError: it is not what `cxrdist explain` writes.
+        CxrdistError: it was not written by `cxrdist explain`.
     """
     if not path.is_file():
         return {}

@@ -1,7 +1,7 @@
-"""Outside the body: how much of the relevance lies in border and corners, and beside the lungs.
+"""Measure how much of the relevance lies in the border, in the corners, and outside the lungs.
 
-It needs no annotation but, for the last, masks. Of each image the map of its likeliest explained
-class counts: maps of other classes are nearly the same but for sign and scale.
+It needs no annotations, except masks for the last. Only the map of the likeliest explained class of
+each image is measured: maps of other classes are nearly the same except for sign and scale.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,11 @@ from cxrdist.explain.heatmap import overlay, smooth
 from cxrdist.intervals import describe, of_values
 
 NEAR = 0.1
-"""Of the side: how near the largest relevance of an image must be to that of the mean map."""
+"""Distance up to which the peak of an image counts as that of the mean map, as a fraction of the
+side."""
 
 _ONE = 1 << 40
-"""A relevance of 1 in the sums of mean maps. Whole numbers have the same sum in any order, so any
+"""A relevance of 1 in the sums of mean maps. Sums of integers do not depend on the order, so any
 number of ranks gives the same mean; 8 million images fit."""
 
 
@@ -32,7 +33,7 @@ class Look(NamedTuple):
     number: int
     """Of the sample."""
     target: int
-    """Place of the class among those that are explained."""
+    """Index of the class among the explained classes."""
     peak: tuple[int, int]
     """Row and column of the largest absolute relevance, smoothed."""
     regions: dict[str, tuple[float, float, bool]]
@@ -41,11 +42,11 @@ class Look(NamedTuple):
 
 @dataclass
 class Sums:
-    """Sums over the images of each class, from which the mean maps are made.
+    """Sums over the images of each class, for the mean maps.
 
     Attributes:
-        maps: int64 [S, S] by place of the class, of R / sum |R| in units of 1 / _ONE.
-        xrays: int64 [S, S] likewise, of the images.
+        maps: int64 [S, S] by index of the class, sums of R / sum |R| in units of 1 / _ONE.
+        xrays: int64 [S, S] by index of the class, sums of the images.
     """
 
     maps: dict[int, NDArray[np.int64]] = field(default_factory=dict)
@@ -83,9 +84,9 @@ def look(
 
     Args:
         number: of the sample.
-        target: place of the class among those that are explained.
+        target: index of the class among the explained classes.
         relevance: float32 [S, S].
-        lungs: its mask, bool [S, S]; None if it has none.
+        lungs: mask of the lungs, bool [S, S]; None if there is none.
 
     Returns:
         None if the relevance is zero everywhere.
@@ -104,7 +105,7 @@ def look(
         masks["beside_lungs"] = ~lungs
     regions = {
         name: (
-            min(1.0, float(amount[mask].sum() / total)),  # sums in another order may be larger
+            min(1.0, float(amount[mask].sum() / total)),  # rounding may give slightly more than 1
             float(mask.mean()),
             bool(mask[row, column]),
         )
@@ -119,20 +120,20 @@ def summarise(
     """Average over images, with intervals by patient.
 
     Args:
-        looks: one of each of the N images, by number.
+        looks: of the N images, in the order of their numbers.
         sums: of the same images.
         names: of the explained classes.
-        patients: whose the images are, by number.
+        patients: of the images, by number.
     """
-    whose = [patients[one.number] for one in looks]
+    patient_of = [patients[one.number] for one in looks]
     target = np.array([one.target for one in looks], np.int64)
     has = target[:, None] == np.arange(len(names))
-    replicates = draw(whose, rarest_class(has, whose))
+    replicates = draw(patient_of, rarest_class(has, patient_of))
     classes = {}
-    for place, name in enumerate(names):
-        own = has[:, place]
+    for index, name in enumerate(names):
+        own = has[:, index]
         if own.any():
-            mean = np.abs(smooth(sums.mean_map(place, int(own.sum()))))
+            mean = np.abs(smooth(sums.mean_map(index, int(own.sum()))))
             classes[name] = _class_row(looks, replicates, own, mean)
     everything = np.ones(len(looks), bool)
     return {
@@ -143,7 +144,7 @@ def summarise(
 
 
 def _row(looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]) -> OutsideRow:
-    """Describe some of the images, a mask [N]."""
+    """Return the regions of some of the images, a mask [N]."""
     names = dict.fromkeys(
         name for one, is_own in zip(looks, own, strict=True) if is_own for name in one.regions
     )
@@ -157,7 +158,7 @@ def _row(looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]) 
 def _region(
     name: str, looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]
 ) -> RegionInfo:
-    """Describe a region over those of some images that have it."""
+    """Return the mean share of a region over those of some images that have it."""
     known = own & np.array([name in one.regions for one in looks])
     rows = [one.regions.get(name, (0.0, 0.0, False)) for one in looks]
     share, area = (np.array([row[i] for row in rows], np.float64) for i in (0, 1))
@@ -179,18 +180,18 @@ def _class_row(
     own: NDArray[np.bool_],
     mean: NDArray[np.float64],
 ) -> ClassRow:
-    """Describe the images of a class, and how many look where its mean map does.
+    """Return the regions of a class, and the share of images whose peak is that of the mean map.
 
     Args:
         looks: of the N images.
-        replicates: of them.
-        own: which are of the class, a mask [N].
+        replicates: of the images.
+        own: images of the class, a mask [N].
         mean: the absolute, smoothed mean map [S, S].
     """
     size_px = len(mean)
     row, column = divmod(int(mean.argmax()), size_px)
-    places = np.arange(size_px)
-    near = np.hypot(places[:, None] - row, places - column) <= NEAR * size_px
+    positions = np.arange(size_px)
+    near = np.hypot(positions[:, None] - row, positions - column) <= NEAR * size_px
     alike = np.array([near[one.peak] for one in looks], np.float64)
     return {
         **_row(looks, replicates, own),

@@ -1,4 +1,4 @@
-"""Pictures: heat maps as files, over the squares that a network saw or over their originals."""
+"""Write heat maps as files, over the squares given to a network or over their originals."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ from cxrdist.explain.maps import Map, encode, write_maps
 from cxrdist.run import atomic_file
 
 LONGEST_NAME = 80
-"""Bytes of a class name in a file name; a file system takes 255 for all of it."""
+"""Most bytes of a class name in a file name; file systems allow 255 in total."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def draw(drawing: Drawing, directory: Path, how: Preparation) -> None:
     """Write heat maps over an original, then KEY.npz with the relevance of its square.
 
     Raises:
-        CxrdistError: the file is no readable X-ray, or the relevance is not finite.
+        CxrdistError: the file is not a readable X-ray, or the relevance is not finite.
     """
     key, classes, relevance, _ = drawing.found
     original = read_original(drawing.item, how)
@@ -44,10 +44,10 @@ def draw(drawing: Drawing, directory: Path, how: Preparation) -> None:
 
 
 def safe_name(name: str) -> str:
-    """Return the name of a class as a part of a file's name.
+    """Return a version of a class name that is valid in file names.
 
-    A class name may hold characters that a file name may not, or too many. What is left of such a
-    name gets a hash, so that no two classes share a file.
+    Invalid characters are replaced, and long names are cut. Such names get a hash, so that no two
+    classes share a file.
     """
     safe = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "-", name)
     safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
@@ -57,12 +57,12 @@ def safe_name(name: str) -> str:
 
 
 def picture_name(key: str, name: str) -> str:
-    """File name of a heat map."""
+    """Return the file name of a heat map."""
     return f"{key}.{safe_name(name)}.png"
 
 
 def picture_names(key: str, names: list[str]) -> list[str]:
-    """File names of a sample's pictures: the X-ray, then its heat maps."""
+    """Return the file names of a sample's pictures: the X-ray, then its heat maps."""
     return [f"{key}.png", *(picture_name(key, name) for name in names)]
 
 
@@ -79,10 +79,10 @@ def write_pictures(
     Args:
         directory: where the pictures go: KEY.png and KEY.CLASS.png.
         key: of the sample.
-        image: uint8 [H, W], the square as the network saw it, or with ``fit`` its original.
+        image: uint8 [H, W], the square given to the network, or with ``fit`` its original.
         relevance: float32 [classes, S, S], of the square.
         classes: names of the K classes.
-        fit: how the square was made of the original.
+        fit: how the square was made from the original.
 
     Returns:
         File names of the heat maps.

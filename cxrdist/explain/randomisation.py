@@ -1,13 +1,14 @@
-"""The randomisation test: do the maps change when the network does? (Adebayo et al. 2018).
+"""The model randomisation test: do the maps change when the weights do? (Adebayo et al. 2018).
 
-Sanity Checks for Saliency Maps, section 3, cascading: the weights of the head, then of the last
-block too, then of all blocks are drawn anew. A map that stays as it was does not show what these
+Sanity Checks for Saliency Maps, section 3, cascading: the weights of the head, then also of the
+last block, then of all blocks are randomised. A map that does not change does not show what these
 blocks have learned. Relevance of the z-plus rule changes little (Sixt et al. 2020, When
-Explanations Lie, section 4); the difference of two classes' maps changes more. Of a DenseNet121
-trained on X-rays of COVID-19, with head and last block drawn anew, 0.67 against 0.22 (Pearson).
+Explanations Lie, section 4); the difference of two classes' maps changes more: for a DenseNet121
+trained on X-rays of COVID-19, with head and last block randomised, Pearson's correlation with the
+original is 0.67 for class maps and 0.22 for contrasts.
 
-A block that is drawn anew has the weights that a training from nothing begins with. The statistics
-of its BatchNorms are those of the images of the test, so that activations keep their scale.
+A randomised block has the weights of an untrained network. The running statistics of its BatchNorms
+are computed on the images of the test, so that activations keep their scale.
 """
 
 import copy
@@ -28,47 +29,47 @@ from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_names, block_of
 
 SEED = 2018
-"""Unlike the seeds of trainings, whose first weights would not be independent of the last ones."""
+"""Must differ from the seeds of trainings: a trained network is similar to its initial weights."""
 
 
 class Likeness(NamedTuple):
-    """How alike two maps of an image are; NaN where one of them does not vary."""
+    """Similarity of two maps of an image; NaN if one of them is constant."""
 
     spearman: float
     """Rank correlation of the absolute values."""
     pearson: float
 
 
-Found = list[tuple[Likeness, Likeness | None]]
-"""Of each randomised network the class map and the contrast of an image."""
+Comparison = list[tuple[Likeness, Likeness | None]]
+"""Similarities of the class map and the contrast of an image, for each randomised network."""
 
 
 def randomise(
     model: Classifier, images: Tensor, explainer_of: Callable[[Classifier], Explainer]
 ) -> list[Explainer]:
-    """Draw the head anew, the head and the last block before it, and all blocks.
+    """Return explainers of copies with the head, head and last block, or all blocks randomised.
 
     Args:
-        model: in evaluation mode; it is left as it is.
+        model: in evaluation mode; it does not change.
         images: uint8 [B, 1, H, W], for the statistics of BatchNorms.
-        explainer_of: explains a network in the way that is tested.
+        explainer_of: creates an explainer with the tested settings.
     """
     return [explainer_of(draw_anew(model, blocks, images)) for blocks in levels(model)]
 
 
 def levels(model: Classifier) -> list[list[str]]:
-    """Blocks that are drawn anew together: the head, the head and the block before it, all."""
+    """Return the blocks to randomise together: the head, the head and the last block, all."""
     names = block_names(model.shape)
     return [names[-1:], names[-2:], names]
 
 
 def draw_anew(model: Classifier, blocks: Sequence[str], images: Tensor) -> Classifier:
-    """Copy a network with new weights in some blocks; the same blocks get the same weights.
+    """Copy a network with random weights in some blocks, the same ones in each call.
 
     Args:
         model: in evaluation mode.
-        blocks: to draw anew, as `block_names` calls them.
-        images: uint8 [B, 1, H, W], on its device.
+        blocks: to randomise, by names of `block_names`.
+        images: uint8 [B, 1, H, W], on the device of the model.
     """
     drawn = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
@@ -91,7 +92,7 @@ def draw_anew(model: Classifier, blocks: Sequence[str], images: Tensor) -> Class
 
 
 def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-    """Give a BatchNorm the statistics of what it is about to normalise, [B, C, H, W]."""
+    """Set the running statistics of a BatchNorm to those of its input [B, C, H, W]."""
     (features,) = inputs
     norm.get_buffer("running_mean").copy_(features.mean((0, 2, 3)))
     norm.get_buffer("running_var").copy_(features.var((0, 2, 3), correction=0))
@@ -99,23 +100,23 @@ def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
 
 def compare_maps(
     explainer: Explainer, drawn: Sequence[Explainer], image: Tensor, classes: list[str]
-) -> Found:
+) -> Comparison:
     """Compare an image's maps with those of the randomised networks.
 
     Args:
         explainer: of the network itself.
-        drawn: what `randomise` gives.
+        drawn: result of `randomise`.
         image: uint8 [1, 1, H, W].
-        classes: the likeliest of them is explained, and what it has more than the second likeliest.
+        classes: names; the maps are those of the likeliest, and its contrast with the second one.
     """
     own = explainer.attribute(image, classes)
     order = np.argsort(-own.logits[0].cpu().numpy(), kind="stable")[:2].tolist()
-    pair = [classes[place] for place in order]
+    pair = [classes[index] for index in order]
     class_map, contrast = _maps(own, order)
-    found = []
+    rows = []
     for other in drawn:
         new_map, new_contrast = _maps(other.attribute(image, pair), list(range(len(pair))))
-        found.append(
+        rows.append(
             (
                 likeness(class_map, new_map),
                 None
@@ -123,14 +124,14 @@ def compare_maps(
                 else likeness(contrast, new_contrast),
             )
         )
-    return found
+    return rows
 
 
 def _maps(
-    found: Attribution, places: list[int]
+    result: Attribution, indices: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-    """Return the map of the first of one or two places, and what it has more than the second's."""
-    first, *others = (found.relevance[0, place].double().cpu().numpy() for place in places)
+    """Return the map of the first of one or two classes, and its difference to the second's."""
+    first, *others = (result.relevance[0, index].double().cpu().numpy() for index in indices)
     return first, first - others[0] if others else None
 
 
@@ -143,30 +144,30 @@ def likeness(one: NDArray[np.float64], other: NDArray[np.float64]) -> Likeness:
     return Likeness(float(spearman), float(stats.pearsonr(*flat).statistic))
 
 
-def summarise(blocks: Sequence[list[str]], of_images: Sequence[Found]) -> RandomisationInfo:
+def summarise(blocks: Sequence[list[str]], of_images: Sequence[Comparison]) -> RandomisationInfo:
     """Average over images.
 
     Args:
-        blocks: that were drawn anew, by network.
-        of_images: what `compare_maps` gives of each image.
+        blocks: randomised blocks of each network.
+        of_images: results of `compare_maps`.
     """
     drawn: list[Drawn] = []
-    for names, found in zip(blocks, zip(*of_images, strict=True), strict=True):
-        contrasts = [contrast for _, contrast in found if contrast is not None]
+    for names, rows in zip(blocks, zip(*of_images, strict=True), strict=True):
+        contrasts = [contrast for _, contrast in rows if contrast is not None]
         drawn.append(
             {
                 "blocks": names,
-                "class_map": _mean([class_map for class_map, _ in found]),
+                "class_map": _mean([class_map for class_map, _ in rows]),
                 "contrast": _mean(contrasts) if contrasts else None,
             }
         )
     return {"images": len(of_images), "drawn": drawn}
 
 
-def _mean(found: Sequence[Likeness]) -> Similarity:
-    """Return the means of what is defined, within -1 to 1 whatever the rounding."""
+def _mean(rows: Sequence[Likeness]) -> Similarity:
+    """Return the means of finite values, clipped to -1..1 against rounding."""
     means = []
-    for values in zip(*found, strict=True):
+    for values in zip(*rows, strict=True):
         defined = [value for value in values if np.isfinite(value)]
         means.append(float(np.clip(np.mean(defined), -1, 1)) if defined else None)
     return {"spearman": means[0], "pearson": means[1]}

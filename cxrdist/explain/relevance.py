@@ -1,6 +1,7 @@
-"""Relevance of each pixel for a class: the canonical preset, the paper's own, or any of zennit's.
+"""Explain predictions by the relevance of each pixel for a class, with LRP.
 
-The canonical rules stand in composite.py, with their sources; the engine applies them.
+The rules are the canonical preset (composite.py, with sources; engine.py applies them), those of
+the paper's program, or any composite of zennit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ Preset = Literal["canonical", "innvestigate"]
 
 
 class Settings(TypedDict, total=False):
-    """Keywords of an `Explainer`, which says what they are."""
+    """Keyword arguments of `Explainer`, which documents them."""
 
     preset: Preset
     composite: str | None
@@ -34,19 +35,19 @@ class Settings(TypedDict, total=False):
 
 
 class _Method(Protocol):
-    """A way to explain normalised images [B, C, H, W] for the classes of some numbers."""
+    """A method that explains normalised images [B, C, H, W] for the target class indices."""
 
     def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution: ...
 
 
 class Explainer:
-    """Explains a model: builds the canonical network once, then gives relevance batch by batch.
+    """Explains the predictions of a model: prepares the network once, then explains batches.
 
-    A DenseNet is explained by the engine, other networks by zennit (canonical.py says which).
+    DenseNets are explained by the engine, other networks by zennit (see canonical.py).
 
-    It keeps its own copy of the weights as they are when it is built. For DenseNet121 in float32
-    that takes 0.1 GB, a batch 0.1 GB for each image of 224 px, and the targets up to 0.2 GB more
-    (measured with four images and up to 14 targets).
+    It copies the weights when it is created: later changes of the model have no effect. For
+    DenseNet121 in float32 the copy takes 0.1 GB, a batch 0.1 GB per image of 224 px, and the
+    targets up to 0.2 GB more (measured with four images and up to 14 targets).
 
     Attributes:
         classes: class names in the order of the logits.
@@ -62,20 +63,20 @@ class Explainer:
         biases: bool = True,
         epsilon: float = 0.1,
     ) -> None:
-        """Fold the model, which is left as it is.
+        """Prepare a folded copy of the model; the model itself does not change.
 
         Args:
             model: in evaluation mode.
-            preset: ``canonical``, or ``innvestigate``: what iNNvestigate 1.0.8.3 gives.
+            preset: ``canonical``, or ``innvestigate`` for the maps of iNNvestigate 1.0.8.3.
             composite: the name of a zennit composite to use on the canonical network instead;
-                ``canonical`` is the canonical preset by way of zennit.
+                ``canonical`` computes the canonical preset with zennit.
             flat: the rule of the first convolution: flat (all pixels of a window get the same
                 share) or, if False, z-plus as in the other convolutions.
             biases: whether biases are part of the denominators and absorb their share.
             epsilon: of the linear layer's rule, in units of the logit.
 
         Raises:
-            CxrdistError: the model is in training mode, or its network has no proven rules, or the
+            CxrdistError: the model is in training mode, its network has no proven rules, or the
                 settings exclude each other.
         """
         self.classes = list(model.classes)
@@ -91,7 +92,7 @@ class Explainer:
                 )
             if type(network) is not DenseNet:
                 raise CxrdistError(
-                    f"--preset innvestigate: is for DenseNets, and this is a "
+                    f"--preset innvestigate: is for DenseNets, but this is a "
                     f"{type(network).__name__}; leave it out"
                 )
             self._method: _Method = Innvestigate(network, flat, epsilon)
@@ -111,7 +112,7 @@ class Explainer:
 
         Args:
             images: uint8 [B, 1, S, S] as the model takes them, on any device.
-            targets: names or numbers of the K classes to explain in each image; None for all.
+            targets: names or indices of the K classes to explain for each image; None for all.
 
         Raises:
             CxrdistError: the images have another type or shape, or a target is not a class of the
@@ -130,13 +131,13 @@ def attribute(
     targets: Sequence[int | str] | None = None,
     **settings: Unpack[Settings],
 ) -> Attribution:
-    """Explain one batch; an Explainer (with these settings) does the same for many batches."""
+    """Explain one batch; for many batches, create an `Explainer` with these settings once."""
     return Explainer(model, **settings).attribute(images, targets)
 
 
 @contextmanager
 def exact(device: torch.device) -> Iterator[None]:
-    """Full precision with deterministic kernels, whatever the caller has switched on.
+    """Compute in full precision with deterministic kernels, whatever the caller has enabled.
 
     TensorFloat-32 would unbalance the ledger by 1e-3.
     """
@@ -150,7 +151,7 @@ def exact(device: torch.device) -> Iterator[None]:
 
 
 def _class_indices(classes: list[str], targets: Sequence[int | str] | None) -> list[int]:
-    """Return the position of each target among the classes; all of them if ``targets`` is None."""
+    """Return the index of each target among the classes; all indices if ``targets`` is None."""
     if targets is None:
         return list(range(len(classes)))
     if isinstance(targets, str) or len(targets) == 0:

@@ -1,4 +1,4 @@
-"""Maps that LRP is compared with: Grad-CAM, the plain gradient, and priors that see no image."""
+"""Maps that LRP is compared with: Grad-CAM, the plain gradient, and a prior without an image."""
 
 import numpy as np
 from captum.attr import LayerAttribution, LayerGradCam, Saliency
@@ -9,21 +9,21 @@ from cxrdist.explain.relevance import exact
 from cxrdist.model.densenet import Classifier
 
 CENTRE_DEVIATION = 0.25
-"""Standard deviation of the centre prior along both axes, of the side."""
+"""Standard deviation of the centre prior along both axes, as a fraction of the side."""
 
 
 def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) of the last features, by captum, enlarged bilinearly.
+    """Return Grad-CAM (Selvaraju et al. 2017) of the last features, by captum, upsampled.
 
-    These are what the average before the head reads; of AlexNet, what its last max pool reads.
+    These are the inputs of the average before the head; for AlexNet, of its last max pool.
 
     Args:
         model: in evaluation mode.
         images: uint8 [B, 1, H, W].
-        target: number of the class.
+        target: index of the class.
 
     Returns:
-        [B, H, W], nowhere below 0.
+        [B, H, W], never negative.
     """
     method = LayerGradCam(model.logits, _last_features(model))
     with exact(images.device):
@@ -33,7 +33,7 @@ def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
 
 
 def _last_features(model: Classifier) -> nn.Module:
-    """Return the module that puts out the last features [B, C, h, w], behind their activation."""
+    """Return the module whose output is the last features [B, C, h, w] after their activation."""
     names = {
         "resnet18": "layer4",
         "alexnet": "features.11",
@@ -44,12 +44,12 @@ def _last_features(model: Classifier) -> nn.Module:
 
 
 def plain_gradient(model: Classifier, images: Tensor, target: int) -> Tensor:
-    """Absolute gradient of the logit by each grey value (Simonyan et al. 2014), by captum.
+    """Return the absolute gradient of the logit by grey value (Simonyan et al. 2014), by captum.
 
     Args:
         model: in evaluation mode.
         images: uint8 [B, 1, H, W].
-        target: number of the class.
+        target: index of the class.
 
     Returns:
         [B, H, W].
@@ -60,7 +60,7 @@ def plain_gradient(model: Classifier, images: Tensor, target: int) -> Tensor:
 
 
 def centre_prior(size_px: int) -> NDArray[np.float64]:
-    """A Gaussian at the centre of the square, [size, size]: what a photographer would guess."""
+    """Return a Gaussian at the centre of the square, [size, size], a guess without the image."""
     across = (np.arange(size_px) + 0.5) / size_px - 0.5
     slope = np.exp(-0.5 * (across / CENTRE_DEVIATION) ** 2)
     return slope[:, None] * slope[None, :]

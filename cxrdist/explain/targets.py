@@ -1,4 +1,4 @@
-"""What is explained: samples of a split, classes, and the contrast of two classes."""
+"""Choose what to explain: samples of a split, classes, and the contrast of two classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,12 +24,12 @@ from cxrdist.run import RunDirectory, read_document
 
 @dataclass(frozen=True)
 class Targets:
-    """What is explained: classes, and one of them minus another.
+    """The classes to explain, and the contrast of two of them.
 
     Attributes:
         classes: names of the classes.
-        contrast: names of two classes, of every image; None for the two likeliest of each image,
-            whose contrast is drawn and not kept as a map: it is the difference of two that are.
+        contrast: names of two classes, for every image; None for the two likeliest of each image,
+            whose contrast is drawn but not stored, since it is the difference of two stored maps.
     """
 
     classes: list[str]
@@ -37,14 +37,14 @@ class Targets:
 
     @property
     def names(self) -> list[str]:
-        """The name of each map that is kept: the classes, then the contrast of every image."""
+        """The names of the stored maps: the classes, then the contrast if it was given."""
         return [*self.classes, *([" minus ".join(self.contrast)] if self.contrast else [])]
 
     def leading(self, ledger: NDArray[np.float64]) -> tuple[int, int] | None:
-        """Return the places of an image's likeliest class and of the second likeliest one.
+        """Return the indices of an image's likeliest and second likeliest class.
 
-        Their contrast is the map of an image that changes when the network does. None where a
-        contrast was asked for, or only one class is explained.
+        Their contrast depends on the learned weights more than maps of single classes do. None if
+        a contrast was given, or only one class is explained.
 
         Args:
             ledger: float64 [K, 4], as in `Map`.
@@ -55,47 +55,47 @@ class Targets:
         return first, second
 
     def names_of(self, ledger: NDArray[np.float64]) -> list[str]:
-        """The name of each picture and row of an image: its maps, then its leading contrast."""
-        places = self.leading(ledger)
-        if places is None:
+        """Return the names of an image's pictures and rows: maps, then its leading contrast."""
+        pair = self.leading(ledger)
+        if pair is None:
             return self.names
-        return [*self.names, " minus ".join(self.classes[place] for place in places)]
+        return [*self.names, " minus ".join(self.classes[index] for index in pair)]
 
     def with_leading(self, values: NDArray[Any], ledger: NDArray[np.float64]) -> NDArray[Any]:
-        """Add the leading contrast to what is known of each map of an image, [K, ...]."""
-        places = self.leading(ledger)
-        if places is None:
+        """Append the leading contrast to values of each map of an image, [K, ...]."""
+        pair = self.leading(ledger)
+        if pair is None:
             return values
-        return np.concatenate([values, (values[places[0]] - values[places[1]])[None]])
+        return np.concatenate([values, (values[pair[0]] - values[pair[1]])[None]])
 
     def likeliest(self, ledger: NDArray[np.float64]) -> int:
-        """Return the place of the image's likeliest class among those that are explained."""
+        """Return the index of the image's likeliest class among the explained classes."""
         return int(ledger[: len(self.classes), 0].argmax())
 
     def attribute(self, explainer: Explainer, images: torch.Tensor) -> Attribution:
         """Return the relevance and ledger of each map; those of the contrast are differences.
 
-        The rules behind the logits are linear in the relevance, so R_a - R_b is the relevance of
-        the difference of the two logits.
+        The rules are linear in the relevance of the logits, so R_a - R_b is the relevance of the
+        difference of the two logits.
         """
         explained = list(dict.fromkeys([*self.classes, *(self.contrast or ())]))
-        found = explainer.attribute(images, explained)
+        result = explainer.attribute(images, explained)
         if self.contrast is None:
-            return found
+            return result
         first, second = (explained.index(name) for name in self.contrast)
         count = len(self.classes)
         columns = [
             torch.cat([value[:, :count], (value[:, first] - value[:, second]).unsqueeze(1)], 1)
-            for value in vars(found).values()
+            for value in vars(result).values()
         ]
         return Attribution(*columns)
 
 
 def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
-    """Read the options ``classes`` and ``contrast``.
+    """Parse the options ``classes`` and ``contrast``.
 
     Raises:
-        CxrdistError: a name is no class of the model, or a contrast is not of two classes.
+        CxrdistError: a name is not a class of the model, or a contrast does not have two classes.
     """
     classes = choose_classes(config.classes, model)
     if config.contrast is None:
@@ -103,8 +103,8 @@ def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
     pair = [name.strip() for name in config.contrast.split(",")]
     if len(set(pair)) != 2 or len(pair) != 2:
         raise CxrdistError(
-            f"--contrast {config.contrast}: expected two of {', '.join(model.classes)} with a "
-            "comma between them"
+            f"--contrast {config.contrast}: expected two of {', '.join(model.classes)}, separated "
+            "by a comma"
         )
     for name in pair:
         _refuse_unknown("--contrast", name, model.classes)
@@ -112,10 +112,10 @@ def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
 
 
 def choose_classes(classes: str, model: Classifier) -> list[str]:
-    """Read ``all`` or names with commas between them.
+    """Parse ``all`` or comma-separated names.
 
     Raises:
-        CxrdistError: a name is no class of the model.
+        CxrdistError: a name is not a class of the model.
     """
     names = model.classes if classes == "all" else [name.strip() for name in classes.split(",")]
     for name in names:
@@ -131,14 +131,14 @@ def _refuse_unknown(option: str, name: str, classes: list[str]) -> None:
 def choose_samples(
     index: Index, split: str, limit: int | None, first: Sequence[int] = ()
 ) -> NDArray[np.int64]:
-    """Sample numbers to explain; with a limit the classes take turns, and images without label.
+    """Choose samples to explain; with a limit, classes and images without findings take turns.
 
-    Images of which no label is known come last: nothing can be compared with their maps.
+    Images without any known label come last, since their maps cannot be compared with labels.
 
     Args:
         index: the shards.
         split: of the samples.
-        limit: how many; None for all.
+        limit: number of samples; None for all.
         first: samples of the split that come before all others, such as mistakes.
 
     Returns:
@@ -157,16 +157,16 @@ def choose_samples(
 def mistaken_samples(
     run: RunDirectory, place: str, index: Index, thresholds: Mapping[str, float] | None
 ) -> list[int]:
-    """Numbers of the samples that an evaluation on these shards got wrong, the surest first.
+    """Return the wrongly predicted samples of an evaluation, the most confident first.
 
     Args:
         run: the run directory.
-        place: of the evaluation; none if it was not made, or on other shards.
+        place: of the evaluation; the result is empty without one on these shards.
         index: the shards.
         thresholds: as in `find_mistakes`.
 
     Raises:
-        CxrdistError: its files are not what `cxrdist evaluate` writes.
+        CxrdistError: its files were not written by `cxrdist evaluate`.
     """
     if not (run.predictions(place).is_file() and run.metrics(place).is_file()):
         return []

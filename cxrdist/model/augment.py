@@ -15,7 +15,7 @@ from cxrdist.data.plan import Draws
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
     """Flip, rotate about the centre and shift, in one bilinear resampling; outside is black.
 
-    Always computed in float32, also under autocast: half precision moves pixels.
+    Computed in float32 even under autocast: half precision would shift pixels.
 
     Args:
         images: uint8 or float [B, 1, H, W], grey values 0..255.
@@ -30,7 +30,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 def warp_masks(masks: Tensor, matrices: Tensor) -> Tensor:
-    """Move masks as `warp` moves their images; what comes in from outside is not covered.
+    """Warp masks like their images; pixels from outside the image are not covered.
 
     Args:
         masks: uint8 [B, 1, H, W] of 0 and 255.
@@ -44,9 +44,9 @@ def warp_masks(masks: Tensor, matrices: Tensor) -> Tensor:
 
 
 def sampling_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor:
-    """Matrices that take a place in the warped image to its place in the image, on the device.
+    """Return matrices that map positions in the warped image to positions in the original.
 
-    They are made for a whole epoch at once, so that a step only slices them. Both places count
+    They are computed for a whole epoch at once, so that a step only slices them. Positions range
     from -1 to 1, the centres of the outermost pixels.
 
     Args:
@@ -65,10 +65,10 @@ def sampling_matrices(draws: Draws, size_px: int, device: torch.device) -> Tenso
 
 
 def _affine_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor:
-    """Matrices that take a pixel of the image to its place in the warped one, float32 [n, 2, 3]."""
+    """Return matrices from original to warped pixel positions, float32 [n, 2, 3]."""
     centre = (size_px - 1) / 2
-    numbers = (draws.degrees, draws.shift_x, draws.shift_y, draws.flip)
-    degrees, shift_x, shift_y, flip = (torch.from_numpy(n).to(device) for n in numbers)
+    arrays = (draws.degrees, draws.shift_x, draws.shift_y, draws.flip)
+    degrees, shift_x, shift_y, flip = (torch.from_numpy(array).to(device) for array in arrays)
     angle = degrees * (math.pi / 180)
     mirror = 1 - 2 * flip.float()
     cos, sin = torch.cos(angle), torch.sin(angle)

@@ -1,4 +1,4 @@
-"""A batch of X-rays as it must be before a network takes it."""
+"""Checks of a batch of X-rays before it enters a network."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,19 @@ from cxrdist.errors import CxrdistError
 
 
 def check_batch(images: object, size_px: int, device: torch.device | None = None) -> None:
-    """Make sure that images are what a model was trained on: uint8 [B, 1, size_px, size_px].
+    """Check that images are uint8 [B, 1, size_px, size_px], as a model expects them.
 
-    Only type, shape and device are looked at: values would have to be fetched from a GPU, and a
-    trace of the network would depend on them. The type alone already excludes a wrong range, since
-    floats in 0..1, normalised floats and wider integers are all no uint8.
+    Only type, shape and device are checked: reading values would wait for the GPU, and a trace of
+    the network would depend on them. The type alone excludes a wrong range, since floats in 0..1,
+    normalised floats and wider integers are not uint8.
 
     Args:
-        images: what the caller gave.
+        images: the argument of the caller, of any type.
         size_px: side of the squares.
         device: of the model; None if the images may be on any.
 
     Raises:
-        CxrdistError: they are something else; the line says how to make them right.
+        CxrdistError: the images are different; the message says how to convert them.
     """
     expected = f"expected uint8 [B, 1, {size_px}, {size_px}]"
     if not isinstance(images, Tensor):
@@ -50,12 +50,12 @@ def check_batch(images: object, size_px: int, device: torch.device | None = None
 
 
 def _mend_values(images: Tensor) -> str:
-    """Say how values of another type become grey values; only here they are looked at."""
+    """Describe how to convert values of another type to grey values; reads the values."""
     least, most = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 0.0)
     if least < 0 or most > 255:
         return (
             f"they range from {least:g} to {most:g}, so take the images before they were "
-            "normalised, as cxrdist.read_image gives them"
+            "normalised, as cxrdist.read_image returns them"
         )
     if images.is_floating_point() and most <= 1:
         return "values in 0..1, as ToTensor gives, need (images * 255).round().to(torch.uint8)"
@@ -67,7 +67,7 @@ def _mend_values(images: Tensor) -> str:
 
 
 def _mend_shape(shape: list[int]) -> str:
-    """Say how images of another shape get their axes."""
+    """Describe how to convert images of another shape to [B, 1, H, W]."""
     match shape:
         case [_, _]:
             return "one grey image needs images[None, None]"
@@ -75,11 +75,11 @@ def _mend_shape(shape: list[int]) -> str:
             return "one grey image needs its batch axis, images[None]"
         case [count, _, _]:
             return (
-                f"{count} grey images need images.unsqueeze(1); of one colour image take the grey "
-                "square that cxrdist.read_image gives"
+                f"{count} grey images need images.unsqueeze(1); for one colour image use the grey "
+                "square that cxrdist.read_image returns"
             )
         case [_, 3 | 4, _, _]:
             return "the model makes its own channels; cxrdist.read_image reads colour as grey"
         case [_, _, _, 1]:
             return "the channel comes before the rows, images.permute(0, 3, 1, 2)"
-    return "give a batch of grey squares, as cxrdist.read_image makes each of them"
+    return "give a batch of grey squares, each as returned by cxrdist.read_image"

@@ -1,8 +1,8 @@
-"""BatchNorm whose statistics, in training, are those of the whole step over all ranks.
+"""BatchNorm with training statistics over the images of all ranks.
 
-PyTorch's SyncBatchNorm refuses the CPU and reads on the host, in each layer, which ranks have
-images. This one runs on any device, reads nothing, and its kernels are BatchNorm's own in
-evaluation mode: the global mean and variance stand where the running ones would.
+PyTorch's SyncBatchNorm does not run on CPUs, and in each layer the host waits to learn which ranks
+have images. This one runs on any device and never waits. It uses BatchNorm's evaluation kernels,
+with the global mean and variance in place of the running ones.
 """
 
 from typing import Any
@@ -16,18 +16,18 @@ from cxrdist.distributed import add_over_ranks, stack_over_ranks
 
 
 class BatchNorm(BatchNormAct2d):
-    """BatchNorm and ReLU. It leaves counting to its network (`Classifier.count_pass`).
+    """BatchNorm and ReLU. Its network counts the passes (`Classifier.count_pass`).
 
     Attributes:
-        shares: [ranks + 2] in the weights' dtype where the statistics are those of all ranks, else
-            None: the share of each rank in the images of the pass, their number, and 1, or 0 on a
-            rank that has none of them. The caller fills it before each pass.
+        shares: None for statistics of this rank alone. Otherwise [ranks + 2] in the weights' dtype:
+            the share of each rank in the images of the pass, the total number of images, and 1, or
+            0 on a rank without images. The caller fills it before each pass.
     """
 
     shares: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised and rectified features of [B, C, H, W]."""
+        """Return normalised and rectified features, [B, C, H, W]."""
         if not self.training or self.momentum is None:
             return super().forward(x)
         moving = (self.running_mean, self.running_var)
@@ -63,20 +63,21 @@ class _OverRanks(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shares: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [B, C, H, W] normalised; and the mean and the biased variance of all, [C]."""
+        """Return normalised [B, C, H, W], and mean and biased variance over all ranks, [C] each."""
         moving: tuple[Tensor | None, Tensor | None] = (None, None)
-        if x.dtype != weight.dtype:  # those of half precision would be in it, too
+        if x.dtype != weight.dtype:  # without float32 buffers the statistics would be half, too
             moving = torch.zeros_like(weight), torch.zeros_like(weight)
         local = torch.cat(torch.batch_norm_update_stats(x, *moving, 0.0))
         means, variances = stack_over_ranks(local).chunk(2, dim=1)
-        parts = shares[:-2].unsqueeze(1)  # autocast would shorten a matrix product
-        mean = (parts * means).sum(0)
-        apart = means - mean
-        var = (parts * torch.addcmul(variances, apart, apart)).sum(0)
+        # Not a matrix product, which autocast would compute in half precision.
+        rank_shares = shares[:-2].unsqueeze(1)
+        mean = (rank_shares * means).sum(0)
+        deviations = means - mean
+        var = (rank_shares * torch.addcmul(variances, deviations, deviations)).sum(0)
         ctx.save_for_backward(x, weight, mean, var, shares)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)  # or zeros are made as theirs
+        ctx.set_materialize_grads(False)  # saves the zero gradients of mean and var
         y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, True)
         return y, mean, var
 
@@ -85,12 +86,12 @@ class _OverRanks(torch.autograd.Function):
     def backward(
         ctx: Any, gradient: Tensor, *_: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Return the gradient through the statistics is one affine map of x in each channel."""
+        """Return the gradients; through the statistics they are affine in x for each channel."""
         x, weight, mean, var, shares = ctx.saved_tensors
-        direct, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        direct, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             *(gradient, x, weight, mean, var, None, None, False, ctx.eps, [True] * 3)
         )
-        sum_weight, sum_bias = add_over_ranks(torch.cat([of_weight, of_bias])).chunk(2)
+        sum_weight, sum_bias = add_over_ranks(torch.cat([grad_weight, grad_bias])).chunk(2)
         deviation = (var + ctx.eps).rsqrt()
         per_value = shares[-1] / (shares[-2] * x.shape[2] * x.shape[3])
         scale = weight * deviation * per_value
@@ -98,4 +99,4 @@ class _OverRanks(torch.autograd.Function):
         shift = torch.addcmul(scale * sum_bias, slope, mean, value=-1)
         per_channel = (1, -1, 1, 1)
         direct.sub_(torch.addcmul(shift.view(per_channel), x, slope.view(per_channel)))
-        return direct, of_weight, of_bias, None, None
+        return direct, grad_weight, grad_bias, None, None

@@ -1,4 +1,4 @@
-"""A network on grey X-rays, and the model as it is saved for use."""
+"""The classifier of grey X-rays: network and normalisation, how it is saved and loaded."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +28,7 @@ MEND = "copy the run directory again or train anew"
 
 
 class _Described(TypedDict):
-    """What any model.json begins with."""
+    """The member that every model.json has, of a classifier or an ensemble."""
 
     format: Literal["cxrdist-model-1", "cxrdist-ensemble-1"]
 
@@ -37,19 +37,20 @@ class Classifier(nn.Module):
     """A network that takes uint8 X-rays and gives one logit per class; owns its normalisation.
 
     Attributes:
-        shape: which network it is.
+        shape: architecture and its shape.
         network: timm's or torchvision's (`networks.build_network`), with the library's own names.
         norms: its BatchNorms; alexnet, squeezenet1_1 and convnext_atto have none.
         classes: class names in the order of the logits.
-        image_size_px: side of the square images that it was made for.
-        fit: how those images became square: crop, pad or stretch.
+        image_size_px: side of the square images that it takes.
+        fit: how the training images became square: crop, pad or stretch.
         task: multiclass (an image has one of the classes) or multilabel (any number of them).
-        depth: bits that hold the values of those images, where the files do not declare it.
-        cover: how burned-in text was covered in them; None where it was not.
+        depth: bits that hold the values of images whose files do not declare their depth.
+        cover: how burned-in text was covered in the training images; None if it was not.
         origin: the weights that its training started from (`InitialWeights.describe`), if known.
-        calibration: what was chosen on the validation split; None before it was evaluated.
-        fold: part of train and val that was its validation split, such as 2/5; None: as packed.
-        lungs_only: whether all but the lungs was black in the images (pack --lungs-only).
+        calibration: temperatures and thresholds from the validation split; None before evaluation.
+        fold: the cross-validation fold that was its validation split, such as 2/5; None for the
+            packed splits.
+        lungs_only: whether everything but the lungs was black in training (pack --lungs-only).
     """
 
     mean: Tensor
@@ -83,10 +84,10 @@ class Classifier(nn.Module):
         self.register_buffer("std", _per_channel(self.normalisation.std), persistent=False)
 
     def preparation(self) -> Preparation:
-        """Say how an image file becomes a square of the model.
+        """Return how to prepare an image file for the model.
 
         Raises:
-            CxrdistError: it needs a mask, which no file has.
+            CxrdistError: the model needs lung masks, which image files do not have.
         """
         if self.lungs_only:
             raise CxrdistError(
@@ -104,11 +105,11 @@ class Classifier(nn.Module):
     def predict(
         self, images: ImageSource | Sequence[ImageSource], *, batch_size: int = 16
     ) -> Predictions:
-        """Predict image files and squares, in this process, with the numbers of `cxrdist predict`.
+        """Predict image files and squares in this process; same results as `cxrdist predict`.
 
         Args:
-            images: files, read as those of the training; and uint8 [S, S], as `read_image` gives.
-            batch_size: images in one forward pass.
+            images: files, prepared as in training, and squares uint8 [S, S] from `read_image`.
+            batch_size: images per forward pass.
 
         Raises:
             CxrdistError: an image cannot be used, or the model is in training mode.
@@ -124,17 +125,17 @@ class Classifier(nn.Module):
         return Predictions(values, self.classes, self.task, self.calibration)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Spread grey values 0..255, uint8 or float [B, 1, H, W], to float [B, C, H, W]."""
+        """Normalise grey values 0..255, uint8 or float [B, 1, H, W], to float [B, C, H, W]."""
         return (images.to(self.mean.dtype) / 255 - self.mean) / self.std
 
     def count_pass(self) -> None:
-        """Count a pass in each BatchNorm in training mode, which would each take an operation."""
+        """Count a pass in all BatchNorms in training mode, in one operation instead of one each."""
         counters = [norm.num_batches_tracked for norm in self.norms if norm.training]
         if counters:
             torch._foreach_add_(counters, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the logits of grey images.
+        """Return the logits of grey images.
 
         Args:
             images: uint8 [B, 1, S, S] on the device of the model, with S = `image_size_px`.
@@ -143,15 +144,16 @@ class Classifier(nn.Module):
             float [B, classes].
 
         Raises:
-            CxrdistError: they have another type, shape or device; the line says the mend.
+            CxrdistError: the images have another type, shape or device; the message says what to
+                do.
         """
         check_batch(images, self.image_size_px, self.mean.device)
         return self.logits(images)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Give the logits of grey images that nobody checks: for training, and for export.
+        """Return the logits of grey images without checking them, for training and export.
 
-        A training loop warps its images, and so has floats, and knows what they are.
+        Training warps its images, and so passes floats, which `forward` rejects.
 
         Args:
             images: uint8 or float [B, 1, H, W] with values 0..255, on the device of the model.
@@ -169,9 +171,9 @@ def _per_channel(values: tuple[float, ...]) -> Tensor:
 
 
 def save_model(model: Classifier, directory: Path) -> None:
-    """Write model.safetensors and model.json: all that is needed to use the model."""
+    """Write model.safetensors and model.json, which are all that is needed to use the model."""
     weights = {name: tensor.contiguous().cpu() for name, tensor in network_state(model).items()}
-    # The library's own writer gives the file to its owner only, whatever the umask.
+    # Not save_file, which makes the file readable for its owner only, whatever the umask.
     (directory / "model.safetensors").write_bytes(save(weights))
     content: ModelFile = {
         "format": "cxrdist-model-1",
@@ -193,7 +195,7 @@ def save_model(model: Classifier, directory: Path) -> None:
 
 
 def save_calibration(calibration: Calibration, directory: Path) -> None:
-    """Put a calibration into model.json; all else there stays, and so does model.safetensors.
+    """Write a calibration into model.json, and change nothing else.
 
     Raises:
         CxrdistError: there is no model.json, or it is damaged.
@@ -203,7 +205,7 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
 
 
 def network_state(model: Classifier) -> dict[str, Tensor]:
-    """Parameters and BatchNorm statistics of the network by name."""
+    """Return the parameters and BatchNorm statistics of the network by name."""
     return model.network.state_dict()
 
 
@@ -219,7 +221,7 @@ def load_model(run: str | Path) -> Classifier:
     """
     if is_ensemble(run):
         raise CxrdistError(
-            f"--run {run}: is an ensemble of several networks, and here one is needed; give one of "
+            f"--run {run}: is an ensemble of several networks, expected a single one; give one of "
             f"its members, such as {Path(run) / 'member-0'}"
         )
     return read_model(open_run(Path(run)).model)
@@ -237,7 +239,7 @@ def read_model(directory: Path) -> Classifier:
     content = read_document(directory / "model.json", ModelFile, MEND)
     try:
         weights = read_safetensors(directory / "model.safetensors").tensors
-        with torch.device("meta"):  # nothing is reserved before the shapes are known to agree
+        with torch.device("meta"):  # model.json is untrusted: check shapes before using memory
             _refuse_other_shapes(weights, _build(content))
         model = _build(content)
         model.network.load_state_dict(weights)
@@ -254,7 +256,7 @@ def is_ensemble(run: str | Path) -> bool:
     """Return whether the model of a run directory is an ensemble.
 
     Raises:
-        CxrdistError: there is no model, or none of this version.
+        CxrdistError: there is no model, or one of another version.
     """
     file = open_run(Path(run)).model / "model.json"
     return read_document(file, _Described, MEND)["format"] == "cxrdist-ensemble-1"
@@ -278,17 +280,17 @@ def _build(content: ModelFile) -> Classifier:
 
 
 def _refuse_other_shapes(weights: dict[str, Tensor], model: Classifier) -> None:
-    """Make sure that weights are exactly those of a model.
+    """Check that weights have exactly the names and shapes of a model's weights.
 
     Raises:
-        ValueError: they are not.
+        ValueError: they do not.
     """
     expected = {name: tensor.shape for name, tensor in network_state(model).items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    differing = [n for n in {**expected, **found} if expected.get(n) != found.get(n)]
+    actual = {name: tensor.shape for name, tensor in weights.items()}
+    differing = [n for n in {**expected, **actual} if expected.get(n) != actual.get(n)]
     if differing:
         name = differing[0]
-        shapes = [list(shapes[name]) if name in shapes else "none" for shapes in (found, expected)]
+        shapes = [list(shapes[name]) if name in shapes else "none" for shapes in (actual, expected)]
         raise ValueError(
             f"{len(differing)} tensors differ, {name:.100} is {shapes[0]}, expected {shapes[1]}"
         )

@@ -1,4 +1,4 @@
-"""What describes a model: model.json, and the note in a file of converted weights."""
+"""Descriptions of a model: model.json, and the note in a file of converted weights."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal, NotRequired, TypedDict
@@ -31,10 +31,10 @@ class Normalisation:
     std: tuple[Annotated[float, Between(LEAST_STD, MOST_GREY)], ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        """Make sure that there is one of each for a channel.
+        """Check that there are one or three means, and as many standard deviations.
 
         Raises:
-            CxrdistError: there is not, or an image has no such number of channels.
+            CxrdistError: there are other numbers of them.
         """
         channels = len(self.mean), len(self.std)
         if channels not in ((1, 1), (3, 3)):
@@ -45,11 +45,11 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Cover:
-    """How burned-in text was covered in the images that a model was trained and tested on.
+    """How burned-in text was covered in the images of a model's training and test.
 
     Attributes:
         how: ``black`` or ``fill``, as in `cxrdist.data.boxes.cover`.
-        split: where: ``train``, ``val``, ``test`` or ``all``.
+        split: the covered images: ``train``, ``val``, ``test`` or ``all``.
     """
 
     how: CoverHow
@@ -63,15 +63,15 @@ class Cover:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was chosen on the validation split once the training had ended, by class.
+    """Temperatures and thresholds by class, chosen on the validation split after training.
 
     Attributes:
         temperatures: the logit of a class divided by its temperature is calibrated.
-        rule: by which the thresholds were chosen, such as ``youden`` or ``sensitivity=0.95``.
-        thresholds: logits, not calibrated; a class is called if its logit is at least that.
-        reasons: of each class that has no temperature or no threshold, why.
-        fewest: positives, and negatives, that a class had to have.
-        index_sha256: of the shards whose validation split it was.
+        rule: how the thresholds were chosen, such as ``youden`` or ``sensitivity=0.95``.
+        thresholds: uncalibrated logits; a class is called if its logit is at least its threshold.
+        reasons: why a class has no temperature or no threshold.
+        fewest: fewest positives, and fewest negatives, that a class needed.
+        index_sha256: of the shards that contain the validation split.
         images: of the validation split.
         patients: of the validation split.
     """
@@ -100,11 +100,11 @@ class ModelFile(TypedDict):
     cover: NotRequired[Cover | None]
     calibration: NotRequired[Calibration | None]
     fold: NotRequired[Text | None]
-    """Part of train and val that was its validation split, such as 2/5; None: as packed."""
+    """The fold that was its validation split, such as 2/5; None for the packed splits."""
     lungs_only: NotRequired[bool]
-    """Whether all but the lungs was black in its images; it was not where this is missing."""
+    """Whether everything but the lungs was black in its images; false if missing."""
     weights: NotRequired[WeightsInfo | None]
-    """Those that the training started from."""
+    """The weights that the training started from."""
 
 
 class EnsembleFile(TypedDict):
@@ -113,11 +113,11 @@ class EnsembleFile(TypedDict):
     format: Literal["cxrdist-ensemble-1"]
     members: Annotated[list[Member], Between(2, MOST_MEMBERS), Distinct()]
     calibration: NotRequired[Calibration | None]
-    """Of the ensemble itself; each member has its own."""
+    """The calibration of the ensemble; each member has its own, too."""
 
 
 class WeightsNote(TypedDict):
-    """What `cxrdist weights convert` notes in the header of safetensors."""
+    """The note that `cxrdist weights convert` writes into the header of safetensors."""
 
     layout: Text
     labels: NotRequired[Annotated[list[Label], Between(1, MOST_OUTPUTS)] | None]

@@ -1,4 +1,4 @@
-"""Download a checkpoint once: resumed after a cut, checked, and whole when it has its name."""
+"""Download a checkpoint once: resume interrupted downloads, verify, then give it its name."""
 
 import fcntl
 import hashlib
@@ -23,11 +23,11 @@ from cxrdist.model.tensorfile import container_of
 from cxrdist.run import open_regular, read_bytes, room_for
 from cxrdist.terminal import progress
 
-ATTEMPTS = 5  # connections that break off, before the rest waits for the next call
+ATTEMPTS = 5  # connections per call; the next call resumes
 TIMEOUT_SECONDS = 30  # without a byte
-SLOW_SECONDS = 60  # for the headers; and of each such time a mean rate of:
+SLOW_SECONDS = 60  # limit for the headers, and the period over which the rate is averaged
 LEAST_BYTES_PER_SECOND = 1000
-_MOST_NAME_BYTES = 150  # file systems take 255, with what is put before and behind it
+_MOST_NAME_BYTES = 150  # file systems allow 255; prefixes and suffixes are added to the name
 _MOST_NOTE_BYTES = 1000
 _CHUNK_BYTES = 1 << 20
 # PyTorch's hub convention: a name that ends in the first digits of the file's sha256.
@@ -39,11 +39,11 @@ class _BrokenOffError(Exception):
 
 
 def download(url: str, where: str) -> Path:
-    """Fetch a checkpoint into the cache of torch.hub, or find it there.
+    """Return a checkpoint in the cache of torch.hub; download it if it is not there.
 
-    It is checked against the sha256 in its name or behind ``#sha256=`` in the URL; where neither is
-    published, against the one noted beside it when it was fetched. What a broken connection
-    brought is kept, and the next call fetches the rest.
+    It is checked against the sha256 in its name or after ``#sha256=`` in the URL; without either,
+    against the one noted when it was downloaded. Interrupted downloads are kept, and the next call
+    resumes them.
 
     Args:
         url: http or https.
@@ -55,7 +55,7 @@ def download(url: str, where: str) -> Path:
     digits = re.search(r"#sha256=([0-9a-f]{8,64})$", url)
     if _parsed(url) is None or ("#" in url and not digits):
         raise CxrdistError(
-            f"{where}: expected http(s)://HOST/FILE, or that with #sha256=DIGITS behind it"
+            f"{where}: expected http(s)://HOST/FILE, optionally with #sha256=DIGITS at its end"
         )
     url, _ = urldefrag(url)
     file = place_of(url)
@@ -76,10 +76,10 @@ def download(url: str, where: str) -> Path:
         except (OSError, HTTPException, _BrokenOffError) as error:
             raise CxrdistError(
                 f"{where}: {url} could not be fetched ({_reason(error)}); run the same "
-                f"command again to go on, or fetch it on a machine with internet "
+                f"command again to resume, or fetch it on a machine with internet "
                 f"(curl -L -o {file.name} {url}) and put it at {file}"
             ) from error
-        _refuse_other(partial, expected, f"{where}: what {url} gave")
+        _refuse_other(partial, expected, f"{where}: the file from {url}")
         with room_for(file):
             note.write_text(f"{sha256_of(partial)}  {file.name}\n")
             partial.replace(file)
@@ -87,11 +87,11 @@ def download(url: str, where: str) -> Path:
 
 
 def _parsed(url: str) -> ParseResult | None:
-    """Return the parts of an http or https URL that names a host; None if it is none."""
+    """Return the parts of an http or https URL with a host; None if it is not valid."""
     try:
         parsed = urlparse(url)
         is_web = parsed.scheme in ("http", "https") and bool(parsed.hostname)
-        # Such as a port of 99999, or a host that begins with a bracket; idna refuses a..b.
+        # urlparse rejects a port of 99999 or a host that begins with a bracket; idna rejects a..b.
         return parsed if is_web and parsed.port != 0 and parsed.netloc.encode("idna") else None
     except ValueError:
         return None
@@ -105,14 +105,15 @@ def _noted(note: Path) -> str:
     """
     digits = re.match(rb"[0-9a-f]{64}\b", read_bytes(note, _MOST_NOTE_BYTES))
     if digits is None:
-        raise CxrdistError(f"{note}: is no sha256; remove it with the file that it belongs to")
+        raise CxrdistError(f"{note}: is not a sha256; remove it and the file that it belongs to")
     return digits[0].decode()
 
 
 def place_of(url: str) -> Path:
-    """Return where a URL's file stands in the cache of torch.hub.
+    """Return the path of a URL's file in the cache of torch.hub.
 
-    Two URLs may end in the same name, such as model.pth.tar; only one with a hash in it is unique.
+    A hash of the URL is added unless the name already contains one: two URLs may end in the same
+    name, such as model.pth.tar.
     """
     name = Path(urlparse(url).path).name or "weights"
     if not _HASH_IN_NAME.search(name):
@@ -128,16 +129,16 @@ def sha256_of(file: Path) -> str:
 
 
 def _refuse_other(file: Path, expected: str | None, what: str) -> None:
-    """Remove a file that is not the one that was published.
+    """Remove a file that is not the published one.
 
     Raises:
-        CxrdistError: it was none.
+        CxrdistError: the file is not the published one.
     """
-    found = sha256_of(file)
-    if expected is not None and not found.startswith(expected):
-        problem = f"has the sha256 {found}, expected {expected}"
+    sha256 = sha256_of(file)
+    if expected is not None and not sha256.startswith(expected):
+        problem = f"has the sha256 {sha256}, expected {expected}"
     elif container_of(file) is None:
-        problem = "is no checkpoint (a web page?)"
+        problem = "is not a checkpoint (a web page?)"
     else:
         return
     file.unlink()
@@ -153,10 +154,10 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _fetch(url: str, partial: Path, *, checked: bool) -> None:
-    """Fetch a file to its end, over several connections if need be.
+    """Fetch a file, over several connections if needed.
 
     Raises:
-        _BrokenOffError: all of them broke off.
+        _BrokenOffError: all connections broke off.
         OSError: the host cannot be reached or has no such file.
     """
     for attempt in range(1, ATTEMPTS + 1):
@@ -167,15 +168,14 @@ def _fetch(url: str, partial: Path, *, checked: bool) -> None:
             if attempt == ATTEMPTS:
                 raise
         except urllib.error.HTTPError as error:
-            if (
-                error.code != 416 or attempt == ATTEMPTS
-            ):  # 416: there is nothing behind what we have
+            # 416: the file on the server is not longer than the partial one, so start again.
+            if error.code != 416 or attempt == ATTEMPTS:
                 raise
             partial.unlink(missing_ok=True)
 
 
 def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
-    """Fetch what is missing, in one connection; all, if the file may have changed meanwhile.
+    """Fetch the missing bytes in one connection, or all bytes if the file may have changed.
 
     Raises:
         _BrokenOffError: the connection ended before the file did.
@@ -192,7 +192,7 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
         if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
             f"bytes {done}-"
         ):
-            raise OSError("the server sent another part than the one asked for")
+            raise OSError("the server sent another range of bytes than requested")
         done = done if response.status == 206 else 0
         length = response.headers.get("Content-Length", "")
         if not re.fullmatch(r"\d{0,18}", length):
@@ -205,7 +205,7 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
             open_regular(partial, flags) as out,
             progress(total, title, "B", done=done) as bar,
         ):
-            version.write_text(_version(response.headers))  # now that other bytes are gone
+            version.write_text(_version(response.headers))  # after other bytes were truncated
             for chunk in _chunks(response):
                 out.write(chunk)
                 bar.update(len(chunk))
@@ -215,11 +215,11 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
 
 
 def _chunks(response: HTTPResponse) -> Iterator[bytes]:
-    """Give what comes, as it comes.
+    """Yield the bytes of a response as they arrive.
 
     Raises:
         _BrokenOffError: the connection ended.
-        HTTPException: it brings next to nothing.
+        HTTPException: the connection is too slow.
     """
     began, count = time.monotonic(), 0
     while True:
@@ -239,7 +239,7 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
 
 
 class _WithDeadline(HTTPConnection):
-    """A connection whose headers must come in time; a timeout alone waits for each byte anew."""
+    """A connection with a deadline for the headers; a socket timeout restarts with each byte."""
 
     def getresponse(self) -> HTTPResponse:
         late = threading.Event()
@@ -255,7 +255,7 @@ class _WithDeadline(HTTPConnection):
 
     def _cut(self, late: threading.Event) -> None:
         late.set()
-        with suppress(OSError, AttributeError):  # it has ended meanwhile
+        with suppress(OSError, AttributeError):  # the connection has already ended
             self.sock.shutdown(socket.SHUT_RDWR)
 
 
@@ -274,7 +274,7 @@ class _SecureOpener(urllib.request.HTTPSHandler):
 
 
 def _known_version(note: Path) -> str:
-    """Return the version of a half file as `_version` named it; empty if it is not known."""
+    """Return the version of a partial file, as given by `_version`; empty if not known."""
     if not note.is_file():
         return ""
     text = read_bytes(note, _MOST_NOTE_BYTES).decode("latin-1")
@@ -282,7 +282,7 @@ def _known_version(note: Path) -> str:
 
 
 def _version(headers: Message) -> str:
-    """Return what names this content of the URL: a strong ETag, or the date of its last change."""
+    """Return the version of the URL's content: a strong ETag, or else Last-Modified."""
     tag = headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
 

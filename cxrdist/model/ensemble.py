@@ -1,4 +1,4 @@
-"""Ensembles: several networks that were trained alike, and the mean of what they say."""
+"""Ensembles: networks trained with the same recipe, which predict the mean probability."""
 
 from pathlib import Path
 from typing import cast
@@ -14,17 +14,18 @@ from cxrdist.model.densenet import MEND, Classifier, is_ensemble, load_model
 from cxrdist.model.description import Calibration, Cover, EnsembleFile
 from cxrdist.run import RunDirectory, open_run, read_document, write_json
 
-_ALIKE = ("classes", "task", "image_size_px", "fit", "depth", "cover", "lungs_only")
+_MUST_AGREE = ("classes", "task", "image_size_px", "fit", "depth", "cover", "lungs_only")
 
 
 class Ensemble(nn.Module):
-    """The members' mean (Lakshminarayanan et al. 2017, section 2.4): of calibrated probabilities.
+    """Several networks whose calibrated probabilities are averaged.
 
-    It is used as a `Classifier` is; only what looks into a network needs one of the members.
+    Source: Lakshminarayanan et al. 2017, section 2.4. It can be used like a `Classifier`, except to
+    explain predictions, which needs one member.
 
     Attributes:
         members: the networks.
-        names: their directories in that of the ensemble.
+        names: the members' directories in the directory of the ensemble.
         calibration: of the ensemble itself; None before its validation split was evaluated.
     """
 
@@ -40,7 +41,7 @@ class Ensemble(nn.Module):
 
     @property
     def first(self) -> Classifier:
-        """One of the networks, all of which take the same images and know the same classes."""
+        """The first network; all take the same images and have the same classes."""
         return cast(Classifier, self.members[0])
 
     @property
@@ -60,31 +61,31 @@ class Ensemble(nn.Module):
 
     @property
     def fit(self) -> Fit:
-        """How those images became square."""
+        """How images become square."""
         return self.first.fit
 
     @property
     def depth(self) -> int | None:
-        """Bits that hold the values of those images, where the files do not declare it."""
+        """Bits that hold the values of images whose files do not declare their depth."""
         return self.first.depth
 
     @property
     def cover(self) -> Cover | None:
-        """How burned-in text was covered in them."""
+        """How burned-in text was covered in the training images."""
         return self.first.cover
 
     @property
     def lungs_only(self) -> bool:
-        """Whether all but the lungs was black in them."""
+        """Whether everything but the lungs was black in the training images."""
         return self.first.lungs_only
 
     def preparation(self) -> Preparation:
-        """Say how an image file becomes a square of the ensemble, as of each of its members."""
+        """Return how to prepare an image file, which is the same for all members."""
         return self.first.preparation()
 
     @property
     def has_folds(self) -> bool:
-        """Whether each member was trained on other parts of train and val."""
+        """Whether the members are the folds of a cross-validation."""
         return any(member.fold for member in self.members)
 
     @property
@@ -93,9 +94,9 @@ class Ensemble(nn.Module):
         return self.first.mean
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B, classes] of the mean probabilities, for uint8 images [B, 1, H, W].
+        """Return logits [B, classes] of the mean probabilities, for uint8 images [B, 1, H, W].
 
-        log(sum p) - log(sum (1 - p)) is the logit of the mean of p, without rounding p to 1.
+        The logit of the mean of p is log(sum p) - log(sum (1 - p)), which does not round p to 1.
         """
         logits = torch.stack([member(images) for member in self.members]).double()
         logits = logits / self.temperatures[:, None]
@@ -104,13 +105,13 @@ class Ensemble(nn.Module):
 
 
 def _temperatures(member: Classifier) -> list[float]:
-    """Temperatures of a member by class; 1 where its validation split was never evaluated."""
+    """Return the temperatures of a member by class; 1 for a class without a temperature."""
     known = member.calibration.temperatures if member.calibration else {}
     return [known.get(name, 1.0) for name in member.classes]
 
 
 def load_predictor(run: str | Path) -> Classifier | Ensemble:
-    """Load the trained model of a run directory, or all of an ensemble, to predict with it.
+    """Load the model or the ensemble of a run directory, to predict with it.
 
     Raises:
         CxrdistError: there is no model, or its files do not belong together.
@@ -125,26 +126,26 @@ def load_predictor(run: str | Path) -> Classifier | Ensemble:
 
 
 def join(run: RunDirectory, names: list[str]) -> Ensemble:
-    """Make an ensemble of the members of a directory.
+    """Return the ensemble of the given members of a run directory.
 
     Raises:
-        CxrdistError: a member is not trained, or not like the first one.
+        CxrdistError: a member is not trained, or differs from the first one.
     """
     members = {name: load_model(run.inside(name)) for name in names}
     first = members[names[0]]
     for name, member in members.items():
-        for what in _ALIKE:
-            own, other = getattr(member, what), getattr(first, what)
+        for setting in _MUST_AGREE:
+            own, other = getattr(member, setting), getattr(first, setting)
             if own != other:
                 raise CxrdistError(
-                    f"{run.root / name}: has {what} {own!s:.100}, {names[0]} has {other!s:.100}; "
-                    "an ensemble needs members that were trained on the same shards"
+                    f"{run.root / name}: has {setting} {own!s:.100}, {names[0]} has "
+                    f"{other!s:.100}; an ensemble needs members trained on the same shards"
                 )
     return Ensemble(members)
 
 
 def save_ensemble(ensemble: Ensemble, directory: Path) -> None:
-    """Write model.json, which names the members; each keeps its own weights."""
+    """Write model.json, which lists the members; the weights stay in the members' directories."""
     content: EnsembleFile = {
         "format": "cxrdist-ensemble-1",
         "members": ensemble.names,
@@ -154,14 +155,14 @@ def save_ensemble(ensemble: Ensemble, directory: Path) -> None:
 
 
 def one_network(model: Classifier | Ensemble) -> Classifier:
-    """Return the network of a model, for what looks into it.
+    """Return the single network of a model, as needed to explain it.
 
     Raises:
-        CxrdistError: there are several.
+        CxrdistError: the model is an ensemble.
     """
     if isinstance(model, Ensemble):
         raise CxrdistError(
-            f"--run: is an ensemble of {len(model.names)} networks, and a heat map is of one; give "
-            f"one of its members, such as RUN/{model.names[0]}"
+            f"--run: is an ensemble of {len(model.names)} networks, and heat maps need a single "
+            f"one; give one of its members, such as RUN/{model.names[0]}"
         )
     return model

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: as a table, and as safetensors under torchvision's names."""
+"""`cxrdist weights`: show the content of a checkpoint, and convert it to safetensors."""
 
 import json
 from dataclasses import asdict
@@ -15,23 +15,23 @@ from cxrdist.run import atomic_file, refuse_unwritable
 
 
 def show_weights(config: WeightsShowConfig) -> None:
-    """Print what a checkpoint is, once it is known to be a whole network.
+    """Print the content of a checkpoint, after checking that it is a whole network.
 
     Raises:
-        CxrdistError: it cannot be read, or is no whole network.
+        CxrdistError: the checkpoint cannot be read, or is not a whole network.
     """
     for name, value in _rows(_read(config.file)):
         print(f"{name:<12}{value}")
 
 
 def convert_weights(config: WeightsConvertConfig) -> None:
-    """Write a checkpoint as safetensors under torchvision's names, with what is known of it.
+    """Write a checkpoint as safetensors under torchvision's names, with its labels and source.
 
     Raises:
-        CxrdistError: it cannot be read, is no whole network, or OUT stands already.
+        CxrdistError: it cannot be read, is not a whole network, or OUT already exists.
     """
     if config.out.suffix != ".safetensors" or config.out.exists():
-        problem = "stands already" if config.out.exists() else "expected a name in .safetensors"
+        problem = "already exists" if config.out.exists() else "expected a name in .safetensors"
         raise CxrdistError(f"{config.out}: {problem}; choose another name")
     refuse_unwritable(config.out)
     weights = _read(config.file)
@@ -50,7 +50,7 @@ def convert_weights(config: WeightsConvertConfig) -> None:
 
 def _read(file: str) -> InitialWeights:
     if file == "none":
-        raise CxrdistError("none: random weights are in no file; give a checkpoint")
+        raise CxrdistError("none: random weights have no file; give a checkpoint")
     weights = read_weights(file, "")
     check_fit(weights.tensors, shape_of(weights.tensors, file), weights.channels, file)
     return weights

@@ -1,4 +1,4 @@
-"""Layouts: which network or published copy of it a set of tensors is, by names and shapes alone."""
+"""Layouts: recognise a network or its published copy by the names and shapes of its tensors."""
 
 import re
 from dataclasses import dataclass
@@ -36,15 +36,15 @@ _CONV2 = re.compile(r"features\.denseblock([1-4])\.denselayer(\d{1,3})\.conv2\.w
 
 @dataclass(frozen=True)
 class Layout:
-    """A checkpoint under the names of torchvision, or timm where torchvision lacks the network.
+    """A checkpoint with the tensor names of torchvision, or of timm for networks only it has.
 
     Attributes:
-        name: which published layout it is.
+        name: the published layout.
         tensors: the network without its head.
         head: weight and bias of the output layer, such as ``classifier.weight`` and
             ``classifier.bias``; empty if there is no head.
-        labels: of the head's outputs in their order; None where they are not known.
-        normalisation: what the first convolution expects.
+        labels: of the head's outputs in order; None if not known.
+        normalisation: that the network was trained with.
     """
 
     name: str
@@ -55,21 +55,22 @@ class Layout:
 
 
 def recognise(file: TensorFile, where: str) -> Layout:
-    """Rename the tensors of a checkpoint, and tell where they are from.
+    """Rename the tensors of a checkpoint, and recognise its layout.
 
     Args:
-        file: the tensors as they stand in the file.
+        file: the tensors with their names in the file.
         where: the option and its value, for the error line.
 
     Raises:
-        CxrdistError: two tensors have one name, the first convolution takes neither one channel nor
-            three, the head is not that of its layout, or the note of `weights convert` is invalid.
+        CxrdistError: two tensors get the same name, the first convolution takes neither one channel
+            nor three, the head does not fit the layout, or the note of `weights convert` is
+            invalid.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():
         new = torchvision_name(name)
         if new in renamed:
-            raise CxrdistError(f"{where}: holds two tensors {new}; expected one network")
+            raise CxrdistError(f"{where}: contains two tensors {new}; expected one network")
         renamed[new] = tensor
     thresholds = renamed.pop("op_threshs", None)
     network = _network_of(renamed)
@@ -90,7 +91,8 @@ def recognise(file: TensorFile, where: str) -> Layout:
         normalisation = file.note["normalisation"]
     if len(normalisation.mean) != channels:
         raise CxrdistError(
-            f"{where}: its normalisation is not of {channels} channels; convert the file again"
+            f"{where}: its normalisation has {len(normalisation.mean)} channels, expected "
+            f"{channels}; convert the file again"
         )
     return Layout(name, renamed, head, labels, normalisation)
 
@@ -102,7 +104,7 @@ def head_names(network: Network) -> tuple[str, str]:
 
 
 def _network_of(tensors: dict[str, Tensor]) -> Network | None:
-    """The network that has all these names, or None if there is none but perhaps a DenseNet."""
+    """Return the network with these tensor names; None for DenseNets and unknown networks."""
     if any(map(_CONV2.fullmatch, tensors)):
         return None
     for architecture in get_args(Architecture):
@@ -114,7 +116,7 @@ def _network_of(tensors: dict[str, Tensor]) -> Network | None:
 
 
 def trunk_of(network: Network, channels: int = 3) -> dict[str, Tensor]:
-    """Parameters and buffers of a network without its head; on the meta device, without values."""
+    """Return parameters and buffers of a network without its head, on the meta device."""
     with torch.device("meta"):
         state = build_network(network, 1, channels).state_dict()
     return {name: tensor for name, tensor in state.items() if name not in head_names(network)}
@@ -127,7 +129,7 @@ def torchvision_name(name: str) -> str:
 
 
 def _channels(tensors: dict[str, Tensor], where: str) -> int:
-    """Input channels of the first convolution; 3 where it is missing, which is told elsewhere."""
+    """Return the input channels of the first convolution; 3 if missing (`check_fit` reports it)."""
     first = tensors.get("features.conv0.weight")
     if first is None or first.dim() != 4:
         return 3
@@ -142,15 +144,15 @@ def _channels(tensors: dict[str, Tensor], where: str) -> int:
 def _identify(
     file: TensorFile, head: dict[str, Tensor], thresholds: Tensor | None, channels: int
 ) -> tuple[str, list[str] | None]:
-    """Return the name of the layout, and the labels of its head where they are known."""
+    """Return the name of the layout, and the labels of its head if known."""
     names = file.tensors
     weight = head.get("classifier.weight")
     num_outputs = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
     if file.note:
         return file.note["layout"], file.note.get("labels")
     if any(name.endswith("classifier.0.weight") for name in names):
-        whose = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
-        return f"CheXNet, as in {whose}", CHEXNET_LABELS
+        repository = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
+        return f"CheXNet, as in {repository}", CHEXNET_LABELS
     if channels == 1:
         default = TORCHXRAYVISION_LABELS if num_outputs == len(TORCHXRAYVISION_LABELS) else None
         labels = file.labels or default
@@ -165,7 +167,7 @@ def _identify(
 def _identify_other(
     file: TensorFile, head: dict[str, Tensor], network: Network
 ) -> tuple[str, list[str] | None]:
-    """As `_identify`, of another network than a DenseNet."""
+    """Return name and labels as `_identify`, for networks other than DenseNets."""
     if file.note:
         return file.note["layout"], file.note.get("labels")
     num_outputs = next((len(tensor) for tensor in head.values() if tensor.dim()), 0)
@@ -177,7 +179,7 @@ def _identify_other(
 def _check_head(
     head: dict[str, Tensor], trunk: dict[str, Tensor], labels: list[str] | None, where: str
 ) -> None:
-    """Make sure that a head fits its trunk and its labels.
+    """Check that a head fits its trunk and its labels.
 
     Raises:
         CxrdistError: it does not.
@@ -196,38 +198,38 @@ def _check_head(
         )
     if inputs is not None and weight.shape[1] != inputs:
         raise CxrdistError(
-            f"{where}: the head takes {weight.shape[1]} features, the network gives "
+            f"{where}: the head takes {weight.shape[1]} features, but the network has "
             f"{inputs}; fetch the file again"
         )
     if labels is not None and len(labels) != len(weight):
         raise CxrdistError(
             f"{where}: the head has {len(weight)} outputs, expected {len(labels)} "
-            "as in the published layout that its names are of; save other heads as `classifier`"
+            "as in the published layout with these names; name other heads `classifier`"
         )
 
 
 def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
-    """Return the network that the tensors are of, a DenseNet of any shape or another.
+    """Return the network with these tensors: a DenseNet of any shape, or another known one.
 
     Raises:
-        CxrdistError: they are of none that is known here.
+        CxrdistError: the network is unknown.
     """
     network = _network_of(tensors)
     if network is not None:
         return network
-    places = [(_CONV2.fullmatch(name), tensor) for name, tensor in tensors.items()]
-    found = [(int(m[1]), int(m[2]), tensor) for m, tensor in places if m and tensor.dim() == 4]
+    matches = [(_CONV2.fullmatch(name), tensor) for name, tensor in tensors.items()]
+    convs = [(int(m[1]), int(m[2]), tensor) for m, tensor in matches if m and tensor.dim() == 4]
     layers = [
-        max((layer for b, layer, _ in found if b == block), default=0) for block in range(1, 5)
+        max((layer for b, layer, _ in convs if b == block), default=0) for block in range(1, 5)
     ]
     expected = ", ".join(get_args(Architecture))
     if not all(layers):
         raise CxrdistError(
-            f"{where}: the names of its {len(tensors)} tensors are of no network that is known "
-            f"here; give weights of {expected}"
+            f"{where}: the names of its {len(tensors)} tensors are not those of a known network; "
+            f"give weights of {expected}"
         )
     first, second, third, fourth = layers
-    growth_rate, block_config = int(found[0][2].shape[0]), (first, second, third, fourth)
+    growth_rate, block_config = int(convs[0][2].shape[0]), (first, second, third, fourth)
     published = [name for name, shape in DENSENETS.items() if shape == (growth_rate, block_config)]
     architecture = cast(Architecture, published[0]) if published else "densenet121"
     try:
@@ -237,9 +239,9 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
 
 
 def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:
-    """Make sure that tensors are exactly those of a network without its head.
+    """Check that tensors are exactly those of a network without its head.
 
-    ``num_batches_tracked`` may be missing: files before PyTorch 0.4.1 have none.
+    ``num_batches_tracked`` may be missing: files before PyTorch 0.4.1 do not have it.
 
     Raises:
         CxrdistError: one is missing, left over, or of another shape.
@@ -249,7 +251,7 @@ def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: st
     extra = [k for k in given if k not in own]
     wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
     expected = f"expected those of a {shape.title}{_other(given, shape)}"
-    for problem, names in (("the file lacks", missing), ("the network has no place for", extra)):
+    for problem, names in (("the file lacks", missing), ("the network does not have", extra)):
         if names:
             raise CxrdistError(f"{where}: {problem} {_few(names)}; {expected}")
     if wrong:
@@ -261,14 +263,16 @@ def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: st
 
 
 def _other(tensors: dict[str, Tensor], shape: Network) -> str:
-    """A note for the error line on the network that tensors are of, if it is another known one."""
+    """Return a note for the error line if the tensors are those of another known network."""
     try:
-        found = shape_of(tensors, "")
+        actual = shape_of(tensors, "")
     except CxrdistError:
         return ""
-    if found.title == shape.title:
+    if actual.title == shape.title:
         return ""
-    return f", and these are of a {found.title}; give other weights or another network.architecture"
+    return (
+        f", but these are of a {actual.title}; give other weights or another network.architecture"
+    )
 
 
 def _few(names: list[str]) -> str:

@@ -1,7 +1,7 @@
-"""The networks that can be trained: how each is built, and which of its parts make a block.
+"""The supported networks: how each is built, and which modules belong to each of its blocks.
 
-Each is timm's or torchvision's own module with the library's own names, so that its state dict
-loads strictly into the library's network and the other way round.
+Each is a module of timm or torchvision with the library's own names, so that state dicts can be
+exchanged with the library's network strictly.
 """
 
 from collections.abc import Iterator
@@ -31,13 +31,13 @@ IMAGENET_URLS: dict[Architecture, str] = {
 class GrowingBlock(DenseBlock):
     """A dense block whose features grow by one concatenation per layer.
 
-    timm concatenates all earlier features anew in each layer. The forward pass moves as many bytes
-    either way; but the backward pass of that has a slice and a sum for each pair of layers, a third
-    of all operations of a step, and of this one for each layer.
+    timm concatenates all earlier features anew in each layer. That moves as many bytes in the
+    forward pass, but its backward pass needs a slice and a sum for each pair of layers, a third of
+    all operations of a step. This block needs one of each per layer.
     """
 
     def forward(self, features: Tensor) -> Tensor:
-        """All features [B, C + layers * growth rate, H, W] of the first ones, [B, C, H, W]."""
+        """Return [B, C + layers * growth rate, H, W] for input features [B, C, H, W]."""
         for layer in self.values():
             squeezed = layer.conv1(layer.norm1(features))
             features = torch.cat([features, layer.conv2(layer.norm2(squeezed))], 1)
@@ -45,21 +45,21 @@ class GrowingBlock(DenseBlock):
 
 
 def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Module:
-    """Build a network with random weights, as its library draws them.
+    """Build a network with its library's random initial weights.
 
-    Two parts are not as published, and neither has a name in the state dict:
+    Two modules differ from the published networks; neither has entries in the state dict:
 
-    - squeezenet1_1 ends in a ReLU before its average; without it here. A logit that is never below
-      0 would be a probability that is never below one half.
-    - resnet18 has no dropout; here it has one before its output layer, as the others.
+    - squeezenet1_1 is built without the ReLU before its average: with it logits would never be
+      below 0, and probabilities never below one half.
+    - resnet18 gets a dropout before its output layer, like the other networks.
 
     Args:
         shape: architecture, and the shape of a DenseNet.
-        num_classes: logits.
-        channels: of the normalised images; three but for DenseNets and convnext_atto.
+        num_classes: number of logits.
+        channels: of the normalised images; must be 3 except for DenseNets and convnext_atto.
 
     Raises:
-        CxrdistError: the architecture does not take so many channels.
+        CxrdistError: the architecture does not take this number of channels.
     """
     name, dropout = shape.architecture, shape.dropout
     if shape.is_densenet:
@@ -69,8 +69,8 @@ def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Mod
         return timm.create_model(name, pretrained=False, **options)
     if channels != 3:
         raise CxrdistError(
-            f"architecture: {name} takes images of 3 channels, and the weights are of {channels}; "
-            "take weights of 3 channels, or densenet121"
+            f"architecture: {name} takes images of 3 channels, but the weights have {channels}; "
+            "choose weights with 3 channels, or densenet121"
         )
     if name == "resnet18":
         resnet = torchvision.models.resnet18(
@@ -86,7 +86,7 @@ def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Mod
 
 
 def _build_densenet(shape: Network, num_classes: int, channels: int) -> DenseNet:
-    """Timm's DenseNet, whose names are torchvision's."""
+    """Build timm's DenseNet, which has torchvision's names."""
     growth_rate, block_config = shape.dense_shape
     network = DenseNet(
         growth_rate=growth_rate,
@@ -103,7 +103,7 @@ def _build_densenet(shape: Network, num_classes: int, channels: int) -> DenseNet
 
 
 def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
-    """Return the modules of each block by name, blocks in the order of the data.
+    """Return the modules of each block by block name, in forward order.
 
     ============= ==================================== ===================================
     architecture  blocks between stem and head         which are
@@ -115,9 +115,9 @@ def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
     convnext_atto stages0 to stages3                   stages.0 to stages.3
     ============= ==================================== ===================================
 
-    The stem is all before the first of them. The head is the output layer with its dropout; what
-    stands between two blocks belongs to the one before it, and so does a norm before the head.
-    alexnet's numbers are of its paper (Krizhevsky et al. 2012), squeezenet's of its own.
+    The stem is everything before these blocks. The head is the output layer with its dropout.
+    Modules between two blocks belong to the earlier one, and so does a norm before the head.
+    Numbers are those of the papers of alexnet (Krizhevsky et al. 2012) and squeezenet.
     """
     name, middle = shape.architecture, dict[str, tuple[str, ...]]()
     if name == "resnet18":
@@ -125,12 +125,12 @@ def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
         return {"stem": ("conv1", "bn1"), **middle, "head": ("avgpool", "fc")}
     if name == "alexnet":
         convolutions = zip((2, 3, 4, 5), (3, 6, 8, 10), strict=True)
-        middle = {f"conv{number}": (f"features.{place}",) for number, place in convolutions}
+        middle = {f"conv{number}": (f"features.{index}",) for number, index in convolutions}
         middle |= {"fc6": ("classifier.0", "classifier.1"), "fc7": ("classifier.3", "classifier.4")}
         return {"stem": ("features.0",), **middle, "head": ("classifier.6",)}
     if name == "squeezenet1_1":
         fires = zip(range(2, 10), (3, 4, 6, 7, 9, 10, 11, 12), strict=True)
-        middle = {f"fire{number}": (f"features.{place}",) for number, place in fires}
+        middle = {f"fire{number}": (f"features.{index}",) for number, index in fires}
         return {"stem": ("features.0",), **middle, "head": ("classifier",)}
     if name == "convnext_atto":
         middle = {f"stages{i}": (f"stages.{i}",) for i in range(3)}
@@ -147,19 +147,19 @@ def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
 
 
 def block_names(shape: Network) -> list[str]:
-    """Blocks in the order of the data: stem, those of `parts_of`, head."""
+    """Return the names of all blocks in forward order, from stem to head."""
     return list(parts_of(shape))
 
 
 def block_of(name: str, shape: Network) -> str:
-    """Return the block that a parameter, a buffer or a module with such belongs to.
+    """Return the block that a parameter, buffer or module belongs to.
 
     Args:
         name: as in ``network.named_parameters()``, such as ``features.denseblock1.denselayer1...``.
         shape: of the network.
 
     Raises:
-        ValueError: it belongs to none.
+        ValueError: the name is in no block.
     """
     for block, prefixes in parts_of(shape).items():
         if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
@@ -168,56 +168,56 @@ def block_of(name: str, shape: Network) -> str:
 
 
 def modules_of(network: nn.Module, shape: Network, blocks: set[str]) -> Iterator[nn.Module]:
-    """Give the modules of some blocks."""
+    """Yield the modules of the given blocks."""
     for block, names in parts_of(shape).items():
         if block in blocks:
             yield from (network.get_submodule(name) for name in names)
 
 
 def output_layer(shape: Network) -> str:
-    """The name of the layer that gives the logits; its weight and bias are the head's only ones."""
+    """Return the name of the output layer, the only layer of the head with weights."""
     if shape.architecture == "squeezenet1_1":
         return "classifier.1"
     return parts_of(shape)["head"][-1]
 
 
 def smallest_size_px(shape: Network) -> int:
-    """Side of the smallest square that leaves a pixel for each layer."""
+    """Return the side of the smallest square that leaves at least one pixel in every layer."""
     sizes = {"alexnet": 63, "squeezenet1_1": 17, "convnext_atto": 32, "resnet18": 1}
     return 29 if shape.is_densenet else sizes[shape.architecture]
 
 
 def refuse_small_squares(shape: Network, size_px: int, where: str) -> None:
-    """Make sure that images are large enough for a network.
+    """Check that images are large enough for a network.
 
     Args:
         shape: of the network.
         size_px: side of the squares.
-        where: what has them, for the error line.
+        where: the option or field that they come from, for the error line.
 
     Raises:
-        CxrdistError: they are not.
+        CxrdistError: the images are too small.
     """
     smallest = smallest_size_px(shape)
     if size_px < smallest:
         raise CxrdistError(
-            f"{where}: squares of {size_px} px, and {shape.title} needs at least {smallest} px; "
-            f"pack with --size {smallest} or more, or take another network.architecture"
+            f"{where}: squares of {size_px} px, but {shape.title} needs at least {smallest} px; "
+            f"pack with --size {smallest} or more, or choose another network.architecture"
         )
 
 
 def norms_of_one_value(shape: Network, channels: int, size_px: int) -> set[str]:
-    """Blocks with a BatchNorm whose features are of 1 x 1 px; nothing is computed for it."""
-    found = set[str]()
+    """Return blocks with a BatchNorm on features of 1 x 1 px; runs on shapes, without values."""
+    blocks = set[str]()
 
-    def look(name: str, features: Tensor) -> None:
+    def check(name: str, features: Tensor) -> None:
         if features.shape[2:].numel() == 1:
-            found.add(block_of(name, shape))
+            blocks.add(block_of(name, shape))
 
     with torch.device("meta"), torch.no_grad():
         network = build_network(shape, 1, channels).eval()
         for name, norm in network.named_modules():
             if isinstance(norm, BatchNorm):
-                norm.register_forward_pre_hook(lambda _, inputs, name=name: look(name, inputs[0]))
+                norm.register_forward_pre_hook(lambda _, inputs, name=name: check(name, inputs[0]))
         network(torch.empty(1, channels, size_px, size_px))
-    return found
+    return blocks

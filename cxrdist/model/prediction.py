@@ -1,7 +1,7 @@
-"""What a model says of images: from logits to probabilities, predicted and called classes.
+"""Predictions of a model: from logits to probabilities, predicted and called classes.
 
-Classes are chosen by logits and never by probabilities, which run together: in float32 the sigmoid
-of 18 and that of 25 are both 1.
+Classes are always chosen by logits, since different logits can have the same probability: in
+float32 the sigmoid of 18 and that of 25 are both 1.
 """
 
 import math
@@ -17,19 +17,19 @@ from scipy.special import expit, softmax
 from cxrdist.data.index import Task
 from cxrdist.model.description import Calibration
 
-THRESHOLD = 0.5  # of a probability, from which on a label counts as predicted; not tuned
-THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit with this probability: 0
+THRESHOLD = 0.5  # probability at or above which a label counts as predicted; not tuned
+THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit of this probability: 0
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of N images; the columns of `cxrdist predict`, by class.
+    """Predictions for N images; the columns of `cxrdist predict`, by class.
 
     Attributes:
         logits: float32 [N, classes].
         classes: names in the order of the logits.
         task: multiclass (an image has one of the classes) or multilabel (any number of them).
-        calibration: of the model; None before it was evaluated.
+        calibration: of the model; None before evaluation.
     """
 
     logits: NDArray[np.float32] = field(repr=False)
@@ -43,20 +43,20 @@ class Predictions:
 
     @property
     def predicted(self) -> list[list[str]]:
-        """The classes of each image: one, or of several labels all those from 0.5 on."""
+        """The predicted classes of each image: one, or for multilabel all of at least 0.5."""
         return [predicted_classes(row.tolist(), self.classes, self.task) for row in self.logits]
 
     @property
     def probabilities(self) -> dict[str, NDArray[np.float64]]:
-        """The sigmoid of the logits of each class, float64 [N] each, not calibrated."""
+        """The uncalibrated sigmoid of the logits of each class, float64 [N] each."""
         return dict(zip(self.classes, to_probabilities(self.logits).T, strict=True))
 
     @property
     def calibrated(self) -> dict[str, NDArray[np.float64]]:
-        """The probability of a class against the rest, float64 [N] each.
+        """The calibrated probability of each class against all others, float64 [N] each.
 
-        It is the sigmoid of the logit over the temperature that was chosen on the validation split.
-        A class without a temperature is missing: all of them before `cxrdist evaluate`.
+        It is the sigmoid of the logit divided by the temperature chosen on the validation split.
+        Classes without a temperature are missing; before `cxrdist evaluate` these are all classes.
         """
         if self.calibration is None:
             return {}
@@ -66,10 +66,9 @@ class Predictions:
 
     @property
     def softmax(self) -> dict[str, NDArray[np.float64]]:
-        """The softmax of all calibrated logits, which adds up to 1, float64 [N] each.
+        """The softmax over all calibrated logits, float64 [N] each; adds up to 1 per image.
 
-        It is empty where an image may have several labels, and where a class of the model is
-        missing or not calibrated.
+        It is empty for multilabel models, and if any class is not calibrated.
         """
         if self.calibration is None or self.task == "multilabel":
             return {}
@@ -81,9 +80,9 @@ class Predictions:
 
     @property
     def called(self) -> dict[str, NDArray[np.bool_]]:
-        """Whether the logit reaches the operating point of a class, bool [N] each.
+        """Whether the logit reaches the threshold of each class, bool [N] each.
 
-        A class without an operating point is missing.
+        Classes without a threshold are missing.
         """
         thresholds = self.calibration.thresholds if self.calibration else {}
         return {
@@ -100,7 +99,7 @@ def to_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str) -> list[str]:
-    """Name the classes that the logits of one image predict.
+    """Return the classes that are predicted for one image.
 
     Args:
         logits: one for each class.
@@ -108,8 +107,8 @@ def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str
         task: multiclass or multilabel.
 
     Returns:
-        The class of the largest logit, the first one of equal ones; of several labels all whose
-        probability is at least `THRESHOLD`, or none.
+        For multiclass the class of the largest logit, the first of equal ones; for multilabel all
+        classes whose probability is at least `THRESHOLD`, possibly none.
     """
     if task == "multilabel":
         pairs = zip(classes, logits, strict=True)
@@ -120,20 +119,21 @@ def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str
 def calibrated_logits(
     logits: NDArray[Any], classes: Sequence[str], calibration: Calibration
 ) -> NDArray[np.float64]:
-    """Divide logits [N, classes] by the temperatures; NaN of a class that has none."""
+    """Divide logits [N, classes] by the temperatures; NaN for classes without one."""
     temperatures = [calibration.temperatures.get(name, np.nan) for name in classes]
     return logits.astype(np.float64) / np.array(temperatures)
 
 
 def probability_columns(predictions: Predictions) -> dict[str, NDArray[np.float64]]:
-    """Give the columns calibrated_CLASS and softmax_CLASS of a table, float64 [N] each."""
+    """Return the columns calibrated_CLASS and softmax_CLASS of a table, float64 [N] each."""
     kinds = {"calibrated": predictions.calibrated, "softmax": predictions.softmax}
     return {f"{kind}_{name}": v for kind, values in kinds.items() for name, v in values.items()}
 
 
 def call(logits: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """Return whether each of some logits, of any shape, calls its class.
+    """Return whether each logit, of an array of any shape, reaches the threshold.
 
-    Compared are float32, as the network gives them: nine digits of a file are not the same double.
+    Compared as float32, the precision of the network: logits read from a file of nine digits differ
+    from the original as doubles, but not as float32.
     """
     return logits.astype(np.float32) >= np.float32(threshold)

@@ -1,4 +1,4 @@
-"""A model for use by its name: a run, an exported folder, published weights, or the Hub's."""
+"""Load a model by name: a run, an exported folder, published weights, or a model on the Hub."""
 
 import re
 import shutil
@@ -16,8 +16,8 @@ from cxrdist.run import RunDirectory
 
 HUB = "hf:"
 PUBLISHED_SIZE_PX = 224
-"""Side of the squares of the published CheXNet copies and of torchxrayvision's DenseNets, both of
-which take the centre of an X-ray."""
+"""Side of the squares that the published CheXNet copies and torchxrayvision's DenseNets take; both
+crop the centre of an X-ray."""
 _HUB_NAME = re.compile(r"hf:([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,100}))?")
 _FILES = ("model.json", "model.safetensors")
 
@@ -32,8 +32,8 @@ def load_model(source: str | Path) -> Classifier:
             they have an output layer with known labels (CheXNet's copies, torchxrayvision).
 
     Raises:
-        CxrdistError: there is no such model, it cannot be read or fetched, it is an ensemble (load
-            its members), or its outputs have no names.
+        CxrdistError: the model does not exist, cannot be read or fetched, is an ensemble (load its
+            members), or its outputs have no names.
     """
     name, path = str(source), Path(source)
     if name.startswith(HUB):
@@ -41,7 +41,7 @@ def load_model(source: str | Path) -> Classifier:
     if (RunDirectory(path).model / _FILES[0]).is_file():
         try:
             return load_run(path)
-        except CxrdistError as error:  # of the commands, whose option it names
+        except CxrdistError as error:  # its message starts with the option of the commands
             raise CxrdistError(str(error).removeprefix("--run ")) from error
     if (path / _FILES[0]).is_file():
         return read_model(path)
@@ -55,9 +55,9 @@ def load_model(source: str | Path) -> Classifier:
 
 
 def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
-    """Build the network of published weights, with those of their outputs that have a name.
+    """Build the network of published weights, keeping only the outputs that have a name.
 
-    torchxrayvision's files name the outputs that were not trained with an empty text.
+    In torchxrayvision's files, outputs that were not trained have an empty name.
 
     Raises:
         CxrdistError: a tensor is missing or left over, or no output has a name.
@@ -66,8 +66,8 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
     classes = [(weights.labels or [])[i] for i in named]
     if not classes or not weights.head:
         raise CxrdistError(
-            f"{name}: has no output layer with names of classes; train from it with --init, or "
-            "give chexnet, a checkpoint of torchxrayvision or a run"
+            f"{name}: has no output layer with class names; train from it with --init, or give "
+            "chexnet, a checkpoint of torchxrayvision or a run"
         )
     shape = shape_of(weights.tensors, name)
     check_fit(weights.tensors, shape, weights.channels, name)
@@ -80,17 +80,17 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
 
 
 def _load_hub(name: str) -> Classifier:
-    """Fetch a folder of the Hugging Face Hub into its own cache, and load it.
+    """Fetch a model folder from the Hugging Face Hub, and load it.
 
     Raises:
         CxrdistError: the name is invalid, there is no such folder, or it cannot be fetched.
     """
-    from huggingface_hub import hf_hub_download  # a second to import
+    from huggingface_hub import hf_hub_download  # imported late: takes a second
     from huggingface_hub.errors import HfHubHTTPError
 
     if not (match := _HUB_NAME.fullmatch(name)):
         raise CxrdistError(f"{name:.200}: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
-    # The Hub's cache is made of links, which the readers of a model do not follow.
+    # Copied, because the Hub's cache consists of links, which the readers of a model reject.
     with TemporaryDirectory() as folder:
         try:
             for file in _FILES:

@@ -1,4 +1,4 @@
-"""X-rays for a model: files, read as those of its training, and squares that are arrays."""
+"""Read X-rays for a model, from files (prepared as in training) and from arrays."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from cxrdist.data.inputs import Input, Preparation, prepare, read_original, unli
 from cxrdist.data.kinds import FORMATS
 from cxrdist.errors import CxrdistError
 
-if TYPE_CHECKING:  # it needs this module to predict
+if TYPE_CHECKING:  # densenet imports this module
     from cxrdist.model.densenet import Classifier
 
 ImageSource = str | Path | NDArray[np.uint8]
@@ -29,24 +29,24 @@ def read_image(
     fit: Fit = "crop",
     depth: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Read an X-ray in grey: PNG, JPEG, DICOM and what else `cxrdist pack` reads.
+    """Read an X-ray as grey values: PNG, JPEG, DICOM or any other format of `cxrdist pack`.
 
     Args:
-        file: the image; its kind is known by its content.
-        model: gives the square that this model takes, the same bytes as in its shards.
+        file: the image; its format is recognised by its content.
+        model: if given, return the square that this model takes, the same bytes as in its shards.
         size_px: without a model, side of the square; None for the whole image, at most
             2048 px wide and high.
         fit: without a model, how the image becomes square: ``crop`` the centre, ``pad`` with black
             or ``stretch``.
-        depth: bits that hold the values of an image of more than 8 bits that does not declare them,
-            8 to 16; the model's if None, and without a model what the image itself uses.
+        depth: bits that hold the values of an image of more than 8 bits that does not declare its
+            depth, 8 to 16. If None, the model's; without a model, the bits that the image uses.
 
     Returns:
         uint8 [S, S] or, without model and size, [H, W].
 
     Raises:
         CxrdistError: the file is not a readable X-ray, the settings exclude each other or are out
-            of range, or the model needs what a file does not tell (lungs only).
+            of range, or the model needs lung masks.
     """
     path = _existing(file)
     if depth is not None and not DEPTHS[0] <= depth <= DEPTHS[-1]:
@@ -54,7 +54,7 @@ def read_image(
     if model is not None:
         if size_px is not None:
             raise CxrdistError(
-                f"size_px is {size_px}: the model says the size itself; give one or the other"
+                f"size_px is {size_px}: the model determines the size; give only one of the two"
             )
         how = model.preparation()
         return prepare(_input(path), replace(how, depth=depth or how.depth)).pixels.copy()
@@ -69,20 +69,20 @@ def read_image(
 def read_squares(
     images: ImageSource | Sequence[ImageSource], model: "Classifier"
 ) -> NDArray[np.uint8]:
-    """Make the squares that a model takes of files and arrays.
+    """Convert files and arrays to the squares that a model takes.
 
-    Files that do not declare their bit depth are scaled alike, as by `cxrdist predict`.
+    Files that do not declare their bit depth share one depth, as in `cxrdist predict`.
 
     Args:
-        images: files, and uint8 [S, S] of the model's size, in any order; or one of them.
-        model: that they are for.
+        images: files, and uint8 [S, S] of the model's size, in any order; or a single one.
+        model: that takes the squares.
 
     Returns:
         uint8 [N, S, S].
 
     Raises:
-        CxrdistError: there are none, a file is not a readable X-ray, or an array has another type
-            or shape.
+        CxrdistError: there are no images, a file is not a readable X-ray, or an array has another
+            type or shape.
     """
     if isinstance(images, str | Path) or (isinstance(images, np.ndarray) and images.ndim == 2):
         images = [images]
@@ -98,7 +98,7 @@ def read_squares(
 
 
 def _read_files(files: Mapping[int, Input], how: Preparation) -> dict[int, NDArray[np.uint8]]:
-    """Read image files; those of another bit depth than their source's are read twice."""
+    """Read image files; those that differ from the common bit depth are read twice."""
     read = {number: prepare(item, how) for number, item in files.items()}
     depth, again = unlike_source({number: square.used_depth for number, square in read.items()})
     if how.depth is None:
@@ -123,20 +123,20 @@ def _existing(file: str | Path) -> Path:
 
 
 def _checked_square(image: object, number: int, size_px: int) -> NDArray[np.uint8]:
-    """Make sure that an array is a square of the model.
+    """Return an array after checking that it is a square of the model.
 
     Raises:
-        CxrdistError: it is not; the line says how to make one.
+        CxrdistError: it is not; the message says how to make one.
     """
     expected = f"expected the path of a file or uint8 [{size_px}, {size_px}]"
     if not isinstance(image, np.ndarray):
         raise CxrdistError(
-            f"image {number} is a {type(image).__name__}: {expected} as a NumPy array; a batch "
-            "that is a tensor goes into model(batch), which gives the logits"
+            f"image {number} is a {type(image).__name__}: {expected} as a NumPy array; for a batch "
+            "as a tensor use model(batch), which returns the logits"
         )
     if image.dtype != np.uint8 or image.shape != (size_px, size_px):
         raise CxrdistError(
             f"image {number} is {image.dtype} {list(image.shape)}: {expected}, grey values from 0 "
-            "to 255, as cxrdist.read_image(file, model) gives it"
+            "to 255, as returned by cxrdist.read_image(file, model)"
         )
     return image

@@ -1,4 +1,4 @@
-"""Checkpoint files: tensors by name out of safetensors, state dicts and pickled networks."""
+"""Read tensors by name from checkpoint files: safetensors, state dicts and pickled networks."""
 
 import io
 import os
@@ -30,9 +30,9 @@ from cxrdist.model.unpickler import (
 )
 from cxrdist.run import judging
 
-# torch/serialization.py: what begins a file of torch.save before PyTorch 1.6.
+# torch/serialization.py: the first value in a file of torch.save before PyTorch 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-METADATA = "cxrdist"  # where `cxrdist weights convert` keeps what it knows, in safetensors' header
+METADATA = "cxrdist"  # key of the note of `cxrdist weights convert` in safetensors' header
 LABEL_ATTRIBUTES = ("pathologies", "targets", "class_names")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_TENSORS = 10_000  # DenseNet264, the largest published, has 1,585
@@ -40,19 +40,19 @@ MOST_ENTRIES = 100_000  # modules, parameters and buffers of a network; DenseNet
 MOST_DIRECTORY_BYTES = 4 << 20  # of a zip file; DenseNet264 with its optimiser has 400 kB
 MOST_HEADER_BYTES = 4 << 20  # of safetensors; DenseNet121 has 80 kB
 
-Numbers = Callable[[StorageRef], bytearray]
+ReadStorage = Callable[[StorageRef], bytearray]
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What stands in a checkpoint file.
+    """The content of a checkpoint file.
 
     Attributes:
-        tensors: by the names that they have in the file.
-        container: how the file is written.
-        holder: where in it the tensors are.
-        labels: of the outputs, where a pickled network names them.
-        note: what `cxrdist weights convert` noted; None for other files.
+        tensors: by their names in the file.
+        container: the file format.
+        holder: the object in the file that contains the tensors.
+        labels: of the outputs, if a pickled network names them.
+        note: written by `cxrdist weights convert`; None for other files.
     """
 
     tensors: dict[str, Tensor]
@@ -63,15 +63,15 @@ class TensorFile:
 
 
 def read_tensor_file(file: Path, where: str) -> TensorFile:
-    """Read the tensors of a checkpoint; no object that it may hold is made.
+    """Read the tensors of a checkpoint without creating any other objects that it contains.
 
     Args:
         file: safetensors, or a file of torch.save of any version since 0.1.11.
         where: the option and its value, for the error line.
 
     Raises:
-        CxrdistError: there is no such file, it is damaged, holds no tensors by name, or asks for
-            more than data.
+        CxrdistError: the file is missing or damaged, contains no tensors by name, or contains more
+            than data.
     """
     try:
         if file.exists() and not file.is_file():
@@ -92,8 +92,8 @@ def read_tensor_file(file: Path, where: str) -> TensorFile:
         raise
     except RefusedError as error:
         raise CxrdistError(
-            f"{where}: holds more than data ({error}); nothing of it was run. Get the "
-            "file from its publisher, or save the state dict alone: "
+            f"{where}: contains more than data ({error}); none of it was run. Get the "
+            "file from its publisher, or save only the state dict: "
             "torch.save(model.state_dict(), FILE)"
         ) from error
     except (
@@ -102,12 +102,12 @@ def read_tensor_file(file: Path, where: str) -> TensorFile:
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CxrdistError(
-            f"{where}: no readable checkpoint ({reason:.160}); fetch the file again"
+            f"{where}: not a readable checkpoint ({reason:.160}); fetch the file again"
         ) from error
 
 
 def container_of(file: Path) -> str | None:
-    """Return how a checkpoint file is written, by its first bytes; None if it is none."""
+    """Return the format of a checkpoint file by its first bytes; None if it is not one."""
     with open(file, "rb") as data:
         start = data.read(16)
     if start.startswith(b"PK\x03\x04"):
@@ -120,15 +120,15 @@ def container_of(file: Path) -> str | None:
 
 
 def _looks_like(file: Path) -> str:
-    """Say what a file is that is no checkpoint."""
+    """Describe a file that is not a checkpoint."""
     with open(file, "rb") as data:
         start = data.read(512)
     if start.lstrip()[:1] == b"<":
-        return "a web page and not the file itself"
+        return "a web page, not the file itself"
     if start.startswith(b"version https://git-lfs"):
-        return "a pointer of Git LFS and not the file itself"
+        return "a Git LFS pointer, not the file itself"
     if start[257:262] == b"ustar":
-        return "a tar archive: unpack it, or save it anew with PyTorch"
+        return "a tar archive: unpack it, or save it again with PyTorch"
     return "neither safetensors nor a file of torch.save"
 
 
@@ -139,7 +139,7 @@ def read_safetensors(file: Path) -> TensorFile:
         OSError, ValueError, SafetensorError: it is missing or damaged, or its tensors are not
             weights.
     """
-    if file.exists() and not file.is_file():  # a pipe would be waited for
+    if file.exists() and not file.is_file():  # opening a pipe would wait for its other end
         raise ValueError(f"{file.name} is not a regular file")
     with open(file, "rb") as data:
         if int.from_bytes(data.read(8), "little") > MOST_HEADER_BYTES:
@@ -153,49 +153,49 @@ def read_safetensors(file: Path) -> TensorFile:
                 raise ValueError(f"{name:.100} has more than {MOST_DIMENSIONS} dimensions")
         tensors = {name: content.get_tensor(name) for name in names}
         text = (content.metadata() or {}).get(METADATA)
-    found = TensorFile(_refuse_other_numbers(tensors), "safetensors", "tensors by name")
+    content_of_file = TensorFile(_refuse_other_numbers(tensors), "safetensors", "tensors by name")
     if not text:
-        return found
+        return content_of_file
     with judging(f"{file}: {METADATA}", "convert it again"):
-        return replace(found, note=typed(parse_json(text.encode()), WeightsNote))
+        return replace(content_of_file, note=typed(parse_json(text.encode()), WeightsNote))
 
 
 def _read_zip(file: Path, container: str) -> TensorFile:
-    """Read a file of torch.save since 1.6: data.pkl, and the numbers in data/KEY."""
+    """Read a file of torch.save since 1.6: data.pkl, and the storages in data/KEY."""
     with _Archive(file) as data, zipfile.ZipFile(data) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(names) != 1:
             raise ValueError("a zip archive without data.pkl")
         folder = names[0].removesuffix("data.pkl")
         if f"{folder}constants.pkl" in archive.namelist():
-            raise ValueError("TorchScript, which is a program; save the state dict")
+            raise ValueError("TorchScript, which is a program; save the state dict instead")
         order = f"{folder}byteorder"
         if order in archive.namelist() and _stored(archive, order, 16) != b"little":
-            raise ValueError("written on a machine of another byte order")
+            raise ValueError("written on a machine with another byte order")
         content, storages = unpickle(Pickles(_stored(archive, names[0], MOST_PICKLE_BYTES)))
         cached: dict[str, bytearray] = {}
 
-        def numbers(storage: StorageRef) -> bytearray:
+        def read_storage(storage: StorageRef) -> bytearray:
             if storage.key not in cached:
                 whole = storages[storage.key]
-                found = _stored(archive, f"{folder}data/{storage.key}", whole.num_bytes)
-                cached[storage.key] = _sized(found, whole)
+                data = _stored(archive, f"{folder}data/{storage.key}", whole.num_bytes)
+                cached[storage.key] = _sized(data, whole)
             return cached[storage.key]
 
-        return _collect(content, numbers, container, file.stat().st_size)
+        return _collect(content, read_storage, container, file.stat().st_size)
 
 
 class _Archive(io.FileIO):
-    """A zip file of which no directory is read that does not belong to a checkpoint.
+    """A zip file whose directory of members has a bounded size.
 
-    zipfile reads the list of members at once, and makes an object of half a kilobyte of each.
+    zipfile reads the whole directory at once, and creates an object of half a kilobyte per member.
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read so many bytes.
+        """Read the given number of bytes.
 
         Raises:
-            ValueError: they are too many.
+            ValueError: the number is too large.
         """
         left = os.fstat(self.fileno()).st_size - self.tell()
         size = left if size is None or size < 0 else min(size, left)
@@ -205,21 +205,21 @@ class _Archive(io.FileIO):
 
 
 def _stored(archive: zipfile.ZipFile, name: str, most_bytes: int) -> bytearray:
-    """Read a member; torch.save compresses none, so a compressed one is a bomb or damaged."""
+    """Read a member; torch.save does not compress, so a compressed one is malicious or damaged."""
     member = archive.getinfo(name)
     if member.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     if member.file_size > most_bytes:
         raise ValueError(f"{name} has {member.file_size} bytes, expected at most {most_bytes}")
-    found = bytearray()
+    data = bytearray()
     with archive.open(member) as content:
         while block := content.read(MOST_DIRECTORY_BYTES):
-            found += block
-    return found
+            data += block
+    return data
 
 
 def _read_legacy(file: Path, container: str) -> TensorFile:
-    """Read a file of torch.save before 1.6: five pickles, then the numbers, key by key."""
+    """Read a file of torch.save before 1.6: five pickles, then the storages by key."""
     cached: dict[str, bytearray] = {}
     with open(file, "rb") as data:
         pickles = Pickles(data.read(5 * MOST_PICKLE_BYTES))
@@ -227,13 +227,13 @@ def _read_legacy(file: Path, container: str) -> TensorFile:
         if magic != LEGACY_MAGIC or version != 1001:
             raise ValueError("another version of the format, expected 1001")
         if not (isinstance(system, dict) and system.get("little_endian") is True):
-            raise ValueError("written on a machine of another byte order")
+            raise ValueError("written on a machine with another byte order")
         content, storages = unpickle(pickles)
         keys, _ = unpickle(pickles)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
             raise ValueError("its list of tensors is damaged")
         if len(keys) != len(storages) or set(keys) != set(storages):
-            raise ValueError("its list of tensors is not that of their numbers")
+            raise ValueError("its list of tensors does not match their numbers")
         data.seek(pickles.tell())
         for key in keys:
             storage = storages[key]
@@ -246,66 +246,70 @@ def _read_legacy(file: Path, container: str) -> TensorFile:
 
 
 def _sized(numbers: bytearray, storage: StorageRef) -> bytearray:
-    """Make sure that a storage is whole."""
+    """Return the bytes of a storage after checking that none are missing."""
     if len(numbers) != storage.num_bytes:
-        raise ValueError(f"cut off: {len(numbers)} bytes of a tensor, expected {storage.num_bytes}")
+        raise ValueError(
+            f"truncated: {len(numbers)} bytes of a tensor, expected {storage.num_bytes}"
+        )
     return numbers
 
 
-def _collect(content: Any, numbers: Numbers, container: str, file_bytes: int) -> TensorFile:
-    """Find the tensors in what was unpickled, and read them."""
+def _collect(
+    content: Any, read_storage: ReadStorage, container: str, file_bytes: int
+) -> TensorFile:
+    """Find the tensors in unpickled content, and read them."""
     holder, references, labels = _find(content)
     if len(references) > MOST_TENSORS:
         raise RefusedError(f"it holds more than {MOST_TENSORS} tensors")
     stored = {reference.storage.key: reference.storage for reference in references.values()}
-    for parts in (stored, references):
-        if sum(part.num_bytes for part in parts.values()) > 4 * file_bytes:
+    for refs in (stored, references):
+        if sum(ref.num_bytes for ref in refs.values()) > 4 * file_bytes:
             raise RefusedError("its tensors are larger than the file")
-    tensors = {name: value.read(numbers(value.storage)) for name, value in references.items()}
+    tensors = {name: ref.read(read_storage(ref.storage)) for name, ref in references.items()}
     return TensorFile(_refuse_other_numbers(tensors), container, holder, labels)
 
 
 def _refuse_other_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Make sure that weights are finite floating point; BatchNorm's counters are whole numbers.
+    """Return tensors after checking that they are finite floats, or integers for BatchNorm counts.
 
     Raises:
-        ValueError: one is something else.
+        ValueError: a tensor has another type, or is not finite.
     """
     for name, tensor in tensors.items():
         counter = name.endswith("num_batches_tracked") and tensor.dtype == torch.int64
         if tensor.dtype not in FLOATS and not counter:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise ValueError(f"{name} holds {kind} numbers, expected floating point")
+            raise ValueError(f"{name} contains {kind} numbers, expected floating point")
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds numbers that are not finite")
+            raise ValueError(f"{name} contains numbers that are not finite")
     return tensors
 
 
 def _find(content: Any) -> tuple[str, dict[str, TensorRef], list[str] | None]:
-    """Find a state dict or a network, alone or under one of its usual names.
+    """Find a state dict or a network, at the top level or under one of its usual names.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is neither.
     """
     candidates = [("", content)]
     if isinstance(content, dict):
         named = [(f" under {key!r}", content.get(key)) for key in ("state_dict", "model")]
         candidates = named + candidates
-    for place, value in candidates:
+    for suffix, value in candidates:
         if isinstance(value, Stub) and "_modules" in value.attributes:
-            return f"pickled network{place}", dict(_network_tensors(value)), _labels(value)
+            return f"pickled network{suffix}", dict(_network_tensors(value)), _labels(value)
         if isinstance(value, dict) and value:
             tensors = {k: v for k, v in value.items() if isinstance(v, TensorRef)}
             if len(tensors) == len(value) and all(isinstance(name, str) for name in tensors):
-                return f"state dict{place}", tensors, None
+                return f"state dict{suffix}", tensors, None
     raise ValueError(
-        "no state dict and no network, alone or under the names state_dict or model; "
+        "no state dict or network, at the top level or under the names state_dict or model; "
         "save one with torch.save(model.state_dict(), FILE)"
     )
 
 
 def _network_tensors(network: Stub) -> Iterator[tuple[str, TensorRef]]:
-    """Yield what `state_dict()` of a pickled network would hold, in its order."""
+    """Yield the items of `state_dict()` of a pickled network, in its order."""
     seen: set[int] = set()
     waiting, entries_left = [("", network)], MOST_ENTRIES
     while waiting:
@@ -316,11 +320,11 @@ def _network_tensors(network: Stub) -> Iterator[tuple[str, TensorRef]]:
         if id(module) in seen or entries_left < 0 or len(prefix) > MOST_NAME_CHARACTERS:
             raise RefusedError("its modules contain one another")
         seen.add(id(module))
-        passing = own.get("_non_persistent_buffers_set")
-        passing = passing if isinstance(passing, list | tuple) and len(passing) < 100 else ()
+        unsaved = own.get("_non_persistent_buffers_set")
+        unsaved = unsaved if isinstance(unsaved, list | tuple) and len(unsaved) < 100 else ()
         for kind in ("_parameters", "_buffers"):
             for name, value in kinds[kind].items():
-                if isinstance(value, TensorRef) and not (kind == "_buffers" and name in passing):
+                if isinstance(value, TensorRef) and not (kind == "_buffers" and name in unsaved):
                     yield prefix + name, value
         children = [(f"{prefix}{name}.", child) for name, child in kinds["_modules"].items()]
         waiting += [(name, child) for name, child in reversed(children) if isinstance(child, Stub)]
@@ -336,7 +340,7 @@ def _entries(attributes: dict[str, Any], kind: str) -> dict[str, Any]:
 
 
 def _labels(network: Stub) -> list[str] | None:
-    """Return the labels of the outputs, as torchxrayvision keeps them in its networks."""
+    """Return the labels of the outputs, which torchxrayvision keeps in its networks."""
     for name in LABEL_ATTRIBUTES:
         labels = network.attributes.get(name)
         if isinstance(labels, list) and labels and all(isinstance(x, str) for x in labels):

@@ -1,13 +1,14 @@
-"""A reader of pickles that imports nothing and runs nothing: names become stubs, tensors stay data.
+"""An unpickler that imports nothing and runs nothing: names become stubs, tensors stay data.
 
-`torch.save` writes pickles, and a pickle may name any function of Python and have it called. Here
-each name becomes a stub class, whatever it says; a stub can be called only if `MAKERS` has an
-inert stand-in for it. So a pickled network is read as what it is, tensors and attributes by name,
-without the classes that it was made of.
+`torch.save` writes pickles, and a pickle can call any Python function by name. Here each name
+becomes a stub class, and calling a stub is allowed only if `MAKERS` has a harmless replacement for
+it. A pickled network is thus read as tensors and attributes by name, without its classes.
+torch.load(weights_only=True) cannot read pickled networks in the format before PyTorch 1.6, in
+which the paper's CheXNet was published.
 
-A pickle is a program, and one of a kilobyte can run for ever: a tuple of two times the same tuple,
-60 times, has 2^60 members to hash. So operations are counted, keys are plain values, and what an
-operation copies counts as well.
+A pickle is a program, and one of a kilobyte can run forever: nesting pairs of the same tuple 60
+times gives 2^60 members to hash. So operations and the members that they copy are counted, and keys
+must be plain values.
 """
 
 import io
@@ -50,13 +51,13 @@ class RefusedError(pickle.UnpicklingError):
 
 
 class StorageRef(NamedTuple):
-    """Names numbers that stand elsewhere in the file.
+    """A reference to numbers stored elsewhere in the file.
 
     Attributes:
         dtype: of the numbers.
         key: their name in the file.
-        num_elements: how many there are.
-        offset: where a view of them begins, in elements.
+        num_elements: number of elements.
+        offset: start of a view of them, in elements.
     """
 
     dtype: torch.dtype
@@ -66,13 +67,13 @@ class StorageRef(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """How many bytes they take."""
+        """Size of the numbers in bytes."""
         return self.num_elements * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor that is not read yet: where its numbers are, and in which order."""
+    """A tensor that is not yet read: the position and the order of its numbers."""
 
     storage: StorageRef
     offset: int
@@ -80,32 +81,32 @@ class TensorRef:
     stride: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Make sure that it lies within its storage."""
+        """Check that the tensor lies within its storage."""
         sized = isinstance(self.size, tuple) and isinstance(self.stride, tuple)
         if not (isinstance(self.storage, StorageRef) and sized):
-            raise RefusedError("it holds a tensor without numbers")
+            raise RefusedError("it contains a tensor without numbers")
         numbers = (self.offset, *self.size, *self.stride)
         bounded = len(self.size) == len(self.stride) <= MOST_DIMENSIONS
         if not bounded or not all(type(n) is int and 0 <= n <= MOST_ELEMENTS for n in numbers):
-            raise RefusedError("it holds a tensor with a shape that is none")
+            raise RefusedError("it contains a tensor with an invalid shape")
         last = self.offset + sum(
             (size - 1) * stride for size, stride in zip(self.size, self.stride, strict=True)
         )
         elements = self.num_elements
         if elements and (last >= self.storage.num_elements or elements > self.storage.num_elements):
-            raise RefusedError("it holds a tensor that is larger than its numbers")
+            raise RefusedError("it contains a tensor that is larger than its numbers")
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore what old versions of PyTorch keep beside the numbers."""
+        """Ignore attributes that old versions of PyTorch store with a tensor."""
 
     @property
     def num_elements(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.size)
 
     @property
     def num_bytes(self) -> int:
-        """How much memory it needs."""
+        """Size of the tensor in bytes."""
         return self.num_elements * self.storage.dtype.itemsize
 
     def read(self, numbers: bytearray) -> Tensor:
@@ -118,20 +119,20 @@ class TensorRef:
 
 
 class Mapping(dict[Any, Any]):
-    """A dictionary of the file, without the attributes that it may have had."""
+    """A dictionary of the file, without attributes."""
 
     def __setstate__(self, state: Any) -> None:
         """Ignore the attributes, such as a state dict's `_metadata`."""
 
 
 class _Name(type):
-    """The kind of every stub class: calling it is calling something by name."""
+    """The metaclass of stubs; it intercepts calls of a class or function named in the file."""
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
-        """Give the inert stand-in.
+        """Call the harmless replacement in `MAKERS`.
 
         Raises:
-            RefusedError: there is none.
+            RefusedError: `MAKERS` has none for this name.
         """
         maker = MAKERS.get(cls.__name__)
         if maker is None or named:
@@ -140,13 +141,13 @@ class _Name(type):
 
 
 class Stub(metaclass=_Name):
-    """An object of the file: its attributes, without its class."""
+    """An object of the file, with its attributes but without its class."""
 
     __slots__ = ("attributes",)
     attributes: dict[str, Any]
 
     def __new__(cls, *arguments: Any, **named: Any) -> Any:
-        """Make an object without calling anything; a parameter is its tensor."""
+        """Create an object without calling anything; for a parameter, return its tensor."""
         if cls.__name__ in PARAMETERS and arguments and isinstance(arguments[0], TensorRef):
             return arguments[0]
         stub = super().__new__(cls)
@@ -154,45 +155,45 @@ class Stub(metaclass=_Name):
         return stub
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the attributes; NumPy's states and those of slots, tuples, are not read.
+        """Keep the attributes; ignore tuples, which are states of NumPy or of slots.
 
         Raises:
-            RefusedError: it is something else, or names a method of Python's own.
+            RefusedError: the state has another type, or sets a special method of Python.
         """
         if isinstance(state, tuple):
             return
         if not isinstance(state, dict):
-            raise RefusedError("it hands an object something to run on")
+            raise RefusedError("it sets the state of an object to something other than attributes")
         if special := [name for name in state if str(name).startswith("__")]:
             raise RefusedError(f"it sets {special[0]}")
         self.attributes = state
 
 
 def _refuse_keys(keys: Iterable[Any]) -> None:
-    """Make sure that keys of a dictionary, or members of a set, are plain values.
+    """Check that keys of a dictionary, or members of a set, are plain values.
 
     Raises:
-        RefusedError: one is nested or long: it may take for ever to hash or to compare.
+        RefusedError: a key is nested or long, and could take forever to hash or compare.
     """
     for key in keys:
         plain = key if isinstance(key, tuple) and len(key) <= MOST_DIMENSIONS else (key,)
         for value in plain:
             if isinstance(value, str | bytes) and len(value) > MOST_KEY_CHARACTERS:
-                raise RefusedError("it holds a key that is too long")
+                raise RefusedError("it contains a key that is too long")
             if not isinstance(value, str | bytes | int | float | Stub | _Name | None):
-                raise RefusedError("it holds a key that is not a plain value")
+                raise RefusedError("it contains a key that is not a plain value")
 
 
 def _mapping(pairs: Any = ()) -> Mapping:
     if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
-        raise RefusedError("it holds a dictionary that is damaged")
+        raise RefusedError("it contains a damaged dictionary")
     _refuse_keys(key for key, _ in pairs)
     return Mapping(pairs)
 
 
 def _sequence(members: Any = ()) -> Any:
     if not isinstance(members, list | tuple):
-        raise RefusedError("it holds a list that is damaged")
+        raise RefusedError("it contains a damaged list")
     return members
 
 
@@ -202,22 +203,22 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tenso
 
 def _parameter(data: Any, *_: Any) -> TensorRef:
     if not isinstance(data, TensorRef):
-        raise RefusedError("it holds a parameter without numbers")
+        raise RefusedError("it contains a parameter without numbers")
     return data
 
 
 def _nothing(*_: Any) -> None:
-    """Stand for a value that is no tensor and that nothing here needs."""
+    """Replace a value that is not a tensor and not needed."""
 
 
 def _object(*_: Any) -> Stub:
-    """Stand for an object that is no tensor and whose state may follow."""
+    """Replace an object that is not a tensor and whose state may follow."""
     stub: Stub = Stub.__new__(Stub)
     return stub
 
 
 PARAMETERS = ("torch.nn.parameter.Parameter", "torch.autograd.variable.Variable")
-# What checkpoints call to hold data, as torch 0.3 to 2 and NumPy write them.
+# Harmless replacements for the functions that checkpoints of torch 0.3 to 2 and NumPy call.
 MAKERS: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -239,58 +240,59 @@ MAKERS: dict[str, Callable[..., Any]] = {
 
 
 class Pickles(io.BytesIO):
-    """The bytes of pickles: where they end early, reading is an error."""
+    """The bytes of pickles; reading beyond their end is an error."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read so many bytes.
+        """Read exactly the given number of bytes.
 
         Raises:
-            EOFError: there are less.
+            EOFError: fewer are left.
         """
         data = super().read(size)
         if len(data) < (size or 0):
-            raise EOFError("cut off")
+            raise EOFError("truncated")
         return data
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """Read a line.
+        """Read a complete line.
 
         Raises:
-            EOFError: it has no end.
+            EOFError: the line has no end.
         """
         line = super().readline(size)
         if not line.endswith(b"\n"):
-            raise EOFError("cut off")
+            raise EOFError("truncated")
         return line
 
 
 class Unpickler(pickle._Unpickler):
-    """Reads one pickle of `torch.save`, with Python's reader in Python and not the one in C.
+    """Reads one pickle of `torch.save`.
 
-    So each operation can be counted, and those that nobody needs can be refused.
+    It extends the unpickler in Python, not the one in C, so that operations can be counted and
+    unneeded ones rejected.
     """
 
     stack: list[Any]
 
     def __init__(self, file: Pickles) -> None:
-        # Text of Python 2 may be anything; latin1 takes every byte, and names are ASCII.
+        # Python 2 text may have any encoding; latin1 decodes every byte, and names are ASCII.
         super().__init__(file, encoding="latin1")
         self.storages: dict[str, StorageRef] = {}
         self._classes: dict[tuple[str, str], type[Stub]] = {}
         self._operations_left = MOST_OPERATIONS
 
     def count(self, operations: int = 1) -> None:
-        """Count operations, or members of what is copied.
+        """Count operations, or members that are copied.
 
         Raises:
-            RefusedError: they are more than those of any checkpoint.
+            RefusedError: there are more than in any checkpoint.
         """
         self._operations_left -= operations
         if self._operations_left < 0:
             raise RefusedError(f"it takes more than {MOST_OPERATIONS} operations")
 
     def find_class(self, module: str, name: str) -> type[Stub]:
-        """Give a stub of that name; nothing is imported.
+        """Return a stub with this name; import nothing.
 
         Raises:
             RefusedError: the name is too long, or there are too many names.
@@ -303,21 +305,21 @@ class Unpickler(pickle._Unpickler):
         return self._classes[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Name a storage, or in old files give the class that stands beside its source.
+        """Return a reference to a storage; in old files also a class stored with its source.
 
         Raises:
-            RefusedError: it is neither.
+            RefusedError: the ID is neither.
         """
         kind = pid[0] if isinstance(pid, tuple) and pid else None
         if kind == "module" and len(pid) > 1 and isinstance(pid[1], _Name):
             return pid[1]
         if kind != "storage" or len(pid) not in (5, 6) or not isinstance(pid[1], _Name):
-            raise RefusedError("it refers to something that is no tensor")
+            raise RefusedError("it refers to something that is not a tensor")
         _, kind_of_storage, key, _, num_elements, *view = pid
         module, _, name = kind_of_storage.__name__.rpartition(".")
         dtype = DTYPES.get(name.removesuffix("Storage"))
         if module not in ("torch", "torch.cuda") or not name.endswith("Storage") or dtype is None:
-            raise RefusedError(f"it holds numbers of an unknown kind, {module}.{name}")
+            raise RefusedError(f"it contains numbers of an unknown kind, {module}.{name}")
         if not isinstance(key, str) or len(key) > MOST_NAME_CHARACTERS:
             raise RefusedError("it refers to numbers without a name")
         if type(num_elements) is not int or not 0 <= num_elements <= MOST_ELEMENTS:
@@ -328,17 +330,17 @@ class Unpickler(pickle._Unpickler):
         return whole if not view or view[0] is None else _view(whole, view[0])
 
     def load_reduce(self) -> None:
-        """Call a stub, which is calling its inert stand-in."""
+        """Call a stub, which calls its harmless replacement."""
         stub, arguments = self._call()
         self.stack[-1] = stub(*arguments)
 
     def load_newobj(self) -> None:
-        """Make an object of a stub."""
+        """Create an object of a stub class."""
         stub, arguments = self._call()
         self.stack[-1] = stub.__new__(stub, *arguments)
 
     def _call(self) -> tuple[type[Stub], tuple[Any, ...]]:
-        """Take the arguments of a call from the stack; what is called stays, to be replaced."""
+        """Pop the arguments of a call; the callee stays on the stack, to be replaced."""
         arguments = self.stack.pop()
         if not isinstance(self.stack[-1], _Name) or not isinstance(arguments, tuple):
             raise RefusedError("it calls something that has no name")
@@ -346,17 +348,17 @@ class Unpickler(pickle._Unpickler):
         return self.stack[-1], arguments  # type: ignore[return-value]
 
     def load_build(self) -> None:
-        """Give an object its attributes."""
+        """Set the attributes of an object."""
         state = self.stack.pop()
         if not isinstance(self.stack[-1], Stub | Mapping | TensorRef):
-            raise RefusedError("it hands an object something to run on")
+            raise RefusedError("it sets the state of an object to something other than attributes")
         if isinstance(state, dict):
             self.count(len(state))
         self.stack[-1].__setstate__(state)
 
 
 def _refuse(_: Any) -> None:
-    """Stand for an operation that runs or reserves more than data needs."""
+    """Reject an operation that runs code or reserves memory that data does not need."""
     raise RefusedError("it uses an operation that no checkpoint needs")
 
 
@@ -371,7 +373,7 @@ _KEYS: dict[bytes, Callable[[list[Any]], list[Any]]] = {
 
 
 def _counted(code: bytes, operation: _Operation) -> _Operation:
-    """Return an operation that is counted first, and whose keys are plain values."""
+    """Return an operation that first counts itself and checks its keys."""
     keys = _KEYS.get(code)
 
     def run(unpickler: Unpickler) -> None:
@@ -400,31 +402,31 @@ Unpickler.dispatch = {
 
 
 def _view(whole: StorageRef, view: Any) -> StorageRef:
-    """Return the part of a storage, as files before PyTorch 0.4 have it: key, offset, elements."""
+    """Return a view of a storage, which files before PyTorch 0.4 describe by key, offset, size."""
     _, offset, size = view
     if not all(type(n) is int and n >= 0 for n in (offset, size)):
-        raise RefusedError("it holds a view with a shape that is none")
+        raise RefusedError("it contains a view with an invalid shape")
     if offset + size > whole.num_elements:
-        raise RefusedError("it holds a view that is larger than its numbers")
+        raise RefusedError("it contains a view that is larger than its numbers")
     return StorageRef(whole.dtype, whole.key, size, offset)
 
 
 def unpickle(file: Pickles) -> tuple[Any, dict[str, StorageRef]]:
-    """Read one pickle; the file then stands behind it.
+    """Read one pickle, and leave the file at its end.
 
     Returns:
-        Numbers, texts, lists, tuples and dictionaries; `TensorRef` for each tensor, `Stub` for each
-        object. And the storages that they refer to, by key.
+        The content: numbers, texts, lists, tuples and dictionaries, with a `TensorRef` for each
+        tensor and a `Stub` for each object; and the storages that it refers to, by key.
 
     Raises:
-        RefusedError: it asks for more than data.
-        pickle.UnpicklingError: it is damaged.
+        RefusedError: the pickle contains more than data.
+        pickle.UnpicklingError: the pickle is damaged.
     """
     unpickler = Unpickler(file)
     try:
         return unpickler.load(), unpickler.storages
     except pickle.UnpicklingError:
         raise
-    # A pickle is a program for a stack machine: a damaged one can fail in any way of Python's.
+    # A pickle is a program for a stack machine: a damaged one can raise any exception.
     except Exception as error:
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error!s:.200}") from error

@@ -1,4 +1,4 @@
-"""Weights to start from: published checkpoints and finished runs, read strictly."""
+"""Initial weights of a training: published checkpoints and finished runs, read strictly."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +16,8 @@ from cxrdist.model.networks import IMAGENET_URLS
 from cxrdist.model.tensorfile import read_tensor_file
 from cxrdist.run import RunDirectory
 
-# The paper's CheXNet (section 3.2: Zech 2018), as it was published in 2018. The file that has this
-# name today is another network, trained anew in 2022; a revision of git names its bytes.
+# The paper's CheXNet (section 3.2: Zech 2018), as published in 2018. The URL names a git revision,
+# because the file was replaced in 2022 by a network that was trained again.
 CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"
@@ -31,10 +31,10 @@ class InitialWeights:
     Attributes:
         tensors: the network without its head; empty for random weights.
         head: weight and bias of the output layer as published; not used in training.
-        normalisation: what the first convolution expects.
-        labels: of the head's outputs in their order; None where they are not known.
-        record: for run.json and model.json: source, sha256, layout, and for a run what it was
-            trained on and started from.
+        normalisation: that the network was trained with.
+        labels: of the head's outputs in order; None if not known.
+        record: for run.json and model.json: source, sha256, layout, and for a run its shards and
+            its own initial weights.
     """
 
     tensors: dict[str, Tensor]
@@ -45,7 +45,7 @@ class InitialWeights:
 
     @property
     def source(self) -> str:
-        """For people: a URL, a file, a run, or "random"."""
+        """Source for messages: a URL, a file, a run, or "random"."""
         return str(self.record["source"])
 
     @property
@@ -54,10 +54,10 @@ class InitialWeights:
         return len(self.normalisation.mean)
 
     def describe(self, num_tensors: int) -> WeightsInfo:
-        """Return all that run.json and model.json say of the weights.
+        """Return the description of the weights in run.json and model.json.
 
         Args:
-            num_tensors: how many the network took.
+            num_tensors: number of tensors copied into the network.
         """
         return {
             **self.record,
@@ -70,23 +70,24 @@ class InitialWeights:
 def read_weights(
     init: str, option: str = "--init ", architecture: Architecture = "densenet121"
 ) -> InitialWeights:
-    """Read what `--init` names.
+    """Read the weights named by `--init`.
 
     Args:
         init: ``chexnet``, ``imagenet``, ``none``, a URL, a run directory, or a file.
-        option: before which it stood, for the error line.
-        architecture: whose published weights ``imagenet`` are.
+        option: that was given the name, for the error line.
+        architecture: selects the published weights for ``imagenet``.
 
     Raises:
-        CxrdistError: it is missing, unreadable or of no known layout, or the download failed.
+        CxrdistError: the weights are missing, unreadable or of an unknown layout, or the download
+            failed.
     """
     where = f"{option}{init}"
     if init == "none":
         return InitialWeights({}, {}, Normalisation(), None, {"source": "random", "sha256": None})
     if init == "chexnet" and architecture != "densenet121":
         raise CxrdistError(
-            f"{where}: is a DenseNet121, and network.architecture is {architecture}; take "
-            "imagenet, or densenet121"
+            f"{where}: is a DenseNet121, but network.architecture is {architecture}; choose "
+            "--init imagenet or --network.architecture densenet121"
         )
     published = {"chexnet": CHEXNET_URL, "imagenet": IMAGENET_URLS[architecture]}
     if init in published or "://" in init:
@@ -107,7 +108,7 @@ def _read_file(file: Path, where: str, source: str) -> InitialWeights:
 
 
 def _read_run(directory: Path, where: str) -> InitialWeights:
-    """Read the model of a finished run, with the chain of weights that it stands on."""
+    """Read the model of a finished run, with the chain of its initial weights."""
     run = RunDirectory(directory)
     if not (run.model / "model.json").is_file():
         raise CxrdistError(
@@ -134,10 +135,10 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
 
 
 def apply_weights(weights: InitialWeights, model: Classifier) -> int:
-    """Copy the weights into all of the network but its head, which stays as it is.
+    """Copy the weights into the network, except for its head, which does not change.
 
     Returns:
-        How many tensors were copied; 0 for random weights.
+        Number of tensors copied; 0 for random weights.
 
     Raises:
         CxrdistError: a tensor is missing, left over, or of another shape.

@@ -253,9 +253,9 @@ def test_relevance_of_a_resnet_follows_the_formulas():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("convnext", "a ConvNeXt: no rules of relevance are proven for it; train one of densenet"),
+        ("convnext", "a ConvNeXt: it has no proven rules of relevance; train one of densenet"),
         ("bottleneck", "a ResNet of Bottleneck"),
-        ("relu", "a ReLU behind its logits"),
+        ("relu", "a ReLU after its logits"),
         ("leaky", r"layer features\.1 \(LeakyReLU\)"),
         ("training", r"training mode.*model\.eval\(\)"),
     ],

@@ -282,7 +282,7 @@ def test_an_invalid_date_is_left_empty(tmp_path, caplog):
     [
         ({"SOPInstanceUID": ""}, "x.dcm: it has no SOPClassUID and SOPInstanceUID to refer to"),
         ({"PatientID": "Secret" * 500}, "x.dcm: its PatientID has more than 1024 characters"),
-        ({"SOPClassUID": "1.2.3.99"}, "x.dcm: its SOPClassUID is not of an image of the standard"),
+        ({"SOPClassUID": "1.2.3.99"}, "x.dcm: its SOPClassUID is not that of a standard image"),
     ],
 )
 def test_tags_that_cannot_be_used_are_refused(tmp_path, tags, message):

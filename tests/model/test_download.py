@@ -206,7 +206,7 @@ def test_notes_and_locks_of_anybody_are_judged(web, home, tmp_path):
     kept = download(f"{web.url}/w.pt", "--init x")
     for note in (b"", b"\xff", b"zz"):
         kept.with_name(f"{kept.name}.sha256").write_bytes(note)
-        with pytest.raises(CxrdistError, match="is no sha256"):
+        with pytest.raises(CxrdistError, match="is not a sha256"):
             download(f"{web.url}/w.pt", "--init x")
     (tmp_path / "thesis").write_text("years")
     lock = kept.with_name(f".{kept.name}.lock")

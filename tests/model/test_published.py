@@ -77,7 +77,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path, run):
         (tmp_path / "empty", r"empty: is not a model"),
         (tmp_path / "ensemble", r"^/.*ensemble: is an ensemble.*such as .*member-0"),
         ("none", r"none: is not a model"),
-        (tmp_path / "nameless.pt", r"nameless\.pt: has no output layer with names of classes"),
+        (tmp_path / "nameless.pt", r"nameless\.pt: has no output layer with class names"),
         ("hf:", r"hf:: expected hf:OWNER/NAME"),
         ("hf:a/b/c", r"expected hf:OWNER/NAME"),
     ]

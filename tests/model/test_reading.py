@@ -122,7 +122,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(folder, model):
         (lambda: read_image("none.png"), r"none\.png: no such file; name an image.*DICOM"),
         (lambda: read_image(folder), r"no such file; name an image"),
         (lambda: read_image(folder / "out-of.txt"), r"no such file"),
-        (lambda: read_image(grey, model, size_px=32), r"size_px is 32: the model says the size"),
+        (lambda: read_image(grey, model, size_px=32), r"size_px is 32: the model determines"),
         (lambda: read_image(grey, size_px=10**9), r"size_px is 1000000000: expected 1 to 4500"),
         (lambda: read_image(grey, depth=40), r"depth is 40: expected 8 to 16 bits"),
         (lambda: model.predict([]), r"images is empty"),

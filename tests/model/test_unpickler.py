@@ -172,7 +172,7 @@ def test_a_call_is_refused_and_does_not_run(tmp_path, name, new):
     payload = calls(marker)[name]
     content = {"state_dict": {"a": torch.ones(2)}, "extra": payload}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=new)
-    assert "holds more than data (it calls " in refused(tmp_path / "w.pt", marker)
+    assert "contains more than data (it calls " in refused(tmp_path / "w.pt", marker)
     if name not in WITHOUT_MARKER:
         result = pickle.loads(pickle.dumps(payload))
         if isinstance(result, subprocess.Popen):
@@ -203,7 +203,7 @@ def test_a_tensor_cannot_reach_beyond_its_numbers(tmp_path):
         storage = torch.ones(2)._typed_storage()
         tensor = Call(torch._utils._rebuild_tensor_v2, storage, *arguments, False, {})
         torch.save({"a": tensor}, tmp_path / "w.pt")
-        assert "holds a tensor" in refused(tmp_path / "w.pt", tmp_path / "marker")
+        assert "contains a tensor" in refused(tmp_path / "w.pt", tmp_path / "marker")
 
 
 def test_what_checkpoints_hold_beside_tensors_is_read_past(tmp_path):
@@ -335,7 +335,7 @@ def test_the_head_of_an_old_file_is_plain(tmp_path, place):
     else:
         head[0] = b"\x80\x02" + long_integer(0) + b"."
     (tmp_path / "w.pt").write_bytes(b"".join(head) + pickle.dumps({}, 2) + pickle.dumps([], 2))
-    assert "--init x: no readable checkpoint" in refused(tmp_path / "w.pt", tmp_path / "marker")
+    assert "--init x: not a readable checkpoint" in refused(tmp_path / "w.pt", tmp_path / "marker")
 
 
 def test_the_number_of_a_memo_costs_nothing(tmp_path):

@@ -233,15 +233,15 @@ def damaged(change: str) -> dict[str, torch.Tensor]:
     [
         ("missing block", r"the file lacks features\.denseblock2\..* and \d+ more"),
         ("missing tensor", r"the file lacks features\.norm5\.weight;"),
-        ("extra tensor", "the network has no place for extra;"),
-        ("extra head", r"has no place for classifier\.2\.weight"),
+        ("extra tensor", "the network does not have extra;"),
+        ("extra head", r"does not have classifier\.2\.weight"),
         ("wrong shape", r"features\.conv0\.weight is \[8, 3, 5, 5\], expected \[8, 3, 7, 7\]"),
         ("two channels", "takes 2 channels, expected 1"),
         ("head of 13", "the head has 13 outputs, expected 14"),
-        ("head of other features", "the head takes 5 features, the network gives"),
+        ("head of other features", "the head takes 5 features, but the network has"),
         ("head without bias", "weight and bias do not belong together"),
-        ("twice", r"holds two tensors features\.norm0\.weight"),
-        ("nan", r"features\.norm0\.weight holds numbers that are not finite"),
+        ("twice", r"contains two tensors features\.norm0\.weight"),
+        ("nan", r"features\.norm0\.weight contains numbers that are not finite"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
@@ -287,7 +287,7 @@ def test_files_without_weights_are_refused(tmp_path, name):
         whole = file.read_bytes()
         for kept in (0, 7, 100, 2000, len(whole) // 2, len(whole) - 30):
             file.write_bytes(whole[:kept])
-            with pytest.raises(CxrdistError, match=f"--init .*{name}: no readable checkpoint"):
+            with pytest.raises(CxrdistError, match=f"--init .*{name}: not a readable checkpoint"):
                 read_weights(str(file))
         return
     if name == "folder":
@@ -307,12 +307,12 @@ def test_files_without_weights_are_refused(tmp_path, name):
     reason = {
         "lost.pt": "no such file",
         "page.pt": "a web page",
-        "lfs.pt": "a pointer of Git LFS",
-        "mnasnet.pt": "of no network that is known here",
+        "lfs.pt": "a Git LFS pointer",
+        "mnasnet.pt": "not those of a known network",
         "folder": "without a trained model",
         "script.pt": "TorchScript",
         "text.pt": "neither safetensors nor",
-        "list.pt": "no state dict and no network",
+        "list.pt": "no state dict or network",
     }[name]
     with pytest.raises(CxrdistError, match=f"--init .*{name}: .*{reason}"):
         read_whole(file)
@@ -348,7 +348,7 @@ def test_convert_writes_what_any_library_reads_and_keeps_what_is_known(tmp_path,
     assert after.record["layout"] == before.record["layout"]
     assert after.record["started_from"]["sha256"] == before.record["sha256"]
     assert main(arguments) == 2
-    assert "stands already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_convert_keeps_one_channel_and_its_scale(tmp_path):
@@ -410,10 +410,10 @@ def entry(shape, kind="F32", num_bytes=0):
     [
         ({f"t{i}": entry([0]) for i in range(20_000)}, "more than 10000 tensors"),
         ({"t": entry([1] * 100_000, num_bytes=4)}, "more than 8 dimensions"),
-        ({"t": entry([2**62, 2**62, 0])}, "no readable checkpoint"),
-        ({"t": entry([1], "F8_E4M3", 1)}, "t holds float8_e4m3fn numbers"),
-        ({"t": entry([1], "BOOL", 1)}, "t holds bool numbers"),
-        (b'{"a":' * 10**5, "no readable checkpoint"),
+        ({"t": entry([2**62, 2**62, 0])}, "not a readable checkpoint"),
+        ({"t": entry([1], "F8_E4M3", 1)}, "t contains float8_e4m3fn numbers"),
+        ({"t": entry([1], "BOOL", 1)}, "t contains bool numbers"),
+        (b'{"a":' * 10**5, "not a readable checkpoint"),
         (b"{" + b" " * (5 << 20), "its header has more than 4 MiB"),
     ],
 )

@@ -98,7 +98,7 @@ def test_the_rate_of_all_falls_from_the_head_to_the_stem():
     ("stages", "message"),
     [
         ({}, "has none"),
-        ({"../one": Stage({"head": 1e-3}, 1, 1)}, r"name '\.\./one' cannot be that of a directory"),
+        ({"../one": Stage({"head": 1e-3}, 1, 1)}, r"name '\.\./one' is not valid for a directory"),
         ({"one": Stage({}, 1, 1)}, r"stages\.one: trains nothing"),
         (
             {"one": Stage({"haed": 1e-3}, 1, 1)},
