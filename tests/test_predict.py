@@ -356,7 +356,7 @@ def test_what_the_model_learned_with_is_left_as_it_is(run, tmp_path, marked, mon
     plain = read_square(file, 32, "pad")
     with seen_squares(monkeypatch) as squares:
         predict(PredictConfig(run, [file], tmp_path / "out.csv"))
-        assert "only its test images were covered" in capsys.readouterr().out
+        assert "only test images were covered" in capsys.readouterr().out
         change_model(run, cover=None)
         predict(PredictConfig(run, [file], tmp_path / "out.csv"))
         assert "cover" not in capsys.readouterr().out
@@ -478,7 +478,7 @@ def test_dicom_results_say_what_the_table_says(run, tmp_path, patients, capsys):
     predict(PredictConfig(run, [patients], out, dicom=folder))
     said = capsys.readouterr().out
     assert f"DICOM results, for research only: {folder}\n" in said
-    assert "2 images have no SeriesInstanceUID, and their results have a new one: " in said
+    assert "2 images have no SeriesInstanceUID; their results have a new one: " in said
     assert "StudyInstanceUID" not in said
     assert not list(tmp_path.glob(".*.partial"))
     assert not (tmp_path / "out-heatmaps").exists(), "without --explain"

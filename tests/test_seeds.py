@@ -213,7 +213,9 @@ def test_folds_on_two_ranks_one_by_one_and_joined(tmp_path, capsys):
     assert (len(keys), set(keys)) == (len(development), development)
     found = read_document(RunDirectory(run).members, MembersFile)
     assert (found["kind"], sorted(found["splits"])) == ("folds", ["test", "val"])
-    with pytest.raises(CxrdistError, match="each member of this ensemble was trained on other"):
+    with pytest.raises(
+        CxrdistError, match="each member of this ensemble was trained on another fold"
+    ):
         evaluate(EvaluateConfig(run, shards, split="val", cache=cache))
 
 

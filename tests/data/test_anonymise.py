@@ -162,7 +162,7 @@ def test_the_same_command_again_knows_an_anonymised_pack(config, tmp_path, capsy
     with pytest.raises(CxrdistError, match="--out"):
         pack(config)
     config.out.rename(tmp_path / "moved")
-    with pytest.raises(CxrdistError, match=r"out\.names\.csv: is the table of names of another"):
+    with pytest.raises(CxrdistError, match=r"out\.names\.csv: belongs to another pack"):
         pack(config)
 
 
@@ -220,5 +220,5 @@ def test_a_dicom_that_is_named_as_a_picture_is_not_packed_by_name(tmp_path):
     write_dicom(folder / "a" / "x.png", np.arange(1600).reshape(40, 40) % 256)
     config = PackConfig("folder", folder, tmp_path / "out", size=32, workers=1)
     config = replace(config, split="0.5/0.25/0.25")
-    with pytest.raises(CxrdistError, match=r"x\.png: is a DICOM file of a patient"):
+    with pytest.raises(CxrdistError, match=r"x\.png: is a DICOM file with a patient"):
         pack(config)

@@ -86,7 +86,7 @@ def test_unknown_labels_are_minus_one(tmp_path):
     samples = [s._replace(label="", uncertain="a", missing="b") for s in index.samples]
     unknown = ShardDataset(replace(index, task="multilabel", samples=samples), "train")
     assert unknown._targets.tolist() == [[-1, -1]] * 8
-    with pytest.raises(CxrdistError, match=r"has no samples in val; name another split"):
+    with pytest.raises(CxrdistError, match=r"has no samples in val; give another split"):
         open_shards(index.directory, "val")
 
 

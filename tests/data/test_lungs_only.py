@@ -98,5 +98,5 @@ def test_a_network_of_lungs_only_takes_no_whole_images(folder, tmp_path):
     evaluate(EvaluateConfig(run, folder / "lungs", cache=tmp_path / "cache"))
     with pytest.raises(CxrdistError, match=r"of whole images, .* of the lungs only; pack with --l"):
         evaluate(EvaluateConfig(run, folder / "shards", name="o", cache=tmp_path / "cache"))
-    with pytest.raises(CxrdistError, match="trained on lungs only, and new images have no masks"):
+    with pytest.raises(CxrdistError, match="trained on lungs only, but new images have no masks"):
         predict(PredictConfig(run, [folder / "images"], tmp_path / "p.csv"))

@@ -159,7 +159,7 @@ def test_classes_are_the_193_labels_of_the_paper_but_for_its_remarks(tmp_path):
     assert len(LABELS) == 174 + 19 - 4
     assert source.classes == sorted([*LABELS, "hemothorax"])
     assert source.records[0].label == "hemothorax|nodule"
-    assert "1 labels of the table are none of the 189 known ones" in " ".join(source.notes)
+    assert "1 labels of the table are not among the 189 known ones" in " ".join(source.notes)
     (tmp_path / "part").mkdir()
     part = read(write_set(tmp_path / "part", {"a.png": NODULE}))
     assert part.classes == list(LABELS)

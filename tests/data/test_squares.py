@@ -243,7 +243,7 @@ REFUSED = {
         {"expect": {"c": 3}},
         "--expect.c: is not a class of images, which has a, b c",
     ),
-    "size": ({"size": 4501}, "--size 4501: makes 4501 px, expected at most 4500"),
+    "size": ({"size": 4501}, "--size 4501: gives 4501 px, expected at most 4500"),
 }
 
 

@@ -111,7 +111,7 @@ def test_the_readers_of_a_training_image_vote(tmp_path):
         "test/c.dicom": ("Edema|Other diseases", ""),
     }
     assert {record.missing for record in source.records} == {""}
-    assert any(note.startswith("1 images have labels that some readers") for note in source.notes)
+    assert any(note.startswith("1 images have uncertain labels") for note in source.notes)
 
 
 def test_the_boxes_of_all_readers_are_kept_with_their_reader(tmp_path):

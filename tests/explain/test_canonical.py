@@ -279,6 +279,6 @@ def test_networks_without_proven_rules_are_refused(change, message):
 def test_the_papers_program_is_for_densenets():
     """Its rules are those of a DenseNet as it stands; the line names the option."""
     with pytest.raises(
-        CxrdistError, match=r"--preset innvestigate: is for DenseNets, and .* Squeeze"
+        CxrdistError, match=r"--preset innvestigate: is for DenseNets, but .* Squeeze"
     ):
         Explainer(built("squeezenet1_1").eval(), preset="innvestigate")

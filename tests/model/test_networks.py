@@ -207,7 +207,7 @@ def test_a_run_of_another_architecture_is_refused_by_name(tmp_path):
         resnet = Classifier(Network(architecture="resnet18"), ["a", "b"], 32)
     with pytest.raises(CxrdistError, match=r"those of a ResNet18, .* of a SqueezeNet 1\.1; give"):
         apply_weights(weights, resnet)
-    with pytest.raises(CxrdistError, match=r"chexnet: is a DenseNet121, .* is resnet18; take"):
+    with pytest.raises(CxrdistError, match=r"chexnet: is a DenseNet121, .* is resnet18; choose"):
         read_weights("chexnet", architecture="resnet18")
 
 

@@ -110,7 +110,7 @@ def test_a_network_goes_the_whole_way(shards, tmp_path, monkeypatch, capsys, arc
 
 def test_squares_that_are_too_small_are_refused_before_training(shards, tmp_path):
     """Shards of 32 px for AlexNet: one line, and no run directory."""
-    with pytest.raises(CxrdistError, match=r"squares of 32 px, and AlexNet needs at least 63 px"):
+    with pytest.raises(CxrdistError, match=r"squares of 32 px, but AlexNet needs at least 63 px"):
         train(recipe(shards, tmp_path / "run", "alexnet"))
     assert not (tmp_path / "run" / "run.json").exists()
 
