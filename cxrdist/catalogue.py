@@ -12,10 +12,10 @@ from textwrap import fill
 from cxrdist.config import RecipesConfig
 from cxrdist.documents import parse_yaml
 from cxrdist.errors import CxrdistError, choices
-from cxrdist.packaged import RECIPES, SHARD_RECIPES, names_in, path_of
+from cxrdist.options import RECIPES_OF
+from cxrdist.packaged import names_in, path_of
 
 FIGURES = ("Expected:", "Measured:")
-COMMANDS = {RECIPES: "train", SHARD_RECIPES: "pack"}
 
 
 def recipes(config: RecipesConfig) -> None:
@@ -27,7 +27,7 @@ def recipes(config: RecipesConfig) -> None:
     if config.name is not None:
         print(_file(config.name).read_text(encoding="utf-8"), end="")
         return
-    for folder, command in COMMANDS.items():
+    for command, folder in RECIPES_OF.items():
         print(f"cxrdist {command} --config NAME:\n")
         for name in names_in(folder):
             text = Path(path_of(folder, name)).read_text(encoding="utf-8")
@@ -56,12 +56,12 @@ def _file(name: str) -> Path:
     """Return the file of a recipe.
 
     Raises:
-        CxrdistError: there is none of this name.
+        CxrdistError: no recipe has this name.
     """
-    for folder in COMMANDS:
+    for folder in RECIPES_OF.values():
         if name in names_in(folder):
             return Path(path_of(folder, name))
-    known = [known for folder in COMMANDS for known in names_in(folder)]
+    known = [known for folder in RECIPES_OF.values() for known in names_in(folder)]
     raise CxrdistError(f"recipes: no recipe {name!r}; {choices(name, known)}")
 
 

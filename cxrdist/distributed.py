@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -195,6 +195,25 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     if accelerator.is_main_process:
         raise errors[0]
     raise SystemExit(2 if isinstance(errors[0], CxrdistError) else 1)
+
+
+@contextmanager
+def entering(
+    accelerator: Accelerator, context: AbstractContextManager[object], *, here: bool
+) -> Iterator[None]:
+    """Hold a context, such as a lock, on some ranks; where it cannot be entered, all stop.
+
+    Args:
+        accelerator: of this rank.
+        context: to be held.
+        here: whether this rank enters it.
+
+    Raises:
+        CxrdistError, RunFailedError: as from `together`.
+    """
+    with ExitStack() as stack:
+        together(accelerator, lambda: stack.enter_context(context) if here else None)
+        yield
 
 
 class StopVote:

@@ -3,6 +3,7 @@
 import errno
 import re
 from collections.abc import Iterable
+from importlib import import_module
 
 
 class CxrdistError(ValueError):
@@ -76,6 +77,19 @@ _LOST_CONNECTION = re.compile(
 def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether a collective failed because another rank has ended or does not answer."""
     return bool(_LOST_CONNECTION.search(str(error)))
+
+
+def require_modules(extra: str, *names: str) -> None:
+    """Check that the modules of an extra of the package are installed.
+
+    Raises:
+        CxrdistError: one is not.
+    """
+    try:
+        for name in names:
+            import_module(name)
+    except ImportError as error:
+        raise CxrdistError(f'{error}; pip install "cxrdist[{extra}]"') from error
 
 
 def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:

@@ -5,7 +5,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+from cxrdist.documents import NAMES
 
 
 class Field(NamedTuple):

@@ -18,7 +18,7 @@ from cxrdist.errors import CxrdistError, choices
 from cxrdist.fields import described, fields_of, hyphened, leaves, plain, without_none
 from cxrdist.packaged import RECIPES, SHARD_RECIPES, names_in, path_of
 
-RECIPES_OF = {"pack": SHARD_RECIPES, "train": RECIPES}
+RECIPES_OF = {"train": RECIPES, "pack": SHARD_RECIPES}
 """Commands that take --config, and the folder of their named recipes."""
 
 

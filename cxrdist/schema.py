@@ -25,7 +25,7 @@ from cxrdist.data.audit_file import AuditFile
 from cxrdist.data.index import IndexFile
 from cxrdist.data.shards import SampleFile
 from cxrdist.documents import is_record, members
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, choices
 from cxrdist.evaluate.members import MembersFile
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.explain.description import RelevanceInfo
@@ -68,7 +68,7 @@ def print_schema(config: SchemaConfig) -> None:
         print(json.dumps(schema_of(config.document), indent=2))
     else:
         raise CxrdistError(
-            f"schema: no document {config.document!r:.60}; expected one of {', '.join(DOCUMENTS)}"
+            f"schema: no document {config.document!r:.60}; {choices(config.document, DOCUMENTS)}"
         )
 
 

@@ -5,7 +5,6 @@ ensemble.
 """
 
 import shutil
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from cxrdist.cli import COMMANDS, parse
 from cxrdist.config import EvaluateConfig, SeedsConfig, TrainConfig
 from cxrdist.data.folds import MOST_FOLDS
 from cxrdist.data.index import read_index
-from cxrdist.distributed import gather, start, staying_connected, together
+from cxrdist.distributed import entering, gather, start, staying_connected, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import MembersFile, spread_table, spreads
 from cxrdist.evaluate.predictions import evaluate
@@ -111,9 +110,7 @@ def _join_members(
     for name in names:
         for split in splits:
             _evaluate_once(config, run.inside(name), split, accelerator)
-    with ExitStack() as stack:
-        lock = locked(run.root)
-        together(accelerator, lambda: stack.enter_context(lock) if main else None)
+    with entering(accelerator, locked(run.root), here=main):
         is_new = together(accelerator, lambda: _publish(run, names, recipes[0]) if main else False)
     is_new = gather(accelerator, [is_new])[0]
     for split in splits:

@@ -18,10 +18,10 @@ from highdicom.sr import MeasurementReport
 from PIL import Image
 from support import make_images
 
+from cxrdist import errors
 from cxrdist import predict as predicting
 from cxrdist.cli import main
 from cxrdist.config import Network, PackConfig, PredictConfig
-from cxrdist.data import text
 from cxrdist.data.boxes import Box, inside, write_boxes
 from cxrdist.data.images import read_square
 from cxrdist.data.index import read_index
@@ -374,7 +374,7 @@ def test_a_model_of_covered_images_needs_boxes_or_the_finder(run, tmp_path, mark
         raise ModuleNotFoundError(f"No module named {name!r}")
 
     with monkeypatch.context() as patch:
-        patch.setattr(text, "import_module", without)
+        patch.setattr(errors, "import_module", without)
         with pytest.raises(CxrdistError, match=r"cxrdist\[text\].*or give the boxes with --text"):
             predict(PredictConfig(run, [marked], tmp_path / "out.csv"))
         write_boxes(tmp_path / "none.csv", {})

@@ -11,7 +11,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cxrdist.data.index import Index, PackedShard
 from cxrdist.data.shards import open_shard, read_masks, read_shard
-from cxrdist.distributed import gather, local_ranks, together
+from cxrdist.distributed import entering, gather, local_ranks, together
 from cxrdist.errors import CxrdistError
 from cxrdist.run import open_regular, room_for
 from cxrdist.terminal import progress
@@ -175,9 +175,8 @@ def _open(layer: Layer, directory: Path | None, accelerator: Accelerator) -> NDA
     path = (directory or default_cache()) / f"{layer.index.sha256[:32]}{layer.suffix}"
     part, _ = local_ranks(accelerator)
     ours = _is_ours(path.parent, accelerator)
-    with ExitStack() as stack:
-        held = _held(path.with_suffix(".lock"))
-        together(accelerator, lambda: stack.enter_context(held) if ours and part == 0 else None)
+    lock = _held(path.with_suffix(".lock"))
+    with entering(accelerator, lock, here=ours and part == 0):
         cached = _check(layer, path, accelerator, look=ours)
         _report(path, cached, accelerator)
         _rebuild(layer, path, cached, accelerator)

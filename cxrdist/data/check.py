@@ -115,7 +115,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
     rows = np.load(squares, mmap_mode="r+") if squares else None
     for i, sample in enumerate(shard.samples):
         try:
-            pixels, about = opened.read(i)
+            pixels, description = opened.read(i)
             mask = opened.read_mask(i)
         except CxrdistError as error:
             faults.append(str(error))
@@ -124,7 +124,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
         mask_shares += [] if share is None else [share]
         if rows is not None:
             rows[shard.first + i] = pixels
-            entries.append(entry_of(sample, about, pixels, share))
+            entries.append(entry_of(sample, description, pixels, share))
     return Inspected(faults, entries, shard.entry.samples, mask_shares)
 
 

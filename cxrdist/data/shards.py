@@ -260,8 +260,8 @@ class OpenShard:
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
         except (tarfile.HeaderError, ValueError) as error:
-            found = "the end" if not header.strip(b"\0") else "an invalid header"
-            raise self._wrong(f"expected {expected}, found {found}") from error
+            instead = "the end" if not header.strip(b"\0") else "an invalid header"
+            raise self._wrong(f"expected {expected}, found {instead}") from error
         if member.name != expected:
             raise self._wrong(f"expected {expected}, found {member.name!r:.120}")
         if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):

@@ -23,7 +23,7 @@ from cxrdist.data.images import read_grey
 from cxrdist.data.records import Record
 from cxrdist.data.sources import read_source
 from cxrdist.data.squares import file_state
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, require_modules
 from cxrdist.run import read_json, remove, write_json
 from cxrdist.terminal import progress
 
@@ -159,11 +159,7 @@ def require_extra() -> None:
     Raises:
         CxrdistError: it is not.
     """
-    try:
-        for name in ("rapidocr", "onnxruntime"):
-            import_module(name)
-    except ImportError as error:
-        raise CxrdistError(f'{error}; pip install "cxrdist[text]"') from error
+    require_modules("text", "rapidocr", "onnxruntime")
 
 
 @cache

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID, uuid4, uuid5
@@ -12,7 +11,7 @@ from pydicom.uid import UID
 
 from cxrdist.data.images import is_dicom
 from cxrdist.data.inputs import Preparation
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.explain.pictures import Drawing
 from cxrdist.model.download import sha256_of
 from cxrdist.model.prediction import Predictions
@@ -94,9 +93,9 @@ def refuse_bad_folder(folder: Path, *others: Path) -> None:
         RunFailedError: the folder above it is read-only.
     """
     try:
-        import_module("highdicom")
-    except ImportError as error:
-        raise CxrdistError(f'--dicom: {error}; pip install "cxrdist[dicom]"') from error
+        require_modules("dicom", "highdicom")
+    except CxrdistError as error:
+        raise CxrdistError(f"--dicom: {error}") from error
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.is_symlink() or (folder.exists() and not is_empty):
         raise CxrdistError(f"--dicom {folder}: already exists; name a new or empty folder")

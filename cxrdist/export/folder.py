@@ -78,11 +78,10 @@ def write_timm(source: Source, out: Path) -> ExportNote:
         write_json(folder / "config.json", library_config(model))
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         logits_of = _logits_of(network, model.normalise)
-        runtime = f"timm {version('timm')}"
-        parity = measure_parity(model, logits_of, source.squares, runtime)
-        note = write_note(source, parity, in_graph=False)
+        note = _compare(source, model, logits_of, f"timm {version('timm')}")
         write_json(folder / "cxrdist.json", note)
-        card = f"# Weights of {model.shape.title} for timm\n\n{_section(model, parity, 'timm')}"
+        section = _section(model, note["parity"], "timm")
+        card = f"# Weights of {model.shape.title} for timm\n\n{section}"
         write_text(folder / "README.md", card)
     return note
 
@@ -107,13 +106,26 @@ def write_huggingface(source: Source, out: Path) -> ExportNote:
         model.origin = origin
         write_json(folder / "config.json", library_config(model))
         logits_of = _logits_of(read_model(folder), lambda images: images)
-        runtime = f"cxrdist {__version__}"
-        parity = measure_parity(model, logits_of, source.squares, runtime)
-        note = write_note(source, parity, in_graph=False)
+        note = _compare(source, model, logits_of, f"cxrdist {__version__}")
         write_json(folder / "cxrdist.json", note)
-        text = f"{card.rstrip()}\n\n{_section(model, parity, 'huggingface')}"
+        text = f"{card.rstrip()}\n\n{_section(model, note['parity'], 'huggingface')}"
         write_text(folder / "README.md", text)
     return note
+
+
+def _compare(
+    source: Source,
+    model: Classifier,
+    logits_of: Callable[[Tensor], NDArray[np.float32]],
+    runtime: str,
+) -> ExportNote:
+    """Compare the logits of a folder's network with PyTorch's, and describe it.
+
+    Raises:
+        RunFailedError: they differ.
+    """
+    parity = measure_parity(model, logits_of, source.squares, runtime)
+    return write_note(source, parity, in_graph=False)
 
 
 def _one_network(model: Classifier | Ensemble, target: str) -> Classifier:

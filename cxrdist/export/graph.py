@@ -4,7 +4,6 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.export.note import ExportNote, Source, write_note
 from cxrdist.export.parity import measure_parity
 from cxrdist.model.densenet import Classifier
@@ -56,10 +55,9 @@ def require_onnx() -> None:
         CxrdistError: it is not.
     """
     try:
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            import_module(name)
-    except ImportError as error:
-        raise CxrdistError(f'--to onnx: {error}; pip install "cxrdist[export]"') from error
+        require_modules("export", "onnx", "onnxscript", "onnxruntime")
+    except CxrdistError as error:
+        raise CxrdistError(f"--to onnx: {error}") from error
 
 
 def write_onnx(source: Source, out: Path) -> ExportNote:

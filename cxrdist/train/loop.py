@@ -2,14 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
-from cxrdist.distributed import finish, read_trackers, start, together
+from cxrdist.distributed import entering, finish, read_trackers, start, together
 from cxrdist.run import RunDirectory, locked, sweep
 from cxrdist.signals import stopping_at_a_boundary
 from cxrdist.train.advice import advice
@@ -131,9 +131,7 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
     main = accelerator.is_main_process
     together(accelerator, lambda: refuse_large_world(config, accelerator.num_processes))
     index = together(accelerator, lambda: trainable_index(config))
-    with ExitStack() as stack:
-        lock = locked(config.run)
-        together(accelerator, lambda: stack.enter_context(lock) if main else None)
+    with entering(accelerator, locked(config.run), here=main):
         together(accelerator, lambda: refuse_other_run(run, config, index))
         if (run.model / "model.json").is_file():
             accelerator.print(f"{run.root}: is trained already; the model is in {run.model}")

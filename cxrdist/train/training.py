@@ -254,8 +254,8 @@ def build_training(
     main = accelerator.is_main_process
     together(accelerator, lambda: keep_seen(run, index, images, earlier) if main else None)
     if accelerator.is_main_process:
-        about = _describe_start(accelerator, weights, num_copied)
-        _begin_run(run, config, index, {**about, "text_boxes": text_boxes}, audit)
+        launch = _describe_start(accelerator, weights, num_copied)
+        _begin_run(run, config, index, {**launch, "text_boxes": text_boxes}, audit)
         print(f"weights: {weights.source}, {num_copied} tensors")
         if config.balance == "classes":
             print(_describe_balance(index, by_class))

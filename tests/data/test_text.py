@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxrdist import errors
 from cxrdist.config import FindTextConfig
 from cxrdist.data import text
 from cxrdist.data.boxes import Box, read_boxes
@@ -136,14 +137,14 @@ def test_a_killed_search_goes_on(images, tmp_path, monkeypatch):
 
 def test_a_missing_extra_is_one_line(images, tmp_path, monkeypatch):
     """Without RapidOCR the message says what to install, and nothing is written."""
-    real = text.import_module
+    real = errors.import_module
 
     def without(name):
         if name == "rapidocr":
             raise ModuleNotFoundError("No module named 'rapidocr'")
         return real(name)
 
-    monkeypatch.setattr(text, "import_module", without)
+    monkeypatch.setattr(errors, "import_module", without)
     with pytest.raises(CxrdistError, match=r'No module.*pip install "cxrdist\[text\]"'):
         find_text(FindTextConfig("folder", images, tmp_path / "boxes.csv"))
     assert not (tmp_path / "boxes.csv").exists()
