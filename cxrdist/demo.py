@@ -27,10 +27,11 @@ from cxrdist.data.phantom import PATIENT_PATTERN, WORD, write_lung_masks, write_
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
+from cxrdist.files import write_json
 from cxrdist.info import read_info
 from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
-from cxrdist.run import RunDirectory, write_json
+from cxrdist.run import RunDirectory
 
 PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64

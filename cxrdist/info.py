@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from cxrdist.documents import Between, Real, Sha256
 from cxrdist.errors import CxrdistError
-from cxrdist.run import RunDirectory, read_document
+from cxrdist.files import read_document
+from cxrdist.run import RunDirectory
 
 Count = Annotated[int, Between(0, 10**12)]
 

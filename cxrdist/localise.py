@@ -49,9 +49,9 @@ from cxrdist.explain.localisation import (
 )
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
+from cxrdist.files import atomic_file, sweep, write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
-from cxrdist.run import atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 
 EMPTY = "that cover nothing"

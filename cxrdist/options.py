@@ -215,7 +215,7 @@ def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
         CxrdistError: the recipe does not exist, is not a regular file, is not a YAML object within
             the bounds of `parse_yaml`, or has a field that the config does not have.
     """
-    from cxrdist.run import read_recipe  # imported late: it would add half to the time of --help
+    from cxrdist.files import read_recipe  # imported late: it would add half to the time of --help
 
     folder = RECIPES_OF[command]
     path = Path(path_of(folder, name))

@@ -52,11 +52,11 @@ from cxrdist.explain.export import LEDGER_COLUMNS, ledger_rows
 from cxrdist.explain.maps import Map
 from cxrdist.explain.pictures import Drawing, draw
 from cxrdist.explain.relevance import Explainer
+from cxrdist.files import refuse_unwritable, write_table
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.model.prediction import Predictions, probability_columns
 from cxrdist.precision import use_full_float32
-from cxrdist.run import refuse_unwritable, write_table
 from cxrdist.terminal import progress
 from cxrdist.train.memory import is_out_of_memory
 

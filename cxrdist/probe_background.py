@@ -34,9 +34,10 @@ from cxrdist.evaluate.measure import Settings
 from cxrdist.evaluate.metrics import Metrics, Share
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
+from cxrdist.files import atomic_directory, locked, read_document, write_json
 from cxrdist.info import Amount, Count
 from cxrdist.intervals import Intervals
-from cxrdist.run import RunDirectory, atomic_directory, locked, read_document, write_json
+from cxrdist.run import RunDirectory
 from cxrdist.terminal import table
 from cxrdist.train.loop import train
 

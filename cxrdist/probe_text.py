@@ -51,10 +51,10 @@ from cxrdist.explain.text_file import (
     TextPicture,
     TextRelevance,
 )
+from cxrdist.files import atomic_file, sweep, write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
-from cxrdist.run import atomic_file, sweep, write_json
 from cxrdist.terminal import progress, table
 
 PAPER: PaperWords = {

@@ -19,12 +19,7 @@ from cxrdist.distributed import entering, gather, start, staying_connected, toge
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import MembersFile, spread_table, spreads
 from cxrdist.evaluate.predictions import evaluate
-from cxrdist.info import read_info
-from cxrdist.model.densenet import is_ensemble
-from cxrdist.model.description import MOST_MEMBERS, EnsembleFile
-from cxrdist.model.ensemble import join, save_ensemble
-from cxrdist.run import (
-    RunDirectory,
+from cxrdist.files import (
     atomic_directory,
     atomic_file,
     locked,
@@ -32,6 +27,11 @@ from cxrdist.run import (
     write_json,
     write_text,
 )
+from cxrdist.info import read_info
+from cxrdist.model.densenet import is_ensemble
+from cxrdist.model.description import MOST_MEMBERS, EnsembleFile
+from cxrdist.model.ensemble import join, save_ensemble
+from cxrdist.run import RunDirectory
 from cxrdist.train.loop import train
 from cxrdist.train.training import describe_shards, recipe_yaml
 

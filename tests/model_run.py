@@ -6,10 +6,10 @@ import torch
 from support import claim_shards
 
 from cxrdist.config import Network
+from cxrdist.files import read_json, write_json
 from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.model.description import Calibration, Normalisation
 from cxrdist.model.ensemble import Ensemble, save_ensemble
-from cxrdist.run import read_json, write_json
 
 SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2))
 CLASSES = ["a", "b c", "d"]

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cxrdist.config import PackConfig
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
-from cxrdist.run import write_json
+from cxrdist.files import write_json
 
 LAUNCH = Path(__file__).parents[1] / "launch"
 # ru_maxrss would not do: that of a child starts with the peak of its parent, here pytest's.

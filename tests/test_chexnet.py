@@ -14,11 +14,11 @@ from test_multilabel import write_bands
 from torch import nn
 
 from cxrdist.cli import main
+from cxrdist.files import read_log
 from cxrdist.model.densenet import load_model
 from cxrdist.model.download import sha256_of
 from cxrdist.model.layout import ONE_CHANNEL
 from cxrdist.model.weights import read_weights
-from cxrdist.run import read_log
 
 SHAPE = ("--network.growth_rate", 4, "--network.block_config", "[2, 2, 2, 2]")
 CLASSES = {"COVID-19": 12, "NORMAL": 12, "Viral Pneumonia": 12}

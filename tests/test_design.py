@@ -17,7 +17,7 @@ LAYERS = [
     ["errors", "terminal", "documents", "config", "fields", "packaged"],
     [
         *("environment", "precision", "lifetime", "signals", "heartbeat"),
-        *("distributed", "run", "info", "bootstrap", "intervals"),
+        *("distributed", "files", "run", "info", "bootstrap", "intervals"),
     ],
     ["data"],
     ["model"],

@@ -8,7 +8,7 @@ import pytest
 
 from cxrdist.documents import Between, Distinct, Inside, Matching, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
-from cxrdist.run import judging
+from cxrdist.files import judging
 
 
 class Part(TypedDict):

@@ -30,10 +30,10 @@ from cxrdist.data.records import SPLITS
 from cxrdist.data.shards import read_shard
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.relevance import attribute
+from cxrdist.files import write_table
 from cxrdist.model.densenet import Classifier, Cover, load_model, save_model
 from cxrdist.model.description import Calibration
 from cxrdist.predict import predict
-from cxrdist.run import write_table
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
 

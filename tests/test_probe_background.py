@@ -20,8 +20,8 @@ from cxrdist.data.pack import pack
 from cxrdist.data.regions import thorax
 from cxrdist.data.shards import open_shard
 from cxrdist.errors import CxrdistError
+from cxrdist.files import read_document
 from cxrdist.probe_background import BackgroundFile, probe_background, variants_of
-from cxrdist.run import read_document
 
 SIZE = 32
 LUNG = np.s_[8:24, 8:24]

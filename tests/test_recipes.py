@@ -14,8 +14,8 @@ from cxrdist.cli import _default_recipe, main
 from cxrdist.config import PackConfig
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
+from cxrdist.files import read_log
 from cxrdist.model import download
-from cxrdist.run import read_log
 from cxrdist.train.advice import _advice_on_cpu
 
 # A network that trains in no time; all else is the recipe's own.

@@ -24,13 +24,14 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import MembersFile
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
+from cxrdist.files import read_document
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.model.ensemble import Ensemble, load_predictor
 from cxrdist.model.weights import read_weights
 from cxrdist.predict import predict
 from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
-from cxrdist.run import RunDirectory, read_document
+from cxrdist.run import RunDirectory
 from cxrdist.seeds import seeds
 
 RECIPE = """

@@ -34,8 +34,9 @@ from cxrdist.data.plan import plan_epoch
 from cxrdist.distributed import start
 from cxrdist.evaluate.metrics import SCORES
 from cxrdist.explain.targets import choose_samples
+from cxrdist.files import read_log
 from cxrdist.model.augment import sampling_matrices, warp
-from cxrdist.run import RunDirectory, read_log
+from cxrdist.run import RunDirectory
 from cxrdist.train import loop
 from cxrdist.train import stage as stage_module
 from cxrdist.train.stages import build_optimizer, freeze, parameter_groups, set_modes

@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 from cxrdist.cli import main
-from cxrdist.run import write_table
+from cxrdist.files import write_table
 
 
 def run(*arguments: object) -> None:

@@ -15,9 +15,10 @@ from cxrdist.bench.measure import quiet
 from cxrdist.config import Network, Stage, TrainConfig
 from cxrdist.data.plan import plan_epoch
 from cxrdist.distributed import StopVote
+from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_names
-from cxrdist.run import RunDirectory, write_json
+from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 from cxrdist.train.learner import Learner
 from cxrdist.train.loop import train_epoch

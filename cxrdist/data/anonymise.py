@@ -21,7 +21,7 @@ from cxrdist.data.found import LeftOut
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, Record, Source, own_patient
 from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_file
+from cxrdist.files import atomic_file
 
 KEY_BYTES = 32
 KEY_FILE = ".key"

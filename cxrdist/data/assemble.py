@@ -38,7 +38,7 @@ from cxrdist.data.squares import Pngs, Square
 from cxrdist.data.summary import count_fates, print_summary
 from cxrdist.data.views import LEFT_OUT
 from cxrdist.errors import CxrdistError
-from cxrdist.run import read_json, write_json, write_table
+from cxrdist.files import read_json, write_json, write_table
 from cxrdist.terminal import progress, table
 
 

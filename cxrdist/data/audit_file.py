@@ -6,8 +6,8 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from cxrdist.data.masks import MasksEntry
 from cxrdist.documents import Between, Matching, Real
+from cxrdist.files import judging, read_document
 from cxrdist.info import Count
-from cxrdist.run import judging, read_document
 
 Share = Annotated[float, Between(0, 1)]
 Correlation = Annotated[float, Between(-1, 1)]

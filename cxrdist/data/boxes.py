@@ -11,7 +11,7 @@ from PIL import Image
 
 from cxrdist.data.tables import read_table
 from cxrdist.errors import CxrdistError
-from cxrdist.run import write_table
+from cxrdist.files import write_table
 
 COLUMNS = ("path", "x", "y", "width", "height", "text", "score")
 NEEDED = COLUMNS[:5]

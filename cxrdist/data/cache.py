@@ -26,7 +26,7 @@ from cxrdist.data.index import Index, PackedShard
 from cxrdist.data.shards import open_shard, read_masks, read_shard
 from cxrdist.distributed import entering, gather, local_ranks, together
 from cxrdist.errors import CxrdistError
-from cxrdist.run import open_regular, room_for
+from cxrdist.files import open_regular, room_for
 from cxrdist.terminal import progress
 
 Images = NDArray[np.uint8]

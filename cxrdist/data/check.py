@@ -20,7 +20,7 @@ from cxrdist.data.labels import joined
 from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.shards import OpenShard, SampleFile, open_shard
 from cxrdist.errors import CxrdistError
-from cxrdist.run import scratch_directory, write_json
+from cxrdist.files import scratch_directory, write_json
 from cxrdist.terminal import progress
 
 

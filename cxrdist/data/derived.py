@@ -23,7 +23,7 @@ from cxrdist.data.index import (
 from cxrdist.data.labels import labels_of
 from cxrdist.data.records import SPLITS
 from cxrdist.data.shards import Packed, SampleFile, describe_shard, open_shard, write_shard
-from cxrdist.run import write_json, write_table
+from cxrdist.files import write_json, write_table
 from cxrdist.terminal import progress
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from cxrdist.data.cache import Images
 from cxrdist.data.images import encode_png
 from cxrdist.data.index import Index
-from cxrdist.run import atomic_file, sweep
+from cxrdist.files import atomic_file, sweep
 
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.png")  # a key ends in digits of a hash
 

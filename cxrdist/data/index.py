@@ -29,8 +29,8 @@ from cxrdist.data.records import SPLITS
 from cxrdist.data.views import UNKNOWN, VIEWS
 from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
+from cxrdist.files import judging, read_bytes
 from cxrdist.info import Amount, LabelAmount
-from cxrdist.run import judging, read_bytes
 
 MEND = "copy it again or pack the shards again"
 MOST_CLASSES = 1000  # ImageNet's; the longest list of findings, PadChest's, has 193

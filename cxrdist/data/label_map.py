@@ -8,8 +8,8 @@ from cxrdist.data.found import LeftOut
 from cxrdist.data.labels import NOT_STATED, SEPARATOR, labels_of
 from cxrdist.data.records import LabelCells, Record, Source
 from cxrdist.errors import CxrdistError
+from cxrdist.files import judging, read_recipe
 from cxrdist.packaged import LABEL_MAPS, path_of
-from cxrdist.run import judging, read_recipe
 
 Cells = tuple[str, str, str, str]
 NAMES = ("label", *NOT_STATED)  # fields of a `Record`, in the order of `Cells`

@@ -44,7 +44,7 @@ from cxrdist.data.squares import (
 )
 from cxrdist.data.views import LEFT_OUT, UNKNOWN, disagree, view_in_name
 from cxrdist.errors import CxrdistError
-from cxrdist.run import (
+from cxrdist.files import (
     locked,
     publish,
     read_document,

@@ -17,7 +17,7 @@ from cxrdist.data.records import Record, Source
 from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.documents import Matching, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.run import read_document
+from cxrdist.files import read_document
 
 NAME = "RSNA"
 OPACITY = "Lung Opacity"

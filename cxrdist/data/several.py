@@ -16,7 +16,7 @@ from cxrdist.data.labels import SEPARATOR, labels_of
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, Record, Source, own_patient
 from cxrdist.documents import Text, typed
 from cxrdist.errors import CxrdistError, choices
-from cxrdist.run import judging, read_recipe
+from cxrdist.files import judging, read_recipe
 
 MEND = (
     "expected NAME: {source: ..., input: ...} for each source, with options of cxrdist pack and "

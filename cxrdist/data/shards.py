@@ -25,7 +25,7 @@ from cxrdist.data.labels import NOT_STATED
 from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.documents import Between, Real, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_file, judging
+from cxrdist.files import atomic_file, judging
 
 MOST_JSON_BYTES = 1 << 20  # of a KEY.json, which names a path and labels
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and the header's length (ISO 15948, 5.2)

@@ -31,7 +31,7 @@ from cxrdist.data.images import Decoded, decode, encode_png
 from cxrdist.data.records import Record
 from cxrdist.data.workers import Job, image_workers, schedule
 from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_file
+from cxrdist.files import atomic_file
 
 PART_SIZE = 128
 CHUNK = 16  # images sent to a worker at once

@@ -24,7 +24,7 @@ from cxrdist.data.records import Record
 from cxrdist.data.sources import read_source
 from cxrdist.data.squares import file_state
 from cxrdist.errors import CxrdistError, RunFailedError, require_modules
-from cxrdist.run import read_json, remove, write_json
+from cxrdist.files import read_json, remove, write_json
 from cxrdist.terminal import progress
 
 # Chosen on 120 images of COVID-19 patients and ChestX-ray14 with 119 marks: no single size finds

@@ -27,9 +27,10 @@ from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_prints, write_seen
+from cxrdist.files import read_document, write_table
 from cxrdist.info import RunInfo, WeightsInfo, read_info
 from cxrdist.model.layout import CHEXNET_LABELS
-from cxrdist.run import RunDirectory, external_place, read_document, write_table
+from cxrdist.run import RunDirectory, external_place
 
 IN_NO_SPLIT = ""  # the split of a sample that is not used
 MEND = "run `cxrdist evaluate` again"

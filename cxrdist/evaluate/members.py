@@ -7,8 +7,9 @@ import numpy as np
 
 from cxrdist.documents import Between, Real, Text
 from cxrdist.evaluate.metrics import Metrics
+from cxrdist.files import read_document
 from cxrdist.model.description import MOST_MEMBERS, Member
-from cxrdist.run import RunDirectory, read_document
+from cxrdist.run import RunDirectory
 from cxrdist.terminal import table
 
 Figure = Literal[

@@ -41,11 +41,12 @@ from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.mistakes import MOST_PICTURED, find_mistakes
 from cxrdist.evaluate.operating_points import Rule, read_rule
 from cxrdist.evaluate.scored import GROUP_COLUMNS, Scored, score_samples
+from cxrdist.files import refuse_unwritable, sweep, write_json, write_table
 from cxrdist.model.densenet import Classifier, save_calibration
 from cxrdist.model.description import Calibration
 from cxrdist.model.ensemble import Ensemble, load_predictor
 from cxrdist.model.prediction import Predictions, probability_columns, to_probabilities
-from cxrdist.run import RunDirectory, refuse_unwritable, sweep, write_json, write_table
+from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 
 

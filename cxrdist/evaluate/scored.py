@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, POSITIVE, UNCERTAIN, label_matrix
-from cxrdist.run import judging, open_regular
+from cxrdist.files import judging, open_regular
 
 MEND = "run `cxrdist evaluate` again"
 GROUP_COLUMNS = ("source", "view", "sex", "age")

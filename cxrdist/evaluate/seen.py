@@ -37,7 +37,7 @@ from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import KEY, MOST_SAMPLES, Sample
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT
 from cxrdist.data.several import NIH_PATIENT, OF_NIH
-from cxrdist.run import atomic_file, judging, open_regular
+from cxrdist.files import atomic_file, judging, open_regular
 from cxrdist.terminal import progress
 
 FORMAT = "cxrdist-seen-1"

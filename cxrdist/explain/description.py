@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from cxrdist.bootstrap import Limits
 from cxrdist.config import Architecture
 from cxrdist.documents import Between, Real
+from cxrdist.files import read_document
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
-from cxrdist.run import read_document
 
 Share = Annotated[float, Between(0, 1)]
 Correlation = Annotated[float, Between(-1, 1)]

@@ -13,16 +13,10 @@ from cxrdist.data.images import is_dicom
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.explain.pictures import Drawing
+from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for, sweep
 from cxrdist.model.download import sha256_of
 from cxrdist.model.prediction import Predictions
-from cxrdist.run import (
-    RunDirectory,
-    atomic_directory,
-    atomic_file,
-    refuse_unwritable,
-    room_for,
-    sweep,
-)
+from cxrdist.run import RunDirectory
 
 MOST_NAMED = 3  # files in a line
 

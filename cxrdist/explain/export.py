@@ -42,9 +42,9 @@ from cxrdist.explain.targets import (
     choose_targets,
     mistaken_samples,
 )
+from cxrdist.files import locked, read_document, sweep, write_json, write_table
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
-from cxrdist.run import locked, read_document, sweep, write_json, write_table
 from cxrdist.terminal import progress
 
 LEDGER_COLUMNS = (

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cxrdist.data.shards import add_member
 from cxrdist.errors import CxrdistError
-from cxrdist.run import atomic_file, open_regular
+from cxrdist.files import atomic_file, open_regular
 
 T = TypeVar("T")
 

@@ -20,11 +20,12 @@ from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index
 from cxrdist.distributed import gather
 from cxrdist.evaluate.predictions import Subject, rank_batches
+from cxrdist.files import judging, open_regular, write_table
 from cxrdist.info import read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.networks import output_layer
-from cxrdist.run import RunDirectory, judging, open_regular, write_table
+from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 
 COLUMNS = ("key", "nearest", "similarity", "label", "patient")

@@ -12,7 +12,7 @@ from PIL import Image
 from cxrdist.data.inputs import Input, Preparation, read_original
 from cxrdist.explain.heatmap import overlay, overlay_original
 from cxrdist.explain.maps import Map, encode, write_maps
-from cxrdist.run import atomic_file
+from cxrdist.files import atomic_file
 
 LONGEST_NAME = 80
 """Most bytes of a class name in a file name; file systems allow 255 in total."""

@@ -18,8 +18,9 @@ from cxrdist.evaluate.mistakes import find_mistakes
 from cxrdist.evaluate.scored import MEND, read_scored
 from cxrdist.explain.attribution import Attribution
 from cxrdist.explain.relevance import Explainer
+from cxrdist.files import read_document
 from cxrdist.model.densenet import Classifier
-from cxrdist.run import RunDirectory, read_document
+from cxrdist.run import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 from cxrdist.bootstrap import Limits
 from cxrdist.documents import Between, Real, Text
 from cxrdist.evaluate.metrics import Metrics, Share
+from cxrdist.files import judging, read_document
 from cxrdist.info import Count
-from cxrdist.run import judging, read_document
 
 CONDITIONS: tuple[Literal["as_it_is", "black", "fill"], ...] = ("as_it_is", "black", "fill")
 """The images as they are, and their text covered with black or filled from its surroundings."""

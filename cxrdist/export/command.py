@@ -6,9 +6,10 @@ from cxrdist.export.folder import write_huggingface, write_timm
 from cxrdist.export.graph import require_onnx, write_onnx, write_torch_export
 from cxrdist.export.note import Source
 from cxrdist.export.parity import describe_parity, read_squares
+from cxrdist.files import refuse_unwritable
 from cxrdist.model.ensemble import load_predictor
 from cxrdist.precision import use_full_float32
-from cxrdist.run import RunDirectory, refuse_unwritable
+from cxrdist.run import RunDirectory
 
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 

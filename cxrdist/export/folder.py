@@ -16,13 +16,13 @@ from cxrdist.data.index import Fit
 from cxrdist.errors import CxrdistError
 from cxrdist.export.note import ExportNote, Source, write_note
 from cxrdist.export.parity import Parity, describe_parity, measure_parity
+from cxrdist.files import atomic_directory, write_json, write_text
 from cxrdist.info import WeightsInfo
 from cxrdist.model.densenet import Classifier, network_state, read_model, save_model
 from cxrdist.model.ensemble import Ensemble
 from cxrdist.model.networks import output_layer
 from cxrdist.report.card import OURS, read_card
 from cxrdist.report.page import template
-from cxrdist.run import atomic_directory, write_json, write_text
 
 # timm's names of the ways to make an image square; its resampling is not that of cxrdist.
 CROP_MODES: dict[Fit, Literal["center", "squash", "border"]] = {

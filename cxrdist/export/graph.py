@@ -17,9 +17,9 @@ from torch.export import Dim, ExportedProgram
 from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.export.note import ExportNote, Source, write_note
 from cxrdist.export.parity import measure_parity
+from cxrdist.files import atomic_file
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble
-from cxrdist.run import atomic_file
 
 NOTE_NAME = "cxrdist.json"  # of the note in a .pt2 file
 # A protobuf message, such as an ONNX file, has less than 2 GiB; a graph takes some MB beside them.

@@ -16,10 +16,10 @@ from cxrdist.data.shards import read_shard
 from cxrdist.documents import Real, Sha256
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.evaluate.predictions import refuse_unlike
+from cxrdist.files import now
 from cxrdist.info import Count
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble
-from cxrdist.run import now
 
 MOST_IMAGES = 100
 RANDOM_SQUARES = 17  # two batches and a batch of one image

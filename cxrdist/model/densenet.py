@@ -13,6 +13,7 @@ from cxrdist.config import Network
 from cxrdist.data.index import Fit, Task
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError
+from cxrdist.files import read_document, write_json
 from cxrdist.info import WeightsInfo
 from cxrdist.model.batch import check_batch
 from cxrdist.model.batchnorm import BatchNorm
@@ -22,7 +23,7 @@ from cxrdist.model.prediction import Predictions
 from cxrdist.model.reading import ImageSource, read_squares
 from cxrdist.model.tensorfile import read_safetensors
 from cxrdist.precision import full_float32
-from cxrdist.run import open_run, read_document, write_json
+from cxrdist.run import open_run
 
 MEND = "copy the run directory again or train anew"
 

@@ -19,8 +19,8 @@ from urllib.parse import ParseResult, urldefrag, urlparse
 import torch
 
 from cxrdist.errors import CxrdistError
+from cxrdist.files import open_regular, read_bytes, room_for
 from cxrdist.model.tensorfile import container_of
-from cxrdist.run import open_regular, read_bytes, room_for
 from cxrdist.terminal import progress
 
 ATTEMPTS = 5  # connections per call; the next call resumes

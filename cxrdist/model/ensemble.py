@@ -10,9 +10,10 @@ from torch.nn.functional import logsigmoid
 from cxrdist.data.index import Fit, Task
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError
+from cxrdist.files import read_document, write_json
 from cxrdist.model.densenet import MEND, Classifier, is_ensemble, load_model
 from cxrdist.model.description import Calibration, Cover, EnsembleFile
-from cxrdist.run import RunDirectory, open_run, read_document, write_json
+from cxrdist.run import RunDirectory, open_run
 
 _MUST_AGREE = ("classes", "task", "image_size_px", "fit", "depth", "cover", "lungs_only")
 

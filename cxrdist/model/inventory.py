@@ -7,11 +7,11 @@ from safetensors.torch import save
 
 from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
 from cxrdist.errors import CxrdistError
+from cxrdist.files import atomic_file, refuse_unwritable
 from cxrdist.model.description import WeightsNote
 from cxrdist.model.layout import check_fit, shape_of
 from cxrdist.model.tensorfile import METADATA
 from cxrdist.model.weights import InitialWeights, read_weights
-from cxrdist.run import atomic_file, refuse_unwritable
 
 
 def show_weights(config: WeightsShowConfig) -> None:

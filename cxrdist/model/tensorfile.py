@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cxrdist.documents import parse_json, typed
 from cxrdist.errors import CxrdistError
+from cxrdist.files import judging
 from cxrdist.model.description import WeightsNote
 from cxrdist.model.unpickler import (
     MOST_DIMENSIONS,
@@ -28,7 +29,6 @@ from cxrdist.model.unpickler import (
     TensorRef,
     unpickle,
 )
-from cxrdist.run import judging
 
 # torch/serialization.py: the first value in a file of torch.save before PyTorch 1.6.
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C

@@ -8,12 +8,13 @@ from typing import Any, TypedDict
 
 import yaml
 
+from cxrdist.files import read_bytes, write_text
 from cxrdist.report.evidence import Evidence, gather
 from cxrdist.report.files import weights_chain
 from cxrdist.report.page import template
 from cxrdist.report.verdict import gap_lines
 from cxrdist.report.view import View
-from cxrdist.run import RunDirectory, read_bytes, write_text
+from cxrdist.run import RunDirectory
 
 OURS = "<!-- Written by cxrdist report, which overwrites it. Remove this line to keep changes. -->"
 MOST_BYTES = 1 << 20  # of a card that is read

@@ -2,13 +2,13 @@
 
 from collections import Counter
 
+from cxrdist.files import write_text
 from cxrdist.report.answers import STATES, Section
 from cxrdist.report.claim import CLAIM
 from cxrdist.report.evidence import Evidence
 from cxrdist.report.page import template
 from cxrdist.report.tripod import TRIPOD
 from cxrdist.report.view import View
-from cxrdist.run import write_text
 
 CHECKLISTS = (
     (

@@ -20,20 +20,19 @@ from cxrdist.evaluate.members import FIGURES
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import Scored, read_scored
 from cxrdist.explain import heatmap
-from cxrdist.report import pictures
-from cxrdist.report.page import template
-from cxrdist.report.values import p_value, signed
-from cxrdist.report.view import View
-from cxrdist.run import (
-    RunDirectory,
+from cxrdist.files import (
     atomic_directory,
-    external_place,
     read_document,
     read_recipe,
     write_json,
     write_table,
     write_text,
 )
+from cxrdist.report import pictures
+from cxrdist.report.page import template
+from cxrdist.report.values import p_value, signed
+from cxrdist.report.view import View
+from cxrdist.run import RunDirectory, external_place
 from cxrdist.terminal import table
 
 COLUMNS = (

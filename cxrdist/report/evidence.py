@@ -10,11 +10,12 @@ from typing import Any
 from cxrdist.data.audit_file import AuditFile, read_audit
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.explain.description import WITH_RULES
+from cxrdist.files import read_document, read_recipe
 from cxrdist.info import RunInfo, read_info
 from cxrdist.model.densenet import is_ensemble
 from cxrdist.model.description import EnsembleFile, ModelFile
 from cxrdist.report.files import read_metrics, reading
-from cxrdist.run import RunDirectory, read_document, read_recipe
+from cxrdist.run import RunDirectory
 
 PLACES = ("test", "val", "train")
 

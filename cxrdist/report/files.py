@@ -19,17 +19,12 @@ from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.description import RelevanceInfo, read_description
+from cxrdist.files import open_regular, read_document, read_log, read_recipe
 from cxrdist.info import RunInfo, WeightsInfo
 from cxrdist.model.description import Calibration, ModelFile
 from cxrdist.model.prediction import predicted_classes
 from cxrdist.report.values import COUNTS, MEASURES
-from cxrdist.run import (
-    RunDirectory,
-    open_regular,
-    read_document,
-    read_log,
-    read_recipe,
-)
+from cxrdist.run import RunDirectory
 
 MOST_EPOCHS = 100_000  # of all stages
 NEEDED = {

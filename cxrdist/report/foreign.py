@@ -15,12 +15,13 @@ from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.operating_points import YOUDEN, read_rule
 from cxrdist.evaluate.prediction_table import PredictionTable, read_prediction_table
 from cxrdist.evaluate.scored import Scored
+from cxrdist.files import atomic_directory, write_json, write_table, write_text
 from cxrdist.model.description import Calibration
 from cxrdist.report.page import template
 from cxrdist.report.splits import split_view
 from cxrdist.report.verdict import gap_lines, verdict_view
 from cxrdist.report.view import View
-from cxrdist.run import RunDirectory, atomic_directory, write_json, write_table, write_text
+from cxrdist.run import RunDirectory
 
 HERE = ""  # the place of the predictions: the directory itself
 NO_POINTS = "no temperatures and no operating points: they need rows with val in a column split"

@@ -6,6 +6,7 @@ from pathlib import Path
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import FIGURES, read_members
+from cxrdist.files import sweep, write_text
 from cxrdist.info import RunInfo, read_info
 from cxrdist.report.audit import audit_view
 from cxrdist.report.card import write_card
@@ -26,7 +27,7 @@ from cxrdist.report.splits import open_labels, split_view
 from cxrdist.report.stages import stage_views
 from cxrdist.report.text import text_views
 from cxrdist.report.verdict import baseline_lines, external_lines, gap_lines, verdict_view
-from cxrdist.run import RunDirectory, sweep, write_text
+from cxrdist.run import RunDirectory
 
 
 def report(config: ReportConfig) -> Path:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 
 from cxrdist.explain.localisation import ALL, FEWEST_CASES, Group, Localisation, Pictured
+from cxrdist.files import read_document
 from cxrdist.report import pictures
 from cxrdist.report.files import reading, within
 from cxrdist.report.values import DASH, count, number, percent, signed
 from cxrdist.report.view import View
-from cxrdist.run import RunDirectory, read_document
+from cxrdist.run import RunDirectory
 
 NAMES = {
     "lrp": "LRP, the class",

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from cxrdist.errors import CxrdistError
-from cxrdist.run import open_regular
+from cxrdist.files import open_regular
 
 # Placeholders while matplotlib draws: CSS variables replace them, to follow the dark mode.
 INK, FIRST, SECOND = "#010203", "#010204", "#010205"

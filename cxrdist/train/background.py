@@ -16,10 +16,10 @@ from cxrdist.data.regions import Region, read_regions
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.background import share_of_contrast, squared_gradient
+from cxrdist.files import judging, read_bytes
 from cxrdist.info import BackgroundInfo, TextBoxesInfo
 from cxrdist.model.augment import warp, warp_masks
 from cxrdist.model.densenet import Classifier
-from cxrdist.run import judging, read_bytes
 
 MOST_TABLE_BYTES = 1 << 30
 

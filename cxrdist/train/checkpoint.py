@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cxrdist.documents import Between, parse_json, typed
 from cxrdist.errors import CxrdistError, RunFailedError
-from cxrdist.run import atomic_directory, read_bytes
+from cxrdist.files import atomic_directory, read_bytes
 
 CHECKPOINT_FORMAT = "cxrdist-checkpoint-3"
 _NAME = re.compile(r"\d{5,}-\d{7,}")

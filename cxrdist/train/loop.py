@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
 from cxrdist.distributed import entering, finish, read_trackers, start, together
-from cxrdist.run import RunDirectory, locked, sweep
+from cxrdist.files import locked, sweep
+from cxrdist.run import RunDirectory
 from cxrdist.signals import stopping_at_a_boundary
 from cxrdist.train.advice import advice
 from cxrdist.train.checks import (

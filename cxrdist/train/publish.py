@@ -1,17 +1,10 @@
 """Publish: the model of a stage, and of the whole run, as runs that `evaluate` takes."""
 
 from cxrdist.distributed import together
+from cxrdist.files import atomic_directory, now, read_log, room_for, write_json, write_text
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
-from cxrdist.run import (
-    RunDirectory,
-    atomic_directory,
-    now,
-    read_log,
-    room_for,
-    write_json,
-    write_text,
-)
+from cxrdist.run import RunDirectory
 from cxrdist.terminal import table
 from cxrdist.train.training import Training, recipe_yaml
 

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from cxrdist.distributed import gather, together
 from cxrdist.errors import CxrdistError
-from cxrdist.run import cut_log
+from cxrdist.files import cut_log
 from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
 from cxrdist.train.publish import publish_stage
 from cxrdist.train.training import Training, fixed_recipe

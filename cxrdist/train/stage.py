@@ -13,10 +13,10 @@ from tqdm import tqdm
 from cxrdist.distributed import together
 from cxrdist.documents import typed
 from cxrdist.errors import RunFailedError, Stopped
+from cxrdist.files import append_log, settle_log, write_json
 from cxrdist.info import read_info
 from cxrdist.model.densenet import network_state
 from cxrdist.model.networks import block_names
-from cxrdist.run import append_log, settle_log, write_json
 from cxrdist.terminal import progress, table
 from cxrdist.train.background import describe_background
 from cxrdist.train.capture import CapturedStep, Recorder, can_capture, record_cuda_graph

@@ -20,22 +20,14 @@ from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.external import keep_seen, seen_before
+from cxrdist.files import judging, now, read_bytes, read_recipe, write_json, write_text
 from cxrdist.info import ShardsInfo, read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.description import Cover
 from cxrdist.model.networks import norms_of_one_value
 from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
 from cxrdist.precision import uses_tf32
-from cxrdist.run import (
-    RunDirectory,
-    environment,
-    judging,
-    now,
-    read_bytes,
-    read_recipe,
-    write_json,
-    write_text,
-)
+from cxrdist.run import RunDirectory, environment
 from cxrdist.terminal import table
 from cxrdist.train.background import (
     BackgroundLoss,

@@ -16,7 +16,7 @@ from cxrdist.data.chestxray14 import read_chestxray14
 from cxrdist.data.index import read_index
 from cxrdist.data.patients import age_of
 from cxrdist.errors import CxrdistError
-from cxrdist.run import write_table, write_text
+from cxrdist.files import write_table, write_text
 
 ABOUT = ("path", "patient", "age", "sex", "view")
 ADULT_YEARS = 18

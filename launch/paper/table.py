@@ -24,12 +24,13 @@ from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import Metrics, Scores, compute_metrics, headline
 from cxrdist.evaluate.scored import Scored, read_scored
 from cxrdist.explain.text_file import read_text_file
+from cxrdist.files import read_document, write_text
 from cxrdist.info import read_info
 from cxrdist.intervals import of_share
 from cxrdist.model.ensemble import load_predictor
 from cxrdist.probe_text import summary
 from cxrdist.report.files import read_epochs
-from cxrdist.run import RunDirectory, read_document, write_text
+from cxrdist.run import RunDirectory
 
 SETS = {
     "paper": "COVID-19, normal and viral pneumonia, 60 of each for test",

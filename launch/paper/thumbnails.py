@@ -26,9 +26,10 @@ from cxrdist.data.fingerprint import shrink
 from cxrdist.data.index import Index, read_index
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
+from cxrdist.files import scratch_directory, write_json, write_table
 from cxrdist.info import Count
 from cxrdist.report.foreign import report_predictions
-from cxrdist.run import environment, scratch_directory, write_json, write_table
+from cxrdist.run import environment
 
 SPLITS = ("val", "test")  # val for temperatures and thresholds only
 

@@ -24,7 +24,7 @@ from cxrdist.data.plan import copies_of, plan_epoch
 from cxrdist.data.records import Record, Source
 from cxrdist.data.splits import assign_splits
 from cxrdist.data.squares import Square
-from cxrdist.run import write_json
+from cxrdist.files import write_json
 
 random, out = np.random.default_rng(0), Path(sys.argv[1])
 patients = random.integers(0, 30_805, 112_120)

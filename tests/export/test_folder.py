@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from cxrdist.config import ExportConfig, Network
 from cxrdist.data.index import read_index
 from cxrdist.export.command import export
+from cxrdist.files import read_json
 from cxrdist.model.densenet import Classifier, load_model
-from cxrdist.run import read_json
 
 
 def run_blocks(folder: Path) -> list[dict[str, Any]]:

@@ -21,8 +21,9 @@ from cxrdist.config import Network
 from cxrdist.data.index import read_index
 from cxrdist.data.shards import read_shard
 from cxrdist.evaluate.scored import Scored, read_scored
+from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier, save_model
-from cxrdist.run import RunDirectory, write_json
+from cxrdist.run import RunDirectory
 
 CLASSES = ["a", "b c", "d"]
 

@@ -10,10 +10,10 @@ from test_weights import as_arnoweng, torchvision_network, xray_network
 import cxrdist
 from cxrdist.config import Network
 from cxrdist.errors import CxrdistError
+from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.model.layout import CHEXNET_LABELS
 from cxrdist.model.published import load_model
-from cxrdist.run import write_json
 
 SMALL = Network(growth_rate=4, block_config=(1, 1, 1, 1))
 IMAGES = torch.arange(2 * 224**2).remainder(251).to(torch.uint8).reshape(2, 1, 224, 224)

@@ -9,7 +9,8 @@ import yaml
 
 from cxrdist.cli import main
 from cxrdist.evaluate.compare import Comparison
-from cxrdist.run import RunDirectory, read_document, write_json, write_table
+from cxrdist.files import read_document, write_json, write_table
+from cxrdist.run import RunDirectory
 
 CLASSES = ["a", "<b>"]
 RECIPE = {"stages": {"head": {"lr": {"head": 0.1}, "epochs": 2}}, "seed": 0, "copies": {}}

@@ -29,10 +29,11 @@ from cxrdist.errors import CxrdistError
 from cxrdist.explain import gradient
 from cxrdist.explain.background import evaluating, share_of_contrast, squared_gradient
 from cxrdist.explain.relevance import Explainer
+from cxrdist.files import read_log
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_of
 from cxrdist.report.html import report
-from cxrdist.run import RunDirectory, read_log
+from cxrdist.run import RunDirectory
 from cxrdist.train import learner, loop, stage
 from cxrdist.train.background import BackgroundLoss
 from cxrdist.train.learner import Learner

@@ -9,7 +9,7 @@ import torch
 from recorder import Again, record_again
 
 from cxrdist.config import Augmentation, Background, Network, Stage, TrainConfig
-from cxrdist.run import read_log
+from cxrdist.files import read_log
 from cxrdist.train import learner, stage
 from cxrdist.train.capture import WARM_UP_STEPS, CapturedStep, Tensors, can_capture
 from cxrdist.train.loop import train

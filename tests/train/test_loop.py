@@ -11,8 +11,8 @@ from support import make_shards, run_command, run_ranks
 from cxrdist import distributed
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.files import locked, read_log
 from cxrdist.model.densenet import Cover, load_model
-from cxrdist.run import locked, read_log
 from cxrdist.train import stage
 from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.loop import train

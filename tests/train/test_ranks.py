@@ -9,8 +9,8 @@ from ranks import BLOCKS, SMALL
 from safetensors.torch import load_file
 from support import launch_ranks, make_shards, run_ranks
 
+from cxrdist.files import read_log
 from cxrdist.model.networks import block_of
-from cxrdist.run import read_log
 
 SCRIPT = Path(__file__).parent / "ranks.py"
 

@@ -17,7 +17,7 @@ from faults import DEADLINE_S, Launched, is_over
 from support import LOG_EACH_STEP, RUN_CXRDIST, run_command, run_ranks, run_script, small_disk
 
 from cxrdist.errors import CxrdistError
-from cxrdist.run import locked, read_log
+from cxrdist.files import locked, read_log
 from cxrdist.train.checkpoint import CHECKPOINT_FORMAT, load_latest
 
 KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "4"))

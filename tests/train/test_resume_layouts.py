@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.distributed import StopVote
 from cxrdist.errors import RunFailedError, Stopped
-from cxrdist.run import read_log
+from cxrdist.files import read_log
 from cxrdist.train import learner, stage
 from cxrdist.train.loop import train
 

@@ -1,0 +1,474 @@
+"""Files: locks, atomic writes, and reading what an untrusted directory contains."""
+
+import csv
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from cxrdist.documents import MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
+from cxrdist.errors import CxrdistError, RunFailedError, failure_of
+
+MOST_LINE_BYTES = 1 << 16  # of a line in a log; a usual row has 300
+MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
+
+T = TypeVar("T")
+
+_PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
+
+
+def open_regular(path: Path, flags: int) -> BinaryIO:
+    """Open a regular file, buffered; reject links and pipes, since its directory is untrusted.
+
+    Args:
+        path: of the file; directories above it may be links.
+        flags: of `os.open`; a new file gets the mode that the umask leaves.
+
+    Raises:
+        CxrdistError: the path is not a regular file.
+        OSError: the file cannot be opened.
+    """
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for its other end.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise _irregular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _irregular(path)
+    writing = "ab" if flags & os.O_APPEND else "wb" if flags & os.O_WRONLY else "r+b"
+    return cast(BinaryIO, os.fdopen(descriptor, writing if flags & os.O_ACCMODE else "rb"))
+
+
+def _irregular(path: Path) -> CxrdistError:
+    return CxrdistError(
+        f"{path}: is a link, a directory or another special file, expected a regular file; "
+        "move it away"
+    )
+
+
+@contextmanager
+def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
+    """Lock a directory for one writing process, or for several that share the lock.
+
+    The kernel frees the lock when its holder dies. The lock works on local disks, on NFS (where
+    Linux locks on the server) and on Lustre mounted with `flock`; with `localflock` only within a
+    node. Directories created for the lock are removed again if nothing was written to them.
+
+    Raises:
+        CxrdistError: another process holds the lock.
+    """
+    made = [path for path in (root, *root.parents) if not path.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    with open_regular(root / ".lock", os.O_RDWR | os.O_CREAT) as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not os.fstat(lock.fileno()).st_nlink:  # its holder has just removed it
+                raise BlockingIOError
+        except BlockingIOError:
+            holder = lock.read(200).decode("utf-8", "replace").strip()
+            raise CxrdistError(
+                f"{root}: another cxrdist process is writing here ({holder}); wait for it or end it"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{_holder()}\n".encode())
+        lock.flush()
+        try:
+            yield
+        finally:
+            if made and not shared and os.listdir(root) == [".lock"]:
+                _remove_empty(made)
+
+
+def _remove_empty(directories: list[Path]) -> None:
+    """Remove a directory that contains only a lock, and its parents as far as they are empty."""
+    (directories[0] / ".lock").unlink()
+    for directory in directories:
+        if any(directory.iterdir()):
+            return
+        directory.rmdir()
+
+
+def _holder() -> str:
+    """Describe this process as the holder of a lock, for the error of a process that waits."""
+    job = os.environ.get("SLURM_JOB_ID")
+    facts = [f"host {platform.node()}", f"pid {os.getpid()}", *([f"job {job}"] if job else [])]
+    return f"{', '.join(facts)}, since {now()}"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; the file appears under its own name when it is complete.
+
+    A link of that name is replaced; its target stays as it is.
+
+    Raises:
+        RunFailedError: the disk is full or read-only.
+        CxrdistError: the name cannot be used.
+    """
+    if not isinstance(path, Path):  # an object store shows a file only once it is complete
+        with scratch_directory() as here:
+            yield here / path.name
+            path.fs.put_file(f"{here}/{path.name}", path.path)
+        return
+    partial = _partial(path)
+    try:
+        with room_for(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _discard(partial)
+            yield partial
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(path.parent)
+    finally:
+        _discard(partial)
+
+
+def _partial(path: Path) -> Path:
+    """Return a temporary path beside the final one, with host and process ID for `sweep`."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
+
+
+def _host() -> str:
+    return platform.node().replace(".", "-")
+
+
+def sweep(directory: Path, *, alone: bool = False) -> None:
+    """Remove half-written files and directories that dead processes have left in a directory.
+
+    Args:
+        directory: where to look, without its subfolders, for names made by `_partial`.
+        alone: whether the caller holds the lock, so that no other process writes here. Without it,
+            only processes of this host can be checked, and only their leftovers are removed.
+    """
+    for partial in directory.glob(".*.partial"):
+        match = _PARTIAL.fullmatch(partial.name)
+        dead = match and match[1] == _host() and not Path(f"/proc/{match[2]}").exists()
+        if dead or (match and alone):
+            _discard(partial)
+
+
+def _discard(partial: Path) -> None:
+    """Remove a partial file or directory; of a link only the link itself."""
+    try:
+        partial.unlink(missing_ok=True)
+    except (IsADirectoryError, PermissionError):  # a directory, on Linux and on other systems
+        shutil.rmtree(partial, ignore_errors=True)
+    except OSError:
+        # The name is too long or the disk is read-only: then it was never created.
+        return
+
+
+@contextmanager
+def room_for(path: Path, mend: str = "") -> Iterator[None]:
+    """Turn operating system errors, such as a full disk, into one line about a file.
+
+    Args:
+        path: the file being written, as the user knows it; an error about a file elsewhere keeps
+            the name of that file.
+        mend: what the user can do if this path cannot be used.
+
+    Raises:
+        RunFailedError: the disk is full or read-only, or permissions are missing.
+        CxrdistError: the name cannot be used.
+    """
+    try:
+        yield
+    except OSError as error:
+        named = Path(error.filename or path)
+        if named.is_relative_to(path.parent) or path.is_relative_to(named):
+            failure = failure_of(error, path, mend)
+        else:
+            failure = failure_of(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """Yield a directory for temporary files, removed at the end.
+
+    Raises:
+        RunFailedError, CxrdistError: no directory for temporary files is writable, or it is full.
+    """
+    mend = "set TMPDIR to a directory with room"
+    try:
+        directory = tempfile.gettempdir()
+    except FileNotFoundError as error:  # tempfile tried to write to every directory it knows
+        raise RunFailedError(f"{error.strerror}; {mend}") from error
+    with (
+        room_for(Path(directory) / "cxrdist-", mend),
+        tempfile.TemporaryDirectory(prefix="cxrdist-", ignore_cleanup_errors=True) as here,
+    ):
+        yield Path(here)
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Reject an output file that cannot be written, before the work for it starts.
+
+    Raises:
+        CxrdistError: the path is a directory, or one of its parents is a file.
+        RunFailedError: its directory is read-only.
+    """
+    if path.is_dir():
+        raise CxrdistError(f"{path}: is a directory; name a file to write")
+    directory = next(parent for parent in path.absolute().parents if parent.exists())
+    if not directory.is_dir():
+        raise CxrdistError(f"{path}: {directory} is not a directory; name another place")
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise RunFailedError(f"{path}: {directory} is read-only; name another place")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yield a directory to fill; it appears under its own name when it is complete.
+
+    A directory of that name that already exists is replaced.
+
+    Raises:
+        RunFailedError: the disk is full or read-only.
+        CxrdistError: a file or a link has the name.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise CxrdistError(f"{path}: is a file or a link, expected a directory; move it away")
+    partial = _partial(path)
+    _discard(partial)
+    try:
+        with room_for(path):
+            partial.mkdir(parents=True)
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                _sync(file)
+            _sync(partial)
+            if path.exists():
+                _exchange(partial, path)
+            else:
+                os.replace(partial, path)
+            _sync(path.parent)
+    finally:
+        _discard(partial)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two directories swap names in one operation (Linux renameat2, RENAME_EXCHANGE)."""
+    here, exchange = -100, 2
+    names = (os.fsencode(new.absolute()), os.fsencode(old.absolute()))
+    if ctypes.CDLL(None, use_errno=True).renameat2(here, names[0], here, names[1], exchange):
+        number = ctypes.get_errno()
+        if number not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(number, os.strerror(number), str(old))
+        # NFS cannot exchange: for a moment neither directory exists, but never a half-written one.
+        aside = _partial(old.with_name(f"{old.name}.old"))
+        os.replace(old, aside)
+        os.replace(new, old)
+        _discard(aside)
+
+
+def publish(made: Path, path: Path) -> None:
+    """Move a complete directory to its final path.
+
+    An object store has no atomic rename, so index.json is uploaded last: a directory with an index
+    is complete.
+
+    Args:
+        made: on this machine; all files in it are complete.
+        path: final path, local or fsspec; may exist as an empty directory.
+    """
+    if isinstance(path, Path):
+        _sync(made)
+        os.replace(made, path)
+        _sync(path.parent)
+        return
+    for file in sorted(made.iterdir(), key=lambda file: file.name == "index.json"):
+        path.fs.put_file(str(file), f"{path.path}/{file.name}")
+
+
+def remove(directory: Path) -> None:
+    """Remove a directory, a local or fsspec path, if it exists."""
+    if isinstance(directory, Path):
+        shutil.rmtree(directory, ignore_errors=True)
+    elif directory.exists():
+        directory.fs.rm(directory.path, recursive=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a directory's entries to disk, so that they survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    r"""Write a text file atomically, UTF-8; other bytes of a file name become \udcXX."""
+    with atomic_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a CSV file atomically, encoded as in `write_text`, lines ending in a line feed."""
+    with (
+        atomic_file(path) as partial,
+        open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file of plain values and dataclasses atomically; a NaN raises ValueError."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, default=asdict) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file, with the bounds of `parse_json`.
+
+    Raises:
+        CxrdistError: it is missing or damaged.
+    """
+    return read_document(path, object)
+
+
+def read_document(path: Path, kind: type[T], mend: str = "copy the directory again") -> T:
+    """Read a JSON file and check it against its declared type; see `typed`.
+
+    Args:
+        path: local or fsspec.
+        kind: type of the document.
+        mend: what the user can do about a damaged one.
+
+    Raises:
+        CxrdistError: the file is missing, damaged or of another type.
+        RunFailedError: permission to read it is missing.
+    """
+    with judging(path, mend):
+        return typed(parse_json(read_bytes(path, MOST_BYTES)), kind)
+
+
+@contextmanager
+def judging(where: Path | str, mend: str) -> Iterator[None]:
+    """Turn errors in reading a document into one line.
+
+    Args:
+        where: the file, and the position of the document in it.
+        mend: what the user can do about it.
+
+    Raises:
+        CxrdistError: the document is missing or invalid.
+        RunFailedError: permission to read it is missing.
+    """
+    try:
+        yield
+    except CxrdistError:
+        raise
+    except OSError as error:
+        failure = failure_of(error, where, mend if isinstance(error, FileNotFoundError) else "")
+        # An object store's errors have no number.
+        raise failure or CxrdistError(f"{where}: cannot be read ({error}); {mend}") from error
+    except ValueError as error:
+        raise CxrdistError(f"{where}: {error}; {mend}") from error
+
+
+def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
+    """Return the text of a recipe and its parsed content.
+
+    Raises:
+        CxrdistError: it cannot be read, or is not a YAML object within the bounds of `parse_yaml`.
+    """
+    with judging(path, mend):
+        data = read_bytes(path, MOST_YAML_BYTES)
+        return data.decode("utf-8-sig"), parse_yaml(data)
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """Read a whole file from an untrusted directory.
+
+    Args:
+        path: local, where links and pipes are rejected, or fsspec.
+        most: largest allowed size in bytes.
+
+    Raises:
+        CxrdistError: the file is larger, or not a regular file.
+        OSError: the file cannot be read.
+    """
+    is_local = isinstance(path, Path)
+    with open_regular(path, os.O_RDONLY) if is_local else path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size if is_local else path.stat().st_size
+        if size > most:
+            raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}; copy it again")
+        content: bytes = file.read(size)
+    return content
+
+
+def now() -> str:
+    """Return the time for run.json: ISO, UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def append_log(path: Path, row: dict[str, Any]) -> None:
+    """Append one object to a JSON-lines log.
+
+    Raises:
+        RunFailedError: the disk is full.
+    """
+    with room_for(path), open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as log:
+        log.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+
+
+def settle_log(path: Path) -> int:
+    """Flush a log to disk, and return its length in bytes."""
+    _sync(path)
+    return path.stat().st_size
+
+
+def cut_log(path: Path, num_bytes: int) -> None:
+    """Truncate a log to its length at a checkpoint.
+
+    Raises:
+        CxrdistError: the log is shorter than it was then.
+    """
+    with room_for(path), open_regular(path, os.O_RDWR | os.O_CREAT) as log:
+        if log.seek(0, os.SEEK_END) < num_bytes:
+            raise CxrdistError(
+                f"{path}: has {log.tell()} bytes, the checkpoint was written at {num_bytes}; "
+                "copy the run directory again, or remove it to start anew"
+            )
+        log.truncate(num_bytes)
+
+
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a JSON-lines log, without an incomplete last line of a killed run.
+
+    Raises:
+        CxrdistError: a line is not an object, a line is too long, or there are too many lines.
+        OSError: the log cannot be read.
+    """
+    with open_regular(path, os.O_RDONLY) as log:
+        for number in range(1, MOST_LOG_ROWS + 1):
+            line = log.readline(MOST_LINE_BYTES)
+            if len(line) < MOST_LINE_BYTES and not line.endswith(b"\n"):
+                return
+            try:
+                yield typed(parse_json(line), dict[str, Any])
+            except ValueError as error:
+                raise CxrdistError(
+                    f"{path}, line {number}: {error}; run `cxrdist train` again"
+                ) from error
+    raise CxrdistError(f"{path}: has more than {MOST_LOG_ROWS} lines; run `cxrdist train` again")
