@@ -35,7 +35,7 @@ NEEDED = {
 
 
 @dataclass(frozen=True)
-class Sample:
+class Prediction:
     """One row of predictions.csv."""
 
     key: str
@@ -280,7 +280,7 @@ def _check_confusion(metrics: Metrics) -> None:
         )
 
 
-def read_predictions(path: Path, task: str) -> list[Sample] | None:
+def read_predictions(path: Path, task: str) -> list[Prediction] | None:
     """Read the predictions of a split; None if it was not evaluated.
 
     Raises:
@@ -298,10 +298,10 @@ def read_predictions(path: Path, task: str) -> list[Sample] | None:
             raise ValueError(
                 f"there is no column logit_{missing[0]}, which an older cxrdist did not write"
             )
-        return [_read_sample(row, classes, task) for row in _rows(table)]
+        return [_read_prediction(row, classes, task) for row in _rows(table)]
 
 
-def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> Sample:
+def _read_prediction(row: Mapping[str, str], classes: Sequence[str], task: str) -> Prediction:
     """Read a row of predictions.csv.
 
     Raises:
@@ -311,7 +311,7 @@ def _read_sample(row: Mapping[str, str], classes: Sequence[str], task: str) -> S
     logits = {name: _finite(row[f"logit_{name}"]) for name in classes}
     unknown = row.get("uncertain", ""), row.get("missing", "")
     groups = {name: row[name] for name in GROUP_COLUMNS if name in row}
-    sample = Sample(
+    sample = Prediction(
         row["key"], row["label"], probabilities, logits, task, *unknown, row["patient"], groups
     )
     if task == "multiclass" and len(sample.labels) != 1:

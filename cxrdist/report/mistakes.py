@@ -12,7 +12,7 @@ from cxrdist.evaluate.mistakes import MOST_PICTURED, Mistake, find_mistakes
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.explain.nearest import Nearest, read_nearest
 from cxrdist.report import pictures
-from cxrdist.report.files import Explanation, Sample, read_calibration, reading, within
+from cxrdist.report.files import Explanation, Prediction, read_calibration, reading, within
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory
 
@@ -38,7 +38,7 @@ class Case:
         tags: CSS classes that the filters select by.
     """
 
-    sample: Sample
+    sample: Prediction
     missed: list[str]
     called: list[str]
     tags: str
@@ -84,7 +84,7 @@ class Filter:
 def mistakes_view(
     run: RunDirectory,
     place: str,
-    samples: Sequence[Sample],
+    samples: Sequence[Prediction],
     task: str,
     relevance: Mapping[str, list[Explanation]] | None,
 ) -> View:
@@ -130,7 +130,7 @@ def mistakes_view(
 
 
 def _filters(
-    mistakes: Sequence[Mistake], samples: Sequence[Sample], task: str
+    mistakes: Sequence[Mistake], samples: Sequence[Prediction], task: str
 ) -> tuple[list[Filter], list[str]]:
     """Return the filters with at least two values, and the CSS classes of each mistake."""
     several = task == "multilabel"
@@ -201,7 +201,7 @@ def _embed(directory: Path, key: str, command: str) -> pictures.Picture | None:
 
 
 def _label_rows(
-    mistakes: Sequence[Mistake], samples: Sequence[Sample], limits: Mapping[str, float]
+    mistakes: Sequence[Mistake], samples: Sequence[Prediction], limits: Mapping[str, float]
 ) -> list[View]:
     """Count the mistakes of each label, and the images that could be mistaken."""
     missed = Counter(label for mistake in mistakes for label in mistake.missed)

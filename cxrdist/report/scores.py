@@ -9,7 +9,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.metrics import INTERVALS, Metrics, ScoreName, Scores, few_of
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
-from cxrdist.report.files import Sample
+from cxrdist.report.files import Prediction
 from cxrdist.report.values import COUNTS, MEASURES, count, number, percent, share
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, options_of
@@ -197,7 +197,7 @@ def _has_reason(values: Scores, measure: ScoreName) -> bool:
 
 
 def check_same_evaluation(
-    run: RunDirectory, split: str, metrics: Metrics, samples: Sequence[Sample]
+    run: RunDirectory, split: str, metrics: Metrics, samples: Sequence[Prediction]
 ) -> None:
     """Check that metrics.json and predictions.csv are of the same evaluation.
 
@@ -222,7 +222,7 @@ def check_same_evaluation(
         )
 
 
-def _same_confusion(metrics: Metrics, samples: Sequence[Sample]) -> bool:
+def _same_confusion(metrics: Metrics, samples: Sequence[Prediction]) -> bool:
     classes = list(metrics["classes"])
     counted = {(label, predicted): 0 for label in classes for predicted in classes}
     for sample in samples:
@@ -231,7 +231,7 @@ def _same_confusion(metrics: Metrics, samples: Sequence[Sample]) -> bool:
     return list(counted.values()) == [n for row in metrics["confusion_matrix"] for n in row]
 
 
-def _same_labels(metrics: Metrics, samples: Sequence[Sample]) -> bool:
+def _same_labels(metrics: Metrics, samples: Sequence[Prediction]) -> bool:
     for name, scores in metrics["classes"].items():
         having = [sample for sample in samples if name in sample.labels]
         known = sum(sample.knows(name) for sample in samples)
@@ -252,7 +252,7 @@ def known_images(metrics: Metrics, name: str) -> int:
 
 
 def roc_charts(
-    element: str, samples: Sequence[Sample], metrics: Metrics
+    element: str, samples: Sequence[Prediction], metrics: Metrics
 ) -> list[tuple[str, int, Markup | None]]:
     """Draw the ROC curve of each class: name, number of positives, chart (None if undefined).
 

@@ -14,7 +14,7 @@ from cxrdist.report import pictures
 from cxrdist.report.calibration import calibration_view
 from cxrdist.report.files import (
     Explanation,
-    Sample,
+    Prediction,
     read_metrics,
     read_predictions,
     read_relevance,
@@ -40,7 +40,7 @@ class Card:
     """One sample of the gallery."""
 
     key: str
-    sample: Sample | None
+    sample: Prediction | None
     """None if the split was explained but not evaluated."""
     xray: pictures.Picture | None
     maps: list[tuple[Explanation, pictures.Picture]]
@@ -112,7 +112,7 @@ def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
 
 
 def _gallery(
-    relevance: Mapping[str, list[Explanation]], samples: Mapping[str, Sample]
+    relevance: Mapping[str, list[Explanation]], samples: Mapping[str, Prediction]
 ) -> dict[str | None, list[str]]:
     """Pick the first few samples of each class that have heat maps, in the order of the file.
 
@@ -133,7 +133,7 @@ def _card(
     run: RunDirectory,
     split: str,
     key: str,
-    samples: Mapping[str, Sample],
+    samples: Mapping[str, Prediction],
     relevance: Mapping[str, list[Explanation]] | None,
 ) -> Card:
     """Gather the existing X-ray and heat maps of one sample.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from cxrdist.data.audit_file import Shortcut
 from cxrdist.evaluate.metrics import Metrics, few_of
 from cxrdist.report.audit import AuditView
-from cxrdist.report.files import Sample
+from cxrdist.report.files import Prediction
 from cxrdist.report.groups import MEASURES
 from cxrdist.report.scores import TOO_FEW, interval
 from cxrdist.report.values import count, number, percent
@@ -60,7 +60,7 @@ def _mean_auroc(metrics: Metrics) -> Verdict:
     }
 
 
-def _patients(metrics: Metrics, samples: Sequence[Sample] | None) -> str | None:
+def _patients(metrics: Metrics, samples: Sequence[Prediction] | None) -> str | None:
     """Count the patients of the images; None if predictions.csv is missing."""
     if "intervals" in metrics:
         return count(metrics["intervals"]["patients"])

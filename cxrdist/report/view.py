@@ -6,7 +6,7 @@ from markupsafe import Markup
 
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.explain.description import RelevanceInfo
-from cxrdist.report.files import Sample
+from cxrdist.report.files import Prediction
 
 View: TypeAlias = dict[str, object]
 """Values by name that only templates read; values that Python code reads have a class."""
@@ -26,7 +26,7 @@ class SplitView(TypedDict):
     metrics: Metrics | None
     scores: View | None
     calibration: View | None
-    samples: list[Sample] | None
+    samples: list[Prediction] | None
     roc: list[tuple[str, int, Markup | None]] | None
     mistakes: View | None
     groups: View | None

@@ -22,7 +22,7 @@ from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.report import mistakes, pictures
-from cxrdist.report.files import Sample
+from cxrdist.report.files import Prediction
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
 from cxrdist.report.values import MEASURES, number, percent
@@ -185,7 +185,7 @@ def test_the_curve_ranks_by_logits(run: Path, made: SimpleNamespace) -> None:
     """Of images that all have the probability 1 in float32 the ROC curve still has its corners."""
     logits = {"k0": 18, "k1": 19, "k2": 25, "k3": 26}
     samples = [
-        Sample(key, label, {"a": 1.0}, {"a": logit}, "multilabel")
+        Prediction(key, label, {"a": 1.0}, {"a": logit}, "multilabel")
         for (key, logit), label in zip(logits.items(), ("", "", "a", "a"), strict=True)
     ]
     ((_, _, chart),) = roc_charts("x", samples, {"classes": {"a": {}}})
