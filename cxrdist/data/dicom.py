@@ -13,13 +13,13 @@ is read, not the code.
 import io
 import logging
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.uid import (
@@ -40,7 +40,7 @@ from cxrdist.data.codestream import precision
 from cxrdist.data.depth import white_of
 from cxrdist.data.elements import RefusedError, items, numbers, octets, text, whole
 from cxrdist.data.patients import sex_of, stated_age
-from cxrdist.data.pictures import MOST_PIXELS
+from cxrdist.data.pictures import MOST_PIXELS, Picture
 from cxrdist.data.presentation import Cells, present
 from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
@@ -70,31 +70,7 @@ pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings would print tags
 
 
-@dataclass(frozen=True)
-class Dicom:
-    """Pixels and tags from a DICOM file.
-
-    Attributes:
-        pixels: uint8 [H, W], bright where the body absorbs.
-        size_px: width and height with square pixels.
-        patient: PatientID, or empty.
-        view: one of `VIEWS` from ViewPosition or ViewCodeSequence, empty without them, None if they
-            name an unknown one.
-        used_depth: bits that the pixels use if no tag gives their depth, else None.
-        sex: PatientSex, M or F, else empty.
-        age: PatientAge in years; None if absent, NaN if it is not from 0 to 120 years.
-    """
-
-    pixels: NDArray[np.uint8]
-    size_px: tuple[int, int]
-    patient: str
-    view: str | None
-    used_depth: int | None
-    sex: str
-    age: float | None
-
-
-def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Dicom:
+def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Picture:
     """Read a radiograph as it would be displayed (`cxrdist.data.presentation`).
 
     Args:
@@ -120,17 +96,19 @@ def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Dicom:
         ) from None
 
 
-def _read(data: bytes, depth: int | None) -> Dicom:
+def _read(data: bytes, depth: int | None) -> Picture:
     if DeflatedExplicitVRLittleEndian.encode() in data:
         # pydicom would inflate it without a limit, so that a small file could fill the memory.
         raise RefusedError("it is deflated; store it uncompressed, for example with dcmconv +te")
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     _refuse_no_radiograph(dataset)
-    size_px = _shown_size(dataset)
+    width_px, height_px = _shown_size(dataset)
     pixels, used = present(dataset, _cells(dataset), depth)
-    return Dicom(
-        pixels=pixels,
-        size_px=size_px,
+    shown = Image.fromarray(pixels).resize((width_px, height_px), Image.Resampling.BILINEAR)
+    return Picture(
+        image=shown,
+        width_px=width_px,
+        height_px=height_px,
         patient=str(dataset.get("PatientID") or "").strip(),
         view=_view(dataset),
         used_depth=used,

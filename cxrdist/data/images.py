@@ -5,7 +5,7 @@ File kinds are recognised in `kinds`; pixel values are read in `pictures`, `dico
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,68 +16,10 @@ from cxrdist.data.boxes import Box, cover
 from cxrdist.data.geometry import place, resample, scaled
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.data.masks import MaskPlace, mask_square, read_mask
-from cxrdist.data.pictures import read_file, read_picture
+from cxrdist.data.pictures import Picture, read_file, read_picture
 from cxrdist.errors import CxrdistError
 
 DICOM_SUFFIXES = {".dcm", ".dicom", ".dic"}
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """A raw image as a square, with facts from its file.
-
-    Attributes:
-        pixels: uint8 [S, S].
-        width_px: of the original as it is shown.
-        height_px: of the original as it is shown.
-        patient: the DICOM's PatientID, or empty.
-        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
-        covered: uint8 [S, S], the square of the original with its boxes covered; None without.
-        used_depth: bits that the pixels use if the file does not declare its depth, else None.
-        sex: M or F from the DICOM, else empty.
-        age: age of the patient in years; None if unknown, NaN if the DICOM's is not a valid age.
-        mask: uint8 [S, S] of 0 and 255, cropped or padded like the pixels; None without.
-    """
-
-    pixels: NDArray[np.uint8]
-    width_px: int
-    height_px: int
-    patient: str = ""
-    view: str | None = ""
-    covered: NDArray[np.uint8] | None = None
-    used_depth: int | None = None
-    sex: str = ""
-    age: float | None = None
-    mask: NDArray[np.uint8] | None = None
-
-
-@dataclass(frozen=True)
-class Grey:
-    """A raw image in grey, with facts from its file.
-
-    Attributes:
-        image: mode L; a JPEG may be smaller than its original.
-        width_px: of the original as it is shown.
-        height_px: of the original as it is shown.
-        patient: the DICOM's PatientID, or empty.
-        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
-        used_depth: bits that the pixels use if the file does not declare its depth, else None.
-        sex: M or F from the DICOM, else empty.
-        age: age of the patient in years; None if unknown, NaN if the DICOM's is not a valid age.
-    """
-
-    image: Image.Image
-    width_px: int
-    height_px: int
-    patient: str = ""
-    view: str | None = ""
-    used_depth: int | None = None
-    sex: str = ""
-    age: float | None = None
-
-    def scale(self) -> tuple[float, float]:
-        """Return width and height of the image as fractions of the original's."""
-        return self.image.width / self.width_px, self.image.height / self.height_px
 
 
 def decode(
@@ -88,8 +30,8 @@ def decode(
     how: str = "black",
     depth: int | None = None,
     mask: MaskPlace | None = None,
-) -> Decoded:
-    """Decode an image to a grey square, and with boxes to a second one where they are covered.
+) -> Picture:
+    """Decode an image to a grey square, with its boxes covered in a second one, and its mask.
 
     The filter is anti-aliased. Boxes are covered in the original, before it becomes square; the
     mask is not changed by them.
@@ -107,19 +49,18 @@ def decode(
         CxrdistError: the file is not a readable X-ray, or its mask cannot be used.
     """
     grey = read_grey(file, 2 * size_px, depth)
-    square = np.asarray(_square(grey.image, size_px, fit))
     covered = None
     if boxes:
         here = [scaled(box, *grey.scale()) for box in boxes]
-        image = Image.fromarray(cover(np.asarray(grey.image), here, how))
+        image = Image.fromarray(cover(grey.pixels, here, how))
         covered = np.asarray(_square(image, size_px, fit))
-    known = {field.name: getattr(grey, field.name) for field in fields(grey)[1:]}
     moved = None if mask is None else _mask_square(file, mask, grey, size_px, fit)
-    return Decoded(square, covered=covered, mask=moved, **known)
+    square = _square(grey.image, size_px, fit)
+    return replace(grey, image=square, covered=covered, mask=moved)
 
 
 def _mask_square(
-    file: Path, place_of_mask: MaskPlace, grey: Grey, size_px: int, fit: str
+    file: Path, place_of_mask: MaskPlace, grey: Picture, size_px: int, fit: str
 ) -> NDArray[np.uint8]:
     """Return the mask of an image as a square.
 
@@ -137,7 +78,7 @@ def _mask_square(
     return mask_square(mask, place(*shown, size_px, fit), shown, size_px)
 
 
-def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
+def read_grey(file: Path, least_px: int, depth: int | None = None) -> Picture:
     """Read an image of one of `FORMATS`, or a DICOM, in grey.
 
     Colour becomes luma (ITU-R 601), transparency black; an EXIF rotation is applied.
@@ -156,17 +97,13 @@ def read_grey(file: Path, least_px: int, depth: int | None = None) -> Grey:
     if _is_dicom(kind, file):
         from cxrdist.data.dicom import read_dicom  # importing pydicom takes most of a second
 
-        dicom = read_dicom(data, file, depth)
-        image = Image.fromarray(dicom.pixels).resize(dicom.size_px, Image.Resampling.BILINEAR)
-        tags = dicom.patient, dicom.view, dicom.used_depth, dicom.sex, dicom.age
-        return Grey(image, dicom.size_px[0], dicom.size_px[1], *tags)
+        return read_dicom(data, file, depth)
     if kind is None:
         raise CxrdistError(
             f"{file}: is not a readable image (unknown format); expected {', '.join(FORMATS)} or "
             "DICOM"
         )
-    picture = read_picture(data, kind, file, least_px, depth)
-    return Grey(picture.image, *picture.size_px, used_depth=picture.used_depth)
+    return read_picture(data, kind, file, least_px, depth)
 
 
 def is_dicom(file: Path) -> bool:

@@ -35,17 +35,40 @@ NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below it use at most
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in grey.
+    """An X-ray in grey, with what its file tells about it.
 
     Attributes:
-        image: mode L; a JPEG may be smaller than its original.
-        size_px: width and height of the original as it is shown.
+        image: mode L; of any size, or a square once it is decoded for a model or shards.
+        width_px: of the original as it is shown.
+        height_px: of the original as it is shown.
         used_depth: bits that the pixels use if the file does not declare its depth, else None.
+        patient: the DICOM's PatientID, or empty.
+        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
+        sex: M or F from the DICOM, else empty.
+        age: age of the patient in years; None if unknown, NaN if the DICOM's is not a valid age.
+        covered: uint8 [H, W], the same with the burned-in text of its boxes covered; None without.
+        mask: uint8 [H, W] of 0 and 255, what of the image is lung; None without.
     """
 
     image: Image.Image
-    size_px: tuple[int, int]
+    width_px: int
+    height_px: int
     used_depth: int | None = None
+    patient: str = ""
+    view: str | None = ""
+    sex: str = ""
+    age: float | None = None
+    covered: NDArray[np.uint8] | None = None
+    mask: NDArray[np.uint8] | None = None
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """Grey levels, uint8 [H, W], read-only."""
+        return np.asarray(self.image)
+
+    def scale(self) -> tuple[float, float]:
+        """Return width and height of the image as fractions of the original's."""
+        return self.image.width / self.width_px, self.image.height / self.height_px
 
 
 def read_file(file: Path) -> bytes:
@@ -107,11 +130,11 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
             image.draft("L", (least_px, least_px))
             if image.mode[0] in "IF":
                 grey, used = _grey_of_deep(image, data, depth)
-                return Picture(grey, size_px, used)
+                return Picture(grey, *size_px, used)
             grey = _grey(ImageOps.exif_transpose(image))
             if _has_deep_colours(image, data) and np.asarray(grey).max() < NEARLY_BLACK:
                 raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
-            return Picture(grey, size_px)
+            return Picture(grey, *size_px)
 
 
 def picture_size(file: Path) -> tuple[int, int] | None:

@@ -24,10 +24,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pebble import ProcessPool
+from PIL import Image
 
 from cxrdist.data.anonymise import keyed, shared_key
 from cxrdist.data.fingerprint import THUMBNAIL_PX, Fingerprint, fingerprint, shrink
-from cxrdist.data.images import Decoded, decode, encode_png
+from cxrdist.data.images import decode, encode_png
+from cxrdist.data.pictures import Picture
 from cxrdist.data.records import Record
 from cxrdist.data.workers import Job, image_workers, schedule
 from cxrdist.errors import CxrdistError
@@ -188,13 +190,14 @@ def _make_square(
     decoded = decode(record.file, size_px, fit, record.boxes, cover, depth, record.mask)
     if record.lungs_only:
         decoded = _lungs_alone(record, decoded)
-    png = encode_png(decoded.pixels)
+    pixels = decoded.pixels
+    png = encode_png(pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     mask = b"" if decoded.mask is None else encode_png(decoded.mask)
     return {
         "png_bytes": len(png),
         "covered_bytes": len(covered),
-        "fingerprint": fingerprint(decoded.pixels),
+        "fingerprint": fingerprint(pixels),
         "covered_fingerprint": None if decoded.covered is None else fingerprint(decoded.covered),
         "width_px": decoded.width_px,
         "height_px": decoded.height_px,
@@ -206,14 +209,14 @@ def _make_square(
         "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
         "mask_bytes": len(mask),
         **({} if decoded.mask is None else _describe_mask(decoded.mask)),
-    }, b"".join([png, covered, mask, *map(_thumbnail, (decoded.pixels, decoded.covered))])
+    }, b"".join([png, covered, mask, *map(_thumbnail, (pixels, decoded.covered))])
 
 
 def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:
     return b"" if pixels is None else shrink(pixels).tobytes()
 
 
-def _lungs_alone(record: Record, decoded: Decoded) -> Decoded:
+def _lungs_alone(record: Record, decoded: Picture) -> Picture:
     """Make everything outside the mask black.
 
     Raises:
@@ -222,8 +225,8 @@ def _lungs_alone(record: Record, decoded: Decoded) -> Decoded:
     mask = decoded.mask
     if mask is None or not mask.any():
         raise CxrdistError(f"{record.file}: its mask covers nothing of the square")
-    pixels, covered = decoded.pixels & mask, decoded.covered
-    return replace(decoded, pixels=pixels, covered=None if covered is None else covered & mask)
+    image, covered = Image.fromarray(decoded.pixels & mask), decoded.covered
+    return replace(decoded, image=image, covered=None if covered is None else covered & mask)
 
 
 def _describe_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:
