@@ -25,6 +25,7 @@ from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.images import encode_png, read_square
+from cxrdist.data.index import Sample
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import write_phantoms
 from cxrdist.data.plan import plan_epoch
@@ -128,10 +129,11 @@ def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
     def audit_alone() -> int:
         prints = [fingerprint(square) for square in squares]
         duplicates = find_duplicates(prints, squares.__getitem__)
-        entries = [
-            Entry(str(i), r.path, "train", r.label, r.patient, r.source, r.view, 1, 1, found)
-            for i, (r, found) in enumerate(zip(records, prints, strict=True))
+        samples = [
+            Sample(str(i), "train", "", r.label, r.patient, r.source, r.path, "", view=r.view)
+            for i, r in enumerate(records)
         ]
+        entries = [Entry(s, 1, 1, found) for s, found in zip(samples, prints, strict=True)]
         audit(
             entries,
             duplicates,

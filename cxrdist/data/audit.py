@@ -32,8 +32,8 @@ from cxrdist.data.audit_file import (
 from cxrdist.data.baseline import measure_baseline
 from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint, shrink
-from cxrdist.data.index import Task
-from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, label_matrix, labels_of
+from cxrdist.data.index import Sample, Task
+from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, joined, label_matrix, labels_of
 from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
@@ -63,35 +63,26 @@ Targets = NDArray[np.int8]
 
 @dataclass(frozen=True)
 class Entry:
-    """An image as the audit needs it.
+    """A sample as the audit needs it.
 
     Attributes:
-        key: key of the sample.
-        path: path relative to the source.
-        split: train, val or test.
-        label: its labels, separated by ``|``.
-        patient: who was X-rayed.
-        source: where the image comes from.
-        view: PA, AP ... or empty.
+        sample: its row of samples.csv.
         width_px: width of the original.
         height_px: height of the original.
         fingerprint: fingerprint of the square.
-        unknown: labels that are uncertain or missing, separated by ``|``.
         mask_share: share of the square that its mask covers; None without a mask.
     """
 
-    key: str
-    path: str
-    split: str
-    label: str
-    patient: str
-    source: str
-    view: str
+    sample: Sample
     width_px: int
     height_px: int
     fingerprint: Fingerprint
-    unknown: str = ""
     mask_share: float | None = None
+
+    @property
+    def unknown(self) -> str:
+        """Labels that are uncertain or missing, separated by ``|``."""
+        return joined(self.sample.uncertain, self.sample.missing)
 
 
 def audit(
@@ -123,10 +114,11 @@ def audit(
 
     pairs = attempt("duplicates", lambda: _pairs(entries, duplicates))
     features = [_features(entry) for entry in entries]
+    samples = [entry.sample for entry in entries]
     targets = _targets(entries, classes)
     truth = targets, classes
     patients: dict[str, int] = {}
-    numbers = [patients.setdefault(entry.patient, len(patients)) for entry in entries]
+    numbers = [patients.setdefault(s.patient, len(patients)) for s in samples]
     groups = join_groups(numbers, duplicates.pairs)
     audit_file: AuditFile = {
         "format": "cxrdist-audit-1",
@@ -135,15 +127,15 @@ def audit(
         "images": len(entries),
         "patients": len(patients),
         "duplicates": None if pairs is None else _count_pairs([pair for _, pair in pairs]),
-        "patients_in_several_splits": shared_patients(entries, lambda entry: [entry.split]),
+        "patients_in_several_splits": shared_patients(samples, lambda sample: [sample.split]),
         "patients_in_several_classes": (
-            shared_patients(entries, lambda entry: labels_of(entry.label))
+            shared_patients(samples, lambda sample: labels_of(sample.label))
             if task == "multiclass"
             else []
         ),
-        "sources": attempt("sources", lambda: _cross_table([e.source for e in entries], *truth)),
+        "sources": attempt("sources", lambda: _cross_table([s.source for s in samples], *truth)),
         "views": attempt(
-            "views", lambda: _cross_table([e.view or UNKNOWN for e in entries], *truth)
+            "views", lambda: _cross_table([s.view or UNKNOWN for s in samples], *truth)
         ),
         "statistics": attempt("statistics", lambda: _statistics(features, *truth)),
         "shortcut": attempt(
@@ -158,7 +150,7 @@ def audit(
         ),
         "masks": attempt("masks", lambda: _masks(entries, *truth)),
         "flat": attempt("flat", lambda: _flat(entries)) or [],
-        "in_pre_training": attempt("in_pre_training", lambda: _in_pre_training(entries, *truth)),
+        "in_pre_training": attempt("in_pre_training", lambda: _in_pre_training(samples, *truth)),
         "thumbnails": attempt("thumbnails", lambda: _thumbnails(entries, pairs or [], pixels))
         or {},
         "not_made": not_made,
@@ -187,12 +179,12 @@ def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | 
 
 
 def shared_patients(
-    entries: Sequence[Entry], groups_of: Callable[[Entry], list[str]]
+    samples: Sequence[Sample], groups_of: Callable[[Sample], list[str]]
 ) -> list[SharedPatient]:
     """List the patients with images in several groups, with the number of images in each."""
     seen: dict[str, Counter[str]] = {}
-    for entry in entries:
-        seen.setdefault(entry.patient, Counter()).update(groups_of(entry))
+    for sample in samples:
+        seen.setdefault(sample.patient, Counter()).update(groups_of(sample))
     return [
         {"patient": patient, "images": dict(sorted(counts.items()))}
         for patient, counts in sorted(seen.items())
@@ -203,19 +195,19 @@ def shared_patients(
 def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> Targets:
     """Return the labels of the images: int8 [N, classes], 1, 0, or -1 if not known."""
     columns = {
-        POSITIVE: [entry.label for entry in entries],
+        POSITIVE: [entry.sample.label for entry in entries],
         UNCERTAIN: [entry.unknown for entry in entries],
     }
     return label_matrix(columns, classes)
 
 
-def _shown(entry: Entry) -> ShownImage:
+def _shown(sample: Sample) -> ShownImage:
     return {
-        "key": entry.key,
-        "path": entry.path,
-        "split": entry.split,
-        "label": entry.label,
-        "patient": entry.patient,
+        "key": sample.key,
+        "path": sample.path,
+        "split": sample.split,
+        "label": sample.label,
+        "patient": sample.patient,
     }
 
 
@@ -228,9 +220,9 @@ def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[tuple[tuple
             "kind": kind,
             "bits": bits,
             "correlation": correlation,
-            "two_splits": one.split != other.split,
-            "two_classes": not agree((e.label, e.unknown) for e in (one, other)),
-            "images": [_shown(one), _shown(other)],
+            "two_splits": one.sample.split != other.sample.split,
+            "two_classes": not agree((e.sample.label, e.unknown) for e in (one, other)),
+            "images": [_shown(one.sample), _shown(other.sample)],
         }
 
     near = [
@@ -307,7 +299,7 @@ def _masks(
     if described is None:
         return None
     have = ["without a mask" if e.mask_share is None else "with a mask" for e in entries]
-    counts = Counter(zip((entry.split for entry in entries), have, strict=True))
+    counts = Counter(zip((entry.sample.split for entry in entries), have, strict=True))
     return {
         **described,
         "splits": {
@@ -342,7 +334,9 @@ def _flat(entries: Sequence[Entry]) -> list[FlatImage]:
     """List the squares that show nothing: constant, nearly black or nearly white."""
     kinds = [_flat_kind(entry.fingerprint.statistics) for entry in entries]
     return [
-        {"kind": kind, **_shown(entry)} for entry, kind in zip(entries, kinds, strict=True) if kind
+        {"kind": kind, **_shown(entry.sample)}
+        for entry, kind in zip(entries, kinds, strict=True)
+        if kind
     ]
 
 
@@ -356,17 +350,17 @@ def _flat_kind(statistics: dict[str, float]) -> FlatKind | None:
 
 
 def _in_pre_training(
-    entries: Sequence[Entry], targets: Targets, classes: Sequence[str]
+    samples: Sequence[Sample], targets: Targets, classes: Sequence[str]
 ) -> PreTraining:
     """Count images of ChestX-ray14 per split and class: a CheXNet was trained on most of them."""
     form = KNOWN_NAMES["ChestX-ray14"]
     seen = np.array(
         [
-            entry.source in PRE_TRAINING_SOURCES or bool(form.search(Path(entry.path).name))
-            for entry in entries
+            sample.source in PRE_TRAINING_SOURCES or bool(form.search(Path(sample.path).name))
+            for sample in samples
         ]
     )
-    splits = np.array([entry.split for entry in entries])
+    splits = np.array([sample.split for sample in samples])
     return {
         "data_set": "ChestX-ray14",
         "splits": {
@@ -388,7 +382,7 @@ def _thumbnails(
     """Return small JPEGs of the first pairs, base64 by key; equal images need only one."""
     shown = [numbers[:1] if pair["kind"] == "exact" else numbers for numbers, pair in pairs]
     chosen = dict.fromkeys(number for numbers in shown[:MOST_PICTURED] for number in numbers)
-    return {entries[number].key: _thumbnail(pixels(number)) for number in chosen}
+    return {entries[number].sample.key: _thumbnail(pixels(number)) for number in chosen}
 
 
 def _thumbnail(pixels: NDArray[np.uint8]) -> str:

@@ -16,7 +16,6 @@ from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
-from cxrdist.data.labels import joined
 from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.shards import OpenShard, SampleFile, open_shard
 from cxrdist.errors import CxrdistError
@@ -132,20 +131,8 @@ def entry_of(
     sample: Sample, about: SampleFile, pixels: NDArray[np.uint8], mask_share: float | None
 ) -> Entry:
     """Return what the audit needs to know of a sample."""
-    return Entry(
-        key=sample.key,
-        path=sample.path,
-        split=sample.split,
-        label=sample.label,
-        patient=sample.patient,
-        source=sample.source,
-        view=about["view"],
-        width_px=about["width_px"],
-        height_px=about["height_px"],
-        fingerprint=fingerprint(pixels),
-        unknown=joined(sample.uncertain, sample.missing),
-        mask_share=mask_share,
-    )
+    known = sample._replace(view=about["view"])  # samples.csv of older versions has no views
+    return Entry(known, about["width_px"], about["height_px"], fingerprint(pixels), mask_share)
 
 
 def _strangers(index: Index) -> Iterator[str]:
@@ -158,7 +145,7 @@ def _strangers(index: Index) -> Iterator[str]:
 def _audit(index: Index, entries: list[Entry], squares: Path) -> None:
     """Audit the samples in the same order as `pack` does, so that audit.json is the same."""
     rows = np.load(squares, mmap_mode="r")
-    order = sorted(range(len(entries)), key=lambda i: entries[i].path)
+    order = sorted(range(len(entries)), key=lambda i: entries[i].sample.path)
     entries = [entries[i] for i in order]
 
     def pixels(i: int) -> NDArray[np.uint8]:

@@ -21,7 +21,7 @@ from cxrdist.data.anonymise import (
     shared_key,
     write_names,
 )
-from cxrdist.data.assemble import Item, assemble
+from cxrdist.data.assemble import assemble
 from cxrdist.data.boxes import read_boxes
 from cxrdist.data.depth import source_depth
 from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, MOST_PX
@@ -30,14 +30,12 @@ from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
 from cxrdist.data.label_map import read_label_map
 from cxrdist.data.masked import lungs_alone
 from cxrdist.data.patients import MOST_YEARS
-from cxrdist.data.records import NO_PATIENT, Record, Source
+from cxrdist.data.records import NO_PATIENT, Source
 from cxrdist.data.sources import read_source
 from cxrdist.data.splits import asked_splits, assign_splits, parse_split
 from cxrdist.data.squares import (
     Part,
-    Pngs,
     Square,
-    locate_pngs,
     make_squares,
     plan_parts,
     read_part,
@@ -105,14 +103,12 @@ def pack(config: PackConfig) -> None:
         if not config.merge:
             _decode(parts, work / "squares", config)
         if config.task is None:
-            squares = _read_parts(parts, work, config, source.views)
-            squares = _with_one_depth(parts, squares, work / "squares", config, source.views)
+            squares = _with_one_depth(parts, work, config, source.views)
+            squares = _with_tags(config, squares)
+            if not decided:
+                _refuse_late_dicom(squares, work)
             with _on_this_machine(work) as here:
-                items, pngs = _items(parts, squares, here, config)
-                if not decided:
-                    _refuse_late_dicom(items, work)
-                rejected = [square for part in squares for square in part if square.reason]
-                num_packed = assemble(config, source, items, pngs, here, rejected, content)
+                num_packed = assemble(config, source, squares, here, content)
                 if names:
                     write_names(names_file(config.out), key, names)
                 publish(here / "shards", config.out)
@@ -385,10 +381,9 @@ def _read_parts(
         )
     rejected = [square for squares in made for square in squares if square.reason]
     if rejected and not config.skip_bad:
-        rows = [(square.path, square.reason) for square in rejected]
+        rows = [(square.record.path, square.reason) for square in rejected]
         write_table(work / "rejected.csv", LeftOut._fields, rows)
-        bad = {square.path for square in rejected}
-        files = [str(r.file) for part in parts for r in part.records if r.path in bad]
+        files = [str(square.record.file) for square in rejected]
         listed = f"all in {work / 'rejected.csv'}"
         if config.anonymise:  # that table has no file names
             listed = ", ".join(files[:MOST_NAMED]) + (" ..." if len(files) > MOST_NAMED else "")
@@ -397,77 +392,51 @@ def _read_parts(
             f"{files[0]}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
             "repair or remove it, or leave it out with --skip-bad; decoded images are kept"
         )
-    return [
-        [_with_reason(r, s, views) for r, s in zip(part.records, squares, strict=True)]
-        for part, squares in zip(parts, made, strict=True)
-    ]
+    return [[_with_reason(square, views) for square in squares] for squares in made]
 
 
-def _with_reason(record: Record, square: Square, views: Views) -> Square:
+def _with_reason(square: Square, views: Views) -> Square:
     """Return the square, with a reason to leave it out if its view is not one to pack.
 
     A square with a reason does not count for the depth of the source either.
     """
-    view = _view(record, square)
-    if square.reason or view in views[record.origin]:
+    view = _view(square)
+    if square.reason or view in views[square.record.origin]:
         return square
     return replace(square, reason=LEFT_OUT[view])
 
 
-def _view(record: Record, square: Square) -> str:
+def _view(square: Square) -> str:
     """Return the view by the table, else the tag, else the file's name, which is the original."""
-    return record.view or square.view or view_in_name(record.file.name)
+    return square.record.view or square.view or view_in_name(square.record.file.name)
 
 
 def _with_one_depth(
-    parts: list[Part],
-    squares: list[list[Square]],
-    directory: Path,
-    config: PackConfig,
-    views: Views,
-) -> list[list[Square]]:
-    """Decode images again that were not scaled by the depth of the source.
+    parts: list[Part], work: Path, config: PackConfig, views: Views
+) -> list[Square]:
+    """Read all squares, and decode those again that were not scaled by the depth of the source.
 
     Which images these are depends on the source alone, so any number of workers, tasks and kills
     ends with the same bytes.
     """
-    usable = [square for part in squares for square in part if not square.reason]
-    depth = config.depth or source_depth(square.used_depth for square in usable)
-    stale = [
-        part
-        for part, read in zip(parts, squares, strict=True)
-        if not all(square.reason or square.is_scaled_by(depth) for square in read)
-    ]
-    if not stale:
-        return squares
-    total = sum(not square.is_scaled_by(depth) for square in usable)
-    with progress(total, f"scaling by {depth} bits", "images") as bar:
-        for count in _make(stale, directory, config, depth):
-            bar.update(count)
-    # Once more: an image that cannot be read now no longer counts for the depth.
-    squares = _read_parts(parts, directory.parent, config, views)
-    return _with_one_depth(parts, squares, directory, config, views)
+    while True:  # an image that can no longer be read does not count for the depth either
+        by_part = _read_parts(parts, work, config, views)
+        squares = [square for part in by_part for square in part]
+        usable = [square for square in squares if not square.reason]
+        depth = config.depth or source_depth(square.used_depth for square in usable)
+        stale = {square.part for square in usable if not square.is_scaled_by(depth)}
+        if not stale:
+            return squares
+        total = sum(not square.is_scaled_by(depth) for square in usable)
+        with progress(total, f"scaling by {depth} bits", "images") as bar:
+            again = [part for part in parts if part.number in stale]
+            for count in _make(again, work / "squares", config, depth):
+                bar.update(count)
 
 
-def _items(
-    parts: list[Part], by_part: list[list[Square]], work: Path, config: PackConfig
-) -> tuple[list[Item], Pngs]:
-    """Return the images that were read, and where their PNGs are."""
-    squares = [square for part in by_part for square in part]
-    records = [record for part in parts for record in part.records]
-    known = _with_tags(config, records, squares)
-    pairs = zip(known, squares, strict=True)
-    items = [
-        Item(r, square, i, 2 * len(records) + i)
-        for i, (r, square) in enumerate(pairs)
-        if not square.reason
-    ]
-    return items, locate_pngs(work / "squares", by_part)
-
-
-def _refuse_late_dicom(items: list[Item], work: Path) -> None:
+def _refuse_late_dicom(squares: list[Square], work: Path) -> None:
     """Reject DICOM files that were not recognised when --anonymise was chosen by default."""
-    late = next((item.record.file for item in items if item.square.patient), None)
+    late = next((s.record.file for s in squares if s.patient and not s.reason), None)
     if late is not None:
         raise CxrdistError(
             f"{late}: is a DICOM file with a patient, though not named as one; give --anonymise "
@@ -475,38 +444,36 @@ def _refuse_late_dicom(items: list[Item], work: Path) -> None:
         )
 
 
-def _with_tags(
-    config: PackConfig, records: Sequence[Record], squares: Sequence[Square]
-) -> list[Record]:
-    """Add patient, view, sex and age from DICOM tags.
+def _with_tags(config: PackConfig, squares: Sequence[Square]) -> list[Square]:
+    """Add patient, view, sex and age from DICOM tags to the records.
 
     A patient becomes a number, since the tag identifies a person.
     """
     numbers: dict[tuple[str, str], int] = {}  # by source and patient
     known = []
-    for record, square in zip(records, squares, strict=True):
+    for square in squares:
+        record = square.record
         if square.patient and record.patient.startswith(NO_PATIENT):
             number = numbers.setdefault((record.origin, square.patient), len(numbers) + 1)
             record = replace(record, patient=f"dicom-{number:06d}")
         age = square.age if record.age is None else record.age
         if age is not None:
             age = None if math.isnan(age) else private_age(age) if config.anonymise else age
-        view, sex = _view(record, square), record.sex or square.sex
-        known.append(replace(record, view=view, sex=sex, age=age))
+        record = replace(record, view=_view(square), sex=record.sex or square.sex, age=age)
+        known.append(replace(square, record=record))
     ageless = sum(square.age is not None and math.isnan(square.age) for square in squares)
     if ageless:
         print(f"{ageless} DICOM ages are not 0 to {MOST_YEARS:g} years; they are left empty")
-    _tell_views(records, squares)
+    _tell_views(squares)
     return known
 
 
-def _tell_views(records: Sequence[Record], squares: Sequence[Square]) -> None:
+def _tell_views(squares: Sequence[Square]) -> None:
     """Print how many tags name an unknown view, or another one than the table."""
-    pairs = [(record.view, s.view) for record, s in zip(records, squares, strict=True)]
-    unknown = sum(tag is None for _, tag in pairs)
+    unknown = sum(square.view is None for square in squares)
     if unknown:
         print(f"{unknown} DICOM files have a view tag that cxrdist does not know")
-    differing = sum(disagree(told, tag or UNKNOWN) for told, tag in pairs)
+    differing = sum(disagree(s.record.view, s.view or UNKNOWN) for s in squares)
     if differing:
         print(
             f"{differing} images have different views in the table and in their tag; the table's "

@@ -39,9 +39,10 @@ PART_SIZE = 128
 CHUNK = 16  # images sent to a worker at once
 # Size and time of change (ns) of a record's file, and of its mask file if it has one.
 State = tuple[int, ...]
-Made = tuple[dict[str, Any], bytes]  # fields of a square, and its PNGs and thumbnails
-Pending = tuple[list[State], Job[Record, Made]]
-Kept = dict[int, tuple["Square", bytes]]  # squares that need no decoding, and their bytes
+Encoded = tuple["Square", bytes]  # a square, and its PNGs and thumbnails
+Pending = tuple[list[State], Job[Record, Encoded]]
+Kept = dict[int, Encoded]  # squares that need no decoding, by position of the record
+NOT_STORED = ("record", "covered", "part", "first_byte")  # known to who reads a part
 THUMBNAIL_BYTES = THUMBNAIL_PX**2
 PARTS_AHEAD = 4  # parts submitted to the workers before the first of them is written
 
@@ -51,7 +52,7 @@ class Square:
     """A decoded record, without its pixels.
 
     Attributes:
-        path: path of the record.
+        record: what was decoded.
         state: state of its files when they were read.
         reason: why it cannot be used, without its name; if empty, the fields below are known.
         png_bytes: length of its PNG in the part's file.
@@ -69,10 +70,13 @@ class Square:
         mask_bytes: length of the PNG of its mask, 0 without one.
         mask_sha256: hash of the mask's pixels, empty without one.
         mask_share: share of the square that the mask covers.
+        covered: whether the square with burned-in text covered is the one to use.
+        part: number of the part that holds it.
+        first_byte: where its PNG starts in the part's file.
     """
 
-    path: str
-    state: State
+    record: Record
+    state: State = ()
     reason: str = ""
     png_bytes: int = 0
     fingerprint: Fingerprint | None = None
@@ -89,12 +93,41 @@ class Square:
     mask_bytes: int = 0
     mask_sha256: str = ""
     mask_share: float = 0.0
+    covered: bool = False
+    part: int = 0
+    first_byte: int = 0
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Lengths of the PNG, the covered PNG, the mask, the thumbnail and the covered one."""
         of_pngs = self.png_bytes, self.covered_bytes, self.mask_bytes
         return *of_pngs, *(THUMBNAIL_BYTES * (png > 0) for png in of_pngs[:2])
+
+    def cover(self) -> "Square":
+        """Return the square with its burned-in text covered, if it has any."""
+        if not self.covered_bytes:
+            return self
+        return replace(self, covered=True, fingerprint=self.covered_fingerprint)
+
+    def png(self, directory: Path) -> bytes:
+        """Read its PNG from the local directory of the parts."""
+        return self._read(directory, int(self.covered))
+
+    def mask(self, directory: Path) -> bytes:
+        """Read the PNG of its mask, empty without one."""
+        return self._read(directory, 2)
+
+    def thumbnail(self, directory: Path) -> NDArray[np.uint8]:
+        """Read its thumbnail, uint8 [THUMBNAIL_PX, THUMBNAIL_PX]."""
+        data = self._read(directory, 3 + int(self.covered))
+        return np.frombuffer(data, np.uint8).reshape(THUMBNAIL_PX, THUMBNAIL_PX)
+
+    def _read(self, directory: Path, number: int) -> bytes:
+        """Read the bytes that one of `lengths` counts."""
+        lengths = self.lengths
+        with open(part_file(directory, self.part), "rb") as file:
+            file.seek(self.first_byte + sum(lengths[:number]))
+            return file.read(lengths[number])
 
     def is_scaled_by(self, depth: int | None) -> bool:
         """Return whether decoding by a depth would give the same square; None is its own depth."""
@@ -159,14 +192,13 @@ def _keep(directory: Path, part: Part, depth: int | None) -> Kept:
     path = part_file(directory, part.number)
     if not path.is_file():
         return {}
-    head, _, content = path.read_bytes().partition(b"\n")
-    kept, start = {}, 0
-    for i, square in enumerate(_squares(path, head, len(content))):
-        end = start + sum(square.lengths)
-        if not square.reason and square.is_scaled_by(depth):
-            kept[i] = square, content[start:end]
-        start = end
-    return kept
+    data = path.read_bytes()
+    head = data[: data.find(b"\n") + 1]
+    return {
+        i: (square, data[square.first_byte : square.first_byte + sum(square.lengths)])
+        for i, square in enumerate(_squares(path, part, head, len(data)))
+        if not square.reason and square.is_scaled_by(depth)
+    }
 
 
 def _without(part: Part, kept: Kept) -> Part:
@@ -174,7 +206,7 @@ def _without(part: Part, kept: Kept) -> Part:
     return replace(part, records=[r for i, r in enumerate(part.records) if i not in kept])
 
 
-def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> list[Pending]:
+def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Encoded]) -> list[Pending]:
     """Submit a part to the workers.
 
     The state of a file is taken before it is read, so that a change meanwhile is noticed.
@@ -185,8 +217,8 @@ def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Made]) -> li
 
 def _make_square(
     record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
-) -> Made:
-    """Decode and encode one image; return fields of its `Square`, and its PNGs and thumbnails."""
+) -> Encoded:
+    """Decode and encode one image."""
     decoded = decode(record.file, size_px, fit, record.boxes, cover, depth, record.mask)
     if record.lungs_only:
         decoded = _lungs_alone(record, decoded)
@@ -194,22 +226,25 @@ def _make_square(
     png = encode_png(pixels)
     covered = b"" if decoded.covered is None else encode_png(decoded.covered)
     mask = b"" if decoded.mask is None else encode_png(decoded.mask)
-    return {
-        "png_bytes": len(png),
-        "covered_bytes": len(covered),
-        "fingerprint": fingerprint(pixels),
-        "covered_fingerprint": None if decoded.covered is None else fingerprint(decoded.covered),
-        "width_px": decoded.width_px,
-        "height_px": decoded.height_px,
-        "patient": keyed(key, decoded.patient) if decoded.patient else "",
-        "view": decoded.view,
-        "sex": decoded.sex,
-        "age": decoded.age,
-        "used_depth": decoded.used_depth,
-        "depth": None if decoded.used_depth is None else depth or decoded.used_depth,
-        "mask_bytes": len(mask),
+    square = Square(
+        record=record,
+        png_bytes=len(png),
+        covered_bytes=len(covered),
+        fingerprint=fingerprint(pixels),
+        covered_fingerprint=None if decoded.covered is None else fingerprint(decoded.covered),
+        width_px=decoded.width_px,
+        height_px=decoded.height_px,
+        patient=keyed(key, decoded.patient) if decoded.patient else "",
+        view=decoded.view,
+        sex=decoded.sex,
+        age=decoded.age,
+        used_depth=decoded.used_depth,
+        depth=None if decoded.used_depth is None else depth or decoded.used_depth,
+        mask_bytes=len(mask),
         **({} if decoded.mask is None else _describe_mask(decoded.mask)),
-    }, b"".join([png, covered, mask, *map(_thumbnail, (pixels, decoded.covered))])
+    )
+    thumbnails = map(_thumbnail, (pixels, decoded.covered))
+    return square, b"".join([png, covered, mask, *thumbnails])
 
 
 def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:
@@ -244,15 +279,11 @@ def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending])
     records = _without(part, kept).records
     states = [state for known, _ in pending for state in known]
     results = [result for _, job in pending for result in job.results()]
-    made = [
-        ({"reason": _unnamed(record.file, result)}, b"")
+    decoded = (
+        (Square(record, state, _unnamed(record.file, result)), b"")
         if isinstance(result, CxrdistError)
-        else result
-        for record, result in zip(records, results, strict=True)
-    ]
-    decoded = iter(
-        (Square(record.path, state, **fields), png)
-        for record, state, (fields, png) in zip(records, states, made, strict=True)
+        else (replace(result[0], state=state), result[1])
+        for record, state, result in zip(records, states, results, strict=True)
     )
     squares = [kept[i] if i in kept else next(decoded) for i in range(len(part.records))]
     rows = json.dumps([_row(square) for square, _ in squares], default=bytes.hex).encode()
@@ -263,7 +294,9 @@ def _write_part(directory: Path, part: Part, kept: Kept, pending: list[Pending])
 
 def _row(square: Square) -> dict[str, Any]:
     """Return a square for JSON; `dataclasses.asdict` would copy deeply, a tenth of all the work."""
-    return {name: vars(v) if isinstance(v, Fingerprint) else v for name, v in vars(square).items()}
+    row = {name: value for name, value in vars(square).items() if name not in NOT_STORED}
+    prints = {name: vars(v) for name, v in row.items() if isinstance(v, Fingerprint)}
+    return {"path": square.record.path, **row, **prints}
 
 
 def part_file(directory: Path, number: int) -> Path:
@@ -301,84 +334,54 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
         return None
     with path.open("rb") as file:
         head = file.readline()
-        squares = _squares(path, head, path.stat().st_size - len(head))
-    for record, square in zip(part.records, squares, strict=True):
-        state = file_state(record)
+        squares = _squares(path, part, head, path.stat().st_size)
+    for square in squares:
+        state = file_state(square.record)
         if state != square.state:
             if square.reason and redo_bad:
                 return None
             whose = "its mask " if state[:2] == square.state[:2] else ""
             raise CxrdistError(
-                f"{record.file}: {whose}was changed after this pack started; restore it, or "
+                f"{square.record.file}: {whose}was changed after this pack started; restore it, or "
                 f"remove {directory.parent} to start over"
             )
     return squares
 
 
-def _squares(path: Path, head: bytes, num_bytes: int) -> list[Square]:
+def _squares(path: Path, part: Part, head: bytes, num_bytes: int) -> list[Square]:
     """Parse the squares of a part from the first line of its file.
 
     Args:
         path: the file, for messages.
-        head: its first line.
-        num_bytes: length of what follows.
+        part: the records.
+        head: its first line, with the line feed.
+        num_bytes: length of the file.
 
     Raises:
         CxrdistError: another version of cxrdist wrote it, or it is damaged.
     """
     try:
-        squares = [_square(row) for row in json.loads(head)]
-        if sum(sum(square.lengths) for square in squares) != num_bytes:
+        squares, start = [], len(head)
+        for record, row in zip(part.records, json.loads(head), strict=True):
+            if row.pop("path") != record.path:
+                raise ValueError("lists other images")
+            squares.append(_square(record, part.number, start, row))
+            start += sum(squares[-1].lengths)
+        if start != num_bytes:
             raise ValueError("holds other bytes than its first line says")
         return squares
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CxrdistError(
             f"{path}: is damaged, or was written by another version of cxrdist; remove "
             f"{path.parent.parent} to start over"
         ) from error
 
 
-def _square(row: dict[str, Any]) -> Square:
+def _square(record: Record, part: int, first_byte: int, row: dict[str, Any]) -> Square:
     for name in ("fingerprint", "covered_fingerprint"):
         fields = row[name]
         if fields is not None:
             hashes = {name: bytes.fromhex(fields[name]) for name in ("phash", "inner_phash")}
             row[name] = Fingerprint(**{**fields, **hashes})
-    return Square(**row | {"state": tuple(row["state"])})
-
-
-@dataclass(frozen=True)
-class Pngs:
-    """The PNGs of squares, in local files, by place.
-
-    With N records, the square of record i is at place i, its covered square at N + i, its mask at
-    2 N + i. Their thumbnails follow: of the square at 3 N + i, of the covered one at 4 N + i.
-    """
-
-    directory: Path
-    places: Sequence[tuple[int, int, int]]  # part, first byte, length
-
-    def __getitem__(self, place: int) -> bytes:
-        """Return the PNG at a place."""
-        part, start, length = self.places[place]
-        with open(part_file(self.directory, part), "rb") as file:
-            file.seek(start)
-            return file.read(length)
-
-    def thumbnail(self, place: int) -> NDArray[np.uint8]:
-        """Return the thumbnail of the square at a place, uint8 [THUMBNAIL_PX, THUMBNAIL_PX]."""
-        data = self[3 * len(self.places) // 5 + place]
-        return np.frombuffer(data, np.uint8).reshape(THUMBNAIL_PX, THUMBNAIL_PX)
-
-
-def locate_pngs(directory: Path, parts: Sequence[list[Square]]) -> Pngs:
-    """Return the positions of the PNGs of all parts."""
-    places: tuple[list[tuple[int, int, int]], ...] = ([], [], [], [], [])
-    for number, squares in enumerate(parts):
-        with open(part_file(directory, number), "rb") as file:
-            start = len(file.readline())
-        for square in squares:
-            for kind, length in zip(places, square.lengths, strict=True):
-                kind.append((number, start, length))
-                start += length
-    return Pngs(directory, [place for kind in places for place in kind])
+    row["state"] = tuple(row["state"])
+    return Square(record=record, part=part, first_byte=first_byte, **row)

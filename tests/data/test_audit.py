@@ -12,6 +12,7 @@ from support import contents, run_command
 from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import Duplicates, Near
 from cxrdist.data.fingerprint import fingerprint
+from cxrdist.data.index import Sample
 
 BLACK = np.zeros((16, 16), np.uint8)
 
@@ -19,23 +20,15 @@ BLACK = np.zeros((16, 16), np.uint8)
 def entry(number: int, label: str, **known: object) -> Entry:
     """An image whose statistics tell nothing."""
     pixels = np.random.default_rng(number).integers(0, 256, (16, 16), dtype=np.uint8)
-    about = Entry(
-        key=f"k{number}",
-        path=f"{label}/{number}.png",
-        split="train",
-        label=label,
-        patient=f"p{number}",
-        source="s",
-        view="",
-        width_px=100,
-        height_px=100,
-        fingerprint=fingerprint(pixels),
-    )
-    return replace(about, **known)
+    measured = {"width_px": 100, "height_px": 100, "fingerprint": fingerprint(pixels)}
+    measured |= {name: known.pop(name) for name in (*measured, "mask_share") if name in known}
+    path = f"{label}/{number}.png"
+    sample = Sample(f"k{number}", "train", "train-000000.tar", label, f"p{number}", "s", path, "")
+    return Entry(sample._replace(**known), **measured)
 
 
 def audited(entries: list[Entry], duplicates: Duplicates | None = None, task="multiclass"):
-    classes = sorted({name for e in entries for name in e.label.split("|") if name})
+    classes = sorted({name for e in entries for name in e.sample.label.split("|") if name})
     return audit(entries, duplicates or Duplicates([], []), lambda place: BLACK, classes, task)
 
 
@@ -140,7 +133,7 @@ def test_the_shortcut_is_measured_on_other_patients():
         for i in range(400)
     ]
     score = audited(entries)["shortcut"]["auroc"]["a"]["value"]
-    naive = roc_auc_score([e.label == "a" for e in entries], [e.width_px for e in entries])
+    naive = roc_auc_score([e.sample.label == "a" for e in entries], [e.width_px for e in entries])
     assert abs(score - 0.5) < 0.25
     assert 0.2 < naive < 0.8
 
@@ -220,13 +213,13 @@ def test_the_audit_of_a_degenerate_source_is_made_of_numbers_and_reasons(case):
     entries, task = DEGENERATE[case]
     found = audited(entries, task=task)
     json.dumps(found, allow_nan=False)
-    enough = len({e.patient for e in entries}) >= 5
+    enough = len({e.sample.patient for e in entries}) >= 5
     assert list(found["not_made"]) == ([] if enough else ["shortcut", "baseline"])
     assert enough or "audit: shortcut not made: there are fewer than 5" in summary(found)
     usable = [
         name
         for name in found["classes"]
-        if min(5, *(Counter(name in e.label for e in entries)[side] for side in (0, 1))) == 5
+        if min(5, *(Counter(name in e.sample.label for e in entries)[side] for side in (0, 1))) == 5
     ]
     scored = (found["shortcut"] or {"auroc": {}})["auroc"].items()
     assert [name for name, score in scored if score] == (usable if enough else [])
@@ -270,7 +263,8 @@ def test_images_of_which_a_label_is_not_known_do_not_count_for_it():
         known = {"width_px": 100 + 50 * has + int(random.integers(60)), "source": source}
         entries.append(entry(i, "a" * has, **known))
     hidden = entries[:50] + [
-        replace(e, unknown="a|b", label="", source="z", width_px=9) for e in entries[50:]
+        replace(e, width_px=9, sample=e.sample._replace(uncertain="a|b", label="", source="z"))
+        for e in entries[50:]
     ]
 
     def found(entries):
@@ -283,7 +277,10 @@ def test_images_of_which_a_label_is_not_known_do_not_count_for_it():
     score = all_of_them["shortcut"]["auroc"]["a"]
     assert 0.6 < score["value"] < 0.99
     widths = [e.width_px for e in entries[:50]]
-    assert abs(score["value"] - roc_auc_score([e.label == "a" for e in entries[:50]], widths)) < 0.1
+    assert (
+        abs(score["value"] - roc_auc_score([e.sample.label == "a" for e in entries[:50]], widths))
+        < 0.1
+    )
     assert all_of_them["shortcut"]["auroc"]["b"] is None
 
 
@@ -300,10 +297,10 @@ def test_a_class_that_goes_with_its_source_is_warned_of():
 def test_equal_images_contradict_each_other_only_by_labels_that_are_known_of_both():
     """A label that another source does not have is no difference."""
     entries = [
-        entry(0, "a", unknown="b"),
-        entry(1, "a|b", unknown="c"),
-        entry(2, "b|c", unknown="d"),
-        entry(3, "d", unknown="a|b"),
+        entry(0, "a", uncertain="b"),
+        entry(1, "a|b", uncertain="c"),
+        entry(2, "b|c", uncertain="d"),
+        entry(3, "d", uncertain="a|b"),
     ]
     pairs = [(0, 1), (1, 2), (2, 3)]
     found = audited(entries, Duplicates(pairs, []), "multilabel")["duplicates"]

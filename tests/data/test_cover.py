@@ -17,7 +17,7 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.shards import read_shard
 from cxrdist.data.sources import read_source
-from cxrdist.data.squares import locate_pngs, plan_parts, read_part
+from cxrdist.data.squares import plan_parts, read_part
 from cxrdist.errors import CxrdistError
 
 SIZE_PX = 48
@@ -96,13 +96,14 @@ def test_thumbnails_are_of_the_squares_beside_them(source, tmp_path):
     directory = tmp_path / ".s.partial" / "squares"
     (part,) = plan_parts(read_source(SourceConfig("folder", source / "images")).records)
     squares = read_part(directory, part, redo_bad=False)
-    pngs, count, num_covered = locate_pngs(directory, [squares]), len(squares), 0
-    for place, square in enumerate(squares):
-        places = [place, count + place] if square.covered_bytes else [place]
-        num_covered += len(places) - 1
-        for p in places:
-            np.testing.assert_array_equal(pngs.thumbnail(p), shrink(decode_png(pngs[p])))
-    assert num_covered == 12
+    covered = [square.cover() for square in squares if square.covered_bytes]
+    assert len(covered) == 12
+    for square in [*squares, *covered]:
+        pixels = decode_png(square.png(directory))
+        np.testing.assert_array_equal(square.thumbnail(directory), shrink(pixels))
+    assert all(
+        square.png(directory) not in {s.png(directory) for s in squares} for square in covered
+    )
 
 
 def test_the_bytes_do_not_depend_on_workers_or_tasks(source, tmp_path, monkeypatch):

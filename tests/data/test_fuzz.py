@@ -29,7 +29,7 @@ if __name__ == "__main__":
     parts = plan_parts(records)
     sum(make_squares(parts, out, 64, "crop", 2))
     squares = [square for part in parts for square in read_part(out, part, redo_bad=False)]
-    print(json.dumps({square.path: square.reason for square in squares}))
+    print(json.dumps({square.record.path: square.reason for square in squares}))
 """
 
 

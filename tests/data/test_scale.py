@@ -38,16 +38,14 @@ records = [
 ]
 source = Source(records, "multilabel", list(LABELS), "synthetic")
 prints = Fingerprint("0" * 64, bytes(32), bytes(32), {})
-squares = [Square(record.path, (0, 0), "", 0, prints) for record in records]
-items = [packing.Item(r, s, i, 0) for i, (r, s) in enumerate(zip(records, squares, strict=True))]
+squares = [Square(record, (0, 0), fingerprint=prints) for record in records]
 config = PackConfig("csv", out / "in.csv", out / "shards")
 
 start = time.perf_counter()
 splits = assign_splits(source, config.split, config.seed)
-shards = packing._plan_shards(config, items, splits)
-samples = [packing._sample(shard, item) for shard in shards for item in shard.items]
-packing._write_samples(samples, out)
-entries = [ShardEntry(shard.name, len(shard.items), 1, "0" * 64) for shard in shards]
+shards = packing._plan_shards(config, squares, splits)
+samples = packing._write_samples(shards, out)
+entries = [ShardEntry(shard.name, len(shard.squares), 1, "0" * 64) for shard in shards]
 described = packing._describe(config, source, shards, entries, out / "samples.csv")
 write_json(out / "index.json", described)
 shared = shared_patients(samples, lambda sample: [sample.split])

@@ -385,6 +385,16 @@ def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypa
         os.close(writer)
     found = [s for part in parts for s in squares.read_part(part_files, part, redo_bad=False)]
     (bad,) = [square for square in found if square.reason]
-    assert bad.path == "a/a000_9.png"
+    assert bad.record.path == "a/a000_9.png"
     assert ("crashed its decoder" if kills else "was not read within 2 s") in bad.reason
     assert len(found) == 61
+
+
+def test_squares_of_other_images_are_refused(config, tmp_path):
+    """A part's file that lists other records than the pack does is not taken for theirs."""
+    records = read_source(config).records
+    (part,), (other,) = (squares.plan_parts(some) for some in (records[:2], records[2:4]))
+    list(squares.make_squares([part], tmp_path / "squares", 32, "crop", 1))
+    assert len(squares.read_part(tmp_path / "squares", part, redo_bad=False)) == 2
+    with pytest.raises(CxrdistError, match="is damaged, or was written by another version"):
+        squares.read_part(tmp_path / "squares", other, redo_bad=False)
