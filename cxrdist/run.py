@@ -19,8 +19,8 @@ STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 class RunDirectory:
     """Names of the files of one run (.github/DESIGN.md, Files).
 
-    Results for a set of images are in a directory of their own, called its place: ``train``,
-    ``val`` or ``test``, or ``external/NAME`` for shards that the run was not trained on.
+    The results of each subset of images are in a directory of its name: ``train``, ``val`` or
+    ``test``, or ``external/NAME`` for shards that the run was not trained on.
 
     ``root`` may be a link, such as one to a scratch disk. Links below it are rejected, so that
     nothing outside the run is read, written or removed.
@@ -116,61 +116,61 @@ class RunDirectory:
         """The figures of an ensemble's members, and their spread."""
         return self.inside("members.json")
 
-    def predictions(self, place: str) -> Path:
-        """One row per sample of the place."""
-        return self.inside(place, "predictions.csv")
+    def predictions(self, subset: str) -> Path:
+        """One row per sample of the subset."""
+        return self.inside(subset, "predictions.csv")
 
-    def metrics(self, place: str) -> Path:
-        """Metrics of the place."""
-        return self.inside(place, "metrics.json")
+    def metrics(self, subset: str) -> Path:
+        """Metrics of the subset."""
+        return self.inside(subset, "metrics.json")
 
-    def heatmaps(self, place: str) -> Path:
+    def heatmaps(self, subset: str) -> Path:
         """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
-        return self.inside(place, "heatmaps")
+        return self.inside(subset, "heatmaps")
 
-    def mistakes(self, place: str) -> Path:
+    def mistakes(self, subset: str) -> Path:
         """Pictures KEY.png of the most confident wrong predictions."""
-        return self.inside(place, "mistakes")
+        return self.inside(subset, "mistakes")
 
-    def nearest(self, place: str) -> Path:
+    def nearest(self, subset: str) -> Path:
         """One row per explained sample: the training image most similar to it for the network."""
-        return self.inside(place, "nearest.csv")
+        return self.inside(subset, "nearest.csv")
 
-    def nearest_pictures(self, place: str) -> Path:
+    def nearest_pictures(self, subset: str) -> Path:
         """Pictures KEY.png of those training images."""
-        return self.inside(place, "nearest")
+        return self.inside(subset, "nearest")
 
-    def relevance(self, place: str) -> Path:
+    def relevance(self, subset: str) -> Path:
         """Signed relevance, one KEY.npz per sample or tars of them."""
-        return self.inside(place, "relevance")
+        return self.inside(subset, "relevance")
 
-    def text(self, place: str) -> Path:
+    def text(self, subset: str) -> Path:
         """Results of the probe for words on the images."""
-        return self.inside(place, "text.json")
+        return self.inside(subset, "text.json")
 
-    def text_pictures(self, place: str) -> Path:
+    def text_pictures(self, subset: str) -> Path:
         """Pictures of that probe."""
-        return self.inside(place, "text")
+        return self.inside(subset, "text")
 
-    def localisation(self, place: str) -> Path:
+    def localisation(self, subset: str) -> Path:
         """Agreement of the relevance with boxes or masks."""
-        return self.inside(place, "localisation.json")
+        return self.inside(subset, "localisation.json")
 
-    def localisation_pictures(self, place: str) -> Path:
+    def localisation_pictures(self, subset: str) -> Path:
         """Pictures of the relevance with those boxes or masks."""
-        return self.inside(place, "localisation")
+        return self.inside(subset, "localisation")
 
-    def mean_maps(self, place: str) -> Path:
-        """Pictures of the mean map of each class over the explained images of the place."""
-        return self.inside(place, "mean_maps")
+    def mean_maps(self, subset: str) -> Path:
+        """Pictures of the mean map of each class over the explained images of the subset."""
+        return self.inside(subset, "mean_maps")
 
-    def relevance_info(self, place: str) -> Path:
+    def relevance_info(self, subset: str) -> Path:
         """How the relevance was computed, and the results of its sanity checks."""
-        return self.inside(place, "relevance.json")
+        return self.inside(subset, "relevance.json")
 
-    def relevance_table(self, place: str) -> Path:
+    def relevance_table(self, subset: str) -> Path:
         """One row per sample and class: the ledger of the logit."""
-        return self.inside(place, "relevance.csv")
+        return self.inside(subset, "relevance.csv")
 
 
 def refuse_bad_stage_name(name: str) -> None:
@@ -186,8 +186,8 @@ def refuse_bad_stage_name(name: str) -> None:
         )
 
 
-def external_place(name: str) -> str:
-    """Return the place of an external set in a run, external/NAME.
+def external_subset(name: str) -> str:
+    """Return the subset of a run that holds an external set, external/NAME.
 
     Raises:
         CxrdistError: the name is not valid for a directory.
@@ -200,10 +200,10 @@ def external_place(name: str) -> str:
     return f"external/{name}"
 
 
-def options_of(place: str) -> str:
-    """Return the option of evaluate and explain that selects a place, for messages."""
-    name = place.removeprefix("external/")
-    return f"--split {place}" if name == place else f"--name {name}"
+def options_of(subset: str) -> str:
+    """Return the option of evaluate and explain that selects a subset, for messages."""
+    name = subset.removeprefix("external/")
+    return f"--split {subset}" if name == subset else f"--name {name}"
 
 
 def open_run(root: Path) -> RunDirectory:

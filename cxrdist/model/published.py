@@ -9,7 +9,7 @@ import torch
 
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, read_model
-from cxrdist.model.densenet import load_model as load_run
+from cxrdist.model.densenet import load_model as load_from_run
 from cxrdist.model.layout import check_fit, shape_of
 from cxrdist.model.weights import InitialWeights, read_weights
 from cxrdist.run import RunDirectory
@@ -40,7 +40,7 @@ def load_model(source: str | Path) -> Classifier:
         return _load_hub(name)
     if (RunDirectory(path).model / _FILES[0]).is_file():
         try:
-            return load_run(path)
+            return load_from_run(path)
         except CxrdistError as error:  # its message starts with the option of the commands
             raise CxrdistError(str(error).removeprefix("--run ")) from error
     if (path / _FILES[0]).is_file():

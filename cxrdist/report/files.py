@@ -345,7 +345,7 @@ def read_relevance(
 
     Args:
         run: the run directory.
-        split: the split, or the place of an external set.
+        split: the split, or external/NAME.
         classes: classes of the model; other targets are contrasts. None: all targets are classes.
     """
     path = run.relevance_table(split)
@@ -453,7 +453,7 @@ def within(directory: Path, name: str) -> Path:
 
 
 def known_splits(root: Path) -> list[str]:
-    """List the evaluated or explained places: splits, test first, then external sets."""
+    """List the evaluated or explained subsets: splits, test first, then external sets."""
     splits = {
         file.parent.relative_to(root).as_posix()
         for name in ("metrics.json", "relevance.csv")
