@@ -38,7 +38,7 @@ class Targets:
 
     @property
     def names(self) -> list[str]:
-        """The names of the stored maps: the classes, then the contrast if it was given."""
+        """Return the names of the stored maps: the classes, then the contrast if it was given."""
         return [*self.classes, *([" minus ".join(self.contrast)] if self.contrast else [])]
 
     def leading(self, ledger: NDArray[np.float64]) -> tuple[int, int] | None:
