@@ -55,9 +55,9 @@ from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
 
 EMPTY = "that cover nothing"
-PICTURED = 4  # cases with pictures: this many of the best, and of the worst
+PICTURED = 4  # number of the best cases that get pictures, and of the worst
 OUTLINE = (255, 210, 0)
-DIGITS = 7  # of shares; float32 has no more
+DIGITS = 7  # decimals of shares; float32 has no more
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\d+\.(xray|lrp|contrast)\.png")
 Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each
 NAMES: Mapping[Method, str] = {
@@ -79,9 +79,9 @@ class _Work:
         loaded: the model and the shards.
         split: the scored split.
         model: the network.
-        explainer: of the network.
-        outlines: drawn by people.
-        means: mean outlines [S, S] of the cases of train by class, and of all; empty without cases.
+        explainer: the explainer of the network.
+        outlines: the outlines that people drew.
+        means: mean outline [S, S] of train by class, and of all classes; empty without cases.
         batch_size: images per forward pass.
     """
 
@@ -150,7 +150,7 @@ def _read_outlines(config: LocaliseConfig, loaded: LoadedRun) -> Outlines:
 
 
 def _cases_by_split(split: str, loaded: LoadedRun, outlines: Outlines) -> dict[str, list[Case]]:
-    """Return the cases to score, under `ALL`, and cases of val and train unless they are scored.
+    """Group the cases: the scored split under `ALL`, others of train and val by their names.
 
     Raises:
         CxrdistError: the split has no cases.
@@ -321,7 +321,7 @@ def _describe(
 def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
     """Draw the cases with the largest and the least share of positive relevance inside."""
     ranked = sorted(scored, key=lambda case: -case.scores["lrp"][INSIDE])
-    worst = ranked[PICTURED:][: -PICTURED - 1 : -1]
+    worst = ranked[PICTURED:][: -PICTURED - 1 : -1]  # no case is both a best and a worst one
     drawn = [_draw(work, case, "best") for case in ranked[:PICTURED]]
     drawn += [_draw(work, case, "worst") for case in worst]
     pictures = {name: picture for _, files in drawn for name, picture in files.items()}
@@ -396,7 +396,7 @@ def summary(scores: Localisation) -> str:
         if scores["val_cases"]
         else f"fixed: val has fewer than {FEWEST_CASES} images to choose from"
     )
-    lines = [f"{_amount(scores, group)}" for group in scores["groups"]]
+    lines = [_amount(scores, group) for group in scores["groups"]]
     left_out = [f"left out: {count} {why}" for why, count in scores["left_out"].items()]
     return "\n".join([*lines, *left_out, table(rows, headers), f"share of the pixels: {marked}"])
 

@@ -190,7 +190,7 @@ def _boxes_by_number(
 def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[np.uint8], Box]:
     """Write the word into a copy of a square; the copy and the word's box in its px."""
     x, y, anchor = PLACES[config.place]
-    image = Image.fromarray(pixels.copy())
+    image = Image.fromarray(pixels.copy())  # the pixels may be those of the cache
     finding: Finding = burn_text(image, config.word, (x, y), config.height, anchor)
     box = Box(finding.x, finding.y, finding.width, finding.height, config.word)
     return np.asarray(image), scaled(box, image.width, image.height)

@@ -49,27 +49,30 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe, YAML; can be passed back with --config."""
+        """Return the path of the resolved recipe, YAML; can be passed back with --config."""
         return self.inside("recipe.yaml")
 
     @property
     def info(self) -> Path:
-        """Facts of the run: versions, world size, precision, git revision, index hash, weights."""
+        """Return the path of the facts of the run.
+
+        They are versions, world size, precision, git revision, index hash and weights.
+        """
         return self.inside("run.json")
 
     @property
     def log(self) -> Path:
-        """One JSON object per line."""
+        """Return the path of the log, one JSON object per line."""
         return self.inside("log.jsonl")
 
     @property
     def checkpoints(self) -> Path:
-        """Resumable states."""
+        """Return the directory of the resumable states."""
         return self.inside("checkpoints")
 
     @property
     def model(self) -> Path:
-        """The weights for use, with model.json."""
+        """Return the directory of the weights for use, with model.json."""
         return self.inside("model")
 
     def stage(self, name: str) -> "RunDirectory":
@@ -83,93 +86,93 @@ class RunDirectory:
 
     @property
     def tracking(self) -> Path:
-        """Files of the trackers chosen with --track."""
+        """Return the directory of the trackers chosen with --track."""
         return self.inside("tracking")
 
     @property
     def audit(self) -> Path:
-        """The audit of the shards, as of the start of the training."""
+        """Return the path of the shards' audit, as of the start of the training."""
         return self.inside("audit.json")
 
     @property
     def seen(self) -> Path:
-        """Fingerprints of the train and val images, to recognise them in an external set."""
+        """Return the path of the prints of train and val, to recognise them in an external set."""
         return self.inside("seen.npz")
 
     @property
     def report(self) -> Path:
-        """The self-contained report."""
+        """Return the path of the self-contained report."""
         return self.inside("report.html")
 
     @property
     def checklist(self) -> Path:
-        """The reporting checklists, with the answers that the run knows filled in."""
+        """Return the path of the reporting checklists, filled in as far as the run knows."""
         return self.inside("checklist.html")
 
     @property
     def card(self) -> Path:
-        """The model card, in Hugging Face's format."""
+        """Return the path of the model card, in Hugging Face's format."""
         return self.inside("model", "README.md")
 
     @property
     def members(self) -> Path:
-        """The figures of an ensemble's members, and their spread."""
+        """Return the path of the figures of an ensemble's members, and their spread."""
         return self.inside("members.json")
 
     def predictions(self, subset: str) -> Path:
-        """One row per sample of the subset."""
+        """Return the path of the predictions, one row per sample of the subset."""
         return self.inside(subset, "predictions.csv")
 
     def metrics(self, subset: str) -> Path:
-        """Metrics of the subset."""
+        """Return the path of the subset's metrics."""
         return self.inside(subset, "metrics.json")
 
     def heatmaps(self, subset: str) -> Path:
-        """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
+        """Return the directory of KEY.png (the X-ray) and KEY.CLASS.png (with its relevance)."""
         return self.inside(subset, "heatmaps")
 
     def mistakes(self, subset: str) -> Path:
-        """Pictures KEY.png of the most confident wrong predictions."""
+        """Return the directory of KEY.png of the most confident wrong predictions."""
         return self.inside(subset, "mistakes")
 
     def nearest(self, subset: str) -> Path:
-        """One row per explained sample: the training image most similar to it for the network."""
+        """Return the path of the training image most similar to each explained sample, by row."""
         return self.inside(subset, "nearest.csv")
 
     def nearest_pictures(self, subset: str) -> Path:
-        """Pictures KEY.png of those training images."""
+        """Return the directory of KEY.png of those training images."""
         return self.inside(subset, "nearest")
 
     def relevance(self, subset: str) -> Path:
-        """Signed relevance, one KEY.npz per sample or tars of them."""
+        """Return the directory of signed relevance, one KEY.npz per sample or tars of them."""
         return self.inside(subset, "relevance")
 
     def text(self, subset: str) -> Path:
-        """Results of the probe for words on the images."""
+        """Return the path of the results of the probe for words on the images."""
         return self.inside(subset, "text.json")
 
     def text_pictures(self, subset: str) -> Path:
-        """Pictures of that probe."""
+        """Return the directory of the pictures of that probe."""
         return self.inside(subset, "text")
 
     def localisation(self, subset: str) -> Path:
-        """Agreement of the relevance with boxes or masks."""
+        """Return the path of the agreement of the relevance with boxes or masks."""
         return self.inside(subset, "localisation.json")
 
     def localisation_pictures(self, subset: str) -> Path:
-        """Pictures of the relevance with those boxes or masks."""
+        """Return the directory of pictures of the relevance with those boxes or masks."""
         return self.inside(subset, "localisation")
 
     def mean_maps(self, subset: str) -> Path:
-        """Pictures of the mean map of each class over the explained images of the subset."""
+        """Return the directory of the mean map of each class over the subset's explained images."""
         return self.inside(subset, "mean_maps")
 
     def relevance_info(self, subset: str) -> Path:
-        """How the relevance was computed, and the results of its sanity checks."""
+        """Return the path of the relevance's settings and the results of its sanity checks."""
         return self.inside(subset, "relevance.json")
 
     def relevance_table(self, subset: str) -> Path:
-        """One row per sample and class: the ledger of the logit."""
+        """Return the path of the ledgers of the logits, one row per sample and class."""
         return self.inside(subset, "relevance.csv")
 
 

@@ -53,18 +53,18 @@ class Evidence:
 
     @property
     def test(self) -> Metrics | None:
-        """The metrics of the test split."""
+        """Return the metrics of the test split."""
         return self.metrics.get("test")
 
     @property
     def has_groups(self) -> bool:
-        """Whether the figures of the test split are also given for groups of patients."""
+        """Return whether the test split also has figures for groups of patients."""
         groups = self.test.get("groups") if self.test else None
         return bool(groups and groups["columns"])
 
     @property
     def without_rules(self) -> str | None:
-        """The network's name if no relevance rules are proven for it and it has no heat maps."""
+        """Return the network's name if no relevance rules are proven for it (no heat maps)."""
         if self.model is None or self.model["architecture"].architecture in WITH_RULES:
             return None
         return self.model["architecture"].title

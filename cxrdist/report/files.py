@@ -58,7 +58,7 @@ class Sample:
 
     @property
     def labels(self) -> list[str]:
-        """The truth as a list."""
+        """Return the truth as a list."""
         return labels_of(self.label)
 
     def knows(self, label: str) -> bool:
@@ -67,12 +67,12 @@ class Sample:
 
     @property
     def predicted(self) -> list[str]:
-        """The predicted class, or all predicted labels, by the rule of `evaluate`."""
+        """Return the predicted class, or all predicted labels, by the rule of `evaluate`."""
         return predicted_classes(list(self.logits.values()), list(self.logits), self.task)
 
     @property
     def is_right(self) -> bool:
-        """Whether the predicted class is the truth."""
+        """Return whether the predicted class is the truth."""
         return self.predicted == self.labels
 
 

@@ -33,7 +33,8 @@ def report_predictions(file: Path, out: Path) -> Path:
     """Write ``OUT/report.html``, metrics.json and the predictions as read.
 
     Args:
-        file: as for `read_prediction_table`; its test images are scored, or all without splits.
+        file: as for `read_prediction_table`; its test images are scored, or all images if it has
+            no splits.
         out: a new or empty directory.
 
     Returns:

@@ -60,7 +60,7 @@ class Pictures:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the pictures in the page."""
+        """Return the size of the pictures in the page in bytes."""
         embedded = [self.xray, *(picture for _, picture in self.maps)]
         embedded += [self.nearest[1]] if self.nearest else []
         return sum(len(picture.uri) for picture in embedded if picture)

@@ -31,7 +31,7 @@ class TextView(NamedTuple):
 
     @property
     def region(self) -> TextRelevance | None:
-        """The relevance in text for the verdict; None without an interval, as in older versions."""
+        """Return the relevance in text for the verdict; None without an interval (old versions)."""
         row = self.content["relevance"]["all"]
         return row if row["images"] and "share_interval" in row else None
 
