@@ -9,7 +9,7 @@ from cxrdist.documents import Between, Distinct, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.info import Count, WeightsInfo
 
-# The bounds apply to files of others; real models are far from them.
+# A bound for files of others, far above real models.
 MOST_OUTPUTS = 100_000
 LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
 MOST_GREY = 1e9
