@@ -315,17 +315,17 @@ class Network:
 
     @property
     def is_densenet(self) -> bool:
-        """Whether it is a DenseNet, of a published or another shape."""
+        """Return whether it is a DenseNet, of a published or another shape."""
         return self.architecture in DENSENETS
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether it has BatchNorms; the other networks do not."""
+        """Return whether it has BatchNorms, as DenseNets and resnet18 do."""
         return self.is_densenet or self.architecture == "resnet18"
 
     @property
     def dense_shape(self) -> tuple[int, tuple[int, ...]]:
-        """Growth rate, and layers of each block, of a DenseNet.
+        """Return the growth rate of a DenseNet, and the number of layers of each block.
 
         Raises:
             ValueError: the network is not a DenseNet.
@@ -340,7 +340,7 @@ class Network:
 
     @property
     def title(self) -> str:
-        """Display name of the architecture; for an unpublished DenseNet, its shape."""
+        """Return the display name of the architecture; for an unpublished DenseNet, its shape."""
         if self.is_densenet and self.dense_shape != DENSENETS[self.architecture]:
             growth_rate, layers = self.dense_shape
             return (

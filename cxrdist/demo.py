@@ -49,7 +49,7 @@ prefers to learn the word."""
 
 
 def demo(config: DemoConfig) -> None:
-    """Pack, train on all GPUs of the machine, evaluate, explain and report.
+    """Run pack, train on all GPUs of the machine, evaluate, explain and report.
 
     Raises:
         CxrdistError: bad options, or the folder cannot be packed.

@@ -78,10 +78,12 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
             log_with=tracking or None,
             project_dir=str(tracking_dir) if tracking else None,
             kwargs_handlers=[
-                # train/statistics keeps the running statistics of all ranks equal.
+                # train/statistics keeps the running statistics of all ranks equal. Views save the
+                # memory of a second copy of the gradients.
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False, gradient_as_bucket_view=True
                 ),
+                # NCCL's default, 10 minutes, is short while one rank decodes all images.
                 InitProcessGroupKwargs(timeout=timedelta(minutes=30)),
             ],
         )
@@ -157,7 +159,7 @@ def finish(accelerator: Accelerator) -> None:
 
 @contextmanager
 def staying_connected() -> Iterator[None]:
-    """Let several commands run one after another on the same ranks, which can join only once.
+    """Let several commands run in succession on the same ranks, which can connect only once.
 
     The connections are closed at the end, except after an error: then other ranks may not answer.
     """
@@ -201,7 +203,7 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def entering(
     accelerator: Accelerator, context: AbstractContextManager[object], *, here: bool
 ) -> Iterator[None]:
-    """Hold a context, such as a lock, on some ranks; where it cannot be entered, all stop.
+    """Enter a context, such as a lock, on some ranks; if that fails on one of them, all stop.
 
     Args:
         accelerator: of this rank.
@@ -275,7 +277,7 @@ def _(values: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("cxrdist::add_over_ranks", mutates_args=())
 def add_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over all ranks, on the device."""
-    total = values.clone()
+    total = values.clone()  # all_reduce works in place, and the operator may not
     torch.distributed.all_reduce(total)
     return total
 

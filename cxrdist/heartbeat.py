@@ -47,6 +47,7 @@ class _Heart:
 
     def __init__(self, rank: int, others: list[int], limit: float) -> None:
         self.rank, self.others, self.limit = rank, others, limit
+        # A clone: torch allows only one thread per store.
         self.store = torch.distributed.distributed_c10d._get_default_store().clone()
         self.beaten = time.monotonic()  # time at which the store last accepted a beat
         self.ending = threading.Event()

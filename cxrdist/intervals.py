@@ -1,11 +1,12 @@
 """Confidence intervals of figures between 0 and 1, and of their means, from patient replicates.
 
-Percentiles of replicates are too narrow with few patients: for 60 patients with 1 to 6 images and a
-correlation of 0.5, 95 % intervals of sensitivity contain the truth in 90 of 100 cases. Instead, the
+Percentiles of replicates are too narrow with few patients: for 60 patients with 1 to 6 images that
+correlate by 0.5, 95 % intervals of sensitivity contain the truth in 90 of 100 cases. Instead, the
 limits are computed on the logit scale, which keeps them in 0..1 and makes figures near 1 less
-skewed (Pepe 2003, section 5.2). They are the standard error of the replicates times
-sqrt(n / (n - 1)) and the quantile of t with n - 1 degrees of freedom, where n is the number of
-patients behind the figure (Hesterberg 2015, The American Statistician 69, section 3.2).
+skewed (Pepe 2003, section 5.2). Their distance from the figure is the standard error of the
+replicates times sqrt(n / (n - 1)) times the quantile of t with n - 1 degrees of freedom, where n is
+the number of patients behind the figure (Hesterberg 2015, The American Statistician 69, section
+3.2).
 """
 
 from collections.abc import Callable, Sequence
@@ -64,8 +65,9 @@ def bounded(
 
     Args:
         estimate: the figure.
-        values: of the replicates.
-        patients: number behind the figure, such as patients with the class for its sensitivity.
+        values: the figure in each replicate.
+        patients: number of patients behind the figure, such as those with the class for its
+            sensitivity.
         edge: returns the interval of a figure of exactly 0 or 1; if None, Wilson's.
     """
     if estimate in (0, 1):

@@ -135,7 +135,7 @@ def _watch_first_launcher() -> None:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         with socket.create_connection(address, timeout=_CONNECT_SECONDS) as store:
-            store.settimeout(0.5)
+            store.settimeout(0.5)  # so that the loop sees that all ranks have joined
             while not _joined.is_set():
                 try:
                     if not store.recv(1):
@@ -153,4 +153,4 @@ def _watch_first_launcher() -> None:
 
 def _end(reason: str) -> NoReturn:
     os.write(2, f"cxrdist: {reason}\n".encode())
-    os._exit(1)
+    os._exit(1)  # sys.exit would end only this thread

@@ -25,9 +25,9 @@ from cxrdist.data.outlines import (
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import (
-    Subject,
+    LoadedRun,
     in_order,
-    open_subject,
+    load_run,
     predict_split,
     rank_batches,
 )
@@ -55,9 +55,9 @@ from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
 
 EMPTY = "that cover nothing"
-PICTURED = 4  # cases with pictures: this many of the best, and of the worst
+PICTURED = 4  # number of the best cases that get pictures, and of the worst
 OUTLINE = (255, 210, 0)
-DIGITS = 7  # of shares; float32 has no more
+DIGITS = 7  # decimals of shares; float32 has no more
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\d+\.(xray|lrp|contrast)\.png")
 Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each
 NAMES: Mapping[Method, str] = {
@@ -76,16 +76,16 @@ class _Work:
     """Inputs that each rank needs to score its share of the cases.
 
     Attributes:
-        subject: the model and the shards.
+        loaded: the model and the shards.
         split: the scored split.
         model: the network.
-        explainer: of the network.
-        outlines: drawn by people.
-        means: mean outlines [S, S] of the cases of train by class, and of all; empty without cases.
+        explainer: the explainer of the network.
+        outlines: the outlines that people drew.
+        means: mean outline [S, S] of train by class, and of all classes; empty without cases.
         batch_size: images per forward pass.
     """
 
-    subject: Subject
+    loaded: LoadedRun
     split: str
     model: Classifier
     explainer: Explainer
@@ -106,36 +106,36 @@ def localise(config: LocaliseConfig) -> None:
     """
     if config.boxes is not None and config.masks is not None:
         raise CxrdistError("localise: --boxes and --masks exclude each other; give one of them")
-    subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
-    accelerator = subject.accelerator
-    model = together(accelerator, lambda: one_network(subject.model))
+    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
+    accelerator = loaded.accelerator
+    model = together(accelerator, lambda: one_network(loaded.model))
     explainer = together(accelerator, lambda: Explainer(model))
-    outlines = _read_outlines(config, subject)
+    outlines = _read_outlines(config, loaded)
     for note in outlines.notes:
         accelerator.print(f"{outlines.origin}: {note}")
-    cases = together(accelerator, lambda: _cases_by_split(config.split, subject, outlines))
-    means = _mean_outlines(subject, outlines, cases["train"])
-    work = _Work(subject, config.split, model, explainer, outlines, means, config.batch_size)
+    cases = together(accelerator, lambda: _cases_by_split(config.split, loaded, outlines))
+    means = _mean_outlines(loaded, outlines, cases["train"])
+    work = _Work(loaded, config.split, model, explainer, outlines, means, config.batch_size)
     val = _score_cases(work, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
     scored = _score_cases(work, cases[ALL])
     if accelerator.is_main_process:
-        place = subject.place
-        sweep(subject.run.localisation(place).parent)
+        subset = loaded.subset
+        sweep(loaded.run.localisation(subset).parent)
         scores = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
-        write_json(subject.run.localisation(place), scores)
+        write_json(loaded.run.localisation(subset), scores)
         print(summary(scores))
-        print(f"all scores: {subject.run.localisation(place)}, and in the report")
+        print(f"all scores: {loaded.run.localisation(subset)}, and in the report")
     finish(accelerator)
 
 
-def _read_outlines(config: LocaliseConfig, subject: Subject) -> Outlines:
+def _read_outlines(config: LocaliseConfig, loaded: LoadedRun) -> Outlines:
     """Read the outlines of the split, and of train and val if the shards are the run's own."""
-    accelerator, index = subject.accelerator, subject.index
-    splits = {config.split} | ({"train", "val"} if subject.external is None else set())
+    accelerator, index = loaded.accelerator, loaded.index
+    splits = {config.split} | ({"train", "val"} if loaded.external is None else set())
     numbers = [i for i, sample in enumerate(index.samples) if sample.split in splits]
 
     def read() -> Outlines:
-        originals = read_originals(subject.packed, numbers)
+        originals = read_originals(loaded.packed, numbers)
         if config.boxes is not None:
             return boxes_of_table(index, originals, config.boxes)
         if config.masks is not None:
@@ -144,24 +144,24 @@ def _read_outlines(config: LocaliseConfig, subject: Subject) -> Outlines:
 
     outlines = together(accelerator, read)
     if config.boxes is None and config.masks is None and not outlines.shapes:
-        masks = open_masks(subject.packed, config.cache, accelerator)
+        masks = open_masks(loaded.packed, config.cache, accelerator)
         return masks_of_shards(index, masks, numbers)
     return outlines
 
 
-def _cases_by_split(split: str, subject: Subject, outlines: Outlines) -> dict[str, list[Case]]:
-    """Return the cases to score, under `ALL`, and cases of val and train unless they are scored.
+def _cases_by_split(split: str, loaded: LoadedRun, outlines: Outlines) -> dict[str, list[Case]]:
+    """Group the cases: the scored split under `ALL`, others of train and val by their names.
 
     Raises:
         CxrdistError: the split has no cases.
     """
-    samples = subject.index.samples
+    samples = loaded.index.samples
     cases: dict[str, list[Case]] = {name: [] for name in (ALL, "val", "train")}
     for case in outlines.shapes:
         own = samples[case[0]].split
         if own == split:
             cases[ALL].append(case)
-        elif own in cases and subject.external is None:
+        elif own in cases and loaded.external is None:
             cases[own].append(case)
     if not cases[ALL]:
         reasons = [f"{count} {reason}" for reason, count in outlines.left_out.items()]
@@ -174,11 +174,11 @@ def _cases_by_split(split: str, subject: Subject, outlines: Outlines) -> dict[st
 
 
 def _mean_outlines(
-    subject: Subject, outlines: Outlines, cases: Sequence[Case]
+    loaded: LoadedRun, outlines: Outlines, cases: Sequence[Case]
 ) -> dict[str, NDArray[np.float64]]:
     """Return the mean outline of each class, and of all cases; empty without cases."""
-    accelerator = subject.accelerator
-    side = subject.index.image_size_px
+    accelerator = loaded.accelerator
+    side = loaded.index.image_size_px
 
     def add() -> dict[str, NDArray[np.float64]]:
         sums = {name: np.zeros((side, side)) for name in dict.fromkeys(label for _, label in cases)}
@@ -202,18 +202,18 @@ def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
     The cases of a batch share their class and the likeliest other class. Batches do not depend on
     the number of ranks.
     """
-    subject, accelerator = work.subject, work.subject.accelerator
+    loaded, accelerator = work.loaded, work.loaded.accelerator
     numbers = np.array(sorted({number for number, _ in cases}), dtype=np.int64)
     logits = dict(
         zip(
             numbers.tolist(),
-            in_order(predict_split(subject, numbers, work.batch_size), numbers),
+            in_order(predict_split(loaded, numbers, work.batch_size), numbers),
             strict=True,
         )
     )
     pairs: dict[tuple[str, str | None], list[int]] = {}
     for number, target in cases:
-        other = likeliest_other(logits[number], target, subject.index.classes)
+        other = likeliest_other(logits[number], target, loaded.index.classes)
         pairs.setdefault((target, other), []).append(number)
     batches = [
         (target, other, batch)
@@ -248,8 +248,8 @@ def _score_batch(
     drawn = [number for number in numbers if outlines[number].any()]
     if not drawn:
         return
-    subject = work.subject
-    images = read_rows(subject.images, np.array(drawn), subject.accelerator.device)
+    loaded = work.loaded
+    images = read_rows(loaded.images, np.array(drawn), loaded.accelerator.device)
     maps = _make_maps(work, images, target, other)
     for i, number in enumerate(drawn):
         outline = outlines[number]
@@ -295,7 +295,7 @@ def _describe(
     Raises:
         CxrdistError: no case was scored.
     """
-    samples, outlines = work.subject.index.samples, work.outlines
+    samples, outlines = work.loaded.index.samples, work.outlines
     empty = {EMPTY: num_cases - len(scored)} if len(scored) < num_cases else {}
     if not scored:
         raise CxrdistError(
@@ -306,7 +306,7 @@ def _describe(
     return {
         "format": "cxrdist-localisation-1",
         "split": work.split,
-        "index_sha256": work.subject.index.sha256,
+        "index_sha256": work.loaded.index.sha256,
         "kind": outlines.kind,
         "origin": outlines.origin,
         "left_out": {**outlines.left_out, **empty},
@@ -321,11 +321,11 @@ def _describe(
 def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
     """Draw the cases with the largest and the least share of positive relevance inside."""
     ranked = sorted(scored, key=lambda case: -case.scores["lrp"][INSIDE])
-    worst = ranked[PICTURED:][: -PICTURED - 1 : -1]
+    worst = ranked[PICTURED:][: -PICTURED - 1 : -1]  # no case is both a best and a worst one
     drawn = [_draw(work, case, "best") for case in ranked[:PICTURED]]
     drawn += [_draw(work, case, "worst") for case in worst]
     pictures = {name: picture for _, files in drawn for name, picture in files.items()}
-    directory = work.subject.run.localisation_pictures(work.subject.place)
+    directory = work.loaded.run.localisation_pictures(work.loaded.subset)
     for path in directory.glob("*.png"):
         if _MADE.fullmatch(path.name) and path.name not in pictures:
             path.unlink()
@@ -340,16 +340,16 @@ def _draw(
     work: _Work, case: Scored, rank: Literal["best", "worst"]
 ) -> tuple[Pictured, dict[str, Image.Image]]:
     """Return the entry of a case in localisation.json, and its pictures by file name."""
-    subject = work.subject
-    images = read_rows(subject.images, np.array([case.number]), subject.accelerator.device)
-    logits = subject.model(images)[0].detach().cpu().numpy()
-    other = likeliest_other(logits, case.target, subject.index.classes)
-    pixels = np.asarray(subject.images[case.number])
+    loaded = work.loaded
+    images = read_rows(loaded.images, np.array([case.number]), loaded.accelerator.device)
+    logits = loaded.model(images)[0].detach().cpu().numpy()
+    other = likeliest_other(logits, case.target, loaded.index.classes)
+    pixels = np.asarray(loaded.images[case.number])
     outline = work.outlines.read((case.number, case.target))
     maps = _relevance(work.explainer, images, case.target, other)
     pictures = {"xray": Image.fromarray(pixels)}
     pictures |= {method: overlay(pixels, values[0]) for method, values in maps.items()}
-    key = subject.index.samples[case.number].key
+    key = loaded.index.samples[case.number].key
     class_index = work.model.classes.index(case.target)
     names = {kind: f"{key}.{class_index}.{kind}.png" for kind in pictures}
     entry: Pictured = {
@@ -396,7 +396,7 @@ def summary(scores: Localisation) -> str:
         if scores["val_cases"]
         else f"fixed: val has fewer than {FEWEST_CASES} images to choose from"
     )
-    lines = [f"{_amount(scores, group)}" for group in scores["groups"]]
+    lines = [_amount(scores, group) for group in scores["groups"]]
     left_out = [f"left out: {count} {why}" for why, count in scores["left_out"].items()]
     return "\n".join([*lines, *left_out, table(rows, headers), f"share of the pixels: {marked}"])
 

@@ -32,12 +32,12 @@ class Command(NamedTuple):
 
     @property
     def positionals(self) -> list[str]:
-        """Fields that may be given without their flags, in this order."""
+        """Return the fields that may be given without their flags, in this order."""
         return (self.positional or "").split()
 
     @property
     def config_class(self) -> Any:
-        """The dataclass of the options."""
+        """Return the dataclass of the options."""
         return getattr(import_module("cxrdist.config"), self.config)
 
 

@@ -1,6 +1,6 @@
 """YAML files that come with cxrdist and can be given by name: recipes, label maps, hardware.
 
-`cxrdist/shards` and `cxrdist/hardware` are links into the checkout; a wheel holds the files.
+In a checkout `cxrdist/shards` and `cxrdist/hardware` are links; a wheel contains the files.
 """
 
 from importlib.resources import files
@@ -13,11 +13,11 @@ Name = TypeVar("Name", str, Path)
 
 
 def path_of(folder: str, name: Name) -> Name:
-    """Return the path of a file that comes with cxrdist; an existing path goes before a name.
+    """Return the path of a file that comes with cxrdist; an existing file has precedence.
 
     Args:
         folder: one of the constants of this module.
-        name: of a file without its ``.yaml``; anything else is returned as it is.
+        name: name of a file without ``.yaml``; any other name or path is returned unchanged.
     """
     packaged = Path(str(files("cxrdist") / folder / f"{name}.yaml"))
     is_name = Path(str(name)).name == str(name) and not Path(str(name)).is_file()
@@ -25,7 +25,7 @@ def path_of(folder: str, name: Name) -> Name:
 
 
 def names_in(folder: str) -> list[str]:
-    """Return the names that `path_of` knows, in the order of the alphabet."""
+    """Return the names that `path_of` knows, in alphabetical order."""
     return sorted(
         Path(file.name).stem
         for file in (files("cxrdist") / folder).iterdir()

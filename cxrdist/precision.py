@@ -49,7 +49,7 @@ def full_float32() -> Iterator[None]:
 
 
 def uses_tf32() -> bool:
-    """Whether any float32 operator may use TensorFloat-32 in this process, as read from torch."""
+    """Return whether any float32 operator may use TF32 in this process, as torch reports it."""
     return any(switch.fp32_precision == "tf32" for switch in _switches())
 
 
@@ -62,6 +62,6 @@ def _older_matmul() -> str:
 
 
 def _older_convolution() -> bool:
-    """Whether cuDNN may use TensorFloat-32, by the newer switches: the older may be unreadable."""
+    """Return whether cuDNN may use TF32, by the newer switches: reading the older can fail."""
     cudnn: Any = torch.backends.cudnn
     return "tf32" in (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)

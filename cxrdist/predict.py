@@ -143,7 +143,7 @@ class Predictor:
                 f"out of memory with {len(batch)} images in a pass; try --batch-size {fewer}"
             ) from error
         self.logits.update(zip(batch, logits, strict=True))
-        for number, square in batch.items():
+        for number, square in batch.items():  # their pixels are no longer needed in memory
             self.prepared[number] = replace(square, pixels=np.empty((0, 0), np.uint8))
         return [
             made

@@ -1,9 +1,10 @@
 """Probe how well the classes can be predicted from images without their lungs.
 
 The same small network is trained on the images, on the images with the lungs made black (Maguolo &
-Nanni 2021, DeGrave et al. 2021), on the lungs alone, and on the pixels shuffled within each image,
-which leaves how it was acquired: its grey values (Ong Ly et al. 2024, npj Digital Medicine 7:124).
-Each of the four is a run of its own, so that a killed probe resumes as a training does.
+Nanni 2021, DeGrave et al. 2021), on the lungs alone, and on the pixels shuffled within each image.
+Shuffling leaves only the grey values, which depend on the acquisition (Ong Ly et al. 2024, npj
+Digital Medicine 7:124). Each of the four is a run, so that a killed probe resumes as a training
+does.
 """
 
 import hashlib
@@ -49,14 +50,15 @@ VARIANTS: dict[Variant, str] = {
     "shuffled": "Pixels shuffled",
 }
 SIZE_PX = 64
+# The network of recipes/lungs.yaml, which a CPU trains in minutes.
 NETWORK = Network(growth_rate=8, block_config=(2, 2, 2, 2), dropout=0.0)
 BLOCKS = ("stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 16
 PASSES = 15_000
-"""Images that a training takes, each as often as there are epochs."""
+"""Number of images that a training takes in all epochs together."""
 EPOCHS = (3, 40)
-"""At least and at most."""
+"""Least and largest number of epochs."""
 OUTLINE = (
     "The outline of the masks remains visible without the lungs, and in the lungs alone: what it "
     "shows of the lungs' shape counts there, too."
@@ -74,9 +76,9 @@ class Region(TypedDict):
     why: Text
     """Where the masks are from, or why there is an ellipse."""
     share: Share
-    """Of the square, the mean over the images."""
+    """Share of the square that is lung, mean over the images."""
     left_out: Count
-    """Images without a mask, where masks are used; none of the four trainings has them."""
+    """Images without a usable mask, which all four trainings leave out."""
     left_out_classes: dict[str, Count]
 
 
@@ -99,7 +101,7 @@ class ClassScore(TypedDict):
     positive_patients: Count
     too_few: Text | None
     difference: Difference
-    """To that of the images as they are."""
+    """Difference from the AUROC of the unchanged images."""
 
 
 class VariantScore(TypedDict):
@@ -109,15 +111,15 @@ class VariantScore(TypedDict):
     """The mean over the classes."""
     auroc_interval: Limits | None
     difference: Difference
-    """To that of the images as they are."""
+    """Difference from the AUROC of the unchanged images."""
     accuracy: Share | None
-    """None of a multilabel task."""
+    """None for a multilabel task."""
     accuracy_interval: Limits | None
     classes: dict[str, ClassScore]
 
 
 class Estimate(TypedDict):
-    """The estimate of the AUROC elsewhere, no further than an AUROC reaches."""
+    """The estimated AUROC on images from elsewhere, clipped to 0..1."""
 
     auroc: Share
     interval: Limits
@@ -137,11 +139,11 @@ class BackgroundFile(TypedDict):
     seed: Count
     region: Region
     fewest: Count
-    """Positives, and negatives, below which there are too few to say."""
+    """Least number of positives, and of negatives, for a statement about a class."""
     intervals: Intervals
     variants: dict[Variant, VariantScore]
     estimate: Estimate | None
-    """None where an AUROC is not defined."""
+    """None if an AUROC is not defined."""
     says: Annotated[list[Text], Between(1, 10), Distinct()]
 
 
@@ -151,7 +153,7 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
     The same command resumes: shards that are made and networks that are trained are kept.
 
     Raises:
-        CxrdistError: options, shards or masks cannot be used, or OUT holds another probe.
+        CxrdistError: options, shards or masks cannot be used, or OUT contains another probe.
         Stopped: the process was asked to stop.
     """
     if start().num_processes > 1:
@@ -190,7 +192,7 @@ def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
     """Make the four sets of shards, unless an earlier command has done it.
 
     Raises:
-        CxrdistError: they are of other shards, masks or another seed.
+        CxrdistError: they were made from other shards or masks, or with another seed.
     """
     made = config.out / "shards"
     masks = None if config.masks is None else str(config.masks)
@@ -221,7 +223,7 @@ def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
 
 
 def _derive(index: Index, lungs: Lungs, directory: Path, seed: int) -> Region:
-    """Write the four sets of shards; say what counts as lung in them."""
+    """Write the four sets of shards; return what counts as lung in them."""
     size_px, shares = min(SIZE_PX, index.image_size_px), list[float]()
 
     def change(original: Original) -> list[NDArray[np.uint8]] | None:
@@ -238,7 +240,7 @@ def _derive(index: Index, lungs: Lungs, directory: Path, seed: int) -> Region:
     left_out = derive_shards(index, outs, size_px, change)
     if lost := lost_class(index, left_out):
         raise CxrdistError(
-            f"--masks: of those that cover neither nothing nor everything, {lost}; give masks of "
+            f"--masks: apart from masks that cover nothing or everything, {lost}; give masks of "
             "all classes, or none for an ellipse"
         )
     return {
@@ -319,7 +321,7 @@ def _shards_of(config: ProbeBackgroundConfig, variant: Variant) -> Path:
 
 
 def _epochs(index: Index) -> int:
-    """Epochs of a training: fewer of more images, so that it takes minutes."""
+    """Return the epochs of a training: the more images, the fewer, so that it takes minutes."""
     least, most = EPOCHS
     return min(most, max(least, round(PASSES / len(index.numbers("train")))))
 
@@ -386,11 +388,11 @@ def _score(config: ProbeBackgroundConfig, variant: Variant, metrics: Metrics) ->
 def _estimate(difference: Difference) -> Estimate | None:
     """Return the AUROC that Ong Ly et al. (2024) expect elsewhere, P_Est = P_Source - P_DABIS + O.
 
-    P_DABIS is the AUROC of shuffled pixels and O, of an AUROC, 0.5 (their equations are in the
-    README of github.com/mcintoshML/Data-Bias-Analysis). It may leave 0 to 1, and is cut there.
+    P_DABIS is the AUROC of shuffled pixels, and O is 0.5 for an AUROC (their equations are in the
+    README of github.com/mcintoshML/Data-Bias-Analysis). The result is clipped to 0..1.
 
     Args:
-        difference: of the shuffled pixels to the images, with its interval.
+        difference: AUROC of the shuffled pixels minus that of the images, with its interval.
     """
     if difference["difference"] is None or difference["interval"] is None:
         return None
@@ -401,7 +403,7 @@ def _estimate(difference: Difference) -> Estimate | None:
 
 
 def _describe_region(region: Region, num_images: int) -> str:
-    """Return what counts as lung, a line or two."""
+    """Return one or two lines on what counts as lung."""
     share = f"{region['share']:.0%} of the square on average"
     if region["kind"] == "ellipse":
         return f"lungs: a fixed ellipse around the thorax, {share} ({region['why']})"
@@ -416,7 +418,7 @@ def _describe_region(region: Region, num_images: int) -> str:
 
 
 def _says(found: BackgroundFile) -> list[str]:
-    """Return the result in plain sentences; none of figures that rest on too few images."""
+    """Return the result in plain sentences, without figures of too few images."""
     classes = found["variants"]["images"]["classes"]
     few = [name for name, scores in classes.items() if scores["too_few"]]
     says = [] if len(few) == len(classes) else _says_of_scores(found)
@@ -479,7 +481,7 @@ def _has_accuracy(found: BackgroundFile) -> bool:
 
 
 def _cell(value: float | None, limits: Limits | None) -> str:
-    """Return a figure, and below it its interval."""
+    """Return a figure with its interval below it."""
     if value is None:
         return "-"
     return f"{value:.3f}" + (f"\n{limits[0]:.3f} to {limits[1]:.3f}" if limits else "")

@@ -28,9 +28,9 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import Metrics, headline
 from cxrdist.evaluate.predictions import (
-    Subject,
+    LoadedRun,
     in_order,
-    open_subject,
+    load_run,
     predict_split,
     rank_batches,
 )
@@ -106,45 +106,43 @@ def probe_text(config: ProbeTextConfig) -> None:
         CxrdistError: run, shards, boxes or options cannot be used.
     """
     _refuse_bad_options(config)
-    subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
-    accelerator = subject.accelerator
-    model = together(accelerator, lambda: one_network(subject.model))
+    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
+    accelerator = loaded.accelerator
+    model = together(accelerator, lambda: one_network(loaded.model))
     explainer = together(accelerator, lambda: Explainer(model))
-    together(accelerator, lambda: _refuse_covered(subject.index, config.split))
-    numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
-    boxes = _boxes_by_number(config, subject, numbers)
+    together(accelerator, lambda: _refuse_covered(loaded.index, config.split))
+    numbers = np.array(loaded.index.numbers(config.split), dtype=np.int64)
+    boxes = _boxes_by_number(config, loaded, numbers)
 
     def predict(edit: Edit | None = None) -> NDArray[np.float32]:
-        images = subject.images if edit is None else cast(Images, Edited(subject.images, edit))
-        rows = predict_split(replace(subject, images=images), numbers, config.batch_size)
+        images = loaded.images if edit is None else cast(Images, Edited(loaded.images, edit))
+        rows = predict_split(replace(loaded, images=images), numbers, config.batch_size)
         return in_order(rows, numbers)
 
     plain = predict()
     covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
     shares = _relevance_in_boxes(
-        config, subject, explainer, boxes, dict(zip(numbers, plain, strict=True))
+        config, loaded, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )
     if accelerator.is_main_process:
-        sweep(subject.run.text(subject.place).parent)
+        sweep(loaded.run.text(loaded.subset).parent)
         content: TextFile = {
             "format": "cxrdist-text-1",
             "split": config.split,
-            "task": subject.index.task,
-            "classes": subject.index.classes,
-            "index_sha256": subject.index.sha256,
-            "text": _describe_text(config, subject.index, numbers, boxes),
-            "covering": _describe_covering(subject.index, numbers, plain, covered),
-            "paste": _describe_paste(config, subject.index, numbers, plain, pasted),
-            "relevance": _describe_relevance(subject.index, shares),
+            "task": loaded.index.task,
+            "classes": loaded.index.classes,
+            "index_sha256": loaded.index.sha256,
+            "text": _describe_text(config, loaded.index, numbers, boxes),
+            "covering": _describe_covering(loaded.index, numbers, plain, covered),
+            "paste": _describe_paste(config, loaded.index, numbers, plain, pasted),
+            "relevance": _describe_relevance(loaded.index, shares),
             "paper": PAPER,
-            "pictures": _write_pictures(
-                config, subject, explainer, boxes, numbers, (plain, pasted)
-            ),
+            "pictures": _write_pictures(config, loaded, explainer, boxes, numbers, (plain, pasted)),
         }
-        write_json(subject.run.text(subject.place), content)
+        write_json(loaded.run.text(loaded.subset), content)
         print(summary(content))
-        print(f"all results: {subject.run.text(subject.place)}, and in the report")
+        print(f"all results: {loaded.run.text(loaded.subset)}, and in the report")
     finish(accelerator)
 
 
@@ -170,21 +168,21 @@ def _refuse_covered(index: Index, split: str) -> None:
 
 
 def _boxes_by_number(
-    config: ProbeTextConfig, subject: Subject, numbers: NDArray[np.int64]
+    config: ProbeTextConfig, loaded: LoadedRun, numbers: NDArray[np.int64]
 ) -> SquareBoxes:
     """Return the boxes of each sample in px of its square, from the CSV or found in the squares."""
-    accelerator = subject.accelerator
+    accelerator = loaded.accelerator
     if config.boxes is not None:
         file = config.boxes
         return together(
-            accelerator, lambda: boxes_in_squares(subject.packed, numbers, file, "--boxes")
+            accelerator, lambda: boxes_in_squares(loaded.packed, numbers, file, "--boxes")
         )
     mine: list[tuple[int, list[Box]]] = []
     batches = list(rank_batches(numbers, config.batch_size, accelerator))
     total = sum(map(len, batches))
     with progress(total, "looking for text", "images", show=accelerator.is_main_process) as bar:
         for number in (int(n) for batch in batches for n in batch):
-            mine.append((number, find_boxes(np.asarray(subject.images[number]))))
+            mine.append((number, find_boxes(np.asarray(loaded.images[number]))))
             bar.update()
     return {number: found for number, found in sorted(gather(accelerator, mine)) if found}
 
@@ -192,7 +190,7 @@ def _boxes_by_number(
 def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[np.uint8], Box]:
     """Write the word into a copy of a square; the copy and the word's box in its px."""
     x, y, anchor = PLACES[config.place]
-    image = Image.fromarray(pixels.copy())
+    image = Image.fromarray(pixels.copy())  # the pixels may be those of the cache
     finding: Finding = burn_text(image, config.word, (x, y), config.height, anchor)
     box = Box(finding.x, finding.y, finding.width, finding.height, config.word)
     return np.asarray(image), scaled(box, image.width, image.height)
@@ -200,7 +198,7 @@ def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[n
 
 def _relevance_in_boxes(
     config: ProbeTextConfig,
-    subject: Subject,
+    loaded: LoadedRun,
     explainer: Explainer,
     boxes: SquareBoxes,
     logits: Mapping[int, NDArray[np.float32]],
@@ -212,17 +210,17 @@ def _relevance_in_boxes(
     """
     chosen = np.array(sorted(boxes)[: config.limit], dtype=np.int64)
     likeliest = np.array([int(logits[n].argmax()) for n in chosen], dtype=np.int64)
-    accelerator = subject.accelerator
+    accelerator = loaded.accelerator
     batches = [
         (target, batch)
-        for target in range(len(subject.index.classes))
+        for target in range(len(loaded.index.classes))
         for batch in rank_batches(chosen[likeliest == target], config.batch_size, accelerator)
     ]
     rows: list[tuple[int, float, float]] = []
     total = sum(len(batch) for _, batch in batches)
     with progress(total, "explaining", "images", show=accelerator.is_main_process) as bar:
         for target, batch in batches:
-            images = read_rows(subject.images, batch, accelerator.device)
+            images = read_rows(loaded.images, batch, accelerator.device)
             relevance = explainer.attribute(images, [target]).relevance[:, 0]
             for number, values in zip(batch.tolist(), relevance.cpu().numpy(), strict=True):
                 share, area = share_inside(values, boxes[number])
@@ -377,7 +375,7 @@ def _share_interval(index: Index, rows: Sequence[tuple[int, float, float]]) -> t
 
 def _write_pictures(
     config: ProbeTextConfig,
-    subject: Subject,
+    loaded: LoadedRun,
     explainer: Explainer,
     boxes: SquareBoxes,
     numbers: NDArray[np.int64],
@@ -387,23 +385,23 @@ def _write_pictures(
 
     The two logits, [N, classes] each, are those before and after pasting.
     """
-    index, (plain, _) = subject.index, logits
+    index, (plain, _) = loaded.index, logits
     before, after = map(to_probabilities, logits)
     drawn: list[TextPicture] = []
     for kind, place, target in _choose_pictures(index, boxes, numbers, plain):
         number = int(numbers[place])
-        pixels, shown = np.asarray(subject.images[number]), boxes.get(number, ())
+        pixels, shown = np.asarray(loaded.images[number]), boxes.get(number, ())
         if kind == "pasted":
             pixels, box = paste(pixels, config)
             shown = [box]
-        images = read_rows(pixels[None], np.array([0]), subject.accelerator.device)
+        images = read_rows(pixels[None], np.array([0]), loaded.accelerator.device)
         relevance = explainer.attribute(images, [target]).relevance[0, 0].float().cpu().numpy()
         share, area = share_inside(relevance, shown)
         sample = index.samples[number]
         pictures = {"xray": Image.fromarray(pixels), "map": overlay(pixels, relevance)}
         names = {what: f"{sample.key}.{kind}.{what}.png" for what in pictures}
         for what, picture in pictures.items():
-            with atomic_file(subject.run.text_pictures(subject.place) / names[what]) as partial:
+            with atomic_file(loaded.run.text_pictures(loaded.subset) / names[what]) as partial:
                 _outlined(picture, shown).save(partial, "PNG")
         drawn.append(
             {

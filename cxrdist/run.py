@@ -19,8 +19,8 @@ STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 class RunDirectory:
     """Names of the files of one run (.github/DESIGN.md, Files).
 
-    Results for a set of images are in a directory of their own, called its place: ``train``,
-    ``val`` or ``test``, or ``external/NAME`` for shards that the run was not trained on.
+    The results of each subset of images are in a directory of its name: ``train``, ``val`` or
+    ``test``, or ``external/NAME`` for shards that the run was not trained on.
 
     ``root`` may be a link, such as one to a scratch disk. Links below it are rejected, so that
     nothing outside the run is read, written or removed.
@@ -49,27 +49,30 @@ class RunDirectory:
 
     @property
     def recipe(self) -> Path:
-        """The resolved recipe, YAML; can be passed back with --config."""
+        """Return the path of the resolved recipe, YAML; can be passed back with --config."""
         return self.inside("recipe.yaml")
 
     @property
     def info(self) -> Path:
-        """Facts of the run: versions, world size, precision, git revision, index hash, weights."""
+        """Return the path of the facts of the run.
+
+        They are versions, world size, precision, git revision, index hash and weights.
+        """
         return self.inside("run.json")
 
     @property
     def log(self) -> Path:
-        """One JSON object per line."""
+        """Return the path of the log, one JSON object per line."""
         return self.inside("log.jsonl")
 
     @property
     def checkpoints(self) -> Path:
-        """Resumable states."""
+        """Return the directory of the resumable states."""
         return self.inside("checkpoints")
 
     @property
     def model(self) -> Path:
-        """The weights for use, with model.json."""
+        """Return the directory of the weights for use, with model.json."""
         return self.inside("model")
 
     def stage(self, name: str) -> "RunDirectory":
@@ -83,94 +86,94 @@ class RunDirectory:
 
     @property
     def tracking(self) -> Path:
-        """Files of the trackers chosen with --track."""
+        """Return the directory of the trackers chosen with --track."""
         return self.inside("tracking")
 
     @property
     def audit(self) -> Path:
-        """The audit of the shards, as of the start of the training."""
+        """Return the path of the shards' audit, as of the start of the training."""
         return self.inside("audit.json")
 
     @property
     def seen(self) -> Path:
-        """Fingerprints of the train and val images, to recognise them in an external set."""
+        """Return the path of the prints of train and val, to recognise them in an external set."""
         return self.inside("seen.npz")
 
     @property
     def report(self) -> Path:
-        """The self-contained report."""
+        """Return the path of the self-contained report."""
         return self.inside("report.html")
 
     @property
     def checklist(self) -> Path:
-        """The reporting checklists, with the answers that the run knows filled in."""
+        """Return the path of the reporting checklists, filled in as far as the run knows."""
         return self.inside("checklist.html")
 
     @property
     def card(self) -> Path:
-        """The model card, in Hugging Face's format."""
+        """Return the path of the model card, in Hugging Face's format."""
         return self.inside("model", "README.md")
 
     @property
     def members(self) -> Path:
-        """The figures of an ensemble's members, and their spread."""
+        """Return the path of the figures of an ensemble's members, and their spread."""
         return self.inside("members.json")
 
-    def predictions(self, place: str) -> Path:
-        """One row per sample of the place."""
-        return self.inside(place, "predictions.csv")
+    def predictions(self, subset: str) -> Path:
+        """Return the path of the predictions, one row per sample of the subset."""
+        return self.inside(subset, "predictions.csv")
 
-    def metrics(self, place: str) -> Path:
-        """Metrics of the place."""
-        return self.inside(place, "metrics.json")
+    def metrics(self, subset: str) -> Path:
+        """Return the path of the subset's metrics."""
+        return self.inside(subset, "metrics.json")
 
-    def heatmaps(self, place: str) -> Path:
-        """Pictures KEY.png (the X-ray) and KEY.CLASS.png (with relevance over it)."""
-        return self.inside(place, "heatmaps")
+    def heatmaps(self, subset: str) -> Path:
+        """Return the directory of KEY.png (the X-ray) and KEY.CLASS.png (with its relevance)."""
+        return self.inside(subset, "heatmaps")
 
-    def mistakes(self, place: str) -> Path:
-        """Pictures KEY.png of the most confident wrong predictions."""
-        return self.inside(place, "mistakes")
+    def mistakes(self, subset: str) -> Path:
+        """Return the directory of KEY.png of the most confident wrong predictions."""
+        return self.inside(subset, "mistakes")
 
-    def nearest(self, place: str) -> Path:
-        """One row per explained sample: the training image most similar to it for the network."""
-        return self.inside(place, "nearest.csv")
+    def nearest(self, subset: str) -> Path:
+        """Return the path of the training image most similar to each explained sample, by row."""
+        return self.inside(subset, "nearest.csv")
 
-    def nearest_pictures(self, place: str) -> Path:
-        """Pictures KEY.png of those training images."""
-        return self.inside(place, "nearest")
+    def nearest_pictures(self, subset: str) -> Path:
+        """Return the directory of KEY.png of those training images."""
+        return self.inside(subset, "nearest")
 
-    def relevance(self, place: str) -> Path:
-        """Signed relevance, one KEY.npz per sample or tars of them."""
-        return self.inside(place, "relevance")
+    def relevance(self, subset: str) -> Path:
+        """Return the directory of signed relevance, one KEY.npz per sample or tars of them."""
+        return self.inside(subset, "relevance")
 
-    def text(self, place: str) -> Path:
-        """Results of the probe for words on the images."""
-        return self.inside(place, "text.json")
+    def text(self, subset: str) -> Path:
+        """Return the path of the results of the probe for words on the images."""
+        return self.inside(subset, "text.json")
 
-    def text_pictures(self, place: str) -> Path:
-        """Pictures of that probe."""
-        return self.inside(place, "text")
+    def text_pictures(self, subset: str) -> Path:
+        """Return the directory of the pictures of that probe."""
+        return self.inside(subset, "text")
 
-    def localisation(self, place: str) -> Path:
-        """Agreement of the relevance with boxes or masks."""
-        return self.inside(place, "localisation.json")
+    def localisation(self, subset: str) -> Path:
+        """Return the path of the agreement of the relevance with boxes or masks."""
+        return self.inside(subset, "localisation.json")
 
-    def localisation_pictures(self, place: str) -> Path:
-        """Pictures of the relevance with those boxes or masks."""
-        return self.inside(place, "localisation")
+    def localisation_pictures(self, subset: str) -> Path:
+        """Return the directory of pictures of the relevance with those boxes or masks."""
+        return self.inside(subset, "localisation")
 
-    def mean_maps(self, place: str) -> Path:
-        """Pictures of the mean map of each class over the explained images of the place."""
-        return self.inside(place, "mean_maps")
+    def mean_maps(self, subset: str) -> Path:
+        """Return the directory of the mean map of each class over the subset's explained images."""
+        return self.inside(subset, "mean_maps")
 
-    def relevance_info(self, place: str) -> Path:
-        """How the relevance was computed, and the results of its sanity checks."""
-        return self.inside(place, "relevance.json")
+    def relevance_info(self, subset: str) -> Path:
+        """Return the path of the relevance's settings and the results of its sanity checks."""
+        return self.inside(subset, "relevance.json")
 
-    def relevance_table(self, place: str) -> Path:
-        """One row per sample and class: the ledger of the logit."""
-        return self.inside(place, "relevance.csv")
+    def relevance_table(self, subset: str) -> Path:
+        """Return the path of the ledgers of the logits, one row per sample and class."""
+        return self.inside(subset, "relevance.csv")
 
 
 def refuse_bad_stage_name(name: str) -> None:
@@ -186,8 +189,8 @@ def refuse_bad_stage_name(name: str) -> None:
         )
 
 
-def external_place(name: str) -> str:
-    """Return the place of an external set in a run, external/NAME.
+def external_subset(name: str) -> str:
+    """Return the subset of a run that holds an external set, external/NAME.
 
     Raises:
         CxrdistError: the name is not valid for a directory.
@@ -200,10 +203,10 @@ def external_place(name: str) -> str:
     return f"external/{name}"
 
 
-def options_of(place: str) -> str:
-    """Return the option of evaluate and explain that selects a place, for messages."""
-    name = place.removeprefix("external/")
-    return f"--split {place}" if name == place else f"--name {name}"
+def options_of(subset: str) -> str:
+    """Return the option of evaluate and explain that selects a subset, for messages."""
+    name = subset.removeprefix("external/")
+    return f"--split {subset}" if name == subset else f"--name {name}"
 
 
 def open_run(root: Path) -> RunDirectory:

@@ -63,7 +63,7 @@ def test_each_command_explains_its_options(capsys, name):
         (["weights"], "no command 'weights'; expected one of weights show, weights convert"),
         (["weights", "shwo", "x"], "no command 'weights shwo'; expected one of weights show"),
         (["weights", "show", "/lost"], "cxrdist: /lost: no such file"),
-        (["weights", "convert", "/lost", "y"], "y: expected a name in .safetensors"),
+        (["weights", "convert", "/lost", "y"], "y: expected a name ending in .safetensors"),
         (["train", "--config", "/lost.yaml", "--shards", "s", "--run", "r"], "/lost.yaml"),
         (
             ["train", "--config", "covid"],

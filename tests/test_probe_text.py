@@ -63,11 +63,11 @@ def pack_images(folder, out, **options):
     pack(PackConfig("folder", folder / "images", out, workers=1, **settings, **options))
 
 
-def probe(folder, place="test", **options):
+def probe(folder, subset="test", **options):
     settings = {"boxes": folder / "boxes.csv", "height": 0.08, "cache": folder / "cache"}
     settings |= {"shards": folder / "shards", **options}
     probe_text(ProbeTextConfig(folder / "run", **settings))
-    return json.loads((folder / "run" / place / "text.json").read_text())
+    return json.loads((folder / "run" / subset / "text.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -166,7 +166,7 @@ def test_the_same_command_trains_nothing_again(ensemble, capsys):
     arguments = [run, ensemble / "shards", str(ensemble / "recipe.yaml")]
     seeds(SeedsConfig(*arguments, seeds=2, cache=ensemble / "cache"))
     assert {f: f.stat().st_mtime_ns for f in before} == before
-    assert capsys.readouterr().out.count("is trained already") == 2
+    assert capsys.readouterr().out.count("is already trained") == 2
 
 
 def test_another_recipe_is_refused(ensemble, tmp_path):
@@ -202,7 +202,7 @@ def test_folds_on_two_ranks_one_by_one_and_joined(tmp_path, capsys):
     assert "once all 2 are, the same command without --member" in capsys.readouterr().out
     done = run_ranks(2, "-m", "cxrdist", *words)
     assert done.returncode == 0, done.stderr
-    assert "member-1: is trained already" in done.stdout
+    assert "member-1: is already trained" in done.stdout
     index = read_index(shards)
     keys = []
     for number in (0, 1):
@@ -245,7 +245,7 @@ def test_a_killed_member_goes_on(tmp_path, capsys):
     assert not (run / "member-1" / "model").exists()
     assert main(words) == 0
     printed = capsys.readouterr().out
-    assert "member-0: is trained already" in printed
+    assert "member-0: is already trained" in printed
     assert "resuming after all, epoch 1" in printed
     assert load_predictor(run).names == ["member-0", "member-1"]
 

@@ -1,4 +1,4 @@
-"""The GPU's job: the real training step, eager, compiled and captured, against its memory."""
+"""The bench of the GPU: the real training step, eager, compiled and captured."""
 
 import gc
 import math
@@ -27,7 +27,7 @@ T = TypeVar("T")
 NETWORK = Network()  # DenseNet121
 BATCHES = (9, 16, 64, 256)
 ROUND_SECONDS = 1.0
-FIRST_STEPS = WARM_UP_STEPS + 2  # then a captured step has been recorded and replayed
+FIRST_STEPS = WARM_UP_STEPS + 2  # one step is recorded, and one replayed
 
 HEADERS = (
     *("way", "batch", "images/s", "ms\n/step", "min..max"),
@@ -41,7 +41,7 @@ fused: the share of what convolutions and optimiser move, a lower bound for any 
 
 
 class Way(NamedTuple):
-    """How a step is taken."""
+    """A way to run a training step."""
 
     name: str
     compiled: bool
@@ -59,12 +59,12 @@ WAYS = [
 def bench_gpu(config: BenchConfig) -> None:
     """Time the real training step for each batch and way; the main rank prints a table of each.
 
-    All ranks of a launch call it together; each takes its slice of the batch. On n ranks there are
-    also n times the batches of one. The table of several numbers of GPUs is that of
+    All ranks of a launch call it together; each takes its slice of the batch. On n ranks, n times
+    the batch sizes of one rank are measured as well. For a scaling table:
 
         for n in 1 2 4 8; do RANKS=$n bash launch/local.sh bench --only gpu; done
 
-    One way is set up, measured and freed before the next: the memory of another one would count.
+    Each way is freed before the next is set up, so that its memory does not count for the next.
     """
     accelerator = start()
     world_size = accelerator.num_processes
@@ -88,7 +88,7 @@ def bench_gpu(config: BenchConfig) -> None:
 
 
 def _batches(world_size: int) -> list[int]:
-    """List the images of a step over all ranks.
+    """List the batch sizes, in images over all ranks.
 
     Fixed numbers show strong scaling, multiples of the world size weak scaling.
     """
@@ -99,10 +99,10 @@ def _batches(world_size: int) -> list[int]:
 def _try_way(
     accelerator: Accelerator, config: BenchConfig, way: Way, batch: int
 ) -> Measured | None:
-    """Measure a way, or return None where a step does not fit into the memory of some rank.
+    """Measure a way, or return None if a step does not fit into the memory of some rank.
 
-    A rank that gave up in the middle of a step would leave the others waiting. So several ranks
-    first try their slices alone, not compiled, and agree on whether all of them fit.
+    A rank that gave up in the middle of a step would leave the others waiting. So with several
+    ranks, each first tries its slice alone, not compiled, and all agree on whether it fits.
     """
     num_images = -(-batch // accelerator.num_processes)
     try:
@@ -122,7 +122,7 @@ def _try_way(
 
 
 def _unless_out_of_memory(device: torch.device, work: Callable[[], T]) -> T | None:
-    """Return the result of some work, or None where memory runs out."""
+    """Return the result of a function, or None if memory runs out."""
     try:
         return work()
     except (RuntimeError, MemoryError) as error:
@@ -132,7 +132,7 @@ def _unless_out_of_memory(device: torch.device, work: Callable[[], T]) -> T | No
 
 
 def _step_alone(accelerator: Accelerator, size_px: int, num_images: int) -> bool:
-    """Take a step without the other ranks."""
+    """Run one step on this rank, without the other ranks."""
     precision = PRECISIONS.get(accelerator.mixed_precision, torch.float32)
     plain_step(NETWORK, size_px, num_images, precision, accelerator.device)()
     return True
@@ -141,12 +141,12 @@ def _step_alone(accelerator: Accelerator, size_px: int, num_images: int) -> bool
 def _free_memory(accelerator: Accelerator) -> None:
     torch.compiler.reset()
     accelerator.free_memory()
-    gc.collect()  # accelerate collects before it lets go of the models
+    gc.collect()  # free_memory collects garbage before it drops the models
     torch.cuda.empty_cache()
 
 
 def _measure_way(accelerator: Accelerator, config: BenchConfig, way: Way, batch: int) -> Measured:
-    """Measure a way; images per second of all ranks, and the largest peak of any of them."""
+    """Measure a way: images per second over all ranks, and the largest peak memory of a rank."""
     with tempfile.TemporaryDirectory(prefix="cxrdist-bench-") as scratch:
         recipe = {"network": NETWORK, "global_batch_size": batch, "compile": way.compiled}
         stage = stage_run(accelerator, Path(scratch), config.size, recipe=recipe)
@@ -161,14 +161,14 @@ def _measure_way(accelerator: Accelerator, config: BenchConfig, way: Way, batch:
 
 
 def _rounds(accelerator: Accelerator, stage: StageRun) -> Callable[[], int]:
-    """Return what takes the steps of a round; its first call finds out how many those are."""
+    """Return a function that runs the steps of a round; its first call chooses their number."""
     num_steps = 0
 
     def work() -> int:
         nonlocal num_steps
         if num_steps:
             return take_steps(stage, num_steps)
-        take_steps(stage, FIRST_STEPS)  # compiles, and captures
+        take_steps(stage, FIRST_STEPS)  # compiles and captures, so it is not timed
         began = time.perf_counter()
         num_images = take_steps(stage, FIRST_STEPS)
         seconds = max(gather(accelerator, [time.perf_counter() - began]))  # equal on all ranks
@@ -185,7 +185,7 @@ def _figures(
     num_bytes: Traffic,
     bandwidth: float,
 ) -> list[str]:
-    """Format what was measured, from images/s on."""
+    """Format the measured figures, from images/s on."""
     if measured is None:
         return ["-", "-", "out of memory", *["-"] * 5]
     rate = statistics.median(measured.rates)
@@ -204,7 +204,7 @@ def _figures(
 
 
 def _heading(accelerator: Accelerator, size_px: int, bandwidth: float, traffic: StepTraffic) -> str:
-    """Describe what was measured, and what its shares are shares of."""
+    """Describe what was measured, and the totals that the shares refer to."""
     device, ranks = accelerator.device, accelerator.num_processes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     image, step = (Traffic(*(n / 1e6 for n in t)) for t in (traffic.per_image, traffic.per_step))

@@ -1,4 +1,4 @@
-"""Bench: this machine, side by side in one run, as ratios."""
+"""Bench: measure ways to do the same job side by side on this machine, as ratios."""
 
 import shutil
 import tempfile
@@ -46,10 +46,10 @@ LUNGS_NETWORK, LUNGS_BATCH = Network(growth_rate=8, block_config=(2, 2, 2, 2)), 
 
 
 def bench(config: BenchConfig) -> None:
-    """Measure each job, all contenders in turn in each round, as ratios to the first one.
+    """Measure each job: all ways to do it take turns, and are compared with the first one.
 
-    That is cxrdist's own way, and for LRP one gradient with respect to the input, its usual unit.
-    The GPU's job has a table of its own, see `bench_gpu`.
+    The first is cxrdist's own way, except for LRP: its usual unit is one gradient with respect to
+    the input. The job of the GPU has a table of its own, see `bench_gpu`.
 
     Raises:
         CxrdistError: a measurement is unknown, needs a GPU where there is none, or the folder
@@ -87,7 +87,7 @@ def _chosen(only: str | None) -> list[str]:
 
 
 def _originals(config: BenchConfig, scratch: Path) -> Path:
-    """Class folders of at least 500 originals, links to few taken in turn."""
+    """Make class folders with links to at least 500 originals; fewer are linked several times."""
     folder = config.input
     if folder is None:
         folder = scratch / "phantoms"
@@ -116,7 +116,7 @@ def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Call
 
 
 def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Packing on one core against its unavoidable part, its audit, and a plain script."""
+    """Return the ways to pack on one core: cxrdist, parts of it alone, and a plain script."""
     folder = _originals(config, scratch)
     records = read_class_folders(folder).records
     squares = [read_square(record.file, config.size, "crop") for record in records]
@@ -170,7 +170,7 @@ def _pack_workers(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Shuffled batches of the paper's size from the memory map, against what else reads images."""
+    """Return the ways to read batches of the paper's size: cxrdist's cache, a copy, image files."""
     count, size = 227 * BATCH, config.size
     random = np.random.Generator(np.random.Philox(0))
     np.save(scratch / "rows.npy", random.integers(0, 256, (count, size, size), dtype=np.uint8))
@@ -207,7 +207,7 @@ def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Return the paper's augmentation of 64 images, on one core."""
+    """Return the ways to augment 64 images as in the paper, on one core: cxrdist and Kornia."""
     random = np.random.Generator(np.random.Philox(0))
     pixels = random.integers(0, 256, (64, 1, config.size, config.size), dtype=np.uint8)
     images = torch.from_numpy(pixels)
@@ -239,11 +239,11 @@ def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Return a training step of the real loop against a bare PyTorch step on ready tensors.
+    """Return the ways to train: the real loop, and a bare PyTorch step on ready tensors.
 
-    The loop checks each step for what is not finite and asks whether it was told to stop. By
-    default it saves after a thousand steps: the ratio of a save, in steps, over a thousand is its
-    cost.
+    The real loop also checks that each step is finite, and whether it was asked to stop. A save is
+    measured as if it were a step. By default there is one every 1000 steps, so its share
+    of the time is the ratio over 1000.
     """
     accelerator = start()
     device, threads = accelerator.device, torch.get_num_threads()
@@ -277,7 +277,7 @@ def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 
 def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Return the head's stage, its trunk frozen, against a forward pass alone."""
+    """Return the ways to train the head alone: the real loop, and a bare forward pass."""
     accelerator = start()
     device, threads = accelerator.device, torch.get_num_threads()
     stage = stage_run(accelerator, scratch, config.size, ["head"])
@@ -301,9 +301,9 @@ def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
 def _background(
     shape: Network, num_images: int, config: BenchConfig, scratch: Path
 ) -> list[Contender]:
-    """Plain training steps against those whose loss has a share in the outer tenth, too.
+    """Return the ways to train with a penalty for using the outer tenth, and without one.
 
-    Steps with the background loss take turns with one of two shares, so two of them are a round.
+    Training penalises relevance and gradient in alternate steps, so a round is two steps.
     """
     threads = torch.get_num_threads()
     model = Classifier(shape, CLASSES, config.size).train()
@@ -334,9 +334,10 @@ def _background(
 
 
 def _lrp(negative: float, config: BenchConfig, scratch: Path) -> list[Contender]:
-    """Relevance maps in gradients with respect to the input, by the engine and by zennit.
+    """Return the ways to explain: gradients of the input, relevance by the engine and by zennit.
 
-    A share of the BatchNorms' scales is negative, which costs the engine a second convolution.
+    A fraction ``negative`` of the BatchNorms' scales is negative, which costs the engine a second
+    convolution.
     """
     threads = torch.get_num_threads()
     model = Classifier(Network(), CLASSES, config.size)

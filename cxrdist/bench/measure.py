@@ -19,10 +19,10 @@ class Contender(NamedTuple):
     """One way to do a job.
 
     Attributes:
-        name: for the table.
-        work: does the job once and returns its number of images.
-        num_threads: threads of PyTorch while it does.
-        device: whose memory is measured.
+        name: name in the table.
+        work: does the job once and returns the number of images.
+        num_threads: threads of PyTorch meanwhile.
+        device: the device whose memory is measured.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Contender(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Images per second of each round, and the peak memory of the warm-up and all rounds in MiB."""
+    """Images per second of each round, and peak memory in MiB over all rounds and the warm-up."""
 
     rates: list[float]
     peak_mib: float
@@ -41,13 +41,13 @@ class Measured(NamedTuple):
 def measure(
     name: str, contenders: list[Contender], repeats: int, *, show: bool = True
 ) -> list[Measured]:
-    """Warm each contender up once, then let them take turns, so that drift affects all alike.
+    """Warm up each contender once, then let them take turns, so that drift affects all alike.
 
     Args:
-        name: of the job, for the progress bar.
+        name: name of the job, for the progress bar.
         contenders: the ways to do it.
         repeats: rounds after the warm-up.
-        show: whether there is a progress bar.
+        show: whether to show a progress bar.
     """
     rates: list[list[float]] = [[] for _ in contenders]
     peaks = [0.0] * len(contenders)
@@ -64,7 +64,7 @@ def measure(
                 seconds = time.perf_counter() - began
                 if turn:
                     rates[i].append(num_images / seconds)
-                # A recorded step allocates in the warm-up only, so that counts too.
+                # The warm-up counts as well: a captured step allocates only there.
                 peaks[i] = max(peaks[i], _peak_mib(contender.device))
                 bar.update()
     return [Measured(r, p) for r, p in zip(rates, peaks, strict=True)]
@@ -91,13 +91,13 @@ def rows_of(name: str, contenders: list[Contender], measured: list[Measured]) ->
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what is printed inside off the terminal."""
+    """Hide from the terminal what is printed inside."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a GPU has done all it was given; a CPU always has."""
+    """Wait until a GPU has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -106,11 +106,11 @@ def _reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (man proc_pid_clear_refs)
 
 
 def _peak_mib(device: torch.device) -> float:
-    """Peak since `_reset_peak`: of PyTorch's tensors on a GPU, else of resident memory (VmHWM)."""
+    """Return the peak since `_reset_peak`: PyTorch's tensors on a GPU, else resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status").read_text()

@@ -30,7 +30,7 @@ from cxrdist.train.update import Updater
 
 CLASSES = ["COVID-19", "Normal", "Viral Pneumonia"]
 BATCH = 9  # the paper's
-RATE = 1e-5
+RATE = 1e-5  # the paper's for the head
 
 
 def stage_run(
@@ -40,14 +40,14 @@ def stage_run(
     blocks: list[str] | None = None,
     recipe: dict[str, Any] | None = None,
 ) -> StageRun:
-    """Set up a stage of the real loop on as many random images as a step takes.
+    """Set up a stage of the real loop, on as many random images as one step takes.
 
     Args:
         accelerator: of this rank; all ranks call this together.
         scratch: a directory of this rank's own.
         size_px: side of the images in pixels.
-        blocks: that are trained; all if None.
-        recipe: fields of `TrainConfig` that are not as for the paper.
+        blocks: the blocks to train; all if None.
+        recipe: fields of `TrainConfig` that differ from the paper's recipe.
     """
     fields = {
         "init": "none",
@@ -104,12 +104,12 @@ def plain_step(
     Args:
         shape: of the network.
         size_px: side of the images in pixels.
-        num_images: of the step.
-        precision: of autocast; float32 for none.
-        device: where it computes.
+        num_images: images per step.
+        precision: dtype of autocast; float32 for no autocast.
+        device: device of the step.
 
     Returns:
-        What takes the step: warp, forward pass, backward pass and optimiser.
+        A function that runs warp, forward pass, backward pass and optimiser once.
     """
     with device:  # fake tensors cannot be moved to it afterwards
         model = Classifier(shape, CLASSES, size_px)

@@ -16,9 +16,10 @@ from cxrdist.bench.measure import CPU, wait_for
 from cxrdist.bench.stage import plain_step
 from cxrdist.config import Network
 
-# What stays of a step when all else is fused into it; the rest has no weights of its own to read.
+# Operations that remain when all others are fused into them: those that read large weights.
 NEVER_FUSED_AWAY = ("convolution", "convolution_backward", "addmm", "mm", "_fused_sgd_")
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty")
+# Larger than caches, so that a copy measures the memory.
 COPY_BYTES = {"cuda": 2**30, "cpu": 2**26}
 COPIES = 7
 
@@ -28,9 +29,9 @@ class Traffic(NamedTuple):
 
     Attributes:
         eager: each operation reads each operand once and writes each result once; views move
-            nothing. What an operation changes in place is read and written.
-        fused: of these only convolutions, matrix products and the optimiser, as if BatchNorm,
-            ReLU, pooling, concatenation and sums of gradients cost nothing: a lower bound for any
+            nothing. Memory that an operation changes in place is read and written.
+        fused: only convolutions, matrix products and the optimiser, as if BatchNorm, ReLU,
+            pooling, concatenation and sums of gradients cost nothing: a lower bound for any
             compiler.
     """
 
@@ -39,19 +40,19 @@ class Traffic(NamedTuple):
 
 
 class StepTraffic(NamedTuple):
-    """Bytes of a step: those of each image, and those that any number of images cost once."""
+    """The bytes that a step moves for each image, and those that it moves once."""
 
     per_image: Traffic
     per_step: Traffic
 
     def bytes_of(self, num_images: float) -> Traffic:
-        """Return the bytes of a step of some images."""
+        """Return the bytes that a step moves for this number of images."""
         pairs = zip(self.per_image, self.per_step, strict=True)
         return Traffic(*(num_images * image + step for image, step in pairs))
 
 
 class _Counter(TorchDispatchMode):
-    """Adds up the traffic of the operations that run inside."""
+    """Counts the traffic of the operations that run inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: 
     total = 0
     for i, argument in enumerate(func._schema.arguments):
         changed = argument.alias_info is not None and argument.alias_info.is_write
-        # Fused optimisers declare gradients as changed, but write them for a scaler only.
+        # Fused optimisers declare that they change gradients, but do so only with a scaler.
         if changed and argument.name != "grads":
             total += _size(args[i] if i < len(args) else kwargs.get(argument.name))
     declarations = func._schema.returns
@@ -89,7 +90,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: 
 
 
 def _size(values: Any) -> int:
-    """Return the bytes of all tensors among some values; elements that share memory count once."""
+    """Return the bytes of all tensors in nested values; expanded elements count once."""
     total = 0
     for tensor in tree_leaves(values):
         if isinstance(tensor, Tensor):
@@ -101,7 +102,7 @@ def _size(values: Any) -> int:
 
 
 def count_traffic(work: Callable[[], Any]) -> Traffic:
-    """Count the traffic of all PyTorch operations of some work, which is done."""
+    """Run a function, and count the traffic of all its PyTorch operations."""
     with _Counter() as counter:
         work()
     return Traffic(counter.eager, counter.fused)
@@ -111,7 +112,7 @@ def step_traffic(shape: Network, size_px: int, precision: torch.dtype) -> StepTr
     """Count the traffic of a training step of all blocks, without computing or allocating it.
 
     It counts one rank's step with SGD, without communication. The operations are those of the CPU;
-    a GPU has the same with other kernels.
+    a GPU runs the same ones with other kernels.
 
     Args:
         shape: of the network.
@@ -119,7 +120,7 @@ def step_traffic(shape: Network, size_px: int, precision: torch.dtype) -> StepTr
         precision: of autocast; float32 for none.
     """
     counts = []
-    for num_images in (2, 3):  # BatchNorm may refuse to train on one
+    for num_images in (2, 3):  # not 1: BatchNorm may refuse to train on one image
         with FakeTensorMode():
             step = plain_step(shape, size_px, num_images, precision, CPU)
             counts.append(count_traffic(step))

@@ -1,4 +1,4 @@
-"""Calibration: a temperature per class, and how far probabilities are from observed shares.
+"""Calibration: a temperature per class, and how far probabilities are from observed frequencies.
 
 Each class is calibrated against the rest by its own logit, as the network was trained.
 """
@@ -41,11 +41,11 @@ LEAST, MOST = 0.01, 100.0  # temperatures
 def wanted_rule(
     stored: Calibration | None, asked: Rule | None, fewest: int, own_sha256: str | None
 ) -> Rule | None:
-    """Return the rule by which the model must be calibrated now; None if its calibration stays.
+    """Return the rule by which the model must be calibrated now; None to keep its calibration.
 
     Args:
         stored: the model's calibration.
-        asked: the rule of --operating-point; None for that of the model, which starts as youden.
+        asked: the rule of --operating-point; None for the model's own rule, at first youden.
         fewest: the value of --fewest.
         own_sha256: sha256 of the index of the model's own shards; None for other shards.
 

@@ -30,7 +30,7 @@ from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_p
 from cxrdist.files import read_document, write_table
 from cxrdist.info import RunInfo, WeightsInfo, read_info
 from cxrdist.model.layout import CHEXNET_LABELS
-from cxrdist.run import RunDirectory, external_place
+from cxrdist.run import RunDirectory, external_subset
 
 IN_NO_SPLIT = ""  # the split of a sample that is not used
 MEND = "run `cxrdist evaluate` again"
@@ -104,8 +104,8 @@ def read_own(run: RunDirectory) -> RunInfo | None:
     return read_info(run) if run.info.is_file() else None
 
 
-def choose_place(own: RunInfo | None, index: Index, split: str, name: str | None) -> str:
-    """Choose the place of the results: the split for the run's own shards, else external/NAME.
+def choose_subset(own: RunInfo | None, index: Index, split: str, name: str | None) -> str:
+    """Choose the subset of the results: the split for the run's own shards, else external/NAME.
 
     Shards are a run's own if their index has the sha256 in run.json, wherever they are stored.
     For a model without run.json all shards count as its own unless a name is given.
@@ -123,16 +123,16 @@ def choose_place(own: RunInfo | None, index: Index, split: str, name: str | None
         return split
     where = index.directory
     folder = where.absolute().name if isinstance(where, Path) else where.name
-    return external_place(name or (folder if split == "test" else f"{folder}-{split}"))
+    return external_subset(name or (folder if split == "test" else f"{folder}-{split}"))
 
 
-def refuse_other_set(run: RunDirectory, place: str, index: Index, split: str) -> None:
-    """Check that existing results in a place belong to these shards and this split.
+def refuse_other_set(run: RunDirectory, subset: str, index: Index, split: str) -> None:
+    """Check that existing results of a subset belong to these shards and this split.
 
     Raises:
         CxrdistError: they belong to others.
     """
-    for path in (run.metrics(place), run.relevance_info(place), run.text(place)):
+    for path in (run.metrics(subset), run.relevance_info(subset), run.text(subset)):
         if not path.is_file():
             continue
         document = read_document(path, _Evaluated, f"remove {path.parent} to start over")
@@ -160,13 +160,13 @@ def refuse_choices(choices: Choices | None, shards: Path) -> None:
     )
 
 
-def read_choices(run: RunDirectory, place: str) -> Choices:
+def read_choices(run: RunDirectory, subset: str) -> Choices:
     """Read how an external set was evaluated, so that other commands use the same images.
 
     Raises:
         CxrdistError: metrics.json is damaged.
     """
-    path = run.metrics(place)
+    path = run.metrics(subset)
     if not path.is_file():
         return Choices()
     info = read_document(path, _Evaluated, MEND).get("external")
@@ -230,12 +230,12 @@ def _relabelled(
 
 
 def take_external(
-    place: str, packed: Index, mapped: Index, split: str, choices: Choices, overlap: Overlap
+    subset: str, packed: Index, mapped: Index, split: str, choices: Choices, overlap: Overlap
 ) -> External:
     """Select the images of an external set to use, and describe the set.
 
     Args:
-        place: the place of its results.
+        subset: name of the set in the run, external/NAME.
         packed: its index as packed.
         mapped: its index with the model's classes.
         split: the split to use.
@@ -265,7 +265,7 @@ def take_external(
         mapped = replace(mapped, samples=samples)
     theirs = {choices.label_map.get(name, name) for name in packed.classes}
     info: ExternalInfo = {
-        "name": place.removeprefix("external/"),
+        "name": subset.removeprefix("external/"),
         "shards": str(packed.directory),
         "label_map": choices.label_map,
         "classes": [name for name in mapped.classes if name in theirs],
@@ -445,12 +445,12 @@ def is_of_chestxray14(sample: Sample) -> bool:
     return sample.source in PRE_TRAINING_SOURCES or bool(named)
 
 
-def write_lists(run: RunDirectory, place: str, external: External) -> None:
+def write_lists(run: RunDirectory, subset: str, external: External) -> None:
     """Write seen.csv (key, why, of) and left_out.csv (key, label) beside the metrics."""
     samples = external.index.samples
     seen = [(samples[number].key, *match) for number, match in external.matches.items()]
-    write_table(run.inside(place, "seen.csv"), ("key", *Match._fields), seen)
-    write_table(run.inside(place, "left_out.csv"), ("key", "label"), external.others)
+    write_table(run.inside(subset, "seen.csv"), ("key", *Match._fields), seen)
+    write_table(run.inside(subset, "left_out.csv"), ("key", "label"), external.others)
 
 
 def summary(info: ExternalInfo) -> str:

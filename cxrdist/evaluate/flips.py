@@ -14,7 +14,7 @@ CHANGES = ("right->wrong", "wrong->right", "wrong->wrong")
 class Flip(NamedTuple):
     """An image, or one label of an image, that the models decide differently."""
 
-    place: int
+    position: int
     """Position of the image in both `Scored`."""
     change: str
     """right->wrong, wrong->right or wrong->wrong."""
@@ -36,7 +36,7 @@ def flips(a: Scored, b: Scored) -> list[Flip]:
         key=lambda flip: (
             CHANGES.index(flip.change),
             -abs(flip.logits[1] - flip.logits[0]),
-            a.keys[flip.place],
+            a.keys[flip.position],
         ),
     )
 

@@ -17,7 +17,7 @@ MOST_PICTURED = 200
 class Mistake(NamedTuple):
     """An image that the model got wrong."""
 
-    place: int
+    position: int
     """Position of the image in its `Scored`."""
     missed: list[str]
     """Labels that the image has but that were not called."""

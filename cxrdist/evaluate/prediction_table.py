@@ -34,7 +34,7 @@ from cxrdist.evaluate.scored import Scored
 COLUMNS = {"key": {"key"}, **image_table.COLUMNS}
 MOST_IMAGES = 500_000  # MIMIC-CXR has 377,110; the replicates then take 1 GB
 CERTAIN_LOGIT = 40.0  # at least, for a probability of 1; its sigmoid is 1 in float64
-FINITE = Between(-3.4e38, 3.4e38)
+FINITE = Between(-3.4e38, 3.4e38)  # the range of float32
 SCALE = "prob_ columns are probabilities, logit_ columns log(p / (1 - p)); convert other scores"
 _STATED = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
 

@@ -26,7 +26,7 @@ from cxrdist.evaluate.external import (
     Choices,
     External,
     as_model_takes,
-    choose_place,
+    choose_subset,
     find_overlap,
     read_choices,
     read_own,
@@ -51,7 +51,7 @@ from cxrdist.terminal import progress
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedRun:
     """A trained model and the shards to use it on, on this rank.
 
     Attributes:
@@ -61,7 +61,7 @@ class Subject:
         index: the shards converted for the model: for an external set, labels are the model's and
             unused samples are in no split.
         images: uint8 [samples, size, size].
-        place: place of the results in the run directory.
+        subset: train, val, test or external/NAME; the directory of the results in the run.
         packed: the shards as packed; differs from `index` only for an external set.
         external: the external set; None for the run's own shards.
     """
@@ -71,19 +71,19 @@ class Subject:
     model: Classifier | Ensemble
     index: Index
     images: Images
-    place: str
+    subset: str
     packed: Index
     external: External | None = None
 
 
-def open_subject(
+def load_run(
     run: Path,
     shards: Path,
     cache: Path | None,
     split: str,
     name: str | None = None,
     choices: Choices | None = None,
-) -> Subject:
+) -> LoadedRun:
     """Load a model and the images to use it on.
 
     Args:
@@ -103,46 +103,46 @@ def open_subject(
 
     def prepare() -> tuple[Index, str]:
         index = read_index(shards)
-        place = choose_place(read_own(directory), index, split, name)
-        if place == split:
+        subset = choose_subset(read_own(directory), index, split, name)
+        if subset == split:
             index = _splits_of_training(index, model, split)
         refuse_unlike(index, model, split)
-        if place == split:
+        if subset == split:
             _refuse_other_classes(index, model)
             refuse_choices(choices, shards)
         else:
-            refuse_other_set(directory, place, index, split)
-        return index, place
+            refuse_other_set(directory, subset, index, split)
+        return index, subset
 
-    index, place = together(accelerator, prepare)
-    if place == split and not directory.info.is_file():
+    index, subset = together(accelerator, prepare)
+    if subset == split and not directory.info.is_file():
         accelerator.print(
             f"{run}: holds no run.json, so it is unknown whether it was trained on {shards}; they "
             "count as its own; give --name to evaluate them as an external set"
         )
     images = open_cache(index, cache, accelerator)
-    subject = Subject(
-        accelerator, directory, model.to(accelerator.device), index, images, place, index
+    loaded = LoadedRun(
+        accelerator, directory, model.to(accelerator.device), index, images, subset, index
     )
-    if place == split:
-        return subject
-    external = _open_external(subject, split, choices, cache)
-    return replace(subject, index=external.index, external=external)
+    if subset == split:
+        return loaded
+    external = _open_external(loaded, split, choices, cache)
+    return replace(loaded, index=external.index, external=external)
 
 
 def _open_external(
-    subject: Subject, split: str, choices: Choices | None, cache: Path | None
+    loaded: LoadedRun, split: str, choices: Choices | None, cache: Path | None
 ) -> External:
-    accelerator, run, place = subject.accelerator, subject.run, subject.place
-    packed = subject.packed
-    chosen = choices or together(accelerator, lambda: read_choices(run, place))
+    accelerator, run, subset = loaded.accelerator, loaded.run, loaded.subset
+    packed = loaded.packed
+    chosen = choices or together(accelerator, lambda: read_choices(run, subset))
     mapped = together(
-        accelerator, lambda: as_model_takes(packed, subject.model.classes, chosen.label_map)
+        accelerator, lambda: as_model_takes(packed, loaded.model.classes, chosen.label_map)
     )
     numbers = np.array(mapped.numbers(split), dtype=np.int64)
-    overlap = find_overlap(accelerator, run, packed, subject.images, numbers, cache)
+    overlap = find_overlap(accelerator, run, packed, loaded.images, numbers, cache)
     return together(
-        accelerator, lambda: take_external(place, packed, mapped, split, chosen, overlap)
+        accelerator, lambda: take_external(subset, packed, mapped, split, chosen, overlap)
     )
 
 
@@ -206,7 +206,7 @@ def _splits_of_training(index: Index, model: Classifier | Ensemble, split: str) 
 def evaluate(config: EvaluateConfig) -> None:
     """Predict a split, write predictions.csv and metrics.json, and print the paper's Table 2.
 
-    Shards that are not the run's own are an external set with its own place; images that the
+    Shards that are not the run's own are an external set with its own results; images that the
     network has seen are listed in seen.csv and left out, or marked (``seen``).
 
     Raises:
@@ -215,35 +215,33 @@ def evaluate(config: EvaluateConfig) -> None:
     rule = read_rule(config.operating_point) if config.operating_point else None
     labels = {} if config.label_map is None else read_label_map(config.label_map)
     choices = Choices(labels, config.seen)
-    subject = open_subject(
-        config.run, config.shards, config.cache, config.split, config.name, choices
-    )
-    accelerator, place = subject.accelerator, subject.place
-    together(accelerator, lambda: refuse_unwritable(subject.run.predictions(place)))
-    calibration = _calibrate(subject, config, rule)
-    numbers = np.array(subject.index.numbers(config.split), dtype=np.int64)
-    rows = predict_split(subject, numbers, config.batch_size)
+    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name, choices)
+    accelerator, subset = loaded.accelerator, loaded.subset
+    together(accelerator, lambda: refuse_unwritable(loaded.run.predictions(subset)))
+    calibration = _calibrate(loaded, config, rule)
+    numbers = np.array(loaded.index.numbers(config.split), dtype=np.int64)
+    rows = predict_split(loaded, numbers, config.batch_size)
     if accelerator.is_main_process:
         logits = in_order(rows, numbers)
-        sweep(subject.run.metrics(place).parent)
-        write_predictions(subject, numbers, logits)
+        sweep(loaded.run.metrics(subset).parent)
+        write_predictions(loaded, numbers, logits)
         settings = Settings(config.fewest, config.prevalence, calibration)
-        scored = score_samples(subject.index, numbers, logits)
+        scored = score_samples(loaded.index, numbers, logits)
         metrics = measure(scored, settings)
-        picture_mistakes(subject, scored, numbers)
-        metrics["split"], metrics["index_sha256"] = config.split, subject.index.sha256
-        if subject.external is not None:
-            metrics["external"] = subject.external.info
-            write_lists(subject.run, place, subject.external)
-            print(summary(subject.external.info))
-        write_json(subject.run.metrics(place), metrics)
+        picture_mistakes(loaded, scored, numbers)
+        metrics["split"], metrics["index_sha256"] = config.split, loaded.index.sha256
+        if loaded.external is not None:
+            metrics["external"] = loaded.external.info
+            write_lists(loaded.run, subset, loaded.external)
+            print(summary(loaded.external.info))
+        write_json(loaded.run.metrics(subset), metrics)
         print(metrics_table(metrics))
         print(describe_calibration(metrics))
-        print(f"{place}: {headline(metrics)}")
+        print(f"{subset}: {headline(metrics)}")
     finish(accelerator)
 
 
-def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> Calibration | None:
+def _calibrate(loaded: LoadedRun, config: EvaluateConfig, rule: Rule | None) -> Calibration | None:
     """Set the model's temperatures and thresholds if the shards are its own.
 
     Returns:
@@ -252,21 +250,21 @@ def _calibrate(subject: Subject, config: EvaluateConfig, rule: Rule | None) -> C
     Raises:
         CxrdistError: another rule was asked for, but the shards are not the model's.
     """
-    index, stored = subject.index, subject.model.calibration
-    has_val = not (isinstance(subject.model, Ensemble) and subject.model.has_folds)
-    is_own = subject.external is None and subject.run.info.is_file() and has_val
+    index, stored = loaded.index, loaded.model.calibration
+    has_val = not (isinstance(loaded.model, Ensemble) and loaded.model.has_folds)
+    is_own = loaded.external is None and loaded.run.info.is_file() and has_val
     wanted = together(
-        subject.accelerator,
+        loaded.accelerator,
         lambda: wanted_rule(stored, rule, config.fewest, index.sha256 if is_own else None),
     )
     if wanted is not None:
         numbers = np.array(index.numbers("val"), dtype=np.int64)
-        logits = in_order(predict_split(subject, numbers, config.batch_size), numbers)
+        logits = in_order(predict_split(loaded, numbers, config.batch_size), numbers)
         scored = score_samples(index, numbers, logits)
-        subject.model.calibration = choose_calibration(scored, wanted, config.fewest, index.sha256)
-        if subject.accelerator.is_main_process:
-            save_calibration(subject.model.calibration, subject.run.model)
-    return subject.model.calibration
+        loaded.model.calibration = choose_calibration(scored, wanted, config.fewest, index.sha256)
+        if loaded.accelerator.is_main_process:
+            save_calibration(loaded.model.calibration, loaded.run.model)
+    return loaded.model.calibration
 
 
 def rank_batches(
@@ -284,20 +282,20 @@ def rank_batches(
 
 @torch.inference_mode()
 def predict_split(
-    subject: Subject, numbers: NDArray[np.int64], batch_size: int
+    loaded: LoadedRun, numbers: NDArray[np.int64], batch_size: int
 ) -> list[tuple[int, NDArray[np.float32]]]:
     """Return the logits of samples, gathered from all ranks; in float32 for any launch.
 
     Returns:
         (sample number, float32 [classes]) per sample, in any order, on every rank.
     """
-    accelerator, mine = subject.accelerator, []
+    accelerator, mine = loaded.accelerator, []
     batches = list(rank_batches(numbers, batch_size, accelerator))
     total = sum(map(len, batches))
     with progress(total, "predicting", "images", show=accelerator.is_main_process) as bar:
         for batch in batches:
-            images = read_rows(subject.images, batch, accelerator.device)
-            logits = subject.model(images).cpu().numpy()
+            images = read_rows(loaded.images, batch, accelerator.device)
+            logits = loaded.model(images).cpu().numpy()
             mine += list(zip(batch.tolist(), logits, strict=True))
             bar.update(len(batch))
     return gather(accelerator, mine)
@@ -321,7 +319,7 @@ def in_order(
 
 
 def write_predictions(
-    subject: Subject, numbers: NDArray[np.int64], logits: NDArray[np.float32]
+    loaded: LoadedRun, numbers: NDArray[np.int64], logits: NDArray[np.float32]
 ) -> None:
     """Write predictions.csv: key, patient, label, prob_CLASS..., logit_CLASS...
 
@@ -331,16 +329,16 @@ def write_predictions(
     come the columns of a calibrated model. Numbers have nine significant digits, so a float32 logit
     is read back exactly.
     """
-    classes = subject.index.classes
+    classes = loaded.index.classes
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]
-    calibration = subject.model.calibration
-    extra = probability_columns(Predictions(logits, classes, subject.index.task, calibration))
-    has_unknown = any(sample.uncertain or sample.missing for sample in subject.index.samples)
+    calibration = loaded.model.calibration
+    extra = probability_columns(Predictions(logits, classes, loaded.index.task, calibration))
+    has_unknown = any(sample.uncertain or sample.missing for sample in loaded.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
-    samples = [subject.index.samples[number] for number in numbers]
+    samples = [loaded.index.samples[number] for number in numbers]
     groups = [name for name in GROUP_COLUMNS if any(getattr(s, name) for s in samples)]
     columns = ["key", "patient", "label", *unknown, *groups]
-    external = subject.external
+    external = loaded.external
     matches = external.matches if external and external.info["seen"] == "report" else None
     rows = []
     values_of_rows = np.column_stack([to_probabilities(logits), logits, *extra.values()])
@@ -350,19 +348,19 @@ def write_predictions(
             cells.append(matches[number].why if number in matches else "")
         rows.append([*cells, *(f"{value:.9g}" for value in values)])
     seen = [] if matches is None else ["seen"]
-    write_table(subject.run.predictions(subject.place), [*columns, *seen, *names, *extra], rows)
+    write_table(loaded.run.predictions(loaded.subset), [*columns, *seen, *names, *extra], rows)
 
 
-def picture_mistakes(subject: Subject, scored: Scored, numbers: NDArray[np.int64]) -> None:
+def picture_mistakes(loaded: LoadedRun, scored: Scored, numbers: NDArray[np.int64]) -> None:
     """Write the X-rays of the most confident mistakes for the report, which has no shards.
 
     Args:
-        subject: the model and the shards.
+        loaded: the model and the shards.
         scored: the N images of an evaluation.
         numbers: numbers of their samples, int64 [N].
     """
-    calibration = subject.model.calibration
+    calibration = loaded.model.calibration
     mistakes = find_mistakes(scored, calibration.thresholds if calibration else None)
-    pictured = [int(numbers[mistake.place]) for mistake in mistakes[:MOST_PICTURED]]
-    directory = subject.run.mistakes(subject.place)
-    write_gallery(directory, subject.index, subject.images, pictured)
+    pictured = [int(numbers[mistake.position]) for mistake in mistakes[:MOST_PICTURED]]
+    directory = loaded.run.mistakes(loaded.subset)
+    write_gallery(directory, loaded.index, loaded.images, pictured)

@@ -65,6 +65,7 @@ class ByZennit:
     def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution:
         """Return the relevance of normalised images [B, C, H, W] for the target class indices."""
         with torch.inference_mode(False), torch.enable_grad():
+            # A clone: tensors made in inference mode cannot require gradients.
             inputs = inputs.detach().clone().requires_grad_()
             with self._composite.context(self.network):
                 logits = self.network(inputs)

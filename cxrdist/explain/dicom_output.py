@@ -42,7 +42,7 @@ class Explained:
 
     @property
     def file(self) -> Path:
-        """The file of the X-ray."""
+        """Return the file of the X-ray."""
         return self.drawing.file
 
 

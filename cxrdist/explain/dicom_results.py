@@ -47,7 +47,7 @@ COPIED = (
     *("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
 )
 MOST_CHARACTERS = 1024
-"""Limit for a value that is copied; the standard allows 64 in most, and 194 in a name."""
+"""Limit for a value that is copied; the standard allows 64 characters in most, 194 in names."""
 
 CHECKED = (("PatientBirthDate", DA), ("StudyDate", DA), ("StudyTime", TM))
 SCHEME = "99CXRDIST"
@@ -100,7 +100,7 @@ def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes]
 
 
 def _encode(result: Dataset) -> tuple[UID, bytes]:
-    """Return the SOPInstanceUID of a result, and it as a file of PS3.10."""
+    """Return the SOPInstanceUID of a result, and its content as a PS3.10 file."""
     buffer = io.BytesIO()
     result.save_as(buffer, enforce_file_format=True)
     return result.SOPInstanceUID, buffer.getvalue()
@@ -114,7 +114,7 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
     absent.
 
     Raises:
-        RefusedError: it cannot be referred to, or a value is too long.
+        RefusedError: it has no UIDs to refer to, or a value is too long.
     """
     dataset = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True)
     source = Dataset()

@@ -2,7 +2,7 @@
 
 The rules are those of composite.py; the network is that of canonise.py, folded by fold.py. In the
 canonical network each producer (a convolution) has a copy for each consumer (a BatchNorm that reads
-its output). Two identities avoid most of the work of computing each copy:
+its output). Two identities make it unnecessary to compute most of the copies:
 
 - The relevance R_i of an activation a_i is represented as g_i = R_i / a_i. The z-plus rule (Bach et
   al. 2015, PLoS ONE 10(7), equation 60 with beta 0), R_i = a_i sum_j W+_ji R_j / z_j, then becomes
@@ -30,7 +30,7 @@ from cxrdist.explain.canonise import check
 from cxrdist.explain.fold import Block, Consumer, Folded, Layer, Stem, fold
 
 MAPS_AT_ONCE = 16
-"""Most images times targets in one backward pass, to bound the memory; more take several."""
+"""Largest number of maps (images times targets) in one backward pass, which bounds the memory."""
 
 
 class Engine:
@@ -42,9 +42,9 @@ class Engine:
 
         Args:
             network: timm's DenseNet in evaluation mode.
-            flat: the rule of the first convolution: flat, or else z-plus.
+            flat: whether the first convolution has the flat rule; if not, z-plus.
             biases: whether biases are part of the denominators and absorb their share.
-            epsilon: of the linear layer's rule.
+            epsilon: the epsilon of the linear layer's rule, in units of the logit.
 
         Raises:
             CxrdistError: the network is in training mode, or has an unknown layer.
@@ -76,11 +76,11 @@ class Rules(NamedTuple):
     """Settings of the canonical preset."""
 
     flat: bool = True
-    """The rule of the first convolution: flat, or else z-plus."""
+    """Whether the first convolution has the flat rule; if not, z-plus."""
     biases: bool = True
     """Whether biases are part of the denominators and absorb their share."""
     epsilon: float = 0.1
-    """Of the linear layer's rule, in units of the logit."""
+    """The epsilon of the linear layer's rule, in units of the logit."""
 
 
 class Watcher(Protocol):
@@ -96,7 +96,7 @@ class Watcher(Protocol):
         """Receive the relevance that bias and stabiliser of another rule absorb, [K, B, ...]."""
 
     def see_block(self, passed: Tensor, passing: "Passing") -> None:
-        """Receive the input of a block's backward pass, [C, K, B, h, w], and its producers'."""
+        """Receive what a block's backward pass starts with, [C, K, B, h, w], and its sums."""
 
 
 def forward_pass(folded: Folded, inputs: Tensor) -> "Seen":
@@ -121,7 +121,7 @@ def backward_pass(
         folded: the network.
         rules: settings.
         seen: result of `forward_pass`.
-        starts: [K, B, classes], the factor of each logit in the relevance to start with.
+        starts: [K, B, classes], the factor of each logit in the initial relevance.
         watcher: receives intermediate values.
 
     Returns:
@@ -138,7 +138,7 @@ def backward_pass(
 
 
 def head_quotients(rules: Rules, folded: Folded, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the epsilon rule's stabiliser and logit / z of each logit."""
+    """Return the stabiliser of the epsilon rule, and logit / (z + stabiliser), of each logit."""
     z = logits if rules.biases else logits - folded.bias
     stabiliser = rules.epsilon * (1 - 2 * (z < 0).to(z.dtype))
     return stabiliser, logits / (z + stabiliser)
@@ -337,7 +337,7 @@ def _forward_block(block: Block, inputs: Tensor) -> SeenBlock:
 
 
 def as_images(hidden: Tensor, sides: tuple[int, int]) -> Tensor:
-    """View values [N, M] as images [B, M, H, W], channels last."""
+    """Return a view of values [N, M] as images [B, M, H, W], channels last."""
     return hidden.reshape(-1, *sides, hidden.shape[1]).permute(0, 3, 1, 2)
 
 
@@ -372,7 +372,7 @@ def _backward_block(block: Block, seen: SeenBlock, passed: Tensor, watcher: Watc
 
 
 def _amounts(consumer: Consumer, quotient: Tensor, g: Tensor, watcher: Watcher) -> Tensor:
-    """Return the values from a consumer to its producers, from |s| g; [C, K, B, H * W] both."""
+    """Return what a consumer passes to its producers, given |s| g; both [C, K, B, H * W]."""
     amounts = g * quotient.reshape(len(g), 1, g.shape[2], -1)
     watcher.see_amounts(consumer, amounts)
     return amounts

@@ -18,7 +18,7 @@ from cxrdist.config import ExplainConfig
 from cxrdist.data.cache import Masks, open_masks, read_mask_rows, read_rows
 from cxrdist.distributed import finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
-from cxrdist.evaluate.predictions import Subject, open_subject, rank_batches
+from cxrdist.evaluate.predictions import LoadedRun, load_run, rank_batches
 from cxrdist.explain import flipping, outside, randomisation
 from cxrdist.explain.description import RelevanceInfo, read_description, under_way
 from cxrdist.explain.flipping import Flipping, flip_pixels
@@ -80,7 +80,7 @@ Tested = tuple[int, Flipping, randomisation.Comparison]
 class _Work:
     """Inputs that each rank needs to explain its share of the samples."""
 
-    subject: Subject
+    loaded: LoadedRun
     split: str
     targets: Targets
     explainer: Explainer
@@ -91,7 +91,7 @@ class _Work:
 
     def lungs_of(self, number: int) -> NDArray[np.bool_] | None:
         """Return the mask of a sample, bool [S, S]; None if it has none."""
-        index = self.subject.index
+        index = self.loaded.index
         if self.masks is None or not index.samples[number].mask_sha256:
             return None
         size_px, here = index.image_size_px, torch.device("cpu")
@@ -121,33 +121,33 @@ def explain(config: ExplainConfig) -> None:
     Raises:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
-    subject = open_subject(config.run, config.shards, config.cache, config.split, config.name)
-    accelerator = subject.accelerator
-    model = together(accelerator, lambda: one_network(subject.model))
+    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
+    accelerator = loaded.accelerator
+    model = together(accelerator, lambda: one_network(loaded.model))
     targets = together(accelerator, lambda: choose_targets(config, model))
     explainer = together(accelerator, lambda: _explainer(config, model))
-    numbers = together(accelerator, lambda: _choose_numbers(config, subject))
+    numbers = together(accelerator, lambda: _choose_numbers(config, loaded))
     is_compact = config.format == "webdataset"
-    has_masks = any(subject.index.samples[number].mask_sha256 for number in numbers)
-    masks = open_masks(subject.packed, config.cache, accelerator) if has_masks else None
-    work = _Work(subject, config.split, targets, explainer, is_compact, config.pictures, masks)
+    has_masks = any(loaded.index.samples[number].mask_sha256 for number in numbers)
+    masks = open_masks(loaded.packed, config.cache, accelerator) if has_masks else None
+    work = _Work(loaded, config.split, targets, explainer, is_compact, config.pictures, masks)
     with ExitStack() as stack:
 
         def prepare() -> _Todo | None:
             if not accelerator.is_main_process:
                 return None
-            stack.enter_context(locked(subject.run.relevance_info(subject.place).parent))
-            return _prepare(work, _settings(config, subject, targets, numbers))
+            stack.enter_context(locked(loaded.run.relevance_info(loaded.subset).parent))
+            return _prepare(work, _settings(config, loaded, targets, numbers))
 
         todo = gather(accelerator, [together(accelerator, prepare)])[0]
         results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
         rows = sorted(gather(accelerator, results.rows))
         looks, sums = gather(accelerator, results.looks), gather(accelerator, [results.sums])
         tested = [] if todo.is_tested else gather(accelerator, _test(work, config))
-        nearest = find_nearest(subject, numbers) if todo.lacks_nearest else []
+        nearest = find_nearest(loaded, numbers) if todo.lacks_nearest else []
         if accelerator.is_main_process:
             if nearest:
-                write_nearest(subject, nearest)
+                write_nearest(loaded, nearest)
             _finish(work, [row for _, _, row in rows], sorted(tested, key=lambda row: row[0]))
             if not todo.is_tested:
                 _write_outside(work, sorted(looks), sums)
@@ -165,30 +165,30 @@ def _explainer(config: ExplainConfig, model: Classifier) -> Explainer:
     )
 
 
-def _choose_numbers(config: ExplainConfig, subject: Subject) -> NDArray[np.int64]:
+def _choose_numbers(config: ExplainConfig, loaded: LoadedRun) -> NDArray[np.int64]:
     """Return the samples to explain, int64 [n]; with a limit, mistakes of `evaluate` first."""
-    calibration = subject.model.calibration
+    calibration = loaded.model.calibration
     thresholds = calibration.thresholds if calibration else None
-    mistakes = mistaken_samples(subject.run, subject.place, subject.index, thresholds)
-    return choose_samples(subject.index, config.split, config.limit, mistakes)
+    mistakes = mistaken_samples(loaded.run, loaded.subset, loaded.index, thresholds)
+    return choose_samples(loaded.index, config.split, config.limit, mistakes)
 
 
 def _settings(
-    config: ExplainConfig, subject: Subject, targets: Targets, numbers: NDArray[np.int64]
+    config: ExplainConfig, loaded: LoadedRun, targets: Targets, numbers: NDArray[np.int64]
 ) -> dict[str, object]:
     """Return everything that the relevance depends on, except the machine and its threads."""
-    description = read_document(subject.run.model / "model.json", dict[str, object])
+    description = read_document(loaded.run.model / "model.json", dict[str, object])
     description.pop("calibration", None)  # maps do not depend on it, and evaluate may add it later
-    weights = (subject.run.model / "model.safetensors").read_bytes()
+    weights = (loaded.run.model / "model.safetensors").read_bytes()
     files = (weights, json.dumps(description).encode())
     return {
         "model_sha256": [hashlib.sha256(data).hexdigest() for data in files],
-        "index_sha256": subject.index.sha256,
+        "index_sha256": loaded.index.sha256,
         "samples_sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
         "maps": targets.names,
         **{name: getattr(config, name) for name in _OPTIONS},
         "torch": torch.__version__,
-        "device": subject.accelerator.device.type,
+        "device": loaded.accelerator.device.type,
     }
 
 
@@ -203,18 +203,18 @@ class _Todo(NamedTuple):
 
 def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
     """Remove half-written files of a killed command, and relevance of other settings."""
-    run, place = work.subject.run, work.subject.place
-    directories = run.relevance(place), run.heatmaps(place), run.nearest_pictures(place)
-    info, nearest = run.relevance_info(place), run.nearest(place)
+    run, subset = work.loaded.run, work.loaded.subset
+    directories = run.relevance(subset), run.heatmaps(subset), run.nearest_pictures(subset)
+    info, nearest = run.relevance_info(subset), run.nearest(subset)
     earlier = _read_info(info) if info.is_file() else None
-    wants_nearest = work.with_pictures and was_trained_on(run, work.subject.index)
+    wants_nearest = work.with_pictures and was_trained_on(run, work.loaded.index)
     if earlier and earlier["how"] == how:
         for directory in (*directories, info.parent):
             sweep(directory, alone=True)
         return _Todo(_is_tested(work, earlier), wants_nearest and not nearest.is_file())
     for directory in directories:
         _clear(directory)
-    for table in (run.relevance_table(place), nearest):
+    for table in (run.relevance_table(subset), nearest):
         table.unlink(missing_ok=True)
     write_json(info, under_way(how))
     return _Todo(False, wants_nearest)
@@ -231,7 +231,7 @@ def _is_tested(work: _Work, info: RelevanceInfo) -> bool:
 
 def _mean_map(work: _Work, name: str) -> Path:
     """Return the path of the picture of a class's mean map."""
-    return work.subject.run.mean_maps(work.subject.place) / f"{safe_name(name)}.png"
+    return work.loaded.run.mean_maps(work.loaded.subset) / f"{safe_name(name)}.png"
 
 
 def _clear(directory: Path) -> None:
@@ -267,7 +267,7 @@ class _Results:
             self.rows.extend(_rows(work, sample))
             if sample.look is not None and sample.relevance is not None:
                 self.looks.append(sample.look)
-                image = np.asarray(work.subject.images[sample.number])
+                image = np.asarray(work.loaded.images[sample.number])
                 self.sums.add(sample.look.target, sample.relevance, image)
 
 
@@ -278,7 +278,7 @@ def _explain_units(
 
     While a unit is computed, threads write the one before it.
     """
-    accelerator = work.subject.accelerator
+    accelerator = work.loaded.accelerator
     unit_size = batch_size * (BATCHES_PER_SHARD if work.is_compact else 1)
     units = list(rank_batches(numbers, unit_size, accelerator))
     results = _Results([], [], Sums())
@@ -290,7 +290,7 @@ def _explain_units(
         ThreadPoolExecutor(_num_threads(work)) as pool,
     ):
         for i, unit in enumerate(units):
-            path = work.subject.run.relevance(work.subject.place)
+            path = work.loaded.run.relevance(work.loaded.subset)
             if work.is_compact:
                 number = i * accelerator.num_processes + accelerator.process_index
                 path /= f"{number:06d}.tar"
@@ -329,7 +329,7 @@ def _start(
     encoded = []
     for begin in range(0, len(unit), batch_size):
         batch = unit[begin : begin + batch_size]
-        images = read_rows(work.subject.images, batch, work.subject.accelerator.device)
+        images = read_rows(work.loaded.images, batch, work.loaded.accelerator.device)
         result = work.targets.attribute(work.explainer, images)
         relevance = result.relevance.float().cpu().numpy()
         sums = (result.logits, result.relevance_sum, result.bias_share, result.epsilon_share)
@@ -343,11 +343,11 @@ def _encode(
     work: _Work, number: int, relevance: NDArray[np.float32], ledger: NDArray[np.float64]
 ) -> tuple[bytes, _Explained]:
     """Write the pictures of a sample before its map, and return the bytes of the map."""
-    key, targets = work.subject.index.samples[number].key, work.targets
+    key, targets = work.loaded.index.samples[number].key, work.targets
     if work.with_pictures:
-        heatmaps = work.subject.run.heatmaps(work.subject.place)
+        heatmaps = work.loaded.run.heatmaps(work.loaded.subset)
         drawn, names = targets.with_leading(relevance, ledger), targets.names_of(ledger)
-        write_pictures(heatmaps, key, work.subject.images[number], drawn, names)
+        write_pictures(heatmaps, key, work.loaded.images[number], drawn, names)
     sample_map = Map(key, targets.names, relevance, ledger)
     data = encode(sample_map, half=work.is_compact)
     # Measure the rounded values of the file, so that a resumed command gets the same results.
@@ -377,7 +377,7 @@ def _read_finished(
     number_of = dict(zip(keys, unit.tolist(), strict=True))
 
     def read(key: str, npz: IO[bytes]) -> _Explained:
-        sample_map = read_map(npz, key, names, work.subject.index.image_size_px)
+        sample_map = read_map(npz, key, names, work.loaded.index.image_size_px)
         return _look(work, number_of[key], sample_map)
 
     explained: list[_Explained] | None = None
@@ -393,23 +393,23 @@ def _are_drawn(work: _Work, explained: list[_Explained]) -> bool:
     """Return whether all pictures of the samples already exist."""
     if not work.with_pictures:
         return True
-    heatmaps = work.subject.run.heatmaps(work.subject.place)
+    heatmaps = work.loaded.run.heatmaps(work.loaded.subset)
     return all(
         (heatmaps / name).is_file()
         for sample in explained
         for name in picture_names(
-            work.subject.index.samples[sample.number].key, work.targets.names_of(sample.ledger)
+            work.loaded.index.samples[sample.number].key, work.targets.names_of(sample.ledger)
         )
     )
 
 
 def _keys(work: _Work, numbers: NDArray[np.int64]) -> list[str]:
-    return [work.subject.index.samples[number].key for number in numbers.tolist()]
+    return [work.loaded.index.samples[number].key for number in numbers.tolist()]
 
 
 def _num_threads(work: _Work) -> int:
     """Return the number of threads per rank that draw and encode."""
-    _, num_ranks = local_ranks(work.subject.accelerator)
+    _, num_ranks = local_ranks(work.loaded.accelerator)
     return max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
@@ -441,22 +441,22 @@ def ledger_rows(
 
 def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
     """Run pixel flipping and model randomisation on this rank's share of a few samples."""
-    subject, model = work.subject, one_network(work.subject.model)
-    index, accelerator, classes = subject.index, subject.accelerator, work.targets.classes
+    loaded, model = work.loaded, one_network(work.loaded.model)
+    index, accelerator, classes = loaded.index, loaded.accelerator, work.targets.classes
     most = min(config.limit or TESTED_IMAGES, TESTED_IMAGES)
     numbers = choose_samples(index, work.split, most)
     batches = list(rank_batches(numbers, 1, accelerator))
     if not batches:
         return []
     # All ranks use all images for the running statistics, so that their networks are the same.
-    images = read_rows(subject.images, numbers, accelerator.device)
+    images = read_rows(loaded.images, numbers, accelerator.device)
     drawn = randomisation.randomise(model, images, lambda other: _explainer(config, other))
     tested = []
     with progress(len(batches), "testing", "images", show=accelerator.is_main_process) as bar:
         for batch in batches:
             (number,) = batch.tolist()
-            flipped = flip_pixels(model, work.explainer, subject.images[number], classes, number)
-            image = read_rows(subject.images, batch, accelerator.device)
+            flipped = flip_pixels(model, work.explainer, loaded.images[number], classes, number)
+            image = read_rows(loaded.images, batch, accelerator.device)
             compared = randomisation.compare_maps(work.explainer, drawn, image, classes)
             tested.append((number, flipped, compared))
             bar.update()
@@ -465,34 +465,34 @@ def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
 
 def _finish(work: _Work, rows: list[list[str]], tested: list[Tested]) -> None:
     """Write relevance.csv, and the results of the tests into relevance.json."""
-    run, place = work.subject.run, work.subject.place
-    write_table(run.relevance_table(place), LEDGER_COLUMNS, rows)
+    run, subset = work.loaded.run, work.loaded.subset
+    write_table(run.relevance_table(subset), LEDGER_COLUMNS, rows)
     if tested:
-        info = _read_info(run.relevance_info(place))
+        info = _read_info(run.relevance_info(subset))
         info["ledger_residual"] = ledger_residual(rows)
         info["pixel_flipping"] = flipping.summarise([flipped for _, flipped, _ in tested])
-        blocks = randomisation.levels(one_network(work.subject.model))
+        blocks = randomisation.levels(one_network(work.loaded.model))
         info["randomisation"] = randomisation.summarise(blocks, [found for *_, found in tested])
-        write_json(run.relevance_info(place), info)
+        write_json(run.relevance_info(subset), info)
 
 
 def _write_outside(work: _Work, looks: list[Look], of_ranks: list[Sums]) -> None:
     """Write the mean maps, and the relevance by region into relevance.json."""
-    run, place, names = work.subject.run, work.subject.place, work.targets.classes
+    run, subset, names = work.loaded.run, work.loaded.subset, work.targets.classes
     sums = Sums()
     for others in of_ranks:
         sums.merge(others)
-    for name in one_network(work.subject.model).classes:
+    for name in one_network(work.loaded.model).classes:
         _mean_map(work, name).unlink(missing_ok=True)
     if work.with_pictures:
         for target in sums.maps:
             num_images = sum(look.target == target for look in looks)
             save_picture(_mean_map(work, names[target]), sums.picture(target, num_images))
-    info = _read_info(run.relevance_info(place))
-    samples = work.subject.index.samples
+    info = _read_info(run.relevance_info(subset))
+    samples = work.loaded.index.samples
     patients = {look.number: samples[look.number].patient for look in looks}
     info["outside"] = outside.summarise(looks, sums, names, patients)
-    write_json(run.relevance_info(place), info)
+    write_json(run.relevance_info(subset), info)
 
 
 def ledger_residual(rows: list[list[str]]) -> float | None:
@@ -514,12 +514,12 @@ def ledger_residual(rows: list[list[str]]) -> float | None:
 
 def _summary(work: _Work, num_images: int) -> str:
     """Return the summary that is printed at the end."""
-    run, place = work.subject.run, work.subject.place
-    directory = run.heatmaps(place) if work.with_pictures else run.relevance(place)
-    info = _read_info(run.relevance_info(place))
+    run, subset = work.loaded.run, work.loaded.subset
+    directory = run.heatmaps(subset) if work.with_pictures else run.relevance(subset)
+    info = _read_info(run.relevance_info(subset))
     residual, flipped, where = info["ledger_residual"], info["pixel_flipping"], info["outside"]
     if flipped is None or where is None:
-        raise RunFailedError(f"{run.relevance_info(place)}: was replaced by another command")
+        raise RunFailedError(f"{run.relevance_info(subset)}: was replaced by another command")
     ledger = "no ledger" if residual is None else f"ledger closed to {residual:.1e}"
     regions = ", ".join(
         f"{name.replace('_', ' ')} {region['share']:.1%} (area {region['area']:.1%})"

@@ -377,7 +377,7 @@ def _pooled(rows: Tensor, pool_px: int | None, seen: SeenBlock) -> Tensor:
 
 
 def _to_images(rows: Tensor, sides: tuple[int, int]) -> Tensor:
-    """View features [c, N] as images [B, c, H, W], channels last."""
+    """Return a view of features [c, N] as images [B, c, H, W], channels last."""
     return as_images(rows.t().contiguous(), sides)
 
 

@@ -1,13 +1,13 @@
-"""The paper's own program: LRP-PresetA of iNNvestigate 1.0.8.3 on the DenseNet as it stands.
+"""The paper's own program: LRP-PresetA of iNNvestigate 1.0.8.3 on the unchanged DenseNet.
 
-The rules of the canonical preset (composite.py), without the canonical network: a BatchNorm passes
-R x (y - beta) / ((x - mu) y) on, where x is its input and y its output, and a transition's pool
-stands behind its convolution and divides sums of both signs. Neither conserves relevance, and what
-they lose or add can be many times the logit; the ledger says how much. For comparing with published
-maps, not for reading.
+It applies the rules of the canonical preset (composite.py) without the canonical network. A
+BatchNorm with input x and output y passes on R x (y - beta) / ((x - mu) y). A transition's pool
+follows its convolution and divides by sums of both signs. Neither conserves relevance: the ledger
+shows what they lose or add, which can be many times the logit. These maps are for comparison with
+published ones, not for interpretation.
 
-iNNvestigate skips the flat rule behind a layer of zero padding, and conversions of DenseNet121 to
-Keras have one there: maps of the paper most likely had none (``flat=False``).
+iNNvestigate skips the flat rule after a layer of zero padding, and conversions of DenseNet121 to
+Keras have such a layer: the paper's maps were most likely made without it (``flat=False``).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from cxrdist.explain.attribution import Attribution
 from cxrdist.explain.canonise import affine, blocks_of, check
 
 KERAS_EPSILON = 1e-7
-"""Added to denominators by iNNvestigate: where they are zero, or with their sign (BatchNorm)."""
+"""iNNvestigate adds this to denominators that are zero; for a BatchNorm to all, with their sign."""
 
 
 class Innvestigate:
@@ -35,11 +35,11 @@ class Innvestigate:
 
         Args:
             network: timm's DenseNet in evaluation mode.
-            flat: the rule of the first convolution: flat, or else alpha1-beta0.
-            epsilon: of the linear layer's rule.
+            flat: whether the first convolution has the flat rule; if not, alpha1-beta0.
+            epsilon: the epsilon of the linear layer's rule.
 
         Raises:
-            CxrdistError: the network is in training mode, or has a layer that is not known here.
+            CxrdistError: the network is in training mode, or has a layer without a rule here.
         """
         check(network)
         self._network = deepcopy(network).requires_grad_(False)
@@ -47,7 +47,7 @@ class Innvestigate:
 
     @torch.no_grad()
     def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution:
-        """Relevance of normalised images [B, C, H, W] for the classes of these numbers."""
+        """Return the relevance of normalised images [B, C, H, W] for classes given by number."""
         network = self._network
         features = network.features
         blocks, transitions = blocks_of(network)
@@ -70,7 +70,7 @@ class Innvestigate:
         return Attribution(*(torch.stack(column, 1) for column in zip(*rows, strict=True)))
 
     def _head(self, pooled: Tensor, logit: Tensor, target: int, ledger: "_Ledger") -> Tensor:
-        """The epsilon rule: from the logit [B] to the relevance of the pooled features [B, C]."""
+        """Return the relevance of the pooled features [B, C], by the epsilon rule."""
         linear = self._network.classifier
         stabiliser = self._epsilon * (1 - 2 * (logit < 0).to(logit.dtype))
         ratio = logit / (logit + stabiliser)
@@ -80,7 +80,7 @@ class Innvestigate:
 
 
 class _Ledger:
-    """What biases and BatchNorms absorb, and what denominators do, float64 [B] each."""
+    """Relevance that biases and BatchNorms absorb, and that denominators do, float64 [B] each."""
 
     def __init__(self, logit: Tensor) -> None:
         self.bias = torch.zeros_like(logit, dtype=torch.float64)
@@ -89,9 +89,9 @@ class _Ledger:
 
 Layer = Callable[[Tensor], Tensor]
 Back = Callable[[Tensor, _Ledger], Tensor]
-"""From the relevance of a step's output to that of its input."""
+"""Returns the relevance of a step's input, given that of its output."""
 Step = Callable[[Tensor], tuple[Tensor, Back]]
-"""From the input of a part of the network to its output and the way back."""
+"""Returns the output of a part of the network for an input, and the way back."""
 
 
 def _per_image(values: Tensor) -> Tensor:
@@ -116,12 +116,12 @@ def _chain(steps: list[Step]) -> Step:
 
 
 def _block(block: DenseBlock) -> Step:
-    """Dense layers, each behind the concatenation of all before it."""
+    """Return a dense block: each layer takes the concatenation of all outputs before it."""
     return _chain([_beside_itself(layer) for layer in block.children()])
 
 
 def _beside_itself(layer: DenseLayer) -> Step:
-    """A dense layer whose output is appended to its input; relevance of both uses adds up."""
+    """Return a dense layer, its output appended to its input; relevance of both uses adds up."""
     convs = _alpha1_beta0(layer.conv1), _alpha1_beta0(layer.conv2)
     inner = _chain([_norm(layer.norm1), convs[0], _norm(layer.norm2), convs[1]])
 
@@ -175,7 +175,7 @@ def _alpha1_beta0(conv: nn.Conv2d) -> Step:
 
 
 def _flat(conv: nn.Conv2d) -> Step:
-    """Return the flat rule: every pixel of a window gets the same."""
+    """Return the flat rule: all pixels of a window receive the same relevance."""
     ones = _like(conv, torch.ones_like(conv.weight))
 
     def step(x: Tensor) -> tuple[Tensor, Back]:
@@ -189,7 +189,7 @@ def _flat(conv: nn.Conv2d) -> Step:
 
 
 def _proportional(pool: Layer) -> Step:
-    """Return an average pool: each input gets its part of the sum, whatever the signs."""
+    """Return an average pool: each input receives its share of the sum, whatever the signs."""
 
     def step(x: Tensor) -> tuple[Tensor, Back]:
         y, pull = _linear(pool, x)
@@ -199,7 +199,7 @@ def _proportional(pool: Layer) -> Step:
 
 
 def _gradient(layer: Layer) -> Step:
-    """A max pool passes everything to the maximum; a change of shape changes nothing else."""
+    """Return a layer with the gradient as its rule: a max pool, or a change of shape."""
 
     def step(x: Tensor) -> tuple[Tensor, Back]:
         y, pull = _linear(layer, x)
@@ -209,7 +209,7 @@ def _gradient(layer: Layer) -> Step:
 
 
 def _ratio(relevance: Tensor, z: Tensor, ledger: _Ledger) -> Tensor:
-    """Relevance / z; where z is zero the denominator absorbs it."""
+    """Return relevance / z; relevance where z is 0 is lost, and booked as epsilon."""
     is_zero = (z == 0).to(z.dtype)
     ratio = relevance / (z + is_zero * KERAS_EPSILON)
     ledger.epsilon += _per_image(ratio * is_zero * KERAS_EPSILON)

@@ -19,7 +19,7 @@ from cxrdist.data.cache import read_rows
 from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index
 from cxrdist.distributed import gather
-from cxrdist.evaluate.predictions import Subject, rank_batches
+from cxrdist.evaluate.predictions import LoadedRun, rank_batches
 from cxrdist.files import judging, open_regular, write_table
 from cxrdist.info import read_info
 from cxrdist.model.densenet import Classifier
@@ -55,26 +55,26 @@ def was_trained_on(run: RunDirectory, index: Index) -> bool:
     return read_info(run)["shards"]["index_sha256"] == index.sha256 and bool(index.numbers("train"))
 
 
-def find_nearest(subject: Subject, numbers: NDArray[np.int64]) -> list[Nearest]:
+def find_nearest(loaded: LoadedRun, numbers: NDArray[np.int64]) -> list[Nearest]:
     """Find the nearest training image of each of the given samples, on all ranks together.
 
     It takes a forward pass over all training images, and 4 kB of memory per sample. An image is not
     its own neighbour; of equally similar images the first one counts.
 
     Args:
-        subject: the model and the shards that it was trained on.
+        loaded: the model and the shards that it was trained on.
         numbers: of the samples, int64 [n].
     """
-    train = np.array(subject.index.numbers("train"), dtype=np.int64)
-    features = dict(gather(subject.accelerator, _features(subject, numbers)))
+    train = np.array(loaded.index.numbers("train"), dtype=np.int64)
+    features = dict(gather(loaded.accelerator, _features(loaded, numbers)))
     wanted = torch.from_numpy(np.stack([features[number] for number in numbers.tolist()]))
-    wanted = wanted.to(subject.accelerator.device)
-    best = gather(subject.accelerator, [_best(subject, train, numbers, wanted)])
+    wanted = wanted.to(loaded.accelerator.device)
+    best = gather(loaded.accelerator, [_best(loaded, train, numbers, wanted)])
     similarity, nearest = (np.stack(arrays) for arrays in zip(*best, strict=True))
     # Take the most similar one of the ranks' best, and of equal ones the first image.
     order = np.lexsort((nearest, -similarity), axis=0)[0]
     columns = np.arange(len(numbers))
-    samples = subject.index.samples
+    samples = loaded.index.samples
     rows = []
     for number, rank, column in zip(numbers.tolist(), order, columns, strict=True):
         match = samples[nearest[rank, column]]
@@ -105,25 +105,25 @@ def pooled(model: Classifier, images: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _features(
-    subject: Subject, numbers: NDArray[np.int64]
+    loaded: LoadedRun, numbers: NDArray[np.int64]
 ) -> list[tuple[int, NDArray[np.float32]]]:
     """Return the features of this rank's share of the samples, float32 [features] each."""
     rows: list[tuple[int, NDArray[np.float32]]] = []
-    for batch in rank_batches(numbers, BATCH_SIZE, subject.accelerator):
-        images = read_rows(subject.images, batch, subject.accelerator.device)
-        features = pooled(one_network(subject.model), images).cpu().numpy()
+    for batch in rank_batches(numbers, BATCH_SIZE, loaded.accelerator):
+        images = read_rows(loaded.images, batch, loaded.accelerator.device)
+        features = pooled(one_network(loaded.model), images).cpu().numpy()
         rows += list(zip(batch.tolist(), features, strict=True))
     return rows
 
 
 @torch.inference_mode()
 def _best(
-    subject: Subject, train: NDArray[np.int64], numbers: NDArray[np.int64], wanted: Tensor
+    loaded: LoadedRun, train: NDArray[np.int64], numbers: NDArray[np.int64], wanted: Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the most similar image of this rank's share of the training images, for each sample.
 
     Args:
-        subject: the model and the shards.
+        loaded: the model and the shards.
         train: numbers of all training images.
         numbers: of the samples, int64 [n].
         wanted: their features, float [n, features].
@@ -131,7 +131,7 @@ def _best(
     Returns:
         Similarities, -2 where this rank has no image, and numbers of the images, [n] each.
     """
-    accelerator = subject.accelerator
+    accelerator = loaded.accelerator
     similarity = torch.full((len(numbers),), -2.0, device=accelerator.device)
     nearest = torch.full_like(similarity, -1, dtype=torch.int64)
     themselves = torch.from_numpy(numbers).to(accelerator.device)
@@ -143,9 +143,9 @@ def _best(
         show=accelerator.is_main_process,
     ) as bar:
         for batch in batches:
-            images = read_rows(subject.images, batch, accelerator.device)
+            images = read_rows(loaded.images, batch, accelerator.device)
             others = torch.from_numpy(batch).to(accelerator.device)
-            cosines = pooled(one_network(subject.model), images) @ wanted.T
+            cosines = pooled(one_network(loaded.model), images) @ wanted.T
             cosines[others[:, None] == themselves] = -2.0
             value, row = cosines.max(dim=0)  # of equal ones the first
             closer = value > similarity
@@ -154,14 +154,14 @@ def _best(
     return similarity.cpu().numpy(), nearest.cpu().numpy()
 
 
-def write_nearest(subject: Subject, found: Sequence[Nearest]) -> None:
+def write_nearest(loaded: LoadedRun, found: Sequence[Nearest]) -> None:
     """Write the pictures of the nearest training images, and then nearest.csv."""
-    place = subject.place
-    number_of = {sample.key: number for number, sample in enumerate(subject.index.samples)}
+    subset = loaded.subset
+    number_of = {sample.key: number for number, sample in enumerate(loaded.index.samples)}
     numbers = dict.fromkeys(number_of[row.nearest] for row in found)
-    write_gallery(subject.run.nearest_pictures(place), subject.index, subject.images, numbers)
+    write_gallery(loaded.run.nearest_pictures(subset), loaded.index, loaded.images, numbers)
     rows = [[*row[:2], f"{row.similarity:.6f}", *row[3:]] for row in found]
-    write_table(subject.run.nearest(place), COLUMNS, rows)
+    write_table(loaded.run.nearest(subset), COLUMNS, rows)
 
 
 def read_nearest(path: Path) -> dict[str, Nearest]:

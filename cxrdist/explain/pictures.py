@@ -27,7 +27,7 @@ class Drawing:
 
     @property
     def file(self) -> Path:
-        """The file of the original."""
+        """Return the file of the original."""
         return self.item.file
 
 

@@ -72,7 +72,7 @@ def draw_anew(model: Classifier, blocks: Sequence[str], images: Tensor) -> Class
         images: uint8 [B, 1, H, W], on the device of the model.
     """
     drawn = copy.deepcopy(model)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
         torch.manual_seed(SEED)
         fresh = Classifier(model.shape, model.classes, model.image_size_px, model.normalisation)
     state = fresh.network.state_dict()

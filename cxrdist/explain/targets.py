@@ -38,7 +38,7 @@ class Targets:
 
     @property
     def names(self) -> list[str]:
-        """The names of the stored maps: the classes, then the contrast if it was given."""
+        """Return the names of the stored maps: the classes, then the contrast if it was given."""
         return [*self.classes, *([" minus ".join(self.contrast)] if self.contrast else [])]
 
     def leading(self, ledger: NDArray[np.float64]) -> tuple[int, int] | None:
@@ -156,25 +156,26 @@ def choose_samples(
 
 
 def mistaken_samples(
-    run: RunDirectory, place: str, index: Index, thresholds: Mapping[str, float] | None
+    run: RunDirectory, subset: str, index: Index, thresholds: Mapping[str, float] | None
 ) -> list[int]:
     """Return the wrongly predicted samples of an evaluation, the most confident first.
 
     Args:
         run: the run directory.
-        place: of the evaluation; the result is empty without one on these shards.
+        subset: train, val, test or external/NAME; without an evaluation of it on these shards the
+            result is empty.
         index: the shards.
         thresholds: as in `find_mistakes`.
 
     Raises:
         CxrdistError: its files were not written by `cxrdist evaluate`.
     """
-    if not (run.predictions(place).is_file() and run.metrics(place).is_file()):
+    if not (run.predictions(subset).is_file() and run.metrics(subset).is_file()):
         return []
-    metrics = read_document(run.metrics(place), Metrics, MEND)
+    metrics = read_document(run.metrics(subset), Metrics, MEND)
     if metrics.get("index_sha256") != index.sha256:
         return []
-    scored = read_scored(run.predictions(place), index.task)
+    scored = read_scored(run.predictions(subset), index.task)
     number_of = {sample.key: number for number, sample in enumerate(index.samples)}
-    keys = [scored.keys[mistake.place] for mistake in find_mistakes(scored, thresholds)]
+    keys = [scored.keys[mistake.position] for mistake in find_mistakes(scored, thresholds)]
     return [number_of[key] for key in keys if key in number_of]

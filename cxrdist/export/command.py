@@ -1,4 +1,4 @@
-"""The command export: a trained model as a file or folder of another program."""
+"""The command export: write a trained model as a file or folder for other programs."""
 
 from cxrdist.config import ExportConfig
 from cxrdist.errors import CxrdistError
@@ -15,11 +15,11 @@ SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 
 def export(config: ExportConfig) -> None:
-    """Write OUT, once its logits are known to be PyTorch's.
+    """Write OUT, after checking that its logits are those of PyTorch.
 
     Raises:
-        CxrdistError: run, shards or OUT cannot be used, or the network cannot be exported so.
-        RunFailedError: the exported network computes other logits; nothing is written.
+        CxrdistError: run, shards or OUT cannot be used, or the format has no such network.
+        RunFailedError: the exported network's logits differ; nothing is written.
     """
     _refuse_bad_out(config)
     if config.to == "onnx":
@@ -45,15 +45,17 @@ def export(config: ExportConfig) -> None:
 
 
 def _refuse_bad_out(config: ExportConfig) -> None:
-    """Make sure that OUT can be written before any work is done for it.
+    """Check that OUT can be written, before the model is loaded.
 
     Raises:
-        CxrdistError: it already exists, or has another suffix than the files of its kind.
+        CxrdistError: it already exists, or its suffix is wrong for the format.
         RunFailedError: its directory is read-only.
     """
     out, suffix = config.out, SUFFIXES.get(config.to)
     if out.exists() or out.is_symlink():
         raise CxrdistError(f"{out}: already exists; name another, or move it away")
     if suffix and out.suffix != suffix:
-        raise CxrdistError(f"{out}: --to {config.to} writes a file; expected a name in {suffix}")
+        raise CxrdistError(
+            f"{out}: --to {config.to} writes a file; expected a name ending in {suffix}"
+        )
     refuse_unwritable(out)

@@ -1,4 +1,4 @@
-"""Folders of weights for other libraries: timm and torchxrayvision, and the Hugging Face Hub."""
+"""Folders of weights for other libraries: timm, torchxrayvision and the Hugging Face Hub."""
 
 from collections.abc import Callable
 from importlib.metadata import version
@@ -24,7 +24,7 @@ from cxrdist.model.networks import output_layer
 from cxrdist.report.card import OURS, read_card
 from cxrdist.report.page import template
 
-# timm's names of the ways to make an image square; its resampling is not that of cxrdist.
+# timm's names for the ways to make an image square; it resamples differently from cxrdist.
 CROP_MODES: dict[Fit, Literal["center", "squash", "border"]] = {
     "crop": "center",
     "stretch": "squash",
@@ -33,7 +33,7 @@ CROP_MODES: dict[Fit, Literal["center", "squash", "border"]] = {
 
 
 class PretrainedConfig(TypedDict):
-    """What timm needs to know of weights."""
+    """The settings of weights that timm needs."""
 
     input_size: list[int]
     mean: list[float]
@@ -53,24 +53,24 @@ class LibraryConfig(TypedDict):
     num_classes: int
     label_names: list[str]
     model_args: NotRequired[dict[str, Any]]
-    """Of a network that is not as published: its shape, or one input channel."""
+    """Differences from the published network: its shape, or one input channel."""
     pretrained_cfg: PretrainedConfig
 
 
 def write_timm(source: Source, out: Path) -> ExportNote:
     """Write a folder that ``timm.create_model("local-dir:OUT", pretrained=True)`` loads strictly.
 
-    It holds model.safetensors under timm's names, config.json for timm, cxrdist.json with the note
-    and README.md. A DenseNet's weights have the names of torchxrayvision's DenseNet too.
+    It contains model.safetensors under timm's names, config.json for timm, cxrdist.json with the
+    note, and README.md. torchxrayvision uses the same names for the weights of its DenseNet.
 
     Raises:
-        CxrdistError: the model is an ensemble, or timm has no such network.
-        RunFailedError: timm's network computes other logits.
+        CxrdistError: the model is an ensemble, or timm does not have the network.
+        RunFailedError: the logits of timm's network differ.
     """
     model = _one_network(source.model, "timm")
     if not timm.is_model(model.shape.architecture):
         raise CxrdistError(
-            f"--to timm: timm has no {model.shape.title}, which is torchvision's; take --to onnx, "
+            f"--to timm: timm has no {model.shape.title}, only torchvision has; use --to onnx, "
             "torch-export or huggingface"
         )
     with atomic_directory(out) as folder:
@@ -87,15 +87,15 @@ def write_timm(source: Source, out: Path) -> ExportNote:
 
 
 def write_huggingface(source: Source, out: Path) -> ExportNote:
-    """Write a folder that ``huggingface_hub.upload_folder`` takes as it is.
+    """Write a folder that ``huggingface_hub.upload_folder`` can publish unchanged.
 
-    It holds model.safetensors and model.json, which `load_model` reads; config.json, which counts
-    downloads on the Hub and lets timm load a network that it has; cxrdist.json with the note; and
-    README.md, the model card of the run. Names of folders of this machine are in none of them.
+    It contains model.safetensors and model.json, which `load_model` reads; config.json, by which
+    the Hub counts downloads and timm loads networks that it has; cxrdist.json with the note; and
+    README.md, the model card of the run. None of them names a folder of this machine.
 
     Raises:
-        CxrdistError: the model is an ensemble, or the run holds no run.json.
-        RunFailedError: the weights that were read back give other logits.
+        CxrdistError: the model is an ensemble, or the run has no run.json.
+        RunFailedError: the logits of the weights that were read back differ.
     """
     model = _one_network(source.model, "huggingface")
     card = read_card(source.run).replace(f"{OURS}\n", "")
@@ -132,12 +132,12 @@ def _one_network(model: Classifier | Ensemble, target: str) -> Classifier:
     """Return the network of a model.
 
     Raises:
-        CxrdistError: there are several.
+        CxrdistError: the model is an ensemble.
     """
     if isinstance(model, Ensemble):
         raise CxrdistError(
-            f"--to {target}: takes one network, and --run is an ensemble of {len(model.names)}; "
-            f"give a member, such as RUN/{model.names[0]}, or take --to onnx or torch-export"
+            f"--to {target}: expected one network, but --run is an ensemble of {len(model.names)}; "
+            f"give a member, such as RUN/{model.names[0]}, or use --to onnx or torch-export"
         )
     return model
 
@@ -178,7 +178,7 @@ def library_config(model: Classifier) -> LibraryConfig:
 
 
 def without_folders(origin: WeightsInfo | None) -> WeightsInfo | None:
-    """Leave out of a chain of weights in which folders of this machine they were."""
+    """Remove the names of this machine's folders from the origin of weights."""
     if origin is None:
         return None
     source = origin["source"]
@@ -191,7 +191,7 @@ def without_folders(origin: WeightsInfo | None) -> WeightsInfo | None:
 
 
 def _section(model: Classifier, parity: Parity, target: str) -> str:
-    """The part of a README that says how the weights are loaded, and how far they were compared."""
+    """Render the README's section on how to load the weights, and their parity with PyTorch."""
     content = {
         "model": model,
         "channels": len(model.normalisation.mean),

@@ -1,4 +1,4 @@
-"""The network as one graph, from grey values to probabilities, in files of other programs."""
+"""Export a network as one graph, from grey values to probabilities, for other programs."""
 
 import io
 import json
@@ -21,16 +21,16 @@ from cxrdist.files import atomic_file
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble
 
-NOTE_NAME = "cxrdist.json"  # of the note in a .pt2 file
-# A protobuf message, such as an ONNX file, has less than 2 GiB; a graph takes some MB beside them.
+NOTE_NAME = "cxrdist.json"  # the file name of the note in a .pt2 file
+# An ONNX file is a protobuf message, which has less than 2 GiB; the graph itself takes some MB.
 MOST_ONNX_BYTES = (1 << 31) - (64 << 20)
 
 
 class Graph(nn.Module):
-    """A model that gives logits and calibrated probabilities of uint8 images.
+    """A model that returns logits and calibrated probabilities for uint8 images.
 
-    The probabilities are the columns calibrated_CLASS of `cxrdist predict`; of a class without a
-    temperature its column prob_CLASS.
+    The probabilities are the columns calibrated_CLASS of `cxrdist predict`, and prob_CLASS for a
+    class without a temperature.
     """
 
     temperatures: Tensor
@@ -43,16 +43,16 @@ class Graph(nn.Module):
         self.register_buffer("temperatures", temperatures)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities, float32 [B, classes] each, of uint8 images [B, 1, S, S]."""
+        """Return logits and probabilities, float32 [B, classes], for uint8 images [B, 1, S, S]."""
         logits = self.model(images)
         return logits, torch.sigmoid(logits / self.temperatures)
 
 
 def require_onnx() -> None:
-    """Make sure that what ONNX needs is installed.
+    """Check that the packages for ONNX are installed.
 
     Raises:
-        CxrdistError: it is not.
+        CxrdistError: a package is missing.
     """
     try:
         require_modules("export", "onnx", "onnxscript", "onnxruntime")
@@ -61,13 +61,13 @@ def require_onnx() -> None:
 
 
 def write_onnx(source: Source, out: Path) -> ExportNote:
-    """Write one ONNX file with the weights in it and the note as its metadata.
+    """Write one ONNX file that contains the weights, with the note as its metadata.
 
-    Each member of the note is a metadata property; what is not text is JSON.
+    Each member of the note is a metadata property; values other than text are JSON.
 
     Raises:
         CxrdistError: the weights are too large for one file.
-        RunFailedError: onnxruntime computes other logits.
+        RunFailedError: the logits by onnxruntime differ.
     """
     import onnx
 
@@ -75,7 +75,7 @@ def write_onnx(source: Source, out: Path) -> ExportNote:
     if num_bytes > MOST_ONNX_BYTES:
         raise CxrdistError(
             f"--to onnx: the weights have {num_bytes / 2**30:.1f} GiB, expected less than 2 GiB "
-            "for an ONNX file; take --to torch-export, or a member of the ensemble"
+            "for an ONNX file; use --to torch-export, or export a member of the ensemble"
         )
     proto = to_onnx(Graph(source.model).eval())
     logits_of = _run_onnx(proto.SerializeToString())
@@ -95,7 +95,7 @@ def write_onnx(source: Source, out: Path) -> ExportNote:
 def to_onnx(graph: Graph) -> Any:
     """Translate a graph into an ``onnx.ModelProto`` with a free batch size.
 
-    Nodes keep no metadata: PyTorch notes there where the code lies on this machine.
+    The metadata of nodes are removed: PyTorch writes paths of this machine into them.
     """
     program = torch.onnx.export(
         graph,
@@ -124,12 +124,12 @@ def _run_onnx(model: bytes) -> Callable[[Tensor], NDArray[np.float32]]:
 
 
 def write_torch_export(source: Source, out: Path) -> ExportNote:
-    """Write a file of torch.export, which PyTorch runs without cxrdist and timm.
+    """Write a torch.export file, which PyTorch runs without cxrdist and timm.
 
-    The note is the extra file `NOTE_NAME` in it.
+    The note is an extra file in it, `NOTE_NAME`.
 
     Raises:
-        RunFailedError: the file computes other logits.
+        RunFailedError: the logits of the file differ.
     """
     program = to_program(Graph(source.model).eval())
     loaded = torch.export.load(io.BytesIO(_saved(program))).module()
@@ -150,7 +150,7 @@ def write_torch_export(source: Source, out: Path) -> ExportNote:
 def to_program(graph: Graph) -> ExportedProgram:
     """Trace a graph with a free batch size.
 
-    Its nodes keep no stack traces, which say where the code lies on this machine.
+    Stack traces are removed from its nodes: they contain paths of this machine.
     """
     shapes = ({0: Dim("batch", min=1)},)
     with torch.no_grad():
@@ -161,7 +161,7 @@ def to_program(graph: Graph) -> ExportedProgram:
 
 
 def _example(model: Classifier | Ensemble) -> Tensor:
-    """Two images; a batch of one would be taken for a fixed size."""
+    """Return two images; torch.export would take a batch of one for a fixed size."""
     return torch.zeros(2, 1, model.image_size_px, model.image_size_px, dtype=torch.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The note: what a program that gets an exported network must know to use it."""
+"""The note: what a program must know to use an exported network."""
 
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -42,23 +42,23 @@ class ExportNote(TypedDict):
     output: str
     image_size_px: SidePx
     normalisation: Normalisation | None
-    """Of grey values 0 to 1; None of an ensemble, whose members have their own in the graph."""
+    """For grey values 0 to 1; None for an ensemble, whose members have their own in the graph."""
     fit: Fit
     """How images were made square for the training."""
     depth: Depth | None
-    """Bits that hold the values of images which do not declare their depth."""
+    """Bit depth of images that do not declare it."""
     cover: Cover | None
     """How burned-in text was covered in the training images; None where it was not."""
     lungs_only: bool
     """Whether all but the lungs was black in the training images."""
     temperatures: dict[str, Real]
-    """By class; a class that has none is not calibrated."""
+    """By class; a class without one is not calibrated."""
     thresholds: dict[str, Real]
-    """By class: it is called where its logit is at least that."""
+    """By class: the least logit at which the class is called."""
     operating_points: Text | None
     """The rule by which the thresholds were chosen on the validation split."""
     source_sha256: dict[str, Sha256]
-    """Of the weights in the run directory, by their path in it."""
+    """The sha256 of each file of weights, by its path in the run directory."""
     versions: dict[str, str]
     parity: Parity
 
@@ -68,9 +68,9 @@ class Source:
     """A run whose model is exported.
 
     Attributes:
-        run: its directory.
-        model: in evaluation mode, on the CPU.
-        squares: images that the export is compared on.
+        run: the run directory.
+        model: its model, in evaluation mode, on the CPU.
+        squares: images on which the export is compared.
     """
 
     run: RunDirectory
@@ -83,7 +83,7 @@ def write_note(source: Source, parity: Parity, *, in_graph: bool) -> ExportNote:
 
     Args:
         source: the run.
-        parity: of the exported network.
+        parity: comparison of the exported network with PyTorch.
         in_graph: whether normalisation and calibration are in the graph.
     """
     model = source.model
@@ -114,7 +114,7 @@ def write_note(source: Source, parity: Parity, *, in_graph: bool) -> ExportNote:
 
 
 def title_of(model: Classifier | Ensemble) -> str:
-    """Name the network for people."""
+    """Return a readable name of the network."""
     if isinstance(model, Classifier):
         return model.shape.title
     return f"mean of {len(model.names)} networks, the first a {model.first.shape.title}"

@@ -25,34 +25,34 @@ MOST_IMAGES = 100
 RANDOM_SQUARES = 17  # two batches and a batch of one image
 BATCH_SIZE = 8
 SEED = 0
-# float32 adds in another order in each program: DenseNet121 differs by about 1e-5.
+# Each program adds float32 values in another order: logits of a DenseNet121 differ by about 1e-5.
 MOST_DIFFERENCE = 1e-4
 
 
 class Parity(TypedDict):
-    """What was compared."""
+    """The comparison of an exported network with PyTorch."""
 
     images: Count
     source: str
-    """Which images these are, for people."""
+    """A readable description of the images."""
     index_sha256: Sha256 | None
-    """Of the shards that they are from; None for random squares."""
+    """Of the shards that contain them; None for random squares."""
     largest_difference: Real
     """The largest absolute difference of a logit."""
     runtime: str
-    """The program that computed the exported network, with its version."""
+    """The program that ran the exported network, with its version."""
     measured: str
     """ISO time, UTC."""
 
 
 @dataclass(frozen=True)
 class Squares:
-    """Images to compare on.
+    """Images on which the exported network is compared.
 
     Attributes:
         pixels: uint8 [N, 1, S, S].
-        source: which images these are, for people.
-        index_sha256: of the shards that they are from; None for random squares.
+        source: readable description of the images.
+        index_sha256: of the shards that contain them; None for random squares.
     """
 
     pixels: Tensor
@@ -61,14 +61,14 @@ class Squares:
 
 
 def read_squares(shards: Path | None, model: Classifier | Ensemble) -> Squares:
-    """Read the first images of a test split, whose order pack has drawn, or make random squares.
+    """Read the first images of a test split (pack shuffles them), or make random squares.
 
     Args:
         shards: a directory of shards; None for random squares.
-        model: that takes the images.
+        model: the model that is exported.
 
     Raises:
-        CxrdistError: the shards are not whole, have no test split, or are unlike the model's.
+        CxrdistError: the shards are incomplete, have no test split, or do not fit the model.
     """
     if shards is None:
         shape = (RANDOM_SQUARES, 1, model.image_size_px, model.image_size_px)
@@ -79,8 +79,8 @@ def read_squares(shards: Path | None, model: Classifier | Ensemble) -> Squares:
     index = read_index(shards)
     if not index.numbers("test"):
         raise CxrdistError(
-            f"--shards {shards}: have no image in the test split, on which the export is compared; "
-            "give shards that have one, or leave --shards out"
+            f"--shards {shards}: have no test images, on which the export is compared; "
+            "give shards with a test split, or leave --shards out"
         )
     refuse_unlike(index, model, "test")
     packed = [shard for shard in index.packed() if shard.samples[0].split == "test"]
@@ -97,13 +97,13 @@ def measure_parity(
     squares: Squares,
     runtime: str,
 ) -> Parity:
-    """Compare logits, batch by batch; the last batch is smaller, so the batch size is free.
+    """Compare the logits batch by batch; the last batch is smaller, to test any batch size.
 
     Args:
-        model: in evaluation mode, on the CPU.
-        exported: gives the logits, float32 [B, classes], of uint8 images [B, 1, S, S].
-        squares: the images.
-        runtime: the program that computes the exported network, with its version.
+        model: the model in PyTorch, in evaluation mode, on the CPU.
+        exported: returns the logits, float32 [B, classes], of uint8 images [B, 1, S, S].
+        squares: the images to compare on.
+        runtime: the program that runs the exported network, with its version.
 
     Raises:
         RunFailedError: a logit differs by more than `MOST_DIFFERENCE`, or is not finite.
@@ -113,11 +113,11 @@ def measure_parity(
         for images in squares.pixels.split(BATCH_SIZE)
     ]
     largest = float(np.max(differences))
-    if not largest <= MOST_DIFFERENCE:  # NaN is not either
+    if not largest <= MOST_DIFFERENCE:  # also true for NaN
         raise RunFailedError(
             f"logits by {runtime} differ from PyTorch's by up to {largest:.3g} on "
             f"{len(squares.pixels)} {squares.source}, expected at most {MOST_DIFFERENCE:g}; "
-            "nothing was written; try another version of it"
+            f"nothing was written; try another version of {runtime.split()[0]}"
         )
     return {
         "images": len(squares.pixels),
@@ -130,7 +130,7 @@ def measure_parity(
 
 
 def describe_parity(parity: Parity) -> str:
-    """Say in a sentence what was compared and how far it is apart."""
+    """Return a sentence that says what was compared and how large the difference is."""
     largest = parity["largest_difference"]
     how = f"differ from PyTorch's by at most {largest:.2g}" if largest else "equal PyTorch's"
     return f"logits by {parity['runtime']} {how} on {parity['images']} {parity['source']}"

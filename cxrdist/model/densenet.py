@@ -92,7 +92,7 @@ class Classifier(nn.Module):
         """
         if self.lungs_only:
             raise CxrdistError(
-                "the model was trained on lungs only, and new images have no masks; pack them with "
+                "the model was trained on lungs only, but new images have no masks; pack them with "
                 "--masks and --lungs-only, and use cxrdist evaluate"
             )
         return Preparation(

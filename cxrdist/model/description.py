@@ -9,6 +9,7 @@ from cxrdist.documents import Between, Distinct, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.info import Count, WeightsInfo
 
+# A bound for files of others, far above real models.
 MOST_OUTPUTS = 100_000
 LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
 MOST_GREY = 1e9
@@ -57,7 +58,7 @@ class Cover:
 
     @property
     def is_of_training(self) -> bool:
-        """Whether the network has learned from covered images."""
+        """Return whether the network was trained on covered images."""
         return self.split in ("all", "train")
 
 

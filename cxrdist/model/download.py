@@ -26,7 +26,7 @@ from cxrdist.terminal import progress
 ATTEMPTS = 5  # connections per call; the next call resumes
 TIMEOUT_SECONDS = 30  # without a byte
 SLOW_SECONDS = 60  # limit for the headers, and the period over which the rate is averaged
-LEAST_BYTES_PER_SECOND = 1000
+LEAST_BYTES_PER_SECOND = 1000  # anything slower is malicious or broken
 _MOST_NAME_BYTES = 150  # file systems allow 255; prefixes and suffixes are added to the name
 _MOST_NOTE_BYTES = 1000
 _CHUNK_BYTES = 1 << 20

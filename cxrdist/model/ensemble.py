@@ -42,42 +42,42 @@ class Ensemble(nn.Module):
 
     @property
     def first(self) -> Classifier:
-        """The first network; all take the same images and have the same classes."""
+        """Return the first network; all take the same images and have the same classes."""
         return cast(Classifier, self.members[0])
 
     @property
     def classes(self) -> list[str]:
-        """Class names in the order of the logits."""
+        """Return the class names in the order of the logits."""
         return self.first.classes
 
     @property
     def task(self) -> Task:
-        """Whether an image has one of the classes or any number of them."""
+        """Return whether an image has one of the classes or any number of them."""
         return self.first.task
 
     @property
     def image_size_px(self) -> int:
-        """Side of the square images."""
+        """Return the side of the square images in pixels."""
         return self.first.image_size_px
 
     @property
     def fit(self) -> Fit:
-        """How images become square."""
+        """Return how images become square."""
         return self.first.fit
 
     @property
     def depth(self) -> int | None:
-        """Bits that hold the values of images whose files do not declare their depth."""
+        """Return the bit depth of images whose files do not declare it."""
         return self.first.depth
 
     @property
     def cover(self) -> Cover | None:
-        """How burned-in text was covered in the training images."""
+        """Return how burned-in text was covered in the training images."""
         return self.first.cover
 
     @property
     def lungs_only(self) -> bool:
-        """Whether everything but the lungs was black in the training images."""
+        """Return whether everything but the lungs was black in the training images."""
         return self.first.lungs_only
 
     def preparation(self) -> Preparation:
@@ -86,12 +86,12 @@ class Ensemble(nn.Module):
 
     @property
     def has_folds(self) -> bool:
-        """Whether the members are the folds of a cross-validation."""
+        """Return whether the members are the folds of a cross-validation."""
         return any(member.fold for member in self.members)
 
     @property
     def mean(self) -> Tensor:
-        """The mean grey value that the first member subtracts; on the device of the ensemble."""
+        """Return the mean grey value that the first member subtracts, on the ensemble's device."""
         return self.first.mean
 
     def forward(self, images: Tensor) -> Tensor:

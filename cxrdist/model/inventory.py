@@ -31,7 +31,9 @@ def convert_weights(config: WeightsConvertConfig) -> None:
         CxrdistError: it cannot be read, is not a whole network, or OUT already exists.
     """
     if config.out.suffix != ".safetensors" or config.out.exists():
-        problem = "already exists" if config.out.exists() else "expected a name in .safetensors"
+        problem = (
+            "already exists" if config.out.exists() else "expected a name ending in .safetensors"
+        )
         raise CxrdistError(f"{config.out}: {problem}; choose another name")
     refuse_unwritable(config.out)
     weights = _read(config.file)

@@ -43,17 +43,17 @@ class Predictions:
 
     @property
     def predicted(self) -> list[list[str]]:
-        """The predicted classes of each image: one, or for multilabel all of at least 0.5."""
+        """Return the predicted classes of each image: one, or for multilabel all from 0.5 on."""
         return [predicted_classes(row.tolist(), self.classes, self.task) for row in self.logits]
 
     @property
     def probabilities(self) -> dict[str, NDArray[np.float64]]:
-        """The uncalibrated sigmoid of the logits of each class, float64 [N] each."""
+        """Return the uncalibrated sigmoid of the logits of each class, float64 [N] each."""
         return dict(zip(self.classes, to_probabilities(self.logits).T, strict=True))
 
     @property
     def calibrated(self) -> dict[str, NDArray[np.float64]]:
-        """The calibrated probability of each class against all others, float64 [N] each.
+        """Return the calibrated probability of each class against all others, float64 [N] each.
 
         It is the sigmoid of the logit divided by the temperature chosen on the validation split.
         Classes without a temperature are missing; before `cxrdist evaluate` these are all classes.
@@ -66,7 +66,7 @@ class Predictions:
 
     @property
     def softmax(self) -> dict[str, NDArray[np.float64]]:
-        """The softmax over all calibrated logits, float64 [N] each; adds up to 1 per image.
+        """Return the softmax over all calibrated logits, float64 [N] each; sums to 1 per image.
 
         It is empty for multilabel models, and if any class is not calibrated.
         """
@@ -80,7 +80,7 @@ class Predictions:
 
     @property
     def called(self) -> dict[str, NDArray[np.bool_]]:
-        """Whether the logit reaches the threshold of each class, bool [N] each.
+        """Return whether the logit reaches the threshold of each class, bool [N] each.
 
         Classes without a threshold are missing.
         """

@@ -9,7 +9,7 @@ import torch
 
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, read_model
-from cxrdist.model.densenet import load_model as load_run
+from cxrdist.model.densenet import load_model as load_from_run
 from cxrdist.model.layout import check_fit, shape_of
 from cxrdist.model.weights import InitialWeights, read_weights
 from cxrdist.run import RunDirectory
@@ -40,8 +40,8 @@ def load_model(source: str | Path) -> Classifier:
         return _load_hub(name)
     if (RunDirectory(path).model / _FILES[0]).is_file():
         try:
-            return load_run(path)
-        except CxrdistError as error:  # its message starts with the option of the commands
+            return load_from_run(path)
+        except CxrdistError as error:  # a caller of this function gave no option --run
             raise CxrdistError(str(error).removeprefix("--run ")) from error
     if (path / _FILES[0]).is_file():
         return read_model(path)
@@ -60,7 +60,7 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
     In torchxrayvision's files, outputs that were not trained have an empty name.
 
     Raises:
-        CxrdistError: a tensor is missing or left over, or no output has a name.
+        CxrdistError: a tensor is missing or unexpected, or no output has a name.
     """
     named = [i for i, label in enumerate(weights.labels or []) if label]
     classes = [(weights.labels or [])[i] for i in named]
@@ -90,7 +90,7 @@ def _load_hub(name: str) -> Classifier:
 
     if not (match := _HUB_NAME.fullmatch(name)):
         raise CxrdistError(f"{name:.200}: expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION")
-    # Copied, because the Hub's cache consists of links, which the readers of a model reject.
+    # Copied, because the files in the Hub's cache are links, which the readers of a model reject.
     with TemporaryDirectory() as folder:
         try:
             for file in _FILES:
@@ -99,7 +99,7 @@ def _load_hub(name: str) -> Classifier:
             reason = " ".join(str(error).split())
             raise CxrdistError(
                 f"{name}: {file} cannot be fetched ({reason:.160}); give a folder that "
-                "`cxrdist export --to huggingface` made, and fetch it once where there is a network"
+                "`cxrdist export --to huggingface` made, or connect to the network once"
             ) from error
         try:
             return read_model(Path(folder))

@@ -57,6 +57,7 @@ def read_image(
                 f"size_px is {size_px}: the model determines the size; give only one of the two"
             )
         how = model.preparation()
+        # Copied, because torch.from_numpy warns about the read-only arrays of Pillow.
         return prepare(_input(path), replace(how, depth=depth or how.depth)).pixels.copy()
     if size_px is None:
         how = Preparation(MOST_SIDE_PX, fit, depth, cover="black", finds_text=False)

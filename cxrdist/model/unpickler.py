@@ -67,7 +67,7 @@ class StorageRef(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the numbers in bytes."""
+        """Return the size of the numbers in bytes."""
         return self.num_elements * self.dtype.itemsize
 
 
@@ -101,12 +101,12 @@ class TensorRef:
 
     @property
     def num_elements(self) -> int:
-        """Number of elements."""
+        """Return the number of elements."""
         return math.prod(self.size)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor in bytes."""
+        """Return the size of the tensor in bytes."""
         return self.num_elements * self.storage.dtype.itemsize
 
     def read(self, numbers: bytearray) -> Tensor:

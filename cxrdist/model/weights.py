@@ -45,12 +45,12 @@ class InitialWeights:
 
     @property
     def source(self) -> str:
-        """Source for messages: a URL, a file, a run, or "random"."""
+        """Return the source for messages: a URL, a file, a run, or "random"."""
         return str(self.record["source"])
 
     @property
     def channels(self) -> int:
-        """Input channels of the first convolution."""
+        """Return the number of input channels of the first convolution."""
         return len(self.normalisation.mean)
 
     def describe(self, num_tensors: int) -> WeightsInfo:

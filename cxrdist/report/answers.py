@@ -325,7 +325,7 @@ def external(e: Evidence) -> Answer:
         PARTLY,
         f"External sets: {', '.join(shown)}. Images that the network has seen are named and "
         "counted. The authors must say how these sets differ from the training data.",
-        tuple(f"{place}/metrics.json" for place in e.external),
+        tuple(f"{subset}/metrics.json" for subset in e.external),
     )
 
 
@@ -357,7 +357,7 @@ def comparison(e: Evidence) -> Answer:
         "Classes of train, val and test are counted side by side"
         + (", and those of the external sets in their metrics" if e.external else "")
         + ". The authors must compare ages, sexes and settings.",
-        ("report.html#data", *(f"{place}/metrics.json" for place in e.external)),
+        ("report.html#data", *(f"{subset}/metrics.json" for subset in e.external)),
     )
 
 
@@ -598,8 +598,11 @@ def _shortcut(e: Evidence) -> bool:
 
 
 def _results(e: Evidence) -> tuple[str, ...]:
-    places: Sequence[str] = [*(["test"] if e.test else []), *e.external]
-    return (*(f"{place}/metrics.json" for place in places), *_if(places, "report.html#headline"))
+    subsets: Sequence[str] = [*(["test"] if e.test else []), *e.external]
+    return (
+        *(f"{subset}/metrics.json" for subset in subsets),
+        *_if(subsets, "report.html#headline"),
+    )
 
 
 def _if(held: Any, link: str) -> tuple[str, ...]:

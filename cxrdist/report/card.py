@@ -76,11 +76,13 @@ def _render(evidence: Evidence) -> str:
         "e": evidence,
         "shards": evidence.info["shards"],
         "weights": weights_chain(evidence.info),
-        "places": [(place_title(place), metrics) for place, metrics in evidence.metrics.items()],
+        "subsets": [
+            (subset_title(subset), metrics) for subset, metrics in evidence.metrics.items()
+        ],
         "figures": FIGURES,
         "points": POINTS,
         "sources": _sources(evidence),
-        "gaps": [(place_title(place), gap_lines(m)) for place, m in evidence.metrics.items()],
+        "gaps": [(subset_title(subset), gap_lines(m)) for subset, m in evidence.metrics.items()],
     }
     return template("card.md.jinja").render(content)
 
@@ -93,9 +95,9 @@ def _is_kept(run: RunDirectory) -> bool:
         return OURS not in file.read(MOST_BYTES)
 
 
-def place_title(place: str) -> str:
-    """Return a readable name for a place."""
-    kind, _, name = place.partition("/")
+def subset_title(subset: str) -> str:
+    """Return a readable name for a subset."""
+    kind, _, name = subset.partition("/")
     return f"external set {name}" if name else f"{kind} split"
 
 
@@ -143,8 +145,8 @@ class Result(TypedDict):
 
 def _results(evidence: Evidence) -> Iterator[Result]:
     """Yield the figures of test and external sets with an interval and enough images."""
-    for place, metrics in evidence.metrics.items():
-        if place in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
+    for subset, metrics in evidence.metrics.items():
+        if subset in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
             continue
         values: dict[str, Any] = {**metrics, **metrics["macro"]}
         figures: list[Figure] = [
@@ -159,7 +161,7 @@ def _results(evidence: Evidence) -> Iterator[Result]:
         if figures:
             yield {
                 "task": {"type": "image-classification", "name": "Chest X-ray classification"},
-                "dataset": {"type": "chest-x-rays", "name": place_title(place), "split": "test"},
+                "dataset": {"type": "chest-x-rays", "name": subset_title(subset), "split": "test"},
                 "metrics": figures,
             }
 

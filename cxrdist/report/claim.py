@@ -41,8 +41,8 @@ CLAIM = (
             Item("7", "Sources of the data", a.sources),
             Item("8", "Who and what was included and excluded", a.selection),
             Item("9", "Preparation of the images", a.preparation),
-            Item("10", "Choice of parts of the data", a.selection),
-            Item("11", "Removal of what identifies patients", a.privacy),
+            Item("10", "Choice of subsets of the data", a.selection),
+            Item("11", "De-identification", a.privacy),
             Item("12", "Handling of missing data", a.missing_data),
             Item("13", "How the images were acquired", a.acquisition),
         ),
@@ -51,7 +51,7 @@ CLAIM = (
         "Methods: reference standard",
         (
             Item("14", "How the truth was established", authors(REFERENCE)),
-            Item("15", "Why in this way", authors(REFERENCE)),
+            Item("15", "Reasons for this choice", authors(REFERENCE)),
             Item("16", "Who annotated, with what training", authors(REFERENCE)),
             Item("17", "How the test set was annotated", authors(REFERENCE)),
             Item("18", "Agreement between and within annotators", authors(REFERENCE)),
@@ -61,7 +61,7 @@ CLAIM = (
         "Methods: partitions and test data",
         (
             Item("19", "How data were assigned to partitions", a.partitions),
-            Item("20", "Level at which partitions share nothing", a.disjointness),
+            Item("20", "Level at which partitions are disjoint", a.disjointness),
             Item("21", "Intended sample size", a.sample_size),
         ),
     ),
@@ -100,7 +100,7 @@ CLAIM = (
             Item("36", "Patients of each partition", a.characteristics),
             Item("37", "Performance, with its uncertainty", a.performance),
             Item("38", "Diagnostic performance, with its precision", a.diagnostic),
-            Item("39", "Analysis of the wrong results", a.failures),
+            Item("39", "Analysis of the errors", a.failures),
         ),
     ),
     Section(

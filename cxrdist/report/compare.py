@@ -32,7 +32,7 @@ from cxrdist.report import pictures
 from cxrdist.report.page import template
 from cxrdist.report.values import p_value, signed
 from cxrdist.report.view import View
-from cxrdist.run import RunDirectory, external_place
+from cxrdist.run import RunDirectory, external_subset
 from cxrdist.terminal import table
 
 COLUMNS = (
@@ -55,16 +55,16 @@ def compare(config: CompareConfig) -> Path:
     """
     if config.out.exists():
         raise CxrdistError(f"--out {config.out}: already exists; remove it or give another name")
-    place = external_place(config.name) if config.name else config.split
+    subset = external_subset(config.name) if config.name else config.split
     runs = RunDirectory(config.run_a), RunDirectory(config.run_b)
-    a, b = (_read(run, place) for run in runs)
+    a, b = (_read(run, subset) for run in runs)
     b = aligned(a, b, (str(config.run_a), str(config.run_b)))
     flipped = flips(a, b)
     counted = Counter(flip.change for flip in flipped)
     comparison: Comparison = {
         "format": "cxrdist-comparison-1",
         "runs": {"a": str(config.run_a), "b": str(config.run_b)},
-        "place": place,
+        "place": subset,
         **compare_scored(a, b, Settings()),
         "flipped": {change: counted[change] for change in CHANGES},
         "recipe": changed_fields(*runs),
@@ -79,20 +79,20 @@ def compare(config: CompareConfig) -> Path:
     return config.out
 
 
-def _read(run: RunDirectory, place: str) -> Scored:
+def _read(run: RunDirectory, subset: str) -> Scored:
     """Read the predictions of a run.
 
     Raises:
         CxrdistError: it was not evaluated there.
     """
-    if not (run.metrics(place).is_file() and run.predictions(place).is_file()):
-        option = place.replace("external/", "--name ") if "/" in place else f"--split {place}"
+    if not (run.metrics(subset).is_file() and run.predictions(subset).is_file()):
+        option = subset.replace("external/", "--name ") if "/" in subset else f"--split {subset}"
         raise CxrdistError(
-            f"{run.root}: has no {place}/predictions.csv with its metrics.json; run `cxrdist "
+            f"{run.root}: has no {subset}/predictions.csv with its metrics.json; run `cxrdist "
             f"evaluate --run {run.root} --shards SHARDS {option}`"
         )
-    metrics = read_document(run.metrics(place), Metrics, "run `cxrdist evaluate` again")
-    return read_scored(run.predictions(place), metrics["task"])
+    metrics = read_document(run.metrics(subset), Metrics, "run `cxrdist evaluate` again")
+    return read_scored(run.predictions(subset), metrics["task"])
 
 
 def changed_fields(a: RunDirectory, b: RunDirectory) -> list[str] | None:
@@ -130,9 +130,9 @@ def _fields(recipe: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, s
 
 def _flipped_row(scored: Scored, flip: Flip) -> list[str]:
     """Return a row of flipped.csv."""
-    has: NDArray[np.bool_] = scored.targets[flip.place] == POSITIVE
+    has: NDArray[np.bool_] = scored.targets[flip.position] == POSITIVE
     label = SEPARATOR.join(name for name, own in zip(scored.classes, has, strict=True) if own)
-    cells = [scored.keys[flip.place], scored.patients[flip.place], label, flip.change]
+    cells = [scored.keys[flip.position], scored.patients[flip.position], label, flip.change]
     probabilities = [f"{expit(logit):.6g}" for logit in flip.logits]
     return [*cells, *flip.predicted, flip.of, *probabilities]
 

@@ -17,7 +17,7 @@ from cxrdist.model.description import EnsembleFile, ModelFile
 from cxrdist.report.files import read_metrics, reading
 from cxrdist.run import RunDirectory
 
-PLACES = ("test", "val", "train")
+SPLITS = ("test", "val", "train")
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Evidence:
         members: names of the networks of an ensemble.
         recipe: the resolved recipe.
         audit: audit of the shards; None if there was none when the training began.
-        metrics: metrics.json by place: test, val, train, external/NAME.
-        explained: places with heat maps and tests of them.
-        probed: places with a test of whether the network reads words on the images.
+        metrics: metrics.json by subset: test, val, train, external/NAME.
+        explained: subsets with heat maps and tests of them.
+        probed: subsets with a test of whether the network reads words on the images.
     """
 
     run: RunDirectory
@@ -48,23 +48,23 @@ class Evidence:
 
     @property
     def external(self) -> list[str]:
-        """The places of evaluated external sets."""
-        return [place for place in self.metrics if place not in PLACES]
+        """Return the names of the evaluated external sets, external/NAME."""
+        return [subset for subset in self.metrics if subset not in SPLITS]
 
     @property
     def test(self) -> Metrics | None:
-        """The metrics of the test split."""
+        """Return the metrics of the test split."""
         return self.metrics.get("test")
 
     @property
     def has_groups(self) -> bool:
-        """Whether the figures of the test split are also given for groups of patients."""
+        """Return whether the test split also has figures for groups of patients."""
         groups = self.test.get("groups") if self.test else None
         return bool(groups and groups["columns"])
 
     @property
     def without_rules(self) -> str | None:
-        """The network's name if no relevance rules are proven for it and it has no heat maps."""
+        """Return the network's name if no relevance rules are proven for it (no heat maps)."""
         if self.model is None or self.model["architecture"].architecture in WITH_RULES:
             return None
         return self.model["architecture"].title
@@ -86,8 +86,10 @@ def gather(run: RunDirectory) -> Evidence:
         members = read_document(path, EnsembleFile)["members"]
     elif path.is_file():
         model = read_document(path, ModelFile)
-    places = [*PLACES, *_external(run)]
-    metrics = {place: read_metrics(run.metrics(place), info["shards"]["task"]) for place in places}
+    subsets = [*SPLITS, *_external(run)]
+    metrics = {
+        subset: read_metrics(run.metrics(subset), info["shards"]["task"]) for subset in subsets
+    }
     return Evidence(
         run,
         info,
@@ -95,14 +97,14 @@ def gather(run: RunDirectory) -> Evidence:
         members,
         read_recipe(run.recipe, "run `cxrdist train` again")[1] if run.recipe.is_file() else {},
         read_audit(run.audit) if run.audit.is_file() else None,
-        {place: of_place for place, of_place in metrics.items() if of_place},
-        [place for place in places if run.relevance_info(place).is_file()],
-        [place for place in places if run.text(place).is_file()],
+        {subset: of_subset for subset, of_subset in metrics.items() if of_subset},
+        [subset for subset in subsets if run.relevance_info(subset).is_file()],
+        [subset for subset in subsets if run.text(subset).is_file()],
     )
 
 
 def _external(run: RunDirectory) -> list[str]:
-    """Return the places of external sets."""
+    """Return the names of the external sets, external/NAME."""
     root = run.inside("external")
     with reading(root, "evaluate"):
         return sorted(f"external/{path.name}" for path in root.glob("*") if path.is_dir())

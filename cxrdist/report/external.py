@@ -36,7 +36,7 @@ def external_view(splits: Sequence[SplitView]) -> View | None:
         for split in splits
         if (metrics := split["metrics"])
     ]
-    shown = [one for one in evaluated if one.split["place"] == "test" or one.external]
+    shown = [one for one in evaluated if one.split["subset"] == "test" or one.external]
     sets = [(one, one.external) for one in shown if one.external]
     if not sets:
         return None
@@ -130,7 +130,7 @@ def _provenance(evaluated: _Evaluated, external: ExternalInfo) -> View:
     metrics = evaluated.metrics
     return {
         **_named(evaluated),
-        "place": evaluated.split["place"],
+        "subset": evaluated.split["subset"],
         "index_sha256": metrics.get("index_sha256", DASH),
         "split": metrics.get("split", DASH),
         "not_known": external.get("not_known"),

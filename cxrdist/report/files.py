@@ -58,7 +58,7 @@ class Prediction:
 
     @property
     def labels(self) -> list[str]:
-        """The truth as a list."""
+        """Return the truth as a list."""
         return labels_of(self.label)
 
     def knows(self, label: str) -> bool:
@@ -67,12 +67,12 @@ class Prediction:
 
     @property
     def predicted(self) -> list[str]:
-        """The predicted class, or all predicted labels, by the rule of `evaluate`."""
+        """Return the predicted class, or all predicted labels, by the rule of `evaluate`."""
         return predicted_classes(list(self.logits.values()), list(self.logits), self.task)
 
     @property
     def is_right(self) -> bool:
-        """Whether the predicted class is the truth."""
+        """Return whether the predicted class is the truth."""
         return self.predicted == self.labels
 
 
@@ -345,7 +345,7 @@ def read_relevance(
 
     Args:
         run: the run directory.
-        split: the split, or the place of an external set.
+        split: the split, or external/NAME.
         classes: classes of the model; other targets are contrasts. None: all targets are classes.
     """
     path = run.relevance_table(split)
@@ -453,7 +453,7 @@ def within(directory: Path, name: str) -> Path:
 
 
 def known_splits(root: Path) -> list[str]:
-    """List the evaluated or explained places: splits, test first, then external sets."""
+    """List the evaluated or explained subsets: splits, test first, then external sets."""
     splits = {
         file.parent.relative_to(root).as_posix()
         for name in ("metrics.json", "relevance.csv")

@@ -23,7 +23,7 @@ from cxrdist.report.verdict import gap_lines, verdict_view
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory
 
-HERE = ""  # the place of the predictions: the directory itself
+HERE = ""  # the results are in the directory itself: a table has no subsets
 NO_POINTS = "no temperatures and no operating points: they need rows with val in a column split"
 FEWEST = Settings().fewest
 SUMS_TO_ONE = 0.01  # tolerance; programs write at least two digits
@@ -33,7 +33,8 @@ def report_predictions(file: Path, out: Path) -> Path:
     """Write ``OUT/report.html``, metrics.json and the predictions as read.
 
     Args:
-        file: as for `read_prediction_table`; its test images are scored, or all without splits.
+        file: as for `read_prediction_table`; its test images are scored, or all images if it has
+            no splits.
         out: a new or empty directory.
 
     Returns:

@@ -22,25 +22,25 @@ NAMES = {
 
 
 def localisation_views(run: RunDirectory) -> list[View]:
-    """Gather the values for each scored place, sorted by name.
+    """Gather the values for each scored subset, sorted by name.
 
     Raises:
         CxrdistError: a file is not what `cxrdist localise` writes.
     """
     patterns = ("*/localisation.json", "external/*/localisation.json")
     files = [file for pattern in patterns for file in run.root.glob(pattern)]
-    places = sorted(file.parent.relative_to(run.root).as_posix() for file in files)
-    return [_view(run, place) for place in places]
+    subsets = sorted(file.parent.relative_to(run.root).as_posix() for file in files)
+    return [_view(run, subset) for subset in subsets]
 
 
-def _view(run: RunDirectory, place: str) -> View:
-    path = run.localisation(place)
+def _view(run: RunDirectory, subset: str) -> View:
+    path = run.localisation(subset)
     with reading(path, "localise"):
         content = read_document(path, Localisation, "run `cxrdist localise` again")
         if not content["groups"] or content["groups"][0]["name"] != ALL:
             raise ValueError(f"the first group is not {ALL!r}")
         return {
-            "place": place.replace("external/", "external set "),
+            "subset": subset.replace("external/", "external set "),
             "index_sha256": content["index_sha256"],
             "kind": content["kind"],
             "origin": content["origin"],
@@ -50,7 +50,7 @@ def _view(run: RunDirectory, place: str) -> View:
             "fewest": FEWEST_CASES,
             "groups": [_group(group) for group in content["groups"]],
             "unit": content["intervals"]["unit"],
-            "pictures": [_picture(run, place, item) for item in content["pictures"]],
+            "pictures": [_picture(run, subset, item) for item in content["pictures"]],
         }
 
 
@@ -87,8 +87,8 @@ def _limits(limits: Sequence[float] | None) -> str:
     return DASH if limits is None else f"{signed(limits[0])} to {signed(limits[1])}"
 
 
-def _picture(run: RunDirectory, place: str, item: Pictured) -> View:
-    directory = run.localisation_pictures(place)
+def _picture(run: RunDirectory, subset: str, item: Pictured) -> View:
+    directory = run.localisation_pictures(subset)
     contrast = item["contrast"]
     return {
         **item,

@@ -60,7 +60,7 @@ class Pictures:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the pictures in the page."""
+        """Return the size of the pictures in the page in bytes."""
         embedded = [self.xray, *(picture for _, picture in self.maps)]
         embedded += [self.nearest[1]] if self.nearest else []
         return sum(len(picture.uri) for picture in embedded if picture)
@@ -83,7 +83,7 @@ class Filter:
 
 def mistakes_view(
     run: RunDirectory,
-    place: str,
+    subset: str,
     samples: Sequence[Prediction],
     task: str,
     relevance: Mapping[str, list[Explanation]] | None,
@@ -92,7 +92,7 @@ def mistakes_view(
 
     Args:
         run: the run directory.
-        place: place of the evaluation.
+        subset: train, val, test or external/NAME.
         samples: the rows of its predictions.csv.
         task: multiclass or multilabel.
         relevance: its heat maps by key; None if nothing was explained.
@@ -102,14 +102,14 @@ def mistakes_view(
     """
     calibration = read_calibration(run) if task == "multilabel" else None
     limits = calibration.thresholds if calibration else {}
-    mistakes = find_mistakes(read_scored(run.predictions(place), task), limits)
+    mistakes = find_mistakes(read_scored(run.predictions(subset), task), limits)
     filters, tags = _filters(mistakes, samples, task)
     cases = [
-        Case(samples[mistake.place], mistake.missed, mistake.called, of_one)
+        Case(samples[mistake.position], mistake.missed, mistake.called, of_one)
         for mistake, of_one in zip(mistakes, tags, strict=True)
     ]
-    nearest = read_nearest(run.nearest(place))
-    seen = [_pictures(run, place, case, relevance, nearest) for case in cases[:MOST_PICTURED]]
+    nearest = read_nearest(run.nearest(subset))
+    seen = [_pictures(run, subset, case, relevance, nearest) for case in cases[:MOST_PICTURED]]
     listed = cases[MOST_PICTURED : MOST_PICTURED + MOST_LISTED]
     return {
         "several": task == "multilabel",
@@ -143,7 +143,7 @@ def _filters(
         "missed": [mistake.missed for mistake in mistakes],
         "called": [mistake.called for mistake in mistakes],
     }
-    groups = [samples[mistake.place].groups for mistake in mistakes]
+    groups = [samples[mistake.position].groups for mistake in mistakes]
     for name in _FILTERED_GROUPS:
         values[name] = [[of_one.get(name) or NOT_KNOWN] for of_one in groups]
     tags: list[list[str]] = [[] for _ in mistakes]
@@ -167,15 +167,15 @@ def _filters(
 
 def _pictures(
     run: RunDirectory,
-    place: str,
+    subset: str,
     case: Case,
     relevance: Mapping[str, list[Explanation]] | None,
     nearest: Mapping[str, Nearest],
 ) -> Pictures:
     """Embed the pictures that evaluate and explain wrote for a mistake, the contrast first."""
     key = case.sample.key
-    xray = _embed(run.mistakes(place), key, "evaluate") or _embed(
-        run.heatmaps(place), key, "explain"
+    xray = _embed(run.mistakes(subset), key, "evaluate") or _embed(
+        run.heatmaps(subset), key, "explain"
     )
     drawn = [item for item in (relevance or {}).get(key, []) if item.picture]
     wrong = [item for item in drawn if item.target in case.called + case.missed]
@@ -187,7 +187,7 @@ def _pictures(
         if item.picture
     ]
     alike = nearest.get(key)
-    picture = _embed(run.nearest_pictures(place), alike.nearest, "explain") if alike else None
+    picture = _embed(run.nearest_pictures(subset), alike.nearest, "explain") if alike else None
     return Pictures(xray, maps, (alike, picture) if alike and picture else None)
 
 

@@ -30,7 +30,7 @@ def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> Vie
 
     Args:
         run: the run directory.
-        split: the split, or the place of an external set.
+        split: the split, or external/NAME.
         info: of relevance.json.
 
     Raises:
@@ -95,7 +95,7 @@ def outside_lines(split: SplitView, texts: Sequence[TextView]) -> list[str]:
     if info and info["all"]["images"]:
         regions |= info["all"]["regions"]
     for text in texts:
-        if text.place == split["place"] and text.region:
+        if text.subset == split["subset"] and text.region:
             regions["text"] = text.region
     return [
         _line(name, regions[name])

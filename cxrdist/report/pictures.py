@@ -26,7 +26,7 @@ _PAGE_COLOURS = {
     SECOND: "var(--chart-second)",
 }
 _STYLE = {
-    "svg.fonttype": "none",
+    "svg.fonttype": "none",  # text stays text, which can be searched and read aloud
     "font.size": 10,
     "text.color": INK,
     "axes.edgecolor": INK,
@@ -42,7 +42,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
-_LARGEST_PX = 512
+_LARGEST_PX = 512  # of an embedded picture, so that the page stays small
 MOST_PX = 1 << 26  # of a picture that is read; a heat map has at most 4096 x 4096
 _JPEG_QUALITY = 88
 

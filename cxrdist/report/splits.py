@@ -53,7 +53,7 @@ def split_view(
 
     Args:
         run: the run directory.
-        split: the split, or the place of an external set.
+        split: the split, or external/NAME.
         element: prefix of the ids of its elements, unique in the page.
         task: multiclass or multilabel.
         classes: classes of the model; None if there can be no heat maps.
@@ -74,7 +74,7 @@ def split_view(
     tests = read_tests(run, split) if relevance else None
     return {
         "name": split.replace("external/", "external set "),
-        "place": split,
+        "subset": split,
         "options": options_of(split),
         "element": element,
         "metrics": metrics,

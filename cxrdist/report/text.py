@@ -21,7 +21,7 @@ class Shown(NamedTuple):
 class TextView(NamedTuple):
     """The values for a probed split."""
 
-    place: str
+    subset: str
     split: str
     content: TextFile
     found: list[Shown]
@@ -31,7 +31,7 @@ class TextView(NamedTuple):
 
     @property
     def region(self) -> TextRelevance | None:
-        """The relevance in text for the verdict; None without an interval, as in older versions."""
+        """Return the relevance in text for the verdict; None without an interval (old versions)."""
         row = self.content["relevance"]["all"]
         return row if row["images"] and "share_interval" in row else None
 
@@ -43,12 +43,12 @@ def text_views(run: RunDirectory) -> list[TextView]:
         CxrdistError: a file is not what `cxrdist probe-text` writes.
     """
     files = [file for name in ("*", "external/*") for file in run.root.glob(f"{name}/text.json")]
-    places = sorted(file.parent.relative_to(run.root).as_posix() for file in files)
-    return [_text_view(run, place) for place in places]
+    subsets = sorted(file.parent.relative_to(run.root).as_posix() for file in files)
+    return [_text_view(run, subset) for subset in subsets]
 
 
-def _text_view(run: RunDirectory, place: str) -> TextView:
-    path, directory = run.text(place), run.text_pictures(place)
+def _text_view(run: RunDirectory, subset: str) -> TextView:
+    path, directory = run.text(subset), run.text_pictures(subset)
     content = read_text_file(path)
     with reading(path, "probe-text"):
         shown = [
@@ -60,8 +60,8 @@ def _text_view(run: RunDirectory, place: str) -> TextView:
             for item in content["pictures"][:MOST_SHOWN]
         ]
     return TextView(
-        place,
-        place.replace("external/", "external set "),
+        subset,
+        subset.replace("external/", "external set "),
         content,
         [one for one in shown if one.item["kind"] == "found"],
         [one for one in shown if one.item["kind"] == "pasted"],

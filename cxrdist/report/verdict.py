@@ -22,7 +22,7 @@ def verdict_view(split: SplitView) -> Verdict:
     """
     metrics = split["metrics"]
     if metrics is None:
-        raise ValueError(f"{split['place']} was not evaluated")
+        raise ValueError(f"{split['subset']} was not evaluated")
     figure = _accuracy if metrics["task"] == "multiclass" else _mean_auroc
     return {
         "several": metrics["task"] == "multilabel",

@@ -17,8 +17,8 @@ class SplitView(TypedDict):
 
     name: str
     """Name for readers."""
-    place: str
-    """Place in the run directory."""
+    subset: str
+    """train, val, test or external/NAME: the directory in the run."""
     options: str
     """Options of the commands that make missing results."""
     element: str

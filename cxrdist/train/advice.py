@@ -14,7 +14,7 @@ FEW_STEPS = 300
 
 
 def advice(training: Training) -> str:
-    """Give all lines of advice on a launch, each with its newline; empty if it is fine."""
+    """Return all lines of advice on a launch, each with its newline; empty if it is fine."""
     recipe, accelerator = training.recipe, training.accelerator
     return (
         _advice_on_ranks(recipe, accelerator.num_processes)
@@ -24,7 +24,7 @@ def advice(training: Training) -> str:
 
 
 def _advice_on_ranks(config: TrainConfig, world_size: int) -> str:
-    """Lines on batches that are small for their ranks, and on micro-batches."""
+    """Return lines on batches that are small for their ranks, and on micro-batches."""
     lines, batch, most = [], config.global_batch_size, config.max_images_per_rank
     if world_size > 1 and batch < LEAST_IMAGES_PER_RANK * world_size:
         good = max(1, batch // LEAST_IMAGES_PER_RANK)
@@ -44,7 +44,7 @@ def _advice_on_ranks(config: TrainConfig, world_size: int) -> str:
 
 
 def _advice_on_cpu(accelerator: Accelerator) -> str:
-    """Lines on CPU ranks that are slower than need be, such as of a config for GPUs without any."""
+    """Return lines on CPU ranks that are needlessly slow, such as with a config for GPUs."""
     (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
     lines = []
     if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":

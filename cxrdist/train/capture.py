@@ -14,7 +14,7 @@ Step = Callable[..., Tensors]
 MOST_IMAGES = 64
 """Images of a step up to which launching its kernels takes longer than running them; not measured
 on a GPU: `cxrdist bench --only gpu` does."""
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 3  # as in the example of PyTorch's notes on CUDA graphs
 
 
 class Graph(Protocol):

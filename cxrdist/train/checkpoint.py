@@ -72,7 +72,7 @@ class Position:
 
     @property
     def name(self) -> str:
-        """Name of the checkpoint's directory; names sort in the order of time."""
+        """Return the name of the checkpoint's directory; names sort in the order of time."""
         return f"{self.epochs_done:05d}-{self.step:07d}"
 
 

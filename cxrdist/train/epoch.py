@@ -30,7 +30,7 @@ class Epoch:
     """
 
     def __init__(self, where: str, batches: Batches, skipped: int) -> None:
-        """Begin an epoch."""
+        """Start to count the steps of an epoch."""
         self.where, self.batches, self.plan = where, batches, batches.plan
         self.step = self.settled = self.logged_step = 0
         self.skipped = skipped
@@ -57,7 +57,7 @@ class Epoch:
 
     @property
     def done(self) -> bool:
-        """Whether all steps are done."""
+        """Return whether all steps are done."""
         return self.step == self.plan.num_steps
 
     def count(self, shares: Tensor, norm: Tensor, batch: Slice) -> None:

@@ -27,7 +27,7 @@ from cxrdist.train.stage import StageRun
 from cxrdist.train.step import Slice, passes_of
 from cxrdist.train.training import Training, build_training, refuse_other_run
 
-# More rows show the plan positions step by step, when a run has to be traced.
+# To trace a run, set it to 1: a row has the loss and the digest of the images since the last one.
 STEPS_PER_LOG_ROW = int(os.environ.get("CXRDIST_STEPS_PER_LOG_ROW", "50"))
 
 
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> None:
 
 
 def train_epoch(stage: StageRun, epoch: Epoch, bar: tqdm) -> None:
-    """Take the steps that are left of an epoch.
+    """Run the steps of an epoch that are not yet done.
 
     Raises:
         Stopped: a rank was asked to stop; all is saved.
@@ -90,18 +90,18 @@ def train_epoch(stage: StageRun, epoch: Epoch, bar: tqdm) -> None:
 def backward(stage: StageRun, batch: Slice) -> Tensor:
     """Add the gradients of a step; DDP's mean over ranks is then the mean over the known labels.
 
-    Each rank weights its loss by world size / known labels of the whole step, since slices differ
-    in them, and its penalties by world size / images. Micro-batches synchronise once, with the
-    last.
+    The slices of the ranks differ in the number of known labels. So each rank weights its loss by
+    world size / known labels of the whole step, and its penalties by world size / images.
+    Micro-batches synchronise once, in the last pass.
 
     Args:
-        stage: its learner, as `accelerator.prepare` gave it, takes the batch.
+        stage: the current stage; its model is the learner wrapped by `accelerator.prepare`.
         batch: this rank's slice of the step.
 
     Returns:
         This rank's shares of the loss and of the mean penalty, float32 [2]. Those of all ranks add
         up: the loss to the mean binary cross-entropy over the known labels of all images (paper,
-        section 3.3; 0 without) and the weight times the mean penalty over all images.
+        section 3.3; 0 without known labels) and the weight times the mean penalty over all images.
     """
     accelerator = stage.training.accelerator
     per_label, per_image = 1 / max(1, batch.num_known), 1 / sum(batch.sizes)
@@ -124,7 +124,7 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
     """Start the ranks, lock the run directory and build what all stages share.
 
     Yields:
-        None if the run is trained already.
+        The state of the training; None if the run is already trained.
     """
     refuse_bad_recipe(config)
     run = RunDirectory(config.run)
@@ -135,7 +135,7 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
     with entering(accelerator, locked(config.run), here=main):
         together(accelerator, lambda: refuse_other_run(run, config, index))
         if (run.model / "model.json").is_file():
-            accelerator.print(f"{run.root}: is trained already; the model is in {run.model}")
+            accelerator.print(f"{run.root}: is already trained; the model is in {run.model}")
             yield None
             return
         if main:

@@ -14,7 +14,7 @@ from cxrdist.train.training import Training, fixed_recipe
 
 
 def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
-    """Bring the network to the latest checkpoint, if there is one.
+    """Load the latest checkpoint into the network, if there is one.
 
     Returns:
         The checkpoint, and the stages from the one that it belongs to on, or from the next one if

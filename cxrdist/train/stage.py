@@ -189,7 +189,7 @@ class StageRun:
 
     @property
     def finished(self) -> bool:
-        """Whether the epochs or the patience are used up."""
+        """Return whether the epochs or the patience are used up."""
         return self.stopping.epoch >= self.stage.epochs or self.stopping.exhausted
 
     def open_epoch(self) -> Epoch:
@@ -219,7 +219,7 @@ class StageRun:
         return norm
 
     def settle(self, epoch: Epoch) -> dict[str, Any]:
-        """Bring the ranks' counts of a whole epoch together: its losses, and proof of its images.
+        """Sum the ranks' counts of a whole epoch: its losses, and the digest of its images.
 
         Raises:
             RunFailedError: a step was not finite, or an image was not taken once.
@@ -270,7 +270,7 @@ class StageRun:
     def _one_pass(
         self, turn: int, images: Tensor, matrices: Tensor, targets: Tensor, *foreground: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Take a whole step on one rank in one pass, on tensors alone; it can be recorded."""
+        """Run a whole step on one rank in one pass, on tensors alone; it can be recorded."""
         num_known = (targets >= 0).sum().clamp(min=1)  # a replayed step reads the device only
         loss, penalty = self.model(images, matrices, targets, *foreground, turn=turn).unbind()
         mean = penalty * (1 / len(images))
@@ -280,7 +280,7 @@ class StageRun:
 
     @property
     def background_weight(self) -> float:
-        """The weight of the background loss; 0 without one."""
+        """Return the weight of the background loss; 0 without one."""
         return self.background.recipe.weight if self.background else 0.0
 
     def log_steps(self, epoch: Epoch) -> None:

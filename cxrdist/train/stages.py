@@ -168,7 +168,7 @@ class EarlyStopping:
     epoch: int = 0
 
     def begin(self, loss: float) -> None:
-        """Set the loss of the weights that the stage begins with, as epoch 0."""
+        """Set the loss of the weights that the stage starts from, as epoch 0."""
         self.best_loss = loss
 
     def update(self, loss: float) -> bool:
@@ -181,5 +181,5 @@ class EarlyStopping:
 
     @property
     def exhausted(self) -> bool:
-        """Whether `patience` epochs have passed since the best."""
+        """Return whether `patience` epochs have passed since the best one."""
         return self.epoch - self.best_epoch >= self.patience

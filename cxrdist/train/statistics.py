@@ -19,7 +19,7 @@ class Statistics:
     def __init__(
         self, accelerator: Accelerator, norms: list[BatchNorm], *, synchronised: bool
     ) -> None:
-        """Set the BatchNorms up for a stage.
+        """Prepare the BatchNorms for a stage.
 
         Args:
             accelerator: of this rank.

@@ -54,7 +54,7 @@ class Batches:
     """
 
     def __init__(self, data: TrainingData, plan: Plan, device: torch.device) -> None:
-        """Bring the plan's draws and targets to the device."""
+        """Move the plan's draws and targets to the device."""
         self.plan = plan
         self.matrices = sampling_matrices(plan.draws, data.images.shape[1], device)
         targets = data.targets[plan.samples]
@@ -138,13 +138,13 @@ class Slice:
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """The inputs of a `Learner`."""
+        """Return the inputs of a `Learner`."""
         inputs = (self.images, self.matrices, self.targets)
         return inputs if self.foreground is None else (*inputs, self.foreground)
 
     @property
     def num_images(self) -> int:
-        """Number of images that count, 0 to B."""
+        """Return the number of images that count, 0 to B."""
         return self.rows.stop - self.rows.start
 
 
@@ -222,7 +222,7 @@ def validate(
     at_boundary: Callable[[], None],
     background: BackgroundLoss | None,
 ) -> dict[str, Any]:
-    """Mean loss and score over a plan of the validation split, each row once; in float32.
+    """Compute the mean loss and score over the validation plan, each row once, in float32.
 
     Args:
         accelerator: of this rank.

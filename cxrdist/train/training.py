@@ -86,7 +86,7 @@ class Training:
 
     @property
     def num_images(self) -> int:
-        """Images of an epoch, each copy counted."""
+        """Return the number of images of an epoch, each copy counted."""
         return int(self.copies.sum())
 
     def plan(self, stage: str, epoch: int) -> Plan:
@@ -173,7 +173,7 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
-    """Name the first field in which two recipes differ; the order of the stages counts."""
+    """Return the first field in which two recipes differ; the order of the stages counts."""
     for name in new:
         before = old.get(name, ADDED.get(name))
         if name == "network" and before and _whole_network(before) == _whole_network(new[name]):

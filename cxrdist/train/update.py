@@ -83,7 +83,7 @@ class Updater:
                 group["lr"] = rate * factor
 
     def step(self) -> Tensor:
-        """Take a step.
+        """Update the weights once.
 
         Returns:
             Norm of the gradients of all parameters, before it is shortened, float32 [].
@@ -107,7 +107,7 @@ class Updater:
 
     @property
     def scale(self) -> float | None:
-        """The scaler's scale; None without one. Reading it waits for the device."""
+        """Return the scaler's scale; None without one. Reading it waits for the device."""
         return self.scaler.get_scale() if self.scaler else None
 
 

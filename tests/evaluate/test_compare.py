@@ -242,7 +242,7 @@ def test_flips_list_what_got_worse_first():
         for g in said
     ]
     found = flips(*pair)
-    assert [(f.place, f.change) for f in found] == [
+    assert [(f.position, f.change) for f in found] == [
         (1, "right->wrong"),
         (0, "wrong->right"),
         (2, "wrong->wrong"),
@@ -256,7 +256,7 @@ def test_flips_of_labels_are_of_known_ones():
     differs = ((pair[0].logits >= 0) != (pair[1].logits >= 0)) & (pair[0].targets >= 0)
     found = flips(*pair)
     assert len(found) == differs.sum()
-    assert all(differs[flip.place, CLASSES.index(flip.of)] for flip in found)
+    assert all(differs[flip.position, CLASSES.index(flip.of)] for flip in found)
     worse = [flip for flip in found if flip.change == "right->wrong"]
     right = (pair[0].logits >= 0) == (pair[0].targets == 1)
     assert len(worse) == (differs & right).sum()

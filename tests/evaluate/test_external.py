@@ -1,4 +1,4 @@
-"""External sets: a place of their own, seen images out of the scores, the model's classes."""
+"""External sets: a directory of their own, seen images out of the scores, the model's classes."""
 
 import json
 import shutil
@@ -81,8 +81,8 @@ def run(home: Path, tmp_path: Path) -> Path:
     return shutil.copytree(home / "run", tmp_path / "run")
 
 
-def metrics_of(run: Path, place: str) -> dict:
-    return json.loads((run / place / "metrics.json").read_text())
+def metrics_of(run: Path, subset: str) -> dict:
+    return json.loads((run / subset / "metrics.json").read_text())
 
 
 def keys_of(shards: Path, *splits: str) -> list[str]:
@@ -199,7 +199,7 @@ def test_a_set_of_which_all_was_seen_is_refused(home, run, tmp_path):
 
 
 def test_explain_and_report_take_an_external_set(home, run):
-    """Heat maps lie in its place, of images that are not seen; the page has both results."""
+    """Heat maps lie in its directory, of images that are not seen; the page has both results."""
     evaluate(EvaluateConfig(run, home / "again", cache=home / "cache"))
     before = contents(run / "test")
     explain(ExplainConfig(run, home / "again", limit=2, cache=home / "cache"))
@@ -213,7 +213,7 @@ def test_explain_and_report_take_an_external_set(home, run):
 
 
 def test_the_probe_for_words_takes_an_external_set_without_what_was_seen(home, run):
-    """Its scores are of the images of predictions.csv, in the place of the set."""
+    """Its scores are of the images of predictions.csv, in the directory of the set."""
     evaluate(EvaluateConfig(run, home / "again", cache=home / "cache"))
     paths = [sample.path for sample in read_index(home / "again").samples]
     boxes = run.parent / "boxes.csv"

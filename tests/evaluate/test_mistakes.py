@@ -28,7 +28,7 @@ def test_of_classes_the_surest_mistakes_come_first():
     targets = [[1, 0], [1, 0], [0, 1], [1, 0], [0, 1]]
     logits = [[-9, 18], [-9, 25], [-9, 50], [1, 25], [30, 2]]
     found = find_mistakes(scored("multiclass", targets, logits))
-    assert [mistake.place for mistake in found] == [4, 1, 3, 0]
+    assert [mistake.position for mistake in found] == [4, 1, 3, 0]
     assert found[0][1:] == (["b"], ["a"])
     assert found[1][1:] == (["a"], ["b"])
 
@@ -38,10 +38,10 @@ def test_labels_take_turns_with_their_surest_mistakes():
     targets = [[0, 0], [0, 0], [1, 0], [0, 1], [-1, -2], [1, 1]]
     logits = [[3, -1], [5, -1], [-4, 2], [-1, -7], [9, 9], [1, 1]]
     found = find_mistakes(scored("multilabel", targets, logits))
-    assert [mistake.place for mistake in found] == [1, 2, 3, 0]
+    assert [mistake.position for mistake in found] == [1, 2, 3, 0]
     assert found[1][1:] == (["a"], ["b"])  # image 2 has a, which was missed, and no b
     at_six = find_mistakes(scored("multilabel", targets, logits), {"a": 6.0})
-    assert [mistake.place for mistake in at_six] == [2, 3, 5]
+    assert [mistake.position for mistake in at_six] == [2, 3, 5]
     assert {label for mistake in at_six for label in mistake.missed} == {"a", "b"}
 
 
@@ -57,7 +57,7 @@ def test_every_mistake_of_labels_is_listed_once():
         if targets[i, j] == (not called):
             expected.setdefault(i, ([], []))[int(called)].append("abcde"[j])
     assert len(found) == len(expected)
-    assert {mistake.place: mistake[1:] for mistake in found} == expected
+    assert {mistake.position: mistake[1:] for mistake in found} == expected
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_every_mistake_has_its_picture(run, monkeypatch):
     config = EvaluateConfig(run / "run", run / "shards", cache=run / "cache")
     evaluate(config)
     found = read_scored(run / "run" / "test" / "predictions.csv", "multiclass")
-    keys = [found.keys[mistake.place] for mistake in find_mistakes(found)]
+    keys = [found.keys[mistake.position] for mistake in find_mistakes(found)]
     assert len(keys) == len(found) / 2
     assert {file.name for file in pictures.iterdir()} == {*(f"{k}.png" for k in keys), "notes.txt"}
     index = read_index(run / "shards")

@@ -94,7 +94,7 @@ def test_the_mistakes_are_explained_first(small):
     run, where = small / "run", {"cache": small / "cache"}
     evaluate(EvaluateConfig(run, small / "shards", **where))
     scored = read_scored(run / "test" / "predictions.csv", "multiclass")
-    mistakes = [scored.keys[mistake.place] for mistake in find_mistakes(scored)]
+    mistakes = [scored.keys[mistake.position] for mistake in find_mistakes(scored)]
     assert len(mistakes) > 1
 
     def explained(limit: int) -> set[str]:

@@ -63,7 +63,7 @@ def test_shards_must_be_like_the_models(shards: Path, tmp_path: Path, model: Cla
     with pytest.raises(CxrdistError, match=r"images of 32 px .* trained at 64 px"):
         read_squares(shards, make_model(size_px=64))
     without = make_shards(tmp_path, {"a": 4, "b c": 4, "d": 4}, split="0.5/0.5/0")
-    with pytest.raises(CxrdistError, match="no image in the test split"):
+    with pytest.raises(CxrdistError, match="have no test images"):
         read_squares(without, model)
 
 
@@ -77,7 +77,7 @@ def test_wrong_use_is_one_line(
     mean = make_ensemble_run(tmp_path / "mean", [make_model(), make_model(seed=1)], shards)
     wrong = [
         (run, "timm", "run", "already exists"),
-        (run, "onnx", "model", "expected a name in .onnx"),
+        (run, "onnx", "model", "expected a name ending in .onnx"),
         (squeezed, "timm", "out", "timm has no SqueezeNet 1.1"),
         (mean, "timm", "out", "is an ensemble of 2; give a member"),
         (mean, "huggingface", "out", "is an ensemble of 2; give a member"),

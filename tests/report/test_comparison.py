@@ -16,7 +16,7 @@ CLASSES = ["a", "<b>"]
 RECIPE = {"stages": {"head": {"lr": {"head": 0.1}, "epochs": 2}}, "seed": 0, "copies": {}}
 
 
-def make_run(folder, seed, recipe=RECIPE, place="test"):
+def make_run(folder, seed, recipe=RECIPE, subset="test"):
     """A run of which 60 images of 20 patients were evaluated; the first 30 are of the class a."""
     run, random = RunDirectory(folder), np.random.default_rng(seed)
     of_a = np.arange(60) < 30
@@ -27,10 +27,10 @@ def make_run(folder, seed, recipe=RECIPE, place="test"):
         for i in range(60)
     ]
     columns = [f"{what}_{name}" for what in ("prob", "logit") for name in CLASSES]
-    write_table(run.predictions(place), ["key", "patient", "label", *columns], rows)
+    write_table(run.predictions(subset), ["key", "patient", "label", *columns], rows)
     scores = dict.fromkeys(("recall", "precision", "f1", "auroc"))
     metrics = {"samples": 60, "task": "multiclass", "classes": {}, "macro": scores}
-    write_json(run.metrics(place), metrics)
+    write_json(run.metrics(subset), metrics)
     run.recipe.write_text(yaml.safe_dump(recipe))
     return folder, logits
 
@@ -99,7 +99,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(pair, tmp_path):
 
 def test_external_sets_are_compared_by_name(tmp_path):
     """--name reads RUN/external/NAME of both runs."""
-    runs = [str(make_run(tmp_path / n, i, place="external/x")[0]) for i, n in enumerate("ab")]
+    runs = [str(make_run(tmp_path / n, i, subset="external/x")[0]) for i, n in enumerate("ab")]
     assert main(["compare", *runs, "--name", "x", "--out", str(tmp_path / "out")]) == 0
     found = read_document(tmp_path / "out" / "comparison.json", Comparison)
     assert found["place"] == "external/x"

@@ -6,8 +6,8 @@ from cxrdist.report.external import external_view
 from cxrdist.report.values import DASH
 
 
-def split_of(place: str, **metrics: Any) -> dict[str, Any]:
-    """A place as `split_view` gives it, as far as the section needs it."""
+def split_of(subset: str, **metrics: Any) -> dict[str, Any]:
+    """A subset as `split_view` gives it, as far as the section needs it."""
     scores = {"recall": 0.75, "auroc": None, "specificity": 0.5, "specificity_interval": [0.25, 1]}
     found = {
         "task": "multiclass",
@@ -20,7 +20,7 @@ def split_of(place: str, **metrics: Any) -> dict[str, Any]:
         "intervals": {"patients": 4},
         **metrics,
     }
-    return {"place": place, "name": place, "element": f"id-{place}", "metrics": found}
+    return {"subset": subset, "name": subset, "element": f"id-{subset}", "metrics": found}
 
 
 def about(**changes: Any) -> dict[str, Any]:

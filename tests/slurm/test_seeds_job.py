@@ -22,6 +22,6 @@ def test_an_array_trains_the_members_and_a_last_job_joins_them(cluster, tmp_path
     members = cluster.submit("--array=0-1", "--cpus-per-task=1", *words)
     last = cluster.submit(f"--dependency=afterok:{members}", "--cpus-per-task=1", *words)
     assert cluster.wait_for_end(last).state == "COMPLETED", cluster.log(last)
-    assert cluster.log(last).count("is trained already") == 2
+    assert cluster.log(last).count("is already trained") == 2
     assert read_members(RunDirectory(run))["members"] == ["member-0", "member-1"]
     assert (run / "test" / "metrics.json").is_file()

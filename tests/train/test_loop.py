@@ -183,7 +183,7 @@ def test_the_saved_recipe_can_be_passed_back(shards, tmp_path):
     again = ("train", "--config", saved, "--shards", shards, "--run", tmp_path / "run")
     done = run_command(*again, "--cache", tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    assert "is trained already" in done.stdout
+    assert "is already trained" in done.stdout
     changed = run_command(*again, "--global-batch-size", 5)
     assert changed.returncode == 2
     assert "global_batch_size was 6, is 5" in changed.stderr
