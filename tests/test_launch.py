@@ -125,6 +125,15 @@ def test_two_launched_ranks_print_one_line_and_leave_nothing(shards, recipe, tmp
     assert [*tmp_path.iterdir()] == [recipe]
 
 
+def test_a_rank_that_is_alone_is_named_when_it_is_killed(tmp_path, monkeypatch, capfd, own_signals):
+    """With --cpu accelerate starts one rank itself, without torch's launcher; it is rank 0."""
+    (tmp_path / "killed.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.chdir(tmp_path)
+    ranks = ["--cpu", "--num_processes", "1", "--num_machines", "1"]
+    assert launch.main([*ranks, "--module", "killed"]) == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "cxrdist: rank 0 was ended by SIGKILL"
+
+
 def test_ranks_of_a_node_report_the_same_error_once(monkeypatch, capsys, tmp_path):
     """The report of torch's launcher has the line too, for each rank that failed."""
     files = [tmp_path / "attempt_0" / str(rank) / "error.json" for rank in range(2)]

@@ -114,6 +114,18 @@ def test_relevance_says_where_the_network_looked(found):
     )
 
 
+def test_a_picture_with_a_pasted_word_has_the_area_of_that_word(trained, found):
+    """Of every class that has one, whether or not the image has a word of its own."""
+    config = ProbeTextConfig(trained / "run", trained / "shards", height=0.08)
+    blank = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
+    _, word = paste(blank, config)
+    _, area = share_inside(np.ones_like(blank), [word])
+    pasted = {p["label"]: p["area"] for p in found["pictures"] if p["kind"] == "pasted"}
+    assert {NORMAL, COVID} <= pasted.keys()
+    assert area > 0
+    assert [*pasted.values()] == pytest.approx([area] * len(pasted), abs=1e-4)
+
+
 def test_covered_squares_are_those_of_covered_shards(trained, found, tmp_path):
     """Shards that were packed with the text covered, an external set, give the probe's numbers."""
     covered = tmp_path / "covered"

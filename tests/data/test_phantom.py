@@ -260,6 +260,17 @@ def test_word_is_legible_at_full_size():
         assert np.ptp(rows[inside]) > bottom - top - 5
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_front_half_of_a_rib_falls_from_the_border_to_near_the_midline(side):
+    """A quarter of a sine, from 0 to 1: it ends 1.1 drops lower, and falls at every point."""
+    lung = phantom._Lung(side, apex=-0.6, base=0.5, width=0.7, dome=0.3)
+    x, y = np.array(phantom._anterior_rib(lung, 0.1, 0.2)).T
+    assert (x[0], y[0]) == pytest.approx((side * lung.border_at(0.1), 0.1))
+    assert (x[-1], y[-1]) == pytest.approx((side * 0.2, 0.1 + 1.1 * 0.2))
+    assert (np.diff(y) > 0).all()
+    assert (np.diff(np.abs(x)) < 0).all()
+
+
 def test_class_does_not_show_in_the_brightness():
     """The nearest class mean of brightness and of contrast is right on few unseen patients."""
     values, labels = [], []

@@ -1,4 +1,5 @@
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -30,6 +31,21 @@ def test_the_slices_of_the_ranks_cover_an_epoch_exactly(world, samples, copies):
         ]
         assert sum(sizes) == epoch.step_size(step) <= 9
         assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_digest_sums_the_outputs_of_splitmix64():
+    """Row i of sample s is output i of the generator with seed s; the values are published ones.
+
+    Steele et al. 2014; https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64 (1234567).
+    """
+    outputs = {
+        0: [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F],
+        1234567: [6457827717110365317, 3203168211198807973, 9817491932198370423],
+    }
+    for seed, expected in outputs.items():
+        epoch = replace(plan(), samples=np.full(3, seed))
+        assert [epoch.digest(slice(row, row + 1)) for row in range(3)] == expected
+        assert epoch.digest(slice(0, 3)) == sum(expected) % 2**64
 
 
 def test_each_sample_is_taken_as_often_as_it_has_copies():

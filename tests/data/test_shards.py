@@ -159,6 +159,22 @@ def test_members_are_those_of_the_samples(shards, change, message):
         list(read_shard(read_index(shards).packed()[0]))
 
 
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_a_shard_without_the_end_of_a_tar_is_refused(shards, blocks):
+    """A tar ends with at least two blocks of 512 zeros (POSIX.1-1988, ustar)."""
+    with tarfile.open(shards / SHARD) as tar:
+        last = tar.getmembers()[-1]
+    end = last.offset_data + -(-last.size // 512) * 512
+    content = (shards / SHARD).read_bytes()
+    (shards / SHARD).write_bytes(content[: end + 2 * 512])
+    trust(shards)
+    assert list(read_shard(read_index(shards).packed()[0]))
+    (shards / SHARD).write_bytes(content[: end + blocks * 512])
+    trust(shards)
+    with pytest.raises(CxrdistError, match=rf"{SHARD}: the end of the tar is missing"):
+        list(read_shard(read_index(shards).packed()[0]))
+
+
 def test_a_view_is_that_of_the_table(shards):
     """Older tables have none, and nothing to be compared."""
     shard = read_index(shards).packed()[0]

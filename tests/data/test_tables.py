@@ -92,6 +92,16 @@ except CxrdistError as error:
 """
 
 
+@pytest.mark.parametrize("more", [1, 1000])
+def test_a_table_of_more_than_1_gib_is_refused_unread(tmp_path, more):
+    """By its size alone: the file is sparse, and no disk holds what it declares."""
+    file = tmp_path / "t.csv"
+    file.touch()
+    os.truncate(file, 2**30 + more)
+    with pytest.raises(CxrdistError, match=f"has {2**30 + more} bytes, expected a table of at mo"):
+        read_text(file)
+
+
 def test_a_gzip_bomb_is_refused_before_memory_is_taken(tmp_path):
     """1 MiB that unpacks to more than 1 GiB needs no more memory than any small table."""
     file = tmp_path / "t.csv.gz"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_canonise import SMALL, images, randomised, relative_error
 
-from cxrdist.explain import gradient
-from cxrdist.explain.fold import fold
+from cxrdist.explain import engine, fold, gradient
+from cxrdist.explain.attribution import STABILISER
 from cxrdist.explain.gradient import relevance
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.densenet import Classifier, Network
@@ -51,8 +51,14 @@ def slope(model: Classifier, pixels: torch.Tensor, name: str, step: float) -> tu
     return (of_parameter * way).sum().item(), (values[0] - values[1]) / (2 * step)
 
 
-def test_gradient_equals_finite_differences():
-    """Of every parameter, gammas of both signs; of a scalar of the map, in float64."""
+@pytest.mark.parametrize("stabiliser", [STABILISER, 0.01])
+def test_gradient_equals_finite_differences(monkeypatch, stabiliser):
+    """Of every parameter, gammas of both signs; of a scalar of the map, in float64.
+
+    A large stabiliser shows that its own part in the slopes is right, which is otherwise too small.
+    """
+    for module in (engine, fold, gradient):
+        monkeypatch.setattr(module, "STABILISER", stabiliser)
     model = randomised(SMALL).train()
     pixels = images(64).double()
     torch.manual_seed(4)
@@ -126,7 +132,7 @@ def test_gradient_is_the_same_where_signs_are_not_looked_at(monkeypatch):
     share_outside(model, pixels).backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr(gradient, "fold", lambda *args, ask: fold(*args, ask=False))
+    monkeypatch.setattr(gradient, "fold", lambda *args, ask: fold.fold(*args, ask=False))
     share_outside(model, pixels).backward()
     for parameter, value in zip(model.parameters(), expected, strict=True):
         assert (parameter.grad - value).abs().max() <= 1e-11 * value.abs().max()

@@ -25,7 +25,7 @@ from cxrdist.report import mistakes, pictures
 from cxrdist.report.files import Prediction
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
-from cxrdist.report.values import MEASURES, number, percent
+from cxrdist.report.values import MEASURES, moment, number, percent
 from cxrdist.report.verdict import external_lines, gap_lines
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -545,6 +545,14 @@ def test_percent_agrees_with_three_decimals() -> None:
         value = thousandths / 20000
         assert float(percent(value)[:-2]) == pytest.approx(float(number(value)) * 100, abs=1e-9)
     assert percent(None) == number(None) == number(float("nan")) == DASH
+
+
+def test_a_time_has_its_zone() -> None:
+    """Runs of several sites are compared; a time without a zone gets none."""
+    assert moment("2026-03-01T09:00:59+00:00") == "2026-03-01 09:00 UTC"
+    assert moment("2026-03-01T09:00:00+05:30") == "2026-03-01 09:00 UTC+05:30"
+    assert moment("2026-03-01T09:00:00") == "2026-03-01 09:00"
+    assert moment(None) == DASH
 
 
 def test_charts_do_not_depend_on_the_users_settings() -> None:

@@ -119,7 +119,10 @@ def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypat
     first = load_model(tmp_path / "run" / "stages" / "all").network.state_dict()
     assert all(torch.equal(first[k], v) for k, v in states[2].items())
     assert [file.name for file in (tmp_path / "run" / "stages").iterdir()] == ["all"]
-    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    lines = capsys.readouterr().out.splitlines()
+    best = [line.split(":")[0] for line in lines if line.endswith(" (best)")]
+    assert best == ["all 1/2", "all 2/2", "late 1/2"]
+    told = [line.split() for line in lines]
     assert ["all", "2", "of", "2", "0.5000", "0.7500"] in told
     assert ["late", "1", "of", "2", "0.4000", "0.2500"] in told
 
