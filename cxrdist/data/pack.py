@@ -4,11 +4,11 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cxrdist.config import PackConfig
+from cxrdist.config import PackConfig, deciding
 from cxrdist.data.anonymise import (
     Name,
     anonymise,
@@ -60,11 +60,6 @@ from cxrdist.terminal import progress
 DECODING = ("size", "fit", "cover", "anonymise")
 PATHS = ("input", "label_map", "masks")  # options that name files of the source
 MOST_NAMED = 20  # files in a message
-# What may differ between two calls that make the same shards.
-NOT_CONTENT = (
-    *("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect"),
-    *("text_boxes", "lungs_only"),  # covered by the hash of the records
-)
 Views = Mapping[str, tuple[str, ...]]  # views to pack, by the origin of a record
 
 
@@ -188,9 +183,7 @@ def _content(config: PackConfig, source: Source, salt: str | None) -> dict[str, 
 
     An anonymised pack contains no names here, and the hash of the list of images has a salt.
     """
-    options: dict[str, object] = asdict(config)
-    options = {name: value for name, value in options.items() if name not in NOT_CONTENT}
-    options |= {name: _shown(config, getattr(config, name)) for name in PATHS}
+    options = deciding(config) | {name: _shown(config, getattr(config, name)) for name in PATHS}
     digest = hashlib.sha256((salt or "").encode())
     digest.update(repr((source.task, source.classes, sorted(source.views.items()))).encode())
     for record in source.records:
