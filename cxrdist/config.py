@@ -1,8 +1,8 @@
 """Every option of every command. A recipe is a YAML file of the fields of `TrainConfig`."""
 
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 from cxrdist.documents import Between, Inside
 from cxrdist.errors import CxrdistError, choices
@@ -20,6 +20,22 @@ Depth = Annotated[int, Between(8, 16)]
 MOST_GROWTH_RATE = 128
 MOST_DENSE_LAYERS = 128
 DenseLayers = Annotated[int, Between(1, MOST_DENSE_LAYERS)]
+
+# Metadata of fields. A field of a command that resumes decides its result, unless it has one of
+# the first two.
+SAME_RESULT = {"decides": False}  # where the result goes, how fast, or what is written beside it
+BY_CONTENT = {"decides": False}  # what it stands for is compared instead: a hash or resolved names
+NEWER = {"newer": True}  # older documents lack the field and mean its default
+
+
+def deciding(config: Any) -> dict[str, Any]:
+    """Return the fields of a config that decide the result of its command, groups as dicts.
+
+    A command may resume, or keep the files of an earlier one, where these are equal, and so is the
+    content behind the `BY_CONTENT` fields, which the command compares itself.
+    """
+    values = asdict(config)
+    return {f.name: values[f.name] for f in fields(config) if f.metadata.get("decides", True)}
 
 
 def location(text: str) -> Path:
@@ -99,7 +115,7 @@ class SourceConfig:
 class PackConfig(SourceConfig):
     """Pack raw chest X-rays into WebDataset shards, split by patient."""
 
-    out: Path
+    out: Path = field(metadata=SAME_RESULT)
     """The directory of shards to make, a path or an fsspec URL; it must not exist yet."""
     size: PositiveInt = 224
     """Side of the packed squares, in pixels."""
@@ -121,18 +137,18 @@ class PackConfig(SourceConfig):
     anonymise: bool | None = None
     """Replace the names of images, patients and sources by meaningless ones; OUT.names.csv, which
     stays with the owner, maps them back. If not given: true for a source with DICOM files."""
-    expect: dict[str, NonNegativeInt] = field(default_factory=dict)
+    expect: dict[str, NonNegativeInt] = field(default_factory=dict, metadata=SAME_RESULT)
     """Expected images per class, after --label-map and --views; mismatches are reported. For
     recipes of public data sets."""
     seed: NonNegativeInt = 0
     """Seed of the splits and of the order inside the shards."""
     shard_size: PositiveInt = 1000
     """Samples per shard."""
-    workers: PositiveInt | None = None
+    workers: PositiveInt | None = field(default=None, metadata=SAME_RESULT)
     """Processes that decode; one per core if not given. The shards do not depend on it."""
-    skip_bad: bool = False
+    skip_bad: bool = field(default=False, metadata=SAME_RESULT)
     """List unreadable images in rejected.csv instead of stopping."""
-    text_boxes: Path | None = None
+    text_boxes: Path | None = field(default=None, metadata=BY_CONTENT)
     """Cover burned-in text in the boxes of this CSV, which cxrdist find-text makes."""
     cover: Literal["black", "fill"] = "black"
     """How to cover the text: with black rectangles (paper, section 2.2), or filled smoothly from
@@ -140,14 +156,14 @@ class PackConfig(SourceConfig):
     probe-text measures both."""
     cover_split: Literal["train", "val", "test", "all"] = "all"
     """Split in which to cover the text; the paper covered the test images only."""
-    lungs_only: bool = False
+    lungs_only: bool = field(default=False, metadata=BY_CONTENT)
     """Black out everything outside --masks, and leave out images without a mask: shards to compare
     with a network that sees nothing but the lungs."""
-    task: NonNegativeInt | None = None
+    task: NonNegativeInt | None = field(default=None, metadata=SAME_RESULT)
     """Decode only this share of the images, 0 to num_tasks - 1: one task of a SLURM array."""
-    num_tasks: PositiveInt | None = None
+    num_tasks: PositiveInt | None = field(default=None, metadata=SAME_RESULT)
     """Number of tasks among which the images are divided."""
-    merge: bool = False
+    merge: bool = field(default=False, metadata=SAME_RESULT)
     """Make shards from the images that the tasks have decoded."""
 
 
@@ -268,9 +284,7 @@ TITLES = {
 class Network:
     """The network; the default is DenseNet121."""
 
-    architecture: Architecture = field(
-        default="densenet121", kw_only=True, metadata={"newer": True}
-    )
+    architecture: Architecture = field(default="densenet121", kw_only=True, metadata=NEWER)
     """densenet121, densenet169 or densenet201 (Huang et al. 2016), resnet18 (He et al. 2015),
     alexnet (Krizhevsky 2014), squeezenet1_1 (Iandola et al. 2016), or convnext_atto (timm, after
     Liu et al. 2022). cxrdist/model/networks.py has a table of their blocks."""
@@ -354,9 +368,9 @@ class Network:
 class TrainConfig:
     """Train a network in stages; the same command with the same run directory resumes."""
 
-    shards: Path
+    shards: Path = field(metadata=BY_CONTENT)
     """Directory of shards, a path or an fsspec URL."""
-    run: Path
+    run: Path = field(metadata=SAME_RESULT)
     """Run directory."""
     stages: dict[str, Stage]
     """Stages by name, in order. Each starts from the best weights of the one before."""
@@ -366,11 +380,11 @@ class TrainConfig:
     directory."""
     copies: dict[str, PositiveInt] = field(default_factory=dict)
     """Augmented copies of each image per epoch, by class; 1 for classes that are not named."""
-    balance: Literal["none", "classes"] = "none"
+    balance: Literal["none", "classes"] = field(default="none", metadata=NEWER)
     """classes: choose copies so that each class has about as many images per epoch as the most
     frequent class of the training split; whole numbers, at most 50, in place of `copies`. No copies
     for multi-label data, where copies for one label would also multiply the others."""
-    uncertain: str = "ignore"
+    uncertain: str = field(default="ignore", metadata=NEWER)
     """How uncertain labels are trained: ignore (no loss), positive (U-Ones of Irvin et al. 2019) or
     negative (U-Zeros); exceptions for single labels follow it, as in positive,Edema=negative.
     Uncertain labels are never scored."""
@@ -384,7 +398,7 @@ class TrainConfig:
     trained network does not depend on the number of ranks. per_rank: no communication in the
     layers, but the gradient is not that of the whole batch, and more ranks often train a worse
     network."""
-    frozen_batch_norm: Literal["kept", "moving"] = "kept"
+    frozen_batch_norm: Literal["kept", "moving"] = field(default="kept", metadata=NEWER)
     """BatchNorm of frozen blocks in training. kept: it normalises by its running statistics, which
     do not change. moving: PyTorch's default: it normalises by the images of the step and updates
     its running statistics; only the parameters are frozen."""
@@ -405,16 +419,16 @@ class TrainConfig:
     whole step as a CUDA graph. Worth it on a GPU only, if at all: not measured yet."""
     seed: NonNegativeInt = 0
     """Seed of the new layers, the plan and the dropout."""
-    text_boxes: Path | None = None
+    text_boxes: Path | None = field(default=None, metadata=BY_CONTENT)
     """CSV of cxrdist find-text, for a stage with the background region text."""
-    fold: str | None = None
+    fold: str | None = field(default=None, metadata=NEWER)
     """Cross-validation by patient over train and val: 2/5 validates on the second of five folds and
     trains on the others; test stays untouched. The packed splits if not given."""
-    cache: Path | None = None
+    cache: Path | None = field(default=None, metadata=SAME_RESULT)
     """Directory of decoded images on local disk, shared by runs; ~/.cache/cxrdist if not given."""
-    save_steps: PositiveInt = 1000
+    save_steps: PositiveInt = field(default=1000, metadata=SAME_RESULT)
     """Optimiser steps between two saves within an epoch; the end of each epoch is always saved."""
-    track: str | None = None
+    track: str | None = field(default=None, metadata=SAME_RESULT)
     """Comma-separated names of Accelerate trackers; their files go to RUN/tracking."""
 
 
@@ -476,20 +490,20 @@ class EvaluateConfig:
 class ExplainConfig:
     """Explain predictions with LRP: relevance arrays, their ledger, and heat maps."""
 
-    run: Path
+    run: Path = field(metadata=BY_CONTENT)
     """Run directory of a finished training."""
-    shards: Path
+    shards: Path = field(metadata=BY_CONTENT)
     """Directory of shards, a path or an fsspec URL."""
     split: Literal["train", "val", "test"] = "test"
     """Split to explain."""
-    name: str | None = None
+    name: str | None = field(default=None, metadata=SAME_RESULT)
     """Name of an external set, as in cxrdist evaluate."""
-    classes: str = "all"
+    classes: str = field(default="all", metadata=BY_CONTENT)
     """all, or comma-separated class names."""
     limit: PositiveInt | None = None
     """Explain this many samples: first the mistakes found by cxrdist evaluate, most confident
     first, then the classes in turn; all if not given."""
-    contrast: str | None = None
+    contrast: str | None = field(default=None, metadata=BY_CONTENT)
     """Two comma-separated class names: a map of the first minus the second. If not given: a picture
     of the likeliest class of each image minus the second likeliest one."""
     preset: Literal["canonical", "innvestigate"] = "canonical"
@@ -503,12 +517,12 @@ class ExplainConfig:
     """Biases absorb their share of the relevance; if false, denominators leave them out."""
     format: Literal["npz", "webdataset"] = "npz"
     """npz: a float32 file per image. webdataset: tars of float16 maps, half the space."""
-    pictures: bool = True
+    pictures: bool = field(default=True, metadata=SAME_RESULT)
     """Write heat maps as well, and find the nearest training image of each sample, which takes a
     forward pass over all training images."""
     batch_size: PositiveInt = 4
     """Images of one forward pass."""
-    cache: Path | None = None
+    cache: Path | None = field(default=None, metadata=SAME_RESULT)
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
 
 
@@ -568,16 +582,16 @@ class LocaliseConfig:
 class ProbeBackgroundConfig:
     """Measure how well a small network classifies the images without their lungs."""
 
-    shards: Path
+    shards: Path = field(metadata=BY_CONTENT)
     """Directory of shards, a path or an fsspec URL."""
-    out: Path
+    out: Path = field(metadata=SAME_RESULT)
     """Directory to write; the same command resumes there after it was killed."""
     masks: Path | None = None
     """Masks of the lungs, as in cxrdist pack. If not given: the masks in the shards, or a fixed
     ellipse if there are none."""
     seed: NonNegativeInt = 0
     """Seed of the networks and of the shuffled pixels."""
-    cache: Path | None = None
+    cache: Path | None = field(default=None, metadata=SAME_RESULT)
     """Directory of decoded images; ~/.cache/cxrdist if not given."""
 
 

@@ -23,6 +23,7 @@ from cxrdist.config import (
     ProbeBackgroundConfig,
     Stage,
     TrainConfig,
+    deciding,
 )
 from cxrdist.data.derived import Original, derive_shards
 from cxrdist.data.index import Classes, Index, Task, read_index
@@ -35,6 +36,7 @@ from cxrdist.evaluate.measure import Settings
 from cxrdist.evaluate.metrics import Metrics, Share
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
+from cxrdist.fields import hyphened
 from cxrdist.files import atomic_directory, locked, read_document, write_json
 from cxrdist.info import Amount, Count
 from cxrdist.intervals import Intervals
@@ -198,12 +200,11 @@ def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
     masks = None if config.masks is None else str(config.masks)
     if made.is_dir():
         begun = read_document(made / "probe.json", Begun, f"remove {config.out} to begin anew")
-        for name, before, value in (
-            ("index of --shards", begun["index_sha256"], index.sha256),
-            ("--masks", begun["masks"], masks),
-            ("--seed", begun["seed"], config.seed),
-        ):
+        asked = {"index_sha256": index.sha256, **deciding(config), "masks": masks}
+        for field, value in asked.items():
+            before = {**begun}.get(field)
             if before != value:
+                name = "index of --shards" if field == "index_sha256" else f"--{hyphened(field)}"
                 raise CxrdistError(
                     f"--out {config.out}: contains another probe (the {name} was {before}, is "
                     f"{value}); give the same to resume, or another directory"

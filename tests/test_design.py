@@ -3,13 +3,20 @@
 import ast
 import subprocess
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from pathlib import Path
 
 import yaml
 
 import cxrdist.config
 from cxrdist.cli import COMMANDS
+from cxrdist.config import (
+    ExplainConfig,
+    PackConfig,
+    ProbeBackgroundConfig,
+    TrainConfig,
+    deciding,
+)
 
 PACKAGE = Path(__file__).parents[1] / "cxrdist"
 # Imports go down only: each layer may import from those before it.
@@ -56,6 +63,29 @@ def test_the_options_are_those_that_were_agreed_on():
     }
     assert options == yaml.safe_load(GOLDEN.read_text())
     assert {command.config for command in COMMANDS.values()} <= options.keys()
+
+
+def test_fields_that_do_not_decide_a_result_are_those_that_were_agreed_on():
+    """Where they differ a command resumes; any other field, a new one included, forbids it."""
+    path = Path("a")
+    configs = [
+        PackConfig("folder", path, out=path),
+        TrainConfig(path, path, {}),
+        ExplainConfig(path, path),
+        ProbeBackgroundConfig(path, path),
+    ]
+    free = {type(c).__name__: {f.name for f in fields(c)} - deciding(c).keys() for c in configs}
+    assert free == {
+        "PackConfig": {
+            *("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect"),
+            *("text_boxes", "lungs_only"),
+        },
+        "TrainConfig": {"shards", "run", "cache", "text_boxes", "save_steps", "track"},
+        "ExplainConfig": {"run", "shards", "name", "classes", "contrast", "pictures", "cache"},
+        "ProbeBackgroundConfig": {"shards", "out", "cache"},
+    }
+    newer = make_dataclass("Newer", [("added", int, 3)], bases=(ExplainConfig,), frozen=True)
+    assert deciding(newer(path, path)) == {**deciding(configs[2]), "added": 3}
 
 
 def test_import_and_help_are_instant():

@@ -182,7 +182,7 @@ def _checkpoint_cases(run: RunDirectory, recipe: str) -> list[Case]:
 def _shard_cases(shards: Path) -> list[Case]:
     """Index and samples, and a shard whose entry in the index was made anew."""
     shard = read_index(shards).packed()[0]
-    tar = shard.path
+    tar = shard.file
 
     def read() -> None:
         entry = describe_shard(tar, shard.entry.samples)
@@ -279,7 +279,7 @@ def test_what_is_no_regular_file_is_read_or_refused(folder, put):
     faults = []
     cases = {case.file: case for case in cases_of(folder)}
     shard = read_index(folder / "shards").packed()[0]
-    cases[shard.path] = Case(shard.path, lambda: list(read_shard(shard)))
+    cases[shard.file] = Case(shard.file, lambda: list(read_shard(shard)))
     for case in cases.values():
         aside = case.file.with_name("aside")
         case.file.rename(aside)

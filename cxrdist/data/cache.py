@@ -243,7 +243,7 @@ def _held(lock: Path) -> Iterator[None]:
 def _verify(index: Index, part: int, num_parts: int) -> None:
     """Compare this rank's shards with the index; remote ones are compared when fetched."""
     for shard in index.packed()[part::num_parts]:
-        if isinstance(shard.path, Path):
+        if isinstance(shard.file, Path):
             with open_shard(shard):
                 pass
 

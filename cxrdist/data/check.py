@@ -1,9 +1,7 @@
 """Check: compare shards with their index."""
 
-import multiprocessing
 import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +16,7 @@ from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
 from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.shards import OpenShard, SampleFile, open_shard
+from cxrdist.data.workers import SECONDS_PER_IMAGE, image_workers, in_order
 from cxrdist.errors import CxrdistError
 from cxrdist.files import scratch_directory, write_json
 from cxrdist.terminal import progress
@@ -29,13 +28,11 @@ class Inspected(NamedTuple):
     Attributes:
         faults: what is wrong with it.
         entries: its samples for an audit; empty if none is wanted.
-        num_samples: number of samples that it should have.
         mask_shares: share of the square that each of its masks covers.
     """
 
     faults: list[str]
     entries: list[Entry]
-    num_samples: int
     mask_shares: list[float]
 
 
@@ -83,15 +80,19 @@ def _reserve(index: Index, scratch: Path) -> Path:
 
 
 def _inspect_all(index: Index, squares: Path | None) -> list[Inspected]:
-    context = multiprocessing.get_context("forkserver")
-    inspected = []
+    """Inspect all shards; one that crashes or hangs its worker has that as its fault."""
+    shards, inspected = index.packed(), list[Inspected]()
+    seconds = SECONDS_PER_IMAGE * max([len(shard.samples) for shard in shards], default=1)
+    inspect = partial(_inspect, squares=squares)
     with (
-        ProcessPoolExecutor(len(os.sched_getaffinity(0)), mp_context=context) as pool,
+        image_workers(None, [__name__]) as pool,
         progress(len(index.samples), "checking", "images") as bar,
     ):
-        for shard in pool.map(partial(_inspect, squares=squares), index.packed()):
-            inspected.append(shard)
-            bar.update(shard.num_samples)
+        for shard, made in zip(shards, in_order(pool, inspect, shards, 1, seconds), strict=True):
+            inspected.append(
+                made if isinstance(made, Inspected) else Inspected([str(made)], [], [])
+            )
+            bar.update(len(shard.samples))
     return inspected
 
 
@@ -101,12 +102,15 @@ def _inspect(shard: PackedShard, squares: Path | None) -> Inspected:
     Args:
         shard: the shard to inspect.
         squares: a file of uint8 [samples, size, size] to store the pixels in, or None.
+
+    Raises:
+        CxrdistError: it cannot be read.
     """
     try:
         with open_shard(shard) as opened:
             return _inspect_samples(shard, opened, squares)
-    except (CxrdistError, OSError) as error:
-        return Inspected([str(error)], [], shard.entry.samples, [])
+    except OSError as error:
+        raise CxrdistError(str(error)) from error
 
 
 def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None) -> Inspected:
@@ -124,7 +128,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
         if rows is not None:
             rows[shard.first + i] = pixels
             entries.append(entry_of(sample, description, pixels, share))
-    return Inspected(faults, entries, shard.entry.samples, mask_shares)
+    return Inspected(faults, entries, mask_shares)
 
 
 def entry_of(

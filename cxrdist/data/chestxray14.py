@@ -13,7 +13,8 @@ from cxrdist.data.records import DEVELOPMENT, Record, Source
 from cxrdist.data.tables import Table, plain, read_table, read_text
 from cxrdist.errors import CxrdistError
 
-# The order of the outputs of the published CheXNet copies.
+# In the order of the outputs of the published CheXNet copies (arnoweng/CheXNet,
+# jrzech/reproduce-chexnet).
 LABELS = (
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
     *("Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening"),

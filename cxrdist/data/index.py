@@ -146,14 +146,14 @@ class PackedShard(NamedTuple):
     """A shard with everything needed to read it.
 
     Attributes:
-        path: where it is, local or an fsspec path.
+        file: where it is, local or an fsspec path.
         entry: its entry in the index.
         samples: its samples in order.
         first: sample number of its first sample.
         size_px: side of the squares.
     """
 
-    path: Path
+    file: Path
     entry: ShardEntry
     samples: list[Sample]
     first: int
@@ -201,7 +201,7 @@ class Index:
         ends = accumulate(shard.samples for shard in self.shards)
         return [
             PackedShard(
-                path=self.directory / entry.name,
+                file=self.directory / entry.name,
                 entry=entry,
                 samples=self.samples[end - entry.samples : end],
                 first=end - entry.samples,

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cxrdist.data import chexpert
 from cxrdist.data.labels import read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
@@ -20,12 +21,7 @@ from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
 NAME = "MIMIC-CXR"
-# In the order of the tables.
-LABELS = (
-    *("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum"),
-    *("Fracture", "Lung Lesion", "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other"),
-    *("Pneumonia", "Pneumothorax", "Support Devices"),
-)
+LABELS = tuple(sorted(chexpert.LABELS))  # of the same labeller; in the order of the tables
 METADATA = "mimic-cxr-2.0.0-metadata.csv"  # so named in 2.1.0 as well
 CHEXPERT = "mimic-cxr-2.0.0-chexpert.csv"
 SPLIT = "mimic-cxr-2.0.0-split.csv"

@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cxrdist.config import PackConfig
+from cxrdist.config import PackConfig, deciding
 from cxrdist.data.anonymise import (
     Name,
     anonymise,
@@ -70,7 +69,7 @@ def pack(config: PackConfig) -> None:
     work = config.out.with_name(f".{config.out.name}.partial")
     source = _read_source(config, work)
     private = source.dicom if config.anonymise is None else config.anonymise
-    options = asdict(config) | {"anonymise": private}
+    options = deciding(config) | {"anonymise": private}
     content = content_of(options, source, known_salt(config.out, work) if private else None)
     if _is_packed(config.out, work, content):
         return

@@ -17,12 +17,7 @@ from cxrdist.errors import CxrdistError
 # Options that, with the input, decide the decoded squares; the others decide how they are packed.
 DECODING = ("size", "fit", "cover", "anonymise")
 PATHS = ("input", "label_map", "masks")  # options that name files of the source
-# What may differ between two calls that make the same shards.
-NOT_CONTENT = (
-    *("out", "workers", "skip_bad", "task", "num_tasks", "merge", "expect"),
-    *("text_boxes", "lungs_only"),  # covered by the hash of the records
-)
-Options = Mapping[str, object]  # of the command, by field
+Options = Mapping[str, object]  # that decide the result, by field
 
 
 def refuse_bad_tasks(task: int | None, num_tasks: int | None, *, merge: bool) -> None:
@@ -78,8 +73,7 @@ def content_of(options: Options, source: Source, salt: str | None) -> dict[str, 
 
     An anonymised pack contains no names here, and the hash of the list of images has a salt.
     """
-    content = {name: value for name, value in options.items() if name not in NOT_CONTENT}
-    content |= {name: _shown(options, name) for name in PATHS}
+    content = {**options, **{name: _shown(options, name) for name in PATHS}}
     digest = hashlib.sha256((salt or "").encode())
     digest.update(repr((source.task, source.classes, sorted(source.views.items()))).encode())
     for record in source.records:

@@ -198,14 +198,14 @@ class OpenShard:
         mask = self._square(f"{sample.key}.mask", place, sample.mask_sha256)
         if ((mask != 0) & (mask != 255)).any():
             raise CxrdistError(
-                f"{self._shard.path}: {sample.key}.mask has values other than 0 and 255; pack the "
+                f"{self._shard.file}: {sample.key}.mask has values other than 0 and 255; pack the "
                 "shards again"
             )
         return mask
 
     def _square(self, name: str, place: _Place, sha256: str) -> NDArray[np.uint8]:
         """Decode a member and compare it with its hash."""
-        where, mend = f"{self._shard.path}: ", "pack the shards again"
+        where, mend = f"{self._shard.file}: ", "pack the shards again"
         try:
             pixels = self._decode(self._content(place))
         except (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.error) as error:
@@ -234,7 +234,7 @@ class OpenShard:
             CxrdistError: it differs from samples.csv, lacks a valid size of the original, or has a
                 box that leaves the square.
         """
-        sample, path = self._shard.samples[number], self._shard.path
+        sample, path = self._shard.samples[number], self._shard.file
         with judging(f"{path}: {sample.key}.json", "pack the shards again"):
             about = typed(parse_json(self._content(self._places[number].about)), SampleFile)
         given: dict[str, object] = {**about}
@@ -308,7 +308,7 @@ class OpenShard:
         return self._file.read(place.num_bytes)
 
     def _wrong(self, problem: str) -> CxrdistError:
-        return CxrdistError(f"{self._shard.path}: {problem}; {MEND}")
+        return CxrdistError(f"{self._shard.file}: {problem}; {MEND}")
 
 
 @contextmanager
@@ -322,7 +322,7 @@ def open_shard(shard: PackedShard) -> Iterator[OpenShard]:
     Raises:
         CxrdistError: it is missing, cannot be read, or differs from the index.
     """
-    path, entry = shard.path, shard.entry
+    path, entry = shard.file, shard.entry
     with _open(path, entry.bytes) as file:
         size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:

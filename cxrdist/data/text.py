@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import multiprocessing
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +19,7 @@ from cxrdist.data.images import read_grey
 from cxrdist.data.records import Record
 from cxrdist.data.sources import read_source
 from cxrdist.data.squares import file_state
+from cxrdist.data.workers import image_workers, in_order
 from cxrdist.errors import CxrdistError, RunFailedError, require_modules
 from cxrdist.files import read_json, remove, write_json
 from cxrdist.terminal import progress
@@ -42,6 +39,18 @@ MARGIN = 0.15
 READ_FROM = 0.5
 """Least certainty of the recogniser; below it the text stays empty."""
 PART_SIZE = 16  # images per saved part; a killed part is searched again
+SECONDS_PER_PART = 60 * PART_SIZE  # an image takes a few seconds where many processes share a core
+
+
+class Part(NamedTuple):
+    """Records that one worker searches together."""
+
+    records: Sequence[Record]
+
+    @property
+    def file(self) -> Path:
+        """The first image file."""
+        return self.records[0].file
 
 
 def find_text(config: FindTextConfig) -> None:
@@ -81,27 +90,25 @@ def _find_parts(
     records: Sequence[Record], work: Path, workers: int | None
 ) -> Iterator[list[list[Any]]]:
     """Yield the parts in order; each image has path, boxes, and why it could not be read."""
-    parts = [records[i : i + PART_SIZE] for i in range(0, len(records), PART_SIZE)]
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=context) as pool:
-        try:
-            yield from pool.map(_find_part, parts, [work] * len(parts))
-        except BrokenProcessPool as error:
-            raise RunFailedError(
-                f"a process that looked for text died; finished parts are in {work}: run the same "
-                "command again, with fewer --workers if memory ran out"
-            ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    parts = [Part(records[i : i + PART_SIZE]) for i in range(0, len(records), PART_SIZE)]
+    find = partial(_find_part, work=work)
+    with image_workers(workers, [__name__]) as pool:
+        for rows in in_order(pool, find, parts, 1, SECONDS_PER_PART):
+            if isinstance(rows, CxrdistError):
+                raise RunFailedError(
+                    f"looking for text in {PART_SIZE} images, the first is {rows}; finished parts "
+                    f"are in {work}: run the same command again, with fewer --workers if memory "
+                    "ran out"
+                )
+            yield rows
 
 
-def _find_part(records: Sequence[Record], work: Path) -> list[list[Any]]:
+def _find_part(part: Part, work: Path) -> list[list[Any]]:
     """Search a part, or read the result of an earlier search of the same unchanged files."""
-    known = [(record.path, file_state(record)) for record in records]
+    known = [(record.path, file_state(record)) for record in part.records]
     file = work / f"{hashlib.sha256(json.dumps(known).encode()).hexdigest()}.json"
     if not file.is_file():
-        write_json(file, [_find_in_record(record) for record in records])
+        write_json(file, [_find_in_record(record) for record in part.records])
     rows: list[list[Any]] = read_json(file)
     return rows
 

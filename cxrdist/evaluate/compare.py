@@ -16,7 +16,7 @@ from cxrdist.documents import Real, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.delong import DeLong, compare_aurocs
 from cxrdist.evaluate.measure import Settings, replicate
-from cxrdist.evaluate.metrics import THRESHOLD_LOGIT, Share
+from cxrdist.evaluate.metrics import Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import too_few
 from cxrdist.info import Count
@@ -184,21 +184,14 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
     return statistics
 
 
-def called(scored: Scored) -> NDArray[np.bool_]:
-    """Return which classes each image is predicted to have: bool [N, classes]."""
-    if scored.task == "multilabel":
-        return scored.logits >= THRESHOLD_LOGIT
-    return scored.logits.argmax(axis=1)[:, None] == np.arange(len(scored.classes))
-
-
 def _is_right(scored: Scored) -> NDArray[np.bool_]:
     """Return whether the predicted class of each image is correct: bool [N], multiclass only."""
-    return (called(scored) & (scored.targets == POSITIVE)).any(axis=1)
+    return (scored.predicted & (scored.targets == POSITIVE)).any(axis=1)
 
 
 def _figures(scored: Scored, draws: Replicates) -> Figures:
     """Return all figures of each replicate; NaN where one is undefined."""
-    guess, truth, known = called(scored), scored.targets == POSITIVE, scored.targets >= 0
+    guess, truth, known = scored.predicted, scored.targets == POSITIVE, scored.targets >= 0
     cells = [guess & truth, guess & ~truth, ~guess & truth, ~guess & ~truth]
     counts = draws.sums(np.hstack([cell & known for cell in cells]).astype(np.float64))
     hits, alarms, misses, passes = np.split(counts, 4, axis=1)
@@ -225,7 +218,7 @@ def _figures(scored: Scored, draws: Replicates) -> Figures:
 def _patients(a: Scored, b: Scored, draws: Replicates) -> dict[str, NDArray[np.int64]]:
     """Count the patients behind each figure: by name, int64 [classes]."""
     truth, known = a.targets == POSITIVE, a.targets >= 0
-    guess = called(a) | called(b)
+    guess = a.predicted | b.predicted
     rests_on = {
         "recall": truth,
         "specificity": known & ~truth,
@@ -247,7 +240,7 @@ def _compare_class(
     a, b = models
     known = a.targets[:, column] >= 0
     truth = a.targets[known, column] == POSITIVE
-    right = [called(scored)[known, column] == truth for scored in (a, b)]
+    right = [scored.predicted[known, column] == truth for scored in (a, b)]
     scores = np.stack([scored.logits[known, column] for scored in (a, b)])
     positives = int(truth.sum())
     return {

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from cxrdist.config import location
 from cxrdist.data.audit import PRE_TRAINING_SOURCES
 from cxrdist.data.cache import Images, open_cache
+from cxrdist.data.chestxray14 import LABELS
 from cxrdist.data.index import Index, Sample, read_index
 from cxrdist.data.label_map import LabelMap, combine_cells
 from cxrdist.data.labels import labels_of
@@ -29,7 +30,6 @@ from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_prints, write_seen
 from cxrdist.files import read_document, write_table
 from cxrdist.info import RunInfo, WeightsInfo, read_info
-from cxrdist.model.layout import CHEXNET_LABELS
 from cxrdist.run import RunDirectory, external_subset
 
 IN_NO_SPLIT = ""  # the split of a sample that is not used
@@ -433,7 +433,7 @@ def started_from_chexnet(weights: WeightsInfo) -> bool:
     link: WeightsInfo | None = weights
     while link:
         labels = link.get("labels") or []
-        if not link.get("trained_on") and {*CHEXNET_LABELS} <= {*labels}:
+        if not link.get("trained_on") and {*LABELS} <= {*labels}:
             return True
         link = link.get("started_from")
     return False

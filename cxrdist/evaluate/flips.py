@@ -5,7 +5,6 @@ from typing import NamedTuple
 import numpy as np
 
 from cxrdist.data.labels import POSITIVE
-from cxrdist.evaluate.compare import called
 from cxrdist.evaluate.scored import Scored
 
 CHANGES = ("right->wrong", "wrong->right", "wrong->wrong")
@@ -42,7 +41,7 @@ def flips(a: Scored, b: Scored) -> list[Flip]:
 
 
 def _class_flips(a: Scored, b: Scored) -> list[Flip]:
-    guesses = a.logits.argmax(axis=1), b.logits.argmax(axis=1)
+    guesses = a.predicted.argmax(axis=1), b.predicted.argmax(axis=1)
     truth = (a.targets == POSITIVE).argmax(axis=1)
     flipped = []
     for position in np.flatnonzero(guesses[0] != guesses[1]).tolist():
@@ -55,7 +54,7 @@ def _class_flips(a: Scored, b: Scored) -> list[Flip]:
 
 
 def _label_flips(a: Scored, b: Scored) -> list[Flip]:
-    guesses = called(a), called(b)
+    guesses = a.predicted, b.predicted
     flipped = (guesses[0] != guesses[1]) & (a.targets >= 0)
     changes = []
     for position, column in zip(*(axis.tolist() for axis in np.nonzero(flipped)), strict=True):

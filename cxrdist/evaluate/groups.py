@@ -26,6 +26,7 @@ from cxrdist.documents import Between, Text
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.intervals import bounded
+from cxrdist.model.prediction import call
 
 # Children are separate because their chests differ; then bands of twenty years, as in
 # Seyyed-Kalantari et al. (Nature Medicine 27, 2021, 2176) for public chest X-ray data sets.
@@ -224,15 +225,10 @@ def age_band(text: str) -> str:
 
 def _decide(scored: Scored, thresholds: Mapping[str, float] | None) -> dict[str, Bools]:
     """Return which classes are called, bool [N, C], by suffix: as predicted, at the points."""
-    if scored.task == "multilabel":
-        predicted = scored.logits >= 0  # probability 0.5
-    else:
-        best = scored.logits.argmax(axis=1)
-        predicted = best[:, None] == np.arange(len(scored.classes))
-    decisions = {"": predicted}
+    decisions = {"": scored.predicted}
     if thresholds is not None and {*scored.classes} <= thresholds.keys():
         points = np.array([thresholds[name] for name in scored.classes])
-        decisions["_at_point"] = scored.logits >= points
+        decisions["_at_point"] = call(scored.logits, points)
     return decisions
 
 

@@ -20,7 +20,7 @@ from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.evaluate.provenance import ExternalInfo
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
-from cxrdist.model.prediction import THRESHOLD, THRESHOLD_LOGIT
+from cxrdist.model.prediction import THRESHOLD, decide
 from cxrdist.terminal import table
 
 ScoreName = Literal["recall", "specificity", "precision", "f1", "auroc", "average_precision"]
@@ -141,9 +141,11 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> Metri
         macro.
     """
     functional = _functional()
-    predicted, task = logits.argmax(dim=1), {"task": "multiclass", "num_classes": len(classes)}
+    task = {"task": "multiclass", "num_classes": len(classes)}
+    decided = torch.from_numpy(decide(logits.numpy(), "multiclass"))
+    predicted = decided.long().argmax(dim=1)
     by_class = {
-        name: _one_against_rest(logits[:, i], predicted == i, labels == i)
+        name: _one_against_rest(logits[:, i], decided[:, i], labels == i)
         for i, name in enumerate(classes)
     }
     return {
@@ -173,8 +175,9 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
         samples, task, threshold, classes (with ``known``, ``positives`` and ``reason``), macro, and
         macro_labels, the number of labels in each mean.
     """
+    decided = torch.from_numpy(decide(logits.numpy(), "multilabel"))
     by_class = {
-        name: _score_label(logits[known, i], targets[known, i] == 1)
+        name: _score_label(logits[known, i], decided[known, i], targets[known, i] == 1)
         for i, (name, known) in enumerate(zip(classes, (targets >= 0).T, strict=True))
     }
     defined: dict[ScoreName, list[float | None]] = {
@@ -190,14 +193,14 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
     }
 
 
-def _score_label(logits: Tensor, truth: Tensor) -> Scores:
-    """Score one label over the n images for which it is known: logits, float [n], and bool [n]."""
+def _score_label(logits: Tensor, predicted: Tensor, truth: Tensor) -> Scores:
+    """Score one label over the n images for which it is known: float [n], and twice bool [n]."""
     known, positives, reason = len(truth), int(truth.sum()), None
     if not known:
         reason = "the label is known for no image"
     elif positives in (0, known):
         reason = f"{'all' if positives else 'none'} of the {known} known images have the label"
-    return {**_one_against_rest(logits, logits >= THRESHOLD_LOGIT, truth), "reason": reason}
+    return {**_one_against_rest(logits, predicted, truth), "reason": reason}
 
 
 def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.labels import NEGATIVE, POSITIVE
-from cxrdist.evaluate.metrics import THRESHOLD_LOGIT
 from cxrdist.evaluate.scored import Scored
+from cxrdist.model.prediction import THRESHOLD_LOGIT, call
 
 MOST_PICTURED = 200
 """Number of mistakes with pictures. At 224 px, with two heat maps each, they take 20 MB."""
@@ -44,15 +44,11 @@ def find_mistakes(scored: Scored, thresholds: Mapping[str, float] | None = None)
     """
     truth, known = scored.targets == POSITIVE, scored.targets >= NEGATIVE
     several = scored.task == "multilabel"
-    limits = [(thresholds or {}).get(name, THRESHOLD_LOGIT) for name in scored.classes]
-    margins = scored.logits - np.array(limits)
-    if several:
-        called = margins >= 0
-    else:
-        called = scored.logits.argmax(axis=1)[:, None] == np.arange(len(scored.classes))
+    limits = np.array([(thresholds or {}).get(name, THRESHOLD_LOGIT) for name in scored.classes])
+    called = call(scored.logits, limits) if several else scored.predicted
     missed, wrongly = known & truth & ~called, known & called & ~truth
     if several:
-        order = _in_turn(np.abs(margins), wrongly, missed)
+        order = _in_turn(np.abs(scored.logits - limits), wrongly, missed)
     else:
         wrong = np.flatnonzero(wrongly.any(axis=1))
         order = wrong[np.argsort(-scored.logits[wrong].max(axis=1), kind="stable")]

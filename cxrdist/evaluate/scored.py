@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, POSITIVE, UNCERTAIN, label_matrix
 from cxrdist.files import judging, open_regular
+from cxrdist.model.prediction import decide
 
 MEND = "run `cxrdist evaluate` again"
 GROUP_COLUMNS = ("source", "view", "sex", "age")
@@ -48,6 +49,11 @@ class Scored:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.keys)
+
+    @property
+    def predicted(self) -> NDArray[np.bool_]:
+        """Which classes are predicted for each image, bool [N, classes]."""
+        return decide(self.logits, self.task)
 
     def take(self, positions: NDArray[np.int64] | NDArray[np.bool_]) -> "Scored":
         """Return some of the images, by position or by a mask, bool [N]."""

@@ -11,7 +11,6 @@ from cxrdist.bootstrap import Limits, Replicates
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.metrics import (
     INTERVALS,
-    THRESHOLD_LOGIT,
     Metrics,
     ScoreName,
     Scores,
@@ -76,7 +75,7 @@ def _count(scores: Scores, target: NDArray[np.int8], replicates: Replicates, few
 
 
 def _add_accuracy_intervals(metrics: Metrics, scored: Scored, replicates: Replicates) -> None:
-    right = scored.logits.argmax(1) == (scored.targets == POSITIVE).argmax(1)
+    right = scored.predicted.argmax(1) == (scored.targets == POSITIVE).argmax(1)
     everything = np.ones(len(right), bool)
     metrics["accuracy_interval"] = of_share(replicates, right, everything)
     metrics["accuracy_wilson"] = wilson(int(right.sum()), len(right)) if len(right) else None
@@ -84,11 +83,7 @@ def _add_accuracy_intervals(metrics: Metrics, scored: Scored, replicates: Replic
 
 def _shares(scored: Scored, replicates: Replicates) -> dict[ScoreName, Figures]:
     """Compute the intervals of scores that are shares of images, or derive from one (F1)."""
-    if scored.task == "multilabel":
-        predicted = scored.logits >= THRESHOLD_LOGIT
-    else:
-        predicted = scored.logits.argmax(1)[:, None] == np.arange(len(scored.classes))
-    known, truth = scored.targets >= 0, scored.targets == POSITIVE
+    predicted, known, truth = scored.predicted, scored.targets >= 0, scored.targets == POSITIVE
     pairs: dict[ScoreName, tuple[NDArray[np.bool_], NDArray[np.bool_]]] = {
         "recall": (predicted, truth),
         "specificity": (~predicted, known & ~truth),

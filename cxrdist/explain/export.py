@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cxrdist.config import ExplainConfig
+from cxrdist.config import ExplainConfig, deciding
 from cxrdist.data.cache import Masks, open_masks, read_mask_rows, read_rows
 from cxrdist.distributed import finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
@@ -59,16 +59,6 @@ LEDGER_COLUMNS = (
 TESTED_IMAGES = 8
 """Images for pixel flipping and randomisation; enough to tell a right map from a wrong one."""
 
-_OPTIONS = (
-    "split",
-    "limit",
-    "preset",
-    "composite",
-    "flat",
-    "biases",
-    "format",
-    "batch_size",
-)
 # Files that may be removed: KEY.png, KEY.CLASS.png, KEY.npz (a key ends in digits of a hash), and
 # NNNNNN.tar.
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
@@ -186,7 +176,7 @@ def _settings(
         "index_sha256": loaded.index.sha256,
         "samples_sha256": hashlib.sha256(numbers.tobytes()).hexdigest(),
         "maps": targets.names,
-        **{name: getattr(config, name) for name in _OPTIONS},
+        **deciding(config),
         "torch": torch.__version__,
         "device": loaded.accelerator.device.type,
     }

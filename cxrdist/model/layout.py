@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cxrdist.config import DENSENETS, Architecture, Network
+from cxrdist.data.chestxray14 import LABELS
 from cxrdist.errors import CxrdistError
 from cxrdist.model.description import Normalisation
 from cxrdist.model.networks import build_network, output_layer
@@ -15,12 +16,6 @@ from cxrdist.model.tensorfile import TensorFile
 
 # torchxrayvision scales grey values to (2x - 1) * 1024 and feeds one channel.
 ONE_CHANNEL = Normalisation(mean=(0.5,), std=(1 / 2048,))
-# Order of the outputs of the published CheXNet copies (arnoweng/CheXNet, jrzech/reproduce-chexnet).
-CHEXNET_LABELS = [
-    *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia"),
-    *("Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening"),
-    "Hernia",
-]
 # torchxrayvision.datasets.default_pathologies.
 TORCHXRAYVISION_LABELS = [
     *("Atelectasis", "Consolidation", "Infiltration", "Pneumothorax", "Edema", "Emphysema"),
@@ -152,7 +147,7 @@ def _identify(
         return file.note["layout"], file.note.get("labels")
     if any(name.endswith("classifier.0.weight") for name in names):
         repository = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
-        return f"CheXNet, as in {repository}", CHEXNET_LABELS
+        return f"CheXNet, as in {repository}", [*LABELS]
     if channels == 1:
         default = TORCHXRAYVISION_LABELS if num_outputs == len(TORCHXRAYVISION_LABELS) else None
         labels = file.labels or default

@@ -44,7 +44,7 @@ class Predictions:
     @property
     def predicted(self) -> list[list[str]]:
         """Return the predicted classes of each image: one, or for multilabel all from 0.5 on."""
-        return [predicted_classes(row.tolist(), self.classes, self.task) for row in self.logits]
+        return [predicted_classes(row, self.classes, self.task) for row in self.logits]
 
     @property
     def probabilities(self) -> dict[str, NDArray[np.float64]]:
@@ -98,22 +98,28 @@ def to_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return probabilities
 
 
-def predicted_classes(logits: Sequence[float], classes: Sequence[str], task: str) -> list[str]:
-    """Return the classes that are predicted for one image.
+def decide(logits: NDArray[Any], task: str) -> NDArray[np.bool_]:
+    """Return which classes are predicted for each image, bool [N, classes].
+
+    For multiclass it is the class of the largest logit, the first of equal ones; for multilabel all
+    classes whose probability is at least `THRESHOLD`, possibly none.
 
     Args:
-        logits: one for each class.
-        classes: names in the order of the logits.
+        logits: float [N, classes].
         task: multiclass or multilabel.
-
-    Returns:
-        For multiclass the class of the largest logit, the first of equal ones; for multilabel all
-        classes whose probability is at least `THRESHOLD`, possibly none.
     """
     if task == "multilabel":
-        pairs = zip(classes, logits, strict=True)
-        return [name for name, logit in pairs if logit >= THRESHOLD_LOGIT]
-    return [classes[logits.index(max(logits))]]
+        return call(logits, THRESHOLD_LOGIT)
+    best: NDArray[np.bool_] = logits.argmax(axis=1)[:, None] == np.arange(logits.shape[1])
+    return best
+
+
+def predicted_classes(
+    logits: Sequence[float] | NDArray[Any], classes: Sequence[str], task: str
+) -> list[str]:
+    """Return the names of the classes that are predicted for one image, as `decide` does."""
+    (row,) = decide(np.array([logits]), task)
+    return [name for name, is_predicted in zip(classes, row, strict=True) if is_predicted]
 
 
 def calibrated_logits(
@@ -130,10 +136,10 @@ def probability_columns(predictions: Predictions) -> dict[str, NDArray[np.float6
     return {f"{kind}_{name}": v for kind, values in kinds.items() for name, v in values.items()}
 
 
-def call(logits: NDArray[Any], threshold: float) -> NDArray[np.bool_]:
-    """Return whether each logit, of an array of any shape, reaches the threshold.
+def call(logits: NDArray[Any], threshold: float | NDArray[Any]) -> NDArray[np.bool_]:
+    """Return whether each logit, of an array of any shape, reaches the threshold (of its class).
 
     Compared as float32, the precision of the network: logits read from a file of nine digits differ
     from the original as doubles, but not as float32.
     """
-    return logits.astype(np.float32) >= np.float32(threshold)
+    return logits.astype(np.float32) >= np.asarray(threshold, np.float32)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from scipy.special import expit
 
-from cxrdist.evaluate.metrics import THRESHOLD_LOGIT
 from cxrdist.evaluate.mistakes import MOST_PICTURED, Mistake, find_mistakes
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.explain.nearest import Nearest, read_nearest
+from cxrdist.model.prediction import THRESHOLD_LOGIT
 from cxrdist.report import pictures
 from cxrdist.report.files import Explanation, Prediction, read_calibration, reading, within
 from cxrdist.report.view import View

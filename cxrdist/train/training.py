@@ -1,7 +1,7 @@
 """State that all stages of a run share: run directory, images, plans, network."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from cxrdist.config import Network, TrainConfig
+from cxrdist.config import Network, TrainConfig, deciding
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
@@ -40,20 +40,8 @@ from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.stages import rates_of
 from cxrdist.train.step import Batches, TrainingData
 
-NOT_SCIENCE = (
-    "shards",
-    "run",
-    "cache",
-    "text_boxes",
-    "save_steps",
-    "track",
-)  # paths and outputs stay out of the recipe
-ADDED = {
-    "uncertain": "ignore",
-    "balance": "none",
-    "fold": None,
-    "frozen_batch_norm": "kept",
-}  # fields that older recipes lack, and what their runs did
+# Fields that older recipes lack, and what their runs did.
+ADDED = {f.name: f.default for f in fields(TrainConfig) if f.metadata.get("newer")}
 
 
 @dataclass(frozen=True)
@@ -112,25 +100,25 @@ def fixed_recipe(config: TrainConfig) -> str:
     That is the number of images in memory at a time. A field that older versions lack is left out
     where its value describes what they did, so that their checkpoints still match.
     """
-    fields = _fields(replace(config, max_images_per_rank=None))
-    fields["network"] = _whole_network(fields["network"])
-    kept = {k: v for k, v in fields.items() if k not in ADDED or v != ADDED[k]}
+    known = _fields(replace(config, max_images_per_rank=None))
+    known["network"] = _whole_network(known["network"])
+    kept = {k: v for k, v in known.items() if k not in ADDED or v != ADDED[k]}
     return yaml.safe_dump(kept, sort_keys=False)
 
 
 def _fields(config: TrainConfig) -> dict[str, Any]:
-    fields = {k: v for k, v in asdict(config).items() if k not in NOT_SCIENCE}
-    for stage in fields["stages"].values():  # older recipes lack these fields and mean the same
+    known = deciding(config)
+    for stage in known["stages"].values():  # older recipes lack these fields and mean the same
         if stage["background"] is None:
             del stage["background"]
         if stage["block_decay"] == 1:
             del stage["block_decay"]
     if config.augmentation.draws == "free":
-        del fields["augmentation"]["draws"]
-    given = {k: v for k, v in fields["network"].items() if v is not None}
+        del known["augmentation"]["draws"]
+    given = {k: v for k, v in known["network"].items() if v is not None}
     if "block_config" in given:
         given["block_config"] = list(given["block_config"])
-    return {**fields, "network": given}
+    return {**known, "network": given}
 
 
 def _whole_network(given: dict[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def seconds(run: RunDirectory) -> float:
 
 def is_right(scored: Scored) -> np.ndarray:
     """Whether the predicted class of each image is its own: bool [N]."""
-    return scored.logits.argmax(axis=1) == (scored.targets == POSITIVE).argmax(axis=1)
+    return (scored.predicted & (scored.targets == POSITIVE)).any(axis=1)
 
 
 def pool(tests: dict[int, Scored]) -> Scored:

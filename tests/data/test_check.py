@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 import tarfile
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +16,10 @@ from PIL import Image
 from support import RUN_CXRDIST, make_shards, run_measured
 
 from cxrdist.config import CheckConfig
-from cxrdist.data.check import check
+from cxrdist.data import check as check_module
+from cxrdist.data.check import Inspected, check
+from cxrdist.data.check import _inspect as inspect
+from cxrdist.data.index import PackedShard
 from cxrdist.errors import CxrdistError
 
 SHARD = "train-000000.tar"
@@ -224,6 +229,20 @@ def test_masks_are_counted_and_their_share_is_told(tmp_path, capsys):
     assert index["masks"]["most"] >= max(shares) - 1e-4
     assert {name: audit["masks"][name] for name in index["masks"]} == index["masks"]
     assert "masks: 16 images have one, 8 do not; they cover " in said
+
+
+def dies_of_one(shard: PackedShard, squares: Path | None) -> Inspected:
+    """Inspect a shard as `check` does; the process that gets one of them is killed."""
+    if shard.file.name == SHARD:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inspect(shard, squares)
+
+
+def test_a_shard_that_kills_its_worker_is_one_fault(whole, monkeypatch):
+    """The others are inspected, and the line names the shard."""
+    monkeypatch.setattr(check_module, "_inspect", dies_of_one)
+    with pytest.raises(CxrdistError, match=rf"{SHARD}: crashed .* \(exit code -9\)$"):
+        check(CheckConfig(whole))
 
 
 def test_whole_shards_pass(whole, capsys):

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from cxrdist.data.boxes import Box, read_boxes
 from cxrdist.data.images import read_grey
 from cxrdist.data.phantom import burn_text, draw_patient
 from cxrdist.data.text import find_boxes, find_text, merge
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, RunFailedError
 
 MARKS = Path(__file__).parents[1] / "golden" / "text_marks.csv"
 
@@ -133,6 +134,19 @@ def test_a_killed_search_goes_on(images, tmp_path, monkeypatch):
     assert read_boxes(out)["a/x.jpg"][0].text == "was there"
     with pytest.raises(CxrdistError, match="already exists"):
         find_text(FindTextConfig("folder", images, out, workers=1))
+
+
+def dies(part: text.Part, work: Path) -> None:
+    """Kill the process that was to search a part."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_search_that_dies_says_how_to_go_on(images, tmp_path, monkeypatch):
+    """One line, and no table that lacks the images of the dead process."""
+    monkeypatch.setattr(text, "_find_part", dies)
+    with pytest.raises(RunFailedError, match=r"crashed .*finished parts are in .*--workers"):
+        find_text(FindTextConfig("folder", images, tmp_path / "boxes.csv", workers=1))
+    assert not (tmp_path / "boxes.csv").exists()
 
 
 def test_a_missing_extra_is_one_line(images, tmp_path, monkeypatch):

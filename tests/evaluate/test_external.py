@@ -21,6 +21,7 @@ from cxrdist.config import (
     TrainConfig,
 )
 from cxrdist.data.boxes import Box, write_boxes
+from cxrdist.data.chestxray14 import LABELS
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import PATIENT_PATTERN, write_phantoms
@@ -34,7 +35,6 @@ from cxrdist.evaluate.external import (
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.seen import read_seen
 from cxrdist.explain.export import explain
-from cxrdist.model.layout import CHEXNET_LABELS
 from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory
@@ -301,8 +301,8 @@ def test_labels_that_a_set_does_not_have_are_missing(tmp_path):
 
 def test_a_published_chexnet_in_the_chain_is_known_by_its_outputs():
     """Also behind a run; a run that was trained on shards keeps what it has seen itself."""
-    chexnet = {"source": "file", "labels": CHEXNET_LABELS}
+    chexnet = {"source": "file", "labels": [*LABELS]}
     assert started_from_chexnet({"source": "run", "labels": ["a"], "started_from": chexnet})
-    own = {"source": "run", "labels": CHEXNET_LABELS, "trained_on": {"index_sha256": "0"}}
+    own = {"source": "run", "labels": [*LABELS], "trained_on": {"index_sha256": "0"}}
     assert not started_from_chexnet(own)
     assert not started_from_chexnet({"source": "imagenet"})

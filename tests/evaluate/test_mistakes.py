@@ -45,6 +45,14 @@ def test_labels_take_turns_with_their_surest_mistakes():
     assert {label for mistake in at_six for label in mistake.missed} == {"a", "b"}
 
 
+def test_a_logit_read_from_nine_digits_is_called_as_the_networks_own():
+    """The image whose logit became the threshold is no mistake after its row was read back."""
+    exact = float(np.float32(0.1))
+    logit = float(f"{exact:.9g}")
+    assert logit < exact
+    assert find_mistakes(scored("multilabel", [[1]], [[logit]]), {"a": exact}) == []
+
+
 def test_every_mistake_of_labels_is_listed_once():
     """As a loop over all cells finds them, with thresholds of each label."""
     random = np.random.default_rng(0)

@@ -9,10 +9,10 @@ from test_weights import as_arnoweng, torchvision_network, xray_network
 
 import cxrdist
 from cxrdist.config import Network
+from cxrdist.data.chestxray14 import LABELS
 from cxrdist.errors import CxrdistError
 from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier, save_model
-from cxrdist.model.layout import CHEXNET_LABELS
 from cxrdist.model.published import load_model
 
 SMALL = Network(growth_rate=4, block_config=(1, 1, 1, 1))
@@ -46,7 +46,7 @@ def test_a_published_chexnet_gives_its_own_logits_and_labels(tmp_path):
     content = as_arnoweng(network)
     torch.save(content, tmp_path / "chexnet.pth.tar")
     model = load_model(tmp_path / "chexnet.pth.tar")
-    assert (model.classes, model.task, model.image_size_px) == (CHEXNET_LABELS, "multilabel", 224)
+    assert (model.classes, model.task, model.image_size_px) == ([*LABELS], "multilabel", 224)
     with torch.no_grad():
         head = network.classifier[0]  # behind it as_arnoweng has put a sigmoid
         features = torch.relu(network.features(model.normalise(IMAGES))).mean((2, 3))

@@ -11,10 +11,10 @@ from torch import nn
 
 from cxrdist.cli import main
 from cxrdist.config import Network
+from cxrdist.data.chestxray14 import LABELS
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, Normalisation
 from cxrdist.model.layout import (
-    CHEXNET_LABELS,
     ONE_CHANNEL,
     TORCHXRAYVISION_LABELS,
     check_fit,
@@ -132,7 +132,7 @@ def test_each_published_layout_gives_the_same_tensors(tmp_path, name, new):
     assert found.keys() == given
     assert all(torch.equal(found[k], expected[k]) for k in given)
     assert weights.record["layout"] == layout
-    assert weights.labels == (CHEXNET_LABELS if layout.startswith(CHEXNET) else None)
+    assert weights.labels == ([*LABELS] if layout.startswith(CHEXNET) else None)
     assert weights.normalisation == Normalisation()
     model = Classifier(SMALL, ["a", "b", "c"], 32, weights.normalisation)
     head = model.network.classifier.weight.clone()
@@ -343,7 +343,7 @@ def test_convert_writes_what_any_library_reads_and_keeps_what_is_known(tmp_path,
     assert main(arguments) == 0
     torchvision_network().load_state_dict(load_file(out))
     before, after = read_weights(str(tmp_path / "checkpoint")), read_weights(str(out))
-    assert after.labels == before.labels == CHEXNET_LABELS
+    assert after.labels == before.labels == [*LABELS]
     assert after.normalisation == before.normalisation
     assert after.record["layout"] == before.record["layout"]
     assert after.record["started_from"]["sha256"] == before.record["sha256"]
