@@ -92,18 +92,11 @@ class StageRun:
             self._print_groups()
 
     def _set_up(self) -> None:
-        """Freeze, then make the optimiser, then what DDP wraps."""
+        """Freeze, then wrap in DDP, then make the optimiser."""
         training, accelerator, recipe = self.training, self.training.accelerator, self.recipe
         freeze(training.model, self.trained)
         groups = parameter_groups(training.model, self.stage)
         self.groups = describe_groups(groups)
-        network = training.model.network
-        self.updater = Updater(
-            build_optimizer(recipe.optimizer, groups),
-            gradient_scaler(accelerator),
-            recipe.max_gradient_norm,
-            Average(network, recipe.average) if recipe.average is not None else None,
-        )
         self.statistics = Statistics(
             accelerator,
             moving_norms(training.model, self.trained, moving=self.moving),
@@ -116,6 +109,14 @@ class StageRun:
                 compiled=recipe.compile,
                 moving=self.moving,
             )
+        )
+        # Not before: `prepare` gives a rank of several CPUs new tensors, which the average follows.
+        network = training.model.network
+        self.updater = Updater(
+            build_optimizer(recipe.optimizer, groups),
+            gradient_scaler(accelerator),
+            recipe.max_gradient_norm,
+            Average(network, recipe.average) if recipe.average is not None else None,
         )
         device, world_size = accelerator.device, accelerator.num_processes
         most = -(-recipe.global_batch_size // world_size)
@@ -216,6 +217,7 @@ class StageRun:
         """Take the optimiser's step; return the norm of all gradients, float32 []."""
         norm = self.updater.step()
         self.statistics.after_step(batch.sizes)
+        self.updater.move_average()
         return norm
 
     def settle(self, epoch: Epoch) -> dict[str, Any]:
@@ -276,7 +278,9 @@ class StageRun:
         mean = penalty * (1 / len(images))
         loss = loss * num_known.reciprocal() + mean * self.background_weight
         self.updater.backward(loss)
-        return torch.stack([loss, mean]).detach(), self.updater.step()
+        norm = self.updater.step()
+        self.updater.move_average()
+        return torch.stack([loss, mean]).detach(), norm
 
     @property
     def background_weight(self) -> float:

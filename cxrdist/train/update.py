@@ -101,9 +101,12 @@ class Updater:
         if self.scaler:
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def move_average(self) -> None:
+        """Move the average, if there is one, once a step's weights and statistics are final."""
         if self.average:
             self.average.update()
-        return norm
 
     @property
     def scale(self) -> float | None:

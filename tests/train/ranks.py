@@ -8,9 +8,11 @@ gradient of a step. The mode is `frozen` or `trained`, which BatchNorm is then, 
 `trained` in one compiled graph, `bf16`, which is `trained` under autocast, or `per_rank`, which is
 `trained` on its own slice. `lrp` and `gradient` are `trained` with a background loss by that
 method, `frozen_lrp` is `frozen`; `lrp_turn` is `lrp` in a step that pays the gradient's share. The
-job `moving` is `stages` where frozen BatchNorm moves.
+job `moving` is `stages` where frozen BatchNorm moves, `averaged` is `stages` with an average of the
+weights and BatchNorm statistics per rank.
 """
 
+import itertools
 import os
 import socket
 import sys
@@ -64,6 +66,28 @@ def state(training: Training) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in training.model.network.state_dict().items()}
 
 
+def follow(under_way: StageRun) -> dict[str, torch.Tensor]:
+    """The average of a stage by its formula, in float64, of the state after each step."""
+    network, decay, update = (
+        under_way.training.model.network,
+        under_way.recipe.average,
+        under_way.update,
+    )
+    average = {k: v.double() for k, v in network.state_dict().items() if v.is_floating_point()}
+    steps = itertools.count()
+
+    def update_and_follow(batch):
+        norm, step = update(batch), next(steps)
+        keep = min(decay, (1 + step) / (10 + step))
+        for name, value in network.state_dict().items():
+            if name in average:
+                average[name] = keep * average[name] + (1 - keep) * value.double()
+        return norm
+
+    under_way.update = update_and_follow
+    return average
+
+
 def run_stages(training: Training) -> dict:
     """An epoch of each stage: the state before and after, and the last gradient."""
     found = {}
@@ -80,6 +104,7 @@ def run_stages(training: Training) -> dict:
             step()
 
         under_way.updater.optimizer.step = keep_gradients
+        average = follow(under_way) if training.recipe.average else {}
         with progress(0, "", "images", show=False) as bar:
             epoch = under_way.open_epoch()
             train_epoch(under_way, epoch, bar)
@@ -92,14 +117,20 @@ def run_stages(training: Training) -> dict:
             "before": before,
             "after": state(training),
             "gradients": gradients,
+            "average": average,
+            "best": under_way.best,
         }
     return found
 
 
-def with_norms(training: Training, mode: str) -> Training:
-    """Let BatchNorm of frozen blocks move, or stay."""
-    norms = "moving" if mode == "moving" else "kept"
-    return replace(training, recipe=replace(training.recipe, frozen_batch_norm=norms))
+def with_changes(training: Training, mode: str) -> Training:
+    """Let BatchNorm of frozen blocks move, or average the weights."""
+    changes = {
+        "stages": {},
+        "moving": {"frozen_batch_norm": "moving"},
+        "averaged": {"average": 0.7, "batch_norm": "per_rank"},
+    }
+    return replace(training, recipe=replace(training.recipe, **changes[mode]))
 
 
 def with_background(training: Training, method: str) -> Training:
@@ -157,8 +188,8 @@ def take_jobs(shards: Path, folder: Path, jobs: list[str]) -> None:
         training.model.float().network.load_state_dict(before)
         mode, _, batch = job.partition("/")
         found[job] = (
-            run_stages(with_norms(training, mode))
-            if mode in ("stages", "moving")
+            run_stages(with_changes(training, mode))
+            if mode in ("stages", "moving", "averaged")
             else take_gradient(training, mode, batch)
         )
     torch.save(found, folder / f"rank{training.accelerator.process_index}.pt")

@@ -28,9 +28,18 @@ def balanced(tmp_path_factory) -> Path:
 TRAINED = ("trained/9", "trained/16", "trained/2")
 BACKGROUND = ("lrp/9", "lrp/2", "lrp_turn/9", "gradient/2", "gradient/9")
 JOBS = {
-    1: ("moving", "frozen/9", "frozen/2", *TRAINED, "bf16/9", *BACKGROUND, "frozen_lrp/9"),
+    1: (
+        "moving",
+        "averaged",
+        "frozen/9",
+        "frozen/2",
+        *TRAINED,
+        "bf16/9",
+        *BACKGROUND,
+        "frozen_lrp/9",
+    ),
     2: (
-        *("stages", "moving", "frozen/9", "frozen/9:2", *TRAINED),
+        *("stages", "moving", "averaged", "frozen/9", "frozen/9:2", *TRAINED),
         *("trained/9:1", "trained/9:3", "compiled/9", "bf16/9", "per_rank/9"),
         *("lrp/9", "gradient/9", "frozen_lrp/9:2"),
     ),
@@ -93,6 +102,18 @@ def test_moving_batchnorm_of_frozen_blocks_is_that_of_one_rank(outcomes):
                 assert torch.allclose(after, expected, rtol=1e-3, atol=1e-5), (stage, key)
             elif block_of(key, SMALL) not in one["trained"] and "tracked" not in key:
                 assert torch.equal(after, before), (stage, key)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_is_published_is_the_average_of_the_steps(outcomes, world):
+    """On each rank, by the formula, in float64; it is neither the first nor the last state."""
+    for rank in outcomes[world]:
+        for stage, one in rank["averaged"].items():
+            for key, expected in one["average"].items():
+                assert torch.allclose(one["best"][key].double(), expected, 1e-5, 1e-6), (stage, key)
+                if block_of(key, SMALL) in one["trained"]:
+                    for other in ("before", "after"):
+                        assert not torch.equal(one["best"][key], one[other][key]), (stage, key)
 
 
 def relative_difference(found: dict, expected: dict) -> float:
