@@ -1,18 +1,12 @@
-"""Assemble: decoded squares -> duplicates, splits, shards, index and audit."""
+"""Assemble: decoded squares -> duplicates, splits, samples.csv and shards."""
 
-import hashlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cxrdist.config import PackConfig
-from cxrdist.data.audit import Entry, audit, summary
-from cxrdist.data.depth import describe_depth
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.findings import Finding
 from cxrdist.data.found import LeftOut
@@ -20,106 +14,104 @@ from cxrdist.data.geometry import clipped, in_square
 from cxrdist.data.images import decode_png
 from cxrdist.data.index import (
     SAMPLE_COLUMNS,
-    CoverEntry,
-    IndexFile,
+    CoverHow,
+    CoverSplit,
+    Fit,
     Sample,
     ShardEntry,
-    SplitEntry,
-    SquaresEntry,
-    read_index,
     shard_name,
 )
 from cxrdist.data.labels import agree, joined, labels_of
-from cxrdist.data.masks import describe_masks, masks_line
 from cxrdist.data.records import SPLITS, Source
-from cxrdist.data.shards import Packed, SampleFile, describe_shard, sample_key, write_shard
-from cxrdist.data.splits import assign_splits, describe_split, group_by_patient, split_notes
+from cxrdist.data.shards import SHARED_COLUMNS, describe_shard, sample_key, write_shard
+from cxrdist.data.splits import assign_splits, group_by_patient
 from cxrdist.data.squares import Square
-from cxrdist.data.summary import count_fates, print_summary
 from cxrdist.data.views import LEFT_OUT
 from cxrdist.errors import CxrdistError
 from cxrdist.files import read_json, write_json, write_table
-from cxrdist.terminal import progress, table
+from cxrdist.terminal import progress
+
+ShardPlan = dict[str, list[int]]  # positions of the squares of each shard, by its file name
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A shard to write: its split, its number among the split's shards, its squares."""
+class Layout:
+    """The options that decide how squares become shards, as in `cxrdist.config.PackConfig`.
 
-    split: str
-    number: int
+    ``cover`` is None without --text-boxes.
+    """
+
+    size_px: int
+    fit: Fit
+    split: str | None
+    seed: int
+    shard_size: int
+    duplicates: Literal["join", "drop", "report"]
+    cover: CoverHow | None
+    cover_split: CoverSplit
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """The shards that were written, and what was found on the way.
+
+    Attributes:
+        source: what was read, with the packed records only.
+        squares: the squares of these records.
+        samples: the rows of samples.csv, in the order of the squares.
+        entries: the entries of the shards in index.json.
+        rejected: squares that were left out for a reason.
+        num_copies: number of squares that were dropped as copies.
+        duplicates: duplicates by position in ``squares``.
+        groups: a number per square; those with the same number are in one split.
+    """
+
+    source: Source
     squares: list[Square]
-
-    @property
-    def name(self) -> str:
-        """File name, SPLIT-000000.tar."""
-        return shard_name(self.split, self.number)
+    samples: list[Sample]
+    entries: list[ShardEntry]
+    rejected: list[Square]
+    num_copies: int
+    duplicates: Duplicates
+    groups: list[int]
 
 
 def assemble(
-    config: PackConfig,
-    source: Source,
-    squares: list[Square],
-    work: Path,
-    content: dict[str, object],
-) -> int:
-    """Find duplicates, draw splits, write shards, index and audit into ``work/shards``.
-
-    Returns:
-        The number of packed images.
-    """
+    source: Source, squares: list[Square], work: Path, content: dict[str, object], layout: Layout
+) -> Assembled:
+    """Find duplicates, draw splits, and write samples.csv and shards into ``work/shards``."""
     directory, parts = work / "shards", work / "squares"
     _begin(directory, content)
     rejected = [square for square in squares if square.reason]
-    squares = [square for square in squares if not square.reason]
-    _refuse_lost_classes(source, squares, rejected)
-
-    def pixels(number: int) -> NDArray[np.uint8]:
-        return decode_png(squares[number].png(parts))
-
-    duplicates = find_duplicates([_fingerprint(square) for square in squares], pixels)
-    num_read = len(squares)
-    if config.duplicates == "drop":
-        squares, duplicates = _drop(squares, duplicates, directory / "dropped.csv")
+    usable = [square for square in squares if not square.reason]
+    _refuse_lost_classes(source, usable, rejected)
+    duplicates = find_duplicates(
+        [square.fingerprint for square in usable],
+        lambda number: decode_png(usable[number].png(parts)),
+    )
+    squares = usable
+    if layout.duplicates == "drop":
+        squares = _drop(usable, duplicates, directory / "dropped.csv")
+        duplicates = Duplicates([], [])
     left_out = (*source.left_out, *(LeftOut(s.record.path, s.reason) for s in rejected))
     if left_out:
         write_table(directory / "rejected.csv", LeftOut._fields, sorted(left_out))
-    fates = count_fates(source, len(squares), [s.reason for s in rejected], num_read - len(squares))
     packed = replace(source, records=[square.record for square in squares])
     groups = group_by_patient(packed.records)
-    if config.duplicates == "join":
+    if layout.duplicates == "join":
         groups = join_groups(groups, duplicates.pairs)
-    splits = assign_splits(packed, config.split, config.seed, groups)
-    squares = _cover(config, squares, splits)
-    shards = _plan_shards(config, squares, splits)
-    samples = _write_samples(shards, directory)
-    entries = _write_shards(config, shards, parts, directory)
-    audit_file = audit(
-        _entries(squares, samples),
-        duplicates,
-        pixels,
-        source.classes,
-        source.task,
-        thumbnails=lambda number: squares[number].thumbnail(parts),
-    )
-    write_json(directory / "audit.json", audit_file)
-    index = _describe(config, packed, shards, entries, directory / "samples.csv")
-    index |= _describe_squares(squares)
-    if config.lungs_only:
-        index["lungs_only"] = True
-    if config.text_boxes:
-        index["cover"] = describe_cover(config, squares)
-    write_json(directory / "index.json", index)
-    print_summary(config, _of_views(source, rejected), packed.records, read_index(directory))
-    for line in _lines(config, squares, index):
-        print(line)
-    for line in split_notes(packed, config.split, groups, splits):
-        print(f"splits: {line}")
-    print(summary(audit_file))
-    print(table(fates, ("files", "")))
-    if left_out:
-        print(f"{config.out / 'rejected.csv'}: the files left out, with the reason of each")
-    return len(squares)
+    splits = assign_splits(packed, layout.split, layout.seed, groups)
+    squares = _cover(squares, splits, layout.cover_split)
+    plan = plan_shards(splits, layout.seed, layout.shard_size)
+    samples = write_samples(squares, plan, directory)
+    with progress(len(squares), "writing", "images") as bar:
+        entries = []
+        for name, members in plan.items():
+            chosen = [(samples[i], squares[i]) for i in members]
+            entries.append(_write_shard(directory / name, chosen, parts, layout))
+            bar.update(len(members))
+    num_copies = len(usable) - len(squares)
+    return Assembled(packed, squares, samples, entries, rejected, num_copies, duplicates, groups)
 
 
 def _begin(directory: Path, content: dict[str, object]) -> None:
@@ -155,27 +147,7 @@ def _refuse_lost_classes(source: Source, squares: list[Square], rejected: list[S
             )
 
 
-def _of_views(source: Source, rejected: list[Square]) -> Source:
-    """Return the source without images that have views which are not packed, for the counts."""
-    others = {square.record.path for square in rejected if square.reason in LEFT_OUT.values()}
-    return replace(source, records=[r for r in source.records if r.path not in others])
-
-
-def _cover(config: PackConfig, squares: list[Square], splits: list[str]) -> list[Square]:
-    """Use the covered squares in the split to be covered.
-
-    Splits and duplicates are determined before, so that they do not depend on what is covered.
-    """
-    chosen = SPLITS if config.cover_split == "all" else (config.cover_split,)
-    return [
-        square.cover() if split in chosen else square
-        for square, split in zip(squares, splits, strict=True)
-    ]
-
-
-def _drop(
-    squares: list[Square], duplicates: Duplicates, listed: Path
-) -> tuple[list[Square], Duplicates]:
+def _drop(squares: list[Square], duplicates: Duplicates, listed: Path) -> list[Square]:
     """Keep one image of each group of copies, none if their labels differ.
 
     If the source gives the copies several splits, the one in test is kept.
@@ -198,120 +170,70 @@ def _drop(
             dropped[i] = first.path, reason
     rows = [(squares[i].record.path, *dropped[i]) for i in sorted(dropped)]
     write_table(listed, ("path", "as", "reason"), rows)
-    kept = [square for i, square in enumerate(squares) if i not in dropped]
-    return kept, Duplicates([], [])
+    return [square for i, square in enumerate(squares) if i not in dropped]
 
 
-def _plan_shards(config: PackConfig, squares: list[Square], splits: list[str]) -> list[Shard]:
-    """Choose the order of the samples in the shards."""
-    shards = []
+def _cover(squares: list[Square], splits: list[str], cover_split: CoverSplit) -> list[Square]:
+    """Use the covered squares in the split to be covered.
+
+    Splits and duplicates are determined before, so that they do not depend on what is covered.
+    """
+    chosen = SPLITS if cover_split == "all" else (cover_split,)
+    return [
+        square.cover() if split in chosen else square
+        for square, split in zip(squares, splits, strict=True)
+    ]
+
+
+def plan_shards(splits: list[str], seed: int, shard_size: int) -> ShardPlan:
+    """Choose the order of the samples in the shards.
+
+    Args:
+        splits: split of each square.
+        seed: of the order.
+        shard_size: samples per shard.
+    """
+    plan = {}
     for split in SPLITS:
-        members = [square for square, name in zip(squares, splits, strict=True) if name == split]
-        random = np.random.Generator(np.random.Philox([config.seed, SPLITS.index(split)]))
+        members = [i for i, name in enumerate(splits) if name == split]
+        random = np.random.Generator(np.random.Philox([seed, SPLITS.index(split)]))
         members = [members[i] for i in random.permutation(len(members))]
-        shards += [
-            Shard(split, number, members[start : start + config.shard_size])
-            for number, start in enumerate(range(0, len(members), config.shard_size))
-        ]
-    return shards
+        for number, start in enumerate(range(0, len(members), shard_size)):
+            plan[shard_name(split, number)] = members[start : start + shard_size]
+    return plan
 
 
-def _write_samples(shards: list[Shard], directory: Path) -> list[Sample]:
-    """Write samples.csv before the shards; if it has changed, remove shards written before."""
-    samples = [_sample(shard, square) for shard in shards for square in shard.squares]
-    keys = Counter(sample.key for sample in samples)
+def write_samples(squares: list[Square], plan: ShardPlan, directory: Path) -> list[Sample]:
+    """Write samples.csv before the shards; if it has changed, remove shards written before.
+
+    Returns:
+        The sample of each square.
+    """
+    samples = {i: _sample(squares[i], name) for name, members in plan.items() for i in members}
+    keys = Counter(sample.key for sample in samples.values())
     clash = next((key for key, times in keys.items() if times > 1), None)
     if clash:
         raise CxrdistError(f"two images have the key {clash}; rename one of them")
     path = directory / "samples.csv"
     before = path.read_bytes() if path.is_file() else b""
-    write_table(path, SAMPLE_COLUMNS, samples)
+    write_table(path, SAMPLE_COLUMNS, samples.values())
     if path.read_bytes() != before:
         for shard in directory.glob("*.tar"):
             shard.unlink()
-    return samples
+    return [samples[i] for i in range(len(squares))]
 
 
-def _write_shards(
-    config: PackConfig, shards: list[Shard], parts: Path, directory: Path
-) -> list[ShardEntry]:
-    """Write the missing shards; return the index entries of all."""
-    entries = []
-    total = sum(len(shard.squares) for shard in shards)
-    with progress(total, "writing", "images") as bar:
-        for shard in shards:
-            path = directory / shard.name
-            if not path.is_file():
-                write_shard(path, (_packed(config, square, parts) for square in shard.squares))
-            entries.append(describe_shard(path, len(shard.squares)))
-            bar.update(len(shard.squares))
-    return entries
-
-
-def _packed(config: PackConfig, square: Square, parts: Path) -> Packed:
-    """Return the files of a sample."""
-    return Packed(_about(config, square), square.png(parts), square.mask(parts))
-
-
-def _about(config: PackConfig, square: Square) -> SampleFile:
-    """Return the content of a sample's KEY.json."""
-    record = square.record
-    about: SampleFile = {
-        "key": sample_key(record.path),
-        "label": record.label,
-        "patient": record.patient,
-        "source": record.source,
-        "path": record.path,
-        "view": record.view,
-        "width_px": square.width_px,
-        "height_px": square.height_px,
-        "sex": record.sex,
-        "age": record.age,
-        "uncertain": record.uncertain,
-        "missing": record.missing,
-        "assumed_absent": record.assumed_absent,
-    }
-    if record.findings:
-        about["boxes"] = _boxes(config, square)
-    return about
-
-
-def _boxes(config: PackConfig, square: Square) -> list[Finding]:
-    """Return the boxes of a record's findings in px of its square, clipped to it."""
-    original = square.width_px, square.height_px
-    there = (in_square(f, *original, config.size, config.fit) for f in square.record.findings)
-    return [box for box in (clipped(f, config.size) for f in there) if box is not None]
-
-
-def _lines(config: PackConfig, squares: list[Square], index: IndexFile) -> Iterator[str]:
-    """Yield lines for the user about depths, masks and boxes, if there are any."""
-    if depth := index.get("depth"):
-        yield describe_depth(depth, [square.used_depth for square in squares])
-    if masks := index.get("masks"):
-        yield masks_line(masks, len(squares))
-    with_boxes = [square for square in squares if square.record.findings]
-    num_boxes = sum(len(square.record.findings) for square in with_boxes)
-    lost = num_boxes - sum(len(_boxes(config, square)) for square in with_boxes)
-    if num_boxes:
-        outside = f"; {lost} lie outside of the square and are left out" if lost else ""
-        yield f"findings: {num_boxes} boxes in {len(with_boxes)} images{outside}"
-
-
-def _fingerprint(square: Square) -> Any:
-    return square.fingerprint
-
-
-def _sample(shard: Shard, square: Square) -> Sample:
+def _sample(square: Square, shard: str) -> Sample:
     record = square.record
     return Sample(
         key=sample_key(record.path),
-        split=shard.split,
-        shard=shard.name,
+        split=shard.split("-")[0],
+        shard=shard,
         label=record.label,
         patient=record.patient,
         source=record.source,
         path=record.path,
-        sha256=_fingerprint(square).sha256,
+        sha256=square.fingerprint.sha256,
         sex=record.sex,
         age="" if record.age is None else f"{record.age:.4g}",
         view=record.view,
@@ -322,69 +244,27 @@ def _sample(shard: Shard, square: Square) -> Sample:
     )
 
 
-def _entries(squares: list[Square], samples: list[Sample]) -> list[Entry]:
-    """Return what the audit needs to know of each square, in the order of the squares."""
-    by_path = {sample.path: sample for sample in samples}
-    return [
-        Entry(
-            by_path[square.record.path],
-            square.width_px,
-            square.height_px,
-            _fingerprint(square),
-            square.mask_share if square.mask_sha256 else None,
-        )
-        for square in squares
-    ]
+def _write_shard(
+    path: Path, chosen: list[tuple[Sample, Square]], parts: Path, layout: Layout
+) -> ShardEntry:
+    """Write a shard if it is missing; return its index entry."""
+    files = ((_sample_file(sample, s, layout), s.png(parts), s.mask(parts)) for sample, s in chosen)
+    if not path.is_file():
+        write_shard(path, files)
+    return describe_shard(path, len(chosen))
 
 
-def _describe(
-    config: PackConfig,
-    source: Source,
-    shards: list[Shard],
-    entries: list[ShardEntry],
-    samples: Path,
-) -> IndexFile:
-    """Return the content of index.json."""
-    splits: dict[str, SplitEntry] = {}
-    for split in SPLITS:
-        own = [(s, e) for s, e in zip(shards, entries, strict=True) if s.split == split]
-        labels = Counter(
-            name
-            for shard, _ in own
-            for square in shard.squares
-            for name in labels_of(square.record.label)
-        )
-        splits[split] = {
-            "samples": sum(len(shard.squares) for shard, _ in own),
-            "classes": {name: labels[name] for name in source.classes},
-            "shards": [entry for _, entry in own],
-        }
-    return {
-        "format": "cxrdist-shards-1",
-        "task": source.task,
-        "classes": source.classes,
-        "image_size_px": config.size,
-        "fit": config.fit,
-        "split": describe_split(source, config.split),
-        "seed": config.seed,
-        "samples_sha256": hashlib.sha256(samples.read_bytes()).hexdigest(),
-        "splits": splits,
-    }
+def _sample_file(sample: Sample, square: Square, layout: Layout) -> dict[str, Any]:
+    """Return the content of a sample's KEY.json."""
+    about = {column: getattr(sample, column) for column in (*SHARED_COLUMNS, "sex")}
+    about |= {"width_px": square.width_px, "height_px": square.height_px, "age": square.record.age}
+    if square.record.findings:
+        about["boxes"] = [box._asdict() for box in findings_in_square(square, layout)]
+    return about
 
 
-def _describe_squares(squares: list[Square]) -> SquaresEntry:
-    """Return the fields of index.json on depths and masks."""
-    masks = describe_masks([square.mask_share for square in squares if square.mask_sha256])
-    depth = next((square.depth for square in squares if square.depth), None)
-    return {"depth": depth, "masks": masks} if masks else {"depth": depth}
-
-
-def describe_cover(config: PackConfig, squares: list[Square]) -> CoverEntry:
-    """Return the entry of index.json on covered burned-in text; only for packs that cover some."""
-    covered = [square for square in squares if square.covered]
-    return {
-        "how": config.cover,
-        "split": config.cover_split,
-        "images": len(covered),
-        "boxes": sum(len(square.record.boxes) for square in covered),
-    }
+def findings_in_square(square: Square, layout: Layout) -> list[Finding]:
+    """Return the boxes of a record's findings in px of its square, clipped to it."""
+    original = square.width_px, square.height_px
+    there = (in_square(f, *original, layout.size_px, layout.fit) for f in square.record.findings)
+    return [box for box in (clipped(f, layout.size_px) for f in there) if box is not None]

@@ -17,12 +17,10 @@ from cxrdist.data.index import (
     PackedShard,
     Sample,
     ShardEntry,
-    SplitEntry,
+    describe_splits,
     shard_name,
 )
-from cxrdist.data.labels import labels_of
-from cxrdist.data.records import SPLITS
-from cxrdist.data.shards import Packed, SampleFile, describe_shard, open_shard, write_shard
+from cxrdist.data.shards import SampleFile, describe_shard, open_shard, write_shard
 from cxrdist.files import write_json, write_table
 from cxrdist.terminal import progress
 
@@ -51,7 +49,8 @@ class _Derived(NamedTuple):
     """A sample of derived shards."""
 
     sample: Sample
-    packed: Packed
+    about: SampleFile
+    png: bytes
 
 
 def derive_shards(
@@ -92,7 +91,7 @@ def derive_shards(
                 continue
             written[split] += 1
             for directory, row, own, known in zip(directories, rows, samples, entries, strict=True):
-                write_shard(directory / name, (derived.packed for derived in row))
+                write_shard(directory / name, ((d.about, d.png, b"") for d in row))
                 own += [derived.sample for derived in row]
                 known.append(describe_shard(directory / name, len(row)))
     for directory, own, known in zip(directories, samples, entries, strict=True):
@@ -112,7 +111,7 @@ def _derive(sample: Sample, shard: str, original: Original, square: NDArray[np.u
     about.pop("boxes", None)
     digest = hashlib.sha256(square.tobytes()).hexdigest()
     row = sample._replace(shard=shard, sha256=digest, mask_sha256="")
-    return _Derived(row, Packed(about, encode_png(square)))
+    return _Derived(row, about, encode_png(square))
 
 
 def _write_index(
@@ -129,21 +128,8 @@ def _write_index(
         "fit": index.fit,
         "split": index.split,
         "samples_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
-        "splits": {split: _describe_split(index, split, samples, entries) for split in SPLITS},
+        "splits": describe_splits(index.classes, samples, entries),
         "cover": index.cover,
         "depth": index.depth,
     }
     write_json(directory / "index.json", content)
-
-
-def _describe_split(
-    index: Index, split: str, samples: list[Sample], entries: list[ShardEntry]
-) -> SplitEntry:
-    own = [sample for sample in samples if sample.split == split]
-    shards = {sample.shard for sample in own}
-    labels = Counter(name for sample in own for name in labels_of(sample.label))
-    return {
-        "samples": len(own),
-        "classes": {name: labels[name] for name in index.classes},
-        "shards": [entry for entry in entries if entry.name in shards],
-    }

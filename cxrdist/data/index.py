@@ -5,7 +5,7 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, islice
 from pathlib import Path
@@ -115,16 +115,7 @@ class CoverEntry(TypedDict):
     boxes: Annotated[int, Between(0, 1000 * MOST_SAMPLES)]
 
 
-class SquaresEntry(TypedDict):
-    """Fields of index.json that are known once all squares and masks are decoded."""
-
-    depth: NotRequired[Depth | None]
-    """Bit depth assumed for images that do not declare theirs."""
-    masks: NotRequired[MasksEntry]
-    """Only where images have a mask."""
-
-
-class IndexFile(SquaresEntry):
+class IndexFile(TypedDict):
     """The content of index.json."""
 
     format: Literal["cxrdist-shards-1"]
@@ -137,6 +128,10 @@ class IndexFile(SquaresEntry):
     seed: NotRequired[int]
     samples_sha256: Sha256
     splits: dict[str, SplitEntry]
+    depth: NotRequired[Depth | None]
+    """Bit depth assumed for images that do not declare theirs."""
+    masks: NotRequired[MasksEntry]
+    """Only where images have a mask."""
     cover: NotRequired[CoverEntry | None]
     lungs_only: NotRequired[bool]
     """Whether everything outside the masks is black; false if missing."""
@@ -335,6 +330,22 @@ def _shards_of(content: IndexFile) -> list[ShardEntry]:
 def shard_name(split: str, number: int) -> str:
     """Return the file name of a shard, SPLIT-000000.tar."""
     return f"{split}-{number:06d}.tar"
+
+
+def describe_splits(
+    classes: Sequence[str], samples: Sequence[Sample], shards: Sequence[ShardEntry]
+) -> dict[str, SplitEntry]:
+    """Return the entries of the splits in index.json."""
+    splits: dict[str, SplitEntry] = {}
+    for split in SPLITS:
+        own = [sample for sample in samples if sample.split == split]
+        labels = Counter(name for sample in own for name in labels_of(sample.label))
+        splits[split] = {
+            "samples": len(own),
+            "classes": {name: labels[name] for name in classes},
+            "shards": [shard for shard in shards if shard.name.startswith(f"{split}-")],
+        }
+    return splits
 
 
 def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Sample]]:

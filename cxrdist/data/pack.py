@@ -16,7 +16,7 @@ from cxrdist.data.anonymise import (
     shared_key,
     write_names,
 )
-from cxrdist.data.assemble import assemble
+from cxrdist.data.assemble import Layout, assemble
 from cxrdist.data.decoding import (
     decode_missing,
     read_squares,
@@ -41,6 +41,7 @@ from cxrdist.data.records import Source
 from cxrdist.data.sources import read_source
 from cxrdist.data.splits import parse_split
 from cxrdist.data.squares import make_squares, plan_parts
+from cxrdist.data.summary import describe
 from cxrdist.errors import CxrdistError
 from cxrdist.files import (
     locked,
@@ -102,12 +103,16 @@ def pack(config: PackConfig) -> None:
         if config.anonymise is None and not private:
             refuse_late_dicom(squares, work)
         with _on_this_machine(work) as here:
-            num_packed = assemble(config, source, squares, here, content)
+            layout = _layout(config)
+            shards = assemble(source, squares, here, content, layout)
+            describe(source, shards, here, layout, config.expect, config.source)
+            if (here / "shards" / "rejected.csv").is_file():
+                print(f"{config.out / 'rejected.csv'}: the files left out, with the reason of each")
             if names:
                 write_names(names_file(config.out), key, names)
             publish(here / "shards", config.out)
         remove(work)
-        print(f"packed {num_packed} images into {config.out}")
+        print(f"packed {len(shards.squares)} images into {config.out}")
         if names:
             print(f"{names_file(config.out)}: the original of each name; keep it private")
 
@@ -140,6 +145,19 @@ def _refuse_bad_source(config: PackConfig, source: Source) -> None:
         refuse_empty_cover(source, config.split, config.cover_split)
     drops_copies = config.duplicates == "drop"
     refuse_bad_splits(source, config.split, config.seed, drops_copies=drops_copies)
+
+
+def _layout(config: PackConfig) -> Layout:
+    return Layout(
+        size_px=config.size,
+        fit=config.fit,
+        split=config.split,
+        seed=config.seed,
+        shard_size=config.shard_size,
+        duplicates=config.duplicates,
+        cover=config.cover if config.text_boxes else None,
+        cover_split=config.cover_split,
+    )
 
 
 def _is_packed(out: Path, work: Path, content: dict[str, object]) -> bool:

@@ -10,7 +10,7 @@ import struct
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple, NotRequired, TypedDict
@@ -30,6 +30,8 @@ from cxrdist.files import atomic_file, judging
 MOST_JSON_BYTES = 1 << 20  # of a KEY.json, which names a path and labels
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and the header's length (ISO 15948, 5.2)
 PNG_START = struct.Struct(">16sIIBBBBB")
+# Columns of samples.csv that KEY.json repeats.
+SHARED_COLUMNS = ("key", "label", "patient", "source", "path", "view", *NOT_STATED)
 GREY = (8, 0, 0, 0, 0)  # bits, colour type, compression, filter, interlace (11.2.2)
 
 Pixels = Annotated[int, Between(1, MOST_PIXELS)]
@@ -60,20 +62,6 @@ class SampleFile(TypedDict):
     """Of findings, in px of the square."""
 
 
-class Packed(NamedTuple):
-    """The files of a sample in a shard.
-
-    Attributes:
-        about: content of KEY.json.
-        png: the square as a PNG.
-        mask: a PNG of 0 and 255 of the square's size; empty without a mask.
-    """
-
-    about: SampleFile
-    png: bytes
-    mask: bytes = b""
-
-
 class _Place(NamedTuple):
     """Position of a member's content in its shard."""
 
@@ -102,24 +90,24 @@ class _Places(NamedTuple):
     png: _Place
 
 
-def write_shard(path: Path, samples: Iterable[Packed]) -> None:
-    """Write a shard atomically and reproducibly: the same samples give the same bytes."""
+def write_shard(path: Path, samples: Iterable[tuple[Mapping[str, object], bytes, bytes]]) -> None:
+    """Write a shard atomically and reproducibly: the same samples give the same bytes.
+
+    Args:
+        path: where it goes.
+        samples: of each the content of KEY.json (`SampleFile`), the square as a PNG, and its mask
+            as a PNG of 0 and 255, empty without one.
+    """
     with (
         atomic_file(path) as partial,
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for about, png, mask in samples:
-            add_member(tar, f"{about['key']}.json", _encoded(about))
+            content = json.dumps(about, sort_keys=True, allow_nan=False).encode()
+            add_member(tar, f"{about['key']}.json", content)
             if mask:
                 add_member(tar, f"{about['key']}.mask.png", mask)
             add_member(tar, f"{about['key']}.png", png)
-
-
-def _encoded(about: SampleFile) -> bytes:
-    content: dict[str, object] = {**about}
-    if "boxes" in about:
-        content["boxes"] = [box._asdict() for box in about["boxes"]]
-    return json.dumps(content, sort_keys=True, allow_nan=False).encode()
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -240,7 +228,7 @@ class OpenShard:
         given: dict[str, object] = {**about}
         if not sample.view:  # shards of older versions have the view only in KEY.json
             given["view"] = ""
-        for column in ("key", "label", "patient", "source", "path", "view", *NOT_STATED):
+        for column in SHARED_COLUMNS:
             if given.get(column, "") != getattr(sample, column):
                 raise CxrdistError(
                     f"{path}: the {column} of {sample.key} differs from samples.csv; pack the "

@@ -41,6 +41,7 @@ CHUNK = 16  # images sent to a worker at once
 State = tuple[int, ...]
 Encoded = tuple["Square", bytes]  # a square, and its PNGs and thumbnails
 Pending = tuple[list[State], Job[Record, Encoded]]
+NO_FINGERPRINT = Fingerprint("", b"", b"", {})  # of what could not be decoded
 Kept = dict[int, Encoded]  # squares that need no decoding, by position of the record
 NOT_STORED = ("record", "covered", "part", "first_byte")  # known to who reads a part
 THUMBNAIL_BYTES = THUMBNAIL_PX**2
@@ -79,7 +80,7 @@ class Square:
     state: State = ()
     reason: str = ""
     png_bytes: int = 0
-    fingerprint: Fingerprint | None = None
+    fingerprint: Fingerprint = NO_FINGERPRINT
     width_px: int = 0
     height_px: int = 0
     patient: str = ""
@@ -105,7 +106,7 @@ class Square:
 
     def cover(self) -> "Square":
         """Return the square with its burned-in text covered, if it has any."""
-        if not self.covered_bytes:
+        if self.covered_fingerprint is None:
             return self
         return replace(self, covered=True, fingerprint=self.covered_fingerprint)
 

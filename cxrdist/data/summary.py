@@ -1,21 +1,26 @@
-"""Summary: what a pack prints about its shards."""
+"""Summary: what a pack tells about its shards, in index.json, in audit.json and on the screen."""
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 
-from cxrdist.config import PackConfig
-from cxrdist.data.index import Index
+from cxrdist.data.assemble import Assembled, Layout, findings_in_square
+from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.audit_file import AuditFile
+from cxrdist.data.depth import describe_depth
+from cxrdist.data.images import decode_png
+from cxrdist.data.index import Index, IndexFile, describe_splits, read_index
 from cxrdist.data.labels import NOT_STATED
-from cxrdist.data.records import (
-    SPLITS,
-    Record,
-    Source,
-    count_unmatched,
-    differences,
-)
+from cxrdist.data.masks import describe_masks, masks_line
+from cxrdist.data.records import SPLITS, Record, Source, count_unmatched, differences
 from cxrdist.data.sources import ONLY_FOR
+from cxrdist.data.splits import describe_split, split_notes
+from cxrdist.data.squares import Square
 from cxrdist.data.views import LEFT_OUT, NAMES
 from cxrdist.errors import RunFailedError
+from cxrdist.files import write_json
 from cxrdist.info import LabelAmount
 from cxrdist.terminal import table
 
@@ -24,36 +29,120 @@ MOST_SOURCES = 10  # in a line
 _PATIENT_HINT = " (give patients with --patient-pattern or a csv column `patient`)"
 
 
-def print_summary(config: PackConfig, source: Source, records: list[Record], index: Index) -> None:
-    """Print how many images and patients were packed, with notes and unexpected counts.
+def describe(
+    source: Source,
+    shards: Assembled,
+    work: Path,
+    layout: Layout,
+    expect: Mapping[str, int],
+    kind: str,
+) -> None:
+    """Write audit.json and index.json into ``work/shards``, and print a summary.
 
     Args:
-        config: the options.
         source: what was read.
-        records: the packed records.
-        index: of the shards.
+        shards: what was written.
+        work: the directory of the unfinished pack.
+        layout: the options that decided the shards.
+        expect: expected images per class.
+        kind: of the source, as in --source.
+
+    Raises:
+        RunFailedError: a file was lost.
     """
+    directory = work / "shards"
+    fates = _count_fates(source, shards)
+    audit_file = _audit(shards, work / "squares")
+    write_json(directory / "audit.json", audit_file)
+    described = index_file(shards, directory / "samples.csv", layout)
+    write_json(directory / "index.json", described)
+    index, splits = read_index(directory), [sample.split for sample in shards.samples]
+    _print_counts(index)
+    for lines in (
+        _tell_origins(index),
+        _tell_patients(shards.source.records, kind),
+        _tell_cover(index),
+        (f"{source.name}: {line}" for line in source.notes),
+        (
+            f"unexpected count in {source.name}: {line}"
+            for line in differences(_of_views(source, shards.rejected), expect)
+        ),
+        _tell_squares(shards.squares, described, layout),
+        (
+            f"splits: {line}"
+            for line in split_notes(shards.source, layout.split, shards.groups, splits)
+        ),
+        (summary(audit_file), table(fates, ("files", ""))),
+    ):
+        for line in lines:
+            print(line)
+
+
+def _audit(shards: Assembled, parts: Path) -> AuditFile:
+    """Audit the squares, in the order of the records."""
+    squares = shards.squares
+    entries = [
+        Entry(row, s.width_px, s.height_px, s.fingerprint, s.mask_share if s.mask_sha256 else None)
+        for row, s in zip(shards.samples, squares, strict=True)
+    ]
+    return audit(
+        entries,
+        shards.duplicates,
+        lambda number: decode_png(squares[number].png(parts)),
+        shards.source.classes,
+        shards.source.task,
+        thumbnails=lambda number: squares[number].thumbnail(parts),
+    )
+
+
+def index_file(shards: Assembled, samples: Path, layout: Layout) -> IndexFile:
+    """Return the content of index.json."""
+    source, squares = shards.source, shards.squares
+    index: IndexFile = {
+        "format": "cxrdist-shards-1",
+        "task": source.task,
+        "classes": source.classes,
+        "image_size_px": layout.size_px,
+        "fit": layout.fit,
+        "split": describe_split(source, layout.split),
+        "seed": layout.seed,
+        "samples_sha256": hashlib.sha256(samples.read_bytes()).hexdigest(),
+        "splits": describe_splits(source.classes, shards.samples, shards.entries),
+        "depth": next((square.depth for square in squares if square.depth), None),
+    }
+    if masks := describe_masks([square.mask_share for square in squares if square.mask_sha256]):
+        index["masks"] = masks
+    if any(record.lungs_only for record in source.records):
+        index["lungs_only"] = True
+    if layout.cover:
+        covered = [square for square in squares if square.covered]
+        index["cover"] = {
+            "how": layout.cover,
+            "split": layout.cover_split,
+            "images": len(covered),
+            "boxes": sum(len(square.record.boxes) for square in covered),
+        }
+    return index
+
+
+def _print_counts(index: Index) -> None:
+    """Print how many images and patients were packed per class, and the labels of each kind."""
     counts = index.counts()
     print(table(_class_by_split(index, counts), ("class", *SPLITS, "all", "patients")))
-    print(f"images of {len({record.patient for record in records})} patients, none in two splits")
+    print(f"images of {len({s.patient for s in index.samples})} patients, none in two splits")
     _print_labels(index, counts)
-    for line in _tell_origins(index):
-        print(line)
-    unmatched = count_unmatched(records)
-    if unmatched:
-        print(
-            f"{unmatched} of {len(records)} images have no known patient; each counts as a patient "
-            f"of its own{_PATIENT_HINT if config.source in ONLY_FOR['patient_pattern'] else ''}"
-        )
-    if cover := index.cover:
-        print(
-            f"burned-in text: {cover['boxes']} boxes in {cover['images']} images are covered "
-            f"({config.cover}, {config.cover_split})"
-        )
-    for line in source.notes:
-        print(f"{source.name}: {line}")
-    for line in differences(source, config.expect):
-        print(f"unexpected count in {source.name}: {line}")
+
+
+def _class_by_split(index: Index, counts: Counts) -> list[list[str]]:
+    """Return the rows of the class x split table: images, then the patients of the class."""
+    rows = []
+    for name in index.classes:
+        images = [counts[split][name]["images"] for split in SPLITS]
+        patients = sum(counts[split][name]["patients"] for split in SPLITS)
+        rows.append([name, *map(str, images), str(sum(images)), str(patients)])
+    held = Counter(sample.split for sample in index.samples)
+    totals = [*(held[split] for split in SPLITS), len(index.samples)]
+    return [*rows, ["all", *map(str, totals), str(len({s.patient for s in index.samples}))]]
 
 
 def _print_labels(index: Index, counts: Counts) -> None:
@@ -85,24 +174,56 @@ def _listed(counts: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts)
 
 
-def count_fates(
-    source: Source, num_packed: int, rejected: Sequence[str], num_copies: int
-) -> list[tuple[str, str]]:
-    """Return the rows of the table that accounts for all files, most frequent reasons first.
+def _tell_patients(records: list[Record], kind: str) -> Iterator[str]:
+    """Yield a line on images without a known patient, if there are any."""
+    if unmatched := count_unmatched(records):
+        yield (
+            f"{unmatched} of {len(records)} images have no known patient; each counts as a patient "
+            f"of its own{_PATIENT_HINT if kind in ONLY_FOR['patient_pattern'] else ''}"
+        )
 
-    Args:
-        source: what was read.
-        num_packed: images in the shards.
-        rejected: reasons of records that were left out after their files were read.
-        num_copies: records that were dropped as copies.
+
+def _tell_cover(index: Index) -> Iterator[str]:
+    """Yield a line on covered text, if any was to be covered."""
+    if cover := index.cover:
+        yield (
+            f"burned-in text: {cover['boxes']} boxes in {cover['images']} images are covered "
+            f"({cover['how']}, {cover['split']})"
+        )
+
+
+def _tell_squares(squares: list[Square], index: IndexFile, layout: Layout) -> Iterator[str]:
+    """Yield lines on depths, masks and boxes, if there are any."""
+    if depth := index.get("depth"):
+        yield describe_depth(depth, [square.used_depth for square in squares])
+    if masks := index.get("masks"):
+        yield masks_line(masks, len(squares))
+    with_boxes = [square for square in squares if square.record.findings]
+    num_boxes = sum(len(square.record.findings) for square in with_boxes)
+    lost = num_boxes - sum(len(findings_in_square(square, layout)) for square in with_boxes)
+    if num_boxes:
+        outside = f"; {lost} lie outside of the square and are left out" if lost else ""
+        yield f"findings: {num_boxes} boxes in {len(with_boxes)} images{outside}"
+
+
+def _of_views(source: Source, rejected: list[Square]) -> Source:
+    """Return the source without images that have views which are not packed, for the counts."""
+    others = {square.record.path for square in rejected if square.reason in LEFT_OUT.values()}
+    return replace(source, records=[r for r in source.records if r.path not in others])
+
+
+def _count_fates(source: Source, shards: Assembled) -> list[tuple[str, str]]:
+    """Return the rows of the table that accounts for all files, most frequent reasons first.
 
     Raises:
         RunFailedError: the numbers do not add up, so a file was lost.
     """
     reasons = Counter(left.reason for left in source.left_out)
     views = LEFT_OUT.values()
-    reasons += Counter(reason if reason in views else "unreadable" for reason in rejected)
-    reasons += Counter({"copy, in dropped.csv": num_copies})
+    late = (square.reason for square in shards.rejected)
+    reasons += Counter(reason if reason in views else "unreadable" for reason in late)
+    reasons += Counter({"copy, in dropped.csv": shards.num_copies})
+    num_packed = len(shards.squares)
     if source.num_found != num_packed + reasons.total():
         raise RunFailedError(
             f"{source.num_found} files were found, but {num_packed} are packed and "
@@ -110,15 +231,3 @@ def count_fates(
         )
     left_out = [(f"left out: {reason}", str(number)) for reason, number in reasons.most_common()]
     return [("found", str(source.num_found)), ("packed", str(num_packed)), *left_out]
-
-
-def _class_by_split(index: Index, counts: Counts) -> list[list[str]]:
-    """Return the rows of the class x split table: images, then the patients of the class."""
-    rows = []
-    for name in index.classes:
-        images = [counts[split][name]["images"] for split in SPLITS]
-        patients = sum(counts[split][name]["patients"] for split in SPLITS)
-        rows.append([name, *map(str, images), str(sum(images)), str(patients)])
-    held = Counter(sample.split for sample in index.samples)
-    totals = [*(held[split] for split in SPLITS), len(index.samples)]
-    return [*rows, ["all", *map(str, totals), str(len({s.patient for s in index.samples}))]]

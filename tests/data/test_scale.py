@@ -15,15 +15,17 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 from cxrdist.config import Augmentation, PackConfig
-from cxrdist.data import assemble as packing
+from cxrdist.data.assemble import Assembled, Layout, plan_shards, write_samples
 from cxrdist.data.audit import shared_patients
 from cxrdist.data.chestxray14 import LABELS
+from cxrdist.data.duplicates import Duplicates
 from cxrdist.data.fingerprint import Fingerprint
 from cxrdist.data.index import ShardEntry, read_index
 from cxrdist.data.plan import copies_of, plan_epoch
 from cxrdist.data.records import Record, Source
 from cxrdist.data.splits import assign_splits
 from cxrdist.data.squares import Square
+from cxrdist.data.summary import index_file
 from cxrdist.files import write_json
 
 random, out = np.random.default_rng(0), Path(sys.argv[1])
@@ -43,22 +45,25 @@ config = PackConfig("csv", out / "in.csv", out / "shards")
 
 start = time.perf_counter()
 splits = assign_splits(source, config.split, config.seed)
-shards = packing._plan_shards(config, squares, splits)
-samples = packing._write_samples(shards, out)
-entries = [ShardEntry(shard.name, len(shard.squares), 1, "0" * 64) for shard in shards]
-described = packing._describe(config, source, shards, entries, out / "samples.csv")
-write_json(out / "index.json", described)
+plan = plan_shards(splits, config.seed, config.shard_size)
+samples = write_samples(squares, plan, out)
+layout = Layout(
+    config.size, config.fit, None, config.seed, config.shard_size, config.duplicates, None, "all"
+)
+entries = [ShardEntry(name, len(members), 1, "0" * 64) for name, members in plan.items()]
+shards = Assembled(source, squares, samples, entries, [], 0, Duplicates([], []), [])
+write_json(out / "index.json", index_file(shards, out / "samples.csv", layout))
 shared = shared_patients(samples, lambda sample: [sample.split])
 index = read_index(out)
 train, targets = np.array(index.numbers("train")), index.targets()
 copies = copies_of(targets, index.classes, {"Hernia": 8})
-plan = plan_epoch(train, copies[train], Augmentation(), 64, (0, "head", 0))
+epoch = plan_epoch(train, copies[train], Augmentation(), 64, (0, "head", 0))
 seconds = time.perf_counter() - start
 print(json.dumps({
     "seconds": seconds,
     "samples": len(index.samples),
     "shared": len(shared),
-    "planned": np.array_equal(np.bincount(plan.samples, minlength=112_120)[train], copies[train]),
+    "planned": np.array_equal(np.bincount(epoch.samples, minlength=112_120)[train], copies[train]),
     "fractions": [len(index.numbers(split)) / 112_120 for split in ("train", "val", "test")],
 }))
 """
