@@ -96,6 +96,10 @@ def ambiguous(images, folder):
     draw(folder / "0.png")
 
 
+def of_three(images, folder):
+    draw(images / "c" / "0.jpg", folder / "0.png")
+
+
 def two(images, folder):
     draw(folder / "a/0.png", folder / "a/0.gif")
 
@@ -118,6 +122,7 @@ REFUSED = {
     "no folder": (no_folder, "no such folder or table"),
     "none fits": (none_fits, r"none of its 1 masks .* like a/0\.png, found c/0\.png"),
     "of two images": (ambiguous, r"0\.png matches both a/0\.jpg and b/0\.jpg"),
+    "of three images": (of_three, r"0\.png matches both a/0\.jpg and b/0\.jpg"),
     "two masks": (two, r"a/0\.gif and a/0\.png both match a/0\.jpg; remove one"),
     "a poor table": (poor, r"0 masks .* found nothing; 1 masks have a Dice RCA below 0\.7"),
     "a table of others": (strange, r"found .*m row 2 \(z\.png\)"),

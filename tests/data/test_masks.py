@@ -65,6 +65,18 @@ def test_a_soft_edge_is_cut_at_half(tmp_path):
         assert np.mean((mask > 0) != DISC) < 0.01
 
 
+def test_a_mask_of_greys_is_one_from_half_of_white_on(tmp_path):
+    """Half of white, 128 of 255, is covered; a picture that stays below it is too dark to tell."""
+    grey = np.zeros((64, 80), np.uint8)
+    grey[:8, :8], grey[8:16, :8] = 20, 128
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    assert np.array_equal(read(tmp_path / "mask.png"), (grey == 128) * np.uint8(255))
+    grey[grey == 128] = 127
+    Image.fromarray(grey).save(tmp_path / "mask.png")
+    with pytest.raises(CxrdistError, match="has 3 grey levels"):
+        read(tmp_path / "mask.png")
+
+
 @pytest.mark.parametrize(("grey", "share"), [(0, 0.0), (255, 1.0)])
 def test_masks_of_nothing_and_of_everything_are_masks(tmp_path, grey, share):
     """They are kept, and said."""

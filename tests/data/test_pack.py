@@ -92,13 +92,14 @@ def pack_with_findings(folder, monkeypatch, findings):
 
 def test_boxes_of_findings_are_packed_in_px_of_the_square(tmp_path, monkeypatch, capsys):
     """Images have 56 x 48 px, so the crop begins at column 4 and is scaled by 2/3."""
-    boxes = (Finding("Mass", 4, 0, 24, 12, "R1"), Finding("Nodule", 1, 1, 3, 9))
+    here = (Finding("Mass", 4, 0, 24, 12, "R1"), Finding("Mass", 28, 0, 24, 24, "R2"))
+    boxes = (*here, Finding("Nodule", 1, 1, 3, 9))
     shards = pack_with_findings(tmp_path, monkeypatch, boxes)
     said = capsys.readouterr().out
-    assert "findings: 2 boxes in 1 images; 1 lie outside of the square and are left out" in said
+    assert "findings: 3 boxes in 1 images; 1 lie outside of the square and are left out" in said
     abouts = [about for shard in read_index(shards).packed() for _, about in read_shard(shard)]
     (there,) = [about["boxes"] for about in abouts if "boxes" in about]
-    assert there == [Finding("Mass", 0, 0, 16, 8, "R1")]
+    assert there == [Finding("Mass", 0, 0, 16, 8, "R1"), Finding("Mass", 16, 0, 16, 16, "R2")]
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,9 @@ def read(folder: Path):
 
 def test_both_tables_give_classes_boxes_and_what_is_left_out(tmp_path):
     """Three classes, several boxes on one image, test images by name; no patient is known."""
-    source = read(write_set(tmp_path))
+    folder = write_set(tmp_path)
+    (folder / "stage_2_test_images" / "index.html").touch()
+    source = read(folder)
     assert source.task == "multiclass"
     assert source.classes == [OPACITY, OTHER, NORMAL]
     assert source.dicom
@@ -90,10 +92,10 @@ def test_both_tables_give_classes_boxes_and_what_is_left_out(tmp_path):
     assert any(f"without {MAPPING}" in note for note in source.notes)
     reasons = Counter(left.reason for left in source.left_out)
     assert reasons == {
-        "not an image": 3,
+        "not an image": 4,
         "test image of the challenge, of which no label is given": 1,
     }
-    assert source.num_found == len(source.records) + len(source.left_out) == 9
+    assert source.num_found == len(source.records) + len(source.left_out) == 10
 
 
 def test_patients_are_the_nihs_where_rsnas_mapping_is_there(tmp_path):

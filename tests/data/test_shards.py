@@ -18,7 +18,7 @@ from support import make_shards, run_measured
 
 from cxrdist.data.images import encode_png
 from cxrdist.data.index import inspect_index, read_index
-from cxrdist.data.shards import describe_shard, open_shard, read_masks, read_shard
+from cxrdist.data.shards import describe_shard, open_shard, read_masks, read_shard, sample_key
 from cxrdist.errors import CxrdistError
 
 SHARD = "train-000000.tar"
@@ -30,6 +30,16 @@ from cxrdist.data.index import read_index
 from cxrdist.data.shards import read_shard
 list(read_shard(read_index(Path(sys.argv[1])).packed()[0]))
 """
+
+
+KEYS = {
+    "a/a000_0.png": "a000_0-da366117f4",
+    "patient 7/Scan (3).v2.jpeg": "Scan-3-v2-f8e636dd20",
+    "1.2.840.10008.1": "image-08a65d6d4c",
+    "x/1.2.840.1.png": "image-f16a715671",
+    "x/Ä.png": "image-4a516a791f",
+}
+"""By path: the name without dots, or image, and the first digits that sha256sum prints of it."""
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +159,12 @@ CHANGES = {
     "the same twice": (lambda m: [*m[:2], *m], "expected .*json, found"),
     "nothing": (lambda m: [], "found the end"),
 }
+
+
+@pytest.mark.parametrize("path", KEYS)
+def test_a_key_has_the_images_name_unless_it_is_a_uid_or_nothing(path):
+    """It depends on the path alone, so the keys of earlier packs are those of later ones."""
+    assert sample_key(path) == KEYS[path]
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)

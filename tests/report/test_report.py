@@ -151,6 +151,8 @@ def test_each_mistake_has_its_pictures(run: Path, made: SimpleNamespace) -> None
     assert len(with_maps) == section.count("Nearest training image") > 5
     assert section.count('alt="Heat map of ') == 2 * len(with_maps)
     assert section.count("similarity 0.988") == section.count(">same patient<") == len(with_maps)
+    (run / "test" / "nearest" / f"train {with_maps[0]['key']}.png").unlink()
+    assert mistakes_of(write(run)).count("Nearest training image") == len(with_maps) - 1
     shutil.rmtree(run / "test" / "mistakes")  # an older evaluate wrote none
     assert "no picture" not in mistakes_of(write(run))
     for row in wrong[:2]:

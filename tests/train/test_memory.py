@@ -83,7 +83,8 @@ from cxrdist.train.memory import is_out_of_memory, memory_for
 
 used = int(open("/proc/self/status").read().split(sys.argv[1] + ":")[1].split()[0]) << 10
 if sys.argv[2] != "none":
-    resource.setrlimit(getattr(resource, sys.argv[2]), (2 * used, 2 * used))
+    kind = getattr(resource, sys.argv[2])
+    resource.setrlimit(kind, (2 * used, resource.getrlimit(kind)[1]))  # as ulimit -S does
 try:
     with memory_for(step_of(2), None, "step 3"):
         torch.empty(int(2 * used * float(sys.argv[3])) - used, dtype=torch.uint8)
