@@ -126,6 +126,7 @@ def test_the_average_is_the_exponential_one_and_can_stand_in():
     for step in range(3):
         ours.backward(module(inputs(step)).sum())
         ours.step()
+        ours.move_average()
         by_hand = 0.75 * by_hand + 0.25 * module.weight.detach()
     trained = weights(module)
     with average.in_network():
