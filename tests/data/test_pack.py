@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
@@ -18,6 +19,7 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.shards import read_shard
 from cxrdist.errors import CxrdistError
+from cxrdist.files import write_table
 
 COUNTS = {"a": 12, "b c": 12}
 
@@ -216,3 +218,41 @@ def test_a_damaged_work_directory_is_named(tmp_path, text):
     with pytest.raises(CxrdistError, match=r"pack\.json: .*remove .*partial to start over"):
         pack(PackConfig("folder", source, tmp_path / "out", size=32))
     assert not (tmp_path / "out").exists()
+
+
+def test_of_copies_the_one_in_test_is_kept_and_none_with_two_labels(tmp_path):
+    """--duplicates drop: test before val before train; what may be labelled wrongly is dropped."""
+    random = np.random.default_rng(0)
+
+    def draw(*names: str) -> None:
+        image = Image.fromarray(random.integers(0, 256, (40, 40), np.uint8))
+        for name in names:
+            image.save(tmp_path / f"{name}.png")
+
+    rows = [("path", "label", "split")]
+    for split in ("train", "val", "test"):
+        for label in "ab":
+            for number in range(3):
+                draw(f"{split}-{label}{number}")
+                rows.append((f"{split}-{label}{number}.png", label, split))
+    for names in (("1-train", "1-test", "1-val"), ("2-train", "2-val"), ("3-train", "3-test")):
+        draw(*names)
+        rows += [(f"{name}.png", "a", name[2:]) for name in names]
+    rows[-1] = ("3-test.png", "b", "test")
+    write_table(tmp_path / "table.csv", rows[0], rows[1:])
+    out = tmp_path / "out"
+    pack(PackConfig("csv", tmp_path / "table.csv", out, size=32, workers=1, duplicates="drop"))
+    with open(out / "dropped.csv", newline="") as file:
+        dropped = {tuple(row.values()) for row in csv.DictReader(file)}
+    same, other = "is the same image", "is the same image with another label"
+    assert dropped == {
+        ("1-train.png", "1-test.png", same),
+        ("1-val.png", "1-test.png", same),
+        ("2-train.png", "2-val.png", same),
+        ("3-train.png", "3-test.png", other),
+        ("3-test.png", "3-test.png", other),
+    }
+    kept = {sample.path: sample.split for sample in read_index(out).samples}
+    assert kept == {
+        path: split for path, _, split in rows[1:] if path not in {d[0] for d in dropped}
+    }
