@@ -95,7 +95,7 @@ def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
 
 
 def test_names_that_are_not_utf8_are_written_readable(tmp_path):
-    r"""A byte of a file name that is no UTF-8 becomes \udcXX; the file stays valid."""
+    r"""A byte of a file name that is not UTF-8 becomes \udcXX; the file stays valid."""
     name = os.fsdecode(b"caf\xe9.png")
     write_table(tmp_path / "t.csv", ("path",), [(name,)])
     assert (tmp_path / "t.csv").read_text(encoding="utf-8") == "path\ncaf\\udce9.png\n"

@@ -256,11 +256,15 @@ def _write_shard(
 
 def _sample_file(sample: Sample, square: Square, layout: Layout) -> dict[str, Any]:
     """Return the content of a sample's KEY.json."""
-    about = {column: getattr(sample, column) for column in (*SHARED_COLUMNS, "sex")}
-    about |= {"width_px": square.width_px, "height_px": square.height_px, "age": square.record.age}
+    description = {column: getattr(sample, column) for column in (*SHARED_COLUMNS, "sex")}
+    description |= {
+        "width_px": square.width_px,
+        "height_px": square.height_px,
+        "age": square.record.age,
+    }
     if square.record.findings:
-        about["boxes"] = [box._asdict() for box in findings_in_square(square, layout)]
-    return about
+        description["boxes"] = [box._asdict() for box in findings_in_square(square, layout)]
+    return description
 
 
 def findings_in_square(square: Square, layout: Layout) -> list[Finding]:

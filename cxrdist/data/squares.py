@@ -126,6 +126,8 @@ class Square:
     def _read(self, directory: Path, number: int) -> bytes:
         """Read the bytes that one of `lengths` counts."""
         lengths = self.lengths
+        if not lengths[number]:
+            return b""  # most images have no mask
         with open(part_file(directory, self.part), "rb") as file:
             file.seek(self.first_byte + sum(lengths[:number]))
             return file.read(lengths[number])
