@@ -26,6 +26,7 @@ DenseLayers = Annotated[int, Between(1, MOST_DENSE_LAYERS)]
 SAME_RESULT = {"decides": False}  # where the result goes, how fast, or what is written beside it
 BY_CONTENT = {"decides": False}  # what it stands for is compared instead: a hash or resolved names
 NEWER = {"newer": True}  # older documents lack the field and mean its default
+SQUARES = {"squares": True}  # it also decides the decoded squares, not only how they are packed
 
 
 def deciding(config: Any) -> dict[str, Any]:
@@ -36,6 +37,14 @@ def deciding(config: Any) -> dict[str, Any]:
     """
     values = asdict(config)
     return {f.name: values[f.name] for f in fields(config) if f.metadata.get("decides", True)}
+
+
+def deciding_squares(config: "PackConfig") -> dict[str, Any]:
+    """Return the fields that decide the decoded squares of a pack; it resumes where they are equal.
+
+    Which images, boxes and masks there are is compared by content.
+    """
+    return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata.get("squares")}
 
 
 def location(text: str) -> Path:
@@ -83,7 +92,7 @@ class SourceConfig:
     0, nothing, or -1 or U for uncertain); optionally patient, split, source, view, sex and age;
     paths are relative to the table. several: a YAML file that names several sources, which are
     packed together. The others are public data sets, as they are unpacked."""
-    input: Path
+    input: Path = field(metadata=SQUARES)
     """The folder, or the CSV or YAML file; a path or an fsspec URL such as s3://bucket/folder."""
     _: KW_ONLY
     patient_pattern: str | None = None
@@ -117,9 +126,9 @@ class PackConfig(SourceConfig):
 
     out: Path = field(metadata=SAME_RESULT)
     """The directory of shards to make, a path or an fsspec URL; it must not exist yet."""
-    size: PositiveInt = 224
+    size: PositiveInt = field(default=224, metadata=SQUARES)
     """Side of the packed squares, in pixels."""
-    fit: Literal["crop", "pad", "stretch"] = "crop"
+    fit: Literal["crop", "pad", "stretch"] = field(default="crop", metadata=SQUARES)
     """How an image becomes square. pad and stretch reveal the source of an image by the shape of
     its border or the width of the heart; crop (centre) does not."""
     depth: Depth | None = None
@@ -134,7 +143,7 @@ class PackConfig(SourceConfig):
     duplicates: Literal["join", "drop", "report"] = "join"
     """Images that are the same: join their patients before splitting, drop all but one (all where
     their labels differ), or only report them."""
-    anonymise: bool | None = None
+    anonymise: bool | None = field(default=None, metadata=SQUARES)
     """Replace the names of images, patients and sources by meaningless ones; OUT.names.csv, which
     stays with the owner, maps them back. If not given: true for a source with DICOM files."""
     expect: dict[str, NonNegativeInt] = field(default_factory=dict, metadata=SAME_RESULT)
@@ -150,7 +159,7 @@ class PackConfig(SourceConfig):
     """List unreadable images in rejected.csv instead of stopping."""
     text_boxes: Path | None = field(default=None, metadata=BY_CONTENT)
     """Cover burned-in text in the boxes of this CSV, which cxrdist find-text makes."""
-    cover: Literal["black", "fill"] = "black"
+    cover: Literal["black", "fill"] = field(default="black", metadata=SQUARES)
     """How to cover the text: with black rectangles (paper, section 2.2), or filled smoothly from
     the surroundings. A network may learn a black rectangle as a proxy for the word; cxrdist
     probe-text measures both."""

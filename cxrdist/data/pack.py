@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cxrdist.config import PackConfig, deciding
+from cxrdist.config import PackConfig, deciding, deciding_squares
 from cxrdist.data.anonymise import (
     Name,
     anonymise,
@@ -80,7 +80,7 @@ def pack(config: PackConfig) -> None:
         if private:
             content = content_of(options, source, salt_of(key))
             source, names = anonymise(source, key)
-        _begin(work, decoding_of(options, source))
+        _begin(work, decoding_of(deciding_squares(config) | {"anonymise": private}, source))
         parts, directory = plan_parts(source.records), work / "squares"
         make = partial(
             make_squares,

@@ -14,8 +14,6 @@ from cxrdist.data.records import Source
 from cxrdist.data.splits import asked_splits, assign_splits
 from cxrdist.errors import CxrdistError
 
-# Options that, with the input, decide the decoded squares; the others decide how they are packed.
-DECODING = ("size", "fit", "cover", "anonymise")
 PATHS = ("input", "label_map", "masks")  # options that name files of the source
 Options = Mapping[str, object]  # that decide the result, by field
 
@@ -89,14 +87,18 @@ def content_of(options: Options, source: Source, salt: str | None) -> dict[str, 
 
 
 def decoding_of(options: Options, source: Source) -> dict[str, object]:
-    """Return everything but the images that decides the decoded squares."""
-    decoding = {name: options[name] for name in DECODING}
+    """Return everything but the pixels of the originals that decides the decoded squares.
+
+    Args:
+        options: those that decide the squares, by field.
+        source: what is packed.
+    """
     digest = hashlib.sha256()
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())
         digest.update(f"{record.mask.file} {record.mask[1:]}".encode() if record.mask else b"")
         digest.update(b"lungs only" if record.lungs_only else b"")
-    return {"input": _shown(options, "input"), **decoding, "images_sha256": digest.hexdigest()}
+    return {**options, "input": _shown(options, "input"), "images_sha256": digest.hexdigest()}
 
 
 def _shown(options: Options, name: str) -> str | None:
