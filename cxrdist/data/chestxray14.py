@@ -10,7 +10,7 @@ from cxrdist.data.listed import Listed
 from cxrdist.data.nih_boxes import read_boxes
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import DEVELOPMENT, Record, Source
-from cxrdist.data.tables import Table, plain, read_table, read_text
+from cxrdist.data.tables import Table, read_table, read_text
 from cxrdist.errors import CxrdistError
 
 # In the order of the outputs of the published CheXNet copies (arnoweng/CheXNet,
@@ -27,8 +27,8 @@ TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the corrected o
 LISTS = {"train_val_list.txt": DEVELOPMENT, "test_list.txt": "test"}
 NEEDED = ("Image Index", "Finding Labels", "Patient ID", "View Position")
 COLUMNS = {
-    **{name: {plain(name)} for name in (*NEEDED, "Patient Age")},
-    "Patient Sex": {"patientsex", "patientgender"},  # in the newer and in the older table
+    **{name: (name,) for name in (*NEEDED, "Patient Age")},
+    "Patient Sex": ("Patient Sex", "Patient Gender"),  # in the newer and in the older table
 }
 FOLDERS = re.compile(r"images(_[^/]+/images)?")  # of the NIH, and of Kaggle
 
@@ -60,7 +60,7 @@ def read_chestxray14(
         raise CxrdistError(
             f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}; download one of them"
         )
-    table = read_table(place, {plain(name) for name in NEEDED})
+    table = read_table(place, NEEDED)
     listed = Listed(folder, _name_of, besides)
     splits, boxes = _splits(folder), read_boxes(folder, LABELS)
     records = []
@@ -87,16 +87,11 @@ def read_chestxray14(
     )
 
 
-def _notes(records: Sequence[Record], splits: dict[str, str]) -> list[str]:
-    notes = []
+def _notes(records: Sequence[Record], splits: dict[str, str]) -> Iterator[str]:
     if not splits:
-        notes.append(
-            f"without {' and '.join(LISTS)} the split is drawn here and is not the official one"
-        )
-    ageless = sum(record.age is None for record in records)
-    if ageless:
-        notes.append(f"{ageless} images have no age from 0 to {MOST_YEARS:g} years; left empty")
-    return notes
+        yield f"without {' and '.join(LISTS)} the split is drawn here and is not the official one"
+    if ageless := sum(record.age is None for record in records):
+        yield f"{ageless} images have no age from 0 to {MOST_YEARS:g} years; left empty"
 
 
 def _stem(name: str) -> str:
@@ -132,9 +127,7 @@ def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     The header has an unquoted comma in ``OriginalImage[Width,Height]``, and so have the rows.
     """
-    places = table.find_columns(COLUMNS, NEEDED)
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    for where, cells in table.cells(COLUMNS, NEEDED):
         name, patient = cells["Image Index"], cells["Patient ID"]
         labels = set(cells["Finding Labels"].split(SEPARATOR)) - {NO_FINDING}
         if unknown := labels - {*LABELS}:

@@ -14,7 +14,7 @@ from cxrdist.data.labels import read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import age_of, sex_of
 from cxrdist.data.records import DEVELOPMENT, Record, Source
-from cxrdist.data.tables import Row, Table, plain, read_table
+from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.data.views import LATERAL, view_in_name, view_of
 from cxrdist.errors import CxrdistError
 
@@ -37,9 +37,9 @@ SPLITS_WITH_TEST = {"train": "train", "valid": "val", "test": "test"}
 # valid.csv, the only set labelled by radiologists, must not select a model and then score it.
 SPLITS_WITHOUT_TEST = {"train": DEVELOPMENT, "valid": "test"}
 COLUMNS = {
-    **{name: {plain(name)} for name in ("Path", "Study", "Sex", "Age")},
-    **{name: {plain(name)} for name in ("Frontal/Lateral", "AP/PA", *LABELS)},
-    "Lung Opacity": {"lungopacity", "airspaceopacity"},  # the latter of the radiologists' tables
+    **{name: (name,) for name in ("Path", "Study", "Sex", "Age")},
+    **{name: (name,) for name in ("Frontal/Lateral", "AP/PA", *LABELS)},
+    "Lung Opacity": ("Lung Opacity", "Airspace Opacity"),  # the latter of the radiologists' tables
 }
 IMAGE = re.compile(r"(?:.*/)?(patient\d+/study\d+/[^/]+)")
 FORMS = {  # of a row's cell, by the name of the column
@@ -101,14 +101,7 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
     if not_read:
         notes.append(f"{', '.join(not_read)}: not read")
     notes += [*listed.notes(*tables.values()), *_view_notes(views)]
-    return Source(
-        records,
-        "multilabel",
-        list(LABELS),
-        NAME,
-        tuple(notes),
-        *listed.account(),
-    )
+    return Source(records, "multilabel", list(LABELS), NAME, tuple(notes), *listed.account())
 
 
 def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
@@ -148,30 +141,28 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
     """
     columns = {plain(name) for name in table.columns}
     key = "Study" if "study" in columns and "path" not in columns else "Path"
-    places = table.find_columns(COLUMNS, (key, *LABELS))
     of_study: dict[str, list[str]] = {}
     if key == "Study":
         for name in sorted(listed.names()):
             of_study.setdefault(name.rpartition("/")[0], []).append(name)
-    for row in table.rows():
-        cells = {name: row.cells[place].strip() for name, place in places.items()}
-        asked = _asked(row, cells[key], FORMS[key])
+    for where, cells in table.cells(COLUMNS, (key, *LABELS)):
+        asked = _asked(where, cells[key], FORMS[key])
         facts = {
             "patient": asked.partition("/")[0],
             "sex": sex_of(cells.get("Sex", "")),
             "age": age_of(cells.get("Age", "")),
-            **read_cells(row.where, {label: cells[label] for label in LABELS}),
+            **read_cells(where, {label: cells[label] for label in LABELS}),
         }
         for name in of_study.get(asked, [asked]):
             view = _view(name, cells)
             yield name, view, {**facts, "view": view.taken_for}
 
 
-def _asked(row: Row, text: str, form: re.Pattern[str]) -> str:
+def _asked(where: str, text: str, form: re.Pattern[str]) -> str:
     """Return the image or study of a row, as `_name_of` names it."""
     if not (match := form.fullmatch(text)):
         raise CxrdistError(
-            f"{row.where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "
+            f"{where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "
             "or patient00001/study1 in a table of studies"
         )
     return match[1]

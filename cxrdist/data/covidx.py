@@ -108,14 +108,7 @@ def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
         view = told[1].upper() if told else ""
         records.append(Record(*taken, line.label, patient, line.source(), split, view))
     notes = (*listed.notes(*lists.values()), *_notes(records, left_out, origins))
-    return Source(
-        records,
-        "multiclass",
-        list(classes),
-        NAME,
-        notes,
-        *listed.account(),
-    )
+    return Source(records, "multiclass", list(classes), NAME, notes, *listed.account())
 
 
 def _name_of(path: str) -> str | None:

@@ -13,12 +13,7 @@ OUTSIDE = "outside of the data set's folders"
 
 
 class Listed:
-    """The images below a data set's folder; each can be taken by one row of a table.
-
-    Attributes:
-        num_found: number of files and of rows without a file.
-        dicom: whether any image is a DICOM file.
-    """
+    """The images below a data set's folder; each can be taken by one row of a table."""
 
     def __init__(
         self,
@@ -45,7 +40,7 @@ class Listed:
         found = find_images(folder, besides)
         self._left_out = list(found.left_out)
         self._waiting: dict[str, tuple[Path, str]] = {}
-        self.num_found, self.dicom = found.num_files, found.dicom
+        self._num_found, self._dicom = found.num_files, found.dicom
         for file in found.images:
             path = path_below(folder, file)
             name = name_of(path if suffixes else path.removesuffix(file.suffix))
@@ -72,7 +67,7 @@ class Listed:
             is_twice = name in self._taken
             self._left_out.append(LeftOut(name, TWICE if is_twice else MISSING))
             self._num_missing += not is_twice
-            self.num_found += 1
+            self._num_found += 1
         self._taken.add(name)
         return taken
 
@@ -84,14 +79,13 @@ class Listed:
         """Record why an image that was taken is not packed."""
         self._left_out.append(LeftOut(path, reason))
 
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """Return the files that are not packed, sorted, including images that no row has taken."""
-        strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
-        return tuple(sorted((*self._left_out, *strays)))
-
     def account(self) -> tuple[tuple[LeftOut, ...], int, bool]:
-        """Return the fields of `Source` on files: left_out, num_found, dicom."""
-        return self.left_out(), self.num_found, self.dicom
+        """Return the fields left_out, num_found and dicom of `Source`.
+
+        Images that no row has taken are left out.
+        """
+        strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
+        return tuple(sorted((*self._left_out, *strays))), self._num_found, self._dicom
 
     def notes(self, *tables: Path) -> list[str]:
         """Return notes for the user, one line each."""

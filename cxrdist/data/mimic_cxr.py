@@ -16,7 +16,7 @@ from cxrdist.data.labels import read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import Record, Source
-from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.tables import Table, read_table
 from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
@@ -90,7 +90,7 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
             contradict each other.
     """
     tables = {
-        name: read_table(file, {plain(column) for column in columns})
+        name: read_table(file, columns)
         for name, columns in NEEDED.items()
         if (file := _find_file(folder, name))
     }
@@ -105,7 +105,7 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     listed = Listed(folder, _name_of, besides)
     records: list[Record] = []
     unknown: Counter[str] = Counter()
-    for where, row in _rows(tables[METADATA], NEEDED[METADATA], OPTIONAL):
+    for where, row in tables[METADATA].cells((*NEEDED[METADATA], *OPTIONAL), NEEDED[METADATA]):
         facts, view = _facts(where, row, known), _view(row)
         taken = listed.take(f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}")
         if taken and facts is None:
@@ -152,15 +152,6 @@ def _name_of(path: str) -> str | None:
     return match[1] if (match := IMAGE.fullmatch(path)) else None
 
 
-def _rows(
-    table: Table, needed: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield file and number of each row, and its cells by column."""
-    places = table.find_columns({name: {plain(name)} for name in (*needed, *optional)}, needed)
-    for where, cells in table.rows():
-        yield where, {name: cells[place].strip() for name, place in places.items()}
-
-
 def _read_studies(table: Table) -> dict[str, Study]:
     """Return the labels of each study by its number.
 
@@ -169,7 +160,7 @@ def _read_studies(table: Table) -> dict[str, Study]:
     """
     studies: dict[str, Study] = {}
     alike: dict[tuple[str, ...], dict[str, str]] = {}  # most studies repeat the cells of another
-    for where, row in _rows(table, NEEDED[CHEXPERT]):
+    for where, row in table.cells(NEEDED[CHEXPERT], NEEDED[CHEXPERT]):
         cells = tuple(row[label] for label in LABELS)
         if cells not in alike:
             alike[cells] = read_cells(where, dict(zip(LABELS, cells, strict=True)))
@@ -186,7 +177,7 @@ def _read_splits(table: Table) -> dict[str, str]:
         CxrdistError: a split has another name.
     """
     splits = {}
-    for where, row in _rows(table, NEEDED[SPLIT]):
+    for where, row in table.cells(NEEDED[SPLIT], NEEDED[SPLIT]):
         if row["split"] not in SPLITS:
             raise CxrdistError(
                 f"{where}: the split is {row['split']!r:.40}, expected {', '.join(SPLITS)}"
@@ -198,7 +189,7 @@ def _read_splits(table: Table) -> dict[str, str]:
 def _read_patients(table: Table) -> dict[str, Patient]:
     """Return sex and age of each patient by number."""
     patients = {}
-    for _, row in _rows(table, NEEDED[PATIENTS]):
+    for _, row in table.cells(NEEDED[PATIENTS], NEEDED[PATIENTS]):
         year = int(row["anchor_year"]) if YEAR.fullmatch(row["anchor_year"]) else None
         patient = Patient(sex_of(row["gender"]), age_of(row["anchor_age"]), year)
         patients[row["subject_id"]] = patient

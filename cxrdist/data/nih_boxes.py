@@ -130,10 +130,8 @@ def _read(
     table: Table, labels: Sequence[str] | None, side_px: int | None
 ) -> dict[str, list[Finding]]:
     """Read the boxes of each image by its name without suffix; of any label if None is given."""
-    places = table.find_columns({name: {name} for name in COLUMNS})
     findings: dict[str, list[Finding]] = defaultdict(list)
-    for where, cells in table.rows():
-        row = {name: cells[place].strip() for name, place in places.items()}
+    for where, row in table.cells(COLUMNS):
         label = SPELLINGS.get(row["label"], row["label"])
         if labels is not None and label not in labels:
             raise CxrdistError(f"{where}: {label!r:.40} is not one of the {len(labels)} labels")

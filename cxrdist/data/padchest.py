@@ -27,7 +27,7 @@ from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import LabelCells, Record, Source, own_patient
-from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.tables import Table, read_table
 from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
@@ -130,7 +130,7 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
     file = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if file is None:
         raise CxrdistError(f"--input {folder}: has neither {' nor '.join(TABLES)}")
-    table = read_table(file, {plain(name) for name in COLUMNS})
+    table = read_table(file, COLUMNS)
     stated = (_read_labels(where, cells["Labels"]) for where, cells in _rows(table))
     further = {label for labels in stated for label in labels}.difference(LABELS, REMARKS)
     classes = sorted({*LABELS, *further})
@@ -176,9 +176,7 @@ def _name_of(path: str) -> str | None:
 
 def _rows(table: Table) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield file and number of each row, and its cells by `COLUMNS`, empty for missing columns."""
-    places = table.find_columns({name: {plain(name)} for name in COLUMNS}, NEEDED)
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    for where, cells in table.cells(COLUMNS, NEEDED):
         yield where, dict.fromkeys(COLUMNS, "") | cells
 
 

@@ -16,7 +16,7 @@ labels and are left out.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from cxrdist.data.labels import SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import DEVELOPMENT, LabelCells, Record, Source, own_patient
-from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.tables import plain, read_table
 from cxrdist.errors import CxrdistError
 
 NAME = "VinDr-CXR"
@@ -46,10 +46,15 @@ KAGGLE_LABELS = (
     *("ILD", "Infiltration", "Lung Opacity", "Nodule/Mass", "Other lesion", "Pleural effusion"),
     *("Pleural thickening", "Pneumothorax", "Pulmonary fibrosis", NO_FINDING),
 )
-# The tables of training and test images differ in one column's name.
-SPELLINGS = {plain(name): name for name in LABELS} | {"otherdisease": "Other diseases"}
 SPLITS = {"train": DEVELOPMENT, "test": "test"}
 EDGES = ("x_min", "y_min", "x_max", "y_max")
+BOX_COLUMNS = ("image_id", "class_name", *EDGES, "rad_id")  # the last is missing for test images
+# The tables of training and test images differ in one column's name.
+LABEL_COLUMNS = {
+    **{name: (name,) for name in ("image_id", "rad_id", *LABELS)},
+    "Other diseases": ("Other diseases", "Other disease"),
+}
+SPELLINGS = {plain(text): name for name in LABELS for text in LABEL_COLUMNS[name]}
 
 
 class _Reading(NamedTuple):
@@ -184,11 +189,8 @@ def _read_physionet(tables: Sequence[Path]) -> _Content:
 
 def _read_labels(file: Path, split: str, content: _Content) -> None:
     """Read a table with a row per image and reader, and a column per label."""
-    table = read_table(file, {*SPELLINGS, "imageid", "radid"})
-    spelt = {name: {text for text, meant in SPELLINGS.items() if meant == name} for name in LABELS}
-    places = _find_columns(table, spelt, ("image_id", *LABELS))
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    table = read_table(file, LABEL_COLUMNS)
+    for where, cells in table.cells(LABEL_COLUMNS, ("image_id", *LABELS)):
         image, reader = f"{split}/{cells.pop('image_id')}", cells.pop("rad_id", "")
         readings = content.readings.setdefault(image, {})
         if reader in readings:
@@ -196,8 +198,9 @@ def _read_labels(file: Path, split: str, content: _Content) -> None:
                 f"{where}: {image} already has a row of {reader or 'no reader'}; remove one"
             )
         known = read_cells(where, cells)
-        fields = (known[name] for name in ("label", "uncertain", "missing"))
-        readings[reader] = _Reading(*({*labels_of(text)} for text in fields))
+        readings[reader] = _Reading(
+            *({*labels_of(known[name])} for name in ("label", "uncertain", "missing"))
+        )
 
 
 def _read_kaggle(file: Path) -> _Content:
@@ -218,11 +221,8 @@ def _read_boxes(file: Path, split: str, labels: Sequence[str]) -> Iterator[tuple
     Raises:
         CxrdistError: a row has an unknown label or an invalid box.
     """
-    table = read_table(file, {plain(name) for name in ("image_id", "class_name", "rad_id", *EDGES)})
-    known = {name: {plain(name)} for name in ("class_name", *EDGES)}
-    places = _find_columns(table, known, ("image_id", "class_name", *EDGES))
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    table = read_table(file, BOX_COLUMNS)
+    for where, cells in table.cells(BOX_COLUMNS, ("image_id", "class_name", *EDGES)):
         label = SPELLINGS.get(plain(cells["class_name"]), "")
         if label not in labels:
             raise CxrdistError(
@@ -248,13 +248,6 @@ def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, 
             f"{where}: the box {', '.join(cells)!r:.80}, expected {', '.join(EDGES)} in px"
         )
     return x, y, right, bottom
-
-
-def _find_columns(
-    table: Table, names: Mapping[str, set[str]], needed: Sequence[str]
-) -> dict[str, int]:
-    """Return the positions of the image's name, the reader's if present, and further columns."""
-    return table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names}, needed)
 
 
 def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]]:
