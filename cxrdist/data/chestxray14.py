@@ -38,15 +38,10 @@ def read_chestxray14(
 ) -> Source:
     """Read the table, the images, and the official lists and boxes if present.
 
-    Args:
-        folder: has a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
-            ``images_012/images/`` (Kaggle).
-        against_rest: classify this label against all other images, instead of the 14 labels.
-        besides: folders to skip.
-
-    Returns:
-        Records with the splits ``train+val`` and ``test`` of the official lists, if present.
-        Images without a row and rows without an image are left out.
+    The folder has a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
+    ``images_012/images/`` (Kaggle); folders in ``besides`` are skipped. The splits are
+    ``train+val`` and ``test`` of the official lists, if present. Images without a row and rows
+    without an image are left out. The classes are the 14 labels, or one against all other images.
 
     Raises:
         CxrdistError: there is no table, a row or list is malformed, or a row is in no list.
@@ -110,15 +105,15 @@ def _name_of(path: str) -> str | None:
 
 def _splits(folder: Path) -> dict[str, str]:
     """Return the official split of each image; empty without the lists."""
-    there = [name for name in LISTS if (folder / name).is_file()]
+    there = {folder / name: split for name, split in LISTS.items() if (folder / name).is_file()}
     if len(there) == 1:
-        raise CxrdistError(f"{folder}: has only {there[0]}; expected both {' and '.join(LISTS)}")
+        only = next(iter(there)).name
+        raise CxrdistError(f"{folder}: has only {only}; expected both {' and '.join(LISTS)}")
     splits: dict[str, str] = {}
-    for list_name in there:
-        text, _ = read_text(folder / list_name)
-        for name in text.split():
-            if splits.setdefault(_official(name), LISTS[list_name]) != LISTS[list_name]:
-                raise CxrdistError(f"{folder / list_name}: {name} is in both lists")
+    for file, split in there.items():
+        for name in read_text(file)[0].split():
+            if splits.setdefault(_official(name), split) != split:
+                raise CxrdistError(f"{file}: {name} is in both lists")
     return splits
 
 

@@ -59,16 +59,11 @@ class View(NamedTuple):
 def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read the tables and the images that exist.
 
-    Args:
-        folder: has tables and images, in it or in folders below it. The end of an image's path,
-            ``patientNNNNN/studyN/viewN_frontal.jpg``, identifies it, so that the four parts of
-            v1.0, Kaggle's copy and CheXlocalize can stay as unpacked.
-        besides: folders to skip.
-
-    Returns:
-        Records whose path is ``train/``, ``valid/`` or ``test/`` followed by that end. With a table
-        of the test set the splits are the official ones; without it valid.csv is the test split,
-        and train.csv is ``train+val``.
+    Both are in the folder or in folders below it, except those in ``besides``. The end of an
+    image's path, ``patientNNNNN/studyN/viewN_frontal.jpg``, identifies it, so that the four parts
+    of v1.0, Kaggle's copy and CheXlocalize can stay as unpacked. A record's path is ``train/``,
+    ``valid/`` or ``test/`` followed by that end. With a table of the test set the splits are the
+    official ones; without it valid.csv is the test split, and train.csv is ``train+val``.
 
     Raises:
         CxrdistError: there is no table or no image, or a table is malformed.
@@ -107,8 +102,7 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
 def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Return the table of each image folder, and the names of tables that are not read.
 
-    Raises:
-        CxrdistError: there is no table, or one is in two folders.
+    It is an error if there is no table, or if one is in two folders.
     """
     below = sorted(child for child in folder.iterdir() if child.is_dir())
     tables, not_read = {}, []
@@ -177,15 +171,13 @@ def _view(name: str, cells: dict[str, str]) -> View:
     return View(frontal_lateral, ap_pa, taken_for)
 
 
-def _view_notes(views: Counter[View]) -> list[str]:
-    """Return notes on views whose two columns contradict each other or have unknown words."""
-    notes = []
+def _view_notes(views: Counter[View]) -> Iterator[str]:
+    """Yield notes on views whose two columns contradict each other or have unknown words."""
     for view, number in sorted(views.items()):
         side, position = view_of(view.frontal_lateral), view_of(view.ap_pa)
-        is_said_twice = side and position and (side == LATERAL) != (position == LATERAL)
-        if side is None or position is None or is_said_twice:
-            notes.append(
+        is_contradiction = side and position and (side == LATERAL) != (position == LATERAL)
+        if side is None or position is None or is_contradiction:
+            yield (
                 f"{number} images are {view.frontal_lateral!r:.20} by Frontal/Lateral and "
                 f"{view.ap_pa!r:.20} by AP/PA: they count as {view.taken_for or 'unknown'}"
             )
-    return notes

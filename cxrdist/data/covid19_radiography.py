@@ -36,36 +36,25 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Release:
-    """A release, recognised by its folders.
-
-    Attributes:
-        name: first, middle or current release.
-        classes: folder of each class, and the source of its images that no workbook lists; the
-            children's images are Kermany's (2018), the opacities RSNA's (2018).
-        images: folder within a class's folder, or empty.
-    """
+    """A release, recognised by its folders."""
 
     name: str
     classes: dict[str, str]
-    images: str
+    """By folder, the source of the images that no workbook lists."""
+    images: str = ""
+    """Folder within a class's folder."""
 
 
+# The children's images are Kermany's (2018), the opacities RSNA's (2018).
+CHILDREN = {"NORMAL": "Kermany", "Viral Pneumonia": "Kermany"}
 RELEASES = (
     Release(
         "current release",
         {"COVID": NAME, "Lung_Opacity": "RSNA", "Normal": NAME, "Viral Pneumonia": "Kermany"},
         "images",
     ),
-    Release(
-        "middle release",
-        {"COVID": NAME, "NORMAL": "Kermany", "Viral Pneumonia": "Kermany"},
-        "",
-    ),
-    Release(
-        "first release",
-        {"COVID-19": NAME, "NORMAL": "Kermany", "Viral Pneumonia": "Kermany"},
-        "",
-    ),
+    Release("middle release", {"COVID": NAME, **CHILDREN}),
+    Release("first release", {"COVID-19": NAME, **CHILDREN}),
 )
 
 
@@ -74,13 +63,10 @@ def read_covid19_radiography(
 ) -> Source:
     """Read one of the three releases, recognised by its folders; lung masks are left out.
 
-    The label is the folder's name. No patient is known. The source is that of the URL in the
-    metadata workbooks, else that of the class (`Release`).
-
-    Args:
-        folder: folder of the release, or the one above it.
-        drop_unusable: leave out images that COVID-Net lists as unusable.
-        besides: folders to skip.
+    The folder is that of the release, or the one above it; folders in ``besides`` are skipped. The
+    label is the folder's name. No patient is known. The source is that of the URL in the metadata
+    workbooks, else that of the class (`Release`). ``drop_unusable`` leaves out images that
+    COVID-Net lists as unusable.
 
     Raises:
         CxrdistError: the folder has no release, a class has no image, a workbook cannot be read, or
@@ -165,11 +151,7 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
 
 
 def _read_rows(book: Path) -> list[tuple[Any, ...]]:
-    """Return the cells of a workbook's first sheet.
-
-    Raises:
-        CxrdistError: it is damaged, or larger than a workbook of this data set.
-    """
+    """Return the cells of a workbook's first sheet; reject one that is damaged or too large."""
     from openpyxl import load_workbook
 
     try:

@@ -23,16 +23,12 @@ class Listed:
         *,
         suffixes: bool = False,
     ) -> None:
-        """List every file.
+        """List every file except those in folders of ``besides``.
 
-        Args:
-            folder: of the data set.
-            name_of: maps a path relative to the folder, without suffix, to its name in the tables;
-                None for files outside of the data set's own folders. Suffixes are ignored since
-                smaller copies of a data set have others.
-            besides: folders to skip.
-            suffixes: give ``name_of`` the path with its suffix, where two images differ only in
-                theirs.
+        ``name_of`` maps a path relative to the folder to its name in the tables; None for files
+        outside of the data set's own folders. It gets the path without its suffix, since smaller
+        copies of a data set have others; or, if ``suffixes``, with it, where two images differ only
+        in theirs.
 
         Raises:
             CxrdistError: there is no image in the data set's folders, or two have one name.
@@ -56,11 +52,9 @@ class Listed:
         self._taken: set[str] = set()
 
     def take(self, name: str) -> tuple[Path, str] | None:
-        """Take the file of a row; each can be taken once.
+        """Take the file of a row, and its path relative to the folder; each can be taken once.
 
-        Returns:
-            The file, and its path relative to the folder. None if it is missing or was taken
-            before, which is recorded.
+        None is returned if the file is missing or was taken before, which is recorded.
         """
         taken = self._waiting.pop(name, None)
         if taken is None:
@@ -80,10 +74,7 @@ class Listed:
         self._left_out.append(LeftOut(path, reason))
 
     def account(self) -> tuple[tuple[LeftOut, ...], int, bool]:
-        """Return the fields left_out, num_found and dicom of `Source`.
-
-        Images that no row has taken are left out.
-        """
+        """Return left_out (with the images that no row took), num_found and dicom of `Source`."""
         strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
         return tuple(sorted((*self._left_out, *strays))), self._num_found, self._dicom
 

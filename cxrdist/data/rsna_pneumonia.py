@@ -25,7 +25,6 @@ CLASSES = (OPACITY, "No Lung Opacity / Not Normal", "Normal")
 BOXES, READINGS = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
-NO_LABEL = "test image of the challenge, of which no label is given"
 # Maps each image to its name in ChestX-ray14; from RSNA's page of the challenge.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 
@@ -42,15 +41,10 @@ class Origin(NamedTuple):
 def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read both tables, the images that exist, and the patients if `MAPPING` exists.
 
-    View, sex and age are in the DICOM files, but their PatientID is unique to each image.
-
-    Args:
-        folder: has the two tables and ``stage_2_train_images/``.
-        besides: folders to skip.
-
-    Returns:
-        Records of one of three classes, with the boxes of opacities. Images without a row and rows
-        without an image are left out.
+    The folder has the two tables and ``stage_2_train_images/``; folders in ``besides`` are skipped.
+    The records have one of three classes and the boxes of opacities. Images without a row and rows
+    without an image are left out. View, sex and age are in the DICOM files, but their PatientID is
+    unique to each image.
 
     Raises:
         CxrdistError: a table is missing or malformed, or the two tables disagree.
@@ -78,8 +72,9 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
         records.append(Record(*taken, label, patients.get(name, name), NAME, findings=findings))
     notes = (*listed.notes(folder / READINGS), *_notes(records, patients))
     left_out, num_found, dicom = listed.account()
+    reason = "test image of the challenge, of which no label is given"
     left_out = tuple(
-        left._replace(reason=NO_LABEL)
+        left._replace(reason=reason)
         if left.reason == OUTSIDE and left.path.startswith(f"{TEST_IMAGES}/")
         else left
         for left in left_out

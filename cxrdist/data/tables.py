@@ -44,21 +44,16 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The content of a CSV file.
-
-    Attributes:
-        file: what was read.
-        columns: the header, without blanks around the names.
-        separator: between the cells.
-        text: the whole file.
-        notes: what was assumed about it, a line each.
-    """
+    """The content of a CSV file."""
 
     file: Path
     columns: tuple[str, ...]
+    """The header, without blanks around the names."""
     separator: str
     text: str
+    """The whole file."""
     notes: tuple[str, ...]
+    """What was assumed about it, a line each."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows that are not blank.

@@ -67,32 +67,26 @@ class _Reading(NamedTuple):
 
 @dataclass
 class _Content:
-    """Content of the tables by image, named like ``train/0123456789abcdef``.
-
-    Attributes:
-        readings: readings by image and reader; a consensus has the reader "".
-        findings: boxes by image.
-        notes: notes for the user on the tables, one line each.
-    """
+    """Content of the tables by image, named like ``train/0123456789abcdef``."""
 
     readings: dict[str, dict[str, _Reading]] = field(default_factory=dict)
+    """By image and reader; a consensus has the reader ""."""
     findings: dict[str, list[Finding]] = field(default_factory=dict)
+    """Boxes by image."""
     notes: list[str] = field(default_factory=list)
+    """For the user, on the tables, one line each."""
 
 
 def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read the tables, and the images that exist.
 
-    Args:
-        folder: has ``train/`` and ``test/`` with the images, and the tables: those of PhysioNet in
-            ``annotations/`` or next to these two, at least one image_labels_*.csv; or Kaggle's
-            train.csv. The images may be copies of the DICOM files in another format.
-        besides: folders to skip.
+    The folder has ``train/`` and ``test/`` with the images, and the tables: those of PhysioNet in
+    ``annotations/`` or next to these two, at least one image_labels_*.csv; or Kaggle's train.csv.
+    Folders in ``besides`` are skipped. The splits are ``train+val`` and ``test`` of the authors.
+    Images without a row and rows without an image are left out.
 
-    Returns:
-        Records with the splits ``train+val`` and ``test`` of the authors. Images without a row and
-        rows without an image are left out. Boxes are in px of the DICOM files; if they exceed
-        copies in another format, all boxes of such copies are dropped.
+    The images may be copies of the DICOM files in another format. Boxes are in px of the DICOM
+    files; if they exceed such copies, all boxes of such copies are dropped.
 
     Raises:
         CxrdistError: there is no table, or a row is malformed.
@@ -123,7 +117,6 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
 
 def _name_of(path: str) -> str | None:
-    """Return the split and the image's name; None outside of the two folders."""
     named = re.fullmatch(r"(train|test)/(?:\1/)?([^/]+)", path)  # Kaggle's copies nest them
     return f"{named[1]}/{named[2]}" if named else None
 
@@ -144,11 +137,7 @@ def _record(
 
 
 def _agree(readings: Sequence[_Reading], classes: Sequence[str]) -> LabelCells:
-    """Combine the readings of an image by majority vote.
-
-    Returns:
-        The fields label, uncertain and missing of a record.
-    """
+    """Combine the readings of an image by majority vote."""
     label, uncertain, missing = list[str](), list[str](), list[str]()
     for name in classes:
         votes = [reading for reading in readings if name not in reading.missing]
@@ -216,11 +205,7 @@ def _read_kaggle(file: Path) -> _Content:
 
 
 def _read_boxes(file: Path, split: str, labels: Sequence[str]) -> Iterator[tuple[str, Finding]]:
-    """Yield the image and the box of each row; the box has size 0 if the row has none.
-
-    Raises:
-        CxrdistError: a row has an unknown label or an invalid box.
-    """
+    """Yield the image and the box of each row; the box has size 0 if the row has none."""
     table = read_table(file, BOX_COLUMNS)
     for where, cells in table.cells(BOX_COLUMNS, ("image_id", "class_name", *EDGES)):
         label = SPELLINGS.get(plain(cells["class_name"]), "")
@@ -251,11 +236,7 @@ def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, 
 
 
 def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """Drop the boxes of pictures if these are smaller copies of the DICOM files.
-
-    Returns:
-        The records, and a note if boxes were dropped.
-    """
+    """Drop the boxes of pictures if these are smaller copies of the DICOM files; a note says so."""
     pictures = {record.path for record in records if look_at(record.file)[0] != "DICOM"}
     unfit = sum(_reaches_out(record) for record in records if record.path in pictures)
     if not unfit:
@@ -278,10 +259,8 @@ def _reaches_out(record: Record) -> bool:
 
 def _notes(records: Sequence[Record]) -> Iterator[str]:
     yield "no patient is known: images of one may be in two splits, also in the official ones"
-    uncertain = sum(bool(record.uncertain) for record in records)
-    if uncertain:
+    if uncertain := sum(bool(record.uncertain) for record in records):
         yield f"{uncertain} images have uncertain labels: some readers state them, but not most"
     held = [labels_of(record.label) for record in records]
-    both = sum(NO_FINDING in labels and len(labels) > 1 for labels in held)
-    if both:
+    if both := sum(NO_FINDING in labels and len(labels) > 1 for labels in held):
         yield f"{both} images have both {NO_FINDING} and a finding"
