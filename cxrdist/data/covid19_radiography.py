@@ -115,7 +115,7 @@ def _why_left_out(release: Release, parts: Sequence[str], drop_unusable: bool) -
 
 def _recognise(folder: Path) -> tuple[Path, Release]:
     """Return the release's folder, and which release it is."""
-    for root in (folder, *(child for child in folder.iterdir() if child.is_dir())):
+    for root in (folder, *(child for child in sorted(folder.iterdir(), key=str) if child.is_dir())):
         for release in RELEASES:
             if all((root / name / release.images).is_dir() for name in release.classes):
                 return root, release
@@ -131,15 +131,14 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
     Names in the workbooks are spelt in several ways, such as COVID-19(1) for ``COVID-19 (1)`` and
     NORMAL-1 for ``Normal-1``: only the number identifies an image.
     """
-    books = [
-        file for file in root.glob("*.xlsx") if file.name.split(".")[0].lower() == name.lower()
-    ]
-    if not books:
+    books = sorted(root.glob("*.xlsx"), key=str)
+    book = next((b for b in books if b.name.split(".")[0].lower() == name.lower()), None)
+    if book is None:
         return {}
-    rows = _read_rows(books[0])
+    rows = _read_rows(book)
     header = [str(cell or "").strip().upper() for cell in rows[0]] if rows else []
     if not {"FILE NAME", "URL"} <= set(header):
-        raise CxrdistError(f"{books[0]}: has no columns FILE NAME and URL; unpack it again")
+        raise CxrdistError(f"{book}: has no columns FILE NAME and URL; unpack it again")
     name_at, url_at = header.index("FILE NAME"), header.index("URL")
     return {
         number: str(row[url_at])
