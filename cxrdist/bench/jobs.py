@@ -20,7 +20,7 @@ from cxrdist.bench.measure import Contender, measure, rows_of, wait_for
 from cxrdist.bench.stage import BATCH, CLASSES, stage_run, take_steps
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig
 from cxrdist.data.audit import Entry, audit
-from cxrdist.data.cache import map_images, read_rows
+from cxrdist.data.cache import read_rows
 from cxrdist.data.class_folders import read_class_folders
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
@@ -174,7 +174,7 @@ def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
     count, size = 227 * BATCH, config.size
     random = np.random.Generator(np.random.Philox(0))
     np.save(scratch / "rows.npy", random.integers(0, 256, (count, size, size), dtype=np.uint8))
-    images = map_images(scratch / "rows.npy")
+    images = np.asarray(np.load(scratch / "rows.npy", mmap_mode="r"))  # plain, like the cache's
     order = random.permutation(count).reshape(-1, BATCH)
     cpu = torch.device("cpu")
     folder = scratch / "folder"

@@ -11,7 +11,7 @@ import hashlib
 import hmac
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -56,11 +56,7 @@ def read_key(directory: Path) -> bytes | None:
 
 
 def shared_key(directory: Path) -> bytes:
-    """Return the key of a pack; the first process that asks for it creates it.
-
-    Args:
-        directory: of the unfinished pack, local or an fsspec path.
-    """
+    """Return the key of an unfinished pack; the first process that asks for it creates it."""
     path = directory / KEY_FILE
     if not isinstance(path, Path):  # an object store creates an object once; others then read it
         with suppress(FileExistsError):
@@ -92,10 +88,7 @@ def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
     """Rename the paths, patients and sources of all records, and the paths of left-out files.
 
     The records are sorted by their new names, so that their order reveals nothing. Names of public
-    data sets stay as sources, since the audit needs them.
-
-    Returns:
-        The renamed source, and the table of names.
+    data sets stay as sources, since the audit needs them. The second result is the table of names.
     """
     pairs = sorted(
         ((_anonymous(record, key), record) for record in source.records), key=lambda p: p[0].path
@@ -165,10 +158,8 @@ def read_salt(file: Path) -> str | None:
 
 def write_names(file: Path, key: bytes, names: Iterable[Name]) -> None:
     """Write the table of names, readable by its owner only."""
-    rows: Sequence[Name] = [Name(SALT, "", salt_of(key), "", ""), *sorted(names)]
+    rows = [Name._fields, Name(SALT, "", salt_of(key), "", ""), *sorted(names)]
     with atomic_file(file) as partial:
         partial.touch(mode=0o600)
         with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
-            writer = csv.writer(table, lineterminator="\n")
-            writer.writerow(Name._fields)
-            writer.writerows(rows)
+            csv.writer(table, lineterminator="\n").writerows(rows)

@@ -2,9 +2,10 @@
 
 import base64
 import io
+import itertools
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -30,7 +31,7 @@ from cxrdist.data.audit_file import (
     ShownImage,
 )
 from cxrdist.data.baseline import measure_baseline
-from cxrdist.data.duplicates import Duplicates, Pixels, join_groups
+from cxrdist.data.duplicates import FLAT, Duplicates, Near, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint, shrink
 from cxrdist.data.index import Sample, Task
 from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, joined, label_matrix, labels_of
@@ -47,7 +48,6 @@ PICTURE_PX = 96
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 MOST_LISTED = 10  # in a line of the summary
 # Grey levels. X-rays have a standard deviation of 40 to 80; a wrong window or depth leaves few.
-FLAT_SPREAD = 1.0  # standard deviation below which a square is constant
 FLAT_RANGE = 32  # mean and 3 standard deviations are within this many levels of black or white
 UNKNOWN = "unknown"
 MODELS: tuple[Literal["logistic_regression", "perceptron"], ...] = (
@@ -63,21 +63,14 @@ Targets = NDArray[np.int8]
 
 @dataclass(frozen=True)
 class Entry:
-    """A sample as the audit needs it.
-
-    Attributes:
-        sample: its row of samples.csv.
-        width_px: width of the original.
-        height_px: height of the original.
-        fingerprint: fingerprint of the square.
-        mask_share: share of the square that its mask covers; None without a mask.
-    """
+    """A sample with the size of its original and the fingerprint of its square."""
 
     sample: Sample
     width_px: int
     height_px: int
     fingerprint: Fingerprint
     mask_share: float | None = None
+    """Share of the square that its mask covers; None without a mask."""
 
     @property
     def unknown(self) -> str:
@@ -95,13 +88,8 @@ def audit(
 ) -> AuditFile:
     """Find leaks between splits, and ways to tell a class without looking at the disease.
 
-    Args:
-        entries: all images.
-        duplicates: duplicates by position in ``entries``.
-        pixels: gives the square of an image by its position.
-        classes: names of the classes.
-        task: multiclass or multilabel; only multiclass reports patients in two classes.
-        thumbnails: gives the result of `shrink` by position; computed here if None.
+    Images are numbered by their position in ``entries``. ``pixels`` returns the square of one, and
+    ``thumbnails`` the result of `shrink`, which is computed here if None is given.
 
     Returns:
         The content of audit.json (shards/README.md). A field that cannot be computed is None, with
@@ -214,25 +202,20 @@ def _shown(sample: Sample) -> ShownImage:
 def _pairs(entries: Sequence[Entry], duplicates: Duplicates) -> list[tuple[tuple[int, int], Pair]]:
     """Describe all pairs, with the numbers of their images; those in two splits come first."""
 
-    def describe(first: int, second: int, kind: PairKind, bits: int, correlation: float) -> Pair:
-        one, other = entries[first], entries[second]
-        return {
+    def describe(near: Near, kind: PairKind) -> tuple[tuple[int, int], Pair]:
+        one, other = entries[near.first], entries[near.second]
+        return (near.first, near.second), {
             "kind": kind,
-            "bits": bits,
-            "correlation": correlation,
+            "bits": near.bits,
+            "correlation": near.correlation,
             "two_splits": one.sample.split != other.sample.split,
             "two_classes": not agree((e.sample.label, e.unknown) for e in (one, other)),
             "images": [_shown(one.sample), _shown(other.sample)],
         }
 
-    near = [
-        ((p.first, p.second), describe(p.first, p.second, "near", p.bits, p.correlation))
-        for p in duplicates.near
-    ]
-    exact = [(numbers, describe(*numbers, "exact", 0, 1.0)) for numbers in duplicates.exact]
-    return sorted(
-        [*near, *exact], key=lambda pair: (-pair[1]["two_splits"], -pair[1]["two_classes"])
-    )
+    pairs = [describe(near, "near") for near in duplicates.near]
+    pairs += [describe(Near(*numbers, 0, 1.0), "exact") for numbers in duplicates.exact]
+    return sorted(pairs, key=lambda pair: (-pair[1]["two_splits"], -pair[1]["two_classes"]))
 
 
 def _count_pairs(pairs: list[Pair]) -> Pairs:
@@ -317,32 +300,34 @@ def _statistics(
     features: Sequence[dict[str, float]], targets: Targets, classes: Sequence[str]
 ) -> dict[str, dict[str, Moments | None]]:
     """Return mean and standard deviation of each feature per class; None without images."""
-    values = np.array([list(row.values()) for row in features])
-    result: dict[str, dict[str, Moments | None]] = {}
-    for column, name in enumerate(features[0]):
-        chosen = [values[target == 1, column] for target in targets.T]
-        result[name] = {
-            label: {"mean": round(float(v.mean()), 4), "spread": round(float(v.std()), 4)}
-            if len(v)
-            else None
-            for label, v in zip(classes, chosen, strict=True)
+
+    def moments(values: NDArray[np.float64]) -> Moments | None:
+        if not len(values):
+            return None
+        return {"mean": round(float(values.mean()), 4), "spread": round(float(values.std()), 4)}
+
+    table = np.array([list(row.values()) for row in features])
+    return {
+        name: {
+            label: moments(column[target == 1])
+            for label, target in zip(classes, targets.T, strict=True)
         }
-    return result
+        for name, column in zip(features[0], table.T, strict=True)
+    }
 
 
 def _flat(entries: Sequence[Entry]) -> list[FlatImage]:
     """List the squares that show nothing: constant, nearly black or nearly white."""
-    kinds = [_flat_kind(entry.fingerprint.statistics) for entry in entries]
     return [
         {"kind": kind, **_shown(entry.sample)}
-        for entry, kind in zip(entries, kinds, strict=True)
-        if kind
+        for entry in entries
+        if (kind := _flat_kind(entry.fingerprint.statistics))
     ]
 
 
 def _flat_kind(statistics: dict[str, float]) -> FlatKind | None:
     mean, spread = statistics["mean"], statistics["spread"]
-    if spread < FLAT_SPREAD:
+    if spread < FLAT:
         return "constant"
     if mean + 3 * spread < FLAT_RANGE:
         return "nearly black"
@@ -354,26 +339,12 @@ def _in_pre_training(
 ) -> PreTraining:
     """Count images of ChestX-ray14 per split and class: a CheXNet was trained on most of them."""
     form = KNOWN_NAMES["ChestX-ray14"]
-    seen = np.array(
-        [
-            sample.source in PRE_TRAINING_SOURCES or bool(form.search(Path(sample.path).name))
-            for sample in samples
-        ]
-    )
-    splits = np.array([sample.split for sample in samples])
-    return {
-        "data_set": "ChestX-ray14",
-        "splits": {
-            split: {
-                "all": int((seen & (splits == split)).sum()),
-                **{
-                    name: int((target[seen & (splits == split)] == 1).sum())
-                    for name, target in zip(classes, targets.T, strict=True)
-                },
-            }
-            for split in SPLITS
-        },
-    }
+    counts = {split: dict.fromkeys(("all", *classes), 0) for split in SPLITS}
+    for sample, labels in zip(samples, targets == 1, strict=True):
+        if sample.source in PRE_TRAINING_SOURCES or form.search(Path(sample.path).name):
+            for name in ("all", *itertools.compress(classes, labels)):
+                counts[sample.split][name] += 1
+    return {"data_set": "ChestX-ray14", "splits": counts}
 
 
 def _thumbnails(
@@ -406,69 +377,58 @@ def _warnings(audit_file: AuditFile) -> list[str]:
     ]
 
 
-def _leaks(audit_file: AuditFile) -> list[str]:
+def _leaks(audit_file: AuditFile) -> Iterator[str]:
     pairs = audit_file["duplicates"]
     counts = {
         "patients with images in several splits": len(audit_file["patients_in_several_splits"]),
         "pairs of the same image in two splits": pairs["in_two_splits"] if pairs else 0,
         "pairs of the same image with different labels": pairs["in_two_classes"] if pairs else 0,
     }
-    lines = [f"{what}: {number}" for what, number in counts.items() if number]
-    names = [shared["patient"] for shared in audit_file["patients_in_several_classes"]]
-    if names:
-        lines.append(f"patients with images in several classes: {len(names)} ({_few(names)})")
-    return lines
+    yield from (f"{what}: {number}" for what, number in counts.items() if number)
+    if names := [shared["patient"] for shared in audit_file["patients_in_several_classes"]]:
+        yield f"patients with images in several classes: {len(names)} ({_few(names)})"
 
 
-def _empty(flat: Sequence[FlatImage]) -> list[str]:
-    """Name the squares that show nothing, by kind."""
-    return [
-        f"{kind} images: {len(paths)}; check window and bit depth ({_few(paths)})"
-        for kind in ("constant", "nearly black", "nearly white")
-        if (paths := [image["path"] for image in flat if image["kind"] == kind])
-    ]
+def _empty(flat: Sequence[FlatImage]) -> Iterator[str]:
+    for kind in ("constant", "nearly black", "nearly white"):
+        if paths := [image["path"] for image in flat if image["kind"] == kind]:
+            yield f"{kind} images: {len(paths)}; check window and bit depth ({_few(paths)})"
 
 
-def _confounded(table: Origins | None, what: str) -> list[str]:
+def _confounded(table: Origins | None, what: str) -> Iterator[str]:
     """Name the classes that source, view or mask identify, at least for most of their images."""
     if table is None:
-        return []
-    lines = [
-        f"{own:.0%} of the images of {name} have {what} that no other image has: "
-        f"the {what[:-1]} alone tells the class"
-        for name, own in table["own"].items()
-        if own >= SAME_THING
-    ]
-    lines += [
-        f"{name} is associated with the {what[:-1]}: Cramér's V is {v:.2f} (0 not at all, 1 fully)"
-        for name, v in table["association"].items()
-        if (v or 0) >= STRONG and table["own"][name] < SAME_THING
-    ]
-    return lines
+        return
+    for name, share in table["own"].items():
+        if share >= SAME_THING:
+            yield (
+                f"{share:.0%} of the images of {name} have {what} that no other image has: "
+                f"the {what[:-1]} alone tells the class"
+            )
+    for name, v in table["association"].items():
+        if (v or 0) >= STRONG and table["own"][name] < SAME_THING:
+            yield (
+                f"{name} is associated with the {what[:-1]}: Cramér's V is {v:.2f} (0 not at all, "
+                "1 fully)"
+            )
 
 
-def _shortcuts(shortcut: Shortcut | None) -> list[str]:
+def _shortcuts(shortcut: Shortcut | None) -> Iterator[str]:
     auroc = shortcut["auroc"] if shortcut else {}
-    scores = {name: score for name, score in auroc.items() if score}
-    above = sorted((n for n in scores if scores[n]["low"] > 0.5), key=lambda n: -scores[n]["value"])
-    if not above:
-        return []
-    listed = [f"{name} {scores[name]['value']:.2f}" for name in above]
-    return [
-        "size, border and brightness alone tell classes from the rest, AUROC (chance 0.5): "
-        f"{_few(listed)}"
-    ]
+    above = {name: s["value"] for name, s in auroc.items() if s and s["low"] > 0.5}
+    if above:
+        listed = [f"{n} {above[n]:.2f}" for n in sorted(above, key=lambda n: -above[n])]
+        yield (
+            "size, border and brightness alone tell classes from the rest, AUROC (chance 0.5): "
+            f"{_few(listed)}"
+        )
 
 
 def best_model(baseline: Baseline) -> tuple[str, str, Estimate] | None:
-    """Return the better model on thumbnails alone, with its score and interval.
+    """Return the key of the better model on thumbnails alone, its figure, and its score.
 
-    Args:
-        baseline: of audit.json.
-
-    Returns:
-        The model's key; ``accuracy`` with one class per image, else ``mean_auroc``; its value, low
-        and high. None if no model could be trained.
+    The figure is ``accuracy`` with one class per image, else ``mean_auroc``. None is returned if no
+    model could be trained.
     """
     for figure in FIGURES:
         scores = {name: score for name in MODELS if (score := baseline[name][figure])}
@@ -478,21 +438,20 @@ def best_model(baseline: Baseline) -> tuple[str, str, Estimate] | None:
     return None
 
 
-def _baseline_warning(baseline: Baseline | None) -> list[str]:
-    """Return the score that a network has to beat, if thumbnails are better than guessing."""
+def _baseline_warning(baseline: Baseline | None) -> Iterator[str]:
+    """Name the score that a network has to beat, if thumbnails are better than guessing."""
     best = best_model(baseline) if baseline else None
     if baseline is None or best is None:
-        return []
+        return
     _, figure, score = best
     guessing = baseline["largest_class"] if figure == "accuracy" else 0.5
-    if score["low"] <= guessing:
-        return []
     within = "{value:.1%} ({low:.1%} to {high:.1%})" if figure == "accuracy" else _WITHIN
     reached = "are right on" if figure == "accuracy" else "reach a mean AUROC of"
-    return [
-        f"thumbnails of {baseline['size_px']} px alone {reached} {within.format(**score)}: only "
-        "a higher score of a network means something"
-    ]
+    if score["low"] > guessing:
+        yield (
+            f"thumbnails of {baseline['size_px']} px alone {reached} {within.format(**score)}: "
+            "only a higher score of a network means something"
+        )
 
 
 def _baseline_line(baseline: Baseline) -> str:
@@ -511,16 +470,13 @@ def _baseline_line(baseline: Baseline) -> str:
     )
 
 
-def _seen_before(table: PreTraining | None) -> list[str]:
-    if table is None:
-        return []
-    seen = {split: counts["all"] for split, counts in table["splits"].items()}
-    if not any(seen.values()):
-        return []
-    return [
-        f"{sum(seen.values())} images ({seen['test']} in test) are from {table['data_set']}: a "
-        "network that starts from CheXNet may have seen them in its pre-training"
-    ]
+def _seen_before(table: PreTraining | None) -> Iterator[str]:
+    seen = {split: counts["all"] for split, counts in table["splits"].items()} if table else {}
+    if table and any(seen.values()):
+        yield (
+            f"{sum(seen.values())} images ({seen['test']} in test) are from {table['data_set']}: a "
+            "network that starts from CheXNet may have seen them in its pre-training"
+        )
 
 
 def _few(names: Sequence[str]) -> str:
@@ -532,16 +488,12 @@ def summary(audit_file: AuditFile) -> str:
     """Return the audit as text for the terminal."""
     pairs, baseline = audit_file["duplicates"], audit_file["baseline"]
     not_made = audit_file["not_made"].items()
-    counts = (
-        [f"audit: pairs of equal images: {pairs['exact']}, of altered copies: {pairs['near']}"]
-        if pairs
-        else []
-    )
-    return "\n".join(
-        [
-            *counts,
-            *([_baseline_line(baseline)] if baseline else []),
-            *(f"audit: {name} not made: {reason}" for name, reason in not_made),
-            *(f"audit warning: {line}" for line in audit_file["warnings"]),
-        ]
-    )
+    lines = []
+    if pairs:
+        lines.append(
+            f"audit: pairs of equal images: {pairs['exact']}, of altered copies: {pairs['near']}"
+        )
+    lines += [_baseline_line(baseline)] if baseline else []
+    lines += [f"audit: {name} not made: {reason}" for name, reason in not_made]
+    lines += [f"audit warning: {line}" for line in audit_file["warnings"]]
+    return "\n".join(lines)

@@ -4,12 +4,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from cxrdist.data.masks import MasksEntry
+from cxrdist.data.masks import MasksEntry, Share
 from cxrdist.documents import Between, Matching, Real
 from cxrdist.files import judging, read_document
 from cxrdist.info import Count
 
-Share = Annotated[float, Between(0, 1)]
 Correlation = Annotated[float, Between(-1, 1)]
 # 32 KiB; the audit's own thumbnails have 3 kB.
 Thumbnail = Annotated[
@@ -108,9 +107,9 @@ class Judgement(TypedDict):
 
 
 class Shortcut(TypedDict):
-    """How well size, border and brightness separate the classes; old versions lack means.
+    """How well size, border and brightness separate the classes, as in `Judgement`.
 
-    The members are those of `Judgement`.
+    Old versions lack means.
     """
 
     features: list[str]

@@ -34,18 +34,9 @@ def measure_baseline(
 ) -> Baseline:
     """Predict the classes from thumbnails, cross-validated by patient as in `measure_shortcut`.
 
-    Args:
-        thumbnails: returns the result of `shrink` for an image by its position.
-        targets: int8 [N, classes]: 1 if an image has the label, 0 if not, below 0 if not known.
-            The perceptron learns unknown labels as absent; they are never scored.
-        groups: the patient's number for each image.
-        classes: names of the columns.
-        task: multiclass or multilabel.
-
-    Returns:
-        size_px, folds, the number of images used (at most `MOST_IMAGES`) and of all, their
-        patients, the share of the largest class in them, and the result of `judge` for
-        logistic_regression and perceptron.
+    At most `MOST_IMAGES` are used. The perceptron learns unknown labels as absent; they are never
+    scored. ``thumbnails`` returns the result of `shrink` for an image by its position; the other
+    arguments are those of `measure_shortcut`.
 
     Raises:
         CxrdistError: there are fewer patients than folds.
@@ -73,8 +64,7 @@ def measure_baseline(
 def choose_images(groups: Sequence[int], most: int) -> NDArray[np.int64]:
     """Choose at most ``most`` images: all of randomly drawn patients, with a fixed seed.
 
-    Returns:
-        Positions of the images, int64, ascending.
+    The result is their positions, int64, ascending.
     """
     numbers = np.unique(np.asarray(groups), return_inverse=True)[1]
     counts = np.bincount(numbers)
@@ -91,8 +81,7 @@ def _perceive(
 ) -> Scores:
     """Score images by a perceptron with one hidden layer and one output per usable class.
 
-    Returns:
-        float64 [N, classes], NaN in the column of a class that has too few patients.
+    The scores are float64 [N, classes], NaN in the column of a class that has too few patients.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier

@@ -54,7 +54,7 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
         CxrdistError: the file is missing, or a row is not a valid box.
     """
     table = read_table(file, NEEDED)
-    places = table.find_columns({name: {name} for name in COLUMNS})
+    places = table.find_columns(COLUMNS)
     missing = [name for name in NEEDED if name not in places]
     if missing:
         raise CxrdistError(
@@ -71,18 +71,15 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
 
 
 def box_of(row: Mapping[str, str], where: str) -> Box:
-    """Read a box from a table row.
-
-    Args:
-        row: cells by column.
-        where: file and row, for messages.
+    """Read a box from the cells of a table row; ``where`` names file and row in messages.
 
     Raises:
         CxrdistError: it is not a valid box.
     """
     try:
-        x, y, width, height = (_number(row[name]) for name in NEEDED[1:])
-        score = _number(row.get("score") or "1")
+        # Some spreadsheets write a decimal comma.
+        texts = [*(row[name] for name in NEEDED[1:]), row.get("score") or "1"]
+        x, y, width, height, score = (float(text.replace(",", ".")) for text in texts)
     except ValueError as error:
         raise CxrdistError(f"{where}: {error}; expected numbers of px") from error
     inside = all(-MOST_PX <= value <= MOST_PX for value in (x, y, width, height, score))
@@ -92,11 +89,6 @@ def box_of(row: Mapping[str, str], where: str) -> Box:
             "remove the row"
         )
     return Box(x, y, width, height, row.get("text", ""), score)
-
-
-def _number(text: str) -> float:
-    """Parse a number, also with the decimal comma of some spreadsheets."""
-    return float(text.replace(",", "."))
 
 
 def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bool_]:
@@ -110,31 +102,20 @@ def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bo
 
 
 def cover(pixels: NDArray[np.uint8], boxes: Sequence[Box], how: str) -> NDArray[np.uint8]:
-    """Return a copy of an image in which the boxes are covered.
+    """Return a copy of an image, uint8 [H, W], in which the boxes are covered.
 
-    Args:
-        pixels: uint8 [H, W].
-        boxes: in px of the image.
-        how: ``black`` (Bassi & Attux 2020, section 2.2), or ``fill`` as `fill` does.
+    They are ``black`` (Bassi & Attux 2020, section 2.2), or filled as `fill` does (``fill``).
     """
     mask = inside(boxes, *pixels.shape)
-    if how == "fill":
-        return fill(pixels, mask)
-    covered = pixels.copy()
-    covered[mask] = 0
-    return covered
+    return fill(pixels, mask) if how == "fill" else np.where(mask, np.uint8(0), pixels)
 
 
 def fill(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     """Fill pixels of an image with the smoothest continuation of their surroundings.
 
-    Each filled pixel is the mean of its neighbours above, below, left and right (Laplace's
-    equation), so that no edge shows where something was. More than `MOST_SOLVED` pixels are filled
-    at half the size. If all pixels are to be filled, the image becomes black.
-
-    Args:
-        pixels: uint8 [H, W].
-        mask: bool [H, W], the pixels to fill.
+    Each pixel in the mask, bool [H, W], becomes the mean of its neighbours above, below, left and
+    right (Laplace's equation), so that no edge shows where something was. More than `MOST_SOLVED`
+    pixels are filled at half the size. If all pixels are to be filled, the image becomes black.
     """
     filled = pixels.copy()
     if mask.all() or not mask.any():

@@ -38,25 +38,19 @@ NUM_THREADS = 8  # per rank; all of them read from memory or one disk
 
 @dataclass(frozen=True)
 class Layer:
-    """Description of a cache file, which has one row per sample.
-
-    Attributes:
-        noun: what a row is, for messages.
-        suffix: suffix of the file's name.
-        index: the shards.
-        row_shape: shape of a row, uint8.
-        sha256: expected `digest` of each row, by sample number.
-        digest: computes the hash of a row.
-        decode: yields the rows of a shard.
-    """
+    """Description of a cache file: one uint8 array with a row per sample."""
 
     noun: str
+    """What the rows are, for messages."""
     suffix: str
+    """End of the file's name."""
     index: Index
     row_shape: tuple[int, ...]
     sha256: Sequence[str]
+    """Expected `digest` of each row, by sample number."""
     digest: Callable[[NDArray[np.uint8]], str]
     decode: Callable[[PackedShard], Iterator[NDArray[np.uint8]]]
+    """Yields the rows of a shard."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -121,17 +115,14 @@ def _masks_of(index: Index) -> Layer:
 
 
 class Checked(NamedTuple):
-    """Result of comparing a cache file of this node with the index.
-
-    Attributes:
-        images: the array of a layer; None if the file cannot be used at all.
-        stale: numbers of the shards that must be decoded.
-        fault: what is wrong with the file; empty if nothing is, or if it was not compared.
-    """
+    """Result of comparing a cache file of this node with the index."""
 
     images: Images | None
+    """The array; None if the file cannot be used at all."""
     stale: set[int]
+    """Numbers of the shards that must be decoded."""
     fault: str
+    """What is wrong with the file; empty if nothing is, or if it was not compared."""
 
 
 def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -> Images:
@@ -141,10 +132,7 @@ def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -
     existing cache with its hash. Shards with a differing row are decoded again, and the main rank
     prints a line about it.
 
-    Args:
-        index: the shards.
-        directory: on local disk; ``~/.cache/cxrdist`` if None.
-        accelerator: the ranks of a node share the decoding.
+    The directory is on local disk, `default_cache` if None. The ranks of a node share the decoding.
 
     Returns:
         uint8 [samples, size, size], read-only, in the order of the index.
@@ -184,14 +172,6 @@ def _open(layer: Layer, directory: Path | None, accelerator: Accelerator) -> NDA
         unchecked = not ours or bool(cached.fault)
         latest = _check(layer, path, accelerator, look=unchecked)
     return together(accelerator, lambda: _accept(path, latest if unchecked else cached))
-
-
-def map_images(path: Path) -> Images:
-    """Map an array file read-only.
-
-    It is returned as a plain array: numpy gathers its rows a quarter faster than a memmap's.
-    """
-    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def default_cache() -> Path:
@@ -251,11 +231,7 @@ def _verify(index: Index, part: int, num_parts: int) -> None:
 def _check(layer: Layer, path: Path, accelerator: Accelerator, *, look: bool) -> Checked:
     """Compare the cache with the index, each rank some of its rows; must be called on every rank.
 
-    Args:
-        layer: what the cache holds.
-        path: path of the cache.
-        accelerator: the ranks of a node share its rows.
-        look: whether this node compares; the same on all ranks of the node.
+    ``look`` says whether this node compares; it is the same on all ranks of the node.
     """
     part, num_parts = local_ranks(accelerator)
     images, fault = together(accelerator, lambda: _load(layer, path) if look else (None, ""))
@@ -274,11 +250,7 @@ def _check(layer: Layer, path: Path, accelerator: Accelerator, *, look: bool) ->
 
 
 def _load(layer: Layer, path: Path) -> tuple[NDArray[np.uint8] | None, str]:
-    """Map a cache file if it has the expected size and header.
-
-    Returns:
-        The array and an empty text, or None and what is wrong with the file.
-    """
+    """Return the mapped array and an empty text, or None and what is wrong with the file."""
     try:
         file = open_regular(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -292,7 +264,7 @@ def _load(layer: Layer, path: Path) -> tuple[NDArray[np.uint8] | None, str]:
             shape = " x ".join(map(str, layer.shape))
             return None, f"does not begin like an array of {shape} bytes"
         # The map that is checked is the one that is used: it keeps this file even if another run
-        # gives its name to a new one.
+        # gives its name to a new one. numpy gathers rows of a plain array a quarter faster.
         return np.asarray(np.memmap(file, np.uint8, "r", len(header), layer.shape)), ""
 
 
@@ -343,11 +315,7 @@ def _rebuild(layer: Layer, path: Path, cached: Checked, accelerator: Accelerator
 
 
 def _reserve(layer: Layer, partial: Path) -> None:
-    """Create the new cache at its full size.
-
-    Raises:
-        RunFailedError: there is no room for it.
-    """
+    """Create the new cache at its full size; it is an error if there is no room for it."""
     with room_for(partial, OTHER_PLACE):
         partial.unlink(missing_ok=True)  # left by a killed run, or a link, which is never followed
         with open_regular(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL) as file:
@@ -376,11 +344,7 @@ def _fill(layer: Layer, partial: Path, cached: Checked, accelerator: Accelerator
 
 
 def _accept(path: Path, checked: Checked) -> NDArray[np.uint8]:
-    """Return the array of a cache.
-
-    Raises:
-        CxrdistError: the cache has a fault.
-    """
+    """Return the array of a cache; it is an error if the cache has a fault."""
     if checked.images is None or checked.fault:
         raise CxrdistError(
             f"{path}: {checked.fault}, though it was just written or checked; run the same "
@@ -397,15 +361,9 @@ class Squares(Protocol):
 
 
 def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device) -> Tensor:
-    """Copy some images to the device.
+    """Copy images to the device by their sample numbers, int64 [B]; to a GPU asynchronously.
 
-    Args:
-        images: of all samples.
-        numbers: int64 [B], sample numbers.
-        device: where they are needed; a copy to a GPU is asynchronous.
-
-    Returns:
-        uint8 [B, 1, size, size].
+    They are returned as uint8 [B, 1, size, size].
     """
     return _to_device(torch.from_numpy(images[numbers]).unsqueeze(1), device)
 
@@ -413,16 +371,9 @@ def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device)
 def read_mask_rows(
     masks: Masks, numbers: NDArray[np.int64], size_px: int, device: torch.device
 ) -> Tensor:
-    """Copy some masks to the device.
+    """Copy masks, as `open_masks` returns them, to the device as `read_rows` does.
 
-    Args:
-        masks: uint8 [samples, bytes], as `open_masks` returns.
-        numbers: int64 [B], sample numbers.
-        size_px: side of the squares.
-        device: as in `read_rows`.
-
-    Returns:
-        uint8 [B, 1, size, size] of 0 and 255.
+    They are returned as uint8 [B, 1, size, size] of 0 and 255.
     """
     bits = np.unpackbits(masks[numbers], axis=1, count=size_px * size_px)
     rows = torch.from_numpy(bits * np.uint8(255)).reshape(-1, 1, size_px, size_px)

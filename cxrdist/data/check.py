@@ -13,9 +13,9 @@ from cxrdist.config import CheckConfig
 from cxrdist.data.audit import Entry, audit, summary
 from cxrdist.data.duplicates import find_duplicates
 from cxrdist.data.fingerprint import fingerprint
-from cxrdist.data.index import Index, PackedShard, Sample, inspect_index
+from cxrdist.data.index import Index, PackedShard, inspect_index
 from cxrdist.data.masks import describe_masks, masks_line
-from cxrdist.data.shards import OpenShard, SampleFile, open_shard
+from cxrdist.data.shards import OpenShard, open_shard
 from cxrdist.data.workers import SECONDS_PER_IMAGE, image_workers, in_order
 from cxrdist.errors import CxrdistError
 from cxrdist.files import scratch_directory, write_json
@@ -23,25 +23,21 @@ from cxrdist.terminal import progress
 
 
 class Inspected(NamedTuple):
-    """Result of the inspection of a shard.
-
-    Attributes:
-        faults: what is wrong with it.
-        entries: its samples for an audit; empty if none is wanted.
-        mask_shares: share of the square that each of its masks covers.
-    """
+    """Result of the inspection of a shard."""
 
     faults: list[str]
     entries: list[Entry]
+    """Its samples for an audit; empty if none is wanted."""
     mask_shares: list[float]
+    """Share of the square that each of its masks covers."""
 
 
 def check(config: CheckConfig) -> None:
     """Compare the whole content of shards with their index, and print every fault.
 
-    The comparison covers sizes and hashes of the shards, each sample's pixels, mask, label,
-    patient, source and path, the counts in index.json and samples.csv, and unlisted shards.
-    With ``audit`` it also writes SHARDS/audit.json.
+    These are sizes and hashes of the shards, each sample's pixels, mask, label, patient, source and
+    path, the counts in index.json and samples.csv, and unlisted shards. With ``audit`` it also
+    writes SHARDS/audit.json.
 
     Raises:
         CxrdistError: something differs.
@@ -89,23 +85,14 @@ def _inspect_all(index: Index, squares: Path | None) -> list[Inspected]:
         progress(len(index.samples), "checking", "images") as bar,
     ):
         for shard, made in zip(shards, in_order(pool, inspect, shards, 1, seconds), strict=True):
-            inspected.append(
-                made if isinstance(made, Inspected) else Inspected([str(made)], [], [])
-            )
+            one = made if isinstance(made, Inspected) else Inspected([str(made)], [], [])
+            inspected.append(one)
             bar.update(len(shard.samples))
     return inspected
 
 
 def _inspect(shard: PackedShard, squares: Path | None) -> Inspected:
-    """Open a shard, then decode each of its samples.
-
-    Args:
-        shard: the shard to inspect.
-        squares: a file of uint8 [samples, size, size] to store the pixels in, or None.
-
-    Raises:
-        CxrdistError: it cannot be read.
-    """
+    """Open a shard, then decode each of its samples; store their pixels in the file of squares."""
     try:
         with open_shard(shard) as opened:
             return _inspect_samples(shard, opened, squares)
@@ -118,7 +105,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
     rows = np.load(squares, mmap_mode="r+") if squares else None
     for i, sample in enumerate(shard.samples):
         try:
-            pixels, description = opened.read(i)
+            pixels, about = opened.read(i)
             mask = opened.read_mask(i)
         except CxrdistError as error:
             faults.append(str(error))
@@ -127,16 +114,10 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
         mask_shares += [] if share is None else [share]
         if rows is not None:
             rows[shard.first + i] = pixels
-            entries.append(entry_of(sample, description, pixels, share))
+            known = sample._replace(view=about["view"])  # samples.csv of older versions has none
+            size_px = about["width_px"], about["height_px"]
+            entries.append(Entry(known, *size_px, fingerprint(pixels), share))
     return Inspected(faults, entries, mask_shares)
-
-
-def entry_of(
-    sample: Sample, about: SampleFile, pixels: NDArray[np.uint8], mask_share: float | None
-) -> Entry:
-    """Return what the audit needs to know of a sample."""
-    known = sample._replace(view=about["view"])  # samples.csv of older versions has no views
-    return Entry(known, about["width_px"], about["height_px"], fingerprint(pixels), mask_share)
 
 
 def _strangers(index: Index) -> Iterator[str]:

@@ -10,7 +10,7 @@ from cxrdist.data.listed import Listed
 from cxrdist.data.nih_boxes import read_boxes
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import DEVELOPMENT, Record, Source
-from cxrdist.data.tables import Table, plain, read_table, read_text
+from cxrdist.data.tables import Table, read_table, read_text
 from cxrdist.errors import CxrdistError
 
 # In the order of the outputs of the published CheXNet copies (arnoweng/CheXNet,
@@ -27,8 +27,8 @@ TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # the corrected o
 LISTS = {"train_val_list.txt": DEVELOPMENT, "test_list.txt": "test"}
 NEEDED = ("Image Index", "Finding Labels", "Patient ID", "View Position")
 COLUMNS = {
-    **{name: {plain(name)} for name in (*NEEDED, "Patient Age")},
-    "Patient Sex": {"patientsex", "patientgender"},  # in the newer and in the older table
+    **{name: (name,) for name in (*NEEDED, "Patient Age")},
+    "Patient Sex": ("Patient Sex", "Patient Gender"),  # in the newer and in the older table
 }
 FOLDERS = re.compile(r"images(_[^/]+/images)?")  # of the NIH, and of Kaggle
 
@@ -38,15 +38,10 @@ def read_chestxray14(
 ) -> Source:
     """Read the table, the images, and the official lists and boxes if present.
 
-    Args:
-        folder: has a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
-            ``images_012/images/`` (Kaggle).
-        against_rest: classify this label against all other images, instead of the 14 labels.
-        besides: folders to skip.
-
-    Returns:
-        Records with the splits ``train+val`` and ``test`` of the official lists, if present.
-        Images without a row and rows without an image are left out.
+    The folder has a table and the images, in ``images/`` (NIH) or ``images_001/images/`` to
+    ``images_012/images/`` (Kaggle); folders in ``besides`` are skipped. The splits are
+    ``train+val`` and ``test`` of the official lists, if present. Images without a row and rows
+    without an image are left out. The classes are the 14 labels, or one against all other images.
 
     Raises:
         CxrdistError: there is no table, a row or list is malformed, or a row is in no list.
@@ -60,7 +55,7 @@ def read_chestxray14(
         raise CxrdistError(
             f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}; download one of them"
         )
-    table = read_table(place, {plain(name) for name in NEEDED})
+    table = read_table(place, NEEDED)
     listed = Listed(folder, _name_of, besides)
     splits, boxes = _splits(folder), read_boxes(folder, LABELS)
     records = []
@@ -87,16 +82,11 @@ def read_chestxray14(
     )
 
 
-def _notes(records: Sequence[Record], splits: dict[str, str]) -> list[str]:
-    notes = []
+def _notes(records: Sequence[Record], splits: dict[str, str]) -> Iterator[str]:
     if not splits:
-        notes.append(
-            f"without {' and '.join(LISTS)} the split is drawn here and is not the official one"
-        )
-    ageless = sum(record.age is None for record in records)
-    if ageless:
-        notes.append(f"{ageless} images have no age from 0 to {MOST_YEARS:g} years; left empty")
-    return notes
+        yield f"without {' and '.join(LISTS)} the split is drawn here and is not the official one"
+    if ageless := sum(record.age is None for record in records):
+        yield f"{ageless} images have no age from 0 to {MOST_YEARS:g} years; left empty"
 
 
 def _stem(name: str) -> str:
@@ -115,15 +105,15 @@ def _name_of(path: str) -> str | None:
 
 def _splits(folder: Path) -> dict[str, str]:
     """Return the official split of each image; empty without the lists."""
-    there = [name for name in LISTS if (folder / name).is_file()]
+    there = {folder / name: split for name, split in LISTS.items() if (folder / name).is_file()}
     if len(there) == 1:
-        raise CxrdistError(f"{folder}: has only {there[0]}; expected both {' and '.join(LISTS)}")
+        only = next(iter(there)).name
+        raise CxrdistError(f"{folder}: has only {only}; expected both {' and '.join(LISTS)}")
     splits: dict[str, str] = {}
-    for list_name in there:
-        text, _ = read_text(folder / list_name)
-        for name in text.split():
-            if splits.setdefault(_official(name), LISTS[list_name]) != LISTS[list_name]:
-                raise CxrdistError(f"{folder / list_name}: {name} is in both lists")
+    for file, split in there.items():
+        for name in read_text(file)[0].split():
+            if splits.setdefault(_official(name), split) != split:
+                raise CxrdistError(f"{file}: {name} is in both lists")
     return splits
 
 
@@ -132,9 +122,7 @@ def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
     The header has an unquoted comma in ``OriginalImage[Width,Height]``, and so have the rows.
     """
-    places = table.find_columns(COLUMNS, NEEDED)
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    for where, cells in table.cells(COLUMNS, NEEDED):
         name, patient = cells["Image Index"], cells["Patient ID"]
         labels = set(cells["Finding Labels"].split(SEPARATOR)) - {NO_FINDING}
         if unknown := labels - {*LABELS}:

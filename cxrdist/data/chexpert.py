@@ -14,7 +14,7 @@ from cxrdist.data.labels import read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import age_of, sex_of
 from cxrdist.data.records import DEVELOPMENT, Record, Source
-from cxrdist.data.tables import Row, Table, plain, read_table
+from cxrdist.data.tables import Table, plain, read_table
 from cxrdist.data.views import LATERAL, view_in_name, view_of
 from cxrdist.errors import CxrdistError
 
@@ -37,9 +37,9 @@ SPLITS_WITH_TEST = {"train": "train", "valid": "val", "test": "test"}
 # valid.csv, the only set labelled by radiologists, must not select a model and then score it.
 SPLITS_WITHOUT_TEST = {"train": DEVELOPMENT, "valid": "test"}
 COLUMNS = {
-    **{name: {plain(name)} for name in ("Path", "Study", "Sex", "Age")},
-    **{name: {plain(name)} for name in ("Frontal/Lateral", "AP/PA", *LABELS)},
-    "Lung Opacity": {"lungopacity", "airspaceopacity"},  # the latter of the radiologists' tables
+    **{name: (name,) for name in ("Path", "Study", "Sex", "Age")},
+    **{name: (name,) for name in ("Frontal/Lateral", "AP/PA", *LABELS)},
+    "Lung Opacity": ("Lung Opacity", "Airspace Opacity"),  # the latter of the radiologists' tables
 }
 IMAGE = re.compile(r"(?:.*/)?(patient\d+/study\d+/[^/]+)")
 FORMS = {  # of a row's cell, by the name of the column
@@ -59,16 +59,11 @@ class View(NamedTuple):
 def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read the tables and the images that exist.
 
-    Args:
-        folder: has tables and images, in it or in folders below it. The end of an image's path,
-            ``patientNNNNN/studyN/viewN_frontal.jpg``, identifies it, so that the four parts of
-            v1.0, Kaggle's copy and CheXlocalize can stay as unpacked.
-        besides: folders to skip.
-
-    Returns:
-        Records whose path is ``train/``, ``valid/`` or ``test/`` followed by that end. With a table
-        of the test set the splits are the official ones; without it valid.csv is the test split,
-        and train.csv is ``train+val``.
+    Both are in the folder or in folders below it, except those in ``besides``. The end of an
+    image's path, ``patientNNNNN/studyN/viewN_frontal.jpg``, identifies it, so that the four parts
+    of v1.0, Kaggle's copy and CheXlocalize can stay as unpacked. A record's path is ``train/``,
+    ``valid/`` or ``test/`` followed by that end. With a table of the test set the splits are the
+    official ones; without it valid.csv is the test split, and train.csv is ``train+val``.
 
     Raises:
         CxrdistError: there is no table or no image, or a table is malformed.
@@ -101,21 +96,13 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
     if not_read:
         notes.append(f"{', '.join(not_read)}: not read")
     notes += [*listed.notes(*tables.values()), *_view_notes(views)]
-    return Source(
-        records,
-        "multilabel",
-        list(LABELS),
-        NAME,
-        tuple(notes),
-        *listed.account(),
-    )
+    return Source(records, "multilabel", list(LABELS), NAME, tuple(notes), *listed.account())
 
 
 def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
     """Return the table of each image folder, and the names of tables that are not read.
 
-    Raises:
-        CxrdistError: there is no table, or one is in two folders.
+    It is an error if there is no table, or if one is in two folders.
     """
     below = sorted(child for child in folder.iterdir() if child.is_dir())
     tables, not_read = {}, []
@@ -148,30 +135,28 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
     """
     columns = {plain(name) for name in table.columns}
     key = "Study" if "study" in columns and "path" not in columns else "Path"
-    places = table.find_columns(COLUMNS, (key, *LABELS))
     of_study: dict[str, list[str]] = {}
     if key == "Study":
         for name in sorted(listed.names()):
             of_study.setdefault(name.rpartition("/")[0], []).append(name)
-    for row in table.rows():
-        cells = {name: row.cells[place].strip() for name, place in places.items()}
-        asked = _asked(row, cells[key], FORMS[key])
+    for where, cells in table.cells(COLUMNS, (key, *LABELS)):
+        asked = _asked(where, cells[key], FORMS[key])
         facts = {
             "patient": asked.partition("/")[0],
             "sex": sex_of(cells.get("Sex", "")),
             "age": age_of(cells.get("Age", "")),
-            **read_cells(row.where, {label: cells[label] for label in LABELS}),
+            **read_cells(where, {label: cells[label] for label in LABELS}),
         }
         for name in of_study.get(asked, [asked]):
             view = _view(name, cells)
             yield name, view, {**facts, "view": view.taken_for}
 
 
-def _asked(row: Row, text: str, form: re.Pattern[str]) -> str:
+def _asked(where: str, text: str, form: re.Pattern[str]) -> str:
     """Return the image or study of a row, as `_name_of` names it."""
     if not (match := form.fullmatch(text)):
         raise CxrdistError(
-            f"{row.where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "
+            f"{where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "
             "or patient00001/study1 in a table of studies"
         )
     return match[1]
@@ -186,15 +171,13 @@ def _view(name: str, cells: dict[str, str]) -> View:
     return View(frontal_lateral, ap_pa, taken_for)
 
 
-def _view_notes(views: Counter[View]) -> list[str]:
-    """Return notes on views whose two columns contradict each other or have unknown words."""
-    notes = []
+def _view_notes(views: Counter[View]) -> Iterator[str]:
+    """Yield notes on views whose two columns contradict each other or have unknown words."""
     for view, number in sorted(views.items()):
         side, position = view_of(view.frontal_lateral), view_of(view.ap_pa)
-        is_said_twice = side and position and (side == LATERAL) != (position == LATERAL)
-        if side is None or position is None or is_said_twice:
-            notes.append(
+        is_contradiction = side and position and (side == LATERAL) != (position == LATERAL)
+        if side is None or position is None or is_contradiction:
+            yield (
                 f"{number} images are {view.frontal_lateral!r:.20} by Frontal/Lateral and "
                 f"{view.ap_pa!r:.20} by AP/PA: they count as {view.taken_for or 'unknown'}"
             )
-    return notes

@@ -14,20 +14,16 @@ from cxrdist.data.patients import compile_pattern, patient_of
 from cxrdist.data.records import DEVELOPMENT, SPLIT_NAMES, Record, Source, known_source
 from cxrdist.errors import CxrdistError
 
-BESIDE = "beside the class folders"
 LOOKS_LIKE_SPLIT = re.compile(r"(?:^|[\W_\d])(train|val|test|dev)")
 
 
 def read_class_folders(
     folder: Path, patient_pattern: str | None = None, besides: Sequence[Path] = ()
 ) -> Source:
-    """Read the images of class folders.
+    """Read the images of class folders, except those in folders of ``besides``.
 
-    Args:
-        folder: has a folder of images per class, or such folders per split.
-        patient_pattern: regular expression; the first group that matches in the file name is the
-            patient. Without it, or if it does not match, the image has a patient of its own.
-        besides: folders to skip.
+    The pattern is a regular expression; the first group that matches in a file's name is the
+    patient. Without it, or if it does not match, the image has a patient of its own.
 
     Raises:
         CxrdistError: a class has no image, or it is unclear which folders are classes and which
@@ -42,7 +38,7 @@ def read_class_folders(
     for file, names in zip(found.images, levels, strict=True):
         path = file.relative_to(folder).as_posix()
         if len(names) < num_levels:
-            stray.append(LeftOut(path, BESIDE))
+            stray.append(LeftOut(path, "beside the class folders"))
             continue
         label = names[1 if split_level == 0 else 0]
         split = None if split_level is None else SPLIT_NAMES[names[split_level].lower()]
@@ -64,8 +60,7 @@ def read_class_folders(
 def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | None:
     """Return the level of the folders that are splits: 0 upper, 1 lower, None if none are.
 
-    Raises:
-        CxrdistError: only some folders of a level are splits, or two are the same split.
+    It is an error if only some folders of a level are splits, or if two are the same split.
     """
     below: dict[str, set[str]] = defaultdict(set)
     for parts in levels:
@@ -110,8 +105,7 @@ def _refuse_like_splits(folder: Path, siblings: Iterable[set[str]]) -> None:
 def _refuse_equal_splits(folder: Path, names: Iterable[str]) -> None:
     names = sorted(names)
     splits = [SPLIT_NAMES[name.lower()] for name in names]
-    twice = next((split for split in splits if splits.count(split) > 1), None)
-    if twice:
+    if twice := next((split for split in splits if splits.count(split) > 1), None):
         both = " and ".join(n for n, s in zip(names, splits, strict=True) if s == twice)
         raise CxrdistError(
             f"--input {folder}: the folders {both} are both {twice}; put their images together"

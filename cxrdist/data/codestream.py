@@ -1,8 +1,6 @@
 """Codestreams: the sample precision that a JPEG, JPEG-LS or JPEG 2000 stream declares."""
 
-JPEG2000_SIZE = (
-    b"\xff\x4f\xff\x51"  # SOC and SIZ (ISO 15444-1, section A.5.1), in a JP2 box or bare
-)
+JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # SOC and SIZ (ISO 15444-1, A.5.1), in a JP2 box or bare
 # Start of frame (ITU-T T.81, table B.1; of JPEG-LS ITU-T T.87, C.1.1): not DHT, JPG and DAC.
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
@@ -11,8 +9,7 @@ WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 def precision(stream: bytes) -> tuple[int, bool] | None:
     """Return the bits per sample of the first component, and whether samples are signed.
 
-    Returns:
-        Bits and sign; None if no header declares them.
+    None is returned if no header declares them.
     """
     if stream[:2] == b"\xff\xd8":
         return _jpeg_precision(stream)

@@ -36,36 +36,25 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Release:
-    """A release, recognised by its folders.
-
-    Attributes:
-        name: first, middle or current release.
-        classes: folder of each class, and the source of its images that no workbook lists; the
-            children's images are Kermany's (2018), the opacities RSNA's (2018).
-        images: folder within a class's folder, or empty.
-    """
+    """A release, recognised by its folders."""
 
     name: str
     classes: dict[str, str]
-    images: str
+    """By folder, the source of the images that no workbook lists."""
+    images: str = ""
+    """Folder within a class's folder."""
 
 
+# The children's images are Kermany's (2018), the opacities RSNA's (2018).
+CHILDREN = {"NORMAL": "Kermany", "Viral Pneumonia": "Kermany"}
 RELEASES = (
     Release(
         "current release",
         {"COVID": NAME, "Lung_Opacity": "RSNA", "Normal": NAME, "Viral Pneumonia": "Kermany"},
         "images",
     ),
-    Release(
-        "middle release",
-        {"COVID": NAME, "NORMAL": "Kermany", "Viral Pneumonia": "Kermany"},
-        "",
-    ),
-    Release(
-        "first release",
-        {"COVID-19": NAME, "NORMAL": "Kermany", "Viral Pneumonia": "Kermany"},
-        "",
-    ),
+    Release("middle release", {"COVID": NAME, **CHILDREN}),
+    Release("first release", {"COVID-19": NAME, **CHILDREN}),
 )
 
 
@@ -74,13 +63,10 @@ def read_covid19_radiography(
 ) -> Source:
     """Read one of the three releases, recognised by its folders; lung masks are left out.
 
-    The label is the folder's name. No patient is known. The source is that of the URL in the
-    metadata workbooks, else that of the class (`Release`).
-
-    Args:
-        folder: folder of the release, or the one above it.
-        drop_unusable: leave out images that COVID-Net lists as unusable.
-        besides: folders to skip.
+    The folder is that of the release, or the one above it; folders in ``besides`` are skipped. The
+    label is the folder's name. No patient is known. The source is that of the URL in the metadata
+    workbooks, else that of the class (`Release`). ``drop_unusable`` leaves out images that
+    COVID-Net lists as unusable.
 
     Raises:
         CxrdistError: the folder has no release, a class has no image, a workbook cannot be read, or
@@ -129,7 +115,7 @@ def _why_left_out(release: Release, parts: Sequence[str], drop_unusable: bool) -
 
 def _recognise(folder: Path) -> tuple[Path, Release]:
     """Return the release's folder, and which release it is."""
-    for root in (folder, *(child for child in folder.iterdir() if child.is_dir())):
+    for root in (folder, *(child for child in sorted(folder.iterdir(), key=str) if child.is_dir())):
         for release in RELEASES:
             if all((root / name / release.images).is_dir() for name in release.classes):
                 return root, release
@@ -145,15 +131,14 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
     Names in the workbooks are spelt in several ways, such as COVID-19(1) for ``COVID-19 (1)`` and
     NORMAL-1 for ``Normal-1``: only the number identifies an image.
     """
-    books = [
-        file for file in root.glob("*.xlsx") if file.name.split(".")[0].lower() == name.lower()
-    ]
-    if not books:
+    books = sorted(root.glob("*.xlsx"), key=str)
+    book = next((b for b in books if b.name.split(".")[0].lower() == name.lower()), None)
+    if book is None:
         return {}
-    rows = _read_rows(books[0])
+    rows = _read_rows(book)
     header = [str(cell or "").strip().upper() for cell in rows[0]] if rows else []
     if not {"FILE NAME", "URL"} <= set(header):
-        raise CxrdistError(f"{books[0]}: has no columns FILE NAME and URL; unpack it again")
+        raise CxrdistError(f"{book}: has no columns FILE NAME and URL; unpack it again")
     name_at, url_at = header.index("FILE NAME"), header.index("URL")
     return {
         number: str(row[url_at])
@@ -165,11 +150,7 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
 
 
 def _read_rows(book: Path) -> list[tuple[Any, ...]]:
-    """Return the cells of a workbook's first sheet.
-
-    Raises:
-        CxrdistError: it is damaged, or larger than a workbook of this data set.
-    """
+    """Return the cells of a workbook's first sheet; reject one that is damaged or too large."""
     from openpyxl import load_workbook
 
     try:

@@ -72,17 +72,14 @@ class Line(NamedTuple):
 def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read the lists of one version and those of their images that exist.
 
+    The folder has the lists, and the images in ``train/``, ``val/`` and ``test/``; folders in
+    ``besides`` are skipped. The records have two or three classes, and the splits of the lists:
+    ``train+val`` for the training list of a version without val. Patients are those of the
+    collections; for RSNA's images those of the NIH, if `rsna_pneumonia.MAPPING` is next to the
+    lists.
+
     A patient in two lists stays in the later one of train, val and test, so that the test list is
     the published one: the other images are left out, and so are `TEST_PATIENTS` in train and val.
-
-    Args:
-        folder: has the lists, and the images in ``train/``, ``val/`` and ``test/``.
-        besides: folders to skip.
-
-    Returns:
-        Records of two or three classes, as in the lists, with their splits: ``train+val`` for the
-        training list of a version without val. Patients are those of the collections; for RSNA's
-        images those of the NIH, if `rsna_pneumonia.MAPPING` is next to the lists.
 
     Raises:
         CxrdistError: the lists of a version are missing, several versions are mixed, or a line is
@@ -104,18 +101,11 @@ def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
             left_out[reason][patient] += 1
             continue
         split = DEVELOPMENT if line.split == "train" and "val" not in lists else line.split
-        told = BIMCV_VIEW.search(line.image)
-        view = told[1].upper() if told else ""
+        named = BIMCV_VIEW.search(line.image)
+        view = named[1].upper() if named else ""
         records.append(Record(*taken, line.label, patient, line.source(), split, view))
     notes = (*listed.notes(*lists.values()), *_notes(records, left_out, origins))
-    return Source(
-        records,
-        "multiclass",
-        list(classes),
-        NAME,
-        notes,
-        *listed.account(),
-    )
+    return Source(records, "multiclass", list(classes), NAME, notes, *listed.account())
 
 
 def _name_of(path: str) -> str | None:
@@ -125,8 +115,7 @@ def _name_of(path: str) -> str | None:
 def _find_lists(folder: Path) -> dict[str, Path]:
     """Return the list of each split, in the order of `SPLITS`; older versions have no val.
 
-    Raises:
-        CxrdistError: no version has both train and test lists, or several have.
+    It is an error if no version has both train and test lists, or if several have.
     """
     versions: dict[str, dict[str, Path]] = defaultdict(dict)
     for file in sorted(folder.iterdir()):
@@ -147,8 +136,7 @@ def _find_lists(folder: Path) -> dict[str, Path]:
 def _read_list(split: str, file: Path) -> Iterator[Line]:
     """Yield the lines of a list, each image once, since some lists repeat images.
 
-    Raises:
-        CxrdistError: a line has no label, or two lines of an image differ.
+    It is an error if a line has no label, or if two lines of an image differ.
     """
     before: dict[str, Line] = {}
     text, _ = read_text(file)
@@ -158,7 +146,8 @@ def _read_list(split: str, file: Path) -> Iterator[Line]:
         where = f"{file} line {number}"
         # A patient's name may hold blanks: `COVID 216 COVID(216).png COVID-19 sirm`.
         has_source = len(words) > 3 and words[-1] not in LABELS
-        *patient, image, label = words[:-1] if has_source else words if len(words) > 2 else "???"
+        fields = words[:-1] if has_source else words
+        *patient, image, label = fields if len(fields) > 2 else ("", "", "")
         if label not in LABELS:
             raise CxrdistError(
                 f"{where}: {' '.join(words)!r:.80}, expected patient, file, label (one of "
@@ -172,11 +161,7 @@ def _read_list(split: str, file: Path) -> Iterator[Line]:
 
 
 def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
-    """Return the classes that the lists have.
-
-    Raises:
-        CxrdistError: they mix labels of lists with two and with three classes.
-    """
+    """Return the classes of the lists; reject a mix of lists with two and with three classes."""
     labels = {line.label for line in lines}
     classes = next((classes for classes in CLASSES if labels <= {*classes}), None)
     if classes is None:
@@ -191,12 +176,7 @@ def _patient(line: Line, origins: Mapping[str, str]) -> str:
 
 
 def _why_left_out(line: Line, last: str) -> str:
-    """Return why an image is not packed; empty if it is.
-
-    Args:
-        line: of the image.
-        last: the last split that has its patient.
-    """
+    """Return why an image is not packed, given the last split that has its patient; else empty."""
     if line.split != "test" and (line.collection, line.patient) in TEST_PATIENTS:
         return MISPLACED
     return "" if line.split == last else f"of a patient who is in the {last} list too"
@@ -204,14 +184,11 @@ def _why_left_out(line: Line, last: str) -> str:
 
 def _notes(
     records: Sequence[Record], left_out: Mapping[str, Counter[str]], origins: Mapping[str, str]
-) -> list[str]:
-    """Return notes for the user, one line each."""
-    notes = []
+) -> Iterator[str]:
     for reason, images in left_out.items():
         names = ", ".join(sorted(images)[:MOST_NAMED])
         more = f" and {len(images) - MOST_NAMED} more" if len(images) > MOST_NAMED else ""
-        notes.append(f"images left out, each {reason}: {images.total()} ({names}{more})")
+        yield f"images left out, each {reason}: {images.total()} ({names}{more})"
     num_rsna = sum(record.source == RSNA for record in records)
     if num_rsna and not origins:
-        notes.append(patients_note(num_rsna))
-    return notes
+        yield patients_note(num_rsna)

@@ -17,17 +17,12 @@ from cxrdist.errors import CxrdistError
 
 
 class LabelledImage(NamedTuple):
-    """A sample, or a batch of several made by `torch.utils.data.default_collate`.
-
-    Attributes:
-        image: uint8 [1, S, S], as a `Classifier` takes it in a batch.
-        target: float32 [classes]: 1 if the image has the class, 0 if not, -1 if not known.
-        key: of the sample.
-        patient: of the sample.
-    """
+    """A sample, or a batch of several made by `torch.utils.data.default_collate`."""
 
     image: Tensor
+    """uint8 [1, S, S], as a `Classifier` takes it in a batch."""
     target: Tensor
+    """float32 [classes]: 1 if the image has the class, 0 if not, -1 if not known."""
     key: str
     patient: str
 
@@ -87,13 +82,10 @@ class ShardDataset(Dataset[LabelledImage]):
     def _opened(self, shard: int) -> OpenShard:
         """Return an open shard by its number, checked by this process."""
         if self._process != os.getpid():  # forked workers would share the read position of a file
-            self._forget()
+            self._open, self._files, self._process = {}, ExitStack(), os.getpid()
         if shard not in self._open:
             self._open[shard] = self._files.enter_context(open_shard(self._shards[shard]))
         return self._open[shard]
-
-    def _forget(self) -> None:
-        self._open, self._files, self._process = {}, ExitStack(), os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without open shards, which spawned workers cannot inherit."""
@@ -101,11 +93,7 @@ class ShardDataset(Dataset[LabelledImage]):
 
 
 def open_shards(directory: str | Path, split: str) -> ShardDataset:
-    """Open a split of packed shards as a torch Dataset.
-
-    Args:
-        directory: of the shards.
-        split: train, val or test.
+    """Open the split train, val or test of packed shards as a torch Dataset.
 
     Raises:
         CxrdistError: there are no shards, they disagree with their index, or the split is empty.

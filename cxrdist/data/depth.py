@@ -29,9 +29,7 @@ def count_words(words: NDArray[Any]) -> NDArray[np.int64]:
 def used_depth(values: NDArray[np.integer], counts: NDArray[np.int64]) -> int:
     """Return the smallest of `DEPTHS` that at most `HOT_PIXELS` of an image exceed.
 
-    Args:
-        values: int [N].
-        counts: number of pixels per value, int [N].
+    ``counts`` are the pixels per value; both are int [N].
     """
     allowed = HOT_PIXELS * int(counts.sum())
     return next(d for d in DEPTHS if counts[values > white_of(d)].sum() <= allowed)
@@ -48,13 +46,9 @@ def grey_of(white: int) -> NDArray[np.uint8]:
 
 
 def source_depth(used: Iterable[int | None]) -> int | None:
-    """Return the depth of a source: the largest that one of its images uses.
+    """Return the depth of a source: the largest number of bits that one of its images uses.
 
-    Args:
-        used: bits that each image uses; None if its file declares its depth.
-
-    Returns:
-        The depth; None if all images declare theirs.
+    None stands for an image that declares its depth, and is returned if all images do.
     """
     return max((depth for depth in used if depth is not None), default=None)
 

@@ -26,31 +26,19 @@ from cxrdist.terminal import progress
 
 
 class Original(NamedTuple):
-    """A sample of the shards that others are derived from.
-
-    Attributes:
-        number: sample number.
-        pixels: uint8 [size, size].
-        mask: uint8 [size, size] of 0 and 255; None without.
-        about: content of its KEY.json.
-    """
+    """A sample of the shards that others are derived from."""
 
     number: int
     pixels: NDArray[np.uint8]
+    """uint8 [size, size]."""
     mask: NDArray[np.uint8] | None
+    """uint8 [size, size] of 0 and 255; None without."""
     about: SampleFile
+    """Content of its KEY.json."""
 
 
 # One square per derived set, all of the same size; None leaves the sample out.
 Change = Callable[[Original], Sequence[NDArray[np.uint8]] | None]
-
-
-class _Derived(NamedTuple):
-    """A sample of derived shards."""
-
-    sample: Sample
-    about: SampleFile
-    png: bytes
 
 
 def derive_shards(
@@ -58,16 +46,9 @@ def derive_shards(
 ) -> list[int]:
     """Write sets of shards with the samples, labels and splits of existing shards.
 
-    Masks and boxes of findings are not written, since they fit squares of the original size.
-
-    Args:
-        index: the shards to read.
-        directories: one per set; they must exist and be empty.
-        size_px: side of the written squares.
-        change: returns the squares of a sample, one per set.
-
-    Returns:
-        The numbers of the samples that were left out.
+    Masks and boxes of findings are not written, since they fit squares of the original size. Each
+    set has a directory, which must exist and be empty; ``change`` returns a square of ``size_px``
+    for each set. The numbers of the samples that were left out are returned.
 
     Raises:
         CxrdistError: the shards differ from their index.
@@ -77,7 +58,7 @@ def derive_shards(
     written, left_out = Counter[str](), list[int]()
     with progress(len(index.samples), "changing", "images") as bar:
         for shard in index.packed():
-            rows: list[list[_Derived]] = [[] for _ in directories]
+            rows: list[list[tuple[Sample, SampleFile, bytes]]] = [[] for _ in directories]
             split = shard.samples[0].split
             name = shard_name(split, written[split])
             for original in _originals(shard):
@@ -91,8 +72,8 @@ def derive_shards(
                 continue
             written[split] += 1
             for directory, row, own, known in zip(directories, rows, samples, entries, strict=True):
-                write_shard(directory / name, ((d.about, d.png, b"") for d in row))
-                own += [derived.sample for derived in row]
+                write_shard(directory / name, ((about, png, b"") for _, about, png in row))
+                own += [sample for sample, _, _ in row]
                 known.append(describe_shard(directory / name, len(row)))
     for directory, own, known in zip(directories, samples, entries, strict=True):
         _write_index(directory, index, size_px, own, known)
@@ -106,12 +87,15 @@ def _originals(shard: PackedShard) -> Iterator[Original]:
             yield Original(shard.first + i, pixels, opened.read_mask(i), about)
 
 
-def _derive(sample: Sample, shard: str, original: Original, square: NDArray[np.uint8]) -> _Derived:
+def _derive(
+    sample: Sample, shard: str, original: Original, square: NDArray[np.uint8]
+) -> tuple[Sample, SampleFile, bytes]:
+    """Return the row of samples.csv, the content of KEY.json, and the PNG of a derived sample."""
     about = original.about.copy()
     about.pop("boxes", None)
     digest = hashlib.sha256(square.tobytes()).hexdigest()
     row = sample._replace(shard=shard, sha256=digest, mask_sha256="")
-    return _Derived(row, about, encode_png(square))
+    return row, about, encode_png(square)
 
 
 def _write_index(

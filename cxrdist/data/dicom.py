@@ -71,13 +71,10 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings would pr
 
 
 def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Picture:
-    """Read a radiograph as it would be displayed (`cxrdist.data.presentation`).
+    """Read a radiograph from a file's content as it would be displayed (`presentation`).
 
-    Args:
-        data: the file's content.
-        file: its name, for messages.
-        depth: bit depth of the source, for a file that does not declare one; if None, the bits
-            that the file uses.
+    ``depth`` is the bit depth of the source, for a file that does not declare one; None stands for
+    the bits that the file uses.
 
     Raises:
         CxrdistError: it is damaged, not a radiograph, or its decoder is not installed.
@@ -131,10 +128,8 @@ def _refuse_no_radiograph(dataset: Dataset) -> None:
     if whole(dataset, "NumberOfFrames", 1) != 1:
         raise RefusedError("it has several frames; expected one radiograph")
     photometric = text(dataset, "PhotometricInterpretation")
-    if whole(dataset, "SamplesPerPixel", 1) != 1 or photometric not in (
-        "MONOCHROME1",
-        "MONOCHROME2",
-    ):
+    is_grey = photometric in ("MONOCHROME1", "MONOCHROME2")
+    if whole(dataset, "SamplesPerPixel", 1) != 1 or not is_grey:
         raise RefusedError("it is in colour; expected MONOCHROME1 or MONOCHROME2")
     if text(dataset, "Modality") not in MODALITIES:
         raise RefusedError("its modality is not radiography; expected CR, DX or RG")
@@ -152,8 +147,7 @@ def _refuse_no_radiograph(dataset: Dataset) -> None:
 def _shown_size(dataset: Dataset) -> tuple[int, int]:
     """Return width and height with square pixels; the side with the larger pixels is stretched.
 
-    PixelAspectRatio is used only if the distances of rows and columns are missing (PS3.3,
-    C.7.6.3.1.7).
+    PixelAspectRatio is used only without distances of rows and columns (PS3.3, C.7.6.3.1.7).
     """
     width, height = whole(dataset, "Columns"), whole(dataset, "Rows")
     ratio = 1.0
@@ -205,10 +199,9 @@ def _native(dataset: Dataset) -> NDArray[Any]:
 
 
 def _decompress(dataset: Dataset, decoder: str) -> tuple[NDArray[Any], int]:
-    """Decode into an array of the expected size, so that a forged header cannot fill the memory.
+    """Return uint8 or uint16 [H, W], and the bits per sample of the stream.
 
-    Returns:
-        uint8 or uint16 [H, W], and the bits per sample of the stream.
+    An array of the expected size is decoded into, so that a forged header cannot fill the memory.
     """
     try:
         import imagecodecs

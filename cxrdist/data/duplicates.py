@@ -40,21 +40,15 @@ QUERIES = 512  # per search, which bounds the size of its result
 Pixels = Callable[[int], NDArray[np.uint8]]
 
 
-@dataclass(frozen=True)
-class Near:
-    """Two images of which one is an altered copy of the other.
-
-    Attributes:
-        first: number of one image.
-        second: number of the other, larger than `first`.
-        bits: bits in which their hashes differ, of 256.
-        correlation: correlation of their fine structure, -1..1.
-    """
+class Near(NamedTuple):
+    """Two images, by number and ascending, of which one is an altered copy of the other."""
 
     first: int
     second: int
     bits: int
+    """Bits in which their hashes differ, of 256."""
     correlation: float
+    """Correlation of their fine structure, -1..1."""
 
 
 class View(NamedTuple):
@@ -71,29 +65,24 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Duplicates:
-    """All duplicates of a data set, by the numbers of the images.
-
-    Attributes:
-        exact: pairs with the same pixels; each of several equal images is paired with the first.
-        near: altered copies, ascending; only the first of equal images is compared.
-    """
+    """All duplicates of a data set, by the numbers of the images."""
 
     exact: list[tuple[int, int]]
+    """Pairs with the same pixels; each of several equal images is paired with the first."""
     near: list[Near]
+    """Altered copies, ascending; only the first of equal images is compared."""
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
         """All pairs, exact and near."""
-        return [*self.exact, *((pair.first, pair.second) for pair in self.near)]
+        return [*self.exact, *(pair[:2] for pair in self.near)]
 
 
 def find_duplicates(fingerprints: Sequence[Fingerprint], pixels: Pixels) -> Duplicates:
-    """Find equal images and altered copies.
+    """Find equal images and altered copies; of flat squares only equal ones.
 
-    Args:
-        fingerprints: of all images; for flat squares only equal images are found.
-        pixels: gives the square of an image by its number, uint8 [S, S]; called for candidates
-            only.
+    ``pixels`` returns the square of an image by its number, uint8 [S, S]; it is called for
+    candidates only.
     """
     first: dict[str, int] = {}
     numbers = [first.setdefault(f.sha256, i) for i, f in enumerate(fingerprints)]
@@ -127,12 +116,8 @@ def find_candidates(
 ) -> dict[tuple[int, int], int]:
     """Find pairs that may be copies: similar images, or one similar to the inside of the other.
 
-    Args:
-        hashes: uint8 [N, 32], hashes of whole images.
-        inner: uint8 [N, 32], hashes of their insides.
-
-    Returns:
-        The number of differing bits of each pair (i, j), i < j.
+    ``hashes`` are those of whole images and ``inner`` those of their insides, uint8 [N, 32] each.
+    The result is the number of differing bits of each pair (i, j), i < j.
     """
     index = faiss.IndexBinaryFlat(8 * hashes.shape[1])
     candidates: dict[tuple[int, int], int] = {}
@@ -158,21 +143,15 @@ def find_candidates_between(
 ) -> dict[tuple[int, int], int]:
     """Find pairs across two sets that may be copies, as `find_candidates` does in one set.
 
-    Args:
-        one: hashes of whole images and of their insides, uint8 [N, 32] each.
-        other: those of the other set, uint8 [M, 32] each.
-        most_bits: bits in which the hashes of a pair may differ.
-
-    Returns:
-        The number of differing bits of each pair (number in one, number in the other).
+    Each set has hashes of whole images and of their insides, uint8 [N, 32] and [M, 32]. The hashes
+    of a pair differ in at most ``most_bits``.
     """
     candidates: dict[tuple[int, int], int] = {}
     for queries, indexed in ((one[0], other[0]), (one[1], other[0]), (one[0], other[1])):
         index = faiss.IndexBinaryFlat(8 * indexed.shape[1])
         index.add(indexed)
         for query, number, bits in _within(index, queries, most_bits):
-            pair = query, number
-            candidates[pair] = min(bits, candidates.get(pair, bits))
+            candidates[query, number] = min(bits, candidates.get((query, number), bits))
     return candidates
 
 
@@ -189,15 +168,10 @@ def _within(
 
 
 def compare(one: Sequence[View], other: Sequence[View]) -> float:
-    """Return the correlation of two X-rays' fine structure at the best alignment.
+    """Return the correlation of two X-rays' fine structure at the best alignment, -1..1.
 
-    Args:
-        one: views of an X-ray.
-        other: views of another.
-
-    Returns:
-        -1..1, the best over shifts up to a sixteenth of the side and zooms of either image by up to
-        6 %; 0 where an image has no structure.
+    It is the best over shifts up to a sixteenth of the side and zooms of either image by up to 6 %;
+    0 where an image has no structure.
     """
     best = _correlate(one[0], other[0])
     for i in range(1, len(one)):
@@ -206,11 +180,9 @@ def compare(one: Sequence[View], other: Sequence[View]) -> float:
 
 
 def views(pixels: NDArray[np.uint8], blur_px: float = BLUR_PX) -> list[View]:
-    """Return the fine structure of a square and of its centres, one per zoom.
+    """Return the fine structure of a square, uint8 [S, S], and of its centres, one per zoom.
 
-    Args:
-        pixels: uint8 [S, S].
-        blur_px: at `SIDE_PX`; slower variations are removed.
+    Variations slower than ``blur_px``, at `SIDE_PX`, are removed.
     """
     return [_view(_detail(pixels, zoom, blur_px)) for zoom in (1.0, *ZOOMS)]
 
@@ -259,12 +231,8 @@ def _window_sums(values: NDArray[np.float32], side: int) -> NDArray[np.float64]:
 def join_groups(groups: Sequence[int], pairs: Sequence[tuple[int, int]]) -> list[int]:
     """Merge groups that share an image.
 
-    Args:
-        groups: a number per image, such as of its patient.
-        pairs: pairs of images that are the same.
-
-    Returns:
-        A number per image, equal for images of one merged group.
+    ``groups`` has a number per image, such as that of its patient; ``pairs`` are of images that are
+    the same. The result has a number per image, equal within a merged group.
     """
     first: dict[int, int] = {}
     edges = [(first.setdefault(group, i), i) for i, group in enumerate(groups)]

@@ -29,11 +29,7 @@ def numbers(dataset: Dataset, keyword: str | int) -> list[float]:
 
 
 def number(dataset: Dataset, keyword: str, absent: float) -> float:
-    """Return the first value of an element.
-
-    Raises:
-        RefusedError: it is not a finite number.
-    """
+    """Return the first value of an element; refuse one that is not a finite number."""
     first = next(iter(numbers(dataset, keyword)), absent)
     if not math.isfinite(first):
         raise RefusedError(f"its {keyword} is not a number")
@@ -41,13 +37,8 @@ def number(dataset: Dataset, keyword: str, absent: float) -> float:
 
 
 def whole(dataset: Dataset, keyword: str, absent: int | None = None) -> int:
-    """Return the first value of an element as an integer.
-
-    Raises:
-        RefusedError: it is not a number, or it is absent and has no default.
-    """
-    found = numbers(dataset, keyword)
-    if not found and absent is None:
+    """Return the first value of an element as an integer; refuse an absent one without default."""
+    if absent is None and not numbers(dataset, keyword):
         raise RefusedError(f"its {keyword} is missing")
     return int(number(dataset, keyword, absent or 0))
 

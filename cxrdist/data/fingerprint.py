@@ -24,19 +24,15 @@ DARK, BRIGHT = 10, 245  # grey levels of what is all but black or white
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Hashes and statistics of a square, kept without its pixels.
-
-    Attributes:
-        sha256: hash of the pixels.
-        phash: perceptual hash, 32 bytes; similar images differ in few bits.
-        inner_phash: perceptual hash of the inside, to find cropped copies.
-        statistics: brightness and border by name, grey levels 0..255 or fractions 0..1.
-    """
+    """Hashes and statistics of a square, kept without its pixels."""
 
     sha256: str
     phash: bytes
+    """Perceptual hash, 32 bytes; similar images differ in few bits."""
     inner_phash: bytes
+    """Perceptual hash of the inside, to find cropped copies."""
     statistics: dict[str, float]
+    """Brightness and border by name, grey levels 0..255 or fractions 0..1."""
 
 
 def fingerprint(pixels: NDArray[np.uint8]) -> Fingerprint:

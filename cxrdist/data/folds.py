@@ -41,17 +41,11 @@ def read_fold(text: str) -> Fold:
 
 
 def cut_fold(index: Index, text: str | None) -> Index:
-    """Use one fold of the training and validation images as the validation split.
+    """Use one fold of the training and validation images, such as ``2/5``, as validation split.
 
     All images of a patient are in one fold, and the classes are spread over the folds as evenly as
-    patients allow. The test split is unchanged.
-
-    Args:
-        index: of the shards.
-        text: such as ``2/5``; None leaves the splits as they were packed.
-
-    Returns:
-        The index with new train and val splits; numbers and hashes are the same.
+    patients allow. The test split and all numbers and hashes are unchanged; None as the fold leaves
+    all splits as they were packed.
 
     Raises:
         CxrdistError: there are fewer patients than folds, or the fold is invalid or empty.
@@ -61,10 +55,10 @@ def cut_fold(index: Index, text: str | None) -> Index:
     fold = read_fold(text)
     numbers = [i for i, sample in enumerate(index.samples) if sample.split in ("train", "val")]
     patients = [index.samples[i].patient for i in numbers]
-    if len(set(patients)) < fold.total:
+    if (num_patients := len(set(patients))) < fold.total:
         raise CxrdistError(
             f"--fold: {fold.total} folds need as many patients in train and val, "
-            f"--shards {index.directory} have {len(set(patients))}; take fewer folds"
+            f"--shards {index.directory} have {num_patients}; take fewer folds"
         )
     from sklearn.model_selection import StratifiedGroupKFold
 

@@ -20,16 +20,14 @@ class Foreground:
 
     An image without background, such as one without a mask if only masks are used, is foreground
     everywhere. A mask that covers nothing counts as none.
-
-    Attributes:
-        fixed: uint8 [S, S]: 0 for pixels that are background in all images, else 1.
-        masks: masks of the lungs, as `open_masks` returns them; None if they are not used.
-        boxes: boxes of text; empty if they are not used.
     """
 
     fixed: NDArray[np.uint8]
+    """uint8 [S, S]: 0 for pixels that are background in all images, else 1."""
     masks: Masks | None
+    """Masks of the lungs, as `open_masks` returns them; None if they are not used."""
     boxes: SquareBoxes
+    """Boxes of text; empty if they are not used."""
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Return the foreground of some samples, uint8 [B, S, S], `FULL` or 0."""
@@ -56,11 +54,7 @@ def foreground_of(
 ) -> Foreground:
     """Return the foreground that is left outside of some regions.
 
-    Args:
-        regions: regions that count as background, all together.
-        size_px: side of the squares.
-        masks: of all samples; required if the regions use them.
-        boxes: of text; required if the regions use them.
+    Masks and boxes of text, of all samples, are required if the regions use them.
     """
     fixed = np.ones((size_px, size_px), np.uint8)
     if "border" in regions:

@@ -29,10 +29,6 @@ DICOMDIR = b"1.2.840.10008.1.3.10"  # Media Storage Directory Storage (DICOM PS3
 
 HIDDEN = "hidden or system file"
 SEEN = "folder that is read under another name"
-NO_FILE = "not a regular file"
-LOST_LINK = "link to a missing file"
-NO_IMAGE = "not an image"
-DIRECTORY = "DICOMDIR"
 
 
 class LeftOut(NamedTuple):
@@ -45,34 +41,31 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """All files below a folder.
-
-    Attributes:
-        images: files to decode, sorted by name.
-        left_out: everything else, sorted by name.
-        num_files: number of images and left_out together.
-        dicom: whether any image is a DICOM file, judged by suffix or first bytes.
-    """
+    """All files below a folder, sorted by name."""
 
     images: tuple[Path, ...]
+    """Files to decode."""
     left_out: tuple[LeftOut, ...]
-    num_files: int
+    """Everything else."""
     dicom: bool
+    """Whether any image is a DICOM file, judged by suffix or first bytes."""
+
+    @property
+    def num_files(self) -> int:
+        """Number of all files."""
+        return len(self.images) + len(self.left_out)
 
 
 def find_images(folder: Path, besides: Sequence[Path] = ()) -> Found:
-    """Classify every file below a folder.
+    """Classify every file below a folder, local or an fsspec path.
 
-    Args:
-        folder: local or an fsspec path.
-        besides: folders to skip, such as the one that is being written.
+    Folders in ``besides``, such as the one that is being written, are skipped.
 
     Raises:
         CxrdistError: an image has a name that is not UTF-8, so that it cannot be in a table.
     """
-    images, left_out, num_files, dicom = [], [], 0, False
+    images, left_out, dicom = [], [], False
     for file, reason in walk(folder, besides):
-        num_files += 1
         kind, reason = ("", reason) if reason else look_at(file)
         if reason:
             left_out.append(LeftOut(escaped(file.relative_to(folder).as_posix()), reason))
@@ -80,7 +73,7 @@ def find_images(folder: Path, besides: Sequence[Path] = ()) -> Found:
         refuse_undecodable_name(file)
         images.append(file)
         dicom = dicom or kind == "DICOM"
-    return Found(tuple(sorted(images, key=str)), tuple(sorted(left_out)), num_files, dicom)
+    return Found(tuple(sorted(images, key=str)), tuple(sorted(left_out)), dicom)
 
 
 def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str]]:
@@ -133,9 +126,9 @@ def look_at(file: Path) -> tuple[str, str]:
     except OSError as error:
         return "", f"cannot be read ({error.strerror or error})"
     if DICOMDIR in head:
-        return "", DIRECTORY
+        return "", "DICOMDIR"
     kind = kind_of(head)
-    return (kind, "") if kind else ("", NO_IMAGE)
+    return (kind, "") if kind else ("", "not an image")
 
 
 def path_below(folder: Path, file: Path) -> str:
@@ -164,11 +157,7 @@ def escaped(name: str) -> str:
 
 
 def refuse_undecodable_name(file: Path) -> None:
-    """Reject a file name that cannot be written to a table.
-
-    Raises:
-        CxrdistError: it is not UTF-8.
-    """
+    """Reject a file name that is not UTF-8, so that it cannot be written to a table."""
     name = str(file)
     if escaped(name) != name:
         raise CxrdistError(
@@ -208,6 +197,6 @@ def _fault(entry: "os.DirEntry[str]") -> str | None:
             return None
         if entry.is_file():
             return ""
-        return NO_FILE if os.path.exists(entry.path) else LOST_LINK
+        return "not a regular file" if os.path.exists(entry.path) else "link to a missing file"
     except OSError as error:  # circular links
         return f"cannot be read ({error.strerror})"

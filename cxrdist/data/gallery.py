@@ -15,13 +15,9 @@ _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.png")  # a key ends in digits of a hash
 
 
 def write_gallery(directory: Path, index: Index, images: Images, numbers: Iterable[int]) -> None:
-    """Write some images, and remove those of an earlier gallery.
+    """Write the images of some sample numbers, and remove those of an earlier gallery.
 
-    Args:
-        directory: of the gallery; files with other names stay.
-        index: the shards.
-        images: uint8 [samples, S, S].
-        numbers: sample numbers.
+    ``images`` are all samples of the index, uint8 [samples, S, S]. Files with other names stay.
     """
     wanted = {f"{index.samples[number].key}.png": number for number in numbers}
     for path in directory.glob("*.png"):

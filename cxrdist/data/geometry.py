@@ -11,19 +11,14 @@ R = TypeVar("R", Box, Finding)  # edges lie between pixels
 
 
 class Placement(NamedTuple):
-    """The part of a picture that is drawn into a square, and where; the rest of it is black.
-
-    Attributes:
-        part: left, top, right and bottom edge in the picture, px.
-        x: left edge in the square, px.
-        y: top edge in the square, px.
-        width: width in the square, px.
-        height: height in the square, px.
-    """
+    """The part of a picture that is drawn into a square, and where, in px; the rest is black."""
 
     part: tuple[float, float, float, float]
+    """Left, top, right and bottom edge in the picture, px."""
     x: int
+    """Left edge in the square."""
     y: int
+    """Top edge in the square."""
     width: int
     height: int
 
@@ -34,14 +29,7 @@ class Placement(NamedTuple):
 
 
 def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
-    """Place a picture in a square.
-
-    Args:
-        width_px: width of the picture.
-        height_px: height of the picture.
-        size_px: side of the square.
-        fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
-    """
+    """Place a picture in a square: ``crop`` the centre, ``pad`` with black, or ``stretch``."""
     if fit == "crop":
         side = min(width_px, height_px)
         left, top = (width_px - side) / 2, (height_px - side) / 2
@@ -59,13 +47,9 @@ def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
 def resample(
     image: Image.Image, placement: Placement, size_px: int, reducing_gap: float | None = None
 ) -> Image.Image:
-    """Resample a picture into a square with an anti-aliased bilinear filter.
+    """Resample a picture of mode L into a square with an anti-aliased bilinear filter.
 
-    Args:
-        image: mode L.
-        placement: placement of the image.
-        size_px: side of the square.
-        reducing_gap: as in Pillow: faster, with slightly different pixels; exact if None.
+    A ``reducing_gap``, as in Pillow, is faster, with slightly different pixels.
     """
     size = (placement.width, placement.height)
     filled = image.resize(size, Image.Resampling.BILINEAR, placement.part, reducing_gap)
@@ -82,15 +66,7 @@ def scaled(box: R, x: float, y: float) -> R:
 
 
 def in_square(box: R, width_px: int, height_px: int, size_px: int, fit: str) -> R:
-    """Return the box of an original in its square; it may lie outside of it.
-
-    Args:
-        box: in px of the original.
-        width_px: width of the original.
-        height_px: height of the original.
-        size_px: side of the square.
-        fit: how the original became square: crop, pad or stretch.
-    """
+    """Return the box of an original, in its px, in px of its square; it may lie outside of it."""
     placement = place(width_px, height_px, size_px, fit)
     left, top, right, bottom = placement.part
     here = box._replace(x=box.x - left, y=box.y - top)

@@ -7,10 +7,9 @@ in one column per label, with the cells that `cxrdist.data.labels` reads.
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from cxrdist.data.found import LeftOut, escaped, look_at, walk
 from cxrdist.data.labels import CELLS, SEPARATOR, labels_of, read_cells
@@ -67,11 +66,7 @@ class _Reader:
     allow_outside: bool
 
     def record(self, row: Row) -> Record:
-        """Return the record of a row.
-
-        Raises:
-            CxrdistError: a cell is invalid, or the file is missing.
-        """
+        """Return the record of a row; reject an invalid cell and a missing file."""
         cells = {name: row.cells[place].strip() for name, place in self.places.items()}
         for name in ("path", "label"):
             if name in cells and not cells[name]:
@@ -135,12 +130,11 @@ def read_image_table(
 ) -> Source:
     """Read the images that a CSV file lists.
 
-    Args:
-        file: has the columns path, and label or labels or one per label; optionally patient, split,
-            source, view, sex, age, and with labels also uncertain and missing.
-        patient_pattern: as in `read_class_folders`, for rows without a patient.
-        allow_outside: whether paths may lead out of the table's folder.
-        besides: folders to skip when looking for images that the table does not list.
+    Its columns are path, and label or labels or one per label; optionally patient, split, source,
+    view, sex, age, and with labels also uncertain and missing. The pattern is that of
+    `read_class_folders`, for rows without a patient. Paths may lead out of the table's folder if
+    ``allow_outside``. Images that the table does not list are left out, except those in folders of
+    ``besides``, which are skipped.
 
     Raises:
         CxrdistError: the table or a row of it is malformed, or a file is missing.
@@ -154,11 +148,10 @@ def read_image_table(
     reader = _Reader(table, places, label_places, pattern, allow_outside)
     records = [reader.record(row) for row in rows]
     _refuse_bad_columns(file, rows, records)
-    task: Literal["multiclass", "multilabel"] = "multiclass" if "label" in places else "multilabel"
     left_out, num_found = _find_unlisted(file, records, besides)
     return Source(
         records,
-        task,
+        "multiclass" if "label" in places else "multilabel",
         list(label_places) or _classes(records),
         file.name,
         (*table.notes, *_notes(reader, rows, records)),
@@ -208,9 +201,6 @@ def _find_labels(table: Table, places: dict[str, int], rows: Sequence[Row]) -> d
 
     Columns without a name, and those in which most cells are something else, are ignored. A column
     in which a few cells are something else is refused: it may be meant as a label.
-
-    Raises:
-        CxrdistError: there is no such column, or it is unclear which ones are.
     """
     label_columns: dict[str, int] = {}
     for place, name in enumerate(table.columns):
@@ -309,37 +299,34 @@ def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Recor
         )
 
 
-def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> list[str]:
-    """Return notes on the columns of labels, ignored columns and invalid cells, a line each."""
+def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[str]:
+    """Yield notes on the columns of labels, ignored columns and invalid cells, a line each."""
     places, labels = reader.places, reader.label_places
+
+    def cells(place: int) -> list[str]:
+        return [row.cells[place].strip() for row in rows]
+
+    if labels:
+        yield f"columns of labels: {', '.join(labels)}"
+    if empty := [name for name, place in labels.items() if not any(cells(place))]:
+        yield f"columns of labels without a filled cell: {', '.join(empty)}"
     used = {*places.values(), *labels.values()}
-    ignored = [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in used]
-    notes = [f"columns of labels: {', '.join(labels)}"] if labels else []
-    empty = [n for n, i in labels.items() if not any(row.cells[i].strip() for row in rows)]
-    notes += [f"columns of labels without a filled cell: {', '.join(empty)}"] if empty else []
-    notes += [f"ignored columns: {', '.join(ignored)}"] if ignored else []
-    for name, what, expected in (
-        ("sex", [record.sex for record in records], "M or F"),
-        ("age", [record.age for record in records], "0 to 120 years"),
-    ):
+    if ignored := [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in used]:
+        yield f"ignored columns: {', '.join(ignored)}"
+    for name, expected in (("sex", "M or F"), ("age", "0 to 120 years")):
         if name in places:
-            pairs = zip(rows, what, strict=True)
-            lost = sum(
-                bool(row.cells[places[name]].strip()) and x in ("", None) for row, x in pairs
-            )
-            notes += [f"{name} is not {expected} in {lost} rows; it is left empty"] if lost else []
-    if "view" in places:
-        views = Counter(row.cells[places["view"]].strip() for row in rows)
-        strange = {view: times for view, times in views.items() if view_of(view) is None}
-        if strange:
-            notes.append(
-                f"view is not known in {sum(strange.values())} rows, such as "
-                f"{next(iter(strange))!r:.40}; it is left empty"
-            )
-    nones = sum(record.label.casefold() == "none" for record in records)
-    if nones:
-        notes.append(f"{nones} images have the label 'none', which is a class like any other")
-    return notes
+            pairs = zip(cells(places[name]), records, strict=True)
+            lost = sum(cell != "" and getattr(record, name) in ("", None) for cell, record in pairs)
+            if lost:
+                yield f"{name} is not {expected} in {lost} rows; it is left empty"
+    views = cells(places["view"]) if "view" in places else []
+    if strange := [view for view in views if view_of(view) is None]:
+        yield (
+            f"view is not known in {len(strange)} rows, such as {strange[0]!r:.40}; it is left "
+            "empty"
+        )
+    if nones := sum(record.label.casefold() == "none" for record in records):
+        yield f"{nones} images have the label 'none', which is a class like any other"
 
 
 def _find_unlisted(

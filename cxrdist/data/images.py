@@ -33,17 +33,9 @@ def decode(
 ) -> Picture:
     """Decode an image to a grey square, with its boxes covered in a second one, and its mask.
 
-    The filter is anti-aliased. Boxes are covered in the original, before it becomes square; the
-    mask is not changed by them.
-
-    Args:
-        file: the image, local or an fsspec path.
-        size_px: side of the square.
-        fit: ``crop`` the centre, ``pad`` with black, or ``stretch``.
-        boxes: boxes of burned-in text, in px of the original.
-        how: as in `cover`.
-        depth: as in `read_grey`.
-        mask: where the mask of the image is.
+    The filter is anti-aliased. Boxes of burned-in text, in px of the original, are covered in it as
+    in `cover`, before it becomes square; the mask is not changed by them. ``fit`` is that of
+    `place`, ``depth`` that of `read_grey`.
 
     Raises:
         CxrdistError: the file is not a readable X-ray, or its mask cannot be used.
@@ -62,11 +54,7 @@ def decode(
 def _mask_square(
     file: Path, place_of_mask: MaskPlace, grey: Picture, size_px: int, fit: str
 ) -> NDArray[np.uint8]:
-    """Return the mask of an image as a square.
-
-    Raises:
-        CxrdistError: the mask cannot be used; the message names the image.
-    """
+    """Return the mask of an image as a square; errors name the image."""
     try:
         mask = read_mask(place_of_mask, grey.width_px, grey.height_px)
     except CxrdistError as error:
@@ -81,13 +69,8 @@ def _mask_square(
 def read_grey(file: Path, least_px: int, depth: int | None = None) -> Picture:
     """Read an image of one of `FORMATS`, or a DICOM, in grey.
 
-    Colour becomes luma (ITU-R 601), transparency black; an EXIF rotation is applied.
-
-    Args:
-        file: the image, local or an fsspec path; its content decides its kind.
-        least_px: a JPEG may be decoded at a smaller, faster scale, but not below these sides.
-        depth: bit depth of the source, for images of more than 8 bits that do not declare one
-            (`cxrdist.data.depth`); if None, the bits that the image itself uses.
+    The content of the file, local or an fsspec path, decides its kind. Arguments and grey levels
+    are those of `read_picture`, and of `read_dicom` for a DICOM.
 
     Raises:
         CxrdistError: the file is not a readable X-ray.

@@ -42,13 +42,6 @@ MOST_INDEX_BYTES = 8 << 20  # of index.json, which has 200 bytes per shard
 MOST_LINE_CHARACTERS = 1 << 16  # of samples.csv; a path has at most 4096 bytes
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its suffix it fits a tar's 100 bytes for a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
-SAMPLE_COLUMNS = (
-    *("key", "split", "shard", "label", "patient", "source", "path", "sha256", "sex", "age"),
-    *("view", "uncertain", "missing", "assumed_absent", "mask_sha256"),
-)
-NUM_COLUMNS = (8, 10, len(SAMPLE_COLUMNS))  # of the versions so far
-
-
 Task = Literal["multiclass", "multilabel"]
 Fit = Literal["crop", "pad", "stretch"]
 CoverHow = Literal["black", "fill"]
@@ -85,6 +78,10 @@ class Sample(NamedTuple):
     """Labels that count as absent though the source does not mention them."""
     mask_sha256: str = ""
     """Hash of the mask's pixels, rows from the top, one byte of 0 or 255 each; empty without."""
+
+
+SAMPLE_COLUMNS = Sample._fields
+NUM_COLUMNS = (8, 10, len(SAMPLE_COLUMNS))  # of the versions so far
 
 
 @dataclass(frozen=True)
@@ -138,54 +135,45 @@ class IndexFile(TypedDict):
 
 
 class PackedShard(NamedTuple):
-    """A shard with everything needed to read it.
-
-    Attributes:
-        file: where it is, local or an fsspec path.
-        entry: its entry in the index.
-        samples: its samples in order.
-        first: sample number of its first sample.
-        size_px: side of the squares.
-    """
+    """A shard with everything needed to read it."""
 
     file: Path
+    """Local or an fsspec path."""
     entry: ShardEntry
     samples: list[Sample]
     first: int
+    """Sample number of its first sample."""
     size_px: int
+    """Side of the squares."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """A directory of shards as index.json and samples.csv describe it.
-
-    Attributes:
-        directory: where the shards are, local or an fsspec path.
-        sha256: of index.json; since that holds all other hashes, it identifies the whole content.
-        task: multiclass (each sample has one label) or multilabel (any number).
-        classes: class names; their order is the order of labels and logits.
-        image_size_px: side of the squares.
-        fit: how the images became square.
-        split: how the splits were drawn.
-        cover: how burned-in text was covered; None if it was not.
-        depth: bit depth assumed for images that do not declare theirs; None without such images.
-        shards: all shards, in the order of the samples.
-        samples: all samples; a sample number is a position in this list.
-        lungs_only: whether everything outside the masks is black.
-    """
+    """A directory of shards as index.json (`IndexFile`) and samples.csv describe it."""
 
     directory: Path
+    """Local or an fsspec path."""
     sha256: str
+    """Of index.json; since that holds all other hashes, it identifies the whole content."""
     task: Task
+    """Whether each sample has one label (multiclass) or any number (multilabel)."""
     classes: list[str]
+    """In the order of labels and logits."""
     image_size_px: int
+    """Side of the squares."""
     fit: Fit
     split: str
+    """How the splits were drawn."""
     cover: CoverEntry | None
+    """How burned-in text was covered; None if it was not."""
     depth: int | None
+    """Bit depth assumed for images that do not declare theirs; None without such images."""
     shards: list[ShardEntry]
+    """In the order of the samples."""
     samples: list[Sample]
+    """A sample number is a position in this list."""
     lungs_only: bool = False
+    """Whether everything outside the masks is black."""
 
     def numbers(self, split: str) -> list[int]:
         """Return the sample numbers of a split, ascending."""
@@ -295,10 +283,10 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
         samples=samples,
         lungs_only=content.get("lungs_only", False),
     )
-    changed = sha256 != content["samples_sha256"]
+    faults = []
+    if sha256 != content["samples_sha256"]:
+        faults = [f"{table}: was changed after packing (sha256 differs from index.json); {MEND}"]
     declared = content.get("masks", {"images": 0})["images"]
-    faults = [f"{table}: was changed after packing (sha256 differs from index.json); {MEND}"]
-    faults = faults if changed else []
     held = sum(sample.mask_sha256 != "" for sample in samples)
     if held != declared:
         faults.append(f"{table}: has {held} masks, index.json says {declared}; {MEND}")
@@ -308,10 +296,8 @@ def inspect_index(directory: Path) -> tuple[Index, list[str]]:
 def _shards_of(content: IndexFile) -> list[ShardEntry]:
     """Return all shards, checking that each has the name that pack gives it.
 
-    A name from untrusted JSON could otherwise lead out of the directory.
-
-    Raises:
-        ValueError: a split is missing, a shard has another name, or there are too many samples.
+    A name from untrusted JSON could otherwise lead out of the directory. A missing split and too
+    many samples are errors too.
     """
     shards = []
     for split in SPLITS:
@@ -349,11 +335,7 @@ def describe_splits(
 
 
 def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Sample]]:
-    """Return the sha256 and the rows of samples.csv, at most as many as the index names.
-
-    Raises:
-        CxrdistError: it is not a table of samples.
-    """
+    """Return the sha256 and the rows of samples.csv, at most as many as the index names."""
     most = sum(shard.samples for shard in shards)
     try:
         with table.open("rb") as file:
@@ -384,11 +366,7 @@ def _lines(table: io.TextIOWrapper) -> Iterator[str]:
 
 
 def _read_sample(row: list[str], header: list[str], num_columns: int) -> Sample:
-    """Return a row of samples.csv; only its first ``num_columns`` columns are known.
-
-    Raises:
-        ValueError: a field is invalid.
-    """
+    """Return a row of samples.csv; only its first ``num_columns`` columns are known."""
     if len(row) != len(header):
         raise ValueError(f"a row of {len(row)} fields, expected {len(header)}: {row!r:.80}")
     sample = Sample(*row[:num_columns])
@@ -444,11 +422,8 @@ def _bad_label(
 ) -> str | None:
     """Return what is wrong with the labels of a sample; None if nothing is.
 
-    Args:
-        known: all classes.
-        labels: labels that the sample has.
-        others: labels that its source does not state.
-        single: whether a sample has exactly one label.
+    ``labels`` are those that it has, ``others`` those that its source does not state; ``single``
+    says whether a sample has exactly one label.
     """
     if unknown := [name for name in (*labels, *others) if name not in known]:
         return f"label {unknown[0]!r:.80} is not a class of index.json"

@@ -23,67 +23,53 @@ MOST_SIDE_PX = 2048
 
 @dataclass(frozen=True)
 class Input:
-    """An image file for a model.
-
-    Attributes:
-        file: where it is; its name in the tables.
-        name: path relative to the given folder, with slashes; for a given file its name.
-        boxes: burned-in text to cover, in px of the original.
-    """
+    """An image file for a model."""
 
     file: Path
     name: str
+    """Path relative to the given folder, with slashes; for a given file its name."""
     boxes: tuple[Box, ...] = ()
+    """Burned-in text to cover, in px of the original."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image becomes the square that a model takes.
-
-    Attributes:
-        size_px: side of the square.
-        fit: how it becomes square: crop, pad or stretch.
-        depth: bit depth of images of more than 8 bits that do not declare one; if None, the bits
-            that each image uses.
-        cover: how text is covered: black or fill.
-        finds_text: whether text is searched for, instead of taken from `Input.boxes`.
-    """
+    """How an image becomes the square that a model takes."""
 
     size_px: int
+    """Side of the square."""
     fit: str
+    """How it becomes square: crop, pad or stretch."""
     depth: int | None
+    """Bit depth of images of more than 8 bits that do not declare one; None: the bits they use."""
     cover: str
+    """How text is covered: black or fill."""
     finds_text: bool
+    """Whether text is searched for, instead of taken from `Input.boxes`."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A square for a model.
-
-    Attributes:
-        pixels: uint8 [S, S].
-        used_depth: bits that the image uses if its file does not declare its depth.
-        boxes: boxes of the covered text, in px of the original.
-        view: one of `VIEWS` from a tag or the file's name, or empty.
-    """
+    """A square for a model."""
 
     pixels: NDArray[np.uint8]
+    """uint8 [S, S]."""
     used_depth: int | None
+    """Bits that the image uses if its file does not declare its depth."""
     boxes: tuple[Box, ...]
+    """Boxes of the covered text, in px of the original."""
     view: str
+    """One of `VIEWS` from a tag or the file's name, or empty."""
 
 
 def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list[LeftOut]]:
     """List image files, given as files and folders.
 
-    Args:
-        paths: files, which are taken whatever they hold, and folders, whose images `find_images`
-            selects.
-        besides: a folder to skip: heat maps of an earlier call.
+    Files are taken whatever they hold; of folders the images that `find_images` selects, sorted,
+    except those in the folder ``besides``, such as heat maps of an earlier call.
 
     Returns:
-        The files in the given order, folders sorted, each once; and the files of folders that are
-        not images.
+        The files in the given order, each once; and the files of folders that are not images.
 
     Raises:
         CxrdistError: a path does not exist, a folder has no image, or a name is not UTF-8.
@@ -112,9 +98,7 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
 def with_boxes(inputs: Sequence[Input], table: Path) -> list[Input]:
     """Give each input its boxes of burned-in text.
 
-    Args:
-        inputs: the files.
-        table: its paths are as given on the command line, or relative to the given folder.
+    Paths in the table are as given on the command line, or relative to the given folder.
 
     Raises:
         CxrdistError: the table cannot be read, has none of the files, or a name fits two of them.
@@ -159,13 +143,9 @@ def prepare(item: Input, how: Preparation) -> Prepared:
 
 
 def unlike_source(used: Mapping[int, int | None]) -> tuple[int | None, list[int]]:
-    """Return which images must be read again, since their source uses more bits than they do.
+    """Return `source_depth`, and the images to read again since they were scaled by fewer bits.
 
-    Args:
-        used: by number of the image the bits that it uses; None if its file declares its depth.
-
-    Returns:
-        The depth of the source, None if all files declare theirs; and the numbers of the images.
+    ``used`` has by number of the image the bits that it uses; None if its file declares its depth.
     """
     depth = source_depth(used.values())
     return depth, [number for number, bits in used.items() if bits not in (None, depth)]
@@ -174,8 +154,7 @@ def unlike_source(used: Mapping[int, int | None]) -> tuple[int | None, list[int]
 def read_original(item: Input, how: Preparation, most_px: int = MOST_SIDE_PX) -> NDArray[np.uint8]:
     """Read the whole image for a picture, with its text covered as in its square.
 
-    Returns:
-        uint8 [H, W], at most ``most_px`` wide and high.
+    It is uint8 [H, W], at most ``most_px`` wide and high.
 
     Raises:
         CxrdistError: it is not a readable X-ray.

@@ -27,11 +27,7 @@ BARE_DICOM = re.compile(
 
 
 def kind_of(head: bytes) -> str | None:
-    """Return the kind of a file by its first `HEAD_BYTES` bytes.
-
-    Returns:
-        ``DICOM``, one of `FORMATS`, or None for any other file.
-    """
+    """Return ``DICOM``, one of `FORMATS`, or None, by the first `HEAD_BYTES` bytes of a file."""
     if head[DICOM_PREAMBLE : DICOM_PREAMBLE + 4] == b"DICM":
         return "DICOM"
     for kind, signature in SIGNATURES.items():

@@ -11,17 +11,13 @@ from cxrdist.errors import CxrdistError
 from cxrdist.files import judging, read_recipe
 from cxrdist.packaged import LABEL_MAPS, path_of
 
-Cells = tuple[str, str, str, str]
-NAMES = ("label", *NOT_STATED)  # fields of a `Record`, in the order of `Cells`
+NAMES = ("label", *NOT_STATED)  # fields of a `Record`
 LabelMap = dict[str, str | None]
 MEND = "expected THEIRS: OURS on each line, or THEIRS: null to leave a label out"
 
 
 def read_label_map(file: Path) -> LabelMap:
-    """Read a YAML file that maps labels of a source to those to pack.
-
-    Args:
-        file: its path, or the name of one that comes with cxrdist.
+    """Read a YAML file that maps labels, by its path or the name of one that comes with cxrdist.
 
     Raises:
         CxrdistError: it is missing, empty or malformed.
@@ -50,10 +46,8 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
     is; else absent only if all of them are known to be absent or count as such; else missing. In a
     source with one class per image, images of a dropped class are left out.
 
-    Args:
-        source: of any task.
-        labels: maps a label of the source to the one to pack, None to drop it; others stay.
-        where: origin of the labels, for messages.
+    A label that the map does not name stays; one that it maps to None is dropped. ``where`` is the
+    origin of the map, for messages.
 
     Raises:
         CxrdistError: a label is not one of the source, or none is left.
@@ -79,7 +73,7 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
         for record in source.records
         if record.label in gone
     ]
-    seen: dict[Cells, LabelCells] = {}
+    seen: dict[tuple[str, ...], LabelCells] = {}
     return replace(
         source,
         records=[_mapped(r, parts, labels, seen) for r in source.records if r.label not in gone],
@@ -92,7 +86,7 @@ def _mapped(
     record: Record,
     parts: Mapping[str, list[str]],
     labels: LabelMap,
-    seen: dict[Cells, LabelCells],
+    seen: dict[tuple[str, ...], LabelCells],
 ) -> Record:
     """Return the record with new labels.
 

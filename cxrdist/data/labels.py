@@ -43,14 +43,10 @@ def joined(*labels: str) -> str:
 
 
 def label_matrix(columns: Mapping[int, Sequence[str]], classes: Sequence[str]) -> NDArray[np.int8]:
-    """Return the codes of the labels of some images as a matrix.
+    """Return the codes of the labels of some images as a matrix, int8 [images, classes].
 
-    Args:
-        columns: for each code the labels that have it, one text per image.
-        classes: names of the columns.
-
-    Returns:
-        int8 [images, classes]; `NEGATIVE` where no text names the label.
+    ``columns`` has for each code the labels that have it, one text per image. Labels that no text
+    names are `NEGATIVE`.
     """
     column_of = {name: i for i, name in enumerate(classes)}
     matrix = np.full((len(columns[POSITIVE]), len(column_of)), NEGATIVE, np.int8)
@@ -64,9 +60,8 @@ def label_matrix(columns: Mapping[int, Sequence[str]], classes: Sequence[str]) -
 def agree(images: Iterable[tuple[str, str]]) -> bool:
     """Return whether no label is present in one image and absent in another.
 
-    Args:
-        images: for each the labels that are present, and those that are uncertain or missing, both
-            separated by ``|``.
+    Each image has the labels that are present, and those that are uncertain or missing, both
+    separated by ``|``.
     """
     cells = [(set(labels_of(label)), set(labels_of(unknown))) for label, unknown in images]
     present = set[str]().union(*(labels for labels, _ in cells))
@@ -74,11 +69,9 @@ def agree(images: Iterable[tuple[str, str]]) -> bool:
 
 
 def read_cells(where: str, cells: Mapping[str, str]) -> dict[str, str]:
-    """Read a row of a table with a column per label: 1, 0, -1 or U, or empty.
+    """Read a row of a table with a cell per label: 1, 0, -1 or U, or empty.
 
-    Args:
-        where: file and row, for messages.
-        cells: by label.
+    ``where`` names file and row in messages.
 
     Returns:
         label, uncertain and missing, as `Record` has them; their labels in the order of ``cells``.
@@ -124,15 +117,9 @@ def read_uncertain(text: str) -> tuple[str, dict[str, str]]:
 def settle_uncertain(
     targets: NDArray[np.int8], classes: Sequence[str], text: str
 ) -> NDArray[np.int8]:
-    """Replace uncertain labels by what a recipe counts them as.
+    """Replace uncertain labels by what --uncertain counts them as; those to ignore stay uncertain.
 
-    Args:
-        targets: int8 [samples, classes], cells as `Index.targets` gives them.
-        classes: names of the columns.
-        text: as `read_uncertain` takes it.
-
-    Returns:
-        int8 [samples, classes]; labels to ignore stay uncertain.
+    ``targets`` are those of `Index.targets`, int8 [samples, classes], and so is the result.
 
     Raises:
         CxrdistError: the text is malformed, or names an unknown class.

@@ -13,12 +13,7 @@ OUTSIDE = "outside of the data set's folders"
 
 
 class Listed:
-    """The images below a data set's folder; each can be taken by one row of a table.
-
-    Attributes:
-        num_found: number of files and of rows without a file.
-        dicom: whether any image is a DICOM file.
-    """
+    """The images below a data set's folder; each can be taken by one row of a table."""
 
     def __init__(
         self,
@@ -28,16 +23,12 @@ class Listed:
         *,
         suffixes: bool = False,
     ) -> None:
-        """List every file.
+        """List every file except those in folders of ``besides``.
 
-        Args:
-            folder: of the data set.
-            name_of: maps a path relative to the folder, without suffix, to its name in the tables;
-                None for files outside of the data set's own folders. Suffixes are ignored since
-                smaller copies of a data set have others.
-            besides: folders to skip.
-            suffixes: give ``name_of`` the path with its suffix, where two images differ only in
-                theirs.
+        ``name_of`` maps a path relative to the folder to its name in the tables; None for files
+        outside of the data set's own folders. It gets the path without its suffix, since smaller
+        copies of a data set have others; or, if ``suffixes``, with it, where two images differ only
+        in theirs.
 
         Raises:
             CxrdistError: there is no image in the data set's folders, or two have one name.
@@ -45,7 +36,7 @@ class Listed:
         found = find_images(folder, besides)
         self._left_out = list(found.left_out)
         self._waiting: dict[str, tuple[Path, str]] = {}
-        self.num_found, self.dicom = found.num_files, found.dicom
+        self._num_found, self._dicom = found.num_files, found.dicom
         for file in found.images:
             path = path_below(folder, file)
             name = name_of(path if suffixes else path.removesuffix(file.suffix))
@@ -61,18 +52,16 @@ class Listed:
         self._taken: set[str] = set()
 
     def take(self, name: str) -> tuple[Path, str] | None:
-        """Take the file of a row; each can be taken once.
+        """Take the file of a row, and its path relative to the folder; each can be taken once.
 
-        Returns:
-            The file, and its path relative to the folder. None if it is missing or was taken
-            before, which is recorded.
+        None is returned if the file is missing or was taken before, which is recorded.
         """
         taken = self._waiting.pop(name, None)
         if taken is None:
             is_twice = name in self._taken
             self._left_out.append(LeftOut(name, TWICE if is_twice else MISSING))
             self._num_missing += not is_twice
-            self.num_found += 1
+            self._num_found += 1
         self._taken.add(name)
         return taken
 
@@ -84,14 +73,10 @@ class Listed:
         """Record why an image that was taken is not packed."""
         self._left_out.append(LeftOut(path, reason))
 
-    def left_out(self) -> tuple[LeftOut, ...]:
-        """Return the files that are not packed, sorted, including images that no row has taken."""
-        strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
-        return tuple(sorted((*self._left_out, *strays)))
-
     def account(self) -> tuple[tuple[LeftOut, ...], int, bool]:
-        """Return the fields of `Source` on files: left_out, num_found, dicom."""
-        return self.left_out(), self.num_found, self.dicom
+        """Return left_out (with the images that no row took), num_found and dicom of `Source`."""
+        strays = (LeftOut(path, NOT_IN_TABLE) for _, path in self._waiting.values())
+        return tuple(sorted((*self._left_out, *strays))), self._num_found, self._dicom
 
     def notes(self, *tables: Path) -> list[str]:
         """Return notes for the user, one line each."""

@@ -24,19 +24,14 @@ Kind = Literal["masks", "ellipse"]
 
 @dataclass(frozen=True)
 class Lungs:
-    """The lungs of all samples.
-
-    Attributes:
-        kind: masks or ellipse, the same for all samples.
-        why: where the masks come from, or why the ellipse is used.
-        index: the shards.
-        places: masks that are not in the shards, by sample number.
-    """
+    """The lungs of all samples."""
 
     kind: Kind
     why: str
+    """Where the masks come from, or why the ellipse is used."""
     index: Index
     places: Mapping[int, MaskPlace] = field(default_factory=dict)
+    """Masks that are not in the shards, by sample number."""
 
     def of(self, original: Original) -> NDArray[np.bool_] | None:
         """Return which pixels of a sample are lung, bool [size, size]; None if not known.
@@ -63,9 +58,7 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
     The ellipse is used if the shards have no masks, or only for some classes, as in a set where
     people outlined only diseased lungs: having a mask would then reveal the class.
 
-    Args:
-        index: the shards.
-        masks: as in `cxrdist.data.masked.with_masks`; those of the shards if None.
+    The masks are those that `with_masks` takes, or those of the shards if None.
 
     Raises:
         CxrdistError: ``masks`` match no sample, or only samples of some classes.
@@ -94,12 +87,7 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
 def lost_class(index: Index, left_out: Collection[int]) -> str | None:
     """Find a class whose images, or all others, vanish from a split if samples are left out.
 
-    Args:
-        index: the shards.
-        left_out: sample numbers.
-
-    Returns:
-        A clause for messages; None if there is no such class.
+    A clause for messages is returned; None if there is no such class.
     """
     targets = index.targets()
     splits = np.array([sample.split for sample in index.samples])

@@ -25,32 +25,21 @@ MASKS, IMAGES = "masks", "images"
 
 
 class _Named(NamedTuple):
-    """A mask, and possible names of its image.
-
-    Attributes:
-        where: file or row, for messages.
-        names: ends of the image's path, without the suffix; the first one that matches is used.
-        place: where the mask is.
-    """
+    """A mask, and possible names of its image."""
 
     where: str
+    """File or row, for messages."""
     names: tuple[str, ...]
+    """Ends of the image's path, without the suffix; the first one that matches is used."""
     place: MaskPlace
 
 
 def with_masks(source: Source, masks: Path) -> Source:
-    """Assign masks to the records of a source.
+    """Assign masks, from a folder of pictures or a table of run lengths, to records of a source.
 
     A mask belongs to the image whose path ends with the mask's name, whatever the suffix. The name
     is the mask's path in its folder (a folder ``masks`` in it also matches ``images``), or the
-    image's name in the table.
-
-    Args:
-        source: what was read.
-        masks: a folder of pictures or a table of run lengths.
-
-    Returns:
-        The source, with notes on masks that are not used.
+    image's name in the table. Notes are added on masks that are not used.
 
     Raises:
         CxrdistError: there are no masks or none matches, a mask matches two images, or an image
@@ -106,15 +95,7 @@ def lungs_alone(source: Source) -> Source:
 def masks_of_samples(index: Index, masks: Path) -> tuple[dict[int, MaskPlace], tuple[str, ...]]:
     """Match masks with samples, as `with_masks` does with the images of a source.
 
-    Args:
-        index: the shards.
-        masks: a folder of pictures or a table of run lengths.
-
-    Returns:
-        The masks by sample number; and notes on masks that are not used.
-
-    Raises:
-        CxrdistError: as `with_masks`.
+    The masks by sample number are returned, and notes on masks that are not used.
     """
     # Paths start at the root, so that no folder above the source can match a name.
     records = [
@@ -127,10 +108,7 @@ def masks_of_samples(index: Index, masks: Path) -> tuple[dict[int, MaskPlace], t
 
 
 def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
-    """Return the folder of masks, to be skipped in the search for images.
-
-    It is not skipped if it contains the source.
-    """
+    """Return the folder of masks to skip in the search for images, if it lacks the source."""
     return () if masks is None or not masks.is_dir() or is_within(source, masks) else (masks,)
 
 
@@ -182,7 +160,7 @@ def _match(
     for mask in named:
         depth = mask.names[0].count("/")
         if depth not in ends:
-            ends[depth] = _ends(records, depth)
+            ends[depth] = path_ends([_absolute(record.file) for record in records], depth)
         positions = next((ends[depth][name] for name in mask.names if name in ends[depth]), [])
         if len(positions) > 1:
             one, other = (records[i].path for i in positions[:2])
@@ -200,8 +178,3 @@ def _match(
                 f"{records[positions[0]].path}; remove one"
             )
     return matched, strays
-
-
-def _ends(records: Sequence[Record], depth: int) -> dict[str, list[int]]:
-    """Index the records by the last ``depth`` folders and the name of their files."""
-    return path_ends([_absolute(record.file) for record in records], depth)

@@ -31,17 +31,14 @@ Share = Annotated[float, Between(0, 1)]
 
 
 class MaskPlace(NamedTuple):
-    """Where the mask of an image is.
-
-    Attributes:
-        file: a picture, or a table of run lengths.
-        first_byte: position of the image's row in a table.
-        num_bytes: length of that row; 0 for a picture.
-    """
+    """Where the mask of an image is."""
 
     file: Path
+    """A picture, or a table of run lengths."""
     first_byte: int = 0
+    """Position of the image's row in a table."""
     num_bytes: int = 0
+    """Length of that row; 0 for a picture."""
 
 
 class MasksEntry(TypedDict):
@@ -85,15 +82,9 @@ def masks_line(masks: MasksEntry, num_images: int) -> str:
 
 
 def read_mask(place: MaskPlace, width_px: int, height_px: int) -> NDArray[np.uint8]:
-    """Read the mask of an image at its own size.
+    """Read the mask of an image, uint8 [H, W] of 0 and 255.
 
-    Args:
-        place: where it is.
-        width_px: width of the image as it is shown.
-        height_px: height of the image as it is shown.
-
-    Returns:
-        uint8 [H, W] of 0 and 255; its size may differ from the image's, its aspect ratio does not.
+    Its size may differ from that of the image as it is shown, its aspect ratio does not.
 
     Raises:
         CxrdistError: it cannot be read, is not a mask, or has another aspect ratio than the image.
@@ -116,16 +107,10 @@ def read_mask(place: MaskPlace, width_px: int, height_px: int) -> NDArray[np.uin
 def mask_square(
     mask: NDArray[np.uint8], placement: Placement, shown: tuple[int, int], size_px: int
 ) -> NDArray[np.uint8]:
-    """Transform a mask into the square like its image.
+    """Transform a mask, uint8 [H, W] of 0 and 255, into the square like its image.
 
-    Args:
-        mask: uint8 [H, W] of 0 and 255.
-        placement: placement of the image.
-        shown: width and height of the image that was placed, px.
-        size_px: side of the square.
-
-    Returns:
-        uint8 [size, size]: 255 if at least half of a pixel is covered, else 0.
+    ``placement`` is that of the image, of which width and height are ``shown``, in px. A pixel of
+    the result, uint8 [size, size], is 255 if at least half of it is covered, else 0.
     """
     height, width = mask.shape
     here = placement.at_scale(width / shown[0], height / shown[1])
@@ -137,17 +122,8 @@ def read_square(
 ) -> NDArray[np.uint8]:
     """Read the mask of a sample and transform it into the square like its image.
 
-    Args:
-        mask: where it is.
-        shown: width and height of the original, px.
-        size_px: side of the square.
-        fit: how the original became square.
-
-    Returns:
-        As `mask_square`.
-
-    Raises:
-        CxrdistError: as `read_mask`.
+    ``shown`` is width and height of the original, in px; result and errors are those of
+    `mask_square` and `read_mask`.
     """
     return mask_square(read_mask(mask, *shown), place(*shown, size_px, fit), shown, size_px)
 

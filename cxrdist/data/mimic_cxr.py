@@ -16,7 +16,7 @@ from cxrdist.data.labels import read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import Record, Source
-from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.tables import Table, read_table
 from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
@@ -58,55 +58,37 @@ class Patient(NamedTuple):
     """Year on the patient's own shifted calendar, which ``StudyDate`` uses too."""
 
 
-class Known(NamedTuple):
-    """Content of the tables other than the metadata.
-
-    Attributes:
-        studies: labels by study.
-        splits: split by image; None without the table.
-        patients: patient by subject; empty without the table.
-    """
-
-    studies: dict[str, Study]
-    splits: dict[str, str] | None
-    patients: dict[str, Patient]
-
-
 def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read the tables, gzipped or not, and the images that exist.
 
-    Args:
-        folder: has the tables, and the images in ``files/p10/p10000032/s50414267/DICOM_ID.jpg``;
-            ``patients.csv`` or ``patients.csv.gz`` of MIMIC-IV, if present, gives sex and age.
-        besides: folders to skip.
+    The folder has the tables, and the images in ``files/p10/p10000032/s50414267/DICOM_ID.jpg``;
+    folders in ``besides`` are skipped. ``patients.csv`` or ``patients.csv.gz`` of MIMIC-IV, if
+    present, gives sex and age. The splits are the official ones, if their table is present.
 
-    Returns:
-        Records with the official splits, if their table is present. Images without a row, rows
-        without an image, and images of studies without labels are left out. The labeller could not
-        read the reports of such studies, so that missing labels must not be assumed absent.
+    Images without a row, rows without an image, and images of studies without labels are left out.
+    The labeller could not read the reports of such studies, so that missing labels must not be
+    assumed absent.
 
     Raises:
         CxrdistError: the metadata or the labels are missing, a table is malformed, or two tables
             contradict each other.
     """
     tables = {
-        name: read_table(file, {plain(column) for column in columns})
+        name: read_table(file, columns)
         for name, columns in NEEDED.items()
         if (file := _find_file(folder, name))
     }
     for name in (METADATA, CHEXPERT):
         if name not in tables:
             raise CxrdistError(f"--input {folder}: has neither {name} nor {name}.gz; fetch it")
-    known = Known(
-        _read_studies(tables[CHEXPERT]),
-        _read_splits(tables[SPLIT]) if SPLIT in tables else None,
-        _read_patients(tables[PATIENTS]) if PATIENTS in tables else {},
-    )
+    studies = _read_studies(tables[CHEXPERT])
+    splits = _read_splits(tables[SPLIT]) if SPLIT in tables else None
+    patients = _read_patients(tables[PATIENTS]) if PATIENTS in tables else {}
     listed = Listed(folder, _name_of, besides)
     records: list[Record] = []
     unknown: Counter[str] = Counter()
-    for where, row in _rows(tables[METADATA], NEEDED[METADATA], OPTIONAL):
-        facts, view = _facts(where, row, known), _view(row)
+    for where, row in tables[METADATA].cells((*NEEDED[METADATA], *OPTIONAL), NEEDED[METADATA]):
+        facts, view = _facts(where, row, studies, splits, patients), _view(row)
         taken = listed.take(f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}")
         if taken and facts is None:
             listed.leave(taken[1], f"its study has no row in {CHEXPERT}")
@@ -152,24 +134,11 @@ def _name_of(path: str) -> str | None:
     return match[1] if (match := IMAGE.fullmatch(path)) else None
 
 
-def _rows(
-    table: Table, needed: Sequence[str], optional: Sequence[str] = ()
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield file and number of each row, and its cells by column."""
-    places = table.find_columns({name: {plain(name)} for name in (*needed, *optional)}, needed)
-    for where, cells in table.rows():
-        yield where, {name: cells[place].strip() for name, place in places.items()}
-
-
 def _read_studies(table: Table) -> dict[str, Study]:
-    """Return the labels of each study by its number.
-
-    Raises:
-        CxrdistError: a study has two rows, or a cell is not a label's.
-    """
+    """Return the labels of each study by its number; reject two rows of a study."""
     studies: dict[str, Study] = {}
     alike: dict[tuple[str, ...], dict[str, str]] = {}  # most studies repeat the cells of another
-    for where, row in _rows(table, NEEDED[CHEXPERT]):
+    for where, row in table.cells(NEEDED[CHEXPERT], NEEDED[CHEXPERT]):
         cells = tuple(row[label] for label in LABELS)
         if cells not in alike:
             alike[cells] = read_cells(where, dict(zip(LABELS, cells, strict=True)))
@@ -180,13 +149,9 @@ def _read_studies(table: Table) -> dict[str, Study]:
 
 
 def _read_splits(table: Table) -> dict[str, str]:
-    """Return the split of each image by its dicom_id.
-
-    Raises:
-        CxrdistError: a split has another name.
-    """
+    """Return the split of each image by its dicom_id."""
     splits = {}
-    for where, row in _rows(table, NEEDED[SPLIT]):
+    for where, row in table.cells(NEEDED[SPLIT], NEEDED[SPLIT]):
         if row["split"] not in SPLITS:
             raise CxrdistError(
                 f"{where}: the split is {row['split']!r:.40}, expected {', '.join(SPLITS)}"
@@ -198,32 +163,37 @@ def _read_splits(table: Table) -> dict[str, str]:
 def _read_patients(table: Table) -> dict[str, Patient]:
     """Return sex and age of each patient by number."""
     patients = {}
-    for _, row in _rows(table, NEEDED[PATIENTS]):
+    for _, row in table.cells(NEEDED[PATIENTS], NEEDED[PATIENTS]):
         year = int(row["anchor_year"]) if YEAR.fullmatch(row["anchor_year"]) else None
-        patient = Patient(sex_of(row["gender"]), age_of(row["anchor_age"]), year)
-        patients[row["subject_id"]] = patient
+        sex, age = sex_of(row["gender"]), age_of(row["anchor_age"])
+        patients[row["subject_id"]] = Patient(sex, age, year)
     return patients
 
 
-def _facts(where: str, row: Mapping[str, str], known: Known) -> dict[str, Any] | None:
+def _facts(
+    where: str,
+    row: Mapping[str, str],
+    studies: Mapping[str, Study],
+    splits: Mapping[str, str] | None,
+    patients: Mapping[str, Patient],
+) -> dict[str, Any] | None:
     """Return the fields of an image's record from the tables; None if its study has no labels.
 
-    Raises:
-        CxrdistError: the tables contradict each other.
+    It is an error if the tables contradict each other.
     """
     subject, study = row["subject_id"], row["study_id"]
-    split = None if known.splits is None else known.splits.get(row["dicom_id"])
-    if known.splits is not None and split is None:
+    split = None if splits is None else splits.get(row["dicom_id"])
+    if splits is not None and split is None:
         raise CxrdistError(f"{where}: {row['dicom_id']} has no row in {SPLIT}; fetch both again")
-    if study not in known.studies:
+    if study not in studies:
         return None
-    labels = known.studies[study]
+    labels = studies[study]
     if labels.subject != subject:
         raise CxrdistError(
             f"{where}: study {study} is of subject {subject}, but of {labels.subject} in "
             f"{CHEXPERT}; fetch both again"
         )
-    patient = known.patients.get(subject)
+    patient = patients.get(subject)
     age = _age(patient, row.get("StudyDate", ""))
     sex = patient.sex if patient else ""
     return {**labels.cells, "patient": f"p{subject}", "split": split, "sex": sex, "age": age}

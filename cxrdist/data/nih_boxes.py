@@ -5,7 +5,7 @@ with its image. A copy that is not a square was cropped in an unknown way: its b
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,41 +28,34 @@ SPELLINGS = {"Infiltrate": "Infiltration"}  # TABLE has its own word for one lab
 
 @dataclass(frozen=True)
 class Boxes:
-    """The boxes of a table.
-
-    Attributes:
-        table: the file; None if there is no table.
-        findings: boxes by the image's name without suffix.
-        side_px: side of the originals in whose px they are; None if they are in px of the images.
-    """
+    """The boxes of a table."""
 
     table: Path | None
+    """The file; None if there is no table."""
     findings: Mapping[str, Sequence[Finding]]
+    """Boxes by the image's name without suffix."""
     side_px: int | None = SIDE_PX
+    """Side of the originals in whose px they are; None if they are in px of the images."""
 
     def on(self, stem: str, file: Path) -> tuple[Finding, ...]:
         """Return the boxes of an image, in px of its file as it is shown."""
         findings = tuple(self.findings.get(stem, ()))
         return fitted(findings, file) if findings and self.side_px else findings
 
-    def notes(self, records: Sequence[Record]) -> list[str]:
-        """Return notes for the user, one line each."""
-        if self.table is None:
-            return []
+    def notes(self, records: Sequence[Record]) -> Iterator[str]:
+        """Yield notes for the user, one line each."""
         num_with = sum(bool(record.findings) for record in records)
-        if num_with == len(self.findings):
-            return []
-        return [
-            f"{self.table.name} has boxes on {len(self.findings)} images; {num_with} of them are "
-            "here as squares like the NIH's, the boxes of the others are left out"
-        ]
+        if self.table is not None and num_with != len(self.findings):
+            yield (
+                f"{self.table.name} has boxes on {len(self.findings)} images; {num_with} of them "
+                "are here as squares like the NIH's, the boxes of the others are left out"
+            )
 
 
 def fitted(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
     """Convert boxes from px of an original of the NIH to px of a file.
 
-    Returns:
-        None of them if the file is not a square, or cannot be read, which its decoder reports.
+    No box is left if the file is not a square, or cannot be read, which its decoder reports.
     """
     if look_at(file)[0] == "DICOM":  # RSNA's, which are as large as the originals
         return findings
@@ -91,8 +84,7 @@ def read_boxes(folder: Path, labels: Sequence[str]) -> Boxes:
 def read_box_table(file: Path) -> Boxes:
     """Read a table of boxes of any labels: the NIH's, or one with `COLUMNS`.
 
-    Returns:
-        The boxes, by the images' names without suffix, which may have folders in `COLUMNS`.
+    With `COLUMNS`, the images' names may have folders.
 
     Raises:
         CxrdistError: it has other columns, or a row is not a box or leaves the NIH's original.
@@ -110,12 +102,9 @@ def read_box_table(file: Path) -> Boxes:
 
 
 def _nih_table(file: Path) -> Table:
-    """Read the NIH's table, whose rows have six cells and whose header counts nine.
+    """Read the NIH's table, whose rows have six cells, and the header nine.
 
     It is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``.
-
-    Raises:
-        CxrdistError: its first columns are others.
     """
     table = read_table(file, NIH_COLUMNS)
     if tuple(plain(name) for name in table.columns[:2]) != NIH_COLUMNS:
@@ -130,10 +119,8 @@ def _read(
     table: Table, labels: Sequence[str] | None, side_px: int | None
 ) -> dict[str, list[Finding]]:
     """Read the boxes of each image by its name without suffix; of any label if None is given."""
-    places = table.find_columns({name: {name} for name in COLUMNS})
     findings: dict[str, list[Finding]] = defaultdict(list)
-    for where, cells in table.rows():
-        row = {name: cells[place].strip() for name, place in places.items()}
+    for where, row in table.cells(COLUMNS):
         label = SPELLINGS.get(row["label"], row["label"])
         if labels is not None and label not in labels:
             raise CxrdistError(f"{where}: {label!r:.40} is not one of the {len(labels)} labels")
@@ -142,13 +129,9 @@ def _read(
 
 
 def finding_of(label: str, row: Mapping[str, str], where: str, side_px: int | None) -> Finding:
-    """Read a box.
+    """Read a box from a row with x, y, width and height in px.
 
-    Args:
-        label: what was found.
-        row: x, y, width and height in px.
-        where: file and row, for messages.
-        side_px: of the image; None if that is not known.
+    ``where`` names file and row in messages; ``side_px`` is that of the image, None if unknown.
 
     Raises:
         CxrdistError: it is not a box, or leaves the image.

@@ -41,35 +41,27 @@ class Original(NamedTuple):
 
 @dataclass(frozen=True)
 class Outlines:
-    """Boxes or masks of some samples.
-
-    Attributes:
-        kind: boxes, around signs of one class each; or masks of the lungs, which count for all
-            classes of an image.
-        origin: where they come from.
-        shapes: number of boxes or masks per case.
-        left_out: number of unused ones, by reason.
-        read: returns the pixels of a case, bool [S, S]; possibly none.
-        notes: what a user should know, one line each.
-    """
+    """Boxes or masks of some samples."""
 
     kind: Literal["boxes", "masks"]
+    """Boxes, around signs of one class each; or masks of the lungs, for all classes of an image."""
     origin: str
+    """Where they come from."""
     shapes: Mapping[Case, int]
+    """Number of boxes or masks per case."""
     left_out: Mapping[str, int]
+    """Number of unused ones, by reason."""
     read: Callable[[Case], NDArray[np.bool_]]
+    """Returns the pixels of a case, bool [S, S]; possibly none."""
     notes: tuple[str, ...] = ()
+    """What a user should know, one line each."""
 
 
 def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Original]:
     """Read the KEY.json of some samples, by their numbers.
 
-    Args:
-        packed: the shards as they were packed.
-        numbers: sample numbers.
-
     Raises:
-        CxrdistError: a shard differs from the index.
+        CxrdistError: a shard differs from the index, which must be as it was packed.
     """
     return {
         number: Original(about["width_px"], about["height_px"], about.get("boxes", ()))
@@ -92,10 +84,7 @@ def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines
 def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) -> Outlines:
     """Read a table of boxes and convert them to px of the squares of its images.
 
-    Args:
-        index: the shards as the model takes them.
-        originals: of the samples that may be used.
-        file: as in `read_box_table`.
+    The index is that of the shards as the model takes them; only samples in ``originals`` are used.
 
     Raises:
         CxrdistError: it cannot be read, or none of its images is in the shards.
@@ -131,11 +120,7 @@ def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Findi
 
 
 def _match(names: Collection[str], index: Index, file: Path) -> dict[str, int]:
-    """Find the sample whose path ends with each name, ignoring suffixes.
-
-    Raises:
-        CxrdistError: no name matches, or a name matches two samples.
-    """
+    """Find the sample whose path ends with each name, ignoring suffixes."""
     paths = [sample.path for sample in index.samples]
     ends: dict[int, dict[str, list[int]]] = {}
     found: dict[str, int] = {}
@@ -178,13 +163,7 @@ def _boxes(
 
 
 def masks_of_shards(index: Index, masks: Masks, numbers: Collection[int]) -> Outlines:
-    """Return the masks that were packed with the samples.
-
-    Args:
-        index: the shards as the model takes them.
-        masks: as `open_masks` gives them.
-        numbers: of the samples that may be used.
-    """
+    """Return the masks, as `open_masks` gives them, that were packed with some samples."""
     size_px = index.image_size_px
 
     def read(case: Case) -> NDArray[np.bool_]:
@@ -198,10 +177,8 @@ def masks_of_shards(index: Index, masks: Masks, numbers: Collection[int]) -> Out
 def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path) -> Outlines:
     """Match masks with samples as `cxrdist pack` does with images; each is read on demand.
 
-    Args:
-        index: the shards as the model takes them.
-        originals: of the samples that may be used.
-        masks: a folder of pictures or a table of run lengths.
+    Index and originals are those of `boxes_of_table`; masks are a folder of pictures or a table of
+    run lengths.
 
     Raises:
         CxrdistError: there are no masks, or none fits.
@@ -210,8 +187,7 @@ def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path)
     left_out = Counter(_elsewhere(index, i) for i in places if i not in originals)
 
     def read(case: Case) -> NDArray[np.bool_]:
-        width_px, height_px, _ = originals[case[0]]
-        shown = width_px, height_px
+        shown = originals[case[0]][:2]
         return read_square(places[case[0]], shown, index.image_size_px, index.fit) > 0
 
     found = _masks(index, masks.name, [i for i in places if i in originals], left_out, read)

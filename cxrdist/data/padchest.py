@@ -27,7 +27,7 @@ from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.listed import Listed
 from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import LabelCells, Record, Source, own_patient
-from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.tables import Table, read_table
 from cxrdist.data.views import UNKNOWN, view_of
 from cxrdist.errors import CxrdistError
 
@@ -100,9 +100,6 @@ LABELS = (
 NORMAL, UNCHANGED = "normal", "unchanged"
 REMARKS = {NORMAL, UNCHANGED, "exclude", "suboptimal study"}
 SPELLINGS = {name.casefold(): name for name in (*LABELS, *REMARKS)}
-UNLABELLED = "has no labels in the table"
-SILENT = "its report tells no finding (exclude, suboptimal study)"
-ONLY_UNCHANGED = "its report tells no finding but that nothing has changed (unchanged)"
 
 NOTHING = {"", "nan", "none"}  # as Python programs write a missing value
 ITEM = re.compile(r"""'([^']*)'|"([^"]*)"|\b(?:nan|None)\b""")
@@ -114,15 +111,11 @@ NETWORK = "RNN_model"
 def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read the table and the images that exist.
 
-    Args:
-        folder: has the table, which may stay compressed, and the images, in ``0/`` to ``54/`` or
-            in one folder; a copy may have smaller images with the same names.
-        besides: folders to skip.
-
-    Returns:
-        Records without splits: PadChest has no official ones. Classes are `LABELS`, even if only
-        some of the images exist, and further labels of the table. Images without a row, rows
-        without an image, and images without a known label are left out.
+    The folder has the table, which may stay compressed, and the images, in ``0/`` to ``54/`` or in
+    one folder; a copy may have smaller images with the same names. Folders in ``besides`` are
+    skipped. PadChest has no official splits. Classes are `LABELS`, even if only some of the images
+    exist, and further labels of the table. Images without a row, rows without an image, and images
+    without a known label are left out.
 
     Raises:
         CxrdistError: there is no table, or a row is malformed.
@@ -130,7 +123,7 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
     file = next((folder / name for name in TABLES if (folder / name).is_file()), None)
     if file is None:
         raise CxrdistError(f"--input {folder}: has neither {' nor '.join(TABLES)}")
-    table = read_table(file, {plain(name) for name in COLUMNS})
+    table = read_table(file, COLUMNS)
     stated = (_read_labels(where, cells["Labels"]) for where, cells in _rows(table))
     further = {label for labels in stated for label in labels}.difference(LABELS, REMARKS)
     classes = sorted({*LABELS, *further})
@@ -143,11 +136,7 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
 def _read_records(
     table: Table, listed: Listed, classes: Sequence[str]
 ) -> tuple[list[Record], Counter[str]]:
-    """Return a record for each row whose image exists and has known labels.
-
-    Returns:
-        The records, and how many of them have each MethodLabel.
-    """
+    """Return the records of images that exist and have known labels, and count MethodLabels."""
     records, methods, seen = [], Counter[str](), dict[str, str]()
     for where, cells in _rows(table):
         name = Path(cells["ImageID"]).stem
@@ -163,8 +152,17 @@ def _read_records(
             listed.leave(taken[1], reason)
             continue
         methods[cells["MethodLabel"]] += 1
-        patient = _read_patient(where, cells["PatientID"]) or own_patient(taken[1])
-        records.append(_record(taken, cells, patient, _known(labels, classes)))
+        views = (view_of(cells[name]) for name in ("Projection", "ViewPosition_DICOM"))
+        record = Record(
+            *taken,
+            patient=_read_patient(where, cells["PatientID"]) or own_patient(taken[1]),
+            source=NAME,
+            view=next(filter(None, views), UNKNOWN),
+            sex=sex_of(cells["PatientSex_DICOM"]),
+            age=_age(cells["StudyDate_DICOM"], cells["PatientBirth"]),
+            **_known(labels, classes),
+        )
+        records.append(record)
     return records, methods
 
 
@@ -176,9 +174,7 @@ def _name_of(path: str) -> str | None:
 
 def _rows(table: Table) -> Iterator[tuple[str, dict[str, str]]]:
     """Yield file and number of each row, and its cells by `COLUMNS`, empty for missing columns."""
-    places = table.find_columns({name: {plain(name)} for name in COLUMNS}, NEEDED)
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    for where, cells in table.cells(COLUMNS, NEEDED):
         yield where, dict.fromkeys(COLUMNS, "") | cells
 
 
@@ -189,11 +185,7 @@ def _is_nothing(text: str) -> bool:
 def _read_labels(where: str, text: str) -> list[str]:
     """Read a Python list of texts, such as ``['cardiomegaly', ' pleural effusion', '', nan]``.
 
-    Returns:
-        Each label once, spelt as in `LABELS` or `REMARKS`; none for an empty text.
-
-    Raises:
-        CxrdistError: it is not such a list.
+    Each label is returned once, spelt as in `LABELS` or `REMARKS`; none for an empty text.
     """
     if _is_nothing(text):
         return []
@@ -211,20 +203,19 @@ def _read_labels(where: str, text: str) -> list[str]:
 def _why_unknown(labels: Sequence[str]) -> str:
     """Return why labels tell nothing about an image; empty if they do."""
     if not labels:
-        return UNLABELLED
+        return "has no labels in the table"
     if NORMAL in labels or {*labels} - REMARKS:
         return ""
-    return ONLY_UNCHANGED if UNCHANGED in labels else SILENT
+    if UNCHANGED in labels:
+        return "its report tells no finding but that nothing has changed (unchanged)"
+    return "its report tells no finding (exclude, suboptimal study)"
 
 
 def _known(labels: Sequence[str], classes: Sequence[str]) -> LabelCells:
     """Return the labels of a record, and those that are missing."""
     findings = {*labels} - REMARKS
     missing = {*classes} - findings if UNCHANGED in labels and NORMAL not in labels else ()
-    return {
-        "label": SEPARATOR.join(sorted(findings)),
-        "missing": SEPARATOR.join(sorted(missing)),
-    }
+    return {"label": SEPARATOR.join(sorted(findings)), "missing": SEPARATOR.join(sorted(missing))}
 
 
 def _read_patient(where: str, text: str) -> str:
@@ -234,22 +225,6 @@ def _read_patient(where: str, text: str) -> str:
             "patients; fetch the table again"
         )
     return "" if _is_nothing(text) else text
-
-
-def _record(
-    taken: tuple[Path, str], cells: dict[str, str], patient: str, known: LabelCells
-) -> Record:
-    views = (view_of(cells[name]) for name in ("Projection", "ViewPosition_DICOM"))
-    return Record(
-        file=taken[0],
-        path=taken[1],
-        patient=patient,
-        source=NAME,
-        view=next((view for view in views if view), UNKNOWN),
-        sex=sex_of(cells["PatientSex_DICOM"]),
-        age=_age(cells["StudyDate_DICOM"], cells["PatientBirth"]),
-        **known,
-    )
 
 
 def _age(study: str, birth: str) -> float | None:

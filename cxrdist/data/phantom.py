@@ -6,7 +6,6 @@ frame once per patient and then shifted, rotated and exposed for each image. The
 opacities are transformed too, so every image has boxes of what was planted.
 """
 
-import csv
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from cxrdist.errors import CxrdistError
+from cxrdist.files import write_table
 
 COVID, NORMAL, PNEUMONIA = "COVID-19", "Normal", "Viral Pneumonia"
 CLASSES = (COVID, NORMAL, PNEUMONIA)
@@ -57,20 +57,6 @@ class Phantom(NamedTuple):
     pixels: npt.NDArray[np.uint8]
     """uint8 [S, S], bright where the body absorbs."""
     findings: tuple[Finding, ...]
-
-
-class Row(NamedTuple):
-    """One line of opacities.csv; a finding's box in fractions of the image's side."""
-
-    path: str
-    """Path of the image relative to the table, with forward slashes."""
-    label: str
-    patient: str
-    kind: Kind
-    x: float
-    y: float
-    width: float
-    height: float
 
 
 @dataclass(frozen=True)
@@ -140,20 +126,9 @@ def write_phantoms(
     """Write a folder data set of synthetic X-rays and the table of what was planted in them.
 
     The layout is `out/CLASS/PATIENT_IMAGE.png` (8-bit grey, 1 to 3 images per patient, every
-    patient in one class) and `out/opacities.csv` with the columns of `Row`. An image of patient n
-    depends on the seed, n and the size alone: a larger data set contains the smaller one.
-
-    Args:
-        out: Folder to fill; created if missing.
-        num_patients_per_class: Patients in each of the three classes.
-        image_size_px: Side of the square images in pixels.
-        seed: Any number from 0 on; equal seeds give equal bytes.
-        opacities: Whether to plant them; without them nothing but the word tells a class.
-        word_share: Share of the COVID-19 patients who have the word.
-        beside_word: Density of the opacities of those, times the usual; with 0 they have none.
-
-    Returns:
-        The path of the table.
+    patient in one class) and `out/opacities.csv` with a row per finding, whose path is returned. An
+    image of patient n depends on the seed, n and the size alone: a larger data set contains the
+    smaller one, and equal seeds give equal bytes. The other arguments are those of `draw_patient`.
 
     Raises:
         CxrdistError: If a number is out of range or `out` holds images already.
@@ -165,7 +140,7 @@ def write_phantoms(
     table = out / "opacities.csv"
     if table.exists() or any(out.glob("*/*.png")):
         raise CxrdistError(f"{out} holds images already: name a new folder or delete the old one")
-    rows: list[Row] = []
+    rows = []
     for class_number, label in enumerate(CLASSES):
         (out / label).mkdir(parents=True, exist_ok=True)
         for member in range(num_patients_per_class):
@@ -177,11 +152,9 @@ def write_phantoms(
             for image, phantom in enumerate(phantoms, 1):
                 path = f"{label}/{patient}_{image:02d}.png"
                 Image.fromarray(phantom.pixels).save(out / path, compress_level=1)
-                rows += [Row(path, label, patient, *finding) for finding in phantom.findings]
-    with table.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Row._fields)
-        writer.writerows([*row[:4], *(f"{value:.4f}" for value in row[4:])] for row in rows)
+                for kind, *box in phantom.findings:
+                    rows.append((path, label, patient, kind, *(f"{side:.4f}" for side in box)))
+    write_table(table, ("path", "label", "patient", *Finding._fields), rows)
     return table
 
 
@@ -189,12 +162,8 @@ def write_lung_masks(images: Path, masks: Path, seed: int = 0) -> None:
     """Write the lungs of the X-rays that `write_phantoms` wrote, for ``cxrdist pack --masks``.
 
     A mask is white where a pixel of the X-ray is lung by more than half: air, with an opacity in it
-    or not; not where the heart or the spine hides it.
-
-    Args:
-        images: The folder that `write_phantoms` filled.
-        masks: Folder to fill with masks under the images' names.
-        seed: The seed of the images.
+    or not; not where the heart or the spine hides it. It has the image's name; the seed must be
+    that of the images.
     """
     for file in sorted(images.glob("*/p*_*.png")):
         number, image = (int(text) for text in file.stem.removeprefix("p").split("_"))
@@ -222,13 +191,10 @@ def draw_patient(
         label: One of `CLASSES`.
         number: The patient's number; with the seed it decides every draw.
         image_size_px: Side of the square images in pixels.
-        seed: Seed of the data set.
+        seed: Seed of the data set, from 0 on.
         opacities: Whether to plant them. Without them all else stays the same.
         word_share: Share of the COVID-19 patients who have the word.
         beside_word: Density of the opacities of those, times the usual; with 0 they have none.
-
-    Yields:
-        The images with what was planted in them.
 
     Raises:
         CxrdistError: If the label is unknown, or the size or the seed is out of range.
@@ -336,8 +302,7 @@ def _render_anatomy(
         the lungs, float32 [C, C], 0 to 1, where C is the canvas's side in pixels.
     """
     side = round(image_size_px * CANVAS_SPAN * CANVAS_DETAIL)
-    axis = ((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1) * np.float32(CANVAS_SPAN)
-    x, y = axis[None, :], axis[:, None]
+    x, y = _axes(side)
     outline = _render_outline(x, y, rng)
     heart = _render_heart(x, y, lungs[1].base, rng)
     middle = _edge(rng.uniform(0.13, 0.17) + 0.05 * np.abs(y + 0.1) - np.abs(x), 0.025)
@@ -350,6 +315,12 @@ def _render_anatomy(
     density += outline * (1 - 0.75 * abdomen) * _render_bones(lungs, side, rng)
     density += air * _render_vessels(lungs, side, rng)
     return density.astype(np.float32), air.astype(np.float32)
+
+
+def _axes(side: int) -> tuple[FloatArray, FloatArray]:
+    """Return x [1, side] and y [side, 1] of the pixels of a canvas in the body frame."""
+    axis = ((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1) * np.float32(CANVAS_SPAN)
+    return axis[None, :], axis[:, None]
 
 
 def _edge(distance: FloatArray, softness: float) -> FloatArray:
@@ -411,15 +382,10 @@ def _texture(side: int, cells: int, strength: float, rng: np.random.Generator) -
 def _draw_lines(
     lines: list[tuple[list[Point], float, int]], side: int, softness: float
 ) -> FloatArray:
-    """Draw polylines on a canvas and blur them.
+    """Draw polylines on a canvas and blur them: brightness, float32 [C, C], 0 to 1.
 
-    Args:
-        lines: For each its points in the body frame, its width there and its brightness (0-255).
-        side: Side of the canvas in pixels.
-        softness: Radius of the blur in the body frame.
-
-    Returns:
-        Brightness, float32 [C, C], 0 to 1.
+    A line has its points and its width in the body frame, and its brightness (0-255). The softness
+    is the radius of the blur in the body frame.
     """
     px = side / (2 * CANVAS_SPAN)
     canvas = Image.new("L", (side, side))
@@ -500,11 +466,11 @@ def _render_vessels(lungs: tuple[_Lung, _Lung], side: int, rng: np.random.Genera
 
 def _render_opacities(opacities: list[_Opacity], side: int, rng: np.random.Generator) -> FloatArray:
     """Render mottled soft ellipses, exactly 0 outside of them: density in full air, [C, C]."""
-    axis = ((np.arange(side, dtype=np.float32) + 0.5) / side * 2 - 1) * np.float32(CANVAS_SPAN)
+    x, y = _axes(side)
     clear = np.ones((side, side), np.float32)
     for opacity in opacities:
-        u = ((axis - opacity.x) / opacity.radius_x)[None, :] ** 2
-        v = ((axis - opacity.y) / opacity.radius_y)[:, None] ** 2
+        u = ((x - opacity.x) / opacity.radius_x) ** 2
+        v = ((y - opacity.y) / opacity.radius_y) ** 2
         inside = np.clip(1 - u - v, 0, None)
         clear *= 1 - opacity.density * inside * inside * (3 - 2 * inside)
     mottle = np.clip(1 + _texture(side, 44, 0.15, rng), 0.5, 1.3)
@@ -519,14 +485,9 @@ def _apply_pose(body: FloatArray, pose: _Pose, image_size_px: int) -> FloatArray
     linear = inverse * (2 / image_size_px * px)
     shift = (offset - inverse @ np.ones(2) + CANVAS_SPAN) * px
     coefficients = (*linear[0], shift[0], *linear[1], shift[1])
-    return np.asarray(
-        Image.fromarray(body).transform(
-            (image_size_px, image_size_px),
-            Image.Transform.AFFINE,
-            tuple(float(value) for value in coefficients),
-            Image.Resampling.BILINEAR,
-        )
-    )
+    data = tuple(float(value) for value in coefficients)
+    size, bilinear = (image_size_px, image_size_px), Image.Resampling.BILINEAR
+    return np.asarray(Image.fromarray(body).transform(size, Image.Transform.AFFINE, data, bilinear))
 
 
 def _expose(density: FloatArray, rng: np.random.Generator) -> npt.NDArray[np.uint8]:
@@ -566,18 +527,11 @@ def _burn_word(pixels: Image.Image, rng: np.random.Generator) -> Finding:
 def burn_text(
     pixels: Image.Image, text: str, place: Point, height: float, anchor: str = "lt"
 ) -> Finding:
-    """Write bright text into an image.
+    """Write bright text into a grey image, and return the box around it, cut at the border.
 
-    Args:
-        pixels: grey; changed in place.
-        text: what to write.
-        place: x and y of the anchor, in fractions of the side.
-        height: size of the font, in fractions of the side; at least 6 px are taken.
-        anchor: the point of the text that stands at the place, as Pillow names them: lt is left
-            top, rb right bottom.
-
-    Returns:
-        The box around it, in fractions of the side, cut at the image's border.
+    Place and height (of the font, at least 6 px) are fractions of the image's side. The anchor is
+    the point of the text that stands at the place, as Pillow names them: lt is left top, rb right
+    bottom.
     """
     side = pixels.width
     draw = ImageDraw.Draw(pixels)

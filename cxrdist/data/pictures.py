@@ -35,31 +35,27 @@ NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below it use at most
 
 @dataclass(frozen=True)
 class Picture:
-    """An X-ray in grey, with what its file tells about it.
-
-    Attributes:
-        image: mode L; of any size, or a square once it is decoded for a model or shards.
-        width_px: of the original as it is shown.
-        height_px: of the original as it is shown.
-        used_depth: bits that the pixels use if the file does not declare its depth, else None.
-        patient: the DICOM's PatientID, or empty.
-        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
-        sex: M or F from the DICOM, else empty.
-        age: age of the patient in years; None if unknown, NaN if the DICOM's is not a valid age.
-        covered: uint8 [H, W], the same with the burned-in text of its boxes covered; None without.
-        mask: uint8 [H, W] of 0 and 255, what of the image is lung; None without.
-    """
+    """An X-ray in grey, with what its file tells about it."""
 
     image: Image.Image
+    """Mode L; of any size, or a square once it is decoded for a model or shards."""
     width_px: int
+    """Of the original as it is shown, like `height_px`."""
     height_px: int
     used_depth: int | None = None
+    """Bits that the pixels use if the file does not declare its depth, else None."""
     patient: str = ""
+    """The DICOM's PatientID, or empty."""
     view: str | None = ""
+    """One of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown."""
     sex: str = ""
+    """M or F from the DICOM, else empty."""
     age: float | None = None
+    """Age of the patient in years; None if unknown, NaN if the DICOM's is not a valid age."""
     covered: NDArray[np.uint8] | None = None
+    """uint8 [H, W], the same with the burned-in text of its boxes covered; None without."""
     mask: NDArray[np.uint8] | None = None
+    """uint8 [H, W] of 0 and 255, what of the image is lung; None without."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:
@@ -94,11 +90,12 @@ def read_picture(
     """Read a picture in grey: colour as luma (ITU-R 601), transparency black, EXIF rotation done.
 
     Args:
-        data: the file's content.
-        kind: which of `kinds.FORMATS` it is.
+        data: the content of the file.
+        kind: one of `kinds.FORMATS`.
         file: its name, for messages.
         least_px: a JPEG may be decoded at a smaller, faster scale, but not below these sides.
-        depth: bit depth if the file does not declare one; if None, the bits that it uses.
+        depth: bit depth of the source, for a file of more than 8 bits that does not declare one
+            (`cxrdist.data.depth`); if None, the bits that it uses.
 
     Raises:
         CxrdistError: it is damaged, or a variant that is not supported.
@@ -234,7 +231,5 @@ def _values(image: Image.Image) -> NDArray[np.uint16]:
 
 def _is_inverted(image: Image.Image) -> bool:
     """Return whether 0 is white; Pillow inverts only 8-bit TIFFs."""
-    if image.format != "TIFF":
-        return False
-    white: bool = image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
-    return white
+    is_tiff = image.format == "TIFF"
+    return is_tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]

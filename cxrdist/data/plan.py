@@ -17,19 +17,16 @@ MOST_BALANCED_COPIES = 50
 
 @dataclass(frozen=True)
 class Draws:
-    """Parameters of the warp of n images.
-
-    Attributes:
-        degrees: float32 [n], counter-clockwise.
-        shift_x: float32 [n], fraction of the width, to the right.
-        shift_y: float32 [n], fraction of the height, downwards.
-        flip: bool [n], mirrored left to right.
-    """
+    """Parameters of the warp of n images, one of each per image."""
 
     degrees: NDArray[np.float32]
+    """Counter-clockwise."""
     shift_x: NDArray[np.float32]
+    """Fraction of the width, to the right."""
     shift_y: NDArray[np.float32]
+    """Fraction of the height, downwards."""
     flip: NDArray[np.bool_]
+    """Mirrored left to right."""
 
     def rows(self, rows: slice | NDArray[np.int64]) -> "Draws":
         """Return the draws of some of the images."""
@@ -38,18 +35,15 @@ class Draws:
 
 @dataclass(frozen=True)
 class Plan:
-    """One epoch: the order of the samples, their warps, and the bounds of the steps.
-
-    Attributes:
-        samples: int64 [n], sample numbers, each repeated once per copy.
-        draws: the warps of the n images.
-        bounds: int64 [steps + 1]; step i takes rows bounds[i] to bounds[i + 1]. Sizes differ by at
-            most one, so that no step is tiny.
-    """
+    """One epoch: the order of the samples, their warps, and the bounds of the steps."""
 
     samples: NDArray[np.int64]
+    """int64 [n], sample numbers, each repeated once per copy."""
     draws: Draws
+    """The warps of the n images."""
     bounds: NDArray[np.int64]
+    """int64 [steps + 1]; step i takes rows bounds[i] to bounds[i + 1]. Sizes differ by at most one,
+    so that no step is tiny."""
 
     @property
     def num_steps(self) -> int:
@@ -119,12 +113,13 @@ def _free_draws(
     copies: NDArray[np.int64],
     augmentation: Augmentation,
 ) -> Draws:
-    """Draw a rotation and a shift for each of n rows; for the mirror see `_mirrored`."""
+    """Draw a rotation and a shift for each of n rows, and a flip for a copy without a partner."""
+    is_alone = (copies % 2 == 1) & (copy == copies - 1)
     return Draws(
         degrees=_uniform(random, augmentation.degrees, len(copy)),
         shift_x=_uniform(random, augmentation.shift_x, len(copy)),
         shift_y=_uniform(random, augmentation.shift_y, len(copy)),
-        flip=_mirrored(random, copy, copies) & augmentation.flip,
+        flip=((copy % 2 == 1) | is_alone & (random.random(len(copy)) < 0.5)) & augmentation.flip,
     )
 
 
@@ -139,11 +134,8 @@ def _crossed_draws(
     The paper mirrors last, but `warp` mirrors first. Rotation and horizontal shift of a mirrored
     copy are therefore negated: it becomes the mirror image of the copy before it.
 
-    Args:
-        random: source of the draws.
-        copy: int64 [n], number of the copy among those of its image, which are consecutive.
-        copies: int64 [m], copies per image; see `refuse_uncrossed`.
-        augmentation: ranges, with or without mirror.
+    ``copy`` is int64 [n], the number of a copy among those of its image, which are consecutive;
+    ``copies`` is int64 [m], copies per image (see `refuse_uncrossed`).
     """
     mirrors = 2 if augmentation.flip else 1
     factor = np.repeat(np.sqrt(copies // mirrors).round().astype(np.int64), copies)
@@ -160,11 +152,7 @@ def _crossed_draws(
 
 
 def refuse_uncrossed(copies: NDArray[np.int64], augmentation: Augmentation) -> None:
-    """Check that crossed draws are possible with the copies of each image.
-
-    Args:
-        copies: int64 [m], copies per image.
-        augmentation: of the recipe.
+    """Check that crossed draws are possible with the copies of each image, int64 [m].
 
     Raises:
         CxrdistError: a number of copies is not k rotations x k shifts, x 2 with the mirror.
@@ -182,26 +170,13 @@ def refuse_uncrossed(copies: NDArray[np.int64], augmentation: Augmentation) -> N
             )
 
 
-def _mirrored(
-    random: np.random.Generator, copy: NDArray[np.int64], copies: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """Return which rows are mirrored: every second copy; a last one without partner at random."""
-    odd: NDArray[np.bool_] = copy % 2 == 1
-    alone = (copies % 2 == 1) & (copy == copies - 1)
-    return odd | (alone & (random.random(len(copy)) < 0.5))
-
-
 def copies_of(
     targets: NDArray[np.int8], classes: list[str], copies: dict[str, int]
 ) -> NDArray[np.int64]:
-    """Return the copies of each sample from the copies of each class; 1 for unnamed classes.
+    """Return the copies of each sample, int64 [samples], from those of each class; 1 if unnamed.
 
-    A sample with several labels gets the copies of the label that has most.
-
-    Args:
-        targets: int8 [samples, classes], 1 where a sample has the label.
-        classes: names of the columns.
-        copies: by class.
+    A sample with several labels gets the copies of the label that has most. ``targets`` are int8
+    [samples, classes].
 
     Raises:
         CxrdistError: a class is unknown.
@@ -220,12 +195,8 @@ def copies_of(
 def balanced_copies(targets: NDArray[np.int8], classes: list[str]) -> dict[str, int]:
     """Choose copies per class that make each class about as frequent as the most frequent one.
 
-    Args:
-        targets: int8 [m, classes] of the training split, with one label per image.
-        classes: names of the columns.
-
-    Returns:
-        The nearest whole numbers, 1 to `MOST_BALANCED_COPIES`; 1 for a class without images.
+    They are the nearest whole numbers, 1 to `MOST_BALANCED_COPIES`; 1 for a class without images.
+    ``targets`` are int8 [m, classes] of the training split, with one label per image.
     """
     counts = (targets == POSITIVE).sum(axis=0)
     wanted = np.rint(counts.max() / np.maximum(counts, 1))

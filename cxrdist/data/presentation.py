@@ -26,19 +26,16 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Cells:
-    """Pixel cells: words with one value each (PS3.5, 8.1.1).
-
-    Attributes:
-        words: uint8 or uint16 [H, W].
-        bits: bits of a value.
-        shift: bits of a word below its value.
-        signed: whether values are two's complement.
-    """
+    """Pixel cells: words with one value each (PS3.5, 8.1.1)."""
 
     words: NDArray[Any]
+    """uint8 or uint16 [H, W]."""
     bits: int
+    """Bits of a value."""
     shift: int
+    """Bits of a word below its value."""
     signed: bool
+    """Whether values are two's complement."""
 
     @property
     def size(self) -> int:
@@ -47,18 +44,14 @@ class Cells:
 
 
 class Lut(NamedTuple):
-    """A look-up table.
-
-    Attributes:
-        first: input of the first entry; smaller inputs get the first entry, larger ones the last.
-        entries: int64 [N].
-    """
+    """A look-up table."""
 
     first: int
+    """Input of the first entry."""
     entries: NDArray[np.int64]
 
     def __call__(self, values: Table) -> Table:
-        """Look up values, clipping them to the inputs of the table."""
+        """Look up values; those below the first input get the first entry, those above the last."""
         place = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
         return self.entries[place.astype(np.int64)].astype(np.float64)
 
@@ -66,13 +59,10 @@ class Lut(NamedTuple):
 def present(
     dataset: Dataset, cells: Cells, depth: int | None
 ) -> tuple[NDArray[np.uint8], int | None]:
-    """Convert pixel cells to grey levels for display.
+    """Convert pixel cells to grey levels for display, as the tags of the data set say.
 
-    Args:
-        dataset: its tags define the conversion.
-        cells: its pixels.
-        depth: bit depth of the source, for an image that does not declare one; if None, the bits
-            that the image uses.
+    ``depth`` is the bit depth of the source, for an image that does not declare one; None stands
+    for the bits that the image uses.
 
     Returns:
         Grey levels, uint8 [H, W], and the bits that the image uses if it does not declare a depth.
@@ -188,10 +178,7 @@ def _first_lut(dataset: Dataset, keyword: str, signed: bool) -> Lut | None:
 
 
 def _lut(item: Dataset, descriptor: list[int], signed: bool) -> Lut:
-    """Read a LUT; its first input is signed if the input values are.
-
-    An 8-bit entry takes a byte or a word.
-    """
+    """Read a LUT; its first input is signed if the values are. An 8-bit entry may take a word."""
     count, first = descriptor[0] & 0xFFFF or 1 << 16, descriptor[1]
     if signed and first >= 1 << 15:
         first -= 1 << 16
@@ -214,9 +201,8 @@ def _windowed(dataset: Dataset, values: Table) -> Table | None:
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise RefusedError("its window has an unknown function")
     for center, width in zip(centers, widths, strict=False):
-        if np.isfinite([center, width]).all() and (
-            width >= 1 if function == "LINEAR" else width > 0
-        ):
+        is_wide = width >= 1 if function == "LINEAR" else width > 0
+        if is_wide and np.isfinite([center, width]).all():
             return _window(values, center, width, function)
     raise RefusedError("its window has no width, or is not a number")
 

@@ -6,7 +6,7 @@ Not read: the test images, which have no labels on Kaggle, the readings of each 
 RSNA published later, and the tables of stage 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -14,7 +14,7 @@ from cxrdist.data.findings import Finding
 from cxrdist.data.listed import OUTSIDE, Listed
 from cxrdist.data.nih_boxes import SIDE_PX, finding_of, fitted
 from cxrdist.data.records import Record, Source
-from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.tables import read_table
 from cxrdist.documents import Matching, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.files import read_document
@@ -25,7 +25,6 @@ CLASSES = (OPACITY, "No Lung Opacity / Not Normal", "Normal")
 BOXES, READINGS = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
 TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
-NO_LABEL = "test image of the challenge, of which no label is given"
 # Maps each image to its name in ChestX-ray14; from RSNA's page of the challenge.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 
@@ -42,15 +41,10 @@ class Origin(NamedTuple):
 def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read both tables, the images that exist, and the patients if `MAPPING` exists.
 
-    View, sex and age are in the DICOM files, but their PatientID is unique to each image.
-
-    Args:
-        folder: has the two tables and ``stage_2_train_images/``.
-        besides: folders to skip.
-
-    Returns:
-        Records of one of three classes, with the boxes of opacities. Images without a row and rows
-        without an image are left out.
+    The folder has the two tables and ``stage_2_train_images/``; folders in ``besides`` are skipped.
+    The records have one of three classes and the boxes of opacities. Images without a row and rows
+    without an image are left out. View, sex and age are in the DICOM files, but their PatientID is
+    unique to each image.
 
     Raises:
         CxrdistError: a table is missing or malformed, or the two tables disagree.
@@ -76,21 +70,16 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
             raise CxrdistError(f"{folder / MAPPING}: lacks {name}; fetch it again")
         findings = fitted(tuple(boxes[name]), taken[0])
         records.append(Record(*taken, label, patients.get(name, name), NAME, findings=findings))
-    return Source(
-        records,
-        "multiclass",
-        list(CLASSES),
-        NAME,
-        (*listed.notes(folder / READINGS), *_notes(records, patients)),
-        tuple(
-            left._replace(reason=NO_LABEL)
-            if left.reason == OUTSIDE and left.path.startswith(f"{TEST_IMAGES}/")
-            else left
-            for left in listed.left_out()
-        ),
-        listed.num_found,
-        listed.dicom,
+    notes = (*listed.notes(folder / READINGS), *_notes(records, patients))
+    left_out, num_found, dicom = listed.account()
+    reason = "test image of the challenge, of which no label is given"
+    left_out = tuple(
+        left._replace(reason=reason)
+        if left.reason == OUTSIDE and left.path.startswith(f"{TEST_IMAGES}/")
+        else left
+        for left in left_out
     )
+    return Source(records, "multiclass", list(CLASSES), NAME, notes, left_out, num_found, dicom)
 
 
 def read_nih_patients(folder: Path) -> dict[str, str]:
@@ -111,23 +100,20 @@ def _name_of(path: str) -> str | None:
     return name if folder == TRAIN_IMAGES else None
 
 
-def _table(file: Path, names: Sequence[str]) -> tuple[Table, list[int]]:
-    """Return a table, and the positions of some columns."""
+def _cells(file: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield file and number of each row of a table, and its cells by column."""
     if not file.is_file():
         raise CxrdistError(
             f"--input {file.parent}: has no {file.name}; expected the files of stage 2 from Kaggle"
         )
-    table = read_table(file, {plain(name) for name in names})
-    places = table.find_columns({name: {plain(name)} for name in names}, names)
-    return table, [places[name] for name in names]
+    yield from read_table(file, names).cells(names, names)
 
 
 def _read_readings(folder: Path) -> dict[str, str]:
     """Return the class of each image; the table repeats it for each box."""
-    table, (name_at, class_at) = _table(folder / READINGS, ("patientId", "class"))
     readings: dict[str, str] = {}
-    for where, row in table.rows():
-        name, label = row[name_at].strip(), row[class_at].strip()
+    for where, row in _cells(folder / READINGS, ("patientId", "class")):
+        name, label = row["patientId"], row["class"]
         if label not in CLASSES:
             raise CxrdistError(f"{where}: the class {label!r:.40}, expected {', '.join(CLASSES)}")
         if readings.setdefault(name, label) != label:
@@ -137,15 +123,13 @@ def _read_readings(folder: Path) -> dict[str, str]:
 
 def _read_boxes(folder: Path) -> dict[str, list[Finding]]:
     """Return the boxes of each image, in px of the originals; none without an opacity."""
-    table, places = _table(folder / BOXES, COLUMNS)
     boxes: dict[str, list[Finding]] = {}
-    for where, cells in table.rows():
-        row = {name: cells[place].strip() for name, place in zip(COLUMNS, places, strict=True)}
-        found = boxes.setdefault(row["patientId"], [])
+    for where, row in _cells(folder / BOXES, COLUMNS):
+        own = boxes.setdefault(row["patientId"], [])
         if row["Target"] not in ("0", "1"):
             raise CxrdistError(f"{where}: Target is {row['Target']!r:.40}, expected 0 or 1")
         if row["Target"] == "1":
-            found.append(finding_of(OPACITY, row, where, SIDE_PX))
+            own.append(finding_of(OPACITY, row, where, SIDE_PX))
     return boxes
 
 
@@ -157,12 +141,11 @@ def patients_note(num_images: int) -> str:
     )
 
 
-def _notes(records: Sequence[Record], patients: dict[str, str]) -> list[str]:
-    notes = [] if patients else [patients_note(len(records))]
-    cut = sum(record.label == OPACITY and not record.findings for record in records)
-    if cut:
-        notes.append(
+def _notes(records: Sequence[Record], patients: dict[str, str]) -> Iterator[str]:
+    if not patients:
+        yield patients_note(len(records))
+    if cut := sum(record.label == OPACITY and not record.findings for record in records):
+        yield (
             f"{cut} images are not squares, as the originals are, or cannot be read: their boxes "
             "are left out"
         )
-    return notes

@@ -34,21 +34,17 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "
 
 
 class RunsRow(NamedTuple):
-    """A row of a table of run lengths.
-
-    Attributes:
-        where: file and row, for messages.
-        name: name of the image.
-        first_byte: position of the row in the file.
-        num_bytes: length of the row.
-        quality: predicted Dice coefficient, 0 to 1; NaN if the table lacks it.
-    """
+    """A row of a table of run lengths."""
 
     where: str
+    """File and row, for messages."""
     name: str
+    """Name of the image."""
     first_byte: int
+    """Position of the row in the file."""
     num_bytes: int
     quality: float
+    """Predicted Dice coefficient, 0 to 1; NaN if the table lacks it."""
 
 
 @dataclass(frozen=True)
@@ -80,9 +76,8 @@ def list_runs(file: Path) -> Iterator[RunsRow]:
                 where = f"{file} row {number}"
                 if row.strip():
                     cells = _cells(row, where, columns.count)
-                    quality = min(
-                        (_quality(cells[i], where) for i in columns.quality), default=math.nan
-                    )
+                    qualities = (_quality(cells[i], where) for i in columns.quality)
+                    quality = min(qualities, default=math.nan)
                     yield RunsRow(where, cells[columns.name].strip(), first, len(row), quality)
                 first += len(row)
     except OSError as error:
@@ -90,15 +85,7 @@ def list_runs(file: Path) -> Iterator[RunsRow]:
 
 
 def read_runs(file: Path, first_byte: int, num_bytes: int) -> NDArray[np.uint8]:
-    """Read the lungs of a row.
-
-    Args:
-        file: the table.
-        first_byte: position of the row.
-        num_bytes: length of the row.
-
-    Returns:
-        uint8 [H, W], 255 in either lung, else 0.
+    """Read the lungs of a row of a table: uint8 [H, W], 255 in either lung, else 0.
 
     Raises:
         CxrdistError: it cannot be read, or the run lengths do not fit the size.
@@ -208,11 +195,7 @@ def _columns(file: Path, header: bytes) -> _Columns:
 
 
 def _cells(row: bytes, where: str, count: int | None = None) -> list[str]:
-    """Return the cells of a row.
-
-    Raises:
-        CxrdistError: it is not a valid CSV row, or has another number of cells.
-    """
+    """Return the cells of a row; reject invalid CSV and another number of cells."""
     try:
         with _large_cells():
             text = io.StringIO(row.decode("utf-8-sig"), newline="")

@@ -51,12 +51,8 @@ def read_several(config: SourceConfig, besides: Sequence[Path], read: Reader) ->
     Paths become NAME/path, patients NAME:patient, since the same number in two sets is two people.
     Patients of ChestX-ray14, which several sets contain, are merged if their number is known.
     The classes are those of the first source in their order, then those that the next ones add.
-    Labels that a source does not have are missing for its images.
-
-    Args:
-        config: its input is the file; its views and empty_cells apply to sources without their own.
-        besides: folders to skip.
-        read: reads a source.
+    Labels that a source does not have are missing for its images. Views and empty_cells of the
+    configuration, whose input is the file, apply to sources without their own.
 
     Raises:
         CxrdistError: the file or a source is malformed, or some have one class per image and others
@@ -73,22 +69,18 @@ def read_several(config: SourceConfig, besides: Sequence[Path], read: Reader) ->
     _refuse_mixed_tasks(config.input, sources)
     classes = list(dict.fromkeys(label for one in sources.values() for label in one.classes))
     shared = _shared_names(sources)
+    records, notes, left_out = list[Record](), list[str](), list[LeftOut]()
+    for name, source in sources.items():
+        records += _renamed(name, source, classes, shared)
+        notes += [f"{name}: {note}" for note in source.notes]
+        left_out += [LeftOut(f"{name}/{path}", reason) for path, reason in source.left_out]
     return Source(
-        [r for name, one in sources.items() for r in _renamed(name, one, classes, shared)],
+        records,
         next(iter(sources.values())).task,
         classes,
         config.input.name,
-        (
-            *(f"{name}: {note}" for name, one in sources.items() for note in one.notes),
-            *_notes(sources),
-        ),
-        tuple(
-            sorted(
-                LeftOut(f"{name}/{left.path}", left.reason)
-                for name, one in sources.items()
-                for left in one.left_out
-            )
-        ),
+        (*notes, *_notes(sources)),
+        tuple(sorted(left_out)),
         sum(one.num_found for one in sources.values()),
         any(one.dicom for one in sources.values()),
         {name: one.views[""] for name, one in sources.items()},
@@ -196,17 +188,15 @@ def _patient(name: str, path: str, record: Record) -> str:
     return f"chestxray14/{number[1]}" if number else f"{name}:{record.patient}"
 
 
-def _notes(sources: dict[str, Source]) -> list[str]:
+def _notes(sources: dict[str, Source]) -> Iterator[str]:
     """Warn about images of the same patient that cannot be matched."""
     of_nih = {n: [r for r in one.records if r.source in OF_NIH] for n, one in sources.items()}
     names = [name for name, records in of_nih.items() if records]
-    unknown = sum(
-        not NIH_PATIENT.fullmatch(record.patient) for name in names for record in of_nih[name]
-    )
-    if len(names) < 2 or not unknown:
-        return []
-    return [
-        f"{', '.join(names)} contain X-rays of ChestX-ray14, and the patient of {unknown} of them "
-        "is not known: equal images are found (--duplicates), but other images of one patient may "
-        "be in two splits"
-    ]
+    patients = [record.patient for records in of_nih.values() for record in records]
+    unknown = sum(not NIH_PATIENT.fullmatch(patient) for patient in patients)
+    if len(names) > 1 and unknown:
+        yield (
+            f"{', '.join(names)} contain X-rays of ChestX-ray14, and the patient of {unknown} of "
+            "them is not known: equal images are found (--duplicates), but other images of one "
+            "patient may be in two splits"
+        )

@@ -29,14 +29,12 @@ def measure_shortcut(
 
     Args:
         features: features of each image, all with the same names.
-        targets: int8 [N, classes]: 1 if an image has the label, 0 if not, -1 if not known; such
-            images do not count for the class.
-        groups: a number per image; images with the same number stay in one fold.
+        targets: int8 [N, classes]: 1 if an image has the label, 0 if not, below 0 if not known;
+            such images do not count for the class.
+        groups: a number per image, that of its patient; images with the same number stay in one
+            fold.
         classes: names of the columns.
-        task: multiclass or multilabel.
-
-    Returns:
-        The names of the features, the number of folds, and what `judge` returns.
+        task: multiclass or multilabel; only multiclass has an accuracy.
 
     Raises:
         CxrdistError: there are fewer than `FOLDS` groups.
@@ -76,12 +74,8 @@ def tell_apart(
 ) -> Scores:
     """Score images by a logistic regression per class, trained on the other folds.
 
-    Args:
-        values: [N, features].
-        targets: int8 [N, classes], below 0 if not known.
-        groups: the patient's number for each image.
-        folds: folds of the images.
-        freedom: scikit-learn's C, for standardised features.
+    ``values`` are [N, features], targets and groups those of `measure_shortcut`; ``freedom`` is
+    scikit-learn's C, for standardised features.
 
     Returns:
         float64 [N, classes], log odds; NaN if the label is not known, and in the whole column of a
@@ -145,16 +139,9 @@ def judge(
 ) -> Judgement:
     """Measure how well scores separate the classes, with 95 % intervals over patients.
 
-    Args:
-        scores: scores of images by models that have not seen them; NaN if there is none.
-        targets: int8 [N, classes], below 0 if not known.
-        groups: the patient's number for each image.
-        classes: names of the columns.
-        task: multiclass or multilabel; only multiclass has an accuracy.
-
-    Returns:
-        accuracy of the class with the highest score; auroc by class (chance: 0.5); their mean. Each
-        has value, low and high, or is None if classes have too few patients.
+    The scores are of models that have not seen the images, NaN if there is none; the other
+    arguments are those of `measure_shortcut`. The accuracy is that of the class with the highest
+    score.
     """
     scored = is_scored(scores)
     if not scored.any():
@@ -195,8 +182,5 @@ def _rounded(value: float, limits: Limits | None) -> Estimate | None:
     """Round a figure with its interval."""
     if limits is None:
         return None
-    return {
-        "value": round(float(value), 4),
-        "low": round(limits[0], 4),
-        "high": round(limits[1], 4),
-    }
+    low, high = limits
+    return {"value": round(float(value), 4), "low": round(low, 4), "high": round(high, 4)}

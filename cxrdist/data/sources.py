@@ -3,7 +3,7 @@
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +44,8 @@ def read_source(
 ) -> Source:
     """Read all records of a source, sorted by path, so that the order of rows does not matter.
 
-    Args:
-        config: the options.
-        besides: folders to skip, such as the one that is being written.
-        least_classes: classes that a source with one class per image must have.
+    Folders in ``besides``, such as the one that is being written, are skipped. ``least_classes`` is
+    for a source with one class per image.
 
     Raises:
         CxrdistError: the source is missing, malformed, or has fewer classes.
@@ -64,11 +62,7 @@ def read_source(
 
 
 def _read_one(config: SourceConfig, besides: Sequence[Path]) -> Source:
-    """Read a source with its own labels and views.
-
-    Raises:
-        CxrdistError: it is missing or malformed, or an option is for other sources.
-    """
+    """Read a source with its own labels and views; reject options that are for other sources."""
     _refuse_options_of_others(config)
     views = parse_views(config.views)
     labels = _label_map(config)
@@ -90,11 +84,7 @@ def _label_map(config: SourceConfig) -> LabelMap:
 
 
 def _read(config: SourceConfig, besides: Sequence[Path]) -> Source:
-    """Read a source as it is.
-
-    Raises:
-        CxrdistError: it is missing or malformed.
-    """
+    """Read a source as it is."""
     folder, pattern = config.input, config.patient_pattern
     if config.source != "csv" and not folder.is_dir():
         what = "one sub-folder per class" if config.source == "folder" else "the unpacked data set"
@@ -137,16 +127,16 @@ def _refuse_options_of_others(config: SourceConfig) -> None:
 def _with_views(config: SourceConfig, source: Source, wanted: tuple[str, ...]) -> Source:
     """Set the view of each record from its table or file name, and leave out unwanted views.
 
-    For a DICOM file the tag goes before the name, so `pack` decides once it has read the tag.
-
-    Raises:
-        CxrdistError: no image is left, or none of a class.
+    For a DICOM file the tag goes before the name, so `pack` decides once it has read the tag. It is
+    an error if no image is left, or none of a class.
     """
     strange = Counter(r.view for r in source.records if view_of(r.view) is None)
     kept: list[Record] = []
     left_out: list[LeftOut] = []
     for record in source.records:
-        view, has_tag = view_of(record.view) or UNKNOWN, _may_be_dicom(record.file)
+        view = view_of(record.view) or UNKNOWN
+        # A file without the suffix of an image may be DICOM too.
+        has_tag = record.file.suffix.lower() not in IMAGE_SUFFIXES - DICOM_SUFFIXES
         if view == UNKNOWN and not has_tag:
             view = view_in_name(record.file.name)
         if view in wanted or (view == UNKNOWN and has_tag):
@@ -170,17 +160,11 @@ def _read_before(source: Source, num_kept: int) -> Iterable[str]:
     return (f"{n} (before views are chosen)" if n[:1].isdigit() else n for n in source.notes)
 
 
-def _may_be_dicom(file: Path) -> bool:
-    """Return whether a file may be DICOM, by its suffix; one without an image suffix may be."""
-    return file.suffix.lower() not in IMAGE_SUFFIXES - DICOM_SUFFIXES
-
-
-def _view_notes(strange: Counter[str]) -> list[str]:
-    if not strange:
-        return []
+def _view_notes(strange: Counter[str]) -> Iterator[str]:
     texts = ", ".join(repr(text)[:40] for text, _ in strange.most_common(MOST_NAMED))
     more = f" and {len(strange) - MOST_NAMED} more" if len(strange) > MOST_NAMED else ""
-    return [f"{strange.total()} images have a view that cxrdist does not know: {texts}{more}"]
+    if strange:
+        yield f"{strange.total()} images have a view that cxrdist does not know: {texts}{more}"
 
 
 def _refuse_lost_classes(
@@ -198,19 +182,16 @@ def _refuse_lost_classes(
 
 def assume_absent(source: Source) -> Source:
     """Count missing labels as absent; each record lists them as assumed absent."""
+    if not any(record.missing for record in source.records):
+        note = "--empty-cells negative: no image has an empty cell"
+        return replace(source, notes=(*source.notes, note))
     records = [
-        replace(
-            record,
-            missing="",
-            assumed_absent=joined(record.assumed_absent, record.missing),
-        )
-        if record.missing
-        else record
-        for record in source.records
+        replace(r, missing="", assumed_absent=joined(r.assumed_absent, r.missing))
+        if r.missing
+        else r
+        for r in source.records
     ]
-    note = "--empty-cells negative: no image has an empty cell"
-    empty = any(record.missing for record in source.records)
-    return replace(source, records=records, notes=(*source.notes, *([] if empty else [note])))
+    return replace(source, records=records)
 
 
 def _refuse_no_records(path: Path, source: Source) -> None:
@@ -221,11 +202,10 @@ def _refuse_no_records(path: Path, source: Source) -> None:
 
 
 def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
-    least = 1 if source.task == "multilabel" else least_classes
-    if len(source.classes) < least:
+    least, number = 1 if source.task == "multilabel" else least_classes, len(source.classes)
+    if number < least:
         raise CxrdistError(
-            f"--input {path}: found {len(source.classes)} class"
-            f"{'' if len(source.classes) == 1 else 'es'} "
+            f"--input {path}: found {number} class{'' if number == 1 else 'es'} "
             f"({', '.join(source.classes) or 'none'}), expected at least {least}"
             f"{' (1 with --split 0/0/1, for evaluation only)' if least == 2 else ''}"
         )
@@ -236,11 +216,7 @@ def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
 
 
 def _refuse_equal_labels(where: str, labels: Iterable[str]) -> None:
-    """Reject class names that differ only in case, blanks, or as ``0`` and ``0.0`` do.
-
-    Raises:
-        CxrdistError: two names do.
-    """
+    """Reject class names that differ only in case, blanks, or as ``0`` and ``0.0`` do."""
     alike: dict[str, list[str]] = defaultdict(list)
     for label in sorted(labels):
         text = " ".join(unicodedata.normalize("NFKC", label).replace("_", " ").split()).casefold()

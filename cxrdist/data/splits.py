@@ -80,19 +80,17 @@ def asked_splits(source: Source, split: str | None) -> list[str]:
 
 def describe_split(source: Source, split: str | None) -> str:
     """Describe how the splits were made, for index.json; arguments as in `assign_splits`."""
-    num_drawn = sum(record.split is None for record in source.records)
-    if num_drawn == len(source.records):
+    if is_drawn(source):
         return split or DEFAULT_FRACTIONS
-    asked = asked_splits(source, split)
-    only = "" if len(asked) == len(SPLITS) else f", {' and '.join(asked)} only"
-    drawn = ""
-    if num_drawn:
-        drawn = f" for {len(source.records) - num_drawn} images, drawn for {num_drawn}"
-        drawn += f" ({split or DEFAULT_FRACTIONS})"
+    text = "given by the source"
+    if num_drawn := sum(record.split is None for record in source.records):
+        text += f" for {len(source.records) - num_drawn} images, drawn for {num_drawn}"
+        text += f" ({split or DEFAULT_FRACTIONS})"
     is_open = any(record.split == DEVELOPMENT for record in source.records)
     if is_open and _development_fractions(split)[1] > 0:
-        return f"given by the source{drawn}, val drawn ({_known_fractions(split)}){only}"
-    return f"given by the source{drawn}{only}"
+        text += f", val drawn ({_known_fractions(split)})"
+    asked = asked_splits(source, split)
+    return text if len(asked) == len(SPLITS) else f"{text}, {' and '.join(asked)} only"
 
 
 def group_by_patient(records: Sequence[Record]) -> list[int]:
@@ -126,11 +124,7 @@ def _known_fractions(split: str | None) -> str:
 
 
 def _development_fractions(split: str | None) -> tuple[float, float]:
-    """Return the fractions of train and val among images given for both together.
-
-    Raises:
-        CxrdistError: both fractions are 0.
-    """
+    """Return the fractions of train and val among images given for both together, not both 0."""
     train, val, _ = parse_split(split)
     if train + val == 0:
         raise CxrdistError(
@@ -181,11 +175,7 @@ def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> l
 
 
 def _images_by_group(source: Source, groups: Counts) -> Counts:
-    """Count the images per group and class, and in a last column those without a label.
-
-    Returns:
-        int64 [groups, classes + 1].
-    """
+    """Count images per group and class, int64 [groups, classes + 1]; the last have no label."""
     column_of = {name: i for i, name in enumerate(source.classes)}
     counts = np.zeros((groups.max() + 1, len(column_of) + 1), np.int64)
     for group, record in zip(groups, source.records, strict=True):
@@ -196,13 +186,8 @@ def _images_by_group(source: Source, groups: Counts) -> Counts:
 def _targets(split: str, total: Counts) -> tuple[Counts, list[int]]:
     """Return how many images of each class a split should have, and which splits are requested.
 
-    Args:
-        split: ``paper`` or fractions.
-        total: int64 [classes + 1], images per class.
-
-    Returns:
-        int64 [3, classes + 1], and the numbers of the requested splits; the first of them takes the
-        remainder of rounding.
+    The targets for ``paper`` or fractions are int64 [3, classes + 1], from the images per class,
+    int64 [classes + 1]. The first of the requested splits takes the remainder of rounding.
     """
     if split != PAPER:
         return _targets_of(parse_split(split), total)
@@ -221,14 +206,9 @@ def _targets_of(fractions: Sequence[float], total: Counts) -> tuple[Counts, list
 def _place_groups(order: Counts, counts: Counts, targets: Counts, asked: list[int]) -> Counts:
     """Choose the split of each group: first test, then val; the other groups go to ``asked[0]``.
 
-    Args:
-        order: the groups to place, in random order.
-        counts: int64 [groups, columns], images.
-        targets: int64 [3, columns].
-        asked: numbers of the splits that may take groups.
-
-    Returns:
-        int64 [groups], the number of the split.
+    ``order`` are the groups to place, in random order; ``counts`` are images, int64 [groups,
+    columns]; ``targets`` are int64 [3, columns]; ``asked`` are the splits that may take groups. The
+    result is int64 [groups].
     """
     chosen = np.full(len(counts), asked[0])
     for split in reversed(asked[1:]):
@@ -294,18 +274,11 @@ def _give_each_split_each_class(
 def split_notes(
     source: Source, split: str | None, groups: Sequence[int], splits: Sequence[str]
 ) -> list[str]:
-    """Return lines about the splits for the user.
+    """Return lines for the user about the result of `assign_splits`, given its arguments.
 
-    Args:
-        source: as in `assign_splits`.
-        split: as in `assign_splits`.
-        groups: as in `assign_splits`.
-        splits: result of `assign_splits`.
-
-    Returns:
-        A line if ``split`` was not used, since the source gives the splits; else a line for a
-        patient with more than a tenth of all images, and one for each split that misses its target
-        by more than `MISSED` of all images and by more than rounding (an image per class).
+    There is a line if ``split`` was not used, since the source gives the splits; else a line for a
+    patient with more than a tenth of all images, and one for each split that misses its target by
+    more than `MISSED` of all images and by more than rounding (an image per class).
     """
     drawn = [i for i, record in enumerate(source.records) if record.split is None]
     if not drawn:
@@ -385,8 +358,7 @@ def _refuse_shared_patients(records: Sequence[Record], splits: Sequence[str]) ->
 
 def _refuse_missing_classes(source: Source, splits: Sequence[str], asked: Sequence[str]) -> None:
     """Check that each requested split has images; with one label per image, of each class."""
-    lacking = [split for split in asked if split not in splits]
-    if lacking:
+    if lacking := [split for split in asked if split not in splits]:
         _refuse_dominant_group(source.records, np.asarray(group_by_patient(source.records)))
         raise CxrdistError(
             f"no image is in {lacking[0]}; add images or patients, or change --split"

@@ -19,13 +19,9 @@ SquareBoxes = Mapping[int, Sequence[Box]]
 def boxes_in_squares(
     index: Index, numbers: NDArray[np.int64], file: Path, option: str
 ) -> SquareBoxes:
-    """Read the CSV of boxes and convert them to px of the squares of some samples.
+    """Read the CSV of `cxrdist find-text` and convert boxes to px of the squares of some samples.
 
-    Args:
-        index: of the shards.
-        numbers: int64 [N], sample numbers.
-        file: as `cxrdist find-text` writes it.
-        option: that names the file, for messages.
+    ``numbers`` are the sample numbers, int64 [N]; ``option`` names the file in messages.
 
     Raises:
         CxrdistError: the CSV cannot be read, or none of its images is in the shards.

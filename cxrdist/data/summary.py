@@ -39,13 +39,8 @@ def describe(
 ) -> None:
     """Write audit.json and index.json into ``work/shards``, and print a summary.
 
-    Args:
-        source: what was read.
-        shards: what was written.
-        work: the directory of the unfinished pack.
-        layout: the options that decided the shards.
-        expect: expected images per class.
-        kind: of the source, as in --source.
+    ``work`` is the directory of the unfinished pack, ``expect`` the expected images per class, and
+    ``kind`` the source's, as in --source.
 
     Raises:
         RunFailedError: a file was lost.
@@ -140,8 +135,7 @@ def _class_by_split(index: Index, counts: Counts) -> list[list[str]]:
         images = [counts[split][name]["images"] for split in SPLITS]
         patients = sum(counts[split][name]["patients"] for split in SPLITS)
         rows.append([name, *map(str, images), str(sum(images)), str(patients)])
-    held = Counter(sample.split for sample in index.samples)
-    totals = [*(held[split] for split in SPLITS), len(index.samples)]
+    totals = [*(total["images"] for total in index.totals().values()), len(index.samples)]
     return [*rows, ["all", *map(str, totals), str(len({s.patient for s in index.samples}))]]
 
 
@@ -213,11 +207,7 @@ def _of_views(source: Source, rejected: list[Square]) -> Source:
 
 
 def _count_fates(source: Source, shards: Assembled) -> list[tuple[str, str]]:
-    """Return the rows of the table that accounts for all files, most frequent reasons first.
-
-    Raises:
-        RunFailedError: the numbers do not add up, so a file was lost.
-    """
+    """Return the rows of the table that accounts for all files, most frequent reasons first."""
     reasons = Counter(left.reason for left in source.left_out)
     views = LEFT_OUT.values()
     late = (square.reason for square in shards.rejected)

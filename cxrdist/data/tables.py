@@ -44,21 +44,16 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """The content of a CSV file.
-
-    Attributes:
-        file: what was read.
-        columns: the header, without blanks around the names.
-        separator: between the cells.
-        text: the whole file.
-        notes: what was assumed about it, a line each.
-    """
+    """The content of a CSV file."""
 
     file: Path
     columns: tuple[str, ...]
+    """The header, without blanks around the names."""
     separator: str
     text: str
+    """The whole file."""
     notes: tuple[str, ...]
+    """What was assumed about it, a line each."""
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows that are not blank.
@@ -82,24 +77,34 @@ class Table:
                 )
             yield Row(where, cells)
 
+    def cells(
+        self, names: Mapping[str, Collection[str]] | Collection[str], needed: Collection[str] = ()
+    ) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield file and number of each row, and its cells by name, without blanks around them.
+
+        Arguments and errors are those of `find_columns`, and the errors of `rows`.
+        """
+        places = self.find_columns(names, needed)
+        for where, row in self.rows():
+            yield where, {name: row[place].strip() for name, place in places.items()}
+
     def find_columns(
-        self, names: Mapping[str, Collection[str]], needed: Collection[str] = ()
+        self, names: Mapping[str, Collection[str]] | Collection[str], needed: Collection[str] = ()
     ) -> dict[str, int]:
-        """Find columns by name, ignoring case, blanks, ``_`` and ``-``.
+        """Return the positions of the columns that exist, ignoring case, blanks, ``_`` and ``-``.
 
         Args:
-            names: for each field the names that its column may have, as `plain` returns them.
-            needed: fields that the table of a public data set must have.
-
-        Returns:
-            The position of each field's column, if it has one.
+            names: names of the columns; or, by name, the spellings that each may have.
+            needed: names that the table of a public data set must have.
 
         Raises:
-            CxrdistError: a field has two columns, or a needed one has none.
+            CxrdistError: a name has two columns, or a needed one has none.
         """
+        of_name = names if isinstance(names, Mapping) else {name: (name,) for name in names}
         places: dict[str, int] = {}
-        for name, spellings in names.items():
-            columns = [i for i, column in enumerate(self.columns) if plain(column) in spellings]
+        for name, spellings in of_name.items():
+            known = {plain(spelling) for spelling in spellings}
+            columns = [i for i, column in enumerate(self.columns) if plain(column) in known]
             if len(columns) > 1:
                 both = " and ".join(repr(self.columns[i]) for i in columns)
                 raise CxrdistError(
@@ -113,19 +118,17 @@ class Table:
 
 
 def read_table(file: Path, expected: Collection[str]) -> Table:
-    """Read a CSV file.
+    """Read a CSV file, local or an fsspec path.
 
-    Args:
-        file: local or an fsspec path.
-        expected: names of columns as `plain` returns them; the separator that yields most of them
-            is used.
+    The separator that yields most of the expected columns is used.
 
     Raises:
         CxrdistError: the file is missing, too large, or not a CSV text.
     """
     text, notes = read_text(file)
     headers = {separator: _header(text, separator) for separator in SEPARATORS}
-    separator = max(SEPARATORS, key=lambda s: sum(plain(name) in expected for name in headers[s]))
+    known = {plain(name) for name in expected}
+    separator = max(SEPARATORS, key=lambda s: sum(plain(name) in known for name in headers[s]))
     if separator != ",":
         notes = (*notes, f"the table is read with {SEPARATORS[separator]} between the cells")
     return Table(file, headers[separator], separator, text, notes)
@@ -134,10 +137,7 @@ def read_table(file: Path, expected: Collection[str]) -> Table:
 def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
     """Read a text file: UTF-8, UTF-16 and UTF-32 with byte order marks, otherwise Windows-1252.
 
-    A gzip file is unpacked, whatever its name.
-
-    Returns:
-        The text, and a note if its encoding was assumed.
+    A gzip file is unpacked, whatever its name. A note says if the encoding was assumed.
 
     Raises:
         CxrdistError: the file is missing, too large, a damaged gzip file, or not a text.
@@ -155,11 +155,11 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
         ) from error
     if data.startswith(GZIP):
         data = _unpack(file, data)
-    text, note = _decode(file, data)
+    text, notes = _decode(file, data)
     if "\0" in text:
         row = text.count("\n", 0, text.index("\0")) + 1
         raise CxrdistError(f"{file} row {row}: has a NUL, so it is not a text file; {SAVE}")
-    return text, ((note,) if note else ())
+    return text, notes
 
 
 def plain(name: str) -> str:
@@ -168,10 +168,7 @@ def plain(name: str) -> str:
 
 
 def _unpack(file: Path, data: bytes) -> bytes:
-    """Return the content of a gzip file.
-
-    Its size is checked before it is kept, since 1 MiB can unpack to 1 GiB.
-    """
+    """Unpack a gzip file; its size is checked first, since 1 MiB can unpack to 1 GiB."""
     size = 0
     try:
         with gzip.GzipFile(fileobj=io.BytesIO(data)) as packed:
@@ -185,23 +182,18 @@ def _unpack(file: Path, data: bytes) -> bytes:
         raise CxrdistError(f"{file}: is a damaged gzip file ({error}); fetch it again") from error
 
 
-def _decode(file: Path, data: bytes) -> tuple[str, str]:
+def _decode(file: Path, data: bytes) -> tuple[str, tuple[str, ...]]:
     """Return the text, and a note on its assumed encoding if that is not UTF-8."""
-    mark = next((mark for mark in MARKS if data.startswith(mark)), b"")
-    encoding = MARKS.get(mark, "utf-8")
-    try:
-        text = data.decode(encoding).removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        if mark:
-            raise CxrdistError(f"{file}: begins as {encoding} but is not; {SAVE}") from error
-        encoding = "windows-1252"
+    marked = next((encoding for mark, encoding in MARKS.items() if data.startswith(mark)), None)
+    # Five bytes are undefined in Windows-1252, none in Latin-1.
+    for encoding in [marked] if marked else ["utf-8", "windows-1252", "latin-1"]:
         try:
-            text = data.decode(encoding)
-        except UnicodeDecodeError:  # five bytes are undefined in Windows-1252
-            encoding = "latin-1"
-            text = data.decode(encoding)
-    assumed = f"the table is read as {encoding}; {SAVE} if letters are wrong"
-    return text, "" if encoding == "utf-8" else assumed
+            text = data.decode(encoding).removeprefix("\ufeff")
+        except UnicodeDecodeError:
+            continue
+        assumed = f"the table is read as {encoding}; {SAVE} if letters are wrong"
+        return text, () if encoding == "utf-8" else (assumed,)
+    raise CxrdistError(f"{file}: begins as {marked} but is not; {SAVE}")
 
 
 def _lines(text: str) -> Iterator[str]:

@@ -121,10 +121,7 @@ def _find_in_record(record: Record) -> tuple[str, tuple[Box, ...], str]:
 
 
 def find_in_file(file: Path) -> tuple[Box, ...]:
-    """Find text in an image file.
-
-    Returns:
-        Boxes in whole px of the original.
+    """Find text in an image file: boxes in whole px of the original.
 
     Raises:
         CxrdistError: it is not a readable X-ray, or RapidOCR is not installed.
@@ -144,13 +141,7 @@ def _whole(box: Box, width_px: int, height_px: int) -> Box:
 
 
 def find_boxes(pixels: NDArray[np.uint8]) -> list[Box]:
-    """Find text in one grey image.
-
-    Args:
-        pixels: uint8 [H, W].
-
-    Returns:
-        Boxes in its px with their text; they do not overlap.
+    """Find text in a grey image, uint8 [H, W]: boxes in its px with their text, without overlaps.
 
     Raises:
         CxrdistError: RapidOCR is not installed.
@@ -161,11 +152,7 @@ def find_boxes(pixels: NDArray[np.uint8]) -> list[Box]:
 
 
 def require_extra() -> None:
-    """Check that RapidOCR is installed.
-
-    Raises:
-        CxrdistError: it is not.
-    """
+    """Raise a CxrdistError if RapidOCR is not installed."""
     require_modules("text", "rapidocr", "onnxruntime")
 
 

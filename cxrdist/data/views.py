@@ -52,11 +52,9 @@ NAMED = (
 
 @lru_cache(maxsize=1024)  # the rows of a table repeat a few texts
 def view_of(text: str) -> str | None:
-    """Return the view that a tag or a cell of a table names.
+    """Return which of `VIEWS` a tag or a cell of a table names.
 
-    Returns:
-        One of `VIEWS`; `UNKNOWN` for an empty text; None for a text that names no view, or a
-        frontal and a lateral one.
+    An empty text is `UNKNOWN`. None is returned for no view, or a frontal and a lateral one.
     """
     words = " ".join(re.findall(r"[A-Z0-9]+", text.upper()))
     if NOTHING.fullmatch(words):

@@ -16,7 +16,7 @@ labels and are left out.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +27,7 @@ from cxrdist.data.labels import SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import DEVELOPMENT, LabelCells, Record, Source, own_patient
-from cxrdist.data.tables import Table, plain, read_table
+from cxrdist.data.tables import plain, read_table
 from cxrdist.errors import CxrdistError
 
 NAME = "VinDr-CXR"
@@ -46,10 +46,15 @@ KAGGLE_LABELS = (
     *("ILD", "Infiltration", "Lung Opacity", "Nodule/Mass", "Other lesion", "Pleural effusion"),
     *("Pleural thickening", "Pneumothorax", "Pulmonary fibrosis", NO_FINDING),
 )
-# The tables of training and test images differ in one column's name.
-SPELLINGS = {plain(name): name for name in LABELS} | {"otherdisease": "Other diseases"}
 SPLITS = {"train": DEVELOPMENT, "test": "test"}
 EDGES = ("x_min", "y_min", "x_max", "y_max")
+BOX_COLUMNS = ("image_id", "class_name", *EDGES, "rad_id")  # the last is missing for test images
+# The tables of training and test images differ in one column's name.
+LABEL_COLUMNS = {
+    **{name: (name,) for name in ("image_id", "rad_id", *LABELS)},
+    "Other diseases": ("Other diseases", "Other disease"),
+}
+SPELLINGS = {plain(text): name for name in LABELS for text in LABEL_COLUMNS[name]}
 
 
 class _Reading(NamedTuple):
@@ -62,32 +67,26 @@ class _Reading(NamedTuple):
 
 @dataclass
 class _Content:
-    """Content of the tables by image, named like ``train/0123456789abcdef``.
-
-    Attributes:
-        readings: readings by image and reader; a consensus has the reader "".
-        findings: boxes by image.
-        notes: notes for the user on the tables, one line each.
-    """
+    """Content of the tables by image, named like ``train/0123456789abcdef``."""
 
     readings: dict[str, dict[str, _Reading]] = field(default_factory=dict)
+    """By image and reader; a consensus has the reader ""."""
     findings: dict[str, list[Finding]] = field(default_factory=dict)
+    """Boxes by image."""
     notes: list[str] = field(default_factory=list)
+    """For the user, on the tables, one line each."""
 
 
 def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     """Read the tables, and the images that exist.
 
-    Args:
-        folder: has ``train/`` and ``test/`` with the images, and the tables: those of PhysioNet in
-            ``annotations/`` or next to these two, at least one image_labels_*.csv; or Kaggle's
-            train.csv. The images may be copies of the DICOM files in another format.
-        besides: folders to skip.
+    The folder has ``train/`` and ``test/`` with the images, and the tables: those of PhysioNet in
+    ``annotations/`` or next to these two, at least one image_labels_*.csv; or Kaggle's train.csv.
+    Folders in ``besides`` are skipped. The splits are ``train+val`` and ``test`` of the authors.
+    Images without a row and rows without an image are left out.
 
-    Returns:
-        Records with the splits ``train+val`` and ``test`` of the authors. Images without a row and
-        rows without an image are left out. Boxes are in px of the DICOM files; if they exceed
-        copies in another format, all boxes of such copies are dropped.
+    The images may be copies of the DICOM files in another format. Boxes are in px of the DICOM
+    files; if they exceed such copies, all boxes of such copies are dropped.
 
     Raises:
         CxrdistError: there is no table, or a row is malformed.
@@ -118,7 +117,6 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
 
 def _name_of(path: str) -> str | None:
-    """Return the split and the image's name; None outside of the two folders."""
     named = re.fullmatch(r"(train|test)/(?:\1/)?([^/]+)", path)  # Kaggle's copies nest them
     return f"{named[1]}/{named[2]}" if named else None
 
@@ -139,11 +137,7 @@ def _record(
 
 
 def _agree(readings: Sequence[_Reading], classes: Sequence[str]) -> LabelCells:
-    """Combine the readings of an image by majority vote.
-
-    Returns:
-        The fields label, uncertain and missing of a record.
-    """
+    """Combine the readings of an image by majority vote."""
     label, uncertain, missing = list[str](), list[str](), list[str]()
     for name in classes:
         votes = [reading for reading in readings if name not in reading.missing]
@@ -184,11 +178,8 @@ def _read_physionet(tables: Sequence[Path]) -> _Content:
 
 def _read_labels(file: Path, split: str, content: _Content) -> None:
     """Read a table with a row per image and reader, and a column per label."""
-    table = read_table(file, {*SPELLINGS, "imageid", "radid"})
-    spelt = {name: {text for text, meant in SPELLINGS.items() if meant == name} for name in LABELS}
-    places = _find_columns(table, spelt, ("image_id", *LABELS))
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    table = read_table(file, LABEL_COLUMNS)
+    for where, cells in table.cells(LABEL_COLUMNS, ("image_id", *LABELS)):
         image, reader = f"{split}/{cells.pop('image_id')}", cells.pop("rad_id", "")
         readings = content.readings.setdefault(image, {})
         if reader in readings:
@@ -196,8 +187,9 @@ def _read_labels(file: Path, split: str, content: _Content) -> None:
                 f"{where}: {image} already has a row of {reader or 'no reader'}; remove one"
             )
         known = read_cells(where, cells)
-        fields = (known[name] for name in ("label", "uncertain", "missing"))
-        readings[reader] = _Reading(*({*labels_of(text)} for text in fields))
+        readings[reader] = _Reading(
+            *({*labels_of(known[name])} for name in ("label", "uncertain", "missing"))
+        )
 
 
 def _read_kaggle(file: Path) -> _Content:
@@ -213,16 +205,9 @@ def _read_kaggle(file: Path) -> _Content:
 
 
 def _read_boxes(file: Path, split: str, labels: Sequence[str]) -> Iterator[tuple[str, Finding]]:
-    """Yield the image and the box of each row; the box has size 0 if the row has none.
-
-    Raises:
-        CxrdistError: a row has an unknown label or an invalid box.
-    """
-    table = read_table(file, {plain(name) for name in ("image_id", "class_name", "rad_id", *EDGES)})
-    known = {name: {plain(name)} for name in ("class_name", *EDGES)}
-    places = _find_columns(table, known, ("image_id", "class_name", *EDGES))
-    for where, row in table.rows():
-        cells = {name: row[place].strip() for name, place in places.items()}
+    """Yield the image and the box of each row; the box has size 0 if the row has none."""
+    table = read_table(file, BOX_COLUMNS)
+    for where, cells in table.cells(BOX_COLUMNS, ("image_id", "class_name", *EDGES)):
         label = SPELLINGS.get(plain(cells["class_name"]), "")
         if label not in labels:
             raise CxrdistError(
@@ -250,19 +235,8 @@ def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, 
     return x, y, right, bottom
 
 
-def _find_columns(
-    table: Table, names: Mapping[str, set[str]], needed: Sequence[str]
-) -> dict[str, int]:
-    """Return the positions of the image's name, the reader's if present, and further columns."""
-    return table.find_columns({"image_id": {"imageid"}, "rad_id": {"radid"}, **names}, needed)
-
-
 def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]]:
-    """Drop the boxes of pictures if these are smaller copies of the DICOM files.
-
-    Returns:
-        The records, and a note if boxes were dropped.
-    """
+    """Drop the boxes of pictures if these are smaller copies of the DICOM files; a note says so."""
     pictures = {record.path for record in records if look_at(record.file)[0] != "DICOM"}
     unfit = sum(_reaches_out(record) for record in records if record.path in pictures)
     if not unfit:
@@ -285,10 +259,8 @@ def _reaches_out(record: Record) -> bool:
 
 def _notes(records: Sequence[Record]) -> Iterator[str]:
     yield "no patient is known: images of one may be in two splits, also in the official ones"
-    uncertain = sum(bool(record.uncertain) for record in records)
-    if uncertain:
+    if uncertain := sum(bool(record.uncertain) for record in records):
         yield f"{uncertain} images have uncertain labels: some readers state them, but not most"
     held = [labels_of(record.label) for record in records]
-    both = sum(NO_FINDING in labels and len(labels) > 1 for labels in held)
-    if both:
+    if both := sum(NO_FINDING in labels and len(labels) > 1 for labels in held):
         yield f"{both} images have both {NO_FINDING} and a finding"
