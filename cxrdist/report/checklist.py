@@ -3,7 +3,7 @@
 from collections import Counter
 
 from cxrdist.files import write_text
-from cxrdist.report.answers import STATES, Section
+from cxrdist.report.answers import STATES, Checklist
 from cxrdist.report.claim import CLAIM
 from cxrdist.report.evidence import Evidence
 from cxrdist.report.page import template
@@ -38,20 +38,20 @@ def write_checklist(evidence: Evidence) -> None:
             "name": name,
             "source": source,
             "address": address,
-            **_answer(sections, evidence),
+            **_answer(checklist, evidence),
         }
-        for element, name, source, address, sections in CHECKLISTS
+        for element, name, source, address, checklist in CHECKLISTS
     ]
     name = evidence.run.root.resolve().name
     page = template("checklist.html.jinja").render({"name": name, "lists": lists})
     write_text(evidence.run.checklist, page)
 
 
-def _answer(sections: tuple[Section, ...], evidence: Evidence) -> View:
+def _answer(checklist: Checklist, evidence: Evidence) -> View:
     """Answer each item, and count the answers by state."""
-    answered = [
-        (section.name, [(item, item.answer(evidence)) for item in section.items])
-        for section in sections
-    ]
-    states = Counter(answer.state for _, items in answered for _, answer in items)
+    answered = {
+        section: [(item, item.answer(evidence)) for item in items]
+        for section, items in checklist.items()
+    }
+    states = Counter(answer.state for items in answered.values() for _, answer in items)
     return {"sections": answered, "states": [(state, states[state]) for state in STATES]}
