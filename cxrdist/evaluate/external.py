@@ -26,7 +26,7 @@ from cxrdist.data.records import KNOWN_NAMES, LabelCells
 from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.provenance import ExternalInfo
+from cxrdist.evaluate.metrics import ExternalInfo
 from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_prints, write_seen
 from cxrdist.files import read_document, write_table
 from cxrdist.info import RunInfo, WeightsInfo, read_info
@@ -234,13 +234,7 @@ def take_external(
 ) -> External:
     """Select the images of an external set to use, and describe the set.
 
-    Args:
-        subset: name of the set in the run, external/NAME.
-        packed: its index as packed.
-        mapped: its index with the model's classes.
-        split: the split to use.
-        choices: how it is evaluated.
-        overlap: which images of the split the network has seen.
+    Its index is given as packed, and mapped to the model's classes.
 
     Raises:
         CxrdistError: no image is left.
@@ -288,18 +282,11 @@ def find_overlap(
     numbers: NDArray[np.int64],
     cache: Path | None,
 ) -> Overlap:
-    """Find the images of an external set that the network has seen; call it on every rank.
+    """Find which samples of an external set the network has seen; call it on every rank.
 
-    The main rank does the search. Runs of older versions have no seen.npz: then the run's shards
-    are read, if they are still at their path.
-
-    Args:
-        accelerator: the accelerator of this rank.
-        run: the run directory of the model.
-        index: index of the external set.
-        images: its images, uint8 [samples, S, S].
-        numbers: numbers of the samples to search for, int64 [N].
-        cache: directory of the decoded images.
+    The samples have the numbers int64 [N], the set the images uint8 [samples, S, S]. The main rank
+    does the search. Runs of older versions have no seen.npz: then the run's shards are read, if
+    they are still at their path.
     """
     own = together(accelerator, lambda: read_own(run))
     kept, own_index, reason = together(accelerator, lambda: _find_kept(run, own))
@@ -359,10 +346,7 @@ def take_seen(index: Index, images: Images) -> Prints:
 
 
 def seen_before(init: str) -> Prints | None:
-    """Read seen.npz of the run that a training starts from; None if there is none.
-
-    Args:
-        init: the value of --init.
+    """Read seen.npz of the run that a training starts from (--init); None if there is none.
 
     Raises:
         CxrdistError: the seen.npz is damaged.
@@ -374,13 +358,7 @@ def seen_before(init: str) -> Prints | None:
 def keep_seen(run: RunDirectory, index: Index, images: Images, earlier: Prints | None) -> None:
     """Write seen.npz of a run before its first step; a resumed run already has it.
 
-    A run that starts from another run has also seen that run's images, if they were recorded.
-
-    Args:
-        run: the run directory.
-        index: index of its shards.
-        images: images of the shards, uint8 [samples, S, S].
-        earlier: the result of `seen_before`.
+    A run that starts from another run has also seen that run's images (`earlier`).
 
     Raises:
         CxrdistError: the run's own seen.npz is damaged.
@@ -398,14 +376,7 @@ def _find_matches(
     own: RunInfo | None,
     seen: Prints | None,
 ) -> tuple[dict[int, Match], int]:
-    """Find the images of an external set that the network has seen.
-
-    Args:
-        index: index of the external set.
-        images: its images, uint8 [samples, S, S].
-        numbers: numbers of the samples to search for, int64 [N].
-        own: run.json of the run; None if there is none.
-        seen: prints of the run's train and val images; None if there are none.
+    """Find which samples of an external set are in the pre-training, or among the prints of a run.
 
     Returns:
         Matches by sample number, and the number of images whose patient is known, or 0 if the run

@@ -17,11 +17,7 @@ from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.calibration import (
-    choose_calibration,
-    describe_calibration,
-    wanted_rule,
-)
+from cxrdist.evaluate.calibration import choose_calibration, describe_calibration, wanted_rule
 from cxrdist.evaluate.external import (
     Choices,
     External,
@@ -90,7 +86,7 @@ def load_run(
         run: the run directory.
         shards: the run's own shards, or an external set.
         cache: directory of the decoded images.
-        split: split of the shards.
+        split: train, val or test.
         name: name of an external set; None for that of its directory.
         choices: how an external set is evaluated; None for the same way as before.
 
@@ -354,10 +350,7 @@ def write_predictions(
 def picture_mistakes(loaded: LoadedRun, scored: Scored, numbers: NDArray[np.int64]) -> None:
     """Write the X-rays of the most confident mistakes for the report, which has no shards.
 
-    Args:
-        loaded: the model and the shards.
-        scored: the N images of an evaluation.
-        numbers: numbers of their samples, int64 [N].
+    The N scored images are the samples with these numbers, int64 [N].
     """
     calibration = loaded.model.calibration
     mistakes = find_mistakes(scored, calibration.thresholds if calibration else None)

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cxrdist.evaluate.metrics import Metrics
-from cxrdist.evaluate.provenance import ExternalInfo
+from cxrdist.evaluate.metrics import ExternalInfo, Metrics
 from cxrdist.report.scores import known_images
 from cxrdist.report.values import DASH, count, number
 from cxrdist.report.view import SplitView, View
