@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -19,7 +18,6 @@ from cxrdist.evaluate.measure import Settings
 from cxrdist.evaluate.members import FIGURES
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import Scored, read_scored
-from cxrdist.explain import heatmap
 from cxrdist.files import (
     atomic_directory,
     read_document,
@@ -216,12 +214,11 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         comparison=comparison,
         overall=overall,
         headline=_headline(comparison),
-        chart=Markup(pictures.differences_chart("differences", drawn)) if drawn else None,
+        chart=pictures.differences_chart("differences", drawn) if drawn else None,
         names=FIGURES,
         columns=COLUMNS,
         rows=rows[:MOST_IN_PAGE],
         num_flipped=len(rows),
-        heatmap=heatmap,
     )
 
 
