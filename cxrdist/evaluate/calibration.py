@@ -38,7 +38,7 @@ Shares = Annotated[list[Share], Between(1, 100)]
 LEAST, MOST = 0.01, 100.0  # temperatures
 
 
-def wanted_rule(
+def rule_to_apply(
     stored: Calibration | None, asked: Rule | None, fewest: int, own_sha256: str | None
 ) -> Rule | None:
     """Return the rule by which the model must be calibrated now; None to keep its calibration.
@@ -70,11 +70,7 @@ def wanted_rule(
 def choose_calibration(scored: Scored, rule: Rule, fewest: int, index_sha256: str) -> Calibration:
     """Choose temperatures and thresholds on the images of a validation split.
 
-    Args:
-        scored: the images.
-        rule: how to choose the thresholds.
-        fewest: a class with fewer positives, or fewer negatives, gets neither.
-        index_sha256: sha256 of the index of the shards.
+    A class with fewer than `fewest` positives, or negatives, gets neither.
     """
     temperatures: dict[str, float] = {}
     thresholds: dict[str, float] = {}
@@ -107,14 +103,11 @@ def choose_calibration(scored: Scored, rule: Rule, fewest: int, index_sha256: st
 
 
 def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> float | None:
-    """Fit the temperature of one class by its negative log-likelihood (Guo et al. 2017, section 4).
+    """Fit the temperature of one class to n logits and truths (Guo et al. 2017, section 4).
 
-    Platt's targets (1999, section 2.2), slightly below 1 and above 0, replace the truth, because a
-    class that its logit separates perfectly would have no finite temperature.
-
-    Args:
-        logits: float [n].
-        truth: bool [n].
+    It minimises the negative log-likelihood. Platt's targets (1999, section 2.2), slightly below 1
+    and above 0, replace the truth, because a class that its logit separates perfectly would have no
+    finite temperature.
 
     Returns:
         The temperature; None if the best one is not between `LEAST` and `MOST`, for example if the

@@ -267,11 +267,6 @@ def _mcnemar(a_right: NDArray[np.bool_], b_right: NDArray[np.bool_]) -> McNemar:
 def aligned(a: Scored, b: Scored, names: tuple[str, str]) -> Scored:
     """Put the images and classes of the second model into the order of the first.
 
-    Args:
-        a: images of the first model.
-        b: images of the second model.
-        names: names of both, for error messages.
-
     Raises:
         CxrdistError: their images, classes, labels or patients differ.
     """

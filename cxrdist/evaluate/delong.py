@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Real
-from cxrdist.evaluate.metrics import Share
+from cxrdist.evaluate.operating_points import Share
 
 
 class DeLong(TypedDict):
@@ -24,21 +24,22 @@ class DeLong(TypedDict):
     """Two-sided."""
 
 
-def covariance(
+def placements(
     scores: NDArray[np.float64], truth: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Compute AUROCs and their covariance from midranks (Sun & Xu 2014, algorithm 2).
+    """Compute the structural components of AUROCs from midranks (Sun & Xu 2014, algorithm 2).
 
-    The structural components of DeLong et al. (1988, section 3) follow from the ranks of an image
-    among all images and among those with the same truth. This needs N log N steps, where comparing
-    all pairs of images would need N squared.
+    They (DeLong et al. 1988, section 3) follow from the ranks of an image among all images and
+    among those with the same truth. This needs N log N steps, where comparing all pairs of images
+    would need N squared. Ties count one half.
 
     Args:
         scores: scores of K models, float64 [K, N].
-        truth: bool [N], with at least two images of each value.
+        truth: bool [N], with both values.
 
     Returns:
-        The AUROCs, float64 [K], and their covariance, float64 [K, K].
+        The share of negatives below each positive, float64 [K, positives], and of positives above
+        each negative, float64 [K, negatives]; the AUROC is the mean of either.
     """
     from scipy.stats import rankdata
 
@@ -47,7 +48,18 @@ def covariance(
     ranks = rankdata(np.hstack([positives, negatives]), axis=1)
     above = (ranks[:, :num_positives] - rankdata(positives, axis=1)) / num_negatives
     below = 1 - (ranks[:, num_positives:] - rankdata(negatives, axis=1)) / num_positives
-    spread = np.cov(above) / num_positives + np.cov(below) / num_negatives
+    return above, below
+
+
+def covariance(
+    scores: NDArray[np.float64], truth: NDArray[np.bool_]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the AUROCs of K models, float64 [K], and their covariance, float64 [K, K].
+
+    The arguments are those of `placements`, with at least two images of each truth.
+    """
+    above, below = placements(scores, truth)
+    spread = np.cov(above) / above.shape[1] + np.cov(below) / below.shape[1]
     return above.mean(axis=1), np.atleast_2d(spread)
 
 

@@ -26,7 +26,7 @@ from cxrdist.data.records import KNOWN_NAMES, LabelCells
 from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.provenance import ExternalInfo
+from cxrdist.evaluate.metrics import ExternalInfo
 from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_prints, write_seen
 from cxrdist.files import read_document, write_table
 from cxrdist.info import RunInfo, WeightsInfo, read_info
@@ -173,7 +173,7 @@ def read_choices(run: RunDirectory, subset: str) -> Choices:
     return Choices(info["label_map"], info["seen"]) if info else Choices()
 
 
-def as_model_takes(index: Index, classes: list[str], labels: LabelMap) -> Index:
+def map_labels(index: Index, classes: list[str], labels: LabelMap) -> Index:
     """Map the labels of an external set to the model's classes.
 
     With one class per image, images of a class that the model does not know are put into no split.
@@ -234,13 +234,7 @@ def take_external(
 ) -> External:
     """Select the images of an external set to use, and describe the set.
 
-    Args:
-        subset: name of the set in the run, external/NAME.
-        packed: its index as packed.
-        mapped: its index with the model's classes.
-        split: the split to use.
-        choices: how it is evaluated.
-        overlap: which images of the split the network has seen.
+    Its index is given as packed, and mapped to the model's classes.
 
     Raises:
         CxrdistError: no image is left.
@@ -288,38 +282,31 @@ def find_overlap(
     numbers: NDArray[np.int64],
     cache: Path | None,
 ) -> Overlap:
-    """Find the images of an external set that the network has seen; call it on every rank.
+    """Find which samples of an external set the network has seen; call it on every rank.
 
-    The main rank does the search. Runs of older versions have no seen.npz: then the run's shards
-    are read, if they are still at their path.
-
-    Args:
-        accelerator: the accelerator of this rank.
-        run: the run directory of the model.
-        index: index of the external set.
-        images: its images, uint8 [samples, S, S].
-        numbers: numbers of the samples to search for, int64 [N].
-        cache: directory of the decoded images.
+    The samples have the numbers int64 [N], the set the images uint8 [samples, S, S]. The main rank
+    does the search. Runs of older versions have no seen.npz: then the run's shards are read, if
+    they are still at their path.
     """
     own = together(accelerator, lambda: read_own(run))
-    kept, own_index, reason = together(accelerator, lambda: _find_kept(run, own))
+    recorded, own_index, reason = together(accelerator, lambda: _find_record(run, own))
     own_images = open_cache(own_index, cache, accelerator) if own_index else None
 
     def look() -> Overlap | None:
         if not accelerator.is_main_process:
             return None
-        seen = kept
+        seen = recorded
         if own_index is not None and own_images is not None:
             print(f"{run.root}: holds no seen.npz; its train and val images are read again")
             seen = take_seen(own_index, own_images)
-        matches, told = _find_matches(index, images, numbers, own, seen)
-        return Overlap(matches, told, reason)
+        matches, num_known = _find_matches(index, images, numbers, own, seen)
+        return Overlap(matches, num_known, reason)
 
     of_ranks = gather(accelerator, [together(accelerator, look)])
     return next(overlap for overlap in of_ranks if overlap is not None)
 
 
-def _find_kept(
+def _find_record(
     run: RunDirectory, own: RunInfo | None
 ) -> tuple[Prints | None, Index | None, str | None]:
     """Find a record of a run's train and val images.
@@ -359,10 +346,7 @@ def take_seen(index: Index, images: Images) -> Prints:
 
 
 def seen_before(init: str) -> Prints | None:
-    """Read seen.npz of the run that a training starts from; None if there is none.
-
-    Args:
-        init: the value of --init.
+    """Read seen.npz of the run that a training starts from (--init); None if there is none.
 
     Raises:
         CxrdistError: the seen.npz is damaged.
@@ -374,13 +358,7 @@ def seen_before(init: str) -> Prints | None:
 def keep_seen(run: RunDirectory, index: Index, images: Images, earlier: Prints | None) -> None:
     """Write seen.npz of a run before its first step; a resumed run already has it.
 
-    A run that starts from another run has also seen that run's images, if they were recorded.
-
-    Args:
-        run: the run directory.
-        index: index of its shards.
-        images: images of the shards, uint8 [samples, S, S].
-        earlier: the result of `seen_before`.
+    A run that starts from another run has also seen that run's images (`earlier`).
 
     Raises:
         CxrdistError: the run's own seen.npz is damaged.
@@ -398,30 +376,23 @@ def _find_matches(
     own: RunInfo | None,
     seen: Prints | None,
 ) -> tuple[dict[int, Match], int]:
-    """Find the images of an external set that the network has seen.
-
-    Args:
-        index: index of the external set.
-        images: its images, uint8 [samples, S, S].
-        numbers: numbers of the samples to search for, int64 [N].
-        own: run.json of the run; None if there is none.
-        seen: prints of the run's train and val images; None if there are none.
+    """Find the samples, by number, that are of the pre-training or match the prints of a run.
 
     Returns:
         Matches by sample number, and the number of images whose patient is known, or 0 if the run
         knows no patients.
     """
     matches: dict[int, Match] = {}
-    told = 0
+    num_known = 0
     if own is not None and started_from_chexnet(own["weights"]):
         listed = [n for n in numbers.tolist() if is_of_chestxray14(index.samples[n])]
         matches |= dict.fromkeys(listed, Match("pre-training list", "ChestX-ray14"))
     if seen is not None:
         prints = take_prints(images, index.samples, numbers, index.sha256)
-        told = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
+        num_known = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
         by_row = find_matches(prints, seen)
         matches |= {int(numbers[row]): match for row, match in by_row.items()}
-    return dict(sorted(matches.items())), told
+    return dict(sorted(matches.items())), num_known
 
 
 def started_from_chexnet(weights: WeightsInfo) -> bool:

@@ -23,6 +23,8 @@ from scipy.special import expit, logit
 from cxrdist.bootstrap import LEVEL, Limits, Replicates
 from cxrdist.data.labels import NEGATIVE, POSITIVE
 from cxrdist.documents import Between, Text
+from cxrdist.evaluate.delong import placements
+from cxrdist.evaluate.operating_points import Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.intervals import bounded
@@ -36,7 +38,6 @@ UNKNOWN = "unknown"  # shown, not compared
 OTHERS = "others"  # all groups beyond MOST_GROUPS; shown, not compared
 MOST_GROUPS = 12  # each further group adds comparisons, which widen the intervals of all
 _DIGITS = 6
-Share = Annotated[float, Between(0, 1)]
 Difference = Annotated[float, Between(-1, 1)]
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -158,8 +159,8 @@ def compare_groups(
     Args:
         scored: the images.
         replicates: bootstrap replicates of their patients.
-        fewest: a figure is only compared with at least so many patients, with the class and
-            without it.
+        fewest: a figure is only compared with at least this many patients with the class, and this
+            many without it.
         thresholds: logits at or above which a class is called, by class; None if there are none.
     """
     decisions = _decide(scored, thresholds)
@@ -251,23 +252,17 @@ def _measure(
     return figures
 
 
-def _count_patients(side: Bools, patient: NDArray[np.int64]) -> NDArray[np.int64]:
+def _count_patients(side: Bools, own: Replicates) -> NDArray[np.int64]:
     """Count the patients with at least one image in a mask, bool [n, C]: int64 [C]."""
-    there = np.zeros((patient.max() + 1, side.shape[1]), np.bool_)
-    rows, columns = np.nonzero(side)
-    there[patient[rows], columns] = True
-    return there.sum(axis=0)
+    return np.array([own.patients(column) for column in side.T], np.int64)
 
 
 def _share(part: Bools, whole: Bools, own: Replicates) -> _Figures:
     """Return the share of the images in `whole` that are in `part`, bool [n, C] each."""
-    size = whole.shape[1]
-    sums = own.sums(np.hstack([part, whole]).astype(np.float64))
-    images, patients = whole.sum(axis=0), _count_patients(whole, own.patient)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    images = whole.sum(axis=0)
+    with np.errstate(invalid="ignore"):
         value = part.sum(axis=0) / images
-        drawn = sums[:, :size] / sums[:, size:]
-    return _Figures(value, drawn, images, patients)
+    return _Figures(value, own.shares(part, whole).T, images, _count_patients(whole, own))
 
 
 def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> _Figures:
@@ -279,7 +274,7 @@ def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> 
     (Pepe 2003, section 5.2.3). This needs one matrix product instead of thousands of sorts.
     """
     columns = zip(logits.T, positive.T, negative.T, strict=True)
-    of_classes = [_placements(*column) for column in columns]
+    of_classes = [_contributions(*column) for column in columns]
     value = np.array([auroc for auroc, _ in of_classes])
     moves = own.sums(np.stack([moves for _, moves in of_classes], axis=1))
     edge = (value == 0) | (value == 1)
@@ -287,27 +282,20 @@ def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> 
         drawn = expit(logit(value) + moves / (value * (1 - value)))
     drawn[:, edge] = value[edge]
     images = np.minimum(positive.sum(axis=0), negative.sum(axis=0))
-    patients = [_count_patients(side, own.patient) for side in (positive, negative)]
+    patients = [_count_patients(side, own) for side in (positive, negative)]
     return _Figures(value, drawn, images, np.minimum(*patients))
 
 
-def _placements(scores: Floats, positive: Bools, negative: Bools) -> tuple[float, Floats]:
-    """Return the AUROC of scores [n], and the contribution of each image to it, float64 [n].
-
-    Ranks give the placements of DeLong et al. (Sun & Xu 2014); ties count one half.
-    """
+def _contributions(scores: Floats, positive: Bools, negative: Bools) -> tuple[float, Floats]:
+    """Return the AUROC of scores [n], and the contribution of each image to it, float64 [n]."""
     moves = np.zeros(len(scores))
-    num_positives, num_negatives = int(positive.sum()), int(negative.sum())
-    if not num_positives or not num_negatives:
+    if not positive.any() or not negative.any():
         return float("nan"), moves
     known = positive | negative
-    ranks = np.zeros(len(scores))
-    ranks[known] = scipy.stats.rankdata(scores[known])
-    above = (ranks[positive] - scipy.stats.rankdata(scores[positive])) / num_negatives
-    below = 1 - (ranks[negative] - scipy.stats.rankdata(scores[negative])) / num_positives
+    (above,), (below,) = placements(scores[None, known], positive[known])
     auroc = float(above.mean())
-    moves[positive] = (above - auroc) / num_positives
-    moves[negative] = (below - auroc) / num_negatives
+    moves[positive] = (above - auroc) / len(above)
+    moves[negative] = (below - auroc) / len(below)
     return auroc, moves
 
 
@@ -352,10 +340,7 @@ def _row(figures: Mapping[str, _Figures], column: int, fewest: int) -> dict[str,
 
 
 def _subtract(
-    column: str,
-    classes: Sequence[str],
-    by_group: Mapping[str, Mapping[str, _Figures]],
-    fewest: int,
+    column: str, classes: Sequence[str], by_group: Mapping[str, Mapping[str, _Figures]], fewest: int
 ) -> Iterator[_Differences]:
     """Compare all pairs of groups of a column that have enough patients, figure by figure."""
     names = [name for name in by_group if name not in (OTHERS, UNKNOWN)]

@@ -6,18 +6,17 @@ float32 the sigmoids of 18 and 25 are both 1.
 
 from collections.abc import Callable, Mapping, Sequence
 from textwrap import fill
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, cast
+from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
 import torch
 from torch import Tensor
 
 from cxrdist.bootstrap import LEVEL, Limits
-from cxrdist.documents import Between, Text
+from cxrdist.documents import Text
 from cxrdist.evaluate.calibration import CalibrationFigures
 from cxrdist.evaluate.decision_curve import DecisionCurve
 from cxrdist.evaluate.groups import Groups
-from cxrdist.evaluate.operating_points import OperatingPoints
-from cxrdist.evaluate.provenance import ExternalInfo
+from cxrdist.evaluate.operating_points import OperatingPoints, Share
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
 from cxrdist.model.prediction import THRESHOLD, decide
@@ -32,17 +31,9 @@ IntervalName = Literal[
     "auroc_interval",
     "average_precision_interval",
 ]
-INTERVALS: dict[ScoreName, IntervalName] = {
-    "recall": "recall_interval",
-    "specificity": "specificity_interval",
-    "precision": "precision_interval",
-    "f1": "f1_interval",
-    "auroc": "auroc_interval",
-    "average_precision": "average_precision_interval",
-}
+SCORES: tuple[ScoreName, ...] = get_args(ScoreName)
+INTERVALS = dict(zip(SCORES, cast(tuple[IntervalName, ...], get_args(IntervalName)), strict=True))
 """The member of `Scores` that holds the interval of a score."""
-SCORES = tuple(INTERVALS)
-Share = Annotated[float, Between(0, 1)]
 TITLES: dict[ScoreName, str] = {
     "auroc": "AUROC",
     "average_precision": "Average\nprec.",
@@ -92,6 +83,31 @@ class Scores(TypedDict):
     """Why there is no AUROC; None if there is one."""
 
 
+class ExternalInfo(TypedDict):
+    """The member ``external`` of metrics.json."""
+
+    name: Text
+    shards: Text
+    """Their path."""
+    label_map: dict[str, str | None]
+    """From a label of the set to the model's, or to null if it was left out."""
+    classes: list[str]
+    """Classes that both have; scores of the others are undefined."""
+    other_classes: dict[str, Count]
+    """Number of images left out, by class that the model does not know."""
+    images: Count
+    """Number of images of the split, without those of other classes."""
+    seen: Literal["drop", "report"]
+    """Whether images that the network has seen were left out of the scores or marked."""
+    seen_images: Count
+    reasons: dict[str, Count]
+    """Number of seen images by reason."""
+    patients_told: Count
+    """Images whose patient was searched for among those of the training; 0 if these are unknown."""
+    not_known: NotRequired[Text | None]
+    """Why it is unknown what the network has seen; None if it is known."""
+
+
 class Metrics(TypedDict):
     """The content of metrics.json; other programs may add members."""
 
@@ -135,10 +151,6 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> Metri
         logits: float [N, classes].
         labels: int64 [N].
         classes: names in the order of the columns.
-
-    Returns:
-        samples, task, accuracy, confusion_matrix (rows: truth, columns: prediction), classes,
-        macro.
     """
     functional = _functional()
     task = {"task": "multiclass", "num_classes": len(classes)}
@@ -171,9 +183,6 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
         targets: [N, classes], 1 where an image has the label, below 0 where that is unknown.
         classes: names in the order of the columns.
 
-    Returns:
-        samples, task, threshold, classes (with ``known``, ``positives`` and ``reason``), macro, and
-        macro_labels, the number of labels in each mean.
     """
     decided = torch.from_numpy(decide(logits.numpy(), "multilabel"))
     by_class = {
@@ -206,9 +215,7 @@ def _score_label(logits: Tensor, predicted: Tensor, truth: Tensor) -> Scores:
 def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
     """Return the mean AUROC of the labels for which it is defined; None if there are none.
 
-    Args:
-        logits: float [N, classes].
-        targets: [N, classes], 1 where an image has the label, below 0 where that is unknown.
+    Logits and targets are those of `compute_label_metrics`.
     """
     auroc, values = _functional().classification.binary_auroc, []
     for i, known in enumerate((targets >= 0).T):

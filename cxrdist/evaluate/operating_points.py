@@ -69,10 +69,7 @@ def read_rule(text: str) -> Rule:
 def choose_threshold(logits: NDArray[np.float64], truth: NDArray[np.bool_], rule: Rule) -> float:
     """Choose the logit at or above which a class is called; infinity if never calling is best.
 
-    Args:
-        logits: logits of the class, float [n].
-        truth: bool [n], with both values.
-        rule: the rule to choose by.
+    Logits and truth are [n]; the truth has both values.
     """
     from sklearn.metrics import roc_curve  # a third of a second to import
 
@@ -146,12 +143,8 @@ def operating_points(
 ) -> OperatingPoints:
     """Apply the thresholds of a model to images.
 
-    Args:
-        scored: the images.
-        replicates: bootstrap replicates of their patients.
-        calibration: calibration of the model.
-        prevalence: share of patients with each class where the model will be used; None for that of
-            the images only.
+    Predictive values are for the images, and for `prevalence` if given: the share of patients with
+    each class where the model will be used.
     """
     thresholds = calibration.thresholds
     sides = {
@@ -216,11 +209,7 @@ def _measure(
 ) -> OperatingPoint:
     """Count the cells of a class, and compute its rates with intervals.
 
-    Args:
-        sides: masks of the class.
-        replicates: bootstrap replicates of the patients.
-        drawn: counts of the cells in each replicate, float [replicates, 4].
-        prevalence: as in `operating_points`.
+    The counts of the cells in each replicate are `drawn`, float [replicates, 4].
     """
     has, known, called = sides.has, sides.has | sides.lacks, sides.called
     counts = np.array([[np.count_nonzero(cell) for cell in sides.cells()]], np.float64)
@@ -238,7 +227,7 @@ def _measure(
         point[f"{name}_interval"] = limits[name]
     if prevalence is not None:
         patients = min(replicates.patients(has), replicates.patients(sides.lacks))
-        point["at_prevalence"] = _elsewhere(limits, rates, replicated, prevalence, patients)
+        point["at_prevalence"] = _at_prevalence(limits, rates, replicated, prevalence, patients)
     return cast(OperatingPoint, point)
 
 
@@ -254,7 +243,7 @@ def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
         }
 
 
-def _elsewhere(
+def _at_prevalence(
     intervals: Mapping[str, Limits | None],
     rates: Mapping[str, Values],
     drawn: Mapping[str, Values],

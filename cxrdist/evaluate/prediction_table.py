@@ -81,7 +81,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
     cells = {name: [row.cells[i].strip() for row in rows] for name, i in places.items()}
     keys = _keys(rows, cells["key"])
     task, texts = _labels(rows, cells, list(classes))
-    probabilities = _numbers(rows, "prob_", classes, Between(0, 1), SCALE)
+    probabilities = _numbers(rows, "prob_", classes, Between(0, 1))
     logits, logit_places = _logits(table, rows, classes, probabilities)
     patients = cells.get("patient") or [""] * len(rows)
     groups, notes = _groups(cells)
@@ -123,7 +123,6 @@ def _find_columns(table: Table) -> dict[str, int]:
     places = table.find_columns(COLUMNS)
     if "path" in places:  # as `cxrdist predict` calls it
         places.setdefault("key", places.pop("path"))
-        places.pop("path", None)
     has_label = [name for name in ("label", "labels") if name in places]
     for name, present in (("key", "key" in places), ("label", bool(has_label))):
         if not present:
@@ -229,12 +228,12 @@ def _names(cell: str, classes: Sequence[str]) -> list[str]:
 
 
 def _numbers(
-    rows: Sequence[Row], prefix: str, places: Mapping[str, int], bounds: Between, mend: str
+    rows: Sequence[Row], prefix: str, places: Mapping[str, int], bounds: Between
 ) -> NDArray[np.float64]:
     """Read one number per class, float64 [N, classes]; a decimal comma is read as a point.
 
     Raises:
-        CxrdistError: a number is invalid or out of bounds; the message ends with `mend`.
+        CxrdistError: a number is invalid or out of bounds.
     """
     values = np.empty((len(rows), len(places)))
     for i, row in enumerate(rows):
@@ -246,7 +245,7 @@ def _numbers(
                 values[i, column] = np.nan
             if expected := bounds.expected(values[i, column]):
                 raise CxrdistError(
-                    f"{row.where}: {prefix}{name} is {text!r:.40}, expected {expected}; {mend}"
+                    f"{row.where}: {prefix}{name} is {text!r:.40}, expected {expected}; {SCALE}"
                 )
     return values
 
@@ -266,7 +265,7 @@ def _logits(
     if columns.keys() != classes.keys():
         return to_logits(probabilities), []
     places = {name: columns[name] for name in classes}
-    return _numbers(rows, "logit_", places, FINITE, SCALE), list(places.values())
+    return _numbers(rows, "logit_", places, FINITE), list(places.values())
 
 
 def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:

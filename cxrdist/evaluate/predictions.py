@@ -17,17 +17,13 @@ from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.calibration import (
-    choose_calibration,
-    describe_calibration,
-    wanted_rule,
-)
+from cxrdist.evaluate.calibration import choose_calibration, describe_calibration, rule_to_apply
 from cxrdist.evaluate.external import (
     Choices,
     External,
-    as_model_takes,
     choose_subset,
     find_overlap,
+    map_labels,
     read_choices,
     read_own,
     refuse_choices,
@@ -90,7 +86,7 @@ def load_run(
         run: the run directory.
         shards: the run's own shards, or an external set.
         cache: directory of the decoded images.
-        split: split of the shards.
+        split: train, val or test.
         name: name of an external set; None for that of its directory.
         choices: how an external set is evaluated; None for the same way as before.
 
@@ -137,7 +133,7 @@ def _open_external(
     packed = loaded.packed
     chosen = choices or together(accelerator, lambda: read_choices(run, subset))
     mapped = together(
-        accelerator, lambda: as_model_takes(packed, loaded.model.classes, chosen.label_map)
+        accelerator, lambda: map_labels(packed, loaded.model.classes, chosen.label_map)
     )
     numbers = np.array(mapped.numbers(split), dtype=np.int64)
     overlap = find_overlap(accelerator, run, packed, loaded.images, numbers, cache)
@@ -255,7 +251,7 @@ def _calibrate(loaded: LoadedRun, config: EvaluateConfig, rule: Rule | None) -> 
     is_own = loaded.external is None and loaded.run.info.is_file() and has_val
     wanted = together(
         loaded.accelerator,
-        lambda: wanted_rule(stored, rule, config.fewest, index.sha256 if is_own else None),
+        lambda: rule_to_apply(stored, rule, config.fewest, index.sha256 if is_own else None),
     )
     if wanted is not None:
         numbers = np.array(index.numbers("val"), dtype=np.int64)
@@ -354,10 +350,7 @@ def write_predictions(
 def picture_mistakes(loaded: LoadedRun, scored: Scored, numbers: NDArray[np.int64]) -> None:
     """Write the X-rays of the most confident mistakes for the report, which has no shards.
 
-    Args:
-        loaded: the model and the shards.
-        scored: the N images of an evaluation.
-        numbers: numbers of their samples, int64 [N].
+    The N scored images are the samples with these numbers, int64 [N].
     """
     calibration = loaded.model.calibration
     mistakes = find_mistakes(scored, calibration.thresholds if calibration else None)

@@ -70,13 +70,7 @@ class Scored:
 
 
 def score_samples(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> Scored:
-    """Combine samples of shards with the logits of a model.
-
-    Args:
-        index: the shards.
-        numbers: sample numbers, int64 [N].
-        logits: logits in the same order, float32 [N, classes].
-    """
+    """Combine samples of shards, given by number [N], with a model's logits [N, classes]."""
     samples = [index.samples[number] for number in numbers]
     groups = {name: [getattr(sample, name) for sample in samples] for name in GROUP_COLUMNS}
     return Scored(

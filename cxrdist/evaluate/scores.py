@@ -27,10 +27,7 @@ Figures = tuple[list[Limits | None], NDArray[np.float64]]
 def score(scored: Scored, replicates: Replicates, fewest: int) -> Metrics:
     """Compute the scores of all classes and their means.
 
-    Args:
-        scored: the images.
-        replicates: bootstrap replicates of their patients.
-        fewest: a class with fewer positives, or fewer negatives, has too few images.
+    A class with fewer than `fewest` positives, or negatives, has too few images.
 
     Returns:
         The result of `compute_metrics` or `compute_label_metrics`, with NAME_interval beside each

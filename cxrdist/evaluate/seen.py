@@ -147,53 +147,38 @@ def patient_name(sample: Sample) -> str:
 def take_prints(
     images: Images, samples: Sequence[Sample], numbers: NDArray[np.int64], index_sha256: str
 ) -> Prints:
-    """Compute the prints of images, in threads.
-
-    Args:
-        images: uint8 [samples, S, S].
-        samples: all samples of the shards.
-        numbers: numbers of the samples to take, int64 [M].
-        index_sha256: sha256 of the index of the shards.
-    """
+    """Compute the prints of M samples of shards, given by number, in threads."""
     blocks = [numbers[i : i + 64] for i in range(0, len(numbers), 64)]
-    rows: list[tuple[bytes, bytes, bytes, bytes, int]] = []
+    rows: list[tuple[bytes, ...]] = []
     threads = max(1, min(NUM_THREADS, len(os.sched_getaffinity(0))))
     with (
         ThreadPoolExecutor(threads) as pool,
         progress(len(numbers), "fingerprints", "images") as bar,
     ):
-        for block in pool.map(partial(_prints_of, images), blocks):
+        for block in pool.map(partial(_prints_of, images, samples), blocks):
             rows += block
             bar.update(len(block))
-    sha256, phash, inner_phash, thumbnails, flat = zip(*rows, strict=True) if rows else ((),) * 5
-    patients = [_hashed(patient_name(samples[number])) for number in numbers.tolist()]
-    columns = {
-        "sha256": sha256,
-        "phash": phash,
-        "inner_phash": inner_phash,
-        "thumbnails": thumbnails,
-        "flat": [bytes([value]) for value in flat],
-        "patients": patients,
-    }
+    columns = zip(*rows, strict=True) if rows else ((),) * len(_ROW_SHAPES)
     arrays = {
-        name: np.frombuffer(b"".join(columns[name]), np.uint8).reshape(-1, *shape)
-        for name, shape in _ROW_SHAPES.items()
+        name: np.frombuffer(b"".join(column), np.uint8).reshape(-1, *shape)
+        for (name, shape), column in zip(_ROW_SHAPES.items(), columns, strict=True)
     }
     return Prints(index_sha256, [samples[n].key for n in numbers.tolist()], **arrays)
 
 
 def _prints_of(
-    images: Images, numbers: NDArray[np.int64]
-) -> list[tuple[bytes, bytes, bytes, bytes, int]]:
-    """Return the hashes and the thumbnails of images, and whether they are flat."""
+    images: Images, samples: Sequence[Sample], numbers: NDArray[np.int64]
+) -> list[tuple[bytes, ...]]:
+    """Return a row per image, with the columns of `_ROW_SHAPES`."""
     rows = []
     for number in numbers.tolist():
         pixels = np.asarray(images[number])
         prints = fingerprint(pixels)
         small = Image.fromarray(pixels).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
-        is_flat = int(prints.statistics["spread"] < FLAT)
+        is_flat = bytes([int(prints.statistics["spread"] < FLAT)])
         hashes = bytes.fromhex(prints.sha256), prints.phash, prints.inner_phash
-        rows.append((*hashes, small.tobytes(), is_flat))
+        patient = _hashed(patient_name(samples[number]))
+        rows.append((*hashes, small.tobytes(), is_flat, patient))
     return rows
 
 
@@ -205,12 +190,8 @@ def _hashed(patient: str) -> bytes:
 def find_matches(images: Prints, seen: Prints) -> dict[int, Match]:
     """Find images that were seen, altered copies of seen images, and images of seen patients.
 
-    Args:
-        images: prints of the N images of an external set.
-        seen: prints of a run.
-
     Returns:
-        The first of these matches by the position of the image, 0 to N - 1.
+        The first of these matches of an image, by its position in `images`.
     """
     equal, patients = _first_rows(seen.sha256), _first_rows(seen.patients)
     patients.pop(bytes(PATIENT_BYTES), None)

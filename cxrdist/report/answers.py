@@ -1,9 +1,6 @@
-"""Answers to the items of reporting checklists: what a run documents, and what it does not.
+"""Rules that answer the items of reporting checklists from the evidence of a run."""
 
-Each function takes the evidence of a run and returns an answer.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cxrdist.data.labels import NOT_STATED
@@ -39,16 +36,50 @@ class Item(NamedTuple):
     answer: Rule
 
 
-class Section(NamedTuple):
-    """A section of a checklist."""
+Checklist = dict[str, tuple[Item, ...]]
+"""The items by section."""
 
-    name: str
-    items: tuple[Item, ...]
+
+def always(state: str, text: str, *links: str) -> Rule:
+    """Return the rule for an item whose answer is the same for every run."""
+    return lambda evidence: Answer(state, text, links)
 
 
 def authors(text: str = "") -> Rule:
     """Return the rule for an item that only the authors can answer."""
-    return lambda evidence: Answer(AUTHORS, text)
+    return always(AUTHORS, text)
+
+
+selection = always(
+    PARTLY,
+    "The images that were used are counted by class and split; rejected.csv of the shards lists "
+    "what cxrdist pack left out, and why. The authors must say by which criteria patients were "
+    "selected before that.",
+    "report.html#data",
+)
+
+flow = always(
+    PARTLY,
+    "Images and patients of each class and split; rejected.csv of the shards lists what cxrdist "
+    "pack left out. The authors must say who was excluded before that.",
+    "report.html#data",
+)
+
+numbers = always(
+    HELD,
+    "Images and patients of each class for training (train), for selection and calibration (val) "
+    "and for evaluation (test).",
+    "run.json",
+    "report.html#data",
+)
+
+no_reading = always(HELD, "The input is pixels; nobody has to assess them first.")
+
+bad_input = always(
+    PARTLY,
+    "cxrdist predict lists files that cannot be read and predicts all others, even poor X-rays and "
+    "images that are not X-rays. The authors must say how to detect and handle these.",
+)
 
 
 def sources(e: Evidence) -> Answer:
@@ -62,26 +93,13 @@ def sources(e: Evidence) -> Answer:
     )
 
 
-def selection(e: Evidence) -> Answer:
-    """Return which images were taken."""
-    return Answer(
-        PARTLY,
-        "The images that were used are counted by class and split; rejected.csv of the shards "
-        "lists what cxrdist pack left out, and why. The authors must say by which criteria "
-        "patients were selected before that.",
-        ("report.html#data",),
-    )
-
-
 def preparation(e: Evidence) -> Answer:
     """Return how images are prepared."""
-    size = e.info["shards"]["image_size_px"]
-    fit = e.info["shards"].get("fit")
-    made = f"made square by {fit} and " if fit else ""
-    warp = e.recipe.get("augmentation") or {}
-    shown = ", ".join(f"{name} {_short(value)}" for name, value in warp.items())
-    text = f"Images are {made}scaled to {size} px, then normalised."
-    if shown:
+    shards, warp = e.info["shards"], e.recipe.get("augmentation")
+    made = f"made square by {shards['fit']} and " if shards.get("fit") else ""
+    text = f"Images are {made}scaled to {shards['image_size_px']} px, then normalised."
+    if warp:
+        shown = ", ".join(f"{name} {_short(value)}" for name, value in warp.items())
         text += f" Augmentation in training only: {shown}."
     return Answer(HELD, text, (*_if(e.model, "model/model.json"), *_if(e.recipe, "recipe.yaml")))
 
@@ -244,7 +262,7 @@ def measures(e: Evidence) -> Answer:
         return _evaluate()
     names = [name for name in next(iter(e.test["classes"].values())) if _is_figure(name)]
     parts = [what for what in ("calibration", "decision_curve") if e.has(what)]
-    parts += ["groups"] if e.has_groups else []
+    parts += _if(e.has_groups, "groups")
     return Answer(
         PARTLY,
         f"For each class: {', '.join(name.replace('_', ' ') for name in names)}"
@@ -273,17 +291,17 @@ def uncertainty(e: Evidence) -> Answer:
 def robustness(e: Evidence) -> Answer:
     """Return whether the result holds under other conditions."""
     done = [
-        *(["words on the images covered and pasted"] if e.probed else []),
-        *(["groups of patients"] if e.has_groups else []),
-        *(["external sets"] if e.external else []),
-        *(["what size, border and brightness alone give"] if _shortcut(e) else []),
+        *_if(e.probed, "words on the images covered and pasted"),
+        *_if(e.has_groups, "groups of patients"),
+        *_if(e.external, "external sets"),
+        *_if(e.audit and e.audit["shortcut"], "what size, border and brightness alone give"),
     ]
     if not done:
         return Answer(
             NOT_DONE, "None was done: see cxrdist probe-text, check --audit, and external sets."
         )
-    links = ("report.html#text",) if e.probed else ()
-    return Answer(PARTLY, f"Measured: {', '.join(done)}.", (*links, *_results(e)))
+    links = (*_if(e.probed, "report.html#text"), *_results(e))
+    return Answer(PARTLY, f"Measured: {', '.join(done)}.", links)
 
 
 def explanations(e: Evidence) -> Answer:
@@ -329,24 +347,14 @@ def external(e: Evidence) -> Answer:
     )
 
 
-def flow(e: Evidence) -> Answer:
-    """Return how many images were included and excluded."""
-    return Answer(
-        PARTLY,
-        "Images and patients of each class and split; rejected.csv of the shards lists what "
-        "cxrdist pack left out. The authors must say who was excluded before that.",
-        ("report.html#data",),
-    )
-
-
 def characteristics(e: Evidence) -> Answer:
     """Return the characteristics of the patients."""
-    held = e.has_groups
+    known = "Sex, age, view and source of the test images, as far as they are known. "
     return Answer(
-        PARTLY if held or e.audit else AUTHORS,
-        ("Sex, age, view and source of the test images, as far as they are known. " if held else "")
+        PARTLY if e.has_groups or e.audit else AUTHORS,
+        (known if e.has_groups else "")
         + "The authors must describe how else the patients of the splits differ.",
-        (*_if(held, "test/metrics.json"), *_if(e.audit, "report.html#audit")),
+        (*_if(e.has_groups, "test/metrics.json"), *_if(e.audit, "report.html#audit")),
     )
 
 
@@ -361,24 +369,14 @@ def comparison(e: Evidence) -> Answer:
     )
 
 
-def numbers(e: Evidence) -> Answer:
-    """Return the numbers of images and patients of each analysis."""
-    return Answer(
-        HELD,
-        "Images and patients of each class for training (train), for selection and calibration "
-        "(val) and for evaluation (test).",
-        ("run.json", "report.html#data"),
-    )
-
-
 def performance(e: Evidence) -> Answer:
     """Return the figures with their intervals."""
     if not e.test:
         return _evaluate()
-    state = HELD if e.has("intervals") else PARTLY
     text = "The figures of each class and their means"
-    text += ", with intervals." if state == HELD else "; they have no intervals."
-    return Answer(state, text, _results(e))
+    if e.has("intervals"):
+        return Answer(HELD, f"{text}, with intervals.", _results(e))
+    return Answer(PARTLY, f"{text}; they have no intervals.", _results(e))
 
 
 def diagnostic(e: Evidence) -> Answer:
@@ -404,19 +402,15 @@ def failures(e: Evidence) -> Answer:
     """Return the mistakes."""
     if not e.test:
         return _evaluate()
-    if not e.explained:
-        return Answer(
-            PARTLY,
-            "The mistakes are listed; run cxrdist explain to add heat maps."
-            if e.without_rules is None
-            else "The mistakes are listed, without heat maps.",
-            ("test/predictions.csv", "report.html#headline"),
+    if e.explained:
+        text = (
+            "The mistakes with X-ray and heat map. The authors must say what they have in common."
         )
-    return Answer(
-        PARTLY,
-        "The mistakes with X-ray and heat map. The authors must say what they have in common.",
-        ("test/predictions.csv", "report.html#headline"),
-    )
+    elif e.without_rules:
+        text = "The mistakes are listed, without heat maps."
+    else:
+        text = "The mistakes are listed; run cxrdist explain to add heat maps."
+    return Answer(PARTLY, text, ("test/predictions.csv", "report.html#headline"))
 
 
 def limits(e: Evidence) -> Answer:
@@ -476,11 +470,6 @@ def predictors(e: Evidence) -> Answer:
     )
 
 
-def no_reading(e: Evidence) -> Answer:
-    """Return whether a person assesses the input."""
-    return Answer(HELD, "The input is pixels; nobody has to assess them first.")
-
-
 def clusters(e: Evidence) -> Answer:
     """Return whether the result differs between hospitals or sources."""
     if not e.has_groups and not e.external:
@@ -531,8 +520,7 @@ def fairness(e: Evidence) -> Answer:
     """Return whether the figures differ between groups of patients."""
     if not e.has_groups:
         return Answer(
-            NOT_DONE,
-            "No figures by group: give sex and age when packing, and evaluate again.",
+            NOT_DONE, "No figures by group: give sex and age when packing, and evaluate again."
         )
     return Answer(
         PARTLY,
@@ -571,15 +559,6 @@ def specification(e: Evidence) -> Answer:
     )
 
 
-def bad_input(e: Evidence) -> Answer:
-    """Return what happens to unsuitable input."""
-    return Answer(
-        PARTLY,
-        "cxrdist predict lists files that cannot be read and predicts all others, even poor X-rays "
-        "and images that are not X-rays. The authors must say how to detect and handle these.",
-    )
-
-
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
@@ -593,17 +572,13 @@ def _is_figure(name: str) -> bool:
     return not name.endswith("_interval") and name not in aside
 
 
-def _shortcut(e: Evidence) -> bool:
-    return bool(e.audit and e.audit["shortcut"])
-
-
 def _results(e: Evidence) -> tuple[str, ...]:
-    subsets: Sequence[str] = [*(["test"] if e.test else []), *e.external]
+    subsets = [*_if(e.test, "test"), *e.external]
     return (
         *(f"{subset}/metrics.json" for subset in subsets),
         *_if(subsets, "report.html#headline"),
     )
 
 
-def _if(held: Any, link: str) -> tuple[str, ...]:
-    return (link,) if held else ()
+def _if(held: Any, text: str) -> tuple[str, ...]:
+    return (text,) if held else ()

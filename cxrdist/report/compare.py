@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from numpy.typing import NDArray
 from scipy.special import expit
 
@@ -19,7 +18,6 @@ from cxrdist.evaluate.measure import Settings
 from cxrdist.evaluate.members import FIGURES
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import Scored, read_scored
-from cxrdist.explain import heatmap
 from cxrdist.files import (
     atomic_directory,
     read_document,
@@ -32,7 +30,7 @@ from cxrdist.report import pictures
 from cxrdist.report.page import template
 from cxrdist.report.values import p_value, signed
 from cxrdist.report.view import View
-from cxrdist.run import RunDirectory, external_subset
+from cxrdist.run import RunDirectory, external_subset, options_of
 from cxrdist.terminal import table
 
 COLUMNS = (
@@ -86,10 +84,9 @@ def _read(run: RunDirectory, subset: str) -> Scored:
         CxrdistError: it was not evaluated there.
     """
     if not (run.metrics(subset).is_file() and run.predictions(subset).is_file()):
-        option = subset.replace("external/", "--name ") if "/" in subset else f"--split {subset}"
         raise CxrdistError(
             f"{run.root}: has no {subset}/predictions.csv with its metrics.json; run `cxrdist "
-            f"evaluate --run {run.root} --shards SHARDS {option}`"
+            f"evaluate --run {run.root} --shards SHARDS {options_of(subset)}`"
         )
     metrics = read_document(run.metrics(subset), Metrics, "run `cxrdist evaluate` again")
     return read_scored(run.predictions(subset), metrics["task"])
@@ -216,12 +213,11 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         comparison=comparison,
         overall=overall,
         headline=_headline(comparison),
-        chart=Markup(pictures.differences_chart("differences", drawn)) if drawn else None,
+        chart=pictures.differences_chart("differences", drawn) if drawn else None,
         names=FIGURES,
         columns=COLUMNS,
         rows=rows[:MOST_IN_PAGE],
         num_flipped=len(rows),
-        heatmap=heatmap,
     )
 
 

@@ -1,4 +1,8 @@
-"""Pictures of the report: charts as inline SVG, images as data URIs."""
+"""Pictures of the report: charts as inline SVG, images as data URIs.
+
+Each function for a chart returns an ``<svg>`` element. Its ids begin with `name`, which is unique
+in the page and has only letters, digits and hyphens.
+"""
 
 import base64
 import io
@@ -7,12 +11,15 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.errors import CxrdistError
@@ -20,11 +27,7 @@ from cxrdist.files import open_regular
 
 # Placeholders while matplotlib draws: CSS variables replace them, to follow the dark mode.
 INK, FIRST, SECOND = "#010203", "#010204", "#010205"
-_PAGE_COLOURS = {
-    INK: "currentColor",
-    FIRST: "var(--chart-first)",
-    SECOND: "var(--chart-second)",
-}
+_PAGE_COLOURS = {INK: "currentColor", FIRST: "var(--chart-first)", SECOND: "var(--chart-second)"}
 _STYLE = {
     "svg.fonttype": "none",  # text stays text, which can be searched and read aloud
     "font.size": 10,
@@ -42,6 +45,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
+_LEGEND: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
 _LARGEST_PX = 512  # of an embedded picture, so that the page stays small
 MOST_PX = 1 << 26  # of a picture that is read; a heat map has at most 4096 x 4096
 _JPEG_QUALITY = 88
@@ -88,27 +92,24 @@ def loss_chart(
     train: Sequence[float],
     validation: Sequence[float],
     best_epoch: int | None,
-) -> str:
+) -> Markup:
     """Draw the training and the validation loss over the epochs.
 
     Args:
-        name: unique in the page; letters, digits and hyphens.
+        name: prefix of its ids.
         epochs: epoch numbers from 0, the start of the stage.
         train: mean training loss of each epoch; NaN where undefined, as in epoch 0.
         validation: validation loss after each epoch; NaN where undefined.
         best_epoch: the epoch to mark.
-
-    Returns:
-        An ``<svg>`` element.
     """
 
     def draw(axes: Axes) -> None:
         axes.plot(epochs, train, color=SECOND, marker="s", linestyle="--", label="training")
-        axes.plot(epochs, validation, color=FIRST, marker="o", label="validation")
-        _mark_best(axes, epochs, validation, best_epoch)
+        _draw_validation(axes, epochs, validation, best_epoch)
         axes.set_ylabel("loss")
+        _scale_epochs(axes, epochs)
 
-    return _chart(name, f"Loss over {epochs[-1]} epochs", _over_epochs(draw, epochs), (4.6, 2.9))
+    return _chart(name, f"Loss over {epochs[-1]} epochs", draw, (4.6, 2.9))
 
 
 def score_chart(
@@ -117,41 +118,35 @@ def score_chart(
     validation: Sequence[float],
     best_epoch: int | None,
     score: str,
-) -> str:
+) -> Markup:
     """Draw a validation score (0 to 1) over the epochs; arguments as for `loss_chart`."""
 
     def draw(axes: Axes) -> None:
-        axes.plot(epochs, validation, color=FIRST, marker="o", label="validation")
-        _mark_best(axes, epochs, validation, best_epoch)
+        _draw_validation(axes, epochs, validation, best_epoch)
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
         axes.set_ylabel(score)
+        _scale_epochs(axes, epochs)
 
-    label = f"Validation {score} over {epochs[-1]} epochs"
-    return _chart(name, label, _over_epochs(draw, epochs), (4.6, 2.9))
+    return _chart(name, f"Validation {score} over {epochs[-1]} epochs", draw, (4.6, 2.9))
 
 
-def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> str:
+def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> Markup:
     """Draw the ROC curve of one class against the rest.
 
     Args:
-        name: unique in the page; letters, digits and hyphens.
+        name: prefix of its ids.
         is_class: bool [N], with at least one True and one False.
         score: float [N], higher for the class; equal scores share a threshold.
-
-    Returns:
-        An ``<svg>`` element.
     """
     from sklearn.metrics import roc_curve  # a third of a second to import
 
     false_rate, true_rate, _ = roc_curve(is_class, score)
 
     def draw(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=":", linewidth=1.2)
+        _draw_diagonal(axes)
         axes.plot(false_rate, true_rate, color=FIRST, clip_on=False)
         axes.fill_between(false_rate, true_rate, color=FIRST, alpha=0.12, linewidth=0)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
-        axes.set_aspect("equal")
+        axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         axes.set_xlabel("false positive rate")
         axes.set_ylabel("true positive rate")
 
@@ -160,17 +155,14 @@ def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> str:
 
 def flipping_chart(
     name: str, covered_share: float, relevant_first: Sequence[float], random_order: Sequence[float]
-) -> str:
+) -> Markup:
     """Draw the probability over the covered share of the image (pixel flipping).
 
     Args:
-        name: unique in the page; letters, digits and hyphens.
+        name: prefix of its ids.
         covered_share: covered share at the last point, 0 to 1; points are equally spaced.
         relevant_first: probability relative to the first point, 1.
         random_order: the same for patches in random order.
-
-    Returns:
-        An ``<svg>`` element.
     """
     percent = np.linspace(0, 100 * covered_share, len(relevant_first))
 
@@ -182,7 +174,7 @@ def flipping_chart(
         axes.set_ylim(bottom=0)
         axes.set_xlabel("covered part of the image, %")
         axes.set_ylabel("probability, first = 1")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2)
+        axes.legend(**_LEGEND, ncols=2)
 
     return _chart(name, "Probability while the image is covered", draw, (4.6, 2.9))
 
@@ -193,27 +185,22 @@ def reliability_chart(
     intervals: Sequence[Sequence[float] | None],
     probability: Sequence[float],
     calibrated: Sequence[float] | None,
-) -> str:
+) -> Markup:
     """Draw the share of positives over the mean probability, in bins.
 
     Args:
-        name: unique in the page; letters, digits and hyphens.
+        name: prefix of its ids.
         positives: share of positives per bin, 0 to 1.
         intervals: intervals of those shares.
         probability: mean of the network's probabilities in each bin.
         calibrated: mean of the calibrated ones; if given, the intervals are drawn on these.
-
-    Returns:
-        An ``<svg>`` element.
     """
-    low, high = np.array(
-        [within or (share, share) for within, share in zip(intervals, positives, strict=True)]
-    ).T
+    low, high = _ends(intervals, positives)
     # Without this the bins of a rare class would all be in one corner.
     top = min(1.0, 1.08 * max(*positives, *probability, *(calibrated or ()), 0.01))
 
     def draw(axes: Axes) -> None:
-        axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=":", linewidth=1.2)
+        _draw_diagonal(axes)
         means = calibrated or probability
         axes.vlines(means, low, high, color=FIRST, alpha=0.5, linewidth=1.2)
         if calibrated:
@@ -222,12 +209,10 @@ def reliability_chart(
             )
         label = "calibrated" if calibrated else "network"
         axes.plot(means, positives, color=FIRST, marker="o", label=label)
-        axes.set_xlim(0, top)
-        axes.set_ylim(0, top)
-        axes.set_aspect("equal")
+        axes.set(xlim=(0, top), ylim=(0, top), aspect="equal")
         axes.set_xlabel("mean probability")
         axes.set_ylabel("share with it")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2)
+        axes.legend(**_LEGEND, ncols=2)
 
     return _chart(name, "Share of positives over the mean probability", draw, (3.3, 3.4))
 
@@ -238,22 +223,17 @@ def decision_chart(
     net_benefit: Sequence[float],
     intervals: Sequence[Sequence[float] | None],
     call_all: Sequence[float],
-) -> str:
+) -> Markup:
     """Draw the net benefit over the probability threshold of the reader.
 
     Args:
-        name: unique in the page; letters, digits and hyphens.
+        name: prefix of its ids.
         thresholds: probability thresholds, 0 to 1.
         net_benefit: net benefit of the model at each threshold.
         intervals: intervals of the net benefit.
         call_all: net benefit of calling every image.
-
-    Returns:
-        An ``<svg>`` element.
     """
-    low, high = np.array(
-        [within or (value, value) for within, value in zip(intervals, net_benefit, strict=True)]
-    ).T
+    low, high = _ends(intervals, net_benefit)
     top = 1.1 * max(*net_benefit, *call_all, *high, 0.001)
 
     def draw(axes: Axes) -> None:
@@ -265,7 +245,7 @@ def decision_chart(
         axes.set_ylim(-0.3 * top, top)
         axes.set_xlabel("acts from this probability on")
         axes.set_ylabel("net benefit")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=3)
+        axes.legend(**_LEGEND, ncols=3)
 
     return _chart(name, "Net benefit over the threshold", draw, (4.0, 3.2))
 
@@ -274,16 +254,13 @@ def forest_chart(
     name: str,
     rows: Sequence[str],
     figures: Mapping[str, Sequence[tuple[float, float, float] | None]],
-) -> str:
+) -> Markup:
     """Draw figures of groups with their intervals, one row per group.
 
     Args:
-        name: unique in the page; letters, digits and hyphens.
+        name: prefix of its ids.
         rows: names of the groups, from the top.
         figures: up to three, by name: value, low and high per group; None where undefined.
-
-    Returns:
-        An ``<svg>`` element.
     """
     styles = (("D", INK), ("o", FIRST), ("s", SECOND))
 
@@ -303,28 +280,19 @@ def forest_chart(
         ]
         # Names may contain dollar signs, which matplotlib would parse as a formula.
         axes.set_yticks(range(len(rows)), shown, parse_math=False)
-        axes.legend(
-            loc="lower right",
-            bbox_to_anchor=(1, 1),
-            borderaxespad=0.2,
-            ncols=3,
-            handletextpad=0.2,
-            columnspacing=0.8,
-        )
+        on_the_right = _LEGEND | {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+        axes.legend(**on_the_right, ncols=3, handletextpad=0.2, columnspacing=0.8)
 
-    label = "Figures of each group with their intervals"
-    return _chart(name, label, draw, (4.6, 0.9 + 0.42 * len(rows)))
+    size = (4.6, 0.9 + 0.42 * len(rows))
+    return _chart(name, "Figures of each group with their intervals", draw, size)
 
 
-def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]) -> str:
+def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]) -> Markup:
     """Draw differences with their intervals, one row each, and a line at 0.
 
     Args:
-        name: unique in the page; letters, digits and hyphens.
+        name: prefix of its ids.
         rows: name, difference, lower limit and upper limit of each.
-
-    Returns:
-        An ``<svg>`` element.
     """
     rows_from_top = np.arange(len(rows))[::-1]
     values, lows, highs = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
@@ -342,50 +310,44 @@ def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]
     return _chart(name, "Differences with their intervals", draw, size)
 
 
-def _over_epochs(draw: Callable[[Axes], None], epochs: Sequence[int]) -> Callable[[Axes], None]:
-    """Add the parts of all charts over epochs: integer ticks on the x axis, the legend on top."""
-
-    def draw_all(axes: Axes) -> None:
-        draw(axes)
-        axes.set_xlabel("epoch")
-        # Less than 1, or the axis would show an epoch that does not exist.
-        margin = min(0.9, max(0.5, 0.015 * len(epochs)))
-        axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.legend(
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            borderaxespad=0.2,
-            ncols=3,
-            handlelength=1.6,
-            columnspacing=1.2,
-        )
-
-    return draw_all
+def _scale_epochs(axes: Axes, epochs: Sequence[int]) -> None:
+    """Label the epochs with integers, and put the legend on top."""
+    axes.set_xlabel("epoch")
+    # Less than 1, or the axis would show an epoch that does not exist.
+    margin = min(0.9, max(0.5, 0.015 * len(epochs)))
+    axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(**_LEGEND, ncols=3, handlelength=1.6, columnspacing=1.2)
 
 
-def _mark_best(
+def _draw_validation(
     axes: Axes, epochs: Sequence[int], values: Sequence[float], best_epoch: int | None
 ) -> None:
-    """Mark the epoch whose weights were kept by a line and a ring, visible without colour."""
+    """Draw values on validation images, with a line and a ring at the epoch of the kept weights."""
+    axes.plot(epochs, values, color=FIRST, marker="o", label="validation")
     if best_epoch is None or best_epoch not in epochs:
         return
     axes.axvline(best_epoch, color=INK, alpha=0.5, linestyle=":", linewidth=1.2)
-    axes.plot(
-        [best_epoch],
-        [values[epochs.index(best_epoch)]],
-        linestyle="none",
-        marker="o",
-        markersize=10,
-        markerfacecolor="none",
-        markeredgecolor=INK,
-        label="best epoch",
-    )
+    best = values[epochs.index(best_epoch)]
+    (ring,) = axes.plot(best_epoch, best, "o", linestyle="none", label="best epoch")
+    ring.set(markersize=10, markerfacecolor="none", markeredgecolor=INK)
+
+
+def _draw_diagonal(axes: Axes) -> None:
+    axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linestyle=":", linewidth=1.2)
+
+
+def _ends(
+    intervals: Sequence[Sequence[float] | None], values: Sequence[float]
+) -> NDArray[np.float64]:
+    """Return the ends of intervals, [2, N]; those of a value without an interval are the value."""
+    pairs = zip(intervals, values, strict=True)
+    return np.array([within or (value, value) for within, value in pairs]).T
 
 
 def _chart(
     name: str, label: str, draw: Callable[[Axes], None], size_inches: tuple[float, float]
-) -> str:
+) -> Markup:
     """Draw a chart as an ``<svg>`` with the colours and the font of the page.
 
     The user's matplotlib settings are ignored, so that a run always gives the same bytes.
@@ -395,7 +357,7 @@ def _chart(
         draw(figure.add_subplot())
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True)
-    return _inline(text.getvalue(), name, label)
+    return Markup(_inline(text.getvalue(), name, label))
 
 
 def _inline(svg: str, name: str, label: str) -> str:

@@ -51,12 +51,8 @@ def split_view(
 ) -> SplitView:
     """Gather all values for one split; None for what was not made.
 
-    Args:
-        run: the run directory.
-        split: the split, or external/NAME.
-        element: prefix of the ids of its elements, unique in the page.
-        task: multiclass or multilabel.
-        classes: classes of the model; None if there can be no heat maps.
+    The ids of its elements begin with `element`. Without the model's `classes` there can be no heat
+    maps.
 
     Raises:
         CxrdistError: a file is damaged, or predictions and metrics are of different evaluations.
@@ -197,11 +193,9 @@ def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[View]:
 def _flipping_chart(tests: RelevanceInfo, element: str) -> Markup | None:
     """Draw the curves of pixel flipping."""
     flipping = tests["pixel_flipping"]
-    return flipping and Markup(
-        pictures.flipping_chart(
-            f"{element}-flipping",
-            flipping["covered_share"],
-            flipping["relevant_first"],
-            flipping["random_order"],
-        )
+    return flipping and pictures.flipping_chart(
+        f"{element}-flipping",
+        flipping["covered_share"],
+        flipping["relevant_first"],
+        flipping["random_order"],
     )

@@ -27,7 +27,6 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
                 "name": name,
                 "facts": facts,
                 "background": facts.get("background") if facts else None,
-                "frozen": facts["frozen"] if facts else [],
                 "best_epoch": best,
                 "val_score": next((row["val_score"] for row in rows if row["epoch"] == best), None),
                 "evaluated": {
@@ -66,8 +65,7 @@ def _charts(name: str, rows: list[Epoch], best: int | None, task: str) -> list[M
     scores = [row["val_score"] for row in rows]
     epochs = [int(row["epoch"]) for row in rows]
     score = "accuracy" if task == "multiclass" else "AUROC"
-    charts = (
+    return [
         pictures.loss_chart(f"{name}-loss", epochs, loss, val_loss, best),
         pictures.score_chart(f"{name}-score", epochs, scores, best, score),
-    )
-    return [Markup(chart) for chart in charts]
+    ]

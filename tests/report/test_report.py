@@ -169,7 +169,7 @@ def test_mistakes_beyond_the_bound_are_rows_and_then_a_number(
     monkeypatch.setattr(mistakes, "MOST_LISTED", 2)
     section = mistakes_of(write(run))
     assert "The first 3 have pictures here, the next 2 a row in the table below" in section
-    assert f"{num - 5} are not on this page and stand in test/predictions.csv only" in section
+    assert f"{num - 5} are not on this page , only in test/predictions.csv" in section
     assert section.count("Predicted ") - 1 == 3 + 1  # three cards, a column
 
 
@@ -341,6 +341,7 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("run.json", '{"format": "cxrdist-run-2"}', "run `cxrdist train` again"),
         ("run.json", '{"format": "cxrdist-run-1"}', "started: is missing"),
         ("recipe.yaml", "a: [", "run `cxrdist train` again"),
+        ("recipe.yaml", "copies: 3", "copies: is 3, expected an object"),
         ("audit.json", '{"format": "cxrdist-audit-9"}', "run `cxrdist check --audit` again"),
         ("audit.json", '{"format": "cxrdist-audit-1"}', "task: is missing"),
         ("log.jsonl", "not json\n", "run `cxrdist train` again"),
@@ -588,6 +589,8 @@ def test_the_verdict_names_gaps_and_external_sets() -> None:
     (line,) = external_lines([{"metrics": None}, {"metrics": {}}, external])
     said = "External set rural: right on 75.0 % of 40 images; 95 % interval 60.0 % to 90.0 %."
     assert line.replace("\u00a0", " ") == said
+    (line,) = external_lines([{**external, "metrics": {**metrics, "fewest": 50}}])
+    assert line == "External set rural: too few to say (40 images)."
 
 
 # In a browser.
