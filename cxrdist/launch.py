@@ -23,7 +23,7 @@ import psutil
 from cxrdist.cli import read_arguments
 from cxrdist.errors import CxrdistError
 from cxrdist.lifetime import report_error
-from cxrdist.packaged import HARDWARE, names_in, path_of
+from cxrdist.packaged import HARDWARE, files_in, path_of
 from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS
 
 _received: dict[int, float] = {}
@@ -73,7 +73,7 @@ def _read(arguments: list[str]) -> Any:
         if not os.path.isfile(options.config_file):
             raise CxrdistError(
                 f"--config_file {options.config_file}: no such file; expected one, or "
-                f"{', '.join(names_in(HARDWARE))}"
+                f"{', '.join(files_in(HARDWARE))}"
             )
     if options.training_script == "cxrdist":
         read_arguments(options.training_script_args)
