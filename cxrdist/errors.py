@@ -80,11 +80,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 
 def require_modules(extra: str, *names: str) -> None:
-    """Check that the modules of an extra of the package are installed.
-
-    Raises:
-        CxrdistError: one is not.
-    """
+    """Raise CxrdistError unless all these modules of an extra of the package are installed."""
     try:
         for name in names:
             import_module(name)

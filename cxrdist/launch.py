@@ -46,19 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
     # torchrun would handle the other signals itself: kill the ranks, and exit with its own code.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     try:
-        options = _read(sys.argv[1:] if arguments is None else arguments)
-        return _launch(options)
+        return _launch(_read(sys.argv[1:] if arguments is None else arguments))
     except CxrdistError as error:
         report_error(error)
         return 2
 
 
 def _read(arguments: list[str]) -> Any:
-    """Parse the options of `accelerate launch`, and the cxrdist command after them.
-
-    Raises:
-        CxrdistError: an option, the hardware or the command is wrong.
-    """
+    """Parse the options of `accelerate launch`, and the cxrdist command after them."""
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
@@ -85,11 +80,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _launch(options: Any) -> int:
-    """Start the ranks, wait for them, and return their exit code.
-
-    Raises:
-        CxrdistError: accelerate or torch cannot start ranks in this way.
-    """
+    """Start the ranks, wait for them, and return their exit code."""
     from accelerate.commands.launch import launch_command
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

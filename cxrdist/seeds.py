@@ -54,8 +54,10 @@ def seeds(config: SeedsConfig) -> None:
     with staying_connected():
         accelerator = start()
         for number in chosen:
-            accelerator.print(f"{_name(number)} of {config.seeds}: {_what(recipes[number])}")
-            train(recipes[number])
+            recipe = recipes[number]
+            what = f"fold {recipe.fold}" if config.folds else f"seed {recipe.seed}"
+            accelerator.print(f"{_name(number)} of {config.seeds}: {what}")
+            train(recipe)
         if config.member is None:
             _join_members(config, recipes, accelerator)
         else:
@@ -69,7 +71,7 @@ def _refuse_bad_options(config: SeedsConfig) -> None:
     most = MOST_FOLDS if config.folds else MOST_MEMBERS
     if not 2 <= config.seeds <= most:
         raise CxrdistError(f"--seeds {config.seeds}: expected 2 to {most} members")
-    if config.member is not None and not 0 <= config.member < config.seeds:
+    if config.member is not None and config.member >= config.seeds:
         raise CxrdistError(
             f"--member {config.member}: expected 0 to {config.seeds - 1}, as there are "
             f"{config.seeds} members (--seeds)"
@@ -77,16 +79,11 @@ def _refuse_bad_options(config: SeedsConfig) -> None:
 
 
 def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
-    """Return the training options of one member.
-
-    Raises:
-        CxrdistError: the recipe is not valid.
-    """
+    """Return the training options of one member."""
     run = config.run / _name(number)
     paths = ["--shards", str(config.shards), "--run", str(run)]
     paths += ["--cache", str(config.cache)] if config.cache else []
-    parsed = parse(COMMANDS["train"], "train", ["--config", config.recipe, *paths])
-    recipe: TrainConfig = parsed
+    recipe: TrainConfig = parse(COMMANDS["train"], "train", ["--config", config.recipe, *paths])
     if config.folds:
         return replace(recipe, fold=f"{number + 1}/{config.seeds}")
     return replace(recipe, seed=number)
@@ -94,10 +91,6 @@ def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
 
 def _name(number: int) -> str:
     return f"member-{number}"
-
-
-def _what(recipe: TrainConfig) -> str:
-    return f"seed {recipe.seed}" if recipe.fold is None else f"fold {recipe.fold}"
 
 
 def _join_members(
@@ -143,9 +136,9 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
     """
     members = [RunDirectory(run.inside(name)) for name in names]
     ensemble = join(run, names)
-    if (run.model / "model.json").is_file() and is_ensemble(run.root):
-        old = read_document(run.model / "model.json", EnsembleFile)
-        if old["members"] == names:
+    file = run.model / "model.json"
+    if file.is_file() and is_ensemble(run.root):
+        if read_document(file, EnsembleFile)["members"] == names:
             return False
     infos = [read_info(member) for member in members]
     for name in COPIED:
@@ -153,11 +146,13 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
             with atomic_file(run.inside(name)) as partial:
                 shutil.copyfile(file, partial)
     write_text(run.recipe, recipe_yaml(replace(recipe, fold=None)))
-    finished = max(info["finished"] or "" for info in infos)
-    started = min(info["started"] for info in infos)
-    times = {"started": started, "finished": finished}
-    shards = describe_shards(read_index(recipe.shards))  # run.json of a fold counts its own splits
-    write_json(run.info, {**infos[0], **times, "shards": shards, "stages": {}})
+    own = {
+        "started": min(info["started"] for info in infos),
+        "finished": max(info["finished"] or "" for info in infos),
+        "shards": describe_shards(read_index(recipe.shards)),  # members count those of their fold
+        "stages": {},
+    }
+    write_json(run.info, {**infos[0], **own})
     with atomic_directory(run.model) as directory:
         save_ensemble(ensemble, directory)
     return True
