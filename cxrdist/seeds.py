@@ -104,11 +104,10 @@ def _join_members(
         for split in splits:
             _evaluate_once(config, run.inside(name), split, accelerator)
     with entering(accelerator, locked(run.root), here=main):
-        is_new = together(accelerator, lambda: _publish(run, names, recipes[0]) if main else False)
-    is_new = gather(accelerator, [is_new])[0]
+        together(accelerator, lambda: _publish(run, names, recipes[0], splits) if main else None)
     for split in splits:
         if not (config.folds and split == "val"):  # val differs between folds
-            _evaluate_once(config, run.root, split, accelerator, again=is_new)
+            _evaluate_once(config, run.root, split, accelerator)
     together(accelerator, lambda: _write_spread(config, names, splits) if main else None)
 
 
@@ -118,29 +117,30 @@ def _splits(config: SeedsConfig) -> list[str]:
     return ["test"] * has_test + ["val"] * (config.folds or not has_test)
 
 
-def _evaluate_once(
-    config: SeedsConfig, run: Path, split: Any, accelerator: Accelerator, *, again: bool = False
-) -> None:
+def _evaluate_once(config: SeedsConfig, run: Path, split: Any, accelerator: Accelerator) -> None:
     """Evaluate a run unless an earlier command has done it."""
     is_done = gather(accelerator, [RunDirectory(run).metrics(split).is_file()])[0]
-    if again or not is_done:
+    if not is_done:
         accelerator.print(f"{run.name}:")
         evaluate(EvaluateConfig(run, config.shards, split, cache=config.cache))
 
 
-def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
+def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig, splits: list[str]) -> None:
     """Write the files that make the directory a run: recipe, run.json and, last, the model.
 
-    Returns:
-        Whether the ensemble is new; False if the same one already exists.
+    Nothing is written if the ensemble of these members is already there.
     """
     members = [RunDirectory(run.inside(name)) for name in names]
     ensemble = join(run, names)
-    file = run.model / "model.json"
-    if file.is_file() and is_ensemble(run.root):
-        if read_document(file, EnsembleFile)["members"] == names:
-            return False
     infos = [read_info(member) for member in members]
+    finished = max(info["finished"] or "" for info in infos)
+    file = run.model / "model.json"
+    if file.is_file() and is_ensemble(run.root) and run.info.is_file():
+        same_members = read_document(file, EnsembleFile)["members"] == names
+        if same_members and read_info(run)["finished"] == finished:
+            return
+    for split in splits:  # results of an earlier ensemble
+        run.metrics(split).unlink(missing_ok=True)
     for name in COPIED:
         if (file := members[0].inside(name)).is_file():
             with atomic_file(run.inside(name)) as partial:
@@ -148,14 +148,13 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
     write_text(run.recipe, recipe_yaml(replace(recipe, fold=None)))
     own = {
         "started": min(info["started"] for info in infos),
-        "finished": max(info["finished"] or "" for info in infos),
+        "finished": finished,
         "shards": describe_shards(read_index(recipe.shards)),  # members count those of their fold
         "stages": {},
     }
     write_json(run.info, {**infos[0], **own})
     with atomic_directory(run.model) as directory:
         save_ensemble(ensemble, directory)
-    return True
 
 
 def _write_spread(config: SeedsConfig, names: list[str], splits: list[str]) -> None:
