@@ -91,10 +91,7 @@ def require_modules(extra: str, *names: str) -> None:
 def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:
     """Return the end of an error about an unknown name: the known names and the nearest one.
 
-    Args:
-        name: the unknown name.
-        names: the known names.
-        nearest: names to suggest as the nearest; if empty, the most similarly spelled one.
+    The most similarly spelled name is suggested, unless ``nearest`` has names to suggest.
     """
     from difflib import get_close_matches  # imported late: `cxrdist --help` does not need it
 

@@ -413,11 +413,7 @@ def settle_log(path: Path) -> int:
 
 
 def cut_log(path: Path, num_bytes: int) -> None:
-    """Truncate a log to its length at a checkpoint.
-
-    Raises:
-        CxrdistError: the log is shorter than it was then.
-    """
+    """Truncate a log to its length at a checkpoint; raise CxrdistError if it is shorter."""
     with room_for(path), open_regular(path, os.O_RDWR | os.O_CREAT) as log:
         if log.seek(0, os.SEEK_END) < num_bytes:
             raise CxrdistError(
@@ -431,7 +427,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Read a JSON-lines log, without an incomplete last line of a killed run.
 
     Raises:
-        CxrdistError: a line is not an object, a line is too long, or there are too many lines.
+        CxrdistError: a line is too long or not an object, or there are too many lines.
         OSError: the log cannot be read.
     """
     with open_regular(path, os.O_RDONLY) as log:

@@ -61,14 +61,10 @@ def describe(replicates: Replicates, seed: int) -> Intervals:
 def bounded(
     estimate: float, values: Values, patients: int, edge: Callable[[], Limits] | None = None
 ) -> Limits:
-    """Return the interval of a figure from 0 to 1.
+    """Return the interval of a figure from 0 to 1, given its values in the replicates.
 
-    Args:
-        estimate: the figure.
-        values: the figure in each replicate.
-        patients: number of patients behind the figure, such as those with the class for its
-            sensitivity.
-        edge: returns the interval of a figure of exactly 0 or 1; if None, Wilson's.
+    ``patients`` is the number of patients behind the figure, such as those with the class for its
+    sensitivity. ``edge`` returns the interval of a figure of exactly 0 or 1; if None, Wilson's.
     """
     if estimate in (0, 1):
         return edge() if edge else wilson(round(estimate * patients), patients)
@@ -131,7 +127,7 @@ def of_share(
 ) -> Limits | None:
     """Return the interval of the share of images in `part` among those in `whole`, [N] each.
 
-    None if `whole` is empty. The values of the replicates are computed if not given.
+    Return None if `whole` is empty. The values of the replicates are computed if not given.
     """
     if not whole.any():
         return None

@@ -33,9 +33,6 @@ _received: dict[int, float] = {}
 def main(arguments: list[str] | None = None) -> int:
     """Launch the ranks and wait for them.
 
-    Args:
-        arguments: of the command line; sys.argv if None.
-
     Returns:
         The ranks' exit code; if they differ, 75 before 2 before 1. It is 1 if a rank was killed or
         crashed without a stop request, because the launcher then stops the others. It is 2 if the

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cxrdist.errors import CxrdistError
 
@@ -16,7 +16,8 @@ STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 """Stage names are restricted because each stage has a directory of its name in the run."""
 
 
-class _Inside(NamedTuple):
+@dataclass(frozen=True)
+class _Inside:
     """An attribute of a run directory: the path of one of its files or directories."""
 
     name: str
@@ -25,7 +26,8 @@ class _Inside(NamedTuple):
         return run.inside(self.name)
 
 
-class _InSubset(NamedTuple):
+@dataclass(frozen=True)
+class _InSubset:
     """An attribute of a run directory: returns the path of a file or directory of a subset."""
 
     name: str
@@ -135,11 +137,7 @@ def refuse_bad_stage_name(name: str) -> None:
 
 
 def external_subset(name: str) -> str:
-    """Return the subset of a run that holds an external set, external/NAME.
-
-    Raises:
-        CxrdistError: the name is not valid for a directory.
-    """
+    """Return the subset of an external set, external/NAME; reject an invalid directory name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise CxrdistError(
             f"--name {name!r:.120}: expected letters, digits, dots, - and _, at most 100 "
@@ -155,11 +153,7 @@ def options_of(subset: str) -> str:
 
 
 def open_run(root: Path) -> RunDirectory:
-    """Return the directory of a finished run.
-
-    Raises:
-        CxrdistError: ``root`` contains no trained model.
-    """
+    """Return the directory of a finished run; raise CxrdistError if it has no trained model."""
     run = RunDirectory(root)
     run.inside("model", "model.safetensors")  # rejects a link
     if not run.inside("model", "model.json").is_file():
