@@ -160,8 +160,8 @@ def of_mean(
     """Return the interval of the mean of C figures, from their intervals and replicates.
 
     The distances of the limits are added like standard errors, with the correlations of the
-    replicates [C, replicates] (Zou 2007, Psychological Methods 12, 399-413). So the mean includes
-    the width of a class with few patients, and of one whose replicates are all equal.
+    replicates [C, replicates] (Zou 2007, Psychological Methods 12, 399-413). So the result is
+    wider for a class with few patients, and for one whose replicates are all equal.
     """
     correlation = np.eye(len(estimates))
     have_all = values[:, np.isfinite(values).all(axis=0)]

@@ -132,7 +132,7 @@ def find(flag: str, command: Command, name: str) -> Option:
 
 
 def _split_name(text: str, kind: Any) -> tuple[str, str]:
-    """Split NAME.FIELD into both, with dots allowed in NAME; values without fields are all NAME."""
+    """Split NAME.FIELD, where NAME may contain dots; if values have no fields, all is NAME."""
     if not is_dataclass(kind):
         return text, ""
     words = text.split(".")
@@ -306,7 +306,8 @@ def _refuse_urls(command: str, config: Any) -> None:
     """Reject URLs for options that need a local path."""
     allowed = {"pack": {"input", "masks", "out"}, "find-text": {"input"}}.get(command, {"shards"})
     for name, value in vars(config).items():
-        if name not in allowed and hasattr(value, "protocol"):
-            raise CxrdistError(
-                f"--{hyphened(name)} {value}: expected a path on this machine, not a URL"
-            )
+        for path in value if isinstance(value, list) else [value]:
+            if name not in allowed and hasattr(path, "protocol"):
+                raise CxrdistError(
+                    f"--{hyphened(name)} {path}: expected a path on this machine, not a URL"
+                )

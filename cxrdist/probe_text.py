@@ -408,7 +408,7 @@ def _write_pictures(
 def _choose_pictures(
     index: Index, boxes: SquareBoxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
 ) -> list[tuple[Kind, int, int]]:
-    """Choose kind of picture, place among the numbers, and class to explain; no picture twice."""
+    """Choose distinct pictures: their kind, position in `numbers`, and class to explain."""
     likeliest = plain.argmax(1).tolist()
     chosen: list[tuple[Kind, int, int]] = []
     for target, name in enumerate(index.classes):

@@ -1,7 +1,7 @@
 """JSON schemas of the documents that cxrdist writes, generated from the classes that read them.
 
-pydantic would make them too, but on Python 3.11 it takes no `typing.TypedDict`, and what it calls
-required is not what `cxrdist.documents.typed` does (defaults, NamedTuples, ``newer`` fields).
+pydantic does not suit: on Python 3.11 it rejects `typing.TypedDict`, and it requires other members
+than `cxrdist.documents.typed` does (defaults, NamedTuples, ``newer`` fields).
 """
 
 import json
@@ -64,7 +64,7 @@ def schema_of(name: str) -> Schema:
 
 
 def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
-    """Make the schema of a type as `cxrdist.documents.typed` reads it; add classes to a list."""
+    """Make the schema of a type as `cxrdist.documents.typed` reads it; define its classes."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return {}
@@ -94,10 +94,10 @@ def _sequence(origin: Any, kinds: tuple[Any, ...], definitions: dict[str, Schema
 
 
 def _record(kind: Any, definitions: dict[str, Schema]) -> Schema:
-    """Define a class, once, with what its docstrings say, and refer to it."""
+    """Define a class once, with the text of its docstrings, and return a reference to it."""
     name = f"{kind.__module__.removeprefix('cxrdist.')}.{kind.__name__}"
     if name not in definitions:
-        definitions[name] = {}  # a class may hold itself
+        definitions[name] = {}  # a class may refer to itself
         kinds, required = members(kind)
         text = parse_from_object(kind)
         notes = {note.arg_name: " ".join((note.description or "").split()) for note in text.params}

@@ -100,7 +100,7 @@ def library_config(model: Classifier) -> dict[str, Any]:
     """Describe a network in the form of timm (``timm.models.load_model_config_from_path``)."""
     mean, std = model.normalisation.mean, model.normalisation.std
     modules = model.network.named_modules()
-    content = {
+    content: dict[str, Any] = {
         "architecture": model.shape.architecture,
         "num_classes": len(model.classes),
         "label_names": model.classes,
@@ -120,7 +120,9 @@ def library_config(model: Classifier) -> dict[str, Any]:
     if model.shape.is_densenet:
         growth_rate, block_config = model.shape.dense_shape
         differences |= {"growth_rate": growth_rate, "block_config": list(block_config)}
-    return content | ({"model_args": differences} if differences else {})
+    if differences:  # from the published network
+        content["model_args"] = differences
+    return content
 
 
 def without_folders(origin: WeightsInfo | None) -> WeightsInfo | None:
