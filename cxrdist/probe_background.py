@@ -37,7 +37,7 @@ from cxrdist.evaluate.metrics import Metrics, Share
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.fields import hyphened
-from cxrdist.files import atomic_directory, locked, read_document, write_json
+from cxrdist.files import atomic_directory, locked, read_document, sweep, write_json
 from cxrdist.info import Amount, Count
 from cxrdist.intervals import Intervals
 from cxrdist.model.networks import block_names
@@ -165,6 +165,7 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
     index = read_index(config.shards)
     _refuse_unusable(index)
     with locked(config.out):
+        sweep(config.out, alone=True)
         begun = _derive_once(config, index)
         print(_describe_region(begun["region"], len(index.samples)))
         for variant, title in VARIANTS.items():
