@@ -13,15 +13,15 @@ Name = TypeVar("Name", str, Path)
 
 
 def files_in(folder: str) -> dict[str, Path]:
-    """Return the files of one of these folders by name (without ``.yaml``), alphabetically."""
+    """Return the YAML files of a folder of the package by name (without ``.yaml``), sorted."""
     found = Path(str(files("cxrdist") / folder)).glob("*.yaml")
     return {file.stem: file for file in sorted(found, key=lambda file: file.stem)}
 
 
 def path_of(folder: str, name: Name) -> Name:
-    """Return the path of the file of a name; an existing file of the user has precedence.
+    """Return the packaged file of a name; an existing file of that name or path has precedence.
 
-    Any other name or path is returned unchanged.
+    An unknown name or path is returned unchanged.
     """
     packaged = files_in(folder).get(str(name))
     return name if packaged is None or Path(name).is_file() else type(name)(packaged)

@@ -192,7 +192,7 @@ def _refuse_unusable(index: Index) -> None:
 
 
 def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
-    """Make the four sets of shards; keep those that an earlier command has made of the same."""
+    """Make the four sets of shards, or keep those of an earlier command with the same inputs."""
     made = config.out / "shards"
     masks = None if config.masks is None else str(config.masks)
     if made.is_dir():

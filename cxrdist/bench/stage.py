@@ -95,7 +95,7 @@ def take_steps(stage: StageRun, num_steps: int) -> int:
 def plain_step(
     shape: Network, size_px: int, num_images: int, precision: torch.dtype, device: torch.device
 ) -> Callable[[], None]:
-    """Return a function that trains all blocks for one step: warp, passes and optimiser.
+    """Return a function for one step of all blocks: warp, forward and backward pass, optimiser.
 
     It leaves out the loop, other ranks and compilation. ``precision`` is the dtype of autocast,
     float32 for none.
