@@ -68,10 +68,6 @@ class Replicates:
         """Return the AUROC of scores [N] for a truth [N] in each replicate; ties count for half."""
         return self.ranking(scores, truth)[0]
 
-    def average_precision(self, scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> Values:
-        """Return the average precision of scores [N] for a truth [N] in each replicate."""
-        return self.ranking(scores, truth)[1]
-
     def ranking(
         self, scores: NDArray[np.float64], truth: NDArray[np.bool_]
     ) -> tuple[Values, Values]:
@@ -130,12 +126,8 @@ def draw(
 ) -> Replicates:
     """Draw patients with replacement within strata.
 
-    Args:
-        patients: of the N images.
-        strata: of the N images, such as their classes; patients with the same set of strata form
-            one stratum.
-        replicates: number of replicates.
-        seed: of the draws.
+    ``patients`` and ``strata`` (such as the class) are given for each of the N images. Patients
+    with the same set of strata form one stratum.
     """
     column = {name: i for i, name in enumerate(dict.fromkeys(patients))}
     strata_of: list[set[str]] = [set() for _ in column]
@@ -158,10 +150,7 @@ def rarest_class(has: NDArray[np.bool_], patients: Sequence[str]) -> list[str]:
     """Return for each image the rank of the rarest class that its patient has; C for none.
 
     With these strata, of which there are at most C + 1, no replicate lacks the rarest class.
-
-    Args:
-        has: the classes of the N images, bool [N, C].
-        patients: of the N images.
+    ``has`` are the classes of the N images, bool [N, C].
     """
     rank = np.argsort(np.argsort(has.sum(axis=0), kind="stable"))
     ranks = np.where(has, rank, len(rank)).min(axis=1, initial=len(rank))

@@ -6,14 +6,13 @@ A recipe's file begins with a comment. Its first sentence describes the purpose;
 
 import re
 from itertools import takewhile
-from pathlib import Path
 from textwrap import fill
 
 from cxrdist.config import RecipesConfig
 from cxrdist.documents import parse_yaml
 from cxrdist.errors import CxrdistError, choices
 from cxrdist.options import RECIPES_OF
-from cxrdist.packaged import names_in, path_of
+from cxrdist.packaged import files_in
 
 FIGURES = ("Expected:", "Measured:")
 
@@ -25,12 +24,16 @@ def recipes(config: RecipesConfig) -> None:
         CxrdistError: there is no recipe of this name.
     """
     if config.name is not None:
-        print(_file(config.name).read_text(encoding="utf-8"), end="")
+        files = {n: f for folder in RECIPES_OF.values() for n, f in files_in(folder).items()}
+        if config.name not in files:
+            known = choices(config.name, files)
+            raise CxrdistError(f"recipes: no recipe {config.name!r}; {known}")
+        print(files[config.name].read_text(encoding="utf-8"), end="")
         return
     for command, folder in RECIPES_OF.items():
         print(f"cxrdist {command} --config NAME:\n")
-        for name in names_in(folder):
-            text = Path(path_of(folder, name)).read_text(encoding="utf-8")
+        for name, file in files_in(folder).items():
+            text = file.read_text(encoding="utf-8")
             lines = [*summary(text), *_counts(text)]
             print("\n".join([f"  {name}", *map(_indented, lines)]) + "\n")
     print("`cxrdist recipes NAME` prints one; any of its fields is a flag, see README, Recipes")
@@ -50,19 +53,6 @@ def _counts(text: str) -> list[str]:
     expected = parse_yaml(text.encode()).get("expect", {})
     counts = ", ".join(f"{name} {images:,}" for name, images in expected.items())
     return [f"Expected images per class: {counts}."] if counts else []
-
-
-def _file(name: str) -> Path:
-    """Return the file of a recipe.
-
-    Raises:
-        CxrdistError: no recipe has this name.
-    """
-    for folder in RECIPES_OF.values():
-        if name in names_in(folder):
-            return Path(path_of(folder, name))
-    known = [known for folder in RECIPES_OF.values() for known in names_in(folder)]
-    raise CxrdistError(f"recipes: no recipe {name!r}; {choices(name, known)}")
 
 
 def _indented(line: str) -> str:

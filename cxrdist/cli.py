@@ -20,7 +20,7 @@ from cxrdist.errors import (
 )
 from cxrdist.lifetime import another_rank_failed, end_with_launcher, report_error
 from cxrdist.options import Command, parse
-from cxrdist.packaged import RECIPES, names_in
+from cxrdist.packaged import RECIPES, files_in
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
 
 COMMANDS = {
@@ -116,11 +116,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _answer(arguments: list[str]) -> int:
     """Print the help or the version, or run the command."""
-    lines = [f"  {name:<17}{command.help}" for name, command in COMMANDS.items()]
-    usage = USAGE.format(commands="\n".join(lines))
     first = arguments[1:2] if arguments and _is_group(arguments[0]) else arguments[:1]
     if not arguments or first in (["-h"], ["--help"]):
-        print(usage, end="")
+        lines = [f"  {name:<17}{command.help}" for name, command in COMMANDS.items()]
+        print(USAGE.format(commands="\n".join(lines)), end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
         print(f"cxrdist {__version__}")
@@ -155,7 +154,7 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
     if recipe is None:
         return COMMANDS[name], parse(COMMANDS[name], name, rest), ""
     config = parse(COMMANDS[name], name, ["--config", recipe, *rest])
-    others = ", ".join(names_in(RECIPES))
+    others = ", ".join(files_in(RECIPES))
     return COMMANDS[name], config, f"recipe: {recipe}, {why}; --config takes another: {others}"
 
 
@@ -174,11 +173,7 @@ def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
 
 
 def _report_failure(error: Exception) -> int:
-    """Print an error for users in one line, and return the exit code.
-
-    Raises:
-        Exception: the error itself, if it is a bug and not an error for users.
-    """
+    """Print an error for users in one line, and return the exit code; raise any other error."""
     line: object = error
     if isinstance(error, OSError):
         line = failure_of(error)
@@ -220,11 +215,7 @@ def _print_what_cannot_be_encoded() -> None:
 
 
 def _command(arguments: list[str]) -> tuple[str, list[str]]:
-    """Return the command, of one or two words, and the arguments after it.
-
-    Raises:
-        CxrdistError: there is no such command.
-    """
+    """Return the command, of one or two words, and the arguments after it."""
     for words in (1, 2):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
@@ -243,5 +234,4 @@ def _is_group(word: str) -> bool:
 
 def _entry(command: Command) -> Callable[[Any], Any]:
     module, function = command.entry.split(":")
-    entry: Callable[[Any], Any] = getattr(import_module(f"cxrdist.{module}"), function)
-    return entry
+    return getattr(import_module(f"cxrdist.{module}"), function)

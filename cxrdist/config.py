@@ -307,33 +307,20 @@ class Network:
     its two hidden layers."""
 
     def __post_init__(self) -> None:
-        """Reject unknown, invalid and excessively large networks.
-
-        Raises:
-            CxrdistError: the architecture is unknown, does not take these options, or would be much
-                larger than any published DenseNet.
-        """
-        names = get_args(Architecture)
-        if self.architecture not in names:
-            known = choices(str(self.architecture), names)
+        """Raise CxrdistError for an unknown network, or one much larger than the published ones."""
+        if self.architecture not in get_args(Architecture):
+            known = choices(str(self.architecture), get_args(Architecture))
             raise CxrdistError(f"architecture: is {self.architecture!r:.40}, {known}")
-        if self.is_densenet:
-            self._refuse_large()
-        else:
-            shape = (("growth_rate", self.growth_rate), ("block_config", self.block_config))
-            for name, value in shape:
-                if value is not None:
-                    raise CxrdistError(
-                        f"{name}: is for DenseNets, and architecture is {self.architecture}; "
-                        "leave it out"
-                    )
-
-    def _refuse_large(self) -> None:
-        growth_rate, block_config = self.dense_shape
-        bounds = [("growth_rate", growth_rate, MOST_GROWTH_RATE)]
-        bounds += [("block_config", layers, MOST_DENSE_LAYERS) for layers in block_config]
+        for name in ("growth_rate", "block_config"):
+            if not self.is_densenet and getattr(self, name) is not None:
+                raise CxrdistError(
+                    f"{name}: is for DenseNets, and architecture is {self.architecture}; "
+                    "leave it out"
+                )
+        bounds = [("growth_rate", self.growth_rate, MOST_GROWTH_RATE)]
+        bounds += [("block_config", n, MOST_DENSE_LAYERS) for n in self.block_config or ()]
         for name, value, most in bounds:
-            if type(value) is not int or not 1 <= value <= most:
+            if value is not None and (type(value) is not int or not 1 <= value <= most):
                 raise CxrdistError(f"{name}: has {value!r:.40}, expected 1 to {most}")
 
     @property
@@ -348,13 +335,7 @@ class Network:
 
     @property
     def dense_shape(self) -> tuple[int, tuple[int, ...]]:
-        """Return the growth rate of a DenseNet, and the number of layers of each block.
-
-        Raises:
-            ValueError: the network is not a DenseNet.
-        """
-        if not self.is_densenet:
-            raise ValueError(f"{self.architecture} is not a DenseNet")
+        """Return the growth rate and the layers of each block; raise KeyError if not a DenseNet."""
         growth_rate, block_config = DENSENETS[self.architecture]
         return (
             growth_rate if self.growth_rate is None else self.growth_rate,

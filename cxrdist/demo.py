@@ -81,7 +81,7 @@ def demo(config: DemoConfig) -> None:
     evaluate(EvaluateConfig(run, shards, cache=cache))
     explain(ExplainConfig(run, shards, cache=cache, limit=EXPLAINED_IMAGES))
     if config.source == "phantom":
-        _print_relevance_in_opacities(images, shards, run)
+        _print_relevance_in_opacities(images / "opacities.csv", shards, run)
         boxes = config.out / "boxes.csv"
         write_word_boxes(images / "opacities.csv", boxes, ORIGINAL_SIZE_PX)
         probe_text(ProbeTextConfig(run, shards, boxes=boxes, cache=cache))
@@ -139,9 +139,9 @@ def _train_on_all_ranks(recipe: str, shards: Path, run: Path, cache: Path) -> No
         raise RunFailedError(f"the training ended with exit code {code}; see its message above")
 
 
-def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None:
+def _print_relevance_in_opacities(table: Path, shards: Path, run: Path) -> None:
     """Print the share of the positive relevance for the true class that lies in the opacities."""
-    boxes = _planted_boxes(images / "opacities.csv", "opacity")
+    boxes = _planted_boxes(table, "opacity")
     shares, areas = [], []
     for sample in read_index(shards).samples:
         file = run / "test" / "relevance" / f"{sample.key}.npz"
@@ -157,7 +157,7 @@ def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None
     if not shares:
         print("no explained image with opacities has positive relevance for its class")
         return
-    share, area = float(np.mean(shares)), float(np.mean(areas))
+    share, area = np.mean(shares), np.mean(areas)
     print(
         f"positive relevance in the planted opacities: {share:.1%}, by chance {area:.1%} "
         f"(their area): {share / area:.2f} times chance, mean of {len(shares)} test images"
@@ -167,10 +167,7 @@ def _print_relevance_in_opacities(images: Path, shards: Path, run: Path) -> None
 def write_word_boxes(table: Path, out: Path, image_size_px: int) -> None:
     """Write the boxes of the words in phantoms, in the format of `cxrdist find-text`.
 
-    Args:
-        table: opacities.csv of `write_phantoms`.
-        out: the CSV to write.
-        image_size_px: side of the phantoms.
+    ``table`` is the opacities.csv of `write_phantoms`.
     """
     boxes = {
         path: [scaled(Box(x, y, w, h, WORD), image_size_px, image_size_px) for x, y, w, h in words]

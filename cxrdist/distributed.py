@@ -12,11 +12,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    gather_object,
-)
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from cxrdist.environment import ON, PRECISION, USE_CPU, refuse_settings
 from cxrdist.errors import CxrdistError, RunFailedError, choices, failure_of
@@ -55,10 +51,7 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
     """Build the Accelerator of this process: the launched ranks, GPU or CPU, mixed precision.
 
     Operations that mixed precision keeps in float32 use full float32, without TensorFloat-32.
-
-    Args:
-        tracking: Accelerate trackers by name.
-        tracking_dir: where they write.
+    The trackers (`read_trackers`) write to ``tracking_dir``.
 
     Raises:
         CxrdistError: a tracker is unknown or not installed, the process was launched as one of
@@ -104,11 +97,7 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
 
 
 def _refuse_too_few_gpus() -> None:
-    """Check that each rank of this machine has its own GPU, if the machine has any.
-
-    Raises:
-        CxrdistError: there are more ranks than GPUs.
-    """
+    """Check that each rank of this machine has its own GPU, if the machine has any."""
     ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if ranks > gpus > 0 and os.environ.get(USE_CPU, "no").lower() not in ON:
         raise CxrdistError(
@@ -122,11 +111,7 @@ def refuse_other_mathematics(accelerator: Accelerator) -> None:
     """Reject accelerate settings that would change the results.
 
     `refuse_settings` reads the environment variables; this checks the state that this version of
-    accelerate derived from them.
-
-    Raises:
-        CxrdistError: accelerate would accumulate gradients, compile, shard, or use another
-            precision.
+    accelerate derived from them: no accumulation, compilation or sharding, the same precision.
     """
     state = accelerator.state
     built = {
@@ -203,12 +188,7 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def entering(
     accelerator: Accelerator, context: AbstractContextManager[object], *, here: bool
 ) -> Iterator[None]:
-    """Enter a context, such as a lock, on some ranks; if that fails on one of them, all stop.
-
-    Args:
-        accelerator: of this rank.
-        context: to be held.
-        here: whether this rank enters it.
+    """Enter a context, such as a lock, on some ranks (`here`); if one of them fails, all stop.
 
     Raises:
         CxrdistError, RunFailedError: as from `together`.
@@ -250,14 +230,12 @@ def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
     """Return the lists of all ranks concatenated in rank order, on every rank."""
     if accelerator.num_processes == 1:
         return rows
-    gathered: list[Any] = gather_object(rows)
-    return gathered
+    return gather_object(rows)
 
 
 def gather_tensor(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """Stack the tensors of all ranks to [world size, ...], on every rank, on the CPU."""
-    stacked: torch.Tensor = accelerator.gather(values.unsqueeze(0))
-    return stacked.cpu()
+    return accelerator.gather(values.unsqueeze(0)).cpu()
 
 
 # Custom operators, so that torch.compile does not break the graph of a step at a collective.
@@ -289,5 +267,4 @@ def _(values: torch.Tensor) -> torch.Tensor:
 
 def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over the ranks; the caller divides once."""
-    total: torch.Tensor = accelerator.reduce(values, reduction="sum")
-    return total
+    return accelerator.reduce(values, reduction="sum")

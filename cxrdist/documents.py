@@ -1,4 +1,7 @@
-"""Parse untrusted JSON and YAML: bound it while parsing, then check it against its type."""
+"""Parse untrusted JSON and YAML: bound it while parsing, then check it against its type.
+
+Invalid documents raise a ValueError whose message describes the fault and its position.
+"""
 
 import json
 import math
@@ -131,11 +134,7 @@ Sha256 = Annotated[str, Matching("[0-9a-f]{64}", "64 hexadecimal digits")]
 
 
 def parse_json(data: bytes) -> Any:
-    """Parse JSON with finite numbers and bounded size, depth and integers.
-
-    Raises:
-        ValueError: the document is different; the message says how.
-    """
+    """Parse JSON with finite numbers and bounded size, depth and integers."""
     if len(data) > MOST_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_BYTES}")
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
@@ -202,20 +201,12 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(data: bytes) -> dict[str, Any]:
-    """Parse a recipe: a YAML object of plain values, bounded, without duplicate names.
-
-    Raises:
-        ValueError: the document is different; the message says how.
-    """
+    """Parse a recipe: a YAML object of plain values, bounded, without duplicate names."""
     return _object(parse_yaml_value(data), "")
 
 
 def parse_yaml_value(data: bytes) -> Any:
-    """Parse YAML of any value (an object, a list, a number ...) with the checks of `parse_yaml`.
-
-    Raises:
-        ValueError: the document is different; the message says how.
-    """
+    """Parse YAML of any value (an object, a list, a number ...) with the checks of `parse_yaml`."""
     if len(data) > MOST_YAML_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_YAML_BYTES}")
     try:
@@ -237,11 +228,7 @@ def parse_yaml_value(data: bytes) -> Any:
 
 
 def _refuse_twice(root: yaml.Node | None) -> None:
-    """Reject duplicate names in an object, of which PyYAML would silently take the last.
-
-    Raises:
-        ValueError: an object has duplicate names.
-    """
+    """Reject duplicate names in an object, of which PyYAML would silently take the last."""
     waiting, seen = [root], set[int]()
     while waiting:
         node = waiting.pop()
@@ -259,11 +246,7 @@ def _refuse_twice(root: yaml.Node | None) -> None:
 
 
 def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
-    """Count the values with all aliases expanded; infinite if an alias contains itself.
-
-    Raises:
-        ValueError: the values are nested deeper than `MOST_DEPTH`.
-    """
+    """Count the values with all aliases expanded; infinite if an alias contains itself."""
     if depth > MOST_DEPTH:
         raise ValueError(f"is nested deeper than {MOST_DEPTH} levels")
     if not isinstance(value, (dict, list)):
@@ -278,20 +261,16 @@ def _expanded(value: Any, known: dict[int, float], depth: int) -> float:
 def typed(value: Any, kind: type[T], where: str = "") -> T:
     """Check parsed JSON against a type, and build instances of it.
 
-    Dataclasses and NamedTuples become instances and run their own checks. All their fields must be
-    present, even those with defaults, which are meant for code; except fields with the metadata
-    ``newer``, which older documents lack and whose default is right for these. A TypedDict stays a
-    dict. Undeclared names are ignored: a newer version may write more. Changes of meaning change
-    `format`, which is declared first because members are checked in order.
+    Dataclasses and NamedTuples become instances and run their own checks; a TypedDict stays a dict.
+    Fields with defaults must be present as well, except those with the metadata ``newer``, which
+    older documents lack. Undeclared names are ignored: a newer version may write more. Changes of
+    meaning change `format`, which is declared first because members are checked in order.
 
     Args:
         value: from `parse_json`.
         kind: a type made of such classes, list, tuple, dict[str, ...], Literal, unions, str, int,
             float, bool, None and Any.
         where: name of the value in errors; empty for a whole document.
-
-    Raises:
-        ValueError: the value has another type; the message says where.
     """
     return cast(T, _typed(value, kind, where))
 

@@ -55,12 +55,7 @@ MENDS = {
 def refuse_settings(*, gpu: bool) -> None:
     """Reject environment variables that would change results against the recipe.
 
-    Args:
-        gpu: whether this machine has a GPU.
-
-    Raises:
-        CxrdistError: a variable requests something that cxrdist does not do, or fp16 on a CPU,
-            where accelerate would silently use float32.
+    On a machine without a GPU, fp16 is rejected, too: accelerate would silently use float32.
     """
     for name, value in sorted(os.environ.items()):
         expected = EXPECTED.get(name, OFF if name.startswith(KINDS) else None)

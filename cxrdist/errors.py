@@ -80,11 +80,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
 
 
 def require_modules(extra: str, *names: str) -> None:
-    """Check that the modules of an extra of the package are installed.
-
-    Raises:
-        CxrdistError: one is not.
-    """
+    """Raise CxrdistError unless all these modules of an extra of the package are installed."""
     try:
         for name in names:
             import_module(name)
@@ -95,10 +91,7 @@ def require_modules(extra: str, *names: str) -> None:
 def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:
     """Return the end of an error about an unknown name: the known names and the nearest one.
 
-    Args:
-        name: the unknown name.
-        names: the known names.
-        nearest: names to suggest as the nearest; if empty, the most similarly spelled one.
+    The most similarly spelled name is suggested, unless ``nearest`` has names to suggest.
     """
     from difflib import get_close_matches  # imported late: `cxrdist --help` does not need it
 

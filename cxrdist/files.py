@@ -32,9 +32,7 @@ _PARTIAL = re.compile(r"\..+\.([^.]+)\.(\d+)\.partial")
 def open_regular(path: Path, flags: int) -> BinaryIO:
     """Open a regular file, buffered; reject links and pipes, since its directory is untrusted.
 
-    Args:
-        path: of the file; directories above it may be links.
-        flags: of `os.open`; a new file gets the mode that the umask leaves.
+    Directories above it may be links. The flags are those of `os.open`.
 
     Raises:
         CxrdistError: the path is not a regular file.
@@ -150,10 +148,8 @@ def _host() -> str:
 def sweep(directory: Path, *, alone: bool = False) -> None:
     """Remove half-written files and directories that dead processes have left in a directory.
 
-    Args:
-        directory: where to look, without its subfolders, for names made by `_partial`.
-        alone: whether the caller holds the lock, so that no other process writes here. Without it,
-            only processes of this host can be checked, and only their leftovers are removed.
+    Only processes of this host can be checked, so leftovers of others are removed only if the
+    caller holds the lock, which means that no other process writes here (`alone`).
     """
     for partial in directory.glob(".*.partial"):
         match = _PARTIAL.fullmatch(partial.name)
@@ -280,14 +276,10 @@ def _exchange(new: Path, old: Path) -> None:
 
 
 def publish(made: Path, path: Path) -> None:
-    """Move a complete directory to its final path.
+    """Move a complete directory to its final path, local or fsspec.
 
     An object store has no atomic rename, so index.json is uploaded last: a directory with an index
-    is complete.
-
-    Args:
-        made: on this machine; all files in it are complete.
-        path: final path, local or fsspec; may exist as an empty directory.
+    is complete. A local path may exist as an empty directory.
     """
     if isinstance(path, Path):
         _sync(made)
@@ -338,24 +330,15 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file, with the bounds of `parse_json`.
-
-    Raises:
-        CxrdistError: it is missing or damaged.
-    """
+    """Read a JSON file of any content, as `read_document` does."""
     return read_document(path, object)
 
 
 def read_document(path: Path, kind: type[T], mend: str = "copy the directory again") -> T:
-    """Read a JSON file and check it against its declared type; see `typed`.
-
-    Args:
-        path: local or fsspec.
-        kind: type of the document.
-        mend: what the user can do about a damaged one.
+    """Read a JSON file, local or fsspec, and check it against its declared type; see `typed`.
 
     Raises:
-        CxrdistError: the file is missing, damaged or of another type.
+        CxrdistError: the file is missing, damaged or of another type; `mend` is what to do then.
         RunFailedError: permission to read it is missing.
     """
     with judging(path, mend):
@@ -387,11 +370,7 @@ def judging(where: Path | str, mend: str) -> Iterator[None]:
 
 
 def read_recipe(path: Path, mend: str) -> tuple[str, dict[str, Any]]:
-    """Return the text of a recipe and its parsed content.
-
-    Raises:
-        CxrdistError: it cannot be read, or is not a YAML object within the bounds of `parse_yaml`.
-    """
+    """Return the text of a recipe and its parsed content; errors are those of `judging`."""
     with judging(path, mend):
         data = read_bytes(path, MOST_YAML_BYTES)
         return data.decode("utf-8-sig"), parse_yaml(data)
@@ -413,8 +392,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size if is_local else path.stat().st_size
         if size > most:
             raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}; copy it again")
-        content: bytes = file.read(size)
-    return content
+        return file.read(size)
 
 
 def now() -> str:
@@ -423,11 +401,7 @@ def now() -> str:
 
 
 def append_log(path: Path, row: dict[str, Any]) -> None:
-    """Append one object to a JSON-lines log.
-
-    Raises:
-        RunFailedError: the disk is full.
-    """
+    """Append one object to a JSON-lines log."""
     with room_for(path), open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as log:
         log.write(json.dumps(row, allow_nan=False).encode() + b"\n")
 
@@ -439,11 +413,7 @@ def settle_log(path: Path) -> int:
 
 
 def cut_log(path: Path, num_bytes: int) -> None:
-    """Truncate a log to its length at a checkpoint.
-
-    Raises:
-        CxrdistError: the log is shorter than it was then.
-    """
+    """Truncate a log to its length at a checkpoint; raise CxrdistError if it is shorter."""
     with room_for(path), open_regular(path, os.O_RDWR | os.O_CREAT) as log:
         if log.seek(0, os.SEEK_END) < num_bytes:
             raise CxrdistError(
@@ -457,7 +427,7 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Read a JSON-lines log, without an incomplete last line of a killed run.
 
     Raises:
-        CxrdistError: a line is not an object, a line is too long, or there are too many lines.
+        CxrdistError: a line is too long or not an object, or there are too many lines.
         OSError: the log cannot be read.
     """
     with open_regular(path, os.O_RDONLY) as log:

@@ -126,11 +126,7 @@ class RunInfo(TypedDict):
 
 
 def read_info(run: RunDirectory) -> RunInfo:
-    """Read run.json.
-
-    Raises:
-        CxrdistError: the file is missing, or has another format.
-    """
+    """Read run.json; raise CxrdistError if it is missing or has another format."""
     mend = "run `cxrdist train` again"
     if not run.info.is_file():
         raise CxrdistError(

@@ -61,14 +61,10 @@ def describe(replicates: Replicates, seed: int) -> Intervals:
 def bounded(
     estimate: float, values: Values, patients: int, edge: Callable[[], Limits] | None = None
 ) -> Limits:
-    """Return the interval of a figure from 0 to 1.
+    """Return the interval of a figure from 0 to 1, given its values in the replicates.
 
-    Args:
-        estimate: the figure.
-        values: the figure in each replicate.
-        patients: number of patients behind the figure, such as those with the class for its
-            sensitivity.
-        edge: returns the interval of a figure of exactly 0 or 1; if None, Wilson's.
+    ``patients`` is the number of patients behind the figure, such as those with the class for its
+    sensitivity. ``edge`` returns the interval of a figure of exactly 0 or 1; if None, Wilson's.
     """
     if estimate in (0, 1):
         return edge() if edge else wilson(round(estimate * patients), patients)
@@ -131,7 +127,7 @@ def of_share(
 ) -> Limits | None:
     """Return the interval of the share of images in `part` among those in `whole`, [N] each.
 
-    None if `whole` is empty. The values of the replicates are computed if not given.
+    Return None if `whole` is empty. The values of the replicates are computed if not given.
     """
     if not whole.any():
         return None
@@ -164,8 +160,8 @@ def of_mean(
     """Return the interval of the mean of C figures, from their intervals and replicates.
 
     The distances of the limits are added like standard errors, with the correlations of the
-    replicates [C, replicates] (Zou 2007, Psychological Methods 12, 399-413). So the mean includes
-    the width of a class with few patients, and of one whose replicates are all equal.
+    replicates [C, replicates] (Zou 2007, Psychological Methods 12, 399-413). So the result is
+    wider for a class with few patients, and for one whose replicates are all equal.
     """
     correlation = np.eye(len(estimates))
     have_all = values[:, np.isfinite(values).all(axis=0)]

@@ -23,7 +23,7 @@ import psutil
 from cxrdist.cli import read_arguments
 from cxrdist.errors import CxrdistError
 from cxrdist.lifetime import report_error
-from cxrdist.packaged import HARDWARE, names_in, path_of
+from cxrdist.packaged import HARDWARE, files_in, path_of
 from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS
 
 _received: dict[int, float] = {}
@@ -32,9 +32,6 @@ _received: dict[int, float] = {}
 
 def main(arguments: list[str] | None = None) -> int:
     """Launch the ranks and wait for them.
-
-    Args:
-        arguments: of the command line; sys.argv if None.
 
     Returns:
         The ranks' exit code; if they differ, 75 before 2 before 1. It is 1 if a rank was killed or
@@ -46,19 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     # torchrun would handle the other signals itself: kill the ranks, and exit with its own code.
     os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     try:
-        options = _read(sys.argv[1:] if arguments is None else arguments)
-        return _launch(options)
+        return _launch(_read(sys.argv[1:] if arguments is None else arguments))
     except CxrdistError as error:
         report_error(error)
         return 2
 
 
 def _read(arguments: list[str]) -> Any:
-    """Parse the options of `accelerate launch`, and the cxrdist command after them.
-
-    Raises:
-        CxrdistError: an option, the hardware or the command is wrong.
-    """
+    """Parse the options of `accelerate launch`, and the cxrdist command after them."""
     from accelerate.commands.launch import launch_command_parser
 
     parser = launch_command_parser()
@@ -73,7 +65,7 @@ def _read(arguments: list[str]) -> Any:
         if not os.path.isfile(options.config_file):
             raise CxrdistError(
                 f"--config_file {options.config_file}: no such file; expected one, or "
-                f"{', '.join(names_in(HARDWARE))}"
+                f"{', '.join(files_in(HARDWARE))}"
             )
     if options.training_script == "cxrdist":
         read_arguments(options.training_script_args)
@@ -85,11 +77,7 @@ def _refuse(message: str) -> NoReturn:
 
 
 def _launch(options: Any) -> int:
-    """Start the ranks, wait for them, and return their exit code.
-
-    Raises:
-        CxrdistError: accelerate or torch cannot start ranks in this way.
-    """
+    """Start the ranks, wait for them, and return their exit code."""
     from accelerate.commands.launch import launch_command
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

@@ -49,7 +49,9 @@ def end_with_launcher() -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent or not _below_python():  # the launcher died before prctl
         _end("the launcher of this rank has died; run the same command again")
-    if os.environ.get("GROUP_RANK", "0") != "0" and _launcher_keeps_store():
+    # The ranks connect through a store of the first node's launcher if the second variable is set.
+    on_other_node = os.environ.get("GROUP_RANK", "0") != "0"
+    if on_other_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         threading.Thread(target=_watch_first_launcher, daemon=True).start()
 
 
@@ -119,11 +121,6 @@ def _below_python() -> bool:
         # pid (name) state parent ...; a name may contain spaces and brackets
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return False
-
-
-def _launcher_keeps_store() -> bool:
-    """Return whether the ranks connect through a store of the first node's launcher."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _watch_first_launcher() -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +24,7 @@ from cxrdist.data.outlines import (
 )
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.predictions import (
-    LoadedRun,
-    in_order,
-    load_run,
-    predict_split,
-    rank_batches,
-)
+from cxrdist.evaluate.predictions import LoadedRun, in_order, load_run, predict_split, rank_batches
 from cxrdist.explain.heatmap import enlarged, overlay
 from cxrdist.explain.localisation import (
     ALL,
@@ -47,9 +41,10 @@ from cxrdist.explain.localisation import (
     score_map,
     summarise,
 )
+from cxrdist.explain.pictures import save_picture
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
-from cxrdist.files import atomic_file, sweep, write_json
+from cxrdist.files import sweep, write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
@@ -73,17 +68,7 @@ NAMES: Mapping[Method, str] = {
 
 @dataclass(frozen=True)
 class _Work:
-    """Inputs that each rank needs to score its share of the cases.
-
-    Attributes:
-        loaded: the model and the shards.
-        split: the scored split.
-        model: the network.
-        explainer: the explainer of the network.
-        outlines: the outlines that people drew.
-        means: mean outline [S, S] of train by class, and of all classes; empty without cases.
-        batch_size: images per forward pass.
-    """
+    """Inputs that each rank needs to score its share of the cases."""
 
     loaded: LoadedRun
     split: str
@@ -91,6 +76,7 @@ class _Work:
     explainer: Explainer
     outlines: Outlines
     means: Mapping[str, NDArray[np.float64]]
+    """Mean outline [S, S] of train by class, and of `ALL`; empty without cases."""
     batch_size: int
 
 
@@ -119,12 +105,12 @@ def localise(config: LocaliseConfig) -> None:
     val = _score_cases(work, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
     scored = _score_cases(work, cases[ALL])
     if accelerator.is_main_process:
-        subset = loaded.subset
-        sweep(loaded.run.localisation(subset).parent)
+        file = loaded.run.localisation(loaded.subset)
+        sweep(file.parent)
         scores = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
-        write_json(loaded.run.localisation(subset), scores)
+        write_json(file, scores)
         print(summary(scores))
-        print(f"all scores: {loaded.run.localisation(subset)}, and in the report")
+        print(f"all scores: {file}, and in the report")
     finish(accelerator)
 
 
@@ -150,11 +136,7 @@ def _read_outlines(config: LocaliseConfig, loaded: LoadedRun) -> Outlines:
 
 
 def _cases_by_split(split: str, loaded: LoadedRun, outlines: Outlines) -> dict[str, list[Case]]:
-    """Group the cases: the scored split under `ALL`, others of train and val by their names.
-
-    Raises:
-        CxrdistError: the split has no cases.
-    """
+    """Group the cases: the scored split under `ALL`, others of train and val by their names."""
     samples = loaded.index.samples
     cases: dict[str, list[Case]] = {name: [] for name in (ALL, "val", "train")}
     for case in outlines.shapes:
@@ -204,13 +186,8 @@ def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
     """
     loaded, accelerator = work.loaded, work.loaded.accelerator
     numbers = np.array(sorted({number for number, _ in cases}), dtype=np.int64)
-    logits = dict(
-        zip(
-            numbers.tolist(),
-            in_order(predict_split(loaded, numbers, work.batch_size), numbers),
-            strict=True,
-        )
-    )
+    rows_of_logits = in_order(predict_split(loaded, numbers, work.batch_size), numbers)
+    logits = dict(zip(numbers.tolist(), rows_of_logits, strict=True))
     pairs: dict[tuple[str, str | None], list[int]] = {}
     for number, target in cases:
         other = likeliest_other(logits[number], target, loaded.index.classes)
@@ -264,15 +241,14 @@ def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> M
     size_px = images.shape[-1]
     shape = len(images), size_px, size_px
     class_index = work.model.classes.index(target)
-    maps = {
-        **_relevance(work.explainer, images, target, other),
-        "grad_cam": grad_cam(work.model, images, class_index).float().cpu().numpy(),
-        "gradient": plain_gradient(work.model, images, class_index).float().cpu().numpy(),
-    }
+    maps = _relevance(work.explainer, images, target, other)
+    maps["grad_cam"] = grad_cam(work.model, images, class_index).float().cpu().numpy()
+    maps["gradient"] = plain_gradient(work.model, images, class_index).float().cpu().numpy()
     if work.means:
         mean = work.means.get(target, work.means[ALL])
         maps["mean_outline"] = np.broadcast_to(mean, shape)
-    return {**maps, "centre": np.broadcast_to(centre_prior(size_px), shape)}
+    maps["centre"] = np.broadcast_to(centre_prior(size_px), shape)
+    return maps
 
 
 def _relevance(
@@ -290,11 +266,7 @@ def _relevance(
 def _describe(
     work: _Work, scored: Sequence[Scored], val: Sequence[Scored], num_train: int, num_cases: int
 ) -> Localisation:
-    """Return the content of localisation.json, and write the pictures.
-
-    Raises:
-        CxrdistError: no case was scored.
-    """
+    """Return the content of localisation.json, and write the pictures."""
     samples, outlines = work.loaded.index.samples, work.outlines
     empty = {EMPTY: num_cases - len(scored)} if len(scored) < num_cases else {}
     if not scored:
@@ -331,9 +303,8 @@ def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
             path.unlink()
     sweep(directory)
     for name, picture in pictures.items():
-        with atomic_file(directory / name) as partial:
-            picture.save(partial, "PNG")
-    return [case for case, _ in drawn]
+        save_picture(directory / name, picture)
+    return [entry for entry, _ in drawn]
 
 
 def _draw(
@@ -380,13 +351,11 @@ def summary(scores: Localisation) -> str:
     """Return the scores as a table for the terminal."""
     whole = scores["groups"][0]
     headers = ["Map", "Points inside", "Inside", "Times chance", "Overlap", "of pixels"]
+    measures = ("pointing", "inside", "times_chance", "overlap")
     rows = [
         [
             NAMES[row["method"]],
-            _with_limits(row["pointing"], row["pointing_interval"]),
-            _with_limits(row["inside"], row["inside_interval"]),
-            _with_limits(row["times_chance"], row["times_chance_interval"]),
-            _with_limits(row["overlap"], row["overlap_interval"]),
+            *(_with_limits(row, measure) for measure in measures),
             f"{row['marked']:.0%}",
         ]
         for row in whole["methods"]
@@ -409,5 +378,6 @@ def _amount(scores: Localisation, group: Group) -> str:
     )
 
 
-def _with_limits(value: float, limits: Sequence[float]) -> str:
-    return f"{value:.3f} ({limits[0]:.3f}-{limits[1]:.3f})"
+def _with_limits(row: Mapping[str, Any], measure: str) -> str:
+    low, high = row[f"{measure}_interval"]
+    return f"{row[measure]:.3f} ({low:.3f}-{high:.3f})"

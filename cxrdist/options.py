@@ -1,4 +1,4 @@
-"""Parse flags and a recipe into the config of a command.
+"""Parse flags and a recipe into the config of a command; all errors are `CxrdistError`.
 
 A flag is the path of a field, such as ``--stages.head.lr.stem``: fields with hyphens (underscores
 are accepted, too), names of stages, blocks and classes as they are. Flags override the recipe.
@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 from cxrdist.config import location
 from cxrdist.documents import parse_yaml_value, typed
 from cxrdist.errors import CxrdistError, choices
-from cxrdist.fields import described, fields_of, hyphened, leaves, plain, without_none
-from cxrdist.packaged import RECIPES, SHARD_RECIPES, names_in, path_of
+from cxrdist.fields import Field, described, fields_of, hyphened, leaves, plain, without_none
+from cxrdist.packaged import RECIPES, SHARD_RECIPES, files_in, path_of
 
 RECIPES_OF = {"train": RECIPES, "pack": SHARD_RECIPES}
 """Commands that take --config, and the folder of their named recipes."""
@@ -28,12 +28,12 @@ class Command(NamedTuple):
     entry: str
     config: str
     help: str
-    positional: str | None = None
+    positional: str = ""
 
     @property
     def positionals(self) -> list[str]:
         """Return the fields that may be given without their flags, in this order."""
-        return (self.positional or "").split()
+        return self.positional.split()
 
     @property
     def config_class(self) -> Any:
@@ -73,11 +73,7 @@ def parse(command: Command, name: str, arguments: Sequence[str]) -> Any:
 def _read_arguments(
     command: Command, name: str, arguments: Sequence[str]
 ) -> dict[tuple[str, ...], Any]:
-    """Parse the words of the command line into values by path.
-
-    Raises:
-        CxrdistError: a word is not an option, or an option has no value or is given twice.
-    """
+    """Parse the words of the command line into values by path."""
     words, loose = deque(arguments), []
     texts: dict[tuple[str, ...], str] = {}
     values: dict[tuple[str, ...], Any] = {}
@@ -109,11 +105,7 @@ def _read_arguments(
 
 
 def find(flag: str, command: Command, name: str) -> Option:
-    """Return the option of a flag, with hyphens or underscores.
-
-    Raises:
-        CxrdistError: there is no such option.
-    """
+    """Return the option of a flag, with hyphens or underscores; raise CxrdistError without one."""
     if flag == "--config" and name in RECIPES_OF:
         return Option(flag, ("config",), str)
     path: list[str] = []
@@ -140,7 +132,7 @@ def find(flag: str, command: Command, name: str) -> Option:
 
 
 def _split_name(text: str, kind: Any) -> tuple[str, str]:
-    """Split NAME.FIELD into both, with dots allowed in NAME; values without fields are all NAME."""
+    """Split NAME.FIELD, where NAME may contain dots; if values have no fields, all is NAME."""
     if not is_dataclass(kind):
         return text, ""
     words = text.split(".")
@@ -165,11 +157,7 @@ def _unknown_flag(
 
 
 def _next_value(option: Option, words: deque[str]) -> str:
-    """Take the value after a flag; a boolean flag without a value is true.
-
-    Raises:
-        CxrdistError: there is no value.
-    """
+    """Take the value after a flag; a boolean flag without a value is true."""
     if plain(option.kind) is bool and (not words or words[0] not in ("true", "false")):
         return "true"
     if not words or words[0].startswith("--"):
@@ -178,11 +166,7 @@ def _next_value(option: Option, words: deque[str]) -> str:
 
 
 def _utf8(word: str) -> str:
-    """Return a word of the command line.
-
-    Raises:
-        CxrdistError: it has bytes that are not UTF-8, which Python keeps as surrogates.
-    """
+    """Return a word; reject one with bytes that are not UTF-8, which Python keeps as surrogates."""
     shown = word.encode("utf-8", "backslashreplace").decode("utf-8")
     if shown != word:
         raise CxrdistError(f"{shown} is not valid UTF-8; rename it, or give its folder instead")
@@ -190,11 +174,7 @@ def _utf8(word: str) -> str:
 
 
 def _read_text(text: str, option: Option) -> Any:
-    """Parse a flag's text: paths and words as they are, everything else as YAML.
-
-    Raises:
-        CxrdistError: the text is not valid YAML.
-    """
+    """Parse a flag's text: paths and words as they are, everything else as YAML."""
     kind = plain(option.kind)
     if text == "null" and NoneType in get_args(option.kind):
         return None
@@ -209,12 +189,7 @@ def _read_text(text: str, option: Option) -> Any:
 
 
 def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
-    """Read a recipe: a file, or one that comes with cxrdist.
-
-    Raises:
-        CxrdistError: the recipe does not exist, is not a regular file, is not a YAML object within
-            the bounds of `parse_yaml`, or has a field that the config does not have.
-    """
+    """Read a recipe: a file, or one that comes with cxrdist."""
     from cxrdist.files import read_recipe  # imported late: it would add half to the time of --help
 
     folder = RECIPES_OF[command]
@@ -222,7 +197,7 @@ def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
     if not path.exists():
         raise CxrdistError(
             f"--config {name}: no such file, and no recipe of this name; "
-            f"{choices(name, names_in(folder))}"
+            f"{choices(name, files_in(folder))}"
         )
     _, content = read_recipe(path.resolve(), "fix it, or give another with --config")
     _refuse_unknown(content, config, f"--config {name}")
@@ -230,11 +205,7 @@ def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
 
 
 def _refuse_other_stage(path: tuple[str, ...], stages: Any) -> None:
-    """Reject a flag for a stage that the recipe does not have.
-
-    Raises:
-        CxrdistError: the recipe has no such stage.
-    """
+    """Reject a flag for a stage that the recipe does not have."""
     if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and stages:
         if path[1] not in stages:
             raise CxrdistError(
@@ -244,11 +215,7 @@ def _refuse_other_stage(path: tuple[str, ...], stages: Any) -> None:
 
 
 def _place(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """Set a value at its path in nested objects.
-
-    Raises:
-        CxrdistError: a value on the path is not an object.
-    """
+    """Set a value at its path in nested objects; reject a path through another kind of value."""
     for depth, name in enumerate(path[:-1], 1):
         if content.get(name) is None:
             content[name] = {}
@@ -259,18 +226,11 @@ def _place(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def _refuse_missing(command: Command, name: str, content: dict[str, Any]) -> None:
-    """Check that all options without a default are given.
-
-    Raises:
-        CxrdistError: some are missing.
-    """
-    needed = [field.name for field in fields_of(command.config_class) if field.default is MISSING]
-    missing = [
-        field.upper() if field in command.positionals else f"--{hyphened(field)}"
-        for field in needed
-        if field not in content
-    ]
-    if missing:
+    """Check that all options without a default are given."""
+    if missing := [
+        field.name.upper() if field.name in command.positionals else field.flag
+        for field in _missing(content, command.config_class)
+    ]:
         raise CxrdistError(f"{', '.join(missing)}: missing; see cxrdist {name} --help")
 
 
@@ -305,14 +265,16 @@ def build(value: Any, kind: Any, flag: str) -> Any:
         raise CxrdistError(str(error)) from error
 
 
+def _missing(content: dict[str, Any], kind: Any) -> list[Field]:
+    """List the fields without a default that an object does not give."""
+    return [f for f in fields_of(kind) if f.default is MISSING and f.name not in content]
+
+
 def _build_fields(value: Any, kind: Any, flag: str) -> Any:
     _refuse_plain(value, flag, "its fields")
     _refuse_unknown(value, kind, flag)
     prefix = f"{flag}." if flag else "--"
-    missing = [
-        field for field in fields_of(kind) if field.default is MISSING and field.name not in value
-    ]
-    if missing:
+    if missing := _missing(value, kind):
         raise CxrdistError(f"{prefix}{hyphened(missing[0].name)}: is missing")
     hints = get_type_hints(kind, include_extras=True)
     built = {name: build(v, hints[name], prefix + hyphened(name)) for name, v in value.items()}
@@ -324,11 +286,7 @@ def _build_fields(value: Any, kind: Any, flag: str) -> Any:
 
 
 def _refuse_plain(value: Any, flag: str, expected: str) -> None:
-    """Check that a group is an object whose names are text.
-
-    Raises:
-        CxrdistError: it is not.
-    """
+    """Check that a group is an object whose names are text."""
     if not isinstance(value, dict):
         raise CxrdistError(f"{flag}: is {value!r:.40}, expected {expected}")
     for name in value:
@@ -337,11 +295,7 @@ def _refuse_plain(value: Any, flag: str, expected: str) -> None:
 
 
 def _refuse_unknown(value: dict[str, Any], kind: Any, where: str) -> None:
-    """Reject an object with a field that its dataclass does not have.
-
-    Raises:
-        CxrdistError: a field is unknown.
-    """
+    """Reject an object with a field that its dataclass does not have."""
     known = [field.name for field in fields_of(kind)]
     for name in value:
         if name not in known:
@@ -349,14 +303,11 @@ def _refuse_unknown(value: dict[str, Any], kind: Any, where: str) -> None:
 
 
 def _refuse_urls(command: str, config: Any) -> None:
-    """Reject URLs for options that need a local path.
-
-    Raises:
-        CxrdistError: an option that needs a local path has a URL.
-    """
+    """Reject URLs for options that need a local path."""
     allowed = {"pack": {"input", "masks", "out"}, "find-text": {"input"}}.get(command, {"shards"})
     for name, value in vars(config).items():
-        if name not in allowed and hasattr(value, "protocol"):
-            raise CxrdistError(
-                f"--{hyphened(name)} {value}: expected a path on this machine, not a URL"
-            )
+        for path in value if isinstance(value, list) else [value]:
+            if name not in allowed and hasattr(path, "protocol"):
+                raise CxrdistError(
+                    f"--{hyphened(name)} {path}: expected a path on this machine, not a URL"
+                )

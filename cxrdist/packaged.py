@@ -12,22 +12,16 @@ RECIPES, SHARD_RECIPES, LABEL_MAPS, HARDWARE = "recipes", "shards", "shards/labe
 Name = TypeVar("Name", str, Path)
 
 
+def files_in(folder: str) -> dict[str, Path]:
+    """Return the YAML files of a folder of the package by name (without ``.yaml``), sorted."""
+    found = Path(str(files("cxrdist") / folder)).glob("*.yaml")
+    return {file.stem: file for file in sorted(found, key=lambda file: file.stem)}
+
+
 def path_of(folder: str, name: Name) -> Name:
-    """Return the path of a file that comes with cxrdist; an existing file has precedence.
+    """Return the packaged file of a name; an existing file of that name or path has precedence.
 
-    Args:
-        folder: one of the constants of this module.
-        name: name of a file without ``.yaml``; any other name or path is returned unchanged.
+    An unknown name or path is returned unchanged.
     """
-    packaged = Path(str(files("cxrdist") / folder / f"{name}.yaml"))
-    is_name = Path(str(name)).name == str(name) and not Path(str(name)).is_file()
-    return type(name)(packaged) if is_name and packaged.is_file() else name
-
-
-def names_in(folder: str) -> list[str]:
-    """Return the names that `path_of` knows, in alphabetical order."""
-    return sorted(
-        Path(file.name).stem
-        for file in (files("cxrdist") / folder).iterdir()
-        if file.name.endswith(".yaml")
-    )
+    packaged = files_in(folder).get(str(name))
+    return name if packaged is None or Path(name).is_file() else type(name)(packaged)

@@ -1,7 +1,7 @@
 """Full float32 arithmetic: set the switches of torch that reduce it, such as TensorFloat-32.
 
-cuDNN's convolutions use TensorFloat-32 (10 bits of mantissa instead of 23) unless told not to, and
-some containers switch it on for matrix products too (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``).
+By default cuDNN's convolutions use TensorFloat-32 (10 bits of mantissa instead of 23), and some
+containers switch it on for matrix products too (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``).
 """
 
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import torch
 
 
 def _switches() -> list[Any]:
-    """List what has an ``fp32_precision`` (torch >= 2.9), a parent before its operators."""
+    """List the modules with an ``fp32_precision`` (torch >= 2.9), a parent before its operators."""
     backends: Any = torch.backends  # torch's type hints lack some of them
     cudnn, mkldnn = backends.cudnn, backends.mkldnn
     operators = [backends.cuda.matmul, cudnn.conv, cudnn.rnn]
@@ -37,7 +37,7 @@ def full_float32() -> Iterator[None]:
     before = []
     for switch in switches:
         before.append(switch.fp32_precision)
-        switch.fp32_precision = "none"  # so that what it hands down is not read as its operators'
+        switch.fp32_precision = "none"  # so that its operators, read next, do not inherit it
     use_full_float32()
     try:
         yield
@@ -54,7 +54,7 @@ def uses_tf32() -> bool:
 
 
 def _older_matmul() -> str:
-    """Read the older switch of matrix products; torch refuses where only a newer one was set."""
+    """Read the older switch of matrix products; torch raises where only a newer one was set."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -75,33 +75,27 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A model with its workers, and the results of each input so far, by its number.
-
-    Attributes:
-        model: on the device.
-        explainer: of the model; None without heat maps.
-        heatmaps: the folder of the heat maps; None without ``explain``.
-        output: of DICOM results; None without ``dicom``.
-        pool: processes that decode and draw.
-        batch_size: images per forward pass.
-        prepared: prepared inputs without their pixels.
-        logits: float32 [classes].
-        ledgers: rows of relevance.csv.
-        reasons: why an input could not be read or drawn.
-        new_uids: names of UIDs that an input lacks, and that were created for its DICOM results.
-    """
+    """A model with its workers, and the results of each input so far, by its number."""
 
     model: Classifier | Ensemble
     explainer: Explainer | None
+    """None without heat maps."""
     heatmaps: Path | None
+    """Folder of the heat maps; None without ``explain``."""
     output: Output | None
+    """None without ``dicom``."""
     pool: ProcessPool
     batch_size: int
     prepared: dict[int, Prepared] = field(default_factory=dict)
+    """Prepared inputs without their pixels."""
     logits: dict[int, NDArray[np.float32]] = field(default_factory=dict)
+    """[classes] each."""
     ledgers: dict[int, list[list[str]]] = field(default_factory=dict)
+    """Rows of relevance.csv."""
     reasons: dict[int, str] = field(default_factory=dict)
+    """Why an input could not be read or drawn."""
     new_uids: dict[int, list[str]] = field(default_factory=dict)
+    """Names of UIDs that an input lacks, and that were created for its DICOM results."""
 
     def run(self, inputs: dict[int, Input], how: Preparation) -> None:
         """Predict inputs by number, batch by batch, while workers decode and draw."""
@@ -172,10 +166,7 @@ class Predictor:
             drawn = schedule(self.pool, make, [drawing], seconds)
             made.append(Made(number, "heat maps", drawn))
         if self.output is not None:
-            model, logits = self.model, self.logits[number][None]
-            values = class_probabilities(
-                Predictions(logits, model.classes, model.task, model.calibration)
-            )
+            values = class_probabilities(_predictions(self.model, [self.logits[number]]))
             write = partial(write_results, output=replace(self.output, how=how))
             written = schedule(self.pool, write, [Explained(drawing, values)], seconds)
             made.append(Made(number, "DICOM results", written))
@@ -209,6 +200,10 @@ class Predictor:
         if again:
             self.run(again, replace(how, depth=depth, finds_text=False))
         return depth
+
+
+def _predictions(model: Classifier | Ensemble, logits: list[NDArray[np.float32]]) -> Predictions:
+    return Predictions(np.stack(logits), model.classes, model.task, model.calibration)
 
 
 def predict(config: PredictConfig) -> None:
@@ -268,11 +263,7 @@ def predict(config: PredictConfig) -> None:
 
 
 def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Preparation:
-    """Return how to prepare images: as in training, or as the options say.
-
-    Raises:
-        CxrdistError: text must be found, but the finder is not installed.
-    """
+    """Return how to prepare images: as in training, or as the options say."""
     how = model.preparation()
     finds_text = how.finds_text and config.text_boxes is None
     if finds_text:
@@ -288,16 +279,12 @@ def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Prepara
 
 
 def _refuse_bad_out(out: Path) -> None:
-    """Check that the output files can be written, before any work starts.
-
-    Raises:
-        CxrdistError: a path cannot be used.
-        RunFailedError: the folder is read-only.
-    """
+    """Check that the output files can be written, before any work starts."""
     if not out.name or (out.exists() and not out.is_file()):
         raise CxrdistError(f"--out {out}: is not a regular file; name a CSV to write")
-    if _beside(out, "heatmaps").exists() and not _beside(out, "heatmaps").is_dir():
-        raise CxrdistError(f"--out {out}: {_beside(out, 'heatmaps')} is not a folder; move it away")
+    heatmaps = _beside(out, "heatmaps")
+    if heatmaps.exists() and not heatmaps.is_dir():
+        raise CxrdistError(f"--out {out}: {heatmaps} is not a folder; move it away")
     refuse_unwritable(out)
 
 
@@ -314,23 +301,20 @@ def _write(
     For a calibrated model there are also calibrated_CLASS... and softmax_CLASS... before predicted,
     and after it called_CLASS, 1 or 0, for each class with a threshold.
     """
-    model, numbers = predictor.model, sorted(predictor.logits)
-    logits, classes = np.stack([predictor.logits[number] for number in numbers]), model.classes
-    predictions = Predictions(logits, classes, model.task, model.calibration)
-    more = probability_columns(predictions)
-    called = {f"called_{name}": values for name, values in predictions.called.items()}
-    predicted = [SEPARATOR.join(names) for names in predictions.predicted]
-    probabilities = np.column_stack([*predictions.probabilities.values(), *more.values()])
-    names = [f"prob_{name}" for name in classes]
-    columns = ["path", *names, *more, "predicted", *called]
+    numbers = sorted(predictor.logits)
+    predictions = _predictions(predictor.model, [predictor.logits[number] for number in numbers])
+    values = {f"prob_{name}": column for name, column in predictions.probabilities.items()}
+    values |= probability_columns(predictions)
+    called = {f"called_{name}": column for name, column in predictions.called.items()}
+    columns = ["path", *values, "predicted", *called]
     rows = [
         [
             inputs[number].file,
-            *(f"{value:.9g}" for value in probabilities[row]),
-            predicted[row],
-            *(int(values[row]) for values in called.values()),
+            *(f"{column[row]:.9g}" for column in values.values()),
+            SEPARATOR.join(predicted),
+            *(int(column[row]) for column in called.values()),
         ]
-        for row, number in enumerate(numbers)
+        for row, (number, predicted) in enumerate(zip(numbers, predictions.predicted, strict=True))
     ]
     if predictor.heatmaps is not None:
         ledger = [row for number in sorted(predictor.ledgers) for row in predictor.ledgers[number]]
@@ -338,10 +322,11 @@ def _write(
     unread = sorted(predictor.reasons.items())
     files = [(str(inputs[number].file), reason) for number, reason in unread]
     rejected = [(file, reason.removeprefix(f"{file}: ")) for file, reason in files] + [*left_out]
+    file = _beside(out, "rejected.csv")
     if rejected:
-        write_table(_beside(out, "rejected.csv"), ("path", "reason"), rejected)
+        write_table(file, ("path", "reason"), rejected)
     else:
-        _beside(out, "rejected.csv").unlink(missing_ok=True)  # of an earlier call
+        file.unlink(missing_ok=True)  # of an earlier call
     write_table(out, columns, rows)
 
 
@@ -409,11 +394,7 @@ def _tell_rest(
     left_out: Sequence[LeftOut],
     predictor: Predictor,
 ) -> None:
-    """Print the paths of the other files, and the images that could not be read.
-
-    Raises:
-        RunFailedError: images could not be read, and ``skip_bad`` is not set.
-    """
+    """Print the paths of the other files; report unreadable images, as an error by default."""
     rejected = _beside(config.out, "rejected.csv")
     if config.explain:
         print(f"heat maps: {predictor.heatmaps}")

@@ -37,9 +37,10 @@ from cxrdist.evaluate.metrics import Metrics, Share
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.fields import hyphened
-from cxrdist.files import atomic_directory, locked, read_document, write_json
+from cxrdist.files import atomic_directory, locked, read_document, sweep, write_json
 from cxrdist.info import Amount, Count
 from cxrdist.intervals import Intervals
+from cxrdist.model.networks import block_names
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import table
 from cxrdist.train.loop import train
@@ -54,7 +55,6 @@ VARIANTS: dict[Variant, str] = {
 SIZE_PX = 64
 # The network of recipes/lungs.yaml, which a CPU trains in minutes.
 NETWORK = Network(growth_rate=8, block_config=(2, 2, 2, 2), dropout=0.0)
-BLOCKS = ("stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head")
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 16
 PASSES = 15_000
@@ -165,6 +165,7 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
     index = read_index(config.shards)
     _refuse_unusable(index)
     with locked(config.out):
+        sweep(config.out, alone=True)
         begun = _derive_once(config, index)
         print(_describe_region(begun["region"], len(index.samples)))
         for variant, title in VARIANTS.items():
@@ -191,11 +192,7 @@ def _refuse_unusable(index: Index) -> None:
 
 
 def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
-    """Make the four sets of shards, unless an earlier command has done it.
-
-    Raises:
-        CxrdistError: they were made from other shards or masks, or with another seed.
-    """
+    """Make the four sets of shards, or keep those of an earlier command with the same inputs."""
     made = config.out / "shards"
     masks = None if config.masks is None else str(config.masks)
     if made.is_dir():
@@ -256,24 +253,16 @@ def _derive(index: Index, lungs: Lungs, directory: Path, seed: int) -> Region:
 def variants_of(
     pixels: NDArray[np.uint8], lung: NDArray[np.bool_], size_px: int, key: str
 ) -> list[NDArray[np.uint8]]:
-    """Change a square in the ways of `VARIANTS`, in their order.
+    """Change a square [S, S] in the ways of `VARIANTS`, in their order; uint8 [size, size] each.
 
     Pixels are made black before the square becomes smaller, so that none of them counts in a mean;
-    they are shuffled afterwards, since means of shuffled pixels are all alike.
-
-    Args:
-        pixels: uint8 [S, S].
-        lung: bool [S, S].
-        size_px: side of the new squares, at most S.
-        key: seed of the permutation.
-
-    Returns:
-        uint8 [size, size] each.
+    they are shuffled afterwards, since means of shuffled pixels are all alike. The permutation is
+    seeded by `key`.
     """
-    black = np.uint8(0)
+    size = (size_px, size_px)
     whole, without, alone = (
-        _reduced(square, size_px)
-        for square in (pixels, np.where(lung, black, pixels), np.where(lung, pixels, black))
+        np.asarray(Image.fromarray(square).resize(size, Image.Resampling.BOX))
+        for square in (pixels, pixels * ~lung, pixels * lung)
     )
     digest = hashlib.sha256(key.encode()).digest()
     random = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], np.uint64)))
@@ -281,19 +270,12 @@ def variants_of(
     return [whole, without, alone, shuffled]
 
 
-def _reduced(square: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
-    """Return the means over areas, uint8 [size, size]."""
-    image = Image.fromarray(square).resize((size_px, size_px), Image.Resampling.BOX)
-    return np.asarray(image)
-
-
 def _train_once(config: ProbeBackgroundConfig, variant: Variant) -> None:
     """Train and evaluate a network, unless an earlier command has done it."""
-    run, shards, cache = _run_of(config, variant), _shards_of(config, variant), config.cache
+    run, shards = _run_of(config, variant), _shards_of(config, variant)
     epochs = _epochs(read_index(shards))
-    stage = Stage(
-        dict.fromkeys(BLOCKS, LEARNING_RATE), epochs, epochs, weight_decay=0.01, schedule="cosine"
-    )
+    rates = dict.fromkeys(block_names(NETWORK), LEARNING_RATE)
+    stage = Stage(rates, epochs, epochs, weight_decay=0.01, schedule="cosine")
     train(
         TrainConfig(
             shards,
@@ -306,11 +288,11 @@ def _train_once(config: ProbeBackgroundConfig, variant: Variant) -> None:
             network=NETWORK,
             optimizer="adamw",
             seed=config.seed,
-            cache=cache,
+            cache=config.cache,
         )
     )
     if not run.metrics("test").is_file():
-        evaluate(EvaluateConfig(run.root, shards, cache=cache))
+        evaluate(EvaluateConfig(run.root, shards, cache=config.cache))
 
 
 def _run_of(config: ProbeBackgroundConfig, variant: Variant) -> RunDirectory:
@@ -323,8 +305,7 @@ def _shards_of(config: ProbeBackgroundConfig, variant: Variant) -> Path:
 
 def _epochs(index: Index) -> int:
     """Return the epochs of a training: the more images, the fewer, so that it takes minutes."""
-    least, most = EPOCHS
-    return min(most, max(least, round(PASSES / len(index.numbers("train")))))
+    return int(np.clip(round(PASSES / len(index.numbers("train"))), *EPOCHS))
 
 
 def _describe(config: ProbeBackgroundConfig, begun: Begun) -> BackgroundFile:
@@ -454,7 +435,7 @@ def _says_of_scores(found: BackgroundFile) -> list[str]:
 
 def summary(found: BackgroundFile) -> str:
     """Return the figures of the four trainings for the terminal."""
-    rows = []
+    rows, has_accuracy = [], found["task"] == "multiclass"
     for name, title in VARIANTS.items():
         scores = found["variants"][name]
         change = scores["difference"]
@@ -463,22 +444,18 @@ def summary(found: BackgroundFile) -> str:
                 title,
                 _cell(scores["auroc"], scores["auroc_interval"]),
                 "" if name == "images" else _cell(change["difference"], change["interval"]),
-                *([_cell(scores["accuracy"], scores["accuracy_interval"])] * _has_accuracy(found)),
+                *([_cell(scores["accuracy"], scores["accuracy_interval"])] * has_accuracy),
                 *(_cell(own["auroc"], own["auroc_interval"]) for own in scores["classes"].values()),
             ]
         )
     headers = [
         *("Trained and tested on", "AUROC, mean", "Difference"),
-        *(["Accuracy"] * _has_accuracy(found)),
+        *(["Accuracy"] * has_accuracy),
         *(f"AUROC {name}" for name in found["classes"]),
     ]
     test = found["totals"]["test"]
     of = f"test: {test['images']} images of {test['patients']} patients"
     return "\n".join([table(rows, headers), of, *found["says"]])
-
-
-def _has_accuracy(found: BackgroundFile) -> bool:
-    return found["task"] == "multiclass"
 
 
 def _cell(value: float | None, limits: Limits | None) -> str:

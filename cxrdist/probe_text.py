@@ -13,30 +13,25 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cxrdist.bootstrap import Limits, draw
+from cxrdist.bootstrap import draw
 from cxrdist.config import ProbeTextConfig
 from cxrdist.data.boxes import Box, cover, inside
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.geometry import scaled
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE, labels_of
-from cxrdist.data.phantom import Finding, burn_text
+from cxrdist.data.phantom import burn_text
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import Metrics, headline
-from cxrdist.evaluate.predictions import (
-    LoadedRun,
-    in_order,
-    load_run,
-    predict_split,
-    rank_batches,
-)
+from cxrdist.evaluate.predictions import LoadedRun, in_order, load_run, predict_split, rank_batches
 from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import enlarged, overlay
+from cxrdist.explain.pictures import save_picture
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.text_file import (
     CONDITIONS,
@@ -51,7 +46,7 @@ from cxrdist.explain.text_file import (
     TextPicture,
     TextRelevance,
 )
-from cxrdist.files import atomic_file, sweep, write_json
+from cxrdist.files import sweep, write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
@@ -82,13 +77,15 @@ DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
 PICTURED = 2  # images with text of each class
 Kind = Literal["found", "pasted"]
 Edit = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
+"""Returns a changed square, given the number of a sample and its square, uint8 [S, S]."""
+Shares = tuple[int, float, float]
+"""Number of a sample, and the boxes' shares of its |relevance| and of its area."""
 
 
 class Edited:
     """Images that are changed as they are read, for `predict_split`."""
 
     def __init__(self, images: Images, edit: Edit) -> None:
-        """Take uint8 [samples, S, S] and what makes of a sample's number and square a new one."""
         self._images, self._edit = images, edit
 
     def __getitem__(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
@@ -99,8 +96,8 @@ class Edited:
 def probe_text(config: ProbeTextConfig) -> None:
     """Measure the effect of text on the images; write RUN/SPLIT/text.json, pictures and a summary.
 
-    Exact for any number of ranks: each of them predicts, finds and explains whole batches. Boxes
-    are covered in the squares that the network sees; `pack` covers them in the originals.
+    The result is the same for any number of ranks, since each takes whole batches. Boxes are
+    covered in the squares that the network sees; `pack` covers them in the originals.
 
     Raises:
         CxrdistError: run, shards, boxes or options cannot be used.
@@ -126,7 +123,8 @@ def probe_text(config: ProbeTextConfig) -> None:
         config, loaded, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )
     if accelerator.is_main_process:
-        sweep(loaded.run.text(loaded.subset).parent)
+        file = loaded.run.text(loaded.subset)
+        sweep(file.parent)
         content: TextFile = {
             "format": "cxrdist-text-1",
             "split": config.split,
@@ -140,9 +138,9 @@ def probe_text(config: ProbeTextConfig) -> None:
             "paper": PAPER,
             "pictures": _write_pictures(config, loaded, explainer, boxes, numbers, (plain, pasted)),
         }
-        write_json(loaded.run.text(loaded.subset), content)
+        write_json(file, content)
         print(summary(content))
-        print(f"all results: {loaded.run.text(loaded.subset)}, and in the report")
+        print(f"all results: {file}, and in the report")
     finish(accelerator)
 
 
@@ -188,11 +186,11 @@ def _boxes_by_number(
 
 
 def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[np.uint8], Box]:
-    """Write the word into a copy of a square; the copy and the word's box in its px."""
+    """Write the word into a copy of a square; return the copy and the word's box in its px."""
     x, y, anchor = PLACES[config.place]
     image = Image.fromarray(pixels.copy())  # the pixels may be those of the cache
-    finding: Finding = burn_text(image, config.word, (x, y), config.height, anchor)
-    box = Box(finding.x, finding.y, finding.width, finding.height, config.word)
+    word = burn_text(image, config.word, (x, y), config.height, anchor)
+    box = Box(word.x, word.y, word.width, word.height, config.word)
     return np.asarray(image), scaled(box, image.width, image.height)
 
 
@@ -202,12 +200,8 @@ def _relevance_in_boxes(
     explainer: Explainer,
     boxes: SquareBoxes,
     logits: Mapping[int, NDArray[np.float32]],
-) -> list[tuple[int, float, float]]:
-    """Return how much of |relevance| for the likeliest class lies in the boxes of each image.
-
-    Returns:
-        (sample number, share, the boxes' share of the area) of each explained image.
-    """
+) -> list[Shares]:
+    """Return how much of |relevance| for the likeliest class lies in the boxes of each image."""
     chosen = np.array(sorted(boxes)[: config.limit], dtype=np.int64)
     likeliest = np.array([int(logits[n].argmax()) for n in chosen], dtype=np.int64)
     accelerator = loaded.accelerator
@@ -216,15 +210,14 @@ def _relevance_in_boxes(
         for target in range(len(loaded.index.classes))
         for batch in rank_batches(chosen[likeliest == target], config.batch_size, accelerator)
     ]
-    rows: list[tuple[int, float, float]] = []
+    rows: list[Shares] = []
     total = sum(len(batch) for _, batch in batches)
     with progress(total, "explaining", "images", show=accelerator.is_main_process) as bar:
         for target, batch in batches:
             images = read_rows(loaded.images, batch, accelerator.device)
             relevance = explainer.attribute(images, [target]).relevance[:, 0]
             for number, values in zip(batch.tolist(), relevance.cpu().numpy(), strict=True):
-                share, area = share_inside(values, boxes[number])
-                rows.append((number, share, area))
+                rows.append((number, *share_inside(values, boxes[number])))
             bar.update(len(batch))
     return sorted(gather(accelerator, rows))
 
@@ -274,13 +267,12 @@ def _describe_covering(
     covered: Mapping[str, NDArray[np.float32]],
 ) -> Covering:
     """Score the split as it is, and with its text covered in each way."""
-    likeliest = plain.argmax(1)
-    changed = {how: int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS}
+    black, fill = (int((plain.argmax(1) != covered[how].argmax(1)).sum()) for how in COVERS)
     return {
         "as_it_is": _score(index, numbers, plain),
         "black": _score(index, numbers, covered["black"]),
         "fill": _score(index, numbers, covered["fill"]),
-        "predicted_otherwise": {"black": changed["black"], "fill": changed["fill"]},
+        "predicted_otherwise": {"black": black, "fill": fill},
     }
 
 
@@ -334,25 +326,27 @@ def _describe_paste(
     }
 
 
-def _describe_relevance(index: Index, rows: Sequence[tuple[int, float, float]]) -> RelevanceInText:
+def _describe_relevance(index: Index, rows: Sequence[Shares]) -> RelevanceInText:
     """Average the shares of |relevance| and of the area in the boxes, over each class and all.
 
     The share of all images has an interval by patient.
     """
-    of_classes = {
-        name: [row for row in rows if name in labels_of(index.samples[row[0]].label)]
-        for name in index.classes
-    }
+    samples = [index.samples[number] for number, *_ in rows]
     everything = _mean_shares("all", rows)
     if rows:
-        everything["patients"], everything["share_interval"] = _share_interval(index, rows)
-    return {
-        "all": everything,
-        "classes": [_mean_shares(name, own) for name, own in of_classes.items()],
-    }
+        images = np.ones(len(rows), bool)
+        replicates = draw([s.patient for s in samples], [s.label for s in samples])
+        shares = np.array([share for _, share, _ in rows])
+        everything["patients"] = replicates.patients(images)
+        everything["share_interval"] = of_values(replicates, shares, images)
+    classes = []
+    for name in index.classes:
+        pairs = zip(rows, samples, strict=True)
+        classes.append(_mean_shares(name, [row for row, s in pairs if name in labels_of(s.label)]))
+    return {"all": everything, "classes": classes}
 
 
-def _mean_shares(name: str, rows: Sequence[tuple[int, float, float]]) -> TextRelevance:
+def _mean_shares(name: str, rows: Sequence[Shares]) -> TextRelevance:
     share, area = np.mean([row[1:] for row in rows], axis=0) if rows else (np.nan, np.nan)
     return {
         "class": name,
@@ -361,16 +355,6 @@ def _mean_shares(name: str, rows: Sequence[tuple[int, float, float]]) -> TextRel
         "area": round(float(area), DIGITS) if rows else None,
         "times_chance": round(float(share / area), 3) if rows and area else None,
     }
-
-
-def _share_interval(index: Index, rows: Sequence[tuple[int, float, float]]) -> tuple[int, Limits]:
-    """Count the patients of some images, at least one, and give the interval of the mean share."""
-    samples = [index.samples[number] for number, *_ in rows]
-    patients, shares = [sample.patient for sample in samples], [share for _, share, _ in rows]
-    everything = np.ones(len(rows), bool)
-    replicates = draw(patients, [sample.label for sample in samples])
-    interval = of_values(replicates, np.array(shares), everything)
-    return replicates.patients(everything), interval
 
 
 def _write_pictures(
@@ -400,9 +384,9 @@ def _write_pictures(
         sample = index.samples[number]
         pictures = {"xray": Image.fromarray(pixels), "map": overlay(pixels, relevance)}
         names = {what: f"{sample.key}.{kind}.{what}.png" for what in pictures}
+        directory = loaded.run.text_pictures(loaded.subset)
         for what, picture in pictures.items():
-            with atomic_file(loaded.run.text_pictures(loaded.subset) / names[what]) as partial:
-                _outlined(picture, shown).save(partial, "PNG")
+            save_picture(directory / names[what], _outlined(picture, shown))
         drawn.append(
             {
                 "kind": kind,
@@ -424,7 +408,7 @@ def _write_pictures(
 def _choose_pictures(
     index: Index, boxes: SquareBoxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
 ) -> list[tuple[Kind, int, int]]:
-    """Choose kind of picture, place among the numbers, and class to explain; no picture twice."""
+    """Choose distinct pictures: their kind, position in `numbers`, and class to explain."""
     likeliest = plain.argmax(1).tolist()
     chosen: list[tuple[Kind, int, int]] = []
     for target, name in enumerate(index.classes):

@@ -4,6 +4,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,26 @@ from cxrdist.errors import CxrdistError
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._ -]{0,99}")
 """Stage names are restricted because each stage has a directory of its name in the run."""
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """An attribute of a run directory: the path of one of its files or directories."""
+
+    name: str
+
+    def __get__(self, run: "RunDirectory", _: type["RunDirectory"]) -> Path:
+        return run.inside(self.name)
+
+
+@dataclass(frozen=True)
+class _InSubset:
+    """An attribute of a run directory: returns the path of a file or directory of a subset."""
+
+    name: str
+
+    def __get__(self, run: "RunDirectory", _: type["RunDirectory"]) -> Callable[[str], Path]:
+        return lambda subset: run.inside(subset, self.name)
 
 
 @dataclass(frozen=True)
@@ -29,10 +50,7 @@ class RunDirectory:
     root: Path
 
     def inside(self, *names: str) -> Path:
-        """Return the path of a file or directory of the run.
-
-        Args:
-            names: components of the path; each may contain several, separated by /.
+        """Return the path of a file or directory of the run; names may contain slashes.
 
         Raises:
             CxrdistError: the path, or a directory above it in the run, is a link.
@@ -47,34 +65,6 @@ class RunDirectory:
                 )
         return path
 
-    @property
-    def recipe(self) -> Path:
-        """Return the path of the resolved recipe, YAML; can be passed back with --config."""
-        return self.inside("recipe.yaml")
-
-    @property
-    def info(self) -> Path:
-        """Return the path of the facts of the run.
-
-        They are versions, world size, precision, git revision, index hash and weights.
-        """
-        return self.inside("run.json")
-
-    @property
-    def log(self) -> Path:
-        """Return the path of the log, one JSON object per line."""
-        return self.inside("log.jsonl")
-
-    @property
-    def checkpoints(self) -> Path:
-        """Return the directory of the resumable states."""
-        return self.inside("checkpoints")
-
-    @property
-    def model(self) -> Path:
-        """Return the directory of the weights for use, with model.json."""
-        return self.inside("model")
-
     def stage(self, name: str) -> "RunDirectory":
         """Return the directory of a stage before the last one, with the model of its best epoch.
 
@@ -84,104 +74,61 @@ class RunDirectory:
         refuse_bad_stage_name(name)
         return RunDirectory(self.inside("stages", name))
 
-    @property
-    def tracking(self) -> Path:
-        """Return the directory of the trackers chosen with --track."""
-        return self.inside("tracking")
+    recipe = _Inside("recipe.yaml")
+    """The resolved recipe; can be passed back with --config."""
+    info = _Inside("run.json")
+    """Versions, world size, precision, git revision, index hash and weights."""
+    log = _Inside("log.jsonl")
+    """One JSON object per line."""
+    checkpoints = _Inside("checkpoints")
+    """Directory of the resumable states."""
+    model = _Inside("model")
+    """Directory of the weights for use, with model.json."""
+    tracking = _Inside("tracking")
+    """Directory of the trackers chosen with --track."""
+    audit = _Inside("audit.json")
+    """The shards' audit, as of the start of the training."""
+    seen = _Inside("seen.npz")
+    """Prints of train and val, to recognise them in an external set."""
+    report = _Inside("report.html")
+    checklist = _Inside("checklist.html")
+    """Reporting checklists, filled in as far as the files of the run allow."""
+    card = _Inside("model/README.md")
+    """The model card, in Hugging Face's format."""
+    members = _Inside("members.json")
+    """Figures of an ensemble's members, and their spread."""
 
-    @property
-    def audit(self) -> Path:
-        """Return the path of the shards' audit, as of the start of the training."""
-        return self.inside("audit.json")
-
-    @property
-    def seen(self) -> Path:
-        """Return the path of the prints of train and val, to recognise them in an external set."""
-        return self.inside("seen.npz")
-
-    @property
-    def report(self) -> Path:
-        """Return the path of the self-contained report."""
-        return self.inside("report.html")
-
-    @property
-    def checklist(self) -> Path:
-        """Return the path of the reporting checklists, filled in as far as the run knows."""
-        return self.inside("checklist.html")
-
-    @property
-    def card(self) -> Path:
-        """Return the path of the model card, in Hugging Face's format."""
-        return self.inside("model", "README.md")
-
-    @property
-    def members(self) -> Path:
-        """Return the path of the figures of an ensemble's members, and their spread."""
-        return self.inside("members.json")
-
-    def predictions(self, subset: str) -> Path:
-        """Return the path of the predictions, one row per sample of the subset."""
-        return self.inside(subset, "predictions.csv")
-
-    def metrics(self, subset: str) -> Path:
-        """Return the path of the subset's metrics."""
-        return self.inside(subset, "metrics.json")
-
-    def heatmaps(self, subset: str) -> Path:
-        """Return the directory of KEY.png (the X-ray) and KEY.CLASS.png (with its relevance)."""
-        return self.inside(subset, "heatmaps")
-
-    def mistakes(self, subset: str) -> Path:
-        """Return the directory of KEY.png of the most confident wrong predictions."""
-        return self.inside(subset, "mistakes")
-
-    def nearest(self, subset: str) -> Path:
-        """Return the path of the training image most similar to each explained sample, by row."""
-        return self.inside(subset, "nearest.csv")
-
-    def nearest_pictures(self, subset: str) -> Path:
-        """Return the directory of KEY.png of those training images."""
-        return self.inside(subset, "nearest")
-
-    def relevance(self, subset: str) -> Path:
-        """Return the directory of signed relevance, one KEY.npz per sample or tars of them."""
-        return self.inside(subset, "relevance")
-
-    def text(self, subset: str) -> Path:
-        """Return the path of the results of the probe for words on the images."""
-        return self.inside(subset, "text.json")
-
-    def text_pictures(self, subset: str) -> Path:
-        """Return the directory of the pictures of that probe."""
-        return self.inside(subset, "text")
-
-    def localisation(self, subset: str) -> Path:
-        """Return the path of the agreement of the relevance with boxes or masks."""
-        return self.inside(subset, "localisation.json")
-
-    def localisation_pictures(self, subset: str) -> Path:
-        """Return the directory of pictures of the relevance with those boxes or masks."""
-        return self.inside(subset, "localisation")
-
-    def mean_maps(self, subset: str) -> Path:
-        """Return the directory of the mean map of each class over the subset's explained images."""
-        return self.inside(subset, "mean_maps")
-
-    def relevance_info(self, subset: str) -> Path:
-        """Return the path of the relevance's settings and the results of its sanity checks."""
-        return self.inside(subset, "relevance.json")
-
-    def relevance_table(self, subset: str) -> Path:
-        """Return the path of the ledgers of the logits, one row per sample and class."""
-        return self.inside(subset, "relevance.csv")
+    predictions = _InSubset("predictions.csv")
+    """One row per sample of the subset."""
+    metrics = _InSubset("metrics.json")
+    heatmaps = _InSubset("heatmaps")
+    """Directory of KEY.png (the X-ray) and KEY.CLASS.png (with its relevance)."""
+    mistakes = _InSubset("mistakes")
+    """Directory of KEY.png of the most confident wrong predictions."""
+    nearest = _InSubset("nearest.csv")
+    """The training image most similar to each explained sample, by row."""
+    nearest_pictures = _InSubset("nearest")
+    """Directory of KEY.png of those training images."""
+    relevance = _InSubset("relevance")
+    """Directory of signed relevance, one KEY.npz per sample or tars of them."""
+    relevance_info = _InSubset("relevance.json")
+    """The relevance's settings and the results of its sanity checks."""
+    relevance_table = _InSubset("relevance.csv")
+    """The ledgers of the logits, one row per sample and class."""
+    mean_maps = _InSubset("mean_maps")
+    """Directory of the mean map of each class over the subset's explained images."""
+    text = _InSubset("text.json")
+    """Results of the probe for words on the images."""
+    text_pictures = _InSubset("text")
+    """Directory of the pictures of that probe."""
+    localisation = _InSubset("localisation.json")
+    """Agreement of the relevance with boxes or masks."""
+    localisation_pictures = _InSubset("localisation")
+    """Directory of pictures of the relevance with those boxes or masks."""
 
 
 def refuse_bad_stage_name(name: str) -> None:
-    """Reject a stage name that is not valid for a directory.
-
-    Raises:
-        CxrdistError: the name is not valid.
-    """
+    """Raise CxrdistError for a stage name that is not valid for a directory."""
     if not STAGE_NAME.fullmatch(name):
         raise CxrdistError(
             f"--stages: the name {name!r:.120} is not valid for a directory; expected letters, "
@@ -190,11 +137,7 @@ def refuse_bad_stage_name(name: str) -> None:
 
 
 def external_subset(name: str) -> str:
-    """Return the subset of a run that holds an external set, external/NAME.
-
-    Raises:
-        CxrdistError: the name is not valid for a directory.
-    """
+    """Return the subset of an external set, external/NAME; reject an invalid directory name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise CxrdistError(
             f"--name {name!r:.120}: expected letters, digits, dots, - and _, at most 100 "
@@ -210,14 +153,10 @@ def options_of(subset: str) -> str:
 
 
 def open_run(root: Path) -> RunDirectory:
-    """Return the directory of a finished run.
-
-    Raises:
-        CxrdistError: ``root`` contains no trained model.
-    """
+    """Return the directory of a finished run; raise CxrdistError if it has no trained model."""
     run = RunDirectory(root)
-    files = [run.inside("model", name) for name in ("model.json", "model.safetensors")]
-    if not files[0].is_file():
+    run.inside("model", "model.safetensors")  # rejects a link
+    if not run.inside("model", "model.json").is_file():
         raise CxrdistError(
             f"--run {root}: contains no trained model (model/model.json); "
             "give the directory of a finished `cxrdist train`"
@@ -227,8 +166,8 @@ def open_run(root: Path) -> RunDirectory:
 
 def environment() -> dict[str, Any]:
     """Return library versions, and the git revision when cxrdist runs from a checkout."""
-    names = ("cxrdist", "torch", "accelerate", "timm", "kornia", "webdataset", "torchmetrics")
-    versions = {name: version(name) for name in (*names, "zennit", "numpy", "pillow")}
+    names = "cxrdist torch accelerate timm kornia webdataset torchmetrics zennit numpy pillow"
+    versions = {name: version(name) for name in names.split()}
     return {
         "versions": {"python": platform.python_version(), **versions},
         "git_revision": _git_revision(Path(__file__).parent.parent),

@@ -1,22 +1,12 @@
 """JSON schemas of the documents that cxrdist writes, generated from the classes that read them.
 
-pydantic would make them too, but on Python 3.11 it takes no `typing.TypedDict`, and what it calls
-required is not what `cxrdist.documents.typed` does (defaults, NamedTuples, ``newer`` fields).
+pydantic does not suit: on Python 3.11 it rejects `typing.TypedDict`, and it requires other members
+than `cxrdist.documents.typed` does (defaults, NamedTuples, ``newer`` fields).
 """
 
 import json
 from types import NoneType, UnionType
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    NotRequired,
-    Required,
-    TypeAlias,
-    Union,
-    get_args,
-    get_origin,
-)
+from typing import Annotated, Any, Literal, NotRequired, Required, Union, get_args, get_origin
 
 from docstring_parser import parse_from_object
 
@@ -53,39 +43,28 @@ DOCUMENTS: dict[str, tuple[str, Any]] = {
 """The file and the class of each document."""
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
-Schema: TypeAlias = dict[str, Any]  # of JSON Schema's own shape
+Schema = dict[str, Any]  # of JSON Schema's own shape
 
 
 def print_schema(config: SchemaConfig) -> None:
-    """Print the schema of a document, or an object of all of them by name.
-
-    Raises:
-        CxrdistError: there is no such document.
-    """
-    if config.document is None:
-        print(json.dumps({name: schema_of(name) for name in DOCUMENTS}, indent=2))
-    elif config.document in DOCUMENTS:
-        print(json.dumps(schema_of(config.document), indent=2))
-    else:
-        raise CxrdistError(
-            f"schema: no document {config.document!r:.60}; {choices(config.document, DOCUMENTS)}"
-        )
+    """Print the schema of a document, or an object of all of them by name."""
+    name = config.document
+    if name is not None and name not in DOCUMENTS:
+        raise CxrdistError(f"schema: no document {name!r:.60}; {choices(name, DOCUMENTS)}")
+    schema = schema_of(name) if name else {each: schema_of(each) for each in DOCUMENTS}
+    print(json.dumps(schema, indent=2))
 
 
 def schema_of(name: str) -> Schema:
     """Make the schema (2020-12) of a document of `DOCUMENTS`."""
     title, kind = DOCUMENTS[name]
     definitions: dict[str, Schema] = {}
-    return {
-        "$schema": DIALECT,
-        "title": title,
-        **_schema(kind, definitions),
-        "$defs": definitions,
-    }
+    schema = _schema(kind, definitions)
+    return {"$schema": DIALECT, "title": title, **schema, "$defs": definitions}
 
 
 def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
-    """Make the schema of a type as `cxrdist.documents.typed` reads it; add classes to a list."""
+    """Make the schema of a type as `cxrdist.documents.typed` reads it; define its classes."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return {}
@@ -115,10 +94,10 @@ def _sequence(origin: Any, kinds: tuple[Any, ...], definitions: dict[str, Schema
 
 
 def _record(kind: Any, definitions: dict[str, Schema]) -> Schema:
-    """Define a class, once, with what its docstrings say, and refer to it."""
+    """Define a class once, with the text of its docstrings, and return a reference to it."""
     name = f"{kind.__module__.removeprefix('cxrdist.')}.{kind.__name__}"
     if name not in definitions:
-        definitions[name] = {}  # a class may hold itself
+        definitions[name] = {}  # a class may refer to itself
         kinds, required = members(kind)
         text = parse_from_object(kind)
         notes = {note.arg_name: " ".join((note.description or "").split()) for note in text.params}

@@ -54,8 +54,10 @@ def seeds(config: SeedsConfig) -> None:
     with staying_connected():
         accelerator = start()
         for number in chosen:
-            accelerator.print(f"{_name(number)} of {config.seeds}: {_what(recipes[number])}")
-            train(recipes[number])
+            recipe = recipes[number]
+            what = f"fold {recipe.fold}" if config.folds else f"seed {recipe.seed}"
+            accelerator.print(f"{_name(number)} of {config.seeds}: {what}")
+            train(recipe)
         if config.member is None:
             _join_members(config, recipes, accelerator)
         else:
@@ -69,7 +71,7 @@ def _refuse_bad_options(config: SeedsConfig) -> None:
     most = MOST_FOLDS if config.folds else MOST_MEMBERS
     if not 2 <= config.seeds <= most:
         raise CxrdistError(f"--seeds {config.seeds}: expected 2 to {most} members")
-    if config.member is not None and not 0 <= config.member < config.seeds:
+    if config.member is not None and config.member >= config.seeds:
         raise CxrdistError(
             f"--member {config.member}: expected 0 to {config.seeds - 1}, as there are "
             f"{config.seeds} members (--seeds)"
@@ -77,16 +79,11 @@ def _refuse_bad_options(config: SeedsConfig) -> None:
 
 
 def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
-    """Return the training options of one member.
-
-    Raises:
-        CxrdistError: the recipe is not valid.
-    """
+    """Return the training options of one member."""
     run = config.run / _name(number)
     paths = ["--shards", str(config.shards), "--run", str(run)]
     paths += ["--cache", str(config.cache)] if config.cache else []
-    parsed = parse(COMMANDS["train"], "train", ["--config", config.recipe, *paths])
-    recipe: TrainConfig = parsed
+    recipe: TrainConfig = parse(COMMANDS["train"], "train", ["--config", config.recipe, *paths])
     if config.folds:
         return replace(recipe, fold=f"{number + 1}/{config.seeds}")
     return replace(recipe, seed=number)
@@ -94,10 +91,6 @@ def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
 
 def _name(number: int) -> str:
     return f"member-{number}"
-
-
-def _what(recipe: TrainConfig) -> str:
-    return f"seed {recipe.seed}" if recipe.fold is None else f"fold {recipe.fold}"
 
 
 def _join_members(
@@ -111,11 +104,10 @@ def _join_members(
         for split in splits:
             _evaluate_once(config, run.inside(name), split, accelerator)
     with entering(accelerator, locked(run.root), here=main):
-        is_new = together(accelerator, lambda: _publish(run, names, recipes[0]) if main else False)
-    is_new = gather(accelerator, [is_new])[0]
+        together(accelerator, lambda: _publish(run, names, recipes[0], splits) if main else None)
     for split in splits:
         if not (config.folds and split == "val"):  # val differs between folds
-            _evaluate_once(config, run.root, split, accelerator, again=is_new)
+            _evaluate_once(config, run.root, split, accelerator)
     together(accelerator, lambda: _write_spread(config, names, splits) if main else None)
 
 
@@ -125,42 +117,44 @@ def _splits(config: SeedsConfig) -> list[str]:
     return ["test"] * has_test + ["val"] * (config.folds or not has_test)
 
 
-def _evaluate_once(
-    config: SeedsConfig, run: Path, split: Any, accelerator: Accelerator, *, again: bool = False
-) -> None:
+def _evaluate_once(config: SeedsConfig, run: Path, split: Any, accelerator: Accelerator) -> None:
     """Evaluate a run unless an earlier command has done it."""
     is_done = gather(accelerator, [RunDirectory(run).metrics(split).is_file()])[0]
-    if again or not is_done:
+    if not is_done:
         accelerator.print(f"{run.name}:")
         evaluate(EvaluateConfig(run, config.shards, split, cache=config.cache))
 
 
-def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> bool:
+def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig, splits: list[str]) -> None:
     """Write the files that make the directory a run: recipe, run.json and, last, the model.
 
-    Returns:
-        Whether the ensemble is new; False if the same one already exists.
+    Nothing is written if the ensemble of these members is already there.
     """
     members = [RunDirectory(run.inside(name)) for name in names]
     ensemble = join(run, names)
-    if (run.model / "model.json").is_file() and is_ensemble(run.root):
-        old = read_document(run.model / "model.json", EnsembleFile)
-        if old["members"] == names:
-            return False
     infos = [read_info(member) for member in members]
+    finished = max(info["finished"] or "" for info in infos)
+    file = run.model / "model.json"
+    if file.is_file() and is_ensemble(run.root) and run.info.is_file():
+        same_members = read_document(file, EnsembleFile)["members"] == names
+        if same_members and read_info(run)["finished"] == finished:
+            return
+    for split in splits:  # results of an earlier ensemble
+        run.metrics(split).unlink(missing_ok=True)
     for name in COPIED:
         if (file := members[0].inside(name)).is_file():
             with atomic_file(run.inside(name)) as partial:
                 shutil.copyfile(file, partial)
     write_text(run.recipe, recipe_yaml(replace(recipe, fold=None)))
-    finished = max(info["finished"] or "" for info in infos)
-    started = min(info["started"] for info in infos)
-    times = {"started": started, "finished": finished}
-    shards = describe_shards(read_index(recipe.shards))  # run.json of a fold counts its own splits
-    write_json(run.info, {**infos[0], **times, "shards": shards, "stages": {}})
+    own = {
+        "started": min(info["started"] for info in infos),
+        "finished": finished,
+        "shards": describe_shards(read_index(recipe.shards)),  # members count those of their fold
+        "stages": {},
+    }
+    write_json(run.info, {**infos[0], **own})
     with atomic_directory(run.model) as directory:
         save_ensemble(ensemble, directory)
-    return True
 
 
 def _write_spread(config: SeedsConfig, names: list[str], splits: list[str]) -> None:

@@ -20,7 +20,7 @@ def test_rankings_of_replicates_are_scikit_learns_with_weights(seed):
     scores, truth, patients = tied_scores(seed)
     replicates = draw(patients, [""] * len(patients), replicates=130, seed=seed)
     auroc = replicates.auroc(scores, truth)
-    average_precision = replicates.average_precision(scores, truth)
+    average_precision = replicates.ranking(scores, truth)[1]
     for i in range(0, 130, 3):
         weights = replicates.draws[i, replicates.patient].astype(float)
         expected = roc_auc_score(truth, scores, sample_weight=weights)
@@ -74,7 +74,7 @@ def test_a_replicate_without_a_side_has_no_ranking_and_no_share():
     lacks = (replicates.draws[:, 0] == 0) | (replicates.draws[:, 1:].sum(axis=1) == 0)
     assert 0 < lacks.sum() < 200
     assert np.isnan(replicates.auroc(scores, truth)).tolist() == lacks.tolist()
-    assert np.isnan(replicates.average_precision(scores, truth)).tolist() == lacks.tolist()
+    assert np.isnan(replicates.ranking(scores, truth)[1]).tolist() == lacks.tolist()
     assert np.isnan(replicates.share(truth, truth)).sum() == (replicates.draws[:, 0] == 0).sum()
     assert interval(np.full(5, np.nan)) is None
 

@@ -46,3 +46,11 @@ def test_one_recipe_is_printed_as_it_is(capsys):
     assert capsys.readouterr().out == (ROOT / "cxrdist" / "recipes" / "scratch.yaml").read_text()
     assert main(["recipes", "chexprt"]) == 2
     assert capsys.readouterr().err.endswith("; nearest is chexpert\n")
+
+
+def test_a_recipe_is_printed_whatever_the_directory_holds(tmp_path, monkeypatch, capsys):
+    """A file of the user that has the name of a recipe is not shown in its place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "finetune").write_text("mine\n")
+    assert main(["recipes", "finetune"]) == 0
+    assert capsys.readouterr().out == (FOLDERS[0] / "finetune.yaml").read_text()

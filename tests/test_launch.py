@@ -19,7 +19,7 @@ from cxrdist.cli import main
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of, is_lost_connection
 from cxrdist.lifetime import another_rank_failed, report_error
-from cxrdist.packaged import HARDWARE, LABEL_MAPS, RECIPES, SHARD_RECIPES, names_in, path_of
+from cxrdist.packaged import HARDWARE, LABEL_MAPS, RECIPES, SHARD_RECIPES, files_in, path_of
 
 TREE = Path(__file__).parents[1]
 RECIPE = {
@@ -224,7 +224,7 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 def test_files_that_come_with_cxrdist_go_by_name(tmp_path, monkeypatch):
     """Recipes, label maps and hardware; a file of this name in the directory goes first."""
     monkeypatch.chdir(tmp_path)
-    assert names_in(HARDWARE) == ["cpu", "multi_node", "one_node"]
+    assert list(files_in(HARDWARE)) == ["cpu", "multi_node", "one_node"]
     assert Path(path_of(HARDWARE, "one_node")).samefile(TREE / "accelerate_config.yaml")
     assert Path(path_of(SHARD_RECIPES, "chexpert")).samefile(TREE / "shards" / "chexpert.yaml")
     assert path_of(LABEL_MAPS, Path("chexpert-to-chestxray14")).is_file()
@@ -239,4 +239,4 @@ def test_each_file_that_goes_by_name_is_in_a_wheel():
     data = project["tool"]["setuptools"]["package-data"]["cxrdist"]
     for folder in (RECIPES, SHARD_RECIPES, LABEL_MAPS, HARDWARE):
         assert f"{folder}/*.yaml" in data
-        assert names_in(folder)
+        assert files_in(folder)

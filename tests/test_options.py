@@ -293,3 +293,16 @@ def test_ends_of_a_range_are_in_it_or_not():
     assert config.augmentation.shift_x == 1.0
     with pytest.raises(CxrdistError, match=r"--average: is 1\.0, expected more than 0 and less"):
         parse(COMMANDS["train"], "train", [*words, "--average", "1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "flag"),
+    [
+        ("train", ["--config=demo", "--shards=memory://s", "--run=memory://r"], "--run"),
+        ("predict", ["a.png", "memory://a/b.png", "--run=r", "--out=o.csv"], "--images"),
+    ],
+)
+def test_a_url_is_refused_where_a_local_path_is_needed(name, words, flag):
+    """Also in a list of paths; shards may be elsewhere."""
+    with pytest.raises(CxrdistError, match=rf"{flag} memory://.*: expected a path on this machine"):
+        parse(COMMANDS[name], name, words)

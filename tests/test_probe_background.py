@@ -117,12 +117,14 @@ def test_the_estimate_is_that_of_ong_ly(found):
 def test_a_killed_probe_resumes_with_the_same_bytes(found, word):
     """Killed before the last training: what is trained stays, and the figures are the same."""
     before = contents(word / "out")
+    (word / "out" / ".shards.node.1.partial").mkdir()
     shutil.rmtree(word / "out" / "runs" / "shuffled")
     (word / "out" / "background.json").unlink()
     kept = word / "out" / "runs" / "no_lungs" / "model" / "model.safetensors"
     changed = kept.stat().st_mtime_ns
     assert probe(word, masks=word / "masks") == found
     assert kept.stat().st_mtime_ns == changed
+    assert not (word / "out" / ".shards.node.1.partial").exists()
     for name in ("background.json", "predictions.csv", "model.safetensors"):
         assert contents(word / "out")[name] == before[name]
 

@@ -169,6 +169,20 @@ def test_the_same_command_trains_nothing_again(ensemble, capsys):
     assert capsys.readouterr().out.count("is already trained") == 2
 
 
+def test_the_ensemble_of_a_member_that_was_trained_anew_is_evaluated_anew(ensemble, tmp_path):
+    """Its results are never those of an earlier member of the same name."""
+    run = tmp_path / "run"
+    shutil.copytree(ensemble / "run", run)
+    metrics, info = run / "test" / "metrics.json", run / "member-1" / "run.json"
+    before = metrics.stat().st_mtime_ns
+    later = "2100-01-01T00:00:00+00:00"
+    info.write_text(json.dumps({**json.loads(info.read_text()), "finished": later}))
+    arguments = [run, ensemble / "shards", str(ensemble / "recipe.yaml")]
+    seeds(SeedsConfig(*arguments, seeds=2, cache=ensemble / "cache"))
+    assert metrics.stat().st_mtime_ns > before
+    assert json.loads((run / "run.json").read_text())["finished"] == later
+
+
 def test_another_recipe_is_refused(ensemble, tmp_path):
     """A member that was begun with other options is not mixed with new ones."""
     other = tmp_path / "other.yaml"

@@ -59,12 +59,7 @@ WAYS = [
 def bench_gpu(config: BenchConfig) -> None:
     """Time the real training step for each batch and way; the main rank prints a table of each.
 
-    All ranks of a launch call it together; each takes its slice of the batch. On n ranks, n times
-    the batch sizes of one rank are measured as well. For a scaling table:
-
-        for n in 1 2 4 8; do RANKS=$n bash launch/local.sh bench --only gpu; done
-
-    Each way is freed before the next is set up, so that its memory does not count for the next.
+    All ranks of a launch call it together; each takes its slice of the batch.
     """
     accelerator = start()
     world_size = accelerator.num_processes
@@ -81,9 +76,8 @@ def bench_gpu(config: BenchConfig) -> None:
             [way.name, str(batch), *_figures(batch, measured, found[0], num_bytes, bandwidth)]
             for way, measured in zip(ways, found, strict=True)
         ]
-        accelerator.print(
-            table(rows, HEADERS), flush=True
-        )  # compiling takes minutes; may be killed
+        # Flushed, since compiling the next batch takes minutes and may be killed.
+        accelerator.print(table(rows, HEADERS), flush=True)
     finish(accelerator)
 
 
@@ -139,6 +133,7 @@ def _step_alone(accelerator: Accelerator, size_px: int, num_images: int) -> bool
 
 
 def _free_memory(accelerator: Accelerator) -> None:
+    """Free a way before the next is set up, so that its memory does not count for the next."""
     torch.compiler.reset()
     accelerator.free_memory()
     gc.collect()  # free_memory collects garbage before it drops the models

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from zennit.composites import EpsilonPlusFlat
 
 from cxrdist.bench.gpu import bench_gpu
-from cxrdist.bench.measure import Contender, measure, rows_of, wait_for
+from cxrdist.bench.measure import CPU, Contender, measure, rows_of, wait_for
 from cxrdist.bench.stage import BATCH, CLASSES, stage_run, take_steps
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig
 from cxrdist.data.audit import Entry, audit
@@ -101,7 +101,7 @@ def _originals(config: BenchConfig, scratch: Path) -> Path:
     return scratch / "originals"
 
 
-def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Callable[[], int]:
+def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Contender:
     count = len(read_class_folders(folder).records)
     options = PackConfig(
         "folder", folder, out, size=config.size, split="0.6/0.2/0.2", workers=workers
@@ -112,7 +112,7 @@ def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Call
         pack(options)
         return count
 
-    return work
+    return Contender(f"cxrdist pack --workers {workers}", work, 1)
 
 
 def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
@@ -134,13 +134,8 @@ def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
             for i, r in enumerate(records)
         ]
         entries = [Entry(s, 1, 1, found) for s, found in zip(samples, prints, strict=True)]
-        audit(
-            entries,
-            duplicates,
-            squares.__getitem__,
-            sorted({r.label for r in records}),
-            "multiclass",
-        )
+        classes = sorted({r.label for r in records})
+        audit(entries, duplicates, squares.__getitem__, classes, "multiclass")
         return len(records)
 
     def plain() -> int:
@@ -153,7 +148,7 @@ def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
         return len(records)
 
     return [
-        Contender("cxrdist pack --workers 1", _packing(config, folder, scratch / "one", 1), 1),
+        _packing(config, folder, scratch / "out", 1),
         Contender("decode + resize + encode alone", alone, 1),
         Contender("the same and the audit alone", lambda: min(alone(), audit_alone()), 1),
         Contender("the audit alone", audit_alone, 1),
@@ -163,10 +158,7 @@ def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
 
 def _pack_workers(config: BenchConfig, scratch: Path) -> list[Contender]:
     folder = _originals(config, scratch)
-    return [
-        Contender("cxrdist pack --workers 2", _packing(config, folder, scratch / "two", 2), 1),
-        Contender("cxrdist pack --workers 1", _packing(config, folder, scratch / "one", 1), 1),
-    ]
+    return [_packing(config, folder, scratch / "out", workers) for workers in (2, 1)]
 
 
 def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
@@ -176,7 +168,6 @@ def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
     np.save(scratch / "rows.npy", random.integers(0, 256, (count, size, size), dtype=np.uint8))
     images = np.asarray(np.load(scratch / "rows.npy", mmap_mode="r"))  # plain, like the cache's
     order = random.permutation(count).reshape(-1, BATCH)
-    cpu = torch.device("cpu")
     folder = scratch / "folder"
     for i in range(64):
         file = folder / CLASSES[i % 3] / f"{i}.png"
@@ -186,7 +177,7 @@ def _read(config: BenchConfig, scratch: Path) -> list[Contender]:
 
     def ours() -> int:
         for numbers in order:
-            read_rows(images, numbers, cpu)
+            read_rows(images, numbers, CPU)
         return count
 
     def copy() -> int:
@@ -225,7 +216,6 @@ def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
         kornia.augmentation.RandomHorizontalFlip(p=0.5),
         data_keys=["input"],
     )
-
     matrices = sampling_matrices(plan.draws, config.size, images.device)
 
     def ours() -> int:
@@ -242,28 +232,10 @@ def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
     """Return the ways to train: the real loop, and a bare PyTorch step on ready tensors.
 
     The real loop also checks that each step is finite, and whether it was asked to stop. A save is
-    measured as if it were a step. By default there is one every 1000 steps, so its share
-    of the time is the ratio over 1000.
+    measured as if it were a step. By default there is one every 1000 steps, so its share of the
+    time is the ratio over 1000.
     """
-    accelerator = start()
-    device, threads = accelerator.device, torch.get_num_threads()
-    stage = stage_run(accelerator, scratch, config.size)
-    model = Classifier(Network(), CLASSES, config.size).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
-    inputs = torch.randn(BATCH, 3, config.size, config.size, device=device)
-    targets = torch.zeros(BATCH, 3, device=device)
-
-    def bare() -> int:
-        model.train()
-        for _ in range(NUM_STEPS):
-            with accelerator.autocast():
-                logits = model.network(inputs)
-            loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        wait_for(device)
-        return NUM_STEPS * BATCH
+    threads, stage = torch.get_num_threads(), stage_run(start(), scratch, config.size)
 
     def save() -> int:
         stage.save(None)
@@ -271,31 +243,42 @@ def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
 
     return [
         Contender("cxrdist train, whole loop", lambda: take_steps(stage, NUM_STEPS), threads),
-        Contender("bare PyTorch step", bare, threads),
+        Contender("bare PyTorch step", _bare_steps(config.size, trained=True), threads),
         Contender("a save, as if it were a step", save, threads),
     ]
 
 
 def _frozen(config: BenchConfig, scratch: Path) -> list[Contender]:
     """Return the ways to train the head alone: the real loop, and a bare forward pass."""
-    accelerator = start()
-    device, threads = accelerator.device, torch.get_num_threads()
-    stage = stage_run(accelerator, scratch, config.size, ["head"])
-    model = Classifier(Network(), CLASSES, config.size).eval().to(device)
-    inputs = torch.randn(BATCH, 3, config.size, config.size, device=device)
+    threads, stage = torch.get_num_threads(), stage_run(start(), scratch, config.size, ["head"])
+    return [
+        Contender("cxrdist train, frozen trunk", lambda: take_steps(stage, NUM_STEPS), threads),
+        Contender("bare forward", _bare_steps(config.size, trained=False), threads),
+    ]
 
-    @torch.no_grad()
-    def bare() -> int:
+
+def _bare_steps(size_px: int, *, trained: bool) -> Callable[[], int]:
+    """Return a function that runs plain PyTorch steps, or forward passes alone."""
+    accelerator = start()
+    device = accelerator.device
+    model = Classifier(Network(), CLASSES, size_px).train(trained).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5, momentum=0.9)
+    inputs = torch.randn(BATCH, 3, size_px, size_px, device=device)
+    targets = torch.zeros(BATCH, 3, device=device)
+
+    def run() -> int:
         for _ in range(NUM_STEPS):
-            with accelerator.autocast():
-                model.network(inputs)
+            with accelerator.autocast(), torch.set_grad_enabled(trained):
+                logits = model.network(inputs)
+            if trained:
+                loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), targets)
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
         wait_for(device)
         return NUM_STEPS * BATCH
 
-    return [
-        Contender("cxrdist train, frozen trunk", lambda: take_steps(stage, NUM_STEPS), threads),
-        Contender("bare forward", bare, threads),
-    ]
+    return run
 
 
 def _background(

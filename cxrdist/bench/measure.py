@@ -16,19 +16,15 @@ CPU = torch.device("cpu")
 
 
 class Contender(NamedTuple):
-    """One way to do a job.
-
-    Attributes:
-        name: name in the table.
-        work: does the job once and returns the number of images.
-        num_threads: threads of PyTorch meanwhile.
-        device: the device whose memory is measured.
-    """
+    """One way to do a job."""
 
     name: str
     work: Callable[[], int]
+    """Does the job once and returns the number of images."""
     num_threads: int
+    """Threads of PyTorch meanwhile."""
     device: torch.device = CPU
+    """The device whose memory is measured."""
 
 
 class Measured(NamedTuple):
@@ -43,11 +39,7 @@ def measure(
 ) -> list[Measured]:
     """Warm up each contender once, then let them take turns, so that drift affects all alike.
 
-    Args:
-        name: name of the job, for the progress bar.
-        contenders: the ways to do it.
-        repeats: rounds after the warm-up.
-        show: whether to show a progress bar.
+    ``repeats`` is the number of rounds after the warm-up.
     """
     rates: list[list[float]] = [[] for _ in contenders]
     peaks = [0.0] * len(contenders)

@@ -49,12 +49,8 @@ def stage_run(
         blocks: the blocks to train; all if None.
         recipe: fields of `TrainConfig` that differ from the paper's recipe.
     """
-    fields = {
-        "init": "none",
-        "global_batch_size": BATCH,
-        "save_steps": sys.maxsize,
-        **(recipe or {}),
-    }
+    fields: dict[str, Any] = {"init": "none", "global_batch_size": BATCH, "save_steps": sys.maxsize}
+    fields |= recipe or {}
     model = Classifier(fields.get("network", Network()), CLASSES, size_px)
     model.to(accelerator.device)
     model.to(memory_format=torch.channels_last)
@@ -99,17 +95,10 @@ def take_steps(stage: StageRun, num_steps: int) -> int:
 def plain_step(
     shape: Network, size_px: int, num_images: int, precision: torch.dtype, device: torch.device
 ) -> Callable[[], None]:
-    """Build a step that trains all blocks, without the loop, other ranks or compilation.
+    """Return a function for one step of all blocks: warp, forward and backward pass, optimiser.
 
-    Args:
-        shape: of the network.
-        size_px: side of the images in pixels.
-        num_images: images per step.
-        precision: dtype of autocast; float32 for no autocast.
-        device: device of the step.
-
-    Returns:
-        A function that runs warp, forward pass, backward pass and optimiser once.
+    It leaves out the loop, other ranks and compilation. ``precision`` is the dtype of autocast,
+    float32 for none.
     """
     with device:  # fake tensors cannot be moved to it afterwards
         model = Classifier(shape, CLASSES, size_px)

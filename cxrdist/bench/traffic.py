@@ -112,12 +112,7 @@ def step_traffic(shape: Network, size_px: int, precision: torch.dtype) -> StepTr
     """Count the traffic of a training step of all blocks, without computing or allocating it.
 
     It counts one rank's step with SGD, without communication. The operations are those of the CPU;
-    a GPU runs the same ones with other kernels.
-
-    Args:
-        shape: of the network.
-        size_px: side of the images in pixels.
-        precision: of autocast; float32 for none.
+    a GPU runs the same ones with other kernels. ``precision`` is that of `plain_step`.
     """
     counts = []
     for num_images in (2, 3):  # not 1: BatchNorm may refuse to train on one image

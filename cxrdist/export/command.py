@@ -11,6 +11,12 @@ from cxrdist.model.ensemble import load_predictor
 from cxrdist.precision import use_full_float32
 from cxrdist.run import RunDirectory
 
+WRITERS = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_export,
+    "timm": write_timm,
+    "huggingface": write_huggingface,
+}
 SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 
 
@@ -27,15 +33,7 @@ def export(config: ExportConfig) -> None:
     model = load_predictor(config.run)
     use_full_float32()
     source = Source(RunDirectory(config.run), model, read_squares(config.shards, model))
-    match config.to:
-        case "onnx":
-            note = write_onnx(source, config.out)
-        case "torch-export":
-            note = write_torch_export(source, config.out)
-        case "timm":
-            note = write_timm(source, config.out)
-        case "huggingface":
-            note = write_huggingface(source, config.out)
+    note = WRITERS[config.to](source, config.out)
     if model.calibration is None:
         print(
             "probabilities are not calibrated and there are no thresholds: run `cxrdist evaluate` "
@@ -45,12 +43,7 @@ def export(config: ExportConfig) -> None:
 
 
 def _refuse_bad_out(config: ExportConfig) -> None:
-    """Check that OUT can be written, before the model is loaded.
-
-    Raises:
-        CxrdistError: it already exists, or its suffix is wrong for the format.
-        RunFailedError: its directory is read-only.
-    """
+    """Check that OUT can be written, before the model is loaded."""
     out, suffix = config.out, SUFFIXES.get(config.to)
     if out.exists() or out.is_symlink():
         raise CxrdistError(f"{out}: already exists; name another, or move it away")

@@ -1,21 +1,17 @@
 """Folders of weights for other libraries: timm, torchxrayvision and the Hugging Face Hub."""
 
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from typing import Any
 
-import numpy as np
 import timm
-from numpy.typing import NDArray
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from cxrdist import __version__
-from cxrdist.data.index import Fit
 from cxrdist.errors import CxrdistError
-from cxrdist.export.note import ExportNote, Source, write_note
-from cxrdist.export.parity import Parity, describe_parity, measure_parity
+from cxrdist.export.note import ExportNote, Source, describe_export
+from cxrdist.export.parity import Parity, describe_parity
 from cxrdist.files import atomic_directory, write_json, write_text
 from cxrdist.info import WeightsInfo
 from cxrdist.model.densenet import Classifier, network_state, read_model, save_model
@@ -25,36 +21,7 @@ from cxrdist.report.card import OURS, read_card
 from cxrdist.report.page import template
 
 # timm's names for the ways to make an image square; it resamples differently from cxrdist.
-CROP_MODES: dict[Fit, Literal["center", "squash", "border"]] = {
-    "crop": "center",
-    "stretch": "squash",
-    "pad": "border",
-}
-
-
-class PretrainedConfig(TypedDict):
-    """The settings of weights that timm needs."""
-
-    input_size: list[int]
-    mean: list[float]
-    std: list[float]
-    interpolation: Literal["bilinear"]
-    crop_pct: float
-    crop_mode: Literal["center", "squash", "border"]
-    num_classes: int
-    first_conv: str
-    classifier: str
-
-
-class LibraryConfig(TypedDict):
-    """The content of config.json, in timm's form (``timm.models.load_model_config_from_path``)."""
-
-    architecture: str
-    num_classes: int
-    label_names: list[str]
-    model_args: NotRequired[dict[str, Any]]
-    """Differences from the published network: its shape, or one input channel."""
-    pretrained_cfg: PretrainedConfig
+CROP_MODES = {"crop": "center", "stretch": "squash", "pad": "border"}
 
 
 def write_timm(source: Source, out: Path) -> ExportNote:
@@ -77,8 +44,12 @@ def write_timm(source: Source, out: Path) -> ExportNote:
         (folder / "model.safetensors").write_bytes(save(network_state(model)))
         write_json(folder / "config.json", library_config(model))
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-        logits_of = _logits_of(network, model.normalise)
-        note = _compare(source, model, logits_of, f"timm {version('timm')}")
+        note = describe_export(
+            source,
+            lambda images: network(model.normalise(images)).numpy(),
+            f"timm {version('timm')}",
+            in_graph=False,
+        )
         write_json(folder / "cxrdist.json", note)
         section = _section(model, note["parity"], "timm")
         card = f"# Weights of {model.shape.title} for timm\n\n{section}"
@@ -105,35 +76,18 @@ def write_huggingface(source: Source, out: Path) -> ExportNote:
         save_model(model, folder)
         model.origin = origin
         write_json(folder / "config.json", library_config(model))
-        logits_of = _logits_of(read_model(folder), lambda images: images)
-        note = _compare(source, model, logits_of, f"cxrdist {__version__}")
+        network = read_model(folder)
+        note = describe_export(
+            source, lambda images: network(images).numpy(), f"cxrdist {__version__}", in_graph=False
+        )
         write_json(folder / "cxrdist.json", note)
         text = f"{card.rstrip()}\n\n{_section(model, note['parity'], 'huggingface')}"
         write_text(folder / "README.md", text)
     return note
 
 
-def _compare(
-    source: Source,
-    model: Classifier,
-    logits_of: Callable[[Tensor], NDArray[np.float32]],
-    runtime: str,
-) -> ExportNote:
-    """Compare the logits of a folder's network with PyTorch's, and describe it.
-
-    Raises:
-        RunFailedError: they differ.
-    """
-    parity = measure_parity(model, logits_of, source.squares, runtime)
-    return write_note(source, parity, in_graph=False)
-
-
 def _one_network(model: Classifier | Ensemble, target: str) -> Classifier:
-    """Return the network of a model.
-
-    Raises:
-        CxrdistError: the model is an ensemble.
-    """
+    """Return the network of a model; raise CxrdistError for an ensemble."""
     if isinstance(model, Ensemble):
         raise CxrdistError(
             f"--to {target}: expected one network, but --run is an ensemble of {len(model.names)}; "
@@ -142,17 +96,11 @@ def _one_network(model: Classifier | Ensemble, target: str) -> Classifier:
     return model
 
 
-def _logits_of(
-    network: nn.Module, prepare: Callable[[Tensor], Tensor]
-) -> Callable[[Tensor], NDArray[np.float32]]:
-    return lambda images: cast(NDArray[np.float32], network(prepare(images)).numpy())
-
-
-def library_config(model: Classifier) -> LibraryConfig:
-    """Describe a network in the form of timm."""
+def library_config(model: Classifier) -> dict[str, Any]:
+    """Describe a network in the form of timm (``timm.models.load_model_config_from_path``)."""
     mean, std = model.normalisation.mean, model.normalisation.std
     modules = model.network.named_modules()
-    content: LibraryConfig = {
+    content: dict[str, Any] = {
         "architecture": model.shape.architecture,
         "num_classes": len(model.classes),
         "label_names": model.classes,
@@ -168,12 +116,12 @@ def library_config(model: Classifier) -> LibraryConfig:
             "classifier": output_layer(model.shape),
         },
     }
-    arguments: dict[str, Any] = {"in_chans": len(mean)} if len(mean) != 3 else {}
+    differences: dict[str, Any] = {"in_chans": len(mean)} if len(mean) != 3 else {}
     if model.shape.is_densenet:
         growth_rate, block_config = model.shape.dense_shape
-        arguments |= {"growth_rate": growth_rate, "block_config": list(block_config)}
-    if arguments:
-        content["model_args"] = arguments
+        differences |= {"growth_rate": growth_rate, "block_config": list(block_config)}
+    if differences:  # from the published network
+        content["model_args"] = differences
     return content
 
 

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from cxrdist.errors import CxrdistError, require_modules
-from cxrdist.export.note import ExportNote, Source, write_note
-from cxrdist.export.parity import measure_parity
+from cxrdist.export.note import ExportNote, Source, describe_export
 from cxrdist.files import atomic_file
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble
@@ -49,11 +48,7 @@ class Graph(nn.Module):
 
 
 def require_onnx() -> None:
-    """Check that the packages for ONNX are installed.
-
-    Raises:
-        CxrdistError: a package is missing.
-    """
+    """Raise CxrdistError if a package for ONNX is not installed."""
     try:
         require_modules("export", "onnx", "onnxscript", "onnxruntime")
     except CxrdistError as error:
@@ -80,9 +75,7 @@ def write_onnx(source: Source, out: Path) -> ExportNote:
     proto = to_onnx(Graph(source.model).eval())
     logits_of = _run_onnx(proto.SerializeToString())
     runtime = f"onnxruntime {version('onnxruntime')}"
-    note = write_note(
-        source, measure_parity(source.model, logits_of, source.squares, runtime), in_graph=True
-    )
+    note = describe_export(source, logits_of, runtime, in_graph=True)
     for name, value in note.items():
         text = value if isinstance(value, str) else json.dumps(value, default=asdict)
         proto.metadata_props.add(key=name, value=text)
@@ -134,13 +127,7 @@ def write_torch_export(source: Source, out: Path) -> ExportNote:
     program = to_program(Graph(source.model).eval())
     loaded = torch.export.load(io.BytesIO(_saved(program))).module()
     runtime = f"torch.export {torch.__version__}"
-
-    def logits_of(images: Tensor) -> NDArray[np.float32]:
-        logits: NDArray[np.float32] = loaded(images)[0].numpy()
-        return logits
-
-    parity = measure_parity(source.model, logits_of, source.squares, runtime)
-    note = write_note(source, parity, in_graph=True)
+    note = describe_export(source, lambda images: loaded(images)[0].numpy(), runtime, in_graph=True)
     content = json.dumps(note, default=asdict, indent=2)
     with atomic_file(out) as partial:
         partial.write_bytes(_saved(program, {NOTE_NAME: content}))

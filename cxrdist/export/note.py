@@ -1,13 +1,18 @@
 """The note: what a program must know to use an exported network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
 from cxrdist.data.index import Classes, Depth, Fit, SidePx, Task
 from cxrdist.documents import Real, Sha256, Text
-from cxrdist.export.parity import Parity, Squares
+from cxrdist.export.parity import Parity, Squares, measure_parity
 from cxrdist.model.densenet import Classifier
-from cxrdist.model.description import Calibration, Cover, Normalisation
+from cxrdist.model.description import Cover, Normalisation
 from cxrdist.model.download import sha256_of
 from cxrdist.model.ensemble import Ensemble
 from cxrdist.run import RunDirectory, environment
@@ -65,29 +70,32 @@ class ExportNote(TypedDict):
 
 @dataclass(frozen=True)
 class Source:
-    """A run whose model is exported.
-
-    Attributes:
-        run: the run directory.
-        model: its model, in evaluation mode, on the CPU.
-        squares: images on which the export is compared.
-    """
+    """A run, its model in evaluation mode on the CPU, and images to compare the export on."""
 
     run: RunDirectory
     model: Classifier | Ensemble
     squares: Squares
 
 
-def write_note(source: Source, parity: Parity, *, in_graph: bool) -> ExportNote:
-    """Describe an exported network.
+def describe_export(
+    source: Source,
+    exported: Callable[[Tensor], NDArray[np.float32]],
+    runtime: str,
+    *,
+    in_graph: bool,
+) -> ExportNote:
+    """Describe an exported network, after comparing its logits with PyTorch's.
 
     Args:
         source: the run.
-        parity: comparison of the exported network with PyTorch.
+        exported: as in `measure_parity`.
+        runtime: as in `measure_parity`.
         in_graph: whether normalisation and calibration are in the graph.
+
+    Raises:
+        RunFailedError: the logits differ.
     """
-    model = source.model
-    calibration: Calibration | None = model.calibration
+    model, calibration = source.model, source.model.calibration
     members = [] if isinstance(model, Classifier) else model.names
     files = [f"{name}/model/model.safetensors" for name in members] or ["model/model.safetensors"]
     return {
@@ -109,7 +117,7 @@ def write_note(source: Source, parity: Parity, *, in_graph: bool) -> ExportNote:
         "operating_points": calibration.rule if calibration else None,
         "source_sha256": {file: sha256_of(source.run.inside(file)) for file in files},
         "versions": environment()["versions"],
-        "parity": parity,
+        "parity": measure_parity(model, exported, source.squares, runtime),
     }
 
 

@@ -47,25 +47,16 @@ class Parity(TypedDict):
 
 @dataclass(frozen=True)
 class Squares:
-    """Images on which the exported network is compared.
-
-    Attributes:
-        pixels: uint8 [N, 1, S, S].
-        source: readable description of the images.
-        index_sha256: of the shards that contain them; None for random squares.
-    """
+    """Images on which the exported network is compared; see `Parity`."""
 
     pixels: Tensor
+    """uint8 [N, 1, S, S]."""
     source: str
     index_sha256: str | None
 
 
 def read_squares(shards: Path | None, model: Classifier | Ensemble) -> Squares:
     """Read the first images of a test split (pack shuffles them), or make random squares.
-
-    Args:
-        shards: a directory of shards; None for random squares.
-        model: the model that is exported.
 
     Raises:
         CxrdistError: the shards are incomplete, have no test split, or do not fit the model.

@@ -11,7 +11,7 @@ from cxrdist.config import Architecture, Network, Stage
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.networks import block_names
-from cxrdist.packaged import RECIPES, names_in
+from cxrdist.packaged import RECIPES, files_in
 from cxrdist.train.checks import refuse_bad_recipe
 from cxrdist.train.stages import (
     EarlyStopping,
@@ -131,7 +131,7 @@ def test_early_stopping_waits_for_its_patience():
     assert (stopping.best_epoch, stopping.best_loss) == (2, 0.5)
 
 
-@pytest.mark.parametrize("name", names_in(RECIPES))
+@pytest.mark.parametrize("name", files_in(RECIPES))
 def test_the_recipes_that_come_with_cxrdist_are_valid(name):
     """Each is read by its name."""
     arguments = ["--config", name, "--shards", "s", "--run", "r"]
