@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from urllib.parse import ParseResult, urldefrag, urlparse
+from urllib.parse import urldefrag, urlparse
 
 import torch
 
@@ -53,7 +53,7 @@ def download(url: str, where: str) -> Path:
         CxrdistError: the host cannot be reached, or the file is not the published one.
     """
     digits = re.search(r"#sha256=([0-9a-f]{8,64})$", url)
-    if _parsed(url) is None or ("#" in url and not digits):
+    if not _is_web(url) or ("#" in url and not digits):
         raise CxrdistError(
             f"{where}: expected http(s)://HOST/FILE, optionally with #sha256=DIGITS at its end"
         )
@@ -86,15 +86,15 @@ def download(url: str, where: str) -> Path:
     return file
 
 
-def _parsed(url: str) -> ParseResult | None:
-    """Return the parts of an http or https URL with a host; None if it is not valid."""
+def _is_web(url: str) -> bool:
+    """Return whether a URL is valid, with http or https and a host."""
     try:
         parsed = urlparse(url)
         is_web = parsed.scheme in ("http", "https") and bool(parsed.hostname)
         # urlparse rejects a port of 99999 or a host that begins with a bracket; idna rejects a..b.
-        return parsed if is_web and parsed.port != 0 and parsed.netloc.encode("idna") else None
+        return is_web and parsed.port != 0 and bool(parsed.netloc.encode("idna"))
     except ValueError:
-        return None
+        return False
 
 
 def _noted(note: Path) -> str:
@@ -185,7 +185,9 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
     known = _known_version(version) if done else ""
     headers = {"User-Agent": "cxrdist", "Accept-Encoding": "identity"}
     if done and (known or checked):
-        headers |= {"Range": f"bytes={done}-", **({"If-Range": known} if known else {})}
+        headers["Range"] = f"bytes={done}-"
+    if done and known:
+        headers["If-Range"] = known
     request = urllib.request.Request(url, headers=headers)
     opener = urllib.request.build_opener(_Opener, _SecureOpener)
     with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
