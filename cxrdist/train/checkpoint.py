@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cxrdist.documents import Between, parse_json, typed
+from cxrdist.documents import parse_json, typed
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.files import atomic_directory, read_bytes
+from cxrdist.info import Count
 
 CHECKPOINT_FORMAT = "cxrdist-checkpoint-3"
 _NAME = re.compile(r"\d{5,}-\d{7,}")
@@ -33,7 +34,6 @@ _MOST_POSITION_BYTES = 1 << 20  # with the best weights of 10,000 stages
 _MOST_STATE_BYTES = 32 << 30  # of a network of 2 billion parameters; CheXNet has 7 million
 
 State = dict[str, Tensor]
-Count = Annotated[int, Between(0, 10**12)]
 
 
 @dataclass(frozen=True)
