@@ -15,7 +15,6 @@ from cxrdist.documents import typed
 from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.files import append_log, settle_log, write_json
 from cxrdist.info import read_info
-from cxrdist.model.densenet import network_state
 from cxrdist.model.networks import block_names
 from cxrdist.terminal import progress, table
 from cxrdist.train.background import describe_background
@@ -333,7 +332,7 @@ class StageRun:
         They go into a new directory, since older checkpoints refer to theirs.
         """
         training = self.training
-        self.best = {k: on_cpu(v) for k, v in network_state(training.model).items()}
+        self.best = {k: on_cpu(v) for k, v in training.model.network.state_dict().items()}
 
         def write() -> tuple[str, str]:
             if not training.accelerator.is_main_process:
@@ -362,7 +361,7 @@ class StageRun:
             bests=dict(self.bests),
             scaler=updater.scaler.state_dict() if updater.scaler else {},
         )
-        network, average = network_state(training.model), updater.average
+        network, average = training.model.network.state_dict(), updater.average
         if average:  # a stop in the validation finds the average in the network
             network |= average.set_aside
         checkpoint = Checkpoint(

@@ -24,8 +24,9 @@ from cxrdist.files import judging, now, read_bytes, read_recipe, write_json, wri
 from cxrdist.info import ShardsInfo, read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.description import Cover
+from cxrdist.model.layout import InitialWeights
 from cxrdist.model.networks import norms_of_one_value
-from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
+from cxrdist.model.weights import apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import RunDirectory, environment
 from cxrdist.terminal import table
