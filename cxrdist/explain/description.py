@@ -162,12 +162,8 @@ def under_way(how: Any) -> RelevanceInfo:
 def read_description(path: Path, mend: str) -> RelevanceInfo:
     """Read relevance.json, also of an older version.
 
-    Args:
-        path: of the file.
-        mend: what the user can do about a damaged one.
-
     Raises:
-        CxrdistError: it is damaged.
+        CxrdistError: it is damaged; `mend` is what the user can do about it.
     """
     if "format" in read_document(path, _Versioned, mend):
         return read_document(path, RelevanceInfo, mend)

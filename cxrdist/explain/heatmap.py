@@ -127,9 +127,6 @@ def _tint(image: NDArray[np.uint8], strength: NDArray[np.floating]) -> Image.Ima
 def colour_limit(relevance: NDArray[np.floating]) -> float:
     """Return a limit of the colour scale that keeps a few extreme pixels from dimming the rest.
 
-    Args:
-        relevance: signed floats [H, W].
-
     Returns:
         The LIMIT_PERCENTILE of the smoothed map's absolute values; their maximum if the percentile
         is zero, and 1 if the map is zero everywhere.
@@ -142,18 +139,14 @@ def colour_limit(relevance: NDArray[np.floating]) -> float:
 
 
 def smooth(relevance: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Remove the grid that the strides of the first layers cause; for display only.
+    """Return relevance [H, W] without the grid of the first layers' strides; for display only.
 
     The flat rule of a 7x7 convolution with stride 2 gives even and odd pixels different shares,
     and the max pool after it adds a grid of 4 px. The weights 1 2 2 2 1 along both axes (a mean
     of 2 and one of 4) remove both without a shift. ResNet18 and SqueezeNet have the same strides.
     The first convolution of AlexNet has stride 4: the 8 px grid of its max pool remains.
 
-    Args:
-        relevance: signed floats [H, W].
-
-    Returns:
-        [H, W]; the image is padded by repeating its border.
+    The image is padded by repeating its border.
 
     Raises:
         CxrdistError: relevance is not finite.
