@@ -11,12 +11,7 @@ def check_batch(images: object, size_px: int, device: torch.device | None = None
 
     Only type, shape and device are checked: reading values would wait for the GPU, and a trace of
     the network would depend on them. The type alone excludes a wrong range, since floats in 0..1,
-    normalised floats and wider integers are not uint8.
-
-    Args:
-        images: the argument of the caller, of any type.
-        size_px: side of the squares.
-        device: of the model; None if the images may be on any.
+    normalised floats and wider integers are not uint8. Without `device` the images may be on any.
 
     Raises:
         CxrdistError: they are not; the message says how to convert them.

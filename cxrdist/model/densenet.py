@@ -222,10 +222,7 @@ def load_model(run: str | Path) -> Classifier:
 
 
 def read_model(directory: Path) -> Classifier:
-    """Read model.json and model.safetensors, in evaluation mode, on the CPU.
-
-    Args:
-        directory: RUN/model, or the folder of ``cxrdist export --to huggingface``.
+    """Read RUN/model, or a folder of ``cxrdist export --to huggingface``; as `load_model`.
 
     Raises:
         CxrdistError: a file is missing or invalid, or they do not belong together.
@@ -274,11 +271,7 @@ def _build(content: ModelFile) -> Classifier:
 
 
 def _refuse_other_shapes(weights: dict[str, Tensor], model: Classifier) -> None:
-    """Check that weights have exactly the names and shapes of a model's weights.
-
-    Raises:
-        ValueError: they do not.
-    """
+    """Raise ValueError unless weights have exactly the names and shapes of a model's weights."""
     expected = {name: tensor.shape for name, tensor in model.network.state_dict().items()}
     actual = {name: tensor.shape for name, tensor in weights.items()}
     differing = [n for n in {**expected, **actual} if expected.get(n) != actual.get(n)]

@@ -45,12 +45,9 @@ def download(url: str, where: str) -> Path:
     against the one noted when it was downloaded. Interrupted downloads are kept, and the next call
     resumes them.
 
-    Args:
-        url: http or https.
-        where: the option and its value, for the error line.
-
     Raises:
-        CxrdistError: the host cannot be reached, or the file is not the published one.
+        CxrdistError: the host cannot be reached, or the file is not the published one. The message
+            begins with `where`, the option and its value.
     """
     digits = re.search(r"#sha256=([0-9a-f]{8,64})$", url)
     if not _is_web(url) or ("#" in url and not digits):
@@ -112,8 +109,7 @@ def _noted(note: Path) -> str:
 def place_of(url: str) -> Path:
     """Return the path of a URL's file in the cache of torch.hub.
 
-    A hash of the URL is added unless the name already contains one: two URLs may end in the same
-    name, such as model.pth.tar.
+    A hash of the URL is added unless the name contains one: two URLs may end in the same name.
     """
     name = Path(urlparse(url).path).name or "weights"
     if not _HASH_IN_NAME.search(name):
@@ -129,11 +125,7 @@ def sha256_of(file: Path) -> str:
 
 
 def _refuse_other(file: Path, expected: str | None, what: str) -> None:
-    """Remove a file that is not the published one.
-
-    Raises:
-        CxrdistError: the file is not the published one.
-    """
+    """Remove a file that is not the published one, and raise CxrdistError."""
     sha256 = sha256_of(file)
     if expected is not None and not sha256.startswith(expected):
         problem = f"has the sha256 {sha256}, expected {expected}"

@@ -187,7 +187,7 @@ def _identify(
 def _identify_other(
     file: TensorFile, head: dict[str, Tensor], network: Network
 ) -> tuple[str, list[str] | None]:
-    """Return name and labels as `_identify`, for networks other than DenseNets."""
+    """Return the same as `_identify`, for networks other than DenseNets."""
     num_outputs = next((len(tensor) for tensor in head.values() if tensor.dim()), 0)
     if num_outputs == IMAGENET_CLASSES:
         return f"ImageNet, {network.title}", None
@@ -197,11 +197,7 @@ def _identify_other(
 def _check_head(
     head: dict[str, Tensor], trunk: dict[str, Tensor], labels: list[str] | None, where: str
 ) -> None:
-    """Check that a head fits its trunk and its labels.
-
-    Raises:
-        CxrdistError: it does not.
-    """
+    """Raise CxrdistError if a head does not fit its trunk or its labels."""
     if not head:
         return
     weight, bias = (

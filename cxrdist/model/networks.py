@@ -53,10 +53,7 @@ def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Mod
       below 0, and probabilities never below one half.
     - resnet18 gets a dropout before its output layer, like the other networks.
 
-    Args:
-        shape: architecture, and the shape of a DenseNet.
-        num_classes: number of logits.
-        channels: of the normalised images; must be 3 except for DenseNets and convnext_atto.
+    Only DenseNets and convnext_atto can take other numbers of channels than 3.
 
     Raises:
         CxrdistError: the architecture does not take this number of channels.
@@ -152,11 +149,7 @@ def block_names(shape: Network) -> list[str]:
 
 
 def block_of(name: str, shape: Network) -> str:
-    """Return the block that a parameter, buffer or module belongs to.
-
-    Args:
-        name: as in ``network.named_parameters()``, such as ``features.denseblock1.denselayer1...``.
-        shape: of the network.
+    """Return the block that a parameter, buffer or module of a network belongs to, by its name.
 
     Raises:
         ValueError: the name is in no block.
@@ -188,16 +181,7 @@ def smallest_size_px(shape: Network) -> int:
 
 
 def refuse_small_squares(shape: Network, size_px: int, where: str) -> None:
-    """Check that images are large enough for a network.
-
-    Args:
-        shape: of the network.
-        size_px: side of the squares.
-        where: the option or field that they come from, for the error line.
-
-    Raises:
-        CxrdistError: the images are too small.
-    """
+    """Raise CxrdistError if squares, from an option or field `where`, are too small."""
     smallest = smallest_size_px(shape)
     if size_px < smallest:
         raise CxrdistError(

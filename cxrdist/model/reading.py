@@ -122,11 +122,7 @@ def _input(file: str | Path) -> Input:
 
 
 def _checked_square(image: object, number: int, size_px: int) -> NDArray[np.uint8]:
-    """Return an array after checking that it is a square of the model.
-
-    Raises:
-        CxrdistError: it is not; the message says how to make one.
-    """
+    """Return an array if it is a square of the model; else raise CxrdistError with the fix."""
     expected = f"expected the path of a file or uint8 [{size_px}, {size_px}]"
     if not isinstance(image, np.ndarray):
         raise CxrdistError(

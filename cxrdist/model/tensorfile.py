@@ -185,11 +185,7 @@ class _Archive(io.FileIO):
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read the given number of bytes.
-
-        Raises:
-            ValueError: the number is too large.
-        """
+        """Read the given number of bytes, or raise ValueError if it is too large."""
         left = os.fstat(self.fileno()).st_size - self.tell()
         size = left if size is None or size < 0 else min(size, left)
         if size > MOST_DIRECTORY_BYTES:
@@ -262,11 +258,7 @@ def _collect(content: Any, read_storage: Callable[[str], bytearray], file_bytes:
 
 
 def _refuse_other_numbers(tensors: dict[str, Tensor]) -> None:
-    """Check that tensors are finite floats, or integers for the counts of BatchNorm.
-
-    Raises:
-        ValueError: a tensor has another type, or is not finite.
-    """
+    """Raise ValueError unless tensors are finite floats, or integers for BatchNorm's counts."""
     for name, tensor in tensors.items():
         counter = name.endswith("num_batches_tracked") and tensor.dtype == torch.int64
         if tensor.dtype not in FLOATS and not counter:

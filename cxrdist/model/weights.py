@@ -13,8 +13,8 @@ from cxrdist.model.networks import IMAGENET_URLS
 from cxrdist.model.tensorfile import read_tensor_file
 from cxrdist.run import RunDirectory
 
-# The paper's CheXNet (section 3.2: Zech 2018), as published in 2018. The URL names a git revision,
-# because the file was replaced in 2022 by a network that was trained again.
+# The paper's CheXNet (section 3.2: Zech 2018), as published in 2018: the file was replaced in 2022
+# by a network that was trained again.
 CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"
@@ -28,7 +28,7 @@ def read_weights(
 
     Args:
         init: ``chexnet``, ``imagenet``, ``none``, a URL, a run directory, or a file.
-        option: that was given the name, for the error line.
+        option: the option, for the error line.
         architecture: selects the published weights for ``imagenet``.
 
     Raises:
