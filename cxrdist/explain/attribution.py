@@ -35,7 +35,7 @@ class Attribution:
 
 
 class Ledger:
-    """Relevance that biases, and epsilon and stabilisers, absorb in a backward pass, [B] each."""
+    """Relevance absorbed in a backward pass, by biases, and by epsilon and stabilisers, [B] each."""
 
     bias: Tensor
     epsilon: Tensor

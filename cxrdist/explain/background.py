@@ -93,13 +93,8 @@ def squared_gradient(
     """Return the squared input gradient of the log-probabilities, summed over the background.
 
     Ross et al. 2017 (IJCAI), equation 2, without its weight. Each label is binary, and the
-    log-probabilities of both outcomes of all labels are summed.
-
-    Args:
-        model: in any mode.
-        images: float [B, 1, H, W], grey values 0..255; the gradient is that of grey values 0..1.
-        targets: float [B, classes]; not used.
-        background: bool [B, 1, H, W].
+    log-probabilities of both outcomes of all labels are summed. The gradient is that of grey values
+    0..1. Arguments are as in `share_of_contrast`; the targets are not used.
 
     Returns:
         float [B], differentiable in the weights where gradients are enabled.

@@ -74,22 +74,10 @@ def overlay_original(
     fit: str,
     limit: float | None = None,
 ) -> Image.Image:
-    """Draw the relevance of a square over the original image; see `overlay`.
+    """Draw the relevance of a square over the original image, at any scale; see `overlay`.
 
     With ``crop`` the image has no colours outside the centre, and with ``pad`` the map of the black
-    bars is not shown.
-
-    Args:
-        original: uint8 [H, W], the whole image at any scale.
-        relevance: signed floats [S, S], of the square.
-        fit: how the image became square: ``crop``, ``pad`` or ``stretch``.
-        limit: as in `overlay`.
-
-    Returns:
-        An RGB picture of the original's size, on the colour scale of the whole square.
-
-    Raises:
-        CxrdistError: relevance is not finite.
+    bars is not shown. The colour scale is that of the whole square.
     """
     height, width = original.shape
     frame = in_square(Box(0, 0, width, height), width, height, relevance.shape[0], fit)

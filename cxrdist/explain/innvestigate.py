@@ -33,10 +33,7 @@ class Innvestigate:
     def __init__(self, network: DenseNet, flat: bool, epsilon: float) -> None:
         """Copy the network.
 
-        Args:
-            network: timm's DenseNet in evaluation mode.
-            flat: whether the first convolution has the flat rule; if not, alpha1-beta0.
-            epsilon: the epsilon of the linear layer's rule.
+        The rule of the first convolution is flat or alpha1-beta0; epsilon is of the linear layer's.
 
         Raises:
             CxrdistError: the network is in training mode, or has a layer without a rule here.

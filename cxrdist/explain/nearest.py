@@ -115,11 +115,7 @@ def _best(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the most similar image of this rank's share of the training images, for each sample.
 
-    Args:
-        loaded: the model and the shards.
-        train: numbers of all training images.
-        numbers: of the n samples.
-        wanted: their features, float [n, features].
+    The n samples have the features `wanted`, float [n, features].
 
     Returns:
         Similarities, -2 where this rank has no image, and numbers of the images, [n] each.

@@ -76,13 +76,8 @@ def write_pictures(
 ) -> None:
     """Write the X-ray as KEY.png, and one heat map per class over it as KEY.CLASS.png.
 
-    Args:
-        directory: of the pictures.
-        key: of the sample.
-        image: uint8 [H, W], the square given to the network, or with ``fit`` its original.
-        relevance: float32 [classes, S, S], of the square.
-        classes: their names.
-        fit: how the square was made from the original.
+    The image, uint8 [H, W], is the square given to the network or, with ``fit``, its original. The
+    relevance, float32 [classes, S, S], is that of the square.
     """
     image = np.asarray(image)  # a row of the cache is a memory map
     xray, *names = picture_names(key, classes)

@@ -49,10 +49,7 @@ def randomise(
 ) -> list[Explainer]:
     """Return explainers of copies with the head, head and last block, or all blocks randomised.
 
-    Args:
-        model: in evaluation mode; it does not change.
-        images: uint8 [B, 1, H, W], for the statistics of BatchNorms.
-        explainer_of: makes an explainer with the tested settings.
+    The statistics of BatchNorms are those of the images, uint8 [B, 1, H, W].
     """
     return [explainer_of(draw_anew(model, blocks, images)) for blocks in levels(model)]
 
