@@ -165,6 +165,14 @@ def test_published_weights_are_taken_but_for_the_head(architecture):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_thresholds_that_do_not_fit_the_head_are_refused():
+    """Also in the file of another network than a DenseNet, whose head has other names."""
+    published = library_network("resnet18", 1000).state_dict()
+    file = TensorFile({**published, "op_threshs": torch.zeros(3)})
+    with pytest.raises(CxrdistError, match=r"3 thresholds \(op_threshs\) for 1000 outputs"):
+        recognise(file, "--init w", {"source": "w", "sha256": None})
+
+
 def test_imagenet_is_the_architectures_own_file(tmp_path, monkeypatch):
     """Found in torch.hub's folder under the name of its URL; another content is refused."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
