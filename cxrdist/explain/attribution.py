@@ -35,7 +35,7 @@ class Attribution:
 
 
 class Ledger:
-    """Relevance absorbed in a backward pass, by biases, and by epsilon and stabilisers, [B] each."""
+    """Relevance absorbed in a backward pass by biases, and by epsilon and stabilisers, [B] each."""
 
     bias: Tensor
     epsilon: Tensor
