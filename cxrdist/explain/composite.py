@@ -179,11 +179,7 @@ def _canonical(
 def _from_zennit(
     name: str, bounds: tuple[Tensor, Tensor], zero_params: list[str], epsilon: float
 ) -> Composite:
-    """Return one of zennit's composites, with those settings that it accepts.
-
-    Raises:
-        CxrdistError: there is no composite of this name.
-    """
+    """Return zennit's composite of a name, or raise CxrdistError if there is none."""
     if name not in COMPOSITES:
         names = ", ".join((CANONICAL, *COMPOSITES))
         raise CxrdistError(f"--composite: zennit has no {name!r}; expected one of {names}")

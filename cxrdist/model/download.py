@@ -95,11 +95,7 @@ def _is_web(url: str) -> bool:
 
 
 def _noted(note: Path) -> str:
-    """Return the sha256 that was noted when the file was fetched.
-
-    Raises:
-        CxrdistError: the note is damaged.
-    """
+    """Return the sha256 in a note; raise CxrdistError if the note is damaged."""
     digits = re.match(rb"[0-9a-f]{64}\b", read_bytes(note, _MOST_NOTE_BYTES))
     if digits is None:
         raise CxrdistError(f"{note}: is not a sha256; remove it and the file that it belongs to")
@@ -169,8 +165,7 @@ def _fetch(url: str, partial: Path, *, checked: bool) -> None:
 def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
     """Fetch the missing bytes in one connection, or all bytes if the file may have changed.
 
-    Raises:
-        _BrokenOffError: the connection ended before the file did.
+    It raises _BrokenOffError if the connection ends before the file does.
     """
     version = partial.with_name(partial.name + ".version")
     done = partial.stat().st_size if partial.is_file() else 0

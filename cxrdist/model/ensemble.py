@@ -125,11 +125,7 @@ def save_ensemble(ensemble: Ensemble, directory: Path) -> None:
 
 
 def one_network(model: Classifier | Ensemble) -> Classifier:
-    """Return the single network of a model, as needed to explain it.
-
-    Raises:
-        CxrdistError: the model is an ensemble.
-    """
+    """Return the single network to explain, or raise CxrdistError for an ensemble."""
     if isinstance(model, Ensemble):
         raise CxrdistError(
             f"--run: is an ensemble of {len(model.names)} networks, and heat maps need a single "

@@ -253,12 +253,9 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
 
 
 def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:
-    """Check that tensors are exactly those of a network without its head.
+    """Raise CxrdistError unless tensors are exactly those of a network without its head.
 
     ``num_batches_tracked`` may be missing: files before PyTorch 0.4.1 do not have it.
-
-    Raises:
-        CxrdistError: one is missing, left over, or of another shape.
     """
     own = trunk_of(shape, channels)
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]

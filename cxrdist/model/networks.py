@@ -139,11 +139,7 @@ def block_names(shape: Network) -> list[str]:
 
 
 def block_of(name: str, shape: Network) -> str:
-    """Return the block that a parameter, buffer or module of a network belongs to, by its name.
-
-    Raises:
-        ValueError: the name is in no block.
-    """
+    """Return the block of a parameter, buffer or module; raise ValueError for other names."""
     for block, prefixes in parts_of(shape).items():
         if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
             return block

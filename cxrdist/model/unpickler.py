@@ -268,11 +268,7 @@ class Unpickler(pickle._Unpickler):
             raise RefusedError(f"it takes more than {MOST_OPERATIONS} operations")
 
     def find_class(self, module: str, name: str) -> type[Stub]:
-        """Return a stub with this name; import nothing.
-
-        Raises:
-            RefusedError: the name is too long, or there are too many names.
-        """
+        """Return a stub, importing nothing; raise RefusedError for long or too many names."""
         if len(module) + len(name) > MOST_NAME_CHARACTERS or len(self._classes) >= MOST_CLASSES:
             raise RefusedError("it names more classes than a network has")
         if (module, name) not in self._classes:

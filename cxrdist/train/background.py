@@ -43,15 +43,8 @@ class BackgroundLoss:
     ) -> Tensor:
         """Return the penalty of each image, which is 0 for one without a background.
 
-        In the other images, what a warp brings in from outside is background too.
-
-        Args:
-            model: the network that is trained.
-            images: uint8 [B, 1, H, W].
-            matrices: float32 [B, 2, 3], their warps.
-            targets: float [B, classes], 1 where an image has the label, -1 where that is unknown.
-            foreground: uint8 [B, 1, H, W], what may be used of each image.
-            turn: 0 or 1, the share of `share_of_contrast` that counts; None for the mean of both.
+        In the other images, what a warp brings in from outside is background too. The arguments are
+        as in `step.Slice`; without a turn, the mean of both shares of `share_of_contrast` counts.
 
         Returns:
             Floats [B] in the precision of the model, never in that of autocast.
@@ -177,11 +170,7 @@ def read_text_boxes(config: TrainConfig, index: Index) -> SquareBoxes:
 
 
 def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
-    """Describe the CSV of boxes for run.json; None without one.
-
-    Raises:
-        CxrdistError: it cannot be read.
-    """
+    """Describe the CSV of boxes for run.json; raise CxrdistError if it cannot be read."""
     if config.text_boxes is None:
         return None
     with judging(config.text_boxes, "make it with cxrdist find-text"):

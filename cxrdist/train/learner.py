@@ -72,7 +72,7 @@ class Learner(nn.Module):
     ) -> Tensor:
         """Return the two sums that the loss is made of.
 
-        The arguments are those of `loss` and, with a background loss, of its `penalties`.
+        The arguments are as in `step.Slice`.
 
         Returns:
             float32 [2]: the binary cross-entropy over the known labels of all images, and the
@@ -88,13 +88,7 @@ class Learner(nn.Module):
         return torch.stack([loss, penalties.sum().to(loss.dtype)])
 
     def loss(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss on logits (paper, section 3.3): that of `forward`, not compiled.
-
-        Args:
-            images: uint8 [B, 1, H, W].
-            matrices: float32 [B, 2, 3], how they are warped.
-            targets: float32 [B, classes], 1 where an image has the label, -1 where that is unknown.
-        """
+        """Return the loss on logits (paper, section 3.3), as `forward`, not compiled."""
         return sum_of_losses(self.logits(warp(images, matrices)), targets)
 
     def logits(self, images: Tensor) -> Tensor:

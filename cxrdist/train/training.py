@@ -180,11 +180,7 @@ def describe_shards(index: Index) -> ShardsInfo:
 
 
 def _read_audit(index: Index) -> str:
-    """Read the audit of the shards; empty if they have none.
-
-    Raises:
-        CxrdistError: it is not UTF-8 text, or too large.
-    """
+    """Read the audit of the shards, if they have one; raise CxrdistError if it is damaged."""
     path = index.directory / "audit.json"
     if not path.is_file():
         return ""
