@@ -145,9 +145,8 @@ def read_slice(
     plan, world_size = batches.plan, accelerator.num_processes
     all_rows = [plan.rank_rows(step, rank, world_size) for rank in range(world_size)]
     rows = all_rows[accelerator.process_index]
-    taken = rows if rows.start < rows.stop else slice(rows.start, rows.start + 1)
-    if taken.stop > len(plan.samples):
-        taken = slice(rows.start - 1, rows.start)
+    first = min(rows.start, len(plan.samples) - 1)
+    taken = slice(first, max(rows.stop, first + 1))  # at least one
     return Slice(
         staging.read(plan.samples[taken]),
         batches.matrices[taken],
@@ -183,10 +182,7 @@ def passes_of(batch: Slice, rank: int, max_images: int | None) -> Iterator[Pass]
         stops = [size * (i + 1) // num_passes for size in batch.sizes]
         sizes = tuple(b - a for a, b in zip(starts, stops, strict=True))
         rows = slice(starts[rank], stops[rank])
-        if sizes[rank]:
-            yield Pass(rows, 1.0, sizes)
-        else:
-            yield Pass(slice(0, 1), 0.0, sizes)
+        yield Pass(rows, 1.0, sizes) if sizes[rank] else Pass(slice(0, 1), 0.0, sizes)
 
 
 @torch.no_grad()
