@@ -49,7 +49,7 @@ from cxrdist.explain.dicom_output import (
     write_results,
 )
 from cxrdist.explain.export import LEDGER_COLUMNS, ledger_rows
-from cxrdist.explain.maps import Map
+from cxrdist.explain.maps import Map, to_maps
 from cxrdist.explain.pictures import Drawing, draw
 from cxrdist.explain.relevance import Explainer
 from cxrdist.files import refuse_unwritable, write_table
@@ -148,12 +148,7 @@ class Predictor:
     def _explain(self, images: torch.Tensor, keys: list[str]) -> list[Map]:
         if self.explainer is None:
             return []
-        result = self.explainer.attribute(images)
-        sums = (result.logits, result.relevance_sum, result.bias_share, result.epsilon_share)
-        ledgers = torch.stack(sums, 2).double().cpu().numpy()
-        relevance = result.relevance.float().cpu().numpy()
-        rows = zip(keys, relevance, ledgers, strict=True)
-        return [Map(key, self.model.classes, values, ledger) for key, values, ledger in rows]
+        return to_maps(self.explainer.attribute(images), keys, self.model.classes)
 
     def _draw(self, number: int, item: Input, own: Map, how: Preparation) -> list[Made]:
         """Start jobs that write the heat maps and DICOM results of an image from its map."""

@@ -1,4 +1,4 @@
-"""An explanation: the relevance of each pixel, and the ledger of the logit."""
+"""An explanation: the relevance of each pixel, and the shares that make up the logit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -32,6 +32,29 @@ class Attribution:
     relevance_sum: Tensor
     bias_share: Tensor
     epsilon_share: Tensor
+
+
+class Ledger:
+    """Relevance absorbed in a backward pass by biases, and by epsilon and stabilisers, [B] each."""
+
+    bias: Tensor
+    epsilon: Tensor
+
+    def open(self, logit: Tensor, start: float = 0.0) -> None:
+        """Start a new pass from a logit [B]; the shares are float64."""
+        self.bias = torch.full_like(logit, start, dtype=torch.float64)
+        self.epsilon = torch.full_like(logit, start, dtype=torch.float64)
+
+    def close(self, logit: Tensor, relevance: Tensor) -> Attribution:
+        """Return the attribution of the logit [B], from the relevance [B, C, H, W] of its pass."""
+        sums = sum_per_image(relevance), self.bias, self.epsilon
+        columns = relevance.sum(1), logit, *(value.to(logit.dtype) for value in sums)
+        return Attribution(*(column.unsqueeze(1) for column in columns))
+
+
+def sum_per_image(values: Tensor) -> Tensor:
+    """Sum [B, ...] to float64 [B]."""
+    return values.flatten(1).sum(1, dtype=torch.float64)
 
 
 def concatenate(chunks: Sequence[Attribution]) -> Attribution:

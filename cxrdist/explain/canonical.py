@@ -39,9 +39,6 @@ from cxrdist.explain.description import WITH_RULES
 def canonical_network(network: nn.Module) -> nn.Sequential:
     """Build the canonical network, a copy with the same logits.
 
-    Args:
-        network: of a Classifier, in evaluation mode.
-
     Returns:
         A network in evaluation mode on the device and in the dtype of the original, that takes
         normalised images [B, C, H, W] and returns logits [B, classes]. It shares no weights with

@@ -10,6 +10,7 @@ consumer is a BatchNorm that reads the concatenation (a later norm1, the transit
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 
 import torch
 from timm.models.densenet import DenseBlock, DenseNet, DenseTransition
@@ -42,9 +43,6 @@ def untangle(network: DenseNet) -> nn.Sequential:
     DenseNet121 becomes 36 million weights (146 MB in float32), not shared with the original and
     without gradients.
 
-    Args:
-        network: timm's DenseNet in evaluation mode, with any block_config, growth_rate, in_chans.
-
     Returns:
         A network in evaluation mode on the device and in the dtype of the original, that takes
         normalised images [B, C, H, W] and returns logits [B, classes].
@@ -68,7 +66,7 @@ def untangle(network: DenseNet) -> nn.Sequential:
         layers.append(nn.AvgPool2d(pool.kernel_size, pool.stride))
         entry = transition.conv
     layers += [_untangle_block(entry, blocks[-1], features.norm5), nn.AdaptiveAvgPool2d(1)]
-    layers += [nn.Flatten(), _copy_linear(network.classifier)]
+    layers += [nn.Flatten(), deepcopy(network.classifier)]
     return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
@@ -181,19 +179,8 @@ def _identity_like(conv: nn.Conv2d) -> nn.Conv2d:
     return identity
 
 
-def _copy_linear(linear: nn.Linear) -> nn.Linear:
-    copy = nn.Linear(linear.in_features, linear.out_features, device="meta")
-    copy.weight = nn.Parameter(linear.weight.detach().clone())
-    copy.bias = nn.Parameter(linear.bias.detach().clone())
-    return copy
-
-
 def check(network: nn.Module) -> None:
-    """Check that a network is a DenseNet that can be explained.
-
-    Raises:
-        CxrdistError: it is not a DenseNet, is in training mode, or has an unknown layer.
-    """
+    """Raise CxrdistError unless a network is a DenseNet that can be explained."""
     if type(network) is not DenseNet:
         raise CxrdistError(
             f"cannot explain a {type(network).__name__}: expected timm's DenseNet; "
@@ -208,11 +195,7 @@ def check(network: nn.Module) -> None:
 
 
 def check_layers(network: nn.Module) -> None:
-    """Check that a network has only layers with rules, and is in evaluation mode.
-
-    Raises:
-        CxrdistError: it is in training mode, or has an unknown layer.
-    """
+    """Raise CxrdistError unless a network is in evaluation mode, and all its layers have rules."""
     if any(module.training for module in network.modules()):
         raise CxrdistError(
             "cannot explain a network in training mode: its BatchNorms must use their running "

@@ -7,6 +7,7 @@ DenseNets the engine computes the same in a sixth of the time; tests compare it 
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -17,7 +18,13 @@ from zennit.core import BasicHook, Composite, ParamMod, Stabilizer
 from zennit.rules import ClampMod, Epsilon, Flat, Norm, ZPlus
 
 from cxrdist.errors import CxrdistError
-from cxrdist.explain.attribution import STABILISER, Attribution
+from cxrdist.explain.attribution import (
+    STABILISER,
+    Attribution,
+    Ledger,
+    concatenate,
+    sum_per_image,
+)
 from cxrdist.explain.canonical import canonical_network
 
 CANONICAL = "canonical"
@@ -25,11 +32,7 @@ CANONICAL = "canonical"
 
 
 class ByZennit:
-    """Explains a network with a composite, on its own canonical copy of the network.
-
-    Attributes:
-        network: the canonical network.
-    """
+    """Explains a network with a composite, on its own canonical copy of the network."""
 
     def __init__(
         self,
@@ -55,12 +58,14 @@ class ByZennit:
             CxrdistError: zennit has no such composite, or the network cannot be explained.
         """
         self.network = canonical_network(network)
-        self._ledger = _Ledger() if name == CANONICAL else None
+        self._ledger = Ledger()
         zero_params = [] if biases else ["bias"]
-        if self._ledger is not None:
+        if name == CANONICAL:
             self._composite: Composite = _canonical(self._ledger, flat, zero_params, epsilon)
+            self._absorbed_at_start = 0.0
         else:
             self._composite = _from_zennit(name, bounds, zero_params, epsilon)
+            self._absorbed_at_start = math.nan  # zennit's rules keep no ledger
 
     def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution:
         """Return the relevance of normalised images [B, C, H, W] for the target class indices."""
@@ -69,36 +74,13 @@ class ByZennit:
             inputs = inputs.detach().clone().requires_grad_()
             with self._composite.context(self.network):
                 logits = self.network(inputs)
-                rows = [self._propagate(logits[:, target], inputs) for target in targets]
-        return Attribution(*(torch.stack(column, 1) for column in zip(*rows, strict=True)))
+                return concatenate([self._propagate(logits[:, t], inputs) for t in targets])
 
-    def _propagate(self, logit: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-        """Propagate one target's logit [B] to the inputs; return the columns of Attribution."""
-        if self._ledger is not None:
-            self._ledger.open(logit)
+    def _propagate(self, logit: Tensor, inputs: Tensor) -> Attribution:
+        """Propagate one target's logit [B] to the inputs."""
+        self._ledger.open(logit, self._absorbed_at_start)
         (relevance,) = torch.autograd.grad(logit, inputs, logit.detach(), retain_graph=True)
-        shares = _unknown(logit) if self._ledger is None else self._ledger
-        sums = _sum_per_image(relevance), shares.bias, shares.epsilon
-        return relevance.sum(1), logit.detach(), *(value.to(logit.dtype) for value in sums)
-
-
-class _Ledger:
-    """Relevance absorbed by biases and stabilisers in one backward pass, [B] each."""
-
-    bias: Tensor
-    epsilon: Tensor
-
-    def open(self, logit: Tensor) -> None:
-        """Reset both to zero for a new pass, float64 in the shape of ``logit`` [B]."""
-        self.bias = torch.zeros_like(logit, dtype=torch.float64)
-        self.epsilon = torch.zeros_like(logit, dtype=torch.float64)
-
-
-def _unknown(logit: Tensor) -> _Ledger:
-    """Return a ledger of NaN, for rules without one."""
-    ledger = _Ledger()
-    ledger.bias = ledger.epsilon = torch.full_like(logit, torch.nan, dtype=torch.float64)
-    return ledger
+        return self._ledger.close(logit.detach(), relevance)
 
 
 class _Denominator:
@@ -131,7 +113,7 @@ class _Booked(BasicHook):
     """
 
     def __init__(
-        self, rule: Callable[[_Denominator], BasicHook], epsilon: float, ledger: _Ledger
+        self, rule: Callable[[_Denominator], BasicHook], epsilon: float, ledger: Ledger
     ) -> None:
         self._rule, self._epsilon, self._ledger = rule, epsilon, ledger
         self._denominator = _Denominator(epsilon)
@@ -155,19 +137,14 @@ class _Booked(BasicHook):
         relevance: tuple[Tensor | None, ...] = super().backward(module, grad_input, grad_output)
         plain, stabilised = self._denominator.take()
         ratio = grad_output[0] / stabilised
-        self._ledger.epsilon += _sum_per_image(ratio * (stabilised - plain))
+        self._ledger.epsilon += sum_per_image(ratio * (stabilised - plain))
         per_channel = ratio.reshape(*ratio.shape[:2], -1).sum(2)
         for modifier in self.param_modifiers:
             with ParamMod.ensure(modifier)(module) as modified:
                 bias = getattr(modified, "bias", None)
                 if bias is not None:
-                    self._ledger.bias += _sum_per_image(per_channel * bias.detach())
+                    self._ledger.bias += sum_per_image(per_channel * bias.detach())
         return relevance
-
-
-def _sum_per_image(values: Tensor) -> Tensor:
-    """Sum [B, ...] to float64 [B]."""
-    return values.flatten(1).sum(1, dtype=torch.float64)
 
 
 def _z_plus_of_relu(denominator: _Denominator, zero_params: list[str]) -> BasicHook:
@@ -179,7 +156,7 @@ def _z_plus_of_relu(denominator: _Denominator, zero_params: list[str]) -> BasicH
 
 
 def _canonical(
-    ledger: _Ledger, flat: bool, zero_params: list[str], epsilon: float
+    ledger: Ledger, flat: bool, zero_params: list[str], epsilon: float
 ) -> SpecialFirstLayerMapComposite:
     """Return the rule of each layer of a canonical network.
 
@@ -202,19 +179,11 @@ def _canonical(
 def _from_zennit(
     name: str, bounds: tuple[Tensor, Tensor], zero_params: list[str], epsilon: float
 ) -> Composite:
-    """Return one of zennit's composites, with those settings that it accepts.
-
-    Raises:
-        CxrdistError: there is no composite of this name.
-    """
+    """Return zennit's composite of a name, or raise CxrdistError if there is none."""
     if name not in COMPOSITES:
         names = ", ".join((CANONICAL, *COMPOSITES))
         raise CxrdistError(f"--composite: zennit has no {name!r}; expected one of {names}")
-    settings = {
-        "epsilon": epsilon,
-        "zero_params": zero_params,
-        "low": bounds[0],
-        "high": bounds[1],
-    }
+    low, high = bounds
+    settings = {"epsilon": epsilon, "zero_params": zero_params, "low": low, "high": high}
     taken = inspect.signature(COMPOSITES[name]).parameters
     return COMPOSITES[name](**{key: value for key, value in settings.items() if key in taken})

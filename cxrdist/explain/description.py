@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from cxrdist.bootstrap import Limits
-from cxrdist.config import Architecture
+from cxrdist.config import DENSENETS
 from cxrdist.documents import Between, Real
 from cxrdist.files import read_document
 from cxrdist.info import Count
@@ -13,14 +13,7 @@ from cxrdist.intervals import Intervals
 Share = Annotated[float, Between(0, 1)]
 Correlation = Annotated[float, Between(-1, 1)]
 Curve = Annotated[list[Real], Between(2, 1000)]
-WITH_RULES: tuple[Architecture, ...] = (
-    "densenet121",
-    "densenet169",
-    "densenet201",
-    "resnet18",
-    "alexnet",
-    "squeezenet1_1",
-)
+WITH_RULES = (*DENSENETS, "resnet18", "alexnet", "squeezenet1_1")
 """Architectures whose relevance has proven rules (canonical.py)."""
 
 
@@ -162,12 +155,8 @@ def under_way(how: Any) -> RelevanceInfo:
 def read_description(path: Path, mend: str) -> RelevanceInfo:
     """Read relevance.json, also of an older version.
 
-    Args:
-        path: of the file.
-        mend: what the user can do about a damaged one.
-
     Raises:
-        CxrdistError: it is damaged.
+        CxrdistError: it is damaged; `mend` is what the user can do about it.
     """
     if "format" in read_document(path, _Versioned, mend):
         return read_document(path, RelevanceInfo, mend)

@@ -51,10 +51,9 @@ class Output:
     """Settings shared by the results of all X-rays in a call.
 
     Attributes:
-        directory: of the files.
         how: the preparation of the X-rays.
         model_sha256: of the model's weights.
-        call: a random number from which the UIDs of this call are derived.
+        call: a random number; the UIDs are derived from it.
     """
 
     directory: Path
@@ -75,11 +74,7 @@ class Output:
 
 
 def refuse_bad_folder(folder: Path, *others: Path) -> None:
-    """Check before the work starts that DICOM results can be written to a new folder.
-
-    Args:
-        folder: of the results; new or empty.
-        others: other output files of the command.
+    """Check before the work starts that DICOM results can be written to a new or empty folder.
 
     Raises:
         CxrdistError: highdicom is not installed, the folder is not empty, or another output is
@@ -99,11 +94,7 @@ def refuse_bad_folder(folder: Path, *others: Path) -> None:
 
 
 def refuse_other_images(files: Sequence[Path]) -> None:
-    """Check that all images are DICOM.
-
-    Raises:
-        CxrdistError: an image is not DICOM.
-    """
+    """Raise CxrdistError unless all images are DICOM."""
     others = [file for file in files if not is_dicom(file)]
     if others:
         raise CxrdistError(
@@ -135,11 +126,7 @@ def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Ou
 
 
 def class_probabilities(predictions: Predictions) -> list[Probability]:
-    """Return the probability of each class, calibrated if the model has a temperature for it.
-
-    Args:
-        predictions: of one image.
-    """
+    """Return the probabilities of one image, calibrated if the model has a temperature."""
     calibrated = predictions.calibrated
     return [
         Probability(name, float(calibrated.get(name, raw)[0]), name in calibrated)

@@ -63,10 +63,6 @@ HEAT_MAPS, REPORT = 9001, 9002
 def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes], list[str]]:
     """Make the heat maps of an X-ray and the report of its probabilities.
 
-    Args:
-        explained: the X-ray.
-        output: with UIDs for this X-ray.
-
     Returns:
         Files of PS3.10 by SOPInstanceUID; and the names of UIDs that the X-ray lacks and that were
         created: StudyInstanceUID, SeriesInstanceUID.

@@ -30,6 +30,7 @@ from cxrdist.explain.maps import (
     read_ledgers,
     read_map,
     read_unit,
+    to_maps,
     write_maps,
 )
 from cxrdist.explain.nearest import find_nearest, was_trained_on, write_nearest
@@ -58,6 +59,8 @@ LEDGER_COLUMNS = (
 )
 TESTED_IMAGES = 8
 """Images for pixel flipping and randomisation; enough to tell a right map from a wrong one."""
+
+MEND = "remove it to explain the split again"
 
 # Files that may be removed: KEY.png, KEY.CLASS.png, KEY.npz (a key ends in digits of a hash), and
 # NNNNNN.tar.
@@ -132,15 +135,19 @@ def explain(config: ExplainConfig) -> None:
         todo = gather(accelerator, [together(accelerator, prepare)])[0]
         results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
         rows = sorted(gather(accelerator, results.rows))
-        looks, sums = gather(accelerator, results.looks), gather(accelerator, [results.sums])
+        looks, sums = gather(accelerator, results.looks), Sums()
+        for others in gather(accelerator, [results.sums]):
+            sums.merge(others)
         tested = [] if todo.is_tested else gather(accelerator, _test(work, config))
         nearest = find_nearest(loaded, numbers) if todo.lacks_nearest else []
         if accelerator.is_main_process:
             if nearest:
                 write_nearest(loaded, nearest)
-            _finish(work, [row for _, _, row in rows], sorted(tested, key=lambda row: row[0]))
+            table = [row for _, _, row in rows]
+            write_table(loaded.run.relevance_table(loaded.subset), LEDGER_COLUMNS, table)
             if not todo.is_tested:
-                _write_outside(work, sorted(looks), sums)
+                _write_mean_maps(work, looks, sums)
+                _finish(work, table, sorted(tested, key=lambda row: row[0]), sorted(looks), sums)
             print(_summary(work, len(numbers)))
         finish(accelerator)
 
@@ -196,7 +203,7 @@ def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
     run, subset = work.loaded.run, work.loaded.subset
     directories = run.relevance(subset), run.heatmaps(subset), run.nearest_pictures(subset)
     info, nearest = run.relevance_info(subset), run.nearest(subset)
-    earlier = _read_info(info) if info.is_file() else None
+    earlier = read_description(info, MEND) if info.is_file() else None
     wants_nearest = work.with_pictures and was_trained_on(run, work.loaded.index)
     if earlier and earlier["how"] == how:
         for directory in (*directories, info.parent):
@@ -232,15 +239,6 @@ def _clear(directory: Path) -> None:
     sweep(directory, alone=True)
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
-
-
-def _read_info(path: Path) -> RelevanceInfo:
-    """Read relevance.json.
-
-    Raises:
-        CxrdistError: it is damaged.
-    """
-    return read_description(path, "remove it to explain the split again")
 
 
 @dataclass(frozen=True)
@@ -321,24 +319,19 @@ def _start(
         batch = unit[begin : begin + batch_size]
         images = read_rows(work.loaded.images, batch, work.loaded.accelerator.device)
         result = work.targets.attribute(work.explainer, images)
-        relevance = result.relevance.float().cpu().numpy()
-        sums = (result.logits, result.relevance_sum, result.bias_share, result.epsilon_share)
-        ledgers = torch.stack(sums, 2).double().cpu().numpy()
-        for number, values, ledger in zip(batch.tolist(), relevance, ledgers, strict=True):
-            encoded.append(pool.submit(_encode, work, number, values, ledger))
+        maps = to_maps(result, _keys(work, batch), work.targets.names)
+        for number, sample_map in zip(batch.tolist(), maps, strict=True):
+            encoded.append(pool.submit(_encode, work, number, sample_map))
     return encoded
 
 
-def _encode(
-    work: _Work, number: int, relevance: NDArray[np.float32], ledger: NDArray[np.float64]
-) -> tuple[bytes, _Explained]:
+def _encode(work: _Work, number: int, sample_map: Map) -> tuple[bytes, _Explained]:
     """Write the pictures of a sample before its map, and return the bytes of the map."""
-    key, targets = work.loaded.index.samples[number].key, work.targets
+    targets, (key, _, relevance, ledger) = work.targets, sample_map
     if work.with_pictures:
         heatmaps = work.loaded.run.heatmaps(work.loaded.subset)
         drawn, names = targets.with_leading(relevance, ledger), targets.names_of(ledger)
         write_pictures(heatmaps, key, work.loaded.images[number], drawn, names)
-    sample_map = Map(key, targets.names, relevance, ledger)
     data = encode(sample_map, half=work.is_compact)
     # Measure the rounded values of the file, so that a resumed command gets the same results.
     return data, _look(work, number, decode(key, data) if work.is_compact else sample_map)
@@ -357,11 +350,7 @@ def _read_finished(
 ) -> list[_Explained] | None:
     """Read the results of a unit if all of its files already exist, else return None.
 
-    Args:
-        work: inputs of the rank.
-        path: of the unit's maps.
-        unit: numbers of the samples.
-        look: whether to measure the maps; if not, only the ledgers are read, which is fast.
+    Without `look` the maps are not measured, and only the ledgers are read, which is fast.
     """
     keys, names = _keys(work, unit), work.targets.names
     number_of = dict(zip(keys, unit.tolist(), strict=True))
@@ -415,13 +404,9 @@ def _rows(work: _Work, sample: _Explained) -> list[Row]:
 def ledger_rows(
     key: str, names: list[str], ledger: NDArray[np.float64], *, with_pictures: bool
 ) -> list[list[str]]:
-    """Return a sample's rows of relevance.csv, one per class; unknown values stay empty.
+    """Return a sample's rows of relevance.csv, one per map; unknown values stay empty.
 
-    Args:
-        key: of the sample.
-        names: of its K maps.
-        ledger: float64 [K, 4], as in `Map`.
-        with_pictures: whether its heat maps are drawn.
+    `ledger` is float64 [K, 4], as in `Map`; `with_pictures`, whether heat maps are drawn.
     """
     pictures = picture_names(key, names)[1:] if with_pictures else [""] * len(names)
     digits = [["" if np.isnan(value) else f"{value:.9g}" for value in row] for row in ledger]
@@ -453,46 +438,35 @@ def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
     return tested
 
 
-def _finish(work: _Work, rows: list[list[str]], tested: list[Tested]) -> None:
-    """Write relevance.csv, and the results of the tests into relevance.json."""
-    run, subset = work.loaded.run, work.loaded.subset
-    write_table(run.relevance_table(subset), LEDGER_COLUMNS, rows)
-    if tested:
-        info = _read_info(run.relevance_info(subset))
-        info["ledger_residual"] = ledger_residual(rows)
-        info["pixel_flipping"] = flipping.summarise([flipped for _, flipped, _ in tested])
-        blocks = randomisation.levels(one_network(work.loaded.model))
-        info["randomisation"] = randomisation.summarise(blocks, [found for *_, found in tested])
-        write_json(run.relevance_info(subset), info)
+def _finish(
+    work: _Work, rows: list[list[str]], tested: list[Tested], looks: list[Look], sums: Sums
+) -> None:
+    """Write the results of the tests, and the relevance by region, into relevance.json."""
+    path, samples = work.loaded.run.relevance_info(work.loaded.subset), work.loaded.index.samples
+    info = read_description(path, MEND)
+    info["ledger_residual"] = ledger_residual(rows)
+    info["pixel_flipping"] = flipping.summarise([flipped for _, flipped, _ in tested])
+    blocks = randomisation.levels(one_network(work.loaded.model))
+    info["randomisation"] = randomisation.summarise(blocks, [compared for *_, compared in tested])
+    patients = {look.number: samples[look.number].patient for look in looks}
+    info["outside"] = outside.summarise(looks, sums, work.targets.classes, patients)
+    write_json(path, info)
 
 
-def _write_outside(work: _Work, looks: list[Look], of_ranks: list[Sums]) -> None:
-    """Write the mean maps, and the relevance by region into relevance.json."""
-    run, subset, names = work.loaded.run, work.loaded.subset, work.targets.classes
-    sums = Sums()
-    for others in of_ranks:
-        sums.merge(others)
+def _write_mean_maps(work: _Work, looks: list[Look], sums: Sums) -> None:
     for name in one_network(work.loaded.model).classes:
         _mean_map(work, name).unlink(missing_ok=True)
     if work.with_pictures:
         for target in sums.maps:
             num_images = sum(look.target == target for look in looks)
-            save_picture(_mean_map(work, names[target]), sums.picture(target, num_images))
-    info = _read_info(run.relevance_info(subset))
-    samples = work.loaded.index.samples
-    patients = {look.number: samples[look.number].patient for look in looks}
-    info["outside"] = outside.summarise(looks, sums, names, patients)
-    write_json(run.relevance_info(subset), info)
+            path = _mean_map(work, work.targets.classes[target])
+            save_picture(path, sums.picture(target, num_images))
 
 
 def ledger_residual(rows: list[list[str]]) -> float | None:
     """Return the largest |logit - sum of its shares| relative to the largest |logit|.
 
-    Args:
-        rows: of relevance.csv.
-
-    Returns:
-        None for rules without a ledger.
+    It is computed from the rows of relevance.csv, and None for rules without a ledger.
     """
     ledgers = [row[2:6] for row in rows]
     if any("" in ledger for ledger in ledgers):
@@ -506,7 +480,7 @@ def _summary(work: _Work, num_images: int) -> str:
     """Return the summary that is printed at the end."""
     run, subset = work.loaded.run, work.loaded.subset
     directory = run.heatmaps(subset) if work.with_pictures else run.relevance(subset)
-    info = _read_info(run.relevance_info(subset))
+    info = read_description(run.relevance_info(subset), MEND)
     residual, flipped, where = info["ledger_residual"], info["pixel_flipping"], info["outside"]
     if flipped is None or where is None:
         raise RunFailedError(f"{run.relevance_info(subset)}: was replaced by another command")

@@ -37,14 +37,9 @@ class Flipping(NamedTuple):
 def flip_pixels(
     model: Classifier, explainer: Explainer, image: NDArray[np.uint8], classes: list[str], seed: int
 ) -> Flipping:
-    """Cover an image step by step, for the likeliest of some classes.
+    """Cover an image, uint8 [H, W], step by step, for the likeliest of some classes.
 
-    Args:
-        model: in evaluation mode.
-        explainer: of the model.
-        image: uint8 [H, W].
-        classes: names, of which the one with the largest logit is taken.
-        seed: of the random order.
+    The model is in evaluation mode; the random order depends on the seed.
     """
     pixels = torch.from_numpy(np.array(image))[None, None].to(model.mean.device)
     result = explainer.attribute(pixels, classes)

@@ -74,22 +74,10 @@ def overlay_original(
     fit: str,
     limit: float | None = None,
 ) -> Image.Image:
-    """Draw the relevance of a square over the original image; see `overlay`.
+    """Draw the relevance of a square over the original image, at any scale; see `overlay`.
 
     With ``crop`` the image has no colours outside the centre, and with ``pad`` the map of the black
-    bars is not shown.
-
-    Args:
-        original: uint8 [H, W], the whole image at any scale.
-        relevance: signed floats [S, S], of the square.
-        fit: how the image became square: ``crop``, ``pad`` or ``stretch``.
-        limit: as in `overlay`.
-
-    Returns:
-        An RGB picture of the original's size, on the colour scale of the whole square.
-
-    Raises:
-        CxrdistError: relevance is not finite.
+    bars is not shown. The colour scale is that of the whole square.
     """
     height, width = original.shape
     frame = in_square(Box(0, 0, width, height), width, height, relevance.shape[0], fit)
@@ -127,9 +115,6 @@ def _tint(image: NDArray[np.uint8], strength: NDArray[np.floating]) -> Image.Ima
 def colour_limit(relevance: NDArray[np.floating]) -> float:
     """Return a limit of the colour scale that keeps a few extreme pixels from dimming the rest.
 
-    Args:
-        relevance: signed floats [H, W].
-
     Returns:
         The LIMIT_PERCENTILE of the smoothed map's absolute values; their maximum if the percentile
         is zero, and 1 if the map is zero everywhere.
@@ -142,18 +127,14 @@ def colour_limit(relevance: NDArray[np.floating]) -> float:
 
 
 def smooth(relevance: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Remove the grid that the strides of the first layers cause; for display only.
+    """Return relevance [H, W] without the grid of the first layers' strides; for display only.
 
     The flat rule of a 7x7 convolution with stride 2 gives even and odd pixels different shares,
     and the max pool after it adds a grid of 4 px. The weights 1 2 2 2 1 along both axes (a mean
     of 2 and one of 4) remove both without a shift. ResNet18 and SqueezeNet have the same strides.
     The first convolution of AlexNet has stride 4: the 8 px grid of its max pool remains.
 
-    Args:
-        relevance: signed floats [H, W].
-
-    Returns:
-        [H, W]; the image is padded by repeating its border.
+    The image is padded by repeating its border.
 
     Raises:
         CxrdistError: relevance is not finite.

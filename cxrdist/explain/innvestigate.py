@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import vjp
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cxrdist.explain.attribution import Attribution
+from cxrdist.explain.attribution import Attribution, Ledger, concatenate, sum_per_image
 from cxrdist.explain.canonise import affine, blocks_of, check
 
 KERAS_EPSILON = 1e-7
@@ -33,10 +33,7 @@ class Innvestigate:
     def __init__(self, network: DenseNet, flat: bool, epsilon: float) -> None:
         """Copy the network.
 
-        Args:
-            network: timm's DenseNet in evaluation mode.
-            flat: whether the first convolution has the flat rule; if not, alpha1-beta0.
-            epsilon: the epsilon of the linear layer's rule.
+        The rule of the first convolution is flat or alpha1-beta0; epsilon is of the linear layer's.
 
         Raises:
             CxrdistError: the network is in training mode, or has a layer without a rule here.
@@ -59,17 +56,16 @@ class Innvestigate:
         steps += [_norm(features.norm5), _proportional(nn.AdaptiveAvgPool2d(1))]
         steps += [_gradient(nn.Flatten())]
         pooled, back = _chain(steps)(inputs)
-        logits = network.classifier(pooled)
-        rows = []
+        logits, ledger = network.classifier(pooled), Ledger()
+        attributions = []
         for target in targets:
-            ledger = _Ledger(logits[:, target])
-            relevance = back(self._head(pooled, logits[:, target], target, ledger), ledger)
-            sums = (_per_image(relevance), ledger.bias, ledger.epsilon)
-            columns = [value.to(logits.dtype) for value in sums]
-            rows.append((relevance.sum(1), logits[:, target], *columns))
-        return Attribution(*(torch.stack(column, 1) for column in zip(*rows, strict=True)))
+            logit = logits[:, target]
+            ledger.open(logit)
+            relevance = back(self._head(pooled, logit, target, ledger), ledger)
+            attributions.append(ledger.close(logit, relevance))
+        return concatenate(attributions)
 
-    def _head(self, pooled: Tensor, logit: Tensor, target: int, ledger: "_Ledger") -> Tensor:
+    def _head(self, pooled: Tensor, logit: Tensor, target: int, ledger: Ledger) -> Tensor:
         """Return the relevance of the pooled features [B, C], by the epsilon rule."""
         linear = self._network.classifier
         stabiliser = self._epsilon * (1 - 2 * (logit < 0).to(logit.dtype))
@@ -79,23 +75,11 @@ class Innvestigate:
         return pooled * linear.weight[target] * ratio[:, None]
 
 
-class _Ledger:
-    """Relevance that biases and BatchNorms absorb, and that denominators do, float64 [B] each."""
-
-    def __init__(self, logit: Tensor) -> None:
-        self.bias = torch.zeros_like(logit, dtype=torch.float64)
-        self.epsilon = torch.zeros_like(logit, dtype=torch.float64)
-
-
 Layer = Callable[[Tensor], Tensor]
-Back = Callable[[Tensor, _Ledger], Tensor]
+Back = Callable[[Tensor, Ledger], Tensor]
 """Returns the relevance of a step's input, given that of its output."""
 Step = Callable[[Tensor], tuple[Tensor, Back]]
 """Returns the output of a part of the network for an input, and the way back."""
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.flatten(1).sum(1, dtype=torch.float64)
 
 
 def _chain(steps: list[Step]) -> Step:
@@ -105,7 +89,7 @@ def _chain(steps: list[Step]) -> Step:
             x, back = each(x)
             backs.append(back)
 
-        def back_through(relevance: Tensor, ledger: _Ledger) -> Tensor:
+        def back_through(relevance: Tensor, ledger: Ledger) -> Tensor:
             for back in reversed(backs):
                 relevance = back(relevance, ledger)
             return relevance
@@ -143,11 +127,11 @@ def _norm(norm: _BatchNorm) -> Step:
     def step(x: Tensor) -> tuple[Tensor, Back]:
         y = x * scale + shift
 
-        def back(relevance: Tensor, ledger: _Ledger) -> Tensor:
+        def back(relevance: Tensor, ledger: Ledger) -> Tensor:
             divisor = (x - mean) * y
             divisor = divisor + KERAS_EPSILON * (2 * (divisor >= 0).to(x.dtype) - 1)
             passed = relevance * x * (y - beta) / divisor
-            ledger.bias += _per_image(relevance - passed)
+            ledger.bias += sum_per_image(relevance - passed)  # a BatchNorm absorbs like a bias
             return passed
 
         return y.relu(), back
@@ -163,7 +147,7 @@ def _alpha1_beta0(conv: nn.Conv2d) -> Step:
     def step(x: Tensor) -> tuple[Tensor, Back]:
         above, below = x.clamp(min=0), x.clamp(max=0)
 
-        def back(relevance: Tensor, ledger: _Ledger) -> Tensor:
+        def back(relevance: Tensor, ledger: Ledger) -> Tensor:
             z, pull = _linear(positive, above)
             z_below, pull_below = _linear(negative, below)
             ratio = _ratio(relevance, z + z_below, ledger)
@@ -179,7 +163,7 @@ def _flat(conv: nn.Conv2d) -> Step:
     ones = _like(conv, torch.ones_like(conv.weight))
 
     def step(x: Tensor) -> tuple[Tensor, Back]:
-        def back(relevance: Tensor, ledger: _Ledger) -> Tensor:
+        def back(relevance: Tensor, ledger: Ledger) -> Tensor:
             z, pull = _linear(ones, torch.ones_like(x))
             return pull(_ratio(relevance, z, ledger))
 
@@ -208,11 +192,11 @@ def _gradient(layer: Layer) -> Step:
     return step
 
 
-def _ratio(relevance: Tensor, z: Tensor, ledger: _Ledger) -> Tensor:
+def _ratio(relevance: Tensor, z: Tensor, ledger: Ledger) -> Tensor:
     """Return relevance / z; relevance where z is 0 is lost, and booked as epsilon."""
     is_zero = (z == 0).to(z.dtype)
     ratio = relevance / (z + is_zero * KERAS_EPSILON)
-    ledger.epsilon += _per_image(ratio * is_zero * KERAS_EPSILON)
+    ledger.epsilon += sum_per_image(ratio * is_zero * KERAS_EPSILON)
     return ratio
 
 

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cxrdist.data.shards import add_member
 from cxrdist.errors import CxrdistError
+from cxrdist.explain.attribution import Attribution
 from cxrdist.files import atomic_file, open_regular
 
 T = TypeVar("T")
@@ -46,16 +48,22 @@ class Map(NamedTuple):
     """[K, 4]: logit, relevance sum, bias share, epsilon share."""
 
 
+def to_maps(result: Attribution, keys: Sequence[str], classes: list[str]) -> list[Map]:
+    """Return the maps of a batch of samples, which were explained for these classes."""
+    relevance = result.relevance.float().cpu().numpy()
+    sums = (result.logits, result.relevance_sum, result.bias_share, result.epsilon_share)
+    ledgers = torch.stack(sums, 2).double().cpu().numpy()
+    rows = zip(keys, relevance, ledgers, strict=True)
+    return [Map(key, classes, values, ledger) for key, values, ledger in rows]
+
+
 def encode(sample_map: Map, *, half: bool) -> bytes:
     """Encode a map as npz; the same map always gives the same bytes.
 
-    Args:
-        sample_map: the map.
-        half: whether to store float16 of maps divided by their largest absolute values, ``scale``
-            [K]; then each value is exact to 2.5e-4 of the largest of its map.
-
     Returns:
-        An npz of ``relevance``, ``classes``, ``ledger`` and with ``half`` ``scale``.
+        An npz of ``relevance``, ``classes`` and ``ledger``. With ``half``, relevance is float16,
+        divided by the largest absolute values of its maps, ``scale`` [K]; then each value is exact
+        to 2.5e-4 of the largest of its map.
     """
     arrays: dict[str, NDArray[Any]] = {"relevance": sample_map.relevance}
     if half:
@@ -65,7 +73,7 @@ def encode(sample_map: Map, *, half: bool) -> bytes:
         arrays["scale"] = scale
     arrays |= {"classes": np.array(sample_map.classes), "ledger": sample_map.ledger}
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=_DEFLATE_LEVEL) as file:
+    with zipfile.ZipFile(buffer, "w") as file:
         for name, array in arrays.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, array, allow_pickle=False)
@@ -103,11 +111,6 @@ def read_ledgers(
 ) -> list[NDArray[np.float64]] | None:
     """Read the ledgers of a unit, [K, 4] each; None if any of its maps is missing or damaged.
 
-    Args:
-        place: of the unit, as in `write_maps`.
-        keys: of its samples.
-        num_maps: K.
-
     Raises:
         CxrdistError: the name of a map is that of a link or another special file.
     """
@@ -120,13 +123,7 @@ def read_ledgers(
 
 
 def read_map(npz: IO[bytes], key: str, names: list[str], size_px: int) -> Map:
-    """Read a map, and check its shape.
-
-    Args:
-        npz: written by `encode`.
-        key: of its sample.
-        names: of its K classes.
-        size_px: side of its image.
+    """Read a map [K, size_px, size_px] of K classes, and check its shape.
 
     Raises:
         ValueError, and errors of `zipfile`: the shape differs, or values are not finite.
@@ -148,12 +145,10 @@ def read_map(npz: IO[bytes], key: str, names: list[str], size_px: int) -> Map:
 def read_unit(
     place: Path, keys: Sequence[str], read: Callable[[str, IO[bytes]], T]
 ) -> list[T] | None:
-    """Read each map of a unit with a function; None if any of them is missing or damaged.
+    """Read each map of a unit (`write_maps`) with a function that takes its key and its npz.
 
-    Args:
-        place: of the unit, as in `write_maps`.
-        keys: of its samples.
-        read: takes a key and the npz.
+    Returns:
+        One result per sample; None if any map is missing or damaged.
 
     Raises:
         CxrdistError: the name of a map is that of a link or another special file.

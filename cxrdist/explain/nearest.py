@@ -60,10 +60,6 @@ def find_nearest(loaded: LoadedRun, numbers: NDArray[np.int64]) -> list[Nearest]
 
     It takes a forward pass over all training images, and 4 kB of memory per sample. An image is not
     its own neighbour; of equally similar images the first one counts.
-
-    Args:
-        loaded: the model and the shards that it was trained on.
-        numbers: of the samples, int64 [n].
     """
     train = np.array(loaded.index.numbers("train"), dtype=np.int64)
     features = dict(gather(loaded.accelerator, _features(loaded, numbers)))
@@ -87,10 +83,7 @@ def pooled(model: Classifier, images: Tensor) -> Tensor:
     """Return the inputs of a network's output layer, float [B, features] of unit length.
 
     SqueezeNet averages over the image after that layer; here it is done before, which is the same.
-
-    Args:
-        model: in evaluation mode.
-        images: uint8 [B, 1, H, W], on its device.
+    The images are uint8 [B, 1, H, W], on the device of the model, which is in evaluation mode.
     """
     seen: list[Tensor] = []
     layer = model.network.get_submodule(output_layer(model.shape))
@@ -122,11 +115,7 @@ def _best(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the most similar image of this rank's share of the training images, for each sample.
 
-    Args:
-        loaded: the model and the shards.
-        train: numbers of all training images.
-        numbers: of the samples, int64 [n].
-        wanted: their features, float [n, features].
+    The n samples have the features `wanted`, float [n, features].
 
     Returns:
         Similarities, -2 where this rank has no image, and numbers of the images, [n] each.

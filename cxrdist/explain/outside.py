@@ -80,13 +80,7 @@ def look(
     relevance: NDArray[np.float32],
     lungs: NDArray[np.bool_] | None,
 ) -> Look | None:
-    """Measure where the relevance of an image lies.
-
-    Args:
-        number: of the sample.
-        target: index of the class among the explained classes.
-        relevance: float32 [S, S].
-        lungs: mask of the lungs, bool [S, S]; None if there is none.
+    """Measure where the relevance [S, S] of a sample for a class lies.
 
     Returns:
         None if the relevance is zero everywhere.
@@ -117,14 +111,7 @@ def look(
 def summarise(
     looks: Sequence[Look], sums: Sums, names: Sequence[str], patients: Mapping[int, str]
 ) -> OutsideInfo:
-    """Average over images, with intervals by patient.
-
-    Args:
-        looks: of the N images, in the order of their numbers.
-        sums: of the same images.
-        names: of the explained classes.
-        patients: of the images, by number.
-    """
+    """Average over images in the order of their numbers, with intervals by patient."""
     patient_of = [patients[one.number] for one in looks]
     target = np.array([one.target for one in looks], np.int64)
     has = target[:, None] == np.arange(len(names))
@@ -182,11 +169,7 @@ def _class_row(
 ) -> ClassRow:
     """Return the regions of a class, and the share of images whose peak is that of the mean map.
 
-    Args:
-        looks: of the N images.
-        replicates: of the images.
-        own: images of the class, a mask [N].
-        mean: the absolute, smoothed mean map [S, S].
+    `own` is a mask of the images of the class; `mean` is their absolute, smoothed mean map [S, S].
     """
     size_px = len(mean)
     row, column = divmod(int(mean.argmax()), size_px)

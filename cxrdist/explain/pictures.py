@@ -73,19 +73,11 @@ def write_pictures(
     relevance: NDArray[np.float32],
     classes: list[str],
     fit: str | None = None,
-) -> list[str]:
-    """Write the X-ray, and one heat map per class over it.
+) -> None:
+    """Write the X-ray as KEY.png, and one heat map per class over it as KEY.CLASS.png.
 
-    Args:
-        directory: where the pictures go: KEY.png and KEY.CLASS.png.
-        key: of the sample.
-        image: uint8 [H, W], the square given to the network, or with ``fit`` its original.
-        relevance: float32 [classes, S, S], of the square.
-        classes: names of the K classes.
-        fit: how the square was made from the original.
-
-    Returns:
-        File names of the heat maps.
+    The image, uint8 [H, W], is the square given to the network or, with ``fit``, its original. The
+    relevance, float32 [classes, S, S], is that of the square.
     """
     image = np.asarray(image)  # a row of the cache is a memory map
     xray, *names = picture_names(key, classes)
@@ -93,7 +85,6 @@ def write_pictures(
     for name, values in zip(names, relevance, strict=True):
         xray_and_map = overlay_original(image, values, fit) if fit else overlay(image, values)
         save_picture(directory / name, xray_and_map)
-    return names
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:

@@ -40,8 +40,8 @@ class Likeness(NamedTuple):
     pearson: float
 
 
-Comparison = list[tuple[Likeness, Likeness | None]]
-"""Similarities of the class map and the contrast of an image, for each randomised network."""
+Comparison = list[list[Likeness]]
+"""For each randomised network: of an image's class map, and of its contrast if there is one."""
 
 
 def randomise(
@@ -49,10 +49,7 @@ def randomise(
 ) -> list[Explainer]:
     """Return explainers of copies with the head, head and last block, or all blocks randomised.
 
-    Args:
-        model: in evaluation mode; it does not change.
-        images: uint8 [B, 1, H, W], for the statistics of BatchNorms.
-        explainer_of: creates an explainer with the tested settings.
+    The statistics of BatchNorms are those of the images, uint8 [B, 1, H, W].
     """
     return [explainer_of(draw_anew(model, blocks, images)) for blocks in levels(model)]
 
@@ -64,12 +61,9 @@ def levels(model: Classifier) -> list[list[str]]:
 
 
 def draw_anew(model: Classifier, blocks: Sequence[str], images: Tensor) -> Classifier:
-    """Copy a network with random weights in some blocks, the same ones in each call.
+    """Copy a network with random weights in some blocks, the same weights in each call.
 
-    Args:
-        model: in evaluation mode.
-        blocks: to randomise, by names of `block_names`.
-        images: uint8 [B, 1, H, W], on the device of the model.
+    The images are uint8 [B, 1, H, W], on the device of the model.
     """
     drawn = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):  # weights are drawn on the CPU
@@ -101,38 +95,25 @@ def _take_statistics(norm: nn.Module, inputs: tuple[Tensor]) -> None:
 def compare_maps(
     explainer: Explainer, drawn: Sequence[Explainer], image: Tensor, classes: list[str]
 ) -> Comparison:
-    """Compare an image's maps with those of the randomised networks.
+    """Compare the maps of an image, uint8 [1, 1, H, W], with those of the randomised networks.
 
-    Args:
-        explainer: of the network itself.
-        drawn: result of `randomise`.
-        image: uint8 [1, 1, H, W].
-        classes: names; the maps are those of the likeliest, and its contrast with the second one.
+    The maps are that of the likeliest class, and its contrast with the second likeliest.
     """
     own = explainer.attribute(image, classes)
     order = np.argsort(-own.logits[0].cpu().numpy(), kind="stable")[:2].tolist()
     pair = [classes[index] for index in order]
-    class_map, contrast = _maps(own, order)
+    maps = _maps(own, order)
     rows = []
     for other in drawn:
-        new_map, new_contrast = _maps(other.attribute(image, pair), list(range(len(pair))))
-        rows.append(
-            (
-                likeness(class_map, new_map),
-                None
-                if contrast is None or new_contrast is None
-                else likeness(contrast, new_contrast),
-            )
-        )
+        new_maps = _maps(other.attribute(image, pair), list(range(len(pair))))
+        rows.append([likeness(*both) for both in zip(maps, new_maps, strict=True)])
     return rows
 
 
-def _maps(
-    result: Attribution, indices: list[int]
-) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+def _maps(result: Attribution, indices: list[int]) -> list[NDArray[np.float64]]:
     """Return the map of the first of one or two classes, and its difference to the second's."""
     first, *others = (result.relevance[0, index].double().cpu().numpy() for index in indices)
-    return first, first - others[0] if others else None
+    return [first, *(first - other for other in others)]
 
 
 def likeness(one: NDArray[np.float64], other: NDArray[np.float64]) -> Likeness:
@@ -145,20 +126,15 @@ def likeness(one: NDArray[np.float64], other: NDArray[np.float64]) -> Likeness:
 
 
 def summarise(blocks: Sequence[list[str]], of_images: Sequence[Comparison]) -> RandomisationInfo:
-    """Average over images.
-
-    Args:
-        blocks: randomised blocks of each network.
-        of_images: results of `compare_maps`.
-    """
+    """Average the results of `compare_maps`, whose networks have these randomised blocks."""
     drawn: list[Drawn] = []
     for names, rows in zip(blocks, zip(*of_images, strict=True), strict=True):
-        contrasts = [contrast for _, contrast in rows if contrast is not None]
+        class_map, *contrast = (_mean(column) for column in zip(*rows, strict=True))
         drawn.append(
             {
                 "blocks": names,
-                "class_map": _mean([class_map for class_map, _ in rows]),
-                "contrast": _mean(contrasts) if contrasts else None,
+                "class_map": class_map,
+                "contrast": contrast[0] if contrast else None,
             }
         )
     return {"images": len(of_images), "drawn": drawn}

@@ -17,13 +17,8 @@ def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
 
     These are the inputs of the average before the head; for AlexNet, of its last max pool.
 
-    Args:
-        model: in evaluation mode.
-        images: uint8 [B, 1, H, W].
-        target: index of the class.
-
     Returns:
-        [B, H, W], never negative.
+        [B, H, W], never negative, for images uint8 [B, 1, H, W].
     """
     method = LayerGradCam(model.logits, _last_features(model))
     with exact(images.device):
@@ -46,13 +41,8 @@ def _last_features(model: Classifier) -> nn.Module:
 def plain_gradient(model: Classifier, images: Tensor, target: int) -> Tensor:
     """Return the absolute gradient of the logit by grey value (Simonyan et al. 2014), by captum.
 
-    Args:
-        model: in evaluation mode.
-        images: uint8 [B, 1, H, W].
-        target: index of the class.
-
     Returns:
-        [B, H, W].
+        [B, H, W], for images uint8 [B, 1, H, W].
     """
     with exact(images.device):
         method, grey = Saliency(model.logits), images.float().requires_grad_()

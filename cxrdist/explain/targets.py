@@ -28,7 +28,6 @@ class Targets:
     """The classes to explain, and the contrast of two of them.
 
     Attributes:
-        classes: names of the classes.
         contrast: names of two classes, for every image; None for the two likeliest of each image,
             whose contrast is drawn but not stored, since it is the difference of two stored maps.
     """
@@ -45,10 +44,7 @@ class Targets:
         """Return the indices of an image's likeliest and second likeliest class.
 
         Their contrast depends on the learned weights more than maps of single classes do. None if
-        a contrast was given, or only one class is explained.
-
-        Args:
-            ledger: float64 [K, 4], as in `Map`.
+        a contrast was given, or only one class is explained. The ledger is that of a `Map`.
         """
         if self.contrast is not None or len(self.classes) < 2:
             return None
@@ -113,11 +109,7 @@ def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
 
 
 def choose_classes(classes: str, model: Classifier) -> list[str]:
-    """Parse ``all`` or comma-separated names.
-
-    Raises:
-        CxrdistError: a name is not a class of the model.
-    """
+    """Parse ``all`` or comma-separated names; raise CxrdistError for an unknown one."""
     names = model.classes if classes == "all" else [name.strip() for name in classes.split(",")]
     for name in names:
         _refuse_unknown("--classes", name, model.classes)
@@ -134,13 +126,8 @@ def choose_samples(
 ) -> NDArray[np.int64]:
     """Choose samples to explain; with a limit, classes and images without findings take turns.
 
-    Images without any known label come last, since their maps cannot be compared with labels.
-
-    Args:
-        index: the shards.
-        split: of the samples.
-        limit: number of samples; None for all.
-        first: samples of the split that come before all others, such as mistakes.
+    The samples in `first`, such as mistakes, come before all others. Images without any known label
+    come last, since their maps cannot be compared with labels.
 
     Returns:
         int64 [n], ascending.
@@ -160,12 +147,7 @@ def mistaken_samples(
 ) -> list[int]:
     """Return the wrongly predicted samples of an evaluation, the most confident first.
 
-    Args:
-        run: the run directory.
-        subset: train, val, test or external/NAME; without an evaluation of it on these shards the
-            result is empty.
-        index: the shards.
-        thresholds: as in `find_mistakes`.
+    Without an evaluation of the subset on these shards the result is empty.
 
     Raises:
         CxrdistError: its files were not written by `cxrdist evaluate`.

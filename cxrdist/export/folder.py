@@ -14,7 +14,7 @@ from cxrdist.export.note import ExportNote, Source, describe_export
 from cxrdist.export.parity import Parity, describe_parity
 from cxrdist.files import atomic_directory, write_json, write_text
 from cxrdist.info import WeightsInfo
-from cxrdist.model.densenet import Classifier, network_state, read_model, save_model
+from cxrdist.model.densenet import Classifier, read_model, save_model
 from cxrdist.model.ensemble import Ensemble
 from cxrdist.model.networks import output_layer
 from cxrdist.report.card import OURS, read_card
@@ -41,7 +41,7 @@ def write_timm(source: Source, out: Path) -> ExportNote:
             "torch-export or huggingface"
         )
     with atomic_directory(out) as folder:
-        (folder / "model.safetensors").write_bytes(save(network_state(model)))
+        (folder / "model.safetensors").write_bytes(save(model.network.state_dict()))
         write_json(folder / "config.json", library_config(model))
         network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         note = describe_export(

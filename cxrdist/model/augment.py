@@ -44,15 +44,10 @@ def warp_masks(masks: Tensor, matrices: Tensor) -> Tensor:
 
 
 def sampling_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor:
-    """Return matrices that map positions in the warped image to positions in the original.
+    """Return matrices that map positions in n warped images to positions in the originals.
 
     They are computed for a whole epoch at once, so that a step only slices them. Positions range
     from -1 to 1, the centres of the outermost pixels.
-
-    Args:
-        draws: parameters of n images.
-        size_px: side of the images in pixels.
-        device: where the images are warped.
 
     Returns:
         float32 [n, 2, 3].

@@ -11,15 +11,10 @@ def check_batch(images: object, size_px: int, device: torch.device | None = None
 
     Only type, shape and device are checked: reading values would wait for the GPU, and a trace of
     the network would depend on them. The type alone excludes a wrong range, since floats in 0..1,
-    normalised floats and wider integers are not uint8.
-
-    Args:
-        images: the argument of the caller, of any type.
-        size_px: side of the squares.
-        device: of the model; None if the images may be on any.
+    normalised floats and wider integers are not uint8. Without `device` the images may be on any.
 
     Raises:
-        CxrdistError: the images are different; the message says how to convert them.
+        CxrdistError: they are not; the message says how to convert them.
     """
     expected = f"expected uint8 [B, 1, {size_px}, {size_px}]"
     if not isinstance(images, Tensor):
@@ -59,11 +54,7 @@ def _mend_values(images: Tensor) -> str:
         )
     if images.is_floating_point() and most <= 1:
         return "values in 0..1, as ToTensor gives, need (images * 255).round().to(torch.uint8)"
-    return (
-        "use images.round().to(torch.uint8)"
-        if images.is_floating_point()
-        else ("use images.to(torch.uint8)")
-    )
+    return f"use images{'.round()' if images.is_floating_point() else ''}.to(torch.uint8)"
 
 
 def _mend_shape(shape: list[int]) -> str:

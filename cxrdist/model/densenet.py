@@ -173,7 +173,8 @@ def _per_channel(values: tuple[float, ...]) -> Tensor:
 
 def save_model(model: Classifier, directory: Path) -> None:
     """Write model.safetensors and model.json, which are all that is needed to use the model."""
-    weights = {name: tensor.contiguous().cpu() for name, tensor in network_state(model).items()}
+    state = model.network.state_dict()
+    weights = {name: tensor.contiguous().cpu() for name, tensor in state.items()}
     # Not save_file, which makes the file readable for its owner only, whatever the umask.
     (directory / "model.safetensors").write_bytes(save(weights))
     content: ModelFile = {
@@ -205,16 +206,8 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
     write_json(directory / "model.json", {**content, "calibration": calibration})
 
 
-def network_state(model: Classifier) -> dict[str, Tensor]:
-    """Return the parameters and BatchNorm statistics of the network by name."""
-    return model.network.state_dict()
-
-
 def load_model(run: str | Path) -> Classifier:
     """Load the trained model of a run directory, in evaluation mode, on the CPU.
-
-    Args:
-        run: a run directory.
 
     Raises:
         CxrdistError: there is no model, its description is invalid, or its files do not belong
@@ -229,10 +222,7 @@ def load_model(run: str | Path) -> Classifier:
 
 
 def read_model(directory: Path) -> Classifier:
-    """Read model.json and model.safetensors, in evaluation mode, on the CPU.
-
-    Args:
-        directory: RUN/model, or the folder of ``cxrdist export --to huggingface``.
+    """Read RUN/model, or a folder of ``cxrdist export --to huggingface``; as `load_model`.
 
     Raises:
         CxrdistError: a file is missing or invalid, or they do not belong together.
@@ -281,12 +271,8 @@ def _build(content: ModelFile) -> Classifier:
 
 
 def _refuse_other_shapes(weights: dict[str, Tensor], model: Classifier) -> None:
-    """Check that weights have exactly the names and shapes of a model's weights.
-
-    Raises:
-        ValueError: they do not.
-    """
-    expected = {name: tensor.shape for name, tensor in network_state(model).items()}
+    """Raise ValueError unless weights have exactly the names and shapes of a model's weights."""
+    expected = {name: tensor.shape for name, tensor in model.network.state_dict().items()}
     actual = {name: tensor.shape for name, tensor in weights.items()}
     differing = [n for n in {**expected, **actual} if expected.get(n) != actual.get(n)]
     if differing:

@@ -32,11 +32,7 @@ class Normalisation:
     std: tuple[Annotated[float, Between(LEAST_STD, MOST_GREY)], ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        """Check that there are one or three means, and as many standard deviations.
-
-        Raises:
-            CxrdistError: there are other numbers of them.
-        """
+        """Raise CxrdistError unless there are one or three means, and as many deviations."""
         channels = len(self.mean), len(self.std)
         if channels not in ((1, 1), (3, 3)):
             raise CxrdistError(

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
-from urllib.parse import ParseResult, urldefrag, urlparse
+from urllib.parse import urldefrag, urlparse
 
 import torch
 
@@ -45,15 +45,12 @@ def download(url: str, where: str) -> Path:
     against the one noted when it was downloaded. Interrupted downloads are kept, and the next call
     resumes them.
 
-    Args:
-        url: http or https.
-        where: the option and its value, for the error line.
-
     Raises:
-        CxrdistError: the host cannot be reached, or the file is not the published one.
+        CxrdistError: the host cannot be reached, or the file is not the published one. The message
+            begins with `where`, the option and its value.
     """
     digits = re.search(r"#sha256=([0-9a-f]{8,64})$", url)
-    if _parsed(url) is None or ("#" in url and not digits):
+    if not _is_web(url) or ("#" in url and not digits):
         raise CxrdistError(
             f"{where}: expected http(s)://HOST/FILE, optionally with #sha256=DIGITS at its end"
         )
@@ -86,23 +83,19 @@ def download(url: str, where: str) -> Path:
     return file
 
 
-def _parsed(url: str) -> ParseResult | None:
-    """Return the parts of an http or https URL with a host; None if it is not valid."""
+def _is_web(url: str) -> bool:
+    """Return whether a URL is valid, with http or https and a host."""
     try:
         parsed = urlparse(url)
         is_web = parsed.scheme in ("http", "https") and bool(parsed.hostname)
         # urlparse rejects a port of 99999 or a host that begins with a bracket; idna rejects a..b.
-        return parsed if is_web and parsed.port != 0 and parsed.netloc.encode("idna") else None
+        return is_web and parsed.port != 0 and bool(parsed.netloc.encode("idna"))
     except ValueError:
-        return None
+        return False
 
 
 def _noted(note: Path) -> str:
-    """Return the sha256 that was noted when the file was fetched.
-
-    Raises:
-        CxrdistError: the note is damaged.
-    """
+    """Return the sha256 in a note; raise CxrdistError if the note is damaged."""
     digits = re.match(rb"[0-9a-f]{64}\b", read_bytes(note, _MOST_NOTE_BYTES))
     if digits is None:
         raise CxrdistError(f"{note}: is not a sha256; remove it and the file that it belongs to")
@@ -112,8 +105,7 @@ def _noted(note: Path) -> str:
 def place_of(url: str) -> Path:
     """Return the path of a URL's file in the cache of torch.hub.
 
-    A hash of the URL is added unless the name already contains one: two URLs may end in the same
-    name, such as model.pth.tar.
+    A hash of the URL is added unless the name contains one: two URLs may end in the same name.
     """
     name = Path(urlparse(url).path).name or "weights"
     if not _HASH_IN_NAME.search(name):
@@ -129,11 +121,7 @@ def sha256_of(file: Path) -> str:
 
 
 def _refuse_other(file: Path, expected: str | None, what: str) -> None:
-    """Remove a file that is not the published one.
-
-    Raises:
-        CxrdistError: the file is not the published one.
-    """
+    """Remove a file that is not the published one, and raise CxrdistError."""
     sha256 = sha256_of(file)
     if expected is not None and not sha256.startswith(expected):
         problem = f"has the sha256 {sha256}, expected {expected}"
@@ -177,15 +165,16 @@ def _fetch(url: str, partial: Path, *, checked: bool) -> None:
 def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
     """Fetch the missing bytes in one connection, or all bytes if the file may have changed.
 
-    Raises:
-        _BrokenOffError: the connection ended before the file did.
+    It raises _BrokenOffError if the connection ends before the file does.
     """
     version = partial.with_name(partial.name + ".version")
     done = partial.stat().st_size if partial.is_file() else 0
     known = _known_version(version) if done else ""
     headers = {"User-Agent": "cxrdist", "Accept-Encoding": "identity"}
     if done and (known or checked):
-        headers |= {"Range": f"bytes={done}-", **({"If-Range": known} if known else {})}
+        headers["Range"] = f"bytes={done}-"
+    if done and known:
+        headers["If-Range"] = known
     request = urllib.request.Request(url, headers=headers)
     opener = urllib.request.build_opener(_Opener, _SecureOpener)
     with opener.open(request, timeout=TIMEOUT_SECONDS) as response:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from cxrdist.data.index import Fit, Task
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError
 from cxrdist.files import read_document, write_json
 from cxrdist.model.densenet import MEND, Classifier, is_ensemble, load_model
-from cxrdist.model.description import Calibration, Cover, EnsembleFile
+from cxrdist.model.description import Calibration, EnsembleFile
 from cxrdist.run import RunDirectory, open_run
 
 _MUST_AGREE = ("classes", "task", "image_size_px", "fit", "depth", "cover", "lungs_only")
@@ -25,7 +24,8 @@ class Ensemble(nn.Module):
     explain predictions, which needs one member.
 
     Attributes:
-        members: the networks.
+        members: the networks. Those attributes of a `Classifier` that describe images and classes
+            are the same for all of them.
         names: the members' directories in the directory of the ensemble.
         calibration: of the ensemble itself; None before its validation split was evaluated.
     """
@@ -39,46 +39,15 @@ class Ensemble(nn.Module):
         self.calibration: Calibration | None = None
         rows = [_temperatures(member) for member in members.values()]
         self.register_buffer("temperatures", torch.tensor(rows, dtype=torch.float64))
+        first = self.first
+        self.classes, self.task = first.classes, first.task
+        self.image_size_px, self.fit, self.depth = first.image_size_px, first.fit, first.depth
+        self.cover, self.lungs_only = first.cover, first.lungs_only
 
     @property
     def first(self) -> Classifier:
         """Return the first network; all take the same images and have the same classes."""
         return cast(Classifier, self.members[0])
-
-    @property
-    def classes(self) -> list[str]:
-        """Return the class names in the order of the logits."""
-        return self.first.classes
-
-    @property
-    def task(self) -> Task:
-        """Return whether an image has one of the classes or any number of them."""
-        return self.first.task
-
-    @property
-    def image_size_px(self) -> int:
-        """Return the side of the square images in pixels."""
-        return self.first.image_size_px
-
-    @property
-    def fit(self) -> Fit:
-        """Return how images become square."""
-        return self.first.fit
-
-    @property
-    def depth(self) -> int | None:
-        """Return the bit depth of images whose files do not declare it."""
-        return self.first.depth
-
-    @property
-    def cover(self) -> Cover | None:
-        """Return how burned-in text was covered in the training images."""
-        return self.first.cover
-
-    @property
-    def lungs_only(self) -> bool:
-        """Return whether everything but the lungs was black in the training images."""
-        return self.first.lungs_only
 
     def preparation(self) -> Preparation:
         """Return how to prepare an image file, which is the same for all members."""
@@ -156,11 +125,7 @@ def save_ensemble(ensemble: Ensemble, directory: Path) -> None:
 
 
 def one_network(model: Classifier | Ensemble) -> Classifier:
-    """Return the single network of a model, as needed to explain it.
-
-    Raises:
-        CxrdistError: the model is an ensemble.
-    """
+    """Return the single network to explain, or raise CxrdistError for an ensemble."""
     if isinstance(model, Ensemble):
         raise CxrdistError(
             f"--run: is an ensemble of {len(model.names)} networks, and heat maps need a single "

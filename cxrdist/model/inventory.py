@@ -9,9 +9,9 @@ from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file, refuse_unwritable
 from cxrdist.model.description import WeightsNote
-from cxrdist.model.layout import check_fit, shape_of
+from cxrdist.model.layout import InitialWeights, check_fit, shape_of
 from cxrdist.model.tensorfile import METADATA
-from cxrdist.model.weights import InitialWeights, read_weights
+from cxrdist.model.weights import read_weights
 
 
 def show_weights(config: WeightsShowConfig) -> None:

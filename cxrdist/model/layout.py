@@ -1,7 +1,7 @@
 """Layouts: recognise a network or its published copy by the names and shapes of its tensors."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast, get_args
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from cxrdist.config import DENSENETS, Architecture, Network
 from cxrdist.data.chestxray14 import LABELS
 from cxrdist.errors import CxrdistError
+from cxrdist.info import WeightsInfo
 from cxrdist.model.description import Normalisation
 from cxrdist.model.networks import build_network, output_layer
 from cxrdist.model.tensorfile import TensorFile
@@ -30,31 +31,52 @@ _CONV2 = re.compile(r"features\.denseblock([1-4])\.denselayer(\d{1,3})\.conv2\.w
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A checkpoint with the tensor names of torchvision, or of timm for networks only it has.
+class InitialWeights:
+    """Tensors by their names in torchvision's or timm's network, and where they come from.
 
     Attributes:
-        name: the published layout.
-        tensors: the network without its head.
-        head: weight and bias of the output layer, such as ``classifier.weight`` and
-            ``classifier.bias``; empty if there is no head.
-        labels: of the head's outputs in order; None if not known.
+        tensors: the network without its head; empty for random weights.
+        head: weight and bias of the output layer as published, such as ``classifier.weight`` and
+            ``classifier.bias``; empty if there is none. They are not used in training.
         normalisation: that the network was trained with.
+        labels: of the head's outputs in order; None if not known.
+        record: for run.json and model.json: source, sha256, layout, and for a run its shards and
+            its own initial weights.
     """
 
-    name: str
     tensors: dict[str, Tensor]
     head: dict[str, Tensor]
-    labels: list[str] | None
     normalisation: Normalisation
+    labels: list[str] | None
+    record: WeightsInfo
+
+    @property
+    def source(self) -> str:
+        """Return the source for messages: a URL, a file, a run, or "random"."""
+        return str(self.record["source"])
+
+    @property
+    def channels(self) -> int:
+        """Return the number of input channels of the first convolution."""
+        return len(self.normalisation.mean)
+
+    def describe(self, num_tensors: int) -> WeightsInfo:
+        """Return the description of the weights, with the number of tensors that were copied."""
+        return {
+            **self.record,
+            "tensors": num_tensors,
+            "normalisation": asdict(self.normalisation),
+            "labels": self.labels,
+        }
 
 
-def recognise(file: TensorFile, where: str) -> Layout:
+def recognise(file: TensorFile, where: str, origin: WeightsInfo) -> InitialWeights:
     """Rename the tensors of a checkpoint, and recognise its layout.
 
     Args:
         file: the tensors with their names in the file.
         where: the option and its value, for the error line.
+        origin: source and sha256 of the file.
 
     Raises:
         CxrdistError: two tensors get the same name, the first convolution takes neither one channel
@@ -71,25 +93,30 @@ def recognise(file: TensorFile, where: str) -> Layout:
     network = _network_of(renamed)
     head = {k: renamed.pop(k) for k in head_names(network or Network()) if k in renamed}
     channels = _channels(renamed, where)
-    if network is None:
+    normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
+    if file.note:
+        name, labels = file.note["layout"], file.note.get("labels")
+        normalisation = file.note["normalisation"]
+    elif network is None:
         name, labels = _identify(file, head, thresholds, channels)
     else:
         name, labels = _identify_other(file, head, network)
     _check_head(head, renamed, labels, where)
-    if thresholds is not None and head and thresholds.numel() != len(head["classifier.weight"]):
+    num_outputs = len(next(iter(head.values()), ()))
+    if thresholds is not None and head and thresholds.numel() != num_outputs:
         raise CxrdistError(
-            f"{where}: {thresholds.numel()} thresholds (op_threshs) for "
-            f"{len(head['classifier.weight'])} outputs; fetch the file again"
+            f"{where}: {thresholds.numel()} thresholds (op_threshs) for {num_outputs} outputs; "
+            "fetch the file again"
         )
-    normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
-    if file.note:
-        normalisation = file.note["normalisation"]
     if len(normalisation.mean) != channels:
         raise CxrdistError(
             f"{where}: its normalisation has {len(normalisation.mean)} channels, expected "
             f"{channels}; convert the file again"
         )
-    return Layout(name, renamed, head, labels, normalisation)
+    record: WeightsInfo = {**origin, "layout": name}
+    if file.note:
+        record["started_from"] = file.note.get("started_from")
+    return InitialWeights(renamed, head, normalisation, labels, record)
 
 
 def head_names(network: Network) -> tuple[str, str]:
@@ -143,10 +170,8 @@ def _identify(
     names = file.tensors
     weight = head.get("classifier.weight")
     num_outputs = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
-    if file.note:
-        return file.note["layout"], file.note.get("labels")
     if any(name.endswith("classifier.0.weight") for name in names):
-        repository = "jrzech/reproduce-chexnet" if "network" in file.holder else "arnoweng/CheXNet"
+        repository = "jrzech/reproduce-chexnet" if file.is_network else "arnoweng/CheXNet"
         return f"CheXNet, as in {repository}", [*LABELS]
     if channels == 1:
         default = TORCHXRAYVISION_LABELS if num_outputs == len(TORCHXRAYVISION_LABELS) else None
@@ -162,9 +187,7 @@ def _identify(
 def _identify_other(
     file: TensorFile, head: dict[str, Tensor], network: Network
 ) -> tuple[str, list[str] | None]:
-    """Return name and labels as `_identify`, for networks other than DenseNets."""
-    if file.note:
-        return file.note["layout"], file.note.get("labels")
+    """Return the same as `_identify`, for networks other than DenseNets."""
     num_outputs = next((len(tensor) for tensor in head.values() if tensor.dim()), 0)
     if num_outputs == IMAGENET_CLASSES:
         return f"ImageNet, {network.title}", None
@@ -174,11 +197,7 @@ def _identify_other(
 def _check_head(
     head: dict[str, Tensor], trunk: dict[str, Tensor], labels: list[str] | None, where: str
 ) -> None:
-    """Check that a head fits its trunk and its labels.
-
-    Raises:
-        CxrdistError: it does not.
-    """
+    """Raise CxrdistError if a head does not fit its trunk or its labels."""
     if not head:
         return
     weight, bias = (
@@ -234,12 +253,9 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
 
 
 def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:
-    """Check that tensors are exactly those of a network without its head.
+    """Raise CxrdistError unless tensors are exactly those of a network without its head.
 
     ``num_batches_tracked`` may be missing: files before PyTorch 0.4.1 do not have it.
-
-    Raises:
-        CxrdistError: one is missing, left over, or of another shape.
     """
     own = trunk_of(shape, channels)
     missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]

@@ -53,10 +53,7 @@ def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Mod
       below 0, and probabilities never below one half.
     - resnet18 gets a dropout before its output layer, like the other networks.
 
-    Args:
-        shape: architecture, and the shape of a DenseNet.
-        num_classes: number of logits.
-        channels: of the normalised images; must be 3 except for DenseNets and convnext_atto.
+    Only DenseNets and convnext_atto can take other numbers of channels than 3.
 
     Raises:
         CxrdistError: the architecture does not take this number of channels.
@@ -105,16 +102,6 @@ def _build_densenet(shape: Network, num_classes: int, channels: int) -> DenseNet
 def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
     """Return the modules of each block by block name, in forward order.
 
-    ============= ==================================== ===================================
-    architecture  blocks between stem and head         which are
-    ============= ==================================== ===================================
-    densenet*     denseblock1 to denseblock4           features.denseblock1 to 4
-    resnet18      layer1 to layer4                     layer1 to layer4
-    alexnet       conv2 to conv5, fc6, fc7             features.3, 6, 8, 10, classifier.1, 4
-    squeezenet1_1 fire2 to fire9                       features.3, 4, 6, 7, 9 to 12
-    convnext_atto stages0 to stages3                   stages.0 to stages.3
-    ============= ==================================== ===================================
-
     The stem is everything before these blocks. The head is the output layer with its dropout.
     Modules between two blocks belong to the earlier one, and so does a norm before the head.
     Numbers are those of the papers of alexnet (Krizhevsky et al. 2012) and squeezenet.
@@ -152,15 +139,7 @@ def block_names(shape: Network) -> list[str]:
 
 
 def block_of(name: str, shape: Network) -> str:
-    """Return the block that a parameter, buffer or module belongs to.
-
-    Args:
-        name: as in ``network.named_parameters()``, such as ``features.denseblock1.denselayer1...``.
-        shape: of the network.
-
-    Raises:
-        ValueError: the name is in no block.
-    """
+    """Return the block of a parameter, buffer or module; raise ValueError for other names."""
     for block, prefixes in parts_of(shape).items():
         if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes):
             return block
@@ -188,16 +167,7 @@ def smallest_size_px(shape: Network) -> int:
 
 
 def refuse_small_squares(shape: Network, size_px: int, where: str) -> None:
-    """Check that images are large enough for a network.
-
-    Args:
-        shape: of the network.
-        size_px: side of the squares.
-        where: the option or field that they come from, for the error line.
-
-    Raises:
-        CxrdistError: the images are too small.
-    """
+    """Raise CxrdistError if squares, from an option or field `where`, are too small."""
     smallest = smallest_size_px(shape)
     if size_px < smallest:
         raise CxrdistError(

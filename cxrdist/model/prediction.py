@@ -23,13 +23,9 @@ THRESHOLD_LOGIT = math.log(THRESHOLD / (1 - THRESHOLD))  # the logit of this pro
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions for N images; the columns of `cxrdist predict`, by class.
+    """Predictions for N images, of logits float32 [N, classes]; the columns of `cxrdist predict`.
 
-    Attributes:
-        logits: float32 [N, classes].
-        classes: names in the order of the logits.
-        task: multiclass (an image has one of the classes) or multilabel (any number of them).
-        calibration: of the model; None before evaluation.
+    Before the model is evaluated, there is no calibration.
     """
 
     logits: NDArray[np.float32] = field(repr=False)
@@ -103,10 +99,6 @@ def decide(logits: NDArray[Any], task: str) -> NDArray[np.bool_]:
 
     For multiclass it is the class of the largest logit, the first of equal ones; for multilabel all
     classes whose probability is at least `THRESHOLD`, possibly none.
-
-    Args:
-        logits: float [N, classes].
-        task: multiclass or multilabel.
     """
     if task == "multilabel":
         return call(logits, THRESHOLD_LOGIT)

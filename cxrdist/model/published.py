@@ -10,8 +10,8 @@ import torch
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, read_model
 from cxrdist.model.densenet import load_model as load_from_run
-from cxrdist.model.layout import check_fit, shape_of
-from cxrdist.model.weights import InitialWeights, read_weights
+from cxrdist.model.layout import InitialWeights, check_fit, shape_of
+from cxrdist.model.weights import read_weights
 from cxrdist.run import RunDirectory
 
 HUB = "hf:"
@@ -62,9 +62,9 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
     Raises:
         CxrdistError: a tensor is missing or unexpected, or no output has a name.
     """
-    named = [i for i, label in enumerate(weights.labels or []) if label]
-    classes = [(weights.labels or [])[i] for i in named]
-    if not classes or not weights.head:
+    labels = weights.labels or []
+    named = [i for i, label in enumerate(labels) if label]
+    if not named or not weights.head:
         raise CxrdistError(
             f"{name}: has no output layer with class names; train from it with --init, or give "
             "chexnet, a checkpoint of torchxrayvision or a run"
@@ -72,6 +72,7 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
     shape = shape_of(weights.tensors, name)
     check_fit(weights.tensors, shape, weights.channels, name)
     size_px, normalisation = PUBLISHED_SIZE_PX, weights.normalisation
+    classes = [labels[i] for i in named]
     model = Classifier(shape, classes, size_px, normalisation, fit="crop", task="multilabel")
     head = {key: tensor[torch.tensor(named)] for key, tensor in weights.head.items()}
     model.network.load_state_dict({**weights.tensors, **head}, strict=False)

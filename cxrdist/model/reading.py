@@ -48,7 +48,7 @@ def read_image(
         CxrdistError: the file is not a readable X-ray, the settings exclude each other or are out
             of range, or the model needs lung masks.
     """
-    path = _existing(file)
+    item = _input(file)
     if depth is not None and not DEPTHS[0] <= depth <= DEPTHS[-1]:
         raise CxrdistError(f"depth is {depth}: expected {DEPTHS[0]} to {DEPTHS[-1]} bits")
     if model is not None:
@@ -58,13 +58,13 @@ def read_image(
             )
         how = model.preparation()
         # Copied, because torch.from_numpy warns about the read-only arrays of Pillow.
-        return prepare(_input(path), replace(how, depth=depth or how.depth)).pixels.copy()
+        return prepare(item, replace(how, depth=depth or how.depth)).pixels.copy()
     if size_px is None:
         how = Preparation(MOST_SIDE_PX, fit, depth, cover="black", finds_text=False)
-        return read_original(_input(path), how).copy()
+        return read_original(item, how).copy()
     if not 1 <= size_px <= MOST_SIDE_PX:
         raise CxrdistError(f"size_px is {size_px}: expected 1 to {MOST_SIDE_PX}")
-    return decode(path, size_px, fit, depth=depth).pixels.copy()
+    return decode(item.file, size_px, fit, depth=depth).pixels.copy()
 
 
 def read_squares(
@@ -76,7 +76,7 @@ def read_squares(
 
     Args:
         images: files, and uint8 [S, S] of the model's size, in any order; or a single one.
-        model: that takes the squares.
+        model: takes the squares.
 
     Returns:
         uint8 [N, S, S].
@@ -90,7 +90,9 @@ def read_squares(
     sources: list[ImageSource] = [*images]
     if not sources:
         raise CxrdistError("images is empty: expected at least one file or array")
-    files = {i: _input(_existing(s)) for i, s in enumerate(sources) if isinstance(s, str | Path)}
+    files = {
+        i: _input(source) for i, source in enumerate(sources) if isinstance(source, str | Path)
+    }
     squares = _read_files(files, model.preparation()) if files else {}
     for number, source in enumerate(sources):
         if number not in files:
@@ -110,25 +112,17 @@ def _read_files(files: Mapping[int, Input], how: Preparation) -> dict[int, NDArr
     return {number: square.pixels for number, square in read.items()}
 
 
-def _input(path: Path) -> Input:
-    return Input(path, path.name)
-
-
-def _existing(file: str | Path) -> Path:
+def _input(file: str | Path) -> Input:
     path = Path(file)
     if not path.is_file():
         raise CxrdistError(
             f"{path}: no such file; name an image, {', '.join(FORMATS)} or DICOM, or list several"
         )
-    return path
+    return Input(path, path.name)
 
 
 def _checked_square(image: object, number: int, size_px: int) -> NDArray[np.uint8]:
-    """Return an array after checking that it is a square of the model.
-
-    Raises:
-        CxrdistError: it is not; the message says how to make one.
-    """
+    """Return an array if it is a square of the model; else raise CxrdistError with the fix."""
     expected = f"expected the path of a file or uint8 [{size_px}, {size_px}]"
     if not isinstance(image, np.ndarray):
         raise CxrdistError(

@@ -6,7 +6,8 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,6 @@ MOST_ENTRIES = 100_000  # modules, parameters and buffers of a network; DenseNet
 MOST_DIRECTORY_BYTES = 4 << 20  # of a zip file; DenseNet264 with its optimiser has 400 kB
 MOST_HEADER_BYTES = 4 << 20  # of safetensors; DenseNet121 has 80 kB
 
-ReadStorage = Callable[[StorageRef], bytearray]
-
 
 @dataclass(frozen=True)
 class TensorFile:
@@ -49,15 +48,13 @@ class TensorFile:
 
     Attributes:
         tensors: by their names in the file.
-        container: the file format.
-        holder: the object in the file that contains the tensors.
+        is_network: whether they belong to a pickled network, not to a state dict.
         labels: of the outputs, if a pickled network names them.
         note: written by `cxrdist weights convert`; None for other files.
     """
 
     tensors: dict[str, Tensor]
-    container: str
-    holder: str
+    is_network: bool = False
     labels: list[str] | None = None
     note: WeightsNote | None = None
 
@@ -81,8 +78,7 @@ def read_tensor_file(file: Path, where: str) -> TensorFile:
             raise pickle.UnpicklingError(_looks_like(file))
         if container == "safetensors":
             return read_safetensors(file)
-        read = _read_zip if container == "torch.save" else _read_legacy
-        return read(file, container)
+        return _read_zip(file) if container == "torch.save" else _read_legacy(file)
     except FileNotFoundError:
         raise CxrdistError(
             f"{where}: no such file; expected chexnet, imagenet, none, a checkpoint file, "
@@ -153,14 +149,14 @@ def read_safetensors(file: Path) -> TensorFile:
                 raise ValueError(f"{name:.100} has more than {MOST_DIMENSIONS} dimensions")
         tensors = {name: content.get_tensor(name) for name in names}
         text = (content.metadata() or {}).get(METADATA)
-    content_of_file = TensorFile(_refuse_other_numbers(tensors), "safetensors", "tensors by name")
+    _refuse_other_numbers(tensors)
     if not text:
-        return content_of_file
+        return TensorFile(tensors)
     with judging(f"{file}: {METADATA}", "convert it again"):
-        return replace(content_of_file, note=typed(parse_json(text.encode()), WeightsNote))
+        return TensorFile(tensors, note=typed(parse_json(text.encode()), WeightsNote))
 
 
-def _read_zip(file: Path, container: str) -> TensorFile:
+def _read_zip(file: Path) -> TensorFile:
     """Read a file of torch.save since 1.6: data.pkl, and the storages in data/KEY."""
     with _Archive(file) as data, zipfile.ZipFile(data) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -173,16 +169,13 @@ def _read_zip(file: Path, container: str) -> TensorFile:
         if order in archive.namelist() and _stored(archive, order, 16) != b"little":
             raise ValueError("written on a machine with another byte order")
         content, storages = unpickle(Pickles(_stored(archive, names[0], MOST_PICKLE_BYTES)))
-        cached: dict[str, bytearray] = {}
 
-        def read_storage(storage: StorageRef) -> bytearray:
-            if storage.key not in cached:
-                whole = storages[storage.key]
-                data = _stored(archive, f"{folder}data/{storage.key}", whole.num_bytes)
-                cached[storage.key] = _sized(data, whole)
-            return cached[storage.key]
+        @cache
+        def read_storage(key: str) -> bytearray:
+            numbers = _stored(archive, f"{folder}data/{key}", storages[key].num_bytes)
+            return _sized(numbers, storages[key])
 
-        return _collect(content, read_storage, container, file.stat().st_size)
+        return _collect(content, read_storage, file.stat().st_size)
 
 
 class _Archive(io.FileIO):
@@ -192,11 +185,7 @@ class _Archive(io.FileIO):
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read the given number of bytes.
-
-        Raises:
-            ValueError: the number is too large.
-        """
+        """Read the given number of bytes, or raise ValueError if it is too large."""
         left = os.fstat(self.fileno()).st_size - self.tell()
         size = left if size is None or size < 0 else min(size, left)
         if size > MOST_DIRECTORY_BYTES:
@@ -218,9 +207,9 @@ def _stored(archive: zipfile.ZipFile, name: str, most_bytes: int) -> bytearray:
     return data
 
 
-def _read_legacy(file: Path, container: str) -> TensorFile:
+def _read_legacy(file: Path) -> TensorFile:
     """Read a file of torch.save before 1.6: five pickles, then the storages by key."""
-    cached: dict[str, bytearray] = {}
+    numbers: dict[str, bytearray] = {}
     with open(file, "rb") as data:
         pickles = Pickles(data.read(5 * MOST_PICKLE_BYTES))
         (magic, _), (version, _), (system, _) = (unpickle(pickles) for _ in range(3))
@@ -241,8 +230,8 @@ def _read_legacy(file: Path, container: str) -> TensorFile:
             if num_elements != storage.num_elements:
                 raise ValueError(f"{num_elements} numbers, expected {storage.num_elements}")
             num_bytes = min(storage.num_bytes, file.stat().st_size)
-            cached[key] = _sized(bytearray(data.read(num_bytes)), storage)
-    return _collect(content, lambda storage: cached[storage.key], container, file.stat().st_size)
+            numbers[key] = _sized(bytearray(data.read(num_bytes)), storage)
+    return _collect(content, numbers.__getitem__, file.stat().st_size)
 
 
 def _sized(numbers: bytearray, storage: StorageRef) -> bytearray:
@@ -254,27 +243,22 @@ def _sized(numbers: bytearray, storage: StorageRef) -> bytearray:
     return numbers
 
 
-def _collect(
-    content: Any, read_storage: ReadStorage, container: str, file_bytes: int
-) -> TensorFile:
-    """Find the tensors in unpickled content, and read them."""
-    holder, references, labels = _find(content)
+def _collect(content: Any, read_storage: Callable[[str], bytearray], file_bytes: int) -> TensorFile:
+    """Find the tensors in unpickled content, and read them from their storages by key."""
+    is_network, references, labels = _find(content)
     if len(references) > MOST_TENSORS:
         raise RefusedError(f"it holds more than {MOST_TENSORS} tensors")
     stored = {reference.storage.key: reference.storage for reference in references.values()}
     for refs in (stored, references):
         if sum(ref.num_bytes for ref in refs.values()) > 4 * file_bytes:
             raise RefusedError("its tensors are larger than the file")
-    tensors = {name: ref.read(read_storage(ref.storage)) for name, ref in references.items()}
-    return TensorFile(_refuse_other_numbers(tensors), container, holder, labels)
+    tensors = {name: ref.read(read_storage(ref.storage.key)) for name, ref in references.items()}
+    _refuse_other_numbers(tensors)
+    return TensorFile(tensors, is_network, labels)
 
 
-def _refuse_other_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors after checking that they are finite floats, or integers for BatchNorm counts.
-
-    Raises:
-        ValueError: a tensor has another type, or is not finite.
-    """
+def _refuse_other_numbers(tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError unless tensors are finite floats, or integers for BatchNorm's counts."""
     for name, tensor in tensors.items():
         counter = name.endswith("num_batches_tracked") and tensor.dtype == torch.int64
         if tensor.dtype not in FLOATS and not counter:
@@ -282,26 +266,25 @@ def _refuse_other_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             raise ValueError(f"{name} contains {kind} numbers, expected floating point")
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} contains numbers that are not finite")
-    return tensors
 
 
-def _find(content: Any) -> tuple[str, dict[str, TensorRef], list[str] | None]:
+def _find(content: Any) -> tuple[bool, dict[str, TensorRef], list[str] | None]:
     """Find a state dict or a network, at the top level or under one of its usual names.
+
+    Returns:
+        Whether it is a network; its tensors; and the labels of its outputs, if it names them.
 
     Raises:
         ValueError: there is neither.
     """
-    candidates = [("", content)]
-    if isinstance(content, dict):
-        named = [(f" under {key!r}", content.get(key)) for key in ("state_dict", "model")]
-        candidates = named + candidates
-    for suffix, value in candidates:
+    named = [content.get("state_dict"), content.get("model")] if isinstance(content, dict) else []
+    for value in (*named, content):
         if isinstance(value, Stub) and "_modules" in value.attributes:
-            return f"pickled network{suffix}", dict(_network_tensors(value)), _labels(value)
+            return True, dict(_network_tensors(value)), _labels(value)
         if isinstance(value, dict) and value:
-            tensors = {k: v for k, v in value.items() if isinstance(v, TensorRef)}
-            if len(tensors) == len(value) and all(isinstance(name, str) for name in tensors):
-                return f"state dict{suffix}", tensors, None
+            items = value.items()
+            if all(isinstance(k, str) and isinstance(v, TensorRef) for k, v in items):
+                return False, value, None
     raise ValueError(
         "no state dict or network, at the top level or under the names state_dict or model; "
         "save one with torch.save(model.state_dict(), FILE)"
@@ -332,11 +315,10 @@ def _network_tensors(network: Stub) -> Iterator[tuple[str, TensorRef]]:
 
 def _entries(attributes: dict[str, Any], kind: str) -> dict[str, Any]:
     entries = attributes.get(kind)
-    if not isinstance(entries, dict) or len(entries) > MOST_ENTRIES:
-        raise ValueError(f"a network whose {kind} are damaged")
-    if not all(isinstance(name, str) for name in entries):
-        raise ValueError(f"a network whose {kind} are damaged")
-    return entries
+    if isinstance(entries, dict) and len(entries) <= MOST_ENTRIES:
+        if all(isinstance(name, str) for name in entries):
+            return entries
+    raise ValueError(f"a network whose {kind} are damaged")
 
 
 def _labels(network: Stub) -> list[str] | None:

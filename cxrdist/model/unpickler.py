@@ -51,13 +51,9 @@ class RefusedError(pickle.UnpicklingError):
 
 
 class StorageRef(NamedTuple):
-    """A reference to numbers stored elsewhere in the file.
+    """A reference to numbers stored elsewhere in the file under a key.
 
-    Attributes:
-        dtype: of the numbers.
-        key: their name in the file.
-        num_elements: number of elements.
-        offset: start of a view of them, in elements.
+    The offset is the start of a view of them, in elements.
     """
 
     dtype: torch.dtype
@@ -129,11 +125,7 @@ class _Name(type):
     """The metaclass of stubs; it intercepts calls of a class or function named in the file."""
 
     def __call__(cls, *arguments: Any, **named: Any) -> Any:
-        """Call the harmless replacement in `MAKERS`.
-
-        Raises:
-            RefusedError: `MAKERS` has none for this name.
-        """
+        """Call the harmless replacement in `MAKERS`; raise RefusedError if there is none."""
         maker = MAKERS.get(cls.__name__)
         if maker is None or named:
             raise RefusedError(f"it calls {cls.__name__}")
@@ -170,11 +162,7 @@ class Stub(metaclass=_Name):
 
 
 def _refuse_keys(keys: Iterable[Any]) -> None:
-    """Check that keys of a dictionary, or members of a set, are plain values.
-
-    Raises:
-        RefusedError: a key is nested or long, and could take forever to hash or compare.
-    """
+    """Raise RefusedError if a key is nested or long: it could take forever to hash or compare."""
     for key in keys:
         plain = key if isinstance(key, tuple) and len(key) <= MOST_DIMENSIONS else (key,)
         for value in plain:
@@ -243,22 +231,14 @@ class Pickles(io.BytesIO):
     """The bytes of pickles; reading beyond their end is an error."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read exactly the given number of bytes.
-
-        Raises:
-            EOFError: fewer are left.
-        """
+        """Read exactly the given number of bytes, or raise EOFError."""
         data = super().read(size)
         if len(data) < (size or 0):
             raise EOFError("truncated")
         return data
 
     def readline(self, size: int | None = -1, /) -> bytes:
-        """Read a complete line.
-
-        Raises:
-            EOFError: the line has no end.
-        """
+        """Read a complete line, or raise EOFError."""
         line = super().readline(size)
         if not line.endswith(b"\n"):
             raise EOFError("truncated")
@@ -282,21 +262,13 @@ class Unpickler(pickle._Unpickler):
         self._operations_left = MOST_OPERATIONS
 
     def count(self, operations: int = 1) -> None:
-        """Count operations, or members that are copied.
-
-        Raises:
-            RefusedError: there are more than in any checkpoint.
-        """
+        """Count operations, or copied members; raise RefusedError if there are too many."""
         self._operations_left -= operations
         if self._operations_left < 0:
             raise RefusedError(f"it takes more than {MOST_OPERATIONS} operations")
 
     def find_class(self, module: str, name: str) -> type[Stub]:
-        """Return a stub with this name; import nothing.
-
-        Raises:
-            RefusedError: the name is too long, or there are too many names.
-        """
+        """Return a stub, importing nothing; raise RefusedError for long or too many names."""
         if len(module) + len(name) > MOST_NAME_CHARACTERS or len(self._classes) >= MOST_CLASSES:
             raise RefusedError("it names more classes than a network has")
         if (module, name) not in self._classes:

@@ -1,70 +1,24 @@
 """Initial weights of a training: published checkpoints and finished runs, read strictly."""
 
-from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from torch import Tensor
 
 from cxrdist.config import Architecture
 from cxrdist.errors import CxrdistError
 from cxrdist.info import WeightsInfo, read_info
-from cxrdist.model.densenet import Classifier, load_model, network_state
+from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.model.description import Normalisation
 from cxrdist.model.download import download, sha256_of
-from cxrdist.model.layout import check_fit, head_names, recognise
+from cxrdist.model.layout import InitialWeights, check_fit, head_names, recognise
 from cxrdist.model.networks import IMAGENET_URLS
 from cxrdist.model.tensorfile import read_tensor_file
 from cxrdist.run import RunDirectory
 
-# The paper's CheXNet (section 3.2: Zech 2018), as published in 2018. The URL names a git revision,
-# because the file was replaced in 2022 by a network that was trained again.
+# The paper's CheXNet (section 3.2: Zech 2018), as published in 2018: the file was replaced in 2022
+# by a network that was trained again.
 CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"
 )
-
-
-@dataclass(frozen=True)
-class InitialWeights:
-    """Tensors by their names in torchvision's or timm's network, and where they come from.
-
-    Attributes:
-        tensors: the network without its head; empty for random weights.
-        head: weight and bias of the output layer as published; not used in training.
-        normalisation: that the network was trained with.
-        labels: of the head's outputs in order; None if not known.
-        record: for run.json and model.json: source, sha256, layout, and for a run its shards and
-            its own initial weights.
-    """
-
-    tensors: dict[str, Tensor]
-    head: dict[str, Tensor]
-    normalisation: Normalisation
-    labels: list[str] | None
-    record: WeightsInfo
-
-    @property
-    def source(self) -> str:
-        """Return the source for messages: a URL, a file, a run, or "random"."""
-        return str(self.record["source"])
-
-    @property
-    def channels(self) -> int:
-        """Return the number of input channels of the first convolution."""
-        return len(self.normalisation.mean)
-
-    def describe(self, num_tensors: int) -> WeightsInfo:
-        """Return the description of the weights in run.json and model.json.
-
-        Args:
-            num_tensors: number of tensors copied into the network.
-        """
-        return {
-            **self.record,
-            "tensors": num_tensors,
-            "normalisation": asdict(self.normalisation),
-            "labels": self.labels,
-        }
 
 
 def read_weights(
@@ -74,7 +28,7 @@ def read_weights(
 
     Args:
         init: ``chexnet``, ``imagenet``, ``none``, a URL, a run directory, or a file.
-        option: that was given the name, for the error line.
+        option: the option, for the error line.
         architecture: selects the published weights for ``imagenet``.
 
     Raises:
@@ -100,11 +54,7 @@ def read_weights(
 
 def _read_file(file: Path, where: str, source: str) -> InitialWeights:
     content = read_tensor_file(file, where)
-    layout = recognise(content, where)
-    record: WeightsInfo = {"source": source, "sha256": sha256_of(file), "layout": layout.name}
-    if content.note:
-        record["started_from"] = content.note.get("started_from")
-    return InitialWeights(layout.tensors, layout.head, layout.normalisation, layout.labels, record)
+    return recognise(content, where, {"source": source, "sha256": sha256_of(file)})
 
 
 def _read_run(directory: Path, where: str) -> InitialWeights:
@@ -116,7 +66,7 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
             "give the run directory of a finished `cxrdist train`"
         )
     model = load_model(directory)
-    state = network_state(model)
+    state = model.network.state_dict()
     head = {name: state.pop(name) for name in head_names(model.shape)}
     record: WeightsInfo = {
         "source": str(directory),

@@ -10,7 +10,7 @@ from cxrdist.train.training import Training
 
 LEAST_IMAGES_PER_RANK = 4
 FEW_STEPS = 300
-"""Optimiser steps that are few: AdamW moves a weight by about its rate in a step, at most."""
+"""Fewer optimiser steps are too few: AdamW moves a weight by at most about its rate in a step."""
 
 
 def advice(training: Training) -> str:

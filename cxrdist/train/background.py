@@ -1,4 +1,4 @@
-"""The background part of a stage's loss: which pixels it is of, and what they cost."""
+"""The background loss of a stage: its regions, and the penalty for using them."""
 
 import hashlib
 from dataclasses import dataclass
@@ -26,13 +26,7 @@ MOST_TABLE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class BackgroundLoss:
-    """The term that a stage adds to its loss: weight times the mean penalty of a step's images.
-
-    Attributes:
-        recipe: weight, regions and method.
-        foreground: what may be read of each sample.
-        info: how many images of train have background.
-    """
+    """The term that a stage adds to its loss: weight times the mean penalty of a step's images."""
 
     recipe: Background
     foreground: Foreground
@@ -49,15 +43,8 @@ class BackgroundLoss:
     ) -> Tensor:
         """Return the penalty of each image, which is 0 for one without a background.
 
-        In the other images, what a warp brings in from outside is background too.
-
-        Args:
-            model: that is trained.
-            images: uint8 [B, 1, H, W].
-            matrices: float32 [B, 2, 3], how they are warped.
-            targets: float [B, classes], 1 where an image has the label, -1 where that is unknown.
-            foreground: uint8 [B, 1, H, W], rows of `foreground`.
-            turn: which of the two shares of lrp a step pays, 0 or 1; None for their mean.
+        In the other images, what a warp brings in from outside is background too. The arguments are
+        as in `step.Slice`; without a turn, the mean of both shares of `share_of_contrast` counts.
 
         Returns:
             Floats [B] in the precision of the model, never in that of autocast.
@@ -106,11 +93,7 @@ def check_backgrounds(config: TrainConfig) -> None:
 
 
 def check_regions(config: TrainConfig, index: Index) -> None:
-    """Reject regions that the shards do not have.
-
-    Raises:
-        CxrdistError: no image of train has a mask, or the text is covered already.
-    """
+    """Raise CxrdistError if train has no masks but needs them, or its text is covered already."""
     regions = _needed(config)
     train = [index.samples[number] for number in index.numbers("train")]
     if "masks" in regions and not any(sample.mask_sha256 for sample in train):
@@ -141,13 +124,7 @@ def _needed(config: TrainConfig) -> set[Region]:
 def open_backgrounds(
     config: TrainConfig, index: Index, boxes: SquareBoxes, accelerator: Accelerator
 ) -> dict[str, BackgroundLoss]:
-    """Open masks and boxes for the background losses; return these by stage.
-
-    Args:
-        config: the whole recipe.
-        index: of the shards.
-        boxes: of text, as `read_text_boxes` returns them.
-        accelerator: its ranks share the work of their node.
+    """Open the masks for the background losses, and return these losses by stage.
 
     Raises:
         CxrdistError: masks cannot be read, or those of train are empty.
@@ -193,11 +170,7 @@ def read_text_boxes(config: TrainConfig, index: Index) -> SquareBoxes:
 
 
 def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
-    """Describe the CSV of boxes for run.json; None without one.
-
-    Raises:
-        CxrdistError: it cannot be read.
-    """
+    """Describe the CSV of boxes for run.json; raise CxrdistError if it cannot be read."""
     if config.text_boxes is None:
         return None
     with judging(config.text_boxes, "make it with cxrdist find-text"):
@@ -206,11 +179,7 @@ def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
 
 
 def refuse_other_text_boxes(config: TrainConfig, before: TextBoxesInfo | None) -> None:
-    """Make sure that a run resumes with the boxes that it began with.
-
-    Raises:
-        CxrdistError: they differ.
-    """
+    """Make sure that a run resumes with the boxes that it began with, else raise CxrdistError."""
     boxes = describe_text_boxes(config)
     if boxes and before and boxes["sha256"] != before["sha256"]:
         raise CxrdistError(

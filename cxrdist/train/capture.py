@@ -3,38 +3,23 @@
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
+Graph = torch.cuda.CUDAGraph
+Recorder = Callable[[Step, Tensors], tuple[Graph, Tensors]]
 
 MOST_IMAGES = 64
-"""Images of a step up to which launching its kernels takes longer than running them; not measured
-on a GPU: `cxrdist bench --only gpu` does."""
+"""Largest step that is captured: with few images, launching the kernels takes longer than running
+them. This number was not measured on a GPU; `cxrdist bench --only gpu` measures it."""
 WARM_UP_STEPS = 3  # as in the example of PyTorch's notes on CUDA graphs
 
 
-class Graph(Protocol):
-    """A recorded step."""
-
-    def replay(self) -> None:
-        """Repeat it, on the same memory."""
-
-
-Recorder = Callable[[Step, Tensors], tuple[Graph, Tensors]]
-
-
 def can_capture(device: torch.device, world_size: int, num_images: int) -> bool:
-    """Return whether a stage's steps are captured: on one GPU, without DDP.
-
-    Args:
-        device: of this rank.
-        world_size: number of ranks.
-        num_images: of a step.
-    """
+    """Return whether steps of this many images are captured: on one GPU, without DDP."""
     return device.type == "cuda" and world_size == 1 and num_images <= MOST_IMAGES
 
 
@@ -43,24 +28,22 @@ class CapturedStep:
 
     A stage has two numbers of images, and with a background loss two turns.
 
-    The first steps of each graph are taken as they are, on a stream of their own: kernels choose
+    The first steps of each graph are not replayed, and run on a stream of their own: kernels choose
     their algorithms and libraries allocate in them. Recording computes nothing, so all steps count.
+
+    Args:
+        step: takes a turn and tensors on the device, changes the network, and returns tensors,
+            without a read by the host.
+        record: records a step of a turn on given inputs, see `record_cuda_graph`.
     """
 
     def __init__(self, step: Step, record: Recorder) -> None:
-        """Wrap a step.
-
-        Args:
-            step: takes a turn and tensors on the device, changes the network, and returns tensors;
-                without a read by the host.
-            record: records a step of a turn on given inputs, see `record_cuda_graph`.
-        """
         self._step, self._record = step, record
         self._taken: dict[tuple[int, int], int] = {}
         self._graphs: dict[tuple[int, int], tuple[Tensors, Graph, Tensors]] = {}
 
     def __call__(self, turn: int, *inputs: Tensor) -> Tensors:
-        """Take a step; its results are valid until the next one of its turn and size."""
+        """Take a step; its results are valid until the next step of the same turn and size."""
         key = turn, len(inputs[0])
         if key not in self._graphs:
             step = partial(self._step, turn)
@@ -91,16 +74,12 @@ def on_side_stream(step: Step, inputs: Tensors) -> Tensors:
 
 
 def record_cuda_graph(step: Step, static: Tensors) -> tuple[Graph, Tensors]:
-    """Record a step on the GPU.
-
-    Args:
-        step: as of `CapturedStep`.
-        static: the memory that each replay reads.
+    """Record a step on the GPU; each replay reads its inputs from the memory of `static`.
 
     Returns:
         The graph, and the memory that each replay writes its results to.
     """
-    graph = torch.cuda.CUDAGraph()
+    graph = Graph()
     with torch.cuda.graph(graph):
         outputs = step(*static)
     return graph, outputs

@@ -8,16 +8,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cxrdist.documents import Between, parse_json, typed
+from cxrdist.documents import parse_json, typed
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.files import atomic_directory, read_bytes
+from cxrdist.info import Count
 
 CHECKPOINT_FORMAT = "cxrdist-checkpoint-3"
 _NAME = re.compile(r"\d{5,}-\d{7,}")
@@ -33,7 +34,6 @@ _MOST_POSITION_BYTES = 1 << 20  # with the best weights of 10,000 stages
 _MOST_STATE_BYTES = 32 << 30  # of a network of 2 billion parameters; CheXNet has 7 million
 
 State = dict[str, Tensor]
-Count = Annotated[int, Between(0, 10**12)]
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Position:
     """How far a run has come.
 
     Attributes:
-        stage: name of the stage.
-        epoch: epochs done in it.
+        epoch: epochs done in the stage.
         step: steps done in the epoch under way; with all of them done it waits for validation.
         epochs_done: epochs done in all stages.
         steps_done: optimiser steps in all stages.
@@ -50,10 +49,8 @@ class Position:
         logged_step: the step of the epoch up to which the log has a row.
         taken: digest of the images that the epoch has taken (Plan.digest).
         skipped: steps in a row that the gradient scaler has skipped last.
-        stopping: state of the early stopping.
         finished: whether the stage is over.
         bests: of each stage, the directory and sha256 of its best weights.
-        scaler: state of the gradient scaler, for fp16.
     """
 
     stage: str
@@ -78,7 +75,7 @@ class Position:
 
 @dataclass(frozen=True)
 class _Document:
-    """The content of position.json, but for its own sha256, which is of all else."""
+    """The content of position.json, without its own sha256, which covers all the rest."""
 
     format: str
     recipe_sha256: str
@@ -91,10 +88,8 @@ class Checkpoint:
     """A position with its weights and the optimiser's state.
 
     Attributes:
-        position: how far the run has come.
-        network: the weights.
         optimizer: tensors of the optimiser's state, named PARAMETER.NAME.
-        average: the moving average of the weights; empty where the recipe has none.
+        average: the moving average of the weights; empty if the recipe has none.
         losses: float64 [step], mean loss of each step of the epoch under way.
         penalties: float64 [step], mean penalty of each of these steps.
         best: weights of the stage's best epoch; empty before there is one.
@@ -124,13 +119,8 @@ def save_checkpoint(
     """Write a checkpoint; then remove all but this one, the one before, and what they refer to.
 
     Only directories with the name of a checkpoint or of best weights are removed: whatever else
-    is there belongs to somebody else.
-
-    Args:
-        directory: of all checkpoints.
-        checkpoint: to be written; its best weights are not, see `save_best`.
-        recipe: text of the recipe.
-        before: the checkpoint that was written or resumed from last.
+    is there belongs to somebody else. The checkpoint's best weights are written by `save_best`.
+    `before` is the checkpoint that was written or resumed from last.
     """
     position = checkpoint.position
     tensors = {f"network.{k}": v for k, v in checkpoint.network.items()}
@@ -170,12 +160,7 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """Read the latest whole checkpoint; None where there is none.
-
-    Args:
-        directory: of all checkpoints.
-        recipe: text of the recipe.
-        say: called with a line per damaged checkpoint.
+    """Read the latest whole checkpoint; None if there is none. `say` gets a line per damaged one.
 
     Raises:
         CxrdistError: the latest is of another recipe, or of another format of cxrdist.
@@ -262,11 +247,7 @@ def _read(path: Path, most: int) -> bytes:
 
 @contextmanager
 def fitting(name: str) -> Iterator[None]:
-    """Turn an error while a checkpoint is restored into one line.
-
-    Raises:
-        CxrdistError: its content does not fit the recipe or the network.
-    """
+    """Turn an error while a checkpoint is restored into one line, a CxrdistError."""
     try:
         yield
     except (CxrdistError, RunFailedError):
@@ -280,21 +261,13 @@ def fitting(name: str) -> Iterator[None]:
 
 
 def load_network(network: torch.nn.Module, state: State) -> None:
-    """Load the weights of a checkpoint into a network.
-
-    Raises:
-        ValueError: a tensor is missing, left over, or of another shape or type.
-    """
+    """Load the weights of a checkpoint into a network; raises as `refuse_others`."""
     refuse_others(state, network.state_dict())
     network.load_state_dict(state)
 
 
 def refuse_others(state: State, expected: State) -> None:
-    """Make sure that tensors have the expected names, shapes and types.
-
-    Raises:
-        ValueError: a tensor is missing, left over, or of another shape or type.
-    """
+    """Raise ValueError if a tensor is missing, not expected, or of another shape or type."""
     for name in state.keys() | expected.keys():
         tensor, like = state.get(name), expected.get(name)
         if tensor is None or like is None:

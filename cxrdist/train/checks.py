@@ -12,11 +12,7 @@ from cxrdist.train.stages import check_stages
 
 
 def refuse_bad_recipe(config: TrainConfig) -> None:
-    """Make sure that a recipe can be trained, as far as that is known without its shards.
-
-    Raises:
-        CxrdistError: a field has an invalid value.
-    """
+    """Raise CxrdistError if a recipe cannot be trained, as far as it shows without its shards."""
     check_stages(config.stages, block_names(config.network))
     check_backgrounds(config)
     read_uncertain(config.uncertain)
@@ -49,11 +45,7 @@ def trainable_index(config: TrainConfig) -> Index:
 
 
 def refuse_large_world(config: TrainConfig, world_size: int) -> None:
-    """Make sure that each rank has an image in a step.
-
-    Raises:
-        CxrdistError: there are more ranks than images.
-    """
+    """Raise CxrdistError if there are more ranks than images in a step."""
     if world_size > config.global_batch_size:
         raise CxrdistError(
             f"--global-batch-size: {config.global_batch_size} images for {world_size} ranks; "

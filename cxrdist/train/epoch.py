@@ -17,8 +17,6 @@ class Epoch:
 
     Attributes:
         where: stage and epoch, for messages.
-        batches: of the epoch's plan.
-        plan: of the epoch.
         step: steps done.
         settled: steps whose losses are brought together.
         losses: float64 [steps], mean loss of each settled step over its known labels, with its
@@ -26,17 +24,16 @@ class Epoch:
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
         images_per_second: of the steps of this launch, after `trained`.
-        skipped: the last settled steps that the scaler has skipped, in a row; counts over epochs.
+        skipped: the last settled steps in a row that the scaler has skipped, over all epochs.
     """
 
     def __init__(self, where: str, batches: Batches, skipped: int) -> None:
-        """Start to count the steps of an epoch."""
         self.where, self.batches, self.plan = where, batches, batches.plan
         self.step = self.settled = self.logged_step = 0
         self.skipped = skipped
         self.losses = torch.zeros(self.plan.num_steps, dtype=torch.float64)
         self.penalties = torch.zeros_like(self.losses)
-        # Of each step the shares of its loss and its penalty, and the norm of its gradients.
+        # This rank's share of each step's loss and penalty, and the norm of the gradients.
         self._numbers = torch.zeros(self.plan.num_steps, 3, device=batches.targets.device)
         self._taken_before = self._taken = 0
         self.began, self.first_step, self.images_per_second = time.perf_counter(), 0, 0.0

@@ -22,10 +22,8 @@ COMPILE_BACKEND = "inductor"
 class Learner(nn.Module):
     """Computes the loss of images as they are in the cache.
 
-    Attributes:
-        model: the network that is trained.
-        trunk: where all blocks of a DenseNet but the head are frozen, what gives the features: a
-            copy with folded BatchNorms, or if these move the network's own.
+    If all blocks of a DenseNet but the head are frozen, its features come from a copy with folded
+    BatchNorms (if these move, from the network itself), without autograd.
     """
 
     def __init__(
@@ -45,8 +43,8 @@ class Learner(nn.Module):
             trained: blocks that the stage trains.
             precision: of the convolutions, as in autocast.
             background: the stage's background loss, if it has one.
-            compiled: make one graph of warp, network and loss. Shapes are fixed: slices differ
-                by at most one image, so a stage has two.
+            compiled: whether warp, network and loss become one graph. Its shapes are fixed: slices
+                differ by at most one image, so a stage has two graphs.
             moving: whether the statistics of frozen BatchNorms move.
         """
         super().__init__()
@@ -74,12 +72,7 @@ class Learner(nn.Module):
     ) -> Tensor:
         """Return the two sums that the loss is made of.
 
-        Args:
-            images: as of `loss`.
-            matrices: as of `loss`.
-            targets: as of `loss`.
-            foreground: uint8 [B, 1, H, W], what may be read; in a stage with a background loss.
-            turn: of the step, as of `BackgroundLoss.penalties`.
+        The arguments are as in `step.Slice`.
 
         Returns:
             float32 [2]: the binary cross-entropy over the known labels of all images, and the
@@ -95,13 +88,7 @@ class Learner(nn.Module):
         return torch.stack([loss, penalties.sum().to(loss.dtype)])
 
     def loss(self, images: Tensor, matrices: Tensor, targets: Tensor) -> Tensor:
-        """Return the loss on logits (paper, section 3.3): that of `forward`, not compiled.
-
-        Args:
-            images: uint8 [B, 1, H, W].
-            matrices: float32 [B, 2, 3], how they are warped.
-            targets: float32 [B, classes], 1 where an image has the label, -1 where that is unknown.
-        """
+        """Return the loss on logits (paper, section 3.3), as `forward`, not compiled."""
         return sum_of_losses(self.logits(warp(images, matrices)), targets)
 
     def logits(self, images: Tensor) -> Tensor:

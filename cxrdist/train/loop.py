@@ -14,11 +14,7 @@ from cxrdist.files import locked, sweep
 from cxrdist.run import RunDirectory
 from cxrdist.signals import stopping_at_a_boundary
 from cxrdist.train.advice import advice
-from cxrdist.train.checks import (
-    refuse_bad_recipe,
-    refuse_large_world,
-    trainable_index,
-)
+from cxrdist.train.checks import refuse_bad_recipe, refuse_large_world, trainable_index
 from cxrdist.train.epoch import Epoch
 from cxrdist.train.memory import memory_for
 from cxrdist.train.publish import publish, publish_stage
@@ -93,10 +89,6 @@ def backward(stage: StageRun, batch: Slice) -> Tensor:
     The slices of the ranks differ in the number of known labels. So each rank weights its loss by
     world size / known labels of the whole step, and its penalties by world size / images.
     Micro-batches synchronise once, in the last pass.
-
-    Args:
-        stage: the current stage; its model is the learner wrapped by `accelerator.prepare`.
-        batch: this rank's slice of the step.
 
     Returns:
         This rank's shares of the loss and of the mean penalty, float32 [2]. Those of all ranks add

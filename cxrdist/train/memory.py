@@ -19,11 +19,7 @@ _FULL = 0.9  # of a limit: the rest is less than the allocation that failed, or 
 
 @contextmanager
 def memory_for(batch: Slice, max_images: int | None, where: str) -> Iterator[None]:
-    """Tell the user what to do if a step does not fit into memory.
-
-    Raises:
-        RunFailedError: it did not.
-    """
+    """Raise RunFailedError with what to do if a step does not fit into memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

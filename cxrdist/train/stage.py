@@ -15,7 +15,6 @@ from cxrdist.documents import typed
 from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.files import append_log, settle_log, write_json
 from cxrdist.info import read_info
-from cxrdist.model.densenet import network_state
 from cxrdist.model.networks import block_names
 from cxrdist.terminal import progress, table
 from cxrdist.train.background import describe_background
@@ -58,14 +57,7 @@ class StageRun:
     """A stage under way: freeze -> optimiser -> DDP, in this order, anew for every stage."""
 
     def __init__(self, training: Training, name: str, before: Checkpoint | None) -> None:
-        """Set up the stage.
-
-        Args:
-            training: the run.
-            name: the stage.
-            before: the latest checkpoint: of this stage to resume it, of the one before, or None at
-                the start of the run.
-        """
+        """Set up the stage, or resume it if the latest checkpoint, `before`, is of this stage."""
         self.training, self.name, self.before = training, name, before
         self.recipe = training.recipe
         self.stage = self.recipe.stages[name]
@@ -80,6 +72,7 @@ class StageRun:
         self.steps_done = before.position.steps_done if before else 0
         self.skipped = 0
         self.saved = before.position if before else None
+        self.frozen = [b for b in block_names(training.model.shape) if b not in self.trained]
         resumed = before if before and before.position.stage == name else None
         if resumed:
             with fitting(resumed.position.name):
@@ -171,14 +164,14 @@ class StageRun:
         return progress(self.stage.epochs * per_epoch, self.name, "images", show=show, done=done)
 
     def begin(self, bar: tqdm) -> None:
-        """Validate what the stage begins with, as its epoch 0: no epoch may do worse unnoticed.
+        """Validate the weights that the stage begins with, as epoch 0: a worse epoch is not best.
 
         A resumed stage has done so.
         """
         if self.best:
             return
         scores = self._scores()
-        self.stopping.begin(scores["val_loss"])
+        self.stopping.best_loss = scores["val_loss"]
         if self.before:
             self.best = self.before.best
             self.bests[self.name] = self.bests[self.before.position.stage]
@@ -196,7 +189,7 @@ class StageRun:
     def open_epoch(self) -> Epoch:
         """Make the next epoch, or take the one that a checkpoint was saved in."""
         self.epoch = self.epoch or self._next_epoch()
-        # Validation has undone it.
+        # The validation before it has set evaluation mode.
         set_modes(self.training.model, self.trained, moving=self.moving)
         return self.epoch
 
@@ -210,7 +203,7 @@ class StageRun:
             self.stopping.epoch * num_steps + epoch.step,
         )
         staging = self.staging, self.foregrounds
-        turn = self.steps_done % 2 if self.background else 0  # other steps are all alike
+        turn = self.steps_done % 2 if self.background else 0  # without it all steps are alike
         return read_slice(epoch.batches, *staging, epoch.step, turn, accelerator)
 
     def update(self, batch: Slice) -> Tensor:
@@ -333,7 +326,7 @@ class StageRun:
         They go into a new directory, since older checkpoints refer to theirs.
         """
         training = self.training
-        self.best = {k: on_cpu(v) for k, v in network_state(training.model).items()}
+        self.best = {k: on_cpu(v) for k, v in training.model.network.state_dict().items()}
 
         def write() -> tuple[str, str]:
             if not training.accelerator.is_main_process:
@@ -362,7 +355,7 @@ class StageRun:
             bests=dict(self.bests),
             scaler=updater.scaler.state_dict() if updater.scaler else {},
         )
-        network, average = network_state(training.model), updater.average
+        network, average = training.model.network.state_dict(), updater.average
         if average:  # a stop in the validation finds the average in the network
             network |= average.set_aside
         checkpoint = Checkpoint(
@@ -374,13 +367,11 @@ class StageRun:
             epoch.penalties[: epoch.step] if epoch else torch.zeros(0, dtype=torch.float64),
             self.best,
         )
-        together(accelerator, lambda: self._write(checkpoint) if main else None)
+        recipe = fixed_recipe(self.recipe)
+        arguments = training.run.checkpoints, checkpoint, recipe, self.saved
+        together(accelerator, lambda: save_checkpoint(*arguments) if main else None)
+        self.saved = position
         return checkpoint
-
-    def _write(self, checkpoint: Checkpoint) -> None:
-        run, recipe = self.training.run, fixed_recipe(self.recipe)
-        save_checkpoint(run.checkpoints, checkpoint, recipe, self.saved)
-        self.saved = checkpoint.position
 
     def _log(self, kind: str, row: dict[str, Any]) -> None:
         """Add a row to log.jsonl and give its numbers to the trackers."""
@@ -397,10 +388,9 @@ class StageRun:
         """Update the entry of this stage in run.json."""
         run, stopping = self.training.run, self.stopping
         info = read_info(run)
-        frozen = [b for b in self._blocks if b not in self.trained]
         info["stages"][self.name] = {
             "parameter_groups": self.groups,
-            "frozen": frozen,
+            "frozen": self.frozen,
             "frozen_batch_norm": self.recipe.frozen_batch_norm,
             "epochs": stopping.epoch,
             "steps": self.steps_done,
@@ -410,14 +400,10 @@ class StageRun:
         }
         write_json(run.info, info)
 
-    @property
-    def _blocks(self) -> list[str]:
-        return block_names(self.training.model.shape)
-
     def _print_groups(self) -> None:
         rows = [list(map(str, group.values())) for group in self.groups]
         how = "frozen, its BatchNorm moves" if self.moving else "frozen"
-        frozen = [[b, how] for b in self._blocks if b not in self.trained]
+        frozen = [[block, how] for block in self.frozen]
         print(f"\nstage {self.name}: up to {self.stage.epochs} epochs")
         print(table(frozen + rows, list(self.groups[0])))
         if self.background:
@@ -427,19 +413,15 @@ class StageRun:
 def _validated(row: dict[str, Any]) -> str:
     """Format the validation loss and score of an epoch for the terminal."""
     background = _background(row, "val_background")
-    return f"val loss {row['val_loss']:.4f}{background}, {_score(row)}"
+    name = "accuracy" if "val_accuracy" in row else "auroc"
+    score, title = row[f"val_{name}"], name.replace("auroc", "AUROC")
+    shown = "-" if score is None else f"{score:.4f}"
+    return f"val loss {row['val_loss']:.4f}{background}, val {title} {shown}"
 
 
 def _background(row: dict[str, Any], name: str) -> str:
     """Format the mean penalty within a loss; empty without one."""
     return f" (background {row[name]:.4f})" if name in row else ""
-
-
-def _score(row: dict[str, Any]) -> str:
-    """Format the validation score of an epoch."""
-    if "val_accuracy" in row:
-        return f"val accuracy {row['val_accuracy']:.4f}"
-    return "val AUROC -" if row["val_auroc"] is None else f"val AUROC {row['val_auroc']:.4f}"
 
 
 def _seed(seed: int, where: str, rank: int) -> None:

@@ -96,12 +96,8 @@ def freeze(model: Classifier, trained: set[str]) -> None:
 def set_modes(model: Classifier, trained: set[str], *, moving: bool = False) -> None:
     """Put trained blocks in training mode, frozen ones with their BatchNorm in evaluation mode.
 
-    Every later ``train()`` or ``eval()`` of the model undoes this.
-
-    Args:
-        model: to be trained.
-        trained: blocks that are trained.
-        moving: put the BatchNorm of frozen blocks in training mode as well.
+    If `moving`, the BatchNorm of frozen blocks is in training mode as well. Every later ``train()``
+    or ``eval()`` of the model undoes this.
     """
     model.eval()
     for module in modules_of(model.network, model.shape, trained):
@@ -166,10 +162,6 @@ class EarlyStopping:
     best_loss: float = math.inf
     best_epoch: int = 0
     epoch: int = 0
-
-    def begin(self, loss: float) -> None:
-        """Set the loss of the weights that the stage starts from, as epoch 0."""
-        self.best_loss = loss
 
     def update(self, loss: float) -> bool:
         """Count an epoch; return whether it is the best so far."""

@@ -14,18 +14,13 @@ class Statistics:
     Synchronised, each BatchNorm normalises by the images of all ranks. Per rank, it normalises by
     those of its own rank, and only the running statistics are averaged, in one collective per step;
     they then lack the variance between slices.
+
+    `norms` are the BatchNorms of a stage whose statistics move.
     """
 
     def __init__(
         self, accelerator: Accelerator, norms: list[BatchNorm], *, synchronised: bool
     ) -> None:
-        """Prepare the BatchNorms for a stage.
-
-        Args:
-            accelerator: of this rank.
-            norms: the BatchNorms whose statistics move.
-            synchronised: or per rank.
-        """
         self._accelerator, self._norms = accelerator, norms
         several = accelerator.num_processes > 1 and bool(norms)
         self._averages = several and not synchronised

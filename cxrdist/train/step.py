@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.foreground import Foreground
@@ -70,14 +70,7 @@ class Staging:
     """
 
     def __init__(self, rows: Images | Foreground, size_px: int, most: int, device: torch.device):
-        """Make the buffers.
-
-        Args:
-            rows: uint8 [samples, size, size], all images, or their foregrounds.
-            size_px: their side.
-            most: largest number of images that are read at once.
-            device: where they go.
-        """
+        """Make buffers for at most `most` images at once, from uint8 [samples, size, size]."""
         self._rows, self._device, self._turn = rows, device, 0
         self._pinned = device.type == "cuda"
         shape = (2, most, 1, size_px, size_px)
@@ -85,10 +78,7 @@ class Staging:
         self._copied: list[torch.cuda.Event | None] = [None, None]
 
     def read(self, numbers: NDArray[np.int64]) -> Tensor:
-        """Bring images to the device.
-
-        Args:
-            numbers: int64 [B], sample numbers.
+        """Bring the images of B samples to the device.
 
         Returns:
             uint8 [B, 1, size, size]; on a CPU the buffer itself, valid until the read after next.
@@ -119,12 +109,12 @@ class Slice:
         images: uint8 [B, 1, H, W], B is at least 1.
         matrices: float32 [B, 2, 3], their warps.
         targets: float32 [B, classes], 1 where an image has the label, -1 where that is not known.
-        foreground: uint8 [B, 1, H, W], what may be read; None without a background loss.
+        foreground: uint8 [B, 1, H, W], what may be used; None without a background loss.
         rows: of the plan that are this rank's; empty where the step has no image for it. The rank
             still takes part, with one image of weight 0.
         sizes: images of each rank.
         num_known: known labels of the images of all ranks.
-        turn: 0 or 1, of all ranks: which share of the background loss the step pays.
+        turn: 0 or 1, the same on all ranks: the share of the background loss that counts.
     """
 
     images: Tensor
@@ -142,11 +132,6 @@ class Slice:
         inputs = (self.images, self.matrices, self.targets)
         return inputs if self.foreground is None else (*inputs, self.foreground)
 
-    @property
-    def num_images(self) -> int:
-        """Return the number of images that count, 0 to B."""
-        return self.rows.stop - self.rows.start
-
 
 def read_slice(
     batches: Batches,
@@ -156,22 +141,12 @@ def read_slice(
     turn: int,
     accelerator: Accelerator,
 ) -> Slice:
-    """Read this rank's part of a step.
-
-    Args:
-        batches: of the epoch.
-        staging: of the images.
-        foregrounds: of what may be read of them, in a stage with a background loss.
-        step: of the epoch.
-        turn: of the slice.
-        accelerator: of this rank.
-    """
+    """Read this rank's part of a step, with foregrounds in a stage with a background loss."""
     plan, world_size = batches.plan, accelerator.num_processes
     all_rows = [plan.rank_rows(step, rank, world_size) for rank in range(world_size)]
     rows = all_rows[accelerator.process_index]
-    taken = rows if rows.start < rows.stop else slice(rows.start, rows.start + 1)
-    if taken.stop > len(plan.samples):
-        taken = slice(rows.start - 1, rows.start)
+    first = min(rows.start, len(plan.samples) - 1)
+    taken = slice(first, max(rows.stop, first + 1))  # at least one
     return Slice(
         staging.read(plan.samples[taken]),
         batches.matrices[taken],
@@ -190,7 +165,7 @@ class Pass:
 
     Attributes:
         rows: of the slice, at least one.
-        weight: 1, or 0 where they only keep the rank in step.
+        weight: 1, or 0 for a row that only keeps the rank in step with the others.
         sizes: images of each rank that count.
     """
 
@@ -207,10 +182,7 @@ def passes_of(batch: Slice, rank: int, max_images: int | None) -> Iterator[Pass]
         stops = [size * (i + 1) // num_passes for size in batch.sizes]
         sizes = tuple(b - a for a, b in zip(starts, stops, strict=True))
         rows = slice(starts[rank], stops[rank])
-        if sizes[rank]:
-            yield Pass(rows, 1.0, sizes)
-        else:
-            yield Pass(slice(0, 1), 0.0, sizes)
+        yield Pass(rows, 1.0, sizes) if sizes[rank] else Pass(slice(0, 1), 0.0, sizes)
 
 
 @torch.no_grad()
@@ -231,15 +203,14 @@ def validate(
         batches: the expanded validation split, the same in every epoch.
         at_boundary: called before each batch, the same number of times on every rank; may stop
             them all.
-        background: of a stage that has a background loss.
+        background: loss of the stage, if it has one.
 
     Returns:
-        val_loss: mean binary cross-entropy over the known labels of all rows. With a background
-        loss val_background, the mean penalty of all rows, which val_loss has in it by its weight:
-        the network that reads least of the background may be the best. With it val_accuracy:
-        the share of rows whose largest logit is the label's; or, with several labels per image,
-        val_auroc: the mean over the labels that some rows are known to have and some not to have,
-        None if there is none.
+        val_loss: mean binary cross-entropy over the known labels of all rows; with a background
+        loss plus its weight times val_background, the mean penalty of all rows. For one label per
+        image val_accuracy: share of rows whose largest logit is the label's. For several labels
+        val_auroc: mean over the labels that some rows are known to have and some not to have, None
+        if there is none.
     """
     model.eval()
     plan, device = batches.plan, accelerator.device
@@ -274,7 +245,7 @@ def validate(
 
 
 def _sum_of_penalties(
-    model: nn.Module,
+    model: Classifier,
     images: Tensor,
     batches: Batches,
     rows: slice,
@@ -288,9 +259,8 @@ def _sum_of_penalties(
         read_rows(background.foreground, batches.plan.samples[rows], images.device),
     )
     passes = zip(*(tensor.split(PENALTIES_PER_PASS) for tensor in inputs), strict=True)
-    classifier = cast(Classifier, model)
     penalties = [
-        background.penalties(classifier, squares, matrices, targets, foreground, None)
+        background.penalties(model, squares, matrices, targets, foreground, None)
         for squares, matrices, targets, foreground in passes
     ]
     return torch.cat(penalties).sum(dtype=torch.float64)

@@ -24,8 +24,9 @@ from cxrdist.files import judging, now, read_bytes, read_recipe, write_json, wri
 from cxrdist.info import ShardsInfo, read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.description import Cover
+from cxrdist.model.layout import InitialWeights
 from cxrdist.model.networks import norms_of_one_value
-from cxrdist.model.weights import InitialWeights, apply_weights, read_weights
+from cxrdist.model.weights import apply_weights, read_weights
 from cxrdist.precision import uses_tf32
 from cxrdist.run import RunDirectory, environment
 from cxrdist.terminal import table
@@ -49,16 +50,11 @@ class Training:
     """State that all stages of a run share.
 
     Attributes:
-        accelerator: of this rank.
         run: the run directory; written by the main rank only.
-        recipe: the whole recipe.
-        model: the network that is trained.
-        data: images and labels.
         samples: int64 [m], sample numbers of the training split.
         copies: int64 [m], copies of each in an epoch.
-        validation: the expanded validation split, the same in every epoch.
-        vote: on stopping.
-        backgrounds: of each stage that has a background loss.
+        validation: the validation split with its copies, warped alike in every epoch.
+        backgrounds: losses by stage.
     """
 
     accelerator: Accelerator
@@ -95,10 +91,10 @@ def recipe_yaml(config: TrainConfig) -> str:
 
 
 def fixed_recipe(config: TrainConfig) -> str:
-    """Format the recipe without the field that may change when a run resumes.
+    """Format the recipe without `max_images_per_rank`, which may change when a run resumes.
 
-    That is the number of images in memory at a time. A field that older versions lack is left out
-    where its value describes what they did, so that their checkpoints still match.
+    A field that older versions lack is left out if its value describes what they did, so that their
+    checkpoints still match.
     """
     known = _fields(replace(config, max_images_per_rank=None))
     known["network"] = _whole_network(known["network"])
@@ -136,11 +132,7 @@ def _whole_network(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
-    """Make sure that a run directory holds no run, or the one of this recipe and these shards.
-
-    Raises:
-        CxrdistError: it holds another run.
-    """
+    """Raise CxrdistError if a run directory holds a run of another recipe or of other shards."""
     begun = has_checkpoint(run.checkpoints)
     if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
         return  # without a checkpoint nothing can be mixed up: a corrected recipe may start
@@ -188,11 +180,7 @@ def describe_shards(index: Index) -> ShardsInfo:
 
 
 def _read_audit(index: Index) -> str:
-    """Read the audit of the shards; empty if they have none.
-
-    Raises:
-        CxrdistError: it is not UTF-8 text, or too large.
-    """
+    """Read the audit of the shards, if they have one; raise CxrdistError if it is damaged."""
     path = index.directory / "audit.json"
     if not path.is_file():
         return ""
@@ -205,7 +193,7 @@ def build_training(
 ) -> Training:
     """Read weights and images; only then begin the run directory, or resume it.
 
-    What can be refused is refused before anything is written, the cache of images included.
+    Invalid input is rejected before anything is written, even to the cache of images.
 
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
@@ -233,7 +221,7 @@ def build_training(
     backgrounds = open_backgrounds(config, index, boxes, accelerator)
     main = accelerator.is_main_process
     together(accelerator, lambda: keep_seen(run, index, images, earlier) if main else None)
-    if accelerator.is_main_process:
+    if main:
         launch = _describe_start(accelerator, weights, num_copied)
         _begin_run(run, config, index, {**launch, "text_boxes": text_boxes}, audit)
         print(f"weights: {weights.source}, {num_copied} tensors")
@@ -264,14 +252,10 @@ def build_training(
 def _begin_run(
     run: RunDirectory, config: TrainConfig, index: Index, start: dict[str, Any], audit: str
 ) -> None:
-    """Write the first files of a run, or describe in them how it resumes.
+    """Write the first files of a run, or note in them how it resumes.
 
-    Args:
-        run: the run directory.
-        config: the whole recipe.
-        index: of the shards.
-        start: what computes in this launch, and what it starts from.
-        audit: of the shards; empty where they have none.
+    `start` describes the hardware and the weights of this launch; `audit` is empty if the shards
+    have none.
     """
     before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
     shards = {"format": "cxrdist-run-1", "shards": describe_shards(index)}
@@ -284,18 +268,10 @@ def _begin_run(
 def _refuse_single_values(
     recipe: TrainConfig, model: Classifier, num_images: int, world_size: int
 ) -> None:
-    """Make sure that no BatchNorm has to find the variance of one value.
+    """Raise CxrdistError if a BatchNorm would compute the variance of a single value.
 
-    One does where its features are of 1 x 1 px, in a step of one image.
-
-    Args:
-        recipe: the whole recipe.
-        model: the network that is trained.
-        num_images: of an epoch, each copy counted.
-        world_size: number of ranks.
-
-    Raises:
-        CxrdistError: one has.
+    It would for features of 1 x 1 px, in a step of one image. `num_images` is that of an epoch,
+    with all copies.
     """
     size_px = model.image_size_px
     blocks = norms_of_one_value(model.shape, len(model.normalisation.mean), size_px)
@@ -342,19 +318,12 @@ def _settle_targets(
     index: Index,
     config: TrainConfig,
 ) -> NDArray[np.int8]:
-    """Replace uncertain labels of the training split by what the recipe says.
+    """Replace uncertain labels of the training split, of `Index.targets`, as the recipe says.
 
     Those of the other splits stay uncertain: no score counts them.
 
-    Args:
-        stated: int8 [samples, classes], as `Index.targets` gives them.
-        train: int64 [T], sample numbers.
-        val: int64 [V], sample numbers.
-        index: of the shards.
-        config: the recipe.
-
     Returns:
-        int8 [samples, classes], as `TrainingData` has them.
+        int8 [samples, classes], as in `TrainingData`.
 
     Raises:
         CxrdistError: the recipe names an unknown class, or a split has no known label.
@@ -373,9 +342,7 @@ def _settle_targets(
 def _describe_unknown(stated: NDArray[np.int8], learnt: NDArray[np.int8]) -> str:
     """Describe the training labels that the source does not state, in a line or none.
 
-    Args:
-        stated: int8 [T, classes], as the source states them.
-        learnt: int8 [T, classes], as they count.
+    Both arrays are int8 [T, classes], the labels of the source and those of the loss.
     """
     uncertain, num_missing = stated == UNCERTAIN, int((stated == MISSING).sum())
     if not num_missing and not uncertain.any():

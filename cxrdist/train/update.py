@@ -27,10 +27,11 @@ class Updater:
     optimisers look at `found_inf` on the device, as with a gradient scaler. With a scaler such a
     step is an overflow, which lowers the scale. `Epoch.settle` reports it to the host.
 
-    Attributes:
+    Args:
         optimizer: a fused one, all of whose state is defined (`build_optimizer`).
-        scaler: for fp16, else None.
-        average: of the weights, if asked for.
+        scaler: made for this stage, for fp16.
+        max_norm: longer gradients, over all parameters, are shortened to it.
+        average: of the weights; moves with each step.
     """
 
     def __init__(
@@ -40,14 +41,6 @@ class Updater:
         max_norm: float | None,
         average: "Average | None",
     ) -> None:
-        """Set up the updates of a stage.
-
-        Args:
-            optimizer: of the stage.
-            scaler: made for this stage, or None.
-            max_norm: longer gradients, over all parameters, are shortened to it; None for none.
-            average: moves with each step, or None.
-        """
         self.optimizer, self.scaler, self.average = optimizer, scaler, average
         self._max_norm = max_norm
         self._rates = [group["lr"] for group in optimizer.param_groups]
@@ -68,11 +61,9 @@ class Updater:
             self.average.prepare_capture(device)
 
     def set_rates(self, factor: float, steps_done: int) -> None:
-        """Multiply the stage's learning rates by a factor, for the next step.
+        """Multiply the stage's learning rates by a factor (`rate_factor`), for the next step.
 
-        Args:
-            factor: as of `rate_factor`.
-            steps_done: in the stage; the average of few steps remembers less.
+        The average depends on the steps done in the stage: that of few steps remembers less.
         """
         if self.average:
             self.average.set_weight(steps_done)
@@ -123,12 +114,7 @@ class Average:
     """
 
     def __init__(self, network: torch.nn.Module, decay: float) -> None:
-        """Start from the weights as they are.
-
-        Args:
-            network: that is trained.
-            decay: share that the average keeps in a step, such as 0.999.
-        """
+        """Start from the current weights; each step keeps the share `decay`, such as 0.999."""
         live = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
         self.state = {name: tensor.clone() for name, tensor in live.items()}
         self.set_aside: dict[str, Tensor] = {}

@@ -63,6 +63,6 @@ def test_a_square_original_gives_the_picture_of_its_square():
 def test_pictures_of_an_original_have_its_size(tmp_path):
     """KEY.png is the X-ray, KEY.CLASS.png the map over it."""
     original, relevance = np.zeros((40, 60), np.uint8), np.ones((2, 32, 32), np.float32)
-    names = write_pictures(tmp_path, "k", original, relevance, ["a", "b c"], "pad")
-    assert names == ["k.a.png", "k.b c.png"]
-    assert {Image.open(tmp_path / name).size for name in ("k.png", *names)} == {(60, 40)}
+    write_pictures(tmp_path, "k", original, relevance, ["a", "b c"], "pad")
+    sizes = {path.name: Image.open(path).size for path in tmp_path.iterdir()}
+    assert sizes == dict.fromkeys(("k.png", "k.a.png", "k.b c.png"), (60, 40))

@@ -12,7 +12,6 @@ from torch import nn
 from cxrdist.cli import main
 from cxrdist.config import TITLES, Architecture, Network
 from cxrdist.errors import CxrdistError
-from cxrdist.model import weights as weights_module
 from cxrdist.model.densenet import Classifier, load_model, save_model
 from cxrdist.model.download import place_of
 from cxrdist.model.layout import recognise
@@ -154,20 +153,24 @@ def test_a_frozen_block_has_no_dropout_and_no_moving_statistics(architecture):
 def test_published_weights_are_taken_but_for_the_head(architecture):
     """A state dict of the library with 1000 classes: recognised by its names, loaded whole."""
     published = library_network(architecture, 1000).state_dict()
-    layout = recognise(TensorFile(published, "", ""), "--init w")
-    assert "ImageNet" in layout.name
+    weights = recognise(TensorFile(published), "--init w", {"source": "w", "sha256": None})
+    assert "ImageNet" in weights.record["layout"]
     model = Classifier(Network(architecture=architecture), ["a", "b"], 64)
     layer = output_layer(model.shape)
-    assert list(layout.head) == [f"{layer}.weight", f"{layer}.bias"]
-    before = {name: model.network.state_dict()[name].clone() for name in layout.head}
-    record = {"source": "w", "sha256": None}
-    weights = weights_module.InitialWeights(
-        layout.tensors, layout.head, layout.normalisation, layout.labels, record
-    )
+    assert list(weights.head) == [f"{layer}.weight", f"{layer}.bias"]
+    before = {name: model.network.state_dict()[name].clone() for name in weights.head}
     assert apply_weights(weights, model) == len(published) - 2
     expected = {**published, **before}
     found = model.network.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_thresholds_that_do_not_fit_the_head_are_refused():
+    """Also in the file of another network than a DenseNet, whose head has other names."""
+    published = library_network("resnet18", 1000).state_dict()
+    file = TensorFile({**published, "op_threshs": torch.zeros(3)})
+    with pytest.raises(CxrdistError, match=r"3 thresholds \(op_threshs\) for 1000 outputs"):
+        recognise(file, "--init w", {"source": "w", "sha256": None})
 
 
 def test_imagenet_is_the_architectures_own_file(tmp_path, monkeypatch):
