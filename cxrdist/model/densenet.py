@@ -222,7 +222,9 @@ def load_model(run: str | Path) -> Classifier:
 
 
 def read_model(directory: Path) -> Classifier:
-    """Read RUN/model, or a folder of ``cxrdist export --to huggingface``; as `load_model`.
+    """Read a model from RUN/model or from a folder of ``cxrdist export --to huggingface``.
+
+    It is in evaluation mode, on the CPU.
 
     Raises:
         CxrdistError: a file is missing or invalid, or they do not belong together.

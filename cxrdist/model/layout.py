@@ -132,9 +132,14 @@ def _network_of(tensors: dict[str, Tensor]) -> Network | None:
     for architecture in get_args(Architecture):
         if architecture not in DENSENETS:
             network = Network(architecture=architecture)
-            if trunk_of(network).keys() <= tensors.keys():
+            if tensors.keys() >= set(_required(trunk_of(network))):
                 return network
     return None
+
+
+def _required(trunk: dict[str, Tensor]) -> list[str]:
+    """List the names that each file has; before PyTorch 0.4.1 there was no num_batches_tracked."""
+    return [name for name in trunk if not name.endswith("num_batches_tracked")]
 
 
 def trunk_of(network: Network, channels: int = 3) -> dict[str, Tensor]:
@@ -253,12 +258,9 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
 
 
 def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:
-    """Raise CxrdistError unless tensors are exactly those of a network without its head.
-
-    ``num_batches_tracked`` may be missing: files before PyTorch 0.4.1 do not have it.
-    """
+    """Raise CxrdistError unless tensors are exactly those of a network without its head."""
     own = trunk_of(shape, channels)
-    missing = [k for k in own if k not in given and not k.endswith("num_batches_tracked")]
+    missing = [k for k in _required(own) if k not in given]
     extra = [k for k in given if k not in own]
     wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
     expected = f"expected those of a {shape.title}{_other(given, shape)}"

@@ -13,8 +13,8 @@ from cxrdist.model.networks import IMAGENET_URLS
 from cxrdist.model.tensorfile import read_tensor_file
 from cxrdist.run import RunDirectory
 
-# The paper's CheXNet (section 3.2: Zech 2018), as published in 2018: the file was replaced in 2022
-# by a network that was trained again.
+# The paper's CheXNet (section 3.2: Zech 2018). The URL names a git revision of 2018, because the
+# file was replaced in 2022 by a network that was trained again.
 CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"

@@ -12,7 +12,7 @@ from cxrdist.train.stages import check_stages
 
 
 def refuse_bad_recipe(config: TrainConfig) -> None:
-    """Raise CxrdistError if a recipe cannot be trained, as far as it shows without its shards."""
+    """Raise CxrdistError if a recipe has an invalid field; its shards are checked later."""
     check_stages(config.stages, block_names(config.network))
     check_backgrounds(config)
     read_uncertain(config.uncertain)

@@ -164,7 +164,7 @@ class StageRun:
         return progress(self.stage.epochs * per_epoch, self.name, "images", show=show, done=done)
 
     def begin(self, bar: tqdm) -> None:
-        """Validate the weights that the stage begins with, as epoch 0: a worse epoch is not best.
+        """Validate the weights at the start as epoch 0, so that a worse epoch is never the best.
 
         A resumed stage has done so.
         """

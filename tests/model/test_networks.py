@@ -165,6 +165,16 @@ def test_published_weights_are_taken_but_for_the_head(architecture):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_resnet_without_counts_of_batches_is_recognised():
+    """As torchvision publishes it: its file is older than these counts of BatchNorm."""
+    state = library_network("resnet18", 1000).state_dict()
+    published = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
+    weights = recognise(TensorFile(published), "--init w", {"source": "w", "sha256": None})
+    assert "ImageNet" in weights.record["layout"]
+    model = Classifier(Network(architecture="resnet18"), ["a", "b"], 64)
+    assert apply_weights(weights, model) == len(published) - 2 < len(state) - 2
+
+
 def test_thresholds_that_do_not_fit_the_head_are_refused():
     """Also in the file of another network than a DenseNet, whose head has other names."""
     published = library_network("resnet18", 1000).state_dict()
