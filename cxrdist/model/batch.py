@@ -46,7 +46,10 @@ def check_batch(images: object, size_px: int, device: torch.device | None = None
 
 def _mend_values(images: Tensor) -> str:
     """Describe how to convert values of another type to grey values; reads the values."""
-    least, most = (float(v) for v in images.aminmax()) if images.numel() else (0.0, 0.0)
+    if images.is_complex():
+        return "they are complex, and grey values are real; use cxrdist.read_image"
+    # Not every type has an aminmax of its own.
+    least, most = (float(v) for v in images.double().aminmax()) if images.numel() else (0.0, 0.0)
     if least < 0 or most > 255:
         return (
             f"they range from {least:g} to {most:g}, so take the images before they were "

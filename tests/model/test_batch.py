@@ -28,6 +28,12 @@ WRONG = {
     "floats": (GREY.float(), r"float32.*use images\.round\(\)\.to\(torch\.uint8\)"),
     "normalised": (GREY / 128.0 - 1, r"range from -1 to .*before they were normalised"),
     "16 bits": (GREY.long() * 257, r"int64.*range from 0 to 65535"),
+    "16 bits of torchvision": (
+        (GREY.int() * 257).to(torch.uint16),
+        r"uint16.*range from 0 to 65535",
+    ),
+    "8-bit floats": (GREY.float().to(torch.float8_e5m2), r"float8_e5m2: expected uint8"),
+    "complex": (GREY.to(torch.complex64), r"complex64.*grey values are real"),
     "int64": (GREY.long(), r"int64.*use images\.to\(torch\.uint8\)"),
     "bool": (GREY > 5, r"images are bool: expected uint8"),
     "other size": (GREY[..., :20], r"20 x 32 px.*read_image\(file, model\)"),
