@@ -520,8 +520,7 @@ def fairness(e: Evidence) -> Answer:
     """Return whether the figures differ between groups of patients."""
     if not e.has_groups:
         return Answer(
-            NOT_DONE,
-            "No figures by group: give sex and age when packing, and evaluate again.",
+            NOT_DONE, "No figures by group: give sex and age when packing, and evaluate again."
         )
     return Answer(
         PARTLY,

@@ -1,7 +1,7 @@
 """Views of operating points, calibration and decision curves for the report."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from markupsafe import Markup
 
@@ -10,7 +10,7 @@ from cxrdist.evaluate.decision_curve import ClassCurve, DecisionCurve
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.report import pictures
-from cxrdist.report.values import number, percent
+from cxrdist.report.values import interval, number, percent
 from cxrdist.report.view import View
 
 RATES = {
@@ -30,9 +30,7 @@ ERRORS = {"calibration_error": "Calibration error", "brier": "Brier score"}
 def calibration_view(element: str, metrics: Metrics) -> View:
     """Gather the values for thresholds and probabilities; None for what was not measured.
 
-    Args:
-        element: prefix of the ids of the charts, unique in the page.
-        metrics: metrics of a split; older versions wrote none of this.
+    Older versions measured none of this. The ids of the charts begin with `element`.
     """
     points, errors = metrics.get("operating_points"), metrics.get("calibration")
     curves = metrics.get("decision_curve")
@@ -52,11 +50,11 @@ def _points(figures: OperatingPoints) -> View:
         having = point["true_positives"] + point["false_negatives"]
         lacking = point["false_positives"] + point["true_negatives"]
         counts = (point["true_positives"], having), (point["true_negatives"], lacking)
-        rows.append((name, point, counts, [_rate(point, rate) for rate in RATES]))
+        rows.append((name, point, counts, [_cell(point, rate, "percent") for rate in RATES]))
         if min(having, lacking) < figures["chosen_on"]["fewest"]:
             few.append(f"{name}: {having} images with it, {lacking} without")
     elsewhere = [
-        (name, [_rate(point["at_prevalence"], rate) for rate in ("ppv", "npv")])
+        (name, [_cell(point["at_prevalence"], rate, "percent") for rate in ("ppv", "npv")])
         for name, point in figures["classes"].items()
         if "at_prevalence" in point
     ]
@@ -65,17 +63,12 @@ def _points(figures: OperatingPoints) -> View:
     return {**figures, "described": described, "rows": rows, "few": few, "elsewhere": elsewhere}
 
 
-def _rate(values: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """Write a rate in percent and its interval; a dash and an empty text where undefined."""
-    within = values[f"{name}_interval"]
-    return percent(values[name]), f"{percent(within[0])} to {percent(within[1])}" if within else ""
-
-
-def _error(values: Mapping[str, Any] | None, name: str) -> tuple[str, str]:
-    if values is None:
-        return number(None), ""
-    within = values[f"{name}_interval"]
-    return number(values[name]), f"{number(within[0])} to {number(within[1])}" if within else ""
+def _cell(
+    values: Mapping[str, Any] | None, name: str, style: Literal["number", "percent"]
+) -> tuple[str, str]:
+    """Write a figure and its interval; a dash and an empty text where undefined."""
+    values, write = values or {}, number if style == "number" else percent
+    return write(values.get(name)), interval(values.get(f"{name}_interval"), style)
 
 
 def _calibration(element: str, figures: CalibrationFigures) -> View:
@@ -91,31 +84,26 @@ def _calibration(element: str, figures: CalibrationFigures) -> View:
             bins["probability"],
             bins["calibrated"],
         )
-        charts.append((name, values, Markup(chart)))
+        charts.append((name, values, chart))
     mean = figures["mean_before"]
     cells = _cells(mean, figures["mean_after"]) if mean else None
     return {**figures, "rows": rows, "mean": mean, "mean_cells": cells, "charts": charts}
 
 
 def _cells(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    return [_error(values, name) for name in ERRORS for values in (before, after)]
+    return [_cell(values, name, "number") for name in ERRORS for values in (before, after)]
 
 
 def _curves(element: str, figures: DecisionCurve) -> list[tuple[str, ClassCurve, Markup]]:
     """Draw a chart per class; return it with the name and the curve."""
-    return [
-        (
-            name,
-            curve,
-            Markup(
-                pictures.decision_chart(
-                    f"{element}-decision{i}",
-                    figures["thresholds"],
-                    curve["net_benefit"],
-                    curve["net_benefit_interval"],
-                    curve["treat_all"],
-                )
-            ),
+    charts = []
+    for i, (name, curve) in enumerate(figures["classes"].items()):
+        chart = pictures.decision_chart(
+            f"{element}-decision{i}",
+            figures["thresholds"],
+            curve["net_benefit"],
+            curve["net_benefit_interval"],
+            curve["treat_all"],
         )
-        for i, (name, curve) in enumerate(figures["classes"].items())
-    ]
+        charts.append((name, curve, chart))
+    return charts

@@ -4,7 +4,7 @@ A YAML head (huggingface.co/docs/hub/model-cards), then the run's facts about th
 """
 
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any
 
 import yaml
 
@@ -12,6 +12,7 @@ from cxrdist.files import read_bytes, write_text
 from cxrdist.report.evidence import Evidence, gather
 from cxrdist.report.files import weights_chain
 from cxrdist.report.page import template
+from cxrdist.report.values import MEASURES
 from cxrdist.report.verdict import gap_lines
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory
@@ -27,14 +28,7 @@ METRICS = {
     "precision": "precision",
     "f1": "f1",
 }
-FIGURES = {
-    "auroc": "AUROC",
-    "average_precision": "Average precision",
-    "recall": "Sensitivity (recall)",
-    "specificity": "Specificity",
-    "precision": "Precision",
-    "f1": "F1 score",
-}
+FIGURES = MEASURES["multilabel"] | {"recall": "Sensitivity (recall)"}
 TITLES = {
     "accuracy": "Accuracy",
     **{figure: f"{title}, mean of the classes" for figure, title in FIGURES.items()},
@@ -42,16 +36,10 @@ TITLES = {
 POINTS = {"sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV", "npv": "NPV"}
 
 
-def write_card(evidence: Evidence) -> bool:
-    """Write ``RUN/model/README.md``, unless there is no model yet, or the authors keep their own.
-
-    Returns:
-        Whether it was written.
-    """
-    if not (evidence.model or evidence.members) or _is_kept(evidence.run):
-        return False
-    write_text(evidence.run.card, _render(evidence))
-    return True
+def write_card(evidence: Evidence) -> None:
+    """Write ``RUN/model/README.md`` if there is a model, unless the authors keep their own card."""
+    if (evidence.model or evidence.members) and not _is_kept(evidence.run):
+        write_text(evidence.run.card, _render(evidence))
 
 
 def read_card(run: RunDirectory) -> str:
@@ -66,7 +54,6 @@ def read_card(run: RunDirectory) -> str:
 
 
 def _render(evidence: Evidence) -> str:
-    """Render the card."""
     name = evidence.run.root.resolve().name
     head = yaml.safe_dump(_head(name, evidence), sort_keys=False, allow_unicode=True)
     content = {
@@ -104,52 +91,32 @@ def subset_title(subset: str) -> str:
 def _head(name: str, evidence: Evidence) -> View:
     """Return the YAML head, by which Hugging Face lists and filters models."""
     results = list(_results(evidence))
-    used = [
-        kind
-        for kind in METRICS.values()
-        if any(figure["type"] == kind for result in results for figure in result["metrics"])
-    ]
+    used = {figure["type"] for result in results for figure in result["metrics"]}
+    # An ensemble has no architecture of its own.
+    network = [evidence.model["architecture"].architecture] if evidence.model else []
     head: View = {
         "library_name": "cxrdist",
         "pipeline_tag": "image-classification",
         "license": "other",
         "license_name": "to-be-stated-by-the-authors",
-        "tags": ["chest-x-ray", "medical-imaging", *_network(evidence), "not-for-diagnosis"],
-        "metrics": used,
+        "tags": ["chest-x-ray", "medical-imaging", *network, "not-for-diagnosis"],
+        "metrics": [kind for kind in METRICS.values() if kind in used],
     }
     if results:
         head["model-index"] = [{"name": name, "results": results}]
     return head
 
 
-def _network(evidence: Evidence) -> list[str]:
-    """Return the architecture as a tag; none for an ensemble, because its members have it."""
-    return [evidence.model["architecture"].architecture] if evidence.model else []
+def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
+    """Yield the figures of test and external sets with an interval and enough images.
 
-
-class Figure(TypedDict):
-    """A figure as Hugging Face lists it."""
-
-    type: str
-    name: str
-    value: object
-
-
-class Result(TypedDict):
-    """The figures of a set of images, as Hugging Face lists them."""
-
-    task: dict[str, str]
-    dataset: dict[str, str]
-    metrics: list[Figure]
-
-
-def _results(evidence: Evidence) -> Iterator[Result]:
-    """Yield the figures of test and external sets with an interval and enough images."""
+    A figure has a type, a name and a value, as Hugging Face lists it.
+    """
     for subset, metrics in evidence.metrics.items():
         if subset in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
             continue
         values: dict[str, Any] = {**metrics, **metrics["macro"]}
-        figures: list[Figure] = [
+        figures = [
             {
                 "type": kind,
                 "name": f"{TITLES[figure]} ({interval[0]:.3f} to {interval[1]:.3f})",

@@ -3,13 +3,13 @@
 from collections import Counter
 
 from cxrdist.files import write_text
-from cxrdist.report.answers import STATES, Checklist
+from cxrdist.report.answers import STATES, Answer, Checklist, Item
 from cxrdist.report.claim import CLAIM
 from cxrdist.report.evidence import Evidence
 from cxrdist.report.page import template
 from cxrdist.report.tripod import TRIPOD
-from cxrdist.report.view import View
 
+Answered = dict[str, list[tuple[Item, Answer]]]  # by section
 CHECKLISTS = (
     (
         "claim",
@@ -32,26 +32,17 @@ CHECKLISTS = (
 
 def write_checklist(evidence: Evidence) -> None:
     """Write ``RUN/checklist.html``: one file, the same bytes for the same run directory."""
-    lists = [
-        {
-            "element": element,
-            "name": name,
-            "source": source,
-            "address": address,
-            **_answer(checklist, evidence),
-        }
-        for element, name, source, address, checklist in CHECKLISTS
-    ]
+    lists = [(*about, *_answer(checklist, evidence)) for *about, checklist in CHECKLISTS]
     name = evidence.run.root.resolve().name
-    page = template("checklist.html.jinja").render({"name": name, "lists": lists})
+    page = template("checklist.html.jinja").render(run=name, lists=lists)
     write_text(evidence.run.checklist, page)
 
 
-def _answer(checklist: Checklist, evidence: Evidence) -> View:
+def _answer(checklist: Checklist, evidence: Evidence) -> tuple[Answered, list[tuple[str, int]]]:
     """Answer each item, and count the answers by state."""
     answered = {
         section: [(item, item.answer(evidence)) for item in items]
         for section, items in checklist.items()
     }
     states = Counter(answer.state for items in answered.values() for _, answer in items)
-    return {"sections": answered, "states": [(state, states[state]) for state in STATES]}
+    return answered, [(state, states[state]) for state in STATES]

@@ -14,10 +14,8 @@ from cxrdist.files import read_document, read_recipe
 from cxrdist.info import RunInfo, read_info
 from cxrdist.model.densenet import is_ensemble
 from cxrdist.model.description import EnsembleFile, ModelFile
-from cxrdist.report.files import read_metrics, reading
+from cxrdist.report.files import known_splits, read_metrics, subsets_with
 from cxrdist.run import RunDirectory
-
-SPLITS = ("test", "val", "train")
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,7 @@ class Evidence:
         members: names of the networks of an ensemble.
         recipe: the resolved recipe.
         audit: audit of the shards; None if there was none when the training began.
-        metrics: metrics.json by subset: test, val, train, external/NAME.
+        metrics: metrics.json by subset, in the order test, val, train, external/NAME.
         explained: subsets with heat maps and tests of them.
         probed: subsets with a test of whether the network reads words on the images.
     """
@@ -48,8 +46,8 @@ class Evidence:
 
     @property
     def external(self) -> list[str]:
-        """Return the names of the evaluated external sets, external/NAME."""
-        return [subset for subset in self.metrics if subset not in SPLITS]
+        """Return the evaluated external sets, external/NAME."""
+        return [subset for subset in self.metrics if subset.startswith("external/")]
 
     @property
     def test(self) -> Metrics | None:
@@ -86,7 +84,7 @@ def gather(run: RunDirectory) -> Evidence:
         members = read_document(path, EnsembleFile)["members"]
     elif path.is_file():
         model = read_document(path, ModelFile)
-    subsets = [*SPLITS, *_external(run)]
+    subsets = known_splits(run.root)
     metrics = {
         subset: read_metrics(run.metrics(subset), info["shards"]["task"]) for subset in subsets
     }
@@ -99,12 +97,5 @@ def gather(run: RunDirectory) -> Evidence:
         read_audit(run.audit) if run.audit.is_file() else None,
         {subset: of_subset for subset, of_subset in metrics.items() if of_subset},
         [subset for subset in subsets if run.relevance_info(subset).is_file()],
-        [subset for subset in subsets if run.text(subset).is_file()],
+        subsets_with(run.root, "text.json"),
     )
-
-
-def _external(run: RunDirectory) -> list[str]:
-    """Return the names of the external sets, external/NAME."""
-    root = run.inside("external")
-    with reading(root, "evaluate"):
-        return sorted(f"external/{path.name}" for path in root.glob("*") if path.is_dir())

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from cxrdist.evaluate.metrics import ExternalInfo, Metrics
 from cxrdist.report.scores import known_images
-from cxrdist.report.values import DASH, count, number
+from cxrdist.report.values import DASH, count, interval, number
 from cxrdist.report.view import SplitView, View
 
 COLUMNS = {
@@ -116,29 +116,19 @@ def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
 
 def _with_interval(scores: Mapping[str, Any], name: str) -> tuple[str, str]:
     """Return a score, and its interval in words."""
-    value, interval = scores.get(name), scores.get(f"{name}_interval")
-    if value is None:
-        return DASH, ""
-    return number(value), (
-        f"{number(interval[0])} to {number(interval[1])}" if interval else "no interval"
-    )
+    value, limits = scores.get(name), scores.get(f"{name}_interval")
+    return number(value), "" if value is None else interval(limits, nothing="no interval")
 
 
 def _provenance(evaluated: _Evaluated, external: ExternalInfo) -> View:
     """Gather the facts about an external set that its scores depend on."""
     metrics = evaluated.metrics
     return {
+        **external,
         **_named(evaluated),
         "subset": evaluated.split["subset"],
         "index_sha256": metrics.get("index_sha256", DASH),
         "split": metrics.get("split", DASH),
         "not_known": external.get("not_known"),
-        "seen": external["seen"],
-        "seen_images": count(external["seen_images"]),
-        "images": count(external["images"]),
-        "reasons": [(why, count(times)) for why, times in external["reasons"].items()],
-        "patients_told": count(external["patients_told"]),
-        "label_map": external["label_map"],
-        "other_classes": [(n, count(times)) for n, times in external["other_classes"].items()],
         "lacking": [name for name in metrics["classes"] if name not in external["classes"]],
     }

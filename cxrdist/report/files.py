@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -181,7 +181,7 @@ class SpeedRow(TypedDict):
 
 
 class Epoch(TypedDict):
-    """The numbers of an epoch; NaN where undefined or missing."""
+    """The numbers of an epoch, NaN where undefined or missing."""
 
     epoch: int
     val_score: float
@@ -219,19 +219,10 @@ def read_epochs(path: Path, task: str) -> dict[str, list[Epoch]]:
 
 
 def _numbers(row: EpochRow, task: str) -> Epoch:
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value
-
-    return {
-        "epoch": row["epoch"],
-        "val_score": number(row["val_auroc"] if task == "multilabel" else row["val_accuracy"]),
-        "loss": number(row.get("loss")),
-        "val_loss": number(row["val_loss"]),
-        "background": number(row.get("background")),
-        "val_background": number(row.get("val_background")),
-        "images_per_second": number(row.get("images_per_second")),
-        "seconds": number(row.get("seconds")),
-    }
+    score = row["val_auroc"] if task == "multilabel" else row["val_accuracy"]
+    values: dict[str, Any] = {**row, "val_score": score}
+    numbers = {name: values.get(name) for name in Epoch.__annotations__}
+    return cast(Epoch, {n: math.nan if v is None else v for n, v in numbers.items()})
 
 
 def read_metrics(path: Path, task: str) -> Metrics | None:
@@ -343,10 +334,7 @@ def read_relevance(
 ) -> dict[str, list[Explanation]] | None:
     """Read relevance.csv of a split by key, in the order of the file; None if not explained.
 
-    Args:
-        run: the run directory.
-        split: the split, or external/NAME.
-        classes: classes of the model; other targets are contrasts. None: all targets are classes.
+    Targets that are not among the model's `classes` are contrasts; without those none is.
     """
     path = run.relevance_table(split)
     if not path.is_file():
@@ -454,11 +442,12 @@ def within(directory: Path, name: str) -> Path:
 
 def known_splits(root: Path) -> list[str]:
     """List the evaluated or explained subsets: splits, test first, then external sets."""
-    splits = {
-        file.parent.relative_to(root).as_posix()
-        for name in ("metrics.json", "relevance.csv")
-        for pattern in (f"*/{name}", f"external/*/{name}")
-        for file in root.glob(pattern)
-    }
+    splits = {*subsets_with(root, "metrics.json"), *subsets_with(root, "relevance.csv")}
     rank = {split: i for i, split in enumerate(reversed(SPLITS))}
     return sorted(splits, key=lambda split: (rank.get(split, len(rank)), split))
+
+
+def subsets_with(root: Path, name: str) -> list[str]:
+    """List the subsets of a run that have a file of this name, in alphabetical order."""
+    files = [file for pattern in ("*", "external/*") for file in root.glob(f"{pattern}/{name}")]
+    return sorted(file.parent.relative_to(root).as_posix() for file in files)

@@ -3,12 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from cxrdist.evaluate.groups import Gap, Group, Groups
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.report import pictures
-from cxrdist.report.values import number
+from cxrdist.report.values import interval, number
 from cxrdist.report.view import View
 
 MEASURES = {
@@ -22,19 +20,13 @@ MEASURES = {
 CHARTED = ("auroc", "recall", "specificity")
 _SEXES = {"F": "female patients", "M": "male patients"}
 Columns = dict[str, dict[str, Group]]
-Cell = tuple[str, str, str, bool]  # figure, lower limit, upper limit, has too few patients
+Cell = tuple[str, str, bool]  # figure, interval, has too few patients
 
 
 def groups_view(element: str, metrics: Metrics) -> View | None:
     """Gather the values for the groups of a split; None for metrics of older versions.
 
-    Args:
-        element: prefix of the ids of the elements, unique in the page.
-        metrics: the content of metrics.json.
-
-    Returns:
-        flagged: sentences; gaps: rows of the table of largest gaps; overall: rows of accuracies;
-        classes: name, measures, rows and chart of each; comparisons and fewest.
+    The ids of the charts begin with `element`.
     """
     groups = metrics.get("groups")
     if groups is None:
@@ -88,20 +80,17 @@ def group_name(column: str, group: str) -> str:
 
 
 def _within(value: float, limits: Sequence[float] | None) -> str:
-    ends = f" ({number(limits[0])} to {number(limits[1])})" if limits else ""
-    return number(value) + ends
+    return f"{number(value)} ({interval(limits)})" if limits else number(value)
 
 
 def _gap(gap: Gap) -> View:
     """Write a row of the table of gaps."""
-    low, high = gap["interval"]
     return {
         **gap,
         "label": "all" if gap["label"] is None else gap["label"],
         "measure": MEASURES[gap["measure"]],
         "difference": number(gap["difference"]),
-        "low": number(low),
-        "high": number(high),
+        "interval": interval(gap["interval"]),
     }
 
 
@@ -141,7 +130,7 @@ def _class(element: str, name: str, columns: Columns) -> View:
         "name": name,
         "measures": [MEASURES[measure] for measure in measures],
         "rows": rows,
-        "chart": Markup(chart),
+        "chart": chart,
     }
 
 
@@ -150,7 +139,7 @@ def _cell(scores: Mapping[str, Any], measure: str) -> Cell | None:
     value, limits = scores[measure], scores[f"{measure}_interval"]
     if value is None or limits is None:
         return None
-    return number(value), number(limits[0]), number(limits[1]), measure in scores["too_few"]
+    return number(value), interval(limits), measure in scores["too_few"]
 
 
 def _point(scores: Mapping[str, Any], measure: str) -> tuple[float, float, float] | None:

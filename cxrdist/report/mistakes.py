@@ -88,14 +88,7 @@ def mistakes_view(
     task: str,
     relevance: Mapping[str, list[Explanation]] | None,
 ) -> View:
-    """Gather the values for the images that the model got wrong.
-
-    Args:
-        run: the run directory.
-        subset: train, val, test or external/NAME.
-        samples: the rows of its predictions.csv.
-        task: multiclass or multilabel.
-        relevance: its heat maps by key; None if nothing was explained.
+    """Gather the values for the images that the model got wrong, with their heat maps by key.
 
     Raises:
         CxrdistError: a file is damaged.

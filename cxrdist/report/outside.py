@@ -8,7 +8,7 @@ from cxrdist.explain.pictures import safe_name
 from cxrdist.explain.text_file import TextRelevance
 from cxrdist.report import pictures
 from cxrdist.report.text import TextView
-from cxrdist.report.values import count, percent
+from cxrdist.report.values import count, interval, percent
 from cxrdist.report.view import SplitView, View
 from cxrdist.run import RunDirectory
 
@@ -28,58 +28,22 @@ PLACES = {
 def outside_view(run: RunDirectory, split: str, info: OutsideInfo | None) -> View | None:
     """Gather the shares of relevance and the mean map of each class; None if not measured.
 
-    Args:
-        run: the run directory.
-        split: the split, or external/NAME.
-        info: of relevance.json.
-
     Raises:
         CxrdistError: a mean map is not a valid picture.
     """
     if info is None or not info["all"]["images"]:
         return None
-    classes = [
-        {
-            "name": name,
-            "images": count(row["images"]),
-            "patients": count(row["patients"]),
-            "alike": percent(row["alike"]),
-            "alike_interval": _limits(row["alike_interval"]),
-            "alike_area": percent(row["alike_area"]),
-            "picture": _mean_map(run, split, name),
-        }
-        for name, row in info["classes"].items()
-    ]
     named: list[tuple[str, OutsideRow]] = [*info["classes"].items(), ("All images", info["all"])]
     return {
         "all": info["all"],
-        "images": count(info["all"]["images"]),
-        "patients": count(info["all"]["patients"]),
-        "classes": classes,
+        "maps": [(name, row, _mean_map(run, split, name)) for name, row in info["classes"].items()],
         "rows": [
-            (name, REGIONS[region], _cells(row["regions"][region]))
+            (name, REGIONS[region], row["regions"][region])
             for name, row in named
             for region in REGIONS
             if region in row["regions"]
         ],
     }
-
-
-def _cells(region: RegionInfo) -> dict[str, str]:
-    """Write a row of the table."""
-    return {
-        "images": count(region["images"]),
-        "patients": count(region["patients"]),
-        "area": percent(region["area"]),
-        "share": percent(region["share"]),
-        "share_interval": _limits(region["share_interval"]),
-        "peaks": percent(region["peaks"]),
-        "peaks_interval": _limits(region["peaks_interval"]),
-    }
-
-
-def _limits(limits: Sequence[float]) -> str:
-    return " to ".join(percent(limit) for limit in limits)
 
 
 def _mean_map(run: RunDirectory, split: str, name: str) -> pictures.Picture | None:
@@ -107,9 +71,10 @@ def outside_lines(split: SplitView, texts: Sequence[TextView]) -> list[str]:
 def _line(name: str, region: Mapping[str, Any]) -> str:
     peaks = region.get("peaks")
     largest = f", and the largest one in {percent(peaks)} of the images" if peaks else ""
+    within = interval(region["share_interval"], "percent")
     return (
         f"The network looks outside the lungs: {percent(region['share'])} of the relevance lies "
-        f"{PLACES[name]} (95 % interval {_limits(region['share_interval'])}){largest}. By chance "
-        f"it would be {percent(region['area'])}, the share of the area "
+        f"{PLACES[name]} (95 % interval {within}){largest}. By chance it would be "
+        f"{percent(region['area'])}, the share of the area "
         f"({count(region['images'])} explained images of {count(region['patients'])} patients)."
     )

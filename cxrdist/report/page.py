@@ -9,7 +9,7 @@ from cxrdist.report import values
 
 FILTERS = (
     *("colour", "number", "percent", "count", "rate", "share", "moment"),
-    *("figure", "markdown", "base", "signed", "p_value", "grey", "fine"),
+    *("figure", "markdown", "base", "signed", "p_value", "grey", "fine", "interval"),
 )
 
 

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
+from cxrdist.bootstrap import Limits
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.metrics import INTERVALS, Metrics, ScoreName, Scores, few_of
+from cxrdist.evaluate.metrics import INTERVALS, Metrics, ScoreName, Scores, correct_of, few_of
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
 from cxrdist.report.files import Prediction
-from cxrdist.report.values import COUNTS, MEASURES, count, number, percent, share
+from cxrdist.report.values import COUNTS, MEASURES, count, interval, number, percent, share
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, options_of
 
@@ -22,10 +23,8 @@ NEEDS: dict[ScoreName, str] = {
     "auroc": "it needs images of this class and of others",
     "average_precision": "it needs images of this class and of others",
 }
-INTERVAL = "95 % interval"
 TOO_FEW = "too few to say"
 _DIGITS = 1e-6  # precision of a score in metrics.json
-
 
 Cell = tuple[str, str]  # text of a table cell, and the small text below it
 
@@ -34,14 +33,12 @@ def score_view(metrics: Metrics) -> View:
     """Gather the values for the scores: names, tiles, table rows, reasons."""
     known = {name: known_images(metrics, name) for name in metrics["classes"]}
     return {
-        "measures": _measures(metrics),
         "tiles": _tiles(metrics),
         "table": _table(metrics),
         "basis": _basis(metrics),
         "few": few_of(metrics),
         "undefined": _undefined(metrics),
-        "num_correct": num_correct(metrics),
-        "within": {name: _below(scores, "auroc") for name, scores in metrics["classes"].items()},
+        "within": {n: interval(v.get("auroc_interval")) for n, v in metrics["classes"].items()},
         "known": known,
         "known_share": share(sum(known.values()), metrics["samples"] * len(known)),
     }
@@ -51,13 +48,6 @@ def _measures(metrics: Metrics) -> dict[ScoreName, str]:
     """Return the existing scores with their titles; older versions have fewer."""
     measures = MEASURES[metrics["task"]]
     return {name: label for name, label in measures.items() if name in metrics["macro"]}
-
-
-def num_correct(metrics: Metrics) -> int | None:
-    """Count the correctly predicted images; None for images with several labels."""
-    if metrics["task"] == "multilabel":
-        return None
-    return int(np.trace(metrics["confusion_matrix"]))
 
 
 def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
@@ -70,9 +60,9 @@ def _accuracy_tile(metrics: Metrics) -> tuple[str, str, str]:
     samples = metrics["samples"]
     if samples < metrics.get("fewest", 0):
         return "Accuracy", TOO_FEW, f"{count(samples)} images"
-    more = f"{count(num_correct(metrics))} of {count(samples)} images correct"
-    if within := interval(metrics):
-        more += f"; {INTERVAL} {percent(within[0])} to {percent(within[1])}"
+    more = f"{count(correct_of(metrics))} of {count(samples)} images correct"
+    if limits := accuracy_interval(metrics):
+        more += f"; 95 % interval {interval(limits, 'percent')}"
     if "intervals" in metrics:
         more += f", {count(metrics['intervals']['patients'])} patients"
     return "Accuracy", percent(metrics["accuracy"]), more
@@ -87,22 +77,18 @@ def _mean_tile(metrics: Metrics, measure: ScoreName, label: str) -> tuple[str, s
     over = f"mean of {number_of} of {all_of_them}" if several or few else f"mean of {all_of_them}"
     more = f"{over}, equally weighted"
     if limits := mean.get(INTERVALS[measure]):
-        more = f"{INTERVAL} {number(limits[0])} to {number(limits[1])}; {more}"
+        more = f"95 % interval {interval(limits)}; {more}"
     if few:
         more += f"; too few to say for {', '.join(f'{name} ({n})' for name, n in few.items())}"
     value = TOO_FEW if few and mean[measure] is None else number(mean[measure])
     return label, value, more
 
 
-def interval(metrics: Metrics) -> tuple[float, float] | None:
+def accuracy_interval(metrics: Metrics) -> Limits | None:
     """Return the 95 % interval of the accuracy; Wilson's for metrics of older versions."""
     if "accuracy_interval" in metrics:
-        limits = metrics["accuracy_interval"]
-    elif metrics["samples"]:
-        limits = wilson(num_correct(metrics) or 0, metrics["samples"])
-    else:
-        limits = None
-    return (limits[0], limits[1]) if limits else None
+        return metrics["accuracy_interval"]
+    return wilson(correct_of(metrics), metrics["samples"]) if metrics["samples"] else None
 
 
 def _basis(metrics: Metrics) -> str:
@@ -123,7 +109,7 @@ def _basis(metrics: Metrics) -> str:
     if within := metrics.get("accuracy_wilson"):
         text += (
             f" Wilson's interval of the accuracy, which treats the {count(metrics['samples'])} "
-            f"images as independent, is {percent(within[0])} to {percent(within[1])}."
+            f"images as independent, is {interval(within, 'percent')}."
         )
     return text
 
@@ -141,14 +127,13 @@ def _table(metrics: Metrics) -> View:
             (name, f"too few to say: {few[name]}" if name in few else ""),
             [
                 *((count(v[part]), f"of {count(v[all_])}") for part, all_ in counts.values()),
-                *((number(v[measure]), _below(v, measure)) for measure in measures),
+                *(_cell(v, measure) for measure in measures),
             ],
         )
         for name, v in classes.items()
     ]
     nothing: list[Cell] = [("", "")] * len(counts)
-    macro = metrics["macro"]
-    means = [(number(macro[measure]), _below(macro, measure)) for measure in measures]
+    means = [_cell(metrics["macro"], measure) for measure in measures]
     foot = [("Mean" if several else "All classes mean", [*nothing, *means])]
     if several:
         labels = [(count(metrics["macro_labels"][measure]), "") for measure in measures]
@@ -156,10 +141,9 @@ def _table(metrics: Metrics) -> View:
     return {"titles": [*counts, *measures.values()], "rows": rows, "foot": foot}
 
 
-def _below(scores: Scores, measure: ScoreName) -> str:
-    """Return the interval of a score, to show below it."""
-    limits = scores.get(INTERVALS[measure])
-    return f"{number(limits[0])} to {number(limits[1])}" if limits else ""
+def _cell(scores: Scores, measure: ScoreName) -> Cell:
+    """Return a score with its interval below it."""
+    return number(scores[measure]), interval(scores.get(INTERVALS[measure]))
 
 
 def _undefined(metrics: Metrics) -> list[str]:
@@ -266,6 +250,6 @@ def roc_charts(
         num_images = int(is_class.sum())
         chart = None
         if 0 < num_images < len(known):
-            chart = Markup(pictures.roc_chart(f"{element}-roc{i}", is_class, score))
+            chart = pictures.roc_chart(f"{element}-roc{i}", is_class, score)
         charts.append((name, num_images, chart))
     return charts

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from cxrdist.explain.text_file import TextFile, TextPicture, TextRelevance, read_text_file
 from cxrdist.report import pictures
-from cxrdist.report.files import reading, within
+from cxrdist.report.files import reading, subsets_with, within
 from cxrdist.run import RunDirectory
 
 MOST_SHOWN = 500  # pictures of 50 kB each; the probe draws a few per class
@@ -42,15 +42,12 @@ def text_views(run: RunDirectory) -> list[TextView]:
     Raises:
         CxrdistError: a file is not what `cxrdist probe-text` writes.
     """
-    files = [file for name in ("*", "external/*") for file in run.root.glob(f"{name}/text.json")]
-    subsets = sorted(file.parent.relative_to(run.root).as_posix() for file in files)
-    return [_text_view(run, subset) for subset in subsets]
+    return [_text_view(run, subset) for subset in subsets_with(run.root, "text.json")]
 
 
 def _text_view(run: RunDirectory, subset: str) -> TextView:
-    path, directory = run.text(subset), run.text_pictures(subset)
-    content = read_text_file(path)
-    with reading(path, "probe-text"):
+    content, directory = read_text_file(run.text(subset)), run.text_pictures(subset)
+    with reading(run.text(subset), "probe-text"):
         shown = [
             Shown(
                 item,

@@ -2,33 +2,20 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
 
-from cxrdist.evaluate.metrics import ScoreName
+from cxrdist.evaluate.members import FIGURES
+from cxrdist.evaluate.metrics import SCORES, TITLES, ScoreName
 
 Counted = Literal["positives", "known", "positive_patients", "patients"]
 DASH = "\N{EM DASH}"
 # The scores of metrics.json by task, in the order of the page.
 MEASURES: dict[str, dict[ScoreName, str]] = {
-    "multiclass": {
-        "recall": "Sensitivity",
-        "specificity": "Specificity",
-        "precision": "Precision",
-        "f1": "F1 score",
-        "auroc": "AUROC",
-        "average_precision": "Average precision",
-    },
-    "multilabel": {
-        "auroc": "AUROC",
-        "average_precision": "Average precision",
-        "recall": "Sensitivity",
-        "specificity": "Specificity",
-        "precision": "Precision",
-        "f1": "F1 score",
-    },
+    "multiclass": {name: FIGURES[name] for name in SCORES},
+    "multilabel": {name: FIGURES[name] for name in TITLES},
 }
 # Columns of counts in the table of classes: those with the class, and all for which it is known.
 COUNTS: dict[str, tuple[Counted, Counted]] = {
@@ -64,6 +51,16 @@ def percent(value: float | None) -> str:
     if value is None or math.isnan(value):
         return DASH
     return f"{Decimal(f'{value:.3f}') * 100:.1f} %".replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def interval(
+    limits: Sequence[float] | None,
+    style: Literal["number", "percent", "signed"] = "number",
+    nothing: str = "",
+) -> str:
+    """Format an interval, each limit by the function `style`; return `nothing` if there is none."""
+    write: Callable[[float], str] = {"number": number, "percent": percent, "signed": signed}[style]
+    return f"{write(limits[0])} to {write(limits[1])}" if limits else nothing
 
 
 def fine(value: float) -> str:

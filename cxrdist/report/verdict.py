@@ -7,8 +7,8 @@ from cxrdist.evaluate.metrics import Metrics, few_of
 from cxrdist.report.audit import AuditView
 from cxrdist.report.files import Prediction
 from cxrdist.report.groups import MEASURES
-from cxrdist.report.scores import TOO_FEW, interval
-from cxrdist.report.values import count, number, percent
+from cxrdist.report.scores import TOO_FEW, accuracy_interval
+from cxrdist.report.values import count, interval, number, percent
 from cxrdist.report.view import SplitView, Verdict
 
 MOST_GAPS = 5  # in the verdict; the table has all
@@ -38,7 +38,7 @@ def verdict_view(split: SplitView) -> Verdict:
 def _accuracy(metrics: Metrics) -> Verdict:
     if metrics["samples"] < metrics.get("fewest", 0):
         return {"value": TOO_FEW, "interval": None}
-    limits = interval(metrics)
+    limits = accuracy_interval(metrics)
     return {
         "value": percent(metrics["accuracy"]),
         "interval": [percent(limit) for limit in limits] if limits else None,
@@ -105,11 +105,10 @@ def gap_lines(metrics: Metrics) -> list[str]:
     lines = []
     for gap in gaps[:MOST_GAPS]:
         of_class = f" of {gap['label']}" if gap["label"] else ""
-        low, high = (number(limit) for limit in gap["interval"])
         lines.append(
             f"{MEASURES.get(gap['measure'], gap['measure'])}{of_class} differs by {gap['column']}: "
             f"{gap['lower']} is {number(gap['difference'])} below {gap['higher']} (95 % interval "
-            f"{low} to {high}, corrected for all comparisons)."
+            f"{interval(gap['interval'])}, corrected for all comparisons)."
         )
     if len(gaps) > MOST_GAPS:
         lines.append(f"{count(len(gaps) - MOST_GAPS)} more such differences are listed below.")
@@ -124,12 +123,16 @@ def external_lines(splits: Sequence[SplitView]) -> list[str]:
         if not external:
             continue
         verdict = verdict_view(split)
-        figure = "mean AUROC " if verdict["several"] else "right on "
-        within = verdict["interval"]
-        patients = f" of {verdict['patients']} patients" if verdict["patients"] else ""
-        lines.append(
-            f"External set {external['name']}: {figure}{verdict['value']} "
-            f"{'on' if verdict['several'] else 'of'} {verdict['images']} images{patients}; "
-            + (f"95 % interval {within[0]} to {within[1]}." if within else "no interval.")
-        )
+        images = f"{verdict['images']} images"
+        if verdict["patients"]:
+            images += f" of {verdict['patients']} patients"
+        ends = verdict["interval"]
+        within = f"95 % interval {ends[0]} to {ends[1]}" if ends else "no interval"
+        if verdict["value"] == TOO_FEW:
+            result = f"{TOO_FEW} ({images})"
+        elif verdict["several"]:
+            result = f"mean AUROC {verdict['value']} on {images}; {within}"
+        else:
+            result = f"right on {verdict['value']} of {images}; {within}"
+        lines.append(f"External set {external['name']}: {result}.")
     return lines

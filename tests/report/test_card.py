@@ -31,7 +31,7 @@ def small(made_once: Path, tmp_path: Path) -> Path:
 
 def card_of(run: Path) -> str:
     """Write the card of a run and read it."""
-    assert write_card(gather(RunDirectory(run)))
+    write_card(gather(RunDirectory(run)))
     return (run / "model" / "README.md").read_text()
 
 
@@ -112,7 +112,7 @@ def test_the_authors_card_is_left_alone(small: Path) -> None:
     card.write_text(first + "more")
     assert card_of(small) == first
     card.write_text(first.replace(OURS, "") + "ours")
-    assert not write_card(gather(RunDirectory(small)))
+    write_card(gather(RunDirectory(small)))
     assert card.read_text().endswith("ours")
 
 

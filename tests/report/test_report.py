@@ -169,7 +169,7 @@ def test_mistakes_beyond_the_bound_are_rows_and_then_a_number(
     monkeypatch.setattr(mistakes, "MOST_LISTED", 2)
     section = mistakes_of(write(run))
     assert "The first 3 have pictures here, the next 2 a row in the table below" in section
-    assert f"{num - 5} are not on this page and stand in test/predictions.csv only" in section
+    assert f"{num - 5} are not on this page , only in test/predictions.csv" in section
     assert section.count("Predicted ") - 1 == 3 + 1  # three cards, a column
 
 
@@ -588,6 +588,8 @@ def test_the_verdict_names_gaps_and_external_sets() -> None:
     (line,) = external_lines([{"metrics": None}, {"metrics": {}}, external])
     said = "External set rural: right on 75.0 % of 40 images; 95 % interval 60.0 % to 90.0 %."
     assert line.replace("\u00a0", " ") == said
+    (line,) = external_lines([{**external, "metrics": {**metrics, "fewest": 50}}])
+    assert line == "External set rural: too few to say (40 images)."
 
 
 # In a browser.
