@@ -38,7 +38,7 @@ Shares = Annotated[list[Share], Between(1, 100)]
 LEAST, MOST = 0.01, 100.0  # temperatures
 
 
-def wanted_rule(
+def rule_to_apply(
     stored: Calibration | None, asked: Rule | None, fewest: int, own_sha256: str | None
 ) -> Rule | None:
     """Return the rule by which the model must be calibrated now; None to keep its calibration.

@@ -173,7 +173,7 @@ def read_choices(run: RunDirectory, subset: str) -> Choices:
     return Choices(info["label_map"], info["seen"]) if info else Choices()
 
 
-def as_model_takes(index: Index, classes: list[str], labels: LabelMap) -> Index:
+def map_labels(index: Index, classes: list[str], labels: LabelMap) -> Index:
     """Map the labels of an external set to the model's classes.
 
     With one class per image, images of a class that the model does not know are put into no split.
@@ -289,24 +289,24 @@ def find_overlap(
     they are still at their path.
     """
     own = together(accelerator, lambda: read_own(run))
-    kept, own_index, reason = together(accelerator, lambda: _find_kept(run, own))
+    recorded, own_index, reason = together(accelerator, lambda: _find_record(run, own))
     own_images = open_cache(own_index, cache, accelerator) if own_index else None
 
     def look() -> Overlap | None:
         if not accelerator.is_main_process:
             return None
-        seen = kept
+        seen = recorded
         if own_index is not None and own_images is not None:
             print(f"{run.root}: holds no seen.npz; its train and val images are read again")
             seen = take_seen(own_index, own_images)
-        matches, told = _find_matches(index, images, numbers, own, seen)
-        return Overlap(matches, told, reason)
+        matches, num_known = _find_matches(index, images, numbers, own, seen)
+        return Overlap(matches, num_known, reason)
 
     of_ranks = gather(accelerator, [together(accelerator, look)])
     return next(overlap for overlap in of_ranks if overlap is not None)
 
 
-def _find_kept(
+def _find_record(
     run: RunDirectory, own: RunInfo | None
 ) -> tuple[Prints | None, Index | None, str | None]:
     """Find a record of a run's train and val images.
@@ -376,23 +376,23 @@ def _find_matches(
     own: RunInfo | None,
     seen: Prints | None,
 ) -> tuple[dict[int, Match], int]:
-    """Find which samples of an external set are in the pre-training, or among the prints of a run.
+    """Find the samples, by number, that are of the pre-training or match the prints of a run.
 
     Returns:
         Matches by sample number, and the number of images whose patient is known, or 0 if the run
         knows no patients.
     """
     matches: dict[int, Match] = {}
-    told = 0
+    num_known = 0
     if own is not None and started_from_chexnet(own["weights"]):
         listed = [n for n in numbers.tolist() if is_of_chestxray14(index.samples[n])]
         matches |= dict.fromkeys(listed, Match("pre-training list", "ChestX-ray14"))
     if seen is not None:
         prints = take_prints(images, index.samples, numbers, index.sha256)
-        told = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
+        num_known = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
         by_row = find_matches(prints, seen)
         matches |= {int(numbers[row]): match for row, match in by_row.items()}
-    return dict(sorted(matches.items())), told
+    return dict(sorted(matches.items())), num_known
 
 
 def started_from_chexnet(weights: WeightsInfo) -> bool:

@@ -274,7 +274,7 @@ def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> 
     (Pepe 2003, section 5.2.3). This needs one matrix product instead of thousands of sorts.
     """
     columns = zip(logits.T, positive.T, negative.T, strict=True)
-    of_classes = [_moves(*column) for column in columns]
+    of_classes = [_contributions(*column) for column in columns]
     value = np.array([auroc for auroc, _ in of_classes])
     moves = own.sums(np.stack([moves for _, moves in of_classes], axis=1))
     edge = (value == 0) | (value == 1)
@@ -286,7 +286,7 @@ def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> 
     return _Figures(value, drawn, images, np.minimum(*patients))
 
 
-def _moves(scores: Floats, positive: Bools, negative: Bools) -> tuple[float, Floats]:
+def _contributions(scores: Floats, positive: Bools, negative: Bools) -> tuple[float, Floats]:
     """Return the AUROC of scores [n], and the contribution of each image to it, float64 [n]."""
     moves = np.zeros(len(scores))
     if not positive.any() or not negative.any():

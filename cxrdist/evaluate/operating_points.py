@@ -227,7 +227,7 @@ def _measure(
         point[f"{name}_interval"] = limits[name]
     if prevalence is not None:
         patients = min(replicates.patients(has), replicates.patients(sides.lacks))
-        point["at_prevalence"] = _elsewhere(limits, rates, replicated, prevalence, patients)
+        point["at_prevalence"] = _at_prevalence(limits, rates, replicated, prevalence, patients)
     return cast(OperatingPoint, point)
 
 
@@ -243,7 +243,7 @@ def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
         }
 
 
-def _elsewhere(
+def _at_prevalence(
     intervals: Mapping[str, Limits | None],
     rates: Mapping[str, Values],
     drawn: Mapping[str, Values],

@@ -17,13 +17,13 @@ from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
 from cxrdist.distributed import finish, gather, start, together
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.calibration import choose_calibration, describe_calibration, wanted_rule
+from cxrdist.evaluate.calibration import choose_calibration, describe_calibration, rule_to_apply
 from cxrdist.evaluate.external import (
     Choices,
     External,
-    as_model_takes,
     choose_subset,
     find_overlap,
+    map_labels,
     read_choices,
     read_own,
     refuse_choices,
@@ -133,7 +133,7 @@ def _open_external(
     packed = loaded.packed
     chosen = choices or together(accelerator, lambda: read_choices(run, subset))
     mapped = together(
-        accelerator, lambda: as_model_takes(packed, loaded.model.classes, chosen.label_map)
+        accelerator, lambda: map_labels(packed, loaded.model.classes, chosen.label_map)
     )
     numbers = np.array(mapped.numbers(split), dtype=np.int64)
     overlap = find_overlap(accelerator, run, packed, loaded.images, numbers, cache)
@@ -251,7 +251,7 @@ def _calibrate(loaded: LoadedRun, config: EvaluateConfig, rule: Rule | None) -> 
     is_own = loaded.external is None and loaded.run.info.is_file() and has_val
     wanted = together(
         loaded.accelerator,
-        lambda: wanted_rule(stored, rule, config.fewest, index.sha256 if is_own else None),
+        lambda: rule_to_apply(stored, rule, config.fewest, index.sha256 if is_own else None),
     )
     if wanted is not None:
         numbers = np.array(index.numbers("val"), dtype=np.int64)

@@ -30,7 +30,7 @@ from cxrdist.report import pictures
 from cxrdist.report.page import template
 from cxrdist.report.values import p_value, signed
 from cxrdist.report.view import View
-from cxrdist.run import RunDirectory, external_subset
+from cxrdist.run import RunDirectory, external_subset, options_of
 from cxrdist.terminal import table
 
 COLUMNS = (
@@ -84,10 +84,9 @@ def _read(run: RunDirectory, subset: str) -> Scored:
         CxrdistError: it was not evaluated there.
     """
     if not (run.metrics(subset).is_file() and run.predictions(subset).is_file()):
-        option = subset.replace("external/", "--name ") if "/" in subset else f"--split {subset}"
         raise CxrdistError(
             f"{run.root}: has no {subset}/predictions.csv with its metrics.json; run `cxrdist "
-            f"evaluate --run {run.root} --shards SHARDS {option}`"
+            f"evaluate --run {run.root} --shards SHARDS {options_of(subset)}`"
         )
     metrics = read_document(run.metrics(subset), Metrics, "run `cxrdist evaluate` again")
     return read_scored(run.predictions(subset), metrics["task"])

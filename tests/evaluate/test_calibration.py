@@ -24,7 +24,7 @@ from cxrdist.evaluate.calibration import (
     choose_calibration,
     describe_calibration,
     fit_temperature,
-    wanted_rule,
+    rule_to_apply,
 )
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.operating_points import Rule, operating_points, read_rule
@@ -204,21 +204,21 @@ def test_a_model_is_calibrated_on_its_own_shards_when_something_differs():
     """At first, and again for another rule, other shards or another least number."""
     stored = choose_calibration(simulate(400, 9), read_rule("sensitivity=0.9"), 10, SHA)
     rule, other = Rule("sensitivity", 0.9), Rule("specificity", 0.8)
-    assert wanted_rule(None, None, 10, SHA) == YOUDEN
-    assert wanted_rule(stored, None, 10, SHA) is None
-    assert wanted_rule(stored, rule, 10, SHA) is None
-    assert wanted_rule(stored, None, 20, SHA) == rule
-    assert wanted_rule(stored, other, 10, SHA) == other
-    assert wanted_rule(stored, None, 10, "1" * 64) == rule
+    assert rule_to_apply(None, None, 10, SHA) == YOUDEN
+    assert rule_to_apply(stored, None, 10, SHA) is None
+    assert rule_to_apply(stored, rule, 10, SHA) is None
+    assert rule_to_apply(stored, None, 20, SHA) == rule
+    assert rule_to_apply(stored, other, 10, SHA) == other
+    assert rule_to_apply(stored, None, 10, "1" * 64) == rule
 
 
 def test_on_other_shards_a_model_keeps_its_calibration():
     """Another rule is refused there, since thresholds come from its own validation split."""
     stored = choose_calibration(simulate(400, 9), YOUDEN, 10, SHA)
-    assert wanted_rule(stored, None, 20, None) is None
-    assert wanted_rule(None, None, 10, None) is None
+    assert rule_to_apply(stored, None, 20, None) is None
+    assert rule_to_apply(None, None, 10, None) is None
     with pytest.raises(CxrdistError, match=r"specificity=0\.8: the model has thresholds by youden"):
-        wanted_rule(stored, Rule("specificity", 0.8), 10, None)
+        rule_to_apply(stored, Rule("specificity", 0.8), 10, None)
 
 
 def test_figures_are_the_document_that_is_declared():
