@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.style
 import numpy as np
@@ -44,7 +45,7 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
-_LEGEND_ON_TOP = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+_LEGEND: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
 _LARGEST_PX = 512  # of an embedded picture, so that the page stays small
 MOST_PX = 1 << 26  # of a picture that is read; a heat map has at most 4096 x 4096
 _JPEG_QUALITY = 88
@@ -173,7 +174,7 @@ def flipping_chart(
         axes.set_ylim(bottom=0)
         axes.set_xlabel("covered part of the image, %")
         axes.set_ylabel("probability, first = 1")
-        axes.legend(**_LEGEND_ON_TOP, ncols=2)
+        axes.legend(**_LEGEND, ncols=2)
 
     return _chart(name, "Probability while the image is covered", draw, (4.6, 2.9))
 
@@ -211,7 +212,7 @@ def reliability_chart(
         axes.set(xlim=(0, top), ylim=(0, top), aspect="equal")
         axes.set_xlabel("mean probability")
         axes.set_ylabel("share with it")
-        axes.legend(**_LEGEND_ON_TOP, ncols=2)
+        axes.legend(**_LEGEND, ncols=2)
 
     return _chart(name, "Share of positives over the mean probability", draw, (3.3, 3.4))
 
@@ -244,7 +245,7 @@ def decision_chart(
         axes.set_ylim(-0.3 * top, top)
         axes.set_xlabel("acts from this probability on")
         axes.set_ylabel("net benefit")
-        axes.legend(**_LEGEND_ON_TOP, ncols=3)
+        axes.legend(**_LEGEND, ncols=3)
 
     return _chart(name, "Net benefit over the threshold", draw, (4.0, 3.2))
 
@@ -279,7 +280,7 @@ def forest_chart(
         ]
         # Names may contain dollar signs, which matplotlib would parse as a formula.
         axes.set_yticks(range(len(rows)), shown, parse_math=False)
-        on_the_right = _LEGEND_ON_TOP | {"loc": "lower right", "bbox_to_anchor": (1, 1)}
+        on_the_right = _LEGEND | {"loc": "lower right", "bbox_to_anchor": (1, 1)}
         axes.legend(**on_the_right, ncols=3, handletextpad=0.2, columnspacing=0.8)
 
     size = (4.6, 0.9 + 0.42 * len(rows))
@@ -316,7 +317,7 @@ def _scale_epochs(axes: Axes, epochs: Sequence[int]) -> None:
     margin = min(0.9, max(0.5, 0.015 * len(epochs)))
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.legend(**_LEGEND_ON_TOP, ncols=3, handlelength=1.6, columnspacing=1.2)
+    axes.legend(**_LEGEND, ncols=3, handlelength=1.6, columnspacing=1.2)
 
 
 def _draw_validation(
@@ -327,9 +328,9 @@ def _draw_validation(
     if best_epoch is None or best_epoch not in epochs:
         return
     axes.axvline(best_epoch, color=INK, alpha=0.5, linestyle=":", linewidth=1.2)
-    ring = {"markersize": 10, "markerfacecolor": "none", "markeredgecolor": INK}
     best = values[epochs.index(best_epoch)]
-    axes.plot(best_epoch, best, "o", linestyle="none", label="best epoch", **ring)
+    (ring,) = axes.plot(best_epoch, best, "o", linestyle="none", label="best epoch")
+    ring.set(markersize=10, markerfacecolor="none", markeredgecolor=INK)
 
 
 def _draw_diagonal(axes: Axes) -> None:
