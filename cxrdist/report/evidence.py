@@ -10,11 +10,11 @@ from typing import Any
 from cxrdist.data.audit_file import AuditFile, read_audit
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.explain.description import WITH_RULES
-from cxrdist.files import read_document, read_recipe
+from cxrdist.files import read_document
 from cxrdist.info import RunInfo, read_info
 from cxrdist.model.densenet import is_ensemble
 from cxrdist.model.description import EnsembleFile, ModelFile
-from cxrdist.report.files import known_splits, read_metrics, subsets_with
+from cxrdist.report.files import known_splits, read_metrics, read_stages, subsets_with
 from cxrdist.run import RunDirectory
 
 
@@ -84,7 +84,7 @@ def gather(run: RunDirectory) -> Evidence:
         members = read_document(path, EnsembleFile)["members"]
     elif path.is_file():
         model = read_document(path, ModelFile)
-    subsets = known_splits(run.root)
+    recipe, subsets = read_stages(run.recipe), known_splits(run.root)
     metrics = {
         subset: read_metrics(run.metrics(subset), info["shards"]["task"]) for subset in subsets
     }
@@ -93,7 +93,7 @@ def gather(run: RunDirectory) -> Evidence:
         info,
         model,
         members,
-        read_recipe(run.recipe, "run `cxrdist train` again")[1] if run.recipe.is_file() else {},
+        recipe.content if recipe else {},
         read_audit(run.audit) if run.audit.is_file() else None,
         {subset: of_subset for subset, of_subset in metrics.items() if of_subset},
         [subset for subset in subsets if run.relevance_info(subset).is_file()],

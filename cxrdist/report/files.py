@@ -135,7 +135,7 @@ def weights_chain(info: RunInfo) -> list[dict[str, object]]:
 
 
 class Recipe(NamedTuple):
-    """The parts of the resolved recipe that the page shows."""
+    """The resolved recipe of a run."""
 
     text: str
     """The text of the file."""
@@ -143,6 +143,8 @@ class Recipe(NamedTuple):
     """Names of the stages, in order."""
     uncertain: str
     """What uncertain labels count as in training."""
+    content: Mapping[str, Any]
+    """All of it; `augmentation` and `copies` are objects or missing."""
 
 
 def read_stages(path: Path) -> Recipe | None:
@@ -153,7 +155,9 @@ def read_stages(path: Path) -> Recipe | None:
     with reading(path, "train"):
         stages = typed(recipe.get("stages") or {}, dict[str, object])
         uncertain = typed(recipe.get("uncertain", "ignore"), str)
-        return Recipe(text, list(stages), uncertain)
+        for name in ("augmentation", "copies"):
+            typed(recipe.get(name) or {}, dict[str, object], name)
+        return Recipe(text, list(stages), uncertain, recipe)
 
 
 class EpochRow(TypedDict):

@@ -341,6 +341,7 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("run.json", '{"format": "cxrdist-run-2"}', "run `cxrdist train` again"),
         ("run.json", '{"format": "cxrdist-run-1"}', "started: is missing"),
         ("recipe.yaml", "a: [", "run `cxrdist train` again"),
+        ("recipe.yaml", "copies: 3", "copies: is 3, expected an object"),
         ("audit.json", '{"format": "cxrdist-audit-9"}', "run `cxrdist check --audit` again"),
         ("audit.json", '{"format": "cxrdist-audit-1"}', "task: is missing"),
         ("log.jsonl", "not json\n", "run `cxrdist train` again"),
