@@ -43,11 +43,8 @@ def rule_to_apply(
 ) -> Rule | None:
     """Return the rule by which the model must be calibrated now; None to keep its calibration.
 
-    Args:
-        stored: the model's calibration.
-        asked: the rule of --operating-point; None for the model's own rule, at first youden.
-        fewest: the value of --fewest.
-        own_sha256: sha256 of the index of the model's own shards; None for other shards.
+    Without --operating-point (`asked`) it is the model's own rule, at first youden. For other
+    shards than the model's own, `own_sha256`, the sha256 of their index, is None.
 
     Raises:
         CxrdistError: these shards cannot give the rule that was asked for.

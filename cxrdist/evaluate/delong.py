@@ -64,11 +64,7 @@ def covariance(
 
 
 def compare_aurocs(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> DeLong | None:
-    """Test whether two models rank the same images equally well.
-
-    Args:
-        scores: scores of both models, float64 [2, N].
-        truth: bool [N].
+    """Test whether two models, with scores float64 [2, N], rank N images equally well.
 
     Returns:
         The difference; None with fewer than two positives or negatives, which have no variance.

@@ -179,10 +179,8 @@ def map_labels(index: Index, classes: list[str], labels: LabelMap) -> Index:
     With one class per image, images of a class that the model does not know are put into no split.
     With several labels per image, labels that the set does not have count as missing.
 
-    Args:
-        index: index of the external set, which has the model's task.
-        classes: classes of the model.
-        labels: from a label of the set to the model's, or to None to leave it out.
+    The set has the model's task. The map is from its labels to those of the model, or to None to
+    leave one out.
 
     Raises:
         CxrdistError: the map names a label that the set or the model lacks, or they share no class.

@@ -156,12 +156,8 @@ def compare_groups(
 ) -> Groups:
     """Measure each group of each column, and the differences between groups.
 
-    Args:
-        scored: the images.
-        replicates: bootstrap replicates of their patients.
-        fewest: a figure is only compared with at least this many patients with the class, and this
-            many without it.
-        thresholds: logits at or above which a class is called, by class; None if there are none.
+    A figure is only compared with at least `fewest` patients with the class, and as many without
+    it. A class is called at or above its logit in `thresholds`.
     """
     decisions = _decide(scored, thresholds)
     columns: dict[str, dict[str, Group]] = {}

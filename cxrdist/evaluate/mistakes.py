@@ -37,10 +37,8 @@ def find_mistakes(scored: Scored, thresholds: Mapping[str, float] | None = None)
 
     Ties keep the order of the images.
 
-    Args:
-        scored: N images.
-        thresholds: logits at or above which a label is called, as in `Calibration`; a label without
-            one is called from a probability of 0.5 on. Not used with one class per image.
+    `thresholds` are logits at or above which a label is called, as in `Calibration`; a label
+    without one is called from a probability of 0.5 on. With one class per image they are not used.
     """
     truth, known = scored.targets == POSITIVE, scored.targets >= NEGATIVE
     several = scored.task == "multilabel"

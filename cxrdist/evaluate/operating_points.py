@@ -255,12 +255,7 @@ def _at_prevalence(
     A value of exactly 0 or 1 does not vary between replicates; its limits follow from those of
     sensitivity and specificity.
 
-    Args:
-        intervals: intervals of sensitivity and specificity.
-        rates: sensitivity and specificity, one value each.
-        drawn: the same for the replicates.
-        prevalence: share of patients with the class.
-        patients: number of patients with the class or without it, whichever is smaller.
+    `patients` is the number of patients with the class or without it, whichever is smaller.
     """
     if not patients:
         return {"ppv": None, "ppv_interval": None, "npv": None, "npv_interval": None}

@@ -80,15 +80,10 @@ def load_run(
     name: str | None = None,
     choices: Choices | None = None,
 ) -> LoadedRun:
-    """Load a model and the images to use it on.
+    """Load a model and the images to use it on, from the run's own shards or an external set.
 
-    Args:
-        run: the run directory.
-        shards: the run's own shards, or an external set.
-        cache: directory of the decoded images.
-        split: train, val or test.
-        name: name of an external set; None for that of its directory.
-        choices: how an external set is evaluated; None for the same way as before.
+    Without a `name`, an external set has that of its directory; without `choices`, it is evaluated
+    in the same way as before. Decoded images are kept in `cache`.
 
     Raises:
         CxrdistError: there is no model, the shards are incomplete, their task, classes or image

@@ -30,12 +30,9 @@ SUMS_TO_ONE = 0.01  # tolerance; programs write at least two digits
 
 
 def report_predictions(file: Path, out: Path) -> Path:
-    """Write ``OUT/report.html``, metrics.json and the predictions as read.
+    """Write ``OUT/report.html``, metrics.json and the predictions as read into a new directory.
 
-    Args:
-        file: as for `read_prediction_table`; its test images are scored, or all images if it has
-            no splits.
-        out: a new or empty directory.
+    Of a table with splits only the test images are scored.
 
     Returns:
         The page.

@@ -27,8 +27,8 @@ from cxrdist.data.pack import pack
 from cxrdist.data.phantom import PATIENT_PATTERN, write_phantoms
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.external import (
-    as_model_takes,
     keep_seen,
+    map_labels,
     seen_before,
     started_from_chexnet,
 )
@@ -293,7 +293,7 @@ def test_labels_that_a_set_does_not_have_are_missing(tmp_path):
     table.write_text("\n".join(["path,labels", *rows, ""]))
     pack(PackConfig("csv", table, tmp_path / "s", size=32, split="0/0/1", workers=1))
     index = read_index(tmp_path / "s")
-    mapped = as_model_takes(index, ["Hernia", "Oedema"], {"Edema": "Oedema"})
+    mapped = map_labels(index, ["Hernia", "Oedema"], {"Edema": "Oedema"})
     assert mapped.classes == ["Hernia", "Oedema"]
     assert np.array_equal(mapped.targets(), [[-2, 1]] * 4)
     assert all(sample.split == "test" for sample in mapped.samples)
