@@ -191,7 +191,10 @@ class Predictor:
         depth, numbers = unlike_source(used)
         again = {n: replace(inputs[n], boxes=self.prepared[n].boxes) for n in numbers}
         for number in again:
-            del self.logits[number], self.prepared[number]
+            del self.prepared[number], self.logits[number]
+            self.ledgers.pop(number, None)
+            self.reasons.pop(number, None)  # such as heat maps that were not drawn in time
+            self.new_uids.pop(number, None)
         if again:
             self.run(again, replace(how, depth=depth, finds_text=False))
         return depth

@@ -293,6 +293,21 @@ def test_predict_and_pack_make_the_same_squares(run, tmp_path, monkeypatch):
         np.testing.assert_array_equal(seen[path], pixels, err_msg=path)
 
 
+def test_of_an_image_that_is_predicted_again_nothing_remains(monkeypatch):
+    """Neither the rows of its ledger nor the reason why its heat maps were not drawn."""
+    monkeypatch.setattr(predicting.Predictor, "run", lambda _, inputs, how: ran.append(inputs))
+    ran, inputs = [], {n: predicting.Input(Path(f"{n}.png"), f"{n}.png") for n in (0, 1)}
+    predictor = predicting.Predictor(*[None] * 5, batch_size=1)
+    for number, depth in enumerate((8, 12)):
+        predictor.prepared[number] = predicting.Prepared(np.empty((0, 0)), depth, (), "")
+        predictor.logits[number], predictor.ledgers[number] = np.zeros(2), [["row"]]
+        predictor.reasons[number] = "has no heat maps"
+    how = predicting.Preparation(32, "crop", None, "black", False)
+    assert predictor.share_depth(inputs, how) == 12
+    assert ran == [{0: inputs[0]}]
+    assert {*predictor.logits} == {*predictor.ledgers} == {*predictor.reasons} == {1}
+
+
 def test_the_depth_is_that_of_the_training_images_unless_told(run, tmp_path, monkeypatch, capsys):
     """A value of 1000 in 16 bits is 255 * 1000 / (2 ** depth - 1): by option, model, images."""
     change_model(run, depth=14)
