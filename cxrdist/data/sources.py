@@ -212,6 +212,11 @@ def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
     bad = next((name for name in source.classes if not name or SEPARATOR in name), None)
     if bad is not None:
         raise CxrdistError(f"--input {path}: class {bad!r}: expected a name without {SEPARATOR!r}")
+    if "all" in source.classes:
+        raise CxrdistError(
+            f"--input {path}: class 'all': the results call all classes together so; give it "
+            "another name, for example with --label-map"
+        )
     _refuse_equal_labels(f"--input {path}", source.classes)
 
 

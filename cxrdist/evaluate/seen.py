@@ -170,7 +170,7 @@ def _prints_of(
     images: Images, samples: Sequence[Sample], numbers: NDArray[np.int64]
 ) -> list[tuple[bytes, ...]]:
     """Return a row per image, with the columns of `_ROW_SHAPES`."""
-    rows = []
+    rows: list[tuple[bytes, ...]] = []
     for number in numbers.tolist():
         pixels = np.asarray(images[number])
         prints = fingerprint(pixels)

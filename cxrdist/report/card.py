@@ -29,7 +29,7 @@ METRICS = {
     "f1": "f1",
 }
 FIGURES = MEASURES["multilabel"] | {"recall": "Sensitivity (recall)"}
-TITLES = {
+TITLES: dict[str, str] = {
     "accuracy": "Accuracy",
     **{figure: f"{title}, mean of the classes" for figure, title in FIGURES.items()},
 }

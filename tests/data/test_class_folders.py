@@ -89,6 +89,7 @@ def test_a_patient_in_two_given_splits_is_refused(tmp_path):
         (("train/test/1.png", "test/b/1.png"), r"splits \(test, train\) and others \(test"),
         (("val/a/1.png", "dev/b/1.png"), "the folders dev and val are both val"),
         (("train_images/a/1.png", "test_images/a/1.png"), "look like splits"),
+        (("a/1.png", "all/1.png"), "class .all.: the results call all classes together so"),
         (("a/1.png", "A/1.png"), "'A' and 'a' are two spellings of one name"),
         (("set/a/1.png", "set/b/1.png"), r"found 1 class \(set\)"),
         (("1.png", "2.png"), "no image is left to pack: 2 beside the class folders"),
