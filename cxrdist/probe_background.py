@@ -9,7 +9,7 @@ does.
 
 import hashlib
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from cxrdist.config import (
     deciding,
 )
 from cxrdist.data.derived import Original, derive_shards
+from cxrdist.data.found import find_images, path_below
 from cxrdist.data.index import Classes, Index, Task, read_index
 from cxrdist.data.lungs import Kind, Lungs, count_left_out, find_lungs, lost_class
 from cxrdist.distributed import start
@@ -90,6 +91,8 @@ class Begun(TypedDict):
     format: Literal["cxrdist-probe-1"]
     index_sha256: Sha256
     masks: Text | None
+    masks_sha256: NotRequired[Sha256 | None]
+    """Of the names and contents of the masks."""
     seed: Count
     region: Region
 
@@ -194,14 +197,19 @@ def _refuse_unusable(index: Index) -> None:
 def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
     """Make the four sets of shards, or keep those of an earlier command with the same inputs."""
     made = config.out / "shards"
-    masks = None if config.masks is None else str(config.masks)
+    masks, masks_sha256 = None, None
+    if config.masks is not None:
+        masks, masks_sha256 = str(config.masks), _digest_of(config.masks)
     if made.is_dir():
         begun = read_document(made / "probe.json", Begun, f"remove {config.out} to begin anew")
-        asked = {"index_sha256": index.sha256, **deciding(config), "masks": masks}
-        for field, value in asked.items():
+        contents = {"index_sha256": index.sha256, "masks_sha256": masks_sha256}
+        for field, value in (deciding(config) | {"masks": masks} | contents).items():
             before = {**begun}.get(field)
             if before != value:
-                name = "index of --shards" if field == "index_sha256" else f"--{hyphened(field)}"
+                name = {
+                    "index_sha256": "index of --shards",
+                    "masks_sha256": "content of --masks",
+                }.get(field, f"--{hyphened(field)}")
                 raise CxrdistError(
                     f"--out {config.out}: contains another probe (the {name} was {before}, is "
                     f"{value}); give the same to resume, or another directory"
@@ -213,11 +221,23 @@ def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
             "format": "cxrdist-probe-1",
             "index_sha256": index.sha256,
             "masks": masks,
+            "masks_sha256": masks_sha256,
             "seed": config.seed,
             "region": _derive(index, lungs, directory, config.seed),
         }
         write_json(directory / "probe.json", begun)
     return begun
+
+
+def _digest_of(masks: Path) -> str:
+    """Return the hash of a table of masks, or of the names and contents of those in a folder."""
+    if not masks.exists():
+        raise CxrdistError(f"--masks {masks}: no such folder or table")
+    digest = hashlib.sha256()
+    for file in find_images(masks).images if masks.is_dir() else (masks,):
+        content = hashlib.sha256(file.read_bytes()).hexdigest()
+        digest.update(f"{path_below(masks, file)}\0{content}\n".encode())
+    return digest.hexdigest()
 
 
 def _derive(index: Index, lungs: Lungs, directory: Path, seed: int) -> Region:

@@ -139,6 +139,19 @@ def test_another_probe_in_the_same_directory_is_refused(found, word):
             probe(word, **options)
 
 
+def test_masks_that_were_changed_are_another_probe(found, word):
+    """The lungs of the earlier command would otherwise stay in the figures without a word."""
+    mask = next((word / "masks").glob("*/*.png"))
+    before = mask.read_bytes()
+    try:
+        Image.fromarray(np.eye(SIZE, dtype=np.uint8) * 255).save(mask)
+        with pytest.raises(CxrdistError, match=r"^--out .*the content of --masks was"):
+            probe(word, masks=word / "masks")
+    finally:
+        mask.write_bytes(before)
+    assert probe(word, masks=word / "masks") == found
+
+
 def test_masks_of_one_class_only_give_way_to_the_ellipse(word, tmp_path):
     """In shards; given with --masks they are refused: that one is there tells the class."""
     (tmp_path / "b").symlink_to(word / "masks" / "b")
