@@ -16,6 +16,8 @@
 # 128 px), densenet121-findings (the recipe finetune, after 14 labels of nih14 and adult_normal),
 # bassi2020 (the paper's stages after the same 14 labels, in small), words (of paper/densenet121:
 # text on the test images, needs cxrdist[text]).
+# BatchNorm's statistics are those of each rank alone, since on CPUs it would wait for the other
+# ranks most of the time.
 # Environment: DRAWS ("0 1 2 3 4" if not given), and RANKS and PRECISION of launch/local.sh.
 set -euo pipefail
 if [ $# -lt 2 ] || [ ! -f "$1/paper_like/table.csv" ]; then
@@ -68,7 +70,7 @@ thumbnails() { # SET DRAW
 train() { # RUN SHARDS DRAW [OPTIONS]: train a run and evaluate it
     [ -f "$1/model/model.json" ] ||
         run bash "$launch/local.sh" train --run "$1" --shards "$2" --cache "$out/cache" \
-            --seed "$3" "${@:4}"
+            --seed "$3" --batch-norm per_rank "${@:4}"
     evaluate "$1" "$2"
 }
 
@@ -79,7 +81,7 @@ densenet121() { # SET DRAW
     train "$small" "$out/$1/shards-64px-$2" "$2" --config scratch
     train "$out/$1/densenet121-$2" "$out/$1/shards-$2" "$2" --config scratch --init "$small" --stages '
         all: {lr: {all: 5.0e-4}, weight_decay: 0.05, schedule: cosine, warmup_epochs: 1,
-            epochs: 6, patience: 6}'
+            epochs: 14, patience: 14}'
 }
 
 evaluate() { # RUN SHARDS
@@ -90,7 +92,7 @@ evaluate() { # RUN SHARDS
 findings() { # train on 14 labels; sets `init`
     init=$out/findings/densenet121-0
     pack findings 0
-    train "$init" "$out/findings/shards-0" 0 --config scratch
+    train "$init" "$out/findings/shards-0" 0 --config scratch --stages.all.epochs 12
 }
 
 # The paper's stages in small: with an eighth of the copies, and behind the first stage of the epochs
