@@ -55,7 +55,7 @@ def test_three_classes_from_random_weights_and_then_from_that_run(shards, tmp_pa
     said = capsys.readouterr().out
     assert said.startswith("recipe: scratch, as --init none gives random weights and no --config")
     assert "balance: copies of each image in an epoch, from the counts of train: a 1, b c 1" in said
-    assert "4 optimiser steps in all, 2 per epoch, are few; give more, such as" in said
+    assert "2 optimiser steps in all, 1 per epoch, are few; give more, such as" in said
     assert list(epochs_of(tmp_path / "one")) == ["all"]
     assert train(shards, tmp_path / "two", "--init", tmp_path / "one") == 0
     said = capsys.readouterr().out
@@ -66,7 +66,7 @@ def test_three_classes_from_random_weights_and_then_from_that_run(shards, tmp_pa
 
 
 def test_two_classes_of_20_to_1_have_as_many_images_in_an_epoch(tmp_path, capsys):
-    """Of 60 and 3 images the 3 are taken 20 times each: eight steps of 15 images."""
+    """Of 60 and 3 images the 3 are taken 20 times each: four steps of 30 images."""
     shards = make_shards(tmp_path, {"common": 120, "rare": 6}, split="0.5/0.2/0.3")
     assert train(shards, tmp_path / "run", "--init=none") == 0
     said = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_two_classes_of_20_to_1_have_as_many_images_in_an_epoch(tmp_path, capsys
     copies = round(common / rare)
     assert f"from the counts of train: common 1, rare {copies}\n" in said
     first = epochs_of(tmp_path / "run")["all"][0]
-    assert first["step"] == -(-(common + copies * rare) // 16)
+    assert first["step"] == -(-(common + copies * rare) // 32)
 
 
 def test_a_table_of_several_labels_is_taken_as_it_is(tmp_path, capsys):
