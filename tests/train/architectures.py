@@ -58,7 +58,7 @@ def take_gradient(shards: Path, folder: Path, architecture: str) -> dict:
     found = {name: digest(p.grad) for name, p in network.named_parameters()}
     found |= {name: digest(buffer) for name, buffer in network.named_buffers()}
     training.accelerator.free_memory()
-    return {"loss": loss, "images": part.num_images, "digests": found}
+    return {"loss": loss, "images": part.rows.stop - part.rows.start, "digests": found}
 
 
 def take_jobs(shards: Path, folder: Path, jobs: list[str]) -> None:

@@ -174,7 +174,7 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     training.accelerator.free_memory()
     return {
         "loss": loss,
-        "images": part.num_images,
+        "images": part.rows.stop - part.rows.start,
         "gradients": gradients,
         "statistics": state(training),
     }
