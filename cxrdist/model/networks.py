@@ -102,6 +102,16 @@ def _build_densenet(shape: Network, num_classes: int, channels: int) -> DenseNet
 def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
     """Return the modules of each block by block name, in forward order.
 
+    ============= ==================================== ===================================
+    architecture  blocks between stem and head         which are
+    ============= ==================================== ===================================
+    densenet*     denseblock1 to denseblock4           features.denseblock1 to 4
+    resnet18      layer1 to layer4                     layer1 to layer4
+    alexnet       conv2 to conv5, fc6, fc7             features.3, 6, 8, 10, classifier.1, 4
+    squeezenet1_1 fire2 to fire9                       features.3, 4, 6, 7, 9 to 12
+    convnext_atto stages0 to stages3                   stages.0 to stages.3
+    ============= ==================================== ===================================
+
     The stem is everything before these blocks. The head is the output layer with its dropout.
     Modules between two blocks belong to the earlier one, and so does a norm before the head.
     Numbers are those of the papers of alexnet (Krizhevsky et al. 2012) and squeezenet.
