@@ -41,6 +41,7 @@ from cxrdist.fields import hyphened
 from cxrdist.files import atomic_directory, locked, read_document, sweep, write_json
 from cxrdist.info import Amount, Count
 from cxrdist.intervals import Intervals
+from cxrdist.model.download import sha256_of
 from cxrdist.model.networks import block_names
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import table
@@ -53,6 +54,7 @@ VARIANTS: dict[Variant, str] = {
     "lungs": "Only the lungs",
     "shuffled": "Pixels shuffled",
 }
+CONTENTS = {"index_sha256": "index of --shards", "masks_sha256": "content of --masks"}
 SIZE_PX = 64
 # The network of recipes/lungs.yaml, which a CPU trains in minutes.
 NETWORK = Network(growth_rate=8, block_config=(2, 2, 2, 2), dropout=0.0)
@@ -202,14 +204,11 @@ def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
         masks, masks_sha256 = str(config.masks), _digest_of(config.masks)
     if made.is_dir():
         begun = read_document(made / "probe.json", Begun, f"remove {config.out} to begin anew")
-        contents = {"index_sha256": index.sha256, "masks_sha256": masks_sha256}
-        for field, value in (deciding(config) | {"masks": masks} | contents).items():
+        given = {"index_sha256": index.sha256, "masks": masks, "masks_sha256": masks_sha256}
+        for field, value in (deciding(config) | given).items():
             before = {**begun}.get(field)
             if before != value:
-                name = {
-                    "index_sha256": "index of --shards",
-                    "masks_sha256": "content of --masks",
-                }.get(field, f"--{hyphened(field)}")
+                name = CONTENTS.get(field, f"--{hyphened(field)}")
                 raise CxrdistError(
                     f"--out {config.out}: contains another probe (the {name} was {before}, is "
                     f"{value}); give the same to resume, or another directory"
@@ -235,8 +234,7 @@ def _digest_of(masks: Path) -> str:
         raise CxrdistError(f"--masks {masks}: no such folder or table")
     digest = hashlib.sha256()
     for file in find_images(masks).images if masks.is_dir() else (masks,):
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
-        digest.update(f"{path_below(masks, file)}\0{content}\n".encode())
+        digest.update(f"{path_below(masks, file)}\0{sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 
