@@ -14,8 +14,8 @@ Name = TypeVar("Name", str, Path)
 
 def files_in(folder: str) -> dict[str, Path]:
     """Return the YAML files of a folder of the package by name (without ``.yaml``), sorted."""
-    found = Path(str(files("cxrdist") / folder)).glob("*.yaml")
-    return {file.stem: file for file in sorted(found, key=lambda file: file.stem)}
+    paths = Path(str(files("cxrdist") / folder)).glob("*.yaml")
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
 def path_of(folder: str, name: Name) -> Name:

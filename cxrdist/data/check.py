@@ -105,7 +105,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
     rows = np.load(squares, mmap_mode="r+") if squares else None
     for i, sample in enumerate(shard.samples):
         try:
-            pixels, about = opened.read(i)
+            pixels, description = opened.read(i)
             mask = opened.read_mask(i)
         except CxrdistError as error:
             faults.append(str(error))
@@ -114,8 +114,9 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
         mask_shares += [] if share is None else [share]
         if rows is not None:
             rows[shard.first + i] = pixels
-            known = sample._replace(view=about["view"])  # samples.csv of older versions has none
-            size_px = about["width_px"], about["height_px"]
+            # samples.csv of older versions has no view
+            known = sample._replace(view=description["view"])
+            size_px = description["width_px"], description["height_px"]
             entries.append(Entry(known, *size_px, fingerprint(pixels), share))
     return Inspected(faults, entries, mask_shares)
 

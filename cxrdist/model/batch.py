@@ -49,7 +49,7 @@ def _mend_values(images: Tensor) -> str:
     if images.is_complex():
         return "they are complex, and grey values are real; use cxrdist.read_image"
     # Not every type has an aminmax of its own.
-    least, most = (float(v) for v in images.double().aminmax()) if images.numel() else (0.0, 0.0)
+    least, most = (float(v) for v in images.float().aminmax()) if images.numel() else (0.0, 0.0)
     if least < 0 or most > 255:
         return (
             f"they range from {least:g} to {most:g}, so take the images before they were "

@@ -32,7 +32,7 @@ CHECKLISTS = (
 
 def write_checklist(evidence: Evidence) -> None:
     """Write ``RUN/checklist.html``: one file, the same bytes for the same run directory."""
-    lists = [(*about, *_answer(checklist, evidence)) for *about, checklist in CHECKLISTS]
+    lists = [(*reference, *_answer(checklist, evidence)) for *reference, checklist in CHECKLISTS]
     name = evidence.run.root.resolve().name
     page = template("checklist.html.jinja").render(run=name, lists=lists)
     write_text(evidence.run.checklist, page)
