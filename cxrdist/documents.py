@@ -126,6 +126,8 @@ class Distinct(NamedTuple):
 
 # A number that was computed in float32.
 Real = Annotated[float, Between(-3.4028235e38, 3.4028235e38)]
+Share = Annotated[float, Between(0, 1)]
+Correlation = Annotated[float, Between(-1, 1)]
 # JSON may contain half of a surrogate pair, which cannot be encoded as UTF-8.
 Text = Annotated[
     str, Matching(r"[^\0\ud800-\udfff]{0,65536}", "a UTF-8 text of at most 65536 characters")

@@ -30,11 +30,11 @@ from cxrdist.data.found import find_images, path_below
 from cxrdist.data.index import Classes, Index, Task, read_index
 from cxrdist.data.lungs import Kind, Lungs, count_left_out, find_lungs, lost_class
 from cxrdist.distributed import start
-from cxrdist.documents import Between, Distinct, Sha256, Text
+from cxrdist.documents import Between, Distinct, Sha256, Share, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.compare import Difference, compare_scored
 from cxrdist.evaluate.measure import Settings
-from cxrdist.evaluate.metrics import Metrics, Share
+from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.fields import hyphened

@@ -4,12 +4,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from cxrdist.data.masks import MasksEntry, Share
-from cxrdist.documents import Between, Matching, Real
+from cxrdist.data.masks import MasksEntry
+from cxrdist.documents import Between, Correlation, Matching, Real, Share
 from cxrdist.files import judging, read_document
 from cxrdist.info import Count
 
-Correlation = Annotated[float, Between(-1, 1)]
 # 32 KiB; the audit's own thumbnails have 3 kB.
 Thumbnail = Annotated[
     str, Matching(r"[A-Za-z0-9+/]{1,43690}={0,2}", "a JPEG of at most 32 KiB in base64")

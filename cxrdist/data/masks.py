@@ -16,7 +16,7 @@ from cxrdist.data.geometry import Placement, place, resample
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.data.pictures import read_file, read_picture
 from cxrdist.data.run_lengths import read_runs
-from cxrdist.documents import Between
+from cxrdist.documents import Between, Share
 from cxrdist.errors import CxrdistError
 
 HALF = 128  # grey level from which a pixel counts as covered
@@ -27,7 +27,6 @@ WHOLE_SIZE = 1 << 16  # px; larger than any JPEG, so that masks are decoded at f
 
 
 Count = Annotated[int, Between(0, 1 << 32)]
-Share = Annotated[float, Between(0, 1)]
 
 
 class MaskPlace(NamedTuple):

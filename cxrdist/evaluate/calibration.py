@@ -14,14 +14,13 @@ from scipy.special import expit
 
 from cxrdist.bootstrap import Limits, Replicates, Values, interval
 from cxrdist.data.labels import POSITIVE
-from cxrdist.documents import Between, Real, Text
+from cxrdist.documents import Between, Real, Share, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.operating_points import (
     YOUDEN,
     ChosenOn,
     Interval,
     Rule,
-    Share,
     choose_threshold,
     chosen_on,
     operating_table,

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 
 from cxrdist.bootstrap import Limits, Replicates
 from cxrdist.data.labels import POSITIVE
-from cxrdist.documents import Real, Text
+from cxrdist.documents import Real, Share, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.delong import DeLong, compare_aurocs
 from cxrdist.evaluate.measure import Settings, replicate
-from cxrdist.evaluate.metrics import Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import too_few
 from cxrdist.info import Count

@@ -7,8 +7,7 @@ from scipy.special import expit
 
 from cxrdist.bootstrap import Replicates, interval
 from cxrdist.data.labels import POSITIVE
-from cxrdist.documents import Between, Real
-from cxrdist.evaluate.operating_points import Share
+from cxrdist.documents import Between, Real, Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.model.description import Calibration

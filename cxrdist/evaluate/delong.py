@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.bootstrap import LEVEL, Limits
-from cxrdist.documents import Real
-from cxrdist.evaluate.operating_points import Share
+from cxrdist.documents import Real, Share
 
 
 class DeLong(TypedDict):

@@ -22,9 +22,8 @@ from scipy.special import expit, logit
 
 from cxrdist.bootstrap import LEVEL, Limits, Replicates
 from cxrdist.data.labels import NEGATIVE, POSITIVE
-from cxrdist.documents import Between, Text
+from cxrdist.documents import Between, Share, Text
 from cxrdist.evaluate.delong import placements
-from cxrdist.evaluate.operating_points import Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.intervals import bounded

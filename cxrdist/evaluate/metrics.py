@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from cxrdist.bootstrap import LEVEL, Limits
-from cxrdist.documents import Text
+from cxrdist.documents import Share, Text
 from cxrdist.evaluate.calibration import CalibrationFigures
 from cxrdist.evaluate.decision_curve import DecisionCurve
 from cxrdist.evaluate.groups import Groups
-from cxrdist.evaluate.operating_points import OperatingPoints, Share
+from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
 from cxrdist.model.prediction import THRESHOLD, decide

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from scipy.special import expit
 
 from cxrdist.bootstrap import Limits, Replicates, Values
 from cxrdist.data.labels import POSITIVE
-from cxrdist.documents import Between, Real, Sha256, Text
+from cxrdist.documents import Real, Sha256, Share, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
@@ -24,7 +24,6 @@ YOUDEN = "youden"
 CELLS = ("true_positives", "false_negatives", "false_positives", "true_negatives")
 MEASURES = ("sensitivity", "specificity", "ppv", "npv")
 
-Share = Annotated[float, Between(0, 1)]
 Interval = Limits | None
 
 

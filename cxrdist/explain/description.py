@@ -5,13 +5,11 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from cxrdist.bootstrap import Limits
 from cxrdist.config import DENSENETS
-from cxrdist.documents import Between, Real
+from cxrdist.documents import Between, Correlation, Real, Share
 from cxrdist.files import read_document
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
 
-Share = Annotated[float, Between(0, 1)]
-Correlation = Annotated[float, Between(-1, 1)]
 Curve = Annotated[list[Real], Between(2, 1000)]
 WITH_RULES = (*DENSENETS, "resnet18", "alexnet", "squeezenet1_1")
 """Architectures whose relevance has proven rules (canonical.py)."""

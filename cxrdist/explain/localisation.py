@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.bootstrap import Limits, Replicates, draw, interval, rarest_class
-from cxrdist.documents import Between, Sha256, Text
+from cxrdist.documents import Between, Sha256, Share, Text
 from cxrdist.explain.heatmap import smooth
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals, bounded, describe, positive
@@ -34,7 +34,6 @@ ALL = "all"
 MOST_PICTURES = 100
 
 Method = Literal["lrp", "contrast", "grad_cam", "gradient", "mean_outline", "centre", "chance"]
-Share = Annotated[float, Between(0, 1)]
 Scores = NDArray[np.float64]
 """Scores of a map: pointing, share inside, 1 without positive values, and the overlaps of TOPS."""
 POINTING, INSIDE, BLANK, OVERLAPS = 0, 1, 2, slice(3, None)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Annotated, Literal, NotRequired, TypedDict
 
 from cxrdist.bootstrap import Limits
-from cxrdist.documents import Between, Real, Text
-from cxrdist.evaluate.metrics import Metrics, Share
+from cxrdist.documents import Between, Real, Share, Text
+from cxrdist.evaluate.metrics import Metrics
 from cxrdist.files import judging, read_document
 from cxrdist.info import Count
 
