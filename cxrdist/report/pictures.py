@@ -49,6 +49,7 @@ _LEGEND: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borde
 _LARGEST_PX = 512  # of an embedded picture, so that the page stays small
 MOST_PX = 1 << 26  # of a picture that is read; a heat map has at most 4096 x 4096
 _JPEG_QUALITY = 88
+_ROC_CELLS = 400  # along each axis of an ROC curve; each has one corner at most
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,10 @@ def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> Markup:
     from sklearn.metrics import roc_curve  # a third of a second to import
 
     false_rate, true_rate, _ = roc_curve(is_class, score)
+    # Tens of thousands of images give as many corners, most of them less than half a px apart.
+    cells = np.floor(_ROC_CELLS * np.stack([false_rate, true_rate]))
+    first = np.diff(cells, prepend=-1).any(0)
+    false_rate, true_rate = false_rate[first], true_rate[first]
 
     def draw(axes: Axes) -> None:
         _draw_diagonal(axes)

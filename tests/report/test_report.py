@@ -195,6 +195,21 @@ def test_the_curve_ranks_by_logits(run: Path, made: SimpleNamespace) -> None:
     assert chart == sharp
 
 
+def test_the_curve_of_many_images_is_thinned_unseen() -> None:
+    """100,000 images draw a curve of few corners, each where the sorted images have it."""
+    rng = np.random.default_rng(0)
+    is_class = rng.random(100_000) < 0.3
+    score = rng.normal(is_class, 1)
+    chart = pictures.roc_chart("x", is_class, score)
+    longest = max(re.findall(r'd="([^"z]*)"', chart), key=len)
+    drawn = np.array(re.findall(r"[ML] (\S+) (\S+)", longest), float).T
+    assert 100 < drawn.shape[1] <= 801
+    x, y = np.abs(drawn - drawn[:, :1]) / np.ptp(drawn, axis=1, keepdims=True)
+    ranked = is_class[np.argsort(-score)]
+    false_rate, true_rate = np.cumsum(~ranked) / (~ranked).sum(), np.cumsum(ranked) / ranked.sum()
+    assert np.abs(y - np.interp(x, false_rate, true_rate)).max() < 0.003
+
+
 def test_undefined_numbers_are_dashes_with_a_reason(run: Path) -> None:
     """A null is shown as a dash, and the page says which number and why."""
 
