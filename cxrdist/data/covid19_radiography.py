@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 from zipfile import ZipFile
 
 from cxrdist.data.found import LeftOut, find_images
@@ -177,4 +176,6 @@ def _number(name: str) -> int | None:
 def source_of(url: str) -> str:
     """Return the name of the collection that a URL belongs to, else its host."""
     known = next((name for part, name in SOURCES.items() if part in url.lower()), None)
-    return known or urlparse(url).netloc.removeprefix("www.") or NAME
+    # urllib.parse raises an error for some malformed URLs.
+    host = re.match(r"\s*(?:[\w+.-]+:)?//(?:www\.)?([^/?#\s]+)", url)
+    return known or (host[1] if host else NAME)

@@ -8,6 +8,7 @@ from PIL import Image
 from support import run_command
 
 from cxrdist.config import PackConfig
+from cxrdist.data.covid19_radiography import NAME, source_of
 from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError
 
@@ -129,6 +130,20 @@ def test_of_the_current_release_only_the_images_are_read(tmp_path):
         ("Lung_Opacity", "RSNA"): 60,
         ("Viral Pneumonia", "Kermany"): 13,
     }
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://www.sirm.org/category/x", "SIRM"),
+        ("https://www.radiology.example/case?id=1", "radiology.example"),
+        ("http://[broken/case", "[broken"),
+        ("a book", NAME),
+    ],
+)
+def test_an_unknown_source_is_the_host_of_its_url(url, expected):
+    """A malformed URL in a workbook is no error."""
+    assert source_of(url) == expected
 
 
 def test_what_is_no_release_is_one_line(tmp_path):
