@@ -168,6 +168,7 @@ def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> l
     fractions = (*_development_fractions(split), 0.0)
     targets = _targets_of(fractions, counts[order].sum(axis=0))
     chosen = _place_groups(order, counts, *targets)
+    chosen[by_split["val"]] = SPLITS.index("val")  # also their copies that are given for both
     return [
         SPLITS[number] if name == DEVELOPMENT else name
         for number, name in zip(chosen[groups], given, strict=True)

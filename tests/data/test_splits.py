@@ -255,6 +255,18 @@ def test_a_copy_of_an_image_with_an_official_split_follows_it():
     assert (splits[1], splits[30], splits[64]) == ("test", "train", "test")
 
 
+def test_a_copy_of_a_given_val_image_is_not_drawn_for_train():
+    """Its own source leaves open whether it is in train or val."""
+    names = ["train", "val", "test"] * 2 + ["train+val"] * 8
+    records = [
+        Record(Path(), str(i), "ab"[i % 2], str(i), "s", name) for i, name in enumerate(names)
+    ]
+    groups = list(range(len(records)))
+    groups[6], groups[7], groups[8] = 0, 1, 2
+    splits = assign_splits(source_of(records), None, 0, groups)
+    assert splits[6:9] == ["train", "val", "train"]
+
+
 def test_a_placeholder_among_the_patients_to_be_drawn_is_refused():
     """The official lists may be much larger: the part that is drawn counts."""
     records = [
