@@ -177,8 +177,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def _grey(image: Image.Image) -> Image.Image:
     """Convert an 8-bit image to mode L, with transparency on black."""
-    if image.mode == "L":
-        return image
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")

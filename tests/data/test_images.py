@@ -48,6 +48,14 @@ def test_transparent_is_black(tmp_path):
     assert read_square(tmp_path / "image.png", 16, "crop").max() == 0
 
 
+def test_a_transparent_grey_level_is_black(tmp_path):
+    """A grey PNG can declare one level as transparent (tRNS; ISO 15948, section 11.3.2)."""
+    image = Image.fromarray(np.repeat([[255, 90]], 16, axis=0).repeat(8, axis=1).astype(np.uint8))
+    image.save(tmp_path / "image.png", transparency=255)
+    square = read_square(tmp_path / "image.png", 16, "crop")
+    assert np.unique(square).tolist() == [0, 90]
+
+
 def test_an_exif_turn_is_applied(tmp_path):
     """A JPEG that says it lies on its side is put upright."""
     image = Image.fromarray(smooth())
