@@ -67,7 +67,7 @@ def find_text(config: FindTextConfig) -> None:
     source = SourceConfig(
         config.source, config.input, allow_outside=config.allow_outside, views="all"
     )
-    records = read_source(source).records
+    records = read_source(source, least_classes=1).records
     work = config.out.with_name(f".{config.out.name}.partial")
     boxes: dict[str, list[Box]] = {}
     unreadable: list[str] = []

@@ -1,6 +1,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -113,6 +114,13 @@ def test_the_table_has_the_px_of_the_original(images, tmp_path, capsys):
     assert "bad.png: is not a readable image" in said
     assert "1 boxes in 1 of 3 images" in said
     assert sorted(file.name for file in tmp_path.iterdir()) == ["boxes.csv", "in"]
+
+
+def test_images_of_one_class_are_searched(images, tmp_path):
+    """`cxrdist pack --split 0/0/1` takes them, too."""
+    shutil.rmtree(images / "b")
+    find_text(FindTextConfig("folder", images, tmp_path / "boxes.csv", workers=1))
+    assert list(read_boxes(tmp_path / "boxes.csv")) == ["a/x.jpg"]
 
 
 def test_a_killed_search_goes_on(images, tmp_path, monkeypatch):
