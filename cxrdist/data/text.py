@@ -134,7 +134,8 @@ def find_in_file(file: Path) -> tuple[Box, ...]:
 
 def _whole(box: Box, width_px: int, height_px: int) -> Box:
     """Return the box in whole px, clipped to the image."""
-    left, top = max(0, round(box.x)), max(0, round(box.y))
+    left = min(max(0, round(box.x)), width_px - 1)
+    top = min(max(0, round(box.y)), height_px - 1)
     right = min(width_px, max(left + 1, round(box.x + box.width)))
     bottom = min(height_px, max(top + 1, round(box.y + box.height)))
     return box._replace(x=left, y=top, width=right - left, height=bottom - top)
@@ -226,8 +227,10 @@ def _around(a: Box, b: Box) -> Box:
 
 def _read(image: Image.Image, box: Box) -> Box:
     """Return the box with its recognised text."""
+    left, top = round(box.x), round(box.y)
     right, bottom = round(box.x + box.width), round(box.y + box.height)
-    crop = image.crop((round(box.x), round(box.y), right, bottom)).convert("RGB")
+    # The engine fails on an empty image.
+    crop = image.crop((left, top, max(left + 1, right), max(top + 1, bottom))).convert("RGB")
     result = _engine()(np.asarray(crop), use_det=False, use_cls=False, use_rec=True)
     text, score = (result.txts[0], result.scores[0]) if result.txts else ("", 0.0)
     return box._replace(text=text if score >= READ_FROM else "")

@@ -15,7 +15,7 @@ from cxrdist.data import text
 from cxrdist.data.boxes import Box, read_boxes
 from cxrdist.data.images import read_grey
 from cxrdist.data.phantom import burn_text, draw_patient
-from cxrdist.data.text import find_boxes, find_text, merge
+from cxrdist.data.text import find_boxes, find_in_file, find_text, merge
 from cxrdist.errors import CxrdistError, RunFailedError
 
 MARKS = Path(__file__).parents[1] / "golden" / "text_marks.csv"
@@ -86,6 +86,13 @@ def test_overlapping_boxes_become_one():
     """Boxes that overlap, also through a third one, are put together; others are left alone."""
     boxes = [Box(0, 0, 4, 4), Box(6, 0, 4, 4), Box(20, 20, 2, 2), Box(3, 1, 4, 2, score=0.4)]
     assert sorted(merge(boxes)) == [Box(0, 0, 10, 4), Box(20, 20, 2, 2)]
+
+
+def test_a_box_smaller_than_a_pixel_becomes_one(tmp_path, monkeypatch):
+    """At the border of an image, too; `cxrdist pack` refuses boxes without width or height."""
+    Image.new("L", (64, 48), 90).save(tmp_path / "x.png")
+    monkeypatch.setattr(text, "_detect", lambda *_: [Box(63.8, 47.7, 0.05, 0.05)])
+    assert [box[:4] for box in find_in_file(tmp_path / "x.png")] == [(63, 47, 1, 1)]
 
 
 @pytest.fixture
