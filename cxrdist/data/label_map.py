@@ -1,7 +1,8 @@
 """Label map: rename, merge and drop the labels of a source."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from cxrdist.data.found import LeftOut
@@ -73,53 +74,46 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
         for record in source.records
         if record.label in gone
     ]
-    seen: dict[tuple[str, ...], LabelCells] = {}
+    combine = combiner(parts)
     return replace(
         source,
-        records=[_mapped(r, parts, labels, seen) for r in source.records if r.label not in gone],
+        records=[_mapped(r, combine, labels) for r in source.records if r.label not in gone],
         classes=list(parts),
         left_out=tuple(sorted((*source.left_out, *left_out))),
     )
 
 
-def _mapped(
-    record: Record,
-    parts: Mapping[str, list[str]],
-    labels: LabelMap,
-    seen: dict[tuple[str, ...], LabelCells],
-) -> Record:
-    """Return the record with new labels.
-
-    Most records share few combinations of labels, so results are cached in ``seen``.
-    """
-    cells = (record.label, record.uncertain, record.missing, record.assumed_absent)
-    if cells not in seen:
-        seen[cells] = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
+def _mapped(record: Record, combine: Callable[..., LabelCells], labels: LabelMap) -> Record:
+    """Return the record with new labels."""
+    cells = combine(record.label, record.uncertain, record.missing, record.assumed_absent)
     findings = tuple(
         finding._replace(label=ours)
         for finding in record.findings
         if (ours := labels.get(finding.label, finding.label)) is not None
     )
-    return replace(record, findings=findings, **seen[cells])
+    return replace(record, findings=findings, **cells)
 
 
-def combine_cells(
-    parts: Mapping[str, Iterable[str]],
-    present: set[str],
-    uncertain: set[str],
-    missing: set[str],
-    assumed: set[str],
-) -> LabelCells:
-    """Return the cells of the new labels, as `Record` has them."""
-    names_in: dict[str, list[str]] = {name: [] for name in NAMES}
-    for ours, theirs in parts.items():
-        for name, those in zip(NAMES, (present, uncertain, missing, assumed), strict=True):
-            if not those.isdisjoint(theirs):
-                names_in[name].append(ours)
-                break
-    return {
-        "label": SEPARATOR.join(names_in["label"]),
-        "uncertain": SEPARATOR.join(names_in["uncertain"]),
-        "missing": SEPARATOR.join(names_in["missing"]),
-        "assumed_absent": SEPARATOR.join(names_in["assumed_absent"]),
-    }
+def combiner(parts: Mapping[str, Sequence[str]]) -> Callable[..., LabelCells]:
+    """Return a function that converts the label, uncertain, missing and assumed_absent of an image.
+
+    ``parts`` has for each new label those that become it; a new label without any is missing. Most
+    images share few combinations of labels, so results are cached.
+    """
+
+    @cache
+    def combine(*texts: str) -> LabelCells:
+        cells = {name: set(labels_of(text)) for name, text in zip(NAMES, texts, strict=True)}
+        named: dict[str, list[str]] = {name: [] for name in NAMES}
+        for ours, theirs in parts.items():
+            has = [name for name, labels in cells.items() if not labels.isdisjoint(theirs)]
+            for name in has[:1] if theirs else ["missing"]:
+                named[name].append(ours)
+        return {
+            "label": SEPARATOR.join(named["label"]),
+            "uncertain": SEPARATOR.join(named["uncertain"]),
+            "missing": SEPARATOR.join(named["missing"]),
+            "assumed_absent": SEPARATOR.join(named["assumed_absent"]),
+        }
+
+    return combine

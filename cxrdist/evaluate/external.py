@@ -20,9 +20,8 @@ from cxrdist.data.audit import PRE_TRAINING_SOURCES
 from cxrdist.data.cache import Images, open_cache
 from cxrdist.data.chestxray14 import LABELS
 from cxrdist.data.index import Index, Sample, read_index
-from cxrdist.data.label_map import LabelMap, combine_cells
-from cxrdist.data.labels import labels_of
-from cxrdist.data.records import KNOWN_NAMES, LabelCells
+from cxrdist.data.label_map import LabelMap, combiner
+from cxrdist.data.records import KNOWN_NAMES
 from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
@@ -203,28 +202,16 @@ def map_labels(index: Index, classes: list[str], labels: LabelMap) -> Index:
             f"{', '.join(classes)}; none is in both: map their classes to the model's with "
             "--label-map"
         )
+    # With one class per image, a class that the set does not have is absent instead of missing.
     is_multilabel = index.task == "multilabel"
-    lacking = {name for name in classes if is_multilabel and not merged[name]}
-    known: dict[tuple[str, ...], LabelCells] = {}
-    samples = [_relabelled(sample, merged, lacking, known) for sample in index.samples]
-    if index.task == "multiclass":
+    combine = combiner({n: theirs for n, theirs in merged.items() if theirs or is_multilabel})
+    samples = [
+        s._replace(**combine(s.label, s.uncertain, s.missing, s.assumed_absent))
+        for s in index.samples
+    ]
+    if not is_multilabel:
         samples = [s if s.label else s._replace(split=IN_NO_SPLIT) for s in samples]
     return replace(index, classes=classes, samples=samples)
-
-
-def _relabelled(
-    sample: Sample,
-    parts: Mapping[str, list[str]],
-    lacking: set[str],
-    known: dict[tuple[str, ...], LabelCells],
-) -> Sample:
-    """Return the sample with the model's labels; `known` caches the few combinations."""
-    cells = (sample.label, sample.uncertain, sample.missing, sample.assumed_absent)
-    if cells not in known:
-        ours = combine_cells(parts, *(set(labels_of(cell)) for cell in cells))
-        missing = {*labels_of(ours["missing"]), *lacking}
-        known[cells] = {**ours, "missing": "|".join(name for name in parts if name in missing)}
-    return sample._replace(**known[cells])
 
 
 def take_external(
