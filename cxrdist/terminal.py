@@ -1,4 +1,4 @@
-"""Progress bars and tables for the terminal."""
+"""Progress bars, tables and lists for the terminal."""
 
 import sys
 from collections.abc import Sequence
@@ -25,6 +25,12 @@ def progress(total: int | None, title: str, unit: str, *, show: bool = True, don
         maxinterval=interval,
         dynamic_ncols=True,
     )
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """Join the first names by commas; add the number of the others, if there are any."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,7 @@ from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
+from cxrdist.terminal import few
 
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
@@ -50,10 +51,8 @@ MOST_LISTED = 10  # in a line of the summary
 # Grey levels. X-rays have a standard deviation of 40 to 80; a wrong window or depth leaves few.
 FLAT_RANGE = 32  # mean and 3 standard deviations are within this many levels of black or white
 UNKNOWN = "unknown"
-MODELS: tuple[Literal["logistic_regression", "perceptron"], ...] = (
-    "logistic_regression",
-    "perceptron",
-)
+Model = Literal["logistic_regression", "perceptron"]
+MODELS: tuple[Model, ...] = get_args(Model)
 FIGURES: tuple[Literal["accuracy", "mean_auroc"], ...] = ("accuracy", "mean_auroc")
 PairKind = Literal["exact", "near"]
 _WITHIN = "{value:.3f} ({low:.3f} to {high:.3f})"
@@ -386,13 +385,14 @@ def _leaks(audit_file: AuditFile) -> Iterator[str]:
     }
     yield from (f"{what}: {number}" for what, number in counts.items() if number)
     if names := [shared["patient"] for shared in audit_file["patients_in_several_classes"]]:
-        yield f"patients with images in several classes: {len(names)} ({_few(names)})"
+        yield f"patients with images in several classes: {len(names)} ({few(names, MOST_LISTED)})"
 
 
 def _empty(flat: Sequence[FlatImage]) -> Iterator[str]:
     for kind in ("constant", "nearly black", "nearly white"):
         if paths := [image["path"] for image in flat if image["kind"] == kind]:
-            yield f"{kind} images: {len(paths)}; check window and bit depth ({_few(paths)})"
+            listed = few(paths, MOST_LISTED)
+            yield f"{kind} images: {len(paths)}; check window and bit depth ({listed})"
 
 
 def _confounded(table: Origins | None, what: str) -> Iterator[str]:
@@ -420,7 +420,7 @@ def _shortcuts(shortcut: Shortcut | None) -> Iterator[str]:
         listed = [f"{n} {above[n]:.2f}" for n in sorted(above, key=lambda n: -above[n])]
         yield (
             "size, border and brightness alone tell classes from the rest, AUROC (chance 0.5): "
-            f"{_few(listed)}"
+            f"{few(listed, MOST_LISTED)}"
         )
 
 
@@ -477,11 +477,6 @@ def _seen_before(table: PreTraining | None) -> Iterator[str]:
             f"{sum(seen.values())} images ({seen['test']} in test) are from {table['data_set']}: a "
             "network that starts from CheXNet may have seen them in its pre-training"
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(names[:MOST_LISTED]) + more
 
 
 def summary(audit_file: AuditFile) -> str:

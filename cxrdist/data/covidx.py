@@ -21,6 +21,7 @@ from cxrdist.data.rsna_pneumonia import NAME as RSNA
 from cxrdist.data.rsna_pneumonia import patients_note, read_nih_patients
 from cxrdist.data.tables import read_text
 from cxrdist.errors import CxrdistError
+from cxrdist.terminal import few
 
 NAME = "COVIDx"
 LIST = re.compile(r"(train|val|test)(_[A-Za-z0-9_.-]+)?\.txt")
@@ -186,9 +187,8 @@ def _notes(
     records: Sequence[Record], left_out: Mapping[str, Counter[str]], origins: Mapping[str, str]
 ) -> Iterator[str]:
     for reason, images in left_out.items():
-        names = ", ".join(sorted(images)[:MOST_NAMED])
-        more = f" and {len(images) - MOST_NAMED} more" if len(images) > MOST_NAMED else ""
-        yield f"images left out, each {reason}: {images.total()} ({names}{more})"
+        names = few(sorted(images), MOST_NAMED)
+        yield f"images left out, each {reason}: {images.total()} ({names})"
     num_rsna = sum(record.source == RSNA for record in records)
     if num_rsna and not origins:
         yield patients_note(num_rsna)

@@ -28,6 +28,7 @@ from cxrdist.data.several import read_several
 from cxrdist.data.views import LEFT_OUT, NAMES, UNKNOWN, parse_views, view_in_name, view_of
 from cxrdist.data.vindr_cxr import read_vindr_cxr
 from cxrdist.errors import CxrdistError
+from cxrdist.terminal import few
 
 ONLY_FOR = {
     "against_rest": ("chestxray14",),
@@ -161,10 +162,9 @@ def _read_before(source: Source, num_kept: int) -> Iterable[str]:
 
 
 def _view_notes(strange: Counter[str]) -> Iterator[str]:
-    texts = ", ".join(repr(text)[:40] for text, _ in strange.most_common(MOST_NAMED))
-    more = f" and {len(strange) - MOST_NAMED} more" if len(strange) > MOST_NAMED else ""
+    texts = few([repr(text)[:40] for text, _ in strange.most_common()], MOST_NAMED)
     if strange:
-        yield f"{strange.total()} images have a view that cxrdist does not know: {texts}{more}"
+        yield f"{strange.total()} images have a view that cxrdist does not know: {texts}"
 
 
 def _refuse_lost_classes(

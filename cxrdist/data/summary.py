@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from cxrdist.data.views import LEFT_OUT, NAMES
 from cxrdist.errors import RunFailedError
 from cxrdist.files import write_json
 from cxrdist.info import LabelAmount
-from cxrdist.terminal import table
+from cxrdist.terminal import few, table
 
 Counts = dict[str, dict[str, LabelAmount]]  # by split and class
 MOST_SOURCES = 10  # in a line
@@ -156,16 +156,11 @@ def _print_labels(index: Index, counts: Counts) -> None:
 def _tell_origins(index: Index) -> Iterator[str]:
     """Yield a line on the views, and one on the sources if there are several."""
     views = Counter(sample.view for sample in index.samples)
-    yield f"views: {_listed((NAMES.get(view, view), n) for view, n in views.most_common())}"
+    yield f"views: {', '.join(f'{n} {NAMES[view]}' for view, n in views.most_common())}"
     sources = Counter(sample.source for sample in index.samples)
     if len(sources) > 1:
-        listed = _listed(sources.most_common(MOST_SOURCES))
-        more = len(sources) - MOST_SOURCES
-        yield f"sources: {listed}{f' and {more} more' if more > 0 else ''}"
-
-
-def _listed(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{number} {name}" for name, number in counts)
+        listed = [f"{number} {name}" for name, number in sources.most_common()]
+        yield f"sources: {few(listed, MOST_SOURCES)}"
 
 
 def _tell_patients(records: list[Record], kind: str) -> Iterator[str]:
