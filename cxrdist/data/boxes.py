@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cxrdist.data.findings import Finding
 from cxrdist.data.tables import read_table
 from cxrdist.errors import CxrdistError
 from cxrdist.files import write_table
@@ -91,7 +92,7 @@ def box_of(row: Mapping[str, str], where: str) -> Box:
     return Box(x, y, width, height, row.get("text", ""), score)
 
 
-def inside(boxes: Sequence[Box], height_px: int, width_px: int) -> NDArray[np.bool_]:
+def inside(boxes: Sequence[Box | Finding], height_px: int, width_px: int) -> NDArray[np.bool_]:
     """Return the pixels in any box, bool [height_px, width_px]; pixels partly inside count."""
     mask = np.zeros((height_px, width_px), dtype=bool)
     for box in boxes:

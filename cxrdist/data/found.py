@@ -6,7 +6,7 @@ other file the first bytes decide.
 
 import heapq
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -142,12 +142,15 @@ def without_suffix(path: str) -> str:
     return path.removesuffix(suffix) if suffix.lower() in IMAGE_SUFFIXES else path
 
 
-def path_ends(paths: Sequence[str], depth: int) -> dict[str, list[int]]:
-    """Index paths by their last ``depth`` folders and file name without suffix."""
+def path_ends(paths: Iterable[str], names: Iterable[str]) -> dict[str, list[int]]:
+    """Index paths without suffix by their ends that have as many folders as one of the names."""
+    depths = {name.count("/") for name in names}
     positions: dict[str, list[int]] = {}
     for i, path in enumerate(paths):
-        name = "/".join(without_suffix(path).rsplit("/", depth + 1)[-depth - 1 :])
-        positions.setdefault(name, []).append(i)
+        parts = without_suffix(path).split("/")
+        for depth in depths:
+            if depth < len(parts):
+                positions.setdefault("/".join(parts[-depth - 1 :]), []).append(i)
     return positions
 
 

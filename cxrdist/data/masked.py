@@ -154,14 +154,12 @@ def _match(
     records: Sequence[Record], named: Sequence[_Named]
 ) -> tuple[dict[int, _Named], list[_Named]]:
     """Return the masks by position of their record, and the masks without a record."""
-    ends: dict[int, dict[str, list[int]]] = {}  # by number of folders in a name, then by name
+    paths = (_absolute(record.file) for record in records)
+    ends = path_ends(paths, (mask.names[0] for mask in named))
     matched: dict[int, _Named] = {}
     strays = []
     for mask in named:
-        depth = mask.names[0].count("/")
-        if depth not in ends:
-            ends[depth] = path_ends([_absolute(record.file) for record in records], depth)
-        positions = next((ends[depth][name] for name in mask.names if name in ends[depth]), [])
+        positions = next((ends[name] for name in mask.names if name in ends), [])
         if len(positions) > 1:
             one, other = (records[i].path for i in positions[:2])
             raise CxrdistError(

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.data.boxes import Box, inside
+from cxrdist.data.boxes import inside
 from cxrdist.data.cache import Masks
 from cxrdist.data.findings import Finding
 from cxrdist.data.found import path_ends
@@ -122,13 +122,9 @@ def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Findi
 def _match(names: Collection[str], index: Index, file: Path) -> dict[str, int]:
     """Find the sample whose path ends with each name, ignoring suffixes."""
     paths = [sample.path for sample in index.samples]
-    ends: dict[int, dict[str, list[int]]] = {}
-    found: dict[str, int] = {}
+    ends, found = path_ends(paths, names), dict[str, int]()
     for name in names:
-        depth = name.count("/")
-        if depth not in ends:
-            ends[depth] = path_ends(paths, depth)
-        numbers = ends[depth].get(name, [])
+        numbers = ends.get(name, [])
         if len(numbers) > 1:
             raise CxrdistError(
                 f"{file}: {name} may be {paths[numbers[0]]} or {paths[numbers[1]]}; write the "
@@ -155,8 +151,7 @@ def _boxes(
     size_px = index.image_size_px
 
     def read(case: Case) -> NDArray[np.bool_]:
-        boxes = [Box(box.x, box.y, box.width, box.height) for box in found[case]]
-        return inside(boxes, size_px, size_px)
+        return inside(found[case], size_px, size_px)
 
     shapes = {case: len(found[case]) for case in sorted(found)}
     return Outlines("boxes", origin, shapes, left_out, read)
