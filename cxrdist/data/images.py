@@ -62,8 +62,7 @@ def _mask_square(
         problem = str(error).removeprefix(f"{place_of_mask.file}: ")
         problem = problem.replace(str(place_of_mask.file), "the table of masks")
         raise CxrdistError(f"{file}: its mask: {problem}") from error
-    shown = grey.image.size
-    return mask_square(mask, place(*shown, size_px, fit), shown, size_px)
+    return mask_square(mask, grey.image.size, size_px, fit)
 
 
 def read_grey(file: Path, least_px: int, depth: int | None = None) -> Picture:

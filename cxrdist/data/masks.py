@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.data.geometry import Placement, place, resample
+from cxrdist.data.geometry import place, resample
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.data.pictures import read_file, read_picture
 from cxrdist.data.run_lengths import read_runs
@@ -104,15 +104,15 @@ def read_mask(place: MaskPlace, width_px: int, height_px: int) -> NDArray[np.uin
 
 
 def mask_square(
-    mask: NDArray[np.uint8], placement: Placement, shown: tuple[int, int], size_px: int
+    mask: NDArray[np.uint8], shown: tuple[int, int], size_px: int, fit: str
 ) -> NDArray[np.uint8]:
     """Transform a mask, uint8 [H, W] of 0 and 255, into the square like its image.
 
-    ``placement`` is that of the image, of which width and height are ``shown``, in px. A pixel of
-    the result, uint8 [size, size], is 255 if at least half of it is covered, else 0.
+    ``shown`` is width and height of the image, in px. A pixel of the result, uint8 [size, size], is
+    255 if at least half of it is covered, else 0.
     """
     height, width = mask.shape
-    here = placement.at_scale(width / shown[0], height / shown[1])
+    here = place(*shown, size_px, fit).at_scale(width / shown[0], height / shown[1])
     return _halved(np.asarray(resample(Image.fromarray(mask), here, size_px)))
 
 
@@ -124,7 +124,7 @@ def read_square(
     ``shown`` is width and height of the original, in px; result and errors are those of
     `mask_square` and `read_mask`.
     """
-    return mask_square(read_mask(mask, *shown), place(*shown, size_px, fit), shown, size_px)
+    return mask_square(read_mask(mask, *shown), shown, size_px, fit)
 
 
 def _read_grey(file: Path) -> NDArray[np.uint8]:
