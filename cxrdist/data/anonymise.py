@@ -79,9 +79,8 @@ def shared_key(directory: Path) -> bytes:
 
 def make_private(directory: Path) -> None:
     """Create a local directory that only its owner can read."""
-    if isinstance(directory, Path):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory.chmod(0o700)
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory.chmod(0o700)
 
 
 def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:

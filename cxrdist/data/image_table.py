@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cxrdist.data.found import LeftOut, escaped, look_at, walk
 from cxrdist.data.labels import CELLS, SEPARATOR, labels_of, read_cells
+from cxrdist.data.listed import NOT_IN_TABLE
 from cxrdist.data.patients import age_of, compile_pattern, patient_of, sex_of
 from cxrdist.data.records import SPLIT_NAMES, Record, Source, known_source
 from cxrdist.data.tables import Row, Table, plain, read_table
@@ -48,7 +49,6 @@ LOOK_ALIKES = {
         *("finding", "findings", "findinglabels", "pathology", "pathologies", "target", "targets"),
     },
 }
-NOT_IN_TABLE = "not in the table"
 TABLE = "the table itself"
 OPEN = ("uncertain", "missing")
 NO_FINDING = "nofinding"

@@ -6,7 +6,7 @@ cell): not looked for, or not mentioned.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,8 @@ SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
 # Codes of the cells of a label matrix; below 0 the label is not known.
 POSITIVE, NEGATIVE, UNCERTAIN, MISSING = 1, 0, -1, -2
 # Fields of a record and of a sample: labels that its source does not state.
-NOT_STATED: tuple[Literal["uncertain", "missing", "assumed_absent"], ...] = (
-    "uncertain",
-    "missing",
-    "assumed_absent",
-)
+NotStated = Literal["uncertain", "missing", "assumed_absent"]
+NOT_STATED: tuple[NotStated, ...] = get_args(NotStated)
 CELLS = {
     **dict.fromkeys(("1", "1.0"), POSITIVE),
     **dict.fromkeys(("0", "0.0"), NEGATIVE),
