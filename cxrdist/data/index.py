@@ -54,7 +54,7 @@ Classes = Annotated[list[ClassName], Between(1, MOST_CLASSES), Distinct()]
 
 
 class Sample(NamedTuple):
-    """One image in a shard; the columns of samples.csv."""
+    """One image in a shard; the columns of samples.csv, as in `Record`, empty if unknown."""
 
     key: str
     split: str
@@ -65,17 +65,11 @@ class Sample(NamedTuple):
     path: str
     sha256: str
     sex: str = ""
-    """M, F, or empty if unknown."""
     age: str = ""
-    """In years, or empty."""
     view: str = ""
-    """One of `cxrdist.data.views.VIEWS`, or empty if unknown."""
     uncertain: str = ""
-    """Labels that the source is unsure about, separated by ``|``."""
     missing: str = ""
-    """Labels that the source does not mention, separated by ``|``."""
     assumed_absent: str = ""
-    """Labels that count as absent though the source does not mention them."""
     mask_sha256: str = ""
     """Hash of the mask's pixels, rows from the top, one byte of 0 or 255 each; empty without."""
 
@@ -163,17 +157,15 @@ class Index:
     """Side of the squares."""
     fit: Fit
     split: str
-    """How the splits were drawn."""
     cover: CoverEntry | None
-    """How burned-in text was covered; None if it was not."""
+    """None if burned-in text was not covered."""
     depth: int | None
-    """Bit depth assumed for images that do not declare theirs; None without such images."""
+    """None if all images declare their depth."""
     shards: list[ShardEntry]
     """In the order of the samples."""
     samples: list[Sample]
     """A sample number is a position in this list."""
     lungs_only: bool = False
-    """Whether everything outside the masks is black."""
 
     def numbers(self, split: str) -> list[int]:
         """Return the sample numbers of a split, ascending."""
