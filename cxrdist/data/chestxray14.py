@@ -30,7 +30,7 @@ COLUMNS = {
     **{name: (name,) for name in (*NEEDED, "Patient Age")},
     "Patient Sex": ("Patient Sex", "Patient Gender"),  # in the newer and in the older table
 }
-FOLDERS = re.compile(r"images(_[^/]+/images)?")  # of the NIH, and of Kaggle
+IMAGE = re.compile(r"images(?:_[^/]+/images)?/([^/]+)")  # of the NIH, and of Kaggle
 
 
 def read_chestxray14(
@@ -56,7 +56,7 @@ def read_chestxray14(
             f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}; download one of them"
         )
     table = read_table(place, NEEDED)
-    listed = Listed(folder, _name_of, besides)
+    listed = Listed(folder, IMAGE, besides, suffix=".png")
     splits, boxes = _splits(folder), read_boxes(folder, LABELS)
     records = []
     for where, name, known in _rows(table):
@@ -96,11 +96,6 @@ def _stem(name: str) -> str:
 def _official(name: str) -> str:
     """Return an image's name in the NIH's tables; smaller copies may be JPEGs."""
     return f"{_stem(name)}.png"
-
-
-def _name_of(path: str) -> str | None:
-    folder, _, stem = path.rpartition("/")
-    return f"{stem}.png" if FOLDERS.fullmatch(folder) else None
 
 
 def _splits(folder: Path) -> dict[str, str]:

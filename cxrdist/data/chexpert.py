@@ -69,7 +69,7 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
         CxrdistError: there is no table or no image, or a table is malformed.
     """
     tables, not_read = _find_tables(folder)
-    listed = Listed(folder, _name_of, besides)
+    listed = Listed(folder, IMAGE, besides)
     splits = SPLITS_WITH_TEST if "test" in tables else SPLITS_WITHOUT_TEST
     records: list[Record] = []
     views: Counter[View] = Counter()
@@ -124,10 +124,6 @@ def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
     return tables, not_read
 
 
-def _name_of(path: str) -> str | None:
-    return match[1] if (match := IMAGE.fullmatch(path)) else None
-
-
 def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str, Any]]]:
     """Yield the name of each image in a table, its view, and fields of its record.
 
@@ -153,7 +149,7 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
 
 
 def _asked(where: str, text: str, form: re.Pattern[str]) -> str:
-    """Return the image or study of a row, as `_name_of` names it."""
+    """Return the image or study of a row, as the group of `IMAGE`."""
     if not (match := form.fullmatch(text)):
         raise CxrdistError(
             f"{where}: {text!r:.80} does not end like patient00001/study1/view1_frontal.jpg, "

@@ -24,6 +24,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.terminal import few
 
 NAME = "COVIDx"
+IMAGE = re.compile(r"((?:train|val|test)/[^/]+)")
 LIST = re.compile(r"(train|val|test)(_[A-Za-z0-9_.-]+)?\.txt")
 # In the order of COVID-Net's outputs (its data.py).
 CLASSES = (("negative", "positive"), ("normal", "pneumonia", "COVID-19"))
@@ -86,7 +87,7 @@ def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
         CxrdistError: the lists of a version are missing, several versions are mixed, or a line is
             malformed.
     """
-    listed, lists = Listed(folder, _name_of, besides, suffixes=True), _find_lists(folder)
+    listed, lists = Listed(folder, IMAGE, besides, suffix=None), _find_lists(folder)
     lines = [line for split, file in lists.items() for line in _read_list(split, file)]
     classes, origins = _classes(folder, lines), read_nih_patients(folder)
     patients = [_patient(line, origins) for line in lines]
@@ -107,10 +108,6 @@ def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
         records.append(Record(*taken, line.label, patient, line.source(), split, view))
     notes = (*listed.notes(*lists.values()), *_notes(records, left_out, origins))
     return Source(records, "multiclass", list(classes), NAME, notes, *listed.account())
-
-
-def _name_of(path: str) -> str | None:
-    return path if path.partition("/")[0] in SPLITS and path.count("/") == 1 else None
 
 
 def _find_lists(folder: Path) -> dict[str, Path]:

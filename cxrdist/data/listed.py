@@ -1,6 +1,7 @@
 """Listed: match the files of a public data set with the rows of its tables."""
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cxrdist.data.found import LeftOut, find_images, path_below
@@ -18,17 +19,16 @@ class Listed:
     def __init__(
         self,
         folder: Path,
-        name_of: Callable[[str], str | None],
+        image: re.Pattern[str],
         besides: Sequence[Path] = (),
         *,
-        suffixes: bool = False,
+        suffix: str | None = "",
     ) -> None:
         """List every file except those in folders of ``besides``.
 
-        ``name_of`` maps a path relative to the folder to its name in the tables; None for files
-        outside of the data set's own folders. It gets the path without its suffix, since smaller
-        copies of a data set have others; or, if ``suffixes``, with it, where two images differ only
-        in theirs.
+        ``image`` matches the path of an image of the data set, relative to the folder and without
+        its suffix, since smaller copies of a data set have others. Its group and ``suffix`` are the
+        image's name in the tables; None stands for the image's own suffix.
 
         Raises:
             CxrdistError: there is no image in the data set's folders, or two have one name.
@@ -39,10 +39,11 @@ class Listed:
         self._num_found, self._dicom = found.num_files, found.dicom
         for file in found.images:
             path = path_below(folder, file)
-            name = name_of(path if suffixes else path.removesuffix(file.suffix))
-            if name is None:
+            match = image.fullmatch(path.removesuffix(file.suffix))
+            if match is None:
                 self._left_out.append(LeftOut(path, OUTSIDE))
                 continue
+            name = match[1] + (file.suffix if suffix is None else suffix)
             if name in self._waiting:
                 raise CxrdistError(f"{file}: is also in {self._waiting[name][0]}; remove one")
             self._waiting[name] = file, path

@@ -84,7 +84,7 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     studies = _read_studies(tables[CHEXPERT])
     splits = _read_splits(tables[SPLIT]) if SPLIT in tables else None
     patients = _read_patients(tables[PATIENTS]) if PATIENTS in tables else {}
-    listed = Listed(folder, _name_of, besides)
+    listed = Listed(folder, IMAGE, besides)
     records: list[Record] = []
     unknown: Counter[str] = Counter()
     for where, row in tables[METADATA].cells((*NEEDED[METADATA], *OPTIONAL), NEEDED[METADATA]):
@@ -128,10 +128,6 @@ def _find_file(folder: Path, name: str) -> Path | None:
     """Return a table of the data set, plain or gzipped; None if neither exists."""
     files = (folder / name, folder / f"{name}.gz")
     return next((file for file in files if file.is_file()), None)
-
-
-def _name_of(path: str) -> str | None:
-    return match[1] if (match := IMAGE.fullmatch(path)) else None
 
 
 def _read_studies(table: Table) -> dict[str, Study]:

@@ -40,7 +40,7 @@ COLUMNS = (
     *("ViewPosition_DICOM", "PatientSex_DICOM", "PatientBirth", "StudyDate_DICOM", "MethodLabel"),
 )
 # 0/ to 54/ as the zip files unpack, or all in one folder; resized copies are in images-224/ ...
-FOLDERS = re.compile(r"([^/]*images?[^/]*/)*(\d{1,2}/)?", re.IGNORECASE)
+IMAGE = re.compile(r"(?:[^/]*images?[^/]*/)*(?:\d{1,2}/)?([^/]+)", re.IGNORECASE)
 
 # The 174 findings and 19 differential diagnoses of the released table without the remarks, as
 # listed in the authors' notebook (image_prediction/Dataset-maintenance.ipynb).
@@ -127,7 +127,7 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
     stated = (_read_labels(where, cells["Labels"]) for where, cells in _rows(table))
     further = {label for labels in stated for label in labels}.difference(LABELS, REMARKS)
     classes = sorted({*LABELS, *further})
-    listed = Listed(folder, _name_of, besides)
+    listed = Listed(folder, IMAGE, besides)
     records, methods = _read_records(table, listed, classes)
     notes = (*table.notes, *listed.notes(file), *_notes(records, methods, further))
     return Source(records, "multilabel", classes, NAME, notes, *listed.account())
@@ -164,12 +164,6 @@ def _read_records(
         )
         records.append(record)
     return records, methods
-
-
-def _name_of(path: str) -> str | None:
-    """Return the image's name in the table; None outside of the image folders."""
-    folder, slash, name = path.rpartition("/")
-    return name if FOLDERS.fullmatch(folder + slash) else None
 
 
 def _rows(table: Table) -> Iterator[tuple[str, dict[str, str]]]:

@@ -6,6 +6,7 @@ Not read: the test images, which have no labels on Kaggle, the readings of each 
 RSNA published later, and the tables of stage 1.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -24,7 +25,7 @@ OPACITY = "Lung Opacity"
 CLASSES = (OPACITY, "No Lung Opacity / Not Normal", "Normal")
 BOXES, READINGS = "stage_2_train_labels.csv", "stage_2_detailed_class_info.csv"
 COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
-TRAIN_IMAGES, TEST_IMAGES = "stage_2_train_images", "stage_2_test_images"
+IMAGE, TEST_IMAGES = re.compile(r"stage_2_train_images/([^/]+)"), "stage_2_test_images/"
 # Maps each image to its name in ChestX-ray14; from RSNA's page of the challenge.
 MAPPING = "pneumonia-challenge-dataset-mappings_2018.json"
 
@@ -55,7 +56,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
             f"{folder}: {unmatched[0]} is in only one of {BOXES} and {READINGS}; fetch both again"
         )
     patients = read_nih_patients(folder)
-    listed = Listed(folder, _name_of, besides)
+    listed = Listed(folder, IMAGE, besides)
     records = []
     for name, label in readings.items():
         if bool(boxes[name]) != (label == OPACITY):
@@ -75,7 +76,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
     reason = "test image of the challenge, of which no label is given"
     left_out = tuple(
         left._replace(reason=reason)
-        if left.reason == OUTSIDE and left.path.startswith(f"{TEST_IMAGES}/")
+        if left.reason == OUTSIDE and left.path.startswith(TEST_IMAGES)
         else left
         for left in left_out
     )
@@ -93,11 +94,6 @@ def read_nih_patients(folder: Path) -> dict[str, str]:
         return {}
     origins = read_document(file, list[Origin], "fetch it again")
     return {origin.subset_img_id: origin.img_id[:8] for origin in origins}
-
-
-def _name_of(path: str) -> str | None:
-    folder, _, name = path.rpartition("/")
-    return name if folder == TRAIN_IMAGES else None
 
 
 def _cells(file: Path, names: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:

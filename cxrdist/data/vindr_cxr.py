@@ -47,6 +47,8 @@ KAGGLE_LABELS = (
     *("Pleural thickening", "Pneumothorax", "Pulmonary fibrosis", NO_FINDING),
 )
 SPLITS = {"train": DEVELOPMENT, "test": "test"}
+# Kaggle's copies have train/train/ and test/test/.
+IMAGE = re.compile(r"(?:train/(?=train/)|test/(?=test/))?((?:train|test)/[^/]+)")
 EDGES = ("x_min", "y_min", "x_max", "y_max")
 BOX_COLUMNS = ("image_id", "class_name", *EDGES, "rad_id")  # the last is missing for test images
 # The tables of training and test images differ in one column's name.
@@ -105,7 +107,7 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
             f"--input {folder}: has no annotations/image_labels_train.csv (PhysioNet) and no "
             "train.csv (Kaggle)"
         )
-    listed = Listed(folder, _name_of, besides)
+    listed = Listed(folder, IMAGE, besides)
     records = [
         _record(image, taken, content, classes)
         for image in content.readings
@@ -114,11 +116,6 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     records, resized = _without_unfit_boxes(records)
     notes = (*content.notes, *listed.notes(*tables), *resized, *_notes(records))
     return Source(records, "multilabel", list(classes), NAME, notes, *listed.account())
-
-
-def _name_of(path: str) -> str | None:
-    named = re.fullmatch(r"(train|test)/(?:\1/)?([^/]+)", path)  # Kaggle's copies nest them
-    return f"{named[1]}/{named[2]}" if named else None
 
 
 def _record(
