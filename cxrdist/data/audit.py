@@ -249,12 +249,12 @@ def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str])
     for name, i in row_of.items():
         by_class = dict(zip(classes, inside[:, i].tolist(), strict=True))
         result["counts"][name] = {**by_class, "all": int(total[i])}
-    told = np.array(known) != UNKNOWN
+    is_stated = np.array(known) != UNKNOWN
     for label, counts, rest in zip(classes, inside, outside, strict=True):
-        both = np.stack([counts, rest])[:, told & (counts + rest > 0)]
+        both = np.stack([counts, rest])[:, is_stated & (counts + rest > 0)]
         comparable = both.shape[1] > 1 and both.sum(axis=1).all()
         v = round(float(association(both, "cramer")), 4) if comparable else None
-        own = counts[told & (rest == 0)].sum() if rest.any() else 0
+        own = counts[is_stated & (rest == 0)].sum() if rest.any() else 0
         result["association"][label] = v
         result["own"][label] = round(int(own) / max(1, int(counts.sum())), 4)
     return result

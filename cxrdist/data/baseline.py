@@ -93,13 +93,13 @@ def _perceive(
     if not usable.any():
         return scores
     learnt = (targets[:, usable] == 1).astype(np.int64)
-    alone = learnt.shape[1] == 1
-    learnt = learnt[:, 0] if alone else learnt
+    is_binary = learnt.shape[1] == 1
+    learnt = learnt[:, 0] if is_binary else learnt
     network = MLPClassifier((UNITS,), alpha=DECAY, max_iter=EPOCHS, random_state=0)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the epochs are a choice
         for train, test in folds:
             model = make_pipeline(StandardScaler(), network).fit(values[train], learnt[train])
-            told = model.predict_proba(values[test])
-            scores[np.ix_(test, usable)] = told[:, 1:] if alone else told
+            predicted = model.predict_proba(values[test])
+            scores[np.ix_(test, usable)] = predicted[:, 1:] if is_binary else predicted
     return scores

@@ -1,6 +1,6 @@
 """The decoded cache: all samples as one memory-mapped uint8 array on local disk.
 
-Their masks are a second array file, written when they are first needed.
+The masks are in a second file, which is written when they are first needed.
 """
 
 import fcntl

@@ -115,7 +115,7 @@ def _splits(folder: Path) -> dict[str, str]:
 def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield file and number of each row, the image's name, and fields of its record.
 
-    The header has an unquoted comma in ``OriginalImage[Width,Height]``, and so have the rows.
+    The header has an unquoted comma in ``OriginalImage[Width,Height]``: a cell for each number.
     """
     for where, cells in table.cells(COLUMNS, NEEDED):
         name, patient = cells["Image Index"], cells["Patient ID"]

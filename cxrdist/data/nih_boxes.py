@@ -104,7 +104,7 @@ def read_box_table(file: Path) -> Boxes:
 def _nih_table(file: Path) -> Table:
     """Read the NIH's table, whose rows have six cells, and the header nine.
 
-    It is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``.
+    The header is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``.
     """
     table = read_table(file, NIH_COLUMNS)
     if tuple(plain(name) for name in table.columns[:2]) != NIH_COLUMNS:

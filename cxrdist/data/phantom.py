@@ -131,7 +131,7 @@ def write_phantoms(
     smaller one, and equal seeds give equal bytes. The other arguments are those of `draw_patient`.
 
     Raises:
-        CxrdistError: If a number is out of range or `out` holds images already.
+        CxrdistError: a number is out of range, or `out` holds images already.
     """
     if num_patients_per_class < 1:
         raise CxrdistError(
@@ -161,9 +161,9 @@ def write_phantoms(
 def write_lung_masks(images: Path, masks: Path, seed: int = 0) -> None:
     """Write the lungs of the X-rays that `write_phantoms` wrote, for ``cxrdist pack --masks``.
 
-    A mask is white where a pixel of the X-ray is lung by more than half: air, with an opacity in it
-    or not; not where the heart or the spine hides it. It has the image's name; the seed must be
-    that of the images.
+    A mask is white where more than half of a pixel is lung, with or without an opacity, and black
+    where the heart or the spine hides it. It has the image's name; the seed must be that of the
+    images.
     """
     for file in sorted(images.glob("*/p*_*.png")):
         number, image = (int(text) for text in file.stem.removeprefix("p").split("_"))
@@ -194,10 +194,10 @@ def draw_patient(
         seed: Seed of the data set, from 0 on.
         opacities: Whether to plant them. Without them all else stays the same.
         word_share: Share of the COVID-19 patients who have the word.
-        beside_word: Density of the opacities of those, times the usual; with 0 they have none.
+        beside_word: Factor for the density of the opacities of those patients; 0: they have none.
 
     Raises:
-        CxrdistError: If the label is unknown, or the size or the seed is out of range.
+        CxrdistError: the label is unknown, or the size or the seed is out of range.
     """
     if label not in CLASSES:
         raise CxrdistError(f"label must be one of {', '.join(CLASSES)}, not {label!r}")

@@ -35,7 +35,7 @@ NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below it use at most
 
 @dataclass(frozen=True)
 class Picture:
-    """An X-ray in grey, with what its file tells about it."""
+    """An X-ray in grey, with the metadata of its file."""
 
     image: Image.Image
     """Mode L; of any size, or a square once it is decoded for a model or shards."""
@@ -55,7 +55,7 @@ class Picture:
     covered: NDArray[np.uint8] | None = None
     """uint8 [H, W], the same with the burned-in text of its boxes covered; None without."""
     mask: NDArray[np.uint8] | None = None
-    """uint8 [H, W] of 0 and 255, what of the image is lung; None without."""
+    """uint8 [H, W], 255 where the image is lung, else 0; None without."""
 
     @property
     def pixels(self) -> NDArray[np.uint8]:

@@ -1,7 +1,7 @@
 """Run lengths: tables of masks as CheXmask has them (Gaggion et al. 2024, PhysioNet).
 
 A row has the name of an image, and for each lung pairs of a first pixel, counted from 1 along the
-rows of the image, and a number of pixels. The tables have up to some GB, so only positions of rows
+rows of the image, and a number of pixels. A table can have several GB, so only positions of rows
 are kept in memory. Not read: the heart, the landmarks, compressed tables.
 """
 

@@ -148,12 +148,12 @@ def judge(
         return {"accuracy": None, "auroc": dict.fromkeys(classes), "mean_auroc": None}
     patients = [str(group) for group in groups]
     replicates = draw(patients, rarest_class(targets == 1, patients))
-    told = {
+    aurocs = {
         name: _auroc(scores[:, i], targets[:, i], replicates)
         for i, name in enumerate(classes)
         if scored[i]
     }
-    values, limits, drawn = zip(*told.values(), strict=True)
+    values, limits, drawn = zip(*aurocs.values(), strict=True)
     accuracy = None
     if task == "multiclass" and scored.sum() > 1:
         right = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1) == targets.argmax(axis=1)
@@ -161,7 +161,7 @@ def judge(
         accuracy = _rounded(right.mean(), of_share(replicates, right, everywhere))
     return {
         "accuracy": accuracy,
-        "auroc": {name: _rounded(*told[name][:2]) if name in told else None for name in classes},
+        "auroc": {n: _rounded(*aurocs[n][:2]) if n in aurocs else None for n in classes},
         "mean_auroc": _rounded(np.mean(values), of_mean(values, limits, np.stack(drawn))),
     }
 

@@ -148,14 +148,14 @@ def _with_views(config: SourceConfig, source: Source, wanted: tuple[str, ...]) -
     return replace(
         source,
         records=kept,
-        notes=(*_read_before(source, len(kept)), *_view_notes(strange)),
+        notes=(*_notes_before_views(source, len(kept)), *_view_notes(strange)),
         left_out=tuple(sorted((*source.left_out, *left_out))),
         views={"": wanted},
     )
 
 
-def _read_before(source: Source, num_kept: int) -> Iterable[str]:
-    """Return the notes of a source; those that count images mention it if views are left out."""
+def _notes_before_views(source: Source, num_kept: int) -> Iterable[str]:
+    """Return the notes of a source; counts say that they include views that are left out."""
     if num_kept == len(source.records):
         return source.notes
     return (f"{n} (before views are chosen)" if n[:1].isdigit() else n for n in source.notes)

@@ -1,4 +1,4 @@
-"""Summary: what a pack tells about its shards, in index.json, in audit.json and on the screen."""
+"""Summary: the description of packed shards in index.json, in audit.json and on the screen."""
 
 import hashlib
 from collections import Counter
