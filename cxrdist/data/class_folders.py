@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cxrdist.data.found import Found, LeftOut, escaped, find_images, is_hidden, is_same_folder
+from cxrdist.data.found import Found, LeftOut, escaped, find_images, is_hidden, is_within
 from cxrdist.data.patients import compile_pattern, patient_of
 from cxrdist.data.records import DEVELOPMENT, SPLIT_NAMES, Record, Source, known_source
 from cxrdist.errors import CxrdistError
@@ -148,5 +148,5 @@ def _class_folders(folder: Path, besides: Sequence[Path]) -> list[Path]:
         for child in sorted(folder.iterdir(), key=str)
         if child.is_dir()
         and not is_hidden(child.name)
-        and not any(is_same_folder(child, other) for other in besides)
+        and not any(is_within(child, other) for other in besides)
     ]

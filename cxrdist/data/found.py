@@ -174,13 +174,6 @@ def is_hidden(*names: str) -> bool:
     return any(name.startswith(".") or name in SYSTEM_NAMES for name in names)
 
 
-def is_same_folder(one: Path, other: Path) -> bool:
-    """Return whether two paths lead to the same folder."""
-    if isinstance(one, Path) and isinstance(other, Path):
-        return one.is_dir() and other.is_dir() and _identity(one) == _identity(other)
-    return is_within(one, other) and is_within(other, one)
-
-
 def is_within(path: Path, folder: Path) -> bool:
     """Return whether a path is a folder itself or below it."""
     if isinstance(path, Path) and isinstance(folder, Path):
