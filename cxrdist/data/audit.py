@@ -33,8 +33,8 @@ from cxrdist.data.audit_file import (
 from cxrdist.data.baseline import measure_baseline
 from cxrdist.data.duplicates import FLAT, Duplicates, Near, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint, shrink
-from cxrdist.data.index import Sample, Task
-from cxrdist.data.labels import POSITIVE, UNCERTAIN, agree, joined, label_matrix, labels_of
+from cxrdist.data.index import Sample, Task, targets_of
+from cxrdist.data.labels import agree, joined, labels_of
 from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
@@ -102,7 +102,7 @@ def audit(
     pairs = attempt("duplicates", lambda: _pairs(entries, duplicates))
     features = [_features(entry) for entry in entries]
     samples = [entry.sample for entry in entries]
-    targets = _targets(entries, classes)
+    targets = targets_of(samples, classes)
     truth = targets, classes
     patients: dict[str, int] = {}
     numbers = [patients.setdefault(s.patient, len(patients)) for s in samples]
@@ -177,15 +177,6 @@ def shared_patients(
         for patient, counts in sorted(seen.items())
         if len(counts) > 1
     ]
-
-
-def _targets(entries: Sequence[Entry], classes: Sequence[str]) -> Targets:
-    """Return the labels of the images: int8 [N, classes], 1, 0, or -1 if not known."""
-    columns = {
-        POSITIVE: [entry.sample.label for entry in entries],
-        UNCERTAIN: [entry.unknown for entry in entries],
-    }
-    return label_matrix(columns, classes)
 
 
 def _shown(sample: Sample) -> ShownImage:

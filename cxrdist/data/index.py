@@ -186,17 +186,8 @@ class Index:
         ]
 
     def targets(self) -> NDArray[np.int8]:
-        """Return the labels of all samples, int8 [samples, classes].
-
-        Codes are those of `cxrdist.data.labels`; below 0, which only multilabel shards have, a
-        label is not known.
-        """
-        columns = {
-            POSITIVE: [sample.label for sample in self.samples],
-            UNCERTAIN: [sample.uncertain for sample in self.samples],
-            MISSING: [sample.missing for sample in self.samples],
-        }
-        return label_matrix(columns, self.classes)
+        """Return the labels of all samples as `targets_of` does, int8 [samples, classes]."""
+        return targets_of(self.samples, self.classes)
 
     def counts(self) -> dict[str, dict[str, LabelAmount]]:
         """Count images and patients per split and class; an image of two labels counts for both."""
@@ -227,6 +218,20 @@ class Index:
         images = Counter(s.split for s in self.samples)
         patients = Counter(split for split, _ in {(s.split, s.patient) for s in self.samples})
         return {split: {"images": images[split], "patients": patients[split]} for split in SPLITS}
+
+
+def targets_of(samples: Sequence[Sample], classes: Sequence[str]) -> NDArray[np.int8]:
+    """Return the labels of samples, int8 [samples, classes].
+
+    Codes are those of `cxrdist.data.labels`; below 0, which only multilabel shards have, a label is
+    not known.
+    """
+    columns = {
+        POSITIVE: [sample.label for sample in samples],
+        UNCERTAIN: [sample.uncertain for sample in samples],
+        MISSING: [sample.missing for sample in samples],
+    }
+    return label_matrix(columns, classes)
 
 
 def read_index(directory: Path) -> Index:
