@@ -16,6 +16,8 @@ from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as Items
 from pydicom.tag import Tag
 
+from cxrdist.data.tables import float_of
+
 BINARY = {"US": "u2", "SS": "i2", "UL": "u4", "SL": "i4", "FL": "f4", "FD": "f8", "US or SS": "u2"}
 
 
@@ -25,7 +27,7 @@ class RefusedError(ValueError):
 
 def numbers(dataset: Dataset, keyword: str | int) -> list[float]:
     """Return the values of an element, NaN if not a number; a decimal comma counts as a point."""
-    return [_number(part) for part in _parts(dataset, keyword)]
+    return [float_of(str(part).replace(",", ".")) for part in _parts(dataset, keyword)]
 
 
 def number(dataset: Dataset, keyword: str, absent: float) -> float:
@@ -83,10 +85,3 @@ def _parts(dataset: Dataset, keyword: str | int) -> Sequence[object]:
         return found
     parts = [part.strip(" \0") for part in value.decode("latin-1").split("\\")]
     return parts if any(parts) else []
-
-
-def _number(part: object) -> float:
-    try:
-        return float(str(part).replace(",", "."))
-    except ValueError:
-        return math.nan

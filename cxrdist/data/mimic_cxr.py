@@ -88,7 +88,8 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     records: list[Record] = []
     unknown: Counter[str] = Counter()
     for where, row in tables[METADATA].cells((*NEEDED[METADATA], *OPTIONAL), NEEDED[METADATA]):
-        facts, view = _facts(where, row, studies, splits, patients), _view(row)
+        facts = _facts(where, row, studies, splits, patients)
+        view = view_of(row["ViewPosition"] or row.get(VIEW_CODE, ""))  # None for unknown words
         taken = listed.take(f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}")
         if taken and facts is None:
             listed.leave(taken[1], f"its study has no row in {CHEXPERT}")
@@ -202,8 +203,3 @@ def _age(patient: Patient | None, date: str) -> float | None:
         return None
     age = patient.age + int(year[0]) - patient.year
     return age if 0 <= age <= MOST_YEARS else None
-
-
-def _view(row: Mapping[str, str]) -> str | None:
-    """Return the view by ViewPosition, or by its code if that is empty; None for unknown words."""
-    return view_of(row["ViewPosition"] or row.get(VIEW_CODE, ""))

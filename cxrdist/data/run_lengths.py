@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.pictures import MOST_PIXELS
-from cxrdist.data.tables import plain
+from cxrdist.data.tables import float_of, plain
 from cxrdist.errors import CxrdistError
 
 # The image's name in the tables of ChestX-ray8, CheXpert, MIMIC-CXR-JPG, PadChest and VinDr-CXR.
@@ -128,10 +128,7 @@ def _runs(cell: str, num_pixels: int, where: str) -> tuple[list[int], list[int]]
 
 
 def _side(cell: str, where: str) -> int:
-    try:
-        side = float(cell)  # pandas writes 1024.0 where a cell of the column is empty
-    except ValueError:
-        side = math.nan
+    side = float_of(cell)  # pandas writes 1024.0 where a cell of the column is empty
     if not (1 <= side <= MOST_PIXELS and side.is_integer()):
         raise CxrdistError(
             f"{where}: Height or Width is {cell!r:.40}, expected px (some of CheXmask's tables of "
@@ -141,10 +138,7 @@ def _side(cell: str, where: str) -> int:
 
 
 def _quality(cell: str, where: str) -> float:
-    try:
-        quality = float(cell)
-    except ValueError:
-        quality = math.nan
+    quality = float_of(cell)
     if not 0 <= quality <= 1:
         raise CxrdistError(f"{where}: Dice RCA is {cell!r:.40}, expected 0 to 1")
     return quality

@@ -8,6 +8,7 @@ import codecs
 import csv
 import gzip
 import io
+import math
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -165,6 +166,14 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
 def plain(name: str) -> str:
     """Return a column's name without case, blanks, ``_`` and ``-``: Patient ID is patient_id."""
     return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def float_of(cell: str) -> float:
+    """Return the number in a cell; NaN if it is not a number."""
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 def _unpack(file: Path, data: bytes) -> bytes:

@@ -14,7 +14,6 @@ Not read: size and weight, Kaggle's class_id and sample_submission.csv. Kaggle's
 labels and are left out.
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,7 @@ from cxrdist.data.labels import SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import Listed
 from cxrdist.data.pictures import picture_size
 from cxrdist.data.records import DEVELOPMENT, LabelCells, Record, Source, own_patient
-from cxrdist.data.tables import plain, read_table
+from cxrdist.data.tables import float_of, plain, read_table
 from cxrdist.errors import CxrdistError
 
 NAME = "VinDr-CXR"
@@ -220,10 +219,7 @@ def _read_edges(where: str, cells: Sequence[str]) -> tuple[float, float, float, 
     """Return the edges of a box; all 0 if its cells are empty, as those of global labels are."""
     if not any(cells):
         return 0.0, 0.0, 0.0, 0.0
-    try:
-        x, y, right, bottom = map(float, cells)
-    except ValueError:
-        x = y = right = bottom = math.nan
+    x, y, right, bottom = map(float_of, cells)
     # A comparison with NaN is false, so NaN is refused as well.
     if not (0 <= x < right <= MOST_PX and 0 <= y < bottom <= MOST_PX):
         raise CxrdistError(
