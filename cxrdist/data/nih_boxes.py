@@ -73,7 +73,8 @@ def read_boxes(folder: Path, labels: Sequence[str]) -> Boxes:
         CxrdistError: a row is not a box, is of another label, or leaves the original.
     """
     if (folder / TABLE).is_file():
-        return Boxes(folder / TABLE, _read(_nih_table(folder / TABLE), labels, SIDE_PX))
+        table = _nih_table(read_table(folder / TABLE, NIH_COLUMNS))
+        return Boxes(table.file, _read(table, labels, SIDE_PX))
     if (folder / OWN_TABLE).is_file():
         table = read_table(folder / OWN_TABLE, COLUMNS)
         if {*COLUMNS} <= {*map(plain, table.columns)}:  # else it is one of burned-in text
@@ -92,7 +93,7 @@ def read_box_table(file: Path) -> Boxes:
     table = read_table(file, {*COLUMNS, *NIH_COLUMNS})
     there = {*map(plain, table.columns)}
     if {*NIH_COLUMNS} <= there:
-        return Boxes(file, _read(_nih_table(file), None, SIDE_PX))
+        return Boxes(file, _read(_nih_table(table), None, SIDE_PX))
     if lacking := [name for name in COLUMNS if name not in there]:
         raise CxrdistError(
             f"{file}: has no column {lacking[0]!r}, expected {', '.join(COLUMNS)}, in px of the "
@@ -101,16 +102,15 @@ def read_box_table(file: Path) -> Boxes:
     return Boxes(file, _read(table, None, None), None)
 
 
-def _nih_table(file: Path) -> Table:
-    """Read the NIH's table, whose rows have six cells, and the header nine.
+def _nih_table(table: Table) -> Table:
+    """Replace the header of the NIH's table, which has nine cells and its rows six, by `COLUMNS`.
 
-    The header is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``.
+    It is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``.
     """
-    table = read_table(file, NIH_COLUMNS)
     if tuple(plain(name) for name in table.columns[:2]) != NIH_COLUMNS:
         raise CxrdistError(
-            f"{file}: begins with the columns {', '.join(table.columns[:2])}, expected Image Index "
-            "and Finding Label; fetch it again"
+            f"{table.file}: begins with the columns {', '.join(table.columns[:2])}, expected Image "
+            "Index and Finding Label; fetch it again"
         )
     return replace(table, columns=COLUMNS)
 
