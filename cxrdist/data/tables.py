@@ -62,21 +62,27 @@ class Table:
         Raises:
             CxrdistError: a row has more or fewer cells than the header, or a quote has no end.
         """
-        records = enumerate(_records(self.file, self.text, self.separator), start=1)
-        next(records, None)
-        for number, cells in records:
-            where = f"{self.file} row {number}"
-            while len(cells) > len(self.columns) and not cells[-1].strip():
-                cells.pop()  # spreadsheets export empty cells for columns that were once used
-            if not any(cells) or not any(map(str.strip, cells)):
-                continue
-            if len(cells) != len(self.columns):
-                fault = "more" if len(cells) > len(self.columns) else "fewer"
-                raise CxrdistError(
-                    f"{where}: {fault} cells than columns ({len(cells)}, expected "
-                    f"{len(self.columns)}); quote cells that hold the separator"
-                )
-            yield Row(where, cells)
+        number = 0
+        reader = csv.reader(_lines(self.text), delimiter=self.separator, strict=True)
+        try:
+            for number, cells in enumerate(reader, start=1):
+                if number > 1 and any(map(str.strip, cells)):
+                    yield self._row(f"{self.file} row {number}", cells)
+        except csv.Error as error:
+            raise CxrdistError(
+                f"{self.file} row {number + 1}: {error}; close its quotes and shorten its cells"
+            ) from error
+
+    def _row(self, where: str, cells: list[str]) -> Row:
+        while len(cells) > len(self.columns) and not cells[-1].strip():
+            cells.pop()  # spreadsheets export empty cells for columns that were once used
+        if len(cells) != len(self.columns):
+            fault = "more" if len(cells) > len(self.columns) else "fewer"
+            raise CxrdistError(
+                f"{where}: {fault} cells than columns ({len(cells)}, expected "
+                f"{len(self.columns)}); quote cells that hold the separator"
+            )
+        return Row(where, cells)
 
     def cells(
         self, names: Mapping[str, Collection[str]] | Collection[str], needed: Collection[str] = ()
@@ -217,16 +223,3 @@ def _header(text: str, separator: str) -> tuple[str, ...]:
         return tuple(name.strip() for name in next(reader, []))
     except csv.Error:
         return ()
-
-
-def _records(file: Path, text: str, separator: str) -> Iterator[list[str]]:
-    """Yield the cells of each row, blank rows too."""
-    number = 1
-    try:
-        for cells in csv.reader(_lines(text), delimiter=separator, strict=True):
-            yield cells
-            number += 1
-    except csv.Error as error:
-        raise CxrdistError(
-            f"{file} row {number}: {error}; close its quotes and shorten its cells"
-        ) from error
