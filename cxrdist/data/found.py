@@ -86,7 +86,7 @@ def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str
     if not isinstance(folder, Path):  # an object store has neither links nor special files
         yield from _walk_store(folder, besides)
         return
-    own = {_identity(path) for path in besides if path.is_dir()}
+    own = {_identity(path) for path in besides if isinstance(path, Path) and path.is_dir()}
     seen = set(own)
     waiting = [(False, False, str(folder))]  # plain folders first, then links, then hidden ones
     while waiting:

@@ -12,6 +12,7 @@ import pytest
 from dicoms import write_dicom
 from PIL import Image
 from support import make_images
+from upath import UPath
 
 from cxrdist.config import PackConfig
 from cxrdist.data.found import find_images
@@ -175,3 +176,12 @@ def test_a_link_to_hidden_data_is_read(tmp_path):
     found = find_images(tmp_path)
     assert found.images == (tmp_path / "a" / "1.png",)
     assert found.left_out == ((".store/x", "folder that is read under another name"),)
+
+
+def test_a_local_folder_is_packed_into_an_object_store_again(tmp_path):
+    """The shards, or the tasks of an unfinished pack, are there already."""
+    out = UPath("memory://found/out")
+    out.mkdir(parents=True)
+    (out / "index.json").write_text("{}")
+    (tmp_path / "x.png").touch()
+    assert find_images(tmp_path, [out]).images == (tmp_path / "x.png",)
