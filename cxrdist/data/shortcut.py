@@ -81,40 +81,26 @@ def tell_apart(
         float64 [N, classes], log odds; NaN if the label is not known, and in the whole column of a
         class that has too few patients.
     """
-    numbers = np.asarray(groups)
-    scores = np.full(targets.shape, np.nan)
-    for column, target in zip(scores.T, targets.T, strict=True):
-        column[:] = _tell(values, target, numbers, folds, freedom)
-    return scores
-
-
-def _tell(
-    values: NDArray[np.floating[Any]],
-    target: Target,
-    groups: NDArray[np.int64],
-    folds: Sequence[Fold],
-    freedom: float,
-) -> NDArray[np.float64]:
-    """Score the images whose label of one class is known: float64 [N]."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from threadpoolctl import threadpool_limits
 
-    scores = np.full(len(target), np.nan)
-    known = target >= 0
-    place = np.cumsum(known) - 1
-    folds = [(place[train[known[train]]], place[test[known[test]]]) for train, test in folds]
-    folds = [(train, test) for train, test in folds if len(test)]
-    values, target, groups = values[known], target[known], groups[known]
-    if _has_enough_patients(target, groups, folds):
-        model = make_pipeline(StandardScaler(), LogisticRegression(C=freedom, max_iter=1000))
-        # Small products: threads that wait for each other take ten times as long.
-        with threadpool_limits(1):
-            scores[known] = cross_val_predict(
-                model, values, target, cv=folds, method="decision_function"
-            )
+    numbers = np.asarray(groups)
+    scores = np.full(targets.shape, np.nan)
+    for column, target in zip(scores.T, targets.T, strict=True):
+        known = target >= 0
+        place = np.cumsum(known) - 1
+        own = [(place[train[known[train]]], place[test[known[test]]]) for train, test in folds]
+        own = [(train, test) for train, test in own if len(test)]
+        if _has_enough_patients(target[known], numbers[known], own):
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=freedom, max_iter=1000))
+            # Small products: threads that wait for each other take ten times as long.
+            with threadpool_limits(1):
+                column[known] = cross_val_predict(
+                    model, values[known], target[known], cv=own, method="decision_function"
+                )
     return scores
 
 
