@@ -21,7 +21,7 @@ from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.description import RelevanceInfo, read_description
 from cxrdist.files import open_regular, read_document, read_log, read_recipe
 from cxrdist.info import RunInfo, WeightsInfo
-from cxrdist.model.description import Calibration, ModelFile
+from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import predicted_classes
 from cxrdist.report.values import COUNTS, MEASURES
 from cxrdist.run import RunDirectory
@@ -321,6 +321,12 @@ def _read_prediction(row: Mapping[str, str], classes: Sequence[str], task: str) 
     return sample
 
 
+class _Calibrated(TypedDict):
+    """The calibration in model.json of a network or an ensemble."""
+
+    calibration: NotRequired[Calibration | None]
+
+
 def read_calibration(run: RunDirectory) -> Calibration | None:
     """Read temperatures and thresholds from model.json; None if there are none yet.
 
@@ -330,7 +336,7 @@ def read_calibration(run: RunDirectory) -> Calibration | None:
     path = run.model / "model.json"
     if not path.is_file():
         return None
-    return read_document(path, ModelFile, "run `cxrdist train` again").get("calibration")
+    return read_document(path, _Calibrated, "run `cxrdist train` again").get("calibration")
 
 
 def read_relevance(

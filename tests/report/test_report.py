@@ -22,11 +22,12 @@ from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.report import mistakes, pictures
-from cxrdist.report.files import Prediction
+from cxrdist.report.files import Prediction, read_calibration
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
 from cxrdist.report.values import MEASURES, moment, number, percent
 from cxrdist.report.verdict import external_lines, gap_lines
+from cxrdist.run import RunDirectory
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -181,6 +182,19 @@ def test_sure_predictions_are_those_of_their_logits(run: Path, made: SimpleNames
     assert row["p"][:2] == [1, 1]
     made.write_evaluation(run / "test", rows)
     assert " sure Truth" not in mistakes_of(write(run))
+
+
+def test_thresholds_of_an_ensemble_are_read(tmp_path: Path) -> None:
+    """An ensemble's model.json, which lists its members, has a calibration as a network's does."""
+    chosen = {"temperatures": {"a": 2.0}, "rule": "youden", "thresholds": {"a": 0.5}}
+    chosen |= {"reasons": {}, "fewest": 10, "index_sha256": "0" * 64, "images": 30, "patients": 20}
+    ensemble = {"format": "cxrdist-ensemble-1", "members": ["member-0", "member-1"]}
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "model.json"
+    for calibration, thresholds in ((chosen, {"a": 0.5}), (None, {})):
+        file.write_text(json.dumps({**ensemble, "calibration": calibration}))
+        read = read_calibration(RunDirectory(tmp_path))
+        assert (read.thresholds if read else {}) == thresholds
 
 
 def test_the_curve_ranks_by_logits(run: Path, made: SimpleNamespace) -> None:
