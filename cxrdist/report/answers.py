@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from cxrdist.data.labels import NOT_STATED
+from cxrdist.evaluate.metrics import SCORES
 from cxrdist.report.evidence import Evidence
 from cxrdist.report.values import count
 
@@ -260,7 +261,7 @@ def measures(e: Evidence) -> Answer:
     """Return which figures are given."""
     if not e.test:
         return _evaluate()
-    names = [name for name in next(iter(e.test["classes"].values())) if _is_figure(name)]
+    names = [name for name in SCORES if name in e.test["macro"]]
     parts = [what for what in ("calibration", "decision_curve") if e.has(what)]
     parts += _if(e.has_groups, "groups")
     return Answer(
@@ -565,11 +566,6 @@ def _short(value: Any) -> str:
 
 def _evaluate() -> Answer:
     return Answer(NOT_DONE, "Run cxrdist evaluate --run RUN --shards SHARDS --split test.")
-
-
-def _is_figure(name: str) -> bool:
-    aside = ("known", "positives", "negatives", "reason")
-    return not name.endswith("_interval") and name not in aside
 
 
 def _results(e: Evidence) -> tuple[str, ...]:

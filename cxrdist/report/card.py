@@ -128,7 +128,11 @@ def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
         if figures:
             yield {
                 "task": {"type": "image-classification", "name": "Chest X-ray classification"},
-                "dataset": {"type": "chest-x-rays", "name": subset_title(subset), "split": "test"},
+                "dataset": {
+                    "type": "chest-x-rays",
+                    "name": subset_title(subset),
+                    "split": metrics.get("split", "test"),
+                },
                 "metrics": figures,
             }
 

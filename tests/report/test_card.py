@@ -10,6 +10,7 @@ import yaml
 from small_run import make_run
 
 from cxrdist.config import ReportConfig
+from cxrdist.report import answers
 from cxrdist.report.answers import STATES
 from cxrdist.report.card import OURS, write_card
 from cxrdist.report.checklist import CHECKLISTS
@@ -147,6 +148,29 @@ def test_pointers_of_the_checklists_lead_somewhere(small: Path) -> None:
         file, _, section = link.partition("#")
         assert (small / file).is_file(), link
         assert not section or f'id="{section}"' in page, link
+
+
+def test_only_scores_count_as_measures(small: Path) -> None:
+    """Item 28 of CLAIM names the figures of metrics.json, and none of its counts."""
+    answer = answers.measures(gather(RunDirectory(small)))
+    scores = "recall, specificity, precision, f1, auroc, average precision"
+    assert answer.text.startswith(f"For each class: {scores}; beside them calibration, ")
+
+
+def test_the_split_of_an_external_set_is_its_own(small: Path) -> None:
+    """Hugging Face is told the split that was scored, which may be val."""
+    metrics = json.loads((small / "test" / "metrics.json").read_text())
+    metrics["macro"]["auroc_interval"] = [0.5, 0.875]
+    for scores in metrics["classes"].values():
+        scores["too_few"] = None
+    for split in ("val", "test"):
+        folder = small / "external" / f"other-{split}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(json.dumps({**metrics, "split": split}))
+    results = head_of(card_of(small))["model-index"][0]["results"]
+    splits = {result["dataset"]["name"]: result["dataset"]["split"] for result in results}
+    assert splits["external set other-val"] == "val"
+    assert splits["external set other-test"] == "test"
 
 
 def test_answers_follow_the_run(small: Path, run: Path) -> None:
