@@ -26,7 +26,7 @@ from cxrdist.documents import Between, Share, Text
 from cxrdist.evaluate.delong import placements
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
-from cxrdist.intervals import bounded
+from cxrdist.intervals import of_auroc, of_share
 from cxrdist.model.prediction import call
 
 # Children are separate because their chests differ; then bands of twenty years, as in
@@ -111,6 +111,7 @@ class _Figures:
     Attributes:
         value: float64 [C], NaN where undefined.
         drawn: values of the replicates, float64 [replicates, C].
+        limits: its intervals, [C]; None where undefined.
         images: number of images behind it, int64 [C]; for an AUROC the smaller of positives and
             negatives.
         patients: number of patients, int64 [C], likewise.
@@ -118,6 +119,7 @@ class _Figures:
 
     value: Floats
     drawn: Floats
+    limits: list[Limits | None]
     images: NDArray[np.int64]
     patients: NDArray[np.int64]
 
@@ -257,7 +259,10 @@ def _share(part: Bools, whole: Bools, own: Replicates) -> _Figures:
     images = whole.sum(axis=0)
     with np.errstate(invalid="ignore"):
         value = part.sum(axis=0) / images
-    return _Figures(value, own.shares(part, whole).T, images, _count_patients(whole, own))
+    drawn = own.shares(part, whole)
+    columns = zip(part.T, whole.T, drawn, strict=True)
+    limits = [of_share(own, *column) for column in columns]
+    return _Figures(value, drawn.T, limits, images, _count_patients(whole, own))
 
 
 def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> _Figures:
@@ -276,9 +281,15 @@ def _rank(logits: Floats, positive: Bools, negative: Bools, own: Replicates) -> 
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = expit(logit(value) + moves / (value * (1 - value)))
     drawn[:, edge] = value[edge]
+    limits: list[Limits | None] = []
+    for auroc, values, has, known in zip(
+        value.tolist(), drawn.T, positive.T, (positive | negative).T, strict=True
+    ):
+        is_defined = np.isfinite(auroc)
+        limits.append(of_auroc(own.take(known), auroc, values, has[known]) if is_defined else None)
     images = np.minimum(positive.sum(axis=0), negative.sum(axis=0))
     patients = [_count_patients(side, own) for side in (positive, negative)]
-    return _Figures(value, drawn, images, np.minimum(*patients))
+    return _Figures(value, drawn, limits, images, np.minimum(*patients))
 
 
 def _contributions(scores: Floats, positive: Bools, negative: Bools) -> tuple[float, Floats]:
@@ -326,10 +337,8 @@ def _row(figures: Mapping[str, _Figures], column: int, fewest: int) -> dict[str,
         value = float(of_measure.value[column])
         defined = np.isfinite(value)
         row[measure] = round(value, _DIGITS) if defined else None
-        patients = int(of_measure.patients[column])
-        drawn = of_measure.drawn[:, column]
-        row[f"{measure}_interval"] = bounded(value, drawn, patients) if defined else None
-        if defined and patients < fewest:
+        row[f"{measure}_interval"] = of_measure.limits[column]
+        if defined and of_measure.patients[column] < fewest:
             too_few.append(measure)
     return {**row, "too_few": too_few}
 

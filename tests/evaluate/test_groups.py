@@ -105,6 +105,18 @@ def test_the_interval_of_a_groups_auroc_is_that_of_sorted_replicates():
     assert found["auroc_interval"] == pytest.approx(expected, abs=0.1 * width)
 
 
+def test_the_interval_of_a_perfect_group_is_newcombes():
+    """As metrics.json says of an AUROC of 1; Wilson's of the positives would begin at 0.758."""
+    targets = np.arange(64)[:, None] < 24
+    sex = ["F", "M"] * 32  # 12 with it and 20 without it in each
+    scored = multilabel(targets, 1.0 * targets, range(64), {"sex": sex})
+    low, high = compared(scored)["columns"]["sex"]["F"]["classes"]["c0"]["auroc_interval"]
+    q1, q2 = low / (2 - low), 2 * low**2 / (1 + low)  # Hanley & McNeil 1982, with 16 of each
+    variance = (low * (1 - low) + 15 * (q1 - low**2) + 15 * (q2 - low**2)) / (12 * 20)
+    assert high == 1
+    assert (1 - low) / np.sqrt(variance) == pytest.approx(norm.ppf(0.975), abs=1e-4)
+
+
 def test_a_gap_of_20_points_in_one_group_is_flagged_first():
     """Sensitivity 0.6 in women and 0.8 in men; the interval is wide, as of many comparisons."""
     found = compared(simulated(3, 1000, gap=0.2))
