@@ -45,7 +45,10 @@ class Rule:
 
     def __str__(self) -> str:
         """Return the text that `read_rule` reads."""
-        return self.measure if self.least is None else f"{self.measure}={self.least:g}"
+        if self.least is None:
+            return self.measure
+        # Not in the form 1e-05, which `read_rule` rejects, nor rounded.
+        return f"{self.measure}={np.format_float_positional(self.least, trim='-')}"
 
 
 def read_rule(text: str) -> Rule:

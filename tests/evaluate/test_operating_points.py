@@ -93,8 +93,9 @@ def test_another_rule_is_one_line(text):
 
 
 def test_a_rule_is_written_as_it_is_read():
-    """model.json keeps its text."""
-    assert [str(read_rule(text)) for text in RULES] == RULES
+    """model.json keeps its text, also of numbers with many digits."""
+    texts = [*RULES, "sensitivity=1", "sensitivity=0.00001", "specificity=0.9999999"]
+    assert [str(read_rule(text)) for text in texts] == texts
 
 
 def test_points_of_val_on_test_are_those_of_scikit_learn():
