@@ -201,17 +201,16 @@ def _figures(scored: Scored, draws: Replicates) -> Figures:
         for column in range(len(scored.classes))
     ]
     with np.errstate(invalid="ignore"):
-        figures = {
+        return {
             "auroc": np.stack([auroc for auroc, _ in ranked], 1),
             "average_precision": np.stack([average for _, average in ranked], 1),
             "recall": hits / (hits + misses),
             "specificity": passes / (passes + alarms),
             "precision": hits / (hits + alarms),
             "f1": 2 * hits / (2 * hits + alarms + misses),
+            # Patients have different numbers of images, so that of a replicate varies.
+            "accuracy": hits.sum(1, keepdims=True) / (hits + misses).sum(1, keepdims=True),
         }
-    # Patients have different numbers of images, so the number of images varies by replicate.
-    figures["accuracy"] = hits.sum(1, keepdims=True) / (hits + misses).sum(1, keepdims=True)
-    return figures
 
 
 def _patients(a: Scored, b: Scored, draws: Replicates) -> dict[str, NDArray[np.int64]]:

@@ -110,6 +110,17 @@ def test_few_positives_are_too_few_to_say():
         assert found["classes"]["c"]["figures"]["auroc"]["difference"] is None
 
 
+def test_labels_that_no_image_has_give_no_warning(recwarn):
+    """Figures of images without a finding are undefined, and NumPy prints nothing about it."""
+    pair = [
+        Scored("multilabel", s.classes, s.keys, s.patients, np.zeros_like(s.targets), s.logits, {})
+        for s in make_pair()
+    ]
+    found = compare_scored(*pair, SETTINGS)
+    assert found["macro"]["recall"]["difference"] is None
+    assert not recwarn.list
+
+
 def test_a_model_does_not_differ_from_itself():
     """All differences are 0, all p values 1, and nothing flipped.
 
