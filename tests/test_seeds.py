@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import shutil
 import signal
 from types import SimpleNamespace
@@ -157,6 +158,12 @@ def test_the_report_takes_an_ensemble(ensemble):
     assert "Ensemble of 2 members" in page
     assert "Results on test" in page
     assert "This stage is not done" not in page
+    assert "There are none: they need one network; explain a member, such as RUN/member-0." in page
+    assert "cxrdist explain" not in " ".join(re.sub("<[^>]*>", " ", page).split())
+    checklist = (ensemble / "run" / "checklist.html").read_text()
+    assert "Nothing was recalibrated" not in checklist
+    assert "No threshold was chosen" not in checklist
+    assert "run cxrdist explain" not in checklist
 
 
 def test_the_same_command_trains_nothing_again(ensemble, capsys):

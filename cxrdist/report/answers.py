@@ -107,10 +107,9 @@ def preparation(e: Evidence) -> Answer:
 
 def privacy(e: Evidence) -> Answer:
     """Return how patients were de-identified."""
-    cover = e.model and e.model.get("cover")
     text = (
-        f"Burned-in text was covered ({cover.how}) in {cover.split}. "
-        if cover
+        f"Burned-in text was covered ({e.cover.how}) in {e.cover.split}. "
+        if e.cover
         else "Burned-in text was not covered by cxrdist. "
     )
     return Answer(
@@ -307,10 +306,8 @@ def robustness(e: Evidence) -> Answer:
 
 def explanations(e: Evidence) -> Answer:
     """Return whether there are heat maps and tests of them."""
-    if e.without_rules:
-        return Answer(
-            NOT_DONE, f"No heat maps: no relevance rules are proven for {e.without_rules}."
-        )
+    if e.without_maps:
+        return Answer(NOT_DONE, f"No heat maps: {e.without_maps}.")
     if not e.explained:
         return Answer(NOT_DONE, "No heat maps: run cxrdist explain --run RUN --shards SHARDS.")
     return Answer(
@@ -407,7 +404,7 @@ def failures(e: Evidence) -> Answer:
         text = (
             "The mistakes with X-ray and heat map. The authors must say what they have in common."
         )
-    elif e.without_rules:
+    elif e.without_maps:
         text = "The mistakes are listed, without heat maps."
     else:
         text = "The mistakes are listed; run cxrdist explain to add heat maps."
@@ -483,8 +480,7 @@ def clusters(e: Evidence) -> Answer:
 
 def updating(e: Evidence) -> Answer:
     """Return whether outputs were recalibrated."""
-    calibration = e.model and e.model.get("calibration")
-    if not calibration:
+    if not e.calibration:
         return Answer(NOT_DONE, "Nothing was recalibrated: run cxrdist evaluate again.")
     return Answer(
         HELD,
@@ -533,8 +529,7 @@ def fairness(e: Evidence) -> Answer:
 
 def output(e: Evidence) -> Answer:
     """Return the output of the model, and how thresholds were chosen."""
-    calibration = e.model and e.model.get("calibration")
-    if not calibration:
+    if not e.calibration:
         return Answer(
             PARTLY,
             "A probability for each class. No threshold was chosen: run cxrdist evaluate again.",
@@ -542,7 +537,7 @@ def output(e: Evidence) -> Answer:
         )
     return Answer(
         HELD,
-        f"A probability for each class. Thresholds by the rule {calibration.rule}, on the "
+        f"A probability for each class. Thresholds by the rule {e.calibration.rule}, on the "
         "validation split.",
         ("model/model.json",),
     )

@@ -13,8 +13,14 @@ from cxrdist.explain.description import WITH_RULES
 from cxrdist.files import read_document
 from cxrdist.info import RunInfo, read_info
 from cxrdist.model.densenet import is_ensemble
-from cxrdist.model.description import EnsembleFile, ModelFile
-from cxrdist.report.files import known_splits, read_metrics, read_stages, subsets_with
+from cxrdist.model.description import Calibration, Cover, EnsembleFile, ModelFile
+from cxrdist.report.files import (
+    known_splits,
+    read_calibration,
+    read_metrics,
+    read_stages,
+    subsets_with,
+)
 from cxrdist.run import RunDirectory
 
 
@@ -27,6 +33,8 @@ class Evidence:
         info: run.json.
         model: model.json of a single network.
         members: names of the networks of an ensemble.
+        cover: how burned-in text was covered for the network, or for the members.
+        calibration: temperatures and thresholds of the network or of the ensemble.
         recipe: the resolved recipe.
         audit: audit of the shards; None if there was none when the training began.
         metrics: metrics.json by subset, in the order test, val, train, external/NAME.
@@ -38,6 +46,8 @@ class Evidence:
     info: RunInfo
     model: ModelFile | None
     members: list[str]
+    cover: Cover | None
+    calibration: Calibration | None
     recipe: Mapping[str, Any]
     audit: AuditFile | None
     metrics: Mapping[str, Metrics]
@@ -61,11 +71,13 @@ class Evidence:
         return bool(groups and groups["columns"])
 
     @property
-    def without_rules(self) -> str | None:
-        """Return the network's name if no relevance rules are proven for it (no heat maps)."""
+    def without_maps(self) -> str | None:
+        """Return why there can be no heat maps; None if there can be some."""
+        if self.members:
+            return f"they need one network; explain a member, such as RUN/{self.members[0]}"
         if self.model is None or self.model["architecture"].architecture in WITH_RULES:
             return None
-        return self.model["architecture"].title
+        return f"no relevance rules are proven for {self.model['architecture'].title}"
 
     def has(self, part: str) -> bool:
         """Return whether the metrics of the test split have a member, such as ``calibration``."""
@@ -79,11 +91,12 @@ def gather(run: RunDirectory) -> Evidence:
         CxrdistError: a file of the run is damaged.
     """
     info = read_info(run)
-    path, model, members = run.inside("model", "model.json"), None, list[str]()
+    path, network, members = run.inside("model", "model.json"), None, list[str]()
     if path.is_file() and is_ensemble(run.root):
         members = read_document(path, EnsembleFile)["members"]
-    elif path.is_file():
-        model = read_document(path, ModelFile)
+        path = run.inside(members[0], "model", "model.json")
+    if path.is_file():
+        network = read_document(path, ModelFile)
     recipe, subsets = read_stages(run.recipe), known_splits(run.root)
     metrics = {
         subset: read_metrics(run.metrics(subset), info["shards"]["task"]) for subset in subsets
@@ -91,8 +104,10 @@ def gather(run: RunDirectory) -> Evidence:
     return Evidence(
         run,
         info,
-        model,
+        None if members else network,
         members,
+        network.get("cover") if network else None,
+        read_calibration(run),
         recipe.content if recipe else {},
         read_audit(run.audit) if run.audit.is_file() else None,
         {subset: of_subset for subset, of_subset in metrics.items() if of_subset},

@@ -55,7 +55,7 @@ def report(config: ReportConfig) -> Path:
     audit, texts = audit_view(run.audit), text_views(run)
     evidence = gather(run)
     page = template("report.html.jinja").render(
-        without_rules=evidence.without_rules,
+        without_maps=evidence.without_maps,
         name=run.root.resolve().name,
         info=info,
         network=evidence.model["architecture"] if evidence.model else None,
