@@ -59,9 +59,8 @@ class Picture:
     uri: str
     """``data:`` URI."""
     width: int
-    """In px."""
     height: int
-    """In px."""
+    """Like the width, in px."""
 
 
 def embed(path: Path) -> Picture:
@@ -94,14 +93,10 @@ def loss_chart(
     validation: Sequence[float],
     best_epoch: int | None,
 ) -> Markup:
-    """Draw the training and the validation loss over the epochs.
+    """Draw the training and the validation loss over the epochs, and mark the best epoch.
 
-    Args:
-        name: prefix of its ids.
-        epochs: epoch numbers from 0, the start of the stage.
-        train: mean training loss of each epoch; NaN where undefined, as in epoch 0.
-        validation: validation loss after each epoch; NaN where undefined.
-        best_epoch: the epoch to mark.
+    Epochs are counted from 0, the start of the stage. Losses are the mean of an epoch's training
+    and that of the validation after it; NaN where undefined, as in the training of epoch 0.
     """
 
     def draw(axes: Axes) -> None:
@@ -134,10 +129,8 @@ def score_chart(
 def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> Markup:
     """Draw the ROC curve of one class against the rest.
 
-    Args:
-        name: prefix of its ids.
-        is_class: bool [N], with at least one True and one False.
-        score: float [N], higher for the class; equal scores share a threshold.
+    The truth `is_class`, bool [N], has both values; `score` is float [N], and equal scores share a
+    threshold.
     """
     from sklearn.metrics import roc_curve  # a third of a second to import
 
@@ -152,8 +145,7 @@ def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> Markup:
         axes.plot(false_rate, true_rate, color=FIRST, clip_on=False)
         axes.fill_between(false_rate, true_rate, color=FIRST, alpha=0.12, linewidth=0)
         axes.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
-        axes.set_xlabel("false positive rate")
-        axes.set_ylabel("true positive rate")
+        axes.set(xlabel="false positive rate", ylabel="true positive rate")
 
     return _chart(name, "ROC curve, one class against the rest", draw, (3.3, 3.2))
 
@@ -163,11 +155,7 @@ def flipping_chart(
 ) -> Markup:
     """Draw the probability over the covered share of the image (pixel flipping).
 
-    Args:
-        name: prefix of its ids.
-        covered_share: covered share at the last point, 0 to 1; points are equally spaced.
-        relevant_first: probability relative to the first point, 1.
-        random_order: the same for patches in random order.
+    The curves have equally spaced points, up to `covered_share` (0 to 1), and begin at 1.
     """
     percent = np.linspace(0, 100 * covered_share, len(relevant_first))
 
@@ -177,8 +165,7 @@ def flipping_chart(
         )
         axes.plot(percent, relevant_first, color=FIRST, marker="o", label="most relevant first")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("covered part of the image, %")
-        axes.set_ylabel("probability, first = 1")
+        axes.set(xlabel="covered part of the image, %", ylabel="probability, first = 1")
         axes.legend(**_LEGEND, ncols=2)
 
     return _chart(name, "Probability while the image is covered", draw, (4.6, 2.9))
@@ -193,12 +180,8 @@ def reliability_chart(
 ) -> Markup:
     """Draw the share of positives over the mean probability, in bins.
 
-    Args:
-        name: prefix of its ids.
-        positives: share of positives per bin, 0 to 1.
-        intervals: intervals of those shares.
-        probability: mean of the network's probabilities in each bin.
-        calibrated: mean of the calibrated ones; if given, the intervals are drawn on these.
+    Per bin there are the share of positives (0 to 1) with its interval, and the means of the
+    network's probabilities and of the calibrated ones, which the intervals are drawn on if given.
     """
     low, high = _ends(intervals, positives)
     # Without this the bins of a rare class would all be in one corner.
@@ -215,8 +198,7 @@ def reliability_chart(
         label = "calibrated" if calibrated else "network"
         axes.plot(means, positives, color=FIRST, marker="o", label=label)
         axes.set(xlim=(0, top), ylim=(0, top), aspect="equal")
-        axes.set_xlabel("mean probability")
-        axes.set_ylabel("share with it")
+        axes.set(xlabel="mean probability", ylabel="share with it")
         axes.legend(**_LEGEND, ncols=2)
 
     return _chart(name, "Share of positives over the mean probability", draw, (3.3, 3.4))
@@ -231,12 +213,8 @@ def decision_chart(
 ) -> Markup:
     """Draw the net benefit over the probability threshold of the reader.
 
-    Args:
-        name: prefix of its ids.
-        thresholds: probability thresholds, 0 to 1.
-        net_benefit: net benefit of the model at each threshold.
-        intervals: intervals of the net benefit.
-        call_all: net benefit of calling every image.
+    Per threshold (0 to 1) there are the net benefit of the model with its interval, and that of
+    calling every image.
     """
     low, high = _ends(intervals, net_benefit)
     top = 1.1 * max(*net_benefit, *call_all, *high, 0.001)
@@ -246,10 +224,8 @@ def decision_chart(
         axes.plot(thresholds, call_all, color=SECOND, linestyle="--", label="call all")
         axes.fill_between(thresholds, low, high, color=FIRST, alpha=0.15, linewidth=0)
         axes.plot(thresholds, net_benefit, color=FIRST, label="model")
-        axes.set_xlim(0, 1)
-        axes.set_ylim(-0.3 * top, top)
-        axes.set_xlabel("acts from this probability on")
-        axes.set_ylabel("net benefit")
+        axes.set(xlim=(0, 1), ylim=(-0.3 * top, top))
+        axes.set(xlabel="acts from this probability on", ylabel="net benefit")
         axes.legend(**_LEGEND, ncols=3)
 
     return _chart(name, "Net benefit over the threshold", draw, (4.0, 3.2))
@@ -262,10 +238,8 @@ def forest_chart(
 ) -> Markup:
     """Draw figures of groups with their intervals, one row per group.
 
-    Args:
-        name: prefix of its ids.
-        rows: names of the groups, from the top.
-        figures: up to three, by name: value, low and high per group; None where undefined.
+    The names of the groups are given from the top, and up to three figures by name: value, low and
+    high per group, None where undefined.
     """
     styles = (("D", INK), ("o", FIRST), ("s", SECOND))
 
@@ -278,8 +252,7 @@ def forest_chart(
             y, value, low, high = np.array(drawn).reshape(-1, 4).T
             axes.hlines(y, low, high, color=colour, linewidth=1.4)
             axes.plot(value, y, marker, color=colour, label=label)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5))
         shown = [
             text if len(text) <= 24 else f"{text[:23]}\N{HORIZONTAL ELLIPSIS}" for text in rows
         ]
@@ -293,12 +266,7 @@ def forest_chart(
 
 
 def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]) -> Markup:
-    """Draw differences with their intervals, one row each, and a line at 0.
-
-    Args:
-        name: prefix of its ids.
-        rows: name, difference, lower limit and upper limit of each.
-    """
+    """Draw a row per name, difference, lower limit and upper limit, and a line at 0."""
     rows_from_top = np.arange(len(rows))[::-1]
     values, lows, highs = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
 
