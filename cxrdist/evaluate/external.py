@@ -42,11 +42,9 @@ class _Made(TypedDict):
     split: NotRequired[Text]
 
 
-class _Evaluated(TypedDict):
-    """The members of a result file that identify its shards."""
+class _Evaluated(_Made):
+    """The members of any result file that identify its shards."""
 
-    index_sha256: NotRequired[Sha256]
-    split: NotRequired[Text]
     external: NotRequired[ExternalInfo]
     how: NotRequired[_Made]
 

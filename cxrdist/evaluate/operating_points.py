@@ -88,8 +88,8 @@ def choose_threshold(logits: NDArray[np.float64], truth: NDArray[np.bool_], rule
     return float(thresholds[np.argmax(hits == hits[allowed[-1]])])
 
 
-class AtPrevalence(TypedDict):
-    """Predictive values at another prevalence of the class (Bayes' rule)."""
+class PredictiveValues(TypedDict):
+    """Positive and negative predictive value; None where undefined."""
 
     ppv: Share | None
     ppv_interval: Interval
@@ -97,7 +97,7 @@ class AtPrevalence(TypedDict):
     npv_interval: Interval
 
 
-class OperatingPoint(TypedDict):
+class OperatingPoint(PredictiveValues):
     """Counts and rates at the threshold of a class, over the images for which it is known."""
 
     threshold: Real
@@ -112,11 +112,8 @@ class OperatingPoint(TypedDict):
     sensitivity_interval: Interval
     specificity: Share | None
     specificity_interval: Interval
-    ppv: Share | None
-    ppv_interval: Interval
-    npv: Share | None
-    npv_interval: Interval
-    at_prevalence: NotRequired[AtPrevalence]
+    at_prevalence: NotRequired[PredictiveValues]
+    """At another prevalence of the class (Bayes' rule)."""
 
 
 class ChosenOn(TypedDict):
@@ -251,13 +248,12 @@ def _at_prevalence(
     drawn: Mapping[str, Values],
     prevalence: float,
     patients: int,
-) -> AtPrevalence:
+) -> PredictiveValues:
     """Compute predictive values at a prevalence with their intervals.
 
     A value of exactly 0 or 1 does not vary between replicates; its limits follow from those of
-    sensitivity and specificity.
-
-    `patients` is the number of patients with the class or without it, whichever is smaller.
+    sensitivity and specificity. `patients` is the number of patients with the class or without it,
+    whichever is smaller.
     """
     if not patients:
         return {"ppv": None, "ppv_interval": None, "npv": None, "npv_interval": None}
@@ -271,9 +267,8 @@ def _at_prevalence(
         if value in (0, 1):
             written[f"{name}_interval"] = np.round(extremes[name], 6).tolist()
         elif not np.isnan(value):
-            within = bounded(float(value), replicated[name], patients)
-            written[f"{name}_interval"] = within
-    return cast(AtPrevalence, written)
+            written[f"{name}_interval"] = bounded(float(value), replicated[name], patients)
+    return cast(PredictiveValues, written)
 
 
 def _predictive(rates: Mapping[str, Values], prevalence: float) -> dict[str, Values]:
