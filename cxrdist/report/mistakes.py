@@ -2,8 +2,8 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from scipy.special import expit
 
@@ -27,58 +27,32 @@ OTHERS, NOT_KNOWN = "others", "not known"
 _FILTERED_GROUPS = ("view", "sex", "source")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One mistake as the page shows it.
-
-    Attributes:
-        sample: its row of predictions.csv.
-        missed: labels that the image has but that were not called.
-        called: labels that were called but that the image does not have.
-        tags: CSS classes that the filters select by.
-    """
+class Case(NamedTuple):
+    """A `Mistake` as the page shows it."""
 
     sample: Prediction
     missed: list[str]
     called: list[str]
     tags: str
+    """CSS classes that the filters select by."""
 
 
-@dataclass(frozen=True)
-class Pictures:
-    """The pictures of a mistake; None where they were not made.
-
-    Attributes:
-        xray: the square as the network saw it.
-        maps: heat maps of the contrast and of the wrong labels.
-        nearest: the training image most similar for the network, and its picture.
-    """
+class Pictures(NamedTuple):
+    """The pictures of a mistake; None where they were not made."""
 
     xray: pictures.Picture | None
+    """The square as the network saw it."""
     maps: list[tuple[Explanation, pictures.Picture]]
+    """Heat maps of the contrast and of the wrong labels."""
     nearest: tuple[Nearest, pictures.Picture] | None
+    """The training image most similar for the network, and its picture."""
 
     @property
     def num_bytes(self) -> int:
         """Return the size of the pictures in the page in bytes."""
-        embedded = [self.xray, *(picture for _, picture in self.maps)]
-        embedded += [self.nearest[1]] if self.nearest else []
+        nearest = [self.nearest] if self.nearest else []
+        embedded = [self.xray, *(picture for _, picture in (*self.maps, *nearest))]
         return sum(len(picture.uri) for picture in embedded if picture)
-
-
-@dataclass(frozen=True)
-class Filter:
-    """A filter of the page.
-
-    Attributes:
-        name: name of the column, such as truth; prefix of the CSS classes.
-        title: title for readers.
-        values: CSS class, value and number of mistakes of each value.
-    """
-
-    name: str
-    title: str
-    values: list[tuple[str, str, int]]
 
 
 def mistakes_view(
@@ -124,8 +98,12 @@ def mistakes_view(
 
 def _filters(
     mistakes: Sequence[Mistake], samples: Sequence[Prediction], task: str
-) -> tuple[list[Filter], list[str]]:
-    """Return the filters with at least two values, and the CSS classes of each mistake."""
+) -> tuple[list[View], list[str]]:
+    """Return the filters with at least two values, and the CSS classes of each mistake.
+
+    A filter has a name, the prefix of its CSS classes, a title for readers, and the values: CSS
+    class, value and number of mistakes.
+    """
     several = task == "multilabel"
     titles = {
         "missed": "Missed label" if several else "Truth",
@@ -140,7 +118,7 @@ def _filters(
     for name in _FILTERED_GROUPS:
         values[name] = [[of_one.get(name) or NOT_KNOWN] for of_one in groups]
     tags: list[list[str]] = [[] for _ in mistakes]
-    filters = []
+    filters: list[View] = []
     for name, title in titles.items():
         counted = Counter(value for of_one in values[name] for value in of_one)
         if len(counted) < 2:
@@ -154,7 +132,8 @@ def _filters(
             selected = {classes.get(value, other_tag) for value in texts}
             amounts.update(selected)
             of_one += sorted(selected)
-        filters.append(Filter(name, title, [(tag, v, amounts[tag]) for v, tag in classes.items()]))
+        counts = [(tag, value, amounts[tag]) for value, tag in classes.items()]
+        filters.append({"name": name, "title": title, "values": counts})
     return filters, [" ".join(of_one) for of_one in tags]
 
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from markupsafe import Markup
@@ -33,17 +32,6 @@ from cxrdist.run import RunDirectory, options_of
 MOST_OF_A_CLASS = 4
 MOST_IN_GALLERY = 24
 MOST_MAPS_OF_A_SAMPLE = 4
-
-
-@dataclass(frozen=True)
-class Card:
-    """One sample of the gallery."""
-
-    key: str
-    sample: Prediction | None
-    """None if the split was explained but not evaluated."""
-    xray: pictures.Picture | None
-    maps: list[tuple[Explanation, pictures.Picture]]
 
 
 def split_view(
@@ -131,11 +119,12 @@ def _card(
     key: str,
     samples: Mapping[str, Prediction],
     relevance: Mapping[str, list[Explanation]] | None,
-) -> Card:
-    """Gather the existing X-ray and heat maps of one sample.
+) -> View:
+    """Gather the existing X-ray and heat maps of one sample of the gallery.
 
-    The contrast comes first: it depends most on the trained weights. Of many heat maps those of the
-    truth, the prediction and the likeliest classes are kept.
+    The sample is None if the split was explained but not evaluated. The contrast comes first: it
+    depends most on the trained weights. Of many heat maps those of the truth, the prediction and
+    the likeliest classes are kept.
     """
     sample = samples.get(key)
 
@@ -151,12 +140,12 @@ def _card(
         xray = within(run.heatmaps(split), f"{key}.png")
     drawn = [item for item in (relevance or {}).get(key, []) if item.picture]
     drawn = sorted(drawn, key=interest)[:MOST_MAPS_OF_A_SAMPLE]
-    return Card(
-        key,
-        sample,
-        pictures.embed(xray) if xray.is_file() else None,
-        [(item, pictures.embed(item.picture)) for item in drawn if item.picture],
-    )
+    return {
+        "key": key,
+        "sample": sample,
+        "xray": pictures.embed(xray) if xray.is_file() else None,
+        "maps": [(item, pictures.embed(item.picture)) for item in drawn if item.picture],
+    }
 
 
 def _ledger(relevance: Mapping[str, list[Explanation]]) -> list[View]:

@@ -35,7 +35,7 @@ class SplitView(TypedDict):
     tests: RelevanceInfo | None
     flipping_chart: Markup | None
     outside: View | None
-    gallery: list[tuple[str | None, list[object]]]
+    gallery: list[tuple[str | None, list[View]]]
     """Cards by class."""
 
 
