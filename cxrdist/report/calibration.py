@@ -1,7 +1,7 @@
 """Views of operating points, calibration and decision curves for the report."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from markupsafe import Markup
 
@@ -10,7 +10,7 @@ from cxrdist.evaluate.decision_curve import ClassCurve, DecisionCurve
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.report import pictures
-from cxrdist.report.values import interval, number, percent
+from cxrdist.report.values import cell
 from cxrdist.report.view import View
 
 RATES = {
@@ -50,25 +50,17 @@ def _points(figures: OperatingPoints) -> View:
         having = point["true_positives"] + point["false_negatives"]
         lacking = point["false_positives"] + point["true_negatives"]
         counts = (point["true_positives"], having), (point["true_negatives"], lacking)
-        rows.append((name, point, counts, [_cell(point, rate, "percent") for rate in RATES]))
+        rows.append((name, point, counts, [cell(point, rate, "percent") for rate in RATES]))
         if min(having, lacking) < figures["chosen_on"]["fewest"]:
             few.append(f"{name}: {having} images with it, {lacking} without")
     elsewhere = [
-        (name, [_cell(point["at_prevalence"], rate, "percent") for rate in ("ppv", "npv")])
+        (name, [cell(point["at_prevalence"], rate, "percent") for rate in ("ppv", "npv")])
         for name, point in figures["classes"].items()
         if "at_prevalence" in point
     ]
     rule, _, least = figures["rule"].partition("=")
     described = RULES.get(rule, figures["rule"]).format(least=least)
     return {**figures, "described": described, "rows": rows, "few": few, "elsewhere": elsewhere}
-
-
-def _cell(
-    values: Mapping[str, Any] | None, name: str, style: Literal["number", "percent"]
-) -> tuple[str, str]:
-    """Write a figure and its interval; a dash and an empty text where undefined."""
-    values, write = values or {}, number if style == "number" else percent
-    return write(values.get(name)), interval(values.get(f"{name}_interval"), style)
 
 
 def _calibration(element: str, figures: CalibrationFigures) -> View:
@@ -91,7 +83,7 @@ def _calibration(element: str, figures: CalibrationFigures) -> View:
 
 
 def _cells(before: Mapping[str, Any], after: Mapping[str, Any] | None) -> list[tuple[str, str]]:
-    return [_cell(values, name, "number") for name in ERRORS for values in (before, after)]
+    return [cell(values, name) for name in ERRORS for values in (before, after)]
 
 
 def _curves(element: str, figures: DecisionCurve) -> list[tuple[str, ClassCurve, Markup]]:

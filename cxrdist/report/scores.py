@@ -11,7 +11,7 @@ from cxrdist.evaluate.metrics import INTERVALS, Metrics, ScoreName, Scores, corr
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
 from cxrdist.report.files import Prediction
-from cxrdist.report.values import COUNTS, MEASURES, count, interval, number, percent, share
+from cxrdist.report.values import COUNTS, MEASURES, cell, count, interval, number, percent, share
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, options_of
 
@@ -127,23 +127,18 @@ def _table(metrics: Metrics) -> View:
             (name, f"too few to say: {few[name]}" if name in few else ""),
             [
                 *((count(v[part]), f"of {count(v[all_])}") for part, all_ in counts.values()),
-                *(_cell(v, measure) for measure in measures),
+                *(cell(v, measure) for measure in measures),
             ],
         )
         for name, v in classes.items()
     ]
     nothing: list[Cell] = [("", "")] * len(counts)
-    means = [_cell(metrics["macro"], measure) for measure in measures]
+    means = [cell(metrics["macro"], measure) for measure in measures]
     foot = [("Mean" if several else "All classes mean", [*nothing, *means])]
     if several:
         labels = [(count(metrics["macro_labels"][measure]), "") for measure in measures]
         foot.append(("Labels in the mean", [*nothing, *labels]))
     return {"titles": [*counts, *measures.values()], "rows": rows, "foot": foot}
-
-
-def _cell(scores: Scores, measure: ScoreName) -> Cell:
-    """Return a score with its interval below it."""
-    return number(scores[measure]), interval(scores.get(INTERVALS[measure]))
 
 
 def _undefined(metrics: Metrics) -> list[str]:

@@ -63,6 +63,14 @@ def interval(
     return f"{write(limits[0])} to {write(limits[1])}" if limits else nothing
 
 
+def cell(
+    scores: Mapping[str, Any] | None, name: str, style: Literal["number", "percent"] = "number"
+) -> tuple[str, str]:
+    """Format a figure and, for the small text below, its interval; a dash where undefined."""
+    scores, write = scores or {}, number if style == "number" else percent
+    return write(scores.get(name)), interval(scores.get(f"{name}_interval"), style)
+
+
 def fine(value: float) -> str:
     """Format a probability (0 to 1) in percent with two decimals, below 1 % with four.
 
