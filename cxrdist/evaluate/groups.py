@@ -334,11 +334,10 @@ def _row(figures: Mapping[str, _Figures], column: int, fewest: int) -> dict[str,
     row: dict[str, object] = {}
     too_few = []
     for measure, of_measure in figures.items():
-        value = float(of_measure.value[column])
-        defined = np.isfinite(value)
-        row[measure] = round(value, _DIGITS) if defined else None
-        row[f"{measure}_interval"] = of_measure.limits[column]
-        if defined and of_measure.patients[column] < fewest:
+        limits = of_measure.limits[column]
+        row[measure] = round(float(of_measure.value[column]), _DIGITS) if limits else None
+        row[f"{measure}_interval"] = limits
+        if limits and of_measure.patients[column] < fewest:
             too_few.append(measure)
     return {**row, "too_few": too_few}
 

@@ -7,7 +7,7 @@ from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import FIGURES, read_members
 from cxrdist.files import sweep, write_text
-from cxrdist.info import RunInfo, read_info
+from cxrdist.info import RunInfo
 from cxrdist.report.audit import audit_view
 from cxrdist.report.card import write_card
 from cxrdist.report.checklist import write_checklist
@@ -45,15 +45,15 @@ def report(config: ReportConfig) -> Path:
         )
     run = RunDirectory(config.run)
     sweep(run.root)
-    info = read_info(run)
-    recipe, shards = read_stages(run.recipe), info["shards"]
+    evidence = gather(run)
+    info, recipe = evidence.info, read_stages(run.recipe)
+    shards = info["shards"]
     splits = [
         split_view(run, split, f"split{i}", shards["task"], shards["classes"])
         for i, split in enumerate(known_splits(run.root))
     ]
     headline, metrics = next(((s, s["metrics"]) for s in splits if s["metrics"]), (None, None))
     audit, texts = audit_view(run.audit), text_views(run)
-    evidence = gather(run)
     page = template("report.html.jinja").render(
         without_maps=evidence.without_maps,
         name=run.root.resolve().name,
@@ -62,7 +62,7 @@ def report(config: ReportConfig) -> Path:
         weights=weights_chain(info),
         duration=_duration(run.info, info),
         recipe=recipe,
-        open_labels=open_labels(info["shards"]),
+        open_labels=open_labels(shards),
         audit=audit,
         stages=stage_views(run, info, recipe),
         splits=splits,
