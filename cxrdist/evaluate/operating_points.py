@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from cxrdist.bootstrap import Limits, Replicates, Values
-from cxrdist.data.labels import POSITIVE
+from cxrdist.data.labels import NEGATIVE, POSITIVE
 from cxrdist.documents import Real, Sha256, Share, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.scored import Scored
@@ -146,22 +146,22 @@ def operating_points(
     each class where the model will be used.
     """
     thresholds = calibration.thresholds
-    sides = {
-        name: _Sides.of(scored, name, thresholds[name])
+    cells = {
+        name: _cells_of(scored, name, thresholds[name])
         for name in scored.classes
         if name in thresholds
     }
-    cells = [cell for of_class in sides.values() for cell in of_class.cells()]
-    # All classes in one matrix product, which is much faster than one product per class.
-    sums = replicates.sums(np.stack(cells, 1).astype(np.float64)) if cells else np.empty((0, 0))
-    drawn = np.split(sums, len(sides), axis=1) if sides else []
+    drawn: list[NDArray[np.float64]] = []
+    if cells:  # in one matrix product, which is much faster than one product per class
+        sums = replicates.sums(np.hstack([*cells.values()]).astype(np.float64))
+        drawn = np.split(sums, len(cells), axis=1)
     return {
         "rule": calibration.rule,
         "chosen_on": chosen_on(calibration),
         "prevalence": prevalence,
         "classes": {
-            name: _measure(of_class, replicates, counts, prevalence)
-            for (name, of_class), counts in zip(sides.items(), drawn, strict=True)
+            name: _measure(masks, thresholds[name], replicates, counts, prevalence)
+            for (name, masks), counts in zip(cells.items(), drawn, strict=True)
         },
         "reasons": {
             name: calibration.reasons.get(name, "it has no threshold")
@@ -181,51 +181,42 @@ def chosen_on(calibration: Calibration) -> ChosenOn:
     }
 
 
-@dataclass(frozen=True)
-class _Sides:
-    """Masks of the images that have a class, lack it, and are called: bool [N] each."""
-
-    threshold: float
-    has: NDArray[np.bool_]
-    lacks: NDArray[np.bool_]
-    called: NDArray[np.bool_]
-
-    @classmethod
-    def of(cls, scored: Scored, name: str, threshold: float) -> "_Sides":
-        column = scored.classes.index(name)
-        has = scored.targets[:, column] == POSITIVE
-        lacks = (scored.targets[:, column] >= 0) & ~has
-        return cls(threshold, has, lacks, call(scored.logits[:, column], threshold))
-
-    def cells(self) -> list[NDArray[np.bool_]]:
-        """Return the mask of each of `CELLS`."""
-        called = self.called
-        return [self.has & called, self.has & ~called, self.lacks & called, self.lacks & ~called]
+def _cells_of(scored: Scored, name: str, threshold: float) -> NDArray[np.bool_]:
+    """Return a mask for each of `CELLS`, bool [N, 4]; all False where the class is unknown."""
+    column = scored.classes.index(name)
+    called = call(scored.logits[:, column], threshold)
+    has, lacks = (scored.targets[:, column] == code for code in (POSITIVE, NEGATIVE))
+    return np.stack([has & called, has & ~called, lacks & called, lacks & ~called], axis=1)
 
 
 def _measure(
-    sides: _Sides, replicates: Replicates, drawn: NDArray[np.float64], prevalence: float | None
+    cells: NDArray[np.bool_],
+    threshold: float,
+    replicates: Replicates,
+    drawn: NDArray[np.float64],
+    prevalence: float | None,
 ) -> OperatingPoint:
-    """Count the cells of a class, and compute its rates with intervals.
+    """Count the cells of a class, masks [N, 4], and compute its rates with intervals.
 
     The counts of the cells in each replicate are `drawn`, float [replicates, 4].
     """
-    has, known, called = sides.has, sides.has | sides.lacks, sides.called
-    counts = np.array([[np.count_nonzero(cell) for cell in sides.cells()]], np.float64)
-    rates, replicated = _rates(counts), _rates(drawn)
-    wholes = dict(zip(MEASURES, (has, sides.lacks, called & known, ~called & known), strict=True))
+    hits, missed, false_alarms, spared = cells.T
+    has, lacks = hits | missed, false_alarms | spared
+    counts = cells.sum(axis=0, keepdims=True)
+    rates, replicated = _rates(counts.astype(np.float64)), _rates(drawn)
+    wholes = dict(zip(MEASURES, (has, lacks, hits | false_alarms, missed | spared), strict=True))
     point: dict[str, object] = {
-        "threshold": sides.threshold,
-        "probability": round(float(expit(sides.threshold)), 6),
-        **dict(zip(CELLS, counts[0].astype(int).tolist(), strict=True)),
+        "threshold": threshold,
+        "probability": round(float(expit(threshold)), 6),
+        **dict(zip(CELLS, counts[0].tolist(), strict=True)),
     }
     limits: dict[str, Limits | None] = {}
     for name, whole in wholes.items():
         point[name] = _digits(rates[name][0])
-        limits[name] = of_share(replicates, called == has, whole, replicated[name])
+        limits[name] = of_share(replicates, hits | spared, whole, replicated[name])
         point[f"{name}_interval"] = limits[name]
     if prevalence is not None:
-        patients = min(replicates.patients(has), replicates.patients(sides.lacks))
+        patients = min(replicates.patients(has), replicates.patients(lacks))
         point["at_prevalence"] = _at_prevalence(limits, rates, replicated, prevalence, patients)
     return cast(OperatingPoint, point)
 
