@@ -22,21 +22,20 @@ from scipy.special import logit
 
 from cxrdist.data import image_table
 from cxrdist.data.index import MOST_CLASSES
-from cxrdist.data.labels import MISSING, POSITIVE, SEPARATOR, UNCERTAIN, label_matrix
+from cxrdist.data.labels import SEPARATOR, label_matrix
 from cxrdist.data.patients import age_of, sex_of
 from cxrdist.data.records import SPLIT_NAMES, own_patient
 from cxrdist.data.tables import Row, Table, plain, read_table
 from cxrdist.data.views import view_of
 from cxrdist.documents import Between
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.scored import Scored
+from cxrdist.evaluate.scored import STATED, Scored
 
 COLUMNS = {"key": {"key"}, **image_table.COLUMNS}
 MOST_IMAGES = 500_000  # MIMIC-CXR has 377,110; the replicates then take 1 GB
 CERTAIN_LOGIT = 40.0  # at least, for a probability of 1; its sigmoid is 1 in float64
 FINITE = Between(-3.4e38, 3.4e38)  # the range of float32
 SCALE = "prob_ columns are probabilities, logit_ columns log(p / (1 - p)); convert other scores"
-_STATED = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,21 @@ def read_prediction_table(file: Path) -> PredictionTable:
     keys = _keys(rows, cells["key"])
     task, texts = _labels(rows, cells, list(classes))
     probabilities = _numbers(rows, "prob_", classes, Between(0, 1))
-    logits, logit_places = _logits(table, rows, classes, probabilities)
+    logit_columns = _find_classes(table, "logit_")
+    if logit_columns.keys() == classes.keys():
+        logits = _numbers(rows, "logit_", {n: logit_columns[n] for n in classes}, FINITE)
+    else:
+        logit_columns, logits = {}, to_logits(probabilities)
     patients = cells.get("patient") or [""] * len(rows)
     groups, notes = _groups(cells)
-    taken = {*places.values(), *classes.values(), *logit_places}
+    taken = {*places.values(), *classes.values(), *logit_columns.values()}
     unused = [name or "(no name)" for i, name in enumerate(table.columns) if i not in taken]
     scored = Scored(
         task,
         list(classes),
         keys,
         [patient or own_patient(key) for patient, key in zip(patients, keys, strict=True)],
-        label_matrix({code: texts[name] for name, code in _STATED.items()}, list(classes)),
+        label_matrix({code: texts[name] for name, code in STATED.items()}, list(classes)),
         logits,
         {name: values for name, values in groups.items() if any(values)},
     )
@@ -248,24 +251,6 @@ def _numbers(
                     f"{row.where}: {prefix}{name} is {text!r:.40}, expected {expected}; {SCALE}"
                 )
     return values
-
-
-def _logits(
-    table: Table,
-    rows: Sequence[Row],
-    classes: Mapping[str, int],
-    probabilities: NDArray[np.float64],
-) -> tuple[NDArray[np.float64], list[int]]:
-    """Read the logits, or compute them unless the table has one for each class.
-
-    Returns:
-        float64 [N, classes], and the positions of the columns that they were read from.
-    """
-    columns = _find_classes(table, "logit_")
-    if columns.keys() != classes.keys():
-        return to_logits(probabilities), []
-    places = {name: columns[name] for name in classes}
-    return _numbers(rows, "logit_", places, FINITE), list(places.values())
 
 
 def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:

@@ -22,6 +22,8 @@ from cxrdist.model.prediction import decide
 MEND = "run `cxrdist evaluate` again"
 GROUP_COLUMNS = ("source", "view", "sex", "age")
 """Columns of samples.csv that define groups; predictions.csv has those known for some image."""
+STATED = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
+"""Columns of labels, with the code of `cxrdist.data.labels` that their labels have."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +108,13 @@ def _scored(table: "csv.DictReader[str]", task: str) -> Scored:
     columns = list(table.fieldnames or [])
     classes = [name.removeprefix("logit_") for name in columns if name.startswith("logit_")]
     rows = list(table)
-    texts = {name: [row[name] for row in rows] for name in columns if not _is_number(name)}
+    names = ("key", "patient", *STATED, *GROUP_COLUMNS)
+    texts = {name: [row[name] for row in rows] for name in names if name in columns}
     logits = np.array([[float(row[f"logit_{name}"]) for name in classes] for row in rows])
     if not np.isfinite(logits).all():
         raise ValueError("a logit is not a finite number")
-    nothing = [""] * len(rows)
-    stated = {
-        POSITIVE: texts["label"],
-        UNCERTAIN: texts.get("uncertain", nothing),
-        MISSING: texts.get("missing", nothing),
-    }
+    stated = {POSITIVE: texts["label"]}
+    stated |= {code: texts[name] for name, code in STATED.items() if name in texts}
     return Scored(
         task,
         classes,
@@ -125,7 +124,3 @@ def _scored(table: "csv.DictReader[str]", task: str) -> Scored:
         logits.reshape(-1, len(classes)),
         {name: texts[name] for name in GROUP_COLUMNS if name in texts},
     )
-
-
-def _is_number(column: str) -> bool:
-    return column.startswith(("prob_", "logit_", "calibrated_", "softmax_"))

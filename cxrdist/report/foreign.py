@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.data.labels import MISSING, POSITIVE, SEPARATOR, UNCERTAIN
+from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.records import NO_PATIENT
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.calibration import choose_calibration, describe_calibration
@@ -14,7 +14,7 @@ from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.operating_points import YOUDEN, read_rule
 from cxrdist.evaluate.prediction_table import PredictionTable, read_prediction_table
-from cxrdist.evaluate.scored import Scored
+from cxrdist.evaluate.scored import STATED, Scored
 from cxrdist.files import atomic_directory, write_json, write_table, write_text
 from cxrdist.model.description import Calibration
 from cxrdist.report.page import template
@@ -97,10 +97,9 @@ def _write_predictions(
 def _label_texts(scored: Scored) -> dict[str, list[str]]:
     """Return the columns label and, if not empty, uncertain and missing; ``|`` between labels."""
     names = np.array(scored.classes, dtype=object)
-    codes = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
     return {
         column: [SEPARATOR.join(names[row == code]) for row in scored.targets]
-        for column, code in codes.items()
+        for column, code in STATED.items()
         if column == "label" or (scored.targets == code).any()
     }
 
