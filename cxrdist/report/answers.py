@@ -26,6 +26,7 @@ class Answer(NamedTuple):
     links: tuple[str, ...] = ()
 
 
+NOT_EVALUATED = Answer(NOT_DONE, "Run cxrdist evaluate --run RUN --shards SHARDS --split test.")
 Rule = Callable[[Evidence], Answer]
 
 
@@ -259,7 +260,7 @@ def ensemble(e: Evidence) -> Answer:
 def measures(e: Evidence) -> Answer:
     """Return which figures are given."""
     if not e.test:
-        return _evaluate()
+        return NOT_EVALUATED
     names = [name for name in SCORES if name in e.test["macro"]]
     parts = [what for what in ("calibration", "decision_curve") if e.has(what)]
     parts += _if(e.has_groups, "groups")
@@ -321,7 +322,7 @@ def explanations(e: Evidence) -> Answer:
 def internal(e: Evidence) -> Answer:
     """Return the result on held-out images of the same sources."""
     if not e.test:
-        return _evaluate()
+        return NOT_EVALUATED
     return Answer(
         HELD,
         f"On {count(e.test['samples'])} images of the test split, which was read after the "
@@ -370,7 +371,7 @@ def comparison(e: Evidence) -> Answer:
 def performance(e: Evidence) -> Answer:
     """Return the figures with their intervals."""
     if not e.test:
-        return _evaluate()
+        return NOT_EVALUATED
     text = "The figures of each class and their means"
     if e.has("intervals"):
         return Answer(HELD, f"{text}, with intervals.", _results(e))
@@ -380,7 +381,7 @@ def performance(e: Evidence) -> Answer:
 def diagnostic(e: Evidence) -> Answer:
     """Return sensitivity and specificity at thresholds chosen in advance."""
     if not e.test:
-        return _evaluate()
+        return NOT_EVALUATED
     if not e.has("operating_points"):
         return Answer(
             PARTLY,
@@ -399,7 +400,7 @@ def diagnostic(e: Evidence) -> Answer:
 def failures(e: Evidence) -> Answer:
     """Return the mistakes."""
     if not e.test:
-        return _evaluate()
+        return NOT_EVALUATED
     if e.explained:
         text = (
             "The mistakes with X-ray and heat map. The authors must say what they have in common."
@@ -557,10 +558,6 @@ def specification(e: Evidence) -> Answer:
 
 def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def _evaluate() -> Answer:
-    return Answer(NOT_DONE, "Run cxrdist evaluate --run RUN --shards SHARDS --split test.")
 
 
 def _results(e: Evidence) -> tuple[str, ...]:
