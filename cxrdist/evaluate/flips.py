@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.scored import Scored
@@ -29,39 +30,32 @@ def flips(a: Scored, b: Scored) -> list[Flip]:
     With several labels per image, list each known label that is decided differently. Within a kind
     of change the largest difference of the logits comes first.
     """
-    find = _label_flips if a.task == "multilabel" else _class_flips
+    several, truth = a.task == "multilabel", a.targets == POSITIVE
+    decisions = a.predicted, b.predicted
+    differs = decisions[0] != decisions[1]
+    if several:
+        positions, columns = np.nonzero(differs & (a.targets >= 0))
+    else:
+        positions = np.flatnonzero(differs.any(axis=1))
+        columns = truth.argmax(axis=1)[positions]
+
+    def name(chosen: NDArray[np.bool_], column: int) -> str:
+        if several:
+            return "yes" if chosen[column] else "no"
+        return a.classes[int(chosen.argmax())]
+
+    flipped = []
+    for position, column in zip(positions.tolist(), columns.tolist(), strict=True):
+        is_right = [chosen[position, column] == truth[position, column] for chosen in decisions]
+        change = "->".join("right" if own else "wrong" for own in is_right)
+        first, second = (name(chosen[position], column) for chosen in decisions)
+        logits = float(a.logits[position, column]), float(b.logits[position, column])
+        flipped.append(Flip(position, change, a.classes[column], (first, second), logits))
     return sorted(
-        find(a, b),
+        flipped,
         key=lambda flip: (
             CHANGES.index(flip.change),
             -abs(flip.logits[1] - flip.logits[0]),
             a.keys[flip.position],
         ),
     )
-
-
-def _class_flips(a: Scored, b: Scored) -> list[Flip]:
-    guesses = a.predicted.argmax(axis=1), b.predicted.argmax(axis=1)
-    truth = (a.targets == POSITIVE).argmax(axis=1)
-    flipped = []
-    for position in np.flatnonzero(guesses[0] != guesses[1]).tolist():
-        first, second, own = (int(values[position]) for values in (*guesses, truth))
-        change = "right->wrong" if first == own else "wrong->right" if second == own else CHANGES[2]
-        names = a.classes[first], a.classes[second]
-        logits = float(a.logits[position, own]), float(b.logits[position, own])
-        flipped.append(Flip(position, change, a.classes[own], names, logits))
-    return flipped
-
-
-def _label_flips(a: Scored, b: Scored) -> list[Flip]:
-    guesses = a.predicted, b.predicted
-    flipped = (guesses[0] != guesses[1]) & (a.targets >= 0)
-    changes = []
-    for position, column in zip(*(axis.tolist() for axis in np.nonzero(flipped)), strict=True):
-        first, second = (bool(guess[position, column]) for guess in guesses)
-        is_first_right = first == (a.targets[position, column] == POSITIVE)
-        change = "right->wrong" if is_first_right else "wrong->right"
-        names = tuple("yes" if guess else "no" for guess in (first, second))
-        logits = float(a.logits[position, column]), float(b.logits[position, column])
-        changes.append(Flip(position, change, a.classes[column], (names[0], names[1]), logits))
-    return changes

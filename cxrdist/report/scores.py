@@ -1,6 +1,8 @@
 """The view of the scores of a split for the report, for one or several labels per image."""
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import chain, product
 
 import numpy as np
 from markupsafe import Markup
@@ -202,12 +204,9 @@ def check_same_evaluation(
 
 
 def _same_confusion(metrics: Metrics, samples: Sequence[Prediction]) -> bool:
-    classes = list(metrics["classes"])
-    counted = {(label, predicted): 0 for label in classes for predicted in classes}
-    for sample in samples:
-        pair = sample.labels[0], sample.predicted[0]
-        counted[pair] = counted.get(pair, 0) + 1
-    return list(counted.values()) == [n for row in metrics["confusion_matrix"] for n in row]
+    pairs = product(metrics["classes"], repeat=2)
+    counts = dict(zip(pairs, chain(*metrics["confusion_matrix"]), strict=True))
+    return Counter(counts) == Counter((s.labels[0], s.predicted[0]) for s in samples)
 
 
 def _same_labels(metrics: Metrics, samples: Sequence[Prediction]) -> bool:
