@@ -86,7 +86,7 @@ class External:
     Attributes:
         index: its samples with the model's classes; unused samples are in no split.
         matches: why an image counts as seen, by sample number.
-        others: key and class of each image whose class the model does not know.
+        others: key and class of each image whose class the model does not have.
         info: the member ``external`` of metrics.json.
     """
 
@@ -173,7 +173,7 @@ def read_choices(run: RunDirectory, subset: str) -> Choices:
 def map_labels(index: Index, classes: list[str], labels: LabelMap) -> Index:
     """Map the labels of an external set to the model's classes.
 
-    With one class per image, images of a class that the model does not know are put into no split.
+    With one class per image, images of a class that the model does not have are put into no split.
     With several labels per image, labels that the set does not have count as missing.
 
     The set has the model's task. The map is from its labels to those of the model, or to None to
@@ -362,8 +362,8 @@ def _find_matches(
     """Find the samples, by number, that are of the pre-training or match the prints of a run.
 
     Returns:
-        Matches by sample number, and the number of images whose patient is known, or 0 if the run
-        knows no patients.
+        Matches by sample number, and the number of images whose patient is known, or 0 if no
+        patient of the run is known.
     """
     matches: dict[int, Match] = {}
     num_known = 0

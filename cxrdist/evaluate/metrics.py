@@ -94,7 +94,7 @@ class ExternalInfo(TypedDict):
     classes: list[str]
     """Classes that both have; scores of the others are undefined."""
     other_classes: dict[str, Count]
-    """Number of images left out, by class that the model does not know."""
+    """Number of images left out, by class that the model does not have."""
     images: Count
     """Number of images of the split, without those of other classes."""
     seen: Literal["drop", "report"]

@@ -61,7 +61,7 @@ class Prediction:
         """Return the truth as a list."""
         return labels_of(self.label)
 
-    def knows(self, label: str) -> bool:
+    def is_known(self, label: str) -> bool:
         """Return whether the truth of a label is known."""
         return label not in labels_of(self.uncertain) + labels_of(self.missing)
 

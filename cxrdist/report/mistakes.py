@@ -180,7 +180,7 @@ def _label_rows(
     called = Counter(label for mistake in mistakes for label in mistake.called)
     rows: list[View] = []
     for name in samples[0].logits if samples else []:
-        known = [sample for sample in samples if sample.knows(name)]
+        known = [sample for sample in samples if sample.is_known(name)]
         positives = sum(name in sample.labels for sample in known)
         threshold = limits.get(name, THRESHOLD_LOGIT)
         rows.append(

@@ -212,7 +212,7 @@ def _same_confusion(metrics: Metrics, samples: Sequence[Prediction]) -> bool:
 def _same_labels(metrics: Metrics, samples: Sequence[Prediction]) -> bool:
     for name, scores in metrics["classes"].items():
         having = [sample for sample in samples if name in sample.labels]
-        known = sum(sample.knows(name) for sample in samples)
+        known = sum(sample.is_known(name) for sample in samples)
         if known_images(metrics, name) != known:
             return False
         hits = sum(name in sample.predicted for sample in having)
@@ -238,7 +238,7 @@ def roc_charts(
     """
     charts = []
     for i, name in enumerate(metrics["classes"]):
-        known = [sample for sample in samples if sample.knows(name)]
+        known = [sample for sample in samples if sample.is_known(name)]
         is_class = np.array([name in sample.labels for sample in known])
         score = np.array([sample.logits[name] for sample in known])
         num_images = int(is_class.sum())
