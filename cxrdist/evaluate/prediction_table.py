@@ -46,14 +46,12 @@ class PredictionTable:
         scored: the images.
         probabilities: float64 [N, classes], as given.
         splits: split of each image; empty if the table has no column split.
-        num_own: number of images without a patient; each counts as a separate patient.
         notes: assumptions made about the table, one per line.
     """
 
     scored: Scored
     probabilities: NDArray[np.float64]
     splits: list[str]
-    num_own: int
     notes: tuple[str, ...]
 
 
@@ -100,9 +98,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
         {name: values for name, values in groups.items() if any(values)},
     )
     notes += [f"columns that were not used: {', '.join(unused)}"] if unused else []
-    return PredictionTable(
-        scored, probabilities, _splits(rows, cells), patients.count(""), (*table.notes, *notes)
-    )
+    return PredictionTable(scored, probabilities, _splits(rows, cells), (*table.notes, *notes))
 
 
 def to_logits(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
