@@ -26,7 +26,7 @@ COUNTS: dict[str, tuple[Counted, Counted]] = {
 
 def number(value: float | None) -> str:
     """Format a value with three decimals; a dash if undefined."""
-    return DASH if value is None or math.isnan(value) else f"{value:.3f}".replace("-", "\u2212")
+    return DASH if value is None or math.isnan(value) else f"{value:z.3f}".replace("-", "\u2212")
 
 
 def grey(value: float) -> str:
@@ -38,7 +38,7 @@ def signed(value: float | None) -> str:
     """Format a difference with its sign and three decimals; a dash if undefined."""
     if value is None or math.isnan(value):
         return DASH
-    return f"{round(value, 3) + 0.0:+.3f}".replace("-", "\u2212")
+    return f"{value:+z.3f}".replace("-", "\u2212")
 
 
 def p_value(value: float) -> str:

@@ -579,6 +579,12 @@ def test_percent_agrees_with_three_decimals() -> None:
     assert percent(None) == number(None) == number(float("nan")) == DASH
 
 
+def test_zero_has_no_sign() -> None:
+    """A share of a ledger that rounds to 0 is 0.000, whatever its sign."""
+    assert number(-0.0004) == number(-0.0) == "0.000"
+    assert number(-0.0006) == "\u22120.001"
+
+
 def test_a_time_has_its_zone() -> None:
     """Runs of several sites are compared; a time without a zone gets none."""
     assert moment("2026-03-01T09:00:59+00:00") == "2026-03-01 09:00 UTC"
