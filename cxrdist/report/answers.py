@@ -228,6 +228,13 @@ def training(e: Evidence) -> Answer:
     stages = ", ".join(e.info["stages"])
     if e.info["finished"] is None or not e.recipe:
         return Answer(NOT_DONE, "The training is not finished: run cxrdist train again.")
+    if e.members:
+        return Answer(
+            HELD,
+            "The complete recipe, by which each member was trained; the log of each epoch is in "
+            "the run of the member.",
+            ("recipe.yaml", "report.html#training"),
+        )
     return Answer(
         HELD,
         f"The complete recipe of the run; stages: {stages}. The log has each epoch.",
@@ -237,6 +244,13 @@ def training(e: Evidence) -> Answer:
 
 def final_model(e: Evidence) -> Answer:
     """Return how the published weights were chosen."""
+    if e.members:
+        return Answer(
+            HELD,
+            "For each stage of each member the epoch with the lowest loss on the validation split "
+            "is kept. The test split is not used for it.",
+            tuple(f"{name}/run.json" for name in e.members),
+        )
     best = [f"{name} epoch {stage['best_epoch']}" for name, stage in e.info["stages"].items()]
     return Answer(
         HELD if best else NOT_DONE,
