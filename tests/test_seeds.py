@@ -165,7 +165,7 @@ def test_the_report_takes_an_ensemble(ensemble):
     assert "No threshold was chosen" not in checklist
     assert "run cxrdist explain" not in checklist
     assert "stages: ." not in checklist
-    links = {*re.findall(r'<a href="([^"#:]+)', checklist)}
+    links = {*re.findall(r'<a href="([^"#:]+)["#]', checklist)}
     assert {"member-0/run.json", "test/metrics.json"} <= links
     assert all((ensemble / "run" / link).is_file() for link in links)
 
