@@ -202,6 +202,17 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _bounded(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """Build an integer; a larger one can neither become a float nor be shown in a message."""
+    value = loader.construct_yaml_int(node)
+    if abs(value) > _MOST_WHOLE:
+        raise ValueError(f"holds the number {node.value:.20}..., which is too large")
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _bounded)
+
+
 def parse_yaml(data: bytes) -> dict[str, Any]:
     """Parse a recipe: a YAML object of plain values, bounded, without duplicate names."""
     return _object(parse_yaml_value(data), "")

@@ -187,6 +187,8 @@ REFUSED = [
     (["train", *PATHS, "--seed.x", "3"], "--seed.x: --seed is a single value without fields"),
     (["train", *PATHS, "--network", "3"], "--network: is 3, expected its fields"),
     (["train", *PATHS, "--copies.a", "{"], "--copies.a '{': "),
+    (["train", *PATHS, "--average", "1" + "0" * 400], "number 10000000000000000000..., which is"),
+    (["train", *PATHS, "--seed", "0x" + "f" * 5000], "number 0xffffffffffffffffff..., which is"),
     (["predict"], "--run, IMAGES, --out: missing; see cxrdist"),
 ]
 
