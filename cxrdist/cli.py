@@ -23,57 +23,38 @@ from cxrdist.options import Command, parse
 from cxrdist.packaged import RECIPES, files_in
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
 
-COMMANDS = {
-    "pack": Command("data.pack:pack", "PackConfig", "raw images -> shards, split by patient"),
-    "check": Command("data.check:check", "CheckConfig", "are the shards still whole?", "shards"),
-    "train": Command("train.loop:train", "TrainConfig", "shards + recipe -> trained model"),
-    "seeds": Command(
-        "seeds:seeds", "SeedsConfig", "one recipe, several seeds or folds, and their ensemble"
-    ),
-    "evaluate": Command(
-        "evaluate.predictions:evaluate", "EvaluateConfig", "predictions and metrics of a split"
-    ),
-    "explain": Command("explain.export:explain", "ExplainConfig", "LRP relevance and heat maps"),
-    "predict": Command("predict:predict", "PredictConfig", "image files -> CSV", "images"),
-    "find-text": Command(
-        "data.text:find_text", "FindTextConfig", "burned-in text -> CSV of boxes, to be covered"
-    ),
-    "probe-text": Command(
-        "probe_text:probe_text", "ProbeTextConfig", "does the network use words on the images?"
-    ),
-    "localise": Command(
-        "localise:localise", "LocaliseConfig", "where the network looks, against boxes or masks"
-    ),
-    "probe-background": Command(
+_COMMANDS = (
+    Command("pack", "data.pack:pack", "raw images -> shards, split by patient"),
+    Command("check", "data.check:check", "are the shards still whole?", "shards"),
+    Command("train", "train.loop:train", "shards + recipe -> trained model"),
+    Command("seeds", "seeds:seeds", "one recipe, several seeds or folds, and their ensemble"),
+    Command("evaluate", "evaluate.predictions:evaluate", "predictions and metrics of a split"),
+    Command("explain", "explain.export:explain", "LRP relevance and heat maps"),
+    Command("predict", "predict:predict", "image files -> CSV", "images"),
+    Command("find-text", "data.text:find_text", "burned-in text -> CSV of boxes, to be covered"),
+    Command("probe-text", "probe_text:probe_text", "does the network use words on the images?"),
+    Command("localise", "localise:localise", "where the network looks, against boxes or masks"),
+    Command(
+        "probe-background",
         "probe_background:probe_background",
-        "ProbeBackgroundConfig",
         "can the classes be told without the lungs?",
     ),
-    "report": Command("report.html:report", "ReportConfig", "run directory -> report.html"),
-    "compare": Command(
-        "report.compare:compare", "CompareConfig", "two runs on the same images", "run_a run_b"
-    ),
-    "weights show": Command(
-        "model.inventory:show_weights", "WeightsShowConfig", "what is in a checkpoint?", "file"
-    ),
-    "weights convert": Command(
+    Command("report", "report.html:report", "run directory -> report.html"),
+    Command("compare", "report.compare:compare", "two runs on the same images", "run_a run_b"),
+    Command("weights show", "model.inventory:show_weights", "what is in a checkpoint?", "file"),
+    Command(
+        "weights convert",
         "model.inventory:convert_weights",
-        "WeightsConvertConfig",
         "checkpoint -> safetensors",
         "file out",
     ),
-    "export": Command(
-        "export.command:export", "ExportConfig", "run -> ONNX, torch.export, timm, the Hub", "out"
-    ),
-    "schema": Command(
-        "schema:print_schema", "SchemaConfig", "JSON schema of each document", "document"
-    ),
-    "demo": Command("demo:demo", "DemoConfig", "all steps on synthetic X-rays"),
-    "recipes": Command(
-        "catalogue:recipes", "RecipesConfig", "recipes for --config, with measured results", "name"
-    ),
-    "bench": Command("bench.jobs:bench", "BenchConfig", "measure this machine side by side"),
-}
+    Command("export", "export.command:export", "run -> ONNX, torch.export, timm, the Hub", "out"),
+    Command("schema", "schema:print_schema", "JSON schema of each document", "document"),
+    Command("demo", "demo:demo", "all steps on synthetic X-rays"),
+    Command("recipes", "catalogue:recipes", "recipes for --config, with measured results", "name"),
+    Command("bench", "bench.jobs:bench", "measure this machine side by side"),
+)
+COMMANDS = {command.name: command for command in _COMMANDS}
 
 USAGE = """usage: cxrdist COMMAND [options]
 
@@ -104,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         if _is_flushed(sys.stdout):
             raise
         code = 1  # the reader of the pipe has seen enough, such as `| head`
-    except (CxrdistError, RunFailedError, RuntimeError, OSError) as error:
+    except (CxrdistError, RuntimeError, OSError) as error:
         _is_flushed(sys.stdout)
         code = _report_failure(error)
     except Stopped as stop:
@@ -144,18 +125,18 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
         CxrdistError: there is no such command, or its options are wrong.
         SystemExit: help was requested, and is printed.
     """
-    name, rest = _command(arguments)
+    command, rest = _command(arguments)
     if {"-h", "--help"} & {*rest}:
         from cxrdist.help import help_of
 
-        print(help_of(COMMANDS[name], name), end="")
+        print(help_of(command), end="")
         raise SystemExit(0)
-    recipe, why = _default_recipe(rest) if name == "train" else (None, "")
+    recipe, why = _default_recipe(rest) if command.name == "train" else (None, "")
     if recipe is None:
-        return COMMANDS[name], parse(COMMANDS[name], name, rest), ""
-    config = parse(COMMANDS[name], name, ["--config", recipe, *rest])
+        return command, parse(command, rest), ""
+    config = parse(command, ["--config", recipe, *rest])
     others = ", ".join(files_in(RECIPES))
-    return COMMANDS[name], config, f"recipe: {recipe}, {why}; --config takes another: {others}"
+    return command, config, f"recipe: {recipe}, {why}; --config takes another: {others}"
 
 
 def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
@@ -214,12 +195,12 @@ def _print_what_cannot_be_encoded() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _command(arguments: list[str]) -> tuple[str, list[str]]:
+def _command(arguments: list[str]) -> tuple[Command, list[str]]:
     """Return the command, of one or two words, and the arguments after it."""
     for words in (1, 2):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
-            return name, arguments[words:]
+            return COMMANDS[name], arguments[words:]
     given, expected = "".join(arguments[:1]), list(COMMANDS)
     if _is_group(given):
         given = " ".join(arguments[:2])

@@ -14,9 +14,9 @@ EPILOG = """NAME stands for the name of a stage, block or class. A group of opti
 as a whole, in YAML: {example}. null resets an optional option. Underscores may replace hyphens."""
 
 
-def help_of(command: Command, name: str) -> str:
+def help_of(command: Command) -> str:
     """Return the help of a command."""
-    config = command.config_class
+    config, name = command.config_class, command.name
     groups = {field.flag.rpartition(".")[0] for field in leaves(config)} - {""}
     parser = ArgumentParser(
         prog=f"cxrdist {name}",

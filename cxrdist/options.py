@@ -23,10 +23,10 @@ RECIPES_OF = {"train": RECIPES, "pack": SHARD_RECIPES}
 
 
 class Command(NamedTuple):
-    """The entry function and the options of a command, and the options that need no flag."""
+    """A command: its name, entry function (MODULE:FUNCTION), help, and options without a flag."""
 
+    name: str
     entry: str
-    config: str
     help: str
     positional: str = ""
 
@@ -37,8 +37,9 @@ class Command(NamedTuple):
 
     @property
     def config_class(self) -> Any:
-        """Return the dataclass of the options."""
-        return getattr(import_module("cxrdist.config"), self.config)
+        """Return the dataclass of the options, such as FindTextConfig for find-text."""
+        words = self.name.title().replace("-", "").replace(" ", "")
+        return getattr(import_module("cxrdist.config"), f"{words}Config")
 
 
 class Option(NamedTuple):
@@ -49,30 +50,28 @@ class Option(NamedTuple):
     kind: Any
 
 
-def parse(command: Command, name: str, arguments: Sequence[str]) -> Any:
+def parse(command: Command, arguments: Sequence[str]) -> Any:
     """Read flags and recipe into the command's config.
 
     Raises:
         CxrdistError: an option or a field of the recipe is unknown, missing, repeated or invalid.
     """
     try:
-        given = _read_arguments(command, name, arguments)
+        given = _read_arguments(command, arguments)
         recipe = given.pop(("config",), None)
-        content = {} if recipe is None else _read_recipe(recipe, name, command.config_class)
+        content = {} if recipe is None else _read_recipe(recipe, command)
         for path in sorted(given, key=len):  # a whole group before single fields in it
             _refuse_other_stage(path, content.get("stages"))
             _place(content, path, given[path])
-        _refuse_missing(command, name, content)
+        _refuse_missing(command, content)
         config = build(content, command.config_class, "")
-        _refuse_urls(name, config)
+        _refuse_urls(command.name, config)
     except CxrdistError as error:
-        raise CxrdistError(f"{name}: {error}") from error
+        raise CxrdistError(f"{command.name}: {error}") from error
     return config
 
 
-def _read_arguments(
-    command: Command, name: str, arguments: Sequence[str]
-) -> dict[tuple[str, ...], Any]:
+def _read_arguments(command: Command, arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
     """Parse the words of the command line into values by path."""
     words, loose = deque(arguments), []
     texts: dict[tuple[str, ...], str] = {}
@@ -83,7 +82,7 @@ def _read_arguments(
             loose.append(word)
             continue
         flag, equals, text = word.partition("=")
-        option = find(flag, command, name)
+        option = find(flag, command)
         if not equals:
             text = _next_value(option, words)
         if option.path in values:
@@ -99,14 +98,15 @@ def _read_arguments(
             loose = [] if is_list else loose[1:]
     if loose:
         raise CxrdistError(
-            f"{loose[0]!r} is not an option; expected --OPTION VALUE, see cxrdist {name} --help"
+            f"{loose[0]!r} is not an option; expected --OPTION VALUE, see cxrdist {command.name} "
+            "--help"
         )
     return values
 
 
-def find(flag: str, command: Command, name: str) -> Option:
+def find(flag: str, command: Command) -> Option:
     """Return the option of a flag, with hyphens or underscores; raise CxrdistError without one."""
-    if flag == "--config" and name in RECIPES_OF:
+    if flag == "--config" and command.name in RECIPES_OF:
         return Option(flag, ("config",), str)
     path: list[str] = []
     canonical: list[str] = []
@@ -118,7 +118,7 @@ def find(flag: str, command: Command, name: str) -> Option:
             word, _, left = left.partition(".")
             field = word.replace("-", "_")
             if field not in hints or field == "_":
-                raise _unknown_flag(flag, command, name, canonical, list(hints))
+                raise _unknown_flag(flag, command, canonical, list(hints))
             kind = hints[field]
             canonical.append(hyphened(field))
         elif get_origin(kind) is dict:
@@ -143,17 +143,15 @@ def _split_name(text: str, kind: Any) -> tuple[str, str]:
     return words[0], ".".join(words[1:])
 
 
-def _unknown_flag(
-    flag: str, command: Command, name: str, above: list[str], names: list[str]
-) -> CxrdistError:
+def _unknown_flag(flag: str, command: Command, above: list[str], names: list[str]) -> CxrdistError:
     """Return the error for an unknown flag, with the known flags and the nearest one."""
     prefix = "--" + "".join(f"{word}." for word in above)
     expected = [prefix + hyphened(field) for field in names if field != "_"]
-    expected += ["--config"] if name in RECIPES_OF and not above else []
+    expected += ["--config"] if command.name in RECIPES_OF and not above else []
     word = flag.strip("-").rpartition(".")[2].replace("_", "-")
     deeper = [field.flag for field in leaves(command.config_class) if word in field.flag.split(".")]
     known = choices(flag.replace("_", "-"), expected, deeper)
-    return CxrdistError(f"{flag}: no such option; {known}; see cxrdist {name} --help")
+    return CxrdistError(f"{flag}: no such option; {known}; see cxrdist {command.name} --help")
 
 
 def _next_value(option: Option, words: deque[str]) -> str:
@@ -188,11 +186,11 @@ def _read_text(text: str, option: Option) -> Any:
         raise CxrdistError(f"{option.flag} {text!r:.80}: {error}") from error
 
 
-def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
+def _read_recipe(name: str, command: Command) -> dict[str, Any]:
     """Read a recipe: a file, or one that comes with cxrdist."""
     from cxrdist.files import read_recipe  # imported late: it would add half to the time of --help
 
-    folder = RECIPES_OF[command]
+    folder = RECIPES_OF[command.name]
     path = Path(path_of(folder, name))
     if not path.exists():
         raise CxrdistError(
@@ -200,7 +198,7 @@ def _read_recipe(name: str, command: str, config: Any) -> dict[str, Any]:
             f"{choices(name, files_in(folder))}"
         )
     _, content = read_recipe(path.resolve(), "fix it, or give another with --config")
-    _refuse_unknown(content, config, f"--config {name}")
+    _refuse_unknown(content, command.config_class, f"--config {name}")
     return content
 
 
@@ -225,13 +223,13 @@ def _place(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     content[path[-1]] = value
 
 
-def _refuse_missing(command: Command, name: str, content: dict[str, Any]) -> None:
+def _refuse_missing(command: Command, content: dict[str, Any]) -> None:
     """Check that all options without a default are given."""
     if missing := [
         field.name.upper() if field.name in command.positionals else field.flag
         for field in _missing(content, command.config_class)
     ]:
-        raise CxrdistError(f"{', '.join(missing)}: missing; see cxrdist {name} --help")
+        raise CxrdistError(f"{', '.join(missing)}: missing; see cxrdist {command.name} --help")
 
 
 def build(value: Any, kind: Any, flag: str) -> Any:

@@ -83,7 +83,7 @@ def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
     run = config.run / _name(number)
     paths = ["--shards", str(config.shards), "--run", str(run)]
     paths += ["--cache", str(config.cache)] if config.cache else []
-    recipe: TrainConfig = parse(COMMANDS["train"], "train", ["--config", config.recipe, *paths])
+    recipe: TrainConfig = parse(COMMANDS["train"], ["--config", config.recipe, *paths])
     if config.folds:
         return replace(recipe, fold=f"{number + 1}/{config.seeds}")
     return replace(recipe, seed=number)

@@ -135,7 +135,6 @@ def test_flags_take_dashes_and_need_no_value():
     """--skip-bad is --skip_bad true, and a pattern may start with anything."""
     config = parse(
         COMMANDS["pack"],
-        "pack",
         ["--source=folder", "--input=i", "--out=o", "--skip-bad", "--patient-pattern", r"^(\d+)_"],
     )
     assert config.skip_bad
@@ -147,7 +146,7 @@ def test_options_override_a_recipe_wherever_they_stand(recipe):
     """Before --config as well, where they are not undone by the recipe."""
     options = ["--shards=s", "--run=r", "--global-batch-size", "5", "--stages.fine.epochs", "7"]
     for arguments in ([*recipe, *options], [*options, *recipe]):
-        config = parse(COMMANDS["train"], "train", arguments)
+        config = parse(COMMANDS["train"], arguments)
         assert (config.global_batch_size, config.stages["fine"].epochs) == (5, 7)
         assert config.stages["all"].epochs == 12
 
@@ -157,11 +156,9 @@ def test_a_recipes_name_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").mkdir()
     paths = ["--shards", "s", "--run", "r"]
-    config = parse(COMMANDS["train"], "train", ["--config", "demo", *paths])
+    config = parse(COMMANDS["train"], ["--config", "demo", *paths])
     assert list(config.stages) == ["all", "fine"]
-    tracked = parse(
-        COMMANDS["train"], "train", ["--config", "demo", *paths, "--track", "tensorboard"]
-    )
+    tracked = parse(COMMANDS["train"], ["--config", "demo", *paths, "--track", "tensorboard"])
     assert tracked.track == "tensorboard"
 
 
@@ -207,14 +204,14 @@ def test_an_output_that_is_full_is_one_line(capsys, monkeypatch):
 
 def test_a_command_may_have_no_options():
     """`cxrdist demo` alone is the README's first command."""
-    assert parse(COMMANDS["demo"], "demo", []).source == "phantom"
+    assert parse(COMMANDS["demo"], []).source == "phantom"
 
 
 def test_a_home_is_written_out(capsys, tmp_path, monkeypatch):
     """The shell leaves the ~ of --out=~/shards; it is no folder of that name."""
     monkeypatch.setenv("HOME", str(tmp_path))
     options = ["--source=folder", "--input=i"]
-    config = parse(COMMANDS["pack"], "pack", [*options, "--out=~/shards"])
+    config = parse(COMMANDS["pack"], [*options, "--out=~/shards"])
     assert config.out == tmp_path / "shards"
     assert "write the directory out" in refused(capsys, "check", "~nobody-has-this-name/x")
 

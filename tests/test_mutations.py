@@ -125,7 +125,7 @@ def cases_of(folder: Path) -> list[Case]:
     again = PackConfig("folder", folder / "images", shards, size=32, workers=1)
     return [
         *cases,
-        Case(folder / "recipe.yaml", lambda: parse(COMMANDS["train"], "train", options)),
+        Case(folder / "recipe.yaml", lambda: parse(COMMANDS["train"], options)),
         Case(folder / "boxes.csv", lambda: read_boxes(folder / "boxes.csv")),
         Case(folder / "table.csv", lambda: read_source(table)),
         Case(folder / "several.yaml", lambda: read_source(several)),

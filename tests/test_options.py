@@ -91,7 +91,7 @@ def test_every_field_is_a_flag_in_both_spellings(name):
         flag = named(field.flag)
         for spelt in (flag, named("--" + field.flag[2:].replace("-", "_"))):
             for words in ([spelt, text], [f"{spelt}={text}"]):
-                config = parse(COMMANDS[name], name, [*needed(name, flag), *words])
+                config = parse(COMMANDS[name], [*needed(name, flag), *words])
                 assert value_at(config, flag) == value, words
 
 
@@ -129,7 +129,7 @@ def test_numbers_out_of_their_bounds_are_refused_by_their_flags(name):
             text = ".nan" if value != value else str(value)
             words = [*needed(name, flag), named("--" + field.flag[2:].replace("-", "_")), text]
             with pytest.raises(CxrdistError) as refused:
-                parse(COMMANDS[name], name, words)
+                parse(COMMANDS[name], words)
             line = str(refused.value)
             assert line.startswith(f"{name}: {flag}: is ")
             assert ", expected " in line
@@ -209,7 +209,7 @@ def test_a_flag_overrides_within_stages_given_as_a_whole(last):
     """As it does within the recipe's, wherever it stands; what is given as a whole replaces."""
     whole, within = ["--stages", STAGE], ["--stages.one.lr.stem", "5e-4"]
     words = [*whole, *within] if last else [*within, *whole]
-    config = parse(COMMANDS["train"], "train", ["--config=demo", *PATHS, *words])
+    config = parse(COMMANDS["train"], ["--config=demo", *PATHS, *words])
     assert list(config.stages) == ["one"]
     assert config.stages["one"].lr == {"head": 0.1, "stem": 5e-4}
     assert config.stages["one"].epochs == 3
@@ -218,18 +218,17 @@ def test_a_flag_overrides_within_stages_given_as_a_whole(last):
 def test_a_recipe_may_write_small_numbers_without_a_dot(tmp_path):
     """1e-4 is a number as of YAML 1.2; PyYAML alone takes it for text."""
     (tmp_path / "r.yaml").write_text(f"stages: {STAGE.replace('0.1', '1e-4')}\ninit: none\n")
-    config = parse(COMMANDS["train"], "train", ["--config", str(tmp_path / "r.yaml"), *PATHS])
+    config = parse(COMMANDS["train"], ["--config", str(tmp_path / "r.yaml"), *PATHS])
     assert config.stages["one"].lr == {"head": 1e-4}
 
 
 def test_a_group_begins_with_its_first_flag():
     """A stage without a background gets one; null takes it away."""
     flags = ["--stages", STAGE, "--stages.one.background.weight", "0.7"]
-    config = parse(COMMANDS["train"], "train", [*PATHS, *flags])
+    config = parse(COMMANDS["train"], [*PATHS, *flags])
     assert config.stages["one"].background == Background(0.7)
     lungs = parse(
         COMMANDS["train"],
-        "train",
         ["--config=lungs", *PATHS, "--stages.all.background", "null"],
     )
     assert lungs.stages["all"].background is None
@@ -238,7 +237,7 @@ def test_a_group_begins_with_its_first_flag():
 def test_stages_may_have_dots_in_their_names():
     """As directories of runs may."""
     flags = ["--stages", STAGE.replace("one", "v1.2"), "--stages.v1.2.warmup-epochs", "2"]
-    assert parse(COMMANDS["train"], "train", [*PATHS, *flags]).stages["v1.2"].warmup_epochs == 2
+    assert parse(COMMANDS["train"], [*PATHS, *flags]).stages["v1.2"].warmup_epochs == 2
 
 
 @pytest.mark.parametrize(
@@ -255,9 +254,9 @@ def test_recipes_of_older_runs_are_read(tmp_path, recipe):
     from cxrdist.train.training import recipe_yaml
 
     (tmp_path / "old.yaml").write_text(recipe)
-    config = parse(COMMANDS["train"], "train", ["--config", str(tmp_path / "old.yaml"), *PATHS])
+    config = parse(COMMANDS["train"], ["--config", str(tmp_path / "old.yaml"), *PATHS])
     (tmp_path / "new.yaml").write_text(recipe_yaml(config))
-    again = parse(COMMANDS["train"], "train", ["--config", str(tmp_path / "new.yaml"), *PATHS])
+    again = parse(COMMANDS["train"], ["--config", str(tmp_path / "new.yaml"), *PATHS])
     assert again == config
 
 
@@ -279,22 +278,22 @@ def test_random_words_are_one_line():
             for _ in range(draw.randrange(6))
         ]
         try:
-            parse(COMMANDS[name], name, words)
+            parse(COMMANDS[name], words)
         except CxrdistError as error:
             lines.append((name, str(error)))
     assert len(lines) > 200
     assert all(line.startswith(f"{name}: ") for name, line in lines)
     with pytest.raises(CxrdistError, match="not valid UTF-8"):
-        parse(COMMANDS["check"], "check", ["--shards", os.fsdecode(b"\xe9")])
+        parse(COMMANDS["check"], ["--shards", os.fsdecode(b"\xe9")])
 
 
 def test_ends_of_a_range_are_in_it_or_not():
     """A shift by the whole width is one; an average that keeps all of the old weights is none."""
     words = ["--config=demo", *PATHS]
-    config = parse(COMMANDS["train"], "train", [*words, "--augmentation.shift-x", "1"])
+    config = parse(COMMANDS["train"], [*words, "--augmentation.shift-x", "1"])
     assert config.augmentation.shift_x == 1.0
     with pytest.raises(CxrdistError, match=r"--average: is 1\.0, expected more than 0 and less"):
-        parse(COMMANDS["train"], "train", [*words, "--average", "1"])
+        parse(COMMANDS["train"], [*words, "--average", "1"])
 
 
 @pytest.mark.parametrize(
@@ -307,4 +306,4 @@ def test_ends_of_a_range_are_in_it_or_not():
 def test_a_url_is_refused_where_a_local_path_is_needed(name, words, flag):
     """Also in a list of paths; shards may be elsewhere."""
     with pytest.raises(CxrdistError, match=rf"{flag} memory://.*: expected a path on this machine"):
-        parse(COMMANDS[name], name, words)
+        parse(COMMANDS[name], words)

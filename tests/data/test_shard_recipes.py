@@ -21,7 +21,7 @@ PUBLIC = sorted({*get_args(SourceName)} - {"folder", "csv", "several"})
 
 def read_recipe(recipe: Path) -> PackConfig:
     arguments = ["--config", str(recipe), "--input", "in", "--out", "out"]
-    return parse(COMMANDS["pack"], "pack", arguments)
+    return parse(COMMANDS["pack"], arguments)
 
 
 def module_name(source: str) -> str:

@@ -121,10 +121,10 @@ def test_one_recipe_serves_every_architecture(tmp_path, capsys):
     stages = "{one: {lr: {head: 0.1, all: 0.01}, epochs: 1, patience: 1, block_decay: 0.4}}"
     file.write_text(f"init: none\nnetwork: {{architecture: resnet18}}\nstages: {stages}\n")
     common = ["--config", str(file), "--shards", "s", "--run", "r"]
-    assert parse(COMMANDS["train"], "train", common).network.architecture == "resnet18"
+    assert parse(COMMANDS["train"], common).network.architecture == "resnet18"
     for architecture in get_args(Architecture):
         arguments = [*common, "--network.architecture", architecture]
-        config = parse(COMMANDS["train"], "train", arguments)
+        config = parse(COMMANDS["train"], arguments)
         assert config.network == Network(architecture=architecture)
         refuse_bad_recipe(config)
     assert main(["train", *common, "--network.architecture", "resnet19"]) == 2

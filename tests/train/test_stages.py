@@ -30,7 +30,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "bassi2020_parameter_groups.json
 
 def bassi2020():
     arguments = ["--config", "bassi2020", "--shards", "s", "--run", "r"]
-    return parse(COMMANDS["train"], "train", arguments)
+    return parse(COMMANDS["train"], arguments)
 
 
 def test_the_papers_stages_have_the_papers_parameter_groups():
@@ -135,7 +135,7 @@ def test_early_stopping_waits_for_its_patience():
 def test_the_recipes_that_come_with_cxrdist_are_valid(name):
     """Each is read by its name."""
     arguments = ["--config", name, "--shards", "s", "--run", "r"]
-    config = parse(COMMANDS["train"], "train", arguments)
+    config = parse(COMMANDS["train"], arguments)
     refuse_bad_recipe(config)
 
 
@@ -143,7 +143,7 @@ def test_the_recipes_that_come_with_cxrdist_are_valid(name):
 def test_recipes_for_ones_own_classes_serve_every_architecture(recipe, lowered):
     """Rates fall to the half from block to block, head to stem, or are all the same."""
     arguments = ["--config", recipe, "--shards", "s", "--run", "r"]
-    config = parse(COMMANDS["train"], "train", arguments)
+    config = parse(COMMANDS["train"], arguments)
     for name in get_args(Architecture):
         network = Network(architecture=name)
         refuse_bad_recipe(replace(config, network=network))
@@ -157,6 +157,6 @@ def test_recipes_for_ones_own_classes_serve_every_architecture(recipe, lowered):
 def test_recipes_of_a_comparison_differ_in_one_line(name):
     """An architecture given by its flag has its own shape, and not the default one's."""
     arguments = ["--config", "compare", "--shards", "s", "--run", "r"]
-    config = parse(COMMANDS["train"], "train", [*arguments, "--network.architecture", name])
+    config = parse(COMMANDS["train"], [*arguments, "--network.architecture", name])
     refuse_bad_recipe(config)
     assert config.network == Network(architecture=name, dropout=0.2)

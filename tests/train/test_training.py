@@ -21,9 +21,7 @@ def test_the_papers_data_set_gives_the_papers_epochs_but_for_its_rounding():
 
     The paper's 8128 = 8 x 1016 is not 8 x 80 % of the 1281 and 1285 images that are not in test.
     """
-    config = parse(
-        COMMANDS["train"], "train", ["--config", "bassi2020", "--shards", "s", "--run", "r"]
-    )
+    config = parse(COMMANDS["train"], ["--config", "bassi2020", "--shards", "s", "--run", "r"])
     records = [
         Record(Path(), f"{name}/{i}", name, f"{name}{i}", "s")
         for name, count in zip(CLASSES, (219, 1341, 1345), strict=True)
@@ -81,15 +79,15 @@ def test_the_papers_commands_are_the_papers_protocol(monkeypatch):
     assert (options.num_processes, options.mixed_precision) == (2, "no")
     command, *arguments = options.training_script_args
     assert (options.training_script, command) == ("cxrdist", "train")
-    trained = parse(COMMANDS["train"], "train", arguments)
+    trained = parse(COMMANDS["train"], arguments)
     assert trained.augmentation.draws == "crossed"
     assert trained.frozen_batch_norm == "moving"
-    packed = parse(COMMANDS["pack"], "pack", pack[2:])
+    packed = parse(COMMANDS["pack"], pack[2:])
     assert (packed.cover, packed.cover_split, packed.split) == ("black", "test", "paper")
-    found = parse(COMMANDS["find-text"], "find-text", find[2:])
+    found = parse(COMMANDS["find-text"], find[2:])
     assert (found.out, found.input, found.source) == (
         *(packed.text_boxes, packed.input, packed.source),
     )
     assert packed.out == trained.shards
-    evaluated = parse(COMMANDS["evaluate"], "evaluate", evaluate[2:])
+    evaluated = parse(COMMANDS["evaluate"], evaluate[2:])
     assert evaluated.run.parent.parent == trained.run
