@@ -5,7 +5,6 @@ import contextlib
 import math
 import os
 import platform
-import sys
 import threading
 import time
 
@@ -13,8 +12,10 @@ import psutil
 import torch.distributed
 
 from cxrdist.errors import CxrdistError
+from cxrdist.lifetime import end_process
 
 HANG_SECONDS = 120.0
+MEND = "the job ends. Check that machine, then run the same command again"
 _DONE = "done"
 
 
@@ -97,16 +98,16 @@ class _Heart:
                 self.beaten = now
             before = now
             if now - self.beaten > self.limit:
-                _end_process(
+                end_process(
                     f"rank {self.rank}: the launcher of the first node has not answered for "
-                    f"{now - self.beaten:.0f} s"
+                    f"{now - self.beaten:.0f} s; {MEND}"
                 )
 
     def _end_job(self, rank: int, seconds: float) -> None:
         known = self.store.check([f"about/{rank}"])
         location = self.store.get(f"about/{rank}").decode() if known else "it never started"
         _kill_neighbour(rank, location)
-        _end_process(f"rank {rank} ({location}) has not answered for {seconds:.0f} s")
+        end_process(f"rank {rank} ({location}) has not answered for {seconds:.0f} s; {MEND}")
 
 
 def _kill_neighbour(rank: int, location: str) -> None:
@@ -117,13 +118,3 @@ def _kill_neighbour(rank: int, location: str) -> None:
             neighbour = psutil.Process(int(pid))
             if neighbour.environ().get("RANK") == str(rank):
                 neighbour.kill()
-
-
-def _end_process(reason: str) -> None:
-    """End this process, and so the job, at once, even if other threads wait."""
-    print(
-        f"cxrdist: {reason}; the job ends. Check that machine, then run the same command again",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)

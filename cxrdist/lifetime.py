@@ -48,7 +48,7 @@ def end_with_launcher() -> None:
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(number)):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent or not _below_python():  # the launcher died before prctl
-        _end("the launcher of this rank has died; run the same command again")
+        end_process("the launcher of this rank has died; run the same command again")
     # The ranks connect through a store of the first node's launcher if the second variable is set.
     on_other_node = os.environ.get("GROUP_RANK", "0") != "0"
     if on_other_node and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -111,16 +111,11 @@ def exit_with(command: Callable[[], int]) -> NoReturn:
 
 def _below_python() -> bool:
     """Return whether an ancestor runs this Python, as a launcher does and init does not."""
-    python, pid = os.readlink("/proc/self/exe"), os.getppid()
-    while pid:
-        try:
-            if os.readlink(f"/proc/{pid}/exe") == python:
-                return True
-        except OSError:  # of another user, such as init
-            pass
-        # pid (name) state parent ...; a name may contain spaces and brackets
-        pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return False
+    import psutil  # imported late: only a rank needs it
+
+    own = psutil.Process()
+    # `as_dict` gives None for a process of another user, such as init.
+    return any(parent.as_dict(["exe"])["exe"] == own.exe() for parent in own.parents())
 
 
 def _watch_first_launcher() -> None:
@@ -142,12 +137,16 @@ def _watch_first_launcher() -> None:
     except OSError as error:
         if not _joined.is_set():
             where = "{}:{}".format(*address)
-            _end(
+            end_process(
                 f"rank {os.environ['RANK']}: the launcher of the first node, at {where}, has "
                 f"died ({error}); check that node, then run the same command again"
             )
 
 
-def _end(reason: str) -> NoReturn:
+def end_process(reason: str) -> NoReturn:
+    """Print the reason and end this process at once, from any thread and whatever others wait for.
+
+    The launcher then ends the other ranks.
+    """
     os.write(2, f"cxrdist: {reason}\n".encode())
-    os._exit(1)  # sys.exit would end only this thread
+    os._exit(1)
