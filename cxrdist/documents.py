@@ -285,31 +285,27 @@ def typed(value: Any, kind: type[T], where: str = "") -> T:
             float, bool, None and Any.
         where: name of the value in errors; empty for a whole document.
     """
-    return cast(T, _typed(value, kind, where))
-
-
-def _typed(value: Any, kind: Any, where: str) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
-    if kind is Any or kind is object:
-        return value
+    if kind in (Any, object):
+        return cast(T, value)
     if origin in (NotRequired, Required):
-        return _typed(value, arguments[0], where)
+        return typed(value, arguments[0], where)
     if origin is Annotated:
-        value = _typed(value, arguments[0], where)
+        value = typed(value, arguments[0], where)
         for expected in filter(None, (rule.expected(value) for rule in arguments[1:])):
             raise _wrong(value, expected, where)
         return value
     if origin is Literal:
         if not isinstance(value, (str, int, NoneType)) or value not in arguments:
             raise _wrong(value, " or ".join(map(repr, arguments)), where)
-        return value
+        return cast(T, value)
     if origin in (Union, UnionType):
         return _one_of(value, arguments, where)
     if origin in (list, tuple):
         return _sequence(value, origin, arguments, where)
     if origin is dict:
-        content = _object(value, where)
-        return {name: _typed(content[name], arguments[1], _below(where, name)) for name in content}
+        items = _object(value, where).items()
+        return cast(T, {n: typed(item, arguments[1], _below(where, n)) for n, item in items})
     if is_record(kind):
         return _record(_object(value, where), kind, where)
     return _plain(value, kind, where)
@@ -338,10 +334,10 @@ def _one_of(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
     *others, last = (kind for kind in kinds if kind is not NoneType)
     for kind in others:
         try:
-            return _typed(value, kind, where)
+            return typed(value, kind, where)
         except ValueError:
             continue
-    return _typed(value, last, where)
+    return typed(value, last, where)
 
 
 def _sequence(value: Any, origin: Any, kinds: tuple[Any, ...], where: str) -> Any:
@@ -352,7 +348,7 @@ def _sequence(value: Any, origin: Any, kinds: tuple[Any, ...], where: str) -> An
     if len(kinds) != len(value):
         raise _wrong(value, f"a list of {len(kinds)}", where)
     items = enumerate(zip(value, kinds, strict=True))
-    return origin(_typed(item, kind, f"{where}[{i}]") for i, (item, kind) in items)
+    return origin(typed(item, kind, f"{where}[{i}]") for i, (item, kind) in items)
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -367,7 +363,7 @@ def _record(content: dict[str, Any], kind: Any, where: str) -> Any:
     known = {}
     for name in kinds:
         if name in content:
-            known[name] = _typed(content[name], kinds[name], _below(where, name))
+            known[name] = typed(content[name], kinds[name], _below(where, name))
         elif name in needed:
             raise ValueError(f"{_below(where, name)}: is missing")
     if is_typeddict(kind):
