@@ -128,7 +128,10 @@ class Predictor:
         try:
             with torch.inference_mode():
                 logits = self.model(images).cpu().numpy()
-            maps = self._explain(images, [sample_key(str(inputs[n].file)) for n in batch])
+            maps: list[Map] = []
+            if self.explainer is not None:
+                keys = [sample_key(str(inputs[number].file)) for number in batch]
+                maps = to_maps(self.explainer.attribute(images), keys, self.model.classes)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error, device):
                 raise
@@ -144,11 +147,6 @@ class Predictor:
             for (number, square), own in zip(batch.items(), maps, strict=False)
             for made in self._draw(number, replace(inputs[number], boxes=square.boxes), own, how)
         ]
-
-    def _explain(self, images: torch.Tensor, keys: list[str]) -> list[Map]:
-        if self.explainer is None:
-            return []
-        return to_maps(self.explainer.attribute(images), keys, self.model.classes)
 
     def _draw(self, number: int, item: Input, own: Map, how: Preparation) -> list[Made]:
         """Start jobs that write the heat maps and DICOM results of an image from its map."""
