@@ -95,8 +95,9 @@ def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str
     """
     from difflib import get_close_matches  # imported late: `cxrdist --help` does not need it
 
-    folded = {known.casefold().strip("-"): known for known in names}
+    known = [*names]
+    folded = {name.casefold().strip("-"): name for name in known}
     similar = [folded[match] for match in get_close_matches(name.casefold().strip("-"), folded, 1)]
     near = " or ".join([*nearest] or similar)
     mend = f"; nearest is {near}" if near else ""
-    return f"expected {'one of ' if len(folded) > 1 else ''}{', '.join(folded.values())}{mend}"
+    return f"expected {'one of ' if len(known) > 1 else ''}{', '.join(known)}{mend}"

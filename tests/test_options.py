@@ -266,6 +266,11 @@ def test_the_nearest_name_does_not_depend_on_capitals():
     assert choices("xyz", ["COVID-19", "NORMAL"]) == "expected one of COVID-19, NORMAL"
 
 
+def test_names_that_differ_in_capitals_are_all_listed():
+    """Folders normal and Normal are two classes."""
+    assert choices("xyz", ["normal", "Normal"]) == "expected one of normal, Normal"
+
+
 def test_random_words_are_one_line():
     """No command line of words from options and letters ends in a traceback."""
     draw = random.Random(0)
