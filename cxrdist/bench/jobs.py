@@ -94,8 +94,8 @@ def _originals(config: BenchConfig, scratch: Path) -> Path:
         write_phantoms(folder, 8, image_size_px=1024)
     records = read_class_folders(folder).records
     for turn in range(-(-MIN_ORIGINALS // len(records))):
-        for record in records:
-            link = scratch / "originals" / record.label / f"{turn}-{record.file.name}"
+        for number, record in enumerate(records):  # folders of splits may share file names
+            link = scratch / "originals" / record.label / f"{turn}-{number}-{record.file.name}"
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(record.file.resolve())
     return scratch / "originals"
