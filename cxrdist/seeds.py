@@ -31,6 +31,7 @@ from cxrdist.info import read_info
 from cxrdist.model.densenet import is_ensemble
 from cxrdist.model.description import MOST_MEMBERS, EnsembleFile
 from cxrdist.model.ensemble import join, save_ensemble
+from cxrdist.report.files import subsets_with
 from cxrdist.run import RunDirectory
 from cxrdist.train.loop import train
 from cxrdist.train.training import describe_shards, recipe_yaml
@@ -104,7 +105,7 @@ def _join_members(
         for split in splits:
             _evaluate_once(config, run.inside(name), split, accelerator)
     with entering(accelerator, locked(run.root), here=main):
-        together(accelerator, lambda: _publish(run, names, recipes[0], splits) if main else None)
+        together(accelerator, lambda: _publish(run, names, recipes[0]) if main else None)
     for split in splits:
         if not (config.folds and split == "val"):  # val differs between folds
             _evaluate_once(config, run.root, split, accelerator)
@@ -125,7 +126,7 @@ def _evaluate_once(config: SeedsConfig, run: Path, split: Any, accelerator: Acce
         evaluate(EvaluateConfig(run, config.shards, split, cache=config.cache))
 
 
-def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig, splits: list[str]) -> None:
+def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> None:
     """Write the files that make the directory a run: recipe, run.json and, last, the model.
 
     Nothing is written if the ensemble of these members is already there.
@@ -139,8 +140,7 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig, splits: l
         same_members = read_document(file, EnsembleFile)["members"] == names
         if same_members and read_info(run)["finished"] == finished:
             return
-    for split in splits:  # results of an earlier ensemble
-        run.metrics(split).unlink(missing_ok=True)
+    _remove_metrics(run)
     for name in COPIED:
         if (file := members[0].inside(name)).is_file():
             with atomic_file(run.inside(name)) as partial:
@@ -155,6 +155,12 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig, splits: l
     write_json(run.info, {**infos[0], **own})
     with atomic_directory(run.model) as directory:
         save_ensemble(ensemble, directory)
+
+
+def _remove_metrics(run: RunDirectory) -> None:
+    """Remove the metrics of an earlier ensemble: of every split and external set."""
+    for subset in subsets_with(run.root, "metrics.json"):
+        run.metrics(subset).unlink()
 
 
 def _write_spread(config: SeedsConfig, names: list[str], splits: list[str]) -> None:

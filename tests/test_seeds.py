@@ -33,7 +33,7 @@ from cxrdist.predict import predict
 from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory
-from cxrdist.seeds import seeds
+from cxrdist.seeds import _remove_metrics, seeds
 
 RECIPE = """
 stages:
@@ -192,6 +192,16 @@ def test_the_ensemble_of_a_member_that_was_trained_anew_is_evaluated_anew(ensemb
     seeds(SeedsConfig(*arguments, seeds=2, cache=ensemble / "cache"))
     assert metrics.stat().st_mtime_ns > before
     assert json.loads((run / "run.json").read_text())["finished"] == later
+
+
+def test_an_ensemble_of_other_members_keeps_no_metrics_of_the_earlier_one(tmp_path):
+    """Neither of a split that the command does not evaluate nor of an external set."""
+    subsets = ("test", "val", "external/other")
+    for subset in (*subsets, "member-0/test"):
+        (tmp_path / subset).mkdir(parents=True)
+        (tmp_path / subset / "metrics.json").touch()
+    _remove_metrics(RunDirectory(tmp_path))
+    assert [*tmp_path.rglob("metrics.json")] == [tmp_path / "member-0/test/metrics.json"]
 
 
 def test_another_recipe_is_refused(ensemble, tmp_path):
