@@ -205,7 +205,7 @@ def scratch_directory() -> Iterator[Path]:
     mend = "set TMPDIR to a directory with room"
     try:
         directory = tempfile.gettempdir()
-    except FileNotFoundError as error:  # tempfile tried to write to every directory it knows
+    except FileNotFoundError as error:  # none of its directories is writable
         raise RunFailedError(f"{error.strerror}; {mend}") from error
     with (
         room_for(Path(directory) / "cxrdist-", mend),

@@ -127,7 +127,7 @@ def _watch_first_launcher() -> None:
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
         with socket.create_connection(address, timeout=_CONNECT_SECONDS) as store:
-            store.settimeout(0.5)  # so that the loop sees that all ranks have joined
+            store.settimeout(0.5)  # so that the loop checks `_joined` again
             while not _joined.is_set():
                 try:
                     if not store.recv(1):

@@ -115,7 +115,7 @@ def step_traffic(shape: Network, size_px: int, precision: torch.dtype) -> StepTr
     a GPU runs the same ones with other kernels. ``precision`` is that of `plain_step`.
     """
     counts = []
-    for num_images in (2, 3):  # not 1: BatchNorm may refuse to train on one image
+    for num_images in (2, 3):  # not 1: BatchNorm cannot train on one value per channel
         with FakeTensorMode():
             step = plain_step(shape, size_px, num_images, precision, CPU)
             counts.append(count_traffic(step))

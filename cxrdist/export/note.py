@@ -1,4 +1,4 @@
-"""The note: what a program must know to use an exported network."""
+"""The note: what a user of an exported network needs to know."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
