@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from cxrdist.bootstrap import draw
+from cxrdist.bootstrap import draw, rarest_class
 from cxrdist.config import ProbeTextConfig
 from cxrdist.data.boxes import Box, cover, inside
 from cxrdist.data.cache import Images, read_rows
@@ -331,18 +331,20 @@ def _describe_relevance(index: Index, rows: Sequence[Shares]) -> RelevanceInText
 
     The share of all images has an interval by patient.
     """
-    samples = [index.samples[number] for number, *_ in rows]
+    numbers = [number for number, *_ in rows]
+    positive = index.targets()[numbers] == POSITIVE
     everything = _mean_shares("all", rows)
     if rows:
         images = np.ones(len(rows), bool)
-        replicates = draw([s.patient for s in samples], [s.label for s in samples])
+        patients = [index.samples[number].patient for number in numbers]
+        replicates = draw(patients, rarest_class(positive, patients))
         shares = np.array([share for _, share, _ in rows])
         everything["patients"] = replicates.patients(images)
         everything["share_interval"] = of_values(replicates, shares, images)
-    classes = []
-    for name in index.classes:
-        pairs = zip(rows, samples, strict=True)
-        classes.append(_mean_shares(name, [row for row, s in pairs if name in labels_of(s.label)]))
+    classes = [
+        _mean_shares(name, [row for row, is_own in zip(rows, own, strict=True) if is_own])
+        for name, own in zip(index.classes, positive.T, strict=True)
+    ]
     return {"all": everything, "classes": classes}
 
 

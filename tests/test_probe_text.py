@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from support import contents, run_ranks
 
+from cxrdist import probe_text as probed
 from cxrdist.config import (
     Augmentation,
     EvaluateConfig,
@@ -20,6 +22,7 @@ from cxrdist.config import (
     TrainConfig,
 )
 from cxrdist.data.boxes import Box, write_boxes
+from cxrdist.data.index import Index, Sample
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import COVID, NORMAL, PATIENT_PATTERN, write_phantoms
 from cxrdist.demo import write_word_boxes
@@ -212,6 +215,21 @@ def test_the_share_counts_overlapping_boxes_once():
     relevance = np.where(np.indices((8, 8)).sum(0) % 2, 1.0, -1.0)
     assert share_inside(relevance, boxes) == (24 / 64, 24 / 64)
     assert share_inside(np.zeros((8, 8)), boxes) == (0.0, 24 / 64)
+
+
+def test_the_interval_of_the_share_is_by_patient_whatever_the_labels():
+    """Sixty patients of one image each, no two with the same labels: Student's, by SciPy."""
+    classes = [*"abcdef"]
+    labels = ["|".join(c for i, c in enumerate(classes) if n >> i & 1) for n in range(1, 61)]
+    samples = [
+        Sample(f"k{i}", "test", "s", label, f"p{i}", "", "", "") for i, label in enumerate(labels)
+    ]
+    index = Index(Path(), "", "multilabel", classes, 8, "crop", "", None, None, [], samples)
+    shares = np.random.default_rng(0).uniform(0.4, 0.6, 60)
+    rows = [(i, float(share), 0.1) for i, share in enumerate(shares)]
+    low, high = probed._describe_relevance(index, rows)["all"]["share_interval"]
+    least, most = stats.t.interval(0.95, 59, shares.mean(), stats.sem(shares))
+    assert high - low == pytest.approx(most - least, rel=0.1)
 
 
 def test_a_word_without_letters_is_refused(trained):
