@@ -31,7 +31,7 @@ from cxrdist.data.inputs import read_original
 from cxrdist.data.pictures import read_file
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.dicom_output import Explained, Output, Probability
-from cxrdist.explain.heatmap import enlarged, overlay_original
+from cxrdist.explain.heatmap import enlarged, overlay
 
 RESEARCH_ONLY = "RESEARCH ONLY, not for diagnosis"
 MOST_SIDE_PX = 1024
@@ -73,7 +73,7 @@ def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes]
     file, relevance = explained.file, explained.drawing.found.relevance
     data = read_file(file)
     original = read_original(explained.drawing.item, output.how, MOST_SIDE_PX)
-    pictures = [overlay_original(original, values, output.how.fit) for values in relevance]
+    pictures = [overlay(original, values, fit=output.how.fit) for values in relevance]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # their texts may contain names of patients

@@ -3,11 +3,11 @@
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import correlate1d
 from torch import Tensor
 
 from cxrdist.data.boxes import Box
 from cxrdist.data.geometry import in_square
-from cxrdist.data.index import Fit
 from cxrdist.errors import CxrdistError
 
 RED = (225.0, 15.0, 25.0)
@@ -29,7 +29,7 @@ def overlay(
     relevance: NDArray[np.floating] | Tensor,
     limit: float | None = None,
     *,
-    fit: Fit | None = None,
+    fit: str | None = None,
 ) -> Image.Image:
     """Draw relevance over an X-ray on a colour scale symmetric around zero.
 
@@ -41,7 +41,9 @@ def overlay(
         relevance: signed floats [H, W] of the square, such as ``attribution.relevance[0, 0]``.
         limit: relevance per pixel of the strongest colour, in units of the logit. Pictures with
             the same limit can be compared; if None, ``colour_limit(relevance)``.
-        fit: how the square was made from the original: the model's ``fit``.
+        fit: how the square was made from the original: the model's ``fit``. With ``crop`` the
+            original has no colours outside the centre, and with ``pad`` the map of the black bars
+            is not shown; the colour scale is that of the whole square.
 
     Returns:
         An RGB picture of the image's size.
@@ -51,14 +53,13 @@ def overlay(
     """
     if isinstance(relevance, Tensor):
         relevance = relevance.detach().cpu().numpy()
-    if image.ndim == 2 and relevance.ndim == 2 and fit is not None:
-        return overlay_original(image, relevance, fit, limit)
-    if image.ndim != 2 or image.shape != relevance.shape:
+    if image.ndim != 2 or relevance.ndim != 2 or (fit is None and image.shape != relevance.shape):
         raise CxrdistError(
             f"cannot draw relevance of shape {relevance.shape} over an image of shape "
             f"{image.shape}: expected the same [H, W] for both; for an original give fit=model.fit"
         )
-    return _tint(image, _strength(relevance, limit))
+    strength = _strength(relevance, limit)
+    return _tint(image, strength if fit is None else _place(strength, image.shape, fit))
 
 
 def enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
@@ -68,31 +69,6 @@ def enlarged(picture: Image.Image) -> tuple[Image.Image, int]:
     return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC), times
 
 
-def overlay_original(
-    original: NDArray[np.uint8],
-    relevance: NDArray[np.floating],
-    fit: str,
-    limit: float | None = None,
-) -> Image.Image:
-    """Draw the relevance of a square over the original image, at any scale; see `overlay`.
-
-    With ``crop`` the image has no colours outside the centre, and with ``pad`` the map of the black
-    bars is not shown. The colour scale is that of the whole square.
-    """
-    height, width = original.shape
-    frame = in_square(Box(0, 0, width, height), width, height, relevance.shape[0], fit)
-    across, down = frame.width / width, frame.height / height
-    strength = Image.fromarray(_strength(relevance, limit).astype(np.float32))
-    placed = strength.transform(
-        (width, height),
-        Image.Transform.AFFINE,
-        (across, 0, frame.x, 0, down, frame.y),
-        Image.Resampling.BILINEAR,
-        fillcolor=0,
-    )
-    return _tint(original, np.asarray(placed))
-
-
 def _strength(relevance: NDArray[np.floating], limit: float | None) -> NDArray[np.float64]:
     """Return smoothed relevance on the colour scale, -1 to 1, [H, W]."""
     if limit is None:
@@ -100,6 +76,21 @@ def _strength(relevance: NDArray[np.floating], limit: float | None) -> NDArray[n
     if not 0 < limit < np.inf:
         raise CxrdistError(f"limit: is {limit}, expected a positive number; leave it out")
     return np.clip(smooth(relevance) / limit, -1, 1)
+
+
+def _place(strength: NDArray[np.float64], shape: tuple[int, ...], fit: str) -> NDArray[np.float32]:
+    """Resample the strengths of a square to the shape [H, W] of its original; 0 outside."""
+    height, width = shape
+    frame = in_square(Box(0, 0, width, height), width, height, len(strength), fit)
+    across, down = frame.width / width, frame.height / height
+    placed = Image.fromarray(strength.astype(np.float32)).transform(
+        (width, height),
+        Image.Transform.AFFINE,
+        (across, 0, frame.x, 0, down, frame.y),
+        Image.Resampling.BILINEAR,
+        fillcolor=0,
+    )
+    return np.asarray(placed)
 
 
 def _tint(image: NDArray[np.uint8], strength: NDArray[np.floating]) -> Image.Image:
@@ -141,11 +132,8 @@ def smooth(relevance: NDArray[np.floating]) -> NDArray[np.float64]:
     """
     if not np.isfinite(relevance).all():
         raise CxrdistError("cannot draw relevance that is not finite; check the model's weights")
-    smoothed = relevance.astype(np.float64)
+    weights = np.array([1, 2, 2, 2, 1]) / 8
+    smoothed: NDArray[np.float64] = relevance.astype(np.float64)
     for axis in (0, 1):
-        padding = [(2, 2) if a == axis else (0, 0) for a in (0, 1)]
-        windows = np.lib.stride_tricks.sliding_window_view(
-            np.pad(smoothed, padding, mode="edge"), 5, axis=axis
-        )
-        smoothed = windows @ np.array([1, 2, 2, 2, 1]) / 8
+        smoothed = correlate1d(smoothed, weights, axis, mode="nearest")
     return smoothed

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.data.inputs import Input, Preparation, read_original
-from cxrdist.explain.heatmap import overlay, overlay_original
+from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.maps import Map, encode, write_maps
 from cxrdist.files import atomic_file
 
@@ -83,8 +83,7 @@ def write_pictures(
     xray, *names = picture_names(key, classes)
     save_picture(directory / xray, Image.fromarray(image))
     for name, values in zip(names, relevance, strict=True):
-        xray_and_map = overlay_original(image, values, fit) if fit else overlay(image, values)
-        save_picture(directory / name, xray_and_map)
+        save_picture(directory / name, overlay(image, values, fit=fit))
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:

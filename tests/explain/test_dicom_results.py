@@ -22,7 +22,7 @@ from cxrdist.data.boxes import Box
 from cxrdist.data.inputs import Input, Preparation, read_original
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.dicom_output import Explained, Output, Probability, write_results
-from cxrdist.explain.heatmap import overlay_original
+from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.maps import Map
 from cxrdist.explain.pictures import Drawing
 
@@ -115,7 +115,7 @@ def test_a_heat_map_shows_the_image_below_words(tmp_path):
     for result, relevance, name in zip(maps, given, ("a", "b c"), strict=True):
         pixels = result.pixel_array
         caption, shown = pixels[:-400], pixels[-400:]
-        np.testing.assert_array_equal(shown, overlay_original(original, relevance, "pad"))
+        np.testing.assert_array_equal(shown, overlay(original, relevance, fit="pad"))
         red = shown[..., 0].astype(int) - shown[..., 2]
         # Padded to 400 px, 10 to 14 of 32 are 125 to 175; 50 px of the bar are cut off.
         assert red[150, 100] > 50

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cxrdist.explain.heatmap import overlay, overlay_original
+from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.pictures import picture_name, write_pictures
 
 
@@ -27,7 +27,7 @@ def test_a_map_lies_over_the_original_where_its_square_was_taken(fit, size):
     side = {"crop": min(size), "pad": max(size)}.get(fit)
     relevance = np.zeros((64, 64), np.float32)
     relevance[32:36, 24:28] = 1  # its centre: 26 of 64 across, 34 of 64 down, the square's px
-    picture = np.asarray(overlay_original(np.zeros((height, width), np.uint8), relevance, fit))
+    picture = np.asarray(overlay(np.zeros((height, width), np.uint8), relevance, fit=fit))
     assert picture.shape == (height, width, 3)
     red = np.argwhere(picture[..., 0] > 80)
     across, down = (side / 64, side / 64) if side else (width / 64, height / 64)
@@ -43,11 +43,11 @@ def test_beside_a_cropped_square_the_original_stays_grey():
     """Relevance everywhere colours the centre square only, and pad colours all of the original."""
     original = np.full((100, 180), 90, np.uint8)
     relevance = np.ones((50, 50), np.float32)
-    cropped = np.asarray(overlay_original(original, relevance, "crop")).astype(int)
+    cropped = np.asarray(overlay(original, relevance, fit="crop")).astype(int)
     assert (cropped[:, :40] == 90).all()
     assert (cropped[:, 140:] == 90).all()
     assert (cropped[:, 40:140, 0] > 180).all()
-    assert (np.asarray(overlay_original(original, relevance, "pad"))[..., 0] > 180).all()
+    assert (np.asarray(overlay(original, relevance, fit="pad"))[..., 0] > 180).all()
 
 
 def test_a_square_original_gives_the_picture_of_its_square():
@@ -56,7 +56,7 @@ def test_a_square_original_gives_the_picture_of_its_square():
     image = random.integers(0, 255, (64, 64), dtype=np.uint8)
     relevance = random.normal(size=(64, 64))
     for fit in ("crop", "pad", "stretch"):
-        placed = np.asarray(overlay_original(image, relevance, fit)).astype(int)
+        placed = np.asarray(overlay(image, relevance, fit=fit)).astype(int)
         assert abs(placed - np.asarray(overlay(image, relevance))).max() <= 1
 
 
