@@ -39,7 +39,6 @@ from cxrdist.data.workers import (
 )
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.explain.dicom_output import (
-    Explained,
     Output,
     class_probabilities,
     open_output,
@@ -50,7 +49,7 @@ from cxrdist.explain.dicom_output import (
 )
 from cxrdist.explain.export import LEDGER_COLUMNS, ledger_rows
 from cxrdist.explain.maps import Map, to_maps
-from cxrdist.explain.pictures import Drawing, draw
+from cxrdist.explain.pictures import Explained, draw
 from cxrdist.explain.relevance import Explainer
 from cxrdist.files import refuse_unwritable, write_table
 from cxrdist.model.densenet import Classifier
@@ -150,18 +149,18 @@ class Predictor:
 
     def _draw(self, number: int, item: Input, own: Map, how: Preparation) -> list[Made]:
         """Start jobs that write the heat maps and DICOM results of an image from its map."""
-        drawing, made = Drawing(item, own), list[Made]()
+        made: list[Made] = []
         seconds = SECONDS_PER_IMAGE * (1 + len(own.classes))
         if self.heatmaps is not None:
             rows = ledger_rows(own.key, own.classes, own.ledger, with_pictures=True)
             self.ledgers[number] = [[str(item.file), *row] for row in rows]
             make = partial(draw, directory=self.heatmaps, how=how)
-            drawn = schedule(self.pool, make, [drawing], seconds)
+            drawn = schedule(self.pool, make, [Explained(item, own)], seconds)
             made.append(Made(number, "heat maps", drawn))
         if self.output is not None:
             values = class_probabilities(_predictions(self.model, [self.logits[number]]))
             write = partial(write_results, output=replace(self.output, how=how))
-            written = schedule(self.pool, write, [Explained(drawing, values)], seconds)
+            written = schedule(self.pool, write, [Explained(item, own, values)], seconds)
             made.append(Made(number, "DICOM results", written))
         return made
 

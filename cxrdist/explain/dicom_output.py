@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 from uuid import UUID, uuid4, uuid5
 
 from pydicom.uid import UID
@@ -12,38 +11,13 @@ from pydicom.uid import UID
 from cxrdist.data.images import is_dicom
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError, require_modules
-from cxrdist.explain.pictures import Drawing
+from cxrdist.explain.pictures import Explained, Probability
 from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for, sweep
 from cxrdist.model.download import sha256_of
 from cxrdist.model.prediction import Predictions
 from cxrdist.run import RunDirectory
 
 MOST_NAMED = 3  # files in a line
-
-
-class Probability(NamedTuple):
-    """The probability of a class."""
-
-    name: str
-    value: float
-    is_calibrated: bool
-
-    def __str__(self) -> str:
-        calibrated = "calibrated" if self.is_calibrated else "not calibrated"
-        return f"probability {self.value:.3f}, {calibrated}"
-
-
-@dataclass(frozen=True)
-class Explained:
-    """An X-ray with the relevance and the probability of each class."""
-
-    drawing: Drawing
-    probabilities: Sequence[Probability]
-
-    @property
-    def file(self) -> Path:
-        """Return the file of the X-ray."""
-        return self.drawing.file
 
 
 @dataclass(frozen=True)

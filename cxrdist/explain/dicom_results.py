@@ -30,8 +30,9 @@ from cxrdist.data.elements import RefusedError
 from cxrdist.data.inputs import read_original
 from cxrdist.data.pictures import read_file
 from cxrdist.errors import CxrdistError
-from cxrdist.explain.dicom_output import Explained, Output, Probability
+from cxrdist.explain.dicom_output import Output
 from cxrdist.explain.heatmap import enlarged, overlay
+from cxrdist.explain.pictures import Explained, Probability
 
 RESEARCH_ONLY = "RESEARCH ONLY, not for diagnosis"
 MOST_SIDE_PX = 1024
@@ -70,9 +71,9 @@ def make_results(explained: Explained, output: Output) -> tuple[dict[UID, bytes]
     Raises:
         CxrdistError: its file is not a readable X-ray, or its tags cannot be used.
     """
-    file, relevance = explained.file, explained.drawing.found.relevance
+    file, relevance = explained.file, explained.maps.relevance
     data = read_file(file)
-    original = read_original(explained.drawing.item, output.how, MOST_SIDE_PX)
+    original = read_original(explained.item, output.how, MOST_SIDE_PX)
     pictures = [overlay(original, values, fit=output.how.fit) for values in relevance]
     try:
         with warnings.catch_warnings():

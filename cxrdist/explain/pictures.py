@@ -2,8 +2,10 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,29 +20,43 @@ LONGEST_NAME = 80
 """Most bytes of a class name in a file name; file systems allow 255 in total."""
 
 
+class Probability(NamedTuple):
+    """The probability of a class."""
+
+    name: str
+    value: float
+    is_calibrated: bool
+
+    def __str__(self) -> str:
+        calibrated = "calibrated" if self.is_calibrated else "not calibrated"
+        return f"probability {self.value:.3f}, {calibrated}"
+
+
 @dataclass(frozen=True)
-class Drawing:
-    """An image file, and the maps to be drawn over it."""
+class Explained:
+    """An X-ray with the relevance of its square, and for DICOM results the probabilities."""
 
     item: Input
-    found: Map
+    maps: Map
+    probabilities: Sequence[Probability] = ()
+    """Of each class of the maps."""
 
     @property
     def file(self) -> Path:
-        """Return the file of the original."""
+        """Return the file of the X-ray."""
         return self.item.file
 
 
-def draw(drawing: Drawing, directory: Path, how: Preparation) -> None:
+def draw(explained: Explained, directory: Path, how: Preparation) -> None:
     """Write heat maps over an original, then KEY.npz with the relevance of its square.
 
     Raises:
         CxrdistError: the file is not a readable X-ray, or the relevance is not finite.
     """
-    key, classes, relevance, _ = drawing.found
-    original = read_original(drawing.item, how)
+    key, classes, relevance, _ = explained.maps
+    original = read_original(explained.item, how)
     write_pictures(directory, key, original, relevance, classes, how.fit)
-    write_maps(directory, [(key, encode(drawing.found, half=False))])
+    write_maps(directory, [(key, encode(explained.maps, half=False))])
 
 
 def safe_name(name: str) -> str:

@@ -21,10 +21,10 @@ from pydicom.uid import (
 from cxrdist.data.boxes import Box
 from cxrdist.data.inputs import Input, Preparation, read_original
 from cxrdist.errors import CxrdistError
-from cxrdist.explain.dicom_output import Explained, Output, Probability, write_results
+from cxrdist.explain.dicom_output import Output, write_results
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.maps import Map
-from cxrdist.explain.pictures import Drawing
+from cxrdist.explain.pictures import Explained, Probability
 
 STUDY = {
     "StudyInstanceUID": "1.2.3.4.5",
@@ -55,7 +55,7 @@ def explained(file, names=("a", "b c")):
     relevance[:, 10:14, 10:14] = 1
     found = Map("key", list(names), relevance, np.zeros((len(names), 4)))
     values = [Probability(name, 0.1234567 / (k + 1), k == 0) for k, name in enumerate(names)]
-    return Explained(Drawing(Input(file, file.name), found), values)
+    return Explained(Input(file, file.name), found, values)
 
 
 def output(directory):
@@ -310,8 +310,7 @@ def test_boxes_of_text_are_covered_in_the_picture(tmp_path):
     """As in the heat maps of --explain."""
     file = xray(tmp_path / "x.dcm")
     given = explained(file)
-    item = replace(given.drawing.item, boxes=(Box(0, 300, 100, 50, "R"),))
-    covered = Explained(replace(given.drawing, item=item), given.probabilities)
-    write_results(covered, output(tmp_path / "out"))
+    item = replace(given.item, boxes=(Box(0, 300, 100, 50, "R"),))
+    write_results(replace(given, item=item), output(tmp_path / "out"))
     maps, _ = read_all(tmp_path / "out")
     assert not maps[0].pixel_array[-400:][310:340, 10:90].any()
