@@ -1,13 +1,25 @@
 """An explanation: the relevance of each pixel, and the shares that make up the logit."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 STABILISER = 1e-6
 """Added to the denominators of all rules except epsilon's, to avoid division by zero."""
+
+
+class Rules(NamedTuple):
+    """Settings of the canonical preset (composite.py)."""
+
+    flat: bool = True
+    """Whether the first convolution has the flat rule; if not, z-plus."""
+    biases: bool = True
+    """Whether biases are part of the denominators and absorb their share."""
+    epsilon: float = 0.1
+    """The epsilon of the linear layer's rule, in units of the logit."""
 
 
 @dataclass(frozen=True)
@@ -59,5 +71,5 @@ def sum_per_image(values: Tensor) -> Tensor:
 
 def concatenate(chunks: Sequence[Attribution]) -> Attribution:
     """Concatenate the targets of several attributions of one batch, in order."""
-    names = [column.name for column in fields(Attribution)]
-    return Attribution(*(torch.cat([getattr(c, name) for c in chunks], 1) for name in names))
+    columns = zip(*(vars(chunk).values() for chunk in chunks), strict=True)
+    return Attribution(*(torch.cat(column, 1) for column in columns))

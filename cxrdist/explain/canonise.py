@@ -33,19 +33,11 @@ _KNOWN_LAYERS = (
 )
 
 
-@torch.inference_mode(False)
 def untangle(network: DenseNet) -> nn.Sequential:
-    """Build the canonical network, a copy with the same logits.
+    """Build the canonical network of a DenseNet, as canonical.py describes it.
 
-    It has only Conv2d, ReLU, MaxPool2d, AvgPool2d, AdaptiveAvgPool2d, Flatten and Linear. The
-    inputs of all convolutions except the first are non-negative. A transition pools before its 1x1
-    convolution (the two commute): after it the pool's rule would divide signed sums by almost zero.
-    DenseNet121 becomes 36 million weights (146 MB in float32), not shared with the original and
-    without gradients.
-
-    Returns:
-        A network in evaluation mode on the device and in the dtype of the original, that takes
-        normalised images [B, C, H, W] and returns logits [B, classes].
+    A transition pools before its 1x1 convolution (the two commute): after it the pool's rule would
+    divide signed sums by almost zero. DenseNet121 becomes 36 million weights, 146 MB in float32.
 
     Raises:
         CxrdistError: the network is in training mode, or has an unknown layer.

@@ -22,6 +22,7 @@ from cxrdist.explain.attribution import (
     STABILISER,
     Attribution,
     Ledger,
+    Rules,
     concatenate,
     sum_per_image,
 )
@@ -35,14 +36,7 @@ class ByZennit:
     """Explains a network with a composite, on its own canonical copy of the network."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        name: str,
-        bounds: tuple[Tensor, Tensor],
-        *,
-        flat: bool,
-        biases: bool,
-        epsilon: float,
+        self, network: nn.Module, name: str, bounds: tuple[Tensor, Tensor], rules: Rules
     ) -> None:
         """Build the canonical copy of a network; the network itself does not change.
 
@@ -50,31 +44,27 @@ class ByZennit:
             network: of a Classifier, in evaluation mode.
             name: ``canonical`` or a name in ``zennit.composites.COMPOSITES``.
             bounds: least and largest normalised inputs [1, C, 1, 1], for the box rule.
-            flat: the rule of the first convolution of the canonical composite.
-            biases: whether biases are part of the denominators.
-            epsilon: of the linear layer's rule.
+            rules: zennit's composites use its biases and, some of them, its epsilon.
 
         Raises:
             CxrdistError: zennit has no such composite, or the network cannot be explained.
         """
         self.network = canonical_network(network)
         self._ledger = Ledger()
-        zero_params = [] if biases else ["bias"]
         if name == CANONICAL:
-            self._composite: Composite = _canonical(self._ledger, flat, zero_params, epsilon)
+            self._composite: Composite = _canonical(self._ledger, rules)
             self._absorbed_at_start = 0.0
         else:
-            self._composite = _from_zennit(name, bounds, zero_params, epsilon)
+            self._composite = _from_zennit(name, bounds, rules)
             self._absorbed_at_start = math.nan  # zennit's rules keep no ledger
 
+    @torch.enable_grad()
     def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution:
         """Return the relevance of normalised images [B, C, H, W] for the target class indices."""
-        with torch.inference_mode(False), torch.enable_grad():
-            # A clone: tensors made in inference mode cannot require gradients.
-            inputs = inputs.detach().clone().requires_grad_()
-            with self._composite.context(self.network):
-                logits = self.network(inputs)
-                return concatenate([self._propagate(logits[:, t], inputs) for t in targets])
+        inputs = inputs.detach().requires_grad_()
+        with self._composite.context(self.network):
+            logits = self.network(inputs)
+            return concatenate([self._propagate(logits[:, t], inputs) for t in targets])
 
     def _propagate(self, logit: Tensor, inputs: Tensor) -> Attribution:
         """Propagate one target's logit [B] to the inputs."""
@@ -155,9 +145,7 @@ def _z_plus_of_relu(denominator: _Denominator, zero_params: list[str]) -> BasicH
     )
 
 
-def _canonical(
-    ledger: Ledger, flat: bool, zero_params: list[str], epsilon: float
-) -> SpecialFirstLayerMapComposite:
+def _canonical(ledger: Ledger, rules: Rules) -> SpecialFirstLayerMapComposite:
     """Return the rule of each layer of a canonical network.
 
     ReLU and max pool need none: a ReLU whose output is zero gets no relevance from the layer after
@@ -165,25 +153,29 @@ def _canonical(
     """
 
     def booked(rule: Callable[..., BasicHook], epsilon: float = STABILISER) -> _Booked:
-        return _Booked(partial(rule, zero_params=zero_params), epsilon, ledger)
+        return _Booked(partial(rule, zero_params=_zero_params(rules)), epsilon, ledger)
 
     pool = _Booked(Norm, STABILISER, ledger)
     layer_map = [
         (nn.Conv2d, booked(_z_plus_of_relu)),
         ((nn.AvgPool2d, nn.AdaptiveAvgPool2d), pool),
-        (nn.Linear, booked(Epsilon, epsilon)),
+        (nn.Linear, booked(Epsilon, rules.epsilon)),
     ]
-    return SpecialFirstLayerMapComposite(layer_map, [(nn.Conv2d, booked(Flat if flat else ZPlus))])
+    first = booked(Flat if rules.flat else ZPlus)
+    return SpecialFirstLayerMapComposite(layer_map, [(nn.Conv2d, first)])
 
 
-def _from_zennit(
-    name: str, bounds: tuple[Tensor, Tensor], zero_params: list[str], epsilon: float
-) -> Composite:
+def _zero_params(rules: Rules) -> list[str]:
+    """Return the names of parameters that zennit's rules take as zero."""
+    return [] if rules.biases else ["bias"]
+
+
+def _from_zennit(name: str, bounds: tuple[Tensor, Tensor], rules: Rules) -> Composite:
     """Return zennit's composite of a name, or raise CxrdistError if there is none."""
     if name not in COMPOSITES:
         names = ", ".join((CANONICAL, *COMPOSITES))
         raise CxrdistError(f"--composite: zennit has no {name!r}; expected one of {names}")
-    low, high = bounds
-    settings = {"epsilon": epsilon, "zero_params": zero_params, "low": low, "high": high}
+    zero_params, (low, high) = _zero_params(rules), bounds
+    settings = {"epsilon": rules.epsilon, "zero_params": zero_params, "low": low, "high": high}
     taken = inspect.signature(COMPOSITES[name]).parameters
     return COMPOSITES[name](**{key: value for key, value in settings.items() if key in taken})

@@ -17,7 +17,6 @@ channels], which a 3x3 convolution reads without a copy. Targets precede the ima
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import torch
 from timm.models.densenet import DenseNet
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from cxrdist.explain.attribution import STABILISER, Attribution, concatenate
+from cxrdist.explain.attribution import STABILISER, Attribution, Rules, concatenate
 from cxrdist.explain.canonise import check
 from cxrdist.explain.fold import Block, Consumer, Folded, Layer, Stem, fold
 
@@ -37,21 +36,15 @@ class Engine:
     """LRP of a DenseNet by the canonical preset, with its own folded copy of the weights."""
 
     @torch.no_grad()
-    def __init__(self, network: DenseNet, flat: bool, biases: bool, epsilon: float) -> None:
+    def __init__(self, network: DenseNet, rules: Rules) -> None:
         """Fold a copy of the network; the network itself does not change.
-
-        Args:
-            network: timm's DenseNet in evaluation mode.
-            flat: whether the first convolution has the flat rule; if not, z-plus.
-            biases: whether biases are part of the denominators and absorb their share.
-            epsilon: the epsilon of the linear layer's rule, in units of the logit.
 
         Raises:
             CxrdistError: the network is in training mode, or has an unknown layer.
         """
         check(network)
-        self._folded = fold(network, biases)
-        self._rules = Rules(flat, biases, epsilon)
+        self._folded = fold(network, rules.biases)
+        self._rules = rules
 
     @torch.no_grad()
     def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution:
@@ -72,22 +65,11 @@ class Engine:
         return Attribution(relevance.transpose(0, 1), logits, *columns)
 
 
-class Rules(NamedTuple):
-    """Settings of the canonical preset."""
-
-    flat: bool = True
-    """Whether the first convolution has the flat rule; if not, z-plus."""
-    biases: bool = True
-    """Whether biases are part of the denominators and absorb their share."""
-    epsilon: float = 0.1
-    """The epsilon of the linear layer's rule, in units of the logit."""
-
-
-class Watcher(Protocol):
-    """Receives intermediate values of a backward pass, for the ledger and for the gradient."""
+class Watcher:
+    """Receives intermediate values of a backward pass; does nothing with those not overridden."""
 
     def see_amounts(self, consumer: Consumer, amounts: Tensor) -> None:
-        """Receive the values from a consumer to its producers, |s| R / z * a, [C, K*N]."""
+        """Receive the values from a consumer to its producers, |s| R / z * a, [C, K, B, H * W]."""
 
     def see_ratio(self, layer: Layer, ratio: Tensor) -> None:
         """Receive R / z of a 1x1 convolution, [K, N, M]."""
@@ -233,28 +215,21 @@ class Seen:
     """[B, classes]."""
 
 
-class _Ledger:
-    """Sums the relevance absorbed by biases and stabilisers, float64 [2, K, B]; a `Watcher`."""
+class _Ledger(Watcher):
+    """Sums the relevance absorbed by biases and stabilisers, float64 [2, K, B]."""
 
     def __init__(self, logits: Tensor) -> None:
         self.shares = logits.new_zeros(2, *logits.shape, dtype=torch.float64)
 
     def see_amounts(self, consumer: Consumer, amounts: Tensor) -> None:
-        """Add the relevance that a consumer absorbs."""
         self._book(consumer.absorbed @ amounts.flatten(1))
 
     def see_ratio(self, layer: Layer, ratio: Tensor) -> None:
-        """Add the relevance that a 1x1 convolution absorbs."""
         self._book((ratio @ layer.absorbed).movedim(2, 0))
 
     def see_absorbed(self, bias: Tensor | None, stabiliser: Tensor) -> None:
-        """Add the relevance that another rule absorbs."""
-        self._book(
-            torch.stack([torch.zeros_like(stabiliser) if bias is None else bias, stabiliser])
-        )
-
-    def see_block(self, passed: Tensor, passing: "Passing") -> None:
-        """Add nothing: relevance that is passed on is not absorbed."""
+        bias = torch.zeros_like(stabiliser) if bias is None else bias
+        self._book(torch.stack([bias, stabiliser]))
 
     def _book(self, absorbed: Tensor) -> None:
         """Add relevance absorbed at each position, [2, K * B * positions] in any shape."""

@@ -20,13 +20,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from cxrdist.explain.attribution import STABILISER
+from cxrdist.explain.attribution import STABILISER, Rules
 from cxrdist.explain.engine import (
     Features,
     Passing,
-    Rules,
     Seen,
     SeenBlock,
+    Watcher,
     as_images,
     backward_max_pool,
     backward_pass,
@@ -105,8 +105,8 @@ def _lowest(needed: Folded) -> int:
 
 
 @dataclass(frozen=True)
-class _Trace:
-    """The intermediate values of the backward pass, in its order; a `Watcher`."""
+class _Trace(Watcher):
+    """The intermediate values of the backward pass, in its order."""
 
     amounts: list[Tensor]
     """Values from each consumer to its producers, [C, N]."""
@@ -118,18 +118,12 @@ class _Trace:
     """g of the pooled outputs of each block, [C, B, h, w]."""
 
     def see_amounts(self, consumer: Consumer, amounts: Tensor) -> None:
-        """Keep the values from a consumer to its producers."""
         self.amounts.append(amounts.flatten(1))
 
     def see_ratio(self, layer: Layer, ratio: Tensor) -> None:
-        """Keep R / z of a 1x1 convolution."""
         self.ratios.append(ratio.squeeze(0))
 
-    def see_absorbed(self, bias: Tensor | None, stabiliser: Tensor) -> None:
-        """Keep nothing: only the ledger needs it."""
-
     def see_block(self, passed: Tensor, passing: Passing) -> None:
-        """Keep g of a block's outputs and the sums for its producers."""
         self.passed.append(passed.squeeze(1))
         self.passing.append(passing)
 

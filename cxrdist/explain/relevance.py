@@ -13,7 +13,7 @@ from timm.models.densenet import DenseNet
 from torch import Tensor
 
 from cxrdist.errors import CxrdistError
-from cxrdist.explain.attribution import Attribution
+from cxrdist.explain.attribution import Attribution, Rules
 from cxrdist.explain.composite import CANONICAL, ByZennit
 from cxrdist.explain.engine import Engine
 from cxrdist.explain.innvestigate import Innvestigate
@@ -83,9 +83,14 @@ class Explainer:
         self._normalise = model.normalise
         self._size_px = model.image_size_px
         self._device = model.mean.device
+        self._method = self._choose_method(model, preset, composite, Rules(flat, biases, epsilon))
+
+    def _choose_method(
+        self, model: Classifier, preset: Preset, composite: str | None, rules: Rules
+    ) -> _Method:
         network = model.network
         if preset == "innvestigate":
-            if composite is not None or not biases:
+            if composite is not None or not rules.biases:
                 raise CxrdistError(
                     "--preset innvestigate: has its own rules and keeps biases; leave out "
                     "--composite and --biases"
@@ -95,17 +100,12 @@ class Explainer:
                     f"--preset innvestigate: is for DenseNets, but this is a "
                     f"{type(network).__name__}; leave it out"
                 )
-            self._method: _Method = Innvestigate(network, flat, epsilon)
-        elif composite is not None or type(network) is not DenseNet:
-            darkest, brightest = (
-                torch.full((1, 1, 1, 1), v, device=self._device) for v in (0, 255)
-            )
-            bounds = model.normalise(darkest), model.normalise(brightest)
-            self._method = ByZennit(
-                network, composite or CANONICAL, bounds, flat=flat, biases=biases, epsilon=epsilon
-            )
-        else:
-            self._method = Engine(network, flat, biases, epsilon)
+            return Innvestigate(network, rules.flat, rules.epsilon)
+        if composite is None and type(network) is DenseNet:
+            return Engine(network, rules)
+        darkest, brightest = (torch.full((1, 1, 1, 1), v, device=self._device) for v in (0, 255))
+        bounds = model.normalise(darkest), model.normalise(brightest)
+        return ByZennit(network, composite or CANONICAL, bounds, rules)
 
     def attribute(self, images: Tensor, targets: Sequence[int | str] | None = None) -> Attribution:
         """Return the relevance of grey images for some of the classes.
