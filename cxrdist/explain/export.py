@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxrdist.config import ExplainConfig, deciding
-from cxrdist.data.cache import Masks, open_masks, read_mask_rows, read_rows
+from cxrdist.data.cache import Masks, open_masks, read_rows
 from cxrdist.distributed import finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
 from cxrdist.evaluate.predictions import LoadedRun, load_run, rank_batches
@@ -48,15 +48,8 @@ from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress
 
-LEDGER_COLUMNS = (
-    "key",
-    "class",
-    "logit",
-    "relevance_sum",
-    "bias_share",
-    "epsilon_share",
-    "picture",
-)
+SHARES = ("logit", "relevance_sum", "bias_share", "epsilon_share")
+LEDGER_COLUMNS = ("key", "class", *SHARES, "picture")
 TESTED_IMAGES = 8
 """Images for pixel flipping and randomisation; enough to tell a right map from a wrong one."""
 
@@ -65,8 +58,10 @@ MEND = "remove it to explain the split again"
 # Files that may be removed: KEY.png, KEY.CLASS.png, KEY.npz (a key ends in digits of a hash), and
 # NNNNNN.tar.
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
-Row = tuple[int, int, list[str]]
+Rows = list[list[str]]
+"""Rows of relevance.csv."""
 Tested = tuple[int, Flipping, randomisation.Comparison]
+"""Number of a sample, and the results of its tests."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,7 @@ class _Work:
     """Inputs that each rank needs to explain its share of the samples."""
 
     loaded: LoadedRun
+    model: Classifier
     split: str
     targets: Targets
     explainer: Explainer
@@ -87,9 +83,8 @@ class _Work:
         index = self.loaded.index
         if self.masks is None or not index.samples[number].mask_sha256:
             return None
-        size_px, here = index.image_size_px, torch.device("cpu")
-        pixels = read_mask_rows(self.masks, np.array([number]), size_px, here)
-        return pixels[0, 0].numpy() > 0
+        side = index.image_size_px
+        return np.unpackbits(self.masks[number], count=side**2).reshape(side, side).astype(bool)
 
 
 class _Explained(NamedTuple):
@@ -123,7 +118,9 @@ def explain(config: ExplainConfig) -> None:
     is_compact = config.format == "webdataset"
     has_masks = any(loaded.index.samples[number].mask_sha256 for number in numbers)
     masks = open_masks(loaded.packed, config.cache, accelerator) if has_masks else None
-    work = _Work(loaded, config.split, targets, explainer, is_compact, config.pictures, masks)
+    work = _Work(
+        loaded, model, config.split, targets, explainer, is_compact, config.pictures, masks
+    )
     with ExitStack() as stack:
 
         def prepare() -> _Todo | None:
@@ -134,7 +131,7 @@ def explain(config: ExplainConfig) -> None:
 
         todo = gather(accelerator, [together(accelerator, prepare)])[0]
         results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
-        rows = sorted(gather(accelerator, results.rows))
+        rows_by_number = sorted(gather(accelerator, results.rows))
         looks, sums = gather(accelerator, results.looks), Sums()
         for others in gather(accelerator, [results.sums]):
             sums.merge(others)
@@ -143,7 +140,7 @@ def explain(config: ExplainConfig) -> None:
         if accelerator.is_main_process:
             if nearest:
                 write_nearest(loaded, nearest)
-            table = [row for _, _, row in rows]
+            table = [row for _, rows in rows_by_number for row in rows]
             write_table(loaded.run.relevance_table(loaded.subset), LEDGER_COLUMNS, table)
             if not todo.is_tested:
                 _write_mean_maps(work, looks, sums)
@@ -245,14 +242,15 @@ def _clear(directory: Path) -> None:
 class _Results:
     """Results of the samples that this rank has explained."""
 
-    rows: list[Row]
+    rows: list[tuple[int, Rows]]
+    """By sample number."""
     looks: list[Look]
     sums: Sums
 
     def add(self, work: _Work, explained: list[_Explained]) -> None:
         """Add the samples of a unit whose maps are written."""
         for sample in explained:
-            self.rows.extend(_rows(work, sample))
+            self.rows.append((sample.number, _rows(work, sample)))
             if sample.look is not None and sample.relevance is not None:
                 self.looks.append(sample.look)
                 image = np.asarray(work.loaded.images[sample.number])
@@ -392,18 +390,16 @@ def _num_threads(work: _Work) -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
-def _rows(work: _Work, sample: _Explained) -> list[Row]:
-    """Return the rows of relevance.csv of a sample, with their positions for sorting."""
+def _rows(work: _Work, sample: _Explained) -> Rows:
     (key,) = _keys(work, np.array([sample.number]))
     names = work.targets.names_of(sample.ledger)
     ledger = work.targets.with_leading(sample.ledger, sample.ledger)
-    rows = ledger_rows(key, names, ledger, with_pictures=work.with_pictures)
-    return [(sample.number, k, row) for k, row in enumerate(rows)]
+    return ledger_rows(key, names, ledger, with_pictures=work.with_pictures)
 
 
 def ledger_rows(
     key: str, names: list[str], ledger: NDArray[np.float64], *, with_pictures: bool
-) -> list[list[str]]:
+) -> Rows:
     """Return a sample's rows of relevance.csv, one per map; unknown values stay empty.
 
     `ledger` is float64 [K, 4], as in `Map`; `with_pictures`, whether heat maps are drawn.
@@ -416,21 +412,22 @@ def ledger_rows(
 
 def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
     """Run pixel flipping and model randomisation on this rank's share of a few samples."""
-    loaded, model = work.loaded, one_network(work.loaded.model)
-    index, accelerator, classes = loaded.index, loaded.accelerator, work.targets.classes
+    loaded, accelerator, classes = work.loaded, work.loaded.accelerator, work.targets.classes
     most = min(config.limit or TESTED_IMAGES, TESTED_IMAGES)
-    numbers = choose_samples(index, work.split, most)
+    numbers = choose_samples(loaded.index, work.split, most)
     batches = list(rank_batches(numbers, 1, accelerator))
     if not batches:
         return []
     # All ranks use all images for the running statistics, so that their networks are the same.
     images = read_rows(loaded.images, numbers, accelerator.device)
-    drawn = randomisation.randomise(model, images, lambda other: _explainer(config, other))
+    drawn = randomisation.randomise(work.model, images, lambda other: _explainer(config, other))
     tested = []
     with progress(len(batches), "testing", "images", show=accelerator.is_main_process) as bar:
         for batch in batches:
             (number,) = batch.tolist()
-            flipped = flip_pixels(model, work.explainer, loaded.images[number], classes, number)
+            flipped = flip_pixels(
+                work.model, work.explainer, loaded.images[number], classes, number
+            )
             image = read_rows(loaded.images, batch, accelerator.device)
             compared = randomisation.compare_maps(work.explainer, drawn, image, classes)
             tested.append((number, flipped, compared))
@@ -438,15 +435,13 @@ def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
     return tested
 
 
-def _finish(
-    work: _Work, rows: list[list[str]], tested: list[Tested], looks: list[Look], sums: Sums
-) -> None:
+def _finish(work: _Work, rows: Rows, tested: list[Tested], looks: list[Look], sums: Sums) -> None:
     """Write the results of the tests, and the relevance by region, into relevance.json."""
     path, samples = work.loaded.run.relevance_info(work.loaded.subset), work.loaded.index.samples
     info = read_description(path, MEND)
     info["ledger_residual"] = ledger_residual(rows)
     info["pixel_flipping"] = flipping.summarise([flipped for _, flipped, _ in tested])
-    blocks = randomisation.levels(one_network(work.loaded.model))
+    blocks = randomisation.levels(work.model)
     info["randomisation"] = randomisation.summarise(blocks, [compared for *_, compared in tested])
     patients = {look.number: samples[look.number].patient for look in looks}
     info["outside"] = outside.summarise(looks, sums, work.targets.classes, patients)
@@ -454,7 +449,7 @@ def _finish(
 
 
 def _write_mean_maps(work: _Work, looks: list[Look], sums: Sums) -> None:
-    for name in one_network(work.loaded.model).classes:
+    for name in work.model.classes:
         _mean_map(work, name).unlink(missing_ok=True)
     if work.with_pictures:
         for target in sums.maps:
@@ -463,7 +458,7 @@ def _write_mean_maps(work: _Work, looks: list[Look], sums: Sums) -> None:
             save_picture(path, sums.picture(target, num_images))
 
 
-def ledger_residual(rows: list[list[str]]) -> float | None:
+def ledger_residual(rows: Rows) -> float | None:
     """Return the largest |logit - sum of its shares| relative to the largest |logit|.
 
     It is computed from the rows of relevance.csv, and None for rules without a ledger.
