@@ -233,7 +233,8 @@ def _score_batch(
         area = float(outline.mean())
         scores = {method: score_map(values[i], outline) for method, values in maps.items()}
         scores["chance"] = score_chance(area)
-        yield Scored(number, target, work.outlines.shapes[number, target], area, scores)
+        shapes = work.outlines.shapes[number, target]
+        yield Scored(number, target, shapes, area, scores, other)
 
 
 def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> Maps:
@@ -313,11 +314,9 @@ def _draw(
     """Return the entry of a case in localisation.json, and its pictures by file name."""
     loaded = work.loaded
     images = read_rows(loaded.images, np.array([case.number]), loaded.accelerator.device)
-    logits = loaded.model(images)[0].detach().cpu().numpy()
-    other = likeliest_other(logits, case.target, loaded.index.classes)
     pixels = np.asarray(loaded.images[case.number])
     outline = work.outlines.read((case.number, case.target))
-    maps = _relevance(work.explainer, images, case.target, other)
+    maps = _relevance(work.explainer, images, case.target, case.other)
     pictures = {"xray": Image.fromarray(pixels)}
     pictures |= {method: overlay(pixels, values[0]) for method, values in maps.items()}
     key = loaded.index.samples[case.number].key
@@ -326,7 +325,7 @@ def _draw(
     entry: Pictured = {
         "key": key,
         "target": case.target,
-        "other": other,
+        "other": case.other,
         "rank": rank,
         "inside": round(float(case.scores["lrp"][INSIDE]), DIGITS),
         "area": round(case.area, DIGITS),

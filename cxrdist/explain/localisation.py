@@ -119,6 +119,8 @@ class Scored(NamedTuple):
     shapes: int
     area: float
     scores: Mapping[Method, Scores]
+    other: str | None = None
+    """The likeliest other class, which the contrast is against."""
 
 
 def score_map(values: NDArray[np.floating], outline: NDArray[np.bool_]) -> Scores:
