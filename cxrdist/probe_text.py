@@ -4,6 +4,7 @@ Bassi & Attux (2020), section 2.2 (words covered in the test images) and section
 without covering, the word of one class pasted on an image of another, and where relevance lies).
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ from cxrdist.data.boxes import Box, cover, inside
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.geometry import scaled
 from cxrdist.data.index import Index
-from cxrdist.data.labels import POSITIVE, labels_of
+from cxrdist.data.labels import POSITIVE
 from cxrdist.data.phantom import burn_text
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.data.text import find_boxes, require_extra
@@ -116,6 +117,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         rows = predict_split(replace(loaded, images=images), numbers, config.batch_size)
         return in_order(rows, numbers)
 
+    positive = loaded.index.targets()[numbers] == POSITIVE
     plain = predict()
     covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
@@ -131,12 +133,14 @@ def probe_text(config: ProbeTextConfig) -> None:
             "task": loaded.index.task,
             "classes": loaded.index.classes,
             "index_sha256": loaded.index.sha256,
-            "text": _describe_text(config, loaded.index, numbers, boxes),
+            "text": _describe_text(config, loaded.index.classes, numbers, positive, boxes),
             "covering": _describe_covering(loaded.index, numbers, plain, covered),
-            "paste": _describe_paste(config, loaded.index, numbers, plain, pasted),
+            "paste": _describe_paste(config, loaded.index, positive, plain, pasted),
             "relevance": _describe_relevance(loaded.index, shares),
             "paper": PAPER,
-            "pictures": _write_pictures(config, loaded, explainer, boxes, numbers, (plain, pasted)),
+            "pictures": _write_pictures(
+                config, loaded, explainer, boxes, numbers, positive, (plain, pasted)
+            ),
         }
         write_json(file, content)
         print(summary(content))
@@ -234,23 +238,20 @@ def share_inside(relevance: NDArray[np.floating], boxes: Sequence[Box]) -> tuple
 
 
 def _describe_text(
-    config: ProbeTextConfig, index: Index, numbers: NDArray[np.int64], boxes: SquareBoxes
+    config: ProbeTextConfig,
+    classes: list[str],
+    numbers: NDArray[np.int64],
+    positive: NDArray[np.bool_],
+    boxes: SquareBoxes,
 ) -> TextAmount:
     """Count how many images of each class have text, and what it reads most often."""
-    samples = [index.samples[n] for n in numbers]
     rows: list[ClassText] = []
-    for name in index.classes:
-        own = [int(n) for n, s in zip(numbers, samples, strict=True) if name in labels_of(s.label)]
-        words = [box.text for n in own for box in boxes.get(n, ()) if box.text]
-        often = sorted(set(words), key=lambda word: (-words.count(word), word))[:5]
-        rows.append(
-            {
-                "class": name,
-                "images": len(own),
-                "with_text": sum(n in boxes for n in own),
-                "words": [(word, words.count(word)) for word in often],
-            }
-        )
+    for name, is_own in zip(classes, positive.T, strict=True):
+        own = numbers[is_own].tolist()
+        words = Counter(box.text for n in own for box in boxes.get(n, ()) if box.text)
+        often = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:5]
+        with_text = sum(n in boxes for n in own)
+        rows.append({"class": name, "images": len(own), "with_text": with_text, "words": often})
     return {
         "found_in": "squares" if config.boxes is None else config.boxes.name,
         "images": len(numbers),
@@ -288,34 +289,26 @@ def _score(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]
 def _describe_paste(
     config: ProbeTextConfig,
     index: Index,
-    numbers: NDArray[np.int64],
+    positive: NDArray[np.bool_],
     plain: NDArray[np.float32],
     pasted: NDArray[np.float32],
 ) -> Pasting:
     """Average the probabilities before and after pasting, over the images of each class.
 
-    The two logits are float32 [N, classes] each.
+    The labels and both logits are [N, classes] each.
     """
-    positive = index.targets()[numbers] == POSITIVE
-    rows: list[PastedClass] = []
-    for i, name in enumerate(index.classes):
-        own = positive[:, i]
-        means = [
-            [round(float(v), DIGITS) for v in to_probabilities(logits[own]).mean(0)]
-            if own.any()
-            else None
-            for logits in (plain, pasted)
-        ]
-        changed = plain[own].argmax(1) != pasted[own].argmax(1)
-        rows.append(
-            {
-                "class": name,
-                "images": int(own.sum()),
-                "before": means[0],
-                "after": means[1],
-                "predicted_otherwise": int(changed.sum()),
-            }
-        )
+    before, after = to_probabilities(plain), to_probabilities(pasted)
+    changed = plain.argmax(1) != pasted.argmax(1)
+    rows: list[PastedClass] = [
+        {
+            "class": name,
+            "images": int(own.sum()),
+            "before": _rounded(before[own].mean(0)) if own.any() else None,
+            "after": _rounded(after[own].mean(0)) if own.any() else None,
+            "predicted_otherwise": int(changed[own].sum()),
+        }
+        for name, own in zip(index.classes, positive.T, strict=True)
+    ]
     _, box = paste(np.zeros((index.image_size_px, index.image_size_px), np.uint8), config)
     return {
         "word": config.word,
@@ -324,6 +317,10 @@ def _describe_paste(
         "image_size_px": index.image_size_px,
         "classes": rows,
     }
+
+
+def _rounded(values: NDArray[np.floating]) -> list[float]:
+    return [round(float(value), DIGITS) for value in values]
 
 
 def _describe_relevance(index: Index, rows: Sequence[Shares]) -> RelevanceInText:
@@ -365,17 +362,19 @@ def _write_pictures(
     explainer: Explainer,
     boxes: SquareBoxes,
     numbers: NDArray[np.int64],
+    positive: NDArray[np.bool_],
     logits: tuple[NDArray[np.float32], NDArray[np.float32]],
 ) -> list[TextPicture]:
     """Draw images with text, and of each class one that is right with the word pasted on it.
 
-    The two logits, [N, classes] each, are those before and after pasting.
+    The labels and the two logits, before and after pasting, are [N, classes] each.
     """
-    index, (plain, _) = loaded.index, logits
+    index = loaded.index
     before, after = map(to_probabilities, logits)
+    with_text = np.array([number in boxes for number in numbers.tolist()])
     drawn: list[TextPicture] = []
-    for kind, place, target in _choose_pictures(index, boxes, numbers, plain):
-        number = int(numbers[place])
+    for kind, row, target in _choose_pictures(positive, with_text, logits[0].argmax(1)):
+        number = int(numbers[row])
         pixels, shown = np.asarray(loaded.images[number]), boxes.get(number, ())
         if kind == "pasted":
             pixels, box = paste(pixels, config)
@@ -398,8 +397,8 @@ def _write_pictures(
                 "share": round(share, DIGITS),
                 "area": round(area, DIGITS),
                 "relevance_inside": float(f"{relevance[inside(shown, *pixels.shape)].sum():.6g}"),
-                "before": [round(float(value), DIGITS) for value in before[place]],
-                "after": [round(float(value), DIGITS) for value in after[place]],
+                "before": _rounded(before[row]),
+                "after": _rounded(after[row]),
                 "xray": names["xray"],
                 "map": names["map"],
             }
@@ -408,18 +407,19 @@ def _write_pictures(
 
 
 def _choose_pictures(
-    index: Index, boxes: SquareBoxes, numbers: NDArray[np.int64], plain: NDArray[np.float32]
+    positive: NDArray[np.bool_], with_text: NDArray[np.bool_], likeliest: NDArray[np.int64]
 ) -> list[tuple[Kind, int, int]]:
-    """Choose distinct pictures: their kind, position in `numbers`, and class to explain."""
-    likeliest = plain.argmax(1).tolist()
-    chosen: list[tuple[Kind, int, int]] = []
-    for target, name in enumerate(index.classes):
-        own = [i for i, n in enumerate(numbers) if name in labels_of(index.samples[n].label)]
-        with_text = [i for i in own if int(numbers[i]) in boxes]
-        right = [i for i in own if likeliest[i] == target]
-        chosen += [("found", i, likeliest[i]) for i in with_text[:PICTURED]]
-        chosen += [("pasted", i, target) for i in right[:1]]
-    return list({(kind, place): (kind, place, target) for kind, place, target in chosen}.values())
+    """Choose distinct pictures: their kind, row in `positive` [N, classes], and class to explain.
+
+    The others say of each image whether it has text, and its likeliest class, [N] each.
+    """
+    chosen: dict[tuple[Kind, int], int] = {}
+    for target, own in enumerate(positive.T):
+        for row in np.flatnonzero(own & with_text)[:PICTURED].tolist():
+            chosen["found", row] = int(likeliest[row])
+        for row in np.flatnonzero(own & (likeliest == target))[:1].tolist():
+            chosen["pasted", row] = target
+    return [(kind, row, target) for (kind, row), target in chosen.items()]
 
 
 def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
@@ -453,18 +453,13 @@ def summary(content: TextFile) -> str:
         if relevance["images"]
         else "|relevance| in the boxes: no image has any"
     )
-    changes = [
-        [
-            row["class"],
-            *(
-                [f"{b:.4f} -> {a:.4f}" for b, a in zip(row["before"], row["after"], strict=True)]
-                if row["before"] and row["after"]
-                else ["-"] * len(content["classes"])
-            ),
-            str(row["predicted_otherwise"]),
-        ]
-        for row in word["classes"]
-    ]
+    changes = []
+    for row in word["classes"]:
+        cells = ["-"] * len(content["classes"])
+        if row["before"] and row["after"]:
+            pairs = zip(row["before"], row["after"], strict=True)
+            cells = [f"{before:.4f} -> {after:.4f}" for before, after in pairs]
+        changes.append([row["class"], *cells, str(row["predicted_otherwise"])])
     titles = ["Truth", *content["classes"], "Predicted otherwise"]
     return "\n".join(
         [
