@@ -122,16 +122,10 @@ def _untangle_block(entry: nn.Conv2d, block: DenseBlock, exit_norm: _BatchNorm) 
 
 
 def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> nn.Conv2d:
-    """Return one convolution that computes ``conv`` followed by each of ``norms``.
+    """Return one convolution that computes another, and after it each of several BatchNorms.
 
-    Args:
-        conv: a square convolution without bias, with any number of groups.
-        norms: the BatchNorms that read it.
-        start: position of the convolution's first channel in their input.
-
-    Returns:
-        A convolution of ``out_channels * len(norms)`` channels; channel ``c * len(norms) + n`` is
-        channel c after norm n.
+    Its channel ``c * len(norms) + n`` is channel c of ``conv``, a square one without bias, after
+    norm n. ``start`` is the position of ``conv``'s first channel in the input of the norms.
     """
     channels = slice(start, start + conv.out_channels)
     affines = [affine(norm) for norm in norms]

@@ -40,11 +40,8 @@ class ByZennit:
     ) -> None:
         """Build the canonical copy of a network; the network itself does not change.
 
-        Args:
-            network: of a Classifier, in evaluation mode.
-            name: ``canonical`` or a name in ``zennit.composites.COMPOSITES``.
-            bounds: least and largest normalised inputs [1, C, 1, 1], for the box rule.
-            rules: zennit's composites use its biases and, some of them, its epsilon.
+        The name is ``canonical`` or one of zennit's, which ignore the rule of the first
+        convolution; their box rule needs the least and largest normalised inputs [1, C, 1, 1].
 
         Raises:
             CxrdistError: zennit has no such composite, or the network cannot be explained.

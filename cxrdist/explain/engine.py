@@ -97,17 +97,9 @@ def forward_pass(folded: Folded, inputs: Tensor) -> "Seen":
 def backward_pass(
     folded: Folded, rules: Rules, seen: "Seen", starts: Tensor, watcher: Watcher
 ) -> Tensor:
-    """Pass relevance from the logits back to the pixels.
+    """Pass relevance from the logits back to the pixels, and return it, [K, B, H, W].
 
-    Args:
-        folded: the network.
-        rules: settings.
-        seen: result of `forward_pass`.
-        starts: [K, B, classes], the factor of each logit in the initial relevance.
-        watcher: receives intermediate values.
-
-    Returns:
-        Relevance [K, B, H, W].
+    `starts` [K, B, classes] are the factors of the logits in the initial relevance.
     """
     passed = _backward_head(folded, rules, seen.logits, starts, watcher)
     for block, seen_block in zip(folded.blocks[::-1], seen.blocks[::-1], strict=True):

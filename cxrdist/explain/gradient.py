@@ -314,17 +314,10 @@ def _consumer_back(
     shares: Tensor,
     of_features: tuple[Tensor, Tensor],
 ) -> tuple[Consumer, Tensor]:
-    """Return the gradients of a consumer, and add its gradients of the features in place.
+    """Return the gradients of a consumer, and its outputs [C, N].
 
-    Args:
-        consumer: reads the features.
-        features: of its block.
-        of_outputs: gradient of its outputs, except through quotients, [C, N].
-        shares: v A, [C, N].
-        of_features: gradients of y and P, [C, N] each; changed in place.
-
-    Returns:
-        Gradients of the consumer; and its outputs [C, N].
+    Its gradients of y and P are added to `of_features`, [C, N] each. `of_outputs` [C, N] is the
+    gradient of its outputs except through quotients, and `shares` [C, N] is v A.
     """
     count = len(consumer.scale)
     outputs, z = features.read(consumer)

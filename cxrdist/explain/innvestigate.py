@@ -112,9 +112,11 @@ def _beside_itself(layer: DenseLayer) -> Step:
     def step(x: Tensor) -> tuple[Tensor, Back]:
         new, back = inner(x)
         count = x.shape[1]
-        return torch.cat(
-            [x, new], 1
-        ), lambda relevance, ledger: relevance[:, :count] + back(relevance[:, count:], ledger)
+
+        def back_to_both(relevance: Tensor, ledger: Ledger) -> Tensor:
+            return relevance[:, :count] + back(relevance[:, count:], ledger)
+
+        return torch.cat([x, new], 1), back_to_both
 
     return step
 

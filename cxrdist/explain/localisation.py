@@ -124,12 +124,7 @@ class Scored(NamedTuple):
 
 
 def score_map(values: NDArray[np.floating], outline: NDArray[np.bool_]) -> Scores:
-    """Compare a map with an outline.
-
-    Args:
-        values: [H, W], larger where the map points to.
-        outline: bool [H, W] with at least one pixel.
-    """
+    """Compare a map [H, W] with an outline, bool [H, W] with at least one pixel."""
     flat, within = smooth(values).ravel(), outline.ravel()
     amounts = np.clip(flat, 0, None)
     total = amounts.sum()
@@ -161,16 +156,10 @@ def choose_tops(cases: Sequence[Scored]) -> dict[Method, int]:
 def summarise(
     cases: Sequence[Scored], patients: Sequence[str], tops: Mapping[Method, int]
 ) -> tuple[list[Group], Intervals]:
-    """Average the scores of all cases and of each class, with intervals by patient.
+    """Average the scores of all cases (at least one), then of each class, with intervals.
 
-    Args:
-        cases: at least one.
-        patients: of the cases.
-        tops: the share of pixels of each method, by its index in `TOPS`; `FIXED_TOP` for methods
-            that are missing.
-
-    Returns:
-        The groups (all cases, then each class), and the description of the intervals.
+    The patient of each case is given, and for each method the share of pixels that it marks, by its
+    index in `TOPS`; without, it is `FIXED_TOP`.
     """
     names = sorted({case.target for case in cases})
     has = np.array([[case.target == name for name in names] for case in cases])

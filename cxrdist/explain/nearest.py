@@ -28,7 +28,6 @@ from cxrdist.model.networks import output_layer
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import progress
 
-COLUMNS = ("key", "nearest", "similarity", "label", "patient")
 BATCH_SIZE = 32
 """Images of one forward pass, without gradients."""
 
@@ -46,6 +45,9 @@ class Nearest(NamedTuple):
     """Of the training image; several labels are separated by ``|``."""
     patient: str
     """Of the training image."""
+
+
+COLUMNS = Nearest._fields
 
 
 def was_trained_on(run: RunDirectory, index: Index) -> bool:
@@ -167,18 +169,15 @@ def read_nearest(path: Path) -> dict[str, Nearest]:
     ):
         rows = csv.reader(text, strict=True)
         try:
-            return dict(_read_rows(list(rows)))
-        except csv.Error as error:
+            if tuple(next(rows, ())) != COLUMNS:
+                raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
+            return {row[0]: _read_row(row) for row in rows}
+        except (ValueError, csv.Error) as error:
             raise ValueError(f"line {rows.line_num}: {error}") from error
 
 
-def _read_rows(rows: list[list[str]]) -> list[tuple[str, Nearest]]:
-    if not rows or tuple(rows[0]) != COLUMNS:
-        raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
-    found = []
-    for line, row in enumerate(rows[1:], 2):
-        if len(row) != len(COLUMNS) or not -1.001 <= float(row[2]) <= 1.001:
-            raise ValueError(f"line {line}: expected {len(COLUMNS)} fields, similarity -1 to 1")
-        key, nearest, similarity, label, patient = row
-        found.append((key, Nearest(key, nearest, float(similarity), label, patient)))
-    return found
+def _read_row(row: list[str]) -> Nearest:
+    if len(row) != len(COLUMNS) or not -1.001 <= float(row[2]) <= 1.001:
+        raise ValueError(f"expected {len(COLUMNS)} fields, similarity -1 to 1")
+    key, nearest, similarity, label, patient = row
+    return Nearest(key, nearest, float(similarity), label, patient)
