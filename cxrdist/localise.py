@@ -25,7 +25,7 @@ from cxrdist.data.outlines import (
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import LoadedRun, in_order, load_run, predict_split, rank_batches
-from cxrdist.explain.heatmap import enlarged, overlay
+from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay
 from cxrdist.explain.localisation import (
     ALL,
     FEWEST_CASES,
@@ -51,7 +51,6 @@ from cxrdist.terminal import progress, table
 
 EMPTY = "that cover nothing"
 PICTURED = 4  # number of the best cases that get pictures, and of the worst
-OUTLINE = (255, 210, 0)
 DIGITS = 7  # decimals of shares; float32 has no more
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\d+\.(xray|lrp|contrast)\.png")
 Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each

@@ -31,7 +31,8 @@ from cxrdist.evaluate.metrics import Metrics, headline
 from cxrdist.evaluate.predictions import LoadedRun, in_order, load_run, predict_split, rank_batches
 from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
-from cxrdist.explain.heatmap import enlarged, overlay
+from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay
+from cxrdist.explain.outside import share_within
 from cxrdist.explain.pictures import save_picture
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.text_file import (
@@ -73,7 +74,6 @@ PLACES = {
 }
 """Position of a word as fractions of the side, and its anchor (Pillow's names)."""
 COVERS = ("black", "fill")
-OUTLINE = (255, 210, 0)
 DIGITS = 7  # of probabilities and shares in text.json; float32 holds no more
 PICTURED = 2  # images with text of each class
 Kind = Literal["found", "pasted"]
@@ -227,14 +227,8 @@ def _relevance_in_boxes(
 
 
 def share_inside(relevance: NDArray[np.floating], boxes: Sequence[Box]) -> tuple[float, float]:
-    """Return which share of |relevance| [H, W] lies in the boxes, and their share of the area.
-
-    A map of zeros has the share 0.
-    """
-    mask = inside(boxes, *relevance.shape)
-    amount = np.abs(relevance).astype(np.float64)
-    total = float(amount.sum())
-    return (float(amount[mask].sum()) / total if total else 0.0), float(mask.mean())
+    """Return which share of |relevance| [H, W] lies in the boxes, and their share of the area."""
+    return share_within(relevance, inside(boxes, *relevance.shape))
 
 
 def _describe_text(

@@ -217,6 +217,14 @@ def test_the_share_counts_overlapping_boxes_once():
     assert share_inside(np.zeros((8, 8)), boxes) == (0.0, 24 / 64)
 
 
+def test_a_share_is_at_most_1_whatever_is_rounded():
+    """All relevance is in the box; more than 1 would have no interval, and end in a traceback."""
+    relevance = np.zeros((8, 8))
+    relevance[2:5, 1:7] = np.random.default_rng(4).random((3, 6))
+    assert relevance[2:5, 1:7].ravel().sum() / relevance.sum() > 1
+    assert share_inside(relevance, [Box(1, 2, 6, 3)]) == (1.0, 18 / 64)
+
+
 def test_the_interval_of_the_share_is_by_patient_whatever_the_labels():
     """Sixty patients of one image each, no two with the same labels: Student's, by SciPy."""
     classes = [*"abcdef"]

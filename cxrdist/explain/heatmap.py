@@ -17,6 +17,9 @@ BLUE = (20.0, 70.0, 255.0)
 MAX_OPACITY = 0.85
 """Opacity of the colour at the limit of the scale; the X-ray always shows through."""
 
+OUTLINE = (255, 210, 0)
+"""Colour of outlines, boxes and masks, over all kinds of pictures."""
+
 LEAST_PX = 300
 """Smallest width of a picture with outlines, so that their lines look thin."""
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from cxrdist.bootstrap import Limits, Replicates, draw, interval, rarest_class
 from cxrdist.documents import Between, Sha256, Share, Text
 from cxrdist.explain.heatmap import smooth
+from cxrdist.explain.outside import share_within
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals, bounded, describe, positive
 
@@ -127,8 +128,7 @@ def score_map(values: NDArray[np.floating], outline: NDArray[np.bool_]) -> Score
     """Compare a map [H, W] with an outline, bool [H, W] with at least one pixel."""
     flat, within = smooth(values).ravel(), outline.ravel()
     amounts = np.clip(flat, 0, None)
-    total = amounts.sum()
-    if not total:
+    if not amounts.any():
         return np.array([0.0, 0.0, 1.0, *[0.0] * len(TOPS)])
     largest = flat == flat.max()
     order = np.argsort(-flat, kind="stable")[: np.count_nonzero(amounts)]
@@ -137,7 +137,8 @@ def score_map(values: NDArray[np.floating], outline: NDArray[np.bool_]) -> Score
     common = hits[marked - 1]
     overlaps = common / (marked + within.sum() - common)
     pointing = np.count_nonzero(largest & within) / np.count_nonzero(largest)
-    return np.array([pointing, amounts[within].sum() / total, 0.0, *overlaps])
+    inside, _ = share_within(amounts, within)
+    return np.array([pointing, inside, 0.0, *overlaps])
 
 
 def score_chance(area: float) -> Scores:

@@ -89,23 +89,27 @@ def look(
         CxrdistError: relevance is not finite.
     """
     smoothed = np.abs(smooth(relevance))
-    amount = np.abs(relevance).astype(np.float64)
-    total = amount.sum()
-    if total == 0:
+    if not relevance.any():
         return None
     row, column = divmod(int(smoothed.argmax()), smoothed.shape[1])
     masks = {"border": border(len(relevance)), "corners": corners(len(relevance))}
     if lungs is not None:
         masks["beside_lungs"] = ~lungs
     regions = {
-        name: (
-            min(1.0, float(amount[mask].sum() / total)),  # rounding may give slightly more than 1
-            float(mask.mean()),
-            bool(mask[row, column]),
-        )
+        name: (*share_within(relevance, mask), bool(mask[row, column]))
         for name, mask in masks.items()
     }
     return Look(number, target, (row, column), regions)
+
+
+def share_within(relevance: NDArray[np.floating], mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return which share of |relevance| [H, W] lies in a mask [H, W], and the mask's of the area.
+
+    A map of zeros has the share 0.
+    """
+    amount = np.abs(relevance).astype(np.float64)
+    share = amount[mask].sum() / (amount.sum() or 1.0)
+    return min(1.0, float(share)), float(mask.mean())  # rounding may give slightly more than 1
 
 
 def summarise(

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from cxrdist.config import Network
+from cxrdist.explain.heatmap import smooth
 from cxrdist.explain.localisation import (
     BLANK,
     INSIDE,
@@ -33,6 +34,18 @@ def test_a_map_that_is_the_outline_is_right_in_all():
     # smoothing makes 36 px 100: marked 20 % is 80 px of the 100 that are outlined
     assert found[OVERLAPS][TOPS.index(0.2)] == pytest.approx(0.8)
     assert found[OVERLAPS][TOPS.index(0.5)] == pytest.approx(1)
+
+
+def test_a_share_is_at_most_1_whatever_is_rounded():
+    """All of the map is inside; more than 1 would have no interval, and end in a traceback."""
+    values = np.zeros((20, 20))
+    values[3:7, 3:7] = np.random.default_rng(4).random((4, 4))
+    amounts = smooth(values)
+    assert amounts[OUTLINE].sum() / amounts.sum() > 1
+    scores = {"lrp": score_map(values, OUTLINE), "centre": score_chance(0.25)}
+    groups, _ = summarise([Scored(0, "a", 1, 0.25, scores)], ["p"], {})
+    assert groups[0]["methods"][0]["inside"] == 1
+    assert groups[0]["methods"][0]["inside_interval"] == pytest.approx([0.206549, 1])  # Wilson's
 
 
 def test_a_map_elsewhere_and_one_of_no_positive_value_score_nothing():
