@@ -331,6 +331,7 @@ def _describe(config: ProbeBackgroundConfig, begun: Begun) -> BackgroundFile:
     index = read_index(_shards_of(config, "images"))
     metrics = {name: _read_metrics(config, name) for name in VARIANTS}
     own = metrics["images"]
+    variants = {name: _score(config, name, metrics[name]) for name in VARIANTS}
     found: BackgroundFile = {
         "format": "cxrdist-background-1",
         "index_sha256": begun["index_sha256"],
@@ -343,11 +344,10 @@ def _describe(config: ProbeBackgroundConfig, begun: Begun) -> BackgroundFile:
         "region": begun["region"],
         "fewest": own["fewest"],
         "intervals": own["intervals"],
-        "variants": {name: _score(config, name, metrics[name]) for name in VARIANTS},
-        "estimate": None,
+        "variants": variants,
+        "estimate": _estimate(variants["shuffled"]["difference"]),
         "says": [],
     }
-    found["estimate"] = _estimate(found["variants"]["shuffled"]["difference"])
     found["says"] = _says(found)
     return found
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import ExplainConfig, deciding
 from cxrdist.data.cache import Masks, open_masks, read_rows
-from cxrdist.distributed import finish, gather, local_ranks, together
+from cxrdist.distributed import entering, finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
 from cxrdist.evaluate.predictions import LoadedRun, load_run, rank_batches
 from cxrdist.explain import flipping, outside, randomisation
@@ -121,15 +120,12 @@ def explain(config: ExplainConfig) -> None:
     work = _Work(
         loaded, model, config.split, targets, explainer, is_compact, config.pictures, masks
     )
-    with ExitStack() as stack:
-
-        def prepare() -> _Todo | None:
-            if not accelerator.is_main_process:
-                return None
-            stack.enter_context(locked(loaded.run.relevance_info(loaded.subset).parent))
-            return _prepare(work, _settings(config, loaded, targets, numbers))
-
-        todo = gather(accelerator, [together(accelerator, prepare)])[0]
+    is_main = accelerator.is_main_process
+    directory = together(accelerator, lambda: loaded.run.relevance_info(loaded.subset).parent)
+    with entering(accelerator, locked(directory), here=is_main):
+        how = together(accelerator, lambda: _settings(config, loaded, targets, numbers))
+        prepared = together(accelerator, lambda: _prepare(work, how) if is_main else None)
+        todo = gather(accelerator, [prepared])[0]
         results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
         rows_by_number = sorted(gather(accelerator, results.rows))
         looks, sums = gather(accelerator, results.looks), Sums()
@@ -137,7 +133,7 @@ def explain(config: ExplainConfig) -> None:
             sums.merge(others)
         tested = [] if todo.is_tested else gather(accelerator, _test(work, config))
         nearest = find_nearest(loaded, numbers) if todo.lacks_nearest else []
-        if accelerator.is_main_process:
+        if is_main:
             if nearest:
                 write_nearest(loaded, nearest)
             table = [row for _, rows in rows_by_number for row in rows]
@@ -201,17 +197,17 @@ def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
     directories = run.relevance(subset), run.heatmaps(subset), run.nearest_pictures(subset)
     info, nearest = run.relevance_info(subset), run.nearest(subset)
     earlier = read_description(info, MEND) if info.is_file() else None
-    wants_nearest = work.with_pictures and was_trained_on(run, work.loaded.index)
+    needs_nearest = work.with_pictures and was_trained_on(run, work.loaded.index)
     if earlier and earlier["how"] == how:
         for directory in (*directories, info.parent):
             sweep(directory, alone=True)
-        return _Todo(_is_tested(work, earlier), wants_nearest and not nearest.is_file())
+        return _Todo(_is_tested(work, earlier), needs_nearest and not nearest.is_file())
     for directory in directories:
         _clear(directory)
     for table in (run.relevance_table(subset), nearest):
         table.unlink(missing_ok=True)
     write_json(info, under_way(how))
-    return _Todo(False, wants_nearest)
+    return _Todo(False, needs_nearest)
 
 
 def _is_tested(work: _Work, info: RelevanceInfo) -> bool:

@@ -130,13 +130,8 @@ def summarise(blocks: Sequence[list[str]], of_images: Sequence[Comparison]) -> R
     drawn: list[Drawn] = []
     for names, rows in zip(blocks, zip(*of_images, strict=True), strict=True):
         class_map, *contrast = (_mean(column) for column in zip(*rows, strict=True))
-        drawn.append(
-            {
-                "blocks": names,
-                "class_map": class_map,
-                "contrast": contrast[0] if contrast else None,
-            }
-        )
+        of_contrast = contrast[0] if contrast else None
+        drawn.append({"blocks": names, "class_map": class_map, "contrast": of_contrast})
     return {"images": len(of_images), "drawn": drawn}
 
 

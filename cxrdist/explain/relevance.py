@@ -63,7 +63,7 @@ class Explainer:
         biases: bool = True,
         epsilon: float = 0.1,
     ) -> None:
-        """Prepare a folded copy of the model; the model itself does not change.
+        """Prepare a copy of the network; the model itself does not change.
 
         Args:
             model: in evaluation mode.
