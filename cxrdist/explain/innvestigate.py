@@ -51,9 +51,9 @@ class Innvestigate:
         stem = _flat(features.conv0) if self._flat else _alpha1_beta0(features.conv0)
         steps = [stem, _norm(features.norm0), _gradient(features.pool0), _block(blocks[0])]
         for transition, block in zip(transitions, blocks[1:], strict=True):
-            conv, pool = _alpha1_beta0(transition.conv), _proportional(transition.pool)
+            conv, pool = _alpha1_beta0(transition.conv), _average(transition.pool)
             steps += [_norm(transition.norm), conv, pool, _block(block)]
-        steps += [_norm(features.norm5), _proportional(nn.AdaptiveAvgPool2d(1))]
+        steps += [_norm(features.norm5), _average(nn.AdaptiveAvgPool2d(1))]
         steps += [_gradient(nn.Flatten())]
         pooled, back = _chain(steps)(inputs)
         logits, ledger = network.classifier(pooled), Ledger()
@@ -145,41 +145,34 @@ def _alpha1_beta0(conv: nn.Conv2d) -> Step:
     """Return the z-plus rule for inputs of both signs: the parts x+ w+ and x- w-."""
     positive = _like(conv, conv.weight.clamp(min=0))
     negative = _like(conv, conv.weight.clamp(max=0))
-
-    def step(x: Tensor) -> tuple[Tensor, Back]:
-        above, below = x.clamp(min=0), x.clamp(max=0)
-
-        def back(relevance: Tensor, ledger: Ledger) -> Tensor:
-            z, pull = _linear(positive, above)
-            z_below, pull_below = _linear(negative, below)
-            ratio = _ratio(relevance, z + z_below, ledger)
-            return above * pull(ratio) + below * pull_below(ratio)
-
-        return conv(x), back
-
-    return step
+    return _proportional(conv, lambda x: [(positive, x.clamp(min=0)), (negative, x.clamp(max=0))])
 
 
 def _flat(conv: nn.Conv2d) -> Step:
     """Return the flat rule: all pixels of a window receive the same relevance."""
     ones = _like(conv, torch.ones_like(conv.weight))
+    return _proportional(conv, lambda x: [(ones, torch.ones_like(x))])
+
+
+def _average(pool: Layer) -> Step:
+    """Return an average pool: each input receives its share of the sum, whatever the signs."""
+    return _proportional(pool, lambda x: [(pool, x)])
+
+
+def _proportional(layer: Layer, terms: Callable[[Tensor], list[tuple[Layer, Tensor]]]) -> Step:
+    """Return a layer whose inputs receive relevance in proportion to their terms of a sum z.
+
+    The sum is that of linear layers, each with its own function of the layer's input.
+    """
 
     def step(x: Tensor) -> tuple[Tensor, Back]:
         def back(relevance: Tensor, ledger: Ledger) -> Tensor:
-            z, pull = _linear(ones, torch.ones_like(x))
-            return pull(_ratio(relevance, z, ledger))
+            parts = [(values, *_linear(linear, values)) for linear, values in terms(x)]
+            zero = x.new_zeros(())
+            ratio = _ratio(relevance, sum((z for _, z, _ in parts), zero), ledger)
+            return sum((values * pull(ratio) for values, _, pull in parts), zero)
 
-        return conv(x), back
-
-    return step
-
-
-def _proportional(pool: Layer) -> Step:
-    """Return an average pool: each input receives its share of the sum, whatever the signs."""
-
-    def step(x: Tensor) -> tuple[Tensor, Back]:
-        y, pull = _linear(pool, x)
-        return y, lambda relevance, ledger: x * pull(_ratio(relevance, y, ledger))
+        return layer(x), back
 
     return step
 
