@@ -52,26 +52,13 @@ def share_of_contrast(
     Returns:
         float [B], 0 to 1, differentiable in the weights where gradients are enabled.
     """
-    shares = (share_of_relevance, share_of_gradient)
-    used = shares if turn is None else (shares[turn],)
-    values = [share_of(model, images, targets, background) for share_of in used]
-    return torch.stack(values).mean(0)
-
-
-def share_of_relevance(
-    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
-) -> Tensor:
-    """Return the share of |relevance|; arguments and result as in `share_of_contrast`."""
-    return share(relevance(model, images, _contrast(targets)), background[:, 0])
-
-
-def share_of_gradient(
-    model: Classifier, images: Tensor, targets: Tensor, background: Tensor
-) -> Tensor:
-    """Return the share of |gradient|; arguments and result as in `share_of_contrast`."""
-    weights = _contrast(targets)
-    gradient = input_gradient(model, images, lambda logits: (logits * weights).sum())
-    return share(gradient[:, 0], background[:, 0])
+    weights, amounts = _contrast(targets), []
+    if turn != 1:
+        amounts.append(relevance(model, images, weights))
+    if turn != 0:
+        gradient = input_gradient(model, images, lambda logits: (logits * weights).sum())
+        amounts.append(gradient[:, 0])
+    return torch.stack([share(values, background[:, 0]) for values in amounts]).mean(0)
 
 
 def _contrast(targets: Tensor) -> Tensor:
