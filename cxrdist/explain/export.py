@@ -265,10 +265,9 @@ def _explain_units(
     units = list(rank_batches(numbers, unit_size, accelerator))
     results = _Results([], [], Sums())
     waiting: _Unit | None = None
+    total, show = sum(map(len, units)), accelerator.is_main_process
     with (
-        progress(
-            sum(map(len, units)), "explaining", "images", show=accelerator.is_main_process
-        ) as bar,
+        progress(total, "explaining", "images", show=show) as bar,
         ThreadPoolExecutor(_num_threads(work)) as pool,
     ):
         for i, unit in enumerate(units):

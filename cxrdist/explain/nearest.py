@@ -70,14 +70,13 @@ def find_nearest(loaded: LoadedRun, numbers: NDArray[np.int64]) -> list[Nearest]
     best = gather(loaded.accelerator, [_best(loaded, train, numbers, wanted)])
     similarity, nearest = (np.stack(arrays) for arrays in zip(*best, strict=True))
     # Take the most similar one of the ranks' best, and of equal ones the first image.
-    order = np.lexsort((nearest, -similarity), axis=0)[0]
-    columns = np.arange(len(numbers))
+    rank = np.lexsort((nearest, -similarity), axis=0)[0], np.arange(len(numbers))
     samples = loaded.index.samples
     rows = []
-    for number, rank, column in zip(numbers.tolist(), order, columns, strict=True):
-        match = samples[nearest[rank, column]]
-        value = float(similarity[rank, column])
-        rows.append(Nearest(samples[number].key, match.key, value, match.label, match.patient))
+    for number, other, value in zip(numbers, nearest[rank], similarity[rank], strict=True):
+        match = samples[other]
+        key = samples[number].key
+        rows.append(Nearest(key, match.key, float(value), match.label, match.patient))
     return rows
 
 
@@ -127,12 +126,8 @@ def _best(
     nearest = torch.full_like(similarity, -1, dtype=torch.int64)
     themselves = torch.from_numpy(numbers).to(accelerator.device)
     batches = list(rank_batches(train, BATCH_SIZE, accelerator))
-    with progress(
-        sum(map(len, batches)),
-        "nearest training images",
-        "images",
-        show=accelerator.is_main_process,
-    ) as bar:
+    total, show = sum(map(len, batches)), accelerator.is_main_process
+    with progress(total, "nearest training images", "images", show=show) as bar:
         for batch in batches:
             images = read_rows(loaded.images, batch, accelerator.device)
             others = torch.from_numpy(batch).to(accelerator.device)
