@@ -441,10 +441,10 @@ def _says_of_scores(found: BackgroundFile) -> list[str]:
         f"(0.5 is chance), and {of['shuffled']:.2f} from grey values alone."
     ]
     without, whole = (found["variants"][name]["classes"] for name in ("no_lungs", "images"))
-    told = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
-    if len(told) > 1:
-        most = max(told, key=lambda name: told[name] or 0.0)
-        says.append(f"Most for {most}: {told[most]:.2f} of {whole[most]['auroc']:.2f}.")
+    known = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
+    if len(known) > 1:
+        most = max(known, key=lambda name: known[name] or 0.0)
+        says.append(f"Most for {most}: {known[most]:.2f} of {whole[most]['auroc']:.2f}.")
     if estimate := found["estimate"]:
         low, high = estimate["interval"]
         says.append(f"{ESTIMATE}: {estimate['auroc']:.2f} ({low:.2f} to {high:.2f}).")

@@ -238,7 +238,7 @@ def _describe_text(
     positive: NDArray[np.bool_],
     boxes: SquareBoxes,
 ) -> TextAmount:
-    """Count how many images of each class have text, and what it reads most often."""
+    """Count how many images of each class have text, and how often its most frequent words."""
     rows: list[ClassText] = []
     for name, is_own in zip(classes, positive.T, strict=True):
         own = numbers[is_own].tolist()
@@ -405,7 +405,7 @@ def _choose_pictures(
 ) -> list[tuple[Kind, int, int]]:
     """Choose distinct pictures: their kind, row in `positive` [N, classes], and class to explain.
 
-    The others say of each image whether it has text, and its likeliest class, [N] each.
+    `with_text` is whether an image has text, `likeliest` its likeliest class, [N] each.
     """
     chosen: dict[tuple[Kind, int], int] = {}
     for target, own in enumerate(positive.T):
@@ -427,7 +427,7 @@ def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
 
 
 def summary(content: TextFile) -> str:
-    """Write what was measured for the terminal."""
+    """Return the results as text for the terminal."""
     text, covering, word = content["text"], content["covering"], content["paste"]
     score: Literal["recall", "auroc"] = "recall" if content["task"] == "multiclass" else "auroc"
     rows = [

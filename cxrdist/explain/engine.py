@@ -66,7 +66,7 @@ class Engine:
 
 
 class Watcher:
-    """Receives intermediate values of a backward pass; does nothing with those not overridden."""
+    """Receives intermediate values of a backward pass; a subclass overrides what it uses."""
 
     def see_amounts(self, consumer: Consumer, amounts: Tensor) -> None:
         """Receive the values from a consumer to its producers, |s| R / z * a, [C, K, B, H * W]."""

@@ -65,9 +65,9 @@ def find_nearest(loaded: LoadedRun, numbers: NDArray[np.int64]) -> list[Nearest]
     """
     train = np.array(loaded.index.numbers("train"), dtype=np.int64)
     features = dict(gather(loaded.accelerator, _features(loaded, numbers)))
-    wanted = torch.from_numpy(np.stack([features[number] for number in numbers.tolist()]))
-    wanted = wanted.to(loaded.accelerator.device)
-    best = gather(loaded.accelerator, [_best(loaded, train, numbers, wanted)])
+    queries = torch.from_numpy(np.stack([features[number] for number in numbers.tolist()]))
+    queries = queries.to(loaded.accelerator.device)
+    best = gather(loaded.accelerator, [_best(loaded, train, numbers, queries)])
     similarity, nearest = (np.stack(arrays) for arrays in zip(*best, strict=True))
     # Take the most similar one of the ranks' best, and of equal ones the first image.
     rank = np.lexsort((nearest, -similarity), axis=0)[0], np.arange(len(numbers))
@@ -112,11 +112,11 @@ def _features(
 
 @torch.inference_mode()
 def _best(
-    loaded: LoadedRun, train: NDArray[np.int64], numbers: NDArray[np.int64], wanted: Tensor
+    loaded: LoadedRun, train: NDArray[np.int64], numbers: NDArray[np.int64], queries: Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Return the most similar image of this rank's share of the training images, for each sample.
 
-    The n samples have the features `wanted`, float [n, features].
+    The n samples have the features `queries`, float [n, features].
 
     Returns:
         Similarities, -2 where this rank has no image, and numbers of the images, [n] each.
@@ -131,7 +131,7 @@ def _best(
         for batch in batches:
             images = read_rows(loaded.images, batch, accelerator.device)
             others = torch.from_numpy(batch).to(accelerator.device)
-            cosines = pooled(one_network(loaded.model), images) @ wanted.T
+            cosines = pooled(one_network(loaded.model), images) @ queries.T
             cosines[others[:, None] == themselves] = -2.0
             value, row = cosines.max(dim=0)  # of equal ones the first
             closer = value > similarity

@@ -16,7 +16,7 @@ ClassText = TypedDict(
     "ClassText",
     {"class": Text, "images": Count, "with_text": Count, "words": list[tuple[Text, Count]]},
 )
-"""How many images of a class have text, and what it reads most often."""
+"""How many images of a class have text, and its most frequent words."""
 
 PastedClass = TypedDict(
     "PastedClass",
@@ -93,7 +93,7 @@ class RelevanceInText(TypedDict):
 
 
 class PaperWords(TypedDict):
-    """What the paper says of each test."""
+    """Results of the paper for each test."""
 
     covering: Text
     paste: Text
