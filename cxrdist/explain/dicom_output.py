@@ -35,10 +35,6 @@ class Output:
     model_sha256: str
     call: UUID
 
-    def of(self, file: Path) -> "Output":
-        """Return the output of one X-ray, with UIDs of its own."""
-        return replace(self, call=uuid5(self.call, str(file)))
-
     def uid(self, *names: object) -> UID:
         """Derive a UID from names (PS3.5, B.2).
 
@@ -120,7 +116,8 @@ def write_results(explained: Explained, output: Output) -> list[str]:
     """
     from cxrdist.explain.dicom_results import make_results  # highdicom is an extra
 
-    results, new_uids = make_results(explained, output.of(explained.file))
+    own = replace(output, call=uuid5(output.call, str(explained.file)))  # has its own UIDs
+    results, new_uids = make_results(explained, own)
     for uid, content in results.items():
         with atomic_file(output.directory / f"{uid}.dcm") as partial:
             partial.write_bytes(content)

@@ -6,7 +6,7 @@ the paper's program, or any composite of zennit.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, Protocol, TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 from timm.models.densenet import DenseNet
@@ -32,12 +32,6 @@ class Settings(TypedDict, total=False):
     flat: bool
     biases: bool
     epsilon: float
-
-
-class _Method(Protocol):
-    """A method that explains normalised images [B, C, H, W] for the target class indices."""
-
-    def attribute(self, inputs: Tensor, targets: list[int]) -> Attribution: ...
 
 
 class Explainer:
@@ -87,7 +81,7 @@ class Explainer:
 
     def _choose_method(
         self, model: Classifier, preset: Preset, composite: str | None, rules: Rules
-    ) -> _Method:
+    ) -> Engine | ByZennit | Innvestigate:
         network = model.network
         if preset == "innvestigate":
             if composite is not None or not rules.biases:
