@@ -111,7 +111,7 @@ def test_a_heat_map_shows_the_image_below_words(tmp_path):
     file = xray(tmp_path / "x.dcm", SOPClassUID=dx, **lossy)
     maps, _ = results_of(file, tmp_path / "out")
     original = read_original(Input(file, file.name), HOW)
-    given = explained(file).drawing.found.relevance
+    given = explained(file).maps.relevance
     for result, relevance, name in zip(maps, given, ("a", "b c"), strict=True):
         pixels = result.pixel_array
         caption, shown = pixels[:-400], pixels[-400:]
