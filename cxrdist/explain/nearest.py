@@ -166,7 +166,7 @@ def read_nearest(path: Path) -> dict[str, Nearest]:
         try:
             if tuple(next(rows, ())) != COLUMNS:
                 raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
-            return {row[0]: _read_row(row) for row in rows}
+            return {row.key: row for row in map(_read_row, rows)}
         except (ValueError, csv.Error) as error:
             raise ValueError(f"line {rows.line_num}: {error}") from error
 

@@ -115,7 +115,12 @@ def test_the_mistakes_are_explained_first(small):
 
 @pytest.mark.parametrize(
     ("row", "message"),
-    [("k,n,2.5,a,p", "line 2"), ("k,n", "line 2"), ("k,n,x,a,p", "could not convert")],
+    [
+        ("k,n,2.5,a,p", "line 2"),
+        ("k,n", "line 2"),
+        ("", "line 2"),
+        ("k,n,x,a,p", "line 2: could not convert"),
+    ],
 )
 def test_a_broken_table_is_named_in_one_line(tmp_path, row, message):
     """The file, what is wrong with it, and the command that writes it."""
