@@ -359,9 +359,9 @@ def summary(scores: Localisation) -> str:
         for row in whole["methods"]
     ]
     marked = (
-        f"chosen on {scores['val_cases']} images of val"
+        f"chosen on {scores['val_cases']} outlines of val"
         if scores["val_cases"]
-        else f"fixed: val has fewer than {FEWEST_CASES} images to choose from"
+        else f"fixed: val has fewer than {FEWEST_CASES} outlines to choose from"
     )
     lines = [_amount(scores, group) for group in scores["groups"]]
     left_out = [f"left out: {count} {why}" for why, count in scores["left_out"].items()]

@@ -23,7 +23,7 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import COVID, PATIENT_PATTERN, write_phantoms
 from cxrdist.data.records import SPLITS
-from cxrdist.localise import NAMES, likeliest_other, localise
+from cxrdist.localise import NAMES, likeliest_other, localise, summary
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
 
@@ -100,6 +100,7 @@ def test_all_maps_are_of_the_same_images(found, trained):
     whole, covid = found["groups"]
     assert whole["images"] == whole["shapes"] == covid["cases"] == number["test"]
     assert (found["val_cases"], found["train_cases"]) == (number["val"], number["train"])
+    assert f"chosen on {number['val']} outlines of val" in summary(found)
     assert list(methods(found)) == list(NAMES)
     assert found["left_out"] == {}
 
