@@ -2,11 +2,20 @@
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 
 import pytest
 
-from cxrdist.documents import Between, Distinct, Inside, Matching, Text, parse_json, typed
+from cxrdist.documents import (
+    Between,
+    Distinct,
+    Inside,
+    Matching,
+    Text,
+    parse_json,
+    parse_yaml_value,
+    typed,
+)
 from cxrdist.errors import CxrdistError
 from cxrdist.files import judging
 
@@ -28,6 +37,7 @@ class Whole:
     points: dict[str, Point]
     names: Annotated[list[Annotated[str, Matching("[a-z]+", "letters")]], Between(1, 2), Distinct()]
     pair: tuple[str, float] = ("", 0.0)
+    kind: Literal["new", 1, None] = None
 
     def __post_init__(self) -> None:
         if self.size == 13:
@@ -35,13 +45,14 @@ class Whole:
 
 
 GOOD = b"""{"size": 3, "parts": [{"name": "a", "share": 1, "more": 2}],
-"points": {"p": {"x": 1, "y": 0}}, "names": ["b", "c"], "pair": ["z", 2], "newer": [1]}"""
+"points": {"p": {"x": 1, "y": 0}}, "names": ["b", "c"], "pair": ["z", 2],
+"kind": "new", "newer": [1]}"""
 
 
 def test_a_document_becomes_the_type_it_is_declared_with():
     """Classes are built without what they do not declare, a TypedDict keeps it."""
     parts = [{"name": "a", "share": 1.0, "more": 2}]
-    expected = Whole(3, parts, {"p": Point(1)}, ["b", "c"], ("z", 2.0))
+    expected = Whole(3, parts, {"p": Point(1)}, ["b", "c"], ("z", 2.0), "new")
     assert typed(parse_json(GOOD), Whole) == expected
 
 
@@ -60,6 +71,9 @@ def test_a_document_becomes_the_type_it_is_declared_with():
         ((b'"b", "c"', b""), "names: is a list, expected 1 to 2 values"),
         ((b'"b", "c"', b'"b", "b"'), "names: is a list, expected values that differ"),
         ((b'"b", "c"', b'"b", "c\\n"'), r'names[1]: is "c\n", expected letters'),
+        ((b'"new"', b'"old"'), "kind: is \"old\", expected 'new' or 1 or None"),
+        ((b'"new"', b"2"), "kind: is 2, expected 'new' or 1 or None"),
+        ((b'"new"', b'["new"]'), "kind: is a list, expected 'new' or 1 or None"),
     ],
 )
 def test_another_type_is_refused_by_its_place(change, message):
@@ -109,6 +123,28 @@ def test_documents_without_bounds_are_refused(data):
     """Deep, huge, not finite, not UTF-8, too many values or bytes: a ValueError before memory."""
     with pytest.raises(ValueError, match=r"nested|finite|too large|decode|more than|at most"):
         parse_json(data)
+
+
+def aliases(number: int) -> bytes:
+    """YAML of some aliases of a list of 98 numbers, which counts as 99 values each time."""
+    numbers = ", ".join("1" * 98)
+    return f"[&a [{numbers}]{', *a' * (number - 1)}]".encode()
+
+
+@pytest.mark.parametrize(
+    ("parse", "largest", "larger"),
+    [
+        (parse_json, b"[" * 32 + b"]" * 32, b"[" * 33 + b"]" * 33),
+        (parse_yaml_value, b"1 #".ljust(1 << 16), b"1 #".ljust((1 << 16) + 1)),
+        (parse_yaml_value, aliases(101), aliases(102)),
+    ],
+    ids=["levels of JSON", "bytes of YAML", "values of YAML"],
+)
+def test_the_largest_document_is_read_and_a_larger_one_is_not(parse, largest, larger):
+    """32 levels, 64 KiB, and 10,000 = 101 * 99 + 1 values are the most."""
+    parse(largest)
+    with pytest.raises(ValueError, match=r"than 32 levels|at most 65536|more than 10000 values"):
+        parse(larger)
 
 
 def test_bounds_of_the_same_numbers_are_told_apart():
