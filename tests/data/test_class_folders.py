@@ -116,6 +116,16 @@ def test_a_class_without_images_says_what_it_has(tmp_path):
         read_class_folders(tmp_path)
 
 
+def test_a_folder_that_is_skipped_is_no_class_and_hides_none(tmp_path):
+    """The masks beside the classes are not packed; a class without images is refused as ever."""
+    masks = tmp_path / "masks"
+    touch(tmp_path, "a/1.png", "masks/1.png")
+    assert read_class_folders(tmp_path, besides=[masks]).classes == ["a"]
+    (tmp_path / "b").mkdir()
+    with pytest.raises(CxrdistError, match="b: the class has no image"):
+        read_class_folders(tmp_path, besides=[masks])
+
+
 def test_names_that_tell_no_patient_are_patients_of_their_own(tmp_path):
     """Where the pattern does not match, images are not thrown together, and are counted."""
     folder = make_images(tmp_path / "in", {"x": 2, "y": 2})
