@@ -6,7 +6,8 @@ from test_canonise import SMALL, images, randomised, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from zennit.composites import EpsilonPlusFlat
+from zennit.composites import EpsilonGammaBox, EpsilonPlusFlat
+from zennit.core import Composite
 
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.canonise import untangle
@@ -221,10 +222,26 @@ def test_rules_are_those_of_zennit(composite):
     assert relative_error(result.relevance[:, 0], expected) < 1e-12
 
 
-def zennit_map(model: Classifier, network: nn.Module, target: int, count: int = 2) -> Tensor:
-    """Relevance [count, H, W] by zennit's composite on a network as it stands."""
+def test_a_composite_of_zennit_is_taken_by_its_name():
+    """On the canonical network; black and white, normalised as for ImageNet, bound the box."""
+    model = randomised()
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).reshape(2, 1, 3, 1, 1)
+    box = EpsilonGammaBox(-mean / std, (1 - mean) / std, epsilon=EPSILON)
+    expected = zennit_map(model, untangle(model.network), 2, composite=box)
+    result = attribute(model, images(64), [2], composite="epsilon_gamma_box")
+    assert relative_error(result.relevance[:, 0], expected) < 1e-5
+
+
+def zennit_map(
+    model: Classifier,
+    network: nn.Module,
+    target: int,
+    count: int = 2,
+    composite: Composite | None = None,
+) -> Tensor:
+    """Relevance [count, H, W] by a composite of zennit's on a network as it stands."""
     inputs = model.normalise(images(64, count)).requires_grad_()
-    with EpsilonPlusFlat(epsilon=EPSILON).context(network):
+    with (composite or EpsilonPlusFlat(epsilon=EPSILON)).context(network):
         logit = network(inputs)[:, target]
         (relevance,) = torch.autograd.grad(logit, inputs, logit.detach())
     return relevance.sum(1)
