@@ -103,10 +103,14 @@ def test_a_large_filling_is_as_smooth():
 
 
 def test_the_table_can_be_edited(tmp_path):
-    """What is written is read; a spreadsheet's mark, other columns and missing ones do no harm."""
+    """What is written is read; a spreadsheet's mark, other columns and missing ones do no harm.
+
+    A box without a score was drawn by a person and is certain.
+    """
     file = tmp_path / "boxes.csv"
     boxes = {"b/2.png": [Box(1, 2, 3, 4, 'a "b", c', 0.5)], "a.png": [Box(0, 0, 9.5, 1)]}
     write_boxes(file, boxes)
+    assert "a.png,0,0,9.5,1,,1.000" in file.read_text().splitlines()
     assert read_boxes(file) == {path: tuple(found) for path, found in boxes.items()}
     file.write_text("\ufeffnote,path,height,width,y,x\nmine,a.png,4,3,2,1\n", encoding="utf-8")
     assert read_boxes(file) == {"a.png": (Box(1, 2, 3, 4),)}
