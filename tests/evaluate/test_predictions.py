@@ -80,6 +80,15 @@ def test_predictions_and_metrics_agree(shards, tmp_path, capsys):
     assert f"({correct} of {len(rows)};" in capsys.readouterr().out
 
 
+def test_a_run_without_run_json_says_whose_images_it_takes_them_for(shards, tmp_path, capsys):
+    """It may be of other shards; a run that names its shards says nothing."""
+    run = make_run(tmp_path / "run")
+    for is_unknown in (True, False):
+        evaluate(EvaluateConfig(run, shards, cache=tmp_path / "cache"))
+        assert ("so it is unknown whether" in capsys.readouterr().out) is is_unknown
+        claim_shards(run, shards)
+
+
 def test_sure_predictions_are_told_apart(shards, tmp_path):
     """Of the logits 18, 25 and -40 the second is the class, of every image, and all are written."""
     run = make_run(tmp_path / "run", logits=[18.0, 25.0, -40.0])
