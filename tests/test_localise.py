@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import contents, run_ranks
 
 from cxrdist.cli import main
@@ -23,7 +24,8 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import COVID, PATIENT_PATTERN, write_phantoms
 from cxrdist.data.records import SPLITS
-from cxrdist.localise import NAMES, likeliest_other, localise, summary
+from cxrdist.explain.heatmap import OUTLINE
+from cxrdist.localise import NAMES, likeliest_other, localise, outlined, summary
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
 
@@ -149,3 +151,15 @@ def test_the_likeliest_other_class_is_not_the_class_itself():
     assert likeliest_other(logits, "a", "abc") == "c"
     assert likeliest_other(logits, "b", "abc") == "a"
     assert likeliest_other(logits[:1], "a", "a") is None
+
+
+def test_the_outline_is_drawn_along_its_inner_edge():
+    """Of 40 x 20 px in a picture of 100 px, which is shown three times as large."""
+    outline = np.zeros((100, 100), bool)
+    outline[40:60, 30:70] = True
+    drawn = np.asarray(outlined(Image.new("RGB", (100, 100)), outline))
+    expected = np.zeros((300, 300), bool)
+    expected[120:180, 90:210] = True
+    expected[121:179, 91:209] = False
+    assert (drawn[expected] == OUTLINE).all()
+    assert not drawn[~expected].any()
