@@ -1,11 +1,14 @@
 import csv
 import json
 import re
+from base64 import b64decode
 from collections import Counter, defaultdict
 from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from support import contents, run_command
 
@@ -86,6 +89,8 @@ def test_pairs_tell_where_they_lie_and_have_thumbnails():
     assert first["two_splits"]
     assert second["kind"] == "exact"
     assert set(found["thumbnails"]) == {"k0", "k2", "k3"}
+    pictures = [Image.open(BytesIO(b64decode(code))) for code in found["thumbnails"].values()]
+    assert {picture.size for picture in pictures} == {(96, 96)}  # px, as the report shows them
 
 
 def test_a_class_with_sources_of_its_own_is_warned_of():
@@ -121,6 +126,12 @@ def test_a_class_told_by_the_image_size_is_a_shortcut_and_noise_is_none():
     assert audited(told)["shortcut"]["auroc"]["a"]["value"] == 1
     noise = audited([entry(i, x) for i, x in enumerate(labels)])["shortcut"]["auroc"]["a"]
     assert noise["low"] < 0.5 < noise["high"] + 0.1
+
+
+def test_the_warning_begins_with_the_class_that_is_told_best():
+    """The largest images are all of c; of a and b only those of c can be told."""
+    found = audited([entry(i, "abc"[i % 3], width_px=(800, 800, 900)[i % 3]) for i in range(90)])
+    assert re.search(r"\(chance 0\.5\): c 1\.00, [ab] 0\.\d\d", summary(found))
 
 
 def test_the_shortcut_is_measured_on_other_patients():
