@@ -10,6 +10,8 @@ from support import run_ranks
 from torch._dynamo import lookup_backend
 
 from cxrdist.bench import gpu, jobs
+from cxrdist.bench.measure import Measured
+from cxrdist.bench.traffic import Traffic
 from cxrdist.cli import main
 from cxrdist.config import BenchConfig, Network
 from cxrdist.train import learner, loop
@@ -72,6 +74,14 @@ def test_each_batch_is_timed_in_each_way(small, capsys):
     assert len(compiled) >= 2 * 2  # two batches, compiled and both
     # In two batches, captured and both; three steps warm up, the fourth is recorded and replayed.
     assert [graph.replays for graph in graphs] == [2 * gpu.FIRST_STEPS + 1 - 3] * 4
+
+
+def test_the_figures_of_a_row_follow_from_the_rates_of_its_rounds():
+    """The median rate of 8 images, its time, the fastest and slowest step, traffic, and speed."""
+    measured, first = Measured([40.0, 10.0, 20.0], 1234.4), Measured([5.0], 1.0)
+    row = gpu._figures(8, measured, first, Traffic(eager=4e9, fused=2e9), bandwidth=100e9)
+    # 8 images at 20, 40 and 10 images/s take 400, 200 and 800 ms; 4 GB in 0.4 s are 10 GB/s.
+    assert row == ["20.0", "400.0", "200.0..800.0", "10", "10%", "5%", "1,234", "0.25"]
 
 
 def test_what_does_not_fit_into_memory_is_a_row(small, capsys, monkeypatch):
