@@ -108,6 +108,15 @@ def test_a_bad_table_is_one_line(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_the_name_of_a_class_has_up_to_255_characters(tmp_path):
+    """A name of one more is refused, as it is in shards and models."""
+    longest = "a" * 255
+    text = ONE.replace("x,a", f"x,{longest}").replace("prob_a", f"prob_{longest}")
+    assert table(tmp_path, text).scored.classes == [longest, "b"]
+    with pytest.raises(CxrdistError, match="without a valid class name"):
+        table(tmp_path, text.replace(longest, longest + "a"))
+
+
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
