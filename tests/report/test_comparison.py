@@ -71,7 +71,9 @@ def test_two_runs_are_compared_by_one_command(pair, tmp_path, capsys):
     assert float(row["prob_b"]) == pytest.approx(expected, abs=1e-6)
     assert (row["class"], row["predicted_a"]) == (row["label"], row["label"])
     printed = capsys.readouterr().out
-    assert f"{difference:+.3f}" in printed
+    (figures,) = (line.split() for line in printed.splitlines() if line.startswith("Accuracy "))
+    accuracies = [f"{of_run.mean():.3f}" for of_run in right]
+    assert figures[1:4] == [*accuracies, f"{difference:+.3f}"]
     assert "- seed: 0\n  + seed: 1" in printed
     assert "60 images of 20 patients" in printed
 
