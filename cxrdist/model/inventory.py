@@ -54,7 +54,7 @@ def _read(file: str) -> InitialWeights:
     if file == "none":
         raise CxrdistError("none: random weights have no file; give a checkpoint")
     weights = read_weights(file, "")
-    check_fit(weights.tensors, shape_of(weights.tensors, file), weights.channels, file)
+    check_fit(weights, shape_of(weights.tensors, file), file)
     return weights
 
 

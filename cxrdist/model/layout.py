@@ -101,7 +101,7 @@ def recognise(file: TensorFile, where: str, origin: WeightsInfo) -> InitialWeigh
         name, labels = _identify(file, head, thresholds, channels)
     else:
         name, labels = _identify_other(file, head, network)
-    _check_head(head, renamed, labels, where)
+    _check_head(head, labels, where)
     num_outputs = len(next(iter(head.values()), ()))
     if thresholds is not None and head and thresholds.numel() != num_outputs:
         raise CxrdistError(
@@ -132,7 +132,8 @@ def _network_of(tensors: dict[str, Tensor]) -> Network | None:
     for architecture in get_args(Architecture):
         if architecture not in DENSENETS:
             network = Network(architecture=architecture)
-            if tensors.keys() >= set(_required(trunk_of(network))):
+            trunk, _ = _trunk_and_head(network)
+            if tensors.keys() >= set(_required(trunk)):
                 return network
     return None
 
@@ -142,11 +143,16 @@ def _required(trunk: dict[str, Tensor]) -> list[str]:
     return [name for name in trunk if not name.endswith("num_batches_tracked")]
 
 
-def trunk_of(network: Network, channels: int = 3) -> dict[str, Tensor]:
-    """Return parameters and buffers of a network without its head, on the meta device."""
+def _trunk_and_head(
+    network: Network, channels: int = 3
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the state of a network without its output layer, and of that layer, as meta tensors.
+
+    The layer has one output.
+    """
     with torch.device("meta"):
-        state = build_network(network, 1, channels).state_dict()
-    return {name: tensor for name, tensor in state.items() if name not in head_names(network)}
+        trunk = build_network(network, 1, channels).state_dict()
+    return trunk, {name: trunk.pop(name) for name in head_names(network)}
 
 
 def torchvision_name(name: str) -> str:
@@ -199,26 +205,17 @@ def _identify_other(
     return network.title, file.labels
 
 
-def _check_head(
-    head: dict[str, Tensor], trunk: dict[str, Tensor], labels: list[str] | None, where: str
-) -> None:
-    """Raise CxrdistError if a head does not fit its trunk or its labels."""
+def _check_head(head: dict[str, Tensor], labels: list[str] | None, where: str) -> None:
+    """Raise CxrdistError if weight, bias and labels of a head do not belong together."""
     if not head:
         return
     weight, bias = (
         next((tensor for name, tensor in head.items() if name.endswith(end)), None)
         for end in (".weight", ".bias")
     )
-    last = trunk.get("features.norm5.weight")
-    inputs = last.numel() if last is not None else None
     if weight is None or bias is None or weight.dim() < 2 or bias.shape != weight.shape[:1]:
         raise CxrdistError(
             f"{where}: the head's weight and bias do not belong together; fetch the file again"
-        )
-    if inputs is not None and weight.shape[1] != inputs:
-        raise CxrdistError(
-            f"{where}: the head takes {weight.shape[1]} features, but the network has "
-            f"{inputs}; fetch the file again"
         )
     if labels is not None and len(labels) != len(weight):
         raise CxrdistError(
@@ -257,9 +254,13 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
         raise CxrdistError(f"{where}: {error}; give weights of {expected}") from None
 
 
-def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: str) -> None:
-    """Raise CxrdistError unless tensors are exactly those of a network without its head."""
-    own = trunk_of(shape, channels)
+def check_fit(weights: InitialWeights, shape: Network, where: str) -> None:
+    """Raise CxrdistError unless weights are exactly those of a network, with any outputs or none.
+
+    `where` is the option and its value, for the error line.
+    """
+    given = weights.tensors
+    own, own_head = _trunk_and_head(shape, weights.channels)
     missing = [k for k in _required(own) if k not in given]
     extra = [k for k in given if k not in own]
     wrong = [k for k in own if k in given and own[k].shape != given[k].shape]
@@ -273,6 +274,13 @@ def check_fit(given: dict[str, Tensor], shape: Network, channels: int, where: st
             f"{where}: {len(wrong)} tensors have wrong shapes, {name} is "
             f"{list(given[name].shape)}, expected {list(own[name].shape)}; {expected}"
         )
+    for name, tensor in weights.head.items():
+        if tensor.shape[1:] != own_head[name].shape[1:]:
+            takes, has = (" x ".join(map(str, t.shape[1:])) for t in (tensor, own_head[name]))
+            raise CxrdistError(
+                f"{where}: the head takes {takes} features, but the network has {has}; "
+                "fetch the file again"
+            )
 
 
 def _other(tensors: dict[str, Tensor], shape: Network) -> str:

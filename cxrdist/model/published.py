@@ -70,7 +70,7 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
             "chexnet, a checkpoint of torchxrayvision or a run"
         )
     shape = shape_of(weights.tensors, name)
-    check_fit(weights.tensors, shape, weights.channels, name)
+    check_fit(weights, shape, name)
     size_px, normalisation = PUBLISHED_SIZE_PX, weights.normalisation
     classes = [labels[i] for i in named]
     model = Classifier(shape, classes, size_px, normalisation, fit="crop", task="multilabel")

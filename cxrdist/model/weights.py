@@ -94,7 +94,7 @@ def apply_weights(weights: InitialWeights, model: Classifier) -> int:
         CxrdistError: a tensor is missing, left over, or of another shape.
     """
     if weights.tensors:
-        check_fit(weights.tensors, model.shape, weights.channels, f"--init {weights.source}")
+        check_fit(weights, model.shape, f"--init {weights.source}")
         model.network.load_state_dict(weights.tensors, strict=False)
     model.origin = weights.describe(len(weights.tensors))
     return len(weights.tensors)

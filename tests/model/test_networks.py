@@ -1,18 +1,23 @@
 """The networks beside their libraries' own: logits, parts, published weights."""
 
 import hashlib
+import json
+from dataclasses import asdict
 from typing import get_args
 
 import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from torch import nn
 
 from cxrdist.cli import main
 from cxrdist.config import TITLES, Architecture, Network
 from cxrdist.errors import CxrdistError
+from cxrdist.model import published
 from cxrdist.model.densenet import Classifier, load_model, save_model
+from cxrdist.model.description import Normalisation
 from cxrdist.model.download import place_of
 from cxrdist.model.layout import recognise
 from cxrdist.model.networks import (
@@ -24,7 +29,7 @@ from cxrdist.model.networks import (
     refuse_small_squares,
     smallest_size_px,
 )
-from cxrdist.model.tensorfile import TensorFile
+from cxrdist.model.tensorfile import METADATA, TensorFile
 from cxrdist.model.weights import apply_weights, read_weights
 from cxrdist.train.stages import freeze, set_modes
 
@@ -181,6 +186,15 @@ def test_thresholds_that_do_not_fit_the_head_are_refused():
     file = TensorFile({**published, "op_threshs": torch.zeros(3)})
     with pytest.raises(CxrdistError, match=r"3 thresholds \(op_threshs\) for 1000 outputs"):
         recognise(file, "--init w", {"source": "w", "sha256": None})
+
+
+def test_a_head_of_other_features_is_refused(tmp_path):
+    """One line for any network, also by `load_model`, which uses the head."""
+    state = library_network("resnet18", 2).state_dict() | {"fc.weight": torch.zeros(2, 100)}
+    note = {"layout": "x", "labels": ["a", "b"], "normalisation": asdict(Normalisation())}
+    save_file(state, tmp_path / "w.safetensors", {METADATA: json.dumps(note)})
+    with pytest.raises(CxrdistError, match=r"w\.safetensors: the head takes 100 .* has 512; fetch"):
+        published.load_model(tmp_path / "w.safetensors")
 
 
 def test_imagenet_is_the_architectures_own_file(tmp_path, monkeypatch):

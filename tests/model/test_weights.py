@@ -219,6 +219,8 @@ def damaged(change: str) -> dict[str, torch.Tensor]:
         state[f"{prefix}features.conv0.weight"] = torch.zeros(8, 2, 7, 7)
     elif change == "head of other features":
         state[f"{prefix}classifier.0.weight"] = torch.zeros(14, 5)
+    elif change == "head of a convolution":
+        state[f"{prefix}classifier.0.weight"] = torch.zeros(14, 16, 1, 1)
     elif change == "head without bias":
         del state[f"{prefix}classifier.0.bias"]
     elif change == "twice":
@@ -239,6 +241,7 @@ def damaged(change: str) -> dict[str, torch.Tensor]:
         ("two channels", "takes 2 channels, expected 1"),
         ("head of 13", "the head has 13 outputs, expected 14"),
         ("head of other features", "the head takes 5 features, but the network has"),
+        ("head of a convolution", "the head takes 16 x 1 x 1 features, but the network has 16;"),
         ("head without bias", "weight and bias do not belong together"),
         ("twice", r"contains two tensors features\.norm0\.weight"),
         ("nan", r"features\.norm0\.weight contains numbers that are not finite"),
@@ -321,7 +324,7 @@ def test_files_without_weights_are_refused(tmp_path, name):
 def read_whole(file):
     """Read a file as a DenseNet of the shape that it has itself."""
     weights, where = read_weights(str(file)), f"--init {file}"
-    check_fit(weights.tensors, shape_of(weights.tensors, where), weights.channels, where)
+    check_fit(weights, shape_of(weights.tensors, where), where)
 
 
 def test_a_flipped_bit_is_found(tmp_path):
