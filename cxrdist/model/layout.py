@@ -53,7 +53,7 @@ class InitialWeights:
     @property
     def source(self) -> str:
         """Return the source for messages: a URL, a file, a run, or "random"."""
-        return str(self.record["source"])
+        return self.record["source"]
 
     @property
     def channels(self) -> int:
@@ -94,15 +94,13 @@ def recognise(file: TensorFile, where: str, origin: WeightsInfo) -> InitialWeigh
     head = {k: renamed.pop(k) for k in head_names(network or Network()) if k in renamed}
     channels = _channels(renamed, where)
     normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
+    num_outputs = next((len(tensor) for tensor in head.values() if tensor.dim()), 0)
     if file.note:
-        name, labels = file.note["layout"], file.note.get("labels")
+        layout, labels = file.note["layout"], file.note.get("labels")
         normalisation = file.note["normalisation"]
-    elif network is None:
-        name, labels = _identify(file, head, thresholds, channels)
     else:
-        name, labels = _identify_other(file, head, network)
+        layout, labels = _identify(file, network, num_outputs, thresholds, channels)
     _check_head(head, labels, where)
-    num_outputs = len(next(iter(head.values()), ()))
     if thresholds is not None and head and thresholds.numel() != num_outputs:
         raise CxrdistError(
             f"{where}: {thresholds.numel()} thresholds (op_threshs) for {num_outputs} outputs; "
@@ -113,7 +111,7 @@ def recognise(file: TensorFile, where: str, origin: WeightsInfo) -> InitialWeigh
             f"{where}: its normalisation has {len(normalisation.mean)} channels, expected "
             f"{channels}; convert the file again"
         )
-    record: WeightsInfo = {**origin, "layout": name}
+    record: WeightsInfo = {**origin, "layout": layout}
     if file.note:
         record["started_from"] = file.note.get("started_from")
     return InitialWeights(renamed, head, normalisation, labels, record)
@@ -175,13 +173,20 @@ def _channels(tensors: dict[str, Tensor], where: str) -> int:
 
 
 def _identify(
-    file: TensorFile, head: dict[str, Tensor], thresholds: Tensor | None, channels: int
+    file: TensorFile,
+    network: Network | None,
+    num_outputs: int,
+    thresholds: Tensor | None,
+    channels: int,
 ) -> tuple[str, list[str] | None]:
-    """Return the name of the layout, and the labels of its head if known."""
-    names = file.tensors
-    weight = head.get("classifier.weight")
-    num_outputs = weight.shape[0] if weight is not None and weight.dim() == 2 else 0
-    if any(name.endswith("classifier.0.weight") for name in names):
+    """Return the name of the layout, and the labels of its outputs if known.
+
+    Without a network (`_network_of`), the names of layouts are those of DenseNets.
+    """
+    if network is not None:
+        is_imagenet = num_outputs == IMAGENET_CLASSES
+        return (f"ImageNet, {network.title}", None) if is_imagenet else (network.title, file.labels)
+    if any(name.endswith("classifier.0.weight") for name in file.tensors):
         repository = "jrzech/reproduce-chexnet" if file.is_network else "arnoweng/CheXNet"
         return f"CheXNet, as in {repository}", [*LABELS]
     if channels == 1:
@@ -190,19 +195,9 @@ def _identify(
         known = thresholds is not None or labels is not None
         return "torchxrayvision" if known else "one channel, taken for torchxrayvision's", labels
     if num_outputs == IMAGENET_CLASSES:
-        old = any(_OLD_DENSE_LAYER.search(name) for name in names)
+        old = any(_OLD_DENSE_LAYER.search(name) for name in file.tensors)
         return f"ImageNet, as in torchvision{'' if old else ' and timm'}", None
     return "DenseNet", file.labels
-
-
-def _identify_other(
-    file: TensorFile, head: dict[str, Tensor], network: Network
-) -> tuple[str, list[str] | None]:
-    """Return the same as `_identify`, for networks other than DenseNets."""
-    num_outputs = next((len(tensor) for tensor in head.values() if tensor.dim()), 0)
-    if num_outputs == IMAGENET_CLASSES:
-        return f"ImageNet, {network.title}", None
-    return network.title, file.labels
 
 
 def _check_head(head: dict[str, Tensor], labels: list[str] | None, where: str) -> None:
