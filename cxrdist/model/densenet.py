@@ -206,8 +206,10 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
     write_json(directory / "model.json", {**content, "calibration": calibration})
 
 
-def load_model(run: str | Path) -> Classifier:
+def load_model(run: str | Path, where: str | None = None) -> Classifier:
     """Load the trained model of a run directory, in evaluation mode, on the CPU.
+
+    The error line for an ensemble begins with `where`, by default with the option --run.
 
     Raises:
         CxrdistError: there is no model, its description is invalid, or its files do not belong
@@ -215,8 +217,8 @@ def load_model(run: str | Path) -> Classifier:
     """
     if is_ensemble(run):
         raise CxrdistError(
-            f"--run {run}: is an ensemble of several networks, expected a single one; give one of "
-            f"its members, such as {Path(run) / 'member-0'}"
+            f"{where or f'--run {run}'}: is an ensemble of several networks, expected a single "
+            f"one; give one of its members, such as {Path(run) / 'member-0'}"
         )
     return read_model(open_run(Path(run)).model)
 

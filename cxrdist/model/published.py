@@ -39,10 +39,7 @@ def load_model(source: str | Path) -> Classifier:
     if name.startswith(HUB):
         return _load_hub(name)
     if (RunDirectory(path).model / _FILES[0]).is_file():
-        try:
-            return load_from_run(path)
-        except CxrdistError as error:  # a caller of this function gave no option --run
-            raise CxrdistError(str(error).removeprefix("--run ")) from error
+        return load_from_run(path, name)
     if (path / _FILES[0]).is_file():
         return read_model(path)
     if path.is_dir() or not (path.is_file() or "://" in name or name in ("chexnet", "imagenet")):

@@ -65,7 +65,7 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
             f"{where}: a directory without a trained model (model/model.json); "
             "give the run directory of a finished `cxrdist train`"
         )
-    model = load_model(directory)
+    model = load_model(directory, where)
     state = model.network.state_dict()
     head = {name: state.pop(name) for name in head_names(model.shape)}
     record: WeightsInfo = {

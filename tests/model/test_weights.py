@@ -13,6 +13,7 @@ from cxrdist.cli import main
 from cxrdist.config import Network
 from cxrdist.data.chestxray14 import LABELS
 from cxrdist.errors import CxrdistError
+from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier, Normalisation
 from cxrdist.model.layout import (
     ONE_CHANNEL,
@@ -270,6 +271,15 @@ def test_thresholds_of_another_number_are_refused(tmp_path):
     torch.save(xray_network(op_threshs=torch.rand(17)), tmp_path / "w.pt")
     with pytest.raises(CxrdistError, match="17 thresholds"):
         read_weights(str(tmp_path / "w.pt"))
+
+
+def test_an_ensemble_is_refused_by_the_option_that_named_it(tmp_path):
+    """The line begins with --init, which was given, and not with --run."""
+    (tmp_path / "model").mkdir()
+    members = {"format": "cxrdist-ensemble-1", "members": ["member-0", "member-1"]}
+    write_json(tmp_path / "model" / "model.json", members)
+    with pytest.raises(CxrdistError, match=r"^--init .*: is an ensemble of .* such as .*member-0$"):
+        read_weights(str(tmp_path))
 
 
 CUT = ("cut.pt", "cut-legacy.pt", "cut-pickled.pt", "cut.safetensors")
