@@ -160,6 +160,10 @@ def test_ranks_of_a_node_report_the_same_error_once(monkeypatch, capsys, tmp_pat
         (["--init", "lost.pth"], "--init lost.pth: no such file"),
         (["--copies", "{NORMAL: 2}"], "copies: no class 'NORMAL' in the shards"),
         (["--max-images-per-rank", "1"], "leave BatchNorm with one image"),
+        (
+            ["--global-batch-size", "3", "--max-images-per-rank", "2"],  # passes of one and of two
+            "leave BatchNorm with one image",
+        ),
         (["--uncertain", "positive,e=negative"], "uncertain"),
         (
             ["--stages", READS_TEXT, "--text-boxes", "lost.csv"],

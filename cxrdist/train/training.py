@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -278,17 +279,28 @@ def _refuse_single_values(
     stages = recipe.stages.items()
     moving = blocks if recipe.frozen_batch_norm == "moving" else set[str]()
     trained = [n for n, stage in stages if blocks & (moving | rates_of(stage, model.shape).keys())]
-    smallest = num_images // -(-num_images // recipe.global_batch_size)
-    if recipe.batch_norm == "per_rank":
-        smallest = max(1, smallest // world_size)
-    if recipe.max_images_per_rank:
-        smallest = min(smallest, recipe.max_images_per_rank)
-    if trained and smallest == 1:
+    if trained and _fewest_images(recipe, num_images, world_size) == 1:
         raise CxrdistError(
             f"--global-batch-size: {recipe.global_batch_size} images leave BatchNorm with one "
             f"image of {size_px} px, which has no variance in stage {trained[0]}; take a larger "
             "batch, larger images, or --batch-norm synchronised"
         )
+
+
+def _fewest_images(recipe: TrainConfig, num_images: int, world_size: int) -> int:
+    """Return the fewest images that a BatchNorm normalises together in an epoch.
+
+    They are those of the first pass of a step (`passes_of`), on all ranks or on one.
+    """
+    num_steps = -(-num_images // recipe.global_batch_size)
+    fewest = []
+    for size in (num_images // num_steps, -(-num_images // num_steps)):
+        stops = [size * rank // world_size for rank in range(world_size + 1)]
+        slices = [stop - start for start, stop in pairwise(stops)]
+        num_passes = -(-max(slices) // (recipe.max_images_per_rank or max(slices)))
+        first = [images // num_passes for images in slices]
+        fewest.append(max(1, min(first)) if recipe.batch_norm == "per_rank" else sum(first))
+    return min(fewest)
 
 
 def _copies_by_class(
