@@ -104,9 +104,9 @@ class Checkpoint:
     best: State = field(default_factory=dict)
 
 
-def save_best(directory: Path, epochs_done: int, network: State) -> tuple[str, str]:
+def save_best(directory: Path, number: int, network: State) -> tuple[str, str]:
     """Write the best weights of a stage beside the checkpoints; return directory and sha256."""
-    name = f"best-{epochs_done:05d}"
+    name = f"best-{number:05d}"
     content = save(network)
     with atomic_directory(directory / name) as partial:
         (partial / "network.safetensors").write_bytes(content)

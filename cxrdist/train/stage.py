@@ -323,15 +323,16 @@ class StageRun:
     def _keep_best(self) -> None:
         """Save the current weights as the stage's best, on the main rank.
 
-        They go into a new directory, since older checkpoints refer to theirs.
+        They go into a new directory, since older checkpoints refer to theirs: its number counts
+        the epoch under way, too.
         """
-        training = self.training
+        training, number = self.training, self.epochs_done + (self.epoch is not None)
         self.best = {k: on_cpu(v) for k, v in training.model.network.state_dict().items()}
 
         def write() -> tuple[str, str]:
             if not training.accelerator.is_main_process:
                 return "", ""
-            return save_best(training.run.checkpoints, self.epochs_done, self.best)
+            return save_best(training.run.checkpoints, number, self.best)
 
         self.bests[self.name] = together(training.accelerator, write)
 

@@ -86,6 +86,33 @@ def test_rows_of_an_epoch_that_was_lost_are_not_logged_twice(shards, tmp_path, m
     ]
 
 
+def test_the_best_weights_of_a_save_within_the_first_epoch_are_kept(
+    shards, tmp_path, monkeypatch, capsys
+):
+    """Killed before the first epoch's checkpoint, a run resumes from the save before it."""
+    losses = iter([1.0, 0.5])
+    monkeypatch.setattr(
+        stage, "validate", lambda *_: {"val_loss": next(losses), "val_accuracy": 0.5}
+    )
+    save = stage.save_checkpoint
+
+    def save_within_the_epoch(directory, checkpoint, *rest):
+        if not checkpoint.position.step:
+            raise Killed
+        save(directory, checkpoint, *rest)
+
+    monkeypatch.setattr(stage, "save_checkpoint", save_within_the_epoch)
+    config = recipe(shards, tmp_path / "run", save_steps=2)
+    with pytest.raises(Killed):
+        train(config)
+    monkeypatch.undo()
+    capsys.readouterr()
+    train(config)
+    said = capsys.readouterr()
+    assert "resuming after all, epoch 0 and step 4 of the next" in said.out
+    assert "damaged" not in said.err
+
+
 def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch, capsys):
     """A worse last epoch does not become the model, and the next stage starts from the best.
 
