@@ -414,8 +414,8 @@ def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
 
 
 def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
-    """Make sure that a run resumes with the weights that it began with."""
-    if not run.recipe.is_file():
+    """Make sure that a run resumes with the weights that its checkpoints began with."""
+    if not (run.recipe.is_file() and has_checkpoint(run.checkpoints)):
         return
     began = read_info(run)["weights"].get("sha256")
     if began != weights.record["sha256"]:

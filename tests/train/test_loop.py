@@ -12,7 +12,7 @@ from cxrdist import distributed
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.files import locked, read_log
-from cxrdist.model.densenet import Cover, load_model
+from cxrdist.model.densenet import Classifier, Cover, load_model
 from cxrdist.train import stage
 from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.loop import train
@@ -111,6 +111,23 @@ def test_the_best_weights_of_a_save_within_the_first_epoch_are_kept(
     said = capsys.readouterr()
     assert "resuming after all, epoch 0 and step 4 of the next" in said.out
     assert "damaged" not in said.err
+
+
+def test_a_run_without_a_checkpoint_may_start_from_other_weights(shards, tmp_path, monkeypatch):
+    """Nothing can be mixed up, so a corrected --init is as good as a corrected recipe."""
+    network = Classifier(Network(growth_rate=4, block_config=(2, 2, 2, 2)), ["x"], 32).network
+    torch.save(network.state_dict(), tmp_path / "w.pt")
+    stages = {"head": Stage({"head": 0.1}, epochs=1, patience=1)}
+
+    def die(*arguments):
+        raise Killed
+
+    monkeypatch.setattr(stage, "save_checkpoint", die)
+    with pytest.raises(Killed):
+        train(recipe(shards, tmp_path / "run", stages=stages, init=str(tmp_path / "w.pt")))
+    monkeypatch.undo()
+    train(recipe(shards, tmp_path / "run", stages=stages))
+    assert load_model(tmp_path / "run").origin["source"] == "random"
 
 
 def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch, capsys):
