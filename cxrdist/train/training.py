@@ -1,6 +1,6 @@
 """State that all stages of a run share: run directory, images, plans, network."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
@@ -206,9 +206,7 @@ def build_training(
     copies = together(accelerator, lambda: copies_of(targets, index.classes, by_class))
     taken = np.concatenate([train, val])
     together(accelerator, lambda: refuse_uncrossed(copies[taken], config.augmentation))
-    with accelerator.local_main_process_first():  # one download per node
-        read = _attempt(config)
-    weights = together(accelerator, read)
+    weights = together(accelerator, lambda: _read_weights(config))
     together(accelerator, lambda: _refuse_other_weights(run, weights))
     audit = together(accelerator, lambda: _read_audit(index))
     model = _build_model(config, index, weights)
@@ -397,20 +395,18 @@ def _describe_steps(num_images: int, config: TrainConfig) -> str:
     return f"an epoch: {num_images:,} images in {-(-num_images // batch):,} steps of up to {batch}"
 
 
-def _attempt(config: TrainConfig) -> Callable[[], InitialWeights]:
-    """Read the weights now; an error waits until all ranks can stop together."""
+def _read_weights(config: TrainConfig) -> InitialWeights:
+    """Read the initial weights; one rank downloads them while the others wait for its file.
+
+    Raises:
+        CxrdistError: they cannot be read; for published ones it also names --init none.
+    """
     try:
-        weights = read_weights(config.init, architecture=config.network.architecture)
+        return read_weights(config.init, architecture=config.network.architecture)
     except CxrdistError as error:
-        reason = error
-        if config.init in ("chexnet", "imagenet"):
-            reason = CxrdistError(f"{error}. --init none starts from random weights")
-
-        def fail() -> InitialWeights:
-            raise reason
-
-        return fail
-    return lambda: weights
+        if config.init not in ("chexnet", "imagenet"):
+            raise
+        raise CxrdistError(f"{error}. --init none starts from random weights") from error
 
 
 def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
