@@ -1,6 +1,7 @@
 """Advice: lines on a launch that works, but not as well as it could."""
 
 import os
+from collections.abc import Iterator
 
 from accelerate import Accelerator
 
@@ -13,22 +14,19 @@ FEW_STEPS = 300
 """Fewer optimiser steps are too few: AdamW moves a weight by at most about its rate in a step."""
 
 
-def advice(training: Training) -> str:
-    """Return all lines of advice on a launch, each with its newline; empty if it is fine."""
-    recipe, accelerator = training.recipe, training.accelerator
-    return (
-        _advice_on_ranks(recipe, accelerator.num_processes)
-        + _advice_on_cpu(accelerator)
-        + _advice_on_steps(training)
-    )
+def advice(training: Training) -> Iterator[str]:
+    """Yield all lines of advice on a launch; none if it is fine."""
+    yield from _advice_on_ranks(training.recipe, training.accelerator.num_processes)
+    yield from _advice_on_cpu(training.accelerator)
+    yield from _advice_on_steps(training)
 
 
-def _advice_on_ranks(config: TrainConfig, world_size: int) -> str:
-    """Return lines on batches that are small for their ranks, and on micro-batches."""
-    lines, batch, most = [], config.global_batch_size, config.max_images_per_rank
+def _advice_on_ranks(config: TrainConfig, world_size: int) -> Iterator[str]:
+    """Advise on batches that are small for their ranks, and on micro-batches."""
+    batch, most = config.global_batch_size, config.max_images_per_rank
     if world_size > 1 and batch < LEAST_IMAGES_PER_RANK * world_size:
         good = max(1, batch // LEAST_IMAGES_PER_RANK)
-        lines.append(
+        yield (
             f"{batch} images per step on {world_size} ranks: most of the time goes into "
             f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
         )
@@ -36,38 +34,36 @@ def _advice_on_ranks(config: TrainConfig, world_size: int) -> str:
     moves = trains_norms or config.frozen_batch_norm == "moving"
     norms_move = config.network.has_batch_norm and moves
     if most is not None and norms_move and -(-batch // world_size) > most:
-        lines.append(
+        yield (
             f"micro-batches of {most} images per rank: BatchNorm that moves sees one at a time, "
             "not the whole step"
         )
-    return "".join(f"{line}\n" for line in lines)
 
 
-def _advice_on_cpu(accelerator: Accelerator) -> str:
-    """Return lines on CPU ranks that are needlessly slow, such as with a config for GPUs."""
+def _advice_on_cpu(accelerator: Accelerator) -> Iterator[str]:
+    """Advise on CPU ranks that are needlessly slow, such as with a config for GPUs."""
+    if accelerator.device.type != "cpu":
+        return
     (_, ranks), cores = local_ranks(accelerator), len(os.sched_getaffinity(0))
-    lines = []
-    if accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16":
-        lines.append(
+    if accelerator.mixed_precision == "bf16":
+        yield (
             "no GPU is used, and most CPUs are many times slower in bf16 than in float32; launch "
             "with --mixed_precision no"
         )
-    if accelerator.device.type == "cpu" and ranks > cores:
-        lines.append(
+    if ranks > cores:
+        yield (
             f"{ranks} CPU ranks for {cores} core{'s' if cores > 1 else ''} are slower than fewer; "
             f"launch with --num_processes {cores}"
         )
-    return "".join(f"{line}\n" for line in lines)
 
 
-def _advice_on_steps(training: Training) -> str:
-    """Return a line on a recipe whose epochs are few for so few images."""
+def _advice_on_steps(training: Training) -> Iterator[str]:
+    """Advise on a recipe whose epochs are few for so few images."""
     recipe = training.recipe
     per_epoch = -(-training.num_images // recipe.global_batch_size)
     total = per_epoch * sum(stage.epochs for stage in recipe.stages.values())
-    if total >= FEW_STEPS:
-        return ""
-    return (
-        f"{total} optimiser steps in all, {per_epoch} per epoch, are few; give more, such as "
-        f"--stages.{list(recipe.stages)[-1]}.epochs {-(-FEW_STEPS // per_epoch)}\n"
-    )
+    if total < FEW_STEPS:
+        yield (
+            f"{total} optimiser steps in all, {per_epoch} per epoch, are few; give more, such as "
+            f"--stages.{list(recipe.stages)[-1]}.epochs {-(-FEW_STEPS // per_epoch)}"
+        )

@@ -134,7 +134,8 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
             sweep(run.root, alone=True)
             sweep(run.checkpoints, alone=True)
         training = build_training(accelerator, run, config, index)
-        accelerator.print(advice(training), end="")
+        for line in advice(training):
+            accelerator.print(line)
         if config.track:
             accelerator.init_trackers("cxrdist")
         yield training
