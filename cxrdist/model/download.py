@@ -65,7 +65,7 @@ def download(url: str, where: str) -> Path:
         if file.is_file():
             if expected is None and note.is_file():
                 expected = _noted(note)
-            _refuse_other(file, expected, f"{where}: {file}, fetched before,")
+            _accepted(file, expected, f"{where}: {file}, fetched before,")
             return file
         partial = file.with_name(file.name + ".partial")
         try:
@@ -76,9 +76,9 @@ def download(url: str, where: str) -> Path:
                 f"command again to resume, or fetch it on a machine with internet "
                 f"(curl -L -o {file.name} {url}) and put it at {file}"
             ) from error
-        _refuse_other(partial, expected, f"{where}: the file from {url}")
+        sha256 = _accepted(partial, expected, f"{where}: the file from {url}")
         with room_for(file):
-            note.write_text(f"{sha256_of(partial)}  {file.name}\n")
+            note.write_text(f"{sha256}  {file.name}\n")
             partial.replace(file)
     return file
 
@@ -120,15 +120,19 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(data, "sha256").hexdigest()
 
 
-def _refuse_other(file: Path, expected: str | None, what: str) -> None:
-    """Remove a file that is not the published one, and raise CxrdistError."""
+def _accepted(file: Path, expected: str | None, what: str) -> str:
+    """Return the sha256 of a file, or remove one that is not the published one.
+
+    Raises:
+        CxrdistError: the file has another sha256, or is not a checkpoint.
+    """
     sha256 = sha256_of(file)
     if expected is not None and not sha256.startswith(expected):
         problem = f"has the sha256 {sha256}, expected {expected}"
     elif container_of(file) is None:
         problem = "is not a checkpoint (a web page?)"
     else:
-        return
+        return sha256
     file.unlink()
     raise CxrdistError(f"{what} {problem}; it was removed. Run the same command again to fetch it")
 
@@ -176,7 +180,7 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
     if done and known:
         headers["If-Range"] = known
     request = urllib.request.Request(url, headers=headers)
-    opener = urllib.request.build_opener(_Opener, _SecureOpener)
+    opener = urllib.request.build_opener(_Opener)
     with opener.open(request, timeout=TIMEOUT_SECONDS) as response:
         if response.status == 206 and not response.headers.get("Content-Range", "").startswith(
             f"bytes {done}-"
@@ -252,12 +256,12 @@ class _SecureWithDeadline(_WithDeadline, HTTPSConnection):
     """The same with TLS."""
 
 
-class _Opener(urllib.request.HTTPHandler):
+class _Opener(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+    """Opens connections with a deadline, for `urllib.request.build_opener`."""
+
     def http_open(self, request: urllib.request.Request) -> HTTPResponse:
         return self.do_open(_WithDeadline, request)
 
-
-class _SecureOpener(urllib.request.HTTPSHandler):
     def https_open(self, request: urllib.request.Request) -> HTTPResponse:
         return self.do_open(_SecureWithDeadline, request)
 

@@ -2,6 +2,7 @@
 
 import time
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -85,7 +86,8 @@ class Epoch:
             self.losses[new], self.penalties[new] = of_ranks[:, :, :2].sum(0).T
             self._check_steps(of_ranks[0, :, 2], updater.scale)
             self.settled = self.step
-        mine = torch.tensor(_signed(self._taken), device=accelerator.device)
+        wrapped = np.uint64(self._taken % 2**64).view(np.int64)  # tensors have signed numbers
+        mine = torch.tensor(wrapped.item(), device=accelerator.device)
         taken = (self._taken_before + sum(gather_tensor(accelerator, mine).tolist())) % 2**64
         if taken != self.plan.digest(slice(0, int(self.plan.bounds[self.step]))):
             raise RunFailedError(
@@ -139,9 +141,3 @@ class Epoch:
     def mean_penalty(self, first: int = 0) -> float:
         """Return the mean penalty of the settled steps from `first` on."""
         return float(self.penalties[first : self.settled].mean())
-
-
-def _signed(number: int) -> int:
-    """Reinterpret 64 bits as a signed number, for a tensor."""
-    number %= 2**64
-    return number - 2**64 if number >= 2**63 else number
