@@ -66,7 +66,7 @@ def on_side_stream(step: Step, inputs: Tensors) -> Tensors:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), warnings.catch_warnings():
-        # AdamW's advice for whoever never records.
+        # AdamW warns, in case no step is ever recorded.
         warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
         outputs = step(*inputs)
     torch.cuda.current_stream().wait_stream(side)

@@ -25,7 +25,8 @@ class Epoch:
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
         images_per_second: of the steps of this launch, after `trained`.
-        skipped: the last settled steps in a row that the scaler has skipped, over all epochs.
+        skipped: how many of the last settled steps in a row, also of earlier epochs, the scaler
+            has skipped.
     """
 
     def __init__(self, where: str, batches: Batches, skipped: int) -> None:

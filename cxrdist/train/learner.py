@@ -50,7 +50,7 @@ class Learner(nn.Module):
         super().__init__()
         self.model = model
         self._background = background
-        # In a list, so that DDP and optimisers do not see it.
+        # In a list, so that it is not a submodule, which DDP and optimisers would take up.
         self._trunk: list[nn.Module] = []
         if trained == {"head"} and isinstance(model.network, DenseNet):
             features = model.network.features

@@ -54,7 +54,7 @@ PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class StageRun:
-    """A stage under way: freeze -> optimiser -> DDP, in this order, anew for every stage."""
+    """A stage under way: freeze -> DDP -> optimiser, in this order, anew for every stage."""
 
     def __init__(self, training: Training, name: str, before: Checkpoint | None) -> None:
         """Set up the stage, or resume it if the latest checkpoint, `before`, is of this stage."""

@@ -76,7 +76,7 @@ def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
             or half a cosine (Loshchilov & Hutter 2017, equation 5, without restarts).
         epoch: epochs done in the stage.
         step: steps done in the epoch.
-        num_steps: of the epoch.
+        num_steps: steps of the epoch.
     """
     done = epoch + step / num_steps
     if done < stage.warmup_epochs:
@@ -156,7 +156,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
 
 @dataclass
 class EarlyStopping:
-    """Remembers the best epoch of a stage by validation loss; epoch 0 is what it begins with."""
+    """Tracks the best epoch of a stage by validation loss; epoch 0 is the start of the stage."""
 
     patience: int
     best_loss: float = math.inf

@@ -1,4 +1,4 @@
-"""What a rank takes of a step over all ranks; and the validation after an epoch."""
+"""The slice of each step that a rank takes, and the validation after an epoch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -42,7 +42,7 @@ from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.stages import rates_of
 from cxrdist.train.step import Batches, TrainingData
 
-# Fields that older recipes lack, and what their runs did.
+# Fields that older recipes lack, with the values that describe what their runs did.
 ADDED = {f.name: f.default for f in fields(TrainConfig) if f.metadata.get("newer")}
 
 

@@ -63,7 +63,7 @@ class Updater:
     def set_rates(self, factor: float, steps_done: int) -> None:
         """Multiply the stage's learning rates by a factor (`rate_factor`), for the next step.
 
-        The average depends on the steps done in the stage: that of few steps remembers less.
+        The average depends on the steps done in the stage; see `Average.set_weight`.
         """
         if self.average:
             self.average.set_weight(steps_done)
