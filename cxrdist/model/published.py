@@ -11,7 +11,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, read_model
 from cxrdist.model.densenet import load_model as load_from_run
 from cxrdist.model.layout import InitialWeights, check_fit, shape_of
-from cxrdist.model.weights import read_weights
+from cxrdist.model.weights import RUN_LAYOUT, read_weights
 from cxrdist.run import RunDirectory
 
 HUB = "hf:"
@@ -57,8 +57,14 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
     In torchxrayvision's files, outputs that were not trained have an empty name.
 
     Raises:
-        CxrdistError: a tensor is missing or unexpected, or no output has a name.
+        CxrdistError: a tensor is missing or unexpected, no output has a name, or the file was
+            converted from a run.
     """
+    if weights.record.get("layout") == RUN_LAYOUT:
+        raise CxrdistError(
+            f"{name}: was converted from a run, without the task and size of its images; give the "
+            "run, or a folder of `cxrdist export --to huggingface`"
+        )
     labels = weights.labels or []
     named = [i for i, label in enumerate(labels) if label]
     if not named or not weights.head:

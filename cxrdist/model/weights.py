@@ -19,6 +19,7 @@ CHEXNET_URL = (
     "https://github.com/jrzech/reproduce-chexnet/raw/"
     "7b9d3559c5464fb723cdeb7ace558e910934269b/pretrained/checkpoint"
 )
+RUN_LAYOUT = "run of cxrdist"
 
 
 def read_weights(
@@ -71,7 +72,7 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
     record: WeightsInfo = {
         "source": str(directory),
         "sha256": sha256_of(run.model / "model.safetensors"),
-        "layout": "run of cxrdist",
+        "layout": RUN_LAYOUT,
         "started_from": model.origin,
     }
     if run.info.is_file():

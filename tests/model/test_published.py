@@ -8,11 +8,12 @@ import torch
 from test_weights import as_arnoweng, torchvision_network, xray_network
 
 import cxrdist
-from cxrdist.config import Network
+from cxrdist.config import Network, WeightsConvertConfig
 from cxrdist.data.chestxray14 import LABELS
 from cxrdist.errors import CxrdistError
 from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier, save_model
+from cxrdist.model.inventory import convert_weights
 from cxrdist.model.published import load_model
 
 SMALL = Network(growth_rate=4, block_config=(1, 1, 1, 1))
@@ -85,6 +86,13 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path, run):
         with pytest.raises(CxrdistError, match=line) as raised:
             load_model(source)
         assert "\n" not in str(raised.value)
+
+
+def test_a_run_that_was_converted_is_refused(tmp_path, run):
+    """The file lacks the task, size and fit of its images, so its predictions could be wrong."""
+    convert_weights(WeightsConvertConfig(str(run), tmp_path / "run.safetensors"))
+    with pytest.raises(CxrdistError, match=r"run\.safetensors: was converted from a run, .* give"):
+        load_model(tmp_path / "run.safetensors")
 
 
 def test_a_model_of_the_hub_comes_out_of_its_cache(tmp_path, run, monkeypatch):
