@@ -202,7 +202,8 @@ def build_training(
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
     stated = index.targets()
     targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
-    by_class = _copies_by_class(config, index, targets[train])
+    balanced = config.balance == "classes" and index.task == "multiclass"
+    by_class = balanced_copies(targets[train], index.classes) if balanced else config.copies
     copies = together(accelerator, lambda: copies_of(targets, index.classes, by_class))
     taken = np.concatenate([train, val])
     together(accelerator, lambda: refuse_uncrossed(copies[taken], config.augmentation))
@@ -299,15 +300,6 @@ def _fewest_images(recipe: TrainConfig, num_images: int, world_size: int) -> int
         first = [images // num_passes for images in slices]
         fewest.append(max(1, min(first)) if recipe.batch_norm == "per_rank" else sum(first))
     return min(fewest)
-
-
-def _copies_by_class(
-    config: TrainConfig, index: Index, targets: NDArray[np.int8]
-) -> dict[str, int]:
-    """Return the copies of each class: the recipe's, or from the counts of train [T, classes]."""
-    if config.balance == "classes" and index.task == "multiclass":
-        return balanced_copies(targets, index.classes)
-    return config.copies
 
 
 def _describe_balance(index: Index, by_class: dict[str, int]) -> str:
