@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cxrdist.errors import RunFailedError
-from cxrdist.train.step import Slice
+from cxrdist.train.step import Slice, num_passes
 
 # Messages of a failed allocation by PyTorch, the C++ library, cuBLAS and cuDNN.
 _SURE = ("out of memory", "allocate memory", "not enough memory", "std::bad_alloc", "ALLOC_FAILED")
@@ -25,7 +25,7 @@ def memory_for(batch: Slice, max_images: int | None, where: str) -> Iterator[Non
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error, batch.images.device):
             raise
-        images = min(len(batch.images), max_images or len(batch.images))
+        images = -(-len(batch.images) // num_passes(batch.sizes, max_images))
         mend = f"try --max-images-per-rank {images // 2}" if images > 1 else "take a larger machine"
         raise RunFailedError(
             f"{where}: out of memory with {images} images in a pass, of {sum(batch.sizes)} in the "

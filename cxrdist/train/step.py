@@ -1,6 +1,6 @@
 """The slice of each step that a rank takes, and the validation after an epoch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,12 +174,17 @@ class Pass:
     sizes: tuple[int, ...]
 
 
+def num_passes(sizes: Sequence[int], max_images: int | None) -> int:
+    """Return the passes of a step whose ranks have `sizes` images, at most `max_images` in each."""
+    return -(-max(sizes) // max_images) if max_images else 1
+
+
 def passes_of(batch: Slice, rank: int, max_images: int | None) -> Iterator[Pass]:
     """Cut a slice into equal passes, the same number on each rank: BatchNorm waits for all."""
-    num_passes = -(-max(batch.sizes) // max_images) if max_images else 1
-    for i in range(num_passes):
-        starts = [size * i // num_passes for size in batch.sizes]
-        stops = [size * (i + 1) // num_passes for size in batch.sizes]
+    count = num_passes(batch.sizes, max_images)
+    for i in range(count):
+        starts = [size * i // count for size in batch.sizes]
+        stops = [size * (i + 1) // count for size in batch.sizes]
         sizes = tuple(b - a for a, b in zip(starts, stops, strict=True))
         rows = slice(starts[rank], stops[rank])
         yield Pass(rows, 1.0, sizes) if sizes[rank] else Pass(slice(0, 1), 0.0, sizes)

@@ -40,7 +40,7 @@ from cxrdist.train.background import (
 )
 from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.stages import rates_of
-from cxrdist.train.step import Batches, TrainingData
+from cxrdist.train.step import Batches, TrainingData, num_passes
 
 # Fields that older recipes lack, with the values that describe what their runs did.
 ADDED = {f.name: f.default for f in fields(TrainConfig) if f.metadata.get("newer")}
@@ -296,8 +296,8 @@ def _fewest_images(recipe: TrainConfig, num_images: int, world_size: int) -> int
     for size in (num_images // num_steps, -(-num_images // num_steps)):
         stops = [size * rank // world_size for rank in range(world_size + 1)]
         slices = [stop - start for start, stop in pairwise(stops)]
-        num_passes = -(-max(slices) // (recipe.max_images_per_rank or max(slices)))
-        first = [images // num_passes for images in slices]
+        count = num_passes(slices, recipe.max_images_per_rank)
+        first = [images // count for images in slices]
         fewest.append(max(1, min(first)) if recipe.batch_norm == "per_rank" else sum(first))
     return min(fewest)
 

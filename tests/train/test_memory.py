@@ -40,8 +40,11 @@ def step_of(num_images: int) -> Slice:
     ],
 )
 def test_a_failed_allocation_names_the_batch_and_the_mend(allocate: Callable[[], object]):
-    """Of PyTorch, NumPy and Python for real; what a GPU's libraries say is taken from them."""
-    expected = "step 3: out of memory with 8 images in a pass, of 24 .*max-images-per-rank 4"
+    """Of PyTorch, NumPy and Python for real; what a GPU's libraries say is taken from them.
+
+    Twelve images, at most 8 at once, are two passes of 6.
+    """
+    expected = "step 3: out of memory with 6 images in a pass, of 24 .*max-images-per-rank 3"
     with pytest.raises(RunFailedError, match=expected), memory_for(step_of(12), 8, "step 3"):
         allocate()
 
