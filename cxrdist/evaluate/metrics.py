@@ -330,14 +330,16 @@ def _label_headline(metrics: Metrics) -> str:
     labels = sum(
         scores["auroc"] is not None for scores in classes.values() if not scores.get("too_few")
     )
-    shown = f"{mean['auroc']:.3f}" if labels else "too few to say" if few else "-"
+    over = f"over {labels} of {len(classes)} labels"
+    shown = (
+        f" {mean['auroc']:.3f} {over}" if labels else ": too few to say" if few else f" - {over}"
+    )
     known = sum(scores["known"] for scores in classes.values()) / (samples * len(classes))
     unknown = f", {known:.0%} of their labels are known" if known < 1 else ""
     limits = _within(metrics, mean.get("auroc_interval"))
     excluded = ", ".join(f"{name} ({reason})" for name, reason in few.items())
-    return (
-        f"mean AUROC {shown} over {labels} of {len(classes)} labels ({samples} images{unknown}"
-        f"{limits})" + (f"; too few to say for {excluded}" if few else "")
+    return f"mean AUROC{shown} ({samples} images{unknown}{limits})" + (
+        f"; too few to say for {excluded}" if few else ""
     )
 
 

@@ -114,7 +114,7 @@ def test_one_positive_is_never_the_headline():
 def test_too_few_to_say_is_said_of_everything():
     """No label has ten positives, and of several classes there are four images."""
     few = measure(labelled((3, 2, 1)), SMALL)
-    assert headline(few).startswith("mean AUROC too few to say over 0 of 3 labels (200 images")
+    assert headline(few).startswith("mean AUROC: too few to say (200 images")
     assert few["macro_enough"]["auroc"] is None
     four = scored("multiclass", ["a", "b"], np.eye(2)[[0, 1, 0, 1]], np.eye(2)[[0, 1, 1, 1]])
     assert headline(measure(four, SMALL)) == "accuracy: too few to say (4 images)"
