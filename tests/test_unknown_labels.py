@@ -288,7 +288,7 @@ def test_the_headline_says_how_many_labels_are_known(whole, evaluated):
     truth = truth_of(whole, index, {})[index.numbers("test")]
     known = (~np.isnan(truth)).mean()
     said = (whole / "said").read_text()
-    assert f" labels ({len(truth)} images, {known:.0%} of their labels are known" in said
+    assert f" ({len(truth)} images, {known:.0%} of their labels are known" in said
     assert main(["report", "--run", str(evaluated)]) == 0
     page = " ".join((evaluated / "report.html").read_text().split())
     images = f"{len(truth)} images, which may have several labels or none; "
