@@ -181,7 +181,7 @@ def _grey(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")
         image = Image.alpha_composite(black, image)
-    return image.convert("L")
+    return image if image.mode == "L" else image.convert("L")  # convert copies
 
 
 def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
