@@ -375,9 +375,14 @@ def read_mask_rows(
 
     They are returned as uint8 [B, 1, size, size] of 0 and 255.
     """
-    bits = np.unpackbits(masks[numbers], axis=1, count=size_px * size_px)
-    rows = torch.from_numpy(bits * np.uint8(255)).reshape(-1, 1, size_px, size_px)
-    return _to_device(rows, device)
+    bits = unpack_masks(masks[numbers], size_px)
+    return _to_device(torch.from_numpy(bits * np.uint8(255)).unsqueeze(1), device)
+
+
+def unpack_masks(rows: Masks, size_px: int) -> NDArray[np.uint8]:
+    """Unpack some rows of `open_masks` to uint8 [B, size, size] of 0 and 1."""
+    bits = np.unpackbits(rows, axis=1, count=size_px * size_px)
+    return bits.reshape(-1, size_px, size_px)
 
 
 def _to_device(rows: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.boxes import inside
-from cxrdist.data.cache import Masks
+from cxrdist.data.cache import Masks, unpack_masks
 from cxrdist.data.regions import Region, border, thorax
 from cxrdist.data.square_boxes import SquareBoxes
 
@@ -33,9 +33,9 @@ class Foreground:
         """Return the foreground of some samples, uint8 [B, S, S], `FULL` or 0."""
         readable = np.repeat(self.fixed[None] * np.uint8(FULL), len(numbers), axis=0)
         if self.masks is not None:
-            bits = np.unpackbits(self.masks[numbers], axis=1, count=self.fixed.size)
-            bits[~bits.any(axis=1)] = 1
-            readable *= bits.reshape(readable.shape)
+            bits = unpack_masks(self.masks[numbers], len(self.fixed))
+            bits[~bits.any(axis=(1, 2))] = 1
+            readable *= bits
         for row, number in enumerate(numbers.tolist()):
             if number in self.boxes:
                 readable[row][inside(self.boxes[number], *self.fixed.shape)] = 0

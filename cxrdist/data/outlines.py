@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.boxes import inside
-from cxrdist.data.cache import Masks
+from cxrdist.data.cache import Masks, unpack_masks
 from cxrdist.data.findings import Finding
 from cxrdist.data.found import path_ends
 from cxrdist.data.geometry import clipped, in_square, scaled
@@ -122,7 +122,7 @@ def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Findi
 def _match(names: Collection[str], index: Index, file: Path) -> dict[str, int]:
     """Find the sample whose path ends with each name, ignoring suffixes."""
     paths = [sample.path for sample in index.samples]
-    ends, found = path_ends(paths, names), dict[str, int]()
+    ends, matches = path_ends(paths, names), dict[str, int]()
     for name in names:
         numbers = ends.get(name, [])
         if len(numbers) > 1:
@@ -131,14 +131,14 @@ def _match(names: Collection[str], index: Index, file: Path) -> dict[str, int]:
                 "images' folders as well"
             )
         if numbers:
-            found[name] = numbers[0]
-    if not found:
+            matches[name] = numbers[0]
+    if not matches:
         example = next(iter(names), "nothing")
         raise CxrdistError(
             f"--boxes {file}: has no image of the shards; expected names such as {paths[0]}, found "
             f"such as {example}"
         )
-    return found
+    return matches
 
 
 def _elsewhere(index: Index, number: int) -> str:
@@ -162,8 +162,7 @@ def masks_of_shards(index: Index, masks: Masks, numbers: Collection[int]) -> Out
     size_px = index.image_size_px
 
     def read(case: Case) -> NDArray[np.bool_]:
-        bits = np.unpackbits(masks[case[0]], count=size_px * size_px)
-        return bits.reshape(size_px, size_px).astype(bool)
+        return unpack_masks(masks[[case[0]]], size_px)[0].astype(bool)
 
     with_mask = [number for number in numbers if index.samples[number].mask_sha256]
     return _masks(index, OF_SHARDS, with_mask, Counter(), read)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxrdist.config import ExplainConfig, deciding
-from cxrdist.data.cache import Masks, open_masks, read_rows
+from cxrdist.data.cache import Masks, open_masks, read_rows, unpack_masks
 from cxrdist.distributed import entering, finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
 from cxrdist.evaluate.predictions import LoadedRun, load_run, rank_batches
@@ -82,8 +82,7 @@ class _Work:
         index = self.loaded.index
         if self.masks is None or not index.samples[number].mask_sha256:
             return None
-        side = index.image_size_px
-        return np.unpackbits(self.masks[number], count=side**2).reshape(side, side).astype(bool)
+        return unpack_masks(self.masks[[number]], index.image_size_px)[0].astype(bool)
 
 
 class _Explained(NamedTuple):
@@ -123,9 +122,13 @@ def explain(config: ExplainConfig) -> None:
     is_main = accelerator.is_main_process
     directory = together(accelerator, lambda: loaded.run.relevance_info(loaded.subset).parent)
     with entering(accelerator, locked(directory), here=is_main):
-        how = together(accelerator, lambda: _settings(config, loaded, targets, numbers))
-        prepared = together(accelerator, lambda: _prepare(work, how) if is_main else None)
-        todo = gather(accelerator, [prepared])[0]
+
+        def prepare() -> _Todo | None:
+            if not is_main:
+                return None
+            return _prepare(work, _settings(config, loaded, targets, numbers))
+
+        todo = gather(accelerator, [together(accelerator, prepare)])[0]
         results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
         rows_by_number = sorted(gather(accelerator, results.rows))
         looks, sums = gather(accelerator, results.looks), Sums()
