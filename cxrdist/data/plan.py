@@ -56,8 +56,8 @@ class Plan:
 
     def rank_rows(self, step: int, rank: int, world_size: int) -> slice:
         """Return the rows of a step that a rank takes; slices differ by at most one image."""
-        start, size = int(self.bounds[step]), self.step_size(step)
-        return slice(start + size * rank // world_size, start + size * (rank + 1) // world_size)
+        start, own = int(self.bounds[step]), cut(self.step_size(step), rank, world_size)
+        return slice(start + own.start, start + own.stop)
 
     def digest(self, rows: slice) -> int:
         """Return the sum of a hash of (row, sample) over some rows, modulo 2^64.
@@ -72,6 +72,11 @@ class Plan:
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return int((mixed ^ (mixed >> np.uint64(31))).sum(dtype=np.uint64))
+
+
+def cut(size: int, number: int, count: int) -> slice:
+    """Return one of `count` slices of `size` rows; their lengths differ by at most one."""
+    return slice(size * number // count, size * (number + 1) // count)
 
 
 def plan_epoch(

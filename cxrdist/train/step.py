@@ -13,7 +13,7 @@ from torch import Tensor
 from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.foreground import Foreground
 from cxrdist.data.labels import UNCERTAIN
-from cxrdist.data.plan import Plan
+from cxrdist.data.plan import Plan, cut
 from cxrdist.distributed import gather, sum_over_ranks
 from cxrdist.evaluate.metrics import mean_auroc
 from cxrdist.model.augment import sampling_matrices, warp
@@ -183,11 +183,9 @@ def passes_of(batch: Slice, rank: int, max_images: int | None) -> Iterator[Pass]
     """Cut a slice into equal passes, the same number on each rank: BatchNorm waits for all."""
     count = num_passes(batch.sizes, max_images)
     for i in range(count):
-        starts = [size * i // count for size in batch.sizes]
-        stops = [size * (i + 1) // count for size in batch.sizes]
-        sizes = tuple(b - a for a, b in zip(starts, stops, strict=True))
-        rows = slice(starts[rank], stops[rank])
-        yield Pass(rows, 1.0, sizes) if sizes[rank] else Pass(slice(0, 1), 0.0, sizes)
+        cuts = [cut(size, i, count) for size in batch.sizes]
+        sizes = tuple(rows.stop - rows.start for rows in cuts)
+        yield Pass(cuts[rank], 1.0, sizes) if sizes[rank] else Pass(slice(0, 1), 0.0, sizes)
 
 
 @torch.no_grad()

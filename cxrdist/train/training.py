@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from cxrdist.config import Network, TrainConfig, deciding
 from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
-from cxrdist.data.plan import Plan, balanced_copies, copies_of, plan_epoch, refuse_uncrossed
+from cxrdist.data.plan import Plan, balanced_copies, copies_of, cut, plan_epoch, refuse_uncrossed
 from cxrdist.distributed import StopVote, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
@@ -294,10 +293,10 @@ def _fewest_images(recipe: TrainConfig, num_images: int, world_size: int) -> int
     num_steps = -(-num_images // recipe.global_batch_size)
     fewest = []
     for size in (num_images // num_steps, -(-num_images // num_steps)):
-        stops = [size * rank // world_size for rank in range(world_size + 1)]
-        slices = [stop - start for start, stop in pairwise(stops)]
-        count = num_passes(slices, recipe.max_images_per_rank)
-        first = [images // count for images in slices]
+        slices = [cut(size, rank, world_size) for rank in range(world_size)]
+        sizes = [rows.stop - rows.start for rows in slices]
+        count = num_passes(sizes, recipe.max_images_per_rank)
+        first = [cut(images, 0, count).stop for images in sizes]
         fewest.append(max(1, min(first)) if recipe.batch_norm == "per_rank" else sum(first))
     return min(fewest)
 

@@ -18,7 +18,7 @@ def test_slices_of_five_and_four_images_take_three_passes_of_at_most_two(rank, r
 
 
 def test_a_rank_without_images_passes_one_of_weight_0():
-    """So that it waits for the others as often; without a limit there is one pass."""
+    """It takes part in as many passes as the others; without a limit there is one."""
     batch = SimpleNamespace(sizes=(2, 0))
     assert list(passes_of(batch, 0, None)) == [Pass(slice(0, 2), 1, (2, 0))]
     assert list(passes_of(batch, 1, None)) == [Pass(slice(0, 1), 0, (2, 0))]
