@@ -91,8 +91,8 @@ def tell_apart(
     scores = np.full(targets.shape, np.nan)
     for column, target in zip(scores.T, targets.T, strict=True):
         known = target >= 0
-        place = np.cumsum(known) - 1
-        own = [(place[train[known[train]]], place[test[known[test]]]) for train, test in folds]
+        rows = np.cumsum(known) - 1  # of the samples among those known
+        own = [(rows[train[known[train]]], rows[test[known[test]]]) for train, test in folds]
         own = [(train, test) for train, test in own if len(test)]
         if _has_enough_patients(target[known], numbers[known], own):
             model = make_pipeline(StandardScaler(), LogisticRegression(C=freedom, max_iter=1000))
