@@ -246,6 +246,8 @@ def build(value: Any, kind: Any, flag: str) -> Any:
     if value is None and NoneType in get_args(kind):
         return None
     kind = without_none(kind)
+    if kind is Path and value == "":  # Path("") is the current directory
+        raise CxrdistError(f"{flag}: is empty, expected a path")
     if is_dataclass(kind):
         return _build_fields(value, kind, flag)
     if get_origin(kind) is dict:

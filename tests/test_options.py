@@ -179,6 +179,7 @@ REFUSED = [
     (["train", *PATHS, "--network.architecture", "densnet121"], "nearest is densenet121"),
     (["train", *PATHS, "--optimizer", "adam"], "expected one of sgd, adamw; nearest is adamw"),
     (["train", *PATHS, "--seed=1", "--seed", "2"], "--seed: is given twice, '1' and '2'; keep one"),
+    (["train", "--run=", "--shards=s"], "--run: is empty, expected a path"),
     (["train", *PATHS, "--save-steps=1", "--save_steps=1"], "--save-steps: is given twice"),
     (["evaluate", "--run=r", "--shards=s", "--split", "tset"], "nearest is test"),
     (["pack", "--source", "chexprt", "--input=i", "--out=o"], "nearest is chexpert"),

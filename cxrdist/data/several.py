@@ -17,6 +17,7 @@ from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, Record, Source, own_pa
 from cxrdist.documents import Text, typed
 from cxrdist.errors import CxrdistError, choices
 from cxrdist.files import judging, read_recipe
+from cxrdist.packaged import LABEL_MAPS, files_in
 
 MEND = (
     "expected NAME: {source: ..., input: ...} for each source, with options of cxrdist pack and "
@@ -133,6 +134,9 @@ def _config(entry: Entry, above: SourceConfig) -> SourceConfig:
     options: dict[str, Any] = {"views": above.views, "empty_cells": above.empty_cells, **entry}
     for name in {"input", "label_map", "masks"} & options.keys():
         options[name] = above.input.parent / location(options[name])
+    if "label_map" in entry and not options["label_map"].is_file():
+        packaged = files_in(LABEL_MAPS)
+        options["label_map"] = packaged.get(entry["label_map"], options["label_map"])
     return SourceConfig(**options)
 
 

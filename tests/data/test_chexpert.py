@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cxrdist.config import PackConfig
+from cxrdist.config import PackConfig, SourceConfig
 from cxrdist.data import chestxray14, mimic_cxr
 from cxrdist.data.chexpert import LABELS
 from cxrdist.data.sources import read_source
@@ -252,3 +252,14 @@ def test_the_map_to_chestxray14_names_each_label_of_both_sets():
     ours = [label for label in mapping.values() if label]
     assert len({*ours}) == len(ours) == 7
     assert {*ours} < {*chestxray14.LABELS}
+
+
+def test_a_source_of_several_takes_the_packaged_label_map_by_its_name(tmp_path):
+    """As --label-map does; a file of this name beside the list has precedence."""
+    write_set(tmp_path / "set")
+    listed = tmp_path / "several.yaml"
+    listed.write_text("them: {source: chexpert, input: set, label_map: chexpert-to-chestxray14}\n")
+    mapped = set(yaml.safe_load(MAP.read_text()).values()) - {None}
+    assert set(read_source(SourceConfig("several", listed)).classes) == mapped
+    (tmp_path / "chexpert-to-chestxray14").write_text("Fracture: Break\n")
+    assert "Break" in read_source(SourceConfig("several", listed)).classes
