@@ -247,7 +247,7 @@ def predict(config: PredictConfig) -> None:
         used = [square.used_depth for square in predictor.prepared.values()]
         depth = how.depth or predictor.share_depth(inputs, how)
         if not predictor.logits:
-            raise CxrdistError(_unread(list(predictor.reasons.values()), len(inputs)))
+            raise CxrdistError(_failures(predictor, len(inputs)))
         _write(config.out, inputs, left_out, predictor)
     print(f"predicted {len(predictor.logits)} images: {config.out}")
     _tell_calibration(model)
@@ -398,12 +398,22 @@ def _tell_rest(
     if left_out:
         print(f"not an image, and left out: {len(left_out)} files, listed in {rejected}")
     if predictor.reasons:
-        line = _unread(list(predictor.reasons.values()), len(inputs))
-        line += f"; all of them: {rejected}"
+        line = f"{_failures(predictor, len(inputs))}; all of them: {rejected}"
         if not config.skip_bad:
             raise RunFailedError(f"{line}; fix or remove them, or accept this with --skip-bad")
         print(line)
 
 
-def _unread(reasons: Sequence[str], num_inputs: int) -> str:
-    return f"{len(reasons)} of {num_inputs} images could not be read, the first: {reasons[0]}"
+def _failures(predictor: Predictor, num_inputs: int) -> str:
+    """Count the images that could not be read, and those that were predicted but not drawn."""
+    unread = [reason for n, reason in predictor.reasons.items() if n not in predictor.logits]
+    undrawn = [reason for n, reason in predictor.reasons.items() if n in predictor.logits]
+    lines = []
+    if unread:
+        lines.append(
+            f"{len(unread)} of {num_inputs} images could not be read, the first: {unread[0]}"
+        )
+    if undrawn:
+        count = f"{len(undrawn)} of {num_inputs} images were predicted"
+        lines.append(f"{count} but lack heat maps or DICOM results, the first: {undrawn[0]}")
+    return "; ".join(lines)

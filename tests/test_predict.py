@@ -227,6 +227,23 @@ def test_what_cannot_be_read_is_listed_and_the_rest_predicted(run, tmp_path, cap
     assert len(rows_of(out)) == 3
 
 
+def test_an_image_without_its_heat_maps_is_predicted_and_reported(run, tmp_path, capsys):
+    """A directory has the name of its file; exit code 1, and its probabilities are written."""
+    folder, out = make_images(tmp_path / "in", {"x": 2}), tmp_path / "out.csv"
+    command = ["predict", "--run", str(run), str(folder), "--out", str(out), "--explain"]
+    assert main(command) == 0
+    blocked = min((tmp_path / "out-heatmaps").glob("*.npz"))
+    blocked.unlink()
+    (blocked / "in").mkdir(parents=True)
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "1 of 2 images were predicted but lack heat maps or DICOM results, the first: " in error
+    assert "could not be read" not in error
+    assert len(rows_of(out)) == 2
+    (row,) = rows_of(tmp_path / "out-rejected.csv")
+    assert row["reason"].endswith("has no heat maps")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
