@@ -120,7 +120,7 @@ def seconds(run: RunDirectory) -> float:
         return thumbnails["seconds"]
     is_stage = run.root.parent.name == "stages"
     log = RunDirectory(run.root.parents[1] if is_stage else run.root).log
-    epochs = read_epochs(log, "multiclass")
+    epochs = read_epochs(log, read_info(run)["shards"]["task"])
     stages = [run.root.name] if is_stage else list(epochs)
     return float(np.nansum([epoch["seconds"] for stage in stages for epoch in epochs[stage]]))
 

@@ -14,7 +14,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from support import claim_shards
-from table import Row, differ, interval, pool, table2, write_table
+from table import Row, differ, interval, pool, seconds, table2, write_table
 from thumbnails import thumbnails
 
 from cxrdist.config import Network
@@ -161,6 +161,18 @@ def cells(page: str, run: str) -> list[str]:
     """The cells of a row of table.md by the run's name."""
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line]
     return next(row for row in rows if row[1:2] == [run])
+
+
+def test_the_time_of_the_14_labels_is_read_from_their_log(tmp_path, shards):
+    """Their rows have an AUROC and no accuracy."""
+    run = claim_shards(tmp_path / "run", shards)
+    info = json.loads((run / "run.json").read_text())
+    info["shards"]["task"] = "multilabel"
+    write_json(run / "run.json", info)
+    about = {"kind": "epoch", "stage": "all", "epoch": 1, "val_loss": 1.0, "val_auroc": 0.5}
+    speed = {"kind": "speed", "stage": "all", "epoch": 1, "images_per_second": 1, "seconds": 90.0}
+    (run / "log.jsonl").write_text(f"{json.dumps(about)}\n{json.dumps(speed)}\n")
+    assert seconds(RunDirectory(run)) == 90
 
 
 def test_the_page_shows_what_was_run_and_says_what_was_not(drawn, shards):
