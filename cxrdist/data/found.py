@@ -131,6 +131,11 @@ def look_at(file: Path) -> tuple[str, str]:
     return (kind, "") if kind else ("", "not an image")
 
 
+def absolute(file: Path) -> str:
+    """Return the absolute path of a file, local or an fsspec path; links are not followed."""
+    return os.path.abspath(file) if isinstance(file, Path) else str(file)
+
+
 def path_below(folder: Path, file: Path) -> str:
     """Return the path of a file below a folder, with slashes; faster than `Path.relative_to`."""
     return file.as_posix().removeprefix(f"{folder.as_posix().rstrip('/')}/")

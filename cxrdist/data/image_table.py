@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxrdist.data.found import LeftOut, escaped, look_at, walk
+from cxrdist.data.found import LeftOut, absolute, escaped, look_at, walk
 from cxrdist.data.labels import CELLS, SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import NOT_IN_TABLE
 from cxrdist.data.patients import age_of, compile_pattern, patient_of, sex_of
@@ -281,10 +281,11 @@ def _split(where: str, cells: dict[str, str]) -> str | None:
 
 
 def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Record]) -> None:
-    """Reject duplicate paths, splits in only some rows, and patients in two spellings."""
-    for path, times in Counter(record.path for record in records).items():
+    """Reject duplicate files, splits in only some rows, and patients in two spellings."""
+    for path, times in Counter(absolute(record.file) for record in records).items():
         if times > 1:
-            raise CxrdistError(f"{file}: {path} is in {times} rows; keep one of them")
+            name = next(record.path for record in records if absolute(record.file) == path)
+            raise CxrdistError(f"{file}: {name} is in {times} rows; keep one of them")
     bare = next((row for row, r in zip(rows, records, strict=True) if not r.split), None)
     if bare is not None and any(record.split for record in records):
         raise CxrdistError(

@@ -1,6 +1,5 @@
 """Masked: match the images of a source with their masks."""
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import NamedTuple
 
 from cxrdist.data.found import (
     LeftOut,
+    absolute,
     find_images,
     is_within,
     path_below,
@@ -114,21 +114,17 @@ def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
 
 def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
     """Yield the pictures of a folder; if it also holds the images, only those in masks folders."""
-    images = {_absolute(record.file) for record in records}
+    images = {absolute(record.file) for record in records}
     files = find_images(folder).images
-    holds_images = any(_absolute(file) in images for file in files)
+    holds_images = any(absolute(file) in images for file in files)
     for file in files:
         path = path_below(folder, file)
         *folders, last = path.split("/")
-        if _absolute(file) in images or (holds_images and MASKS not in folders):
+        if absolute(file) in images or (holds_images and MASKS not in folders):
             continue
         renamed = [IMAGES if name == MASKS else name for name in folders]
         names = (without_suffix(path), without_suffix("/".join([*renamed, last])))
         yield _Named(path, names, MaskPlace(file))
-
-
-def _absolute(file: Path) -> str:
-    return os.path.abspath(file) if isinstance(file, Path) else str(file)
 
 
 def _rows(table: Path) -> tuple[list[_Named], list[str]]:
@@ -154,7 +150,7 @@ def _match(
     records: Sequence[Record], named: Sequence[_Named]
 ) -> tuple[dict[int, _Named], list[_Named]]:
     """Return the masks by position of their record, and the masks without a record."""
-    paths = (_absolute(record.file) for record in records)
+    paths = (absolute(record.file) for record in records)
     ends = path_ends(paths, (mask.names[0] for mask in named))
     matched: dict[int, _Named] = {}
     strays = []

@@ -84,6 +84,12 @@ def test_bad_tables_are_refused_with_the_row(table, text, message):
     assert message in str(error.value)
 
 
+def test_a_file_by_its_absolute_path_is_the_same_file(table):
+    """Otherwise one image would be packed twice, as two patients."""
+    with pytest.raises(CxrdistError, match=r"a\.png is in 2 rows; keep one of them"):
+        read(table, f"path,label\na.png,x\n{table.parent}/a.png,y\n", allow_outside=True)
+
+
 @pytest.mark.parametrize("patient", ["patient", "Patient", "patient_id", "PatientID", "PATIENT ID"])
 def test_columns_are_known_whatever_their_spelling(table, patient):
     """Nothing that a column tells is lost for a capital letter."""
