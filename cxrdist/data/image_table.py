@@ -14,7 +14,13 @@ from pathlib import Path
 from cxrdist.data.found import LeftOut, absolute, escaped, look_at, walk
 from cxrdist.data.labels import CELLS, SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import NOT_IN_TABLE
-from cxrdist.data.patients import age_of, compile_pattern, patient_of, sex_of
+from cxrdist.data.patients import (
+    age_of,
+    compile_pattern,
+    patient_of,
+    refuse_rounded,
+    sex_of,
+)
 from cxrdist.data.records import SPLIT_NAMES, Record, Source, known_source
 from cxrdist.data.tables import Row, Table, plain, read_table
 from cxrdist.data.views import UNKNOWN, view_of
@@ -270,6 +276,7 @@ def _patient(where: str, cells: dict[str, str]) -> str:
             f"{where}: patient {patient!r} stands for a missing value; leave it empty, so that the "
             "image counts as a patient of its own"
         )
+    refuse_rounded(where, patient)
     return patient
 
 
@@ -291,13 +298,15 @@ def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Recor
         raise CxrdistError(
             f"{bare.where}: has no split while other rows have one; fill all or none"
         )
-    patients = {record.patient for record in records}
-    number = next((name for name in patients if f"{name}.0" in patients), None)
-    if number is not None:
-        raise CxrdistError(
-            f"{file}: patients {number!r} and {number + '.0'!r} are two spellings of one; write "
-            "all in the same way"
-        )
+    spellings: dict[str, str] = {}
+    for patient in sorted({record.patient for record in records}):
+        number = re.fullmatch(r"0*(\d+)(\.0*)?", patient)
+        other = spellings.setdefault(number[1] if number else patient, patient)
+        if other != patient:
+            raise CxrdistError(
+                f"{file}: patients {other!r} and {patient!r} are two spellings of one; write all "
+                "in the same way"
+            )
 
 
 def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[str]:

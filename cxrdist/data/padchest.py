@@ -25,7 +25,7 @@ from pathlib import Path
 
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.listed import Listed
-from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
+from cxrdist.data.patients import MOST_YEARS, age_of, refuse_rounded, sex_of
 from cxrdist.data.records import LabelCells, Record, Source, own_patient
 from cxrdist.data.tables import Table, read_table
 from cxrdist.data.views import UNKNOWN, view_of
@@ -104,7 +104,6 @@ SPELLINGS = {name.casefold(): name for name in (*LABELS, *REMARKS)}
 NOTHING = {"", "nan", "none"}  # as Python programs write a missing value
 ITEM = re.compile(r"""'([^']*)'|"([^"]*)"|\b(?:nan|None)\b""")
 YEAR = re.compile(r"(\d{4})(?:\d{4})?(?:\.0)?")  # 1960.0 of a birth, 20150622 of a study
-ROUNDED = re.compile(r"\d(\.\d+)?[eE]\+\d+")  # a long number as spreadsheets write it
 NETWORK = "RNN_model"
 
 
@@ -155,7 +154,7 @@ def _read_records(
         views = (view_of(cells[name]) for name in ("Projection", "ViewPosition_DICOM"))
         record = Record(
             *taken,
-            patient=_read_patient(where, cells["PatientID"]) or own_patient(taken[1]),
+            patient=_patient(where, cells["PatientID"]) or own_patient(taken[1]),
             source=NAME,
             view=next(filter(None, views), UNKNOWN),
             sex=sex_of(cells["PatientSex_DICOM"]),
@@ -212,12 +211,8 @@ def _known(labels: Sequence[str], classes: Sequence[str]) -> LabelCells:
     return {"label": SEPARATOR.join(sorted(findings)), "missing": SEPARATOR.join(sorted(missing))}
 
 
-def _read_patient(where: str, text: str) -> str:
-    if ROUNDED.fullmatch(text):
-        raise CxrdistError(
-            f"{where}: PatientID {text} was rounded by a spreadsheet and may stand for several "
-            "patients; fetch the table again"
-        )
+def _patient(where: str, text: str) -> str:
+    refuse_rounded(where, text)
     return "" if _is_nothing(text) else text
 
 

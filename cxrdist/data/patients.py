@@ -9,6 +9,7 @@ from cxrdist.errors import CxrdistError
 MOST_YEARS = 120.0
 # Units of an age string, in years (DICOM PS3.5, section 6.2, AS).
 AGE_UNITS = {"": 1.0, "Y": 1.0, "M": 1 / 12, "W": 7 / 365.25, "D": 1 / 365.25}
+ROUNDED = re.compile(r"\d(?:[.,]\d+)?[eE]\+\d+")  # a long number as spreadsheets write it
 SEXES = {"m": "M", "male": "M", "f": "F", "female": "F"}
 
 
@@ -38,6 +39,15 @@ def patient_of(path: str, pattern: re.Pattern[str] | None) -> str:
     match = pattern.search(path.rsplit("/", 1)[-1]) if pattern else None
     named = next((group for group in match.groups() if group), None) if match else None
     return named or own_patient(path)
+
+
+def refuse_rounded(where: str, patient: str) -> None:
+    """Reject a patient's ID such as 1.23E+15; ``where`` names file and row in the message."""
+    if ROUNDED.fullmatch(patient):
+        raise CxrdistError(
+            f"{where}: patient {patient} was rounded by a spreadsheet and may stand for several "
+            "patients; take the table that it was made of"
+        )
 
 
 def sex_of(text: str) -> str:

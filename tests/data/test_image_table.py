@@ -74,6 +74,11 @@ def read(table: Path, text: str | bytes, **options: object):
             "path,label,patient\na.png,x,1\nb.png,y,1.0\n",
             "patients '1' and '1.0' are two spellings",
         ),
+        (
+            "path,label,patient\na.png,x,007\nb.png,y,8\nsub/c.png,y,7\n",
+            "patients '007' and '7' are two spellings",
+        ),
+        ("path,label,patient\na.png,x,1.2E+15\n", "row 2: patient 1.2E+15 was rounded by a sprea"),
         ("path,label,patient\na.png,x,NaN\n", "row 2: patient 'NaN' stands for a missing value"),
     ],
 )

@@ -208,7 +208,7 @@ def test_a_patient_of_several_images_is_one_and_an_unknown_one_is_the_image_s_ow
     assert patients == [PATIENT, PATIENT, "image:15/c.png", "image:15/d.png"]
     write_set(tmp_path, rows | {"b.png": {**NODULE, "PatientID": "2.11947E+37"}})
     with pytest.raises(
-        CxrdistError, match=r"row 3: PatientID 2.11947E\+37 was rounded by a spreadsheet"
+        CxrdistError, match=r"row 3: patient 2.11947E\+37 was rounded by a spreadsheet"
     ):
         read(tmp_path)
 
