@@ -63,7 +63,7 @@ class Table:
             CxrdistError: a row has more or fewer cells than the header, or a quote has no end.
         """
         number = 0
-        reader = csv.reader(_lines(self.text), delimiter=self.separator, strict=True)
+        reader = _reader(self.text, self.separator)
         try:
             for number, cells in enumerate(reader, start=1):
                 if number > 1 and any(map(str.strip, cells)):
@@ -216,9 +216,19 @@ def _lines(text: str) -> Iterator[str]:
     return (line[0] for line in LINE.finditer(text))
 
 
+def _reader(text: str, separator: str) -> Iterator[list[str]]:
+    """Return the rows of a text; blanks behind separators are skipped if the header has some.
+
+    Only then may a quote follow a blank. Elsewhere a blank is part of its cell, such as of a file's
+    name in a table of boxes.
+    """
+    skips = f"{separator} " in next(_lines(text), "")
+    return csv.reader(_lines(text), delimiter=separator, skipinitialspace=skips, strict=True)
+
+
 def _header(text: str, separator: str) -> tuple[str, ...]:
     """Return the column names; none if there is no row or its quotes do not fit the separator."""
-    reader = csv.reader(_lines(text), delimiter=separator, strict=True)
+    reader = _reader(text, separator)
     try:
         return tuple(name.strip() for name in next(reader, []))
     except csv.Error:

@@ -39,6 +39,19 @@ def test_rows_are_counted_as_a_spreadsheet_does(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_quoted_cell_may_follow_a_blank(tmp_path, separator):
+    """As in the header; its quotes are not part of it, and it may hold the separator."""
+    file = tmp_path / "t.csv"
+    rows = [["path", ' "label"'], ["a", f' "x{separator} y"'], ['"b"', '   "z"']]
+    file.write_text("\n".join(map(separator.join, rows)))
+    table = read_table(file, {"path"})
+    assert table.columns == ("path", "label")
+    assert [row.cells for row in table.rows()] == [["a", f"x{separator} y"], ["b", "z"]]
+    file.write_text(f"path{separator}label\n a{separator} x\n")
+    assert [row.cells for row in read_table(file, {"path"}).rows()] == [[" a", " x"]]
+
+
 def test_a_header_of_several_lines_and_other_letters_is_read(tmp_path):
     """Bytes without a letter in Windows-1252 are read as Latin-1."""
     file = tmp_path / "t.csv"
