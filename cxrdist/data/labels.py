@@ -20,9 +20,9 @@ POSITIVE, NEGATIVE, UNCERTAIN, MISSING = 1, 0, -1, -2
 NotStated = Literal["uncertain", "missing", "assumed_absent"]
 NOT_STATED: tuple[NotStated, ...] = get_args(NotStated)
 CELLS = {
-    **dict.fromkeys(("1", "1.0"), POSITIVE),
-    **dict.fromkeys(("0", "0.0"), NEGATIVE),
-    **dict.fromkeys(("-1", "-1.0", "u"), UNCERTAIN),
+    **dict.fromkeys(("1", "1.0", "1,0"), POSITIVE),  # some spreadsheets write a decimal comma
+    **dict.fromkeys(("0", "0.0", "0,0"), NEGATIVE),
+    **dict.fromkeys(("-1", "-1.0", "-1,0", "u"), UNCERTAIN),
     "": MISSING,
 }
 # What uncertain labels may count as in training; U-Ones and U-Zeros of Irvin et al. 2019.

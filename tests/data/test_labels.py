@@ -12,8 +12,10 @@ from cxrdist.errors import CxrdistError
 
 
 def test_cells_are_read_in_all_their_spellings():
-    """1, 0, -1, U and nothing, also as floats and with blanks, as CheXpert and MIMIC-CXR have."""
+    """1, 0, -1, U and nothing, also as floats, with commas and blanks, as published and resaved."""
     cells = {"a": "1.0", "b": " 1", "c": "0.0", "d": "-1.0", "e": "u", "f": "-1", "g": "", "h": " "}
+    commas = {name: cell.replace(".", ",") for name, cell in cells.items()}
+    assert read_cells("t.csv row 2", commas) == read_cells("t.csv row 2", cells)
     assert read_cells("t.csv row 2", cells) == {
         "label": "a|b",
         "uncertain": "d|e|f",
