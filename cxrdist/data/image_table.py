@@ -7,7 +7,7 @@ in one column per label, with the cells that `cxrdist.data.labels` reads.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class _Reader:
             file,
             path,
             labels["label"],
-            _patient(row.where, cells) or patient_of(path, self.pattern),
+            patient_in(row.where, cells) or patient_of(path, self.pattern),
             cells.get("source") or known_source(Path(path).name, self.table.file.stem),
             _split(row.where, cells),
             view_of(cells.get("view", "")) or UNKNOWN,
@@ -269,7 +269,12 @@ def _several_labels(where: str, cell: str) -> str:
     return SEPARATOR.join(known)
 
 
-def _patient(where: str, cells: dict[str, str]) -> str:
+def patient_in(where: str, cells: Mapping[str, str]) -> str:
+    """Return the patient of a row, empty if unknown.
+
+    Raises:
+        CxrdistError: it stands for a missing value, or is a rounded number.
+    """
     patient = cells.get("patient", "")
     if patient.casefold() in {*MISSING, "none"}:
         raise CxrdistError(
@@ -298,8 +303,13 @@ def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Recor
         raise CxrdistError(
             f"{bare.where}: has no split while other rows have one; fill all or none"
         )
+    refuse_two_spellings(file, (record.patient for record in records))
+
+
+def refuse_two_spellings(file: Path, patients: Iterable[str]) -> None:
+    """Reject patients that are the same number, such as 7, 7.0 and 007."""
     spellings: dict[str, str] = {}
-    for patient in sorted({record.patient for record in records}):
+    for patient in sorted({*patients}):
         number = re.fullmatch(r"0*(\d+)(\.0*)?", patient)
         other = spellings.setdefault(number[1] if number else patient, patient)
         if other != patient:

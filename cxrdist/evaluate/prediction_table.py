@@ -84,7 +84,12 @@ def read_prediction_table(file: Path) -> PredictionTable:
         logits = _numbers(rows, "logit_", {n: logit_columns[n] for n in classes}, FINITE)
     else:
         logit_columns, logits = {}, to_logits(probabilities)
-    patients = cells.get("patient") or [""] * len(rows)
+    named = cells.get("patient") or [""] * len(rows)
+    patients = [
+        image_table.patient_in(row.where, {"patient": patient})
+        for row, patient in zip(rows, named, strict=True)
+    ]
+    image_table.refuse_two_spellings(file, patients)
     groups, notes = _groups(cells)
     taken = {*places.values(), *classes.values(), *logit_columns.values()}
     unused = [name or "(no name)" for i, name in enumerate(table.columns) if i not in taken]

@@ -108,6 +108,21 @@ def test_a_bad_table_is_one_line(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("patients", "message"),
+    [
+        (("nan", "7"), "row 2: patient 'nan' stands for a missing value"),
+        (("7", "8.1E+14"), "row 3: patient 8.1E.14 was rounded by a spreadsheet"),
+        (("7", "007.0"), "patients '007.0' and '7' are two spellings of one"),
+    ],
+)
+def test_a_patient_is_read_as_from_an_image_table(tmp_path, patients, message):
+    """Images without a patient are not of one, and two spellings are; intervals rest on it."""
+    rows = (f"{key},{who},{key},0.9,0.1\n" for key, who in zip("ab", patients, strict=True))
+    with pytest.raises(CxrdistError, match=message):
+        table(tmp_path, f"key,patient,label,prob_a,prob_b\n{''.join(rows)}")
+
+
 def test_the_name_of_a_class_has_up_to_255_characters(tmp_path):
     """A name of one more is refused, as it is in shards and models."""
     longest = "a" * 255
