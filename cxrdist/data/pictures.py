@@ -1,8 +1,9 @@
 """Pictures: PNG, JPEG, TIFF and other formats of Pillow -> 8-bit grey.
 
-Refused: several pages or frames, float and 32-bit values, 12-bit JPEG, and more pixels than an
-X-ray has. Ignored: colour profiles, gamma, resolution, a PNG's significant bits (sBIT), a TIFF's
-smallest and largest values, and the lower 8 bits of 16-bit colours.
+Refused: several pages or frames, float, signed and 32-bit values, 12-bit JPEG, JPEG 2000 of fewer
+than 8 bits or with deeper colours, and more pixels than an X-ray has. Ignored: colour profiles,
+gamma, resolution, a PNG's significant bits (sBIT), a TIFF's smallest and largest values, and the
+lower 8 bits of 16-bit colours.
 """
 
 import io
@@ -25,6 +26,7 @@ MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
 MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
 ORIENTATION = 0x0112  # EXIF tag; values from 5 on exchange width and height
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 3 and 4
+SAMPLE_FORMAT, SIGNED = 339, 2  # TIFF 6.0, section 19
 # What Pillow and the libraries below it raise on damaged files.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error),
@@ -128,10 +130,25 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
             if image.mode[0] in "IF":
                 grey, used = _grey_of_deep(image, data, depth)
                 return Picture(grey, *size_px, used)
+            _refuse_misread(image, data)
             grey = _grey(ImageOps.exif_transpose(image))
             if _has_deep_colours(image, data) and np.asarray(grey).max() < NEARLY_BLACK:
                 raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
             return Picture(grey, *size_px)
+
+
+def _refuse_misread(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Reject images of 8 bits per sample in Pillow whose samples it reads wrongly.
+
+    In JPEG 2000 it adds 1/2 to colours of more than 8 bits, so that white overflows to black, and
+    shifts fewer bits, so that white stays grey; signed bytes of a TIFF it reads as unsigned.
+    """
+    bits = (precision(data) or (8, False))[0] if image.format == "JPEG2000" else 8
+    if bits != 8:
+        raise ValueError(f"it has {bits} bits, expected 8, or more in grey; store it as PNG")
+    formats = image.tag_v2.get(SAMPLE_FORMAT, ()) if image.format == "TIFF" else ()  # type: ignore[attr-defined]
+    if SIGNED in formats:
+        raise ValueError("its values are signed; expected 0 to 255")
 
 
 def picture_size(file: Path) -> tuple[int, int] | None:

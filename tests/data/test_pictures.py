@@ -186,6 +186,25 @@ def test_12_bit_jpegs_and_16_bit_colours_of_few_bits_are_refused(tmp_path):
     assert np.abs(grey_of(tmp_path / "y.png")[0] - GREY).max() <= 1
 
 
+@pytest.mark.parametrize(("bits", "shape"), [(4, "grey"), (12, "colours"), (16, "colours")])
+def test_jpeg_2000_that_pillow_reads_wrongly_is_refused(tmp_path, bits, shape):
+    """It shows white of 4 bits as 240, and white of deep colours as black."""
+    values = RAMP >> (12 - bits) if bits < 12 else RAMP << (bits - 12)
+    values = values.astype(np.uint8) if bits <= 8 else values
+    values = np.stack([values] * 3, 2) if shape == "colours" else values
+    data = imagecodecs.jpeg2k_encode(values, reversible=True, bitspersample=bits)
+    (tmp_path / "x.jp2").write_bytes(data)
+    with pytest.raises(CxrdistError, match=f"it has {bits} bits, expected 8, or more in grey"):
+        grey_of(tmp_path / "x.jp2")
+
+
+def test_signed_bytes_are_refused(tmp_path):
+    """Read as unsigned they would be folded: -1 white and 0 black."""
+    Image.fromarray(GREY).save(tmp_path / "x.tif", tiffinfo={339: 2})
+    with pytest.raises(CxrdistError, match="its values are signed; expected 0 to 255"):
+        grey_of(tmp_path / "x.tif")
+
+
 def huge(kind: str) -> bytes:
     """A small file that says 16,000 x 16,000 pixels."""
     side = 16_000
