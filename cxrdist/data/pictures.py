@@ -131,6 +131,9 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
                 grey, used = _grey_of_deep(image, data, depth)
                 return Picture(grey, *size_px, used)
             _refuse_misread(image, data)
+            if kind == "PNG" and image.mode == "L" and "transparency" in image.info:
+                # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
+                image.info["transparency"] *= 255 // white_of(data[24])
             grey = _grey(ImageOps.exif_transpose(image))
             if _has_deep_colours(image, data) and np.asarray(grey).max() < NEARLY_BLACK:
                 raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
@@ -220,6 +223,8 @@ def _grey_of_deep(
     levels = grey_of(white)
     if _is_inverted(image):
         levels = 255 - levels
+    if isinstance(key := image.info.get("transparency"), int):
+        levels[key] = 0
     return Image.fromarray(levels[values]), used
 
 

@@ -1,5 +1,6 @@
 import io
 import struct
+import zlib
 from pathlib import Path
 
 import imagecodecs
@@ -184,6 +185,27 @@ def test_12_bit_jpegs_and_16_bit_colours_of_few_bits_are_refused(tmp_path):
         grey_of(tmp_path / "x.png")
     (tmp_path / "y.png").write_bytes(imagecodecs.png_encode(np.stack([RAMP * 16] * 3, 2)))
     assert np.abs(grey_of(tmp_path / "y.png")[0] - GREY).max() <= 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_level_of_a_png_is_black(tmp_path, bits):
+    """White, as tRNS says in the bits of the image (PNG, 11.3.2.1); the others stay."""
+    white = (1 << bits) - 1
+    values = np.linspace(0, white, 64).round().astype(np.uint16)
+    rows = np.unpackbits(values.astype(">u2").view(np.uint8)).reshape(64, 16)[:, 16 - bits :]
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", 64, 64, bits, 0, 0, 0, 0),
+        b"tRNS": struct.pack(">H", white),
+        b"IDAT": zlib.compress((b"\0" + np.packbits(rows).tobytes()) * 64),
+        b"IEND": b"",
+    }
+    parts = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    )
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    expected = np.where(values == white, 0, np.rint(values / white * 255))
+    assert np.array_equal(grey_of(tmp_path / "x.png")[0], np.tile(expected, (64, 1)))
 
 
 @pytest.mark.parametrize(("bits", "shape"), [(4, "grey"), (12, "colours"), (16, "colours")])
