@@ -60,7 +60,7 @@ def read_chestxray14(
     splits, boxes = _splits(folder), read_boxes(folder, LABELS)
     records = []
     for where, name, known in _rows(table):
-        taken = listed.take(_official(name))
+        taken = listed.take(_official(name), where, known)
         if taken is None:
             continue
         split = splits.get(_official(name))
@@ -68,7 +68,7 @@ def read_chestxray14(
             raise CxrdistError(f"{where}: {name} is in neither {' nor '.join(LISTS)}")
         if against_rest is not None:
             labels = labels_of(known["label"])
-            known["label"] = against_rest if against_rest in labels else REST
+            known = {**known, "label": against_rest if against_rest in labels else REST}
         file, _ = taken
         drawn = boxes.on(_stem(name), file)
         records.append(Record(file, file.name, source=NAME, split=split, findings=drawn, **known))

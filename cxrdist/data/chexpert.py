@@ -79,7 +79,7 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
         notes += table.notes
         num_before = len(records)
         for name, view, facts in _images(table, listed):
-            if taken := listed.take(name):
+            if taken := listed.take(name, file, facts):
                 views[view] += 1
                 path, split = f"{part}/{name}{taken[0].suffix}", splits[part]
                 records.append(Record(taken[0], path, source=NAME, split=split, **facts))

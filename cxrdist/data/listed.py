@@ -50,20 +50,27 @@ class Listed:
         if not self._waiting:
             raise CxrdistError(f"--input {folder}: has no images in the data set's folders")
         self._num_missing = 0
-        self._taken: set[str] = set()
+        self._taken: dict[str, object] = {}
 
-    def take(self, name: str) -> tuple[Path, str] | None:
+    def take(self, name: str, where: object = "", stated: object = None) -> tuple[Path, str] | None:
         """Take the file of a row, and its path relative to the folder; each can be taken once.
 
-        None is returned if the file is missing or was taken before, which is recorded.
+        None is returned if the file is missing or was taken before, which is recorded. What the row
+        says about the image is ``stated``; ``where`` names the row in messages.
+
+        Raises:
+            CxrdistError: an earlier row says something else about the image.
         """
+        is_twice = name in self._taken
+        if self._taken.setdefault(name, stated) != stated:
+            raise CxrdistError(
+                f"{where}: {name} is in an earlier row, which says something else; remove one"
+            )
         taken = self._waiting.pop(name, None)
         if taken is None:
-            is_twice = name in self._taken
             self._left_out.append(LeftOut(name, TWICE if is_twice else MISSING))
             self._num_missing += not is_twice
             self._num_found += 1
-        self._taken.add(name)
         return taken
 
     def names(self) -> list[str]:

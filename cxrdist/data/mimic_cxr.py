@@ -90,7 +90,8 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     for where, row in tables[METADATA].cells((*NEEDED[METADATA], *OPTIONAL), NEEDED[METADATA]):
         facts = _facts(where, row, studies, splits, patients)
         view = view_of(row["ViewPosition"] or row.get(VIEW_CODE, ""))  # None for unknown words
-        taken = listed.take(f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}")
+        image = f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}"
+        taken = listed.take(image, where, (view, facts))
         if taken and facts is None:
             listed.leave(taken[1], f"its study has no row in {CHEXPERT}")
         elif taken and facts is not None:
@@ -147,13 +148,15 @@ def _read_studies(table: Table) -> dict[str, Study]:
 
 def _read_splits(table: Table) -> dict[str, str]:
     """Return the split of each image by its dicom_id."""
-    splits = {}
+    splits: dict[str, str] = {}
     for where, row in table.cells(NEEDED[SPLIT], NEEDED[SPLIT]):
         if row["split"] not in SPLITS:
             raise CxrdistError(
                 f"{where}: the split is {row['split']!r:.40}, expected {', '.join(SPLITS)}"
             )
-        splits[row["dicom_id"]] = SPLITS[row["split"]]
+        split = SPLITS[row["split"]]
+        if splits.setdefault(row["dicom_id"], split) != split:
+            raise CxrdistError(f"{where}: {row['dicom_id']} is in two splits; fetch it again")
     return splits
 
 

@@ -1,12 +1,17 @@
 """The files of a public data set, matched with the rows of its tables."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from public_sets import write_public_set
 
+from cxrdist.config import SourceConfig
 from cxrdist.data.found import LeftOut
 from cxrdist.data.listed import MISSING, NOT_IN_TABLE, OUTSIDE, TWICE, Listed
+from cxrdist.data.sources import read_source
+from cxrdist.errors import CxrdistError
 
 
 @pytest.mark.parametrize("folder", ["", ".", "./", "../set", "set/.."])
@@ -30,3 +35,16 @@ def test_all_is_taken_or_left_out_with_a_reason(tmp_path, monkeypatch, folder):
         LeftOut("set/readme.txt", "not an image"),
     )
     assert num_found == sum(taken) + len(left_out)
+
+
+@pytest.mark.parametrize("source", ["chestxray14", "chexpert", "mimic-cxr"])
+def test_rows_that_contradict_each_other_are_refused(tmp_path, source):
+    """Which of two labels or views an image has must not depend on the order of the rows."""
+    table = write_public_set(tmp_path, source)[0]
+    _, row, *_ = table.read_text().splitlines()
+    for end, message in (("", None), ("x", "is in an earlier row, which says something else")):
+        changed = row.replace(",PA", ",AP") if source != "chexpert" else row.replace("68", "69")
+        with table.open("a") as file:
+            file.write(f"{changed if end else row}\n")
+        with pytest.raises(CxrdistError, match=message) if message else nullcontext():
+            read_source(SourceConfig(source, tmp_path), least_classes=1)
