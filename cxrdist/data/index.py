@@ -49,7 +49,11 @@ CoverSplit = Literal["all", "train", "val", "test"]
 Depth = Annotated[int, Between(DEPTHS[0], DEPTHS[-1])]
 SidePx = Annotated[int, Between(1, MOST_SIDE_PX)]
 Count = Annotated[int, Between(0, MOST_SAMPLES)]
-ClassName = Annotated[str, Matching(r"[^|\0\ud800-\udfff]{1,255}", "1 to 255 characters without |")]
+MOST_NAME = 255  # characters of a class
+ClassName = Annotated[
+    str,
+    Matching(rf"[^|\0\ud800-\udfff]{{1,{MOST_NAME}}}", f"1 to {MOST_NAME} characters without |"),
+]
 Classes = Annotated[list[ClassName], Between(1, MOST_CLASSES), Distinct()]
 
 

@@ -8,9 +8,15 @@ from pathlib import Path
 from cxrdist.data.anonymise import names_file, read_key, read_salt, salt_of
 from cxrdist.data.boxes import read_boxes
 from cxrdist.data.findings import LEAST_PX, MOST_FINDINGS, MOST_PX
-from cxrdist.data.index import MOST_CLASSES, MOST_INDEX_BYTES, MOST_SIDE_PX
+from cxrdist.data.index import (
+    MOST_CLASSES,
+    MOST_INDEX_BYTES,
+    MOST_LINE_CHARACTERS,
+    MOST_NAME,
+    MOST_SIDE_PX,
+)
 from cxrdist.data.label_map import read_label_map
-from cxrdist.data.records import Source
+from cxrdist.data.records import Record, Source
 from cxrdist.data.splits import asked_splits, assign_splits
 from cxrdist.errors import CxrdistError
 
@@ -110,13 +116,22 @@ def _shown(options: Options, name: str) -> str | None:
 def refuse_large_index(source: Source, given: Path, size_px: int, shard_size: int) -> None:
     """Reject sizes and counts that readers of the index refuse (`cxrdist.data.index`)."""
     shards, most_shards = -(-len(source.records) // shard_size), MOST_INDEX_BYTES // 256
+    longest, most_characters = max(map(_num_characters, source.records)), MOST_LINE_CHARACTERS // 2
     for option, number, most, unit in (
         (f"--size {size_px}", size_px, MOST_SIDE_PX, "px"),
         (f"--input {given}", len(source.classes), MOST_CLASSES, "classes"),
+        (f"--input {given}", max(map(len, source.classes)), MOST_NAME, "characters of a class"),
+        (f"--input {given}", longest, most_characters, "characters about an image"),
         (f"--shard-size {shard_size}", shards, most_shards, "shards"),
     ):
         if number > most:
             raise CxrdistError(f"{option}: gives {number} {unit}, expected at most {most}")
+
+
+def _num_characters(record: Record) -> int:
+    """Count the characters in the row of an image, but for quotes, hashes and short cells."""
+    labels = record.label, record.uncertain, record.missing, record.assumed_absent
+    return sum(map(len, (record.path, record.patient, record.source, *labels)))
 
 
 def refuse_bad_findings(source: Source) -> None:

@@ -270,6 +270,28 @@ def test_a_patient_in_two_given_splits_is_refused_before_an_image_is_opened(conf
         pack(with_(config, source="csv", input=table))
 
 
+@pytest.mark.parametrize(
+    ("label", "patient", "message"),
+    [
+        ("a" * 256, "p", "gives 256 characters of a class, expected at most 255"),
+        ("a", "p" * 33_000, r"gives \d+ characters about an image, expected at most 32768"),
+    ],
+    ids=["class", "patient"],
+)
+def test_names_that_no_index_may_hold_are_refused_before(
+    config, monkeypatch, label, patient, message
+):
+    """Readers of the shards would refuse them, after all images were decoded."""
+    files = sorted(config.input.glob("*/*.png"))[:2]
+    cells = zip(files, (label, "b"), (patient, "q"), strict=True)
+    rows = [f"{file.relative_to(config.input)},{name},{who}" for file, name, who in cells]
+    table = config.input / "images.csv"
+    table.write_text("\n".join(["path,label,patient", *rows]))
+    monkeypatch.setattr(packing, "make_squares", lambda *_: pytest.fail("an image was decoded"))
+    with pytest.raises(CxrdistError, match=message):
+        pack(with_(config, source="csv", input=table))
+
+
 def test_one_patient_tag_for_all_is_refused_and_mended_without_decoding_again(
     tmp_path, monkeypatch
 ):
