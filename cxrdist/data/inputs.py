@@ -10,7 +10,7 @@ from PIL import Image
 
 from cxrdist.data.boxes import Box, cover, read_boxes
 from cxrdist.data.depth import source_depth
-from cxrdist.data.found import LeftOut, find_images, refuse_undecodable_name
+from cxrdist.data.found import LeftOut, absolute, find_images, refuse_undecodable_name
 from cxrdist.data.geometry import scaled
 from cxrdist.data.images import decode, read_grey
 from cxrdist.data.text import find_in_file
@@ -69,13 +69,14 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
     except those in the folder ``besides``, such as heat maps of an earlier call.
 
     Returns:
-        The files in the given order, each once; and the files of folders that are not images.
+        The files in the given order, and the files of folders that are not images; each once,
+        under the first of its names.
 
     Raises:
         CxrdistError: a path does not exist, a folder has no image, or a name is not UTF-8.
     """
-    inputs: dict[Path, Input] = {}
-    left_out: list[LeftOut] = []
+    inputs: dict[str, Input] = {}
+    left_out: dict[str, LeftOut] = {}
     for path in paths:
         if path.is_dir():
             found = find_images(path, [besides])
@@ -85,14 +86,16 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
                     "X-rays"
                 )
             for file in found.images:
-                inputs.setdefault(file, Input(file, file.relative_to(path).as_posix()))
-            left_out += [LeftOut(f"{path}/{name}", reason) for name, reason in found.left_out]
+                name = file.relative_to(path).as_posix()
+                inputs.setdefault(absolute(file), Input(file, name))
+            for name, reason in found.left_out:
+                left_out.setdefault(absolute(path / name), LeftOut(f"{path}/{name}", reason))
         elif path.is_file():
             refuse_undecodable_name(path)
-            inputs.setdefault(path, Input(path, path.name))
+            inputs.setdefault(absolute(path), Input(path, path.name))
         else:
             raise CxrdistError(f"{path}: no such file or folder; give image files or folders")
-    return list(inputs.values()), left_out
+    return list(inputs.values()), [left_out[name] for name in left_out if name not in inputs]
 
 
 def with_boxes(inputs: Sequence[Input], table: Path) -> list[Input]:
