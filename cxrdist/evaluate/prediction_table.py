@@ -103,7 +103,9 @@ def read_prediction_table(file: Path) -> PredictionTable:
         {name: values for name, values in groups.items() if any(values)},
     )
     notes += [f"columns that were not used: {', '.join(unused)}"] if unused else []
-    return PredictionTable(scored, probabilities, _splits(rows, cells), (*table.notes, *notes))
+    splits = _splits(rows, cells)
+    notes += _shared_patients(scored.patients, splits)
+    return PredictionTable(scored, probabilities, splits, (*table.notes, *notes))
 
 
 def to_logits(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -272,6 +274,15 @@ def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:
             "to score as test, or remove the column"
         )
     return splits
+
+
+def _shared_patients(patients: Sequence[str], splits: Sequence[str]) -> list[str]:
+    """Return a note if patients of test images are in train or val too."""
+    in_test, others = set[str](), set[str]()
+    for patient, split in zip(patients, splits, strict=False):
+        (in_test if split == "test" else others).add(patient)
+    shared = len(in_test & others)
+    return [f"{shared} patients of test images have images in train or val too"] * bool(shared)
 
 
 def _groups(cells: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], list[str]]:

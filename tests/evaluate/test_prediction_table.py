@@ -123,6 +123,15 @@ def test_a_patient_is_read_as_from_an_image_table(tmp_path, patients, message):
         table(tmp_path, f"key,patient,label,prob_a,prob_b\n{''.join(rows)}")
 
 
+def test_patients_of_test_and_of_another_split_are_noted(tmp_path):
+    """What was fitted or calibrated on them is not tested on others."""
+    splits = {"a": ("7", "val"), "b": ("7", "test"), "c": ("8", "test"), "d": ("9", "train")}
+    rows = (f"{key},{who},{split},a,0.9,0.1\n" for key, (who, split) in splits.items())
+    read = table(tmp_path, f"key,patient,split,label,prob_a,prob_b\n{''.join(rows)}")
+    assert read.notes == ("1 patients of test images have images in train or val too",)
+    assert read.splits == ["val", "test", "test", "train"]
+
+
 def test_the_name_of_a_class_has_up_to_255_characters(tmp_path):
     """A name of one more is refused, as it is in shards and models."""
     longest = "a" * 255
