@@ -1,3 +1,4 @@
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from support import make_shards, run_command, run_ranks
 from cxrdist import distributed
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
 from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.evaluate.seen import read_seen
 from cxrdist.files import locked, read_log
 from cxrdist.model.densenet import Classifier, Cover, load_model
 from cxrdist.train import stage
@@ -128,6 +130,30 @@ def test_a_run_without_a_checkpoint_may_start_from_other_weights(shards, tmp_pat
     monkeypatch.undo()
     train(recipe(shards, tmp_path / "run", stages=stages))
     assert load_model(tmp_path / "run").origin["source"] == "random"
+
+
+def test_a_run_without_a_checkpoint_keeps_nothing_of_an_earlier_attempt(
+    shards, tmp_path, monkeypatch
+):
+    """Neither images that other weights have seen, nor an audit, nor a stage of another recipe."""
+    stages = {name: {name: Stage({"head": 0.1}, epochs=1, patience=1)} for name in ("one", "two")}
+    train(recipe(shards, tmp_path / "other", stages=stages["one"]))
+
+    def die(*arguments):
+        raise Killed
+
+    monkeypatch.setattr(stage, "save_checkpoint", die)
+    with pytest.raises(Killed):
+        train(recipe(shards, tmp_path / "run", stages=stages["one"], init=str(tmp_path / "other")))
+    monkeypatch.undo()
+    shutil.copytree(shards, tmp_path / "shards")
+    (tmp_path / "shards" / "audit.json").unlink()
+    train(recipe(tmp_path / "shards", tmp_path / "run", stages=stages["two"]))
+    with open(shards / "samples.csv", newline="") as file:
+        learnt = [row["key"] for row in csv.DictReader(file) if row["split"] != "test"]
+    assert sorted(read_seen(tmp_path / "run" / "seen.npz").keys) == sorted(learnt)
+    assert list(json.loads((tmp_path / "run" / "run.json").read_text())["stages"]) == ["two"]
+    assert not (tmp_path / "run" / "audit.json").exists()
 
 
 def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypatch, capsys):
