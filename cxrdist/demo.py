@@ -24,7 +24,7 @@ from cxrdist.data.geometry import scaled
 from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import PATIENT_PATTERN, WORD, write_lung_masks, write_phantoms
-from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.errors import CxrdistError, RunFailedError, Stopped
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
 from cxrdist.files import write_json
@@ -32,6 +32,7 @@ from cxrdist.info import read_info
 from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory
+from cxrdist.signals import stop_requested
 
 PATIENTS_PER_CLASS = 90
 IMAGE_SIZE_PX = 64
@@ -54,8 +55,17 @@ def demo(config: DemoConfig) -> None:
     Raises:
         CxrdistError: bad options, or the folder cannot be packed.
         RunFailedError: the training failed.
+        Stopped: the process was asked to stop.
     """
     _refuse_bad_options(config)
+    try:
+        _run_steps(config)
+    except Stopped as stop:
+        line = f"stopped on {stop_requested()}; a demo does not resume: remove {config.out}"
+        raise Stopped(f"{line}, then run the same command again") from stop
+
+
+def _run_steps(config: DemoConfig) -> None:
     if config.source == "folder":
         print(SMOKE_TEST)
     images, pattern, masks = config.input, config.patient_pattern, None

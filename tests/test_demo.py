@@ -1,4 +1,6 @@
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -51,6 +53,23 @@ def test_an_answer_on_other_images_is_marked_as_a_smoke_test(tmp_path, monkeypat
     run = tmp_path / "demo" / "run"
     assert "A smoke test, not a result" in (run / "report.html").read_text()
     assert "A smoke test, not a result" in (run / "model" / "README.md").read_text()
+
+
+def test_a_stopped_demo_says_what_makes_the_same_command_work_again(tmp_path, monkeypatch, capsys):
+    """It refuses a folder that already exists, so that folder must go."""
+    out = tmp_path / "demo"
+
+    def stop(*_):
+        out.mkdir()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(module, "_draw_phantoms", stop)
+    assert main(["demo", "--out", str(out)]) == 75
+    remove = f"remove {out}, then run the same command again"
+    assert capsys.readouterr().err.endswith(
+        f"stopped on SIGTERM; a demo does not resume: {remove}\n"
+    )
+    assert main(["demo", "--out", str(out)]) == 2
 
 
 @pytest.mark.parametrize("options", [{"source": "folder"}, {"input": "somewhere"}])
