@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -127,6 +128,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         with room_for(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep_once(path.parent)
             _discard(partial)
             yield partial
             _sync(partial)
@@ -153,9 +155,25 @@ def sweep(directory: Path, *, alone: bool = False) -> None:
     """
     for partial in directory.glob(".*.partial"):
         match = _PARTIAL.fullmatch(partial.name)
-        dead = match and match[1] == _host() and not Path(f"/proc/{match[2]}").exists()
+        dead = match and match[1] == _host() and not _is_running(int(match[2]))
         if dead or (match and alone):
             _discard(partial)
+
+
+@cache
+def _sweep_once(directory: Path) -> None:
+    """Sweep a directory before this process first writes a file there."""
+    sweep(directory)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # of another user, or of another system
+        return True
+    return True
 
 
 def _discard(partial: Path) -> None:
@@ -243,9 +261,10 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise CxrdistError(f"{path}: is a file or a link, expected a directory; move it away")
     partial = _partial(path)
-    _discard(partial)
     try:
         with room_for(path):
+            _sweep_once(path.parent)
+            _discard(partial)
             partial.mkdir(parents=True)
             yield partial
             for file in sorted(partial.rglob("*")):

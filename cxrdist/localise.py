@@ -44,7 +44,7 @@ from cxrdist.explain.localisation import (
 from cxrdist.explain.pictures import save_picture
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
-from cxrdist.files import sweep, write_json
+from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
@@ -105,7 +105,6 @@ def localise(config: LocaliseConfig) -> None:
     scored = _score_cases(work, cases[ALL])
     if accelerator.is_main_process:
         file = loaded.run.localisation(loaded.subset)
-        sweep(file.parent)
         scores = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
         write_json(file, scores)
         print(summary(scores))
@@ -301,7 +300,6 @@ def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
     for path in directory.glob("*.png"):
         if _MADE.fullmatch(path.name) and path.name not in pictures:
             path.unlink()
-    sweep(directory)
     for name, picture in pictures.items():
         save_picture(directory / name, picture)
     return [entry for entry, _ in drawn]

@@ -48,7 +48,7 @@ from cxrdist.explain.text_file import (
     TextPicture,
     TextRelevance,
 )
-from cxrdist.files import sweep, write_json
+from cxrdist.files import write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
@@ -126,7 +126,6 @@ def probe_text(config: ProbeTextConfig) -> None:
     )
     if accelerator.is_main_process:
         file = loaded.run.text(loaded.subset)
-        sweep(file.parent)
         content: TextFile = {
             "format": "cxrdist-text-1",
             "split": config.split,

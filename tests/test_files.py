@@ -79,6 +79,19 @@ def test_only_names_of_dead_processes_are_swept(tmp_path, monkeypatch):
     assert sorted(os.listdir()) == sorted((*strangers, "thesis"))
 
 
+@pytest.mark.parametrize("make", [atomic_file, atomic_directory])
+def test_whoever_writes_a_file_removes_what_killed_processes_left_beside_it(tmp_path, make):
+    """Such as a half-written model in RUN/stages/NAME; a file of a running process stays."""
+    running = tmp_path / owner_of("x").replace(f".{os.getpid()}.", f".{os.getppid()}.")
+    dead = tmp_path / owner_of("y").replace(f".{os.getpid()}.", f".{DEAD}.")
+    running.touch()
+    dead.mkdir()
+    (dead / "model.safetensors").touch()
+    with make(tmp_path / "new") as partial:
+        partial.touch()
+    assert sorted(tmp_path.iterdir()) == sorted([running, tmp_path / "new"])
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
 def test_files_have_the_mode_that_the_umask_gives(tmp_path, umask):
     """Tables, directories and the model's weights alike."""

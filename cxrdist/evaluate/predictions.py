@@ -37,7 +37,7 @@ from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.mistakes import MOST_PICTURED, find_mistakes
 from cxrdist.evaluate.operating_points import Rule, read_rule
 from cxrdist.evaluate.scored import GROUP_COLUMNS, Scored, score_samples
-from cxrdist.files import refuse_unwritable, sweep, write_json, write_table
+from cxrdist.files import refuse_unwritable, write_json, write_table
 from cxrdist.model.densenet import Classifier, save_calibration
 from cxrdist.model.description import Calibration
 from cxrdist.model.ensemble import Ensemble, load_predictor
@@ -214,7 +214,6 @@ def evaluate(config: EvaluateConfig) -> None:
     rows = predict_split(loaded, numbers, config.batch_size)
     if accelerator.is_main_process:
         logits = in_order(rows, numbers)
-        sweep(loaded.run.metrics(subset).parent)
         write_predictions(loaded, numbers, logits)
         settings = Settings(config.fewest, config.prevalence, calibration)
         scored = score_samples(loaded.index, numbers, logits)

@@ -12,7 +12,7 @@ from cxrdist.data.images import is_dicom
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.explain.pictures import Explained, Probability
-from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for, sweep
+from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for
 from cxrdist.model.download import sha256_of
 from cxrdist.model.prediction import Predictions
 from cxrdist.run import RunDirectory
@@ -77,8 +77,6 @@ def refuse_other_images(files: Sequence[Path]) -> None:
 def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Output | None]:
     """Yield the output of the DICOM results of a call; None without a folder.
 
-    Half-written folders of killed calls are removed.
-
     Raises:
         CxrdistError: the folder, or the model of the run, cannot be used.
         RunFailedError: the disk is full or read-only.
@@ -89,7 +87,6 @@ def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Ou
     folder = folder.absolute()
     with room_for(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    sweep(folder.parent)
     weights = RunDirectory(run).inside("model", "model.safetensors")
     with atomic_directory(folder) as directory:
         yield Output(directory, how, sha256_of(weights), uuid4())

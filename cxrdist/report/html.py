@@ -6,7 +6,7 @@ from pathlib import Path
 from cxrdist.config import ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import FIGURES, read_members
-from cxrdist.files import sweep, write_text
+from cxrdist.files import write_text
 from cxrdist.info import RunInfo
 from cxrdist.report.audit import audit_view
 from cxrdist.report.card import write_card
@@ -44,7 +44,6 @@ def report(config: ReportConfig) -> Path:
             "report: expected --run RUN, or --predictions FILE.csv with --out DIR; give one of them"
         )
     run = RunDirectory(config.run)
-    sweep(run.root)
     evidence = gather(run)
     info, recipe = evidence.info, read_stages(run.recipe)
     shards = info["shards"]
