@@ -219,8 +219,7 @@ def build_training(
     images = open_cache(index, config.cache, accelerator)
     backgrounds = open_backgrounds(config, index, boxes, accelerator)
     main = accelerator.is_main_process
-    if main and not has_checkpoint(run.checkpoints):
-        _forget_attempt(run)
+    together(accelerator, lambda: _forget_attempt(run) if main else None)
     together(accelerator, lambda: keep_seen(run, index, images, earlier) if main else None)
     if main:
         launch = _describe_start(accelerator, weights, num_copied)
@@ -252,8 +251,9 @@ def build_training(
 
 def _forget_attempt(run: RunDirectory) -> None:
     """Remove the first files of a training without a checkpoint: this one may have other inputs."""
-    for file in (run.recipe, run.info, run.audit, run.seen):
-        file.unlink(missing_ok=True)
+    if not has_checkpoint(run.checkpoints):
+        for file in (run.recipe, run.info, run.audit, run.seen):
+            file.unlink(missing_ok=True)
 
 
 def _begin_run(
