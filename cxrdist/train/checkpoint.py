@@ -160,21 +160,26 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """Read the latest whole checkpoint; None if there is none. `say` gets a line per damaged one.
+    """Read the latest whole checkpoint; None if there is none.
+
+    `say` gets a line per damaged one, and another if none is left.
 
     Raises:
         CxrdistError: the latest is of another recipe, or of another format of cxrdist.
     """
     if not directory.is_dir():
         return None
-    for path in reversed(_directories(directory, _NAME)):
+    paths = _directories(directory, _NAME)
+    for path in reversed(paths):
         try:
             return _load(path, recipe)
         except (OSError, ValueError, SafetensorError) as error:
             if isinstance(error, CxrdistError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            say(f"{path}: the checkpoint is damaged ({reason:.100}); resuming from an older one")
+            say(f"{path}: the checkpoint is damaged ({reason:.100}); skipped")
+    if paths:
+        say(f"{directory}: no whole checkpoint is left; the training starts from the beginning")
     return None
 
 

@@ -389,6 +389,20 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(stopped, tmp_path, damage):
     assert not (states[-1].parent / "ran").exists()
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_starts_again(stopped, tmp_path):
+    """There is no older one to resume from."""
+    checkpoints = Path(shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints"))
+    states, warnings = sorted(checkpoints.glob("[!.]*/state.safetensors")), []
+    for state in states:
+        damage_bit(state)
+    assert load_latest(checkpoints, recipe_of(stopped), warnings.append) is None
+    assert len(warnings) == len(states) + 1
+    assert not any("resum" in line for line in warnings)
+    assert warnings[-1].endswith(
+        "no whole checkpoint is left; the training starts from the beginning"
+    )
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
