@@ -164,9 +164,11 @@ def _is_packed(out: Path, work: Path, content: dict[str, object]) -> bool:
     """Return whether the same shards already exist; remove a work directory left by a kill.
 
     Raises:
-        CxrdistError: something else exists there.
+        CxrdistError: something else exists there, or it is a link to a directory to be made.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if isinstance(out, Path) and out.is_symlink():  # a directory cannot take its place
+            raise CxrdistError(f"--out {out}: is a link; name the directory that it points to")
         return False
     index, options = out / "index.json", out / "pack.json"
     if not index.is_file() and not isinstance(out, Path) and work.exists():

@@ -152,6 +152,18 @@ def test_an_existing_directory_is_not_touched(tmp_path):
         pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_refused_before_an_image_is_decoded(tmp_path, exists):
+    """The shards appear by a rename, and a directory cannot be renamed to a link."""
+    source = make_images(tmp_path / "images", COUNTS)
+    if exists:
+        (tmp_path / "scratch").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "scratch")
+    with pytest.raises(CxrdistError, match=f"--out {tmp_path / 'out'}: is a link; name the dir"):
+        pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
+    assert not (tmp_path / ".out.partial").exists()
+
+
 def test_a_table_of_one_label_is_packed_with_its_audit(tmp_path):
     """Pneumonia or nothing, 20 images of each: the AUROC of the only label is in audit.json."""
     source = make_images(tmp_path / "images", {"yes": 20, "no": 20})
