@@ -125,7 +125,9 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
     together(accelerator, lambda: refuse_large_world(config, accelerator.num_processes))
     index = together(accelerator, lambda: trainable_index(config))
     with entering(accelerator, locked(config.run), here=main):
-        together(accelerator, lambda: refuse_other_run(run, config, index))
+        together(
+            accelerator, lambda: refuse_other_run(run, config, index, accelerator.mixed_precision)
+        )
         if (run.model / "model.json").is_file():
             accelerator.print(f"{run.root}: is already trained; the model is in {run.model}")
             yield None

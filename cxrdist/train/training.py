@@ -131,10 +131,13 @@ def _whole_network(given: dict[str, Any]) -> dict[str, Any]:
     return {**shape, "dropout": network.dropout}
 
 
-def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> None:
-    """Raise CxrdistError if a run directory holds a run of another recipe or of other shards."""
-    begun = has_checkpoint(run.checkpoints)
-    if not run.recipe.is_file() or not (begun or (run.model / "model.json").is_file()):
+def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index, precision: str) -> None:
+    """Raise CxrdistError if a run directory holds a run of another recipe or of other shards.
+
+    An unfinished run must also have the same mixed precision, as run.json names only one.
+    """
+    begun, finished = has_checkpoint(run.checkpoints), (run.model / "model.json").is_file()
+    if not run.recipe.is_file() or not (begun or finished):
         return  # without a checkpoint nothing can be mixed up: a corrected recipe may start
     _, old = read_recipe(run.recipe, "give a new directory")
     difference = _difference(old, _fields(config))
@@ -149,6 +152,11 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index) -> No
         raise CxrdistError(
             f"--run {run.root}: was begun with other shards than {index.directory}; "
             "give the same shards to resume it, or a new directory"
+        )
+    if not finished and info["mixed_precision"] != precision:
+        raise CxrdistError(
+            f"--run {run.root}: was begun with --mixed_precision {info['mixed_precision']}, is "
+            f"launched with {precision}; launch it as before to resume it, or give a new directory"
         )
 
 

@@ -367,6 +367,17 @@ def test_a_run_of_a_version_that_knew_no_uncertain_labels_is_resumed(command, st
     assert (run / "model" / "model.json").is_file()
 
 
+def test_a_run_is_not_resumed_in_another_precision(command, stopped, tmp_path, monkeypatch):
+    """run.json and the report name one precision, which then is that of all steps."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    refused = run_command(*command, "--run", run)
+    assert refused.returncode == 2
+    assert "was begun with --mixed_precision no, is launched with bf16" in refused.stderr
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert run_command(*command, "--run", run).returncode == 0
+
+
 @pytest.mark.parametrize(
     "damage",
     [
