@@ -127,7 +127,7 @@ class RunInfo(TypedDict):
 
 def read_info(run: RunDirectory) -> RunInfo:
     """Read run.json; raise CxrdistError if it is missing or has another format."""
-    mend = "run `cxrdist train` again"
+    mend = "copy the run directory again, or train in a new one"
     if not run.info.is_file():
         raise CxrdistError(
             f"--run {run.root}: contains no run.json; give the directory of a `cxrdist train`"

@@ -366,8 +366,8 @@ def test_epochs_done_again_count_once(run: Path) -> None:
     ("file", "content", "mend"),
     [
         ("run.json", None, "give the directory of a `cxrdist train`"),
-        ("run.json", "{", "run `cxrdist train` again"),
-        ("run.json", '{"format": "cxrdist-run-2"}', "run `cxrdist train` again"),
+        ("run.json", "{", "copy the run directory again, or train in a new one"),
+        ("run.json", '{"format": "cxrdist-run-2"}', "copy the run directory again"),
         ("run.json", '{"format": "cxrdist-run-1"}', "started: is missing"),
         ("recipe.yaml", "a: [", "run `cxrdist train` again"),
         ("recipe.yaml", "copies: 3", "copies: is 3, expected an object"),

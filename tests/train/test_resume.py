@@ -378,6 +378,15 @@ def test_a_run_is_not_resumed_in_another_precision(command, stopped, tmp_path, m
     assert run_command(*command, "--run", run).returncode == 0
 
 
+def test_a_training_does_not_send_its_user_to_itself(command, stopped, tmp_path):
+    """A damaged run.json stays damaged however often the training is run."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    os.truncate(run / "run.json", 50)
+    refused = run_command(*command, "--run", run)
+    assert refused.returncode == 2
+    assert refused.stderr.endswith("; copy the run directory again, or train in a new one\n")
+
+
 @pytest.mark.parametrize(
     "damage",
     [
