@@ -27,7 +27,8 @@ METHOD = (
     "(Hesterberg 2015). A figure of exactly 0 or 1, whose replicates are all equal: Wilson (1927) "
     "of n patients; AUROC: Newcombe (2006, method 5); average precision: Wilson of the patients "
     "with the class (Boyd et al. 2013). Means: the intervals of the classes and the correlation of "
-    "their replicates (Zou 2007)"
+    "their replicates (Zou 2007). Predictive values at another prevalence: the intervals of "
+    "sensitivity and specificity (Zou & Donner 2008)"
 )
 QUANTILE = (1 + LEVEL) / 2
 ALIKE = 1e-9  # standard error below which replicates are equal except for rounding

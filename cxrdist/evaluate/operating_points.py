@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import expit
+from scipy.special import expit, logit
 
 from cxrdist.bootstrap import Limits, Replicates, Values
 from cxrdist.data.labels import NEGATIVE, POSITIVE
@@ -15,7 +15,7 @@ from cxrdist.documents import Real, Sha256, Share, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
-from cxrdist.intervals import bounded, of_share
+from cxrdist.intervals import of_share
 from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import call
 from cxrdist.terminal import table
@@ -216,8 +216,7 @@ def _measure(
         limits[name] = of_share(replicates, hits | spared, whole, replicated[name])
         point[f"{name}_interval"] = limits[name]
     if prevalence is not None:
-        patients = min(replicates.patients(has), replicates.patients(lacks))
-        point["at_prevalence"] = _at_prevalence(limits, rates, replicated, prevalence, patients)
+        point["at_prevalence"] = _at_prevalence(limits, rates, prevalence)
     return cast(OperatingPoint, point)
 
 
@@ -234,32 +233,38 @@ def _rates(counts: NDArray[np.float64]) -> dict[str, Values]:
 
 
 def _at_prevalence(
-    intervals: Mapping[str, Limits | None],
-    rates: Mapping[str, Values],
-    drawn: Mapping[str, Values],
-    prevalence: float,
-    patients: int,
+    intervals: Mapping[str, Limits | None], rates: Mapping[str, Values], prevalence: float
 ) -> PredictiveValues:
     """Compute predictive values at a prevalence with their intervals.
 
-    A value of exactly 0 or 1 does not vary between replicates; its limits follow from those of
-    sensitivity and specificity. `patients` is the number of patients with the class or without it,
-    whichever is smaller.
+    Their log odds are a sum of a function of the sensitivity and one of the specificity, so their
+    limits follow from those of the two (`_parts`; Zou & Donner 2008, Statistics in Medicine 27,
+    1693). A value of exactly 0 or 1 has the limits that both lower or both upper limits give.
     """
-    if not patients:
+    if intervals["sensitivity"] is None or intervals["specificity"] is None:
         return {"ppv": None, "ppv_interval": None, "npv": None, "npv_interval": None}
     limits = {name: np.array(intervals[name]) for name in ("sensitivity", "specificity")}
-    values, replicated, extremes = (
-        _predictive(given, prevalence) for given in (rates, drawn, limits)
-    )
+    values, extremes = (_predictive(given, prevalence) for given in (rates, limits))
+    parts, ends = _parts(rates), _parts(limits)
     written: dict[str, float | Limits | None] = {}
     for name, (value,) in values.items():
-        written[name], written[f"{name}_interval"] = _digits(value), None
-        if value in (0, 1):
-            written[f"{name}_interval"] = np.round(extremes[name], 6).tolist()
-        elif not np.isnan(value):
-            written[f"{name}_interval"] = bounded(float(value), replicated[name], patients)
+        within = None if np.isnan(value) else extremes[name]
+        if 0 < value < 1:
+            reach = np.hypot(*(ends[name] - parts[name]))
+            within = expit(logit(value) + reach * np.array([-1, 1]))
+        written[name] = _digits(value)
+        written[f"{name}_interval"] = None if within is None else np.round(within, 6).tolist()
     return cast(PredictiveValues, written)
+
+
+def _parts(rates: Mapping[str, Values]) -> dict[str, NDArray[np.float64]]:
+    """Return the summands of the log odds of predictive values without the prevalence, [2, n]."""
+    sensitivity, specificity = rates["sensitivity"], rates["specificity"]
+    with np.errstate(divide="ignore"):
+        return {
+            "ppv": np.stack([np.log(sensitivity), -np.log1p(-specificity)]),
+            "npv": np.stack([np.log(specificity), -np.log1p(-sensitivity)]),
+        }
 
 
 def _predictive(rates: Mapping[str, Values], prevalence: float) -> dict[str, Values]:

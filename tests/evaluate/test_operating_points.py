@@ -19,6 +19,7 @@ from cxrdist.evaluate.operating_points import (
     read_rule,
 )
 from cxrdist.evaluate.scored import Scored
+from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import Predictions
 
 RULES = ["youden", "sensitivity=0.95", "specificity=0.9"]
@@ -145,6 +146,36 @@ def test_points_of_val_on_test_are_those_of_scikit_learn():
         assert elsewhere["npv"] == pytest.approx(spared / (spared + missed), abs=1e-6)
         low, high = elsewhere["ppv_interval"]
         assert low < elsewhere["ppv"] < high < point["ppv"]
+
+
+@pytest.mark.parametrize(("hits", "spared"), [(9, 5), (0, 17), (0, 20)])
+def test_values_at_a_prevalence_have_the_limits_of_sensitivity_and_specificity(hits, spared):
+    """Of 12 and 20 patients: their distances are added as squares, on the scale of log odds.
+
+    At a prevalence of 0.1 the odds of the NPV are 9 x specificity / (1 - sensitivity), those of the
+    PPV sensitivity / (1 - specificity) / 9. No replicate of a rate of 0 or 1 differs from another,
+    and few of those of a small specificity would set the standard error of the NPV.
+    """
+    called = [True] * hits + [False] * (12 - hits + spared) + [True] * (20 - spared)
+    patients, has = [str(i) for i in range(32)], [True] * 12 + [False] * 20
+    logits, truth = np.where(called, 1.0, -1.0)[:, None], np.array(has, np.int8)[:, None]
+    scored = Scored("multilabel", ["a"], patients, patients, truth, logits, {})
+    calibration = Calibration({}, "youden", {"a": 0.0}, {}, 10, "0" * 64, 32, 32)
+    replicates = draw(patients, [str(own) for own in has])
+    point = operating_points(scored, replicates, calibration, 0.1)["classes"]["a"]
+    elsewhere = point["at_prevalence"]
+    rates = {"ppv": ("sensitivity", "specificity", 1 / 9), "npv": ("specificity", "sensitivity", 9)}
+    for name, (first, second, times) in rates.items():
+        for end, limit in enumerate(elsewhere[f"{name}_interval"] or ()):
+            if elsewhere[name] == 0:
+                continue
+            ends = point[f"{first}_interval"][end], point[f"{second}_interval"][end]
+            odds = times * point[first] / (1 - point[second])
+            ratios = ends[0] / point[first], (1 - point[second]) / (1 - ends[1])
+            reach = np.sqrt(sum(np.log(ratio) ** 2 for ratio in ratios))
+            expected = odds * np.exp(reach if end else -reach)
+            assert limit == pytest.approx(expected / (1 + expected), abs=2e-5)
+    assert elsewhere["npv_interval"] is not None
 
 
 def test_without_positives_a_rate_is_undefined():
