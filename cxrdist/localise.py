@@ -359,7 +359,7 @@ def summary(scores: Localisation) -> str:
     marked = (
         f"chosen on {scores['val_cases']} outlines of val"
         if scores["val_cases"]
-        else f"fixed: val has fewer than {FEWEST_CASES} outlines to choose from"
+        else f"fixed: to choose it takes {FEWEST_CASES} outlines of val that are not scored here"
     )
     lines = [_amount(scores, group) for group in scores["groups"]]
     left_out = [f"left out: {count} {why}" for why, count in scores["left_out"].items()]

@@ -103,6 +103,8 @@ def test_all_maps_are_of_the_same_images(found, trained):
     assert whole["images"] == whole["shapes"] == covid["cases"] == number["test"]
     assert (found["val_cases"], found["train_cases"]) == (number["val"], number["train"])
     assert f"chosen on {number['val']} outlines of val" in summary(found)
+    # Without a choice val may have any number of outlines: it is scored, or the set is another one.
+    assert "takes 10 outlines of val that are not scored here" in summary({**found, "val_cases": 0})
     assert list(methods(found)) == list(NAMES)
     assert found["left_out"] == {}
 
