@@ -482,11 +482,11 @@ def _summary(work: _Work, num_images: int) -> str:
         f"{name.replace('_', ' ')} {region['share']:.1%} (area {region['area']:.1%})"
         for name, region in where["all"]["regions"].items()
     )
+    lost, by_chance = 1 - flipped["relevant_first"][-1], 1 - flipped["random_order"][-1]
     return (
         f"explained {num_images} images for {', '.join(work.targets.names)}: {ledger}; covering "
-        f"{flipped['covered_share']:.0%} of an image takes "
-        f"{flipped['area_over_relevant_first']:.2f} of the probability on average if the most "
-        f"relevant pixels go first, {flipped['area_over_random_order']:.2f} in random order\n"
+        f"{flipped['covered_share']:.0%} of an image takes {lost:z.2f} of the probability on "
+        f"average if the most relevant pixels go first, {by_chance:z.2f} in random order\n"
         f"relevance for the likeliest class: {regions}\n"
         f"{'heat maps' if work.with_pictures else 'relevance'}: {directory}"
     )

@@ -243,7 +243,13 @@ def test_relevance_is_tested_on_the_spot(shards, run, tmp_path, capsys):
     flipping = tests["pixel_flipping"]
     assert flipping["images"] == 8
     assert flipping["relevant_first"][0] == flipping["random_order"][0] == 1
-    assert "ledger closed to" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ledger closed to" in printed
+    # The loss with 20 % covered is at the end of the curve; the area is the mean on the way there.
+    ends = [1 - flipping[order][-1] for order in ("relevant_first", "random_order")]
+    assert f"covering 20% of an image takes {ends[0]:z.2f} of the probability" in printed
+    assert f"go first, {ends[1]:z.2f} in random order" in printed
+    assert f"{ends[0]:z.2f}" != f"{flipping['area_over_relevant_first']:z.2f}"
 
 
 def test_the_files_hold_the_relevance_of_the_library(shards, run, tmp_path):
