@@ -1,6 +1,6 @@
 """Rules that answer the items of reporting checklists from the evidence of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from cxrdist.data.labels import NOT_STATED
@@ -87,10 +87,11 @@ bad_input = always(
 def sources(e: Evidence) -> Answer:
     """Return where the images come from."""
     sizes = [f"{name} {count(n['images'])}" for name, n in e.info["shards"]["totals"].items()]
+    counted = "; their sources are counted in the audit" if e.audit else ""
     return Answer(
         PARTLY,
-        f"Images by split: {', '.join(sizes)}; their sources are counted in the audit. The authors "
-        "must say who collected them, where, when and why these were chosen.",
+        f"Images by split: {', '.join(sizes)}{counted}. The authors must say who collected them, "
+        "where, when and why these were chosen.",
         ("run.json", "report.html#data", *_if(e.audit, "audit.json")),
     )
 
@@ -277,7 +278,7 @@ def measures(e: Evidence) -> Answer:
         return NOT_EVALUATED
     names = [name for name in SCORES if name in e.test["macro"]]
     parts = [what for what in ("calibration", "decision_curve") if e.has(what)]
-    parts += _if(e.has_groups, "groups")
+    parts += _if(e.groups, "groups")
     return Answer(
         PARTLY,
         f"For each class: {', '.join(name.replace('_', ' ') for name in names)}"
@@ -307,7 +308,7 @@ def robustness(e: Evidence) -> Answer:
     """Return whether the result holds under other conditions."""
     done = [
         *_if(e.probed, "words on the images covered and pasted"),
-        *_if(e.has_groups, "groups of patients"),
+        *_if(e.groups, "groups of patients"),
         *_if(e.external, "external sets"),
         *_if(e.audit and e.audit["shortcut"], "what size, border and brightness alone give"),
     ]
@@ -364,10 +365,10 @@ def characteristics(e: Evidence) -> Answer:
     """Return the characteristics of the patients."""
     known = "Sex, age, view and source of the test images, as far as they are known. "
     return Answer(
-        PARTLY if e.has_groups or e.audit else AUTHORS,
-        (known if e.has_groups else "")
+        PARTLY if e.groups or e.audit else AUTHORS,
+        (known if e.groups else "")
         + "The authors must describe how else the patients of the splits differ.",
-        (*_if(e.has_groups, "test/metrics.json"), *_if(e.audit, "report.html#audit")),
+        (*_if(e.groups, "test/metrics.json"), *_if(e.audit, "report.html#audit")),
     )
 
 
@@ -396,11 +397,13 @@ def diagnostic(e: Evidence) -> Answer:
     """Return sensitivity and specificity at thresholds chosen in advance."""
     if not e.test:
         return NOT_EVALUATED
-    if not e.has("operating_points"):
+    points = e.test.get("operating_points")
+    if not points or not points["classes"]:
+        is_older = points is None and e.calibration
+        why = "run cxrdist evaluate again" if is_older else _why_not_chosen(e)
         return Answer(
             PARTLY,
-            "Sensitivity at a threshold that was not chosen for a purpose. Run cxrdist evaluate "
-            "again to get operating points.",
+            f"Sensitivity at a threshold that was not chosen for a purpose: {why}.",
             ("test/metrics.json",),
         )
     return Answer(
@@ -485,21 +488,24 @@ def predictors(e: Evidence) -> Answer:
 
 def clusters(e: Evidence) -> Answer:
     """Return whether the result differs between hospitals or sources."""
-    if not e.has_groups and not e.external:
+    known = [*_if("source" in e.groups, "source"), *_if(e.external, "external set")]
+    if not known:
         return Answer(
             NOT_DONE,
             "No figures by source: give a column source when packing, or evaluate external sets.",
         )
-    return Answer(PARTLY, "Figures for each known source and external set.", _results(e))
+    return Answer(PARTLY, f"Figures for each {' and '.join(known)}.", _results(e))
 
 
 def updating(e: Evidence) -> Answer:
     """Return whether outputs were recalibrated."""
-    if not e.calibration:
-        return Answer(NOT_DONE, "Nothing was recalibrated: run cxrdist evaluate again.")
+    if not e.calibration or not e.calibration.temperatures:
+        own = "; its members have temperatures of their own" if e.members else ""
+        return Answer(NOT_DONE, f"No class has a temperature: {_why_not_chosen(e)}{own}.")
     return Answer(
         HELD,
-        "One temperature per class, fitted on the validation split; the weights are not changed.",
+        f"A temperature for {_share_of_classes(e, e.calibration.temperatures)}, fitted on the "
+        "validation split; the weights are not changed.",
         ("model/model.json", *_if(e.has("calibration"), "test/metrics.json")),
     )
 
@@ -517,9 +523,11 @@ def calculation(e: Evidence) -> Answer:
 def imbalance(e: Evidence) -> Answer:
     """Return how class imbalance was handled."""
     copies = e.recipe.get("copies") or {}
-    if not copies:
+    if not copies and not e.is_balanced:
         return Answer(HELD, "Nothing was done about it.", _if(e.recipe, "recipe.yaml"))
     shown = ", ".join(f"{name} {times}" for name, times in copies.items())
+    if e.is_balanced:
+        shown = "as many as make the classes about equally frequent (balance: classes)"
     return Answer(
         PARTLY,
         f"Augmented copies of each training image: {shown}. Unless recalibrated, probabilities "
@@ -530,30 +538,31 @@ def imbalance(e: Evidence) -> Answer:
 
 def fairness(e: Evidence) -> Answer:
     """Return whether the figures differ between groups of patients."""
-    if not e.has_groups:
+    if not e.groups:
         return Answer(
             NOT_DONE, "No figures by group: give sex and age when packing, and evaluate again."
         )
     return Answer(
         PARTLY,
-        "Figures by sex, age and further groups, and the largest gap. The training does not aim "
-        "at equal figures; the authors must discuss the gaps.",
+        f"Figures by {', '.join(e.groups)}, and the largest gap. The training does not aim at "
+        "equal figures; the authors must discuss the gaps.",
         _results(e),
     )
 
 
 def output(e: Evidence) -> Answer:
     """Return the output of the model, and how thresholds were chosen."""
-    if not e.calibration:
+    thresholds = e.calibration.thresholds if e.calibration else {}
+    if not e.calibration or not thresholds:
         return Answer(
             PARTLY,
-            "A probability for each class. No threshold was chosen: run cxrdist evaluate again.",
+            f"A probability for each class. No threshold was chosen: {_why_not_chosen(e)}.",
             _if(e.model, "model/model.json"),
         )
     return Answer(
         HELD,
-        f"A probability for each class. Thresholds by the rule {e.calibration.rule}, on the "
-        "validation split.",
+        f"A probability for each class. Thresholds for {_share_of_classes(e, thresholds)} by the "
+        f"rule {e.calibration.rule}, on the validation split.",
         ("model/model.json",),
     )
 
@@ -568,6 +577,20 @@ def specification(e: Evidence) -> Answer:
         "must say on what terms they may be used.",
         ("model/model.safetensors", "model/model.json", "model/README.md"),
     )
+
+
+def _why_not_chosen(e: Evidence) -> str:
+    """Return why there are no temperatures or thresholds."""
+    if e.calibration:
+        return "model/model.json says why"
+    if e.members:
+        return "an ensemble of folds has no validation split to choose it on"
+    return "run cxrdist evaluate again to choose it on the validation split"
+
+
+def _share_of_classes(e: Evidence, chosen: Collection[str]) -> str:
+    """Write for how many of the classes something was chosen."""
+    return f"{count(len(chosen))} of {count(len(e.info['shards']['classes']))} classes"
 
 
 def _short(value: Any) -> str:

@@ -65,10 +65,16 @@ class Evidence:
         return self.metrics.get("test")
 
     @property
-    def has_groups(self) -> bool:
-        """Return whether the test split also has figures for groups of patients."""
+    def groups(self) -> list[str]:
+        """Return the columns by which the test split has figures for groups, such as sex."""
         groups = self.test.get("groups") if self.test else None
-        return bool(groups and groups["columns"])
+        return [*groups["columns"]] if groups else []
+
+    @property
+    def is_balanced(self) -> bool:
+        """Return whether copies were chosen to make all classes about equally frequent."""
+        one_label = self.info["shards"]["task"] == "multiclass"
+        return one_label and bool(self.recipe.get("balance") == "classes")
 
     @property
     def without_maps(self) -> str | None:

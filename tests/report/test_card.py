@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,3 +198,54 @@ def test_answers_follow_the_run(small: Path, run: Path) -> None:
         (run / "test" / "metrics.json").read_text()
     )
     assert states(gather(RunDirectory(run)))["CLAIM 2024 33"] == "partly"
+
+
+def test_balanced_classes_are_told(small: Path) -> None:
+    """The recipes finetune and scratch balance the classes, in place of copies by name."""
+    recipe = small / "recipe.yaml"
+    plain = recipe.read_text()
+    assert "balance: none" in plain
+    assert answers.imbalance(gather(RunDirectory(small))).text == "Nothing was done about it."
+    recipe.write_text(plain.replace("balance: none", "balance: classes"))
+    text = answers.imbalance(gather(RunDirectory(small))).text
+    assert text.startswith("Augmented copies of each training image: as many as make the classes ")
+    assert "each image: as many as make the classes about equally frequent" in card_of(small)
+
+
+def test_nothing_is_claimed_that_val_had_too_few_images_for(small: Path) -> None:
+    """Without temperatures and thresholds no item says that there are some."""
+    model, metrics = small / "model" / "model.json", small / "test" / "metrics.json"
+    content = json.loads(model.read_text())
+    chosen = {"temperatures": {"a": 1.5}, "thresholds": {"a": 0.0}}
+    for calibration in (chosen, {"temperatures": {}, "thresholds": {}}):
+        content["calibration"] |= calibration
+        model.write_text(json.dumps(content))
+        evidence = gather(RunDirectory(small))
+        updating, output = answers.updating(evidence), answers.output(evidence)
+        if calibration is chosen:
+            assert updating.text.startswith("A temperature for 1 of 2 classes, ")
+            assert "Thresholds for 1 of 2 classes by the rule youden" in output.text
+    assert (updating.state, output.state) == ("not done", "partly")
+    assert "No class has a temperature: model/model.json says why" in updating.text
+    assert "No threshold was chosen: model/model.json says why" in output.text
+    scored = json.loads(metrics.read_text())
+    scored["operating_points"]["classes"] = {}
+    metrics.write_text(json.dumps(scored))
+    assert answers.diagnostic(gather(RunDirectory(small))).state == "partly"
+    folds = replace(evidence, calibration=None, members=["member-0", "member-1"])
+    assert "an ensemble of folds has no validation split" in answers.updating(folds).text
+    assert "an ensemble of folds has no validation split" in answers.output(folds).text
+
+
+def test_groups_are_those_of_the_test_images(small: Path) -> None:
+    """Figures by sex are none by source, and without an audit nothing has counted the sources."""
+    metrics = small / "test" / "metrics.json"
+    scored = json.loads(metrics.read_text())
+    scored["groups"]["columns"] = {"sex": {}}
+    metrics.write_text(json.dumps(scored))
+    assert "counted in the audit" in answers.sources(gather(RunDirectory(small))).text
+    (small / "audit.json").unlink()
+    evidence = gather(RunDirectory(small))
+    assert answers.clusters(evidence).state == "not done"
+    assert answers.fairness(evidence).text.startswith("Figures by sex, and the largest gap.")
+    assert "audit" not in answers.sources(evidence).text
