@@ -29,10 +29,6 @@ METRICS = {
     "f1": "f1",
 }
 FIGURES = MEASURES["multilabel"] | {"recall": "Sensitivity (recall)"}
-TITLES: dict[str, str] = {
-    "accuracy": "Accuracy",
-    **{figure: f"{title}, mean of the classes" for figure, title in FIGURES.items()},
-}
 POINTS = {"sensitivity": "Sensitivity", "specificity": "Specificity", "ppv": "PPV", "npv": "NPV"}
 
 
@@ -110,16 +106,24 @@ def _head(name: str, evidence: Evidence) -> View:
 def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
     """Yield the figures of test and external sets with an interval and enough images.
 
-    A figure has a type, a name and a value, as Hugging Face lists it.
+    Means are those of the headline, without the classes that have too few images. A figure has a
+    type, a name and a value, as Hugging Face lists it.
     """
     for subset, metrics in evidence.metrics.items():
-        if subset in ("val", "train") or all(s.get("too_few") for s in metrics["classes"].values()):
+        scores = metrics["classes"].values()
+        enough = sum(not of_class.get("too_few") for of_class in scores)
+        if subset in ("val", "train") or not enough:
             continue
-        values: dict[str, Any] = {**metrics, **metrics["macro"]}
+        means, of = metrics["macro"], "the classes"
+        if enough < len(scores):
+            means, of = metrics.get("macro_enough", means), f"{enough} of {len(scores)} classes"
+        values: dict[str, Any] = {**metrics, **means}
+        titles = {figure: f"{title}, mean of {of}" for figure, title in FIGURES.items()}
+        titles["accuracy"] = "Accuracy"
         figures = [
             {
                 "type": kind,
-                "name": f"{TITLES[figure]} ({interval[0]:.3f} to {interval[1]:.3f})",
+                "name": f"{titles[figure]} ({interval[0]:.3f} to {interval[1]:.3f})",
                 "value": values[figure],
             }
             for figure, kind in METRICS.items()

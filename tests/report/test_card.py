@@ -249,3 +249,21 @@ def test_groups_are_those_of_the_test_images(small: Path) -> None:
     assert answers.clusters(evidence).state == "not done"
     assert answers.fairness(evidence).text.startswith("Figures by sex, and the largest gap.")
     assert "audit" not in answers.sources(evidence).text
+
+
+def test_listed_means_are_those_of_the_headline(small: Path) -> None:
+    """A class with too few images is in the table of the card, but not in what the Hub lists."""
+    metrics = json.loads((small / "test" / "metrics.json").read_text())
+    metrics["macro"] |= {"auroc": 0.75, "auroc_interval": [0.5, 0.875]}
+    metrics["macro_enough"] = {**metrics["macro"], "auroc": 0.25, "auroc_interval": [0.125, 0.5]}
+    for name, too_few in (("a", None), ("b", "4 positives")):
+        metrics["classes"][name]["too_few"] = too_few
+    (small / "test" / "metrics.json").write_text(json.dumps(metrics))
+    card = card_of(small)
+    (listed,) = head_of(card)["model-index"][0]["results"]
+    (auroc,) = (figure for figure in listed["metrics"] if figure["type"] == "roc_auc")
+    assert (auroc["value"], auroc["name"]) == (
+        0.25,
+        "AUROC, mean of 1 of 2 classes (0.125 to 0.500)",
+    )
+    assert "| Mean of the classes | | 0.750 (0.500 to 0.875) |" in card
