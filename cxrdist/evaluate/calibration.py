@@ -339,8 +339,9 @@ def describe_calibration(metrics: Mapping[str, Any]) -> str:
     calibration, points = metrics["calibration"], metrics.get("operating_points")
     if points is None:
         return (
-            "no temperatures and no operating points: they are chosen on the validation split of "
-            "the shards that the model was trained on; run `cxrdist evaluate` on those once"
+            "no temperatures and no operating points: `cxrdist evaluate` chooses them on the "
+            "validation split of the shards that the model was trained on; an ensemble of folds "
+            "has no such split"
         )
     val = points["chosen_on"]
     where = f"chosen on val ({val['images']} images of {val['patients']} patients)"

@@ -312,4 +312,6 @@ def test_other_shards_do_not_calibrate_a_model(shards, tmp_path, capsys):
     before = (run / "model" / "model.json").read_bytes()
     evaluate(EvaluateConfig(run, other, cache=tmp_path / "cache"))
     assert (run / "model" / "model.json").read_bytes() == before
-    assert "no temperatures and no operating points" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no temperatures and no operating points" in printed
+    assert "an ensemble of folds has no such split" in printed  # it may be asked in vain for one
