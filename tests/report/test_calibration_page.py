@@ -15,6 +15,7 @@ from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.operating_points import read_rule
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.report.html import report
+from cxrdist.report.page import template
 
 
 class Tables(HTMLParser):
@@ -94,6 +95,21 @@ def test_metrics_of_an_older_version_have_no_such_section(run: Path) -> None:
     page = report(ReportConfig(run=run)).read_text(encoding="utf-8")
     assert "Operating points" not in page
     assert "Reliability" not in page
+
+
+def test_mistakes_name_the_threshold_of_a_label_for_which_val_chose_none() -> None:
+    """It is called from 0.5 on, and the caption does not say that val chose this as well."""
+    view: dict[str, Any] = dict.fromkeys(("num", "num_images", "num_patients", "num_left"), 1)
+    view |= dict.fromkeys(("cards", "listed", "filters"), ()) | {"megabytes": 0, "several": True}
+    view["is_run"] = False
+    view["labels"] = [{"name": "a", "threshold": 0.5, "missed": (1, 1), "called": (0, 3)}]
+    split = {"element": "split0", "name": "test", "subset": "test"}
+    for rule in ("youden", None):
+        content = {"splits": [{**split, "mistakes": {**view, "rule": rule}}]}
+        words = " ".join(template("mistakes.html.jinja").render(content).split())
+        text = "Thresholds chosen on the validation split (youden), and 0.5 for a label without one"
+        assert (text in words) == (rule is not None)
+        assert "not tuned" in words
 
 
 @pytest.mark.parametrize(
