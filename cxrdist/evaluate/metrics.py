@@ -335,7 +335,8 @@ def _label_headline(metrics: Metrics) -> str:
         f" {mean['auroc']:.3f} {over}" if labels else ": too few to say" if few else f" - {over}"
     )
     known = sum(scores["known"] for scores in classes.values()) / (samples * len(classes))
-    unknown = f", {known:.0%} of their labels are known" if known < 1 else ""
+    share = f"{known:.0%}" if known < 0.995 else "over 99%"
+    unknown = f", {share} of their labels are known" if known < 1 else ""
     limits = _within(metrics, mean.get("auroc_interval"))
     excluded = ", ".join(f"{name} ({reason})" for name, reason in few.items())
     return f"mean AUROC{shown} ({samples} images{unknown}{limits})" + (

@@ -111,6 +111,15 @@ def test_one_positive_is_never_the_headline():
     assert "Hernia              1         1.000" in metrics_table(metrics)
 
 
+def test_one_unknown_label_is_not_rounded_away():
+    """Of 600 labels 599 are known, which is not 100 %."""
+    images = labelled((40, 25, 20))
+    images.targets[images.targets < 0] = 0
+    assert "known" not in headline(measure(images, SMALL))
+    images.targets[0, 0] = -1
+    assert "(200 images, over 99% of their labels are known; " in headline(measure(images, SMALL))
+
+
 def test_too_few_to_say_is_said_of_everything():
     """No label has ten positives, and of several classes there are four images."""
     few = measure(labelled((3, 2, 1)), SMALL)
