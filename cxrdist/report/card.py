@@ -13,7 +13,7 @@ from cxrdist.report.evidence import Evidence, gather
 from cxrdist.report.files import weights_chain
 from cxrdist.report.page import template
 from cxrdist.report.values import MEASURES
-from cxrdist.report.verdict import gap_lines
+from cxrdist.report.verdict import gap_lines, seen_words
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory
 
@@ -60,7 +60,8 @@ def _render(evidence: Evidence) -> str:
         "shards": evidence.info["shards"],
         "weights": weights_chain(evidence.info),
         "subsets": [
-            (subset_title(subset), metrics) for subset, metrics in evidence.metrics.items()
+            (subset_title(subset), metrics, seen_words(metrics))
+            for subset, metrics in evidence.metrics.items()
         ],
         "figures": FIGURES,
         "points": POINTS,
@@ -120,6 +121,7 @@ def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
         values: dict[str, Any] = {**metrics, **means}
         titles = {figure: f"{title}, mean of {of}" for figure, title in FIGURES.items()}
         titles["accuracy"] = "Accuracy"
+        seen = seen_words(metrics)
         figures = [
             {
                 "type": kind,
@@ -134,7 +136,7 @@ def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
                 "task": {"type": "image-classification", "name": "Chest X-ray classification"},
                 "dataset": {
                     "type": "chest-x-rays",
-                    "name": subset_title(subset),
+                    "name": f"{subset_title(subset)}{f' ({seen})' if seen else ''}",
                     "split": metrics.get("split", "test"),
                 },
                 "metrics": figures,

@@ -126,6 +126,8 @@ def external_lines(splits: Sequence[SplitView]) -> list[str]:
         images = f"{verdict['images']} images"
         if verdict["patients"]:
             images += f" of {verdict['patients']} patients"
+        if seen := seen_words(split["metrics"]):
+            images += f" ({seen})"
         ends = verdict["interval"]
         within = f"95 % interval {ends[0]} to {ends[1]}" if ends else "no interval"
         if verdict["value"] == TOO_FEW:
@@ -136,3 +138,15 @@ def external_lines(splits: Sequence[SplitView]) -> list[str]:
             result = f"right on {verdict['value']} of {images}; {within}"
         lines.append(f"External set {external['name']}: {result}.")
     return lines
+
+
+def seen_words(metrics: Metrics | None) -> str:
+    """Say how many scored images the network has seen; empty if none, or for its own test."""
+    external = metrics.get("external") if metrics else None
+    if not external:
+        return ""
+    if external.get("not_known"):
+        return "it is unknown how many of them the network has seen"
+    if external["seen"] == "drop" or not external["seen_images"]:
+        return ""
+    return f"the network has seen {count(external['seen_images'])} of them"

@@ -267,3 +267,20 @@ def test_listed_means_are_those_of_the_headline(small: Path) -> None:
         "AUROC, mean of 1 of 2 classes (0.125 to 0.500)",
     )
     assert "| Mean of the classes | | 0.750 (0.500 to 0.875) |" in card
+
+
+def test_seen_images_are_not_scored_without_a_word(small: Path) -> None:
+    """Of an external set with --seen report, beside its figures and in the list for the Hub."""
+    metrics = json.loads((small / "test" / "metrics.json").read_text())
+    for scores in metrics["classes"].values():
+        scores["too_few"] = None
+    info = {"name": "other", "shards": "other", "label_map": {}, "classes": ["a", "b"]}
+    info |= {"other_classes": {}, "images": 9, "seen": "report", "seen_images": 3, "reasons": {}}
+    (small / "external" / "other").mkdir(parents=True)
+    path = small / "external" / "other" / "metrics.json"
+    path.write_text(json.dumps({**metrics, "external": {**info, "patients_told": 9}}))
+    card = card_of(small)
+    assert f"{metrics['samples']} images (the network has seen 3 of them)" in card
+    results = head_of(card)["model-index"][0]["results"]
+    names = [result["dataset"]["name"] for result in results]
+    assert "external set other (the network has seen 3 of them)" in names
