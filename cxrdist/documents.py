@@ -229,7 +229,7 @@ def parse_yaml_value(data: bytes) -> Any:
         value = None if node is None else loader.construct_document(node)
         size = _expanded(value, {}, 0)
     except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+        raise ValueError(_syntax_error(error)) from error
     except (AttributeError, LookupError, TypeError) as error:
         # PyYAML's constructors of tagged values, such as !!bool x, do not check them.
         raise ValueError("holds a value that does not fit its tag (!!)") from error
@@ -238,6 +238,24 @@ def parse_yaml_value(data: bytes) -> Any:
     if size > MOST_YAML_VALUES:
         raise ValueError(f"holds more than {MOST_YAML_VALUES} values")
     return value
+
+
+def _syntax_error(error: yaml.YAMLError) -> str:
+    """Describe a syntax error by its position and, for frequent mistakes, the likely fix."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    if mark is None or problem is None:
+        return " ".join(str(error).split())
+    unclosed = "close all brackets and quotes; in a shell, put quotes around the whole value"
+    fixes = {
+        r"'\t'": "indent with blanks, not with tabs",
+        "cannot start any token": "put quotes around the text",
+        "<stream end>": unclosed,
+        "end of stream": unclosed,
+        "<block": "check the indentation of this line and of those above it",
+        "mapping values": "check the indentation, and put quotes around a text with a colon",
+    }
+    fix = next((f"; {fixes[part]}" for part in fixes if part in problem), "")
+    return f"line {mark.line + 1}, column {mark.column + 1}: {problem}{fix}"
 
 
 def _refuse_twice(root: yaml.Node | None) -> None:
@@ -346,7 +364,9 @@ def _sequence(value: Any, origin: Any, kinds: tuple[Any, ...], where: str) -> An
     if origin is list or kinds[1:] == (Ellipsis,):
         kinds = (kinds[0],) * len(value)
     if len(kinds) != len(value):
-        raise _wrong(value, f"a list of {len(kinds)}", where)
+        raise ValueError(
+            f"{where or 'the document'}: has {len(value)} values, expected {len(kinds)}"
+        )
     items = enumerate(zip(value, kinds, strict=True))
     return origin(typed(item, kind, f"{where}[{i}]") for i, (item, kind) in items)
 

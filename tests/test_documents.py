@@ -71,6 +71,7 @@ def test_a_document_becomes_the_type_it_is_declared_with():
         ((b'"b", "c"', b""), "names: is a list, expected 1 to 2 values"),
         ((b'"b", "c"', b'"b", "b"'), "names: is a list, expected values that differ"),
         ((b'"b", "c"', b'"b", "c\\n"'), r'names[1]: is "c\n", expected letters'),
+        ((b'"z", 2', b'"z"'), "pair: has 1 values, expected 2"),
         ((b'"new"', b'"old"'), "kind: is \"old\", expected 'new' or 1 or None"),
         ((b'"new"', b"2"), "kind: is 2, expected 'new' or 1 or None"),
         ((b'"new"', b'["new"]'), "kind: is a list, expected 'new' or 1 or None"),
@@ -123,6 +124,23 @@ def test_documents_without_bounds_are_refused(data):
     """Deep, huge, not finite, not UTF-8, too many values or bytes: a ValueError before memory."""
     with pytest.raises(ValueError, match=r"nested|finite|too large|decode|more than|at most"):
         parse_json(data)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\nb:\n  c: 1\n d: 2", "line 4, column 2: .*; check the indentation of this line and"),
+        ("a:\n\tb: 1", "line 2, column 1: .*; indent with blanks, not with tabs"),
+        ("a: b: c", "line 1, column 5: .*; check the indentation, and put quotes around a text"),
+        ("a: @b", "line 1, column 4: .*; put quotes around the text"),
+        ("[2,", "line 1, column 4: .*; close all brackets .* quotes around the whole value"),
+        ("a: 'b", "line 1, column 6: .*; close all brackets .* quotes around the whole value"),
+    ],
+)
+def test_a_syntax_error_of_yaml_has_its_line_and_a_mend(text, message):
+    """The line and the column are those of an editor, which counts from 1."""
+    with pytest.raises(ValueError, match=f"^{message}"):
+        parse_yaml_value(text.encode())
 
 
 def aliases(number: int) -> bytes:
