@@ -167,9 +167,18 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         if name == "network" and before and _whole_network(before) == _whole_network(new[name]):
             continue
         if name != "max_images_per_rank" and before != new[name]:
-            return f"{name} was {before!s:.200}, is {new[name]!s:.200}"
+            return _first_change(name, before, new[name])
     same_order = list(old["stages"]) == list(new["stages"])
     return None if same_order else "its stages were in another order"
+
+
+def _first_change(name: str, old: Any, new: Any) -> str:
+    """Name the first field that differs between two values of a field, and its two values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        below = next((part for part in {**old, **new} if old.get(part) != new.get(part)), None)
+        if below is not None:
+            return _first_change(f"{name}.{below}", old.get(below), new.get(below))
+    return f"{name} was {old!s:.200}, is {new!s:.200}"
 
 
 def describe_shards(index: Index) -> ShardsInfo:

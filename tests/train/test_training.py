@@ -1,9 +1,11 @@
 """What a run tells of its plan before it begins."""
 
+import re
 import shlex
 from pathlib import Path
 
 import numpy as np
+import pytest
 from accelerate.commands.launch import _validate_launch_command
 
 from cxrdist import launch
@@ -11,7 +13,9 @@ from cxrdist.cli import COMMANDS, parse
 from cxrdist.data.plan import copies_of, plan_epoch, refuse_uncrossed
 from cxrdist.data.records import Record, Source
 from cxrdist.data.splits import assign_splits
-from cxrdist.train.training import epoch_table
+from cxrdist.errors import CxrdistError
+from cxrdist.run import RunDirectory
+from cxrdist.train.training import epoch_table, recipe_yaml, refuse_other_run
 
 CLASSES = ["COVID-19", "NORMAL", "Viral Pneumonia"]
 
@@ -91,3 +95,23 @@ def test_the_papers_commands_are_the_papers_protocol(monkeypatch):
     assert packed.out == trained.shards
     evaluated = parse(COMMANDS["evaluate"], evaluate[2:])
     assert evaluated.run.parent.parent == trained.run
+
+
+@pytest.mark.parametrize(
+    ("flags", "change"),
+    [
+        (["--stages.all.epochs", "5"], "stages.all.epochs was 30, is 5"),
+        (["--stages.all.lr.all", "0.01"], "stages.all.lr.all was 0.001, is 0.01"),
+        (["--augmentation.flip", "false"], "augmentation.flip was True, is False"),
+        (["--seed", "3"], "seed was 0, is 3"),
+    ],
+)
+def test_another_recipe_is_refused_by_the_field_that_differs(tmp_path, flags, change):
+    """A whole group of fields, such as all stages, would hide which of them it is."""
+    command = ["--config", "scratch", "--shards", "s", "--run", str(tmp_path)]
+    run = RunDirectory(tmp_path)
+    run.recipe.write_text(recipe_yaml(parse(COMMANDS["train"], command)))
+    run.model.mkdir()
+    (run.model / "model.json").write_text("{}")
+    with pytest.raises(CxrdistError, match=rf"another recipe \({re.escape(change)}\); give"):
+        refuse_other_run(run, parse(COMMANDS["train"], [*command, *flags]), None, "no")
