@@ -52,7 +52,7 @@ _COMMANDS = (
     Command("schema", "schema:print_schema", "JSON schema of each document", "document"),
     Command("demo", "demo:demo", "all steps on synthetic X-rays"),
     Command("recipes", "catalogue:recipes", "recipes for --config, with measured results", "name"),
-    Command("bench", "bench.jobs:bench", "measure this machine side by side"),
+    Command("bench", "bench.jobs:bench", "time ways to do the same job on this machine"),
 )
 COMMANDS = {command.name: command for command in _COMMANDS}
 

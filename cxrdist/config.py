@@ -105,8 +105,8 @@ class SourceConfig:
     """csv: read images also where the table's paths lead out of its folder (../ or /)."""
     views: str | None = None
     """Views to pack, with commas between them: PA, AP, FRONTAL (one of the two), LATERAL, OTHER,
-    UNKNOWN; or all. If not given: PA, AP, FRONTAL and UNKNOWN. The rest is left out by name. A
-    table tells the view, else a DICOM tag, else the file's name."""
+    UNKNOWN; or all. If not given: PA, AP, FRONTAL and UNKNOWN. Images of other views are listed in
+    rejected.csv. The view comes from a table, else from a DICOM tag, else from the file's name."""
     label_map: Path | None = None
     """A YAML file of the source's labels and those to pack in their place; several may become one,
     null leaves a label out (and with one class per image, its images). Labels that it does not name
@@ -169,7 +169,7 @@ class PackConfig(SourceConfig):
     """Black out everything outside --masks, and leave out images without a mask: shards to compare
     with a network that sees nothing but the lungs."""
     task: NonNegativeInt | None = field(default=None, metadata=SAME_RESULT)
-    """Decode only this share of the images, 0 to num_tasks - 1: one task of a SLURM array."""
+    """Decode only this share of the images, 0 to --num-tasks - 1: one task of a SLURM array."""
     num_tasks: PositiveInt | None = field(default=None, metadata=SAME_RESULT)
     """Number of tasks among which the images are divided."""
     merge: bool = field(default=False, metadata=SAME_RESULT)
@@ -250,7 +250,7 @@ class Stage:
     """Passes over the training images, at most."""
     patience: PositiveInt
     """Epochs without a better validation loss before the stage ends early."""
-    block_decay: Annotated[float, Inside(0), Between(0, 1)] = 1.0
+    block_decay: Annotated[float, Inside(0), Between(most=1)] = 1.0
     """The rate of `all` is multiplied by this from each block to the one before it, from the head
     to the stem (Howard & Ruder 2018, section 3.2: 1/2.6)."""
     weight_decay: NonNegativeFloat = 0.0
@@ -534,7 +534,7 @@ class ProbeTextConfig:
     """Word to paste on the images (paper, section 4.1)."""
     place: Literal["upper-left", "upper-right", "lower-left", "lower-right"] = "upper-left"
     """Corner to paste the word into."""
-    height: Annotated[float, Inside(0), Between(0, 0.5)] = 0.06
+    height: Annotated[float, Inside(0), Between(most=0.5)] = 0.06
     """Font size as a fraction of the image's side, at least 6 px; capital letters are about three
     quarters as high."""
     limit: PositiveInt | None = None
@@ -721,7 +721,7 @@ class RecipesConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """Measure this machine side by side: packing, reading, warping, training, explaining."""
+    """Time ways to do the same job side by side on this machine, from packing to explaining."""
 
     only: str | None = None
     """Comma-separated names of measurements to run; all that this machine can run if not given. gpu

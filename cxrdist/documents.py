@@ -49,7 +49,7 @@ class Between:
     Both bounds are included; ``Between(1)`` has no upper bound.
     """
 
-    least: float
+    least: float = -math.inf
     most: float = math.inf
 
     def expected(self, value: Any) -> str | None:
@@ -62,6 +62,8 @@ class Between:
         """Return the bounds in words."""
         if self.most == math.inf:
             return f"at least {self.least}"
+        if self.least == -math.inf:
+            return f"at most {self.most}"
         return f"{self.least} to {self.most}"
 
     def keywords(self, schema: Mapping[str, object]) -> dict[str, object]:

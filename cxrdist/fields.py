@@ -48,7 +48,8 @@ def described(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return " or ".join(get_args(kind))
     if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} values such as [1, 2]: {described(get_args(kind)[0])}"
+        example = [*range(1, len(get_args(kind)) + 1)]
+        return f"a list such as {example}; each {described(get_args(kind)[0])}"
     if get_origin(kind) is list:
         return "paths"
     return NAMES.get(kind, "a path")

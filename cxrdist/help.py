@@ -13,14 +13,21 @@ from cxrdist.options import RECIPES_OF, Command
 EPILOG = """NAME stands for the name of a stage, block or class. A group of options can be given
 as a whole, in YAML: {example}. null resets an optional option. Underscores may replace hyphens."""
 
+DEFAULT_RECIPE = {
+    "train": " If neither a recipe nor --stages is given: finetune, or scratch with --init none. "
+    "The defaults below are those of fields that the recipe leaves out."
+}
+
 
 def help_of(command: Command) -> str:
     """Return the help of a command."""
     config, name = command.config_class, command.name
+    optional = {field.name for field in leaves(config) if field.default is not MISSING}
+    words = [f"[{w.upper()}]" if w in optional else w.upper() for w in command.positionals]
     groups = {field.flag.rpartition(".")[0] for field in leaves(config)} - {""}
     parser = ArgumentParser(
         prog=f"cxrdist {name}",
-        usage=" ".join([f"cxrdist {name}", *map(str.upper, command.positionals), "[options]"]),
+        usage=" ".join([f"cxrdist {name}", *words, "[options]"]),
         description=_docs(config)[""],
         epilog=EPILOG.format(example=f"{min(groups)} '{{...}}'") if groups else None,
         add_help=False,
@@ -31,7 +38,7 @@ def help_of(command: Command) -> str:
             "--config",
             metavar="RECIPE",
             help="A YAML file of these options, or the name of one that comes with cxrdist "
-            "(`cxrdist recipes` lists them). Options override it.",
+            "(`cxrdist recipes` lists them). Options override it." + DEFAULT_RECIPE.get(name, ""),
         )
     for field in leaves(config):
         text = _text(field, needs_flag=field.name not in command.positionals)

@@ -50,6 +50,24 @@ def test_each_command_explains_its_options(capsys, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("recipes", "usage: cxrdist recipes [NAME] [options]"),
+        ("compare", "usage: cxrdist compare RUN_A RUN_B [options]"),
+        ("train", "If neither a recipe nor --stages is given: finetune, or scratch"),
+        ("train", "(a list such as [1, 2, 3, 4]; each a whole number, 1 to 128)"),
+        ("train", "(a number, more than 0, at most 1; default: 1)"),
+        ("probe-text", "(a number, more than 0, at most 0.5; default: 0.06)"),
+    ],
+)
+def test_help_says_what_may_be_left_out_and_what_a_value_looks_like(capsys, name, text):
+    """Optional words in brackets; the recipe of a training without --config; bounds once."""
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert text in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["trian"], "no command 'trian'; expected one of pack, check, train"),
