@@ -334,10 +334,11 @@ def _tell_calibration(model: Classifier | Ensemble) -> None:
         )
         return
     chosen = model.calibration
-    print(
-        f"calibrated and called by {chosen.rule}, as chosen on the {chosen.images} images of "
-        f"{chosen.patients} patients of the validation split"
-    )
+    val = f"the {chosen.images} images of {chosen.patients} patients of the validation split"
+    if chosen.temperatures or chosen.thresholds:
+        print(f"calibrated and called by {chosen.rule}, as chosen on {val}")
+    else:
+        print(f"probabilities are not calibrated and no class is called, as {val} do not allow it")
     for name, reason in chosen.reasons.items():
         print(f"{name}: {reason}")
 

@@ -166,6 +166,9 @@ def test_a_calibrated_model_calls_its_classes(run, tmp_path, capsys):
     assert [*row] == ["path", *names[:3], "predicted", "called_a"]
     assert row["called_a"] == "1"
     assert "b c: val has 3 images with it" in capsys.readouterr().out
+    change_model(run, calibration=replace(few, temperatures={}, thresholds={}))
+    predict(PredictConfig(run, [folder], tmp_path / "out.csv"))
+    assert "calibrated and no class is called, as the 90 images of 70" in capsys.readouterr().out
 
 
 def test_heat_maps_lie_over_the_originals(run, tmp_path):

@@ -349,7 +349,7 @@ def describe_calibration(metrics: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"\nOperating points by {points['rule']}, {where}; from: probability",
-            operating_table(points),
+            operating_table(points) if points["classes"] else "no class has a threshold",
             f"\nCalibration with a temperature for each class, {where}",
             calibration_table(calibration),
             *(f"{name}: {reason}" for name, reason in reasons.items()),

@@ -241,6 +241,21 @@ def test_figures_are_the_document_that_is_declared():
     assert max(map(len, said.splitlines())) <= 100
 
 
+def test_without_any_threshold_no_empty_table_is_printed():
+    """12 images cannot give 10 positives and 10 negatives of a class."""
+    scored = simulate(12, 10, classes=("a", "b"))
+    calibration = choose_calibration(scored, YOUDEN, 10, SHA)
+    replicates = draw(scored.patients, [""] * len(scored), 100)
+    said = describe_calibration(
+        {
+            "operating_points": operating_points(scored, replicates, calibration, None),
+            "calibration": calibration_figures(scored, replicates, calibration),
+        }
+    )
+    assert "chosen on val (12 images of 6 patients); from: probability\nno class has a" in said
+    assert "Sensitivity" not in said
+
+
 def make_run(path, shards):
     """A run of some shards, as far as it is evaluated, with a random network."""
     (path / "model").mkdir(parents=True)
