@@ -55,6 +55,11 @@ def _read(arguments: list[str]) -> Any:
 
     parser = launch_command_parser()
     parser.error = _refuse  # argparse would print 40 lines of usage
+    parser.usage = "cxrdist launch [options of accelerate launch] COMMAND [options of COMMAND]"
+    parser.description = (
+        "Start a command of cxrdist on several ranks. --config_file FILE describes them: "
+        f"{', '.join(files_in(HARDWARE))}, or a file of your own."
+    )
     options = parser.parse_args(arguments)
     if not options.module:  # the command is in the position of accelerate's script
         command = [options.training_script, *options.training_script_args]

@@ -25,6 +25,7 @@ _OF_SIMPLE_LAUNCH = {
     *("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"),
 }
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+_SHORTER = "start with `cxrdist launch`, not `accelerate launch`, to see this line alone"
 _joined = threading.Event()
 
 
@@ -64,11 +65,13 @@ def report_error(error: Exception) -> None:
     """Print the error of a command in one line; on several ranks of a node, only once.
 
     The launcher of several ranks gives each of them a file for its error (torchelastic's
-    TORCHELASTIC_ERROR_FILE), and shows the text in its own report on failed ranks.
+    TORCHELASTIC_ERROR_FILE), and shows the text at the end of its own report on failed ranks, which
+    `cxrdist launch` does not print.
     """
     line = " ".join(str(error).split())
     if file := os.environ.get(_ERROR_FILE):
-        entry = {"message": f"cxrdist: {line}", "timestamp": str(int(time.time()))}
+        message = f"cxrdist: {line} ({_SHORTER})"
+        entry = {"message": message, "timestamp": str(int(time.time()))}
         reported = Path(file).parents[1] / f"{hashlib.sha256(line.encode()).hexdigest()}.reported"
         with suppress(OSError):  # such as a full disk: the line must still be printed
             Path(file).write_text(json.dumps(entry))

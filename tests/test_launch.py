@@ -80,6 +80,16 @@ def test_a_wrong_command_is_refused_before_any_rank_starts(
     assert message in lines[0]
 
 
+def test_the_help_of_a_launch_names_the_command_and_the_built_in_configs(capsys, own_signals):
+    """Accelerate's own help calls the command a training script, and hides --config_file."""
+    with pytest.raises(SystemExit) as end:
+        launch.main(["--help"])
+    assert end.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("usage: cxrdist launch [options of accelerate launch] COMMAND [options")
+    assert "describes them: cpu, multi_node, one_node, or a file of your own" in said
+
+
 def test_both_spellings_of_a_launch_are_the_same(monkeypatch, own_signals):
     """`cxrdist launch COMMAND` and `python -m cxrdist.launch -m cxrdist COMMAND`."""
     launched = []
@@ -149,8 +159,9 @@ def test_ranks_of_a_node_report_the_same_error_once(monkeypatch, capsys, tmp_pat
         "cxrdist: --shards x: has no index.json",
         "cxrdist: something else",
     ]
-    assert (
-        ProcessFailure(0, 1, 2, str(files[0])).message == "cxrdist: --shards x: has no index.json"
+    assert ProcessFailure(0, 1, 2, str(files[0])).message == (
+        "cxrdist: --shards x: has no index.json (start with `cxrdist launch`, not "
+        "`accelerate launch`, to see this line alone)"
     )
 
 
