@@ -156,7 +156,7 @@ def _unknown_flag(flag: str, command: Command, above: list[str], names: list[str
 
 def _next_value(option: Option, words: deque[str]) -> str:
     """Take the value after a flag; a boolean flag without a value is true."""
-    if plain(option.kind) is bool and (not words or words[0] not in ("true", "false")):
+    if plain(option.kind) is bool and (not words or words[0].lower() not in ("true", "false")):
         return "true"
     if not words or words[0].startswith("--"):
         raise CxrdistError(f"{option.flag}: expected a value after it, {described(option.kind)}")

@@ -216,6 +216,13 @@ def test_a_flag_overrides_within_stages_given_as_a_whole(last):
     assert config.stages["one"].epochs == 3
 
 
+@pytest.mark.parametrize("word", ["false", "False"])
+def test_a_truth_value_may_have_a_capital(word):
+    """As Python writes it, and as it may be given behind an equals sign."""
+    given = ["--config", "scratch", "--shards", "s", "--run", "r", "--augmentation.flip", word]
+    assert parse(COMMANDS["train"], given).augmentation.flip is False
+
+
 def test_a_recipe_may_write_small_numbers_without_a_dot(tmp_path):
     """1e-4 is a number as of YAML 1.2; PyYAML alone takes it for text."""
     (tmp_path / "r.yaml").write_text(f"stages: {STAGE.replace('0.1', '1e-4')}\ninit: none\n")
