@@ -39,6 +39,10 @@ def export(config: ExportConfig) -> None:
             "probabilities are not calibrated and there are no thresholds: run `cxrdist evaluate` "
             "on the shards of the training once, then export again"
         )
+    elif model.calibration.reasons:
+        print("classes without a temperature or a threshold, which are not calibrated or called:")
+        for name, reason in model.calibration.reasons.items():
+            print(f"{name}: {reason}")
     print(f"{config.out}: {note['network']}; {describe_parity(note['parity'])}")
 
 

@@ -24,7 +24,7 @@ IN_GRAPH = (
 OF_GRAPH = (
     "logits: float32 [batch, classes], not calibrated, to be compared with thresholds; "
     "calibrated_probabilities: float32 [batch, classes], sigmoid(logit / temperature) of each "
-    "class against the rest"
+    "class against the rest, with 1 for a class without a temperature"
 )
 IN_LIBRARY = (
     "float32 [batch, channels, size, size]: grey values divided by 255, the same in each channel, "

@@ -89,7 +89,9 @@ def test_one_channel_is_torchxrayvisions_own_way(shards: Path, tmp_path: Path) -
             torch.testing.assert_close(names["model"](theirs), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_the_hub_folder_is_complete_and_read_back(shards: Path, tmp_path: Path) -> None:
+def test_the_hub_folder_is_complete_and_read_back(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Card with a valid head, weights, description; and no folder of this machine in any file."""
     model: Classifier = make_model()
     first = {"source": "https://example.org/a.pt", "trained_on": {"shards": "/home/me/s/cxr14"}}
@@ -97,6 +99,7 @@ def test_the_hub_folder_is_complete_and_read_back(shards: Path, tmp_path: Path) 
     run = make_model_run(tmp_path / "run", model, shards)
     out = tmp_path / "out"
     export(ExportConfig(run, "huggingface", out, shards))
+    assert "\nb c: 4 positives\n" in capsys.readouterr().out  # it has no temperature
     assert {path.name for path in out.iterdir()} == {
         *("model.safetensors", "model.json", "config.json", "cxrdist.json", "README.md")
     }
