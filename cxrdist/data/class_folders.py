@@ -44,6 +44,11 @@ def read_class_folders(
         split = None if split_level is None else SPLIT_NAMES[names[split_level].lower()]
         source = known_source(file.name, folder.name)
         records.append(Record(file, path, label, patient_of(path, pattern), source, split))
+    if stray and not records:
+        raise CxrdistError(
+            f"--input {folder}: has {len(stray)} images, none of them in the folder of a class; "
+            "expected one sub-folder per class"
+        )
     records = _leave_val_open(records)
     _refuse_empty_classes(folder, besides, split_level, records, found)
     return Source(

@@ -92,7 +92,7 @@ def test_a_patient_in_two_given_splits_is_refused(tmp_path):
         (("a/1.png", "all/1.png"), "class .all.: the results call all classes together so"),
         (("a/1.png", "A/1.png"), "'A' and 'a' are two spellings of one name"),
         (("set/a/1.png", "set/b/1.png"), r"found 1 class \(set\)"),
-        (("1.png", "2.png"), "no image is left to pack: 2 beside the class folders"),
+        (("1.png", "2.png"), "2 images, none of them in the folder of a class; expected one"),
     ],
 )
 def test_unclear_layouts_are_refused(tmp_path, paths, message):
