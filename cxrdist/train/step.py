@@ -91,7 +91,7 @@ class Staging:
         if isinstance(self._rows, Foreground):
             here[:, 0].numpy()[...] = self._rows[numbers]
         else:
-            # Numbers are in range; other modes than raise gather into the buffer without another.
+            # The default mode, raise, would gather into another buffer first; numbers are in range.
             np.take(self._rows, numbers, axis=0, out=here[:, 0].numpy(), mode="clip")
         if not self._pinned:
             return here
@@ -114,7 +114,7 @@ class Slice:
             still takes part, with one image of weight 0.
         sizes: images of each rank.
         num_known: known labels of the images of all ranks.
-        turn: 0 or 1, the same on all ranks: the share of the background loss that counts.
+        turn: 0 or 1, the same on all ranks: which of its two shares the background loss takes.
     """
 
     images: Tensor
