@@ -82,7 +82,8 @@ def start(tracking: list[str] | None = None, tracking_dir: Path | None = None) -
         )
     except (ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
-        raise CxrdistError(f"accelerate could not start: {reason}; see --track") from error
+        mend = "see --track" if tracking else "start several ranks with cxrdist launch"
+        raise CxrdistError(f"accelerate could not start: {reason}; {mend}") from error
     joined()
     if accelerator.num_processes != launched:
         raise CxrdistError(

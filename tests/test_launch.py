@@ -227,6 +227,15 @@ def test_only_a_lost_connection_is_called_one(message, lost):
     assert is_lost_connection(RuntimeError(message)) == lost
 
 
+def test_a_number_of_ranks_that_nobody_started_is_refused_with_the_launcher(
+    monkeypatch, fresh_accelerator
+):
+    """WORLD_SIZE alone, as some jobs export it, has nothing to do with trackers."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CxrdistError, match=r"ADDR.*; start several ranks with cxrdist launch"):
+        start()
+
+
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
     """CUDA itself would say `invalid device ordinal` on one of them."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
