@@ -83,6 +83,7 @@ def _rows(weights: InitialWeights) -> list[list[str]]:
     ]
     before = weights.record.get("started_from")
     while before:
-        rows.append(["made from", f"{before['source']} (sha256 {before.get('sha256')})"])
+        digits = before.get("sha256")  # random weights have none
+        rows.append(["made from", before["source"] + (f" (sha256 {digits})" if digits else "")])
         before = before.get("started_from")
     return rows

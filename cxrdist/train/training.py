@@ -241,7 +241,7 @@ def build_training(
     if main:
         launch = _describe_start(accelerator, weights, num_copied)
         _begin_run(run, config, index, {**launch, "text_boxes": text_boxes}, audit)
-        print(f"weights: {weights.source}, {num_copied} tensors")
+        print(f"weights: {weights.source}{f', {num_copied} tensors' if num_copied else ''}")
         if config.balance == "classes":
             print(_describe_balance(index, by_class))
         print(_describe_unknown(stated[train], targets[train]), end="")

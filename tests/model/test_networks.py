@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from model_run import make_model, make_model_run
 from safetensors.torch import save_file
 from torch import nn
 
@@ -253,6 +254,14 @@ def test_a_saved_model_says_which_network_it_is(tmp_path):
         assert loaded.shape == shape
         images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
         assert torch.equal(loaded(images), model(images))
+
+
+def test_random_weights_are_shown_without_a_hash(shards, tmp_path, capsys):
+    """They have no file, and so nothing that a hash would be of."""
+    model = make_model()
+    model.origin = {"source": "random", "sha256": None}
+    assert main(["weights", "show", str(make_model_run(tmp_path / "run", model, shards))]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["made", "from", "random"]
 
 
 def test_weights_of_each_architecture_are_shown_and_converted(tmp_path, capsys):
