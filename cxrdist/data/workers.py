@@ -59,7 +59,7 @@ class Job(Generic[Item, Made]):
             reason = (
                 f"crashed its decoder (exit code {error.exitcode})"
                 if isinstance(error, ProcessExpired)
-                else f"was not read within {self.seconds:g} s"
+                else f"was not read within {self.seconds:g} s; if this machine was busy, try again"
             )
             return [CxrdistError(f"{self.items[0].file}: {reason}")]
 

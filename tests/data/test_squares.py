@@ -408,7 +408,8 @@ def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypa
     found = [s for part in parts for s in squares.read_part(part_files, part, redo_bad=False)]
     (bad,) = [square for square in found if square.reason]
     assert bad.record.path == "a/a000_9.png"
-    assert ("crashed its decoder" if kills else "was not read within 2 s") in bad.reason
+    slow = "was not read within 2 s; if this machine was busy, try again"
+    assert ("crashed its decoder" if kills else slow) in bad.reason
     assert len(found) == 61
 
 
