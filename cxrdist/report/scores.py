@@ -164,7 +164,7 @@ def _undefined(metrics: Metrics) -> list[str]:
         if values.get("reason")
     ]
     reasons += [
-        f"Mean {label}: it needs the number of {'a label' if several else 'every class'}."
+        f"Mean {label}: it needs the value of {'a label' if several else 'every class'}."
         for measure, label in measures.items()
         if metrics["macro"][measure] is None
     ]

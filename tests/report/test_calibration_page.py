@@ -90,6 +90,22 @@ def test_classes_with_too_few_images_are_named(run: Path, calibrated: dict) -> N
     assert "Too few to say (at least 61 of each are needed): NORMAL: 60 images with it" in words
 
 
+def test_without_a_threshold_or_a_temperature_no_table_of_them_is_begun(
+    run: Path, calibrated: dict
+) -> None:
+    """Too few images of val: sentences in place of an empty table and of temperatures."""
+    calibrated["operating_points"]["classes"] = {}
+    for values in calibrated["calibration"]["classes"].values():
+        values["temperature"] = values["after"] = None
+    calibrated["calibration"]["mean_after"] = None
+    (run / "test" / "metrics.json").write_text(json.dumps(calibrated))
+    words = " ".join(report(ReportConfig(run=run)).read_text(encoding="utf-8").split())
+    assert "No class has a threshold that could be chosen on the validation split (180" in words
+    assert "The model has no temperatures: none could be fitted on the validation split" in words
+    assert "PPV (precision)" not in words
+    assert "A temperature of each class was fitted" not in words
+
+
 def test_metrics_of_an_older_version_have_no_such_section(run: Path) -> None:
     """The page is there without it."""
     page = report(ReportConfig(run=run)).read_text(encoding="utf-8")

@@ -240,7 +240,7 @@ def test_undefined_numbers_are_dashes_with_a_reason(run: Path) -> None:
     )
     assert f"COVID-19 {recall} {DASH} {DASH} {auroc}" in text
     assert "Precision of COVID-19: it needs an image predicted as this" in text
-    assert "Mean Precision: it needs the number of every class" in text
+    assert "Mean Precision: it needs the value of every class" in text
     assert "Recall of" not in text
 
 
