@@ -119,7 +119,7 @@ def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
         if enough < len(scores):
             means, of = metrics.get("macro_enough", means), f"{enough} of {len(scores)} classes"
         values: dict[str, Any] = {**metrics, **means}
-        titles = {figure: f"{title}, mean of {of}" for figure, title in FIGURES.items()}
+        titles: dict[str, str] = {f: f"{title}, mean of {of}" for f, title in FIGURES.items()}
         titles["accuracy"] = "Accuracy"
         seen = seen_words(metrics)
         figures = [
