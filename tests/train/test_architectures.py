@@ -105,7 +105,8 @@ def test_a_network_goes_the_whole_way(shards, tmp_path, monkeypatch, capsys, arc
     capsys.readouterr()
     again = ["--config", str(whole / "recipe.yaml"), "--network.architecture", "densenet169"]
     assert main(["train", *again, *where, *set_of]) == 2
-    assert f"network was {{'architecture': '{architecture}'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"(network.architecture was {architecture}, is densenet169)" in said
 
 
 def test_squares_that_are_too_small_are_refused_before_training(shards, tmp_path):
