@@ -10,8 +10,10 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -149,8 +151,7 @@ def _refuse_misread(image: ImageFile.ImageFile, data: bytes) -> None:
     bits = (precision(data) or (8, False))[0] if image.format == "JPEG2000" else 8
     if bits != 8:
         raise ValueError(f"it has {bits} bits, expected 8, or more in grey; store it as PNG")
-    formats = image.tag_v2.get(SAMPLE_FORMAT, ()) if image.format == "TIFF" else ()  # type: ignore[attr-defined]
-    if SIGNED in formats:
+    if SIGNED in _tiff_tags(image).get(SAMPLE_FORMAT, ()):
         raise ValueError("its values are signed; expected 0 to 255")
 
 
@@ -207,7 +208,7 @@ def _grey(image: Image.Image) -> Image.Image:
 def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
     """Return whether Pillow dropped the lower 8 bits of 16-bit colours."""
     if image.format == "TIFF":
-        return max(image.tag_v2.get(BITS_PER_SAMPLE, (1,))) == 16  # type: ignore[attr-defined]
+        return max(_tiff_tags(image).get(BITS_PER_SAMPLE, (1,))) == 16
     return image.format == "PNG" and data[24] == 16  # its depth in IHDR
 
 
@@ -231,7 +232,7 @@ def _grey_of_deep(
 def _declared_white(image: ImageFile.ImageFile, data: bytes) -> int | None:
     """Return the value that the file declares as white; None if it only declares 16 bits."""
     if image.format == "TIFF":
-        bits = max(image.tag_v2.get(BITS_PER_SAMPLE, (1,)))  # type: ignore[attr-defined]
+        bits = max(_tiff_tags(image).get(BITS_PER_SAMPLE, (1,)))
         return white_of(bits) if bits < 16 else None
     if image.format == "JPEG2000":  # Pillow shifts the samples to the upper bits of 16
         bits = (precision(data) or (16, False))[0]
@@ -251,5 +252,9 @@ def _values(image: Image.Image) -> NDArray[np.uint16]:
 
 def _is_inverted(image: Image.Image) -> bool:
     """Return whether 0 is white; Pillow inverts only 8-bit TIFFs."""
-    is_tiff = image.format == "TIFF"
-    return is_tiff and image.tag_v2.get(PHOTOMETRIC) == WHITE_IS_ZERO  # type: ignore[attr-defined]
+    return bool(_tiff_tags(image).get(PHOTOMETRIC) == WHITE_IS_ZERO)
+
+
+def _tiff_tags(image: Image.Image) -> Mapping[int, Any]:
+    """Return the tags of a TIFF; none of other formats."""
+    return image.tag_v2 if image.format == "TIFF" else {}  # type: ignore[attr-defined]
