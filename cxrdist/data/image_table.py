@@ -7,7 +7,7 @@ in one column per label, with the cells that `cxrdist.data.labels` reads.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,7 +88,7 @@ class _Reader:
             file,
             path,
             labels["label"],
-            patient_in(row.where, cells) or patient_of(path, self.pattern),
+            patient_in(row.where, cells.get("patient", "")) or patient_of(path, self.pattern),
             cells.get("source") or known_source(Path(path).name, self.table.file.stem),
             _split(row.where, cells),
             view_of(cells.get("view", "")) or UNKNOWN,
@@ -269,13 +269,12 @@ def _several_labels(where: str, cell: str) -> str:
     return SEPARATOR.join(known)
 
 
-def patient_in(where: str, cells: Mapping[str, str]) -> str:
+def patient_in(where: str, patient: str) -> str:
     """Return the patient of a row, empty if unknown.
 
     Raises:
         CxrdistError: it stands for a missing value, or is a rounded number.
     """
-    patient = cells.get("patient", "")
     if patient.casefold() in {*MISSING, "none"}:
         raise CxrdistError(
             f"{where}: patient {patient!r} stands for a missing value; leave it empty, so that the "

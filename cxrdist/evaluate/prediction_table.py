@@ -86,8 +86,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
         logit_columns, logits = {}, to_logits(probabilities)
     named = cells.get("patient") or [""] * len(rows)
     patients = [
-        image_table.patient_in(row.where, {"patient": patient})
-        for row, patient in zip(rows, named, strict=True)
+        image_table.patient_in(row.where, patient) for row, patient in zip(rows, named, strict=True)
     ]
     image_table.refuse_two_spellings(file, patients)
     groups, notes = _groups(cells)
