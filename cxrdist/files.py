@@ -171,8 +171,8 @@ def _is_running(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # of another user, or of another system
-        return True
+    except (PermissionError, OverflowError):
+        pass  # it is of another user, or of another system
     return True
 
 

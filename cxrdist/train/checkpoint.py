@@ -160,7 +160,7 @@ def has_checkpoint(directory: Path) -> bool:
 
 
 def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Checkpoint | None:
-    """Read the latest whole checkpoint; None if there is none.
+    """Read the latest undamaged checkpoint; return None without one.
 
     `say` gets a line per damaged one, and another if none is left.
 

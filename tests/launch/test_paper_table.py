@@ -169,9 +169,9 @@ def test_the_time_of_the_14_labels_is_read_from_their_log(tmp_path, shards):
     info = json.loads((run / "run.json").read_text())
     info["shards"]["task"] = "multilabel"
     write_json(run / "run.json", info)
-    about = {"kind": "epoch", "stage": "all", "epoch": 1, "val_loss": 1.0, "val_auroc": 0.5}
+    scores = {"kind": "epoch", "stage": "all", "epoch": 1, "val_loss": 1.0, "val_auroc": 0.5}
     speed = {"kind": "speed", "stage": "all", "epoch": 1, "images_per_second": 1, "seconds": 90.0}
-    (run / "log.jsonl").write_text(f"{json.dumps(about)}\n{json.dumps(speed)}\n")
+    (run / "log.jsonl").write_text(f"{json.dumps(scores)}\n{json.dumps(speed)}\n")
     assert seconds(RunDirectory(run)) == 90
 
 

@@ -619,13 +619,13 @@ def test_the_verdict_names_gaps_and_external_sets() -> None:
     assert len(gap_lines({"groups": {"gaps": [gap] * 7}})) == 6
     assert gap_lines({}) == []
     metrics = {"task": "multiclass", "samples": 40, "accuracy": 0.75, "classes": {}}
-    about = {"name": "rural", "seen": "report", "seen_images": 3, "not_known": None}
-    metrics |= {"accuracy_interval": [0.6, 0.9], "external": about}
+    info = {"name": "rural", "seen": "report", "seen_images": 3, "not_known": None}
+    metrics |= {"accuracy_interval": [0.6, 0.9], "external": info}
     external = {"name": "external set rural", "metrics": metrics, "samples": None}
     (line,) = external_lines([{"metrics": None}, {"metrics": {}}, external])
     said = "External set rural: right on 75.0 % of 40 images{}; 95 % interval 60.0 % to 90.0 %."
     assert line.replace("\u00a0", " ") == said.format(" (the network has seen 3 of them)")
-    about["seen"] = "drop"
+    info["seen"] = "drop"
     (line,) = external_lines([external])
     assert line.replace("\u00a0", " ") == said.format("")
     (line,) = external_lines([{**external, "metrics": {**metrics, "fewest": 50}}])
