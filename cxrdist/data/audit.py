@@ -132,7 +132,7 @@ def audit(
         "baseline": attempt(
             "baseline",
             lambda: measure_baseline(
-                thumbnails or (lambda place: shrink(pixels(place))), targets, groups, classes, task
+                thumbnails or (lambda i: shrink(pixels(i))), targets, groups, classes, task
             ),
         ),
         "masks": attempt("masks", lambda: _masks(entries, *truth)),

@@ -41,18 +41,18 @@ def measure_baseline(
     Raises:
         CxrdistError: there are fewer patients than folds.
     """
-    places = choose_images(groups, MOST_IMAGES)
-    chosen = [groups[place] for place in places]
+    positions = choose_images(groups, MOST_IMAGES)
+    chosen = [groups[i] for i in positions]
     folds = fold_patients(chosen)
-    values = np.stack([thumbnails(int(place)).ravel() for place in places]).astype(np.float32)
-    truth = targets[places]
+    values = np.stack([thumbnails(int(i)).ravel() for i in positions]).astype(np.float32)
+    truth = targets[positions]
     regression = tell_apart(values, truth, chosen, folds, FREEDOM)
     usable = is_scored(regression)
     perceptron = _perceive(values, truth, folds, usable)
     return {
         "size_px": THUMBNAIL_PX,
         "folds": FOLDS,
-        "images": len(places),
+        "images": len(positions),
         "of_images": len(groups),
         "patients": len({*chosen}),
         "largest_class": round(float((truth == 1).mean(axis=0).max(initial=0)), 4),

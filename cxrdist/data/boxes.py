@@ -55,8 +55,8 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
         CxrdistError: the file is missing, or a row is not a valid box.
     """
     table = read_table(file, NEEDED)
-    places = table.find_columns(COLUMNS)
-    missing = [name for name in NEEDED if name not in places]
+    positions = table.find_columns(COLUMNS)
+    missing = [name for name in NEEDED if name not in positions]
     if missing:
         raise CxrdistError(
             f"{file}: has no column {missing[0]!r}, expected {', '.join(NEEDED)}; make one with "
@@ -66,7 +66,7 @@ def read_boxes(file: Path) -> dict[str, tuple[Box, ...]]:
         print(f"{file}: {note}")
     boxes: dict[str, list[Box]] = {}
     for where, cells in table.rows():
-        row = {name: cells[place] for name, place in places.items()}
+        row = {name: cells[position] for name, position in positions.items()}
         boxes.setdefault(row["path"], []).append(box_of(row, where))
     return {path: tuple(group) for path, group in boxes.items()}
 

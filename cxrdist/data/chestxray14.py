@@ -50,12 +50,12 @@ def read_chestxray14(
         raise CxrdistError(
             f"--against-rest {against_rest}: is not a label; expected one of {', '.join(LABELS)}"
         )
-    place = next((folder / name for name in TABLES if (folder / name).is_file()), None)
-    if place is None:
+    csv = next((folder / name for name in TABLES if (folder / name).is_file()), None)
+    if csv is None:
         raise CxrdistError(
             f"--input {folder}: has neither {TABLES[0]} nor {TABLES[1]}; download one of them"
         )
-    table = read_table(place, NEEDED)
+    table = read_table(csv, NEEDED)
     listed = Listed(folder, IMAGE, besides, suffix=".png")
     splits, boxes = _splits(folder), read_boxes(folder, LABELS)
     records = []

@@ -22,15 +22,15 @@ def precision(stream: bytes) -> tuple[int, bool] | None:
 
 def _jpeg_precision(stream: bytes) -> tuple[int, bool] | None:
     """Read the precision from the frame header, skipping the marker segments before it."""
-    place = 2
-    while place + 5 <= len(stream) and stream[place] == 0xFF:
-        marker = stream[place + 1]
+    start = 2
+    while start + 5 <= len(stream) and stream[start] == 0xFF:
+        marker = stream[start + 1]
         if marker in FRAMES:
-            return stream[place + 4], False
+            return stream[start + 4], False
         if marker == 0xFF:  # a fill byte
-            place += 1
+            start += 1
         elif marker in WITHOUT_LENGTH:
-            place += 2
+            start += 2
         else:
-            place += 2 + int.from_bytes(stream[place + 2 : place + 4], "big")
+            start += 2 + int.from_bytes(stream[start + 2 : start + 4], "big")
     return None

@@ -64,7 +64,7 @@ def cut_fold(index: Index, text: str | None) -> Index:
 
     cut = StratifiedGroupKFold(fold.total, shuffle=True, random_state=_SEED)
     folds = list(cut.split(numbers, _strata(index, numbers, fold.total), patients))
-    held_out = {numbers[place] for place in folds[fold.number - 1][1]}
+    held_out = {numbers[i] for i in folds[fold.number - 1][1]}
     if not held_out:
         raise CxrdistError(
             f"--fold: {text} has no images, since few patients have most of them; take fewer folds"

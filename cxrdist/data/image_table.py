@@ -66,14 +66,14 @@ class _Reader:
     """Turns the rows of a table into records."""
 
     table: Table
-    places: dict[str, int]
-    label_places: dict[str, int]
+    positions: dict[str, int]
+    label_positions: dict[str, int]
     pattern: re.Pattern[str] | None
     allow_outside: bool
 
     def record(self, row: Row) -> Record:
         """Return the record of a row; reject an invalid cell and a missing file."""
-        cells = {name: row.cells[place].strip() for name, place in self.places.items()}
+        cells = {name: row.cells[position].strip() for name, position in self.positions.items()}
         for name in ("path", "label"):
             if name in cells and not cells[name]:
                 raise CxrdistError(f"{row.where}: {name} is empty; fill it or drop the row")
@@ -100,8 +100,8 @@ class _Reader:
 
     def _labels(self, row: Row, cells: dict[str, str]) -> dict[str, str]:
         """Return label, uncertain and missing, as `Record` has them."""
-        if self.label_places:
-            return read_cells(row.where, {n: row.cells[i] for n, i in self.label_places.items()})
+        if self.label_positions:
+            return read_cells(row.where, {n: row.cells[i] for n, i in self.label_positions.items()})
         if "label" in cells:
             return {"label": _one_label(row.where, cells["label"])}
         labels = {
@@ -149,16 +149,17 @@ def read_image_table(
     if not file.is_file():
         raise CxrdistError(f"--input {file}: no such file; expected a CSV with path and label")
     table = read_table(file, {name for names in COLUMNS.values() for name in names})
-    places, rows = _find_columns(table), list(table.rows())
-    label_places = {} if {"label", "labels"} & places.keys() else _find_labels(table, places, rows)
-    reader = _Reader(table, places, label_places, pattern, allow_outside)
+    positions, rows = _find_columns(table), list(table.rows())
+    has_label = {"label", "labels"} & positions.keys()
+    label_positions = {} if has_label else _find_labels(table, positions, rows)
+    reader = _Reader(table, positions, label_positions, pattern, allow_outside)
     records = [reader.record(row) for row in rows]
     _refuse_bad_columns(file, rows, records)
     left_out, num_found = _find_unlisted(file, records, besides)
     return Source(
         records,
-        "multiclass" if "label" in places else "multilabel",
-        list(label_places) or _classes(records),
+        "multiclass" if "label" in positions else "multilabel",
+        list(label_positions) or _classes(records),
         file.name,
         (*table.notes, *_notes(reader, rows, records)),
         tuple(sorted(left_out)),
@@ -168,9 +169,9 @@ def read_image_table(
 
 
 def _find_columns(table: Table) -> dict[str, int]:
-    places = table.find_columns(COLUMNS)
-    labels = [name for name in ("label", "labels") if name in places]
-    if "path" not in places:
+    positions = table.find_columns(COLUMNS)
+    labels = [name for name in ("label", "labels") if name in positions]
+    if "path" not in positions:
         raise CxrdistError(
             f"{table.file}: has no column path; expected path and label (or labels), found "
             f"{', '.join(table.columns) or 'no header'}"
@@ -179,7 +180,7 @@ def _find_columns(table: Table) -> dict[str, int]:
         raise CxrdistError(
             f"{table.file}: has the columns label and labels; remove or rename one of them"
         )
-    stray = next((table.columns[places[name]] for name in OPEN if name in places), None)
+    stray = next((table.columns[positions[name]] for name in OPEN if name in positions), None)
     if stray is not None and labels != ["labels"]:
         raise CxrdistError(
             f"{table.file}: the column {stray!r} needs a column labels, for several labels per "
@@ -187,12 +188,12 @@ def _find_columns(table: Table) -> dict[str, int]:
         )
     for name, spellings in LOOK_ALIKES.items():
         like = [column for column in table.columns if plain(column) in spellings]
-        if like and name not in places and (name != "label" or not labels):
+        if like and name not in positions and (name != "label" or not labels):
             raise CxrdistError(
                 f"{table.file}: the column {like[0]!r} may be meant as the {name}; call it {name} "
                 f"if it is, or rename it, such as to other_{like[0]}"
             )
-    return places
+    return positions
 
 
 def _is_file(file: Path) -> bool:
@@ -202,34 +203,34 @@ def _is_file(file: Path) -> bool:
         return False
 
 
-def _find_labels(table: Table, places: dict[str, int], rows: Sequence[Row]) -> dict[str, int]:
+def _find_labels(table: Table, positions: dict[str, int], rows: Sequence[Row]) -> dict[str, int]:
     """Find the columns of labels: those whose cells are all in `CELLS`.
 
     Columns without a name, and those in which most cells are something else, are ignored. A column
     in which a few cells are something else is refused: it may be meant as a label.
     """
     label_columns: dict[str, int] = {}
-    for place, name in enumerate(table.columns):
-        if place in places.values() or not name:
+    for position, name in enumerate(table.columns):
+        if position in positions.values() or not name:
             continue
-        cells = [row.cells[place].strip().casefold() for row in rows]
+        cells = [row.cells[position].strip().casefold() for row in rows]
         stray = next((i for i, cell in enumerate(cells) if cell not in CELLS), None)
         if stray is None:
             if name in label_columns:
                 raise CxrdistError(
                     f"{table.file}: two columns of labels are called {name}; rename or remove one"
                 )
-            label_columns[name] = place
+            label_columns[name] = position
             continue
         filled = [cell for cell in cells if cell]
         num_like = sum(cell in CELLS or cell in MISSING for cell in filled)
         if 2 * num_like > len(filled) and any(cell in CELLS for cell in filled):
             raise CxrdistError(
-                f"{rows[stray].where}: {name} is {rows[stray].cells[place]!r:.40}, but most of its "
-                "column is 1, 0, -1 or U like a label; correct the cell (empty: not known), or "
+                f"{rows[stray].where}: {name} is {rows[stray].cells[position]!r:.40}, but most of "
+                "its column is 1, 0, -1 or U like a label; correct the cell (empty: not known), or "
                 "remove the column"
             )
-    if not any(row.cells[place].strip() for row in rows for place in label_columns.values()):
+    if not any(row.cells[position].strip() for row in rows for position in label_columns.values()):
         raise CxrdistError(
             f"{table.file}: has no column label; expected path and label (or labels), or a column "
             "of 1, 0, -1, U or empty cells per label, found "
@@ -320,25 +321,25 @@ def refuse_two_spellings(file: Path, patients: Iterable[str]) -> None:
 
 def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> Iterator[str]:
     """Yield notes on the columns of labels, ignored columns and invalid cells, a line each."""
-    places, labels = reader.places, reader.label_places
+    positions, labels = reader.positions, reader.label_positions
 
-    def cells(place: int) -> list[str]:
-        return [row.cells[place].strip() for row in rows]
+    def cells(position: int) -> list[str]:
+        return [row.cells[position].strip() for row in rows]
 
     if labels:
         yield f"columns of labels: {', '.join(labels)}"
-    if empty := [name for name, place in labels.items() if not any(cells(place))]:
+    if empty := [name for name, position in labels.items() if not any(cells(position))]:
         yield f"columns of labels without a filled cell: {', '.join(empty)}"
-    used = {*places.values(), *labels.values()}
+    used = {*positions.values(), *labels.values()}
     if ignored := [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in used]:
         yield f"ignored columns: {', '.join(ignored)}"
     for name, expected in (("sex", "M or F"), ("age", "0 to 120 years")):
-        if name in places:
-            pairs = zip(cells(places[name]), records, strict=True)
+        if name in positions:
+            pairs = zip(cells(positions[name]), records, strict=True)
             lost = sum(cell != "" and getattr(record, name) in ("", None) for cell, record in pairs)
             if lost:
                 yield f"{name} is not {expected} in {lost} rows; it is left empty"
-    views = cells(places["view"]) if "view" in places else []
+    views = cells(positions["view"]) if "view" in positions else []
     if strange := [view for view in views if view_of(view) is None]:
         yield (
             f"view is not known in {len(strange)} rows, such as {strange[0]!r:.40}; it is left "

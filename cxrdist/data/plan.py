@@ -66,8 +66,8 @@ class Plan:
         exactly once, with its sample, whichever rank took it.
         """
         first = np.uint64(rows.start)
-        places = first + np.arange(rows.stop - rows.start, dtype=np.uint64) + np.uint64(1)
-        mixed = places * np.uint64(0x9E3779B97F4A7C15) + self.samples[rows].astype(np.uint64)
+        positions = first + np.arange(rows.stop - rows.start, dtype=np.uint64) + np.uint64(1)
+        mixed = positions * np.uint64(0x9E3779B97F4A7C15) + self.samples[rows].astype(np.uint64)
         # The finaliser of SplitMix64 (Steele et al. 2014, figure 17).
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -52,8 +52,8 @@ class Lut(NamedTuple):
 
     def __call__(self, values: Table) -> Table:
         """Look up values; those below the first input get the first entry, those above the last."""
-        place = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
-        return self.entries[place.astype(np.int64)].astype(np.float64)
+        position = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
+        return self.entries[position.astype(np.int64)].astype(np.float64)
 
 
 def present(

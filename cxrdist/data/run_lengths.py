@@ -170,20 +170,20 @@ def _next_row(content: BinaryIO, where: str) -> bytes:
 def _columns(file: Path, header: bytes) -> _Columns:
     """Find the columns, in any order; a first column without a name is the index of pandas."""
     names = [plain(name) for name in _cells(header, f"{file} row 1")]
-    place: Mapping[str, int] = {name: i for i, name in enumerate(names)}
-    keys = [name for name in NAMES if name in place]
-    missing = [name for name in (*LUNGS, *SIZE) if name not in place]
-    if missing or len(keys) != 1 or len(place) < len(names):
+    positions: Mapping[str, int] = {name: i for i, name in enumerate(names)}
+    keys = [name for name in NAMES if name in positions]
+    missing = [name for name in (*LUNGS, *SIZE) if name not in positions]
+    if missing or len(keys) != 1 or len(positions) < len(names):
         raise CxrdistError(
             f"{file}: expected a table of run lengths with one column that names the image (Image "
             "Index, Path, dicom_id, ImageID or image_id), Left Lung, Right Lung, Height and Width, "
             f"each once; found {', '.join(names)[:200] or 'no header'}"
         )
     return _Columns(
-        place[keys[0]],
-        tuple(place[name] for name in LUNGS),
-        tuple(place[name] for name in SIZE),
-        tuple(place[name] for name in QUALITY if name in place),
+        positions[keys[0]],
+        tuple(positions[name] for name in LUNGS),
+        tuple(positions[name] for name in SIZE),
+        tuple(positions[name] for name in QUALITY if name in positions),
         len(names),
     )
 

@@ -15,7 +15,7 @@ from cxrdist.intervals import of_auroc, of_mean, of_share
 FOLDS = 5
 Target = NDArray[np.int8]
 Scores = NDArray[np.float64]  # [N, classes], higher speaks for the class; NaN where not known
-Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # places of the images: training, test
+Fold = tuple[NDArray[np.int64], NDArray[np.int64]]  # numbers of images: training, test
 
 
 def measure_shortcut(

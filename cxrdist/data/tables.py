@@ -91,9 +91,9 @@ class Table:
 
         Arguments and errors are those of `find_columns`, and the errors of `rows`.
         """
-        places = self.find_columns(names, needed)
+        positions = self.find_columns(names, needed)
         for where, row in self.rows():
-            yield where, {name: row[place].strip() for name, place in places.items()}
+            yield where, {name: row[position].strip() for name, position in positions.items()}
 
     def find_columns(
         self, names: Mapping[str, Collection[str]] | Collection[str], needed: Collection[str] = ()
@@ -108,7 +108,7 @@ class Table:
             CxrdistError: a name has two columns, or a needed one has none.
         """
         of_name = names if isinstance(names, Mapping) else {name: (name,) for name in names}
-        places: dict[str, int] = {}
+        positions: dict[str, int] = {}
         for name, spellings in of_name.items():
             known = {plain(spelling) for spelling in spellings}
             columns = [i for i, column in enumerate(self.columns) if plain(column) in known]
@@ -118,10 +118,10 @@ class Table:
                     f"{self.file}: the columns {both} are both the {name}; remove or rename one"
                 )
             if columns:
-                places[name] = columns[0]
-        if lacking := [name for name in needed if name not in places]:
+                positions[name] = columns[0]
+        if lacking := [name for name in needed if name not in positions]:
             raise CxrdistError(f"{self.file}: has no column {lacking[0]!r}; fetch the table again")
-        return places
+        return positions
 
 
 def read_table(file: Path, expected: Collection[str]) -> Table:

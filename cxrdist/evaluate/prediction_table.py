@@ -62,7 +62,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
         CxrdistError: the table or a row is malformed, or it has too many rows or classes.
     """
     table = read_table(file, {name for names in COLUMNS.values() for name in names})
-    places, classes = _find_columns(table), _find_classes(table, "prob_")
+    positions, classes = _find_columns(table), _find_classes(table, "prob_")
     if not 0 < len(classes) <= MOST_CLASSES:
         raise CxrdistError(
             f"{file}: has {len(classes)} columns prob_CLASS, expected 1 to {MOST_CLASSES}; found "
@@ -75,7 +75,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
             raise CxrdistError(f"{file}: has more than {MOST_IMAGES} rows, expected fewer")
     if not rows:
         raise CxrdistError(f"{file}: has no rows below the header; give at least one image")
-    cells = {name: [row.cells[i].strip() for row in rows] for name, i in places.items()}
+    cells = {name: [row.cells[i].strip() for row in rows] for name, i in positions.items()}
     keys = _keys(rows, cells["key"])
     task, texts = _labels(rows, cells, list(classes))
     probabilities = _numbers(rows, "prob_", classes, Between(0, 1))
@@ -90,7 +90,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
     ]
     image_table.refuse_two_spellings(file, patients)
     groups, notes = _groups(cells)
-    taken = {*places.values(), *classes.values(), *logit_columns.values()}
+    taken = {*positions.values(), *classes.values(), *logit_columns.values()}
     unused = [name or "(no name)" for i, name in enumerate(table.columns) if i not in taken]
     scored = Scored(
         task,
@@ -125,11 +125,11 @@ def _find_columns(table: Table) -> dict[str, int]:
     Raises:
         CxrdistError: key or label is missing, a column is doubled, or a name is ambiguous.
     """
-    places = table.find_columns(COLUMNS)
-    if "path" in places:  # as `cxrdist predict` calls it
-        places.setdefault("key", places.pop("path"))
-    has_label = [name for name in ("label", "labels") if name in places]
-    for name, present in (("key", "key" in places), ("label", bool(has_label))):
+    positions = table.find_columns(COLUMNS)
+    if "path" in positions:  # as `cxrdist predict` calls it
+        positions.setdefault("key", positions.pop("path"))
+    has_label = [name for name in ("label", "labels") if name in positions]
+    for name, present in (("key", "key" in positions), ("label", bool(has_label))):
         if not present:
             raise CxrdistError(
                 f"{table.file}: has no column {name}; expected key, label and prob_CLASS for each "
@@ -140,12 +140,12 @@ def _find_columns(table: Table) -> dict[str, int]:
     for name in ("patient", "split"):
         spellings = image_table.LOOK_ALIKES[name]
         like = next((column for column in table.columns if plain(column) in spellings), None)
-        if like and name not in places:
+        if like and name not in positions:
             raise CxrdistError(
                 f"{table.file}: the column {like!r} may be the {name}; rename it to {name} if it "
                 f"is, or else to another name such as other_{like}"
             )
-    return places
+    return positions
 
 
 def _find_classes(table: Table, prefix: str) -> dict[str, int]:
@@ -233,17 +233,17 @@ def _names(cell: str, classes: Sequence[str]) -> list[str]:
 
 
 def _numbers(
-    rows: Sequence[Row], prefix: str, places: Mapping[str, int], bounds: Between
+    rows: Sequence[Row], prefix: str, positions: Mapping[str, int], bounds: Between
 ) -> NDArray[np.float64]:
     """Read one number per class, float64 [N, classes]; a decimal comma is read as a point.
 
     Raises:
         CxrdistError: a number is invalid or out of bounds.
     """
-    values = np.empty((len(rows), len(places)))
+    values = np.empty((len(rows), len(positions)))
     for i, row in enumerate(rows):
-        for column, (name, place) in enumerate(places.items()):
-            text = row.cells[place].strip()
+        for column, (name, position) in enumerate(positions.items()):
+            text = row.cells[position].strip()
             try:
                 values[i, column] = float(text.replace(",", "."))
             except ValueError:

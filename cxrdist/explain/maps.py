@@ -91,15 +91,15 @@ def decode(key: str, data: bytes) -> Map:
         return Map(key, arrays["classes"].tolist(), relevance, arrays["ledger"])
 
 
-def write_maps(place: Path, encoded: Sequence[tuple[str, bytes]]) -> None:
-    """Write the maps of a unit: one npz each into a folder, or a shard (``place`` ends in .tar)."""
-    if place.suffix != ".tar":
+def write_maps(path: Path, encoded: Sequence[tuple[str, bytes]]) -> None:
+    """Write the maps of a unit: one npz each into a folder, or a shard (``path`` ends in .tar)."""
+    if path.suffix != ".tar":
         for key, data in encoded:
-            with atomic_file(place / f"{key}.npz") as partial:
+            with atomic_file(path / f"{key}.npz") as partial:
                 partial.write_bytes(data)
         return
     with (
-        atomic_file(place) as partial,
+        atomic_file(path) as partial,
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for key, data in encoded:
@@ -107,7 +107,7 @@ def write_maps(place: Path, encoded: Sequence[tuple[str, bytes]]) -> None:
 
 
 def read_ledgers(
-    place: Path, keys: Sequence[str], num_maps: int
+    path: Path, keys: Sequence[str], num_maps: int
 ) -> list[NDArray[np.float64]] | None:
     """Read the ledgers of a unit, [K, 4] each; None if any of its maps is missing or damaged.
 
@@ -119,7 +119,7 @@ def read_ledgers(
         with zipfile.ZipFile(npz) as file:
             return _array(file, "ledger", (num_maps, 4), np.float64)
 
-    return read_unit(place, keys, read)
+    return read_unit(path, keys, read)
 
 
 def read_map(npz: IO[bytes], key: str, names: list[str], size_px: int) -> Map:
@@ -143,7 +143,7 @@ def read_map(npz: IO[bytes], key: str, names: list[str], size_px: int) -> Map:
 
 
 def read_unit(
-    place: Path, keys: Sequence[str], read: Callable[[str, IO[bytes]], T]
+    path: Path, keys: Sequence[str], read: Callable[[str, IO[bytes]], T]
 ) -> list[T] | None:
     """Read each map of a unit (`write_maps`) with a function that takes its key and its npz.
 
@@ -154,10 +154,10 @@ def read_unit(
         CxrdistError: the name of a map is that of a link or another special file.
     """
     try:
-        if place.suffix != ".tar":
-            return [_read_file(place / f"{key}.npz", key, read) for key in keys]
+        if path.suffix != ".tar":
+            return [_read_file(path / f"{key}.npz", key, read) for key in keys]
         with (
-            open_regular(place, os.O_RDONLY) as file,
+            open_regular(path, os.O_RDONLY) as file,
             tarfile.open(fileobj=file, mode="r:") as tar,
         ):
             members = [(key, tar.extractfile(f"{key}.npz")) for key in keys]
