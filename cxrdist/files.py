@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -341,6 +342,18 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+@contextmanager
+def open_table(path: Path) -> Iterator["csv.DictReader[str]"]:
+    """Open a CSV file of an untrusted directory to read; errors in its content name the line."""
+    with TextIOWrapper(open_regular(path, os.O_RDONLY), encoding="utf-8", newline="") as text:
+        table = csv.DictReader(text, strict=True)
+        try:
+            yield table
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            reason = f"misses {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"line {table.reader.line_num}: {reason:.200}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -4,11 +4,8 @@ Every figure of an evaluation is computed from these alone, so it can be recompu
 predictions.csv, and computed for the predictions of any other program.
 """
 
-import csv
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +13,7 @@ from numpy.typing import NDArray
 
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, POSITIVE, UNCERTAIN, label_matrix
-from cxrdist.files import judging, open_regular
+from cxrdist.files import judging, open_table
 from cxrdist.model.prediction import decide
 
 MEND = "run `cxrdist evaluate` again"
@@ -92,35 +89,23 @@ def read_scored(path: Path, task: str) -> Scored:
     Raises:
         CxrdistError: it is not what `cxrdist evaluate` writes.
     """
-    with (
-        judging(path, MEND),
-        TextIOWrapper(open_regular(path, os.O_RDONLY), encoding="utf-8", newline="") as text,
-    ):
-        table = csv.DictReader(text, strict=True)
-        try:
-            return _scored(table, task)
-        except (KeyError, TypeError, ValueError, csv.Error) as error:
-            reason = f"misses {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"line {table.line_num}: {reason:.200}") from error
-
-
-def _scored(table: "csv.DictReader[str]", task: str) -> Scored:
-    columns = list(table.fieldnames or [])
-    classes = [name.removeprefix("logit_") for name in columns if name.startswith("logit_")]
-    rows = list(table)
-    names = ("key", "patient", *STATED, *GROUP_COLUMNS)
-    texts = {name: [row[name] for row in rows] for name in names if name in columns}
-    logits = np.array([[float(row[f"logit_{name}"]) for name in classes] for row in rows])
-    if not np.isfinite(logits).all():
-        raise ValueError("a logit is not a finite number")
-    stated = {POSITIVE: texts["label"]}
-    stated |= {code: texts[name] for name, code in STATED.items() if name in texts}
-    return Scored(
-        task,
-        classes,
-        texts["key"],
-        texts["patient"],
-        label_matrix(stated, classes),
-        logits.reshape(-1, len(classes)),
-        {name: texts[name] for name in GROUP_COLUMNS if name in texts},
-    )
+    with judging(path, MEND), open_table(path) as table:
+        columns = list(table.fieldnames or [])
+        classes = [name.removeprefix("logit_") for name in columns if name.startswith("logit_")]
+        rows = list(table)
+        names = ("key", "patient", *STATED, *GROUP_COLUMNS)
+        texts = {name: [row[name] for row in rows] for name in names if name in columns}
+        logits = np.array([[float(row[f"logit_{name}"]) for name in classes] for row in rows])
+        if not np.isfinite(logits).all():
+            raise ValueError("a logit is not a finite number")
+        stated = {POSITIVE: texts["label"]}
+        stated |= {code: texts[name] for name, code in STATED.items() if name in texts}
+        return Scored(
+            task,
+            classes,
+            texts["key"],
+            texts["patient"],
+            label_matrix(stated, classes),
+            logits.reshape(-1, len(classes)),
+            {name: texts[name] for name in GROUP_COLUMNS if name in texts},
+        )

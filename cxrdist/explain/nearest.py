@@ -3,10 +3,7 @@
 It shows which images are similar for the network, and copies of an image in different splits.
 """
 
-import csv
-import os
 from collections.abc import Sequence
-from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +17,7 @@ from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index
 from cxrdist.distributed import gather
 from cxrdist.evaluate.predictions import LoadedRun, rank_batches
-from cxrdist.files import judging, open_regular, write_table
+from cxrdist.files import judging, open_table, write_table
 from cxrdist.info import read_info
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
@@ -158,17 +155,10 @@ def read_nearest(path: Path) -> dict[str, Nearest]:
     """
     if not path.is_file():
         return {}
-    with (
-        judging(path, "run `cxrdist explain` again"),
-        TextIOWrapper(open_regular(path, os.O_RDONLY), encoding="utf-8", newline="") as text,
-    ):
-        rows = csv.reader(text, strict=True)
-        try:
-            if tuple(next(rows, ())) != COLUMNS:
-                raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
-            return {row.key: row for row in map(_read_row, rows)}
-        except (ValueError, csv.Error) as error:
-            raise ValueError(f"line {rows.line_num}: {error}") from error
+    with judging(path, "run `cxrdist explain` again"), open_table(path) as table:
+        if tuple(table.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
+        return {row.key: row for row in map(_read_row, table.reader)}
 
 
 def _read_row(row: list[str]) -> Nearest:

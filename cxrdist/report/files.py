@@ -2,11 +2,9 @@
 
 import csv
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, cast
 
@@ -19,7 +17,7 @@ from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.description import RelevanceInfo, read_description
-from cxrdist.files import open_regular, read_document, read_log, read_recipe
+from cxrdist.files import open_table, read_document, read_log, read_recipe
 from cxrdist.info import RunInfo, WeightsInfo
 from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import predicted_classes
@@ -110,7 +108,7 @@ def reading(path: Path, command: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise failure_of(error, path) or error from error
-    except (ValueError, TypeError, LookupError, AttributeError, csv.Error) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         problem = f"misses {error}" if isinstance(error, KeyError) else str(error)
         problem = " ".join(problem.split())[:300]
         raise CxrdistError(
@@ -283,7 +281,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction] | None:
     """
     if not path.is_file():
         return None
-    with _table(path, "evaluate") as table:
+    with reading(path, "evaluate"), open_table(path) as table:
         columns = table.fieldnames or []
         classes = [name.removeprefix("prob_") for name in columns if name.startswith("prob_")]
         if not classes:
@@ -350,7 +348,7 @@ def read_relevance(
     if not path.is_file():
         return None
     by_key: dict[str, list[Explanation]] = {}
-    with _table(path, "explain") as table:
+    with reading(path, "explain"), open_table(path) as table:
         for row in _rows(table):
             logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
             shares = [row[name] for name in ("bias_share", "epsilon_share")]
@@ -392,24 +390,6 @@ def read_tests(run: RunDirectory, split: str) -> RelevanceInfo | None:
             "run `cxrdist explain` again"
         )
     return info
-
-
-@contextmanager
-def _table(path: Path, command: str) -> Iterator["csv.DictReader[str]"]:
-    """Open a CSV file of the run; errors while reading it name the line.
-
-    Raises:
-        CxrdistError: the file is not what the command writes.
-    """
-    with (
-        reading(path, command),
-        TextIOWrapper(open_regular(path, os.O_RDONLY), encoding="utf-8", newline="") as text,
-    ):
-        table = csv.DictReader(text, strict=True)
-        try:
-            yield table
-        except ValueError as error:
-            raise ValueError(f"line {table.line_num}: {error}") from error
 
 
 def _rows(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
