@@ -365,27 +365,11 @@ def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device)
 
     They are returned as uint8 [B, 1, size, size].
     """
-    return _to_device(torch.from_numpy(images[numbers]).unsqueeze(1), device)
-
-
-def read_mask_rows(
-    masks: Masks, numbers: NDArray[np.int64], size_px: int, device: torch.device
-) -> Tensor:
-    """Copy masks, as `open_masks` returns them, to the device as `read_rows` does.
-
-    They are returned as uint8 [B, 1, size, size] of 0 and 255.
-    """
-    bits = unpack_masks(masks[numbers], size_px)
-    return _to_device(torch.from_numpy(bits * np.uint8(255)).unsqueeze(1), device)
+    rows = torch.from_numpy(images[numbers]).unsqueeze(1)
+    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
 
 def unpack_masks(rows: Masks, size_px: int) -> NDArray[np.uint8]:
     """Unpack some rows of `open_masks` to uint8 [B, size, size] of 0 and 1."""
     bits = np.unpackbits(rows, axis=1, count=size_px * size_px)
     return bits.reshape(-1, size_px, size_px)
-
-
-def _to_device(rows: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return rows.pin_memory().to(device, non_blocking=True)
-    return rows

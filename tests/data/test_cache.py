@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from support import make_shards, run_ranks
 
 from cxrdist.data import cache
-from cxrdist.data.cache import open_cache, open_masks, read_mask_rows, read_rows
+from cxrdist.data.cache import open_cache, open_masks, read_rows, unpack_masks
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError
 
@@ -60,12 +60,12 @@ def test_the_cache_of_masks_has_the_pixels_of_the_shards(masked, tmp_path, capsy
     before = images.stat().st_mtime_ns
     masks = open_masks(index, tmp_path, Accelerator(cpu=True))
     assert masks.shape == (24, -(-30 * 30 // 8))
-    rows = read_mask_rows(masks, np.arange(24), 30, CPU)
-    assert rows.shape == (24, 1, 30, 30)
-    for sample, row in zip(index.samples, rows.numpy(), strict=True):
+    rows = unpack_masks(masks, 30) * np.uint8(255)
+    assert rows.shape == (24, 30, 30)
+    for sample, row in zip(index.samples, rows, strict=True):
         digest = hashlib.sha256(row.tobytes()).hexdigest()
         assert digest == sample.mask_sha256 or not (sample.mask_sha256 or row.any())
-    assert sum(row.any() for row in rows.numpy()) == 16
+    assert sum(row.any() for row in rows) == 16
     assert images.stat().st_mtime_ns == before
     assert capsys.readouterr().out == ""
     assert sorted(file.name.split(".", 1)[1] for file in tmp_path.iterdir()) == [
