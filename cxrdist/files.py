@@ -4,6 +4,7 @@ import csv
 import ctypes
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -342,6 +343,12 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(rows)
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 of a file, hexadecimal."""
+    with open(file, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 @contextmanager

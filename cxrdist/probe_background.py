@@ -38,10 +38,9 @@ from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.fields import hyphened
-from cxrdist.files import atomic_directory, locked, read_document, sweep, write_json
+from cxrdist.files import atomic_directory, locked, read_document, sha256_of, sweep, write_json
 from cxrdist.info import Amount, Count
 from cxrdist.intervals import Intervals
-from cxrdist.model.download import sha256_of
 from cxrdist.model.networks import block_names
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import table

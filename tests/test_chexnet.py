@@ -14,9 +14,8 @@ from test_multilabel import write_bands
 from torch import nn
 
 from cxrdist.cli import main
-from cxrdist.files import read_log
+from cxrdist.files import read_log, sha256_of
 from cxrdist.model.densenet import load_model
-from cxrdist.model.download import sha256_of
 from cxrdist.model.layout import ONE_CHANNEL
 from cxrdist.model.weights import read_weights
 

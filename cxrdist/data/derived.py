@@ -21,7 +21,7 @@ from cxrdist.data.index import (
     shard_name,
 )
 from cxrdist.data.shards import SampleFile, describe_shard, open_shard, write_shard
-from cxrdist.files import write_json, write_table
+from cxrdist.files import sha256_of, write_json, write_table
 from cxrdist.terminal import progress
 
 
@@ -111,7 +111,7 @@ def _write_index(
         "image_size_px": size_px,
         "fit": index.fit,
         "split": index.split,
-        "samples_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
+        "samples_sha256": sha256_of(table),
         "splits": describe_splits(index.classes, samples, entries),
         "cover": index.cover,
         "depth": index.depth,

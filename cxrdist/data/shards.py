@@ -25,7 +25,7 @@ from cxrdist.data.labels import NOT_STATED
 from cxrdist.data.pictures import MOST_PIXELS
 from cxrdist.documents import Between, Real, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
-from cxrdist.files import atomic_file, judging
+from cxrdist.files import atomic_file, judging, sha256_of
 
 MOST_JSON_BYTES = 1 << 20  # of a KEY.json, which names a path and labels
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and the header's length (ISO 15948, 5.2)
@@ -119,9 +119,7 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
 
 def describe_shard(path: Path, num_samples: int) -> ShardEntry:
     """Return the index entry of a shard that was written."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardEntry(path.name, num_samples, path.stat().st_size, digest)
+    return ShardEntry(path.name, num_samples, path.stat().st_size, sha256_of(path))
 
 
 class OpenShard:

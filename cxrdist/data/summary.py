@@ -1,6 +1,5 @@
 """Summary: the description of packed shards in index.json, in audit.json and on the screen."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from cxrdist.data.splits import describe_split, split_notes
 from cxrdist.data.squares import Square
 from cxrdist.data.views import LEFT_OUT, NAMES
 from cxrdist.errors import RunFailedError
-from cxrdist.files import write_json
+from cxrdist.files import sha256_of, write_json
 from cxrdist.info import LabelAmount
 from cxrdist.terminal import few, table
 
@@ -101,7 +100,7 @@ def index_file(shards: Assembled, samples: Path, layout: Layout) -> IndexFile:
         "fit": layout.fit,
         "split": describe_split(source, layout.split),
         "seed": layout.seed,
-        "samples_sha256": hashlib.sha256(samples.read_bytes()).hexdigest(),
+        "samples_sha256": sha256_of(samples),
         "splits": describe_splits(source.classes, shards.samples, shards.entries),
         "depth": next((square.depth for square in squares if square.depth), None),
     }

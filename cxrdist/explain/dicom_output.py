@@ -12,8 +12,7 @@ from cxrdist.data.images import is_dicom
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.explain.pictures import Explained, Probability
-from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for
-from cxrdist.model.download import sha256_of
+from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for, sha256_of
 from cxrdist.model.prediction import Predictions
 from cxrdist.run import RunDirectory
 

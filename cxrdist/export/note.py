@@ -11,9 +11,9 @@ from torch import Tensor
 from cxrdist.data.index import Classes, Depth, Fit, SidePx, Task
 from cxrdist.documents import Real, Sha256, Text
 from cxrdist.export.parity import Parity, Squares, measure_parity
+from cxrdist.files import sha256_of
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.description import Cover, Normalisation
-from cxrdist.model.download import sha256_of
 from cxrdist.model.ensemble import Ensemble
 from cxrdist.run import RunDirectory, environment
 

@@ -19,7 +19,7 @@ from urllib.parse import urldefrag, urlparse
 import torch
 
 from cxrdist.errors import CxrdistError
-from cxrdist.files import open_regular, read_bytes, room_for
+from cxrdist.files import open_regular, read_bytes, room_for, sha256_of
 from cxrdist.model.tensorfile import container_of
 from cxrdist.terminal import progress
 
@@ -112,12 +112,6 @@ def place_of(url: str) -> Path:
         name = f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:8]}.{name}"
     name = os.fsdecode(os.fsencode(name)[-_MOST_NAME_BYTES:])
     return Path(torch.hub.get_dir()) / "checkpoints" / name
-
-
-def sha256_of(file: Path) -> str:
-    """Return the sha256 of a file, hexadecimal."""
-    with open(file, "rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 def _accepted(file: Path, expected: str | None, what: str) -> str:

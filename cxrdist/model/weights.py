@@ -4,10 +4,11 @@ from pathlib import Path
 
 from cxrdist.config import Architecture
 from cxrdist.errors import CxrdistError
+from cxrdist.files import sha256_of
 from cxrdist.info import WeightsInfo, read_info
 from cxrdist.model.densenet import Classifier, load_model
 from cxrdist.model.description import Normalisation
-from cxrdist.model.download import download, sha256_of
+from cxrdist.model.download import download
 from cxrdist.model.layout import InitialWeights, check_fit, head_names, recognise
 from cxrdist.model.networks import IMAGENET_URLS
 from cxrdist.model.tensorfile import read_tensor_file

@@ -1,6 +1,5 @@
 """The report of any program's predictions: the sections of one split, without a run."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.operating_points import YOUDEN, read_rule
 from cxrdist.evaluate.prediction_table import PredictionTable, read_prediction_table
 from cxrdist.evaluate.scored import STATED, Scored
-from cxrdist.files import atomic_directory, write_json, write_table, write_text
+from cxrdist.files import atomic_directory, sha256_of, write_json, write_table, write_text
 from cxrdist.model.description import Calibration
 from cxrdist.report.page import template
 from cxrdist.report.splits import split_view
@@ -44,7 +43,7 @@ def report_predictions(file: Path, out: Path) -> Path:
     table = read_prediction_table(file)
     is_test = np.array([split == "test" for split in table.splits] or [True] * len(table.scored))
     scored, probabilities = table.scored.take(is_test), table.probabilities[is_test]
-    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    sha256 = sha256_of(file)
     metrics = measure(scored, Settings(calibration=_calibrate(table, sha256)))
     values = _values(file, sha256, table, scored, probabilities)
     with atomic_directory(out) as folder:
