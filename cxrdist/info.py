@@ -1,5 +1,6 @@
 """run.json: the inputs, environment and progress of a run."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from cxrdist.documents import Between, Real, Sha256
@@ -59,6 +60,13 @@ class WeightsInfo(TypedDict):
     trained_on: NotRequired[dict[str, str | None] | None]
     normalisation: NotRequired[dict[str, list[float]]]
     started_from: NotRequired["WeightsInfo | None"]
+
+
+def origins(weights: WeightsInfo | None) -> Iterator[WeightsInfo]:
+    """Yield weights, those that they were made from, and so on to the first ones."""
+    while weights:
+        yield weights
+        weights = weights.get("started_from")
 
 
 class GroupInfo(TypedDict):

@@ -28,7 +28,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.metrics import ExternalInfo
 from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_prints, write_seen
 from cxrdist.files import read_document, write_table
-from cxrdist.info import RunInfo, WeightsInfo, read_info
+from cxrdist.info import RunInfo, WeightsInfo, origins, read_info
 from cxrdist.run import RunDirectory, external_subset
 
 IN_NO_SPLIT = ""  # the split of a sample that is not used
@@ -384,13 +384,10 @@ def started_from_chexnet(weights: WeightsInfo) -> bool:
     Such a network is recognised by the labels of its outputs. Runs of cxrdist are skipped, because
     their training images are in their own seen.npz.
     """
-    link: WeightsInfo | None = weights
-    while link:
-        labels = link.get("labels") or []
-        if not link.get("trained_on") and {*LABELS} <= {*labels}:
-            return True
-        link = link.get("started_from")
-    return False
+    return any(
+        not link.get("trained_on") and {*LABELS} <= {*(link.get("labels") or [])}
+        for link in origins(weights)
+    )
 
 
 def is_of_chestxray14(sample: Sample) -> bool:

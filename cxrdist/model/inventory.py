@@ -8,6 +8,7 @@ from safetensors.torch import save
 from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file, refuse_unwritable
+from cxrdist.info import origins
 from cxrdist.model.description import WeightsNote
 from cxrdist.model.layout import InitialWeights, check_fit, shape_of
 from cxrdist.model.tensorfile import METADATA
@@ -81,9 +82,7 @@ def _rows(weights: InitialWeights) -> list[list[str]]:
         ["outputs", str(outputs) if outputs else "none: the file has no head"],
         ["labels", ", ".join(weights.labels) if weights.labels else "not known"],
     ]
-    before = weights.record.get("started_from")
-    while before:
+    for before in origins(weights.record.get("started_from")):
         digits = before.get("sha256")  # random weights have none
         rows.append(["made from", before["source"] + (f" (sha256 {digits})" if digits else "")])
-        before = before.get("started_from")
     return rows

@@ -18,7 +18,7 @@ from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.description import RelevanceInfo, read_description
 from cxrdist.files import open_table, read_document, read_log, read_recipe
-from cxrdist.info import RunInfo, WeightsInfo
+from cxrdist.info import RunInfo, origins
 from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import predicted_classes
 from cxrdist.report.values import COUNTS, MEASURES
@@ -124,12 +124,7 @@ def weights_chain(info: RunInfo) -> list[dict[str, object]]:
         For each: source, sha256, layout, labels, tensors, trained_on; None where unknown.
     """
     names = ("source", "sha256", "layout", "labels", "tensors", "trained_on")
-    chain = []
-    link: WeightsInfo | None = info["weights"]
-    while link:
-        chain.append({name: link.get(name) for name in names})
-        link = link.get("started_from")
-    return chain[::-1]
+    return [{name: link.get(name) for name in names} for link in origins(info["weights"])][::-1]
 
 
 class Recipe(NamedTuple):
