@@ -14,6 +14,7 @@ from cxrdist.info import WeightsInfo
 from cxrdist.model.description import Normalisation
 from cxrdist.model.networks import build_network, output_layer
 from cxrdist.model.tensorfile import TensorFile
+from cxrdist.terminal import few
 
 # torchxrayvision scales grey values to (2x - 1) * 1024 and feeds one channel.
 ONE_CHANNEL = Normalisation(mean=(0.5,), std=(1 / 2048,))
@@ -262,7 +263,7 @@ def check_fit(weights: InitialWeights, shape: Network, where: str) -> None:
     expected = f"expected those of a {shape.title}{_other(given, shape)}"
     for problem, names in (("the file lacks", missing), ("the network does not have", extra)):
         if names:
-            raise CxrdistError(f"{where}: {problem} {_few(names)}; {expected}")
+            raise CxrdistError(f"{where}: {problem} {few(sorted(names), 3)}; {expected}")
     if wrong:
         name = wrong[0]
         raise CxrdistError(
@@ -289,8 +290,3 @@ def _other(tensors: dict[str, Tensor], shape: Network) -> str:
     return (
         f", but these are of a {actual.title}; give other weights or another network.architecture"
     )
-
-
-def _few(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(sorted(names)[:3]) + more
