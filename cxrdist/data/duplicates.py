@@ -139,29 +139,28 @@ def find_candidates(
 def find_candidates_between(
     one: tuple[NDArray[np.uint8], NDArray[np.uint8]],
     other: tuple[NDArray[np.uint8], NDArray[np.uint8]],
-    most_bits: int,
 ) -> dict[tuple[int, int], int]:
     """Find pairs across two sets that may be copies, as `find_candidates` does in one set.
 
     Each set has hashes of whole images and of their insides, uint8 [N, 32] and [M, 32]. The hashes
-    of a pair differ in at most ``most_bits``.
+    of a pair differ in at most `MOST_BITS`.
     """
     candidates: dict[tuple[int, int], int] = {}
     for queries, indexed in ((one[0], other[0]), (one[1], other[0]), (one[0], other[1])):
         index = faiss.IndexBinaryFlat(8 * indexed.shape[1])
         index.add(indexed)
-        for query, number, bits in _within(index, queries, most_bits):
+        for query, number, bits in _within(index, queries):
             candidates[query, number] = min(bits, candidates.get((query, number), bits))
     return candidates
 
 
 def _within(
-    index: faiss.IndexBinaryFlat, queries: NDArray[np.uint8], most_bits: int = MOST_BITS
+    index: faiss.IndexBinaryFlat, queries: NDArray[np.uint8]
 ) -> Iterator[tuple[int, int, int]]:
     """Yield for each match the number of the query, that of the image, and the differing bits."""
     for start in range(0, len(queries), QUERIES):
         # faiss takes the radius as exclusive.
-        limits, bits, others = index.range_search(queries[start : start + QUERIES], most_bits + 1)
+        limits, bits, others = index.range_search(queries[start : start + QUERIES], MOST_BITS + 1)
         counts = np.asarray(limits[1:] - limits[:-1], np.int64)
         numbers = np.repeat(np.arange(start, start + len(counts)), counts)
         yield from zip(numbers.tolist(), others.tolist(), bits.astype(int).tolist(), strict=True)

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.data.cache import Images
-from cxrdist.data.duplicates import FLAT, MOST_BITS, compare, find_candidates_between, views
+from cxrdist.data.duplicates import FLAT, compare, find_candidates_between, views
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import KEY, MOST_SAMPLES, Sample
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT
@@ -220,7 +220,6 @@ def _find_copies(images: Prints, seen: Prints, known: set[int]) -> dict[int, Mat
     candidates = find_candidates_between(
         (images.phash[rows], images.inner_phash[rows]),
         (seen.phash[originals], seen.inner_phash[originals]),
-        MOST_BITS,
     )
     views_of = lru_cache(KEPT_IMAGES)(lambda row: views(images.thumbnails[row], BLUR_PX))
     seen_views = lru_cache(KEPT_IMAGES)(lambda original: views(seen.thumbnails[original], BLUR_PX))

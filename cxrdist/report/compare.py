@@ -213,7 +213,7 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         comparison=comparison,
         overall=overall,
         headline=_headline(comparison),
-        chart=pictures.differences_chart("differences", drawn) if drawn else None,
+        chart=pictures.differences_chart(drawn) if drawn else None,
         names=FIGURES,
         columns=COLUMNS,
         rows=rows[:MOST_IN_PAGE],

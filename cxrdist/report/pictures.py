@@ -265,7 +265,7 @@ def forest_chart(
     return _chart(name, "Figures of each group with their intervals", draw, size)
 
 
-def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]) -> Markup:
+def differences_chart(rows: Sequence[tuple[str, float, float, float]]) -> Markup:
     """Draw a row per name, difference, lower limit and upper limit, and a line at 0."""
     rows_from_top = np.arange(len(rows))[::-1]
     values, lows, highs = (np.array([row[i] for row in rows]) for i in (1, 2, 3))
@@ -280,7 +280,7 @@ def differences_chart(name: str, rows: Sequence[tuple[str, float, float, float]]
         axes.set_xlabel("difference, B \u2212 A")
 
     size = (4.6, 0.7 + 0.28 * len(rows))
-    return _chart(name, "Differences with their intervals", draw, size)
+    return _chart("differences", "Differences with their intervals", draw, size)
 
 
 def _scale_epochs(axes: Axes, epochs: Sequence[int]) -> None:
