@@ -4,6 +4,7 @@ Every figure of an evaluation is computed from these alone, so it can be recompu
 predictions.csv, and computed for the predictions of any other program.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +93,14 @@ def read_scored(path: Path, task: str) -> Scored:
     with judging(path, MEND), open_table(path) as table:
         columns = list(table.fieldnames or [])
         classes = [name.removeprefix("logit_") for name in columns if name.startswith("logit_")]
-        rows = list(table)
+        rows, logits = [], []
+        for row in table:  # one by one, so that an error names its line
+            rows.append(row)
+            logits.append([float(row[f"logit_{name}"]) for name in classes])
+            if not all(map(math.isfinite, logits[-1])):
+                raise ValueError("a logit is not a finite number")
         names = ("key", "patient", *STATED, *GROUP_COLUMNS)
         texts = {name: [row[name] for row in rows] for name in names if name in columns}
-        logits = np.array([[float(row[f"logit_{name}"]) for name in classes] for row in rows])
-        if not np.isfinite(logits).all():
-            raise ValueError("a logit is not a finite number")
         stated = {POSITIVE: texts["label"]}
         stated |= {code: texts[name] for name, code in STATED.items() if name in texts}
         return Scored(
@@ -106,6 +109,6 @@ def read_scored(path: Path, task: str) -> Scored:
             texts["key"],
             texts["patient"],
             label_matrix(stated, classes),
-            logits.reshape(-1, len(classes)),
+            np.array(logits).reshape(-1, len(classes)),
             {name: texts[name] for name in GROUP_COLUMNS if name in texts},
         )
