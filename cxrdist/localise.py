@@ -1,6 +1,5 @@
 """Localise: score where a network looks against boxes and masks drawn by people."""
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,7 +40,7 @@ from cxrdist.explain.localisation import (
     score_map,
     summarise,
 )
-from cxrdist.explain.pictures import save_picture
+from cxrdist.explain.pictures import replace_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
 from cxrdist.files import write_json
@@ -52,7 +51,6 @@ from cxrdist.terminal import progress, table
 EMPTY = "that cover nothing"
 PICTURED = 4  # number of the best cases that get pictures, and of the worst
 DIGITS = 7  # decimals of shares; float32 has no more
-_MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\d+\.(xray|lrp|contrast)\.png")
 Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each
 NAMES: Mapping[Method, str] = {
     "lrp": "LRP, the class",
@@ -296,12 +294,8 @@ def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
     drawn = [_draw(work, case, "best") for case in ranked[:PICTURED]]
     drawn += [_draw(work, case, "worst") for case in worst]
     pictures = {name: picture for _, files in drawn for name, picture in files.items()}
-    directory = work.loaded.run.localisation_pictures(work.loaded.subset)
-    for path in directory.glob("*.png"):
-        if _MADE.fullmatch(path.name) and path.name not in pictures:
-            path.unlink()
-    for name, picture in pictures.items():
-        save_picture(directory / name, picture)
+    run, subset = work.loaded.run, work.loaded.subset
+    replace_pictures(run.localisation(subset), run.localisation_pictures(subset), pictures)
     return [entry for entry, _ in drawn]
 
 

@@ -33,7 +33,7 @@ from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay
 from cxrdist.explain.outside import share_within
-from cxrdist.explain.pictures import save_picture
+from cxrdist.explain.pictures import replace_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.text_file import (
     CONDITIONS,
@@ -366,6 +366,7 @@ def _write_pictures(
     before, after = map(to_probabilities, logits)
     with_text = np.array([number in boxes for number in numbers.tolist()])
     drawn: list[TextPicture] = []
+    pictures: dict[str, Image.Image] = {}
     for kind, row, target in _choose_pictures(positive, with_text, logits[0].argmax(1)):
         number = int(numbers[row])
         pixels, shown = np.asarray(loaded.images[number]), boxes.get(number, ())
@@ -376,11 +377,9 @@ def _write_pictures(
         relevance = explainer.attribute(images, [target]).relevance[0, 0].float().cpu().numpy()
         share, area = share_inside(relevance, shown)
         sample = index.samples[number]
-        pictures = {"xray": Image.fromarray(pixels), "map": overlay(pixels, relevance)}
-        names = {what: f"{sample.key}.{kind}.{what}.png" for what in pictures}
-        directory = loaded.run.text_pictures(loaded.subset)
-        for what, picture in pictures.items():
-            save_picture(directory / names[what], _outlined(picture, shown))
+        xray, heatmap = (f"{sample.key}.{kind}.{what}.png" for what in ("xray", "map"))
+        pictures[xray] = _outlined(Image.fromarray(pixels), shown)
+        pictures[heatmap] = _outlined(overlay(pixels, relevance), shown)
         drawn.append(
             {
                 "kind": kind,
@@ -392,10 +391,12 @@ def _write_pictures(
                 "relevance_inside": float(f"{relevance[inside(shown, *pixels.shape)].sum():.6g}"),
                 "before": _rounded(before[row]),
                 "after": _rounded(after[row]),
-                "xray": names["xray"],
-                "map": names["map"],
+                "xray": xray,
+                "map": heatmap,
             }
         )
+    run, subset = loaded.run, loaded.subset
+    replace_pictures(run.text(subset), run.text_pictures(subset), pictures)
     return drawn
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from cxrdist.files import atomic_file
 
 LONGEST_NAME = 80
 """Most bytes of a class name in a file name; file systems allow 255 in total."""
+_MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.\w+\.\w+\.png")  # a key ends in digits of a hash
 
 
 class Probability(NamedTuple):
@@ -106,3 +107,17 @@ def save_picture(path: Path, picture: Image.Image) -> None:
     """Write a picture as PNG."""
     with atomic_file(path) as partial:
         picture.save(partial, "PNG")
+
+
+def replace_pictures(document: Path, directory: Path, pictures: Mapping[str, Image.Image]) -> None:
+    """Write the pictures of a document by file name, and remove those of an earlier one.
+
+    The earlier document is removed first, and the caller writes the new one last, so that a killed
+    command leaves no document beside the pictures of another. Files with other names stay.
+    """
+    document.unlink(missing_ok=True)
+    for path in directory.glob("*.png"):
+        if _MADE.fullmatch(path.name) and path.name not in pictures:
+            path.unlink()
+    for name, picture in pictures.items():
+        save_picture(directory / name, picture)
