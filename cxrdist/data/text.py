@@ -61,14 +61,15 @@ def find_text(config: FindTextConfig) -> None:
     Raises:
         CxrdistError: the source or the options cannot be used, or RapidOCR is not installed.
     """
+    work = config.out.with_name(f".{config.out.name}.partial")
     if config.out.exists():
+        remove(work)  # a command killed at its end has left it
         raise CxrdistError(f"--out {config.out}: already exists; remove it or choose another name")
     require_extra()
     source = SourceConfig(
         config.source, config.input, allow_outside=config.allow_outside, views="all"
     )
     records = read_source(source, least_classes=1).records
-    work = config.out.with_name(f".{config.out.name}.partial")
     boxes: dict[str, list[Box]] = {}
     unreadable: list[str] = []
     with progress(len(records), "looking for text", "images") as bar:

@@ -147,8 +147,24 @@ def test_a_killed_search_goes_on(images, tmp_path, monkeypatch):
     )
     find_text(FindTextConfig("folder", images, out, workers=1))
     assert read_boxes(out)["a/x.jpg"][0].text == "was there"
+
+
+def test_a_search_killed_at_its_end_leaves_nothing_hidden(images, tmp_path, monkeypatch):
+    """Its table is complete: the same command keeps it, and removes the saved parts beside it."""
+    config = FindTextConfig("folder", images, tmp_path / "boxes.csv", workers=1)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "remove", stop)
+        with pytest.raises(KeyboardInterrupt):
+            find_text(config)
+    found = config.out.read_bytes()
     with pytest.raises(CxrdistError, match="already exists"):
-        find_text(FindTextConfig("folder", images, out, workers=1))
+        find_text(config)
+    assert config.out.read_bytes() == found
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["boxes.csv", "in"]
 
 
 def dies(part: text.Part, work: Path) -> None:
