@@ -43,7 +43,7 @@ from cxrdist.explain.localisation import (
 from cxrdist.explain.pictures import replace_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
-from cxrdist.files import write_json
+from cxrdist.files import refuse_unwritable, write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
@@ -91,6 +91,8 @@ def localise(config: LocaliseConfig) -> None:
         raise CxrdistError("localise: --boxes and --masks exclude each other; give one of them")
     loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = loaded.accelerator
+    file = together(accelerator, lambda: loaded.run.localisation(loaded.subset))
+    together(accelerator, lambda: refuse_unwritable(file))
     model = together(accelerator, lambda: one_network(loaded.model))
     explainer = together(accelerator, lambda: Explainer(model))
     outlines = _read_outlines(config, loaded)
@@ -102,7 +104,6 @@ def localise(config: LocaliseConfig) -> None:
     val = _score_cases(work, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
     scored = _score_cases(work, cases[ALL])
     if accelerator.is_main_process:
-        file = loaded.run.localisation(loaded.subset)
         scores = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
         write_json(file, scores)
         print(summary(scores))

@@ -48,7 +48,7 @@ from cxrdist.explain.text_file import (
     TextPicture,
     TextRelevance,
 )
-from cxrdist.files import write_json
+from cxrdist.files import refuse_unwritable, write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
@@ -106,6 +106,8 @@ def probe_text(config: ProbeTextConfig) -> None:
     _refuse_bad_options(config)
     loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
     accelerator = loaded.accelerator
+    file = together(accelerator, lambda: loaded.run.text(loaded.subset))
+    together(accelerator, lambda: refuse_unwritable(file))
     model = together(accelerator, lambda: one_network(loaded.model))
     explainer = together(accelerator, lambda: Explainer(model))
     together(accelerator, lambda: _refuse_covered(loaded.index, config.split))
@@ -125,7 +127,6 @@ def probe_text(config: ProbeTextConfig) -> None:
         config, loaded, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )
     if accelerator.is_main_process:
-        file = loaded.run.text(loaded.subset)
         content: TextFile = {
             "format": "cxrdist-text-1",
             "split": config.split,

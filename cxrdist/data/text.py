@@ -21,7 +21,7 @@ from cxrdist.data.sources import read_source
 from cxrdist.data.squares import file_state
 from cxrdist.data.workers import image_workers, in_order
 from cxrdist.errors import CxrdistError, RunFailedError, require_modules
-from cxrdist.files import read_json, remove, write_json
+from cxrdist.files import read_json, refuse_unwritable, remove, write_json
 from cxrdist.terminal import progress
 
 # Chosen on 120 images of COVID-19 patients and ChestX-ray14 with 119 marks: no single size finds
@@ -65,6 +65,7 @@ def find_text(config: FindTextConfig) -> None:
     if config.out.exists():
         remove(work)  # a command killed at its end has left it
         raise CxrdistError(f"--out {config.out}: already exists; remove it or choose another name")
+    refuse_unwritable(config.out)
     require_extra()
     source = SourceConfig(
         config.source, config.input, allow_outside=config.allow_outside, views="all"

@@ -167,6 +167,13 @@ def test_a_search_killed_at_its_end_leaves_nothing_hidden(images, tmp_path, monk
     assert sorted(file.name for file in tmp_path.iterdir()) == ["boxes.csv", "in"]
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_search(images, tmp_path):
+    """Nothing is read for a table below a file: there is no source, and it is not missed."""
+    out = images / "a" / "x.jpg" / "boxes.csv"
+    with pytest.raises(CxrdistError, match=r"x\.jpg is not a directory; name another"):
+        find_text(FindTextConfig("folder", tmp_path / "none", out, workers=1))
+
+
 def dies(part: text.Part, work: Path) -> None:
     """Kill the process that was to search a part."""
     os.kill(os.getpid(), signal.SIGKILL)

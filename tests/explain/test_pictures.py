@@ -2,13 +2,16 @@
 
 import json
 import shutil
+import subprocess
 
 import pytest
+from support import small_disk
 
 from cxrdist.cli import main
 from cxrdist.data.boxes import Box, write_boxes
 from cxrdist.data.index import read_index
 from cxrdist.explain import pictures
+from cxrdist.explain.relevance import Explainer
 
 COMMANDS = {"localise": "localisation", "probe-text": "text"}
 NAMES = {"localise": ("xray", "lrp", "contrast"), "probe-text": ("xray", "map")}
@@ -61,3 +64,21 @@ def test_a_document_is_never_beside_pictures_of_another_command(
     shown = json.loads(document.read_text())["pictures"]
     names = {picture[what] for picture in shown for what in NAMES[command]}
     assert {file.name for file in directory.iterdir()} == names | {"notes.png"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_read_only_run_is_refused_before_any_image_is_explained(
+    small_run, probed, monkeypatch, capsys, command
+):
+    """One line with the disk's name, as other commands say it; the results are as before."""
+    explained = []
+    monkeypatch.setattr(Explainer, "attribute", lambda *_: explained.append(1))
+    with small_disk(probed / "disk", "5m"):
+        shutil.copytree(probed / "run", probed / "disk" / "run")
+        subprocess.run(["mount", "-o", "remount,ro", probed / "disk"], check=True)
+        (probed / "run").rename(probed / "before")
+        (probed / "run").symlink_to(probed / "disk" / "run")
+        assert run_on(small_run, probed, command) == 1
+    assert not explained
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(f"{probed / 'run' / 'test'} is read-only; name another place")
