@@ -34,7 +34,7 @@ from cxrdist.documents import Between, Distinct, Sha256, Share, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.compare import Difference, compare_scored
 from cxrdist.evaluate.measure import Settings
-from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.metrics import Metrics, headline_means
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.fields import hyphened
@@ -114,7 +114,7 @@ class VariantScore(TypedDict):
     """The scores of a network on one kind of images."""
 
     auroc: Share | None
-    """The mean over the classes."""
+    """The mean over the classes with enough images."""
     auroc_interval: Limits | None
     difference: Difference
     """Difference from the AUROC of the unchanged images."""
@@ -363,6 +363,7 @@ def _score(config: ProbeBackgroundConfig, variant: Variant, metrics: Metrics) ->
         for name in ("images", variant)
     )
     compared = compare_scored(images, here, Settings(metrics["fewest"]))
+    means = headline_means(metrics)
     classes: dict[str, ClassScore] = {
         name: {
             "auroc": scores["auroc"],
@@ -375,8 +376,8 @@ def _score(config: ProbeBackgroundConfig, variant: Variant, metrics: Metrics) ->
         for name, scores in metrics["classes"].items()
     }
     return {
-        "auroc": metrics["macro"]["auroc"],
-        "auroc_interval": metrics["macro"]["auroc_interval"],
+        "auroc": means["auroc"],
+        "auroc_interval": means["auroc_interval"],
         "difference": compared["macro"]["auroc"],
         "accuracy": metrics.get("accuracy"),
         "accuracy_interval": metrics.get("accuracy_interval"),
@@ -422,9 +423,10 @@ def _says(found: BackgroundFile) -> list[str]:
     few = [name for name, scores in classes.items() if scores["too_few"]]
     says = [] if len(few) == len(classes) else _says_of_scores(found)
     if few:
+        left_out = "" if len(few) == len(classes) else ", and left out of the means"
         says.append(
             f"Fewer than {found['fewest']} test images with or without {', '.join(few)}: too few "
-            "to say."
+            f"to say{left_out}."
         )
     if found["region"]["kind"] == "masks":
         says.append(OUTLINE)

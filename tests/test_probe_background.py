@@ -296,6 +296,8 @@ def test_labels_that_are_not_known_count_in_no_score(tmp_path, monkeypatch):
         assert scores["positives"] == (test[:, column] == 1).sum()
         assert scores["too_few"]
     assert found["variants"]["images"]["accuracy"] is None
+    means = found["variants"]["no_lungs"]
+    assert (means["auroc"], means["difference"]["difference"]) == (None, None)
     assert (test < 0).any()
     assert found["says"] == [
         "Fewer than 10 test images with or without Opacity, Rare: too few to say."

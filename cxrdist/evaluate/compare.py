@@ -77,6 +77,7 @@ class Statistics(TypedDict):
     mcnemar: NotRequired[McNemar]
     """The test for the accuracy."""
     macro: dict[str, Difference]
+    """Means over the classes with enough images."""
     macro_labels: dict[str, Count]
     """Number of classes in each mean."""
     classes: dict[str, ClassComparison]
@@ -109,13 +110,16 @@ class Both(NamedTuple):
     patients: Mapping[str, NDArray[np.int64]]
     """Number of patients behind each figure, by name, [classes]."""
 
-    def classes_of_mean(self, name: str, task: str) -> NDArray[np.int64]:
-        """Return the columns of the classes in the mean of a figure, as in `cxrdist evaluate`.
+    def classes_of_mean(self, name: str, enough: NDArray[np.bool_], task: str) -> NDArray[np.int64]:
+        """Return the columns of the classes in the mean of a figure, as in `headline_means`.
 
-        With several labels those for which both models have the figure, else all classes.
+        These are the classes with enough images for which both models have the figure; but if all
+        of several classes have enough images, the mean is undefined unless all have the figure.
         """
+        if task == "multiclass" and enough.all():
+            return np.arange(len(enough))
         a, b = (figures[name][0] for figures in self.observed)
-        return np.flatnonzero(np.isfinite(a + b)) if task == "multilabel" else np.arange(len(a))
+        return np.flatnonzero(enough & np.isfinite(a + b))
 
     def difference(self, name: str, columns: NDArray[np.int64]) -> Difference:
         """Compare the mean of one figure over some classes."""
@@ -164,7 +168,12 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
         drawn=(_figures(a, draws), _figures(b, draws)),
         patients=_patients(a, b, draws),
     )
-    means = {name: both.classes_of_mean(name, a.task) for name in FIGURES}
+    classes = {
+        name: _compare_class((a, b), column, both, draws, settings.fewest)
+        for column, name in enumerate(a.classes)
+    }
+    enough = np.array([not of_class["too_few"] for of_class in classes.values()])
+    means = {name: both.classes_of_mean(name, enough, a.task) for name in FIGURES}
     statistics: Statistics = {
         "task": "multilabel" if a.task == "multilabel" else "multiclass",
         "samples": len(a),
@@ -172,10 +181,7 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
         "fewest": settings.fewest,
         "macro": {name: both.difference(name, columns) for name, columns in means.items()},
         "macro_labels": {name: len(columns) for name, columns in means.items()},
-        "classes": {
-            name: _compare_class((a, b), column, both, draws, settings.fewest)
-            for column, name in enumerate(a.classes)
-        },
+        "classes": classes,
     }
     if a.task == "multiclass":
         statistics["accuracy"] = both.difference("accuracy", np.array([0]))

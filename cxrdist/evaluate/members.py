@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args
 import numpy as np
 
 from cxrdist.documents import Between, Real, Text
-from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.metrics import Metrics, headline_means
 from cxrdist.files import read_document
 from cxrdist.model.description import MOST_MEMBERS, Member
 from cxrdist.run import RunDirectory
@@ -78,7 +78,7 @@ Key = tuple[Figure, str | None]
 def _figures(file: Path) -> dict[Key, float | None]:
     """Read the figures of a metrics.json, by name and class."""
     metrics = read_document(file, Metrics, "run `cxrdist evaluate` again")
-    tables: dict[str | None, Any] = {None: {**metrics, **metrics["macro"]}}
+    tables: dict[str | None, Any] = {None: {**metrics, **headline_means(metrics)}}
     tables.update(metrics["classes"])
     return {
         (figure, of): values[figure]

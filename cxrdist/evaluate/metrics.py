@@ -326,7 +326,7 @@ def headline(metrics: Metrics) -> str:
 
 def _label_headline(metrics: Metrics) -> str:
     classes, samples, few = metrics["classes"], metrics["samples"], few_of(metrics)
-    mean = metrics.get("macro_enough", metrics["macro"])
+    mean = headline_means(metrics)
     labels = sum(
         scores["auroc"] is not None for scores in classes.values() if not scores.get("too_few")
     )
@@ -344,8 +344,16 @@ def _label_headline(metrics: Metrics) -> str:
     )
 
 
-def few_of(metrics: Metrics) -> dict[str, str]:
-    """Return the classes with too few images, each with its number, such as "7 positives"."""
+def headline_means(metrics: Metrics) -> Scores:
+    """Return the means over the classes with enough images."""
+    return metrics.get("macro_enough", metrics["macro"])
+
+
+def few_of(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Return the classes with too few images, each with its number, such as "7 positives".
+
+    The metrics are of one run, or compare two.
+    """
     reasons = {name: scores.get("too_few") for name, scores in metrics["classes"].items()}
     return {name: reason for name, reason in reasons.items() if reason}
 

@@ -16,7 +16,7 @@ from cxrdist.evaluate.compare import Comparison, Difference, aligned, compare_sc
 from cxrdist.evaluate.flips import CHANGES, Flip, flips
 from cxrdist.evaluate.measure import Settings
 from cxrdist.evaluate.members import FIGURES
-from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.metrics import Metrics, few_of
 from cxrdist.evaluate.scored import Scored, read_scored
 from cxrdist.files import (
     atomic_directory,
@@ -55,7 +55,7 @@ def compare(config: CompareConfig) -> Path:
         raise CxrdistError(f"--out {config.out}: already exists; remove it or give another name")
     subset = external_subset(config.name) if config.name else config.split
     runs = RunDirectory(config.run_a), RunDirectory(config.run_b)
-    a, b = (_read(run, subset) for run in runs)
+    (a, fewest_a), (b, fewest_b) = (_read(run, subset) for run in runs)
     b = aligned(a, b, (str(config.run_a), str(config.run_b)))
     flipped = flips(a, b)
     counted = Counter(flip.change for flip in flipped)
@@ -63,7 +63,7 @@ def compare(config: CompareConfig) -> Path:
         "format": "cxrdist-comparison-1",
         "runs": {"a": str(config.run_a), "b": str(config.run_b)},
         "place": subset,
-        **compare_scored(a, b, Settings()),
+        **compare_scored(a, b, Settings(max(fewest_a, fewest_b))),
         "flipped": {change: counted[change] for change in CHANGES},
         "recipe": changed_fields(*runs),
     }
@@ -77,8 +77,8 @@ def compare(config: CompareConfig) -> Path:
     return config.out
 
 
-def _read(run: RunDirectory, subset: str) -> Scored:
-    """Read the predictions of a run.
+def _read(run: RunDirectory, subset: str) -> tuple[Scored, int]:
+    """Read the predictions of a run, and how many images of a class it calls enough.
 
     Raises:
         CxrdistError: it was not evaluated there.
@@ -89,7 +89,8 @@ def _read(run: RunDirectory, subset: str) -> Scored:
             f"evaluate --run {run.root} --shards SHARDS {options_of(subset)}`"
         )
     metrics = read_document(run.metrics(subset), Metrics, "run `cxrdist evaluate` again")
-    return read_scored(run.predictions(subset), metrics["task"])
+    scored = read_scored(run.predictions(subset), metrics["task"])
+    return scored, metrics.get("fewest", Settings().fewest)
 
 
 def changed_fields(a: RunDirectory, b: RunDirectory) -> list[str] | None:
@@ -169,6 +170,9 @@ def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
             f"McNemar's exact test p {p_value(mcnemar['p_value'])}"
         )
     lines.append("both tests treat images as independent, even those of one patient")
+    if few := few_of(comparison):
+        left_out = ", ".join(f"{name} ({reason})" for name, reason in few.items())
+        lines.append(f"the means leave out classes with too few images: {left_out}")
     lines += _flip_lines(comparison, rows)
     lines += _recipe_lines(comparison["recipe"])
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
@@ -213,6 +217,7 @@ def _page(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         comparison=comparison,
         overall=overall,
         headline=_headline(comparison),
+        few=few_of(comparison),
         chart=pictures.differences_chart(drawn) if drawn else None,
         names=FIGURES,
         columns=COLUMNS,
@@ -227,6 +232,8 @@ def _headline(comparison: Comparison) -> View:
     figure = comparison["accuracy"] if name == "accuracy" else comparison["macro"]["auroc"]
     limits = figure["interval"]
     verdict = "unknown, because the figure is undefined for one of the runs"
+    if name == "auroc" and len(few_of(comparison)) == len(comparison["classes"]):
+        verdict = "unknown, because there are too few images of each label"
     if limits and limits[0] <= 0 <= limits[1]:
         verdict = "no difference can be shown with these images"
     elif limits:

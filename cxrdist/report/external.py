@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cxrdist.evaluate.metrics import ExternalInfo, Metrics
+from cxrdist.evaluate.metrics import ExternalInfo, Metrics, headline_means
 from cxrdist.report.scores import known_images
 from cxrdist.report.values import DASH, count, interval, number
 from cxrdist.report.view import SplitView, View
@@ -53,7 +53,7 @@ def _row(evaluated: _Evaluated, columns: Mapping[str, str]) -> View:
     """Write the row of a set: images, patients, seen images, and means over its classes."""
     metrics, external = evaluated.metrics, evaluated.external
     intervals = metrics.get("intervals")
-    means = metrics.get("macro_enough") or metrics["macro"]
+    means = headline_means(metrics)
     num_classes = sum(not scores.get("too_few") for scores in metrics["classes"].values())
     scores = [
         _with_interval(means, name) if num_classes else ("too few to say", "")

@@ -9,7 +9,15 @@ from markupsafe import Markup
 
 from cxrdist.bootstrap import Limits
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.metrics import INTERVALS, Metrics, ScoreName, Scores, correct_of, few_of
+from cxrdist.evaluate.metrics import (
+    INTERVALS,
+    Metrics,
+    ScoreName,
+    Scores,
+    correct_of,
+    few_of,
+    headline_means,
+)
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
 from cxrdist.report.files import Prediction
@@ -73,7 +81,7 @@ def _accuracy_tile(metrics: Metrics) -> tuple[str, str, str]:
 def _mean_tile(metrics: Metrics, measure: ScoreName, label: str) -> tuple[str, str, str]:
     """Return the tile of the mean of a score over the classes with enough images."""
     several, few = metrics["task"] == "multilabel", few_of(metrics)
-    mean, classes = metrics.get("macro_enough", metrics["macro"]), metrics["classes"]
+    mean, classes = headline_means(metrics), metrics["classes"]
     number_of = sum(v[measure] is not None for name, v in classes.items() if name not in few)
     all_of_them = f"{len(classes)} {'labels' if several else 'classes'}"
     over = f"mean of {number_of} of {all_of_them}" if several or few else f"mean of {all_of_them}"

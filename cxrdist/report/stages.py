@@ -5,6 +5,7 @@ import math
 import numpy as np
 from markupsafe import Markup
 
+from cxrdist.evaluate.metrics import headline_means
 from cxrdist.info import RunInfo
 from cxrdist.report import pictures
 from cxrdist.report.files import Epoch, Recipe, read_epochs, read_metrics
@@ -56,7 +57,7 @@ def _own_score(run: RunDirectory, stage: str | None, split: str, task: str) -> f
     metrics = read_metrics((run.stage(stage) if stage else run).metrics(split), task)
     if metrics is None:
         return None
-    return metrics["accuracy"] if task == "multiclass" else metrics["macro"]["auroc"]
+    return metrics["accuracy"] if task == "multiclass" else headline_means(metrics)["auroc"]
 
 
 def _charts(name: str, rows: list[Epoch], best: int | None, task: str) -> list[Markup]:

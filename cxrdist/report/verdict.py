@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from cxrdist.data.audit_file import Shortcut
-from cxrdist.evaluate.metrics import Metrics, few_of
+from cxrdist.evaluate.metrics import Metrics, few_of, headline_means
 from cxrdist.report.audit import AuditView
 from cxrdist.report.files import Prediction
 from cxrdist.report.groups import MEASURES
@@ -48,7 +48,7 @@ def _accuracy(metrics: Metrics) -> Verdict:
 def _mean_auroc(metrics: Metrics) -> Verdict:
     """Return the mean over the labels with enough images, and the labels with too few."""
     few, classes = few_of(metrics), metrics["classes"]
-    mean = metrics.get("macro_enough", metrics["macro"])
+    mean = headline_means(metrics)
     limits = mean.get("auroc_interval")
     enough = [name for name in classes if name not in few]
     return {

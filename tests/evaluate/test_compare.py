@@ -10,7 +10,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.compare import aligned, compare_scored
 from cxrdist.evaluate.delong import compare_aurocs, covariance
 from cxrdist.evaluate.flips import flips
-from cxrdist.evaluate.measure import Settings
+from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.scored import Scored
 
 CLASSES = ["a", "b", "c"]
@@ -108,6 +108,22 @@ def test_few_positives_are_too_few_to_say():
         found = compare_scored(*pair, SETTINGS)
         assert found["classes"]["a"]["too_few"] == too_few
         assert found["classes"]["c"]["figures"]["auroc"]["difference"] is None
+
+
+@pytest.mark.parametrize("task", ["multiclass", "multilabel"])
+def test_a_mean_leaves_out_classes_with_too_few_images(task):
+    """Of three classes one has nine images; the means are of the other two, as in evaluate."""
+    pair = make_pair(images=1)
+    targets = np.zeros_like(pair[0].targets)
+    targets[:9, 0] = targets[9:30, 1] = targets[30:, 2] = 1
+    pair = [Scored(task, *(*vars(s).values(),)[1:4], targets, s.logits, {}) for s in pair]
+    found = compare_scored(*pair, SETTINGS)
+    assert found["classes"]["a"]["figures"]["auroc"]["a"] is not None
+    for which, scored in zip("ab", pair, strict=True):
+        aurocs = [reference.roc_auc_score(targets[:, i], scored.logits[:, i]) for i in (1, 2)]
+        assert found["macro"]["auroc"][which] == pytest.approx(np.mean(aurocs), abs=1e-6)
+        assert measure(scored, SETTINGS)["macro_enough"]["auroc"] == found["macro"]["auroc"][which]
+    assert found["macro_labels"]["auroc"] == 2
 
 
 def test_labels_that_no_image_has_give_no_warning(recwarn):

@@ -9,7 +9,7 @@ import yaml
 
 from cxrdist.cli import main
 from cxrdist.evaluate.compare import Comparison
-from cxrdist.files import read_document, write_json, write_table
+from cxrdist.files import read_document, read_json, write_json, write_table
 from cxrdist.run import RunDirectory
 
 CLASSES = ["a", "<b>"]
@@ -137,3 +137,17 @@ def test_recipes_are_compared_field_by_field(tmp_path, capsys):
         "+ stages.all.lr.head: 0.1",
     ]
     assert "decided differently: 0" in capsys.readouterr().out
+
+
+def test_too_few_images_are_those_of_the_runs(pair, tmp_path, capsys):
+    """One was evaluated with --fewest 31, more than the 30 of each class: no mean, and why."""
+    runs = [run for run, _ in pair]
+    metrics = read_json(runs[1] / "test" / "metrics.json")
+    write_json(runs[1] / "test" / "metrics.json", {**metrics, "fewest": 31})
+    assert main(["compare", *map(str, runs), "--out", str(tmp_path / "out")]) == 0
+    found = read_document(tmp_path / "out" / "comparison.json", Comparison)
+    assert (found["fewest"], found["macro"]["auroc"]["a"]) == (31, None)
+    said = "he means leave out classes with too few images: "
+    assert f"{said}a (30 negatives), <b> (30 negatives)" in capsys.readouterr().out
+    page = " ".join((tmp_path / "out" / "page.html").read_text().split())
+    assert f"{said}a (30 negatives), &lt;b&gt; (30 negatives)</caption>" in page
