@@ -126,12 +126,13 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
         SystemExit: help was requested, and is printed.
     """
     command, rest = _command(arguments)
-    if {"-h", "--help"} & {*rest}:
+    flags = rest[: rest.index("--")] if "--" in rest else rest
+    if {"-h", "--help"} & {*flags}:
         from cxrdist.help import help_of
 
         print(help_of(command), end="")
         raise SystemExit(0)
-    recipe, why = _default_recipe(rest) if command.name == "train" else (None, "")
+    recipe, why = _default_recipe(flags) if command.name == "train" else (None, "")
     if recipe is None:
         return command, parse(command, rest), ""
     config = parse(command, ["--config", recipe, *rest])

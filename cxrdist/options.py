@@ -78,6 +78,9 @@ def _read_arguments(command: Command, arguments: Sequence[str]) -> dict[tuple[st
     values: dict[tuple[str, ...], Any] = {}
     while words:
         word = _utf8(words.popleft())
+        if word == "--":  # no word after it is a flag, so that a file may be called -x.png
+            loose += map(_utf8, words)
+            break
         if not word.startswith("-"):
             loose.append(word)
             continue

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import cxrdist.config
-from cxrdist.cli import COMMANDS, main, parse
+from cxrdist.cli import COMMANDS, main, parse, read_arguments
 from cxrdist.config import Background
 from cxrdist.documents import Between, Inside
 from cxrdist.errors import CxrdistError, choices
@@ -228,6 +228,15 @@ def test_a_recipe_may_write_small_numbers_without_a_dot(tmp_path):
     (tmp_path / "r.yaml").write_text(f"stages: {STAGE.replace('0.1', '1e-4')}\ninit: none\n")
     config = parse(COMMANDS["train"], ["--config", str(tmp_path / "r.yaml"), *PATHS])
     assert config.stages["one"].lr == {"head": 1e-4}
+
+
+def test_files_after_two_hyphens_may_begin_with_one():
+    """As with other commands of Unix, not even --help is a flag there."""
+    words = ["predict", "a.png", "--run=r", "--out=o.csv", "--", "-x.png", "--help"]
+    _, config, _ = read_arguments(words)
+    assert config.images == [Path("a.png"), Path("-x.png"), Path("--help")]
+    with pytest.raises(CxrdistError, match="'-y' is not an option"):
+        read_arguments(["check", "--", "-x", "-y"])
 
 
 def test_a_group_begins_with_its_first_flag():
