@@ -23,7 +23,15 @@ from cxrdist.data.outlines import (
 )
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.predictions import LoadedRun, in_order, load_run, predict_split, rank_batches
+from cxrdist.evaluate.predictions import (
+    LoadedRun,
+    OpenedRun,
+    in_order,
+    load_images,
+    open_run_on,
+    predict_split,
+    rank_batches,
+)
 from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay
 from cxrdist.explain.localisation import (
     ALL,
@@ -89,16 +97,22 @@ def localise(config: LocaliseConfig) -> None:
     """
     if config.boxes is not None and config.masks is not None:
         raise CxrdistError("localise: --boxes and --masks exclude each other; give one of them")
-    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
-    accelerator = loaded.accelerator
-    file = together(accelerator, lambda: loaded.run.localisation(loaded.subset))
+    opened = open_run_on(config.run, config.shards, config.split, config.name)
+    accelerator = opened.accelerator
+    file = together(accelerator, lambda: opened.run.localisation(opened.subset))
     together(accelerator, lambda: refuse_unwritable(file))
-    model = together(accelerator, lambda: one_network(loaded.model))
+    model = together(accelerator, lambda: one_network(opened.model))
     explainer = together(accelerator, lambda: Explainer(model))
-    outlines = _read_outlines(config, loaded)
+    outlines = together(accelerator, lambda: _read_outlines(config, opened))
+    loaded = load_images(opened, config.cache)
+    if loaded.external is not None:  # images that the network has seen may have left the split
+        outlines = together(accelerator, lambda: _read_outlines(config, loaded))
+    if config.boxes is None and config.masks is None and not outlines.shapes:
+        masks = open_masks(loaded.packed, config.cache, accelerator)
+        outlines = masks_of_shards(loaded.index, masks, _numbers(loaded))
     for note in outlines.notes:
         accelerator.print(f"{outlines.origin}: {note}")
-    cases = together(accelerator, lambda: _cases_by_split(config.split, loaded, outlines))
+    cases = together(accelerator, lambda: _cases_by_split(loaded, outlines))
     means = _mean_outlines(loaded, outlines, cases["train"])
     work = _Work(loaded, config.split, model, explainer, outlines, means, config.batch_size)
     val = _score_cases(work, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
@@ -111,30 +125,25 @@ def localise(config: LocaliseConfig) -> None:
     finish(accelerator)
 
 
-def _read_outlines(config: LocaliseConfig, loaded: LoadedRun) -> Outlines:
-    """Read the outlines of the split, and of train and val if the shards are the run's own."""
-    accelerator, index = loaded.accelerator, loaded.index
-    splits = {config.split} | ({"train", "val"} if loaded.external is None else set())
-    numbers = [i for i, sample in enumerate(index.samples) if sample.split in splits]
-
-    def read() -> Outlines:
-        originals = read_originals(loaded.packed, numbers)
-        if config.boxes is not None:
-            return boxes_of_table(index, originals, config.boxes)
-        if config.masks is not None:
-            return masks_of_files(index, originals, config.masks)
-        return boxes_of_shards(index, originals)
-
-    outlines = together(accelerator, read)
-    if config.boxes is None and config.masks is None and not outlines.shapes:
-        masks = open_masks(loaded.packed, config.cache, accelerator)
-        return masks_of_shards(index, masks, numbers)
-    return outlines
+def _numbers(opened: OpenedRun) -> list[int]:
+    """List the samples of the split, and of train and val if the shards are the run's own."""
+    splits = {opened.split} | ({"train", "val"} if opened.choices is None else set())
+    return [i for i, sample in enumerate(opened.index.samples) if sample.split in splits]
 
 
-def _cases_by_split(split: str, loaded: LoadedRun, outlines: Outlines) -> dict[str, list[Case]]:
+def _read_outlines(config: LocaliseConfig, opened: OpenedRun) -> Outlines:
+    """Read the outlines from the given file, or the boxes of the shards."""
+    originals = read_originals(opened.packed, _numbers(opened))
+    if config.boxes is not None:
+        return boxes_of_table(opened.index, originals, config.boxes)
+    if config.masks is not None:
+        return masks_of_files(opened.index, originals, config.masks)
+    return boxes_of_shards(opened.index, originals)
+
+
+def _cases_by_split(loaded: LoadedRun, outlines: Outlines) -> dict[str, list[Case]]:
     """Group the cases: the scored split under `ALL`, others of train and val by their names."""
-    samples = loaded.index.samples
+    split, samples = loaded.split, loaded.index.samples
     cases: dict[str, list[Case]] = {name: [] for name in (ALL, "val", "train")}
     for case in outlines.shapes:
         own = samples[case[0]].split

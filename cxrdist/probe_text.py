@@ -28,7 +28,15 @@ from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import Metrics, headline
-from cxrdist.evaluate.predictions import LoadedRun, in_order, load_run, predict_split, rank_batches
+from cxrdist.evaluate.predictions import (
+    LoadedRun,
+    OpenedRun,
+    in_order,
+    load_images,
+    open_run_on,
+    predict_split,
+    rank_batches,
+)
 from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay
@@ -104,15 +112,20 @@ def probe_text(config: ProbeTextConfig) -> None:
         CxrdistError: run, shards, boxes or options cannot be used.
     """
     _refuse_bad_options(config)
-    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
-    accelerator = loaded.accelerator
-    file = together(accelerator, lambda: loaded.run.text(loaded.subset))
+    opened = open_run_on(config.run, config.shards, config.split, config.name)
+    accelerator = opened.accelerator
+    file = together(accelerator, lambda: opened.run.text(opened.subset))
     together(accelerator, lambda: refuse_unwritable(file))
-    model = together(accelerator, lambda: one_network(loaded.model))
+    model = together(accelerator, lambda: one_network(opened.model))
     explainer = together(accelerator, lambda: Explainer(model))
-    together(accelerator, lambda: _refuse_covered(loaded.index, config.split))
+    together(accelerator, lambda: _refuse_covered(opened.index, config.split))
+    given = together(accelerator, lambda: _read_boxes(config, opened))
+    loaded = load_images(opened, config.cache)
     numbers = np.array(loaded.index.numbers(config.split), dtype=np.int64)
-    boxes = _boxes_by_number(config, loaded, numbers)
+    if given is None:
+        boxes = _find_boxes(config, loaded, numbers)
+    else:
+        boxes = {number: given[number] for number in numbers.tolist() if number in given}
 
     def predict(edit: Edit | None = None) -> NDArray[np.float32]:
         images = loaded.images if edit is None else cast(Images, Edited(loaded.images, edit))
@@ -169,16 +182,19 @@ def _refuse_covered(index: Index, split: str) -> None:
         )
 
 
-def _boxes_by_number(
+def _read_boxes(config: ProbeTextConfig, opened: OpenedRun) -> SquareBoxes | None:
+    """Read the boxes of each sample of the split from the CSV; return None if none is given."""
+    if config.boxes is None:
+        return None
+    numbers = np.array(opened.index.numbers(config.split), dtype=np.int64)
+    return boxes_in_squares(opened.packed, numbers, config.boxes, "--boxes")
+
+
+def _find_boxes(
     config: ProbeTextConfig, loaded: LoadedRun, numbers: NDArray[np.int64]
 ) -> SquareBoxes:
-    """Return the boxes of each sample in px of its square, from the CSV or found in the squares."""
+    """Find the boxes of each sample in its square."""
     accelerator = loaded.accelerator
-    if config.boxes is not None:
-        file = config.boxes
-        return together(
-            accelerator, lambda: boxes_in_squares(loaded.packed, numbers, file, "--boxes")
-        )
     mine: list[tuple[int, list[Box]]] = []
     batches = list(rank_batches(numbers, config.batch_size, accelerator))
     total = sum(map(len, batches))

@@ -137,6 +137,15 @@ def test_the_report_shows_it(trained, found):
     assert len(found["pictures"]) == 8
 
 
+def test_boxes_are_read_before_images_are_decoded(trained, tmp_path, capsys):
+    """A file that is not there is refused at once."""
+    command = ["localise", "--run", str(trained / "run"), "--shards", str(trained / "shards")]
+    command += ["--cache", str(tmp_path / "cache"), "--boxes", str(tmp_path / "none.csv")]
+    assert main(command) == 2
+    assert "none.csv: cannot be read" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
 def test_without_truth_on_the_split_it_is_one_line(trained, capsys):
     """The shards hold neither boxes nor masks; two options exclude each other."""
     command = ["localise", "--run", str(trained / "run"), "--shards", str(trained / "shards")]

@@ -250,4 +250,5 @@ def test_a_table_of_other_images_is_refused(trained, tmp_path):
     """A table that names no image of the shards is a mistake, not an absence of text."""
     write_boxes(tmp_path / "boxes.csv", {"other.png": [Box(1, 1, 2, 2)]})
     with pytest.raises(CxrdistError, match="has no image of the shards"):
-        probe(trained, boxes=tmp_path / "boxes.csv")
+        probe(trained, boxes=tmp_path / "boxes.csv", cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()  # before an image is decoded

@@ -47,8 +47,8 @@ from cxrdist.terminal import progress
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """A trained model and the shards to use it on, on this rank.
+class OpenedRun:
+    """A trained model and the shards to use it on, on this rank, before any image is decoded.
 
     Attributes:
         accelerator: the accelerator of this rank.
@@ -56,34 +56,42 @@ class LoadedRun:
         model: one network or an ensemble, in evaluation mode, on the device.
         index: the shards converted for the model: for an external set, labels are the model's and
             unused samples are in no split.
-        images: uint8 [samples, size, size].
         subset: train, val, test or external/NAME; the directory of the results in the run.
         packed: the shards as packed; differs from `index` only for an external set.
-        external: the external set; None for the run's own shards.
+        split: the split to use.
+        choices: how to evaluate an external set; None for the run's own shards.
     """
 
     accelerator: Accelerator
     run: RunDirectory
     model: Classifier | Ensemble
     index: Index
-    images: Images
     subset: str
     packed: Index
+    split: str
+    choices: Choices | None
+
+
+@dataclass(frozen=True)
+class LoadedRun(OpenedRun):
+    """A trained model and the images to use it on, on this rank.
+
+    Attributes:
+        images: uint8 [samples, size, size].
+        external: the external set; None for the run's own shards.
+    """
+
+    images: Images
     external: External | None = None
 
 
-def load_run(
-    run: Path,
-    shards: Path,
-    cache: Path | None,
-    split: str,
-    name: str | None = None,
-    choices: Choices | None = None,
-) -> LoadedRun:
-    """Load a model and the images to use it on, from the run's own shards or an external set.
+def open_run_on(
+    run: Path, shards: Path, split: str, name: str | None = None, choices: Choices | None = None
+) -> OpenedRun:
+    """Load a model, and open the shards to use it on, the run's own or an external set.
 
     Without a `name`, an external set has that of its directory; without `choices`, it is evaluated
-    in the same way as before. Decoded images are kept in `cache`.
+    in the same way as before.
 
     Raises:
         CxrdistError: there is no model, the shards are incomplete, their task, classes or image
@@ -92,8 +100,9 @@ def load_run(
     accelerator, directory = start(), RunDirectory(run)
     model = together(accelerator, lambda: load_predictor(run))
 
-    def prepare() -> tuple[Index, str]:
-        index = read_index(shards)
+    def prepare() -> OpenedRun:
+        packed = read_index(shards)
+        index, chosen = packed, None
         subset = choose_subset(read_own(directory), index, split, name)
         if subset == split:
             index = _splits_of_training(index, model, split)
@@ -101,39 +110,44 @@ def load_run(
         if subset == split:
             _refuse_other_classes(index, model)
             refuse_choices(choices, shards)
+            packed = index
         else:
-            refuse_other_set(directory, subset, index, split)
-        return index, subset
+            refuse_other_set(directory, subset, packed, split)
+            chosen = choices or read_choices(directory, subset)
+            index = map_labels(packed, model.classes, chosen.label_map)
+        on_device = model.to(accelerator.device)
+        return OpenedRun(accelerator, directory, on_device, index, subset, packed, split, chosen)
 
-    index, subset = together(accelerator, prepare)
-    if subset == split and not directory.info.is_file():
+    opened = together(accelerator, prepare)
+    if opened.choices is None and not directory.info.is_file():
         accelerator.print(
             f"{run}: holds no run.json, so it is unknown whether it was trained on {shards}; they "
             "count as its own; give --name to evaluate them as an external set"
         )
-    images = open_cache(index, cache, accelerator)
-    loaded = LoadedRun(
-        accelerator, directory, model.to(accelerator.device), index, images, subset, index
-    )
-    if subset == split:
+    return opened
+
+
+def load_images(opened: OpenedRun, cache: Path | None) -> LoadedRun:
+    """Decode the shards, or take their decoded images from `cache`; find images seen in training.
+
+    Raises:
+        CxrdistError: no image of an external set is left.
+    """
+    images = open_cache(opened.packed, cache, opened.accelerator)
+    loaded = LoadedRun(**vars(opened), images=images)
+    if opened.choices is None:
         return loaded
-    external = _open_external(loaded, split, choices, cache)
+    external = _find_external(loaded, opened.choices, cache)
     return replace(loaded, index=external.index, external=external)
 
 
-def _open_external(
-    loaded: LoadedRun, split: str, choices: Choices | None, cache: Path | None
-) -> External:
-    accelerator, run, subset = loaded.accelerator, loaded.run, loaded.subset
-    packed = loaded.packed
-    chosen = choices or together(accelerator, lambda: read_choices(run, subset))
-    mapped = together(
-        accelerator, lambda: map_labels(packed, loaded.model.classes, chosen.label_map)
-    )
-    numbers = np.array(mapped.numbers(split), dtype=np.int64)
-    overlap = find_overlap(accelerator, run, packed, loaded.images, numbers, cache)
+def _find_external(loaded: LoadedRun, choices: Choices, cache: Path | None) -> External:
+    accelerator, packed, mapped = loaded.accelerator, loaded.packed, loaded.index
+    numbers = np.array(mapped.numbers(loaded.split), dtype=np.int64)
+    overlap = find_overlap(accelerator, loaded.run, packed, loaded.images, numbers, cache)
     return together(
-        accelerator, lambda: take_external(subset, packed, mapped, split, chosen, overlap)
+        accelerator,
+        lambda: take_external(loaded.subset, packed, mapped, loaded.split, choices, overlap),
     )
 
 
@@ -206,9 +220,10 @@ def evaluate(config: EvaluateConfig) -> None:
     rule = read_rule(config.operating_point) if config.operating_point else None
     labels = {} if config.label_map is None else read_label_map(config.label_map)
     choices = Choices(labels, config.seen)
-    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name, choices)
-    accelerator, subset = loaded.accelerator, loaded.subset
-    together(accelerator, lambda: refuse_unwritable(loaded.run.predictions(subset)))
+    opened = open_run_on(config.run, config.shards, config.split, config.name, choices)
+    accelerator, subset = opened.accelerator, opened.subset
+    together(accelerator, lambda: refuse_unwritable(opened.run.predictions(subset)))
+    loaded = load_images(opened, config.cache)
     calibration = _calibrate(loaded, config, rule)
     numbers = np.array(loaded.index.numbers(config.split), dtype=np.int64)
     rows = predict_split(loaded, numbers, config.batch_size)

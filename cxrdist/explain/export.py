@@ -17,7 +17,7 @@ from cxrdist.config import ExplainConfig, deciding
 from cxrdist.data.cache import Masks, open_masks, read_rows, unpack_masks
 from cxrdist.distributed import entering, finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
-from cxrdist.evaluate.predictions import LoadedRun, load_run, rank_batches
+from cxrdist.evaluate.predictions import LoadedRun, load_images, open_run_on, rank_batches
 from cxrdist.explain import flipping, outside, randomisation
 from cxrdist.explain.description import RelevanceInfo, read_description, under_way
 from cxrdist.explain.flipping import Flipping, flip_pixels
@@ -107,11 +107,12 @@ def explain(config: ExplainConfig) -> None:
     Raises:
         CxrdistError: run, shards, classes or numbers cannot be used.
     """
-    loaded = load_run(config.run, config.shards, config.cache, config.split, config.name)
-    accelerator = loaded.accelerator
-    model = together(accelerator, lambda: one_network(loaded.model))
+    opened = open_run_on(config.run, config.shards, config.split, config.name)
+    accelerator = opened.accelerator
+    model = together(accelerator, lambda: one_network(opened.model))
     targets = together(accelerator, lambda: choose_targets(config, model))
     explainer = together(accelerator, lambda: _explainer(config, model))
+    loaded = load_images(opened, config.cache)
     numbers = together(accelerator, lambda: _choose_numbers(config, loaded))
     is_compact = config.format == "webdataset"
     has_masks = any(loaded.index.samples[number].mask_sha256 for number in numbers)

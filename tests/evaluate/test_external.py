@@ -266,12 +266,13 @@ def test_a_set_of_one_class_has_its_recall_and_no_auroc(tmp_path):
     ],
 )
 def test_label_maps_that_fit_neither_side_are_refused(tmp_path, text, message):
-    """The line says which names there are."""
+    """The line says which names there are, before an image is decoded."""
     shards = make_shards(tmp_path, {"x": 4, "y": 4}, split="0/0/1")
     run = make_run(tmp_path / "run")
     labels = label_map(tmp_path, text)
     with pytest.raises(CxrdistError, match=message):
         evaluate(EvaluateConfig(run, shards, name="o", label_map=labels, cache=tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
 
 
 def test_another_size_or_fit_says_how_to_pack(tmp_path):

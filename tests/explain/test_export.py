@@ -305,8 +305,9 @@ def test_a_limit_takes_the_classes_in_turn(shards):
         ({"preset": "innvestigate", "biases": False}, "leave out"),
     ],
 )
-def test_bad_options_are_refused(shards, run, options, message):
-    """An unknown class or rule is refused before anything is written."""
+def test_bad_options_are_refused(shards, run, tmp_path, options, message):
+    """An unknown class or rule is refused before an image is decoded or anything is written."""
     with pytest.raises(CxrdistError, match=message):
-        explain(ExplainConfig(run, shards, cache=run / "cache", **options))
+        explain(ExplainConfig(run, shards, cache=tmp_path / "cache", **options))
     assert not (run / "test").exists()
+    assert not (tmp_path / "cache").exists()
