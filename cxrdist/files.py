@@ -26,6 +26,8 @@ from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 
 MOST_LINE_BYTES = 1 << 16  # of a line in a log; a usual row has 300
 MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
+MEND_OPTIONAL = "copy the run directory again, or remove the file if the training is finished"
+"""For a log or recipe, which a trained run can do without; another training does not mend it."""
 
 T = TypeVar("T")
 
@@ -477,7 +479,5 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 yield typed(parse_json(line), dict[str, Any])
             except ValueError as error:
-                raise CxrdistError(
-                    f"{path}, line {number}: {error}; run `cxrdist train` again"
-                ) from error
-    raise CxrdistError(f"{path}: has more than {MOST_LOG_ROWS} lines; run `cxrdist train` again")
+                raise CxrdistError(f"{path}, line {number}: {error}; {MEND_OPTIONAL}") from error
+    raise CxrdistError(f"{path}: has more than {MOST_LOG_ROWS} lines; {MEND_OPTIONAL}")

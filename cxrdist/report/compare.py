@@ -19,6 +19,7 @@ from cxrdist.evaluate.members import FIGURES
 from cxrdist.evaluate.metrics import Metrics, few_of
 from cxrdist.evaluate.scored import Scored, read_scored
 from cxrdist.files import (
+    MEND_OPTIONAL,
     atomic_directory,
     read_document,
     read_recipe,
@@ -101,9 +102,7 @@ def changed_fields(a: RunDirectory, b: RunDirectory) -> list[str] | None:
     """
     if not (a.recipe.is_file() and b.recipe.is_file()):
         return None
-    first, second = (
-        dict(_fields(read_recipe(run.recipe, "run `cxrdist train` again")[1])) for run in (a, b)
-    )
+    first, second = (dict(_fields(read_recipe(run.recipe, MEND_OPTIONAL)[1])) for run in (a, b))
     lines = []
     for name in dict.fromkeys([*first, *second]):
         if first.get(name) != second.get(name):

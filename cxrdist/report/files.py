@@ -17,7 +17,7 @@ from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.description import RelevanceInfo, read_description
-from cxrdist.files import open_table, read_document, read_log, read_recipe
+from cxrdist.files import MEND_OPTIONAL, open_table, read_document, read_log, read_recipe
 from cxrdist.info import RunInfo, origins
 from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import predicted_classes
@@ -144,7 +144,7 @@ def read_stages(path: Path) -> Recipe | None:
     """Read the resolved recipe; None if there is none."""
     if not path.is_file():
         return None
-    text, recipe = read_recipe(path, "run `cxrdist train` again")
+    text, recipe = read_recipe(path, MEND_OPTIONAL)
     with reading(path, "train"):
         stages = typed(recipe.get("stages") or {}, dict[str, object])
         uncertain = typed(recipe.get("uncertain", "ignore"), str)
@@ -329,7 +329,7 @@ def read_calibration(run: RunDirectory) -> Calibration | None:
     path = run.model / "model.json"
     if not path.is_file():
         return None
-    return read_document(path, _Calibrated, "run `cxrdist train` again").get("calibration")
+    return read_document(path, _Calibrated).get("calibration")
 
 
 def read_relevance(

@@ -139,7 +139,7 @@ def refuse_other_run(run: RunDirectory, config: TrainConfig, index: Index, preci
     begun, finished = has_checkpoint(run.checkpoints), (run.model / "model.json").is_file()
     if not run.recipe.is_file() or not (begun or finished):
         return  # without a checkpoint nothing can be mixed up: a corrected recipe may start
-    _, old = read_recipe(run.recipe, "give a new directory")
+    _, old = read_recipe(run.recipe, "copy the run directory again, or give a new one")
     difference = _difference(old, _fields(config))
     if difference:
         raise CxrdistError(
