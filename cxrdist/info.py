@@ -112,6 +112,15 @@ class StageInfo(TypedDict):
     background: NotRequired[BackgroundInfo | None]
 
 
+class Launch(TypedDict):
+    """The hardware of a run from some step on, until that of the next launch."""
+
+    world_size: Count
+    device: str
+    from_step: Count
+    """Number of optimiser steps of all stages that were done before."""
+
+
 class RunInfo(TypedDict):
     """The content of run.json."""
 
@@ -124,7 +133,10 @@ class RunInfo(TypedDict):
     versions: dict[str, str]
     git_revision: str | None
     world_size: Count
+    """World size of the last launch, as are device and precision."""
     device: str
+    launches: NotRequired[list[Launch]]
+    """The hardware that each step was done on; missing in runs of older versions."""
     mixed_precision: str
     tf32: NotRequired[Any]
     stages: dict[str, StageInfo]

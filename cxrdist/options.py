@@ -73,7 +73,7 @@ def parse(command: Command, arguments: Sequence[str]) -> Any:
 
 def _read_arguments(command: Command, arguments: Sequence[str]) -> dict[tuple[str, ...], Any]:
     """Parse the words of the command line into values by path."""
-    words, loose = deque(arguments), []
+    words, loose = deque(arguments), list[str]()
     texts: dict[tuple[str, ...], str] = {}
     values: dict[tuple[str, ...], Any] = {}
     while words:

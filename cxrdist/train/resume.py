@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 from cxrdist.distributed import gather, together
 from cxrdist.errors import CxrdistError
-from cxrdist.files import cut_log
+from cxrdist.files import cut_log, write_json
+from cxrdist.info import read_info
 from cxrdist.train.checkpoint import Checkpoint, fitting, load_latest, load_network
 from cxrdist.train.publish import publish_stage
 from cxrdist.train.training import Training, fixed_recipe
@@ -25,6 +26,9 @@ def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
     """
     names = list(training.recipe.stages)
     checkpoint = _read_latest(training)
+    steps_done = checkpoint.position.steps_done if checkpoint else 0
+    main = training.accelerator.is_main_process
+    together(training.accelerator, lambda: _note_launch(training, steps_done) if main else None)
     if checkpoint is None:
         return None, names
     position = checkpoint.position
@@ -39,6 +43,19 @@ def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
     if position.finished:  # perhaps it was killed before it published that stage
         publish_stage(training, position.stage)
     return checkpoint, left
+
+
+def _note_launch(training: Training, steps_done: int) -> None:
+    """Note in run.json on what hardware the steps from here on are done, if it has changed.
+
+    Steps after the checkpoint that an earlier launch has done are lost, and so are not its own.
+    """
+    info = read_info(training.run)
+    launches = [launch for launch in info.get("launches", []) if launch["from_step"] < steps_done]
+    world_size, device = info["world_size"], info["device"]
+    if not launches or (launches[-1]["world_size"], launches[-1]["device"]) != (world_size, device):
+        launches.append({"world_size": world_size, "device": device, "from_step": steps_done})
+    write_json(training.run.info, {**info, "launches": launches})
 
 
 def _read_latest(training: Training) -> Checkpoint | None:

@@ -101,7 +101,8 @@ class Row:
     def ranks(self) -> str:
         """How many ranks trained, and on what; empty of thumbnails."""
         infos = [read_info(run) for run in self.runs.values() if not _thumbnails(run)]
-        return ", ".join(sorted({f"{info['world_size']} {info['device']}" for info in infos}))
+        launches = [launch for info in infos for launch in info.get("launches") or [info]]
+        return ", ".join(sorted({f"{one['world_size']} {one['device']}" for one in launches}))
 
     def commits(self) -> list[str]:
         """The git revisions that trained the runs."""

@@ -414,6 +414,18 @@ def test_broken_files_are_named_in_one_line(
     assert not list(run.glob("*report.html*"))
 
 
+def test_each_number_of_ranks_is_shown_with_its_steps(run: Path) -> None:
+    """A run that was resumed on one process was not trained on that alone."""
+    info = json.loads((run / "run.json").read_text())
+    launches = [(2, "cuda: A", 0), (1, "cpu", 1200)]
+    names = ("world_size", "device", "from_step")
+    info["launches"] = [dict(zip(names, launch, strict=True)) for launch in launches]
+    (run / "run.json").write_text(json.dumps(info))
+    shown = " ".join(write(run).split())
+    expected = "2 processes on cuda: A from step 1, 1 process on cpu from step 1,201"
+    assert shown.count(expected) == 2
+
+
 @pytest.mark.parametrize(("tf32", "shown"), [(False, "off"), (True, "allowed"), (None, "not rec")])
 def test_the_precision_of_the_training_is_shown(run: Path, tf32: bool | None, shown: str) -> None:
     """TensorFloat-32 is said beside mixed precision; older runs did not record it."""

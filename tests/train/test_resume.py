@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -203,6 +204,12 @@ def test_another_number_of_ranks_takes_the_same_batches_to_the_same_losses(comma
     found = taken_and_losses(run_on_changing_worlds(command, tmp_path / "run"))
     assert found == pytest.approx(expected, rel=0, abs=1e-4)
     assert len({round(loss, 3) for loss in expected.values()}) > 3  # they are not all the same
+    launches = json.loads((tmp_path / "run" / "run.json").read_text())["launches"]
+    assert [launch["world_size"] for launch in launches] == [2, 1, 3, 2]
+    starts = [launch["from_step"] for launch in launches]
+    assert starts[0] == 0
+    # A run that is asked to stop in its third step stops after that or the next.
+    assert all(later - earlier in (3, 4) for earlier, later in pairwise(starts))
 
 
 STOP_AFTER_STEPS = """
