@@ -145,6 +145,12 @@ class RunInfo(TypedDict):
     """Whether `cxrdist demo` trained it on the user's images."""
 
 
+def launches_of(info: RunInfo) -> list[Launch]:
+    """Return the hardware of all steps; for a run of an older version, that of its last launch."""
+    last: Launch = {"world_size": info["world_size"], "device": info["device"], "from_step": 0}
+    return info.get("launches") or [last]
+
+
 def read_info(run: RunDirectory) -> RunInfo:
     """Read run.json; raise CxrdistError if it is missing or has another format."""
     mend = "copy the run directory again, or train in a new one"

@@ -11,7 +11,7 @@ from cxrdist.data.audit_file import AuditFile, read_audit
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.explain.description import WITH_RULES
 from cxrdist.files import read_document
-from cxrdist.info import RunInfo, read_info
+from cxrdist.info import Launch, RunInfo, launches_of, read_info
 from cxrdist.model.densenet import is_ensemble
 from cxrdist.model.description import Calibration, Cover, EnsembleFile, ModelFile
 from cxrdist.report.files import (
@@ -69,6 +69,11 @@ class Evidence:
         """Return the columns by which the test split has figures for groups, such as sex."""
         groups = self.test.get("groups") if self.test else None
         return [*groups["columns"]] if groups else []
+
+    @property
+    def launches(self) -> list[Launch]:
+        """Return the hardware that each step was done on."""
+        return launches_of(self.info)
 
     @property
     def is_balanced(self) -> bool:

@@ -57,6 +57,7 @@ def report(config: ReportConfig) -> Path:
         without_maps=evidence.without_maps,
         name=run.root.resolve().name,
         info=info,
+        launches=evidence.launches,
         network=evidence.model["architecture"] if evidence.model else None,
         weights=weights_chain(info),
         duration=_duration(run.info, info),

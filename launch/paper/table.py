@@ -25,7 +25,7 @@ from cxrdist.evaluate.metrics import Metrics, Scores, compute_metrics, headline
 from cxrdist.evaluate.scored import Scored, read_scored
 from cxrdist.explain.text_file import read_text_file
 from cxrdist.files import read_document, write_text
-from cxrdist.info import read_info
+from cxrdist.info import launches_of, read_info
 from cxrdist.intervals import of_share
 from cxrdist.model.ensemble import load_predictor
 from cxrdist.probe_text import summary
@@ -101,7 +101,7 @@ class Row:
     def ranks(self) -> str:
         """How many ranks trained, and on what; empty of thumbnails."""
         infos = [read_info(run) for run in self.runs.values() if not _thumbnails(run)]
-        launches = [launch for info in infos for launch in info.get("launches") or [info]]
+        launches = [launch for info in infos for launch in launches_of(info)]
         return ", ".join(sorted({f"{one['world_size']} {one['device']}" for one in launches}))
 
     def commits(self) -> list[str]:
