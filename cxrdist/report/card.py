@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cxrdist.evaluate.metrics import headline_means
 from cxrdist.files import read_bytes, write_text
 from cxrdist.report.evidence import Evidence, gather
 from cxrdist.report.files import weights_chain
@@ -115,10 +116,8 @@ def _results(evidence: Evidence) -> Iterator[dict[str, Any]]:
         enough = sum(not of_class.get("too_few") for of_class in scores)
         if subset in ("val", "train") or not enough:
             continue
-        means, of = metrics["macro"], "the classes"
-        if enough < len(scores):
-            means, of = metrics.get("macro_enough", means), f"{enough} of {len(scores)} classes"
-        values: dict[str, Any] = {**metrics, **means}
+        of = "the classes" if enough == len(scores) else f"{enough} of {len(scores)} classes"
+        values: dict[str, Any] = {**metrics, **headline_means(metrics)}
         titles: dict[str, str] = {f: f"{title}, mean of {of}" for f, title in FIGURES.items()}
         titles["accuracy"] = "Accuracy"
         seen = seen_words(metrics)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from cxrdist.evaluate.metrics import headline_means
 from cxrdist.explain import heatmap
 from cxrdist.report import values
 
@@ -25,7 +26,7 @@ def template(name: str) -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals["heatmap"] = heatmap
+    environment.globals |= {"heatmap": heatmap, "headline_means": headline_means}
     for function in FILTERS:
         environment.filters[function] = getattr(values, function)
     return environment.get_template(name)

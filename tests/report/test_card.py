@@ -57,6 +57,7 @@ def test_the_head_is_what_hugging_face_reads(small: Path) -> None:
     metrics["macro"] |= {"auroc": 0.75, "auroc_interval": [0.5, 0.875]}
     for scores in metrics["classes"].values():
         scores["too_few"] = None
+    del metrics["macro_enough"]  # which is there only if a class has too few images
     (small / "test" / "metrics.json").write_text(json.dumps(metrics))
     card = hub.ModelCard(card_of(small))
     assert card.data.pipeline_tag == "image-classification"
