@@ -2,7 +2,7 @@
 
 import re
 
-HEAD_BYTES = 144  # needed by `kind_of`
+HEAD_BYTES = 144  # enough for `kind_of`: the mark of a DICOM ends at byte 132
 DICOM_PREAMBLE = 128  # bytes before DICM (DICOM PS3.10, section 7.1)
 # Names are Pillow's, for the argument `formats` of Image.open.
 SIGNATURES = {
@@ -13,6 +13,7 @@ SIGNATURES = {
     "BMP": rb"BM.{12}[\x0c\x10\x28\x34\x38\x40\x6c\x7c]\0\0\0",
     "WEBP": rb"RIFF....WEBP",
     "GIF": rb"GIF8[79]a",
+    # A file with boxes (JP2), or the bare codestream.
     "JPEG2000": rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
     "PPM": rb"P[1-6]\s+(#|\d)",
 }
@@ -28,6 +29,7 @@ BARE_DICOM = re.compile(
 
 def kind_of(head: bytes) -> str | None:
     """Return ``DICOM``, one of `FORMATS`, or None, by the first `HEAD_BYTES` bytes of a file."""
+    # First, since a preamble may hold the header of another format, such as TIFF (PS3.10, 7.1).
     if head[DICOM_PREAMBLE : DICOM_PREAMBLE + 4] == b"DICM":
         return "DICOM"
     for kind, signature in SIGNATURES.items():

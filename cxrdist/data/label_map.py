@@ -24,6 +24,7 @@ def read_label_map(file: Path) -> LabelMap:
         CxrdistError: it is missing, empty or malformed.
     """
     file = path_of(LABEL_MAPS, file)
+    # `read_recipe` rejects links in untrusted directories, but this file is the user's own.
     file = file.resolve() if isinstance(file, Path) else file
     with judging(file, MEND):
         _, content = read_recipe(file, MEND)
@@ -31,6 +32,7 @@ def read_label_map(file: Path) -> LabelMap:
             raise ValueError("is empty")
         for theirs, ours in content.items():
             for label in (theirs, *([] if ours is None else [ours])):
+                # YAML reads no and 1 without quotes as false and as a number.
                 if not isinstance(label, str):
                     raise ValueError(f"{label!r:.80} is not a text; write it in quotes")
                 if not label.strip() or SEPARATOR in label:
@@ -61,6 +63,7 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
         )
     if not labels:
         return source
+    # In the order of the source's classes, which is the order of the logits.
     parts: dict[str, list[str]] = {}
     for label in source.classes:
         if (ours := labels.get(label, label)) is not None:
@@ -97,8 +100,8 @@ def _mapped(record: Record, combine: Callable[..., LabelCells], labels: LabelMap
 def combiner(parts: Mapping[str, Sequence[str]]) -> Callable[..., LabelCells]:
     """Return a function that converts the label, uncertain, missing and assumed_absent of an image.
 
-    ``parts`` has for each new label those that become it; a new label without any is missing. Most
-    images share few combinations of labels, so results are cached.
+    ``parts`` has for each new label the old ones that become it; a new label with none is missing.
+    Most images share few combinations of labels, so results are cached.
     """
 
     @cache
@@ -107,6 +110,7 @@ def combiner(parts: Mapping[str, Sequence[str]]) -> Callable[..., LabelCells]:
         named: dict[str, list[str]] = {name: [] for name in NAMES}
         for ours, theirs in parts.items():
             has = [name for name, labels in cells.items() if not labels.isdisjoint(theirs)]
+            # NAMES are in order of precedence: of several parts the first name found wins.
             for name in has[:1] if theirs else ["missing"]:
                 named[name].append(ours)
         return {

@@ -16,7 +16,8 @@ from cxrdist.errors import CxrdistError, choices
 SEPARATOR = "|"  # between the labels of an image, as in ChestX-ray14
 # Codes of the cells of a label matrix; below 0 the label is not known.
 POSITIVE, NEGATIVE, UNCERTAIN, MISSING = 1, 0, -1, -2
-# Fields of a record and of a sample: labels that its source does not state.
+# Fields of a record and of a sample: labels that its source does not state. The order is the
+# precedence where labels are merged (`cxrdist.data.label_map`).
 NotStated = Literal["uncertain", "missing", "assumed_absent"]
 NOT_STATED: tuple[NotStated, ...] = get_args(NotStated)
 CELLS = {
@@ -82,6 +83,7 @@ def read_cells(where: str, cells: Mapping[str, str]) -> dict[str, str]:
         if cell is None:
             raise CxrdistError(f"{where}: {name} is {text!r:.40}, expected 1, 0, -1, U or empty")
         chosen[cell].append(name)
+    # Absent labels need no field: they are the classes that no field names.
     return {
         "label": SEPARATOR.join(chosen[POSITIVE]),
         "uncertain": SEPARATOR.join(chosen[UNCERTAIN]),
@@ -101,6 +103,7 @@ def read_uncertain(text: str) -> tuple[str, dict[str, str]]:
     counts_as_of: dict[str, str] = {}
     # A plain split at commas fails: names may hold commas. An item ends with one of three words.
     for item in re.split(r"(?:(?<=ignore)|(?<=positive)|(?<=negative))\s*,", text):
+        # From the right, since a name may hold an equals sign.
         name, equals, counts_as = (part.strip() for part in item.rpartition("="))
         if counts_as not in COUNTS_AS or name in counts_as_of or (equals and not name):
             raise CxrdistError(

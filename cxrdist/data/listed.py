@@ -27,8 +27,8 @@ class Listed:
         """List every file except those in folders of ``besides``.
 
         ``image`` matches the path of an image of the data set, relative to the folder and without
-        its suffix, since smaller copies of a data set have others. Its group and ``suffix`` are the
-        image's name in the tables; None stands for the image's own suffix.
+        its suffix, which smaller copies of a data set change. The group of the pattern and
+        ``suffix`` together are the image's name in the tables; None is the file's own suffix.
 
         Raises:
             CxrdistError: there is no image in the data set's folders, or two have one name.
@@ -62,6 +62,7 @@ class Listed:
             CxrdistError: an earlier row says something else about the image.
         """
         is_twice = name in self._taken
+        # Otherwise the order of the rows would decide which label or view the image has.
         if self._taken.setdefault(name, stated) != stated:
             raise CxrdistError(
                 f"{where}: {name} is in an earlier row, which says something else; remove one"
@@ -70,6 +71,7 @@ class Listed:
         if taken is None:
             self._left_out.append(LeftOut(name, TWICE if is_twice else MISSING))
             self._num_missing += not is_twice
+            # A row without a file is among the left out, so it must count as found.
             self._num_found += 1
         return taken
 

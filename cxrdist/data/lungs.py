@@ -44,6 +44,7 @@ class Lungs:
         if self.kind == "ellipse":
             return thorax(self.index.image_size_px)
         mask = original.mask
+        # Not empty where masks are given: `masks_of_samples` raises if none matches.
         if self.places:
             known = self.places.get(original.number)
             shown = original.about["width_px"], original.about["height_px"]
@@ -71,6 +72,7 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
                 "masks for all classes, or leave out --masks to use an ellipse"
             )
         return Lungs("masks", str(masks), index, places)
+    # Told by their hashes, so that no mask is decoded here.
     empty, full = _constant_masks(index.image_size_px)
     without = {
         number

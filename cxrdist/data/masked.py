@@ -108,12 +108,13 @@ def masks_of_samples(index: Index, masks: Path) -> tuple[dict[int, MaskPlace], t
 
 
 def folder_of_masks(masks: Path | None, source: Path) -> tuple[Path, ...]:
-    """Return the folder of masks to skip in the search for images, if it lacks the source."""
+    """Return the folder of masks, which the search for images skips unless the source is in it."""
     return () if masks is None or not masks.is_dir() or is_within(source, masks) else (masks,)
 
 
 def _pictures(records: Sequence[Record], folder: Path) -> Iterator[_Named]:
     """Yield the pictures of a folder; if it also holds the images, only those in masks folders."""
+    # Absolute, since --input and --masks may name one folder differently, such as . and its path.
     images = {absolute(record.file) for record in records}
     files = find_images(folder).images
     holds_images = any(absolute(file) in images for file in files)
@@ -137,10 +138,11 @@ def _rows(table: Path) -> tuple[list[_Named], list[str]]:
             MaskPlace(table, row.first_byte, row.num_bytes),
         )
         for row in rows
+        # Not >=, so that a mask whose quality is not known (NaN) is used.
         if not row.quality < LEAST_QUALITY
     ]
     poor = len(rows) - len(named)
-    unknown = sum(row.quality != row.quality for row in rows)
+    unknown = sum(row.quality != row.quality for row in rows)  # only NaN differs from itself
     notes = [f"{poor} masks have a Dice RCA below {LEAST_QUALITY} and are left out"] * bool(poor)
     notes += [f"{unknown} masks have no Dice RCA and are used as they are"] * bool(unknown)
     return named, notes
@@ -151,6 +153,7 @@ def _match(
 ) -> tuple[dict[int, _Named], list[_Named]]:
     """Return the masks by position of their record, and the masks without a record."""
     paths = (absolute(record.file) for record in records)
+    # The other names have as many folders as the first, so their ends are indexed too.
     ends = path_ends(paths, (mask.names[0] for mask in named))
     matched: dict[int, _Named] = {}
     strays = []

@@ -141,9 +141,11 @@ def _two_levels(grey: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
     """Convert a picture to a mask: black and one other level, or black and white with soft edge."""
     pixels = np.bincount(grey.ravel(), minlength=256)
     levels = np.flatnonzero(pixels)
+    # Any level: segmentation programs write 1 for the lungs, which looks black.
     if len(levels) == 1 or (len(levels) == 2 and levels[0] == 0):
         return np.where(grey > 0, np.uint8(255), np.uint8(0))
     soft = pixels[slice(*SOFT)].sum() / grey.size
+    # The numbers of several organs, such as 1 to 3, stay below HALF.
     if levels[-1] < HALF or soft > MOST_SOFT:
         raise CxrdistError(
             f"{file}: has {len(levels)} grey levels, {soft:.0%} of its pixels between black and "

@@ -92,6 +92,7 @@ def read_runs(file: Path, first_byte: int, num_bytes: int) -> NDArray[np.uint8]:
     """
     try:
         with file.open("rb") as content:
+            # `MaskPlace` has only the position of the row, so the header is read for each mask.
             columns = _columns(file, _next_row(content, f"{file} row 1"))
             content.seek(first_byte)
             row = content.read(num_bytes)
@@ -119,6 +120,7 @@ def _runs(cell: str, num_pixels: int, where: str) -> tuple[list[int], list[int]]
     starts, lengths = numbers[::2] - 1, numbers[1::2]
     if len(starts) != len(lengths):
         raise CxrdistError(f"{where}: its run lengths are not pairs of a start and a length")
+    # Not starts + lengths <= num_pixels, whose sum may overflow.
     inside = (starts >= 0) & (lengths > 0) & (lengths <= num_pixels - starts)
     if not inside.all():
         raise CxrdistError(f"{where}: its run lengths exceed the {num_pixels} pixels of its size")
@@ -159,6 +161,7 @@ def _next_row(content: BinaryIO, where: str) -> bytes:
     while line := content.readline(MOST_ROW_BYTES):
         lines.append(line)
         size += len(line)
+        # A quote inside of quotes is doubled (RFC 4180), which keeps the count even.
         open_quote ^= line.count(b'"') % 2 == 1
         if size >= MOST_ROW_BYTES:
             raise CxrdistError(f"{where}: has more than {MOST_ROW_BYTES} bytes, or an open quote")
@@ -208,6 +211,7 @@ def _cells(row: bytes, where: str, count: int | None = None) -> list[str]:
 @contextmanager
 def _large_cells() -> Iterator[None]:
     """Raise the csv module's limit of a cell to the length of a row."""
+    # The limit is that of the whole process, and other tables rely on the default.
     before = csv.field_size_limit(MOST_ROW_BYTES)
     try:
         yield
