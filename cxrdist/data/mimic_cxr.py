@@ -37,6 +37,7 @@ VIEW_CODE = "ViewCodeSequence_CodeMeaning"
 OPTIONAL = (VIEW_CODE, "StudyDate")  # of the metadata
 SPLITS = {"train": "train", "validate": "val", "test": "test"}
 YEAR = re.compile(r"[0-9]{4}")
+# The group is what subject_id, study_id and dicom_id give, whatever folders are above.
 IMAGE = re.compile(r"(?:.*/)?(p\d+/s\d+/[0-9a-f-]+)")
 
 
@@ -88,6 +89,7 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     records: list[Record] = []
     unknown: Counter[str] = Counter()
     for where, row in tables[METADATA].cells((*NEEDED[METADATA], *OPTIONAL), NEEDED[METADATA]):
+        # Before `take`, which rejects two rows of an image whose view or facts differ.
         facts = _facts(where, row, studies, splits, patients)
         view = view_of(row["ViewPosition"] or row.get(VIEW_CODE, ""))  # None for unknown words
         image = f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}"

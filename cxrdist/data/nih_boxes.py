@@ -59,7 +59,7 @@ def fitted(findings: tuple[Finding, ...], file: Path) -> tuple[Finding, ...]:
     """
     if look_at(file)[0] == "DICOM":  # RSNA's, which are as large as the originals
         return findings
-    width, height = picture_size(file) or (0, -1)
+    width, height = picture_size(file) or (0, -1)  # unreadable: two sides that differ
     if width != height:
         return ()
     ratio = width / SIDE_PX

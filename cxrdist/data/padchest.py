@@ -123,6 +123,7 @@ def read_padchest(folder: Path, besides: Sequence[Path] = ()) -> Source:
     if file is None:
         raise CxrdistError(f"--input {folder}: has neither {' nor '.join(TABLES)}")
     table = read_table(file, COLUMNS)
+    # In a pass of its own: all classes must be known before a record lists its missing ones.
     stated = (_read_labels(where, cells["Labels"]) for where, cells in _rows(table))
     further = {label for labels in stated for label in labels}.difference(LABELS, REMARKS)
     classes = sorted({*LABELS, *further})
@@ -151,6 +152,7 @@ def _read_records(
             listed.leave(taken[1], reason)
             continue
         methods[cells["MethodLabel"]] += 1
+        # An unknown word (None) in the first gives way to the tag, as an empty cell does.
         views = (view_of(cells[name]) for name in ("Projection", "ViewPosition_DICOM"))
         record = Record(
             *taken,
@@ -183,6 +185,7 @@ def _read_labels(where: str, text: str) -> list[str]:
     if _is_nothing(text):
         return []
     inside = text[1:-1] if text[0] == "[" and text[-1] == "]" else text
+    # Refused: no brackets around it, or anything but commas and blanks between the items.
     if inside is text or ITEM.sub("", inside).replace(",", "").strip():
         raise CxrdistError(
             f"{where}: Labels is {text!r:.80}, expected a list such as ['cardiomegaly', 'nodule']; "
@@ -219,6 +222,7 @@ def _patient(where: str, text: str) -> str:
 def _age(study: str, birth: str) -> float | None:
     """Return the years from birth to study; the table hides the day of the birth."""
     years = YEAR.fullmatch(study), YEAR.fullmatch(birth)
+    # `age_of` takes digits only, so a birth after the study gives None.
     return age_of(str(int(years[0][1]) - int(years[1][1]))) if years[0] and years[1] else None
 
 

@@ -35,7 +35,7 @@ def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
 
 
 def patient_of(path: str, pattern: re.Pattern[str] | None) -> str:
-    """Return the first matching group of the pattern in a file's name; else an own patient."""
+    """Return the first group that the pattern finds in a file's name; else a placeholder."""
     match = pattern.search(path.rsplit("/", 1)[-1]) if pattern else None
     named = next((group for group in match.groups() if group), None) if match else None
     return named or own_patient(path)
@@ -46,7 +46,7 @@ def refuse_rounded(where: str, patient: str) -> None:
     if ROUNDED.fullmatch(patient):
         raise CxrdistError(
             f"{where}: patient {patient} was rounded by a spreadsheet and may stand for several "
-            "patients; take the table that it was made of"
+            "patients; use the original table"
         )
 
 

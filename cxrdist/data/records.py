@@ -28,7 +28,7 @@ KNOWN_NAMES = {
     "ChestX-ray14": re.compile(r"^\d{8}_\d{3}\."),
     "Kermany": re.compile(r"^person\d+_(virus|bacteria)_\d+\.|^(NORMAL2-)?IM-\d{4}-\d{4}"),
 }
-NO_PATIENT = "image:"
+NO_PATIENT = "image:"  # begins the placeholder of a patient that is not known
 
 
 @dataclass(frozen=True, slots=True)

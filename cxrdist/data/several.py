@@ -26,7 +26,7 @@ MEND = (
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), and other sets include RSNA's.
 OF_NIH = {"ChestX-ray14", "RSNA"}
-NIH_PATIENT = re.compile(r"(?:RSNA/)?(\d{8})")
+NIH_PATIENT = re.compile(r"(?:RSNA/)?(\d{8})")  # COVIDx has RSNA/ before the number
 SINGLE = tuple(name for name in get_args(SourceName) if name != "several")
 Reader = Callable[[SourceConfig, Sequence[Path]], Source]
 
@@ -102,6 +102,7 @@ def _read_file(config: SourceConfig) -> dict[str, SourceConfig]:
     """Return the options of each source."""
     file = config.input
     with judging(file, MEND):
+        # `read_recipe` rejects links in untrusted directories, but this file is the user's own.
         _, content = read_recipe(file.resolve() if isinstance(file, Path) else file, MEND)
         if not content:
             raise ValueError("lists no source")
@@ -134,6 +135,7 @@ def _config(entry: Entry, above: SourceConfig) -> SourceConfig:
     options: dict[str, Any] = {"views": above.views, "empty_cells": above.empty_cells, **entry}
     for name in {"input", "label_map", "masks"} & options.keys():
         options[name] = above.input.parent / location(options[name])
+    # A file of that path has precedence over one that comes with cxrdist.
     if "label_map" in entry and not options["label_map"].is_file():
         packaged = files_in(LABEL_MAPS)
         options["label_map"] = packaged.get(entry["label_map"], options["label_map"])
@@ -142,6 +144,7 @@ def _config(entry: Entry, above: SourceConfig) -> SourceConfig:
 
 def _refuse_mixed_tasks(file: Path, sources: dict[str, Source]) -> None:
     """Check that all sources have the same task, since one network has one task."""
+    # Reversed, so that the first source of each task remains.
     first = {one.task: name for name, one in reversed(sources.items())}
     if len(first) > 1:
         raise CxrdistError(
@@ -170,6 +173,7 @@ def _renamed(
 ) -> Iterator[Record]:
     """Yield the records of one of the sources under their new names."""
     lacking = [label for label in classes if label not in source.classes]
+    # With one class per image the label says that all other classes are absent.
     lacking = lacking if source.task == "multilabel" else []
     for record in source.records:
         path = f"{name}/{record.path}"
@@ -187,6 +191,7 @@ def _renamed(
 def _patient(name: str, path: str, record: Record) -> str:
     """Return the patient's name among all sources."""
     if record.patient.startswith(NO_PATIENT):
+        # By the new path, since two sources may have equal paths.
         return own_patient(path)
     number = NIH_PATIENT.fullmatch(record.patient) if record.source in OF_NIH else None
     return f"chestxray14/{number[1]}" if number else f"{name}:{record.patient}"

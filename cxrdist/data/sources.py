@@ -71,7 +71,9 @@ def _read_one(config: SourceConfig, besides: Sequence[Path]) -> Source:
     if config.masks is not None:
         source = with_masks(source, config.masks)
     source = map_labels(source, labels, f"--label-map {config.label_map}")
+    # After the label map, so that a class that it drops is not missed among the views.
     source = _with_views(config, source, views)
+    # Before several sources are merged: labels that a whole source lacks must stay missing.
     if config.empty_cells == "negative":
         source = assume_absent(source)
     if config.source not in ("folder", "csv"):

@@ -25,7 +25,8 @@ LEFT_OUT = {view: f"{name} view (--views)" for view, name in NAMES.items()}
 
 # For texts in capitals with one blank between words; the first rule that matches decides. The words
 # are from DICOM's View Position (PS3.3, C.8.1.1.1) and View codes (PS3.16, CID 4010), MIMIC-CXR's
-# ViewPosition, PadChest's Projection, CheXpert's AP/PA and Cohen et al.'s view (2020).
+# ViewPosition, PadChest's Projection, CheXpert's AP/PA and Cohen et al.'s view (2020). OTHER comes
+# first, since AP AXIAL, PA LLD and LATERAL DECUBITUS are not what one of their words says.
 _PA = r"\b(PA|POSTERO ?ANTERIOR|POSTERIOR ANTERIOR)\b"
 _AP = r"\b(AP|ANTERO ?POSTERIOR|ANTERIOR POSTERIOR)\b"
 RULES = (
@@ -54,7 +55,8 @@ NAMED = (
 def view_of(text: str) -> str | None:
     """Return which of `VIEWS` a tag or a cell of a table names.
 
-    An empty text is `UNKNOWN`. None is returned for no view, or a frontal and a lateral one.
+    An empty text is `UNKNOWN`. None stands for a text that names no view, or both a frontal and a
+    lateral one.
     """
     words = " ".join(re.findall(r"[A-Z0-9]+", text.upper()))
     if NOTHING.fullmatch(words):
@@ -79,6 +81,7 @@ def _is_both(named: list[str]) -> bool:
 def disagree(one: str, other: str) -> bool:
     """Return whether two views contradict each other; FRONTAL may be PA or AP."""
     both = {one, other}
+    # The chain is `"FRONTAL" in both and both <= {*FRONTAL}`.
     return UNKNOWN not in both and len(both) > 1 and not ("FRONTAL" in both <= {*FRONTAL})
 
 

@@ -234,6 +234,7 @@ def _without_unfit_boxes(records: list[Record]) -> tuple[list[Record], list[str]
     unfit = sum(_reaches_out(record) for record in records if record.path in pictures)
     if not unfit:
         return records, []
+    # Also boxes that happen to fit: nothing tells the scale of a smaller copy.
     bare = [replace(r, findings=()) if r.path in pictures else r for r in records]
     return bare, [
         f"the boxes of {unfit} images exceed them, so the pictures are smaller copies, and their "
