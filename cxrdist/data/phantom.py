@@ -144,6 +144,7 @@ def write_phantoms(
     for class_number, label in enumerate(CLASSES):
         (out / label).mkdir(parents=True, exist_ok=True)
         for member in range(num_patients_per_class):
+            # Classes take turns, so that a larger data set keeps the numbers of a smaller one.
             number = member * len(CLASSES) + class_number
             patient = f"p{number:04d}"
             phantoms = draw_patient(
@@ -170,6 +171,7 @@ def write_lung_masks(images: Path, masks: Path, seed: int = 0) -> None:
         with Image.open(file) as opened:
             size_px = opened.width
         _, _, air = _draw_body(number, size_px, seed)
+        # The pose is the first draw of an image's stream, as in `draw_patient`.
         posed = _apply_pose(air, _draw_pose(_generator(seed, number, 3 + image)), size_px)
         mask = masks / file.relative_to(images)
         mask.parent.mkdir(parents=True, exist_ok=True)
@@ -208,6 +210,8 @@ def draw_patient(
     if seed < 0:
         raise CxrdistError(f"seed must be 0 or larger, not {seed}")
     lungs, body, air = _draw_body(number, image_size_px, seed)
+    # Each stream has a key (0 lungs, 1 body, 2 findings, 3 patient, 3 + n for image n), so that
+    # planting findings or leaving them out changes no other draw.
     patient_rng, findings_rng = _generator(seed, number, 3), _generator(seed, number, 2)
     num_images = int(patient_rng.integers(1, MAX_IMAGES_PER_PATIENT + 1))
     has_word = label == COVID and patient_rng.random() < word_share
@@ -222,6 +226,7 @@ def draw_patient(
         pixels = Image.fromarray(_expose(posed, rng))
         _burn_side_marker(pixels, rng)
         findings = [_find_box(opacity, pose) for opacity in planted]
+        # Last, so that an image with the word is otherwise the one without it.
         if has_word:
             findings.append(_burn_word(pixels, rng))
         yield Phantom(np.asarray(pixels), tuple(findings))
@@ -303,6 +308,7 @@ def _render_anatomy(
     """
     side = round(image_size_px * CANVAS_SPAN * CANVAS_DETAIL)
     x, y = _axes(side)
+    # All parts draw from one stream: in another order a seed would give other images.
     outline = _render_outline(x, y, rng)
     heart = _render_heart(x, y, lungs[1].base, rng)
     middle = _edge(rng.uniform(0.13, 0.17) + 0.05 * np.abs(y + 0.1) - np.abs(x), 0.025)
@@ -472,6 +478,8 @@ def _render_opacities(opacities: list[_Opacity], side: int, rng: np.random.Gener
         u = ((x - opacity.x) / opacity.radius_x) ** 2
         v = ((y - opacity.y) / opacity.radius_y) ** 2
         inside = np.clip(1 - u - v, 0, None)
+        # A product, so that the densities of overlapping patches do not add up beyond 1. The
+        # smoothstep has no edge and is exactly 0 outside the ellipse.
         clear *= 1 - opacity.density * inside * inside * (3 - 2 * inside)
     mottle = np.clip(1 + _texture(side, 44, 0.15, rng), 0.5, 1.3)
     return AIR_CONTRAST * (1 - clear) * mottle
@@ -479,6 +487,7 @@ def _render_opacities(opacities: list[_Opacity], side: int, rng: np.random.Gener
 
 def _apply_pose(body: FloatArray, pose: _Pose, image_size_px: int) -> FloatArray:
     """Resample the canvas, float32 [C, C], into an image, float32 [S, S]."""
+    # Pillow maps the pixels of the result to those of the canvas, hence the inverse.
     inverse = np.linalg.inv(pose.matrix())
     offset = -inverse @ np.array([pose.shift_x, pose.shift_y])
     px = len(body) / (2 * CANVAS_SPAN)
@@ -503,6 +512,7 @@ def _find_box(opacity: _Opacity, pose: _Pose) -> Finding:
     """Return the box around an opacity's ellipse in the image, cut at the image's border."""
     matrix = pose.matrix()
     centre = matrix @ np.array([opacity.x, opacity.y]) + np.array([pose.shift_x, pose.shift_y])
+    # An ellipse extends along x by the norm of its half axes' x components, and so along y.
     half = np.sqrt((matrix * np.array([opacity.radius_x, opacity.radius_y])) ** 2 @ np.ones(2))
     low = np.clip((centre - half + 1) / 2, 0, 1)
     high = np.clip((centre + half + 1) / 2, 0, 1)
@@ -511,6 +521,7 @@ def _find_box(opacity: _Opacity, pose: _Pose) -> Finding:
 
 def _burn_side_marker(pixels: Image.Image, rng: np.random.Generator) -> None:
     """Write R or L on its side of the image, on most images of every class."""
+    # Four draws even without a marker, so that the draws of the word do not depend on it.
     shown, right, x, y = rng.random(4)
     if shown < 0.7:
         place = (0.04 + 0.05 * x if right < 0.5 else 0.88 + 0.05 * x, 0.2 + 0.08 * y)

@@ -106,7 +106,7 @@ def read_picture(
     """
     try:
         return _read(data, kind, least_px, depth)
-    except UnidentifiedImageError:
+    except UnidentifiedImageError:  # before UNREADABLE, which has its base OSError
         declared = precision(data) if kind == "JPEG" else None
         reason = "its header is damaged, or of a variant that is not supported"
         if declared and declared[0] != 8:
@@ -120,16 +120,19 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
     if kind == "WEBP":
         _refuse_size(*_webp_size(data))  # Pillow allocates the pixels as soon as it opens a WebP
     with warnings.catch_warnings():
+        # Pillow itself only warns up to twice its limit.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=(kind,)) as image:
             _refuse_size(*image.size)
+            # An MPO is a JPEG with further pictures behind it, of which the first one counts.
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 raise ValueError("it has several pages or frames; store each in its own file")
+            # Before `draft`, which changes the size of the image.
             size_px = _shown_size(image)
             # A JPEG can be decoded at a fraction of its size, directly to grey: several times
             # faster, and still not smaller than least_px.
             image.draft("L", (least_px, least_px))
-            if image.mode[0] in "IF":
+            if image.mode[0] in "IF":  # I, I;16 and F, of more than 8 bits
                 grey, used = _grey_of_deep(image, data, depth)
                 return Picture(grey, *size_px, used)
             _refuse_misread(image, data)

@@ -66,6 +66,8 @@ class Plan:
         exactly once, with its sample, whichever rank took it.
         """
         first = np.uint64(rows.start)
+        # SplitMix64 with the sample as seed: before each output its state grows by 2^64 divided by
+        # the golden ratio, so that row i has output i of its sample.
         positions = first + np.arange(rows.stop - rows.start, dtype=np.uint64) + np.uint64(1)
         mixed = positions * np.uint64(0x9E3779B97F4A7C15) + self.samples[rows].astype(np.uint64)
         # The finaliser of SplitMix64 (Steele et al. 2014, figure 17).
@@ -103,6 +105,7 @@ def plan_epoch(
     rows = np.repeat(samples, copies)
     copy = np.arange(len(rows)) - np.repeat(np.cumsum(copies) - copies, copies)
     order = random.permutation(len(rows))
+    # Crossed draws are shared by the copies of an image, so they are made before the shuffle.
     if augmentation.draws == "crossed":
         draws = _crossed_draws(random, copy, copies, augmentation).rows(order)
     else:
@@ -145,6 +148,7 @@ def _crossed_draws(
     mirrors = 2 if augmentation.flip else 1
     factor = np.repeat(np.sqrt(copies // mirrors).round().astype(np.int64), copies)
     first = np.arange(len(copy)) - copy
+    # Each image has a draw per row, of which it uses the first k.
     rotation, shift = first + copy // mirrors // factor, first + copy // mirrors % factor
     flip = copy % mirrors == 1
     turn = np.where(flip, -1, 1).astype(np.float32)
@@ -210,6 +214,7 @@ def balanced_copies(targets: NDArray[np.int8], classes: list[str]) -> dict[str, 
 
 
 def _philox_key(key: tuple[int, str, int]) -> NDArray[np.uint64]:
+    # Philox has a key of 128 bits. The NULs keep (1, "2x") and (12, "x") apart.
     digest = hashlib.sha256("\0".join(map(str, key)).encode()).digest()
     return np.frombuffer(digest[:16], dtype=np.uint64)
 

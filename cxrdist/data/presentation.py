@@ -70,6 +70,7 @@ def present(
     Raises:
         RefusedError: a required tag cannot be used.
     """
+    # The arithmetic is done once per possible word, at most 65536, and looked up for each pixel.
     words = np.arange(1 << cells.size)
     if _has_overlay(dataset):
         words &= white_of(cells.bits) << cells.shift
@@ -82,6 +83,7 @@ def present(
     if not np.isfinite(levels).all():
         raise RefusedError("its rescale or window is not a number")
     inverse = text(dataset, "PresentationLUTShape") == "INVERSE"
+    # One inversion for both: a DX image of MONOCHROME1 has the shape INVERSE (C.8.11.3).
     if inverse or text(dataset, "PhotometricInterpretation") == "MONOCHROME1":
         levels = 1 - levels.clip(0, 1)
     levels[is_padding] = 0
@@ -123,6 +125,7 @@ def _is_padding(dataset: Dataset, values: NDArray[np.int64], cells: Cells) -> ND
     ends = _interpret(np.concatenate(found) & white_of(cells.size), cells)
     if not len(found[0]):
         return np.zeros(len(values), np.bool_)
+    # For MONOCHROME1 the limit is below the value, otherwise above it (C.7.5.1.1.2).
     is_padding: NDArray[np.bool_] = (values >= ends.min()) & (values <= ends.max())
     return is_padding
 
@@ -142,6 +145,7 @@ def _as_seen(
     values = stored.astype(np.float64)
     intercept = number(dataset, "RescaleIntercept", 0)
     values = modality(values) if modality is not None else values * slope + intercept
+    # Its input is signed also where only the rescale makes values negative.
     voi = _first_lut(dataset, "VOILUTSequence", bool(values.min() < 0))
     if voi is not None:
         # The largest entry is white: many tables declare 16 bits and use 12.
@@ -179,6 +183,7 @@ def _first_lut(dataset: Dataset, keyword: str, signed: bool) -> Lut | None:
 
 def _lut(item: Dataset, descriptor: list[int], signed: bool) -> Lut:
     """Read a LUT; its first input is signed if the values are. An 8-bit entry may take a word."""
+    # 0 stands for 65536 entries (C.11.1.1.1), and more than 32767 are negative where the VR is SS.
     count, first = descriptor[0] & 0xFFFF or 1 << 16, descriptor[1]
     if signed and first >= 1 << 15:
         first -= 1 << 16
@@ -201,6 +206,7 @@ def _windowed(dataset: Dataset, values: Table) -> Table | None:
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
         raise RefusedError("its window has an unknown function")
     for center, width in zip(centers, widths, strict=False):
+        # C.11.2.1.2 and C.11.2.1.3: at least 1 for LINEAR, more than 0 for the others.
         is_wide = width >= 1 if function == "LINEAR" else width > 0
         if is_wide and np.isfinite([center, width]).all():
             return _window(values, center, width, function)
