@@ -78,8 +78,10 @@ def pack(config: PackConfig) -> None:
     with _held(work, shared=config.task is not None):
         key, names = shared_key(work), list[Name]()
         if private:
+            # A new pack has its salt only here: its key is made under the lock.
             content = content_of(options, source, salt_of(key))
             source, names = anonymise(source, key)
+        # After the renaming, which sorts the records anew: their order decides the parts.
         _begin(work, decoding_of(deciding_squares(config) | {"anonymise": private}, source))
         parts, directory = plan_parts(source.records), work / "squares"
         make = partial(
@@ -108,6 +110,8 @@ def pack(config: PackConfig) -> None:
             describe(source, shards, here, layout, config.expect, config.source)
             if (here / "shards" / "rejected.csv").is_file():
                 print(f"{config.out / 'rejected.csv'}: the files left out, with the reason of each")
+            # Before the shards appear: after a kill the same command sees them, stops early and
+            # removes the key, and this table could never be made.
             if names:
                 write_names(names_file(config.out), key, names)
             publish(here / "shards", config.out)
@@ -184,10 +188,11 @@ def _held(work: Path, *, shared: bool) -> Any:
     """Lock the work directory; object stores have no locks.
 
     Raises:
-        CxrdistError: the directory holds other files, and a pack would remove them in the end.
+        CxrdistError: the directory holds other files, which the pack would remove at its end.
     """
     if not isinstance(work, Path):
         return nullcontext()
+    # Hidden ones are its own: .lock and .key are made before pack.json.
     others = [path.name for path in work.glob("[!.]*")]
     if work.is_symlink() or (others and "pack.json" not in others):
         raise CxrdistError(f"{work}: expected an unfinished pack, found other files; move it away")

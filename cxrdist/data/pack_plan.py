@@ -64,6 +64,7 @@ def known_salt(out: Path, work: Path) -> str | None:
     key, salt = read_key(work), read_salt(table)
     if salt is None:
         return None if key is None else salt_of(key)
+    # An unfinished pack is known by its key. A finished one has none, but its shards exist.
     if salt != salt_of(key) if key is not None else not out.exists():
         raise CxrdistError(
             f"{table}: belongs to another pack and would be overwritten; move it next to the "
@@ -85,6 +86,7 @@ def content_of(options: Options, source: Source, salt: str | None) -> dict[str, 
         facts = (str(record.split), record.view, record.sex, str(record.age))
         cells = (record.uncertain, record.missing, record.assumed_absent)
         digest.update("\0".join((*names, *facts, *cells, "\n")).encode())
+        # Without text and score, which change no pixel.
         digest.update(repr([box[:4] for box in record.boxes]).encode() if record.boxes else b"")
         digest.update(repr(record.findings).encode() if record.findings else b"")
         digest.update(f"mask {record.mask[1:]}".encode() if record.mask else b"")
@@ -115,6 +117,8 @@ def _shown(options: Options, name: str) -> str | None:
 
 def refuse_large_index(source: Source, given: Path, size_px: int, shard_size: int) -> None:
     """Reject sizes and counts that readers of the index refuse (`cxrdist.data.index`)."""
+    # An entry of index.json has 200 bytes. In a line of samples.csv half is left for doubled quotes
+    # and for what `_num_characters` leaves out.
     shards, most_shards = -(-len(source.records) // shard_size), MOST_INDEX_BYTES // 256
     longest, most_characters = max(map(_num_characters, source.records)), MOST_LINE_CHARACTERS // 2
     for option, number, most, unit in (
@@ -144,7 +148,7 @@ def refuse_bad_findings(source: Source) -> None:
             )
         for box in record.findings:
             edges = (box.x, box.y, box.width, box.height)
-            inside = all(-MOST_PX <= edge <= MOST_PX for edge in edges)
+            inside = all(-MOST_PX <= edge <= MOST_PX for edge in edges)  # false for NaN too
             if not inside or min(box.width, box.height) < LEAST_PX:
                 raise CxrdistError(
                     f"{record.file}: the box of {box.label} has {box.width:g} x {box.height:g} px "

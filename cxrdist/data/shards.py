@@ -41,7 +41,7 @@ _File = io.BufferedReader | io.BufferedRandom
 
 
 class SampleFile(TypedDict):
-    """The content of KEY.json; the first five fields are columns of samples.csv."""
+    """The content of KEY.json; the fields in `SHARED_COLUMNS` repeat columns of samples.csv."""
 
     key: Text
     label: Text
@@ -76,6 +76,7 @@ def sample_key(path: str) -> str:
     are equal once cleaned. A DICOM UID, all digits and dots, becomes ``image``.
     """
     name = Path(path).name
+    # A suffix begins with a letter, so that the last number of a name such as v1.2 is not cut.
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", re.sub(r"\.[A-Za-z]\w*$", "", name))[:40].strip("-")
     if re.fullmatch(r"\d+(\.\d+)+(\.[A-Za-z]\w*)?", name) or not stem:
         stem = "image"
@@ -100,10 +101,12 @@ def write_shard(path: Path, samples: Iterable[tuple[Mapping[str, object], bytes,
     """
     with (
         atomic_file(path) as partial,
+        # Other formats have extended headers, by which readers may disagree on a name or a size.
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
         for about, png, mask in samples:
             content = json.dumps(about, sort_keys=True, allow_nan=False).encode()
+            # This order is part of the format (shards/README.md), and `OpenShard` relies on it.
             add_member(tar, f"{about['key']}.json", content)
             if mask:
                 add_member(tar, f"{about['key']}.mask.png", mask)
@@ -141,6 +144,7 @@ class OpenShard:
         # An uncompressed grey PNG has a byte per pixel and per row, plus its chunk headers.
         most_png_bytes = 2 * side * (side + 1) + 4096
         self._places: list[_Places] = []
+        # `open_shard` has read the file to its end for the hash.
         file.seek(0)
         for sample in shard.samples:
             about = self._next(f"{sample.key}.json", MOST_JSON_BYTES)
@@ -255,6 +259,7 @@ class OpenShard:
         if not 0 < member.size <= most_bytes:
             raise self._wrong(f"{expected} has {member.size} bytes, expected 1 to {most_bytes}")
         place = _Place(self._file.tell(), member.size)
+        # A seek beyond the end of a file does not fail, so the end is compared.
         end = place.first + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if end > self._shard.entry.bytes:
             raise self._wrong(f"{expected} is longer than the shard")
@@ -283,6 +288,8 @@ class OpenShard:
 
     def _refuse_more(self) -> None:
         """Check that only the zeros that fill a tar's last record follow the samples."""
+        # A tar ends with two blocks of zeros and zeros up to a whole record (POSIX ustar), together
+        # less than two records.
         rest = self._file.read(2 * tarfile.RECORDSIZE)
         if len(rest) >= 2 * tarfile.RECORDSIZE or rest.strip(b"\0"):
             raise self._wrong("holds more than the samples that samples.csv lists")
@@ -365,6 +372,7 @@ def _fetch(path: Path, num_bytes: int) -> io.BufferedRandom:
     """Copy a file of an object store, stopping soon after its expected size."""
     copy = tempfile.TemporaryFile(prefix="cxrdist-")
     with path.open("rb") as content:
+        # A block too many is enough to see that the size is wrong.
         while copy.tell() <= num_bytes and (block := content.read(1 << 22)):
             copy.write(block)
     copy.seek(0)

@@ -49,6 +49,7 @@ def assign_splits(
     numbers = np.asarray(group_by_patient(records) if groups is None else groups)
     asked = asked_splits(source, split)
     given = [record.split for record in records]
+    # In a single split, a placeholder in place of the patients does no harm.
     if None in given and len(asked) > 1:
         drawn = [record for record in records if record.split is None]
         _refuse_dominant_group(drawn, numbers[[name is None for name in given]])
@@ -143,6 +144,7 @@ def _draw(
     others follow: into test before val, and into val before train.
     """
     known: dict[int, str] = {}
+    # A later split overrides an earlier one: what is a copy of a test image goes to test.
     for name in SPLITS:
         known |= {group: name for group, n in zip(groups.tolist(), given, strict=True) if n == name}
     counts = _images_by_group(source, groups)
@@ -163,6 +165,7 @@ def _draw_val(source: Source, split: str | None, seed: int, groups: Counts) -> l
     counts = _images_by_group(source, groups)
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(counts))
     by_split = {name: groups[[n == name for n in given]] for name in (*SPLITS, DEVELOPMENT)}
+    # Groups with a given split are not drawn, so that no copy of a train image gets into val.
     closed = np.concatenate([by_split[name] for name in SPLITS])
     order = order[np.isin(order, by_split[DEVELOPMENT]) & ~np.isin(order, closed)]
     fractions = (*_development_fractions(split), 0.0)
@@ -258,6 +261,7 @@ def _give_each_split_each_class(
         return np.stack([table[order[chosen[order] == i]].sum(axis=0) for i in range(len(SPLITS))])
 
     absent = (per_split(has) == 0) & has[order].any(axis=0)
+    # From test to train, as in `_place_groups`. A move changes the counts, so they are made anew.
     for split, column in np.argwhere(absent)[::-1]:
         held, off = per_split(has), per_split(counts) - targets
         if split not in asked or held[split, column]:
@@ -269,6 +273,7 @@ def _give_each_split_each_class(
             gained = np.abs(off[split] + moved) - np.abs(off[split])
             lost = np.abs(off[old] - moved) - np.abs(off[old])
             distance = (gained + lost).sum(axis=1)
+            # lexsort sorts by its last key first: the distance, then the number of the old split.
             chosen[groups[np.lexsort((old, distance))[0]]] = split
 
 
@@ -290,6 +295,7 @@ def split_notes(
     of_all = "of the images" if is_drawn(source) else "of the images whose split is drawn"
     source = replace(source, records=[source.records[i] for i in drawn])
     groups, splits = [groups[i] for i in drawn], [splits[i] for i in drawn]
+    # A group per image, since only the sums are used.
     counts = _images_by_group(source, np.arange(len(splits)))
     targets, asked = _targets(split or DEFAULT_FRACTIONS, counts.sum(axis=0))
     largest = max(Counter(groups).values())
@@ -312,7 +318,8 @@ def split_notes(
 
 
 def _refuse_small_classes(source: Source, total: Counts) -> None:
-    for name, images in zip(source.classes, total, strict=False):
+    for name, images in zip(source.classes, total, strict=False):  # the last total has no label
+        # One more for train, and one for val.
         if images < PAPER_TEST_IMAGES + 2:
             raise CxrdistError(
                 f"--split paper: takes {PAPER_TEST_IMAGES} test images of each class, but class "
@@ -350,6 +357,7 @@ def _refuse_shared_patients(records: Sequence[Record], splits: Sequence[str]) ->
     for record, split in zip(records, splits, strict=True):
         first, other = seen.setdefault(record.patient, (split, record))
         if first != split:
+            # A placeholder in place of the patients would explain it, and has another mend.
             _refuse_dominant_group(records, np.asarray(group_by_patient(records)))
             raise CxrdistError(
                 f"patient {record.patient}: {other.file} is in {first}, {record.file} in {split}; "

@@ -35,15 +35,18 @@ from cxrdist.data.workers import Job, image_workers, schedule
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file
 
+# Another size makes unfinished packs unreadable: a part is known by its number.
 PART_SIZE = 128
-CHUNK = 16  # images sent to a worker at once
+# Images sent to a worker at once. They share one SECONDS_PER_IMAGE, and are tried one by one if it
+# is not enough (`cxrdist.data.workers.Job`).
+CHUNK = 16
 # Size and time of change (ns) of a record's file, and of its mask file if it has one.
 State = tuple[int, ...]
 Encoded = tuple["Square", bytes]  # a square, and its PNGs and thumbnails
 Pending = tuple[list[State], Job[Record, Encoded]]
 NO_FINGERPRINT = Fingerprint("", b"", b"", {})  # of what could not be decoded
 Kept = dict[int, Encoded]  # squares that need no decoding, by position of the record
-NOT_STORED = ("record", "covered", "part", "first_byte")  # known to who reads a part
+NOT_STORED = ("record", "covered", "part", "first_byte")  # whoever reads a part knows them
 THUMBNAIL_BYTES = THUMBNAIL_PX**2
 PARTS_AHEAD = 4  # parts submitted to the workers before the first of them is written
 
@@ -247,6 +250,7 @@ def _make_square(
         **({} if decoded.mask is None else _describe_mask(decoded.mask)),
     )
     thumbnails = map(_thumbnail, (pixels, decoded.covered))
+    # In the order of `Square.lengths`.
     return square, b"".join([png, covered, mask, *thumbnails])
 
 
@@ -343,6 +347,7 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
         if state != square.state:
             if square.reason and redo_bad:
                 return None
+            # The first two numbers are those of the image, the others those of its mask.
             whose = "its mask " if state[:2] == square.state[:2] else ""
             raise CxrdistError(
                 f"{square.record.file}: {whose}was changed after this pack started; restore it, or "

@@ -49,7 +49,9 @@ def describe(
     audit_file = _audit(shards, work / "squares")
     write_json(directory / "audit.json", audit_file)
     described = index_file(shards, directory / "samples.csv", layout)
+    # Last, since a directory with an index is complete.
     write_json(directory / "index.json", described)
+    # Read back, so that shards which no reader would take are never published.
     index, splits = read_index(directory), [sample.split for sample in shards.samples]
     _print_counts(index)
     for lines in (
@@ -195,7 +197,7 @@ def _tell_squares(squares: list[Square], index: IndexFile, layout: Layout) -> It
 
 
 def _of_views(source: Source, rejected: list[Square]) -> Source:
-    """Return the source without images that have views which are not packed, for the counts."""
+    """Return the source without the images whose views are not packed, for the counts."""
     others = {square.record.path for square in rejected if square.reason in LEFT_OUT.values()}
     return replace(source, records=[r for r in source.records if r.path not in others])
 
@@ -206,6 +208,7 @@ def _count_fates(source: Source, shards: Assembled) -> list[tuple[str, str]]:
     views = LEFT_OUT.values()
     late = (square.reason for square in shards.rejected)
     reasons += Counter(reason if reason in views else "unreadable" for reason in late)
+    # Adding drops counts of 0, so that without copies there is no row for them.
     reasons += Counter({"copy, in dropped.csv": shards.num_copies})
     num_packed = len(shards.squares)
     if source.num_found != num_packed + reasons.total():
