@@ -93,6 +93,7 @@ def tell_apart(
         known = target >= 0
         rows = np.cumsum(known) - 1  # of the samples among those known
         own = [(rows[train[known[train]]], rows[test[known[test]]]) for train, test in folds]
+        # A fold may hold no image whose label is known, and scikit-learn fails on an empty one.
         own = [(train, test) for train, test in own if len(test)]
         if _has_enough_patients(target[known], numbers[known], own):
             model = make_pipeline(StandardScaler(), LogisticRegression(C=freedom, max_iter=1000))
@@ -105,7 +106,7 @@ def tell_apart(
 
 
 def _has_enough_patients(target: Target, groups: NDArray[np.int64], folds: Sequence[Fold]) -> bool:
-    """Return whether class and rest have a patient per fold, and are in each training set."""
+    """Return whether class and rest each have a patient per fold, and are in all training sets."""
     return all(len(set(groups[target == side])) >= FOLDS for side in (0, 1)) and all(
         len(set(target[train])) == 2 for train, _ in folds
     )
@@ -142,6 +143,7 @@ def judge(
     values, limits, drawn = zip(*aurocs.values(), strict=True)
     accuracy = None
     if task == "multiclass" and scored.sum() > 1:
+        # A class without a model (NaN) is never the highest.
         right = np.nan_to_num(scores, nan=-np.inf).argmax(axis=1) == targets.argmax(axis=1)
         everywhere = np.ones_like(right)
         accuracy = _rounded(right.mean(), of_share(replicates, right, everywhere))

@@ -21,6 +21,7 @@ from cxrdist.errors import CxrdistError
 MOST_BYTES = 1 << 30  # the largest public tables of X-rays (PadChest, MIMIC-CXR) have 0.2 GB
 GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
 CHUNK_BYTES = 1 << 20
+# Not str.splitlines, which also cuts at U+0085, U+2028 and others that may be in a cell.
 LINE = re.compile(r"[^\r\n]*(?:\r\n?|\n)|[^\r\n]+")
 # UTF-32's byte order mark begins with UTF-16's, so it comes first.
 MARKS = {
@@ -135,6 +136,7 @@ def read_table(file: Path, expected: Collection[str]) -> Table:
     text, notes = read_text(file)
     headers = {separator: _header(text, separator) for separator in SEPARATORS}
     known = {plain(name) for name in expected}
+    # Of equals max takes the first, so a header without any expected column has commas.
     separator = max(SEPARATORS, key=lambda s: sum(plain(name) in known for name in headers[s]))
     if separator != ",":
         notes = (*notes, f"the table is read with {SEPARATORS[separator]} between the cells")
@@ -163,6 +165,7 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
     if data.startswith(GZIP):
         data = _unpack(file, data)
     text, notes = _decode(file, data)
+    # UTF-16 without a byte order mark decodes as another encoding, with NULs in the text.
     if "\0" in text:
         row = text.count("\n", 0, text.index("\0")) + 1
         raise CxrdistError(f"{file} row {row}: has a NUL, so it is not a text file; {SAVE}")

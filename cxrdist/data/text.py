@@ -168,6 +168,7 @@ def _engine() -> Any:
             "Global.log_level": "error",
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+            # By default the engine enlarges shorter sides below 736 px, but `_detect` has scaled.
             "Det.limit_type": "max",
             "Det.limit_side_len": max(SIDES_PX),
             "Det.thresh": PIXEL_THRESHOLD,

@@ -19,7 +19,7 @@ SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; anything slower is 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MOST_BLOCK_BYTES = 32 << 20  # the most that glibc takes on 64 bits
 MOST_KEPT_BYTES = 64 << 20  # of free memory, by a worker
-CHUNKS_AHEAD = 2  # of each worker, beside those that it is at
+CHUNKS_AHEAD = 2  # chunks per core that are submitted before the first of them is yielded
 
 
 class HasFile(Protocol):
@@ -112,6 +112,7 @@ def in_order(
 
 def num_cores() -> int:
     """Return the number of cores that this process may use."""
+    # Not os.cpu_count, which counts cores that SLURM or a container's cpuset withholds.
     return len(os.sched_getaffinity(0))
 
 
@@ -134,6 +135,7 @@ def _keep_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
+        # Setting either ends glibc's dynamic thresholds (mallopt(3)), so both are set.
         mallopt(M_MMAP_THRESHOLD, MOST_BLOCK_BYTES)
         mallopt(M_TRIM_THRESHOLD, MOST_KEPT_BYTES)
 
@@ -149,12 +151,14 @@ def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Proce
         preload: modules that all of them need.
     """
     context = multiprocessing.get_context("forkserver")
+    # Heeded only for the first pool of a process, whose server keeps running.
     context.set_forkserver_preload(list(preload))
     pool = ProcessPool(workers or num_cores(), initializer=_keep_memory, context=context)
     try:
         yield pool
         pool.close()
     except BaseException:
+        # Not close, which would complete all submitted tasks first.
         pool.stop()
         raise
     finally:
