@@ -80,6 +80,8 @@ def content_of(options: Options, source: Source, salt: str | None) -> dict[str, 
     """
     content = {**options, **{name: _shown(options, name) for name in PATHS}}
     digest = hashlib.sha256((salt or "").encode())
+    if salt:  # equal names in another folder are other images
+        digest.update(repr([str(options[name]) for name in PATHS]).encode())
     digest.update(repr((source.task, source.classes, sorted(source.views.items()))).encode())
     for record in source.records:
         names = (record.path, record.label, record.patient, record.source)

@@ -1,6 +1,7 @@
 import csv
 import hashlib
 import re
+import shutil
 import stat
 from binascii import unhexlify
 from dataclasses import replace
@@ -164,6 +165,25 @@ def test_the_same_command_again_knows_an_anonymised_pack(config, tmp_path, capsy
     config.out.rename(tmp_path / "moved")
     with pytest.raises(CxrdistError, match=r"out\.names\.csv: belongs to another pack"):
         pack(config)
+
+
+def test_an_anonymised_pack_of_another_folder_or_of_other_masks_is_another_one(tmp_path):
+    """Its pack.json hides the paths, and files of the same names in another folder are others."""
+    folder = make_images(tmp_path / "in", {"a": 8, "b": 8})
+    config = PackConfig(
+        *("folder", folder, tmp_path / "out"),
+        **{"size": 32, "split": "0.5/0.25/0.25", "workers": 1, "anonymise": True},
+        masks=make_masks(folder, tmp_path / "masks"),
+    )
+    pack(config)
+    copies = {
+        name: shutil.copytree(folder.parent / old, tmp_path / name)
+        for name, old in (("input", "in"), ("masks-2", "masks"))
+    }
+    pack(config)
+    for other in ({"input": copies["input"]}, {"masks": copies["masks-2"]}):
+        with pytest.raises(CxrdistError, match="already exists; remove it or choose another name"):
+            pack(replace(config, **other))
 
 
 def test_tasks_share_one_key(config, tmp_path):
