@@ -23,10 +23,10 @@ from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file
 
-KEY_BYTES = 32
+KEY_BYTES = 32  # the length of a SHA-256; shorter keys weaken an HMAC (RFC 2104, section 3)
 KEY_FILE = ".key"
 DIGITS = 20  # of a pseudonym, 80 bits: a collision among 10 million has a probability of 1e-10
-SALT = "(salt)"
+SALT = "(salt)"  # in the column of names, which are hexadecimal
 OLDEST = 90.0  # ages above 89 identify a person (HIPAA Privacy Rule, 45 CFR 164.514(b)(2)(i)(C))
 
 
@@ -73,6 +73,8 @@ def shared_key(directory: Path) -> bytes:
             file.truncate()
             file.write(key)
             file.flush()
+            # Squares on the disk have PatientIDs hashed under this key: if a power cut lost it, the
+            # next key would make two patients of one.
             os.fsync(file.fileno())
     return key
 
@@ -80,7 +82,7 @@ def shared_key(directory: Path) -> bytes:
 def make_private(directory: Path) -> None:
     """Create a local directory that only its owner can read."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory.chmod(0o700)
+    directory.chmod(0o700)  # mkdir keeps the mode of a directory that already exists
 
 
 def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
@@ -110,6 +112,7 @@ def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
 
 def _anonymous(record: Record, key: bytes) -> Record:
     path = _name(key, record.path)
+    # Such a patient contains the path, so it must be made from the new one.
     patient = own_patient(path)
     if not record.patient.startswith(NO_PATIENT):
         patient = f"patient-{keyed(key, f'patient {record.patient}')[:DIGITS]}"
@@ -122,6 +125,7 @@ def private_age(age: float | None) -> float | None:
 
 
 def _name(key: bytes, path: str) -> str:
+    # The word in front keeps a path apart from a patient of the same text: their digits differ.
     return keyed(key, f"path {path}")[:DIGITS]
 
 
@@ -148,6 +152,7 @@ def read_salt(file: Path) -> str | None:
     if not file.is_file():
         return None
     with file.open(encoding="utf-8", errors="replace", newline="") as table:
+        # Any file may have this name, also one whose first line fills the memory.
         head = [table.readline(1000), table.readline(1000)]
     header, salt = (line.rstrip("\r\n").split(",") for line in head)
     if header != [*Name._fields] or len(salt) != len(header) or salt[0] != SALT:
@@ -159,6 +164,7 @@ def write_names(file: Path, key: bytes, names: Iterable[Name]) -> None:
     """Write the table of names, readable by its owner only."""
     rows = [Name._fields, Name(SALT, "", salt_of(key), "", ""), *sorted(names)]
     with atomic_file(file) as partial:
+        # open() would create it with a mode that lets others read it.
         partial.touch(mode=0o600)
         with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
             csv.writer(table, lineterminator="\n").writerows(rows)

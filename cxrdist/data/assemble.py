@@ -92,6 +92,7 @@ def assemble(
     squares = usable
     if layout.duplicates == "drop":
         squares = _drop(usable, duplicates, directory / "dropped.csv")
+        # No group of copies has two images left, and positions have changed.
         duplicates = Duplicates([], [])
     left_out = (*source.left_out, *(LeftOut(s.record.path, s.reason) for s in rejected))
     if left_out:
@@ -126,13 +127,14 @@ def _begin(directory: Path, content: dict[str, object]) -> None:
         whole = leftover.suffix == ".tar" or leftover.name in ("samples.csv", "pack.json")
         if leftover.name.startswith(".") or not (same and whole):
             leftover.unlink()
+    # Last: after a kill above, the new options must not make leftovers of others look like ours.
     write_json(options, content)
 
 
 def _refuse_lost_classes(source: Source, squares: list[Square], rejected: list[Square]) -> None:
     """Check that each class has an image left.
 
-    In a multilabel source a label may lose all its images if they have views that are not packed.
+    A label of a multilabel source may lose all its images, if their views are not packed.
     """
     other_views = LEFT_OUT.values() if source.task == "multilabel" else ()
     reasons = {square.record.path: square.reason for square in rejected}
@@ -159,6 +161,7 @@ def _drop(squares: list[Square], duplicates: Duplicates, listed: Path) -> list[S
         members.setdefault(group, []).append(i)
     dropped: dict[int, tuple[str, str]] = {}
     for copies in members.values():
+        # An official test set stays complete; images without a given split keep their order.
         copies.sort(key=lambda i: rank.get(str(squares[i].record.split), 2))
         first = squares[copies[0]].record
         records = [squares[i].record for i in copies]
@@ -196,6 +199,8 @@ def plan_shards(splits: list[str], seed: int, shard_size: int) -> ShardPlan:
     plan = {}
     for split in SPLITS:
         members = [i for i, name in enumerate(splits) if name == split]
+        # Records are sorted by path, often class after class, and a WebDataset client shuffles only
+        # within a buffer. A generator per split: its order does not depend on the other splits.
         random = np.random.Generator(np.random.Philox([seed, SPLITS.index(split)]))
         members = [members[i] for i in random.permutation(len(members))]
         for number, start in enumerate(range(0, len(members), shard_size)):
@@ -217,6 +222,7 @@ def write_samples(squares: list[Square], plan: ShardPlan, directory: Path) -> li
     path = directory / "samples.csv"
     before = path.read_bytes() if path.is_file() else b""
     write_table(path, SAMPLE_COLUMNS, samples.values())
+    # Equal options can give other rows: with --skip-bad a file may have been repaired meanwhile.
     if path.read_bytes() != before:
         for shard in directory.glob("*.tar"):
             shard.unlink()
@@ -249,6 +255,7 @@ def _write_shard(
 ) -> ShardEntry:
     """Write a shard if it is missing; return its index entry."""
     files = ((_sample_file(sample, s, layout), s.png(parts), s.mask(parts)) for sample, s in chosen)
+    # An existing one has these samples: `write_samples` has removed all others.
     if not path.is_file():
         write_shard(path, files)
     return describe_shard(path, len(chosen))

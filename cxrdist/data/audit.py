@@ -45,7 +45,7 @@ from cxrdist.terminal import few
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
 SAME_THING = 0.5  # of a class's images: above this share, class and source count as confounded
 STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
-PICTURE_PX = 96
+PICTURE_PX = 96  # as the report shows them
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 MOST_LISTED = 10  # in a line of the summary
 # Grey levels. X-rays have a standard deviation of 40 to 80; a wrong window or depth leaves few.
@@ -106,6 +106,7 @@ def audit(
     truth = targets, classes
     patients: dict[str, int] = {}
     numbers = [patients.setdefault(s.patient, len(patients)) for s in samples]
+    # Copies stay in one fold: a model could recognise in the test fold what it was trained on.
     groups = join_groups(numbers, duplicates.pairs)
     audit_file: AuditFile = {
         "format": "cxrdist-audit-1",
@@ -158,6 +159,7 @@ def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | 
     except CxrdistError as error:
         not_made[name] = str(error)
     except Exception as error:
+        # The innermost frame may be of a library; the last one of this package says more.
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if Path(__file__).parents[1] in Path(f.filename).parents][-1]
         where = f"{Path(own.filename).name} line {own.lineno}"
@@ -233,6 +235,7 @@ def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str])
     row_of = {name: i for i, name in enumerate(known)}
     rows = np.array([row_of[name] for name in names])
     of_class = [np.bincount(rows[target == 1], minlength=len(known)) for target in targets.T]
+    # A multilabel source may have no class at all, and an empty list would have one dimension.
     inside = np.array(of_class, np.int64).reshape(-1, len(known))
     outside = [np.bincount(rows[target == 0], minlength=len(known)) for target in targets.T]
     total = np.bincount(rows, minlength=len(known))
@@ -242,9 +245,11 @@ def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str])
         result["counts"][name] = {**by_class, "all": int(total[i])}
     is_stated = np.array(known) != UNKNOWN
     for label, counts, rest in zip(classes, inside, outside, strict=True):
+        # scipy raises ValueError for a row or a column of zeros.
         both = np.stack([counts, rest])[:, is_stated & (counts + rest > 0)]
         comparable = both.shape[1] > 1 and both.sum(axis=1).all()
         v = round(float(association(both, "cramer")), 4) if comparable else None
+        # Without an image outside of the class, each of its names would be its own.
         own = counts[is_stated & (rest == 0)].sum() if rest.any() else 0
         result["association"][label] = v
         result["own"][label] = round(int(own) / max(1, int(counts.sum())), 4)
@@ -317,6 +322,7 @@ def _flat(entries: Sequence[Entry]) -> list[FlatImage]:
 
 def _flat_kind(statistics: dict[str, float]) -> FlatKind | None:
     mean, spread = statistics["mean"], statistics["spread"]
+    # First: a constant square that is black or white would pass the next tests too.
     if spread < FLAT:
         return "constant"
     if mean + 3 * spread < FLAT_RANGE:
@@ -331,6 +337,7 @@ def _in_pre_training(
     form = KNOWN_NAMES["ChestX-ray14"]
     counts = {split: dict.fromkeys(("all", *classes), 0) for split in SPLITS}
     for sample, labels in zip(samples, targets == 1, strict=True):
+        # A table may name another source for files that keep the NIH's names.
         if sample.source in PRE_TRAINING_SOURCES or form.search(Path(sample.path).name):
             for name in ("all", *itertools.compress(classes, labels)):
                 counts[sample.split][name] += 1

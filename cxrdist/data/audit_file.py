@@ -15,6 +15,7 @@ Thumbnail = Annotated[
 ]
 COUNTED = ("counts", "in_pre_training")  # tables with a column of all images
 FlatKind = Literal["constant", "nearly black", "nearly white"]
+# Its keys have blanks, which a class cannot have as names.
 MaskCounts = TypedDict("MaskCounts", {"with a mask": Count, "without a mask": Count})
 
 
@@ -179,6 +180,7 @@ def read_audit(path: Path) -> AuditFile:
     mend = "run `cxrdist check --audit` again"
     audit = read_document(path, AuditFile, mend)
     with judging(path, mend):
+        # No type ties the tables to `classes`, and the report looks up each class in each table.
         for name, columns in _columns(audit):
             needed = [*audit["classes"], *(["all"] if name in COUNTED else [])]
             if lacking := [label for label in needed if label not in columns]:

@@ -94,11 +94,13 @@ def _perceive(
         return scores
     learnt = (targets[:, usable] == 1).astype(np.int64)
     is_binary = learnt.shape[1] == 1
+    # scikit-learn wants a single column as a vector, and returns a probability for both sides.
     learnt = learnt[:, 0] if is_binary else learnt
     network = MLPClassifier((UNITS,), alpha=DECAY, max_iter=EPOCHS, random_state=0)
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the epochs are a choice
         for train, test in folds:
+            # Without warm_start each fit begins anew: nothing is left of the other folds.
             model = make_pipeline(StandardScaler(), network).fit(values[train], learnt[train])
             predicted = model.predict_proba(values[test])
             scores[np.ix_(test, usable)] = predicted[:, 1:] if is_binary else predicted

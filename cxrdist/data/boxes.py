@@ -83,6 +83,7 @@ def box_of(row: Mapping[str, str], where: str) -> Box:
         x, y, width, height, score = (float(text.replace(",", ".")) for text in texts)
     except ValueError as error:
         raise CxrdistError(f"{where}: {error}; expected numbers of px") from error
+    # NaN fails every comparison, so it is refused too.
     inside = all(-MOST_PX <= value <= MOST_PX for value in (x, y, width, height, score))
     if not inside or width <= 0 or height <= 0:
         raise CxrdistError(
@@ -98,6 +99,7 @@ def inside(boxes: Sequence[Box | Finding], height_px: int, width_px: int) -> NDA
     for box in boxes:
         top, left = max(0, math.floor(box.y)), max(0, math.floor(box.x))
         bottom, right = math.ceil(box.y + box.height), math.ceil(box.x + box.width)
+        # A box above or left of the image ends below 0, which a slice counts from the far side.
         mask[top : max(top, bottom), left : max(left, right)] = True
     return mask
 
@@ -125,6 +127,7 @@ def fill(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArray[np.uint8
         half = fill(*_halved(pixels, mask))
         height, width = half.shape
         guess = Image.fromarray(half).resize((2 * width, 2 * height), Image.Resampling.BILINEAR)
+        # `_halved` has padded odd sides, so the guess may be a pixel larger than the image.
         filled[mask] = np.asarray(guess)[: mask.shape[0], : mask.shape[1]][mask]
     else:
         filled[mask] = np.rint(_solve_laplace(pixels, mask))
@@ -158,6 +161,7 @@ def _solve_laplace(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArra
         rows, columns = y + down, x + right
         there = (rows >= 0) & (rows < mask.shape[0]) & (columns >= 0) & (columns < mask.shape[1])
         own, rows, columns = np.flatnonzero(there), rows[there], columns[there]
+        # At the image's edge a pixel is the mean of those neighbours that exist.
         degree[own] += 1
         other = unknown[rows, columns]
         outer = other < 0
@@ -166,5 +170,6 @@ def _solve_laplace(pixels: NDArray[np.uint8], mask: NDArray[np.bool_]) -> NDArra
     both = np.concatenate(pairs, axis=1)
     neighbours = coo_matrix((np.ones(both.shape[1]), both), shape=(len(y), len(y)))
     laplacian = (diags(degree) - neighbours).tocsc()
+    # For symmetric matrices: a tenth faster than the default, with 20,000 and 50,000 unknowns.
     values: NDArray[np.float64] = spsolve(laplacian, known, permc_spec="MMD_AT_PLUS_A")
     return values
