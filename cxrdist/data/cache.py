@@ -195,6 +195,7 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
     a network file system caches for a while that a file did not exist.
     """
     part, _ = local_ranks(accelerator)
+    # Drawn by rank 0 for all ranks, so that the mark of a killed run or of another does not count.
     mark = directory / f".{gather(accelerator, [secrets.token_hex(8)])[0]}.node"
 
     def create() -> bool:
@@ -207,8 +208,10 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
         return True
 
     created = together(accelerator, lambda: part == 0 and create())
+    # `together` has waited for all nodes: removed earlier, a slower node could create it again.
     if created:
         mark.unlink()
+    # Ranks of a node are numbered consecutively: this is the answer of its first one.
     return gather(accelerator, [created])[accelerator.process_index - part]
 
 
@@ -285,6 +288,7 @@ def _differing(
     numbers = range(count * part // num_parts, count * (part + 1) // num_parts)
     blocks = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
     cores = len(os.sched_getaffinity(0)) // num_parts
+    # Threads are enough: hashlib releases the GIL for more than 2047 bytes.
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, cores))) as pool:
         return [i for block in pool.map(differing, blocks) for i in block]
 
@@ -305,8 +309,11 @@ def _rebuild(layer: Layer, path: Path, cached: Checked, accelerator: Accelerator
     The old file is replaced, never written to: other runs may have mapped it.
     """
     part, _ = local_ranks(accelerator)
+    # The name has no process ID: all ranks of the node write into this file, under the lock.
     partial = path.with_suffix(".partial")
     first = cached.fault and part == 0
+    # One step of all ranks after the other: none fills a file that is not reserved yet, and the
+    # name goes to a file that all ranks have filled.
     together(accelerator, lambda: _reserve(layer, partial) if first else None)
     together(
         accelerator, lambda: _fill(layer, partial, cached, accelerator) if cached.fault else None
@@ -328,6 +335,7 @@ def _fill(layer: Layer, partial: Path, cached: Checked, accelerator: Accelerator
     """Write this rank's shards into the new cache: decode stale ones, copy the others."""
     part, num_parts = local_ranks(accelerator)
     with open_regular(partial, os.O_RDWR) as file:
+        # The map has a descriptor of its own, so the file may be closed.
         rows = np.memmap(file, np.uint8, "r+", len(layer.header()), layer.shape)
     shards = list(enumerate(layer.index.packed()))[part::num_parts]
     total = sum(shard.entry.samples for i, shard in shards if i in cached.stale)
@@ -365,6 +373,7 @@ def read_rows(images: Squares, numbers: NDArray[np.int64], device: torch.device)
 
     They are returned as uint8 [B, 1, size, size].
     """
+    # Indexing with an array copies: a tensor must not alias the read-only map.
     rows = torch.from_numpy(images[numbers]).unsqueeze(1)
     return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 

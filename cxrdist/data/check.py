@@ -96,7 +96,7 @@ def _inspect(shard: PackedShard, squares: Path | None) -> Inspected:
     try:
         with open_shard(shard) as opened:
             return _inspect_samples(shard, opened, squares)
-    except OSError as error:
+    except OSError as error:  # `in_order` yields only a CxrdistError; others end the whole check
         raise CxrdistError(str(error)) from error
 
 
@@ -113,6 +113,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
         share = None if mask is None else float(np.mean(mask > 0))
         mask_shares += [] if share is None else [share]
         if rows is not None:
+            # Other processes map the same file; `_audit` reads all rows in the main one.
             rows[shard.first + i] = pixels
             # samples.csv of older versions has no view
             known = sample._replace(view=description["view"])
@@ -123,6 +124,7 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
 
 def _strangers(index: Index) -> Iterator[str]:
     known = {shard.name for shard in index.shards}
+    # A client that is given *.tar would read it as well.
     for path in sorted(index.directory.glob("*.tar"), key=str):
         if path.name not in known:
             yield f"{path}: is not listed in index.json; remove it"
@@ -131,6 +133,7 @@ def _strangers(index: Index) -> Iterator[str]:
 def _audit(index: Index, entries: list[Entry], squares: Path) -> None:
     """Audit the samples in the same order as `pack` does, so that audit.json is the same."""
     rows = np.load(squares, mmap_mode="r")
+    # `pack` audits in the order of the records, which are sorted by path.
     order = sorted(range(len(entries)), key=lambda i: entries[i].sample.path)
     entries = [entries[i] for i in order]
 

@@ -122,6 +122,7 @@ def _rows(table: Table) -> Iterator[tuple[str, str, dict[str, Any]]]:
         labels = set(cells["Finding Labels"].split(SEPARATOR)) - {NO_FINDING}
         if unknown := labels - {*LABELS}:
             raise CxrdistError(f"{where}: {min(unknown)!r} is not one of the 14 labels")
+        # A column that was sorted or shifted alone would give images to other patients.
         if not patient.isdecimal() or f"{int(patient):08d}" != name[:8]:
             raise CxrdistError(f"{where}: {name} does not belong to patient {patient!r}")
         known = {

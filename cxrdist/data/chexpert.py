@@ -41,7 +41,7 @@ COLUMNS = {
     **{name: (name,) for name in ("Frontal/Lateral", "AP/PA", *LABELS)},
     "Lung Opacity": ("Lung Opacity", "Airspace Opacity"),  # the latter of the radiologists' tables
 }
-IMAGE = re.compile(r"(?:.*/)?(patient\d+/study\d+/[^/]+)")
+IMAGE = re.compile(r"(?:.*/)?(patient\d+/study\d+/[^/]+)")  # no suffix: see `Listed`
 FORMS = {  # of a row's cell, by the name of the column
     "Path": re.compile(r"(?:.*/)?(patient\d+/study\d+/[^/]+)\.\w+"),
     "Study": re.compile(r"(?:.*/)?(patient\d+/study\d+)"),
@@ -83,6 +83,7 @@ def read_chexpert(folder: Path, besides: Sequence[Path] = ()) -> Source:
                 views[view] += 1
                 path, split = f"{part}/{name}{taken[0].suffix}", splits[part]
                 records.append(Record(taken[0], path, source=NAME, split=split, **facts))
+        # Its table alone has already made valid.csv the validation split, and test would be empty.
         if part == "test" and len(records) == num_before:
             raise CxrdistError(
                 f"{file}: none of its images is here; download them or move the table away"
@@ -143,6 +144,7 @@ def _images(table: Table, listed: Listed) -> Iterator[tuple[str, View, dict[str,
             "age": age_of(cells.get("Age", "")),
             **read_cells(where, {label: cells[label] for label in LABELS}),
         }
+        # A study without images is taken by its own name, so that it is counted as missing.
         for name in of_study.get(asked, [asked]):
             view = _view(name, cells)
             yield name, view, {**facts, "view": view.taken_for}
@@ -163,6 +165,7 @@ def _view(name: str, cells: dict[str, str]) -> View:
     frontal_lateral, ap_pa = cells.get("Frontal/Lateral", ""), cells.get("AP/PA", "")
     side, position = view_of(frontal_lateral), view_of(ap_pa)
     named = view_in_name(name.rpartition("/")[2])
+    # Lateral in either column wins, since lateral images are not packed by default.
     taken_for = LATERAL if side == LATERAL else position or side or named
     return View(frontal_lateral, ap_pa, taken_for)
 

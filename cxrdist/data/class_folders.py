@@ -14,6 +14,7 @@ from cxrdist.data.patients import compile_pattern, patient_of
 from cxrdist.data.records import DEVELOPMENT, SPLIT_NAMES, Record, Source, known_source
 from cxrdist.errors import CxrdistError
 
+# Only where a word begins: not in `strain` or `latest`.
 LOOKS_LIKE_SPLIT = re.compile(r"(?:^|[\W_\d])(train|val|test|dev)")
 
 
@@ -70,6 +71,7 @@ def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | 
     below: dict[str, set[str]] = defaultdict(set)
     for parts in levels:
         if parts:
+            # The empty name stands for images that are directly in the upper folder.
             below[parts[0]].add(parts[1] if len(parts) > 1 else "")
     for level, siblings in enumerate(([set(below)], list(below.values()))):
         folders = set[str]().union(*siblings)
@@ -78,6 +80,7 @@ def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | 
             _refuse_like_splits(folder, siblings)
             continue
         others = sorted(folders - {*splits})
+        # All upper folders are splits: the lower ones are the classes, and none may be a split.
         if level == 0 and not others:
             lower = set[str]().union(*below.values())
             others = sorted(name for name in lower if name.lower() in SPLIT_NAMES)
@@ -119,7 +122,7 @@ def _refuse_equal_splits(folder: Path, names: Iterable[str]) -> None:
 
 def _leave_val_open(records: list[Record]) -> list[Record]:
     """Let validation images be drawn from the training images if there is no val folder."""
-    if {record.split for record in records} & {None, "val"}:
+    if {record.split for record in records} & {None, "val"}:  # None: all splits are to be drawn
         return records
     return [replace(r, split=DEVELOPMENT) if r.split == "train" else r for r in records]
 

@@ -3,7 +3,7 @@
 JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # SOC and SIZ (ISO 15444-1, A.5.1), in a JP2 box or bare
 # Start of frame (ITU-T T.81, table B.1; of JPEG-LS ITU-T T.87, C.1.1): not DHT, JPG and DAC.
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
-WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}  # TEM, RST and SOI (ITU-T T.81, table B.1)
 
 
 def precision(stream: bytes) -> tuple[int, bool] | None:
@@ -26,7 +26,7 @@ def _jpeg_precision(stream: bytes) -> tuple[int, bool] | None:
     while start + 5 <= len(stream) and stream[start] == 0xFF:
         marker = stream[start + 1]
         if marker in FRAMES:
-            return stream[start + 4], False
+            return stream[start + 4], False  # behind marker and length (ITU-T T.81, B.2.2)
         if marker == 0xFF:  # a fill byte
             start += 1
         elif marker in WITHOUT_LENGTH:

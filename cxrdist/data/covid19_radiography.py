@@ -46,6 +46,7 @@ class Release:
 
 # The children's images are Kermany's (2018), the opacities RSNA's (2018).
 CHILDREN = {"NORMAL": "Kermany", "Viral Pneumonia": "Kermany"}
+# In this order: where names ignore case, a current release has the middle one's folders too.
 RELEASES = (
     Release(
         "current release",
@@ -131,6 +132,7 @@ def _read_workbook(root: Path, name: str) -> dict[int, str]:
     NORMAL-1 for ``Normal-1``: only the number identifies an image.
     """
     books = sorted(root.glob("*.xlsx"), key=str)
+    # Only the part before the first dot counts: the first release has a `.matadata.xlsx`.
     book = next((b for b in books if b.name.split(".")[0].lower() == name.lower()), None)
     if book is None:
         return {}

@@ -91,6 +91,7 @@ def read_covidx(folder: Path, besides: Sequence[Path] = ()) -> Source:
     lines = [line for split, file in lists.items() for line in _read_list(split, file)]
     classes, origins = _classes(folder, lines), read_nih_patients(folder)
     patients = [_patient(line, origins) for line in lines]
+    # The lists are in the order of `SPLITS`, so that the last line of a patient decides.
     last = {patient: line.split for patient, line in zip(patients, lines, strict=True)}
     records: list[Record] = []
     left_out: dict[str, Counter[str]] = defaultdict(Counter)
@@ -175,6 +176,7 @@ def _patient(line: Line, origins: Mapping[str, str]) -> str:
 
 def _why_left_out(line: Line, last: str) -> str:
     """Return why an image is not packed, given the last split that has its patient; else empty."""
+    # Where the lists have been mended, these patients are in test, and stay there.
     if line.split != "test" and (line.collection, line.patient) in TEST_PATIENTS:
         return MISPLACED
     return "" if line.split == last else f"of a patient who is in the {last} list too"
