@@ -53,6 +53,7 @@ class ShardDataset(Dataset[LabelledImage]):
         self.numbers = index.numbers(split)
         if not self.numbers:
             raise CxrdistError(f"{index.directory}: has no samples in {split}; give another split")
+        # Uncertain is -1 and missing -2; both are not known.
         self._targets = np.maximum(index.targets(), -1).astype(np.float32)
         self._shards = index.packed()
         self._ends = np.cumsum([shard.entry.samples for shard in self._shards])
@@ -75,6 +76,7 @@ class ShardDataset(Dataset[LabelledImage]):
         shard = int(np.searchsorted(self._ends, number, side="right"))
         pixels, _ = self._opened(shard).read(number - self._shards[shard].first)
         sample = self.index.samples[number]
+        # An array of a Pillow image is read-only, which torch warns about.
         image = torch.from_numpy(pixels.copy()).unsqueeze(0)
         target = torch.from_numpy(self._targets[number])
         return LabelledImage(image, target, sample.key, sample.patient)

@@ -53,7 +53,8 @@ def scaled_by_one_depth(
     Which images these are depends on the source alone, so any number of workers, tasks and kills
     ends with the same bytes.
     """
-    while True:  # an image that can no longer be read does not count for the depth either
+    # Repeated: an image that has become unreadable meanwhile no longer counts for the depth.
+    while True:
         squares = read()
         usable = [square for square in squares if not square.reason]
         white = depth or source_depth(square.used_depth for square in usable)
@@ -123,7 +124,10 @@ def _view(square: Square) -> str:
 
 
 def refuse_late_dicom(squares: list[Square], work: Path) -> None:
-    """Reject DICOM files that were not recognised when --anonymise was chosen by default."""
+    """Reject DICOM files with a patient that were recognised only when they were decoded.
+
+    The default of --anonymise was chosen before, as for a source without any.
+    """
     late = next((s.record.file for s in squares if s.patient and not s.reason), None)
     if late is not None:
         raise CxrdistError(
@@ -141,7 +145,9 @@ def with_tags(squares: Sequence[Square], *, private: bool) -> list[Square]:
         squares: of the whole source.
         private: whether the pack is anonymised, so that high ages are cut.
     """
-    numbers: dict[tuple[str, str], int] = {}  # by source and patient
+    # By source and patient: the same ID in two sources is two people. Squares are in the order of
+    # their paths: as these are pseudonyms in an anonymised pack, the numbers reveal nothing.
+    numbers: dict[tuple[str, str], int] = {}
     known = []
     for square in squares:
         record = square.record

@@ -31,6 +31,7 @@ def used_depth(values: NDArray[np.integer], counts: NDArray[np.int64]) -> int:
 
     ``counts`` are the pixels per value; both are int [N].
     """
+    # A single hot pixel of 4096 would make a 12-bit image a 14-bit one, a quarter as bright.
     allowed = HOT_PIXELS * int(counts.sum())
     return next(d for d in DEPTHS if counts[values > white_of(d)].sum() <= allowed)
 

@@ -68,6 +68,7 @@ def derive_shards(
                 for row, square in zip(rows, squares or (), strict=squares is not None):
                     row.append(_derive(index.samples[original.number], name, original, square))
                 bar.update()
+            # Readers refuse empty shards and gaps in the numbers: the next shard takes this one.
             if not rows[0]:
                 continue
             written[split] += 1

@@ -66,6 +66,7 @@ SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 MOST_VIEW_CHARACTERS = 64  # of a long string (PS3.5, section 6.2, LO)
 SQUARE = 0.01  # sides of a pixel that differ less count as equal: spacings are rounded
 MOST_STRETCH = 10  # ratio of a pixel's sides; files with more are damaged
+# pydicom would warn about malformed values, and print them; `elements` judges those in use.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings would print tags
 
@@ -97,6 +98,7 @@ def _read(data: bytes, depth: int | None) -> Picture:
     if DeflatedExplicitVRLittleEndian.encode() in data:
         # pydicom would inflate it without a limit, so that a small file could fill the memory.
         raise RefusedError("it is deflated; store it uncompressed, for example with dcmconv +te")
+    # Without force it refuses files without a preamble (PS3.10, section 7.1), as old ones are.
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     _refuse_no_radiograph(dataset)
     width_px, height_px = _shown_size(dataset)
@@ -168,12 +170,14 @@ def _shown_size(dataset: Dataset) -> tuple[int, int]:
 
 def _cells(dataset: Dataset) -> Cells:
     """Return the pixel cells as they are stored or decompressed."""
+    # A file without a header has the default transfer syntax (PS3.5, section 10.1).
     syntax = dataset.file_meta.get("TransferSyntaxUID") or ImplicitVRLittleEndian
     bits = whole(dataset, "BitsStored")
     shift = whole(dataset, "HighBit", bits - 1) + 1 - bits
     if syntax in DECODERS:
         words, precise = _decompress(dataset, DECODERS[syntax])
-        if precise <= bits:  # decoders return samples in the low bits
+        # Decoders return samples in the low bits. A stream of more bits holds whole cells.
+        if precise <= bits:
             bits, shift = precise, 0
     elif syntax.is_private or syntax.is_compressed:
         raise RefusedError(
@@ -192,6 +196,7 @@ def _native(dataset: Dataset) -> NDArray[Any]:
     data, order = octets(dataset, "PixelData")
     if len(data) < shape[0] * shape[1] * size:
         raise RefusedError("its pixel data is cut off; it is damaged, export it again")
+    # OW counts words of 16 bits: in big endian the two 8-bit cells of each have swapped places.
     if size == 1 and order == ">" and dataset.get_item("PixelData").VR == "OW":
         data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
     words = np.frombuffer(data, f"{order}u{size}", shape[0] * shape[1])
@@ -217,8 +222,10 @@ def _decompress(dataset: Dataset, decoder: str) -> tuple[NDArray[Any], int]:
         dtype = np.dtype(f"<u{size}")
         samples = np.frombuffer(imagecodecs.dicomrle_decode(frame, dtype, out=data), dtype)
         return samples.reshape(shape), 8 * size
+    # Of the stream, since tags may say more: 14 of 16 bits (pydicom#2012), 8 in 16 allocated.
     bits, signed = precision(frame) or (8 * size, False)
     width = 1 if bits <= 8 else 2
     values = np.zeros(shape, f"{'i' if signed else 'u'}{width}")
     getattr(imagecodecs, decoder)(frame, out=values)
+    # Without the sign, which PixelRepresentation decides: streams may differ (pydicom#1149).
     return values.view(f"u{width}") & np.array(white_of(bits), f"u{width}"), bits

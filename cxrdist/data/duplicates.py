@@ -6,9 +6,9 @@ structure does not match; that of a copy does, even after re-encoding, scaling, 
 cropping.
 
 Measured on the 917 and 1,293 X-rays of covid3 and nih14 at 224 px: copies with 3 % cut from each
-side, scaled by 0.7, brightened by 10 % and stored as JPEG 60 differ from the hash of the inner
-original in at most 16 of 256 bits and correlate at least 0.95; different X-rays, also those of one
-patient, correlate at most 0.63.
+side, scaled by 0.7, brightened by 10 % and stored as JPEG 60 have a hash that differs from that of
+the original's inside in at most 16 of 256 bits, and correlate at least 0.95; different X-rays, also
+those of one patient, correlate at most 0.63.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ from cxrdist.data.fingerprint import HASH_SIDE, INNER, Fingerprint
 from cxrdist.terminal import progress
 
 MOST_BITS = 56  # differing bits of 256; 5 of 2.4 million pairs of different X-rays are that close
-SAME = 0.85  # correlation; below copies (0.95), above different X-rays (0.63) and phantoms (0.81)
+SAME = 0.85  # correlation: copies have at least 0.95, different X-rays at most 0.63, phantoms 0.81
 SIDE_PX = 128  # side of the images that are correlated
 SHIFT_PX = 8  # largest shift, of SIDE_PX: a sixteenth of the side
 BLUR_PX = 2.0  # removes brightness and the outline of the chest, which are alike in all X-rays
@@ -95,6 +95,7 @@ def find_duplicates(fingerprints: Sequence[Fingerprint], pixels: Pixels) -> Dupl
     views_of = lru_cache(KEPT_IMAGES)(lambda number: views(pixels(number)))
     near = []
     with progress(len(candidates), "comparing", "pairs", show=len(candidates) > 1000) as bar:
+        # Sorted, so that the pairs of an image follow each other and its views are still cached.
         for (one, other), bits in sorted(candidates.items()):
             pair = int(distinct[one]), int(distinct[other])
             correlation = compare(views_of(pair[0]), views_of(pair[1]))
@@ -216,8 +217,9 @@ def _correlate(image: View, other: View) -> float:
     computes only shifts of up to `SHIFT_PX`.
     """
     num_shifts = 2 * SHIFT_PX + 1
+    # At these shifts the inside does not leave the image, so nothing wraps around its edges.
     products = fft.irfft2(image.spectrum * other.inside_spectrum, (SIDE_PX, SIDE_PX))
-    energy = image.energies * other.inside_energy
+    energy = image.energies * other.inside_energy  # 0 where there is no structure
     return float((products[:num_shifts, :num_shifts] / np.sqrt(np.maximum(energy, 1e-6))).max())
 
 

@@ -57,6 +57,7 @@ def shorts(dataset: Dataset, keyword: str | int) -> NDArray[np.int64]:
 
 def octets(dataset: Dataset, keyword: str | int) -> tuple[bytes, str]:
     """Return the bytes of an element and their order, ``<`` or ``>``."""
+    # `dataset[keyword]` would convert the value, and replace the raw element.
     element = dataset.get_item(keyword)
     if not isinstance(element, RawDataElement):
         raise RefusedError(f"its {keyword} is missing")
@@ -77,11 +78,14 @@ def _parts(dataset: Dataset, keyword: str | int) -> Sequence[object]:
         return []
     if not isinstance(element, RawDataElement):  # pydicom has converted it
         return value if isinstance(value, MultiValue) else [value] if value != "" else []
+    # The file's VR may be missing (implicit VR), UN or wrong, so it only chooses among numbers:
+    # it is used if it is binary, and the element is a number by the dictionary as well.
     known = dictionary_VR(Tag(keyword))
     kind = element.VR if element.VR in BINARY and known in (*BINARY, "DS", "IS") else known
     if kind in BINARY:
         code = np.dtype(f"{'<' if element.is_little_endian else '>'}{BINARY[kind]}")
         found: list[object] = np.frombuffer(value, code, len(value) // code.itemsize).tolist()
         return found
+    # Latin-1 decodes any byte, and only ASCII texts are looked for.
     parts = [part.strip(" \0") for part in value.decode("latin-1").split("\\")]
     return parts if any(parts) else []

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 HASH_SIDE = 16  # 256 bits; with 64, different X-rays are as similar as altered copies
-# Rows of the discrete cosine transform of 64 values, those of the lowest frequencies.
+# Rows of the discrete cosine transform of 64 values, those of the lowest frequencies. They are not
+# normalised, as in imagehash: another weight of the first row could change which exceed the median.
 FREQUENCIES = np.cos(
     np.pi * np.outer(np.arange(HASH_SIDE), np.arange(4 * HASH_SIDE) + 0.5) / (4 * HASH_SIDE)
 )
@@ -62,7 +63,7 @@ def _phash(image: Image.Image, box: tuple[float, float, float, float]) -> bytes:
 
 
 def _statistics(pixels: NDArray[np.uint8], image: Image.Image) -> dict[str, float]:
-    """Return features outside of the lungs by which a network could recognise a source."""
+    """Return brightness and border of a square, by which a network could recognise a source."""
     width = max(1, round(len(pixels) * BORDER))
     histogram = np.array(image.histogram()) / pixels.size
     levels = np.arange(256)

@@ -85,5 +85,6 @@ def _strata(index: Index, numbers: list[int], num_folds: int) -> NDArray[np.int6
     rarest = [min(found, key=lambda label: images[label], default="") for found in labels]
     sizes = Counter(rarest)
     largest = sizes.most_common(1)[0][0]
+    # scikit-learn would warn about them, and refuse the split if all strata are so small.
     names = [name if sizes[name] >= num_folds else largest for name in rarest]
     return np.unique(names, return_inverse=True)[1]

@@ -42,9 +42,10 @@ class Foreground:
         return readable
 
     def has_background(self, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Return which of some samples have background from a mask or a box, bool [N]."""
+        """Return which of some samples have any background, bool [N]."""
         if not self.fixed.all():
             return np.ones(len(numbers), dtype=bool)
+        # `numpy.isin` finds nothing in a dict or a view of its keys.
         found = np.isin(numbers, list(self.boxes))
         return found if self.masks is None else found | has_mask(self.masks, numbers)
 

@@ -73,6 +73,7 @@ def find_images(folder: Path, besides: Sequence[Path] = ()) -> Found:
         refuse_undecodable_name(file)
         images.append(file)
         dicom = dicom or kind == "DICOM"
+    # As texts, like the paths of records: paths would sort by their parts, `a/1` before `a-b/1`.
     return Found(tuple(sorted(images, key=str)), tuple(sorted(left_out)), dicom)
 
 
@@ -87,6 +88,7 @@ def walk(folder: Path, besides: Sequence[Path] = ()) -> Iterator[tuple[Path, str
         yield from _walk_store(folder, besides)
         return
     own = {_identity(path) for path in besides if isinstance(path, Path) and path.is_dir()}
+    # Counted as seen, so that nothing in them is yielded, whatever link leads there.
     seen = set(own)
     waiting = [(False, False, str(folder))]  # plain folders first, then links, then hidden ones
     while waiting:
