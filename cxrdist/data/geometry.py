@@ -38,7 +38,8 @@ def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
     if fit == "stretch":
         return Placement(whole, 0, 0, size_px, size_px)
     longer = max(width_px, height_px)
-    # Pillow's ImageOps.pad rounds to whole pixels: half a pixel is nine px of a 4000 px original.
+    # Whole pixels, as in Pillow's ImageOps.pad. At 224 px half a pixel is nine px of a 4000 px
+    # original, so `in_square` scales boxes by the rounded sides too.
     width, height = (max(1, round(side / longer * size_px)) for side in (width_px, height_px))
     x, y = round((size_px - width) / 2), round((size_px - height) / 2)
     return Placement(whole, x, y, width, height)

@@ -58,7 +58,8 @@ LOOK_ALIKES = {
 TABLE = "the table itself"
 OPEN = ("uncertain", "missing")
 NO_FINDING = "nofinding"
-MISSING = {"nan", "null", "n/a", "na", "#n/a", "<na>", "nat"}  # as programs write a missing value
+# As programs write a missing value. Not "none": as the only label of an image it may be a class.
+MISSING = {"nan", "null", "n/a", "na", "#n/a", "<na>", "nat"}
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ def _find_columns(table: Table) -> dict[str, int]:
         )
     for name, spellings in LOOK_ALIKES.items():
         like = [column for column in table.columns if plain(column) in spellings]
+        # Beside a column labels, a diagnosis is another fact about the image, and no lost label.
         if like and name not in positions and (name != "label" or not labels):
             raise CxrdistError(
                 f"{table.file}: the column {like[0]!r} may be meant as the {name}; call it {name} "
@@ -224,12 +226,14 @@ def _find_labels(table: Table, positions: dict[str, int], rows: Sequence[Row]) -
             continue
         filled = [cell for cell in cells if cell]
         num_like = sum(cell in CELLS or cell in MISSING for cell in filled)
+        # A column of missing values alone has no cell like a label's, and is only ignored.
         if 2 * num_like > len(filled) and any(cell in CELLS for cell in filled):
             raise CxrdistError(
                 f"{rows[stray].where}: {name} is {rows[stray].cells[position]!r:.40}, but most of "
                 "its column is 1, 0, -1 or U like a label; correct the cell (empty: not known), or "
                 "remove the column"
             )
+    # An empty cell is a missing label, so empty columns pass for labels, but not they alone.
     if not any(row.cells[position].strip() for row in rows for position in label_columns.values()):
         raise CxrdistError(
             f"{table.file}: has no column label; expected path and label (or labels), or a column "
@@ -294,6 +298,7 @@ def _split(where: str, cells: dict[str, str]) -> str | None:
 
 def _refuse_bad_columns(file: Path, rows: Sequence[Row], records: Sequence[Record]) -> None:
     """Reject duplicate files, splits in only some rows, and patients in two spellings."""
+    # By file: with --allow-outside a relative and an absolute path may lead to the same one.
     for path, times in Counter(absolute(record.file) for record in records).items():
         if times > 1:
             name = next(record.path for record in records if absolute(record.file) == path)

@@ -40,6 +40,7 @@ def decode(
     Raises:
         CxrdistError: the file is not a readable X-ray, or its mask cannot be used.
     """
+    # Twice the square, as in Pillow's `thumbnail`: nearly what the whole JPEG would give.
     grey = read_grey(file, 2 * size_px, depth)
     covered = None
     if boxes:
@@ -95,6 +96,7 @@ def is_dicom(file: Path) -> bool:
 
 
 def _is_dicom(kind: str | None, file: Path) -> bool:
+    # An old DICOM without a preamble may begin with an element that `kind_of` does not know.
     return kind == "DICOM" or (kind is None and file.suffix.lower() in DICOM_SUFFIXES)
 
 

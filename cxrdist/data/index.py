@@ -343,12 +343,14 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
             text = io.TextIOWrapper(file, encoding="utf-8", newline="")
             rows = csv.reader(_lines(text))
             header = next(rows, [])
+            # The newest version that fits; columns behind those are of a later one, and ignored.
             fits = (n for n in reversed(NUM_COLUMNS) if header[:n] == [*SAMPLE_COLUMNS[:n]])
             if not (known := next(fits, 0)):
                 raise ValueError(f"expected the columns {', '.join(SAMPLE_COLUMNS)}")
             samples = [_read_sample(row, header, known) for row in islice(rows, most)]
             if next(rows, None) is not None:
                 raise ValueError(f"has more rows than the {most} samples of index.json")
+            # Of the same open file, so that what is compared is what was parsed.
             text.detach().seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, csv.Error) as error:
@@ -397,6 +399,7 @@ def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
         ]
     known, single = {*index.classes}, index.task == "multiclass"
     samples = ((s.label, s.uncertain, s.missing, s.assumed_absent) for s in index.samples)
+    # Samples share few combinations of labels, so each of these is judged once.
     for label, *not_stated in dict.fromkeys(samples):
         labels, others = labels_of(label), [n for text in not_stated for n in labels_of(text)]
         fault = _bad_label(known, labels, others, single=single)

@@ -95,6 +95,7 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
             inputs.setdefault(absolute(path), Input(path, path.name))
         else:
             raise CxrdistError(f"{path}: no such file or folder; give image files or folders")
+    # A file may be left out of a folder and given by itself; then it is read.
     return list(inputs.values()), [left_out[name] for name in left_out if name not in inputs]
 
 
@@ -168,6 +169,7 @@ def read_original(item: Input, how: Preparation, most_px: int = MOST_SIDE_PX) ->
         here = [scaled(box, *grey.scale()) for box in item.boxes]
         image = Image.fromarray(cover(np.asarray(image), here, how.cover))
     shown = grey.width_px, grey.height_px
+    # By the size of the original: a JPEG may have been decoded at a fraction of it.
     smaller = min(1, most_px / max(shown))
     width, height = (max(1, round(side * smaller)) for side in shown)
     if image.size != (width, height):
