@@ -159,7 +159,7 @@ def _attempt(name: str, make: Callable[[], T], not_made: dict[str, str]) -> T | 
     except CxrdistError as error:
         not_made[name] = str(error)
     except Exception as error:
-        # The innermost frame may be of a library; the last one of this package says more.
+        # The innermost frame may be of a library: the last one of this package tells more.
         frames = traceback.extract_tb(error.__traceback__)
         own = [f for f in frames if Path(__file__).parents[1] in Path(f.filename).parents][-1]
         where = f"{Path(own.filename).name} line {own.lineno}"

@@ -113,7 +113,6 @@ def _inspect_samples(shard: PackedShard, opened: OpenShard, squares: Path | None
         share = None if mask is None else float(np.mean(mask > 0))
         mask_shares += [] if share is None else [share]
         if rows is not None:
-            # Other processes map the same file; `_audit` reads all rows in the main one.
             rows[shard.first + i] = pixels
             # samples.csv of older versions has no view
             known = sample._replace(view=description["view"])

@@ -78,7 +78,7 @@ def read_squares(
         work: the directory of the unfinished pack.
         views: views to pack.
         skip_bad: whether images that cannot be read are left out.
-        named: whether rejected.csv has the names of the files, so that a message need not.
+        named: whether rejected.csv names the files; if not, the message lists them.
 
     Raises:
         CxrdistError: images are not decoded yet, or cannot be read and ``skip_bad`` is not set.

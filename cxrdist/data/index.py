@@ -343,7 +343,7 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
             text = io.TextIOWrapper(file, encoding="utf-8", newline="")
             rows = csv.reader(_lines(text))
             header = next(rows, [])
-            # The newest version that fits; columns behind those are of a later one, and ignored.
+            # The newest version that fits: further columns are of a later one, and are ignored.
             fits = (n for n in reversed(NUM_COLUMNS) if header[:n] == [*SAMPLE_COLUMNS[:n]])
             if not (known := next(fits, 0)):
                 raise ValueError(f"expected the columns {', '.join(SAMPLE_COLUMNS)}")
