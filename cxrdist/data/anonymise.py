@@ -23,7 +23,7 @@ from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file
 
-KEY_BYTES = 32  # the length of a SHA-256; shorter keys weaken an HMAC (RFC 2104, section 3)
+KEY_BYTES = 32  # as a SHA-256 has: shorter keys weaken an HMAC (RFC 2104, section 3)
 KEY_FILE = ".key"
 DIGITS = 20  # of a pseudonym, 80 bits: a collision among 10 million has a probability of 1e-10
 SALT = "(salt)"  # in the column of names, which are hexadecimal

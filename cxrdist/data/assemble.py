@@ -161,7 +161,7 @@ def _drop(squares: list[Square], duplicates: Duplicates, listed: Path) -> list[S
         members.setdefault(group, []).append(i)
     dropped: dict[int, tuple[str, str]] = {}
     for copies in members.values():
-        # An official test set stays complete; images without a given split keep their order.
+        # So that an official test set stays complete. The sort keeps the order within a split.
         copies.sort(key=lambda i: rank.get(str(squares[i].record.split), 2))
         first = squares[copies[0]].record
         records = [squares[i].record for i in copies]

@@ -96,7 +96,7 @@ def _inspect(shard: PackedShard, squares: Path | None) -> Inspected:
     try:
         with open_shard(shard) as opened:
             return _inspect_samples(shard, opened, squares)
-    except OSError as error:  # `in_order` yields only a CxrdistError; others end the whole check
+    except OSError as error:  # `in_order` yields no other error: it would end the check
         raise CxrdistError(str(error)) from error
 
 

@@ -53,7 +53,7 @@ class ShardDataset(Dataset[LabelledImage]):
         self.numbers = index.numbers(split)
         if not self.numbers:
             raise CxrdistError(f"{index.directory}: has no samples in {split}; give another split")
-        # Uncertain is -1 and missing -2; both are not known.
+        # Uncertain labels are -1 and missing ones -2: neither is known.
         self._targets = np.maximum(index.targets(), -1).astype(np.float32)
         self._shards = index.packed()
         self._ends = np.cumsum([shard.entry.samples for shard in self._shards])

@@ -66,7 +66,7 @@ SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 MOST_VIEW_CHARACTERS = 64  # of a long string (PS3.5, section 6.2, LO)
 SQUARE = 0.01  # sides of a pixel that differ less count as equal: spacings are rounded
 MOST_STRETCH = 10  # ratio of a pixel's sides; files with more are damaged
-# pydicom would warn about malformed values, and print them; `elements` judges those in use.
+# pydicom would print malformed values in warnings. `elements` judges those in use.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings would print tags
 

@@ -95,7 +95,7 @@ def find_inputs(paths: Sequence[Path], besides: Path) -> tuple[list[Input], list
             inputs.setdefault(absolute(path), Input(path, path.name))
         else:
             raise CxrdistError(f"{path}: no such file or folder; give image files or folders")
-    # A file may be left out of a folder and given by itself; then it is read.
+    # A file that is left out of a folder may be given by itself as well, and is then read.
     return list(inputs.values()), [left_out[name] for name in left_out if name not in inputs]
 
 
