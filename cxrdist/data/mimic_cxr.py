@@ -91,14 +91,16 @@ def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     for where, row in tables[METADATA].cells((*NEEDED[METADATA], *OPTIONAL), NEEDED[METADATA]):
         # Before `take`, which rejects two rows of an image whose view or facts differ.
         facts = _facts(where, row, studies, splits, patients)
-        view = view_of(row["ViewPosition"] or row.get(VIEW_CODE, ""))  # None for unknown words
+        # An unknown word (None) in the first gives way to the code, as an empty cell does.
+        views = {text: view_of(text) for text in (row["ViewPosition"], row.get(VIEW_CODE, ""))}
+        view = next(filter(None, views.values()), UNKNOWN)
         image = f"p{row['subject_id']}/s{row['study_id']}/{row['dicom_id']}"
         taken = listed.take(image, where, (view, facts))
         if taken and facts is None:
             listed.leave(taken[1], f"its study has no row in {CHEXPERT}")
         elif taken and facts is not None:
-            unknown.update([row["ViewPosition"]] if view is None else [])
-            records.append(Record(*taken, source=NAME, view=view or UNKNOWN, **facts))
+            unknown.update([] if view else [t for t, named in views.items() if named is None][:1])
+            records.append(Record(*taken, source=NAME, view=view, **facts))
     return Source(
         records,
         "multilabel",

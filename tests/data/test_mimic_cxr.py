@@ -31,6 +31,8 @@ IMAGES = [
     (10000898, 50771383, "2a280266-c8bae121", "AP AXIAL", "", "test"),
     (10000898, 54205396, "68c710e6-e0a0d0b8", "", "", "test"),
     (10000898, 54205396, "68c710e6-ffffffff", "SIDEWAYS", "", "test"),
+    (10000898, 54205396, "68c710e6-fffffff0", "SIDEWAYS", "postero-anterior", "test"),
+    (10000898, 54205396, "68c710e6-fffffff1", "", "from above", "test"),
     (10000935, 50578979, "d0b71acc-b5a62046", "AP", "antero-posterior", "train"),
 ]
 STUDIES = {
@@ -51,7 +53,7 @@ def write(file: Path, rows: list[str], packed: bool) -> None:
 
 
 def write_set(folder: Path, *, packed: bool = True, suffix: str = ".jpg") -> Path:
-    """Eight images of four patients; study 50578979 has no labels."""
+    """Ten images of four patients; study 50578979 has no labels."""
     for subject, study, dicom, *_ in IMAGES:
         home = folder / "files" / f"p{str(subject)[:2]}" / f"p{subject}" / f"s{study}"
         home.mkdir(parents=True, exist_ok=True)
@@ -91,6 +93,8 @@ def test_tables_packed_or_not_give_the_same_records(tmp_path, packed):
         ("p10000898", "OTHER", "test"),
         ("p10000898", "", "test"),
         ("p10000898", "", "test"),
+        ("p10000898", "PA", "test"),
+        ("p10000898", "", "test"),
     ]
     first, lateral, second = (records[x[2]] for x in IMAGES[:3])
     assert first.path == "files/p10/p10000032/s50414267/02aa804e-bde0afdd.jpg"
@@ -101,6 +105,7 @@ def test_tables_packed_or_not_give_the_same_records(tmp_path, packed):
     assert {(r.sex, r.age, r.source) for r in source.records} == {("", None, "MIMIC-CXR")}
     assert set(source.notes) == {
         "1 images have the view 'SIDEWAYS', which counts as unknown",
+        "1 images have the view 'from above', which counts as unknown",
         "without patients.csv.gz of MIMIC-IV sex and age are not known",
     }
 
@@ -135,7 +140,7 @@ def test_mimic_iv_tells_sex_and_the_age_at_the_study(tmp_path):
     rows += ["10000898,F,2,2183,2014 - 2016,"]
     write(folder / "patients.csv", rows, packed=True)
     source = read(folder)
-    assert source.notes[0] == "3 images have no age by patients.csv.gz"
+    assert source.notes[0] == "5 images have no age by patients.csv.gz"
     assert {(record.patient, record.sex, record.age) for record in source.records} == {
         ("p10000032", "F", 57),
         ("p10000764", "M", 91),
@@ -150,7 +155,7 @@ def test_without_the_split_table_no_split_is_given(tmp_path):
     write(folder / "mimic-cxr-2.0.0-negbio.csv", [CHEXPERT], packed=True)
     write(folder / "mimic-cxr-2.1.0-test-set-labeled.csv", ["study_id"], packed=False)
     source = read(folder)
-    assert Counter(record.split for record in source.records) == {None: 7}
+    assert Counter(record.split for record in source.records) == {None: 9}
     labels = "not read, the labels are those of mimic-cxr-2.0.0-chexpert.csv.gz"
     assert {
         "without mimic-cxr-2.0.0-split.csv.gz the split is drawn here and is not the official one",
@@ -162,7 +167,7 @@ def test_without_the_split_table_no_split_is_given(tmp_path):
 def test_the_dicom_files_of_mimic_cxr_are_read_by_the_same_tables(tmp_path):
     """They have the same names and folders."""
     source = read(write_set(tmp_path, suffix=".dcm"))
-    assert len(source.records) == 7
+    assert len(source.records) == 9
     assert source.dicom
 
 
