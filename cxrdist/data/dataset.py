@@ -78,7 +78,7 @@ class ShardDataset(Dataset[LabelledImage]):
         sample = self.index.samples[number]
         # An array of a Pillow image is read-only, which torch warns about.
         image = torch.from_numpy(pixels.copy()).unsqueeze(0)
-        target = torch.from_numpy(self._targets[number])
+        target = torch.tensor(self._targets[number])  # a copy: the caller may smooth it in place
         return LabelledImage(image, target, sample.key, sample.patient)
 
     def _opened(self, shard: int) -> OpenShard:

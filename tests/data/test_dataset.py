@@ -38,6 +38,9 @@ def test_items_are_the_samples_of_the_split(shards):
                     number += 1
         assert len(dataset) == number > 0
     assert dataset[0].target.dtype == torch.float32
+    before = dataset[0].target.clone()
+    dataset[0].target.fill_(0.5)
+    assert torch.equal(dataset[0].target, before)
     assert dataset[-1].key == dataset[len(dataset) - 1].key
 
 
