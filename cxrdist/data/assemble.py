@@ -209,7 +209,7 @@ def plan_shards(splits: list[str], seed: int, shard_size: int) -> ShardPlan:
 
 
 def write_samples(squares: list[Square], plan: ShardPlan, directory: Path) -> list[Sample]:
-    """Write samples.csv before the shards; if it has changed, remove shards written before.
+    """Write samples.csv before the shards; if it changes, remove shards written before.
 
     Returns:
         The sample of each square.
@@ -219,13 +219,14 @@ def write_samples(squares: list[Square], plan: ShardPlan, directory: Path) -> li
     clash = next((key for key, times in keys.items() if times > 1), None)
     if clash:
         raise CxrdistError(f"two images have the key {clash}; rename one of them")
-    path = directory / "samples.csv"
-    before = path.read_bytes() if path.is_file() else b""
-    write_table(path, SAMPLE_COLUMNS, samples.values())
+    path, new = directory / "samples.csv", directory / "samples.csv.new"
+    write_table(new, SAMPLE_COLUMNS, samples.values())
     # Equal options can give other rows: with --skip-bad a file may have been repaired meanwhile.
-    if path.read_bytes() != before:
+    if path.is_file() and path.read_bytes() != new.read_bytes():
+        # Before the new table is there: after a kill in between, the difference is still seen.
         for shard in directory.glob("*.tar"):
             shard.unlink()
+    new.replace(path)
     return [samples[i] for i in range(len(squares))]
 
 

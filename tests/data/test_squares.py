@@ -334,6 +334,25 @@ def test_a_mended_image_is_read_again(config, tmp_path):
     assert len(read_index(config.out).samples) == 59
 
 
+def test_a_kill_while_shards_of_earlier_rows_are_removed_leaves_none_of_them(
+    config, tmp_path, monkeypatch
+):
+    """The rows change since an image that was left out has been mended."""
+    config = with_(config, skip_bad=True)
+    bad = config.input / "a" / "a000_0.png"
+    data = bad.read_bytes()
+    bad.write_bytes(data[:100])
+    for name in ("cxrdist.data.pack.publish", "pathlib.Path.unlink"):
+        with monkeypatch.context() as patch:
+            patch.setattr(name, lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                pack(config)
+        bad.write_bytes(data)
+    pack(config)
+    pack(with_(config, out=tmp_path / "new"))
+    assert contents(config.out) == contents(tmp_path / "new")
+
+
 def test_two_packs_of_one_directory_do_not_meet(config, tmp_path):
     """A second process that would write to the same shards stops at once."""
     with packing.locked(tmp_path / ".out.partial"):
