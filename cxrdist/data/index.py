@@ -391,12 +391,11 @@ def _disagreements(index: Index, splits: dict[str, SplitEntry]) -> list[str]:
     held = groupby(index.samples, lambda sample: (sample.split, sample.shard))
     if [(*home, sum(1 for _ in samples)) for home, samples in held] != expected:
         there = Counter(sample.shard for sample in index.samples)
-        names = [s.name for s in index.shards if there[s.name] != s.samples] or ["a shard"]
+        names = [s.name for s in index.shards if there[s.name] != s.samples]
         faults += [
-            f"{table}: lists {there[name]} samples of {name}, another number or order than "
-            f"index.json; {MEND}"
+            f"{table}: lists {there[name]} samples of {name}, not as many as index.json; {MEND}"
             for name in names
-        ]
+        ] or [f"{table}: lists the samples in another order than index.json; {MEND}"]
     known, single = {*index.classes}, index.task == "multiclass"
     samples = ((s.label, s.uncertain, s.missing, s.assumed_absent) for s in index.samples)
     # Samples share few combinations of labels, so each of these is judged once.

@@ -245,6 +245,12 @@ TABLES = {
 }
 
 
+def test_samples_in_another_order_are_not_called_too_few(shards):
+    change_samples(shards, TABLES["another order"])
+    with pytest.raises(CxrdistError, match=r"samples\.csv: lists the samples in another order"):
+        read_index(shards)
+
+
 @pytest.mark.parametrize("change", TABLES.values(), ids=TABLES)
 def test_a_table_that_is_none_is_one_line(shards, change):
     """Rows too many are not read, and a field without an end neither."""
