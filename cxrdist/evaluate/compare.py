@@ -148,11 +148,13 @@ def _reach(differences: NDArray[np.float64], patients: NDArray[np.int64]) -> flo
     """
     from scipy.stats import t
 
+    # A replicate counts if it has all figures: one NaN would make their correlations NaN.
     complete = differences[np.isfinite(differences).all(axis=1)]
     spread = complete.std(axis=0, ddof=1) if len(complete) > 1 else np.zeros(len(patients))
     varies, freedom = (spread > ALIKE) & (patients > 1), np.maximum(patients - 1, 1)
     wide = spread * np.sqrt(patients / freedom) * t.ppf(QUANTILE, freedom)
     reaches = np.where(varies, wide, [wilson(0, max(1, n))[1] for n in patients.tolist()])
+    # The correlation with a constant is NaN: differences that do not vary count as uncorrelated.
     correlation = np.eye(len(patients))
     if varies.any():
         correlation[np.ix_(varies, varies)] = np.corrcoef(complete[:, varies].T)
@@ -162,6 +164,7 @@ def _reach(differences: NDArray[np.float64], patients: NDArray[np.int64]) -> flo
 def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
     """Compare two models on the same images, in the same order (`aligned`)."""
     draws = replicate(a, settings)
+    # Each patient once: the figures of the images come from the same code as the replicates.
     once = Replicates(np.ones((1, draws.draws.shape[1]), np.uint8), draws.patient)
     both = Both(
         observed=(_figures(a, once), _figures(b, once)),
@@ -184,6 +187,7 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
         "classes": classes,
     }
     if a.task == "multiclass":
+        # The accuracy is of all classes together, so its array has one column.
         statistics["accuracy"] = both.difference("accuracy", np.array([0]))
         statistics["mcnemar"] = _mcnemar(_is_right(a), _is_right(b))
     return statistics
@@ -222,6 +226,7 @@ def _figures(scored: Scored, draws: Replicates) -> Figures:
 def _patients(a: Scored, b: Scored, draws: Replicates) -> dict[str, NDArray[np.int64]]:
     """Count the patients behind each figure: by name, int64 [classes]."""
     truth, known = a.targets == POSITIVE, a.targets >= 0
+    # A difference of precision rests on each image that either model calls.
     guess = a.predicted | b.predicted
     rests_on = {
         "recall": truth,
@@ -264,6 +269,7 @@ def _mcnemar(a_right: NDArray[np.bool_], b_right: NDArray[np.bool_]) -> McNemar:
 
     only_a, only_b = int((a_right & ~b_right).sum()), int((b_right & ~a_right).sum())
     differing = only_a + only_b
+    # SciPy refuses a test of 0 images, on which the models do not differ at all.
     p_value = float(binomtest(only_a, differing).pvalue) if differing else 1.0
     return {"only_a": only_a, "only_b": only_b, "p_value": min(1.0, p_value)}
 

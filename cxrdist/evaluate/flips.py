@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.scored import Scored
 
+# Flips are sorted in this order.
 CHANGES = ("right->wrong", "wrong->right", "wrong->wrong")
 
 

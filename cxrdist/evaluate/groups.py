@@ -224,6 +224,7 @@ def age_band(text: str) -> str:
 def _decide(scored: Scored, thresholds: Mapping[str, float] | None) -> dict[str, Bools]:
     """Return which classes are called, bool [N, C], by suffix: as predicted, at the points."""
     decisions = {"": scored.predicted}
+    # A figure is an array over all classes, so all of them need a threshold.
     if thresholds is not None and {*scored.classes} <= thresholds.keys():
         points = np.array([thresholds[name] for name in scored.classes])
         decisions["_at_point"] = call(scored.logits, points)
@@ -235,6 +236,8 @@ def _measure(
 ) -> dict[str, _Figures]:
     """Compute all figures of the images in a mask, bool [N], by measure."""
     columns, patient = np.unique(replicates.patient[mask], return_inverse=True)
+    # Without the other patients all products are smaller. Rows of the transpose are selected, since
+    # `draws` must stay contiguous by patient.
     own = Replicates(replicates.draws.T[columns].T, patient)
     targets = scored.targets[mask]
     sides = {"recall": targets == POSITIVE, "specificity": targets == NEGATIVE}
@@ -400,6 +403,7 @@ def _largest(differences: _Differences, comparisons: int) -> Gap:
     quantile = 1 - (1 - LEVEL) / 2 / comparisons
     reach = differences.error * scipy.stats.t.ppf(quantile, differences.freedom)
     flagged = sizes > reach
+    # No difference exceeds 1: with 1 added, each flagged one is above all others.
     largest = int(np.argmax(np.where(flagged, sizes + 1, sizes)))
     first, second = differences.pairs[:, largest]
     if differences.value[largest] < 0:

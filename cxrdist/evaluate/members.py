@@ -78,6 +78,7 @@ Key = tuple[Figure, str | None]
 def _figures(file: Path) -> dict[Key, float | None]:
     """Read the figures of a metrics.json, by name and class."""
     metrics = read_document(file, Metrics, "run `cxrdist evaluate` again")
+    # The accuracy is at the top level of metrics.json, the other figures in the means.
     tables: dict[str | None, Any] = {None: {**metrics, **headline_means(metrics)}}
     tables.update(metrics["classes"])
     return {

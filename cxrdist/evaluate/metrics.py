@@ -32,6 +32,7 @@ IntervalName = Literal[
     "average_precision_interval",
 ]
 SCORES: tuple[ScoreName, ...] = get_args(ScoreName)
+# `IntervalName` lists the scores in the order of `ScoreName`, on which the zip relies.
 INTERVALS = dict(zip(SCORES, cast(tuple[IntervalName, ...], get_args(IntervalName)), strict=True))
 """The member of `Scores` that holds the interval of a score."""
 TITLES: dict[ScoreName, str] = {
@@ -203,7 +204,7 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
 
 
 def _score_label(logits: Tensor, predicted: Tensor, truth: Tensor) -> Scores:
-    """Score one label over the n images for which it is known: float [n], and twice bool [n]."""
+    """Score one label over the n images for which it is known; logits float [n], masks bool [n]."""
     known, positives, reason = len(truth), int(truth.sum()), None
     if not known:
         reason = "the label is known for no image"
@@ -239,6 +240,7 @@ def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> Score
     """Count and score n images: logits, float [n], predictions and truth, bool [n]."""
     scores = _functional().classification
     positives = int(truth.sum())
+    # torchmetrics returns 0 for most undefined scores, so these cases are told apart here.
     has_truth, has_both = positives > 0, 0 < positives < len(truth)
     has_prediction = bool(predicted.any())
     guess, target, ranks = predicted.long(), truth.long(), _ranks(logits)
@@ -309,6 +311,7 @@ def _cells(scores: Scores) -> list[str]:
 
 
 def _short(value: float) -> str:
+    # From 0.9995 on, three decimals would be 1.000, one column wider than .999.
     return f"{value:.3f}".removeprefix("0") if value < 0.9995 else "1.00"
 
 
@@ -335,6 +338,7 @@ def _label_headline(metrics: Metrics) -> str:
         f" {mean['auroc']:.3f} {over}" if labels else ": too few to say" if few else f" - {over}"
     )
     known = sum(scores["known"] for scores in classes.values()) / (samples * len(classes))
+    # Rounded, 599 of 600 known labels would be 100 %.
     share = f"{known:.0%}" if known < 0.995 else "over 99%"
     unknown = f", {share} of their labels are known" if known < 1 else ""
     limits = _within(metrics, mean.get("auroc_interval"))

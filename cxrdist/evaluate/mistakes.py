@@ -70,6 +70,7 @@ def _in_turn(sureness: NDArray[np.float64], *kinds: NDArray[np.bool_]) -> NDArra
             wrong = np.flatnonzero(kind[:, label])
             images.append(wrong[np.argsort(-sureness[wrong, label], kind="stable")])
             ranks.append(np.arange(len(wrong)))
+    # Stable, so that equal ranks keep the order of labels and kinds.
     in_turn = np.concatenate(images)[np.argsort(np.concatenate(ranks), kind="stable")]
     _, first = np.unique(in_turn, return_index=True)
     return in_turn[np.sort(first)]

@@ -57,6 +57,7 @@ class Scored:
 
     def take(self, positions: NDArray[np.int64] | NDArray[np.bool_]) -> "Scored":
         """Return some of the images, by position or by a mask, bool [N]."""
+        # Lists cannot be indexed by a mask, so it becomes positions.
         positions = np.arange(len(self))[positions]
         return Scored(
             self.task,
@@ -101,6 +102,7 @@ def read_scored(path: Path, task: str) -> Scored:
                 raise ValueError("a logit is not a finite number")
         names = ("key", "patient", *STATED, *GROUP_COLUMNS)
         texts = {name: [row[name] for row in rows] for name in names if name in columns}
+        # Of the columns of labels only `label` must exist; a KeyError here names it to the user.
         stated = {POSITIVE: texts["label"]}
         stated |= {code: texts[name] for name, code in STATED.items() if name in texts}
         return Scored(
@@ -109,6 +111,7 @@ def read_scored(path: Path, task: str) -> Scored:
             texts["key"],
             texts["patient"],
             label_matrix(stated, classes),
+            # Without rows the array has the shape [0] instead of [0, classes].
             np.array(logits).reshape(-1, len(classes)),
             {name: texts[name] for name in GROUP_COLUMNS if name in texts},
         )

@@ -85,6 +85,7 @@ def _shares(scored: Scored, replicates: Replicates) -> dict[ScoreName, Figures]:
         "recall": (predicted, truth),
         "specificity": (~predicted, known & ~truth),
         "precision": (truth, known & predicted),
+        # F1 is no share of images, but a function of one: Jaccard's index.
         "f1": (truth & predicted, known & (truth | predicted)),
     }
     figures: dict[ScoreName, Figures] = {}
@@ -141,6 +142,7 @@ def _mean(
     metrics: Metrics, name: ScoreName, figures: Figures, counts: Sequence[bool]
 ) -> tuple[float | None, Limits | None]:
     """Average one score over the counted classes that have it, with the interval of the mean."""
+    # Without an interval (`pair`) a score is undefined.
     columns = zip(metrics["classes"].values(), figures[0], counts, strict=True)
     defined = {
         i: (scores[name], pair) for i, (scores, pair, count) in enumerate(columns) if count and pair
