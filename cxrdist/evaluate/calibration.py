@@ -121,6 +121,7 @@ def fit_temperature(logits: NDArray[np.float64], truth: NDArray[np.bool_]) -> fl
     best = scipy.optimize.minimize_scalar(
         loss, bounds=bounds, method="bounded", options={"xatol": 1e-7}
     ).x
+    # If the best value is beyond a bound, the search ends 2e-7 short of it.
     inside = bounds[0] + 1e-3 < best < bounds[1] - 1e-3
     return float(np.exp(best)) if inside else None
 
@@ -200,6 +201,7 @@ def calibration_figures(
             if name in temperatures:
                 after[name] = _errors(binned, 1)
             classes[name] = _describe(binned, temperatures.get(name), before[name], after.get(name))
+    # Both means are over the same classes, so that before and after can be compared.
     mean_of = [*after] or [*before]
     return {
         "chosen_on": chosen_on(calibration) if calibration else None,
@@ -248,11 +250,14 @@ def _bin(
         return None
     logits, truth = scored.logits[known, column], scored.targets[known, column] == POSITIVE
     probabilities = [expit(logits / value) for value in (1.0, temperature) if value]
+    # Edges are logits of images: equal logits share a bin, and some bins may have no image.
     edges = np.quantile(logits, np.arange(1, BINS) / BINS, method="inverted_cdf")
+    # np.unique numbers the bins that have images.
     _, bins = np.unique(np.searchsorted(edges, logits), return_inverse=True)
     inside = np.eye(bins.max() + 1)[bins]
     of_bins = [inside, *(inside * values[:, None] for values in (truth, *probabilities))]
     squares = np.stack([(values - truth) ** 2 for values in probabilities], 1)
+    # The replicates expect a row for each image; those of unknown images add nothing.
     summed = np.zeros((len(scored), len(of_bins) * inside.shape[1] + squares.shape[1]))
     summed[known] = np.hstack([*of_bins, squares])
     totals = np.vstack([summed.sum(axis=0), replicates.sums(summed)])

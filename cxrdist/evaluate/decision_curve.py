@@ -14,6 +14,7 @@ from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import calibrated_logits
 
 # Denser at low probabilities, where readers act on rare findings.
+# They end before 1, whose odds are infinite.
 THRESHOLDS = (0.01, 0.02, 0.03, 0.05, 0.075, *(step / 20 for step in range(2, 20)))
 
 Values = Annotated[list[Real], Between(1, 1000)]
@@ -77,6 +78,7 @@ def _curve(
     with np.errstate(invalid="ignore"):
         model = totals[:, :-2] / images
         treat_all = (positives + (images - positives) * -thresholds / (1 - thresholds)) / images
+    # Percentiles, since `bounded` is for figures from 0 to 1, and a net benefit may be negative.
     return {
         "known": int(known.sum()),
         "positives": int(truth.sum()),

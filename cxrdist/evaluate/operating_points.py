@@ -75,15 +75,19 @@ def choose_threshold(logits: NDArray[np.float64], truth: NDArray[np.bool_], rule
     """
     from sklearn.metrics import roc_curve  # a third of a second to import
 
+    # By default scikit-learn drops points on straight lines, where a wanted rate may be reached.
     false_rate, true_rate, thresholds = roc_curve(truth, logits, drop_intermediate=False)
     positives, negatives = int(truth.sum()), int((~truth).sum())
     # Whole numbers, because equal rates may differ in their last bit.
     hits = np.rint(true_rate * positives).astype(np.int64)
     spared = negatives - np.rint(false_rate * negatives).astype(np.int64)
+    # Thresholds fall from infinity: argmax finds the first, so the largest, of equally good ones.
     if rule.least is None:
+        # Sensitivity + specificity, times positives * negatives.
         return float(thresholds[np.argmax(hits * negatives + spared * positives)])
     if rule.measure == "sensitivity":
         return float(thresholds[np.argmax(hits / positives >= rule.least)])
+    # Hits never fall along the curve, so the last point that is allowed has the most.
     allowed = np.flatnonzero(spared / negatives >= rule.least)
     return float(thresholds[np.argmax(hits == hits[allowed[-1]])])
 
@@ -213,6 +217,7 @@ def _measure(
     limits: dict[str, Limits | None] = {}
     for name, whole in wholes.items():
         point[name] = _digits(rates[name][0])
+        # `hits | spared` are the correct calls: within `has` the hits, within `lacks` the spared.
         limits[name] = of_share(replicates, hits | spared, whole, replicated[name])
         point[f"{name}_interval"] = limits[name]
     if prevalence is not None:
