@@ -119,6 +119,7 @@ def choose_subset(own: RunInfo | None, index: Index, split: str, name: str | Non
     if is_own or (own is None and name is None):
         return split
     where = index.directory
+    # The path `.` has a name only when it is absolute; a remote path always is.
     folder = where.absolute().name if isinstance(where, Path) else where.name
     return external_subset(name or (folder if split == "test" else f"{folder}-{split}"))
 
@@ -223,6 +224,7 @@ def take_external(
         CxrdistError: no image is left.
     """
     matches, images = overlap.matches, len(mapped.numbers(split))
+    # Counted first: below, seen images are put into no split as well.
     pairs = zip(packed.samples, mapped.samples, strict=True)
     others = [(a.key, a.label) for a, b in pairs if a.split == split and b.split == IN_NO_SPLIT]
     if not images:
@@ -273,6 +275,7 @@ def find_overlap(
     """
     own = together(accelerator, lambda: read_own(run))
     recorded, own_index, reason = together(accelerator, lambda: _find_record(run, own))
+    # On every rank, since the ranks of a node share the decoding and wait for each other.
     own_images = open_cache(own_index, cache, accelerator) if own_index else None
 
     def look() -> Overlap | None:
@@ -285,6 +288,7 @@ def find_overlap(
         matches, num_known = _find_matches(index, images, numbers, own, seen)
         return Overlap(matches, num_known, reason)
 
+    # Only the main rank has an overlap, and all ranks leave out the same images.
     of_ranks = gather(accelerator, [together(accelerator, look)])
     return next(overlap for overlap in of_ranks if overlap is not None)
 
@@ -316,6 +320,7 @@ def _find_record(
     try:
         index = read_index(location(where))
     except (CxrdistError, OSError):
+        # No error: the set can be scored, and the reason is kept with its results.
         return None, None, f"{unknown} the run holds no seen.npz and its shards are not at {where}"
     if index.sha256 != digest:
         return None, None, f"{unknown} the run holds no seen.npz and the shards at {where} changed"
@@ -334,6 +339,7 @@ def seen_before(init: str) -> Prints | None:
     Raises:
         CxrdistError: the seen.npz is damaged.
     """
+    # --init may also be the name of published weights, a file or a URL.
     earlier = RunDirectory(Path(init))
     return read_seen(earlier.seen) if earlier.root.is_dir() and earlier.seen.is_file() else None
 
@@ -374,6 +380,7 @@ def _find_matches(
         prints = take_prints(images, index.samples, numbers, index.sha256)
         num_known = int(prints.patients.any(axis=1).sum()) if seen.patients.any() else 0
         by_row = find_matches(prints, seen)
+        # These replace matches by list, because they name the image that was seen.
         matches |= {int(numbers[row]): match for row, match in by_row.items()}
     return dict(sorted(matches.items())), num_known
 

@@ -247,7 +247,7 @@ def _numbers(
             try:
                 values[i, column] = float(text.replace(",", "."))
             except ValueError:
-                values[i, column] = np.nan
+                values[i, column] = np.nan  # outside all bounds, so that the check below reports it
             if expected := bounds.expected(values[i, column]):
                 raise CxrdistError(
                     f"{row.where}: {prefix}{name} is {text!r:.40}, expected {expected}; {SCALE}"
@@ -262,12 +262,14 @@ def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:
         CxrdistError: a split is invalid, or no image is in test.
     """
     splits = []
+    # Not strict: without the column there are no cells, and no splits.
     for row, text in zip(rows, cells.get("split", ()), strict=False):
         split = SPLIT_NAMES.get(text.casefold())
         if split is None:
             raise CxrdistError(f"{row.where}: split is {text!r:.40}, expected train, val or test")
         splits.append(split)
     if splits and "test" not in splits:
+        # A row knows its file only as a part of `where`, FILE row NUMBER.
         raise CxrdistError(
             f"{rows[0].where.rpartition(' row ')[0]}: no row has the split test; mark the images "
             "to score as test, or remove the column"

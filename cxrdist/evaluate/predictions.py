@@ -90,8 +90,8 @@ def open_run_on(
 ) -> OpenedRun:
     """Load a model, and open the shards to use it on, the run's own or an external set.
 
-    Without a `name`, an external set has that of its directory; without `choices`, it is evaluated
-    in the same way as before.
+    Without a `name`, an external set is named after its directory; without `choices`, it is
+    evaluated as the last time (`read_choices`).
 
     Raises:
         CxrdistError: there is no model, the shards are incomplete, their task, classes or image
@@ -105,6 +105,7 @@ def open_run_on(
         index, chosen = packed, None
         subset = choose_subset(read_own(directory), index, split, name)
         if subset == split:
+            # First: a fold changes which images are in the split that `refuse_unlike` checks.
             index = _splits_of_training(index, model, split)
         refuse_unlike(index, model, split)
         if subset == split:
@@ -222,6 +223,7 @@ def evaluate(config: EvaluateConfig) -> None:
     choices = Choices(labels, config.seen)
     opened = open_run_on(config.run, config.shards, config.split, config.name, choices)
     accelerator, subset = opened.accelerator, opened.subset
+    # Before images are decoded and predicted, which takes much longer.
     together(accelerator, lambda: refuse_unwritable(opened.run.predictions(subset)))
     loaded = load_images(opened, config.cache)
     calibration = _calibrate(loaded, config, rule)
@@ -239,6 +241,7 @@ def evaluate(config: EvaluateConfig) -> None:
             metrics["external"] = loaded.external.info
             write_lists(loaded.run, subset, loaded.external)
             print(summary(loaded.external.info))
+        # Last of the files, because commands take a subset with a metrics.json for evaluated.
         write_json(loaded.run.metrics(subset), metrics)
         print(metrics_table(metrics))
         print(describe_calibration(metrics))
@@ -338,6 +341,7 @@ def write_predictions(
     names = [f"{what}_{name}" for what in ("prob", "logit") for name in classes]
     calibration = loaded.model.calibration
     extra = probability_columns(Predictions(logits, classes, loaded.index.task, calibration))
+    # Of all splits, so that each split has the same columns.
     has_unknown = any(sample.uncertain or sample.missing for sample in loaded.index.samples)
     unknown = ["uncertain", "missing"] if has_unknown else []
     samples = [loaded.index.samples[number] for number in numbers]

@@ -69,8 +69,8 @@ _ROW_SHAPES = {
     "flat": (),
     "patients": (PATIENT_BYTES,),
 }
-_MOST_HEADER_BYTES = 1000
-_MOST_KEY_BYTES = 90
+_MOST_HEADER_BYTES = 1000  # numpy parses a header by literal_eval, which a long text can crash
+_MOST_KEY_BYTES = 90  # see `cxrdist.data.index.KEY`
 # What zipfile and numpy raise on damaged content.
 _DAMAGE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError),
@@ -136,11 +136,13 @@ def patient_name(sample: Sample) -> str:
     if _NIH_OF_SEVERAL.fullmatch(sample.patient):
         return sample.patient
     if KNOWN_NAMES["ChestX-ray14"].search(file):
+        # File names are PATIENT_IMAGE.png, with eight digits of the patient.
         return f"chestxray14/{file[:8]}"
     has_source = sample.source and sample.source.casefold() not in COMMON_SOURCES
     unknown = sample.patient.startswith(NO_PATIENT) or _ANONYMOUS.fullmatch(sample.patient)
     if unknown or not has_source:
         return ""
+    # No folder name or cell of a table has a zero byte, so two pairs never give the same name.
     return f"{sample.source}\0{sample.patient}"
 
 
@@ -194,6 +196,7 @@ def find_matches(images: Prints, seen: Prints) -> dict[int, Match]:
         The first of these matches of an image, by its position in `images`.
     """
     equal, patients = _first_rows(seen.sha256), _first_rows(seen.patients)
+    # Zeros stand for unknown patients, who are not all the same one.
     patients.pop(bytes(PATIENT_BYTES), None)
     matches: dict[int, Match] = {}
     for row, (digest, patient) in enumerate(zip(images.sha256, images.patients, strict=True)):
@@ -201,6 +204,7 @@ def find_matches(images: Prints, seen: Prints) -> dict[int, Match]:
             matches[row] = Match("equal image", seen.keys[original])
         elif (original := patients.get(patient.tobytes())) is not None:
             matches[row] = Match("same patient", seen.keys[original])
+    # Images of seen patients are compared too: a copy names the very image that was seen.
     copies = _find_copies(images, seen, {r for r, m in matches.items() if m.why == "equal image"})
     return dict(sorted((matches | copies).items()))
 
@@ -224,6 +228,7 @@ def _find_copies(images: Prints, seen: Prints, known: set[int]) -> dict[int, Mat
     views_of = lru_cache(KEPT_IMAGES)(lambda row: views(images.thumbnails[row], BLUR_PX))
     seen_views = lru_cache(KEPT_IMAGES)(lambda original: views(seen.thumbnails[original], BLUR_PX))
     matches: dict[int, Match] = {}
+    # By image, so that its views stay cached, then by distance, so that the nearest copy is named.
     nearest_first = sorted(candidates.items(), key=lambda item: (item[0][0], item[1], item[0][1]))
     with progress(len(candidates), "comparing", "pairs", show=len(candidates) > 1000) as bar:
         for (one, other), bits in nearest_first:
@@ -249,6 +254,7 @@ def write_seen(path: Path, seen: Prints) -> None:
     with atomic_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that the bytes do not vary
+            # zipfile does not know the size in advance, and without ZIP64 fails at 2 GiB.
             with file.open(entry, "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
 
@@ -275,6 +281,7 @@ def _read_prints(archive: zipfile.ZipFile, num_bytes: int) -> Prints:
     """
     names = ("format", "index_sha256", "keys", *_ROW_SHAPES)
     sizes = [archive.getinfo(f"{name}.npy").file_size for name in names]
+    # Stored members of a crafted archive may overlap: each fits into the file, but not their sum.
     if sum(sizes) > num_bytes:
         raise ValueError(f"its arrays have {sum(sizes)} bytes, the file has {num_bytes}")
     arrays = {name: _read_array(archive, name) for name in names}
@@ -298,6 +305,7 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     Raises:
         ValueError: it is compressed, or has another type or size.
     """
+    # Not by np.load, which allocates the size in the header before it reads.
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
