@@ -21,6 +21,7 @@ def template(name: str) -> Template:
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
+        # Texts for Markdown are escaped by the filter `markdown`.
         autoescape=name.endswith(".html.jinja"),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -119,6 +119,7 @@ def score_chart(
 
     def draw(axes: Axes) -> None:
         _draw_validation(axes, epochs, validation, best_epoch)
+        # matplotlib's margin would put values above 1 on the axis of a score.
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
         axes.set_ylabel(score)
         _scale_epochs(axes, epochs)
@@ -137,7 +138,7 @@ def roc_chart(name: str, is_class: np.ndarray, score: np.ndarray) -> Markup:
     false_rate, true_rate, _ = roc_curve(is_class, score)
     # Tens of thousands of images give as many corners, most of them less than half a px apart.
     cells = np.floor(_ROC_CELLS * np.stack([false_rate, true_rate]))
-    first = np.diff(cells, prepend=-1).any(0)
+    first = np.diff(cells, prepend=-1).any(0)  # no cell is -1, so the first corner is kept
     false_rate, true_rate = false_rate[first], true_rate[first]
 
     def draw(axes: Axes) -> None:
@@ -224,6 +225,7 @@ def decision_chart(
         axes.plot(thresholds, call_all, color=SECOND, linestyle="--", label="call all")
         axes.fill_between(thresholds, low, high, color=FIRST, alpha=0.15, linewidth=0)
         axes.plot(thresholds, net_benefit, color=FIRST, label="model")
+        # Calling all falls to -19 at 0.95 for a rare class, which would flatten the model's curve.
         axes.set(xlim=(0, 1), ylim=(-0.3 * top, top))
         axes.set(xlabel="acts from this probability on", ylabel="net benefit")
         axes.legend(**_LEGEND, ncols=3)
@@ -326,6 +328,7 @@ def _chart(
     The user's matplotlib settings are ignored, so that a run always gives the same bytes.
     """
     with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": name}]):
+        # Not pyplot, which keeps every figure and chooses a backend for the screen.
         figure = Figure(figsize=size_inches, layout="constrained")
         draw(figure.add_subplot())
         text = io.StringIO()
@@ -336,13 +339,17 @@ def _chart(
 def _inline(svg: str, name: str, label: str) -> str:
     """Turn matplotlib's SVG file into an element; prefix its ids to be unique in the page."""
     svg = svg[svg.index("<svg") :]
+    # It has the time of drawing, so that two reports of a run would differ.
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Its rule for `*` would hold for the whole page; style.css.jinja has it for the charts.
     svg = re.sub(r"\s*<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    # Without a family, texts have the font of the page.
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
     for stand_in, colour in _PAGE_COLOURS.items():
         svg = svg.replace(stand_in, colour)
+    # Without a size, the chart is as wide as its column.
     size = r'width="[\d.]+pt" height="[\d.]+pt"'
     return re.sub(size, f'role="img" aria-label="{label}"', svg, count=1)

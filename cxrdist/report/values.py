@@ -26,6 +26,7 @@ COUNTS: dict[str, tuple[Counted, Counted]] = {
 
 def number(value: float | None) -> str:
     """Format a value with three decimals; a dash if undefined."""
+    # The format z drops the sign of -0.000; U+2212 is the typographic minus.
     return DASH if value is None or math.isnan(value) else f"{value:z.3f}".replace("-", "\u2212")
 
 
@@ -50,6 +51,7 @@ def percent(value: float | None) -> str:
     """Format a share (0 to 1) in percent, rounded like `number`."""
     if value is None or math.isnan(value):
         return DASH
+    # From three decimals: rounding the value itself again could give another last digit.
     return f"{Decimal(f'{value:.3f}') * 100:.1f} %".replace(" ", "\N{NO-BREAK SPACE}")
 
 
