@@ -399,6 +399,7 @@ def diagnostic(e: Evidence) -> Answer:
         return NOT_EVALUATED
     points = e.test.get("operating_points")
     if not points or not points["classes"]:
+        # The model has thresholds, but metrics.json was written without them.
         is_older = points is None and e.calibration
         why = "run cxrdist evaluate again" if is_older else _why_not_chosen(e)
         return Answer(

@@ -75,6 +75,7 @@ def _trivial(audit: AuditFile) -> list[tuple[str, str, Estimate]]:
     if shortcut := audit["shortcut"]:
         what = "size, border and brightness alone, without the lungs"
         scores = {name: shortcut.get(name) for name in FIGURES}
+        # The accuracy if there is one, else the mean AUROC: the order of `FIGURES`.
         baselines += [(what, name, score) for name, score in scores.items() if score][:1]
     baseline = audit.get("baseline")
     best = best_model(baseline) if baseline else None

@@ -64,6 +64,7 @@ def compare(config: CompareConfig) -> Path:
         "format": "cxrdist-comparison-1",
         "runs": {"a": str(config.run_a), "b": str(config.run_b)},
         "place": subset,
+        # The stricter of the two evaluations says how many images of a class are enough.
         **compare_scored(a, b, Settings(max(fewest_a, fewest_b))),
         "flipped": {change: counted[change] for change in CHANGES},
         "recipe": changed_fields(*runs),
@@ -174,6 +175,7 @@ def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
         lines.append(f"the means leave out classes with too few images: {left_out}")
     lines += _flip_lines(comparison, rows)
     lines += _recipe_lines(comparison["recipe"])
+    # `p_value` is written for the page, which must not break it.
     return "\n".join(lines).replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -183,6 +185,7 @@ def _cells(figure: Difference) -> list[str]:
     limits = figure["interval"]
     if figure["difference"] is None or limits is None:
         return [*shown, "-", "-"]
+    # `signed` writes the typographic minus of the page.
     signs = [signed(value).replace("\u2212", "-") for value in (figure["difference"], *limits)]
     return [*shown, signs[0], f"{signs[1]} to {signs[2]}"]
 

@@ -105,6 +105,7 @@ def gather(run: RunDirectory) -> Evidence:
     path, network, members = run.inside("model", "model.json"), None, list[str]()
     if path.is_file() and is_ensemble(run.root):
         members = read_document(path, EnsembleFile)["members"]
+        # Members agree on how text was covered (`Ensemble`), so one of them speaks for all.
         path = run.inside(members[0], "model", "model.json")
     if path.is_file():
         network = read_document(path, ModelFile)

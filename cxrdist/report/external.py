@@ -98,6 +98,7 @@ def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
                 continue
             scores = metrics["classes"][name]
             positives = scores.get("positives")
+            # Older versions counted the images of a class in the confusion matrix only.
             if positives is None and metrics["task"] == "multiclass":
                 positives = sum(metrics["confusion_matrix"][i])
             rows.append(

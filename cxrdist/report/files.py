@@ -204,6 +204,7 @@ def read_epochs(path: Path, task: str) -> dict[str, list[Epoch]]:
         for row in read_log(path):
             if row.get("kind") == "speed":
                 speed = typed(row, SpeedRow)
+                # The row of the epoch itself comes before; a KeyError means a damaged log.
                 epoch = epochs[speed["stage"]][speed["epoch"]]
                 epoch["images_per_second"] = speed["images_per_second"]
                 epoch["seconds"] = speed["seconds"]
@@ -347,6 +348,7 @@ def read_relevance(
         for row in _rows(table):
             logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
             shares = [row[name] for name in ("bias_share", "epsilon_share")]
+            # Rules without a ledger leave both cells empty; if only one is, `_finite` raises.
             bias, epsilon = (_finite(text) if any(shares) else None for text in shares)
             picture = within(run.heatmaps(split), row["picture"]) if row["picture"] else None
             explanation = Explanation(
@@ -397,6 +399,7 @@ def _rows(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
     if len(set(columns)) < len(columns):
         raise ValueError("two columns have the same name")
     for row in table:
+        # csv.DictReader puts surplus cells under the key None, and None for missing ones.
         if None in row or None in row.values():
             raise ValueError(f"expected {len(columns)} fields")
         yield row

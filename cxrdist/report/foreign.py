@@ -50,6 +50,7 @@ def report_predictions(file: Path, out: Path) -> Path:
         run = RunDirectory(folder)
         _write_predictions(run, scored, probabilities)
         write_json(run.metrics(HERE), metrics)
+        # From the files just written, by the code that reads those of a run.
         view = split_view(run, HERE, "results", scored.task)
         view["name"] = file.name
         page = template("foreign.html.jinja").render(
@@ -124,6 +125,7 @@ def _values(
     return {
         "name": file.name,
         "sha256": sha256,
+        # In place of run.json, for the templates shared with the report of a run.
         "info": {"shards": {"task": scored.task, "index_sha256": None}},
         "num_images": len(scored),
         "num_patients": len(patients),

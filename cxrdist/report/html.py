@@ -51,6 +51,7 @@ def report(config: ReportConfig) -> Path:
         split_view(run, split, f"split{i}", shards["task"], shards["classes"])
         for i, split in enumerate(known_splits(run.root))
     ]
+    # `known_splits` lists test first, whose figure is the headline if there is one.
     headline, metrics = next(((s, s["metrics"]) for s in splits if s["metrics"]), (None, None))
     audit, texts = audit_view(run.audit), text_views(run)
     page = template("report.html.jinja").render(

@@ -69,6 +69,7 @@ def mistakes_view(
     """
     calibration = read_calibration(run) if task == "multilabel" else None
     limits = calibration.thresholds if calibration else {}
+    # Positions are those of `samples`: both are the rows of predictions.csv, in its order.
     mistakes = find_mistakes(read_scored(run.predictions(subset), task), limits)
     filters, tags = _filters(mistakes, samples, task)
     cases = [
@@ -129,6 +130,7 @@ def _filters(
         other_tag = classes.get(OTHERS, "")
         amounts: Counter[str] = Counter()
         for of_one, texts in zip(tags, values[name], strict=True):
+            # A set, since several labels of a mistake may be among the others.
             selected = {classes.get(value, other_tag) for value in texts}
             amounts.update(selected)
             of_one += sorted(selected)
@@ -146,6 +148,7 @@ def _pictures(
 ) -> Pictures:
     """Embed the pictures that evaluate and explain wrote for a mistake, the contrast first."""
     key = case.sample.key
+    # Older versions of evaluate wrote no pictures, but explain may have written this one.
     xray = _embed(run.mistakes(subset), key, "evaluate") or _embed(
         run.heatmaps(subset), key, "explain"
     )

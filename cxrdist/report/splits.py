@@ -50,6 +50,7 @@ def split_view(
     relevance = read_relevance(run, split, classes)
     if metrics and samples is not None:
         check_same_evaluation(run, split, metrics, samples)
+    # Types cannot tell that lists have equal lengths or that groups exist: errors show up here.
     with reading(run.metrics(split), "evaluate"):
         calibration = calibration_view(element, metrics) if metrics else None
         groups = groups_view(element, metrics) if metrics else None
@@ -83,7 +84,7 @@ def split_view(
 
 
 def open_labels(shards: ShardsInfo) -> list[tuple[str, list[int]]]:
-    """Count the labels that the source does not state: uncertain, missing, assumed absent by split.
+    """Count by split the labels that the source does not state: uncertain, missing, assumed absent.
 
     Returns:
         A row per label; empty if the source states all labels.
@@ -129,6 +130,7 @@ def _card(
     sample = samples.get(key)
 
     def interest(explanation: Explanation) -> tuple[bool, bool, float]:
+        # False sorts before True.
         target = explanation.target
         if sample is None:
             return not explanation.is_contrast, True, 0.0

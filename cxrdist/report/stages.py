@@ -17,6 +17,7 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
     """Gather the values for each stage, in the order of the recipe."""
     task = info["shards"]["task"]
     epochs = read_epochs(run.log, task)
+    # Only the recipe has stages that did not begin, but it may be missing.
     names = dict.fromkeys([*(recipe.stages if recipe else []), *info["stages"], *epochs])
     views: list[View] = []
     for i, name in enumerate(names):
@@ -31,6 +32,7 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
                 "best_epoch": best,
                 "val_score": next((row["val_score"] for row in rows if row["epoch"] == best), None),
                 "evaluated": {
+                    # The last stage has no directory: its model is that of the run.
                     split: _own_score(run, None if name == [*names][-1] else name, split, task)
                     for split in ("val", "test")
                 },
@@ -38,6 +40,7 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
                 "score": "accuracy" if task == "multiclass" else "mean AUROC",
                 "charts": _charts(f"stage{i}", rows, best, task) if rows else [],
                 "images_per_second": (
+                    # np.nanmedian warns if all values are NaN.
                     float(np.nanmedian([row["images_per_second"] for row in rows]))
                     if any(not math.isnan(row["images_per_second"]) for row in rows)
                     else None
