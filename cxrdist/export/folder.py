@@ -69,8 +69,10 @@ def write_huggingface(source: Source, out: Path) -> ExportNote:
         RunFailedError: the logits of the weights that were read back differ.
     """
     model = _one_network(source.model, "huggingface")
+    # The line says that cxrdist report overwrites the card, which does not hold for a copy.
     card = read_card(source.run).replace(f"{OURS}\n", "")
     with atomic_directory(out) as folder:
+        # `save_model` writes it into model.json, and the source may be a local path.
         origin = model.origin
         model.origin = without_folders(origin)
         save_model(model, folder)
@@ -112,6 +114,7 @@ def library_config(model: Classifier) -> dict[str, Any]:
             "crop_pct": 1.0,
             "crop_mode": CROP_MODES[model.fit],
             "num_classes": len(model.classes),
+            # timm finds the layers by these names when it adapts them to other channels or classes.
             "first_conv": next(name for name, m in modules if isinstance(m, nn.Conv2d)),
             "classifier": output_layer(model.shape),
         },

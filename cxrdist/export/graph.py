@@ -73,6 +73,7 @@ def write_onnx(source: Source, out: Path) -> ExportNote:
             "for an ONNX file; use --to torch-export, or export a member of the ensemble"
         )
     proto = to_onnx(Graph(source.model).eval())
+    # Run without the note, which contains the result of this comparison.
     logits_of = _run_onnx(proto.SerializeToString())
     runtime = f"onnxruntime {version('onnxruntime')}"
     note = describe_export(source, logits_of, runtime, in_graph=True)
@@ -125,6 +126,7 @@ def write_torch_export(source: Source, out: Path) -> ExportNote:
         RunFailedError: the logits of the file differ.
     """
     program = to_program(Graph(source.model).eval())
+    # Through bytes and back, as its users get it; the note with the result is added afterwards.
     loaded = torch.export.load(io.BytesIO(_saved(program))).module()
     runtime = f"torch.export {torch.__version__}"
     note = describe_export(source, lambda images: loaded(images)[0].numpy(), runtime, in_graph=True)

@@ -74,6 +74,7 @@ def read_squares(shards: Path | None, model: Classifier | Ensemble) -> Squares:
             "give shards with a test split, or leave --shards out"
         )
     refuse_unlike(index, model, "test")
+    # All images of a shard are in one split.
     packed = [shard for shard in index.packed() if shard.samples[0].split == "test"]
     samples = chain.from_iterable(read_shard(shard) for shard in packed)
     found = [square for square, _ in islice(samples, MOST_IMAGES)]
@@ -103,6 +104,7 @@ def measure_parity(
         np.abs(exported(images) - model(images).numpy()).max()
         for images in squares.pixels.split(BATCH_SIZE)
     ]
+    # Not Python's max, which may pass over a NaN.
     largest = float(np.max(differences))
     if not largest <= MOST_DIFFERENCE:  # also true for NaN
         raise RunFailedError(
