@@ -25,7 +25,7 @@ from cxrdist.train.stage import PRECISIONS, StageRun
 T = TypeVar("T")
 
 NETWORK = Network()  # DenseNet121
-BATCHES = (9, 16, 64, 256)
+BATCHES = (9, 16, 64, 256)  # 9 is the paper's; up to 64 a stage captures compiled steps by itself
 ROUND_SECONDS = 1.0
 FIRST_STEPS = WARM_UP_STEPS + 2  # one step is recorded, and one replayed
 

@@ -150,6 +150,7 @@ def _pack(config: BenchConfig, scratch: Path) -> list[Contender]:
     return [
         _packing(config, folder, scratch / "out", 1),
         Contender("decode + resize + encode alone", alone, 1),
+        # Both return the number of images, so that min only joins the calls.
         Contender("the same and the audit alone", lambda: min(alone(), audit_alone()), 1),
         Contender("the audit alone", audit_alone, 1),
         Contender("Pillow + webdataset.ShardWriter", plain, 1),
@@ -204,6 +205,7 @@ def _warp(config: BenchConfig, scratch: Path) -> list[Contender]:
     images = torch.from_numpy(pixels)
     ones = np.ones(64, dtype=np.int64)
     plan = plan_epoch(np.arange(64), ones, Augmentation(), 64, (0, "bench", 0))
+    # The paper's, in px of 224: left or right, up or down.
     shift = (40 / 224, 28 / 224)
     three = kornia.augmentation.AugmentationSequential(
         kornia.augmentation.RandomRotation(40.0, p=1.0),
@@ -329,6 +331,7 @@ def _lrp(negative: float, config: BenchConfig, scratch: Path) -> list[Contender]
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.weight[torch.rand_like(module.weight) < negative] *= -1
+                # None: the statistics become those of the one batch that follows.
                 module.momentum = None
         model(images)
     model.eval()

@@ -66,6 +66,7 @@ def rows_of(name: str, contenders: list[Contender], measured: list[Measured]) ->
     """Format a job for the table: each contender with the ratio of the first one to it."""
     rows = []
     for contender, found in zip(contenders, measured, strict=True):
+        # Round by round, so that a slow moment of the machine is in both sides of a ratio.
         ratios = [a / b for a, b in zip(measured[0].rates, found.rates, strict=True)]
         first = found is measured[0]
         rows.append(

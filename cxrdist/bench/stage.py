@@ -49,6 +49,7 @@ def stage_run(
         blocks: the blocks to train; all if None.
         recipe: fields of `TrainConfig` that differ from the paper's recipe.
     """
+    # No checkpoint is written between the steps.
     fields: dict[str, Any] = {"init": "none", "global_batch_size": BATCH, "save_steps": sys.maxsize}
     fields |= recipe or {}
     model = Classifier(fields.get("network", Network()), CLASSES, size_px)
@@ -64,6 +65,7 @@ def stage_run(
     write_json(run.info, {"stages": {}})
     run.log.touch()
     data = TrainingData(images, np.eye(3, dtype=np.int8)[everyone % 3], "multiclass")
+    # Only because a training has one: the bench does not validate.
     val_plan = plan_epoch(everyone[:1], ones[:1], config.augmentation, 1, (0, "val", 0))
     training = Training(
         accelerator=accelerator,
@@ -82,8 +84,10 @@ def stage_run(
 
 def take_steps(stage: StageRun, num_steps: int) -> int:
     """Run the real loop for an epoch of some steps; return the number of images of all ranks."""
+    # An epoch takes this many copies of each image of a batch, so it has as many steps.
     copies = np.full(stage.recipe.global_batch_size, num_steps)
     stage.training = replace(stage.training, copies=copies)
+    # `open_epoch` would go on with the last epoch.
     stage.epoch = None
     with progress(0, "", "images", show=False) as bar:
         epoch = stage.open_epoch()

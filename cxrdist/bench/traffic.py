@@ -64,6 +64,7 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
+        # prim reads a tensor's device, and profiler marks an optimiser's step: neither moves data.
         if func.is_view or name in ALLOCATIONS or func.namespace in ("prim", "profiler"):
             return results
         num_bytes = _size((args, kwargs)) + _written(func, args, kwargs, results)
@@ -81,6 +82,7 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: 
         if changed and argument.name != "grads":
             total += _size(args[i] if i < len(args) else kwargs.get(argument.name))
     declarations = func._schema.returns
+    # Not strict: an operation without results returns None, for which nothing is declared.
     for declared, result in zip(
         declarations, results if len(declarations) > 1 else (results,), strict=False
     ):
