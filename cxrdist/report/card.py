@@ -95,6 +95,7 @@ def _head(name: str, evidence: Evidence) -> View:
     head: View = {
         "library_name": "cxrdist",
         "pipeline_tag": "image-classification",
+        # The Hub wants a license_name beside a license that is not in its list.
         "license": "other",
         "license_name": "to-be-stated-by-the-authors",
         "tags": ["chest-x-ray", "medical-imaging", *network, "not-for-diagnosis"],
