@@ -108,6 +108,7 @@ def _packing(config: BenchConfig, folder: Path, out: Path, workers: int) -> Cont
     )
 
     def work() -> int:
+        # pack has nothing to do if OUT is already packed with the same options.
         shutil.rmtree(out, ignore_errors=True)
         pack(options)
         return count
