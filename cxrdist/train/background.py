@@ -21,7 +21,7 @@ from cxrdist.info import BackgroundInfo, TextBoxesInfo
 from cxrdist.model.augment import warp, warp_masks
 from cxrdist.model.densenet import Classifier
 
-MOST_TABLE_BYTES = 1 << 30
+MOST_TABLE_BYTES = 1 << 30  # as data/tables.py, which reads the same file
 
 
 @dataclass(frozen=True)
@@ -173,6 +173,7 @@ def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
     """Describe the CSV of boxes for run.json; raise CxrdistError if it cannot be read."""
     if config.text_boxes is None:
         return None
+    # Resolved, because `read_bytes` rejects links, and a file that the user names may be one.
     with judging(config.text_boxes, "make it with cxrdist find-text"):
         content = read_bytes(config.text_boxes.resolve(), MOST_TABLE_BYTES)
     return {"file": config.text_boxes.name, "sha256": hashlib.sha256(content).hexdigest()}

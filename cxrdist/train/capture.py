@@ -29,7 +29,8 @@ class CapturedStep:
     A stage has two numbers of images, and with a background loss two turns.
 
     The first steps of each graph are not replayed, and run on a stream of their own: kernels choose
-    their algorithms and libraries allocate in them. Recording computes nothing, so all steps count.
+    their algorithms and libraries allocate in them. Recording computes nothing: the step is then
+    replayed like the later ones, so each step is taken once.
 
     Args:
         step: takes a turn and tensors on the device, changes the network, and returns tensors,
@@ -50,6 +51,7 @@ class CapturedStep:
             taken = self._taken[key] = self._taken.get(key, 0) + 1
             if taken <= WARM_UP_STEPS:
                 return on_side_stream(step, inputs)
+            # Memory of its own: a graph reads the same addresses in each replay.
             static = tuple(tensor.clone() for tensor in inputs)
             self._graphs[key] = (static, *self._record(step, static))
         static, graph, outputs = self._graphs[key]

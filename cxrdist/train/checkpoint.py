@@ -133,6 +133,7 @@ def save_checkpoint(
     with atomic_directory(directory / position.name) as partial:
         (partial / _STATE).write_bytes(content)
         (partial / _POSITION).write_text(json.dumps(written, indent=2, allow_nan=False) + "\n")
+    # The one before stays, so that `load_latest` can resume from it if this one is damaged.
     kept = {name for p in (position, before) if p for name in (p.name, *_bests_of(p))}
     for path in _directories(directory, _NAME) + _directories(directory, _BEST):
         if path.name not in kept:
@@ -174,6 +175,7 @@ def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Che
         try:
             return _load(path, recipe)
         except (OSError, ValueError, SafetensorError) as error:
+            # It is a ValueError, but no damage: to resume from an older one would be wrong.
             if isinstance(error, CxrdistError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -191,6 +193,7 @@ def _load(path: Path, recipe: str) -> Checkpoint:
         CxrdistError: it is of another recipe or format.
     """
     written = typed(parse_json(_read(path / _POSITION, _MOST_POSITION_BYTES)), dict[str, Any])
+    # The hash first: a damaged checkpoint is skipped, but one of another format is an error.
     if written.pop("sha256", None) != _sha256_of(written):
         raise ValueError(f"{_POSITION} was changed after it was written")
     if written.get("format") != CHECKPOINT_FORMAT:
@@ -205,6 +208,7 @@ def _load(path: Path, recipe: str) -> Checkpoint:
             "was made with"
         )
     position = document.position
+    # Names of best weights become paths, which must not lead out of the directory.
     if position.name != path.name or not all(map(_BEST.fullmatch, _bests_of(position))):
         raise ValueError(f"{_POSITION} is not that of this directory")
     tensors = _read_tensors(path / _STATE, document.state_sha256)
@@ -242,6 +246,7 @@ def _read(path: Path, most: int) -> bytes:
     Raises:
         ValueError, OSError: it cannot be read.
     """
+    # `read_bytes` rejects a link as the file only, not as a directory above it.
     if path.parent.is_symlink():
         raise ValueError(f"{path.parent.name} is a link")
     try:
@@ -255,6 +260,7 @@ def fitting(name: str) -> Iterator[None]:
     """Turn an error while a checkpoint is restored into one line, a CxrdistError."""
     try:
         yield
+    # A ValueError and a RuntimeError, too, but already in one line.
     except (CxrdistError, RunFailedError):
         raise
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
@@ -313,12 +319,14 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> 
         ValueError: a tensor belongs to no parameter, or is not a state of it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # An optimiser's `state_dict` numbers its parameters through all groups in their order.
     by_number = {str(number): parameter for number, parameter in enumerate(parameters)}
     for key, value in tensors.items():
         number, _, name = key.partition(".")
         parameter, names = by_number.get(number), _STATES[type(optimizer)]
         if parameter is None or any(f"{number}.{n}" not in tensors for n in names):
             raise ValueError(f"optimizer.{key} is of no parameter, or others are missing")
+        # The other states have the shape of their parameter; AdamW's `step` is a single number.
         like_parameter = value.shape == parameter.shape
         if (
             name not in names
@@ -333,4 +341,6 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> 
 
 def on_cpu(tensor: Tensor) -> Tensor:
     """Return a contiguous copy on the CPU."""
+    # Copied, as on a CPU the next steps change the tensor. Contiguous, as safetensors takes no
+    # tensor in channels_last.
     return tensor.detach().to("cpu", copy=True).contiguous()

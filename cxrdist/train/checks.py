@@ -15,6 +15,7 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
     """Raise CxrdistError if a recipe has an invalid field; its shards are checked later."""
     check_stages(config.stages, block_names(config.network))
     check_backgrounds(config)
+    # For their errors alone: they are read again where they are used.
     read_uncertain(config.uncertain)
     read_trackers(config.track)
     if config.balance == "classes" and config.copies:

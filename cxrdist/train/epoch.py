@@ -67,6 +67,7 @@ class Epoch:
             norm: of the gradients of all ranks, float32 [].
             batch: its slice.
         """
+        # Copied: a captured step's next replay overwrites its results.
         torch.cat([shares, norm.reshape(1)], out=self._numbers[self.step])
         self._taken += self.plan.digest(batch.rows)
         self.step += 1
@@ -85,6 +86,7 @@ class Epoch:
         if new.start < new.stop:
             of_ranks = gather_tensor(accelerator, self._numbers[new]).double()
             self.losses[new], self.penalties[new] = of_ranks[:, :, :2].sum(0).T
+            # The norm is of the gradients of all ranks, so each rank has the same.
             self._check_steps(of_ranks[0, :, 2], updater.scale)
             self.settled = self.step
         wrapped = np.uint64(self._taken % 2**64).view(np.int64)  # tensors have signed numbers
@@ -103,6 +105,7 @@ class Epoch:
         gradients = torch.isfinite(norms).tolist()
         for i, (loss, gradient) in enumerate(zip(losses, gradients, strict=True)):
             where = f"{self.where}, step {self.settled + i + 1}"
+            # The scaler scales the loss later, so only gradients show its overflows.
             if not loss or (scale is None and not gradient):
                 raise RunFailedError(
                     f"{where}: the loss or a gradient is not finite; its update was withheld and "

@@ -95,6 +95,7 @@ class Learner(nn.Module):
         """Return the logits [B, classes] of warped images, float [B, 1, H, W]."""
         if not self._trunk:
             return self.model.logits(images)
+        # `Classifier.logits`, which counts the passes, is not called here.
         self.model.count_pass()
         with torch.no_grad():
             features = self._trunk[0](self.model.normalise(images))

@@ -49,8 +49,10 @@ def train(config: TrainConfig) -> None:
                     while not stage.finished:
                         epoch = stage.open_epoch()
                         train_epoch(stage, epoch, bar)
+                        # Settled first: after a step that was not finite, no weights are validated.
                         scores = stage.settle(epoch) | stage.validate()
                         checkpoint = stage.end_epoch(epoch, scores, bar)
+                # It leaves the stage's best weights in the network, and these are published.
                 stage.close()
                 publish_stage(training, name)
         publish(training)
@@ -75,8 +77,10 @@ def train_epoch(stage: StageRun, epoch: Epoch, bar: tqdm) -> None:
         epoch.count(shares, norm, batch)
         stage.steps_done += 1
         bar.update(epoch.plan.step_size(step))
+        # Before a save: a resumed run cuts off the rows after the checkpoint's `log_bytes`.
         if epoch.step % STEPS_PER_LOG_ROW == 0:
             stage.log_steps(epoch)
+        # After the last step, `validate` asks for stops and `end_epoch` saves.
         if not epoch.done:
             stage.stop_if_asked()
             if epoch.step % recipe.save_steps == 0:
@@ -124,6 +128,7 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
     main = accelerator.is_main_process
     together(accelerator, lambda: refuse_large_world(config, accelerator.num_processes))
     index = together(accelerator, lambda: trainable_index(config))
+    # The run is read under its lock, as another training could be writing it.
     with entering(accelerator, locked(config.run), here=main):
         together(
             accelerator, lambda: refuse_other_run(run, config, index, accelerator.mixed_precision)

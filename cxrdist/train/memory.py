@@ -55,13 +55,14 @@ def is_out_of_memory(error: BaseException | None, device: torch.device) -> bool:
 def _host_was_full() -> bool:
     """Return whether this process came near a limit of its memory; False if there is none.
 
-    The kernel keeps the peak of the address space only. What was freed since, while the error
-    was passed up, counts as data of the peak.
+    The kernel keeps a peak of the address space, but none of the data. So what was freed while the
+    error was passed up is counted as data.
     """
     status = Path("/proc/self/status")
     if not status.is_file():
         return False
     lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    # The kernel counts in kB.
     peak, size, data = (int(lines[k].split()[0]) << 10 for k in ("VmPeak", "VmSize", "VmData"))
     used = {resource.RLIMIT_AS: peak, resource.RLIMIT_DATA: data + peak - size}
     limits = {kind: resource.getrlimit(kind)[0] for kind in used}

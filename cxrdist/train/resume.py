@@ -38,6 +38,7 @@ def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
     )
     with fitting(position.name):
         left = names[names.index(position.stage) + position.finished :]
+        # The next stage starts from these. `StageRun` loads the last ones of an unfinished stage.
         if checkpoint.best:
             load_network(training.model.network, checkpoint.best)
     if position.finished:  # perhaps it was killed before it published that stage
@@ -48,7 +49,8 @@ def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
 def _note_launch(training: Training, steps_done: int) -> None:
     """Note in run.json on what hardware the steps from here on are done, if it has changed.
 
-    Steps after the checkpoint that an earlier launch has done are lost, and so are not its own.
+    Steps that an earlier launch did after the checkpoint are lost. A launch that did no others has
+    no entry.
     """
     info = read_info(training.run)
     launches = [launch for launch in info.get("launches", []) if launch["from_step"] < steps_done]

@@ -76,6 +76,7 @@ class StageRun:
         resumed = before if before and before.position.stage == name else None
         if resumed:
             with fitting(resumed.position.name):
+                # Before the set-up, which copies weights into a folded trunk and into the average.
                 load_network(training.model.network, resumed.network)
         self._set_up()
         if resumed:
@@ -87,6 +88,8 @@ class StageRun:
     def _set_up(self) -> None:
         """Freeze, then wrap in DDP, then make the optimiser."""
         training, accelerator, recipe = self.training, self.training.accelerator, self.recipe
+        # DDP synchronises what requires a gradient when it wraps a network. What is unfrozen later
+        # differs between ranks without an error.
         freeze(training.model, self.trained)
         groups = parameter_groups(training.model, self.stage)
         self.groups = describe_groups(groups)
@@ -152,6 +155,7 @@ class StageRun:
         training, number = self.training, self.stopping.epoch + 1
         plan = training.plan(self.name, number)
         batches = Batches(training.data, plan, training.accelerator.device)
+        # `prepare_step` seeds dropout with these words: other words would be other draws.
         return Epoch(f"stage {self.name}, epoch {number}", batches, self.skipped)
 
     def progress(self) -> tqdm:
@@ -173,6 +177,7 @@ class StageRun:
         scores = self._scores()
         self.stopping.best_loss = scores["val_loss"]
         if self.before:
+            # The stage starts from these weights, so their file is that of its epoch 0, too.
             self.best = self.before.best
             self.bests[self.name] = self.bests[self.before.position.stage]
         else:
@@ -272,6 +277,7 @@ class StageRun:
         loss = loss * num_known.reciprocal() + mean * self.background_weight
         self.updater.backward(loss)
         norm = self.updater.step()
+        # No `statistics.after_step`: a single rank has nothing to average.
         self.updater.move_average()
         return torch.stack([loss, mean]).detach(), norm
 
@@ -296,6 +302,7 @@ class StageRun:
         if not self.training.vote.passed():
             return
         where = f"stage {self.name}, before its first epoch"
+        # Before the first epoch, nothing has been done since the last checkpoint.
         if self.epoch is not None:
             self.save(self.epoch)
             where = f"{self.epoch.where}, step {self.epoch.step}"
@@ -347,6 +354,7 @@ class StageRun:
             step=epoch.step if epoch else 0,
             epochs_done=self.epochs_done,
             steps_done=self.steps_done,
+            # On disk before the checkpoint, since `cut_log` refuses a log that is shorter.
             log_bytes=settle_log(training.run.log) if main else 0,
             logged_step=epoch.logged_step if epoch else 0,
             taken=taken,
@@ -361,6 +369,7 @@ class StageRun:
             network |= average.set_aside
         checkpoint = Checkpoint(
             position,
+            # Only the main rank writes them. On the others, the next stage needs position and best.
             {k: on_cpu(v) for k, v in network.items()} if main else {},
             optimizer_tensors(updater.optimizer) if main else {},
             {k: on_cpu(v) for k, v in average.state.items()} if main and average else {},

@@ -80,6 +80,7 @@ def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
     """
     done = epoch + step / num_steps
     if done < stage.warmup_epochs:
+        # One step ahead, so that the first rate is not 0 and the last one of the warm-up is full.
         return (done + 1 / num_steps) / stage.warmup_epochs
     if stage.schedule == "constant":
         return 1.0
@@ -145,8 +146,10 @@ def describe_groups(groups: list[dict[str, Any]]) -> list[GroupInfo]:
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Build SGD with momentum 0.9, or AdamW, with one fused kernel per step."""
+    # Only fused kernels read `found_inf`, by which `Updater` withholds a step.
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True)
+    # Each group has its own rate, so this 0 is never used.
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, fused=True)
     for parameter in (p for group in groups for p in group["params"]):
         # A first step that is withheld would leave PyTorch's own momentum as unwritten memory.
@@ -154,6 +157,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     return optimizer
 
 
+# Checkpoints hold its fields under these names (`Position.stopping`).
 @dataclass
 class EarlyStopping:
     """Tracks the best epoch of a stage by validation loss; epoch 0 is the start of the stage."""

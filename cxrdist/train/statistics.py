@@ -29,6 +29,7 @@ class Statistics:
         if several and synchronised:
             self._shares = self._shares_of((1,) * accelerator.num_processes)
         for norm in norms:
+            # The same tensor for all, so that `before_pass` fills it once.
             norm.shares = self._shares
 
     def before_pass(self, sizes: tuple[int, ...]) -> None:

@@ -21,7 +21,7 @@ from cxrdist.model.densenet import Classifier
 from cxrdist.train.background import BackgroundLoss
 from cxrdist.train.learner import sum_of_losses
 
-VAL_IMAGES_PER_PASS = 64
+VAL_IMAGES_PER_PASS = 64  # for any number of ranks, so that logits do not depend on it
 PENALTIES_PER_PASS = 8
 """Images whose penalty is computed at once in the validation: a map takes several times the memory
 of a prediction."""
@@ -58,6 +58,7 @@ class Batches:
         self.plan = plan
         self.matrices = sampling_matrices(plan.draws, data.images.shape[1], device)
         targets = data.targets[plan.samples]
+        # `reduceat` gives the sum of a step only if it is not empty, and no step of a plan is.
         self.num_known = np.add.reduceat((targets >= 0).sum(axis=1), plan.bounds[:-1])
         unknown_alike = torch.from_numpy(np.maximum(targets, UNCERTAIN))
         self.targets = unknown_alike.float().to(device)
@@ -145,6 +146,7 @@ def read_slice(
     plan, world_size = batches.plan, accelerator.num_processes
     all_rows = [plan.rank_rows(step, rank, world_size) for rank in range(world_size)]
     rows = all_rows[accelerator.process_index]
+    # An empty slice may begin after the last row.
     first = min(rows.start, len(plan.samples) - 1)
     taken = slice(first, max(rows.stop, first + 1))  # at least one
     return Slice(
@@ -243,6 +245,7 @@ def validate(
     if data.task == "multiclass":
         return {**scores, "val_accuracy": num_correct / len(plan.samples)}
     of_all = gather(accelerator, [(start, logits.cpu()) for start, logits in mine])
+    # Each rank has every n-th pass, but the targets are in the order of the plan.
     logits = torch.cat([logits for _, logits in sorted(of_all, key=lambda row: row[0])])
     return {**scores, "val_auroc": mean_auroc(logits, batches.targets.cpu())}
 

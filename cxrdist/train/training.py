@@ -168,6 +168,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
             continue
         if name != "max_images_per_rank" and before != new[name]:
             return _first_change(name, before, new[name])
+    # Dictionaries are equal in any order.
     same_order = list(old["stages"]) == list(new["stages"])
     return None if same_order else "its stages were in another order"
 
@@ -236,6 +237,7 @@ def build_training(
     images = open_cache(index, config.cache, accelerator)
     backgrounds = open_backgrounds(config, index, boxes, accelerator)
     main = accelerator.is_main_process
+    # Before `keep_seen`, which writes one of the files that this removes.
     together(accelerator, lambda: _forget_attempt(run) if main else None)
     together(accelerator, lambda: keep_seen(run, index, images, earlier) if main else None)
     if main:
@@ -250,6 +252,7 @@ def build_training(
     model.to(accelerator.device)
     model.to(memory_format=torch.channels_last)  # faster on GPUs, and by 1.1 to 1.3 on CPUs
     # One fixed draw of the expanded validation split, so that epochs can be compared.
+    # Its batch size of 1 has no effect, as `validate` cuts batches of its own.
     val_plan = plan_epoch(val, copies[val], config.augmentation, 1, (config.seed, "validation", 0))
     data = TrainingData(images, targets, index.task)
     return Training(
@@ -269,6 +272,7 @@ def build_training(
 def _forget_attempt(run: RunDirectory) -> None:
     """Remove the first files of a training without a checkpoint: this one may have other inputs."""
     if not has_checkpoint(run.checkpoints):
+        # The recipe goes first: where it exists, `_begin_run` reads run.json.
         for file in (run.recipe, run.info, run.audit, run.seen):
             file.unlink(missing_ok=True)
 
@@ -283,9 +287,11 @@ def _begin_run(
     """
     before: dict[str, Any] = {**read_info(run)} if run.recipe.is_file() else {}
     shards = {"format": "cxrdist-run-1", "shards": describe_shards(index)}
+    # Later entries replace earlier ones: `started` and `stages` stay as the first launch has them.
     write_json(run.info, {"started": now(), "stages": {}, **before, **shards, **start})
     if audit:
         write_text(run.audit, audit)
+    # Last, because the next launch reads run.json where there is a recipe.
     write_text(run.recipe, recipe_yaml(config))
 
 

@@ -90,6 +90,7 @@ class Updater:
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.scaler:
+            # Without `scaler.step`: `found_inf` is set above, and this reads what `unscale_` found.
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -115,6 +116,7 @@ class Average:
 
     def __init__(self, network: torch.nn.Module, decay: float) -> None:
         """Start from the current weights; each step keeps the share `decay`, such as 0.999."""
+        # Not BatchNorm's `num_batches_tracked`, which is a count.
         live = {k: v for k, v in network.state_dict().items() if v.is_floating_point()}
         self.state = {name: tensor.clone() for name, tensor in live.items()}
         self.set_aside: dict[str, Tensor] = {}
