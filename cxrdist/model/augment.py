@@ -25,6 +25,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
         float32 [B, 1, H, W], grey values 0..255.
     """
     with torch.autocast(images.device.type, enabled=False):
+        # align_corners means that -1 and 1 are centres of pixels, as in `sampling_matrices`.
         grid = affine_grid(matrices, list(images.shape), align_corners=True)
         return grid_sample(images.float(), grid, align_corners=True)
 
@@ -67,6 +68,8 @@ def _affine_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor
     angle = degrees * (math.pi / 180)
     mirror = 1 - 2 * flip.float()
     cos, sin = torch.cos(angle), torch.sin(angle)
+    # Rows point down, hence -sin in the row of y for a counter-clockwise turn. The mirror is in the
+    # columns of x only: it comes first, then the turn, then the shift.
     x_to_x, y_to_x, x_to_y, y_to_y = cos * mirror, sin, -sin * mirror, cos
     to_x = centre - x_to_x * centre - y_to_x * centre + shift_x * size_px
     to_y = centre - x_to_y * centre - y_to_y * centre + shift_y * size_px

@@ -30,6 +30,7 @@ class BatchNorm(BatchNormAct2d):
         """Return normalised and rectified features, [B, C, H, W]."""
         if not self.training or self.momentum is None:
             return super().forward(x)
+        # Not timm's forward: in training it counts the pass, with an operation per BatchNorm.
         moving = (self.running_mean, self.running_var)
         if self.shares is None:
             y = torch.batch_norm(
@@ -93,10 +94,12 @@ class _OverRanks(torch.autograd.Function):
         )
         sum_weight, sum_bias = add_over_ranks(torch.cat([grad_weight, grad_bias])).chunk(2)
         deviation = (var + ctx.eps).rsqrt()
+        # shares[-1] is 0 on a rank without images: its one image is not in the statistics.
         per_value = shares[-1] / (shares[-2] * x.shape[2] * x.shape[3])
         scale = weight * deviation * per_value
         slope = scale * deviation * sum_weight
         shift = torch.addcmul(scale * sum_bias, slope, mean, value=-1)
         per_channel = (1, -1, 1, 1)
         direct.sub_(torch.addcmul(shift.view(per_channel), x, slope.view(per_channel)))
+        # Weight and bias: this rank's own, because DDP averages gradients of parameters.
         return direct, grad_weight, grad_bias, None, None

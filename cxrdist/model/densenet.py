@@ -81,6 +81,7 @@ class Classifier(nn.Module):
         self.normalisation = normalisation or Normalisation()
         self.network = build_network(network, len(classes), len(self.normalisation.mean))
         self.norms = [m for m in self.network.modules() if isinstance(m, BatchNorm)]
+        # Buffers, to move with the model. Not in the state dict: model.json has the normalisation.
         self.register_buffer("mean", _per_channel(self.normalisation.mean), persistent=False)
         self.register_buffer("std", _per_channel(self.normalisation.std), persistent=False)
 
@@ -202,6 +203,7 @@ def save_calibration(calibration: Calibration, directory: Path) -> None:
     Raises:
         CxrdistError: there is no model.json, or it is damaged.
     """
+    # Not as a ModelFile, whose dataclasses would lose what newer versions write in them.
     content = read_document(directory / "model.json", dict[str, object], MEND)
     write_json(directory / "model.json", {**content, "calibration": calibration})
 

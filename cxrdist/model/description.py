@@ -17,6 +17,7 @@ MOST_GREY = 1e9
 MOST_MEMBERS = 20
 
 Member = Annotated[str, Matching(r"member-\d{1,2}", "member-NUMBER")]
+# Lone surrogates, which JSON can hold, cannot be encoded as UTF-8.
 Label = Annotated[str, Matching(r"[^\0\ud800-\udfff]{0,255}", "at most 255 characters")]
 
 
@@ -73,6 +74,7 @@ class Calibration:
         patients: of the validation split.
     """
 
+    # `evaluate` chooses from 0.01 to 100.
     temperatures: dict[str, Annotated[float, Between(1e-3, 1e3)]]
     rule: Text
     thresholds: dict[str, Real]

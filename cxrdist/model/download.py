@@ -78,6 +78,7 @@ def download(url: str, where: str) -> Path:
             ) from error
         sha256 = _accepted(partial, expected, f"{where}: the file from {url}")
         with room_for(file):
+            # The note first: a file under its final name is checked against it.
             note.write_text(f"{sha256}  {file.name}\n")
             partial.replace(file)
     return file
@@ -110,6 +111,7 @@ def place_of(url: str) -> Path:
     name = Path(urlparse(url).path).name or "weights"
     if not _HASH_IN_NAME.search(name):
         name = f"{hashlib.sha256(os.fsencode(url)).hexdigest()[:8]}.{name}"
+    # The end of the name is kept, for its suffix and the digits of its hash.
     name = os.fsdecode(os.fsencode(name)[-_MOST_NAME_BYTES:])
     return Path(torch.hub.get_dir()) / "checkpoints" / name
 
@@ -168,10 +170,12 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
     version = partial.with_name(partial.name + ".version")
     done = partial.stat().st_size if partial.is_file() else 0
     known = _known_version(version) if done else ""
+    # A compressed answer would have other bytes and another length than the file.
     headers = {"User-Agent": "cxrdist", "Accept-Encoding": "identity"}
     if done and (known or checked):
         headers["Range"] = f"bytes={done}-"
     if done and known:
+        # If its version is another, the server sends the whole file, with status 200.
         headers["If-Range"] = known
     request = urllib.request.Request(url, headers=headers)
     opener = urllib.request.build_opener(_Opener)
@@ -211,6 +215,7 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
     began, count = time.monotonic(), 0
     while True:
         try:
+            # Not `read`, which waits for a whole chunk before the rate is checked.
             chunk = response.read1(_CHUNK_BYTES)
         except (OSError, HTTPException) as error:
             raise _BrokenOffError(f"it broke off ({_reason(error)})") from error
@@ -270,6 +275,7 @@ def _known_version(note: Path) -> str:
 
 def _version(headers: Message) -> str:
     """Return the version of the URL's content: a strong ETag, or else Last-Modified."""
+    # If-Range takes no weak ETag (RFC 9110, section 13.1.5).
     tag = headers.get("ETag", "")
     return tag if tag and not tag.startswith("W/") else headers.get("Last-Modified", "")
 

@@ -61,6 +61,7 @@ class Ensemble(nn.Module):
     @property
     def mean(self) -> Tensor:
         """Return the mean grey value that the first member subtracts, on the ensemble's device."""
+        # `cxrdist predict` takes the device of any model from its mean.
         return self.first.mean
 
     def forward(self, images: Tensor) -> Tensor:

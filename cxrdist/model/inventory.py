@@ -64,7 +64,7 @@ def _rows(weights: InitialWeights) -> list[list[str]]:
     parameters = sum(
         tensor.numel()
         for name, tensor in {**weights.tensors, **weights.head}.items()
-        if name.endswith((".weight", ".bias"))
+        if name.endswith((".weight", ".bias"))  # the statistics of BatchNorms are no parameters
     )
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in weights.tensors.values()})
     mean, std = weights.normalisation.mean, weights.normalisation.std

@@ -26,7 +26,9 @@ TORCHXRAYVISION_LABELS = [
 ]
 IMAGENET_CLASSES = 1000
 
+# Of DataParallel, then of arnoweng's CheXNet, Lightning and other wrappers.
 _PREFIX = re.compile(r"^(module\.)?(densenet121\.|model\.|backbone\.)?")
+# As in the files of torchvision: PyTorch has forbidden dots in names since they were made.
 _OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
 _CONV2 = re.compile(r"features\.denseblock([1-4])\.denselayer(\d{1,3})\.conv2\.weight")
 
@@ -90,8 +92,10 @@ def recognise(file: TensorFile, where: str, origin: WeightsInfo) -> InitialWeigh
         if new in renamed:
             raise CxrdistError(f"{where}: contains two tensors {new}; expected one network")
         renamed[new] = tensor
+    # torchxrayvision stores its operating points beside the weights.
     thresholds = renamed.pop("op_threshs", None)
     network = _network_of(renamed)
+    # Heads of all DenseNets have the names of the default network's.
     head = {k: renamed.pop(k) for k in head_names(network or Network()) if k in renamed}
     channels = _channels(renamed, where)
     normalisation = ONE_CHANNEL if channels == 1 else Normalisation()
@@ -187,6 +191,7 @@ def _identify(
     if network is not None:
         is_imagenet = num_outputs == IMAGENET_CLASSES
         return (f"ImageNet, {network.title}", None) if is_imagenet else (network.title, file.labels)
+    # CheXNet's head is followed by a sigmoid in a Sequential. jrzech pickled the whole network.
     if any(name.endswith("classifier.0.weight") for name in file.tensors):
         repository = "jrzech/reproduce-chexnet" if file.is_network else "arnoweng/CheXNet"
         return f"CheXNet, as in {repository}", [*LABELS]
@@ -243,6 +248,7 @@ def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
     first, second, third, fourth = layers
     growth_rate, block_config = int(convs[0][2].shape[0]), (first, second, third, fourth)
     published = [name for name, shape in DENSENETS.items() if shape == (growth_rate, block_config)]
+    # A DenseNet of another shape is a densenet121 with a growth rate and layers of its own.
     architecture = cast(Architecture, published[0]) if published else "densenet121"
     try:
         return Network(growth_rate, block_config, architecture=architecture)

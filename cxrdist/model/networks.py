@@ -1,7 +1,7 @@
 """The supported networks: how each is built, and which modules belong to each of its blocks.
 
-Each is a module of timm or torchvision with the library's own names, so that state dicts can be
-exchanged with the library's network strictly.
+Each is a module of timm or torchvision with the library's own names: the state dict of either loads
+strictly into the other.
 """
 
 from collections.abc import Iterator
@@ -91,10 +91,12 @@ def _build_densenet(shape: Network, num_classes: int, channels: int) -> DenseNet
         num_classes=num_classes,
         in_chans=channels,
         drop_rate=shape.dropout,
+        # A function, because timm puts its own BatchNormAct2d in place of a class named BatchNorm.
         norm_layer=lambda *sizes, **options: BatchNorm(*sizes, **options),
     )
     for module in network.features.children():
         if isinstance(module, DenseBlock):
+            # timm's DenseNet takes no class for its blocks. The names in the state dict stay.
             module.__class__ = GrowingBlock
     return network
 
@@ -172,6 +174,7 @@ def output_layer(shape: Network) -> str:
 
 def smallest_size_px(shape: Network) -> int:
     """Return the side of the smallest square that leaves at least one pixel in every layer."""
+    # tests/model/test_networks.py also tries a square of one pixel less.
     sizes = {"alexnet": 63, "squeezenet1_1": 17, "convnext_atto": 32, "resnet18": 1}
     return 29 if shape.is_densenet else sizes[shape.architecture]
 

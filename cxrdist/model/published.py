@@ -78,6 +78,7 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
     classes = [labels[i] for i in named]
     model = Classifier(shape, classes, size_px, normalisation, fit="crop", task="multilabel")
     head = {key: tensor[torch.tensor(named)] for key, tensor in weights.head.items()}
+    # Not strict, for old files without num_batches_tracked. `check_fit` has compared all else.
     model.network.load_state_dict({**weights.tensors, **head}, strict=False)
     model.origin = weights.describe(len(weights.tensors) + len(head))
     return model.eval()

@@ -105,6 +105,7 @@ def _read_files(files: Mapping[int, Input], how: Preparation) -> dict[int, NDArr
     read = {number: prepare(item, how) for number, item in files.items()}
     depth, again = unlike_source({number: square.used_depth for number, square in read.items()})
     if how.depth is None:
+        # The first reading has found the text: its boxes are used again.
         known = replace(how, depth=depth, finds_text=False)
         for number in again:
             item = replace(files[number], boxes=read[number].boxes)

@@ -108,8 +108,10 @@ def container_of(file: Path) -> str | None:
         start = data.read(16)
     if start.startswith(b"PK\x03\x04"):
         return "torch.save"
+    # PROTO, then LONG1 with a length of 10 bytes, in the first of the five pickles.
     if start.startswith(b"\x80") and b"\x8a\n" + LEGACY_MAGIC.to_bytes(10, "little") in start:
         return "torch.save before PyTorch 1.6"
+    # The length of the header in 8 bytes, then the header, which is JSON.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= file.stat().st_size:
         return "safetensors"
     return None
@@ -170,6 +172,7 @@ def _read_zip(file: Path) -> TensorFile:
             raise ValueError("written on a machine with another byte order")
         content, storages = unpickle(Pickles(_stored(archive, names[0], MOST_PICKLE_BYTES)))
 
+        # Several tensors may share a storage, which is read once.
         @cache
         def read_storage(key: str) -> bytearray:
             numbers = _stored(archive, f"{folder}data/{key}", storages[key].num_bytes)
@@ -202,6 +205,7 @@ def _stored(archive: zipfile.ZipFile, name: str, most_bytes: int) -> bytearray:
         raise ValueError(f"{name} has {member.file_size} bytes, expected at most {most_bytes}")
     data = bytearray()
     with archive.open(member) as content:
+        # In blocks, because `_Archive` refuses to read more at once.
         while block := content.read(MOST_DIRECTORY_BYTES):
             data += block
     return data
@@ -249,6 +253,7 @@ def _collect(content: Any, read_storage: Callable[[str], bytearray], file_bytes:
     if len(references) > MOST_TENSORS:
         raise RefusedError(f"it holds more than {MOST_TENSORS} tensors")
     stored = {reference.storage.key: reference.storage for reference in references.values()}
+    # Members of a zip file can overlap, and tensors share numbers: a small file could fill memory.
     for refs in (stored, references):
         if sum(ref.num_bytes for ref in refs.values()) > 4 * file_bytes:
             raise RefusedError("its tensors are larger than the file")
@@ -277,6 +282,7 @@ def _find(content: Any) -> tuple[bool, dict[str, TensorRef], list[str] | None]:
     Raises:
         ValueError: there is neither.
     """
+    # arnoweng's CheXNet is under state_dict, jrzech's under model.
     named = [content.get("state_dict"), content.get("model")] if isinstance(content, dict) else []
     for value in (*named, content):
         if isinstance(value, Stub) and "_modules" in value.attributes:
@@ -303,6 +309,7 @@ def _network_tensors(network: Stub) -> Iterator[tuple[str, TensorRef]]:
         if id(module) in seen or entries_left < 0 or len(prefix) > MOST_NAME_CHARACTERS:
             raise RefusedError("its modules contain one another")
         seen.add(id(module))
+        # `state_dict()` leaves these buffers out.
         unsaved = own.get("_non_persistent_buffers_set")
         unsaved = unsaved if isinstance(unsaved, list | tuple) and len(unsaved) < 100 else ()
         for kind in ("_parameters", "_buffers"):

@@ -216,6 +216,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "torch.device": _nothing,
     "collections.OrderedDict": _mapping,
     "collections.defaultdict": lambda *_: Mapping(),
+    # Not sets, because hashing nested members could take forever.
     "builtins.set": _sequence,
     "__builtin__.set": _sequence,
     "_codecs.encode": _nothing,

@@ -97,6 +97,8 @@ def apply_weights(weights: InitialWeights, model: Classifier) -> int:
     """
     if weights.tensors:
         check_fit(weights, model.shape, f"--init {weights.source}")
+        # Not strict: the head is missing, and old files lack num_batches_tracked. `check_fit` has
+        # compared all else.
         model.network.load_state_dict(weights.tensors, strict=False)
     model.origin = weights.describe(len(weights.tensors))
     return len(weights.tensors)
