@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# As in zennit's rules, with which the engine's maps are compared.
 STABILISER = 1e-6
 """Added to the denominators of all rules except epsilon's, to avoid division by zero."""
 
@@ -71,5 +72,6 @@ def sum_per_image(values: Tensor) -> Tensor:
 
 def concatenate(chunks: Sequence[Attribution]) -> Attribution:
     """Concatenate the targets of several attributions of one batch, in order."""
+    # In the order of the fields, which is that of the constructor's arguments.
     columns = zip(*(vars(chunk).values() for chunk in chunks), strict=True)
     return Attribution(*(torch.cat(column, 1) for column in columns))

@@ -111,6 +111,7 @@ def input_gradient(model: Classifier, images: Tensor, score: Callable[[Tensor], 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Set all modules of a network to evaluation mode, and restore their modes at the end."""
+    # One by one, because `train` would also set modules inside that were not in training mode.
     modules = [module for module in model.modules() if module.training]
     for module in modules:
         module.training = False

@@ -35,6 +35,7 @@ from cxrdist.explain.canonise import check_layers, fold_conv, untangle
 from cxrdist.explain.description import WITH_RULES
 
 
+# Tensors made in inference mode cannot be used in autograd, which zennit needs.
 @torch.inference_mode(False)
 def canonical_network(network: nn.Module) -> nn.Sequential:
     """Build the canonical network, a copy with the same logits.
@@ -48,6 +49,7 @@ def canonical_network(network: nn.Module) -> nn.Sequential:
         CxrdistError: the network has no proven rules or an unknown layer, or is in training mode.
     """
     builders = {ResNet: _of_resnet, SqueezeNet: _of_squeezenet, AlexNet: _of_alexnet}
+    # Not isinstance: a subclass may compute something else.
     if type(network) is DenseNet:
         return untangle(network)
     if type(network) not in builders:
@@ -102,6 +104,7 @@ def _of_block(block: Any) -> list[nn.Module]:
         folded: Any = fold_conv(conv, [norm])
         direct = folded.weight
         joined.bias = nn.Parameter(joined.bias + folded.bias)
+    # The shortcut's 1x1 kernel becomes the centre of a 3x3 one.
     joined.weight = nn.Parameter(torch.cat([joined.weight, F.pad(direct, [1] * 4)], 1))
     joined.in_channels = joined.weight.shape[1]
     return [Fork(inner, shortcut), joined, nn.ReLU()]

@@ -139,8 +139,9 @@ def fold_conv(conv: nn.Conv2d, norms: Sequence[_BatchNorm], start: int = 0) -> n
         conv.stride[0],
         int(conv.padding[0]),
         groups=conv.groups,
-        device="meta",
+        device="meta",  # its tensors are replaced below
     )
+    # The copies of a channel are neighbours, as a grouped convolution needs them.
     folded.weight = nn.Parameter(weight.detach().flatten(0, 1).to(conv.weight.dtype))
     folded.bias = nn.Parameter(shift.detach().flatten().to(conv.weight.dtype))
     return folded

@@ -66,6 +66,7 @@ class ByZennit:
     def _propagate(self, logit: Tensor, inputs: Tensor) -> Attribution:
         """Propagate one target's logit [B] to the inputs."""
         self._ledger.open(logit, self._absorbed_at_start)
+        # All targets share one forward pass.
         (relevance,) = torch.autograd.grad(logit, inputs, logit.detach(), retain_graph=True)
         return self._ledger.close(logit.detach(), relevance)
 

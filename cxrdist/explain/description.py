@@ -81,8 +81,8 @@ class ClassRow(OutsideRow):
     """Where the relevance lies for images whose likeliest explained class is this one."""
 
     alike: Share
-    """Share of the images whose largest relevance lies within a tenth of the side of that of the
-    mean map."""
+    """Share of the images whose largest relevance is at most a tenth of the side away from that of
+    the mean map."""
     alike_interval: Limits
     alike_area: Share
     """Share of the area within this distance, the share expected by chance."""

@@ -39,6 +39,7 @@ class Output:
 
         An X-ray that is predicted twice in a call, with another depth, gets the same UIDs.
         """
+        # repr keeps names apart that would be equal when joined.
         return UID(f"2.25.{uuid5(self.call, repr(names)).int}")
 
 

@@ -113,6 +113,7 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
     Raises:
         RefusedError: it has no UIDs to refer to, or a value is too long.
     """
+    # Forced, because exports may lack the preamble.
     dataset = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True)
     source = Dataset()
     for keyword in (*PATIENT, *STUDY):
@@ -126,6 +127,7 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
             setattr(source, keyword, None)
     if source.PatientSex not in ("M", "F", "O"):
         source.PatientSex = None
+    # Required then (PS3.3, C.7.1.1), and the sequence that may replace it is not copied.
     if source.get("PatientIdentityRemoved") == "YES" and not source.get("DeidentificationMethod"):
         source.DeidentificationMethod = "See the source image"
     if not all(source.get(keyword) for keyword in INSTANCE):
@@ -153,7 +155,7 @@ def _equipment(output: Output) -> dict[str, Any]:
         "manufacturer_model_name": "cxrdist",
         "software_versions": __version__,
         "device_serial_number": output.model_sha256,
-        "specific_character_set": "ISO_IR 192",
+        "specific_character_set": "ISO_IR 192",  # UTF-8
     }
 
 
@@ -181,7 +183,7 @@ def _heat_map(
     # highdicom requires an orientation, but it is unknown if the source image does not state it.
     image.PatientOrientation = source.get("PatientOrientation")
     image.BodyPartExamined = "CHEST"
-    image.ConversionType = "WSD"
+    image.ConversionType = "WSD"  # workstation (PS3.3, C.8.6.1)
     image.BurnedInAnnotation = "YES"
     image.ImageComments = f"{RESEARCH_ONLY}. Relevance for {name} ({probability})"
     image.DerivationDescription = (
@@ -208,6 +210,7 @@ def _captioned(picture: Image.Image, probability: Probability) -> Image.Image:
         f"cxrdist {__version__}: relevance for {probability.name} ({probability})",
         "red for the class, blue against it",
     )
+    # Of the longest line, per pixel of the font's size. The 0.96 leaves room for the margin.
     widest = max(ImageFont.load_default(10).getlength(line) for line in lines) / 10
     size = min(picture.width / 32, 0.96 * picture.width / widest)
     margin = round(size / 2)
@@ -223,6 +226,7 @@ def _captioned(picture: Image.Image, probability: Probability) -> Image.Image:
 def _report(source: Dataset, probabilities: Sequence[Probability], output: Output) -> sr.EnhancedSR:
     """Make the structured report of the probabilities of an X-ray."""
     device = sr.DeviceObserverIdentifyingAttributes(
+        # The same weights are the same device.
         uid=UID(f"2.25.{UUID(output.model_sha256[:32]).int}"),
         name="cxrdist",
         manufacturer_name="cxrdist",
@@ -234,6 +238,7 @@ def _report(source: Dataset, probabilities: Sequence[Probability], output: Outpu
         PLAIN_CHEST_XRAY,
         [_measured(source, probability, output) for probability in probabilities],
     )
+    # highdicom's report takes no comment as an argument.
     content[0].ContentSequence.append(
         sr.TextContentItem(codes.DCM.Comment, RESEARCH_ONLY, sr.RelationshipTypeValues.CONTAINS)
     )

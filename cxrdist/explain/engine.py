@@ -69,7 +69,7 @@ class Watcher:
     """Receives intermediate values of a backward pass; a subclass overrides what it uses."""
 
     def see_amounts(self, consumer: Consumer, amounts: Tensor) -> None:
-        """Receive the values from a consumer to its producers, |s| R / z * a, [C, K, B, H * W]."""
+        """Receive the values from a consumer to its producers, |s| R / z, [C, K, B, H * W]."""
 
     def see_ratio(self, layer: Layer, ratio: Tensor) -> None:
         """Receive R / z of a 1x1 convolution, [K, N, M]."""
@@ -104,6 +104,7 @@ def backward_pass(
     passed = _backward_head(folded, rules, seen.logits, starts, watcher)
     for block, seen_block in zip(folded.blocks[::-1], seen.blocks[::-1], strict=True):
         passed = _backward_block(block, seen_block, passed, watcher)
+    # From g to relevance, which max pool and stem pass on.
     pooled = (seen.features.unsqueeze(1) * passed).permute(1, 2, 0, 3, 4).contiguous()
     first = torch.stack([backward_max_pool(folded.stem, seen, r) for r in pooled])
     if rules.flat:
@@ -114,6 +115,7 @@ def backward_pass(
 def head_quotients(rules: Rules, folded: Folded, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Return the stabiliser of the epsilon rule, and logit / (z + stabiliser), of each logit."""
     z = logits if rules.biases else logits - folded.bias
+    # The sign of 0 is 1, as in zennit: torch.sign would give 0.
     stabiliser = rules.epsilon * (1 - 2 * (z < 0).to(z.dtype))
     return stabiliser, logits / (z + stabiliser)
 
@@ -145,6 +147,7 @@ def _backward_flat(stem: Stem, seen: "Seen", relevance: Tensor, watcher: Watcher
     size = (ratio.shape[0] * ratio.shape[1], 1, *inputs.shape[2:])
     ones = torch.ones_like(stem.weight[:1, :1])
     shares = conv2d_input(size, ones, ratio.flatten(0, 1).unsqueeze(1), *stem.stride_padding)
+    # Each channel of the input gets the same share, and the map is their sum.
     return shares.reshape(*ratio.shape[:2], *size[2:]) * inputs.shape[1]
 
 
@@ -248,6 +251,7 @@ class Features:
         rows = slice(self._count, self._count + len(outputs[0]))
         self.y[rows], self.plus[rows] = outputs[0], outputs[1]
         if self._minus is not None:
+            # Only the first block's entry has two outputs, which are equal: no weight is negative.
             self._minus[rows] = outputs[2] if len(outputs) > 2 else outputs[1] - outputs[0]
         self._count = rows.stop
 
@@ -319,6 +323,7 @@ def _backward_block(block: Block, seen: SeenBlock, passed: Tensor, watcher: Watc
     _, num_targets, num_images = passed.shape[:3]
     share = passed * pool_quotients(seen).unsqueeze(1)
     watcher.see_absorbed(None, share.sum(0) * STABILISER)
+    # With |s| of the exit, as `squeeze_back` has that of each layer.
     g = unpool(share * block.exit.size[:, None, None, None, None], block.pool_px, seen.sides)
     passing = Passing(block, _amounts(block.exit, seen.exit, g, watcher))
     for layer, seen_layer in zip(block.layers[::-1], seen.layers[::-1], strict=True):
@@ -357,13 +362,14 @@ def unpool(share: Tensor, pool_px: int | None, sides: tuple[int, int]) -> Tensor
         *share.shape[:4], pool_px, width, pool_px
     )
     spread = windows.reshape(*share.shape[:3], height * pool_px, width * pool_px)
+    # An odd side leaves a row or column that no window reads.
     padding = (0, sides[1] - spread.shape[4], 0, sides[0] - spread.shape[3])
     return F.pad(spread, padding).flatten(3)
 
 
 def backward_max_pool(stem: Stem, seen: Seen, relevance: Tensor) -> Tensor:
     """Assign the relevance of each window to its maximum, [B, C, h, w] to [B, C, H, W]."""
-    window = *((side, side) for side in stem.max_pool), (1, 1), False
+    window = *((side, side) for side in stem.max_pool), (1, 1), False  # dilation, ceil_mode
     routed: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
         relevance, seen.first, *window, seen.max_indices
     )

@@ -109,6 +109,7 @@ def explain(config: ExplainConfig) -> None:
     """
     opened = open_run_on(config.run, config.shards, config.split, config.name)
     accelerator = opened.accelerator
+    # Wrong options are refused before `load_images` decodes the images.
     model = together(accelerator, lambda: one_network(opened.model))
     targets = together(accelerator, lambda: choose_targets(config, model))
     explainer = together(accelerator, lambda: _explainer(config, model))
@@ -129,6 +130,7 @@ def explain(config: ExplainConfig) -> None:
                 return None
             return _prepare(work, _settings(config, loaded, targets, numbers))
 
+        # That of the main rank, which is the first.
         todo = gather(accelerator, [together(accelerator, prepare)])[0]
         results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
         rows_by_number = sorted(gather(accelerator, results.rows))
@@ -210,6 +212,7 @@ def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
         _clear(directory)
     for table in (run.relevance_table(subset), nearest):
         table.unlink(missing_ok=True)
+    # Last: until then, the maps that remain belong to the settings in the file.
     write_json(info, under_way(how))
     return _Todo(False, needs_nearest)
 
@@ -277,6 +280,7 @@ def _explain_units(
         for i, unit in enumerate(units):
             path = work.loaded.run.relevance(work.loaded.subset)
             if work.is_compact:
+                # Its number in the split, for any world size: ranks take units in turn.
                 number = i * accelerator.num_processes + accelerator.process_index
                 path /= f"{number:06d}.tar"
             finished = _read_finished(work, path, unit, look=look)
@@ -424,6 +428,7 @@ def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
     with progress(len(batches), "testing", "images", show=accelerator.is_main_process) as bar:
         for batch in batches:
             (number,) = batch.tolist()
+            # The number is the seed of the random order, so that it does not depend on the rank.
             flipped = flip_pixels(
                 work.model, work.explainer, loaded.images[number], classes, number
             )

@@ -83,6 +83,7 @@ def summarise(flippings: list[Flipping]) -> FlippingInfo:
         "covered_share": COVERED_SHARE,
         "relevant_first": relevance.tolist(),
         "random_order": random.tolist(),
+        # The start of a curve is 1 for any map, and does not count.
         "area_over_relevant_first": float(1 - relevance[1:].mean()),
         "area_over_random_order": float(1 - random[1:].mean()),
     }

@@ -170,6 +170,7 @@ def _block(
     dense_layers = list(block.children())
     norms = [*(layer.norm1 for layer in dense_layers), exit_norm]
     is_mixed = not ask or any(bool((norm.weight < 0).any()) for norm in norms)
+    # With biases, the z-plus of negative scales follows from W+ and the output, as said above.
     with_minus = is_mixed and not biases
     weight = None if entry is None else entry.weight.flatten(1)
     return Block(

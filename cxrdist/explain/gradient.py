@@ -39,6 +39,7 @@ from cxrdist.explain.engine import (
 from cxrdist.explain.fold import Block, Consumer, Folded, Layer, Stem, fold, scaled_back
 from cxrdist.model.densenet import Classifier
 
+# The gradient below is only for these: the flat rule, and biases in the denominators.
 _RULES = Rules()
 
 
@@ -60,6 +61,7 @@ def relevance(model: Classifier, inputs: Tensor, weights: Tensor) -> Tensor:
     """
     with torch.autocast(inputs.device.type, enabled=False):
         folded = fold(model.network, _RULES.biases, ask=inputs.device.type == "cpu")
+        # Flat, because autograd follows a Function's arguments, but not tensors within them.
         leaves, structure = tree_flatten(folded)
         images = model.normalise(inputs).detach()
         result: Tensor = _Map.apply(images, weights.detach().to(images.dtype), structure, *leaves)
@@ -298,6 +300,7 @@ def _descend_block(
             )
         )
     rows = torch.cat([part[: block.size] for part in of_features])
+    # The first block has no entry: its inputs are both y and P.
     of_entry, of_inputs = None, rows[: block.size] + rows[block.size :]
     if block.entry is not None:
         of_entry, of_inputs = rows @ seen.inputs.flatten(1).t(), block.entry.t() @ rows

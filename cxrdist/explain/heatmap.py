@@ -76,6 +76,7 @@ def _strength(relevance: NDArray[np.floating], limit: float | None) -> NDArray[n
     """Return smoothed relevance on the colour scale, -1 to 1, [H, W]."""
     if limit is None:
         limit = colour_limit(relevance)
+    # Negated, so that NaN is refused, too.
     if not 0 < limit < np.inf:
         raise CxrdistError(f"limit: is {limit}, expected a positive number; leave it out")
     return np.clip(smooth(relevance) / limit, -1, 1)
@@ -86,6 +87,7 @@ def _place(strength: NDArray[np.float64], shape: tuple[int, ...], fit: str) -> N
     height, width = shape
     frame = in_square(Box(0, 0, width, height), width, height, len(strength), fit)
     across, down = frame.width / width, frame.height / height
+    # Pillow wants the map from the picture to the square, not the one that moves pixels.
     placed = Image.fromarray(strength.astype(np.float32)).transform(
         (width, height),
         Image.Transform.AFFINE,

@@ -53,7 +53,7 @@ class MethodScores(TypedDict):
     overlap: Share
     overlap_interval: Limits
     marked: Share
-    """Share of the pixels, those of the largest values, that the overlap is for."""
+    """Share of the pixels that the map marks for the overlap, those of the largest values."""
     blank: Count
     """Maps without positive values."""
     pointing_gain_interval: Limits | None
@@ -243,6 +243,7 @@ def _replicated(sums: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray
 
     Both are NaN for replicates without cases.
     """
+    # Columns as in `_group`: four scores, the area, and 1 per case.
     with np.errstate(invalid="ignore", divide="ignore"):
         means = sums[:, :4] / sums[:, 5:]
         return means.T, sums[:, INSIDE] / sums[:, 4]

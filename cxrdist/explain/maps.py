@@ -29,7 +29,7 @@ _DEFLATE_LEVEL = 1
 """Relevance hardly compresses: level 6 saves 1 % more and takes twice as long."""
 
 
-_MOST_HEADER_BYTES = 1000
+_MOST_HEADER_BYTES = 1000  # of an array; NumPy's own take 128
 # Errors that zipfile, tarfile, zlib and numpy raise for damaged content.
 _DAMAGE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
@@ -158,11 +158,12 @@ def read_unit(
             return [_read_file(path / f"{key}.npz", key, read) for key in keys]
         with (
             open_regular(path, os.O_RDONLY) as file,
-            tarfile.open(fileobj=file, mode="r:") as tar,
+            tarfile.open(fileobj=file, mode="r:") as tar,  # uncompressed only
         ):
             members = [(key, tar.extractfile(f"{key}.npz")) for key in keys]
             whole = [read(key, member) for key, member in members if member]
             return whole if len(whole) == len(keys) else None
+    # A ValueError, too, but of a link, which computing again does not mend.
     except CxrdistError:
         raise
     except (*_DAMAGE, OSError):
@@ -185,6 +186,7 @@ def _array(
     num_bytes = math.prod(shape) * np.dtype(kind).itemsize
     if file.getinfo(f"{name}.npy").file_size > _MOST_HEADER_BYTES + num_bytes:
         raise ValueError(f"{name} is too large")
+    # Not np.load, which allocates as much as the header claims before it reads.
     array = io.BytesIO(file.read(f"{name}.npy"))
     if np.lib.format.read_magic(array) != (1, 0):
         raise ValueError(f"{name} is of another version")

@@ -144,6 +144,7 @@ def write_nearest(loaded: LoadedRun, found: Sequence[Nearest]) -> None:
     numbers = dict.fromkeys(number_of[row.nearest] for row in found)
     write_gallery(loaded.run.nearest_pictures(subset), loaded.index, loaded.images, numbers)
     rows = [[*row[:2], f"{row.similarity:.6f}", *row[3:]] for row in found]
+    # Last: `explain` takes the table as a sign that the pictures exist.
     write_table(loaded.run.nearest(subset), COLUMNS, rows)
 
 

@@ -62,6 +62,7 @@ class Sums:
         """Add the sums of other images."""
         for own, others in ((self.maps, other.maps), (self.xrays, other.xrays)):
             for target, values in others.items():
+                # Not in place: the array may belong to `other`.
                 own[target] = own[target] + values if target in own else values
 
     def mean_map(self, target: int, num_images: int) -> NDArray[np.float64]:

@@ -67,6 +67,7 @@ def safe_name(name: str) -> str:
     classes share a file.
     """
     safe = re.sub(r'[\x00-\x1f/\\:*?"<>|]', "-", name)
+    # `ignore` drops a character that was cut in two.
     safe = safe.encode()[:LONGEST_NAME].decode(errors="ignore")
     if safe != name:
         safe += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -77,6 +77,7 @@ def draw_anew(model: Classifier, blocks: Sequence[str], images: Tensor) -> Class
         for name, norm in drawn.network.named_modules()
         if isinstance(norm, BatchNorm) and block_of(name, model.shape) in blocks
     ]
+    # Hooks, because the input of a BatchNorm depends on the statistics of those before it.
     hooks = [norm.register_forward_pre_hook(_take_statistics) for norm in norms]
     with torch.no_grad():
         drawn(images)
@@ -119,6 +120,7 @@ def _maps(result: Attribution, indices: list[int]) -> list[NDArray[np.float64]]:
 def likeness(one: NDArray[np.float64], other: NDArray[np.float64]) -> Likeness:
     """Compare two maps [H, W] pixel by pixel, by SciPy."""
     flat = one.ravel(), other.ravel()
+    # Spearman's compares absolute values, which are constant also for a map of c and -c.
     if any(np.ptp(values) == 0 or np.ptp(np.abs(values)) == 0 for values in flat):
         return Likeness(np.nan, np.nan)
     spearman = stats.spearmanr(*(np.abs(values) for values in flat)).statistic

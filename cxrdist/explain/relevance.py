@@ -136,7 +136,7 @@ def exact(device: torch.device) -> Iterator[None]:
     TensorFloat-32 would unbalance the ledger by 1e-3.
     """
     with (
-        torch.inference_mode(False),
+        torch.inference_mode(False),  # zennit needs autograd, also under a caller's inference mode
         torch.autocast(device.type, enabled=False),
         full_float32(),
         torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),

@@ -20,6 +20,7 @@ def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
     Returns:
         [B, H, W], never negative, for images uint8 [B, 1, H, W].
     """
+    # `logits` instead of the model, which takes no floats.
     method = LayerGradCam(model.logits, _last_features(model))
     with exact(images.device):
         coarse = method.attribute(images.float(), target, relu_attributions=True)

@@ -48,6 +48,7 @@ class Targets:
         """
         if self.contrast is not None or len(self.classes) < 2:
             return None
+        # No contrast was given, so each row of the ledger is that of a class.
         first, second, *_ = np.argsort(-ledger[:, 0], kind="stable").tolist()
         return first, second
 

@@ -12,6 +12,7 @@ from cxrdist.info import Count
 CONDITIONS: tuple[Literal["as_it_is", "black", "fill"], ...] = ("as_it_is", "black", "fill")
 """The images as they are, and their text covered with black or filled from its surroundings."""
 
+# Not a class statement, because `class` is a keyword.
 ClassText = TypedDict(
     "ClassText",
     {"class": Text, "images": Count, "with_text": Count, "words": list[tuple[Text, Count]]},
@@ -28,7 +29,7 @@ PastedClass = TypedDict(
         "predicted_otherwise": Count,
     },
 )
-"""Mean probability of each class over the images of one; None where it has none."""
+"""Mean probabilities of all classes over the images of a class; None if it has no images."""
 
 TextRelevance = TypedDict(
     "TextRelevance",
@@ -60,7 +61,7 @@ class TextAmount(TypedDict):
 
 
 class Otherwise(TypedDict):
-    """Images whose likeliest class is another one with the text covered."""
+    """Images whose likeliest class changes when the text is covered."""
 
     black: Count
     fill: Count
@@ -76,7 +77,7 @@ class Covering(TypedDict):
 
 
 class Pasting(TypedDict):
-    """What a word does that was pasted on every image."""
+    """The effect of a word pasted on every image."""
 
     word: Text
     place: Text
