@@ -17,7 +17,7 @@ from cxrdist.documents import Between
 
 REPLICATES = 2000  # their standard error is then right to about 1 / sqrt(2 * 2000) = 1.6 %
 LEVEL = 0.95
-SEED = 0
+SEED = 0  # fixed, so that the same predictions always have the same intervals
 _BLOCK = 100  # replicates at once: 30,000 patients in float32 are 12 MB, which a cache holds
 
 Values = NDArray[np.float64]  # [replicates], NaN where a replicate lacks images for the figure
@@ -50,6 +50,7 @@ class Replicates:
 
     def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Sum values of the images in each replicate: float64 [N, K] -> [replicates, K]."""
+        # float64, since values need not be the whole numbers that float32 sums exactly.
         of_patient = self._by_patient(np.arange(len(values)), len(values), np.float64).T @ values
         return np.concatenate([drawn.T @ of_patient for drawn in self._blocks(np.float64)])
 
@@ -91,6 +92,7 @@ class Replicates:
     def _blocks(self, kind: Any) -> Iterator[NDArray[Any]]:
         """Yield blocks of replicates [patients, block]; float32 is exact for sums to 16 million."""
         for begin in range(0, len(self.draws), _BLOCK):
+            # C-contiguous, as `draws` is in Fortran order: csr_array multiplies it without a copy.
             yield self.draws[begin : begin + _BLOCK].T.astype(kind)
 
     def _by_patient(
@@ -99,6 +101,7 @@ class Replicates:
         """Count images by row and patient, [rows, patients], for those in `images`."""
         patient = self.patient[images]
         shape = (rows, self.draws.shape[1])
+        # SciPy adds up entries with the same row and patient.
         return csr_array((np.ones(len(patient), kind), (row, patient)), shape=shape)
 
 
@@ -114,10 +117,12 @@ def _ranked(hits: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
     wins = (hits * (under + upto)).sum(axis=0) / 2
     hits_from = np.cumsum(hits[::-1], axis=0)[::-1]
     precision = np.zeros_like(hits)
+    # A level without a drawn positive contributes nothing, and may have no image at or above it.
     np.divide(hits_from, hits_from + (all_misses - under), out=precision, where=hits > 0)
     with np.errstate(invalid="ignore", divide="ignore"):
         auroc = wins / (all_hits * all_misses)
         average_precision = (hits * precision).sum(axis=0) / all_hits
+    # Without negatives the average precision is 1 for any scores.
     return np.stack([auroc, np.where(all_misses > 0, average_precision, np.nan)])
 
 
@@ -137,8 +142,10 @@ def draw(
     for i, own_strata in enumerate(strata_of):
         members.setdefault(tuple(sorted(own_strata)), []).append(i)
     random = np.random.default_rng(seed)
+    # How often a patient is drawn is about Poisson(1): 255 is out of reach.
     draws = np.zeros((len(column), replicates), np.uint8)
     for columns in members.values():
+        # Blocks keep the memory small; the generator's numbers are the same for any _BLOCK.
         for begin in range(0, replicates, _BLOCK):
             draws[columns, begin : begin + _BLOCK] = _draw_block(
                 random, len(columns), min(_BLOCK, replicates - begin)
@@ -152,6 +159,7 @@ def rarest_class(has: NDArray[np.bool_], patients: Sequence[str]) -> list[str]:
     With these strata, of which there are at most C + 1, no replicate lacks the rarest class.
     ``has`` are the classes of the N images, bool [N, C].
     """
+    # The first argsort gives the order of the classes, the second the rank of each.
     rank = np.argsort(np.argsort(has.sum(axis=0), kind="stable"))
     ranks = np.where(has, rank, len(rank)).min(axis=1, initial=len(rank))
     rarest: dict[str, int] = {}

@@ -77,6 +77,7 @@ def bounded(
     else:
         spread *= np.sqrt(patients / (patients - 1))
         quantile = scipy.stats.t.ppf(QUANTILE, patients - 1)
+    # Delta method: the derivative of logit(p) is 1 / (p (1 - p)).
     half = quantile * spread / product
     middle = scipy.special.logit(estimate)
     return _limits(scipy.special.expit(middle - half), scipy.special.expit(middle + half))
@@ -116,6 +117,7 @@ def newcombe(auroc: float, positives: int, negatives: int) -> Limits:
         shape = 1 + half * (1 - limit) / (2 - limit) + half * limit / (1 + limit)
         return float((1 - limit) - z**2 * limit * shape / (positives * negatives))
 
+    # The excess is 1 at 0 and below 0 at 1, so that brentq finds a root.
     low = float(scipy.optimize.brentq(excess, 0, 1))
     return _limits(low, 1) if auroc == 1 else _limits(0, 1 - low)
 
@@ -164,6 +166,7 @@ def of_mean(
     replicates [C, replicates] (Zou 2007, Psychological Methods 12, 399-413). So the result is
     wider for a class with few patients, and for one whose replicates are all equal.
     """
+    # corrcoef would give NaN for a figure whose replicates are all equal: it counts as independent.
     correlation = np.eye(len(estimates))
     have_all = values[:, np.isfinite(values).all(axis=0)]
     varies = np.ptp(have_all, axis=1) > ALIKE if have_all.size else np.zeros(len(values), bool)
@@ -171,6 +174,7 @@ def of_mean(
         correlation[np.ix_(varies, varies)] = np.corrcoef(have_all[varies])
     middle = np.mean(estimates)
     low, high = (np.subtract(side, estimates) for side in zip(*limits, strict=True))
+    # All gaps to the lower limits are negative, which the square cancels.
     down, up = (np.sqrt(max(0.0, gap @ correlation @ gap)) / len(gap) for gap in (low, high))
     return _limits(max(0.0, middle - down), min(1.0, middle + up))
 
