@@ -19,6 +19,7 @@ _PUBLIC = {
     "overlay": "cxrdist.explain.heatmap",
     "read_image": "cxrdist.model.reading",
 }
+# Repeats _PUBLIC, since type checkers read __all__ only as a list of literals.
 __all__ = [
     "Attribution",
     "Classifier",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:  # a type checker cannot see the names that __getattr__ import
     from cxrdist.model.prediction import Predictions
     from cxrdist.model.published import load_model
     from cxrdist.model.reading import read_image
+# Hidden from type checkers, which would accept any name of a module with `__getattr__`.
 else:
 
     def __getattr__(name: str) -> object:

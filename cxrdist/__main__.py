@@ -7,6 +7,8 @@ from cxrdist.lifetime import exit_with
 
 def run() -> None:
     """Run the command line of this process."""
+    # Not through cli.main, whose watch of signals would end the launcher UNHEARD_SECONDS
+    # after a stop request, while its ranks still save.
     if sys.argv[1:2] == ["launch"]:
         sys.exit(launch(sys.argv[2:]))
     exit_with(main)

@@ -44,6 +44,7 @@ def summary(text: str) -> list[str]:
     head = takewhile(lambda line: line.startswith("#"), text.splitlines())
     paragraphs = "\n".join(line.removeprefix("#").strip() for line in head).split("\n\n")
     joined = [" ".join(paragraph.split()) for paragraph in paragraphs]
+    # A capital must follow, so that the dot of `et al. 2016` does not end the sentence.
     purpose = re.split(r"(?<=\.) (?=[A-Z])", joined[0])[0]
     return [purpose, *(line for line in joined if line.startswith(FIGURES))]
 

@@ -80,12 +80,15 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             code = _answer(arguments)
         finally:
+            # Here, where errors are handled: at exit Python would print them itself and return 120.
             sys.stdout.flush()
     except BrokenPipeError:
+        # If stdout is sound, the error is of another pipe or of a socket.
         if _is_flushed(sys.stdout):
             raise
         code = 1  # the reader of the pipe has seen enough, such as `| head`
     except (CxrdistError, RuntimeError, OSError) as error:
+        # A stdout that cannot be written is redirected, or flushing it at exit would fail again.
         _is_flushed(sys.stdout)
         code = _report_failure(error)
     except Stopped as stop:
@@ -97,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _answer(arguments: list[str]) -> int:
     """Print the help or the version, or run the command."""
+    # `cxrdist weights --help` prints this list, too: a group of commands has no help.
     first = arguments[1:2] if arguments and _is_group(arguments[0]) else arguments[:1]
     if not arguments or first in (["-h"], ["--help"]):
         lines = [f"  {name:<17}{command.help}" for name, command in COMMANDS.items()]
@@ -128,7 +132,7 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
     command, rest = _command(arguments)
     flags = rest[: rest.index("--")] if "--" in rest else rest
     if {"-h", "--help"} & {*flags}:
-        from cxrdist.help import help_of
+        from cxrdist.help import help_of  # imported late: only a help needs its parser
 
         print(help_of(command), end="")
         raise SystemExit(0)

@@ -56,13 +56,13 @@ def location(text: str) -> Path:
     if "://" not in text:
         try:
             return Path(text).expanduser()  # shells do not expand the ~ in --out=~/shards
-        except RuntimeError as error:
+        except RuntimeError as error:  # of expanduser: ~NAME of an unknown user
             raise CxrdistError(f"{text}: {error}; write the directory out") from error
     from upath import UPath
 
     try:
         return cast(Path, UPath(text))  # not a subclass of Path, but it has the same methods
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError) as error:  # ImportError: a protocol that needs another package
         raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
 
 
@@ -94,6 +94,7 @@ class SourceConfig:
     packed together. The others are public data sets, as they are unpacked."""
     input: Path = field(metadata=SQUARES)
     """The folder, or the CSV or YAML file; a path or an fsspec URL such as s3://bucket/folder."""
+    # A subclass may add fields without a default, such as `out`, behind those that have one.
     _: KW_ONLY
     patient_pattern: str | None = None
     """Regular expression whose first group, found in the file name, is the patient."""
@@ -132,9 +133,9 @@ class PackConfig(SourceConfig):
     """How an image becomes square. pad and stretch reveal the source of an image by the shape of
     its border or the width of the heart; crop (centre) does not."""
     depth: Depth | None = None
-    """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
-    to 16: 12 makes 4095 white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the
-    values of the whole source, except for one pixel in a thousand per image."""
+    """Bit depth of images of more than 8 bits that do not declare theirs, 8 to 16; 12 makes 4095
+    white. If not given: the smallest of 8, 10, 12, 14 and 16 that holds the values of the whole
+    source, except for one pixel in a thousand per image."""
     split: str | None = None
     """Fractions of train/val/test, by patient; 0 leaves a split empty: 0/0/1 packs a set for
     evaluation only. Or paper: 60 images of each class for test, the rest 80/20 train/val. Splits
@@ -214,7 +215,7 @@ class Augmentation:
     shift_y: ClosedUnitInterval = 28 / 224
     """Shift up or down, at most this fraction of the height (28 of 224 px)."""
     flip: bool = True
-    """Mirror every second copy of an image, and one without a partner by chance."""
+    """Mirror every second copy of an image; one without a partner is mirrored by chance."""
     draws: Literal["free", "crossed"] = "free"
     """free: each copy of an image has a rotation and a shift of its own. crossed: 2 x k x k copies
     are k rotations, each with the same k shifts, each plain and mirrored (paper, section 2.3: 8
@@ -308,6 +309,8 @@ class Network:
 
     def __post_init__(self) -> None:
         """Raise CxrdistError for an unknown network, or one much larger than the published ones."""
+        # The annotations are checked for options and documents only: model/layout also derives a
+        # network from the tensors of a stranger's checkpoint.
         if self.architecture not in get_args(Architecture):
             known = choices(str(self.architecture), get_args(Architecture))
             raise CxrdistError(f"architecture: is {self.architecture!r:.40}, {known}")
@@ -379,7 +382,7 @@ class TrainConfig:
     negative (U-Zeros); exceptions for single labels follow it, as in positive,Edema=negative.
     Uncertain labels are never scored."""
     global_batch_size: PositiveInt = 9
-    """Images per optimiser step over all ranks."""
+    """Images per optimiser step over all ranks; 9 in the paper (section 3.3)."""
     max_images_per_rank: PositiveInt | None = None
     """Images per forward pass on a rank; a larger slice is split into equal micro-batches, and
     trained BatchNorm sees one micro-batch of each rank at a time."""
@@ -608,9 +611,9 @@ class PredictConfig:
     fit: Literal["crop", "pad", "stretch"] | None = None
     """How an image becomes square; as in training if not given."""
     depth: Depth | None = None
-    """Bits that hold the values of images of more than 8 bits which do not declare their depth, 8
-    to 16, as in cxrdist pack. If not given: as in training; if that had none, the depth that
-    cxrdist pack would choose for these images."""
+    """Bit depth of images of more than 8 bits that do not declare theirs, 8 to 16, as in cxrdist
+    pack. If not given: as in training; if that had none, the depth that cxrdist pack would choose
+    for these images."""
     text_boxes: Path | None = None
     """Cover burned-in text in the boxes of this CSV, with paths as given here or relative to the
     folder given. Without it, text is found and covered if the model was trained on images with

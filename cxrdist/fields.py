@@ -29,6 +29,7 @@ def hyphened(name: str) -> str:
 def without_none(kind: Any) -> Any:
     """Return the X of a type ``X | None``; any other type as it is."""
     if get_origin(kind) in (Union, UnionType):
+        # No field has a union of more than one type and None.
         return next(one for one in get_args(kind) if one is not NoneType)
     return kind
 

@@ -25,6 +25,7 @@ def help_of(command: Command) -> str:
     optional = {field.name for field in leaves(config) if field.default is not MISSING}
     words = [f"[{w.upper()}]" if w in optional else w.upper() for w in command.positionals]
     groups = {field.flag.rpartition(".")[0] for field in leaves(config)} - {""}
+    # argparse only lays out the text: `options.parse` reads the command line.
     parser = ArgumentParser(
         prog=f"cxrdist {name}",
         usage=" ".join([f"cxrdist {name}", *words, "[options]"]),
@@ -42,6 +43,7 @@ def help_of(command: Command) -> str:
         )
     for field in leaves(config):
         text = _text(field, needs_flag=field.name not in command.positionals)
+        # argparse formats each help with %, as for %(default)s.
         parser.add_argument(field.flag, metavar=_metavar(field), help=text.replace("%", "%%"))
     return parser.format_help()
 
@@ -76,6 +78,8 @@ def _default(value: Any) -> str:
 def _docs(config: Any) -> dict[str, str]:
     """Return the docstrings of a dataclass's fields by name; its own has the name ""."""
     docs: dict[str, str] = {}
+    # parse_from_object reads no inherited fields. Bases come first, so that the docstring that
+    # stays under the name "" is the config's own.
     for owner in reversed(config.__mro__[:-1]):
         doc = parse_from_object(owner)
         docs |= {

@@ -120,6 +120,7 @@ def find(flag: str, command: Command) -> Option:
             hints = get_type_hints(kind, include_extras=True)
             word, _, left = left.partition(".")
             field = word.replace("-", "_")
+            # get_type_hints lists `_`, the marker of keyword-only fields, like a field.
             if field not in hints or field == "_":
                 raise _unknown_flag(flag, command, canonical, list(hints))
             kind = hints[field]
@@ -161,6 +162,7 @@ def _next_value(option: Option, words: deque[str]) -> str:
     """Take the value after a flag; a boolean flag without a value is true."""
     if plain(option.kind) is bool and (not words or words[0].lower() not in ("true", "false")):
         return "true"
+    # One hyphen may begin a value, such as a negative number; two begin the next flag.
     if not words or words[0].startswith("--"):
         raise CxrdistError(f"{option.flag}: expected a value after it, {described(option.kind)}")
     return _utf8(words.popleft())
@@ -207,6 +209,8 @@ def _read_recipe(name: str, command: Command) -> dict[str, Any]:
 
 def _refuse_other_stage(path: tuple[str, ...], stages: Any) -> None:
     """Reject a flag for a stage that the recipe does not have."""
+    # A misspelt name would begin another stage. A whole stage (`--stages.NAME {...}`) may be added,
+    # and without a recipe all stages come from flags.
     if path[0] == "stages" and len(path) > 2 and isinstance(stages, dict) and stages:
         if path[1] not in stages:
             raise CxrdistError(
@@ -218,6 +222,7 @@ def _refuse_other_stage(path: tuple[str, ...], stages: Any) -> None:
 def _place(content: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     """Set a value at its path in nested objects; reject a path through another kind of value."""
     for depth, name in enumerate(path[:-1], 1):
+        # A recipe may leave a group out or set it to null, such as a stage's `background`.
         if content.get(name) is None:
             content[name] = {}
         content = content[name]
@@ -310,6 +315,7 @@ def _refuse_urls(command: str, config: Any) -> None:
     allowed = {"pack": {"input", "masks", "out"}, "find-text": {"input"}}.get(command, {"shards"})
     for name, value in vars(config).items():
         for path in value if isinstance(value, list) else [value]:
+            # `location` makes a UPath of a URL; a Path has no `protocol`.
             if name not in allowed and hasattr(path, "protocol"):
                 raise CxrdistError(
                     f"--{hyphened(name)} {path}: expected a path on this machine, not a URL"
