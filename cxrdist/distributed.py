@@ -155,6 +155,7 @@ def staying_connected() -> Iterator[None]:
         yield
     finally:
         _stay = False
+    # Accelerate's state belongs to the process, so this is a handle to the same ranks.
     finish(start())
 
 
@@ -170,6 +171,8 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
         CxrdistError, RunFailedError: on the main rank, the first error of any rank; the others
             exit with its code.
     """
+    # Any other error is a fault of the program: its traceback ends this rank, and the launcher then
+    # ends the others, which wait in `gather`.
     error: CxrdistError | RunFailedError | None = None
     try:
         result = work()
@@ -231,6 +234,7 @@ def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
     """Return the lists of all ranks concatenated in rank order, on every rank."""
     if accelerator.num_processes == 1:
         return rows
+    # Takes a list from each rank and joins the lists; a single value must be given as [value].
     return gather_object(rows)
 
 
@@ -243,6 +247,8 @@ def gather_tensor(accelerator: Accelerator, values: torch.Tensor) -> torch.Tenso
 @torch.library.custom_op("cxrdist::stack_over_ranks", mutates_args=())
 def stack_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Stack the tensors of all ranks to [world size, ...], on every rank, on the device."""
+    # Both are passed flat: gloo gathers only into [world size * n, ...], and refuses scalars.
+    # `stacked` is contiguous, so that its flatten() is a view of it.
     stacked = values.new_empty(torch.distributed.get_world_size(), *values.shape)
     torch.distributed.all_gather_into_tensor(stacked.flatten(), values.flatten())
     return stacked

@@ -7,6 +7,7 @@ from cxrdist.errors import CxrdistError
 # All variables with these prefixes are rejected unless they are listed below or turn something off,
 # so that new variables of later accelerate versions are neither obeyed nor ignored silently.
 KINDS = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_")
+# The spellings of a switch that accelerate accepts (utils.environment.str_to_bool).
 OFF = {"n", "no", "f", "false", "off", "0"}
 ON = {"y", "yes", "t", "true", "on", "1"}
 HARMLESS = {
@@ -14,6 +15,7 @@ HARMLESS = {
     *("ACCELERATE_DEBUG_MODE", "ACCELERATE_CPU_AFFINITY"),
 }
 PRECISION, USE_CPU = "ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"
+# `accelerate launch` itself sets the precision, the CPU and the dynamo variables.
 EXPECTED = {
     PRECISION: {"no", "bf16", "fp16"},
     USE_CPU: ON | OFF,
@@ -23,6 +25,7 @@ EXPECTED = {
     "NVIDIA_TF32_OVERRIDE": {"0"},
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": {"0"},
     "CUBLAS_EMULATE_SINGLE_PRECISION": {"0"},
+    # Another mode lets oneDNN compute float32 in fewer bits; it reads both prefixes.
     "ONEDNN_DEFAULT_FPMATH_MODE": {"strict"},
     "DNNL_DEFAULT_FPMATH_MODE": {"strict"},
 }
@@ -53,7 +56,7 @@ MENDS = {
 
 
 def refuse_settings(*, gpu: bool) -> None:
-    """Reject environment variables that would change results against the recipe.
+    """Reject environment variables that would make results differ from those of the recipe.
 
     On a machine without a GPU, fp16 is rejected, too: accelerate would silently use float32.
     """
@@ -61,6 +64,7 @@ def refuse_settings(*, gpu: bool) -> None:
         expected = EXPECTED.get(name, OFF if name.startswith(KINDS) else None)
         if expected is None or name in HARMLESS or _spelt(name, value) in expected:
             continue
+        # A switch has six spellings of each value; one of each is enough for a message.
         words = sorted(expected) if len(expected) < 4 else sorted(expected & {"yes", "no"})
         mend = next(mend for start, mend in MENDS.items() if name.startswith(start))
         raise CxrdistError(

@@ -83,6 +83,7 @@ def require_modules(extra: str, *names: str) -> None:
     """Raise CxrdistError unless all these modules of an extra of the package are installed."""
     try:
         for name in names:
+            # find_spec would also accept a module whose own imports fail.
             import_module(name)
     except ImportError as error:
         raise CxrdistError(f'{error}; pip install "cxrdist[{extra}]"') from error

@@ -40,6 +40,7 @@ def start_heartbeat(rank: int, world_size: int) -> None:
         raise CxrdistError(f"CXRDIST_HANG_SECONDS: is {given!r:.40}, expected seconds, such as 120")
     heart = _Heart(rank, list(range(1, world_size)) if rank == 0 else [0], limit)
     heart.start()
+    # A rank that is done must not be taken for a hung one while others still work.
     atexit.register(heart.end)
 
 
@@ -78,6 +79,7 @@ class _Heart:
                     seen = {other: (beat, now) for other, (beat, _) in seen.items()}
                 self.beaten = now
                 for other in self.others:
+                    # `get` alone would wait for a rank that has not beaten yet.
                     beat = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
                     if beat != seen[other][0] or beat == _DONE.encode():
                         seen[other] = (beat, now)
@@ -116,5 +118,6 @@ def _kill_neighbour(rank: int, location: str) -> None:
     if host == platform.node():
         with contextlib.suppress(psutil.Error, ValueError):
             neighbour = psutil.Process(int(pid))
+            # The rank may have ended, and its PID may be that of another process.
             if neighbour.environ().get("RANK") == str(rank):
                 neighbour.kill()

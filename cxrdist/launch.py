@@ -72,6 +72,7 @@ def _read(arguments: list[str]) -> Any:
                 f"--config_file {options.config_file}: no such file; expected one, or "
                 f"{', '.join(files_in(HARDWARE))}"
             )
+    # A wrong command is refused once, before any rank starts. `-m` may name another program.
     if options.training_script == "cxrdist":
         read_arguments(options.training_script_args)
     return options
@@ -116,6 +117,7 @@ def _code_of(codes: dict[int, int]) -> int:
         return 1
     # A rank without a handler yet is ended by the signal itself; nothing is lost then.
     endings = {STOP_CODE if -code in _received else code for code in codes.values()}
+    # 1 also stands for any other code, such as that of a crash after a stop request.
     return next(code for code in (STOP_CODE, 2, 1) if code in endings or code == 1)
 
 
@@ -125,6 +127,7 @@ def _pass_on(number: int, _: FrameType | None) -> None:
     second = any(now - came > SAME_REQUEST_SECONDS for came in _received.values())
     _received.setdefault(number, now)
     children = psutil.Process().children()
+    # No rank is running, so that there is nothing to save.
     if not children:
         raise SystemExit(STOP_CODE)
     for child in children:

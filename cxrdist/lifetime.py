@@ -72,6 +72,8 @@ def report_error(error: Exception) -> None:
     if file := os.environ.get(_ERROR_FILE):
         message = f"cxrdist: {line} ({_SHORTER})"
         entry = {"message": message, "timestamp": str(int(time.time()))}
+        # The launcher calls it ATTEMPT/LOCAL_RANK/error.json, so that the ranks of a node share
+        # ATTEMPT. Only one of them can create the file of a line, and that one prints the line.
         reported = Path(file).parents[1] / f"{hashlib.sha256(line.encode()).hexdigest()}.reported"
         with suppress(OSError):  # such as a full disk: the line must still be printed
             Path(file).write_text(json.dumps(entry))
@@ -133,6 +135,7 @@ def _watch_first_launcher() -> None:
             store.settimeout(0.5)  # so that the loop checks `_joined` again
             while not _joined.is_set():
                 try:
+                    # The store sends nothing unasked, so that recv returns only when it closes.
                     if not store.recv(1):
                         raise ConnectionResetError("it closed the connection")
                 except TimeoutError:

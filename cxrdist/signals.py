@@ -34,6 +34,7 @@ class _Request:
         """Record a signal; outside training, end the command."""
         if os.getpid() != self.pid:  # this is a worker process, forked with the handler
             _die(number)
+        # A later signal must not interrupt the clean-up that the first one has begun.
         if not self.name:
             self.name = signal.Signals(number).name
             if not self.begun:
@@ -53,6 +54,7 @@ def stopping_at_once() -> Iterator[None]:
     be raised: then the process ends after UNHEARD_SECONDS.
     """
     global _request
+    # Python sets signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -103,12 +105,14 @@ def stopping_at_a_boundary() -> Iterator[None]:
 def _watched(watch: Callable[[Iterator[int]], None]) -> Iterator[None]:
     """Run a thread that receives the numbers of stop signals through a wakeup pipe."""
     receiving, sending = os.pipe()
+    # set_wakeup_fd requires it.
     os.set_blocking(sending, False)
     threading.Thread(target=watch, args=(_stop_signals(receiving),), daemon=True).start()
     before = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
     try:
         yield
     finally:
+        # In this order, or a signal in between would write to a closed pipe.
         signal.set_wakeup_fd(before)
         os.close(sending)
 
@@ -136,7 +140,7 @@ def _end_on_second(numbers: Iterator[int]) -> None:
     for number in numbers:
         first = first or time.monotonic()
         if time.monotonic() - first > SAME_REQUEST_SECONDS:
-            os._exit(128 + number)
+            os._exit(128 + number)  # as a shell reports a process that the signal ended
 
 
 def _end(number: int) -> None:
