@@ -141,6 +141,8 @@ def parse_json(data: bytes) -> Any:
     """Parse JSON with finite numbers and bounded size, depth and integers."""
     if len(data) > MOST_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_BYTES}")
+    # Each value but the outermost follows one of these, in its list or object, so that their number
+    # bounds the values before any of them takes memory.
     if sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise ValueError(f"holds more than {MOST_VALUES} values")
     try:
@@ -158,6 +160,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def _whole(text: str) -> int:
+    # 2 ** 64 has 20 digits. The length comes first, since int() refuses more than 4300 digits.
     if len(text) > 20 or abs(int(text)) > _MOST_WHOLE:
         raise ValueError(f"holds the number {text:.20}..., which is too large")
     return int(text)
@@ -197,6 +200,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's loader that also parses numbers of YAML 1.2 such as 1e-4, which it reads as text."""
 
 
+# PyYAML copies its table of resolvers for this class, so that SafeLoader stays as it is.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"),
@@ -205,7 +209,7 @@ _Loader.add_implicit_resolver(
 
 
 def _bounded(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """Build an integer; a larger one can neither become a float nor be shown in a message."""
+    """Build an integer; reject a huge one, which could neither become a float nor be shown."""
     value = loader.construct_yaml_int(node)
     if abs(value) > _MOST_WHOLE:
         raise ValueError(f"holds the number {node.value:.20}..., which is too large")
@@ -225,6 +229,7 @@ def parse_yaml_value(data: bytes) -> Any:
     if len(data) > MOST_YAML_BYTES:
         raise ValueError(f"has {len(data)} bytes, expected at most {MOST_YAML_BYTES}")
     try:
+        # -sig: some editors begin a file with a byte order mark.
         loader = _Loader(data.decode("utf-8-sig"))
         node = loader.get_single_node()
         _refuse_twice(node)
@@ -262,6 +267,7 @@ def _syntax_error(error: yaml.YAMLError) -> str:
 
 def _refuse_twice(root: yaml.Node | None) -> None:
     """Reject duplicate names in an object, of which PyYAML would silently take the last."""
+    # Aliases share a node, and a node that contains itself would be followed without end.
     waiting, seen = [root], set[int]()
     while waiting:
         node = waiting.pop()
@@ -342,6 +348,7 @@ def _plain(value: Any, kind: Any, where: str) -> Any:
         return float(value)
     if kind is float and type(value) is float and not math.isfinite(value):  # YAML has .inf
         raise _wrong(value, "a finite number", where)
+    # Not isinstance, by which true and false would be integers.
     if type(value) is not kind and not (value is None and kind in (None, NoneType)):
         raise _wrong(value, NAMES.get(kind, "null"), where)
     return value

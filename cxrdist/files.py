@@ -75,8 +75,10 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
     Raises:
         CxrdistError: another process holds the lock.
     """
+    # The deepest comes first, as `_remove_empty` needs it.
     made = [path for path in (root, *root.parents) if not path.exists()]
     root.mkdir(parents=True, exist_ok=True)
+    # NFS grants an exclusive lock only on a file that is open for writing (flock(2)).
     with open_regular(root / ".lock", os.O_RDWR | os.O_CREAT) as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -93,6 +95,7 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
+            # Others may still hold a shared lock.
             if made and not shared and os.listdir(root) == [".lock"]:
                 _remove_empty(made)
 
@@ -135,6 +138,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
             _sweep_once(path.parent)
             _discard(partial)
             yield partial
+            # First the content, or a power cut could leave an empty file under the final name.
             _sync(partial)
             os.replace(partial, path)
             _sync(path.parent)
@@ -148,6 +152,7 @@ def _partial(path: Path) -> Path:
 
 
 def _host() -> str:
+    # `_PARTIAL` finds the host between two dots.
     return platform.node().replace(".", "-")
 
 
@@ -208,6 +213,8 @@ def room_for(path: Path, mend: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         named = Path(error.filename or path)
+        # The error may name the partial file beside the path, or a parent that could not be made:
+        # the user knows neither.
         if named.is_relative_to(path.parent) or path.is_relative_to(named):
             failure = failure_of(error, path, mend)
         else:
@@ -275,6 +282,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
                 _sync(file)
             _sync(partial)
             if path.exists():
+                # The partial directory is the old one afterwards, and is discarded below.
                 _exchange(partial, path)
             else:
                 os.replace(partial, path)
@@ -285,6 +293,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 def _exchange(new: Path, old: Path) -> None:
     """Let two directories swap names in one operation (Linux renameat2, RENAME_EXCHANGE)."""
+    # AT_FDCWD of linux/fcntl.h, RENAME_EXCHANGE of linux/fs.h.
     here, exchange = -100, 2
     names = (os.fsencode(new.absolute()), os.fsencode(old.absolute()))
     if ctypes.CDLL(None, use_errno=True).renameat2(here, names[0], here, names[1], exchange):
@@ -400,7 +409,7 @@ def judging(where: Path | str, mend: str) -> Iterator[None]:
     """
     try:
         yield
-    except CxrdistError:
+    except CxrdistError:  # a ValueError, but its line is complete
         raise
     except OSError as error:
         failure = failure_of(error, where, mend if isinstance(error, FileNotFoundError) else "")
@@ -433,6 +442,7 @@ def read_bytes(path: Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size if is_local else path.stat().st_size
         if size > most:
             raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}; copy it again")
+        # Not read(): the file may have grown since its size was checked.
         return file.read(size)
 
 
@@ -455,6 +465,7 @@ def settle_log(path: Path) -> int:
 
 def cut_log(path: Path, num_bytes: int) -> None:
     """Truncate a log to its length at a checkpoint; raise CxrdistError if it is shorter."""
+    # Before the first checkpoint there may be no log, which is then cut to 0 bytes.
     with room_for(path), open_regular(path, os.O_RDWR | os.O_CREAT) as log:
         if log.seek(0, os.SEEK_END) < num_bytes:
             raise CxrdistError(
@@ -474,6 +485,8 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
     with open_regular(path, os.O_RDONLY) as log:
         for number in range(1, MOST_LOG_ROWS + 1):
             line = log.readline(MOST_LINE_BYTES)
+            # The end of the file, or a row that a kill cut short. One of MOST_LINE_BYTES without an
+            # end is too long, and fails as JSON below.
             if len(line) < MOST_LINE_BYTES and not line.endswith(b"\n"):
                 return
             try:

@@ -89,7 +89,7 @@ class RunDirectory:
     audit = _Inside("audit.json")
     """The shards' audit, as of the start of the training."""
     seen = _Inside("seen.npz")
-    """Prints of train and val, to recognise them in an external set."""
+    """Fingerprints of train and val, to recognise their images in an external set."""
     report = _Inside("report.html")
     checklist = _Inside("checklist.html")
     """Reporting checklists, filled in as far as the files of the run allow."""
@@ -176,6 +176,8 @@ def environment() -> dict[str, Any]:
 
 def _git_revision(checkout: Path) -> str | None:
     """Return HEAD of the checkout with the package, and + if it has changes; None without one."""
+    # git itself would look for .git further up, and find the checkout of another project around an
+    # installed package.
     if not (checkout / ".git").exists() or not shutil.which("git"):
         return None
     git = ["git", "-C", str(checkout)]

@@ -105,6 +105,7 @@ def _record(kind: Any, definitions: dict[str, Schema]) -> Schema:
             "description": text.short_description or "",
             "type": "object",
             "properties": {
+                # A description may stand beside a $ref since draft 2019-09.
                 member: _schema(kinds[member], definitions)
                 | ({"description": notes[member]} if notes.get(member) else {})
                 for member in kinds
