@@ -133,8 +133,11 @@ def _train_on_all_ranks(recipe: str, shards: Path, run: Path, cache: Path) -> No
     ranks = num_gpus or 2
     environment = dict(os.environ)
     if not num_gpus:
+        # accelerate launch would give each rank one thread.
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
         environment |= {"ACCELERATE_USE_CPU": "yes", "OMP_NUM_THREADS": str(threads)}
+    # accelerate launch warns of each of the first four options that it has to assume. Port 0 is
+    # any free one. `--multi_gpu` starts CPU ranks, too (launch/cpu.yaml).
     command = [
         *(sys.executable, "-m", "cxrdist.launch"),
         *("--num_machines", "1", "--num_processes", str(ranks), "--dynamo_backend", "no"),

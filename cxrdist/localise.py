@@ -108,6 +108,7 @@ def localise(config: LocaliseConfig) -> None:
     if loaded.external is not None:  # images that the network has seen may have left the split
         outlines = together(accelerator, lambda: _read_outlines(config, loaded))
     if config.boxes is None and config.masks is None and not outlines.shapes:
+        # Only after load_images, which has compared the shards with their index (open_cache).
         masks = open_masks(loaded.packed, config.cache, accelerator)
         outlines = masks_of_shards(loaded.index, masks, _numbers(loaded))
     for note in outlines.notes:
@@ -169,6 +170,7 @@ def _mean_outlines(
     side = loaded.index.image_size_px
 
     def add() -> dict[str, NDArray[np.float64]]:
+        # Sums of 0 and 1 are exact, so that they do not depend on how ranks share the cases.
         sums = {name: np.zeros((side, side)) for name in dict.fromkeys(label for _, label in cases)}
         for batch in rank_batches(np.arange(len(cases)), 1, accelerator):
             case = cases[int(batch[0])]
@@ -213,6 +215,7 @@ def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
                 bar.update(len(batch))
         return rows
 
+    # By image and class: gathered rows are in the order of the ranks.
     return sorted(gather(accelerator, together(accelerator, score)), key=lambda row: row[:2])
 
 
@@ -322,6 +325,8 @@ def _draw(
     pictures |= {method: overlay(pixels, values[0]) for method, values in maps.items()}
     key = loaded.index.samples[case.number].key
     class_index = work.model.classes.index(case.target)
+    # The index, since replace_pictures finds earlier pictures by a pattern that not every class
+    # name fits.
     names = {kind: f"{key}.{class_index}.{kind}.png" for kind in pictures}
     entry: Pictured = {
         "key": key,

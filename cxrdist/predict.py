@@ -112,6 +112,7 @@ class Predictor:
                 if len(batch) == self.batch_size:
                     drawing += self._run_batch(batch, inputs, how)
                     batch = {}
+                # Maps that wait to be drawn are in memory, so their number is limited.
                 self._finish_drawings(drawing, CHUNKS_AHEAD * num_cores())
                 bar.update()
             drawing += self._run_batch(batch, inputs, how) if batch else []
@@ -143,6 +144,7 @@ class Predictor:
             self.prepared[number] = replace(square, pixels=np.empty((0, 0), np.uint8))
         return [
             made
+            # Not strict: without an explainer there are no maps, and nothing is drawn.
             for (number, square), own in zip(batch.items(), maps, strict=False)
             for made in self._draw(number, replace(inputs[number], boxes=square.boxes), own, how)
         ]
@@ -193,6 +195,7 @@ class Predictor:
             self.reasons.pop(number, None)  # such as heat maps that were not drawn in time
             self.new_uids.pop(number, None)
         if again:
+            # Their text was found in the first pass, and its boxes are given.
             self.run(again, replace(how, depth=depth, finds_text=False))
         return depth
 
@@ -237,6 +240,7 @@ def predict(config: PredictConfig) -> None:
     explainer = Explainer(one_network(model)) if explains else None
     num_workers = min(num_cores(), -(-len(inputs) // CHUNK))
     preload = ["cxrdist.explain.dicom_results" if config.dicom else "cxrdist.explain.pictures"]
+    # They end in reverse order: no worker writes any more when the folder of DICOM results appears.
     with (
         open_output(config.dicom, config.run, how) as output,
         image_workers(num_workers, preload) as pool,

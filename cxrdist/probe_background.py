@@ -55,7 +55,7 @@ VARIANTS: dict[Variant, str] = {
 }
 CONTENTS = {"index_sha256": "index of --shards", "masks_sha256": "content of --masks"}
 SIZE_PX = 64
-# The network of recipes/lungs.yaml, which a CPU trains in minutes.
+# The shape of the network of recipes/lungs.yaml, which a CPU trains in minutes.
 NETWORK = Network(growth_rate=8, block_config=(2, 2, 2, 2), dropout=0.0)
 LEARNING_RATE = 3e-3
 BATCH_SIZE = 16
@@ -292,6 +292,7 @@ def _train_once(config: ProbeBackgroundConfig, variant: Variant) -> None:
     run, shards = _run_of(config, variant), _shards_of(config, variant)
     epochs = _epochs(read_index(shards))
     rates = dict.fromkeys(block_names(NETWORK), LEARNING_RATE)
+    # Patience is all epochs: stopping early would cut off the low rates at the cosine's end.
     stage = Stage(rates, epochs, epochs, weight_decay=0.01, schedule="cosine")
     train(
         TrainConfig(
@@ -396,6 +397,7 @@ def _estimate(difference: Difference) -> Estimate | None:
     """
     if difference["difference"] is None or difference["interval"] is None:
         return None
+    # The difference is P_DABIS - P_Source: it is subtracted, and its limits change places.
     low, high = difference["interval"]
     figures = (0.5 - difference["difference"], 0.5 - high, 0.5 - low)
     auroc, least, most = (round(min(1.0, max(0.0, figure)), 6) for figure in figures)

@@ -140,6 +140,7 @@ def probe_text(config: ProbeTextConfig) -> None:
         config, loaded, explainer, boxes, dict(zip(numbers, plain, strict=True))
     )
     if accelerator.is_main_process:
+        # Only the main rank is here, so nothing that is called below may use a collective.
         content: TextFile = {
             "format": "cxrdist-text-1",
             "split": config.split,
@@ -228,6 +229,7 @@ def _relevance_in_boxes(
     batches = [
         (target, batch)
         for target in range(len(loaded.index.classes))
+        # By class, since `attribute` explains the same classes for all images of a batch.
         for batch in rank_batches(chosen[likeliest == target], config.batch_size, accelerator)
     ]
     rows: list[Shares] = []
@@ -319,6 +321,7 @@ def _describe_paste(
         }
         for name, own in zip(index.classes, positive.T, strict=True)
     ]
+    # The word has the same box on all images, as they have one size.
     _, box = paste(np.zeros((index.image_size_px, index.image_size_px), np.uint8), config)
     return {
         "word": config.word,
@@ -439,6 +442,7 @@ def _outlined(picture: Image.Image, boxes: Sequence[Box]) -> Image.Image:
     draw = ImageDraw.Draw(large)
     for box in boxes:
         x, y, width, height = (value * times for value in box[:4])
+        # Around the box, so that the line hides nothing of the word.
         draw.rectangle((x - 2, y - 2, x + width + 1, y + height + 1), outline=OUTLINE)
     return large
 

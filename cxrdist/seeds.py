@@ -120,6 +120,7 @@ def _splits(config: SeedsConfig) -> list[str]:
 
 def _evaluate_once(config: SeedsConfig, run: Path, split: Any, accelerator: Accelerator) -> None:
     """Evaluate a run unless an earlier command has done it."""
+    # All ranks must evaluate or none, and a shared disk may show a new file to some of them only.
     is_done = gather(accelerator, [RunDirectory(run).metrics(split).is_file()])[0]
     if not is_done:
         accelerator.print(f"{run.name}:")
@@ -138,8 +139,10 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> None:
     file = run.model / "model.json"
     if file.is_file() and is_ensemble(run.root) and run.info.is_file():
         same_members = read_document(file, EnsembleFile)["members"] == names
+        # A member that was removed and trained again has another `finished`.
         if same_members and read_info(run)["finished"] == finished:
             return
+    # First, so that a kill leaves no figures of earlier members beside the new model.
     _remove_metrics(run)
     for name in COPIED:
         if (file := members[0].inside(name)).is_file():
