@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Make the table of the paper's comparison anew, in the background of other work:
 #   nohup nice -n 10 bash launch/paper.sh DATA OUT >> paper.log 2>&1 &
-# The same line goes on where it was stopped and does nothing twice; `kill PID` saves first. Rows,
-# SET/NAME, may stand behind OUT; without any, all of them. OUT/table.md is written after each row.
+# The same line resumes where it was stopped and repeats nothing; `kill PID` saves first. Rows
+# (SET/NAME) may follow OUT; without any, all are made. OUT/table.md is written after each row.
 #
 # DATA holds paper_like/ (the images and table.csv: path, label, patient) and, for some rows,
 #   nih14/ (as ChestX-ray14: Data_Entry_2017_v2020.csv, images/), adult_normal/ (images/ and
@@ -98,9 +98,9 @@ findings() { # train on 14 labels; sets `init`
     train "$init" "$out/findings/shards-0" 0 --config scratch --stages.all.epochs 12
 }
 
-# The paper's stages in small: with an eighth of the copies, and behind the first stage of the epochs
-# too, the rates are 8 and 64 times the paper's (section 3.3): at such low rates SGD moves the weights
-# by rate times steps. Three copies cannot be crossed as the paper's 72 and 8 are.
+# The paper's stages in small. At such low rates SGD moves the weights by rate times steps, so with
+# an eighth of the copies the first stage has 8 times the paper's rate (section 3.3), and with an
+# eighth of the epochs as well, the others have 64 times. Its 72 and 8 copies can be crossed, 3 not.
 bassi2020() { # SHARDS DRAW
     local run=$out/paper/bassi2020-$2 stage stages='
         head: {lr: {head: 8.0e-3}, epochs: 10, patience: 5, weight_decay: 0.01}

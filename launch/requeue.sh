@@ -8,7 +8,9 @@ trap 'signal=yes stop=yes; [ -z "$step" ] || kill -USR1 "$step" || true' USR1 TE
 # usage: run_until_stopped COMMAND [OPTIONS]; exits with the code of the ranks
 run_until_stopped() {
     if [ -z "$stop" ]; then
+        # Since Slurm 22.05 srun does not inherit --cpus-per-task from the job.
         export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+        # --wait: once a node has ended, Slurm ends the others after 120 s.
         # shellcheck disable=SC2154 # container is that of environment.sh
         srun --wait=120 "${container[@]}" bash launch/local.sh "$@" &
         step=$! signal=yes

@@ -33,7 +33,7 @@ after=()
 submit() { # NAME [SBATCH OPTIONS] SCRIPT [OPTIONS]: a job that starts when the last one has succeeded
     local job
     job=$(sbatch --parsable --kill-on-invalid-dep=yes "${after[@]}" "${@:2}")
-    after=("--dependency=afterok:${job%%;*}")
+    after=("--dependency=afterok:${job%%;*}") # where there are several clusters: JOB;CLUSTER
     echo "job ${job%%;*}: $1"
 }
 if [ ${#pack[@]} -gt 0 ]; then

@@ -7,7 +7,7 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch shards/*.sbatch .ci/run
-# A test waits half of its time, so two run side by side, the longest files first (tests/conftest.py);
-# waiting threads leave them the cores.
+# Tests wait half of their time, so two run side by side, the longest files first
+# (tests/conftest.py). OpenMP's waiting threads must sleep, or they take the cores from the other.
 export OMP_WAIT_POLICY=passive
 exec pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

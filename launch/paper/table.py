@@ -165,6 +165,7 @@ def find_rows(folder: Path) -> dict[str, Row]:
     found: dict[str, dict[int, RunDirectory]] = {}
     for pattern in ("*/test/metrics.json", "*/stages/*/test/metrics.json"):
         for metrics in sorted(folder.glob(pattern)):
+            # NAME-K, or NAME-K, stages and the name of the stage.
             first, *stage = metrics.parents[1].relative_to(folder).parts
             if match := DRAWN.fullmatch(first):
                 name = " ".join([match[1], *stage[1:]])

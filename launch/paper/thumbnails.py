@@ -1,4 +1,4 @@
-"""Two models on thumbnails of 32 px: what a network must be better than to mean anything.
+"""Two models on thumbnails of 32 px, which a network must beat for its result to mean anything.
 
 A thumbnail shows age, position, collimation and the hospital's processing, and hardly any disease.
 """
