@@ -225,6 +225,7 @@ class StopVote:
             self.cast.wait()
             if self.votes.item():
                 return True
+        # Not earlier: until wait() the sum of the vote before was still using the buffer.
         self.votes.fill_(bool(stop_requested()))
         self.cast = torch.distributed.all_reduce(self.votes, group=self.group, async_op=True)
         return False

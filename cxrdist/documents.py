@@ -318,6 +318,7 @@ def typed(value: Any, kind: type[T], where: str = "") -> T:
         return typed(value, arguments[0], where)
     if origin is Annotated:
         value = typed(value, arguments[0], where)
+        # The rules rely on the type that was checked above.
         for expected in filter(None, (rule.expected(value) for rule in arguments[1:])):
             raise _wrong(value, expected, where)
         return value

@@ -150,6 +150,7 @@ def _cases_by_split(loaded: LoadedRun, outlines: Outlines) -> dict[str, list[Cas
         own = samples[case[0]].split
         if own == split:
             cases[ALL].append(case)
+        # Splits of an external set are not those that the network was trained and validated on.
         elif own in cases and loaded.external is None:
             cases[own].append(case)
     if not cases[ALL]:

@@ -202,6 +202,7 @@ def _read_recipe(name: str, command: Command) -> dict[str, Any]:
             f"--config {name}: no such file, and no recipe of this name; "
             f"{choices(name, files_in(folder))}"
         )
+    # Resolved, since read_recipe rejects links, which are harmless among the user's own files.
     _, content = read_recipe(path.resolve(), "fix it, or give another with --config")
     _refuse_unknown(content, command.config_class, f"--config {name}")
     return content

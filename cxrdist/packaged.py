@@ -24,4 +24,5 @@ def path_of(folder: str, name: Name) -> Name:
     An unknown name or path is returned unchanged.
     """
     packaged = files_in(folder).get(str(name))
+    # is_file, since a folder may have the name of a recipe, such as the `demo` of `cxrdist demo`.
     return name if packaged is None or Path(name).is_file() else type(name)(packaged)

@@ -201,6 +201,7 @@ def _derive_once(config: ProbeBackgroundConfig, index: Index) -> Begun:
     masks, masks_sha256 = None, None
     if config.masks is not None:
         masks, masks_sha256 = str(config.masks), _digest_of(config.masks)
+    # A directory that is there is complete, as atomic_directory renames it at the end.
     if made.is_dir():
         begun = read_document(made / "probe.json", Begun, f"remove {config.out} to begin anew")
         given = {"index_sha256": index.sha256, "masks": masks, "masks_sha256": masks_sha256}

@@ -13,7 +13,7 @@ from cxrdist.errors import Stopped
 from cxrdist.lifetime import another_rank_failed
 
 STOP_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: see launch/requeue.sh
 # Slurm signals a whole process tree, and launchers also pass signals on, so one request may arrive
 # several times within this period.
 SAME_REQUEST_SECONDS = 5.0
