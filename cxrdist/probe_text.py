@@ -408,6 +408,7 @@ def _write_pictures(
                 "explained": index.classes[target],
                 "share": round(share, DIGITS),
                 "area": round(area, DIGITS),
+                # Significant digits, as a sum of relevance can be of any magnitude.
                 "relevance_inside": float(f"{relevance[inside(shown, *pixels.shape)].sum():.6g}"),
                 "before": _rounded(before[row]),
                 "after": _rounded(after[row]),

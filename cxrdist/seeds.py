@@ -155,6 +155,7 @@ def _publish(run: RunDirectory, names: list[str], recipe: TrainConfig) -> None:
         "shards": describe_shards(read_index(recipe.shards)),  # members count those of their fold
         "stages": {},
     }
+    # The rest, such as versions and hardware, is that of the first member.
     write_json(run.info, {**infos[0], **own})
     with atomic_directory(run.model) as directory:
         save_ensemble(ensemble, directory)

@@ -55,6 +55,7 @@ def adults(data: Path, folder: Path) -> None:
     _write(folder / "pneumonia", pneumonia, *ABOUT, "label")
     _link(folder / "pneumonia" / "images", data / "nih14" / "images")
     only = folder / "covid.yaml"
+    # A label that maps to null leaves its images out, so that only COVID-19 is read.
     write_text(only, yaml.safe_dump({"Normal": None, "Viral Pneumonia": None}))
     table = str((data / "paper_like" / "table.csv").resolve())
     _write_sources(
@@ -78,6 +79,7 @@ def covid3(data: Path, folder: Path) -> None:
     rows = []
     for file in sorted((data / "covid3").glob("*/*")):
         number = NIH_NAME.fullmatch(file.stem)
+        # The image itself comes first. With no patient known, pack takes it as one of its own.
         found = known.get(file.stem) or known.get(DAY.sub("", file.stem), "")
         label = file.parent.name
         rows.append(
@@ -136,6 +138,7 @@ def _write_sources(folder: Path, **sources: Mapping[str, str]) -> None:
 
 def _link(link: Path, folder: Path) -> None:
     if not link.is_symlink():
+        # A relative target would start from the folder of the link.
         link.symlink_to(folder.resolve())
 
 

@@ -123,6 +123,7 @@ def seconds(run: RunDirectory) -> float:
     log = RunDirectory(run.root.parents[1] if is_stage else run.root).log
     epochs = read_epochs(log, read_info(run)["shards"]["task"])
     stages = [run.root.name] if is_stage else list(epochs)
+    # NaN is that of epoch 0, the validation before a stage, which has no row of speed.
     return float(np.nansum([epoch["seconds"] for stage in stages for epoch in epochs[stage]]))
 
 
