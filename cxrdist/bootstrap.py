@@ -145,7 +145,7 @@ def draw(
     # How often a patient is drawn is about Poisson(1): 255 is out of reach.
     draws = np.zeros((len(column), replicates), np.uint8)
     for columns in members.values():
-        # Blocks keep the memory small; the generator's numbers are the same for any _BLOCK.
+        # Blocks keep the memory small, and the generator's numbers are the same for any _BLOCK.
         for begin in range(0, replicates, _BLOCK):
             draws[columns, begin : begin + _BLOCK] = _draw_block(
                 random, len(columns), min(_BLOCK, replicates - begin)

@@ -235,7 +235,7 @@ def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
     """Return the lists of all ranks concatenated in rank order, on every rank."""
     if accelerator.num_processes == 1:
         return rows
-    # Takes a list from each rank and joins the lists; a single value must be given as [value].
+    # Takes a list from each rank and joins the lists, so a single value is given as [value].
     return gather_object(rows)
 
 

@@ -25,7 +25,7 @@ EXPECTED = {
     "NVIDIA_TF32_OVERRIDE": {"0"},
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": {"0"},
     "CUBLAS_EMULATE_SINGLE_PRECISION": {"0"},
-    # Another mode lets oneDNN compute float32 in fewer bits; it reads both prefixes.
+    # Another mode lets oneDNN, which reads both names, compute float32 in fewer bits.
     "ONEDNN_DEFAULT_FPMATH_MODE": {"strict"},
     "DNNL_DEFAULT_FPMATH_MODE": {"strict"},
 }
@@ -64,7 +64,7 @@ def refuse_settings(*, gpu: bool) -> None:
         expected = EXPECTED.get(name, OFF if name.startswith(KINDS) else None)
         if expected is None or name in HARMLESS or _spelt(name, value) in expected:
             continue
-        # A switch has six spellings of each value; one of each is enough for a message.
+        # A switch has six spellings of each value, of which one is enough for a message.
         words = sorted(expected) if len(expected) < 4 else sorted(expected & {"yes", "no"})
         mend = next(mend for start, mend in MENDS.items() if name.startswith(start))
         raise CxrdistError(

@@ -162,7 +162,7 @@ def _next_value(option: Option, words: deque[str]) -> str:
     """Take the value after a flag; a boolean flag without a value is true."""
     if plain(option.kind) is bool and (not words or words[0].lower() not in ("true", "false")):
         return "true"
-    # One hyphen may begin a value, such as a negative number; two begin the next flag.
+    # One hyphen may begin a value, such as a negative number. Two begin the next flag.
     if not words or words[0].startswith("--"):
         raise CxrdistError(f"{option.flag}: expected a value after it, {described(option.kind)}")
     return _utf8(words.popleft())
