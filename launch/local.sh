@@ -41,8 +41,8 @@ fi
 here=$(dirname "${BASH_SOURCE[0]}")
 nodes=${SLURM_STEP_NUM_NODES:-1}
 if [ "$nodes" -gt 1 ]; then
-    # All nodes derive the same port from the job, and two jobs of a node rarely share it. Linux gives
-    # out ports by itself from 32768 on.
+    # All nodes derive the same port from the job, and two jobs of a node rarely share it. Linux
+    # itself gives out ports from 32768 on.
     first=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_STEP_NODELIST" | head -n 1)}
     exec python -m cxrdist.launch --config_file "$here/multi_node.yaml" \
         --num_machines "$nodes" --machine_rank "$SLURM_NODEID" \
