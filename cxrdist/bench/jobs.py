@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 from zennit.composites import EpsilonPlusFlat
 
 from cxrdist.bench.gpu import bench_gpu
-from cxrdist.bench.measure import CPU, Contender, measure, rows_of, wait_for
+from cxrdist.bench.measure import CPU, Contender, measure, quiet, rows_of, wait_for
 from cxrdist.bench.stage import BATCH, CLASSES, stage_run, take_steps
 from cxrdist.config import Augmentation, BenchConfig, Network, PackConfig
 from cxrdist.data.audit import Entry, audit
@@ -36,7 +36,7 @@ from cxrdist.explain.background import share_of_contrast
 from cxrdist.explain.relevance import Explainer
 from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.model.densenet import Classifier
-from cxrdist.terminal import table
+from cxrdist.terminal import progress, table
 
 GPU = "gpu"
 MIN_ORIGINALS = 500
@@ -239,6 +239,8 @@ def _train(config: BenchConfig, scratch: Path) -> list[Contender]:
     time is the ratio over 1000.
     """
     threads, stage = torch.get_num_threads(), stage_run(start(), scratch, config.size)
+    with quiet(), progress(0, "", "images", show=False) as bar:
+        stage.begin(bar)  # a save holds the best validation loss so far
 
     def save() -> int:
         stage.save(None)

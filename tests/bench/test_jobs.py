@@ -16,6 +16,11 @@ def test_bench_prints_ratios_and_peak_memory(capsys):
     assert len(lines) == 2 + 3 + 3
 
 
+def test_bench_measures_a_save_of_the_real_loop(capsys):
+    bench(BenchConfig(only="train", size=32, repeats=1))
+    assert "a save, as if it were a step" in capsys.readouterr().out
+
+
 def test_an_unknown_measurement_is_refused():
     """A misspelt name is not silently left out."""
     with pytest.raises(CxrdistError, match="no measurement 'wrap'"):
