@@ -107,7 +107,8 @@ class Row:
     def commits(self) -> list[str]:
         """The git revisions that trained the runs."""
         found = (_thumbnails(run) or read_info(run) for run in self.runs.values())
-        return sorted({(info["git_revision"] or "unknown")[:9] for info in found})
+        revisions = {info["git_revision"] or "unknown" for info in found}
+        return sorted({name[:9] + "+" * name.endswith("+") for name in revisions})  # +: changed
 
 
 def _thumbnails(run: RunDirectory) -> ThumbnailsInfo | None:

@@ -179,7 +179,7 @@ def test_the_page_shows_what_was_run_and_says_what_was_not(drawn, shards):
     """Parameters, time and commit are those of the run's documents; the rest says "not run"."""
     run = claim_shards(drawn / "resnet18-1", shards)
     shutil.copytree(drawn / "perceptron-1" / "test", run / "test")
-    info = json.loads((run / "run.json").read_text()) | {"git_revision": "0123456789ab"}
+    info = json.loads((run / "run.json").read_text()) | {"git_revision": "0123456789ab+"}
     write_json(run / "run.json", info)
     network = Classifier(Network(4, (1, 1, 1, 1)), CLASSES, 32)
     (run / "model").mkdir()
@@ -202,7 +202,7 @@ def test_the_page_shows_what_was_run_and_says_what_was_not(drawn, shards):
         found[4],
     ]
     assert found[7].startswith("+0.0 (")
-    assert found[-3:] == ["3.0", "1 cpu", "012345678"]
+    assert found[-3:] == ["3.0", "1 cpu", "012345678+"]
     sizes = [3 * (1024 + 1), 1024 * 128 + 128 + 128 * 3 + 3]
     assert [cells(page, name)[2] for name in ("logistic_regression", "perceptron")] == [
         f"{size:,}" for size in sizes
