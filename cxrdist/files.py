@@ -11,7 +11,12 @@ import platform
 import re
 import shutil
 import stat
+import struct
+import tarfile
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -28,6 +33,11 @@ MOST_LINE_BYTES = 1 << 16  # of a line in a log; a usual row has 300
 MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
 MEND_OPTIONAL = "copy the run directory again, or remove the file if the training is finished"
 """For a log or recipe, which a trained run can do without; another training does not mend it."""
+DAMAGE = (
+    *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, tokenize.TokenError),
+)
+"""What zipfile, tarfile, zlib and numpy raise for damaged archives of arrays."""
 
 T = TypeVar("T")
 

@@ -19,7 +19,6 @@ import hashlib
 import math
 import os
 import re
-import struct
 import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +37,7 @@ from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import KEY, MOST_SAMPLES, Sample
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT
 from cxrdist.data.several import NIH_PATIENT, OF_NIH
-from cxrdist.files import atomic_file, judging, open_regular
+from cxrdist.files import DAMAGE, atomic_file, judging, open_regular
 from cxrdist.terminal import progress
 
 FORMAT = "cxrdist-seen-1"
@@ -71,11 +70,6 @@ _ROW_SHAPES = {
 }
 _MOST_HEADER_BYTES = 1000  # numpy parses a header by literal_eval, which a long text can crash
 _MOST_KEY_BYTES = 90  # see `cxrdist.data.index.KEY`
-# What zipfile and numpy raise on damaged content.
-_DAMAGE = (
-    *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError),
-    *(TypeError, zipfile.BadZipFile, struct.error),
-)
 
 
 @dataclass(frozen=True)
@@ -269,7 +263,7 @@ def read_seen(path: Path) -> Prints:
         try:
             with zipfile.ZipFile(file) as archive:
                 return _read_prints(archive, os.fstat(file.fileno()).st_size)
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(f"is not what cxrdist train writes ({error!s:.150})") from error
 
 

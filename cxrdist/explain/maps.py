@@ -3,10 +3,8 @@
 import io
 import math
 import os
-import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeVar
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 from cxrdist.data.shards import add_member
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.attribution import Attribution
-from cxrdist.files import atomic_file, open_regular
+from cxrdist.files import DAMAGE, atomic_file, open_regular
 
 T = TypeVar("T")
 
@@ -30,11 +28,6 @@ _DEFLATE_LEVEL = 1
 
 
 _MOST_HEADER_BYTES = 1000  # of an array; NumPy's own take 128
-# Errors that zipfile, tarfile, zlib and numpy raise for damaged content.
-_DAMAGE = (
-    *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
-    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error),
-)
 
 
 class Map(NamedTuple):
@@ -166,7 +159,7 @@ def read_unit(
     # A ValueError, too, but of a link, which computing again does not mend.
     except CxrdistError:
         raise
-    except (*_DAMAGE, OSError):
+    except (*DAMAGE, OSError):
         return None  # the caller computes a missing or damaged unit again
 
 

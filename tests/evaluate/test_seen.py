@@ -155,6 +155,7 @@ def header_of(shape: tuple[int, ...], kind: str = "|u1") -> bytes:
         ("phash", header_of((3, 32)) + bytes(95), zipfile.ZIP_STORED),
         ("phash", header_of((1 << 40, 32)), zipfile.ZIP_STORED),
         ("phash", header_of((3, 33)) + bytes(99), zipfile.ZIP_STORED),
+        ("phash", header_of((3, 32))[:10] + b"(((".ljust(118) + bytes(96), zipfile.ZIP_STORED),
         ("phash", header_of((3, 32), "|O") + bytes(96), zipfile.ZIP_STORED),
         ("thumbnails", header_of((3, 40, 40)) + bytes(4800), zipfile.ZIP_DEFLATED),
         ("keys", header_of((3,), "|S9") + b"../../etc" * 3, zipfile.ZIP_STORED),
