@@ -76,7 +76,8 @@ _LOST_CONNECTION = re.compile(
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Return whether a collective failed because another rank has ended or does not answer."""
-    return bool(_LOST_CONNECTION.search(str(error)))
+    # A RunFailedError says what it is: the connection may be that to an object store.
+    return not isinstance(error, RunFailedError) and bool(_LOST_CONNECTION.search(str(error)))
 
 
 def require_modules(extra: str, *names: str) -> None:

@@ -226,6 +226,7 @@ def test_an_error_of_the_system_is_told_as_what_it_is(number, kind, line):
 def test_only_a_lost_connection_is_called_one(message, lost):
     """A missing GPU or network interface is a fault of this machine, and keeps its traceback."""
     assert is_lost_connection(RuntimeError(message)) == lost
+    assert not is_lost_connection(RunFailedError(message))
 
 
 def test_a_number_of_ranks_that_nobody_started_is_refused_with_the_launcher(monkeypatch):
