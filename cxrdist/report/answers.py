@@ -227,8 +227,10 @@ def initial_weights(e: Evidence) -> Answer:
 def training(e: Evidence) -> Answer:
     """Return how the network was trained."""
     stages = ", ".join(e.info["stages"])
-    if e.info["finished"] is None or not e.recipe:
+    if e.info["finished"] is None:
         return Answer(NOT_DONE, "The training is not finished: run cxrdist train again.")
+    if not e.recipe:
+        return Answer(NOT_DONE, "recipe.yaml is missing: copy the run directory again.")
     if e.members:
         return Answer(
             HELD,

@@ -423,7 +423,7 @@ def within(directory: Path, name: str) -> Path:
     Raises:
         ValueError: the name leads out of the directory.
     """
-    if Path(name).name != name or (directory / name).is_symlink():
+    if Path(name).name != name or name == ".." or (directory / name).is_symlink():
         raise ValueError(f"{name!r} is not the name of a file in {directory.name}/")
     return directory / name
 

@@ -126,6 +126,14 @@ def test_a_run_without_a_model_has_no_card(run: Path) -> None:
     assert "The training is not finished" in (run / "checklist.html").read_text()
 
 
+def test_a_finished_run_without_its_recipe_is_not_called_unfinished(small: Path) -> None:
+    (small / "recipe.yaml").unlink()
+    report(ReportConfig(run=small))
+    text = (small / "checklist.html").read_text()
+    assert "recipe.yaml is missing" in text
+    assert "The training is not finished" not in text
+
+
 def test_checklists_have_the_items_of_the_papers() -> None:
     """CLAIM 2024: 1 to 44. TRIPOD+AI, Table 2: 27 items, 52 with their parts."""
     claim, tripod = (
