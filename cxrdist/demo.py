@@ -133,9 +133,10 @@ def _train_on_all_ranks(recipe: str, shards: Path, run: Path, cache: Path) -> No
     ranks = num_gpus or 2
     environment = dict(os.environ)
     if not num_gpus:
+        environment["ACCELERATE_USE_CPU"] = "yes"
         # accelerate launch would give each rank one thread.
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-        environment |= {"ACCELERATE_USE_CPU": "yes", "OMP_NUM_THREADS": str(threads)}
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     # accelerate launch warns of each of the first four options that it has to assume. Port 0 is
     # any free one. `--multi_gpu` starts CPU ranks, too (launch/cpu.yaml).
     command = [
