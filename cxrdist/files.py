@@ -55,7 +55,7 @@ def open_regular(path: Path, flags: int) -> BinaryIO:
     """
     try:
         # Without O_NONBLOCK, opening a pipe would wait for its other end.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
             raise _irregular(path) from error

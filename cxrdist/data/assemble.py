@@ -169,7 +169,7 @@ def _drop(squares: list[Square], duplicates: Duplicates, listed: Path) -> list[S
             (record.label, joined(record.uncertain, record.missing)) for record in records
         )
         reason = "is the same image" if alike else "is the same image with another label"
-        for i in copies[1:] if alike else copies if len(copies) > 1 else ():
+        for i in copies[1:] if alike else copies:  # a single image is alike
             dropped[i] = first.path, reason
     rows = [(squares[i].record.path, *dropped[i]) for i in sorted(dropped)]
     write_table(listed, ("path", "as", "reason"), rows)

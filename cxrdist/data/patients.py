@@ -67,4 +67,4 @@ def age_of(text: str) -> float | None:
     if not match:
         return None
     years = float(match[1].replace(",", ".")) * AGE_UNITS[match[2]]
-    return years if math.isfinite(years) and years <= MOST_YEARS else None
+    return years if years <= MOST_YEARS else None

@@ -357,7 +357,7 @@ def _open(path: Path, num_bytes: int) -> _File:
         if not isinstance(path, Path):
             return _fetch(path, num_bytes)
         # Without O_NONBLOCK opening a pipe would block.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return os.fdopen(descriptor, "rb")
         os.close(descriptor)

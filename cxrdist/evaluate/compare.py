@@ -271,7 +271,7 @@ def _mcnemar(a_right: NDArray[np.bool_], b_right: NDArray[np.bool_]) -> McNemar:
     differing = only_a + only_b
     # SciPy refuses a test of 0 images, on which the models do not differ at all.
     p_value = float(binomtest(only_a, differing).pvalue) if differing else 1.0
-    return {"only_a": only_a, "only_b": only_b, "p_value": min(1.0, p_value)}
+    return {"only_a": only_a, "only_b": only_b, "p_value": p_value}
 
 
 def aligned(a: Scored, b: Scored, names: tuple[str, str]) -> Scored:

@@ -14,14 +14,13 @@ from cxrdist.data.foreground import FULL, Foreground, foreground_of, has_mask
 from cxrdist.data.index import Index
 from cxrdist.data.regions import Region, read_regions
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
+from cxrdist.data.tables import MOST_BYTES
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.background import share_of_contrast, squared_gradient
 from cxrdist.files import judging, read_bytes
 from cxrdist.info import BackgroundInfo, TextBoxesInfo
 from cxrdist.model.augment import warp, warp_masks
 from cxrdist.model.densenet import Classifier
-
-MOST_TABLE_BYTES = 1 << 30  # as data/tables.py, which reads the same file
 
 
 @dataclass(frozen=True)
@@ -175,7 +174,7 @@ def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
         return None
     # Resolved, because `read_bytes` rejects links, and a file that the user names may be one.
     with judging(config.text_boxes, "make it with cxrdist find-text"):
-        content = read_bytes(config.text_boxes.resolve(), MOST_TABLE_BYTES)
+        content = read_bytes(config.text_boxes.resolve(), MOST_BYTES)
     return {"file": config.text_boxes.name, "sha256": hashlib.sha256(content).hexdigest()}
 
 
