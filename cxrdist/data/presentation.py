@@ -74,7 +74,9 @@ def present(
     words = np.arange(1 << cells.size)
     if _has_overlay(dataset):
         words &= white_of(cells.bits) << cells.shift
-    values = _interpret(words >> cells.shift, cells)
+    if cells.signed:
+        words = _twos_complement(words, cells.size)  # so that the shift repeats the sign
+    values = _interpret(words >> cells.shift & white_of(cells.size), cells)
     is_padding = _is_padding(dataset, values, cells)
     low = -(1 << cells.bits >> 1) if cells.signed else 0
     # Values above the stored bits stay bright; without their upper bits they would be dark.

@@ -162,6 +162,14 @@ CASES = {
     ),
     "values in the high bits": (*(RAMP << 4, 12, {"HighBit": 15}), RAMP / 4095),
     "signed values in the high bits": (*(SIGNED << 4, 12, {"HighBit": 15}), RAMP / 4095),
+    "signed values in the middle bits, their sign repeated above": (
+        *(SIGNED << 2, 12, {"HighBit": 13}),
+        RAMP / 4095,
+    ),
+    "signed values in the middle bits, nothing above": (
+        *((SIGNED & 4095) << 2, 12, {"HighBit": 13, "PixelRepresentation": 1}),
+        RAMP / 4095,
+    ),
     "signed 16 bits of which 12 are used": (*(SIGNED, 16, {}), RAMP / 4095),
     "signed 16 bits that are not negative": (
         *(RAMP, 16, {"PixelRepresentation": 1}),
