@@ -25,6 +25,8 @@ from pydicom.encaps import get_frame
 from pydicom.uid import (
     JPEG2000,
     DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
     JPEGBaseline8Bit,
@@ -47,6 +49,7 @@ from cxrdist.errors import CxrdistError
 
 # Projections, and what secondary captures and converters write.
 MODALITIES = ("CR", "DX", "RG", "OT", "SC", "")
+NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian)
 # Functions of the imagecodecs library: maintained decoders with permissive licences that decode
 # into an array of the expected size. GDCM's ends the whole process on some input.
 DECODERS = {
@@ -130,6 +133,8 @@ def _refuse_no_radiograph(dataset: Dataset) -> None:
     if whole(dataset, "NumberOfFrames", 1) != 1:
         raise RefusedError("it has several frames; expected one radiograph")
     photometric = text(dataset, "PhotometricInterpretation")
+    if not photometric:
+        raise RefusedError("its PhotometricInterpretation is missing")
     is_grey = photometric in ("MONOCHROME1", "MONOCHROME2")
     if whole(dataset, "SamplesPerPixel", 1) != 1 or not is_grey:
         raise RefusedError("it is in colour; expected MONOCHROME1 or MONOCHROME2")
@@ -179,10 +184,10 @@ def _cells(dataset: Dataset) -> Cells:
         # Decoders return samples in the low bits. A stream of more bits holds whole cells.
         if precise <= bits:
             bits, shift = precise, 0
-    elif syntax.is_private or syntax.is_compressed:
+    elif syntax not in NATIVE:
         raise RefusedError(
-            f"its transfer syntax is not one of {len(DECODERS)} known ones; store it uncompressed, "
-            "for example with dcmconv +te"
+            "its transfer syntax is not supported; store it uncompressed, for example with "
+            "dcmdjpeg if it is a JPEG"
         )
     else:
         words = _native(dataset)

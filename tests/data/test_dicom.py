@@ -117,6 +117,7 @@ def test_old_dicoms_without_a_preamble_are_read_by_their_suffix(tmp_path):
     [
         ({"NumberOfFrames": 3}, "several frames"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "in colour"),
+        ({"PhotometricInterpretation": None}, "PhotometricInterpretation is missing"),
         ({"Modality": "CT"}, "not radiography"),
         ({"Rows": 0}, "rows and columns"),
         ({"Rows": 60_000, "Columns": 60_000}, "rows and columns"),
@@ -142,6 +143,18 @@ def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path):
     """The library inflates without a bound."""
     file = Path(pydicom.data.get_testdata_file("image_dfl.dcm"))
     with pytest.raises(CxrdistError, match="deflated; store it uncompressed"):
+        decode(file, 8, "crop")
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2.4.110", "1.2.840.10008.1.2.4.55", "1.2.3"])
+def test_other_compressions_are_refused_with_a_tool_that_undoes_them(tmp_path, syntax):
+    """JPEG XL, which pydicom does not know, progressive JPEG, which dcmconv cannot undo, others."""
+    file = write_dicom(tmp_path / "x.dcm", np.arange(64).reshape(8, 8))
+    plain = b"UI\x14\x001.2.840.10008.1.2.1\0"
+    length = len(syntax) + len(syntax) % 2
+    other = b"UI" + length.to_bytes(2, "little") + syntax.encode().ljust(length, b"\0")
+    file.write_bytes(file.read_bytes().replace(plain, other, 1))
+    with pytest.raises(CxrdistError, match=r"transfer syntax is not supported; .* dcmdjpeg"):
         decode(file, 8, "crop")
 
 
