@@ -1,9 +1,9 @@
 """Pictures: PNG, JPEG, TIFF and other formats of Pillow -> 8-bit grey.
 
 Refused: several pages or frames, float, signed and 32-bit values, 12-bit JPEG, JPEG 2000 of fewer
-than 8 bits or with deeper colours, and more pixels than an X-ray has. Ignored: colour profiles,
-gamma, resolution, a PNG's significant bits (sBIT), a TIFF's smallest and largest values, and the
-lower 8 bits of 16-bit colours.
+than 8 bits or with deeper colours, TIFF planes without compression that are not plain bytes, and
+more pixels than an X-ray has. Ignored: colour profiles, gamma, resolution, a PNG's significant bits
+(sBIT), a TIFF's smallest and largest values, and the lower 8 bits of 16-bit colours.
 """
 
 import io
@@ -28,6 +28,7 @@ MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
 MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
 ORIENTATION = 0x0112  # EXIF tag; values from 5 on exchange width and height
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 3 and 4
+PLANES, SEPARATE, BIT_ORDER = 284, 2, 266  # TIFF 6.0, section 8
 SAMPLE_FORMAT, SIGNED = 339, 2  # TIFF 6.0, section 19
 # What Pillow and the libraries below it raise on damaged files.
 UNREADABLE = (
@@ -132,10 +133,10 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
             # A JPEG can be decoded at a fraction of its size, directly to grey: several times
             # faster, and still not smaller than least_px.
             image.draft("L", (least_px, least_px))
+            _refuse_misread(image, data)
             if image.mode[0] in "IF":  # I, I;16 and F, of more than 8 bits
                 grey, used = _grey_of_deep(image, data, depth)
                 return Picture(grey, *size_px, used)
-            _refuse_misread(image, data)
             if kind == "PNG" and image.mode == "L" and "transparency" in image.info:
                 # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
                 image.info["transparency"] *= 255 // white_of(data[24])
@@ -146,16 +147,28 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
 
 
 def _refuse_misread(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Reject images of 8 bits per sample in Pillow whose samples it reads wrongly.
+    """Reject images whose samples Pillow reads wrongly.
 
-    In JPEG 2000 it adds 1/2 to colours of more than 8 bits, so that white overflows to black, and
-    shifts fewer bits, so that white stays grey; signed bytes of a TIFF it reads as unsigned.
+    In JPEG 2000 it adds 1/2 to colours of more than 8 bits, so that white overflows to black,
+    shifts fewer bits, so that white stays grey, and makes signed samples unsigned; signed bytes of
+    a TIFF it reads as unsigned. The separate planes of a TIFF without compression it reads as bytes
+    whose 0 is black and whose bits are in the usual order.
     """
-    bits = (precision(data) or (8, False))[0] if image.format == "JPEG2000" else 8
-    if bits != 8:
+    tags, is_deep = _tiff_tags(image), image.mode[0] in "IF"
+    bits, is_signed = 8, not is_deep and SIGNED in tags.get(SAMPLE_FORMAT, ())
+    if image.format == "JPEG2000":
+        bits, is_signed = precision(data) or (8, False)
+    if is_signed:
+        raise ValueError("its values are signed; expected 0 and more")
+    if bits != 8 and not is_deep:
         raise ValueError(f"it has {bits} bits, expected 8, or more in grey; store it as PNG")
-    if SIGNED in _tiff_tags(image).get(SAMPLE_FORMAT, ()):
-        raise ValueError("its values are signed; expected 0 to 255")
+    if tags.get(PLANES) == SEPARATE and image.tile[0].codec_name == "raw":
+        is_plain = max(tags.get(BITS_PER_SAMPLE, (1,))) == 8 and tags.get(BIT_ORDER, 1) == 1
+        if not is_plain or _is_inverted(image):
+            raise ValueError(
+                "its planes are of a variant that is not supported without compression; store it "
+                "with tiffcp -c lzw"
+            )
 
 
 def picture_size(file: Path) -> tuple[int, int] | None:

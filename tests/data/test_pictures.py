@@ -223,8 +223,34 @@ def test_jpeg_2000_that_pillow_reads_wrongly_is_refused(tmp_path, bits, shape):
 def test_signed_bytes_are_refused(tmp_path):
     """Read as unsigned they would be folded: -1 white and 0 black."""
     Image.fromarray(GREY).save(tmp_path / "x.tif", tiffinfo={339: 2})
-    with pytest.raises(CxrdistError, match="its values are signed; expected 0 to 255"):
+    with pytest.raises(CxrdistError, match="its values are signed; expected 0 and more"):
         grey_of(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2"])
+def test_signed_jpeg_2000_is_refused(tmp_path, dtype):
+    """Read as unsigned, 12 of its 16 bits would be 16 levels of grey in the middle."""
+    values = (GREY - 128.0).astype(dtype)
+    (tmp_path / "x.jp2").write_bytes(imagecodecs.jpeg2k_encode(values, reversible=True))
+    with pytest.raises(CxrdistError, match="its values are signed; expected 0 and more"):
+        grey_of(tmp_path / "x.jp2")
+
+
+@pytest.mark.parametrize(
+    ("values", "tags"),
+    [(RAMP, {}), (GREY, {262: 0}), (GREY, {266: 2})],
+    ids=["of 16 bits", "with 0 for white", "with reversed bits"],
+)
+def test_separate_planes_that_pillow_reads_wrongly_are_refused(tmp_path, values, tags):
+    """Without compression: as bytes, as negatives, and with their bits in the wrong order."""
+    image = Image.fromarray(values)
+    image.save(tmp_path / "x.tif", tiffinfo={284: 2, **tags})
+    with pytest.raises(CxrdistError, match=r"planes .* not supported without compression;"):
+        grey_of(tmp_path / "x.tif")
+    image.save(tmp_path / "y.tif", tiffinfo={284: 2}, compression="tiff_lzw")
+    assert np.abs(grey_of(tmp_path / "y.tif")[0] - GREY).max() <= 1
+    Image.fromarray(GREY).save(tmp_path / "z.tif", tiffinfo={284: 2})
+    assert np.array_equal(grey_of(tmp_path / "z.tif")[0], GREY)
 
 
 def huge(kind: str) -> bytes:
