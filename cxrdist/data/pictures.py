@@ -7,6 +7,7 @@ more pixels than an X-ray has. Ignored: colour profiles, gamma, resolution, a PN
 """
 
 import io
+import math
 import struct
 import warnings
 import zlib
@@ -125,8 +126,7 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(io.BytesIO(data), formats=(kind,)) as image:
             _refuse_size(*image.size)
-            # An MPO is a JPEG with further pictures behind it, of which the first one counts.
-            if getattr(image, "is_animated", False) and image.format != "MPO":
+            if _has_several(image, data):
                 raise ValueError("it has several pages or frames; store each in its own file")
             # Before `draft`, which changes the size of the image.
             size_px = _shown_size(image)
@@ -140,10 +140,22 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
             if kind == "PNG" and image.mode == "L" and "transparency" in image.info:
                 # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
                 image.info["transparency"] *= 255 // white_of(data[24])
+            has_deep_colours = _has_deep_colours(image, data)  # before Pillow forgets the header
             grey = _grey(ImageOps.exif_transpose(image))
-            if _has_deep_colours(image, data) and np.asarray(grey).max() < NEARLY_BLACK:
+            if has_deep_colours and np.asarray(grey).max() < NEARLY_BLACK:
                 raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
             return Picture(grey, *size_px)
+
+
+def _has_several(image: ImageFile.ImageFile, data: bytes) -> bool:
+    """Return whether a file has several pages or frames; Pillow ignores those of PGM and PPM."""
+    if image.format != "PPM":
+        # An MPO is a JPEG with further pictures behind it, of which the first one counts.
+        return getattr(image, "is_animated", False) and image.format != "MPO"
+    bits = 1 if image.mode == "1" else 8 if _white_of_ppm(image) <= 0xFF else 16
+    row_bytes = math.ceil(image.width * len(image.getbands()) * bits / 8)
+    end = image.tile[0].offset + image.height * row_bytes
+    return data[1:2] in b"456" and kind_of(data[end : end + HEAD_BYTES]) == "PPM"
 
 
 def _refuse_misread(image: ImageFile.ImageFile, data: bytes) -> None:
@@ -221,10 +233,12 @@ def _grey(image: Image.Image) -> Image.Image:
     return image if image.mode == "L" else image.convert("L")  # convert copies
 
 
-def _has_deep_colours(image: Image.Image, data: bytes) -> bool:
+def _has_deep_colours(image: ImageFile.ImageFile, data: bytes) -> bool:
     """Return whether Pillow dropped the lower 8 bits of 16-bit colours."""
     if image.format == "TIFF":
         return max(_tiff_tags(image).get(BITS_PER_SAMPLE, (1,))) == 16
+    if image.format == "PPM":
+        return _white_of_ppm(image) == 0xFFFF
     return image.format == "PNG" and data[24] == 16  # its depth in IHDR
 
 
@@ -254,9 +268,16 @@ def _declared_white(image: ImageFile.ImageFile, data: bytes) -> int | None:
         bits = (precision(data) or (16, False))[0]
         return white_of(bits) << (16 - bits) if bits < 16 else None
     if image.format == "PPM":  # Pillow scales images with a smaller largest value to 65535
-        decoder = image.tile[0].args
-        return 0xFFFF if isinstance(decoder, tuple) and decoder[1] < 0xFFFF else None
+        return 0xFFFF if _white_of_ppm(image) < 0xFFFF else None
     return None
+
+
+def _white_of_ppm(image: ImageFile.ImageFile) -> int:
+    """Return the largest value that a PGM or PPM declares; 255 for one without (PBM)."""
+    decoder = image.tile[0].args
+    if isinstance(decoder, tuple):
+        return int(decoder[1])
+    return 0xFFFF if decoder == "I;16B" else 0xFF
 
 
 def _values(image: Image.Image) -> NDArray[np.uint16]:

@@ -165,6 +165,20 @@ def test_several_pages_or_frames_are_refused(tmp_path):
             grey_of(tmp_path / "x")
 
 
+@pytest.mark.parametrize("white", [None, 255, 4095, 65535])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_several_pictures_in_a_pgm_or_ppm_are_refused(tmp_path, white, channels):
+    """As ImageMagick stores the pages of a TIFF; one with a line end behind its values is read."""
+    kind = 4 if white is None else 5 if channels == 1 else 6
+    size = 64 * 8 if white is None else 64 * 64 * channels * (1 if white == 255 else 2)
+    one = b"P%d\n64 64\n" % kind + (b"" if white is None else b"%d\n" % white) + b"\x50" * size
+    (tmp_path / "one").write_bytes(one + b"\n")
+    assert grey_of(tmp_path / "one")[0].shape == (64, 64)
+    (tmp_path / "two").write_bytes(one + one)
+    with pytest.raises(CxrdistError, match="it has several pages or frames"):
+        grey_of(tmp_path / "two")
+
+
 @pytest.mark.parametrize("dtype", ["f4", "i4"])
 def test_float_and_32_bit_values_are_refused(tmp_path, dtype):
     """What their white is cannot be known; small integers of 32 bits can."""
@@ -181,8 +195,12 @@ def test_12_bit_jpegs_and_16_bit_colours_of_few_bits_are_refused(tmp_path):
         grey_of(tmp_path / "x.jpg")
     colours = imagecodecs.png_encode(np.stack([RAMP] * 3, 2))
     (tmp_path / "x.png").write_bytes(colours)
-    with pytest.raises(CxrdistError, match="its 16-bit colours use few bits"):
-        grey_of(tmp_path / "x.png")
+    (tmp_path / "x.ppm").write_bytes(
+        b"P6\n64 64\n65535\n" + np.stack([RAMP] * 3, 2).astype(">u2").tobytes()
+    )
+    for name in ("x.png", "x.ppm"):
+        with pytest.raises(CxrdistError, match="its 16-bit colours use few bits"):
+            grey_of(tmp_path / name)
     (tmp_path / "y.png").write_bytes(imagecodecs.png_encode(np.stack([RAMP * 16] * 3, 2)))
     assert np.abs(grey_of(tmp_path / "y.png")[0] - GREY).max() <= 1
 
