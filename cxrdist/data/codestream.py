@@ -1,4 +1,4 @@
-"""Codestreams: the sample precision that a JPEG, JPEG-LS or JPEG 2000 stream declares."""
+"""Codestreams: the sample precision that a JPEG, JPEG-LS or JPEG 2000 declares, and its end."""
 
 JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # SOC and SIZ (ISO 15444-1, A.5.1), in a JP2 box or bare
 # Start of frame (ITU-T T.81, table B.1; of JPEG-LS ITU-T T.87, C.1.1): not DHT, JPG and DAC.
@@ -18,6 +18,16 @@ def precision(stream: bytes) -> tuple[int, bool] | None:
         return None
     depth = stream[start + 42]  # Ssiz of the first component, behind 38 bytes of SIZ and 4 of marks
     return (depth & 0x7F) + 1, depth >= 0x80
+
+
+def is_cut_off(stream: bytes) -> bool:
+    """Return whether the last scan of a JPEG or JPEG-LS has no end (ITU-T T.81, B.1.1.2).
+
+    Neither marker occurs within the data of a scan. libjpeg fills what is missing with grey, and
+    CharLS takes long to refuse it: 3 seconds for a picture of 128 x 160 pixels.
+    """
+    is_jpeg, scan, end = stream[:2] == b"\xff\xd8", b"\xff\xda", b"\xff\xd9"
+    return is_jpeg and stream.rfind(end) < stream.rfind(scan)
 
 
 def _jpeg_precision(stream: bytes) -> tuple[int, bool] | None:

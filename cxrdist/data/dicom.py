@@ -38,7 +38,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from cxrdist.data.codestream import precision
+from cxrdist.data.codestream import is_cut_off, precision
 from cxrdist.data.depth import white_of
 from cxrdist.data.elements import RefusedError, items, numbers, octets, text, whole
 from cxrdist.data.patients import sex_of, stated_age
@@ -69,6 +69,7 @@ SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 MOST_VIEW_CHARACTERS = 64  # of a long string (PS3.5, section 6.2, LO)
 SQUARE = 0.01  # sides of a pixel that differ less count as equal: spacings are rounded
 MOST_STRETCH = 10  # ratio of a pixel's sides; files with more are damaged
+CUT_OFF = "its pixel data is cut off; it is damaged, export it again"
 # pydicom would print malformed values in warnings. `elements` judges those in use.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its warnings would print tags
@@ -129,7 +130,7 @@ def _view(dataset: Dataset) -> str | None:
 
 def _refuse_no_radiograph(dataset: Dataset) -> None:
     if "PixelData" not in dataset:
-        raise RefusedError("it has no pixel data of integers")
+        raise RefusedError("its pixel data is missing, cut off or not of integers")
     if whole(dataset, "NumberOfFrames", 1) != 1:
         raise RefusedError("it has several frames; expected one radiograph")
     photometric = text(dataset, "PhotometricInterpretation")
@@ -200,7 +201,7 @@ def _native(dataset: Dataset) -> NDArray[Any]:
     size = whole(dataset, "BitsAllocated") // 8
     data, order = octets(dataset, "PixelData")
     if len(data) < shape[0] * shape[1] * size:
-        raise RefusedError("its pixel data is cut off; it is damaged, export it again")
+        raise RefusedError(CUT_OFF)
     # OW counts words of 16 bits: in big endian the two 8-bit cells of each have swapped places.
     if size == 1 and order == ">" and dataset.get_item("PixelData").VR == "OW":
         data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
@@ -220,6 +221,8 @@ def _decompress(dataset: Dataset, decoder: str) -> tuple[NDArray[Any], int]:
             "it is compressed and the decoder is not installed; pip install 'cxrdist[dicom]'"
         ) from None
     frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    if is_cut_off(frame):
+        raise RefusedError(CUT_OFF)
     shape = whole(dataset, "Rows"), whole(dataset, "Columns")
     size = whole(dataset, "BitsAllocated") // 8
     if decoder == "dicomrle_decode":

@@ -1,10 +1,10 @@
-"""The precision that a header declares, of headers built by the tables of the standards."""
+"""The precision and the end of streams, built by the tables of the standards."""
 
 import struct
 
 import pytest
 
-from cxrdist.data.codestream import precision
+from cxrdist.data.codestream import is_cut_off, precision
 
 # ITU-T T.81, table B.1: start of frame 0 to 15, of which 4, 8 and 12 are other markers.
 FRAMES = {*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
@@ -45,3 +45,14 @@ def test_what_comes_before_the_frame_is_skipped():
         8,
         False,
     )
+
+
+def test_a_jpeg_is_cut_off_without_an_end_behind_its_last_scan():
+    """The end of a small picture in a segment before it does not count; more bytes may follow."""
+    small, scan, end = jpeg(0xC0, 8) + b"\xff\xd9", b"\xff\xda\0\x08data", b"\xff\xd9"
+    head = b"\xff\xd8\xff\xe1" + struct.pack(">H", 2 + len(small)) + small + jpeg(0xC0, 8)[2:]
+    assert is_cut_off(head + scan)
+    assert is_cut_off(head + scan + end + scan)
+    assert not is_cut_off(head + scan + end)
+    assert not is_cut_off(head + scan + end + b"\0\0\0")
+    assert not is_cut_off(jpeg2000(0x07))

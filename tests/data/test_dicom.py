@@ -10,6 +10,7 @@ import pytest
 from dicoms import NAME, SYNTAXES, write_dicom
 from PIL import Image
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_voi_lut, apply_windowing
 from support import run_command
 
@@ -143,6 +144,30 @@ def test_a_deflated_dicom_is_refused_before_it_is_inflated(tmp_path):
     """The library inflates without a bound."""
     file = Path(pydicom.data.get_testdata_file("image_dfl.dcm"))
     with pytest.raises(CxrdistError, match="deflated; store it uncompressed"):
+        decode(file, 8, "crop")
+
+
+@pytest.mark.parametrize("syntax", ["jpeg", "jpeg 12 bit", "jpeg lossless", "jpeg-ls"])
+def test_a_stream_that_is_cut_off_is_refused(tmp_path, syntax):
+    """At once; libjpeg would fill the lower half with grey, and CharLS take seconds or more."""
+    bits = 12 if syntax == "jpeg 12 bit" else 8
+    values = np.random.default_rng(0).integers(0, 1 << bits - 1, (128, 128))
+    file = write_dicom(tmp_path / "x.dcm", values, bits, syntax)
+    dataset = pydicom.dcmread(file)
+    stream = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    dataset.PixelData = encapsulate([stream[: len(stream) // 2]])
+    dataset.save_as(file)
+    start = time.process_time()
+    with pytest.raises(CxrdistError, match="its pixel data is cut off; it is damaged"):
+        decode(file, 8, "crop")
+    assert time.process_time() - start < 1
+
+
+def test_a_file_that_ends_within_its_stream_is_cut_off(tmp_path):
+    """Its pixel data has no end, so that pydicom leaves it out."""
+    file = write_dicom(tmp_path / "x.dcm", np.arange(4096).reshape(64, 64) % 256, 8, "jpeg-ls")
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(CxrdistError, match="its pixel data is missing, cut off or not of integers"):
         decode(file, 8, "crop")
 
 
