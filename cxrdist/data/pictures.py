@@ -11,7 +11,8 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,36 +116,45 @@ def read_picture(
             reason = f"it has {declared[0]} bits, expected 8; store it as 16-bit PNG or DICOM"
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if reason.startswith("decoder error"):  # and a number
+            reason = "its pixels are damaged or cut off"
     raise CxrdistError(f"{file}: is not a readable {kind} ({reason})")
 
 
 def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
     if kind == "WEBP":
         _refuse_size(*_webp_size(data))  # Pillow allocates the pixels as soon as it opens a WebP
+    with _no_warnings(), Image.open(io.BytesIO(data), formats=(kind,)) as image:
+        _refuse_size(*image.size)
+        if _has_several(image, data):
+            raise ValueError("it has several pages or frames; store each in its own file")
+        # Before `draft`, which changes the size of the image.
+        size_px = _shown_size(image)
+        # A JPEG can be decoded at a fraction of its size, directly to grey: several times
+        # faster, and still not smaller than least_px.
+        image.draft("L", (least_px, least_px))
+        _refuse_misread(image, data)
+        if image.mode[0] in "IF":  # I, I;16 and F, of more than 8 bits
+            grey, used = _grey_of_deep(image, data, depth)
+            return Picture(grey, *size_px, used)
+        if kind == "PNG" and image.mode == "L" and "transparency" in image.info:
+            # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
+            image.info["transparency"] *= 255 // white_of(data[24])
+        has_deep_colours = _has_deep_colours(image, data)  # before Pillow forgets the header
+        grey = _grey(ImageOps.exif_transpose(image))
+        if has_deep_colours and np.asarray(grey).max() < NEARLY_BLACK:
+            raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
+        return Picture(grey, *size_px)
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Make an error of Pillow's warning of too many pixels; ignore others, which name no file."""
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         # Pillow itself only warns up to twice its limit.
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(io.BytesIO(data), formats=(kind,)) as image:
-            _refuse_size(*image.size)
-            if _has_several(image, data):
-                raise ValueError("it has several pages or frames; store each in its own file")
-            # Before `draft`, which changes the size of the image.
-            size_px = _shown_size(image)
-            # A JPEG can be decoded at a fraction of its size, directly to grey: several times
-            # faster, and still not smaller than least_px.
-            image.draft("L", (least_px, least_px))
-            _refuse_misread(image, data)
-            if image.mode[0] in "IF":  # I, I;16 and F, of more than 8 bits
-                grey, used = _grey_of_deep(image, data, depth)
-                return Picture(grey, *size_px, used)
-            if kind == "PNG" and image.mode == "L" and "transparency" in image.info:
-                # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
-                image.info["transparency"] *= 255 // white_of(data[24])
-            has_deep_colours = _has_deep_colours(image, data)  # before Pillow forgets the header
-            grey = _grey(ImageOps.exif_transpose(image))
-            if has_deep_colours and np.asarray(grey).max() < NEARLY_BLACK:
-                raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
-            return Picture(grey, *size_px)
+        yield
 
 
 def _has_several(image: ImageFile.ImageFile, data: bytes) -> bool:
@@ -186,8 +196,7 @@ def _refuse_misread(image: ImageFile.ImageFile, data: bytes) -> None:
 def picture_size(file: Path) -> tuple[int, int] | None:
     """Return width and height of a picture as it is shown, by its header; None if unreadable."""
     try:
-        with file.open("rb") as content, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with file.open("rb") as content, _no_warnings():
             head = content.read(HEAD_BYTES)
             kind = kind_of(head)
             if kind not in FORMATS:

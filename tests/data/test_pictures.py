@@ -271,6 +271,24 @@ def test_separate_planes_that_pillow_reads_wrongly_are_refused(tmp_path, values,
     assert np.array_equal(grey_of(tmp_path / "z.tif")[0], GREY)
 
 
+def test_a_tiff_that_is_cut_off_is_refused_without_warnings(tmp_path, recwarn):
+    """One line, with words in place of the number of an error; those of Pillow name no file."""
+    for name, options, reason in (
+        ("raw", {}, "image file is truncated"),
+        ("lzw", {"compression": "tiff_lzw"}, "its pixels are damaged or cut off"),
+    ):
+        file = tmp_path / f"{name}.tif"
+        Image.fromarray(GREY).save(file, "TIFF", **options)
+        file.write_bytes(file.read_bytes()[:-64])
+        with pytest.raises(CxrdistError, match=f"{name}.tif: is not a readable TIFF .{reason}"):
+            grey_of(file)
+        file.write_bytes(file.read_bytes()[:40])
+        with pytest.raises(CxrdistError, match=f"{name}.tif: is not a readable TIFF"):
+            grey_of(file)
+        assert picture_size(file) is None
+    assert not recwarn.list
+
+
 def huge(kind: str) -> bytes:
     """A small file that says 16,000 x 16,000 pixels."""
     side = 16_000
