@@ -131,7 +131,7 @@ def _view(dataset: Dataset) -> str | None:
 def _refuse_no_radiograph(dataset: Dataset) -> None:
     if "PixelData" not in dataset:
         raise RefusedError("its pixel data is missing, cut off or not of integers")
-    if whole(dataset, "NumberOfFrames", 1) != 1:
+    if whole(dataset, "NumberOfFrames", 1) > 1:
         raise RefusedError("it has several frames; expected one radiograph")
     photometric = text(dataset, "PhotometricInterpretation")
     if not photometric:

@@ -137,6 +137,7 @@ CASES = {
         | {"HighBit": [], "SamplesPerPixel": [], "Modality": ""},
         RAMP / 4095,
     ),
+    "a number of frames of 0": (*(RAMP, 12, {"NumberOfFrames": 0}), RAMP / 4095),
     "INVERSE": (*(RAMP, 12, {"PresentationLUTShape": "INVERSE"}), 1 - RAMP / 4095),
     "IDENTITY": (*(RAMP, 12, {"PresentationLUTShape": "IDENTITY"}), RAMP / 4095),
     "INVERSE and MONOCHROME1, turned once": (
