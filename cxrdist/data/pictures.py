@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cxrdist.data.codestream import precision
 from cxrdist.data.depth import count_words, grey_of, used_depth, white_of
@@ -28,7 +28,16 @@ from cxrdist.errors import CxrdistError
 
 MOST_PIXELS = 50_000_000  # of an image; the largest detectors have 25 million
 MOST_BYTES = 256 << 20  # of a file; the largest X-ray detectors give 40 MB uncompressed
-ORIENTATION = 0x0112  # EXIF tag; values from 5 on exchange width and height
+ORIENTATION = 0x0112  # EXIF tag
+TURNS = {  # by its value
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF 6.0, section 3 and 4
 PLANES, SEPARATE, BIT_ORDER = 284, 2, 266  # TIFF 6.0, section 8
 SAMPLE_FORMAT, SIGNED = 339, 2  # TIFF 6.0, section 19
@@ -117,7 +126,7 @@ def read_picture(
     except UNREADABLE as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if reason.startswith("decoder error"):  # and a number
-            reason = "its pixels are damaged or cut off"
+            reason = "its pixels are damaged, cut off or of a variant that is not supported"
     raise CxrdistError(f"{file}: is not a readable {kind} ({reason})")
 
 
@@ -141,7 +150,7 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
             # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
             image.info["transparency"] *= 255 // white_of(data[24])
         has_deep_colours = _has_deep_colours(image, data)  # before Pillow forgets the header
-        grey = _grey(ImageOps.exif_transpose(image))
+        grey = _grey(_upright(image))
         if has_deep_colours and np.asarray(grey).max() < NEARLY_BLACK:
             raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
         return Picture(grey, *size_px)
@@ -210,10 +219,24 @@ def picture_size(file: Path) -> tuple[int, int] | None:
 
 
 def _shown_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height after EXIF rotation; Pillow itself rotates TIFFs."""
+    """Return width and height of the image as it is shown."""
     width, height = image.size
-    on_its_side = image.format != "TIFF" and image.getexif().get(ORIENTATION, 1) >= 5
-    return (height, width) if on_its_side else (width, height)
+    is_on_its_side = _turn(image) in [TURNS[value] for value in (5, 6, 7, 8)]
+    return (height, width) if is_on_its_side else (width, height)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image as it is shown, in memory.
+
+    Pillow's own function also writes the EXIF data anew, and fails where these are damaged.
+    """
+    turn = _turn(image)
+    return image.copy() if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return the turn that EXIF data ask for; none of a TIFF, which Pillow turns itself."""
+    return None if image.format == "TIFF" else TURNS.get(image.getexif().get(ORIENTATION, 1))
 
 
 def _refuse_size(width: int, height: int) -> None:
@@ -256,7 +279,7 @@ def _grey_of_deep(
 ) -> tuple[Image.Image, int | None]:
     """Scale an image of more than 8 bits to mode L, upright; return it and its used depth."""
     white, used = _declared_white(image, data), None  # before Pillow forgets the header
-    values = _values(ImageOps.exif_transpose(image))
+    values = _values(_upright(image))
     if white is None:
         used = used_depth(np.arange(1 << 16), count_words(values))
         white = white_of(depth or used)

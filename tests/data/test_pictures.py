@@ -146,6 +146,34 @@ def test_an_orientation_is_applied_once(tmp_path, kind, orientation):
     assert picture_size(tmp_path / "x") == expected.shape[::-1]
 
 
+def exif_of(kind: int, count: int, value: bytes, further: bytes = b"") -> bytes:
+    """EXIF data whose orientation has a type and value of TIFF 6.0, section 2, and one more tag."""
+    tags = struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0") + further
+    return b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags) // 12) + tags + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("exif", "is_turned"),
+    [
+        (exif_of(2, 2, b"6"), False),
+        (exif_of(7, 4, b"6666"), False),
+        (exif_of(3, 1, b"\x09"), False),
+        (exif_of(3, 1, b"\xff\xff"), False),
+        (exif_of(3, 1, b"\6", struct.pack("<HHI4s", 0x011A, 2, 4, b"abc")), True),
+        (exif_of(3, 1, b"\6", struct.pack("<HHI4s", 0x0132, 11, 1, b"abc")), True),
+    ],
+    ids=["text", "bytes", "9", "65535", "text as resolution", "float as date"],
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_orientations_that_are_none_and_damaged_tags_are_ignored(tmp_path, kind, exif, is_turned):
+    """The image is shown as it is stored, or turned as the orientation says."""
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100}}.get(kind, {})
+    Image.fromarray(GREY[:40]).save(tmp_path / "x", kind, exif=exif, **options)
+    expected = np.rot90(GREY[:40], -1) if is_turned else GREY[:40]
+    assert np.abs(grey_of(tmp_path / "x")[0] - expected).max() <= 2
+    assert picture_size(tmp_path / "x") == expected.shape[::-1]
+
+
 def test_the_size_of_what_cannot_be_read_is_not_told(tmp_path):
     """A text, a header that is cut, and no file; the decoder says what is wrong with them."""
     Image.fromarray(GREY).save(tmp_path / "x.png")
@@ -275,7 +303,7 @@ def test_a_tiff_that_is_cut_off_is_refused_without_warnings(tmp_path, recwarn):
     """One line, with words in place of the number of an error; those of Pillow name no file."""
     for name, options, reason in (
         ("raw", {}, "image file is truncated"),
-        ("lzw", {"compression": "tiff_lzw"}, "its pixels are damaged or cut off"),
+        ("lzw", {"compression": "tiff_lzw"}, "its pixels are damaged, cut off or"),
     ):
         file = tmp_path / f"{name}.tif"
         Image.fromarray(GREY).save(file, "TIFF", **options)
