@@ -44,6 +44,7 @@ SAMPLE_FORMAT, SIGNED = 339, 2  # TIFF 6.0, section 19
 # What Pillow and the libraries below it raise on damaged files.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error),
+    *(TypeError, OverflowError),  # by values of another type or size in the header of a TIFF
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
 NEARLY_BLACK = 64  # 16-bit colours whose upper 8 bits stay below it use at most 14 bits
@@ -118,7 +119,7 @@ def read_picture(
     """
     try:
         return _read(data, kind, least_px, depth)
-    except UnidentifiedImageError:  # before UNREADABLE, which has its base OSError
+    except (UnidentifiedImageError, TypeError, OverflowError):  # before UNREADABLE, which has them
         declared = precision(data) if kind == "JPEG" else None
         reason = "its header is damaged, or of a variant that is not supported"
         if declared and declared[0] != 8:

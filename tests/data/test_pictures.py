@@ -317,6 +317,22 @@ def test_a_tiff_that_is_cut_off_is_refused_without_warnings(tmp_path, recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [((273, 4), (273, 16)), ((65000, 3), (700, 3))],
+    ids=["a place of 64 bits", "a number as XMP"],
+)
+def test_tags_of_a_wrong_type_are_one_line(tmp_path, old, new):
+    """Those of a TIFF that a few bits were changed in (TIFF 6.0, section 2)."""
+    Image.fromarray(GREY).save(tmp_path / "x.tif", tiffinfo={65000: 1})
+    data = (tmp_path / "x.tif").read_bytes() + b"\xff" * 8
+    place = data.index(struct.pack("<HHI", *old, 1))
+    tag = struct.pack("<HHII", *new, 1, len(data) - 8)
+    (tmp_path / "x.tif").write_bytes(data[:place] + tag + data[place + 12 :])
+    with pytest.raises(CxrdistError, match=r"x\.tif: is not a readable TIFF .its header is dam"):
+        grey_of(tmp_path / "x.tif")
+
+
 def huge(kind: str) -> bytes:
     """A small file that says 16,000 x 16,000 pixels."""
     side = 16_000
