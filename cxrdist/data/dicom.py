@@ -3,11 +3,11 @@
 Messages never contain the value of a tag: in a damaged file it may be a person's name.
 
 Refused: several frames, colour (also grey stored as RGB or YBR), modalities other than projections,
-1-bit, 32-bit and float pixels, deflated and video transfer syntaxes, and palettes. Ignored:
-overlays and annotations (bits of overlays in pixel cells are removed), shutters, presentation
-states, a Presentation LUT Sequence, all but the first VOI LUT and window, SmallestImagePixelValue,
-LargestImagePixelValue, PatientOrientation and SeriesDescription. For view codes the English meaning
-is read, not the code.
+1-bit, 32-bit and float pixels, transfer syntaxes that are neither in `NATIVE` nor in `DECODERS`
+(deflated, video, progressive JPEG, JPEG XL ...), and palettes. Ignored: overlays and annotations
+(bits of overlays in pixel cells are removed), shutters, presentation states, a Presentation LUT
+Sequence, all but the first VOI LUT and window, SmallestImagePixelValue, LargestImagePixelValue,
+PatientOrientation and SeriesDescription. For view codes the English meaning is read, not the code.
 """
 
 import io
