@@ -42,28 +42,31 @@ def decode(
     """
     # Twice the square, as in Pillow's `thumbnail`: nearly what the whole JPEG would give.
     grey = read_grey(file, 2 * size_px, depth)
-    covered = None
+    shown, covered = (grey.width_px, grey.height_px), None
+    placement = place(*shown, size_px, fit).at_scale(*grey.scale())
+    # Padded squares get no reducing gap, so that their bytes equal those of older shards.
+    gap = None if fit == "pad" else 2.0
     if boxes:
         here = [scaled(box, *grey.scale()) for box in boxes]
         image = Image.fromarray(cover(grey.pixels, here, how))
-        covered = np.asarray(_square(image, size_px, fit))
-    moved = None if mask is None else _mask_square(file, mask, grey, size_px, fit)
-    square = _square(grey.image, size_px, fit)
+        covered = np.asarray(resample(image, placement, size_px, gap))
+    moved = None if mask is None else _mask_square(file, mask, shown, size_px, fit)
+    square = resample(grey.image, placement, size_px, gap)
     return replace(grey, image=square, covered=covered, mask=moved)
 
 
 def _mask_square(
-    file: Path, place_of_mask: MaskPlace, grey: Picture, size_px: int, fit: str
+    file: Path, place_of_mask: MaskPlace, shown: tuple[int, int], size_px: int, fit: str
 ) -> NDArray[np.uint8]:
     """Return the mask of an image as a square; errors name the image."""
     try:
-        mask = read_mask(place_of_mask, grey.width_px, grey.height_px)
+        mask = read_mask(place_of_mask, *shown)
     except CxrdistError as error:
         # The mask's file name may identify a patient; the caller can anonymise the image's name.
         problem = str(error).removeprefix(f"{place_of_mask.file}: ")
         problem = problem.replace(str(place_of_mask.file), "the table of masks")
         raise CxrdistError(f"{file}: its mask: {problem}") from error
-    return mask_square(mask, grey.image.size, size_px, fit)
+    return mask_square(mask, shown, size_px, fit)
 
 
 def read_grey(file: Path, least_px: int, depth: int | None = None) -> Picture:
@@ -120,9 +123,3 @@ def decode_png(data: bytes) -> NDArray[np.uint8]:
     """Decode what `encode_png` wrote, uint8 [H, W]."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.asarray(image)
-
-
-def _square(image: Image.Image, size_px: int, fit: str) -> Image.Image:
-    # Padded squares get no reducing gap, so that their bytes equal those of older shards.
-    gap = None if fit == "pad" else 2.0
-    return resample(image, place(*image.size, size_px, fit), size_px, gap)

@@ -172,6 +172,7 @@ def read_original(item: Input, how: Preparation, most_px: int = MOST_SIDE_PX) ->
     # By the size of the original: a JPEG may have been decoded at a fraction of it.
     smaller = min(1, most_px / max(shown))
     width, height = (max(1, round(side * smaller)) for side in shown)
+    whole = (0, 0, shown[0] / grey.reduced, shown[1] / grey.reduced)
     if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        image = image.resize((width, height), Image.Resampling.BILINEAR, whole, reducing_gap=2.0)
     return np.asarray(image)

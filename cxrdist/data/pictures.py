@@ -59,6 +59,9 @@ class Picture:
     width_px: int
     """Of the original as it is shown, like `height_px`."""
     height_px: int
+    reduced: int = 1
+    """Each side of a pixel of the image in px of the original; the last pixels may stand for less,
+    as a JPEG of 513 px that is decoded at an eighth has 65."""
     used_depth: int | None = None
     """Bits that the pixels use if the file does not declare its depth, else None."""
     patient: str = ""
@@ -80,8 +83,8 @@ class Picture:
         return np.asarray(self.image)
 
     def scale(self) -> tuple[float, float]:
-        """Return width and height of the image as fractions of the original's."""
-        return self.image.width / self.width_px, self.image.height / self.height_px
+        """Return by what x and y of the original become those of the image."""
+        return 1 / self.reduced, 1 / self.reduced
 
 
 def read_file(file: Path) -> bytes:
@@ -141,12 +144,14 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
         # Before `draft`, which changes the size of the image.
         size_px = _shown_size(image)
         # A JPEG can be decoded at a fraction of its size, directly to grey: several times
-        # faster, and still not smaller than least_px.
-        image.draft("L", (least_px, least_px))
+        # faster, and still not smaller than least_px. Not one to be turned, which would begin with
+        # its incomplete pixels.
+        drafted = image.draft("L", (least_px, least_px)) if _turn(image) is None else None
+        reduced = round(size_px[0] / drafted[1][2]) if drafted else 1
         _refuse_misread(image, data)
         if image.mode[0] in "IF":  # I, I;16 and F, of more than 8 bits
             grey, used = _grey_of_deep(image, data, depth)
-            return Picture(grey, *size_px, used)
+            return Picture(grey, *size_px, used_depth=used)
         if kind == "PNG" and image.mode == "L" and "transparency" in image.info:
             # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
             image.info["transparency"] *= 255 // white_of(data[24])
@@ -154,7 +159,7 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
         grey = _grey(_upright(image))
         if has_deep_colours and np.asarray(grey).max() < NEARLY_BLACK:
             raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
-        return Picture(grey, *size_px)
+        return Picture(grey, *size_px, reduced)
 
 
 @contextmanager

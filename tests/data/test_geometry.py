@@ -62,6 +62,22 @@ def test_a_mask_covers_what_is_drawn_into_its_image(tmp_path, fit, size, suffix,
 
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(513, 513), (515, 771), (1001, 521)])
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_a_jpeg_that_is_decoded_at_a_fraction_is_not_shifted(tmp_path, fit, size, turn):
+    """Decoded at an eighth, 513 px become 65, which would be 520: half a pixel of a square of 32.
+
+    A ramp has the same levels as in a PNG, but for JPEG's own error: 8 levels are a pixel.
+    """
+    across = np.linspace(0, 127, size[0]) + np.linspace(0, 127, size[1])[:, None]
+    ramp = np.round(across).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    write_turned(ramp, tmp_path / "ramp.jpg", turn)
+    png, jpeg = (decode(tmp_path / f"ramp.{kind}", 32, fit).pixels for kind in ("png", "jpg"))
+    assert np.abs(jpeg.astype(int) - png).max() <= 1
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [(299, 299), (598, 403)])
 def test_a_mask_of_another_size_is_scaled(tmp_path, fit, size):
     """As the masks of 256 px for images of 299 px of the COVID-19 Radiography Database."""
