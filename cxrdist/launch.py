@@ -24,7 +24,7 @@ from cxrdist.cli import read_arguments
 from cxrdist.errors import CxrdistError
 from cxrdist.lifetime import report_error
 from cxrdist.packaged import HARDWARE, files_in, path_of
-from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS
+from cxrdist.signals import SAME_REQUEST_SECONDS, STOP_CODE, STOP_SIGNALS, handle_stops
 
 _received: dict[int, float] = {}
 """Time at which each signal first arrived."""
@@ -38,10 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         crashed without a stop request, because the launcher then stops the others. It is 2 if the
         command or the launch is rejected; then no rank is started.
     """
-    for number in STOP_SIGNALS:
-        signal.signal(number, _pass_on)
-    # torchrun would handle the other signals itself: kill the ranks, and exit with its own code.
-    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
+    handle_stops(_pass_on)
+    # torchrun would handle these signals itself: kill the ranks, and exit with its own code.
+    os.environ["PET_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     try:
         return _launch(_read(sys.argv[1:] if arguments is None else arguments))
     except CxrdistError as error:

@@ -1,4 +1,4 @@
-"""Stop requests (TERM, INT and USR1), handled at once or at the next step boundary."""
+"""Stop requests (TERM, INT, HUP and USR1), handled at once or at the next step boundary."""
 
 import contextlib
 import os
@@ -8,17 +8,34 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from cxrdist.errors import Stopped
 from cxrdist.lifetime import another_rank_failed
 
 STOP_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # USR1: see launch/requeue.sh
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
+    signal.SIGUSR1,  # see launch/requeue.sh
+)
 # Slurm signals a whole process tree, and launchers also pass signals on, so one request may arrive
 # several times within this period.
 SAME_REQUEST_SECONDS = 5.0
 # After this time without handling a signal, the main thread waits in C++, such as for a dead rank.
 UNHEARD_SECONDS = 3.0
+
+
+Handler = Callable[[int, FrameType | None], None]
+
+
+def handle_stops(handler: Handler) -> dict[signal.Signals, Any]:
+    """Install a handler of the stop signals; return those before it.
+
+    `nohup` ignores HUP for all that it starts, so that a closed terminal ends nothing.
+    """
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    heard = [number for number in STOP_SIGNALS if not (nohup and number == signal.SIGHUP)]
+    return {number: signal.signal(number, handler) for number in heard}
 
 
 class _Request:
@@ -59,7 +76,7 @@ def stopping_at_once() -> Iterator[None]:
         yield
         return
     _request = _Request()
-    before = {number: signal.signal(number, _request.receive) for number in STOP_SIGNALS}
+    before = handle_stops(_request.receive)
     try:
         with _watched(_end_unheard):
             yield

@@ -156,7 +156,7 @@ def assert_steps_were_taken(run: Path, whole: Path) -> None:
     ("number", "to"),
     [
         *((signal.SIGTERM, "launcher"), (signal.SIGTERM, "rank 0"), (signal.SIGINT, "rank 1")),
-        *((signal.SIGUSR1, "launcher"), (signal.SIGUSR1, "rank 1")),
+        *((signal.SIGUSR1, "launcher"), (signal.SIGUSR1, "rank 1"), (signal.SIGHUP, "launcher")),
     ],
 )
 def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(command, whole, tmp_path, number, to):
@@ -171,6 +171,20 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(command, whole, tmp_
     assert "Traceback" not in output
     assert "resuming after all" in finish(2, command, run)
     assert_same(run, whole)
+
+
+def test_a_closed_terminal_ends_nothing_that_nohup_has_started(command, tmp_path):
+    """It signals the launcher and the ranks, which ignore that from their start on."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited, as from nohup
+    try:
+        job = Launched(2, tmp_path / "run", *command, "--run", tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert job.wait_for(3)
+    for process in (psutil.Process(job.process.pid), *job.ranks()):
+        process.send_signal(signal.SIGHUP)
+    output = job.end()
+    assert job.process.returncode == 0, output
 
 
 def test_one_process_stops_and_goes_on_too(command, tmp_path):
