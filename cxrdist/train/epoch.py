@@ -24,7 +24,8 @@ class Epoch:
             background penalty.
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
-        images_per_second: of the steps of this launch, after `trained`.
+        images_per_second: of the steps of this launch, after `trained`; 0 if it took none, since an
+            earlier launch stopped in the validation.
         skipped: how many of the last settled steps in a row, also of earlier epochs, the scaler
             has skipped.
     """

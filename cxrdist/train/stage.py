@@ -315,13 +315,15 @@ class StageRun:
         main, is_best = training.accelerator.is_main_process, stopping.best_epoch == stopping.epoch
         self.epochs_done += 1
         self._log("epoch", scores)
-        self._log("speed", {"step": self.steps_done, **epoch.speed()})
+        speed = ""
+        if epoch.images_per_second:
+            speed = f", {epoch.images_per_second:.1f} images/s"
+            self._log("speed", {"step": self.steps_done, **epoch.speed()})
         if main:
             bar.write(
                 f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
                 f"loss {scores['loss']:.4f}{_background(scores, 'background')}, "
-                f"{_validated(scores)}, {epoch.images_per_second:.1f} images/s"
-                f"{' (best)' if is_best else ''}"
+                f"{_validated(scores)}{speed}{' (best)' if is_best else ''}"
             )
         together(training.accelerator, lambda: self._note_stage() if main else None)
         self.epoch = None

@@ -200,6 +200,38 @@ def test_one_process_stops_and_goes_on_too(command, tmp_path):
     assert_steps_were_taken(*runs[::-1])
 
 
+STOP_IN_VALIDATION = """
+import os, signal
+from cxrdist.train import stage
+
+validate, times = stage.validate, 0
+
+
+def validate_and_stop(*arguments):
+    global times
+    times += 1
+    if times == 2:  # the first one is of the weights at the start
+        os.kill(os.getpid(), signal.SIGTERM)
+    return validate(*arguments)
+
+
+stage.validate = validate_and_stop
+"""
+
+
+def test_an_epoch_without_steps_in_this_launch_has_no_speed(command, tmp_path):
+    """Stopped after its last step, in its validation: 0 images per second would be wrong."""
+    options = (*command, "--run", tmp_path / "run")
+    stopped = run_script(STOP_IN_VALIDATION + RUN_CXRDIST, *options)
+    assert "stopped and saved at stage all, epoch 1, step 5" in stopped.stderr
+    done = run_command(*options)
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read_log(tmp_path / "run" / "log.jsonl") if row["kind"] == "speed"]
+    assert [(row["stage"], row["epoch"]) for row in rows] == [("all", 2), ("late", 1)]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("all ", "late "))]
+    assert ["images/s" in line for line in lines if "/" in line] == [False, True, True]
+
+
 def test_another_number_of_ranks_takes_the_same_batches_to_the_same_losses(command, tmp_path):
     """World sizes 2, 1, 3, 2 in turn: the digests of what was taken are those of two ranks.
 
