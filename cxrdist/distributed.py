@@ -231,6 +231,12 @@ class StopVote:
         return False
 
 
+def say(accelerator: Accelerator, line: str) -> None:
+    """Print a line once per job, at once; the Accelerator's own `print` does so on each node."""
+    if accelerator.is_main_process:
+        print(line, flush=True)
+
+
 def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
     """Return the lists of all ranks concatenated in rank order, on every rank."""
     if accelerator.num_processes == 1:

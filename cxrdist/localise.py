@@ -21,7 +21,7 @@ from cxrdist.data.outlines import (
     masks_of_shards,
     read_originals,
 )
-from cxrdist.distributed import finish, gather, together
+from cxrdist.distributed import finish, gather, say, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import (
     LoadedRun,
@@ -112,7 +112,7 @@ def localise(config: LocaliseConfig) -> None:
         masks = open_masks(loaded.packed, config.cache, accelerator)
         outlines = masks_of_shards(loaded.index, masks, _numbers(loaded))
     for note in outlines.notes:
-        accelerator.print(f"{outlines.origin}: {note}")
+        say(accelerator, f"{outlines.origin}: {note}")
     cases = together(accelerator, lambda: _cases_by_split(loaded, outlines))
     means = _mean_outlines(loaded, outlines, cases["train"])
     work = _Work(loaded, config.split, model, explainer, outlines, means, config.batch_size)

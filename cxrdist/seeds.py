@@ -15,7 +15,7 @@ from cxrdist.cli import COMMANDS, parse
 from cxrdist.config import EvaluateConfig, SeedsConfig, TrainConfig
 from cxrdist.data.folds import MOST_FOLDS
 from cxrdist.data.index import read_index
-from cxrdist.distributed import entering, gather, start, staying_connected, together
+from cxrdist.distributed import entering, gather, say, start, staying_connected, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import MembersFile, spread_table, spreads
 from cxrdist.evaluate.predictions import evaluate
@@ -57,14 +57,15 @@ def seeds(config: SeedsConfig) -> None:
         for number in chosen:
             recipe = recipes[number]
             what = f"fold {recipe.fold}" if config.folds else f"seed {recipe.seed}"
-            accelerator.print(f"{_name(number)} of {config.seeds}: {what}")
+            say(accelerator, f"{_name(number)} of {config.seeds}: {what}")
             train(recipe)
         if config.member is None:
             _join_members(config, recipes, accelerator)
         else:
-            accelerator.print(
+            say(
+                accelerator,
                 f"{_name(config.member)} is done; once all {config.seeds} are, the same command "
-                "without --member evaluates them and makes the ensemble"
+                "without --member evaluates them and makes the ensemble",
             )
 
 
@@ -123,7 +124,7 @@ def _evaluate_once(config: SeedsConfig, run: Path, split: Any, accelerator: Acce
     # All ranks must evaluate or none, and a shared disk may show a new file to some of them only.
     is_done = gather(accelerator, [RunDirectory(run).metrics(split).is_file()])[0]
     if not is_done:
-        accelerator.print(f"{run.name}:")
+        say(accelerator, f"{run.name}:")
         evaluate(EvaluateConfig(run, config.shards, split, cache=config.cache))
 
 

@@ -16,7 +16,7 @@ from cxrdist.bench.measure import Contender, Measured, measure
 from cxrdist.bench.stage import plain_step, stage_run, take_steps
 from cxrdist.bench.traffic import StepTraffic, Traffic, copy_bandwidth, step_traffic
 from cxrdist.config import BenchConfig, Network
-from cxrdist.distributed import finish, gather, start
+from cxrdist.distributed import finish, gather, say, start
 from cxrdist.terminal import table
 from cxrdist.train.capture import WARM_UP_STEPS, can_capture, record_cuda_graph
 from cxrdist.train.memory import is_out_of_memory
@@ -67,8 +67,8 @@ def bench_gpu(config: BenchConfig) -> None:
     traffic = step_traffic(NETWORK, config.size, precision)
     bandwidth = copy_bandwidth(accelerator.device)
     ways = [w for w in WAYS if not w.captured or can_capture(accelerator.device, world_size, 1)]
-    accelerator.print(_heading(accelerator, config.size, bandwidth, traffic))
-    accelerator.print(LEGEND)
+    say(accelerator, _heading(accelerator, config.size, bandwidth, traffic))
+    say(accelerator, LEGEND)
     for batch in _batches(world_size):
         found = [_try_way(accelerator, config, way, batch) for way in ways]
         num_bytes = traffic.bytes_of(batch / world_size)
@@ -76,8 +76,7 @@ def bench_gpu(config: BenchConfig) -> None:
             [way.name, str(batch), *_figures(batch, measured, found[0], num_bytes, bandwidth)]
             for way, measured in zip(ways, found, strict=True)
         ]
-        # Flushed, since compiling the next batch takes minutes and may be killed.
-        accelerator.print(table(rows, HEADERS), flush=True)
+        say(accelerator, table(rows, HEADERS))
     finish(accelerator)
 
 

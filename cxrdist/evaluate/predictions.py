@@ -15,7 +15,7 @@ from cxrdist.data.folds import cut_fold
 from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
-from cxrdist.distributed import finish, gather, start, together
+from cxrdist.distributed import finish, gather, say, start, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.calibration import choose_calibration, describe_calibration, rule_to_apply
 from cxrdist.evaluate.external import (
@@ -121,9 +121,10 @@ def open_run_on(
 
     opened = together(accelerator, prepare)
     if opened.choices is None and not directory.info.is_file():
-        accelerator.print(
+        say(
+            accelerator,
             f"{run}: holds no run.json, so it is unknown whether it was trained on {shards}; they "
-            "count as its own; give --name to evaluate them as an external set"
+            "count as its own; give --name to evaluate them as an external set",
         )
     return opened
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cxrdist.config import TrainConfig
-from cxrdist.distributed import entering, finish, read_trackers, start, together
+from cxrdist.distributed import entering, finish, read_trackers, say, start, together
 from cxrdist.files import locked, sweep
 from cxrdist.run import RunDirectory
 from cxrdist.signals import stopping_at_a_boundary
@@ -134,7 +134,7 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
             accelerator, lambda: refuse_other_run(run, config, index, accelerator.mixed_precision)
         )
         if (run.model / "model.json").is_file():
-            accelerator.print(f"{run.root}: is already trained; the model is in {run.model}")
+            say(accelerator, f"{run.root}: is already trained; the model is in {run.model}")
             yield None
             return
         if main:
@@ -142,7 +142,7 @@ def _open_training(config: TrainConfig) -> Iterator[Training | None]:
             sweep(run.checkpoints, alone=True)
         training = build_training(accelerator, run, config, index)
         for line in advice(training):
-            accelerator.print(line)
+            say(accelerator, line)
         if config.track:
             accelerator.init_trackers("cxrdist")
         yield training

@@ -1,6 +1,6 @@
 """Publish: the model of a stage, and of the whole run, as runs that `evaluate` takes."""
 
-from cxrdist.distributed import together
+from cxrdist.distributed import say, together
 from cxrdist.files import atomic_directory, now, read_log, room_for, write_json, write_text
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
@@ -18,7 +18,7 @@ def publish(training: Training) -> None:
             print(_stage_table(training.run))
 
     together(training.accelerator, write)
-    training.accelerator.print(f"trained; the model is in {training.run.model}")
+    say(training.accelerator, f"trained; the model is in {training.run.model}")
 
 
 def publish_stage(training: Training, name: str) -> None:

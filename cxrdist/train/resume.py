@@ -5,7 +5,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from cxrdist.distributed import gather, together
+from cxrdist.distributed import gather, say, together
 from cxrdist.errors import CxrdistError
 from cxrdist.files import cut_log, write_json
 from cxrdist.info import read_info
@@ -32,10 +32,8 @@ def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
     if checkpoint is None:
         return None, names
     position = checkpoint.position
-    training.accelerator.print(
-        f"resuming after {position.stage}, epoch {position.epoch}"
-        + (f" and step {position.step} of the next" if position.step else "")
-    )
+    within = f" and step {position.step} of the next" if position.step else ""
+    say(training.accelerator, f"resuming after {position.stage}, epoch {position.epoch}{within}")
     with fitting(position.name):
         left = names[names.index(position.stage) + position.finished :]
         # The next stage starts from these. `StageRun` loads the last ones of an unfinished stage.

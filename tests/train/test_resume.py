@@ -187,6 +187,20 @@ def test_a_closed_terminal_ends_nothing_that_nohup_has_started(command, tmp_path
     assert job.process.returncode == 0, output
 
 
+AS_TWO_NODES = "import os; os.environ |= {'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}\n"
+
+
+def test_several_nodes_print_a_line_once(command, whole, tmp_path):
+    """Not once for each node: the log of a job on 16 nodes has all of them."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(run / "model")
+    for line in ("resuming after late, epoch 1\n", "is already trained"):
+        done = run_ranks(2, "-c", AS_TWO_NODES + RUN_CXRDIST, *command, "--run", run)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count(line) == 1
+    assert_same(run, whole)
+
+
 def test_one_process_stops_and_goes_on_too(command, tmp_path):
     """`cxrdist train` alone, and through the launcher."""
     runs = [tmp_path / "whole", tmp_path / "run"]
