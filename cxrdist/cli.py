@@ -18,7 +18,7 @@ from cxrdist.errors import (
     failure_of,
     is_lost_connection,
 )
-from cxrdist.lifetime import another_rank_failed, end_with_launcher, report_error
+from cxrdist.lifetime import another_rank_failed, end_with_launcher, report_error, reports_stop
 from cxrdist.options import Command, parse
 from cxrdist.packaged import RECIPES, files_in
 from cxrdist.signals import STOP_CODE, ending_at_once, stopping_at_once
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         _is_flushed(sys.stdout)
         code = _report_failure(error)
     except Stopped as stop:
-        if str(stop) and not another_rank_failed():
+        if str(stop) and reports_stop(str(stop)):
             print(f"cxrdist: {stop}", file=sys.stderr)
         code = STOP_CODE
     return code

@@ -72,16 +72,33 @@ def report_error(error: Exception) -> None:
     if file := os.environ.get(_ERROR_FILE):
         message = f"cxrdist: {line} ({_SHORTER})"
         entry = {"message": message, "timestamp": str(int(time.time()))}
-        # The launcher calls it ATTEMPT/LOCAL_RANK/error.json, so that the ranks of a node share
-        # ATTEMPT. Only one of them can create the file of a line, and that one prints the line.
-        reported = Path(file).parents[1] / f"{hashlib.sha256(line.encode()).hexdigest()}.reported"
         with suppress(OSError):  # such as a full disk: the line must still be printed
             Path(file).write_text(json.dumps(entry))
-            try:
-                reported.touch(exist_ok=False)
-            except FileExistsError:
-                return
-    print(f"cxrdist: {line}", file=sys.stderr, flush=True)
+    if _is_first(line):
+        print(f"cxrdist: {line}", file=sys.stderr, flush=True)
+
+
+def reports_stop(line: str) -> bool:
+    """Return whether this rank prints that it was stopped: the first one of a node does.
+
+    None does after the error of a rank, since the launcher then ends the others.
+    """
+    return not another_rank_failed() and _is_first(line)
+
+
+def _is_first(line: str) -> bool:
+    """Return whether no other rank of this node has printed a line."""
+    if file := os.environ.get(_ERROR_FILE):
+        # The launcher calls it ATTEMPT/LOCAL_RANK/error.json, so that the ranks of a node share
+        # ATTEMPT. Only one of them can create the file of a line, and that one prints the line.
+        name = f"{hashlib.sha256(line.encode()).hexdigest()}.reported"
+        try:
+            (Path(file).parents[1] / name).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError:  # such as a full disk: the line must still be printed
+            pass
+    return True
 
 
 def another_rank_failed() -> bool:

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from cxrdist.errors import Stopped
-from cxrdist.lifetime import another_rank_failed
+from cxrdist.lifetime import reports_stop
 
 STOP_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 STOP_SIGNALS = (
@@ -162,9 +162,9 @@ def _end_on_second(numbers: Iterator[int]) -> None:
 
 def _end(number: int) -> None:
     """End the process at once, with the message and exit code of `Stopped`."""
-    if not another_rank_failed():
-        line = f"cxrdist: stopped on {signal.Signals(number).name}; run the same command again\n"
-        os.write(sys.stderr.fileno(), line.encode())
+    line = f"stopped on {signal.Signals(number).name}; run the same command again"
+    if reports_stop(line):
+        os.write(sys.stderr.fileno(), f"cxrdist: {line}\n".encode())
     os._exit(STOP_CODE)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from cxrdist import launch
 from cxrdist.cli import main
 from cxrdist.distributed import start
-from cxrdist.errors import CxrdistError, RunFailedError, failure_of, is_lost_connection
+from cxrdist.errors import CxrdistError, RunFailedError, Stopped, failure_of, is_lost_connection
 from cxrdist.lifetime import another_rank_failed, report_error
 from cxrdist.packaged import HARDWARE, LABEL_MAPS, RECIPES, SHARD_RECIPES, files_in, path_of
 
@@ -164,6 +164,26 @@ def test_ranks_of_a_node_report_the_same_error_once(monkeypatch, capsys, tmp_pat
         "cxrdist: --shards x: has no index.json (start with `cxrdist launch`, not "
         "`accelerate launch`, to see this line alone)"
     )
+
+
+def test_ranks_of_a_node_report_a_stop_once_and_none_after_an_error(monkeypatch, capsys, tmp_path):
+    """The launcher passes a signal on to all ranks, and ends them after an error."""
+
+    def stop(_arguments: list[str]) -> int:
+        raise Stopped("stopped on SIGTERM; run the same command again")
+
+    monkeypatch.setattr("cxrdist.cli._answer", stop)
+    for rank in range(3):
+        file = tmp_path / "attempt_0" / str(rank) / "error.json"
+        file.parent.mkdir(parents=True)
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+        assert main(["check", "x"]) == 75
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "attempt_1" / "1" / "error.json"))
+    (tmp_path / "attempt_1" / "0").mkdir(parents=True)
+    (tmp_path / "attempt_1" / "0" / "error.json").touch()
+    assert main(["check", "x"]) == 75
+    said = capsys.readouterr().err
+    assert said == "cxrdist: stopped on SIGTERM; run the same command again\n"
 
 
 @pytest.mark.parametrize(
