@@ -107,21 +107,25 @@ def _code_of(codes: dict[int, int]) -> int:
     Args:
         codes: exit codes of the failed ranks by rank; negative signal numbers for killed ranks.
     """
+    stopped = {-number for number in STOP_SIGNALS} if _received else set()
     for rank, code in sorted(codes.items()):
-        if code < 0 and -code not in _received:
+        if code < 0 and code not in stopped:
             name = signal.Signals(-code).name
             print(f"cxrdist: rank {rank} was ended by {name}", file=sys.stderr, flush=True)
     crashed = {code for code in codes.values() if code < 0 and -code not in STOP_SIGNALS}
     if crashed and not _received:
         return 1
     # A rank without a handler yet is ended by the signal itself; nothing is lost then.
-    endings = {STOP_CODE if -code in _received else code for code in codes.values()}
+    endings = {STOP_CODE if code in stopped else code for code in codes.values()}
     # 1 also stands for any other code, such as that of a crash after a stop request.
     return next(code for code in (STOP_CODE, 2, 1) if code in endings or code == 1)
 
 
 def _pass_on(number: int, _: FrameType | None) -> None:
-    """Pass a signal on to the ranks; kill them on a second request, since they may hang."""
+    """Pass a signal on to the ranks; kill them on a second request, since they may hang.
+
+    INT becomes TERM: a Python that is still starting ends on INT with a traceback and exit code 1.
+    """
     now = time.monotonic()
     second = any(now - came > SAME_REQUEST_SECONDS for came in _received.values())
     _received.setdefault(number, now)
@@ -129,8 +133,9 @@ def _pass_on(number: int, _: FrameType | None) -> None:
     # No rank is running, so that there is nothing to save.
     if not children:
         raise SystemExit(STOP_CODE)
+    passed = signal.SIGTERM if number == signal.SIGINT else number
     for child in children:
-        child.send_signal(signal.SIGKILL if second else number)
+        child.send_signal(signal.SIGKILL if second else passed)
 
 
 if __name__ == "__main__":

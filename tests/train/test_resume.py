@@ -187,6 +187,16 @@ def test_a_closed_terminal_ends_nothing_that_nohup_has_started(command, tmp_path
     assert job.process.returncode == 0, output
 
 
+def test_a_ctrl_c_while_the_ranks_start_is_a_stop(command, tmp_path):
+    """Python alone would end them with a traceback and 1, before cxrdist can hear a signal."""
+    job = Launched(2, tmp_path / "run", *command, "--run", tmp_path / "run")
+    job.ranks()
+    job.process.send_signal(signal.SIGINT)
+    output = job.end()
+    assert "Traceback" not in output
+    assert job.process.returncode == 75, output
+
+
 AS_TWO_NODES = "import os; os.environ |= {'LOCAL_RANK': '0', 'LOCAL_WORLD_SIZE': '1'}\n"
 
 
