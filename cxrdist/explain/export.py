@@ -140,7 +140,7 @@ def explain(config: ExplainConfig) -> None:
         tested = [] if todo.is_tested else gather(accelerator, _test(work, config))
         nearest = find_nearest(loaded, numbers) if todo.lacks_nearest else []
         if is_main:
-            if nearest:
+            if todo.lacks_nearest:
                 write_nearest(loaded, nearest)
             table = [row for _, rows in rows_by_number for row in rows]
             write_table(loaded.run.relevance_table(loaded.subset), LEDGER_COLUMNS, table)

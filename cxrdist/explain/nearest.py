@@ -58,7 +58,8 @@ def find_nearest(loaded: LoadedRun, numbers: NDArray[np.int64]) -> list[Nearest]
     """Find the nearest training image of each of the given samples, on all ranks together.
 
     It takes a forward pass over all training images, and 4 kB of memory per sample. An image is not
-    its own neighbour; of equally similar images the first one counts.
+    its own neighbour, so an only training image gets no row; of equally similar images the first
+    one counts.
     """
     train = np.array(loaded.index.numbers("train"), dtype=np.int64)
     features = dict(gather(loaded.accelerator, _features(loaded, numbers)))
@@ -71,6 +72,8 @@ def find_nearest(loaded: LoadedRun, numbers: NDArray[np.int64]) -> list[Nearest]
     samples = loaded.index.samples
     rows = []
     for number, other, value in zip(numbers, nearest[rank], similarity[rank], strict=True):
+        if other < 0:
+            continue
         match = samples[other]
         key = samples[number].key
         rows.append(Nearest(key, match.key, float(value), match.label, match.patient))
@@ -116,7 +119,7 @@ def _best(
     The n samples have the features `queries`, float [n, features].
 
     Returns:
-        Similarities, -2 where this rank has no image, and numbers of the images, [n] each.
+        Similarities and numbers of the images, -2 and -1 where this rank has no image, [n] each.
     """
     accelerator = loaded.accelerator
     similarity = torch.full((len(numbers),), -2.0, device=accelerator.device)

@@ -17,10 +17,10 @@ from cxrdist.data.index import read_index
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.mistakes import find_mistakes
-from cxrdist.evaluate.predictions import evaluate
+from cxrdist.evaluate.predictions import evaluate, load_images, open_run_on
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.explain.export import explain
-from cxrdist.explain.nearest import read_nearest, was_trained_on
+from cxrdist.explain.nearest import find_nearest, read_nearest, was_trained_on, write_nearest
 from cxrdist.explain.targets import choose_samples
 from cxrdist.model.densenet import load_model
 from cxrdist.run import RunDirectory
@@ -67,6 +67,25 @@ def test_the_nearest_training_image_has_the_largest_cosine(small, split):
         assert (nearest.label, nearest.patient) == index.samples[best][3:5]
         with Image.open(small / "run" / split / "nearest" / f"{nearest.nearest}.png") as picture:
             assert np.array_equal(np.asarray(picture), images[best])
+
+
+def test_the_only_training_image_has_no_neighbour(small):
+    """Explained itself it has no row; another image still finds it."""
+    index = read_index(small / "shards")
+    first, *others = index.numbers("train")
+    samples = [*index.samples]
+    for number in others:
+        samples[number] = samples[number]._replace(split="val")
+    one = replace(index, samples=samples)
+    opened = open_run_on(small / "run", small / "shards", "train")
+    loaded = replace(load_images(opened, small / "cache"), index=one)
+    assert one.numbers("train") == [first]
+    assert find_nearest(loaded, np.array([first])) == []
+    (other,) = find_nearest(loaded, np.array([others[0]]))
+    assert other.nearest == index.samples[first].key
+    write_nearest(loaded, [])
+    assert read_nearest(small / "run" / "train" / "nearest.csv") == {}
+    (small / "run" / "train" / "nearest.csv").unlink()
 
 
 def test_ranks_do_not_change_what_is_nearest(small, tmp_path):
