@@ -18,6 +18,7 @@ from cxrdist.documents import Between
 REPLICATES = 2000  # their standard error is then right to about 1 / sqrt(2 * 2000) = 1.6 %
 LEVEL = 0.95
 SEED = 0  # fixed, so that the same predictions always have the same intervals
+ALIKE = 1e-9  # spread below which replicates are equal except for rounding
 _BLOCK = 100  # replicates at once: 30,000 patients in float32 are 12 MB, which a cache holds
 
 Values = NDArray[np.float64]  # [replicates], NaN where a replicate lacks images for the figure
@@ -178,10 +179,11 @@ def _draw_block(random: np.random.Generator, size: int, replicates: int) -> NDAr
 def interval(values: Values) -> list[float] | None:
     """Return the percentile interval of a difference or another unbounded figure.
 
-    For figures from 0 to 1 see `cxrdist.intervals`. None if no replicate has the figure.
+    For figures from 0 to 1 see `cxrdist.intervals`. None if no replicate has the figure, or if all
+    have the same one: such replicates do not show how certain it is.
     """
     finite = values[np.isfinite(values)]
-    if not len(finite):
+    if not len(finite) or np.ptp(finite) < ALIKE:
         return None
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(finite, [tail, 1 - tail])

@@ -16,7 +16,7 @@ import numpy as np
 import scipy  # loads submodules on first use; ranks that train need none of them
 from numpy.typing import NDArray
 
-from cxrdist.bootstrap import LEVEL, Limits, Replicates, Values
+from cxrdist.bootstrap import ALIKE, LEVEL, Limits, Replicates, Values
 from cxrdist.documents import Text
 from cxrdist.info import Count
 
@@ -31,7 +31,6 @@ METHOD = (
     "sensitivity and specificity (Zou & Donner 2008)"
 )
 QUANTILE = (1 + LEVEL) / 2
-ALIKE = 1e-9  # standard error below which replicates are equal except for rounding
 
 
 class Intervals(TypedDict):
@@ -83,16 +82,15 @@ def bounded(
     return _limits(scipy.special.expit(middle - half), scipy.special.expit(middle + half))
 
 
-def positive(estimate: float, values: Values, patients: int) -> Limits:
+def positive(estimate: float, values: Values, patients: int) -> Limits | None:
     """Return the interval of a figure above 0 without an upper bound, such as a ratio of two means.
 
-    Like `bounded`, but on the logarithmic scale. Without spread, or for a figure of 0, both limits
-    are the figure itself.
+    Like `bounded`, but on the logarithmic scale. None without spread, or for a figure of 0.
     """
     usable = values[np.isfinite(values) & (values > 0)]
     spread = float(np.log(usable).std(ddof=1)) if len(usable) > 1 else 0.0
     if estimate <= 0 or patients < 2 or spread < ALIKE:
-        return _limits(estimate, estimate)
+        return None
     half = scipy.stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
     return _limits(estimate * np.exp(-half), estimate * np.exp(half))
 

@@ -385,5 +385,5 @@ def _amount(scores: Localisation, group: Group) -> str:
 
 
 def _with_limits(row: Mapping[str, Any], measure: str) -> str:
-    low, high = row[f"{measure}_interval"]
-    return f"{row[measure]:.3f} ({low:.3f}-{high:.3f})"
+    value, limits = row[measure], row[f"{measure}_interval"]
+    return f"{value:.3f} ({limits[0]:.3f}-{limits[1]:.3f})" if limits else f"{value:.3f}"

@@ -79,6 +79,12 @@ def test_a_replicate_without_a_side_has_no_ranking_and_no_share():
     assert interval(np.full(5, np.nan)) is None
 
 
+def test_replicates_that_are_all_equal_give_no_interval():
+    """An interval of width zero would say that the figure is certain."""
+    assert interval(np.array([0.3, np.nan, 0.1 + 0.2])) is None
+    assert interval(np.array([0.3, 0.3, 0.4])) is not None
+
+
 def test_the_same_arguments_give_the_same_draws():
     """So two models are compared replicate by replicate; another seed draws other patients."""
     patients, strata = [str(n % 50) for n in range(120)], [str(n % 2) for n in range(120)]

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.bootstrap import Limits, Replicates
+from cxrdist.bootstrap import ALIKE, Limits, Replicates
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Real, Share, Text
 from cxrdist.errors import CxrdistError
@@ -19,7 +19,7 @@ from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import too_few
 from cxrdist.info import Count
-from cxrdist.intervals import ALIKE, QUANTILE, Intervals, describe, wilson
+from cxrdist.intervals import QUANTILE, Intervals, describe, wilson
 
 FIGURES = ("auroc", "average_precision", "recall", "specificity", "precision", "f1")
 METHOD = (

@@ -49,7 +49,7 @@ class MethodScores(TypedDict):
     inside: Share
     inside_interval: Limits
     times_chance: Annotated[float, Between(0, 1e9)]
-    times_chance_interval: Limits
+    times_chance_interval: Limits | None
     overlap: Share
     overlap_interval: Limits
     marked: Share

@@ -155,6 +155,17 @@ def test_perfect_probabilities_have_the_error_of_chance_and_an_interval_from_0()
     assert without <= 3
 
 
+def test_an_error_that_no_draw_can_change_has_no_interval():
+    """Four patients, each alone in its stratum: all replicates are the four images."""
+    scored = simulate(4, 9)
+    replicates = draw(list("pqrs"), list("abcd"), 50)
+    found = calibration_figures(scored, replicates, None)
+    errors = found["classes"]["a"]["before"]
+    truth, guess = scored.targets[:, 0], expit(scored.logits[:, 0])
+    assert errors["calibration_error"] == pytest.approx(np.abs(truth - guess).mean(), abs=1e-6)
+    assert errors["calibration_error_interval"] is None
+
+
 def test_means_are_over_the_classes_with_a_temperature():
     """So that before and after are of the same classes."""
     scored = simulate(600, 8, classes=("a", "b", "c"))
