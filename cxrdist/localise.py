@@ -1,7 +1,7 @@
 """Localise: score where a network looks against boxes and masks drawn by people."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -57,6 +57,7 @@ from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
 
 EMPTY = "that cover nothing"
+SEEN = "of images that the network has seen"
 PICTURED = 4  # number of the best cases that get pictures, and of the worst
 DIGITS = 7  # decimals of shares; float32 has no more
 Maps = Mapping[Method, NDArray[np.floating]]  # [B, S, S] each
@@ -104,13 +105,13 @@ def localise(config: LocaliseConfig) -> None:
     model = together(accelerator, lambda: one_network(opened.model))
     explainer = together(accelerator, lambda: Explainer(model))
     outlines = together(accelerator, lambda: _read_outlines(config, opened))
+    together(accelerator, lambda: _cases_by_split(opened, outlines))  # refuse before decoding
     loaded = load_images(opened, config.cache)
-    if loaded.external is not None:  # images that the network has seen may have left the split
-        outlines = together(accelerator, lambda: _read_outlines(config, loaded))
-    if config.boxes is None and config.masks is None and not outlines.shapes:
+    if outlines.kind == "masks" and config.masks is None:
         # Only after load_images, which has compared the shards with their index (open_cache).
         masks = open_masks(loaded.packed, config.cache, accelerator)
-        outlines = masks_of_shards(loaded.index, masks, _numbers(loaded))
+        outlines = masks_of_shards(opened.index, masks, _numbers(opened))
+    outlines = _without_seen(outlines, loaded)
     for note in outlines.notes:
         say(accelerator, f"{outlines.origin}: {note}")
     cases = together(accelerator, lambda: _cases_by_split(loaded, outlines))
@@ -133,25 +134,40 @@ def _numbers(opened: OpenedRun) -> list[int]:
 
 
 def _read_outlines(config: LocaliseConfig, opened: OpenedRun) -> Outlines:
-    """Read the outlines from the given file, or the boxes of the shards."""
+    """Read the outlines from the given file, or those of the shards: boxes, or else masks.
+
+    Masks of the shards are only counted: their pixels are decoded with the images.
+    """
     originals = read_originals(opened.packed, _numbers(opened))
     if config.boxes is not None:
         return boxes_of_table(opened.index, originals, config.boxes)
     if config.masks is not None:
         return masks_of_files(opened.index, originals, config.masks)
-    return boxes_of_shards(opened.index, originals)
+    boxes = boxes_of_shards(opened.index, originals)
+    not_decoded = np.zeros((0, 0), np.uint8)
+    return boxes if boxes.shapes else masks_of_shards(opened.index, not_decoded, _numbers(opened))
 
 
-def _cases_by_split(loaded: LoadedRun, outlines: Outlines) -> dict[str, list[Case]]:
+def _without_seen(outlines: Outlines, loaded: LoadedRun) -> Outlines:
+    """Leave out the images of an external set that have left the split: the network saw them."""
+    samples = loaded.index.samples
+    kept = {case: count for case, count in outlines.shapes.items() if samples[case[0]].split}
+    if len(kept) == len(outlines.shapes):
+        return outlines
+    seen = sum(outlines.shapes.values()) - sum(kept.values())
+    return replace(outlines, shapes=kept, left_out={**outlines.left_out, SEEN: seen})
+
+
+def _cases_by_split(opened: OpenedRun, outlines: Outlines) -> dict[str, list[Case]]:
     """Group the cases: the scored split under `ALL`, others of train and val by their names."""
-    split, samples = loaded.split, loaded.index.samples
+    split, samples = opened.split, opened.index.samples
     cases: dict[str, list[Case]] = {name: [] for name in (ALL, "val", "train")}
     for case in outlines.shapes:
         own = samples[case[0]].split
         if own == split:
             cases[ALL].append(case)
         # Splits of an external set are not those that the network was trained and validated on.
-        elif own in cases and loaded.external is None:
+        elif own in cases and opened.choices is None:
             cases[own].append(case)
     if not cases[ALL]:
         reasons = [f"{count} {reason}" for reason, count in outlines.left_out.items()]

@@ -21,11 +21,12 @@ from cxrdist.config import (
     TrainConfig,
 )
 from cxrdist.data.index import read_index
+from cxrdist.data.outlines import boxes_of_table
 from cxrdist.data.pack import pack
 from cxrdist.data.phantom import COVID, PATIENT_PATTERN, write_phantoms
 from cxrdist.data.records import SPLITS
 from cxrdist.explain.heatmap import OUTLINE
-from cxrdist.localise import NAMES, likeliest_other, localise, outlined, summary
+from cxrdist.localise import NAMES, SEEN, likeliest_other, localise, outlined, summary
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
 
@@ -148,14 +149,44 @@ def test_boxes_are_read_before_images_are_decoded(trained, tmp_path, capsys):
     assert not (tmp_path / "cache").exists()
 
 
-def test_without_truth_on_the_split_it_is_one_line(trained, capsys):
-    """The shards hold neither boxes nor masks; two options exclude each other."""
+def test_without_truth_on_the_split_it_is_one_line(trained, tmp_path, capsys):
+    """The shards hold neither boxes nor masks, which takes no image; two options exclude others."""
     command = ["localise", "--run", str(trained / "run"), "--shards", str(trained / "shards")]
-    command += ["--cache", str(trained / "cache")]
+    command += ["--cache", str(tmp_path / "cache")]
     assert main(command) == 2
     assert "has no image with masks of the shards" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
     assert main([*command, "--boxes", "b.csv", "--masks", "m"]) == 2
     assert "exclude each other" in capsys.readouterr().err
+
+
+def test_boxes_of_an_external_set_are_read_once(trained, tmp_path, monkeypatch):
+    """Those of patients that the network was trained on are counted as left out."""
+    settings = {"size": SIZE_PX, "split": "0.5/0.1/0.4", "patient_pattern": PATIENT_PATTERN}
+    other = tmp_path / "other"
+    pack(PackConfig("folder", trained / "images", other, workers=1, seed=1, **settings))
+    own = read_index(trained / "shards").samples
+    known = {sample.patient for sample in own if sample.split in ("train", "val")}
+    boxed = [s for s in read_index(other).samples if s.split == "test" and s.label == COVID]
+    seen = sum(sample.patient in known for sample in boxed)
+    assert 0 < seen < len(boxed)
+    calls = []
+
+    def read(*arguments):
+        calls.append(arguments)
+        return boxes_of_table(*arguments)
+
+    monkeypatch.setattr("cxrdist.localise.boxes_of_table", read)
+    config = LocaliseConfig(
+        trained / "run", other, boxes=trained / "boxes.csv", cache=trained / "cache"
+    )
+    localise(config)
+    place = trained / "run" / "external" / "other" / "localisation.json"
+    found = json.loads(place.read_text())
+    assert found["left_out"].pop(SEEN) == seen
+    assert found["groups"][0]["shapes"] == len(boxed) - seen
+    assert sum(found["left_out"].values()) + len(boxed) == sum(s.label == COVID for s in own)
+    assert len(calls) == 1
 
 
 def test_the_likeliest_other_class_is_not_the_class_itself():
