@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from cxrdist.data.outlines import (
     masks_of_shards,
     read_originals,
 )
-from cxrdist.distributed import finish, gather, say, together
+from cxrdist.distributed import entering, finish, gather, say, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import (
     LoadedRun,
@@ -51,7 +52,7 @@ from cxrdist.explain.localisation import (
 from cxrdist.explain.pictures import replace_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
-from cxrdist.files import refuse_unwritable, write_json
+from cxrdist.files import locked, refuse_unwritable, write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
@@ -102,6 +103,13 @@ def localise(config: LocaliseConfig) -> None:
     accelerator = opened.accelerator
     file = together(accelerator, lambda: opened.run.localisation(opened.subset))
     together(accelerator, lambda: refuse_unwritable(file))
+    pictures = together(accelerator, lambda: opened.run.localisation_pictures(opened.subset))
+    with entering(accelerator, locked(pictures), here=accelerator.is_main_process):
+        _localise(config, opened, file)
+
+
+def _localise(config: LocaliseConfig, opened: OpenedRun, file: Path) -> None:
+    accelerator = opened.accelerator
     model = together(accelerator, lambda: one_network(opened.model))
     explainer = together(accelerator, lambda: Explainer(model))
     outlines = together(accelerator, lambda: _read_outlines(config, opened))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from cxrdist.data.labels import POSITIVE
 from cxrdist.data.phantom import burn_text
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.data.text import find_boxes, require_extra
-from cxrdist.distributed import finish, gather, together
+from cxrdist.distributed import entering, finish, gather, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import Metrics, headline
@@ -56,7 +57,7 @@ from cxrdist.explain.text_file import (
     TextPicture,
     TextRelevance,
 )
-from cxrdist.files import refuse_unwritable, write_json
+from cxrdist.files import locked, refuse_unwritable, write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
@@ -116,6 +117,13 @@ def probe_text(config: ProbeTextConfig) -> None:
     accelerator = opened.accelerator
     file = together(accelerator, lambda: opened.run.text(opened.subset))
     together(accelerator, lambda: refuse_unwritable(file))
+    pictures = together(accelerator, lambda: opened.run.text_pictures(opened.subset))
+    with entering(accelerator, locked(pictures), here=accelerator.is_main_process):
+        _probe_text(config, opened, file)
+
+
+def _probe_text(config: ProbeTextConfig, opened: OpenedRun, file: Path) -> None:
+    accelerator = opened.accelerator
     model = together(accelerator, lambda: one_network(opened.model))
     explainer = together(accelerator, lambda: Explainer(model))
     together(accelerator, lambda: _refuse_covered(opened.index, config.split))

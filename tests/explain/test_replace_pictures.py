@@ -12,6 +12,7 @@ from cxrdist.data.boxes import Box, write_boxes
 from cxrdist.data.index import read_index
 from cxrdist.explain import pictures
 from cxrdist.explain.relevance import Explainer
+from cxrdist.files import locked
 
 COMMANDS = {"localise": "localisation", "probe-text": "text"}
 NAMES = {"localise": ("xray", "lrp", "contrast"), "probe-text": ("xray", "map")}
@@ -63,7 +64,20 @@ def test_a_document_is_never_beside_pictures_of_another_command(
     assert document.read_bytes() != before
     shown = json.loads(document.read_text())["pictures"]
     names = {picture[what] for picture in shown for what in NAMES[command]}
-    assert {file.name for file in directory.iterdir()} == names | {"notes.png"}
+    assert {file.name for file in directory.iterdir()} == names | {"notes.png", ".lock"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_two_at_once_do_not_mix_their_files(small_run, probed, monkeypatch, capsys, command):
+    """The second one is refused before it explains an image; the document stays as it is."""
+    document = probed / "run" / "test" / f"{COMMANDS[command]}.json"
+    before, explained = document.read_bytes(), []
+    monkeypatch.setattr(Explainer, "attribute", lambda *_: explained.append(1))
+    with locked(document.with_suffix("")):
+        assert run_on(small_run, probed, command) == 2
+    assert "another cxrdist process is writing here" in capsys.readouterr().err
+    assert document.read_bytes() == before
+    assert not explained
 
 
 @pytest.mark.parametrize("command", COMMANDS)
