@@ -81,13 +81,18 @@ def _refuse_bad_options(config: SeedsConfig) -> None:
 
 
 def _recipe(config: SeedsConfig, number: int) -> TrainConfig:
-    """Return the training options of one member."""
+    """Return the training options of one member; refuse a recipe for one fold of the data."""
     run = config.run / _name(number)
     paths = ["--shards", str(config.shards), "--run", str(run)]
     paths += ["--cache", str(config.cache)] if config.cache else []
     recipe: TrainConfig = parse(COMMANDS["train"], ["--config", config.recipe, *paths])
     if config.folds:
         return replace(recipe, fold=f"{number + 1}/{config.seeds}")
+    if recipe.fold is not None:
+        raise CxrdistError(
+            f"--recipe {config.recipe}: has fold {recipe.fold}, on which every member would be "
+            "trained; remove it from the recipe, or give --folds for a fold per member"
+        )
     return replace(recipe, seed=number)
 
 

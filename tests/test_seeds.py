@@ -288,6 +288,17 @@ def test_a_killed_member_goes_on(tmp_path, capsys):
     assert load_predictor(run).names == ["member-0", "member-1"]
 
 
+def test_a_recipe_of_one_fold_is_refused(tmp_path, capsys):
+    """Its members would all be validated on the same part, and the ensemble on another one."""
+    (tmp_path / "recipe.yaml").write_text(f"{RECIPE}fold: 2/5\n")
+    words = ["--shards", tmp_path, "--run", tmp_path / "run", "--recipe", tmp_path / "recipe.yaml"]
+    assert main(["seeds", *map(str, words)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "has fold 2/5, on which every member" in line
+    assert "give --folds for a fold per member" in line
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
