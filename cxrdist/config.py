@@ -440,7 +440,7 @@ class WeightsConvertConfig:
     file: str
     """A checkpoint file, or whatever else --init takes."""
     out: Path
-    """File to write, NAME.safetensors; it must not exist yet."""
+    """File to write, NAME.safetensors; a file with other content is not replaced."""
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from safetensors.torch import save
 
 from cxrdist.config import WeightsConvertConfig, WeightsShowConfig
+from cxrdist.documents import parse_json
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file, refuse_unwritable
 from cxrdist.info import origins
@@ -29,13 +31,12 @@ def convert_weights(config: WeightsConvertConfig) -> None:
     """Write a checkpoint as safetensors under torchvision's names, with its labels and source.
 
     Raises:
-        CxrdistError: it cannot be read, is not a whole network, or OUT already exists.
+        CxrdistError: it cannot be read, is not a whole network, or OUT holds something else.
     """
-    if config.out.suffix != ".safetensors" or config.out.exists():
-        problem = (
-            "already exists" if config.out.exists() else "expected a name ending in .safetensors"
+    if config.out.suffix != ".safetensors":
+        raise CxrdistError(
+            f"{config.out}: expected a name ending in .safetensors; choose another name"
         )
-        raise CxrdistError(f"{config.out}: {problem}; choose another name")
     refuse_unwritable(config.out)
     weights = _read(config.file)
     note: WeightsNote = {
@@ -46,9 +47,29 @@ def convert_weights(config: WeightsConvertConfig) -> None:
     }
     metadata = {"format": "pt", METADATA: json.dumps(note, default=asdict)}
     tensors = {k: v.contiguous() for k, v in {**weights.tensors, **weights.head}.items()}
+    data = save(tensors, metadata)
+    if config.out.exists():
+        if not _is_same(config.out, data):
+            raise CxrdistError(f"{config.out}: already exists; choose another name")
+        print(f"{config.out}: is converted already")
+        return
     with atomic_file(config.out) as partial:
-        partial.write_bytes(save(tensors, metadata))
+        partial.write_bytes(data)
     print(f"{config.out}: {len(tensors)} tensors")
+
+
+def _is_same(file: Path, data: bytes) -> bool:
+    """Return whether a file of safetensors holds the same; the order in its header may differ."""
+    try:
+        return file.stat().st_size == len(data) and _parts(file.read_bytes()) == _parts(data)
+    except ValueError:
+        return False
+
+
+def _parts(data: bytes) -> tuple[object, bytes]:
+    """Return the header of safetensors, which follows its length in 8 bytes, and the tensors."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return parse_json(data[8:end]), data[end:]
 
 
 def _read(file: str) -> InitialWeights:

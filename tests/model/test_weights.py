@@ -348,7 +348,7 @@ def test_a_flipped_bit_is_found(tmp_path):
         read_weights(str(file))
 
 
-def test_convert_writes_what_any_library_reads_and_keeps_what_is_known(tmp_path, capsys):
+def test_convert_writes_what_any_library_reads_and_keeps_what_is_known(tmp_path):
     """Other libraries load the file strictly; labels, scale and source are still known."""
     torch.save(as_jrzech(torchvision_network()), tmp_path / "checkpoint")
     out = tmp_path / "w.safetensors"
@@ -360,8 +360,24 @@ def test_convert_writes_what_any_library_reads_and_keeps_what_is_known(tmp_path,
     assert after.normalisation == before.normalisation
     assert after.record["layout"] == before.record["layout"]
     assert after.record["started_from"]["sha256"] == before.record["sha256"]
-    assert main(arguments) == 2
-    assert "already exists" in capsys.readouterr().err
+
+
+def test_convert_writes_a_file_once(tmp_path, capsys):
+    """The same command finds its file; another content is kept: other weights or any file."""
+    out = tmp_path / "w.safetensors"
+    for number in (0, 1):
+        torch.manual_seed(number)
+        torch.save(as_jrzech(torchvision_network()), tmp_path / f"{number}")
+    assert main(["weights", "convert", str(tmp_path / "0"), str(out)]) == 0
+    before = out.read_bytes()
+    for _ in range(4):  # safetensors writes the two values of its metadata in any order
+        assert main(["weights", "convert", str(tmp_path / "0"), str(out)]) == 0
+        assert "w.safetensors: is converted already" in capsys.readouterr().out
+    for other in (before, before[:-1], bytes(len(before)), b"x"):
+        out.write_bytes(other)
+        assert main(["weights", "convert", str(tmp_path / "1"), str(out)]) == 2
+        assert "w.safetensors: already exists; choose" in capsys.readouterr().err
+        assert out.read_bytes() == other
 
 
 def test_convert_keeps_one_channel_and_its_scale(tmp_path):
