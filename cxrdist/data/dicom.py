@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
+from pydicom.filereader import _read_file_meta_info, read_preamble
 from pydicom.uid import (
     JPEG2000,
     DeflatedExplicitVRLittleEndian,
@@ -99,7 +100,7 @@ def read_dicom(data: bytes, file: Path, depth: int | None = None) -> Picture:
 
 
 def _read(data: bytes, depth: int | None) -> Picture:
-    if DeflatedExplicitVRLittleEndian.encode() in data:
+    if _is_deflated(data):
         # pydicom would inflate it without a limit, so that a small file could fill the memory.
         raise RefusedError("it is deflated; store it uncompressed, for example with dcmconv +te")
     # Without force it refuses files without a preamble (PS3.10, section 7.1), as old ones are.
@@ -118,6 +119,16 @@ def _read(data: bytes, depth: int | None) -> Picture:
         sex=sex_of(text(dataset, "PatientSex")),
         age=stated_age(text(dataset, "PatientAge")),
     )
+
+
+def _is_deflated(data: bytes) -> bool:
+    """Return whether pydicom would inflate a file, by its file meta group alone."""
+    if DeflatedExplicitVRLittleEndian.encode() not in data:
+        return False
+    stream = io.BytesIO(data)
+    read_preamble(stream, force=True)
+    syntax = _read_file_meta_info(stream).get("TransferSyntaxUID")
+    return bool(syntax == DeflatedExplicitVRLittleEndian)
 
 
 def _view(dataset: Dataset) -> str | None:

@@ -1,7 +1,9 @@
 import json
 import re
+import struct
 import tarfile
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate, get_frame
 from pydicom.pixels import apply_voi_lut, apply_windowing
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 from support import run_command
 
 from cxrdist.data.dicom import read_dicom
@@ -181,6 +184,23 @@ def test_other_compressions_are_refused_with_a_tool_that_undoes_them(tmp_path, s
     file.write_bytes(file.read_bytes().replace(plain, other, 1))
     with pytest.raises(CxrdistError, match=r"transfer syntax is not supported; .* dcmdjpeg"):
         decode(file, 8, "crop")
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_a_deflated_dicom_is_told_by_its_file_meta_group_only(tmp_path, implicit):
+    """Without a preamble and with implicit VRs too; elsewhere its UID is a text like any other."""
+    values = np.arange(64).reshape(8, 8)
+    noted = write_dicom(tmp_path / "x.dcm", values, ImageComments=DeflatedExplicitVRLittleEndian)
+    assert DeflatedExplicitVRLittleEndian.encode() in noted.read_bytes()
+    assert np.array_equal(pixels_of(noted), values)
+    uid = DeflatedExplicitVRLittleEndian.encode()
+    length = struct.pack("<I", len(uid)) if implicit else b"UI" + struct.pack("<H", len(uid))
+    element = struct.pack("<HH", 2, 0x10) + length + uid
+    for start in (b"", bytes(128) + b"DICM"):
+        deflated = zlib.compress(bytes(999), wbits=-15)
+        (tmp_path / "y.dcm").write_bytes(start + element + deflated)
+        with pytest.raises(CxrdistError, match="deflated; store it uncompressed"):
+            decode(tmp_path / "y.dcm", 8, "crop")
 
 
 def test_pydicoms_own_files_are_read_or_refused(capsys):
