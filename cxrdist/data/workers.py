@@ -3,6 +3,7 @@
 import ctypes
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
@@ -15,7 +16,9 @@ from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from cxrdist.errors import CxrdistError
 
-SECONDS_PER_IMAGE = 10  # a real X-ray takes a tenth of one; anything slower is malicious or broken
+# Processor time: a real X-ray takes a tenth of a second; anything slower is malicious or broken.
+SECONDS_PER_IMAGE = 10
+WAITING = 6  # times as long an image may take by the clock: a busy machine or a slow disk
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MOST_BLOCK_BYTES = 32 << 20  # the most that glibc takes on 64 bits
 MOST_KEPT_BYTES = 64 << 20  # of free memory, by a worker
@@ -56,11 +59,13 @@ class Job(Generic[Item, Made]):
             if len(self.items) > 1:
                 again = (schedule(self.pool, self.make, [one], self.seconds) for one in self.items)
                 return [made for job in again for made in job.results()]
-            reason = (
-                f"crashed its decoder (exit code {error.exitcode})"
-                if isinstance(error, ProcessExpired)
-                else f"was not read within {self.seconds:g} s; if this machine was busy, try again"
-            )
+            if isinstance(error, TimeoutError):
+                seconds = WAITING * self.seconds
+                reason = f"was not read within {seconds:g} s; if this machine was busy, try again"
+            elif error.exitcode == -signal.SIGPROF:
+                reason = f"was not read within {self.seconds:g} s of processor time"
+            else:
+                reason = f"crashed its decoder (exit code {error.exitcode})"
             return [CxrdistError(f"{self.items[0].file}: {reason}")]
 
 
@@ -76,10 +81,11 @@ def schedule(
         pool: of `image_workers`.
         make: called in a worker with each item; a CxrdistError that it raises is its result.
         items: processed by one worker.
-        seconds: time limit for all items together; `SECONDS_PER_IMAGE` if None.
+        seconds: of processor time, limit for all items together; `SECONDS_PER_IMAGE` if None. By
+            the clock it is `WAITING` times as long.
     """
     limit = SECONDS_PER_IMAGE if seconds is None else seconds
-    future = pool.schedule(_make_each, args=(make, items), timeout=limit)
+    future = pool.schedule(_make_each, args=(make, items, limit), timeout=WAITING * limit)
     return Job(pool, make, items, limit, future)
 
 
@@ -99,7 +105,7 @@ def in_order(
         make: as in `schedule`.
         items: its arguments.
         chunk: items that one worker processes together.
-        seconds: time limit for a chunk; `SECONDS_PER_IMAGE` if None.
+        seconds: limit for a chunk, as in `schedule`.
     """
     waiting: deque[Job[Item, Made]] = deque()
     for start in range(0, len(items), chunk):
@@ -116,8 +122,12 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _make_each(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made | CxrdistError]:
+def _make_each(
+    make: Callable[[Item], Made], items: Sequence[Item], seconds: float
+) -> list[Made | CxrdistError]:
     made: list[Made | CxrdistError] = []
+    # SIGPROF ends this process, also within a decoder that never returns to Python.
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     for item in items:
         try:
             made.append(make(item))
@@ -125,6 +135,7 @@ def _make_each(make: Callable[[Item], Made], items: Sequence[Item]) -> list[Made
             made.append(CxrdistError(str(error)))  # without its cause, which may not be picklable
         except MemoryError:
             made.append(CxrdistError(f"{item.file}: does not fit into the memory of this machine"))
+    signal.setitimer(signal.ITIMER_PROF, 0)
     return made
 
 

@@ -405,6 +405,7 @@ def readers_of(fifo: Path) -> list[int]:
 def test_a_decoder_that_hangs_or_dies_costs_one_image(config, tmp_path, monkeypatch, kills):
     """The file is named; the images that its worker was given with it are read by another."""
     monkeypatch.setattr(workers, "SECONDS_PER_IMAGE", 30 if kills else 2)
+    monkeypatch.setattr(workers, "WAITING", 1)
     records = read_source(config).records
     fifo = config.input / "a" / "a000_9.png"  # who reads it waits for what is never written
     os.mkfifo(fifo)
