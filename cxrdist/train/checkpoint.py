@@ -69,7 +69,7 @@ class Position:
 
     @property
     def name(self) -> str:
-        """Return the name of the checkpoint's directory; names sort in the order of time."""
+        """Return the name of the checkpoint's directory; its numbers sort in the order of time."""
         return f"{self.epochs_done:05d}-{self.step:07d}"
 
 
@@ -147,12 +147,13 @@ def _bests_of(position: Position) -> list[str]:
 
 
 def _directories(directory: Path, name: re.Pattern[str]) -> list[Path]:
-    """List the directories whose names match, sorted, without links."""
-    return sorted(
+    """List the directories whose names match, sorted by their numbers, without links."""
+    found = [
         path
         for path in directory.iterdir()
         if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
-    )
+    ]
+    return sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 
 def has_checkpoint(directory: Path) -> bool:

@@ -66,6 +66,20 @@ def test_only_checkpoints_are_removed(tmp_path):
     assert found.position == before
 
 
+def test_the_latest_checkpoint_is_that_of_the_largest_numbers(tmp_path):
+    """Epoch 100,000 comes after 99,999, and step 10,000,000 after 9,999,999, though not as text."""
+    before = None
+    for epochs in (99_999, 100_000):
+        before = save(tmp_path, epochs, before)
+    assert load_latest(tmp_path, RECIPE, pytest.fail).position.epochs_done == 100_000
+    names = [f"100000-{step:07d}" for step in (9_999_999, 10_000_000)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    said: list[str] = []
+    load_latest(tmp_path, RECIPE, said.append)
+    assert [names[1] in said[0], names[0] in said[1]] == [True, True]
+
+
 def test_a_checkpoint_that_leads_elsewhere_is_damaged(tmp_path):
     """A link in the place of a state, and best weights outside of the run."""
     first = save(tmp_path, 1, None)
