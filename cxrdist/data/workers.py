@@ -14,7 +14,7 @@ from typing import Generic, Protocol, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, RunFailedError
 
 # Processor time: a real X-ray takes a tenth of a second; anything slower is malicious or broken.
 SECONDS_PER_IMAGE = 10
@@ -22,6 +22,11 @@ WAITING = 6  # times as long an image may take by the clock: a busy machine or a
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 MOST_BLOCK_BYTES = 32 << 20  # the most that glibc takes on 64 bits
 MOST_KEPT_BYTES = 64 << 20  # of free memory, by a worker
+# A worker imports the script that started it, which would call cxrdist once more.
+BROKEN = (
+    "the processes that read images have ended; in a script of your own, call cxrdist below a line "
+    'if __name__ == "__main__": and otherwise run the same command again'
+)
 CHUNKS_AHEAD = 2  # chunks per core that are submitted before the first of them is yielded
 
 
@@ -160,6 +165,9 @@ def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Proce
     Args:
         workers: number of processes; one per core if None.
         preload: modules that all of them need.
+
+    Raises:
+        RunFailedError: they ended without having been given an item.
     """
     context = multiprocessing.get_context("forkserver")
     # Heeded only for the first pool of a process, whose server keeps running.
@@ -168,9 +176,11 @@ def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Proce
     try:
         yield pool
         pool.close()
-    except BaseException:
-        # Not close, which would complete all submitted tasks first.
-        pool.stop()
+    except BaseException as error:
+        is_broken = isinstance(error, RuntimeError) and not pool.active
+        pool.stop()  # not close, which would complete all submitted tasks first
+        if is_broken:
+            raise RunFailedError(BROKEN) from None
         raise
     finally:
         pool.join()

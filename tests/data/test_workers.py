@@ -1,6 +1,8 @@
 """The time limit of an image: processor time, so that a busy machine loses no good file."""
 
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,27 @@ def spin(item: Item) -> str:
     if item.file.name == "slow":
         re.fullmatch("(a+)+", "a" * 60 + "b")
     return item.file.name
+
+
+def test_a_script_is_told_to_guard_its_calls(tmp_path):
+    """Its workers import it, and so call `pack` themselves before they can work."""
+    from support import make_images  # loads PyTorch, for which the workers below would wait
+
+    source = make_images(tmp_path / "images", {"a": 6, "b": 6})
+    paths = f"Path({str(source)!r}), Path({str(tmp_path / 'out')!r})"
+    call = f'pack(PackConfig("folder", {paths}, size=32, workers=1, split="0.5/0.2/0.3"))\n'
+    imports = (
+        "from pathlib import Path\n"
+        "from cxrdist.config import PackConfig\n"
+        "from cxrdist.data.pack import pack\n"
+    )
+    script = tmp_path / "mine.py"
+    for guard, code in (("", 1), ('if __name__ == "__main__":\n    ', 0)):
+        script.write_text(imports + guard + call)
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+        assert done.returncode == code
+        assert ('below a line if __name__ == "__main__":' in done.stderr) == (not guard)
+        assert "BrokenProcessPool" not in done.stderr
 
 
 @pytest.mark.parametrize("make", [wait, spin])
