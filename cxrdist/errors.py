@@ -22,6 +22,8 @@ class Stopped(BaseException):
     """
 
 
+_HIDDEN = re.compile(r"(^|/)\.([^/]+)\.partial(/.*)?$", re.DOTALL)
+"""Matches the hidden directory of unfinished work, of which group 2 is the user's name."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MACHINE = (
@@ -49,9 +51,11 @@ def failure_of(
         cannot be used; None if the error is not about a file.
     """
     path = path or error.filename or ("" if error.errno not in _FULL else "the output")
-    line = f"{path}: {error.strerror}"
     if error.errno in _FULL:
-        return RunFailedError(f"{line}; {mend or 'make room, then run the same command again'}")
+        named = _HIDDEN.sub(r"\1\2", str(path))
+        mend = mend or "make room, then run the same command again"
+        return RunFailedError(f"{named}: {error.strerror}; {mend}")
+    line = f"{path}: {error.strerror}"
     if not path:
         return None
     if error.errno in _FORBIDDEN:

@@ -368,7 +368,7 @@ def test_a_full_disk_is_one_line_and_the_pack_goes_on_after_it(config, tmp_path)
     """No room: nothing visible stands; with room again the same command ends it."""
     small = with_(config, out=tmp_path / "disk" / "out")
     with small_disk(tmp_path / "disk", "100k") as make_room:
-        with pytest.raises(RunFailedError, match="No space left on device; make room"):
+        with pytest.raises(RunFailedError, match=r"/disk/out: No space left on device; make room"):
             pack(small)
         assert not small.out.exists()
         make_room()
