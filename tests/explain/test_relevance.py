@@ -6,7 +6,13 @@ from test_canonise import SMALL, images, randomised, relative_error
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from zennit.composites import EpsilonGammaBox, EpsilonPlusFlat
+from zennit.attribution import Gradient
+from zennit.composites import (
+    EpsilonAlpha2Beta1,
+    EpsilonAlpha2Beta1Flat,
+    EpsilonGammaBox,
+    EpsilonPlusFlat,
+)
 from zennit.core import Composite
 
 from cxrdist.errors import CxrdistError
@@ -230,6 +236,27 @@ def test_a_composite_of_zennit_is_taken_by_its_name():
     expected = zennit_map(model, untangle(model.network), 2, composite=box)
     result = attribute(model, images(64), [2], composite="epsilon_gamma_box")
     assert relative_error(result.relevance[:, 0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize(
+    ("name", "composite"),
+    [
+        ("epsilon_plus_flat", EpsilonPlusFlat),
+        ("epsilon_alpha2_beta1", EpsilonAlpha2Beta1),
+        ("epsilon_alpha2_beta1_flat", EpsilonAlpha2Beta1Flat),
+    ],
+)
+def test_flat_and_alpha_beta_composites_are_those_of_zennits_attributor(name, composite, biases):
+    """On the canonical network, with the biases in the denominators or without."""
+    model = randomised()
+    inputs = model.normalise(images(64))
+    rules = composite(epsilon=EPSILON, zero_params=[] if biases else ["bias"])
+    with Gradient(untangle(model.network), rules) as attributor:
+        logits, expected = attributor(inputs, lambda out: F.one_hot(torch.tensor([2, 2]), 3) * out)
+    result = attribute(model, images(64), [2], composite=name, biases=biases)
+    assert torch.allclose(result.logits[:, 0], logits[:, 2])
+    assert relative_error(result.relevance[:, 0], expected.sum(1)) < 1e-12
 
 
 def zennit_map(
