@@ -33,6 +33,11 @@ def few(names: Sequence[str], most: int) -> str:
     return ", ".join(names[:most]) + more
 
 
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """Return a number with its noun, such as "1 image" or, with the ending of the plural, more."""
+    return f"{number} {noun}{'' if number == 1 else ending}"
+
+
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     """Format rows for the terminal; numbers keep the text that they were given."""
     return tabulate(rows, headers=list(headers), disable_numparse=True, missingval="-")

@@ -1,6 +1,6 @@
 import pytest
 
-from cxrdist.terminal import progress
+from cxrdist.terminal import counted, progress
 
 
 @pytest.mark.parametrize(
@@ -11,3 +11,9 @@ def test_bytes_are_shown_in_mega_and_images_one_by_one(unit, shown):
     """As tqdm writes them: SI prefixes for a download, whole numbers for anything counted."""
     with progress(3_000_000, "weights", unit) as bar:
         assert shown in str(bar)
+
+
+def test_one_is_not_several():
+    """A number and its noun agree."""
+    assert [counted(number, "image") for number in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    assert [counted(number, "box", "es") for number in (1, 12)] == ["1 box", "12 boxes"]

@@ -52,6 +52,7 @@ from cxrdist.files import (
     scratch_directory,
     write_json,
 )
+from cxrdist.terminal import counted
 
 
 def pack(config: PackConfig) -> None:
@@ -116,7 +117,7 @@ def pack(config: PackConfig) -> None:
                 write_names(names_file(config.out), key, names)
             publish(here / "shards", config.out)
         remove(work)
-        print(f"packed {len(shards.squares)} images into {config.out}")
+        print(f"packed {counted(len(shards.squares), 'image')} into {config.out}")
         if names:
             print(f"{names_file(config.out)}: the original of each name; keep it private")
 

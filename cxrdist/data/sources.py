@@ -28,7 +28,7 @@ from cxrdist.data.several import read_several
 from cxrdist.data.views import LEFT_OUT, NAMES, UNKNOWN, parse_views, view_in_name, view_of
 from cxrdist.data.vindr_cxr import read_vindr_cxr
 from cxrdist.errors import CxrdistError
-from cxrdist.terminal import few
+from cxrdist.terminal import counted, few
 
 ONLY_FOR = {
     "against_rest": ("chestxray14",),
@@ -207,7 +207,7 @@ def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
     least, number = 1 if source.task == "multilabel" else least_classes, len(source.classes)
     if number < least:
         raise CxrdistError(
-            f"--input {path}: found {number} class{'' if number == 1 else 'es'} "
+            f"--input {path}: found {counted(number, 'class', 'es')} "
             f"({', '.join(source.classes) or 'none'}), expected at least {least}"
             f"{' (1 with --split 0/0/1, for evaluation only)' if least == 2 else ''}"
         )

@@ -21,7 +21,7 @@ from cxrdist.data.views import LEFT_OUT, NAMES
 from cxrdist.errors import RunFailedError
 from cxrdist.files import sha256_of, write_json
 from cxrdist.info import LabelAmount
-from cxrdist.terminal import few, table
+from cxrdist.terminal import counted, few, table
 
 Counts = dict[str, dict[str, LabelAmount]]  # by split and class
 MOST_SOURCES = 10  # in a line
@@ -177,8 +177,8 @@ def _tell_cover(index: Index) -> Iterator[str]:
     """Yield a line on covered text, if any was to be covered."""
     if cover := index.cover:
         yield (
-            f"burned-in text: {cover['boxes']} boxes in {cover['images']} images are covered "
-            f"({cover['how']}, {cover['split']})"
+            f"burned-in text: {counted(cover['boxes'], 'box', 'es')} in "
+            f"{counted(cover['images'], 'image')} covered ({cover['how']}, {cover['split']})"
         )
 
 
@@ -192,8 +192,9 @@ def _tell_squares(squares: list[Square], index: IndexFile, layout: Layout) -> It
     num_boxes = sum(len(square.record.findings) for square in with_boxes)
     lost = num_boxes - sum(len(findings_in_square(square, layout)) for square in with_boxes)
     if num_boxes:
-        outside = f"; {lost} lie outside of the square and are left out" if lost else ""
-        yield f"findings: {num_boxes} boxes in {len(with_boxes)} images{outside}"
+        outside = f"; left out, outside of the square: {lost}" if lost else ""
+        boxes, images = counted(num_boxes, "box", "es"), counted(len(with_boxes), "image")
+        yield f"findings: {boxes} in {images}{outside}"
 
 
 def _of_views(source: Source, rejected: list[Square]) -> Source:

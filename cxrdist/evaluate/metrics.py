@@ -20,7 +20,7 @@ from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.info import Count
 from cxrdist.intervals import Intervals
 from cxrdist.model.prediction import THRESHOLD, decide
-from cxrdist.terminal import table
+from cxrdist.terminal import counted, table
 
 ScoreName = Literal["recall", "specificity", "precision", "f1", "auroc", "average_precision"]
 IntervalName = Literal[
@@ -321,7 +321,7 @@ def headline(metrics: Metrics) -> str:
         return _label_headline(metrics)
     samples = metrics["samples"]
     if samples < metrics.get("fewest", 0):
-        return f"accuracy: too few to say ({samples} images)"
+        return f"accuracy: too few to say ({counted(samples, 'image')})"
     limits = _within(metrics, metrics.get("accuracy_interval"))
     right = f"{correct_of(metrics)} of {samples}"
     return f"accuracy {metrics['accuracy']:.3f} ({right}{limits})"
@@ -343,7 +343,7 @@ def _label_headline(metrics: Metrics) -> str:
     unknown = f", {share} of their labels are known" if known < 1 else ""
     limits = _within(metrics, mean.get("auroc_interval"))
     excluded = ", ".join(f"{name} ({reason})" for name, reason in few.items())
-    return f"mean AUROC{shown} ({samples} images{unknown}{limits})" + (
+    return f"mean AUROC{shown} ({counted(samples, 'image')}{unknown}{limits})" + (
         f"; too few to say for {excluded}" if few else ""
     )
 
@@ -367,7 +367,7 @@ def _within(metrics: Metrics, limits: Limits | None) -> str:
         return ""
     return (
         f"; {LEVEL:.0%} interval {limits[0]:.3f} to {limits[1]:.3f}, "
-        f"{metrics['intervals']['patients']} patients"
+        f"{counted(metrics['intervals']['patients'], 'patient')}"
     ).replace("%", " %")
 
 

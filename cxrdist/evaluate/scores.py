@@ -19,6 +19,7 @@ from cxrdist.evaluate.metrics import (
 )
 from cxrdist.evaluate.scored import Scored
 from cxrdist.intervals import bounded, of_auroc, of_mean, of_share, wilson
+from cxrdist.terminal import counted
 
 # The interval of each class, None where the score is undefined; the replicates of each class.
 Figures = tuple[list[Limits | None], NDArray[np.float64]]
@@ -60,7 +61,7 @@ def too_few(positives: int, negatives: int, fewest: int) -> str | None:
     if min(positives, negatives) >= fewest:
         return None
     number, kind = min((positives, "positive"), (negatives, "negative"))
-    return f"{number} {kind}{'' if number == 1 else 's'}"
+    return counted(number, kind)
 
 
 def _count(scores: Scores, target: NDArray[np.int8], replicates: Replicates, fewest: int) -> None:

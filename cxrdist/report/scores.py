@@ -21,7 +21,17 @@ from cxrdist.evaluate.metrics import (
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
 from cxrdist.report.files import Prediction
-from cxrdist.report.values import COUNTS, MEASURES, cell, count, interval, number, percent, share
+from cxrdist.report.values import (
+    COUNTS,
+    MEASURES,
+    cell,
+    count,
+    counted,
+    interval,
+    number,
+    percent,
+    share,
+)
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, options_of
 
@@ -69,12 +79,12 @@ def _tiles(metrics: Metrics) -> list[tuple[str, str, str]]:
 def _accuracy_tile(metrics: Metrics) -> tuple[str, str, str]:
     samples = metrics["samples"]
     if samples < metrics.get("fewest", 0):
-        return "Accuracy", TOO_FEW, f"{count(samples)} images"
-    more = f"{count(correct_of(metrics))} of {count(samples)} images correct"
+        return "Accuracy", TOO_FEW, counted(samples, "image")
+    more = f"{count(correct_of(metrics))} of {counted(samples, 'image')} correct"
     if limits := accuracy_interval(metrics):
         more += f"; 95 % interval {interval(limits, 'percent')}"
     if "intervals" in metrics:
-        more += f", {count(metrics['intervals']['patients'])} patients"
+        more += f", {counted(metrics['intervals']['patients'], 'patient')}"
     return "Accuracy", percent(metrics["accuracy"]), more
 
 
@@ -113,7 +123,7 @@ def _basis(metrics: Metrics) -> str:
     made = metrics["intervals"]
     alone = made["unit"] == "image"
     text = (
-        f"95 % intervals by a bootstrap over {count(made['patients'])} patients"
+        f"95 % intervals by a bootstrap over {counted(made['patients'], 'patient')}"
         f"{', each with one image' if alone else ''}, with {count(made['replicates'])} replicates."
     )
     if within := metrics.get("accuracy_wilson"):

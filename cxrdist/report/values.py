@@ -87,6 +87,11 @@ def count(value: int | None) -> str:
     return DASH if value is None else f"{value:,}"
 
 
+def counted(value: int, noun: str) -> str:
+    """Format an integer with its noun, in the plural unless it is 1."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def rate(value: float) -> str:
     """Format a value of any magnitude, such as a learning rate, with three significant digits."""
     return f"{value:.3g}"

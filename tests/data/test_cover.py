@@ -147,4 +147,4 @@ def test_strangers_among_the_boxes_are_counted(source, tmp_path, capsys):
     pack_source(source, tmp_path / "out", text_boxes=table)
     said = capsys.readouterr().out
     assert "1 of its 13 images are not in the source, the first is a/typo.png" in said
-    assert "burned-in text: 12 boxes in 12 images are covered (black, all)" in said
+    assert "burned-in text: 12 boxes in 12 images covered (black, all)" in said

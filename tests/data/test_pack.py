@@ -98,7 +98,7 @@ def test_boxes_of_findings_are_packed_in_px_of_the_square(tmp_path, monkeypatch,
     boxes = (*here, Finding("Nodule", 1, 1, 3, 9))
     shards = pack_with_findings(tmp_path, monkeypatch, boxes)
     said = capsys.readouterr().out
-    assert "findings: 3 boxes in 1 images; 1 lie outside of the square and are left out" in said
+    assert "findings: 3 boxes in 1 image; left out, outside of the square: 1" in said
     abouts = [about for shard in read_index(shards).packed() for _, about in read_shard(shard)]
     (there,) = [about["boxes"] for about in abouts if "boxes" in about]
     assert there == [Finding("Mass", 0, 0, 16, 8, "R1"), Finding("Mass", 16, 0, 16, 16, "R2")]

@@ -127,6 +127,9 @@ def test_too_few_to_say_is_said_of_everything():
     assert few["macro_enough"]["auroc"] is None
     four = scored("multiclass", ["a", "b"], np.eye(2)[[0, 1, 0, 1]], np.eye(2)[[0, 1, 1, 1]])
     assert headline(measure(four, SMALL)) == "accuracy: too few to say (4 images)"
+    one = four.take(np.array([0]))
+    assert headline(measure(one, SMALL)) == "accuracy: too few to say (1 image)"
+    assert headline(measure(one, Settings(fewest=1, replicates=50))).endswith(", 1 patient)")
     assert measure(four, Settings(fewest=2, replicates=50))["classes"]["a"]["too_few"] is None
 
 

@@ -280,6 +280,19 @@ def test_a_headline_of_too_few_images_is_not_a_number(run: Path) -> None:
     assert f"COVID-19 too few to say: {few} " in text
 
 
+def test_one_image_of_one_patient_is_told_in_the_singular(run: Path) -> None:
+    """On the first page: the verdict, the tile of the accuracy, and what intervals rest on."""
+    table = run / "test" / "predictions.csv"
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:2]))
+    images = read_scored(table, "multiclass")
+    metrics = measure(images, Settings(replicates=50, fewest=1))
+    (run / "test" / "metrics.json").write_text(json.dumps(metrics))
+    text = str(Text(write(run)))
+    assert re.search(r"Right on \S+ % of 1 test image of 1 patient;", text.replace("\xa0", " "))
+    assert re.search(r"[01] of 1 image correct; .* 1 patient\b", text)
+    assert "by a bootstrap over 1 patient, each" in text
+
+
 @pytest.mark.filterwarnings("ignore:No positive samples")
 def test_class_without_images_has_no_curve(run: Path, made: SimpleNamespace) -> None:
     """A class that the split lacks gets a sentence where its ROC curve would be."""
