@@ -172,7 +172,9 @@ class Predictor:
             number, what, job = drawing.popleft()
             (result,) = job.results()
             if isinstance(result, CxrdistError):
-                self.reasons[number] = f"{result}; has no {what}"
+                earlier = self.reasons.get(number)  # of the other drawing of this image
+                lacks = f"{earlier} and" if earlier else f"{result}; has"
+                self.reasons[number] = f"{lacks} no {what}"
                 if what == "heat maps":
                     del self.ledgers[number]
             elif result:

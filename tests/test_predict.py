@@ -5,9 +5,11 @@ import hashlib
 import platform
 import shutil
 import sys
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pydicom
@@ -326,6 +328,16 @@ def test_of_an_image_that_is_predicted_again_nothing_remains(monkeypatch):
     assert predictor.share_depth(inputs, how) == 12
     assert ran == [{0: inputs[0]}]
     assert {*predictor.logits} == {*predictor.ledgers} == {*predictor.reasons} == {1}
+
+
+def test_what_an_image_lacks_is_all_named():
+    """Not only the last of what could not be drawn."""
+    predictor = predicting.Predictor(*[None] * 5, batch_size=1)
+    predictor.ledgers[3] = [["row"]]
+    late = SimpleNamespace(results=lambda: [CxrdistError("x.dcm: was slow")])
+    made = [predicting.Made(3, what, late) for what in ("heat maps", "DICOM results")]
+    predictor._finish_drawings(deque(made), 0)
+    assert predictor.reasons == {3: "x.dcm: was slow; has no heat maps and no DICOM results"}
 
 
 def test_the_depth_is_that_of_the_training_images_unless_told(run, tmp_path, monkeypatch, capsys):
