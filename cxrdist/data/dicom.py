@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
-from pydicom.filereader import _read_file_meta_info, read_preamble
+from pydicom.filereader import read_dataset, read_preamble
 from pydicom.uid import (
     JPEG2000,
     DeflatedExplicitVRLittleEndian,
@@ -127,7 +127,9 @@ def _is_deflated(data: bytes) -> bool:
         return False
     stream = io.BytesIO(data)
     read_preamble(stream, force=True)
-    syntax = _read_file_meta_info(stream).get("TransferSyntaxUID")
+    # The group is little endian with explicit VR in every file (PS3.10, section 7.1).
+    meta = read_dataset(stream, False, True, stop_when=lambda tag, *_: tag.group != 2)
+    syntax = meta.get("TransferSyntaxUID")
     return bool(syntax == DeflatedExplicitVRLittleEndian)
 
 
