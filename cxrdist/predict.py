@@ -61,7 +61,7 @@ from cxrdist.train.memory import is_out_of_memory
 
 MOST_NAMED = 3  # files per message
 CHUNK = 4  # images that a worker decodes at once
-SECONDS_WITH_TEXT = 60  # limit for finding text in an image, which takes 2 s after a slow start
+SECONDS_WITH_TEXT = 20  # limit for finding text in an image, as `cxrdist.data.text`
 
 
 class Made(NamedTuple):

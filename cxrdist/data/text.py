@@ -39,7 +39,7 @@ MARGIN = 0.15
 READ_FROM = 0.5
 """Least certainty of the recogniser; below it the text stays empty."""
 PART_SIZE = 16  # images per saved part; a killed part is searched again
-SECONDS_PER_PART = 60 * PART_SIZE  # an image takes a few seconds where many processes share a core
+SECONDS_PER_PART = 20 * PART_SIZE  # of processor time; an image takes 2 s after a slow start
 
 
 class Part(NamedTuple):
