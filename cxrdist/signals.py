@@ -14,16 +14,13 @@ from cxrdist.errors import Stopped
 from cxrdist.lifetime import reports_stop
 
 STOP_CODE = 75  # EX_TEMPFAIL of sysexits.h: run it again
-STOP_SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP),
-    signal.SIGUSR1,  # see launch/requeue.sh
-)
+# USR1 is the warning before a time limit (--signal in launch/train.sbatch).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Slurm signals a whole process tree, and launchers also pass signals on, so one request may arrive
 # several times within this period.
 SAME_REQUEST_SECONDS = 5.0
 # After this time without handling a signal, the main thread waits in C++, such as for a dead rank.
 UNHEARD_SECONDS = 3.0
-
 
 Handler = Callable[[int, FrameType | None], None]
 
