@@ -152,6 +152,15 @@ def assert_steps_were_taken(run: Path, whole: Path) -> None:
     assert rows[0] == rows[1]
 
 
+@pytest.fixture
+def without_nohup():
+    """A run hears HUP, also where nohup has started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("without_nohup")
 @pytest.mark.parametrize(
     ("number", "to"),
     [
