@@ -22,7 +22,7 @@ from cxrdist.data.outlines import (
     masks_of_shards,
     read_originals,
 )
-from cxrdist.distributed import entering, finish, gather, say, together
+from cxrdist.distributed import finish, gather, say, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import (
     LoadedRun,
@@ -32,6 +32,7 @@ from cxrdist.evaluate.predictions import (
     open_run_on,
     predict_split,
     rank_batches,
+    writing,
 )
 from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay
 from cxrdist.explain.localisation import (
@@ -52,7 +53,7 @@ from cxrdist.explain.localisation import (
 from cxrdist.explain.pictures import replace_pictures
 from cxrdist.explain.relevance import Explainer
 from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
-from cxrdist.files import locked, refuse_unwritable, write_json
+from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
@@ -100,11 +101,8 @@ def localise(config: LocaliseConfig) -> None:
     if config.boxes is not None and config.masks is not None:
         raise CxrdistError("localise: --boxes and --masks exclude each other; give one of them")
     opened = open_run_on(config.run, config.shards, config.split, config.name)
-    accelerator = opened.accelerator
-    file = together(accelerator, lambda: opened.run.localisation(opened.subset))
-    together(accelerator, lambda: refuse_unwritable(file))
-    pictures = together(accelerator, lambda: opened.run.localisation_pictures(opened.subset))
-    with entering(accelerator, locked(pictures), here=accelerator.is_main_process):
+    run = opened.run
+    with writing(opened, run.localisation, run.localisation_pictures) as file:
         _localise(config, opened, file)
 
 

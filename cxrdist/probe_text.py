@@ -25,7 +25,7 @@ from cxrdist.data.labels import POSITIVE
 from cxrdist.data.phantom import burn_text
 from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.data.text import find_boxes, require_extra
-from cxrdist.distributed import entering, finish, gather, together
+from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import Metrics, headline
@@ -37,6 +37,7 @@ from cxrdist.evaluate.predictions import (
     open_run_on,
     predict_split,
     rank_batches,
+    writing,
 )
 from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
@@ -57,7 +58,7 @@ from cxrdist.explain.text_file import (
     TextPicture,
     TextRelevance,
 )
-from cxrdist.files import locked, refuse_unwritable, write_json
+from cxrdist.files import write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
@@ -114,11 +115,7 @@ def probe_text(config: ProbeTextConfig) -> None:
     """
     _refuse_bad_options(config)
     opened = open_run_on(config.run, config.shards, config.split, config.name)
-    accelerator = opened.accelerator
-    file = together(accelerator, lambda: opened.run.text(opened.subset))
-    together(accelerator, lambda: refuse_unwritable(file))
-    pictures = together(accelerator, lambda: opened.run.text_pictures(opened.subset))
-    with entering(accelerator, locked(pictures), here=accelerator.is_main_process):
+    with writing(opened, opened.run.text, opened.run.text_pictures) as file:
         _probe_text(config, opened, file)
 
 

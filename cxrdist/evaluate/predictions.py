@@ -1,6 +1,7 @@
 """Predictions of a split: each sample once, on any number of ranks."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from cxrdist.data.folds import cut_fold
 from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import read_label_map
-from cxrdist.distributed import finish, gather, say, start, together
+from cxrdist.distributed import entering, finish, gather, say, start, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.calibration import choose_calibration, describe_calibration, rule_to_apply
 from cxrdist.evaluate.external import (
@@ -37,7 +38,7 @@ from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.mistakes import MOST_PICTURED, find_mistakes
 from cxrdist.evaluate.operating_points import Rule, read_rule
 from cxrdist.evaluate.scored import GROUP_COLUMNS, Scored, score_samples
-from cxrdist.files import refuse_unwritable, write_json, write_table
+from cxrdist.files import locked, refuse_unwritable, write_json, write_table
 from cxrdist.model.densenet import Classifier, save_calibration
 from cxrdist.model.description import Calibration
 from cxrdist.model.ensemble import Ensemble, load_predictor
@@ -127,6 +128,29 @@ def open_run_on(
             "count as its own; give --name to evaluate them as an external set",
         )
     return opened
+
+
+@contextmanager
+def writing(
+    opened: OpenedRun, file_of: Callable[[str], Path], pictures_of: Callable[[str], Path]
+) -> Iterator[Path]:
+    """Lock a directory of pictures, and yield the file of the results that belong to them.
+
+    Both are given by the subset. The lock keeps two commands from mixing their files.
+
+    Raises:
+        CxrdistError, RunFailedError: the file cannot be written, or another command is at it.
+    """
+
+    def prepare() -> tuple[Path, Path]:
+        file = file_of(opened.subset)
+        refuse_unwritable(file)
+        return file, pictures_of(opened.subset)
+
+    accelerator = opened.accelerator
+    file, pictures = together(accelerator, prepare)
+    with entering(accelerator, locked(pictures), here=accelerator.is_main_process):
+        yield file
 
 
 def load_images(opened: OpenedRun, cache: Path | None) -> LoadedRun:
