@@ -15,7 +15,7 @@ Thumbnail = Annotated[
 ]
 COUNTED = ("counts", "in_pre_training")  # tables with a column of all images
 FlatKind = Literal["constant", "nearly black", "nearly white"]
-# Its keys have blanks, which a class cannot have as names.
+# Written as a call, because the keys have blanks: names in a class statement cannot.
 MaskCounts = TypedDict("MaskCounts", {"with a mask": Count, "without a mask": Count})
 
 

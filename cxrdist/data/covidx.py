@@ -156,7 +156,10 @@ def _read_list(split: str, file: Path) -> Iterator[Line]:
         if before.setdefault(image, line) is line:
             yield line
         elif before[image] != line:
-            raise CxrdistError(f"{where}: {image} is {before[image].label} of another line before")
+            raise CxrdistError(
+                f"{where}: differs from the earlier line of {image}, {before[image].label} of "
+                f"patient {before[image].patient}; fetch the list again"
+            )
 
 
 def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
@@ -169,7 +172,7 @@ def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def _patient(line: Line, origins: Mapping[str, str]) -> str:
-    """Return a patient's name that is unique among collections: two of them number from 1."""
+    """Return a patient's name that is unique among collections: two of these count from 1."""
     source = line.source()
     return f"{source}/{origins.get(line.patient, line.patient) if source == RSNA else line.patient}"
 

@@ -70,7 +70,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
         if patients and name not in patients:
             raise CxrdistError(f"{folder / MAPPING}: lacks {name}; fetch it again")
         findings = fitted(tuple(boxes[name]), taken[0])
-        # Not `own_patient`, for which pack would take the DICOM's PatientID, which names the image.
+        # Not `own_patient`: pack would replace it by the DICOM's PatientID, the image's name here.
         records.append(Record(*taken, label, patients.get(name, name), NAME, findings=findings))
     notes = (*listed.notes(folder / READINGS), *_notes(records, patients))
     left_out, num_found, dicom = listed.account()

@@ -220,10 +220,10 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _reader(text: str, separator: str) -> Iterator[list[str]]:
-    """Return the rows of a text; blanks behind separators are skipped if the header has some.
+    """Return the rows of a text; blanks behind separators are skipped if the header has such.
 
-    Only then may a quote follow a blank. Elsewhere a blank is part of its cell, such as of a file's
-    name in a table of boxes.
+    Only if they are skipped may a quote follow a blank. Elsewhere a blank is part of its cell, such
+    as of a file's name in a table of boxes.
     """
     skips = f"{separator} " in next(_lines(text), "")
     return csv.reader(_lines(text), delimiter=separator, skipinitialspace=skips, strict=True)

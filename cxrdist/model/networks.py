@@ -116,7 +116,7 @@ def parts_of(shape: Network) -> dict[str, tuple[str, ...]]:
 
     The stem is everything before these blocks. The head is the output layer with its dropout.
     Modules between two blocks belong to the earlier one, and so does a norm before the head.
-    Numbers are those of the papers of alexnet (Krizhevsky et al. 2012) and squeezenet.
+    The blocks of alexnet (Krizhevsky et al. 2012) and squeezenet are numbered as in their papers.
     """
     name, middle = shape.architecture, dict[str, tuple[str, ...]]()
     if name == "resnet18":

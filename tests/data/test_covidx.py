@@ -164,7 +164,11 @@ def test_patients_of_rsna_are_the_nihs_where_its_mapping_is_there(tmp_path):
             "7 seven.jpeg pneumonia",
             "the lists mix negative, pneumonia, po",
         ),
-        ("7 seven.jpeg", "7 000001-3.png", r"line 6: 000001-3\.png is negative of another line"),
+        (
+            "7 seven.jpeg",
+            "7 000001-3.png",
+            r"line 6: differs from the earlier line of 000001-3\.png, negative",
+        ),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, before, after, fault):
