@@ -33,6 +33,7 @@ MOST_LINE_BYTES = 1 << 16  # of a line in a log; a usual row has 300
 MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
 MEND_OPTIONAL = "copy the run directory again, or remove the file if the training is finished"
 """For a log or recipe, which a trained run can do without; another training does not mend it."""
+LARGEST = 2**128 - 2**104  # the largest float32, (2 - 2**-23) * 2**127
 DAMAGE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, tokenize.TokenError),
@@ -373,15 +374,42 @@ def sha256_of(file: Path) -> str:
 
 
 @contextmanager
-def open_table(path: Path) -> Iterator["csv.DictReader[str]"]:
-    """Open a CSV file of an untrusted directory to read; errors in its content name the line."""
+def open_table(path: Path) -> Iterator[tuple[list[str], Iterator[dict[str, str]]]]:
+    """Open a CSV file of an untrusted directory to read; errors in its content name the line.
+
+    Yields:
+        The names of the columns, all different, and the rows, each with a cell for each column.
+    """
     with TextIOWrapper(open_regular(path, os.O_RDONLY), encoding="utf-8", newline="") as text:
         table = csv.DictReader(text, strict=True)
         try:
-            yield table
+            columns = list(table.fieldnames or [])
+            if len({*columns}) < len(columns):
+                raise ValueError("two columns have the same name")
+            yield columns, _whole_rows(table, len(columns))
         except (KeyError, TypeError, ValueError, csv.Error) as error:
             reason = f"misses {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"line {table.reader.line_num}: {reason:.200}") from error
+
+
+def _whole_rows(table: "csv.DictReader[str]", num_columns: int) -> Iterator[dict[str, str]]:
+    for row in table:
+        # csv.DictReader puts surplus cells under the key None, and None for missing ones.
+        if None in row or None in row.values():
+            raise ValueError(f"expected {num_columns} fields")
+        yield row
+
+
+def finite(text: str) -> float:
+    """Read a number of the float32 range.
+
+    Raises:
+        ValueError: it is not a finite number of that range.
+    """
+    value = float(text)
+    if not abs(value) <= LARGEST:
+        raise ValueError(f"{text:.40} is not a finite number")
+    return value
 
 
 def write_json(path: Path, value: Any) -> None:

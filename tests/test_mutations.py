@@ -31,6 +31,7 @@ from cxrdist.data.pack import pack
 from cxrdist.data.shards import describe_shard, read_shard
 from cxrdist.data.sources import read_source
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
+from cxrdist.evaluate.scored import read_predictions
 from cxrdist.evaluate.seen import read_seen
 from cxrdist.explain.maps import read_ledgers
 from cxrdist.explain.nearest import read_nearest
@@ -41,7 +42,6 @@ from cxrdist.report.audit import audit_view
 from cxrdist.report.files import (
     read_epochs,
     read_metrics,
-    read_predictions,
     read_relevance,
     read_stages,
     read_tests,

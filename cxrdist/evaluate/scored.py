@@ -4,24 +4,65 @@ Every figure of an evaluation is computed from these alone, so it can be recompu
 predictions.csv, and computed for the predictions of any other program.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cxrdist.data.index import Index
-from cxrdist.data.labels import MISSING, POSITIVE, UNCERTAIN, label_matrix
-from cxrdist.files import judging, open_table
-from cxrdist.model.prediction import decide
+from cxrdist.data.labels import MISSING, POSITIVE, UNCERTAIN, label_matrix, labels_of
+from cxrdist.files import finite, judging, open_table
+from cxrdist.model.prediction import decide, predicted_classes
 
 MEND = "run `cxrdist evaluate` again"
 GROUP_COLUMNS = ("source", "view", "sex", "age")
 """Columns of samples.csv that define groups; predictions.csv has those known for some image."""
 STATED = {"label": POSITIVE, "uncertain": UNCERTAIN, "missing": MISSING}
 """Columns of labels, with the code of `cxrdist.data.labels` that their labels have."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One row of predictions.csv."""
+
+    key: str
+    label: str
+    """The truth; several labels with ``|`` between them, empty for none."""
+    probabilities: dict[str, float]
+    """By class, 0 to 1; for display only."""
+    logits: dict[str, float]
+    """By class; predictions and their confidence are computed from these."""
+    task: str = "multiclass"
+    """multiclass or multilabel."""
+    uncertain: str = ""
+    """Labels that the source marks as uncertain, with ``|`` between them."""
+    missing: str = ""
+    """Labels that the source does not state, with ``|`` between them."""
+    patient: str = ""
+    """Patient of the X-ray."""
+    groups: Mapping[str, str] = field(default_factory=dict)
+    """Source, view, sex and age if known in the split; empty where unknown."""
+
+    @property
+    def labels(self) -> list[str]:
+        """Return the truth as a list."""
+        return labels_of(self.label)
+
+    def is_known(self, label: str) -> bool:
+        """Return whether the truth of a label is known."""
+        return label not in labels_of(self.uncertain) + labels_of(self.missing)
+
+    @property
+    def predicted(self) -> list[str]:
+        """Return the predicted class, or all predicted labels, by the rule of `evaluate`."""
+        return predicted_classes(list(self.logits.values()), list(self.logits), self.task)
+
+    @property
+    def is_right(self) -> bool:
+        """Return whether the predicted class is the truth."""
+        return self.predicted == self.labels
 
 
 @dataclass(frozen=True)
@@ -86,32 +127,66 @@ def score_samples(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.f
 
 
 def read_scored(path: Path, task: str) -> Scored:
-    """Read predictions.csv.
+    """Read predictions.csv into arrays; errors are those of `read_predictions`."""
+    return score_predictions(read_predictions(path, task), task)
+
+
+def score_predictions(predictions: Sequence[Prediction], task: str) -> Scored:
+    """Return the rows of predictions.csv, at least one, as arrays."""
+    classes, groups = list(predictions[0].logits), predictions[0].groups
+    stated = {code: [getattr(row, name) for row in predictions] for name, code in STATED.items()}
+    return Scored(
+        task,
+        classes,
+        [row.key for row in predictions],
+        [row.patient for row in predictions],
+        label_matrix(stated, classes),
+        np.array([list(row.logits.values()) for row in predictions]),
+        {name: [row.groups[name] for row in predictions] for name in groups},
+    )
+
+
+def read_predictions(path: Path, task: str) -> list[Prediction]:
+    """Read predictions.csv row by row, as `cxrdist evaluate` and `report --predictions` write it.
 
     Raises:
-        CxrdistError: it is not what `cxrdist evaluate` writes.
+        CxrdistError: it is damaged, has no rows, or is from an older version, without logits.
     """
-    with judging(path, MEND), open_table(path) as table:
-        columns = list(table.fieldnames or [])
-        classes = [name.removeprefix("logit_") for name in columns if name.startswith("logit_")]
-        rows, logits = [], []
-        for row in table:  # one by one, so that an error names its line
-            rows.append(row)
-            logits.append([float(row[f"logit_{name}"]) for name in classes])
-            if not all(map(math.isfinite, logits[-1])):
-                raise ValueError("a logit is not a finite number")
-        names = ("key", "patient", *STATED, *GROUP_COLUMNS)
-        texts = {name: [row[name] for row in rows] for name in names if name in columns}
-        # Of the columns of labels only `label` must exist; a KeyError here names it to the user.
-        stated = {POSITIVE: texts["label"]}
-        stated |= {code: texts[name] for name, code in STATED.items() if name in texts}
-        return Scored(
-            task,
-            classes,
-            texts["key"],
-            texts["patient"],
-            label_matrix(stated, classes),
-            # Without rows the array has the shape [0] instead of [0, classes].
-            np.array(logits).reshape(-1, len(classes)),
-            {name: texts[name] for name in GROUP_COLUMNS if name in texts},
-        )
+    with judging(path, MEND), open_table(path) as (columns, rows):
+        classes = [name.removeprefix("prob_") for name in columns if name.startswith("prob_")]
+        if not classes:
+            raise ValueError("there is no column prob_CLASS")
+        # Probabilities cannot replace logits: those of confident predictions are equal.
+        if missing := [name for name in classes if f"logit_{name}" not in columns]:
+            raise ValueError(
+                f"there is no column logit_{missing[0]}, which an older cxrdist did not write"
+            )
+        predictions = [_read_prediction(row, classes, task) for row in rows]
+        if not predictions:
+            raise ValueError("there are no rows")
+        return predictions
+
+
+def _read_prediction(row: Mapping[str, str], classes: Sequence[str], task: str) -> Prediction:
+    """Read a row of predictions.csv.
+
+    Raises:
+        ValueError: it has a label without a column, or an invalid number.
+    """
+    probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
+    logits = {name: finite(row[f"logit_{name}"]) for name in classes}
+    unknown = row.get("uncertain", ""), row.get("missing", "")
+    groups = {name: row[name] for name in GROUP_COLUMNS if name in row}
+    sample = Prediction(
+        row["key"], row["label"], probabilities, logits, task, *unknown, row["patient"], groups
+    )
+    if task == "multiclass" and len(sample.labels) != 1:
+        raise ValueError(f"{row['label']!r} is not one label")
+    named = [*sample.labels, *(label for text in unknown for label in labels_of(text))]
+    if stray := [label for label in named if label not in probabilities]:
+        raise ValueError(f"there is no column prob_{stray[0]}")
+    if len({*named}) != len(named):
+        raise ValueError("a label is named twice in label, uncertain and missing")
+    if not all(0 <= value <= 1 for value in probabilities.values()):
+        raise ValueError("a probability is not within 0 and 1")
+    return sample

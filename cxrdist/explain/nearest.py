@@ -3,7 +3,7 @@
 It shows which images are similar for the network, and copies of an image in different splits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,14 +159,14 @@ def read_nearest(path: Path) -> dict[str, Nearest]:
     """
     if not path.is_file():
         return {}
-    with judging(path, "run `cxrdist explain` again"), open_table(path) as table:
-        if tuple(table.fieldnames or ()) != COLUMNS:
+    with judging(path, "run `cxrdist explain` again"), open_table(path) as (columns, rows):
+        if tuple(columns) != COLUMNS:
             raise ValueError(f"expected the columns {', '.join(COLUMNS)}")
-        return {row.key: row for row in map(_read_row, table.reader)}
+        return {row.key: row for row in map(_read_row, rows)}
 
 
-def _read_row(row: list[str]) -> Nearest:
-    if len(row) != len(COLUMNS) or not -1.001 <= float(row[2]) <= 1.001:
-        raise ValueError(f"expected {len(COLUMNS)} fields, similarity -1 to 1")
-    key, nearest, similarity, label, patient = row
+def _read_row(row: Mapping[str, str]) -> Nearest:
+    key, nearest, similarity, label, patient = row.values()
+    if not -1.001 <= float(similarity) <= 1.001:
+        raise ValueError("expected a similarity of -1 to 1")
     return Nearest(key, nearest, float(similarity), label, patient)

@@ -1,26 +1,22 @@
 """Readers of a run's files for the report; each file is checked completely before use."""
 
-import csv
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, cast
 
 import numpy as np
 
-from cxrdist.data.labels import labels_of
 from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Real, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics
-from cxrdist.evaluate.scored import GROUP_COLUMNS
 from cxrdist.explain.description import RelevanceInfo, read_description
-from cxrdist.files import MEND_OPTIONAL, open_table, read_document, read_log, read_recipe
+from cxrdist.files import MEND_OPTIONAL, finite, open_table, read_document, read_log, read_recipe
 from cxrdist.info import RunInfo, origins
 from cxrdist.model.description import Calibration
-from cxrdist.model.prediction import predicted_classes
 from cxrdist.report.values import COUNTS, MEASURES
 from cxrdist.run import RunDirectory
 
@@ -30,48 +26,6 @@ NEEDED = {
     "multilabel": ("threshold", "macro_labels"),
 }
 """Members of metrics.json that only one task has."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One row of predictions.csv."""
-
-    key: str
-    label: str
-    """The truth; several labels with ``|`` between them, empty for none."""
-    probabilities: dict[str, float]
-    """By class, 0 to 1; for display only."""
-    logits: dict[str, float]
-    """By class; predictions and their confidence are computed from these."""
-    task: str = "multiclass"
-    """multiclass or multilabel."""
-    uncertain: str = ""
-    """Labels that the source marks as uncertain, with ``|`` between them."""
-    missing: str = ""
-    """Labels that the source does not state, with ``|`` between them."""
-    patient: str = ""
-    """Patient of the X-ray."""
-    groups: Mapping[str, str] = field(default_factory=dict)
-    """Source, view, sex and age if known in the split; empty where unknown."""
-
-    @property
-    def labels(self) -> list[str]:
-        """Return the truth as a list."""
-        return labels_of(self.label)
-
-    def is_known(self, label: str) -> bool:
-        """Return whether the truth of a label is known."""
-        return label not in labels_of(self.uncertain) + labels_of(self.missing)
-
-    @property
-    def predicted(self) -> list[str]:
-        """Return the predicted class, or all predicted labels, by the rule of `evaluate`."""
-        return predicted_classes(list(self.logits.values()), list(self.logits), self.task)
-
-    @property
-    def is_right(self) -> bool:
-        """Return whether the predicted class is the truth."""
-        return self.predicted == self.labels
 
 
 @dataclass(frozen=True)
@@ -269,52 +223,6 @@ def _check_confusion(metrics: Metrics) -> None:
         )
 
 
-def read_predictions(path: Path, task: str) -> list[Prediction] | None:
-    """Read the predictions of a split; None if it was not evaluated.
-
-    Raises:
-        CxrdistError: predictions.csv is damaged, or from an older version, without logits.
-    """
-    if not path.is_file():
-        return None
-    with reading(path, "evaluate"), open_table(path) as table:
-        columns = table.fieldnames or []
-        classes = [name.removeprefix("prob_") for name in columns if name.startswith("prob_")]
-        if not classes:
-            raise ValueError("there is no column prob_CLASS")
-        # Probabilities cannot replace logits: those of confident predictions are equal.
-        if missing := [name for name in classes if f"logit_{name}" not in columns]:
-            raise ValueError(
-                f"there is no column logit_{missing[0]}, which an older cxrdist did not write"
-            )
-        return [_read_prediction(row, classes, task) for row in _rows(table)]
-
-
-def _read_prediction(row: Mapping[str, str], classes: Sequence[str], task: str) -> Prediction:
-    """Read a row of predictions.csv.
-
-    Raises:
-        ValueError: it has a label without a column, or an invalid number.
-    """
-    probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
-    logits = {name: _finite(row[f"logit_{name}"]) for name in classes}
-    unknown = row.get("uncertain", ""), row.get("missing", "")
-    groups = {name: row[name] for name in GROUP_COLUMNS if name in row}
-    sample = Prediction(
-        row["key"], row["label"], probabilities, logits, task, *unknown, row["patient"], groups
-    )
-    if task == "multiclass" and len(sample.labels) != 1:
-        raise ValueError(f"{row['label']!r} is not one label")
-    named = [*sample.labels, *(label for text in unknown for label in labels_of(text))]
-    if stray := [label for label in named if label not in probabilities]:
-        raise ValueError(f"there is no column prob_{stray[0]}")
-    if len({*named}) != len(named):
-        raise ValueError("a label is named twice in label, uncertain and missing")
-    if not all(0 <= value <= 1 for value in probabilities.values()):
-        raise ValueError("a probability is not within 0 and 1")
-    return sample
-
-
 class _Calibrated(TypedDict):
     """The calibration in model.json of a network or an ensemble."""
 
@@ -344,12 +252,12 @@ def read_relevance(
     if not path.is_file():
         return None
     by_key: dict[str, list[Explanation]] = {}
-    with reading(path, "explain"), open_table(path) as table:
-        for row in _rows(table):
-            logit, pixels = (_finite(row[name]) for name in ("logit", "relevance_sum"))
+    with reading(path, "explain"), open_table(path) as (_, rows):
+        for row in rows:
+            logit, pixels = (finite(row[name]) for name in ("logit", "relevance_sum"))
             shares = [row[name] for name in ("bias_share", "epsilon_share")]
-            # Rules without a ledger leave both cells empty; if only one is, `_finite` raises.
-            bias, epsilon = (_finite(text) if any(shares) else None for text in shares)
+            # Rules without a ledger leave both cells empty; if only one is, `finite` raises.
+            bias, epsilon = (finite(text) if any(shares) else None for text in shares)
             picture = within(run.heatmaps(split), row["picture"]) if row["picture"] else None
             explanation = Explanation(
                 row["key"],
@@ -387,34 +295,6 @@ def read_tests(run: RunDirectory, split: str) -> RelevanceInfo | None:
             "run `cxrdist explain` again"
         )
     return info
-
-
-def _rows(table: "csv.DictReader[str]") -> Iterator[dict[str, str]]:
-    """Yield the rows; each has a value for each column.
-
-    Raises:
-        ValueError: a row has too few or too many values, or two columns have the same name.
-    """
-    columns = table.fieldnames or []
-    if len(set(columns)) < len(columns):
-        raise ValueError("two columns have the same name")
-    for row in table:
-        # csv.DictReader puts surplus cells under the key None, and None for missing ones.
-        if None in row or None in row.values():
-            raise ValueError(f"expected {len(columns)} fields")
-        yield row
-
-
-def _finite(text: str) -> float:
-    """Read a number of the float32 range.
-
-    Raises:
-        ValueError: it is not a finite number of that range.
-    """
-    value = float(text)
-    if not abs(value) <= np.finfo(np.float32).max:
-        raise ValueError(f"{text:.40} is not a finite number")
-    return value
 
 
 def within(directory: Path, name: str) -> Path:

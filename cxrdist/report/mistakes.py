@@ -8,11 +8,11 @@ from typing import NamedTuple
 from scipy.special import expit
 
 from cxrdist.evaluate.mistakes import MOST_PICTURED, Mistake, find_mistakes
-from cxrdist.evaluate.scored import read_scored
+from cxrdist.evaluate.scored import Prediction, score_predictions
 from cxrdist.explain.nearest import Nearest, read_nearest
 from cxrdist.model.prediction import THRESHOLD_LOGIT
 from cxrdist.report import pictures
-from cxrdist.report.files import Explanation, Prediction, read_calibration, reading, within
+from cxrdist.report.files import Explanation, read_calibration, reading, within
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory
 
@@ -69,8 +69,7 @@ def mistakes_view(
     """
     calibration = read_calibration(run) if task == "multilabel" else None
     limits = calibration.thresholds if calibration else {}
-    # Positions are those of `samples`: both are the rows of predictions.csv, in its order.
-    mistakes = find_mistakes(read_scored(run.predictions(subset), task), limits)
+    mistakes = find_mistakes(score_predictions(samples, task), limits)
     filters, tags = _filters(mistakes, samples, task)
     cases = [
         Case(samples[mistake.position], mistake.missed, mistake.called, of_one)
@@ -182,7 +181,7 @@ def _label_rows(
     missed = Counter(label for mistake in mistakes for label in mistake.missed)
     called = Counter(label for mistake in mistakes for label in mistake.called)
     rows: list[View] = []
-    for name in samples[0].logits if samples else []:
+    for name in samples[0].logits:
         known = [sample for sample in samples if sample.is_known(name)]
         positives = sum(name in sample.labels for sample in known)
         threshold = limits.get(name, THRESHOLD_LOGIT)

@@ -18,9 +18,9 @@ from cxrdist.evaluate.metrics import (
     few_of,
     headline_means,
 )
+from cxrdist.evaluate.scored import Prediction
 from cxrdist.intervals import wilson
 from cxrdist.report import pictures
-from cxrdist.report.files import Prediction
 from cxrdist.report.values import (
     COUNTS,
     MEASURES,

@@ -7,15 +7,14 @@ import numpy as np
 from markupsafe import Markup
 
 from cxrdist.data.labels import NOT_STATED
+from cxrdist.evaluate.scored import Prediction, read_predictions
 from cxrdist.explain.description import RelevanceInfo
 from cxrdist.info import ShardsInfo
 from cxrdist.report import pictures
 from cxrdist.report.calibration import calibration_view
 from cxrdist.report.files import (
     Explanation,
-    Prediction,
     read_metrics,
-    read_predictions,
     read_relevance,
     read_tests,
     reading,
@@ -46,7 +45,8 @@ def split_view(
         CxrdistError: a file is damaged, or predictions and metrics are of different evaluations.
     """
     metrics = read_metrics(run.metrics(split), task)
-    samples = read_predictions(run.predictions(split), task)
+    written = run.predictions(split)
+    samples = read_predictions(written, task) if written.is_file() else None
     relevance = read_relevance(run, split, classes)
     if metrics and samples is not None:
         check_same_evaluation(run, split, metrics, samples)

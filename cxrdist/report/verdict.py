@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from cxrdist.data.audit_file import Shortcut
 from cxrdist.evaluate.metrics import Metrics, few_of, headline_means
+from cxrdist.evaluate.scored import Prediction
 from cxrdist.report.audit import AuditView
-from cxrdist.report.files import Prediction
 from cxrdist.report.groups import MEASURES
 from cxrdist.report.scores import TOO_FEW, accuracy_interval
 from cxrdist.report.values import count, interval, number, percent

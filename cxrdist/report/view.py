@@ -5,8 +5,8 @@ from typing import TypeAlias, TypedDict
 from markupsafe import Markup
 
 from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.scored import Prediction
 from cxrdist.explain.description import RelevanceInfo
-from cxrdist.report.files import Prediction
 
 View: TypeAlias = dict[str, object]
 """Values by name that only templates read; values that Python code reads have a class."""

@@ -137,7 +137,6 @@ def test_the_mistakes_are_explained_first(small):
     [
         ("k,n,2.5,a,p", "line 2"),
         ("k,n", "line 2"),
-        ("", "line 2"),
         ("k,n,x,a,p", "line 2: could not convert"),
     ],
 )

@@ -19,10 +19,10 @@ from selenium.webdriver.common.keys import Keys
 from cxrdist.config import Network, ReportConfig
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.measure import Settings, measure
-from cxrdist.evaluate.scored import read_scored
+from cxrdist.evaluate.scored import Prediction, read_scored
 from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.report import mistakes, pictures
-from cxrdist.report.files import Prediction, read_calibration
+from cxrdist.report.files import read_calibration
 from cxrdist.report.html import report
 from cxrdist.report.scores import roc_charts
 from cxrdist.report.values import MEASURES, moment, number, percent
