@@ -127,7 +127,7 @@ class SpeedRow(TypedDict):
 
     stage: str
     epoch: int
-    images_per_second: Real
+    images_per_second: Real | None
     seconds: Real
 
 
@@ -160,7 +160,8 @@ def read_epochs(path: Path, task: str) -> dict[str, list[Epoch]]:
                 speed = typed(row, SpeedRow)
                 # The row of the epoch itself comes before; a KeyError means a damaged log.
                 epoch = epochs[speed["stage"]][speed["epoch"]]
-                epoch["images_per_second"] = speed["images_per_second"]
+                per_second = speed["images_per_second"]
+                epoch["images_per_second"] = math.nan if per_second is None else per_second
                 epoch["seconds"] = speed["seconds"]
             elif row.get("kind") == "epoch":
                 logged = typed(row, EpochRow)

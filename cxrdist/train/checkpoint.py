@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from cxrdist.documents import parse_json, typed
+from cxrdist.documents import Between, parse_json, typed
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.files import atomic_directory, read_bytes
 from cxrdist.info import Count
@@ -51,6 +51,7 @@ class Position:
         skipped: steps in a row that the gradient scaler has skipped last.
         finished: whether the stage is over.
         bests: of each stage, the directory and sha256 of its best weights.
+        seconds: how long the epoch under way has taken; 0 in checkpoints of older versions.
     """
 
     stage: str
@@ -66,6 +67,7 @@ class Position:
     finished: bool
     bests: dict[str, tuple[str, str]]
     scaler: dict[str, int | float]
+    seconds: Annotated[float, Between(0)] = 0.0
 
     @property
     def name(self) -> str:

@@ -24,8 +24,8 @@ class Epoch:
             background penalty.
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
-        images_per_second: of the steps of this launch, after `trained`; 0 if it took none, since an
-            earlier launch stopped in the validation.
+        images_per_second: of the steps of this launch, after `trained`; None if it took none, since
+            an earlier launch stopped in the validation.
         skipped: how many of the last settled steps in a row, also of earlier epochs, the scaler
             has skipped.
     """
@@ -39,9 +39,13 @@ class Epoch:
         # This rank's share of each step's loss and penalty, and the norm of the gradients.
         self._numbers = torch.zeros(self.plan.num_steps, 3, device=batches.targets.device)
         self._taken_before = self._taken = 0
-        self.began, self.first_step, self.images_per_second = time.perf_counter(), 0, 0.0
+        self._began, self._seconds_before = time.perf_counter(), 0.0
+        self.first_step = 0
+        self.images_per_second: float | None = None
 
-    def resume(self, step: int, logged_step: int, means: Tensor, taken: int) -> None:
+    def resume(
+        self, step: int, logged_step: int, means: Tensor, taken: int, seconds: float
+    ) -> None:
         """Continue from a checkpoint, on any number of ranks.
 
         Args:
@@ -49,11 +53,17 @@ class Epoch:
             logged_step: steps that have a row in the log.
             means: float64 [2, step], losses and penalties of these steps.
             taken: digest of the images that they took.
+            seconds: how long the epoch has taken in earlier launches.
         """
         self.step = self.settled = self.first_step = step
         self.logged_step = logged_step
         self.losses[:step], self.penalties[:step] = means
-        self._taken_before = taken
+        self._taken_before, self._seconds_before = taken, seconds
+
+    @property
+    def seconds(self) -> float:
+        """Return how long the epoch has taken: in this launch, and in earlier ones until a save."""
+        return self._seconds_before + time.perf_counter() - self._began
 
     @property
     def done(self) -> bool:
@@ -127,13 +137,13 @@ class Epoch:
 
     def trained(self) -> None:
         """Compute how fast the steps of this launch were."""
-        num_images = int(self.plan.bounds[-1] - self.plan.bounds[self.first_step])
-        self.images_per_second = round(num_images / (time.perf_counter() - self.began), 2)
+        if self.first_step < self.plan.num_steps:
+            num_images = int(self.plan.bounds[-1] - self.plan.bounds[self.first_step])
+            self.images_per_second = round(num_images / (time.perf_counter() - self._began), 2)
 
-    def speed(self) -> dict[str, float]:
+    def speed(self) -> dict[str, float | None]:
         """Return the speed for the log; its seconds include the validation."""
-        seconds = round(time.perf_counter() - self.began, 3)
-        return {"images_per_second": self.images_per_second, "seconds": seconds}
+        return {"images_per_second": self.images_per_second, "seconds": round(self.seconds, 3)}
 
     def mean_loss(self, first: int = 0) -> float | None:
         """Return the mean loss of the settled steps from `first` on; None if no label is known.

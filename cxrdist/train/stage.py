@@ -149,7 +149,9 @@ class StageRun:
             if not position.logged_step <= position.step <= self.epoch.plan.num_steps:
                 raise ValueError(f"step {position.step} of {self.epoch.plan.num_steps}")
             losses = torch.stack([resumed.losses, resumed.penalties])
-            self.epoch.resume(position.step, position.logged_step, losses, position.taken)
+            self.epoch.resume(
+                position.step, position.logged_step, losses, position.taken, position.seconds
+            )
 
     def _next_epoch(self) -> Epoch:
         training, number = self.training, self.stopping.epoch + 1
@@ -315,10 +317,8 @@ class StageRun:
         main, is_best = training.accelerator.is_main_process, stopping.best_epoch == stopping.epoch
         self.epochs_done += 1
         self._log("epoch", scores)
-        speed = ""
-        if epoch.images_per_second:
-            speed = f", {epoch.images_per_second:.1f} images/s"
-            self._log("speed", {"step": self.steps_done, **epoch.speed()})
+        self._log("speed", {"step": self.steps_done, **epoch.speed()})
+        speed = f", {epoch.images_per_second:.1f} images/s" if epoch.images_per_second else ""
         if main:
             bar.write(
                 f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
@@ -365,6 +365,7 @@ class StageRun:
             finished=not epoch and self.finished,
             bests=dict(self.bests),
             scaler=updater.scaler.state_dict() if updater.scaler else {},
+            seconds=round(epoch.seconds, 3) if epoch else 0.0,
         )
         network, average = training.model.network.state_dict(), updater.average
         if average:  # a stop in the validation finds the average in the network

@@ -233,6 +233,13 @@ def test_one_process_stops_and_goes_on_too(command, tmp_path):
     assert_steps_were_taken(*runs[::-1])
 
 
+def write_signed(file: Path, document: dict[str, object]) -> None:
+    """Write a changed position.json with its sha256: of all else, with sorted keys."""
+    del document["sha256"]
+    digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(document | {"sha256": digest}))
+
+
 STOP_IN_VALIDATION = """
 import os, signal
 from cxrdist.train import stage
@@ -252,15 +259,26 @@ stage.validate = validate_and_stop
 """
 
 
-def test_an_epoch_without_steps_in_this_launch_has_no_speed(command, tmp_path):
-    """Stopped after its last step, in its validation: 0 images per second would be wrong."""
+def test_an_epoch_without_steps_in_this_launch_has_its_time_and_no_speed(command, tmp_path):
+    """Stopped after its last step, in its validation: 0 images per second would be wrong.
+
+    Its seconds are those of both launches; the first one is made to have taken an hour.
+    """
     options = (*command, "--run", tmp_path / "run")
     stopped = run_script(STOP_IN_VALIDATION + RUN_CXRDIST, *options)
     assert "stopped and saved at stage all, epoch 1, step 5" in stopped.stderr
+    file = tmp_path / "run" / "checkpoints" / "00000-0000005" / "position.json"
+    document = json.loads(file.read_text())
+    assert 0 < document["position"]["seconds"] < 600
+    document["position"]["seconds"] = 3600.0
+    write_signed(file, document)
     done = run_command(*options)
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_log(tmp_path / "run" / "log.jsonl") if row["kind"] == "speed"]
-    assert [(row["stage"], row["epoch"]) for row in rows] == [("all", 2), ("late", 1)]
+    epochs = [(row["stage"], row["epoch"], row["images_per_second"] is None) for row in rows]
+    assert epochs == [("all", 1, True), ("all", 2, False), ("late", 1, False)]
+    assert 3600 < rows[0]["seconds"] < 4200
+    assert all(row["seconds"] < 600 for row in rows[1:])
     lines = [line for line in done.stdout.splitlines() if line.startswith(("all ", "late "))]
     assert ["images/s" in line for line in lines if "/" in line] == [False, True, True]
 
@@ -522,10 +540,7 @@ def test_a_checkpoint_of_another_kind_is_refused(stopped, tmp_path, field, value
     latest = max(checkpoints.glob("[!.]*/position.json"))
     recipe = recipe_of(stopped)
     if field == "format":
-        about = json.loads(latest.read_text()) | {"format": value}
-        del about["sha256"]  # of all else, with sorted keys, whatever the format
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        latest.write_text(json.dumps(about | {"sha256": digest}))
+        write_signed(latest, json.loads(latest.read_text()) | {"format": value})
     with pytest.raises(CxrdistError, match=message):
         load_latest(checkpoints, value if field == "recipe" else recipe, print)
 
