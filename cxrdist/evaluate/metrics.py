@@ -288,7 +288,7 @@ def metrics_table(metrics: Metrics) -> str:
         [fill(name, 18), f"{scores['positives']}\nof {scores['known']}", *_cells(scores)]
         for name, scores in metrics["classes"].items()
     ]
-    rows.append(["Mean" if several else "All classes mean", "", *_cells(metrics["macro"])])
+    rows.append(["Mean" if several else "Mean of all classes", "", *_cells(metrics["macro"])])
     if several:
         rows.append(["of labels", "", *(str(metrics["macro_labels"][score]) for score in TITLES)])
     reasons = [

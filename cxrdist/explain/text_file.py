@@ -43,7 +43,7 @@ TextRelevance = TypedDict(
         "share_interval": NotRequired[Limits],
     },
 )
-"""Mean share of the relevance and of the area in the boxes; None where no image has any.
+"""Mean share of the relevance and of the area in the boxes; None where no image has text.
 
 Only the row of all images has an interval, and none in documents of older versions.
 """

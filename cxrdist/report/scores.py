@@ -138,9 +138,9 @@ def _table(metrics: Metrics) -> View:
     """Return the table of classes: column titles, a row per class, rows of the mean."""
     measures, classes = _measures(metrics), metrics["classes"]
     several, few = metrics["task"] == "multilabel", few_of(metrics)
-    of_all = next(iter(classes.values()))
+    first = next(iter(classes.values()))
     counts = {
-        title: names for title, names in COUNTS.items() if names[0] in of_all and names[1] in of_all
+        title: names for title, names in COUNTS.items() if names[0] in first and names[1] in first
     }
     rows = [
         (
@@ -154,7 +154,7 @@ def _table(metrics: Metrics) -> View:
     ]
     nothing: list[Cell] = [("", "")] * len(counts)
     means = [cell(metrics["macro"], measure) for measure in measures]
-    foot = [("Mean" if several else "All classes mean", [*nothing, *means])]
+    foot = [("Mean" if several else "Mean of all classes", [*nothing, *means])]
     if several:
         labels = [(count(metrics["macro_labels"][measure]), "") for measure in measures]
         foot.append(("Labels in the mean", [*nothing, *labels]))

@@ -260,7 +260,7 @@ def table2(row: Row) -> str:
         [name, *map(str, counts), *_three(metrics["classes"][name])]
         for name, counts in zip(pooled.classes, metrics["confusion_matrix"], strict=True)
     ]
-    rows.append(["All classes mean", *[""] * len(pooled.classes), *_three(metrics["macro"])])
+    rows.append(["Mean of all classes", *[""] * len(pooled.classes), *_three(metrics["macro"])])
     predicted = [f"Predicted {name}" for name in pooled.classes]
     return markdown(rows, ["Truth", *predicted, "Recall", "Precision", "F1 score"])
 

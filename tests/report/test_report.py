@@ -755,7 +755,7 @@ def test_numbers_are_those_of_the_metrics(browser: webdriver.Chrome, whole_page:
         [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")]
         for row in browser.find_elements(By.CSS_SELECTOR, ".metrics tbody tr")
     ]
-    named = {**metrics["classes"], "All classes mean": metrics["macro"]}
+    named = {**metrics["classes"], "Mean of all classes": metrics["macro"]}
     assert rows == [[k, *(f"{v[name]:.3f}" for name in measures)] for k, v in named.items()]
     cells = browser.find_elements(By.CSS_SELECTOR, ".confusion td:not(.total)")
     counts = [int(cell.text.split()[0]) for cell in cells]
