@@ -19,7 +19,7 @@ class Foreground:
     """Foreground squares by sample number, computed on access.
 
     An image without background, such as one without a mask if only masks are used, is foreground
-    everywhere. A mask that covers nothing counts as none.
+    everywhere. A mask that covers nothing or everything counts as none.
     """
 
     fixed: NDArray[np.uint8]
@@ -47,7 +47,9 @@ class Foreground:
             return np.ones(len(numbers), dtype=bool)
         # `numpy.isin` finds nothing in a dict or a view of its keys.
         found = np.isin(numbers, list(self.boxes))
-        return found if self.masks is None else found | has_mask(self.masks, numbers)
+        if self.masks is not None:
+            found |= has_mask(self.masks, numbers, len(self.fixed))
+        return found
 
 
 def foreground_of(
@@ -67,6 +69,7 @@ def foreground_of(
     )
 
 
-def has_mask(masks: Masks, numbers: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return which of some samples have a mask that covers something, bool [N]."""
-    return np.array([masks[number].any() for number in numbers.tolist()], dtype=bool)
+def has_mask(masks: Masks, numbers: NDArray[np.int64], size_px: int) -> NDArray[np.bool_]:
+    """Return which of some samples have a mask that covers a part of the square, bool [N]."""
+    covered = np.array([np.bitwise_count(masks[n]).sum() for n in numbers.tolist()], np.int64)
+    return (covered > 0) & (covered < size_px**2)

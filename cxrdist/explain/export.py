@@ -78,11 +78,11 @@ class _Work:
     """Lung masks of all samples; None if no explained sample has one."""
 
     def lungs_of(self, number: int) -> NDArray[np.bool_] | None:
-        """Return the mask of a sample, bool [S, S]; None if it has none."""
-        index = self.loaded.index
-        if self.masks is None or not index.samples[number].mask_sha256:
+        """Return the mask of a sample, bool [S, S]; None if it covers nothing or everything."""
+        if self.masks is None:
             return None
-        return unpack_masks(self.masks[[number]], index.image_size_px)[0].astype(bool)
+        mask = unpack_masks(self.masks[[number]], self.loaded.index.image_size_px)[0].astype(bool)
+        return None if mask.all() or not mask.any() else mask
 
 
 class _Explained(NamedTuple):

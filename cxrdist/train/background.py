@@ -126,14 +126,14 @@ def open_backgrounds(
     """Open the masks for the background losses, and return these losses by stage.
 
     Raises:
-        CxrdistError: masks cannot be read, or those of train are empty.
+        CxrdistError: masks cannot be read, or each one of train covers nothing or everything.
     """
     masks = open_masks(index, config.cache, accelerator) if "masks" in _needed(config) else None
     train = np.array(index.numbers("train"))
-    if masks is not None and not has_mask(masks, train).any():
+    if masks is not None and not has_mask(masks, train, index.image_size_px).any():
         raise CxrdistError(
-            f"--shards {index.directory}: the masks of train are empty; pack with other --masks, "
-            "or take the background region thorax"
+            f"--shards {index.directory}: each mask of train covers nothing or everything; pack "
+            "with other --masks, or take the background region thorax"
         )
     opened = {}
     for name, (recipe, regions) in _recipes(config).items():

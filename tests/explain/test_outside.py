@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import make_shards
+from support import make_images, make_masks
 
-from cxrdist.config import ExplainConfig, Network
+from cxrdist.config import ExplainConfig, Network, PackConfig
 from cxrdist.data.index import read_index
+from cxrdist.data.pack import pack
 from cxrdist.explain.export import explain
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.maps import decode
@@ -91,14 +92,22 @@ def test_sums_do_not_depend_on_their_order():
 
 
 def test_a_run_says_where_its_maps_lie(tmp_path):
-    """The shares are those of the files, with the masks of the shards; kept maps give the same."""
-    shards, run = make_shards(tmp_path, {"a": 12, "b": 12}, masks=True), tmp_path / "run"
+    """The shares are those of the files, with masks of a part; kept maps give the same."""
+    files = sorted(make_images(tmp_path / "images", {"a": 12, "b": 12}).glob("*/*.png"))
+    masks = make_masks(tmp_path / "images", tmp_path / "masks")
+    for number, file in enumerate(files[::3]):  # of nothing or of everything: no mask
+        mask = np.full((48, 56), 255 * (number % 2), np.uint8)
+        Image.fromarray(mask).save(masks / file.relative_to(tmp_path / "images"))
+    outlined = {f"{file.parent.name}/{file.name}" for i, file in enumerate(files) if i % 3}
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    settings = {"size": 32, "split": "0.5/0.2/0.3", "masks": masks, "workers": 1}
+    pack(PackConfig("folder", tmp_path / "images", shards, **settings))
     write_model(run)
     config = ExplainConfig(run, shards, cache=tmp_path / "cache", limit=6, format="webdataset")
     explain(config)
     place = run / "test"
     info = json.loads((place / "relevance.json").read_text())
-    masked = {sample.key for sample in read_index(shards).samples if sample.mask_sha256}
+    masked = {sample.key for sample in read_index(shards).samples if sample.path in outlined}
     shares, of_class, num_masked = [], {}, 0
     for key, data in members_of(place / "relevance"):
         found = decode(key, data)
