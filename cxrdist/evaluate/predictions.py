@@ -247,9 +247,13 @@ def evaluate(config: EvaluateConfig) -> None:
     labels = {} if config.label_map is None else read_label_map(config.label_map)
     choices = Choices(labels, config.seen)
     opened = open_run_on(config.run, config.shards, config.split, config.name, choices)
-    accelerator, subset = opened.accelerator, opened.subset
     # Before images are decoded and predicted, which takes much longer.
-    together(accelerator, lambda: refuse_unwritable(opened.run.predictions(subset)))
+    with writing(opened, opened.run.predictions, opened.run.mistakes):
+        _evaluate(config, opened, rule)
+
+
+def _evaluate(config: EvaluateConfig, opened: OpenedRun, rule: Rule | None) -> None:
+    accelerator, subset = opened.accelerator, opened.subset
     loaded = load_images(opened, config.cache)
     calibration = _calibrate(loaded, config, rule)
     numbers = np.array(loaded.index.numbers(config.split), dtype=np.int64)

@@ -90,7 +90,8 @@ def test_every_mistake_has_its_picture(run, monkeypatch):
     found = read_scored(run / "run" / "test" / "predictions.csv", "multiclass")
     keys = [found.keys[mistake.position] for mistake in find_mistakes(found)]
     assert len(keys) == len(found) / 2
-    assert {file.name for file in pictures.iterdir()} == {*(f"{k}.png" for k in keys), "notes.txt"}
+    names = {file.name for file in pictures.iterdir()}
+    assert names == {*(f"{key}.png" for key in keys), "notes.txt", ".lock"}
     index = read_index(run / "shards")
     images = open_cache(index, run / "cache", start())
     for number, sample in enumerate(index.samples):

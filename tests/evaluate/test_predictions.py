@@ -13,6 +13,7 @@ from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
+from cxrdist.files import locked
 from cxrdist.model.densenet import Classifier, load_model, save_model
 
 CLASSES = ["a", "b c", "d"]
@@ -87,6 +88,18 @@ def test_a_run_without_run_json_says_whose_images_it_takes_them_for(shards, tmp_
         evaluate(EvaluateConfig(run, shards, cache=tmp_path / "cache"))
         assert ("so it is unknown whether" in capsys.readouterr().out) is is_unknown
         claim_shards(run, shards)
+
+
+def test_two_at_once_do_not_mix_their_files(shards, tmp_path):
+    """The second one is refused before it decodes an image, on that split alone."""
+    run, cache = make_run(tmp_path / "run"), tmp_path / "cache"
+    with locked(run / "test" / "mistakes"):
+        with pytest.raises(CxrdistError, match="another cxrdist process is writing here"):
+            evaluate(EvaluateConfig(run, shards, cache=cache))
+        assert not cache.exists()
+        evaluate(EvaluateConfig(run, shards, split="val", cache=cache))
+    assert not (run / "test").exists()
+    assert (run / "val" / "metrics.json").is_file()
 
 
 def test_sure_predictions_are_told_apart(shards, tmp_path):
