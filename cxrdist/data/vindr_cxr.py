@@ -14,6 +14,7 @@ Not read: size and weight, Kaggle's class_id and sample_submission.csv. Kaggle's
 labels and are left out.
 """
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -90,11 +91,14 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     files; if they exceed such copies, all boxes of such copies are dropped.
 
     Raises:
-        CxrdistError: there is no table, or a row is malformed.
+        CxrdistError: there is no table, a table is there twice, or a row is malformed.
     """
     places = (folder / "annotations", folder)
     files = [place / f"image_labels_{split}.csv" for split in SPLITS for place in places]
     tables = [file for file in files if file.is_file()]
+    for file, other in itertools.combinations(tables, 2):
+        if file.name == other.name:
+            raise CxrdistError(f"{other}: is also in {file.parent}; remove one")
     kaggle = folder / "train.csv"
     classes: Sequence[str] = LABELS
     if tables:

@@ -1,4 +1,5 @@
 import csv
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -274,6 +275,16 @@ def test_malformed_tables_of_labels_are_refused(tmp_path):
     write_csv(file, header, [["a", "R8", *[0] * 28]] * 2)
     with pytest.raises(CxrdistError, match="row 3: train/a already has a row of R8"):
         read(tmp_path)
+
+
+def test_a_table_in_both_folders_is_refused_by_its_names(tmp_path):
+    """Its rows are not at fault, so that none of them is to be removed."""
+    folder = write_physionet(tmp_path)
+    name = "image_labels_test.csv"
+    shutil.copy(folder / "annotations" / name, folder)
+    with pytest.raises(CxrdistError) as error:
+        read(folder)
+    assert str(error.value) == f"{folder / name}: is also in {folder / 'annotations'}; remove one"
 
 
 def test_a_small_set_of_de_identified_dicom_files_is_packed(tmp_path):
