@@ -8,7 +8,7 @@ from cxrdist.explain.pictures import safe_name
 from cxrdist.explain.text_file import TextRelevance
 from cxrdist.report import pictures
 from cxrdist.report.text import TextView
-from cxrdist.report.values import count, interval, percent
+from cxrdist.report.values import counted, interval, percent
 from cxrdist.report.view import SplitView, View
 from cxrdist.run import RunDirectory
 
@@ -76,5 +76,6 @@ def _line(name: str, region: Mapping[str, Any]) -> str:
         f"The network looks outside the lungs: {percent(region['share'])} of the relevance lies "
         f"{PLACES[name]} (95 % interval {within}){largest}. By chance it would be "
         f"{percent(region['area'])}, the share of the area "
-        f"({count(region['images'])} explained images of {count(region['patients'])} patients)."
+        f"({counted(region['images'], 'explained image')} of "
+        f"{counted(region['patients'], 'patient')})."
     )

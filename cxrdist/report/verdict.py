@@ -8,7 +8,7 @@ from cxrdist.evaluate.scored import Prediction
 from cxrdist.report.audit import AuditView
 from cxrdist.report.groups import MEASURES
 from cxrdist.report.scores import TOO_FEW, accuracy_interval
-from cxrdist.report.values import count, interval, number, percent
+from cxrdist.report.values import count, counted, interval, number, percent
 from cxrdist.report.view import SplitView, Verdict
 
 MOST_GAPS = 5  # in the verdict; the table has all
@@ -63,8 +63,8 @@ def _mean_auroc(metrics: Metrics) -> Verdict:
 def _patients(metrics: Metrics, samples: Sequence[Prediction] | None) -> str | None:
     """Count the patients of the images; None if predictions.csv is missing."""
     if "intervals" in metrics:
-        return count(metrics["intervals"]["patients"])
-    return None if samples is None else count(len({sample.patient for sample in samples}))
+        return counted(metrics["intervals"]["patients"], "patient")
+    return None if samples is None else counted(len({s.patient for s in samples}), "patient")
 
 
 def baseline_lines(audit: AuditView | None) -> list[str]:
@@ -119,14 +119,15 @@ def external_lines(splits: Sequence[SplitView]) -> list[str]:
     """Describe the main figure of each external set in one line."""
     lines = []
     for split in splits:
-        external = split["metrics"].get("external") if split["metrics"] else None
-        if not external:
+        metrics = split["metrics"]
+        external = metrics.get("external") if metrics else None
+        if not metrics or not external:
             continue
         verdict = verdict_view(split)
-        images = f"{verdict['images']} images"
+        images = counted(metrics["samples"], "image")
         if verdict["patients"]:
-            images += f" of {verdict['patients']} patients"
-        if seen := seen_words(split["metrics"]):
+            images += f" of {verdict['patients']}"
+        if seen := seen_words(metrics):
             images += f" ({seen})"
         ends = verdict["interval"]
         within = f"95 % interval {ends[0]} to {ends[1]}" if ends else "no interval"

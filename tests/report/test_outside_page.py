@@ -61,6 +61,8 @@ def test_relevance_above_chance_stands_in_the_verdict(run: Path) -> None:
     assert "Mean map of <b>COVID-19</b>, 30 images of 28 patients" in page
     described(run, region(0.38, 0.35, 0.42, 0.36))
     assert "in the outer tenth of the images (95 %" not in page_of(run)
+    described(run, region(0.521, 0.47, 0.57, 0.36) | {"images": 1, "patients": 1})
+    assert "(1 explained image of 1 patient)." in page_of(run)
 
 
 def test_the_report_says_which_map_moves(run: Path) -> None:

@@ -655,6 +655,9 @@ def test_the_verdict_names_gaps_and_external_sets() -> None:
     assert line.replace("\u00a0", " ") == said.format("")
     (line,) = external_lines([{**external, "metrics": {**metrics, "fewest": 50}}])
     assert line == "External set rural: too few to say (40 images)."
+    alone = metrics | {"samples": 1, "fewest": 50, "intervals": {"patients": 1}}
+    (line,) = external_lines([{**external, "metrics": alone}])
+    assert line == "External set rural: too few to say (1 image of 1 patient)."
 
 
 # In a browser.
