@@ -157,7 +157,6 @@ class StageRun:
         training, number = self.training, self.stopping.epoch + 1
         plan = training.plan(self.name, number)
         batches = Batches(training.data, plan, training.accelerator.device)
-        # `prepare_step` seeds dropout with these words: other words would be other draws.
         return Epoch(f"stage {self.name}, epoch {number}", batches, self.skipped)
 
     def progress(self) -> tqdm:
@@ -203,8 +202,11 @@ class StageRun:
     def prepare_step(self, epoch: Epoch) -> Slice:
         """Seed dropout, set the learning rates, and read this rank's slice of the next step."""
         accelerator, num_steps = self.training.accelerator, epoch.plan.num_steps
-        where = f"{epoch.where}, step {epoch.step + 1}"
-        _seed(self.recipe.seed, where, accelerator.process_index)
+        # Not the words of a message, since another text would be other draws.
+        _seed(
+            f"{self.recipe.seed}, stage {self.name}, epoch {self.stopping.epoch + 1}, "
+            f"step {epoch.step + 1}, rank {accelerator.process_index}"
+        )
         self.updater.set_rates(
             rate_factor(self.stage, self.stopping.epoch, epoch.step, num_steps),
             self.stopping.epoch * num_steps + epoch.step,
@@ -437,7 +439,7 @@ def _background(row: dict[str, Any], name: str) -> str:
     return f" (background {row[name]:.4f})" if name in row else ""
 
 
-def _seed(seed: int, where: str, rank: int) -> None:
+def _seed(key: str) -> None:
     """Seed the dropout of a step, so that a resumed run draws what an unbroken one draws."""
-    digest = hashlib.sha256(f"{seed}, {where}, rank {rank}".encode()).digest()
+    digest = hashlib.sha256(key.encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,9 +1,11 @@
 """A stage under way."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from support import Dispatched
 
 from cxrdist.config import Augmentation, Network, Stage, TrainConfig
@@ -46,6 +48,28 @@ def test_nothing_is_read_from_the_device_between_two_log_rows(shards: Path, tmp_
         epoch.settle(training.accelerator, under_way.updater)
         float(epoch.losses[0])
     assert [name for name in control.operations if "local_scalar" in name]
+
+
+def test_dropout_does_not_depend_on_the_words_of_a_message(shards: Path, tmp_path: Path):
+    """It is seeded by seed, stage, epoch, step and rank; other words would be other draws."""
+    config = TrainConfig(
+        shards,
+        tmp_path / "run",
+        {"all": Stage({"head": 0.01}, epochs=3, patience=3)},
+        init="none",
+        network=Network(growth_rate=4, block_config=(1, 1, 1, 1)),
+        seed=5,
+        cache=tmp_path / "cache",
+    )
+    training = build_training(start(), RunDirectory(config.run), config, read_index(shards))
+    under_way = StageRun(training, "all", None)
+    under_way.stopping.epoch = 1
+    epoch = under_way.open_epoch()
+    epoch.where = "in a message"
+    epoch.step = 2
+    under_way.prepare_step(epoch)
+    digest = hashlib.sha256(b"5, stage all, epoch 2, step 3, rank 0").digest()
+    assert torch.initial_seed() == int.from_bytes(digest[:8], "little") // 2
 
 
 def test_an_audit_of_anybody_is_text(shards, tmp_path):
