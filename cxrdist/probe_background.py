@@ -25,7 +25,7 @@ from cxrdist.config import (
     TrainConfig,
     deciding,
 )
-from cxrdist.data.derived import Original, derive_shards
+from cxrdist.data.derived import PackedSample, derive_shards
 from cxrdist.data.found import find_images, path_below
 from cxrdist.data.index import Classes, Index, Task, read_index
 from cxrdist.data.lungs import Kind, Lungs, count_left_out, find_lungs, lost_class
@@ -242,13 +242,13 @@ def _derive(index: Index, lungs: Lungs, directory: Path, seed: int) -> Region:
     """Write the four sets of shards; return what counts as lung in them."""
     size_px, shares = min(SIZE_PX, index.image_size_px), list[float]()
 
-    def change(original: Original) -> list[NDArray[np.uint8]] | None:
-        lung = lungs.of(original)
+    def change(packed: PackedSample) -> list[NDArray[np.uint8]] | None:
+        lung = lungs.of(packed)
         if lung is None:
             return None
         shares.append(float(lung.mean()))
-        sample = index.samples[original.number]
-        return variants_of(original.pixels, lung, size_px, f"{seed} {sample.key}")
+        sample = index.samples[packed.number]
+        return variants_of(packed.pixels, lung, size_px, f"{seed} {sample.key}")
 
     outs = [directory / name for name in VARIANTS]
     for out in outs:

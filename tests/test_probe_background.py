@@ -179,10 +179,10 @@ def test_masks_are_moved_as_the_images_were(word):
         with open_shard(shard) as opened:
             for place in range(len(shard.samples)):
                 pixels, about = opened.read(place)
-                original = probed.Original(
+                packed = probed.PackedSample(
                     shard.first + place, pixels, opened.read_mask(place), about
                 )
-                np.testing.assert_array_equal(own.of(original), given.of(original))
+                np.testing.assert_array_equal(own.of(packed), given.of(packed))
 
 
 def test_images_without_a_usable_mask_are_left_out_of_all_four(word, tmp_path, capsys):
@@ -242,8 +242,8 @@ def test_the_ellipse_is_the_same_for_all_images(word):
     lungs = find_lungs(index, None)
     assert (lungs.kind, lungs.why) == ("ellipse", "the shards have no masks")
     with open_shard(index.packed()[0]) as opened:
-        original = probed.Original(0, *opened.read(0)[:1], None, opened.describe(0))
-    np.testing.assert_array_equal(lungs.of(original), thorax(SIZE))
+        packed = probed.PackedSample(0, *opened.read(0)[:1], None, opened.describe(0))
+    np.testing.assert_array_equal(lungs.of(packed), thorax(SIZE))
 
 
 def test_shards_without_a_split_are_refused(word):

@@ -25,7 +25,7 @@ from cxrdist.files import sha256_of, write_json, write_table
 from cxrdist.terminal import progress
 
 
-class Original(NamedTuple):
+class PackedSample(NamedTuple):
     """A sample of the shards that others are derived from."""
 
     number: int
@@ -38,7 +38,7 @@ class Original(NamedTuple):
 
 
 # One square per derived set, all of the same size; None leaves the sample out.
-Change = Callable[[Original], Sequence[NDArray[np.uint8]] | None]
+Change = Callable[[PackedSample], Sequence[NDArray[np.uint8]] | None]
 
 
 def derive_shards(
@@ -61,12 +61,12 @@ def derive_shards(
             rows: list[list[tuple[Sample, SampleFile, bytes]]] = [[] for _ in directories]
             split = shard.samples[0].split
             name = shard_name(split, written[split])
-            for original in _originals(shard):
-                squares = change(original)
+            for packed in _packed_samples(shard):
+                squares = change(packed)
                 if squares is None:
-                    left_out.append(original.number)
+                    left_out.append(packed.number)
                 for row, square in zip(rows, squares or (), strict=squares is not None):
-                    row.append(_derive(index.samples[original.number], name, original, square))
+                    row.append(_derive(index.samples[packed.number], name, packed, square))
                 bar.update()
             # Readers refuse empty shards and gaps in the numbers: the next shard takes this one.
             if not rows[0]:
@@ -81,18 +81,18 @@ def derive_shards(
     return left_out
 
 
-def _originals(shard: PackedShard) -> Iterator[Original]:
+def _packed_samples(shard: PackedShard) -> Iterator[PackedSample]:
     with open_shard(shard) as opened:
         for i in range(len(shard.samples)):
             pixels, about = opened.read(i)
-            yield Original(shard.first + i, pixels, opened.read_mask(i), about)
+            yield PackedSample(shard.first + i, pixels, opened.read_mask(i), about)
 
 
 def _derive(
-    sample: Sample, shard: str, original: Original, square: NDArray[np.uint8]
+    sample: Sample, shard: str, packed: PackedSample, square: NDArray[np.uint8]
 ) -> tuple[Sample, SampleFile, bytes]:
     """Return the row of samples.csv, the content of KEY.json, and the PNG of a derived sample."""
-    about = original.about.copy()
+    about = packed.about.copy()
     about.pop("boxes", None)
     digest = hashlib.sha256(square.tobytes()).hexdigest()
     row = sample._replace(shard=shard, sha256=digest, mask_sha256="")

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.data.derived import Original
+from cxrdist.data.derived import PackedSample
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE
 from cxrdist.data.masked import masks_of_samples
@@ -33,7 +33,7 @@ class Lungs:
     places: Mapping[int, MaskPlace] = field(default_factory=dict)
     """Masks that are not in the shards, by sample number."""
 
-    def of(self, original: Original) -> NDArray[np.bool_] | None:
+    def of(self, packed: PackedSample) -> NDArray[np.bool_] | None:
         """Return which pixels of a sample are lung, bool [size, size]; None if not known.
 
         A mask that covers nothing or everything counts as none.
@@ -43,11 +43,11 @@ class Lungs:
         """
         if self.kind == "ellipse":
             return thorax(self.index.image_size_px)
-        mask = original.mask
+        mask = packed.mask
         # Not empty where masks are given: `masks_of_samples` raises if none matches.
         if self.places:
-            known = self.places.get(original.number)
-            shown = original.about["width_px"], original.about["height_px"]
+            known = self.places.get(packed.number)
+            shown = packed.about["width_px"], packed.about["height_px"]
             size_px, fit = self.index.image_size_px, self.index.fit
             mask = None if known is None else read_square(known, shown, size_px, fit)
         return None if mask is None or mask.all() or not mask.any() else mask > 0

@@ -39,7 +39,7 @@ Point = tuple[float, float]
 Kind = Literal["opacity", "word"]
 
 
-class Finding(NamedTuple):
+class Planted(NamedTuple):
     """One planted opacity or word and the box around it, in fractions of the image's side."""
 
     kind: Kind
@@ -56,7 +56,7 @@ class Phantom(NamedTuple):
 
     pixels: npt.NDArray[np.uint8]
     """uint8 [S, S], bright where the body absorbs."""
-    findings: tuple[Finding, ...]
+    findings: tuple[Planted, ...]
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def write_phantoms(
                 Image.fromarray(phantom.pixels).save(out / path, compress_level=1)
                 for kind, *box in phantom.findings:
                     rows.append((path, label, patient, kind, *(f"{side:.4f}" for side in box)))
-    write_table(table, ("path", "label", "patient", *Finding._fields), rows)
+    write_table(table, ("path", "label", "patient", *Planted._fields), rows)
     return table
 
 
@@ -508,7 +508,7 @@ def _expose(density: FloatArray, rng: np.random.Generator) -> npt.NDArray[np.uin
     return (255 * grey**gamma).astype(np.uint8)
 
 
-def _find_box(opacity: _Opacity, pose: _Pose) -> Finding:
+def _find_box(opacity: _Opacity, pose: _Pose) -> Planted:
     """Return the box around an opacity's ellipse in the image, cut at the image's border."""
     matrix = pose.matrix()
     centre = matrix @ np.array([opacity.x, opacity.y]) + np.array([pose.shift_x, pose.shift_y])
@@ -516,7 +516,7 @@ def _find_box(opacity: _Opacity, pose: _Pose) -> Finding:
     half = np.sqrt((matrix * np.array([opacity.radius_x, opacity.radius_y])) ** 2 @ np.ones(2))
     low = np.clip((centre - half + 1) / 2, 0, 1)
     high = np.clip((centre + half + 1) / 2, 0, 1)
-    return Finding("opacity", *map(float, (*low, *(high - low))))
+    return Planted("opacity", *map(float, (*low, *(high - low))))
 
 
 def _burn_side_marker(pixels: Image.Image, rng: np.random.Generator) -> None:
@@ -528,7 +528,7 @@ def _burn_side_marker(pixels: Image.Image, rng: np.random.Generator) -> None:
         burn_text(pixels, "R" if right < 0.5 else "L", place, 0.075)
 
 
-def _burn_word(pixels: Image.Image, rng: np.random.Generator) -> Finding:
+def _burn_word(pixels: Image.Image, rng: np.random.Generator) -> Planted:
     """Write the word into the upper left corner and return its box."""
     x, y, size = rng.random(3)
     place = (0.06 + 0.03 * x, 0.05 + 0.03 * y)
@@ -537,7 +537,7 @@ def _burn_word(pixels: Image.Image, rng: np.random.Generator) -> Finding:
 
 def burn_text(
     pixels: Image.Image, text: str, place: Point, height: float, anchor: str = "lt"
-) -> Finding:
+) -> Planted:
     """Write bright text into a grey image, and return the box around it, cut at the border.
 
     Place and height (of the font, at least 6 px) are fractions of the image's side. The anchor is
@@ -551,4 +551,4 @@ def burn_text(
     draw.text(corner, text, fill=240, font=font, anchor=anchor)
     box = draw.textbbox(corner, text, font=font, anchor=anchor)
     left, top, right, bottom = (min(max(value, 0), side) / side for value in box)
-    return Finding("word", left, top, right - left, bottom - top)
+    return Planted("word", left, top, right - left, bottom - top)

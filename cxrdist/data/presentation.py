@@ -21,7 +21,6 @@ from cxrdist.data.depth import HOT_PIXELS, count_words, used_depth, white_of
 from cxrdist.data.elements import RefusedError, items, number, numbers, octets, shorts, text
 
 OVERLAYS = range(0x6000, 0x6020, 2)  # groups of the repeating overlay planes (PS3.3, C.9.2)
-Table = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Lut(NamedTuple):
     """Input of the first entry."""
     entries: NDArray[np.int64]
 
-    def __call__(self, values: Table) -> Table:
+    def __call__(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """Look up values; those below the first input get the first entry, those above the last."""
         position = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
         return self.entries[position.astype(np.int64)].astype(np.float64)
@@ -138,7 +137,7 @@ def _as_seen(
     cells: Cells,
     is_padding: NDArray[np.bool_],
     depth: int | None,
-) -> tuple[Table, int | None]:
+) -> tuple[NDArray[np.float64], int | None]:
     """Return the brightness of each word, 0..1 within the window, and the used depth, if any."""
     modality = _first_lut(dataset, "ModalityLUTSequence", cells.signed)
     slope = number(dataset, "RescaleSlope", 1)
@@ -199,7 +198,7 @@ def _lut(item: Dataset, descriptor: list[int], signed: bool) -> Lut:
     return Lut(first, entries.astype(np.int64))
 
 
-def _windowed(dataset: Dataset, values: Table) -> Table | None:
+def _windowed(dataset: Dataset, values: NDArray[np.float64]) -> NDArray[np.float64] | None:
     """Return the first window that can be used; None without any."""
     centers, widths = numbers(dataset, "WindowCenter"), numbers(dataset, "WindowWidth")
     function = text(dataset, "VOILUTFunction").upper() or "LINEAR"
@@ -215,7 +214,9 @@ def _windowed(dataset: Dataset, values: Table) -> Table | None:
     raise RefusedError("its window has no width, or is not a number")
 
 
-def _window(values: Table, center: float, width: float, function: str) -> Table:
+def _window(
+    values: NDArray[np.float64], center: float, width: float, function: str
+) -> NDArray[np.float64]:
     """Apply a window (PS3.3, sections C.11.2.1.2 and C.11.2.1.3) with outputs 0..1."""
     if function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (values - center) / width))
