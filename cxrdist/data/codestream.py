@@ -1,5 +1,7 @@
 """Codestreams: the sample precision that a JPEG, JPEG-LS or JPEG 2000 declares, and its end."""
 
+import struct
+
 JPEG2000_SIZE = b"\xff\x4f\xff\x51"  # SOC and SIZ (ISO 15444-1, A.5.1), in a JP2 box or bare
 # Start of frame (ITU-T T.81, table B.1; of JPEG-LS ITU-T T.87, C.1.1): not DHT, JPG and DAC.
 FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
@@ -18,6 +20,19 @@ def precision(stream: bytes) -> tuple[int, bool] | None:
         return None
     depth = stream[start + 42]  # Ssiz of the first component, behind 38 bytes of SIZ and 4 of marks
     return (depth & 0x7F) + 1, depth >= 0x80
+
+
+def is_reordered(stream: bytes) -> bool:
+    """Return whether a JP2 has its colours in another order (cdef, ISO 15444-1, I.5.3.6)."""
+    start = stream.find(b"cdef", 0, max(0, stream.find(JPEG2000_SIZE))) + 4
+    if start < 4:
+        return False
+    entries = stream[start + 2 : start + 2 + 6 * int.from_bytes(stream[start : start + 2], "big")]
+    # Of type 0 are colours; those that they are associated with count from 1.
+    return any(
+        kind == 0 and 0 < colour < 0xFFFF and colour != channel + 1
+        for channel, kind, colour in struct.iter_unpack(">3H", entries)
+    )
 
 
 def is_cut_off(stream: bytes) -> bool:

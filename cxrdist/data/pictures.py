@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from cxrdist.data.codestream import precision
+from cxrdist.data.codestream import is_reordered, precision
 from cxrdist.data.depth import count_words, grey_of, used_depth, white_of
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.errors import CxrdistError
@@ -187,14 +187,16 @@ def _refuse_misread(image: ImageFile.ImageFile, data: bytes) -> None:
     """Reject images whose samples Pillow reads wrongly.
 
     In JPEG 2000 it adds 1/2 to colours of more than 8 bits, so that white overflows to black,
-    shifts fewer bits, so that white stays grey, and makes signed samples unsigned; signed bytes of
-    a TIFF it reads as unsigned. The separate planes of a TIFF without compression it reads as bytes
-    whose 0 is black and whose bits are in the usual order.
+    shifts fewer bits, so that white stays grey, ignores the order of colours, and makes signed
+    samples unsigned; signed bytes of a TIFF it reads as unsigned. The separate planes of a TIFF
+    without compression it reads as bytes whose 0 is black and whose bits are in the usual order.
     """
     tags, is_deep = _tiff_tags(image), image.mode[0] in "IF"
     bits, is_signed = 8, not is_deep and SIGNED in tags.get(SAMPLE_FORMAT, ())
     if image.format == "JPEG2000":
         bits, is_signed = precision(data) or (8, False)
+        if is_reordered(data):
+            raise ValueError("its colours are in another order; store it as PNG")
     if is_signed:
         raise ValueError("its values are signed; expected 0 and more")
     if bits != 8 and not is_deep:

@@ -282,6 +282,27 @@ def test_signed_jpeg_2000_is_refused(tmp_path, dtype):
         grey_of(tmp_path / "x.jp2")
 
 
+def test_jpeg_2000_with_its_colours_in_another_order_is_refused(tmp_path):
+    """If red is the third component (cdef), grey is 121; Pillow takes the first for red: 87."""
+    colours = np.empty((64, 64, 3), np.uint8)
+    colours[:] = (20, 100, 200)
+    Image.fromarray(colours).save(tmp_path / "x.jp2")
+    data = (tmp_path / "x.jp2").read_bytes()
+    start = data.index(b"jp2h") - 4
+    end = start + int.from_bytes(data[start : start + 4], "big")
+    files = []
+    for order in ((1, 2, 3), (3, 2, 1)):
+        cells = [number for channel in range(3) for number in (channel, 0, order[channel])]
+        box = struct.pack(">I4sH9H", 28, b"cdef", 3, *cells)
+        head = struct.pack(">I", end - start + len(box)) + data[start + 4 : end] + box
+        files.append(data[:start] + head + data[end:])
+        (tmp_path / f"{order[0]}.jp2").write_bytes(files[-1])
+    assert [imagecodecs.jpeg2k_decode(file)[0, 0, 0] for file in files] == [20, 200]
+    assert np.array_equal(grey_of(tmp_path / "1.jp2")[0], np.full((64, 64), 87))
+    with pytest.raises(CxrdistError, match="its colours are in another order; store it as PNG"):
+        grey_of(tmp_path / "3.jp2")
+
+
 @pytest.mark.parametrize(
     ("values", "tags"),
     [(RAMP, {}), (GREY, {262: 0}), (GREY, {266: 2})],
