@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pebble import ProcessPool
 
 from cxrdist.config import PredictConfig
 from cxrdist.data.depth import describe_depth
@@ -29,9 +28,9 @@ from cxrdist.data.shards import sample_key
 from cxrdist.data.text import require_extra
 from cxrdist.data.views import LATERAL, NAMES, OTHER
 from cxrdist.data.workers import (
-    CHUNKS_AHEAD,
     SECONDS_PER_IMAGE,
     Job,
+    Workers,
     image_workers,
     in_order,
     num_cores,
@@ -83,7 +82,7 @@ class Predictor:
     """Folder of the heat maps; None without ``explain``."""
     output: Output | None
     """None without ``dicom``."""
-    pool: ProcessPool
+    pool: Workers
     batch_size: int
     prepared: dict[int, Prepared] = field(default_factory=dict)
     """Prepared inputs without their pixels."""
@@ -113,7 +112,7 @@ class Predictor:
                     drawing += self._run_batch(batch, inputs, how)
                     batch = {}
                 # Maps that wait to be drawn are in memory, so their number is limited.
-                self._finish_drawings(drawing, CHUNKS_AHEAD * num_cores())
+                self._finish_drawings(drawing, self.pool.ahead)
                 bar.update()
             drawing += self._run_batch(batch, inputs, how) if batch else []
             self._finish_drawings(drawing, 0)

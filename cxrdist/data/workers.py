@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -27,7 +28,7 @@ BROKEN = (
     "the processes that read images have ended; in a script of your own, call cxrdist below a line "
     'if __name__ == "__main__": and otherwise run the same command again'
 )
-CHUNKS_AHEAD = 2  # chunks per core that are submitted before the first of them is yielded
+CHUNKS_AHEAD = 2  # chunks per worker that are submitted before the first of them is yielded
 
 
 class HasFile(Protocol):
@@ -40,6 +41,18 @@ class HasFile(Protocol):
 
 Item = TypeVar("Item", bound=HasFile)
 Made = TypeVar("Made")
+
+
+class Workers(ProcessPool):
+    """Processes that read images.
+
+    Attributes:
+        ahead: chunks that may wait for them.
+    """
+
+    def __init__(self, number: int, context: BaseContext) -> None:
+        super().__init__(number, initializer=_keep_memory, context=context)
+        self.ahead = CHUNKS_AHEAD * number
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ def schedule(
 
 
 def in_order(
-    pool: ProcessPool,
+    pool: Workers,
     make: Callable[[Item], Made],
     items: Sequence[Item],
     chunk: int,
@@ -115,7 +128,7 @@ def in_order(
     waiting: deque[Job[Item, Made]] = deque()
     for start in range(0, len(items), chunk):
         waiting.append(schedule(pool, make, items[start : start + chunk], seconds))
-        if len(waiting) > CHUNKS_AHEAD * num_cores():
+        if len(waiting) > pool.ahead:
             yield from waiting.popleft().results()
     while waiting:
         yield from waiting.popleft().results()
@@ -157,7 +170,7 @@ def _keep_memory() -> None:
 
 
 @contextmanager
-def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[ProcessPool]:
+def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Workers]:
     """Start worker processes.
 
     They are forked from a small clean process, since this one may have threads.
@@ -172,7 +185,7 @@ def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Proce
     context = multiprocessing.get_context("forkserver")
     # Heeded only for the first pool of a process, whose server keeps running.
     context.set_forkserver_preload(list(preload))
-    pool = ProcessPool(workers or num_cores(), initializer=_keep_memory, context=context)
+    pool = Workers(workers or num_cores(), context)
     try:
         yield pool
         pool.close()

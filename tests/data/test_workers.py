@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -64,3 +65,21 @@ def test_the_limit_of_an_image_is_of_processor_time(make, monkeypatch):
         assert str(made[1]) == "slow: was not read within 1 s of processor time"
         made[1] = "slow"
     assert made == names
+
+
+def test_the_chunks_that_wait_are_two_for_each_worker(monkeypatch):
+    """Whatever the cores: three workers would idle with those of one core."""
+    monkeypatch.setattr(workers, "num_cores", lambda: 1)
+    submitted = []
+
+    def submit(pool, make, items, seconds):
+        submitted.extend(items)
+        return SimpleNamespace(results=lambda: items)
+
+    monkeypatch.setattr(workers, "schedule", submit)
+    items = [Item(Path(f"{number}")) for number in range(9)]
+    with image_workers(3, [__name__]) as pool:
+        results = in_order(pool, wait, items, 1)
+        next(results)
+        assert len(submitted) == 2 * 3 + 1
+        assert [items[0], *results] == items
