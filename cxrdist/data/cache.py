@@ -8,10 +8,12 @@ import hashlib
 import io
 import math
 import os
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -33,6 +35,8 @@ Images = NDArray[np.uint8]
 Masks = NDArray[np.uint8]
 MISSING = "is missing"
 OTHER_PLACE = "choose a directory with room on a local disk with --cache"
+MARK = re.compile(r"\.[0-9a-f]{16}\.node")
+OLD_MARK = 24 * 60 * 60  # seconds; no run waits that long for its nodes
 NUM_THREADS = 8  # per rank; all of them read from memory or one disk
 
 
@@ -201,6 +205,7 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
     def create() -> bool:
         with room_for(mark, OTHER_PLACE):
             directory.mkdir(parents=True, exist_ok=True)
+            _remove_old_marks(directory)
             try:
                 mark.touch(exist_ok=False)  # exactly one of several nodes succeeds, also on NFS
             except FileExistsError:
@@ -213,6 +218,14 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
         mark.unlink()
     # Ranks of a node are numbered consecutively: this is the answer of its first one.
     return gather(accelerator, [created])[accelerator.process_index - part]
+
+
+def _remove_old_marks(directory: Path) -> None:
+    """Remove the marks that killed runs have left."""
+    for mark in directory.glob(".*.node"):
+        with suppress(OSError):  # it is removed by another run, or is of another user
+            if MARK.fullmatch(mark.name) and time.time() - mark.lstat().st_mtime > OLD_MARK:
+                mark.unlink()
 
 
 @contextmanager

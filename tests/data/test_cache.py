@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -304,6 +305,18 @@ def test_a_link_in_place_of_the_unfinished_cache_is_not_written_through(shards, 
     open_cache(index, tmp_path, Accelerator(cpu=True))
     assert outside.read_text() == "mine"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_mark_of_a_killed_run_is_removed_after_a_day(shards, tmp_path):
+    """A younger one may be of a run that waits for its nodes; other names are not ours."""
+    left = {".0123456789abcdef.node": 25, ".fedcba9876543210.node": 23, ".mine.node": 25}
+    for name, hours in left.items():
+        (tmp_path / name).touch()
+        changed = time.time() - hours * 3600
+        os.utime(tmp_path / name, (changed, changed))
+    open_cache(read_index(shards), tmp_path, Accelerator(cpu=True))
+    kept = {file.name for file in tmp_path.glob("*.node")}
+    assert kept == {".fedcba9876543210.node", ".mine.node"}
 
 
 def test_a_node_that_may_not_mend_a_damaged_cache_refuses_it(shards, cached, monkeypatch):
