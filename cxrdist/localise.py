@@ -58,7 +58,7 @@ from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import progress, table
 
-EMPTY = "that cover nothing"
+CONSTANT = "that cover nothing or everything"
 SEEN = "of images that the network has seen"
 PICTURED = 4  # number of the best cases that get pictures, and of the worst
 DIGITS = 7  # decimals of shares; float32 has no more
@@ -210,7 +210,7 @@ def _mean_outlines(
 
 
 def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
-    """Score the maps of the cases on all ranks; cases with empty outlines are left out.
+    """Score the maps of the cases on all ranks; outlines of nothing or all are left out.
 
     The cases of a batch share their class and the likeliest other class. Batches do not depend on
     the number of ranks.
@@ -254,7 +254,7 @@ def _score_batch(
     work: _Work, numbers: Sequence[int], target: str, other: str | None
 ) -> Iterator[Scored]:
     outlines = {number: work.outlines.read((number, target)) for number in numbers}
-    drawn = [number for number in numbers if outlines[number].any()]
+    drawn = [n for n in numbers if outlines[n].any() and not outlines[n].all()]
     if not drawn:
         return
     loaded = work.loaded
@@ -301,10 +301,11 @@ def _describe(
 ) -> Localisation:
     """Return the content of localisation.json, and write the pictures."""
     samples, outlines = work.loaded.index.samples, work.outlines
-    empty = {EMPTY: num_cases - len(scored)} if len(scored) < num_cases else {}
+    constant = {CONSTANT: num_cases - len(scored)} if len(scored) < num_cases else {}
     if not scored:
         raise CxrdistError(
-            f"{outlines.origin}: all {outlines.kind} of the split are empty; check their positions"
+            f"{outlines.origin}: all {outlines.kind} of the split cover nothing or everything; "
+            "check their positions"
         )
     patients = [samples[case.number].patient for case in scored]
     groups, intervals = summarise(scored, patients, choose_tops(val))
@@ -314,7 +315,7 @@ def _describe(
         "index_sha256": work.loaded.index.sha256,
         "kind": outlines.kind,
         "origin": outlines.origin,
-        "left_out": {**outlines.left_out, **empty},
+        "left_out": {**outlines.left_out, **constant},
         "val_cases": len(val),
         "train_cases": num_train,
         "groups": groups,

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -187,6 +188,24 @@ def test_boxes_of_an_external_set_are_read_once(trained, tmp_path, monkeypatch):
     assert found["groups"][0]["shapes"] == len(boxed) - seen
     assert sum(found["left_out"].values()) + len(boxed) == sum(s.label == COVID for s in own)
     assert len(calls) == 1
+
+
+def test_masks_of_nothing_or_of_everything_are_left_out(trained, tmp_path):
+    """In these any map would lie inside by 0 or by 1; the others cover a quarter of the square."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    samples = [s for s in read_index(trained / "shards").samples if s.split == "test"][:6]
+    part = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
+    part[:24, 24:] = 255
+    for sample, mask in zip(samples, [part * 0, part * 0 + 255, *[part] * 4], strict=True):
+        file = (tmp_path / "masks" / sample.path).with_suffix(".png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(mask).save(file)
+    settings = {"masks": tmp_path / "masks", "cache": trained / "cache"}
+    localise(LocaliseConfig(tmp_path / "run", trained / "shards", **settings))
+    found = json.loads((tmp_path / "run" / "test" / "localisation.json").read_text())
+    assert found["left_out"] == {"that cover nothing or everything": 2}
+    whole = found["groups"][0]
+    assert (whole["images"], whole["area"]) == (4, 0.25)
 
 
 def test_the_likeliest_other_class_is_not_the_class_itself():
