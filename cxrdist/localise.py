@@ -24,16 +24,8 @@ from cxrdist.data.outlines import (
 )
 from cxrdist.distributed import finish, gather, say, together
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.predictions import (
-    LoadedRun,
-    OpenedRun,
-    in_order,
-    load_images,
-    open_run_on,
-    predict_split,
-    rank_batches,
-    writing,
-)
+from cxrdist.evaluate.loaded_run import LoadedRun, OpenedRun, load_images, open_run_on, writing
+from cxrdist.evaluate.predictions import in_order, predict_split, rank_batches
 from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay
 from cxrdist.explain.localisation import (
     ALL,

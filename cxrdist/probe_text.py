@@ -27,18 +27,10 @@ from cxrdist.data.square_boxes import SquareBoxes, boxes_in_squares
 from cxrdist.data.text import find_boxes, require_extra
 from cxrdist.distributed import finish, gather, together
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.loaded_run import LoadedRun, OpenedRun, load_images, open_run_on, writing
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.metrics import Metrics, headline
-from cxrdist.evaluate.predictions import (
-    LoadedRun,
-    OpenedRun,
-    in_order,
-    load_images,
-    open_run_on,
-    predict_split,
-    rank_batches,
-    writing,
-)
+from cxrdist.evaluate.predictions import in_order, predict_split, rank_batches
 from cxrdist.evaluate.scored import score_samples
 from cxrdist.evaluate.scores import score
 from cxrdist.explain.heatmap import OUTLINE, enlarged, overlay

@@ -17,7 +17,8 @@ from cxrdist.config import ExplainConfig, deciding
 from cxrdist.data.cache import Masks, open_masks, read_rows, unpack_masks
 from cxrdist.distributed import entering, finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
-from cxrdist.evaluate.predictions import LoadedRun, load_images, open_run_on, rank_batches
+from cxrdist.evaluate.loaded_run import LoadedRun, load_images, open_run_on
+from cxrdist.evaluate.predictions import rank_batches
 from cxrdist.explain import flipping, outside, randomisation
 from cxrdist.explain.description import RelevanceInfo, read_description, under_way
 from cxrdist.explain.flipping import Flipping, flip_pixels

@@ -16,7 +16,8 @@ from cxrdist.data.cache import read_rows
 from cxrdist.data.gallery import write_gallery
 from cxrdist.data.index import Index
 from cxrdist.distributed import gather
-from cxrdist.evaluate.predictions import LoadedRun, rank_batches
+from cxrdist.evaluate.loaded_run import LoadedRun
+from cxrdist.evaluate.predictions import rank_batches
 from cxrdist.files import judging, open_table, write_table
 from cxrdist.info import read_info
 from cxrdist.model.densenet import Classifier

@@ -15,7 +15,7 @@ from cxrdist.data.index import read_index
 from cxrdist.data.shards import read_shard
 from cxrdist.documents import Real, Sha256
 from cxrdist.errors import CxrdistError, RunFailedError
-from cxrdist.evaluate.predictions import refuse_unlike
+from cxrdist.evaluate.loaded_run import refuse_unlike
 from cxrdist.files import now
 from cxrdist.info import Count
 from cxrdist.model.densenet import Classifier

@@ -16,8 +16,9 @@ from cxrdist.data.cache import open_cache
 from cxrdist.data.index import read_index
 from cxrdist.distributed import start
 from cxrdist.errors import CxrdistError
+from cxrdist.evaluate.loaded_run import load_images, open_run_on
 from cxrdist.evaluate.mistakes import find_mistakes
-from cxrdist.evaluate.predictions import evaluate, load_images, open_run_on
+from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.explain.export import explain
 from cxrdist.explain.nearest import find_nearest, read_nearest, was_trained_on, write_nearest
