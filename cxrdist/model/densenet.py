@@ -18,6 +18,7 @@ from cxrdist.info import WeightsInfo
 from cxrdist.model.batch import check_batch
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.description import Calibration, Cover, ModelFile, Normalisation
+from cxrdist.model.dropout import Dropout
 from cxrdist.model.networks import build_network, refuse_small_squares
 from cxrdist.model.prediction import Predictions
 from cxrdist.model.reading import ImageSource, read_squares
@@ -41,6 +42,7 @@ class Classifier(nn.Module):
         shape: architecture and its shape.
         network: timm's or torchvision's (`networks.build_network`), with the library's own names.
         norms: its BatchNorms; alexnet, squeezenet1_1 and convnext_atto have none.
+        dropouts: its dropouts.
         classes: class names in the order of the logits.
         image_size_px: side of the square images that it takes.
         fit: how the training images became square: crop, pad or stretch.
@@ -81,6 +83,7 @@ class Classifier(nn.Module):
         self.normalisation = normalisation or Normalisation()
         self.network = build_network(network, len(classes), len(self.normalisation.mean))
         self.norms = [m for m in self.network.modules() if isinstance(m, BatchNorm)]
+        self.dropouts = [m for m in self.network.modules() if isinstance(m, Dropout)]
         # Buffers, to move with the model. Not in the state dict: model.json has the normalisation.
         self.register_buffer("mean", _per_channel(self.normalisation.mean), persistent=False)
         self.register_buffer("std", _per_channel(self.normalisation.std), persistent=False)

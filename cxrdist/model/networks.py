@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from cxrdist.config import Architecture, Network
 from cxrdist.errors import CxrdistError
 from cxrdist.model.batchnorm import BatchNorm
+from cxrdist.model.dropout import Dropout
 
 IMAGENET_URLS: dict[Architecture, str] = {
     "densenet121": torchvision.models.DenseNet121_Weights.IMAGENET1K_V1.url,
@@ -45,7 +46,7 @@ class GrowingBlock(DenseBlock):
 
 
 def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Module:
-    """Build a network with its library's random initial weights.
+    """Build a network with its library's random initial weights, and dropout of `Dropout`.
 
     Two modules differ from the published networks; neither has entries in the state dict:
 
@@ -58,6 +59,15 @@ def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Mod
     Raises:
         CxrdistError: the architecture does not take this number of channels.
     """
+    network = _build(shape, num_classes, channels)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            # The libraries take no class for it.
+            module.__class__ = Dropout
+    return network
+
+
+def _build(shape: Network, num_classes: int, channels: int) -> nn.Module:
     name, dropout = shape.architecture, shape.dropout
     if shape.is_densenet:
         return _build_densenet(shape, num_classes, channels)

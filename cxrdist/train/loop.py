@@ -104,7 +104,7 @@ def backward(stage: StageRun, batch: Slice) -> Tensor:
     total = torch.zeros(2, device=accelerator.device)
     passes = list(passes_of(batch, accelerator.process_index, stage.recipe.max_images_per_rank))
     for one in passes:
-        stage.statistics.before_pass(one.sizes)
+        stage.prepare_pass(batch, one)
         with nullcontext() if one is passes[-1] else accelerator.no_sync(stage.model):
             inputs = (tensor[one.rows] for tensor in batch.inputs)
             loss, penalty = stage.model(*inputs, turn=batch.turn).unbind()

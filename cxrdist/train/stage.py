@@ -46,7 +46,7 @@ from cxrdist.train.stages import (
     set_modes,
 )
 from cxrdist.train.statistics import Statistics
-from cxrdist.train.step import Batches, Slice, Staging, read_slice, validate
+from cxrdist.train.step import Batches, Pass, Slice, Staging, read_slice, validate
 from cxrdist.train.training import Training, fixed_recipe
 from cxrdist.train.update import Average, Updater, gradient_scaler
 
@@ -202,10 +202,11 @@ class StageRun:
     def prepare_step(self, epoch: Epoch) -> Slice:
         """Seed dropout, set the learning rates, and read this rank's slice of the next step."""
         accelerator, num_steps = self.training.accelerator, epoch.plan.num_steps
-        # Not the words of a message, since another text would be other draws.
+        # Not the words of a message, since another text would be other draws. All ranks have the
+        # same, those that older versions had on one rank.
         _seed(
             f"{self.recipe.seed}, stage {self.name}, epoch {self.stopping.epoch + 1}, "
-            f"step {epoch.step + 1}, rank {accelerator.process_index}"
+            f"step {epoch.step + 1}, rank 0"
         )
         self.updater.set_rates(
             rate_factor(self.stage, self.stopping.epoch, epoch.step, num_steps),
@@ -214,6 +215,20 @@ class StageRun:
         staging = self.staging, self.foregrounds
         turn = self.steps_done % 2 if self.background else 0  # without it all steps are alike
         return read_slice(epoch.batches, *staging, epoch.step, turn, accelerator)
+
+    def prepare_pass(self, batch: Slice, one: Pass) -> None:
+        """Tell BatchNorm and dropout which images of the step the next pass takes."""
+        self.statistics.before_pass(one.sizes)
+        accelerator, num_images = self.training.accelerator, sum(batch.sizes)
+        first = sum(batch.sizes[: accelerator.process_index])
+        rows = torch.arange(
+            first + one.rows.start, first + one.rows.stop, device=accelerator.device
+        )
+        for dropout in self.training.model.dropouts:
+            # A row of weight 0 may come after the last one of the step.
+            dropout.rows, dropout.num_images = rows.clamp(max=num_images - 1), num_images
+        # Each pass draws for the whole step, from the same state.
+        torch.manual_seed(torch.initial_seed())
 
     def update(self, batch: Slice) -> Tensor:
         """Take the optimiser's step; return the norm of all gradients, float32 []."""

@@ -7,9 +7,10 @@ torch is loaded once for all of them. A job is `stages`, or MODE/BATCH[:IMAGES_P
 gradient of a step. The mode is `frozen` or `trained`, which BatchNorm is then, `compiled`, which is
 `trained` in one compiled graph, `bf16`, which is `trained` under autocast, or `per_rank`, which is
 `trained` on its own slice. `lrp` and `gradient` are `trained` with a background loss by that
-method, `frozen_lrp` is `frozen`; `lrp_turn` is `lrp` in a step that pays the gradient's share. The
-job `moving` is `stages` where frozen BatchNorm moves, `averaged` is `stages` with an average of the
-weights and BatchNorm statistics per rank.
+method, `frozen_lrp` is `frozen`; `lrp_turn` is `lrp` in a step that pays the gradient's share.
+`frozen_dropout` is `frozen` with a dropout of one half, which no other mode has. The job `moving`
+is `stages` where frozen BatchNorm moves, `averaged` is `stages` with an average of the weights and
+BatchNorm statistics per rank.
 """
 
 import itertools
@@ -162,6 +163,8 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     training.model.to(torch.float32 if half else torch.float64)
     under_way = StageRun(training, "all", None)
     set_modes(training.model, set() if mode.startswith("frozen") else set(BLOCKS))
+    training.model.network.head_drop.train().p = 0.5 if mode == "frozen_dropout" else 0.0
+    torch.manual_seed(7)
     epoch = Batches(training.data, training.plan("all", 1), training.accelerator.device)
     epoch.targets = epoch.targets.to(training.model.mean.dtype)
     staging = under_way.staging, under_way.foregrounds

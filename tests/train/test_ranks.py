@@ -37,13 +37,15 @@ JOBS = {
         "bf16/9",
         *BACKGROUND,
         "frozen_lrp/9",
+        "frozen_dropout/9",
+        "frozen_dropout/2",
     ),
     2: (
         *("stages", "moving", "averaged", "frozen/9", "frozen/9:2", *TRAINED),
         *("trained/9:1", "trained/9:3", "compiled/9", "bf16/9", "per_rank/9"),
-        *("lrp/9", "gradient/9", "frozen_lrp/9:2"),
+        *("lrp/9", "gradient/9", "frozen_lrp/9:2", "frozen_dropout/9", "frozen_dropout/9:2"),
     ),
-    3: ("stages", "frozen/9", "frozen/2", *TRAINED, *BACKGROUND),
+    3: ("stages", "frozen/9", "frozen/2", "frozen_dropout/2", *TRAINED, *BACKGROUND),
     4: TRAINED,
     8: TRAINED,
 }
@@ -126,13 +128,15 @@ def relative_difference(found: dict, expected: dict) -> float:
     ("world", "job"),
     [(2, "frozen/9"), (2, "frozen/9:2"), (3, "frozen/9"), (3, "frozen/2"), (2, "compiled/9")]
     + [(world, job) for world in (2, 3, 4, 8) for job in TRAINED]
-    + [(2, "lrp/9"), (2, "gradient/9"), (2, "frozen_lrp/9:2"), *((3, job) for job in BACKGROUND)],
+    + [(2, "lrp/9"), (2, "gradient/9"), (2, "frozen_lrp/9:2"), *((3, job) for job in BACKGROUND)]
+    + [(2, "frozen_dropout/9"), (2, "frozen_dropout/9:2"), (3, "frozen_dropout/2")],
 )
 def test_the_gradient_is_that_of_the_whole_batch_for_any_world(outcomes, world, job):
     """Slices of unequal size, of one image and of none change neither gradient nor statistics.
 
-    Nor do micro-batches where BatchNorm is frozen, nor does compiling, with a background loss or
-    without. At 32 px the last features have one pixel: one image alone would have no variance.
+    Nor do micro-batches where BatchNorm is frozen, nor does compiling, with a background loss,
+    dropout, or neither. At 32 px the last features have one pixel: one image alone would have no
+    variance.
     """
     mode, batch = job.split("/")
     alone = f"{mode.replace('compiled', 'trained')}/{batch.partition(':')[0]}"
@@ -144,6 +148,13 @@ def test_the_gradient_is_that_of_the_whole_batch_for_any_world(outcomes, world, 
     for part in parts:
         for what in ("gradients", "statistics"):
             assert relative_difference(part[what], expected[what]) < 1e-10, what
+
+
+def test_dropout_has_a_part_in_the_gradient(outcomes):
+    """As a control of the comparison above, which would pass without dropout."""
+    (alone,) = outcomes[1]
+    with_it, without = alone["frozen_dropout/9"], alone["frozen/9"]
+    assert relative_difference(with_it["gradients"], without["gradients"]) > 0.1
 
 
 def test_the_background_loss_has_a_part_in_the_gradient(outcomes):
@@ -189,7 +200,7 @@ def test_micro_batches_with_trained_batchnorm_pass_as_often_on_each_rank(outcome
 
 
 def three_stages(shards: Path, folder: Path, world: int, **changes: object) -> Path:
-    """Train three stages on some ranks, without dropout; the run directory.
+    """Train three stages on some ranks, with dropout; the run directory.
 
     Two ranks are started by `accelerate launch`.
     """
@@ -199,7 +210,7 @@ def three_stages(shards: Path, folder: Path, world: int, **changes: object) -> P
     }
     recipe = {
         **{"init": "none", "global_batch_size": 9, "stages": stages},
-        **{"network": {"growth_rate": 4, "block_config": [2, 2, 2, 2], "dropout": 0.0}},
+        **{"network": {"growth_rate": 4, "block_config": [2, 2, 2, 2], "dropout": 0.5}},
         **changes,
     }
     folder.mkdir(exist_ok=True)

@@ -1,0 +1,27 @@
+"""Dropout with draws for the images of a whole step, whichever rank and pass takes them."""
+
+from torch import Tensor, nn
+
+
+class Dropout(nn.Dropout):
+    """Dropout that trains the same network on any number of ranks, and in any number of passes.
+
+    Each rank draws for all images of the step, from the same random state, and uses the draws of
+    its own. They are few numbers: dropout comes late, after the features are pooled.
+
+    Attributes:
+        rows: int64 [B], positions in the step of the images of the next pass; None if they are all.
+        num_images: of the step over all ranks; without `rows`, those of the pass.
+    """
+
+    rows: Tensor | None = None
+    num_images: int = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return features [B, ...], some of them 0 in training and the others scaled up."""
+        if not self.training or self.p == 0:
+            return super().forward(input)
+        # Also without `rows`, so that the draws are the same ones: on a GPU they depend on layout.
+        num_images = len(input) if self.rows is None else self.num_images
+        factors = super().forward(input.new_ones(num_images, *input.shape[1:]))
+        return input * (factors if self.rows is None else factors[self.rows])
