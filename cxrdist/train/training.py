@@ -308,12 +308,18 @@ def _refuse_single_values(
     stages = recipe.stages.items()
     moving = blocks if recipe.frozen_batch_norm == "moving" else set[str]()
     trained = [n for n, stage in stages if blocks & (moving | rates_of(stage, model.shape).keys())]
-    if trained and _fewest_images(recipe, num_images, world_size) == 1:
-        raise CxrdistError(
-            f"--global-batch-size: {recipe.global_batch_size} images leave BatchNorm with one "
-            f"image of {size_px} px, which has no variance in stage {trained[0]}; take a larger "
-            "batch, larger images, or --batch-norm synchronised"
-        )
+    if not trained or _fewest_images(recipe, num_images, world_size) > 1:
+        return
+    cause = f"--global-batch-size: {recipe.global_batch_size} leaves"
+    whole = replace(recipe, max_images_per_rank=None)
+    if _fewest_images(whole, num_images, world_size) > 1:
+        cause = f"--max-images-per-rank: passes of at most {recipe.max_images_per_rank} leave"
+    per_rank = recipe.batch_norm == "per_rank" and world_size > 1
+    raise CxrdistError(
+        f"{cause} BatchNorm with one image of {size_px} px, which has no variance in stage "
+        f"{trained[0]}; take a larger number or larger images"
+        f"{', or --batch-norm synchronised' if per_rank else ''}"
+    )
 
 
 def _fewest_images(recipe: TrainConfig, num_images: int, world_size: int) -> int:
