@@ -7,7 +7,7 @@ class Dropout(nn.Dropout):
     """Dropout that trains the same network on any number of ranks, and in any number of passes.
 
     Each rank draws for all images of the step, from the same random state, and uses the draws of
-    its own. They are few numbers: dropout comes late, after the features are pooled.
+    its own. They are few numbers: dropout comes late, in most networks after the pooling.
 
     Attributes:
         rows: int64 [B], positions in the step of the images of the next pass; None if they are all.

@@ -128,6 +128,8 @@ class StageRun:
 
     def capture(self, record: Recorder) -> None:
         """Record each step from now on and replay it as a whole."""
+        for dropout in self.training.model.dropouts:
+            dropout.rows = None  # a recorded step takes all of its images in one pass
         self.updater.prepare_capture(self.training.accelerator.device)
         self.captured = CapturedStep(self._one_pass, record)
 

@@ -8,9 +8,9 @@ gradient of a step. The mode is `frozen` or `trained`, which BatchNorm is then, 
 `trained` in one compiled graph, `bf16`, which is `trained` under autocast, or `per_rank`, which is
 `trained` on its own slice. `lrp` and `gradient` are `trained` with a background loss by that
 method, `frozen_lrp` is `frozen`; `lrp_turn` is `lrp` in a step that pays the gradient's share.
-`frozen_dropout` is `frozen` with a dropout of one half, which no other mode has. The job `moving`
-is `stages` where frozen BatchNorm moves, `averaged` is `stages` with an average of the weights and
-BatchNorm statistics per rank.
+`frozen_dropout` and `compiled_dropout` have a dropout of one half, which no other mode has. The job
+`moving` is `stages` where frozen BatchNorm moves, `averaged` is `stages` with an average of the
+weights and BatchNorm statistics per rank.
 """
 
 import itertools
@@ -151,7 +151,7 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
         training.recipe,
         global_batch_size=int(size),
         max_images_per_rank=int(per_pass) if per_pass else None,
-        compile=mode == "compiled",
+        compile=mode.startswith("compiled"),
         batch_norm="per_rank" if mode == "per_rank" else "synchronised",
     )
     training = replace(training, recipe=recipe)
@@ -163,7 +163,7 @@ def take_gradient(training: Training, mode: str, batch: str) -> dict:
     training.model.to(torch.float32 if half else torch.float64)
     under_way = StageRun(training, "all", None)
     set_modes(training.model, set() if mode.startswith("frozen") else set(BLOCKS))
-    training.model.network.head_drop.train().p = 0.5 if mode == "frozen_dropout" else 0.0
+    training.model.network.head_drop.train().p = 0.5 if mode.endswith("_dropout") else 0.0
     torch.manual_seed(7)
     epoch = Batches(training.data, training.plan("all", 1), training.accelerator.device)
     epoch.targets = epoch.targets.to(training.model.mean.dtype)
