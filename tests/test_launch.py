@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from support import run_measured
-from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from cxrdist import launch
 from cxrdist.cli import main
@@ -148,6 +148,34 @@ def test_a_rank_that_is_alone_is_named_when_it_is_killed(tmp_path, monkeypatch, 
     ranks = ["--cpu", "--num_processes", "1", "--num_machines", "1"]
     assert launch.main([*ranks, "--module", "killed"]) == 1
     assert capfd.readouterr().err.splitlines()[-1] == "cxrdist: rank 0 was ended by SIGKILL"
+
+
+@pytest.mark.parametrize(
+    ("received", "codes", "code", "named"),
+    [
+        ([15], {0: -15, 1: 75}, 75, []),  # rank 0 had no handler yet
+        ([], {0: -15, 1: 75}, 75, ["SIGTERM"]),
+        ([15], {0: -9, 1: 75}, 75, ["SIGKILL"]),
+        ([15], {0: -9}, 1, ["SIGKILL"]),
+        ([], {0: -9, 1: 75}, 1, ["SIGKILL"]),
+        ([], {0: 1, 1: 2}, 2, []),
+        ([15], {0: 3}, 1, []),
+    ],
+)
+def test_the_code_of_a_job_is_that_of_its_ranks(
+    monkeypatch, capsys, own_signals, received, codes, code, named
+):
+    """75 before 2 before 1; a signal that was passed on is a stop, any other death is named."""
+    monkeypatch.setattr(launch, "_received", dict.fromkeys(received, 0.0))
+    failures = {rank: ProcessFailure(rank, 1, number, "") for rank, number in codes.items()}
+
+    def launch_command(_options: object) -> None:
+        raise ChildFailedError("cxrdist", failures)
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch_command)
+    assert launch.main(["--config_file", "cpu", "check", "x"]) == code
+    lines = [f"cxrdist: rank 0 was ended by {name}" for name in named]
+    assert capsys.readouterr().err.splitlines() == lines
 
 
 def test_ranks_of_a_node_report_the_same_error_once(monkeypatch, capsys, tmp_path):
