@@ -72,7 +72,11 @@ def test_timm_and_torchxrayvision_load_strictly_as_the_readme_says(
     own = timm.create_model(model.architecture, num_classes=3, **shape)
     own.load_state_dict(load_file(out / "model.safetensors"), strict=True)
     assert read_json(out / "config.json")["label_names"] == CLASSES
-    assert read_json(out / "cxrdist.json")["normalisation"]["mean"] == [0.485, 0.456, 0.406]
+    note = read_json(out / "cxrdist.json")
+    assert note["normalisation"]["mean"] == [0.485, 0.456, 0.406]
+    assert note["input"].endswith("then (x - mean) / std")  # as in `as_described`
+    assert note["output"].startswith("logits: ")
+    assert "calibrated_probabilities" not in note["output"]
 
 
 def test_one_channel_is_torchxrayvisions_own_way(shards: Path, tmp_path: Path) -> None:
@@ -109,6 +113,7 @@ def test_the_hub_folder_is_complete_and_read_back(
     assert "18 X-rays of the test split" in card.text
     parity = read_json(out / "cxrdist.json")["parity"]
     assert (parity["images"], parity["index_sha256"]) == (18, read_index(shards).sha256)
+    assert read_json(out / "cxrdist.json")["input"].endswith("then (x - mean) / std")
     assert "which overwrites it" not in card.text
     images, expected = images_and_logits(run)
     ours, theirs, _ = (names["model"] for names in run_blocks(out))

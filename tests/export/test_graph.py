@@ -67,6 +67,8 @@ def test_onnxruntime_computes_the_logits_and_calibrated_probabilities(
         np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-4)
         np.testing.assert_allclose(probabilities, expected_probabilities, rtol=0, atol=1e-4)
     assert json.loads(metadata["classes"]) == CLASSES
+    assert metadata["input"].startswith("images: uint8 [batch, 1, size, size]")
+    assert "calibrated_probabilities: float32" in metadata["output"]
     assert json.loads(metadata["thresholds"]) == CALIBRATION.thresholds
     weights = (run / "model" / "model.safetensors").read_bytes()
     sha256 = hashlib.sha256(weights).hexdigest()
@@ -95,6 +97,8 @@ def test_torch_export_gives_the_same(
             np.testing.assert_allclose(found.detach().numpy(), expected, rtol=0, atol=1e-5)
     note = typed(parse_json(inside["cxrdist.json"].encode()), ExportNote)
     assert note["operating_points"] == "youden"
+    assert note["input"].startswith("images: uint8 [batch, 1, size, size]")
+    assert "calibrated_probabilities: float32" in note["output"]
     assert note["normalisation"] == model.normalisation
     with zipfile.ZipFile(out) as archive:
         small = [entry for entry in archive.infolist() if entry.file_size < 1 << 20]
