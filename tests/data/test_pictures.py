@@ -379,6 +379,29 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path, kind):
         grey_of(tmp_path / "x")
 
 
+@pytest.mark.parametrize(
+    ("chunk", "options"),
+    [
+        (b"VP8L", {"lossless": True}),
+        (b"VP8 ", {"quality": 50}),
+        (b"VP8X", {"lossless": True, "xmp": b"x"}),
+    ],
+)
+def test_a_webp_has_its_size_before_pillow_allocates_its_pixels(
+    tmp_path, monkeypatch, chunk, options
+):
+    """The three kinds of RFC 9649; sides of 13 bits, with different low and high bytes."""
+    file = tmp_path / "x.webp"
+    Image.new("L", (1027, 5003)).save(file, **options)
+    assert file.read_bytes()[12:16] == chunk
+    assert picture_size(file) == (1027, 5003)
+    monkeypatch.setattr("cxrdist.data.pictures.MOST_PIXELS", 1027 * 5003 - 1)
+    monkeypatch.setattr("PIL.Image.open", lambda *_, **__: pytest.fail("opened"))
+    with pytest.raises(CxrdistError, match=r"is not a readable WEBP .1027 x 5003 pixels, expected"):
+        grey_of(file)
+    assert picture_size(file) is None
+
+
 def test_programs_are_not_run_and_other_formats_are_named(tmp_path):
     """EPS, which Pillow gives to Ghostscript, and ICO are not among the formats."""
     for head in (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\0\0\1\0\1\0"):
