@@ -73,6 +73,7 @@ def test_a_gzip_file_is_read_like_the_table_in_it(tmp_path):
     file = tmp_path / "t.csv"
     file.write_bytes(gzip.compress(b"path,label\n") + gzip.compress(b"a,x\r\nb,\xe4\n"))
     table = read_table(file, {"path"})
+    assert table.columns == ("path", "label")
     assert [row.cells for row in table.rows()] == [["a", "x"], ["b", "\xe4"]]
     assert "windows-1252" in table.notes[0]
 
