@@ -112,7 +112,7 @@ def test_tasks_and_a_merge_give_the_bytes_of_one_pack(config, tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["images", "out", "parts"]
 
 
-def test_a_changed_mask_is_another_pack(config, tmp_path):
+def test_a_changed_mask_is_another_pack(config, tmp_path, capsys):
     """Masks that were changed, added or taken away since a pack was begun are said by name."""
     begun = with_(config, masks=make_masks(config.input, tmp_path / "masks"))
     pack(with_(begun, task=0, num_tasks=1))
@@ -129,6 +129,9 @@ def test_a_changed_mask_is_another_pack(config, tmp_path):
     pack(begun)
     pack(with_(begun, out=tmp_path / "new"))
     assert contents(begun.out) == contents(tmp_path / "new")
+    mask.rename(mask.with_suffix(".bmp"))
+    pack(begun)
+    assert "is packed already" in capsys.readouterr().out  # the name of a mask decides no byte
 
 
 def test_a_bad_mask_stops_the_pack_or_leaves_its_image_out(config, tmp_path):
