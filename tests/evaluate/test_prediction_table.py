@@ -41,6 +41,14 @@ def test_a_spreadsheets_table_is_read(tmp_path):
     } <= {*read.notes}
 
 
+def test_more_rows_than_fit_are_refused(tmp_path, monkeypatch):
+    """The bound itself is still taken."""
+    monkeypatch.setattr("cxrdist.evaluate.prediction_table.MOST_IMAGES", 2)
+    assert table(tmp_path, ONE).scored.keys == ["x", "y"]
+    with pytest.raises(CxrdistError, match="has more than 2 rows, expected fewer"):
+        table(tmp_path, f"{ONE}z,a,0.5,0.5\nw,a,0.5,0.5\n")
+
+
 @pytest.mark.parametrize(
     ("text", "task"),
     [
