@@ -47,3 +47,30 @@ def test_an_audit_of_an_older_version_has_no_baseline(run: Path) -> None:
     path.write_text(json.dumps(found | {"classes": [*found["classes"], "another"]}))
     with pytest.raises(CxrdistError, match=r"audit.json: .*: lacks the class 'another'; run"):
         audit_view(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (("sources", "association"), "NORMAL"),
+        (("views", "own"), "NORMAL"),
+        (("sources", "counts", "*"), "all"),
+        (("statistics", "*"), "NORMAL"),
+        (("shortcut", "auroc"), "NORMAL"),
+        (("baseline", "perceptron", "auroc"), "NORMAL"),
+        (("in_pre_training", "splits", "*"), "all"),
+    ],
+)
+def test_each_table_of_an_audit_has_each_class(
+    run: Path, names: tuple[str, ...], label: str
+) -> None:
+    """The page looks up each class, and all images where a table counts them, in each table."""
+    path = run / "audit.json"
+    found = json.loads(path.read_text())
+    table = found
+    for name in names:
+        table = next(iter(table.values())) if name == "*" else table[name]
+    del table[label]
+    path.write_text(json.dumps(found))
+    with pytest.raises(CxrdistError, match=f"lacks the class '{label}'"):
+        audit_view(path)

@@ -2,7 +2,7 @@ import csv
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -582,6 +582,23 @@ def test_the_probe_for_words_stands_after_the_results(run: Path, made: SimpleNam
     assert section.count("said <nothing>") == 3
     change_json(run / "test" / "text.json", lambda found: found["pictures"][0].update(map="../x"))
     with pytest.raises(CxrdistError, match="is not the name of a file"):
+        write(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f["covering"]["fill"]["classes"].pop("NORMAL"), "covering.fill: lacks a class"),
+        (lambda f: f["paste"]["classes"][0]["after"].pop(), "expected 3 probabilities before and"),
+        (lambda f: f["pictures"][0]["before"].append(0.5), "expected 3 probabilities before and"),
+    ],
+)
+def test_a_probe_for_words_that_lacks_a_class_is_refused(
+    run: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    """Its tables have a column or a row for each class."""
+    change_json(run / "test" / "text.json", change)
+    with pytest.raises(CxrdistError, match=message):
         write(run)
 
 
