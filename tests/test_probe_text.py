@@ -29,7 +29,7 @@ from cxrdist.demo import write_word_boxes
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.model.densenet import load_model, save_model
-from cxrdist.probe_text import PAPER, paste, probe_text, share_inside
+from cxrdist.probe_text import PAPER, paste, probe_text, share_inside, summary
 from cxrdist.report.html import report
 from cxrdist.train.loop import train
 
@@ -157,6 +157,48 @@ def test_ranks_do_not_change_the_result(trained, found):
     assert done.returncode == 0, done.stderr
     assert (trained / "run" / "test" / "text.json").read_bytes() == result
     assert contents(trained / "run" / "test" / "text") == alone
+
+
+def test_the_terminal_shows_the_document():
+    """A score that no image gives is a dash, as are the probabilities of a class without images."""
+
+    def scores(first, second, hits):
+        matrix, classes = [[hits, 3 - hits], [0, 0]], {"a": {"recall": first}}
+        metrics = {"task": "multiclass", "samples": 3, "confusion_matrix": matrix}
+        return metrics | {"accuracy": hits / 3, "classes": classes | {"b": {"recall": second}}}
+
+    rows = [{"class": "a", "images": 3, "with_text": 2}, {"class": "b", "images": 0}]
+    rows[1]["with_text"] = 0
+    pasted = {"class": "a", "before": [0.25, 0.75], "after": [0.125, 0.5]}
+    empty = {"class": "b", "before": None, "after": None, "predicted_otherwise": 0}
+    where = {"images": 2, "share": 0.214, "area": 0.021, "times_chance": 10.19}
+    content = {
+        "task": "multiclass",
+        "classes": ["a", "b"],
+        "text": {"classes": rows},
+        "covering": {
+            "as_it_is": scores(2 / 3, None, 2),
+            "black": scores(1 / 3, None, 1),
+            "fill": scores(0.0, None, 0),
+        },
+        "paste": {
+            **{"word": "SEDUTO", "place": "upper-left"},
+            "classes": [pasted | {"predicted_otherwise": 1}, empty],
+        },
+        "relevance": {"all": where},
+    }
+    said = [" ".join(line.split()) for line in summary(content).splitlines()]
+    assert {"a 3 2 0.667 0.333 0.000", "b 0 0 - - -"} <= {*said}
+    assert {"a 0.2500 -> 0.1250 0.7500 -> 0.5000 1", "b - - 0"} <= {*said}
+    assert "as it is: accuracy 0.667 (2 of 3)" in said
+    assert "text covered with black: accuracy 0.333 (1 of 3)" in said
+    assert "text filled from its surroundings: accuracy 0.000 (0 of 3)" in said
+    inside = (
+        "|relevance| in the boxes: 21.4%, their area 2.1%: 10.19 times chance, mean of 2 images"
+    )
+    assert inside in said
+    where["images"] = 0
+    assert "|relevance| in the boxes: no image has any" in summary(content)
 
 
 def test_the_report_shows_it_beside_the_paper(trained, found):
