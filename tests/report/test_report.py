@@ -24,7 +24,7 @@ from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.report import mistakes, pictures
 from cxrdist.report.files import read_calibration
 from cxrdist.report.html import report
-from cxrdist.report.scores import roc_charts
+from cxrdist.report.scores import check_same_evaluation, roc_charts
 from cxrdist.report.values import MEASURES, moment, number, percent
 from cxrdist.report.verdict import external_lines, gap_lines
 from cxrdist.run import RunDirectory
@@ -494,6 +494,33 @@ def test_metrics_of_another_evaluation_are_refused(run: Path) -> None:
     change_json(run / "test" / "metrics.json", swap)
     with pytest.raises(CxrdistError, match="confusion matrices differ"):
         write(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        *(("a", "positives", 1), ("a", "recall", 0.51), ("a", "recall", None), ("a", "known", 2)),
+        *(("b", "positives", 1), ("b", "recall", 0.0), ("b", "known", 3), ("", "samples", 4)),
+    ],
+)
+def test_metrics_of_other_labels_are_refused(
+    tmp_path: Path, name: str, field: str, value: float | None
+) -> None:
+    """Counted by hand: a is found on one of its two images; b is on none, and unknown on one."""
+    samples = [
+        Prediction("1", "a", {}, {"a": 2.0, "b": -1.0}, "multilabel"),
+        Prediction("2", "a", {}, {"a": -2.0, "b": 1.0}, "multilabel", missing="b"),
+        Prediction("3", "", {}, {"a": 3.0, "b": -2.0}, "multilabel"),
+    ]
+    classes = {
+        "a": {"known": 3, "positives": 2, "recall": 0.5},
+        "b": {"known": 2, "positives": 0, "recall": None},
+    }
+    metrics: Any = {"task": "multilabel", "samples": 3, "classes": classes}
+    check_same_evaluation(RunDirectory(tmp_path), "test", metrics, samples)
+    (classes[name] if name else metrics)[field] = value
+    with pytest.raises(CxrdistError, match="but the counts of the labels differ; run `cxrdist"):
+        check_same_evaluation(RunDirectory(tmp_path), "test", metrics, samples)
 
 
 def test_the_audit_stands_before_the_results(run: Path, made: SimpleNamespace) -> None:
