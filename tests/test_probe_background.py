@@ -1,6 +1,7 @@
 """What is told without a lung, on squares in which it is known where the class stands."""
 
 import json
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -112,6 +113,21 @@ def test_the_estimate_is_that_of_ong_ly(found):
     assert estimate["auroc"] == pytest.approx(expected, abs=2e-6)
     low, high = of["shuffled"]["difference"]["interval"]
     assert estimate["interval"] == pytest.approx([0.5 - high, min(1, 0.5 - low)])
+
+
+def test_the_terminal_shows_the_document(found):
+    """A row for each training: means, the difference from the images, accuracy, and each class."""
+    lines = probed.summary(found).splitlines()
+    for name, title in probed.VARIANTS.items():
+        of = found["variants"][name]
+        own = [scores["auroc"] for scores in of["classes"].values()]
+        change = [] if name == "images" else [of["difference"]["difference"]]
+        number = next(i for i, line in enumerate(lines) if line.startswith(title))
+        values, limits = (re.findall(r"-?\d\.\d{3}", line) for line in lines[number : number + 2])
+        assert values == [f"{value:.3f}" for value in (of["auroc"], *change, of["accuracy"], *own)]
+        assert limits[:2] == [f"{end:.3f}" for end in of["auroc_interval"]]
+    assert "test: 22 images of 22 patients" in lines
+    assert lines[-len(found["says"]) :] == found["says"]
 
 
 def test_a_killed_probe_resumes_with_the_same_bytes(found, word):
