@@ -518,6 +518,9 @@ def test_metrics_of_other_labels_are_refused(
     }
     metrics: Any = {"task": "multilabel", "samples": 3, "classes": classes}
     check_same_evaluation(RunDirectory(tmp_path), "test", metrics, samples)
+    fewer = {**metrics, "classes": {"a": classes["a"]}}
+    with pytest.raises(CxrdistError, match=r"expected the classes of predictions\.csv beside it;"):
+        check_same_evaluation(RunDirectory(tmp_path), "test", fewer, samples)
     (classes[name] if name else metrics)[field] = value
     with pytest.raises(CxrdistError, match="but the counts of the labels differ; run `cxrdist"):
         check_same_evaluation(RunDirectory(tmp_path), "test", metrics, samples)
