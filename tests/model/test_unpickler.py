@@ -261,6 +261,31 @@ def tensor_of(sizes: bytes, strides: bytes) -> bytes:
 # A tuple of two times the tuple before: 60 times, it has 2^60 members and 600 bytes.
 NESTED = b")" + b"2\x86" * 60
 MANY = 600_000
+
+
+@pytest.mark.parametrize(
+    "size", [b"J\xff\xff\xff\xff", long_integer(2**40 + 1), b"\x88", b"G" + bytes(8), b"N"]
+)
+def test_numbers_have_a_size(tmp_path, size):
+    """It is whole, from 0 to 2^40: not -1, 2^40 + 1, True, 0.0 or None."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("1") + text("cpu")
+    zipped(tmp_path / "w.pt", beside_a_tensor(storage + b"K\x05tQ"))
+    assert read_tensor_file(tmp_path / "w.pt", "").tensors["a"].tolist() == [5]
+    zipped(tmp_path / "w.pt", beside_a_tensor(storage + size + b"tQ"))
+    said = refused(tmp_path / "w.pt", tmp_path / "marker")
+    assert "it refers to numbers without a size" in said
+
+
+def test_only_a_parameter_stands_for_its_tensor(tmp_path):
+    """An object of any other class that was made of a tensor is not one."""
+    tensor, file = tensor_of(b"K\x01\x85", b"K\x01\x85"), tmp_path / "w.pt"
+    state = b"\x80\x02}" + text("a") + tensor + b"s" + text("b") + b"c%s\n" + tensor + b"\x85\x81s."
+    zipped(file, state % b"torch.nn.parameter\nParameter")
+    assert read_tensor_file(file, "").tensors["b"].tolist() == [5]
+    zipped(file, state % b"torch\nOther")
+    assert "no state dict or network" in refused(file, tmp_path / "marker")
+
+
 GREEDY = {
     "a nested tuple as a key": b"}" + NESTED + b"Ns",
     "nested tuples as keys": b"}(" + NESTED + b"N" + NESTED + b"Nu",
