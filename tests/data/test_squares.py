@@ -337,6 +337,25 @@ def test_a_mended_image_is_read_again(config, tmp_path):
     assert len(read_index(config.out).samples) == 59
 
 
+def test_an_image_that_vanishes_is_one_line(config, monkeypatch):
+    """It was deleted after the folder was listed; with --skip-bad it is in rejected.csv."""
+    read = packing.read_source
+
+    def read_and_delete(*arguments, **named):
+        source = read(*arguments, **named)
+        source.records[0].file.unlink()
+        return source
+
+    monkeypatch.setattr(packing, "read_source", read_and_delete)
+    with pytest.raises(CxrdistError, match=r"a000_0\.png: cannot be read \(No such file"):
+        pack(config)
+    other = with_(config, out=config.out.with_name("other"), skip_bad=True)
+    pack(other)
+    with open(other.out / "rejected.csv") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["path"], len(read_index(other.out).samples)) == ("a/a000_1.png", 58)
+
+
 def test_a_kill_while_shards_of_earlier_rows_are_removed_leaves_none_of_them(
     config, tmp_path, monkeypatch
 ):
