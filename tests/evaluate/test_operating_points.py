@@ -16,6 +16,7 @@ from cxrdist.evaluate.operating_points import (
     Rule,
     choose_threshold,
     operating_points,
+    operating_table,
     read_rule,
 )
 from cxrdist.evaluate.scored import Scored
@@ -220,3 +221,20 @@ def test_a_logit_read_from_nine_digits_is_called_as_the_networks_own():
     found = Predictions(logits, ["a", "b"], "multiclass", calibration).called
     assert [*found] == ["a", "b"]
     assert found["a"].tolist() == [True, True, False]
+
+
+def test_the_table_is_in_percent_and_what_is_undefined_is_a_dash():
+    """A row for each class, and below it one with its predictive values at the prevalence."""
+    rates = {"sensitivity": 0.8125, "specificity": 1.0, "ppv": 0.5, "npv": None}
+    limits = {"sensitivity": [0.7, 0.9], "specificity": None, "ppv": [0.25, 0.75], "npv": None}
+    point = {"probability": 0.0625, **rates}
+    point |= {f"{name}_interval": within for name, within in limits.items()}
+    bayes = {"ppv": 0.05, "ppv_interval": [0.01, 0.1], "npv": 0.999, "npv_interval": None}
+    classes = {"a": point, "b": {**point, "at_prevalence": bayes}}
+    said = operating_table({"classes": classes, "prevalence": 0.02})
+    row = "0.062 81.2 (70.0-90.0) 100.0 50.0 (25.0-75.0) -"
+    assert [" ".join(line.split()) for line in said.splitlines()[2:]] == [
+        f"a {row}",
+        f"b {row}",
+        "at 0.02 5.0 (1.0-10.0) 99.9",
+    ]
