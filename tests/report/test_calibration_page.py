@@ -14,6 +14,7 @@ from cxrdist.evaluate.calibration import choose_calibration
 from cxrdist.evaluate.measure import Settings, measure
 from cxrdist.evaluate.operating_points import read_rule
 from cxrdist.evaluate.scored import read_scored
+from cxrdist.report import pictures
 from cxrdist.report.html import report
 from cxrdist.report.page import template
 
@@ -146,3 +147,12 @@ def test_a_damaged_part_is_one_line(run: Path, calibrated: dict, part: str, chan
     (run / "test" / "metrics.json").write_text(json.dumps(calibrated))
     with pytest.raises(CxrdistError, match=r"test/metrics\.json: .*run `cxrdist evaluate` again"):
         report(ReportConfig(run=run))
+
+
+def test_bins_of_a_class_without_a_temperature_stand_at_the_networks_means() -> None:
+    """The marks of 0.2 and 0.8 are above the ticks 0.2 and 0.8 of the axis, that of 0.5 between."""
+    shares, limits = [0.0, 0.5, 1.0], [None, [0.4, 0.6], None]
+    chart = pictures.reliability_chart("x", shares, limits, [0.2, 0.5, 0.8], None)
+    across = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', chart)]
+    ticks, marks = across[:6], across[-4:-1]
+    assert marks == pytest.approx([ticks[1], (ticks[2] + ticks[3]) / 2, ticks[4]], abs=1e-3)
