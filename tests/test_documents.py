@@ -13,6 +13,7 @@ from cxrdist.documents import (
     Matching,
     Text,
     parse_json,
+    parse_yaml,
     parse_yaml_value,
     typed,
 )
@@ -47,6 +48,15 @@ class Whole:
 GOOD = b"""{"size": 3, "parts": [{"name": "a", "share": 1, "more": 2}],
 "points": {"p": {"x": 1, "y": 0}}, "names": ["b", "c"], "pair": ["z", 2],
 "kind": "new", "newer": [1]}"""
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"), [("2020-01-31", '"2020-01-31"'), ("!!binary aGk=", "\"b'hi'\"")]
+)
+def test_a_value_that_json_has_not_is_shown_as_text(written, shown):
+    """Dates and bytes of YAML."""
+    with pytest.raises(ValueError, match=f"^x: is {shown}, expected a whole number$"):
+        typed(parse_yaml(f"x: {written}".encode()), Point)
 
 
 def test_a_document_becomes_the_type_it_is_declared_with():
