@@ -396,6 +396,8 @@ def test_epochs_done_again_count_once(run: Path) -> None:
         ("test/predictions.csv", f"{PREDICTED}k,p,a,nan,0\n", "not within 0 and 1"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,nan\n", "nan is not a finite number"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5\n", "run `cxrdist evaluate` again"),
+        ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,0,0\n", "expected 5 fields"),
+        ("test/predictions.csv", f"key,{PREDICTED}j,k,p,a,0.5,0\n", "two columns have the same"),
         ("test/predictions.csv", f"{PREDICTED}k,p,a,0.5,0\n", "expected the classes of"),
         ("test/relevance.csv", "key,class\nk,a\n", "misses 'logit'"),
         ("test/text.json", "{", "run `cxrdist probe-text` again"),
