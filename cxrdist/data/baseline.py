@@ -55,7 +55,7 @@ def measure_baseline(
         "images": len(positions),
         "of_images": len(groups),
         "patients": len({*chosen}),
-        "largest_class": round(float((truth == 1).mean(axis=0).max()), 4),
+        "largest_class": round(float((truth == 1).mean(axis=0).max(initial=0)), 4),
         "logistic_regression": judge(regression, truth, chosen, classes, task),
         "perceptron": judge(perceptron, truth, chosen, classes, task),
     }
