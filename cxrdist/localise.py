@@ -22,6 +22,7 @@ from cxrdist.data.outlines import (
     masks_of_shards,
     read_originals,
 )
+from cxrdist.data.regions import is_constant
 from cxrdist.distributed import finish, gather, say, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.loaded_run import LoadedRun, OpenedRun, load_images, open_run_on, writing
@@ -246,7 +247,7 @@ def _score_batch(
     work: _Work, numbers: Sequence[int], target: str, other: str | None
 ) -> Iterator[Scored]:
     outlines = {number: work.outlines.read((number, target)) for number in numbers}
-    drawn = [n for n in numbers if outlines[n].any() and not outlines[n].all()]
+    drawn = [number for number in numbers if not is_constant(outlines[number])]
     if not drawn:
         return
     loaded = work.loaded

@@ -15,7 +15,7 @@ from cxrdist.data.labels import POSITIVE
 from cxrdist.data.masked import masks_of_samples
 from cxrdist.data.masks import MaskPlace, read_square
 from cxrdist.data.records import SPLITS
-from cxrdist.data.regions import thorax
+from cxrdist.data.regions import is_constant, thorax
 from cxrdist.errors import CxrdistError
 
 Kind = Literal["masks", "ellipse"]
@@ -50,7 +50,7 @@ class Lungs:
             shown = packed.about["width_px"], packed.about["height_px"]
             size_px, fit = self.index.image_size_px, self.index.fit
             mask = None if known is None else read_square(known, shown, size_px, fit)
-        return None if mask is None or mask.all() or not mask.any() else mask > 0
+        return None if mask is None or is_constant(mask) else mask > 0
 
 
 def find_lungs(index: Index, masks: Path | None) -> Lungs:

@@ -1,6 +1,6 @@
 """Regions of a square: its border, its corners, and an ellipse around the thorax."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,11 @@ THORAX = (0.5, 0.48, 0.49, 0.48)
 """Centre x, centre y, half the width and half the height, of the side. It contains on average 96 %
 of the lungs in 416 masks of COVID-19 patients' X-rays (COVID-19 image data collection), on 74 % of
 the square."""
+
+
+def is_constant(mask: NDArray[Any]) -> bool:
+    """Return whether a mask [H, W] covers nothing or everything, so that it counts as none."""
+    return bool(mask.all() or not mask.any())
 
 
 def read_regions(text: str) -> tuple[Region, ...]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import ExplainConfig, deciding
 from cxrdist.data.cache import Masks, open_masks, read_rows, unpack_masks
+from cxrdist.data.regions import is_constant
 from cxrdist.distributed import entering, finish, gather, local_ranks, together
 from cxrdist.errors import RunFailedError
 from cxrdist.evaluate.loaded_run import LoadedRun, load_images, open_run_on
@@ -83,7 +84,7 @@ class _Work:
         if self.masks is None:
             return None
         mask = unpack_masks(self.masks[[number]], self.loaded.index.image_size_px)[0].astype(bool)
-        return None if mask.all() or not mask.any() else mask
+        return None if is_constant(mask) else mask
 
 
 class _Explained(NamedTuple):
