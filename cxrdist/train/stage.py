@@ -223,12 +223,11 @@ class StageRun:
         self.statistics.before_pass(one.sizes)
         accelerator, num_images = self.training.accelerator, sum(batch.sizes)
         first = sum(batch.sizes[: accelerator.process_index])
-        rows = torch.arange(
-            first + one.rows.start, first + one.rows.stop, device=accelerator.device
-        )
+        begin, end = first + one.rows.start, first + one.rows.stop
+        rows = torch.arange(begin, end, device=accelerator.device)
+        rows.clamp_(max=num_images - 1)  # a row of weight 0 may come after the last one of the step
         for dropout in self.training.model.dropouts:
-            # A row of weight 0 may come after the last one of the step.
-            dropout.rows, dropout.num_images = rows.clamp(max=num_images - 1), num_images
+            dropout.rows, dropout.num_images = rows, num_images
         # Each pass draws for the whole step, from the same state.
         torch.manual_seed(torch.initial_seed())
 
