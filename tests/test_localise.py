@@ -202,9 +202,9 @@ def test_masks_of_nothing_or_of_everything_are_left_out(trained, tmp_path):
         Image.fromarray(mask).save(file)
     settings = {"masks": tmp_path / "masks", "cache": trained / "cache"}
     localise(LocaliseConfig(tmp_path / "run", trained / "shards", **settings))
-    found = json.loads((tmp_path / "run" / "test" / "localisation.json").read_text())
-    assert found["left_out"] == {"that cover nothing or everything": 2}
-    whole = found["groups"][0]
+    document = json.loads((tmp_path / "run" / "test" / "localisation.json").read_text())
+    assert document["left_out"] == {"that cover nothing or everything": 2}
+    whole = document["groups"][0]
     assert (whole["images"], whole["area"]) == (4, 0.25)
 
 

@@ -28,7 +28,7 @@ def is_reordered(stream: bytes) -> bool:
     if start < 4:
         return False
     entries = stream[start + 2 : start + 2 + 6 * int.from_bytes(stream[start : start + 2], "big")]
-    # Of type 0 are colours; those that they are associated with count from 1.
+    # Channels count from 0, the colours that they hold from 1; a channel of type 0 holds a colour.
     return any(
         kind == 0 and 0 < colour < 0xFFFF and colour != channel + 1
         for channel, kind, colour in struct.iter_unpack(">3H", entries)

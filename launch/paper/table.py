@@ -200,8 +200,8 @@ splits and of the network. Accuracy is in %, of the test images; its interval (9
 difference to the perceptron (points, paired by image, on the same draws) are by patient, over the
 draws together: they tell how much patients matter, and not how much another training would. The
 spread is the standard deviation over draws. Minutes are those of a draw's training and validation;
-densenet121 goes on from densenet121-64px, and its minutes come on top of those. The paper's figures
-are of one draw, on its own data."""
+densenet121 starts from densenet121-64px, whose minutes are to be added. The paper's figures are of
+one draw, on its own data."""
 HEADERS = (
     *("Row", "Run", "Parameters", "Accuracy of each draw", "Mean", "Spread", "Interval"),
     *("Minus perceptron", "Paper", "Minutes", "Ranks", "Commit"),

@@ -36,10 +36,10 @@ def test_outside_the_mask_is_background_and_without_a_mask_nothing_is():
 def test_a_mask_of_everything_leaves_no_background():
     """Of 21 px a row of masks has 441 bits and 7 more, which count for nothing."""
     masks = masks_of(*(np.full((21, 21), value) for value in (True, False)), np.eye(21, dtype=bool))
-    found = foreground_of(["masks"], 21, masks, {})
+    foreground = foreground_of(["masks"], 21, masks, {})
     numbers = np.arange(3)
-    assert [(square == 255).all() for square in found[numbers]] == [True, True, False]
-    assert found.has_background(numbers).tolist() == [False, False, True]
+    assert [(square == 255).all() for square in foreground[numbers]] == [True, True, False]
+    assert foreground.has_background(numbers).tolist() == [False, False, True]
 
 
 def test_text_is_background_in_its_boxes_only():

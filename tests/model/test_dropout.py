@@ -16,9 +16,9 @@ def test_an_image_is_dropped_alike_in_every_slice_of_its_step():
     assert torch.equal(layer(features), expected)
     layer.rows, layer.num_images = torch.tensor([2, 3]), 6
     torch.manual_seed(1)
-    found = layer(features[2:4])
-    assert torch.equal(found, expected[2:4])
-    factors = found / features[2:4]
+    dropped = layer(features[2:4])
+    assert torch.equal(dropped, expected[2:4])
+    factors = dropped / features[2:4]
     assert torch.allclose(factors, torch.where(factors > 0, 4 / 3, 0.0))
     assert abs(float((factors == 0).float().mean()) - 0.25) < 0.04  # four standard deviations
     assert torch.equal(layer.eval()(features[2:4]), features[2:4])

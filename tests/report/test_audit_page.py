@@ -66,11 +66,11 @@ def test_each_table_of_an_audit_has_each_class(
 ) -> None:
     """The page looks up each class, and all images where a table counts them, in each table."""
     path = run / "audit.json"
-    found = json.loads(path.read_text())
-    table = found
+    audit = json.loads(path.read_text())
+    table = audit
     for name in names:
         table = next(iter(table.values())) if name == "*" else table[name]
     del table[label]
-    path.write_text(json.dumps(found))
+    path.write_text(json.dumps(audit))
     with pytest.raises(CxrdistError, match=f"lacks the class '{label}'"):
         audit_view(path)
