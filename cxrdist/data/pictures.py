@@ -239,7 +239,8 @@ def _upright(image: Image.Image) -> Image.Image:
     Pillow's own function also writes the EXIF data anew, and fails where these are damaged.
     """
     turn = _turn(image)
-    return image.copy() if turn is None else image.transpose(turn)
+    image.load()  # before its file is closed
+    return image if turn is None else image.transpose(turn)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
