@@ -59,7 +59,9 @@ def _phash(image: Image.Image, box: tuple[float, float, float, float]) -> bytes:
     side = FREQUENCIES.shape[1]
     small = np.asarray(image.resize((side, side), Image.Resampling.BOX, box), np.float64)
     low = FREQUENCIES @ small @ FREQUENCIES.T
-    return np.packbits(low > np.median(low)).tobytes()
+    # As np.median, without its checks, which take longer than the transform.
+    middle = np.sort(low, axis=None)[low.size // 2 - 1 : low.size // 2 + 1]
+    return np.packbits(low > middle.mean()).tobytes()
 
 
 def _statistics(pixels: NDArray[np.uint8], image: Image.Image) -> dict[str, float]:
