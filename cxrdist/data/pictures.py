@@ -122,7 +122,7 @@ def read_picture(
     """
     try:
         return _read(data, kind, least_px, depth)
-    except (UnidentifiedImageError, TypeError, OverflowError):  # before UNREADABLE, which has them
+    except (UnidentifiedImageError, TypeError, OverflowError, struct.error):  # before UNREADABLE
         declared = precision(data) if kind == "JPEG" else None
         reason = "its header is damaged, or of a variant that is not supported"
         if declared and declared[0] != 8:

@@ -301,6 +301,12 @@ def test_jpeg_2000_with_its_colours_in_another_order_is_refused(tmp_path):
     assert np.array_equal(grey_of(tmp_path / "1.jp2")[0], np.full((64, 64), 87))
     with pytest.raises(CxrdistError, match="its colours are in another order; store it as PNG"):
         grey_of(tmp_path / "3.jp2")
+    # It claims more components than the file can hold.
+    files[0] = files[0].replace(b"cdef\0\3", b"cdef\xff\xff")
+    for size in range(len(files[0]) - 6, len(files[0])):
+        (tmp_path / "x.jp2").write_bytes(files[0][:size])
+        with pytest.raises(CxrdistError, match=r"x.jp2: is not a readable .*(header|pixels|order)"):
+            grey_of(tmp_path / "x.jp2")
 
 
 @pytest.mark.parametrize(
