@@ -3,7 +3,7 @@
 from typing import Annotated, Literal, TypedDict
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import logit
 
 from cxrdist.bootstrap import Replicates, interval
 from cxrdist.data.labels import POSITIVE
@@ -70,7 +70,8 @@ def _curve(
     if calibration and name in calibration.temperatures:
         logits, is_calibrated = calibrated_logits(logits[:, None], [name], calibration)[:, 0], True
     thresholds = np.array(THRESHOLDS)
-    called = known[:, None] & (expit(logits)[:, None] >= thresholds)
+    # As logits: the sigmoid of log(0.9 / 0.1) is below 0.9, so a table's 0.9 would not be called.
+    called = known[:, None] & (logits[:, None] >= logit(thresholds))
     worth = np.where(truth[:, None], 1.0, -thresholds / (1 - thresholds))  # of one call
     counts = np.column_stack([called * worth, truth, known])
     totals = np.vstack([counts.sum(axis=0), replicates.sums(counts)])

@@ -36,6 +36,15 @@ def test_net_benefit_by_hand():
     assert low < 0.25 < high
 
 
+def test_a_probability_equal_to_a_threshold_is_called():
+    """A table of rounded probabilities has many such: at each threshold t all are called from t."""
+    for threshold in THRESHOLDS:
+        found = curve_of(make_scored([threshold] * 4, [1, 0, 0, 0]))
+        called = [t <= threshold for t in THRESHOLDS]
+        expected = np.where(called, found["treat_all"], 0)
+        assert found["net_benefit"] == expected.tolist(), threshold
+
+
 def test_perfect_and_useless_models():
     """Who is always right has the prevalence; who calls all has the curve of treating all."""
     truth = [1] * 30 + [0] * 70
