@@ -11,6 +11,7 @@ from cxrdist.bootstrap import Limits, Replicates
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.metrics import (
     INTERVALS,
+    SCORES,
     Metrics,
     ScoreName,
     Scores,
@@ -31,9 +32,9 @@ def score(scored: Scored, replicates: Replicates, fewest: int) -> Metrics:
     A class with fewer than `fewest` positives, or negatives, has too few images.
 
     Returns:
-        The result of `compute_metrics` or `compute_label_metrics`, with NAME_interval beside each
-        score, the number of patients and ``too_few`` of each class, and, if some classes have too
-        few images, macro_enough, the means without them.
+        The result of `compute_metrics` or `compute_label_metrics`, rounded, with NAME_interval
+        beside each score, the number of patients and ``too_few`` of each class, and, if some
+        classes have too few images, macro_enough, the means without them.
     """
     logits, targets = torch.from_numpy(scored.logits), torch.from_numpy(scored.targets)
     if scored.task == "multilabel":
@@ -53,7 +54,22 @@ def score(scored: Scored, replicates: Replicates, fewest: int) -> Metrics:
             means[name], means[INTERVALS[name]] = _mean(metrics, name, of_score, enough)
         metrics["macro_enough"] = cast(Scores, means)
     metrics["fewest"] = fewest
+    _round(metrics)
     return metrics
+
+
+def _round(metrics: Metrics) -> None:
+    """Round all scores to six decimals, as their intervals are already."""
+    means = [metrics[name] for name in ("macro", "macro_enough") if name in metrics]
+    for scores in (*metrics["classes"].values(), *means):
+        for name in SCORES:
+            scores[name] = _digits(scores[name])
+    if "accuracy" in metrics:
+        metrics["accuracy"] = _digits(metrics["accuracy"])
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else round(value, 6)
 
 
 def too_few(positives: int, negatives: int, fewest: int) -> str | None:
@@ -151,5 +167,4 @@ def _mean(
     if not defined:
         return None, None
     estimates, limits = zip(*defined.values(), strict=True)
-    value = round(float(np.mean(estimates)), 6)
-    return value, of_mean(estimates, limits, figures[1][list(defined)])
+    return float(np.mean(estimates)), of_mean(estimates, limits, figures[1][list(defined)])

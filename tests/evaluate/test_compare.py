@@ -137,6 +137,31 @@ def test_labels_that_no_image_has_give_no_warning(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_evaluate_and_compare_print_the_same_figures(seed):
+    """To the last digit those of scikit-learn in float64, and means of them before rounding."""
+    random = np.random.default_rng(seed)
+    truth = random.integers(3, size=50)
+    logits = random.standard_normal((50, 3)) + 1.5 * np.eye(3)[truth]
+    keys = [str(n) for n in range(50)]
+    images = Scored("multiclass", [*"abc"], keys, keys, np.eye(3, dtype=np.int8)[truth], logits, {})
+    settings = Settings(fewest=1, replicates=2)
+    metrics, compared = measure(images, settings), compare_scored(images, images, settings)
+    for name, change in compared["macro"].items():
+        assert metrics["macro"][name] == change["a"]
+        for label, of_class in compared["classes"].items():
+            assert metrics["classes"][label][name] == of_class["figures"][name]["a"]
+    sides = [(truth == i, logits[:, i]) for i in range(3)]
+    for name, function in (
+        ("auroc", reference.roc_auc_score),
+        ("average_precision", reference.average_precision_score),
+    ):
+        values = [float(function(*side)) for side in sides]
+        found = [metrics["classes"][label][name] for label in "abc"]
+        assert found == [round(value, 6) for value in values]
+        assert metrics["macro"][name] == round(float(np.mean(values)), 6)
+
+
 def test_a_model_does_not_differ_from_itself():
     """All differences are 0, all p values 1, and nothing flipped.
 
