@@ -155,6 +155,23 @@ def test_perfect_probabilities_have_the_error_of_chance_and_an_interval_from_0()
     assert without <= 3
 
 
+def test_intervals_of_small_errors_hold_the_truth():
+    """To the mean error of three classes chance adds half: at least 90 of 100 intervals hold it.
+
+    The true error is that of 100,000 images, to which chance adds nearly nothing.
+    """
+    classes = ("a", "b", "c")
+    exact = figures_of(simulate(100_000, 0, 1.4, classes), None, 2)["mean_before"]
+    found = [
+        figures_of(simulate(200, 300 + seed, 1.4, classes), None)["mean_before"]
+        for seed in range(60)
+    ]
+    truth = exact["calibration_error"]
+    assert np.mean([errors["calibration_error"] for errors in found]) > 1.4 * truth
+    limits = np.array([errors["calibration_error_interval"] for errors in found])
+    assert ((limits[:, 0] <= truth) & (truth <= limits[:, 1])).mean() >= 0.9
+
+
 def test_an_error_that_no_draw_can_change_has_no_interval():
     """Four patients, each alone in its stratum: all replicates are the four images."""
     scored = simulate(4, 9)
