@@ -7,6 +7,11 @@ skewed (Pepe 2003, section 5.2). Their distance from the figure is the standard 
 replicates times sqrt(n / (n - 1)) times the quantile of t with n - 1 degrees of freedom, where n is
 the number of patients behind the figure (Hesterberg 2015, The American Statistician 69, section
 3.2).
+
+As patients are drawn within classes, an interval holds for sets with the same share of each class.
+Figures that depend on this share vary more between sets in which it varies: for 60 patients, 95 %
+intervals of predictive values then contain the truth in 87 of 100 cases, those of the net benefit
+in 52 to 81.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +26,10 @@ from cxrdist.documents import Text
 from cxrdist.info import Count
 
 METHOD = (
-    "bootstrap over patients, drawn within the rarest class of each; limits on the logit scale, "
-    "from the standard error of the replicates times sqrt(n / (n - 1)) and t with n - 1 degrees of "
-    "freedom, n the patients that the figure rests on, of AUROC those of its smaller side "
-    "(Hesterberg 2015). A figure of exactly 0 or 1, whose replicates are all equal: Wilson (1927) "
+    "bootstrap over patients, drawn within the rarest class of each, so that intervals are for the "
+    "share of each class in these images; limits on the logit scale, from the standard error of "
+    "the replicates times sqrt(n / (n - 1)) and t with n - 1 degrees of freedom, n the patients "
+    "that the figure rests on, of AUROC those of its smaller side (Hesterberg 2015). A figure of exactly 0 or 1, whose replicates are all equal: Wilson (1927) "
     "of n patients; AUROC: Newcombe (2006, method 5); average precision: Wilson of the patients "
     "with the class (Boyd et al. 2013). Means: the intervals of the classes and the correlation of "
     "their replicates (Zou 2007). Predictive values at another prevalence: the intervals of "
