@@ -33,6 +33,7 @@ from cxrdist.probe_text import probe_text
 from cxrdist.report.html import report
 from cxrdist.run import RunDirectory
 from cxrdist.signals import stop_requested
+from cxrdist.terminal import percentage
 
 PATIENTS_PER_CLASS = 90  # recipes/demo.yaml has the time and the figures measured with these
 IMAGE_SIZE_PX = 64
@@ -173,8 +174,9 @@ def _print_relevance_in_opacities(table: Path, shards: Path, run: Path) -> None:
         return
     share, area = np.mean(shares), np.mean(areas)
     print(
-        f"positive relevance in the planted opacities: {share:.1%}, by chance {area:.1%} "
-        f"(their area): {share / area:.2f} times chance, mean of {len(shares)} test images"
+        f"positive relevance in the planted opacities: {percentage(share)}%, by chance "
+        f"{percentage(area)}% (their area): {share / area:.2f} times chance, mean of {len(shares)} "
+        "test images"
     )
 
 

@@ -49,7 +49,7 @@ from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
 from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
-from cxrdist.terminal import progress, table
+from cxrdist.terminal import percentage, progress, table
 
 CONSTANT = "that cover nothing or everything"
 SEEN = "of images that the network has seen"
@@ -396,7 +396,7 @@ def _amount(scores: Localisation, group: Group) -> str:
     name = "" if group["name"] == ALL else f"{group['name']}: "
     return (
         f"{name}{group['shapes']} {scores['kind']} on {group['images']} images of "
-        f"{group['patients']} patients, {group['area']:.1%} of the square on average"
+        f"{group['patients']} patients, {percentage(group['area'])}% of the square on average"
     )
 
 

@@ -54,7 +54,7 @@ from cxrdist.files import write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
-from cxrdist.terminal import progress, table
+from cxrdist.terminal import percentage, progress, table
 
 PAPER: PaperWords = {
     "covering": "\u201cA DNN with about 94% test accuracy had its accuracy increased in almost 1% "
@@ -460,12 +460,13 @@ def summary(content: TextFile) -> str:
     ]
     headers = ["Class", "Images", "With text", f"{score} as it is", "black", "filled"]
     relevance = content["relevance"]["all"]
-    where = (
-        f"|relevance| in the boxes: {relevance['share']:.1%}, their area {relevance['area']:.1%}: "
-        f"{relevance['times_chance']:.2f} times chance, mean of {relevance['images']} images"
-        if relevance["images"]
-        else "|relevance| in the boxes: no image has any"
-    )
+    share, area = relevance["share"], relevance["area"]
+    where = "|relevance| in the boxes: no image has any"
+    if relevance["images"] and share is not None and area is not None:
+        where = (
+            f"|relevance| in the boxes: {percentage(share)}%, their area {percentage(area)}%: "
+            f"{relevance['times_chance']:.2f} times chance, mean of {relevance['images']} images"
+        )
     changes = []
     for row in word["classes"]:
         cells = ["-"] * len(content["classes"])

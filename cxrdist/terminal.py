@@ -1,7 +1,8 @@
-"""Progress bars, tables and lists for the terminal."""
+"""Progress bars, tables, lists and numbers for the terminal."""
 
 import sys
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 from tabulate import tabulate
@@ -36,6 +37,15 @@ def few(names: Sequence[str], most: int) -> str:
 def counted(number: int, noun: str, ending: str = "s") -> str:
     """Return a number with its noun, such as "1 image" or, with the ending of the plural, more."""
     return f"{number} {noun}{'' if number == 1 else ending}"
+
+
+def percentage(share: float) -> str:
+    """Return a share (0 to 1) in percent with one decimal, without the sign.
+
+    Terminal, documents and pages all round by this function, so that they show the same digits.
+    """
+    # From three decimals: rounding the value itself again could give another last digit.
+    return f"{Decimal(f'{share:.3f}') * 100:.1f}"
 
 
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:

@@ -39,7 +39,7 @@ from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import KNOWN_NAMES, SPLITS
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
-from cxrdist.terminal import few
+from cxrdist.terminal import few, percentage
 
 # RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
 PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
@@ -443,11 +443,14 @@ def _baseline_warning(baseline: Baseline | None) -> Iterator[str]:
         return
     _, figure, score = best
     guessing = baseline["largest_class"] if figure == "accuracy" else 0.5
-    within = "{value:.1%} ({low:.1%} to {high:.1%})" if figure == "accuracy" else _WITHIN
+    within = _WITHIN.format(**score)
+    if figure == "accuracy":
+        value, low, high = (percentage(score[name]) for name in ("value", "low", "high"))
+        within = f"{value}% ({low}% to {high}%)"
     reached = "are right on" if figure == "accuracy" else "reach a mean AUROC of"
     if score["low"] > guessing:
         yield (
-            f"thumbnails of {baseline['size_px']} px alone {reached} {within.format(**score)}: "
+            f"thumbnails of {baseline['size_px']} px alone {reached} {within}: "
             "only a higher score of a network means something"
         )
 

@@ -18,7 +18,7 @@ from cxrdist.info import Count
 from cxrdist.intervals import of_share
 from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import call
-from cxrdist.terminal import table
+from cxrdist.terminal import percentage, table
 
 YOUDEN = "youden"
 CELLS = ("true_positives", "false_negatives", "false_positives", "true_negatives")
@@ -301,6 +301,6 @@ def _cells(values: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     cells = []
     for name in names:
         value, within = values[name], values[f"{name}_interval"]
-        shown = "-" if value is None else f"{100 * value:.1f}"
-        cells.append(f"{shown} ({100 * within[0]:.1f}-{100 * within[1]:.1f})" if within else shown)
+        shown = "-" if value is None else percentage(value)
+        cells.append(f"{shown} ({'-'.join(map(percentage, within))})" if within else shown)
     return cells

@@ -47,7 +47,7 @@ from cxrdist.explain.targets import (
 from cxrdist.files import locked, read_document, sweep, write_json, write_table
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
-from cxrdist.terminal import progress
+from cxrdist.terminal import percentage, progress
 
 SHARES = ("logit", "relevance_sum", "bias_share", "epsilon_share")
 LEDGER_COLUMNS = ("key", "class", *SHARES, "picture")
@@ -487,7 +487,8 @@ def _summary(work: _Work, num_images: int) -> str:
         raise RunFailedError(f"{run.relevance_info(subset)}: was replaced by another command")
     ledger = "no ledger" if residual is None else f"ledger closed to {residual:.1e}"
     regions = ", ".join(
-        f"{name.replace('_', ' ')} {region['share']:.1%} (area {region['area']:.1%})"
+        f"{name.replace('_', ' ')} {percentage(region['share'])}% "
+        f"(area {percentage(region['area'])}%)"
         for name, region in where["all"]["regions"].items()
     )
     lost, by_chance = 1 - flipped["relevant_first"][-1], 1 - flipped["random_order"][-1]

@@ -4,11 +4,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from decimal import Decimal
 from typing import Any, Literal
 
 from cxrdist.evaluate.members import FIGURES
 from cxrdist.evaluate.metrics import SCORES, TITLES, ScoreName
+from cxrdist.terminal import percentage
 
 Counted = Literal["positives", "known", "positive_patients", "patients"]
 DASH = "\N{EM DASH}"
@@ -51,8 +51,7 @@ def percent(value: float | None) -> str:
     """Format a share (0 to 1) in percent, rounded like `number`."""
     if value is None or math.isnan(value):
         return DASH
-    # From three decimals: rounding the value itself again could give another last digit.
-    return f"{Decimal(f'{value:.3f}') * 100:.1f} %".replace(" ", "\N{NO-BREAK SPACE}")
+    return f"{percentage(value)}\N{NO-BREAK SPACE}%"
 
 
 def interval(
