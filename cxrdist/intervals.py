@@ -26,14 +26,15 @@ from cxrdist.documents import Text
 from cxrdist.info import Count
 
 METHOD = (
-    "bootstrap over patients, drawn within the rarest class of each, so that intervals are for the "
-    "share of each class in these images; limits on the logit scale, from the standard error of "
-    "the replicates times sqrt(n / (n - 1)) and t with n - 1 degrees of freedom, n the patients "
-    "that the figure rests on, of AUROC those of its smaller side (Hesterberg 2015). A figure of exactly 0 or 1, whose replicates are all equal: Wilson (1927) "
-    "of n patients; AUROC: Newcombe (2006, method 5); average precision: Wilson of the patients "
-    "with the class (Boyd et al. 2013). Means: the intervals of the classes and the correlation of "
-    "their replicates (Zou 2007). Predictive values at another prevalence: the intervals of "
-    "sensitivity and specificity (Zou & Donner 2008)"
+    "bootstrap over patients, drawn within the rarest class of each, so that intervals are for "
+    "the share of each class in these images; limits on the logit scale, from the standard error "
+    "of the replicates times sqrt(n / (n - 1)) and t with n - 1 degrees of freedom, n the "
+    "patients that the figure rests on, of AUROC those of its smaller side (Hesterberg 2015). A "
+    "figure of exactly 0 or 1, whose replicates are all equal: Wilson (1927) of n patients; "
+    "AUROC: Newcombe (2006, method 5); average precision: Wilson of the patients with the class "
+    "(Boyd et al. 2013). Means: the intervals of the classes and the correlation of their "
+    "replicates (Zou 2007). Predictive values at another prevalence: the intervals of sensitivity"
+    " and specificity (Zou & Donner 2008)"
 )
 QUANTILE = (1 + LEVEL) / 2
 

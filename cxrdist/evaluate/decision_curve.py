@@ -49,8 +49,8 @@ def decision_curve(
 
     The net benefit is the number of true positives minus that of false positives, weighted by the
     odds of the threshold, per image: a reader who acts from 0.1 on accepts nine false alarms per
-    case. Probabilities are calibrated for the classes that have a temperature. Intervals are for the
-    share of positives in these images (`cxrdist.intervals`), on which the net benefit depends.
+    case. Probabilities are calibrated for the classes that have a temperature. Intervals are for
+    the share of positives in these images (`cxrdist.intervals`), on which the net benefit depends.
     """
     return {
         "thresholds": [*THRESHOLDS],
