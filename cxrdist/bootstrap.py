@@ -127,13 +127,6 @@ def _ranked(hits: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
     return np.stack([auroc, np.where(all_misses > 0, average_precision, np.nan)])
 
 
-def rank(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return AUROC and average precision of scores [N] for a truth [N]; NaN where undefined."""
-    images = Replicates(np.ones((1, 1), np.uint8), np.zeros(len(scores), np.int64))
-    auroc, average_precision = images.ranking(scores, truth)
-    return float(auroc[0]), float(average_precision[0])
-
-
 def draw(
     patients: Sequence[str], strata: Sequence[str], replicates: int = REPLICATES, seed: int = SEED
 ) -> Replicates:

@@ -1,13 +1,15 @@
-"""Metrics of one split from all its logits.
+"""Metrics of one split from all its logits, computed with torchmetrics.
 
-Values are float64 and not rounded: so means, and the differences of `cxrdist.evaluate.compare`, are
-of exactly the same figures. `cxrdist.evaluate.scores` rounds them for metrics.json.
+Values are float64 and not rounded, so that means, and the differences of
+`cxrdist.evaluate.compare`, are of exactly the same figures. `cxrdist.evaluate.scores` rounds them
+for metrics.json.
 
 Classes are chosen and images ranked by logits, never by probabilities, because those coincide: in
 float32 the sigmoids of 18 and 25 are both 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from textwrap import fill
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cxrdist.bootstrap import LEVEL, Limits, rank
+from cxrdist.bootstrap import LEVEL, Limits
 from cxrdist.documents import Share, Text
 from cxrdist.evaluate.calibration import CalibrationFigures
 from cxrdist.evaluate.decision_curve import DecisionCurve
@@ -48,6 +50,22 @@ TITLES: dict[ScoreName, str] = {
     "f1": "F1\nscore",
 }
 """The scores in the order of the terminal's table."""
+
+
+@contextmanager
+def _torchmetrics() -> Iterator[Any]:
+    """Import the functions of torchmetrics, and let them divide counts in float64.
+
+    The import is on first use: it loads SciPy and matplotlib, a third of start-up.
+    """
+    from torchmetrics import functional
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # the type of a quotient of integers
+    try:
+        yield functional.classification
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Scores(TypedDict):
@@ -150,20 +168,19 @@ def compute_metrics(logits: Tensor, labels: Tensor, classes: list[str]) -> Metri
         labels: int64 [N].
         classes: names in the order of the columns.
     """
-    # Here, since it loads SciPy and matplotlib, a third of start-up.
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
     decided = torch.from_numpy(decide(logits.numpy(), "multiclass"))
     predicted = decided.long().argmax(dim=1)
     by_class = {
         name: _one_against_rest(logits[:, i], decided[:, i], labels == i)
         for i, name in enumerate(classes)
     }
-    confusion = multiclass_confusion_matrix(predicted, labels, len(classes))
+    with _torchmetrics() as functions:
+        accuracy = functions.multiclass_accuracy(predicted, labels, len(classes), average="micro")
+        confusion = functions.multiclass_confusion_matrix(predicted, labels, len(classes))
     return {
         "samples": len(labels),
         "task": "multiclass",
-        "accuracy": _share(int(confusion.trace()), len(labels)),
+        "accuracy": float(accuracy),
         "confusion_matrix": confusion.tolist(),
         "classes": by_class,
         "macro": means({score: [c[score] for c in by_class.values()] for score in SCORES}),
@@ -218,34 +235,48 @@ def mean_auroc(logits: Tensor, targets: Tensor) -> float | None:
     Logits and targets are those of `compute_label_metrics`.
     """
     values = []
-    for i, known in enumerate((targets >= 0).T):
-        truth = targets[known, i] == 1
-        if len(truth.unique()) == 2:
-            values.append(rank(logits[known, i].numpy(), truth.numpy())[0])
+    with _torchmetrics() as functions:
+        for i, known in enumerate((targets >= 0).T):
+            truth = targets[known, i].long()
+            if len(truth.unique()) == 2:
+                values.append(float(functions.binary_auroc(_ranks(logits[known, i]), truth)))
     return float(np.mean(values)) if values else None
+
+
+def _ranks(logits: Tensor) -> Tensor:
+    """Replace logits [N] by their ranks, scaled to float64 between 0 and 1; equal ones stay equal.
+
+    Ranking scores do not change. Logits cannot be passed as they are: torchmetrics takes the
+    sigmoid of values outside 0 to 1 (`normalize_logits_if_needed`), which ties the largest.
+    """
+    ranks = torch.unique(logits, return_inverse=True)[1]
+    return (ranks.double() + 1) / (len(logits) + 1)
 
 
 def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> Scores:
     """Count and score n images: logits, float [n], predictions and truth, bool [n]."""
-    known, positives, called = len(truth), int(truth.sum()), int(predicted.sum())
-    hits, negatives = int((predicted & truth).sum()), known - positives
-    auroc, average_precision = None, None
-    if positives and negatives:
-        auroc, average_precision = rank(logits.numpy(), truth.numpy())
-    return {
-        "known": known,
-        "positives": positives,
-        "recall": _share(hits, positives),
-        "specificity": _share(negatives - (called - hits), negatives),
-        "precision": _share(hits, called),
-        "f1": _share(2 * hits, positives + called),
-        "auroc": auroc,
-        "average_precision": average_precision,
-    }
+    positives = int(truth.sum())
+    # torchmetrics returns 0 for most undefined scores, so these cases are told apart here.
+    has_truth, has_both = positives > 0, 0 < positives < len(truth)
+    has_prediction = bool(predicted.any())
+    guess, target, ranks = predicted.long(), truth.long(), _ranks(logits)
 
+    def score(
+        function: Callable[[Tensor, Tensor], Tensor], values: Tensor, is_defined: bool
+    ) -> float | None:
+        return float(function(values, target)) if is_defined else None
 
-def _share(part: int, whole: int) -> float | None:
-    return part / whole if whole else None
+    with _torchmetrics() as functions:
+        return {
+            "known": len(truth),
+            "positives": positives,
+            "recall": score(functions.binary_recall, guess, has_truth),
+            "specificity": score(functions.binary_specificity, guess, positives < len(truth)),
+            "precision": score(functions.binary_precision, guess, has_prediction),
+            "f1": score(functions.binary_f1_score, guess, has_truth or has_prediction),
+            "auroc": score(functions.binary_auroc, ranks, has_both),
+            "average_precision": score(functions.binary_average_precision, ranks, has_both),
+        }
 
 
 def means(values: Mapping[ScoreName, Sequence[float | None]]) -> Scores:
