@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from cxrdist.config import PredictConfig
+from cxrdist.data import text
 from cxrdist.data.depth import describe_depth
 from cxrdist.data.found import LeftOut
 from cxrdist.data.inputs import (
@@ -25,7 +26,6 @@ from cxrdist.data.inputs import (
 )
 from cxrdist.data.labels import SEPARATOR
 from cxrdist.data.shards import sample_key
-from cxrdist.data.text import require_extra
 from cxrdist.data.views import LATERAL, NAMES, OTHER
 from cxrdist.data.workers import (
     SECONDS_PER_IMAGE,
@@ -60,7 +60,6 @@ from cxrdist.train.memory import is_out_of_memory
 
 MOST_NAMED = 3  # files per message
 CHUNK = 4  # images that a worker decodes at once
-SECONDS_WITH_TEXT = 20  # limit for finding text in an image, as `cxrdist.data.text`
 
 
 class Made(NamedTuple):
@@ -97,7 +96,9 @@ class Predictor:
 
     def run(self, inputs: dict[int, Input], how: Preparation) -> None:
         """Predict inputs by number, batch by batch, while workers decode and draw."""
-        chunk, seconds = (1, SECONDS_WITH_TEXT) if how.finds_text else (CHUNK, SECONDS_PER_IMAGE)
+        chunk, seconds = (
+            (1, text.SECONDS_PER_IMAGE) if how.finds_text else (CHUNK, SECONDS_PER_IMAGE)
+        )
         items = list(inputs.values())
         squares = in_order(self.pool, partial(prepare, how=how), items, chunk, seconds)
         drawing: deque[Made] = deque()
@@ -268,7 +269,7 @@ def _preparation(config: PredictConfig, model: Classifier | Ensemble) -> Prepara
     finds_text = how.finds_text and config.text_boxes is None
     if finds_text:
         try:
-            require_extra()
+            text.require_extra()
         except CxrdistError as error:
             raise CxrdistError(
                 f"--run {config.run}: was trained on images with covered text, so text must be "

@@ -36,13 +36,11 @@ from cxrdist.data.fingerprint import Fingerprint, shrink
 from cxrdist.data.index import Sample, Task, targets_of
 from cxrdist.data.labels import agree, joined, labels_of
 from cxrdist.data.masks import describe_masks
-from cxrdist.data.records import KNOWN_NAMES, SPLITS
+from cxrdist.data.records import SPLITS, is_of_nih
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
 from cxrdist.terminal import few, percentage
 
-# RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), under other names.
-PRE_TRAINING_SOURCES = ("ChestX-ray14", "RSNA")
 SAME_THING = 0.5  # of a class's images: above this share, class and source count as confounded
 STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
 PICTURE_PX = 96  # as the report shows them
@@ -334,11 +332,9 @@ def _in_pre_training(
     samples: Sequence[Sample], targets: Targets, classes: Sequence[str]
 ) -> PreTraining:
     """Count images of ChestX-ray14 per split and class: a CheXNet was trained on most of them."""
-    form = KNOWN_NAMES["ChestX-ray14"]
     counts = {split: dict.fromkeys(("all", *classes), 0) for split in SPLITS}
     for sample, labels in zip(samples, targets == 1, strict=True):
-        # A table may name another source for files that keep the NIH's names.
-        if sample.source in PRE_TRAINING_SOURCES or form.search(Path(sample.path).name):
+        if is_of_nih(sample.source, sample.path):
             for name in ("all", *itertools.compress(classes, labels)):
                 counts[sample.split][name] += 1
     return {"data_set": "ChestX-ray14", "splits": counts}

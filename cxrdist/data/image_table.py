@@ -15,6 +15,7 @@ from cxrdist.data.found import LeftOut, absolute, escaped, look_at, walk
 from cxrdist.data.labels import CELLS, SEPARATOR, labels_of, read_cells
 from cxrdist.data.listed import NOT_IN_TABLE
 from cxrdist.data.patients import (
+    MOST_YEARS,
     age_of,
     compile_pattern,
     patient_of,
@@ -338,7 +339,7 @@ def _notes(reader: _Reader, rows: Sequence[Row], records: Sequence[Record]) -> I
     used = {*positions.values(), *labels.values()}
     if ignored := [x or "(no name)" for i, x in enumerate(reader.table.columns) if i not in used]:
         yield f"ignored columns: {', '.join(ignored)}"
-    for name, expected in (("sex", "M or F"), ("age", "0 to 120 years")):
+    for name, expected in (("sex", "M or F"), ("age", f"0 to {MOST_YEARS:g} years")):
         if name in positions:
             pairs = zip(cells(positions[name]), records, strict=True)
             lost = sum(cell != "" and getattr(record, name) in ("", None) for cell, record in pairs)

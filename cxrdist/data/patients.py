@@ -56,7 +56,7 @@ def sex_of(text: str) -> str:
 
 
 def stated_age(text: str) -> float | None:
-    """Return the age in years; None if the text is empty, NaN if it is not 0 to 120 years."""
+    """Return the age in years; None if the text is empty, NaN if it is not valid."""
     age = age_of(text)
     return math.nan if age is None and text.strip() else age
 

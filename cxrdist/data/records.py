@@ -28,6 +28,8 @@ KNOWN_NAMES = {
     "ChestX-ray14": re.compile(r"^\d{8}_\d{3}\."),
     "Kermany": re.compile(r"^person\d+_(virus|bacteria)_\d+\.|^(NORMAL2-)?IM-\d{4}-\d{4}"),
 }
+# RSNA's X-rays are ChestX-ray14's under other names (Shih et al. 2019); other sets include RSNA's.
+OF_NIH = ("ChestX-ray14", "RSNA")
 NO_PATIENT = "image:"  # begins the placeholder of a patient that is not known
 
 
@@ -121,6 +123,12 @@ def count_unmatched(records: list[Record]) -> int:
 def known_source(name: str, otherwise: str) -> str:
     """Return the data set whose file names look like this one, else ``otherwise``."""
     return next((known for known, form in KNOWN_NAMES.items() if form.search(name)), otherwise)
+
+
+def is_of_nih(source: str, path: str) -> bool:
+    """Return whether an image is one of ChestX-ray14, by its source or its file's name."""
+    # A table may name another source for files that keep the NIH's names.
+    return source in OF_NIH or bool(KNOWN_NAMES["ChestX-ray14"].search(path.rpartition("/")[2]))
 
 
 def own_patient(path: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args
 from cxrdist.config import SourceConfig, SourceName, location
 from cxrdist.data.found import LeftOut
 from cxrdist.data.labels import SEPARATOR, labels_of
-from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, Record, Source, own_patient
+from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, OF_NIH, Record, Source, own_patient
 from cxrdist.documents import Text, typed
 from cxrdist.errors import CxrdistError, choices
 from cxrdist.files import judging, read_recipe
@@ -24,8 +24,6 @@ MEND = (
     "paths relative to this file"
 )
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-# RSNA's X-rays are ChestX-ray14's (Shih et al. 2019), and other sets include RSNA's.
-OF_NIH = {"ChestX-ray14", "RSNA"}
 NIH_PATIENT = re.compile(r"(?:RSNA/)?(\d{8})")  # COVIDx has RSNA/ before the number
 SINGLE = tuple(name for name in get_args(SourceName) if name != "several")
 Reader = Callable[[SourceConfig, Sequence[Path]], Source]

@@ -39,7 +39,7 @@ MARGIN = 0.15
 READ_FROM = 0.5
 """Least certainty of the recogniser; below it the text stays empty."""
 PART_SIZE = 16  # images per saved part; a killed part is searched again
-SECONDS_PER_PART = 20 * PART_SIZE  # of processor time; an image takes 2 s after a slow start
+SECONDS_PER_IMAGE = 20  # of processor time; an image takes 2 s after a slow start
 
 
 class Part(NamedTuple):
@@ -95,7 +95,7 @@ def _find_parts(
     parts = [Part(records[i : i + PART_SIZE]) for i in range(0, len(records), PART_SIZE)]
     find = partial(_find_part, work=work)
     with image_workers(workers, [__name__]) as pool:
-        for rows in in_order(pool, find, parts, 1, SECONDS_PER_PART):
+        for rows in in_order(pool, find, parts, 1, PART_SIZE * SECONDS_PER_IMAGE):
             if isinstance(rows, CxrdistError):
                 raise RunFailedError(
                     f"looking for text in {PART_SIZE} images, the first is {rows}; finished parts "

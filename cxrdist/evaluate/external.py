@@ -16,12 +16,11 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from cxrdist.config import location
-from cxrdist.data.audit import PRE_TRAINING_SOURCES
 from cxrdist.data.cache import Images, open_cache
 from cxrdist.data.chestxray14 import LABELS
-from cxrdist.data.index import Index, Sample, read_index
+from cxrdist.data.index import Index, read_index
 from cxrdist.data.label_map import LabelMap, combiner
-from cxrdist.data.records import KNOWN_NAMES
+from cxrdist.data.records import is_of_nih
 from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
@@ -374,7 +373,8 @@ def _find_matches(
     matches: dict[int, Match] = {}
     num_known = 0
     if own is not None and started_from_chexnet(own["weights"]):
-        listed = [n for n in numbers.tolist() if is_of_chestxray14(index.samples[n])]
+        samples = index.samples
+        listed = [n for n in numbers.tolist() if is_of_nih(samples[n].source, samples[n].path)]
         matches |= dict.fromkeys(listed, Match("pre-training list", "ChestX-ray14"))
     if seen is not None:
         prints = take_prints(images, index.samples, numbers, index.sha256)
@@ -395,12 +395,6 @@ def started_from_chexnet(weights: WeightsInfo) -> bool:
         not link.get("trained_on") and {*LABELS} <= {*(link.get("labels") or [])}
         for link in origins(weights)
     )
-
-
-def is_of_chestxray14(sample: Sample) -> bool:
-    """Return whether an image is from ChestX-ray14, by its source or file name."""
-    named = KNOWN_NAMES["ChestX-ray14"].search(sample.path.rsplit("/", 1)[-1])
-    return sample.source in PRE_TRAINING_SOURCES or bool(named)
 
 
 def write_lists(run: RunDirectory, subset: str, external: External) -> None:

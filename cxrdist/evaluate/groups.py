@@ -22,6 +22,7 @@ from scipy.special import expit, logit
 
 from cxrdist.bootstrap import LEVEL, Limits, Replicates
 from cxrdist.data.labels import NEGATIVE, POSITIVE
+from cxrdist.data.patients import MOST_YEARS
 from cxrdist.documents import Between, Share, Text
 from cxrdist.evaluate.delong import placements
 from cxrdist.evaluate.scored import Scored
@@ -32,7 +33,6 @@ from cxrdist.model.prediction import call
 # Children are separate because their chests differ; then bands of twenty years, as in
 # Seyyed-Kalantari et al. (Nature Medicine 27, 2021, 2176) for public chest X-ray data sets.
 AGE_BANDS = {0: "0-17", 18: "18-39", 40: "40-59", 60: "60-79", 80: "80+"}
-OLDEST = 130  # years; higher values are errors or anonymised ages
 UNKNOWN = "unknown"  # shown, not compared
 OTHERS = "others"  # all groups beyond MOST_GROUPS; shown, not compared
 MOST_GROUPS = 12  # each further group adds comparisons, which widen the intervals of all
@@ -216,7 +216,7 @@ def age_band(text: str) -> str:
         years = float(text)
     except ValueError:
         return ""
-    if not 0 <= years <= OLDEST:
+    if not 0 <= years <= MOST_YEARS:
         return ""
     return AGE_BANDS[max(least for least in AGE_BANDS if least <= years)]
 

@@ -23,9 +23,9 @@ from scipy.special import logit
 from cxrdist.data import image_table
 from cxrdist.data.index import MOST_CLASSES
 from cxrdist.data.labels import SEPARATOR, label_matrix
-from cxrdist.data.patients import age_of, sex_of
+from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import SPLIT_NAMES, own_patient
-from cxrdist.data.tables import Row, Table, plain, read_table
+from cxrdist.data.tables import Row, Table, float_of, plain, read_table
 from cxrdist.data.views import view_of
 from cxrdist.documents import Between
 from cxrdist.errors import CxrdistError
@@ -244,10 +244,7 @@ def _numbers(
     for i, row in enumerate(rows):
         for column, (name, position) in enumerate(positions.items()):
             text = row.cells[position].strip()
-            try:
-                values[i, column] = float(text.replace(",", "."))
-            except ValueError:
-                values[i, column] = np.nan  # outside all bounds, so that the check below reports it
+            values[i, column] = float_of(text.replace(",", "."))  # NaN is outside all bounds
             if expected := bounds.expected(values[i, column]):
                 raise CxrdistError(
                     f"{row.where}: {prefix}{name} is {text!r:.40}, expected {expected}; {SCALE}"
@@ -293,7 +290,7 @@ def _groups(cells: Mapping[str, list[str]]) -> tuple[dict[str, list[str]], list[
     for name, read, expected in (
         ("view", lambda text: view_of(text) or "", "a known view"),
         ("sex", sex_of, "M or F"),
-        ("age", _age, "0 to 120 years"),
+        ("age", _age, f"0 to {MOST_YEARS:g} years"),
     ):
         texts = cells.get(name, [])
         groups[name] = [read(text) for text in texts]

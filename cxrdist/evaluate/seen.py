@@ -32,11 +32,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cxrdist.data.cache import Images
-from cxrdist.data.duplicates import FLAT, compare, find_candidates_between, views
+from cxrdist.data.duplicates import FLAT, KEPT_IMAGES, compare, find_candidates_between, views
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import KEY, MOST_SAMPLES, Sample
-from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT
-from cxrdist.data.several import NIH_PATIENT, OF_NIH
+from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, OF_NIH
+from cxrdist.data.several import NIH_PATIENT
 from cxrdist.files import DAMAGE, atomic_file, judging, open_regular
 from cxrdist.terminal import progress
 
@@ -46,7 +46,6 @@ BLUR_PX = 3.0  # of 128; thumbnails have no finer structure
 NEAR_BITS = 32  # of 256; artificial copies differ in up to 18
 SAME_NEAR = 0.8  # least correlation of copies whose hashes are near
 SAME = 0.88  # least correlation of other copies, between 0.863 and 0.896
-KEPT_IMAGES = 128  # images whose views are cached, as in `cxrdist.data.duplicates`
 NUM_THREADS = 8
 PATIENT_BYTES = 16  # 128 bits, so that no two patients have the same by chance
 MEND = "copy the run directory again"
