@@ -14,6 +14,10 @@ NonNegativeFloat = Annotated[float, Between(0)]
 OpenUnitInterval = Annotated[float, Inside(0, 1)]
 ClosedUnitInterval = Annotated[float, Between(0, 1)]
 Depth = Annotated[int, Between(8, 16)]
+Split = Literal["train", "val", "test"]
+Fit = Literal["crop", "pad", "stretch"]
+CoverHow = Literal["black", "fill"]
+CoverSplit = Literal["all", "train", "val", "test"]
 
 # The largest published: growth rate 48 (DenseNet161), a block of 64 layers (DenseNet264); Huang et
 # al. 2016, Table 1.
@@ -129,7 +133,7 @@ class PackConfig(SourceConfig):
     """The directory of shards to make, a path or an fsspec URL; it must not exist yet."""
     size: PositiveInt = field(default=224, metadata=SQUARES)
     """Side of the packed squares, in pixels."""
-    fit: Literal["crop", "pad", "stretch"] = field(default="crop", metadata=SQUARES)
+    fit: Fit = field(default="crop", metadata=SQUARES)
     """How an image becomes square. pad and stretch reveal the source of an image by the shape of
     its border or the width of the heart; crop (centre) does not."""
     depth: Depth | None = None
@@ -160,11 +164,11 @@ class PackConfig(SourceConfig):
     """List unreadable images in rejected.csv instead of stopping."""
     text_boxes: Path | None = field(default=None, metadata=BY_CONTENT)
     """Cover burned-in text in the boxes of this CSV, which cxrdist find-text makes."""
-    cover: Literal["black", "fill"] = field(default="black", metadata=SQUARES)
+    cover: CoverHow = field(default="black", metadata=SQUARES)
     """How to cover the text: with black rectangles (paper, section 2.2), or filled smoothly from
     the surroundings. A network may learn a black rectangle as a proxy for the word; cxrdist
     probe-text measures both."""
-    cover_split: Literal["train", "val", "test", "all"] = "all"
+    cover_split: CoverSplit = "all"
     """Split in which to cover the text; the paper covered the test images only."""
     lungs_only: bool = field(default=False, metadata=BY_CONTENT)
     """Black out everything outside --masks, and leave out images without a mask: shards to compare
@@ -451,7 +455,7 @@ class EvaluateConfig:
     """Run directory of a finished training."""
     shards: Path
     """Directory of shards, a path or an fsspec URL."""
-    split: Literal["train", "val", "test"] = "test"
+    split: Split = "test"
     """Split to evaluate."""
     name: str | None = None
     """Name of an external set, for shards that the run was not trained on; its results go to
@@ -487,7 +491,7 @@ class ExplainConfig:
     """Run directory of a finished training."""
     shards: Path = field(metadata=BY_CONTENT)
     """Directory of shards, a path or an fsspec URL."""
-    split: Literal["train", "val", "test"] = "test"
+    split: Split = "test"
     """Split to explain."""
     name: str | None = field(default=None, metadata=SAME_RESULT)
     """Name of an external set, as in cxrdist evaluate."""
@@ -527,7 +531,7 @@ class ProbeTextConfig:
     """Run directory of a finished training."""
     shards: Path
     """Directory of shards with the text uncovered, a path or an fsspec URL."""
-    split: Literal["train", "val", "test"] = "test"
+    split: Split = "test"
     """Split to probe."""
     name: str | None = None
     """Name of an external set, as in cxrdist evaluate."""
@@ -561,7 +565,7 @@ class LocaliseConfig:
     displayed, or the NIH's BBox_List_2017.csv."""
     masks: Path | None = None
     """Masks of the lungs, as in cxrdist pack. With neither boxes nor masks: those in the shards."""
-    split: Literal["train", "val", "test"] = "test"
+    split: Split = "test"
     """Split to score."""
     name: str | None = None
     """Name of an external set, as in cxrdist evaluate."""
@@ -608,7 +612,7 @@ class PredictConfig:
     image, marked as research only (needs cxrdist[dicom])."""
     skip_bad: bool = False
     """End with exit code 0 although some images could not be read."""
-    fit: Literal["crop", "pad", "stretch"] | None = None
+    fit: Fit | None = None
     """How an image becomes square; as in training if not given."""
     depth: Depth | None = None
     """Bit depth of images of more than 8 bits that do not declare theirs, 8 to 16, as in cxrdist
@@ -645,7 +649,7 @@ class CompareConfig:
     """Run directory of the other run."""
     out: Path
     """Directory for comparison.json, flipped.csv and the page; it must not exist yet."""
-    split: Literal["train", "val", "test"] = "test"
+    split: Split = "test"
     """Split that both were evaluated on."""
     name: str | None = None
     """Name of an external set that both were evaluated on, instead of a split."""

@@ -8,6 +8,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.files import read_document
 from cxrdist.run import RunDirectory
 
+Task = Literal["multiclass", "multilabel"]
 Count = Annotated[int, Between(0, 10**12)]
 
 
@@ -38,7 +39,7 @@ class ShardsInfo(TypedDict):
     image_size_px: Count
     fit: NotRequired[str]
     split: str
-    task: Literal["multiclass", "multilabel"]
+    task: Task
     classes: list[str]
     counts: dict[str, dict[str, LabelAmount]]
     """By split and class."""

@@ -27,7 +27,7 @@ from cxrdist.config import (
 )
 from cxrdist.data.derived import PackedSample, derive_shards
 from cxrdist.data.found import find_images, path_below
-from cxrdist.data.index import Classes, Index, Task, read_index
+from cxrdist.data.index import Classes, Index, read_index
 from cxrdist.data.lungs import Kind, Lungs, count_left_out, find_lungs, lost_class
 from cxrdist.distributed import start
 from cxrdist.documents import Between, Distinct, Sha256, Share, Text
@@ -39,7 +39,7 @@ from cxrdist.evaluate.predictions import evaluate
 from cxrdist.evaluate.scored import read_scored
 from cxrdist.fields import hyphened
 from cxrdist.files import atomic_directory, locked, read_document, sha256_of, sweep, write_json
-from cxrdist.info import Amount, Count
+from cxrdist.info import Amount, Count, Task
 from cxrdist.intervals import Intervals
 from cxrdist.model.networks import block_names
 from cxrdist.run import RunDirectory

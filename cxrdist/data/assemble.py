@@ -7,20 +7,13 @@ from typing import Any, Literal
 
 import numpy as np
 
+from cxrdist.config import CoverHow, CoverSplit, Fit
 from cxrdist.data.duplicates import Duplicates, find_duplicates, join_groups
 from cxrdist.data.findings import Finding
 from cxrdist.data.found import LeftOut
 from cxrdist.data.geometry import clipped, in_square
 from cxrdist.data.images import decode_png
-from cxrdist.data.index import (
-    SAMPLE_COLUMNS,
-    CoverHow,
-    CoverSplit,
-    Fit,
-    Sample,
-    ShardEntry,
-    shard_name,
-)
+from cxrdist.data.index import SAMPLE_COLUMNS, Sample, ShardEntry, shard_name
 from cxrdist.data.labels import agree, joined, labels_of
 from cxrdist.data.records import SPLITS, Source
 from cxrdist.data.shards import SHARED_COLUMNS, describe_shard, sample_key, write_shard

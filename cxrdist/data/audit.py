@@ -33,12 +33,13 @@ from cxrdist.data.audit_file import (
 from cxrdist.data.baseline import measure_baseline
 from cxrdist.data.duplicates import FLAT, Duplicates, Near, Pixels, join_groups
 from cxrdist.data.fingerprint import Fingerprint, shrink
-from cxrdist.data.index import Sample, Task, targets_of
+from cxrdist.data.index import Sample, targets_of
 from cxrdist.data.labels import agree, joined, labels_of
 from cxrdist.data.masks import describe_masks
 from cxrdist.data.records import SPLITS, is_of_nih
 from cxrdist.data.shortcut import measure_shortcut
 from cxrdist.errors import CxrdistError
+from cxrdist.info import Task
 from cxrdist.terminal import few, percentage
 
 SAME_THING = 0.5  # of a class's images: above this share, class and source count as confounded

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 from cxrdist.data.masks import MasksEntry
 from cxrdist.documents import Between, Correlation, Matching, Real, Share
 from cxrdist.files import judging, read_document
-from cxrdist.info import Count
+from cxrdist.info import Count, Task
 
 # 32 KiB; the audit's own thumbnails have 3 kB.
 Thumbnail = Annotated[
@@ -149,7 +149,7 @@ class AuditFile(TypedDict):
     """
 
     format: Literal["cxrdist-audit-1"]
-    task: Literal["multiclass", "multilabel"]
+    task: Task
     classes: list[str]
     images: Count
     patients: Count

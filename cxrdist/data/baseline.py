@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from cxrdist.data.audit_file import Baseline
 from cxrdist.data.fingerprint import THUMBNAIL_PX
-from cxrdist.data.index import Task
 from cxrdist.data.shortcut import FOLDS, Fold, Scores, fold_patients, is_scored, judge, tell_apart
+from cxrdist.info import Task
 
 # Cross-validated accuracy on 3,157 X-rays like the paper's (paper_like): 0.926 by the regression,
 # with a FREEDOM of 0.001 0.917; 0.94 by the perceptron, also with 100 epochs and with 64 units.

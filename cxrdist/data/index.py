@@ -14,8 +14,8 @@ from typing import Annotated, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.config import CoverHow, CoverSplit, Depth, Fit
 from cxrdist.data.collector import collector_paused
-from cxrdist.data.depth import DEPTHS
 from cxrdist.data.labels import (
     MISSING,
     NOT_STATED,
@@ -30,7 +30,7 @@ from cxrdist.data.views import UNKNOWN, VIEWS
 from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
 from cxrdist.files import judging, read_bytes
-from cxrdist.info import Amount, LabelAmount
+from cxrdist.info import Amount, LabelAmount, Task
 
 MEND = "copy it again or pack the shards again"
 MOST_CLASSES = 1000  # ImageNet's; the longest list of findings, PadChest's, has 193
@@ -42,11 +42,6 @@ MOST_INDEX_BYTES = 8 << 20  # of index.json, which has 200 bytes per shard
 MOST_LINE_CHARACTERS = 1 << 16  # of samples.csv; a path has at most 4096 bytes
 KEY = re.compile(r"[A-Za-z0-9_-]{1,90}")  # with its suffix it fits a tar's 100 bytes for a name
 SHA256 = re.compile(r"[0-9a-f]{64}")
-Task = Literal["multiclass", "multilabel"]
-Fit = Literal["crop", "pad", "stretch"]
-CoverHow = Literal["black", "fill"]
-CoverSplit = Literal["all", "train", "val", "test"]
-Depth = Annotated[int, Between(DEPTHS[0], DEPTHS[-1])]
 SidePx = Annotated[int, Between(1, MOST_SIDE_PX)]
 Count = Annotated[int, Between(0, MOST_SAMPLES)]
 MOST_NAME = 255  # characters of a class

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NotRequired, TypedDict
+from typing import NotRequired, TypedDict
 
 from cxrdist.data.boxes import Box
 from cxrdist.data.findings import Finding
@@ -13,6 +13,7 @@ from cxrdist.data.found import LeftOut
 from cxrdist.data.labels import labels_of
 from cxrdist.data.masks import MaskPlace
 from cxrdist.data.views import PACKED
+from cxrdist.info import Task
 
 SPLITS = ("train", "val", "test")
 DEVELOPMENT = "train+val"  # a given split of which validation is still to be drawn
@@ -104,7 +105,7 @@ class Source:
     """
 
     records: list[Record]
-    task: Literal["multiclass", "multilabel"]
+    task: Task
     classes: list[str]
     name: str
     notes: tuple[str, ...] = ()

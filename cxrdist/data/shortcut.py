@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from cxrdist.bootstrap import Limits, Replicates, Values, draw, rarest_class
 from cxrdist.data.audit_file import Estimate, Judgement, Shortcut
-from cxrdist.data.index import Task
 from cxrdist.errors import CxrdistError
+from cxrdist.info import Task
 from cxrdist.intervals import of_auroc, of_mean, of_share
 
 FOLDS = 5

@@ -18,7 +18,7 @@ from cxrdist.evaluate.delong import DeLong, compare_aurocs
 from cxrdist.evaluate.measure import Settings, replicate
 from cxrdist.evaluate.scored import Scored
 from cxrdist.evaluate.scores import too_few
-from cxrdist.info import Count
+from cxrdist.info import Count, Task
 from cxrdist.intervals import QUANTILE, Intervals, describe, wilson
 
 FIGURES = ("auroc", "average_precision", "recall", "specificity", "precision", "f1")
@@ -69,7 +69,7 @@ class ClassComparison(TypedDict):
 class Statistics(TypedDict):
     """The differences between two models that follow from their predictions."""
 
-    task: Literal["multiclass", "multilabel"]
+    task: Task
     samples: Count
     intervals: Intervals
     fewest: Count

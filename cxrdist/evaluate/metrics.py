@@ -23,7 +23,7 @@ from cxrdist.evaluate.calibration import CalibrationFigures
 from cxrdist.evaluate.decision_curve import DecisionCurve
 from cxrdist.evaluate.groups import Groups
 from cxrdist.evaluate.operating_points import OperatingPoints
-from cxrdist.info import Count
+from cxrdist.info import Count, Task
 from cxrdist.intervals import Intervals
 from cxrdist.model.prediction import THRESHOLD, decide
 from cxrdist.terminal import counted, table
@@ -130,7 +130,7 @@ class Metrics(TypedDict):
     format: NotRequired[Literal["cxrdist-metrics-1"]]
     """Missing in documents of older versions."""
     samples: Count
-    task: Literal["multiclass", "multilabel"]
+    task: Task
     split: NotRequired[str]
     index_sha256: NotRequired[str]
     accuracy: NotRequired[Share | None]

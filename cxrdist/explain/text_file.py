@@ -7,7 +7,7 @@ from cxrdist.bootstrap import Limits
 from cxrdist.documents import Between, Real, Share, Text
 from cxrdist.evaluate.metrics import Metrics
 from cxrdist.files import judging, read_document
-from cxrdist.info import Count
+from cxrdist.info import Count, Task
 
 CONDITIONS: tuple[Literal["as_it_is", "black", "fill"], ...] = ("as_it_is", "black", "fill")
 """The images as they are, and their text covered with black or filled from its surroundings."""
@@ -123,7 +123,7 @@ class TextFile(TypedDict):
 
     format: Literal["cxrdist-text-1"]
     split: Text
-    task: Literal["multiclass", "multilabel"]
+    task: Task
     classes: Annotated[list[Text], Between(1, 1000)]
     index_sha256: str
     text: TextAmount

@@ -8,10 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cxrdist.data.index import Classes, Depth, Fit, SidePx, Task
+from cxrdist.config import Depth, Fit
+from cxrdist.data.index import Classes, SidePx
 from cxrdist.documents import Real, Sha256, Text
 from cxrdist.export.parity import Parity, Squares, measure_parity
 from cxrdist.files import sha256_of
+from cxrdist.info import Task
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.description import Cover, Normalisation
 from cxrdist.model.ensemble import Ensemble

@@ -9,12 +9,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cxrdist.config import Network
-from cxrdist.data.index import Fit, Task
+from cxrdist.config import Fit, Network
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError
 from cxrdist.files import read_document, write_json
-from cxrdist.info import WeightsInfo
+from cxrdist.info import Task, WeightsInfo
 from cxrdist.model.batch import check_batch
 from cxrdist.model.batchnorm import BatchNorm
 from cxrdist.model.description import Calibration, Cover, ModelFile, Normalisation

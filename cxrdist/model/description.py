@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal, NotRequired, TypedDict
 
-from cxrdist.config import Network
-from cxrdist.data.index import Classes, CoverHow, CoverSplit, Depth, Fit, SidePx, Task
+from cxrdist.config import CoverHow, CoverSplit, Depth, Fit, Network
+from cxrdist.data.index import Classes, SidePx
 from cxrdist.documents import Between, Distinct, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
-from cxrdist.info import Count, WeightsInfo
+from cxrdist.info import Count, Task, WeightsInfo
 
 # A bound for files of others, far above real models.
 MOST_OUTPUTS = 100_000

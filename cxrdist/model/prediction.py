@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.special import expit, softmax
 
-from cxrdist.data.index import Task
+from cxrdist.info import Task
 from cxrdist.model.description import Calibration
 
 THRESHOLD = 0.5  # probability at or above which a label counts as predicted; not tuned

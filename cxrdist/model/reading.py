@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from cxrdist.config import Fit
 from cxrdist.data.depth import DEPTHS
 from cxrdist.data.images import decode
-from cxrdist.data.index import MOST_SIDE_PX, Fit
+from cxrdist.data.index import MOST_SIDE_PX
 from cxrdist.data.inputs import Input, Preparation, prepare, read_original, unlike_source
 from cxrdist.data.kinds import FORMATS
 from cxrdist.errors import CxrdistError
