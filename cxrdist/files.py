@@ -111,6 +111,14 @@ def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
                 _remove_empty(made)
 
 
+@contextmanager
+def waiting_lock(file: Path) -> Iterator[None]:
+    """Lock a file, waiting for its holder; the kernel frees the lock of a killed process."""
+    with open_regular(file, os.O_RDWR | os.O_CREAT) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _remove_empty(directories: list[Path]) -> None:
     """Remove a directory that contains only a lock, and its parents as far as they are empty."""
     (directories[0] / ".lock").unlink()

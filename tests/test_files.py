@@ -20,6 +20,7 @@ from cxrdist.files import (
     read_json,
     refuse_unwritable,
     sweep,
+    waiting_lock,
     write_table,
     write_text,
 )
@@ -181,6 +182,15 @@ def test_a_lock_leaves_no_empty_directory(tmp_path):
     with locked(run):
         pass
     assert sorted(file.name for file in run.iterdir()) == [".lock", "log.jsonl"]
+
+
+def test_a_lock_that_others_wait_for_has_one_holder(tmp_path):
+    """A run that decodes for its node, or a process that fetches weights; it ends with the lock."""
+    lock = tmp_path / "lock"
+    with waiting_lock(lock), open(lock) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with open(lock) as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_lock_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 The masks are in a second file, which is written when they are first needed.
 """
 
-import fcntl
 import hashlib
 import io
 import math
@@ -13,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -28,7 +27,7 @@ from cxrdist.data.index import Index, PackedShard
 from cxrdist.data.shards import open_shard, read_masks, read_shard
 from cxrdist.distributed import entering, gather, local_ranks, together
 from cxrdist.errors import CxrdistError
-from cxrdist.files import open_regular, room_for
+from cxrdist.files import open_regular, room_for, waiting_lock
 from cxrdist.terminal import progress
 
 Images = NDArray[np.uint8]
@@ -167,7 +166,7 @@ def _open(layer: Layer, directory: Path | None, accelerator: Accelerator) -> NDA
     path = (directory or default_cache()) / f"{layer.index.sha256[:32]}{layer.suffix}"
     part, _ = local_ranks(accelerator)
     ours = _is_ours(path.parent, accelerator)
-    lock = _held(path.with_suffix(".lock"))
+    lock = waiting_lock(path.with_suffix(".lock"))  # one run per node decodes at a time
     with entering(accelerator, lock, here=ours and part == 0):
         cached = _check(layer, path, accelerator, look=ours)
         _report(path, cached, accelerator)
@@ -226,14 +225,6 @@ def _remove_old_marks(directory: Path) -> None:
         with suppress(OSError):  # it is removed by another run, or is of another user
             if MARK.fullmatch(mark.name) and time.time() - mark.lstat().st_mtime > OLD_MARK:
                 mark.unlink()
-
-
-@contextmanager
-def _held(lock: Path) -> Iterator[None]:
-    """Let one run per node decode at a time; the system releases the lock of a killed run."""
-    with open_regular(lock, os.O_RDWR | os.O_CREAT) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _verify(index: Index, part: int, num_parts: int) -> None:

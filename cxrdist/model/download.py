@@ -1,6 +1,5 @@
 """Download a checkpoint once: resume interrupted downloads, verify, then give it its name."""
 
-import fcntl
 import hashlib
 import os
 import re
@@ -10,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from email.message import Message
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
@@ -19,7 +18,7 @@ from urllib.parse import urldefrag, urlparse
 import torch
 
 from cxrdist.errors import CxrdistError
-from cxrdist.files import open_regular, read_bytes, room_for, sha256_of
+from cxrdist.files import open_regular, read_bytes, room_for, sha256_of, waiting_lock
 from cxrdist.model.tensorfile import container_of
 from cxrdist.terminal import progress
 
@@ -61,7 +60,8 @@ def download(url: str, where: str) -> Path:
     with room_for(file, "set TORCH_HOME to a directory that you can write to"):
         file.parent.mkdir(parents=True, exist_ok=True)
     note = file.with_name(file.name + ".sha256")
-    with _alone(file):
+    # Another process, perhaps on another node, may fetch the same file.
+    with waiting_lock(file.with_name(f".{file.name}.lock")):
         if file.is_file():
             if expected is None and note.is_file():
                 expected = _noted(note)
@@ -131,14 +131,6 @@ def _accepted(file: Path, expected: str | None, what: str) -> str:
         return sha256
     file.unlink()
     raise CxrdistError(f"{what} {problem}; it was removed. Run the same command again to fetch it")
-
-
-@contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Wait while another process, perhaps on another node, fetches the same file."""
-    with open_regular(file.with_name(f".{file.name}.lock"), os.O_RDWR | os.O_CREAT) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _fetch(url: str, partial: Path, *, checked: bool) -> None:

@@ -1,4 +1,3 @@
-import fcntl
 import hashlib
 import os
 import signal
@@ -360,12 +359,3 @@ def test_read_rows_gives_the_rows_asked_for():
     assert np.array_equal(rows[:, 0].numpy(), images[[3, 0, 3]])
     rows.zero_()
     assert images[3].any()
-
-
-def test_one_run_of_a_node_decodes_at_a_time(tmp_path):
-    """Others wait for its lock, which ends with it."""
-    lock = tmp_path / "lock"
-    with cache._held(lock), open(lock) as other, pytest.raises(BlockingIOError):
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    with open(lock) as other:
-        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
