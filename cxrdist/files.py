@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -24,7 +25,10 @@ from datetime import UTC, datetime
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import IO, Any, BinaryIO, TypeVar, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cxrdist.documents import MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
@@ -33,6 +37,7 @@ MOST_LINE_BYTES = 1 << 16  # of a line in a log; a usual row has 300
 MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batches
 MEND_OPTIONAL = "copy the run directory again, or remove the file if the training is finished"
 """For a log or recipe, which a trained run can do without; another training does not mend it."""
+MOST_HEADER_BYTES = 1000  # of an npy file; a long text can crash literal_eval, which parses it
 LARGEST = 2**128 - 2**104  # the largest float32, (2 - 2**-23) * 2**127
 DAMAGE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
@@ -490,6 +495,19 @@ def read_bytes(path: Path, most: int) -> bytes:
             raise CxrdistError(f"{path}: has {size} bytes, expected at most {most}; copy it again")
         # Not read(): the file may have grown since its size was checked.
         return file.read(size)
+
+
+def read_npy(file: IO[bytes]) -> NDArray[Any]:
+    """Read the array of an npy file whose size was checked; errors are those of `DAMAGE`."""
+    # Not np.load, which allocates the size in the header before it reads.
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("it is of another version of npy")
+    header = np.lib.format.read_array_header_1_0(file, MOST_HEADER_BYTES)
+    (shape, is_fortran, dtype), data = header, file.read()
+    fits = min(shape, default=1) >= 0 and math.prod(shape) * dtype.itemsize == len(data)
+    if is_fortran or not fits:
+        raise ValueError(f"{len(data)} bytes do not fit its shape {shape!s:.80}")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def now() -> str:

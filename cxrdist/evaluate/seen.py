@@ -16,7 +16,6 @@ aligned thumbnails decides. Measured at 224 px:
 """
 
 import hashlib
-import math
 import os
 import re
 import zipfile
@@ -37,7 +36,7 @@ from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import KEY, MOST_SAMPLES, Sample
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, OF_NIH
 from cxrdist.data.several import NIH_PATIENT
-from cxrdist.files import DAMAGE, atomic_file, judging, open_regular
+from cxrdist.files import DAMAGE, atomic_file, judging, open_regular, read_npy
 from cxrdist.terminal import progress
 
 FORMAT = "cxrdist-seen-1"
@@ -67,7 +66,6 @@ _ROW_SHAPES = {
     "flat": (),
     "patients": (PATIENT_BYTES,),
 }
-_MOST_HEADER_BYTES = 1000  # numpy parses a header by literal_eval, which a long text can crash
 _MOST_KEY_BYTES = 90  # see `cxrdist.data.index.KEY`
 
 
@@ -298,21 +296,12 @@ def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     Raises:
         ValueError: it is compressed, or has another type or size.
     """
-    # Not by np.load, which allocates the size in the header before it reads.
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")
     with archive.open(entry) as member:
-        if np.lib.format.read_magic(member) != (1, 0):
-            raise ValueError(f"{name} is of another version of npy")
-        header = np.lib.format.read_array_header_1_0(member, _MOST_HEADER_BYTES)
-        data = member.read()
-    shape, is_fortran, dtype = header
-    is_text = dtype.kind == "S" and 1 <= dtype.itemsize <= _MOST_KEY_BYTES
-    if is_fortran or not (dtype == np.uint8 if name in _ROW_SHAPES else is_text):
+        array = read_npy(member)
+    is_text = array.dtype.kind == "S" and array.itemsize <= _MOST_KEY_BYTES
+    if not (array.dtype == np.uint8 if name in _ROW_SHAPES else is_text):
         raise ValueError(f"{name} is of another type")
-    if min(shape, default=1) < 0 or math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(
-            f"{name} has {len(data)} bytes, which does not fit its shape {shape!s:.80}"
-        )
-    return np.frombuffer(data, dtype).reshape(shape)
+    return array

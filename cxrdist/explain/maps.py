@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from cxrdist.data.shards import add_member
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.attribution import Attribution
-from cxrdist.files import DAMAGE, atomic_file, open_regular
+from cxrdist.files import DAMAGE, MOST_HEADER_BYTES, atomic_file, open_regular, read_npy
 
 T = TypeVar("T")
 
@@ -25,9 +25,6 @@ BATCHES_PER_SHARD = 16
 
 _DEFLATE_LEVEL = 1
 """Relevance hardly compresses: level 6 saves 1 % more and takes twice as long."""
-
-
-_MOST_HEADER_BYTES = 1000  # of an array; NumPy's own take 128
 
 
 class Map(NamedTuple):
@@ -177,14 +174,9 @@ def _array(
         ValueError, and errors of `zipfile`: it has another shape or type.
     """
     num_bytes = math.prod(shape) * np.dtype(kind).itemsize
-    if file.getinfo(f"{name}.npy").file_size > _MOST_HEADER_BYTES + num_bytes:
+    if file.getinfo(f"{name}.npy").file_size > MOST_HEADER_BYTES + num_bytes:
         raise ValueError(f"{name} is too large")
-    # Not np.load, which allocates as much as the header claims before it reads.
-    array = io.BytesIO(file.read(f"{name}.npy"))
-    if np.lib.format.read_magic(array) != (1, 0):
-        raise ValueError(f"{name} is of another version")
-    actual, is_fortran, dtype = np.lib.format.read_array_header_1_0(array, _MOST_HEADER_BYTES)
-    values = array.read()
-    if (actual, is_fortran, dtype, len(values)) != (shape, False, kind, num_bytes):
+    array = read_npy(io.BytesIO(file.read(f"{name}.npy")))
+    if (array.shape, array.dtype) != (shape, kind):
         raise ValueError(f"{name} has another shape")
-    return np.frombuffer(values, kind).reshape(shape)
+    return array
