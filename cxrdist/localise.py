@@ -49,7 +49,7 @@ from cxrdist.explain.rivals import centre_prior, grad_cam, plain_gradient
 from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
-from cxrdist.terminal import percentage, progress, table
+from cxrdist.terminal import percentage, progress, table, with_limits
 
 CONSTANT = "that cover nothing or everything"
 SEEN = "of images that the network has seen"
@@ -374,13 +374,14 @@ def summary(scores: Localisation) -> str:
     whole = scores["groups"][0]
     headers = ["Map", "Points inside", "Inside", "Times chance", "Overlap", "of pixels"]
     measures = ("pointing", "inside", "times_chance", "overlap")
+    methods: Sequence[Mapping[str, Any]] = whole["methods"]
     rows = [
         [
             NAMES[row["method"]],
-            *(_with_limits(row, measure) for measure in measures),
+            *(with_limits(row[name], row[f"{name}_interval"]) for name in measures),
             f"{row['marked']:.0%}",
         ]
-        for row in whole["methods"]
+        for row in methods
     ]
     marked = (
         f"chosen on {scores['val_cases']} outlines of val"
@@ -398,8 +399,3 @@ def _amount(scores: Localisation, group: Group) -> str:
         f"{name}{group['shapes']} {scores['kind']} on {group['images']} images of "
         f"{group['patients']} patients, {percentage(group['area'])}% of the square on average"
     )
-
-
-def _with_limits(row: Mapping[str, Any], measure: str) -> str:
-    value, limits = row[measure], row[f"{measure}_interval"]
-    return f"{value:.3f} ({limits[0]:.3f}-{limits[1]:.3f})" if limits else f"{value:.3f}"

@@ -38,6 +38,7 @@ from cxrdist.data.workers import (
 )
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.explain.dicom_output import (
+    MOST_NAMED,
     Output,
     class_probabilities,
     open_output,
@@ -55,10 +56,9 @@ from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.model.prediction import Predictions, probability_columns
 from cxrdist.precision import use_full_float32
-from cxrdist.terminal import progress
+from cxrdist.terminal import few, progress
 from cxrdist.train.memory import is_out_of_memory
 
-MOST_NAMED = 3  # files per message
 CHUNK = 4  # images that a worker decodes at once
 
 
@@ -365,12 +365,12 @@ def _tell_views(inputs: dict[int, Input], prepared: dict[int, Prepared]) -> None
     """Print which images are not frontal, by their tags or names."""
     side = [n for n in sorted(prepared) if prepared[n].view in (LATERAL, OTHER)]
     if side:
-        names = ", ".join(str(inputs[number].file) for number in side[:MOST_NAMED])
+        names = few([str(inputs[number].file) for number in side], MOST_NAMED)
         kinds = Counter(NAMES[prepared[number].view] for number in side)
         listed = ", ".join(f"{number} {view}" for view, number in kinds.most_common())
         print(
             f"{len(side)} images are not frontal views by their tag or name ({listed}) but are "
-            f"predicted, too: {names}{' ...' if len(side) > MOST_NAMED else ''}"
+            f"predicted, too: {names}"
         )
 
 

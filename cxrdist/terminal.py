@@ -48,6 +48,11 @@ def percentage(share: float) -> str:
     return f"{Decimal(f'{share:.3f}') * 100:.1f}"
 
 
+def with_limits(value: float, limits: Sequence[float] | None) -> str:
+    """Format a figure and, if it has one, its interval."""
+    return f"{value:.3f} ({limits[0]:.3f}-{limits[1]:.3f})" if limits else f"{value:.3f}"
+
+
 def table(rows: Sequence[Sequence[Any]], headers: Sequence[str]) -> str:
     """Format rows for the terminal; numbers keep the text that they were given."""
     return tabulate(rows, headers=list(headers), disable_numparse=True, missingval="-")

@@ -15,7 +15,7 @@ from cxrdist.data.squares import Part, Square, read_part
 from cxrdist.data.views import LEFT_OUT, UNKNOWN, disagree, view_in_name
 from cxrdist.errors import CxrdistError
 from cxrdist.files import write_table
-from cxrdist.terminal import progress
+from cxrdist.terminal import few, progress
 
 MOST_NAMED = 20  # files in a message
 Views = Mapping[str, tuple[str, ...]]  # views to pack, by the origin of a record
@@ -98,7 +98,7 @@ def read_squares(
         files = [str(square.record.file) for square in rejected]
         listed = f"all in {work / 'rejected.csv'}"
         if not named:
-            listed = ", ".join(files[:MOST_NAMED]) + (" ..." if len(files) > MOST_NAMED else "")
+            listed = few(files, MOST_NAMED)
         more = f" ({len(rejected)} such images, {listed})"
         raise CxrdistError(
             f"{files[0]}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "

@@ -31,7 +31,7 @@ from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.intervals import QUANTILE, bounded, of_share
 from cxrdist.model.description import Calibration
-from cxrdist.terminal import table
+from cxrdist.terminal import table, with_limits
 
 BINS = 15  # as in Guo et al. 2017, section 2
 Shares = Annotated[list[Share], Between(1, 100)]
@@ -406,5 +406,4 @@ def calibration_table(figures: CalibrationFigures) -> str:
 def _cell(errors: Errors | None) -> str:
     if errors is None:
         return "-"
-    value, within = errors["calibration_error"], errors["calibration_error_interval"]
-    return f"{value:.3f} ({within[0]:.3f}-{within[1]:.3f})" if within else f"{value:.3f}"
+    return with_limits(errors["calibration_error"], errors["calibration_error_interval"])

@@ -15,6 +15,7 @@ from cxrdist.explain.pictures import Explained, Probability
 from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for, sha256_of
 from cxrdist.model.prediction import Predictions
 from cxrdist.run import RunDirectory
+from cxrdist.terminal import few
 
 MOST_NAMED = 3  # files in a line
 
@@ -127,7 +128,5 @@ def tell_results(folder: Path, new_uids: Mapping[Path, Sequence[str]]) -> None:
     for keyword in ("StudyInstanceUID", "SeriesInstanceUID"):
         files = [str(file) for file, keywords in new_uids.items() if keyword in keywords]
         if files:
-            print(
-                f"{len(files)} images have no {keyword}; their results have a new one: "
-                f"{', '.join(files[:MOST_NAMED])}{' ...' if len(files) > MOST_NAMED else ''}"
-            )
+            listed = few(files, MOST_NAMED)
+            print(f"{len(files)} images have no {keyword}; their results have a new one: {listed}")
