@@ -1,6 +1,7 @@
 """The house rules of the code, checked on the code itself."""
 
 import ast
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass, make_dataclass
@@ -52,6 +53,20 @@ def test_imports_go_down_only():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cxrdist."):
                 assert layer(node.module) <= layer(name), f"{name} imports {node.module}"
+
+
+def test_the_tree_of_the_readme_names_each_module():
+    """A module stands in the lines of its folder, which begin with the folder's name."""
+    tree = (PACKAGE.parent / "README.md").read_text().split("## The tree")[1].split("## Rec")[0]
+    named: dict[str, set[str]] = {}
+    folder = ""
+    for line in tree.splitlines():
+        if re.match(r" {6}\S", line):
+            below = re.match(r" +(\w+)/ ", line)
+            folder = below[1] if below else "cxrdist"
+        named.setdefault(folder, set()).update(re.findall(r"\w+", line))
+    for file in sorted(PACKAGE.rglob("[!_]*.py")):
+        assert file.stem in named[file.parent.name], f"{file.parent.name}/{file.name}"
 
 
 def test_the_options_are_those_that_were_agreed_on():

@@ -103,7 +103,7 @@ def read_box_table(file: Path) -> Boxes:
 
 
 def _nih_table(table: Table) -> Table:
-    """Replace the header of the NIH's table, which has nine cells and its rows six, by `COLUMNS`.
+    """Replace the header of the NIH's table, whose later names are cut or empty, by `COLUMNS`.
 
     It is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``.
     """

@@ -42,8 +42,8 @@ COLUMNS = (
 # 0/ to 54/ as the zip files unpack, or all in one folder; resized copies are in images-224/ ...
 IMAGE = re.compile(r"(?:[^/]*images?[^/]*/)*(?:\d{1,2}/)?([^/]+)", re.IGNORECASE)
 
-# The 174 findings and 19 differential diagnoses of the released table without the remarks, as
-# listed in the authors' notebook (image_prediction/Dataset-maintenance.ipynb).
+# The 174 findings and 19 differential diagnoses of the released table without `REMARKS`, as listed
+# in the authors' notebook (image_prediction/Dataset-maintenance.ipynb).
 LABELS = (
     *("COPD signs", "Chilaiditi sign", "NSG tube", "abnormal foreign body", "abscess"),
     *("adenopathy", "air bronchogram", "air fluid level", "air trapping", "alveolar pattern"),

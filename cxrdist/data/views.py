@@ -81,8 +81,9 @@ def _is_both(named: list[str]) -> bool:
 def disagree(one: str, other: str) -> bool:
     """Return whether two views contradict each other; FRONTAL may be PA or AP."""
     both = {one, other}
-    # The chain is `"FRONTAL" in both and both <= {*FRONTAL}`.
-    return UNKNOWN not in both and len(both) > 1 and not ("FRONTAL" in both <= {*FRONTAL})
+    if UNKNOWN in both or one == other:
+        return False
+    return "FRONTAL" not in both or not both <= {*FRONTAL}
 
 
 def parse_views(text: str | None) -> tuple[str, ...]:

@@ -211,7 +211,8 @@ def build_training(
 ) -> Training:
     """Read weights and images; only then begin the run directory, or resume it.
 
-    Invalid input is rejected before anything is written, even to the cache of images.
+    Invalid input is rejected before the run directory is written, and before the cache of images,
+    from which alone masks are read.
 
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
