@@ -18,7 +18,7 @@ import tempfile
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -352,6 +352,22 @@ def remove(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
     elif directory.exists():
         directory.fs.rm(directory.path, recursive=True)
+
+
+def remove_made(directory: Path, made: re.Pattern[str], kept: Container[str] = ()) -> None:
+    """Remove a directory's files whose whole names match, except some; then itself, if empty."""
+    for path in directory.glob("*"):
+        is_file = path.is_symlink() or not path.is_dir()
+        if is_file and made.fullmatch(path.name) and path.name not in kept:
+            path.unlink()
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def is_free(path: Path) -> bool:
+    """Return whether a path is new or an empty directory; a link never is."""
+    is_empty = path.is_dir() and not any(path.iterdir())
+    return not path.is_symlink() and (is_empty or not path.exists())
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cxrdist.files import (
     read_bytes,
     read_json,
     refuse_unwritable,
+    remove_made,
     sweep,
     waiting_lock,
     write_table,
@@ -78,6 +80,28 @@ def test_only_names_of_dead_processes_are_swept(tmp_path, monkeypatch):
     Path(ours.replace(".x.", ".z.")).symlink_to(tmp_path / "thesis")
     sweep(tmp_path, alone=True)
     assert sorted(os.listdir()) == sorted((*strangers, "thesis"))
+
+
+def test_only_files_whose_whole_names_match_are_removed(tmp_path):
+    """A link goes and its target stays; folders, kept names and other names stay."""
+    made, directory = re.compile(r"\d\.png"), tmp_path / "maps"
+    (directory / "3.png").mkdir(parents=True)
+    (tmp_path / "thesis.png").touch()
+    for name in ("1.png", "2.png", "10.png"):
+        (directory / name).touch()
+    (directory / "4.png").symlink_to(tmp_path / "thesis.png")
+    remove_made(directory, made, {"2.png"})
+    assert sorted(os.listdir(directory)) == ["10.png", "2.png", "3.png"]
+    assert sorted(os.listdir(tmp_path)) == ["maps", "thesis.png"]
+
+
+def test_a_directory_of_which_nothing_is_left_is_removed(tmp_path):
+    """One that is not there is no error."""
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "1.png").touch()
+    for _ in range(2):
+        remove_made(tmp_path / "maps", re.compile(r"\d\.png"))
+        assert not (tmp_path / "maps").exists()
 
 
 @pytest.mark.parametrize("make", [atomic_file, atomic_directory])

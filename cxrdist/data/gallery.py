@@ -9,7 +9,7 @@ import numpy as np
 from cxrdist.data.cache import Images
 from cxrdist.data.images import encode_png
 from cxrdist.data.index import Index
-from cxrdist.files import atomic_file, sweep
+from cxrdist.files import atomic_file, remove_made, sweep
 
 _MADE = re.compile(r"[\w-]*[0-9a-f]{8}\.png")  # a key ends in digits of a hash
 
@@ -20,12 +20,8 @@ def write_gallery(directory: Path, index: Index, images: Images, numbers: Iterab
     ``images`` are all samples of the index, uint8 [samples, S, S]. Files with other names stay.
     """
     wanted = {f"{index.samples[number].key}.png": number for number in numbers}
-    for path in directory.glob("*.png"):
-        if _MADE.fullmatch(path.name) and path.name not in wanted:
-            path.unlink()
     sweep(directory)
+    remove_made(directory, _MADE, wanted)
     for name, number in wanted.items():
         with atomic_file(directory / name) as partial:
             partial.write_bytes(encode_png(np.asarray(images[number])))
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()

@@ -12,7 +12,14 @@ from cxrdist.data.images import is_dicom
 from cxrdist.data.inputs import Preparation
 from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.explain.pictures import Explained, Probability
-from cxrdist.files import atomic_directory, atomic_file, refuse_unwritable, room_for, sha256_of
+from cxrdist.files import (
+    atomic_directory,
+    atomic_file,
+    is_free,
+    refuse_unwritable,
+    room_for,
+    sha256_of,
+)
 from cxrdist.model.prediction import Predictions
 from cxrdist.run import RunDirectory
 from cxrdist.terminal import few
@@ -56,8 +63,7 @@ def refuse_bad_folder(folder: Path, *others: Path) -> None:
         require_modules("dicom", "highdicom")
     except CxrdistError as error:
         raise CxrdistError(f"--dicom: {error}") from error
-    is_empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.is_symlink() or (folder.exists() and not is_empty):
+    if not is_free(folder):
         raise CxrdistError(f"--dicom {folder}: already exists; name a new or empty folder")
     if any(other.resolve().is_relative_to(folder.resolve()) for other in others):
         raise CxrdistError(f"--dicom {folder}: --out writes there, too; name a separate folder")

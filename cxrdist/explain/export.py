@@ -44,7 +44,7 @@ from cxrdist.explain.targets import (
     choose_targets,
     mistaken_samples,
 )
-from cxrdist.files import locked, read_document, sweep, write_json, write_table
+from cxrdist.files import locked, read_document, remove_made, sweep, write_json, write_table
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
 from cxrdist.terminal import percentage, progress
@@ -206,12 +206,12 @@ def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
     info, nearest = run.relevance_info(subset), run.nearest(subset)
     earlier = read_description(info, MEND) if info.is_file() else None
     needs_nearest = work.with_pictures and was_trained_on(run, work.loaded.index)
+    for directory in (*directories, info.parent):
+        sweep(directory, alone=True)
     if earlier and earlier["how"] == how:
-        for directory in (*directories, info.parent):
-            sweep(directory, alone=True)
         return _Todo(_is_tested(work, earlier), needs_nearest and not nearest.is_file())
     for directory in directories:
-        _clear(directory)
+        remove_made(directory, _MADE)
     for table in (run.relevance_table(subset), nearest):
         table.unlink(missing_ok=True)
     # Last: until then, the maps that remain belong to the settings in the file.
@@ -231,16 +231,6 @@ def _is_tested(work: _Work, info: RelevanceInfo) -> bool:
 def _mean_map(work: _Work, name: str) -> Path:
     """Return the path of the picture of a class's mean map."""
     return work.loaded.run.mean_maps(work.loaded.subset) / f"{safe_name(name)}.png"
-
-
-def _clear(directory: Path) -> None:
-    """Remove maps and pictures from a directory; keep folders and files with other names."""
-    for path in directory.glob("*"):
-        if _MADE.fullmatch(path.name) and (path.is_symlink() or not path.is_dir()):
-            path.unlink()
-    sweep(directory, alone=True)
-    if directory.is_dir() and not any(directory.iterdir()):
-        directory.rmdir()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from cxrdist.data.inputs import Input, Preparation, read_original
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.maps import Map, encode, write_maps
-from cxrdist.files import atomic_file
+from cxrdist.files import atomic_file, remove_made
 
 LONGEST_NAME = 80
 """Most bytes of a class name in a file name; file systems allow 255 in total."""
@@ -117,8 +117,6 @@ def replace_pictures(document: Path, directory: Path, pictures: Mapping[str, Ima
     command leaves no document beside the pictures of another. Files with other names stay.
     """
     document.unlink(missing_ok=True)
-    for path in directory.glob("*.png"):
-        if _MADE.fullmatch(path.name) and path.name not in pictures:
-            path.unlink()
+    remove_made(directory, _MADE, pictures)
     for name, picture in pictures.items():
         save_picture(directory / name, picture)

@@ -14,7 +14,7 @@ from cxrdist.evaluate.metrics import headline, metrics_table
 from cxrdist.evaluate.operating_points import YOUDEN, read_rule
 from cxrdist.evaluate.prediction_table import PredictionTable, read_prediction_table
 from cxrdist.evaluate.scored import STATED, Scored
-from cxrdist.files import atomic_directory, sha256_of, write_json, write_table, write_text
+from cxrdist.files import atomic_directory, is_free, sha256_of, write_json, write_table, write_text
 from cxrdist.model.description import Calibration
 from cxrdist.report.page import template
 from cxrdist.report.splits import split_view
@@ -39,7 +39,8 @@ def report_predictions(file: Path, out: Path) -> Path:
     Raises:
         CxrdistError: the table is malformed, or the directory is not empty.
     """
-    _refuse_used(out)
+    if not is_free(out):
+        raise CxrdistError(f"--out {out}: already exists; name a new or empty directory")
     table = read_prediction_table(file)
     is_test = np.array([split == "test" for split in table.splits] or [True] * len(table.scored))
     scored, probabilities = table.scored.take(is_test), table.probabilities[is_test]
@@ -68,11 +69,6 @@ def report_predictions(file: Path, out: Path) -> Path:
     print(f"{file.name}: {headline(metrics)}")
     print(f"the report: {out / 'report.html'}")
     return out / "report.html"
-
-
-def _refuse_used(out: Path) -> None:
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise CxrdistError(f"--out {out}: already exists; name a new or empty directory")
 
 
 def _write_predictions(
