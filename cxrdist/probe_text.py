@@ -54,7 +54,7 @@ from cxrdist.files import write_json
 from cxrdist.intervals import describe, of_values
 from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
-from cxrdist.terminal import percentage, progress, table
+from cxrdist.terminal import percentage, progress, rounded, table
 
 PAPER: PaperWords = {
     "covering": "\u201cA DNN with about 94% test accuracy had its accuracy increased in almost 1% "
@@ -454,7 +454,7 @@ def summary(content: TextFile) -> str:
             row["class"],
             str(row["images"]),
             str(row["with_text"]),
-            *(_three(covering[c]["classes"][row["class"]][score]) for c in CONDITIONS),
+            *(rounded(covering[c]["classes"][row["class"]][score]) for c in CONDITIONS),
         ]
         for row in text["classes"]
     ]
@@ -486,7 +486,3 @@ def summary(content: TextFile) -> str:
             table(changes, titles),
         ]
     )
-
-
-def _three(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"

@@ -48,6 +48,11 @@ def percentage(share: float) -> str:
     return f"{Decimal(f'{share:.3f}') * 100:.1f}"
 
 
+def rounded(value: float | None, digits: int = 3) -> str:
+    """Format a figure, or its absence."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def with_limits(value: float, limits: Sequence[float] | None) -> str:
     """Format a figure and, if it has one, its interval."""
     return f"{value:.3f} ({limits[0]:.3f}-{limits[1]:.3f})" if limits else f"{value:.3f}"

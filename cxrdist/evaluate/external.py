@@ -25,13 +25,13 @@ from cxrdist.distributed import gather, together
 from cxrdist.documents import Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.metrics import ExternalInfo
+from cxrdist.evaluate.scored import MEND
 from cxrdist.evaluate.seen import Match, Prints, find_matches, read_seen, take_prints, write_seen
 from cxrdist.files import read_document, write_table
 from cxrdist.info import RunInfo, WeightsInfo, origins, read_info
 from cxrdist.run import RunDirectory, external_subset
 
 IN_NO_SPLIT = ""  # the split of a sample that is not used
-MEND = "run `cxrdist evaluate` again"
 
 
 class _Made(TypedDict):

@@ -7,10 +7,11 @@ import numpy as np
 
 from cxrdist.documents import Between, Real, Text
 from cxrdist.evaluate.metrics import Metrics, headline_means
+from cxrdist.evaluate.scored import MEND
 from cxrdist.files import read_document
 from cxrdist.model.description import MOST_MEMBERS, Member
 from cxrdist.run import RunDirectory
-from cxrdist.terminal import table
+from cxrdist.terminal import rounded, table
 
 Figure = Literal[
     "accuracy", "auroc", "average_precision", "recall", "specificity", "precision", "f1"
@@ -77,7 +78,7 @@ Key = tuple[Figure, str | None]
 
 def _figures(file: Path) -> dict[Key, float | None]:
     """Read the figures of a metrics.json, by name and class."""
-    metrics = read_document(file, Metrics, "run `cxrdist evaluate` again")
+    metrics = read_document(file, Metrics, MEND)
     # The accuracy is at the top level of metrics.json, the other figures in the means.
     tables: dict[str | None, Any] = {None: {**metrics, **headline_means(metrics)}}
     tables.update(metrics["classes"])
@@ -108,7 +109,6 @@ def spread_table(spreads: list[Spread]) -> str:
     columns = ("mean", "standard_deviation", "smallest", "largest", "ensemble")
     rows = []
     for spread in spreads:
-        cells = [spread[name] for name in columns]  # type: ignore[literal-required]
-        shown = ["-" if value is None else f"{value:.3f}" for value in cells]
-        rows.append([FIGURES[spread["figure"]], *shown])
+        cells = [rounded(spread[name]) for name in columns]  # type: ignore[literal-required]
+        rows.append([FIGURES[spread["figure"]], *cells])
     return table(rows, ("Figure", "Mean", "Standard deviation", "Smallest", "Largest", "Ensemble"))

@@ -26,7 +26,7 @@ from cxrdist.evaluate.operating_points import OperatingPoints
 from cxrdist.info import Count, Task
 from cxrdist.intervals import Intervals
 from cxrdist.model.prediction import THRESHOLD, decide
-from cxrdist.terminal import counted, table
+from cxrdist.terminal import counted, rounded, table
 
 ScoreName = Literal["recall", "specificity", "precision", "f1", "auroc", "average_precision"]
 IntervalName = Literal[
@@ -317,7 +317,7 @@ def _cells(scores: Scores) -> list[str]:
     cells = []
     for name in TITLES:
         value, limits = scores[name], scores.get(INTERVALS[name])
-        cell = "-" if value is None else f"{value:.3f}"
+        cell = rounded(value)
         cells.append(f"{cell}\n{_short(limits[0])}-{_short(limits[1])}" if limits else cell)
     return cells
 
@@ -354,9 +354,8 @@ def _label_headline(metrics: Metrics) -> str:
     share = f"{known:.0%}" if known < 0.995 else "over 99%"
     unknown = f", {share} of their labels are known" if known < 1 else ""
     limits = _within(metrics, mean.get("auroc_interval"))
-    excluded = ", ".join(f"{name} ({reason})" for name, reason in few.items())
     return f"mean AUROC{shown} ({counted(samples, 'image')}{unknown}{limits})" + (
-        f"; too few to say for {excluded}" if few else ""
+        f"; too few to say for {list_few(metrics)}" if few else ""
     )
 
 
@@ -372,6 +371,11 @@ def few_of(metrics: Mapping[str, Any]) -> dict[str, str]:
     """
     reasons = {name: scores.get("too_few") for name, scores in metrics["classes"].items()}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def list_few(metrics: Mapping[str, Any]) -> str:
+    """Return the classes with too few images as text, such as "Hernia (7 positives)"."""
+    return ", ".join(f"{name} ({reason})" for name, reason in few_of(metrics).items())
 
 
 def _within(metrics: Metrics, limits: Limits | None) -> str:

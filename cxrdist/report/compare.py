@@ -16,8 +16,8 @@ from cxrdist.evaluate.compare import Comparison, Difference, aligned, compare_sc
 from cxrdist.evaluate.flips import CHANGES, Flip, flips
 from cxrdist.evaluate.measure import Settings
 from cxrdist.evaluate.members import FIGURES
-from cxrdist.evaluate.metrics import Metrics, few_of
-from cxrdist.evaluate.scored import Scored, read_scored
+from cxrdist.evaluate.metrics import Metrics, few_of, list_few
+from cxrdist.evaluate.scored import MEND, Scored, read_scored
 from cxrdist.files import (
     MEND_OPTIONAL,
     atomic_directory,
@@ -32,7 +32,7 @@ from cxrdist.report.page import template
 from cxrdist.report.values import p_value, signed
 from cxrdist.report.view import View
 from cxrdist.run import RunDirectory, external_subset, options_of
-from cxrdist.terminal import table
+from cxrdist.terminal import rounded, table
 
 COLUMNS = (
     *("key", "patient", "label", "change", "predicted_a", "predicted_b"),
@@ -90,7 +90,7 @@ def _read(run: RunDirectory, subset: str) -> tuple[Scored, int]:
             f"{run.root}: has no {subset}/predictions.csv with its metrics.json; run `cxrdist "
             f"evaluate --run {run.root} --shards SHARDS {options_of(subset)}`"
         )
-    metrics = read_document(run.metrics(subset), Metrics, "run `cxrdist evaluate` again")
+    metrics = read_document(run.metrics(subset), Metrics, MEND)
     scored = read_scored(run.predictions(subset), metrics["task"])
     return scored, metrics.get("fewest", Settings().fewest)
 
@@ -170,8 +170,7 @@ def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
             f"McNemar's exact test p {p_value(mcnemar['p_value'])}"
         )
     lines.append("both tests treat images as independent, even those of one patient")
-    if few := few_of(comparison):
-        left_out = ", ".join(f"{name} ({reason})" for name, reason in few.items())
+    if left_out := list_few(comparison):
         lines.append(f"the means leave out classes with too few images: {left_out}")
     lines += _flip_lines(comparison, rows)
     lines += _recipe_lines(comparison["recipe"])
@@ -180,8 +179,7 @@ def _summary(comparison: Comparison, rows: Sequence[Sequence[str]]) -> str:
 
 
 def _cells(figure: Difference) -> list[str]:
-    values = [figure["a"], figure["b"]]
-    shown = ["-" if value is None else f"{value:.3f}" for value in values]
+    shown = [rounded(figure["a"]), rounded(figure["b"])]
     limits = figure["interval"]
     if figure["difference"] is None or limits is None:
         return [*shown, "-", "-"]

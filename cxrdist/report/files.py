@@ -13,6 +13,7 @@ from cxrdist.data.records import SPLITS
 from cxrdist.documents import Between, Real, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 from cxrdist.evaluate.metrics import Metrics
+from cxrdist.evaluate.scored import MEND
 from cxrdist.explain.description import RelevanceInfo, read_description
 from cxrdist.files import MEND_OPTIONAL, finite, open_table, read_document, read_log, read_recipe
 from cxrdist.info import RunInfo, origins
@@ -186,7 +187,7 @@ def read_metrics(path: Path, task: str) -> Metrics | None:
     """
     if not path.is_file():
         return None
-    metrics = read_document(path, Metrics, "run `cxrdist evaluate` again")
+    metrics = read_document(path, Metrics, MEND)
     with reading(path, "evaluate"):
         if metrics["task"] != task:
             raise ValueError(f"its task is {metrics['task']}, that of the run is {task}")

@@ -17,6 +17,7 @@ from cxrdist.evaluate.metrics import (
     correct_of,
     few_of,
     headline_means,
+    list_few,
 )
 from cxrdist.evaluate.scored import Prediction
 from cxrdist.intervals import wilson
@@ -99,7 +100,7 @@ def _mean_tile(metrics: Metrics, measure: ScoreName, label: str) -> tuple[str, s
     if limits := mean.get(INTERVALS[measure]):
         more = f"95 % interval {interval(limits)}; {more}"
     if few:
-        more += f"; too few to say for {', '.join(f'{name} ({n})' for name, n in few.items())}"
+        more += f"; too few to say for {list_few(metrics)}"
     value = TOO_FEW if few and mean[measure] is None else number(mean[measure])
     return label, value, more
 

@@ -5,7 +5,7 @@ from cxrdist.files import atomic_directory, now, read_log, room_for, write_json,
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
 from cxrdist.run import RunDirectory
-from cxrdist.terminal import table
+from cxrdist.terminal import rounded, table
 from cxrdist.train.training import Training, recipe_yaml
 
 
@@ -57,7 +57,6 @@ def _stage_table(run: RunDirectory) -> str:
     rows = []
     for stage, info in stages.items():
         score = scores.get((stage, info["best_epoch"]))
-        shown = "-" if score is None else f"{score:.4f}"
         of = f"{info['best_epoch']} of {info['epochs']}"
-        rows.append([stage, of, f"{info['best_val_loss']:.4f}", shown])
+        rows.append([stage, of, f"{info['best_val_loss']:.4f}", rounded(score, 4)])
     return table(rows, ["stage", "best epoch", "val loss", name.replace("_", " ")])

@@ -16,7 +16,7 @@ from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.files import append_log, settle_log, write_json
 from cxrdist.info import read_info
 from cxrdist.model.networks import block_names
-from cxrdist.terminal import progress, table
+from cxrdist.terminal import progress, rounded, table
 from cxrdist.train.background import describe_background
 from cxrdist.train.capture import CapturedStep, Recorder, can_capture, record_cuda_graph
 from cxrdist.train.checkpoint import (
@@ -446,8 +446,7 @@ def _validated(row: dict[str, Any]) -> str:
     background = _background(row, "val_background")
     name = "accuracy" if "val_accuracy" in row else "auroc"
     score, title = row[f"val_{name}"], name.replace("auroc", "AUROC")
-    shown = "-" if score is None else f"{score:.4f}"
-    return f"val loss {row['val_loss']:.4f}{background}, val {title} {shown}"
+    return f"val loss {row['val_loss']:.4f}{background}, val {title} {rounded(score, 4)}"
 
 
 def _background(row: dict[str, Any], name: str) -> str:
