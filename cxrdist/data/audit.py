@@ -126,8 +126,7 @@ def audit(
         ),
         "statistics": attempt("statistics", lambda: _statistics(features, *truth)),
         "shortcut": attempt(
-            "shortcut",
-            lambda: measure_shortcut(features, targets, groups, classes, task),
+            "shortcut", lambda: measure_shortcut(features, targets, groups, classes, task)
         ),
         "baseline": attempt(
             "baseline",

@@ -16,14 +16,7 @@ from numpy.typing import NDArray
 
 from cxrdist.config import CoverHow, CoverSplit, Depth, Fit
 from cxrdist.data.collector import collector_paused
-from cxrdist.data.labels import (
-    MISSING,
-    NOT_STATED,
-    POSITIVE,
-    UNCERTAIN,
-    label_matrix,
-    labels_of,
-)
+from cxrdist.data.labels import MISSING, NOT_STATED, POSITIVE, UNCERTAIN, label_matrix, labels_of
 from cxrdist.data.masks import MasksEntry
 from cxrdist.data.records import SPLITS
 from cxrdist.data.views import UNKNOWN, VIEWS

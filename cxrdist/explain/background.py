@@ -18,11 +18,7 @@ LEAST = 1e-12
 
 
 def share_of_contrast(
-    model: Classifier,
-    images: Tensor,
-    targets: Tensor,
-    background: Tensor,
-    turn: int | None,
+    model: Classifier, images: Tensor, targets: Tensor, background: Tensor, turn: int | None
 ) -> Tensor:
     """Return the share of the evidence for the labels of an image that lies in the background.
 

@@ -38,12 +38,7 @@ from cxrdist.explain.nearest import find_nearest, was_trained_on, write_nearest
 from cxrdist.explain.outside import Look, Sums
 from cxrdist.explain.pictures import picture_names, safe_name, save_picture, write_pictures
 from cxrdist.explain.relevance import Explainer
-from cxrdist.explain.targets import (
-    Targets,
-    choose_samples,
-    choose_targets,
-    mistaken_samples,
-)
+from cxrdist.explain.targets import Targets, choose_samples, choose_targets, mistaken_samples
 from cxrdist.files import locked, read_document, remove_made, sweep, write_json, write_table
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network

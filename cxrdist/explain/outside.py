@@ -76,10 +76,7 @@ class Sums:
 
 
 def look(
-    number: int,
-    target: int,
-    relevance: NDArray[np.float32],
-    lungs: NDArray[np.bool_] | None,
+    number: int, target: int, relevance: NDArray[np.float32], lungs: NDArray[np.bool_] | None
 ) -> Look | None:
     """Measure where the relevance [S, S] of a sample for a class lies.
 
@@ -167,10 +164,7 @@ def _region(
 
 
 def _class_row(
-    looks: Sequence[Look],
-    replicates: Replicates,
-    own: NDArray[np.bool_],
-    mean: NDArray[np.float64],
+    looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_], mean: NDArray[np.float64]
 ) -> ClassRow:
     """Return the regions of a class, and the share of images whose peak is that of the mean map.
 

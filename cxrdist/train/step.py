@@ -251,11 +251,7 @@ def validate(
 
 
 def _sum_of_penalties(
-    model: Classifier,
-    images: Tensor,
-    batches: Batches,
-    rows: slice,
-    background: BackgroundLoss,
+    model: Classifier, images: Tensor, batches: Batches, rows: slice, background: BackgroundLoss
 ) -> Tensor:
     """Sum the penalties of some rows of a plan, whose images are on the device, float64 []."""
     inputs = (
