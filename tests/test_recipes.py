@@ -1,6 +1,7 @@
 """`cxrdist train --shards S --run R` alone, as a new user types it, on small sets of every kind."""
 
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from cxrdist.data.index import read_index
 from cxrdist.data.pack import pack
 from cxrdist.files import read_log
 from cxrdist.model import download
+from cxrdist.packaged import files_in
 from cxrdist.train.advice import _advice_on_cpu
 
 # A network that trains in no time; all else is the recipe's own.
@@ -113,6 +115,13 @@ def test_the_papers_recipe_names_one_for_other_classes(shards, tmp_path, capsys)
     assert "copies: no class 'COVID-19' in the shards; expected one of a, b c, d. For" in said
     assert "use the recipe finetune, or scratch with --init none" in said
     assert not (tmp_path / "run" / "recipe.yaml").exists()
+
+
+def test_the_recipe_lungs_is_taken_without_masks_as_its_head_says(shards, tmp_path):
+    """Both of its stages have a background loss, so both need another region than the masks."""
+    head = files_in("recipes")["lungs"].read_text().replace("\n#", "")
+    options = re.findall(r"--stages\S+|thorax", head.split("without any take ")[1].split(",")[0])
+    assert train(shards, tmp_path / "run", "--config", "lungs", *options) == 0
 
 
 @pytest.mark.parametrize(
