@@ -22,7 +22,7 @@ from cxrdist.config import (
 )
 from cxrdist.data.index import read_index
 from cxrdist.errors import CxrdistError
-from cxrdist.evaluate.members import MembersFile
+from cxrdist.evaluate.members import MembersFile, _spread
 from cxrdist.evaluate.predictions import evaluate
 from cxrdist.explain.export import explain
 from cxrdist.files import read_document
@@ -79,6 +79,16 @@ def test_an_ensemble_is_the_mean_of_its_members(ensemble):
     assert np.abs(members[0] - members[1]).max() > 1e-3  # they are two networks
     found = read_probabilities(run / "test" / "predictions.csv")
     assert found == pytest.approx((members[0] + members[1]) / 2, abs=1e-6)
+
+
+def test_a_figure_that_a_member_lacks_has_no_spread():
+    """A precision of two of three members would pass for one of all; the two stay listed."""
+    values = {"member-0": 0.25, "member-1": None, "member-2": 0.75}
+    found = _spread(("precision", "a"), values, {})
+    assert found["members"] == values
+    for name in ("mean", "standard_deviation", "smallest", "largest"):
+        assert found[name] is None
+    assert _spread(("precision", "a"), {"member-0": 0.25, "member-1": 0.75}, {})["mean"] == 0.5
 
 
 def test_members_spread_is_written(ensemble):

@@ -28,7 +28,7 @@ FIGURES: dict[str, str] = {
 
 
 class Spread(TypedDict):
-    """One figure over the members; None where it is undefined."""
+    """One figure over the members; None where it is undefined for any of them."""
 
     figure: Figure
     of: Text | None
@@ -92,6 +92,8 @@ def _figures(file: Path) -> dict[Key, float | None]:
 
 def _spread(key: Key, values: dict[str, float | None], of_ensemble: dict[Key, Any]) -> Spread:
     known = [value for value in values.values() if value is not None]
+    if len(known) < len(values):  # a mean of some members would pass for that of all
+        known = []
     return {
         "figure": key[0],
         "of": key[1],
