@@ -97,8 +97,10 @@ def inside(boxes: Sequence[Box | Finding], height_px: int, width_px: int) -> NDA
     """Return the pixels in any box, bool [height_px, width_px]; pixels partly inside count."""
     mask = np.zeros((height_px, width_px), dtype=bool)
     for box in boxes:
-        top, left = max(0, math.floor(box.y)), max(0, math.floor(box.x))
-        bottom, right = math.ceil(box.y + box.height), math.ceil(box.x + box.width)
+        # Rounded: an edge between two pixels is 1e-15 beyond it after a change of scale.
+        top, left = (max(0, math.floor(round(edge, 6))) for edge in (box.y, box.x))
+        ends = box.y + box.height, box.x + box.width
+        bottom, right = (math.ceil(round(edge, 6)) for edge in ends)
         # A box above or left of the image ends below 0, which a slice counts from the far side.
         mask[top : max(top, bottom), left : max(left, right)] = True
     return mask

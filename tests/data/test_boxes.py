@@ -12,7 +12,7 @@ from cxrdist.data.boxes import (
     read_boxes,
     write_boxes,
 )
-from cxrdist.data.geometry import in_square
+from cxrdist.data.geometry import in_square, scaled
 from cxrdist.data.images import decode
 from cxrdist.errors import CxrdistError
 
@@ -75,6 +75,15 @@ def test_only_the_boxes_are_changed():
         assert (covered[~mask] == pixels[~mask]).all()
     assert (cover(pixels, boxes, "black")[mask] == 0).all()
     assert (pixels == before).all()
+
+
+@pytest.mark.parametrize("end", range(5, 41, 5))
+def test_a_scaled_box_that_ends_between_two_pixels_covers_none_beyond(end):
+    """In whole numbers: scaled by 0.8, every fifth edge of 40 px lies between two of 32 px."""
+    for start in range(end):
+        box = scaled(Box(start, start, end - start, end - start), 0.8, 0.8)
+        covered = np.flatnonzero(inside([box], 40, 40).any(axis=0))
+        assert [covered[0], covered[-1]] == [4 * start // 5, 4 * end // 5 - 1]
 
 
 def test_a_filling_leaves_no_edge():
