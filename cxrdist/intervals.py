@@ -101,6 +101,20 @@ def positive(estimate: float, values: Values, patients: int) -> Limits | None:
     return _limits(estimate * np.exp(-half), estimate * np.exp(half))
 
 
+def unbounded(estimate: float, values: Values, patients: int) -> Limits | None:
+    """Return the interval of a difference or another figure without bounds, on its own scale.
+
+    Like `bounded`, but None without spread: replicates that are all equal do not show how certain
+    the figure is.
+    """
+    finite = values[np.isfinite(values)]
+    spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+    if patients < 2 or spread < ALIKE:
+        return None
+    half = scipy.stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
+    return _limits(estimate - half, estimate + half)
+
+
 def wilson(part: int, whole: int) -> Limits:
     """Return the interval of a share of independent draws (Wilson 1927), by SciPy."""
     low, high = scipy.stats.binomtest(part, whole).proportion_ci(LEVEL, method="wilson")

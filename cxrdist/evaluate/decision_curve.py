@@ -3,13 +3,15 @@
 from typing import Annotated, Literal, TypedDict
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import logit
 
-from cxrdist.bootstrap import Replicates, interval
+from cxrdist.bootstrap import Replicates
 from cxrdist.data.labels import POSITIVE
 from cxrdist.documents import Between, Real, Share
 from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
+from cxrdist.intervals import unbounded
 from cxrdist.model.description import Calibration
 from cxrdist.model.prediction import calibrated_logits
 
@@ -80,13 +82,19 @@ def _curve(
     with np.errstate(invalid="ignore"):
         model = totals[:, :-2] / images
         treat_all = (positives + (images - positives) * -thresholds / (1 - thresholds)) / images
-    # Percentiles, since `bounded` is for figures from 0 to 1, and a net benefit may be negative.
+    # The patients of the smaller side, as for an AUROC; of the other one if it has none.
+    sides = (replicates.patients(truth), replicates.patients(known & ~truth))
+    patients = min(filter(None, sides))
+
+    def limits(values: NDArray[np.float64]) -> list[list[float] | None]:
+        return [unbounded(float(own[0]), own[1:], patients) for own in values.T]
+
     return {
         "known": int(known.sum()),
         "positives": int(truth.sum()),
         "probabilities": "calibrated" if is_calibrated else "network",
         "net_benefit": np.round(model[0], 6).tolist(),
-        "net_benefit_interval": [interval(values) for values in model[1:].T],
+        "net_benefit_interval": limits(model),
         "treat_all": np.round(treat_all[0], 6).tolist(),
-        "treat_all_interval": [interval(values) for values in treat_all[1:].T],
+        "treat_all_interval": limits(treat_all),
     }

@@ -45,6 +45,22 @@ def test_a_probability_equal_to_a_threshold_is_called():
         assert found["net_benefit"] == expected.tolist(), threshold
 
 
+def test_intervals_of_few_patients_hold_the_truth():
+    """6 of 24 patients are called from 0.5 on with a probability of 0.75, the others of 0.2.
+
+    The net benefit is 0.25 * 0.75 - 0.75 * 0.2 = 0.0375; percentiles hold it in 90 of 100 sets.
+    """
+    random, truth, held = np.random.default_rng(0), np.arange(24) < 6, []
+    for _ in range(500):
+        called = random.random(24) < np.where(truth, 0.75, 0.2)
+        scored = make_scored(np.where(called, 0.6, 0.4), truth)
+        replicates = draw(scored.patients, [str(value) for value in truth], 100)
+        curve = decision_curve(scored, replicates, None)["classes"]["a"]
+        within = curve["net_benefit_interval"][THRESHOLDS.index(0.5)]
+        held.append(within is not None and within[0] <= 0.0375 <= within[1])
+    assert np.mean(held) >= 0.95
+
+
 def test_perfect_and_useless_models():
     """Who is always right has the prevalence; who calls all has the curve of treating all."""
     truth = [1] * 30 + [0] * 70
