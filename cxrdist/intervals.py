@@ -11,7 +11,7 @@ the number of patients behind the figure (Hesterberg 2015, The American Statisti
 As patients are drawn within classes, an interval holds for sets with the same share of each class.
 Figures that depend on this share vary more between sets in which it varies: for 60 patients, 95 %
 intervals of predictive values then contain the truth in 87 of 100 cases, those of the net benefit
-in 52 to 81.
+in 58 (at low thresholds) to 96.
 """
 
 from collections.abc import Callable, Sequence

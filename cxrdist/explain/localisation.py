@@ -18,12 +18,12 @@ from typing import Annotated, Literal, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.bootstrap import Limits, Replicates, draw, interval, rarest_class
+from cxrdist.bootstrap import Limits, Replicates, draw, rarest_class
 from cxrdist.documents import Between, Sha256, Share, Text
 from cxrdist.explain.heatmap import smooth
 from cxrdist.explain.outside import share_within
 from cxrdist.info import Count
-from cxrdist.intervals import Intervals, bounded, describe, positive
+from cxrdist.intervals import Intervals, bounded, describe, positive, unbounded
 
 TOPS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
 """Candidates for the share of pixels that a map marks."""
@@ -220,7 +220,11 @@ def _method_scores(
     gains: list[Limits | None] = [None, None]
     if method not in ("centre", "chance"):
         (centre, *_), centre_times = _replicated(sums["centre"])
-        gains = [interval(points - centre), interval(times - centre_times)]
+        by_points, by_inside, *_ = values.mean(0) - columns["centre"].mean(0)
+        gains = [
+            unbounded(by_points, points - centre, patients),
+            unbounded(by_inside / area, times - centre_times, patients),
+        ]
     return {
         "method": method,
         "pointing": pointing,

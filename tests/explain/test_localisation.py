@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 from torch.nn import functional as F
 
@@ -83,6 +84,23 @@ def test_means_are_of_the_cases_and_intervals_by_patient():
     often, _ = summarise(cases * 10, list("pqrs") * 10, {})
     assert often[0]["methods"][0]["pointing_interval"] == lrp["pointing_interval"]
     assert intervals["patients"] == 4
+
+
+def test_gains_over_the_centre_have_the_interval_of_a_paired_t_test():
+    """Eight patients with one image each and outlines of one size: percentiles are a fifth less."""
+    random, rest = np.random.default_rng(0), [0.0] * (1 + len(TOPS))
+    scores = random.random((8, 2, 2))  # image, method, pointing and share inside
+    cases = [
+        Scored(i, "a", 1, 0.25, {"lrp": [*own[0], *rest], "centre": [*own[1], *rest]})
+        for i, own in enumerate(scores)
+    ]
+    groups, _ = summarise(cases, [f"p{i}" for i in range(8)], {})
+    gains = scores[:, 0] - scores[:, 1]
+    for i, (name, scale) in enumerate((("pointing", 1), ("times_chance", 4))):
+        expected = stats.ttest_1samp(gains[:, i] * scale, 0).confidence_interval()
+        found = groups[0]["methods"][0][f"{name}_gain_interval"]
+        assert np.ptp(found) == pytest.approx(expected.high - expected.low, rel=0.06)
+        assert np.mean(found) == pytest.approx(gains[:, i].mean() * scale, abs=1e-5)
 
 
 def test_the_share_of_pixels_is_the_one_with_the_largest_mean_overlap():
