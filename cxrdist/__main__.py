@@ -3,10 +3,12 @@ import sys
 from cxrdist.cli import main
 from cxrdist.launch import main as launch
 from cxrdist.lifetime import exit_with
+from cxrdist.terminal import open_closed_streams
 
 
 def run() -> None:
     """Run the command line of this process."""
+    open_closed_streams()
     # Not through cli.main, whose watch of signals would end the launcher UNHEARD_SECONDS
     # after a stop request, while its ranks still save.
     if sys.argv[1:2] == ["launch"]:

@@ -247,6 +247,28 @@ def test_a_disk_that_is_read_only_is_one_line(capsys, tmp_path):
     assert lines[-1].endswith(f"{tmp_path / 'disk'} is read-only; name another place")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--version"], 0), (["check", "no-such-shards"], 2)]
+)
+def test_closed_streams_change_no_exit_code(arguments, code):
+    """Some daemons start programs so; the answer goes nowhere, and nothing else is different."""
+    command = [sys.executable, "-m", "cxrdist", *arguments]
+    script = 'exec "$@" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", script, "sh", *command]).returncode == code
+
+
+def test_no_file_gets_the_number_of_a_closed_stream():
+    """What C libraries write to 1 and 2 would else be written into the files of a run."""
+    code = (
+        "import os; from cxrdist.terminal import open_closed_streams as o; o();"
+        "o(); assert os.open('/dev/zero', os.O_RDONLY) > 2;"
+        "os.write(1, b'x'), os.write(2, b'x'), print('x', flush=True);"
+        "assert all(map(os.get_inheritable, range(3)))"
+    )
+    script = 'exec "$@" <&- >&- 2>&-'
+    assert subprocess.run(["sh", "-c", script, "sh", sys.executable, "-c", code]).returncode == 0
+
+
 def test_a_small_directory_for_temporary_files_is_named(capsys, shards, tmp_path, monkeypatch):
     """The audit's pixels do not fit: one line before the work, and no bus error in a worker."""
     with small_disk(tmp_path / "disk", "32k"):
