@@ -6,6 +6,7 @@ from PIL import Image
 
 from cxrdist.data.boxes import Box
 from cxrdist.data.findings import LEAST_PX, Finding
+from cxrdist.errors import CxrdistError
 
 R = TypeVar("R", Box, Finding)  # edges lie between pixels
 
@@ -29,7 +30,11 @@ class Placement(NamedTuple):
 
 
 def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
-    """Place a picture in a square: ``crop`` the centre, ``pad`` with black, or ``stretch``."""
+    """Place a picture in a square: ``crop`` the centre, ``pad`` with black, or ``stretch``.
+
+    Raises:
+        CxrdistError: ``fit`` is none of the three.
+    """
     if fit == "crop":
         side = min(width_px, height_px)
         left, top = (width_px - side) / 2, (height_px - side) / 2
@@ -37,6 +42,8 @@ def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
     whole = (0, 0, width_px, height_px)
     if fit == "stretch":
         return Placement(whole, 0, 0, size_px, size_px)
+    if fit != "pad":
+        raise CxrdistError(f"fit is {fit!r}: expected crop, pad or stretch")
     longer = max(width_px, height_px)
     # Whole pixels, as in Pillow's ImageOps.pad. At 224 px half a pixel is nine px of a 4000 px
     # original, so `in_square` scales boxes by the rounded sides too.

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cxrdist.errors import CxrdistError
 from cxrdist.explain.heatmap import overlay
 from cxrdist.explain.pictures import picture_name, write_pictures
 
@@ -48,6 +49,12 @@ def test_beside_a_cropped_square_the_original_stays_grey():
     assert (cropped[:, 140:] == 90).all()
     assert (cropped[:, 40:140, 0] > 180).all()
     assert (np.asarray(overlay(original, relevance, fit="pad"))[..., 0] > 180).all()
+
+
+def test_an_unknown_fit_is_refused():
+    """The map would lie in the wrong place."""
+    with pytest.raises(CxrdistError, match="fit is 'centre': expected crop, pad or stretch"):
+        overlay(np.zeros((80, 60), np.uint8), np.ones((32, 32), np.float32), fit="centre")
 
 
 def test_a_square_original_gives_the_picture_of_its_square():
