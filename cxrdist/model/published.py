@@ -45,8 +45,8 @@ def load_model(source: str | Path) -> Classifier:
     if path.is_dir() or not (path.is_file() or "://" in name or name in ("chexnet", "imagenet")):
         raise CxrdistError(
             f"{name}: is not a model; expected the run directory of a finished training, a folder "
-            "of `cxrdist export`, a file of published weights or its URL, chexnet, or "
-            "hf:OWNER/NAME"
+            "of `cxrdist export --to huggingface`, a file of published weights or its URL, "
+            "chexnet, or hf:OWNER/NAME"
         )
     return _with_published_head(read_weights(name, option=""), name)
 

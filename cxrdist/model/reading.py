@@ -118,7 +118,8 @@ def _input(file: str | Path) -> Input:
     path = Path(file)
     if not path.is_file():
         raise CxrdistError(
-            f"{path}: no such file; name an image, {', '.join(FORMATS)} or DICOM, or list several"
+            f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; name an image, "
+            f"{', '.join(FORMATS)} or DICOM, or list several"
         )
     return Input(path, path.name)
 

@@ -75,7 +75,7 @@ def test_what_is_not_a_model_is_refused_in_one_line(tmp_path, run):
     write_json(tmp_path / "ensemble" / "model" / "model.json", members)
     cases = [
         ("chexnett", r"chexnett: is not a model; expected the run directory.*chexnet, or hf:"),
-        (tmp_path / "empty", r"empty: is not a model"),
+        (tmp_path / "empty", r"empty: is not a model.*`cxrdist export --to huggingface`"),
         (tmp_path / "ensemble", r"^/.*ensemble: is an ensemble.*such as .*member-0"),
         ("none", r"none: is not a model"),
         (tmp_path / "nameless.pt", r"nameless\.pt: has no output layer with class names"),

@@ -121,7 +121,8 @@ def test_what_cannot_be_read_is_refused_in_one_line(folder, model):
     square = read_image(grey, model)
     cases = [
         (lambda: read_image("none.png"), r"none\.png: no such file; name an image.*DICOM"),
-        (lambda: read_image(folder), r"no such file; name an image"),
+        (lambda: read_image(folder), r"is a folder; name an image"),
+        (lambda: read_image(grey, size_px=32, fit="centre"), r"fit is 'centre': expected crop"),
         (lambda: read_image(folder / "out-of.txt"), r"no such file"),
         (lambda: read_image(grey, model, size_px=32), r"size_px is 32: the model determines"),
         (lambda: read_image(grey, size_px=10**9), r"size_px is 1000000000: expected 1 to 4500"),
