@@ -26,13 +26,12 @@ Options = Mapping[str, object]  # that decide the result, by field
 
 def refuse_bad_tasks(task: int | None, num_tasks: int | None, *, merge: bool) -> None:
     """Check that the options of an array of tasks belong together."""
+    if merge and (task, num_tasks) != (None, None):
+        raise CxrdistError("--merge: run it without --task and --num-tasks, after all tasks")
     if (task is None) != (num_tasks is None):
         raise CxrdistError("--task and --num-tasks: give both, such as --task 0 --num-tasks 4")
-    if task is not None and num_tasks is not None:
-        if merge:
-            raise CxrdistError("--merge: run it without --task, after all tasks are done")
-        if task >= num_tasks:
-            raise CxrdistError(f"--task {task}: expected 0 to {num_tasks - 1}")
+    if task is not None and num_tasks is not None and task >= num_tasks:
+        raise CxrdistError(f"--task {task}: expected 0 to {num_tasks - 1}")
 
 
 def with_boxes(source: Source, file: Path) -> Source:

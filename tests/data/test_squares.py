@@ -405,6 +405,7 @@ def test_a_full_disk_is_one_line_and_the_pack_goes_on_after_it(config, tmp_path)
         ({"task": 4, "num_tasks": 4}, "--task 4: expected 0 to 3"),
         ({"task": 1}, "--task and --num-tasks: give both"),
         ({"task": 1, "num_tasks": 2, "merge": True}, "--merge: run it without --task"),
+        ({"num_tasks": 2, "merge": True}, "--merge: run it without --task and --num-tasks"),
     ],
 )
 def test_tasks_that_make_no_sense_are_refused(config, changes, message):
