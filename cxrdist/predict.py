@@ -47,11 +47,11 @@ from cxrdist.explain.dicom_output import (
     tell_results,
     write_results,
 )
-from cxrdist.explain.export import LEDGER_COLUMNS, ledger_rows
+from cxrdist.explain.export import LEDGER_COLUMNS, MADE, ledger_rows
 from cxrdist.explain.maps import Map, to_maps
 from cxrdist.explain.pictures import Explained, draw
 from cxrdist.explain.relevance import Explainer
-from cxrdist.files import refuse_unwritable, write_table
+from cxrdist.files import refuse_unwritable, remove_made, sweep, write_table
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.model.prediction import Predictions, probability_columns
@@ -154,6 +154,10 @@ class Predictor:
         made: list[Made] = []
         seconds = SECONDS_PER_IMAGE * (1 + len(own.classes))
         if self.heatmaps is not None:
+            if not self.ledgers:  # the maps of an earlier call may be of another model
+                (self.heatmaps / "relevance.csv").unlink(missing_ok=True)
+                sweep(self.heatmaps)
+                remove_made(self.heatmaps, MADE)
             rows = ledger_rows(own.key, own.classes, own.ledger, with_pictures=True)
             self.ledgers[number] = [[str(item.file), *row] for row in rows]
             make = partial(draw, directory=self.heatmaps, how=how)
@@ -232,6 +236,11 @@ def predict(config: PredictConfig) -> None:
     given = [item.file for item in items] + ([config.text_boxes] if config.text_boxes else [])
     if config.out.exists() and any(file.samefile(config.out) for file in given if file.exists()):
         raise CxrdistError(f"--out {config.out}: is one of the files given; name a CSV to write")
+    if config.explain and any(heatmaps.resolve() in file.resolve().parents for file in given):
+        raise CxrdistError(
+            f"--out {config.out}: images lie in {heatmaps}, where earlier heat maps are removed; "
+            "choose another name"
+        )
     if config.dicom is not None:
         refuse_other_images([item.file for item in items])
     use_full_float32()

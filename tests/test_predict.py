@@ -205,6 +205,24 @@ def test_heat_maps_lie_over_the_originals(run, tmp_path):
 EXTRA = ("png", "npz")
 
 
+def test_heat_maps_of_an_earlier_call_are_removed(run, tmp_path, capsys):
+    """They may be of another model. The user's own files stay, and images there are rejected."""
+    folder, out = make_images(tmp_path / "in", {"x": 2}), tmp_path / "out.csv"
+    heatmaps, first = tmp_path / "out-heatmaps", folder / "x" / "x000_0.png"
+    predict(PredictConfig(run, [folder], out, explain=True))
+    (heatmaps / "mine.png").touch()
+    predict(PredictConfig(run, [first], out, explain=True))
+    rows = rows_of(heatmaps / "relevance.csv")
+    names = {row["picture"] for row in rows} | {f"{row['key']}.{s}" for row in rows for s in EXTRA}
+    assert {row["path"] for row in rows} == {str(first)}
+    assert {file.name for file in heatmaps.iterdir()} == {"relevance.csv", "mine.png"} | names
+    shutil.copy(first, heatmaps / "a-0123456789.png")
+    command = ["predict", "--run", run, heatmaps / "a-0123456789.png", "--out", out, "--explain"]
+    assert main([*map(str, command)]) == 2
+    assert "out-heatmaps, where earlier heat maps are removed" in capsys.readouterr().err
+    assert (heatmaps / "a-0123456789.png").is_file()
+
+
 def test_what_cannot_be_read_is_listed_and_the_rest_predicted(run, tmp_path, capsys):
     """Exit code 1 and one line; 0 with --skip-bad; files that are no images are only listed."""
     folder = make_images(tmp_path / "in", {"x": 3})

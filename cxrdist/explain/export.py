@@ -53,7 +53,7 @@ MEND = "remove it to explain the split again"
 
 # Files that may be removed: KEY.png, KEY.CLASS.png, KEY.npz (a key ends in digits of a hash), and
 # NNNNNN.tar.
-_MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
+MADE = re.compile(r"[\w-]*[0-9a-f]{8}(\..+)?\.(png|npz)|\d{6,}\.tar", re.DOTALL)
 Rows = list[list[str]]
 """Rows of relevance.csv."""
 Tested = tuple[int, Flipping, randomisation.Comparison]
@@ -206,7 +206,7 @@ def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
     if earlier and earlier["how"] == how:
         return _Todo(_is_tested(work, earlier), needs_nearest and not nearest.is_file())
     for directory in directories:
-        remove_made(directory, _MADE)
+        remove_made(directory, MADE)
     for table in (run.relevance_table(subset), nearest):
         table.unlink(missing_ok=True)
     # Last: until then, the maps that remain belong to the settings in the file.
