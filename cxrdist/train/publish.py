@@ -46,7 +46,10 @@ def _write_model(training: Training, run: RunDirectory) -> None:
 
 
 def _stage_table(run: RunDirectory) -> str:
-    """Format what the best weights of each stage reach on the validation split."""
+    """Format what the best weights of each stage reach on augmented copies of the validation split.
+
+    `cxrdist evaluate --split val` takes its unchanged images, and may give another score.
+    """
     stages = read_info(run)["stages"]
     scores: dict[tuple[str, int], float | None] = {}
     name = "val_accuracy"
@@ -59,4 +62,5 @@ def _stage_table(run: RunDirectory) -> str:
         score = scores.get((stage, info["best_epoch"]))
         of = f"{info['best_epoch']} of {info['epochs']}"
         rows.append([stage, of, f"{info['best_val_loss']:.4f}", rounded(score, 4)])
-    return table(rows, ["stage", "best epoch", "val loss", name.replace("_", " ")])
+    scored = table(rows, ["stage", "best epoch", "val loss", name.replace("_", " ")])
+    return f"best weights of each stage, on augmented copies of the val images\n{scored}"

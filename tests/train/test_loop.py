@@ -193,6 +193,7 @@ def test_the_published_model_is_the_last_stages_best(shards, tmp_path, monkeypat
     best = [line.split(":")[0] for line in lines if line.endswith(" (best)")]
     assert best == ["all 1/2", "all 2/2", "late 1/2"]
     told = [line.split() for line in lines]
+    assert "best weights of each stage, on augmented copies of the val images" in lines
     assert ["all", "2", "of", "2", "0.5000", "0.7500"] in told
     assert ["late", "1", "of", "2", "0.4000", "0.2500"] in told
 
