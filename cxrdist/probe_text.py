@@ -474,7 +474,7 @@ def summary(content: TextFile) -> str:
             pairs = zip(row["before"], row["after"], strict=True)
             cells = [f"{before:.4f} -> {after:.4f}" for before, after in pairs]
         changes.append([row["class"], *cells, str(row["predicted_otherwise"])])
-    titles = ["Truth", *content["classes"], "Predicted otherwise"]
+    titles = ["Truth", *content["classes"], "Likeliest class changes"]
     return "\n".join(
         [
             table(rows, headers),
