@@ -56,7 +56,7 @@ from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.model.prediction import Predictions, probability_columns
 from cxrdist.precision import use_full_float32
-from cxrdist.terminal import few, progress
+from cxrdist.terminal import counted, few, progress
 from cxrdist.train.memory import is_out_of_memory
 
 CHUNK = 4  # images that a worker decodes at once
@@ -264,7 +264,7 @@ def predict(config: PredictConfig) -> None:
         if not predictor.logits:
             raise CxrdistError(_failures(predictor, len(inputs)))
         _write(config.out, inputs, left_out, predictor)
-    print(f"predicted {len(predictor.logits)} images: {config.out}")
+    print(f"predicted {counted(len(predictor.logits), 'image')}: {config.out}")
     _tell_calibration(model)
     _tell_depth(how, depth, used)
     _tell_views(inputs, predictor.prepared)
@@ -378,8 +378,8 @@ def _tell_views(inputs: dict[int, Input], prepared: dict[int, Prepared]) -> None
         kinds = Counter(NAMES[prepared[number].view] for number in side)
         listed = ", ".join(f"{number} {view}" for view, number in kinds.most_common())
         print(
-            f"{len(side)} images are not frontal views by their tag or name ({listed}) but are "
-            f"predicted, too: {names}"
+            "not frontal views by their tag or name, but predicted, too: "
+            f"{counted(len(side), 'image')} ({listed}): {names}"
         )
 
 
@@ -412,7 +412,7 @@ def _tell_rest(
     if config.dicom is not None:
         tell_results(config.dicom, {inputs[n].file: u for n, u in predictor.new_uids.items()})
     if left_out:
-        print(f"not an image, and left out: {len(left_out)} files, listed in {rejected}")
+        print(f"not an image, and left out: {counted(len(left_out), 'file')}, listed in {rejected}")
     if predictor.reasons:
         line = f"{_failures(predictor, len(inputs))}; all of them: {rejected}"
         if not config.skip_bad:

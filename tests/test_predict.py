@@ -510,9 +510,13 @@ def test_lateral_images_are_predicted_and_named(run, tmp_path, capsys):
     assert len(rows_of(tmp_path / "out.csv")) == 7
     names = ", ".join(str(folder / name) for name in ("a.dcm", "c.dcm", "e-lateral.png"))
     assert (
-        "3 images are not frontal views by their tag or name (2 lateral, 1 other) but are "
-        f"predicted, too: {names}\n"
+        "not frontal views by their tag or name, but predicted, too: 3 images (2 lateral, "
+        f"1 other): {names}\n"
     ) in capsys.readouterr().out
+    predict(PredictConfig(run, [folder / "c.dcm"], tmp_path / "one.csv"))
+    said = capsys.readouterr().out
+    assert "predicted 1 image: " in said
+    assert "predicted, too: 1 image (1 other): " in said
     predict(PredictConfig(run, [folder / "f.png", folder / "d.dcm"], tmp_path / "other.csv"))
     assert "frontal" not in capsys.readouterr().out
 

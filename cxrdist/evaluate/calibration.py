@@ -31,7 +31,7 @@ from cxrdist.evaluate.scored import Scored
 from cxrdist.info import Count
 from cxrdist.intervals import QUANTILE, bounded, of_share
 from cxrdist.model.description import Calibration
-from cxrdist.terminal import table, with_limits
+from cxrdist.terminal import counted, table, with_limits
 
 BINS = 15  # as in Guo et al. 2017, section 2
 Shares = Annotated[list[Share], Between(1, 100)]
@@ -78,8 +78,8 @@ def choose_calibration(scored: Scored, rule: Rule, fewest: int, index_sha256: st
         positives, negatives = int(truth.sum()), int((~truth).sum())
         if min(positives, negatives) < fewest:
             reasons[name].append(
-                f"val has {positives} images with it and {negatives} without, expected at least "
-                f"{fewest} of each"
+                f"val has {counted(positives, 'image')} with it and {negatives} without, "
+                f"expected at least {fewest} of each"
             )
             continue
         if (temperature := fit_temperature(logits, truth)) is None:

@@ -42,7 +42,7 @@ from cxrdist.explain.targets import Targets, choose_samples, choose_targets, mis
 from cxrdist.files import locked, read_document, remove_made, sweep, write_json, write_table
 from cxrdist.model.densenet import Classifier
 from cxrdist.model.ensemble import one_network
-from cxrdist.terminal import percentage, progress
+from cxrdist.terminal import counted, percentage, progress
 
 SHARES = ("logit", "relevance_sum", "bias_share", "epsilon_share")
 LEDGER_COLUMNS = ("key", "class", *SHARES, "picture")
@@ -478,9 +478,9 @@ def _summary(work: _Work, num_images: int) -> str:
     )
     lost, by_chance = 1 - flipped["relevant_first"][-1], 1 - flipped["random_order"][-1]
     return (
-        f"explained {num_images} images for {', '.join(work.targets.names)}: {ledger}; covering "
-        f"{flipped['covered_share']:.0%} of an image takes {lost:z.2f} of the probability on "
-        f"average if the most relevant pixels go first, {by_chance:z.2f} in random order\n"
+        f"explained {counted(num_images, 'image')} for {', '.join(work.targets.names)}: {ledger}; "
+        f"covering {flipped['covered_share']:.0%} of an image takes {lost:z.2f} of the probability "
+        f"on average if the most relevant pixels go first, {by_chance:z.2f} in random order\n"
         f"relevance for the likeliest class: {regions}\n"
         f"{'heat maps' if work.with_pictures else 'relevance'}: {directory}"
     )
