@@ -106,7 +106,7 @@ def cases_of(folder: Path) -> list[Case]:
         "audit.json": lambda: audit_view(run.audit),
         "test/predictions.csv": lambda: read_predictions(run.predictions("test"), "multiclass"),
         "test/metrics.json": lambda: read_metrics(run.metrics("test"), "multiclass"),
-        "test/relevance.csv": lambda: read_relevance(run, "test"),
+        "test/relevance.csv": lambda: read_relevance(run, "test", None),
         "test/relevance.json": lambda: read_tests(run, "test"),
         "test/nearest.csv": lambda: read_nearest(run.nearest("test")),
         "test/text.json": lambda: text_views(run),

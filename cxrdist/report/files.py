@@ -244,7 +244,7 @@ def read_calibration(run: RunDirectory) -> Calibration | None:
 
 
 def read_relevance(
-    run: RunDirectory, split: str, classes: Collection[str] | None = None
+    run: RunDirectory, split: str, classes: Collection[str] | None
 ) -> dict[str, list[Explanation]] | None:
     """Read relevance.csv of a split by key, in the order of the file; None if not explained.
 

@@ -60,7 +60,7 @@ def mistakes_view(
     subset: str,
     samples: Sequence[Prediction],
     task: str,
-    relevance: Mapping[str, list[Explanation]] | None,
+    relevance: Mapping[str, list[Explanation]],
 ) -> View:
     """Gather the values for the images that the model got wrong, with their heat maps by key.
 
@@ -142,16 +142,16 @@ def _pictures(
     run: RunDirectory,
     subset: str,
     case: Case,
-    relevance: Mapping[str, list[Explanation]] | None,
+    relevance: Mapping[str, list[Explanation]],
     nearest: Mapping[str, Nearest],
 ) -> Pictures:
     """Embed the pictures that evaluate and explain wrote for a mistake, the contrast first."""
     key = case.sample.key
     # Older versions of evaluate wrote no pictures, but explain may have written this one.
-    xray = _embed(run.mistakes(subset), key, "evaluate") or _embed(
+    xray = embed_key(run.mistakes(subset), key, "evaluate") or embed_key(
         run.heatmaps(subset), key, "explain"
     )
-    drawn = [item for item in (relevance or {}).get(key, []) if item.picture]
+    drawn = [item for item in relevance.get(key, []) if item.picture]
     wrong = [item for item in drawn if item.target in case.called + case.missed]
     wrong.sort(key=lambda item: item.target not in case.called)
     contrasts = [item for item in drawn if item.is_contrast]
@@ -161,11 +161,11 @@ def _pictures(
         if item.picture
     ]
     alike = nearest.get(key)
-    picture = _embed(run.nearest_pictures(subset), alike.nearest, "explain") if alike else None
+    picture = embed_key(run.nearest_pictures(subset), alike.nearest, "explain") if alike else None
     return Pictures(xray, maps, (alike, picture) if alike and picture else None)
 
 
-def _embed(directory: Path, key: str, command: str) -> pictures.Picture | None:
+def embed_key(directory: Path, key: str, command: str) -> pictures.Picture | None:
     """Embed KEY.png of a directory, if it exists."""
     if not directory.is_dir():
         return None

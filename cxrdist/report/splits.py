@@ -12,16 +12,9 @@ from cxrdist.explain.description import RelevanceInfo
 from cxrdist.info import ShardsInfo
 from cxrdist.report import pictures
 from cxrdist.report.calibration import calibration_view
-from cxrdist.report.files import (
-    Explanation,
-    read_metrics,
-    read_relevance,
-    read_tests,
-    reading,
-    within,
-)
+from cxrdist.report.files import Explanation, read_metrics, read_relevance, read_tests, reading
 from cxrdist.report.groups import groups_view
-from cxrdist.report.mistakes import mistakes_view
+from cxrdist.report.mistakes import embed_key, mistakes_view
 from cxrdist.report.outside import outside_view
 from cxrdist.report.scores import check_same_evaluation, roc_charts, score_view
 from cxrdist.report.values import share
@@ -47,7 +40,8 @@ def split_view(
     metrics = read_metrics(run.metrics(split), task)
     written = run.predictions(split)
     samples = read_predictions(written, task) if written.is_file() else None
-    relevance = read_relevance(run, split, classes)
+    explained = read_relevance(run, split, classes)
+    relevance = explained or {}
     if metrics and samples is not None:
         check_same_evaluation(run, split, metrics, samples)
     # Types cannot tell that lists have equal lengths or that groups exist: errors show up here.
@@ -55,7 +49,7 @@ def split_view(
         calibration = calibration_view(element, metrics) if metrics else None
         groups = groups_view(element, metrics) if metrics else None
     by_key = {sample.key: sample for sample in samples or []}
-    shown = _gallery(relevance or {}, by_key)
+    shown = _gallery(relevance, by_key)
     tests = read_tests(run, split) if relevance else None
     return {
         "name": split.replace("external/", "external set "),
@@ -71,8 +65,8 @@ def split_view(
             None if samples is None else mistakes_view(run, split, samples, task, relevance)
         ),
         "groups": groups,
-        "explained": relevance is not None,
-        "ledger": _ledger(relevance or {}),
+        "explained": explained is not None,
+        "ledger": _ledger(relevance),
         "tests": tests,
         "flipping_chart": tests and _flipping_chart(tests, element),
         "outside": tests and outside_view(run, split, tests["outside"]),
@@ -119,7 +113,7 @@ def _card(
     split: str,
     key: str,
     samples: Mapping[str, Prediction],
-    relevance: Mapping[str, list[Explanation]] | None,
+    relevance: Mapping[str, list[Explanation]],
 ) -> View:
     """Gather the existing X-ray and heat maps of one sample of the gallery.
 
@@ -138,14 +132,12 @@ def _card(
         is_relevant = target in sample.labels + sample.predicted
         return not explanation.is_contrast, not is_relevant, rank
 
-    with reading(run.relevance_table(split), "explain"):
-        xray = within(run.heatmaps(split), f"{key}.png")
-    drawn = [item for item in (relevance or {}).get(key, []) if item.picture]
+    drawn = [item for item in relevance[key] if item.picture]
     drawn = sorted(drawn, key=interest)[:MOST_MAPS_OF_A_SAMPLE]
     return {
         "key": key,
         "sample": sample,
-        "xray": pictures.embed(xray) if xray.is_file() else None,
+        "xray": embed_key(run.heatmaps(split), key, "explain"),
         "maps": [(item, pictures.embed(item.picture)) for item in drawn if item.picture],
     }
 
