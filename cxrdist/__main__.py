@@ -1,9 +1,8 @@
 import sys
 
-from cxrdist.cli import main
+from cxrdist.cli import main, open_closed_streams
 from cxrdist.launch import main as launch
 from cxrdist.lifetime import exit_with
-from cxrdist.terminal import open_closed_streams
 
 
 def run() -> None:

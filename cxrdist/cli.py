@@ -67,6 +67,19 @@ Chest X-ray classifiers, from folders of images to a report. Not a medical devic
 """
 
 
+def open_closed_streams() -> None:
+    """Open the null device in place of a closed stdin, stdout or stderr, as some daemons have them.
+
+    Python sets such a stream to None. Its number would go to the first file that is opened, and
+    what a library prints would be written into that file.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, mode)  # takes the lowest number that is free: this stream's
+            os.set_inheritable(stream.fileno(), True)  # the ranks and workers need it, too
+            setattr(sys, name, stream)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command.
 

@@ -1,6 +1,5 @@
 """Progress bars, tables, lists and numbers for the terminal."""
 
-import os
 import sys
 from collections.abc import Sequence
 from decimal import Decimal
@@ -8,19 +7,6 @@ from typing import Any
 
 from tabulate import tabulate
 from tqdm import tqdm
-
-
-def open_closed_streams() -> None:
-    """Open the null device in place of a closed stdin, stdout or stderr, as some daemons have them.
-
-    Python sets such a stream to None. Its number would go to the first file that is opened, and
-    what a library prints would be written into that file.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            stream = open(os.devnull, mode)  # takes the lowest number that is free: this stream's
-            os.set_inheritable(stream.fileno(), True)  # the ranks and workers need it, too
-            setattr(sys, name, stream)
 
 
 def progress(total: int | None, title: str, unit: str, *, show: bool = True, done: int = 0) -> tqdm:

@@ -260,7 +260,7 @@ def test_closed_streams_change_no_exit_code(arguments, code):
 def test_no_file_gets_the_number_of_a_closed_stream():
     """What C libraries write to 1 and 2 would else be written into the files of a run."""
     code = (
-        "import os; from cxrdist.terminal import open_closed_streams as o; o();"
+        "import os; from cxrdist.cli import open_closed_streams as o; o();"
         "o(); assert os.open('/dev/zero', os.O_RDONLY) > 2;"
         "os.write(1, b'x'), os.write(2, b'x'), print('x', flush=True);"
         "assert all(map(os.get_inheritable, range(3)))"
