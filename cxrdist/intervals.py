@@ -74,16 +74,10 @@ def bounded(
     """
     if estimate in (0, 1):
         return edge() if edge else wilson(round(estimate * patients), patients)
-    finite = values[np.isfinite(values)]
-    spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
-    product = estimate * (1 - estimate)
-    if patients < 2 or spread < ALIKE:  # use the binomial error, with one draw per patient
-        spread, quantile = np.sqrt(product / max(patients, 1)), scipy.stats.norm.ppf(QUANTILE)
-    else:
-        spread *= np.sqrt(patients / (patients - 1))
-        quantile = scipy.stats.t.ppf(QUANTILE, patients - 1)
-    # Delta method: the derivative of logit(p) is 1 / (p (1 - p)).
-    half = quantile * spread / product
+    half, product = _half(values, patients), estimate * (1 - estimate)
+    if half is None:  # use the binomial error, with one draw per patient
+        half = scipy.stats.norm.ppf(QUANTILE) * np.sqrt(product / max(patients, 1))
+    half /= product  # delta method: the derivative of logit(p) is 1 / (p (1 - p))
     middle = scipy.special.logit(estimate)
     return _limits(scipy.special.expit(middle - half), scipy.special.expit(middle + half))
 
@@ -93,11 +87,9 @@ def positive(estimate: float, values: Values, patients: int) -> Limits | None:
 
     Like `bounded`, but on the logarithmic scale. None without spread, or for a figure of 0.
     """
-    usable = values[np.isfinite(values) & (values > 0)]
-    spread = float(np.log(usable).std(ddof=1)) if len(usable) > 1 else 0.0
-    if estimate <= 0 or patients < 2 or spread < ALIKE:
+    half = _half(np.log(values[values > 0]), patients)
+    if estimate <= 0 or half is None:
         return None
-    half = scipy.stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
     return _limits(estimate * np.exp(-half), estimate * np.exp(half))
 
 
@@ -107,12 +99,18 @@ def unbounded(estimate: float, values: Values, patients: int) -> Limits | None:
     Like `bounded`, but None without spread: replicates that are all equal do not show how certain
     the figure is.
     """
+    half = _half(values, patients)
+    return None if half is None else _limits(estimate - half, estimate + half)
+
+
+def _half(values: Values, patients: int) -> float | None:
+    """Return half the width of an interval by t; None for one patient or equal replicates."""
     finite = values[np.isfinite(values)]
     spread = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
     if patients < 2 or spread < ALIKE:
         return None
-    half = scipy.stats.t.ppf(QUANTILE, patients - 1) * spread * np.sqrt(patients / (patients - 1))
-    return _limits(estimate - half, estimate + half)
+    spread *= np.sqrt(patients / (patients - 1))
+    return float(scipy.stats.t.ppf(QUANTILE, patients - 1) * spread)
 
 
 def wilson(part: int, whole: int) -> Limits:
