@@ -84,10 +84,10 @@ def test_an_ensemble_is_the_mean_of_its_members(ensemble):
 def test_a_figure_that_a_member_lacks_has_no_spread():
     """A precision of two of three members would pass for one of all; the two stay listed."""
     values = {"member-0": 0.25, "member-1": None, "member-2": 0.75}
-    found = _spread(("precision", "a"), values, {})
-    assert found["members"] == values
+    spread = _spread(("precision", "a"), values, {})
+    assert spread["members"] == values
     for name in ("mean", "standard_deviation", "smallest", "largest"):
-        assert found[name] is None
+        assert spread[name] is None
     assert _spread(("precision", "a"), {"member-0": 0.25, "member-1": 0.75}, {})["mean"] == 0.5
 
 

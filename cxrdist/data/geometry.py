@@ -33,7 +33,7 @@ def place(width_px: int, height_px: int, size_px: int, fit: str) -> Placement:
     """Place a picture in a square: ``crop`` the centre, ``pad`` with black, or ``stretch``.
 
     Raises:
-        CxrdistError: ``fit`` is none of the three.
+        CxrdistError: ``fit`` is another word.
     """
     if fit == "crop":
         side = min(width_px, height_px)

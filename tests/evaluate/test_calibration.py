@@ -162,13 +162,13 @@ def test_intervals_of_small_errors_hold_the_truth():
     """
     classes = ("a", "b", "c")
     exact = figures_of(simulate(100_000, 0, 1.4, classes), None, 2)["mean_before"]
-    found = [
+    measured = [
         figures_of(simulate(200, 300 + seed, 1.4, classes), None)["mean_before"]
         for seed in range(60)
     ]
     truth = exact["calibration_error"]
-    assert np.mean([errors["calibration_error"] for errors in found]) > 1.4 * truth
-    limits = np.array([errors["calibration_error_interval"] for errors in found])
+    assert np.mean([errors["calibration_error"] for errors in measured]) > 1.4 * truth
+    limits = np.array([errors["calibration_error_interval"] for errors in measured])
     assert ((limits[:, 0] <= truth) & (truth <= limits[:, 1])).mean() >= 0.9
 
 

@@ -157,8 +157,8 @@ def test_evaluate_and_compare_print_the_same_figures(seed):
         ("average_precision", reference.average_precision_score),
     ):
         values = [float(function(*side)) for side in sides]
-        found = [metrics["classes"][label][name] for label in "abc"]
-        assert found == [round(value, 6) for value in values]
+        written = [metrics["classes"][label][name] for label in "abc"]
+        assert written == [round(value, 6) for value in values]
         assert metrics["macro"][name] == round(float(np.mean(values)), 6)
 
 

@@ -39,10 +39,10 @@ def test_net_benefit_by_hand():
 def test_a_probability_equal_to_a_threshold_is_called():
     """A table of rounded probabilities has many such: at each threshold t all are called from t."""
     for threshold in THRESHOLDS:
-        found = curve_of(make_scored([threshold] * 4, [1, 0, 0, 0]))
+        curve = curve_of(make_scored([threshold] * 4, [1, 0, 0, 0]))
         called = [t <= threshold for t in THRESHOLDS]
-        expected = np.where(called, found["treat_all"], 0)
-        assert found["net_benefit"] == expected.tolist(), threshold
+        expected = np.where(called, curve["treat_all"], 0)
+        assert curve["net_benefit"] == expected.tolist(), threshold
 
 
 def test_intervals_of_few_patients_hold_the_truth():

@@ -98,9 +98,9 @@ def test_gains_over_the_centre_have_the_interval_of_a_paired_t_test():
     gains = scores[:, 0] - scores[:, 1]
     for i, (name, scale) in enumerate((("pointing", 1), ("times_chance", 4))):
         expected = stats.ttest_1samp(gains[:, i] * scale, 0).confidence_interval()
-        found = groups[0]["methods"][0][f"{name}_gain_interval"]
-        assert np.ptp(found) == pytest.approx(expected.high - expected.low, rel=0.06)
-        assert np.mean(found) == pytest.approx(gains[:, i].mean() * scale, abs=1e-5)
+        limits = groups[0]["methods"][0][f"{name}_gain_interval"]
+        assert np.ptp(limits) == pytest.approx(expected.high - expected.low, rel=0.06)
+        assert np.mean(limits) == pytest.approx(gains[:, i].mean() * scale, abs=1e-5)
 
 
 def test_the_share_of_pixels_is_the_one_with_the_largest_mean_overlap():
