@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from support import run_measured
 
+from cxrdist.data import duplicates
 from cxrdist.data.duplicates import (
     MOST_BITS,
     SAME,
@@ -107,6 +109,29 @@ def test_images_without_structure_are_only_the_same_when_they_are_equal():
     found = duplicates_of(squares)
     assert found.exact == [(0, 1)]
     assert found.near == []
+
+
+def test_views_of_many_copies_of_one_image_are_made_about_once_per_row_of_tiles(monkeypatch):
+    """Of 20 copies among others, 12 views are cached: not 190 pairs with a new view each."""
+    monkeypatch.setattr(duplicates, "KEPT_IMAGES", 12)
+    noise = np.random.Generator(np.random.Philox(0))
+    texture = np.kron(noise.integers(0, 200, (32, 32)), np.ones((2, 2)))
+    squares = []
+    for number in range(40):  # the copies at every second position
+        other = np.kron(noise.integers(0, 200, (32, 32)), np.ones((2, 2)))
+        pixels = (other if number % 2 else texture) + noise.integers(0, 20, (64, 64))
+        squares.append(pixels.astype(np.uint8))
+    made = []
+
+    def pixels_of(number: int) -> np.ndarray:
+        made.append(number)
+        return squares[number]
+
+    found = find_duplicates([fingerprint(pixels) for pixels in squares], pixels_of)
+    pairs = list(itertools.combinations(range(0, 40, 2), 2))
+    assert [pair[:2] for pair in found.near] == pairs
+    # 5 tiles of 4 images: each tile once for itself, and once for each tile before it.
+    assert len(made) <= 20 + 4 * (5 * 4 // 2)
 
 
 def test_the_correlation_is_that_of_the_best_overlay():
