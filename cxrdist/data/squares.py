@@ -15,7 +15,7 @@ one is used, and the splits are drawn once all images are decoded. Its mask is a
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from cxrdist.data.fingerprint import THUMBNAIL_PX, Fingerprint, fingerprint, shr
 from cxrdist.data.images import decode, encode_png
 from cxrdist.data.pictures import Picture
 from cxrdist.data.records import Record
-from cxrdist.data.workers import Job, image_workers, schedule
+from cxrdist.data.workers import Job, Step, image_workers, schedule
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file
 
@@ -43,6 +43,7 @@ CHUNK = 16
 # Size and time of change (ns) of a record's file, and of its mask file if it has one.
 State = tuple[int, ...]
 Encoded = tuple["Square", bytes]  # a square, and its PNGs and thumbnails
+Decoded = tuple[Record, Picture]
 Pending = tuple[list[State], Job[Record, Encoded]]
 NO_FINGERPRINT = Fingerprint("", b"", b"", {})  # of what could not be decoded
 Kept = dict[int, Encoded]  # squares that need no decoding, by position of the record
@@ -181,12 +182,16 @@ def make_squares(
         The number of decoded images of each part, once it is written.
     """
     key = shared_key(directory.parent)
-    make = partial(_make_square, size_px=size_px, fit=fit, cover=cover, depth=depth, key=key)
+    steps = (
+        partial(_decode, size_px=size_px, fit=fit, cover=cover, depth=depth),
+        _encode,
+        partial(_describe, depth=depth, key=key),
+    )
     with image_workers(workers, [__name__]) as pool:
         waiting: deque[tuple[Part, Kept, list[Pending]]] = deque()
         for part in parts:
             kept = _keep(directory, part, depth)
-            waiting.append((part, kept, _submit(_without(part, kept), pool, make)))
+            waiting.append((part, kept, _submit(_without(part, kept), pool, steps)))
             if len(waiting) > PARTS_AHEAD:
                 yield _write_part(directory, *waiting.popleft())
         while waiting:
@@ -212,31 +217,40 @@ def _without(part: Part, kept: Kept) -> Part:
     return replace(part, records=[r for i, r in enumerate(part.records) if i not in kept])
 
 
-def _submit(part: Part, pool: ProcessPool, make: Callable[[Record], Encoded]) -> list[Pending]:
+def _submit(part: Part, pool: ProcessPool, steps: Sequence[Step]) -> list[Pending]:
     """Submit a part to the workers.
 
     The state of a file is taken before it is read, so that a change meanwhile is noticed.
     """
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
-    return [([file_state(r) for r in chunk], schedule(pool, make, chunk)) for chunk in chunks]
+    *before, last = steps
+    return [
+        ([file_state(r) for r in chunk], schedule(pool, last, chunk, before=before))
+        for chunk in chunks
+    ]
 
 
-def _make_square(
-    record: Record, size_px: int, fit: str, cover: str, depth: int | None, key: bytes
-) -> Encoded:
-    """Decode and encode one image."""
+def _decode(record: Record, size_px: int, fit: str, cover: str, depth: int | None) -> Decoded:
+    """Decode an image; with its lungs alone if the record asks for them."""
     decoded = decode(record.file, size_px, fit, record.boxes, cover, depth, record.mask)
-    if record.lungs_only:
-        decoded = _lungs_alone(record, decoded)
-    pixels = decoded.pixels
-    png = encode_png(pixels)
-    covered = b"" if decoded.covered is None else encode_png(decoded.covered)
-    mask = b"" if decoded.mask is None else encode_png(decoded.mask)
+    return record, _lungs_alone(record, decoded) if record.lungs_only else decoded
+
+
+def _encode(decoded: Decoded) -> tuple[Decoded, list[bytes]]:
+    """Encode its square, the square with text covered and the mask; what it lacks is empty."""
+    images = decoded[1].pixels, decoded[1].covered, decoded[1].mask
+    return decoded, [b"" if image is None else encode_png(image) for image in images]
+
+
+def _describe(encoded: tuple[Decoded, list[bytes]], depth: int | None, key: bytes) -> Encoded:
+    """Describe a decoded image, and add the thumbnails to its PNGs."""
+    (record, decoded), pngs = encoded
+    png_bytes, covered_bytes, mask_bytes = map(len, pngs)
     square = Square(
         record=record,
-        png_bytes=len(png),
-        covered_bytes=len(covered),
-        fingerprint=fingerprint(pixels),
+        png_bytes=png_bytes,
+        covered_bytes=covered_bytes,
+        fingerprint=fingerprint(decoded.pixels),
         covered_fingerprint=None if decoded.covered is None else fingerprint(decoded.covered),
         width_px=decoded.width_px,
         height_px=decoded.height_px,
@@ -246,12 +260,12 @@ def _make_square(
         age=decoded.age,
         used_depth=decoded.used_depth,
         depth=None if decoded.used_depth is None else depth or decoded.used_depth,
-        mask_bytes=len(mask),
+        mask_bytes=mask_bytes,
         **({} if decoded.mask is None else _describe_mask(decoded.mask)),
     )
-    thumbnails = map(_thumbnail, (pixels, decoded.covered))
+    thumbnails = map(_thumbnail, (decoded.pixels, decoded.covered))
     # In the order of `Square.lengths`.
-    return square, b"".join([png, covered, mask, *thumbnails])
+    return square, b"".join([*pngs, *thumbnails])
 
 
 def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:

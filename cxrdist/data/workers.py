@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -41,6 +41,7 @@ class HasFile(Protocol):
 
 Item = TypeVar("Item", bound=HasFile)
 Made = TypeVar("Made")
+Step = Callable[[Any], Any]
 
 
 class Workers(ProcessPool):
@@ -60,9 +61,10 @@ class Job(Generic[Item, Made]):
     """Items that one worker processes together, and their results."""
 
     pool: ProcessPool
-    make: Callable[[Item], Made]
+    make: Callable[[Any], Made]
     items: Sequence[Item]
     seconds: float
+    before: Sequence[Step]
     future: ProcessFuture
 
     def results(self) -> list[Made | CxrdistError]:
@@ -75,7 +77,8 @@ class Job(Generic[Item, Made]):
             return made
         except (TimeoutError, ProcessExpired) as error:
             if len(self.items) > 1:
-                again = (schedule(self.pool, self.make, [one], self.seconds) for one in self.items)
+                how = self.seconds, self.before
+                again = (schedule(self.pool, self.make, [one], *how) for one in self.items)
                 return [made for job in again for made in job.results()]
             if isinstance(error, TimeoutError):
                 seconds = WAITING * self.seconds
@@ -89,22 +92,26 @@ class Job(Generic[Item, Made]):
 
 def schedule(
     pool: ProcessPool,
-    make: Callable[[Item], Made],
+    make: Callable[[Any], Made],
     items: Sequence[Item],
     seconds: float | None = None,
+    before: Sequence[Step] = (),
 ) -> Job[Item, Made]:
     """Submit items to the workers.
 
     Args:
         pool: of `image_workers`.
-        make: called in a worker with each item; a CxrdistError that it raises is its result.
+        make: called in a worker with each item, or what the last of ``before`` made of it. A
+            CxrdistError that a step raises is the item's result.
         items: processed by one worker.
         seconds: of processor time, limit for all items together; `SECONDS_PER_IMAGE` if None. By
             the clock it is `WAITING` times as long.
+        before: steps before ``make``, which each take what the one before has made.
     """
     limit = SECONDS_PER_IMAGE if seconds is None else seconds
-    future = pool.schedule(_make_each, args=(make, items, limit), timeout=WAITING * limit)
-    return Job(pool, make, items, limit, future)
+    steps = [*before, make]
+    future = pool.schedule(_make_each, args=(steps, items, limit), timeout=WAITING * limit)
+    return Job(pool, make, items, limit, before, future)
 
 
 def in_order(
@@ -140,21 +147,27 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _make_each(
-    make: Callable[[Item], Made], items: Sequence[Item], seconds: float
-) -> list[Made | CxrdistError]:
-    made: list[Made | CxrdistError] = []
+def _make_each(steps: Sequence[Step], items: Sequence[Any], seconds: float) -> list[Any]:
+    """Take the steps; each does all items, so that its code and tables stay in the cache."""
+    made = list(items)
     # SIGPROF ends this process, also within a decoder that never returns to Python.
     signal.setitimer(signal.ITIMER_PROF, seconds)
-    for item in items:
-        try:
-            made.append(make(item))
-        except CxrdistError as error:
-            made.append(CxrdistError(str(error)))  # without its cause, which may not be picklable
-        except MemoryError:
-            made.append(CxrdistError(f"{item.file}: does not fit into the memory of this machine"))
+    for step in steps:
+        for i, item in enumerate(items):
+            if not isinstance(made[i], CxrdistError):
+                made[i] = _make(step, made[i], item.file)
     signal.setitimer(signal.ITIMER_PROF, 0)
     return made
+
+
+def _make(step: Step, one: Any, file: Path) -> Any:
+    """Return the result of a step, or the error that it raises."""
+    try:
+        return step(one)
+    except CxrdistError as error:
+        return CxrdistError(str(error))  # without its cause, which may not be picklable
+    except MemoryError:
+        return CxrdistError(f"{file}: does not fit into the memory of this machine")
 
 
 def _keep_memory() -> None:

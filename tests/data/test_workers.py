@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from cxrdist.data import workers
-from cxrdist.data.workers import image_workers, in_order
+from cxrdist.data.workers import image_workers, in_order, schedule
 from cxrdist.errors import CxrdistError
 
 
@@ -30,6 +30,12 @@ def spin(item: Item) -> str:
     if item.file.name == "slow":
         re.fullmatch("(a+)+", "a" * 60 + "b")
     return item.file.name
+
+
+def refuse(item: Item) -> Item:
+    if item.file.name == "bad":
+        raise CxrdistError("bad: is refused")
+    return item
 
 
 def test_a_script_is_told_to_guard_its_calls(tmp_path):
@@ -65,6 +71,20 @@ def test_the_limit_of_an_image_is_of_processor_time(make, monkeypatch):
         assert str(made[1]) == "slow: was not read within 1 s of processor time"
         made[1] = "slow"
     assert made == names
+
+
+def test_each_step_takes_what_the_one_before_has_made(monkeypatch):
+    """An item that fails in the first step takes no second one; the others take both."""
+    monkeypatch.setattr(workers, "WAITING", 60)
+    names = ["a", "bad", "slow", "b"]
+    with image_workers(1, [__name__]) as pool:
+        items = [Item(Path(name)) for name in names]
+        made = schedule(pool, str.upper, items, 1, before=[refuse, spin]).results()
+    assert [made[0], made[3]] == ["A", "B"]
+    assert [str(error) for error in made[1:3]] == [
+        "bad: is refused",
+        "slow: was not read within 1 s of processor time",
+    ]
 
 
 def test_the_chunks_that_wait_are_two_for_each_worker(monkeypatch):
