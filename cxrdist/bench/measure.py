@@ -22,7 +22,7 @@ class Contender(NamedTuple):
     work: Callable[[], int]
     """Does the job once and returns the number of images."""
     num_threads: int
-    """Threads of PyTorch meanwhile."""
+    """PyTorch's threads while it runs."""
     device: torch.device = CPU
     """The device whose memory is measured."""
 
@@ -63,7 +63,7 @@ def measure(
 
 
 def rows_of(name: str, contenders: list[Contender], measured: list[Measured]) -> list[list[str]]:
-    """Format a job for the table: each contender with the ratio of the first one to it."""
+    """Return the table's rows of a job: median rate, the first one's rate by its own, memory."""
     rows = []
     for contender, found in zip(contenders, measured, strict=True):
         # Round by round, so that a slow moment of the machine is in both sides of a ratio.

@@ -1,4 +1,4 @@
-"""Decoding: the records of a pack -> squares of one bit depth, with what DICOM tags tell."""
+"""Decoding: the records of a pack -> squares of one bit depth, with the values of DICOM tags."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -71,14 +71,15 @@ def scaled_by_one_depth(
 def read_squares(
     parts: Sequence[Part], work: Path, views: Views, *, skip_bad: bool, named: bool
 ) -> list[Square]:
-    """Read the squares of all parts; images of views that are not packed get that as reason.
+    """Read the squares of all parts; one whose view is not packed gets a reason to be left out.
 
     Args:
         parts: all of the pack.
         work: the directory of the unfinished pack.
         views: views to pack.
         skip_bad: whether images that cannot be read are left out.
-        named: whether rejected.csv names the files; if not, the message lists them.
+        named: whether records have the paths of files. If not, they have pseudonyms, so that
+            rejected.csv helps nobody and the message lists the files.
 
     Raises:
         CxrdistError: images are not decoded yet, or cannot be read and ``skip_bad`` is not set.
@@ -119,14 +120,14 @@ def _with_reason(square: Square, views: Views) -> Square:
 
 
 def _view(square: Square) -> str:
-    """Return the view by the table, else the tag, else the file's name, which is the original."""
+    """Return the view by the table, else the tag, else the file's name, never its pseudonym."""
     return square.record.view or square.view or view_in_name(square.record.file.name)
 
 
 def refuse_late_dicom(squares: list[Square], work: Path) -> None:
-    """Reject DICOM files with a patient that were recognised only when they were decoded.
+    """Reject DICOM files with a patient that have the suffix of another format.
 
-    The default of --anonymise was chosen before, as for a source without any.
+    Only decoding reveals them, and the default of --anonymise was chosen before that.
     """
     late = next((s.record.file for s in squares if s.patient and not s.reason), None)
     if late is not None:
@@ -137,7 +138,7 @@ def refuse_late_dicom(squares: list[Square], work: Path) -> None:
 
 
 def with_tags(squares: Sequence[Square], *, private: bool) -> list[Square]:
-    """Add patient, view, sex and age from DICOM tags to the records.
+    """Add patient, view, sex and age from DICOM tags to the records, and print unusable tags.
 
     A patient becomes a number, since the tag identifies a person.
 
@@ -167,7 +168,7 @@ def with_tags(squares: Sequence[Square], *, private: bool) -> list[Square]:
 
 
 def _tell_views(squares: Sequence[Square]) -> None:
-    """Print how many tags name an unknown view, or another one than the table."""
+    """Print how many tags name an unknown view, and how many contradict the table."""
     unknown = sum(square.view is None for square in squares)
     if unknown:
         print(f"{unknown} DICOM files have a view tag that cxrdist does not know")

@@ -44,8 +44,8 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
     The folder has the two tables and ``stage_2_train_images/``; folders in ``besides`` are skipped.
     The records have one of three classes and the boxes of opacities. Images without a row and rows
-    without an image are left out. View, sex and age are in the DICOM files, but their PatientID is
-    unique to each image.
+    without an image are left out. Pack takes view, sex and age from the DICOM files, but not the
+    patient: their PatientID differs for each image.
 
     Raises:
         CxrdistError: a table is missing or malformed, or the two tables disagree.
@@ -70,7 +70,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
         if patients and name not in patients:
             raise CxrdistError(f"{folder / MAPPING}: lacks {name}; fetch it again")
         findings = fitted(tuple(boxes[name]), taken[0])
-        # Not `own_patient`: pack would replace it by the DICOM's PatientID, the image's name here.
+        # Not `own_patient`, which pack replaces by the PatientID of the DICOM file.
         records.append(Record(*taken, label, patients.get(name, name), NAME, findings=findings))
     notes = (*listed.notes(folder / READINGS), *_notes(records, patients))
     left_out, num_found, dicom = listed.account()
@@ -85,7 +85,7 @@ def read_rsna_pneumonia(folder: Path, besides: Sequence[Path] = ()) -> Source:
 
 
 def read_nih_patients(folder: Path) -> dict[str, str]:
-    """Return ChestX-ray14's patient of each image of the challenge; empty without `MAPPING`.
+    """Return the patient in ChestX-ray14 of each image of the challenge; none without `MAPPING`.
 
     Raises:
         CxrdistError: the file is damaged.

@@ -12,8 +12,8 @@ ResNet18 with random weights, its maps correlate 0.08 to 0.89 with these, and th
 can be 1.8 times that of relevance (1.0 here).
 
 SqueezeNet: the two branches of a Fire module read the same input, where their relevance is added.
-The average is moved before the 1x1 convolution that returns the logits (the two commute), which
-makes that a linear layer as in DenseNets.
+The average over positions is moved before the 1x1 convolution that returns the logits (the two
+commute), so that this convolution becomes a linear layer, as in DenseNets.
 
 AlexNet: unchanged.
 """

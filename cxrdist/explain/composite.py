@@ -40,8 +40,11 @@ class ByZennit:
     ) -> None:
         """Build the canonical copy of a network; the network itself does not change.
 
-        The name is ``canonical`` or one of zennit's, which ignore the rule of the first
-        convolution; their box rule needs the least and largest normalised inputs [1, C, 1, 1].
+        Args:
+            network: what to explain.
+            name: ``canonical``, or the name of one of zennit's composites.
+            bounds: least and largest normalised inputs [1, C, 1, 1], for zennit's box rule.
+            rules: variant of the canonical preset; zennit's composites ignore ``flat``.
 
         Raises:
             CxrdistError: zennit has no such composite, or the network cannot be explained.

@@ -1,9 +1,11 @@
 """A DenseNet folded for the engine: weights with their positive and negative parts.
 
-It represents the canonical network (canonise.py) without its copies. A consumer with scale s and
-shift t reads a producer's output y as relu(s y + t). Its copy of the producer in the canonical
-network has the z-plus |s| P + max(t, 0), where P is conv(h, W+), or conv(h, W-) if s is negative:
-the same two convolutions for all consumers. The second is not needed where the consumer is active:
+It represents the canonical network of canonise.py, which defines producers and consumers, without
+its copies of producers. A consumer with scale s and shift t reads the output y = conv(h, W) of a
+producer as relu(s y + t). The z-plus rule divides by the sum of the positive terms alone, which is
+called the z-plus. For this consumer it is |s| P + max(t, 0), where P is conv(h, W+) with the
+positive part of W, or conv(h, W-) with the absolute negative part if s is negative: the same two
+convolutions for all consumers. The second is not needed where the consumer is active:
 |s| conv(h, W-) = |s| conv(h, W+) + s y for negative s, so that the z-plus is
 |s| conv(h, W+) + output + max(-t, 0).
 
@@ -130,8 +132,8 @@ def fold(network: DenseNet, biases: bool, *, ask: bool = True) -> Folded:
     Args:
         network: timm's DenseNet, as Classifier builds it.
         biases: whether biases are part of the denominators and absorb their share.
-        ask: whether to check which scales are negative. If not, any may be, which needs more work
-            but does not wait for the GPU.
+        ask: whether to check which scales are negative, for which the host waits for the GPU. If
+            not, any may be, which needs more work.
     """
     features = network.features
     blocks, transitions = blocks_of(network)
@@ -170,7 +172,7 @@ def _block(
     dense_layers = list(block.children())
     norms = [*(layer.norm1 for layer in dense_layers), exit_norm]
     is_mixed = not ask or any(bool((norm.weight < 0).any()) for norm in norms)
-    # With biases, the z-plus of negative scales follows from W+ and the output, as said above.
+    # With biases, the z-plus of negative scales follows from W+ and the output (see the module).
     with_minus = is_mixed and not biases
     weight = None if entry is None else entry.weight.flatten(1)
     return Block(

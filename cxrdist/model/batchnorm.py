@@ -20,8 +20,8 @@ class BatchNorm(BatchNormAct2d):
 
     Attributes:
         shares: None for statistics of this rank alone. Otherwise [ranks + 2] in the weights' dtype:
-            the share of each rank in the images of the pass, the total number of images, and 1, or
-            0 on a rank without images. The caller fills it before each pass.
+            the share of each rank in the images of the pass, then the total number of images, and
+            last whether this rank has images (1 or 0). The caller fills it before each pass.
     """
 
     shares: Tensor | None = None
@@ -66,7 +66,7 @@ class _OverRanks(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised [B, C, H, W], and mean and biased variance over all ranks, [C] each."""
         moving: tuple[Tensor | None, Tensor | None] = (None, None)
-        if x.dtype != weight.dtype:  # without float32 buffers the statistics would be half, too
+        if x.dtype != weight.dtype:  # without float32 buffers they would be in half precision
             moving = torch.zeros_like(weight), torch.zeros_like(weight)
         local = torch.cat(torch.batch_norm_update_stats(x, *moving, 0.0))
         means, variances = stack_over_ranks(local).chunk(2, dim=1)
@@ -78,7 +78,7 @@ class _OverRanks(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, shares)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
-        ctx.set_materialize_grads(False)  # saves the zero gradients of mean and var
+        ctx.set_materialize_grads(False)  # else autograd makes zero gradients of mean and var
         y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, True)
         return y, mean, var
 
@@ -94,7 +94,7 @@ class _OverRanks(torch.autograd.Function):
         )
         sum_weight, sum_bias = add_over_ranks(torch.cat([grad_weight, grad_bias])).chunk(2)
         deviation = (var + ctx.eps).rsqrt()
-        # shares[-1] is 0 on a rank without images: its one image is not in the statistics.
+        # 0 on a rank without images: the image that it computes instead is in no statistics.
         per_value = shares[-1] / (shares[-2] * x.shape[2] * x.shape[3])
         scale = weight * deviation * per_value
         slope = scale * deviation * sum_weight

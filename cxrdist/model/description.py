@@ -9,9 +9,9 @@ from cxrdist.documents import Between, Distinct, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.info import Count, Task, WeightsInfo
 
-# A bound for files of others, far above real models.
+# Bounds for untrusted files, far beyond real models: a published network has a std of 1/2048.
 MOST_OUTPUTS = 100_000
-LEAST_STD = 1e-6  # of grey values 0..1; the published networks have 1/2048 and more
+LEAST_STD = 1e-6
 MOST_GREY = 1e9
 
 MOST_MEMBERS = 20
@@ -74,7 +74,7 @@ class Calibration:
         patients: of the validation split.
     """
 
-    # `evaluate` chooses from 0.01 to 100.
+    # Ten times wider at both ends than the range from which `evaluate` chooses, 0.01 to 100.
     temperatures: dict[str, Annotated[float, Between(1e-3, 1e3)]]
     rule: Text
     thresholds: dict[str, Real]

@@ -1,4 +1,4 @@
-"""The view of the shards' audit for the report."""
+"""What the report shows of the audit of the shards."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ class AuditView:
     Attributes:
         content: the content of audit.json.
         pairs: pairs of copies with their pictures; equal images share one picture.
-        shared: patients with images in several splits and classes, with the numbers of images.
+        shared: for `splits` and `classes`, the patients with images in several of them, with the
+            number of images in each.
         origins: the existing tables of classes by source, view and mask.
-        trivial: baselines without a deep network for the verdict: their input, accuracy or
-            mean_auroc, and the estimate. Empty for audits of older versions, and for too few
-            patients.
+        trivial: for the verdict, each baseline without a deep network: its input, the name of its
+            score (accuracy or mean_auroc), and the estimate. Empty for audits of older versions,
+            and for too few patients.
     """
 
     content: AuditFile

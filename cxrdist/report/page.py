@@ -1,4 +1,4 @@
-"""Templates of the pages, each a self-contained HTML file."""
+"""The templates of reports: self-contained HTML pages, and texts in Markdown."""
 
 from pathlib import Path
 

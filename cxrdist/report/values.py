@@ -17,7 +17,7 @@ MEASURES: dict[str, dict[ScoreName, str]] = {
     "multiclass": {name: FIGURES[name] for name in SCORES},
     "multilabel": {name: FIGURES[name] for name in TITLES},
 }
-# Columns of counts in the table of classes: those with the class, and all for which it is known.
+# Columns of the table of classes: the count with the class, and the count whose label is known.
 COUNTS: dict[str, tuple[Counted, Counted]] = {
     "Images": ("positives", "known"),
     "Patients": ("positive_patients", "patients"),

@@ -9,10 +9,10 @@ from cxrdist.config import TrainConfig
 from cxrdist.distributed import local_ranks
 from cxrdist.train.training import Training
 
-# Lets the paper's 9 images on two GPUs pass. It was not measured.
+# A guess that accepts the paper's 9 images on two GPUs, not a measurement.
 LEAST_IMAGES_PER_RANK = 4
 FEW_STEPS = 300
-"""Fewer optimiser steps are too few: AdamW moves a weight by at most about its rate in a step."""
+"""Fewer steps are too few: AdamW moves a weight by about the learning rate per step at most."""
 
 
 def advice(training: Training) -> Iterator[str]:

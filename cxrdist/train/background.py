@@ -25,7 +25,7 @@ from cxrdist.model.densenet import Classifier
 
 @dataclass(frozen=True)
 class BackgroundLoss:
-    """The term that a stage adds to its loss: weight times the mean penalty of a step's images."""
+    """The term that a stage adds to its loss: its weight times the mean penalty of the images."""
 
     recipe: Background
     foreground: Foreground
@@ -179,7 +179,7 @@ def describe_text_boxes(config: TrainConfig) -> TextBoxesInfo | None:
 
 
 def refuse_other_text_boxes(config: TrainConfig, before: TextBoxesInfo | None) -> None:
-    """Make sure that a run resumes with the boxes that it began with, else raise CxrdistError."""
+    """Raise CxrdistError if a run would resume with other boxes than it began with."""
     boxes = describe_text_boxes(config)
     if boxes and before and boxes["sha256"] != before["sha256"]:
         raise CxrdistError(
