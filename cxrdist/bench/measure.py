@@ -44,7 +44,7 @@ def measure(
     rates: list[list[float]] = [[] for _ in contenders]
     peaks = [0.0] * len(contenders)
     with progress((repeats + 1) * len(contenders), name, "runs", show=show) as bar:
-        for turn in range(repeats + 1):
+        for number in range(repeats + 1):
             for i, contender in enumerate(contenders):
                 torch.set_num_threads(contender.num_threads)
                 _reset_peak(contender.device)
@@ -54,7 +54,7 @@ def measure(
                     num_images = contender.work()
                 wait_for(contender.device)
                 seconds = time.perf_counter() - began
-                if turn:
+                if number > 0:  # 0 is the warm-up
                     rates[i].append(num_images / seconds)
                 # The warm-up counts as well: a captured step allocates only there.
                 peaks[i] = max(peaks[i], _peak_mib(contender.device))
@@ -65,18 +65,18 @@ def measure(
 def rows_of(name: str, contenders: list[Contender], measured: list[Measured]) -> list[list[str]]:
     """Return the table's rows of a job: median rate, the first one's rate by its own, memory."""
     rows = []
-    for contender, found in zip(contenders, measured, strict=True):
+    for contender, own in zip(contenders, measured, strict=True):
         # Round by round, so that a slow moment of the machine is in both sides of a ratio.
-        ratios = [a / b for a, b in zip(measured[0].rates, found.rates, strict=True)]
-        first = found is measured[0]
+        ratios = [a / b for a, b in zip(measured[0].rates, own.rates, strict=True)]
+        is_first = own is measured[0]
         rows.append(
             [
-                name if first else "",
+                name if is_first else "",
                 contender.name,
-                f"{statistics.median(found.rates):,.1f}",
-                "" if first else f"{statistics.median(ratios):.2f}",
-                "" if first else f"{min(ratios):.2f}..{max(ratios):.2f}",
-                f"{found.peak_mib:,.0f}",
+                f"{statistics.median(own.rates):,.1f}",
+                "" if is_first else f"{statistics.median(ratios):.2f}",
+                "" if is_first else f"{min(ratios):.2f}..{max(ratios):.2f}",
+                f"{own.peak_mib:,.0f}",
             ]
         )
     return rows

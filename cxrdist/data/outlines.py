@@ -26,7 +26,7 @@ OF_SHARDS = "the shards"
 STRANGE = "of images that are not in the shards"
 UNKNOWN = "of labels that the model does not have"
 OUTSIDE = "outside the squares"
-CUT = "of images that are not squares, as the NIH's originals are"
+CUT = "of images that are not square, unlike the NIH's originals"
 UNLABELLED = "of images without a label"
 Case = tuple[int, str]  # number of the sample, and class
 

@@ -143,6 +143,6 @@ def _notes(records: Sequence[Record], patients: dict[str, str]) -> Iterator[str]
         yield patients_note(len(records))
     if cut := sum(record.label == OPACITY and not record.findings for record in records):
         yield (
-            f"{cut} images are not squares, as the originals are, or cannot be read: their boxes "
-            "are left out"
+            f"{cut} images cannot be read or are not square, unlike the originals: their boxes are "
+            "left out"
         )

@@ -93,9 +93,9 @@ def _of_block(block: Any) -> list[nn.Module]:
             f"cannot explain a ResNet of {type(block).__name__}: expected the blocks of ResNet18"
         )
     inner = nn.Sequential(fold_conv(block.conv1, [block.bn1]), nn.ReLU())
-    step = block.conv1.stride[0]
+    stride = block.conv1.stride[0]
     # A max pool of one pixel subsamples like the strided 1x1 convolution of the shortcut.
-    shortcut = nn.MaxPool2d(1, step) if step > 1 else nn.Identity()
+    shortcut = nn.MaxPool2d(1, stride) if stride > 1 else nn.Identity()
     joined: Any = fold_conv(block.conv2, [block.bn2])
     if block.downsample is None:
         direct = torch.eye(joined.out_channels).to(joined.weight)[..., None, None]

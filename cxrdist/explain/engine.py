@@ -324,7 +324,7 @@ def _backward_block(block: Block, seen: SeenBlock, passed: Tensor, watcher: Watc
     share = passed * pool_quotients(seen).unsqueeze(1)
     watcher.see_absorbed(None, share.sum(0) * STABILISER)
     # With |s| of the exit, as `squeeze_back` has that of each layer.
-    g = unpool(share * block.exit.size[:, None, None, None, None], block.pool_px, seen.sides)
+    g = unpool(share * block.exit.magnitude[:, None, None, None, None], block.pool_px, seen.sides)
     passing = Passing(block, _amounts(block.exit, seen.exit, g, watcher))
     for layer, seen_layer in zip(block.layers[::-1], seen.layers[::-1], strict=True):
         start = len(seen_layer.quotient)

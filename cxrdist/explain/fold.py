@@ -34,7 +34,7 @@ class Consumer(NamedTuple):
     """[C], s."""
     shift: Tensor
     """[C], t."""
-    size: Tensor
+    magnitude: Tensor
     """[C], |s|."""
     floor: Tensor
     """[C], bias and stabiliser in its z-plus."""
@@ -57,7 +57,7 @@ class Consumer(NamedTuple):
         """
         if minus is not None and self.negative is not None:
             plus = torch.where(self.negative > 0, minus, plus)
-        z = scaled(plus, self.size, self.floor)
+        z = scaled(plus, self.magnitude, self.floor)
         return (
             z if minus is not None or self.negative is None else z.addcmul_(self.negative, outputs)
         )
@@ -126,14 +126,14 @@ class Folded(NamedTuple):
     """[classes]."""
 
 
-def fold(network: DenseNet, biases: bool, *, ask: bool = True) -> Folded:
+def fold(network: DenseNet, biases: bool, *, check_signs: bool = True) -> Folded:
     """Fold a network into new tensors; the network does not change.
 
     Args:
         network: timm's DenseNet, as Classifier builds it.
         biases: whether biases are part of the denominators and absorb their share.
-        ask: whether to check which scales are negative, for which the host waits for the GPU. If
-            not, any may be, which needs more work.
+        check_signs: whether to check which scales are negative, for which the host waits for the
+            GPU. If not, any may be, which needs more work.
     """
     features = network.features
     blocks, transitions = blocks_of(network)
@@ -142,7 +142,10 @@ def fold(network: DenseNet, biases: bool, *, ask: bool = True) -> Folded:
     pools = [*(transition.pool.kernel_size for transition in transitions), None]
     return Folded(
         _stem(features),
-        [_block(*parts, biases, ask) for parts in zip(entries, blocks, exits, pools, strict=True)],
+        [
+            _block(*parts, biases, check_signs)
+            for parts in zip(entries, blocks, exits, pools, strict=True)
+        ],
         network.classifier.weight.clone(),
         network.classifier.bias.clone(),
     )
@@ -167,11 +170,11 @@ def _block(
     exit_norm: _BatchNorm,
     pool_px: int | None,
     biases: bool,
-    ask: bool,
+    check_signs: bool,
 ) -> Block:
     dense_layers = list(block.children())
     norms = [*(layer.norm1 for layer in dense_layers), exit_norm]
-    is_mixed = not ask or any(bool((norm.weight < 0).any()) for norm in norms)
+    is_mixed = not check_signs or any(bool((norm.weight < 0).any()) for norm in norms)
     # With biases, the z-plus of negative scales follows from W+ and the output (see the module).
     with_minus = is_mixed and not biases
     weight = None if entry is None else entry.weight.flatten(1)
@@ -199,7 +202,7 @@ def _layer(layer: DenseLayer, is_mixed: bool, biases: bool) -> Layer:
         consumer,
         torch.cat([weight, positive]).t().contiguous(),
         torch.cat([bias, absorbing + STABILISER]),
-        (positive.t() * consumer.size[:, None]).contiguous(),
+        (positive.t() * consumer.magnitude[:, None]).contiguous(),
         torch.stack([absorbing, torch.full_like(bias, STABILISER)], 1).detach(),
         torch.cat([grow, *_parts(grow, is_mixed and not biases)]).contiguous(memory_format=nhwc),
         turned.contiguous(memory_format=nhwc),
@@ -209,16 +212,18 @@ def _layer(layer: DenseLayer, is_mixed: bool, biases: bool) -> Layer:
 
 def _consumer(norm: _BatchNorm, is_mixed: bool, biases: bool) -> Consumer:
     scale, shift = affine(norm)
-    size = scale.abs().clamp(min=LEAST_SCALE)
+    magnitude = scale.abs().clamp(min=LEAST_SCALE)
     negative = (scale < 0)[:, None]
     bias = shift.clamp(min=0) * biases
     # Where the output is part of the z-plus, it already includes the bias.
     floor = torch.where(scale < 0, -shift, shift).clamp(min=0) * biases + STABILISER
-    absorbed = torch.stack([bias / size, STABILISER / size])
+    absorbed = torch.stack([bias / magnitude, STABILISER / magnitude])
     dtype = norm.weight.dtype
-    values = (scale, shift, size, floor, absorbed.detach())
-    scale, shift, size, floor, absorbed = (value.to(dtype) for value in values)
-    return Consumer(scale, shift, size, floor, absorbed, negative.to(dtype) if is_mixed else None)
+    values = (scale, shift, magnitude, floor, absorbed.detach())
+    scale, shift, magnitude, floor, absorbed = (value.to(dtype) for value in values)
+    return Consumer(
+        scale, shift, magnitude, floor, absorbed, negative.to(dtype) if is_mixed else None
+    )
 
 
 def scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

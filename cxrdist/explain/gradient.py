@@ -60,7 +60,7 @@ def relevance(model: Classifier, inputs: Tensor, weights: Tensor) -> Tensor:
         Float [B, H, W], in the dtype of the model.
     """
     with torch.autocast(inputs.device.type, enabled=False):
-        folded = fold(model.network, _RULES.biases, ask=inputs.device.type == "cpu")
+        folded = fold(model.network, _RULES.biases, check_signs=inputs.device.type == "cpu")
         # Flat, because autograd follows a Function's arguments, but not tensors within them.
         leaves, structure = tree_flatten(folded)
         images = model.normalise(inputs).detach()
@@ -211,7 +211,7 @@ class _ClimbedBlock(NamedTuple):
     exit_shares: Tensor
     """v A of the exit, [C, N]."""
     of_entry_back: Tensor | None
-    of_exit_size: Tensor
+    of_exit_magnitude: Tensor
     of_pooled: Tensor
     """Through the pool's quotients, [C, B, h, w]."""
     of_passed: Tensor
@@ -251,7 +251,7 @@ def _climb_block(block: Block, seen: SeenBlock, trace: _Trace, v: Tensor) -> _Cl
     exit_shares = trace.amounts.pop().mul_(of_amounts)
     quotients = pool_quotients(seen)
     of_scaled = _pooled(of_amounts * seen.exit, block.pool_px, seen)
-    of_share = of_scaled * block.exit.size[:, None, None, None]
+    of_share = of_scaled * block.exit.magnitude[:, None, None, None]
     return _ClimbedBlock(
         layers,
         exit_shares,
@@ -272,7 +272,7 @@ def _descend_block(
     of_outputs = of_outputs.expand(-1, -1, -1, seen.sides[0] * seen.sides[1]).flatten(1)
     of_features = torch.zeros_like(features.y), torch.zeros_like(features.plus)
     of_exit, _ = _consumer_back(block.exit, features, of_outputs, climbed.exit_shares, of_features)
-    of_exit = of_exit._replace(size=of_exit.size + climbed.of_exit_size)
+    of_exit = of_exit._replace(magnitude=of_exit.magnitude + climbed.of_exit_magnitude)
     of_layers = []
     for layer, seen_layer in zip(block.layers[::-1], seen.layers[::-1], strict=True):
         shares = climbed.layers.pop()
@@ -331,13 +331,13 @@ def _consumer_back(
     # Not a product with a mask: this drops the NaN of 0 / 0 where an output is 0.
     of_sums = torch.ops.aten.threshold_backward(of_outputs, outputs, 0)
     of_y, of_scale, of_shift = scaled_back(of_sums, features.y[:count], consumer.scale)
-    less_of_plus, less_of_size, less_of_floor = scaled_back(
-        less_of_z, features.plus[:count], consumer.size
+    less_of_plus, less_of_magnitude, less_of_floor = scaled_back(
+        less_of_z, features.plus[:count], consumer.magnitude
     )
     of_features[0][:count] += of_y
     of_features[1][:count] -= less_of_plus
     of_consumer = consumer._replace(
-        scale=of_scale, shift=of_shift, size=-less_of_size, floor=-less_of_floor
+        scale=of_scale, shift=of_shift, magnitude=-less_of_magnitude, floor=-less_of_floor
     )
     return of_consumer, outputs
 

@@ -31,20 +31,20 @@ class BatchNorm(BatchNormAct2d):
         if not self.training or self.momentum is None:
             return super().forward(x)
         # Not timm's forward: in training it counts the pass, with an operation per BatchNorm.
-        moving = (self.running_mean, self.running_var)
+        running = (self.running_mean, self.running_var)
         if self.shares is None:
             y = torch.batch_norm(
-                x, self.weight, self.bias, *moving, True, self.momentum, self.eps, True
+                x, self.weight, self.bias, *running, True, self.momentum, self.eps, True
             )
         else:
             y, mean, var = _OverRanks.apply(x, self.weight, self.bias, self.shares, self.eps)
-            _move(moving, mean, var, self.shares, x.shape[2] * x.shape[3], self.momentum)
+            _update_running(running, mean, var, self.shares, x.shape[2] * x.shape[3], self.momentum)
         return self.act(y)
 
 
 @torch.no_grad()
-def _move(
-    moving: tuple[Tensor, Tensor],
+def _update_running(
+    running: tuple[Tensor, Tensor],
     mean: Tensor,
     var: Tensor,
     shares: Tensor,
@@ -54,7 +54,7 @@ def _move(
     """Move the running statistics towards a pass's mean and unbiased variance."""
     values = num_pixels * shares[-2]
     unbiased = var * (values / (values - 1).clamp(min=1))
-    torch._foreach_lerp_(list(moving), [mean, unbiased], momentum)
+    torch._foreach_lerp_(list(running), [mean, unbiased], momentum)
 
 
 class _OverRanks(torch.autograd.Function):
@@ -65,10 +65,10 @@ class _OverRanks(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, shares: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised [B, C, H, W], and mean and biased variance over all ranks, [C] each."""
-        moving: tuple[Tensor | None, Tensor | None] = (None, None)
+        running: tuple[Tensor | None, Tensor | None] = (None, None)
         if x.dtype != weight.dtype:  # without float32 buffers they would be in half precision
-            moving = torch.zeros_like(weight), torch.zeros_like(weight)
-        local = torch.cat(torch.batch_norm_update_stats(x, *moving, 0.0))
+            running = torch.zeros_like(weight), torch.zeros_like(weight)
+        local = torch.cat(torch.batch_norm_update_stats(x, *running, 0.0))
         means, variances = stack_over_ranks(local).chunk(2, dim=1)
         # Not a matrix product, which autocast would compute in half precision.
         rank_shares = shares[:-2].unsqueeze(1)

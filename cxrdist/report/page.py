@@ -10,7 +10,7 @@ from cxrdist.report import values
 
 FILTERS = (
     *("colour", "number", "percent", "count", "rate", "share", "moment"),
-    *("figure", "markdown", "base", "signed", "p_value", "grey", "fine", "interval"),
+    *("figure", "markdown", "base_name", "signed", "p_value", "grey", "fine", "interval"),
 )
 
 

@@ -130,6 +130,6 @@ def markdown(text: object) -> str:
     return re.sub(r"([\\`*_{}\[\]<>#|~&!$])", r"\\\1", " ".join(str(text).split()))
 
 
-def base(source: str) -> str:
+def base_name(source: str) -> str:
     """Return the source of weights without the folders of a local path."""
     return source.rsplit("/", 1)[-1] if source.startswith("/") else source

@@ -26,19 +26,19 @@ def _advice_on_ranks(config: TrainConfig, world_size: int) -> Iterator[str]:
     """Advise on batches that are small for their ranks, and on micro-batches."""
     batch, most = config.global_batch_size, config.max_images_per_rank
     if world_size > 1 and batch < LEAST_IMAGES_PER_RANK * world_size:
-        good = max(1, batch // LEAST_IMAGES_PER_RANK)
+        suited = max(1, batch // LEAST_IMAGES_PER_RANK)
         yield (
             f"{batch} images per step on {world_size} ranks: most of the time goes into "
-            f"communication; this batch is good for {good} rank{'s' if good > 1 else ''}"
+            f"communication; this batch suits {suited} rank{'s' if suited > 1 else ''}"
         )
     # Where a network has BatchNorms, the head is the only block without one.
     trains_norms = any(set(stage.lr) - {"head"} for stage in config.stages.values())
-    moves = trains_norms or config.frozen_batch_norm == "moving"
-    norms_move = config.network.has_batch_norm and moves
-    if most is not None and norms_move and -(-batch // world_size) > most:
+    moves_norms = trains_norms or config.frozen_batch_norm == "moving"
+    has_moving_norms = config.network.has_batch_norm and moves_norms
+    if most is not None and has_moving_norms and -(-batch // world_size) > most:
         yield (
-            f"micro-batches of {most} images per rank: BatchNorm that moves sees one at a time, "
-            "not the whole step"
+            f"micro-batches of {most} images per rank: BatchNorm normalises by the statistics of "
+            "one micro-batch, not of the whole step"
         )
 
 

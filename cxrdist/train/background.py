@@ -48,7 +48,7 @@ class BackgroundLoss:
         Returns:
             Floats [B] in the precision of the model, never in that of autocast.
         """
-        own = (foreground < FULL).flatten(1).any(1)
+        has_background = (foreground < FULL).flatten(1).any(1)
         background = warp_masks(foreground, matrices) < FULL
         with torch.autocast(images.device.type, enabled=False):
             warped = warp(images, matrices)
@@ -56,7 +56,7 @@ class BackgroundLoss:
                 penalties = share_of_contrast(model, warped, targets, background, turn)
             else:
                 penalties = squared_gradient(model, warped, targets, background)
-        return penalties * own
+        return penalties * has_background
 
 
 def check_backgrounds(config: TrainConfig) -> None:
@@ -138,13 +138,13 @@ def open_backgrounds(
     opened = {}
     for name, (recipe, regions) in _recipes(config).items():
         foreground = foreground_of(regions, index.image_size_px, masks, boxes)
-        counted = int(foreground.has_background(train).sum())
+        num_images = int(foreground.has_background(train).sum())
         info: BackgroundInfo = {
             "weight": recipe.weight,
             "region": ",".join(regions),
             "method": recipe.method,
-            "images": counted,
-            "without": len(train) - counted,
+            "images": num_images,
+            "without": len(train) - num_images,
         }
         opened[name] = BackgroundLoss(recipe, foreground, info)
     return opened
@@ -190,7 +190,7 @@ def refuse_other_text_boxes(config: TrainConfig, before: TextBoxesInfo | None) -
 
 def describe_background(info: BackgroundInfo) -> str:
     """Describe a stage's background loss, for the terminal."""
-    without = f"; {info['without']} have none and no penalty" if info["without"] else ""
+    without = f"; {info['without']} have no background, so no penalty" if info["without"] else ""
     return (
         f"background: {info['weight']:g} times the penalty ({info['method']}) of "
         f"{info['region']}, on {info['images']} images of train{without}"

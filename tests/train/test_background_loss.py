@@ -180,7 +180,7 @@ def test_a_step_with_a_penalty_reads_nothing_and_trains_what_is_not_frozen(
     The map as on a GPU: on a CPU, where a read costs nothing, it asks for the signs of the gammas.
     """
     fold = gradient.fold
-    monkeypatch.setattr(gradient, "fold", lambda *given, ask: fold(*given, ask=False))
+    monkeypatch.setattr(gradient, "fold", lambda *given, **_: fold(*given, check_signs=False))
     model = network(torch.float32)
     freeze(model, set(trained))
     set_modes(model, set(trained))
