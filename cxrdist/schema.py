@@ -1,7 +1,7 @@
 """JSON schemas of the documents that cxrdist writes, generated from the classes that read them.
 
-pydantic does not suit: on Python 3.11 it rejects `typing.TypedDict`, and it requires other members
-than `cxrdist.documents.typed` does (defaults, NamedTuples, ``newer`` fields).
+They are not made by pydantic: on Python 3.11 it rejects `typing.TypedDict`, and it differs from
+`cxrdist.documents.typed` in the members that it requires (defaults, NamedTuples, ``newer`` fields).
 """
 
 import json
@@ -43,7 +43,7 @@ DOCUMENTS: dict[str, tuple[str, Any]] = {
 """The file and the class of each document."""
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", NoneType: "null"}
-Schema = dict[str, Any]  # of JSON Schema's own shape
+Schema = dict[str, Any]  # a JSON Schema, or a part of one
 
 
 def print_schema(config: SchemaConfig) -> None:
@@ -64,7 +64,7 @@ def schema_of(name: str) -> Schema:
 
 
 def _schema(kind: Any, definitions: dict[str, Schema]) -> Schema:
-    """Make the schema of a type as `cxrdist.documents.typed` reads it; define its classes."""
+    """Make the schema of a type as `documents.typed` reads it; add its classes to definitions."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return {}

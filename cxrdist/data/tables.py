@@ -90,7 +90,7 @@ class Table:
     ) -> Iterator[tuple[str, dict[str, str]]]:
         """Yield file and number of each row, and its cells by name, without blanks around them.
 
-        Arguments and errors are those of `find_columns`, and the errors of `rows`.
+        Arguments are those of `find_columns`, errors those of `find_columns` and of `rows`.
         """
         positions = self.find_columns(names, needed)
         for where, row in self.rows():
@@ -220,10 +220,10 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _reader(text: str, separator: str) -> Iterator[list[str]]:
-    """Return the rows of a text; blanks behind separators are skipped if the header has such.
+    """Return the rows of a text; blanks after separators are skipped if the header has them.
 
-    Only if they are skipped may a quote follow a blank. Elsewhere a blank is part of its cell, such
-    as of a file's name in a table of boxes.
+    A quoted cell can be read after a blank only if blanks are skipped. In other tables a blank is
+    part of its cell, since a file's name may begin with one.
     """
     skips = f"{separator} " in next(_lines(text), "")
     return csv.reader(_lines(text), delimiter=separator, skipinitialspace=skips, strict=True)

@@ -14,7 +14,7 @@ def check_batch(images: object, size_px: int, device: torch.device | None = None
     normalised floats and wider integers are not uint8. Without `device` the images may be on any.
 
     Raises:
-        CxrdistError: they are not; the message says how to convert them.
+        CxrdistError: the images are anything else; the message says how to convert them.
     """
     expected = f"expected uint8 [B, 1, {size_px}, {size_px}]"
     if not isinstance(images, Tensor):

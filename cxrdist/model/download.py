@@ -188,7 +188,8 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
             open_regular(partial, flags) as out,
             progress(total, title, "B", done=done) as bar,
         ):
-            version.write_text(_version(response.headers))  # after other bytes were truncated
+            # Only now that `open_regular` has removed the bytes of another version.
+            version.write_text(_version(response.headers))
             for chunk in _chunks(response):
                 out.write(chunk)
                 bar.update(len(chunk))

@@ -1,4 +1,4 @@
-"""The view of external sets beside the run's own test images for the report."""
+"""What the report shows of external sets beside the run's own test images."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

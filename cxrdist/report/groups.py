@@ -1,4 +1,4 @@
-"""The view of patient groups for the report: flagged gaps in words, tables, a chart per class."""
+"""What the report shows of patient groups: flagged gaps in words, tables, a chart per class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

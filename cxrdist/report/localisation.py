@@ -1,4 +1,4 @@
-"""The view of localisation for the report: heat maps against human boxes and masks."""
+"""What the report shows of localisation: heat maps against human boxes and masks."""
 
 from cxrdist.explain.localisation import ALL, FEWEST_CASES, Group, Localisation, Pictured
 from cxrdist.files import read_document

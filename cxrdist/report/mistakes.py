@@ -1,4 +1,4 @@
-"""The view of mistakes for the report: X-ray, heat maps and nearest training image of each."""
+"""What the report shows of mistakes: X-ray, heat maps and nearest training image of each."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The view of relevance outside the body for the report, and its lines in the verdict."""
+"""What the report shows of relevance outside the body, and its lines in the verdict."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The view of the scores of a split for the report, for one or several labels per image."""
+"""What the report shows of the scores of a split, for one or several labels per image."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The view of one split for the report: scores, mistakes, heat maps, ledger."""
+"""What the report shows of one split: scores, mistakes, heat maps, ledger."""
 
 import math
 from collections.abc import Mapping, Sequence

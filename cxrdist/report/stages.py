@@ -1,4 +1,4 @@
-"""The view of the training stages for the report."""
+"""What the report shows of the training stages."""
 
 import math
 
@@ -17,7 +17,7 @@ def stage_views(run: RunDirectory, info: RunInfo, recipe: Recipe | None) -> list
     """Gather the values for each stage, in the order of the recipe."""
     task = info["shards"]["task"]
     epochs = read_epochs(run.log, task)
-    # Only the recipe has stages that did not begin, but it may be missing.
+    # Only the recipe, which may be missing, names stages that did not begin.
     names = dict.fromkeys([*(recipe.stages if recipe else []), *info["stages"], *epochs])
     views: list[View] = []
     for i, name in enumerate(names):

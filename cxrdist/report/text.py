@@ -1,4 +1,4 @@
-"""The view of the probe for words on the images for the report."""
+"""What the report shows of the probe for words on the images."""
 
 from typing import NamedTuple
 

@@ -23,7 +23,7 @@ from cxrdist.train.stage import StageRun
 from cxrdist.train.step import Slice, passes_of
 from cxrdist.train.training import Training, build_training, refuse_other_run
 
-# To trace a run, set it to 1: a row has the loss and the digest of the images since the last one.
+# A row has the loss and the digest of the images since the row before: 1 traces each step.
 STEPS_PER_LOG_ROW = int(os.environ.get("CXRDIST_STEPS_PER_LOG_ROW", "50"))
 
 
@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> None:
                         # Settled first: after a step that was not finite, no weights are validated.
                         scores = stage.settle(epoch) | stage.validate()
                         checkpoint = stage.end_epoch(epoch, scores, bar)
-                # It leaves the stage's best weights in the network, and these are published.
+                # Leaves the stage's best weights in the network: these are published.
                 stage.close()
                 publish_stage(training, name)
         publish(training)
@@ -77,10 +77,10 @@ def train_epoch(stage: StageRun, epoch: Epoch, bar: tqdm) -> None:
         epoch.count(shares, norm, batch)
         stage.steps_done += 1
         bar.update(epoch.plan.step_size(step))
-        # Before a save: a resumed run cuts off the rows after the checkpoint's `log_bytes`.
+        # Not after a save: a resumed run cuts off the rows after the checkpoint's `log_bytes`.
         if epoch.step % STEPS_PER_LOG_ROW == 0:
             stage.log_steps(epoch)
-        # After the last step, `validate` asks for stops and `end_epoch` saves.
+        # After the last step `validate` stops if asked, and `end_epoch` saves.
         if not epoch.done:
             stage.stop_if_asked()
             if epoch.step % recipe.save_steps == 0:
@@ -95,9 +95,9 @@ def backward(stage: StageRun, batch: Slice) -> Tensor:
     Micro-batches synchronise once, in the last pass.
 
     Returns:
-        This rank's shares of the loss and of the mean penalty, float32 [2]. Those of all ranks add
-        up: the loss to the mean binary cross-entropy over the known labels of all images (paper,
-        section 3.3; 0 without known labels) and the weight times the mean penalty over all images.
+        This rank's shares of the loss and of the mean penalty, float32 [2]; the sums over ranks are
+        those of the step. The loss is the mean binary cross-entropy over the known labels of all
+        images (paper, section 3.3; 0 without known labels), plus the weight times the mean penalty.
     """
     accelerator = stage.training.accelerator
     per_label, per_image = 1 / max(1, batch.num_known), 1 / sum(batch.sizes)
