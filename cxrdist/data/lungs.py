@@ -59,7 +59,7 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
     The ellipse is used if the shards have no masks, or only for some classes, as in a set where
     people outlined only diseased lungs: having a mask would then reveal the class.
 
-    The masks are those that `with_masks` takes, or those of the shards if None.
+    ``masks`` is a source of masks as for `with_masks`; if None, the shards' own masks are used.
 
     Raises:
         CxrdistError: ``masks`` match no sample, or only samples of some classes.
@@ -72,7 +72,7 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
                 "masks for all classes, or leave out --masks to use an ellipse"
             )
         return Lungs("masks", str(masks), index, places)
-    # Told by their hashes, so that no mask is decoded here.
+    # Recognised by their hashes, so that no mask is decoded here.
     empty, full = _constant_masks(index.image_size_px)
     without = {
         number
@@ -87,7 +87,7 @@ def find_lungs(index: Index, masks: Path | None) -> Lungs:
 
 
 def lost_class(index: Index, left_out: Collection[int]) -> str | None:
-    """Find a class whose images, or all others, vanish from a split if samples are left out.
+    """Find a class of which a split loses all positives or all negatives with the left out.
 
     A clause for messages is returned; None if there is no such class.
     """

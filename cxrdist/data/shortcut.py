@@ -91,7 +91,7 @@ def tell_apart(
     scores = np.full(targets.shape, np.nan)
     for column, target in zip(scores.T, targets.T, strict=True):
         known = target >= 0
-        rows = np.cumsum(known) - 1  # of the samples among those known
+        rows = np.cumsum(known) - 1  # row of each image among those with a known label
         own = [(rows[train[known[train]]], rows[test[known[test]]]) for train, test in folds]
         # A fold may hold no image whose label is known, and scikit-learn fails on an empty one.
         own = [(train, test) for train, test in own if len(test)]
@@ -106,7 +106,7 @@ def tell_apart(
 
 
 def _has_enough_patients(target: Target, groups: NDArray[np.int64], folds: Sequence[Fold]) -> bool:
-    """Return whether class and rest each have a patient per fold, and are in all training sets."""
+    """Return whether both outcomes have `FOLDS` patients, and each training set has both."""
     return all(len(set(groups[target == side])) >= FOLDS for side in (0, 1)) and all(
         len(set(target[train])) == 2 for train, _ in folds
     )

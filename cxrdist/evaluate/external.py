@@ -287,7 +287,7 @@ def find_overlap(
         matches, num_known = _find_matches(index, images, numbers, own, seen)
         return Overlap(matches, num_known, reason)
 
-    # Only the main rank has an overlap, and all ranks leave out the same images.
+    # Only the main rank has an overlap, but all ranks must leave out the same images.
     of_ranks = gather(accelerator, [together(accelerator, look)])
     return next(overlap for overlap in of_ranks if overlap is not None)
 

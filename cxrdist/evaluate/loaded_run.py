@@ -120,10 +120,10 @@ def writing(
 ) -> Iterator[Path]:
     """Lock a directory of pictures, and yield the file of the results that belong to them.
 
-    Both are given by the subset. The lock keeps two commands from mixing their files.
+    Both paths are functions of the subset. The lock keeps two commands from mixing their files.
 
     Raises:
-        CxrdistError, RunFailedError: the file cannot be written, or another command is at it.
+        CxrdistError, RunFailedError: the file cannot be written, or another command holds the lock.
     """
 
     def prepare() -> tuple[Path, Path]:

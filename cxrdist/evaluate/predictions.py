@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> None:
     labels = {} if config.label_map is None else read_label_map(config.label_map)
     choices = Choices(labels, config.seen)
     opened = open_run_on(config.run, config.shards, config.split, config.name, choices)
-    # Before images are decoded and predicted, which takes much longer.
+    # Entered before images are decoded and predicted, which takes long, so that it fails early.
     with writing(opened, opened.run.predictions, opened.run.mistakes):
         _evaluate(config, opened, rule)
 
@@ -65,7 +65,7 @@ def _evaluate(config: EvaluateConfig, opened: OpenedRun, rule: Rule | None) -> N
             metrics["external"] = loaded.external.info
             write_lists(loaded.run, subset, loaded.external)
             print(summary(loaded.external.info))
-        # Last of the files, because commands take a subset with a metrics.json for evaluated.
+        # The last file: other commands consider a subset with a metrics.json as evaluated.
         write_json(loaded.run.metrics(subset), metrics)
         print(metrics_table(metrics))
         print(describe_calibration(metrics))

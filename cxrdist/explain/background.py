@@ -1,6 +1,7 @@
 """Penalties for using the background of an image, as differentiable functions of the weights.
 
-Each takes (model, images, targets, background) and returns a penalty per image.
+Each takes (model, images, targets, background), `share_of_contrast` a turn as well, and returns a
+penalty per image.
 """
 
 from collections.abc import Callable, Iterator

@@ -15,7 +15,7 @@ CENTRE_DEVIATION = 0.25
 def grad_cam(model: Classifier, images: Tensor, target: int) -> Tensor:
     """Return Grad-CAM (Selvaraju et al. 2017) of the last features, by captum, upsampled.
 
-    These are the inputs of the average before the head; for AlexNet, of its last max pool.
+    The last features enter the average before the head; those of AlexNet enter its last max pool.
 
     Returns:
         [B, H, W], never negative, for images uint8 [B, 1, H, W].

@@ -28,7 +28,7 @@ IMAGENET_CLASSES = 1000
 
 # Of DataParallel, then of arnoweng's CheXNet, Lightning and other wrappers.
 _PREFIX = re.compile(r"^(module\.)?(densenet121\.|model\.|backbone\.)?")
-# As in the files of torchvision: PyTorch has forbidden dots in names since they were made.
+# In torchvision's files, which are older than PyTorch's ban on dots in the names of modules.
 _OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
 _CONV2 = re.compile(r"features\.denseblock([1-4])\.denselayer(\d{1,3})\.conv2\.weight")
 

@@ -96,7 +96,8 @@ def _gallery(
     """Pick the first few samples of each class that have heat maps, in the order of the file.
 
     The network's success plays no role, so that the gallery shows typical maps. A sample with
-    several labels is listed under its first one, one without labels under an empty name.
+    several labels is listed under its first one, one without labels under an empty name, and all
+    under None if the split was explained but not evaluated.
     """
     classes = next(iter(samples.values())).probabilities if samples else {}
     keys: dict[str | None, list[str]] = {name: [] for name in classes}

@@ -30,7 +30,7 @@ class Updater:
     Args:
         optimizer: a fused one, all of whose state is defined (`build_optimizer`).
         scaler: made for this stage, for fp16.
-        max_norm: longer gradients, over all parameters, are shortened to it.
+        max_norm: gradients with a larger norm, over all parameters, are shortened to it.
         average: of the weights; moves with each step.
     """
 
@@ -55,7 +55,7 @@ class Updater:
         """Move the rates to memory on the device, and make the optimiser capturable."""
         for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = torch.tensor(rate, device=device)
-            if "capturable" in group:  # AdamW refuses to be recorded without; fused SGD is as it is
+            if "capturable" in group:  # AdamW requires it; fused SGD can always be recorded
                 group["capturable"] = True
         if self.average:
             self.average.prepare_capture(device)
@@ -90,7 +90,7 @@ class Updater:
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         self.optimizer.step()
         if self.scaler:
-            # Without `scaler.step`: `found_inf` is set above, and this reads what `unscale_` found.
+            # `scaler.step` is not needed: `found_inf` is set above. `update` needs `unscale_` only.
             self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
