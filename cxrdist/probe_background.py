@@ -175,9 +175,9 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
         for variant, title in VARIANTS.items():
             print(f"\n{title}:")
             _train_once(config, variant)
-        found = _describe(config, begun)
-        write_json(config.out / "background.json", found)
-    print(f"\n{summary(found)}")
+        content = _describe(config, begun)
+        write_json(config.out / "background.json", content)
+    print(f"\n{summary(content)}")
     print(f"all results: {config.out / 'background.json'}")
 
 
@@ -333,7 +333,7 @@ def _describe(config: ProbeBackgroundConfig, begun: Begun) -> BackgroundFile:
     metrics = {name: _read_metrics(config, name) for name in VARIANTS}
     own = metrics["images"]
     variants = {name: _score(config, name, metrics[name]) for name in VARIANTS}
-    found: BackgroundFile = {
+    content: BackgroundFile = {
         "format": "cxrdist-background-1",
         "index_sha256": begun["index_sha256"],
         "task": index.task,
@@ -349,8 +349,8 @@ def _describe(config: ProbeBackgroundConfig, begun: Begun) -> BackgroundFile:
         "estimate": _estimate(variants["shuffled"]["difference"]),
         "says": [],
     }
-    found["says"] = _says(found)
-    return found
+    content["says"] = _says(content)
+    return content
 
 
 def _read_metrics(config: ProbeBackgroundConfig, variant: Variant) -> Metrics:
@@ -420,46 +420,46 @@ def _describe_region(region: Region, num_images: int) -> str:
     )
 
 
-def _says(found: BackgroundFile) -> list[str]:
+def _says(content: BackgroundFile) -> list[str]:
     """Return the result in plain sentences, without figures of too few images."""
-    classes = found["variants"]["images"]["classes"]
+    classes = content["variants"]["images"]["classes"]
     few = [name for name, scores in classes.items() if scores["too_few"]]
-    says = [] if len(few) == len(classes) else _says_of_scores(found)
+    says = [] if len(few) == len(classes) else _says_of_scores(content)
     if few:
         left_out = "" if len(few) == len(classes) else ", and left out of the means"
         says.append(
-            f"Fewer than {found['fewest']} test images with or without {', '.join(few)}: too few "
+            f"Fewer than {content['fewest']} test images with or without {', '.join(few)}: too few "
             f"to say{left_out}."
         )
-    if found["region"]["kind"] == "masks":
+    if content["region"]["kind"] == "masks":
         says.append(OUTLINE)
     return says
 
 
-def _says_of_scores(found: BackgroundFile) -> list[str]:
-    of = {name: found["variants"][name]["auroc"] for name in VARIANTS}
+def _says_of_scores(content: BackgroundFile) -> list[str]:
+    of = {name: content["variants"][name]["auroc"] for name in VARIANTS}
     if None in of.values():
         return ["An AUROC is not defined in test, so that there is nothing to say."]
     says = [
         f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is reached without lungs "
         f"(0.5 is chance), and {of['shuffled']:.2f} from grey values alone."
     ]
-    without, whole = (found["variants"][name]["classes"] for name in ("no_lungs", "images"))
+    without, whole = (content["variants"][name]["classes"] for name in ("no_lungs", "images"))
     known = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
     if len(known) > 1:
         most = max(known, key=lambda name: known[name] or 0.0)
         says.append(f"Most for {most}: {known[most]:.2f} of {whole[most]['auroc']:.2f}.")
-    if estimate := found["estimate"]:
+    if estimate := content["estimate"]:
         low, high = estimate["interval"]
         says.append(f"{ESTIMATE}: {estimate['auroc']:.2f} ({low:.2f} to {high:.2f}).")
     return says
 
 
-def summary(found: BackgroundFile) -> str:
+def summary(content: BackgroundFile) -> str:
     """Return the figures of the four trainings for the terminal."""
-    rows, has_accuracy = [], found["task"] == "multiclass"
+    rows, has_accuracy = [], content["task"] == "multiclass"
     for name, title in VARIANTS.items():
-        scores = found["variants"][name]
+        scores = content["variants"][name]
         change = scores["difference"]
         rows.append(
             [
@@ -473,11 +473,11 @@ def summary(found: BackgroundFile) -> str:
     headers = [
         *("Trained and tested on", "AUROC, mean", "Difference"),
         *(["Accuracy"] * has_accuracy),
-        *(f"AUROC {name}" for name in found["classes"]),
+        *(f"AUROC {name}" for name in content["classes"]),
     ]
-    test = found["totals"]["test"]
+    test = content["totals"]["test"]
     of = f"test: {test['images']} images of {test['patients']} patients"
-    return "\n".join([table(rows, headers), of, *found["says"]])
+    return "\n".join([table(rows, headers), of, *content["says"]])
 
 
 def _cell(value: float | None, limits: Limits | None) -> str:

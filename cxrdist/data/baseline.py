@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cxrdist.data.audit_file import Baseline
 from cxrdist.data.fingerprint import THUMBNAIL_PX
-from cxrdist.data.shortcut import FOLDS, Fold, Scores, fold_patients, is_scored, judge, tell_apart
+from cxrdist.data.shortcut import FOLDS, Fold, Scores, fold_patients, is_scored, judge, out_of_fold
 from cxrdist.info import Task
 
 # Cross-validated accuracy on 3,157 X-rays like the paper's (paper_like): 0.926 by the regression,
@@ -46,7 +46,7 @@ def measure_baseline(
     folds = fold_patients(chosen)
     values = np.stack([thumbnails(int(i)).ravel() for i in positions]).astype(np.float32)
     truth = targets[positions]
-    regression = tell_apart(values, truth, chosen, folds, FREEDOM)
+    regression = out_of_fold(values, truth, chosen, folds, FREEDOM)
     usable = is_scored(regression)
     perceptron = _perceive(values, truth, folds, usable)
     return {

@@ -108,15 +108,15 @@ def _find_tables(folder: Path) -> tuple[dict[str, Path], list[str]]:
     below = sorted(child for child in folder.iterdir() if child.is_dir())
     tables, not_read = {}, []
     for part, names in (*TABLES.items(), ("", OTHER_TABLES)):
-        found = [
+        files = [
             home / name for name in names for home in (folder, *below) if (home / name).is_file()
         ]
-        twice = next((file for file in found[1:] if file.name == found[0].name), None)
+        twice = next((file for file in files[1:] if file.name == files[0].name), None)
         if twice and part:
-            raise CxrdistError(f"{twice}: is also in {found[0].parent}; remove one")
-        if part and found:
-            tables[part] = found.pop(0)
-        not_read += [file.name for file in found]
+            raise CxrdistError(f"{twice}: is also in {files[0].parent}; remove one")
+        if part and files:
+            tables[part] = files.pop(0)
+        not_read += [file.name for file in files]
     if not tables:
         expected = ", ".join(name for names in TABLES.values() for name in names)
         raise CxrdistError(

@@ -33,7 +33,7 @@ class PackedSample(NamedTuple):
     """uint8 [size, size]."""
     mask: NDArray[np.uint8] | None
     """uint8 [size, size] of 0 and 255; None without."""
-    about: SampleFile
+    facts: SampleFile
     """Content of its KEY.json."""
 
 
@@ -73,7 +73,7 @@ def derive_shards(
                 continue
             written[split] += 1
             for directory, row, own, known in zip(directories, rows, samples, entries, strict=True):
-                write_shard(directory / name, ((about, png, b"") for _, about, png in row))
+                write_shard(directory / name, ((facts, png, b"") for _, facts, png in row))
                 own += [sample for sample, _, _ in row]
                 known.append(describe_shard(directory / name, len(row)))
     for directory, own, known in zip(directories, samples, entries, strict=True):
@@ -84,19 +84,19 @@ def derive_shards(
 def _packed_samples(shard: PackedShard) -> Iterator[PackedSample]:
     with open_shard(shard) as opened:
         for i in range(len(shard.samples)):
-            pixels, about = opened.read(i)
-            yield PackedSample(shard.first + i, pixels, opened.read_mask(i), about)
+            pixels, facts = opened.read(i)
+            yield PackedSample(shard.first + i, pixels, opened.read_mask(i), facts)
 
 
 def _derive(
     sample: Sample, shard: str, packed: PackedSample, square: NDArray[np.uint8]
 ) -> tuple[Sample, SampleFile, bytes]:
     """Return the row of samples.csv, the content of KEY.json, and the PNG of a derived sample."""
-    about = packed.about.copy()
-    about.pop("boxes", None)
+    facts = packed.facts.copy()
+    facts.pop("boxes", None)
     digest = hashlib.sha256(square.tobytes()).hexdigest()
     row = sample._replace(shard=shard, sha256=digest, mask_sha256="")
-    return row, about, encode_png(square)
+    return row, facts, encode_png(square)
 
 
 def _write_index(

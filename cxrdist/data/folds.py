@@ -81,8 +81,8 @@ def _strata(index: Index, numbers: list[int], num_folds: int) -> NDArray[np.int6
     Strata with fewer images than folds cannot be spread over them and join the largest one.
     """
     labels = [labels_of(index.samples[i].label) for i in numbers]
-    images = Counter(label for found in labels for label in found)
-    rarest = [min(found, key=lambda label: images[label], default="") for found in labels]
+    images = Counter(label for of_image in labels for label in of_image)
+    rarest = [min(of_image, key=lambda label: images[label], default="") for of_image in labels]
     sizes = Counter(rarest)
     largest = sizes.most_common(1)[0][0]
     # scikit-learn would warn about them, and refuse the split if all strata are so small.

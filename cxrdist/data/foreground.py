@@ -46,10 +46,10 @@ class Foreground:
         if not self.fixed.all():
             return np.ones(len(numbers), dtype=bool)
         # `numpy.isin` finds nothing in a dict or a view of its keys.
-        found = np.isin(numbers, list(self.boxes))
+        with_background = np.isin(numbers, list(self.boxes))
         if self.masks is not None:
-            found |= has_mask(self.masks, numbers, len(self.fixed))
-        return found
+            with_background |= has_mask(self.masks, numbers, len(self.fixed))
+        return with_background
 
 
 def foreground_of(

@@ -64,11 +64,11 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
     if not labels:
         return source
     # In the order of the source's classes, which is the order of the logits.
-    parts: dict[str, list[str]] = {}
+    merged: dict[str, list[str]] = {}
     for label in source.classes:
         if (ours := labels.get(label, label)) is not None:
-            parts.setdefault(ours, []).append(label)
-    if not parts:
+            merged.setdefault(ours, []).append(label)
+    if not merged:
         raise CxrdistError(f"{where}: drops all labels of {source.name}; keep at least one")
     gone = {label for label in source.classes if labels.get(label, label) is None}
     gone = gone if source.task == "multiclass" else set()
@@ -77,11 +77,11 @@ def map_labels(source: Source, labels: LabelMap, where: str) -> Source:
         for record in source.records
         if record.label in gone
     ]
-    combine = combiner(parts)
+    combine = combiner(merged)
     return replace(
         source,
         records=[_mapped(r, combine, labels) for r in source.records if r.label not in gone],
-        classes=list(parts),
+        classes=list(merged),
         left_out=tuple(sorted((*source.left_out, *left_out))),
     )
 
@@ -97,10 +97,10 @@ def _mapped(record: Record, combine: Callable[..., LabelCells], labels: LabelMap
     return replace(record, findings=findings, **cells)
 
 
-def combiner(parts: Mapping[str, Sequence[str]]) -> Callable[..., LabelCells]:
+def combiner(merged: Mapping[str, Sequence[str]]) -> Callable[..., LabelCells]:
     """Return a function that converts the label, uncertain, missing and assumed_absent of an image.
 
-    ``parts`` has for each new label the old ones that become it; a new label with none is missing.
+    ``merged`` has for each new label the old ones that become it; a new label with none is missing.
     Most images share few combinations of labels, so results are cached.
     """
 
@@ -108,9 +108,9 @@ def combiner(parts: Mapping[str, Sequence[str]]) -> Callable[..., LabelCells]:
     def combine(*texts: str) -> LabelCells:
         cells = {name: set(labels_of(text)) for name, text in zip(NAMES, texts, strict=True)}
         named: dict[str, list[str]] = {name: [] for name in NAMES}
-        for ours, theirs in parts.items():
+        for ours, theirs in merged.items():
             has = [name for name, labels in cells.items() if not labels.isdisjoint(theirs)]
-            # NAMES are in order of precedence: of several parts the first name found wins.
+            # NAMES are in order of precedence: the new label gets the first that an old one has.
             for name in has[:1] if theirs else ["missing"]:
                 named[name].append(ours)
         return {

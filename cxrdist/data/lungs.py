@@ -47,7 +47,7 @@ class Lungs:
         # Not empty where masks are given: `masks_of_samples` raises if none matches.
         if self.places:
             known = self.places.get(packed.number)
-            shown = packed.about["width_px"], packed.about["height_px"]
+            shown = packed.facts["width_px"], packed.facts["height_px"]
             size_px, fit = self.index.image_size_px, self.index.fit
             mask = None if known is None else read_square(known, shown, size_px, fit)
         return None if mask is None or is_constant(mask) else mask > 0

@@ -64,8 +64,8 @@ def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Origina
         CxrdistError: a shard differs from the index, which must be as it was packed.
     """
     return {
-        number: Original(about["width_px"], about["height_px"], about.get("boxes", ()))
-        for number, about in describe_samples(packed.packed(), {*numbers})
+        number: Original(facts["width_px"], facts["height_px"], facts.get("boxes", ()))
+        for number, facts in describe_samples(packed.packed(), {*numbers})
     }
 
 

@@ -151,10 +151,10 @@ def _crossed_draws(
     # Each image has a draw per row, of which it uses the first k.
     rotation, shift = first + copy // mirrors // factor, first + copy // mirrors % factor
     flip = copy % mirrors == 1
-    turn = np.where(flip, -1, 1).astype(np.float32)
+    sign = np.where(flip, -1, 1).astype(np.float32)
     return Draws(
-        degrees=_uniform(random, augmentation.degrees, len(copy))[rotation] * turn,
-        shift_x=_uniform(random, augmentation.shift_x, len(copy))[shift] * turn,
+        degrees=_uniform(random, augmentation.degrees, len(copy))[rotation] * sign,
+        shift_x=_uniform(random, augmentation.shift_x, len(copy))[shift] * sign,
         shift_y=_uniform(random, augmentation.shift_y, len(copy))[shift],
         flip=flip,
     )

@@ -62,7 +62,7 @@ class SampleFile(TypedDict):
     """Of findings, in px of the square."""
 
 
-class _Place(NamedTuple):
+class _Span(NamedTuple):
     """Position of a member's content in its shard."""
 
     first: int
@@ -83,12 +83,12 @@ def sample_key(path: str) -> str:
     return f"{stem}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:10]}"
 
 
-class _Places(NamedTuple):
+class _Spans(NamedTuple):
     """Positions of the members of a sample."""
 
-    about: _Place
-    mask: _Place | None
-    png: _Place
+    facts: _Span
+    mask: _Span | None
+    png: _Span
 
 
 def write_shard(path: Path, samples: Iterable[tuple[Mapping[str, object], bytes, bytes]]) -> None:
@@ -104,13 +104,13 @@ def write_shard(path: Path, samples: Iterable[tuple[Mapping[str, object], bytes,
         # Other formats have extended headers, by which readers may disagree on a name or a size.
         tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar,
     ):
-        for about, png, mask in samples:
-            content = json.dumps(about, sort_keys=True, allow_nan=False).encode()
+        for facts, png, mask in samples:
+            content = json.dumps(facts, sort_keys=True, allow_nan=False).encode()
             # This order is part of the format (shards/README.md), and `OpenShard` relies on it.
-            add_member(tar, f"{about['key']}.json", content)
+            add_member(tar, f"{facts['key']}.json", content)
             if mask:
-                add_member(tar, f"{about['key']}.mask.png", mask)
-            add_member(tar, f"{about['key']}.png", png)
+                add_member(tar, f"{facts['key']}.mask.png", mask)
+            add_member(tar, f"{facts['key']}.png", png)
 
 
 def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -143,16 +143,16 @@ class OpenShard:
         side = shard.size_px
         # An uncompressed grey PNG has a byte per pixel and per row, plus its chunk headers.
         most_png_bytes = 2 * side * (side + 1) + 4096
-        self._places: list[_Places] = []
+        self._spans: list[_Spans] = []
         # `open_shard` has read the file to its end for the hash.
         file.seek(0)
         for sample in shard.samples:
-            about = self._next(f"{sample.key}.json", MOST_JSON_BYTES)
+            facts = self._next(f"{sample.key}.json", MOST_JSON_BYTES)
             mask = None
             if sample.mask_sha256:
                 mask = self._next_square(f"{sample.key}.mask.png", most_png_bytes)
             png = self._next_square(f"{sample.key}.png", most_png_bytes)
-            self._places.append(_Places(about, mask, png))
+            self._spans.append(_Spans(facts, mask, png))
         self._refuse_more()
 
     def read(self, number: int) -> tuple[NDArray[np.uint8], SampleFile]:
@@ -167,8 +167,8 @@ class OpenShard:
         Raises:
             CxrdistError: they differ.
         """
-        sample, about = self._shard.samples[number], self.describe(number)
-        return self._square(sample.key, self._places[number].png, sample.sha256), about
+        sample, facts = self._shard.samples[number], self.describe(number)
+        return self._square(sample.key, self._spans[number].png, sample.sha256), facts
 
     def read_mask(self, number: int) -> NDArray[np.uint8] | None:
         """Decode the mask of a sample and compare it with samples.csv.
@@ -182,10 +182,10 @@ class OpenShard:
         Raises:
             CxrdistError: they differ.
         """
-        sample, place = self._shard.samples[number], self._places[number].mask
-        if place is None:
+        sample, span = self._shard.samples[number], self._spans[number].mask
+        if span is None:
             return None
-        mask = self._square(f"{sample.key}.mask", place, sample.mask_sha256)
+        mask = self._square(f"{sample.key}.mask", span, sample.mask_sha256)
         if ((mask != 0) & (mask != 255)).any():
             raise CxrdistError(
                 f"{self._shard.file}: {sample.key}.mask has values other than 0 and 255; pack the "
@@ -193,11 +193,11 @@ class OpenShard:
             )
         return mask
 
-    def _square(self, name: str, place: _Place, sha256: str) -> NDArray[np.uint8]:
+    def _square(self, name: str, span: _Span, sha256: str) -> NDArray[np.uint8]:
         """Decode a member and compare it with its hash."""
         where, mend = f"{self._shard.file}: ", "pack the shards again"
         try:
-            pixels = self._decode(self._content(place))
+            pixels = self._decode(self._content(span))
         except (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.error) as error:
             raise CxrdistError(
                 f"{where}{name} is not a readable PNG ({error!r:.100}); {mend}"
@@ -226,8 +226,8 @@ class OpenShard:
         """
         sample, path = self._shard.samples[number], self._shard.file
         with judging(f"{path}: {sample.key}.json", "pack the shards again"):
-            about = typed(parse_json(self._content(self._places[number].about)), SampleFile)
-        given: dict[str, object] = {**about}
+            facts = typed(parse_json(self._content(self._spans[number].facts)), SampleFile)
+        given: dict[str, object] = {**facts}
         if not sample.view:  # shards of older versions have the view only in KEY.json
             given["view"] = ""
         for column in SHARED_COLUMNS:
@@ -237,14 +237,14 @@ class OpenShard:
                     "shards again"
                 )
         side = self._shard.size_px
-        if not all(_is_within(box, side) for box in about.get("boxes", ())):
+        if not all(_is_within(box, side) for box in facts.get("boxes", ())):
             raise CxrdistError(
                 f"{path}: a box of {sample.key} leaves the square of {side} px; pack the shards "
                 "again"
             )
-        return about
+        return facts
 
-    def _next(self, expected: str, most_bytes: int) -> _Place:
+    def _next(self, expected: str, most_bytes: int) -> _Span:
         """Read the header of the next member, and seek to the end of its content."""
         header = self._file.read(tarfile.BLOCKSIZE)
         try:
@@ -258,22 +258,22 @@ class OpenShard:
             raise self._wrong(f"{expected} is not a regular file")
         if not 0 < member.size <= most_bytes:
             raise self._wrong(f"{expected} has {member.size} bytes, expected 1 to {most_bytes}")
-        place = _Place(self._file.tell(), member.size)
+        span = _Span(self._file.tell(), member.size)
         # A seek beyond the end of a file does not fail, so the end is compared.
-        end = place.first + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        end = span.first + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if end > self._shard.entry.bytes:
             raise self._wrong(f"{expected} is longer than the shard")
         self._file.seek(end)
-        return place
+        return span
 
-    def _next_square(self, name: str, most_bytes: int) -> _Place:
+    def _next_square(self, name: str, most_bytes: int) -> _Span:
         """Read the header of a PNG member, and compare its declared size before it is decoded.
 
         A small PNG can declare a huge image. The PNG's header: ISO 15948, section 11.2.2.
         """
         png = self._next(name, most_bytes)
         side, after = self._shard.size_px, self._file.tell()
-        start = self._content(_Place(png.first, min(png.num_bytes, PNG_START.size)))
+        start = self._content(_Span(png.first, min(png.num_bytes, PNG_START.size)))
         self._file.seek(after)
         declared = PNG_START.unpack(start) if len(start) == PNG_START.size else ()
         if declared[:1] != (PNG_SIGNATURE,):
@@ -290,15 +290,15 @@ class OpenShard:
         """Check that only the zeros that fill a tar's last record follow the samples."""
         # A tar ends with two blocks of zeros and zeros up to a whole record (POSIX ustar), together
         # less than two records.
-        rest = self._file.read(2 * tarfile.RECORDSIZE)
-        if len(rest) >= 2 * tarfile.RECORDSIZE or rest.strip(b"\0"):
+        tail = self._file.read(2 * tarfile.RECORDSIZE)
+        if len(tail) >= 2 * tarfile.RECORDSIZE or tail.strip(b"\0"):
             raise self._wrong("holds more than the samples that samples.csv lists")
-        if len(rest) < 2 * tarfile.BLOCKSIZE:
+        if len(tail) < 2 * tarfile.BLOCKSIZE:
             raise self._wrong("the end of the tar is missing")
 
-    def _content(self, place: _Place) -> bytes:
-        self._file.seek(place.first)
-        return self._file.read(place.num_bytes)
+    def _content(self, span: _Span) -> bytes:
+        self._file.seek(span.first)
+        return self._file.read(span.num_bytes)
 
     def _wrong(self, problem: str) -> CxrdistError:
         return CxrdistError(f"{self._shard.file}: {problem}; {MEND}")

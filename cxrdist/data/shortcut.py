@@ -41,7 +41,7 @@ def measure_shortcut(
     """
     folds = fold_patients(groups)
     values = np.array([list(row.values()) for row in features])
-    scores = tell_apart(values, targets, groups, folds)
+    scores = out_of_fold(values, targets, groups, folds)
     return {
         "features": list(features[0]),
         "folds": FOLDS,
@@ -65,7 +65,7 @@ def fold_patients(groups: Sequence[int]) -> list[Fold]:
     return list(splitter.split(np.zeros((len(groups), 1)), groups=groups))
 
 
-def tell_apart(
+def out_of_fold(
     values: NDArray[np.floating[Any]],
     targets: NDArray[np.int8],
     groups: Sequence[int],

@@ -33,14 +33,14 @@ def boxes_in_squares(
             "source that was packed"
         )
     size_px = index.image_size_px
-    found: dict[int, Sequence[Box]] = {}
+    of_samples: dict[int, Sequence[Box]] = {}
     wanted = {n for n in numbers.tolist() if index.samples[n].path in boxes}
-    for number, about in describe_samples(index.packed(), wanted):
+    for number, facts in describe_samples(index.packed(), wanted):
         mapped = [
-            in_square(box, about["width_px"], about["height_px"], size_px, index.fit)
+            in_square(box, facts["width_px"], facts["height_px"], size_px, index.fit)
             for box in boxes[index.samples[number].path]
         ]
         seen = [box for box in mapped if inside([box], size_px, size_px).any()]
         if seen:
-            found[number] = seen
-    return found
+            of_samples[number] = seen
+    return of_samples

@@ -141,13 +141,13 @@ def _best(
     return similarity.cpu().numpy(), nearest.cpu().numpy()
 
 
-def write_nearest(loaded: LoadedRun, found: Sequence[Nearest]) -> None:
+def write_nearest(loaded: LoadedRun, nearest: Sequence[Nearest]) -> None:
     """Write the pictures of the nearest training images, and then nearest.csv."""
     subset = loaded.subset
     number_of = {sample.key: number for number, sample in enumerate(loaded.index.samples)}
-    numbers = dict.fromkeys(number_of[row.nearest] for row in found)
+    numbers = dict.fromkeys(number_of[row.nearest] for row in nearest)
     write_gallery(loaded.run.nearest_pictures(subset), loaded.index, loaded.images, numbers)
-    rows = [[*row[:2], f"{row.similarity:.6f}", *row[3:]] for row in found]
+    rows = [[*row[:2], f"{row.similarity:.6f}", *row[3:]] for row in nearest]
     # Last: `explain` takes the table as a sign that the pictures exist.
     write_table(loaded.run.nearest(subset), COLUMNS, rows)
 

@@ -53,5 +53,5 @@ def plain_gradient(model: Classifier, images: Tensor, target: int) -> Tensor:
 def centre_prior(size_px: int) -> NDArray[np.float64]:
     """Return a Gaussian at the centre of the square, [size, size], a guess without the image."""
     across = (np.arange(size_px) + 0.5) / size_px - 0.5
-    slope = np.exp(-0.5 * (across / CENTRE_DEVIATION) ** 2)
-    return slope[:, None] * slope[None, :]
+    profile = np.exp(-0.5 * (across / CENTRE_DEVIATION) ** 2)
+    return profile[:, None] * profile[None, :]

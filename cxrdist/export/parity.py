@@ -77,9 +77,9 @@ def read_squares(shards: Path | None, model: Classifier | Ensemble) -> Squares:
     # All images of a shard are in one split.
     packed = [shard for shard in index.packed() if shard.samples[0].split == "test"]
     samples = chain.from_iterable(read_shard(shard) for shard in packed)
-    found = [square for square, _ in islice(samples, MOST_IMAGES)]
+    squares = [square for square, _ in islice(samples, MOST_IMAGES)]
     source = f"X-rays of the test split ({len(index.numbers('test'))} images)"
-    return Squares(torch.from_numpy(np.stack(found)).unsqueeze(1), source, index.sha256)
+    return Squares(torch.from_numpy(np.stack(squares)).unsqueeze(1), source, index.sha256)
 
 
 @torch.inference_mode()

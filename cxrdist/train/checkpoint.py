@@ -150,12 +150,12 @@ def _bests_of(position: Position) -> list[str]:
 
 def _directories(directory: Path, name: re.Pattern[str]) -> list[Path]:
     """List the directories whose names match, sorted by their numbers, without links."""
-    found = [
+    paths = [
         path
         for path in directory.iterdir()
         if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
     ]
-    return sorted(found, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
+    return sorted(paths, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
 
 
 def has_checkpoint(directory: Path) -> bool:
