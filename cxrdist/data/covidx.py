@@ -172,7 +172,7 @@ def _classes(folder: Path, lines: Sequence[Line]) -> tuple[str, ...]:
 
 
 def _patient(line: Line, origins: Mapping[str, str]) -> str:
-    """Return a patient's name that is unique among collections: two of these count from 1."""
+    """Return a patient's name with its collection, since two collections count from 1."""
     source = line.source()
     return f"{source}/{origins.get(line.patient, line.patient) if source == RSNA else line.patient}"
 

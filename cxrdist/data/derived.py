@@ -68,7 +68,7 @@ def derive_shards(
                 for row, square in zip(rows, squares or (), strict=squares is not None):
                     row.append(_derive(index.samples[packed.number], name, packed, square))
                 bar.update()
-            # Readers refuse empty shards and gaps in the numbers: the next shard takes this one.
+            # Readers refuse empty shards and gaps in numbers: the next shard takes this number.
             if not rows[0]:
                 continue
             written[split] += 1

@@ -88,7 +88,7 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     Images without a row and rows without an image are left out.
 
     The images may be copies of the DICOM files in another format. Boxes are in px of the DICOM
-    files; if they exceed such copies, all boxes of such copies are dropped.
+    files; if a box exceeds such a copy, the boxes of all copies are dropped.
 
     Raises:
         CxrdistError: there is no table, a table is there twice, or a row is malformed.
@@ -193,7 +193,7 @@ def _read_labels(file: Path, split: str, content: _Content) -> None:
 
 
 def _read_kaggle(file: Path) -> _Content:
-    """Read the table of boxes, which has a row of No finding for a reader without one."""
+    """Read the table of boxes, with a row No finding for each reader who drew none in an image."""
     content = _Content(notes=["is Kaggle's release: 14 labels, and test images without labels"])
     for image, finding in _read_boxes(file, "train", KAGGLE_LABELS):
         readings = content.readings.setdefault(image, {})

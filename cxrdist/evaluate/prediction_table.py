@@ -2,9 +2,9 @@
 
 It has a column key (or path), one prob_CLASS per class, and label or labels; optionally also
 patient, split, source, view, sex, age, uncertain and missing. If there is also one logit_CLASS per
-class, as in predictions.csv, these rank the images, because the probabilities of confident
-predictions coincide. File encodings and separators are those of `cxrdist.data.tables`, column names
-those of `cxrdist.data.image_table`.
+class, as in predictions.csv, these rank the images, because probabilities near 1 are equal once
+rounded. File encodings and separators are those of `cxrdist.data.tables`, column names those of
+`cxrdist.data.image_table`.
 
 An image has one label if the column is called label and each of its cells names one class. It may
 have several or none if the column is called labels, if a cell of label contains ``|``, if there is

@@ -101,7 +101,7 @@ def look(
 
 
 def share_within(relevance: NDArray[np.floating], mask: NDArray[np.bool_]) -> tuple[float, float]:
-    """Return which share of |relevance| [H, W] lies in a mask [H, W], and the mask's of the area.
+    """Return the share of |relevance| [H, W] in a mask [H, W], and the share of the area in it.
 
     A map of zeros has the share 0.
     """
@@ -133,7 +133,7 @@ def summarise(
 
 
 def _row(looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]) -> OutsideRow:
-    """Return the regions of some of the images, a mask [N]."""
+    """Return the regions of some images, which the mask `own` [N] selects."""
     names = dict.fromkeys(
         name for one, is_own in zip(looks, own, strict=True) if is_own for name in one.regions
     )
@@ -147,7 +147,7 @@ def _row(looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]) 
 def _region(
     name: str, looks: Sequence[Look], replicates: Replicates, own: NDArray[np.bool_]
 ) -> RegionInfo:
-    """Return the mean share of a region over those of some images that have it."""
+    """Return the mean share of a region over the selected images that have this region."""
     known = own & np.array([name in one.regions for one in looks])
     rows = [one.regions.get(name, (0.0, 0.0, False)) for one in looks]
     share, area = (np.array([row[i] for row in rows], np.float64) for i in (0, 1))

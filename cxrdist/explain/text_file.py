@@ -102,7 +102,7 @@ class PaperWords(TypedDict):
 
 
 class TextPicture(TypedDict):
-    """An image of the pictures, with the files that show it."""
+    """An image with pictures: the files, and the figures shown beside them."""
 
     kind: Literal["found", "pasted"]
     key: Text

@@ -80,7 +80,7 @@ def compare(config: CompareConfig) -> Path:
 
 
 def _read(run: RunDirectory, subset: str) -> tuple[Scored, int]:
-    """Read the predictions of a run, and how many images of a class it calls enough.
+    """Read the predictions of a run, and the fewest images of a class that it calls enough.
 
     Raises:
         CxrdistError: it was not evaluated there.

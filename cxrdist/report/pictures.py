@@ -49,7 +49,7 @@ _LEGEND: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borde
 _LARGEST_PX = 512  # of an embedded picture, so that the page stays small
 MOST_PX = 1 << 26  # of a picture that is read; a heat map has at most 4096 x 4096
 _JPEG_QUALITY = 88
-_ROC_CELLS = 400  # along each axis of an ROC curve; each has one corner at most
+_ROC_CELLS = 400  # along each axis; an ROC curve keeps one corner per cell
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,8 @@ def reliability_chart(
     """Draw the share of positives over the mean probability, in bins.
 
     Per bin there are the share of positives (0 to 1) with its interval, and the means of the
-    network's probabilities and of the calibrated ones, which the intervals are drawn on if given.
+    network's probabilities and of the calibrated ones. If there are calibrated ones, the intervals
+    are drawn at their means.
     """
     low, high = _ends(intervals, positives)
     # Without this the bins of a rare class would all be in one corner.
@@ -339,9 +340,9 @@ def _chart(
 def _inline(svg: str, name: str, label: str) -> str:
     """Turn matplotlib's SVG file into an element; prefix its ids to be unique in the page."""
     svg = svg[svg.index("<svg") :]
-    # It has the time of drawing, so that two reports of a run would differ.
+    # The metadata has the time of drawing, so that two reports of a run would differ.
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Its rule for `*` would hold for the whole page; style.css.jinja has it for the charts.
+    # The rule for `*` would hold for the whole page; style.css.jinja has it for the charts.
     svg = re.sub(r"\s*<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)

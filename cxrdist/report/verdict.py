@@ -68,7 +68,7 @@ def _patients(metrics: Metrics, samples: Sequence[Prediction] | None) -> str | N
 
 
 def baseline_lines(audit: AuditView | None) -> list[str]:
-    """Describe what is reached without a deep network; empty without an audit."""
+    """Describe the scores of baselines without a deep network; empty without an audit."""
     if not audit:
         return []
     lines = []
@@ -85,7 +85,7 @@ def baseline_lines(audit: AuditView | None) -> list[str]:
 
 
 def _shortcut_line(shortcut: Shortcut | None) -> list[str]:
-    """Describe the same for audits of older versions, which only have the AUROC per class."""
+    """Describe the baseline in audits of older versions, which only have the AUROC per class."""
     scores = shortcut["auroc"] if shortcut else {}
     known = {label: score for label, score in scores.items() if score}
     if not known:
@@ -142,7 +142,7 @@ def external_lines(splits: Sequence[SplitView]) -> list[str]:
 
 
 def seen_words(metrics: Metrics | None) -> str:
-    """Say how many scored images the network has seen; empty if none, or for its own test."""
+    """Say how many scored images the network has seen; empty if none, or for the run's own set."""
     external = metrics.get("external") if metrics else None
     if not external:
         return ""
