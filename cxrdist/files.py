@@ -38,7 +38,7 @@ MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batche
 MEND_OPTIONAL = "copy the run directory again, or remove the file if the training is finished"
 """For a log or recipe, which a trained run can do without; another training does not mend it."""
 MOST_HEADER_BYTES = 1000  # of an npy file; a long text can crash literal_eval, which parses it
-LARGEST = 2**128 - 2**104  # the largest float32, (2 - 2**-23) * 2**127
+LARGEST_FLOAT32 = 2**128 - 2**104  # the largest float32, (2 - 2**-23) * 2**127
 DAMAGE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, tokenize.TokenError),
@@ -436,7 +436,7 @@ def finite(text: str) -> float:
         ValueError: it is not a finite number of that range.
     """
     value = float(text)
-    if not abs(value) <= LARGEST:
+    if not abs(value) <= LARGEST_FLOAT32:
         raise ValueError(f"{text:.40} is not a finite number")
     return value
 

@@ -41,7 +41,7 @@ from cxrdist.explain.text_file import (
     CONDITIONS,
     ClassText,
     Covering,
-    PaperWords,
+    PaperResults,
     PastedClass,
     Pasting,
     RelevanceInText,
@@ -56,7 +56,7 @@ from cxrdist.model.ensemble import one_network
 from cxrdist.model.prediction import to_probabilities
 from cxrdist.terminal import percentage, progress, rounded, table
 
-PAPER: PaperWords = {
+PAPER: PaperResults = {
     "covering": "\u201cA DNN with about 94% test accuracy had its accuracy increased in almost 1% "
     "and our best network had its accuracy decreased from 97.8% to 97.3%\u201d when the words were "
     "not covered (section 4.1; they were covered in the test images only, section 2.2).",

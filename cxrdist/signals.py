@@ -41,8 +41,8 @@ class _Request:
     def __init__(self) -> None:
         self.pid = os.getpid()
         self.name = ""
-        self.begun = True
-        self.waits = False
+        self.may_raise = True  # not while modules are imported
+        self.at_boundary = False  # whether training checks `stop_requested` between steps
 
     def receive(self, number: int, _: FrameType | None) -> None:
         """Record a signal; outside training, end the command."""
@@ -51,9 +51,9 @@ class _Request:
         # A later signal must not interrupt the clean-up that the first one has begun.
         if not self.name:
             self.name = signal.Signals(number).name
-            if not self.begun:
+            if not self.may_raise:
                 _end(number)
-            if not self.waits:
+            if not self.at_boundary:
                 raise Stopped(f"stopped on {self.name}; run the same command again")
 
 
@@ -90,11 +90,11 @@ def ending_at_once() -> Iterator[None]:
 
     Used during imports: some modules catch every exception while they are imported.
     """
-    _request.begun = False
+    _request.may_raise = False
     try:
         yield
     finally:
-        _request.begun = True
+        _request.may_raise = True
 
 
 @contextlib.contextmanager
@@ -107,12 +107,12 @@ def stopping_at_a_boundary() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request.waits = True
+    _request.at_boundary = True
     with _watched(_end_on_second):
         yield
     # Not reset after an error, such as a lost rank: a signal that arrives while the error is
     # reported must change neither the message nor the exit code.
-    _request.waits = False
+    _request.at_boundary = False
 
 
 @contextlib.contextmanager

@@ -93,8 +93,8 @@ def read_vindr_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
     Raises:
         CxrdistError: there is no table, a table is there twice, or a row is malformed.
     """
-    places = (folder / "annotations", folder)
-    files = [place / f"image_labels_{split}.csv" for split in SPLITS for place in places]
+    homes = (folder / "annotations", folder)
+    files = [home / f"image_labels_{split}.csv" for split in SPLITS for home in homes]
     tables = [file for file in files if file.is_file()]
     for file, other in itertools.combinations(tables, 2):
         if file.name == other.name:
@@ -165,14 +165,14 @@ def _read_physionet(tables: Sequence[Path]) -> _Content:
         if not boxes.is_file():
             content.notes.append(f"without {boxes.name} the {split} images have no boxes")
             continue
-        strange = set()
+        unmatched = set()
         for image, finding in _read_boxes(boxes, split, LABELS):
             if image not in content.readings:
-                strange.add(image)
+                unmatched.add(image)
             if finding.width:
                 content.findings.setdefault(image, []).append(finding)
-        if strange:
-            content.notes.append(f"{len(strange)} images of {boxes.name} are not in {file.name}")
+        if unmatched:
+            content.notes.append(f"{len(unmatched)} images of {boxes.name} are not in {file.name}")
     return content
 
 
@@ -256,7 +256,7 @@ def _reaches_out(record: Record) -> bool:
 
 
 def _notes(records: Sequence[Record]) -> Iterator[str]:
-    yield "no patient is known: images of one may be in two splits, also in the official ones"
+    yield "no patient is known: even the official splits may share patients"
     if uncertain := sum(bool(record.uncertain) for record in records):
         yield f"{uncertain} images have uncertain labels: some readers state them, but not most"
     held = [labels_of(record.label) for record in records]

@@ -93,7 +93,7 @@ class RelevanceInText(TypedDict):
     classes: list[TextRelevance]
 
 
-class PaperWords(TypedDict):
+class PaperResults(TypedDict):
     """Results of the paper for each test."""
 
     covering: Text
@@ -130,7 +130,7 @@ class TextFile(TypedDict):
     covering: Covering
     paste: Pasting
     relevance: RelevanceInText
-    paper: PaperWords
+    paper: PaperResults
     pictures: list[TextPicture]
 
 

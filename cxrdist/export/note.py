@@ -20,19 +20,19 @@ from cxrdist.model.ensemble import Ensemble
 from cxrdist.run import RunDirectory, environment
 
 USE = "research only, not a medical device"
-IN_GRAPH = (
+GRAPH_INPUT = (
     "images: uint8 [batch, 1, size, size], grey values 0 to 255; the normalisation is in the graph"
 )
-OF_GRAPH = (
+GRAPH_OUTPUT = (
     "logits: float32 [batch, classes], not calibrated, to be compared with thresholds; "
     "calibrated_probabilities: float32 [batch, classes], sigmoid(logit / temperature) of each "
-    "class against the rest, with 1 for a class without a temperature"
+    "class against the rest, where a class without a temperature has 1"
 )
-IN_LIBRARY = (
+LIBRARY_INPUT = (
     "float32 [batch, channels, size, size]: grey values divided by 255, the same in each channel, "
     "then (x - mean) / std"
 )
-OF_LIBRARY = "logits: float32 [batch, classes], not calibrated, to be compared with thresholds"
+LIBRARY_OUTPUT = "logits: float32 [batch, classes], not calibrated, to be compared with thresholds"
 
 
 class ExportNote(TypedDict):
@@ -106,8 +106,8 @@ def describe_export(
         "network": title_of(model),
         "classes": model.classes,
         "task": model.task,
-        "input": IN_GRAPH if in_graph else IN_LIBRARY,
-        "output": OF_GRAPH if in_graph else OF_LIBRARY,
+        "input": GRAPH_INPUT if in_graph else LIBRARY_INPUT,
+        "output": GRAPH_OUTPUT if in_graph else LIBRARY_OUTPUT,
         "image_size_px": model.image_size_px,
         "normalisation": model.normalisation if isinstance(model, Classifier) else None,
         "fit": model.fit,
