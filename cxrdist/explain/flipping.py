@@ -2,7 +2,7 @@
 
 Patches of the image are covered, the most relevant first, and the network predicts again. If the
 relevance shows what the network uses, the probability falls faster than in random order. The sum of
-a map is not a test: a map of the wrong positions has the same sum.
+a map is not a test: its values at other positions have the same sum.
 """
 
 from typing import NamedTuple

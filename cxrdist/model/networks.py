@@ -1,7 +1,7 @@
 """The supported networks: how each is built, and which modules belong to each of its blocks.
 
-Each is a module of timm or torchvision with the library's own names: the state dict of either loads
-strictly into the other.
+Each is a module of timm or torchvision with the library's own names: its state dict loads strictly
+into the library's network, and the other way round.
 """
 
 from collections.abc import Iterator

@@ -248,7 +248,7 @@ def read_relevance(
 ) -> dict[str, list[Explanation]] | None:
     """Read relevance.csv of a split by key, in the order of the file; None if not explained.
 
-    Targets that are not among the model's `classes` are contrasts; without those none is.
+    Targets that are not among the model's `classes` are contrasts; if these are None, no target is.
     """
     path = run.relevance_table(split)
     if not path.is_file():

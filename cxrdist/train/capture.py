@@ -28,9 +28,9 @@ class CapturedStep:
 
     A stage has two numbers of images, and with a background loss two turns.
 
-    The first steps of each graph are not replayed, and run on a stream of their own: kernels choose
-    their algorithms and libraries allocate in them. Recording computes nothing: the step is then
-    replayed like the later ones, so each step is taken once.
+    The first steps of each graph are not replayed, but run on a stream of their own, while kernels
+    choose their algorithms and libraries allocate memory. Recording computes nothing: the step is
+    then replayed like the later ones, so each step is taken once.
 
     Args:
         step: takes a turn and tensors on the device, changes the network, and returns tensors,

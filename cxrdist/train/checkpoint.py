@@ -48,7 +48,8 @@ class Position:
         log_bytes: length of log.jsonl; what a killed run wrote after it is cut off on resuming.
         logged_step: the step of the epoch up to which the log has a row.
         taken: digest of the images that the epoch has taken (Plan.digest).
-        skipped: steps in a row that the gradient scaler has skipped last.
+        skipped: how many of the latest steps in a row the gradient scaler has skipped.
+        stopping: the fields of `EarlyStopping`.
         finished: whether the stage is over.
         bests: of each stage, the directory and sha256 of its best weights.
         seconds: how long the epoch under way has taken; 0 in checkpoints of older versions.
@@ -178,7 +179,7 @@ def load_latest(directory: Path, recipe: str, say: Callable[[str], None]) -> Che
         try:
             return _load(path, recipe)
         except (OSError, ValueError, SafetensorError) as error:
-            # It is a ValueError, but no damage: to resume from an older one would be wrong.
+            # Also a ValueError, but no damage: resuming from an older checkpoint would be wrong.
             if isinstance(error, CxrdistError):
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -263,7 +264,7 @@ def fitting(name: str) -> Iterator[None]:
     """Turn an error while a checkpoint is restored into one line, a CxrdistError."""
     try:
         yield
-    # A ValueError and a RuntimeError, too, but already in one line.
+    # These are a ValueError and a RuntimeError as well, but already one line.
     except (CxrdistError, RunFailedError):
         raise
     except (ValueError, LookupError, TypeError, RuntimeError) as error:

@@ -53,7 +53,7 @@ def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
 
 
 def rates_of(stage: Stage, shape: Network) -> dict[str, float]:
-    """Return the learning rate of each block that a stage trains, in the order of the data.
+    """Return the learning rate of each block that a stage trains, in forward order.
 
     The rate of ``all``, for the blocks that are not named, is that of the head; it is multiplied by
     ``block_decay`` for each block between the head and its own (Howard & Ruder 2018, section 3.2).
@@ -116,7 +116,7 @@ def moving_norms(model: Classifier, trained: set[str], *, moving: bool = False) 
 
 
 def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
-    """Return one optimiser group per trained block, in the order of the data.
+    """Return one optimiser group per trained block, in forward order.
 
     Returns:
         dicts with name, params, lr and weight_decay.
@@ -152,7 +152,7 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     # Each group has its own rate, so this 0 is never used.
     optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, fused=True)
     for parameter in (p for group in groups for p in group["params"]):
-        # A first step that is withheld would leave PyTorch's own momentum as unwritten memory.
+        # If the first step is withheld, PyTorch's own momentum buffer stays uninitialised.
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
