@@ -142,8 +142,8 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
         CxrdistError: there is no such command, or its options are wrong.
         SystemExit: help was requested, and is printed.
     """
-    command, rest = _command(arguments)
-    flags = rest[: rest.index("--")] if "--" in rest else rest
+    command, options = _command(arguments)
+    flags = options[: options.index("--")] if "--" in options else options
     if {"-h", "--help"} & {*flags}:
         from cxrdist.help import help_of  # imported late: only a help needs its parser
 
@@ -151,8 +151,8 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
         raise SystemExit(0)
     recipe, why = _default_recipe(flags) if command.name == "train" else (None, "")
     if recipe is None:
-        return command, parse(command, rest), ""
-    config = parse(command, ["--config", recipe, *rest])
+        return command, parse(command, options), ""
+    config = parse(command, ["--config", recipe, *options])
     others = ", ".join(files_in(RECIPES))
     return command, config, f"recipe: {recipe}, {why}; --config takes another: {others}"
 

@@ -43,7 +43,7 @@ from cxrdist.report.files import (
     read_epochs,
     read_metrics,
     read_relevance,
-    read_stages,
+    read_resolved,
     read_tests,
 )
 from cxrdist.report.html import report
@@ -101,7 +101,7 @@ def cases_of(folder: Path) -> list[Case]:
     recipe = run.recipe.read_text()
     readers: dict[str, Callable[[], object]] = {
         "run.json": lambda: read_info(run),
-        "recipe.yaml": lambda: read_stages(run.recipe),
+        "recipe.yaml": lambda: read_resolved(run.recipe),
         "log.jsonl": lambda: read_epochs(run.log, "multiclass"),
         "audit.json": lambda: audit_view(run.audit),
         "test/predictions.csv": lambda: read_predictions(run.predictions("test"), "multiclass"),

@@ -87,7 +87,7 @@ def take_steps(stage: StageRun, num_steps: int) -> int:
     # An epoch takes this many copies of each image of a batch, so it has as many steps.
     copies = np.full(stage.recipe.global_batch_size, num_steps)
     stage.training = replace(stage.training, copies=copies)
-    # `open_epoch` would go on with the last epoch.
+    # `open_epoch` would resume the last epoch.
     stage.epoch = None
     with progress(0, "", "images", show=False) as bar:
         epoch = stage.open_epoch()

@@ -18,7 +18,7 @@ from cxrdist.report.files import (
     known_splits,
     read_calibration,
     read_metrics,
-    read_stages,
+    read_resolved,
     subsets_with,
 )
 from cxrdist.run import RunDirectory
@@ -109,7 +109,7 @@ def gather(run: RunDirectory) -> Evidence:
         path = run.inside(members[0], "model", "model.json")
     if path.is_file():
         network = read_document(path, ModelFile)
-    recipe, subsets = read_stages(run.recipe), known_splits(run.root)
+    recipe, subsets = read_resolved(run.recipe), known_splits(run.root)
     metrics = {
         subset: read_metrics(run.metrics(subset), info["shards"]["task"]) for subset in subsets
     }

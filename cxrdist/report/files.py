@@ -95,7 +95,7 @@ class Recipe(NamedTuple):
     """All of it; `augmentation` and `copies` are objects or missing."""
 
 
-def read_stages(path: Path) -> Recipe | None:
+def read_resolved(path: Path) -> Recipe | None:
     """Read the resolved recipe; None if there is none."""
     if not path.is_file():
         return None

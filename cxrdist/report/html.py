@@ -13,7 +13,7 @@ from cxrdist.report.card import write_card
 from cxrdist.report.checklist import write_checklist
 from cxrdist.report.evidence import gather
 from cxrdist.report.external import external_view
-from cxrdist.report.files import known_splits, read_stages, reading, weights_chain
+from cxrdist.report.files import known_splits, read_resolved, reading, weights_chain
 from cxrdist.report.foreign import report_predictions
 from cxrdist.report.localisation import localisation_views
 from cxrdist.report.outside import outside_lines
@@ -45,7 +45,7 @@ def report(config: ReportConfig) -> Path:
         )
     run = RunDirectory(config.run)
     evidence = gather(run)
-    info, recipe = evidence.info, read_stages(run.recipe)
+    info, recipe = evidence.info, read_resolved(run.recipe)
     shards = info["shards"]
     splits = [
         split_view(run, split, f"split{i}", shards["task"], shards["classes"])

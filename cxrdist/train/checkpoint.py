@@ -271,7 +271,7 @@ def fitting(name: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise CxrdistError(
             f"checkpoints/{name}: does not fit the recipe and the network ({reason:.200}); remove "
-            "it to go on from the one before it"
+            "it to resume from the one before it"
         ) from error
 
 
