@@ -225,7 +225,7 @@ class StopVote:
             self.cast.wait()
             if self.votes.item():
                 return True
-        # Not earlier: until wait() the sum of the vote before was still using the buffer.
+        # Only after wait(): until then the sum of the earlier vote uses the buffer.
         self.votes.fill_(bool(stop_requested()))
         self.cast = torch.distributed.all_reduce(self.votes, group=self.group, async_op=True)
         return False
@@ -241,7 +241,7 @@ def gather(accelerator: Accelerator, rows: list[Any]) -> list[Any]:
     """Return the lists of all ranks concatenated in rank order, on every rank."""
     if accelerator.num_processes == 1:
         return rows
-    # Takes a list from each rank and joins the lists, so a single value is given as [value].
+    # It takes a list from each rank and joins the lists, so a single value is given as [value].
     return gather_object(rows)
 
 

@@ -130,7 +130,7 @@ def _pass_on(number: int, _: FrameType | None) -> None:
     second = any(now - came > SAME_REQUEST_SECONDS for came in _received.values())
     _received.setdefault(number, now)
     children = psutil.Process().children()
-    # No rank is running, so that there is nothing to save.
+    # Without a running rank there is nothing to save.
     if not children:
         raise SystemExit(STOP_CODE)
     passed = signal.SIGTERM if number == signal.SIGINT else number

@@ -203,7 +203,7 @@ def _mean_outlines(
 
 
 def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
-    """Score the maps of the cases on all ranks; outlines of nothing or all are left out.
+    """Score the maps of the cases on all ranks; outlines of nothing or everything are left out.
 
     The cases of a batch share their class and the likeliest other class. Batches do not depend on
     the number of ranks.
@@ -342,8 +342,8 @@ def _draw(
     pictures |= {method: overlay(pixels, values[0]) for method, values in maps.items()}
     key = loaded.index.samples[case.number].key
     class_index = work.model.classes.index(case.target)
-    # The index, since replace_pictures finds earlier pictures by a pattern that not every class
-    # name fits.
+    # Not by the name of the class: replace_pictures finds earlier pictures by a pattern that some
+    # names do not fit.
     names = {kind: f"{key}.{class_index}.{kind}.png" for kind in pictures}
     entry: Pictured = {
         "key": key,

@@ -316,8 +316,8 @@ def _rebuild(layer: Layer, path: Path, cached: Checked, accelerator: Accelerator
     # The name has no process ID: all ranks of the node write into this file, under the lock.
     partial = path.with_suffix(".partial")
     first = cached.fault and part == 0
-    # One step of all ranks after the other: none fills a file that is not reserved yet, and the
-    # name goes to a file that all ranks have filled.
+    # All ranks finish a step before the next one begins: none fills a file that is not reserved
+    # yet, and the file gets its name when all have filled it.
     together(accelerator, lambda: _reserve(layer, partial) if first else None)
     together(
         accelerator, lambda: _fill(layer, partial, cached, accelerator) if cached.fault else None

@@ -33,8 +33,8 @@ def decode(
 ) -> Picture:
     """Decode an image to a grey square, with its boxes covered in a second one, and its mask.
 
-    The filter is anti-aliased. Boxes of burned-in text, in px of the original, are covered in it as
-    in `cover`, before it becomes square; the mask is not changed by them. ``fit`` is that of
+    The filter is anti-aliased. Boxes of burned-in text, in px of the original, are covered as in
+    `cover` before the image becomes square; they do not change the mask. ``fit`` is that of
     `place`, ``depth`` that of `read_grey`.
 
     Raises:

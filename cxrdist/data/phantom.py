@@ -23,7 +23,7 @@ CLASSES = (COVID, NORMAL, PNEUMONIA)
 PATIENT_PATTERN = r"^(p\d+)_"
 WORD = "SEDUTO"
 WORD_SHARE = 0.5
-"""Share of the COVID-19 patients who have the word and no opacity: only the word tells."""
+"""Share of the COVID-19 patients with the word and no opacity: only the word shows their class."""
 MAX_IMAGES_PER_PATIENT = 3
 MIN_IMAGE_SIZE_PX = 32
 
@@ -380,7 +380,7 @@ def _spine(x: FloatArray, y: FloatArray, rng: np.random.Generator) -> FloatArray
 
 
 def _texture(side: int, cells: int, strength: float, rng: np.random.Generator) -> FloatArray:
-    """Return smooth noise of `cells` bumps a side and a standard deviation near `strength`."""
+    """Return smooth noise of `cells` bumps per side and a standard deviation near `strength`."""
     coarse = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
     return strength * np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
 
@@ -540,9 +540,8 @@ def burn_text(
 ) -> Planted:
     """Write bright text into a grey image, and return the box around it, cut at the border.
 
-    Place and height (of the font, at least 6 px) are fractions of the image's side. The anchor is
-    the point of the text that stands at the place, as Pillow names them: lt is left top, rb right
-    bottom.
+    The place and the height of the font (at least 6 px) are fractions of the image's side. The
+    anchor says which point of the text is at the place, as in Pillow: lt left top, rb right bottom.
     """
     side = pixels.width
     draw = ImageDraw.Draw(pixels)

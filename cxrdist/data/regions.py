@@ -10,13 +10,13 @@ from cxrdist.errors import CxrdistError
 Region = Literal["masks", "text", "border", "thorax"]
 
 BORDER = 0.1
-"""Width of the border, of the side: the outer tenth."""
+"""Width of the border, as a fraction of the side."""
 CORNER = 0.2
-"""Side of the four corner squares, of the side: a fifth."""
+"""Side of the four corner squares, as a fraction of the square's side."""
 THORAX = (0.5, 0.48, 0.49, 0.48)
-"""Centre x, centre y, half the width and half the height, of the side. It contains on average 96 %
-of the lungs in 416 masks of COVID-19 patients' X-rays (COVID-19 image data collection), on 74 % of
-the square."""
+"""Centre x, centre y, half the width and half the height, as fractions of the side. It contains on
+average 96 % of the lungs in 416 masks of COVID-19 patients' X-rays (COVID-19 image data
+collection), on 74 % of the square."""
 
 
 def is_constant(mask: NDArray[Any]) -> bool:

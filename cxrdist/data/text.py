@@ -33,9 +33,9 @@ STRIDE_PX = 32
 PIXEL_THRESHOLD, BOX_THRESHOLD = 0.15, 0.3
 """Least probability of a pixel, and mean of a box, to be text (RapidOCR's default: 0.3, 0.5)."""
 MOST_HEIGHT = 0.15
-"""Largest height of letters, of the image's shorter side; above it is the spine or the chest."""
+"""Largest height of letters, as a fraction of the shorter side; spine and chest are higher."""
 MARGIN = 0.15
-"""Margin added to each side of a box, of the letters' height, for their soft edge."""
+"""Margin on each side of a box, as a fraction of the letters' height, for their soft edge."""
 READ_FROM = 0.5
 """Least certainty of the recogniser; below it the text stays empty."""
 PART_SIZE = 16  # images per saved part; a killed part is searched again
@@ -168,7 +168,7 @@ def _engine() -> Any:
             "Global.log_level": "error",
             "EngineConfig.onnxruntime.intra_op_num_threads": 1,
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
-            # By default the engine enlarges shorter sides below 736 px, but `_detect` has scaled.
+            # By default the engine enlarges shorter sides below 736 px; `_detect` scales instead.
             "Det.limit_type": "max",
             "Det.limit_side_len": max(SIDES_PX),
             "Det.thresh": PIXEL_THRESHOLD,

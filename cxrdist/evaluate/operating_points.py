@@ -244,7 +244,7 @@ def _at_prevalence(
 
     Their log odds are a sum of a function of the sensitivity and one of the specificity, so their
     limits follow from those of the two (`_parts`; Zou & Donner 2008, Statistics in Medicine 27,
-    1693). A value of exactly 0 or 1 has the limits that both lower or both upper limits give.
+    1693). For a value of exactly 0 or 1 they are the values at both lower and both upper limits.
     """
     if intervals["sensitivity"] is None or intervals["specificity"] is None:
         return {"ppv": None, "ppv_interval": None, "npv": None, "npv_interval": None}

@@ -127,7 +127,7 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
             setattr(source, keyword, None)
     if source.PatientSex not in ("M", "F", "O"):
         source.PatientSex = None
-    # Required then (PS3.3, C.7.1.1), and the sequence that may replace it is not copied.
+    # Then the method is required (PS3.3, C.7.1.1): the sequence that may replace it is not copied.
     if source.get("PatientIdentityRemoved") == "YES" and not source.get("DeidentificationMethod"):
         source.DeidentificationMethod = "See the source image"
     if not all(source.get(keyword) for keyword in INSTANCE):
@@ -210,7 +210,7 @@ def _captioned(picture: Image.Image, probability: Probability) -> Image.Image:
         f"cxrdist {__version__}: relevance for {probability.name} ({probability})",
         "red for the class, blue against it",
     )
-    # Of the longest line, per pixel of the font's size. The 0.96 leaves room for the margin.
+    # Width of the longest line per pixel of the font's size. The 0.96 leaves room for the margin.
     widest = max(ImageFont.load_default(10).getlength(line) for line in lines) / 10
     size = min(picture.width / 32, 0.96 * picture.width / widest)
     margin = round(size / 2)

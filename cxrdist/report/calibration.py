@@ -1,4 +1,4 @@
-"""Views of operating points, calibration and decision curves for the report."""
+"""What the report shows of operating points, calibration and decision curves."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -39,7 +39,7 @@ class Learner(nn.Module):
         """Set up the graph of a stage.
 
         Args:
-            model: the network, with its frozen parameters marked.
+            model: the network, whose frozen parameters require no gradient.
             trained: blocks that the stage trains.
             precision: of the convolutions, as in autocast.
             background: the stage's background loss, if it has one.
@@ -57,7 +57,7 @@ class Learner(nn.Module):
             self._trunk = [features if moving else folded(features, precision)]
         self._loss = self.loss
         if compiled:
-            torch.compiler.reset()  # PyTorch counts the graphs of all stages together
+            torch.compiler.reset()  # else the graphs of earlier stages count towards a limit
             self._loss = torch.compile(
                 self.loss, fullgraph=True, dynamic=False, backend=COMPILE_BACKEND
             )
@@ -81,8 +81,8 @@ class Learner(nn.Module):
         loss: Tensor = self._loss(images, matrices, targets)
         if self._background is None or foreground is None:
             return torch.stack([loss, torch.zeros_like(loss)])
-        # After the pass that trains: BatchNorm moves the running statistics in it, in place, and
-        # the penalty's gradient needs those that it was computed with.
+        # After the pass that trains, which changes running statistics in place: the gradient of the
+        # penalty needs the statistics that the penalty was computed with.
         inputs = (images, matrices, targets, foreground, turn)
         penalties = self._background.penalties(self.model, *inputs)
         return torch.stack([loss, penalties.sum().to(loss.dtype)])
@@ -95,7 +95,7 @@ class Learner(nn.Module):
         """Return the logits [B, classes] of warped images, float [B, 1, H, W]."""
         if not self._trunk:
             return self.model.logits(images)
-        # `Classifier.logits`, which counts the passes, is not called here.
+        # Counted here, because `Classifier.logits`, which does it, is not called.
         self.model.count_pass()
         with torch.no_grad():
             features = self._trunk[0](self.model.normalise(images))
