@@ -68,7 +68,7 @@ NAMES: Mapping[Method, str] = {
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Inputs:
     """Inputs that each rank needs to score its share of the cases."""
 
     loaded: LoadedRun
@@ -115,11 +115,11 @@ def _localise(config: LocaliseConfig, opened: OpenedRun, file: Path) -> None:
         say(accelerator, f"{outlines.origin}: {note}")
     cases = together(accelerator, lambda: _cases_by_split(loaded, outlines))
     means = _mean_outlines(loaded, outlines, cases["train"])
-    work = _Work(loaded, config.split, model, explainer, outlines, means, config.batch_size)
-    val = _score_cases(work, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
-    scored = _score_cases(work, cases[ALL])
+    inputs = _Inputs(loaded, config.split, model, explainer, outlines, means, config.batch_size)
+    val = _score_cases(inputs, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
+    scored = _score_cases(inputs, cases[ALL])
     if accelerator.is_main_process:
-        scores = _describe(work, scored, val, len(cases["train"]), len(cases[ALL]))
+        scores = _describe(inputs, scored, val, len(cases["train"]), len(cases[ALL]))
         write_json(file, scores)
         print(summary(scores))
         print(f"all scores: {file}, and in the report")
@@ -202,15 +202,15 @@ def _mean_outlines(
     return means | {ALL: np.sum([*sums.values()], axis=0) / len(cases)}
 
 
-def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
+def _score_cases(inputs: _Inputs, cases: Sequence[Case]) -> list[Scored]:
     """Score the maps of the cases on all ranks; outlines of nothing or everything are left out.
 
     The cases of a batch share their class and the likeliest other class. Batches do not depend on
     the number of ranks.
     """
-    loaded, accelerator = work.loaded, work.loaded.accelerator
+    loaded, accelerator = inputs.loaded, inputs.loaded.accelerator
     numbers = np.array(sorted({number for number, _ in cases}), dtype=np.int64)
-    rows_of_logits = in_order(predict_split(loaded, numbers, work.batch_size), numbers)
+    rows_of_logits = in_order(predict_split(loaded, numbers, inputs.batch_size), numbers)
     logits = dict(zip(numbers.tolist(), rows_of_logits, strict=True))
     pairs: dict[tuple[str, str | None], list[int]] = {}
     for number, target in cases:
@@ -219,7 +219,7 @@ def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
     batches = [
         (target, other, batch)
         for (target, other), own in pairs.items()
-        for batch in rank_batches(np.array(own, dtype=np.int64), work.batch_size, accelerator)
+        for batch in rank_batches(np.array(own, dtype=np.int64), inputs.batch_size, accelerator)
     ]
 
     def score() -> list[Scored]:
@@ -227,7 +227,7 @@ def _score_cases(work: _Work, cases: Sequence[Case]) -> list[Scored]:
         total, show = sum(len(batch) for *_, batch in batches), accelerator.is_main_process
         with progress(total, "explaining", "images", show=show) as bar:
             for target, other, batch in batches:
-                rows += _score_batch(work, batch.tolist(), target, other)
+                rows += _score_batch(inputs, batch.tolist(), target, other)
                 bar.update(len(batch))
         return rows
 
@@ -244,34 +244,34 @@ def likeliest_other(
 
 
 def _score_batch(
-    work: _Work, numbers: Sequence[int], target: str, other: str | None
+    inputs: _Inputs, numbers: Sequence[int], target: str, other: str | None
 ) -> Iterator[Scored]:
-    outlines = {number: work.outlines.read((number, target)) for number in numbers}
+    outlines = {number: inputs.outlines.read((number, target)) for number in numbers}
     drawn = [number for number in numbers if not is_constant(outlines[number])]
     if not drawn:
         return
-    loaded = work.loaded
+    loaded = inputs.loaded
     images = read_rows(loaded.images, np.array(drawn), loaded.accelerator.device)
-    maps = _make_maps(work, images, target, other)
+    maps = _make_maps(inputs, images, target, other)
     for i, number in enumerate(drawn):
         outline = outlines[number]
         area = float(outline.mean())
         scores = {method: score_map(values[i], outline) for method, values in maps.items()}
         scores["chance"] = score_chance(area)
-        shapes = work.outlines.shapes[number, target]
+        shapes = inputs.outlines.shapes[number, target]
         yield Scored(number, target, shapes, area, scores, other)
 
 
-def _make_maps(work: _Work, images: Tensor, target: str, other: str | None) -> Maps:
+def _make_maps(inputs: _Inputs, images: Tensor, target: str, other: str | None) -> Maps:
     """Return the maps of a batch for a class, in the order of the table."""
     size_px = images.shape[-1]
     shape = len(images), size_px, size_px
-    class_index = work.model.classes.index(target)
-    maps = _relevance(work.explainer, images, target, other)
-    maps["grad_cam"] = grad_cam(work.model, images, class_index).float().cpu().numpy()
-    maps["gradient"] = plain_gradient(work.model, images, class_index).float().cpu().numpy()
-    if work.means:
-        mean = work.means.get(target, work.means[ALL])
+    class_index = inputs.model.classes.index(target)
+    maps = _relevance(inputs.explainer, images, target, other)
+    maps["grad_cam"] = grad_cam(inputs.model, images, class_index).float().cpu().numpy()
+    maps["gradient"] = plain_gradient(inputs.model, images, class_index).float().cpu().numpy()
+    if inputs.means:
+        mean = inputs.means.get(target, inputs.means[ALL])
         maps["mean_outline"] = np.broadcast_to(mean, shape)
     maps["centre"] = np.broadcast_to(centre_prior(size_px), shape)
     return maps
@@ -290,10 +290,10 @@ def _relevance(
 
 
 def _describe(
-    work: _Work, scored: Sequence[Scored], val: Sequence[Scored], num_train: int, num_cases: int
+    inputs: _Inputs, scored: Sequence[Scored], val: Sequence[Scored], num_train: int, num_cases: int
 ) -> Localisation:
     """Return the content of localisation.json, and write the pictures."""
-    samples, outlines = work.loaded.index.samples, work.outlines
+    samples, outlines = inputs.loaded.index.samples, inputs.outlines
     constant = {CONSTANT: num_cases - len(scored)} if len(scored) < num_cases else {}
     if not scored:
         raise CxrdistError(
@@ -304,8 +304,8 @@ def _describe(
     groups, intervals = summarise(scored, patients, choose_tops(val))
     return {
         "format": "cxrdist-localisation-1",
-        "split": work.split,
-        "index_sha256": work.loaded.index.sha256,
+        "split": inputs.split,
+        "index_sha256": inputs.loaded.index.sha256,
         "kind": outlines.kind,
         "origin": outlines.origin,
         "left_out": {**outlines.left_out, **constant},
@@ -313,35 +313,35 @@ def _describe(
         "train_cases": num_train,
         "groups": groups,
         "intervals": intervals,
-        "pictures": _write_pictures(work, scored),
+        "pictures": _write_pictures(inputs, scored),
     }
 
 
-def _write_pictures(work: _Work, scored: Sequence[Scored]) -> list[Pictured]:
+def _write_pictures(inputs: _Inputs, scored: Sequence[Scored]) -> list[Pictured]:
     """Draw the cases with the largest and the least share of positive relevance inside."""
     ranked = sorted(scored, key=lambda case: -case.scores["lrp"][INSIDE])
     worst = ranked[PICTURED:][: -PICTURED - 1 : -1]  # no case is both a best and a worst one
-    drawn = [_draw(work, case, "best") for case in ranked[:PICTURED]]
-    drawn += [_draw(work, case, "worst") for case in worst]
+    drawn = [_draw(inputs, case, "best") for case in ranked[:PICTURED]]
+    drawn += [_draw(inputs, case, "worst") for case in worst]
     pictures = {name: picture for _, files in drawn for name, picture in files.items()}
-    run, subset = work.loaded.run, work.loaded.subset
+    run, subset = inputs.loaded.run, inputs.loaded.subset
     replace_pictures(run.localisation(subset), run.localisation_pictures(subset), pictures)
     return [entry for entry, _ in drawn]
 
 
 def _draw(
-    work: _Work, case: Scored, rank: Literal["best", "worst"]
+    inputs: _Inputs, case: Scored, rank: Literal["best", "worst"]
 ) -> tuple[Pictured, dict[str, Image.Image]]:
     """Return the entry of a case in localisation.json, and its pictures by file name."""
-    loaded = work.loaded
+    loaded = inputs.loaded
     images = read_rows(loaded.images, np.array([case.number]), loaded.accelerator.device)
     pixels = np.asarray(loaded.images[case.number])
-    outline = work.outlines.read((case.number, case.target))
-    maps = _relevance(work.explainer, images, case.target, case.other)
+    outline = inputs.outlines.read((case.number, case.target))
+    maps = _relevance(inputs.explainer, images, case.target, case.other)
     pictures = {"xray": Image.fromarray(pixels)}
     pictures |= {method: overlay(pixels, values[0]) for method, values in maps.items()}
     key = loaded.index.samples[case.number].key
-    class_index = work.model.classes.index(case.target)
+    class_index = inputs.model.classes.index(case.target)
     # Not by the name of the class: replace_pictures finds earlier pictures by a pattern that some
     # names do not fit.
     names = {kind: f"{key}.{class_index}.{kind}.png" for kind in pictures}
@@ -386,7 +386,7 @@ def summary(scores: Localisation) -> str:
     marked = (
         f"chosen on {scores['val_cases']} outlines of val"
         if scores["val_cases"]
-        else f"fixed: to choose it takes {FEWEST_CASES} outlines of val that are not scored here"
+        else f"fixed, as choosing it takes {FEWEST_CASES} outlines of val that are not scored here"
     )
     lines = [_amount(scores, group) for group in scores["groups"]]
     left_out = [f"left out: {count} {why}" for why, count in scores["left_out"].items()]

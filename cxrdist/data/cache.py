@@ -144,8 +144,8 @@ def open_cache(index: Index, directory: Path | None, accelerator: Accelerator) -
         CxrdistError: a shard or a sample differs from the index, a link or another special file
             has the name of a cache file, or the cache differs on a node that may not repair it.
     """
-    part, num_parts = local_ranks(accelerator)
-    together(accelerator, lambda: _verify(index, part, num_parts))
+    local_rank, num_local = local_ranks(accelerator)
+    together(accelerator, lambda: _verify(index, local_rank, num_local))
     return _open(_images_of(index), directory, accelerator)
 
 
@@ -164,10 +164,10 @@ def open_masks(index: Index, directory: Path | None, accelerator: Accelerator) -
 
 def _open(layer: Layer, directory: Path | None, accelerator: Accelerator) -> NDArray[np.uint8]:
     path = (directory or default_cache()) / f"{layer.index.sha256[:32]}{layer.suffix}"
-    part, _ = local_ranks(accelerator)
+    local_rank, _ = local_ranks(accelerator)
     ours = _is_ours(path.parent, accelerator)
     lock = waiting_lock(path.with_suffix(".lock"))  # one run per node decodes at a time
-    with entering(accelerator, lock, here=ours and part == 0):
+    with entering(accelerator, lock, here=ours and local_rank == 0):
         cached = _check(layer, path, accelerator, look=ours)
         _report(path, cached, accelerator)
         _rebuild(layer, path, cached, accelerator)
@@ -197,7 +197,7 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
     The others neither write nor look until it is full: they would wait for each other's locks, and
     a network file system caches for a while that a file did not exist.
     """
-    part, _ = local_ranks(accelerator)
+    local_rank, _ = local_ranks(accelerator)
     # Drawn by rank 0 for all ranks, so that the mark of a killed run or of another does not count.
     mark = directory / f".{gather(accelerator, [secrets.token_hex(8)])[0]}.node"
 
@@ -211,12 +211,12 @@ def _is_ours(directory: Path, accelerator: Accelerator) -> bool:
                 return False
         return True
 
-    created = together(accelerator, lambda: part == 0 and create())
+    created = together(accelerator, lambda: local_rank == 0 and create())
     # `together` has waited for all nodes: removed earlier, a slower node could create it again.
     if created:
         mark.unlink()
     # Ranks of a node are numbered consecutively: this is the answer of its first one.
-    return gather(accelerator, [created])[accelerator.process_index - part]
+    return gather(accelerator, [created])[accelerator.process_index - local_rank]
 
 
 def _remove_old_marks(directory: Path) -> None:
@@ -227,9 +227,9 @@ def _remove_old_marks(directory: Path) -> None:
                 mark.unlink()
 
 
-def _verify(index: Index, part: int, num_parts: int) -> None:
+def _verify(index: Index, local_rank: int, num_local: int) -> None:
     """Compare this rank's shards with the index; remote ones are compared when fetched."""
-    for shard in index.packed()[part::num_parts]:
+    for shard in index.packed()[local_rank::num_local]:
         if isinstance(shard.file, Path):
             with open_shard(shard):
                 pass
@@ -240,11 +240,11 @@ def _check(layer: Layer, path: Path, accelerator: Accelerator, *, look: bool) ->
 
     ``look`` says whether this node compares; it is the same on all ranks of the node.
     """
-    part, num_parts = local_ranks(accelerator)
+    local_rank, num_local = local_ranks(accelerator)
     images, fault = together(accelerator, lambda: _load(layer, path) if look else (None, ""))
-    differing = together(accelerator, lambda: _differing(layer, images, part, num_parts))
-    first = accelerator.process_index - part
-    node = gather(accelerator, [(fault, differing)])[first : first + num_parts]
+    differing = together(accelerator, lambda: _differing(layer, images, local_rank, num_local))
+    first = accelerator.process_index - local_rank
+    node = gather(accelerator, [(fault, differing)])[first : first + num_local]
     if faults := [fault for fault, _ in node if fault]:
         return Checked(None, set(range(len(layer.index.shards))), faults[0])
     numbers = [number for _, differing in node for number in differing]
@@ -276,7 +276,7 @@ def _load(layer: Layer, path: Path) -> tuple[NDArray[np.uint8] | None, str]:
 
 
 def _differing(
-    layer: Layer, images: NDArray[np.uint8] | None, part: int, num_parts: int
+    layer: Layer, images: NDArray[np.uint8] | None, local_rank: int, num_local: int
 ) -> list[int]:
     """Return the samples of this rank whose rows differ from their sha256 in samples.csv.
 
@@ -289,9 +289,9 @@ def _differing(
     def differing(numbers: range) -> list[int]:
         return [i for i in numbers if layer.digest(images[i]) != layer.sha256[i]]
 
-    numbers = range(count * part // num_parts, count * (part + 1) // num_parts)
+    numbers = range(count * local_rank // num_local, count * (local_rank + 1) // num_local)
     blocks = [numbers[i : i + 256] for i in range(0, len(numbers), 256)]
-    cores = len(os.sched_getaffinity(0)) // num_parts
+    cores = len(os.sched_getaffinity(0)) // num_local
     # Threads are enough: hashlib releases the GIL for more than 2047 bytes.
     with ThreadPoolExecutor(max(1, min(NUM_THREADS, cores))) as pool:
         return [i for block in pool.map(differing, blocks) for i in block]
@@ -312,10 +312,10 @@ def _rebuild(layer: Layer, path: Path, cached: Checked, accelerator: Accelerator
 
     The old file is replaced, never written to: other runs may have mapped it.
     """
-    part, _ = local_ranks(accelerator)
+    local_rank, _ = local_ranks(accelerator)
     # The name has no process ID: all ranks of the node write into this file, under the lock.
     partial = path.with_suffix(".partial")
-    first = cached.fault and part == 0
+    first = cached.fault and local_rank == 0
     # All ranks finish a step before the next one begins: none fills a file that is not reserved
     # yet, and the file gets its name when all have filled it.
     together(accelerator, lambda: _reserve(layer, partial) if first else None)
@@ -337,11 +337,11 @@ def _reserve(layer: Layer, partial: Path) -> None:
 
 def _fill(layer: Layer, partial: Path, cached: Checked, accelerator: Accelerator) -> None:
     """Write this rank's shards into the new cache: decode stale ones, copy the others."""
-    part, num_parts = local_ranks(accelerator)
+    local_rank, num_local = local_ranks(accelerator)
     with open_regular(partial, os.O_RDWR) as file:
         # The map has a descriptor of its own, so the file may be closed.
         rows = np.memmap(file, np.uint8, "r+", len(layer.header()), layer.shape)
-    shards = list(enumerate(layer.index.packed()))[part::num_parts]
+    shards = list(enumerate(layer.index.packed()))[local_rank::num_local]
     total = sum(shard.entry.samples for i, shard in shards if i in cached.stale)
     with progress(total, "decoding", layer.noun, show=accelerator.is_main_process) as bar:
         for i, shard in shards:
