@@ -17,7 +17,7 @@ HASH_SIDE = 16  # 256 bits; with 64, different X-rays are as similar as altered 
 FREQUENCIES = np.cos(
     np.pi * np.outer(np.arange(HASH_SIDE), np.arange(4 * HASH_SIDE) + 0.5) / (4 * HASH_SIDE)
 )
-INNER = 0.94  # of the side: a copy may have lost 3 % of it on each
+INNER = 0.94  # of the side: a copy may have lost 3 % at each edge
 BORDER = 1 / 16  # of the side; of a 224 px square the outer 14 px
 THUMBNAIL_PX = 32
 DARK, BRIGHT = 10, 245  # grey levels of what is all but black or white

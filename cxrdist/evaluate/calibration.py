@@ -331,7 +331,7 @@ def _least_error(distances: NDArray[np.float64], chance: NDArray[np.float64]) ->
     sizes, chance = np.abs(distances), chance[np.isfinite(chance).all(axis=1)]
     spread = chance.std(axis=0)
     varies = spread > 0
-    # From those at which all distances are 0 to none, in steps of 1 %.
+    # Numbers of standard errors: from the least that makes all distances 0 down to none.
     nearer = np.linspace((sizes[varies] / spread[varies]).max(initial=0), 0, 101)
 
     def left(step: int) -> NDArray[np.float64]:

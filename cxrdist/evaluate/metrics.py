@@ -199,7 +199,6 @@ def compute_label_metrics(logits: Tensor, targets: Tensor, classes: list[str]) -
         logits: float [N, classes].
         targets: [N, classes], 1 where an image has the label, below 0 where that is unknown.
         classes: names in the order of the columns.
-
     """
     decided = torch.from_numpy(decide(logits.numpy(), "multilabel"))
     by_class = {

@@ -77,7 +77,7 @@ class Group(TypedDict):
 
 
 class Pictured(TypedDict):
-    """An image of the pictures, with the files that show it."""
+    """An image with pictures: the files, and the figures shown beside them."""
 
     key: Text
     target: Text

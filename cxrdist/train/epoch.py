@@ -19,7 +19,7 @@ class Epoch:
     Attributes:
         where: stage and epoch, for messages.
         step: steps done.
-        settled: steps whose losses are brought together.
+        settled: steps whose losses have been summed over the ranks.
         losses: float64 [steps], mean loss of each settled step over its known labels, with its
             background penalty.
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
@@ -111,7 +111,7 @@ class Epoch:
         return taken
 
     def _check_steps(self, norms: Tensor, scale: float | None) -> None:
-        """Make sure that the new steps are finite; with a scaler, that some of them are taken."""
+        """Raise RunFailedError if a new step is not finite; with a scaler, if too many overflow."""
         losses = torch.isfinite(self.losses[self.settled : self.step]).tolist()
         gradients = torch.isfinite(norms).tolist()
         for i, (loss, gradient) in enumerate(zip(losses, gradients, strict=True)):

@@ -211,8 +211,8 @@ def build_training(
 ) -> Training:
     """Read weights and images; only then begin the run directory, or resume it.
 
-    Invalid input is rejected before the run directory is written, and before the cache of images,
-    from which alone masks are read.
+    Invalid input is rejected before the run directory is written and before the cache of images is
+    opened, except invalid masks: these are read from the cache.
 
     Raises:
         CxrdistError: copies, weights or shards cannot be used.
@@ -271,7 +271,7 @@ def build_training(
 
 
 def _forget_attempt(run: RunDirectory) -> None:
-    """Remove the first files of a training without a checkpoint: this one may have other inputs."""
+    """Remove the first files of a training without a checkpoint: the next may have other inputs."""
     if not has_checkpoint(run.checkpoints):
         # The recipe goes first: where it exists, `_begin_run` reads run.json.
         for file in (run.recipe, run.info, run.audit, run.seen):
@@ -439,7 +439,7 @@ def _read_weights(config: TrainConfig) -> InitialWeights:
 
 
 def _refuse_other_weights(run: RunDirectory, weights: InitialWeights) -> None:
-    """Make sure that a run resumes with the weights that its checkpoints began with."""
+    """Raise CxrdistError if a run would resume with other weights than it began with."""
     if not (run.recipe.is_file() and has_checkpoint(run.checkpoints)):
         return
     began = read_info(run)["weights"].get("sha256")
