@@ -103,7 +103,7 @@ def _read(data: bytes, depth: int | None) -> Picture:
     if _is_deflated(data):
         # pydicom would inflate it without a limit, so that a small file could fill the memory.
         raise RefusedError("it is deflated; store it uncompressed, for example with dcmconv +te")
-    # Without force it refuses files without a preamble (PS3.10, section 7.1), as old ones are.
+    # Without force it refuses files without a preamble (PS3.10, section 7.1), such as old ones.
     dataset = pydicom.dcmread(io.BytesIO(data), force=True)
     _refuse_no_radiograph(dataset)
     width_px, height_px = _shown_size(dataset)

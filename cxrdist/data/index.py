@@ -338,7 +338,7 @@ def _read_samples(table: Path, shards: list[ShardEntry]) -> tuple[str, list[Samp
             samples = [_read_sample(row, header, known) for row in islice(rows, most)]
             if next(rows, None) is not None:
                 raise ValueError(f"has more rows than the {most} samples of index.json")
-            # Of the same open file, so that what is compared is what was parsed.
+            # The hash of the same open file, so that what is compared is what was parsed.
             text.detach().seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except (OSError, ValueError, csv.Error) as error:

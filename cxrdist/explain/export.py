@@ -127,7 +127,7 @@ def explain(config: ExplainConfig) -> None:
                 return None
             return _prepare(work, _settings(config, loaded, targets, numbers))
 
-        # That of the main rank, which is the first.
+        # Only the main rank, which is the first, has prepared anything.
         todo = gather(accelerator, [together(accelerator, prepare)])[0]
         results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
         rows_by_number = sorted(gather(accelerator, results.rows))

@@ -4,7 +4,7 @@ The map is computed by the forward and backward pass of engine.py. Its gradient 
 reverse order: first up from the pixels to the logits through the backward pass (functions named
 climb), which is linear in the relevance, then down from the logits through the forward pass (named
 descend). Like the engine, this keeps all features of a block in one array without a copy for each
-consumer. ``of_X`` is the gradient with respect to X.
+consumer. ``of_X`` is the gradient with respect to X, ``less_of_X`` its negative.
 
 A rule passes on A = g a / z. If v is the gradient with respect to A, those with respect to a and z
 are v A / a and - v A / z, so the product v A is kept for both. Where a is 0, its ReLU blocks the
