@@ -132,7 +132,7 @@ def _step_alone(accelerator: Accelerator, size_px: int, num_images: int) -> bool
 
 
 def _free_memory(accelerator: Accelerator) -> None:
-    """Free a way before the next is set up, so that its memory does not count for the next."""
+    """Free the memory of a way before the next is set up, for which it would count."""
     torch.compiler.reset()
     accelerator.free_memory()
     gc.collect()  # free_memory collects garbage before it drops the models

@@ -31,7 +31,7 @@ from cxrdist.terminal import progress
 MOST_BITS = 56  # differing bits of 256; 5 of 2.4 million pairs of different X-rays are that close
 SAME = 0.85  # correlation: copies have at least 0.95, different X-rays at most 0.63, phantoms 0.81
 SIDE_PX = 128  # side of the images that are correlated
-SHIFT_PX = 8  # largest shift, of SIDE_PX: a sixteenth of the side
+SHIFT_PX = 8  # largest shift at SIDE_PX: a sixteenth of the side
 BLUR_PX = 2.0  # removes brightness and the outline of the chest, which are alike in all X-rays
 ZOOMS = np.linspace(1, INNER, 5)[1:].round(3)  # shares of an image that a cropped copy may show
 KEPT_IMAGES = 128  # images with cached views, 0.7 MB each; making them costs ten comparisons

@@ -59,7 +59,7 @@ def find_nearest(loaded: LoadedRun, numbers: NDArray[np.int64]) -> list[Nearest]
     """Find the nearest training image of each of the given samples, on all ranks together.
 
     It takes a forward pass over all training images, and 4 kB of memory per sample. An image is not
-    its own neighbour, so an only training image gets no row; of equally similar images the first
+    its own neighbour, so a single training image gets no row; of equally similar images the first
     one counts.
     """
     train = np.array(loaded.index.numbers("train"), dtype=np.int64)

@@ -204,8 +204,8 @@ class StageRun:
     def prepare_step(self, epoch: Epoch) -> Slice:
         """Seed dropout, set the learning rates, and read this rank's slice of the next step."""
         accelerator, num_steps = self.training.accelerator, epoch.plan.num_steps
-        # Not the words of a message, since another text would be other draws. All ranks have the
-        # same, those that older versions had on one rank.
+        # Not a text that is also shown: a new wording would change the draws. With `rank 0`, all
+        # ranks have the draws that older versions had on one rank.
         _seed(
             f"{self.recipe.seed}, stage {self.name}, epoch {self.stopping.epoch + 1}, "
             f"step {epoch.step + 1}, rank 0"
