@@ -36,7 +36,7 @@ HEADERS = (
 LEGEND = """\
 way: compiled is the recipe's compile without capture; captured replays the whole step as one CUDA
   graph, on one rank only; both is compiled and captured. batch: images of a step over all ranks.
-GB/s: what a rank's eager step moves at least, per second. share: of that in the bandwidth.
+GB/s: what a rank's eager step moves at least, per second. share: that, divided by the bandwidth.
 fused: the share of what convolutions and optimiser move, a lower bound for any compiler."""
 
 
@@ -70,11 +70,11 @@ def bench_gpu(config: BenchConfig) -> None:
     say(accelerator, _heading(accelerator, config.size, bandwidth, traffic))
     say(accelerator, LEGEND)
     for batch in _batches(world_size):
-        found = [_try_way(accelerator, config, way, batch) for way in ways]
+        of_ways = [_try_way(accelerator, config, way, batch) for way in ways]
         num_bytes = traffic.bytes_of(batch / world_size)
         rows = [
-            [way.name, str(batch), *_figures(batch, measured, found[0], num_bytes, bandwidth)]
-            for way, measured in zip(ways, found, strict=True)
+            [way.name, str(batch), *_figures(batch, measured, of_ways[0], num_bytes, bandwidth)]
+            for way, measured in zip(ways, of_ways, strict=True)
         ]
         say(accelerator, table(rows, HEADERS))
     finish(accelerator)

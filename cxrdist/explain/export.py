@@ -61,7 +61,7 @@ Tested = tuple[int, Flipping, randomisation.Comparison]
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Inputs:
     """Inputs that each rank needs to explain its share of the samples."""
 
     loaded: LoadedRun
@@ -115,7 +115,7 @@ def explain(config: ExplainConfig) -> None:
     is_compact = config.format == "webdataset"
     has_masks = any(loaded.index.samples[number].mask_sha256 for number in numbers)
     masks = open_masks(loaded.packed, config.cache, accelerator) if has_masks else None
-    work = _Work(
+    inputs = _Inputs(
         loaded, model, config.split, targets, explainer, is_compact, config.pictures, masks
     )
     is_main = accelerator.is_main_process
@@ -125,16 +125,16 @@ def explain(config: ExplainConfig) -> None:
         def prepare() -> _Todo | None:
             if not is_main:
                 return None
-            return _prepare(work, _settings(config, loaded, targets, numbers))
+            return _prepare(inputs, _settings(config, loaded, targets, numbers))
 
         # Only the main rank, which is the first, has prepared anything.
         todo = gather(accelerator, [together(accelerator, prepare)])[0]
-        results = _explain_units(work, numbers, config.batch_size, look=not todo.is_tested)
+        results = _explain_units(inputs, numbers, config.batch_size, look=not todo.is_tested)
         rows_by_number = sorted(gather(accelerator, results.rows))
         looks, sums = gather(accelerator, results.looks), Sums()
         for others in gather(accelerator, [results.sums]):
             sums.merge(others)
-        tested = [] if todo.is_tested else gather(accelerator, _test(work, config))
+        tested = [] if todo.is_tested else gather(accelerator, _test(inputs, config))
         nearest = find_nearest(loaded, numbers) if todo.lacks_nearest else []
         if is_main:
             if todo.lacks_nearest:
@@ -142,9 +142,9 @@ def explain(config: ExplainConfig) -> None:
             table = [row for _, rows in rows_by_number for row in rows]
             write_table(loaded.run.relevance_table(loaded.subset), LEDGER_COLUMNS, table)
             if not todo.is_tested:
-                _write_mean_maps(work, looks, sums)
-                _finish(work, table, sorted(tested, key=lambda row: row[0]), sorted(looks), sums)
-            print(_summary(work, len(numbers)))
+                _write_mean_maps(inputs, looks, sums)
+                _finish(inputs, table, sorted(tested, key=lambda row: row[0]), sorted(looks), sums)
+            print(_summary(inputs, len(numbers)))
         finish(accelerator)
 
 
@@ -194,17 +194,17 @@ class _Todo(NamedTuple):
     """Whether nearest training images are missing; the report shows them beside the maps."""
 
 
-def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
+def _prepare(inputs: _Inputs, how: dict[str, object]) -> _Todo:
     """Remove half-written files of a killed command, and relevance of other settings."""
-    run, subset = work.loaded.run, work.loaded.subset
+    run, subset = inputs.loaded.run, inputs.loaded.subset
     directories = run.relevance(subset), run.heatmaps(subset), run.nearest_pictures(subset)
     info, nearest = run.relevance_info(subset), run.nearest(subset)
     earlier = read_description(info, MEND) if info.is_file() else None
-    needs_nearest = work.with_pictures and was_trained_on(run, work.loaded.index)
+    needs_nearest = inputs.with_pictures and was_trained_on(run, inputs.loaded.index)
     for directory in (*directories, info.parent):
         sweep(directory, alone=True)
     if earlier and earlier["how"] == how:
-        return _Todo(_is_tested(work, earlier), needs_nearest and not nearest.is_file())
+        return _Todo(_is_tested(inputs, earlier), needs_nearest and not nearest.is_file())
     for directory in directories:
         remove_made(directory, MADE)
     for table in (run.relevance_table(subset), nearest):
@@ -214,18 +214,18 @@ def _prepare(work: _Work, how: dict[str, object]) -> _Todo:
     return _Todo(False, needs_nearest)
 
 
-def _is_tested(work: _Work, info: RelevanceInfo) -> bool:
+def _is_tested(inputs: _Inputs, info: RelevanceInfo) -> bool:
     """Return whether relevance.json is complete, and the pictures of mean maps if needed."""
     outside = info["outside"]
     if outside is None or info["pixel_flipping"] is None or info["randomisation"] is None:
         return False
-    names = outside["classes"] if work.with_pictures else {}
-    return all(_mean_map(work, name).is_file() for name in names)
+    names = outside["classes"] if inputs.with_pictures else {}
+    return all(_mean_map(inputs, name).is_file() for name in names)
 
 
-def _mean_map(work: _Work, name: str) -> Path:
+def _mean_map(inputs: _Inputs, name: str) -> Path:
     """Return the path of the picture of a class's mean map."""
-    return work.loaded.run.mean_maps(work.loaded.subset) / f"{safe_name(name)}.png"
+    return inputs.loaded.run.mean_maps(inputs.loaded.subset) / f"{safe_name(name)}.png"
 
 
 @dataclass(frozen=True)
@@ -237,48 +237,48 @@ class _Results:
     looks: list[Look]
     sums: Sums
 
-    def add(self, work: _Work, explained: list[_Explained]) -> None:
+    def add(self, inputs: _Inputs, explained: list[_Explained]) -> None:
         """Add the samples of a unit whose maps are written."""
         for sample in explained:
-            self.rows.append((sample.number, _rows(work, sample)))
+            self.rows.append((sample.number, _rows(inputs, sample)))
             if sample.look is not None and sample.relevance is not None:
                 self.looks.append(sample.look)
-                image = np.asarray(work.loaded.images[sample.number])
+                image = np.asarray(inputs.loaded.images[sample.number])
                 self.sums.add(sample.look.target, sample.relevance, image)
 
 
 def _explain_units(
-    work: _Work, numbers: NDArray[np.int64], batch_size: int, *, look: bool
+    inputs: _Inputs, numbers: NDArray[np.int64], batch_size: int, *, look: bool
 ) -> _Results:
     """Explain this rank's share of the samples, one batch or shard at a time.
 
     While a unit is computed, threads write the one before it.
     """
-    accelerator = work.loaded.accelerator
-    unit_size = batch_size * (BATCHES_PER_SHARD if work.is_compact else 1)
+    accelerator = inputs.loaded.accelerator
+    unit_size = batch_size * (BATCHES_PER_SHARD if inputs.is_compact else 1)
     units = list(rank_batches(numbers, unit_size, accelerator))
     results = _Results([], [], Sums())
     waiting: _Unit | None = None
     total, show = sum(map(len, units)), accelerator.is_main_process
     with (
         progress(total, "explaining", "images", show=show) as bar,
-        ThreadPoolExecutor(_num_threads(work)) as pool,
+        ThreadPoolExecutor(_num_threads(inputs)) as pool,
     ):
         for i, unit in enumerate(units):
-            path = work.loaded.run.relevance(work.loaded.subset)
-            if work.is_compact:
+            path = inputs.loaded.run.relevance(inputs.loaded.subset)
+            if inputs.is_compact:
                 # Its number in the split, for any world size: ranks take units in turn.
                 number = i * accelerator.num_processes + accelerator.process_index
                 path /= f"{number:06d}.tar"
-            finished = _read_finished(work, path, unit, look=look)
+            finished = _read_finished(inputs, path, unit, look=look)
             if finished is None:
-                started = _Unit(path, unit, _start(work, unit, batch_size, pool))
-                results.add(work, waiting.finish(work) if waiting else [])
+                started = _Unit(path, unit, _start(inputs, unit, batch_size, pool))
+                results.add(inputs, waiting.finish(inputs) if waiting else [])
                 waiting = started
             else:
-                results.add(work, finished)
+                results.add(inputs, finished)
             bar.update(len(unit))
-        results.add(work, waiting.finish(work) if waiting else [])
+        results.add(inputs, waiting.finish(inputs) if waiting else [])
     return results
 
 
@@ -290,62 +290,62 @@ class _Unit:
     numbers: NDArray[np.int64]
     encoded: list[Future[tuple[bytes, _Explained]]]
 
-    def finish(self, work: _Work) -> list[_Explained]:
+    def finish(self, inputs: _Inputs) -> list[_Explained]:
         """Write the maps once all are encoded."""
         encoded = [future.result() for future in self.encoded]
-        keys = _keys(work, self.numbers)
+        keys = _keys(inputs, self.numbers)
         write_maps(self.path, list(zip(keys, (data for data, _ in encoded), strict=True)))
         return [explained for _, explained in encoded]
 
 
 def _start(
-    work: _Work, unit: NDArray[np.int64], batch_size: int, pool: ThreadPoolExecutor
+    inputs: _Inputs, unit: NDArray[np.int64], batch_size: int, pool: ThreadPoolExecutor
 ) -> list[Future[tuple[bytes, _Explained]]]:
     """Explain the batches of a unit, and let the pool draw and encode them."""
     encoded = []
     for begin in range(0, len(unit), batch_size):
         batch = unit[begin : begin + batch_size]
-        images = read_rows(work.loaded.images, batch, work.loaded.accelerator.device)
-        result = work.targets.attribute(work.explainer, images)
-        maps = to_maps(result, _keys(work, batch), work.targets.names)
+        images = read_rows(inputs.loaded.images, batch, inputs.loaded.accelerator.device)
+        result = inputs.targets.attribute(inputs.explainer, images)
+        maps = to_maps(result, _keys(inputs, batch), inputs.targets.names)
         for number, sample_map in zip(batch.tolist(), maps, strict=True):
-            encoded.append(pool.submit(_encode, work, number, sample_map))
+            encoded.append(pool.submit(_encode, inputs, number, sample_map))
     return encoded
 
 
-def _encode(work: _Work, number: int, sample_map: Map) -> tuple[bytes, _Explained]:
+def _encode(inputs: _Inputs, number: int, sample_map: Map) -> tuple[bytes, _Explained]:
     """Write the pictures of a sample before its map, and return the bytes of the map."""
-    targets, (key, _, relevance, ledger) = work.targets, sample_map
-    if work.with_pictures:
-        heatmaps = work.loaded.run.heatmaps(work.loaded.subset)
+    targets, (key, _, relevance, ledger) = inputs.targets, sample_map
+    if inputs.with_pictures:
+        heatmaps = inputs.loaded.run.heatmaps(inputs.loaded.subset)
         drawn, names = targets.with_leading(relevance, ledger), targets.names_of(ledger)
-        write_pictures(heatmaps, key, work.loaded.images[number], drawn, names)
-    data = encode(sample_map, half=work.is_compact)
+        write_pictures(heatmaps, key, inputs.loaded.images[number], drawn, names)
+    data = encode(sample_map, half=inputs.is_compact)
     # Measure the rounded values of the file, so that a resumed command gets the same results.
-    return data, _look(work, number, decode(key, data) if work.is_compact else sample_map)
+    return data, _look(inputs, number, decode(key, data) if inputs.is_compact else sample_map)
 
 
-def _look(work: _Work, number: int, sample_map: Map) -> _Explained:
+def _look(inputs: _Inputs, number: int, sample_map: Map) -> _Explained:
     """Measure where the relevance of a sample lies, for its likeliest class."""
-    target = work.targets.likeliest(sample_map.ledger)
+    target = inputs.targets.likeliest(sample_map.ledger)
     relevance = sample_map.relevance[target].copy()  # a view would keep all maps in memory
-    look = outside.look(number, target, relevance, work.lungs_of(number))
+    look = outside.look(number, target, relevance, inputs.lungs_of(number))
     return _Explained(number, sample_map.ledger, look, relevance)
 
 
 def _read_finished(
-    work: _Work, path: Path, unit: NDArray[np.int64], *, look: bool
+    inputs: _Inputs, path: Path, unit: NDArray[np.int64], *, look: bool
 ) -> list[_Explained] | None:
     """Read the results of a unit if all of its files already exist, else return None.
 
     Without `look` the maps are not measured, and only the ledgers are read, which is fast.
     """
-    keys, names = _keys(work, unit), work.targets.names
+    keys, names = _keys(inputs, unit), inputs.targets.names
     number_of = dict(zip(keys, unit.tolist(), strict=True))
 
     def read(key: str, npz: IO[bytes]) -> _Explained:
-        sample_map = read_map(npz, key, names, work.loaded.index.image_size_px)
-        return _look(work, number_of[key], sample_map)
+        sample_map = read_map(npz, key, names, inputs.loaded.index.image_size_px)
+        return _look(inputs, number_of[key], sample_map)
 
     explained: list[_Explained] | None = None
     if look:
@@ -353,38 +353,38 @@ def _read_finished(
     elif ledgers := read_ledgers(path, keys, len(names)):
         pairs = zip(unit.tolist(), ledgers, strict=True)
         explained = [_Explained(number, ledger, None, None) for number, ledger in pairs]
-    return explained if explained and _are_drawn(work, explained) else None
+    return explained if explained and _are_drawn(inputs, explained) else None
 
 
-def _are_drawn(work: _Work, explained: list[_Explained]) -> bool:
+def _are_drawn(inputs: _Inputs, explained: list[_Explained]) -> bool:
     """Return whether all pictures of the samples already exist."""
-    if not work.with_pictures:
+    if not inputs.with_pictures:
         return True
-    heatmaps = work.loaded.run.heatmaps(work.loaded.subset)
+    heatmaps = inputs.loaded.run.heatmaps(inputs.loaded.subset)
     return all(
         (heatmaps / name).is_file()
         for sample in explained
         for name in picture_names(
-            work.loaded.index.samples[sample.number].key, work.targets.names_of(sample.ledger)
+            inputs.loaded.index.samples[sample.number].key, inputs.targets.names_of(sample.ledger)
         )
     )
 
 
-def _keys(work: _Work, numbers: NDArray[np.int64]) -> list[str]:
-    return [work.loaded.index.samples[number].key for number in numbers.tolist()]
+def _keys(inputs: _Inputs, numbers: NDArray[np.int64]) -> list[str]:
+    return [inputs.loaded.index.samples[number].key for number in numbers.tolist()]
 
 
-def _num_threads(work: _Work) -> int:
+def _num_threads(inputs: _Inputs) -> int:
     """Return the number of threads per rank that draw and encode."""
-    _, num_ranks = local_ranks(work.loaded.accelerator)
+    _, num_ranks = local_ranks(inputs.loaded.accelerator)
     return max(1, min(8, len(os.sched_getaffinity(0)) // num_ranks))
 
 
-def _rows(work: _Work, sample: _Explained) -> Rows:
-    (key,) = _keys(work, np.array([sample.number]))
-    names = work.targets.names_of(sample.ledger)
-    ledger = work.targets.with_leading(sample.ledger, sample.ledger)
-    return ledger_rows(key, names, ledger, with_pictures=work.with_pictures)
+def _rows(inputs: _Inputs, sample: _Explained) -> Rows:
+    (key,) = _keys(inputs, np.array([sample.number]))
+    names = inputs.targets.names_of(sample.ledger)
+    ledger = inputs.targets.with_leading(sample.ledger, sample.ledger)
+    return ledger_rows(key, names, ledger, with_pictures=inputs.with_pictures)
 
 
 def ledger_rows(
@@ -400,52 +400,57 @@ def ledger_rows(
     return [[key, name, *values, picture] for name, values, picture in columns]
 
 
-def _test(work: _Work, config: ExplainConfig) -> list[Tested]:
+def _test(inputs: _Inputs, config: ExplainConfig) -> list[Tested]:
     """Run pixel flipping and model randomisation on this rank's share of a few samples."""
-    loaded, accelerator, classes = work.loaded, work.loaded.accelerator, work.targets.classes
+    loaded, accelerator, classes = inputs.loaded, inputs.loaded.accelerator, inputs.targets.classes
     most = min(config.limit or TESTED_IMAGES, TESTED_IMAGES)
-    numbers = choose_samples(loaded.index, work.split, most)
+    numbers = choose_samples(loaded.index, inputs.split, most)
     batches = list(rank_batches(numbers, 1, accelerator))
     if not batches:
         return []
     # All ranks use all images for the running statistics, so that their networks are the same.
     images = read_rows(loaded.images, numbers, accelerator.device)
-    drawn = randomisation.randomise(work.model, images, lambda other: _explainer(config, other))
+    drawn = randomisation.randomise(inputs.model, images, lambda other: _explainer(config, other))
     tested = []
     with progress(len(batches), "testing", "images", show=accelerator.is_main_process) as bar:
         for batch in batches:
             (number,) = batch.tolist()
             # The number is the seed of the random order, so that it does not depend on the rank.
             flipped = flip_pixels(
-                work.model, work.explainer, loaded.images[number], classes, number
+                inputs.model, inputs.explainer, loaded.images[number], classes, number
             )
             image = read_rows(loaded.images, batch, accelerator.device)
-            compared = randomisation.compare_maps(work.explainer, drawn, image, classes)
+            compared = randomisation.compare_maps(inputs.explainer, drawn, image, classes)
             tested.append((number, flipped, compared))
             bar.update()
     return tested
 
 
-def _finish(work: _Work, rows: Rows, tested: list[Tested], looks: list[Look], sums: Sums) -> None:
+def _finish(
+    inputs: _Inputs, rows: Rows, tested: list[Tested], looks: list[Look], sums: Sums
+) -> None:
     """Write the results of the tests, and the relevance by region, into relevance.json."""
-    path, samples = work.loaded.run.relevance_info(work.loaded.subset), work.loaded.index.samples
+    path, samples = (
+        inputs.loaded.run.relevance_info(inputs.loaded.subset),
+        inputs.loaded.index.samples,
+    )
     info = read_description(path, MEND)
     info["ledger_residual"] = ledger_residual(rows)
     info["pixel_flipping"] = flipping.summarise([flipped for _, flipped, _ in tested])
-    blocks = randomisation.levels(work.model)
+    blocks = randomisation.levels(inputs.model)
     info["randomisation"] = randomisation.summarise(blocks, [compared for *_, compared in tested])
     patients = {look.number: samples[look.number].patient for look in looks}
-    info["outside"] = outside.summarise(looks, sums, work.targets.classes, patients)
+    info["outside"] = outside.summarise(looks, sums, inputs.targets.classes, patients)
     write_json(path, info)
 
 
-def _write_mean_maps(work: _Work, looks: list[Look], sums: Sums) -> None:
-    for name in work.model.classes:
-        _mean_map(work, name).unlink(missing_ok=True)
-    if work.with_pictures:
+def _write_mean_maps(inputs: _Inputs, looks: list[Look], sums: Sums) -> None:
+    for name in inputs.model.classes:
+        _mean_map(inputs, name).unlink(missing_ok=True)
+    if inputs.with_pictures:
         for target in sums.maps:
             num_images = sum(look.target == target for look in looks)
-            path = _mean_map(work, work.targets.classes[target])
+            path = _mean_map(inputs, inputs.targets.classes[target])
             save_picture(path, sums.picture(target, num_images))
 
 
@@ -462,10 +467,10 @@ def ledger_residual(rows: Rows) -> float | None:
     return float(gap / largest if largest else gap)  # the logits of a dead network are all 0
 
 
-def _summary(work: _Work, num_images: int) -> str:
+def _summary(inputs: _Inputs, num_images: int) -> str:
     """Return the summary that is printed at the end."""
-    run, subset = work.loaded.run, work.loaded.subset
-    directory = run.heatmaps(subset) if work.with_pictures else run.relevance(subset)
+    run, subset = inputs.loaded.run, inputs.loaded.subset
+    directory = run.heatmaps(subset) if inputs.with_pictures else run.relevance(subset)
     info = read_description(run.relevance_info(subset), MEND)
     residual, flipped, where = info["ledger_residual"], info["pixel_flipping"], info["outside"]
     if flipped is None or where is None:
@@ -477,10 +482,11 @@ def _summary(work: _Work, num_images: int) -> str:
         for name, region in where["all"]["regions"].items()
     )
     lost, by_chance = 1 - flipped["relevant_first"][-1], 1 - flipped["random_order"][-1]
+    names = ", ".join(inputs.targets.names)
     return (
-        f"explained {counted(num_images, 'image')} for {', '.join(work.targets.names)}: {ledger}; "
+        f"explained {counted(num_images, 'image')} for {names}: {ledger}; "
         f"covering {flipped['covered_share']:.0%} of an image takes {lost:z.2f} of the probability "
         f"on average if the most relevant pixels go first, {by_chance:z.2f} in random order\n"
         f"relevance for the likeliest class: {regions}\n"
-        f"{'heat maps' if work.with_pictures else 'relevance'}: {directory}"
+        f"{'heat maps' if inputs.with_pictures else 'relevance'}: {directory}"
     )

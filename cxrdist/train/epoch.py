@@ -24,8 +24,8 @@ class Epoch:
             background penalty.
         penalties: float64 [steps], mean penalty of each settled step; 0 without a background loss.
         logged_step: steps that have a row in the log.
-        images_per_second: of the steps of this launch, after `trained`; None if it took none, since
-            an earlier launch stopped in the validation.
+        images_per_second: of the steps of this launch, from `measure_speed`; None if it took none,
+            since an earlier launch stopped in the validation.
         skipped: how many of the last settled steps in a row, also of earlier epochs, the scaler
             has skipped.
     """
@@ -135,8 +135,8 @@ class Epoch:
                 "nothing was published. Train with mixed precision bf16, or without"
             )
 
-    def trained(self) -> None:
-        """Compute how fast the steps of this launch were."""
+    def measure_speed(self) -> None:
+        """Measure how fast the steps of this launch were."""
         if self.first_step < self.plan.num_steps:
             num_images = int(self.plan.bounds[-1] - self.plan.bounds[self.first_step])
             self.images_per_second = round(num_images / (time.perf_counter() - self._began), 2)

@@ -246,7 +246,7 @@ class StageRun:
         """
         taken = epoch.settle(self.training.accelerator, self.updater)
         self.skipped = epoch.skipped
-        epoch.trained()
+        epoch.measure_speed()
         return self._losses(epoch, 0) | {"taken": f"{taken:016x}"}
 
     def validate(self) -> dict[str, Any]:
