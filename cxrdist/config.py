@@ -25,8 +25,8 @@ MOST_GROWTH_RATE = 128
 MOST_DENSE_LAYERS = 128
 DenseLayers = Annotated[int, Between(1, MOST_DENSE_LAYERS)]
 
-# Metadata of fields. A field of a command that resumes decides its result, unless it has one of
-# the first two.
+# Metadata of fields. In a command that can resume, every field decides the result, except those
+# with one of the first two.
 SAME_RESULT = {"decides": False}  # where the result goes, how fast, or what is written beside it
 BY_CONTENT = {"decides": False}  # what it stands for is compared instead: a hash or resolved names
 NEWER = {"newer": True}  # older documents lack the field and mean its default
@@ -36,8 +36,8 @@ SQUARES = {"squares": True}  # it also decides the decoded squares, not only how
 def deciding(config: Any) -> dict[str, Any]:
     """Return the fields of a config that decide the result of its command, groups as dicts.
 
-    A command may resume, or keep the files of an earlier one, where these are equal, and so is the
-    content behind the `BY_CONTENT` fields, which the command compares itself.
+    A command may resume, or keep the files of an earlier one, if these are equal. It compares the
+    content behind the `BY_CONTENT` fields itself.
     """
     values = asdict(config)
     return {f.name: values[f.name] for f in fields(config) if f.metadata.get("decides", True)}

@@ -112,7 +112,7 @@ def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
 
 def _anonymous(record: Record, key: bytes) -> Record:
     path = _name(key, record.path)
-    # Such a patient contains the path, so it must be made from the new one.
+    # The placeholder of an unknown patient contains the path, so it is made from the new one.
     patient = own_patient(path)
     if not record.patient.startswith(NO_PATIENT):
         patient = f"patient-{keyed(key, f'patient {record.patient}')[:DIGITS]}"

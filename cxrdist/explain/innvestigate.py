@@ -33,7 +33,7 @@ class Innvestigate:
     def __init__(self, network: DenseNet, flat: bool, epsilon: float) -> None:
         """Copy the network.
 
-        The rule of the first convolution is flat or alpha1-beta0; epsilon is of the linear layer's.
+        The rule of the first convolution is flat or alpha1-beta0; epsilon is the linear layer's.
 
         Raises:
             CxrdistError: the network is in training mode, or has a layer without a rule here.

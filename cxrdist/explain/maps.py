@@ -153,7 +153,7 @@ def read_unit(
             members = [(key, tar.extractfile(f"{key}.npz")) for key in keys]
             whole = [read(key, member) for key, member in members if member]
             return whole if len(whole) == len(keys) else None
-    # A ValueError, too, but of a link, which computing again does not mend.
+    # Also a ValueError, but about a link, which computing again does not mend.
     except CxrdistError:
         raise
     except (*DAMAGE, OSError):
