@@ -97,13 +97,11 @@ def read_squares(
         rows = [(square.record.path, square.reason) for square in rejected]
         write_table(work / "rejected.csv", LeftOut._fields, rows)
         files = [str(square.record.file) for square in rejected]
-        listed = f"all in {work / 'rejected.csv'}"
-        if not named:
-            listed = few(files, MOST_NAMED)
-        more = f" ({len(rejected)} such images, {listed})"
+        listed = f"all in {work / 'rejected.csv'}" if named else few(files, MOST_NAMED)
+        more = f" ({len(rejected)} such images, {listed})" if len(rejected) > 1 else ""
         raise CxrdistError(
-            f"{files[0]}: {rejected[0].reason}{more if len(rejected) > 1 else ''}; "
-            "repair or remove it, or leave it out with --skip-bad; decoded images are kept"
+            f"{files[0]}: {rejected[0].reason}{more}; repair or remove it, or leave it out with "
+            "--skip-bad; decoded images are kept"
         )
     return [_with_reason(square, views) for squares in made for square in squares]
 

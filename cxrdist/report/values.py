@@ -37,9 +37,7 @@ def grey(value: float) -> str:
 
 def signed(value: float | None) -> str:
     """Format a difference with its sign and three decimals; a dash if undefined."""
-    if value is None or math.isnan(value):
-        return DASH
-    return f"{value:+z.3f}".replace("-", "\u2212")
+    return DASH if value is None or math.isnan(value) else f"{value:+z.3f}".replace("-", "\u2212")
 
 
 def p_value(value: float) -> str:
