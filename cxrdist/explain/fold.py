@@ -142,10 +142,7 @@ def fold(network: DenseNet, biases: bool, *, check_signs: bool = True) -> Folded
     pools = [*(transition.pool.kernel_size for transition in transitions), None]
     return Folded(
         _stem(features),
-        [
-            _block(*parts, biases, check_signs)
-            for parts in zip(entries, blocks, exits, pools, strict=True)
-        ],
+        [_block(*p, biases, check_signs) for p in zip(entries, blocks, exits, pools, strict=True)],
         network.classifier.weight.clone(),
         network.classifier.bias.clone(),
     )
@@ -213,17 +210,15 @@ def _layer(layer: DenseLayer, is_mixed: bool, biases: bool) -> Layer:
 def _consumer(norm: _BatchNorm, is_mixed: bool, biases: bool) -> Consumer:
     scale, shift = affine(norm)
     magnitude = scale.abs().clamp(min=LEAST_SCALE)
-    negative = (scale < 0)[:, None]
     bias = shift.clamp(min=0) * biases
     # Where the output is part of the z-plus, it already includes the bias.
     floor = torch.where(scale < 0, -shift, shift).clamp(min=0) * biases + STABILISER
     absorbed = torch.stack([bias / magnitude, STABILISER / magnitude])
     dtype = norm.weight.dtype
+    negative = (scale < 0)[:, None].to(dtype) if is_mixed else None
     values = (scale, shift, magnitude, floor, absorbed.detach())
     scale, shift, magnitude, floor, absorbed = (value.to(dtype) for value in values)
-    return Consumer(
-        scale, shift, magnitude, floor, absorbed, negative.to(dtype) if is_mixed else None
-    )
+    return Consumer(scale, shift, magnitude, floor, absorbed, negative)
 
 
 def scaled(rows: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -132,9 +132,7 @@ def test_gradient_is_the_same_where_signs_are_not_looked_at(monkeypatch):
     share_outside(model, pixels).backward()
     expected = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    monkeypatch.setattr(
-        gradient, "fold", lambda *args, check_signs: fold.fold(*args, check_signs=False)
-    )
+    monkeypatch.setattr(gradient, "fold", lambda *args, **_: fold.fold(*args, check_signs=False))
     share_outside(model, pixels).backward()
     for parameter, value in zip(model.parameters(), expected, strict=True):
         assert (parameter.grad - value).abs().max() <= 1e-11 * value.abs().max()
