@@ -71,14 +71,14 @@ def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Origina
 
 def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines:
     """Return the boxes that were packed with the samples."""
-    found, left_out = defaultdict(list), Counter[str]()
+    cases, left_out = defaultdict(list), Counter[str]()
     for number, original in originals.items():
         for box in original.boxes:
             if box.label in index.classes:
-                found[number, box.label].append(box)
+                cases[number, box.label].append(box)
             else:
                 left_out[UNKNOWN] += 1
-    return _boxes(index, OF_SHARDS, found, left_out)
+    return _boxes(index, OF_SHARDS, cases, left_out)
 
 
 def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) -> Outlines:
@@ -90,7 +90,7 @@ def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) 
         CxrdistError: it cannot be read, or none of its images is in the shards.
     """
     table = read_box_table(file)
-    found, left_out = defaultdict(list), Counter[str]()
+    cases, left_out = defaultdict(list), Counter[str]()
     named = _match(table.findings, index, file)
     for name, boxes in table.findings.items():
         number = named.get(name)
@@ -102,8 +102,8 @@ def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) 
             if isinstance(fate, str):
                 left_out[fate] += 1
             else:
-                found[number, box.label].append(fate)
-    return _boxes(index, file.name, found, left_out)
+                cases[number, box.label].append(fate)
+    return _boxes(index, file.name, cases, left_out)
 
 
 def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Finding | str:
@@ -146,14 +146,14 @@ def _elsewhere(index: Index, number: int) -> str:
 
 
 def _boxes(
-    index: Index, origin: str, found: Mapping[Case, Sequence[Finding]], left_out: Mapping[str, int]
+    index: Index, origin: str, cases: Mapping[Case, Sequence[Finding]], left_out: Mapping[str, int]
 ) -> Outlines:
     size_px = index.image_size_px
 
     def read(case: Case) -> NDArray[np.bool_]:
-        return inside(found[case], size_px, size_px)
+        return inside(cases[case], size_px, size_px)
 
-    shapes = {case: len(found[case]) for case in sorted(found)}
+    shapes = {case: len(cases[case]) for case in sorted(cases)}
     return Outlines("boxes", origin, shapes, left_out, read)
 
 
@@ -184,8 +184,8 @@ def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path)
         shown = originals[case[0]][:2]
         return read_square(places[case[0]], shown, index.image_size_px, index.fit) > 0
 
-    found = _masks(index, masks.name, [i for i in places if i in originals], left_out, read)
-    return replace(found, notes=notes)
+    outlines = _masks(index, masks.name, [i for i in places if i in originals], left_out, read)
+    return replace(outlines, notes=notes)
 
 
 def _masks(
