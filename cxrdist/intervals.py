@@ -70,10 +70,11 @@ def bounded(
     """Return the interval of a figure from 0 to 1, given its values in the replicates.
 
     ``patients`` is the number of patients behind the figure, such as those with the class for its
-    sensitivity. ``edge`` returns the interval of a figure of exactly 0 or 1; if None, Wilson's.
+    sensitivity. ``edge`` returns the interval of a figure of 0 or 1; if None, Wilson's.
     """
-    if estimate in (0, 1):
-        return edge() if edge else wilson(round(estimate * patients), patients)
+    # A perfect AUROC of torchmetrics may be 1 - 1e-16, for which the delta method gives 0 to 1.
+    if abs(estimate - round(estimate)) < ALIKE:
+        return edge() if edge else wilson(round(estimate) * patients, patients)
     half, product = _half(values, patients), estimate * (1 - estimate)
     if half is None:  # use the binomial error, with one draw per patient
         half = scipy.stats.norm.ppf(QUANTILE) * np.sqrt(product / max(patients, 1))
@@ -170,7 +171,7 @@ def of_auroc(
 ) -> Limits:
     """Return the interval of an AUROC from its replicates and the truth [N]."""
     sides = replicates.patients(truth), replicates.patients(~truth)
-    return bounded(auroc, values, min(sides), lambda: newcombe(auroc, *sides))
+    return bounded(auroc, values, min(sides), lambda: newcombe(round(auroc), *sides))
 
 
 def of_mean(

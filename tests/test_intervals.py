@@ -4,7 +4,7 @@ from scipy import stats
 from simulated_sets import coverage
 
 from cxrdist.bootstrap import draw
-from cxrdist.intervals import bounded, newcombe, of_mean, of_share, wilson
+from cxrdist.intervals import bounded, newcombe, of_auroc, of_mean, of_share, wilson
 
 
 @pytest.mark.parametrize("correlation", [0, 0.5])
@@ -53,6 +53,19 @@ def test_the_interval_of_a_perfect_auroc_is_newcombes():
     assert newcombe(0.0, 12, 12) == pytest.approx([0, 1 - low])
     assert newcombe(1.0, 1, 1)[0] < 0.25
     assert newcombe(1.0, 500, 500)[0] > 0.99
+
+
+@pytest.mark.parametrize("auroc", [1 - 2**-53, 2.0**-60])
+def test_rounding_errors_do_not_widen_the_interval_of_a_perfect_figure(auroc):
+    """A sum of floats that should be 1, or 0, gets Newcombe's limits (AUROC) or Wilson's."""
+    truth, perfect = np.arange(52) < 24, round(auroc)
+    replicates = draw([str(n // 2) for n in range(52)], list(map(str, truth)), 50)
+    values = np.full(50, auroc)
+    assert of_auroc(replicates, auroc, values, truth) == newcombe(perfect, 12, 14)
+    z = stats.norm.ppf(0.975)
+    limit = z**2 / (12 + z**2)  # Wilson's limit in closed form
+    expected = [1 - limit, 1] if perfect else [0, limit]
+    assert bounded(auroc, values, 12) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("truth", [0.97, 0.995])
