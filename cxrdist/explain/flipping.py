@@ -45,15 +45,18 @@ def flip_pixels(
     result = explainer.attribute(pixels, classes)
     likeliest = int(result.logits[0].argmax())
     target = model.classes.index(classes[likeliest])
-    patches = _patches(*image.shape)
+    patches = _patches(*image.shape).ravel()
     relevance = result.relevance[0, likeliest].double().cpu().numpy()
-    amount = np.bincount(patches.ravel(), relevance.ravel())
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(amount))
+    # Patches of a side that is no multiple of 28 have several sizes: the mean, not the sum, counts.
+    sizes = np.bincount(patches)
+    amount = np.bincount(patches, relevance.ravel()) / sizes
+    order = np.random.Generator(np.random.Philox(seed)).permutation(len(sizes))
     curves = []
-    for ranking in (np.argsort(-amount, kind="stable"), order):
-        rank = np.empty(len(amount), np.int64)
-        rank[ranking] = np.arange(len(amount))
-        curves.append(_curve(model, image, rank[patches], target))
+    # Equal patches keep the random order, so that a constant map is exactly as good as chance.
+    for ranking in (order[np.argsort(-amount[order], kind="stable")], order):
+        covered_before = np.empty(len(sizes), np.int64)
+        covered_before[ranking] = np.cumsum(sizes[ranking]) - sizes[ranking]
+        curves.append(_curve(model, image, covered_before[patches].reshape(image.shape), target))
     return Flipping(*curves)
 
 
@@ -65,11 +68,14 @@ def _patches(height: int, width: int) -> NDArray[np.int64]:
 
 @torch.inference_mode()
 def _curve(
-    model: Classifier, image: NDArray[np.uint8], rank: NDArray[np.int64], target: int
+    model: Classifier, image: NDArray[np.uint8], covered_before: NDArray[np.int64], target: int
 ) -> NDArray[np.float64]:
-    """Return the probability while pixels of the lowest ranks [H, W] are set to the mean grey."""
-    limits = np.linspace(0, COVERED_SHARE * (rank.max() + 1), STEPS + 1)[:, None, None]
-    covered = np.where(rank < limits, np.uint8(round(image.mean())), image)
+    """Return the probability while more and more of the image is set to its mean grey.
+
+    For each pixel [H, W] is given how many pixels are covered before its patch.
+    """
+    limits = np.linspace(0, COVERED_SHARE * image.size, STEPS + 1)[:, None, None]
+    covered = np.where(covered_before < limits, np.uint8(round(image.mean())), image)
     images = torch.from_numpy(covered).unsqueeze(1).to(model.mean.device)
     probabilities = torch.sigmoid(model(images)[:, target]).double().cpu().numpy()
     return probabilities / max(probabilities[0], np.finfo(np.float32).tiny)

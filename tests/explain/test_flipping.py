@@ -1,5 +1,7 @@
 """Maps of a small trained network that can only use markers: what they show is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -106,3 +108,45 @@ def test_areas_are_those_of_the_curves():
     lost[0] = 1
     found = summarise([Flipping(lost, kept), Flipping(lost, kept)])
     assert (found["area_over_relevant_first"], found["area_over_random_order"]) == (1, 0)
+
+
+class Watched:
+    """A network and the map of its class; it keeps the images, and looks at their left half."""
+
+    mean, classes = torch.zeros(1), ["a"]
+
+    def __init__(self, relevance: Tensor) -> None:
+        self.relevance, self.seen = relevance[None, None], []
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.seen.append(images[:, 0].numpy())
+        return images[:, 0, :, : images.shape[3] // 2].float().mean((1, 2))[:, None] / 100
+
+    def attribute(self, images: Tensor, classes: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(relevance=self.relevance, logits=torch.zeros(1, 1))
+
+
+def test_both_orders_cover_the_same_share_of_an_image():
+    """At 64 px patches have 4 to 9 px: 2 to 20 % of the pixels, but for a part of a patch."""
+    image = np.where(np.arange(SIZE * SIZE) % 2, 201, 1).reshape(SIZE, SIZE).astype(np.uint8)
+    relevance = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(0)).double()
+    watched = Watched(relevance)
+    flip_pixels(watched, watched, image, ["a"], 0)
+    expected = np.linspace(0, 0.2, STEPS + 1) * SIZE * SIZE
+    for images in watched.seen:
+        changed = (images != image).sum((1, 2))
+        assert ((expected <= changed) & (changed < expected + 9)).all()
+    by_relevance, values = watched.seen[0], relevance.numpy()
+    means = [values[covered != image].mean() for covered in by_relevance[1:]]
+    assert means == sorted(means, reverse=True)
+    assert means[-1] > values.mean() + 0.1
+
+
+def test_a_constant_map_is_as_good_as_a_random_order():
+    """Its patches are all alike: none of them is covered first because of where it lies."""
+    image = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE), dtype=np.uint8)
+    image[:, : SIZE // 2] //= 2
+    watched = Watched(torch.zeros(SIZE, SIZE))
+    curves = flip_pixels(watched, watched, image, ["a"], 0)
+    np.testing.assert_array_equal(curves.relevance, curves.random)
+    assert curves.random[-1] != 1
