@@ -44,6 +44,9 @@ from cxrdist.terminal import few, percentage
 
 SAME_THING = 0.5  # of a class's images: above this share, class and source count as confounded
 STRONG = 0.5  # Cramér's V of a large effect in a table with two columns (Cohen 1988, chapter 7)
+# AUROC of a small effect, of two normal distributions 0.2 standard deviations apart (Rice & Harris
+# 2005, Law and Human Behavior 29, 615). In a large set smaller ones are significant as well.
+SMALL_AUROC = 0.556
 PICTURE_PX = 96  # as the report shows them
 MOST_PICTURED = 1000  # pairs; a thumbnail has 3 kB
 MOST_LISTED = 10  # in a line of the summary
@@ -407,11 +410,21 @@ def _confounded(table: Origins | None, what: str) -> Iterator[str]:
             )
 
 
+def is_told(auroc: Estimate) -> bool:
+    """Return whether an AUROC is above chance, and no less than that of a small effect."""
+    return auroc["low"] > 0.5 and auroc["value"] >= SMALL_AUROC
+
+
+def told_classes(shortcut: Shortcut | None) -> dict[str, float]:
+    """Return the AUROC of the classes that size, border and brightness tell, the largest first."""
+    scores = shortcut["auroc"] if shortcut else {}
+    told = {name: score["value"] for name, score in scores.items() if score and is_told(score)}
+    return dict(sorted(told.items(), key=lambda item: -item[1]))
+
+
 def _shortcuts(shortcut: Shortcut | None) -> Iterator[str]:
-    auroc = shortcut["auroc"] if shortcut else {}
-    above = {name: s["value"] for name, s in auroc.items() if s and s["low"] > 0.5}
-    if above:
-        listed = [f"{n} {above[n]:.2f}" for n in sorted(above, key=lambda n: -above[n])]
+    if told := told_classes(shortcut):
+        listed = [f"{name} {value:.2f}" for name, value in told.items()]
         yield (
             "size, border and brightness alone tell classes from the rest, AUROC (chance 0.5): "
             f"{few(listed, MOST_LISTED)}"
@@ -438,13 +451,14 @@ def _baseline_warning(baseline: Baseline | None) -> Iterator[str]:
     if baseline is None or best is None:
         return
     _, figure, score = best
-    guessing = baseline["largest_class"] if figure == "accuracy" else 0.5
+    is_better = is_told(score)
     within = _WITHIN.format(**score)
     if figure == "accuracy":
+        is_better = score["low"] > baseline["largest_class"]
         value, low, high = (percentage(score[name]) for name in ("value", "low", "high"))
         within = f"{value}% ({low}% to {high}%)"
     reached = "are right on" if figure == "accuracy" else "reach a mean AUROC of"
-    if score["low"] > guessing:
+    if is_better:
         yield (
             f"thumbnails of {baseline['size_px']} px alone {reached} {within}: "
             "only a higher score of a network means something"

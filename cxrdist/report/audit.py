@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cxrdist.data.audit import FIGURES, MOST_PICTURED, best_model
+from cxrdist.data.audit import FIGURES, MOST_PICTURED, best_model, told_classes
 from cxrdist.data.audit_file import AuditFile, Estimate, Origins, Pair, read_audit
 from cxrdist.report.values import count
 
@@ -18,6 +18,7 @@ class AuditView:
         shared: for `splits` and `classes`, the patients with images in several of them, with the
             number of images in each.
         origins: the existing tables of classes by source, view and mask.
+        told: AUROC of the classes that size, border and brightness tell.
         trivial: for the verdict, each baseline without a deep network: its input, the name of its
             score (accuracy or mean_auroc), and the estimate. Empty for audits of older versions,
             and for too few patients.
@@ -27,6 +28,7 @@ class AuditView:
     pairs: list[tuple[Pair, list[str]]]
     shared: dict[str, list[tuple[str, str]]]
     origins: dict[str, Origins]
+    told: dict[str, float]
     trivial: list[tuple[str, str, Estimate]]
 
 
@@ -52,6 +54,7 @@ def audit_view(path: Path) -> AuditView | None:
             for what, shared in patients.items()
         },
         {what: table for what, table in tables.items() if table},
+        told_classes(audit["shortcut"]),
         _trivial(audit),
     )
 

@@ -9,10 +9,11 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.stats import norm
 from sklearn.metrics import roc_auc_score
 from support import contents, run_command
 
-from cxrdist.data.audit import Entry, audit, summary
+from cxrdist.data.audit import Entry, _warnings, audit, summary
 from cxrdist.data.duplicates import Duplicates, Near
 from cxrdist.data.fingerprint import fingerprint
 from cxrdist.data.index import Sample
@@ -132,6 +133,25 @@ def test_the_warning_begins_with_the_class_that_is_told_best():
     """The largest images are all of c; of a and b only those of c can be told."""
     found = audited([entry(i, "abc"[i % 3], width_px=(800, 800, 900)[i % 3]) for i in range(90)])
     assert re.search(r"\(chance 0\.5\): c 1\.00, [ab] 0\.\d\d", summary(found))
+
+
+@pytest.mark.parametrize(
+    ("distance", "error", "warned"), [(0.1, 0.005, False), (0.25, 0.02, True), (0.25, 0.08, False)]
+)
+def test_a_shortcut_is_an_effect_that_is_neither_negligible_nor_chance(distance, error, warned):
+    """For Cohen (1988) distances below 0.2 standard deviations are negligible in a set of any size.
+
+    Two normal distributions at this distance have an AUROC of Phi(distance / sqrt(2)).
+    """
+    value = norm.cdf(distance / np.sqrt(2))
+    auroc = {"value": value, "low": value - error, "high": value + error}
+    found = audited([entry(i, "ab"[i % 2]) for i in range(20)])
+    judged = {"accuracy": None, "auroc": {"a": auroc, "b": None}, "mean_auroc": auroc}
+    found["shortcut"] |= judged
+    found["baseline"] |= {"logistic_regression": judged, "perceptron": judged}
+    warnings = _warnings(found)
+    assert any(f"(chance 0.5): a {value:.2f}" in line for line in warnings) is warned
+    assert any(f"reach a mean AUROC of {value:.3f}" in line for line in warnings) is warned
 
 
 def test_the_shortcut_is_measured_on_other_patients():

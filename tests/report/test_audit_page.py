@@ -12,9 +12,18 @@ from cxrdist.report.values import number
 
 
 def test_what_needs_no_lung_is_given_for_the_first_line_of_the_page(run: Path) -> None:
-    """The accuracy by size and border alone, and that of the better model on thumbnails."""
+    """The accuracy by size and border alone, and that of the better model on thumbnails.
+
+    A class is marked from an AUROC of 0.556 on, a small effect.
+    """
     path = run / "audit.json"
     found = json.loads(path.read_text())
+    small, smaller, *others = found["classes"]
+    found["shortcut"]["auroc"] = dict.fromkeys(others) | {
+        small: {"value": 0.57, "low": 0.56, "high": 0.58},
+        smaller: {"value": 0.54, "low": 0.53, "high": 0.55},
+    }
+    path.write_text(json.dumps(found))
     models = [found["baseline"][name]["accuracy"] for name in ("logistic_regression", "perceptron")]
     best = max(models, key=lambda score: score["value"])
     view = audit_view(path)
@@ -31,6 +40,11 @@ def test_what_needs_no_lung_is_given_for_the_first_line_of_the_page(run: Path) -
     row = table.partition(">Accuracy</th>")[2].partition("</tr>")[0]
     shown = [[number(score[end]) for end in ("value", "low", "high")] for score in models]
     assert [re.findall(r"\d\.\d{3}", cell) for cell in row.split("</td>")[:2]] == shown
+    rows = page.partition('aria-label="Shortcuts"')[2].partition("</table>")[0].split("</tr>")
+    marked = {"0.570": True, "0.540": False}
+    for value, is_marked in marked.items():
+        (row,) = (row for row in rows if f"<td>{value}</td>" in row)
+        assert (">shortcut</span>" in row) is is_marked
 
 
 def test_an_audit_of_an_older_version_has_no_baseline(run: Path) -> None:
