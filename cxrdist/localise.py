@@ -114,12 +114,14 @@ def _localise(config: LocaliseConfig, opened: OpenedRun, file: Path) -> None:
     for note in outlines.notes:
         say(accelerator, f"{outlines.origin}: {note}")
     cases = together(accelerator, lambda: _cases_by_split(loaded, outlines))
-    means = _mean_outlines(loaded, outlines, cases["train"])
+    means, num_train = _mean_outlines(loaded, outlines, cases["train"])
     inputs = _Inputs(loaded, config.split, model, explainer, outlines, means, config.batch_size)
     val = _score_cases(inputs, cases["val"]) if len(cases["val"]) >= FEWEST_CASES else []
+    # Outlines of nothing or everything are not scored.
+    val = val if len(val) >= FEWEST_CASES else []
     scored = _score_cases(inputs, cases[ALL])
     if accelerator.is_main_process:
-        scores = _describe(inputs, scored, val, len(cases["train"]), len(cases[ALL]))
+        scores = _describe(inputs, scored, val, num_train, len(cases[ALL]))
         write_json(file, scores)
         print(summary(scores))
         print(f"all scores: {file}, and in the report")
@@ -180,26 +182,35 @@ def _cases_by_split(opened: OpenedRun, outlines: Outlines) -> dict[str, list[Cas
 
 def _mean_outlines(
     loaded: LoadedRun, outlines: Outlines, cases: Sequence[Case]
-) -> dict[str, NDArray[np.float64]]:
-    """Return the mean outline of each class, and of all cases; empty without cases."""
+) -> tuple[dict[str, NDArray[np.float64]], int]:
+    """Return the mean outline of each class and of all cases, and the number of outlines.
+
+    Outlines of nothing or everything are left out; without any other there is no mean.
+    """
     accelerator = loaded.accelerator
     side = loaded.index.image_size_px
 
-    def add() -> dict[str, NDArray[np.float64]]:
+    def add() -> dict[str, tuple[NDArray[np.float64], int]]:
         # Sums of 0 and 1 are exact, so that they do not depend on how ranks share the cases.
-        sums = {name: np.zeros((side, side)) for name in dict.fromkeys(label for _, label in cases)}
+        sums = {label: (np.zeros((side, side)), 0) for _, label in cases}
         for batch in rank_batches(np.arange(len(cases)), 1, accelerator):
             case = cases[int(batch[0])]
-            sums[case[1]] += outlines.read(case)
+            outline = outlines.read(case)
+            if not is_constant(outline):
+                total, count = sums[case[1]]
+                sums[case[1]] = total + outline, count + 1
         return sums
 
     gathered = gather(accelerator, [together(accelerator, add)])
-    sums = {name: np.sum([own[name] for own in gathered], axis=0) for name in gathered[0]}
+    counts = {name: sum(own[name][1] for own in gathered) for name in gathered[0]}
+    sums = {
+        name: np.sum([own[name][0] for own in gathered], axis=0) for name in counts if counts[name]
+    }
     if not sums:
-        return {}
-    counts = {name: sum(label == name for _, label in cases) for name in sums}
-    means = {name: sums[name] / counts[name] for name in sums}
-    return means | {ALL: np.sum([*sums.values()], axis=0) / len(cases)}
+        return {}, 0
+    num_outlines = sum(counts.values())
+    means = {name: total / counts[name] for name, total in sums.items()}
+    return means | {ALL: np.sum([*sums.values()], axis=0) / num_outlines}, num_outlines
 
 
 def _score_cases(inputs: _Inputs, cases: Sequence[Case]) -> list[Scored]:

@@ -191,21 +191,31 @@ def test_boxes_of_an_external_set_are_read_once(trained, tmp_path, monkeypatch):
 
 
 def test_masks_of_nothing_or_of_everything_are_left_out(trained, tmp_path):
-    """In these any map would lie inside by 0 or by 1; the others cover a quarter of the square."""
+    """In these any map would lie inside by 0 or by 1; the others cover a quarter of the square.
+
+    They count neither for the mean of train nor for the ten of val that choose a share.
+    """
     shutil.copytree(trained / "run", tmp_path / "run")
-    samples = [s for s in read_index(trained / "shards").samples if s.split == "test"][:6]
     part = np.zeros((SIZE_PX, SIZE_PX), np.uint8)
     part[:24, 24:] = 255
-    for sample, mask in zip(samples, [part * 0, part * 0 + 255, *[part] * 4], strict=True):
-        file = (tmp_path / "masks" / sample.path).with_suffix(".png")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(mask).save(file)
+    constant = [part * 0, part * 0 + 255]
+    masks = {"test": constant + [part] * 4, "train": constant * 3 + [part] * 3}
+    masks["val"] = constant[1:] + [part] * 9
+    for split, of_split in masks.items():
+        samples = [s for s in read_index(trained / "shards").samples if s.split == split]
+        for sample, mask in zip(samples, of_split, strict=False):
+            file = (tmp_path / "masks" / sample.path).with_suffix(".png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(file)
     settings = {"masks": tmp_path / "masks", "cache": trained / "cache"}
     localise(LocaliseConfig(tmp_path / "run", trained / "shards", **settings))
     document = json.loads((tmp_path / "run" / "test" / "localisation.json").read_text())
     assert document["left_out"] == {"that cover nothing or everything": 2}
     whole = document["groups"][0]
     assert (whole["images"], whole["area"]) == (4, 0.25)
+    assert (document["train_cases"], document["val_cases"]) == (3, 0)
+    # The mean is the outline itself, of which smoothing moves a little outside.
+    assert methods(document)["mean_outline"]["inside"] > 0.9
 
 
 def test_the_likeliest_other_class_is_not_the_class_itself():
