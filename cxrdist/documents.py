@@ -126,8 +126,10 @@ class Distinct(NamedTuple):
         return {"uniqueItems": True}
 
 
+FLOAT32 = Between(2.0**104 - 2.0**128, 2.0**128 - 2.0**104)
+"""The range of float32, whose largest number is (2 - 2**-23) * 2**127."""
 # A number that was computed in float32.
-Real = Annotated[float, Between(-3.4028235e38, 3.4028235e38)]
+Real = Annotated[float, FLOAT32]
 Share = Annotated[float, Between(0, 1)]
 Correlation = Annotated[float, Between(-1, 1)]
 # JSON may contain half of a surrogate pair, which cannot be encoded as UTF-8.

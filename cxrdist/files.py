@@ -30,7 +30,7 @@ from typing import IO, Any, BinaryIO, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from cxrdist.documents import MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
+from cxrdist.documents import FLOAT32, MOST_BYTES, MOST_YAML_BYTES, parse_json, parse_yaml, typed
 from cxrdist.errors import CxrdistError, RunFailedError, failure_of
 
 MOST_LINE_BYTES = 1 << 16  # of a line in a log; a usual row has 300
@@ -38,7 +38,6 @@ MOST_LOG_ROWS = 2_000_000  # 10,000 epochs of ChestX-ray14 in the paper's batche
 MEND_OPTIONAL = "copy the run directory again, or remove the file if the training is finished"
 """For a log or recipe, which a trained run can do without; another training does not mend it."""
 MOST_HEADER_BYTES = 1000  # of an npy file; a long text can crash literal_eval, which parses it
-LARGEST_FLOAT32 = 2**128 - 2**104  # the largest float32, (2 - 2**-23) * 2**127
 DAMAGE = (
     *(ValueError, LookupError, EOFError, NotImplementedError, RuntimeError, SyntaxError, TypeError),
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, struct.error, tokenize.TokenError),
@@ -436,7 +435,7 @@ def finite(text: str) -> float:
         ValueError: it is not a finite number of that range.
     """
     value = float(text)
-    if not abs(value) <= LARGEST_FLOAT32:
+    if not abs(value) <= FLOAT32.most:
         raise ValueError(f"{text:.40} is not a finite number")
     return value
 

@@ -27,14 +27,13 @@ from cxrdist.data.patients import MOST_YEARS, age_of, sex_of
 from cxrdist.data.records import SPLIT_NAMES, own_patient
 from cxrdist.data.tables import Row, Table, float_of, plain, read_table
 from cxrdist.data.views import view_of
-from cxrdist.documents import Between
+from cxrdist.documents import FLOAT32, Between
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.scored import STATED, Scored
 
 COLUMNS = {"key": {"key"}, **image_table.COLUMNS}
 MOST_IMAGES = 500_000  # MIMIC-CXR has 377,110; the replicates then take 1 GB
 CERTAIN_LOGIT = 40.0  # at least, for a probability of 1; its sigmoid is 1 in float64
-FINITE = Between(-3.4e38, 3.4e38)  # the range of float32
 SCALE = "prob_ columns are probabilities, logit_ columns log(p / (1 - p)); convert other scores"
 
 
@@ -81,7 +80,7 @@ def read_prediction_table(file: Path) -> PredictionTable:
     probabilities = _numbers(rows, "prob_", classes, Between(0, 1))
     logit_columns = _find_classes(table, "logit_")
     if logit_columns.keys() == classes.keys():
-        logits = _numbers(rows, "logit_", {n: logit_columns[n] for n in classes}, FINITE)
+        logits = _numbers(rows, "logit_", {n: logit_columns[n] for n in classes}, FLOAT32)
     else:
         logit_columns, logits = {}, to_logits(probabilities)
     named = cells.get("patient") or [""] * len(rows)

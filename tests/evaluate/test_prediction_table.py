@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
+from cxrdist.documents import Real, typed
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.prediction_table import read_prediction_table, to_logits
+from cxrdist.files import finite
 
 ONE = "key,label,prob_a,prob_b\nx,a,0.9,0.1\ny,b,0.2,0.8\n"
 
@@ -82,6 +84,20 @@ def test_logits_of_the_table_are_taken(tmp_path):
     read = table(tmp_path, "key,label,prob_a,prob_b,logit_b,logit_a\nx,a,1,1,50,60\n")
     assert read.scored.logits.tolist() == [[60, 50]]
     assert read.notes == ()
+
+
+def test_every_reader_takes_the_numbers_of_float32(tmp_path):
+    """Tables of predictions, cells of other tables and JSON: up to the largest, and not above."""
+    largest = np.finfo(np.float32).max
+    above = float(largest) * (1 + 1e-9)
+    given = "key,label,prob_a,prob_b,logit_b,logit_a\nx,a,1,1,50,{}\n"
+    assert table(tmp_path, given.format(float(largest))).scored.logits[0, 0] == largest
+    assert finite(str(float(largest))) == typed(float(largest), Real) == largest
+    with pytest.raises(CxrdistError, match=r"logit_a is '3\.402.*', expected -3\.402"):
+        table(tmp_path, given.format(above))
+    for read in (finite, lambda text: typed(float(text), Real)):
+        with pytest.raises(ValueError, match=r"3\.402"):
+            read(str(above))
 
 
 @pytest.mark.parametrize(
