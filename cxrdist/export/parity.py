@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Context, Decimal
 from itertools import chain, islice
 from pathlib import Path
 from typing import TypedDict
@@ -108,7 +109,7 @@ def measure_parity(
     largest = float(np.max(differences))
     if not largest <= MOST_DIFFERENCE:  # also true for NaN
         raise RunFailedError(
-            f"logits by {runtime} differ from PyTorch's by up to {largest:.3g} on "
+            f"logits by {runtime} differ from PyTorch's by up to {_rounded_up(largest)} on "
             f"{len(squares.pixels)} {squares.source}, expected at most {MOST_DIFFERENCE:g}; "
             f"nothing was written; try another version of {runtime.split()[0]}"
         )
@@ -124,6 +125,12 @@ def measure_parity(
 
 def describe_parity(parity: Parity) -> str:
     """Return a sentence that says what was compared and how large the difference is."""
-    largest = parity["largest_difference"]
-    how = f"differ from PyTorch's by at most {largest:.2g}" if largest else "equal PyTorch's"
+    largest, how = parity["largest_difference"], "equal PyTorch's"
+    if largest:
+        how = f"differ from PyTorch's by at most {_rounded_up(largest)}"
     return f"logits by {parity['runtime']} {how} on {parity['images']} {parity['source']}"
+
+
+def _rounded_up(value: float) -> str:
+    """Write a value with two digits, rounded up: a bound that is rounded down is none."""
+    return f"{Decimal(value).normalize(Context(2, ROUND_CEILING)):g}"

@@ -1,5 +1,6 @@
 """What was exported is compared with PyTorch, and not written where it differs."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from cxrdist.cli import main
 from cxrdist.config import Network
 from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.export import parity
-from cxrdist.export.parity import Squares, measure_parity, read_squares
+from cxrdist.export.parity import Squares, describe_parity, measure_parity, read_squares
 from cxrdist.model.densenet import Classifier
 
 
@@ -38,6 +39,15 @@ def test_the_largest_difference_of_any_logit_counts(model: Classifier, squares: 
     found = measure_parity(model, exported, squares, "a program 1")
     assert found["largest_difference"] == pytest.approx(2.0**-15, rel=1e-3)
     assert (found["images"], found["runtime"]) == (9, "a program 1")
+
+
+@pytest.mark.parametrize("largest", [8.642673492431641e-07, 9.96e-6, 2.0**-20])
+def test_no_logit_differs_by_more_than_the_sentence_says(largest: float) -> None:
+    """The bound has two digits and is rounded up: 8.64e-7 is not at most 8.6e-7."""
+    found = {"images": 9, "source": "squares", "runtime": "a program 1"}
+    shown = describe_parity({**found, "largest_difference": largest})
+    bound = re.fullmatch(r"logits by a program 1 .* by at most (.*) on 9 squares", shown)[1]
+    assert largest <= float(bound) < largest + 10 ** (np.floor(np.log10(largest)) - 1)
 
 
 @pytest.mark.parametrize("error", [2e-4, float("nan")])
