@@ -143,10 +143,12 @@ def without_folders(origin: WeightsInfo | None) -> WeightsInfo | None:
 
 def _section(model: Classifier, parity: Parity, target: str) -> str:
     """Render the README's section on how to load the weights, and their parity with PyTorch."""
+    temperatures = model.calibration.temperatures if model.calibration else {}
     content = {
         "model": model,
         "channels": len(model.normalisation.mean),
         "parity": describe_parity(parity),
+        "uncalibrated": [name for name in model.classes if name not in temperatures],
         "target": target,
         "in_timm": timm.is_model(model.shape.architecture),
     }

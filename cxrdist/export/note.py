@@ -23,16 +23,18 @@ USE = "research only, not a medical device"
 GRAPH_INPUT = (
     "images: uint8 [batch, 1, size, size], grey values 0 to 255; the normalisation is in the graph"
 )
+LIBRARY_OUTPUT = (
+    "logits: float32 [batch, classes], not divided by temperatures, to be compared with thresholds"
+)
 GRAPH_OUTPUT = (
-    "logits: float32 [batch, classes], not calibrated, to be compared with thresholds; "
-    "calibrated_probabilities: float32 [batch, classes], sigmoid(logit / temperature) of each "
-    "class against the rest, where a class without a temperature has 1"
+    f"{LIBRARY_OUTPUT}; calibrated_probabilities: float32 [batch, classes], sigmoid(logit / "
+    "temperature) of each class against the rest; those of a class without a temperature are "
+    "sigmoid(logit), not calibrated"
 )
 LIBRARY_INPUT = (
     "float32 [batch, channels, size, size]: grey values divided by 255, the same in each channel, "
     "then (x - mean) / std"
 )
-LIBRARY_OUTPUT = "logits: float32 [batch, classes], not calibrated, to be compared with thresholds"
 
 
 class ExportNote(TypedDict):

@@ -111,6 +111,7 @@ def test_the_hub_folder_is_complete_and_read_back(
     assert (card.data.library_name, card.data.pipeline_tag) == ("cxrdist", "image-classification")
     assert "Parity: logits by cxrdist" in card.text
     assert "18 X-rays of the test split" in card.text
+    assert "Classes without a temperature, which are not calibrated: b c.\n" in card.text
     parity = read_json(out / "cxrdist.json")["parity"]
     assert (parity["images"], parity["index_sha256"]) == (18, read_index(shards).sha256)
     assert read_json(out / "cxrdist.json")["input"].endswith("then (x - mean) / std")
