@@ -32,9 +32,11 @@ METHOD = (
     "patients that the figure rests on, of AUROC those of its smaller side (Hesterberg 2015). A "
     "figure of exactly 0 or 1, whose replicates are all equal: Wilson (1927) of n patients; "
     "AUROC: Newcombe (2006, method 5); average precision: Wilson of the patients with the class "
-    "(Boyd et al. 2013). Means: the intervals of the classes and the correlation of their "
-    "replicates (Zou 2007). Predictive values at another prevalence: the intervals of sensitivity"
-    " and specificity (Zou & Donner 2008)"
+    "(Boyd et al. 2013). Without bounds: ratios of means on the logarithmic scale, differences "
+    "and net benefits on their own. Calibration errors: percentiles of the replicates around the "
+    "error, and down to the least error that chance adds to. Means: the intervals of the classes "
+    "and the correlation of their replicates (Zou 2007). Predictive values at another prevalence: "
+    "the intervals of sensitivity and specificity (Zou & Donner 2008)"
 )
 QUANTILE = (1 + LEVEL) / 2
 
