@@ -441,14 +441,17 @@ def _says_of_scores(content: BackgroundFile) -> list[str]:
     if None in of.values():
         return ["An AUROC is not defined in test, so that there is nothing to say."]
     says = [
-        f"Of AUROC {of['images']:.2f}, {of['no_lungs']:.2f} is reached without lungs "
-        f"(0.5 is chance), and {of['shuffled']:.2f} from grey values alone."
+        f"AUROC without lungs {of['no_lungs']:.2f}, from grey values alone "
+        f"{of['shuffled']:.2f}, from the whole images {of['images']:.2f} (0.5 is chance)."
     ]
     without, whole = (content["variants"][name]["classes"] for name in ("no_lungs", "images"))
     known = {name: own["auroc"] for name, own in without.items() if not own["too_few"]}
     if len(known) > 1:
         most = max(known, key=lambda name: known[name] or 0.0)
-        says.append(f"Most for {most}: {known[most]:.2f} of {whole[most]['auroc']:.2f}.")
+        says.append(
+            f"Without lungs it is highest for {most}: {known[most]:.2f}, from the whole images "
+            f"{whole[most]['auroc']:.2f}."
+        )
     if estimate := content["estimate"]:
         low, high = estimate["interval"]
         says.append(f"{ESTIMATE}: {estimate['auroc']:.2f} ({low:.2f} to {high:.2f}).")
@@ -476,7 +479,10 @@ def summary(content: BackgroundFile) -> str:
         *(f"AUROC {name}" for name in content["classes"]),
     ]
     test = content["totals"]["test"]
-    of = f"test: {test['images']} images of {test['patients']} patients"
+    of = (
+        f"test: {test['images']} images of {test['patients']} patients, over which the intervals "
+        "are; another --seed trains other networks"
+    )
     return "\n".join([table(rows, headers), of, *content["says"]])
 
 

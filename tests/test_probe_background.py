@@ -91,9 +91,14 @@ def test_a_word_in_the_corner_tells_the_class_without_a_lung(found):
     low, high = of["lungs"]["auroc_interval"]
     assert low <= 0.5 <= high
     assert of["lungs"]["difference"]["interval"][1] < 0
-    images, without = of["images"]["auroc"], of["no_lungs"]["auroc"]
-    assert found["says"][0].startswith(
-        f"Of AUROC {images:.2f}, {without:.2f} is reached without lungs"
+    shown = [f"{of[name]['auroc']:.2f}" for name in ("no_lungs", "shuffled", "images")]
+    assert re.findall(r"\b[01]\.\d\d\b", found["says"][0]) == shown
+    classes = {name: scores["auroc"] for name, scores in of["no_lungs"]["classes"].items()}
+    most = max(classes, key=classes.get)
+    whole = of["images"]["classes"][most]["auroc"]
+    assert (
+        f"highest for {most}: {classes[most]:.2f}, from the whole images {whole:.2f}"
+        in (found["says"][1])
     )
 
 
@@ -126,7 +131,7 @@ def test_the_terminal_shows_the_document(found):
         values, limits = (re.findall(r"-?\d\.\d{3}", line) for line in lines[number : number + 2])
         assert values == [f"{value:.3f}" for value in (of["auroc"], *change, of["accuracy"], *own)]
         assert limits[:2] == [f"{end:.3f}" for end in of["auroc_interval"]]
-    assert "test: 22 images of 22 patients" in lines
+    assert any(line.startswith("test: 22 images of 22 patients, over which") for line in lines)
     assert lines[-len(found["says"]) :] == found["says"]
 
 
