@@ -1,9 +1,10 @@
 """Pictures: PNG, JPEG, TIFF and other formats of Pillow -> 8-bit grey.
 
 Refused: several pages or frames, float, signed and 32-bit values, 12-bit JPEG, JPEG 2000 of fewer
-than 8 bits or with deeper colours, TIFF planes without compression that are not plain bytes, and
-more pixels than an X-ray has. Ignored: colour profiles, gamma, resolution, a PNG's significant bits
-(sBIT), a TIFF's smallest and largest values, and the lower 8 bits of 16-bit colours.
+than 8 bits or with deeper colours, a transparent one of 16-bit colours, TIFF planes without
+compression that are not plain bytes, and more pixels than an X-ray has. Ignored: colour profiles,
+gamma, resolution, a PNG's significant bits (sBIT), a TIFF's smallest and largest values, and the
+lower 8 bits of 16-bit colours.
 """
 
 import io
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cxrdist.data.codestream import is_reordered, precision
-from cxrdist.data.depth import count_words, grey_of, used_depth, white_of
+from cxrdist.data.depth import HOT_PIXELS, count_words, grey_of, used_depth, white_of
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
 from cxrdist.errors import CxrdistError
 
@@ -156,8 +157,13 @@ def _read(data: bytes, kind: str, least_px: int, depth: int | None) -> Picture:
             # Pillow scales grey levels of 2 and 4 bits to 8, but not the transparent one.
             image.info["transparency"] *= 255 // white_of(data[24])
         has_deep_colours = _has_deep_colours(image, data)  # before Pillow forgets the header
+        if has_deep_colours and "transparency" in image.info:
+            # Pillow compares its 16 bits with the upper 8 bits of the pixels.
+            raise ValueError("one of its 16-bit colours is transparent; store it as 16-bit grey")
         grey = _grey(_upright(image))
-        if has_deep_colours and np.asarray(grey).max() < NEARLY_BLACK:
+        # Not by the brightest pixel, which may be a defect of the detector.
+        bright = sum(grey.histogram()[NEARLY_BLACK:])
+        if has_deep_colours and bright <= HOT_PIXELS * grey.width * grey.height:
             raise ValueError("its 16-bit colours use few bits; store it as 16-bit grey")
         return Picture(grey, *size_px, reduced)
 

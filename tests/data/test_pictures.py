@@ -221,11 +221,10 @@ def test_12_bit_jpegs_and_16_bit_colours_of_few_bits_are_refused(tmp_path):
     (tmp_path / "x.jpg").write_bytes(data)
     with pytest.raises(CxrdistError, match=r"is not a readable JPEG \(it has 12 bits, expected 8"):
         grey_of(tmp_path / "x.jpg")
-    colours = imagecodecs.png_encode(np.stack([RAMP] * 3, 2))
-    (tmp_path / "x.png").write_bytes(colours)
-    (tmp_path / "x.ppm").write_bytes(
-        b"P6\n64 64\n65535\n" + np.stack([RAMP] * 3, 2).astype(">u2").tobytes()
-    )
+    colours = np.stack([RAMP] * 3, 2)
+    colours[0, :4] = 65535  # hot pixels
+    (tmp_path / "x.png").write_bytes(imagecodecs.png_encode(colours))
+    (tmp_path / "x.ppm").write_bytes(b"P6\n64 64\n65535\n" + colours.astype(">u2").tobytes())
     for name in ("x.png", "x.ppm"):
         with pytest.raises(CxrdistError, match="its 16-bit colours use few bits"):
             grey_of(tmp_path / name)
@@ -233,24 +232,45 @@ def test_12_bit_jpegs_and_16_bit_colours_of_few_bits_are_refused(tmp_path):
     assert np.abs(grey_of(tmp_path / "y.png")[0] - GREY).max() <= 1
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-def test_the_transparent_grey_level_of_a_png_is_black(tmp_path, bits):
-    """White, as tRNS says in the bits of the image (PNG, 11.3.2.1); the others stay."""
-    white = (1 << bits) - 1
-    values = np.linspace(0, white, 64).round().astype(np.uint16)
-    rows = np.unpackbits(values.astype(">u2").view(np.uint8)).reshape(64, 16)[:, 16 - bits :]
+def write_transparent(file: Path, bits: int, colour: int, level: bytes, row: np.ndarray) -> None:
+    """Write a PNG of 64 equal rows of 64 pixels of a colour type, one level of it transparent."""
     chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", 64, 64, bits, 0, 0, 0, 0),
-        b"tRNS": struct.pack(">H", white),
-        b"IDAT": zlib.compress((b"\0" + np.packbits(rows).tobytes()) * 64),
+        b"IHDR": struct.pack(">IIBBBBB", 64, 64, bits, colour, 0, 0, 0),
+        b"tRNS": level,
+        b"IDAT": zlib.compress((b"\0" + row.tobytes()) * 64),
         b"IEND": b"",
     }
     parts = (
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks.items()
     )
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_level_of_a_png_is_black(tmp_path, bits):
+    """White, as tRNS says in the bits of the image (PNG, 11.3.2.1); the others stay."""
+    white = (1 << bits) - 1
+    values = np.linspace(0, white, 64).round().astype(np.uint16)
+    row = np.unpackbits(values.astype(">u2").view(np.uint8)).reshape(64, 16)[:, 16 - bits :]
+    write_transparent(tmp_path / "x.png", bits, 0, struct.pack(">H", white), np.packbits(row))
     expected = np.where(values == white, 0, np.rint(values / white * 255))
+    assert np.array_equal(grey_of(tmp_path / "x.png")[0], np.tile(expected, (64, 1)))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_colour_of_16_bits_is_refused(tmp_path, bits):
+    """Pillow would make colours of 0x0700 to 0x07ff black, not the 7 of 16 bits that was meant."""
+    values = np.repeat(np.arange(64) * (1 if bits == 8 else 256), 3)
+    write_transparent(
+        *(tmp_path / "x.png", bits, 2, struct.pack(">3H", 7, 7, 7)),
+        values.astype(np.uint8 if bits == 8 else ">u2"),
+    )
+    if bits == 16:
+        with pytest.raises(CxrdistError, match="one of its 16-bit colours is transparent; store"):
+            grey_of(tmp_path / "x.png")
+        return
+    expected = np.where(np.arange(64) == 7, 0, np.arange(64))
     assert np.array_equal(grey_of(tmp_path / "x.png")[0], np.tile(expected, (64, 1)))
 
 
