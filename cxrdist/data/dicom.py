@@ -21,7 +21,7 @@ import pydicom
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
-from pydicom.encaps import get_frame
+from pydicom.encaps import generate_fragments
 from pydicom.filereader import read_dataset, read_preamble
 from pydicom.uid import (
     JPEG2000,
@@ -70,6 +70,7 @@ SPACINGS = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
 MOST_VIEW_CHARACTERS = 64  # of a long string (PS3.5, section 6.2, LO)
 SQUARE = 0.01  # sides of a pixel that differ less count as equal: spacings are rounded
 MOST_STRETCH = 10  # ratio of a pixel's sides; files with more are damaged
+SEVERAL_FRAMES = "it has several frames; expected one radiograph"
 CUT_OFF = "its pixel data is cut off; it is damaged, export it again"
 # pydicom would print malformed values in warnings. `elements` judges those in use.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -145,7 +146,7 @@ def _refuse_no_radiograph(dataset: Dataset) -> None:
     if "PixelData" not in dataset:
         raise RefusedError("its pixel data is missing, cut off or not of integers")
     if whole(dataset, "NumberOfFrames", 1) > 1:
-        raise RefusedError("it has several frames; expected one radiograph")
+        raise RefusedError(SEVERAL_FRAMES)
     photometric = text(dataset, "PhotometricInterpretation")
     if not photometric:
         raise RefusedError("its PhotometricInterpretation is missing")
@@ -215,11 +216,23 @@ def _native(dataset: Dataset) -> NDArray[Any]:
     data, order = octets(dataset, "PixelData")
     if len(data) < shape[0] * shape[1] * size:
         raise RefusedError(CUT_OFF)
+    # NumberOfFrames may be missing. A little more is padding.
+    if len(data) >= 2 * shape[0] * shape[1] * size:
+        raise RefusedError(SEVERAL_FRAMES)
     # OW counts words of 16 bits: in big endian the two 8-bit cells of each have swapped places.
     if size == 1 and order == ">" and dataset.get_item("PixelData").VR == "OW":
         data = np.frombuffer(data[: len(data) // 2 * 2], ">u2").astype("<u2").tobytes()
     words = np.frombuffer(data, f"{order}u{size}", shape[0] * shape[1])
     return words.reshape(shape).astype(f"u{size}")
+
+
+def _frame(data: bytes) -> bytes:
+    """Return the stream of encapsulated pixel data: its fragments without their offset table."""
+    _, *fragments = generate_fragments(data)
+    # NumberOfFrames may be missing, and the table empty (PS3.5, A.4), but each frame has a head.
+    if sum(fragment[:4] == fragments[0][:4] for fragment in fragments) > 1:
+        raise RefusedError(SEVERAL_FRAMES)
+    return b"".join(fragments)
 
 
 def _decompress(dataset: Dataset, decoder: str) -> tuple[NDArray[Any], int]:
@@ -233,7 +246,7 @@ def _decompress(dataset: Dataset, decoder: str) -> tuple[NDArray[Any], int]:
         raise RefusedError(
             "it is compressed and the decoder is not installed; pip install 'cxrdist[dicom]'"
         ) from None
-    frame = get_frame(dataset.PixelData, 0, number_of_frames=1)
+    frame = _frame(dataset.PixelData)
     if is_cut_off(frame):
         raise RefusedError(CUT_OFF)
     shape = whole(dataset, "Rows"), whole(dataset, "Columns")

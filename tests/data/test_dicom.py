@@ -166,6 +166,28 @@ def test_a_stream_that_is_cut_off_is_refused(tmp_path, syntax):
     assert time.process_time() - start < 1
 
 
+@pytest.mark.parametrize("syntax", ["explicit", "rle", "jpeg lossless", "jpeg-ls", "jpeg 2000"])
+@pytest.mark.parametrize("has_table", [False, True])
+def test_two_frames_are_refused_also_if_no_tag_counts_them(tmp_path, syntax, has_table):
+    """The first alone would be taken for the radiograph; fragments of one frame are one."""
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64))
+    file = write_dicom(tmp_path / "x.dcm", values, 12, syntax)
+    dataset = pydicom.dcmread(file)
+    one = dataset.PixelData
+    if syntax not in ("explicit", "rle"):
+        stream = get_frame(one, 0, number_of_frames=1)
+        dataset.PixelData = encapsulate([stream], 5, has_table)
+        dataset.save_as(file)
+        assert np.array_equal(pixels_of(file), np.rint(values / 4095 * 255))
+    if syntax == "explicit":
+        dataset.PixelData = one + one
+    else:
+        dataset.PixelData = encapsulate([get_frame(one, 0, number_of_frames=1)] * 2, 1, has_table)
+    dataset.save_as(file)
+    with pytest.raises(CxrdistError, match="it has several frames; expected one radiograph"):
+        decode(file, 8, "crop")
+
+
 def test_a_file_that_ends_within_its_stream_is_cut_off(tmp_path):
     """Its pixel data has no end, so that pydicom leaves it out."""
     file = write_dicom(tmp_path / "x.dcm", np.arange(4096).reshape(64, 64) % 256, 8, "jpeg-ls")
