@@ -56,12 +56,15 @@ def shorts(dataset: Dataset, keyword: str | int) -> NDArray[np.int64]:
 
 
 def octets(dataset: Dataset, keyword: str | int) -> tuple[bytes, str]:
-    """Return the bytes of an element and their order, ``<`` or ``>``."""
+    """Return the bytes of an element, none if it is absent, and their order, ``<`` or ``>``."""
     # `dataset[keyword]` would convert the value, and replace the raw element.
     element = dataset.get_item(keyword)
+    value = getattr(element, "value", None)
+    if not value:
+        return b"", "<"
     if not isinstance(element, RawDataElement):
-        raise RefusedError(f"its {keyword} is missing")
-    return element.value or b"", "<" if element.is_little_endian else ">"
+        raise RefusedError(f"its {keyword} is not of bytes")
+    return value, "<" if element.is_little_endian else ">"
 
 
 def items(dataset: Dataset, keyword: str | int) -> list[Dataset]:

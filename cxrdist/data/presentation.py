@@ -177,7 +177,7 @@ def _first_lut(dataset: Dataset, keyword: str, signed: bool) -> Lut | None:
     """Return the first LUT of a sequence that is not empty (PS3.3, C.11.1.1 and C.11.2.1.1)."""
     for item in items(dataset, keyword):
         descriptor = numbers(item, "LUTDescriptor")
-        if len(descriptor) == 3 and "LUTData" in item:
+        if len(descriptor) == 3 and octets(item, "LUTData")[0]:
             return _lut(item, [int(value) for value in descriptor], signed)
     return None
 

@@ -36,6 +36,12 @@ def empty_lut() -> Dataset:
     return item
 
 
+def without_entries() -> list[Dataset]:
+    (item,) = lut(range(100))
+    item.LUTData = None
+    return [item]
+
+
 def short_lut() -> list[Dataset]:
     (item,) = lut(range(100))
     item.LUTDescriptor = [300, 0, 16]
@@ -79,6 +85,10 @@ CASES = {
     "a first VOI LUT that is empty": (
         *(RAMP, 12, {"VOILUTSequence": [empty_lut(), *lut(CURVE)]}),
         CURVE.reshape(64, 64) / 4095,
+    ),
+    "a first VOI LUT without entries, and a window": (
+        *(RAMP, 12, {"VOILUTSequence": without_entries(), "WindowCenter": 100, "WindowWidth": 51}),
+        (RAMP - 99.5) / 50 + 0.5,
     ),
     "no VOI LUT in its sequence, and a window": (
         *(RAMP, 12, {"VOILUTSequence": [], "WindowCenter": 100, "WindowWidth": 51}),
