@@ -7,7 +7,7 @@ in one column per label, with the cells that `cxrdist.data.labels` reads.
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,19 +42,18 @@ COLUMNS = {
 }
 # Columns that may be meant as one of `COLUMNS`: silently ignoring them would mislead the user.
 LOOK_ALIKES = {
-    "patient": {
-        *("subject", "subjectid", "person", "personid", "participant", "participantid", "case"),
-        *("caseid", "patients", "patientname", "patientnumber", "patientno", "patientnr", "mrn"),
-        *("pid", "patid", "ptid"),
-    },
-    "split": {
-        *("splits", "set", "subset", "partition", "fold", "phase", "datasplit", "splitname"),
-        *("traintest", "trainvaltest", "traintestsplit", "istest", "istrain"),
-    },
-    "label": {
-        *("lable", "class", "classes", "category", "diagnosis", "diagnoses", "disease", "diseases"),
-        *("finding", "findings", "findinglabels", "pathology", "pathologies", "target", "targets"),
-    },
+    "patient": re.compile(
+        "(patient|subject|person|participant|case)s?(id|uid|identifier|n[or]|num|number|name|code"
+        "|key|hash)?s?|(pat|pt|p|record|hospital)(id|n[or]|num|number)|mrn"
+    ),
+    "split": re.compile(
+        "(data|train(val)?test)?splits?(name|type)?|(sub)?set|partition|(cv|k)?folds?|phase"
+        "|train(val)?test|is(train|val|valid|validation|test)(ing)?"
+    ),
+    "label": re.compile(
+        "lable|class(es)?|category|diagnos[ie]s|diseases?|findings?|findinglabels|patholog(y|ies)"
+        "|targets?"
+    ),
 }
 TABLE = "the table itself"
 OPEN = ("uncertain", "missing")
@@ -155,6 +154,8 @@ def read_image_table(
     has_label = {"label", "labels"} & positions.keys()
     label_positions = {} if has_label else _find_labels(table, positions, rows)
     reader = _Reader(table, positions, label_positions, pattern, allow_outside)
+    if "split" not in positions:
+        refuse_unread_splits(table, rows, {*positions.values(), *label_positions.values()})
     records = [reader.record(row) for row in rows]
     _refuse_bad_columns(file, rows, records)
     left_out, num_found = _find_unlisted(file, records, besides)
@@ -188,15 +189,34 @@ def _find_columns(table: Table) -> dict[str, int]:
             f"{table.file}: the column {stray!r} needs a column labels, for several labels per "
             "image; rename one of them"
         )
-    for name, spellings in LOOK_ALIKES.items():
-        like = [column for column in table.columns if plain(column) in spellings]
-        # Beside a column labels, a diagnosis is another fact about the image, and no lost label.
-        if like and name not in positions and (name != "label" or not labels):
-            raise CxrdistError(
-                f"{table.file}: the column {like[0]!r} may be meant as the {name}; call it {name} "
-                f"if it is, or rename it, such as to other_{like[0]}"
-            )
+    # Beside a column labels, a diagnosis is another fact about the image, and no lost label.
+    refuse_look_alikes(table, {**positions, "label": 0} if labels else positions)
     return positions
+
+
+def refuse_look_alikes(table: Table, names: Collection[str]) -> None:
+    """Reject a column that may be meant as the patient, split or label, unless that is in names."""
+    for name, spellings in LOOK_ALIKES.items():
+        like = next((c for c in table.columns if spellings.fullmatch(plain(c))), None)
+        if like and name not in names:
+            raise CxrdistError(
+                f"{table.file}: the column {like!r} may be meant as the {name}; call it {name} if "
+                f"it is, or rename it, such as to other_{like}"
+            )
+
+
+def refuse_unread_splits(table: Table, rows: Sequence[Row], used: Collection[int]) -> None:
+    """Reject a column beside the used ones that has nothing but splits, whatever its name."""
+    for i, column in enumerate(table.columns):
+        if i not in used and rows and all(_names_split(row.cells[i]) for row in rows):
+            raise CxrdistError(
+                f"{table.file}: the column {column!r} has nothing but train, val and test; call it "
+                "split, or remove it"
+            )
+
+
+def _names_split(cell: str) -> bool:
+    return cell.strip().casefold() in SPLIT_NAMES
 
 
 def _is_file(file: Path) -> bool:

@@ -28,7 +28,7 @@ SIZE = ("height", "width")
 # CheXmask's authors advise to use masks with a mean Dice coefficient of at least 0.7, as predicted
 # by reverse classification accuracy (its README, Quality Threshold). In most rows of PadChest's
 # table mean and maximum are swapped, so the smaller of the two is used.
-QUALITY, LEAST_QUALITY = ("dicerca(mean)", "dicerca(max)"), 0.7
+QUALITY, LEAST_QUALITY = ("dicercamean", "dicercamax"), 0.7
 MOST_ROW_BYTES = 4 << 20  # three organs of a 4000 px image have 0.2 MB
 COMPRESSED = {b"\x1f\x8b": "gzip", b"PK": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 

@@ -99,7 +99,7 @@ class Table:
     def find_columns(
         self, names: Mapping[str, Collection[str]] | Collection[str], needed: Collection[str] = ()
     ) -> dict[str, int]:
-        """Return the positions of the columns that exist, ignoring case, blanks, ``_`` and ``-``.
+        """Return the positions of the columns that exist, by letters and digits in any case.
 
         Args:
             names: names of the columns; or, by name, the spellings that each may have.
@@ -173,8 +173,8 @@ def read_text(file: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def plain(name: str) -> str:
-    """Return a column's name without case, blanks, ``_`` and ``-``: Patient ID is patient_id."""
-    return re.sub(r"[\s_-]+", "", name).casefold()
+    """Return a column's name as letters and digits of one case: Patient.ID is patient_id."""
+    return re.sub(r"[\W_]+", "", name).casefold()
 
 
 def float_of(cell: str) -> float:

@@ -90,6 +90,8 @@ def read_prediction_table(file: Path) -> PredictionTable:
     image_table.refuse_two_spellings(file, patients)
     groups, notes = _groups(cells)
     taken = {*positions.values(), *classes.values(), *logit_columns.values()}
+    if "split" not in positions:
+        image_table.refuse_unread_splits(table, rows, taken)
     unused = [name or "(no name)" for i, name in enumerate(table.columns) if i not in taken]
     scored = Scored(
         task,
@@ -136,14 +138,7 @@ def _find_columns(table: Table) -> dict[str, int]:
             )
     if len(has_label) > 1:
         raise CxrdistError(f"{table.file}: has the columns label and labels; remove one of them")
-    for name in ("patient", "split"):
-        spellings = image_table.LOOK_ALIKES[name]
-        like = next((column for column in table.columns if plain(column) in spellings), None)
-        if like and name not in positions:
-            raise CxrdistError(
-                f"{table.file}: the column {like!r} may be the {name}; rename it to {name} if it "
-                f"is, or else to another name such as other_{like}"
-            )
+    image_table.refuse_look_alikes(table, {*positions, "label"})
     return positions
 
 

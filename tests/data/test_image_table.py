@@ -70,6 +70,14 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,label,Patient,patient_id\n", "the columns 'Patient' and 'patient_id' are both the"),
         ("path,label,subject_id\na.png,x,1\n", "'subject_id' may be meant as the patient"),
         ("path,label,Partition\na.png,x,1\n", "'Partition' may be meant as the split"),
+        ("path,label,patient_num\na.png,x,1\n", "'patient_num' may be meant as the patient"),
+        ("path,label,Case.No\na.png,x,1\n", "'Case.No' may be meant as the patient"),
+        ("path,label,Is_Val\na.png,x,1\n", "'Is_Val' may be meant as the split"),
+        (
+            "path,label,Dataset_type\na.png,x,TRAIN\nb.png,y,Test\n",
+            "the column 'Dataset_type' has nothing but train, val and test; call it split",
+        ),
+        ("path,x,\na.png,1,test\nb.png,0,test\n", "the column '' has nothing but train, val"),
         (
             "path,label,patient\na.png,x,1\nb.png,y,1.0\n",
             "patients '1' and '1.0' are two spellings",
@@ -95,7 +103,9 @@ def test_a_file_by_its_absolute_path_is_the_same_file(table):
         read(table, f"path,label\na.png,x\n{table.parent}/a.png,y\n", allow_outside=True)
 
 
-@pytest.mark.parametrize("patient", ["patient", "Patient", "patient_id", "PatientID", "PATIENT ID"])
+@pytest.mark.parametrize(
+    "patient", ["patient", "Patient", "patient_id", "PatientID", "PATIENT ID", "Patient.ID"]
+)
 def test_columns_are_known_whatever_their_spelling(table, patient):
     """Nothing that a column tells is lost for a capital letter."""
     source = read(

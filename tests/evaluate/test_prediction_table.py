@@ -121,7 +121,8 @@ def test_every_reader_takes_the_numbers_of_float32(tmp_path):
         (("key,", "key,path,patient,"), "fewer cells"),
         ((",prob_a", ",labels,prob_a"), "has the columns label and labels"),
         (("\nx,a,0.9,0.1\ny,b,0.2,0.8", ""), "has no rows below the header"),
-        (("key,label", "key,Subject_ID,label"), "'Subject_ID' may be the patient"),
+        (("key,label", "key,Subject_ID,label"), "'Subject_ID' may be meant as the patient"),
+        ((ONE, "key,label,prob_a,Type\nx,a,1,Train\n"), "'Type' has nothing but train, val and"),
         (("key,label,", "key,split,label,"), "fewer cells"),
     ],
 )
