@@ -24,7 +24,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cache
 from io import TextIOWrapper
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, BinaryIO, TypeVar, cast
 
 import numpy as np
@@ -390,9 +392,15 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]
         atomic_file(path) as partial,
         open(partial, "w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+        file.writelines(table_lines(chain([columns], rows)))
+
+
+def table_lines(rows: Iterable[Sequence[Any]]) -> Iterator[str]:
+    """Return the lines of a CSV, which end in a line feed."""
+    # csv.writer leaves a carriage return in a cell unquoted unless its own lines end in one, and
+    # readers would end the row there.
+    writer = csv.writer(SimpleNamespace(write=str), lineterminator="\r\n")
+    return (writer.writerow(row).removesuffix("\r\n") + "\n" for row in rows)
 
 
 def sha256_of(file: Path) -> str:

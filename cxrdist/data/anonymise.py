@@ -5,7 +5,6 @@ name and compare. While a pack is unfinished, its key is in its work directory, 
 the owner can read; it is deleted when the pack is finished.
 """
 
-import csv
 import fcntl
 import hashlib
 import hmac
@@ -21,7 +20,7 @@ from cxrdist.data.found import LeftOut
 from cxrdist.data.records import KNOWN_NAMES, NO_PATIENT, Record, Source, own_patient
 from cxrdist.data.shards import sample_key
 from cxrdist.errors import CxrdistError
-from cxrdist.files import atomic_file
+from cxrdist.files import atomic_file, table_lines
 
 KEY_BYTES = 32  # as a SHA-256 has: shorter keys weaken an HMAC (RFC 2104, section 3)
 KEY_FILE = ".key"
@@ -167,4 +166,4 @@ def write_names(file: Path, key: bytes, names: Iterable[Name]) -> None:
         # open() would create it with a mode that lets others read it.
         partial.touch(mode=0o600)
         with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
-            csv.writer(table, lineterminator="\n").writerows(rows)
+            table.writelines(table_lines(rows))

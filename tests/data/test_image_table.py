@@ -229,19 +229,19 @@ def test_spreadsheets_of_all_kinds_are_read(table, encoding, note, separator):
 
 
 def test_separators_of_lines_in_names_do_not_break_the_list_of_samples(tmp_path):
-    """U+0085, U+2028 and a line feed in names, sources and patients come back as they were."""
+    """U+0085, U+2028 and both ends of lines in names, sources and patients come back unchanged."""
     folder = make_images(tmp_path / "in", {"a": 12, "b": 12})
-    (folder / "a" / "a000_0.png").rename(folder / "a" / "x\u2028y\nz.png")
+    (folder / "a" / "a000_0.png").rename(folder / "a" / "x\u2028y\nz\r.png")
     rows = [
-        f'"{file.relative_to(folder)}",{file.parent.name},"p\u0085{i // 2}","s\u2028\n{i % 2}"'
+        f'"{file.relative_to(folder)}",{file.parent.name},"p\u0085\r{i // 2}","s\u2028\n{i % 2}"'
         for i, file in enumerate(sorted(folder.rglob("*.png")))
     ]
     (folder / "t.csv").write_text("\n".join(["path,label,patient,source", *rows]))
     options = {"size": 32, "split": "0.5/0.25/0.25", "workers": 1}
     pack(PackConfig("csv", folder / "t.csv", tmp_path / "out", **options))
     samples = read_index(tmp_path / "out").samples
-    assert {sample.path for sample in samples} > {"a/x\u2028y\nz.png"}
-    assert {sample.patient for sample in samples} == {f"p\u0085{i}" for i in range(12)}
+    assert {sample.path for sample in samples} > {"a/x\u2028y\nz\r.png"}
+    assert {sample.patient for sample in samples} == {f"p\u0085\r{i}" for i in range(12)}
 
 
 def test_patients_of_names_are_taken_where_the_table_has_none(table):
