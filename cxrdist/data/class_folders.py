@@ -5,7 +5,7 @@ The layouts are CLASS/..., SPLIT/CLASS/... and CLASS/SPLIT/..., with SPLIT from 
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from cxrdist.errors import CxrdistError
 
 # Only where a word begins: not in `strain` or `latest`.
 LOOKS_LIKE_SPLIT = re.compile(r"(?:^|[\W_\d])(train|val|test|dev)")
+MASKS = ("mask", "masks")
+# As cross-validation, ChestX-ray14 and PadChest name the parts of a set.
+PART = re.compile(r"(k?folds?|cv|images?|parts?|batch|splits?|subset)[\W_]*\d+", re.IGNORECASE)
 
 
 def read_class_folders(
@@ -27,12 +30,13 @@ def read_class_folders(
     patient. Without it, or if it does not match, the image has a patient of its own.
 
     Raises:
-        CxrdistError: a class has no image, or it is unclear which folders are classes and which
-            are splits.
+        CxrdistError: a class has no image, or it is unclear which folders are classes, which are
+            splits, and which are neither.
     """
     pattern = compile_pattern(patient_pattern)
     found = find_images(folder, besides)
     levels = [file.relative_to(folder).parts[:-1] for file in found.images]
+    _refuse_other_folders(folder, {*levels})
     split_level = _find_split_level(folder, levels)
     num_levels = 1 if split_level is None else 2
     records, stray = [], []
@@ -61,6 +65,22 @@ def read_class_folders(
         num_found=found.num_files,
         dicom=found.dicom,
     )
+
+
+def _refuse_other_folders(folder: Path, levels: Collection[tuple[str, ...]]) -> None:
+    """Reject folders of masks, and parts of a set in place of its classes."""
+    if masks := next((name for names in levels for name in names if name.lower() in MASKS), None):
+        raise CxrdistError(
+            f"--input {folder}: the folder {masks} has masks, which are no X-rays; move it out and "
+            "give it with --masks"
+        )
+    tops = sorted({names[0] for names in levels if names})
+    if len(tops) > 1 and all(map(PART.fullmatch, tops)):
+        raise CxrdistError(
+            f"--input {folder}: the folders {', '.join(tops[:3])} are named like parts of a set; "
+            "expected one sub-folder per class: put the images of a class together, or list them "
+            "in a table (--source csv)"
+        )
 
 
 def _find_split_level(folder: Path, levels: Iterable[tuple[str, ...]]) -> int | None:

@@ -89,6 +89,10 @@ def test_a_patient_in_two_given_splits_is_refused(tmp_path):
         (("train/test/1.png", "test/b/1.png"), r"splits \(test, train\) and others \(test"),
         (("val/a/1.png", "dev/b/1.png"), "the folders dev and val are both val"),
         (("train_images/a/1.png", "test_images/a/1.png"), "look like splits"),
+        (("fold_1/a/1.png", "fold_2/b/1.png"), "fold_1, fold_2 are named like parts of a set"),
+        (("images_001/1.png", "images_002/1.png"), "images_001, images_002 are named like parts"),
+        (("COVID/images/1.png", "COVID/masks/1.png"), "the folder masks has masks, which are no"),
+        (("a/1.png", "b/1.png", "Mask/1.png"), "the folder Mask has masks, which are no X-rays"),
         (("a/1.png", "all/1.png"), "class .all.: the results call all classes together so"),
         (("a/1.png", "A/1.png"), "'A' and 'a' are two spellings of one name"),
         (("set/a/1.png", "set/b/1.png"), r"found 1 class \(set\)"),
@@ -101,10 +105,11 @@ def test_unclear_layouts_are_refused(tmp_path, paths, message):
         read_source(PackConfig("folder", touch(tmp_path, *paths), Path("out")))
 
 
-def test_one_class_named_as_a_split_is_read_with_others_of_its_kind(tmp_path):
-    """Names that merely begin like one split are classes."""
-    source = read_class_folders(touch(tmp_path, "test positive/1.png", "test negative/1.png"))
-    assert source.classes == ["test negative", "test positive"]
+def test_classes_that_are_named_like_a_split_or_a_number_are_read(tmp_path):
+    """A name that begins like one split, a grade, and a part beside what is none are classes."""
+    for names in (["test negative", "test positive"], ["0", "1"], ["fold 1", "tumour"]):
+        folder = touch(tmp_path / names[0], *(f"{name}/1.png" for name in names))
+        assert read_class_folders(folder).classes == names
 
 
 def test_a_class_without_images_says_what_it_has(tmp_path):

@@ -140,9 +140,11 @@ def test_masks_that_are_of_no_image_or_of_several_are_refused(images, tmp_path, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["more", "masks"])
-def test_images_are_no_masks_of_themselves(images, name):
-    """--masks INPUT where masks/ is missing, or was read as images of a class."""
+@pytest.mark.parametrize(
+    ("name", "message"), [("more", "none of its 0 masks"), ("masks", "masks, which are no X-rays")]
+)
+def test_images_are_no_masks_of_themselves(images, name, message):
+    """--masks INPUT where masks/ is missing, or is within a class."""
     draw(images / "a" / name / "2.jpg")
-    with pytest.raises(CxrdistError, match="none of its 0 masks"):
+    with pytest.raises(CxrdistError, match=message):
         read_source(SourceConfig("folder", images, masks=images))
