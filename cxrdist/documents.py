@@ -132,6 +132,7 @@ FLOAT32 = Between(2.0**104 - 2.0**128, 2.0**128 - 2.0**104)
 Real = Annotated[float, FLOAT32]
 Share = Annotated[float, Between(0, 1)]
 Correlation = Annotated[float, Between(-1, 1)]
+CONTROL = r"\0-\x1f\x7f-\x9f"  # characters that could move the cursor or colour a terminal
 # JSON may contain half of a surrogate pair, which cannot be encoded as UTF-8.
 Text = Annotated[
     str, Matching(r"[^\0\ud800-\udfff]{0,65536}", "a UTF-8 text of at most 65536 characters")

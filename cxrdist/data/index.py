@@ -20,7 +20,7 @@ from cxrdist.data.labels import MISSING, NOT_STATED, POSITIVE, UNCERTAIN, label_
 from cxrdist.data.masks import MasksEntry
 from cxrdist.data.records import SPLITS
 from cxrdist.data.views import UNKNOWN, VIEWS
-from cxrdist.documents import Between, Distinct, Matching, Sha256, Text, parse_json, typed
+from cxrdist.documents import CONTROL, Between, Distinct, Matching, Sha256, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
 from cxrdist.files import judging, read_bytes
 from cxrdist.info import Amount, LabelAmount, Task
@@ -40,7 +40,10 @@ Count = Annotated[int, Between(0, MOST_SAMPLES)]
 MOST_NAME = 255  # characters of a class
 ClassName = Annotated[
     str,
-    Matching(rf"[^|\0\ud800-\udfff]{{1,{MOST_NAME}}}", f"1 to {MOST_NAME} characters without |"),
+    Matching(
+        rf"[^|{CONTROL}\ud800-\udfff]{{1,{MOST_NAME}}}",
+        f"1 to {MOST_NAME} characters without | and without control characters",
+    ),
 ]
 Classes = Annotated[list[ClassName], Between(1, MOST_CLASSES), Distinct()]
 

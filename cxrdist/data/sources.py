@@ -27,6 +27,7 @@ from cxrdist.data.rsna_pneumonia import read_rsna_pneumonia
 from cxrdist.data.several import read_several
 from cxrdist.data.views import LEFT_OUT, NAMES, UNKNOWN, parse_views, view_in_name, view_of
 from cxrdist.data.vindr_cxr import read_vindr_cxr
+from cxrdist.documents import CONTROL
 from cxrdist.errors import CxrdistError
 from cxrdist.terminal import counted, few
 
@@ -211,9 +212,12 @@ def _refuse_bad_classes(path: Path, source: Source, least_classes: int) -> None:
             f"({', '.join(source.classes) or 'none'}), expected at least {least}"
             f"{' (1 with --split 0/0/1, for evaluation only)' if least == 2 else ''}"
         )
-    bad = next((name for name in source.classes if not name or SEPARATOR in name), None)
-    if bad is not None:
-        raise CxrdistError(f"--input {path}: class {bad!r}: expected a name without {SEPARATOR!r}")
+    bad = re.compile(rf"|.*[{SEPARATOR}{CONTROL}].*", re.DOTALL)
+    if (name := next(filter(bad.fullmatch, source.classes), None)) is not None:
+        raise CxrdistError(
+            f"--input {path}: class {name!r}: expected a name without {SEPARATOR!r} and control "
+            "characters"
+        )
     if "all" in source.classes:
         raise CxrdistError(
             f"--input {path}: class 'all': the results call all classes together so; give it "

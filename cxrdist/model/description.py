@@ -5,7 +5,7 @@ from typing import Annotated, Literal, NotRequired, TypedDict
 
 from cxrdist.config import CoverHow, CoverSplit, Depth, Fit, Network
 from cxrdist.data.index import Classes, SidePx
-from cxrdist.documents import Between, Distinct, Matching, Real, Sha256, Text
+from cxrdist.documents import CONTROL, Between, Distinct, Matching, Real, Sha256, Text
 from cxrdist.errors import CxrdistError
 from cxrdist.info import Count, Task, WeightsInfo
 
@@ -18,7 +18,7 @@ MOST_MEMBERS = 20
 
 Member = Annotated[str, Matching(r"member-\d{1,2}", "member-NUMBER")]
 # Lone surrogates, which JSON can hold, cannot be encoded as UTF-8.
-Label = Annotated[str, Matching(r"[^\0\ud800-\udfff]{0,255}", "at most 255 characters")]
+Label = Annotated[str, Matching(rf"[^{CONTROL}\ud800-\udfff]{{0,255}}", "at most 255 characters")]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def read(table: Path, text: str | bytes, **options: object):
         ("path,label\na.png,x\n../out.png,y\n", "row 3: ../out.png is outside of the table's"),
         ("path,label\na.png,x\nsub/../../out.png,y\n", "is outside of the table's folder"),
         ("path,label\na.png,x\n/etc/hostname,y\n", "row 3: /etc/hostname is outside"),
+        ("path,label\na.png,\x1b[1mx\nb.png,y\n", "class '\\x1b[1mx': expected a name without"),
         ("path,label,split\na.png,x,tset\n", "row 2: split is 'tset'"),
         ("path,label,split\na.png,x,test\nb.png,y,\n", "row 3: has no split"),
         ("path,label\na.png,x,1\n", "row 2: more cells than columns (3, expected 2)"),

@@ -13,8 +13,9 @@ from support import RUN_CXRDIST, make_images, make_shards, run_measured
 
 from cxrdist.cli import main
 from cxrdist.config import Network, PackConfig
-from cxrdist.data.index import read_index
+from cxrdist.data.index import Classes, read_index
 from cxrdist.data.pack import pack
+from cxrdist.documents import typed
 from cxrdist.errors import CxrdistError
 from cxrdist.model.densenet import Classifier, save_model
 
@@ -135,6 +136,14 @@ def test_fields_have_their_types_and_bounds(shards, path, value):
     change_index(shards, path, value)
     with pytest.raises(CxrdistError, match=r"index\.json|samples\.csv|\.tar: "):
         open_cache(read_index(shards), shards.parent / "cache", Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize("name", ["\x1b[31ma", "a\nb", "a\r", "\x9b1m", "\x7f"])
+def test_a_class_cannot_command_a_terminal(name):
+    """Escape sequences and ends of lines are in no name; other letters are."""
+    assert typed(["肺炎", "é, <b>"], Classes) == ["肺炎", "é, <b>"]
+    with pytest.raises(ValueError, match="without control characters"):
+        typed([name], Classes)
 
 
 def test_fields_of_newer_versions_are_left_alone(shards):
