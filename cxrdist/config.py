@@ -65,7 +65,9 @@ def location(text: str) -> Path:
     from upath import UPath
 
     try:
-        return cast(Path, UPath(text))  # not a subclass of Path, but it has the same methods
+        url = UPath(text)
+        url.path  # noqa: B018 - what is wrong with a host shows only now
+        return cast(Path, url)  # not a subclass of Path, but it has the same methods
     except (ValueError, ImportError) as error:  # ImportError: a protocol that needs another package
         raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
 

@@ -234,6 +234,14 @@ def test_a_home_is_written_out(capsys, tmp_path, monkeypatch):
     assert "write the directory out" in refused(capsys, "check", "~nobody-has-this-name/x")
 
 
+@pytest.mark.parametrize("url", ["http://[::1", "s3://[shards", "unknown://shards"])
+def test_a_url_that_is_none_is_one_line(capsys, url):
+    """As of an address without its last bracket."""
+    line = refused(capsys, "check", url)
+    assert line.startswith(f"cxrdist: check: {url}: ")
+    assert line.endswith("; expected a path or an fsspec URL")
+
+
 def test_a_disk_that_is_read_only_is_one_line(capsys, tmp_path):
     """The run on it is named, the exit code is that of a fault of the machine."""
     with small_disk(tmp_path / "disk", "1m"):
