@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from cxrdist.errors import Stopped
 from cxrdist.lifetime import reports_stop
@@ -42,7 +42,7 @@ class _Request:
         self.pid = os.getpid()
         self.name = ""
         self.may_raise = True  # not while modules are imported
-        self.at_boundary = False  # whether training checks `stop_requested` between steps
+        self.is_deferred = False  # whether a signal is only recorded, to stop a little later
 
     def receive(self, number: int, _: FrameType | None) -> None:
         """Record a signal; outside training, end the command."""
@@ -53,8 +53,12 @@ class _Request:
             self.name = signal.Signals(number).name
             if not self.may_raise:
                 _end(number)
-            if not self.at_boundary:
-                raise Stopped(f"stopped on {self.name}; run the same command again")
+            if not self.is_deferred:
+                self.stop()
+
+    def stop(self) -> NoReturn:
+        """End the command by an exception, so that unfinished files are removed."""
+        raise Stopped(f"stopped on {self.name}; run the same command again")
 
 
 _request = _Request()
@@ -98,6 +102,24 @@ def ending_at_once() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def stopping_afterwards() -> Iterator[None]:
+    """Make a signal raise `Stopped` after this block, not within it.
+
+    Used around calls that take locks which other threads need: an exception between the moment that
+    a lock is taken and the begin of its `with` block leaves it locked, and the clean-up waits for
+    ever.
+    """
+    earlier, is_deferred = _request.name, _request.is_deferred
+    _request.is_deferred = True
+    try:
+        yield
+    finally:
+        _request.is_deferred = is_deferred
+    if _request.name != earlier and not is_deferred:
+        _request.stop()
+
+
+@contextlib.contextmanager
 def stopping_at_a_boundary() -> Iterator[None]:
     """Make a signal only set `stop_requested`; a second one ends the process at once.
 
@@ -107,12 +129,12 @@ def stopping_at_a_boundary() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request.at_boundary = True
+    _request.is_deferred = True
     with _watched(_end_on_second):
         yield
     # Not reset after an error, such as a lost rank: a signal that arrives while the error is
     # reported must change neither the message nor the exit code.
-    _request.at_boundary = False
+    _request.is_deferred = False
 
 
 @contextlib.contextmanager

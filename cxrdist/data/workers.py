@@ -6,16 +6,19 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import TimeoutError
+from concurrent.futures import TimeoutError, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from cxrdist.errors import CxrdistError, RunFailedError
+from cxrdist.signals import stopping_afterwards
 
 # Processor time: a real X-ray takes a tenth of a second; anything slower is malicious or broken.
 SECONDS_PER_IMAGE = 10
@@ -28,6 +31,7 @@ BROKEN = (
     "the processes that read images have ended; in a script of your own, call cxrdist below a line "
     'if __name__ == "__main__": and otherwise run the same command again'
 )
+STOP_SECONDS = 0.2  # until a stop ends the wait for a result
 CHUNKS_AHEAD = 2  # chunks per worker that are submitted before the first of them is yielded
 
 
@@ -49,11 +53,13 @@ class Workers(ProcessPool):
 
     Attributes:
         ahead: chunks that may wait for them.
+        first: the processes at the start; others replace those that crash.
     """
 
     def __init__(self, number: int, context: BaseContext) -> None:
         super().__init__(number, initializer=_keep_memory, context=context)
         self.ahead = CHUNKS_AHEAD * number
+        self.first: list[BaseProcess] = []
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,7 @@ class Job(Generic[Item, Made]):
         If the worker died or was too slow, the items are tried one by one, to find the culprit.
         """
         try:
-            made: list[Made | CxrdistError] = self.future.result()
-            return made
+            return self._finish()
         except (TimeoutError, ProcessExpired) as error:
             if len(self.items) > 1:
                 how = self.seconds, self.before
@@ -88,6 +93,13 @@ class Job(Generic[Item, Made]):
             else:
                 reason = f"crashed its decoder (exit code {error.exitcode})"
             return [CxrdistError(f"{self.items[0].file}: {reason}")]
+
+    def _finish(self) -> list[Made | CxrdistError]:
+        while True:
+            with stopping_afterwards():
+                if wait([self.future], STOP_SECONDS).done:
+                    made: list[Made | CxrdistError] = self.future.result()
+                    return made
 
 
 def schedule(
@@ -110,7 +122,8 @@ def schedule(
     """
     limit = SECONDS_PER_IMAGE if seconds is None else seconds
     steps = [*before, make]
-    future = pool.schedule(_make_each, args=(steps, items, limit), timeout=WAITING * limit)
+    with stopping_afterwards():
+        future = pool.schedule(_make_each, args=(steps, items, limit), timeout=WAITING * limit)
     return Job(pool, make, items, limit, before, future)
 
 
@@ -200,13 +213,34 @@ def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Worke
     context.set_forkserver_preload(list(preload))
     pool = Workers(workers or num_cores(), context)
     try:
+        _start(pool)
         yield pool
         pool.close()
     except BaseException as error:
         is_broken = isinstance(error, RuntimeError) and not pool.active
         pool.stop()  # not close, which would complete all submitted tasks first
+        for process in pool.first:  # before `join` removes locks that a new one still has to open
+            process.terminate()
         if is_broken:
             raise RunFailedError(BROKEN) from None
         raise
     finally:
-        pool.join()
+        with stopping_afterwards():
+            pool.join()
+
+
+def _start(pool: Workers) -> None:
+    """Start the processes; a `Stopped` meanwhile would leave some that the pool does not know.
+
+    A terminal sends the SIGINT of Ctrl-C to all of them, too. They inherit that it is blocked, as
+    those that still import modules would print a traceback.
+    """
+    with stopping_afterwards():
+        resource_tracker.ensure_running()  # first, as its start unblocks SIGINT
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        others = multiprocessing.active_children()
+        try:
+            _ = pool.active  # starts it
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            pool.first = [p for p in multiprocessing.active_children() if p not in others]

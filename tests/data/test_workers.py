@@ -1,9 +1,12 @@
 """The time limit of an image: processor time, so that a busy machine loses no good file."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -12,7 +15,21 @@ import pytest
 
 from cxrdist.data import workers
 from cxrdist.data.workers import image_workers, in_order, schedule
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, Stopped
+from cxrdist.signals import stopping_at_once
+
+# The fork server imports the module, and so interrupts all processes at its start.
+INTERRUPTED = """
+from cxrdist.data.workers import image_workers
+from cxrdist.errors import Stopped
+from cxrdist.signals import stopping_at_once
+if __name__ == "__main__":
+    try:
+        with stopping_at_once(), image_workers(2, ["interrupts"]):
+            print("goes on")
+    except Stopped as stop:
+        print(stop)
+"""
 
 
 class Item(NamedTuple):
@@ -103,3 +120,63 @@ def test_the_chunks_that_wait_are_two_for_each_worker(monkeypatch):
         next(results)
         assert len(submitted) == 2 * 3 + 1
         assert [items[0], *results] == items
+
+
+def test_ctrl_c_at_the_start_of_the_fork_server_prints_one_line(tmp_path):
+    """A terminal sends it to the processes, too, which have no handler yet."""
+    script = tmp_path / "script.py"
+    script.write_text(INTERRUPTED)
+    (tmp_path / "interrupts.py").write_text("import os, signal\nos.killpg(0, signal.SIGINT)\n")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    said = "stopped on SIGINT; run the same command again\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, said, "")
+
+
+def test_workers_end_before_their_locks_are_removed(monkeypatch):
+    """One that is still starting would not find the locks, and print a traceback."""
+    join, codes = workers.Workers.join, []
+
+    def join_after_workers(pool):
+        for process in pool.first:
+            process.join(5)
+            codes.append(process.exitcode)
+        join(pool)
+
+    monkeypatch.setattr(workers.Workers, "join", join_after_workers)
+    with pytest.raises(CxrdistError, match="bad"), image_workers(2, [__name__]):
+        raise CxrdistError("bad")
+    assert len(codes) == 2
+    assert None not in codes
+
+
+@pytest.mark.parametrize("during", ["schedule", "result"])
+def test_a_stop_does_not_interrupt_calls_of_the_pool(during):
+    """Such a call holds locks, for which the clean-up would wait for ever."""
+    completed = []
+
+    def call(name):
+        if name == during:
+            os.kill(os.getpid(), signal.SIGTERM)
+        completed.append(name)
+
+    class Result(Future):
+        def result(self):
+            call("result")
+            return ["made"]
+
+    def add(*_, **__):
+        call("schedule")
+        future = Result()
+        future.set_result(None)
+        return future
+
+    with pytest.raises(Stopped), stopping_at_once():
+        schedule(SimpleNamespace(schedule=add), wait, [Item(Path("a"))]).results()
+    assert completed[-1] == during
