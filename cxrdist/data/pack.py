@@ -24,6 +24,7 @@ from cxrdist.data.decoding import (
     scaled_by_one_depth,
     with_tags,
 )
+from cxrdist.data.index import read_index
 from cxrdist.data.masked import lungs_alone
 from cxrdist.data.pack_plan import (
     content_of,
@@ -47,12 +48,17 @@ from cxrdist.files import (
     locked,
     publish,
     read_document,
-    read_json,
     remove,
     scratch_directory,
     write_json,
 )
 from cxrdist.terminal import counted
+
+CHANGED = {
+    "images_sha256": "the list of images or of their text boxes or masks has changed",
+    "records_sha256": "the images or what is known of them have changed",
+}
+"""What a different hash in a pack.json means."""
 
 
 def pack(config: PackConfig) -> None:
@@ -73,7 +79,7 @@ def pack(config: PackConfig) -> None:
     private = source.dicom if config.anonymise is None else config.anonymise
     options = deciding(config) | {"anonymise": private}
     content = content_of(options, source, known_salt(config.out, work) if private else None)
-    if _is_packed(config.out, work, content):
+    if _is_packed(config.out, work, content, len(source.records)):
         return
     _refuse_bad_source(config, source)
     with _held(work, shared=config.task is not None):
@@ -165,7 +171,7 @@ def _layout(config: PackConfig) -> Layout:
     )
 
 
-def _is_packed(out: Path, work: Path, content: dict[str, object]) -> bool:
+def _is_packed(out: Path, work: Path, content: dict[str, object], num_images: int) -> bool:
     """Return whether the same shards already exist; remove a work directory left by a kill.
 
     Raises:
@@ -178,11 +184,27 @@ def _is_packed(out: Path, work: Path, content: dict[str, object]) -> bool:
     index, options = out / "index.json", out / "pack.json"
     if not index.is_file() and not isinstance(out, Path) and work.exists():
         return False  # an object store: killed while the shards were copied to it
-    if not index.is_file() or not options.is_file() or read_json(options) != content:
-        raise CxrdistError(f"--out {out}: already exists; remove it or choose another name")
+    mend = "remove it or choose another name"
+    if not index.is_file() or not options.is_file():
+        raise CxrdistError(f"--out {out}: already exists; {mend}")
+    before = read_document(options, dict[str, object], mend)
+    if before != content:
+        packed = counted(len(read_index(out).samples), "image")
+        what = f"{_difference(before, content)}; the source has {num_images}"
+        raise CxrdistError(f"--out {out}: already exists, with {packed} ({what}); {mend}")
     remove(work)
-    print(f"{out}: is packed already")
+    print(f"{out}: is packed already, from images of the same names with the same options")
     return True
+
+
+def _difference(before: dict[str, object], options: dict[str, object]) -> str:
+    """Return what differs between the pack.json of a pack and what is to be packed now."""
+    for name in sorted({*before, *options} - {*CHANGED}):
+        if before.get(name) != options.get(name):
+            both = before.get(name), options.get(name)
+            shown = ("not given" if value is None else value for value in both)
+            return "--{} was {}, is {}".format(name.replace("_", "-"), *shown)
+    return next(what for name, what in CHANGED.items() if name in options)
 
 
 def _held(work: Path, *, shared: bool) -> Any:
@@ -212,17 +234,11 @@ def _begin(work: Path, decoding: dict[str, object]) -> None:
         write_json(path, decoding)
         return
     before = read_document(path, dict[str, object], f"remove {work} to start over")
-    for name, value in decoding.items():
-        if before.get(name) != value:
-            what = (
-                "the list of images or of their text boxes or masks has changed since"
-                if name == "images_sha256"
-                else f"--{name.replace('_', '-')} was {before.get(name)}, is {value}"
-            )
-            raise CxrdistError(
-                f"{work}: holds an unfinished pack with other options ({what}); use the earlier "
-                "ones, or remove it to start over"
-            )
+    if before != decoding:
+        raise CxrdistError(
+            f"{work}: holds an unfinished pack with other options ({_difference(before, decoding)}"
+            "); use the earlier ones, or remove it to start over"
+        )
 
 
 @contextmanager

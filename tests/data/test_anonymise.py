@@ -182,7 +182,7 @@ def test_an_anonymised_pack_of_another_folder_or_of_other_masks_is_another_one(t
     }
     pack(config)
     for other in ({"input": copies["input"]}, {"masks": copies["masks-2"]}):
-        with pytest.raises(CxrdistError, match="already exists; remove it or choose another name"):
+        with pytest.raises(CxrdistError, match="already exists, with 16 images"):
             pack(replace(config, **other))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,14 +163,20 @@ def test_finished_shards_are_not_written_again(config, tmp_path, monkeypatch):
 
 
 def test_the_same_command_after_the_end_does_nothing(config, capsys):
-    """A finished pack is told from another directory of that name."""
+    """A pack with other options or images is refused, and the difference is named."""
     pack(config)
     before = stamps(config.out)
     pack(config)
     assert "is packed already" in capsys.readouterr().out
-    assert stamps(config.out) == before
-    with pytest.raises(CxrdistError, match="already exists"):
+    packed = len(read_index(config.out).samples)
+    line = rf"already exists, with {packed} images \({{}}; the source has {{}}\); remove it"
+    with pytest.raises(CxrdistError, match=line.format("--seed was 0, is 1", packed)):
         pack(with_(config, seed=1))
+    one = next(config.input.glob("*/*.png"))
+    shutil.copy(one, one.with_name("another.png"))
+    with pytest.raises(CxrdistError, match=line.format("the images .*", packed + 1)):
+        pack(config)
+    assert stamps(config.out) == before
 
 
 def test_another_pack_does_not_mix_with_an_unfinished_one(config):
