@@ -27,7 +27,7 @@ def read_image(
     model: "Classifier | None" = None,
     *,
     size_px: int | None = None,
-    fit: Fit = "crop",
+    fit: Fit | None = None,
     depth: int | None = None,
 ) -> NDArray[np.uint8]:
     """Read an X-ray as grey values: PNG, JPEG, DICOM or any other format of `cxrdist pack`.
@@ -37,8 +37,8 @@ def read_image(
         model: if given, return the square that this model takes, the same bytes as in its shards.
         size_px: without a model, side of the square; None for the whole image, at most
             2048 px wide and high.
-        fit: without a model, how the image becomes square: ``crop`` the centre, ``pad`` with black
-            or ``stretch``.
+        fit: how the image becomes square: ``crop`` the centre, ``pad`` with black or ``stretch``.
+            If None, the model's; without a model, ``crop``.
         depth: bits that hold the values of an image of more than 8 bits that does not declare its
             depth, 8 to 16. If None, the model's; without a model, the bits that the image uses.
 
@@ -59,13 +59,15 @@ def read_image(
             )
         how = model.preparation()
         # Copied, because torch.from_numpy warns about the read-only arrays of Pillow.
-        return prepare(item, replace(how, depth=depth or how.depth)).pixels.copy()
+        return prepare(
+            item, replace(how, fit=fit or how.fit, depth=depth or how.depth)
+        ).pixels.copy()
     if size_px is None:
-        how = Preparation(MOST_SIDE_PX, fit, depth, cover="black", finds_text=False)
+        how = Preparation(MOST_SIDE_PX, fit or "crop", depth, cover="black", finds_text=False)
         return read_original(item, how).copy()
     if not 1 <= size_px <= MOST_SIDE_PX:
         raise CxrdistError(f"size_px is {size_px}: expected 1 to {MOST_SIDE_PX}")
-    return decode(item.file, size_px, fit, depth=depth).pixels.copy()
+    return decode(item.file, size_px, fit or "crop", depth=depth).pixels.copy()
 
 
 def read_squares(

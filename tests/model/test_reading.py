@@ -79,7 +79,11 @@ def test_an_image_has_the_bytes_that_pack_makes_of_it(folder, model):
         file = folder / "in" / path
         assert np.array_equal(read_image(file, model), expected)
         assert np.array_equal(read_image(str(file), size_px=32, fit="pad", depth=12), expected)
-    assert read_image(folder / "in/x/0/grey.png").shape == (40, 60)
+    model.fit = "crop"
+    grey = folder / "in/x/0/grey.png"
+    assert np.array_equal(read_image(grey, model, fit="pad"), packed["x/0/grey.png"])
+    assert not np.array_equal(read_image(grey, model), packed["x/0/grey.png"])
+    assert read_image(grey).shape == (40, 60)
     assert read_image(folder / "in/x/0/bits.png").max() == 224  # 900 of 1023
 
 
