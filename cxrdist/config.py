@@ -599,7 +599,7 @@ class PredictConfig:
     """Write class probabilities of image files to a CSV, with images prepared as in training."""
 
     run: Path
-    """Run directory of a finished training."""
+    """Run directory of a finished training, or folder of `cxrdist export --to huggingface`."""
     images: list[Path]
     """Image files (any kind that cxrdist pack reads), or folders, in which links are followed."""
     out: Path

@@ -52,7 +52,7 @@ from cxrdist.explain.maps import Map, to_maps
 from cxrdist.explain.pictures import Explained, draw
 from cxrdist.explain.relevance import Explainer
 from cxrdist.files import refuse_unwritable, remove_made, sweep, write_table
-from cxrdist.model.densenet import Classifier
+from cxrdist.model.densenet import Classifier, read_model
 from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.model.prediction import Predictions, probability_columns
 from cxrdist.precision import use_full_float32
@@ -225,7 +225,9 @@ def predict(config: PredictConfig) -> None:
     _refuse_bad_out(config.out)
     if config.dicom is not None:
         refuse_bad_folder(config.dicom, config.out, _beside(config.out, "heatmaps"))
-    model = load_predictor(config.run)
+    # The folder of a published model has the files of RUN/model.
+    published = (config.run / "model.json").is_file()
+    model = read_model(config.run) if published else load_predictor(config.run)
     if model.lungs_only:
         raise CxrdistError(
             f"--run {config.run}: was trained on lungs only, but new images have no masks; pack "
@@ -253,7 +255,7 @@ def predict(config: PredictConfig) -> None:
     preload = ["cxrdist.explain.dicom_results" if config.dicom else "cxrdist.explain.pictures"]
     # They end in reverse order: no worker writes any more when the folder of DICOM results appears.
     with (
-        open_output(config.dicom, config.run, how) as output,
+        open_output(config.dicom, config.run if published else config.run / "model", how) as output,
         image_workers(num_workers, preload) as pool,
     ):
         folder = heatmaps if config.explain else None

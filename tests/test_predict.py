@@ -118,6 +118,15 @@ def test_probabilities_are_those_of_the_loaded_model(run, tmp_path):
         assert row["predicted"] == ["a", "b c"][int(expected.argmax())]
 
 
+def test_a_published_model_predicts_as_its_run(run, tmp_path):
+    """A folder of `cxrdist export --to huggingface` has the files of RUN/model at its top."""
+    published = shutil.copytree(run / "model", tmp_path / "published")
+    images = make_images(tmp_path / "in", {"x": 2})
+    for folder in (run, published):
+        predict(PredictConfig(folder, [images], tmp_path / f"{folder.name}.csv"))
+    assert rows_of(tmp_path / "run.csv") == rows_of(tmp_path / "published.csv")
+
+
 def test_the_class_is_that_of_the_larger_logit(run, tmp_path, capsys):
     """Logits 18 and 25: the second class, although float32 gives both the probability 1."""
     model = load_model(run)

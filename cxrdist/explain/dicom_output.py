@@ -21,7 +21,6 @@ from cxrdist.files import (
     sha256_of,
 )
 from cxrdist.model.prediction import Predictions
-from cxrdist.run import RunDirectory
 from cxrdist.terminal import few
 
 MOST_NAMED = 3  # files in a line
@@ -81,11 +80,13 @@ def refuse_other_images(files: Sequence[Path]) -> None:
 
 
 @contextmanager
-def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Output | None]:
+def open_output(folder: Path | None, model: Path, how: Preparation) -> Iterator[Output | None]:
     """Yield the output of the DICOM results of a call; None without a folder.
 
+    ``model`` is the folder of the model's files.
+
     Raises:
-        CxrdistError: the folder, or the model of the run, cannot be used.
+        CxrdistError: the folder cannot be used.
         RunFailedError: the disk is full or read-only.
     """
     if folder is None:
@@ -94,9 +95,8 @@ def open_output(folder: Path | None, run: Path, how: Preparation) -> Iterator[Ou
     folder = folder.absolute()
     with room_for(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    weights = RunDirectory(run).inside("model", "model.safetensors")
     with atomic_directory(folder) as directory:
-        yield Output(directory, how, sha256_of(weights), uuid4())
+        yield Output(directory, how, sha256_of(model / "model.safetensors"), uuid4())
 
 
 def class_probabilities(predictions: Predictions) -> list[Probability]:
