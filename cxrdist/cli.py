@@ -139,7 +139,8 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
         The command, its config, and a line for the user if a default recipe is used.
 
     Raises:
-        CxrdistError: there is no such command, or its options are wrong.
+        CxrdistError: there is no such command, its options are wrong, or Python would misread the
+            names of files, as in a Latin-1 locale.
         SystemExit: help was requested, and is printed.
     """
     command, options = _command(arguments)
@@ -149,6 +150,8 @@ def read_arguments(arguments: list[str]) -> tuple[Command, Any, str]:
 
         print(help_of(command), end="")
         raise SystemExit(0)
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise CxrdistError(f"Python reads file names as {encoding} here; set PYTHONUTF8=1")
     recipe, why = _default_recipe(flags) if command.name == "train" else (None, "")
     if recipe is None:
         return command, parse(command, options), ""

@@ -97,6 +97,15 @@ def test_wrong_usage_is_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_locale_that_cannot_name_files_is_refused():
+    """Names with other letters would be misread, and called invalid."""
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "cxrdist", "check", "Züge"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    line = "cxrdist: Python reads file names as ascii here; set PYTHONUTF8=1\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
 def test_bad_folders_are_refused(capsys, tmp_path):
     """An empty class, one class only, a truncated PNG, a text named .png."""
     empty = make_images(tmp_path / "empty", {"a": 4, "b": 4})
