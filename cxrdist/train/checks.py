@@ -13,6 +13,8 @@ from cxrdist.train.stages import check_stages
 
 def refuse_bad_recipe(config: TrainConfig) -> None:
     """Raise CxrdistError if a recipe has an invalid field; its shards are checked later."""
+    if (config.run / "index.json").is_file():  # its audit.json and report would be replaced
+        raise CxrdistError(f"--run {config.run}: is a directory of shards; name a new one")
     check_stages(config.stages, block_names(config.network))
     check_backgrounds(config)
     # For their errors alone: they are read again where they are used.

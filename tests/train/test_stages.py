@@ -139,6 +139,14 @@ def test_the_recipes_that_come_with_cxrdist_are_valid(name):
     refuse_bad_recipe(config)
 
 
+def test_a_run_is_not_written_into_shards(tmp_path):
+    """It would replace their audit.json."""
+    (tmp_path / "index.json").touch()
+    arguments = ["--config", "scratch", "--shards", "s", "--run", str(tmp_path)]
+    with pytest.raises(CxrdistError, match=r"--run .*: is a directory of shards; name a new one"):
+        refuse_bad_recipe(parse(COMMANDS["train"], arguments))
+
+
 @pytest.mark.parametrize(("recipe", "lowered"), [("finetune", 0.5), ("scratch", 1.0)])
 def test_recipes_for_ones_own_classes_serve_every_architecture(recipe, lowered):
     """Rates fall to the half from block to block, head to stem, or are all the same."""
