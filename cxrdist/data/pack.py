@@ -24,6 +24,7 @@ from cxrdist.data.decoding import (
     scaled_by_one_depth,
     with_tags,
 )
+from cxrdist.data.found import is_within
 from cxrdist.data.index import read_index
 from cxrdist.data.masked import lungs_alone
 from cxrdist.data.pack_plan import (
@@ -135,6 +136,8 @@ def _refuse_bad_options(config: PackConfig) -> None:
     parse_split(config.split)
     if not config.out.name:
         raise CxrdistError(f"--out {config.out}: expected the name of a directory to make")
+    if config.input.exists() and is_within(config.input, config.out):
+        raise CxrdistError(f"--out {config.out}: holds --input {config.input}; name another one")
 
 
 def _read_source(config: PackConfig, work: Path) -> Source:

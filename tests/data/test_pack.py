@@ -152,6 +152,14 @@ def test_an_existing_directory_is_not_touched(tmp_path):
         pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
 
 
+@pytest.mark.parametrize("out", [".", "images"])
+def test_out_must_not_hold_the_images(tmp_path, out):
+    """Nobody is told to remove them, or that there are none."""
+    source = make_images(tmp_path / "images", COUNTS)
+    with pytest.raises(CxrdistError, match=r"--out .*: holds --input .*images; name another one"):
+        pack(PackConfig("folder", source, (tmp_path / out).resolve(), split="0.5/0.25/0.25"))
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_a_link_is_refused_before_an_image_is_decoded(tmp_path, exists):
     """The shards appear by a rename, and a directory cannot be renamed to a link."""
