@@ -50,6 +50,7 @@ def seeds(config: SeedsConfig) -> None:
         CxrdistError: an option, the recipe, the shards or a member cannot be used.
     """
     _refuse_bad_options(config)
+    _refuse_other_run(config.run)
     recipes = [_recipe(config, number) for number in range(config.seeds)]
     chosen = range(config.seeds) if config.member is None else [config.member]
     with staying_connected():
@@ -78,6 +79,14 @@ def _refuse_bad_options(config: SeedsConfig) -> None:
             f"--member {config.member}: expected 0 to {config.seeds - 1}, as there are "
             f"{config.seeds} members (--seeds)"
         )
+
+
+def _refuse_other_run(root: Path) -> None:
+    """Refuse a directory with files that those of the ensemble would replace."""
+    if any(
+        (root / name).exists() for name in ("index.json", "checkpoints", "model/model.safetensors")
+    ):
+        raise CxrdistError(f"--run {root}: holds shards or a run of one network; name a new one")
 
 
 def _recipe(config: SeedsConfig, number: int) -> TrainConfig:

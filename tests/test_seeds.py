@@ -225,6 +225,15 @@ def test_another_recipe_is_refused(ensemble, tmp_path):
         seeds(SeedsConfig(ensemble / "run", ensemble / "shards", str(other), seeds=2))
 
 
+@pytest.mark.parametrize("taken", ["index.json", "checkpoints", "model/model.safetensors"])
+def test_no_trained_model_and_no_shards_are_replaced(tmp_path, taken):
+    """--run of a single network's run, or of shards, is refused before a member is trained."""
+    (tmp_path / taken).mkdir(parents=True)
+    with pytest.raises(CxrdistError, match=r"--run .*: holds shards or a run of one network"):
+        seeds(SeedsConfig(tmp_path, tmp_path / "shards", "scratch", seeds=2))
+    assert not (tmp_path / "member-0").exists()
+
+
 def test_members_of_other_classes_are_no_ensemble(ensemble, tmp_path):
     """A stranger's directory whose members do not fit is refused in one line."""
     run = tmp_path / "run"
