@@ -21,6 +21,7 @@ from cxrdist.evaluate.scored import MEND, Scored, read_scored
 from cxrdist.files import (
     MEND_OPTIONAL,
     atomic_directory,
+    is_free,
     read_document,
     read_recipe,
     write_json,
@@ -50,10 +51,10 @@ def compare(config: CompareConfig) -> Path:
         The directory, with comparison.json, flipped.csv and page.html.
 
     Raises:
-        CxrdistError: a run was not evaluated there, their images differ, or ``out`` already exists.
+        CxrdistError: a run was not evaluated there, their images differ, or ``out`` is not empty.
     """
-    if config.out.exists():
-        raise CxrdistError(f"--out {config.out}: already exists; remove it or give another name")
+    if not is_free(config.out):
+        raise CxrdistError(f"--out {config.out}: already exists; name a new or empty directory")
     subset = external_subset(config.name) if config.name else config.split
     runs = RunDirectory(config.run_a), RunDirectory(config.run_b)
     (a, fewest_a), (b, fewest_b) = (_read(run, subset) for run in runs)
@@ -83,8 +84,12 @@ def _read(run: RunDirectory, subset: str) -> tuple[Scored, int]:
     """Read the predictions of a run, and the fewest images of a class that it calls enough.
 
     Raises:
-        CxrdistError: it was not evaluated there.
+        CxrdistError: it does not exist, or was not evaluated there.
     """
+    if not run.root.is_dir():
+        raise CxrdistError(
+            f"{run.root}: no such directory; give that of a finished `cxrdist train`"
+        )
     if not (run.metrics(subset).is_file() and run.predictions(subset).is_file()):
         raise CxrdistError(
             f"{run.root}: has no {subset}/predictions.csv with its metrics.json; run `cxrdist "

@@ -114,7 +114,8 @@ def test_what_cannot_be_compared_is_one_line(pair, tmp_path, capsys):
     for arguments, message in (
         ([one, two, "--split", "val", "--out", out], "one: has no val/predictions.csv"),
         ([one, two, "--name", "y", "--out", out], "--shards SHARDS --name y"),
-        ([one, two, "--out", one], "already exists; remove it"),
+        ([one, two, "--out", one], "already exists; name a new or empty directory"),
+        ([one, f"{two}s", "--out", out], f"{two}s: no such directory; give that of a finished"),
         ([one, two, "--name", "../x", "--out", out], "expected letters, digits"),
     ):
         assert main(["compare", *arguments]) == 2
