@@ -148,7 +148,8 @@ def read_image_table(
     """
     pattern = compile_pattern(patient_pattern)
     if not file.is_file():
-        raise CxrdistError(f"--input {file}: no such file; expected a CSV with path and label")
+        what = "is a folder" if file.is_dir() else "no such file"
+        raise CxrdistError(f"--input {file}: {what}; expected a CSV with path and label")
     table = read_table(file, {name for names in COLUMNS.values() for name in names})
     positions, rows = _find_columns(table), list(table.rows())
     has_label = {"label", "labels"} & positions.keys()

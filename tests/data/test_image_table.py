@@ -250,3 +250,9 @@ def test_patients_of_names_are_taken_where_the_table_has_none(table):
     table.write_text("path,label,patient\na.png,x,7\nb.png,y,\n")
     records = read_image_table(table, r"^(\w)\.").records
     assert [record.patient for record in records] == ["7", "b"]
+
+
+def test_a_folder_in_place_of_the_table_is_called_one(tmp_path):
+    """It exists, so that "no such file" would be untrue."""
+    with pytest.raises(CxrdistError, match=r"--input .*: is a folder; expected a CSV with path"):
+        read_image_table(tmp_path)
