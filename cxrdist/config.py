@@ -650,7 +650,7 @@ class CompareConfig:
     run_b: Path
     """Run directory of the other run."""
     out: Path
-    """Directory for comparison.json, flipped.csv and the page; it must not exist yet."""
+    """New or empty directory for comparison.json, flipped.csv and the page."""
     split: Split = "test"
     """Split that both were evaluated on."""
     name: str | None = None
