@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from faults import Launched, is_over, wait_until
-from support import LOG_EACH_STEP, RUN_CXRDIST, run_ranks
+from support import LOG_EACH_STEP, RUN_CXRDIST, run_ranks, run_script
 
 KILLS = int(os.environ.get("CXRDIST_TEST_KILLS", "6"))
 OUTLIVED_S = 10
@@ -27,8 +27,11 @@ BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "h
 
 @pytest.fixture(scope="module")
 def command(shards, tmp_path_factory) -> list[object]:
-    """Train two epochs of a small network, saved after every second step."""
-    stages = {"all": {"lr": dict.fromkeys(BLOCKS, 0.05), "epochs": 2, "patience": 2}}
+    """Train two stages of a small network with dropout, saved after every second step."""
+    stages = {
+        "all": {"lr": dict.fromkeys(BLOCKS, 0.05), "epochs": 2, "patience": 2},
+        "late": {"lr": {"denseblock4": 0.01, "head": 0.01}, "epochs": 1, "patience": 1},
+    }
     recipe = {
         **{"init": "none", "global_batch_size": 6, "copies": {}, "stages": stages},
         **{"network": {"growth_rate": 4, "block_config": [1, 1, 1, 1]}},
@@ -254,6 +257,6 @@ def command():
 
 exit_with(command)
 """
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    ended = run_script(script)
     assert ended.returncode == code, ended.stderr
     assert ended.stdout == "a line in a buffer\n"
