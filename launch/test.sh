@@ -8,6 +8,6 @@ ruff format --check .
 mypy
 shellcheck -x -P SCRIPTDIR launch/*.sh launch/*.sbatch shards/*.sbatch .ci/run
 # Tests wait half of their time, so two run side by side, the longest files first
-# (tests/conftest.py). OpenMP's waiting threads must sleep, or they take the cores from the other.
-export OMP_WAIT_POLICY=passive
+# (tests/conftest.py). Their networks are small: a second thread costs more than it computes.
+export OMP_NUM_THREADS=1
 exec pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
