@@ -1,5 +1,6 @@
 """The templates of reports: self-contained HTML pages, and texts in Markdown."""
 
+from functools import cache
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -14,6 +15,7 @@ FILTERS = (
 )
 
 
+@cache  # to compile them takes as long as to draw a chart
 def template(name: str) -> Template:
     """Load a template of this package.
 
