@@ -228,6 +228,13 @@ def evaluated(whole, two_ranks) -> Path:
     return two_ranks
 
 
+@pytest.fixture(scope="module")
+def page(evaluated) -> str:
+    """The report of the run."""
+    assert main(["report", "--run", str(evaluated)]) == 0
+    return (evaluated / "report.html").read_text()
+
+
 def test_scores_are_scikit_learns_of_the_known_cells(whole, evaluated):
     """Each label over the images of which the table knows it."""
     metrics = json.loads((evaluated / "test" / "metrics.json").read_text())
@@ -261,7 +268,7 @@ def test_scores_are_scikit_learns_of_the_known_cells(whole, evaluated):
     assert metrics["macro"]["auroc"] == pytest.approx(np.mean(aurocs), abs=1e-6)
 
 
-def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated):
+def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated, page):
     """In metrics.json, in the terminal and on the page; and so has one that all images have."""
     classes = json.loads((evaluated / "test" / "metrics.json").read_text())["classes"]
     assert [classes[NEVER_KNOWN][score] for score in SCORES] == [None] * 6
@@ -270,9 +277,8 @@ def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated
     assert classes[NEVER_KNOWN]["reason"] == nothing
     known = classes[ONE_KIND]["known"]
     assert classes[ONE_KIND]["reason"] == f"all of the {known} known images have the label"
-    assert main(["report", "--run", str(evaluated)]) == 0
     said = (whole / "said").read_text()
-    page = re.sub(r">\s+<", "><", (evaluated / "report.html").read_text())
+    page = re.sub(r">\s+<", "><", page)
     assert f"{NEVER_KNOWN}: no AUROC, {nothing}" in said
     assert f"<li>{NEVER_KNOWN}: {nothing}.</li>" in page
     assert f"No curve: {nothing}." in page
@@ -282,15 +288,14 @@ def test_a_label_without_a_known_cell_has_no_score_and_a_reason(whole, evaluated
     assert re.search(rf">{NEVER_KNOWN}</th><td>0</td><td>0</td>(<td>\u2014</td>){{6}}", plain)
 
 
-def test_the_headline_says_how_many_labels_are_known(whole, evaluated):
+def test_the_headline_says_how_many_labels_are_known(whole, evaluated, page):
     """Of all cells of the split; in the terminal and on the page."""
     index = read_index(whole / "shards")
     truth = truth_of(whole, index, {})[index.numbers("test")]
     known = (~np.isnan(truth)).mean()
     said = (whole / "said").read_text()
     assert f" ({len(truth)} images, {known:.0%} of their labels are known" in said
-    assert main(["report", "--run", str(evaluated)]) == 0
-    page = " ".join((evaluated / "report.html").read_text().split())
+    page = " ".join(page.split())
     images = f"{len(truth)} images, which may have several labels or none; "
     assert f"{images}{100 * known:.1f} % of their labels are known." in page
 
@@ -322,7 +327,7 @@ def test_the_probe_for_words_scores_the_known_cells(whole, evaluated, capsys):
     assert row.split() == ["-"] * len(LABELS) + ["0"]
 
 
-def test_what_is_not_known_is_counted_and_kept(whole, evaluated):
+def test_what_is_not_known_is_counted_and_kept(whole, evaluated, page):
     """In samples.csv, predictions.csv, run.json and the page, by split and label."""
     table = {row["Path"]: row for row in read_csv(whole / "train.csv")}
     samples = {row["key"]: row for row in read_csv(whole / "shards" / "samples.csv")}
@@ -339,8 +344,7 @@ def test_what_is_not_known_is_counted_and_kept(whole, evaluated):
         assert [row[c] for c in columns] == [samples[row["key"]][c] for c in columns]
         named = {name for c in columns for name in row[c].split("|")} - {""}
         assert named == {n for n in LABELS if table[samples[row["key"]]["path"]][n][:1] != "0"}
-    assert main(["report", "--run", str(evaluated)]) == 0
-    page = re.sub(r">\s+<", "><", (evaluated / "report.html").read_text())
+    page = re.sub(r">\s+<", "><", page)
     cells = "".join(
         f"<td>{counts[split]['Edema'][what]}</td>"
         for split in ("train", "val", "test")
