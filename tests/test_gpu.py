@@ -21,6 +21,8 @@ from cxrdist.model.densenet import Classifier
 pytestmark = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# On a CPU, DenseNet121 would take a minute.
+NETWORK = {} if DEVICE == "cuda" else {"growth_rate": 4, "block_config": [1, 1, 1, 1]}
 
 
 def test_rows_and_warp_are_those_of_the_cpu():
@@ -60,7 +62,8 @@ def test_training_runs_in_mixed_precision(shards, tmp_path, monkeypatch, precisi
         "head": {"lr": {"head": 1e-3}, "epochs": 1, "patience": 1},
         "late": {"lr": block, "epochs": 1, "patience": 1},
     }
-    (tmp_path / "recipe.yaml").write_text(json.dumps({"stages": stages, "init": "none"}))
+    recipe = {"stages": stages, "init": "none", "network": NETWORK}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     arguments = ("train", "--config", tmp_path / "recipe.yaml", "--shards", shards)
     where = ("--run", tmp_path / "run", "--cache", tmp_path / "cache")
     assert main([str(argument) for argument in (*arguments, *where)]) == 0

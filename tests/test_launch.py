@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support import run_measured
+from support import run_script
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from cxrdist import launch
@@ -286,7 +286,7 @@ def test_a_number_of_ranks_that_nobody_started_is_refused_with_the_launcher(monk
     """WORLD_SIZE alone, as some jobs export it, has nothing to do with trackers."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     # In a process of its own: accelerate writes to the environment before it fails.
-    refused = run_measured("from cxrdist.distributed import start; start()")
+    refused = run_script("from cxrdist.distributed import start; start()")
     assert "MASTER_ADDR" in refused.stderr
     assert refused.stderr.endswith("; start several ranks with cxrdist launch\n")
 

@@ -17,7 +17,7 @@ from cxrdist.config import BenchConfig, Network
 from cxrdist.train import learner, loop
 from cxrdist.train.capture import Step, Tensors
 
-SMALL = Network(growth_rate=4, block_config=(2, 2, 2, 2), dropout=0.0)
+SMALL = Network(growth_rate=4, block_config=(1, 1, 1, 1), dropout=0.0)
 SCRIPT = Path(__file__).parent / "gpu_ranks.py"
 graphs: list[Again] = []
 compiled: list[torch.fx.GraphModule] = []

@@ -52,10 +52,10 @@ def shards(tmp_path_factory) -> Path:
     return make_shards(tmp_path_factory.mktemp("masked"), {"a": 12, "b": 12}, masks=True)
 
 
-def network(dtype: torch.dtype = torch.float64) -> Classifier:
+def network(dtype: torch.dtype = torch.float64, of: Network = SMALL) -> Classifier:
     """A network in training mode, gammas of both signs, statistics that are not 0 and 1."""
     torch.manual_seed(0)
-    model = Classifier(SMALL, ["a", "b", "c"], SIZE_PX)
+    model = Classifier(of, ["a", "b", "c"], SIZE_PX)
     for norm in model.norms:
         norm.running_mean.normal_(0, 0.2)
         norm.running_var.uniform_(0.5, 2)
@@ -181,7 +181,7 @@ def test_a_step_with_a_penalty_reads_nothing_and_trains_what_is_not_frozen(
     """
     fold = gradient.fold
     monkeypatch.setattr(gradient, "fold", lambda *given, **_: fold(*given, check_signs=False))
-    model = network(torch.float32)
+    model = network(torch.float32, replace(SMALL, block_config=(1, 1, 1, 2)))
     freeze(model, set(trained))
     set_modes(model, set(trained))
     loss = loss_of(method, None, ("thorax",))

@@ -20,6 +20,7 @@ from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.loop import train
 
 BLOCKS = ["stem", "denseblock1", "denseblock2", "denseblock3", "denseblock4", "head"]
+SHORT = {"head": Stage({"head": 0.1}, epochs=1, patience=1)}
 
 
 def recipe(shards: Path, run: Path, **changes: object) -> TrainConfig:
@@ -119,16 +120,15 @@ def test_a_run_without_a_checkpoint_may_start_from_other_weights(shards, tmp_pat
     """Nothing can be mixed up, so a corrected --init is as good as a corrected recipe."""
     network = Classifier(Network(growth_rate=4, block_config=(2, 2, 2, 2)), ["x"], 32).network
     torch.save(network.state_dict(), tmp_path / "w.pt")
-    stages = {"head": Stage({"head": 0.1}, epochs=1, patience=1)}
 
     def die(*arguments):
         raise Killed
 
     monkeypatch.setattr(stage, "save_checkpoint", die)
     with pytest.raises(Killed):
-        train(recipe(shards, tmp_path / "run", stages=stages, init=str(tmp_path / "w.pt")))
+        train(recipe(shards, tmp_path / "run", stages=SHORT, init=str(tmp_path / "w.pt")))
     monkeypatch.undo()
-    train(recipe(shards, tmp_path / "run", stages=stages))
+    train(recipe(shards, tmp_path / "run", stages=SHORT))
     assert load_model(tmp_path / "run").origin["source"] == "random"
 
 
@@ -252,7 +252,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(shards, tmp_path, mo
 
 def test_the_saved_recipe_can_be_passed_back(shards, tmp_path):
     """RUN/recipe.yaml with --config goes on in the same run; a changed one is refused."""
-    train(recipe(shards, tmp_path / "run"))
+    train(recipe(shards, tmp_path / "run", stages=SHORT))
     saved = tmp_path / "run" / "recipe.yaml"
     again = ("train", "--config", saved, "--shards", shards, "--run", tmp_path / "run")
     done = run_command(*again, "--cache", tmp_path / "cache")
@@ -267,12 +267,12 @@ def test_the_saved_recipe_can_be_passed_back(shards, tmp_path):
 
 def test_a_run_directory_of_other_shards_is_refused(shards, tmp_path):
     """Going on with other images would mix two trainings."""
-    train(recipe(shards, tmp_path / "run"))
+    train(recipe(shards, tmp_path / "run", stages=SHORT))
     other = shutil.copytree(shards, tmp_path / "other")
     index = json.loads((other / "index.json").read_text())
     (other / "index.json").write_text(json.dumps({**index, "seed": 99}))
     with pytest.raises(CxrdistError, match="begun with other shards"):
-        train(recipe(other, tmp_path / "run"))
+        train(recipe(other, tmp_path / "run", stages=SHORT))
 
 
 def test_a_run_directory_has_one_writer(shards, tmp_path):
@@ -311,7 +311,7 @@ def test_a_world_larger_than_the_batch_is_refused(shards, tmp_path):
 def test_trackers_are_accelerates(shards, tmp_path, monkeypatch):
     """Event files go to RUN/tracking; a name that is unknown or not installed is refused first."""
     pytest.importorskip("tensorboard")
-    train(recipe(shards, tmp_path / "run", track="tensorboard"))
+    train(recipe(shards, tmp_path / "run", stages=SHORT, track="tensorboard"))
     assert list((tmp_path / "run" / "tracking").rglob("events*"))
     with pytest.raises(CxrdistError, match=r"no tracker 'tensorbord'; .*nearest is tensorboard"):
         train(recipe(shards, tmp_path / "other", track="tensorbord"))

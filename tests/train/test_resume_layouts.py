@@ -69,8 +69,9 @@ def run_with_stops(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, num_sto
     return num_stopped
 
 
-@pytest.mark.parametrize("changes", [{}, {"optimizer": "adamw", "average": 0.9}])
-@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "scaled"), [({}, False), ({"optimizer": "adamw", "average": 0.9}, True)]
+)
 def test_a_run_that_stops_within_its_stages_ends_in_the_same_bytes(
     shards, tmp_path, monkeypatch, changes, scaled
 ):
