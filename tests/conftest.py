@@ -12,9 +12,10 @@ REAL_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 # Two workers of pytest-xdist take file after file; at the end none is left alone with a long one.
 LONGEST_FIRST = (
-    *("test_resume.py", "test_ranks.py", "test_multilabel.py", "test_lifetime.py"),
-    *("test_train_job.py", "test_pipeline.py", "test_demo.py", "test_duplicates.py"),
-    *("test_gpu_job.py", "test_squares.py", "test_export.py", "test_seeds_job.py"),
+    *("test_resume.py", "test_every_architecture.py", "test_ranks.py", "test_train_job.py"),
+    *("test_lifetime.py", "test_multilabel.py", "test_pipeline.py", "test_report.py"),
+    *("test_demo.py", "test_squares.py", "test_gpu_job.py", "test_seeds_job.py"),
+    *("test_architectures.py", "test_export.py", "test_probe_text.py", "test_chexnet.py"),
 )
 
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CXRDIST_TEST_GPUS", "")
