@@ -76,7 +76,7 @@ def stopping_at_once() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _request = _Request()
+    earlier, _request = _request, _Request()
     before = handle_stops(_request.receive)
     try:
         with _watched(_end_unheard):
@@ -86,6 +86,7 @@ def stopping_at_once() -> Iterator[None]:
         ending = signal.SIG_IGN if _request.name and "RANK" in os.environ else None
         for number, handler in before.items():
             signal.signal(number, ending or handler)
+        _request = earlier  # the next command of this process is not asked to stop
 
 
 @contextlib.contextmanager

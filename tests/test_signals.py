@@ -1,11 +1,15 @@
 """Stop signals of a process that waits in C, where Python runs no handler."""
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+from cxrdist import signals
+from cxrdist.errors import Stopped
 
 # The second lock of a mutex waits for ever, and no signal ends that.
 WAITING = """
@@ -63,3 +67,10 @@ def test_only_a_second_stop_ends_what_waits_for_a_boundary(process):
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=30)[1] == ""
     assert process.returncode == 128 + signal.SIGINT
+
+
+def test_a_command_after_a_stopped_one_is_not_stopped():
+    """Both in one process, as from a script."""
+    with pytest.raises(Stopped), signals.stopping_at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert not signals.stop_requested()

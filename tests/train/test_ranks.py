@@ -247,8 +247,8 @@ def test_three_stages_train_the_same_network_on_1_2_and_4_ranks(tmp_path, shards
     assert len({round(loss, 2) for loss in expected}) > 3  # they are not all the same
     said = (tmp_path / "said4").read_text()
     assert "9 images per step on 4 ranks" in said
-    assert "good for 2 ranks" in said
-    assert "good for" not in (tmp_path / "said1").read_text()
+    assert "suits 2 ranks" in said
+    assert "suits" not in (tmp_path / "said1").read_text()
 
 
 def test_batch_norm_per_rank_keeps_the_running_statistics_of_the_ranks_equal(outcomes):
