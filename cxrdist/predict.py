@@ -161,12 +161,12 @@ class Predictor:
             rows = ledger_rows(own.key, own.classes, own.ledger, with_pictures=True)
             self.ledgers[number] = [[str(item.file), *row] for row in rows]
             make = partial(draw, directory=self.heatmaps, how=how)
-            drawn = schedule(self.pool, make, [Explained(item, own)], seconds)
+            drawn = schedule(self.pool, [make], [Explained(item, own)], seconds)
             made.append(Made(number, "heat maps", drawn))
         if self.output is not None:
             values = class_probabilities(_predictions(self.model, [self.logits[number]]))
             write = partial(write_results, output=replace(self.output, how=how))
-            written = schedule(self.pool, write, [Explained(item, own, values)], seconds)
+            written = schedule(self.pool, [write], [Explained(item, own, values)], seconds)
             made.append(Made(number, "DICOM results", written))
         return made
 

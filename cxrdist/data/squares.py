@@ -223,11 +223,7 @@ def _submit(part: Part, pool: ProcessPool, steps: Sequence[Step]) -> list[Pendin
     The state of a file is taken before it is read, so that a change meanwhile is noticed.
     """
     chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
-    *before, last = steps
-    return [
-        ([file_state(r) for r in chunk], schedule(pool, last, chunk, before=before))
-        for chunk in chunks
-    ]
+    return [([file_state(r) for r in chunk], schedule(pool, steps, chunk)) for chunk in chunks]
 
 
 def _decode(record: Record, size_px: int, fit: str, cover: str, depth: int | None) -> Decoded:

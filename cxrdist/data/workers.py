@@ -67,10 +67,9 @@ class Job(Generic[Item, Made]):
     """Items that one worker processes together, and their results."""
 
     pool: ProcessPool
-    make: Callable[[Any], Made]
+    steps: Sequence[Step]
     items: Sequence[Item]
     seconds: float
-    before: Sequence[Step]
     future: ProcessFuture
 
     def results(self) -> list[Made | CxrdistError]:
@@ -82,8 +81,7 @@ class Job(Generic[Item, Made]):
             return self._finish()
         except (TimeoutError, ProcessExpired) as error:
             if len(self.items) > 1:
-                how = self.seconds, self.before
-                again = (schedule(self.pool, self.make, [one], *how) for one in self.items)
+                again = (schedule(self.pool, self.steps, [one], self.seconds) for one in self.items)
                 return [made for job in again for made in job.results()]
             if isinstance(error, TimeoutError):
                 seconds = WAITING * self.seconds
@@ -104,27 +102,24 @@ class Job(Generic[Item, Made]):
 
 def schedule(
     pool: ProcessPool,
-    make: Callable[[Any], Made],
+    steps: Sequence[Step],
     items: Sequence[Item],
     seconds: float | None = None,
-    before: Sequence[Step] = (),
-) -> Job[Item, Made]:
+) -> Job[Item, Any]:
     """Submit items to the workers.
 
     Args:
         pool: of `image_workers`.
-        make: called in a worker with each item, or what the last of ``before`` made of it. A
-            CxrdistError that a step raises is the item's result.
+        steps: called in a worker; the first with each item, each other one with what the step
+            before it has made. A CxrdistError that a step raises is the item's result.
         items: processed by one worker.
         seconds: of processor time, limit for all items together; `SECONDS_PER_IMAGE` if None. By
             the clock it is `WAITING` times as long.
-        before: steps before ``make``, which each take what the one before has made.
     """
     limit = SECONDS_PER_IMAGE if seconds is None else seconds
-    steps = [*before, make]
     with stopping_afterwards():
         future = pool.schedule(_make_each, args=(steps, items, limit), timeout=WAITING * limit)
-    return Job(pool, make, items, limit, before, future)
+    return Job(pool, steps, items, limit, future)
 
 
 def in_order(
@@ -140,14 +135,14 @@ def in_order(
 
     Args:
         pool: of `image_workers`.
-        make: as in `schedule`.
+        make: the only step, as in `schedule`.
         items: its arguments.
         chunk: items that one worker processes together.
         seconds: limit for a chunk, as in `schedule`.
     """
     waiting: deque[Job[Item, Made]] = deque()
     for start in range(0, len(items), chunk):
-        waiting.append(schedule(pool, make, items[start : start + chunk], seconds))
+        waiting.append(schedule(pool, [make], items[start : start + chunk], seconds))
         if len(waiting) > pool.ahead:
             yield from waiting.popleft().results()
     while waiting:

@@ -26,7 +26,7 @@ from cxrdist.signals import stopping_at_once
 if __name__ == "__main__":
     try:
         with stopping_at_once(), image_workers(2, ["interrupts"]):
-            print("goes on")
+            print("continues")
     except Stopped as stop:
         print(stop)
 """
@@ -96,7 +96,7 @@ def test_each_step_takes_what_the_one_before_has_made(monkeypatch):
     names = ["a", "bad", "slow", "b"]
     with image_workers(1, [__name__]) as pool:
         items = [Item(Path(name)) for name in names]
-        made = schedule(pool, str.upper, items, 1, before=[refuse, spin]).results()
+        made = schedule(pool, [refuse, spin, str.upper], items, 1).results()
     assert [made[0], made[3]] == ["A", "B"]
     assert [str(error) for error in made[1:3]] == [
         "bad: is refused",
@@ -109,7 +109,7 @@ def test_the_chunks_that_wait_are_two_for_each_worker(monkeypatch):
     monkeypatch.setattr(workers, "num_cores", lambda: 1)
     submitted = []
 
-    def submit(pool, make, items, seconds):
+    def submit(pool, steps, items, seconds):
         submitted.extend(items)
         return SimpleNamespace(results=lambda: items)
 
@@ -178,5 +178,5 @@ def test_a_stop_does_not_interrupt_calls_of_the_pool(during):
         return future
 
     with pytest.raises(Stopped), stopping_at_once():
-        schedule(SimpleNamespace(schedule=add), wait, [Item(Path("a"))]).results()
+        schedule(SimpleNamespace(schedule=add), [wait], [Item(Path("a"))]).results()
     assert completed[-1] == during
