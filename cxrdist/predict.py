@@ -55,6 +55,7 @@ from cxrdist.files import refuse_unwritable, remove_made, sweep, write_table
 from cxrdist.model.densenet import Classifier, read_model
 from cxrdist.model.ensemble import Ensemble, load_predictor, one_network
 from cxrdist.model.prediction import Predictions, probability_columns
+from cxrdist.model.published import model_folder
 from cxrdist.precision import use_full_float32
 from cxrdist.terminal import counted, few, progress
 from cxrdist.train.memory import is_out_of_memory
@@ -225,9 +226,8 @@ def predict(config: PredictConfig) -> None:
     _refuse_bad_out(config.out)
     if config.dicom is not None:
         refuse_bad_folder(config.dicom, config.out, _beside(config.out, "heatmaps"))
-    # The folder of a published model has the files of RUN/model.
-    published = (config.run / "model.json").is_file()
-    model = read_model(config.run) if published else load_predictor(config.run)
+    files = model_folder(config.run)
+    model = read_model(files) if files == config.run else load_predictor(config.run)
     if model.lungs_only:
         raise CxrdistError(
             f"--run {config.run}: was trained on lungs only, but new images have no masks; pack "
@@ -255,7 +255,7 @@ def predict(config: PredictConfig) -> None:
     preload = ["cxrdist.explain.dicom_results" if config.dicom else "cxrdist.explain.pictures"]
     # They end in reverse order: no worker writes any more when the folder of DICOM results appears.
     with (
-        open_output(config.dicom, config.run if published else config.run / "model", how) as output,
+        open_output(config.dicom, files, how) as output,
         image_workers(num_workers, preload) as pool,
     ):
         folder = heatmaps if config.explain else None

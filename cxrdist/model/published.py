@@ -38,10 +38,9 @@ def load_model(source: str | Path) -> Classifier:
     name, path = str(source), Path(source)
     if name.startswith(HUB):
         return _load_hub(name)
-    if (RunDirectory(path).model / _FILES[0]).is_file():
-        return load_from_run(path, name)
-    if (path / _FILES[0]).is_file():
-        return read_model(path)
+    folder = model_folder(path)
+    if (folder / _FILES[0]).is_file():
+        return read_model(path) if folder == path else load_from_run(path, name)
     if path.is_dir() or not (path.is_file() or "://" in name or name in ("chexnet", "imagenet")):
         raise CxrdistError(
             f"{name}: is not a model; expected the run directory of a finished training, a folder "
@@ -49,6 +48,13 @@ def load_model(source: str | Path) -> Classifier:
             "chexnet, or hf:OWNER/NAME"
         )
     return _with_published_head(read_weights(name, option=""), name)
+
+
+def model_folder(source: Path) -> Path:
+    """Return a folder of ``cxrdist export --to huggingface`` itself, of a run the folder model."""
+    own = RunDirectory(source).model
+    is_exported = (source / _FILES[0]).is_file() and not (own / _FILES[0]).is_file()
+    return source if is_exported else own
 
 
 def _with_published_head(weights: InitialWeights, name: str) -> Classifier:

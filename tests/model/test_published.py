@@ -14,7 +14,7 @@ from cxrdist.errors import CxrdistError
 from cxrdist.files import write_json
 from cxrdist.model.densenet import Classifier, save_model
 from cxrdist.model.inventory import convert_weights
-from cxrdist.model.published import load_model
+from cxrdist.model.published import load_model, model_folder
 
 SMALL = Network(growth_rate=4, block_config=(1, 1, 1, 1))
 IMAGES = torch.arange(2 * 224**2).remainder(251).to(torch.uint8).reshape(2, 1, 224, 224)
@@ -119,3 +119,12 @@ def test_a_model_of_the_hub_comes_out_of_its_cache(tmp_path, run, monkeypatch):
     weights.write_bytes(b"nothing")
     with pytest.raises(CxrdistError, match=r"^hf:ward/xray: .*do not make a model"):
         load_model("hf:ward/xray")
+
+
+def test_the_model_of_a_run_comes_before_a_file_beside_it(tmp_path):
+    """For predict and load_model alike."""
+    (tmp_path / "model.json").touch()
+    assert model_folder(tmp_path) == tmp_path
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").touch()
+    assert model_folder(tmp_path) == tmp_path / "model"
