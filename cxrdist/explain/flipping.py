@@ -47,7 +47,7 @@ def flip_pixels(
     target = model.classes.index(classes[likeliest])
     patches = _patches(*image.shape).ravel()
     relevance = result.relevance[0, likeliest].double().cpu().numpy()
-    # Patches of a side that is no multiple of 28 have several sizes: the mean, not the sum, counts.
+    # If the side is no multiple of 28, patches differ in size: they are ranked by mean relevance.
     sizes = np.bincount(patches)
     amount = np.bincount(patches, relevance.ravel()) / sizes
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(sizes))

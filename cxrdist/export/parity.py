@@ -132,5 +132,5 @@ def describe_parity(parity: Parity) -> str:
 
 
 def _rounded_up(value: float) -> str:
-    """Write a value with two digits, rounded up: a bound that is rounded down is none."""
+    """Write a bound with two digits, rounded up: rounded down, the value would exceed it."""
     return f"{Decimal(value).normalize(Context(2, ROUND_CEILING)):g}"

@@ -145,11 +145,11 @@ def test_a_shortcut_is_an_effect_that_is_neither_negligible_nor_chance(distance,
     """
     value = norm.cdf(distance / np.sqrt(2))
     auroc = {"value": value, "low": value - error, "high": value + error}
-    found = audited([entry(i, "ab"[i % 2]) for i in range(20)])
+    content = audited([entry(i, "ab"[i % 2]) for i in range(20)])
     judged = {"accuracy": None, "auroc": {"a": auroc, "b": None}, "mean_auroc": auroc}
-    found["shortcut"] |= judged
-    found["baseline"] |= {"logistic_regression": judged, "perceptron": judged}
-    warnings = _warnings(found)
+    content["shortcut"] |= judged
+    content["baseline"] |= {"logistic_regression": judged, "perceptron": judged}
+    warnings = _warnings(content)
     assert any(f"(chance 0.5): a {value:.2f}" in line for line in warnings) is warned
     assert any(f"reach a mean AUROC of {value:.3f}" in line for line in warnings) is warned
 

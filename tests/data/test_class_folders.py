@@ -106,7 +106,7 @@ def test_unclear_layouts_are_refused(tmp_path, paths, message):
 
 
 def test_classes_that_are_named_like_a_split_or_a_number_are_read(tmp_path):
-    """A name that begins like one split, a grade, and a part beside what is none are classes."""
+    """One split as the first word, grades as numbers, and one name that is like a part of a set."""
     for names in (["test negative", "test positive"], ["0", "1"], ["fold 1", "tumour"]):
         folder = touch(tmp_path / names[0], *(f"{name}/1.png" for name in names))
         assert read_class_folders(folder).classes == names

@@ -44,8 +44,8 @@ def test_the_largest_difference_of_any_logit_counts(model: Classifier, squares: 
 @pytest.mark.parametrize("largest", [8.642673492431641e-07, 9.96e-6, 2.0**-20])
 def test_no_logit_differs_by_more_than_the_sentence_says(largest: float) -> None:
     """The bound has two digits and is rounded up: 8.64e-7 is not at most 8.6e-7."""
-    found = {"images": 9, "source": "squares", "runtime": "a program 1"}
-    shown = describe_parity({**found, "largest_difference": largest})
+    compared = {"images": 9, "source": "squares", "runtime": "a program 1"}
+    shown = describe_parity({**compared, "largest_difference": largest})
     bound = re.fullmatch(r"logits by a program 1 .* by at most (.*) on 9 squares", shown)[1]
     assert largest <= float(bound) < largest + 10 ** (np.floor(np.log10(largest)) - 1)
 
