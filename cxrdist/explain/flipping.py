@@ -24,6 +24,10 @@ COVERED_SHARE = 0.2
 STEPS = 10
 """Points of the curve after its start."""
 
+RANDOM_ORDERS = 8
+"""Random orders of the patches of each image. With one, the random area of 8 X-rays had a standard
+deviation of 0.05, as much as the gain below which the report warns."""
+
 
 class Flipping(NamedTuple):
     """Probability of the class while patches are covered, [STEPS + 1], relative to the first."""
@@ -31,7 +35,7 @@ class Flipping(NamedTuple):
     relevance: NDArray[np.float64]
     """The most relevant patches first."""
     random: NDArray[np.float64]
-    """Patches in random order."""
+    """Patches in random order, mean of `RANDOM_ORDERS`."""
 
 
 def flip_pixels(
@@ -39,7 +43,7 @@ def flip_pixels(
 ) -> Flipping:
     """Cover an image, uint8 [H, W], step by step, for the likeliest of some classes.
 
-    The model is in evaluation mode; the random order depends on the seed.
+    The model is in evaluation mode; the random orders depend on the seed.
     """
     pixels = torch.from_numpy(np.array(image))[None, None].to(model.mean.device)
     result = explainer.attribute(pixels, classes)
@@ -50,13 +54,20 @@ def flip_pixels(
     # If the side is no multiple of 28, patches differ in size: they are ranked by mean relevance.
     sizes = np.bincount(patches)
     amount = np.bincount(patches, relevance.ravel()) / sizes
-    order = np.random.Generator(np.random.Philox(seed)).permutation(len(sizes))
-    curves = []
+    random = np.random.Generator(np.random.Philox(seed))
+    orders = [random.permutation(len(sizes)) for _ in range(RANDOM_ORDERS)]
     # Equal patches keep the random order, so that a constant map is exactly as good as chance.
-    for ranking in (order[np.argsort(-amount[order], kind="stable")], order):
-        covered_before = np.empty(len(sizes), np.int64)
-        covered_before[ranking] = np.cumsum(sizes[ranking]) - sizes[ranking]
-        curves.append(_curve(model, image, covered_before[patches].reshape(image.shape), target))
+    by_relevance = [order[np.argsort(-amount[order], kind="stable")] for order in orders]
+    curves = []
+    for rankings in (by_relevance, orders):
+        distinct, times = np.unique(rankings, axis=0, return_counts=True)
+        covered_before = np.empty_like(distinct)
+        np.put_along_axis(
+            covered_before, distinct, np.cumsum(sizes[distinct], axis=1) - sizes[distinct], axis=1
+        )
+        pixels_before = covered_before[:, patches].reshape(-1, *image.shape)
+        each = [_curve(model, image, before, target) for before in pixels_before]
+        curves.append(np.average(each, axis=0, weights=times))
     return Flipping(*curves)
 
 
