@@ -80,7 +80,7 @@ def pack(config: PackConfig) -> None:
     private = source.dicom if config.anonymise is None else config.anonymise
     options = deciding(config) | {"anonymise": private}
     content = content_of(options, source, known_salt(config.out, work) if private else None)
-    if _is_packed(config.out, work, content, len(source.records)):
+    if _is_packed(config.out, work, content, source):
         return
     _refuse_bad_source(config, source)
     with _held(work, shared=config.task is not None):
@@ -174,7 +174,7 @@ def _layout(config: PackConfig) -> Layout:
     )
 
 
-def _is_packed(out: Path, work: Path, content: dict[str, object], num_images: int) -> bool:
+def _is_packed(out: Path, work: Path, content: dict[str, object], source: Source) -> bool:
     """Return whether the same shards already exist; remove a work directory left by a kill.
 
     Raises:
@@ -193,11 +193,25 @@ def _is_packed(out: Path, work: Path, content: dict[str, object], num_images: in
     before = read_document(options, dict[str, object], mend)
     if before != content:
         packed = counted(len(read_index(out).samples), "image")
-        what = f"{_difference(before, content)}; the source has {num_images}"
+        what = f"{_difference(before, content)}; the source has {len(source.records)}"
         raise CxrdistError(f"--out {out}: already exists, with {packed} ({what}); {mend}")
     remove(work)
     print(f"{out}: is packed already, from images of the same names with the same options")
+    if newer := _written_after(source, index):
+        print(
+            f"newer than these shards: {counted(len(newer), 'image')}, such as {newer[0]}; if its "
+            f"content has changed, remove {out} and run the same command again"
+        )
     return True
+
+
+def _written_after(source: Source, index: Path) -> list[Path]:
+    """Return the images that were written after the index; object stores are not asked."""
+    if not isinstance(index, Path):
+        return []
+    packed = index.stat().st_mtime
+    files = (record.file for record in source.records if isinstance(record.file, Path))
+    return [file for file in files if file.stat().st_mtime > packed]
 
 
 def _difference(before: dict[str, object], options: dict[str, object]) -> str:

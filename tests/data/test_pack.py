@@ -2,6 +2,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -150,6 +151,21 @@ def test_an_existing_directory_is_not_touched(tmp_path):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(CxrdistError, match="already exists"):
         pack(PackConfig("folder", source, tmp_path / "out", split="0.5/0.25/0.25"))
+
+
+def test_images_written_after_the_shards_are_told(tmp_path, capsys):
+    """The same command packs nothing, but says which image may have other content by now."""
+    source, out = make_images(tmp_path / "images", COUNTS), tmp_path / "out"
+    config = PackConfig("folder", source, out, split="0.5/0.25/0.25")
+    pack(config)
+    capsys.readouterr()
+    pack(config)
+    assert "newer" not in capsys.readouterr().out
+    changed = sorted(source.glob("*/*.png"))[3]
+    later = (out / "index.json").stat().st_mtime + 1
+    os.utime(changed, (later, later))
+    pack(config)
+    assert f"newer than these shards: 1 image, such as {changed};" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("out", [".", "images"])
