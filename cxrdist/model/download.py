@@ -117,11 +117,7 @@ def place_of(url: str) -> Path:
 
 
 def _accepted(file: Path, expected: str | None, what: str) -> str:
-    """Return the sha256 of a file, or remove one that is not the published one.
-
-    Raises:
-        CxrdistError: the file has another sha256, or is not a checkpoint.
-    """
+    """Return the sha256 of a file; remove one that is not the published one, and raise an error."""
     sha256 = sha256_of(file)
     if expected is not None and not sha256.startswith(expected):
         problem = f"has the sha256 {sha256}, expected {expected}"
@@ -134,12 +130,7 @@ def _accepted(file: Path, expected: str | None, what: str) -> str:
 
 
 def _fetch(url: str, partial: Path, *, checked: bool) -> None:
-    """Fetch a file, over several connections if needed.
-
-    Raises:
-        _BrokenOffError: all connections broke off.
-        OSError: the host cannot be reached or has no such file.
-    """
+    """Fetch a file, over several connections if needed; raise an error if all broke off."""
     for attempt in range(1, ATTEMPTS + 1):
         try:
             _fetch_rest(url, partial, checked=checked)
@@ -155,10 +146,7 @@ def _fetch(url: str, partial: Path, *, checked: bool) -> None:
 
 
 def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
-    """Fetch the missing bytes in one connection, or all bytes if the file may have changed.
-
-    It raises _BrokenOffError if the connection ends before the file does.
-    """
+    """Fetch the missing bytes in one connection, or all bytes if the file may have changed."""
     version = partial.with_name(partial.name + ".version")
     done = partial.stat().st_size if partial.is_file() else 0
     known = _known_version(version) if done else ""
@@ -199,12 +187,7 @@ def _fetch_rest(url: str, partial: Path, *, checked: bool) -> None:
 
 
 def _chunks(response: HTTPResponse) -> Iterator[bytes]:
-    """Yield the bytes of a response as they arrive.
-
-    Raises:
-        _BrokenOffError: the connection ended.
-        HTTPException: the connection is too slow.
-    """
+    """Yield the bytes of a response as they arrive; raise HTTPException if that is too slow."""
     began, count = time.monotonic(), 0
     while True:
         try:

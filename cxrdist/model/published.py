@@ -61,10 +61,6 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
     """Build the network of published weights, keeping only the outputs that have a name.
 
     In torchxrayvision's files, outputs that were not trained have an empty name.
-
-    Raises:
-        CxrdistError: a tensor is missing or unexpected, no output has a name, or the file was
-            converted from a run.
     """
     if weights.record.get("layout") == RUN_LAYOUT:
         raise CxrdistError(
@@ -91,11 +87,7 @@ def _with_published_head(weights: InitialWeights, name: str) -> Classifier:
 
 
 def _load_hub(name: str) -> Classifier:
-    """Fetch a model folder from the Hugging Face Hub, and load it.
-
-    Raises:
-        CxrdistError: the name is invalid, there is no such folder, or it cannot be fetched.
-    """
+    """Fetch a model folder from the Hugging Face Hub, and load it."""
     from huggingface_hub import hf_hub_download  # imported late: takes a second
     from huggingface_hub.errors import HfHubHTTPError
 

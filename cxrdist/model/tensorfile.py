@@ -278,9 +278,6 @@ def _find(content: Any) -> tuple[bool, dict[str, TensorRef], list[str] | None]:
 
     Returns:
         Whether it is a network; its tensors; and the labels of its outputs, if it names them.
-
-    Raises:
-        ValueError: there is neither.
     """
     # arnoweng's CheXNet is under state_dict, jrzech's under model.
     named = [content.get("state_dict"), content.get("model")] if isinstance(content, dict) else []

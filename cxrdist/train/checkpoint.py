@@ -245,11 +245,7 @@ def _read_tensors(path: Path, digest: str) -> State:
 
 
 def _read(path: Path, most: int) -> bytes:
-    """Read a file of a checkpoint; one that is too large or not a file counts as damage.
-
-    Raises:
-        ValueError, OSError: it cannot be read.
-    """
+    """Read a file of a checkpoint; one that is too large or not a file counts as damage."""
     # `read_bytes` rejects a link as the file only, not as a directory above it.
     if path.parent.is_symlink():
         raise ValueError(f"{path.parent.name} is a link")

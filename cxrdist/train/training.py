@@ -118,11 +118,7 @@ def _fields(config: TrainConfig) -> dict[str, Any]:
 
 
 def _whole_network(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields of a network as older recipes have them: a DenseNet by shape, unnamed.
-
-    Raises:
-        CxrdistError: they describe no network.
-    """
+    """Return the fields of a network as older recipes have them: a DenseNet by shape, unnamed."""
     network = Network(**given)
     if not network.is_densenet:
         return given
@@ -363,9 +359,6 @@ def _settle_targets(
 
     Returns:
         int8 [samples, classes], as in `TrainingData`.
-
-    Raises:
-        CxrdistError: the recipe names an unknown class, or a split has no known label.
     """
     targets = stated.copy()
     targets[train] = settle_uncertain(stated[train], index.classes, config.uncertain)
@@ -425,11 +418,7 @@ def _describe_steps(num_images: int, config: TrainConfig) -> str:
 
 
 def _read_weights(config: TrainConfig) -> InitialWeights:
-    """Read the initial weights; one rank downloads them while the others wait for its file.
-
-    Raises:
-        CxrdistError: they cannot be read; for published ones it also names --init none.
-    """
+    """Read the initial weights; one rank downloads them while the others wait for its file."""
     try:
         return read_weights(config.init, architecture=config.network.architecture)
     except CxrdistError as error:
