@@ -18,11 +18,7 @@ FIGURES = ("Expected:", "Measured:")
 
 
 def recipes(config: RecipesConfig) -> None:
-    """Print the purpose and results of all recipes, or the file of one.
-
-    Raises:
-        CxrdistError: there is no recipe of this name.
-    """
+    """Print the purpose and results of all recipes, or the file of one."""
     if config.name is not None:
         files = {n: f for folder in RECIPES_OF.values() for n, f in files_in(folder).items()}
         if config.name not in files:

@@ -52,11 +52,7 @@ def deciding_squares(config: "PackConfig") -> dict[str, Any]:
 
 
 def location(text: str) -> Path:
-    """Return a Path, or a UPath for an fsspec URL such as s3://bucket/folder.
-
-    Raises:
-        CxrdistError: the text is neither.
-    """
+    """Return a Path, or a UPath for a URL such as s3://bucket/folder; else raise CxrdistError."""
     if "://" not in text:
         try:
             return Path(text).expanduser()  # shells do not expand the ~ in --out=~/shards

@@ -51,13 +51,7 @@ prefers to learn the word."""
 
 
 def demo(config: DemoConfig) -> None:
-    """Run pack, train on all GPUs of the machine, evaluate, explain and report.
-
-    Raises:
-        CxrdistError: bad options, or the folder cannot be packed.
-        RunFailedError: the training failed.
-        Stopped: the process was asked to stop.
-    """
+    """Run pack, train on all GPUs of the machine, evaluate, explain and report."""
     _refuse_bad_options(config)
     try:
         _run_steps(config)

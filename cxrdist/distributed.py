@@ -28,11 +28,7 @@ _start_heartbeat = cache(start_heartbeat)  # once per process, which may run sev
 
 
 def read_trackers(text: str | None) -> list[str]:
-    """Parse comma-separated names of Accelerate's trackers.
-
-    Raises:
-        CxrdistError: a tracker is unknown or not installed; Accelerate would only warn.
-    """
+    """Parse names of Accelerate's trackers; reject missing ones, of which it would only warn."""
     names = [name.strip() for name in text.split(",")] if text else []
     installed = {str(tracker) for tracker in get_available_trackers()}
     for name in names:
@@ -192,11 +188,7 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
 def entering(
     accelerator: Accelerator, context: AbstractContextManager[object], *, here: bool
 ) -> Iterator[None]:
-    """Enter a context, such as a lock, on some ranks (`here`); if one of them fails, all stop.
-
-    Raises:
-        CxrdistError, RunFailedError: as from `together`.
-    """
+    """Enter a context, such as a lock, on some ranks (`here`); if one fails, all stop as one."""
     with ExitStack() as stack:
         together(accelerator, lambda: stack.enter_context(context) if here else None)
         yield

@@ -83,14 +83,11 @@ def _irregular(path: Path) -> CxrdistError:
 
 @contextmanager
 def locked(root: Path, *, shared: bool = False) -> Iterator[None]:
-    """Lock a directory for one writing process, or for several that share the lock.
+    """Lock a directory for one writing process, or for several; raise CxrdistError if it is held.
 
     The kernel frees the lock when its holder dies. The lock works on local disks, on NFS (where
     Linux locks on the server) and on Lustre mounted with `flock`; with `localflock` only within a
     node. Directories created for the lock are removed again if nothing was written to them.
-
-    Raises:
-        CxrdistError: another process holds the lock.
     """
     # The deepest comes first, as `_remove_empty` needs it.
     made = [path for path in (root, *root.parents) if not path.exists()]
@@ -145,11 +142,7 @@ def _holder() -> str:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a path to write to; the file appears under its own name when it is complete.
 
-    A link of that name is replaced; its target stays as it is.
-
-    Raises:
-        RunFailedError: the disk is full or read-only.
-        CxrdistError: the name cannot be used.
+    A link of that name is replaced; its target stays as it is. Errors are those of `room_for`.
     """
     if not isinstance(path, Path):  # an object store shows a file only once it is complete
         with scratch_directory() as here:
@@ -251,11 +244,7 @@ def room_for(path: Path, mend: str = "") -> Iterator[None]:
 
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
-    """Yield a directory for temporary files, removed at the end.
-
-    Raises:
-        RunFailedError, CxrdistError: no directory for temporary files is writable, or it is full.
-    """
+    """Yield a directory for temporary files, removed at the end; errors are those of `room_for`."""
     mend = "set TMPDIR to a directory with room"
     try:
         directory = tempfile.gettempdir()
@@ -288,11 +277,8 @@ def refuse_unwritable(path: Path) -> None:
 def atomic_directory(path: Path) -> Iterator[Path]:
     """Yield a directory to fill; it appears under its own name when it is complete.
 
-    A directory of that name that already exists is replaced.
-
-    Raises:
-        RunFailedError: the disk is full or read-only.
-        CxrdistError: a file or a link has the name.
+    A directory of that name that already exists is replaced. Errors are those of `room_for`, and
+    a CxrdistError if a file or a link has the name.
     """
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise CxrdistError(f"{path}: is a file or a link, expected a directory; move it away")
@@ -437,11 +423,7 @@ def _whole_rows(table: "csv.DictReader[str]", num_columns: int) -> Iterator[dict
 
 
 def finite(text: str) -> float:
-    """Read a number of the float32 range.
-
-    Raises:
-        ValueError: it is not a finite number of that range.
-    """
+    """Read a finite number of the float32 range, or raise ValueError."""
     value = float(text)
     if not abs(value) <= FLOAT32.most:
         raise ValueError(f"{text:.40} is not a finite number")
@@ -461,9 +443,7 @@ def read_json(path: Path) -> Any:
 def read_document(path: Path, kind: type[T], mend: str = "copy the directory again") -> T:
     """Read a JSON file, local or fsspec, and check it against its declared type; see `typed`.
 
-    Raises:
-        CxrdistError: the file is missing, damaged or of another type; `mend` is what to do then.
-        RunFailedError: permission to read it is missing.
+    Errors are those of `judging`; `mend` is what the user can do about an invalid file.
     """
     with judging(path, mend):
         return typed(parse_json(read_bytes(path, MOST_BYTES)), kind)

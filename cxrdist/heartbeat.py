@@ -27,9 +27,6 @@ def start_heartbeat(rank: int, world_size: int) -> None:
     others, and they watch the main rank. Beats go through the store of the first node's launcher;
     if the store does not answer, a second thread ends this process. CXRDIST_HANG_SECONDS changes
     the limit of 120 s.
-
-    Raises:
-        CxrdistError: CXRDIST_HANG_SECONDS is not a number above 0.
     """
     given = os.environ.get("CXRDIST_HANG_SECONDS", str(HANG_SECONDS))
     try:

@@ -87,9 +87,6 @@ def localise(config: LocaliseConfig) -> None:
     Relevance is compared with other maps of the same images: the contrast with the likeliest other
     class, Grad-CAM, the plain gradient, the mean outline of train, a centre prior, and chance.
     The result is the same for any number of ranks, since each explains whole batches.
-
-    Raises:
-        CxrdistError: run, shards, boxes or masks cannot be used.
     """
     if config.boxes is not None and config.masks is not None:
         raise CxrdistError("localise: --boxes and --masks exclude each other; give one of them")

@@ -51,11 +51,7 @@ class Option(NamedTuple):
 
 
 def parse(command: Command, arguments: Sequence[str]) -> Any:
-    """Read flags and recipe into the command's config.
-
-    Raises:
-        CxrdistError: an option or a field of the recipe is unknown, missing, repeated or invalid.
-    """
+    """Read flags and recipe into the command's config."""
     try:
         given = _read_arguments(command, arguments)
         recipe = given.pop(("config",), None)
@@ -242,15 +238,12 @@ def _refuse_missing(command: Command, content: dict[str, Any]) -> None:
 
 
 def build(value: Any, kind: Any, flag: str) -> Any:
-    """Check a value against the type of its field, and build dataclasses from their fields.
+    """Check a value against its field's type, and build dataclasses; raise CxrdistError if wrong.
 
     Args:
         value: from a recipe or flags.
         kind: type of the field, with the bounds of numbers.
         flag: of the field, for errors; empty for the whole config.
-
-    Raises:
-        CxrdistError: the value has another type or is out of bounds, or a dataclass rejects it.
     """
     if value is None and NoneType in get_args(kind):
         return None

@@ -157,10 +157,6 @@ def probe_background(config: ProbeBackgroundConfig) -> None:
     """Train the four networks, write OUT/background.json, and print the table.
 
     The same command resumes: shards that are made and networks that are trained are kept.
-
-    Raises:
-        CxrdistError: options, shards or masks cannot be used, or OUT contains another probe.
-        Stopped: the process was asked to stop.
     """
     if start().num_processes > 1:
         raise CxrdistError(

@@ -101,9 +101,6 @@ def probe_text(config: ProbeTextConfig) -> None:
 
     The result is the same for any number of ranks, since each takes whole batches. Boxes are
     covered in the squares that the network sees; `pack` covers them in the originals.
-
-    Raises:
-        CxrdistError: run, shards, boxes or options cannot be used.
     """
     _refuse_bad_options(config)
     opened = open_run_on(config.run, config.shards, config.split, config.name)

@@ -50,10 +50,9 @@ class RunDirectory:
     root: Path
 
     def inside(self, *names: str) -> Path:
-        """Return the path of a file or directory of the run; names may contain slashes.
+        """Return the path of a file or directory of the run, or raise CxrdistError at a link.
 
-        Raises:
-            CxrdistError: the path, or a directory above it in the run, is a link.
+        Names may contain slashes.
         """
         path = self.root
         for name in "/".join(names).split("/"):

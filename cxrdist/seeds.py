@@ -44,10 +44,6 @@ def seeds(config: SeedsConfig) -> None:
 
     The same command resumes: trained members are not trained again. With ``member`` only that one
     is trained; a last call without it joins them.
-
-    Raises:
-        Stopped: a rank was asked to stop.
-        CxrdistError: an option, the recipe, the shards or a member cannot be used.
     """
     _refuse_bad_options(config)
     _refuse_other_run(config.run)

@@ -200,11 +200,7 @@ def save_model(model: Classifier, directory: Path) -> None:
 
 
 def save_calibration(calibration: Calibration, directory: Path) -> None:
-    """Write a calibration into model.json, and change nothing else.
-
-    Raises:
-        CxrdistError: there is no model.json, or it is damaged.
-    """
+    """Write a calibration into model.json, which must exist, and change nothing else."""
     # Not as a ModelFile, whose dataclasses would lose what newer versions write in them.
     content = read_document(directory / "model.json", dict[str, object], MEND)
     write_json(directory / "model.json", {**content, "calibration": calibration})
@@ -252,11 +248,7 @@ def read_model(directory: Path) -> Classifier:
 
 
 def is_ensemble(run: str | Path) -> bool:
-    """Return whether the model of a run directory is an ensemble.
-
-    Raises:
-        CxrdistError: there is no model, or one of another version.
-    """
+    """Return whether the model of a run is an ensemble; raise CxrdistError without a model."""
     file = open_run(Path(run)).model / "model.json"
     return read_document(file, _Described, MEND)["format"] == "cxrdist-ensemble-1"
 

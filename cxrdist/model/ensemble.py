@@ -82,11 +82,7 @@ def _temperatures(member: Classifier) -> list[float]:
 
 
 def load_predictor(run: str | Path) -> Classifier | Ensemble:
-    """Load the model or the ensemble of a run directory, to predict with it.
-
-    Raises:
-        CxrdistError: there is no model, or its files do not belong together.
-    """
+    """Load the model or the ensemble of a run directory; errors are those of `load_model`."""
     if not is_ensemble(run):
         return load_model(run)
     root = open_run(Path(run))
@@ -97,11 +93,7 @@ def load_predictor(run: str | Path) -> Classifier | Ensemble:
 
 
 def join(run: RunDirectory, names: list[str]) -> Ensemble:
-    """Return the ensemble of the given members of a run directory.
-
-    Raises:
-        CxrdistError: a member is not trained, or differs from the first one.
-    """
+    """Return the ensemble of members of a run; raise CxrdistError if one differs from the first."""
     members = {name: load_model(run.inside(name)) for name in names}
     first = members[names[0]]
     for name, member in members.items():

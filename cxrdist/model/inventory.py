@@ -18,21 +18,13 @@ from cxrdist.model.weights import read_weights
 
 
 def show_weights(config: WeightsShowConfig) -> None:
-    """Print the content of a checkpoint, after checking that it is a whole network.
-
-    Raises:
-        CxrdistError: the checkpoint cannot be read, or is not a whole network.
-    """
+    """Print the content of a checkpoint, after checking that it is a whole network."""
     for name, value in _rows(_read(config.file)):
         print(f"{name:<12}{value}")
 
 
 def convert_weights(config: WeightsConvertConfig) -> None:
-    """Write a checkpoint as safetensors under torchvision's names, with its labels and source.
-
-    Raises:
-        CxrdistError: it cannot be read, is not a whole network, or OUT holds something else.
-    """
+    """Write a checkpoint as safetensors under torchvision's names, with its labels and source."""
     if config.out.suffix != ".safetensors":
         raise CxrdistError(
             f"{config.out}: expected a name ending in .safetensors; choose another name"

@@ -74,17 +74,12 @@ class InitialWeights:
 
 
 def recognise(file: TensorFile, where: str, origin: WeightsInfo) -> InitialWeights:
-    """Rename the tensors of a checkpoint, and recognise its layout.
+    """Rename the tensors of a checkpoint, and recognise its layout or raise CxrdistError.
 
     Args:
         file: the tensors with their names in the file.
         where: the option and its value, for the error line.
         origin: source and sha256 of the file.
-
-    Raises:
-        CxrdistError: two tensors get the same name, the first convolution takes neither one channel
-            nor three, the head does not fit the layout, or the note of `weights convert` is
-            invalid.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():
@@ -226,10 +221,9 @@ def _check_head(head: dict[str, Tensor], labels: list[str] | None, where: str) -
 
 
 def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
-    """Return the network with these tensors: a DenseNet of any shape, or another known one.
+    """Return the network with these tensors; raise CxrdistError for an unknown one.
 
-    Raises:
-        CxrdistError: the network is unknown.
+    It is a DenseNet of any shape, or another network of `Architecture`.
     """
     network = _network_of(tensors)
     if network is not None:

@@ -147,11 +147,7 @@ class Stub(metaclass=_Name):
         return stub
 
     def __setstate__(self, state: Any) -> None:
-        """Keep the attributes; ignore tuples, which are states of NumPy or of slots.
-
-        Raises:
-            RefusedError: the state has another type, or sets a special method of Python.
-        """
+        """Keep the attributes; ignore tuples, which are states of NumPy or of slots."""
         if isinstance(state, tuple):
             return
         if not isinstance(state, dict):
@@ -278,11 +274,7 @@ class Unpickler(pickle._Unpickler):
         return self._classes[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Return a reference to a storage; in old files also a class stored with its source.
-
-        Raises:
-            RefusedError: the ID is neither.
-        """
+        """Return a reference to a storage; in old files also a class stored with its source."""
         kind = pid[0] if isinstance(pid, tuple) and pid else None
         if kind == "module" and len(pid) > 1 and isinstance(pid[1], _Name):
             return pid[1]

@@ -87,13 +87,10 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
 
 
 def apply_weights(weights: InitialWeights, model: Classifier) -> int:
-    """Copy the weights into the network, except for its head, which does not change.
+    """Copy the weights into the network except for its head, or raise CxrdistError.
 
     Returns:
         Number of tensors copied; 0 for random weights.
-
-    Raises:
-        CxrdistError: a tensor is missing, left over, or of another shape.
     """
     if weights.tensors:
         check_fit(weights, model.shape, f"--init {weights.source}")

@@ -60,12 +60,7 @@ class BackgroundLoss:
 
 
 def check_backgrounds(config: TrainConfig) -> None:
-    """Reject invalid background losses.
-
-    Raises:
-        CxrdistError: a weight or a region is invalid, the network has no such loss, or boxes of
-            text are missing or not used.
-    """
+    """Reject background losses that are invalid, and boxes of text that are missing or not used."""
     has_text = False
     for name, stage in config.stages.items():
         if stage.background is None:
@@ -123,11 +118,7 @@ def _needed(config: TrainConfig) -> set[Region]:
 def open_backgrounds(
     config: TrainConfig, index: Index, boxes: SquareBoxes, accelerator: Accelerator
 ) -> dict[str, BackgroundLoss]:
-    """Open the masks for the background losses, and return these losses by stage.
-
-    Raises:
-        CxrdistError: masks cannot be read, or each one of train covers nothing or everything.
-    """
+    """Open the masks for the background losses, and return these losses by stage."""
     masks = open_masks(index, config.cache, accelerator) if "masks" in _needed(config) else None
     train = np.array(index.numbers("train"))
     if masks is not None and not has_mask(masks, train, index.image_size_px).any():
@@ -151,11 +142,7 @@ def open_backgrounds(
 
 
 def read_text_boxes(config: TrainConfig, index: Index) -> SquareBoxes:
-    """Return the boxes of text of train and val in their squares; none where no stage needs them.
-
-    Raises:
-        CxrdistError: they cannot be read, or no image of train has any.
-    """
+    """Return the boxes of text of train and val in their squares, if a stage needs them."""
     if config.text_boxes is None:
         return {}
     train, val = (index.numbers(split) for split in ("train", "val"))

@@ -30,11 +30,7 @@ def refuse_bad_recipe(config: TrainConfig) -> None:
 
 
 def trainable_index(config: TrainConfig) -> Index:
-    """Read the index of shards that the recipe can be trained on, cut to its fold.
-
-    Raises:
-        CxrdistError: they lack images, regions or size.
-    """
+    """Read the index of shards, cut to the fold; raise CxrdistError if they cannot be used."""
     shards, index = config.shards, cut_fold(read_index(config.shards), config.fold)
     for split in ("train", "val"):
         if not index.numbers(split):

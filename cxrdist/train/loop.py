@@ -59,12 +59,7 @@ def train(config: TrainConfig) -> None:
 
 
 def train_epoch(stage: StageRun, epoch: Epoch, bar: tqdm) -> None:
-    """Run the steps of an epoch that are not yet done.
-
-    Raises:
-        Stopped: a rank was asked to stop; all is saved.
-        RunFailedError: a step was not finite or did not fit into memory.
-    """
+    """Run the steps of an epoch that are not yet done; save, and stop if a rank was asked to."""
     recipe = stage.recipe
     for step in range(epoch.step, epoch.plan.num_steps):
         batch = stage.prepare_step(epoch)

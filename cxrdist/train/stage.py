@@ -239,11 +239,7 @@ class StageRun:
         return norm
 
     def settle(self, epoch: Epoch) -> dict[str, Any]:
-        """Sum the ranks' counts of a whole epoch: its losses, and the digest of its images.
-
-        Raises:
-            RunFailedError: a step was not finite, or an image was not taken once.
-        """
+        """Sum the ranks' counts of a whole epoch (`Epoch.settle`): its losses, and its digest."""
         taken = epoch.settle(self.training.accelerator, self.updater)
         self.skipped = epoch.skipped
         epoch.measure_speed()
@@ -314,11 +310,7 @@ class StageRun:
         self._log("step", row | {"taken": f"{taken:016x}"})
 
     def stop_if_asked(self) -> None:
-        """Save and stop if a rank was asked to, between two steps or validation batches.
-
-        Raises:
-            Stopped: on all ranks together, on the main one with the line for the user.
-        """
+        """Between steps or validation batches, save and raise `Stopped` if a rank was asked to."""
         if not self.training.vote.passed():
             return
         where = f"stage {self.name}, before its first epoch"

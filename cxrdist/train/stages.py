@@ -21,12 +21,7 @@ ALL = "all"
 
 
 def check_stages(stages: dict[str, Stage], blocks: list[str]) -> None:
-    """Reject invalid stages.
-
-    Raises:
-        CxrdistError: there is no stage, or one names an unknown block, trains nothing, or has a
-            name that cannot be a directory, or a rate or number out of its range.
-    """
+    """Reject a recipe without stages, and stages whose fields do not fit each other or `blocks`."""
     if not stages:
         raise CxrdistError("--stages: the recipe has none; `cxrdist recipes bassi2020` shows four")
     for name, stage in stages.items():
