@@ -102,11 +102,7 @@ def _launch(options: Any) -> int:
 
 
 def _code_of(codes: dict[int, int]) -> int:
-    """Return the exit code of a job, and print which of its ranks were killed.
-
-    Args:
-        codes: exit codes of the failed ranks by rank; negative signal numbers for killed ranks.
-    """
+    """Return a job's exit code from those of its failed ranks, and print which were killed."""
     stopped = {-number for number in STOP_SIGNALS} if _received else set()
     for rank, code in sorted(codes.items()):
         if code < 0 and code not in stopped:

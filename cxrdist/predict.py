@@ -186,12 +186,9 @@ class Predictor:
                 self.new_uids[number] = result
 
     def share_depth(self, inputs: dict[int, Input], how: Preparation) -> int | None:
-        """Use one bit depth for all images that do not declare theirs, as `cxrdist pack` does.
+        """Use one bit depth, which is returned, for all images that do not declare theirs.
 
         Images that were scaled by fewer bits than the deepest one uses are predicted again.
-
-        Returns:
-            Their common depth; None if all images declare theirs.
         """
         used = {number: square.used_depth for number, square in self.prepared.items()}
         depth, numbers = unlike_source(used)

@@ -388,9 +388,6 @@ def _estimate(difference: Difference) -> Estimate | None:
 
     P_DABIS is the AUROC of shuffled pixels, and O is 0.5 for an AUROC (their equations are in the
     README of github.com/mcintoshML/Data-Bias-Analysis). The result is clipped to 0..1.
-
-    Args:
-        difference: AUROC of the shuffled pixels minus that of the images, with its interval.
     """
     if difference["difference"] is None or difference["interval"] is None:
         return None

@@ -31,27 +31,19 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
 
 
 def warp_masks(masks: Tensor, matrices: Tensor) -> Tensor:
-    """Warp masks like their images; pixels from outside the image are not covered.
+    """Warp masks, uint8 [B, 1, H, W] of 0 and 255, like their images.
 
-    Args:
-        masks: uint8 [B, 1, H, W] of 0 and 255.
-        matrices: float32 [B, 2, 3], those of the images.
-
-    Returns:
-        uint8 [B, 1, H, W], 255 where at least half of a pixel is covered, else 0.
+    The results are 255 where at least half of a pixel is covered; outside the image nothing is.
     """
     covered = warp(masks, matrices) >= HALF
     return covered.to(torch.uint8) * 255
 
 
 def sampling_matrices(draws: Draws, size_px: int, device: torch.device) -> Tensor:
-    """Return matrices that map positions in n warped images to positions in the originals.
+    """Return float32 [n, 2, 3], which map positions in n warped images to those in the originals.
 
     They are computed for a whole epoch at once, so that a step only slices them. Positions range
     from -1 to 1, the centres of the outermost pixels.
-
-    Returns:
-        float32 [n, 2, 3].
     """
     size = (size_px, size_px)
     with torch.autocast(device.type, enabled=False):

@@ -155,15 +155,9 @@ class Classifier(nn.Module):
         return self.logits(images)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the logits of grey images without checking them, for training and export.
+        """Return the logits [B, classes] of images [B, 1, H, W], values 0..255, without checks.
 
         Training warps its images, and so passes floats, which `forward` rejects.
-
-        Args:
-            images: uint8 or float [B, 1, H, W] with values 0..255, on the device of the model.
-
-        Returns:
-            float [B, classes].
         """
         self.count_pass()
         logits: Tensor = self.network(self.normalise(images))

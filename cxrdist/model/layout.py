@@ -76,10 +76,7 @@ class InitialWeights:
 def recognise(file: TensorFile, where: str, origin: WeightsInfo) -> InitialWeights:
     """Rename the tensors of a checkpoint, and recognise its layout or raise CxrdistError.
 
-    Args:
-        file: the tensors with their names in the file.
-        where: the option and its value, for the error line.
-        origin: source and sha256 of the file.
+    ``where``, the option and its value, begins the error line; ``origin`` has source and sha256.
     """
     renamed: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():

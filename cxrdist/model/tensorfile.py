@@ -62,13 +62,11 @@ class TensorFile:
 def read_tensor_file(file: Path, where: str) -> TensorFile:
     """Read the tensors of a checkpoint without creating any other objects that it contains.
 
-    Args:
-        file: safetensors, or a file of torch.save of any version since 0.1.11.
-        where: the option and its value, for the error line.
+    It is a file of safetensors, or of torch.save of any version since 0.1.11.
 
     Raises:
         CxrdistError: the file is missing or damaged, contains no tensors by name, or contains more
-            than data.
+            than data; its line begins with ``where``.
     """
     try:
         if file.exists() and not file.is_file():

@@ -26,16 +26,11 @@ RUN_LAYOUT = "run of cxrdist"
 def read_weights(
     init: str, option: str = "--init ", architecture: Architecture = "densenet121"
 ) -> InitialWeights:
-    """Read the weights named by `--init`.
-
-    Args:
-        init: ``chexnet``, ``imagenet``, ``none``, a URL, a run directory, or a file.
-        option: the option, for the error line.
-        architecture: selects the published weights for ``imagenet``.
+    """Read the weights that `--init` takes; ``architecture`` selects those of ``imagenet``.
 
     Raises:
         CxrdistError: the weights are missing, unreadable or of an unknown layout, or the download
-            failed.
+            failed; its line begins with ``option`` and ``init``.
     """
     where = f"{option}{init}"
     if init == "none":
@@ -87,10 +82,9 @@ def _read_run(directory: Path, where: str) -> InitialWeights:
 
 
 def apply_weights(weights: InitialWeights, model: Classifier) -> int:
-    """Copy the weights into the network except for its head, or raise CxrdistError.
+    """Copy weights into the network except for its head; return how many tensors these are.
 
-    Returns:
-        Number of tensors copied; 0 for random weights.
+    Random weights are 0 tensors; those that do not fit the network raise CxrdistError.
     """
     if weights.tensors:
         check_fit(weights, model.shape, f"--init {weights.source}")

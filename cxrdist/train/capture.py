@@ -76,10 +76,9 @@ def on_side_stream(step: Step, inputs: Tensors) -> Tensors:
 
 
 def record_cuda_graph(step: Step, static: Tensors) -> tuple[Graph, Tensors]:
-    """Record a step on the GPU; each replay reads its inputs from the memory of `static`.
+    """Record a step on the GPU; return its graph, and the memory of its results.
 
-    Returns:
-        The graph, and the memory that each replay writes its results to.
+    Each replay reads its inputs from the memory of `static`.
     """
     graph = Graph()
     with torch.cuda.graph(graph):

@@ -36,16 +36,10 @@ class Learner(nn.Module):
         compiled: bool,
         moving: bool = False,
     ) -> None:
-        """Set up the graph of a stage.
+        """Set up a stage that trains some blocks; the parameters of the others need no gradient.
 
-        Args:
-            model: the network, whose frozen parameters require no gradient.
-            trained: blocks that the stage trains.
-            precision: of the convolutions, as in autocast.
-            background: the stage's background loss, if it has one.
-            compiled: whether warp, network and loss become one graph. Its shapes are fixed: slices
-                differ by at most one image, so a stage has two graphs.
-            moving: whether the statistics of frozen BatchNorms move.
+        The precision of convolutions is that of autocast. If ``compiled``, warp, network and loss
+        become one graph of fixed shapes: slices differ by at most one image, so a stage has two.
         """
         super().__init__()
         self.model = model

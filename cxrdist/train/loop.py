@@ -112,11 +112,7 @@ def backward(stage: StageRun, batch: Slice) -> Tensor:
 
 @contextmanager
 def _open_training(config: TrainConfig) -> Iterator[Training | None]:
-    """Start the ranks, lock the run directory and build what all stages share.
-
-    Yields:
-        The state of the training; None if the run is already trained.
-    """
+    """Start the ranks, lock the run, and yield the training; None if the run is already trained."""
     refuse_bad_recipe(config)
     run = RunDirectory(config.run)
     accelerator = start(read_trackers(config.track), run.tracking)

@@ -64,14 +64,10 @@ def rates_of(stage: Stage, shape: Network) -> dict[str, float]:
 
 
 def rate_factor(stage: Stage, epoch: int, step: int, num_steps: int) -> float:
-    """Return the factor of the stage's learning rates in a step.
+    """Return the factor of the learning rates after some epochs of a stage and steps of the next.
 
-    Args:
-        stage: with its schedule: a linear warm-up (Goyal et al. 2017, section 2.2), then constant
-            or half a cosine (Loshchilov & Hutter 2017, equation 5, without restarts).
-        epoch: epochs done in the stage.
-        step: steps done in the epoch.
-        num_steps: steps of the epoch.
+    The warm-up is linear (Goyal et al. 2017, section 2.2); after it the factor is constant or half
+    a cosine (Loshchilov & Hutter 2017, equation 5, without restarts).
     """
     done = epoch + step / num_steps
     if done < stage.warmup_epochs:
@@ -111,11 +107,7 @@ def moving_norms(model: Classifier, trained: set[str], *, moving: bool = False) 
 
 
 def parameter_groups(model: Classifier, stage: Stage) -> list[dict[str, Any]]:
-    """Return one optimiser group per trained block, in forward order.
-
-    Returns:
-        dicts with name, params, lr and weight_decay.
-    """
+    """Return an optimiser group (name, params, lr, weight_decay) per trained block, in order."""
     members: dict[str, list[nn.Parameter]] = {block: [] for block in block_names(model.shape)}
     for name, parameter in model.network.named_parameters():
         members[block_of(name, model.shape)].append(parameter)

@@ -201,14 +201,8 @@ def validate(
 ) -> dict[str, Any]:
     """Compute the mean loss and score over the validation plan, each row once, in float32.
 
-    Args:
-        accelerator: of this rank.
-        model: the network itself: DDP would wait for ranks that have no batch.
-        data: images and targets.
-        batches: the expanded validation split, the same in every epoch.
-        at_boundary: called before each batch, the same number of times on every rank; may stop
-            them all.
-        background: loss of the stage, if it has one.
+    The model is the network itself, as DDP would wait for ranks that have no batch. `at_boundary`
+    is called before each batch, the same number of times on every rank, and may stop them all.
 
     Returns:
         val_loss: mean binary cross-entropy over the known labels of all rows; with a background

@@ -395,13 +395,8 @@ def epoch_table(
 ) -> str:
     """Tabulate how many images an epoch and a validation take per class.
 
-    An image of several labels counts in the row of each of them.
-
-    Args:
-        targets: int8 [samples, classes], as `TrainingData` has them.
-        classes: names of the columns.
-        copies: int64 [samples], of each in an epoch.
-        splits: sample numbers of train, and of val.
+    An image of several labels counts in the row of each of them. Targets are those of
+    `TrainingData`, copies int64 [samples], and splits the sample numbers of train and of val.
     """
     rows = []
     for name, has in [*zip(classes, (targets == POSITIVE).T, strict=True), ("all", None)]:

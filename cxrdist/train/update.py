@@ -74,11 +74,7 @@ class Updater:
                 group["lr"] = rate * factor
 
     def step(self) -> Tensor:
-        """Update the weights once.
-
-        Returns:
-            Norm of the gradients of all parameters, before it is shortened, float32 [].
-        """
+        """Update the weights once; return the norm of all gradients before clipping, float32 []."""
         if self.scaler:
             self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self._parameters if p.grad is not None]
