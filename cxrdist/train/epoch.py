@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cxrdist.distributed import gather_tensor
 from cxrdist.errors import RunFailedError
+from cxrdist.train.checkpoint import Checkpoint
 from cxrdist.train.step import Batches, Slice
 from cxrdist.train.update import LEAST_SCALE, MOST_SKIPS, Updater
 
@@ -43,22 +44,13 @@ class Epoch:
         self.first_step = 0
         self.images_per_second: float | None = None
 
-    def resume(
-        self, step: int, logged_step: int, means: Tensor, taken: int, seconds: float
-    ) -> None:
-        """Continue from a checkpoint, on any number of ranks.
-
-        Args:
-            step: steps done.
-            logged_step: steps that have a row in the log.
-            means: float64 [2, step], losses and penalties of these steps.
-            taken: digest of the images that they took.
-            seconds: how long the epoch has taken in earlier launches.
-        """
-        self.step = self.settled = self.first_step = step
-        self.logged_step = logged_step
-        self.losses[:step], self.penalties[:step] = means
-        self._taken_before, self._seconds_before = taken, seconds
+    def resume(self, saved: Checkpoint) -> None:
+        """Continue from a checkpoint within this epoch, of any number of ranks."""
+        position = saved.position
+        self.step = self.settled = self.first_step = position.step
+        self.logged_step = position.logged_step
+        self.losses[: self.step], self.penalties[: self.step] = saved.losses, saved.penalties
+        self._taken_before, self._seconds_before = position.taken, position.seconds
 
     @property
     def seconds(self) -> float:
@@ -140,10 +132,6 @@ class Epoch:
         if self.first_step < self.plan.num_steps:
             num_images = int(self.plan.bounds[-1] - self.plan.bounds[self.first_step])
             self.images_per_second = round(num_images / (time.perf_counter() - self._began), 2)
-
-    def speed(self) -> dict[str, float | None]:
-        """Return the speed for the log; its seconds include the validation."""
-        return {"images_per_second": self.images_per_second, "seconds": round(self.seconds, 3)}
 
     def mean_loss(self, first: int = 0) -> float | None:
         """Return the mean loss of the settled steps from `first` on; None if no label is known.

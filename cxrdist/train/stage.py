@@ -62,6 +62,7 @@ class StageRun:
         self.recipe = training.recipe
         self.stage = self.recipe.stages[name]
         self.background = training.backgrounds.get(name)
+        self.background_weight = self.background.recipe.weight if self.background else 0.0
         self.trained = set(rates_of(self.stage, training.model.shape))
         self.moving = self.recipe.frozen_batch_norm == "moving"
         self.stopping = EarlyStopping(self.stage.patience)
@@ -150,10 +151,7 @@ class StageRun:
             self.epoch = self._next_epoch()
             if not position.logged_step <= position.step <= self.epoch.plan.num_steps:
                 raise ValueError(f"step {position.step} of {self.epoch.plan.num_steps}")
-            losses = torch.stack([resumed.losses, resumed.penalties])
-            self.epoch.resume(
-                position.step, position.logged_step, losses, position.taken, position.seconds
-            )
+            self.epoch.resume(resumed)
 
     def _next_epoch(self) -> Epoch:
         training, number = self.training, self.stopping.epoch + 1
@@ -297,11 +295,6 @@ class StageRun:
         self.updater.move_average()
         return torch.stack([loss, mean]).detach(), norm
 
-    @property
-    def background_weight(self) -> float:
-        """Return the weight of the background loss; 0 without one."""
-        return self.background.recipe.weight if self.background else 0.0
-
     def log_steps(self, epoch: Epoch) -> None:
         """Log the mean loss of the steps since the last row, and the digest of what they took."""
         taken = epoch.settle(self.training.accelerator, self.updater)
@@ -327,8 +320,10 @@ class StageRun:
         main, is_best = training.accelerator.is_main_process, stopping.best_epoch == stopping.epoch
         self.epochs_done += 1
         self._log("epoch", scores)
-        self._log("speed", {"step": self.steps_done, **epoch.speed()})
-        speed = f", {epoch.images_per_second:.1f} images/s" if epoch.images_per_second else ""
+        per_second, seconds = epoch.images_per_second, round(epoch.seconds, 3)  # with validation
+        row = {"step": self.steps_done, "images_per_second": per_second, "seconds": seconds}
+        self._log("speed", row)
+        speed = f", {per_second:.1f} images/s" if per_second else ""
         if main:
             bar.write(
                 f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
