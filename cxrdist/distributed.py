@@ -184,6 +184,11 @@ def together(accelerator: Accelerator, work: Callable[[], T]) -> T:
     raise SystemExit(2 if isinstance(errors[0], CxrdistError) else 1)
 
 
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
+    """Call a function on the main rank only; if it fails, all ranks stop with its error."""
+    return together(accelerator, lambda: work() if accelerator.is_main_process else None)
+
+
 @contextmanager
 def entering(
     accelerator: Accelerator, context: AbstractContextManager[object], *, here: bool

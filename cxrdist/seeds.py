@@ -15,7 +15,7 @@ from cxrdist.cli import COMMANDS, parse
 from cxrdist.config import EvaluateConfig, SeedsConfig, TrainConfig
 from cxrdist.data.folds import MOST_FOLDS
 from cxrdist.data.index import read_index
-from cxrdist.distributed import entering, gather, say, start, staying_connected, together
+from cxrdist.distributed import entering, gather, on_main, say, start, staying_connected
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.members import MembersFile, spread_table, spreads
 from cxrdist.evaluate.predictions import evaluate
@@ -111,16 +111,15 @@ def _join_members(
     """Evaluate the members, make the ensemble, evaluate it, and write members.json."""
     run, names = RunDirectory(config.run), [_name(number) for number in range(config.seeds)]
     splits = _splits(config)
-    main = accelerator.is_main_process
     for name in names:
         for split in splits:
             _evaluate_once(config, run.inside(name), split, accelerator)
-    with entering(accelerator, locked(run.root), here=main):
-        together(accelerator, lambda: _publish(run, names, recipes[0]) if main else None)
+    with entering(accelerator, locked(run.root), here=accelerator.is_main_process):
+        on_main(accelerator, lambda: _publish(run, names, recipes[0]))
     for split in splits:
         if not (config.folds and split == "val"):  # val differs between folds
             _evaluate_once(config, run.root, split, accelerator)
-    together(accelerator, lambda: _write_spread(config, names, splits) if main else None)
+    on_main(accelerator, lambda: _write_spread(config, names, splits))
 
 
 def _splits(config: SeedsConfig) -> list[str]:

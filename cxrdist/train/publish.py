@@ -1,6 +1,6 @@
 """Publish: the model of a stage, and of the whole run, as runs that `evaluate` takes."""
 
-from cxrdist.distributed import say, together
+from cxrdist.distributed import on_main, say
 from cxrdist.files import atomic_directory, now, read_log, room_for, write_json, write_text
 from cxrdist.info import read_info
 from cxrdist.model.densenet import save_model
@@ -13,11 +13,10 @@ def publish(training: Training) -> None:
     """Write the model of the run, as its last act, and print what its stages reach."""
 
     def write() -> None:
-        if training.accelerator.is_main_process:
-            _write_model(training, training.run)
-            print(_stage_table(training.run))
+        _write_model(training, training.run)
+        print(_stage_table(training.run))
 
-    together(training.accelerator, write)
+    on_main(training.accelerator, write)
     say(training.accelerator, f"trained; the model is in {training.run.model}")
 
 
@@ -34,8 +33,8 @@ def publish_stage(training: Training, name: str) -> None:
         write_text(stage.recipe, recipe_yaml(training.recipe))
         _write_model(training, stage)
 
-    main, last = training.accelerator.is_main_process, list(training.recipe.stages)[-1]
-    together(training.accelerator, lambda: write() if main and name != last else None)
+    if name != list(training.recipe.stages)[-1]:
+        on_main(training.accelerator, write)
 
 
 def _write_model(training: Training, run: RunDirectory) -> None:

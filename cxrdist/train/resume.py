@@ -5,7 +5,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from cxrdist.distributed import gather, say, together
+from cxrdist.distributed import gather, on_main, say, together
 from cxrdist.errors import CxrdistError
 from cxrdist.files import cut_log, write_json
 from cxrdist.info import read_info
@@ -27,8 +27,7 @@ def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
     names = list(training.recipe.stages)
     checkpoint = _read_latest(training)
     steps_done = checkpoint.position.steps_done if checkpoint else 0
-    main = training.accelerator.is_main_process
-    together(training.accelerator, lambda: _note_launch(training, steps_done) if main else None)
+    on_main(training.accelerator, lambda: _note_launch(training, steps_done))
     if checkpoint is None:
         return None, names
     position = checkpoint.position
@@ -71,6 +70,5 @@ def _read_latest(training: Training) -> Checkpoint | None:
             "give a run directory that all nodes share"
         )
     log_bytes = checkpoint.position.log_bytes if checkpoint else 0
-    main = accelerator.is_main_process
-    together(accelerator, lambda: cut_log(run.log, log_bytes) if main else None)
+    on_main(accelerator, lambda: cut_log(run.log, log_bytes))
     return checkpoint

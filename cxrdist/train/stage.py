@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cxrdist.distributed import together
+from cxrdist.distributed import on_main
 from cxrdist.documents import typed
 from cxrdist.errors import RunFailedError, Stopped
 from cxrdist.files import append_log, settle_log, write_json
@@ -317,20 +317,20 @@ class StageRun:
     def end_epoch(self, epoch: Epoch, scores: dict[str, Any], bar: tqdm) -> Checkpoint:
         """Log an epoch with its losses and scores, then write its checkpoint, last of all."""
         training, stopping = self.training, self.stopping
-        main, is_best = training.accelerator.is_main_process, stopping.best_epoch == stopping.epoch
         self.epochs_done += 1
         self._log("epoch", scores)
         per_second, seconds = epoch.images_per_second, round(epoch.seconds, 3)  # with validation
         row = {"step": self.steps_done, "images_per_second": per_second, "seconds": seconds}
         self._log("speed", row)
         speed = f", {per_second:.1f} images/s" if per_second else ""
-        if main:
+        if training.accelerator.is_main_process:
+            is_best = stopping.best_epoch == stopping.epoch
             bar.write(
                 f"{self.name} {stopping.epoch}/{self.stage.epochs}: "
                 f"loss {scores['loss']:.4f}{_background(scores, 'background')}, "
                 f"{_validated(scores)}{speed}{' (best)' if is_best else ''}"
             )
-        together(training.accelerator, lambda: self._note_stage() if main else None)
+        on_main(training.accelerator, self._note_stage)
         self.epoch = None
         return self.save(None)
 
@@ -342,13 +342,10 @@ class StageRun:
         """
         training, number = self.training, self.epochs_done + (self.epoch is not None)
         self.best = {k: on_cpu(v) for k, v in training.model.network.state_dict().items()}
-
-        def write() -> tuple[str, str]:
-            if not training.accelerator.is_main_process:
-                return "", ""
-            return save_best(training.run.checkpoints, number, self.best)
-
-        self.bests[self.name] = together(training.accelerator, write)
+        saved = on_main(
+            training.accelerator, lambda: save_best(training.run.checkpoints, number, self.best)
+        )
+        self.bests[self.name] = saved or ("", "")
 
     def save(self, epoch: Epoch | None) -> Checkpoint:
         """Write a checkpoint of the epoch, or of its end if None; on all ranks together."""
@@ -387,7 +384,7 @@ class StageRun:
         )
         recipe = fixed_recipe(self.recipe)
         arguments = training.run.checkpoints, checkpoint, recipe, self.saved
-        together(accelerator, lambda: save_checkpoint(*arguments) if main else None)
+        on_main(accelerator, lambda: save_checkpoint(*arguments))
         self.saved = position
         return checkpoint
 

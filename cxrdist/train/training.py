@@ -15,7 +15,7 @@ from cxrdist.data.cache import open_cache
 from cxrdist.data.index import Index
 from cxrdist.data.labels import MISSING, NEGATIVE, POSITIVE, UNCERTAIN, settle_uncertain
 from cxrdist.data.plan import Plan, balanced_copies, copies_of, cut, plan_epoch, refuse_uncrossed
-from cxrdist.distributed import StopVote, together
+from cxrdist.distributed import StopVote, on_main, together
 from cxrdist.documents import MOST_BYTES
 from cxrdist.environment import settings
 from cxrdist.errors import CxrdistError
@@ -233,11 +233,10 @@ def build_training(
     earlier = together(accelerator, lambda: seen_before(config.init))
     images = open_cache(index, config.cache, accelerator)
     backgrounds = open_backgrounds(config, index, boxes, accelerator)
-    main = accelerator.is_main_process
     # Before `keep_seen`, which writes one of the files that this removes.
-    together(accelerator, lambda: _forget_attempt(run) if main else None)
-    together(accelerator, lambda: keep_seen(run, index, images, earlier) if main else None)
-    if main:
+    on_main(accelerator, lambda: _forget_attempt(run))
+    on_main(accelerator, lambda: keep_seen(run, index, images, earlier))
+    if accelerator.is_main_process:
         launch = _describe_start(accelerator, weights, num_copied)
         _begin_run(run, config, index, {**launch, "text_boxes": text_boxes}, audit)
         print(f"weights: {weights.source}{f', {num_copied} tensors' if num_copied else ''}")
