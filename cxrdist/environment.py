@@ -62,7 +62,9 @@ def refuse_settings(*, gpu: bool) -> None:
     """
     for name, value in sorted(os.environ.items()):
         expected = EXPECTED.get(name, OFF if name.startswith(KINDS) else None)
-        if expected is None or name in HARMLESS or _spelt(name, value) in expected:
+        # Accelerate ignores a precision in capitals.
+        spelt = value if name == PRECISION else value.lower()
+        if expected is None or name in HARMLESS or spelt in expected:
             continue
         # A switch has six spellings of each value, of which one is enough for a message.
         words = sorted(expected) if len(expected) < 4 else sorted(expected & {"yes", "no"})
@@ -77,11 +79,6 @@ def refuse_settings(*, gpu: bool) -> None:
             f"{PRECISION}=fp16: needs a GPU, but this rank uses the CPU; {MENDS[PRECISION]} "
             "to no or bf16"
         )
-
-
-def _spelt(name: str, value: str) -> str:
-    """Return a value in lower case, except a precision: accelerate ignores one in capitals."""
-    return value if name == PRECISION else value.lower()
 
 
 def settings() -> dict[str, str]:

@@ -47,7 +47,8 @@ class _Request:
     def receive(self, number: int, _: FrameType | None) -> None:
         """Record a signal; outside training, end the command."""
         if os.getpid() != self.pid:  # this is a worker process, forked with the handler
-            _die(number)
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         # A later signal must not interrupt the clean-up that the first one has begun.
         if not self.name:
             self.name = signal.Signals(number).name
@@ -186,11 +187,6 @@ def _end(number: int) -> None:
     if reports_stop(line):
         os.write(sys.stderr.fileno(), f"cxrdist: {line}\n".encode())
     os._exit(STOP_CODE)
-
-
-def _die(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 def stop_requested() -> str:
