@@ -65,11 +65,7 @@ class RunDirectory:
         return path
 
     def stage(self, name: str) -> "RunDirectory":
-        """Return the directory of a stage before the last one, with the model of its best epoch.
-
-        Raises:
-            CxrdistError: the name is not valid for a directory, or the directory is a link.
-        """
+        """Return the directory of a stage before the last one, with the model of its best epoch."""
         refuse_bad_stage_name(name)
         return RunDirectory(self.inside("stages", name))
 

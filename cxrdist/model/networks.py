@@ -54,10 +54,8 @@ def build_network(shape: Network, num_classes: int, channels: int = 3) -> nn.Mod
       below 0, and probabilities never below one half.
     - resnet18 gets a dropout before its output layer, like the other networks.
 
-    Only DenseNets and convnext_atto can take other numbers of channels than 3.
-
-    Raises:
-        CxrdistError: the architecture does not take this number of channels.
+    Only DenseNets and convnext_atto can take other numbers of channels than 3; the others raise
+    CxrdistError.
     """
     network = _build(shape, num_classes, channels)
     for module in network.modules():

@@ -310,13 +310,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> None:
-    """Load the state that `optimizer_tensors` copied into a new optimiser.
+    """Load what `optimizer_tensors` copied into a new optimiser; raise ValueError if it is not its.
 
     Each tensor gets the memory layout of its parameter: fused kernels read both element by element,
     and parameters are channels_last.
-
-    Raises:
-        ValueError: a tensor belongs to no parameter, or is not a state of it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # An optimiser's `state_dict` numbers its parameters through all groups in their order.

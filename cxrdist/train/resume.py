@@ -20,9 +20,6 @@ def resume(training: Training) -> tuple[Checkpoint | None, list[str]]:
     Returns:
         The checkpoint, and the stages from the one that it belongs to on, or from the next one if
         that is finished.
-
-    Raises:
-        CxrdistError: the checkpoint cannot be used, or the ranks see different ones.
     """
     names = list(training.recipe.stages)
     checkpoint = _read_latest(training)

@@ -209,9 +209,6 @@ def build_training(
 
     Invalid input is rejected before the run directory is written and before the cache of images is
     opened, except invalid masks: these are read from the cache.
-
-    Raises:
-        CxrdistError: copies, weights or shards cannot be used.
     """
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
     stated = index.targets()
