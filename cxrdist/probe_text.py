@@ -6,7 +6,7 @@ without covering, the word of one class pasted on an image of another, and where
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -85,6 +85,22 @@ Shares = tuple[int, float, float]
 """Number of a sample, and the boxes' shares of its |relevance| and of its area."""
 
 
+@dataclass(frozen=True)
+class _Probe:
+    """The split that is probed."""
+
+    config: ProbeTextConfig
+    loaded: LoadedRun
+    explainer: Explainer
+    boxes: SquareBoxes
+    numbers: NDArray[np.int64]
+    """Samples of the split, [N]."""
+    positive: NDArray[np.bool_]
+    """Their labels, [N, classes]."""
+    plain: NDArray[np.float32]
+    """Logits of the images as they are, [N, classes]."""
+
+
 class Edited:
     """Images that are changed as they are read, for `predict_split`."""
 
@@ -127,12 +143,10 @@ def _probe_text(config: ProbeTextConfig, opened: OpenedRun, file: Path) -> None:
         return in_order(rows, numbers)
 
     positive = loaded.index.targets()[numbers] == POSITIVE
-    plain = predict()
+    probe = _Probe(config, loaded, explainer, boxes, numbers, positive, predict())
     covered = {how: predict(partial(_cover, boxes, how)) for how in COVERS}
     pasted = predict(lambda _, pixels: paste(pixels, config)[0])
-    shares = _relevance_in_boxes(
-        config, loaded, explainer, boxes, dict(zip(numbers, plain, strict=True))
-    )
+    shares = _relevance_in_boxes(probe)
     if accelerator.is_main_process:
         # Only the main rank is here, so nothing that is called below may use a collective.
         content: TextFile = {
@@ -141,14 +155,12 @@ def _probe_text(config: ProbeTextConfig, opened: OpenedRun, file: Path) -> None:
             "task": loaded.index.task,
             "classes": loaded.index.classes,
             "index_sha256": loaded.index.sha256,
-            "text": _describe_text(config, loaded.index.classes, numbers, positive, boxes),
-            "covering": _describe_covering(loaded.index, numbers, plain, covered),
-            "paste": _describe_paste(config, loaded.index, positive, plain, pasted),
+            "text": _describe_text(probe),
+            "covering": _describe_covering(probe, covered),
+            "paste": _describe_paste(probe, pasted),
             "relevance": _describe_relevance(loaded.index, shares),
             "paper": PAPER,
-            "pictures": _write_pictures(
-                config, loaded, explainer, boxes, numbers, positive, (plain, pasted)
-            ),
+            "pictures": _write_pictures(probe, pasted),
         }
         write_json(file, content)
         print(summary(content))
@@ -209,16 +221,12 @@ def paste(pixels: NDArray[np.uint8], config: ProbeTextConfig) -> tuple[NDArray[n
     return np.asarray(image), scaled(box, image.width, image.height)
 
 
-def _relevance_in_boxes(
-    config: ProbeTextConfig,
-    loaded: LoadedRun,
-    explainer: Explainer,
-    boxes: SquareBoxes,
-    logits: Mapping[int, NDArray[np.float32]],
-) -> list[Shares]:
+def _relevance_in_boxes(probe: _Probe) -> list[Shares]:
     """Return how much of |relevance| for the likeliest class lies in the boxes of each image."""
+    config, loaded, boxes = probe.config, probe.loaded, probe.boxes
     chosen = np.array(sorted(boxes)[: config.limit], dtype=np.int64)
-    likeliest = np.array([int(logits[n].argmax()) for n in chosen], dtype=np.int64)
+    # The numbers of a split ascend.
+    likeliest = probe.plain.argmax(1)[np.searchsorted(probe.numbers, chosen)]
     accelerator = loaded.accelerator
     batches = [
         (target, batch)
@@ -231,7 +239,7 @@ def _relevance_in_boxes(
     with progress(total, "explaining", "images", show=accelerator.is_main_process) as bar:
         for target, batch in batches:
             images = read_rows(loaded.images, batch, accelerator.device)
-            relevance = explainer.attribute(images, [target]).relevance[:, 0]
+            relevance = probe.explainer.attribute(images, [target]).relevance[:, 0]
             for number, values in zip(batch.tolist(), relevance.cpu().numpy(), strict=True):
                 rows.append((number, *share_inside(values, boxes[number])))
             bar.update(len(batch))
@@ -243,68 +251,50 @@ def share_inside(relevance: NDArray[np.floating], boxes: Sequence[Box]) -> tuple
     return share_within(relevance, inside(boxes, *relevance.shape))
 
 
-def _describe_text(
-    config: ProbeTextConfig,
-    classes: list[str],
-    numbers: NDArray[np.int64],
-    positive: NDArray[np.bool_],
-    boxes: SquareBoxes,
-) -> TextAmount:
+def _describe_text(probe: _Probe) -> TextAmount:
     """Count how many images of each class have text, and how often its most frequent words."""
-    rows: list[ClassText] = []
-    for name, is_own in zip(classes, positive.T, strict=True):
-        own = numbers[is_own].tolist()
+    given, boxes, rows = probe.config.boxes, probe.boxes, list[ClassText]()
+    for name, is_own in zip(probe.loaded.index.classes, probe.positive.T, strict=True):
+        own = probe.numbers[is_own].tolist()
         words = Counter(box.text for n in own for box in boxes.get(n, ()) if box.text)
         often = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:5]
         with_text = sum(n in boxes for n in own)
         rows.append({"class": name, "images": len(own), "with_text": with_text, "words": often})
     return {
-        "found_in": "squares" if config.boxes is None else config.boxes.name,
-        "images": len(numbers),
+        "found_in": "squares" if given is None else given.name,
+        "images": len(probe.numbers),
         "with_text": len(boxes),
         "boxes": sum(map(len, boxes.values())),
         "classes": rows,
     }
 
 
-def _describe_covering(
-    index: Index,
-    numbers: NDArray[np.int64],
-    plain: NDArray[np.float32],
-    covered: Mapping[str, NDArray[np.float32]],
-) -> Covering:
+def _describe_covering(probe: _Probe, covered: Mapping[str, NDArray[np.float32]]) -> Covering:
     """Score the split as it is, and with its text covered in each way."""
-    black, fill = (int((plain.argmax(1) != covered[how].argmax(1)).sum()) for how in COVERS)
+    likeliest = probe.plain.argmax(1)
+    black, fill = (int((likeliest != covered[how].argmax(1)).sum()) for how in COVERS)
     return {
-        "as_it_is": _score(index, numbers, plain),
-        "black": _score(index, numbers, covered["black"]),
-        "fill": _score(index, numbers, covered["fill"]),
+        "as_it_is": _score(probe, probe.plain),
+        "black": _score(probe, covered["black"]),
+        "fill": _score(probe, covered["fill"]),
         "predicted_otherwise": {"black": black, "fill": fill},
     }
 
 
-def _score(index: Index, numbers: NDArray[np.int64], logits: NDArray[np.float32]) -> Metrics:
+def _score(probe: _Probe, logits: NDArray[np.float32]) -> Metrics:
     """Compute the scores of metrics.json, without the figures that covering does not concern."""
-    scored, settings = score_samples(index, numbers, logits), Settings()
+    scored, settings = score_samples(probe.loaded.index, probe.numbers, logits), Settings()
     replicates = replicate(scored, settings)
     metrics = score(scored, replicates, settings.fewest)
     metrics["intervals"] = describe(replicates, settings.seed)
     return metrics
 
 
-def _describe_paste(
-    config: ProbeTextConfig,
-    index: Index,
-    positive: NDArray[np.bool_],
-    plain: NDArray[np.float32],
-    pasted: NDArray[np.float32],
-) -> Pasting:
-    """Average the probabilities before and after pasting, over the images of each class.
-
-    The labels and both logits are [N, classes] each.
-    """
-    before, after = to_probabilities(plain), to_probabilities(pasted)
-    changed = plain.argmax(1) != pasted.argmax(1)
+def _describe_paste(probe: _Probe, pasted: NDArray[np.float32]) -> Pasting:
+    """Average the probabilities before and after pasting, over the images of each class."""
+    config, index = probe.config, probe.loaded.index
+    before, after = to_probabilities(probe.plain), to_probabilities(pasted)
+    changed = probe.plain.argmax(1) != pasted.argmax(1)
     rows: list[PastedClass] = [
         {
             "class": name,
@@ -313,7 +303,7 @@ def _describe_paste(
             "after": _rounded(after[own].mean(0)) if own.any() else None,
             "predicted_otherwise": int(changed[own].sum()),
         }
-        for name, own in zip(index.classes, positive.T, strict=True)
+        for name, own in zip(index.classes, probe.positive.T, strict=True)
     ]
     # The word has the same box on all images, as they have one size.
     _, box = paste(np.zeros((index.image_size_px, index.image_size_px), np.uint8), config)
@@ -363,32 +353,21 @@ def _mean_shares(name: str, rows: Sequence[Shares]) -> TextRelevance:
     }
 
 
-def _write_pictures(
-    config: ProbeTextConfig,
-    loaded: LoadedRun,
-    explainer: Explainer,
-    boxes: SquareBoxes,
-    numbers: NDArray[np.int64],
-    positive: NDArray[np.bool_],
-    logits: tuple[NDArray[np.float32], NDArray[np.float32]],
-) -> list[TextPicture]:
-    """Draw images with text, and of each class one that is right with the word pasted on it.
-
-    The labels and the two logits, before and after pasting, are [N, classes] each.
-    """
-    index = loaded.index
-    before, after = map(to_probabilities, logits)
-    with_text = np.array([number in boxes for number in numbers.tolist()])
+def _write_pictures(probe: _Probe, pasted: NDArray[np.float32]) -> list[TextPicture]:
+    """Draw images with text, and of each class one that is right with the word pasted on it."""
+    loaded, index = probe.loaded, probe.loaded.index
+    before, after = to_probabilities(probe.plain), to_probabilities(pasted)
     drawn: list[TextPicture] = []
     pictures: dict[str, Image.Image] = {}
-    for kind, row, target in _choose_pictures(positive, with_text, logits[0].argmax(1)):
-        number = int(numbers[row])
-        pixels, shown = np.asarray(loaded.images[number]), boxes.get(number, ())
+    for kind, row, target in _choose_pictures(probe):
+        number = int(probe.numbers[row])
+        pixels, shown = np.asarray(loaded.images[number]), probe.boxes.get(number, ())
         if kind == "pasted":
-            pixels, box = paste(pixels, config)
+            pixels, box = paste(pixels, probe.config)
             shown = [box]
         images = read_rows(pixels[None], np.array([0]), loaded.accelerator.device)
-        relevance = explainer.attribute(images, [target]).relevance[0, 0].float().cpu().numpy()
+        maps = probe.explainer.attribute(images, [target]).relevance
+        relevance = maps[0, 0].float().cpu().numpy()
         share, area = share_inside(relevance, shown)
         sample = index.samples[number]
         xray, heatmap = (f"{sample.key}.{kind}.{what}.png" for what in ("xray", "map"))
@@ -415,15 +394,12 @@ def _write_pictures(
     return drawn
 
 
-def _choose_pictures(
-    positive: NDArray[np.bool_], with_text: NDArray[np.bool_], likeliest: NDArray[np.int64]
-) -> list[tuple[Kind, int, int]]:
-    """Choose distinct pictures: their kind, row in `positive` [N, classes], and class to explain.
-
-    `with_text` is whether an image has text, `likeliest` its likeliest class, [N] each.
-    """
+def _choose_pictures(probe: _Probe) -> list[tuple[Kind, int, int]]:
+    """Choose distinct pictures: their kind, row among the N samples, and class to explain."""
+    likeliest = probe.plain.argmax(1)
+    with_text = np.array([number in probe.boxes for number in probe.numbers.tolist()])
     chosen: dict[tuple[Kind, int], int] = {}
-    for target, own in enumerate(positive.T):
+    for target, own in enumerate(probe.positive.T):
         for row in np.flatnonzero(own & with_text)[:PICTURED].tolist():
             chosen["found", row] = int(likeliest[row])
         for row in np.flatnonzero(own & (likeliest == target))[:1].tolist():
