@@ -212,7 +212,7 @@ def build_training(
     """
     train, val = (np.array(index.numbers(split)) for split in ("train", "val"))
     stated = index.targets()
-    targets = together(accelerator, lambda: _settle_targets(stated, train, val, index, config))
+    targets = together(accelerator, lambda: _settle_targets(stated, index, config))
     balanced = config.balance == "classes" and index.task == "multiclass"
     by_class = balanced_copies(targets[train], index.classes) if balanced else config.copies
     copies = together(accelerator, lambda: copies_of(targets, index.classes, by_class))
@@ -343,11 +343,7 @@ def _describe_balance(index: Index, by_class: dict[str, int]) -> str:
 
 
 def _settle_targets(
-    stated: NDArray[np.int8],
-    train: NDArray[np.int64],
-    val: NDArray[np.int64],
-    index: Index,
-    config: TrainConfig,
+    stated: NDArray[np.int8], index: Index, config: TrainConfig
 ) -> NDArray[np.int8]:
     """Replace uncertain labels of the training split, of `Index.targets`, as the recipe says.
 
@@ -356,10 +352,10 @@ def _settle_targets(
     Returns:
         int8 [samples, classes], as in `TrainingData`.
     """
-    targets = stated.copy()
+    targets, train = stated.copy(), index.numbers("train")
     targets[train] = settle_uncertain(stated[train], index.classes, config.uncertain)
-    for split, numbers in (("train", train), ("val", val)):
-        if not (targets[numbers] >= 0).any():
+    for split in ("train", "val"):
+        if not (targets[index.numbers(split)] >= 0).any():
             raise CxrdistError(
                 f"--shards {index.directory}: all labels in {split} are uncertain or missing; "
                 "training needs known ones in train and val"
