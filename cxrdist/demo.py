@@ -175,10 +175,7 @@ def _print_relevance_in_opacities(table: Path, shards: Path, run: Path) -> None:
 
 
 def write_word_boxes(table: Path, out: Path, image_size_px: int) -> None:
-    """Write the boxes of the words in phantoms, in the format of `cxrdist find-text`.
-
-    ``table`` is the opacities.csv of `write_phantoms`.
-    """
+    """Write the boxes of words in a table of `write_phantoms`, as `cxrdist find-text` does."""
     boxes = {
         path: [scaled(Box(x, y, w, h, WORD), image_size_px, image_size_px) for x, y, w, h in words]
         for path, words in _planted_boxes(table, "word").items()

@@ -1,7 +1,4 @@
-"""The end of a rank: with its launcher, with its own exit code, and with one error message.
-
-A rank also ends if the launcher of the first node dies before all have joined.
-"""
+"""The end of a rank: with its launcher, with its own exit code, and with one error message."""
 
 import ctypes
 import hashlib

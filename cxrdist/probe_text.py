@@ -321,10 +321,7 @@ def _rounded(values: NDArray[np.floating]) -> list[float]:
 
 
 def _describe_relevance(index: Index, rows: Sequence[Shares]) -> RelevanceInText:
-    """Average the shares of |relevance| and of the area in the boxes, over each class and all.
-
-    The share of all images has an interval by patient.
-    """
+    """Average the shares of |relevance| and of the area in the boxes, over each class and all."""
     numbers = [number for number, *_ in rows]
     positive = index.targets()[numbers] == POSITIVE
     everything = _mean_shares("all", rows)

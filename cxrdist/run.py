@@ -50,10 +50,7 @@ class RunDirectory:
     root: Path
 
     def inside(self, *names: str) -> Path:
-        """Return the path of a file or directory of the run, or raise CxrdistError at a link.
-
-        Names may contain slashes.
-        """
+        """Return the path of a file or directory of the run; raise CxrdistError for a link."""
         path = self.root
         for name in "/".join(names).split("/"):
             path /= name

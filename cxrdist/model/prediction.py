@@ -76,10 +76,7 @@ class Predictions:
 
     @property
     def called(self) -> dict[str, NDArray[np.bool_]]:
-        """Return whether the logit reaches the threshold of each class, bool [N] each.
-
-        Classes without a threshold are missing.
-        """
+        """Return whether the logit reaches the threshold, bool [N] for each class that has one."""
         thresholds = self.calibration.thresholds if self.calibration else {}
         return {
             name: call(self.logits[:, i], thresholds[name])

@@ -1,7 +1,4 @@
-"""The learner: warp, network and loss of one pass, as one graph that can be compiled.
-
-The penalty on the background is computed beside that graph.
-"""
+"""The learner: warp, network and loss of one pass, as one graph that can be compiled."""
 
 import copy
 from typing import Any

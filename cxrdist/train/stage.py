@@ -169,11 +169,8 @@ class StageRun:
         return progress(self.stage.epochs * per_epoch, self.name, "images", show=show, done=done)
 
     def begin(self, bar: tqdm) -> None:
-        """Validate the weights at the start as epoch 0, so that a worse epoch is never the best.
-
-        A resumed stage has done so.
-        """
-        if self.best:
+        """Validate the weights at the start as epoch 0, so that a worse epoch is never the best."""
+        if self.best:  # a resumed stage has done so
             return
         scores = self._scores()
         self.stopping.best_loss = scores["val_loss"]

@@ -65,10 +65,7 @@ class Batches:
 
 
 class Staging:
-    """Two host buffers that images pass through in turn on their way to the device.
-
-    One is filled while the device still copies from the other.
-    """
+    """Two host buffers: one is filled while the device still copies images from the other."""
 
     def __init__(self, rows: Images | Foreground, size_px: int, most: int, device: torch.device):
         """Make buffers for at most `most` images at once, from uint8 [samples, size, size]."""
