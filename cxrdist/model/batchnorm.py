@@ -38,23 +38,11 @@ class BatchNorm(BatchNormAct2d):
             )
         else:
             y, mean, var = _OverRanks.apply(x, self.weight, self.bias, self.shares, self.eps)
-            _update_running(running, mean, var, self.shares, x.shape[2] * x.shape[3], self.momentum)
+            with torch.no_grad():
+                values = x.shape[2] * x.shape[3] * self.shares[-2]
+                unbiased = var * (values / (values - 1).clamp(min=1))
+                torch._foreach_lerp_([*running], [mean, unbiased], self.momentum)
         return self.act(y)
-
-
-@torch.no_grad()
-def _update_running(
-    running: tuple[Tensor, Tensor],
-    mean: Tensor,
-    var: Tensor,
-    shares: Tensor,
-    num_pixels: int,
-    momentum: float,
-) -> None:
-    """Move the running statistics towards a pass's mean and unbiased variance."""
-    values = num_pixels * shares[-2]
-    unbiased = var * (values / (values - 1).clamp(min=1))
-    torch._foreach_lerp_(list(running), [mean, unbiased], momentum)
 
 
 class _OverRanks(torch.autograd.Function):
