@@ -193,7 +193,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T | None:
 def entering(
     accelerator: Accelerator, context: AbstractContextManager[object], *, here: bool
 ) -> Iterator[None]:
-    """Enter a context, such as a lock, on some ranks (`here`); if one fails, all stop as one."""
+    """Enter a context, such as a lock, on some ranks (`here`); if one fails, all stop together."""
     with ExitStack() as stack:
         together(accelerator, lambda: stack.enter_context(context) if here else None)
         yield

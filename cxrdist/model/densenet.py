@@ -155,7 +155,7 @@ class Classifier(nn.Module):
         return self.logits(images)
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the logits [B, classes] of images [B, 1, H, W], values 0..255, without checks.
+        """Return the logits [B, classes] of images [B, 1, H, W], uint8 or float, without checks.
 
         Training warps its images, and so passes floats, which `forward` rejects.
         """

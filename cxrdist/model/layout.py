@@ -218,7 +218,7 @@ def _check_head(head: dict[str, Tensor], labels: list[str] | None, where: str) -
 
 
 def shape_of(tensors: dict[str, Tensor], where: str) -> Network:
-    """Return the network with these tensors; raise CxrdistError if it is none of `Architecture`."""
+    """Return the known network, or DenseNet of any shape, with these tensors; reject others."""
     network = _network_of(tensors)
     if network is not None:
         return network

@@ -310,7 +310,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> State:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: State) -> None:
-    """Load what `optimizer_tensors` copied into a new optimiser; raise ValueError if it is not its.
+    """Load what `optimizer_tensors` copied into a new optimiser, or raise ValueError.
 
     Each tensor gets the memory layout of its parameter: fused kernels read both element by element,
     and parameters are channels_last.

@@ -300,7 +300,7 @@ class StageRun:
         self._log("step", row | {"taken": f"{taken:016x}"})
 
     def stop_if_asked(self) -> None:
-        """Between steps or validation batches, save and raise `Stopped` if a rank was asked to."""
+        """Save and raise `Stopped` if a rank was asked to stop; between steps or val batches."""
         if not self.training.vote.passed():
             return
         where = f"stage {self.name}, before its first epoch"
