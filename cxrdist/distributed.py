@@ -274,8 +274,3 @@ def add_over_ranks(values: torch.Tensor) -> torch.Tensor:
 @add_over_ranks.register_fake
 def _(values: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(values)
-
-
-def sum_over_ranks(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over the ranks; the caller divides once."""
-    return accelerator.reduce(values, reduction="sum")

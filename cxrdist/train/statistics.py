@@ -4,7 +4,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from cxrdist.distributed import sum_over_ranks
 from cxrdist.model.batchnorm import BatchNorm
 
 
@@ -51,7 +50,7 @@ class Statistics:
             return
         moving = [b for norm in self._norms for b in (norm.running_mean, norm.running_var)]
         weight = sizes[self._accelerator.process_index] / sum(sizes)
-        flat = sum_over_ranks(self._accelerator, torch.cat(moving) * weight)
+        flat = self._accelerator.reduce(torch.cat(moving) * weight, reduction="sum")
         parts = flat.split([len(buffer) for buffer in moving])
         torch._foreach_copy_(moving, list(parts))
 

@@ -14,7 +14,7 @@ from cxrdist.data.cache import Images, read_rows
 from cxrdist.data.foreground import Foreground
 from cxrdist.data.labels import UNCERTAIN
 from cxrdist.data.plan import Plan, cut
-from cxrdist.distributed import gather, sum_over_ranks
+from cxrdist.distributed import gather
 from cxrdist.evaluate.metrics import mean_auroc
 from cxrdist.model.augment import sampling_matrices, warp
 from cxrdist.model.densenet import Classifier
@@ -228,7 +228,7 @@ def validate(
         if background is not None:
             sums[2] += _sum_of_penalties(model, images, batches, rows, background)
         mine.append((start, logits))
-    loss_sum, num_correct, penalty_sum = sum_over_ranks(accelerator, sums).tolist()
+    loss_sum, num_correct, penalty_sum = accelerator.reduce(sums, reduction="sum").tolist()
     scores = {"val_loss": loss_sum / int(batches.num_known.sum())}
     if background is not None:
         scores["val_background"] = penalty_sum / len(plan.samples)
