@@ -114,7 +114,7 @@ def test_validation_tells_sure_predictions_apart():
     plan = plan_epoch(np.arange(2), np.ones(2, np.int64), still, 1, (0, "validation", 0))
     material = TrainingData(images, np.array([[0], [1]], np.int8), "multilabel")
     batches = Batches(material, plan, torch.device("cpu"))
-    scores = validate(start(), Brightness(), material, batches, lambda: None, None)
+    scores = validate(start(), Brightness(), batches, lambda: None, None)
     assert scores["val_auroc"] == 1
 
 

@@ -254,7 +254,6 @@ class StageRun:
         scores = validate(
             training.accelerator,
             training.model,
-            training.data,
             training.validation,
             self.stop_if_asked,
             self.background,

@@ -47,6 +47,7 @@ class Batches:
     """A plan with what its steps need on the device, except the images, which are staged.
 
     Attributes:
+        data: images and labels that the rows are of.
         plan: which rows a step takes.
         matrices: float32 [n, 2, 3], how each row is warped.
         targets: float32 [n, classes], 1 where a row's image has the label, -1 where unknown.
@@ -55,7 +56,7 @@ class Batches:
 
     def __init__(self, data: TrainingData, plan: Plan, device: torch.device) -> None:
         """Move the plan's draws and targets to the device."""
-        self.plan = plan
+        self.data, self.plan = data, plan
         self.matrices = sampling_matrices(plan.draws, data.images.shape[1], device)
         targets = data.targets[plan.samples]
         # `reduceat` gives the sum of a step only if it is not empty, and no step of a plan is.
@@ -191,7 +192,6 @@ def passes_of(batch: Slice, rank: int, max_images: int | None) -> Iterator[Pass]
 def validate(
     accelerator: Accelerator,
     model: Classifier,
-    data: TrainingData,
     batches: Batches,
     at_boundary: Callable[[], None],
     background: BackgroundLoss | None,
@@ -209,7 +209,7 @@ def validate(
         if there is none.
     """
     model.eval()
-    plan, device = batches.plan, accelerator.device
+    data, plan, device = batches.data, batches.plan, accelerator.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     mine = []
     starts = range(0, len(plan.samples), VAL_IMAGES_PER_PASS)

@@ -279,9 +279,9 @@ def test_selection_and_log_see_the_penalty(shards, tmp_path, monkeypatch):
     """
     found, validate = [], stage.validate
 
-    def compare(accelerator, model, material, batches, at_boundary, background):
-        plain = validate(accelerator, model, material, batches, at_boundary, None)
-        scores = validate(accelerator, model, material, batches, at_boundary, background)
+    def compare(accelerator, model, batches, at_boundary, background):
+        plain = validate(accelerator, model, batches, at_boundary, None)
+        scores = validate(accelerator, model, batches, at_boundary, background)
         found.append((plain["val_loss"], background.recipe.weight))
         return scores
 
