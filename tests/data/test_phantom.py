@@ -18,7 +18,6 @@ from cxrdist.data.phantom import (
     write_lung_masks,
     write_phantoms,
 )
-from cxrdist.errors import CxrdistError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "phantoms.png"
 SIZE_PX = 64
@@ -301,33 +300,3 @@ def test_class_does_not_show_in_the_brightness():
         means = np.stack([seen[truth[~unseen] == c].mean(axis=0) for c in range(3)])
         away = np.linalg.norm(features[unseen][:, columns][:, None] - means, axis=-1)
         assert (away.argmin(axis=1) == truth[unseen]).mean() < 0.55
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ({"num_patients_per_class": 0}, "num_patients_per_class"),
-        ({"image_size_px": 8}, "image_size_px"),
-        ({"seed": -1}, "seed"),
-    ],
-)
-def test_numbers_out_of_range_are_refused(tmp_path, arguments, complaint):
-    """A number out of range is named in the error, and no file is written."""
-    with pytest.raises(CxrdistError, match=complaint):
-        write_phantoms(tmp_path, **({"num_patients_per_class": 1} | arguments))
-    assert not list(tmp_path.rglob("*.*"))
-
-
-def test_unknown_label_is_refused():
-    """Drawing a class that phantoms do not have names the ones they have."""
-    with pytest.raises(CxrdistError, match="Viral Pneumonia"):
-        list(draw_patient("Pneumonia", 0, SIZE_PX, 0))
-
-
-@pytest.mark.parametrize("left", ["opacities.csv", f"{NORMAL}/p0001_01.png"])
-def test_a_second_set_is_not_mixed_into_the_first(tmp_path, left):
-    """A folder with a table or images of an earlier, perhaps broken off, call is refused."""
-    (tmp_path / left).parent.mkdir(exist_ok=True)
-    (tmp_path / left).touch()
-    with pytest.raises(CxrdistError, match="holds images already"):
-        write_phantoms(tmp_path, 1, SIZE_PX)
