@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from cxrdist.data.anonymise import private_age
 from cxrdist.data.depth import source_depth
@@ -19,13 +18,8 @@ from cxrdist.terminal import few, progress
 
 MOST_NAMED = 20  # files in a message
 Views = Mapping[str, tuple[str, ...]]  # views to pack, by the origin of a record
-
-
-class Make(Protocol):
-    """`make_squares` for the options of a pack."""
-
-    def __call__(self, parts: Sequence[Part], *, depth: int | None) -> Iterator[int]:
-        """Decode parts; yield the number of decoded images of each."""
+# `make_squares` of parts by a depth, for the other options of a pack.
+Make = Callable[[Sequence[Part], int | None], Iterator[int]]
 
 
 def decode_missing(parts: Sequence[Part], directory: Path, make: Make, depth: int | None) -> int:
@@ -34,7 +28,7 @@ def decode_missing(parts: Sequence[Part], directory: Path, make: Make, depth: in
     total = sum(len(part.records) for part in parts)
     done = total - sum(len(part.records) for part in missing)
     with progress(total, "decoding", "images", done=done) as bar:
-        for count in make(missing, depth=depth):
+        for count in make(missing, depth):
             bar.update(count)
     return total
 
@@ -64,7 +58,7 @@ def scaled_by_one_depth(
         total = sum(not square.is_scaled_by(white) for square in usable)
         with progress(total, f"scaling by {white} bits", "images") as bar:
             again = [part for part in parts if part.number in stale]
-            for count in make(again, depth=white):
+            for count in make(again, white):
                 bar.update(count)
 
 

@@ -1,6 +1,6 @@
 """Pack: raw images -> WebDataset shards with an index and an audit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from cxrdist.data.pack_plan import (
 from cxrdist.data.records import Source
 from cxrdist.data.sources import read_source
 from cxrdist.data.splits import parse_split
-from cxrdist.data.squares import make_squares, plan_parts
+from cxrdist.data.squares import Part, make_squares, plan_parts
 from cxrdist.data.summary import describe
 from cxrdist.errors import CxrdistError
 from cxrdist.files import (
@@ -92,14 +92,12 @@ def pack(config: PackConfig) -> None:
         # After the renaming, which sorts the records anew: their order decides the parts.
         _begin(work, decoding_of(deciding_squares(config) | {"anonymise": private}, source))
         parts, directory = plan_parts(source.records), work / "squares"
-        make = partial(
-            make_squares,
-            directory=directory,
-            size_px=config.size,
-            fit=config.fit,
-            workers=config.workers,
-            cover=config.cover,
-        )
+
+        def make(parts: Sequence[Part], depth: int | None) -> Iterator[int]:
+            return make_squares(
+                parts, directory, config.size, config.fit, config.workers, config.cover, depth
+            )
+
         if not config.merge:
             mine = parts[config.task or 0 :: config.num_tasks or 1]
             total = decode_missing(mine, directory, make, config.depth)

@@ -316,7 +316,7 @@ def test_one_patient_tag_for_all_is_refused_and_mended_without_decoding_again(
         pack(config)
     assert "4711" not in str(caught.value)
     monkeypatch.setattr(
-        packing, "make_squares", lambda missing, **_: pytest.fail("again") if missing else []
+        packing, "make_squares", lambda missing, *_: pytest.fail("again") if missing else []
     )
     pack(with_(config, patient_pattern=r"^(\d+)"))
     assert len({sample.patient for sample in read_index(config.out).samples}) == 12
