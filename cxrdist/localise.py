@@ -20,9 +20,9 @@ from cxrdist.data.outlines import (
     boxes_of_table,
     masks_of_files,
     masks_of_shards,
-    read_originals,
 )
 from cxrdist.data.regions import is_constant
+from cxrdist.data.shards import describe_samples
 from cxrdist.distributed import finish, gather, say, together
 from cxrdist.errors import CxrdistError
 from cxrdist.evaluate.loaded_run import LoadedRun, OpenedRun, load_images, open_run_on, writing
@@ -136,7 +136,7 @@ def _read_outlines(config: LocaliseConfig, opened: OpenedRun) -> Outlines:
 
     Masks of the shards are only counted: their pixels are decoded with the images.
     """
-    originals = read_originals(opened.packed, _numbers(opened))
+    originals = dict(describe_samples(opened.packed.packed(), {*_numbers(opened)}))
     if config.boxes is not None:
         return boxes_of_table(opened.index, originals, config.boxes)
     if config.masks is not None:

@@ -4,7 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from cxrdist.data.labels import labels_of
 from cxrdist.data.masked import masks_of_samples
 from cxrdist.data.masks import read_square
 from cxrdist.data.nih_boxes import Boxes, read_box_table
-from cxrdist.data.shards import describe_samples
+from cxrdist.data.shards import SampleFile
 from cxrdist.errors import CxrdistError
 
 OF_SHARDS = "the shards"
@@ -29,14 +29,6 @@ OUTSIDE = "outside the squares"
 CUT = "of images that are not square, unlike the NIH's originals"
 UNLABELLED = "of images without a label"
 Case = tuple[int, str]  # number of the sample, and class
-
-
-class Original(NamedTuple):
-    """Facts of KEY.json: the size of a sample's original, and boxes in px of its square."""
-
-    width_px: int
-    height_px: int
-    boxes: Sequence[Finding]
 
 
 @dataclass(frozen=True)
@@ -57,23 +49,11 @@ class Outlines:
     """What a user should know, one line each."""
 
 
-def read_originals(packed: Index, numbers: Collection[int]) -> dict[int, Original]:
-    """Read the KEY.json of some samples, by their numbers.
-
-    Raises:
-        CxrdistError: a shard differs from the index, which must be as it was packed.
-    """
-    return {
-        number: Original(facts["width_px"], facts["height_px"], facts.get("boxes", ()))
-        for number, facts in describe_samples(packed.packed(), {*numbers})
-    }
-
-
-def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines:
-    """Return the boxes that were packed with the samples."""
+def boxes_of_shards(index: Index, originals: Mapping[int, SampleFile]) -> Outlines:
+    """Return the boxes that were packed with the samples; ``originals`` are their KEY.json."""
     cases, left_out = defaultdict(list), Counter[str]()
     for number, original in originals.items():
-        for box in original.boxes:
+        for box in original.get("boxes", ()):
             if box.label in index.classes:
                 cases[number, box.label].append(box)
             else:
@@ -81,7 +61,7 @@ def boxes_of_shards(index: Index, originals: Mapping[int, Original]) -> Outlines
     return _boxes(index, OF_SHARDS, cases, left_out)
 
 
-def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) -> Outlines:
+def boxes_of_table(index: Index, originals: Mapping[int, SampleFile], file: Path) -> Outlines:
     """Read a table of boxes and convert them to px of the squares of its images.
 
     The index is that of the shards as the model takes them; only samples in ``originals`` are used.
@@ -106,11 +86,11 @@ def boxes_of_table(index: Index, originals: Mapping[int, Original], file: Path) 
     return _boxes(index, file.name, cases, left_out)
 
 
-def _fate(box: Finding, index: Index, original: Original, table: Boxes) -> Finding | str:
+def _fate(box: Finding, index: Index, original: SampleFile, table: Boxes) -> Finding | str:
     """Return the box in its square, or why it is not used."""
     if box.label not in index.classes:
         return UNKNOWN
-    width, height, _ = original
+    width, height = original["width_px"], original["height_px"]
     if table.side_px is not None:
         if width != height:
             return CUT
@@ -168,7 +148,7 @@ def masks_of_shards(index: Index, masks: Masks, numbers: Collection[int]) -> Out
     return _masks(index, OF_SHARDS, with_mask, Counter(), read)
 
 
-def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path) -> Outlines:
+def masks_of_files(index: Index, originals: Mapping[int, SampleFile], masks: Path) -> Outlines:
     """Match masks with samples as `cxrdist pack` does with images; each is read on demand.
 
     Index and originals are those of `boxes_of_table`; masks are a folder of pictures or a table of
@@ -181,7 +161,8 @@ def masks_of_files(index: Index, originals: Mapping[int, Original], masks: Path)
     left_out = Counter(_elsewhere(index, i) for i in places if i not in originals)
 
     def read(case: Case) -> NDArray[np.bool_]:
-        shown = originals[case[0]][:2]
+        original = originals[case[0]]
+        shown = original["width_px"], original["height_px"]
         return read_square(places[case[0]], shown, index.image_size_px, index.fit) > 0
 
     outlines = _masks(index, masks.name, [i for i in places if i in originals], left_out, read)

@@ -12,11 +12,16 @@ from cxrdist.data.outlines import (
     UNKNOWN,
     boxes_of_table,
     masks_of_files,
-    read_originals,
 )
+from cxrdist.data.shards import describe_samples
 from cxrdist.errors import CxrdistError
 
 HEADER = "image,label,x,y,width,height\n"
+
+
+def _originals(index):
+    """The KEY.json of all samples."""
+    return dict(describe_samples(index.packed(), range(len(index.samples))))
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def packed(tmp_path_factory):
     """Shards at 32 px of originals of 56 x 48 px, the centre cropped, and their masks."""
     folder = tmp_path_factory.mktemp("outlines")
     index = read_index(make_shards(folder, {"a": 8, "b": 8}, masks=True))
-    return folder, index, read_originals(index, range(len(index.samples)))
+    return folder, index, _originals(index)
 
 
 def test_a_box_of_the_original_is_found_in_the_square(packed, tmp_path):
@@ -72,7 +77,7 @@ def test_boxes_of_the_nih_are_scaled_from_their_squares(tmp_path):
     table.write_text(
         "Image Index,Finding Label,Bbox [x,y,w,h],,,\n00000003_000.png,Mass,0,0,512,1024\n"
     )
-    found = boxes_of_table(index, read_originals(index, range(24)), table)
+    found = boxes_of_table(index, _originals(index), table)
     ((case, _),) = found.shapes.items()
     assert index.samples[case[0]].path == "Mass/00000003_000.png"
     expected = np.zeros((32, 32), bool)
