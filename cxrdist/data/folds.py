@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,28 +15,20 @@ MOST_FOLDS = 20
 _SEED = 0  # all members of a cross-validation cut the same folds, whatever their own seed
 
 
-class Fold(NamedTuple):
-    """One fold of a cross-validation, written as ``2/5``."""
-
-    number: int
-    """From 1 to `total`."""
-    total: int
-
-
-def read_fold(text: str) -> Fold:
-    """Parse a fold such as ``2/5``.
+def read_fold(text: str) -> tuple[int, int]:
+    """Return the number of a fold, from 1 on, and that of all folds, from a text such as ``2/5``.
 
     Raises:
         CxrdistError: the text is not a valid fold.
     """
     match = re.fullmatch(r"(\d{1,2})/(\d{1,2})", text)
-    fold = Fold(int(match[1]), int(match[2])) if match else Fold(0, 0)
-    if not 1 <= fold.number <= fold.total or not 2 <= fold.total <= MOST_FOLDS:
+    number, total = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= total or not 2 <= total <= MOST_FOLDS:
         raise CxrdistError(
             f"--fold: is {text!r:.40}, expected NUMBER/COUNT such as 2/5, of 2 to {MOST_FOLDS} "
             "folds"
         )
-    return fold
+    return number, total
 
 
 def cut_fold(index: Index, text: str | None) -> Index:
@@ -52,19 +43,19 @@ def cut_fold(index: Index, text: str | None) -> Index:
     """
     if text is None:
         return index
-    fold = read_fold(text)
+    number, total = read_fold(text)
     numbers = [i for i, sample in enumerate(index.samples) if sample.split in ("train", "val")]
     patients = [index.samples[i].patient for i in numbers]
-    if (num_patients := len(set(patients))) < fold.total:
+    if (num_patients := len(set(patients))) < total:
         raise CxrdistError(
-            f"--fold: {fold.total} folds need as many patients in train and val, "
+            f"--fold: {total} folds need as many patients in train and val, "
             f"--shards {index.directory} have {num_patients}; take fewer folds"
         )
     from sklearn.model_selection import StratifiedGroupKFold
 
-    cut = StratifiedGroupKFold(fold.total, shuffle=True, random_state=_SEED)
-    folds = list(cut.split(numbers, _strata(index, numbers, fold.total), patients))
-    held_out = {numbers[i] for i in folds[fold.number - 1][1]}
+    cut = StratifiedGroupKFold(total, shuffle=True, random_state=_SEED)
+    folds = list(cut.split(numbers, _strata(index, numbers, total), patients))
+    held_out = {numbers[i] for i in folds[number - 1][1]}
     if not held_out:
         raise CxrdistError(
             f"--fold: {text} has no images, since few patients have most of them; take fewer folds"
