@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cxrdist.data.index import Index, PackedShard
-from cxrdist.data.shards import open_shard, read_masks, read_shard
+from cxrdist.data.shards import open_shard, read_shard
 from cxrdist.distributed import entering, gather, local_ranks, together
 from cxrdist.errors import CxrdistError
 from cxrdist.files import open_regular, room_for, waiting_lock
@@ -102,8 +102,10 @@ def _masks_of(index: Index) -> Layer:
         return hashlib.sha256(mask[:num_pixels].data).hexdigest() if whole else ""
 
     def decode(shard: PackedShard) -> Iterator[NDArray[np.uint8]]:
-        for mask in read_masks(shard):
-            yield empty if mask is None else np.packbits(mask > 0)
+        with open_shard(shard) as opened:
+            for number in range(len(shard.samples)):
+                mask = opened.read_mask(number)
+                yield empty if mask is None else np.packbits(mask > 0)
 
     without = digest(empty)
     return Layer(

@@ -27,6 +27,7 @@ from cxrdist.documents import Between, Real, Text, parse_json, typed
 from cxrdist.errors import CxrdistError
 from cxrdist.files import atomic_file, judging, sha256_of
 
+AGAIN = "pack the shards again"
 MOST_JSON_BYTES = 1 << 20  # of a KEY.json, which names a path and labels
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"  # and the header's length (ISO 15948, 5.2)
 PNG_START = struct.Struct(">16sIIBBBBB")
@@ -187,23 +188,17 @@ class OpenShard:
             return None
         mask = self._square(f"{sample.key}.mask", span, sample.mask_sha256)
         if ((mask != 0) & (mask != 255)).any():
-            raise CxrdistError(
-                f"{self._shard.file}: {sample.key}.mask has values other than 0 and 255; pack the "
-                "shards again"
-            )
+            raise self._wrong(f"{sample.key}.mask has values other than 0 and 255", AGAIN)
         return mask
 
     def _square(self, name: str, span: _Span, sha256: str) -> NDArray[np.uint8]:
         """Decode a member and compare it with its hash."""
-        where, mend = f"{self._shard.file}: ", "pack the shards again"
         try:
             pixels = self._decode(self._content(span))
         except (OSError, SyntaxError, ValueError, LookupError, struct.error, zlib.error) as error:
-            raise CxrdistError(
-                f"{where}{name} is not a readable PNG ({error!r:.100}); {mend}"
-            ) from error
+            raise self._wrong(f"{name} is not a readable PNG ({error!r:.100})", AGAIN) from error
         if hashlib.sha256(pixels.tobytes()).hexdigest() != sha256:
-            raise CxrdistError(f"{where}the pixels of {name} differ from samples.csv; {mend}")
+            raise self._wrong(f"the pixels of {name} differ from samples.csv", AGAIN)
         return pixels
 
     def _decode(self, png: bytes) -> NDArray[np.uint8]:
@@ -224,24 +219,18 @@ class OpenShard:
             CxrdistError: it differs from samples.csv, lacks a valid size of the original, or has a
                 box that leaves the square.
         """
-        sample, path = self._shard.samples[number], self._shard.file
-        with judging(f"{path}: {sample.key}.json", "pack the shards again"):
+        sample = self._shard.samples[number]
+        with judging(f"{self._shard.file}: {sample.key}.json", AGAIN):
             facts = typed(parse_json(self._content(self._spans[number].facts)), SampleFile)
         given: dict[str, object] = {**facts}
         if not sample.view:  # shards of older versions have the view only in KEY.json
             given["view"] = ""
         for column in SHARED_COLUMNS:
             if given.get(column, "") != getattr(sample, column):
-                raise CxrdistError(
-                    f"{path}: the {column} of {sample.key} differs from samples.csv; pack the "
-                    "shards again"
-                )
+                raise self._wrong(f"the {column} of {sample.key} differs from samples.csv", AGAIN)
         side = self._shard.size_px
         if not all(_is_within(box, side) for box in facts.get("boxes", ())):
-            raise CxrdistError(
-                f"{path}: a box of {sample.key} leaves the square of {side} px; pack the shards "
-                "again"
-            )
+            raise self._wrong(f"a box of {sample.key} leaves the square of {side} px", AGAIN)
         return facts
 
     def _next(self, expected: str, most_bytes: int) -> _Span:
@@ -300,8 +289,8 @@ class OpenShard:
         self._file.seek(span.first)
         return self._file.read(span.num_bytes)
 
-    def _wrong(self, problem: str) -> CxrdistError:
-        return CxrdistError(f"{self._shard.file}: {problem}; {MEND}")
+    def _wrong(self, problem: str, mend: str = MEND) -> CxrdistError:
+        return CxrdistError(f"{self._shard.file}: {problem}; {mend}")
 
 
 @contextmanager
@@ -391,20 +380,6 @@ def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], SampleFi
     with open_shard(shard) as opened:
         for number in range(len(shard.samples)):
             yield opened.read(number)
-
-
-def read_masks(shard: PackedShard) -> Iterator[NDArray[np.uint8] | None]:
-    """Decode the masks of a shard as `read_shard` decodes the squares.
-
-    Yields:
-        uint8 [size, size] of 0 and 255 or None, in the order of samples.csv.
-
-    Raises:
-        CxrdistError: the shard differs from the index.
-    """
-    with open_shard(shard) as opened:
-        for number in range(len(shard.samples)):
-            yield opened.read_mask(number)
 
 
 def _is_within(box: Finding, side_px: int) -> bool:
