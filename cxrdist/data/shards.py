@@ -157,31 +157,19 @@ class OpenShard:
         self._refuse_more()
 
     def read(self, number: int) -> tuple[NDArray[np.uint8], SampleFile]:
-        """Decode a sample and compare it with samples.csv.
-
-        Args:
-            number: position of the sample in the shard.
-
-        Returns:
-            uint8 [size, size], and the content of KEY.json.
+        """Decode the sample at a position: uint8 [size, size], and the content of KEY.json.
 
         Raises:
-            CxrdistError: they differ.
+            CxrdistError: it differs from samples.csv.
         """
         sample, facts = self._shard.samples[number], self.describe(number)
         return self._square(sample.key, self._spans[number].png, sample.sha256), facts
 
     def read_mask(self, number: int) -> NDArray[np.uint8] | None:
-        """Decode the mask of a sample and compare it with samples.csv.
-
-        Args:
-            number: position of the sample in the shard.
-
-        Returns:
-            uint8 [size, size] of 0 and 255; None if the sample has no mask.
+        """Decode the mask of a sample: uint8 [size, size] of 0 and 255; None if it has none.
 
         Raises:
-            CxrdistError: they differ.
+            CxrdistError: it differs from samples.csv.
         """
         sample, span = self._shard.samples[number], self._spans[number].mask
         if span is None:
@@ -202,12 +190,10 @@ class OpenShard:
         return pixels
 
     def _decode(self, png: bytes) -> NDArray[np.uint8]:
-        """Decode a PNG, uint8 [size, size].
-
-        The size is checked once more: a malicious file may have a second header with another one.
-        """
+        """Decode a PNG, uint8 [size, size]."""
         side = self._shard.size_px
         with Image.open(io.BytesIO(png), formats=("PNG",)) as image:
+            # Once more: a malicious file may have a second header with another size.
             if (*image.size, image.mode) != (side, side, "L"):
                 raise ValueError(f"{image.width} x {image.height} px of mode {image.mode}")
             return np.asarray(image)
@@ -337,11 +323,7 @@ def describe_samples(
 
 
 def _open(path: Path, num_bytes: int) -> _File:
-    """Open a local regular file, or a temporary copy of a remote one.
-
-    Raises:
-        CxrdistError: it is missing, not a regular file, or cannot be read.
-    """
+    """Open a local regular file, or a temporary copy of a remote one."""
     try:
         if not isinstance(path, Path):
             return _fetch(path, num_bytes)
@@ -369,10 +351,7 @@ def _fetch(path: Path, num_bytes: int) -> io.BufferedRandom:
 
 
 def read_shard(shard: PackedShard) -> Iterator[tuple[NDArray[np.uint8], SampleFile]]:
-    """Decode the samples of a shard, comparing each with the index.
-
-    Yields:
-        uint8 [size, size] and the content of KEY.json, in the order of samples.csv.
+    """Yield uint8 [size, size] and the content of KEY.json of each sample, as in samples.csv.
 
     Raises:
         CxrdistError: the shard differs from the index.
