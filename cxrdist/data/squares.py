@@ -54,7 +54,7 @@ PARTS_AHEAD = 4  # parts submitted to the workers before the first of them is wr
 
 @dataclass(frozen=True)
 class Square:
-    """A decoded record, without its pixels.
+    """A decoded record, without its pixels; facts that are not listed here are those of `Picture`.
 
     Attributes:
         record: what was decoded.
@@ -62,16 +62,10 @@ class Square:
         reason: why it cannot be used, without its name; if empty, the fields below are known.
         png_bytes: length of its PNG in the part's file.
         fingerprint: fingerprint of the pixels.
-        width_px: width of the original.
-        height_px: height of the original.
         patient: the DICOM patient under the pack's key (`keyed`), or empty.
-        view: one of `VIEWS` from the DICOM's tags, empty without a tag, None if the tag is unknown.
         covered_bytes: length of the PNG with burned-in text covered, 0 if nothing is to be covered.
         covered_fingerprint: fingerprint of the pixels with burned-in text covered.
-        sex: M or F from the DICOM, else empty.
-        age: age of the DICOM patient in years; None if unknown, NaN if it is not a valid age.
-        used_depth: bits that its values use if its file does not declare its depth, else None.
-        depth: bit depth that it was scaled by in that case, else None.
+        depth: bit depth that it was scaled by if its file declares none, else None.
         mask_bytes: length of the PNG of its mask, 0 without one.
         mask_sha256: hash of the mask's pixels, empty without one.
         mask_share: share of the square that the mask covers.
@@ -167,16 +161,8 @@ def make_squares(
     """Decode the parts in worker processes; images that crash or hang one get a `Square.reason`.
 
     In a part that already exists, only images are decoded again that could not be read or were
-    scaled by another depth.
-
-    Args:
-        parts: what to decode.
-        directory: where the parts' files go, local or an fsspec path; the pack's key is next to it.
-        size_px: side of the squares.
-        fit: how an image becomes square.
-        workers: number of processes; one per core if None.
-        cover: how the boxes of a record are covered.
-        depth: bit depth of images that do not declare theirs; if None, the bits that each uses.
+    scaled by another depth. The directory, local or an fsspec path, gets the parts' files; the
+    pack's key is next to it. Workers are those of `image_workers`, all other options of `decode`.
 
     Yields:
         The number of decoded images of each part, once it is written.
@@ -338,10 +324,7 @@ def _state(file: Path) -> tuple[int, int]:
 def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | None:
     """Return the squares of a part; None if the part must still be made.
 
-    Args:
-        directory: where the parts' files are.
-        part: the records.
-        redo_bad: make a part again if one of its unreadable files was changed.
+    With ``redo_bad`` a part is made again if one of its unreadable files was changed.
 
     Raises:
         CxrdistError: a file was changed since it was read.
@@ -367,16 +350,9 @@ def read_part(directory: Path, part: Part, *, redo_bad: bool) -> list[Square] | 
 
 
 def _squares(path: Path, part: Part, head: bytes, num_bytes: int) -> list[Square]:
-    """Parse the squares of a part from the first line of its file.
+    """Parse the squares of a part from the first line of its file, with the line feed.
 
-    Args:
-        path: the file, for messages.
-        part: the records.
-        head: its first line, with the line feed.
-        num_bytes: length of the file.
-
-    Raises:
-        CxrdistError: another version of cxrdist wrote it, or it is damaged.
+    It is an error if another version of cxrdist wrote the file, or if it is damaged.
     """
     try:
         squares, start = [], len(head)
