@@ -49,17 +49,14 @@ Step = Callable[[Any], Any]
 
 
 class Workers(ProcessPool):
-    """Processes that read images.
-
-    Attributes:
-        ahead: chunks that may wait for them.
-        first: the processes at the start; others replace those that crash.
-    """
+    """Processes that read images."""
 
     def __init__(self, number: int, context: BaseContext) -> None:
         super().__init__(number, initializer=_keep_memory, context=context)
         self.ahead = CHUNKS_AHEAD * number
+        """Chunks that may wait for them."""
         self.first: list[BaseProcess] = []
+        """The processes at the start; others replace those that crash."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +105,10 @@ def schedule(
 ) -> Job[Item, Any]:
     """Submit items to the workers.
 
-    Args:
-        pool: of `image_workers`.
-        steps: called in a worker; the first with each item, each other one with what the step
-            before it has made. A CxrdistError that a step raises is the item's result.
-        items: processed by one worker.
-        seconds: of processor time, limit for all items together; `SECONDS_PER_IMAGE` if None. By
-            the clock it is `WAITING` times as long.
+    One worker calls the steps: the first with each item, each other one with what the step before
+    it has made. A CxrdistError that a step raises is the item's result. The limit for all items
+    together is in seconds of processor time, `SECONDS_PER_IMAGE` if None; by the clock it is
+    `WAITING` times as long.
     """
     limit = SECONDS_PER_IMAGE if seconds is None else seconds
     with stopping_afterwards():
@@ -127,18 +121,12 @@ def in_order(
     make: Callable[[Item], Made],
     items: Sequence[Item],
     chunk: int,
-    seconds: float | None = None,
+    seconds: float,
 ) -> Iterator[Made | CxrdistError]:
     """Yield the result of each item, in order, or the error why its file cannot be used.
 
-    The workers are at most some chunks ahead, so that waiting results take little memory.
-
-    Args:
-        pool: of `image_workers`.
-        make: the only step, as in `schedule`.
-        items: its arguments.
-        chunk: items that one worker processes together.
-        seconds: limit for a chunk, as in `schedule`.
+    The workers are at most some chunks of items ahead, so that waiting results take little memory.
+    ``make`` is the only step, and ``seconds`` the limit for a chunk, as in `schedule`.
     """
     waiting: deque[Job[Item, Made]] = deque()
     for start in range(0, len(items), chunk):
@@ -194,11 +182,8 @@ def _keep_memory() -> None:
 def image_workers(workers: int | None, preload: Sequence[str]) -> Iterator[Workers]:
     """Start worker processes.
 
-    They are forked from a small clean process, since this one may have threads.
-
-    Args:
-        workers: number of processes; one per core if None.
-        preload: modules that all of them need.
+    They are forked from a small clean process, since this one may have threads; one per core if
+    the number is None. ``preload`` are modules that all of them need.
 
     Raises:
         RunFailedError: they ended without having been given an item.

@@ -116,7 +116,7 @@ def test_the_chunks_that_wait_are_two_for_each_worker(monkeypatch):
     monkeypatch.setattr(workers, "schedule", submit)
     items = [Item(Path(f"{number}")) for number in range(9)]
     with image_workers(3, [__name__]) as pool:
-        results = in_order(pool, wait, items, 1)
+        results = in_order(pool, wait, items, 1, 10)
         next(results)
         assert len(submitted) == 2 * 3 + 1
         assert [items[0], *results] == items
