@@ -451,16 +451,15 @@ def _baseline_warning(baseline: Baseline | None) -> Iterator[str]:
     if baseline is None or best is None:
         return
     _, figure, score = best
-    is_better = is_told(score)
-    within = _WITHIN.format(**score)
     if figure == "accuracy":
         is_better = score["low"] > baseline["largest_class"]
         value, low, high = (percentage(score[name]) for name in ("value", "low", "high"))
-        within = f"{value}% ({low}% to {high}%)"
-    reached = "are right on" if figure == "accuracy" else "reach a mean AUROC of"
+        reached = f"are right on {value}% ({low}% to {high}%)"
+    else:
+        is_better, reached = is_told(score), f"reach a mean AUROC of {_WITHIN.format(**score)}"
     if is_better:
         yield (
-            f"thumbnails of {baseline['size_px']} px alone {reached} {within}: "
+            f"thumbnails of {baseline['size_px']} px alone {reached}: "
             "only a higher score of a network means something"
         )
 
