@@ -46,27 +46,23 @@ class Layout:
 
 @dataclass(frozen=True)
 class Assembled:
-    """The shards that were written, and what was found on the way.
-
-    Attributes:
-        source: what was read, with the packed records only.
-        squares: the squares of these records.
-        samples: the rows of samples.csv, in the order of the squares.
-        entries: the entries of the shards in index.json.
-        rejected: squares that were left out for a reason.
-        num_copies: number of squares that were dropped as copies.
-        duplicates: duplicates by position in ``squares``.
-        groups: a number per square; those with the same number are in one split.
-    """
+    """The shards that were written, and what was found on the way."""
 
     source: Source
+    """With the packed records only."""
     squares: list[Square]
+    """Of these records."""
     samples: list[Sample]
+    """Of these squares."""
     entries: list[ShardEntry]
     rejected: list[Square]
+    """Left out for a reason."""
     num_copies: int
+    """Number of squares that were dropped as copies."""
     duplicates: Duplicates
+    """By position in ``squares``."""
     groups: list[int]
+    """A number per square; those with the same number are in one split."""
 
 
 def assemble(
@@ -182,13 +178,7 @@ def _cover(squares: list[Square], splits: list[str], cover_split: CoverSplit) ->
 
 
 def plan_shards(splits: list[str], seed: int, shard_size: int) -> ShardPlan:
-    """Choose the order of the samples in the shards.
-
-    Args:
-        splits: split of each square.
-        seed: of the order.
-        shard_size: samples per shard.
-    """
+    """Choose the order of the samples in the shards, from the split of each square."""
     plan = {}
     for split in SPLITS:
         members = [i for i, name in enumerate(splits) if name == split]
@@ -202,10 +192,9 @@ def plan_shards(splits: list[str], seed: int, shard_size: int) -> ShardPlan:
 
 
 def write_samples(squares: list[Square], plan: ShardPlan, directory: Path) -> list[Sample]:
-    """Write samples.csv before the shards; if it changes, remove shards written before.
+    """Write samples.csv before the shards, and return the sample of each square.
 
-    Returns:
-        The sample of each square.
+    If the table changes, shards that were written before are removed.
     """
     samples = {i: _sample(squares[i], name) for name, members in plan.items() for i in members}
     keys = Counter(sample.key for sample in samples.values())

@@ -157,9 +157,6 @@ def open_masks(index: Index, directory: Path | None, accelerator: Accelerator) -
     Returns:
         uint8 [samples, ceil(size * size / 8)], read-only: the pixels of each mask as bits, as
         `numpy.packbits` returns them; zeros without a mask (``mask_sha256`` is empty).
-
-    Raises:
-        CxrdistError: as in `open_cache`.
     """
     return _open(_masks_of(index), directory, accelerator)
 

@@ -38,14 +38,9 @@ def scaled_by_one_depth(
 ) -> list[Square]:
     """Read all squares, and decode those again that were not scaled by the depth of the source.
 
-    Args:
-        parts: all of the pack.
-        read: reads the squares of all parts.
-        make: decodes parts by a depth.
-        depth: of --depth; if None, that of the source.
-
-    Which images these are depends on the source alone, so any number of workers, tasks and kills
-    ends with the same bytes.
+    ``read`` reads the squares of all parts; a given depth is that of --depth. Which images these
+    are depends on the source alone, so any number of workers, tasks and kills ends with the same
+    bytes.
     """
     # Repeated: an image that has become unreadable meanwhile no longer counts for the depth.
     while True:
@@ -67,13 +62,8 @@ def read_squares(
 ) -> list[Square]:
     """Read the squares of all parts; one whose view is not packed gets a reason to be left out.
 
-    Args:
-        parts: all of the pack.
-        work: the directory of the unfinished pack.
-        views: views to pack.
-        skip_bad: whether images that cannot be read are left out.
-        named: whether records have the paths of files. If not, they have pseudonyms, so that
-            rejected.csv helps nobody and the message lists the files.
+    ``work`` is the directory of the unfinished pack. Records that are not ``named`` like their
+    files have pseudonyms: then rejected.csv helps nobody, and the message lists the files.
 
     Raises:
         CxrdistError: images are not decoded yet, or cannot be read and ``skip_bad`` is not set.
@@ -132,11 +122,8 @@ def refuse_late_dicom(squares: list[Square], work: Path) -> None:
 def with_tags(squares: Sequence[Square], *, private: bool) -> list[Square]:
     """Add patient, view, sex and age from DICOM tags to the records, and print unusable tags.
 
-    A patient becomes a number, since the tag identifies a person.
-
-    Args:
-        squares: of the whole source.
-        private: whether the pack is anonymised, so that high ages are cut.
+    A patient becomes a number, since the tag identifies a person. In a ``private`` pack high ages
+    are cut.
     """
     # By source and patient: the same ID in two sources is two people. Squares are in the order of
     # their paths: as these are pseudonyms in an anonymised pack, the numbers reveal nothing.

@@ -96,12 +96,7 @@ def content_of(options: Options, source: Source, salt: str | None) -> dict[str, 
 
 
 def decoding_of(options: Options, source: Source) -> dict[str, object]:
-    """Return everything but the pixels of the originals that decides the decoded squares.
-
-    Args:
-        options: those that decide the squares, by field.
-        source: what is packed.
-    """
+    """Return everything but the pixels of the originals that decides the decoded squares."""
     digest = hashlib.sha256()
     for record in source.records:
         digest.update(f"{record.path}\0{[box[:4] for box in record.boxes]}\n".encode())

@@ -110,13 +110,9 @@ def read_picture(
 ) -> Picture:
     """Read a picture in grey: colour as luma (ITU-R 601), transparency black, EXIF rotation done.
 
-    Args:
-        data: the content of the file.
-        kind: one of `kinds.FORMATS`.
-        file: its name, for messages.
-        least_px: a JPEG may be decoded at a smaller, faster scale, but not below these sides.
-        depth: bit depth of the source, for a file of more than 8 bits that does not declare one
-            (`cxrdist.data.depth`); if None, the bits that it uses.
+    A JPEG may be decoded at a smaller, faster scale, but not below ``least_px``. ``depth`` is the
+    bit depth of the source, for a file of more than 8 bits that does not declare one
+    (`cxrdist.data.depth`); None stands for the bits that it uses.
 
     Raises:
         CxrdistError: it is damaged, or a variant that is not supported.
