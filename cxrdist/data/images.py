@@ -15,7 +15,7 @@ from PIL import Image
 from cxrdist.data.boxes import Box, cover
 from cxrdist.data.geometry import place, resample, scaled
 from cxrdist.data.kinds import FORMATS, HEAD_BYTES, kind_of
-from cxrdist.data.masks import MaskPlace, mask_square, read_mask
+from cxrdist.data.masks import MaskPlace, mask_square
 from cxrdist.data.pictures import Picture, read_file, read_picture
 from cxrdist.errors import CxrdistError
 
@@ -60,13 +60,12 @@ def _mask_square(
 ) -> NDArray[np.uint8]:
     """Return the mask of an image as a square; errors name the image."""
     try:
-        mask = read_mask(place_of_mask, *shown)
+        return mask_square(place_of_mask, shown, size_px, fit)
     except CxrdistError as error:
         # The mask's file name may identify a patient; the caller can anonymise the image's name.
         problem = str(error).removeprefix(f"{place_of_mask.file}: ")
         problem = problem.replace(str(place_of_mask.file), "the table of masks")
         raise CxrdistError(f"{file}: its mask: {problem}") from error
-    return mask_square(mask, shown, size_px, fit)
 
 
 def read_grey(file: Path, least_px: int, depth: int | None = None) -> Picture:

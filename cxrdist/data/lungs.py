@@ -13,7 +13,7 @@ from cxrdist.data.derived import PackedSample
 from cxrdist.data.index import Index
 from cxrdist.data.labels import POSITIVE
 from cxrdist.data.masked import masks_of_samples
-from cxrdist.data.masks import MaskPlace, read_square
+from cxrdist.data.masks import MaskPlace, mask_square
 from cxrdist.data.records import SPLITS
 from cxrdist.data.regions import is_constant, thorax
 from cxrdist.errors import CxrdistError
@@ -49,7 +49,7 @@ class Lungs:
             known = self.places.get(packed.number)
             shown = packed.facts["width_px"], packed.facts["height_px"]
             size_px, fit = self.index.image_size_px, self.index.fit
-            mask = None if known is None else read_square(known, shown, size_px, fit)
+            mask = None if known is None else mask_square(known, shown, size_px, fit)
         return None if mask is None or is_constant(mask) else mask > 0
 
 

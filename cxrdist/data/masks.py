@@ -104,27 +104,17 @@ def read_mask(place: MaskPlace, width_px: int, height_px: int) -> NDArray[np.uin
 
 
 def mask_square(
-    mask: NDArray[np.uint8], shown: tuple[int, int], size_px: int, fit: str
-) -> NDArray[np.uint8]:
-    """Transform a mask, uint8 [H, W] of 0 and 255, into the square like its image.
-
-    ``shown`` is width and height of the image, in px. A pixel of the result, uint8 [size, size], is
-    255 if at least half of it is covered, else 0.
-    """
-    height, width = mask.shape
-    here = place(*shown, size_px, fit).at_scale(width / shown[0], height / shown[1])
-    return _halved(np.asarray(resample(Image.fromarray(mask), here, size_px)))
-
-
-def read_square(
     mask: MaskPlace, shown: tuple[int, int], size_px: int, fit: str
 ) -> NDArray[np.uint8]:
-    """Read the mask of a sample and transform it into the square like its image.
+    """Read the mask of an image, and transform it into the square like its image.
 
-    ``shown`` is width and height of the original, in px; result and errors are those of
-    `mask_square` and `read_mask`.
+    ``shown`` is width and height of the image, in px. A pixel of the result, uint8 [size, size], is
+    255 if at least half of it is covered, else 0. Errors are those of `read_mask`.
     """
-    return mask_square(read_mask(mask, *shown), shown, size_px, fit)
+    whole = read_mask(mask, *shown)
+    height, width = whole.shape
+    here = place(*shown, size_px, fit).at_scale(width / shown[0], height / shown[1])
+    return _halved(np.asarray(resample(Image.fromarray(whole), here, size_px)))
 
 
 def _read_grey(file: Path) -> NDArray[np.uint8]:

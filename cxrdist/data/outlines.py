@@ -17,7 +17,7 @@ from cxrdist.data.geometry import clipped, in_square, scaled
 from cxrdist.data.index import Index
 from cxrdist.data.labels import labels_of
 from cxrdist.data.masked import masks_of_samples
-from cxrdist.data.masks import read_square
+from cxrdist.data.masks import mask_square
 from cxrdist.data.nih_boxes import Boxes, read_box_table
 from cxrdist.data.shards import SampleFile
 from cxrdist.errors import CxrdistError
@@ -163,7 +163,7 @@ def masks_of_files(index: Index, originals: Mapping[int, SampleFile], masks: Pat
     def read(case: Case) -> NDArray[np.bool_]:
         original = originals[case[0]]
         shown = original["width_px"], original["height_px"]
-        return read_square(places[case[0]], shown, index.image_size_px, index.fit) > 0
+        return mask_square(places[case[0]], shown, index.image_size_px, index.fit) > 0
 
     outlines = _masks(index, masks.name, [i for i in places if i in originals], left_out, read)
     return replace(outlines, notes=notes)
