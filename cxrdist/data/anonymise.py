@@ -98,10 +98,10 @@ def anonymise(source: Source, key: bytes) -> tuple[Source, list[Name]]:
     numbers = {name: f"source-{number}" for number, name in enumerate(own, start=1)}
     records = [replace(new, source=numbers.get(old.source, old.source)) for new, old in pairs]
     left_out = [LeftOut(_name(key, x.path), x.reason) for x in source.left_out]
-    names = [
-        Name(new.path, sample_key(new.path), old.path, _patient_named(old), old.source)
-        for new, old in pairs
-    ]
+    names = []
+    for new, old in pairs:
+        patient = "" if old.patient.startswith(NO_PATIENT) else old.patient
+        names.append(Name(new.path, sample_key(new.path), old.path, patient, old.source))
     names += [
         Name(new.path, "", old.path, "", "")
         for new, old in zip(left_out, source.left_out, strict=True)
@@ -126,10 +126,6 @@ def private_age(age: float | None) -> float | None:
 def _name(key: bytes, path: str) -> str:
     # The word in front keeps a path apart from a patient of the same text: their digits differ.
     return keyed(key, f"path {path}")[:DIGITS]
-
-
-def _patient_named(record: Record) -> str:
-    return "" if record.patient.startswith(NO_PATIENT) else record.patient
 
 
 def names_file(out: Path) -> Path:

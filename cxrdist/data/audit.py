@@ -224,11 +224,8 @@ def _count_pairs(pairs: list[Pair]) -> Pairs:
 def _cross_table(names: Sequence[str], targets: Targets, classes: Sequence[str]) -> Origins:
     """Count images per name and class, and measure how closely name and class are related.
 
-    Returns:
-        counts: images per class, and all, by name; association: Cramér's V of each class against
-        the rest, 0 (none) to 1, None where there is nothing to compare; own: the share of each
-        class's images that have a name which no image outside of the class has. Images whose class
-        is not known are neither in the class nor in the rest; the name `UNKNOWN` is ignored.
+    Images whose class is not known are neither in the class nor in the rest; the name `UNKNOWN`
+    counts neither for the association nor as a class's own.
     """
     from scipy.stats.contingency import association  # slower to import than the rest of `check`
 
