@@ -175,8 +175,7 @@ def _layout(config: PackConfig) -> Layout:
 def _is_packed(out: Path, work: Path, content: dict[str, object], source: Source) -> bool:
     """Return whether the same shards already exist; remove a work directory left by a kill.
 
-    Raises:
-        CxrdistError: something else exists there, or it is a link to a directory to be made.
+    It is an error if something else exists there, or a link to a directory to be made.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         if isinstance(out, Path) and out.is_symlink():  # a directory cannot take its place
@@ -225,8 +224,7 @@ def _difference(before: dict[str, object], options: dict[str, object]) -> str:
 def _held(work: Path, *, shared: bool) -> Any:
     """Lock the work directory; object stores have no locks.
 
-    Raises:
-        CxrdistError: the directory holds other files, which the pack would remove at its end.
+    It is an error if it holds other files, which the pack would remove at its end.
     """
     if not isinstance(work, Path):
         return nullcontext()
@@ -239,11 +237,7 @@ def _held(work: Path, *, shared: bool) -> Any:
 
 
 def _begin(work: Path, decoding: dict[str, object]) -> None:
-    """Start a pack, or check that an unfinished one has the same squares.
-
-    Raises:
-        CxrdistError: its squares were decoded from other images or with other options.
-    """
+    """Start a pack, or check that an unfinished one has squares of the same images and options."""
     path = work / "pack.json"
     if not path.is_file():
         write_json(path, decoding)

@@ -179,9 +179,6 @@ def refuse_bad_splits(source: Source, split: str | None, seed: int, *, drops_cop
 
     Patients in DICOM tags and copies are found later. They can only join groups that are separate
     here, so whatever is rejected here would also be rejected then.
-
-    Raises:
-        CxrdistError: they cannot.
     """
     if drops_copies:  # a patient's second image may be a copy that is dropped
         source = replace(source, records=[replace(r, patient=r.path) for r in source.records])

@@ -278,11 +278,10 @@ def _draw_pose(rng: np.random.Generator) -> _Pose:
 def _render_anatomy(
     lungs: tuple[_Lung, _Lung], image_size_px: int, rng: np.random.Generator
 ) -> tuple[FloatArray, FloatArray]:
-    """Render the body without opacities.
+    """Render the body without opacities, for a canvas of C pixels per side.
 
-    Returns:
-        The density, float32 [C, C], about 0 in air and 1 in the abdomen, and the share of air of
-        the lungs, float32 [C, C], 0 to 1, where C is the canvas's side in pixels.
+    The results are float32 [C, C]: the density, about 0 in air and 1 in the abdomen, and the share
+    of air of the lungs, 0 to 1.
     """
     side = round(image_size_px * CANVAS_SPAN * CANVAS_DETAIL)
     x, y = _axes(side)

@@ -25,19 +25,16 @@ Counts = NDArray[np.int64]
 def assign_splits(
     source: Source, split: str | None, seed: int, groups: Sequence[int] | None = None
 ) -> list[str]:
-    """Choose the split of each record so that no patient is in two.
+    """Choose train, val or test for each record so that no patient is in two of them.
+
+    Splits that the records give are kept, the others are drawn.
 
     Args:
-        source: all records; splits that they give are kept, the others are drawn. Of several
-            sources some may give splits and others not.
+        source: all records; of several sources some may give splits and others not.
         split: ``paper``, fractions of train/val/test such as ``0.7/0.1/0.2`` (a split of fraction
             0 stays empty), or None for the default fractions.
-        seed: seed of the order of groups.
-        groups: a number per record; records with the same number stay together. Default: by
-            patient.
-
-    Returns:
-        ``train``, ``val`` or ``test`` for each record.
+        seed: of the order of groups.
+        groups: a number per record, equal for records that stay together; by patient if None.
 
     Raises:
         CxrdistError: the source gives a patient two splits, one patient has most of the images, or

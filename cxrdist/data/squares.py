@@ -255,11 +255,7 @@ def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:
 
 
 def _lungs_alone(record: Record, decoded: Picture) -> Picture:
-    """Make everything outside the mask black.
-
-    Raises:
-        CxrdistError: the mask covers nothing.
-    """
+    """Make everything outside the mask black; it is an error if the mask covers nothing."""
     mask = decoded.mask
     if mask is None or not mask.any():
         raise CxrdistError(f"{record.file}: its mask covers nothing of the square")
