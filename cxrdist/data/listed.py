@@ -49,7 +49,6 @@ class Listed:
             self._waiting[name] = file, path
         if not self._waiting:
             raise CxrdistError(f"--input {folder}: has no images in the data set's folders")
-        self._num_missing = 0
         self._taken: dict[str, object] = {}
 
     def take(self, name: str, where: object = "", stated: object = None) -> tuple[Path, str] | None:
@@ -70,7 +69,6 @@ class Listed:
         taken = self._waiting.pop(name, None)
         if taken is None:
             self._left_out.append(LeftOut(name, TWICE if is_twice else MISSING))
-            self._num_missing += not is_twice
             # A row without a file is among the left out, so it must count as found.
             self._num_found += 1
         return taken
@@ -91,4 +89,5 @@ class Listed:
     def notes(self, *tables: Path) -> list[str]:
         """Return notes for the user, one line each."""
         names = " and ".join(table.name for table in tables)
-        return [f"{self._num_missing} images of {names} are not here"] * bool(self._num_missing)
+        missing = sum(left.reason == MISSING for left in self._left_out)
+        return [f"{missing} images of {names} are not here"] * bool(missing)

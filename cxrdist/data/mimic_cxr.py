@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cxrdist.data import chexpert
 from cxrdist.data.labels import read_cells
@@ -41,22 +41,10 @@ YEAR = re.compile(r"[0-9]{4}")
 IMAGE = re.compile(r"(?:.*/)?(p\d+/s\d+/[0-9a-f-]+)")
 
 
-class Study(NamedTuple):
-    """The labels of a study."""
-
-    subject: str
-    cells: dict[str, str]
-    """label, uncertain and missing, as `Record` has them."""
-
-
-class Patient(NamedTuple):
-    """A patient in MIMIC-IV."""
-
-    sex: str
-    age: float | None
-    """Age in years in ``year``; 91 stands for all above 89."""
-    year: int | None
-    """Year on the patient's own shifted calendar, which ``StudyDate`` uses too."""
+Study = tuple[str, dict[str, str]]  # the subject; label, uncertain and missing, as in `Record`
+# Sex, and year of birth on the patient's own shifted calendar, which ``StudyDate`` uses too. An
+# anchor_age of 91 stands for all above 89.
+Patient = tuple[str, float | None]
 
 
 def read_mimic_cxr(folder: Path, besides: Sequence[Path] = ()) -> Source:
@@ -146,7 +134,7 @@ def _read_studies(table: Table) -> dict[str, Study]:
             alike[cells] = read_cells(where, dict(zip(LABELS, cells, strict=True)))
         if row["study_id"] in studies:
             raise CxrdistError(f"{where}: study {row['study_id']} has two rows; fetch it again")
-        studies[row["study_id"]] = Study(row["subject_id"], alike[cells])
+        studies[row["study_id"]] = row["subject_id"], alike[cells]
     return studies
 
 
@@ -165,12 +153,12 @@ def _read_splits(table: Table) -> dict[str, str]:
 
 
 def _read_patients(table: Table) -> dict[str, Patient]:
-    """Return sex and age of each patient by number."""
-    patients = {}
+    """Return sex and year of birth of each patient by number."""
+    patients: dict[str, Patient] = {}
     for _, row in table.cells(NEEDED[PATIENTS], NEEDED[PATIENTS]):
-        year = int(row["anchor_year"]) if YEAR.fullmatch(row["anchor_year"]) else None
-        sex, age = sex_of(row["gender"]), age_of(row["anchor_age"])
-        patients[row["subject_id"]] = Patient(sex, age, year)
+        year, age = YEAR.fullmatch(row["anchor_year"]), age_of(row["anchor_age"])
+        birth = int(year[0]) - age if year and age is not None else None
+        patients[row["subject_id"]] = sex_of(row["gender"]), birth
     return patients
 
 
@@ -191,22 +179,20 @@ def _facts(
         raise CxrdistError(f"{where}: {row['dicom_id']} has no row in {SPLIT}; fetch both again")
     if study not in studies:
         return None
-    labels = studies[study]
-    if labels.subject != subject:
+    owner, labels = studies[study]
+    if owner != subject:
         raise CxrdistError(
-            f"{where}: study {study} is of subject {subject}, but of {labels.subject} in "
-            f"{CHEXPERT}; fetch both again"
+            f"{where}: study {study} is of subject {subject}, but of {owner} in {CHEXPERT}; fetch "
+            "both again"
         )
-    patient = patients.get(subject)
-    age = _age(patient, row.get("StudyDate", ""))
-    sex = patient.sex if patient else ""
-    return {**labels.cells, "patient": f"p{subject}", "split": split, "sex": sex, "age": age}
+    sex, birth = patients.get(subject, ("", None))
+    age = _age(birth, row.get("StudyDate", ""))
+    return {**labels, "patient": f"p{subject}", "split": split, "sex": sex, "age": age}
 
 
-def _age(patient: Patient | None, date: str) -> float | None:
-    """Return a patient's age at a study: MIMIC-IV's anchor_age plus the years since anchor_year."""
+def _age(birth: float | None, date: str) -> float | None:
     year = YEAR.match(date)
-    if year is None or patient is None or patient.age is None or patient.year is None:
+    if year is None or birth is None:
         return None
-    age = patient.age + int(year[0]) - patient.year
+    age = int(year[0]) - birth
     return age if 0 <= age <= MOST_YEARS else None
