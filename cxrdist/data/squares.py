@@ -227,6 +227,7 @@ def _encode(decoded: Decoded) -> tuple[Decoded, list[bytes]]:
 def _describe(encoded: tuple[Decoded, list[bytes]], depth: int | None, key: bytes) -> Encoded:
     """Describe a decoded image, and add the thumbnails to its PNGs."""
     (record, decoded), pngs = encoded
+    mask = decoded.mask
     png_bytes, covered_bytes, mask_bytes = map(len, pngs)
     square = Square(
         record=record,
@@ -243,15 +244,12 @@ def _describe(encoded: tuple[Decoded, list[bytes]], depth: int | None, key: byte
         used_depth=decoded.used_depth,
         depth=None if decoded.used_depth is None else depth or decoded.used_depth,
         mask_bytes=mask_bytes,
-        **({} if decoded.mask is None else _describe_mask(decoded.mask)),
+        mask_sha256="" if mask is None else hashlib.sha256(mask.tobytes()).hexdigest(),
+        mask_share=0.0 if mask is None else float(np.mean(mask > 0)),
     )
-    thumbnails = map(_thumbnail, (decoded.pixels, decoded.covered))
+    images = (image for image in (decoded.pixels, decoded.covered) if image is not None)
     # In the order of `Square.lengths`.
-    return square, b"".join([*pngs, *thumbnails])
-
-
-def _thumbnail(pixels: NDArray[np.uint8] | None) -> bytes:
-    return b"" if pixels is None else shrink(pixels).tobytes()
+    return square, b"".join([*pngs, *(shrink(image).tobytes() for image in images)])
 
 
 def _lungs_alone(record: Record, decoded: Picture) -> Picture:
@@ -261,11 +259,6 @@ def _lungs_alone(record: Record, decoded: Picture) -> Picture:
         raise CxrdistError(f"{record.file}: its mask covers nothing of the square")
     image, covered = Image.fromarray(decoded.pixels & mask), decoded.covered
     return replace(decoded, image=image, covered=None if covered is None else covered & mask)
-
-
-def _describe_mask(mask: NDArray[np.uint8]) -> dict[str, Any]:
-    digest = hashlib.sha256(mask.tobytes()).hexdigest()
-    return {"mask_sha256": digest, "mask_share": float(np.mean(mask > 0))}
 
 
 def _unnamed(file: Path, error: CxrdistError) -> str:
