@@ -34,6 +34,9 @@ CANVAS_SPAN = 1.3
 
 FloatArray = npt.NDArray[np.floating]
 Point = tuple[float, float]
+Line = tuple[list[Point], float, int]  # points and width in the body frame, brightness (0-255)
+# The linear part [2, 2] and the shift [2] that map the body frame to that of an image.
+Pose = tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]
 Kind = Literal["opacity", "word"]
 
 
@@ -95,21 +98,6 @@ class _Opacity:
     radius_x: float
     radius_y: float
     density: float
-
-
-@dataclass(frozen=True)
-class _Pose:
-    """Pose of the body in one image: rotated, scaled, then shifted."""
-
-    radians: float
-    scale: float
-    shift_x: float
-    shift_y: float
-
-    def matrix(self) -> npt.NDArray[np.float64]:
-        """Return the linear part [2, 2] that maps the body frame to the image frame."""
-        cos, sin = np.cos(self.radians), np.sin(self.radians)
-        return self.scale * np.array([[cos, -sin], [sin, cos]])
 
 
 def write_phantoms(
@@ -265,14 +253,11 @@ def _draw_consolidation(lung: _Lung, rng: np.random.Generator) -> _Opacity:
     return _Opacity(x, y, rng.uniform(0.24, 0.32), rng.uniform(0.24, 0.34), rng.uniform(0.6, 0.85))
 
 
-def _draw_pose(rng: np.random.Generator) -> _Pose:
+def _draw_pose(rng: np.random.Generator) -> Pose:
     """Draw up to 5 degrees of turn, 8 % of scale and 4 % of the image's side of shift."""
-    return _Pose(
-        radians=np.deg2rad(rng.uniform(-5, 5)),
-        scale=rng.uniform(0.92, 1.08),
-        shift_x=rng.uniform(-0.08, 0.08),
-        shift_y=rng.uniform(-0.08, 0.08),
-    )
+    radians, scale = np.deg2rad(rng.uniform(-5, 5)), rng.uniform(0.92, 1.08)
+    cos, sin = np.cos(radians), np.sin(radians)
+    return scale * np.array([[cos, -sin], [sin, cos]]), rng.uniform(-0.08, 0.08, 2)
 
 
 def _render_anatomy(
@@ -362,13 +347,10 @@ def _texture(side: int, cells: int, strength: float, rng: np.random.Generator) -
     return strength * np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
 
 
-def _draw_lines(
-    lines: list[tuple[list[Point], float, int]], side: int, softness: float
-) -> FloatArray:
+def _draw_lines(lines: list[Line], side: int, softness: float) -> FloatArray:
     """Draw polylines on a canvas and blur them: brightness, float32 [C, C], 0 to 1.
 
-    A line has its points and its width in the body frame, and its brightness (0-255). The softness
-    is the radius of the blur in the body frame.
+    The softness is the radius of the blur in the body frame.
     """
     px = side / (2 * CANVAS_SPAN)
     canvas = Image.new("L", (side, side))
@@ -401,9 +383,7 @@ def _render_bones(lungs: tuple[_Lung, _Lung], side: int, rng: np.random.Generato
     return 0.1 * _draw_lines(back, side, 0.01) + 0.12 * _draw_lines(front, side, 0.012)
 
 
-def _cortical(
-    points: list[Point], width: float, brightness: int = 255
-) -> list[tuple[list[Point], float, int]]:
+def _cortical(points: list[Point], width: float, brightness: int = 255) -> list[Line]:
     """Return the lines of a bone: a bright shell and, on top of it, a fainter core."""
     return [(points, width, brightness), (points, width * 0.55, brightness * 2 // 3)]
 
@@ -462,11 +442,12 @@ def _render_opacities(opacities: list[_Opacity], side: int, rng: np.random.Gener
     return AIR_CONTRAST * (1 - clear) * mottle
 
 
-def _apply_pose(body: FloatArray, pose: _Pose, image_size_px: int) -> FloatArray:
+def _apply_pose(body: FloatArray, pose: Pose, image_size_px: int) -> FloatArray:
     """Resample the canvas, float32 [C, C], into an image, float32 [S, S]."""
+    matrix, moved = pose
     # Pillow maps the pixels of the result to those of the canvas, hence the inverse.
-    inverse = np.linalg.inv(pose.matrix())
-    offset = -inverse @ np.array([pose.shift_x, pose.shift_y])
+    inverse = np.linalg.inv(matrix)
+    offset = -inverse @ moved
     px = len(body) / (2 * CANVAS_SPAN)
     linear = inverse * (2 / image_size_px * px)
     shift = (offset - inverse @ np.ones(2) + CANVAS_SPAN) * px
@@ -485,10 +466,10 @@ def _expose(density: FloatArray, rng: np.random.Generator) -> npt.NDArray[np.uin
     return (255 * grey**gamma).astype(np.uint8)
 
 
-def _find_box(opacity: _Opacity, pose: _Pose) -> Planted:
+def _find_box(opacity: _Opacity, pose: Pose) -> Planted:
     """Return the box around an opacity's ellipse in the image, cut at the image's border."""
-    matrix = pose.matrix()
-    centre = matrix @ np.array([opacity.x, opacity.y]) + np.array([pose.shift_x, pose.shift_y])
+    matrix, moved = pose
+    centre = matrix @ np.array([opacity.x, opacity.y]) + moved
     # An ellipse extends along x by the norm of its half axes' x components, and so along y.
     half = np.sqrt((matrix * np.array([opacity.radius_x, opacity.radius_y])) ** 2 @ np.ones(2))
     low = np.clip((centre - half + 1) / 2, 0, 1)
