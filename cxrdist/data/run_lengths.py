@@ -8,9 +8,8 @@ are kept in memory. Not read: the heart, the landmarks, compressed tables.
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -47,17 +46,6 @@ class RunsRow(NamedTuple):
     """Predicted Dice coefficient, 0 to 1; NaN if the table lacks it."""
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """Positions of the columns; the quality may have up to two."""
-
-    name: int
-    lungs: tuple[int, ...]
-    size: tuple[int, ...]
-    quality: tuple[int, ...]
-    count: int
-
-
 def list_runs(file: Path) -> Iterator[RunsRow]:
     """Yield the rows of a table of run lengths, reading one at a time.
 
@@ -70,15 +58,16 @@ def list_runs(file: Path) -> Iterator[RunsRow]:
             content.seek(0)
             header = _next_row(content, f"{file} row 1")
             columns = _columns(file, header)
+            key = next(columns[name] for name in NAMES if name in columns)
             number, first = 1, len(header)
             while row := _next_row(content, f"{file} row {number + 1}"):
                 number += 1
                 where = f"{file} row {number}"
                 if row.strip():
-                    cells = _cells(row, where, columns.count)
-                    qualities = (_quality(cells[i], where) for i in columns.quality)
-                    quality = min(qualities, default=math.nan)
-                    yield RunsRow(where, cells[columns.name].strip(), first, len(row), quality)
+                    cells = _cells(row, where, len(columns))
+                    qualities = (cells[columns[name]] for name in QUALITY if name in columns)
+                    quality = min((_quality(cell, where) for cell in qualities), default=math.nan)
+                    yield RunsRow(where, cells[key].strip(), first, len(row), quality)
                 first += len(row)
     except OSError as error:
         raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
@@ -99,13 +88,13 @@ def read_runs(file: Path, first_byte: int, num_bytes: int) -> NDArray[np.uint8]:
     except OSError as error:
         raise CxrdistError(f"{file}: cannot be read ({error.strerror or error})") from error
     where = f"{file} (the row from byte {first_byte} on)"
-    cells = _cells(row, where, columns.count)
-    height, width = (_side(cells[i], where) for i in columns.size)
+    cells = _cells(row, where, len(columns))
+    height, width = (_side(cells[columns[name]], where) for name in SIZE)
     if height * width > MOST_PIXELS:
         raise CxrdistError(f"{where}: {width} x {height} px, expected at most {MOST_PIXELS} pixels")
     pixels = np.zeros(height * width, np.uint8)
-    for column in columns.lungs:
-        starts, ends = _runs(cells[column], len(pixels), where)
+    for name in LUNGS:
+        starts, ends = _runs(cells[columns[name]], len(pixels), where)
         for start, end in zip(starts, ends, strict=True):
             pixels[start:end] = 255
     return pixels.reshape(height, width)
@@ -170,10 +159,10 @@ def _next_row(content: BinaryIO, where: str) -> bytes:
     return b"".join(lines)
 
 
-def _columns(file: Path, header: bytes) -> _Columns:
-    """Find the columns, in any order; a first column without a name is the index of pandas."""
+def _columns(file: Path, header: bytes) -> dict[str, int]:
+    """Return the position of each column, by its plain name; that of pandas's index is empty."""
     names = [plain(name) for name in _cells(header, f"{file} row 1")]
-    positions: Mapping[str, int] = {name: i for i, name in enumerate(names)}
+    positions = {name: i for i, name in enumerate(names)}
     keys = [name for name in NAMES if name in positions]
     missing = [name for name in (*LUNGS, *SIZE) if name not in positions]
     if missing or len(keys) != 1 or len(positions) < len(names):
@@ -182,13 +171,7 @@ def _columns(file: Path, header: bytes) -> _Columns:
             "Index, Path, dicom_id, ImageID or image_id), Left Lung, Right Lung, Height and Width, "
             f"each once; found {', '.join(names)[:200] or 'no header'}"
         )
-    return _Columns(
-        positions[keys[0]],
-        tuple(positions[name] for name in LUNGS),
-        tuple(positions[name] for name in SIZE),
-        tuple(positions[name] for name in QUALITY if name in positions),
-        len(names),
-    )
+    return positions
 
 
 def _cells(row: bytes, where: str, count: int | None = None) -> list[str]:
