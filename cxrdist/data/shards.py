@@ -95,10 +95,8 @@ class _Spans(NamedTuple):
 def write_shard(path: Path, samples: Iterable[tuple[Mapping[str, object], bytes, bytes]]) -> None:
     """Write a shard atomically and reproducibly: the same samples give the same bytes.
 
-    Args:
-        path: where it goes.
-        samples: of each the content of KEY.json (`SampleFile`), the square as a PNG, and its mask
-            as a PNG of 0 and 255, empty without one.
+    A sample has the content of its KEY.json (`SampleFile`), its square as a PNG, and its mask as a
+    PNG of 0 and 255, empty without one.
     """
     with (
         atomic_file(path) as partial,

@@ -101,9 +101,8 @@ class Table:
     ) -> dict[str, int]:
         """Return the positions of the columns that exist, by letters and digits in any case.
 
-        Args:
-            names: names of the columns; or, by name, the spellings that each may have.
-            needed: names that the table of a public data set must have.
+        ``names`` are those of the columns, or have for each name the spellings that it may have;
+        ``needed`` are those that the table of a public data set must have.
 
         Raises:
             CxrdistError: a name has two columns, or a needed one has none.
