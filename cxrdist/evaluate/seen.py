@@ -242,12 +242,8 @@ def write_seen(path: Path, seen: Prints) -> None:
         "keys": np.array(seen.keys, "S"),
         **{name: getattr(seen, name) for name in _ROW_SHAPES},
     }
-    with atomic_file(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as file:
-        for name, array in arrays.items():
-            entry = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, so that the bytes do not vary
-            # zipfile does not know the size in advance, and without ZIP64 fails at 2 GiB.
-            with file.open(entry, "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, array, version=(1, 0), allow_pickle=False)
+    with atomic_file(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def read_seen(path: Path) -> Prints:
