@@ -50,18 +50,6 @@ def placements(
     return above, below
 
 
-def covariance(
-    scores: NDArray[np.float64], truth: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the AUROCs of K models, float64 [K], and their covariance, float64 [K, K].
-
-    The arguments are those of `placements`, with at least two images of each truth.
-    """
-    above, below = placements(scores, truth)
-    spread = np.cov(above) / above.shape[1] + np.cov(below) / below.shape[1]
-    return above.mean(axis=1), np.atleast_2d(spread)
-
-
 def compare_aurocs(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> DeLong | None:
     """Test whether two models, with scores float64 [2, N], rank N images equally well.
 
@@ -72,7 +60,9 @@ def compare_aurocs(scores: NDArray[np.float64], truth: NDArray[np.bool_]) -> DeL
 
     if min(truth.sum(), (~truth).sum()) < 2:
         return None
-    aurocs, spread = covariance(scores, truth)
+    above, below = placements(scores, truth)
+    aurocs = above.mean(axis=1)
+    spread = np.cov(above) / above.shape[1] + np.cov(below) / below.shape[1]
     difference = float(aurocs[1] - aurocs[0])
     error = math.sqrt(max(0.0, float(spread[0, 0] + spread[1, 1] - 2 * spread[0, 1])))
     reach = float(norm.ppf((1 + LEVEL) / 2)) * error
