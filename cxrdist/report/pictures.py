@@ -101,9 +101,7 @@ def loss_chart(
 
     def draw(axes: Axes) -> None:
         axes.plot(epochs, train, color=SECOND, marker="s", linestyle="--", label="training")
-        _draw_validation(axes, epochs, validation, best_epoch)
-        axes.set_ylabel("loss")
-        _scale_epochs(axes, epochs)
+        _draw_epochs(axes, "loss", epochs, validation, best_epoch)
 
     return _chart(name, f"Loss over {epochs[-1]} epochs", draw, (4.6, 2.9))
 
@@ -118,11 +116,9 @@ def score_chart(
     """Draw a validation score (0 to 1) over the epochs; arguments as for `loss_chart`."""
 
     def draw(axes: Axes) -> None:
-        _draw_validation(axes, epochs, validation, best_epoch)
+        _draw_epochs(axes, score, epochs, validation, best_epoch)
         # matplotlib's margin would put values above 1 on the axis of a score.
         axes.set_ylim(top=min(axes.get_ylim()[1], 1.02))
-        axes.set_ylabel(score)
-        _scale_epochs(axes, epochs)
 
     return _chart(name, f"Validation {score} over {epochs[-1]} epochs", draw, (4.6, 2.9))
 
@@ -286,27 +282,22 @@ def differences_chart(rows: Sequence[tuple[str, float, float, float]]) -> Markup
     return _chart("differences", "Differences with their intervals", draw, size)
 
 
-def _scale_epochs(axes: Axes, epochs: Sequence[int]) -> None:
-    """Label the epochs with integers, and put the legend on top."""
-    axes.set_xlabel("epoch")
+def _draw_epochs(
+    axes: Axes, what: str, epochs: Sequence[int], values: Sequence[float], best_epoch: int | None
+) -> None:
+    """Draw values on validation images over the epochs, and mark that of the kept weights."""
+    axes.plot(epochs, values, color=FIRST, marker="o", label="validation")
+    if best_epoch is not None and best_epoch in epochs:
+        axes.axvline(best_epoch, color=INK, alpha=0.5, linestyle=":", linewidth=1.2)
+        best = values[epochs.index(best_epoch)]
+        (ring,) = axes.plot(best_epoch, best, "o", linestyle="none", label="best epoch")
+        ring.set(markersize=10, markerfacecolor="none", markeredgecolor=INK)
+    axes.set(xlabel="epoch", ylabel=what)
     # Less than 1, or the axis would show an epoch that does not exist.
     margin = min(0.9, max(0.5, 0.015 * len(epochs)))
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(**_LEGEND, ncols=3, handlelength=1.6, columnspacing=1.2)
-
-
-def _draw_validation(
-    axes: Axes, epochs: Sequence[int], values: Sequence[float], best_epoch: int | None
-) -> None:
-    """Draw values on validation images, with a line and a ring at the epoch of the kept weights."""
-    axes.plot(epochs, values, color=FIRST, marker="o", label="validation")
-    if best_epoch is None or best_epoch not in epochs:
-        return
-    axes.axvline(best_epoch, color=INK, alpha=0.5, linestyle=":", linewidth=1.2)
-    best = values[epochs.index(best_epoch)]
-    (ring,) = axes.plot(best_epoch, best, "o", linestyle="none", label="best epoch")
-    ring.set(markersize=10, markerfacecolor="none", markeredgecolor=INK)
 
 
 def _draw_diagonal(axes: Axes) -> None:
