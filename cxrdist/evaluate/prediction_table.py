@@ -121,11 +121,7 @@ def to_logits(probabilities: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _find_columns(table: Table) -> dict[str, int]:
-    """Find the position of each known column, with ``path`` as ``key``.
-
-    Raises:
-        CxrdistError: key or label is missing, a column is doubled, or a name is ambiguous.
-    """
+    """Find the position of each known column, with ``path`` as ``key``."""
     positions = table.find_columns(COLUMNS)
     if "path" in positions:  # as `cxrdist predict` calls it
         positions.setdefault("key", positions.pop("path"))
@@ -143,11 +139,7 @@ def _find_columns(table: Table) -> dict[str, int]:
 
 
 def _find_classes(table: Table, prefix: str) -> dict[str, int]:
-    """Find the column of each class, in the order of the table.
-
-    Raises:
-        CxrdistError: a class is doubled, or its name is invalid.
-    """
+    """Find the column of each class, in the order of the table."""
     columns: dict[str, int] = {}
     for i, column in enumerate(table.columns):
         name = column.removeprefix(prefix).strip()
@@ -185,9 +177,6 @@ def _labels(
 
     Returns:
         The task, and the columns label, uncertain and missing with ``|`` between labels.
-
-    Raises:
-        CxrdistError: a label has no probability or is doubled, or a required label is missing.
     """
     stated = cells.get("label") or cells["labels"]
     several = (
@@ -229,11 +218,7 @@ def _names(cell: str, classes: Sequence[str]) -> list[str]:
 def _numbers(
     rows: Sequence[Row], prefix: str, positions: Mapping[str, int], bounds: Between
 ) -> NDArray[np.float64]:
-    """Read one number per class, float64 [N, classes]; a decimal comma is read as a point.
-
-    Raises:
-        CxrdistError: a number is invalid or out of bounds.
-    """
+    """Read one number per class, float64 [N, classes]; a decimal comma is read as a point."""
     values = np.empty((len(rows), len(positions)))
     for i, row in enumerate(rows):
         for column, (name, position) in enumerate(positions.items()):
@@ -247,11 +232,7 @@ def _numbers(
 
 
 def _splits(rows: Sequence[Row], cells: Mapping[str, list[str]]) -> list[str]:
-    """Read the splits.
-
-    Raises:
-        CxrdistError: a split is invalid, or no image is in test.
-    """
+    """Read the splits."""
     splits = []
     # Not strict: without the column there are no cells, and no splits.
     for row, text in zip(rows, cells.get("split", ()), strict=False):

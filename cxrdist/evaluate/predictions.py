@@ -78,9 +78,6 @@ def _calibrate(loaded: LoadedRun, config: EvaluateConfig, rule: Rule | None) -> 
 
     Returns:
         The model's calibration; None if its own validation split was not evaluated yet.
-
-    Raises:
-        CxrdistError: another rule was asked for, but the shards are not the model's.
     """
     index, stored = loaded.index, loaded.model.calibration
     has_val = not (isinstance(loaded.model, Ensemble) and loaded.model.has_folds)

@@ -168,11 +168,7 @@ def read_predictions(path: Path, task: str) -> list[Prediction]:
 
 
 def _read_prediction(row: Mapping[str, str], classes: Sequence[str], task: str) -> Prediction:
-    """Read a row of predictions.csv.
-
-    Raises:
-        ValueError: it has a label without a column, or an invalid number.
-    """
+    """Read a row of predictions.csv."""
     probabilities = {name: float(row[f"prob_{name}"]) for name in classes}
     logits = {name: finite(row[f"logit_{name}"]) for name in classes}
     unknown = row.get("uncertain", ""), row.get("missing", "")

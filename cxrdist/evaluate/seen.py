@@ -261,11 +261,7 @@ def read_seen(path: Path) -> Prints:
 
 
 def _read_prints(archive: zipfile.ZipFile, num_bytes: int) -> Prints:
-    """Read the arrays; together they may not be larger than the file.
-
-    Raises:
-        ValueError, LookupError: an array is missing, or has another type or shape.
-    """
+    """Read the arrays; together they may not be larger than the file."""
     names = ("format", "index_sha256", "keys", *_ROW_SHAPES)
     sizes = [archive.getinfo(f"{name}.npy").file_size for name in names]
     # Stored members of a crafted archive may overlap: each fits into the file, but not their sum.
@@ -287,11 +283,7 @@ def _read_prints(archive: zipfile.ZipFile, num_bytes: int) -> Prints:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    """Read an array of bytes or strings; its size must match its header.
-
-    Raises:
-        ValueError: it is compressed, or has another type or size.
-    """
+    """Read an array of bytes or strings; its size must match its header."""
     entry = archive.getinfo(f"{name}.npy")
     if entry.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")

@@ -45,9 +45,6 @@ class ByZennit:
             name: ``canonical``, or the name of one of zennit's composites.
             bounds: least and largest normalised inputs [1, C, 1, 1], for zennit's box rule.
             rules: variant of the canonical preset; zennit's composites ignore ``flat``.
-
-        Raises:
-            CxrdistError: zennit has no such composite, or the network cannot be explained.
         """
         self.network = canonical_network(network)
         self._ledger = Ledger()

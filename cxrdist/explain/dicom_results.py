@@ -109,9 +109,6 @@ def _read_source(data: bytes, output: Output) -> tuple[Dataset, list[str]]:
     Invalid dates and times become empty; everything else is copied unchanged, so that a PACS
     recognises the patient and the study. Elements of type 2 (PS3.5, section 7.4.3) are empty if
     absent.
-
-    Raises:
-        RefusedError: it has no UIDs to refer to, or a value is too long.
     """
     # Forced, because exports may lack the preamble.
     dataset = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True)

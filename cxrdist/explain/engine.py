@@ -37,11 +37,7 @@ class Engine:
 
     @torch.no_grad()
     def __init__(self, network: DenseNet, rules: Rules) -> None:
-        """Fold a copy of the network; the network itself does not change.
-
-        Raises:
-            CxrdistError: the network is in training mode, or has an unknown layer.
-        """
+        """Fold a copy of the network; the network itself does not change."""
         check(network)
         self._folded = fold(network, rules.biases)
         self._rules = rules

@@ -34,9 +34,6 @@ class Innvestigate:
         """Copy the network.
 
         The rule of the first convolution is flat or alpha1-beta0; epsilon is the linear layer's.
-
-        Raises:
-            CxrdistError: the network is in training mode, or has a layer without a rule here.
         """
         check(network)
         self._network = deepcopy(network).requires_grad_(False)

@@ -168,11 +168,7 @@ def _read_file(path: Path, key: str, read: Callable[[str, IO[bytes]], T]) -> T:
 def _array(
     file: zipfile.ZipFile, name: str, shape: tuple[int, ...], kind: type[np.generic]
 ) -> NDArray[Any]:
-    """Read an array of an npz, and check its shape and type.
-
-    Raises:
-        ValueError, and errors of `zipfile`: it has another shape or type.
-    """
+    """Read an array of an npz, and check its shape and type."""
     num_bytes = math.prod(shape) * np.dtype(kind).itemsize
     if file.getinfo(f"{name}.npy").file_size > MOST_HEADER_BYTES + num_bytes:
         raise ValueError(f"{name} is too large")

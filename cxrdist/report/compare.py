@@ -81,11 +81,7 @@ def compare(config: CompareConfig) -> Path:
 
 
 def _read(run: RunDirectory, subset: str) -> tuple[Scored, int]:
-    """Read the predictions of a run, and the fewest images of a class that it calls enough.
-
-    Raises:
-        CxrdistError: it does not exist, or was not evaluated there.
-    """
+    """Read the predictions of a run, and the fewest images of a class that it calls enough."""
     if not run.root.is_dir():
         raise CxrdistError(
             f"{run.root}: no such directory; give that of a finished `cxrdist train`"

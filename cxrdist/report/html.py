@@ -89,11 +89,7 @@ def report(config: ReportConfig) -> Path:
 
 
 def _duration(path: Path, info: RunInfo) -> str:
-    """Write how long a run took from start to end, pauses included.
-
-    Raises:
-        CxrdistError: its times are invalid.
-    """
+    """Write how long a run took from start to end, pauses included."""
     with reading(path, "train"):
         started = datetime.fromisoformat(info["started"])
         if info["finished"] is None:
