@@ -21,7 +21,7 @@ import numpy as np
 import scipy  # loads submodules on first use; ranks that train need none of them
 from numpy.typing import NDArray
 
-from cxrdist.bootstrap import ALIKE, LEVEL, Limits, Replicates, Values
+from cxrdist.bootstrap import ALIKE, LEVEL, SEED, Limits, Replicates, Values
 from cxrdist.documents import Text
 from cxrdist.info import Count
 
@@ -53,14 +53,14 @@ class Intervals(TypedDict):
     """patient, or image where no patient has two images."""
 
 
-def describe(replicates: Replicates, seed: int) -> Intervals:
+def describe(replicates: Replicates) -> Intervals:
     """Return the description of the intervals for a document."""
     patients = replicates.patients(np.ones(len(replicates.patient), bool))
     return {
         "method": METHOD,
         "level": LEVEL,
         "replicates": len(replicates.draws),
-        "seed": seed,
+        "seed": SEED,
         "patients": patients,
         "unit": "image" if patients == len(replicates.patient) else "patient",
     }

@@ -286,7 +286,7 @@ def _score(probe: _Probe, logits: NDArray[np.float32]) -> Metrics:
     scored, settings = score_samples(probe.loaded.index, probe.numbers, logits), Settings()
     replicates = replicate(scored, settings)
     metrics = score(scored, replicates, settings.fewest)
-    metrics["intervals"] = describe(replicates, settings.seed)
+    metrics["intervals"] = describe(replicates)
     return metrics
 
 

@@ -180,7 +180,7 @@ def compare_scored(a: Scored, b: Scored, settings: Settings) -> Statistics:
     statistics: Statistics = {
         "task": "multilabel" if a.task == "multilabel" else "multiclass",
         "samples": len(a),
-        "intervals": {**describe(draws, settings.seed), "method": METHOD},
+        "intervals": {**describe(draws), "method": METHOD},
         "fewest": settings.fewest,
         "macro": {name: both.difference(name, columns) for name, columns in means.items()},
         "macro_labels": {name: len(columns) for name, columns in means.items()},

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cxrdist.bootstrap import REPLICATES, SEED, Replicates, draw, rarest_class
+from cxrdist.bootstrap import REPLICATES, Replicates, draw, rarest_class
 from cxrdist.data.labels import POSITIVE
 from cxrdist.evaluate.calibration import calibration_figures
 from cxrdist.evaluate.decision_curve import decision_curve
@@ -25,19 +25,17 @@ class Settings:
             the images only.
         calibration: temperatures and thresholds chosen on the validation split; None before that.
         replicates: number of bootstrap replicates.
-        seed: seed of the bootstrap.
     """
 
     fewest: int = 10
     prevalence: float | None = None
     calibration: Calibration | None = None
     replicates: int = REPLICATES
-    seed: int = SEED
 
 
 def replicate(scored: Scored, settings: Settings) -> Replicates:
     """Draw bootstrap replicates of the patients, stratified by the rarest class of each."""
-    return draw(scored.patients, strata(scored), settings.replicates, settings.seed)
+    return draw(scored.patients, strata(scored), settings.replicates)
 
 
 def strata(scored: Scored) -> list[str]:
@@ -50,7 +48,7 @@ def measure(scored: Scored, settings: Settings) -> Metrics:
     replicates, calibration = replicate(scored, settings), settings.calibration
     scores = score(scored, replicates, settings.fewest)
     metrics: Metrics = {"format": "cxrdist-metrics-1", **scores}
-    metrics["intervals"] = describe(replicates, settings.seed)
+    metrics["intervals"] = describe(replicates)
     if calibration:
         points = operating_points(scored, replicates, calibration, settings.prevalence)
         metrics["operating_points"] = points

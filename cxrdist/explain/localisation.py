@@ -168,7 +168,7 @@ def summarise(
     chosen = {method: tops.get(method, TOPS.index(FIXED_TOP)) for method in cases[0].scores}
     groups = [(ALL, np.ones(len(cases), bool)), *zip(names, has.T, strict=True)]
     rows = [_group(name, cases, own, replicates.take(own), chosen) for name, own in groups]
-    return rows, describe(replicates, 0)
+    return rows, describe(replicates)
 
 
 def _group(

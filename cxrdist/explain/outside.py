@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cxrdist.bootstrap import SEED, Replicates, draw, rarest_class
+from cxrdist.bootstrap import Replicates, draw, rarest_class
 from cxrdist.data.regions import border, corners
 from cxrdist.explain.description import ClassRow, OutsideInfo, OutsideRow, RegionInfo
 from cxrdist.explain.heatmap import overlay, smooth
@@ -128,7 +128,7 @@ def summarise(
     return {
         "all": _row(looks, replicates, everything),
         "classes": classes,
-        "intervals": describe(replicates, SEED),
+        "intervals": describe(replicates),
     }
 
 
