@@ -281,9 +281,7 @@ def _one_against_rest(logits: Tensor, predicted: Tensor, truth: Tensor) -> Score
 def means(values: Mapping[ScoreName, Sequence[float | None]]) -> Scores:
     """Average each score over the classes; None without classes or if one lacks the score."""
     averages = {
-        score: float(np.mean(defined))
-        if (defined := [v for v in column if v is not None]) and len(defined) == len(column)
-        else None
+        score: float(np.array(column, float).mean()) if column and None not in column else None
         for score, column in values.items()
     }
     return cast(Scores, averages)

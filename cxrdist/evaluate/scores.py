@@ -127,20 +127,18 @@ def _rankings(
     scored: Scored, replicates: Replicates, classes: dict[str, Scores]
 ) -> dict[ScoreName, Figures]:
     """Compute the intervals of AUROC and average precision; their values are in `classes`."""
-    limits: dict[ScoreName, list[Limits | None]] = {"auroc": [], "average_precision": []}
+    names: tuple[ScoreName, ...] = ("auroc", "average_precision")
+    limits: dict[ScoreName, list[Limits | None]] = {name: [None] * len(classes) for name in names}
     values = {name: np.full((len(classes), len(replicates.draws)), np.nan) for name in limits}
     for i, scores in enumerate(classes.values()):
         area, precision = scores["auroc"], scores["average_precision"]
         if area is None or precision is None:
-            for of_score in limits.values():
-                of_score.append(None)
             continue
         known = scored.targets[:, i] >= 0
         truth, drawn = scored.targets[known, i] == POSITIVE, replicates.take(known)
         auroc, average = drawn.ranking(scored.logits[known, i], truth)
-        limits["auroc"].append(of_auroc(drawn, area, auroc, truth))
-        positives = drawn.patients(truth)
-        limits["average_precision"].append(bounded(precision, average, positives))
+        limits["auroc"][i] = of_auroc(drawn, area, auroc, truth)
+        limits["average_precision"][i] = bounded(precision, average, drawn.patients(truth))
         values["auroc"][i], values["average_precision"][i] = auroc, average
     return {name: (limits[name], values[name]) for name in limits}
 
