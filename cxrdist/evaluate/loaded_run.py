@@ -145,20 +145,16 @@ def load_images(opened: OpenedRun, cache: Path | None) -> LoadedRun:
     """
     images = open_cache(opened.packed, cache, opened.accelerator)
     loaded = LoadedRun(**vars(opened), images=images)
-    if opened.choices is None:
+    if (choices := opened.choices) is None:
         return loaded
-    external = _find_external(loaded, opened.choices, cache)
-    return replace(loaded, index=external.index, external=external)
-
-
-def _find_external(loaded: LoadedRun, choices: Choices, cache: Path | None) -> External:
-    accelerator, packed, mapped = loaded.accelerator, loaded.packed, loaded.index
-    numbers = np.array(mapped.numbers(loaded.split), dtype=np.int64)
-    overlap = find_overlap(accelerator, loaded.run, packed, loaded.images, numbers, cache)
-    return together(
+    accelerator, packed, mapped = opened.accelerator, opened.packed, opened.index
+    numbers = np.array(mapped.numbers(opened.split), dtype=np.int64)
+    overlap = find_overlap(accelerator, opened.run, packed, images, numbers, cache)
+    external = together(
         accelerator,
-        lambda: take_external(loaded.subset, packed, mapped, loaded.split, choices, overlap),
+        lambda: take_external(opened.subset, packed, mapped, opened.split, choices, overlap),
     )
+    return replace(loaded, index=external.index, external=external)
 
 
 def refuse_unlike(index: Index, model: Classifier | Ensemble, split: str) -> None:

@@ -66,7 +66,6 @@ class _Inputs:
 
     loaded: LoadedRun
     model: Classifier
-    split: str
     targets: Targets
     explainer: Explainer
     is_compact: bool
@@ -115,9 +114,7 @@ def explain(config: ExplainConfig) -> None:
     is_compact = config.format == "webdataset"
     has_masks = any(loaded.index.samples[number].mask_sha256 for number in numbers)
     masks = open_masks(loaded.packed, config.cache, accelerator) if has_masks else None
-    inputs = _Inputs(
-        loaded, model, config.split, targets, explainer, is_compact, config.pictures, masks
-    )
+    inputs = _Inputs(loaded, model, targets, explainer, is_compact, config.pictures, masks)
     is_main = accelerator.is_main_process
     directory = together(accelerator, lambda: loaded.run.relevance_info(loaded.subset).parent)
     with entering(accelerator, locked(directory), here=is_main):
@@ -404,7 +401,7 @@ def _test(inputs: _Inputs, config: ExplainConfig) -> list[Tested]:
     """Run pixel flipping and model randomisation on this rank's share of a few samples."""
     loaded, accelerator, classes = inputs.loaded, inputs.loaded.accelerator, inputs.targets.classes
     most = min(config.limit or TESTED_IMAGES, TESTED_IMAGES)
-    numbers = choose_samples(loaded.index, inputs.split, most)
+    numbers = choose_samples(loaded.index, loaded.split, most)
     batches = list(rank_batches(numbers, 1, accelerator))
     if not batches:
         return []
@@ -430,16 +427,14 @@ def _finish(
     inputs: _Inputs, rows: Rows, tested: list[Tested], looks: list[Look], sums: Sums
 ) -> None:
     """Write the results of the tests, and the relevance by region, into relevance.json."""
-    path, samples = (
-        inputs.loaded.run.relevance_info(inputs.loaded.subset),
-        inputs.loaded.index.samples,
-    )
+    loaded = inputs.loaded
+    path = loaded.run.relevance_info(loaded.subset)
     info = read_description(path, MEND)
     info["ledger_residual"] = ledger_residual(rows)
     info["pixel_flipping"] = flipping.summarise([flipped for _, flipped, _ in tested])
     blocks = randomisation.levels(inputs.model)
     info["randomisation"] = randomisation.summarise(blocks, [compared for *_, compared in tested])
-    patients = {look.number: samples[look.number].patient for look in looks}
+    patients = {look.number: loaded.index.samples[look.number].patient for look in looks}
     info["outside"] = outside.summarise(looks, sums, inputs.targets.classes, patients)
     write_json(path, info)
 
