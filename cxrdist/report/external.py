@@ -1,7 +1,7 @@
 """What the report shows of external sets beside the run's own test images."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from cxrdist.evaluate.metrics import ExternalInfo, Metrics, headline_means
 from cxrdist.report.scores import known_images
@@ -16,12 +16,8 @@ COLUMNS = {
 }
 
 
-class _Evaluated(NamedTuple):
-    """An evaluated set; `external` is None for the run's own test images."""
-
-    split: SplitView
-    metrics: Metrics
-    external: ExternalInfo | None
+Evaluated = tuple[SplitView, Metrics]
+"""A set and its metrics, whose member `external` the run's own test images lack."""
 
 
 def external_view(splits: Sequence[SplitView]) -> View | None:
@@ -30,29 +26,31 @@ def external_view(splits: Sequence[SplitView]) -> View | None:
     Returns:
         The values for the page; None if no external set was evaluated.
     """
-    evaluated = [
-        _Evaluated(split, metrics, metrics.get("external"))
+    shown: list[Evaluated] = [
+        (split, metrics)
         for split in splits
-        if (metrics := split["metrics"])
+        if (metrics := split["metrics"]) and (split["subset"] == "test" or "external" in metrics)
     ]
-    shown = [one for one in evaluated if one.split["subset"] == "test" or one.external]
-    sets = [(one, one.external) for one in shown if one.external]
+    sets = [
+        _provenance(split, metrics, metrics["external"])
+        for split, metrics in shown
+        if "external" in metrics
+    ]
     if not sets:
         return None
-    task = sets[0][0].metrics["task"]
+    task = shown[0][1]["task"]
     columns = {n: label for n, label in COLUMNS.items() if n != "accuracy" or task == "multiclass"}
     return {
         "columns": list(columns.values()),
-        "rows": [_row(one, columns) for one in shown],
+        "rows": [_row(split, metrics, columns) for split, metrics in shown],
         "classes": _class_rows(shown),
-        "sets": [_provenance(one, external) for one, external in sets],
+        "sets": sets,
     }
 
 
-def _row(evaluated: _Evaluated, columns: Mapping[str, str]) -> View:
+def _row(split: SplitView, metrics: Metrics, columns: Mapping[str, str]) -> View:
     """Write the row of a set: images, patients, seen images, and means over its classes."""
-    metrics, external = evaluated.metrics, evaluated.external
-    intervals = metrics.get("intervals")
+    intervals, external = metrics.get("intervals"), metrics.get("external")
     means = headline_means(metrics)
     num_classes = sum(not scores.get("too_few") for scores in metrics["classes"].values())
     scores = [
@@ -62,7 +60,7 @@ def _row(evaluated: _Evaluated, columns: Mapping[str, str]) -> View:
     ]
     accuracy = [_with_interval(metrics, "accuracy")] if "accuracy" in columns else []
     return {
-        **_named(evaluated),
+        **_named(split, metrics),
         "num_classes": num_classes,
         "images": count(metrics["samples"]),
         "patients": count(intervals["patients"] if intervals else None),
@@ -71,8 +69,8 @@ def _row(evaluated: _Evaluated, columns: Mapping[str, str]) -> View:
     }
 
 
-def _named(evaluated: _Evaluated) -> View:
-    split, external = evaluated.split, evaluated.external
+def _named(split: SplitView, metrics: Metrics) -> View:
+    external = metrics.get("external")
     return {
         "name": external["name"] if external else split["name"],
         "element": split["element"],
@@ -88,13 +86,12 @@ def _seen(external: ExternalInfo) -> str:
     return f"{count(external['seen_images'])} of {count(external['images'])}, {done}"
 
 
-def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
+def _class_rows(shown: Sequence[Evaluated]) -> list[View]:
     """Write a row per class and set, for the classes that the set has."""
     rows: list[View] = []
-    for i, name in enumerate(shown[0].metrics["classes"]):
-        for evaluated in shown:
-            metrics, external = evaluated.metrics, evaluated.external
-            if external and name not in external["classes"]:
+    for i, name in enumerate(shown[0][1]["classes"]):
+        for split, metrics in shown:
+            if "external" in metrics and name not in metrics["external"]["classes"]:
                 continue
             scores = metrics["classes"][name]
             positives = scores.get("positives")
@@ -104,7 +101,7 @@ def _class_rows(shown: Sequence[_Evaluated]) -> list[View]:
             rows.append(
                 {
                     "class": name,
-                    **_named(evaluated),
+                    **_named(split, metrics),
                     "images": f"{count(positives)} of {count(known_images(metrics, name))}",
                     "scores": [
                         _with_interval(scores, score)
@@ -121,13 +118,12 @@ def _with_interval(scores: Mapping[str, Any], name: str) -> tuple[str, str]:
     return number(value), "" if value is None else interval(limits, nothing="no interval")
 
 
-def _provenance(evaluated: _Evaluated, external: ExternalInfo) -> View:
+def _provenance(split: SplitView, metrics: Metrics, external: ExternalInfo) -> View:
     """Gather the facts about an external set that its scores depend on."""
-    metrics = evaluated.metrics
     return {
         **external,
-        **_named(evaluated),
-        "subset": evaluated.split["subset"],
+        **_named(split, metrics),
+        "subset": split["subset"],
         "index_sha256": metrics.get("index_sha256", DASH),
         "split": metrics.get("split", DASH),
         "not_known": external.get("not_known"),

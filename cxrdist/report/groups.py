@@ -36,7 +36,7 @@ def groups_view(element: str, metrics: Metrics) -> View | None:
         "columns": list(columns),
         "comparisons": groups["comparisons"],
         "fewest": groups["fewest"],
-        "flagged": flagged_gaps(metrics),
+        "flagged": flagged_gaps(groups),
         "gaps": [_gap(gap) for gap in groups["gaps"]],
         "overall": _overall(columns) if metrics["task"] == "multiclass" else [],
         "classes": [
@@ -46,10 +46,9 @@ def groups_view(element: str, metrics: Metrics) -> View | None:
     }
 
 
-def flagged_gaps(metrics: Metrics) -> list[str]:
+def flagged_gaps(groups: Groups) -> list[str]:
     """Describe each difference between groups that is larger than chance, the largest first."""
-    groups = metrics.get("groups")
-    return [_sentence(gap, groups) for gap in groups["gaps"] if gap["flagged"]] if groups else []
+    return [_sentence(gap, groups) for gap in groups["gaps"] if gap["flagged"]]
 
 
 def _sentence(gap: Gap, all_groups: Groups) -> str:

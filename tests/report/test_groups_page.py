@@ -47,7 +47,7 @@ def test_flagged_gaps_are_told_in_words_with_both_figures(run: Path, made: Simpl
     groups = measured(made.CLASSES)
     gap = next(gap for gap in groups["gaps"] if gap["label"] == "COVID-19" and gap["flagged"])
     assert (gap["column"], gap["lower"], gap["higher"]) == ("sex", "F", "M")
-    lines = flagged_gaps({"groups": groups})
+    lines = flagged_gaps(groups)
     assert len(lines) == sum(gap["flagged"] for gap in groups["gaps"]) > 3
     line = next(line for line in lines if line.startswith("Sensitivity of COVID-19"))
     scores = [groups["columns"]["sex"][sex]["classes"]["COVID-19"] for sex in "FM"]
