@@ -74,14 +74,9 @@ def safe_name(name: str) -> str:
     return safe
 
 
-def picture_name(key: str, name: str) -> str:
-    """Return the file name of a heat map."""
-    return f"{key}.{safe_name(name)}.png"
-
-
 def picture_names(key: str, names: list[str]) -> list[str]:
     """Return the file names of a sample's pictures: the X-ray, then its heat maps."""
-    return [f"{key}.png", *(picture_name(key, name) for name in names)]
+    return [f"{key}.png", *(f"{key}.{safe_name(name)}.png" for name in names)]
 
 
 def write_pictures(

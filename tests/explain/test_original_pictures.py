@@ -6,17 +6,17 @@ from PIL import Image
 
 from cxrdist.errors import CxrdistError
 from cxrdist.explain.heatmap import overlay
-from cxrdist.explain.pictures import picture_name, write_pictures
+from cxrdist.explain.pictures import picture_names, safe_name, write_pictures
 
 
 def test_class_names_make_safe_file_names():
     """A slash leads to no other folder, a long name still fits, and no two classes share a file."""
-    assert picture_name("key", "Viral Pneumonia") == "key.Viral Pneumonia.png"
-    assert picture_name("key", "../a/b").startswith("key...-a-b-")
-    assert "/" not in picture_name("key", "../a/b")
-    assert picture_name("key", "a/b") != picture_name("key", "a:b") != picture_name("key", "a-b")
-    long = [picture_name("key", "\u80ba" * 200 + end) for end in "ab"]
-    assert long[0] != long[1]
+    assert picture_names("key", ["Viral Pneumonia"]) == ["key.png", "key.Viral Pneumonia.png"]
+    assert safe_name("../a/b").startswith("..-a-b-")
+    assert "/" not in safe_name("../a/b")
+    assert safe_name("a/b") != safe_name("a:b") != safe_name("a-b")
+    long = picture_names("key", ["\u80ba" * 200 + end for end in "ab"])
+    assert len({*long}) == 3
     assert max(len(name.encode()) for name in long) < 120
 
 
