@@ -95,7 +95,10 @@ def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
     Raises:
         CxrdistError: a name is not a class of the model, or a contrast does not have two classes.
     """
-    classes = choose_classes(config.classes, model)
+    listed = [name.strip() for name in config.classes.split(",")]
+    classes = list(model.classes) if config.classes == "all" else listed
+    for name in classes:
+        _refuse_unknown("--classes", name, model.classes)
     if config.contrast is None:
         return Targets(classes)
     pair = [name.strip() for name in config.contrast.split(",")]
@@ -107,14 +110,6 @@ def choose_targets(config: ExplainConfig, model: Classifier) -> Targets:
     for name in pair:
         _refuse_unknown("--contrast", name, model.classes)
     return Targets(classes, (pair[0], pair[1]))
-
-
-def choose_classes(classes: str, model: Classifier) -> list[str]:
-    """Parse ``all`` or comma-separated names; raise CxrdistError for an unknown one."""
-    names = model.classes if classes == "all" else [name.strip() for name in classes.split(",")]
-    for name in names:
-        _refuse_unknown("--classes", name, model.classes)
-    return list(names)
 
 
 def _refuse_unknown(option: str, name: str, classes: list[str]) -> None:
