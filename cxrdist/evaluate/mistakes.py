@@ -1,6 +1,7 @@
 """Mistakes: the images that a model got wrong, the most confident first."""
 
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -49,28 +50,22 @@ def find_mistakes(scored: Scored, thresholds: Mapping[str, float] | None = None)
         order = _in_turn(np.abs(scored.logits - limits), wrongly, missed)
     else:
         wrong = np.flatnonzero(wrongly.any(axis=1))
-        order = wrong[np.argsort(-scored.logits[wrong].max(axis=1), kind="stable")]
+        order = wrong[np.argsort(-scored.logits[wrong].max(axis=1), kind="stable")].tolist()
     names = np.array(scored.classes, dtype=object)
-    return [Mistake(i, list(names[missed[i]]), list(names[wrongly[i]])) for i in order.tolist()]
+    return [Mistake(i, list(names[missed[i]]), list(names[wrongly[i]])) for i in order]
 
 
-def _in_turn(sureness: NDArray[np.float64], *kinds: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Order images round-robin: the most confident of each label and kind, then the next of each.
+def _in_turn(sureness: NDArray[np.float64], *kinds: NDArray[np.bool_]) -> list[int]:
+    """Order images round-robin, each once: of each label and kind the most confident comes first.
 
     Args:
         sureness: distance from the threshold, float64 [N, classes].
         kinds: masks of the mistakes of each kind, bool [N, classes].
-
-    Returns:
-        int64 [n], each image once.
     """
-    images, ranks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    queues: list[list[int]] = []
     for label in range(sureness.shape[1]):
         for kind in kinds:
             wrong = np.flatnonzero(kind[:, label])
-            images.append(wrong[np.argsort(-sureness[wrong, label], kind="stable")])
-            ranks.append(np.arange(len(wrong)))
-    # Stable, so that equal ranks keep the order of labels and kinds.
-    in_turn = np.concatenate(images)[np.argsort(np.concatenate(ranks), kind="stable")]
-    _, first = np.unique(in_turn, return_index=True)
-    return in_turn[np.sort(first)]
+            queues.append(wrong[np.argsort(-sureness[wrong, label], kind="stable")].tolist())
+    in_turn = (image for turn in zip_longest(*queues) for image in turn if image is not None)
+    return list(dict.fromkeys(in_turn))
