@@ -22,7 +22,7 @@ import zipfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,38 +141,32 @@ def take_prints(
     images: Images, samples: Sequence[Sample], numbers: NDArray[np.int64], index_sha256: str
 ) -> Prints:
     """Compute the prints of M samples of shards, given by number, in threads."""
-    blocks = [numbers[i : i + 64] for i in range(0, len(numbers), 64)]
-    rows: list[tuple[bytes, ...]] = []
+    shapes = {name: (len(numbers), *shape) for name, shape in _ROW_SHAPES.items()}
+    arrays = {name: np.empty(shape, np.uint8) for name, shape in shapes.items()}
+
+    def take(rows: range) -> int:
+        for row in rows:
+            sample, pixels = samples[numbers[row]], np.asarray(images[numbers[row]])
+            prints = fingerprint(pixels)
+            small = Image.fromarray(pixels).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
+            arrays["sha256"][row] = [*bytes.fromhex(prints.sha256)]
+            arrays["phash"][row] = [*prints.phash]
+            arrays["inner_phash"][row] = [*prints.inner_phash]
+            arrays["thumbnails"][row] = small
+            arrays["flat"][row] = prints.statistics["spread"] < FLAT
+            arrays["patients"][row] = [*_hashed(patient_name(sample))]
+        return len(rows)
+
+    # In blocks, because a task of its own for each image would take more time and memory.
+    blocks = [range(len(numbers))[i : i + 64] for i in range(0, len(numbers), 64)]
     threads = max(1, min(NUM_THREADS, len(os.sched_getaffinity(0))))
     with (
         ThreadPoolExecutor(threads) as pool,
         progress(len(numbers), "fingerprints", "images") as bar,
     ):
-        for block in pool.map(partial(_prints_of, images, samples), blocks):
-            rows += block
-            bar.update(len(block))
-    columns = zip(*rows, strict=True) if rows else ((),) * len(_ROW_SHAPES)
-    arrays = {
-        name: np.frombuffer(b"".join(column), np.uint8).reshape(-1, *shape)
-        for (name, shape), column in zip(_ROW_SHAPES.items(), columns, strict=True)
-    }
+        for count in pool.map(take, blocks):
+            bar.update(count)
     return Prints(index_sha256, [samples[n].key for n in numbers.tolist()], **arrays)
-
-
-def _prints_of(
-    images: Images, samples: Sequence[Sample], numbers: NDArray[np.int64]
-) -> list[tuple[bytes, ...]]:
-    """Return a row per image, with the columns of `_ROW_SHAPES`."""
-    rows: list[tuple[bytes, ...]] = []
-    for number in numbers.tolist():
-        pixels = np.asarray(images[number])
-        prints = fingerprint(pixels)
-        small = Image.fromarray(pixels).resize((SIDE_PX, SIDE_PX), Image.Resampling.BOX)
-        is_flat = bytes([int(prints.statistics["spread"] < FLAT)])
-        hashes = bytes.fromhex(prints.sha256), prints.phash, prints.inner_phash
-        patient = _hashed(patient_name(samples[number]))
-        rows.append((*hashes, small.tobytes(), is_flat, patient))
-    return rows
 
 
 def _hashed(patient: str) -> bytes:
