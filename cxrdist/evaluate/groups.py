@@ -129,9 +129,7 @@ class _Differences:
     """The differences in one figure of one class between all pairs of groups.
 
     Attributes:
-        column: the column that defines the groups.
         label: the class; None for the accuracy.
-        measure: name of the figure.
         groups: names of the groups with enough patients.
         pairs: positions of both groups in `groups`, int64 [2, pairs].
         value: first group minus second, float64 [pairs].

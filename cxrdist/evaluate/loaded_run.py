@@ -36,14 +36,11 @@ class OpenedRun:
     """A trained model and the shards to use it on, on this rank, before any image is decoded.
 
     Attributes:
-        accelerator: the accelerator of this rank.
-        run: the run directory of the model.
         model: one network or an ensemble, in evaluation mode, on the device.
         index: the shards converted for the model: for an external set, labels are the model's and
             unused samples are in no split.
         subset: train, val, test or external/NAME; the directory of the results in the run.
         packed: the shards as packed; differs from `index` only for an external set.
-        split: the split to use.
         choices: how to evaluate an external set; None for the run's own shards.
     """
 

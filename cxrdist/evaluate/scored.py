@@ -72,8 +72,6 @@ class Scored:
     Attributes:
         task: multiclass or multilabel.
         classes: names, in the order of the columns of targets and logits.
-        keys: keys of the samples.
-        patients: patient of each image.
         targets: int8 [N, classes], codes of `cxrdist.data.labels`; below 0 where unknown.
         logits: float64 [N, classes]; the float32 values of the network.
         groups: cells of the N images by column, such as sex; empty where unknown.

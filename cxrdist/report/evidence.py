@@ -29,13 +29,10 @@ class Evidence:
     """The facts of a run.
 
     Attributes:
-        run: the directory.
-        info: run.json.
         model: model.json of a single network.
         members: names of the networks of an ensemble.
         cover: how burned-in text was covered for the network, or for the members.
         calibration: temperatures and thresholds of the network or of the ensemble.
-        recipe: the resolved recipe.
         audit: audit of the shards; None if there was none when the training began.
         metrics: metrics.json by subset, in the order test, val, train, external/NAME.
         explained: subsets with heat maps and tests of them.
