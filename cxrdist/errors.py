@@ -84,14 +84,18 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return not isinstance(error, RunFailedError) and bool(_LOST_CONNECTION.search(str(error)))
 
 
-def require_modules(extra: str, *names: str) -> None:
-    """Raise CxrdistError unless all these modules of an extra of the package are installed."""
+def require_modules(extra: str, *names: str, option: str = "") -> None:
+    """Raise CxrdistError unless all these modules of an extra of the package are installed.
+
+    The error begins with the option that needs them, if one does.
+    """
     try:
         for name in names:
             # find_spec would also accept a module whose own imports fail.
             import_module(name)
     except ImportError as error:
-        raise CxrdistError(f'{error}; pip install "cxrdist[{extra}]"') from error
+        needed_by = option and f"{option}: "
+        raise CxrdistError(f'{needed_by}{error}; pip install "cxrdist[{extra}]"') from error
 
 
 def choices(name: str, names: Iterable[str], nearest: Iterable[str] = ()) -> str:

@@ -58,10 +58,7 @@ def refuse_bad_folder(folder: Path, *others: Path) -> None:
             written to it.
         RunFailedError: the folder above it is read-only.
     """
-    try:
-        require_modules("dicom", "highdicom")
-    except CxrdistError as error:
-        raise CxrdistError(f"--dicom: {error}") from error
+    require_modules("dicom", "highdicom", option="--dicom")
     if not is_free(folder):
         raise CxrdistError(f"--dicom {folder}: already exists; name a new or empty folder")
     if any(other.resolve().is_relative_to(folder.resolve()) for other in others):

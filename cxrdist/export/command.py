@@ -1,9 +1,9 @@
 """The command export: write a trained model as a file or folder for other programs."""
 
 from cxrdist.config import ExportConfig
-from cxrdist.errors import CxrdistError
+from cxrdist.errors import CxrdistError, require_modules
 from cxrdist.export.folder import write_huggingface, write_timm
-from cxrdist.export.graph import require_onnx, write_onnx, write_torch_export
+from cxrdist.export.graph import write_onnx, write_torch_export
 from cxrdist.export.note import Source
 from cxrdist.export.parity import describe_parity, read_squares
 from cxrdist.files import refuse_unwritable
@@ -29,7 +29,7 @@ def export(config: ExportConfig) -> None:
     """
     _refuse_bad_out(config)
     if config.to == "onnx":
-        require_onnx()
+        require_modules("export", "onnx", "onnxscript", "onnxruntime", option="--to onnx")
     model = load_predictor(config.run)
     use_full_float32()
     source = Source(RunDirectory(config.run), model, read_squares(config.shards, model))

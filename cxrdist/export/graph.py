@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from cxrdist.errors import CxrdistError, require_modules
+from cxrdist.errors import CxrdistError
 from cxrdist.export.note import ExportNote, Source, describe_export
 from cxrdist.files import atomic_file
 from cxrdist.model.densenet import Classifier
@@ -45,14 +45,6 @@ class Graph(nn.Module):
         """Return logits and probabilities, float32 [B, classes], for uint8 images [B, 1, S, S]."""
         logits = self.model(images)
         return logits, torch.sigmoid(logits / self.temperatures)
-
-
-def require_onnx() -> None:
-    """Raise CxrdistError if a package for ONNX is not installed."""
-    try:
-        require_modules("export", "onnx", "onnxscript", "onnxruntime")
-    except CxrdistError as error:
-        raise CxrdistError(f"--to onnx: {error}") from error
 
 
 def write_onnx(source: Source, out: Path) -> ExportNote:
