@@ -14,6 +14,7 @@ a column uncertain or missing, or if there is only one class.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,9 @@ def read_prediction_table(file: Path) -> PredictionTable:
             f"{file}: has {len(classes)} columns prob_CLASS, expected 1 to {MOST_CLASSES}; found "
             f"{', '.join(table.columns)[:300]}"
         )
-    rows = []
-    for row in table.rows():
-        rows.append(row)
-        if len(rows) > MOST_IMAGES:
-            raise CxrdistError(f"{file}: has more than {MOST_IMAGES} rows, expected fewer")
+    rows = list(islice(table.rows(), MOST_IMAGES + 1))
+    if len(rows) > MOST_IMAGES:
+        raise CxrdistError(f"{file}: has more than {MOST_IMAGES} rows, expected fewer")
     if not rows:
         raise CxrdistError(f"{file}: has no rows below the header; give at least one image")
     cells = {name: [row.cells[i].strip() for row in rows] for name, i in positions.items()}
