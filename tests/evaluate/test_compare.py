@@ -204,6 +204,25 @@ def test_the_interval_of_independent_images_is_that_of_a_paired_t_test():
     assert low + high == pytest.approx(expected.low + expected.high, abs=1e-5)
 
 
+def test_the_interval_of_a_mean_counts_what_its_classes_have_in_common():
+    """The mean of a class and its exact copy is as uncertain as the class itself, not sqrt(2) less.
+
+    Both have the same targets and logits, so their differences are equal in every replicate.
+    """
+    pair = [
+        Scored(
+            "multilabel",
+            ["a", "copy"],
+            *(s.keys, s.patients, s.targets[:, [0, 0]], s.logits[:, [0, 0]], {}),
+        )
+        for s in make_pair(shift=0.5)
+    ]
+    found = compare_scored(*pair, SETTINGS)
+    for name, mean in found["macro"].items():
+        assert mean == found["classes"]["a"]["figures"][name]
+        assert mean["interval"][1] - mean["interval"][0] > 0.01
+
+
 def slow_covariance(scores, truth):
     """DeLong et al. 1988, equations of section 3, over all pairs of images."""
     positives, negatives = scores[:, truth], scores[:, ~truth]
