@@ -6,6 +6,7 @@ import torch
 
 from cxrdist.config import Network
 from cxrdist.explain.randomisation import (
+    Likeness,
     compare_maps,
     draw_anew,
     levels,
@@ -107,3 +108,19 @@ def test_likeness_is_that_of_the_formulas():
     assert found.pearson == pytest.approx(np.corrcoef(one.ravel(), other.ravel())[0, 1])
     assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert np.isnan(likeness(one, np.zeros((6, 6)))).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "mean"),
+    [
+        ([1 + 1e-15, 1.0], 1),
+        ([-1 - 1e-15, -1.0], -1),
+        ([0.5, np.nan, 0.25], 0.375),
+        ([np.nan], None),
+    ],
+)
+def test_a_mean_similarity_is_of_the_images_that_have_one_and_within_its_bounds(values, mean):
+    """A correlation that was rounded to just beyond 1 is 1; a constant map has none."""
+    found = summarise([["head"]], [[[Likeness(value, 0.0)]] for value in values])
+    assert found["drawn"][0]["class_map"] == {"spearman": mean, "pearson": 0}
+    assert found["images"] == len(values)
