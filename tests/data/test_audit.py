@@ -285,6 +285,36 @@ def test_an_error_of_the_program_costs_its_part_of_the_audit_and_is_told_with_it
     )
 
 
+PARTS = {
+    "duplicates": "_pairs",
+    "statistics": "_statistics",
+    "shortcut": "measure_shortcut",
+    "baseline": "measure_baseline",
+    "masks": "_masks",
+    "flat": "_flat",
+    "in_pre_training": "_in_pre_training",
+}
+"""The functions that make a part of the audit."""
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_that_was_not_made_is_not_warned_of(part, monkeypatch):
+    """Nothing is known of it; the others are those of an audit with all parts."""
+    entries = [entry(i, "ab"[i % 2]) for i in range(20)]
+    whole = audited(entries)
+
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(f"cxrdist.data.audit.{PARTS[part]}", broken)
+    found = audited(entries)
+    assert list(found["not_made"]) == [part]
+    assert not found[part]
+    assert found | {part: whole[part], "not_made": {}} == whole
+    assert whole["warnings"] == found["warnings"] == []
+    assert f"{part} not made: ZeroDivisionError in" in summary(found)
+
+
 def test_images_of_which_a_label_is_not_known_do_not_count_for_it():
     """Tables and the shortcut are those of the images of which it is known."""
     random = np.random.default_rng(0)
