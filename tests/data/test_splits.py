@@ -309,6 +309,39 @@ def test_a_split_that_large_patients_keep_from_its_target_is_told():
     assert split_notes(source, "0.8/0.1/0.1", [*range(80)], splits) == []
 
 
+@pytest.mark.parametrize(
+    ("train", "images", "told"),
+    [(6, 8, False), (7, 8, True), (520, 1000, False), (540, 1000, True)],
+)
+def test_a_split_may_miss_its_target_by_an_image_per_class_or_by_three_percent(train, images, told):
+    """Half of the images are asked for; 2 of 8 are no more than the rounding of two classes."""
+    source = source_of(records_of({"a": images // 2, "b": images // 2}))
+    splits = ["train"] * train + ["test"] * (images - train)
+    notes = split_notes(source, "0.5/0/0.5", [*range(images)], splits)
+    assert [note.split(" of ")[0] for note in notes] == told * [
+        f"train has {train / images:.0%}",
+        f"test has {1 - train / images:.0%}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "images", "told"),
+    [(20, 100, False), (21, 100, True), (30, 300, False), (31, 300, True)],
+)
+def test_a_patient_may_have_twenty_images_or_a_tenth(own, images, told):
+    """One with more looks like a placeholder."""
+    records = [
+        replace(record, patient="0" if i < own else record.patient)
+        for i, record in enumerate(records_of({"a": images // 2, "b": images // 2}))
+    ]
+    source = source_of(records)
+    splits = assign_splits(source, "1/0/0", 0)
+    assert split_notes(source, "1/0/0", group_by_patient(records), splits) == told * [
+        f"one patient ID has {own} of {images} images; if it is a placeholder, give the patients "
+        "with --patient-pattern or a csv column patient"
+    ]
+
+
 def test_too_small_a_class_is_refused():
     """The paper's split needs more than 60 images of each class; a split needs each class."""
     with pytest.raises(CxrdistError, match="class 'b' has 40"):
