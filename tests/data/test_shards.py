@@ -18,7 +18,7 @@ from support import make_shards, run_measured
 
 from cxrdist.data.images import encode_png
 from cxrdist.data.index import inspect_index, read_index
-from cxrdist.data.shards import describe_shard, open_shard, read_shard, sample_key
+from cxrdist.data.shards import describe_shard, open_shard, read_shard, sample_key, write_shard
 from cxrdist.errors import CxrdistError
 
 SHARD = "train-000000.tar"
@@ -171,6 +171,13 @@ CHANGES = {
 def test_a_key_has_the_images_name_unless_it_is_a_uid_or_nothing(path):
     """It depends on the path alone, so the keys of earlier packs are those of later ones."""
     assert sample_key(path) == KEYS[path]
+
+
+def test_a_number_that_json_lacks_is_not_written(tmp_path):
+    """Other readers refuse NaN, which Python's own would read; and no shard is left."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_shard(tmp_path / SHARD, [({"key": "a", "age": float("nan")}, b"", b"")])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
