@@ -144,6 +144,30 @@ def test_the_correlation_is_that_of_the_best_overlay():
     assert compare(views(one), views(one[:, ::-1].copy())) < SAME
 
 
+@pytest.mark.parametrize("shift", [(0, 0), (5, -8), (-8, 8)])
+def test_a_correlation_is_numpys_at_the_best_of_all_shifts(shift):
+    """Of the inside of one view, moved by up to 8 px each way over another one of 128 px."""
+    random = np.random.default_rng(4)
+    blocks = np.kron(random.integers(0, 200, (40, 40)), np.ones((4, 4)))
+    large = (blocks + random.integers(0, 55, blocks.shape)).astype(np.uint8)
+    down, right = (16 + pixels for pixels in shift)
+    noisy = (large + random.integers(0, 200, large.shape)) // 2
+    one = duplicates._detail(large[16:144, 16:144], 1.0, 2.0)
+    other = duplicates._detail(
+        noisy[down : down + 128, right : right + 128].astype(np.uint8), 1.0, 2.0
+    )
+    inside = other[8:-8, 8:-8].ravel()
+    every = [
+        np.corrcoef(one[y : y + 112, x : x + 112].ravel(), inside)[0, 1]
+        for y in range(17)
+        for x in range(17)
+    ]
+    found = duplicates._correlate(duplicates._view(one), duplicates._view(other))
+    assert found == pytest.approx(max(every), abs=1e-6)
+    assert np.argmax(every) == (8 + shift[0]) * 17 + 8 + shift[1]
+    assert 0.2 < found < 0.99
+
+
 def test_groups_join_through_images_that_are_the_same():
     """Patients 0 and 2 share an image, 2 and 3 another: they are one group."""
     assert join_groups([0, 0, 1, 2, 3, 4], [(1, 3), (3, 4)]) == [0, 0, 1, 0, 0, 2]
