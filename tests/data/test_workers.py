@@ -80,14 +80,29 @@ def test_a_script_is_told_to_guard_its_calls(tmp_path):
 def test_the_limit_of_an_image_is_of_processor_time(make, monkeypatch):
     """A file that waits is read; one that computes on costs itself, and is named."""
     monkeypatch.setattr(workers, "WAITING", 60)  # so that a busy machine passes, too
-    names = ["a", "slow", "b"]
+    names = ["a", "slow"]
     with image_workers(1, [__name__]) as pool:
-        made = list(in_order(pool, make, [Item(Path(name)) for name in names], 3, 1))
+        made = list(in_order(pool, make, [Item(Path(name)) for name in names], 2, 1))
     if make is spin:
         assert isinstance(made[1], CxrdistError)
         assert str(made[1]) == "slow: was not read within 1 s of processor time"
         made[1] = "slow"
     assert made == names
+
+
+def test_a_worker_that_waits_for_items_has_no_limit():
+    """Or what it does between them, such as importing a decoder, would end it."""
+
+    def seconds_left(item: Item) -> float:
+        return signal.getitimer(signal.ITIMER_PROF)[0]
+
+    try:
+        (during,) = workers._make_each([seconds_left], [Item(Path("a"))], 60)
+        after = signal.getitimer(signal.ITIMER_PROF)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    assert 0 < during < 61
+    assert after == (0, 0)
 
 
 def test_each_step_takes_what_the_one_before_has_made(monkeypatch):
