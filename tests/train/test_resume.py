@@ -512,6 +512,19 @@ def test_a_checkpoint_of_another_kind_is_refused(stopped, tmp_path, field, value
         load_latest(checkpoints, value if field == "recipe" else recipe, print)
 
 
+def test_a_checkpoint_beyond_the_end_of_its_stage_is_refused(command, stopped, tmp_path):
+    """As of a hand that has changed it: its sha256 is right, and the stage has fewer epochs."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
+    latest = max((run / "checkpoints").glob("[!.]*/position.json"))
+    document = json.loads(latest.read_text())
+    document["position"]["stopping"]["epoch"] = 99
+    write_signed(latest, document)
+    done = run_command(*command, "--run", run)
+    assert done.returncode == 2
+    assert f"checkpoints/{latest.parent.name}: does not fit the recipe" in done.stderr
+    assert "(epoch 99 of 2); remove it to resume from the one before it" in done.stderr
+
+
 def test_the_holder_of_a_run_directory_is_named(command, tmp_path):
     """A second job stops at once and says who is writing: host, process, since when."""
     with locked(tmp_path / "run"):
