@@ -225,6 +225,21 @@ def test_equal_images_that_tie_all_patients_together_are_told_by_name(tmp_path):
     assert "those of the same image count as one" in found["not_made"]["shortcut"]
 
 
+def test_each_task_decodes_its_own_parts(tmp_path, monkeypatch, capsys):
+    """24 images in parts of 5: of three tasks the first has parts 0 and 3, and nobody has both."""
+    monkeypatch.setattr("cxrdist.data.squares.PART_SIZE", 5)
+    source = make_images(tmp_path / "images", COUNTS)
+    config = PackConfig("folder", source, tmp_path / "out", size=32, workers=1, num_tasks=3)
+    squares = tmp_path / ".out.partial" / "squares"
+    there = set()
+    for task, images in enumerate((10, 9, 5)):
+        pack(replace(config, task=task))
+        assert f"task {task} of 3: {images} images are decoded" in capsys.readouterr().out
+        new = {int(file.stem) for file in squares.glob("*.squares")} - there
+        assert new == set(range(task, 5, 3))
+        there |= new
+
+
 @pytest.mark.parametrize("fault", ["state", "more", "cut", "no thumbnails"])
 def test_squares_of_another_version_are_named(tmp_path, fault):
     """Fields that were added or dropped since, or a damaged list: one line, no shards."""
