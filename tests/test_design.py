@@ -37,6 +37,8 @@ LAYERS = [
     ["options", "help", "catalogue", "cli", "launch", "seeds", "schema"],
     ["__init__", "__main__"],
 ]
+CHANGING = {"Sums", "EarlyStopping", "_Content"}
+"""Dataclasses that count or collect something."""
 GOLDEN = Path(__file__).parent / "golden" / "options.yaml"
 
 
@@ -53,6 +55,19 @@ def test_imports_go_down_only():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cxrdist."):
                 assert layer(node.module) <= layer(name), f"{name} imports {node.module}"
+
+
+def test_dataclasses_do_not_change_after_they_were_checked():
+    """Many check their fields when they are made; a changed one is a new one (`replace`)."""
+    changing = {
+        node.name
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+        for decorator in map(ast.unparse, node.decorator_list)
+        if decorator.startswith("dataclass") and "frozen=True" not in decorator
+    }
+    assert changing == CHANGING
 
 
 def test_the_tree_of_the_readme_names_each_module():
