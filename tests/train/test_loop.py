@@ -15,7 +15,7 @@ from cxrdist.errors import CxrdistError, RunFailedError
 from cxrdist.evaluate.seen import read_seen
 from cxrdist.files import locked, read_log
 from cxrdist.model.densenet import Classifier, Cover, load_model
-from cxrdist.train import stage
+from cxrdist.train import loop, stage
 from cxrdist.train.checkpoint import has_checkpoint
 from cxrdist.train.loop import train
 
@@ -69,6 +69,20 @@ def test_a_killed_run_goes_on_to_the_same_bytes(shards, tmp_path, monkeypatch, f
         for name in ("whole", "broken")
     ]
     assert rows[0] == rows[1]
+
+
+def test_the_loss_of_a_row_is_that_of_the_steps_since_the_last_row(shards, tmp_path, monkeypatch):
+    """Rows of two steps have the means of two rows of one; five steps have no third row."""
+    losses = {}
+    for steps in (1, 2):
+        monkeypatch.setattr(loop, "STEPS_PER_LOG_ROW", steps)
+        run = tmp_path / str(steps)
+        train(recipe(shards, run, stages=SHORT, cache=tmp_path / "cache"))
+        rows = [row for row in read_log(run / "log.jsonl") if row["kind"] == "step"]
+        losses[steps] = {row["step"]: row["loss"] for row in rows}
+    each = [losses[1][step] for step in range(1, 6)]
+    assert losses[2] == pytest.approx({2: sum(each[:2]) / 2, 4: sum(each[2:4]) / 2})
+    assert len({*each}) == 5
 
 
 def test_rows_of_an_epoch_that_was_lost_are_not_logged_twice(shards, tmp_path, monkeypatch):
