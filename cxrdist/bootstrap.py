@@ -120,7 +120,7 @@ def _ranked(hits: NDArray[np.float64], below: NDArray[np.float64]) -> NDArray[np
     precision = np.zeros_like(hits)
     # A level without a drawn positive contributes nothing, and may have no image at or above it.
     np.divide(hits_from, hits_from + (all_misses - under), out=precision, where=hits > 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(invalid="ignore"):  # 0 / 0
         auroc = wins / (all_hits * all_misses)
         average_precision = (hits * precision).sum(axis=0) / all_hits
     # Without negatives the average precision is 1 for any scores.
