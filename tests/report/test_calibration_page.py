@@ -38,6 +38,10 @@ class Tables(HTMLParser):
         elif tag in ("td", "th") and self.tables.get(self.label):
             self.tables[self.label][-1].append("")
 
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "table":
+            self.label = ""
+
     def handle_data(self, data: str) -> None:
         rows = self.tables.get(self.label)
         if rows and rows[-1]:
@@ -68,6 +72,13 @@ def test_the_page_shows_what_metrics_json_holds(run: Path, calibrated: dict, mad
         for cell, rate in zip(row[1:5], ("sensitivity", "specificity", "ppv", "npv"), strict=True):
             low, high = point[f"{rate}_interval"]
             assert cell == f"{point[rate]:.1%} {low:.1%} to {high:.1%}".replace("%", " %")
+    rows = {row[0]: row for row in tables["Predictive values at another prevalence, test"][1:]}
+    for name, point in calibrated["operating_points"]["classes"].items():
+        for cell, rate in zip(rows.pop(name)[1:], ("ppv", "npv"), strict=True):
+            low, high = point["at_prevalence"][f"{rate}_interval"]
+            expected = f"{point['at_prevalence'][rate]:.1%} {low:.1%} to {high:.1%}"
+            assert cell == expected.replace("%", " %")
+    assert not rows
     rows = {row[0]: row for row in tables["Calibration on test"][1:]}
     for name, values in calibrated["calibration"]["classes"].items():
         low, high = values["after"]["calibration_error_interval"]
