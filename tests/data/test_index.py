@@ -138,6 +138,16 @@ def test_fields_have_their_types_and_bounds(shards, path, value):
         open_cache(read_index(shards), shards.parent / "cache", Accelerator(cpu=True))
 
 
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_each_split_is_in_the_index(shards, split):
+    """One without images has no shards, and is there all the same."""
+    splits = json.loads((shards / "index.json").read_text())["splits"]
+    del splits[split]
+    change_index(shards, "splits", splits)
+    with pytest.raises(CxrdistError, match=rf"index\.json: splits\.{split}: is missing"):
+        read_index(shards)
+
+
 @pytest.mark.parametrize("name", ["\x1b[31ma", "a\nb", "a\r", "\x9b1m", "\x7f"])
 def test_a_class_cannot_command_a_terminal(name):
     """Escape sequences and ends of lines are in no name; other letters are."""
