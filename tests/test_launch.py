@@ -229,6 +229,10 @@ def test_ranks_of_a_node_report_a_stop_once_and_none_after_an_error(monkeypatch,
             ["--global-batch-size", "3", "--max-images-per-rank", "2"],  # passes of one and of two
             f"--max-images-per-rank: passes of at most 2 leave {ONE_IMAGE}",
         ),
+        (
+            ["--global-batch-size", "2", "--max-images-per-rank", "1"],  # a pass of both would do
+            f"--max-images-per-rank: passes of at most 1 leave {ONE_IMAGE}",
+        ),
         (["--uncertain", "positive,e=negative"], "uncertain"),
         (
             ["--stages", READS_TEXT, "--text-boxes", "lost.csv"],
