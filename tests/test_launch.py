@@ -8,6 +8,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,6 +177,23 @@ def test_the_code_of_a_job_is_that_of_its_ranks(
     assert launch.main(["--config_file", "cpu", "check", "x"]) == code
     lines = [f"cxrdist: rank 0 was ended by {name}" for name in named]
     assert capsys.readouterr().err.splitlines() == lines
+
+
+def test_a_signal_long_after_the_first_kills_the_ranks(monkeypatch):
+    """Within five seconds signals are one request: Ctrl-C and the TERM that schedulers add to it.
+
+    Then the launcher has passed on INT as TERM and others as they are, and a later one kills.
+    """
+    sent, clock = [], iter((100.0, 104.9, 105.1))
+    rank = SimpleNamespace(send_signal=sent.append)
+    monkeypatch.setattr(launch, "_received", {})
+    monkeypatch.setattr(launch, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(
+        launch, "psutil", SimpleNamespace(Process=lambda: SimpleNamespace(children=lambda: [rank]))
+    )
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGINT):
+        launch._pass_on(number, None)
+    assert sent == [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL]
 
 
 def test_ranks_of_a_node_report_the_same_error_once(monkeypatch, capsys, tmp_path):
