@@ -1,5 +1,6 @@
 """What is written and removed: nothing through links, only names of its own."""
 
+import errno
 import fcntl
 import os
 import re
@@ -65,6 +66,23 @@ def test_a_directory_takes_no_place_of_a_link_or_a_file(tmp_path):
         with pytest.raises(CxrdistError, match=f"{name}: is a file or a link"):
             atomic_directory(tmp_path / name).__enter__()
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "link", "page", "thesis"]
+
+
+def test_a_directory_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+    """As on NFS, where a file that another process has open keeps its directory busy."""
+
+    def busy(*_: object, **__: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    def fill() -> None:
+        with atomic_directory(tmp_path / "maps"):
+            monkeypatch.setattr(os, "rmdir", busy)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fill()
+    monkeypatch.undo()
+    assert not (tmp_path / "maps").exists()
 
 
 def test_only_names_of_dead_processes_are_swept(tmp_path, monkeypatch):
