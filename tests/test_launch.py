@@ -182,7 +182,7 @@ def test_the_code_of_a_job_is_that_of_its_ranks(
 def test_a_signal_long_after_the_first_kills_the_ranks(monkeypatch):
     """Within five seconds signals are one request: Ctrl-C and the TERM that schedulers add to it.
 
-    Then the launcher has passed on INT as TERM and others as they are, and a later one kills.
+    The launcher passes INT on as TERM, and others as they are.
     """
     sent, clock = [], iter((100.0, 104.9, 105.1))
     rank = SimpleNamespace(send_signal=sent.append)
