@@ -52,19 +52,30 @@ def deciding_squares(config: "PackConfig") -> dict[str, Any]:
 
 
 def location(text: str) -> Path:
-    """Return a Path, or a UPath for a URL such as s3://bucket/folder; else raise CxrdistError."""
+    """Return a Path, or a UPath for an fsspec URL such as s3://bucket/folder.
+
+    Raises:
+        CxrdistError: the text is neither, or names an archive that cannot be opened.
+    """
     if "://" not in text:
         try:
             return Path(text).expanduser()  # shells do not expand the ~ in --out=~/shards
         except RuntimeError as error:  # of expanduser: ~NAME of an unknown user
             raise CxrdistError(f"{text}: {error}; write the directory out") from error
+    from tarfile import TarError
+    from zipfile import BadZipFile
+
     from upath import UPath
 
+    # ImportError: a protocol that needs another package. TypeError: one that needs more than a URL.
+    # The rest are of an archive that is missing or damaged, as in zip://FOLDER::ARCHIVE.
+    wrong = (ValueError, ImportError, TypeError, OSError, BadZipFile, TarError)
     try:
         url = UPath(text)
         url.path  # noqa: B018 - what is wrong with a host shows only now
+        url.fs  # noqa: B018 - opens an archive; a store is connected to when it is first read
         return cast(Path, url)  # not a subclass of Path, but it has the same methods
-    except (ValueError, ImportError) as error:  # ImportError: a protocol that needs another package
+    except wrong as error:
         raise CxrdistError(f"{text}: {error}; expected a path or an fsspec URL") from error
 
 

@@ -243,7 +243,20 @@ def test_a_home_is_written_out(capsys, tmp_path, monkeypatch):
     assert "write the directory out" in refused(capsys, "check", "~nobody-has-this-name/x")
 
 
-@pytest.mark.parametrize("url", ["http://[::1", "s3://[shards", "unknown://shards"])
+@pytest.mark.parametrize("protocol", ["zip", "tar"])
+def test_a_url_into_no_archive_is_one_line(capsys, tmp_path, protocol):
+    """A file of another kind and a missing file are both refused by the URL as it was given."""
+    (tmp_path / "notes.txt").write_text("not an archive")
+    for name in ("notes.txt", "missing"):
+        url = f"{protocol}://shards::{tmp_path}/{name}"
+        line = refused(capsys, "check", url)
+        assert line.startswith(f"cxrdist: check: {url}: ")
+        assert line.endswith("; expected a path or an fsspec URL")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1", "s3://[shards", "unknown://shards", "github://shards"]
+)
 def test_a_url_that_is_none_is_one_line(capsys, url):
     """As of an address without its last bracket."""
     line = refused(capsys, "check", url)
