@@ -152,7 +152,7 @@ def take_prints(
             arrays["sha256"][row] = [*bytes.fromhex(prints.sha256)]
             arrays["phash"][row] = [*prints.phash]
             arrays["inner_phash"][row] = [*prints.inner_phash]
-            arrays["thumbnails"][row] = small
+            arrays["thumbnails"][row] = np.asarray(small)
             arrays["flat"][row] = prints.statistics["spread"] < FLAT
             arrays["patients"][row] = [*_hashed(patient_name(sample))]
         return len(rows)
