@@ -21,9 +21,9 @@ def publish(training: Training) -> None:
 
 
 def publish_stage(training: Training, name: str) -> None:
-    """Write the model that a stage ends in as a run of its own, RUN/stages/NAME.
+    """Write the model that a stage ends in as a run of its own, RUN/stages/NAME, for `evaluate`.
 
-    So its own figures can be evaluated. The model of the last stage is that of the whole run.
+    The model of the last stage is that of the whole run, and is not written twice.
     """
 
     def write() -> None:
