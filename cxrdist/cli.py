@@ -17,6 +17,7 @@ from cxrdist.errors import (
     choices,
     failure_of,
     is_lost_connection,
+    store_failure,
 )
 from cxrdist.lifetime import another_rank_failed, end_with_launcher, report_error, reports_stop
 from cxrdist.options import Command, parse
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         if _is_flushed(sys.stdout):
             raise
         code = 1  # the reader of the pipe has seen enough, such as `| head`
-    except (CxrdistError, RuntimeError, OSError) as error:
+    except Exception as error:
         # A stdout that cannot be written is redirected, or flushing it at exit would fail again.
         _is_flushed(sys.stdout)
         code = _report_failure(error)
@@ -176,9 +177,9 @@ def _default_recipe(arguments: list[str]) -> tuple[str | None, str]:
 
 def _report_failure(error: Exception) -> int:
     """Print an error for users in one line, and return the exit code; raise any other error."""
-    line: object = error
-    if isinstance(error, OSError):
-        line = failure_of(error)
+    line: object = store_failure(error) or error
+    if isinstance(line, OSError):
+        line = failure_of(line)
     elif isinstance(error, RuntimeError) and "RANK" in os.environ and is_lost_connection(error):
         if another_rank_failed():
             return 1

@@ -69,6 +69,17 @@ def failure_of(
     return None
 
 
+def store_failure(error: Exception) -> RunFailedError | None:
+    """Return the line for an error of the clients of object stores, or None for any other error."""
+    # By name: the classes have no common base, and most commands import none of their packages.
+    package = type(error).__module__.partition(".")[0]
+    if package not in ("aiohttp", "botocore"):
+        return None
+    return RunFailedError(
+        f"the object store cannot be used: {error}; check its URL and your access to it"
+    )
+
+
 # Messages of gloo (transport/tcp) and NCCL about a lost peer. Not every gloo or NCCL error is one:
 # both also report a missing network interface or GPU, which is a fault of this machine.
 _LOST_CONNECTION = re.compile(

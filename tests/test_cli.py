@@ -264,6 +264,16 @@ def test_a_url_that_is_none_is_one_line(capsys, url):
     assert line.endswith("; expected a path or an fsspec URL")
 
 
+def test_a_server_that_does_not_answer_is_one_line(capsys):
+    """Nothing listens at port 1 of this machine; this is no wrong usage, so the code is 1."""
+    url = "http://127.0.0.1:1/shards"
+    assert main(["pack", "--source=csv", f"--input={url}", "--out=never-made"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("cxrdist: the object store cannot be used: ")
+    assert "127.0.0.1" in error
+    assert error.count("\n") == 1
+
+
 def test_a_disk_that_is_read_only_is_one_line(capsys, tmp_path):
     """The run on it is named, the exit code is that of a fault of the machine."""
     with small_disk(tmp_path / "disk", "1m"):
