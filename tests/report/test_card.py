@@ -278,6 +278,25 @@ def test_listed_means_are_those_of_the_headline(small: Path) -> None:
     assert "| Mean of the classes | | 0.750 (0.500 to 0.875) |" in card
 
 
+@pytest.mark.parametrize(
+    ("classes", "text"), [(["a"], "of one class"), (["a", "b"], "mean of 2 classes")]
+)
+def test_a_calibration_says_how_many_classes_it_is_of(
+    small: Path, classes: list[str], text: str
+) -> None:
+    """One class is no mean."""
+    metrics = json.loads((small / "test" / "metrics.json").read_text())
+    metrics["calibration"]["mean_of"] = classes
+    figures = {"calibration_error": 0.25, "brier": 0.125}
+    metrics["calibration"]["mean_before"] = {
+        **figures,
+        **{f"{name}_interval": [0.0, 0.5] for name in figures},
+        "chance_error": 0.0,
+    }
+    (small / "test" / "metrics.json").write_text(json.dumps(metrics))
+    assert f"Calibration, {text}: expected calibration error 0.250" in card_of(small)
+
+
 def test_seen_images_are_not_scored_without_a_word(small: Path) -> None:
     """Of an external set with --seen report, beside its figures and in the list for the Hub."""
     metrics = json.loads((small / "test" / "metrics.json").read_text())
