@@ -61,12 +61,12 @@ def flip_pixels(
     curves = []
     for rankings in (by_relevance, orders):
         distinct, times = np.unique(rankings, axis=0, return_counts=True)
-        covered_before = np.empty_like(distinct)
-        np.put_along_axis(
-            covered_before, distinct, np.cumsum(sizes[distinct], axis=1) - sizes[distinct], axis=1
-        )
-        pixels_before = covered_before[:, patches].reshape(-1, *image.shape)
-        each = [_curve(model, image, before, target) for before in pixels_before]
+        each = []
+        for ranking in distinct:
+            covered_before = np.empty(len(sizes), np.int64)
+            covered_before[ranking] = np.cumsum(sizes[ranking]) - sizes[ranking]
+            before = covered_before[patches].reshape(image.shape)
+            each.append(_curve(model, image, before, target))
         curves.append(np.average(each, axis=0, weights=times))
     return Flipping(*curves)
 

@@ -307,12 +307,12 @@ def test_a_part_that_was_not_made_is_not_warned_of(part, monkeypatch):
         raise ZeroDivisionError
 
     monkeypatch.setattr(f"cxrdist.data.audit.{PARTS[part]}", broken)
-    found = audited(entries)
-    assert list(found["not_made"]) == [part]
-    assert not found[part]
-    assert found | {part: whole[part], "not_made": {}} == whole
-    assert whole["warnings"] == found["warnings"] == []
-    assert f"{part} not made: ZeroDivisionError in" in summary(found)
+    content = audited(entries)
+    assert list(content["not_made"]) == [part]
+    assert not content[part]
+    assert content | {part: whole[part], "not_made": {}} == whole
+    assert whole["warnings"] == content["warnings"] == []
+    assert f"{part} not made: ZeroDivisionError in" in summary(content)
 
 
 def test_images_of_which_a_label_is_not_known_do_not_count_for_it():

@@ -162,10 +162,10 @@ def test_a_correlation_is_numpys_at_the_best_of_all_shifts(shift):
         for y in range(17)
         for x in range(17)
     ]
-    found = duplicates._correlate(duplicates._view(one), duplicates._view(other))
-    assert found == pytest.approx(max(every), abs=1e-6)
+    correlation = duplicates._correlate(duplicates._view(one), duplicates._view(other))
+    assert correlation == pytest.approx(max(every), abs=1e-6)
     assert np.argmax(every) == (8 + shift[0]) * 17 + 8 + shift[1]
-    assert 0.2 < found < 0.99
+    assert 0.2 < correlation < 0.99
 
 
 def test_groups_join_through_images_that_are_the_same():

@@ -29,8 +29,8 @@ def lines(axes: Axes) -> dict[str, list[list[float]]]:
 
 def segments(axes: Axes) -> list[list[list[float]]]:
     """The ends of the intervals, which are collections of lines."""
-    found = [c.get_segments() for c in axes.collections if hasattr(c, "get_segments")]
-    return np.concatenate(found).tolist()
+    collections = [c.get_segments() for c in axes.collections if hasattr(c, "get_segments")]
+    return np.concatenate(collections).tolist()
 
 
 def unnamed(axes: Axes) -> list[list[list[float]]]:
